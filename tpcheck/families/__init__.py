@@ -1,0 +1,1 @@
+"""Small random models of the model types of transformers; mostly data."""

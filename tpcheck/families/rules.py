@@ -1,0 +1,143 @@
+"""How a model type's own defaults become a small configuration: by attribute name. No torch, no transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Small enough that a world of ranks trains it in milliseconds, and cut evenly by tp 2 and tp 4.
+HIDDEN = 64
+HEADS = 8
+KV_HEADS = 4
+HEAD_DIM = 8
+INTERMEDIATE = 128
+LAYERS = 2
+EXPERTS = 8
+VOCABULARY = 128
+POSITIONS = 64
+WINDOW = 8  # below the length of the sequences that are run, so that a sliding window is felt
+
+_BY_SIZE: tuple[tuple[int, str], ...] = (
+    (HIDDEN, "hidden_size d_model n_embd emb_dim dim_model embedding_size word_embed_proj_dim attention_hidden_size"),
+    (HIDDEN, "input_embedding_size output_embedding_size lru_width embedding_dim audio_embed_dim"),
+    (HIDDEN, "pronunciation_embed_dim shape_embed_dim backbone_hidden_size cross_attention_hidden_size"),
+    (HEADS, "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads linear_num_heads"),
+    (HEADS, "decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads"),
+    (HEADS, "linear_num_value_heads mamba_n_heads mamba_num_heads index_n_heads"),
+    (KV_HEADS, "num_key_value_heads num_kv_heads n_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads"),
+    (KV_HEADS, "num_global_key_value_heads num_query_groups"),
+    (HEAD_DIM, "head_dim swa_head_dim d_head dim_head kv_channels global_head_dim linear_head_dim linear_key_head_dim"),
+    (HEAD_DIM, "linear_value_head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim index_head_dim attention_head_size"),
+    (HEAD_DIM, "rotary_dim swa_v_head_dim d_rel"),
+    (2 * HEAD_DIM, "qk_head_dim"),
+    (INTERMEDIATE, "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dff dim_ff d_inner"),
+    (INTERMEDIATE, "feed_forward_size moe_intermediate_size shared_expert_intermediate_size intermediate_size_mlp"),
+    (INTERMEDIATE, "shared_experts_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size"),
+    (INTERMEDIATE, "dense_intermediate_size mamba_d_ssm"),
+    (LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers"),
+    (LAYERS, "num_decoder_layers num_blocks"),
+    (EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts"),
+    (2, "num_experts_per_tok num_experts_per_token moe_topk moe_k n_group num_expert_group n_groups mamba_n_groups"),
+    (1, "topk_group num_shared_experts n_shared_experts moe_num_shared_experts"),
+    (32, "kv_lora_rank q_lora_rank o_lora_rank"),
+    (VOCABULARY, "vocab_size decoder_vocab_size vocab_size_per_layer_input pronunciation_vocab_size shape_vocab_size"),
+    (VOCABULARY, "unpadded_vocab_size"),
+    (POSITIONS, "max_position_embeddings n_positions n_ctx max_seq_len seq_length max_target_positions context_length"),
+    (POSITIONS, "max_source_positions model_max_length max_sequence_length"),
+    (POSITIONS // 2, "original_max_position_embeddings"),
+    (WINDOW, "sliding_window sliding_window_size attention_window_size window_size local_attention index_topk"),
+    (WINDOW, "attention_chunk_size chunk_size mamba_chunk_size"),
+    (
+        16,
+        "mamba_d_state state_size ssm_state_size mamba_d_head mamba_head_dim mamba_headdim hidden_size_per_layer_input",
+    ),
+    (16, "block_size query_pre_attn_scalar"),
+    (4, "time_step_rank mamba_dt_rank laurel_rank num_mem_blocks"),
+)
+SIZES: dict[str, int] = {name: size for size, names in _BY_SIZE for name in names.split()}
+
+_SPECIAL_TOKENS = (
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "sep_token_id",
+    "cls_token_id",
+    "decoder_start_token_id",
+)
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
+
+
+def small_settings(defaults: Mapping[str, Any], *, layers: int | None = None) -> dict[str, Any]:
+    """Return the attributes to change in a configuration whose defaults are given, with their small values.
+
+    Args:
+        defaults: Every attribute of the type's default configuration. Nested configurations are not entered.
+        layers: How many layers are wanted; by default as many as show every kind of layer once, and at least two.
+    """
+    small: dict[str, Any] = {name: size for name, size in SIZES.items() if _is_size(defaults.get(name))}
+    small |= {name: 0.0 for name, value in defaults.items() if _is_dropout(name) and isinstance(value, float)}
+    small |= _tokens(defaults)
+    small |= _layers(defaults, layers)
+    if small.get("kv_lora_rank"):  # MLA projects keys and values for every head
+        small |= {name: HEADS for name in small if name == "num_key_value_heads"}
+    if "use_cache" in defaults:
+        small["use_cache"] = False  # caches of hybrid models need more than a training step gives them
+    return small
+
+
+def layers_to_keep(per_layer: Mapping[str, Sequence[Any]], wanted: int | None = None) -> list[int]:
+    """Return which of the default layers a small model keeps: the first of each kind, in order.
+
+    A kind is the combination of what every per-layer list says of the layer. With `wanted` they are repeated, or cut.
+
+    Example:
+        >>> layers_to_keep({"layer_types": ["sliding", "sliding", "full", "sliding"]})
+        [0, 2]
+        >>> layers_to_keep({"layer_types": ["full", "full", "full"]})
+        [0, 0]
+        >>> layers_to_keep({"layer_types": ["sliding", "sliding", "full"]}, wanted=3)
+        [0, 2, 0]
+    """
+    kinds = [repr(kind) for kind in zip(*per_layer.values(), strict=True)]
+    firsts = sorted({kind: index for index, kind in reversed(list(enumerate(kinds)))}.values()) or [0]
+    count = wanted if wanted is not None else max(LAYERS, len(firsts))
+    return [firsts[layer % len(firsts)] for layer in range(count)]
+
+
+def layer_count_name(defaults: Mapping[str, Any]) -> str | None:
+    """Return the attribute that counts the layers of a configuration, if it has one."""
+    return next((name for name in _LAYER_COUNTS if _is_size(defaults.get(name))), None)
+
+
+def _layers(defaults: Mapping[str, Any], wanted: int | None) -> dict[str, Any]:
+    name = layer_count_name(defaults)
+    if name is None:
+        return {}
+    per_layer = {
+        key: value
+        for key, value in defaults.items()
+        if isinstance(value, (list, tuple)) and len(value) == defaults[name] > 1
+    }
+    kept = layers_to_keep(per_layer, wanted)
+    return {name: len(kept)} | {key: [values[index] for index in kept] for key, values in per_layer.items()}
+
+
+def _tokens(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return special tokens that lie inside the small vocabulary; those of other media stay out of its reach."""
+    return {
+        name: place
+        for place, name in enumerate(_SPECIAL_TOKENS)
+        if isinstance(defaults.get(name), int) and defaults[name] >= VOCABULARY
+    } | {
+        name: [place]
+        for place, name in enumerate(_SPECIAL_TOKENS)
+        if isinstance(defaults.get(name), list) and max(defaults[name], default=0) >= VOCABULARY
+    }
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_dropout(name: str) -> bool:
+    return any(part in name for part in ("dropout", "drop", "pdrop", "jitter"))

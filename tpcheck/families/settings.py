@@ -1,0 +1,68 @@
+"""The user's `--set KEY=VALUE` over a configuration: dots, aliases and unknown names. No torch, no transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+from tpcheck.errors import UsageError
+
+
+def nest(settings: Mapping[str, object]) -> dict[str, Any]:
+    """Return settings with dotted keys as a tree.
+
+    Example:
+        >>> nest({"text_config.head_dim": 4, "use_cache": True})
+        {'text_config': {'head_dim': 4}, 'use_cache': True}
+
+    Raises:
+        UsageError: A key is both a value and the parent of one.
+    """
+    tree: dict[str, Any] = {}
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+            if not isinstance(branch, dict):
+                raise UsageError("set", key, f"either {parent} or what is below it, not both")
+        branch[last] = value
+    return tree
+
+
+def overlay(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `changes` over it; a mapping over a mapping changes only the keys that it names."""
+    changed = dict(base)
+    for name, value in changes.items():
+        under = base.get(name)
+        changed[name] = overlay(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
+    return changed
+
+
+def attributes(config: Any) -> dict[str, Any]:
+    """Return what a configuration of transformers can be constructed with, and its present values."""
+    return {field.name: getattr(config, field.name) for field in fields(config)}
+
+
+def canonical(config: Any, wanted: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the wanted settings under the configuration's own names (`n_layer` for GPT-2's `num_hidden_layers`).
+
+    Raises:
+        UsageError: The configuration has no such attribute.
+    """
+    aliases: Mapping[str, str] = config.attribute_map
+    known = {field.name for field in fields(config)} | set(aliases) | {name for name in vars(config) if name[0] != "_"}
+    for name in wanted:
+        if name not in known:
+            raise UsageError(
+                "set", ".".join((*path, name)), unknown(f"an attribute of {type(config).__name__}", name, known)
+            )
+    return {aliases.get(name, name): value for name, value in wanted.items()}
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return what was accepted in place of `name`, with the known names that are near to it."""
+    near = get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+    return f"{kind}; did you mean {' or '.join(near)}?" if near else kind
