@@ -61,17 +61,24 @@ def causal_types() -> tuple[str, ...]:
 def _shrink(
     config_class: Any, overrides: Mapping[str, Any], wanted: Mapping[str, Any], path: tuple[str, ...] = ()
 ) -> Any:
-    default = config_class(**overrides)
+    default = _default(config_class, overrides)
     known = attributes(default)
     wanted = canonical(default, wanted, path)
     fixed = overlay(overrides, wanted)
-    small = small_settings(known, layers=fixed.get(layer_count_name(known)))
+    small = small_settings(known, layers=fixed.get(layer_count_name(known) or ""))
     for name in default.sub_configs:
         if known[name] is not None:
             small[name] = _shrink(type(known[name]), overrides.get(name, {}), wanted.pop(name, {}), (*path, name))
             fixed.pop(name, None)
     fixed = {name: overlay({name: known.get(name)}, {name: value})[name] for name, value in fixed.items()}
     return config_class(**small | fixed)
+
+
+def _default(config_class: Any, overrides: Mapping[str, Any]) -> Any:
+    try:
+        return config_class()
+    except Exception:  # a type whose own defaults contradict each other
+        return config_class(**overrides)
 
 
 def _config_class(family: str) -> Any:

@@ -18,7 +18,7 @@ POSITIONS = 64
 WINDOW = 8  # below the length of the sequences that are run, so that a sliding window is felt
 
 _BY_SIZE: tuple[tuple[int, str], ...] = (
-    (HIDDEN, "hidden_size d_model n_embd emb_dim dim_model embedding_size word_embed_proj_dim attention_hidden_size"),
+    (HIDDEN, "hidden_size hidden_size_global d_model n_embd emb_dim dim_model embedding_size word_embed_proj_dim attention_hidden_size"),
     (HIDDEN, "input_embedding_size output_embedding_size lru_width embedding_dim audio_embed_dim"),
     (HIDDEN, "pronunciation_embed_dim shape_embed_dim backbone_hidden_size cross_attention_hidden_size"),
     (HEADS, "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads linear_num_heads"),
@@ -56,6 +56,10 @@ _BY_SIZE: tuple[tuple[int, str], ...] = (
 )
 SIZES: dict[str, int] = {name: size for size, names in _BY_SIZE for name in names.split()}
 
+# Sizes that some types leave unset and then fail without.
+_UNSET = {"head_dim": HEAD_DIM, "num_key_value_heads": KV_HEADS}
+# How many of the first layers are dense; one shows the kind.
+_LEADING_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 _SPECIAL_TOKENS = (
     "pad_token_id",
     "bos_token_id",
@@ -76,6 +80,8 @@ def small_settings(defaults: Mapping[str, Any], *, layers: int | None = None) ->
     """
     small: dict[str, Any] = {name: size for name, size in SIZES.items() if _is_size(defaults.get(name))}
     small |= {name: 0.0 for name, value in defaults.items() if _is_dropout(name) and isinstance(value, float)}
+    small |= {name: size for name, size in _UNSET.items() if name in defaults and defaults[name] is None}
+    small |= {name: min(1, defaults[name]) for name in _LEADING_LAYERS if _is_size(defaults.get(name))}
     small |= _tokens(defaults)
     small |= _layers(defaults, layers)
     if small.get("kv_lora_rank"):  # MLA projects keys and values for every head
@@ -116,10 +122,12 @@ def _layers(defaults: Mapping[str, Any], wanted: int | None) -> dict[str, Any]:
     per_layer = {
         key: value
         for key, value in defaults.items()
-        if isinstance(value, (list, tuple)) and len(value) == defaults[name] > 1
+        if isinstance(value, (list, tuple)) and len(value) == defaults[name] > 1 and not _are_indices(value)
     }
     kept = layers_to_keep(per_layer, wanted)
-    return {name: len(kept)} | {key: [values[index] for index in kept] for key, values in per_layer.items()}
+    return {name: len(kept)} | {
+        key: [SIZES.get(key, values[index]) for index in kept] for key, values in per_layer.items()
+    }
 
 
 def _tokens(defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,6 +141,11 @@ def _tokens(defaults: Mapping[str, Any]) -> dict[str, Any]:
         for place, name in enumerate(_SPECIAL_TOKENS)
         if isinstance(defaults.get(name), list) and max(defaults[name], default=0) >= VOCABULARY
     }
+
+
+def _are_indices(values: Sequence[object]) -> bool:
+    """Whether a list names layers (`moe_layers`) instead of describing each; the type derives it anew."""
+    return list(values) == list(range(len(values)))
 
 
 def _is_size(value: object) -> bool:

@@ -43,7 +43,8 @@ def overlay(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 def attributes(config: Any) -> dict[str, Any]:
     """Return what a configuration of transformers can be constructed with, and its present values."""
-    return {field.name: getattr(config, field.name) for field in fields(config)}
+    values = vars(config)  # not getattr, which refuses what differs by layer
+    return {field.name: values.get(field.name) for field in fields(config)}
 
 
 def canonical(config: Any, wanted: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
