@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tpcheck.errors import UsageError
+from tpcheck.errors import TpcheckError, UsageError
 from tpcheck.families.overrides import OVERRIDES
 from tpcheck.families.rules import layer_count_name, small_settings
 from tpcheck.families.settings import attributes, canonical, nest, overlay, unknown
@@ -27,11 +27,11 @@ def small_model(family: str, settings: Mapping[str, object] | None = None) -> nn
     Raises:
         UsageError: No such family or setting, or no model can be built from these settings.
     """
-    from transformers import AutoModelForCausalLM
-
     settings = settings or {}
     implementations = {name: settings.get(name, default) for name, default in _IMPLEMENTATIONS.items()}
     config = small_config(family, {name: value for name, value in settings.items() if name not in implementations})
+    from transformers import AutoModelForCausalLM
+
     try:
         model: nn.Module = AutoModelForCausalLM.from_config(config, **implementations)
     except Exception as error:
@@ -53,7 +53,10 @@ def small_config(family: str, settings: Mapping[str, object] | None = None) -> A
 
 def causal_types() -> tuple[str, ...]:
     """Return every causal language model type of the installed transformers."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    try:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    except ImportError as error:
+        raise TpcheckError("families need transformers: pip install 'tpcheck[transformers]'") from error
 
     return tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 

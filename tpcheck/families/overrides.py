@@ -34,7 +34,11 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},  # read by the model, absent from its defaults
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},  # no number of experts by default
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "dots3_note": {"audio_config": {"adapter_in_dim": 64}, "text_config": _DOTS3_NOTE},
+    "dots3_note": {
+        "text_config": _DOTS3_NOTE,
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
     "dots3_note_text": _DOTS3_NOTE,
     "falcon_h1": {"mamba_d_ssm": 128},
     "flint": {"mlp_only_layers": [0]},

@@ -18,8 +18,11 @@ POSITIONS = 64
 WINDOW = 8  # below the length of the sequences that are run, so that a sliding window is felt
 
 _BY_SIZE: tuple[tuple[int, str], ...] = (
-    (HIDDEN, "hidden_size hidden_size_global d_model n_embd emb_dim dim_model embedding_size word_embed_proj_dim attention_hidden_size"),
-    (HIDDEN, "input_embedding_size output_embedding_size lru_width embedding_dim audio_embed_dim"),
+    (HIDDEN, "hidden_size hidden_size_global d_model n_embd emb_dim dim_model embedding_size word_embed_proj_dim"),
+    (
+        HIDDEN,
+        "attention_hidden_size input_embedding_size output_embedding_size lru_width embedding_dim audio_embed_dim",
+    ),
     (HIDDEN, "pronunciation_embed_dim shape_embed_dim backbone_hidden_size cross_attention_hidden_size"),
     (HEADS, "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads linear_num_heads"),
     (HEADS, "decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads"),
@@ -47,11 +50,8 @@ _BY_SIZE: tuple[tuple[int, str], ...] = (
     (POSITIONS // 2, "original_max_position_embeddings"),
     (WINDOW, "sliding_window sliding_window_size attention_window_size window_size local_attention index_topk"),
     (WINDOW, "attention_chunk_size chunk_size mamba_chunk_size"),
-    (
-        16,
-        "mamba_d_state state_size ssm_state_size mamba_d_head mamba_head_dim mamba_headdim hidden_size_per_layer_input",
-    ),
-    (16, "block_size query_pre_attn_scalar"),
+    (16, "mamba_d_state state_size ssm_state_size mamba_d_head mamba_head_dim mamba_headdim"),
+    (16, "hidden_size_per_layer_input block_size query_pre_attn_scalar"),
     (4, "time_step_rank mamba_dt_rank laurel_rank num_mem_blocks"),
 )
 SIZES: dict[str, int] = {name: size for size, names in _BY_SIZE for name in names.split()}
@@ -86,6 +86,8 @@ def small_settings(defaults: Mapping[str, Any], *, layers: int | None = None) ->
     small |= _layers(defaults, layers)
     if small.get("kv_lora_rank"):  # MLA projects keys and values for every head
         small |= {name: HEADS for name in small if name == "num_key_value_heads"}
+    if defaults.get("is_decoder") is False:
+        small["is_decoder"] = True  # encoders are causal language models only so
     if "use_cache" in defaults:
         small["use_cache"] = False  # caches of hybrid models need more than a training step gives them
     return small

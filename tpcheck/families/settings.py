@@ -28,6 +28,8 @@ def nest(settings: Mapping[str, object]) -> dict[str, Any]:
             branch = branch.setdefault(parent, {})
             if not isinstance(branch, dict):
                 raise UsageError("set", key, f"either {parent} or what is below it, not both")
+        if isinstance(branch.get(last), dict):
+            raise UsageError("set", key, f"either {last} or what is below it, not both")
         branch[last] = value
     return tree
 
@@ -44,7 +46,8 @@ def overlay(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 def attributes(config: Any) -> dict[str, Any]:
     """Return what a configuration of transformers can be constructed with, and its present values."""
     values = vars(config)  # not getattr, which refuses what differs by layer
-    return {field.name: values.get(field.name) for field in fields(config)}
+    aliases = config.attribute_map  # a few types declare a name and store it under another
+    return {field.name: values.get(aliases.get(field.name, field.name)) for field in fields(config)}
 
 
 def canonical(config: Any, wanted: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
