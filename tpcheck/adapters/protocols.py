@@ -1,0 +1,101 @@
+"""What a backend must offer to be verified, and what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from tpcheck.adapters.layout import Layout
+from tpcheck.topology import Topology
+
+
+class RankLike(Protocol):
+    """What a backend may know of the rank it runs on."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def topology(self) -> Topology: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def group(self, axis: str) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOptions:
+    """How both sides train: SGD with momentum and weight decay, whose step shows a wrong scale of the gradient.
+
+    Attributes:
+        dtype: Dtype of the model's weights and arithmetic.
+        zero_stage: ZeRO stage of the backend, 0 to 3.
+        learning_rate, momentum, weight_decay: Of `torch.optim.SGD`.
+        max_grad_norm: Gradients are clipped to this norm.
+        batch_size: Samples that each DP rank sees in a step.
+        config: The user's own backend configuration, merged over tpcheck's.
+        ignore_plan: Drop the model's own tp_plan, so that the backend's heuristics shard it.
+    """
+
+    dtype: torch.dtype
+    zero_stage: int = 0
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    batch_size: int = 2
+    config: Mapping[str, Any] = field(default_factory=dict)
+    ignore_plan: bool = False
+
+
+class Candidate(Protocol):
+    """A sharded model that trains; parameters and modules go by the names they had before sharding."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The sharded model, whose submodules bear the reference's names."""
+
+    def group_ranks(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
+        """Return the global ranks of the live groups that this rank uses on each axis, one tuple for each distinct one."""
+
+    def layouts(self) -> Mapping[str, Layout]:
+        """Return how each parameter lies over the TP group. Collective over it."""
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """Return a copy of this rank's TP shard, whole over DP. Collective over the DP group."""
+
+    def gradient(self, name: str) -> torch.Tensor | None:
+        """Return a copy of the gradient of this rank's TP shard, averaged over DP. Collective over the DP group."""
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        """Run the model on this rank's batch and return what it returns."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Run the backward pass; `gradient` is valid from here to `step`."""
+
+    def step(self) -> None:
+        """Clip the gradients and step the optimizer."""
+
+    def gradient_norm(self) -> float | None:
+        """Return the norm by which the last step clipped, or None where the backend does not tell."""
+
+
+class Backend(Protocol):
+    """Shards a model."""
+
+    name: str
+
+    def versions(self) -> Mapping[str, str]:
+        """Return the versions of the packages whose work is verified."""
+
+    def session(self, options: TrainingOptions) -> AbstractContextManager[None]:
+        """Return a context in which models of `options.dtype` can be sharded and trained on this machine."""
+
+    def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
+        """Shard `model` in place and make it trainable. Collective over the world."""

@@ -1,0 +1,1 @@
+"""One package or file per backend; reached through entry points alone."""

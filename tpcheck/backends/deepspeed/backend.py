@@ -1,0 +1,73 @@
+"""Shards a model with DeepSpeed AutoTP and makes it trainable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from tpcheck.adapters import Candidate, TrainingOptions
+from tpcheck.adapters.protocols import RankLike
+from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate
+from tpcheck.backends.deepspeed.config import deepspeed_config
+from tpcheck.backends.plan import without_plan
+
+
+class DeepSpeedBackend:
+    """AutoTP through `tensor_parallel.autotp_size`."""
+
+    name = "deepspeed"
+
+    def versions(self) -> dict[str, str]:
+        return {"deepspeed": deepspeed.__version__}
+
+    @contextmanager
+    def session(self, options: TrainingOptions) -> Iterator[None]:
+        with _float64_gradients() if options.dtype is torch.float64 else nullcontext():
+            yield
+
+    def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
+        config = deepspeed_config(options, rank.topology.tp)
+        with without_plan(model) if options.ignore_plan else nullcontext():
+            return DeepSpeedCandidate(self._engine(model, config, rank, options))
+
+    def _engine(self, model: nn.Module, config: dict[str, Any], rank: RankLike, options: TrainingOptions) -> Any:
+        optimizer = torch.optim.SGD(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=options.learning_rate,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
+        )
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+class TpModelInitBackend(DeepSpeedBackend):
+    """AutoTP through `deepspeed.tp_model_init`, the older entry."""
+
+    name = "deepspeed-tp-model-init"
+
+    def _engine(self, model: nn.Module, config: dict[str, Any], rank: RankLike, options: TrainingOptions) -> Any:
+        tensor_parallel: Mapping[str, Any] = config.pop("tensor_parallel")
+        rest = {key: value for key, value in tensor_parallel.items() if key != "autotp_size"}
+        if rest:
+            config["tensor_parallel"] = rest
+        model = deepspeed.tp_model_init(
+            model, tp_size=rank.topology.tp, dtype=options.dtype, tp_group=rank.group("tp")
+        )
+        return super()._engine(model, config, rank, options)
+
+
+@contextmanager
+def _float64_gradients() -> Iterator[None]:
+    """Let the accelerator own up to float64: the engine asserts that it supports the dtype of every gradient."""
+    accelerator = deepspeed.get_accelerator()
+    supported = accelerator.supported_dtypes()
+    accelerator.supported_dtypes = lambda: [*supported, torch.float64]
+    try:
+        yield
+    finally:
+        del accelerator.supported_dtypes  # the method of its class shows again

@@ -1,0 +1,88 @@
+"""A DeepSpeed engine as tpcheck sees it: named parameters, their gradients, and the norm of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime import engine as engine_module
+from deepspeed.utils import groups, safe_get_full_grad
+from torch import nn
+
+from tpcheck.adapters import Layout
+from tpcheck.backends.deepspeed.layers import layouts, parallel_layers
+
+
+class DeepSpeedCandidate:
+    """Implements `adapters.Candidate` over a DeepSpeed engine."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._norm: float | None = None
+        self._parameters = dict(self.module.named_parameters(remove_duplicate=False))
+
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = self._engine.module
+        return module
+
+    def group_ranks(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        tp_groups = [layer.mp_group for _, layer in parallel_layers(self.module) if layer.mp_group is not None]
+        return {
+            "tp": _distinct_ranks([groups.get_tensor_model_parallel_group(), *tp_groups]),
+            "dp": _distinct_ranks([self._engine.seq_data_parallel_group]),
+        }
+
+    def layouts(self) -> dict[str, Layout]:
+        return layouts(self.module, groups.get_tensor_model_parallel_group())
+
+    def parameter(self, name: str) -> torch.Tensor:
+        parameter = self._parameters[name]
+        if not hasattr(parameter, "ds_id"):  # not partitioned by ZeRO-3
+            return parameter.detach().clone()
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    def gradient(self, name: str) -> torch.Tensor | None:
+        gradient = safe_get_full_grad(self._parameters[name])
+        return None if gradient is None else gradient.detach().clone()
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        return self._engine(**batch)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        with _observed_clipping() as norms:
+            self._engine.step()
+        norm = norms[-1] if norms else self._engine.get_global_grad_norm()
+        self._norm = None if norm is None else float(norm)
+
+    def gradient_norm(self) -> float | None:
+        return self._norm
+
+
+@contextmanager
+def _observed_clipping() -> Iterator[list[Any]]:
+    """Collect the norms that `clip_grad_norm_` returns: below ZeRO 1 without low precision the engine drops them."""
+    norms: list[Any] = []
+    clip = engine_module.clip_grad_norm_
+
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        norms.append(clip(*args, **kwargs))
+        return norms[-1]
+
+    engine_module.clip_grad_norm_ = observed
+    try:
+        yield norms
+    finally:
+        engine_module.clip_grad_norm_ = clip
+
+
+def _distinct_ranks(process_groups: list[Any]) -> tuple[tuple[int, ...], ...]:
+    return tuple(dict.fromkeys(tuple(dist.get_process_group_ranks(group)) for group in process_groups))

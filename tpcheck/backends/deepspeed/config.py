@@ -1,0 +1,56 @@
+"""The DeepSpeed configuration of a run: tpcheck's own, with the user's merged over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tpcheck.adapters import TrainingOptions
+from tpcheck.errors import UsageError
+
+_LOW_PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def deepspeed_config(options: TrainingOptions, tp: int) -> dict[str, Any]:
+    """Return the configuration for `deepspeed.initialize`.
+
+    Raises:
+        UsageError: The user's configuration contradicts what the run was asked for.
+    """
+    own: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": options.batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": options.max_grad_norm,  # DeepSpeed's own default is 1.0, not off
+        "zero_optimization": {"stage": options.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "tensor_parallel": {"autotp_size": tp},
+        "steps_per_print": 1_000_000,
+    }
+    if options.zero_stage == 3:
+        # By default parameters below 100,000 elements are not partitioned: all of a small model's.
+        own["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    if options.dtype in _LOW_PRECISION:
+        own[_LOW_PRECISION[options.dtype]] = {"enabled": True}
+    config = merged(own, options.config)
+    _require_same(config, ("zero_optimization", "stage"), options.zero_stage)
+    _require_same(config, ("tensor_parallel", "autotp_size"), tp)
+    return config
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `over` merged into it, nested mappings key by key."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def _require_same(config: Mapping[str, Any], path: tuple[str, str], asked: int) -> None:
+    section, key = path
+    value = config[section][key] if isinstance(config[section], Mapping) else config[section]
+    if value != asked:
+        raise UsageError(f"config.{section}.{key}", value, f"{asked}, as the run's own options say")

@@ -1,0 +1,127 @@
+"""Tries every cause on a suspect and keeps the one that explains it exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tpcheck.records import Suspect
+
+_EXACT = 1e-3  # a cause explains a difference when at most this share of it remains
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """A cause whose test held.
+
+    Attributes:
+        cause: Slug of the cause.
+        error: Relative error that remains once the cause is taken into account.
+    """
+
+    cause: str
+    error: float
+
+
+def explain(suspect: Suspect) -> Explanation | None:
+    """Return the cause that leaves the least error, or None where no test holds."""
+    for test in _TESTS.get(suspect.kind, ()):
+        found = test(suspect)
+        if found is not None:
+            return found
+    return None
+
+
+def _missing(suspect: Suspect) -> Explanation | None:
+    if "missing_on_ranks" in suspect.evidence:
+        return Explanation("gradient_missing", 0.0)
+    return None
+
+
+def _sum_of_ranks(slug: str) -> Callable[[Suspect], Explanation | None]:
+    """The ranks' tensors are terms of the expected one, and were never added up."""
+
+    def test(suspect: Suspect) -> Explanation | None:
+        if not suspect.replicated or len(suspect.parts) < 2:
+            return None
+        return _holds(slug, sum(part.double() for part in suspect.parts), suspect)
+
+    return test
+
+
+def _scaled(slug: str, factor: Callable[[int], float]) -> Callable[[Suspect], Explanation | None]:
+    """Every rank's tensor is the expected one times a factor that follows from the number of ranks."""
+
+    def test(suspect: Suspect) -> Explanation | None:
+        if not suspect.replicated or len(suspect.parts) < 2:
+            return None
+        scale = factor(len(suspect.parts))
+        found = [_holds(slug, part.double() / scale, suspect) for part in suspect.parts]
+        return found[0] if all(found) else None
+
+    return test
+
+
+def _no_shard(suspect: Suspect) -> Explanation | None:
+    return Explanation("not_sharded", 0.0) if "parameter" not in suspect.where else None
+
+
+def _drift(suspect: Suspect) -> Explanation | None:
+    """Replicas that were equal at the start are not any more, without their gradients being told apart."""
+    gradients_differ = "gradients" in suspect.evidence
+    return None if suspect.where.get("phase") == "start" or gradients_differ else Explanation("replica_drift", 0.0)
+
+
+def _wrong_group(suspect: Suspect) -> Explanation | None:
+    return Explanation("wrong_group", 0.0)
+
+
+def _fused(suspect: Suspect) -> Explanation | None:
+    """The module before was cut block by block, and its output is then read in another order."""
+    return Explanation("fused_blocks_interleaved", 0.0) if "fused_blocks" in suspect.evidence else None
+
+
+def _norm_is_local(suspect: Suspect) -> Explanation | None:
+    """The squares of the ranks' norms add up to that of the expected norm."""
+    total = sum(float(part) ** 2 for part in suspect.parts) ** 0.5
+    different = max(suspect.parts) - min(suspect.parts) > suspect.allowed_error
+    return _number("norm_is_local", total, suspect) if different else None
+
+
+def _number(slug: str, explained: float, suspect: Suspect) -> Explanation | None:
+    error = abs(explained - suspect.expected)
+    return Explanation(slug, error / suspect.expected) if error <= suspect.allowed_error else None
+
+
+def _holds(slug: str, explained: torch.Tensor, suspect: Suspect) -> Explanation | None:
+    if suspect.expected is None:
+        return None
+    expected = suspect.expected.double()
+    if explained.shape != expected.shape:
+        return None
+    norm = float(torch.linalg.vector_norm(expected))
+    error = float(torch.linalg.vector_norm(explained - expected))
+    explains = error <= suspect.allowed_error or (norm > 0 and error <= _EXACT * suspect.observed * norm)
+    return Explanation(slug, error / norm if norm else error) if explains else None
+
+
+_TESTS: dict[str, tuple[Callable[[Suspect], Explanation | None], ...]] = {
+    "activation": (
+        _fused,
+        _sum_of_ranks("missing_reduce"),
+        _scaled("duplicate_reduce", lambda tp: tp),
+        _scaled("mean_instead_of_sum", lambda tp: 1 / tp),
+    ),
+    "gradient": (
+        _missing,
+        _sum_of_ranks("partial_gradient_on_replica"),
+        _scaled("gradient_scaled", lambda tp: tp),
+        _scaled("gradient_scaled", lambda tp: 1 / tp),
+    ),
+    "norm": (_norm_is_local,),
+    "replica": (_sum_of_ranks("partial_gradient_on_replica"), _drift),
+    "group": (_wrong_group,),
+    "sharding": (_no_shard,),
+}

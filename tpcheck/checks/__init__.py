@@ -1,0 +1,35 @@
+"""The named questions that a run answers, and the order in which they are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tpcheck.checks.gradients import gradients_match_reference
+from tpcheck.checks.groups import groups_match_topology
+from tpcheck.checks.norms import gradient_norm_matches_reference
+from tpcheck.checks.outcome import CheckOutcome
+from tpcheck.checks.outputs import outputs_match_reference
+from tpcheck.checks.replicas import replicas_agree_after, replicas_agree_at_start
+from tpcheck.checks.sharding import parameters_are_sharded
+from tpcheck.checks.updates import updates_match_reference
+from tpcheck.checks.weights import weights_match_reference
+from tpcheck.records import Evidence
+
+__all__ = ["CHECK_NAMES", "START_CHECKS", "STEP_CHECKS", "CheckOutcome"]
+
+START_CHECKS: dict[str, Callable[[Evidence], CheckOutcome]] = {
+    "groups_match_topology": groups_match_topology,
+    "parameters_are_sharded": parameters_are_sharded,
+    "weights_match_reference": weights_match_reference,
+    "replicas_agree": replicas_agree_at_start,
+}
+
+STEP_CHECKS: dict[str, Callable[[Evidence, int], CheckOutcome]] = {
+    "outputs_match_reference": outputs_match_reference,
+    "gradients_match_reference": gradients_match_reference,
+    "gradient_norm_matches_reference": gradient_norm_matches_reference,
+    "updates_match_reference": updates_match_reference,
+    "replicas_agree": replicas_agree_after,
+}
+
+CHECK_NAMES = tuple(dict.fromkeys([*START_CHECKS, *STEP_CHECKS]))

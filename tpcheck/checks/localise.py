@@ -1,0 +1,43 @@
+"""Where a run first goes wrong: events that are wrong although all that feeds them agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tpcheck.records import TensorKey
+
+
+def first_divergences(events: Sequence[TensorKey], is_wrong: Callable[[TensorKey], bool]) -> list[TensorKey]:
+    """Return the wrong events that nothing wrong feeds, in order.
+
+    What comes out of a module (its outputs; backward, the gradients of its inputs) is fed by what went into it and by
+    all that happened inside. What goes into a module is fed by all that happened before in the module around it.
+
+    Args:
+        events: The events of one phase of one step, in order.
+        is_wrong: Whether an event differs from the reference.
+    """
+    wrong_before: list[TensorKey] = []
+    roots = []
+    for event in events:
+        if is_wrong(event):
+            if not any(_feeds(earlier, event) for earlier in wrong_before):
+                roots.append(event)
+            wrong_before.append(event)
+    return roots
+
+
+def scope_of(event: TensorKey) -> str:
+    """Return the module whose own code made the event: for what went into a module, the one around it."""
+    return event.module if comes_out(event) else event.module.rpartition(".")[0]
+
+
+def comes_out(event: TensorKey) -> bool:
+    """Return whether the event is a result of its module rather than something handed to it."""
+    return event.role == ("output" if event.phase == "forward" else "input")
+
+
+def _feeds(earlier: TensorKey, event: TensorKey) -> bool:
+    """Whether `earlier`, which came first, may have had a part in `event`: both in one scope."""
+    scope = scope_of(event)
+    return not scope or earlier.module == scope or earlier.module.startswith(scope + ".")

@@ -1,0 +1,29 @@
+"""What a check answers: how much it compared, what failed, and what it could not compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from tpcheck.records import Suspect
+
+
+@dataclass(frozen=True, slots=True)
+class CheckOutcome:
+    """Answer of one check, at one step or at the start.
+
+    Attributes:
+        margins: Observed / allowed error of everything compared, by name; 0 for exact agreement.
+        suspects: What failed, the most telling first.
+        missed: What could not be compared and why, by name.
+    """
+
+    margins: Mapping[str, float] = field(default_factory=dict)
+    suspects: tuple[Suspect, ...] = ()
+    missed: Mapping[str, str] = field(default_factory=dict)
+
+
+def named_few(names: Iterable[str], most: int = 8) -> list[str]:
+    """Return the first few names, for the evidence of a finding."""
+    listed = list(names)
+    return listed if len(listed) <= most else [*listed[:most], f"and {len(listed) - most} more"]

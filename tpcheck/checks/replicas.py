@@ -1,0 +1,90 @@
+"""Is what should be replicated bitwise the same on every rank that holds it?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from tpcheck.checks.outcome import CheckOutcome, named_few
+from tpcheck.records import Evidence, Suspect
+
+_Item = tuple[str, str]  # kind (parameter, gradient, buffer) and name
+
+
+def replicas_agree_at_start(evidence: Evidence) -> CheckOutcome:
+    """Compare the replicas of parameters and buffers before the first step. Exact."""
+    return _replicas_agree(evidence, 0, {"phase": "start"})
+
+
+def replicas_agree_after(evidence: Evidence, step: int) -> CheckOutcome:
+    """Compare the replicas of gradients, parameters and buffers after `step`. Exact."""
+    return _replicas_agree(evidence, step + 1, {"phase": "update", "step": step})
+
+
+def _replicas_agree(evidence: Evidence, moment: int, where: dict[str, object]) -> CheckOutcome:
+    if evidence.dp_rank:  # the digests of the whole world are looked at once
+        return CheckOutcome()
+    digests = [facts.digests[moment] for facts in evidence.facts]
+    margins: dict[str, float] = {}
+    wrong: dict[tuple[str, tuple[int, ...]], list[_Item]] = {}
+    for item in dict.fromkeys(item for by_rank in digests for item in by_rank):
+        for axis, group in _replica_groups(evidence, item):
+            margins[f"{item[0]} {item[1]} over {axis}"] = 0.0
+            deviating = _deviating(group, [digests[rank].get(item) for rank in group])
+            if deviating:
+                wrong.setdefault((axis, deviating), []).append(item)
+    suspects = tuple(
+        _suspect(evidence, moment, axis, ranks, items, where) for (axis, ranks), items in wrong.items()
+    )
+    return CheckOutcome(margins, suspects)
+
+
+def _replica_groups(evidence: Evidence, item: _Item) -> Iterator[tuple[str, tuple[int, ...]]]:
+    kind, name = item
+    if kind == "buffer":
+        over_tp = name in evidence.buffers
+    else:
+        over_tp = name in evidence.layouts and evidence.layouts[name].is_replicated
+    for axis in ("tp", "dp"):
+        if evidence.topology.sizes[axis] > 1 and (axis == "dp" or over_tp):
+            for group in evidence.topology.groups(axis):
+                yield axis, group
+
+
+def _deviating(group: tuple[int, ...], digests: list[str | None]) -> tuple[int, ...]:
+    """Return the ranks that differ from the majority; all of them where there is none."""
+    counts = Counter(digests).most_common()
+    if len(counts) == 1:
+        return ()
+    majority = counts[0][0] if counts[0][1] > counts[1][1] else object()
+    return tuple(rank for rank, digest in zip(group, digests, strict=True) if digest != majority)
+
+
+def _suspect(
+    evidence: Evidence, moment: int, axis: str, ranks: tuple[int, ...], items: list[_Item], where: dict[str, object]
+) -> Suspect:
+    kinds = Counter(kind for kind, _ in items)
+    first_kind, first = next((item for item in items if item[0] == "gradient"), items[0])
+    is_gradient = first_kind == "gradient" and axis == "tp" and set(ranks) <= set(evidence.tp_group)
+    steps = evidence.candidate[moment - 1] if is_gradient else ()
+    return Suspect(
+        check="replicas_agree",
+        kind="replica",
+        where={
+            **where,
+            **({"parameter": first} if first_kind != "buffer" else {}),
+            "field": f"{first_kind} {first} over {axis}",
+            "ranks": list(ranks),
+        },
+        observed=float(len(items)),
+        allowed=0.0,
+        evidence={
+            "count_differing": len(items),
+            **{f"{kind}s": count for kind, count in kinds.items()},
+            "also": named_few(f"{kind} {name}" for kind, name in items if (kind, name) != (first_kind, first)),
+        },
+        # What explains a gradient that differs is how it relates to the expected one.
+        expected=evidence.reference[moment - 1].gradients.get(first) if is_gradient else None,
+        parts=tuple(step.gradients[first] for step in steps),
+        replicated=True,
+    )

@@ -1,0 +1,41 @@
+"""Did TP happen at all, and do the shards make up the whole?"""
+
+from __future__ import annotations
+
+from math import prod
+
+from tpcheck.checks.outcome import CheckOutcome, named_few
+from tpcheck.records import Evidence, Suspect
+
+
+def parameters_are_sharded(evidence: Evidence) -> CheckOutcome:
+    """Some parameter must be smaller on each rank, and every sharded one must add up to its full shape. Exact."""
+    if evidence.topology.tp == 1:
+        return CheckOutcome(missed={"parameters_are_sharded": "tp is 1: nothing to shard"})
+    margins = {name: 0.0 for name in evidence.layouts}
+    sharded = [name for name, layout in evidence.layouts.items() if not layout.is_replicated]
+    incomplete = [name for name in sharded if name in evidence.initial and not _makes_whole(evidence, name)]
+    suspects = []
+    if not sharded:
+        suspects.append(_suspect(evidence, len(margins), {"count_total": len(margins)}))
+    if incomplete:
+        details = {"count_differing": len(incomplete), "count_total": len(sharded), "also": named_few(incomplete[1:])}
+        suspects.append(_suspect(evidence, len(incomplete), details, parameter=incomplete[0]))
+    return CheckOutcome(margins, tuple(suspects))
+
+
+def _makes_whole(evidence: Evidence, name: str) -> bool:
+    layout = evidence.layouts[name]
+    held = sum(prod(shape) for shape in layout.local_shapes)
+    return tuple(layout.shape) == tuple(evidence.initial[name].shape) and held >= prod(layout.shape)
+
+
+def _suspect(evidence: Evidence, observed: int, details: dict[str, object], **where: str) -> Suspect:
+    return Suspect(
+        check="parameters_are_sharded",
+        kind="sharding",
+        where={"phase": "start", **where, "ranks": list(evidence.tp_group)},
+        observed=float(observed),
+        allowed=0.0,
+        evidence=details,
+    )

@@ -1,0 +1,35 @@
+"""Are the weights after an optimizer step the reference's?"""
+
+from __future__ import annotations
+
+from tpcheck.checks.outcome import CheckOutcome, named_few
+from tpcheck.checks.parameters import compare_parameters
+from tpcheck.checks.suspects import tensor_suspect
+from tpcheck.compare import frobenius
+from tpcheck.records import Evidence
+
+
+def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
+    """Compare every parameter after `step`. Calibrated; one finding names them all."""
+    compared, missed = compare_parameters(
+        evidence,
+        evidence.reference[step].weights,
+        [part.weights for part in evidence.candidate[step]],
+        lambda name, whole: evidence.tolerance.allowed((step, "weight", name), frobenius(whole)),
+    )
+    wrong = sorted((one for one in compared.values() if not one.found.agrees), key=lambda one: -one.found.margin)
+    suspects = [
+        tensor_suspect(
+            evidence,
+            first.found,
+            check="updates_match_reference",
+            kind="update",
+            where={"phase": "update", "step": step, "module": first.module, "parameter": first.name},
+            expected=first.expected,
+            parts=first.parts,
+            replicated=evidence.layouts[first.name].is_replicated,
+            details={"first_of": len(wrong), "also": named_few(one.name for one in wrong[1:])},
+        )
+        for first in wrong[:1]
+    ]
+    return CheckOutcome({name: one.found.margin for name, one in compared.items()}, tuple(suspects), missed)

@@ -1,0 +1,7 @@
+"""Live models in, records out: hooks, perturbation and precision while a model runs."""
+
+from tpcheck.collect.hooks import ModuleRecorder
+from tpcheck.collect.perturb import perturbed_leaves
+from tpcheck.collect.precision import everything_in_float64
+
+__all__ = ["ModuleRecorder", "everything_in_float64", "perturbed_leaves"]

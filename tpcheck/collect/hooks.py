@@ -1,0 +1,84 @@
+"""Records what goes into and comes out of every module, forward and backward, by hooks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpcheck.collect.tree import named_tensors
+from tpcheck.records.trace import Phase, Role, TensorKey
+
+Sink = Callable[[TensorKey, torch.Tensor], None]
+
+
+class ModuleRecorder:
+    """Hands every floating-point tensor that enters or leaves a module to `sink`, in the order of events.
+
+    The gradient of a tensor is handed over when autograd computes it, so the order of backward events is that of the
+    backward pass. A tensor is handed over as it is: a sink that keeps it must copy it, since modules may change it in
+    place afterwards.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> seen = []
+        >>> with ModuleRecorder(model, lambda key, tensor: seen.append(str(key))):
+        ...     _ = model(torch.ones(1, 2))
+        >>> seen
+        ['model: input 0', '0: input 0', '0: output 0', 'model: output 0']
+    """
+
+    def __init__(self, model: nn.Module, sink: Sink) -> None:
+        self._model = model
+        self._sink = sink
+        self._calls: Counter[str] = Counter()
+        self._open: dict[str, list[int]] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> ModuleRecorder:
+        for name, module in self._model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._after(name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _before(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = self._calls[name]
+            self._calls[name] += 1
+            self._open.setdefault(name, []).append(call)
+            self._record(name, call, "input", (*args, kwargs) if kwargs else args)
+
+        return hook
+
+    def _after(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            calls = self._open.get(name)
+            if calls:  # empty where a backend calls the hook without its pre-hook
+                self._record(name, calls.pop(), "output", output)
+
+        return hook
+
+    def _record(self, name: str, call: int, role: Role, value: Any) -> None:
+        for path, tensor in named_tensors(value):
+            if not tensor.is_floating_point():
+                continue
+            self._sink(_key("forward", name, call, role, path), tensor.detach())
+            if tensor.requires_grad:
+                backward = _key("backward", name, call, role, path)
+                # A default argument: the closure must not see the next tensor's key.
+                self._handles.append(tensor.register_hook(lambda grad, key=backward: self._sink(key, grad.detach())))
+
+
+def _key(phase: Phase, module: str, call: int, role: Role, path: str) -> TensorKey:
+    return TensorKey(phase=phase, module=module, call=call, role=role, path=path)

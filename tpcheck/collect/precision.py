@@ -1,0 +1,43 @@
+"""Float64 everywhere: requests for float32 made inside a model or backend are raised to float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+# Methods that ask for float32 by name rather than by a dtype argument.
+_RAISED = {torch.Tensor.float: torch.Tensor.double}
+
+
+class _RaiseFloat32(TorchFunctionMode):
+    """Models cast to float32 inside (norms, softmax, rotary tables); the cast would be the largest error of a run."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = _RAISED.get(func, func)
+        return func(*(_raised(arg) for arg in args), **{name: _raised(value) for name, value in (kwargs or {}).items()})
+
+
+def _raised(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+@contextmanager
+def everything_in_float64(enabled: bool = True) -> Iterator[None]:
+    """Make float64 the default dtype and the answer to every request for float32, while inside.
+
+    Backward passes run inside it too: on the CPU, autograd calls Python in the thread that asked for them.
+    """
+    if not enabled:
+        yield
+        return
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _RaiseFloat32():
+            yield
+    finally:
+        torch.set_default_dtype(default)

@@ -1,0 +1,41 @@
+"""The tensors inside a module's arguments or outputs, with the path to each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+
+
+def named_tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (path, tensor) for every tensor in nested mappings, sequences and dataclasses; other objects hold none."""
+    if isinstance(value, torch.Tensor):
+        yield path or "0", value
+    else:
+        for name, child in _children(value):
+            yield from named_tensors(child, f"{path}.{name}" if path else name)
+
+
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        yield from ((str(name), child) for name, child in value.items())
+    elif isinstance(value, (list, tuple)):
+        yield from ((str(index), child) for index, child in enumerate(value))
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from ((field.name, getattr(value, field.name)) for field in fields(value))
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Return `value` with `function` applied to its tensors, for a tensor or nested plain tuples, lists and dicts.
+
+    Anything else is returned as it is.
+    """
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(map_tensors(function, child) for child in value)
+    if type(value) is dict:
+        return {name: map_tensors(function, child) for name, child in value.items()}
+    return value

@@ -1,0 +1,74 @@
+"""Everything that the checks look at, for one TP group: both sides of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tpcheck.records.step import Step
+from tpcheck.topology import Topology
+
+Tensor = Any  # a torch.Tensor; this layer does not import torch
+
+
+class Allowance(Protocol):
+    """What error is allowed for a tensor; see `tpcheck.tolerance`."""
+
+    @property
+    def num_replays(self) -> int: ...
+
+    def allowed(self, key: Hashable, expected_norm: float) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RankFacts:
+    """What is small enough to be gathered from every rank of the world.
+
+    Attributes:
+        group_ranks: The live groups that the rank uses, by axis.
+        digests: Of parameters and buffers at the start, and of those and gradients after each step.
+    """
+
+    group_ranks: Mapping[str, tuple[tuple[int, ...], ...]]
+    digests: tuple[Mapping[tuple[str, str], str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Both sides of a run, for one TP group.
+
+    Attributes:
+        topology: Of the world.
+        dp_rank: Which DP replica this TP group is.
+        dtype: Name of the dtype of both sides.
+        initial: The reference's parameters before the first step.
+        initial_parts: Each rank's shard of them, by tp_rank.
+        layouts: How each parameter lies over the TP group (`tpcheck.adapters.Layout`).
+        reference: The reference's steps, for this DP rank.
+        candidate: The candidate's steps: candidate[step][tp_rank].
+        buffers: Names of the reference's buffers.
+        facts: Of every rank of the world.
+        tolerance: What error is allowed.
+    """
+
+    topology: Topology
+    dp_rank: int
+    dtype: str
+    initial: Mapping[str, Tensor]
+    initial_parts: tuple[Mapping[str, Tensor], ...]
+    layouts: Mapping[str, Any]
+    reference: tuple[Step, ...]
+    candidate: tuple[tuple[Step, ...], ...]
+    buffers: tuple[str, ...]
+    facts: tuple[RankFacts, ...]
+    tolerance: Allowance
+
+    @property
+    def tp_group(self) -> tuple[int, ...]:
+        """Global ranks of this TP group."""
+        return self.topology.groups("tp")[self.dp_rank]
+
+    def ranks(self, tp_ranks: tuple[int, ...]) -> list[int]:
+        """Return the global ranks of some tp_ranks of this group."""
+        return [self.tp_group[tp_rank] for tp_rank in tp_ranks]

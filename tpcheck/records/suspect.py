@@ -1,0 +1,38 @@
+"""A tensor that failed a check, with the numbers that a cause can be tested on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Tensor = Any  # a torch.Tensor; this layer does not import torch
+
+Kind = Literal["activation", "gradient", "weight", "update", "norm", "replica", "group", "sharding"]
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A failed comparison before its cause is looked for.
+
+    Attributes:
+        check, where, observed, allowed, evidence: As in `Finding`.
+        kind: What sort of tensor this is.
+        expected: The reference's whole tensor, where there is one.
+        parts: Each rank's part, by tp_rank; None where a rank has none.
+        replicated: Whether every rank should hold the whole tensor.
+        fused: Whether the tensor is cut block by block and only read in another order afterwards.
+        allowed_error: Largest absolute Frobenius error that passes.
+    """
+
+    check: str
+    where: Mapping[str, Any]
+    observed: float
+    allowed: float
+    kind: Kind
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    expected: Tensor = None
+    parts: tuple[Tensor, ...] = ()
+    replicated: bool = False
+    fused: bool = False
+    allowed_error: float = 0.0

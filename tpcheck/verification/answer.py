@@ -1,0 +1,67 @@
+"""Asks every check of the evidence of one TP group, and the causes of what fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tpcheck.causes import explain
+from tpcheck.checks import START_CHECKS, STEP_CHECKS, CheckOutcome
+from tpcheck.records import Evidence, Finding, Suspect
+
+
+@dataclass(frozen=True, slots=True)
+class CheckAnswer:
+    """What one check said at one moment: `step` is -1 for the start."""
+
+    check: str
+    step: int
+    margins: Mapping[str, float]
+    findings: tuple[Finding, ...]
+    missed: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupAnswer:
+    """All that the checks said of one TP group, in the order in which they were asked.
+
+    Attributes:
+        answers: One for each check and moment.
+        last_step: The last step that was compared: after a step with findings, nothing later means anything.
+    """
+
+    answers: tuple[CheckAnswer, ...] = field(default_factory=tuple)
+    last_step: int = -1
+
+
+def answer(evidence: Evidence, checks: Sequence[str]) -> GroupAnswer:
+    """Ask the named checks, step by step until one fails."""
+    answers = [_ask(name, -1, check(evidence)) for name, check in START_CHECKS.items() if name in checks]
+    last_step = -1
+    for step in range(len(evidence.reference)):
+        last_step = step
+        of_step = [_ask(name, step, check(evidence, step)) for name, check in STEP_CHECKS.items()]
+        answers.extend(one for one in of_step if one.check in checks)
+        if any(one.findings for one in of_step):
+            break
+    return GroupAnswer(tuple(answers), last_step)
+
+
+def _ask(check: str, step: int, outcome: CheckOutcome) -> CheckAnswer:
+    findings = tuple(_finding(suspect) for suspect in outcome.suspects)
+    return CheckAnswer(check, step, outcome.margins, findings, outcome.missed)
+
+
+def _finding(suspect: Suspect) -> Finding:
+    explanation = explain(suspect)
+    evidence = dict(suspect.evidence)
+    if explanation is not None:
+        evidence["cause_error"] = explanation.error
+    return Finding(
+        check=suspect.check,
+        where=suspect.where,
+        observed=suspect.observed,
+        allowed=suspect.allowed,
+        cause=explanation.cause if explanation is not None else None,
+        evidence=evidence,
+    )

@@ -1,0 +1,61 @@
+"""The batch that each DP rank trains on at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpcheck.errors import UsageError
+from tpcheck.verification.request import Request
+
+BATCH_SIZE = 2
+SEQUENCE_LENGTH = 16
+
+Batch = dict[str, Any]
+
+
+def batches(request: Request, model: nn.Module, dp: int, device: torch.device) -> list[list[Batch]]:
+    """Return the batch of every step and DP rank, as batches[step][dp_rank].
+
+    Raises:
+        UsageError: The batch cannot be cut over DP, or none can be made up for this model.
+    """
+    return [[_batch(request, model, step, dp_rank, dp, device) for dp_rank in range(dp)] for step in range(request.steps)]
+
+
+def batch_size(batch: Mapping[str, Any]) -> int:
+    """Return how many samples a batch holds: the first dim of its first tensor."""
+    return next((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), 1)
+
+
+def _batch(request: Request, model: nn.Module, step: int, dp_rank: int, dp: int, device: torch.device) -> Batch:
+    if callable(request.batch):
+        batch = dict(request.batch({"dp": dp_rank, "tp": 0}, step))
+    elif request.batch is not None:
+        batch = {name: _rows(name, value, dp_rank, dp, request) for name, value in request.batch.items()}
+    else:
+        batch = _synthetic_tokens(model, torch.Generator().manual_seed((request.seed * 1000 + step) * 1000 + dp_rank))
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def _rows(name: str, value: Any, dp_rank: int, dp: int, request: Request) -> Any:
+    assert isinstance(request.batch, Mapping)
+    size = batch_size(request.batch)
+    if not isinstance(value, torch.Tensor) or not value.dim() or len(value) != size:
+        return value
+    if size % dp:
+        raise UsageError(f"batch[{name!r}].shape", tuple(value.shape), f"a first dim that dp={dp} divides")
+    return value.chunk(dp)[dp_rank]
+
+
+def _synthetic_tokens(model: nn.Module, generator: torch.Generator) -> Batch:
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocab_size = getattr(text_config, "vocab_size", None)
+    if not isinstance(vocab_size, int):
+        raise UsageError("batch", None, "a dict or a callable: this model has no config.vocab_size to draw tokens from")
+    tokens = torch.randint(0, vocab_size, (BATCH_SIZE, SEQUENCE_LENGTH), generator=generator)
+    return {"input_ids": tokens, "labels": tokens.clone()}

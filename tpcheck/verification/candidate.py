@@ -1,0 +1,106 @@
+"""Trains the sharded model on this rank and records what it made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tpcheck.adapters import Backend, Candidate, Layout, TrainingOptions
+from tpcheck.adapters.protocols import RankLike
+from tpcheck.collect import ModuleRecorder
+from tpcheck.collect.digest import digest
+from tpcheck.errors import BackendError, TpcheckError
+from tpcheck.records import Step, TensorKey
+from tpcheck.verification.batches import Batch
+from tpcheck.verification.loss import loss_of
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateRun:
+    """What one rank's sharded model was and did.
+
+    Attributes:
+        initial: This rank's shard of each parameter before the first step.
+        initial_digests: Digests of parameters and buffers before the first step.
+        layouts: How each parameter lies over the TP group.
+        group_ranks: The live groups that this rank uses, by axis.
+        steps: What each training step made.
+    """
+
+    initial: Mapping[str, torch.Tensor]
+    initial_digests: Mapping[tuple[str, str], str]
+    layouts: Mapping[str, Layout]
+    group_ranks: Mapping[str, tuple[tuple[int, ...], ...]]
+    steps: tuple[Step, ...]
+
+
+def run_candidate(
+    backend: Backend,
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Batch],
+    rank: RankLike,
+    options: TrainingOptions,
+) -> CandidateRun:
+    """Shard `model`, train it on this DP rank's batches, and return copies of everything that is compared.
+
+    Args:
+        names: Names of the reference's parameters.
+
+    Raises:
+        BackendError: The backend crashed; with its own message and where it happened.
+    """
+    with _blamed_on(backend, "sharding the model"):
+        candidate = backend.shard(model, rank, options)
+        known = dict(candidate.module.named_parameters(remove_duplicate=False))
+        names = [name for name in names if name in known]
+        initial = {name: candidate.parameter(name) for name in names}
+        digests = _digests("parameter", initial) | _buffer_digests(candidate.module)
+        layouts = candidate.layouts()
+        group_ranks = candidate.group_ranks()
+    steps = tuple(_step(backend, candidate, names, index, batch) for index, batch in enumerate(batches))
+    return CandidateRun(initial, digests, layouts, group_ranks, steps)
+
+
+def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: int, batch: Batch) -> Step:
+    activations: dict[TensorKey, torch.Tensor] = {}
+
+    def keep(key: TensorKey, tensor: torch.Tensor) -> None:
+        activations[key] = tensor.clone()
+
+    with ModuleRecorder(candidate.module, keep):
+        with _blamed_on(backend, f"forward of step {index}"):
+            output = candidate.forward(batch)
+        loss = loss_of(output)
+        with _blamed_on(backend, f"backward of step {index}"):
+            candidate.backward(loss)
+    with _blamed_on(backend, f"step {index}"):
+        gradients = {name: candidate.gradient(name) for name in names}
+        candidate.step()
+        weights = {name: candidate.parameter(name) for name in names}
+        norm = candidate.gradient_norm()
+    present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    digests = _digests("gradient", present) | _digests("parameter", weights) | _buffer_digests(candidate.module)
+    return Step(activations, gradients, weights, norm, float(loss.detach()), digests)
+
+
+def _digests(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, str], str]:
+    return {(kind, name): digest(tensor) for name, tensor in tensors.items()}
+
+
+def _buffer_digests(module: nn.Module) -> dict[tuple[str, str], str]:
+    return _digests("buffer", dict(module.named_buffers()))
+
+
+@contextmanager
+def _blamed_on(backend: Backend, phase: str) -> Iterator[None]:
+    try:
+        yield
+    except TpcheckError:
+        raise
+    except Exception as error:
+        raise BackendError(f"{backend.name}, {phase}: {type(error).__name__}: {error}") from error
