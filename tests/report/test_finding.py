@@ -1,0 +1,132 @@
+"""Every finding answers: what differs, where, by how much, why, and how to see it again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.report.examples import GRADIENT, GROUPS, NORM, OUTPUT, REPLICAS, SHAPE, SUBJECT, WEIGHT
+from tpcheck.records import Finding
+from tpcheck.report.finding import finding_lines, place
+from tpcheck.report.lines import as_text
+
+
+def text(finding: Finding) -> str:
+    return as_text(finding_lines(finding, SUBJECT))
+
+
+def test_a_calibrated_finding() -> None:
+    assert (
+        text(GRADIENT)
+        == """\
+gradients_match_reference  model.layers.0.self_attn.q_norm.weight
+  where     deepspeed, tp=2, backward of step 0; first wrong tensor of 46; inputs of the module agree
+  observed  relative error 8.3e-01 (largest 3.1e-02 at [5]) on ranks 0, 1
+  allowed   4.1e-13 (float64, 8 perturbed replays); margin 2.0e+12
+  cause     partial_gradient_on_replica: the sum of the ranks' gradients equals the expected one to 3.9e-16
+  again     tpcheck verify qwen3 --tp 2 --seed 0
+"""
+    )
+
+
+def test_a_finding_that_is_not_finite() -> None:
+    assert (
+        text(OUTPUT)
+        == """\
+outputs_match_reference  (the whole model) loss
+  where     deepspeed, tp=2, forward of step 1; inputs of the module differ already
+  observed  relative error inf (largest nan) on rank 1
+  allowed   1.0e-13 (bfloat16, 1 perturbed replay); margin inf
+  cause     not_finite: some elements are infinite or not a number
+"""
+    )
+
+
+def test_a_gradient_norm() -> None:
+    assert (
+        text(NORM)
+        == """\
+gradient_norm_matches_reference
+  where     deepspeed, tp=2, optimizer step 1
+  observed  norm 1 and 1.5, expected 1: relative error 5.0e-01 on rank 1
+  allowed   1.0e-13 (float64, 8 perturbed replays); margin 5.0e+12
+  cause     unknown: no known cause passes its test
+"""
+    )
+
+
+def test_replicas_that_drifted_apart() -> None:
+    assert (
+        text(REPLICAS)
+        == """\
+replicas_agree  gradient q.weight over tp
+  where     deepspeed, tp=2, optimizer step 0
+  observed  2 tensors differ on ranks 0, 1
+  allowed   0 (this check is exact)
+  cause     replica_drift: the replicas were equal and have drifted apart
+  also      parameter q.weight
+  evidence  gradients 1, parameters 1
+"""
+    )
+
+
+def test_a_weight_that_differs_on_many_ranks() -> None:
+    assert (
+        text(WEIGHT)
+        == """\
+weights_match_reference  lm_head.weight
+  where     deepspeed, tp=2, dp rank 1, before the first step
+  observed  1 of 128 elements differs (largest 5.0e-01 at [0, 3]) on ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more
+  allowed   0 (this check is exact)
+  cause     unknown: no known cause passes its test
+"""
+    )
+
+
+def test_a_weight_of_another_shape() -> None:
+    assert (
+        text(SHAPE)
+        == """\
+weights_match_reference  lm_head.weight
+  where     deepspeed, tp=2, before the first step
+  observed  shape [32, 64], expected [64, 64] at [3]
+  allowed   0 (this check is exact)
+  cause     unknown: no known cause passes its test
+  note      rank 0 alone holds it
+"""
+    )
+
+
+def test_a_group_that_stands_elsewhere() -> None:
+    assert (
+        text(GROUPS)
+        == """\
+groups_match_topology  tp group
+  where     deepspeed, tp=2, before the first step
+  observed  1 group differs on rank 2
+  allowed   0 (this check is exact)
+  cause     wrong_group: a reduction over another group gives the actual tensor
+  evidence  live [[0, 2]], declared [[2, 3]]
+"""
+    )
+
+
+def test_many_wrong_tensors_are_named_up_to_a_few() -> None:
+    many = replace(REPLICAS, evidence={"also": [f"t{number}" for number in range(12)]})
+    assert "  also      t0, t1, t2, t3, t4, t5, t6, t7, t8 and 3 more\n" in text(many)
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ({"module": "model.norm"}, "model.norm"),
+        ({"module": ""}, "(the whole model)"),
+        ({"module": "model.norm", "parameter": "weight"}, "model.norm.weight"),
+        ({"module": "model.norm", "parameter": "model.norm.weight"}, "model.norm.weight"),
+        ({"field": "input_ids"}, "input_ids"),
+        ({}, ""),
+    ],
+)
+def test_the_place_is_the_full_name_of_the_tensor(where: dict[str, str], expected: str) -> None:
+    assert place(replace(GRADIENT, where=where)) == expected

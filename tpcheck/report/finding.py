@@ -1,0 +1,113 @@
+"""A finding as text: what differs, where, by how much, why, and how to see it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tpcheck.records import Finding
+from tpcheck.report import causes, words
+from tpcheck.report.lines import Line, labelled
+
+_ALSO_SHOWN = 9  # checks name eight, and how many more there are
+# What the number counts where a check is exact, and what is said of it.
+_COUNTED = {
+    "batches_differ_across_dp": ("sample", "is the same", "are the same"),
+    "groups_match_topology": ("group", "differs", "differ"),
+    "parameters_are_sharded": ("parameter", "is wrong", "are wrong"),
+    "replicas_agree": ("tensor", "differs", "differ"),
+}
+_COUNTED_BY_DEFAULT = ("element", "differs", "differ")
+# Evidence that has a phrase of its own; what a check adds beside it is shown by name.
+_PHRASED = {
+    *("largest", "largest_at", "replays", "dtype", "first_of", "inputs_agree", "cause_error", "also", "note"),
+    *("shape_actual", "shape_expected", "count_differing", "count_total", "norm_actual", "norm_expected"),
+}
+
+
+def finding_lines(finding: Finding, subject: Mapping[str, Any]) -> Iterator[Line]:
+    """Yield the lines of one finding; `subject` says what was run."""
+    yield Line(((finding.check, "bold red"), (f"  {place(finding)}", "bold")))
+    yield from labelled("where", _where(finding, subject))
+    yield from labelled("observed", _observed(finding))
+    yield from labelled("allowed", _allowed(finding))
+    yield from labelled("cause", _cause(finding), "yellow" if finding.cause else "")
+    if finding.evidence.get("also"):
+        yield from labelled("also", words.few(finding.evidence["also"], _ALSO_SHOWN))
+    if finding.evidence.get("note"):
+        yield from labelled("note", str(finding.evidence["note"]))
+    other = {key: value for key, value in finding.evidence.items() if key not in _PHRASED}
+    if other:
+        yield from labelled("evidence", words.pairs(other))
+    if finding.again:
+        yield from labelled("again", finding.again, "cyan")
+
+
+def place(finding: Finding) -> str:
+    """Return the name of the tensor that differs."""
+    module, parameter, field = (finding.where.get(key) for key in ("module", "parameter", "field"))
+    if parameter and module and not str(parameter).startswith(f"{module}."):
+        named = f"{module}.{parameter}"
+    else:
+        named = parameter or ("(the whole model)" if module == "" else module) or ""
+    return f"{named} {field}".strip() if field and str(named) not in str(field) else str(field or named)
+
+
+def _where(finding: Finding, subject: Mapping[str, Any]) -> str:
+    evidence = finding.evidence
+    dp_rank = finding.where.get("dp_rank")
+    replica = [] if dp_rank is None else [f"dp rank {dp_rank}"]
+    parts = [", ".join(part for part in [*words.layout(subject), *replica, words.phase(finding.where)] if part)]
+    if evidence.get("first_of"):
+        parts.append(f"first wrong tensor of {evidence['first_of']}")
+    if evidence.get("inputs_agree") is not None:
+        parts.append("inputs of the module " + ("agree" if evidence["inputs_agree"] else "differ already"))
+    return "; ".join(part for part in parts if part)
+
+
+def _observed(finding: Finding) -> str:
+    evidence, where = finding.evidence, finding.where
+    text = _amount(finding)
+    if evidence.get("largest") is not None:
+        at = evidence.get("largest_at", where.get("index"))
+        text += f" (largest {words.error(evidence['largest'])}" + ("" if at is None else f" at {words.index(at)}") + ")"
+    elif where.get("index") is not None:
+        text += f" at {words.index(where['index'])}"
+    if where.get("ranks"):
+        text += f" on {words.ranks(where['ranks'])}"
+    return text
+
+
+def _amount(finding: Finding) -> str:
+    evidence = finding.evidence
+    if "shape_actual" in evidence and evidence["shape_actual"] != evidence.get("shape_expected"):
+        return f"shape {_shape(evidence['shape_actual'])}, expected {_shape(evidence.get('shape_expected'))}"
+    if "norm_actual" in evidence:
+        norms = f"norm {words.numbers(evidence['norm_actual'])}, expected {words.numbers(evidence['norm_expected'])}"
+        return f"{norms}: relative error {words.error(finding.observed)}"
+    if finding.allowed:
+        return f"relative error {words.error(finding.observed)}"
+    noun, one, many = _COUNTED.get(finding.check, _COUNTED_BY_DEFAULT)
+    number, total = evidence.get("count_differing", finding.observed), evidence.get("count_total")
+    counted = words.count(number, noun) if total is None else f"{number:g} of {words.count(total, noun)}"
+    return f"{counted} {one if number == 1 else many}"
+
+
+def _allowed(finding: Finding) -> str:
+    if not finding.allowed:
+        return "0 (this check is exact)"
+    dtype, replays = finding.evidence.get("dtype"), finding.evidence.get("replays")
+    source = [*([str(dtype)] if dtype else []), *([words.count(replays, "perturbed replay")] if replays else [])]
+    return (
+        f"{words.error(finding.allowed)}{' (' + ', '.join(source) + ')' if source else ''}; margin {finding.margin:.1e}"
+    )
+
+
+def _cause(finding: Finding) -> str:
+    if finding.cause is None:
+        return "unknown: no known cause passes its test"
+    return causes.sentence(finding.cause, finding.evidence.get("cause_error"))
+
+
+def _shape(shape: Any) -> str:
+    return "none" if shape is None else str(list(shape))

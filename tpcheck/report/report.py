@@ -1,0 +1,80 @@
+"""All answers of one run, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tpcheck.errors import BackendError, Mismatch
+from tpcheck.records import Finding, Verdict
+from tpcheck.report.data import as_data
+from tpcheck.report.junit import as_junit
+from tpcheck.report.lines import as_rich, as_text
+from tpcheck.report.text import FINDINGS_SHOWN, verdict_lines
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run found.
+
+    Example:
+        >>> report = Report(Verdict("skipped", {"family": "llama"}, {}, message="two ranks need two GPUs"))
+        >>> report.passed, report.findings
+        (False, ())
+        >>> print(report.to_text(), end="")
+        skipped  llama
+        <BLANKLINE>
+        Nothing was run:
+          two ranks need two GPUs
+        <BLANKLINE>
+          seconds   0.0
+    """
+
+    verdict: Verdict
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check ran and agreed; a skipped run has not passed."""
+        return self.verdict.verdict == "passed"
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        return self.verdict.findings
+
+    def to_text(self, *, findings: int | None = FINDINGS_SHOWN) -> str:
+        """Return plain text that can be pasted into an issue, with at most so many findings; None shows all."""
+        return as_text(verdict_lines(self.verdict, findings_shown=findings))
+
+    def to_data(self) -> dict[str, Any]:
+        """Return the report as plain JSON values, schema 1."""
+        return as_data(self.verdict)
+
+    def to_json(self) -> str:
+        """Return the report as a JSON text, schema 1."""
+        return json.dumps(self.to_data(), indent=2, allow_nan=False) + "\n"
+
+    def to_junit(self) -> str:
+        """Return the report as JUnit XML, one test case for each check."""
+        return as_junit([self.verdict])
+
+    def raise_if_failed(self) -> None:
+        """Raise what the verdict says, if it says anything.
+
+        Raises:
+            Mismatch: A check failed.
+            BackendError: The system under test crashed.
+        """
+        if self.verdict.verdict == "failed":
+            raise Mismatch(self.to_text(), self)
+        if self.verdict.verdict == "error":
+            raise BackendError(self.to_text())
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def __rich__(self) -> Text:
+        return as_rich(verdict_lines(self.verdict))

@@ -1,0 +1,87 @@
+"""A whole verdict as text: its head, its findings, every check that ran, and what could not be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from tpcheck.records import CheckResult, Coverage, Verdict
+from tpcheck.report import words
+from tpcheck.report.finding import finding_lines
+from tpcheck.report.lines import Line, labelled, plain
+
+FINDINGS_SHOWN = 5
+_NAMES_SHOWN = 3
+_STYLES = {"passed": "bold green", "failed": "bold red", "error": "bold magenta", "skipped": "bold yellow"}
+_MESSAGE_HEADS = {"error": "The system under test crashed. Its own message:", "skipped": "Nothing was run:"}
+
+
+def verdict_lines(verdict: Verdict, *, findings_shown: int | None = FINDINGS_SHOWN) -> Iterator[Line]:
+    """Yield the lines of a verdict; `findings_shown` None shows all of them."""
+    yield _head(verdict)
+    if verdict.message:
+        yield from _message(verdict)
+    shown = verdict.findings[:findings_shown]
+    for finding in shown:
+        yield Line()
+        yield from finding_lines(finding, verdict.subject)
+    rest = len(verdict.findings) - len(shown)
+    if rest:
+        yield Line()
+        yield plain(f"and {rest} more; --json has them all", "dim")
+    if verdict.checks:
+        yield Line()
+        yield from _checks(verdict.checks, {finding.check for finding in verdict.findings})
+    yield Line()
+    yield from _foot(verdict)
+
+
+def _head(verdict: Verdict) -> Line:
+    options = ", ".join(words.options(verdict.subject))
+    return Line(
+        (
+            (verdict.verdict, _STYLES[verdict.verdict]),
+            (f"  {words.name(verdict.subject)}", "bold"),
+            (f"  {options}", ""),
+        )
+    )
+
+
+def _message(verdict: Verdict) -> Iterator[Line]:
+    yield Line()
+    yield plain(_MESSAGE_HEADS.get(verdict.verdict, "Note:"))
+    for line in (verdict.message or "").strip("\n").splitlines():
+        yield plain(f"  {line}")
+
+
+def _checks(checks: Sequence[CheckResult], failed: set[str]) -> Iterator[Line]:
+    width = max(len(check.check) for check in checks)
+    yield plain(f"  {'check':<{width}}  {'verdict':<7}  {'compared':>8}  {'worst margin':>12}  at", "dim")
+    for check in checks:
+        name, style = ("failed", "red") if check.check in failed else ("passed", "green")
+        if not check.compared and check.check not in failed:
+            name, style = "nothing", "yellow"  # a check with nothing to compare has not passed
+        margin = words.margin(check.worst_margin) if check.compared else ""
+        yield Line(
+            (
+                (f"  {check.check:<{width}}  ", ""),
+                (f"{name:<7}", style),
+                (f"  {check.compared:>8}  {margin:>12}  {check.worst_at or ''}", ""),
+            )
+        )
+
+
+def _foot(verdict: Verdict) -> Iterator[Line]:
+    if verdict.coverage.total:
+        yield from labelled("coverage", "\n".join(_coverage(verdict.coverage)))
+    versions = ", ".join(f"{package} {version}" for package, version in sorted(verdict.environment.items()))
+    if versions:
+        yield from labelled("versions", versions)
+    yield from labelled("seconds", f"{verdict.seconds:.1f}")
+
+
+def _coverage(coverage: Coverage) -> Iterator[str]:
+    yield f"{coverage.compared} of {words.count(coverage.total, 'tensor')} compared"
+    missed = sorted(coverage.missed.items(), key=lambda item: (item[1], item[0]))
+    for reason, group in groupby(missed, key=lambda item: item[1]):
+        yield f"not compared, {reason}: {words.few([name for name, _ in group], _NAMES_SHOWN)}"

@@ -1,0 +1,106 @@
+"""Numbers, places and subjects as short phrases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+_RANKS_SHOWN = 8
+_PHASES = {"start": "before the first step", "step": "optimizer step {step}", "update": "optimizer step {step}"}
+_SUBJECT_PARTS = ("family", "backend", "tp", "dp", "zero", "zero_stage", "dtype", "steps", "seed", "settings")
+
+
+def error(value: float) -> str:
+    """Return a relative error or a tolerance: `8.3e-01`."""
+    return f"{value:.1e}" if value else "0"
+
+
+def margin(value: float) -> str:
+    """Return a margin: `0.113`, `2.0e+12`, `inf`."""
+    if not isfinite(value):
+        return str(value)
+    return f"{value:.3g}" if value == 0 or 1e-3 <= value < 1e3 else f"{value:.1e}"
+
+
+def count(number: float, noun: str) -> str:
+    """Return `1 step` or `2 steps`."""
+    return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
+
+
+def numbers(values: float | Sequence[float]) -> str:
+    """Return one number, or several with those that are the same said once: `1.25`, `1.25 and 1.5`."""
+    listed = values if isinstance(values, Sequence) else [values]
+    return " and ".join(dict.fromkeys(f"{value:.6g}" for value in listed))
+
+
+def few(names: Sequence[str], most: int) -> str:
+    """Return the first names of a list, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def ranks(listed: Sequence[int]) -> str:
+    """Return `rank 0`, `ranks 0, 1`, or the first few of many."""
+    return ("rank " if len(listed) == 1 else "ranks ") + few([str(rank) for rank in listed], _RANKS_SHOWN)
+
+
+def index(position: Any) -> str:
+    """Return where an element stands: `[5]`, `[0, 3]`."""
+    return str(list(position)) if isinstance(position, (list, tuple)) else f"[{position}]"
+
+
+def phase(where: Mapping[str, Any]) -> str:
+    """Return when it happened: `backward of step 0`."""
+    name, step = where.get("phase"), where.get("step")
+    if name is None:
+        return "" if step is None else f"step {step}"
+    template = _PHASES.get(name, f"{name} of step {{step}}")
+    return name if step is None and "{step}" in template else template.format(step=step)
+
+
+def layout(subject: Mapping[str, Any]) -> list[str]:
+    """Return what shards and how: `deepspeed`, `tp=2`; axes of one rank and ZeRO 0 go without saying."""
+    zero = subject.get("zero", subject.get("zero_stage"))
+    return [
+        *([str(subject["backend"])] if subject.get("backend") else []),
+        *([f"tp={subject['tp']}"] if "tp" in subject else []),
+        *([f"dp={subject['dp']}"] if subject.get("dp", 1) != 1 else []),
+        *([f"zero={zero}"] if zero else []),
+    ]
+
+
+def options(subject: Mapping[str, Any]) -> list[str]:
+    """Return every part of the subject but its name, the well-known ones first; what is unset goes without saying."""
+    return [
+        *layout(subject),
+        *([str(subject["dtype"])] if subject.get("dtype") else []),
+        *([count(subject["steps"], "step")] if isinstance(subject.get("steps"), int) else []),
+        *([f"seed {subject['seed']}"] if "seed" in subject else []),
+        *(_option(key, value) for key, value in (subject.get("settings") or {}).items()),
+        *(_option(key, value) for key, value in subject.items() if key not in _SUBJECT_PARTS and value),
+    ]
+
+
+def _option(key: str, value: Any) -> str:
+    return key if value is True else f"{key}={_plain(value)}"
+
+
+def name(subject: Mapping[str, Any]) -> str:
+    """Return what was run, in a word."""
+    return str(subject.get("family") or subject.get("model") or subject.get("subject") or "model")
+
+
+def pairs(values: Mapping[str, Any]) -> str:
+    """Return evidence that has no phrase of its own: `key value, key value`."""
+    return ", ".join(f"{key} {_plain(value)}" for key, value in values.items())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_plain(inner) for inner in value) + "]"
+    return str(value)
