@@ -29,14 +29,17 @@ class Tolerance:
     num_replays: int
     deviations: Mapping[Hashable, float]
 
-    def allowed(self, key: Hashable, expected_norm: float) -> float:
+    def allowed(self, key: Hashable, largest: float) -> float:
         """Return the largest Frobenius error of this tensor that passes.
 
-        No result can be told apart below its own unit roundoff, eps / 2, however still the replays stood; a tensor
-        with infinities or the dtype's largest values in it (a mask) has no such floor.
+        However still the replays stood, one element may always round to a neighbour, eps times its size away.
+
+        Args:
+            key: Which tensor.
+            largest: Largest absolute element of the expected tensor; infinite ones (masks) do not count.
         """
-        roundoff = self.eps / 2 * expected_norm
-        return SAFETY * max(self.deviations.get(key, 0.0), roundoff if isfinite(roundoff) else 0.0)
+        neighbour = self.eps * largest
+        return SAFETY * max(self.deviations.get(key, 0.0), neighbour if isfinite(neighbour) else 0.0)
 
 
 def largest_deviations(measured: list[Mapping[Hashable, float]]) -> dict[Hashable, float]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tpcheck.compare import Difference, Placed, compare_placed, frobenius, frobenius_distance, place
+from tpcheck.compare import Difference, Placed, compare_placed, frobenius_distance, largest_size, place
 from tpcheck.placement import Partial, Placement, Replicate, Shard
 from tpcheck.records import Evidence, TensorKey
 from tpcheck.records.trace import Phase
@@ -53,7 +53,7 @@ def compare_activations(evidence: Evidence, step: int, phase: Phase) -> Compared
             shapes = ", ".join(str(tuple(part.shape)) for part in parts)
             missed[str(key)] = f"the ranks' shapes {shapes} do not make up {tuple(expected.shape)}"
             continue
-        allowed = evidence.tolerance.allowed((step, evidence.dp_rank, key), frobenius(expected))
+        allowed = evidence.tolerance.allowed((step, evidence.dp_rank, key), largest_size(expected))
         compared[key] = ComparedActivation(key, expected, placed, compare_placed(placed, expected, allowed))
     return ComparedActivations(_with_partials(compared), missed)
 

@@ -10,7 +10,7 @@ from tpcheck.checks.outcome import CheckOutcome, named_few
 from tpcheck.checks.outputs import activation_suspect
 from tpcheck.checks.parameters import ComparedParameter, compare_parameters
 from tpcheck.checks.suspects import tensor_suspect
-from tpcheck.compare import frobenius
+from tpcheck.compare import largest_size
 from tpcheck.records import Evidence, Suspect
 
 _CHECK = "gradients_match_reference"
@@ -28,7 +28,7 @@ def gradients_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         evidence,
         evidence.reference[step].gradients,
         [part.gradients for part in evidence.candidate[step]],
-        lambda name, whole: evidence.tolerance.allowed((step, "gradient", name), frobenius(whole)),
+        lambda name, whole: evidence.tolerance.allowed((step, "gradient", name), largest_size(whole)),
     )
     margins = {**backward.margins(), **{name: one.found.margin for name, one in parameters.items()}}
     wrong = [one for one in parameters.values() if not one.found.agrees]
@@ -51,10 +51,11 @@ def _roots(
     rest = [one.name for one in wrong if one.module in fed_wrongly]
     total = len(wrong) + len(wrong_activations)
     suspects = []
+    called = {key.module for key in backward.compared}
     for root in first_divergences(list(backward.compared), wrong_activations.__contains__):
         details = {"first_of": total, "inputs_agree": True, "also": named_few(rest)}
         one = backward.compared[root]
-        suspects.append(activation_suspect(evidence, step, one, _CHECK, details, module=scope_of(root)))
+        suspects.append(activation_suspect(evidence, step, one, _CHECK, details, module=scope_of(root, called)))
     for parameter in own:
         details = {"first_of": total, "inputs_agree": True}
         suspects.append(_parameter_suspect(evidence, step, parameter, details))

@@ -7,7 +7,7 @@ from math import inf
 from typing import Any
 
 from tpcheck.checks.activations import ComparedActivation, ComparedActivations, compare_activations
-from tpcheck.checks.localise import comes_out, first_divergences, scope_of
+from tpcheck.checks.localise import comes_out, first_divergences, is_inside, scope_of
 from tpcheck.checks.outcome import CheckOutcome
 from tpcheck.checks.suspects import tensor_suspect
 from tpcheck.records import Evidence, Suspect, TensorKey
@@ -31,12 +31,13 @@ def outputs_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
 
 
 def activation_suspect(
-    evidence: Evidence, step: int, one: ComparedActivation, check: str, details: dict[str, Any], module: str | None = None
+    evidence: Evidence, step: int, one: ComparedActivation, check: str, details: dict[str, Any], module: str
 ) -> Suspect:
-    """Return the suspect for one activation, laid at the door of `module` (its own by default)."""
-    where: dict[str, Any] = {"phase": one.key.phase, "step": step}
-    where["module"] = one.key.module if module is None else module
-    where["field"] = f"{one.key.role} {one.key.path}"
+    """Return the suspect for one activation, laid at the door of `module`."""
+    field = f"{one.key.role} {one.key.path}"
+    if module != one.key.module:
+        field += f" of {one.key.module}"
+    where = {"phase": one.key.phase, "step": step, "module": module, "field": field}
     return tensor_suspect(
         evidence,
         one.found,
@@ -56,27 +57,26 @@ def _root_suspect(
 ) -> Suspect:
     one = activations.compared[root]
     details: dict[str, Any] = {"first_of": num_wrong, "inputs_agree": True}
-    if comes_out(root):
-        return activation_suspect(evidence, step, one, _CHECK, details)
-    fused = _fused_before(list(activations.compared.values()), root)
+    scope = scope_of(root, {key.module for key in activations.compared})
+    fused = None if comes_out(root) else _fused_before(list(activations.compared.values()), root, scope)
     if fused is not None:
         details["fused_blocks"] = fused.placed.num_blocks
         details["note"] = (
             f"its output agrees block by block, but what {root.module} then reads from it is wrong"
         )
         return activation_suspect(evidence, step, one, _CHECK, details, module=fused.key.module)
-    details["note"] = f"what {root.module} is given is wrong, though all that came before it agrees"
-    return activation_suspect(evidence, step, one, _CHECK, details, module=scope_of(root))
+    if not comes_out(root):
+        details["note"] = f"what {root.module} is given is wrong, though all that came before it agrees"
+    return activation_suspect(evidence, step, one, _CHECK, details, module=scope)
 
 
-def _fused_before(events: Sequence[ComparedActivation], root: TensorKey) -> ComparedActivation | None:
+def _fused_before(events: Sequence[ComparedActivation], root: TensorKey, scope: str) -> ComparedActivation | None:
     """Return the last output cut block by block before `root`, in the module around it: it was read in another order."""
-    scope = scope_of(root)
     found = None
     for one in events:
         if one.key == root:
             break
-        if one.placed.is_fused and one.key.role == "output" and one.key.module.startswith(f"{scope}."):
+        if one.placed.is_fused and one.key.role == "output" and is_inside(one.key.module, scope):
             found = one
     return found
 

@@ -12,16 +12,16 @@ def parameters_are_sharded(evidence: Evidence) -> CheckOutcome:
     """Some parameter must be smaller on each rank, and every sharded one must add up to its full shape. Exact."""
     if evidence.topology.tp == 1:
         return CheckOutcome(missed={"parameters_are_sharded": "tp is 1: nothing to shard"})
-    margins = {name: 0.0 for name in evidence.layouts}
-    sharded = [name for name, layout in evidence.layouts.items() if not layout.is_replicated]
-    incomplete = [name for name in sharded if name in evidence.initial and not _makes_whole(evidence, name)]
+    names = [name for name in evidence.initial if name in evidence.layouts]
+    sharded = [name for name in names if not evidence.layouts[name].is_replicated]
+    incomplete = [name for name in sharded if not _makes_whole(evidence, name)]
     suspects = []
     if not sharded:
-        suspects.append(_suspect(evidence, len(margins), {"count_total": len(margins)}))
+        suspects.append(_suspect(evidence, len(names), {"count_total": len(names)}))
     if incomplete:
         details = {"count_differing": len(incomplete), "count_total": len(sharded), "also": named_few(incomplete[1:])}
         suspects.append(_suspect(evidence, len(incomplete), details, parameter=incomplete[0]))
-    return CheckOutcome(margins, tuple(suspects))
+    return CheckOutcome(dict.fromkeys(names, 0.0), tuple(suspects))
 
 
 def _makes_whole(evidence: Evidence, name: str) -> bool:

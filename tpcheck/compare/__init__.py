@@ -1,7 +1,15 @@
 """Records in, differences out: pure functions on tensors at hand, without processes or live models."""
 
-from tpcheck.compare.difference import Difference, compare_placed, frobenius, frobenius_distance
+from tpcheck.compare.difference import Difference, compare_placed, frobenius_distance, largest_size
 from tpcheck.compare.parameters import compare_parameter
 from tpcheck.compare.placing import Placed, place
 
-__all__ = ["Difference", "Placed", "compare_parameter", "compare_placed", "frobenius", "frobenius_distance", "place"]
+__all__ = [
+    "Difference",
+    "Placed",
+    "compare_parameter",
+    "compare_placed",
+    "frobenius_distance",
+    "largest_size",
+    "place",
+]

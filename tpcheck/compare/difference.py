@@ -105,6 +105,12 @@ def frobenius(tensor: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor.to(torch.float64))) if tensor.numel() else 0.0
 
 
+def largest_size(tensor: torch.Tensor) -> float:
+    """Return the largest absolute finite element; 0 for none."""
+    finite = tensor[tensor.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
 def frobenius_distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the Frobenius norm of the difference of two tensors of one shape; inf where the shapes differ."""
     return frobenius(difference(actual, expected)) if actual.shape == expected.shape else inf
