@@ -1,0 +1,73 @@
+"""The `Rank` of a process that torchrun or srun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from tpcheck.errors import UsageError
+from tpcheck.topology import Topology
+from tpcheck.world.groups import choose_backend, device_of, group_backend
+from tpcheck.world.rank import Rank
+
+_LAUNCHERS = (
+    {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"},  # torchrun, deepspeed
+    {"rank": "SLURM_PROCID", "world_size": "SLURM_NTASKS", "local_rank": "SLURM_LOCALID"},  # srun
+    {"rank": "PROCID", "world_size": "NTASKS", "local_rank": "LOCALID"},
+)
+
+
+def attach(topology: Topology, *, device: str | None = None, backend: str | None = None) -> Rank:
+    """Return this process's rank; initialises the default process group unless the caller has.
+
+    Args:
+        topology: Sizes of the parallel axes; their product is the launcher's world size.
+        device: `cpu`, `cuda`, or None for CUDA where there is a GPU for each local rank.
+        backend: `gloo`, `nccl`, or None for what suits the device.
+
+    Raises:
+        UsageError: No launcher's environment is there, or its world size is another.
+    """
+    place = _place(os.environ)
+    if place["world_size"] != topology.world_size:
+        raise UsageError(
+            "topology", topology, f"one of {place['world_size']} ranks, as many as the launcher has started"
+        )
+    import torch
+    from torch import distributed as dist
+
+    num_local = _number(os.environ, "LOCAL_WORLD_SIZE", default=place["world_size"])
+    num_gpus = torch.cuda.device_count() if device != "cpu" else 0
+    kind = device or ("cuda" if num_gpus >= num_local else "cpu")
+    own_device = device_of(place["local_rank"], kind=kind, num_gpus=max(1, num_gpus))
+    if kind == "cuda":
+        torch.cuda.set_device(torch.device(own_device))
+    if not dist.is_initialized():
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UsageError(name, None, "where rank 0 is to be met; set it beside the launcher's variables")
+        chosen = choose_backend(backend, kind=kind, num_gpus=num_gpus, num_ranks=num_local)
+        dist.init_process_group(group_backend(chosen), rank=place["rank"], world_size=place["world_size"])
+    return Rank(place["rank"], topology, device=own_device)
+
+
+def _place(environ: Mapping[str, str]) -> dict[str, int]:
+    for names in _LAUNCHERS:
+        if names["rank"] in environ and names["world_size"] in environ:
+            return {
+                "rank": _number(environ, names["rank"]),
+                "world_size": _number(environ, names["world_size"]),
+                "local_rank": _number(environ, names["local_rank"], default=0),
+            }
+    raise UsageError(
+        "environment", "no RANK or SLURM_PROCID", "the variables that torchrun or srun set: start under one"
+    )
+
+
+def _number(environ: Mapping[str, str], name: str, *, default: int | None = None) -> int:
+    value = environ.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None or not value.isdigit():
+        raise UsageError(name, value, "a number, as torchrun and srun set it")
+    return int(value)

@@ -1,0 +1,111 @@
+"""Whole messages, with open descriptors beside them, over one Unix stream socket."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import struct
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+_HEADER = struct.Struct("!QB")  # bytes of the message, descriptors that travel with it
+_CHUNK = 1 << 20
+_INT = array("i").itemsize
+_ANCILLARY = socket.CMSG_SPACE(16 * _INT)  # room for more descriptors than any message carries
+
+
+class Channel:
+    """One end of a connection; both ends run the same tpcheck, so plain pickle is safe and enough.
+
+    `send` and `receive` block. `queue`, `flush` and `pump` never do: the controller uses them, so that no rank that is
+    stuck can make the controller wait beyond its deadline.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self.ended = False
+        self._unread = bytearray()
+        self._unsent = bytearray()
+        self._descriptors: deque[int] = deque()
+
+    @classmethod
+    def pair(cls) -> tuple[Channel, socket.socket]:
+        """Return this process's end, and the other end to hand to another process."""
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        return cls(here), there
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def send(self, message: object, descriptors: Sequence[int] = ()) -> None:
+        frame = _frame(message, len(descriptors))
+        sent = socket.send_fds(self.socket, [frame], list(descriptors)) if descriptors else 0
+        self.socket.sendall(frame[sent:])
+
+    def receive(self) -> Any:
+        """Wait for one message.
+
+        Raises:
+            EOFError: The other end is gone.
+        """
+        while (message := self._next()) is None:
+            if not (data := self.socket.recv(_CHUNK)):
+                raise EOFError
+            self._unread += data
+        return message[0]
+
+    def queue(self, message: object) -> None:
+        self._unsent += _frame(message, 0)
+
+    def flush(self) -> bool:
+        """Send what fits now; tell whether something is left to send."""
+        while self._unsent:
+            try:
+                sent = self.socket.send(memoryview(self._unsent)[:_CHUNK], socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except OSError:  # the other end is gone: its exit status says more than this error
+                self._unsent.clear()
+                break
+            del self._unsent[:sent]
+        return bool(self._unsent)
+
+    def pump(self) -> list[tuple[Any, list[int]]]:
+        """Return every message that has arrived whole, with its descriptors; `ended` tells that no more will come."""
+        while not self.ended:
+            try:
+                data, ancillary, _, _ = self.socket.recvmsg(_CHUNK, _ANCILLARY, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except OSError:
+                data, ancillary = b"", []
+            for _, kind, content in ancillary:  # socket.recv_fds drops its flags, so it would block
+                if kind == socket.SCM_RIGHTS:
+                    self._descriptors.extend(array("i", content[: len(content) // _INT * _INT]))
+            self._unread += data
+            self.ended = not data
+        messages = []
+        while (message := self._next()) is not None:
+            messages.append(message)
+        return messages
+
+    def _next(self) -> tuple[Any, list[int]] | None:
+        if len(self._unread) < _HEADER.size:
+            return None
+        size, num_descriptors = _HEADER.unpack_from(self._unread)
+        end = _HEADER.size + size
+        if len(self._unread) < end:
+            return None
+        message = pickle.loads(memoryview(self._unread)[_HEADER.size : end].tobytes())
+        del self._unread[:end]
+        return message, [self._descriptors.popleft() for _ in range(num_descriptors)]
+
+
+def _frame(message: object, num_descriptors: int) -> bytes:
+    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    return _HEADER.pack(len(body), num_descriptors) + body

@@ -1,0 +1,91 @@
+"""The text of a `RankFailure`: which rank failed first and how, then where every other rank was."""
+
+from __future__ import annotations
+
+import re
+
+from tpcheck.errors import RankOutcome
+
+_LINES_OF_CULPRIT = 100
+_LINES_OF_OTHERS = 15
+_FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+), in (?P<function>.*)$')
+_LIBRARY = ("/tpcheck/world/", "/site-packages/", "/dist-packages/", "/lib/python", "<frozen", "<string>")
+
+
+def failure_text(outcomes: tuple[RankOutcome, ...], *, first: int, timeout: float | None) -> str:
+    """Return the whole report of a failed run."""
+    culprit = outcomes[first]
+    others = [outcome for outcome in outcomes if outcome.rank != first]
+    parts = [f"rank {first} of {len(outcomes)} {_headline(culprit, timeout)}"]
+    if culprit.traceback:
+        parts.append(culprit.traceback.rstrip())
+    if others:
+        parts.append("\n".join(f"rank {outcome.rank}: {_one_line(outcome, culprit)}" for outcome in others))
+    parts += [f"rank {other.rank}:\n{other.traceback}" for other in others if other.state == "hung" and other.traceback]
+    parts += _captured(culprit, _LINES_OF_CULPRIT)
+    for other in others:
+        parts += _captured(other, _LINES_OF_OTHERS)
+    return "\n\n".join(parts)
+
+
+def _headline(outcome: RankOutcome, timeout: float | None) -> str:
+    if outcome.state == "raised":
+        return _raised(outcome)
+    if outcome.state == "died":
+        return _died(outcome)
+    limit = "" if timeout is None else f" within {timeout:g} s"
+    return f"hung: no answer{limit}, {_where(outcome)}"
+
+
+def _one_line(outcome: RankOutcome, culprit: RankOutcome) -> str:
+    if outcome.state == "returned":
+        return "had returned"
+    if outcome.state == "raised":
+        same = (outcome.error_type, outcome.error) == (culprit.error_type, culprit.error)
+        return f"raised the same {outcome.error_type}" if same else _raised(outcome)
+    if outcome.state == "died":
+        return _died(outcome)
+    return f"{'stopped while' if outcome.state == 'stopped' else 'hung'} {_where(outcome)}"
+
+
+def _raised(outcome: RankOutcome) -> str:
+    first_line = (outcome.error or "").partition("\n")[0]
+    return f"raised {outcome.error_type}: {first_line}" if first_line else f"raised {outcome.error_type}"
+
+
+def _died(outcome: RankOutcome) -> str:
+    if outcome.signal is not None:
+        return f"died: killed by {outcome.signal}"
+    return f"died: exited with code {outcome.exit_code} before it answered"
+
+
+def _where(outcome: RankOutcome) -> str:
+    what = "not in a collective" if outcome.collective is None else f"waiting in {outcome.collective}"
+    place = _place(outcome.traceback or "")
+    if outcome.traceback is None:
+        return "where is not known: it did not show its stack"
+    return f"{what}, at {place}" if place else what
+
+
+def _place(stack: str) -> str | None:
+    """Return the innermost place in the user's own code, else in any code."""
+    frames = [match for line in stack.splitlines() if (match := _FRAME.match(line))]
+    own = [frame for frame in frames if not any(part in frame["file"] for part in _LIBRARY)]
+    if not frames:
+        return None
+    frame = (own or frames)[-1]
+    return f"{frame['file']}:{frame['line']} in {frame['function']}"
+
+
+def _captured(outcome: RankOutcome, num_lines: int) -> list[str]:
+    streams = (("stdout", outcome.stdout), ("stderr", outcome.stderr))
+    return [
+        f"captured {name} of rank {outcome.rank}:\n{_last(text, num_lines)}" for name, text in streams if text.strip()
+    ]
+
+
+def _last(text: str, num_lines: int) -> str:
+    lines = text.rstrip().splitlines()
+    if len(lines) <= num_lines:
+        return "\n".join(lines)
+    return "\n".join([f"... ({len(lines) - num_lines} lines more)", *lines[-num_lines:]])

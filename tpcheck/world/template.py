@@ -1,0 +1,175 @@
+"""The template process: imports everything once, then forks ranks on request and answers for them.
+
+It never runs a tensor operation: children forked after a multi-threaded one never finish. It has one thread, and keeps
+no state of any world beyond the processes it started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import selectors
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+
+from tpcheck.world import messages, preload, shm_allreduce
+from tpcheck.world.channel import Channel
+from tpcheck.world.cleanup import descendants, end_processes, remove_traces
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_ORPHANED_CHECK_S = 1.0  # the end of the controller's socket is the usual sign; a forked copy of it may hide that
+
+
+def main(descriptor: int, names: Sequence[str]) -> None:
+    """Serve the controller at the other end of `descriptor` until it goes."""
+    with contextlib.suppress(OSError):  # already a leader where the controller could arrange it
+        os.setpgid(0, 0)  # Ctrl-C is for the controller, which ends the ranks in order
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    controller = Channel(socket.socket(fileno=descriptor))
+    broken = preload.import_all(names)
+    shm_allreduce.disable()
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a collection here would touch, and so copy, the pages that all ranks share
+    controller.send(messages.Ready(_num_gpus(), broken))
+    _Template(controller).serve()
+
+
+class _World:
+    def __init__(self, channel: Channel, opened: messages.Open) -> None:
+        self.channel = channel
+        self.opened = opened
+        self.running: dict[int, int] = {}  # pid to rank
+        self.groups: set[int] = set()
+
+
+class _Template:
+    def __init__(self, controller: Channel) -> None:
+        self._controller = controller
+        self._parent = os.getppid()
+        self._worlds: list[_World] = []
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(controller, selectors.EVENT_READ, None)
+        self._wakeup = socket.socketpair()
+        for end in self._wakeup:
+            end.setblocking(False)
+        self._selector.register(self._wakeup[0], selectors.EVENT_READ, None)
+        signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler no byte is written
+
+    def serve(self) -> None:
+        while not self._controller.ended and os.getppid() == self._parent:
+            events = self._selector.select(_ORPHANED_CHECK_S)
+            with contextlib.suppress(BlockingIOError):
+                self._wakeup[0].recv(4096)
+            self._reap()
+            for opened, (descriptor,) in self._controller.pump():
+                self._open(opened, descriptor)
+            for key, _ in events:
+                if isinstance(key.data, _World) and key.data in self._worlds:
+                    self._serve_world(key.data)
+        for world in list(self._worlds):
+            self._end(world)
+
+    def _open(self, opened: messages.Open, descriptor: int) -> None:
+        world = _World(Channel(socket.socket(fileno=descriptor)), opened)
+        self._worlds.append(world)
+        self._selector.register(world.channel, selectors.EVENT_READ, world)
+
+    def _serve_world(self, world: _World) -> None:
+        for message, descriptors in world.channel.pump():
+            if isinstance(message, messages.Fork):
+                self._fork(world, message, descriptors)
+            elif isinstance(message, messages.Signal):
+                for pid, rank in world.running.items():
+                    if rank in message.ranks:
+                        os.kill(pid, message.number)
+            else:
+                self._end(world)
+                return
+        if world.channel.ended:
+            self._end(world)
+
+    def _fork(self, world: _World, order: messages.Fork, descriptors: list[int]) -> None:
+        pid = os.fork()
+        if pid == 0:
+            _become_rank(order, descriptors, self._close_everything)
+        with contextlib.suppress(OSError):  # both sides do it: whichever is first
+            os.setpgid(pid, pid)
+        world.running[pid] = order.rank
+        world.groups.add(pid)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        _tell(world, messages.Forked(order.rank, pid))
+
+    def _reap(self) -> None:
+        """Collect every exit status: of ranks, and of the orphans they left to us."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            for world in self._worlds:
+                if pid in world.running:
+                    _tell(world, messages.Exited(world.running.pop(pid), status))
+
+    def _end(self, world: _World) -> None:
+        strays = [stray for pid in world.running for stray in descendants(pid)]
+        for pid in world.running:
+            os.kill(pid, signal.SIGKILL)
+        if self._worlds == [world]:  # nobody else's: orphans that left their process group, too
+            strays += [pid for pid in descendants(os.getpid()) if pid not in world.running]
+        end_processes(world.groups, also=strays, reap=self._reap)
+        remove_traces(world.opened.scratch, world.opened.port)
+        _tell(world, messages.Ended())
+        self._worlds.remove(world)
+        self._selector.unregister(world.channel)
+        world.channel.close()
+
+    def _close_everything(self) -> None:
+        """Let go, in a rank, of what belongs to the template: else nobody would see the template's end."""
+        signal.set_wakeup_fd(-1)
+        self._selector.close()
+        ends: tuple[socket.socket | Channel, ...] = (*self._wakeup, self._controller)
+        for sock in (*ends, *(world.channel for world in self._worlds)):
+            sock.close()
+
+
+def _become_rank(order: messages.Fork, descriptors: list[int], close_everything: Callable[[], None]) -> None:
+    try:
+        os.setpgid(0, 0)
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        close_everything()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        gc.enable()
+        from tpcheck.world.rank_main import rank_main
+
+        rank_main(order, descriptors)
+    finally:
+        os._exit(70)  # EX_SOFTWARE: rank_main never returns
+
+
+def _tell(world: _World, message: object) -> None:
+    with contextlib.suppress(OSError):  # the controller is gone, or has turned away from this world
+        world.channel.send(message)
+
+
+def _num_gpus() -> int:
+    torch = sys.modules.get("torch")
+    return torch.cuda.device_count() if torch is not None and torch.version.cuda is not None else 0
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
