@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from xml.etree import ElementTree as ET
 
 from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED
@@ -31,18 +32,17 @@ def test_a_failed_check_holds_the_text_of_its_findings() -> None:
 
 
 def test_a_finding_of_a_check_without_a_result_is_not_lost() -> None:
-    from dataclasses import replace
-
     assert cases(Report(replace(FAILED, checks=())).to_junit()) == {
         "gradients_match_reference": ["failure"],
         "gradient_norm_matches_reference": ["failure"],
     }
 
 
-def test_a_crash_is_an_error_and_colours_of_its_message_are_no_xml() -> None:
-    document = Report(ERROR).to_junit()
+def test_a_crash_is_an_error_and_control_characters_of_its_message_are_no_xml() -> None:
+    document = Report(replace(ERROR, message=f"{ERROR.message}\a")).to_junit()
+    assert "?" in document
     assert cases(document) == {"error": ["error"]}
-    assert "not supported?[0m" in document
+    assert "  not supported\n" in document
     assert 'message="ValueError: style"' in document
 
 

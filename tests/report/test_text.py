@@ -63,7 +63,7 @@ def test_five_findings_are_shown_unless_all_are_asked_for() -> None:
     assert "more; --json" not in Report(FAILED).to_text(findings=None)
 
 
-def test_a_crash_of_the_system_under_test_shows_its_own_message() -> None:
+def test_a_crash_of_the_system_under_test_shows_its_own_message_without_its_colours() -> None:
     assert (
         Report(ERROR).to_text()
         == """\
@@ -71,7 +71,7 @@ error  phi3  deepspeed, tp=2, float64, 2 steps, seed 0
 
 The system under test crashed. Its own message:
   ValueError: style
-    not supported\x1b[0m
+    not supported
 
   versions  deepspeed 0.19.8, torch 2.13.0, transformers 5.23.0
   seconds   3.0

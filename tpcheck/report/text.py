@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -12,7 +13,8 @@ from tpcheck.report.lines import Line, labelled, plain
 
 FINDINGS_SHOWN = 5
 _NAMES_SHOWN = 3
-_STYLES = {"passed": "bold green", "failed": "bold red", "error": "bold magenta", "skipped": "bold yellow"}
+STYLES = {"passed": "bold green", "failed": "bold red", "error": "bold magenta", "skipped": "bold yellow"}
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours of a backend's message, which an issue cannot show
 _MESSAGE_HEADS = {"error": "The system under test crashed. Its own message:", "skipped": "Nothing was run:"}
 
 
@@ -40,7 +42,7 @@ def _head(verdict: Verdict) -> Line:
     options = ", ".join(words.options(verdict.subject))
     return Line(
         (
-            (verdict.verdict, _STYLES[verdict.verdict]),
+            (verdict.verdict, STYLES[verdict.verdict]),
             (f"  {words.name(verdict.subject)}", "bold"),
             (f"  {options}", ""),
         )
@@ -50,7 +52,7 @@ def _head(verdict: Verdict) -> Line:
 def _message(verdict: Verdict) -> Iterator[Line]:
     yield Line()
     yield plain(_MESSAGE_HEADS.get(verdict.verdict, "Note:"))
-    for line in (verdict.message or "").strip("\n").splitlines():
+    for line in _ANSI.sub("", verdict.message or "").strip("\n").splitlines():
         yield plain(f"  {line}")
 
 

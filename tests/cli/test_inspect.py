@@ -1,0 +1,98 @@
+"""`tpcheck topology`, `tpcheck families` and `tpcheck doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tpcheck.doctor
+from tpcheck.doctor import Advice, Diagnosis
+
+Run = Callable[..., Any]
+
+
+def test_topology_says_who_sits_where(run: Run) -> None:
+    assert (
+        run(*"topology --world 4 --tp 2".split()).stdout
+        == """\
+world 4: dp=2, tp=2 (the last axis is innermost)
+
+  rank    dp    tp
+     0     0     0
+     1     0     1
+     2     1     0
+     3     1     1
+
+  tp groups (0, 1) (2, 3)
+  dp groups (0, 2) (1, 3)
+"""
+    )
+
+
+def test_a_tp_size_that_does_not_divide_the_world_is_bad_usage(run: Run) -> None:
+    result = run(*"topology --world 4 --tp 3".split())
+    assert (result.exit_code, result.stderr) == (2, "tpcheck: tp=3: expected a divisor of world_size=4\n")
+
+
+def test_families_are_listed_with_their_plans(run: Run) -> None:
+    pytest.importorskip("transformers")
+    lines = run("families").stdout.splitlines()
+    found = [line.split() for line in lines if line.split()[:1] in (["llama"], ["opt"])]
+    assert found == [["llama", "tp_plan"], ["opt"]]
+    assert lines[-1].endswith("with a tp_plan of their own")
+
+
+@pytest.fixture
+def diagnosed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def diagnosed(*advice: Advice) -> None:
+        diagnosis = Diagnosis({"torch": "2.13.0", "deepspeed": None}, ("2 CPU cores",), advice)
+        monkeypatch.setattr(tpcheck.doctor, "diagnose", lambda config: diagnosis)
+
+    return diagnosed
+
+
+def test_the_doctor_finds_nothing(run: Run, diagnosed: Callable[..., None]) -> None:
+    diagnosed()
+    result = run("doctor")
+    assert result.exit_code == 0
+    assert (
+        result.stdout
+        == """\
+  versions  torch 2.13.0, deepspeed is not installed
+  devices   2 CPU cores
+
+nothing is wrong
+"""
+    )
+
+
+def test_the_doctor_says_what_is_wrong_and_what_to_do(run: Run, diagnosed: Callable[..., None]) -> None:
+    diagnosed(Advice("stale_lock", "a lock was left", "rm lock", "https://example.org"), Advice("other", "so it is"))
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert (
+        result.stdout
+        == """\
+  versions  torch 2.13.0, deepspeed is not installed
+  devices   2 CPU cores
+
+stale_lock
+  what      a lock was left
+  fix       rm lock
+  see       https://example.org
+
+other
+  what      so it is
+
+2 findings
+"""
+    )
+
+
+def test_a_configuration_that_is_not_there_is_bad_usage(run: Run, tmp_path: Path) -> None:
+    result = run("doctor", str(tmp_path / "none.json"))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("tpcheck: ds_config=")

@@ -1,0 +1,70 @@
+"""Values of --set and --config, and what is said of bad ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tpcheck.cli.options import json_object, settings, writable
+from tpcheck.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("true", True),
+        ("False", False),
+        ("None", None),
+        ("null", None),
+        ("8", 8),
+        ("1e-5", 1e-5),
+        ("[1, 2]", [1, 2]),
+        ('{"rope_theta": 5}', {"rope_theta": 5}),
+        ('"8"', "8"),
+        ("gelu", "gelu"),
+        ("a=b", "a=b"),
+        ("", ""),
+    ],
+)
+def test_a_value_is_json_a_python_word_or_text(text: str, value: object) -> None:
+    assert settings([f"key={text}"]) == {"key": value}
+
+
+@pytest.mark.parametrize("pair", ["qk_layernorm", "=true", " =1"])
+def test_a_setting_needs_a_key_and_a_value(pair: str) -> None:
+    with pytest.raises(UsageError) as error:
+        settings([pair])
+    assert str(error.value) == f"set={pair!r}: expected KEY=VALUE"
+
+
+def test_a_configuration_is_json_or_the_name_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"bf16": {}}')
+    assert json_object("config", '{"bf16": {}}') == json_object("config", str(file)) == {"bf16": {}}
+
+
+def test_bad_json_is_told_with_its_position() -> None:
+    with pytest.raises(UsageError) as error:
+        json_object("config", '{"a": 1,}')
+    assert "valid JSON; " in str(error.value)
+    assert "at line 1, column 8" in str(error.value) or "at line 1, column 9" in str(error.value)
+
+
+def test_a_configuration_is_an_object() -> None:
+    with pytest.raises(UsageError) as error:
+        json_object("config", "[1]")
+    assert str(error.value) == "config='[1]': expected a JSON object"
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"a JSON object or a file that holds one \(No such file or directory\)"):
+        json_object("config", str(tmp_path / "none.json"))
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_run(tmp_path: Path) -> None:
+    assert writable("json", None) is None
+    assert writable("json", tmp_path / "report.json") == tmp_path / "report.json"
+    for path in (tmp_path, tmp_path / "none" / "report.json"):
+        with pytest.raises(UsageError, match="a file in a folder that exists"):
+            writable("json", path)

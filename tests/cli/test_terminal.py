@@ -1,0 +1,56 @@
+"""Output is plain where it is piped, coloured on a terminal, and files are never half written."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tpcheck.cli.terminal import write_whole
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    file.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(file, "new \ud800")
+    assert file.read_text() == "old"
+    write_whole(file, "new")
+    assert file.read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["verify", "--help"], ["topology", "--world", "4", "--tp", "2"]])
+def test_commands_that_run_nothing_start_fast_and_without_torch(arguments: list[str]) -> None:
+    program = f"""
+import sys
+from tpcheck.cli import main
+sys.argv = ["tpcheck", *{arguments!r}]
+try:
+    main()
+except SystemExit as end:
+    print(end.code, sorted({{"torch", "transformers", "deepspeed"}} & set(sys.modules)), file=sys.stderr)
+"""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == "0 []\n"
+    assert done.stdout
+    assert time.monotonic() - start < 5  # 0.3 s on an idle machine
+
+
+@pytest.mark.parametrize(("extra", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_no_color_is_kept(extra: dict[str, str], coloured: bool) -> None:
+    program = "from tpcheck.cli.terminal import show; from tpcheck.report.lines import plain; show([plain('x', 'red')])"
+    environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+    environment |= {"FORCE_COLOR": "1", "TERM": "xterm", **extra}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert ("\x1b[31m" in done.stdout) == coloured
+    assert "x" in done.stdout

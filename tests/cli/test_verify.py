@@ -1,0 +1,175 @@
+"""`tpcheck verify`: options reach the API, reports reach people and files, and the exit status says how it went."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED
+from tpcheck.errors import RankFailure, RankOutcome, UsageError
+from tpcheck.report import Report
+from tpcheck.topology import Topology
+
+Run = Callable[..., Any]
+VERDICTS = {"good": PASSED, "bad": FAILED, "ugly": ERROR, "absent": SKIPPED}
+
+
+def verify_family(family: str, **options: Any) -> Report:
+    return Report(replace(VERDICTS[family], subject={**VERDICTS[family].subject, "family": family}))
+
+
+def test_every_option_reaches_the_api(run: Run) -> None:
+    seen: dict[str, Any] = {}
+
+    def remember(family: str, **options: Any) -> Report:
+        seen.update(options, family=family)
+        return Report(PASSED)
+
+    result = run(
+        *"verify llama --backend other --tp 4 --dp 2 --zero 1 --dtype bfloat16 --steps 3 --seed 7".split(),
+        *"--set head_dim=8 --set act=gelu --ignore-plan --timeout 30".split(),
+        *["--config", '{"gradient_clipping": 1.0}'],
+        verify_family=remember,
+    )
+    assert result.exit_code == 0
+    assert seen == {
+        "family": "llama",
+        "topology": Topology(tp=4, dp=2),
+        "backend": "other",
+        "dtype": "bfloat16",
+        "steps": 3,
+        "zero_stage": 1,
+        "config": {"gradient_clipping": 1.0},
+        "seed": 7,
+        "settings": {"head_dim": 8, "act": "gelu"},
+        "ignore_plan": True,
+        "timeout": 30.0,
+    }
+
+
+@pytest.mark.parametrize(("family", "status"), [("good", 0), ("bad", 1), ("ugly", 3), ("absent", 0)])
+def test_the_exit_status_says_how_it_went(run: Run, family: str, status: int) -> None:
+    assert run("verify", family, verify_family=verify_family).exit_code == status
+
+
+@pytest.mark.parametrize(
+    ("families", "status"),
+    [(["good", "absent"], 0), (["good", "ugly"], 3), (["ugly", "bad", "good"], 1)],
+)
+def test_of_several_families_findings_count_before_crashes(run: Run, families: list[str], status: int) -> None:
+    assert run("verify", *families, verify_family=verify_family).exit_code == status
+
+
+def test_one_report_is_shown_whole(run: Run) -> None:
+    result = run("verify", "good", verify_family=lambda family, **options: Report(PASSED))
+    assert result.stdout == Report(PASSED).to_text()
+    assert result.stderr == ""
+
+
+def test_verbose_shows_every_finding(run: Run) -> None:
+    assert run("verify", "bad", "--verbose", verify_family=verify_family).stdout.count("  where ") == 6
+
+
+def test_several_reports_end_in_a_table(run: Run) -> None:
+    result = run("verify", "good", "ugly", "absent", verify_family=verify_family)
+    assert result.stdout == Report(replace(ERROR, subject={**ERROR.subject, "family": "ugly"})).to_text() + (
+        "\n"
+        "good    passed      6.1 s  worst margin 0.113  outputs_match_reference\n"
+        "ugly    error       3.0 s  ValueError: style\n"
+        "absent  skipped     0.0 s  two ranks need two GPUs\n"
+        "\n"
+        "1 passed, 1 error, 1 skipped\n"
+    )
+
+
+def test_progress_is_a_line_for_each_family_where_there_is_no_terminal(run: Run) -> None:
+    result = run("verify", "good", "bad", verify_family=verify_family)
+    assert result.stderr == (
+        "good  passed      6.1 s  worst margin 0.113  outputs_match_reference\n"
+        "bad   failed      7.0 s  gradients_match_reference  model.layers.0.self_attn.q_norm.weight  "
+        "partial_gradient_on_replica\n"
+    )
+
+
+def test_a_crash_of_one_family_never_ends_the_run(run: Run) -> None:
+    def crash(family: str, **options: Any) -> Report:
+        if family == "broken":
+            outcome = RankOutcome(1, "died", signal="SIGKILL")
+            raise RankFailure("rank 1 died by SIGKILL", first=1, outcomes=(outcome,))
+        return verify_family(family)
+
+    result = run("verify", "broken", "good", verify_family=crash)
+    assert result.exit_code == 3
+    assert "RankFailure: rank 1 died by SIGKILL" in result.stdout
+    assert "1 passed, 1 error" in result.stdout
+
+
+def test_jobs_run_side_by_side_and_are_shown_in_the_order_asked_for(run: Run) -> None:
+    both_are_in = threading.Barrier(2, timeout=10)
+
+    def together(family: str, **options: Any) -> Report:
+        both_are_in.wait()
+        return verify_family(family)
+
+    result = run("verify", "good", "absent", "--jobs", "2", verify_family=together)
+    assert result.exit_code == 0
+    assert result.stdout.index("good") < result.stdout.index("absent")
+
+
+def test_bad_usage_is_one_sentence_and_exit_status_2(run: Run) -> None:
+    def refuse(family: str, **options: Any) -> Report:
+        raise UsageError("family", family, "a causal language model type; did you mean llama?")
+
+    result = run("verify", "lama", verify_family=refuse)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "tpcheck: family='lama': expected a causal language model type; did you mean llama?\n"
+    assert run("verify", "lama", "llama", verify_family=refuse).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--tp", "0"], "tp=0: expected a positive integer"),
+        (["--set", "x"], "set='x': expected KEY=VALUE"),
+        (["--jobs", "0"], "jobs=0: expected a positive integer"),
+        (["--config", "[]"], "config='[]': expected a JSON object"),
+        (["--json", "/none/f"], "json='/none/f': expected a file in a folder that exists"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(run: Run, arguments: list[str], sentence: str) -> None:
+    def never(family: str, **options: Any) -> Report:
+        raise AssertionError
+
+    result = run("verify", "llama", *arguments, verify_family=never)
+    assert (result.exit_code, result.stderr) == (2, f"tpcheck: {sentence}\n")
+
+
+def test_an_interrupt_is_quiet(run: Run) -> None:
+    def interrupt(family: str, **options: Any) -> Report:
+        raise KeyboardInterrupt
+
+    result = run("verify", "llama", verify_family=interrupt)
+    assert (result.exit_code, result.output) == (130, "")
+
+
+def test_one_family_is_written_as_one_report(run: Run, tmp_path: Path) -> None:
+    json_file, junit_file = tmp_path / "report.json", tmp_path / "report.xml"
+    run("verify", "bad", "--json", str(json_file), "--junit", str(junit_file), verify_family=verify_family)
+    assert json.loads(json_file.read_text())["verdict"] == "failed"
+    assert ET.parse(junit_file).getroot().find("testsuite") is not None
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.json", "report.xml"]
+
+
+def test_several_families_are_written_as_a_list_of_reports(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    run("verify", "good", "ugly", "bad", "--json", str(file), verify_family=verify_family)
+    data = json.loads(file.read_text())
+    assert (data["schema"], data["verdict"]) == (1, "failed")
+    assert [report["subject"]["family"] for report in data["reports"]] == ["good", "ugly", "bad"]

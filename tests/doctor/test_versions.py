@@ -1,0 +1,38 @@
+"""Known-bad versions are named with the version that mends them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tpcheck.doctor import diagnose
+from tpcheck.doctor.versions import bad_versions, installed_versions
+
+
+@pytest.mark.parametrize(
+    ("version", "faults"),
+    [
+        ("2.5.1", ["CVE-2025-32434", "CVE-2026-24747"]),
+        ("2.6.0+cpu", ["CVE-2026-24747"]),
+        ("2.9.1", ["CVE-2026-24747"]),
+        ("2.10.0", []),
+        ("2.13.0+cu130", []),
+        (None, []),
+    ],
+)
+def test_versions_of_torch_with_a_bypass_of_weights_only(version: str | None, faults: list[str]) -> None:
+    advice = list(bad_versions({"torch": version}))
+    assert [one.what.split("(")[-1].rstrip(")") for one in advice] == faults
+    assert all(one.fix and one.link for one in advice)
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tpcheck.doctor.versions.PACKAGES", ("pytest", "no-such-package"))
+    versions = installed_versions()
+    assert versions["pytest"]
+    assert versions["no-such-package"] is None
+
+
+def test_a_diagnosis_says_what_there_is_to_run_on() -> None:
+    diagnosis = diagnose({"gradient_clipping": 0})
+    assert "CPU cores" in diagnosis.devices[0]
+    assert "tensor_parallelism_is_off" in {advice.rule for advice in diagnosis.advice}

@@ -1,0 +1,25 @@
+"""The command line: options and wiring, no logic. Commands load torch only when they run a model."""
+
+from __future__ import annotations
+
+import typer
+
+from tpcheck.cli.inspect import doctor, families, topology
+from tpcheck.cli.verify import verify
+
+app = typer.Typer(
+    name="tpcheck",
+    help="Tells whether tensor-parallel training is right, and where and why it is not.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command(no_args_is_help=True)(verify)
+app.command()(topology)
+app.command()(families)
+app.command()(doctor)
+
+
+def main() -> None:
+    """Entry point of the `tpcheck` command."""
+    app()

@@ -1,0 +1,67 @@
+"""Option values that typer cannot parse: `--set KEY=VALUE` and `--config JSON|FILE`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tpcheck.errors import UsageError
+
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+def settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """Return what `--set KEY=VALUE` says, by key; a value is JSON, a Python word, or else text.
+
+    Example:
+        >>> settings(["qk_layernorm=True", "head_dim=8", "hidden_act=gelu"])
+        {'qk_layernorm': True, 'head_dim': 8, 'hidden_act': 'gelu'}
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise UsageError("set", pair, "KEY=VALUE")
+        found[key.strip()] = _value(text.strip())
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return _WORDS.get(text.lower(), text)
+
+
+def json_object(name: str, source: str) -> dict[str, Any]:
+    """Return the JSON object that is written in `source`, or in the file of that name.
+
+    Raises:
+        UsageError: No such file, not valid JSON (with its position), or not an object.
+    """
+    text = source if source.lstrip().startswith(("{", "[")) else _read(name, source)
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise UsageError(name, source, f"valid JSON; {error.msg} at {place}") from error
+    if not isinstance(parsed, dict):
+        raise UsageError(name, source, "a JSON object")
+    return parsed
+
+
+def _read(name: str, source: str) -> str:
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(name, source, f"a JSON object or a file that holds one ({reason})") from error
+
+
+def writable(name: str, path: Path | None) -> Path | None:
+    """Return the path, having seen before a long run that a file can be written there."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UsageError(name, str(path), "a file in a folder that exists")
+    return path

@@ -1,0 +1,29 @@
+"""How far a run over several families is: a bar on a terminal, a line for each elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tpcheck.cli.many import Outcome
+from tpcheck.cli.terminal import note
+from tpcheck.report.summary import summary_line
+
+
+def with_progress(outcomes: Iterable[Outcome], families: list[str]) -> Iterator[Outcome]:
+    """Yield the outcomes again, and tell of each on standard error."""
+    width = max(len(family) for family in families)
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        for outcome in outcomes:
+            note(str(summary_line(outcome.report.verdict, width)))
+            yield outcome
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("verify", total=len(families))
+        for outcome in outcomes:
+            progress.update(task, advance=1, description=outcome.family)
+            yield outcome

@@ -1,0 +1,43 @@
+"""What is shown and written when all families have run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tpcheck.cli.many import Outcome
+from tpcheck.cli.terminal import write_whole
+from tpcheck.report import SCHEMA, as_junit
+from tpcheck.report.lines import Line
+from tpcheck.report.summary import summary_lines
+from tpcheck.report.text import FINDINGS_SHOWN, verdict_lines
+
+
+def result_lines(outcomes: Sequence[Outcome], *, verbose: bool) -> Iterator[Line]:
+    """Yield the one report whole; of several, those that did not pass (all with `verbose`) and a table."""
+    several = len(outcomes) > 1
+    for outcome in outcomes:
+        if verbose or not several or outcome.report.verdict.verdict in ("failed", "error"):
+            yield from verdict_lines(outcome.report.verdict, findings_shown=None if verbose else FINDINGS_SHOWN)
+            if several:
+                yield Line()
+    if several:
+        yield from summary_lines([outcome.report.verdict for outcome in outcomes])
+
+
+def write_reports(outcomes: Sequence[Outcome], json_path: Path | None, junit_path: Path | None) -> None:
+    """Write the files that were asked for."""
+    if json_path:
+        write_whole(json_path, json.dumps(_data(outcomes), indent=2, allow_nan=False) + "\n")
+    if junit_path:
+        write_whole(junit_path, as_junit(outcome.report.verdict for outcome in outcomes))
+
+
+def _data(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    if len(outcomes) == 1:
+        return outcomes[0].report.to_data()
+    verdicts = {outcome.report.verdict.verdict for outcome in outcomes}
+    worst = next(name for name in ("failed", "error", "passed", "skipped") if name in verdicts)
+    return {"schema": SCHEMA, "verdict": worst, "reports": [outcome.report.to_data() for outcome in outcomes]}

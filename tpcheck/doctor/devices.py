@@ -1,0 +1,15 @@
+"""What there is to run ranks on."""
+
+from __future__ import annotations
+
+import os
+
+
+def devices() -> tuple[str, ...]:
+    """Return the processors and accelerators that a world could use, in words. Imports torch."""
+    found = [f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores"]
+    try:
+        import torch
+    except ImportError:
+        return tuple(found)
+    return (*found, *(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())))

@@ -1,0 +1,18 @@
+"""The families as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tpcheck.families.listing import Listed
+from tpcheck.report.lines import Line, plain
+
+
+def family_lines(families: Sequence[Listed]) -> Iterator[Line]:
+    """Yield one line for each family."""
+    width = max(len(one.family) for one in families)
+    for one in families:
+        yield Line(((f"{one.family:<{width}}  ", ""), ("tp_plan" if one.has_plan else "", "green")))
+    yield Line()
+    planned = sum(one.has_plan for one in families)
+    yield plain(f"{len(families)} families, {planned} with a tp_plan of their own", "dim")
