@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpcheck.collect.tree import named_tensors
+from tpcheck.collect.tree import map_tensors, named_tensors
 from tpcheck.records.trace import Phase, Role, TensorKey
 
 Sink = Callable[[TensorKey, torch.Tensor], None]
@@ -19,9 +19,10 @@ Sink = Callable[[TensorKey, torch.Tensor], None]
 class ModuleRecorder:
     """Hands every floating-point tensor that enters or leaves a module to `sink`, in the order of events.
 
-    The gradient of a tensor is handed over when autograd computes it, so the order of backward events is that of the
-    backward pass. A tensor is handed over as it is: a sink that keeps it must copy it, since modules may change it in
-    place afterwards.
+    Each module is given views of its inputs, so that the gradient of an input is what this module alone sends back,
+    whoever else uses the tensor; likewise a module's caller gets views of its outputs. Gradients are handed over as
+    autograd computes them: the order of backward events is that of the backward pass. A tensor is handed over as it
+    is: a sink that keeps it must copy it, since modules may change it in place afterwards.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -52,20 +53,27 @@ class ModuleRecorder:
             handle.remove()
         self._handles.clear()
 
-    def _before(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, name: str) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             call = self._calls[name]
             self._calls[name] += 1
             self._open.setdefault(name, []).append(call)
+            args, kwargs = map_tensors(_view, args), map_tensors(_view, kwargs)
             self._record(name, call, "input", (*args, kwargs) if kwargs else args)
+            return args, kwargs
 
         return hook
 
-    def _after(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             calls = self._open.get(name)
-            if calls:  # empty where a backend calls the hook without its pre-hook
-                self._record(name, calls.pop(), "output", output)
+            if not calls:  # a backend called the hook without its pre-hook
+                return output
+            output = map_tensors(_view, output)
+            self._record(name, calls.pop(), "output", output)
+            return output
 
         return hook
 
@@ -78,6 +86,11 @@ class ModuleRecorder:
                 backward = _key("backward", name, call, role, path)
                 # A default argument: the closure must not see the next tensor's key.
                 self._handles.append(tensor.register_hook(lambda grad, key=backward: self._sink(key, grad.detach())))
+
+
+def _view(tensor: torch.Tensor) -> torch.Tensor:
+    follows = tensor.requires_grad and tensor.is_floating_point() and torch.is_grad_enabled()
+    return tensor.view_as(tensor) if follows else tensor
 
 
 def _key(phase: Phase, module: str, call: int, role: Role, path: str) -> TensorKey:

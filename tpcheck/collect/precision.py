@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -29,7 +30,7 @@ def _raised(value: Any) -> Any:
 def everything_in_float64(enabled: bool = True) -> Iterator[None]:
     """Make float64 the default dtype and the answer to every request for float32, while inside.
 
-    Backward passes run inside it too: on the CPU, autograd calls Python in the thread that asked for them.
+    Backward passes are covered too: hooks and autograd functions that run in them.
     """
     if not enabled:
         yield
@@ -37,7 +38,24 @@ def everything_in_float64(enabled: bool = True) -> Iterator[None]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _RaiseFloat32():
+        with _RaiseFloat32() as mode, _on_in_backward(mode):
             yield
     finally:
         torch.set_default_dtype(default)
+
+
+@contextmanager
+def _on_in_backward(mode: TorchFunctionMode) -> Iterator[None]:
+    """Keep `mode` on while the autograd engine runs.
+
+    `backward` dispatches to the mode, and a mode is off while it answers; the engine hands the modes that are on when
+    it starts to the hooks that it calls.
+    """
+    run_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+    def with_mode(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return run_backward(*args, **kwargs)
+
+    with patch.object(torch.autograd, "_engine_run_backward", with_mode):
+        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -28,14 +29,19 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """Return `value` with `function` applied to its tensors, for a tensor or nested plain tuples, lists and dicts.
+    """Return `value` with `function` applied to its tensors, nested in tuples, lists, dicts and model outputs.
 
-    Anything else is returned as it is.
+    Anything else is returned as it is, and so is what holds nothing that changed.
     """
     if isinstance(value, torch.Tensor):
         return function(value)
     if type(value) in (tuple, list):
         return type(value)(map_tensors(function, child) for child in value)
-    if type(value) is dict:
-        return {name: map_tensors(function, child) for name, child in value.items()}
+    if isinstance(value, dict):  # a transformers ModelOutput is one, whose attributes follow its items
+        mapped = {name: map_tensors(function, child) for name, child in value.items()}
+        changed = {name: child for name, child in mapped.items() if child is not value[name]}
+        result = copy(value) if changed else value
+        for name, child in changed.items():
+            result[name] = child
+        return result
     return value
