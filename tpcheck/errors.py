@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 
@@ -101,3 +102,7 @@ class RankFailure(TpcheckError):
         self.first = first
         self.outcomes = outcomes
         self.exception = exception
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        first, outcomes, exception = self.first, self.outcomes, self.exception
+        return partial(type(self), str(self), first=first, outcomes=outcomes, exception=exception), (), vars(self)

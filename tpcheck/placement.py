@@ -49,12 +49,16 @@ class Shard:
         Raises:
             UsageError: The blocks or sizes do not add up to `dim_size`, or `rank` is not one of `num_ranks`.
         """
+        if num_ranks < 1:
+            raise UsageError("num_ranks", num_ranks, "a positive integer")
         if not 0 <= rank < num_ranks:
             raise UsageError("rank", rank, f"an integer from 0 to {num_ranks - 1}")
         block_sizes = self.block_sizes(dim_size)
+        if self.sizes and len(self.sizes) != len(block_sizes):
+            raise UsageError("sizes", self.sizes, f"one tuple for each of {len(block_sizes)} blocks")
         block_starts = accumulate(block_sizes, initial=0)
-        for block, (start, size) in enumerate(zip(block_starts, block_sizes, strict=False)):
-            chunks = self._chunks(block, size, num_ranks)
+        chunked = [self._chunks(block, size, num_ranks) for block, size in enumerate(block_sizes)]
+        for start, chunks in zip(block_starts, chunked, strict=False):  # one start more than blocks
             first = start + sum(chunks[:rank])
             yield range(first, first + chunks[rank])
 
@@ -64,6 +68,8 @@ class Shard:
 
     def block_sizes(self, dim_size: int) -> tuple[int, ...]:
         """Return the size of each block of a dim of `dim_size`."""
+        if dim_size < 0:
+            raise UsageError("dim_size", dim_size, "a size, 0 or more")
         if isinstance(self.blocks, tuple):
             if sum(self.blocks) != dim_size or min(self.blocks, default=0) < 0:
                 raise UsageError("blocks", self.blocks, f"sizes that add up to {dim_size}")
@@ -76,8 +82,6 @@ class Shard:
         if not self.sizes:
             chunk = -(-block_size // num_ranks)
             return tuple(max(0, min(chunk, block_size - rank * chunk)) for rank in range(num_ranks))
-        if block >= len(self.sizes):
-            raise UsageError("sizes", self.sizes, "one tuple for each block")
         chunks = self.sizes[block]
         if len(chunks) != num_ranks or sum(chunks) != block_size or min(chunks) < 0:
             raise UsageError("sizes", self.sizes, f"{num_ranks} sizes that add up to {block_size} in block {block}")
