@@ -51,6 +51,16 @@ def attach(topology: Topology, *, device: str | None = None, backend: str | None
     return Rank(place["rank"], topology, device=own_device)
 
 
+def is_launched() -> bool:
+    """Return whether torchrun or srun started this process as one of several ranks.
+
+    A batch script under sbatch has srun's variables too, but no step of several tasks.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return True
+    return _number(os.environ, "SLURM_STEP_NUM_TASKS", default=1) > 1
+
+
 def _place(environ: Mapping[str, str]) -> dict[str, int]:
     for names in _LAUNCHERS:
         if names["rank"] in environ and names["world_size"] in environ:

@@ -1,0 +1,223 @@
+"""The Python entry points of a verification: arguments checked, ranks found, answers turned into a report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from tpcheck.again import verify_command
+from tpcheck.environment import package_versions
+from tpcheck.errors import BackendError, RankFailure, TpcheckError, UsageError
+from tpcheck.records import Verdict
+from tpcheck.report import Report
+from tpcheck.topology import Topology
+from tpcheck.world import attach, spawn
+from tpcheck.world.attach import is_launched
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tpcheck.verification import RankAnswer, Request
+    from tpcheck.verification.request import BatchSource
+
+DTYPES = ("float64", "float32", "bfloat16")
+ZERO_STAGES = (0, 1, 2, 3)
+TIMEOUT = 600.0
+
+
+def verify(
+    build: Callable[[], nn.Module],
+    batch: BatchSource = None,
+    *,
+    topology: Topology,
+    backend: str = "deepspeed",
+    dtype: str = "float64",
+    steps: int = 2,
+    zero_stage: int = 0,
+    config: Mapping[str, Any] | None = None,
+    checks: Sequence[str] | None = None,
+    seed: int = 0,
+    ignore_plan: bool = False,
+    timeout: float = TIMEOUT,
+) -> Report:
+    """Shard the model that `build` returns, train it beside the unsharded one, and compare.
+
+    Under torchrun or srun the launcher's ranks are used; elsewhere ranks are spawned on this machine.
+
+    Args:
+        build: Returns the unsharded model; called on every rank under the same seed. The model returns its loss.
+            Parameters that are constant (zero biases, unit norms) are drawn away from their constants, and dropout is
+            switched off, on both sides.
+        batch: The whole batch as a dict of tensors (cut over DP along the first dim), a callable
+            (rank coordinate, step) -> dict, or None for synthetic tokens from `model.config`.
+        topology: Sizes of the parallel axes.
+        backend: What shards the model: `deepspeed` or another installed one.
+        dtype: `float64` (tells bugs from rounding best), `float32` or `bfloat16`.
+        steps: Training steps; the comparison ends after the first one that differs.
+        zero_stage: ZeRO stage, 0 to 3.
+        config: Backend configuration merged over tpcheck's own; for DeepSpeed, its config dict.
+        checks: Names of the checks to run; None for all.
+        seed: Seed of weights, batches and replays.
+        ignore_plan: Drop the model's own tp_plan, so that the backend's heuristics shard it.
+        timeout: Seconds until a run that hangs is ended.
+
+    Raises:
+        UsageError: An argument is wrong, or the model or batch cannot be used.
+
+    Example:
+        >>> report = tpcheck.verify(build_my_model, topology=tpcheck.Topology(tp=2))  # doctest: +SKIP
+        >>> report.raise_if_failed()  # doctest: +SKIP
+    """
+    from tpcheck.verification import Request
+
+    request = Request(
+        build=build,
+        batch=batch,
+        backend=backend,
+        dtype=dtype,
+        steps=steps,
+        zero_stage=zero_stage,
+        config=dict(config or {}),
+        checks=tuple(checks) if checks is not None else _all_checks(),
+        seed=seed,
+        ignore_plan=ignore_plan,
+    )
+    subject = {"model": getattr(build, "__name__", "model"), **_options(request, topology)}
+    return _run(request, topology, _Presentation(subject, again=None), timeout)
+
+
+def verify_family(
+    family: str,
+    *,
+    topology: Topology,
+    backend: str = "deepspeed",
+    dtype: str = "float64",
+    steps: int = 2,
+    zero_stage: int = 0,
+    config: Mapping[str, Any] | None = None,
+    checks: Sequence[str] | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    ignore_plan: bool = False,
+    timeout: float = TIMEOUT,
+) -> Report:
+    """Verify a small random model of a transformers model type, such as `llama`.
+
+    Args:
+        family: A causal language model type of the installed transformers.
+        settings: Changes to the model's configuration, such as `{"qk_layernorm": True}`.
+
+    The other arguments are those of `verify`.
+
+    Raises:
+        UsageError: No such family or setting, or an argument is wrong.
+
+    Example:
+        >>> report = tpcheck.verify_family("llama", topology=tpcheck.Topology(tp=2))  # doctest: +SKIP
+    """
+    from tpcheck.families.build import small_model
+    from tpcheck.verification import Request
+
+    request = Request(
+        build=partial(small_model, family, dict(settings or {})),
+        backend=backend,
+        dtype=dtype,
+        steps=steps,
+        zero_stage=zero_stage,
+        config=dict(config or {}),
+        checks=tuple(checks) if checks is not None else _all_checks(),
+        seed=seed,
+        ignore_plan=ignore_plan,
+        spread_weights=True,
+    )
+    subject = {"family": family, **_options(request, topology), "settings": dict(settings or {})}
+    return _run(request, topology, _Presentation(subject, again=verify_command(subject)), timeout)
+
+
+@dataclass(frozen=True, slots=True)
+class _Presentation:
+    """What a report says of a run beside its findings."""
+
+    subject: Mapping[str, Any]
+    again: str | None
+
+
+def _run(request: Request, topology: Topology, shown: _Presentation, timeout: float) -> Report:
+    from tpcheck.verification import verify_on_rank
+    from tpcheck.verification.verdict import verdict
+
+    _require_valid(request)
+    start = time.monotonic()
+    try:
+        if is_launched():
+            rank = attach(topology)
+            answers: tuple[RankAnswer, ...] = rank.gather(verify_on_rank(rank, request))
+        else:
+            with spawn(topology, timeout=timeout) as world:
+                answers = world.run(verify_on_rank, request)
+    except (RankFailure, BackendError) as failure:
+        return Report(_crashed(failure, shown, time.monotonic() - start))
+    return Report(
+        verdict(
+            [answer.group for answer in answers if answer.group is not None],
+            steps=request.steps,
+            subject=shown.subject,
+            environment=package_versions() | dict(answers[0].versions),
+            again=shown.again,
+            seconds=time.monotonic() - start,
+        )
+    )
+
+
+def _crashed(failure: RankFailure | BackendError, shown: _Presentation, seconds: float) -> Verdict:
+    """Return the verdict `error`, with the backend's own message where a backend raised.
+
+    Raises:
+        TpcheckError: The ranks were asked for something that cannot be done; nothing crashed.
+    """
+    cause = failure.exception if isinstance(failure, RankFailure) else failure
+    if isinstance(cause, TpcheckError) and not isinstance(cause, BackendError):
+        raise cause from failure
+    message = str(cause) if isinstance(cause, BackendError) else str(failure)
+    return Verdict("error", shown.subject, package_versions(), seconds=seconds, message=message)
+
+
+def _require_valid(request: Request) -> None:
+    from tpcheck.adapters import backend_names
+
+    if not callable(request.build):
+        raise UsageError("build", request.build, "a callable that returns the unsharded torch.nn.Module")
+    if request.backend not in backend_names():
+        raise UsageError("backend", request.backend, backend_names())
+    if request.dtype not in DTYPES:
+        raise UsageError("dtype", request.dtype, DTYPES)
+    if request.zero_stage not in ZERO_STAGES:
+        raise UsageError("zero_stage", request.zero_stage, ZERO_STAGES)
+    if not isinstance(request.steps, int) or request.steps < 1:
+        raise UsageError("steps", request.steps, "a positive integer")
+    unknown = [name for name in request.checks if name not in _all_checks()]
+    if unknown or not request.checks:
+        raise UsageError("checks", unknown or (), _all_checks())
+
+
+def _all_checks() -> tuple[str, ...]:
+    from tpcheck.checks import CHECK_NAMES
+
+    return CHECK_NAMES
+
+
+def _options(request: Request, topology: Topology) -> dict[str, Any]:
+    return {
+        "backend": request.backend,
+        "tp": topology.tp,
+        "dp": topology.dp,
+        "zero": request.zero_stage,
+        "dtype": request.dtype,
+        "steps": request.steps,
+        "seed": request.seed,
+        "config": dict(request.config),
+        "ignore_plan": request.ignore_plan,
+    }
