@@ -34,5 +34,14 @@ def test_a_sentence_says_how_exactly_its_test_held(error: float | None, expected
     assert sentence("missing_reduce", error) == expected
 
 
+def test_a_cause_that_is_no_equality_has_no_exactness() -> None:
+    assert sentence("gradient_missing", 0.0).endswith("the reference has one")
+
+
+@pytest.mark.parametrize("cause", SENTENCES)
+def test_every_sentence_can_be_said(cause: str) -> None:
+    assert "{" not in sentence(cause, None)
+
+
 def test_a_slug_of_a_third_party_stands_for_itself() -> None:
     assert sentence("gremlins", None) == "gremlins"

@@ -106,7 +106,7 @@ groups_match_topology  tp group
   where     deepspeed, tp=2, before the first step
   observed  1 group differs on rank 2
   allowed   0 (this check is exact)
-  cause     wrong_group: a reduction over another group gives the actual tensor
+  cause     wrong_group: the live group is not the declared one
   evidence  live [[0, 2]], declared [[2, 3]]
 """
     )

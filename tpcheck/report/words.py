@@ -93,7 +93,7 @@ def name(subject: Mapping[str, Any]) -> str:
 
 def pairs(values: Mapping[str, Any]) -> str:
     """Return evidence that has no phrase of its own: `key value, key value`."""
-    return ", ".join(f"{key} {_plain(value)}" for key, value in values.items())
+    return ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in values.items())
 
 
 def _plain(value: Any) -> str:
