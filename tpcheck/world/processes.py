@@ -115,6 +115,11 @@ class Processes:
         if not self._ended:
             self._channel.queue(messages.End())
             self._serve_until(lambda: self._ended, _END_LIMIT_S)
+        self.abandon()
+        shutil.rmtree(self._scratch, ignore_errors=True)  # the template did, unless it is gone itself
+
+    def abandon(self) -> None:
+        """Let go without waiting: the template ends the ranks of a world that nobody holds."""
         self._ended = True
         self._channel.close()
         self._selector.close()
@@ -122,7 +127,6 @@ class Processes:
         for member in self._members:
             member.channel.close()
             member.output.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)  # the template did, unless it is gone itself
 
     def _watch(self, timeout: float | None) -> bool:
         """Serve the ranks until all have answered, or may not any longer; tell whether the deadline passed."""
@@ -213,7 +217,8 @@ class Processes:
         silent = [member for member in self._members if not member.answered]
         if not silent:
             return
-        self._channel.send(messages.Signal(tuple(member.rank for member in silent), stacks.STACK_SIGNAL))
+        self._channel.queue(messages.Signal(tuple(member.rank for member in silent), stacks.STACK_SIGNAL))
+        self._channel.flush()
         deadline = time.monotonic() + _STACKS_LIMIT_S
         before: list[int] | None = None
         while time.monotonic() < deadline:

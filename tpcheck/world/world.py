@@ -175,6 +175,10 @@ class World:
     def __repr__(self) -> str:
         return f"<World of {self.topology} on {self.device}, {self.backend}>"
 
+    def __del__(self) -> None:
+        if (processes := getattr(self, "_processes", None)) is not None:
+            processes.abandon()
+
     def _end(self) -> None:
         processes, self._processes = self._processes, None
         if processes is not None:

@@ -1,0 +1,191 @@
+"""Functions that the tests of this directory run on ranks; `rank` is the Rank they run on."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, ClassVar
+
+from tpcheck import Rank
+
+
+def all_reduce(rank: Rank) -> int:
+    import torch
+
+    number = torch.tensor(rank.rank + 1)
+    torch.distributed.all_reduce(number)
+    return int(number)
+
+
+def fail_on_rank_1(rank: Rank, act: str, *args: Any) -> None:
+    """Rank 1 does what `act` names; the others wait for it in a collective."""
+    if rank.rank == 1:
+        globals()[act](*args)
+    all_reduce(rank)
+
+
+def raise_value_error(text: str = "boom") -> None:
+    raise ValueError(text)
+
+
+def exit_with(code: int) -> None:
+    os._exit(code)
+
+
+def kill_itself(name: str) -> None:
+    os.kill(os.getpid(), signal.Signals[name])
+
+
+def read_address_zero() -> None:
+    import ctypes
+
+    ctypes.string_at(0)
+
+
+def loop_for_ever() -> None:
+    while True:
+        pass
+
+
+def sleep_for_ever() -> None:
+    time.sleep(1000)
+
+
+def sleep_on_every_rank(rank: Rank) -> None:
+    time.sleep(1000)
+
+
+class LoadsOnlyHere(Exception):
+    """Pickles, and does not load again: its constructor wants two arguments and its args hold one."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+class HoldsALock(Exception):
+    def __init__(self) -> None:
+        super().__init__("locked")
+        self.lock = threading.Lock()
+
+
+class CarriesDetails(Exception):
+    tpcheck_details: ClassVar = {"parameter": "weight", "index": (0, 1)}
+
+
+def raise_what_does_not_load() -> None:
+    raise LoadsOnlyHere("this", "that")
+
+
+def raise_what_does_not_pickle() -> None:
+    raise HoldsALock
+
+
+def raise_with_details() -> None:
+    raise CarriesDetails("wrong")
+
+
+def return_generator_on_rank_1(rank: Rank) -> Any:
+    return (number for number in range(3)) if rank.rank == 1 else None
+
+
+def come_back_twice(rank: Rank) -> None:
+    if rank.rank == 1:
+        os.fork()
+
+
+def print_everywhere(rank: Rank) -> None:
+    sys.stdout.write("python to stdout\n")
+    sys.stderr.write("python to stderr\n")
+    os.write(1, b"descriptor 1\n")
+    subprocess.run(["/bin/sh", "-c", "echo child of the rank"], check=True)
+
+
+def print_and_raise(rank: Rank) -> None:
+    sys.stdout.write(f"rank {rank.rank} was here\n")
+    if rank.rank == 1:
+        raise_value_error()
+    all_reduce(rank)
+
+
+def load_data_with_workers(rank: Rank) -> int:
+    """Start two persistent workers and leave them running."""
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    loader = DataLoader(TensorDataset(torch.arange(8)), num_workers=2, persistent_workers=True)
+    globals()["_kept"] = loader
+    globals()["_iterator"] = iter(loader)
+    return sum(int(batch[0]) for batch in loader)
+
+
+def leave_children_behind(rank: Rank) -> list[int]:
+    """Start a child, a child in a session of its own, a thread, and a shared memory segment with its tracker."""
+    from multiprocessing import resource_tracker, shared_memory
+
+    plain = subprocess.Popen(["sleep", "1000"])
+    own_session = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+    globals()["_segment"] = shared_memory.SharedMemory(create=True, size=4096)
+    tracker = resource_tracker._resource_tracker._pid  # type: ignore[attr-defined]
+    return [os.getpid(), plain.pid, own_session.pid, tracker]
+
+
+def leave_children_and_die(rank: Rank, pids_file: str) -> None:
+    from pathlib import Path
+
+    Path(f"{pids_file}.{rank.rank}").write_text(" ".join(map(str, leave_children_behind(rank))))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def draw(rank: Rank) -> tuple[float, float, float]:
+    import random
+
+    import numpy as np
+    import torch
+
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def environment_variable(rank: Rank, name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def process_id(rank: Rank) -> int:
+    return os.getpid()
+
+
+def start_group_again(rank: Rank) -> int:
+    """Do what code under test may do: throw the default group away and make one from the environment."""
+    import torch
+
+    torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("gloo")
+    return all_reduce(rank)
+
+
+def meet_on_master_port(rank: Rank) -> bytes:
+    """Serve a store of its own on MASTER_PORT, as launch scripts do."""
+    import torch
+
+    port = int(os.environ["MASTER_PORT"])
+    is_server = rank.rank == 0
+    if not is_server:
+        torch.distributed.barrier()
+    store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], port, None, is_server, wait_for_workers=False)
+    if is_server:
+        store.set("key", "value")
+        torch.distributed.barrier()
+    torch.distributed.barrier()
+    value: bytes = store.get("key")
+    torch.distributed.barrier()
+    return value
+
+
+def has_no_shared_memory_operator(rank: Rank) -> bool:
+    module = importlib.import_module("deepspeed.comm.torch")  # the attribute deepspeed.comm.torch is torch itself
+    return module.build_shm_op() is None

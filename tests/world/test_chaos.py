@@ -1,0 +1,211 @@
+"""Whatever a rank does, the controller says which one failed first and how, at once, and goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.world import rank_bodies as bodies
+from tpcheck import RankFailure, Topology, UsageError, World, spawn
+
+PROMPT_S = 2.0  # 0.5 s is meant; machines that run other tests are slow
+
+
+def failure_of(fn: Callable[..., Any], *args: Any, tp: int = 2, timeout: float = 60) -> RankFailure:
+    """Return how this run fails; the world must serve another run afterwards."""
+    with spawn(Topology(tp=tp), timeout=timeout) as world:
+        world.run(bodies.process_id)
+        started = time.monotonic()
+        with pytest.raises(RankFailure) as caught:
+            world.run(fn, *args)
+        assert time.monotonic() - started < PROMPT_S + (timeout if timeout < 60 else 0)
+        assert world.outcomes == caught.value.outcomes
+        assert world.run(bodies.all_reduce) == (sum(range(1, tp + 1)),) * tp
+    return caught.value
+
+
+def test_a_rank_that_raises_is_named_first_with_its_own_traceback() -> None:
+    failure = failure_of(bodies.fail_on_rank_1, "raise_value_error")
+    culprit, other = failure.outcomes[1], failure.outcomes[0]
+    assert failure.first == 1
+    assert (culprit.state, culprit.error_type, culprit.error) == ("raised", "ValueError", "boom")
+    assert culprit.traceback is not None
+    assert "in raise_value_error" in culprit.traceback
+    assert "rank_main" not in culprit.traceback
+    assert isinstance(failure.exception, ValueError)
+    assert (other.state, other.collective) == ("stopped", "all_reduce")
+    assert str(failure).startswith("rank 1 of 2 raised ValueError: boom\n\nTraceback (most recent call last):")
+    assert "rank 0: stopped while waiting in all_reduce, at " in str(failure)
+
+
+def test_the_same_exception_on_every_rank_is_told_once() -> None:
+    failure = failure_of(lambda rank: bodies.raise_value_error())
+    assert [outcome.state for outcome in failure.outcomes] == ["raised", "raised"]
+    assert str(failure).count("boom") == 2  # in the headline and under the traceback
+
+
+def test_a_rank_that_exits_is_told_with_its_code() -> None:
+    failure = failure_of(bodies.fail_on_rank_1, "exit_with", 3)
+    assert failure.first == 1
+    assert (failure.outcomes[1].state, failure.outcomes[1].exit_code) == ("died", 3)
+    assert str(failure).startswith("rank 1 of 2 died: exited with code 3 before it answered")
+
+
+def test_leaving_with_status_0_is_not_a_pass() -> None:
+    failure = failure_of(bodies.fail_on_rank_1, "exit_with", 0)
+    assert (failure.first, failure.outcomes[1].exit_code) == (1, 0)
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGABRT"])
+def test_a_rank_that_is_killed_is_told_with_the_signal_and_its_victims_are_not_blamed(name: str) -> None:
+    failure = failure_of(bodies.fail_on_rank_1, "kill_itself", name, tp=4)
+    assert failure.first == 1
+    assert (failure.outcomes[1].state, failure.outcomes[1].signal) == ("died", name)
+    assert all(failure.outcomes[rank].state in ("raised", "stopped") for rank in (0, 2, 3))
+
+
+def test_a_segmentation_fault_shows_the_python_stack_it_happened_in() -> None:
+    failure = failure_of(bodies.fail_on_rank_1, "read_address_zero")
+    assert (failure.first, failure.outcomes[1].signal) == (1, "SIGSEGV")
+    assert "in read_address_zero" in (failure.outcomes[1].traceback or "")
+
+
+@pytest.mark.parametrize("act", ["loop_for_ever", "sleep_for_ever"])
+def test_a_rank_that_never_comes_is_told_from_those_that_wait_for_it(act: str) -> None:
+    failure = failure_of(bodies.fail_on_rank_1, act, timeout=1)
+    culprit, other = failure.outcomes[1], failure.outcomes[0]
+    assert failure.first == 1
+    assert (culprit.state, culprit.collective) == ("hung", None)
+    assert f"in {act}" in (culprit.traceback or "")
+    assert (other.state, other.collective) == ("hung", "all_reduce")
+    assert "in all_reduce" in (other.traceback or "")
+    assert str(failure).startswith("rank 1 of 2 hung: no answer within 1 s, not in a collective, at ")
+
+
+def test_a_collective_that_one_rank_never_joins_hangs_the_other() -> None:
+    failure = failure_of(lambda rank: bodies.all_reduce(rank) if rank.rank == 0 else None, timeout=1)
+    assert failure.first == 0
+    assert [outcome.state for outcome in failure.outcomes] == ["hung", "returned"]
+    assert failure.outcomes[0].collective == "all_reduce"
+    assert "rank 1: had returned" in str(failure)
+
+
+def test_a_result_that_does_not_pickle_is_named() -> None:
+    failure = failure_of(bodies.return_generator_on_rank_1)
+    assert failure.first == 1
+    assert (failure.outcomes[1].error or "").startswith("rank 1 returned a generator that does not pickle: TypeError:")
+
+
+@pytest.mark.parametrize(
+    ("act", "name", "text"),
+    [
+        ("raise_what_does_not_load", "LoadsOnlyHere", "this and that"),
+        ("raise_what_does_not_pickle", "HoldsALock", "locked"),
+    ],
+)
+def test_an_exception_that_cannot_travel_is_still_told(act: str, name: str, text: str) -> None:
+    failure = failure_of(bodies.fail_on_rank_1, act)
+    assert failure.exception is None
+    assert (failure.outcomes[1].error_type, failure.outcomes[1].error) == (f"tests.world.rank_bodies.{name}", text)
+    assert f"in {act}" in (failure.outcomes[1].traceback or "")
+
+
+def test_details_of_an_exception_arrive() -> None:
+    failure = failure_of(bodies.fail_on_rank_1, "raise_with_details")
+    assert failure.outcomes[1].details == {"parameter": "weight", "index": (0, 1)}
+
+
+def test_a_function_that_comes_back_twice_on_a_rank_never_passes() -> None:
+    def run_twice(world: World) -> None:
+        world.run(bodies.come_back_twice)
+        time.sleep(0.2)  # the second report may come after the run
+        world.run(bodies.process_id)
+
+    with spawn(Topology(tp=2)) as world, pytest.raises(RankFailure, match="came back out of it") as caught:
+        run_twice(world)
+    assert caught.value.first == 1
+
+
+def test_an_argument_that_does_not_pickle_is_refused_before_any_rank_hears_of_it() -> None:
+    with spawn(Topology(tp=2)) as world:
+        before = world.run(bodies.process_id)
+        with pytest.raises(UsageError, match="cannot pickle"):
+            world.run(bodies.fail_on_rank_1, threading.Lock())
+        assert world.run(bodies.process_id) == before
+
+
+def test_a_function_that_ranks_cannot_import_fails_with_the_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("only_here")
+    exec("def fn(rank): pass", module.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    with spawn(Topology(tp=2)) as world, pytest.raises(RankFailure, match="No module named 'only_here'"):
+        world.run(module.fn)
+
+
+def test_a_failure_while_ranks_start_is_told() -> None:
+    broken = {"GLOO_SOCKET_IFNAME": "no-such-interface"}
+    with spawn(Topology(tp=2), env=broken) as world, pytest.raises(RankFailure) as caught:
+        world.run(bodies.all_reduce)
+    assert caught.value.outcomes[0].state == "raised"
+
+
+def test_what_a_rank_printed_is_in_the_report() -> None:
+    failure = failure_of(bodies.print_and_raise)
+    assert failure.outcomes[0].stdout == "rank 0 was here\n"
+    assert "captured stdout of rank 1:\nrank 1 was here" in str(failure)
+
+
+def test_ctrl_c_ends_the_world() -> None:
+    world = spawn(Topology(tp=2))
+    pids = world.run(bodies.process_id)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        world.run(bodies.sleep_on_every_rank)
+    assert not any(_runs(pid) for pid in pids)
+    world.close()
+
+
+def test_worlds_in_several_threads_do_not_know_each_other() -> None:
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            with spawn(Topology(tp=2)) as world:
+                for _ in range(3):
+                    assert world.run(bodies.all_reduce) == (3, 3)
+                if number % 2:
+                    with pytest.raises(RankFailure):
+                        world.run(bodies.fail_on_rank_1, "exit_with", 1)
+                assert world.run(bodies.all_reduce) == (3, 3)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_a_closed_world_refuses_to_run() -> None:
+    world: World = spawn(Topology(tp=1))
+    world.close()
+    with pytest.raises(UsageError, match="open"):
+        world.run(bodies.process_id)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,154 @@
+"""After a world nothing is left of it: no process, descriptor, shared memory or file, however it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.world import rank_bodies as bodies
+from tpcheck import RankFailure, Topology, spawn
+
+_SHM = Path("/dev/shm")
+
+
+@pytest.fixture
+def own_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def residue(tmp: Path) -> dict[str, object]:
+    """Return what a world could leave behind."""
+    shm = {path.name for path in _SHM.iterdir()} if _SHM.is_dir() else set()
+    return {
+        "processes": len(psutil.Process().children(recursive=True)),
+        "descriptors": psutil.Process().num_fds(),
+        "shared memory": {name for name in shm if not name.startswith("pym-")},
+        "files": sorted(path.name for path in tmp.iterdir()),
+    }
+
+
+def gone(pids: list[int], *, within_s: float = 5) -> bool:
+    deadline = time.monotonic() + within_s
+    while any(_runs(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_200_worlds_leave_nothing(own_tmp: Path) -> None:
+    with spawn(Topology(tp=2)) as world:
+        world.run(bodies.all_reduce)  # starts the template, which stays
+    before = residue(own_tmp)
+    for number in range(200):
+        with spawn(Topology(tp=2)) as world:
+            if number % 10 == 9:
+                with pytest.raises(RankFailure):
+                    world.run(bodies.fail_on_rank_1, ("raise_value_error", "exit_with")[number % 20 == 9], number)
+            else:
+                assert world.run(bodies.all_reduce) == (3, 3)
+    assert residue(own_tmp) == before
+
+
+def test_children_of_ranks_end_with_the_world(own_tmp: Path) -> None:
+    with spawn(Topology(tp=2)) as world:
+        world.run(bodies.process_id)
+    before = residue(own_tmp)
+    with spawn(Topology(tp=2)) as world:
+        pids = [pid for rank in world.run(bodies.leave_children_behind) for pid in rank]
+        assert all(_runs(pid) for pid in pids)
+    assert gone(pids, within_s=0.1)
+    assert residue(own_tmp) == before
+
+
+def test_children_of_a_rank_that_was_killed_end_with_the_world(own_tmp: Path) -> None:
+    with spawn(Topology(tp=2)) as world:
+        world.run(bodies.process_id)
+    before = residue(own_tmp)
+    pids_file = own_tmp / "pids"
+    with spawn(Topology(tp=2)) as world, pytest.raises(RankFailure):
+        world.run(bodies.leave_children_and_die, str(pids_file))
+    written = list(own_tmp.glob("pids.*"))
+    pids = [int(pid) for path in written for pid in path.read_text().split()]
+    for path in written:
+        path.unlink()
+    assert len(pids) >= 4
+    assert gone(pids, within_s=0.1)
+    assert residue(own_tmp) == before
+
+
+def test_data_loader_workers_end_with_the_world(own_tmp: Path) -> None:
+    with spawn(Topology(tp=2)) as world:
+        world.run(bodies.process_id)
+    before = residue(own_tmp)
+    with spawn(Topology(tp=2)) as world:
+        world.run(bodies.load_data_with_workers)
+    assert residue(own_tmp) == before
+
+
+def test_segments_that_deepspeed_leaks_are_removed() -> None:
+    if not _SHM.is_dir():
+        pytest.skip("no /dev/shm here")
+    with spawn(Topology(tp=1)) as world:
+        (port,) = world.run(bodies.environment_variable, "MASTER_PORT")
+        leaked = _SHM / f"deepspeed_allreduce_buffer_0_127.0.0.1_{port}_0"
+        leaked.touch()
+    assert not leaked.exists()
+
+
+def test_a_world_that_is_forgotten_ends() -> None:
+    world = spawn(Topology(tp=2))
+    pids = world.run(bodies.process_id)
+    del world
+    assert gone(list(pids))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_ranks_end_with_their_controller(how: signal.Signals, tmp_path: Path) -> None:
+    pids = _die_in_the_middle(tmp_path, lambda controller, template: controller.send_signal(how))
+    assert gone(pids)
+    assert not list(tmp_path.glob("tpcheck-*"))
+
+
+def test_ranks_end_with_the_process_they_were_forked_from(tmp_path: Path) -> None:
+    pids = _die_in_the_middle(tmp_path, lambda controller, template: os.kill(template, signal.SIGKILL))
+    assert gone(pids)
+    assert not list(tmp_path.glob("tpcheck-*"))
+
+
+def _die_in_the_middle(tmp_path: Path, kill: Callable[[subprocess.Popen[str], int], None]) -> list[int]:
+    """Start a controller, let `kill` act in the middle of its run; return every process that was there."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from tpcheck import Topology, spawn\n"
+        "def body(rank):\n"
+        "    os.write(1, f'{os.getpid()} {os.getppid()}\\n'.encode()); time.sleep(1000)\n"
+        "with spawn(Topology(tp=2), preload=['torch'], capture=False) as world:\n"
+        "    world.run(body)\n"
+    )
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environ) as controller:
+        assert controller.stdout is not None
+        lines = [[int(pid) for pid in controller.stdout.readline().split()] for _ in range(2)]
+        template = lines[0][1]
+        kill(controller, template)
+        controller.wait(timeout=10)
+        return [controller.pid, template, *(line[0] for line in lines)]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,225 @@
+"""A world runs functions on every rank, and what they need is there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.world import rank_bodies as bodies
+from tpcheck import Rank, Topology, UsageError, World, spawn
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with spawn(Topology(tp=2)) as world:
+        yield world
+
+
+def test_results_come_by_rank(world: World) -> None:
+    assert world.run(lambda rank, factor, add: rank.rank * factor + add, 10, add=1) == (1, 11)
+
+
+def test_ranks_stay_for_the_next_run(world: World) -> None:
+    assert world.run(bodies.process_id) == world.run(bodies.process_id)
+
+
+def test_tensors_come_back(world: World) -> None:
+    import torch
+
+    assert torch.equal(world.run(lambda rank: torch.full((2,), rank.rank))[1], torch.tensor([1, 1]))
+
+
+def test_functions_of_a_script_run(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from tpcheck import Topology, spawn\n"
+        "def double(rank): return rank.rank * 2\n"
+        "with spawn(Topology(tp=2), preload=['torch']) as world: print(world.run(double))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert done.stdout == "(0, 2)\n"
+
+
+def test_ranks_see_environment_path_and_directory_of_the_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = "def here(rank):\n    import os; return os.getcwd(), os.environ['COLOUR']\n"
+    (tmp_path / "just_written.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLOUR", "blue")
+    import just_written  # type: ignore[import-not-found]
+
+    with spawn(Topology(tp=2)) as world:
+        assert world.run(just_written.here) == ((str(tmp_path), "blue"),) * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("RANK", ("0", "1")),
+        ("LOCAL_RANK", ("0", "1")),
+        ("WORLD_SIZE", ("2", "2")),
+        ("LOCAL_WORLD_SIZE", ("2", "2")),
+        ("LOCAL_SIZE", ("2", "2")),
+        ("MASTER_ADDR", ("127.0.0.1", "127.0.0.1")),
+        ("OMP_NUM_THREADS", ("1", "1")),
+        ("TORCH_DISTRIBUTED_DEBUG", ("DETAIL", "DETAIL")),
+        ("TORCHELASTIC_RUN_ID", (None, None)),
+    ],
+)
+def test_launcher_variables_are_set(world: World, name: str, values: tuple[str | None, ...]) -> None:
+    assert world.run(bodies.environment_variable, name) == values
+
+
+def test_a_collective_of_different_types_is_an_error_unless_told_otherwise(world: World) -> None:
+    def reduce_mixed(rank: Rank) -> None:
+        import torch
+
+        torch.distributed.all_reduce(torch.zeros(2, dtype=(torch.int32, torch.float32)[rank.rank]))
+
+    with pytest.raises(Exception, match="Detected mismatch between collectives"):
+        world.run(reduce_mixed)
+    with spawn(Topology(tp=2), env={"TORCH_DISTRIBUTED_DEBUG": "OFF"}) as quick:
+        quick.run(reduce_mixed)
+
+
+def test_ranks_draw_different_numbers_and_the_same_ones_in_every_run(world: World) -> None:
+    first, second = world.run(bodies.draw)
+    assert all(one != other for one, other in zip(first, second, strict=True))
+    assert world.run(bodies.draw) == (first, second)
+
+
+def test_a_seed_is_the_same_on_every_rank() -> None:
+    with spawn(Topology(tp=2), seed=7) as world:
+        first, second = world.run(bodies.draw)
+    assert first == second
+
+
+def test_what_ranks_print_is_kept_at_the_level_of_descriptors(world: World) -> None:
+    world.run(bodies.print_everywhere)
+    for outcome in world.outcomes:
+        assert outcome.stdout == "python to stdout\ndescriptor 1\nchild of the rank\n"
+        assert outcome.stderr == "python to stderr\n"
+    world.run(bodies.process_id)
+    assert world.outcomes[0].stdout == ""
+
+
+def test_what_ranks_print_goes_on_where_it_is_not_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    with spawn(Topology(tp=2), capture=False) as world:
+        world.run(bodies.print_everywhere)
+    assert capfd.readouterr().out.count("descriptor 1\n") == 2
+
+
+def test_code_under_test_may_start_its_own_group_from_the_environment() -> None:
+    with spawn(Topology(tp=2)) as world:
+        before = world.run(bodies.process_id)
+        assert world.run(bodies.start_group_again) == (3, 3)
+        after = world.run(bodies.process_id)
+        assert set(before).isdisjoint(after)  # a group that is not the world's own does not serve another run
+        assert world.run(bodies.all_reduce) == (3, 3)
+
+
+def test_code_under_test_may_serve_on_the_master_port() -> None:
+    with spawn(Topology(tp=2)) as world:
+        assert world.run(bodies.meet_on_master_port) == (b"value", b"value")
+
+
+def test_data_loader_workers_run_on_ranks() -> None:
+    with spawn(Topology(tp=2)) as world:
+        assert world.run(bodies.load_data_with_workers) == (28, 28)
+        assert world.run(bodies.load_data_with_workers) == (28, 28)
+
+
+@pytest.mark.parametrize("preload", [None, ("torch",)], ids=["preloaded", "imported by the rank"])
+def test_deepspeed_has_no_shared_memory_all_reduce(preload: tuple[str, ...] | None) -> None:
+    pytest.importorskip("deepspeed")
+    with spawn(Topology(tp=1), preload=preload) as world:
+        assert world.run(bodies.has_no_shared_memory_operator) == (True,)
+
+
+def test_deepspeed_uses_the_group_that_is_there(world: World) -> None:
+    pytest.importorskip("deepspeed")
+
+    def deepspeed_world_size(rank: Rank) -> int:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+        size: int = deepspeed.comm.get_world_size()
+        return size
+
+    assert world.run(deepspeed_world_size) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timeout": 0}, "timeout=0: expected seconds above 0, or None for no limit"),
+        ({"device": "tpu"}, "device='tpu': expected one of cpu, cuda"),
+        ({"backend": "mpi"}, "backend='mpi': expected one of gloo, nccl"),
+        ({"backend": "nccl", "device": "cpu"}, "backend='nccl': expected gloo: 2 ranks on 0 GPUs"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message.replace("(", r"\(")):
+        spawn(Topology(tp=2), **options)
+
+
+def test_the_controller_needs_no_torch() -> None:
+    def imports_torch(statement: str) -> bool:
+        code = f"import sys; {statement}; print('torch' in sys.modules)"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return run.stdout == "True\n"
+
+    a_run = "from tpcheck import Topology, spawn; w = spawn(Topology(tp=2), preload=['torch']); w.run(print); w.close()"
+    assert not imports_torch("import tpcheck.world")
+    assert not imports_torch(a_run)
+    assert imports_torch("import torch")  # the probe can fail
+
+
+def test_a_template_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tpcheck import TpcheckError
+
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(TpcheckError, match="did not start"), spawn(Topology(tp=1), preload=("json",)) as world:
+        world.run(bodies.process_id)
+
+
+def test_the_template_has_one_thread(world: World) -> None:
+    """Children forked from a process with threads may wait for ever on a lock that nobody holds any more."""
+
+    def threads_of_template(rank: Rank) -> int:
+        return len(os.listdir(f"/proc/{os.getppid()}/task"))  # noqa: PTH208
+
+    if not Path("/proc/self/task").exists():
+        pytest.skip("no /proc here")
+    assert world.run(threads_of_template) == (1, 1)
+
+
+@pytest.mark.parametrize("device", ["cuda"])
+def test_gpus_carry_collectives(device: str, gpus: int) -> None:
+    def reduce_on_gpu(rank: Rank) -> tuple[int, str]:
+        import torch
+
+        number = torch.ones((), device=rank.device)
+        torch.distributed.all_reduce(number, group=rank.group("tp"))
+        return int(number), rank.device.type
+
+    with spawn(Topology(tp=2), device=device) as world:
+        assert world.backend == ("nccl" if gpus >= 2 else "gloo")
+        assert world.run(reduce_on_gpu) == ((2, "cuda"),) * 2
+
+
+@pytest.fixture
+def gpus() -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    return torch.cuda.device_count()
