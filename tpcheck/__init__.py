@@ -47,7 +47,7 @@ _HOME = {
     "verify_family": "api",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605 - the table above is the one list of names
+__all__ = sorted(_HOME)  # the table above is the one list of names
 
 
 def __getattr__(name: str) -> Any:

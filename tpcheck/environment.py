@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 _PACKAGES = ("tpcheck", "torch", "transformers")
@@ -12,8 +13,6 @@ def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that every run uses, where installed; imports none of them."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return versions

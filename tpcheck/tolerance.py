@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from math import isfinite
 
 NUM_REPLAYS = 8
 SAFETY = 10.0
@@ -20,26 +19,29 @@ class Tolerance:
     """Allowed absolute Frobenius error by tensor.
 
     Attributes:
-        eps: Machine epsilon of the dtype that is really used.
+        scalar_eps: Machine epsilon of the loss and the gradient norm, which low-precision runs keep in float32.
         num_replays: How many perturbed replays were measured.
         deviations: Largest Frobenius deviation of each tensor over the replays.
     """
 
-    eps: float
+    scalar_eps: float
     num_replays: int
     deviations: Mapping[Hashable, float]
 
-    def allowed(self, key: Hashable, largest: float) -> float:
+    def allowed(self, key: Hashable, spacing: float) -> float:
         """Return the largest Frobenius error of this tensor that passes.
 
-        However still the replays stood, one element may always round to a neighbour, eps times its size away.
+        However still the replays stood, one element may always round to its neighbour.
 
         Args:
             key: Which tensor.
-            largest: Largest absolute element of the expected tensor; infinite ones (masks) do not count.
+            spacing: Distance from the largest element of the expected tensor to the next number of its dtype.
         """
-        neighbour = self.eps * largest
-        return SAFETY * max(self.deviations.get(key, 0.0), neighbour if isfinite(neighbour) else 0.0)
+        return SAFETY * max(self.deviations.get(key, 0.0), spacing)
+
+    def allowed_scalar(self, key: Hashable, expected: float) -> float:
+        """Return the largest error that passes for the loss or the gradient norm."""
+        return self.allowed(key, self.scalar_eps * abs(expected))
 
 
 def largest_deviations(measured: list[Mapping[Hashable, float]]) -> dict[Hashable, float]:

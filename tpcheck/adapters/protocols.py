@@ -62,7 +62,7 @@ class Candidate(Protocol):
         """The sharded model, whose submodules bear the reference's names."""
 
     def group_ranks(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
-        """Return the global ranks of the live groups that this rank uses on each axis, one tuple for each distinct one."""
+        """Return the live groups that this rank uses on each axis, as global ranks, each distinct one once."""
 
     def layouts(self) -> Mapping[str, Layout]:
         """Return how each parameter lies over the TP group. Collective over it."""

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tpcheck.compare import Difference, Placed, compare_placed, frobenius_distance, largest_size, place
+import torch
+
+from tpcheck.compare import Difference, Placed, compare_placed, frobenius_distance, place, spacing
 from tpcheck.placement import Partial, Placement, Replicate, Shard
 from tpcheck.records import Evidence, TensorKey
 from tpcheck.records.trace import Phase
@@ -53,7 +55,7 @@ def compare_activations(evidence: Evidence, step: int, phase: Phase) -> Compared
             shapes = ", ".join(str(tuple(part.shape)) for part in parts)
             missed[str(key)] = f"the ranks' shapes {shapes} do not make up {tuple(expected.shape)}"
             continue
-        allowed = evidence.tolerance.allowed((step, evidence.dp_rank, key), largest_size(expected))
+        allowed = evidence.tolerance.allowed((step, evidence.dp_rank, key), spacing(expected))
         compared[key] = ComparedActivation(key, expected, placed, compare_placed(placed, expected, allowed))
     return ComparedActivations(_with_partials(compared), missed)
 
@@ -77,7 +79,7 @@ def _with_partials(compared: dict[TensorKey, ComparedActivation]) -> dict[Tensor
         if one.found.agrees or len(one.placed.parts) < 2 or not isinstance(one.placed.placement, Replicate):
             continue
         around = _enclosing(compared, key)
-        error = frobenius_distance(sum(one.placed.parts), one.expected)
+        error = frobenius_distance(torch.stack(one.placed.parts).sum(dim=0), one.expected)
         if around is not None and around.found.agrees and error <= one.found.allowed:
             placed = Placed(Partial(), one.placed.parts)
             found = replace(one.found, error=error, part_errors=(0.0,) * len(placed.parts), largest=0.0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from math import inf
+from math import hypot, inf
 
 from tpcheck.checks.outcome import CheckOutcome
+from tpcheck.compare import frobenius
 from tpcheck.records import Evidence, Suspect
 
 
@@ -16,7 +17,7 @@ def gradient_norm_matches_reference(evidence: Evidence, step: int) -> CheckOutco
     if expected is None or any(norm is None for norm in actual):
         return CheckOutcome(missed={name: "the backend does not tell the norm by which it clips"})
     norms = [norm for norm in actual if norm is not None]
-    allowed = evidence.tolerance.allowed((step, "norm"), expected)
+    allowed = evidence.tolerance.allowed_scalar((step, "norm"), expected)
     errors = [abs(norm - expected) if norm == norm else inf for norm in norms]
     margin = max(errors) / allowed if allowed else (inf if max(errors) else 0.0)
     if max(errors) <= allowed:
@@ -33,6 +34,7 @@ def gradient_norm_matches_reference(evidence: Evidence, step: int) -> CheckOutco
             "norm_expected": expected,
             "dtype": evidence.dtype,
             "replays": evidence.tolerance.num_replays,
+            **_usual_mistakes(evidence, step),
         },
         expected=expected,
         parts=tuple(norms),
@@ -40,3 +42,20 @@ def gradient_norm_matches_reference(evidence: Evidence, step: int) -> CheckOutco
         allowed_error=allowed,
     )
     return CheckOutcome({name: margin}, (suspect,))
+
+
+def _usual_mistakes(evidence: Evidence, step: int) -> dict[str, object]:
+    """Return the norms that the candidate's own gradients have when they are summed up in the usual wrong ways."""
+    sharded, replicated = [], []
+    for part in evidence.candidate[step]:
+        sizes = {
+            name: frobenius(gradient)
+            for name, gradient in part.gradients.items()
+            if gradient is not None and name in evidence.layouts
+        }
+        sharded.append(hypot(*(size for name, size in sizes.items() if not evidence.layouts[name].is_replicated)))
+        replicated.append(hypot(*(size for name, size in sizes.items() if evidence.layouts[name].is_replicated)))
+    return {
+        "norm_of_each_rank_alone": [hypot(*both) for both in zip(sharded, replicated, strict=True)],
+        "norm_with_replicas_counted": hypot(*sharded, *replicated),
+    }

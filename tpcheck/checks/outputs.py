@@ -61,9 +61,8 @@ def _root_suspect(
     fused = None if comes_out(root) else _fused_before(list(activations.compared.values()), root, scope)
     if fused is not None:
         details["fused_blocks"] = fused.placed.num_blocks
-        details["note"] = (
-            f"its output agrees block by block, but what {root.module} then reads from it is wrong"
-        )
+        details["fused_blocks_error"] = fused.found.relative
+        details["note"] = f"its output agrees block by block, but what {root.module} then reads from it is wrong"
         return activation_suspect(evidence, step, one, _CHECK, details, module=fused.key.module)
     if not comes_out(root):
         details["note"] = f"what {root.module} is given is wrong, though all that came before it agrees"
@@ -71,7 +70,7 @@ def _root_suspect(
 
 
 def _fused_before(events: Sequence[ComparedActivation], root: TensorKey, scope: str) -> ComparedActivation | None:
-    """Return the last output cut block by block before `root`, in the module around it: it was read in another order."""
+    """Return the last output before `root`, in the module around it, that is cut block by block."""
     found = None
     for one in events:
         if one.key == root:
@@ -84,7 +83,7 @@ def _fused_before(events: Sequence[ComparedActivation], root: TensorKey, scope: 
 def _compare_loss(evidence: Evidence, step: int) -> tuple[float, list[Suspect]]:
     expected = evidence.reference[step].loss
     losses = [part.loss for part in evidence.candidate[step]]
-    allowed = evidence.tolerance.allowed((step, evidence.dp_rank, "loss"), abs(expected))
+    allowed = evidence.tolerance.allowed_scalar((step, evidence.dp_rank, "loss"), expected)
     errors = [abs(loss - expected) if loss == loss else inf for loss in losses]
     margin = max(errors) / allowed if allowed else (inf if max(errors) else 0.0)
     if margin <= 1:

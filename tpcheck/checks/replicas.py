@@ -33,9 +33,7 @@ def _replicas_agree(evidence: Evidence, moment: int, where: dict[str, object]) -
             deviating = _deviating(group, [digests[rank].get(item) for rank in group])
             if deviating:
                 wrong.setdefault((axis, deviating), []).append(item)
-    suspects = tuple(
-        _suspect(evidence, moment, axis, ranks, items, where) for (axis, ranks), items in wrong.items()
-    )
+    suspects = tuple(_suspect(evidence, moment, axis, ranks, items, where) for (axis, ranks), items in wrong.items())
     return CheckOutcome(margins, suspects)
 
 

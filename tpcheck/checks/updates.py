@@ -5,7 +5,7 @@ from __future__ import annotations
 from tpcheck.checks.outcome import CheckOutcome, named_few
 from tpcheck.checks.parameters import compare_parameters
 from tpcheck.checks.suspects import tensor_suspect
-from tpcheck.compare import largest_size
+from tpcheck.compare import spacing
 from tpcheck.records import Evidence
 
 
@@ -15,7 +15,7 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         evidence,
         evidence.reference[step].weights,
         [part.weights for part in evidence.candidate[step]],
-        lambda name, whole: evidence.tolerance.allowed((step, "weight", name), largest_size(whole)),
+        lambda name, whole: evidence.tolerance.allowed((step, "weight", name), spacing(whole)),
     )
     wrong = sorted((one for one in compared.values() if not one.found.agrees), key=lambda one: -one.found.margin)
     suspects = [

@@ -84,8 +84,11 @@ class ModuleRecorder:
             self._sink(_key("forward", name, call, role, path), tensor.detach())
             if tensor.requires_grad:
                 backward = _key("backward", name, call, role, path)
-                # A default argument: the closure must not see the next tensor's key.
-                self._handles.append(tensor.register_hook(lambda grad, key=backward: self._sink(key, grad.detach())))
+                hook = self._gradient_hook(backward)
+                self._handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
+
+    def _gradient_hook(self, key: TensorKey) -> Callable[[torch.Tensor], None]:
+        return lambda gradient: self._sink(key, gradient.detach())
 
 
 def _view(tensor: torch.Tensor) -> torch.Tensor:

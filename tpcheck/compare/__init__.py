@@ -1,6 +1,6 @@
 """Records in, differences out: pure functions on tensors at hand, without processes or live models."""
 
-from tpcheck.compare.difference import Difference, compare_placed, frobenius_distance, largest_size
+from tpcheck.compare.difference import Difference, compare_placed, frobenius, frobenius_distance, spacing
 from tpcheck.compare.parameters import compare_parameter
 from tpcheck.compare.placing import Placed, place
 
@@ -9,7 +9,8 @@ __all__ = [
     "Placed",
     "compare_parameter",
     "compare_placed",
+    "frobenius",
     "frobenius_distance",
-    "largest_size",
     "place",
+    "spacing",
 ]

@@ -71,9 +71,7 @@ class Difference:
 
 def compare_placed(placed: Placed, expected: torch.Tensor, allowed: float) -> Difference:
     """Compare every rank's part with the part of `expected` that it should be."""
-    gaps = [
-        difference(part, placed.expected_part(expected, tp_rank)) for tp_rank, part in enumerate(placed.parts)
-    ]
+    gaps = [difference(part, placed.expected_part(expected, tp_rank)) for tp_rank, part in enumerate(placed.parts)]
     return measured(gaps, frobenius(expected), allowed, replicated=isinstance(placed.placement, Replicate))
 
 
@@ -105,10 +103,10 @@ def frobenius(tensor: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor.to(torch.float64))) if tensor.numel() else 0.0
 
 
-def largest_size(tensor: torch.Tensor) -> float:
-    """Return the largest absolute finite element; 0 for none."""
+def spacing(tensor: torch.Tensor) -> float:
+    """Return how far the largest finite element is from the next number of the tensor's dtype; 0 for none."""
     finite = tensor[tensor.isfinite()]
-    return float(finite.abs().max()) if finite.numel() else 0.0
+    return float(finite.abs().max()) * torch.finfo(tensor.dtype).eps if finite.numel() else 0.0
 
 
 def frobenius_distance(actual: torch.Tensor, expected: torch.Tensor) -> float:

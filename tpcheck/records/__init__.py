@@ -7,4 +7,15 @@ from tpcheck.records.suspect import Suspect
 from tpcheck.records.trace import TensorKey
 from tpcheck.records.verdict import CheckResult, Coverage, Verdict, VerdictName
 
-__all__ = ["CheckResult", "Coverage", "Evidence", "Finding", "RankFacts", "Step", "Suspect", "TensorKey", "Verdict", "VerdictName"]
+__all__ = [
+    "CheckResult",
+    "Coverage",
+    "Evidence",
+    "Finding",
+    "RankFacts",
+    "Step",
+    "Suspect",
+    "TensorKey",
+    "Verdict",
+    "VerdictName",
+]

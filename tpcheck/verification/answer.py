@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tpcheck.causes import explain
 from tpcheck.checks import START_CHECKS, STEP_CHECKS, CheckOutcome
@@ -40,7 +40,7 @@ def answer(evidence: Evidence, checks: Sequence[str]) -> GroupAnswer:
     last_step = -1
     for step in range(len(evidence.reference)):
         last_step = step
-        of_step = [_ask(name, step, check(evidence, step)) for name, check in STEP_CHECKS.items()]
+        of_step = _with_consequences([_ask(name, step, check(evidence, step)) for name, check in STEP_CHECKS.items()])
         answers.extend(one for one in of_step if one.check in checks)
         if any(one.findings for one in of_step):
             break
@@ -50,6 +50,18 @@ def answer(evidence: Evidence, checks: Sequence[str]) -> GroupAnswer:
 def _ask(check: str, step: int, outcome: CheckOutcome) -> CheckAnswer:
     findings = tuple(_finding(suspect) for suspect in outcome.suspects)
     return CheckAnswer(check, step, outcome.margins, findings, outcome.missed)
+
+
+def _with_consequences(answers: Sequence[CheckAnswer]) -> list[CheckAnswer]:
+    """Mark what an earlier check of the same step already accounts for, where no cause of its own was found."""
+    first = next((one.check for one in answers if one.findings), None)
+
+    def marked(finding: Finding) -> Finding:
+        if finding.cause is not None or finding.check == first:
+            return finding
+        return replace(finding, evidence={**finding.evidence, "follows_from": first})
+
+    return [replace(one, findings=tuple(marked(finding) for finding in one.findings)) for one in answers]
 
 
 def _finding(suspect: Suspect) -> Finding:

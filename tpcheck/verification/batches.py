@@ -23,7 +23,9 @@ def batches(request: Request, model: nn.Module, dp: int, device: torch.device) -
     Raises:
         UsageError: The batch cannot be cut over DP, or none can be made up for this model.
     """
-    return [[_batch(request, model, step, dp_rank, dp, device) for dp_rank in range(dp)] for step in range(request.steps)]
+    return [
+        [_batch(request, model, step, dp_rank, dp, device) for dp_rank in range(dp)] for step in range(request.steps)
+    ]
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:
@@ -52,7 +54,7 @@ def _rows(name: str, value: Any, dp_rank: int, dp: int, request: Request) -> Any
 
 
 def _synthetic_tokens(model: nn.Module, generator: torch.Generator) -> Batch:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocab_size = getattr(text_config, "vocab_size", None)
     if not isinstance(vocab_size, int):

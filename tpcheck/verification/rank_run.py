@@ -115,7 +115,8 @@ def _tolerance(
         for replay in own
     ]
     everyone: list[Mapping[Hashable, float]] = list(rank.gather(largest_deviations(measured)))
-    return Tolerance(torch.finfo(options.dtype).eps, request.num_replays, largest_deviations(everyone))
+    scalar_eps = torch.finfo(torch.promote_types(options.dtype, torch.float32)).eps
+    return Tolerance(scalar_eps, request.num_replays, largest_deviations(everyone))
 
 
 def _gathered_to_first(run: CandidateRun, rank: CommunicatingRank) -> list[CandidateRun] | None:

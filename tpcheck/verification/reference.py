@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -103,7 +104,7 @@ def _step(
 ) -> ReferenceStep:
     losses = []
     for dp_rank, batch in enumerate(by_dp_rank):
-        with ModuleRecorder(model, lambda key, tensor, dp_rank=dp_rank: sink(step, dp_rank, key, tensor)):
+        with ModuleRecorder(model, partial(sink, step, dp_rank)):
             loss = loss_of(model(**batch))
             loss.backward()  # type: ignore[no-untyped-call]
         losses.append(float(loss.detach()))

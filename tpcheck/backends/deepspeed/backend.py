@@ -55,9 +55,7 @@ class TpModelInitBackend(DeepSpeedBackend):
         rest = {key: value for key, value in tensor_parallel.items() if key != "autotp_size"}
         if rest:
             config["tensor_parallel"] = rest
-        model = deepspeed.tp_model_init(
-            model, tp_size=rank.topology.tp, dtype=options.dtype, tp_group=rank.group("tp")
-        )
+        model = deepspeed.tp_model_init(model, tp_size=rank.topology.tp, dtype=options.dtype, tp_group=rank.group("tp"))
         return super()._engine(model, config, rank, options)
 
 
