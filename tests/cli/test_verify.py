@@ -123,6 +123,17 @@ def test_jobs_run_side_by_side_and_are_shown_in_the_order_asked_for(run: Run) ->
     assert result.stdout.index("good") < result.stdout.index("absent")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_under_a_launcher_the_first_rank_alone_speaks(
+    run: Run, rank: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run("verify", "bad", "good", "--json", str(tmp_path / "f"), "--jobs", "2", verify_family=verify_family)
+    assert result.exit_code == 1
+    assert bool(result.output) == (tmp_path / "f").exists() == (rank == 0)
+
+
 def test_bad_usage_is_one_sentence_and_exit_status_2(run: Run) -> None:
     def refuse(family: str, **options: Any) -> Report:
         raise UsageError("family", family, "a causal language model type; did you mean llama?")

@@ -112,6 +112,12 @@ groups_match_topology  tp group
     )
 
 
+def test_a_finding_that_follows_from_another_says_so() -> None:
+    assert "  cause     follows from outputs_match_reference, which failed first\n" in text(
+        replace(NORM, evidence={**NORM.evidence, "follows_from": "outputs_match_reference"})
+    )
+
+
 def test_many_wrong_tensors_are_named_up_to_a_few() -> None:
     many = replace(REPLICAS, evidence={"also": [f"t{number}" for number in range(12)]})
     assert "  also      t0, t1, t2, t3, t4, t5, t6, t7, t8 and 3 more\n" in text(many)

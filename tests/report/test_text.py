@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.console import Console
 
-from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED
+from tests.report.examples import ERROR, FAILED, GRADIENT, NORM, PASSED, REPLICAS, SKIPPED
+from tpcheck.records import CheckResult
 from tpcheck.report import Report
 
 
@@ -61,6 +64,23 @@ def test_five_findings_are_shown_unless_all_are_asked_for() -> None:
     assert Report(FAILED).to_text().count("  where ") == 5
     assert Report(FAILED).to_text(findings=None).count("  where ") == 6
     assert "more; --json" not in Report(FAILED).to_text(findings=None)
+
+
+def test_the_first_finding_of_every_check_is_shown_before_more_of_one() -> None:
+    report = Report(replace(FAILED, findings=(NORM, NORM, GRADIENT, REPLICAS, NORM)))
+    text = report.to_text(findings=4).partition("  check ")[0]
+    shown = [line.split()[0] for line in text.splitlines()[1:] if line and line[0] not in " a"]
+    assert shown == [*["gradient_norm_matches_reference"] * 2, "gradients_match_reference", "replicas_agree"]
+
+
+def test_an_exact_check_that_failed_has_no_bound_to_its_margin() -> None:
+    report = Report(replace(FAILED, findings=(REPLICAS,), checks=(CheckResult("replicas_agree", 36, 0.0),)))
+    assert "  replicas_agree  failed         36           inf\n" in report.to_text()
+
+
+def test_a_backend_s_configuration_is_shown_as_it_is_written() -> None:
+    report = Report(replace(PASSED, subject={**PASSED.subject, "config": {"tp": {"size": True}}}))
+    assert report.to_text().splitlines()[0].endswith(', seed 0, config={"tp": {"size": true}}')
 
 
 def test_a_crash_of_the_system_under_test_shows_its_own_message_without_its_colours() -> None:

@@ -8,14 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from tpcheck.cli.many import Outcome
-from tpcheck.cli.terminal import write_whole
+from tpcheck.cli.terminal import note, show, write_whole
 from tpcheck.report import SCHEMA, as_junit
 from tpcheck.report.lines import Line
 from tpcheck.report.summary import summary_lines
 from tpcheck.report.text import FINDINGS_SHOWN, verdict_lines
 
 
-def result_lines(outcomes: Sequence[Outcome], *, verbose: bool) -> Iterator[Line]:
+def tell(outcomes: Sequence[Outcome], *, verbose: bool, json_path: Path | None, junit_path: Path | None) -> None:
+    """Show the outcomes, and write the files that were asked for."""
+    if len(outcomes) == 1 and outcomes[0].bad_usage:
+        note(f"tpcheck: {outcomes[0].report.verdict.message}")
+        return
+    show(_lines(outcomes, verbose))
+    if json_path:
+        write_whole(json_path, json.dumps(_data(outcomes), indent=2, allow_nan=False) + "\n")
+    if junit_path:
+        write_whole(junit_path, as_junit(outcome.report.verdict for outcome in outcomes))
+
+
+def _lines(outcomes: Sequence[Outcome], verbose: bool) -> Iterator[Line]:
     """Yield the one report whole; of several, those that did not pass (all with `verbose`) and a table."""
     several = len(outcomes) > 1
     for outcome in outcomes:
@@ -25,14 +37,6 @@ def result_lines(outcomes: Sequence[Outcome], *, verbose: bool) -> Iterator[Line
                 yield Line()
     if several:
         yield from summary_lines([outcome.report.verdict for outcome in outcomes])
-
-
-def write_reports(outcomes: Sequence[Outcome], json_path: Path | None, junit_path: Path | None) -> None:
-    """Write the files that were asked for."""
-    if json_path:
-        write_whole(json_path, json.dumps(_data(outcomes), indent=2, allow_nan=False) + "\n")
-    if junit_path:
-        write_whole(junit_path, as_junit(outcome.report.verdict for outcome in outcomes))
 
 
 def _data(outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from tpcheck.errors import TpcheckError
 from tpcheck.report.lines import Line, as_rich, as_text
+from tpcheck.world.attach import is_launched
 
 BAD_USAGE = 2
 
@@ -24,6 +25,11 @@ def show(lines: Iterable[Line]) -> None:
         console.print(as_rich(lines), soft_wrap=True)
     else:
         typer.echo(as_text(lines), nl=False)
+
+
+def speaks() -> bool:
+    """Return whether this process tells what was found: of the ranks that a launcher started, the first alone."""
+    return not is_launched() or int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 
 def note(text: str) -> None:

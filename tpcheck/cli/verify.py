@@ -10,11 +10,12 @@ import typer
 from tpcheck.cli.many import exit_status, run_all
 from tpcheck.cli.options import json_object, settings, writable
 from tpcheck.cli.progress import with_progress
-from tpcheck.cli.results import result_lines, write_reports
-from tpcheck.cli.terminal import note, show, usage_errors
+from tpcheck.cli.results import tell
+from tpcheck.cli.terminal import speaks, usage_errors
 from tpcheck.errors import UsageError
 from tpcheck.report import Report
 from tpcheck.topology import Topology
+from tpcheck.world.attach import is_launched
 
 
 def verify(
@@ -78,12 +79,9 @@ def verify(
             timeout=timeout,
         )
 
-    running = run_all(families, verify_one, jobs)
-    outcomes = list(with_progress(running, families) if len(families) > 1 else running)
+    running = run_all(families, verify_one, 1 if is_launched() else jobs)  # a launcher started one world
+    outcomes = list(with_progress(running, families) if len(families) > 1 and speaks() else running)
     outcomes.sort(key=lambda outcome: families.index(outcome.family))
-    if len(outcomes) == 1 and outcomes[0].bad_usage:
-        note(f"tpcheck: {outcomes[0].report.verdict.message}")
-    else:
-        show(result_lines(outcomes, verbose=verbose))
-        write_reports(outcomes, json_, junit)
+    if speaks():
+        tell(outcomes, verbose=verbose, json_path=json_, junit_path=junit)
     raise typer.Exit(exit_status(outcomes))

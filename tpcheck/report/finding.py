@@ -21,6 +21,7 @@ _COUNTED_BY_DEFAULT = ("element", "differs", "differ")
 # Evidence that has a phrase of its own; what a check adds beside it is shown by name.
 _PHRASED = {
     *("largest", "largest_at", "replays", "dtype", "first_of", "inputs_agree", "cause_error", "also", "note"),
+    "follows_from",
     *("shape_actual", "shape_expected", "count_differing", "count_total", "norm_actual", "norm_expected"),
 }
 
@@ -104,6 +105,8 @@ def _allowed(finding: Finding) -> str:
 
 
 def _cause(finding: Finding) -> str:
+    if finding.cause is None and finding.evidence.get("follows_from"):
+        return f"follows from {finding.evidence['follows_from']}, which failed first"
     if finding.cause is None:
         return "unknown: no known cause passes its test"
     return causes.sentence(finding.cause, finding.evidence.get("cause_error"))

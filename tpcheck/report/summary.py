@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from textwrap import shorten
 
 from tpcheck.records import Verdict
 from tpcheck.report import words
 from tpcheck.report.finding import place
 from tpcheck.report.lines import Line, plain
 from tpcheck.report.text import STYLES
+
+_MESSAGE_WIDTH = 100
 
 
 def summary_lines(verdicts: Sequence[Verdict]) -> Iterator[Line]:
@@ -39,6 +42,6 @@ def _gist(verdict: Verdict) -> str:
         return f"{first.check}  {place(first)}" + (f"  {first.cause}" if first.cause else "")
     if verdict.message:
         lines = [line.strip() for line in verdict.message.splitlines() if line.strip()]
-        return lines[0] if lines else ""
+        return shorten(lines[0], _MESSAGE_WIDTH, placeholder=" ...") if lines else ""
     worst = max((check for check in verdict.checks if check.compared), key=lambda c: c.worst_margin, default=None)
     return "" if worst is None else f"worst margin {words.margin(worst.worst_margin)}  {worst.check}"

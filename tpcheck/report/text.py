@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from tpcheck.records import CheckResult, Coverage, Verdict
+from tpcheck.records import Coverage, Finding, Verdict
 from tpcheck.report import words
 from tpcheck.report.finding import finding_lines
 from tpcheck.report.lines import Line, labelled, plain
@@ -23,7 +23,7 @@ def verdict_lines(verdict: Verdict, *, findings_shown: int | None = FINDINGS_SHO
     yield _head(verdict)
     if verdict.message:
         yield from _message(verdict)
-    shown = verdict.findings[:findings_shown]
+    shown = _most_telling(verdict.findings, findings_shown)
     for finding in shown:
         yield Line()
         yield from finding_lines(finding, verdict.subject)
@@ -33,7 +33,7 @@ def verdict_lines(verdict: Verdict, *, findings_shown: int | None = FINDINGS_SHO
         yield plain(f"and {rest} more; --json has them all", "dim")
     if verdict.checks:
         yield Line()
-        yield from _checks(verdict.checks, {finding.check for finding in verdict.findings})
+        yield from _checks(verdict)
     yield Line()
     yield from _foot(verdict)
 
@@ -56,14 +56,26 @@ def _message(verdict: Verdict) -> Iterator[Line]:
         yield plain(f"  {line}")
 
 
-def _checks(checks: Sequence[CheckResult], failed: set[str]) -> Iterator[Line]:
-    width = max(len(check.check) for check in checks)
+def _most_telling(findings: Sequence[Finding], number: int | None) -> list[Finding]:
+    """Return so many findings in their order: the first of each check, then the first of the others."""
+    seen: set[str] = set()
+    repeated = []
+    for finding in findings:
+        repeated.append(finding.check in seen)
+        seen.add(finding.check)
+    order = sorted(range(len(findings)), key=lambda place: repeated[place])
+    return [findings[place] for place in sorted(order[:number])]
+
+
+def _checks(verdict: Verdict) -> Iterator[Line]:
+    width = max(len(check.check) for check in verdict.checks)
     yield plain(f"  {'check':<{width}}  {'verdict':<7}  {'compared':>8}  {'worst margin':>12}  at", "dim")
-    for check in checks:
-        name, style = ("failed", "red") if check.check in failed else ("passed", "green")
-        if not check.compared and check.check not in failed:
+    for check in verdict.checks:
+        margins = [finding.margin for finding in verdict.findings if finding.check == check.check]
+        name, style = ("failed", "red") if margins else ("passed", "green")
+        if not check.compared and not margins:
             name, style = "nothing", "yellow"  # a check with nothing to compare has not passed
-        margin = words.margin(check.worst_margin) if check.compared else ""
+        margin = words.margin(max(check.worst_margin, *margins, 0.0)) if check.compared else ""
         yield Line(
             (
                 (f"  {check.check:<{width}}  ", ""),

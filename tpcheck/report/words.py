@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
@@ -83,7 +84,9 @@ def options(subject: Mapping[str, Any]) -> list[str]:
 
 
 def _option(key: str, value: Any) -> str:
-    return key if value is True else f"{key}={_plain(value)}"
+    if value is True:
+        return key
+    return f"{key}={json.dumps(value) if isinstance(value, Mapping) else _plain(value)}"
 
 
 def name(subject: Mapping[str, Any]) -> str:
