@@ -1,0 +1,66 @@
+"""The command line on real ranks and the real DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+for package in ("torch", "deepspeed", "transformers"):
+    pytest.importorskip(package)
+
+
+def tpcheck(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "tpcheck", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def test_a_sound_family_passes_and_says_what_was_compared(tmp_path: Path) -> None:
+    done = tpcheck("verify", "llama", "--tp", "2", "--json", "report.json", "--junit", "report.xml", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("passed  llama  deepspeed, tp=2, float64, 2 steps, seed 0\n")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["verdict"] == "passed"
+    assert report["coverage"]["compared"] == report["coverage"]["total"] > 0
+    assert all(check["compared"] > 0 and check["worst_margin"] < 0.2 for check in report["checks"])
+    assert set(report["environment"]) >= {"torch", "deepspeed", "transformers"}
+
+
+def test_a_broken_family_is_told_with_a_command_that_shows_it_again(tmp_path: Path) -> None:
+    done = tpcheck(*"verify phi --tp 2 --set qk_layernorm=true --json report.json".split(), cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    first = json.loads((tmp_path / "report.json").read_text())["findings"][0]
+    assert first["check"] == "gradients_match_reference"
+    assert first["margin"] > 1e3
+    assert f"  again     {first['again']}\n" in done.stdout
+    program, *arguments = shlex.split(first["again"])
+    again = tpcheck(*arguments, "--json", "again.json", cwd=tmp_path)
+    assert (program, again.returncode) == ("tpcheck", 1)
+    assert json.loads((tmp_path / "again.json").read_text())["findings"][0] == first
+
+
+def test_crashes_passes_and_findings_stand_side_by_side(tmp_path: Path) -> None:
+    done = tpcheck(*"verify phi3 opt --tp 2 --jobs 2".split(), cwd=tmp_path)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "The system under test crashed. Its own message:\n" in done.stdout
+    assert done.stdout.endswith("1 passed, 1 error\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("lama", "tpcheck: family='lama': expected a causal language model type of transformers; did you mean llama"),
+        ("llama --set num_layer=3", "tpcheck: set='num_layer': expected an attribute of LlamaConfig; did you mean"),
+        ("llama --backend nope", "tpcheck: backend='nope': expected one of"),
+        ("llama --dtype int8", "tpcheck: dtype='int8': expected one of float64"),
+    ],
+)
+def test_bad_usage_is_one_sentence(arguments: str, sentence: str, tmp_path: Path) -> None:
+    done = tpcheck("verify", *shlex.split(arguments), cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith(sentence)
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
