@@ -20,6 +20,7 @@ from tpcheck.world.attach import is_launched
 if TYPE_CHECKING:
     from torch import nn
 
+    from tpcheck.adapters import Backend
     from tpcheck.verification import RankAnswer, Request
     from tpcheck.verification.request import BatchSource
 
@@ -33,7 +34,7 @@ def verify(
     batch: BatchSource = None,
     *,
     topology: Topology,
-    backend: str = "deepspeed",
+    backend: str | Backend = "deepspeed",
     dtype: str = "float64",
     steps: int = 2,
     zero_stage: int = 0,
@@ -54,7 +55,8 @@ def verify(
         batch: The whole batch as a dict of tensors (cut over DP along the first dim), a callable
             (rank coordinate, step) -> dict, or None for synthetic tokens from `model.config`.
         topology: Sizes of the parallel axes.
-        backend: What shards the model: `deepspeed` or another installed one.
+        backend: What shards the model: `deepspeed`, the name of another installed backend, or an object with the
+            methods of `tpcheck.adapters.Backend`.
         dtype: `float64` (tells bugs from rounding best), `float32` or `bfloat16`.
         steps: Training steps; the comparison ends after the first one that differs.
         zero_stage: ZeRO stage, 0 to 3.
@@ -93,7 +95,7 @@ def verify_family(
     family: str,
     *,
     topology: Topology,
-    backend: str = "deepspeed",
+    backend: str | Backend = "deepspeed",
     dtype: str = "float64",
     steps: int = 2,
     zero_stage: int = 0,
@@ -190,7 +192,7 @@ def _require_valid(request: Request) -> None:
 
     if not callable(request.build):
         raise UsageError("build", request.build, "a callable that returns the unsharded torch.nn.Module")
-    if request.backend not in backend_names():
+    if isinstance(request.backend, str) and request.backend not in backend_names():
         raise UsageError("backend", request.backend, backend_names())
     if request.dtype not in DTYPES:
         raise UsageError("dtype", request.dtype, DTYPES)
@@ -211,7 +213,7 @@ def _all_checks() -> tuple[str, ...]:
 
 def _options(request: Request, topology: Topology) -> dict[str, Any]:
     return {
-        "backend": request.backend,
+        "backend": request.backend if isinstance(request.backend, str) else request.backend.name,
         "tp": topology.tp,
         "dp": topology.dp,
         "zero": request.zero_stage,

@@ -56,7 +56,9 @@ class Layout:
         """Return this layout in the words of `placement`, or None where it is not a cut of one dim into blocks."""
         if self.source is None:
             return Replicate()
-        cut = [dim for dim in range(len(self.shape)) if any(s[dim] != self.shape[dim] for s in self.local_shapes)]
+        if any(len(local) != len(self.shape) for local in self.local_shapes):
+            return None
+        cut = [dim for dim, sizes in enumerate(zip(self.shape, *self.local_shapes, strict=True)) if len(set(sizes)) > 1]
         if len(cut) != 1:
             return None
         shard = _blocks_of(self._owners(cut[0]), cut[0], len(self.local_shapes))

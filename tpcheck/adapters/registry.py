@@ -15,13 +15,15 @@ def backend_names() -> tuple[str, ...]:
     return tuple(sorted(_entries()))
 
 
-def load_backend(name: str) -> Backend:
-    """Return the backend of that name.
+def load_backend(name: str | Backend) -> Backend:
+    """Return the backend of that name; one that is given as an object already is returned as it is.
 
     Raises:
         UsageError: No backend of that name is installed.
         TpcheckError: The backend needs a package that is not installed.
     """
+    if not isinstance(name, str):
+        return name
     entries = _entries()
     if name not in entries:
         raise UsageError("backend", name, sorted(entries))

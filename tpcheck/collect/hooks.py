@@ -20,9 +20,9 @@ class ModuleRecorder:
     """Hands every floating-point tensor that enters or leaves a module to `sink`, in the order of events.
 
     Each module is given views of its inputs, so that the gradient of an input is what this module alone sends back,
-    whoever else uses the tensor; likewise a module's caller gets views of its outputs. Gradients are handed over as
-    autograd computes them: the order of backward events is that of the backward pass. A tensor is handed over as it
-    is: a sink that keeps it must copy it, since modules may change it in place afterwards.
+    whoever else uses the tensor; its caller gets copies of its outputs, which it may change in place without undoing
+    the hooks. Gradients are handed over as autograd computes them: the order of backward events is that of the
+    backward pass. A tensor is handed over as it is: a sink that keeps it must copy it.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -71,7 +71,7 @@ class ModuleRecorder:
             calls = self._open.get(name)
             if not calls:  # a backend called the hook without its pre-hook
                 return output
-            output = map_tensors(_view, output)
+            output = map_tensors(_copy, output)
             self._record(name, calls.pop(), "output", output)
             return output
 
@@ -92,8 +92,15 @@ class ModuleRecorder:
 
 
 def _view(tensor: torch.Tensor) -> torch.Tensor:
-    follows = tensor.requires_grad and tensor.is_floating_point() and torch.is_grad_enabled()
-    return tensor.view_as(tensor) if follows else tensor
+    return tensor.view_as(tensor) if _has_gradient(tensor) else tensor
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if _has_gradient(tensor) else tensor
+
+
+def _has_gradient(tensor: torch.Tensor) -> bool:
+    return tensor.requires_grad and tensor.is_floating_point() and torch.is_grad_enabled()
 
 
 def _key(phase: Phase, module: str, call: int, role: Role, path: str) -> TensorKey:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tpcheck.adapters import Backend
 from tpcheck.tolerance import NUM_REPLAYS
 
 BatchSource = Mapping[str, Any] | Callable[[Mapping[str, int], int], Mapping[str, Any]] | None
@@ -19,7 +20,7 @@ class Request:
         build: Returns the unsharded model; called on every rank under the same seed.
         batch: A dict of tensors (the whole batch, cut over DP), a callable (rank coordinate, step) -> dict, or None
             for synthetic tokens from the model's configuration.
-        backend: Name of the backend.
+        backend: Name of the backend, or a backend object of the caller's own.
         dtype: Name of the dtype of weights and arithmetic.
         steps: How many training steps.
         zero_stage: ZeRO stage of the backend.
@@ -33,7 +34,7 @@ class Request:
 
     build: Callable[[], Any]
     batch: BatchSource = None
-    backend: str = "deepspeed"
+    backend: str | Backend = "deepspeed"
     dtype: str = "float64"
     steps: int = 2
     zero_stage: int = 0
