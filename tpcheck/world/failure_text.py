@@ -20,7 +20,7 @@ def failure_text(outcomes: tuple[RankOutcome, ...], *, first: int, timeout: floa
     if culprit.traceback:
         parts.append(culprit.traceback.rstrip())
     if others:
-        parts.append("\n".join(f"rank {outcome.rank}: {_one_line(outcome, culprit)}" for outcome in others))
+        parts.append("\n".join(f"rank {outcome.rank}: {one_line(outcome, culprit)}" for outcome in others))
     parts += [f"rank {other.rank}:\n{other.traceback}" for other in others if other.state == "hung" and other.traceback]
     parts += _captured(culprit, _LINES_OF_CULPRIT)
     for other in others:
@@ -37,7 +37,8 @@ def _headline(outcome: RankOutcome, timeout: float | None) -> str:
     return f"hung: no answer{limit}, {_where(outcome)}"
 
 
-def _one_line(outcome: RankOutcome, culprit: RankOutcome) -> str:
+def one_line(outcome: RankOutcome, culprit: RankOutcome) -> str:
+    """Return how a rank ended that is not the culprit."""
     if outcome.state == "returned":
         return "had returned"
     if outcome.state == "raised":

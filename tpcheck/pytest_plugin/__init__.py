@@ -1,0 +1,26 @@
+"""pytest plugin `tpcheck`: a marked test's body runs on every rank of a world.
+
+Cut by role: `options`, `marker` and `fixtures` are what users write; `controller` runs items in pytest's process, where
+torch is not needed; `body` is what every rank calls; `report` turns how ranks ended into what pytest shows.
+"""
+
+from tpcheck.pytest_plugin.controller import (
+    pytest_collection_finish,
+    pytest_pyfunc_call,
+    pytest_runtest_makereport,
+    pytest_runtest_setup,
+)
+from tpcheck.pytest_plugin.fixtures import tp_rank, tp_spawn
+from tpcheck.pytest_plugin.options import pytest_addoption, pytest_configure, pytest_report_header
+
+__all__ = [
+    "pytest_addoption",
+    "pytest_collection_finish",
+    "pytest_configure",
+    "pytest_pyfunc_call",
+    "pytest_report_header",
+    "pytest_runtest_makereport",
+    "pytest_runtest_setup",
+    "tp_rank",
+    "tp_spawn",
+]
