@@ -15,8 +15,6 @@ import sys
 from tpcheck import Topology, attach
 rank = attach(Topology(tp=2))
 sys.stdout.write(f"{rank!r} {rank.gather(rank.rank)} {rank.group('tp').size()} {rank.device}\\n")
-import torch
-torch.distributed.destroy_process_group()
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from tpcheck.topology import Topology
 from tpcheck.world.debugger import Prompt, set_trace
@@ -27,7 +28,9 @@ class Rank:
         self.topology = topology
         self._device = device
         self._prompt = prompt or Prompt()
-        self._groups: dict[str, ProcessGroup] = {}
+        # torch holds the groups. A reference here would keep gloo's threads past `destroy_process_group`, and a process
+        # that exits with them aborts now and then ("terminate called without an active exception").
+        self._groups: WeakValueDictionary[str, ProcessGroup] = WeakValueDictionary()
 
     @property
     def world_size(self) -> int:
@@ -58,9 +61,10 @@ class Rank:
         Raises:
             UsageError: The topology has no such axis.
         """
-        if axis not in self._groups:
-            self._groups[axis] = axis_group(self.topology, self.rank, axis)
-        return self._groups[axis]
+        group = self._groups.get(axis)
+        if group is None:
+            group = self._groups[axis] = axis_group(self.topology, self.rank, axis)
+        return group
 
     def gather(self, value: Any) -> tuple[Any, ...]:
         """Return every rank's value, by rank, on every rank. Collective over the world."""
