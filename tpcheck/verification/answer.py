@@ -34,9 +34,22 @@ class GroupAnswer:
     last_step: int = -1
 
 
-def answer(evidence: Evidence, checks: Sequence[str]) -> GroupAnswer:
-    """Ask the named checks, step by step until one fails."""
-    answers = [_ask(name, -1, check(evidence)) for name, check in START_CHECKS.items() if name in checks]
+def start_answer(evidence: Evidence, checks: Sequence[str]) -> GroupAnswer:
+    """Ask the named checks of what there is before the first step."""
+    return GroupAnswer(tuple(_ask(name, -1, check(evidence)) for name, check in START_CHECKS.items() if name in checks))
+
+
+def forbids_training(start: GroupAnswer) -> bool:
+    """Return whether steps would mean nothing: the ranks are not one TP model, and may even wait for each other."""
+    return any(one.findings and one.check in _FATAL for one in start.answers)
+
+
+_FATAL = ("groups_match_topology", "parameters_are_sharded")
+
+
+def full_answer(start: GroupAnswer, evidence: Evidence, checks: Sequence[str]) -> GroupAnswer:
+    """Add to `start` what the named checks say of the steps, one by one until one fails."""
+    answers = list(start.answers)
     last_step = -1
     for step in range(len(evidence.reference)):
         last_step = step

@@ -20,50 +20,48 @@ from tpcheck.verification.loss import loss_of
 
 
 @dataclass(frozen=True, slots=True)
-class CandidateRun:
-    """What one rank's sharded model was and did.
+class CandidateStart:
+    """What one rank's sharded model is before the first step.
 
     Attributes:
-        initial: This rank's shard of each parameter before the first step.
-        initial_digests: Digests of parameters and buffers before the first step.
+        weights: This rank's shard of each parameter.
+        digests: Digests of parameters and buffers.
         layouts: How each parameter lies over the TP group.
         group_ranks: The live groups that this rank uses, by axis.
-        steps: What each training step made.
     """
 
-    initial: Mapping[str, torch.Tensor]
-    initial_digests: Mapping[tuple[str, str], str]
+    weights: Mapping[str, torch.Tensor]
+    digests: Mapping[tuple[str, str], str]
     layouts: Mapping[str, Layout]
     group_ranks: Mapping[str, tuple[tuple[int, ...], ...]]
-    steps: tuple[Step, ...]
 
 
-def run_candidate(
-    backend: Backend,
-    model: nn.Module,
-    names: Sequence[str],
-    batches: Sequence[Batch],
-    rank: RankLike,
-    options: TrainingOptions,
-) -> CandidateRun:
-    """Shard `model`, train it on this DP rank's batches, and return copies of everything that is compared.
+def sharded(
+    backend: Backend, model: nn.Module, names: Sequence[str], rank: RankLike, options: TrainingOptions
+) -> tuple[Candidate, CandidateStart]:
+    """Shard `model`; return what trains, and a copy of what it starts from.
 
     Args:
         names: Names of the reference's parameters.
 
     Raises:
-        BackendError: The backend crashed; with its own message and where it happened.
+        BackendError: The backend crashed; with its own message.
     """
     with _blamed_on(backend, "sharding the model"):
         candidate = backend.shard(model, rank, options)
         known = dict(candidate.module.named_parameters(remove_duplicate=False))
-        names = [name for name in names if name in known]
-        initial = {name: candidate.parameter(name) for name in names}
-        digests = _digests("parameter", initial) | _buffer_digests(candidate.module)
-        layouts = candidate.layouts()
-        group_ranks = candidate.group_ranks()
-    steps = tuple(_step(backend, candidate, names, index, batch) for index, batch in enumerate(batches))
-    return CandidateRun(initial, digests, layouts, group_ranks, steps)
+        weights = {name: candidate.parameter(name) for name in names if name in known}
+        digests = _digests("parameter", weights) | _buffer_digests(candidate.module)
+        return candidate, CandidateStart(weights, digests, candidate.layouts(), candidate.group_ranks())
+
+
+def trained(backend: Backend, candidate: Candidate, names: Sequence[str], batches: Sequence[Batch]) -> tuple[Step, ...]:
+    """Train on this DP rank's batches; return copies of everything that is compared.
+
+    Raises:
+        BackendError: The backend crashed; with its own message and where it happened.
+    """
+    return tuple(_step(backend, candidate, names, index, batch) for index, batch in enumerate(batches))
 
 
 def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: int, batch: Batch) -> Step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -64,9 +65,8 @@ def _switch_dropout_off(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def require_equal_models(first: nn.Module, second: nn.Module) -> None:
-    """Raise UsageError where two builds under one seed differ."""
-    second_state = second.state_dict()
-    for name, tensor in first.state_dict().items():
-        if not torch.equal(tensor, second_state[name]):
+def require_equal_models(model: nn.Module, expected: Mapping[str, torch.Tensor]) -> None:
+    """Raise UsageError where a second build under the same seed has another state than the first."""
+    for name, tensor in model.state_dict().items():
+        if name not in expected or not torch.equal(tensor, expected[name]):
             raise UsageError("build", name, "a model with the same weights each time it is called under one seed")

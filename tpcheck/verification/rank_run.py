@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,14 +13,16 @@ from torch import nn
 from tpcheck.adapters import TrainingOptions, load_backend
 from tpcheck.adapters.protocols import RankLike
 from tpcheck.collect import everything_in_float64
-from tpcheck.records import Evidence, RankFacts
+from tpcheck.records import Evidence, RankFacts, Step
 from tpcheck.tolerance import Tolerance, largest_deviations
-from tpcheck.verification.answer import GroupAnswer, answer
+from tpcheck.verification.answer import GroupAnswer, forbids_training, full_answer, start_answer
 from tpcheck.verification.batches import Batch, batch_size, batches
-from tpcheck.verification.candidate import CandidateRun, run_candidate
+from tpcheck.verification.candidate import CandidateStart, sharded, trained
 from tpcheck.verification.model import built_model, require_equal_models
 from tpcheck.verification.reference import ReferenceStep, recorded, replayed_deviations
 from tpcheck.verification.request import Request
+
+T = TypeVar("T")
 
 
 class CommunicatingRank(RankLike, Protocol):
@@ -52,79 +54,122 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
         BackendError: The backend crashed.
     """
     backend = load_backend(request.backend)
-    topology = rank.topology
-    position = topology.coordinate(rank.rank)
-    dtype: torch.dtype = getattr(torch, request.dtype)
-    with everything_in_float64(dtype is torch.float64):
+    with everything_in_float64(request.dtype == "float64"):
+        reference = _Reference.of(request, rank)
+        with backend.session(reference.options):
+            twin = built_model(request, rank.device)
+            require_equal_models(twin, reference.initial)
+            names = tuple(reference.parameters)
+            candidate, start = sharded(backend, twin, names, rank, reference.options)
+            evidence = _start_evidence(rank, request, reference, start)
+            answer = None if evidence is None else start_answer(evidence, request.checks)
+            stops = answer is not None and forbids_training(answer)
+            if not any(rank.gather(stops)):
+                steps, tolerance = reference.trained(rank, request)
+                own_batches = [by_dp_rank[_dp_rank(rank)] for by_dp_rank in reference.data]
+                made = trained(backend, candidate, tuple(start.weights), own_batches)
+                full = _step_evidence(rank, evidence, steps, tolerance, made)
+                if full is not None and answer is not None:
+                    answer = full_answer(answer, full, request.checks)
+    return RankAnswer(answer, backend.versions())
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """The unsharded model, and what both sides start from and are trained on."""
+
+    model: nn.Module
+    data: list[list[Batch]]
+    options: TrainingOptions
+    initial: Mapping[str, torch.Tensor]
+    parameters: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, request: Request, rank: RankLike) -> _Reference:
         model = built_model(request, rank.device)
-        twin = built_model(request, rank.device)
-        require_equal_models(model, twin)
-        data = batches(request, model, topology.dp, rank.device)
-        options = _options(request, dtype, data)
-        initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        buffers = tuple(name for name, _ in model.named_buffers())
-        reference = recorded(model, data, options)
-        tolerance = _tolerance(rank, request, model, initial, data, options, reference)
-        with backend.session(options):
-            own_batches = [by_dp_rank[position["dp"]] for by_dp_rank in data]
-            run = run_candidate(backend, twin, tuple(parameters), own_batches, rank, options)
-    facts = rank.gather(RankFacts(run.group_ranks, (run.initial_digests, *(step.digests for step in run.steps))))
-    runs = _gathered_to_first(run, rank)
-    if runs is None:
-        return RankAnswer(None, backend.versions())
-    evidence = Evidence(
-        topology=topology,
-        dp_rank=position["dp"],
+        data = batches(request, model, rank.topology.dp, rank.device)
+        return cls(
+            model=model,
+            data=data,
+            options=TrainingOptions(
+                dtype=getattr(torch, request.dtype),
+                zero_stage=request.zero_stage,
+                batch_size=batch_size(data[0][0]),
+                config=request.config,
+                ignore_plan=request.ignore_plan,
+            ),
+            initial={name: tensor.clone() for name, tensor in model.state_dict().items()},
+            parameters={name: parameter.detach().clone() for name, parameter in model.named_parameters()},
+        )
+
+    def trained(self, rank: CommunicatingRank, request: Request) -> tuple[list[ReferenceStep], Tolerance]:
+        """Train the reference and measure the tolerance: the ranks share the replays between them. Collective."""
+        steps = recorded(self.model, self.data, self.options)
+        measured: list[Mapping[Hashable, float]] = [
+            replayed_deviations(
+                self.model, self.initial, self.data, self.options, steps, seed=request.seed * 1000 + replay
+            )
+            for replay in range(rank.rank, request.num_replays, rank.topology.world_size)
+        ]
+        everyone: list[Mapping[Hashable, float]] = list(rank.gather(largest_deviations(measured)))
+        scalar_eps = torch.finfo(torch.promote_types(self.options.dtype, torch.float32)).eps
+        return steps, Tolerance(scalar_eps, request.num_replays, largest_deviations(everyone))
+
+
+def _start_evidence(
+    rank: CommunicatingRank, request: Request, reference: _Reference, start: CandidateStart
+) -> Evidence | None:
+    """Return what is known before the first step, on the first rank of each TP group. Collective."""
+    facts = rank.gather(RankFacts(start.group_ranks, (start.digests,)))
+    starts = _gathered_to_first(start, rank)
+    if starts is None:
+        return None
+    return Evidence(
+        topology=rank.topology,
+        dp_rank=_dp_rank(rank),
         dtype=request.dtype,
-        initial=parameters,
-        initial_parts=tuple(one.initial for one in runs),
-        layouts=run.layouts,
-        reference=tuple(step.by_dp_rank[position["dp"]] for step in reference),
-        candidate=tuple(zip(*(one.steps for one in runs), strict=True)),
-        buffers=buffers,
+        initial=reference.parameters,
+        initial_parts=tuple(one.weights for one in starts),
+        layouts=start.layouts,
+        reference=(),
+        candidate=(),
+        buffers=tuple(name for name, _ in reference.model.named_buffers()),
         facts=facts,
+        tolerance=Tolerance(0.0, request.num_replays, {}),
+    )
+
+
+def _step_evidence(
+    rank: CommunicatingRank,
+    start: Evidence | None,
+    reference: Sequence[ReferenceStep],
+    tolerance: Tolerance,
+    made: tuple[Step, ...],
+) -> Evidence | None:
+    """Add to `start` both sides' steps, on the first rank of each TP group. Collective."""
+    digests = rank.gather(tuple(step.digests for step in made))
+    steps = _gathered_to_first(made, rank)
+    if start is None or steps is None:
+        return None
+    facts = zip(start.facts, digests, strict=True)
+    return replace(
+        start,
+        reference=tuple(step.by_dp_rank[start.dp_rank] for step in reference),
+        candidate=tuple(zip(*steps, strict=True)),
+        facts=tuple(replace(fact, digests=(*fact.digests, *of_steps)) for fact, of_steps in facts),
         tolerance=tolerance,
     )
-    return RankAnswer(answer(evidence, request.checks), backend.versions())
 
 
-def _options(request: Request, dtype: torch.dtype, data: Sequence[Sequence[Batch]]) -> TrainingOptions:
-    return TrainingOptions(
-        dtype=dtype,
-        zero_stage=request.zero_stage,
-        batch_size=batch_size(data[0][0]),
-        config=request.config,
-        ignore_plan=request.ignore_plan,
-    )
+def _dp_rank(rank: RankLike) -> int:
+    return rank.topology.coordinate(rank.rank)["dp"]
 
 
-def _tolerance(
-    rank: CommunicatingRank,
-    request: Request,
-    model: nn.Module,
-    initial: Mapping[str, torch.Tensor],
-    data: Sequence[Sequence[Batch]],
-    options: TrainingOptions,
-    reference: Sequence[ReferenceStep],
-) -> Tolerance:
-    """Measure the tolerance: the ranks share the replays between them. Collective."""
-    own = range(rank.rank, request.num_replays, rank.topology.world_size)
-    measured: list[Mapping[Hashable, float]] = [
-        replayed_deviations(model, initial, data, options, reference, seed=request.seed * 1000 + replay)
-        for replay in own
-    ]
-    everyone: list[Mapping[Hashable, float]] = list(rank.gather(largest_deviations(measured)))
-    scalar_eps = torch.finfo(torch.promote_types(options.dtype, torch.float32)).eps
-    return Tolerance(scalar_eps, request.num_replays, largest_deviations(everyone))
-
-
-def _gathered_to_first(run: CandidateRun, rank: CommunicatingRank) -> list[CandidateRun] | None:
-    """Return the runs of a whole TP group on its first rank, by tp_rank; None on the others."""
+def _gathered_to_first(own: T, rank: RankLike) -> list[T] | None:
+    """Return the values of a whole TP group on its first rank, by tp_rank; None on the others."""
     group = rank.topology.peers(rank.rank, "tp")
     if len(group) == 1:
-        return [run]
-    is_first = rank.rank == group[0]
-    runs: list[Any] | None = [None] * len(group) if is_first else None
-    dist.gather_object(run, runs, dst=group[0], group=rank.group("tp"))
-    return runs
+        return [own]
+    values: list[Any] | None = [None] * len(group) if rank.rank == group[0] else None
+    dist.gather_object(own, values, dst=group[0], group=rank.group("tp"))
+    return values

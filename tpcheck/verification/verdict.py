@@ -79,6 +79,7 @@ def _coverage(answers: Sequence[CheckAnswer], last_step: int, steps: int) -> Cov
     for one in answers:
         moment = "" if one.step < 0 else f"step {one.step}: "
         missed.update({f"{one.check}: {moment}{name}": why for name, why in one.missed.items()})
+    earlier = "the model at the start" if last_step < 0 else f"step {last_step}"
     for step in range(last_step + 1, steps):
-        missed[f"step {step}"] = f"step {last_step} already differs, so later steps mean nothing"
+        missed[f"step {step}"] = f"{earlier} already differs, so later steps mean nothing"
     return Coverage(compared, compared + len(missed), missed)
