@@ -11,23 +11,20 @@ from tpcheck.pytest_plugin.messages import Argument
 from tpcheck.world.pickling import dumps
 
 
-def packed_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[str, ...]) -> bytes:
-    """Return `(args, kwargs)` as bytes. `names` are those of the positional ones.
-
-    They are pickled together: what two fixtures share is shared on the ranks, too.
+def packed_arguments(arguments: Mapping[str, Any]) -> bytes:
+    """Return the arguments as bytes, by name; pickled together, so that what two share they share on the ranks.
 
     Raises:
         UsageError: An argument cannot follow; says which and why.
     """
-    for name in kwargs:
+    for name, value in arguments.items():
         if name in STAY_BEHIND:
-            raise UsageError(name, kwargs[name], f"a fixture that can be sent to the ranks: {STAY_BEHIND[name]}")
-    own = {name: _own(value) for name, value in kwargs.items()}
-    positional = tuple(_own(value) for value in args)
+            raise UsageError(name, value, f"a fixture that can be sent to the ranks: {STAY_BEHIND[name]}")
+    own = {name: _own(value) for name, value in arguments.items()}
     try:
-        return dumps((positional, own))
+        return dumps(own)
     except Exception as error:
-        raise _culprit({**dict(zip(names, positional, strict=False)), **own}, "argument or fixture", error) from error
+        raise _culprit(own, "argument or fixture", error) from error
 
 
 def packed_instance(attributes: Mapping[str, Any]) -> bytes:

@@ -28,10 +28,8 @@ def run_body(rank: Rank, body: Body) -> BodyPassed:
         try:
             config = rank_config(body.settings)
             function = _function(body, config)
-            args, kwargs = loads(body.arguments)
-            returned = function(
-                *(_own(value, rank) for value in args), **{name: _own(value, rank) for name, value in kwargs.items()}
-            )
+            arguments = loads(body.arguments)
+            returned = function(**{name: _own(value, rank) for name, value in arguments.items()})
             if hasattr(returned, "__await__") or hasattr(returned, "__aiter__"):
                 pytest.fail(_ASYNC, pytrace=False)
         except BaseException as error:
@@ -70,7 +68,8 @@ def _function(body: Body, config: pytest.Config) -> Callable[..., Any]:
 def _without_given(function: Any) -> Callable[..., Any]:
     """Return what `@given` wraps: examples are drawn in pytest's process."""
     handle = getattr(function, "hypothesis", None)
-    return getattr(handle, "inner_test", None) or function
+    inner: Callable[..., Any] = getattr(handle, "inner_test", function)
+    return inner
 
 
 def _own(value: Any, rank: Rank) -> Any:

@@ -102,7 +102,7 @@ def _request(item: pytest.Item) -> WorldRequest | str:
 def _run(item: pytest.Function, runner: BodyRunner, fixtures: dict[str, Any]) -> None:
     __tracebackhide__ = True
     if not is_given(item):
-        runner.run(**fixtures)
+        runner.run(fixtures)
     elif options_of(item.config).fresh:
         run_examples(item, fixtures, runner.run_fresh)
     else:

@@ -11,7 +11,7 @@ import pytest
 from tpcheck.errors import UsageError
 from tpcheck.pytest_plugin.marker import world_request
 from tpcheck.pytest_plugin.options import options_of
-from tpcheck.world import World
+from tpcheck.world import Rank, World
 
 _OUTPUT = "it sees what pytest's process prints; what ranks print is captured, and shown when the test fails"
 _PROCESS = "it changes pytest's process; make changes inside the body, as with `pytest.MonkeyPatch.context()`"
@@ -31,13 +31,15 @@ STAY_BEHIND: Mapping[str, str] = {
     ),
 }
 
+_OF_A_RANK = {"rank", "topology", *(name for name in dir(Rank) if not name.startswith("_"))}
+
 
 class RankPlaceholder:
     """Stands for the rank in pytest's process, where there is none."""
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("_"):
-            raise AttributeError(name)  # what pickle, pprint and others look for in any object
+        if name not in _OF_A_RANK:
+            raise AttributeError(name)  # what pickle, Hypothesis and others look for in any object
         raise UsageError(
             f"tp_rank.{name}",
             self,

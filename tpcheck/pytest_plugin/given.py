@@ -20,23 +20,38 @@ def inner_test(item: pytest.Function) -> Callable[..., Any]:
     return function
 
 
-def run_examples(item: pytest.Function, fixtures: Mapping[str, Any], run_example: Callable[..., None]) -> None:
-    """Let Hypothesis call `run_example(*args, **kwargs)` in place of the test; a method's `self` is left out.
+def run_examples(
+    item: pytest.Function, fixtures: Mapping[str, Any], run_example: Callable[[dict[str, Any]], None]
+) -> None:
+    """Let Hypothesis call `run_example(arguments)`, by name, in place of the test; a method's `self` is left out.
 
     `inner_test` is the place that Hypothesis documents for libraries that run tests elsewhere:
     https://hypothesis.readthedocs.io/en/latest/extras.html#custom-function-execution
     """
     handle = item.obj.hypothesis
     original = handle.inner_test
-    num_skipped = 1 if inspect.ismethod(item.obj) else 0
+    signature = inspect.signature(original)
+    own_name = next(iter(signature.parameters)) if inspect.ismethod(item.obj) else None
 
     @functools.wraps(original)  # the database of failed examples goes by name and source
     def on_ranks(*args: Any, **kwargs: Any) -> None:
         __tracebackhide__ = True
-        run_example(*args[num_skipped:], **kwargs)
+        bound = signature.bind(*args, **kwargs).arguments
+        run_example({name: value for name, value in bound.items() if name != own_name})
 
     handle.inner_test = on_ranks
     try:
         item.obj(**fixtures)
+    except BaseException as error:
+        for one in (error, *getattr(error, "exceptions", ())):
+            _drop_explanation(one)
+        raise
     finally:
         handle.inner_test = original
+
+
+def _drop_explanation(error: BaseException) -> None:
+    """Drop the lines that Hypothesis saw in failing examples alone: none are the test's, which ran elsewhere."""
+    notes = getattr(error, "__notes__", None)
+    if notes is not None:
+        notes[:] = [note for note in notes if not note.startswith("Explanation:")]

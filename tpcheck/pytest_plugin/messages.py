@@ -75,7 +75,7 @@ class Body:
         settings: Pickled `PytestSettings`; the same bytes in every call of a session.
         test: Where the function is, or None: then `function` holds it by value.
         function: Pickled function, None where `test` says where it is.
-        arguments: Pickled `(args, kwargs)`.
+        arguments: Pickled, by name.
         instance: Pickled attributes of the test's instance.
     """
 

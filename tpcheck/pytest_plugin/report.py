@@ -31,7 +31,7 @@ def failure_repr(excinfo: pytest.ExceptionInfo[BaseException], own: Any) -> Any:
     if origin.details is None:  # a rank died or hung: there is only what the others saw of it
         return excinfo.getrepr(style="value")
     shown = origin.details.longrepr
-    _add_notes(shown, error)
+    _add_notes(shown, _new_notes(error, origin))
     shown.addsection(_title(origin), _others(origin))
     return shown
 
@@ -41,18 +41,22 @@ def _with_members(error: BaseException, own: Any) -> Any:
     for member in getattr(error, "exceptions", ()):
         origin = origin_of(member)
         if origin is not None and origin.details is not None and hasattr(own, "addsection"):
-            _add_notes(origin.details.longrepr, member)
+            _add_notes(origin.details.longrepr, _new_notes(member, origin))
             own.addsection(_title(origin), f"{origin.details.longrepr}\n{_others(origin)}")
     return own
 
 
-def _add_notes(shown: Any, error: BaseException) -> None:
-    """Add notes that came to the exception in pytest's process: Hypothesis tells the falsifying example in one."""
+def _new_notes(error: BaseException, origin: Origin) -> list[str]:
+    """Return the notes that came to the exception in pytest's process: in one, Hypothesis tells the failing example."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    return notes[origin.num_notes :]
+
+
+def _add_notes(shown: Any, notes: Iterable[str]) -> None:
+    """Add notes where pytest shows those it knows of: below the exception's message."""
     entries = shown.reprtraceback.reprentries
     lines: list[str] = getattr(entries[-1], "lines", []) if entries else []
-    text = "\n".join(lines)
-    notes: list[str] = getattr(error, "__notes__", [])
-    lines += [f"E   {line}" for note in notes for line in note.splitlines() if line not in text]
+    lines += [f"E   {line}" for note in notes for line in note.splitlines()]
 
 
 def _title(origin: Origin) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -45,14 +44,14 @@ class BodyRunner:
     def __exit__(self, *_: object) -> None:
         self._worlds.close()
 
-    def run(self, *args: Any, **kwargs: Any) -> None:
+    def run(self, arguments: Mapping[str, Any]) -> None:
         """Run the body with these arguments, in the processes of the last run where it passed.
 
         Raises:
             BaseException: What the culprit's body raised, or `RankFailure` for a rank that died or hung.
         """
         __tracebackhide__ = True
-        body = self._body(args, kwargs)
+        body = self._body(arguments)
         world = self._world = self._world or self._worlds.enter_context(self._open_world())
         error: BaseException | None = None
         try:
@@ -64,33 +63,32 @@ class BodyRunner:
         if error is not None:
             raise error  # not in the handler: Hypothesis tells failures apart by their context, too
 
-    def run_fresh(self, *args: Any, **kwargs: Any) -> None:
+    def run_fresh(self, arguments: Mapping[str, Any]) -> None:
         """Run the body in processes of its own."""
         __tracebackhide__ = True
         self._worlds.close()
         self._world = None
-        self.run(*args, **kwargs)
+        self.run(arguments)
 
-    def run_again(self, *args: Any, **kwargs: Any) -> None:
+    def run_again(self, arguments: Mapping[str, Any]) -> None:
         """Run one of many examples; where it fails, the next one finds the processes started again."""
         __tracebackhide__ = True
         try:
-            self.run(*args, **kwargs)
+            self.run(arguments)
         except Exception:
             self.prepare()
             raise
 
     def prepare(self) -> None:
         """Start the processes and import the test, before anybody looks at the clock."""
-        body = self._body((), {})
+        body = self._body({})
         self._world = self._world or self._worlds.enter_context(self._open_world())
         outcomes = self.outcomes
         with suppress(RankFailure):  # the example that comes next meets the same, and tells it
             self._world.run(prepare, body)
         self.outcomes = outcomes
 
-    def _body(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Body:
-        names = tuple(_parameters(inner_test(self._item)))
+    def _body(self, arguments: Mapping[str, Any]) -> Body:
         attributes = vars(self._item.obj.__self__) if has_instance(self._item) else {}
         return Body(
             nodeid=self._item.nodeid,
@@ -98,7 +96,7 @@ class BodyRunner:
             filters=current_filters(),
             test=self._reference,
             function=self._function,
-            arguments=packed_arguments(args, kwargs, names),
+            arguments=packed_arguments(arguments),
             instance=packed_instance(attributes),
         )
 
@@ -113,11 +111,6 @@ class BodyRunner:
         if returned is not None:
             text = f"Test functions should return None, but {self._item.nodeid} returned {returned}."
             warnings.warn(pytest.PytestReturnNotNoneWarning(text), stacklevel=2)
-
-
-def _parameters(function: Callable[..., Any]) -> list[str]:
-    names = list(inspect.signature(function).parameters)
-    return names[1:] if inspect.ismethod(function) else names
 
 
 def _warnings(failure: RankFailure) -> list[Any]:

@@ -19,6 +19,7 @@ class Origin:
 
     failure: RankFailure
     outcome: RankOutcome
+    num_notes: int = 0  # that the exception brought along from its rank
 
     @property
     def details(self) -> BodyFailed | None:
@@ -32,15 +33,15 @@ def exception_of(failure: RankFailure) -> BaseException:
     The culprit's own exception where there is one: `xfail(raises=...)` and Hypothesis go by its type. A rank that
     skips or xfails decides only where no rank failed by itself.
     """
-    origin = Origin(failure, _deciding(failure))
+    deciding = _deciding(failure)
+    details = deciding.details
     error: BaseException | None = None
-    if origin.details is not None:
-        error = _skip_or_xfail(failure, origin.details) or unpacked(origin.details.exception)
-    if error is None:
-        error = failure
-    elif origin.details is not None:
-        error = error.with_traceback(traceback_at(origin.details.places))
-    error.__dict__[_ATTRIBUTE] = origin
+    if isinstance(details, BodyFailed):
+        error = _skip_or_xfail(failure, details) or unpacked(details.exception)
+        if error is not None:
+            error = error.with_traceback(traceback_at(details.places))
+    error = failure if error is None else error
+    error.__dict__[_ATTRIBUTE] = Origin(failure, deciding, len(getattr(error, "__notes__", ())))
     return error
 
 

@@ -20,9 +20,8 @@ DEFAULT: tuple[str, ...] = (
     "deepspeed.module_inject.auto_tp",
     "cloudpickle",
     "pytest",
-    "_pytest.assertion.rewrite",
-    "_pytest.assertion.util",
     "hypothesis",
+    "tpcheck.pytest_plugin.warm",
 )
 
 
