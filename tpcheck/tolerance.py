@@ -28,16 +28,15 @@ class Tolerance:
     num_replays: int
     deviations: Mapping[Hashable, float]
 
-    def allowed(self, key: Hashable, spacing: float) -> float:
+    def allowed(self, key: Hashable, rounding: float) -> float:
         """Return the largest Frobenius error of this tensor that passes.
-
-        However still the replays stood, one element may always round to its neighbour.
 
         Args:
             key: Which tensor.
-            spacing: Distance from the largest element of the expected tensor to the next number of its dtype.
+            rounding: What rounding does to the expected tensor itself, however still the replays stood: for computed
+                tensors that of every element, for stored ones (weights) that of one.
         """
-        return SAFETY * max(self.deviations.get(key, 0.0), spacing)
+        return SAFETY * max(self.deviations.get(key, 0.0), rounding)
 
     def allowed_scalar(self, key: Hashable, expected: float) -> float:
         """Return the largest error that passes for the loss or the gradient norm."""

@@ -65,7 +65,7 @@ class Candidate(Protocol):
         """Return the live groups that this rank uses on each axis, as global ranks, each distinct one once."""
 
     def layouts(self) -> Mapping[str, Layout]:
-        """Return how each parameter lies over the TP group. Collective over it."""
+        """Return how each parameter lies over the TP group; without those that cannot be told. Collective over it."""
 
     def parameter(self, name: str) -> torch.Tensor:
         """Return a copy of this rank's TP shard, whole over DP. Collective over the DP group."""

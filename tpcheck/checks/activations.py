@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
-from tpcheck.compare import Difference, Placed, compare_placed, frobenius_distance, place, spacing
-from tpcheck.placement import Partial, Placement, Replicate, Shard
+from tpcheck.checks.localise import comes_out
+from tpcheck.compare import Difference, Placed, compare_placed, frobenius_distance, own_rounding, place
+from tpcheck.placement import Partial, Placement, Shard
 from tpcheck.records import Evidence, TensorKey
 from tpcheck.records.trace import Phase
+
+_UNKNOWN_ORDER = "the ranks' parts make up the whole in an order that nobody tells; the module around it agrees"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +58,11 @@ def compare_activations(evidence: Evidence, step: int, phase: Phase) -> Compared
             shapes = ", ".join(str(tuple(part.shape)) for part in parts)
             missed[str(key)] = f"the ranks' shapes {shapes} do not make up {tuple(expected.shape)}"
             continue
-        allowed = evidence.tolerance.allowed((step, evidence.dp_rank, key), spacing(expected))
+        allowed = evidence.tolerance.allowed((step, evidence.dp_rank, key), own_rounding(expected))
         compared[key] = ComparedActivation(key, expected, placed, compare_placed(placed, expected, allowed))
-    return ComparedActivations(_with_partials(compared), missed)
+    judged = {key: _judged_by_surroundings(compared, one) for key, one in compared.items()}
+    unknown = {str(key): _UNKNOWN_ORDER for key, one in judged.items() if one is None}
+    return ComparedActivations({key: one for key, one in judged.items() if one is not None}, missed | unknown)
 
 
 def _weight_hint(evidence: Evidence, key: TensorKey) -> Placement | None:
@@ -68,32 +73,33 @@ def _weight_hint(evidence: Evidence, key: TensorKey) -> Placement | None:
     return placement if isinstance(placement, Shard) and placement.dim == features else None
 
 
-def _with_partials(compared: dict[TensorKey, ComparedActivation]) -> dict[TensorKey, ComparedActivation]:
-    """Accept terms of a sum where the module around them has the right sum.
+def _judged_by_surroundings(
+    compared: Mapping[TensorKey, ComparedActivation], one: ComparedActivation
+) -> ComparedActivation | None:
+    """Return a wrong activation anew where the right result of the module around it shows that it was misread.
 
-    A module may leave its reduction to the one that calls it (experts, an input gradient); the ranks' terms must add
-    up, and the enclosing module must agree.
+    A module may leave its reduction to the one that calls it (experts, an input gradient): the ranks' terms must add
+    up. Or it may keep its shard in an order that shapes do not tell: then nothing can be said of it, and None is
+    returned.
     """
-    result = dict(compared)
-    for key, one in compared.items():
-        if one.found.agrees or len(one.placed.parts) < 2 or not isinstance(one.placed.placement, Replicate):
-            continue
-        around = _enclosing(compared, key)
-        error = frobenius_distance(torch.stack(one.placed.parts).sum(dim=0), one.expected)
-        if around is not None and around.found.agrees and error <= one.found.allowed:
-            placed = Placed(Partial(), one.placed.parts)
-            found = replace(one.found, error=error, part_errors=(0.0,) * len(placed.parts), largest=0.0)
-            result[key] = replace(one, placed=placed, found=found)
-    return result
+    around = None if one.found.agrees else _result_around(compared, one.key)
+    if around is None or not around.found.agrees:
+        return one
+    if isinstance(one.placed.placement, Shard):
+        return one if one.placed.is_fused else None
+    error = frobenius_distance(torch.stack(one.placed.parts).sum(dim=0), one.expected)
+    if error > one.found.allowed:
+        return one
+    placed = Placed(Partial(), one.placed.parts)
+    return replace(one, placed=placed, found=replace(one.found, error=error, part_errors=(0.0,) * len(placed.parts)))
 
 
-def _enclosing(compared: Mapping[TensorKey, ComparedActivation], key: TensorKey) -> ComparedActivation | None:
-    """Return the same role of the nearest module around `key` that was compared."""
+def _result_around(compared: Mapping[TensorKey, ComparedActivation], key: TensorKey) -> ComparedActivation | None:
+    """Return the first result of the nearest module around `key` that was compared."""
     module = key.module
     while module:
         module = module.rpartition(".")[0]
-        for path in dict.fromkeys((key.path, "0")):
-            around = compared.get(replace(key, module=module, path=path))
-            if around is not None:
-                return around
+        for one in compared.values():
+            if one.key.module == module and comes_out(one.key):
+                return one
     return None

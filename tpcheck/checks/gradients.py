@@ -10,7 +10,7 @@ from tpcheck.checks.outcome import CheckOutcome, named_few
 from tpcheck.checks.outputs import activation_suspect
 from tpcheck.checks.parameters import ComparedParameter, compare_parameters
 from tpcheck.checks.suspects import tensor_suspect
-from tpcheck.compare import spacing
+from tpcheck.compare import own_rounding
 from tpcheck.records import Evidence, Suspect
 
 _CHECK = "gradients_match_reference"
@@ -28,7 +28,7 @@ def gradients_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         evidence,
         evidence.reference[step].gradients,
         [part.gradients for part in evidence.candidate[step]],
-        lambda name, whole: evidence.tolerance.allowed((step, "gradient", name), spacing(whole)),
+        lambda name, whole: evidence.tolerance.allowed((step, "gradient", name), own_rounding(whole)),
     )
     margins = {**backward.margins(), **{name: one.found.margin for name, one in parameters.items()}}
     wrong = [one for one in parameters.values() if not one.found.agrees]

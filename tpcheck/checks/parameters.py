@@ -9,8 +9,6 @@ from typing import Any
 from tpcheck.compare import Difference, compare_parameter
 from tpcheck.records import Evidence
 
-NOT_ON_CANDIDATE = "the sharded model has no parameter of this name"
-
 
 @dataclass(frozen=True, slots=True)
 class ComparedParameter:
@@ -44,8 +42,11 @@ def compare_parameters(
     missed: dict[str, str] = {}
     for name, whole in expected.items():
         layout = evidence.layouts.get(name)
-        if layout is None or any(name not in part for part in parts):
-            missed[name] = NOT_ON_CANDIDATE
+        if any(name not in part for part in parts):
+            missed[name] = "the sharded model has no parameter of this name"
+            continue
+        if layout is None:
+            missed[name] = "its layer cannot gather it, so nobody can say which part each rank holds"
             continue
         own = [part[name] for part in parts]
         if whole is None and all(part is None for part in own):

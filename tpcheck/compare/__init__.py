@@ -1,6 +1,6 @@
 """Records in, differences out: pure functions on tensors at hand, without processes or live models."""
 
-from tpcheck.compare.difference import Difference, compare_placed, frobenius, frobenius_distance, spacing
+from tpcheck.compare.difference import Difference, compare_placed, frobenius, frobenius_distance, own_rounding, spacing
 from tpcheck.compare.parameters import compare_parameter
 from tpcheck.compare.placing import Placed, place
 
@@ -11,6 +11,7 @@ __all__ = [
     "compare_placed",
     "frobenius",
     "frobenius_distance",
+    "own_rounding",
     "place",
     "spacing",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import hypot, inf, isfinite
+from math import hypot, inf, isfinite, sqrt
 
 import torch
 
@@ -101,6 +101,15 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 def frobenius(tensor: torch.Tensor) -> float:
     """Return the Frobenius norm, in float64."""
     return float(torch.linalg.vector_norm(tensor.to(torch.float64))) if tensor.numel() else 0.0
+
+
+def own_rounding(tensor: torch.Tensor) -> float:
+    """Return how far rounding moves the tensor itself (Frobenius): every element by eps * U(-1, 1) of its size.
+
+    0 for a tensor that holds infinities or the dtype's largest numbers: a mask is copied, not computed.
+    """
+    norm = frobenius(tensor)
+    return norm * torch.finfo(tensor.dtype).eps / sqrt(3) if isfinite(norm) else 0.0
 
 
 def spacing(tensor: torch.Tensor) -> float:

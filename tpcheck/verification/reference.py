@@ -81,22 +81,32 @@ def replayed_deviations(
     with perturbed_leaves(model, eps=torch.finfo(options.dtype).eps, generator=generator):
         steps = train(model, batches, options, measure)
     for index, (step, reference_step) in enumerate(zip(steps, expected, strict=True)):
-        _measure_common(index, step.by_dp_rank[0], reference_step.by_dp_rank[0], deviations)
+        _measure_common(index, step.by_dp_rank[0], reference_step.by_dp_rank[0], deviations, generator)
         for dp_rank, (one, reference) in enumerate(zip(step.by_dp_rank, reference_step.by_dp_rank, strict=True)):
             deviations[index, dp_rank, "loss"] = abs(one.loss - reference.loss)
     return deviations
 
 
-def _measure_common(index: int, step: Step, reference: Step, deviations: dict[Hashable, float]) -> None:
+def _measure_common(
+    index: int, step: Step, reference: Step, deviations: dict[Hashable, float], generator: torch.Generator
+) -> None:
     for name, expected in reference.gradients.items():
         actual = step.gradients[name]
         if expected is not None and actual is not None:
             deviations[index, "gradient", name] = frobenius_distance(actual, expected)
     for name, expected_weight in reference.weights.items():
         deviations[index, "weight", name] = frobenius_distance(step.weights[name], expected_weight)
-    assert step.gradient_norm is not None
     assert reference.gradient_norm is not None
-    deviations[index, "norm"] = abs(step.gradient_norm - reference.gradient_norm)
+    present = [gradient for gradient in step.gradients.values() if gradient is not None]
+    deviations[index, "norm"] = abs(_norm_in_random_order(present, generator) - reference.gradient_norm)
+
+
+def _norm_in_random_order(tensors: Sequence[torch.Tensor], generator: torch.Generator) -> float:
+    """Return the norm of all elements, summed in a random order: sharded norms are summed in another order, too."""
+    elements = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    elements = elements.to(torch.promote_types(elements.dtype, torch.float32))
+    order = torch.randperm(len(elements), generator=generator).to(elements.device)
+    return float(torch.linalg.vector_norm(elements[order]))
 
 
 def _step(

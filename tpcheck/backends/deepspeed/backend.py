@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -51,11 +51,9 @@ class TpModelInitBackend(DeepSpeedBackend):
     name = "deepspeed-tp-model-init"
 
     def _engine(self, model: nn.Module, config: dict[str, Any], rank: RankLike, options: TrainingOptions) -> Any:
-        tensor_parallel: Mapping[str, Any] = config.pop("tensor_parallel")
-        rest = {key: value for key, value in tensor_parallel.items() if key != "autotp_size"}
-        if rest:
-            config["tensor_parallel"] = rest
-        model = deepspeed.tp_model_init(model, tp_size=rank.topology.tp, dtype=options.dtype, tp_group=rank.group("tp"))
+        # The config keeps its autotp_size, as under transformers' Trainer. A tp_group cannot be handed over: deepspeed
+        # 0.19.8 then fails to print its config ("ProcessGroup is not JSON serializable").
+        model = deepspeed.tp_model_init(model, tp_size=rank.topology.tp, dtype=options.dtype)
         return super()._engine(model, config, rank, options)
 
 

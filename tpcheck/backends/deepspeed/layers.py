@@ -22,7 +22,7 @@ def parallel_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def layouts(model: nn.Module, group: Any) -> dict[str, Layout]:
-    """Return the layout of every parameter over the TP group. Collective over it.
+    """Return the layout of every parameter over the TP group but those that their layer cannot gather. Collective.
 
     Each layer is asked to gather a shard whose values say where they come from, through its own `gather_params`: what
     comes back is the layout, whatever the layer does inside.
@@ -34,7 +34,11 @@ def layouts(model: nn.Module, group: Any) -> dict[str, Layout]:
     }
     for prefix, layer in parallel_layers(model):
         for name, layout in _layer_layouts(layer, group).items():
-            found[f"{prefix}.{name}" if prefix else name] = layout
+            full_name = f"{prefix}.{name}" if prefix else name
+            if layout is None:
+                del found[full_name]
+            else:
+                found[full_name] = layout
     return found
 
 
@@ -43,7 +47,7 @@ def local_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _layer_layouts(layer: Any, group: Any) -> dict[str, Layout]:
+def _layer_layouts(layer: Any, group: Any) -> dict[str, Layout | None]:
     parameters = {name: getattr(layer, name, None) for name in ("weight", "bias")}
     present = {name: parameter for name, parameter in parameters.items() if parameter is not None}
     shapes: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size(group))]
@@ -56,7 +60,12 @@ def _layer_layouts(layer: Any, group: Any) -> dict[str, Layout]:
             # float64, since a parameter's data must be floating point: exact below 2**53 elements
             ids = torch.arange(start, start + sizes[tp_rank], dtype=torch.float64, device=parameter.device)
             parameter.data = ids.reshape(shapes[tp_rank][name])
-        layer.gather_params(list(parameters.values()))
+        try:
+            layer.gather_params(list(parameters.values()))
+        except (
+            RuntimeError
+        ):  # interleaved fused layouts that DeepSpeed trains but cannot reassemble, on all ranks alike
+            return dict.fromkeys(present)
         gathered = {name: parameter.data.clone() for name, parameter in present.items()}
     return {
         name: _layout(ids.to(torch.int64), tuple(by_rank[name] for by_rank in shapes)) for name, ids in gathered.items()
