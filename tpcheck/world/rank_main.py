@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import os
 import socket
 import sys
@@ -19,6 +18,8 @@ from tpcheck.world.debugger import Prompt, set_trace
 from tpcheck.world.failure import failure_of
 from tpcheck.world.pickling import dumps, loads
 from tpcheck.world.rank import Rank
+
+_LIBC = ctypes.CDLL(None)
 
 
 def rank_main(order: messages.Fork, descriptors: list[int]) -> NoReturn:
@@ -41,8 +42,14 @@ def _settle(order: messages.Fork, stdout: int, stderr: int, stack_file: int) -> 
     environment.apply(order.environ)
     sys.argv[:] = order.argv
     sys.path[:] = order.sys_path
-    importlib.invalidate_caches()
+    _forget_missing_folders()
     shm_allreduce.disable()
+
+
+def _forget_missing_folders() -> None:
+    """Let imports see folders that were not there yet when the template looked; others are checked by their mtime."""
+    for folder in [path for path, finder in sys.path_importer_cache.items() if finder is None]:
+        del sys.path_importer_cache[folder]
 
 
 class _RankProcess:
@@ -141,7 +148,7 @@ class _RankProcess:
         for stream in {*self._streams, sys.stdout, sys.stderr}:
             with contextlib.suppress(Exception):  # code under test may have closed or replaced it
                 stream.flush()
-        ctypes.CDLL(None).fflush(None)
+        _LIBC.fflush(None)
 
 
 def _read_debug_level() -> None:

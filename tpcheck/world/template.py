@@ -16,10 +16,11 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 
-from tpcheck.world import messages, preload, shm_allreduce
+from tpcheck.world import huge_pages, messages, preload, rank_main, shm_allreduce
 from tpcheck.world.channel import Channel
 from tpcheck.world.cleanup import descendants, end_processes, remove_traces
 
+_LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _ORPHANED_CHECK_S = 1.0  # the end of the controller's socket is the usual sign; a forked copy of it may hide that
@@ -39,6 +40,7 @@ def main(descriptor: int, names: Sequence[str]) -> None:
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection here would touch, and so copy, the pages that all ranks share
+    huge_pages.gather()
     controller.send(messages.Ready(_num_gpus(), broken))
     _Template(controller).serve()
 
@@ -153,9 +155,7 @@ def _become_rank(order: messages.Fork, descriptors: list[int], close_everything:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         gc.enable()
-        from tpcheck.world.rank_main import rank_main
-
-        rank_main(order, descriptors)
+        rank_main.rank_main(order, descriptors)
     finally:
         os._exit(70)  # EX_SOFTWARE: rank_main never returns
 
@@ -172,4 +172,4 @@ def _num_gpus() -> int:
 
 def _prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+        _LIBC.prctl(option, value, 0, 0, 0)
