@@ -190,8 +190,11 @@ def _crashed(failure: RankFailure | BackendError, shown: _Presentation, seconds:
 def _require_valid(request: Request) -> None:
     from tpcheck.adapters import backend_names
 
-    if not callable(request.build):
-        raise UsageError("build", request.build, "a callable that returns the unsharded torch.nn.Module")
+    is_module = hasattr(request.build, "named_parameters") and not isinstance(request.build, type)
+    if not callable(request.build) or is_module:  # a module is callable, too
+        raise UsageError(
+            "build", type(request.build).__name__, "a callable that makes and returns the unsharded torch.nn.Module"
+        )
     if isinstance(request.backend, str) and request.backend not in backend_names():
         raise UsageError("backend", request.backend, backend_names())
     if request.dtype not in DTYPES:

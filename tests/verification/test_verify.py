@@ -1,0 +1,131 @@
+"""`tpcheck.verify` on models of the user's own, and what it says of bad input."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tpcheck
+from tpcheck import Topology, UsageError
+
+COLUMN_THEN_ROW = {
+    "tensor_parallel": {
+        "partition_config": {
+            "use_default_specs": False,
+            "layer_specs": [
+                {"patterns": [".*up\\.weight$"], "partition_type": "column"},
+                {"patterns": [".*down\\.weight$"], "partition_type": "row"},
+            ],
+        }
+    }
+}
+
+
+class Regression(nn.Module):
+    """Two projections, a norm, and a squared error."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 16)
+        self.dropout = nn.Dropout(dropout)
+        self.down = nn.Linear(16, 8)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, features_BD: torch.Tensor, targets_BD: torch.Tensor) -> dict[str, torch.Tensor]:
+        out_BD = self.norm(self.down(self.dropout(torch.relu(self.up(features_BD)))))
+        return {"loss": (out_BD - targets_BD).square().mean(), "out": out_BD}
+
+
+def whole_batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "features_BD": torch.randn(4, 8, generator=generator, dtype=torch.float64),
+        "targets_BD": torch.randn(4, 8, generator=generator, dtype=torch.float64),
+    }
+
+
+def batch_of(coordinate: Mapping[str, int], step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(10 * step + coordinate["dp"])
+    return {name: torch.randn(2, 8, generator=generator, dtype=torch.float64) for name in whole_batch()}
+
+
+class Silent(Regression):
+    def forward(self, features_BD: torch.Tensor, targets_BD: torch.Tensor) -> torch.Tensor:
+        return super().forward(features_BD, targets_BD)["out"]
+
+
+class Crashing(Regression):
+    def forward(self, features_BD: torch.Tensor, targets_BD: torch.Tensor) -> Any:
+        raise ZeroDivisionError("the user's own model is broken")
+
+
+@pytest.mark.parametrize("batch", [whole_batch(), batch_of], ids=["whole", "callable"])
+def test_a_model_of_ones_own_is_verified_over_tp_and_dp(batch: Any) -> None:
+    report = verify(lambda: Regression(dropout=0.5), batch, topology=Topology(tp=2, dp=2))
+    assert report.passed, report
+    assert report.verdict.coverage.compared == report.verdict.coverage.total
+
+
+def test_a_report_names_the_model_its_place_and_its_versions() -> None:
+    report = verify(Regression, whole_batch())
+    assert report.verdict.subject["model"] == "Regression"
+    assert {"torch", "deepspeed", "tpcheck"} <= set(report.verdict.environment)
+
+
+def test_a_bug_of_the_model_itself_is_an_error_with_its_traceback() -> None:
+    report = verify(Crashing, whole_batch())
+    assert report.verdict.verdict == "error"
+    assert "the user's own model is broken" in (report.verdict.message or "")
+
+
+def test_a_model_without_a_loss_is_told_what_is_expected() -> None:
+    with pytest.raises(UsageError, match="a model that returns its loss"):
+        verify(Silent, whole_batch())
+
+
+def test_a_model_that_differs_each_time_is_refused() -> None:
+    def unseeded() -> nn.Module:
+        model = Regression()
+        with torch.no_grad():
+            model.up.weight.copy_(torch.randn(16, 8, generator=torch.Generator().manual_seed(torch.seed() % 2**31)))
+        return model
+
+    with pytest.raises(UsageError, match="the same weights each time"):
+        verify(unseeded, whole_batch())
+
+
+def test_a_batch_that_dp_does_not_divide_is_refused() -> None:
+    odd = {name: tensor[:3] for name, tensor in whole_batch().items()}
+    with pytest.raises(UsageError, match="a first dim that dp=2 divides"):
+        verify(Regression, odd, topology=Topology(tp=1, dp=2))
+
+
+def test_tokens_cannot_be_made_up_without_a_vocabulary() -> None:
+    with pytest.raises(UsageError, match="no config"):
+        verify(Regression, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "megatronn"}, "backend='megatronn': expected one of"),
+        ({"dtype": "float16"}, "dtype='float16': expected one of float64, float32, bfloat16"),
+        ({"zero_stage": 4}, "zero_stage=4: expected one of 0, 1, 2, 3"),
+        ({"steps": 0}, "steps=0: expected a positive integer"),
+        ({"checks": ["outputs"]}, "checks=\\['outputs'\\]: expected one of groups_match_topology"),
+        ({"build": Regression()}, "expected a callable"),
+        ({"config": {"zero_optimization": {"stage": 3}}}, "config.zero_optimization.stage=3: expected 0"),
+    ],
+)
+def test_a_bad_argument_is_named_with_what_is_accepted(options: dict[str, Any], message: str) -> None:
+    build = options.pop("build", Regression)
+    with pytest.raises(UsageError, match=message):
+        verify(build, whole_batch(), **options)
+
+
+def verify(build: Any, batch: Any, **options: Any) -> tpcheck.Report:
+    arguments = {"topology": Topology(tp=2), "config": COLUMN_THEN_ROW, "timeout": 60, **options}
+    arguments["config"] = {**COLUMN_THEN_ROW, **arguments["config"]}
+    return tpcheck.verify(build, batch, **arguments)
