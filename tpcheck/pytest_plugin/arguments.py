@@ -47,8 +47,8 @@ def _culprit(values: Mapping[str, Any], what: str, error: Exception) -> UsageErr
     for name, value in values.items():
         own_error = _why_not(value)
         if own_error is not None:
-            return UsageError(name, value, _sendable(what, own_error))
-    return UsageError("arguments", tuple(values), _sendable(what, error))
+            return UsageError(name, value, _sendable(what, value, own_error))
+    return UsageError("arguments", tuple(values), _sendable(what, None, error))
 
 
 def _why_not(value: Any) -> Exception | None:
@@ -59,7 +59,9 @@ def _why_not(value: Any) -> Exception | None:
     return None
 
 
-def _sendable(what: str, error: Exception) -> str:
+def _sendable(what: str, value: Any, error: Exception) -> str:
+    if type(value).__module__.startswith("hypothesis."):
+        return "a value: Hypothesis draws in pytest's process alone, so name every strategy in @given"
     return (
         f"an {what} that pickles, because it is made in pytest's process and sent to the ranks; "
         f"build it in the body instead ({type(error).__name__}: {error})"

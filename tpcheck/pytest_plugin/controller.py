@@ -79,7 +79,7 @@ def pytest_runtest_makereport(
     """Show the culprit's own account of a failure, and what every rank printed."""
     made = yield
     if call.when == "call" and _outcomes_key in item.stash:
-        made.sections.extend(report.captured_sections(item.stash[_outcomes_key]))
+        made.sections.extend(report.captured_sections(item.stash[_outcomes_key], call.excinfo))
         if call.excinfo is not None and not isinstance(made.longrepr, tuple):  # skips are told by a tuple
             made.longrepr = report.failure_repr(call.excinfo, made.longrepr)
     return made

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 
-from tpcheck.errors import RankOutcome
+from tpcheck.errors import RankFailure, RankOutcome
 from tpcheck.pytest_plugin.verdict import Origin, origin_of
 from tpcheck.world.failure_text import one_line
 
 
-def captured_sections(outcomes: Iterable[RankOutcome]) -> list[tuple[str, str]]:
+def captured_sections(
+    outcomes: Iterable[RankOutcome], excinfo: pytest.ExceptionInfo[BaseException] | None
+) -> list[tuple[str, str]]:
     """Return what ranks printed, under titles that --show-capture and JUnit sort by."""
+    if excinfo is not None and isinstance(excinfo.value, RankFailure):
+        return []  # its message holds them
     return [
         (f"Captured {name} rank {outcome.rank}", text)
         for outcome in outcomes

@@ -1,0 +1,125 @@
+"""Worlds of a session: made by tests themselves, started when needed, and many at a time under xdist."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.pytest_plugin.conftest import Run
+
+
+def test_tp_spawn_makes_worlds_that_end_with_the_test(run: Run) -> None:
+    source = """
+        import os, signal
+        import tpcheck
+
+        def pid_of(rank):
+            return os.getpid()
+
+        pids = []
+
+        def test_two_worlds(tp_spawn):
+            first, second = tp_spawn(tp=2, timeout=30), tp_spawn(dp=2, env={"OF_THE_TEST": "yes"})
+            assert first.topology == tpcheck.Topology(tp=2)
+            assert second.run(lambda rank: os.environ["OF_THE_TEST"]) == ("yes", "yes")
+            pids.extend(first.run(pid_of) + second.run(pid_of))
+            with pytest.raises(tpcheck.RankFailure, match="rank 0 of 2 raised ZeroDivisionError"):
+                first.run(lambda rank: 1 / 0)
+
+        def test_both_have_ended():
+            assert len(set(pids)) == 4
+            for pid in pids:
+                with pytest.raises(ProcessLookupError):
+                    os.kill(pid, 0)
+
+        def test_wrong(tp_spawn):
+            with pytest.raises(tpcheck.UsageError, match="pp=2: expected one of tp, dp"):
+                tp_spawn(pp=2)
+    """
+    run(source).assert_outcomes(passed=3)
+
+
+def test_each_test_has_fresh_processes(run: Run) -> None:
+    source = """
+        import os
+        left_behind = []
+
+        @pytest.mark.tpcheck(tp=2)
+        @pytest.mark.parametrize("number", [1, 2])
+        def test_fresh(tp_rank, number):
+            assert left_behind == []
+            left_behind.append(number)
+    """
+    run(source).assert_outcomes(passed=2)
+
+
+@pytest.mark.parametrize(
+    ("source", "args", "expected"),
+    [
+        ("def test_plain(): pass", (), 0),
+        ("@pytest.mark.tpcheck(tp=2)\ndef test_marked(): pass", ("--collect-only",), 0),
+        ("@pytest.mark.tpcheck(tp=2)\ndef test_marked(): pytest.skip()", ("--deselect=test_file.py::test_marked",), 0),
+        ("def test_spawns(tp_spawn): pass", (), 1),
+        ("@pytest.mark.tpcheck(tp=2)\n@pytest.mark.skip\ndef test_marked(): pass", (), 1),
+    ],
+)
+def test_the_template_starts_only_where_a_test_needs_it(
+    pytester: pytest.Pytester, source: str, args: tuple[str, ...], expected: int
+) -> None:
+    pytester.makeconftest(
+        """
+        from tpcheck.world import launcher
+
+        class Template:
+            is_over = False
+
+            def __init__(self, device, names):
+                print("template started")
+
+        launcher.Template = Template
+        """
+    )
+    pytester.makepyfile(test_file=f"import pytest\n\n{source}")
+    result = pytester.runpytest_subprocess("-s", *args)
+    assert result.stdout.str().count("template started") == expected
+
+
+def test_xdist_workers_run_worlds_side_by_side_and_their_reports_arrive(run: Run, pytester: pytest.Pytester) -> None:
+    pytest.importorskip("xdist")
+    pytester.makepyfile(
+        """
+        import os
+        import pytest
+
+        @pytest.mark.tpcheck(tp=2)
+        @pytest.mark.parametrize("number", range(6))
+        def test_many(tp_rank, number):
+            import torch
+            total = torch.ones(1)
+            torch.distributed.all_reduce(total)
+            assert int(total) == 2
+
+        @pytest.mark.tpcheck(tp=2)
+        def test_fails(tp_rank):
+            print("here is", tp_rank.rank)
+            assert tp_rank.rank == 0
+
+        @pytest.mark.tpcheck(tp=2)
+        def test_dies(tp_rank):
+            os._exit(3)
+
+        @pytest.mark.tpcheck(tp=2)
+        def test_skips(tp_rank):
+            pytest.skip("so")
+        """
+    )
+    result = pytester.runpytest_subprocess("-n", "2", "--junitxml=out.xml")
+    result.assert_outcomes(passed=6, failed=2, skipped=1)
+    result.stdout.fnmatch_lines_random(
+        [
+            "E *assert 1 == 0",
+            "-* rank 1 of 2 raised; the others -*",
+            "-* Captured stdout rank 1 -*",
+            "here is 1",
+            "rank ? of 2 died: exited with code 3 before it answered",
+        ]
+    )
