@@ -34,7 +34,7 @@ def _headline(outcome: RankOutcome, timeout: float | None) -> str:
     if outcome.state == "died":
         return _died(outcome)
     limit = "" if timeout is None else f" within {timeout:g} s"
-    return f"hung: no answer{limit}, {_where(outcome)}"
+    return f"hung: no answer{limit}, {_activity(outcome)}"
 
 
 def one_line(outcome: RankOutcome, culprit: RankOutcome) -> str:
@@ -46,7 +46,7 @@ def one_line(outcome: RankOutcome, culprit: RankOutcome) -> str:
         return f"raised the same {outcome.error_type}" if same else _raised(outcome)
     if outcome.state == "died":
         return _died(outcome)
-    return f"{'stopped while' if outcome.state == 'stopped' else 'hung'} {_where(outcome)}"
+    return f"{'stopped while' if outcome.state == 'stopped' else 'hung'} {_activity(outcome)}"
 
 
 def _raised(outcome: RankOutcome) -> str:
@@ -60,11 +60,11 @@ def _died(outcome: RankOutcome) -> str:
     return f"died: exited with code {outcome.exit_code} before it answered"
 
 
-def _where(outcome: RankOutcome) -> str:
-    what = "not in a collective" if outcome.collective is None else f"waiting in {outcome.collective}"
-    place = _place(outcome.traceback or "")
+def _activity(outcome: RankOutcome) -> str:
     if outcome.traceback is None:
-        return "where is not known: it did not show its stack"
+        return "at a place it did not show"
+    what = f"waiting in {outcome.collective}" if outcome.collective else "not in a collective"
+    place = _place(outcome.traceback)
     return f"{what}, at {place}" if place else what
 
 

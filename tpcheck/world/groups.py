@@ -21,7 +21,7 @@ def start_default_group(store: Store, *, rank: int, world_size: int, device: str
 
     if device.startswith("cuda"):
         torch.cuda.set_device(torch.device(device))
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     torch.distributed.init_process_group(
         group_backend(backend), store=store, rank=rank, world_size=world_size, timeout=NO_TIMEOUT
     )

@@ -1,7 +1,7 @@
 """Gathers this process's memory into huge pages, so that a fork copies 500 times fewer page table entries.
 
-With torch, transformers and deepspeed imported (285 MB), fork to exit of a child took 22 ms before and 7.5 ms after; the
-gathering itself takes 0.7 s, once. Needs Linux 6.1; elsewhere, and where the kernel declines, nothing changes.
+With torch, transformers and deepspeed imported (285 MB), fork to exit of a child took 22 ms before and 7.5 ms after;
+the gathering itself takes 0.7 s, once. Needs Linux 6.1; elsewhere, and where the kernel declines, nothing changes.
 """
 
 from __future__ import annotations
