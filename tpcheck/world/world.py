@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -189,8 +190,13 @@ class World:
         self._template.ready()
         port = reserve_port()
         scratch = tempfile.mkdtemp(prefix="tpcheck-")
-        forks = tuple(self._fork(rank, scratch, port.getsockname()[1]) for rank in range(self.topology.world_size))
-        return Processes(self._template, forks, scratch=scratch, port=port)
+        try:
+            forks = tuple(self._fork(rank, scratch, port.getsockname()[1]) for rank in range(self.topology.world_size))
+            return Processes(self._template, forks, scratch=scratch, port=port)
+        except BaseException:  # Ctrl-C included; with the port goes the claim on it, with the socket the ranks
+            port.close()
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
 
     def _fork(self, rank: int, scratch: str, port: int) -> Fork:
         environ = rank_environ(

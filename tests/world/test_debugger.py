@@ -1,0 +1,78 @@
+"""A person can stop one rank at a prompt, while the clock of the world stands still."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+_SCRIPT = """
+from tpcheck import Topology, spawn
+
+def body(rank):
+    import torch
+    answer = 42
+    if rank.rank == 1:
+        {statement}
+    torch.distributed.barrier()
+    return answer
+
+with spawn(Topology(tp=2), timeout=1, preload=["torch"]) as world:
+    print("results", world.run(body))
+"""
+
+
+class Terminal:
+    """A script with a terminal of its own."""
+
+    def __init__(self, script: Path) -> None:
+        self._pid, self._descriptor = pty.fork()
+        if self._pid == 0:
+            os.execv(sys.executable, [sys.executable, str(script)])
+        self.seen = ""
+
+    def wait_for(self, text: str, *, limit_s: float = 30) -> None:
+        deadline = time.monotonic() + limit_s
+        while text not in self.seen:
+            assert select.select([self._descriptor], [], [], deadline - time.monotonic())[0], self.seen
+            self.seen += os.read(self._descriptor, 4096).decode()
+
+    def type(self, line: str) -> None:
+        self.seen = ""
+        os.write(self._descriptor, f"{line}\n".encode())
+
+    def exit_status(self) -> int:
+        status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        os.close(self._descriptor)
+        return status
+
+
+@pytest.mark.parametrize("statement", ["rank.breakpoint()", "breakpoint()"])
+def test_a_prompt_on_one_rank_outlives_the_deadline(statement: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT.format(statement=statement))
+    terminal = Terminal(script)
+    terminal.wait_for("(rank 1) ")
+    assert "torch.distributed.barrier()" in terminal.seen  # stopped in the user's code, at its next line
+    time.sleep(1.5)
+    terminal.type("answer = 43")
+    terminal.wait_for("(rank 1) ")
+    terminal.type("next")
+    terminal.wait_for("(rank 1) ")
+    terminal.type("continue")
+    terminal.wait_for("results (42, 43)")
+    assert terminal.exit_status() == 0
+
+
+def test_without_a_terminal_it_says_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT.format(statement="rank.breakpoint()"))
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=60)
+    assert "UsageError: breakpoint='rank 1': expected a terminal to talk on" in done.stderr
