@@ -94,9 +94,11 @@ def test_methods_have_their_class_and_what_its_setup_left_on_the_instance(run: R
             def test_class(cls, tp_rank):
                 assert cls is TestMethods
 
+        class TestOuter:
+            @pytest.mark.tpcheck(tp=2)
             class TestInner:
                 def test_deeper(self, tp_rank):
-                    assert type(self).__qualname__ == "TestMethods.TestInner"
+                    assert type(self).__qualname__ == "TestOuter.TestInner"
     """
     run(source).assert_outcomes(passed=5)
 
@@ -171,20 +173,18 @@ def test_every_import_mode_works(pytester: pytest.Pytester, mode: str) -> None:
         def of_conftest():
             return OfConftest()
     """
-    for folder in ("first", "second") if mode == "importlib" else ("first",):
-        path = pytester.mkdir(folder)
-        pytester.makepyfile(**{f"{folder}/test_same": body, f"{folder}/conftest": conftest})
-        assert path.is_dir()
-    result = pytester.runpytest_inprocess(f"--import-mode={mode}")
-    result.assert_outcomes(passed=2 if mode == "importlib" else 1)
+    for folder in ("first", "second"):
+        files = {"test_same": body, "conftest": conftest, **({} if mode == "importlib" else {"__init__": ""})}
+        pytester.makepyfile(**{f"{folder}/{name}": text for name, text in files.items()})
+    pytester.runpytest_inprocess(f"--import-mode={mode}").assert_outcomes(passed=2)
 
 
 def test_packages_with_relative_imports_work(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         **{
-            "tests/__init__": "",
-            "tests/helpers": "class Helper: pass",
-            "tests/test_relative": """
+            "inner/__init__": "",
+            "inner/helpers": "class Helper: pass",
+            "inner/test_relative": """
                 import pytest
                 from .helpers import Helper
 
@@ -264,10 +264,10 @@ def test_warnings_of_ranks_are_shown_and_filtered_as_others_are(run: Run) -> Non
     result.assert_outcomes(passed=3, failed=1, warnings=4)
     result.stdout.fnmatch_lines(
         [
-            "E *UserWarning: bad",
-            "*test_warnings_*.py:7: UserWarning: same on every rank",
+            "E       UserWarning: bad",
+            "*test_warnings_*.py:8: UserWarning: same on every rank",
             "*DeprecationWarning: of rank 0",
-            "*PytestReturnNotNoneWarning: Test functions should return None, but *test_returns returned*int*",
+            "*.py:*: PytestReturnNotNoneWarning: Test functions should return None, but *test_returns returned*int*",
         ]
     )
     result.stdout.no_fnmatch_line("*known")

@@ -34,9 +34,9 @@ def test_the_culprits_own_traceback_and_introspection_are_shown(run: Run) -> Non
             ">       assert values == [[]1, 2, 3]",
             "E       assert [[]1, 2, 4] == [[]1, 2, 3]",
             "E *At index 2 diff: 4 != 3",
-            "test_the_culprits_*.py:6: AssertionError",
+            "test_the_culprits_*.py:7: AssertionError",
             "-* rank 1 of 2 raised; the others -*",
-            "rank 0: stopped while waiting in all_reduce, at *.py:13 in test_sum",
+            "rank 0: stopped while waiting in all_reduce, at *.py:14 in test_sum",
             "-* Captured stdout rank 0 -*",
             "here is 0",
             "-* Captured stdout rank 1 -*",
@@ -50,8 +50,8 @@ def test_the_culprits_own_traceback_and_introspection_are_shown(run: Run) -> Non
 @pytest.mark.parametrize(
     ("option", "line"),
     [
-        ("--tb=short", "test_options_*.py:12: in test_sum"),
-        ("--tb=line", "*test_options_*.py:6: assert [[]1, 2, 4] == [[]1, 2, 3]"),
+        ("--tb=short", "test_options_*.py:13: in test_sum"),
+        ("--tb=line", "*test_options_*.py:7: assert [[]1, 2, 4] == [[]1, 2, 3]"),
         ("--tb=native", "AssertionError: assert [[]1, 2, 4] == [[]1, 2, 3]"),
         ("-l", "tp_rank    = <Rank 1 of 2: dp=0, tp=1>"),
         ("-vv", "E *Full diff:"),
@@ -143,10 +143,10 @@ def test_skip_and_xfail_work_inside_a_rank_and_name_it(run: Run) -> None:
         [
             "SKIPPED [[]1] *.py:9: nothing to do (rank 1)",
             "SKIPPED [[]1] *there_is_no_such_module* (every rank)",
-            "XFAIL *test_xfails - reason: known (rank 0)",
+            "XFAIL *test_xfails - known (rank 0)",
             "E *ValueError: this decides",
             "-* rank 1 of 2 raised; the others -*",
-            "rank 0: raised *Skipped: nothing to do here",
+            "rank 0: raised Skipped: nothing to do here",
         ]
     )
     run(source, "--runxfail", "-k", "xfails").assert_outcomes(passed=1)

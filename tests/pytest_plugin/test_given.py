@@ -20,7 +20,7 @@ def test_every_rank_gets_the_same_example_and_one_world_serves_them_all(run: Run
         return tmp_path_factory.mktemp("pids")
 
     @settings(max_examples=20)
-    @given(st.integers(1, 8), data=st.lists(st.floats(), max_size=3))
+    @given(width=st.integers(1, 8), data=st.lists(st.floats(), max_size=3))
     @pytest.mark.tpcheck(tp=2)
     def test_any_width(tp_rank, folder, width, data):
         assert len(set(map(repr, tp_rank.gather((width, data))))) == 1
@@ -65,7 +65,7 @@ def test_a_failing_example_shrinks_over_the_distributed_body(run: Run) -> None:
     result.stdout.fnmatch_lines(
         [
             "tp_rank = <Rank 1 of 2: dp=0, tp=1>, limit = 13, width = 13",
-            "E       assert 13 < 13",
+            "E           assert 13 < 13",
             "E   *test_small(",
             "E   *width=13,*",
             "-* rank 1 of 2 raised; the others -*",

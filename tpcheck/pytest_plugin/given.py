@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+
+_SETTINGS = "_hypothesis_internal_use_settings"  # where Hypothesis's own pytest plugin changes them
 
 
 def is_given(item: pytest.Function) -> bool:
@@ -41,17 +44,24 @@ def run_examples(
 
     handle.inner_test = on_ranks
     try:
-        item.obj(**fixtures)
-    except BaseException as error:
-        for one in (error, *getattr(error, "exceptions", ())):
-            _drop_explanation(one)
-        raise
+        with _without_explanation(item.obj):
+            item.obj(**fixtures)
     finally:
         handle.inner_test = original
 
 
-def _drop_explanation(error: BaseException) -> None:
-    """Drop the lines that Hypothesis saw in failing examples alone: none are the test's, which ran elsewhere."""
-    notes = getattr(error, "__notes__", None)
-    if notes is not None:
-        notes[:] = [note for note in notes if not note.startswith("Explanation:")]
+@contextmanager
+def _without_explanation(test: Any) -> Iterator[None]:
+    """Leave out the phase that explains a failure by the lines that ran: the test's own lines run elsewhere."""
+    from hypothesis import Phase, settings
+
+    function = getattr(test, "__func__", test)
+    before = getattr(function, _SETTINGS, None)
+    if before is not None:
+        phases = tuple(phase for phase in before.phases if phase is not Phase.explain)
+        setattr(function, _SETTINGS, settings(parent=before, phases=phases))
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(function, _SETTINGS, before)

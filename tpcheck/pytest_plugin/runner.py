@@ -109,8 +109,11 @@ class BodyRunner:
         give_again(warning for report in passed for warning in report.warnings)
         returned = next((report.returned for report in passed if report.returned is not None), None)
         if returned is not None:
-            text = f"Test functions should return None, but {self._item.nodeid} returned {returned}."
-            warnings.warn(pytest.PytestReturnNotNoneWarning(text), stacklevel=2)
+            warning = pytest.PytestReturnNotNoneWarning(
+                f"Test functions should return None, but {self._item.nodeid} returned {returned}."
+            )
+            path, lineno, _ = self._item.location
+            warnings.warn_explicit(warning, type(warning), path, (lineno or 0) + 1)
 
 
 def _warnings(failure: RankFailure) -> list[Any]:
