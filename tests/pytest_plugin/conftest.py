@@ -23,7 +23,7 @@ def run(pytester: pytest.Pytester) -> Run:
     """Return a function that runs pytest on a test file of this source, in this process: the template is shared."""
 
     def run_source(source: str, *args: str) -> pytest.RunResult:
-        pytester.makepyfile(f"import pytest\n\n{dedent(source)}")
+        pytester.makepyfile(test_it=f"import pytest\n\n{dedent(source)}")
         return pytester.runpytest_inprocess(*args)
 
     return run_source

@@ -265,7 +265,7 @@ def test_warnings_of_ranks_are_shown_and_filtered_as_others_are(run: Run) -> Non
     result.stdout.fnmatch_lines(
         [
             "E       UserWarning: bad",
-            "*test_warnings_*.py:8: UserWarning: same on every rank",
+            "*test_it.py:8: UserWarning: same on every rank",
             "*DeprecationWarning: of rank 0",
             "*.py:*: PytestReturnNotNoneWarning: Test functions should return None, but *test_returns returned*int*",
         ]

@@ -34,7 +34,7 @@ def test_the_culprits_own_traceback_and_introspection_are_shown(run: Run) -> Non
             ">       assert values == [[]1, 2, 3]",
             "E       assert [[]1, 2, 4] == [[]1, 2, 3]",
             "E *At index 2 diff: 4 != 3",
-            "test_the_culprits_*.py:7: AssertionError",
+            "test_it.py:7: AssertionError",
             "-* rank 1 of 2 raised; the others -*",
             "rank 0: stopped while waiting in all_reduce, at *.py:14 in test_sum",
             "-* Captured stdout rank 0 -*",
@@ -50,11 +50,11 @@ def test_the_culprits_own_traceback_and_introspection_are_shown(run: Run) -> Non
 @pytest.mark.parametrize(
     ("option", "line"),
     [
-        ("--tb=short", "test_options_*.py:13: in test_sum"),
-        ("--tb=line", "*test_options_*.py:7: assert [[]1, 2, 4] == [[]1, 2, 3]"),
+        ("--tb=short", "test_it.py:13: in test_sum"),
+        ("--tb=line", "*test_it.py:7: assert [[]1, 2, 4] == [[]1, 2, 3]"),
         ("--tb=native", "AssertionError: assert [[]1, 2, 4] == [[]1, 2, 3]"),
         ("-l", "tp_rank    = <Rank 1 of 2: dp=0, tp=1>"),
-        ("-vv", "E *Full diff:"),
+        ("-vv", "E *Full diff: *"),
         ("--assert=plain", "E *AssertionError"),
         ("--color=yes", "*\x1b[[]1m\x1b[[]31mE *assert*"),
     ],
@@ -104,8 +104,8 @@ def test_a_rank_that_died_or_hung_is_told_with_the_others(run: Run) -> None:
     result.stdout.fnmatch_lines(
         [
             "rank 1 of 2 died: exited with code 3 before it answered",
-            "rank 1 of 2 hung: no answer within 1 s, not in a collective, at *.py:15 in test_hangs",
-            "rank 0: hung waiting in all_reduce, at *.py:16 in test_hangs",
+            "rank 1 of 2 hung: no answer within 1 s, not in a collective, at *.py:16 in test_hangs",
+            "rank 0: hung waiting in all_reduce, at *.py:17 in test_hangs",
             "FAILED *::test_dies - *RankFailure: rank 1 of 2 died*",
         ]
     )
