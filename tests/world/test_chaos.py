@@ -21,13 +21,15 @@ PROMPT_S = 2.0  # 0.5 s is meant; machines that run other tests are slow
 
 def failure_of(fn: Callable[..., Any], *args: Any, tp: int = 2, timeout: float = 60) -> RankFailure:
     """Return how this run fails; the world must serve another run afterwards."""
-    with spawn(Topology(tp=tp), timeout=timeout) as world:
+    with spawn(Topology(tp=tp)) as world:
         world.run(bodies.process_id)
+        world.timeout = timeout
         started = time.monotonic()
         with pytest.raises(RankFailure) as caught:
             world.run(fn, *args)
         assert time.monotonic() - started < PROMPT_S + (timeout if timeout < 60 else 0)
         assert world.outcomes == caught.value.outcomes
+        world.timeout = 60
         assert world.run(bodies.all_reduce) == (sum(range(1, tp + 1)),) * tp
     return caught.value
 

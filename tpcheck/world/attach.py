@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from tpcheck.errors import UsageError
 from tpcheck.topology import Topology
+from tpcheck.world import shm_allreduce
 from tpcheck.world.groups import choose_backend, device_of, group_backend
 from tpcheck.world.rank import Rank
 
@@ -34,6 +35,7 @@ def attach(topology: Topology, *, device: str | None = None, backend: str | None
         raise UsageError(
             "topology", topology, f"one of {place['world_size']} ranks, as many as the launcher has started"
         )
+    shm_allreduce.disable()
     import torch
     from torch import distributed as dist
 
