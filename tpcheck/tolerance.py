@@ -39,8 +39,11 @@ class Tolerance:
         return SAFETY * max(self.deviations.get(key, 0.0), rounding)
 
     def allowed_scalar(self, key: Hashable, expected: float) -> float:
-        """Return the largest error that passes for the loss or the gradient norm."""
-        return self.allowed(key, self.scalar_eps * abs(expected))
+        """Return the largest error that passes for the loss or the gradient norm.
+
+        Each ends a long sum, whose last addition rounds once and whose division or root rounds once more.
+        """
+        return self.allowed(key, 2 * self.scalar_eps * abs(expected))
 
 
 def largest_deviations(measured: list[Mapping[Hashable, float]]) -> dict[Hashable, float]:

@@ -17,6 +17,7 @@ from tpcheck.records import Evidence, RankFacts, Step
 from tpcheck.tolerance import Tolerance, largest_deviations
 from tpcheck.verification.answer import GroupAnswer, forbids_training, full_answer, start_answer
 from tpcheck.verification.batches import Batch, batch_size, batches
+from tpcheck.verification.call_order import call_digests, renumbered
 from tpcheck.verification.candidate import CandidateStart, sharded, trained
 from tpcheck.verification.model import built_model, require_equal_models
 from tpcheck.verification.reference import ReferenceStep, recorded, replayed_deviations
@@ -148,9 +149,14 @@ def _step_evidence(
 ) -> Evidence | None:
     """Add to `start` both sides' steps, on the first rank of each TP group. Collective."""
     digests = rank.gather(tuple(step.digests for step in made))
-    steps = _gathered_to_first(made, rank)
-    if start is None or steps is None:
+    own_calls = tuple(call_digests(step.by_dp_rank[_dp_rank(rank)]) for step in reference)
+    everyone = _gathered_to_first((made, own_calls), rank)
+    if start is None or everyone is None:
         return None
+    steps = [
+        [renumbered(step, *calls) for step, *calls in zip(theirs, their_calls, own_calls, strict=True)]
+        for theirs, their_calls in everyone
+    ]
     facts = zip(start.facts, digests, strict=True)
     return replace(
         start,
