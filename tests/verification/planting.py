@@ -24,6 +24,9 @@ class Faulty:
     def versions(self) -> dict[str, str]:
         return dict(load_backend("deepspeed").versions())
 
+    def resolved(self, options: TrainingOptions) -> TrainingOptions:
+        return load_backend("deepspeed").resolved(options)
+
     def session(self, options: TrainingOptions) -> AbstractContextManager[None]:
         return load_backend("deepspeed").session(options)
 

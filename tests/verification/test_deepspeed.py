@@ -30,6 +30,30 @@ def test_a_family_that_is_right_passes(family: str) -> None:
     assert_clean(verified(family))
 
 
+@pytest.mark.parametrize(
+    ("family", "tp", "settings"),
+    [
+        (
+            "llama",
+            2,
+            {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48},
+        ),  # cut on KV heads: 2 and 1
+        ("llama", 4, {"num_key_value_heads": 2}),  # two ranks hold no attention at all
+        ("llama", 2, {"vocab_size": 131, "intermediate_size": 97}),
+        ("qwen3", 2, {"vocab_size": 131, "tie_word_embeddings": True}),
+        ("gpt_neox", 4, {"num_attention_heads": 6, "hidden_size": 48}),
+    ],
+)
+def test_uneven_cuts_and_ties_pass(family: str, tp: int, settings: dict[str, Any]) -> None:
+    assert_clean(verified(family, tp=tp, settings=settings))
+
+
+def test_data_parallelism_alone_passes_and_says_that_nothing_was_sharded() -> None:
+    report = verified("llama", tp=1, dp=2)
+    assert report.passed, report
+    assert report.verdict.coverage.missed["parameters_are_sharded: parameters_are_sharded"].startswith("tp is 1")
+
+
 def test_biases_are_compared_where_a_family_has_them() -> None:
     report = verified("llama", settings={"attention_bias": True, "mlp_bias": True})
     assert_clean(report)

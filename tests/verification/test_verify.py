@@ -68,6 +68,11 @@ def test_a_model_of_ones_own_is_verified_over_tp_and_dp(batch: Any) -> None:
     assert report.verdict.coverage.compared == report.verdict.coverage.total
 
 
+@pytest.mark.parametrize("max_norm", [0.0, 0.01])
+def test_the_reference_clips_as_the_configuration_says(max_norm: float) -> None:
+    assert verify(Regression, whole_batch(), config={"gradient_clipping": max_norm}).passed
+
+
 def test_a_report_names_the_model_its_place_and_its_versions() -> None:
     report = verify(Regression, whole_batch())
     assert report.verdict.subject["model"] == "Regression"
@@ -117,6 +122,9 @@ def test_tokens_cannot_be_made_up_without_a_vocabulary() -> None:
         ({"checks": ["outputs"]}, "checks=\\['outputs'\\]: expected one of groups_match_topology"),
         ({"build": Regression()}, "expected a callable"),
         ({"config": {"zero_optimization": {"stage": 3}}}, "config.zero_optimization.stage=3: expected 0"),
+        ({"config": {"gradient_accumulation_steps": 4}}, "config.gradient_accumulation_steps=4: expected 1"),
+        ({"config": {"bf16": {"enabled": True}}}, "config.bf16.enabled=True: expected False, as dtype=torch.float64"),
+        ({"config": {"optimizer": {"type": "AdamW"}}}, "both sides train with SGD"),
     ],
 )
 def test_a_bad_argument_is_named_with_what_is_accepted(options: dict[str, Any], message: str) -> None:

@@ -94,6 +94,13 @@ class Backend(Protocol):
     def versions(self) -> Mapping[str, str]:
         """Return the versions of the packages whose work is verified."""
 
+    def resolved(self, options: TrainingOptions) -> TrainingOptions:
+        """Return the training that `options.config` asks for, which both sides then do.
+
+        Raises:
+            UsageError: The configuration contradicts the other options, or asks for what the reference cannot do.
+        """
+
     def session(self, options: TrainingOptions) -> AbstractContextManager[None]:
         """Return a context in which models of `options.dtype` can be sharded and trained on this machine."""
 

@@ -106,10 +106,12 @@ def frobenius(tensor: torch.Tensor) -> float:
 def own_rounding(tensor: torch.Tensor) -> float:
     """Return how far rounding moves the tensor itself (Frobenius): every element by eps * U(-1, 1) of its size.
 
+    A single element by up to 2 eps: it ends a long sum (a loss), whose last addition and division round once each.
     0 for a tensor that holds infinities or the dtype's largest numbers: a mask is copied, not computed.
     """
     norm = frobenius(tensor)
-    return norm * torch.finfo(tensor.dtype).eps / sqrt(3) if isfinite(norm) else 0.0
+    share = 2.0 if tensor.numel() == 1 else 1 / sqrt(3)
+    return norm * torch.finfo(tensor.dtype).eps * share if isfinite(norm) else 0.0
 
 
 def spacing(tensor: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tpcheck.adapters import TrainingOptions, load_backend
+from tpcheck.adapters import Backend, TrainingOptions, load_backend
 from tpcheck.adapters.protocols import RankLike
 from tpcheck.collect import everything_in_float64
 from tpcheck.records import Evidence, RankFacts, Step
@@ -56,7 +56,7 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
     """
     backend = load_backend(request.backend)
     with everything_in_float64(request.dtype == "float64"):
-        reference = _Reference.of(request, rank)
+        reference = _Reference.of(request, rank, backend)
         with backend.session(reference.options):
             twin = built_model(request, rank.device)
             require_equal_models(twin, reference.initial)
@@ -86,18 +86,20 @@ class _Reference:
     parameters: Mapping[str, torch.Tensor]
 
     @classmethod
-    def of(cls, request: Request, rank: RankLike) -> _Reference:
+    def of(cls, request: Request, rank: RankLike, backend: Backend) -> _Reference:
         model = built_model(request, rank.device)
         data = batches(request, model, rank.topology.dp, rank.device)
         return cls(
             model=model,
             data=data,
-            options=TrainingOptions(
-                dtype=getattr(torch, request.dtype),
-                zero_stage=request.zero_stage,
-                batch_size=batch_size(data[0][0]),
-                config=request.config,
-                ignore_plan=request.ignore_plan,
+            options=backend.resolved(
+                TrainingOptions(
+                    dtype=getattr(torch, request.dtype),
+                    zero_stage=request.zero_stage,
+                    batch_size=batch_size(data[0][0]),
+                    config=request.config,
+                    ignore_plan=request.ignore_plan,
+                )
             ),
             initial={name: tensor.clone() for name, tensor in model.state_dict().items()},
             parameters={name: parameter.detach().clone() for name, parameter in model.named_parameters()},

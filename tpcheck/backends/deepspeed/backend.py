@@ -13,7 +13,7 @@ from torch import nn
 from tpcheck.adapters import Candidate, TrainingOptions
 from tpcheck.adapters.protocols import RankLike
 from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate
-from tpcheck.backends.deepspeed.config import deepspeed_config
+from tpcheck.backends.deepspeed.config import deepspeed_config, resolved
 from tpcheck.backends.plan import without_plan
 
 
@@ -25,6 +25,9 @@ class DeepSpeedBackend:
     def versions(self) -> dict[str, str]:
         return {"deepspeed": deepspeed.__version__}
 
+    def resolved(self, options: TrainingOptions) -> TrainingOptions:
+        return resolved(options)
+
     @contextmanager
     def session(self, options: TrainingOptions) -> Iterator[None]:
         with _float64_gradients() if options.dtype is torch.float64 else nullcontext():
@@ -33,7 +36,7 @@ class DeepSpeedBackend:
     def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
         config = deepspeed_config(options, rank.topology.tp)
         with without_plan(model) if options.ignore_plan else nullcontext():
-            return DeepSpeedCandidate(self._engine(model, config, rank, options))
+            return DeepSpeedCandidate(self._engine(model, config, rank, options), rank.topology)
 
     def _engine(self, model: nn.Module, config: dict[str, Any], rank: RankLike, options: TrainingOptions) -> Any:
         optimizer = torch.optim.SGD(

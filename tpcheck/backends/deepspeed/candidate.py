@@ -14,14 +14,16 @@ from deepspeed.utils import groups, safe_get_full_grad
 from torch import nn
 
 from tpcheck.adapters import Layout
-from tpcheck.backends.deepspeed.layers import layouts, parallel_layers
+from tpcheck.backends.deepspeed.layers import layouts, local_shape, parallel_layers
+from tpcheck.topology import Topology
 
 
 class DeepSpeedCandidate:
     """Implements `adapters.Candidate` over a DeepSpeed engine."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, topology: Topology) -> None:
         self._engine = engine
+        self._topology = topology
         self._norm: float | None = None
         self._parameters = dict(self.module.named_parameters(remove_duplicate=False))
 
@@ -31,13 +33,15 @@ class DeepSpeedCandidate:
         return module
 
     def group_ranks(self) -> dict[str, tuple[tuple[int, ...], ...]]:
-        tp_groups = [layer.mp_group for _, layer in parallel_layers(self.module) if layer.mp_group is not None]
-        return {
-            "tp": _distinct_ranks([groups.get_tensor_model_parallel_group(), *tp_groups]),
-            "dp": _distinct_ranks([self._engine.seq_data_parallel_group]),
-        }
+        dp = {"dp": _distinct_ranks([self._engine.seq_data_parallel_group])}
+        if self._topology.tp == 1:  # DeepSpeed makes no TP group
+            return dp
+        of_layers = [layer.mp_group for _, layer in parallel_layers(self.module) if layer.mp_group is not None]
+        return {"tp": _distinct_ranks([groups.get_tensor_model_parallel_group(), *of_layers]), **dp}
 
     def layouts(self) -> dict[str, Layout]:
+        if self._topology.tp == 1:
+            return {name: Layout.replicated(local_shape(one), tp=1) for name, one in self._parameters.items()}
         return layouts(self.module, groups.get_tensor_model_parallel_group())
 
     def parameter(self, name: str) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,32 @@ from tpcheck.adapters import TrainingOptions
 from tpcheck.errors import UsageError
 
 _LOW_PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+# What the reference does not do; a run with it would only show that.
+_REFUSED = {
+    "optimizer": "none: both sides train with SGD, whose step shows a wrong scale of the gradient",
+    "scheduler": "none: both sides keep their learning rate",
+}
+
+
+def resolved(options: TrainingOptions) -> TrainingOptions:
+    """Return the options with what the user's configuration says of training.
+
+    Raises:
+        UsageError: The configuration contradicts the options, or asks for what the reference cannot do.
+    """
+    config = options.config
+    for key, accepted in _REFUSED.items():
+        if key in config:
+            raise UsageError(f"config.{key}", config[key], accepted)
+    if config.get("gradient_accumulation_steps", 1) != 1:
+        raise UsageError("config.gradient_accumulation_steps", config["gradient_accumulation_steps"], "1")
+    for dtype, section in _LOW_PRECISION.items():
+        enabled = config.get(section, {}).get("enabled", dtype is options.dtype)
+        if enabled != (dtype is options.dtype):
+            raise UsageError(f"config.{section}.enabled", enabled, f"{not enabled}, as dtype={options.dtype} says")
+    return replace(options, max_grad_norm=float(config.get("gradient_clipping", options.max_grad_norm)))
 
 
 def deepspeed_config(options: TrainingOptions, tp: int) -> dict[str, Any]:
