@@ -13,7 +13,7 @@ HEADER = """
 
 def test_every_rank_gets_the_same_example_and_one_world_serves_them_all(run: Run) -> None:
     source = """
-    import os
+    import os, random
 
     @pytest.fixture(scope="session")
     def folder(tmp_path_factory):
@@ -24,6 +24,7 @@ def test_every_rank_gets_the_same_example_and_one_world_serves_them_all(run: Run
     @pytest.mark.tpcheck(tp=2)
     def test_any_width(tp_rank, folder, width, data):
         assert len(set(map(repr, tp_rank.gather((width, data))))) == 1
+        assert len(set(tp_rank.gather(random.random()))) == 2, "Hypothesis seeds pytest's process alone"
         (folder / str(os.getpid())).touch()
         assert len(list(folder.iterdir())) <= 2
 

@@ -51,8 +51,9 @@ def bare_config() -> Config:
 
 def import_as_pytest_does(path: str, name: str, config: pytest.Config) -> ModuleType:
     """Return the test module or conftest at `path`, imported in the mode and under the name of pytest's process."""
-    if name in sys.modules:
-        return sys.modules[name]
+    found = sys.modules.get(name)
+    if found is not None and found.__file__ == path:
+        return found
     _mark_for_rewriting([name])  # a file named on the command line is rewritten whatever it is called
     module: ModuleType = importtestmodule(Path(path), config)
     if module.__name__ != name:
