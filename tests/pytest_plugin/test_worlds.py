@@ -38,6 +38,25 @@ def test_tp_spawn_makes_worlds_that_end_with_the_test(run: Run) -> None:
     run(source).assert_outcomes(passed=3)
 
 
+def test_functions_of_the_test_module_run_in_any_import_mode_with_asserts_explained(run: Run) -> None:
+    source = """
+        class Own:
+            pass
+
+        def check(rank, own, limit):
+            assert isinstance(own, Own)
+            assert [rank.rank] == [limit]
+
+        def test_check(tp_spawn):
+            tp_spawn(tp=2).run(check, Own(), limit=2)
+    """
+    result = run(source, "--import-mode=importlib")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        ["E *RankFailure: rank ? of 2 raised AssertionError: assert *", "E *assert [[]?] == [[]2]"]
+    )
+
+
 def test_each_test_has_fresh_processes(run: Run) -> None:
     source = """
         import os

@@ -52,11 +52,9 @@ def _function(body: Body, config: pytest.Config) -> Callable[..., Any]:
         by_value: Callable[..., Any] = loads(body.function)
         return by_value
     assert body.test is not None
-    for path, name in body.test.conftests:
-        import_as_pytest_does(path, name, config)
-    holder: Any = import_as_pytest_does(body.test.path, body.test.module, config)
+    modules = [import_as_pytest_does(file, config) for file in body.test.imports]
     *outer, name = body.test.qualname.split(".")
-    holder = reduce(getattr, outer, holder)
+    holder: Any = reduce(getattr, outer, modules[-1])
     function: Callable[..., Any] = _without_given(getattr(holder, name))
     if not body.test.has_instance:
         return function

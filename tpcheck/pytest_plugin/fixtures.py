@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NoReturn
 
 import pytest
 
 from tpcheck.errors import UsageError
+from tpcheck.pytest_plugin.call import Caller
 from tpcheck.pytest_plugin.marker import world_request
 from tpcheck.pytest_plugin.options import options_of
+from tpcheck.pytest_plugin.reference import imports_of
+from tpcheck.pytest_plugin.settings import pickled_settings
 from tpcheck.world import Rank, World
 
 _OUTPUT = "it sees what pytest's process prints; what ranks print is captured, and shown when the test fails"
@@ -60,15 +64,18 @@ def tp_rank() -> RankPlaceholder:
 
 
 @pytest.fixture
-def tp_spawn(pytestconfig: pytest.Config) -> Iterator[Callable[..., World]]:
+def tp_spawn(request: pytest.FixtureRequest) -> Iterator[Callable[..., World]]:
     """Return a factory of worlds: `tp_spawn(tp=2, dp=1, timeout=60)`; they are closed when the test ends.
 
     It takes what the marker takes, and `env`, and is for tests that themselves run in pytest's process.
     """
-    options = options_of(pytestconfig)
+    options = options_of(request.config)
+    caller = Caller(pickled_settings(request.config), imports_of(request.node))
     with ExitStack() as worlds:
 
         def spawn_world(*, env: Mapping[str, str] | None = None, **arguments: Any) -> World:
-            return worlds.enter_context(world_request(arguments, options).open(env))
+            world = worlds.enter_context(world_request(arguments, options).open(env))
+            world.run = partial(world.run, caller)  # type: ignore[method-assign]  # called as before
+            return world
 
         yield spawn_world

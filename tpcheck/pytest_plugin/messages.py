@@ -14,24 +14,28 @@ class Argument(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class ModuleFile:
+    """A module that pytest imported by its path, and the name it has there."""
+
+    path: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class TestReference:
     """Where a rank finds the test: it imports the module as pytest did, and looks the names up.
 
     Attributes:
-        path: File of the test module.
-        module: Name under which pytest imported it.
-        qualname: Names to look up in the module, the test's class included, with dots.
+        imports: Modules to import, the test's own last.
+        qualname: Names to look up in it, the test's class included, with dots.
         has_instance: The test is a method, called on an instance of its own.
-        conftests: File and module name of those that are imported before it.
     """
 
     __test__ = False  # its name looks like a test class
 
-    path: str
-    module: str
+    imports: tuple[ModuleFile, ...]
     qualname: str
     has_instance: bool
-    conftests: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from _pytest.assertion.rewrite import AssertionRewritingHook
 from _pytest.config import Config, PytestPluginManager, create_terminal_writer
 from _pytest.python import importtestmodule
 
-from tpcheck.pytest_plugin.messages import PytestSettings
+from tpcheck.pytest_plugin.messages import ModuleFile, PytestSettings
 from tpcheck.world.pickling import loads
 
 # The plugins whose options and hooks the functions above ask for: a whole pytest takes 5 ms more on every rank.
@@ -49,8 +49,9 @@ def bare_config() -> Config:
     return config
 
 
-def import_as_pytest_does(path: str, name: str, config: pytest.Config) -> ModuleType:
-    """Return the test module or conftest at `path`, imported in the mode and under the name of pytest's process."""
+def import_as_pytest_does(file: ModuleFile, config: pytest.Config) -> ModuleType:
+    """Return the test module or conftest, imported in the mode and under the name of pytest's process."""
+    path, name = file.path, file.name
     found = sys.modules.get(name)
     if found is not None and found.__file__ == path:
         return found

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tpcheck.pytest_plugin.messages import TestReference
+from tpcheck.pytest_plugin.messages import ModuleFile, TestReference
 
 
 def test_reference(item: pytest.Function) -> TestReference | None:
@@ -25,16 +25,18 @@ def test_reference(item: pytest.Function) -> TestReference | None:
         return None
     if found is not item.function:
         return None
-    return TestReference(
-        path=str(module.path),
-        module=module.obj.__name__,
-        qualname=".".join(names),
-        has_instance=has_instance(item),
-        conftests=_conftests(item),
-    )
+    return TestReference(imports_of(item), qualname=".".join(names), has_instance=has_instance(item))
 
 
 test_reference.__test__ = False  # type: ignore[attr-defined]  # its name looks like a test's
+
+
+def imports_of(item: pytest.Item) -> tuple[ModuleFile, ...]:
+    """Return the modules that ranks import as pytest does, before anything of the test is loaded there."""
+    module = item.getparent(pytest.Module)
+    if module is None or not isinstance(module.obj, ModuleType):
+        return ()
+    return (*_conftests(item), ModuleFile(str(module.path), module.obj.__name__))
 
 
 def has_instance(item: pytest.Function) -> bool:
@@ -42,7 +44,7 @@ def has_instance(item: pytest.Function) -> bool:
     return inspect.ismethod(item.obj) and not isinstance(item.obj.__self__, type)
 
 
-def _conftests(item: pytest.Function) -> tuple[tuple[str, str], ...]:
+def _conftests(item: pytest.Item) -> tuple[ModuleFile, ...]:
     """Return the conftests that ranks have to import themselves, outermost first.
 
     All of them under `importlib`, where the import system would not find them by name. Otherwise those that explain
@@ -50,7 +52,7 @@ def _conftests(item: pytest.Function) -> tuple[tuple[str, str], ...]:
     """
     is_by_path = item.config.getoption("importmode") == "importlib"
     found = [
-        (plugin.__file__, plugin.__name__)
+        ModuleFile(plugin.__file__, plugin.__name__)
         for plugin in item.config.pluginmanager.get_plugins()
         if isinstance(plugin, ModuleType)
         and plugin.__file__ is not None
@@ -58,4 +60,4 @@ def _conftests(item: pytest.Function) -> tuple[tuple[str, str], ...]:
         if Path(plugin.__file__).parent in item.path.parents
         if is_by_path or hasattr(plugin, "pytest_assertrepr_compare")
     ]
-    return tuple(sorted(found, key=lambda conftest: len(conftest[0])))
+    return tuple(sorted(found, key=lambda conftest: len(conftest.path)))
