@@ -13,7 +13,15 @@ TERMS = (EXPECTED * 0.3 + 0.1, EXPECTED * 0.7 - 0.1)
 
 
 def suspect(kind: str, parts: tuple[Any, ...], **others: Any) -> Suspect:
-    fields = {"observed": 0.7, "allowed": 1e-15, "expected": EXPECTED, "replicated": True, **others}
+    own = tuple(EXPECTED for _ in parts)
+    fields = {
+        "observed": 0.7,
+        "allowed": 1e-15,
+        "expected": EXPECTED,
+        "expected_parts": own,
+        "replicated": True,
+        **others,
+    }
     return Suspect(check="any", where={"phase": "backward"}, kind=kind, parts=parts, **fields)
 
 
@@ -51,6 +59,18 @@ def test_a_cause_whose_test_holds_is_named(kind: str, parts: tuple[Any, ...], ca
 )
 def test_none_is_better_than_a_wrong_name(kind: str, parts: tuple[Any, ...]) -> None:
     assert explain(suspect(kind, parts)) is None
+
+
+def test_shards_are_scaled_like_replicas() -> None:
+    halves = EXPECTED.chunk(2, dim=1)
+    doubled = suspect("gradient", tuple(half * 2 for half in halves), replicated=False, expected_parts=halves)
+    tripled = suspect(
+        "gradient", tuple(half * 3 for half in halves), replicated=False, expected_parts=halves, num_replicas=3
+    )
+    assert [found.cause for found in (explain(doubled), explain(tripled)) if found] == [
+        "gradient_scaled",
+        "sum_instead_of_mean",
+    ]
 
 
 def test_shards_are_not_terms_of_a_sum() -> None:

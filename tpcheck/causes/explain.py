@@ -51,17 +51,26 @@ def _sum_of_ranks(slug: str) -> Callable[[Suspect], Explanation | None]:
     return test
 
 
-def _scaled(slug: str, factor: Callable[[int], float]) -> Callable[[Suspect], Explanation | None]:
-    """Every rank's tensor is the expected one times a factor that follows from the number of ranks."""
+def _scaled(slug: str, factor: Callable[[Suspect], float]) -> Callable[[Suspect], Explanation | None]:
+    """Every rank's part is the expected one times a factor that follows from the number of ranks."""
 
     def test(suspect: Suspect) -> Explanation | None:
-        if not suspect.replicated or len(suspect.parts) < 2:
+        scale = factor(suspect)
+        if scale == 1 or not suspect.expected_parts:
             return None
-        scale = factor(len(suspect.parts))
-        found = [_holds(slug, part.double() / scale, suspect) for part in suspect.parts]
-        return found[0] if all(found) else None
+        actual = torch.cat([part.double().reshape(-1) / scale for part in suspect.parts])
+        expected = torch.cat([part.double().reshape(-1) for part in suspect.expected_parts])
+        return _equal(slug, actual, expected, suspect)
 
     return test
+
+
+def _num_tp(suspect: Suspect) -> float:
+    return len(suspect.parts)
+
+
+def _num_dp(suspect: Suspect) -> float:
+    return suspect.num_replicas
 
 
 def _no_shard(suspect: Suspect) -> Explanation | None:
@@ -105,9 +114,10 @@ def _norms_hold(slug: str, suspect: Suspect, explanations: Sequence[float]) -> E
 
 
 def _holds(slug: str, explained: torch.Tensor, suspect: Suspect) -> Explanation | None:
-    if suspect.expected is None:
-        return None
-    expected = suspect.expected.double()
+    return None if suspect.expected is None else _equal(slug, explained, suspect.expected.double(), suspect)
+
+
+def _equal(slug: str, explained: torch.Tensor, expected: torch.Tensor, suspect: Suspect) -> Explanation | None:
     if explained.shape != expected.shape:
         return None
     norm = float(torch.linalg.vector_norm(expected))
@@ -120,14 +130,16 @@ _TESTS: dict[str, tuple[Callable[[Suspect], Explanation | None], ...]] = {
     "activation": (
         _fused,
         _sum_of_ranks("missing_reduce"),
-        _scaled("duplicate_reduce", lambda tp: tp),
-        _scaled("mean_instead_of_sum", lambda tp: 1 / tp),
+        _scaled("duplicate_reduce", _num_tp),
+        _scaled("mean_instead_of_sum", lambda suspect: 1 / _num_tp(suspect)),
     ),
     "gradient": (
         _missing,
         _sum_of_ranks("partial_gradient_on_replica"),
-        _scaled("gradient_scaled", lambda tp: tp),
-        _scaled("gradient_scaled", lambda tp: 1 / tp),
+        _scaled("gradient_scaled", _num_tp),
+        _scaled("gradient_scaled", lambda suspect: 1 / _num_tp(suspect)),
+        _scaled("sum_instead_of_mean", _num_dp),
+        _scaled("mean_instead_of_sum", lambda suspect: 1 / _num_dp(suspect)),
     ),
     "norm": (_norm_is_local, _norm_counts_replicas),
     "replica": (_sum_of_ranks("partial_gradient_on_replica"), _drift),

@@ -85,6 +85,7 @@ def _parameter_suspect(evidence: Evidence, step: int, one: ComparedParameter, de
         where={"phase": "backward", "step": step, "module": one.module, "parameter": one.name},
         expected=one.expected,
         parts=one.parts,
+        expected_parts=one.expected_parts,
         replicated=evidence.layouts[one.name].is_replicated,
         details=details,
     )

@@ -46,6 +46,7 @@ def activation_suspect(
         where=where,
         expected=one.expected,
         parts=one.placed.parts,
+        expected_parts=[one.placed.expected_part(one.expected, tp) for tp in range(len(one.placed.parts))],
         replicated=one.placed.is_replicated,
         fused=one.placed.is_fused,
         details=details,

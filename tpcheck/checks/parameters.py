@@ -17,6 +17,7 @@ class ComparedParameter:
     name: str
     expected: Any
     parts: tuple[Any, ...]
+    expected_parts: tuple[Any, ...]
     found: Difference
 
     @property
@@ -54,7 +55,8 @@ def compare_parameters(
         like = evidence.initial_parts
         filled = tuple(like[tp][name].new_zeros(like[tp][name].shape) if p is None else p for tp, p in enumerate(own))
         target = evidence.initial[name].new_zeros(evidence.initial[name].shape) if whole is None else whole
-        compared[name] = ComparedParameter(
-            name, target, filled, compare_parameter(layout, target, filled, allowed(name, target))
-        )
+        fits = tuple(target.shape) == tuple(layout.shape)
+        expected_parts = tuple(layout.local(target, tp) for tp in range(len(own))) if fits else ()
+        found = compare_parameter(layout, target, filled, allowed(name, target))
+        compared[name] = ComparedParameter(name, target, filled, expected_parts, found)
     return compared, missed

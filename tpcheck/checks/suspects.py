@@ -19,6 +19,7 @@ def tensor_suspect(
     where: Mapping[str, Any],
     expected: Any,
     parts: Sequence[Any],
+    expected_parts: Sequence[Any],
     replicated: bool,
     fused: bool = False,
     details: Mapping[str, Any] | None = None,
@@ -45,7 +46,9 @@ def tensor_suspect(
         evidence={**numbers, **(details or {})},
         expected=expected,
         parts=tuple(parts),
+        expected_parts=tuple(expected_parts),
         replicated=replicated,
         fused=fused,
         allowed_error=found.allowed,
+        num_replicas=evidence.topology.dp,
     )

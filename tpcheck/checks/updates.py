@@ -27,6 +27,7 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
             where={"phase": "update", "step": step, "module": first.module, "parameter": first.name},
             expected=first.expected,
             parts=first.parts,
+            expected_parts=first.expected_parts,
             replicated=evidence.layouts[first.name].is_replicated,
             details={"first_of": len(wrong), "also": named_few(one.name for one in wrong[1:])},
         )

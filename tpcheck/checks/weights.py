@@ -21,6 +21,7 @@ def weights_match_reference(evidence: Evidence) -> CheckOutcome:
             where={"phase": "start", "module": first.module, "parameter": first.name},
             expected=first.expected,
             parts=first.parts,
+            expected_parts=first.expected_parts,
             replicated=evidence.layouts[first.name].is_replicated,
             details={"first_of": len(wrong), "also": named_few(one.name for one in wrong[1:])},
         )

@@ -19,10 +19,12 @@ class Suspect:
         check, where, observed, allowed, evidence: As in `Finding`.
         kind: What sort of tensor this is.
         expected: The reference's whole tensor, where there is one.
-        parts: Each rank's part, by tp_rank; None where a rank has none.
+        parts: Each rank's part, by tp_rank.
+        expected_parts: What each rank's part should be, by tp_rank; empty where that cannot be said.
         replicated: Whether every rank should hold the whole tensor.
         fused: Whether the tensor is cut block by block and only read in another order afterwards.
         allowed_error: Largest absolute Frobenius error that passes.
+        num_replicas: How many data-parallel replicas there are.
     """
 
     check: str
@@ -33,6 +35,8 @@ class Suspect:
     evidence: Mapping[str, Any] = field(default_factory=dict)
     expected: Tensor = None
     parts: tuple[Tensor, ...] = ()
+    expected_parts: tuple[Tensor, ...] = ()
     replicated: bool = False
     fused: bool = False
     allowed_error: float = 0.0
+    num_replicas: int = 1

@@ -19,7 +19,7 @@ SENTENCES: Mapping[str, str] = {
     "mean_instead_of_sum": "the actual tensor equals the expected one divided by the number of TP ranks{to}",
     "missing_reduce": "the sum over the ranks equals the expected tensor{to}",
     "norm_counts_replicas": "counting replicated parameters once for each rank gives the actual norm{to}",
-    "norm_is_local": "the squares of the ranks' norms add up to that of the expected one{to}",
+    "norm_is_local": "the norm is that of one rank's own gradients{to}",
     "not_finite": "some elements are infinite or not a number",
     "not_sharded": "the parameters have their full shape on every rank",
     "order_differs": "the same samples in another order",
