@@ -15,7 +15,8 @@ class Leaf:
 
     Attributes:
         path: Place in the batch, such as `pixel_values` or `images.0.boxes`.
-        kind: `tensor`, `array` (NumPy), `value` (number, text, None) or `opaque` (an object that cannot be looked into).
+        kind: `tensor`, `array` (NumPy), `value` (number, text, None) or `opaque` (an object that cannot
+            be looked into).
         dtype: Dtype of a tensor or array, type name of anything else.
         shape: Shape of a tensor or array; empty for anything else.
         device: Device type and index of a tensor; empty for anything else.

@@ -69,6 +69,6 @@ def _defaults() -> dict[str, str]:
         # A killed build leaves a lock on which every later build in the same place waits for ever: keep ours apart.
         "TORCH_EXTENSIONS_DIR": f"{cache}/tpcheck/torch_extensions",
         "TOKENIZERS_PARALLELISM": "false",
-        # torch's TCPStore looks up its peer's name; unanswered, that takes 5 s (see facts on ::ffff:127.0.0.1).
+        # torch's TCPStore looks up its peer's name; unanswered, that takes 5 s.
         "RES_OPTIONS": "timeout:1 attempts:1",
     }
