@@ -1,0 +1,171 @@
+"""Small messages between the ranks of one group, on connections of their own, that fail soon and say who is missing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from itertools import count
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tpcheck.errors import RankFailure, RankOutcome
+from tpcheck.world.pickling import dumps, loads
+
+if TYPE_CHECKING:
+    import torch
+
+_POLL = timedelta(seconds=0.3)  # how soon a rank that waits hears that another one has failed elsewhere
+_ROLL_CALL = 1.5  # seconds: five polls, so that every rank that waits has answered
+# Ranks of one group make their exchanges in the same order; the number keeps their keys in the store apart.
+_numbers: dict[tuple[int, ...], Iterator[int]] = {}
+
+
+class Exchange:
+    """Messages between the ranks of one group; every method but `post` and `alarm` is collective over it.
+
+    It is a bare gloo group beside torch's list of groups: `TORCH_DISTRIBUTED_DEBUG=DETAIL` does not double its cost, and
+    a rank that dies closes the connections of all others at once.
+
+    Attributes:
+        ranks: Global ranks of the group.
+        name: What the group is, for messages: `TP group (0, 1)`.
+    """
+
+    def __init__(self, ranks: Sequence[int], *, axis: str, timeout: float) -> None:
+        from torch import distributed as dist
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        self.ranks = tuple(ranks)
+        self.name = f"{axis.upper()} group ({', '.join(map(str, self.ranks))})"
+        self._timeout = timeout
+        self._pending: tuple[Any, list[torch.Tensor]] | None = None
+        self._group: Any = None
+        if len(self.ranks) == 1:
+            return
+        self._rank = dist.get_rank()
+        number = next(_numbers.setdefault(self.ranks, count()))
+        self._store = dist.PrefixStore(f"tpcheck/exchange/{axis}/{self.ranks}/{number}", _get_default_store())
+        try:
+            self._group = dist.ProcessGroupGloo(
+                dist.PrefixStore("gloo", self._store), self.ranks.index(self._rank), len(self.ranks),
+                timedelta(seconds=timeout),
+            )  # fmt: skip
+        except RuntimeError as error:
+            self._fail(error)
+
+    def swap(self, message: bytes) -> tuple[bytes, ...]:
+        """Return every rank's message, all of one length, in the order of `ranks`.
+
+        Raises:
+            RankFailure: A rank has gone, or does not come in time.
+        """
+        if len(self.ranks) == 1:
+            return (message,)
+        import torch
+
+        self.posted()
+        return self._messages(self._start(torch.frombuffer(bytearray(message), dtype=torch.uint8)))
+
+    def post(self, message: bytes) -> None:
+        """Send a message as `swap` does, and do not wait for those of the others."""
+        if len(self.ranks) > 1:
+            import torch
+
+            self.posted()
+            self._pending = self._start(torch.frombuffer(bytearray(message), dtype=torch.uint8))
+
+    def posted(self) -> tuple[bytes, ...] | None:
+        """Return the messages that met the one last posted, or None where none was."""
+        pending, self._pending = self._pending, None
+        return None if pending is None else self._messages(pending)
+
+    def gather(self, value: Any) -> tuple[Any, ...]:
+        """Return every rank's value, in the order of `ranks`."""
+        if len(self.ranks) == 1:
+            return (value,)
+        import torch
+
+        own = torch.frombuffer(bytearray(dumps(value)), dtype=torch.uint8)
+        sizes = [int.from_bytes(size, "little") for size in self.swap(own.numel().to_bytes(8, "little"))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: own.numel()] = own
+        work, parts = self._start(padded)
+        self._wait(work)
+        return tuple(loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True))
+
+    def broadcast(self, data: torch.Tensor, source: int) -> None:
+        """Fill `data` (bytes, on the CPU) with that of the rank `source`."""
+        if len(self.ranks) > 1:
+            from torch.distributed import BroadcastOptions
+
+            options = BroadcastOptions()
+            options.rootRank = self.ranks.index(source)
+            self._wait(self._group.broadcast([data], options))
+
+    def alarm(self, failure: RankFailure) -> None:
+        """Tell the ranks of the group that wait, now or later, that this one will not come."""
+        if len(self.ranks) > 1:
+            with suppress(RuntimeError):  # the store's host may be the rank that died
+                self._store.set("alarm", dumps((str(failure), failure.first, failure.outcomes)))
+
+    def _start(self, own: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
+        import torch
+
+        parts = [torch.empty_like(own) for _ in self.ranks]
+        try:
+            return self._group.allgather([parts], [own]), parts
+        except RuntimeError as error:
+            self._fail(error)
+
+    def _messages(self, started: tuple[Any, list[torch.Tensor]]) -> tuple[bytes, ...]:
+        work, parts = started
+        self._wait(work)
+        return tuple(part.numpy().tobytes() for part in parts)
+
+    def _wait(self, work: Any) -> None:
+        """Wait, and look now and then whether another rank has rung the alarm."""
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                work.wait(_POLL)
+                return
+            except RuntimeError as error:
+                if work.is_completed() or time.monotonic() > deadline:
+                    self._fail(error)
+                self._heed_alarm()
+
+    def _heed_alarm(self) -> None:
+        told = None
+        with suppress(RuntimeError):
+            told = self._store.get("alarm") if self._store.check(["alarm"]) else None
+        if told is not None:
+            message, first, outcomes = loads(told)
+            raise RankFailure(message, first=first, outcomes=outcomes)
+
+    def _fail(self, error: RuntimeError) -> NoReturn:
+        """Raise what happened: another rank's alarm, or who of the group does not answer a roll call."""
+        self._heed_alarm()
+        missing = self._missing()
+        late = "timed out" in str(error).lower()
+        who = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing)) if missing else "a rank"
+        how = f"did not come within {self._timeout:g} s" if late else "went away (the connection is closed)"
+        failure = RankFailure(
+            f"{who} of {self.name} {how} while the ranks compared their batches",
+            first=missing[0] if missing else -1,
+            outcomes=tuple(RankOutcome(rank, "hung" if late else "died") for rank in missing),
+        )
+        self.alarm(failure)
+        raise failure from error
+
+    def _missing(self) -> list[int]:
+        """Return the ranks that do not answer; none where the store cannot be asked."""
+        with suppress(RuntimeError):
+            self._store.set(f"here/{self._rank}", b"1")
+            missing = list(self.ranks)
+            deadline = time.monotonic() + _ROLL_CALL
+            while missing and time.monotonic() < deadline:
+                missing = [rank for rank in missing if not self._store.check([f"here/{rank}"])]
+                time.sleep(0.02)
+            return missing
+        return []
