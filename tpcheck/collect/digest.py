@@ -1,14 +1,105 @@
-"""Digests of the bits of tensors."""
+"""Digests of the bits of tensors, each taken where the tensor lies."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 import xxhash
 
+_WORDS = 1 << 20  # words of 32 bits that are summed at once on a device: bounds the products to 8 MiB, the keys to 16
+
 
 def digest(tensor: torch.Tensor) -> str:
     """Return a digest of dtype, shape and bits; NaN equals NaN bit for bit, 0.0 does not equal -0.0."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    state = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    state.update(flat.view(torch.uint8).numpy().data)
+    return start_digests([tensor])()[0]
+
+
+def start_digests(tensors: Sequence[torch.Tensor]) -> Callable[[], list[str]]:
+    """Begin the digests of strided tensors, and return what waits for them.
+
+    Whatever happens to the tensors after this call, in the order of their device's stream, does not matter any more.
+    Digests of tensors on other types of devices are not comparable.
+    """
+    sums = [None if tensor.device.type in ("cpu", "meta") else _sums(tensor) for tensor in tensors]
+    heads = [f"{tensor.dtype} {tuple(tensor.shape)}".encode() for tensor in tensors]
+    done = [
+        _hashed(head, b"" if tensor.is_meta else flat_bytes(tensor).numpy().data) if own is None else None
+        for head, tensor, own in zip(heads, tensors, sums, strict=True)
+    ]
+    fetch = _fetch([own for own in sums if own is not None])
+
+    def finish() -> list[str]:
+        fetched = iter(fetch())
+        return [one or _hashed(head, next(fetched)) for head, one in zip(heads, done, strict=True)]
+
+    return finish
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bits of a strided tensor, element by element, on its own device; a view where that is possible."""
+    plain = tensor.detach()
+    if plain.is_complex():
+        plain = torch.view_as_real(plain.resolve_conj())
+    return plain.resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+
+@lru_cache(maxsize=8)  # devices of one process
+def keys(device: torch.device, number: int, stream: int) -> torch.Tensor:
+    """Return `number` odd pseudo-random integers of 64 bits, the same in every process (splitmix64)."""
+    mixed = (torch.arange(number, device=device) + stream * number) * _signed(0x9E3779B97F4A7C15)
+    mixed = mix(mixed, 30, 0xBF58476D1CE4E5B9)
+    return mix(mixed, 27, 0x94D049BB133111EB) | 1
+
+
+def mix(numbers: torch.Tensor, shift: int, factor: int) -> torch.Tensor:
+    """Return (x ^ x >> shift) * factor in 64 bits, for each x; one round of splitmix64's mixing function."""
+    logical = (numbers >> shift) & ((1 << (64 - shift)) - 1)
+    return (numbers ^ logical) * _signed(factor)
+
+
+def _sums(tensor: torch.Tensor) -> torch.Tensor:
+    """Return two multilinear sums of the tensor's words for each chunk of it, as int64 on its device.
+
+    The key of a place is odd, so no change of one word keeps a sum; two tensors share both sums of a chunk with
+    probability 2^-62 (Lemire, Kaser: Strongly universal string hashing is fast, arXiv 1202.4961).
+    """
+    flat = flat_bytes(tensor)
+    if flat.numel() % 4 or flat.storage_offset() % 4:
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 4))  # the shape is in the digest, too
+    sums = []
+    for words in flat.view(torch.int32).split(_WORDS):
+        for stream in (0, 1):
+            sums.append((words * keys(tensor.device, _WORDS, stream)[: words.numel()]).sum())
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64, device=tensor.device)
+
+
+def _fetch(sums: Sequence[torch.Tensor]) -> Callable[[], list[bytes]]:
+    """Begin to copy a few sums to the host, all at once, and return what waits for them."""
+    if not sums:
+        return list
+    sizes = [len(one) for one in sums]
+    together = torch.cat([one.to(sums[0].device) for one in sums])
+    if not together.is_cuda:
+        return lambda: [part.numpy().tobytes() for part in together.cpu().split(sizes)]
+    host = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)
+    host.copy_(together, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(together.device))
+
+    def finish() -> list[bytes]:
+        copied.synchronize()
+        return [part.numpy().tobytes() for part in host.split(sizes)]
+
+    return finish
+
+
+def _hashed(head: bytes, data: bytes | memoryview) -> str:
+    state = xxhash.xxh3_128(head)
+    state.update(data)
     return state.hexdigest()
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >> 63 else number

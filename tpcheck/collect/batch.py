@@ -1,0 +1,192 @@
+"""The leaves of a batch, whatever it is made of, and their digests."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, fields, is_dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
+from pathlib import PurePath
+from typing import Any
+from uuid import UUID
+
+import torch
+import xxhash
+
+from tpcheck.collect.digest import start_digests
+from tpcheck.records.batch import Leaf, LeafKind
+
+_DEEPEST = 32  # levels of nesting; a batch that holds itself ends here
+# Their `repr` tells them apart, and is the same in every process.
+_TOLD_BY_REPR = (
+    *(type(None), bool, int, str, bytes, bytearray, complex, range, slice, Enum, Decimal, Fraction, date, time),
+    *(timedelta, UUID, PurePath, torch.dtype, torch.device, type),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One leaf as it stands in the batch.
+
+    Attributes:
+        path, kind: As in `Leaf`.
+        dtype, shape, device: As in `Leaf`.
+        tensor: The bits of a tensor or an array as a strided tensor; arrays share their memory with it.
+        text: What tells a plain value from others.
+    """
+
+    path: str
+    kind: LeafKind
+    dtype: str
+    shape: tuple[int, ...] = ()
+    device: str = ""
+    tensor: torch.Tensor | None = None
+    text: bytes = b""
+
+
+def entries(batch: Any) -> list[Entry]:
+    """Return every leaf of mappings, sequences, dataclasses and plain objects, and of each container its type and size.
+
+    A sparse or nested tensor is taken apart into its strided ones.
+    """
+    return list(_entries(batch, "", 0))
+
+
+def start_leaves(found: Sequence[Entry]) -> Callable[[], tuple[Leaf, ...]]:
+    """Begin to digest the entries, and return what waits for that; see `start_digests`."""
+    finish = start_digests([entry.tensor for entry in found if entry.tensor is not None])
+
+    def leaves() -> tuple[Leaf, ...]:
+        of_tensors = iter(finish())
+        return tuple(
+            Leaf(
+                entry.path,
+                entry.kind,
+                entry.dtype,
+                entry.shape,
+                entry.device,
+                next(of_tensors) if entry.tensor is not None else xxhash.xxh3_128_hexdigest(entry.text),
+            )
+            for entry in found
+        )
+
+    return leaves
+
+
+def leaves_of(batch: Any) -> tuple[Leaf, ...]:
+    """Return every leaf of a batch, in the order of its structure.
+
+    Example:
+        >>> [(leaf.path, leaf.dtype, leaf.shape) for leaf in leaves_of({"ids": torch.zeros(2, 3), "text": ["a"]})]
+        [('', 'dict', (2,)), ('ids', 'torch.float32', (2, 3)), ('text', 'list', (1,)), ('text.0', 'str', ())]
+    """
+    return start_leaves(entries(batch))()
+
+
+def token(leaves: Iterable[Leaf]) -> bytes:
+    """Return 16 bytes that tell batches apart; the order of keys and the index of a device make no difference."""
+    state = xxhash.xxh3_128()
+    for leaf in sorted(leaves, key=lambda leaf: leaf.path):
+        device = leaf.device.partition(":")[0]
+        state.update(f"{leaf.path}\0{leaf.kind}\0{leaf.dtype}\0{leaf.shape}\0{device}\0{leaf.digest}\0".encode())
+    return state.digest()
+
+
+def _entries(value: Any, path: str, depth: int) -> Iterator[Entry]:
+    if isinstance(value, torch.Tensor):
+        yield from _of_tensor(value, path)
+    elif _is_array(value):
+        yield from _of_array(value, path, depth)
+    elif isinstance(value, float):
+        yield Entry(path, "value", type(value).__name__, text=struct.pack("d", value))  # NaN bit for bit
+    elif isinstance(value, _TOLD_BY_REPR):
+        yield Entry(path, "value", type(value).__name__, text=repr(value).encode(errors="surrogatepass"))
+    elif isinstance(value, Set):
+        members = sorted(repr(member) for member in value)  # in an order of their own in every process
+        yield Entry(path, "value", type(value).__name__, (len(members),), text="\0".join(members).encode())
+    else:
+        yield from _of_container(value, path, depth)
+
+
+def _of_container(value: Any, path: str, depth: int) -> Iterator[Entry]:
+    children = _children(value) if depth < _DEEPEST else None
+    if children is None:
+        contents = value.tobytes() if callable(getattr(value, "tobytes", None)) else b""  # PIL images, memory views
+        yield Entry(path, "opaque", type(value).__name__, text=contents)
+        return
+    yield Entry(path, "value", type(value).__name__, (len(children),))
+    for name, child in children:
+        yield from _entries(child, _join(path, name), depth + 1)
+
+
+def _children(value: Any) -> list[tuple[str, Any]] | None:
+    """Return the named parts of a container, or None where it cannot be looked into."""
+    if isinstance(value, Mapping):
+        return [(key if isinstance(key, str) else f"[{key!r}]", child) for key, child in value.items()]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return list(zip(value._fields, value, strict=True))
+    if isinstance(value, (list, tuple)):
+        return [(str(index), child) for index, child in enumerate(value)]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name)) for field in fields(value)]
+    if hasattr(value, "__dict__") and not callable(value) and not hasattr(value, "tobytes"):
+        return list(vars(value).items())
+    return None
+
+
+def _of_tensor(tensor: torch.Tensor, path: str) -> Iterator[Entry]:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor
+    parts = _strided_parts(local)
+    if parts is None:
+        yield Entry(path, "tensor", str(local.dtype), tuple(local.shape), str(local.device), tensor=local)
+        return
+    kind = "nested" if local.is_nested else str(local.layout)
+    shape = () if local.is_nested else tuple(local.shape)
+    yield Entry(path, "tensor", f"{local.dtype} {kind}", shape, str(local.device))
+    for name, part in parts.items():
+        yield from _of_tensor(part, _join(path, name))
+
+
+def _strided_parts(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    """Return the tensors that a sparse, nested or quantized one is made of, or None for a strided one."""
+    if tensor.is_nested:
+        if tensor.layout == torch.jagged:
+            return {"values": tensor.values(), "offsets": tensor.offsets()}
+        return {str(index): part for index, part in enumerate(tensor.unbind())}
+    if tensor.layout == torch.sparse_coo:
+        whole = tensor.coalesce()
+        return {"indices": whole.indices(), "values": whole.values()}
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return {"crow_indices": tensor.crow_indices(), "col_indices": tensor.col_indices(), "values": tensor.values()}
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return {"ccol_indices": tensor.ccol_indices(), "row_indices": tensor.row_indices(), "values": tensor.values()}
+    if tensor.is_quantized:
+        return {"int_repr": tensor.int_repr()}
+    return None
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic))
+
+
+def _of_array(array: Any, path: str, depth: int) -> Iterator[Entry]:
+    numpy = sys.modules["numpy"]
+    if array.dtype.hasobject or not array.dtype.itemsize:
+        yield Entry(path, "array", str(array.dtype), tuple(array.shape))
+        yield from _entries(array.tolist(), _join(path, "objects"), depth + 1)
+        return
+    if numpy.ma.isMaskedArray(array):
+        yield from _of_array(numpy.ma.getmaskarray(array), _join(path, "mask"), depth)
+    flat = numpy.ascontiguousarray(array).reshape(-1).view(numpy.uint8)
+    if not flat.flags.writeable:  # torch warns of such memory
+        flat = flat.copy()
+    yield Entry(path, "array", str(array.dtype), tuple(array.shape), tensor=torch.from_numpy(flat))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
