@@ -12,7 +12,8 @@ import torch
 import xxhash
 from torch.utils.data import IterableDataset
 
-from tpcheck.collect.observation import Made, Observation, observe_workers
+from tpcheck.collect.listening import Made
+from tpcheck.collect.observation import Observation, observe_workers
 from tpcheck.collect.unwrap import datasets, loaders, samplers, torch_loader, vars_of
 
 __all__ = ["Made", "Observation", "loader_facts", "made_facts", "observe_workers"]
