@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing.process
 import os
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +45,17 @@ def _settle(order: messages.Fork, stdout: int, stderr: int, stack_file: int) -> 
     sys.argv[:] = order.argv
     sys.path[:] = order.sys_path
     _forget_missing_folders()
+    _keep_temporary_files_in(order.scratch)
     shm_allreduce.disable()
+
+
+def _keep_temporary_files_in(scratch: str) -> None:
+    """Let multiprocessing put its sockets (data loader workers pass tensors through them) where the world cleans up.
+
+    It would remove them at exit, which ranks do not come by; other temporary files follow the rank's own TMPDIR.
+    """
+    tempfile.tempdir = None  # the template's, from another environment
+    multiprocessing.process.current_process()._config["tempdir"] = scratch  # type: ignore[attr-defined]
 
 
 def _forget_missing_folders() -> None:
