@@ -38,6 +38,14 @@ class Regression(nn.Module):
         return {"loss": (out_BD - targets_BD).square().mean(), "out": out_BD}
 
 
+class Normalised(Regression):
+    """With running statistics, which are of each data-parallel replica's own batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+
 def whole_batch() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
@@ -66,6 +74,10 @@ def test_a_model_of_ones_own_is_verified_over_tp_and_dp(batch: Any) -> None:
     report = verify(lambda: Regression(dropout=0.5), batch, topology=Topology(tp=2, dp=2))
     assert report.passed, report
     assert report.verdict.coverage.compared == report.verdict.coverage.total
+
+
+def test_running_statistics_of_data_parallel_replicas_may_differ() -> None:
+    assert verify(Normalised, whole_batch(), topology=Topology(tp=2, dp=2)).passed
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.01])

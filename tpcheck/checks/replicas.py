@@ -28,7 +28,7 @@ def _replicas_agree(evidence: Evidence, moment: int, where: dict[str, object]) -
     margins: dict[str, float] = {}
     wrong: dict[tuple[str, tuple[int, ...]], list[_Item]] = {}
     for item in dict.fromkeys(item for by_rank in digests for item in by_rank):
-        for axis, group in _replica_groups(evidence, item):
+        for axis, group in _replica_groups(evidence, item, trained=moment > 0):
             margins[f"{item[0]} {item[1]} over {axis}"] = 0.0
             deviating = _deviating(group, [digests[rank].get(item) for rank in group])
             if deviating:
@@ -37,14 +37,16 @@ def _replicas_agree(evidence: Evidence, moment: int, where: dict[str, object]) -
     return CheckOutcome(margins, suspects)
 
 
-def _replica_groups(evidence: Evidence, item: _Item) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _replica_groups(evidence: Evidence, item: _Item, *, trained: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     kind, name = item
     if kind == "buffer":
         over_tp = name in evidence.buffers
+        over_dp = not trained  # running statistics are of each replica's own batches
     else:
         over_tp = name in evidence.layouts and evidence.layouts[name].is_replicated
-    for axis in ("tp", "dp"):
-        if evidence.topology.sizes[axis] > 1 and (axis == "dp" or over_tp):
+        over_dp = True
+    for axis, replicated in (("tp", over_tp), ("dp", over_dp)):
+        if evidence.topology.sizes[axis] > 1 and replicated:
             for group in evidence.topology.groups(axis):
                 yield axis, group
 
