@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tpcheck
 from tpcheck import Topology, UsageError
@@ -36,6 +37,35 @@ class Regression(nn.Module):
     def forward(self, features_BD: torch.Tensor, targets_BD: torch.Tensor) -> dict[str, torch.Tensor]:
         out_BD = self.norm(self.down(self.dropout(torch.relu(self.up(features_BD)))))
         return {"loss": (out_BD - targets_BD).square().mean(), "out": out_BD}
+
+
+class Awkward(nn.Module):
+    """Frozen and unused parameters, a module that is called twice, changes in place, checkpoints, a tuple, a counter."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.block, self.shared = Residual(), Residual()
+        self.relu = nn.ReLU(inplace=True)
+        self.reentrant = reentrant
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, features_BD: torch.Tensor, targets_BD: torch.Tensor, note: str) -> tuple[None, torch.Tensor]:
+        self.count += 1
+        hidden_BD = checkpoint(self.block, features_BD.requires_grad_(), use_reentrant=self.reentrant)
+        hidden_BD = self.relu(self.shared(self.shared(hidden_BD)))
+        return None, (hidden_BD - targets_BD).square().mean()
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.unused = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8)
+        self.gain = nn.Parameter(torch.ones(8), requires_grad=False)
+
+    def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        out_BD: torch.Tensor = self.down(torch.relu_(self.up(hidden_BD)))
+        out_BD += hidden_BD * self.gain
+        return out_BD
 
 
 class Normalised(Regression):
@@ -74,6 +104,17 @@ def test_a_model_of_ones_own_is_verified_over_tp_and_dp(batch: Any) -> None:
     report = verify(lambda: Regression(dropout=0.5), batch, topology=Topology(tp=2, dp=2))
     assert report.passed, report
     assert report.verdict.coverage.compared == report.verdict.coverage.total
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_awkward_models_raise_no_false_alarm(reentrant: bool, zero_stage: int) -> None:
+    batch = {**whole_batch(), "note": "not a tensor"}
+    report = verify(lambda: Awkward(reentrant), batch, topology=Topology(tp=2, dp=2), zero_stage=zero_stage)
+    assert report.passed, report
+    assert {why for why in report.verdict.coverage.missed.values()} <= {
+        "it has no gradient, and optimizers may decay such a weight or leave it"
+    }
 
 
 def test_running_statistics_of_data_parallel_replicas_may_differ() -> None:

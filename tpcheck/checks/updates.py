@@ -17,6 +17,10 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         [part.weights for part in evidence.candidate[step]],
         lambda name, whole: evidence.tolerance.allowed((step, "weight", name), spacing(whole)),
     )
+    differing = [name for name, one in compared.items() if not one.found.agrees]
+    for name in (name for name in differing if not _is_trained(evidence, step, name)):
+        del compared[name]
+        missed[name] = "it has no gradient, and optimizers may decay such a weight or leave it"
     wrong = sorted((one for one in compared.values() if not one.found.agrees), key=lambda one: -one.found.margin)
     suspects = [
         tensor_suspect(
@@ -34,3 +38,10 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         for first in wrong[:1]
     ]
     return CheckOutcome({name: one.found.margin for name, one in compared.items()}, tuple(suspects), missed)
+
+
+def _is_trained(evidence: Evidence, step: int, name: str) -> bool:
+    gradients = [part.gradients[name] for part in evidence.candidate[step]]
+    if evidence.reference[step].gradients[name] is not None:
+        return True
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
