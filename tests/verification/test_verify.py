@@ -40,7 +40,7 @@ class Regression(nn.Module):
 
 
 class Awkward(nn.Module):
-    """Frozen and unused parameters, a module that is called twice, changes in place, checkpoints, a tuple, a counter."""
+    """Frozen and unused parameters, a module called twice, changes in place, checkpoints, a tuple, a counter."""
 
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -112,8 +112,9 @@ def test_awkward_models_raise_no_false_alarm(reentrant: bool, zero_stage: int) -
     batch = {**whole_batch(), "note": "not a tensor"}
     report = verify(lambda: Awkward(reentrant), batch, topology=Topology(tp=2, dp=2), zero_stage=zero_stage)
     assert report.passed, report
-    assert {why for why in report.verdict.coverage.missed.values()} <= {
-        "it has no gradient, and optimizers may decay such a weight or leave it"
+    assert set(report.verdict.coverage.missed.values()) <= {
+        "it has no gradient, and optimizers may decay such a weight or leave it",
+        "not seen on every rank of the sharded model",  # ZeRO 3 hides the inputs of a reentrant checkpoint
     }
 
 

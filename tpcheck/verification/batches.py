@@ -28,6 +28,14 @@ def batches(request: Request, model: nn.Module, dp: int, device: torch.device) -
     ]
 
 
+def copied(batch: Mapping[str, Any]) -> Batch:
+    """Return the batch with tensors of its own, for one run of a model that may change them."""
+    return {
+        name: value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
 def batch_size(batch: Mapping[str, Any]) -> int:
     """Return how many samples a batch holds: the first dim of its first tensor."""
     return next((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), 1)

@@ -15,7 +15,7 @@ from tpcheck.collect import ModuleRecorder
 from tpcheck.collect.digest import digest
 from tpcheck.errors import BackendError, TpcheckError
 from tpcheck.records import Step, TensorKey
-from tpcheck.verification.batches import Batch
+from tpcheck.verification.batches import Batch, copied
 from tpcheck.verification.loss import loss_of
 
 
@@ -72,7 +72,7 @@ def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: i
 
     with ModuleRecorder(candidate.module, keep):
         with _blamed_on(backend, f"forward of step {index}"):
-            output = candidate.forward(batch)
+            output = candidate.forward(copied(batch))
         loss = loss_of(output)
         with _blamed_on(backend, f"backward of step {index}"):
             candidate.backward(loss)

@@ -13,7 +13,7 @@ from tpcheck.adapters import TrainingOptions
 from tpcheck.collect import ModuleRecorder, perturbed_leaves
 from tpcheck.compare import frobenius_distance
 from tpcheck.records import Step, TensorKey
-from tpcheck.verification.batches import Batch
+from tpcheck.verification.batches import Batch, copied
 from tpcheck.verification.loss import loss_of
 from tpcheck.verification.optimizer import ReferenceOptimizer
 
@@ -115,7 +115,7 @@ def _step(
     losses = []
     for dp_rank, batch in enumerate(by_dp_rank):
         with ModuleRecorder(model, partial(sink, step, dp_rank)):
-            loss = loss_of(model(**batch))
+            loss = loss_of(model(**copied(batch)))
             loss.backward()  # type: ignore[no-untyped-call]
         losses.append(float(loss.detach()))
     for parameter in model.parameters():
