@@ -50,6 +50,7 @@ def test_every_exported_name_is_there(name: str) -> None:
 def test_the_exported_names_are_the_public_contract() -> None:
     contract = {
         *("Topology", "World", "Rank", "spawn", "attach", "verify", "verify_family", "Report", "Finding"),
+        *("watch", "check_batch", "watch_model", "TpcheckCallback"),
         *("TpcheckError", "UsageError", "Mismatch", "BatchMismatch", "UnevenBatches"),
         *("RankFailure", "RankOutcome", "BackendError"),
     }

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tpcheck.api import verify as verify
     from tpcheck.api import verify_family as verify_family
+    from tpcheck.dataloader import check_batch as check_batch
+    from tpcheck.dataloader import watch as watch
     from tpcheck.errors import BackendError as BackendError
     from tpcheck.errors import BatchMismatch as BatchMismatch
     from tpcheck.errors import Mismatch as Mismatch
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from tpcheck.records import Finding as Finding
     from tpcheck.report import Report as Report
     from tpcheck.topology import Topology as Topology
+    from tpcheck.trainer.callback import TpcheckCallback as TpcheckCallback
+    from tpcheck.trainer.model import watch_model as watch_model
     from tpcheck.world import Rank as Rank
     from tpcheck.world import World as World
     from tpcheck.world import attach as attach
@@ -37,14 +41,18 @@ _HOME = {
     "RankOutcome": "errors",
     "Report": "report",
     "Topology": "topology",
+    "TpcheckCallback": "trainer.callback",
     "TpcheckError": "errors",
     "UnevenBatches": "errors",
     "UsageError": "errors",
     "World": "world",
     "attach": "world",
+    "check_batch": "dataloader",
     "spawn": "world",
     "verify": "api",
     "verify_family": "api",
+    "watch": "dataloader",
+    "watch_model": "trainer.model",
 }
 
 __all__ = sorted(_HOME)  # the table above is the one list of names

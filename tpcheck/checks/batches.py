@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tpcheck.checks.outcome import named_few
@@ -42,47 +42,65 @@ def batches_agree_within_tp(
     )
 
 
-def batches_differ_across_dp(found: Sequence[SameSamples], *, field: str, step: int) -> Suspect | None:
-    """Return which replicas train on the same samples at one step. Exact."""
+def batches_differ_across_dp(
+    found: Sequence[SameSamples], *, field: str, step: int, replicas: Sequence[Sequence[int]]
+) -> Suspect | None:
+    """Return which replicas train on the same samples at one step. Exact.
+
+    Args:
+        found: By number of the replica.
+        field: Leaf that tells most.
+        step: How many batches came before.
+        replicas: Ranks of each.
+    """
     if not found:
         return None
-    most = max(found, key=lambda same: len(same.ranks))
+    most = max(found, key=lambda same: len(same.replicas))
     return Suspect(
         check="batches_differ_across_dp",
         kind="replica",
-        where={"step": step, "field": field, "ranks": list(most.ranks)},
+        where={"step": step, "field": field, "ranks": _ranks(replicas, most.replicas)},
         observed=float(most.number),
         allowed=0.0,
         evidence={
-            "order": "another order on each replica" if most.reordered else "the same order",
-            "also": named_few(f"ranks {', '.join(map(str, same.ranks))}" for same in found if same is not most),
+            "replicas": list(most.replicas),
+            "order": "another order" if most.reordered else "the same order",
+            "also": named_few(f"replicas {', '.join(map(str, same.replicas))}" for same in found if same is not most),
         },
     )
 
 
-def uneven_batches(counts: Mapping[int, int], *, ended: Sequence[int], axis: str, step: int) -> Suspect | None:
-    """Return which ranks ran out of batches before the others.
+def uneven_batches(
+    counts: Sequence[int], *, ended: Sequence[int], axis: str, step: int, members: Sequence[Sequence[int]]
+) -> Suspect | None:
+    """Return which ranks, or replicas, ran out of batches before the others.
 
     Args:
-        counts: How many batches each rank got.
-        ended: Ranks that have no more.
+        counts: How many batches each got.
+        ended: Places of those that have no more.
         axis: `tp` or `dp`.
         step: The step that they do not reach together.
+        members: Ranks of each: one for the axis `tp`, those of a TP group for `dp`.
     """
-    if len(set(counts.values())) == 1 and len(ended) in (0, len(counts)):
+    if len(set(counts)) == 1 and len(ended) in (0, len(counts)):
         return None
+    names = [f"rank {ranks[0]}" if axis == "tp" else f"replica {place}" for place, ranks in enumerate(members)]
     return Suspect(
         check="batches_agree_within_tp" if axis == "tp" else "batches_differ_across_dp",
         kind="replica",
-        where={"step": step, "field": "number of batches", "ranks": list(ended) or list(counts)},
-        observed=float(len(ended) or len(counts)),
+        where={"step": step, "field": "number of batches", "ranks": _ranks(members, ended or range(len(members)))},
+        observed=float(max(counts) - min(counts) or 1),
         allowed=0.0,
         evidence={
             "differs": "length",
-            "batches": {f"rank {rank}": count for rank, count in counts.items()},
-            "ended": list(ended),
+            "batches": dict(zip(names, counts, strict=True)),
+            "ended": [names[place] for place in ended],
         },
     )
+
+
+def _ranks(members: Sequence[Sequence[int]], places: Iterable[int]) -> list[int]:
+    return sorted(rank for place in places for rank in members[place])
 
 
 def _by_rank(difference: FieldDifference) -> dict[str, Any]:

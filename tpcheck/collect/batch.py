@@ -155,7 +155,7 @@ def _strided_parts(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
     """Return the tensors that a sparse, nested or quantized one is made of, or None for a strided one."""
     if tensor.is_nested:
         if tensor.layout == torch.jagged:
-            return {"values": tensor.values(), "offsets": tensor.offsets()}
+            return {"values": tensor.values(), "offsets": tensor.offsets()}  # type: ignore[attr-defined]
         return {str(index): part for index, part in enumerate(tensor.unbind())}
     if tensor.layout == torch.sparse_coo:
         whole = tensor.coalesce()

@@ -68,10 +68,11 @@ def _sums(tensor: torch.Tensor) -> torch.Tensor:
     flat = flat_bytes(tensor)
     if flat.numel() % 4 or flat.storage_offset() % 4:
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 4))  # the shape is in the digest, too
-    sums = []
-    for words in flat.view(torch.int32).split(_WORDS):
-        for stream in (0, 1):
-            sums.append((words * keys(tensor.device, _WORDS, stream)[: words.numel()]).sum())
+    sums = [
+        (words * keys(tensor.device, _WORDS, stream)[: words.numel()]).sum()
+        for words in torch.split(flat.view(torch.int32), _WORDS)
+        for stream in (0, 1)
+    ]
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64, device=tensor.device)
 
 
@@ -82,15 +83,15 @@ def _fetch(sums: Sequence[torch.Tensor]) -> Callable[[], list[bytes]]:
     sizes = [len(one) for one in sums]
     together = torch.cat([one.to(sums[0].device) for one in sums])
     if not together.is_cuda:
-        return lambda: [part.numpy().tobytes() for part in together.cpu().split(sizes)]
+        return lambda: [part.numpy().tobytes() for part in torch.split(together.cpu(), sizes)]
     host = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)
     host.copy_(together, non_blocking=True)
-    copied = torch.cuda.Event()
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record(torch.cuda.current_stream(together.device))
 
     def finish() -> list[bytes]:
         copied.synchronize()
-        return [part.numpy().tobytes() for part in host.split(sizes)]
+        return [part.numpy().tobytes() for part in torch.split(host, sizes)]
 
     return finish
 

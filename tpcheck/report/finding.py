@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tpcheck.records import Finding
-from tpcheck.report import causes, words
+from tpcheck.report import batches, causes, words
 from tpcheck.report.lines import Line, labelled
 
 _ALSO_SHOWN = 9  # checks name eight, and how many more there are
 # What the number counts where a check is exact, and what is said of it.
 _COUNTED = {
-    "batches_differ_across_dp": ("sample", "is the same", "are the same"),
     "groups_match_topology": ("group", "differs", "differ"),
     "parameters_are_sharded": ("parameter", "is wrong", "are wrong"),
     "replicas_agree": ("tensor", "differs", "differ"),
@@ -21,8 +20,9 @@ _COUNTED_BY_DEFAULT = ("element", "differs", "differ")
 # Evidence that has a phrase of its own; what a check adds beside it is shown by name.
 _PHRASED = {
     *("largest", "largest_at", "replays", "dtype", "first_of", "inputs_agree", "cause_error", "also", "note"),
-    "follows_from",
+    *("follows_from", "advice"),
     *("shape_actual", "shape_expected", "count_differing", "count_total", "norm_actual", "norm_expected"),
+    *batches.PHRASED,
 }
 
 
@@ -31,8 +31,12 @@ def finding_lines(finding: Finding, subject: Mapping[str, Any]) -> Iterator[Line
     yield Line(((finding.check, "bold red"), (f"  {place(finding)}", "bold")))
     yield from labelled("where", _where(finding, subject))
     yield from labelled("observed", _observed(finding))
+    if finding.evidence.get("values"):
+        yield from labelled("values", batches.values(finding.evidence))
     yield from labelled("allowed", _allowed(finding))
     yield from labelled("cause", _cause(finding), "yellow" if finding.cause else "")
+    if finding.evidence.get("advice"):
+        yield from labelled("fix", str(finding.evidence["advice"]), "cyan")
     if finding.evidence.get("also"):
         yield from labelled("also", words.few(finding.evidence["also"], _ALSO_SHOWN))
     if finding.evidence.get("note"):
@@ -81,6 +85,9 @@ def _observed(finding: Finding) -> str:
 
 def _amount(finding: Finding) -> str:
     evidence = finding.evidence
+    of_batch = batches.amount(finding)
+    if of_batch is not None:
+        return of_batch
     if "shape_actual" in evidence and evidence["shape_actual"] != evidence.get("shape_expected"):
         return f"shape {_shape(evidence['shape_actual'])}, expected {_shape(evidence.get('shape_expected'))}"
     if "norm_actual" in evidence:

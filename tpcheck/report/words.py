@@ -9,7 +9,20 @@ from typing import Any
 
 _RANKS_SHOWN = 8
 _PHASES = {"start": "before the first step", "step": "optimizer step {step}", "update": "optimizer step {step}"}
-_SUBJECT_PARTS = ("family", "backend", "tp", "dp", "zero", "zero_stage", "dtype", "steps", "seed", "settings")
+_SUBJECT_PARTS = (
+    "family",
+    "model",
+    "subject",
+    "backend",
+    "tp",
+    "dp",
+    "zero",
+    "zero_stage",
+    "dtype",
+    "steps",
+    "seed",
+    "settings",
+)
 
 
 def error(value: float) -> str:

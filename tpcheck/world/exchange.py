@@ -24,20 +24,22 @@ _numbers: dict[tuple[int, ...], Iterator[int]] = {}
 class Exchange:
     """Messages between the ranks of one group; every method but `post` and `alarm` is collective over it.
 
-    It is a bare gloo group beside torch's list of groups: `TORCH_DISTRIBUTED_DEBUG=DETAIL` does not double its cost, and
-    a rank that dies closes the connections of all others at once.
+    It is a bare gloo group beside torch's list of groups: `TORCH_DISTRIBUTED_DEBUG=DETAIL` does not double its cost,
+    and a rank that dies closes the connections of all others at once.
 
     Attributes:
         ranks: Global ranks of the group.
         name: What the group is, for messages: `TP group (0, 1)`.
+        broken: A rank has gone; nothing can be exchanged any more.
     """
 
     def __init__(self, ranks: Sequence[int], *, axis: str, timeout: float) -> None:
         from torch import distributed as dist
-        from torch.distributed.distributed_c10d import _get_default_store
+        from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
         self.ranks = tuple(ranks)
         self.name = f"{axis.upper()} group ({', '.join(map(str, self.ranks))})"
+        self.broken = False
         self._timeout = timeout
         self._pending: tuple[Any, list[torch.Tensor]] | None = None
         self._group: Any = None
@@ -45,10 +47,10 @@ class Exchange:
             return
         self._rank = dist.get_rank()
         number = next(_numbers.setdefault(self.ranks, count()))
-        self._store = dist.PrefixStore(f"tpcheck/exchange/{axis}/{self.ranks}/{number}", _get_default_store())
+        self._store = PrefixStore(f"tpcheck/exchange/{axis}/{self.ranks}/{number}", _get_default_store())
         try:
             self._group = dist.ProcessGroupGloo(
-                dist.PrefixStore("gloo", self._store), self.ranks.index(self._rank), len(self.ranks),
+                PrefixStore("gloo", self._store), self.ranks.index(self._rank), len(self.ranks),
                 timedelta(seconds=timeout),
             )  # fmt: skip
         except RuntimeError as error:
@@ -107,7 +109,7 @@ class Exchange:
         """Tell the ranks of the group that wait, now or later, that this one will not come."""
         if len(self.ranks) > 1:
             with suppress(RuntimeError):  # the store's host may be the rank that died
-                self._store.set("alarm", dumps((str(failure), failure.first, failure.outcomes)))
+                self._store.set("alarm", dumps((str(failure), failure.first, failure.outcomes)).hex())
 
     def _start(self, own: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
         import torch
@@ -126,25 +128,23 @@ class Exchange:
     def _wait(self, work: Any) -> None:
         """Wait, and look now and then whether another rank has rung the alarm."""
         deadline = time.monotonic() + self._timeout
-        while True:
-            try:
-                work.wait(_POLL)
-                return
-            except RuntimeError as error:
-                if work.is_completed() or time.monotonic() > deadline:
-                    self._fail(error)
-                self._heed_alarm()
+        while (error := _waited(work)) is not None:
+            if work.is_completed() or time.monotonic() > deadline:
+                self._fail(error)
+            self._heed_alarm()
 
     def _heed_alarm(self) -> None:
         told = None
         with suppress(RuntimeError):
             told = self._store.get("alarm") if self._store.check(["alarm"]) else None
         if told is not None:
-            message, first, outcomes = loads(told)
+            self.broken = True
+            message, first, outcomes = loads(bytes.fromhex(told.decode()))
             raise RankFailure(message, first=first, outcomes=outcomes)
 
     def _fail(self, error: RuntimeError) -> NoReturn:
         """Raise what happened: another rank's alarm, or who of the group does not answer a roll call."""
+        self.broken = True
         self._heed_alarm()
         missing = self._missing()
         late = "timed out" in str(error).lower()
@@ -161,7 +161,7 @@ class Exchange:
     def _missing(self) -> list[int]:
         """Return the ranks that do not answer; none where the store cannot be asked."""
         with suppress(RuntimeError):
-            self._store.set(f"here/{self._rank}", b"1")
+            self._store.set(f"here/{self._rank}", "1")
             missing = list(self.ranks)
             deadline = time.monotonic() + _ROLL_CALL
             while missing and time.monotonic() < deadline:
@@ -169,3 +169,11 @@ class Exchange:
                 time.sleep(0.02)
             return missing
         return []
+
+
+def _waited(work: Any) -> RuntimeError | None:
+    try:
+        work.wait(_POLL)
+    except RuntimeError as error:
+        return error
+    return None

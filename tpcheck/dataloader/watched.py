@@ -1,0 +1,121 @@
+"""A data loader whose batches are compared between ranks while it is iterated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from tpcheck.collect.loader import Made, loader_facts, made_facts, observe_workers
+from tpcheck.errors import UsageError
+from tpcheck.topology import Topology
+from tpcheck.watching import Origin, Settings, Watcher
+from tpcheck.watching.watcher import TIMEOUT, OnMismatch
+
+
+def watch(
+    loader: Iterable[Any],
+    *,
+    group: Any = None,
+    topology: Topology | None = None,
+    every: int = 1,
+    on_mismatch: OnMismatch = "raise",
+    across_dp: str = "warn",
+    overlap: bool = False,
+    timeout: float = TIMEOUT,
+) -> WatchedLoader:
+    """Return a loader that gives the same batches, and tells as soon as ranks do not get those that they should.
+
+    Every rank of the world wraps its own. Wrap after `accelerate.prepare`, which makes a new loader.
+
+    Args:
+        loader: Any iterable of batches.
+        group: A TP group: a torch ProcessGroup, or a DeviceMesh of one dim.
+        topology: Sizes of the axes. Where neither is given, the groups of transformers, DeepSpeed, accelerate or
+            Megatron are looked for when the first batch is asked for.
+        every: Compare every so many batches.
+        on_mismatch: What to do when a TP group's batches differ, or end at different times: `raise` on every rank,
+            `warn` once for each field, or a callable that takes the report.
+        across_dp: What to do when replicas train on the same samples: `raise`, `warn` or `ignore`.
+        overlap: Compare while the step runs, and tell one step later.
+        timeout: Seconds that ranks wait for each other at a batch. A rank that dies or raises is heard of at once.
+
+    Raises:
+        UsageError: An argument is wrong.
+
+    Iterating raises:
+        BatchMismatch: Batches differ inside a TP group; `.report` says where and why.
+        UnevenBatches: Some ranks have more batches than others.
+        RankFailure: The loader of another rank raised, or a rank has gone.
+        UsageError: torch.distributed is not initialised, or there is no TP group to be found.
+
+    Example:
+        >>> loader = tpcheck.watch(loader)  # doctest: +SKIP
+        >>> for batch in loader:  # doctest: +SKIP
+        ...     engine(batch)
+    """
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise UsageError("loader", type(loader).__name__, "an iterable of batches")
+    settings = Settings(group, topology, every, on_mismatch, across_dp, overlap, timeout)
+    return WatchedLoader(loader, Watcher(settings, name=f"batches of {type(loader).__name__}"))
+
+
+class WatchedLoader:
+    """Passes for the loader inside: its length, its attributes (`sampler`, `set_epoch`, `state_dict`) and its batches.
+
+    Attributes:
+        watcher: Compares the batches; `watcher.source` says with whom.
+    """
+
+    _own = ("_loader", "_observation", "watcher")
+
+    def __init__(self, loader: Any, watcher: Watcher) -> None:
+        self._loader = loader
+        self.watcher = watcher
+        self._observation = observe_workers(loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        watcher, observation = self.watcher, self._observation
+        watcher.start()
+        try:
+            observation.asked()
+            source = iter(self._loader)
+            while True:
+                try:
+                    batch = next(source)
+                except StopIteration:
+                    watcher.end()
+                    return
+                watcher.check(batch, Origin(*_origin(self._loader, observation.made())))
+                yield batch
+                observation.asked()
+        except Exception as error:
+            watcher.failed(error)
+            raise
+        finally:
+            watcher.leave()
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in WatchedLoader._own:  # while it is being copied
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in WatchedLoader._own:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._loader, name, value)
+
+    def __repr__(self) -> str:
+        return f"tpcheck.watch({self._loader!r})"
+
+
+def _origin(loader: Any, made: Made) -> tuple[Any, Any]:
+    return made.rng, partial(_facts, loader, made)
+
+
+def _facts(loader: Any, made: Made) -> dict[str, Any]:
+    return loader_facts(loader) | made_facts(made)

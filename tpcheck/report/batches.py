@@ -1,0 +1,56 @@
+"""What differs between batches, as a phrase."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tpcheck.records import Finding
+from tpcheck.report import words
+
+# Evidence that the phrases below use up.
+PHRASED = frozenset(
+    {"differs", "by_rank", "missing_on", "values", "first_sample", "samples_differing", "samples_total"}
+    | {"batches", "ended", "replicas", "order"}
+)
+
+
+def amount(finding: Finding) -> str | None:
+    """Return what differs and by how much, or None for a finding that is not about batches."""
+    evidence = finding.evidence
+    differs = evidence.get("differs")
+    if finding.check == "batches_differ_across_dp" and differs is None:
+        return f"{words.count(finding.observed, 'sample')} in common, in {evidence.get('order', 'some order')}"
+    if differs == "length":
+        ended = words.few(evidence["ended"], 8)
+        return f"{_pairs(evidence['batches'])}" + (f"; {ended} at the end" if ended else "")
+    if differs == "structure":
+        return f"missing on {words.ranks(evidence['missing_on'])}; differs"
+    if differs in ("type", "dtype", "shape", "device"):
+        return f"{differs} {_pairs(evidence['by_rank'])}; differs"
+    if differs != "bits":
+        return None
+    return _bits(evidence)
+
+
+def values(evidence: Mapping[str, Any]) -> str:
+    """Return the values of the first element that differs."""
+    return _pairs(evidence.get("values") or {})
+
+
+def _bits(evidence: Mapping[str, Any]) -> str:
+    if "count_total" not in evidence:
+        return "differs"
+    number, total = evidence["count_differing"], evidence["count_total"]
+    text = f"{number} of {words.count(total, 'element')} {'differs' if number == 1 else 'differ'}"
+    if evidence.get("samples_total", 1) == 1:
+        return text
+    return f"{text}, in {evidence['samples_differing']} of {words.count(evidence['samples_total'], 'sample')}, first"
+
+
+def _pairs(by_rank: Mapping[str, Any]) -> str:
+    return ", ".join(f"{_exact(value)} on {who}" for who, value in by_rank.items())
+
+
+def _exact(value: Any) -> str:
+    return str(list(value)) if isinstance(value, (tuple, list)) else str(value)

@@ -1,0 +1,224 @@
+"""One round: every rank says what it has, and all come to the same outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tpcheck.causes.batches import explain_batches
+from tpcheck.checks.batches import batches_agree_within_tp, batches_differ_across_dp, uneven_batches
+from tpcheck.collect.contents import contents
+from tpcheck.collect.rows import samples_of
+from tpcheck.compare.batches import FieldDifference, field_differences, same_samples
+from tpcheck.errors import RankFailure, RankOutcome
+from tpcheck.records import Finding, Suspect
+from tpcheck.records.batch import BatchFacts
+from tpcheck.watching.locate import locate
+from tpcheck.watching.part import Part, Raised, Said, Status
+from tpcheck.watching.peers import Peers
+from tpcheck.world.exchange import Exchange
+
+# Batches that replicas have in common count once they could not well be so by chance: small labels often are.
+_ENOUGH_BITS = 40.0  # one in 10^12
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a round came to; the same on every rank.
+
+    Attributes:
+        findings: What is wrong.
+        failure: A rank's loader raised.
+        uneven: Axes over which ranks have not the same number of batches: they go on apart for this epoch.
+    """
+
+    findings: tuple[Finding, ...] = ()
+    failure: RankFailure | None = None
+    uneven: frozenset[str] = frozenset()
+
+
+@dataclass
+class Coincidence:
+    """How long replicas have had the same samples, over the rounds so far."""
+
+    bits: float = 0.0
+    rows: tuple[bytes | None, ...] = ()
+
+
+def compare(peers: Peers, part: Part, *, axes: frozenset[str], coincidence: Coincidence | None) -> Outcome:
+    """Return what is wrong with this round's batches, on every rank the same.
+
+    Args:
+        axes: Over which the ranks are still together: `tp`, `dp` or both.
+        coincidence: Of earlier rounds; None leaves the samples of replicas uncompared.
+
+    Raises:
+        RankFailure: A rank has gone.
+    """
+    try:
+        outcome = _within_tp(peers.tp, part, peers) if "tp" in axes else Outcome()
+        return _across_dp(peers, part, outcome, coincidence) if "dp" in axes else outcome
+    except RankFailure as failure:
+        peers.alarm(failure)
+        raise
+
+
+def unheard(peers: Peers, axis: str, step: int) -> Outcome:
+    """Return what came of a part that this rank posted when it left its loop."""
+    exchange = peers.tp if axis == "tp" else peers.dp
+    messages = exchange.posted()
+    if messages is None:
+        return Outcome()
+    return _uneven([Said.read(message) for message in messages], axis, step, peers)
+
+
+def _within_tp(exchange: Exchange, part: Part, peers: Peers) -> Outcome:
+    if len(exchange.ranks) == 1:
+        return Outcome(failure=None if part.error is None else _loader_raised({exchange.ranks[0]: part.error}, part))
+    own = part.message()
+    messages = exchange.swap(own)
+    if messages.count(own) == len(messages) and part.status is Status.BATCH:
+        return Outcome()
+    said = [Said.read(message) for message in messages]
+    left = any(each.status is Status.LEFT for each in said)  # who has left answers no more
+    if any(each.status is Status.FAILED for each in said):
+        errors = {} if left else dict(zip(exchange.ranks, exchange.gather(part.error), strict=True))
+        return Outcome(failure=_loader_raised(errors, part))
+    uneven = _uneven(said, "tp", part.step, peers)
+    if uneven.findings or part.status is not Status.BATCH or left:
+        return uneven
+    if len({each.digest for each in said}) == 1:
+        return Outcome()
+    found = _differing(exchange, part, peers)
+    return Outcome(() if found is None else (found,))
+
+
+def _across_dp(peers: Peers, part: Part, outcome: Outcome, coincidence: Coincidence | None) -> Outcome:
+    exchange = peers.dp
+    if len(exchange.ranks) == 1:
+        return outcome
+    status = Status.FAILED if outcome.failure else Status.WRONG if outcome.findings else part.status
+    said = [Said.read(message) for message in exchange.swap(part.message(status))]
+    statuses = {each.status for each in said}
+    if statuses & {Status.FAILED, Status.WRONG} and Status.LEFT not in statuses:
+        return _merged(exchange.gather(outcome))
+    if outcome.failure or outcome.findings:
+        return outcome
+    uneven = _uneven(said, "dp", part.step, peers)
+    if uneven.findings or statuses != {Status.BATCH} or coincidence is None:
+        return uneven
+    found = _duplicated(peers, part, tuple(each.rows for each in said), coincidence)
+    if found is not None:  # by the same batches all ranks of a TP group have come here; their loaders are their own
+        found = peers.tp.gather(found)[0]
+    return Outcome(() if found is None else (found,))
+
+
+def _merged(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return one outcome for all replicas."""
+    failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+    return Outcome(
+        tuple(finding for outcome in outcomes for finding in outcome.findings),
+        failures[0] if failures else None,
+        frozenset({"tp", "dp"}) if any(outcome.uneven for outcome in outcomes) else frozenset(),
+    )
+
+
+def _uneven(said: Sequence[Said], axis: str, step: int, peers: Peers) -> Outcome:
+    over = [place for place, each in enumerate(said) if each.status in (Status.ENDED, Status.LEFT)]
+    members = [(rank,) for rank in peers.groups.tp] if axis == "tp" else peers.replicas
+    suspect = uneven_batches([each.count for each in said], ended=over, axis=axis, step=step, members=members)
+    if suspect is None:
+        return Outcome()
+    finding = _finding(suspect, cause="uneven_length")
+    return Outcome((finding,), uneven=frozenset({"tp", "dp"} if axis == "tp" else {"dp"}))
+
+
+def _differing(exchange: Exchange, part: Part, peers: Peers) -> Finding | None:
+    """Ask every rank of the TP group for all that it knows, and tell what differs, where and why."""
+    facts = dict(zip(exchange.ranks, exchange.gather(part.facts()), strict=True))
+    differences = field_differences(facts)
+    if not differences:
+        return None
+    located = locate(exchange, part.entries, differences[0])
+    held = exchange.gather(_contents(part, differences))
+    for rank, inside in zip(exchange.ranks, held, strict=True):
+        facts[rank] = replace(facts[rank], loader={**facts[rank].loader, "contents": inside})
+    dp_ranks = peers.groups.dp
+    where = {"dp_rank": dp_ranks.index(peers.groups.rank)} if len(dp_ranks) > 1 else {}
+    suspect = batches_agree_within_tp(differences, step=part.step, located=located, where=where)
+    assert suspect is not None
+    return _explained(suspect, facts, "tp", peers, [difference.path for difference in differences])
+
+
+def _contents(part: Part, differences: Sequence[FieldDifference]) -> dict[str, dict[str, str]]:
+    tensors = part.tensors()
+    shortest = {
+        difference.path: min((leaf.shape[-1] for leaf in difference.leaves.values() if leaf and leaf.shape), default=0)
+        for difference in differences
+    }
+    masks = {path: tensor for path, tensor in tensors.items() if path.rpartition(".")[2] == "attention_mask"}
+    return contents({path: tensors[path] for path in shortest if path in tensors} | masks, shortest)
+
+
+def _duplicated(peers: Peers, part: Part, rows: tuple[bytes | None, ...], coincidence: Coincidence) -> Finding | None:
+    """Look closer where sampled rows are the same: all rows, and how much they can tell together with earlier steps."""
+    told = [each for each in rows if each is not None]
+    before, coincidence.rows = coincidence.rows, rows
+    if len(set(told)) == len(told):
+        coincidence.bits = 0.0
+        return None
+    exchange = peers.dp
+    held = exchange.gather(samples_of(part.entries))
+    found = same_samples(dict(enumerate(samples.rows for samples in held)))
+    if not found:
+        coincidence.bits = 0.0
+        return None
+    if rows != before:  # a batch that is the same at every step tells nothing new
+        coincidence.bits += held[found[0].replicas[0]].bits
+    if coincidence.bits < _ENOUGH_BITS:
+        return None
+    told_by = exchange.gather(part.facts())
+    facts = {
+        peers.replicas[number][0]: replace(told_by[number], rows=held[number].rows) for number in found[0].replicas
+    }
+    telling = held[found[0].replicas[0]].field
+    suspect = batches_differ_across_dp(found, field=telling, step=part.step, replicas=peers.replicas)
+    assert suspect is not None
+    return _explained(suspect, facts, "dp", peers, [], fallback="duplicate_dp_batch")
+
+
+def _explained(
+    suspect: Suspect,
+    facts: Mapping[int, BatchFacts],
+    axis: str,
+    peers: Peers,
+    differing: Sequence[str],
+    *,
+    fallback: str | None = None,
+) -> Finding:
+    found = explain_batches(list(facts.values()), axis, peers.groups.topology, list(facts), differing)
+    if found is None:
+        return _finding(suspect, cause=fallback)
+    return _finding(suspect, cause=found.cause, more={**found.evidence, "advice": found.advice})
+
+
+def _finding(suspect: Suspect, *, cause: str | None, more: Mapping[str, Any] | None = None) -> Finding:
+    evidence = {**suspect.evidence, **(more or {})}
+    return Finding(suspect.check, suspect.where, suspect.observed, suspect.allowed, cause, evidence)
+
+
+def _loader_raised(errors: Mapping[int, Raised | None], part: Part) -> RankFailure:
+    """Return the failure that the other ranks end with."""
+    raised = {rank: error for rank, error in errors.items() if error is not None}
+    if not raised:
+        return RankFailure(f"the data loader of another rank raised at batch {part.count}", first=-1, outcomes=())
+    first, error = next(iter(raised.items()))
+    return RankFailure(
+        f"the data loader of rank {first} raised {error.type} at batch {part.count}: {error.message}\n\n"
+        f"rank {first}:\n{error.traceback}",
+        first=first,
+        outcomes=tuple(
+            RankOutcome(rank, "raised", each.type, each.message, each.traceback) for rank, each in raised.items()
+        ),
+    )
