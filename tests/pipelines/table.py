@@ -31,6 +31,7 @@ class Pipeline:
         late: Whether the first batches agree.
         evidence: Part of the evidence.
         worlds: Topologies that it is run on.
+        dropout: Whether the loop draws from each rank's torch generator after every batch, on each rank another number.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Pipeline:
     late: bool = False
     evidence: Mapping[str, Any] = field(default_factory=dict)
     worlds: tuple[Topology, ...] = BOTH
+    dropout: bool = True
 
 
 def wrong(name: str, build: Any, cause: str | None, *, check: str = AGREE, **expected: Any) -> Pipeline:
@@ -74,12 +76,24 @@ AUGMENTATIONS = [
             late=True,
             evidence=WORKERS,
         ),
-        clean(f"augmentation by {kind}, seeded", partial(build.augmented, kind=kind, seeded=True)),
+        clean(
+            f"augmentation by {kind}, seeded",
+            partial(build.augmented, kind=kind, seeded=True),
+            dropout=kind != "torch",
+        ),
         clean(
             f"augmentation by {kind} in workers, seeded", partial(build.augmented, kind=kind, workers=2, seeded=True)
         ),
     )
 ] + [
+    wrong(
+        "augmentation by torch, seeded, from the generator that dropout moves",
+        partial(build.augmented, kind="torch", seeded=True),
+        "rng_differs_torch",
+        leaf="pixel_values",
+        late=True,
+        evidence=MAIN,
+    ),
     wrong(
         "augmentation in spawned workers",
         partial(build.augmented, kind="torch", workers=1, multiprocessing_context="spawn"),
@@ -121,7 +135,7 @@ AUGMENTATIONS = [
         leaf="input_ids",
         evidence=WORKERS,
     ),
-    clean("masked language model collator, seeded", partial(build.masked_language, seeded=True)),
+    clean("masked language model collator, seeded", partial(build.masked_language, seeded=True), dropout=False),
     clean("masked language model collator in workers, seeded", partial(build.masked_language, seeded=True, workers=1)),
 ]
 

@@ -38,6 +38,9 @@ _ADVICE = {
 }
 
 
+CAUSES = frozenset({*_ADVICE, "duplicate_dp_batch", *(f"rng_differs_{kind}" for kind in _SEED)})
+
+
 def _generators(kind: str, evidence: Mapping[str, Any]) -> str:
     own = next((name.partition(":")[2] for name in evidence["generators"][:1] if ":" in name), None)
     if own is not None:
@@ -46,6 +49,11 @@ def _generators(kind: str, evidence: Mapping[str, Any]) -> str:
         return (
             f"Seed workers by dp_rank, not by rank: a worker_init_fn that calls `{_SEED[kind]}`, and "
             "`generator=torch.Generator().manual_seed(seed + dp_rank)` for the loader."
+        )
+    if kind == "torch":
+        return (
+            "Draw from a generator of its own, `torch.Generator().manual_seed(seed + dp_rank)`: dropout moves the "
+            "global one on each rank by itself."
         )
     return f"Call `{_SEED[kind]}` on every rank before the loader is iterated, or draw from a generator seeded so."
 
