@@ -1,0 +1,112 @@
+"""The failure that this was made for: random crops under DeepSpeed's AutoTP, drawn on each rank by itself."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import tpcheck
+from tpcheck import Rank, Topology
+
+# C channels, H height, W width; suffixes name the dims
+CROP, STEPS = 6, 5
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 2,
+    "optimizer": {"type": "SGD", "params": {"lr": 1e-3}},
+    "zero_optimization": {"stage": 0},
+    "steps_per_print": 1_000_000,
+    "tensor_parallel": {
+        "autotp_size": 2,
+        "partition_config": {
+            "use_default_specs": False,
+            "layer_specs": [
+                {"patterns": [".*up\\.weight$"], "partition_type": "column"},
+                {"patterns": [".*down\\.weight$"], "partition_type": "row"},
+            ],
+        },
+    },
+}
+
+
+class Crops(Dataset[Any]):
+    """Pictures, cropped at random where they are larger than the crop: the first two are not."""
+
+    def __len__(self) -> int:
+        return 2 * STEPS
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        size = CROP if index < 2 else 2 * CROP
+        image_CHW = torch.arange(3.0 * size * size).reshape(3, size, size) / size**2 + index
+        top, left = random.randint(0, size - CROP), random.randint(0, size - CROP)
+        return {"pixel_values": image_CHW[:, top : top + CROP, left : left + CROP], "labels": torch.tensor(index % 2)}
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(3 * CROP * CROP, 16)
+        self.down = nn.Linear(16, 2)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.down(torch.relu(self.up(pixel_values.flatten(1)))), labels)
+
+
+def train(rank: Rank, *, watched: bool, advised: bool = False) -> dict[str, Any]:
+    """Train as a user does; `advised` seeds the generator as the finding says."""
+    import deepspeed
+
+    torch.manual_seed(0)
+    engine, *_ = deepspeed.initialize(model=(model := Classifier()), model_parameters=model.parameters(), config=CONFIG)
+    if advised:
+        random.seed(1 + rank.dp_rank)
+    loader: Any = DataLoader(Crops(), batch_size=2)
+    if watched:
+        loader = tpcheck.watch(loader, timeout=20)  # DeepSpeed's groups are found
+    told: dict[str, Any] = {"sums": [], "finding": None, "message": ""}
+    try:
+        for batch in loader:
+            engine.backward(engine(**batch))
+            engine.step()
+            told["sums"].append(float(batch["pixel_values"].sum()))
+    except tpcheck.BatchMismatch as mismatch:
+        told["finding"], told["message"] = mismatch.report.findings[0], str(mismatch)
+    told["source"] = loader.watcher.source if watched else ""
+    return told
+
+
+@pytest.fixture
+def world() -> Any:
+    with tpcheck.spawn(Topology(tp=2), timeout=120) as world:
+        yield world
+
+
+def test_deepspeed_checks_the_first_batch_and_trains_on_silently(world: Any) -> None:
+    one, other = (told["sums"] for told in world.run(train, watched=False))
+    assert len(one) == STEPS  # nothing was said
+    assert one[0] == other[0]
+    assert one[1:] != other[1:]
+
+
+def test_a_watched_loader_stops_at_the_first_bad_step_and_says_why(world: Any) -> None:
+    for told in world.run(train, watched=True):
+        finding = told["finding"]
+        assert len(told["sums"]) == 1
+        assert finding.check == "batches_agree_within_tp"
+        assert (finding.where["step"], finding.where["field"]) == (1, "pixel_values")
+        assert finding.where["index"][0] in (0, 1)  # the sample
+        assert (finding.cause, finding.evidence["where"]) == ("rng_differs_python", "the main process")
+        assert finding.evidence["advice"].startswith("Call `random.seed(seed + dp_rank)` on every rank")
+        assert "rng_differs_python" in told["message"]
+        assert told["source"].endswith("from deepspeed.utils.groups")
+
+
+def test_after_the_advised_change_the_run_is_clean(world: Any) -> None:
+    one, other = world.run(train, watched=True, advised=True)
+    assert one["finding"] is None
+    assert one["sums"] == other["sums"]
+    assert len(one["sums"]) == STEPS
