@@ -76,13 +76,13 @@ def uneven_batches(
     """Return which ranks, or replicas, ran out of batches before the others.
 
     Args:
-        counts: How many batches each got.
+        counts: How many batches each has got, at least.
         ended: Places of those that have no more.
         axis: `tp` or `dp`.
         step: The step that they do not reach together.
         members: Ranks of each: one for the axis `tp`, those of a TP group for `dp`.
     """
-    if len(set(counts)) == 1 and len(ended) in (0, len(counts)):
+    if len(ended) in (0, len(counts)) and len(set(counts)) == 1:
         return None
     names = [f"rank {ranks[0]}" if axis == "tp" else f"replica {place}" for place, ranks in enumerate(members)]
     return Suspect(

@@ -22,8 +22,10 @@ def amount(finding: Finding) -> str | None:
     if finding.check == "batches_differ_across_dp" and differs is None:
         return f"{words.count(finding.observed, 'sample')} in common, in {evidence.get('order', 'some order')}"
     if differs == "length":
-        ended = words.few(evidence["ended"], 8)
-        return f"{_pairs(evidence['batches'])}" + (f"; {ended} at the end" if ended else "")
+        ended = set(evidence["ended"])
+        return "batches: " + ", ".join(
+            f"{count}{'' if who in ended else ' or more'} on {who}" for who, count in evidence["batches"].items()
+        )
     if differs == "structure":
         return f"missing on {words.ranks(evidence['missing_on'])}; differs"
     if differs in ("type", "dtype", "shape", "device"):

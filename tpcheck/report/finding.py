@@ -78,7 +78,7 @@ def _observed(finding: Finding) -> str:
         text += f" (largest {words.error(evidence['largest'])}" + ("" if at is None else f" at {words.index(at)}") + ")"
     elif where.get("index") is not None:
         text += f" at {words.index(where['index'])}"
-    if where.get("ranks"):
+    if where.get("ranks") and evidence.get("differs") != "length":
         text += f" on {words.ranks(where['ranks'])}"
     return text
 

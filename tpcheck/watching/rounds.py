@@ -127,7 +127,8 @@ def _merged(outcomes: Sequence[Outcome]) -> Outcome:
 def _uneven(said: Sequence[Said], axis: str, step: int, peers: Peers) -> Outcome:
     over = [place for place, each in enumerate(said) if each.status in (Status.ENDED, Status.LEFT)]
     members = [(rank,) for rank in peers.groups.tp] if axis == "tp" else peers.replicas
-    suspect = uneven_batches([each.count for each in said], ended=over, axis=axis, step=step, members=members)
+    counts = [each.count + (each.status is Status.BATCH) for each in said]
+    suspect = uneven_batches(counts, ended=over, axis=axis, step=step, members=members)
     if suspect is None:
         return Outcome()
     finding = _finding(suspect, cause="uneven_length")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tpcheck.errors import RankFailure, RankOutcome
+from tpcheck.world.mesh import Gone, Mesh
 from tpcheck.world.pickling import dumps, loads
 
 if TYPE_CHECKING:
@@ -24,8 +26,8 @@ _numbers: dict[tuple[int, ...], Iterator[int]] = {}
 class Exchange:
     """Messages between the ranks of one group; every method but `post` and `alarm` is collective over it.
 
-    It is a bare gloo group beside torch's list of groups: `TORCH_DISTRIBUTED_DEBUG=DETAIL` does not double its cost,
-    and a rank that dies closes the connections of all others at once.
+    It is a bare gloo group beside torch's list of groups, so `TORCH_DISTRIBUTED_DEBUG=DETAIL` does not double its cost,
+    with a `Mesh` for the messages of every step where the ranks are on one machine.
 
     Attributes:
         ranks: Global ranks of the group.
@@ -41,7 +43,8 @@ class Exchange:
         self.name = f"{axis.upper()} group ({', '.join(map(str, self.ranks))})"
         self.broken = False
         self._timeout = timeout
-        self._pending: tuple[Any, list[torch.Tensor]] | None = None
+        self._pending: Callable[[], tuple[bytes, ...]] | None = None
+        self._mesh: Mesh | None = None
         self._group: Any = None
         if len(self.ranks) == 1:
             return
@@ -55,6 +58,7 @@ class Exchange:
             )  # fmt: skip
         except RuntimeError as error:
             self._fail(error)
+        self._mesh = Mesh.connect(self._rank, self.ranks, self.gather)
 
     def swap(self, message: bytes) -> tuple[bytes, ...]:
         """Return every rank's message, all of one length, in the order of `ranks`.
@@ -64,23 +68,19 @@ class Exchange:
         """
         if len(self.ranks) == 1:
             return (message,)
-        import torch
-
         self.posted()
-        return self._messages(self._start(torch.frombuffer(bytearray(message), dtype=torch.uint8)))
+        return self._sent(message)()
 
     def post(self, message: bytes) -> None:
         """Send a message as `swap` does, and do not wait for those of the others."""
         if len(self.ranks) > 1:
-            import torch
-
             self.posted()
-            self._pending = self._start(torch.frombuffer(bytearray(message), dtype=torch.uint8))
+            self._pending = self._sent(message)
 
     def posted(self) -> tuple[bytes, ...] | None:
         """Return the messages that met the one last posted, or None where none was."""
         pending, self._pending = self._pending, None
-        return None if pending is None else self._messages(pending)
+        return None if pending is None else pending()
 
     def gather(self, value: Any) -> tuple[Any, ...]:
         """Return every rank's value, in the order of `ranks`."""
@@ -111,6 +111,35 @@ class Exchange:
             with suppress(RuntimeError):  # the store's host may be the rank that died
                 self._store.set("alarm", dumps((str(failure), failure.first, failure.outcomes)).hex())
 
+    def _sent(self, message: bytes) -> Callable[[], tuple[bytes, ...]]:
+        """Send a message, and return what waits for those of the others."""
+        if self._mesh is not None:
+            self._mesh.send(message)
+            return partial(self._received, self._mesh, message)
+        import torch
+
+        work, parts = self._start(torch.frombuffer(bytearray(message), dtype=torch.uint8))
+
+        def wait() -> tuple[bytes, ...]:
+            self._wait(work)
+            return tuple(part.numpy().tobytes() for part in parts)
+
+        return wait
+
+    def _received(self, mesh: Mesh, own: bytes) -> tuple[bytes, ...]:
+        deadline = time.monotonic() + self._timeout
+
+        def waiting() -> None:
+            self._heed_alarm()
+            if time.monotonic() > deadline:
+                self._fail(RuntimeError("timed out"))
+
+        try:
+            others = mesh.receive(len(own), waiting)
+        except Gone as error:
+            self._fail(error, gone=error.rank)
+        return tuple(others.get(rank, own) for rank in self.ranks)
+
     def _start(self, own: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
         import torch
 
@@ -119,11 +148,6 @@ class Exchange:
             return self._group.allgather([parts], [own]), parts
         except RuntimeError as error:
             self._fail(error)
-
-    def _messages(self, started: tuple[Any, list[torch.Tensor]]) -> tuple[bytes, ...]:
-        work, parts = started
-        self._wait(work)
-        return tuple(part.numpy().tobytes() for part in parts)
 
     def _wait(self, work: Any) -> None:
         """Wait, and look now and then whether another rank has rung the alarm."""
@@ -142,11 +166,13 @@ class Exchange:
             message, first, outcomes = loads(bytes.fromhex(told.decode()))
             raise RankFailure(message, first=first, outcomes=outcomes)
 
-    def _fail(self, error: RuntimeError) -> NoReturn:
+    def _fail(self, error: Exception, *, gone: int | None = None) -> NoReturn:
         """Raise what happened: another rank's alarm, or who of the group does not answer a roll call."""
         self.broken = True
+        with suppress(RuntimeError):
+            self._store.set(f"here/{self._rank}", "1")
         self._heed_alarm()
-        missing = self._missing()
+        missing = self._missing() if gone is None else [gone]
         late = "timed out" in str(error).lower()
         who = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing)) if missing else "a rank"
         how = f"did not come within {self._timeout:g} s" if late else "went away (the connection is closed)"
@@ -161,7 +187,6 @@ class Exchange:
     def _missing(self) -> list[int]:
         """Return the ranks that do not answer; none where the store cannot be asked."""
         with suppress(RuntimeError):
-            self._store.set(f"here/{self._rank}", "1")
             missing = list(self.ranks)
             deadline = time.monotonic() + _ROLL_CALL
             while missing and time.monotonic() < deadline:
