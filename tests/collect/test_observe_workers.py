@@ -169,3 +169,24 @@ def test_facts_of_a_distributed_sampler() -> None:
 
 def test_any_iterable_has_facts() -> None:
     assert loader_facts(iter([1]))["loader"] == "list_iterator"
+
+
+class Mixed:
+    """A user's own wrapper, which draws once the batch is there."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch * random.random() for batch in self.loader)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_wrapper_draws_is_seen_beside_the_loaders_own(workers: int) -> None:
+    source = Mixed(DataLoader(Samples(), batch_size=2, num_workers=workers))
+    observation = observe_workers(source)
+    observation.asked()
+    for _ in source:
+        worker = "worker0." if workers else ""
+        assert set(observation.made().drew) >= {f"{worker}torch", "python"}
+        observation.asked()

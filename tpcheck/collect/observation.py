@@ -23,6 +23,7 @@ class Observation:
     def __init__(self, loader: Any) -> None:
         self._loader = torch_loader(loader)
         self._number = 0
+        self._beyond = self._loader is None or not _is_of_libraries(loader)
         self._before: dict[str, str] = {}
         self._torch_before: torch.Tensor | None = None
         self._reports = WorkerReports() if self._loader is not None and self._loader.num_workers else None
@@ -31,6 +32,8 @@ class Observation:
 
     def asked(self) -> None:
         """Note the states of this process's generators; call it before a batch is asked for."""
+        if not self._beyond:
+            return  # the loader's own hooks see all of it
         self._before = rng_digests()
         self._torch_before = torch.default_generator.get_state() if not self._number else None
 
@@ -40,15 +43,23 @@ class Observation:
             made = self._log.pending.popleft()
             if self._reports is None and not made.whole:
                 continue  # given out and then skipped, as accelerate's skip_first_batches does
-            self._number = made.number + 1
             if self._reports is not None:
                 self._add_worker(made, self._reports)
+            if self._beyond:
+                made.drew += tuple(set(self._drawn_here()) - {*made.drew, *made.sampler_drew})
+                made.rng = self._before | made.rng
+            self._number = made.number + 1
             return made
-        made = Made(self._number, rng=self._before, drew=moved(self._before, rng_digests()), exact=False)
-        if self._torch_before is not None and "torch" in made.drew and _only_seeds_drawn(self._torch_before):
-            made.drew = tuple(name for name in made.drew if name != "torch")
+        made = Made(self._number, rng=self._before, drew=self._drawn_here(), exact=False)
         self._number += 1
         return made
+
+    def _drawn_here(self) -> tuple[str, ...]:
+        """Return what this process drew from since the batch was asked for, the seeds of a starting loader aside."""
+        drew = moved(self._before, rng_digests())
+        if self._torch_before is not None and "torch" in drew and _only_seeds_drawn(self._torch_before):
+            return tuple(name for name in drew if name != "torch")
+        return drew
 
     def remove(self) -> None:
         """Give the loader its own functions and sampler back."""
@@ -68,7 +79,7 @@ class Observation:
         own = vars(loader)
         sampler = "batch_sampler" if loader.batch_sampler is not None else "sampler"
         originals = {name: own[name] for name in ("collate_fn", "worker_init_fn", sampler)}
-        self._log.dataset = loader.dataset
+        self._log.dataset = None if loader.num_workers else loader.dataset  # workers have copies of their own
         own["collate_fn"] = Collate(reporter, loader.collate_fn)
         own["worker_init_fn"] = WorkerInit(reporter, loader.worker_init_fn)
         own[sampler] = Listened(own[sampler], self._log)
@@ -93,6 +104,12 @@ def observe_workers(loader: Any) -> Observation:
     wrapper of one) only this process's generators are seen, between `asked` and `made`.
     """
     return Observation(loader)
+
+
+def _is_of_libraries(loader: Any) -> bool:
+    """Tell whether nobody else's code makes anything of the batches once they are collated."""
+    module = getattr(type(loader).__iter__, "__module__", "") if hasattr(type(loader), "__iter__") else ""
+    return module.partition(".")[0] in ("torch", "accelerate")
 
 
 def _only_seeds_drawn(before: torch.Tensor) -> bool:

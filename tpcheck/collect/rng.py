@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,13 +12,14 @@ from typing import Any
 import torch
 import xxhash
 
+_MersenneTwister = ctypes.c_uint32 * 625  # mt19937.h of NumPy: uint32_t key[624]; int pos
 _MOST_ATTRIBUTES = 64  # of one object; a dataset that keeps its samples in its attributes is not searched through
 
 
 def rng_digests(**owners: Any) -> dict[str, str]:
     """Return a digest of each generator's state, by name: `python`, `numpy`, `torch`, and `cuda` where it is in use.
 
-    Takes about 20 microseconds and changes no state. NumPy is looked at only where it is imported.
+    Takes about 10 microseconds and changes no state. NumPy is looked at only where it is imported.
 
     Args:
         owners: Objects that may hold generators of their own, such as a dataset. One found in `dataset.transform.rng`
@@ -31,7 +33,7 @@ def rng_digests(**owners: Any) -> dict[str, str]:
     """
     digests = {"python": _of_python(random.getstate()), "torch": _of_tensor(torch.default_generator.get_state())}
     if "numpy.random" in sys.modules:
-        digests["numpy"] = _of_numpy(sys.modules["numpy.random"].get_state(legacy=False))
+        digests["numpy"] = _of_global_numpy(sys.modules["numpy.random"])
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         with suppress(RuntimeError):  # while a CUDA graph is captured, nobody may ask
             digests["cuda"] = _of_tensor(torch.cuda.get_rng_state())
@@ -50,6 +52,17 @@ def _of_python(state: Any) -> str:
     _, words, gauss = state
     # The hash of integers is the same in every process; that of None is not before Python 3.12.
     return f"{hash(words) & (1 << 64) - 1:016x}" + (f"{gauss}" if gauss is not None else "")
+
+
+def _of_global_numpy(numpy_random: Any) -> str:
+    """Return a digest of the words of NumPy's Mersenne Twister, read in place: copying them takes 10 times longer.
+
+    A second normal number that it holds in reserve is left out.
+    """
+    generator: Any = getattr(numpy_random, "get_bit_generator", lambda: None)()  # since NumPy 1.24
+    if type(generator).__name__ != "MT19937":
+        return _of_numpy(numpy_random.get_state(legacy=False))
+    return xxhash.xxh3_64_hexdigest(_MersenneTwister.from_address(generator.ctypes.state_address))
 
 
 def _of_numpy(state: Any) -> str:
