@@ -189,3 +189,14 @@ def meet_on_master_port(rank: Rank) -> bytes:
 def has_no_shared_memory_operator(rank: Rank) -> bool:
     module = importlib.import_module("deepspeed.comm.torch")  # the attribute deepspeed.comm.torch is torch itself
     return module.build_shm_op() is None
+
+
+def train_with_ddp(rank: Rank) -> float:
+    """Take steps with DistributedDataParallel; return the sum of a gradient that was averaged over the ranks."""
+    import torch
+
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1))
+    for _ in range(12):  # DDP logs its run time at the tenth step
+        model.zero_grad()
+        model(torch.full((1, 2), float(rank.rank))).sum().backward()
+    return float(model.module.weight.grad.sum())

@@ -131,6 +131,12 @@ def test_code_under_test_may_serve_on_the_master_port() -> None:
         assert world.run(bodies.meet_on_master_port) == (b"value", b"value")
 
 
+@pytest.mark.parametrize("debug", ["DETAIL", "OFF"])
+def test_distributed_data_parallel_trains_on_ranks(debug: str) -> None:
+    with spawn(Topology(dp=2), env={"TORCH_DISTRIBUTED_DEBUG": debug}) as world:
+        assert world.run(bodies.train_with_ddp) == (1.0, 1.0)
+
+
 def test_data_loader_workers_run_on_ranks() -> None:
     with spawn(Topology(tp=2)) as world:
         assert world.run(bodies.load_data_with_workers) == (28, 28)

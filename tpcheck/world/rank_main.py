@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tpcheck.world import environment, groups, messages, rendezvous, seeds, shm_allreduce, stacks
+from tpcheck.world import ddp_logger, environment, groups, messages, rendezvous, seeds, shm_allreduce, stacks
 from tpcheck.world.channel import Channel
 from tpcheck.world.debugger import Prompt, set_trace
 from tpcheck.world.failure import failure_of
@@ -93,6 +93,7 @@ class _RankProcess:
 
         torch.set_num_threads(1)
         _read_debug_level()
+        ddp_logger.leave_out_under_detail()
         order = self._order
         scratch = Path(order.scratch)
         rendezvous.serve_env(scratch)
