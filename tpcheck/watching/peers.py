@@ -12,6 +12,8 @@ from tpcheck.world.exchange import Exchange
 
 # Connections are made once for as long as torch's default group lives: a loop may call `check_batch` at every step.
 _peers: WeakKeyDictionary[Any, dict[Any, Peers]] = WeakKeyDictionary()
+# A rank that hangs keeps its TP group waiting, and that another replica: its own group is to tell first.
+_LONGER = 3.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ def find_peers(
     kept = known.get(key) if shared else None
     if kept is None or kept.tp.broken or kept.dp.broken:
         tp = Exchange(groups.tp, axis="tp", timeout=timeout)
-        dp = Exchange(groups.dp, axis="dp", timeout=timeout)
+        dp = Exchange(groups.dp, axis="dp", timeout=timeout + _LONGER)
+        tp.beside, dp.beside = (dp,), (tp,)
         kept = Peers(groups, tp, dp, dp.gather(groups.tp))
         if shared:
             known[key] = kept

@@ -99,19 +99,38 @@ def _across_dp(peers: Peers, part: Part, outcome: Outcome, coincidence: Coincide
     if len(exchange.ranks) == 1:
         return outcome
     status = Status.FAILED if outcome.failure else Status.WRONG if outcome.findings else part.status
-    said = [Said.read(message) for message in exchange.swap(part.message(status))]
+    own = part.message(status)
+    said = [Said.read(message) for message in exchange.swap(own)]
     statuses = {each.status for each in said}
-    if statuses & {Status.FAILED, Status.WRONG} and Status.LEFT not in statuses:
-        return _merged(exchange.gather(outcome))
+    if statuses == {Status.BATCH}:
+        if coincidence is None:
+            return outcome
+        found = _duplicated(peers, part, tuple(each.rows for each in said), coincidence)
+        result = Outcome(() if found is None else (found,))
+        if found is None:
+            return result
+    elif statuses & {Status.FAILED, Status.WRONG} and Status.LEFT not in statuses:
+        result = _merged(exchange.gather(outcome))
+    elif outcome.failure or outcome.findings:
+        return outcome  # a rank of this TP group has left: it answers no more
+    else:
+        result = _uneven(said, "dp", part.step, peers)
+        if not result.findings:
+            return result
     if outcome.failure or outcome.findings:
-        return outcome
-    uneven = _uneven(said, "dp", part.step, peers)
-    if uneven.findings or statuses != {Status.BATCH} or coincidence is None:
-        return uneven
-    found = _duplicated(peers, part, tuple(each.rows for each in said), coincidence)
-    if found is not None:  # by the same batches all ranks of a TP group have come here; their loaders are their own
-        found = peers.tp.gather(found)[0]
-    return Outcome(() if found is None else (found,))
+        return result
+    # Every DP group sees a part of what is wrong, so the ranks of each TP group have all come here.
+    return _weightiest(peers.tp.gather(result))
+
+
+def _weightiest(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return the outcome that says most: a failure, then a finding inside a TP group, then one between replicas."""
+
+    def weight(outcome: Outcome) -> tuple[bool, bool]:
+        within = any(finding.check == "batches_agree_within_tp" for finding in outcome.findings)
+        return outcome.failure is not None, within
+
+    return max(outcomes, key=weight)
 
 
 def _merged(outcomes: Sequence[Outcome]) -> Outcome:

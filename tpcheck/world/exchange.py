@@ -11,7 +11,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tpcheck.errors import RankFailure, RankOutcome
-from tpcheck.world.mesh import Gone, Mesh
+from tpcheck.world.mesh import Alarm, Gone, Mesh
 from tpcheck.world.pickling import dumps, loads
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Exchange:
         ranks: Global ranks of the group.
         name: What the group is, for messages: `TP group (0, 1)`.
         broken: A rank has gone; nothing can be exchanged any more.
+        beside: Exchanges whose alarms are heard, too, while this one waits.
     """
 
     def __init__(self, ranks: Sequence[int], *, axis: str, timeout: float) -> None:
@@ -42,6 +43,7 @@ class Exchange:
         self.ranks = tuple(ranks)
         self.name = f"{axis.upper()} group ({', '.join(map(str, self.ranks))})"
         self.broken = False
+        self.beside: tuple[Exchange, ...] = ()
         self._timeout = timeout
         self._pending: Callable[[], tuple[bytes, ...]] | None = None
         self._mesh: Mesh | None = None
@@ -107,9 +109,34 @@ class Exchange:
 
     def alarm(self, failure: RankFailure) -> None:
         """Tell the ranks of the group that wait, now or later, that this one will not come."""
-        if len(self.ranks) > 1:
-            with suppress(RuntimeError):  # the store's host may be the rank that died
-                self._store.set("alarm", dumps((str(failure), failure.first, failure.outcomes)).hex())
+        if len(self.ranks) == 1:
+            return
+        told = dumps((str(failure), failure.first, failure.outcomes))
+        if self._mesh is not None:
+            self._mesh.alarm(told)
+        with suppress(RuntimeError):  # the store's host may be the rank that died
+            self._store.set("alarm", told.hex())
+
+    def heed(self) -> None:
+        """Raise the alarm that another rank of the group has rung, if any.
+
+        Raises:
+            RankFailure: What that rank said.
+        """
+        if len(self.ranks) == 1:
+            return
+        told = None
+        try:
+            if self._mesh is not None:
+                self._mesh.heed()
+            elif self._store.check(["alarm"]):
+                told = bytes.fromhex(self._store.get("alarm").decode())
+        except Alarm as alarm:
+            told = alarm.told
+        except RuntimeError:  # the store is gone
+            return
+        if told is not None:
+            self._raise(told)
 
     def _sent(self, message: bytes) -> Callable[[], tuple[bytes, ...]]:
         """Send a message, and return what waits for those of the others."""
@@ -130,7 +157,7 @@ class Exchange:
         deadline = time.monotonic() + self._timeout
 
         def waiting() -> None:
-            self._heed_alarm()
+            self._heed_all()
             if time.monotonic() > deadline:
                 self._fail(RuntimeError("timed out"))
 
@@ -138,6 +165,8 @@ class Exchange:
             others = mesh.receive(len(own), waiting)
         except Gone as error:
             self._fail(error, gone=error.rank)
+        except Alarm as alarm:
+            self._raise(alarm.told)
         return tuple(others.get(rank, own) for rank in self.ranks)
 
     def _start(self, own: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
@@ -155,23 +184,23 @@ class Exchange:
         while (error := _waited(work)) is not None:
             if work.is_completed() or time.monotonic() > deadline:
                 self._fail(error)
-            self._heed_alarm()
+            self._heed_all()
 
-    def _heed_alarm(self) -> None:
-        told = None
-        with suppress(RuntimeError):
-            told = self._store.get("alarm") if self._store.check(["alarm"]) else None
-        if told is not None:
-            self.broken = True
-            message, first, outcomes = loads(bytes.fromhex(told.decode()))
-            raise RankFailure(message, first=first, outcomes=outcomes)
+    def _heed_all(self) -> None:
+        for exchange in (self, *self.beside):
+            exchange.heed()
+
+    def _raise(self, told: bytes) -> NoReturn:
+        self.broken = True
+        message, first, outcomes = loads(told)
+        raise RankFailure(message, first=first, outcomes=outcomes)
 
     def _fail(self, error: Exception, *, gone: int | None = None) -> NoReturn:
         """Raise what happened: another rank's alarm, or who of the group does not answer a roll call."""
         self.broken = True
         with suppress(RuntimeError):
             self._store.set(f"here/{self._rank}", "1")
-        self._heed_alarm()
+        self._heed_all()
         missing = self._missing() if gone is None else [gone]
         late = "timed out" in str(error).lower()
         who = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing)) if missing else "a rank"

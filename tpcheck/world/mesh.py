@@ -12,20 +12,30 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from select import select
 from typing import Any
 from weakref import WeakSet
 
 _POLL = 0.3  # seconds: how soon a rank that waits looks whether another one has failed elsewhere
 _CONNECT = 10.0  # seconds
+_MESSAGE, _ALARM = b"\0", b"\1"  # the first byte of what is sent
 _meshes: WeakSet[Mesh] = WeakSet()
 
 
-class Gone(ConnectionError):
+class Gone(Exception):
     """A rank has closed its end, as its death does."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(f"rank {rank} has closed the connection")
         self.rank = rank
+
+
+class Alarm(Exception):
+    """A rank will not come, and has said why."""
+
+    def __init__(self, told: bytes) -> None:
+        super().__init__("another rank has rung the alarm")
+        self.told = told
 
 
 class Mesh:
@@ -55,21 +65,36 @@ class Mesh:
 
     def send(self, message: bytes) -> None:
         """Send to all; those who are gone are told of by `receive`."""
-        for each in self._sockets.values():
-            with suppress(ConnectionError):
-                each.sendall(message)
+        self._send(_MESSAGE + message)
+
+    def alarm(self, told: bytes) -> None:
+        """Send what the others' next `receive`, or `heed`, raises as an `Alarm`."""
+        self._send(_ALARM + len(told).to_bytes(8, "little") + told)
 
     def receive(self, size: int, waiting: Callable[[], None]) -> dict[int, bytes]:
         """Return `size` bytes from each other rank; `waiting` is called now and then meanwhile.
 
         Raises:
             Gone: A rank has closed its end.
+            Alarm: A rank will not come.
         """
         return {rank: _received(rank, each, size, waiting) for rank, each in self._sockets.items()}
+
+    def heed(self) -> None:
+        """Raise the `Alarm` of a rank that has rung it; wait for nobody."""
+        for rank, each in self._sockets.items():
+            with suppress(OSError, Gone):
+                if select([each], [], [], 0)[0] and each.recv(1, socket.MSG_PEEK) == _ALARM:
+                    _received(rank, each, 0, lambda: None)
 
     def close(self) -> None:
         for each in self._sockets.values():
             each.close()
+
+    def _send(self, framed: bytes) -> None:
+        for each in self._sockets.values():
+            with suppress(OSError):  # gone; or stopped, with a full buffer
+                each.sendall(framed)
 
 
 def _connected(rank: int, names: dict[int, str], listener: socket.socket) -> dict[int, socket.socket]:
@@ -90,6 +115,13 @@ def _connected(rank: int, names: dict[int, str], listener: socket.socket) -> dic
 
 
 def _received(rank: int, connection: socket.socket, size: int, waiting: Callable[[], None]) -> bytes:
+    if _exactly(rank, connection, 1, waiting) == _ALARM:
+        length = int.from_bytes(_exactly(rank, connection, 8, waiting), "little")
+        raise Alarm(_exactly(rank, connection, length, waiting))
+    return _exactly(rank, connection, size, waiting)
+
+
+def _exactly(rank: int, connection: socket.socket, size: int, waiting: Callable[[], None]) -> bytes:
     data = b""
     while len(data) < size:
         part = _part(connection, size - len(data))
