@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tpcheck.causes.advice import advice_for
 from tpcheck.causes.batches import explain_batches
 from tpcheck.checks.batches import batches_agree_within_tp, batches_differ_across_dp, uneven_batches
 from tpcheck.collect.contents import contents
@@ -150,7 +151,8 @@ def _uneven(said: Sequence[Said], axis: str, step: int, peers: Peers) -> Outcome
     suspect = uneven_batches(counts, ended=over, axis=axis, step=step, members=members)
     if suspect is None:
         return Outcome()
-    finding = _finding(suspect, cause="uneven_length")
+    advice = advice_for("uneven_length", {}, peers.groups.topology)
+    finding = _finding(suspect, cause="uneven_length", more={"advice": advice})
     return Outcome((finding,), uneven=frozenset({"tp", "dp"} if axis == "tp" else {"dp"}))
 
 
