@@ -66,7 +66,7 @@ def _scaled(slug: str, factor: Callable[[Suspect], float]) -> Callable[[Suspect]
 
 
 def _num_tp(suspect: Suspect) -> float:
-    return len(suspect.parts)
+    return max(1, len(suspect.parts))
 
 
 def _num_dp(suspect: Suspect) -> float:

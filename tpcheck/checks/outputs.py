@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from math import inf
 from typing import Any
 
+import torch
+
 from tpcheck.checks.activations import ComparedActivation, ComparedActivations, compare_activations
 from tpcheck.checks.localise import comes_out, first_divergences, is_inside, scope_of
 from tpcheck.checks.outcome import CheckOutcome
@@ -102,5 +104,10 @@ def _compare_loss(evidence: Evidence, step: int) -> tuple[float, list[Suspect]]:
             "dtype": evidence.dtype,
             "replays": evidence.tolerance.num_replays,
         },
+        expected=torch.tensor(expected, dtype=torch.float64),
+        parts=tuple(torch.tensor(loss, dtype=torch.float64) for loss in losses),
+        expected_parts=(torch.tensor(expected, dtype=torch.float64),) * len(losses),
+        replicated=True,
+        allowed_error=allowed,
     )
     return margin, [suspect]

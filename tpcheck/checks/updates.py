@@ -1,16 +1,17 @@
-"""Are the weights after an optimizer step the reference's?"""
+"""Are the weights and buffers after an optimizer step the reference's?"""
 
 from __future__ import annotations
 
+from tpcheck.checks.buffers import ComparedBuffer, compare_buffers
 from tpcheck.checks.outcome import CheckOutcome, named_few
 from tpcheck.checks.parameters import compare_parameters
 from tpcheck.checks.suspects import tensor_suspect
 from tpcheck.compare import spacing
-from tpcheck.records import Evidence
+from tpcheck.records import Evidence, Suspect
 
 
 def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
-    """Compare every parameter after `step`. Calibrated; one finding names them all."""
+    """Compare every parameter and buffer after `step`. Calibrated; one finding names all weights, one a buffer."""
     compared, missed = compare_parameters(
         evidence,
         evidence.reference[step].weights,
@@ -37,7 +38,26 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         )
         for first in wrong[:1]
     ]
-    return CheckOutcome({name: one.found.margin for name, one in compared.items()}, tuple(suspects), missed)
+    buffers, missed_buffers = compare_buffers(evidence, step)
+    suspects.extend(_buffer_suspect(evidence, step, one) for one in buffers if not one.found.agrees)
+    margins = {name: one.found.margin for name, one in compared.items()}
+    margins |= {one.label: one.found.margin for one in buffers}
+    return CheckOutcome(margins, tuple(suspects), {**missed, **missed_buffers})
+
+
+def _buffer_suspect(evidence: Evidence, step: int, one: ComparedBuffer) -> Suspect:
+    module = one.name.rpartition(".")[0]
+    return tensor_suspect(
+        evidence,
+        one.found,
+        check="updates_match_reference",
+        kind="update",
+        where={"phase": "update", "step": step, "module": module, "field": one.label},
+        expected=one.expected,
+        parts=one.placed.parts,
+        expected_parts=[one.expected] * len(one.placed.parts),
+        replicated=True,
+    )
 
 
 def _is_trained(evidence: Evidence, step: int, name: str) -> bool:

@@ -93,6 +93,7 @@ def measured(gaps: Sequence[torch.Tensor], expected_norm: float, allowed: float,
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Return actual - expected in float64; equal infinities and NaN on both sides differ by 0, other NaN by inf."""
+    actual, expected = _real(actual), _real(expected)
     wide_actual, wide_expected = actual.to(torch.float64), expected.to(torch.float64)
     same = (actual == expected) | (actual.isnan() & expected.isnan())
     return (wide_actual - wide_expected).masked_fill(same, 0.0).nan_to_num(nan=inf, posinf=inf, neginf=-inf)
@@ -100,7 +101,11 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 
 def frobenius(tensor: torch.Tensor) -> float:
     """Return the Frobenius norm, in float64."""
-    return float(torch.linalg.vector_norm(tensor.to(torch.float64))) if tensor.numel() else 0.0
+    return float(torch.linalg.vector_norm(_real(tensor).to(torch.float64))) if tensor.numel() else 0.0
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def own_rounding(tensor: torch.Tensor) -> float:
@@ -109,6 +114,8 @@ def own_rounding(tensor: torch.Tensor) -> float:
     A single element by up to 2 eps: it ends a long sum (a loss), whose last addition and division round once each.
     0 for a tensor that holds infinities or the dtype's largest numbers: a mask is copied, not computed.
     """
+    if not _rounds(tensor):
+        return 0.0
     norm = frobenius(tensor)
     share = 2.0 if tensor.numel() == 1 else 1 / sqrt(3)
     return norm * torch.finfo(tensor.dtype).eps * share if isfinite(norm) else 0.0
@@ -116,8 +123,14 @@ def own_rounding(tensor: torch.Tensor) -> float:
 
 def spacing(tensor: torch.Tensor) -> float:
     """Return how far the largest finite element is from the next number of the tensor's dtype; 0 for none."""
+    if not _rounds(tensor):
+        return 0.0
     finite = tensor[tensor.isfinite()]
     return float(finite.abs().max()) * torch.finfo(tensor.dtype).eps if finite.numel() else 0.0
+
+
+def _rounds(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def frobenius_distance(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -19,6 +19,7 @@ class Step:
         activations: What entered and left every module and the gradients of that, in the order of events.
         gradients: Gradient of each parameter before clipping, averaged over DP; None where there is none.
         weights: Each parameter after the optimizer's step.
+        buffers: Each buffer after this DP rank's batch.
         gradient_norm: The norm by which the step clipped; None where it is not known.
         loss: The loss of this DP rank's batch.
         digests: Digest of the bits of each parameter, gradient and buffer, by (kind, name).
@@ -29,4 +30,5 @@ class Step:
     weights: Mapping[str, Tensor]
     gradient_norm: float | None
     loss: float
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
     digests: Mapping[tuple[str, str], str] = field(default_factory=dict)

@@ -43,12 +43,21 @@ def batch_size(batch: Mapping[str, Any]) -> int:
 
 def _batch(request: Request, model: nn.Module, step: int, dp_rank: int, dp: int, device: torch.device) -> Batch:
     if callable(request.batch):
-        batch = dict(request.batch({"dp": dp_rank, "tp": 0}, step))
+        batch = request.batch({"dp": dp_rank, "tp": 0}, step)
+        if not isinstance(batch, Mapping):
+            raise UsageError("batch", type(batch).__name__, "a callable that returns a dict of tensors")
     elif request.batch is not None:
         batch = {name: _rows(name, value, dp_rank, dp, request) for name, value in request.batch.items()}
     else:
         batch = _synthetic_tokens(model, torch.Generator().manual_seed((request.seed * 1000 + step) * 1000 + dp_rank))
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    return {name: _placed(value, device, getattr(torch, request.dtype)) for name, value in batch.items()}
+
+
+def _placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return a tensor on the model's device, floating-point ones in its dtype; anything else as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device, dtype if value.is_floating_point() else None)
 
 
 def _rows(name: str, value: Any, dp_rank: int, dp: int, request: Request) -> Any:

@@ -17,6 +17,7 @@ from tpcheck.errors import BackendError, TpcheckError
 from tpcheck.records import Step, TensorKey
 from tpcheck.verification.batches import Batch, copied
 from tpcheck.verification.loss import loss_of
+from tpcheck.verification.state import buffers_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,15 @@ def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: i
         norm = candidate.gradient_norm()
     present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
     digests = _digests("gradient", present) | _digests("parameter", weights) | _buffer_digests(candidate.module)
-    return Step(activations, gradients, weights, norm, float(loss.detach()), digests)
+    return Step(
+        activations,
+        gradients,
+        weights,
+        norm,
+        float(loss.detach()),
+        buffers=buffers_of(candidate.module),
+        digests=digests,
+    )
 
 
 def _digests(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, str], str]:

@@ -65,8 +65,18 @@ def _switch_dropout_off(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def require_equal_models(model: nn.Module, expected: Mapping[str, torch.Tensor]) -> None:
-    """Raise UsageError where a second build under the same seed has another state than the first."""
-    for name, tensor in model.state_dict().items():
-        if name not in expected or not torch.equal(tensor, expected[name]):
+def require_equal_models(model: nn.Module, first: nn.Module, expected: Mapping[str, torch.Tensor]) -> None:
+    """Check the second of two builds against the first one and the state that it had.
+
+    Raises:
+        UsageError: They share parameters, or differ although they were built under the same seed.
+    """
+    if {id(parameter) for parameter in model.parameters()} & {id(parameter) for parameter in first.parameters()}:
+        raise UsageError("build", "the same model twice", "a callable that makes a new model at each call")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name not in expected or not _equal(tensor, expected[name]):
             raise UsageError("build", name, "a model with the same weights each time it is called under one seed")
+
+
+def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.shape == second.shape and bool(((first == second) | ((first != first) & (second != second))).all())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -20,8 +20,10 @@ from tpcheck.verification.batches import Batch, batch_size, batches
 from tpcheck.verification.call_order import call_digests, renumbered
 from tpcheck.verification.candidate import CandidateStart, sharded, trained
 from tpcheck.verification.model import built_model, require_equal_models
-from tpcheck.verification.reference import ReferenceStep, recorded, replayed_deviations
+from tpcheck.verification.reference import ReferenceStep, recorded
+from tpcheck.verification.replay import Deviations, replayed_deviations, require_still
 from tpcheck.verification.request import Request
+from tpcheck.verification.state import State, buffers_of, parameters_of
 
 T = TypeVar("T")
 
@@ -59,7 +61,7 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
         reference = _Reference.of(request, rank, backend)
         with backend.session(reference.options):
             twin = built_model(request, rank.device)
-            require_equal_models(twin, reference.initial)
+            require_equal_models(twin, reference.model, reference.state)
             names = tuple(reference.parameters)
             candidate, start = sharded(backend, twin, names, rank, reference.options)
             evidence = _start_evidence(rank, request, reference, start)
@@ -82,8 +84,12 @@ class _Reference:
     model: nn.Module
     data: list[list[Batch]]
     options: TrainingOptions
-    initial: Mapping[str, torch.Tensor]
-    parameters: Mapping[str, torch.Tensor]
+    parameters: State
+    buffers: State
+
+    @property
+    def state(self) -> State:
+        return {**self.parameters, **self.buffers}
 
     @classmethod
     def of(cls, request: Request, rank: RankLike, backend: Backend) -> _Reference:
@@ -101,22 +107,30 @@ class _Reference:
                     ignore_plan=request.ignore_plan,
                 )
             ),
-            initial={name: tensor.clone() for name, tensor in model.state_dict().items()},
-            parameters={name: parameter.detach().clone() for name, parameter in model.named_parameters()},
+            parameters=parameters_of(model),
+            buffers=buffers_of(model),
         )
 
     def trained(self, rank: CommunicatingRank, request: Request) -> tuple[list[ReferenceStep], Tolerance]:
-        """Train the reference and measure the tolerance: the ranks share the replays between them. Collective."""
+        """Train the reference and measure the tolerance. The ranks share the replays between them. Collective.
+
+        Raises:
+            UsageError: The model does not compute the same each time.
+        """
         steps = recorded(self.model, self.data, self.options)
-        measured: list[Mapping[Hashable, float]] = [
-            replayed_deviations(
-                self.model, self.initial, self.data, self.options, steps, seed=request.seed * 1000 + replay
-            )
-            for replay in range(rank.rank, request.num_replays, rank.topology.world_size)
-        ]
-        everyone: list[Mapping[Hashable, float]] = list(rank.gather(largest_deviations(measured)))
+        eps = torch.finfo(self.options.dtype).eps
+        replays = [0.0, *[eps] * request.num_replays]  # the first shows that the model stands still
+        own = range(rank.rank, len(replays), rank.topology.world_size)
+        measured = {replay: self._replayed(steps, replays[replay], request.seed * 1000 + replay) for replay in own}
+        still = next(one for one in rank.gather(measured.pop(0, None)) if one is not None)
+        require_still(still)
+        everyone: list[Deviations] = list(rank.gather(largest_deviations(list(measured.values()))))
         scalar_eps = torch.finfo(torch.promote_types(self.options.dtype, torch.float32)).eps
         return steps, Tolerance(scalar_eps, request.num_replays, largest_deviations(everyone))
+
+    def _replayed(self, steps: Sequence[ReferenceStep], eps: float, seed: int) -> Deviations:
+        start = (self.parameters, self.buffers)
+        return replayed_deviations(self.model, start, self.data, self.options, steps, eps=eps, seed=seed)
 
 
 def _start_evidence(
@@ -136,7 +150,7 @@ def _start_evidence(
         layouts=start.layouts,
         reference=(),
         candidate=(),
-        buffers=tuple(name for name, _ in reference.model.named_buffers()),
+        buffers=tuple(reference.buffers),
         facts=facts,
         tolerance=Tolerance(0.0, request.num_replays, {}),
     )
@@ -151,7 +165,7 @@ def _step_evidence(
 ) -> Evidence | None:
     """Add to `start` both sides' steps, on the first rank of each TP group. Collective."""
     digests = rank.gather(tuple(step.digests for step in made))
-    own_calls = tuple(call_digests(step.by_dp_rank[_dp_rank(rank)]) for step in reference)
+    own_calls = tuple(call_digests(step[_dp_rank(rank)]) for step in reference)
     everyone = _gathered_to_first((made, own_calls), rank)
     if start is None or everyone is None:
         return None
@@ -162,7 +176,7 @@ def _step_evidence(
     facts = zip(start.facts, digests, strict=True)
     return replace(
         start,
-        reference=tuple(step.by_dp_rank[start.dp_rank] for step in reference),
+        reference=tuple(step[start.dp_rank] for step in reference),
         candidate=tuple(zip(*steps, strict=True)),
         facts=tuple(replace(fact, digests=(*fact.digests, *of_steps)) for fact, of_steps in facts),
         tolerance=tolerance,

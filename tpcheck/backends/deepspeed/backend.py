@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import torch
@@ -62,11 +63,14 @@ class TpModelInitBackend(DeepSpeedBackend):
 
 @contextmanager
 def _float64_gradients() -> Iterator[None]:
-    """Let the accelerator own up to float64: the engine asserts that it supports the dtype of every gradient."""
+    """Let the accelerator own up to float64: the engine asserts that it supports the dtype of every gradient.
+
+    Norms are made with its legacy constructor, which no request for a dtype comes by.
+    """
     accelerator = deepspeed.get_accelerator()
     supported = accelerator.supported_dtypes()
-    accelerator.supported_dtypes = lambda: [*supported, torch.float64]
-    try:
+    with (
+        patch.object(accelerator, "supported_dtypes", lambda: [*supported, torch.float64]),
+        patch.object(type(accelerator), "FloatTensor", torch.DoubleTensor),
+    ):
         yield
-    finally:
-        del accelerator.supported_dtypes  # the method of its class shows again

@@ -1,0 +1,34 @@
+"""Snapshots of what a model keeps between calls: parameters, and buffers whether or not they are saved with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+State = Mapping[str, torch.Tensor]
+
+
+def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of the parameters."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of the buffers."""
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+def set_parameters(model: nn.Module, saved: State) -> None:
+    """Set the parameters back."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(saved[name])
+
+
+def set_buffers(model: nn.Module, saved: State) -> None:
+    """Set the buffers back, also those that the model has replaced by others since."""
+    for name, buffer in saved.items():
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._buffers[attribute] = buffer.clone()
