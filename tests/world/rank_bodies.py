@@ -93,6 +93,21 @@ def return_generator_on_rank_1(rank: Rank) -> Any:
     return (number for number in range(3)) if rank.rank == 1 else None
 
 
+class LoadsNowhere:
+    """Pickles, and says no when it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _refuse_to_load, ("no heads",)
+
+
+def _refuse_to_load(reason: str) -> Any:
+    raise ValueError(reason)
+
+
+def return_what_does_not_load_on_rank_1(rank: Rank) -> Any:
+    return LoadsNowhere() if rank.rank == 1 else None
+
+
 def come_back_twice(rank: Rank) -> None:
     if rank.rank == 1:
         os.fork()

@@ -106,6 +106,14 @@ def test_a_result_that_does_not_pickle_is_named() -> None:
     assert (failure.outcomes[1].error or "").startswith("rank 1 returned a generator that does not pickle: TypeError:")
 
 
+def test_a_result_that_does_not_unpickle_is_named() -> None:
+    failure = failure_of(bodies.return_what_does_not_load_on_rank_1)
+    reason = "rank 1 returned a tests.world.rank_bodies.LoadsNowhere that does not unpickle here: ValueError: no heads"
+    assert (failure.first, failure.outcomes[1].error_type, failure.outcomes[1].error) == (1, "TypeError", reason)
+    assert str(failure) == f"rank 1 of 2 raised TypeError: {reason}\n\nrank 0: had returned"
+    assert isinstance(failure.__cause__, ValueError)
+
+
 @pytest.mark.parametrize(
     ("act", "name", "text"),
     [

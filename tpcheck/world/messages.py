@@ -125,19 +125,27 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Result:
+    """What the function returned; `kind` names its type for a process that cannot load it."""
+
+    pickled: bytes
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The one answer of one rank to one run.
 
     Attributes:
         at: When the function ended, on the clock that all processes of the machine share.
-        result: The pickled result, None after a failure.
+        result: None after a failure.
         reusable: The rank still has the default group it started with.
     """
 
     number: int
     pid: int
     at: float
-    result: bytes | None
+    result: Result | None
     failure: Failure | None
     reusable: bool
 

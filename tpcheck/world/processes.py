@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tpcheck.errors import RankFailure, RankOutcome
@@ -229,6 +229,22 @@ class Processes:
             time.sleep(_STACKS_QUIET_S)
 
 
-def results(reports: tuple[messages.Report, ...]) -> tuple[Any, ...]:
-    """Return the ranks' results, by rank."""
-    return tuple(loads(report.result) for report in reports if report.result is not None)
+def results(reports: tuple[messages.Report, ...], outcomes: tuple[RankOutcome, ...]) -> tuple[Any, ...]:
+    """Return the ranks' results, by rank.
+
+    Raises:
+        RankFailure: One does not load in this process, although it pickled on its rank.
+    """
+    return tuple(
+        _loaded(report.result, rank, outcomes) for rank, report in enumerate(reports) if report.result is not None
+    )
+
+
+def _loaded(result: messages.Result, rank: int, outcomes: tuple[RankOutcome, ...]) -> Any:
+    try:
+        return loads(result.pickled)
+    except Exception as error:
+        reason = f"rank {rank} returned a {result.kind} that does not unpickle here: {type(error).__name__}: {error}"
+        failed = replace(outcomes[rank], state="raised", error_type="TypeError", error=reason)
+        outcomes = (*outcomes[:rank], failed, *outcomes[rank + 1 :])
+        raise RankFailure(failure_text(outcomes, first=rank, timeout=None), first=rank, outcomes=outcomes) from error

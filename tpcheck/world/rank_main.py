@@ -106,7 +106,7 @@ class _RankProcess:
         )
         self._default_group = torch.distributed.group.WORLD
 
-    def _report(self, run: messages.Run, startup: bytes | messages.Failure) -> None:
+    def _report(self, run: messages.Run, startup: messages.Result | messages.Failure) -> None:
         outcome = startup if isinstance(startup, messages.Failure) else self._attempt(self._call, run)
         at = time.monotonic()
         self._flush()
@@ -123,9 +123,9 @@ class _RankProcess:
         if os.getpid() != self._pid:
             os._exit(1)  # a child that was forked inside the function: the controller sees that it came back, too
 
-    def _attempt(self, act: Callable[..., Any], *args: Any) -> bytes | messages.Failure:
+    def _attempt(self, act: Callable[..., Any], *args: Any) -> messages.Result | messages.Failure:
         try:
-            return pickled_result(act(*args), self._order.rank)
+            return result_of(act(*args), self._order.rank)
         except BaseException as error:  # SystemExit and pytest's outcomes are reports, too
             return failure_of(error)
 
@@ -171,16 +171,16 @@ def _read_debug_level() -> None:
     set_debug_level_from_env()
 
 
-def pickled_result(result: Any, rank: int) -> bytes:
-    """Return the result as bytes.
+def result_of(result: Any, rank: int) -> messages.Result:
+    """Return the result made ready to travel.
 
     Raises:
         TypeError: It does not pickle; says whose and what it is.
     """
+    kind = f"{type(result).__module__}.{type(result).__qualname__}".removeprefix("builtins.")
     try:
-        return dumps(result)
+        return messages.Result(dumps(result), kind)
     except Exception as error:
-        kind = f"{type(result).__module__}.{type(result).__qualname__}".removeprefix("builtins.")
         raise TypeError(
             f"rank {rank} returned a {kind} that does not pickle: {type(error).__name__}: {error}"
         ) from None

@@ -135,7 +135,7 @@ class World:
                 self._processes = self._start()
             reports = self._processes.run(call, seed=self._seed, timeout=self.timeout)
             self._outcomes = self._processes.outcomes()
-            return results(reports)
+            return results(reports, self._outcomes)
         except BaseException as error:  # Ctrl-C included
             if isinstance(error, RankFailure):
                 self._outcomes = error.outcomes
