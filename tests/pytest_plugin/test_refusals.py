@@ -39,11 +39,17 @@ def test_closer_markers_go_first_and_options_last(run: Run) -> None:
             def test_of_its_own(self, tp_rank):
                 assert tp_rank.world_size == 1
 
+        @pytest.mark.tpcheck(tp=2, dp=2)
+        class TestFour:
+            @pytest.mark.tpcheck(tp=1)
+            def test_merges_argument_by_argument(self, tp_rank):
+                assert (tp_rank.topology.tp, tp_rank.topology.dp) == (1, 2)
+
         @pytest.mark.parametrize("size", [pytest.param(3, marks=pytest.mark.tpcheck(tp=3))])
         def test_of_its_parameter(tp_rank, size):
             assert tp_rank.world_size == size
     """
-    run(source, "--tpcheck-backend=gloo", "--tpcheck-device=cpu").assert_outcomes(passed=3)
+    run(source, "--tpcheck-backend=gloo", "--tpcheck-device=cpu").assert_outcomes(passed=4)
 
 
 def test_tests_that_cannot_run_on_ranks_are_errors(run: Run) -> None:
