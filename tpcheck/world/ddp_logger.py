@@ -1,7 +1,7 @@
 """Lets DistributedDataParallel live with TORCH_DISTRIBUTED_DEBUG=DETAIL on gloo.
 
-Under DETAIL torch wraps process groups, and the logger that DDP starts takes the wrapper for a gloo group: it crashes in
-`c10d::Logger::set_env_variables` (torch 2.13). What that logger collects is for torch's own telemetry.
+Under DETAIL torch wraps process groups, and the logger that DDP starts takes the wrapper for a gloo group: it crashes
+in `c10d::Logger::set_env_variables` (torch 2.13). What that logger collects is for torch's own telemetry.
 """
 
 from __future__ import annotations
