@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 DTYPES = ("float64", "float32", "bfloat16")
 ZERO_STAGES = (0, 1, 2, 3)
 TIMEOUT = 600.0
+_TRY_AGAIN = 60.0
+_COLLECTIVES_DIFFER = "Detected mismatch between collectives"  # of torch's ProcessGroupWrapper
 
 
 def verify(
@@ -82,11 +84,12 @@ def verify(
         dtype=dtype,
         steps=steps,
         zero_stage=zero_stage,
-        config=dict(config or {}),
-        checks=tuple(checks) if checks is not None else _all_checks(),
+        config=_mapping("config", config),
+        checks=_names(checks),
         seed=seed,
         ignore_plan=ignore_plan,
     )
+    _require_valid(request, topology)
     subject = {"model": getattr(build, "__name__", "model"), **_options(request, topology)}
     return _run(request, topology, _Presentation(subject, again=None), timeout)
 
@@ -124,17 +127,18 @@ def verify_family(
     from tpcheck.verification import Request
 
     request = Request(
-        build=partial(small_model, family, dict(settings or {})),
+        build=partial(small_model, family, _mapping("settings", settings)),
         backend=backend,
         dtype=dtype,
         steps=steps,
         zero_stage=zero_stage,
-        config=dict(config or {}),
-        checks=tuple(checks) if checks is not None else _all_checks(),
+        config=_mapping("config", config),
+        checks=_names(checks),
         seed=seed,
         ignore_plan=ignore_plan,
         spread_weights=True,
     )
+    _require_valid(request, topology)
     subject = {"family": family, **_options(request, topology), "settings": dict(settings or {})}
     return _run(request, topology, _Presentation(subject, again=verify_command(subject)), timeout)
 
@@ -151,15 +155,13 @@ def _run(request: Request, topology: Topology, shown: _Presentation, timeout: fl
     from tpcheck.verification import verify_on_rank
     from tpcheck.verification.verdict import verdict
 
-    _require_valid(request)
     start = time.monotonic()
     try:
         if is_launched():
             rank = attach(topology)
             answers: tuple[RankAnswer, ...] = rank.gather(verify_on_rank(rank, request))
         else:
-            with spawn(topology, timeout=timeout) as world:
-                answers = world.run(verify_on_rank, request)
+            answers = _spawned_answers(request, topology, timeout)
     except (RankFailure, BackendError) as failure:
         return Report(_crashed(failure, shown, time.monotonic() - start))
     return Report(
@@ -172,6 +174,27 @@ def _run(request: Request, topology: Topology, shown: _Presentation, timeout: fl
             seconds=time.monotonic() - start,
         )
     )
+
+
+def _spawned_answers(request: Request, topology: Topology, timeout: float) -> tuple[RankAnswer, ...]:
+    """Run the request on ranks of its own.
+
+    They check every collective for shapes and dtypes that do not match, where others would hang or crash. The check is
+    stricter than gloo, which takes a scalar for a tensor of one element: what it objects to is tried again without it.
+    """
+    from tpcheck.verification import verify_on_rank
+
+    try:
+        with spawn(topology, timeout=timeout) as world:
+            return world.run(verify_on_rank, request)
+    except RankFailure as failure:
+        if _COLLECTIVES_DIFFER not in str(failure.exception):
+            raise
+        try:
+            with spawn(topology, timeout=min(timeout, _TRY_AGAIN), env={"TORCH_DISTRIBUTED_DEBUG": "OFF"}) as world:
+                return world.run(verify_on_rank, request)
+        except RankFailure:
+            raise failure from None
 
 
 def _crashed(failure: RankFailure | BackendError, shown: _Presentation, seconds: float) -> Verdict:
@@ -187,25 +210,44 @@ def _crashed(failure: RankFailure | BackendError, shown: _Presentation, seconds:
     return Verdict("error", shown.subject, package_versions(), seconds=seconds, message=message)
 
 
-def _require_valid(request: Request) -> None:
+def _require_valid(request: Request, topology: Topology) -> None:
     from tpcheck.adapters import backend_names
+
+    if not isinstance(topology, Topology):
+        raise UsageError("topology", topology, "a tpcheck.Topology")
 
     is_module = hasattr(request.build, "named_parameters") and not isinstance(request.build, type)
     if not callable(request.build) or is_module:  # a module is callable, too
         raise UsageError(
             "build", type(request.build).__name__, "a callable that makes and returns the unsharded torch.nn.Module"
         )
-    if isinstance(request.backend, str) and request.backend not in backend_names():
-        raise UsageError("backend", request.backend, backend_names())
+    is_backend = hasattr(request.backend, "shard") or request.backend in backend_names()
+    if not is_backend:
+        raise UsageError("backend", request.backend, [*backend_names(), "an object like tpcheck.adapters.Backend"])
     if request.dtype not in DTYPES:
         raise UsageError("dtype", request.dtype, DTYPES)
     if request.zero_stage not in ZERO_STAGES:
         raise UsageError("zero_stage", request.zero_stage, ZERO_STAGES)
-    if not isinstance(request.steps, int) or request.steps < 1:
-        raise UsageError("steps", request.steps, "a positive integer")
+    for name, value, least in (("steps", request.steps, 1), ("seed", request.seed, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+            raise UsageError(name, value, f"an integer from {least} to {2**31 - 1}")
+    if request.batch is not None and not callable(request.batch) and not isinstance(request.batch, Mapping):
+        raise UsageError("batch", type(request.batch).__name__, "a dict of tensors, a callable or None")
     unknown = [name for name in request.checks if name not in _all_checks()]
     if unknown or not request.checks:
         raise UsageError("checks", unknown or (), _all_checks())
+
+
+def _mapping(name: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise UsageError(name, value, "a dict, or None")
+    return dict(value or {})
+
+
+def _names(checks: Sequence[str] | None) -> tuple[str, ...]:
+    if isinstance(checks, str):
+        raise UsageError("checks", checks, "a list of names")
+    return _all_checks() if checks is None else tuple(checks)
 
 
 def _all_checks() -> tuple[str, ...]:

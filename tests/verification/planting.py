@@ -92,6 +92,16 @@ def buffer_differs_on_rank_1(candidate: Any, rank: Any) -> None:
         candidate.module.get_submodule("model.rotary_emb").inv_freq.mul_(1 + 1e-12)
 
 
+def buffer_moves_on_every_rank(candidate: Any, rank: Any) -> None:
+    step = candidate._engine.step
+
+    def moving() -> None:
+        step()
+        candidate.module.get_submodule("model.rotary_emb").original_inv_freq.mul_(1 + 1e-9)
+
+    candidate._engine.step = moving
+
+
 def tp_group_is_the_dp_group(candidate: Any, rank: Any) -> None:
     candidate.module.get_submodule("model.layers.0.mlp.down_proj").mp_group = rank.group("dp")
 

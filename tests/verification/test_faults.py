@@ -42,6 +42,7 @@ CASES = [
     Case(planting.higher_learning_rate, "updates_match_reference", None, None),
     Case(planting.drifts_on_rank_1, "replicas_agree", "model.norm", "replica_drift"),
     Case(planting.buffer_differs_on_rank_1, "replicas_agree", None, None),
+    Case(planting.buffer_moves_on_every_rank, "updates_match_reference", "model.rotary_emb", None),
 ]
 
 

@@ -106,6 +106,71 @@ def test_a_model_of_ones_own_is_verified_over_tp_and_dp(batch: Any) -> None:
     assert report.verdict.coverage.compared == report.verdict.coverage.total
 
 
+class Replayed(Regression):
+    """Draws a dropout mask that nothing switches off."""
+
+    def forward(self, features_BD: torch.Tensor, targets_BD: torch.Tensor) -> dict[str, torch.Tensor]:
+        return super().forward(nn.functional.dropout(features_BD, 0.1), targets_BD)
+
+
+class Counting(Regression):
+    """A buffer that each batch moves and the next one reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(8), persistent=False)
+
+    def forward(self, features_BD: torch.Tensor, targets_BD: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.scale = self.scale * 0.9 + features_BD.mean(dim=0) * 0.1
+        return super().forward(features_BD * self.scale, targets_BD)
+
+
+class Exploding(Regression):
+    def forward(self, features_BD: torch.Tensor, targets_BD: torch.Tensor) -> torch.Tensor:
+        return super().forward(features_BD, targets_BD)["loss"] * float("nan")
+
+
+class NormsAlone(Regression):
+    """Only what is replicated is trained: DeepSpeed's ranks above 0 then reduce a norm of another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for parameter in (*self.up.parameters(), *self.down.parameters()):
+            parameter.requires_grad_(False)
+
+
+def test_a_model_that_does_not_compute_the_same_twice_is_refused() -> None:
+    with pytest.raises(UsageError, match="computes the same each time"):
+        verify(Replayed, whole_batch())
+
+
+def test_a_loss_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(UsageError, match="a model whose loss is finite"):
+        verify(Exploding, whole_batch())
+
+
+def test_one_model_returned_twice_is_refused() -> None:
+    model = Regression()
+    with pytest.raises(UsageError, match="a new model at each call"):
+        verify(lambda: model, whole_batch())
+
+
+def test_a_buffer_that_batches_move_is_each_replicas_own() -> None:
+    report = verify(Counting, whole_batch(), topology=Topology(tp=2, dp=2))
+    assert report.passed, report
+    (check,) = (one for one in report.verdict.checks if one.check == "updates_match_reference")
+    assert check.compared == 2 * 2 * (6 + 1)  # steps, replicas, parameters and the buffer
+
+
+def test_a_batch_in_float32_is_cast_like_the_model() -> None:
+    assert verify(Regression, {name: tensor.float() for name, tensor in whole_batch().items()}).passed
+
+
+def test_training_replicated_parameters_alone_passes() -> None:
+    report = verify(NormsAlone, whole_batch())
+    assert report.passed, report
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("zero_stage", [0, 3])
 def test_awkward_models_raise_no_false_alarm(reentrant: bool, zero_stage: int) -> None:
@@ -172,7 +237,13 @@ def test_tokens_cannot_be_made_up_without_a_vocabulary() -> None:
         ({"backend": "megatronn"}, "backend='megatronn': expected one of"),
         ({"dtype": "float16"}, "dtype='float16': expected one of float64, float32, bfloat16"),
         ({"zero_stage": 4}, "zero_stage=4: expected one of 0, 1, 2, 3"),
-        ({"steps": 0}, "steps=0: expected a positive integer"),
+        ({"steps": 0}, "steps=0: expected an integer from 1"),
+        ({"seed": "a"}, "seed='a': expected an integer from 0"),
+        ({"topology": 2}, "topology=2: expected a tpcheck.Topology"),
+        ({"backend": None}, "backend=None: expected one of"),
+        ({"batch": [1]}, "batch='list': expected a dict of tensors"),
+        ({"batch": lambda coordinate, step: None}, "batch='NoneType': expected a callable that returns a dict"),
+        ({"checks": "outputs_match_reference"}, "expected a list of names"),
         ({"checks": ["outputs"]}, "checks=\\['outputs'\\]: expected one of groups_match_topology"),
         ({"build": Regression()}, "expected a callable"),
         ({"config": {"zero_optimization": {"stage": 3}}}, "config.zero_optimization.stage=3: expected 0"),
@@ -182,9 +253,9 @@ def test_tokens_cannot_be_made_up_without_a_vocabulary() -> None:
     ],
 )
 def test_a_bad_argument_is_named_with_what_is_accepted(options: dict[str, Any], message: str) -> None:
-    build = options.pop("build", Regression)
+    build, batch = options.pop("build", Regression), options.pop("batch", whole_batch())
     with pytest.raises(UsageError, match=message):
-        verify(build, whole_batch(), **options)
+        verify(build, batch, **options)
 
 
 def verify(build: Any, batch: Any, **options: Any) -> tpcheck.Report:
