@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -165,6 +166,13 @@ def test_a_failure_while_ranks_start_is_told() -> None:
     with spawn(Topology(tp=2), env=broken) as world, pytest.raises(RankFailure) as caught:
         world.run(bodies.all_reduce)
     assert caught.value.outcomes[0].state == "raised"
+
+
+def test_a_rank_that_cannot_settle_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "cwd", lambda: Path("/no/such/folder"))
+    with spawn(Topology(tp=1)) as world, pytest.raises(RankFailure, match=r"(?s)code 70.*FileNotFoundError") as error:
+        world.run(bodies.process_id)
+    assert error.value.outcomes[0].exit_code == 70
 
 
 def test_what_a_rank_printed_is_in_the_report() -> None:

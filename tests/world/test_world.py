@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -167,14 +168,40 @@ def test_deepspeed_uses_the_group_that_is_there(world: World) -> None:
     ("options", "message"),
     [
         ({"timeout": 0}, "timeout=0: expected seconds above 0, or None for no limit"),
+        ({"timeout": "5"}, "timeout='5': expected seconds above 0, or None for no limit"),
+        ({"timeout": float("nan")}, "timeout=nan: expected seconds above 0, or None for no limit"),
+        ({"seed": "a"}, "seed='a': expected an integer from 0 to 2**64 - 1, or None for another seed on every rank"),
+        ({"seed": 2**70}, f"seed={2**70}: expected an integer from 0 to 2**64 - 1"),
+        ({"env": {"A": 1}}, "env={'A': 1}: expected text as the value of A"),
+        ({"env": {"A=B": "1"}}, "env={'A=B': '1'}: expected names of variables: text without ="),
+        ({"env": {"A": "\ud800"}}, "expected text as the value of A"),
+        ({"env": ["A"]}, "env=['A']: expected a mapping of variables to their values, both text"),
+        ({"preload": "torch"}, "preload='torch': expected a sequence of module names, such as [\"torch\"]"),
+        ({"preload": ["nosuchmod"]}, "preload='nosuchmod': expected modules that are installed"),
+        ({"preload": [1]}, "preload=1: expected names of modules"),
         ({"device": "tpu"}, "device='tpu': expected one of cpu, cuda"),
         ({"backend": "mpi"}, "backend='mpi': expected one of gloo, nccl"),
         ({"backend": "nccl", "device": "cpu"}, "backend='nccl': expected gloo: 2 ranks on 0 GPUs"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message.replace("(", r"\(")):
+    with pytest.raises(UsageError, match=re.escape(message)):
         spawn(Topology(tp=2), **options)
+
+
+def test_a_module_that_cannot_be_imported_beforehand_is_told() -> None:
+    world = spawn(Topology(tp=1), preload=["json.nosuchmod"])
+    with pytest.raises(UsageError, match=r"preload='json\.nosuchmod': expected modules that can be imported \(Module"):
+        world.run(bodies.process_id)
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e12])
+def test_a_limit_may_be_longer_than_anybody_waits(world: World, timeout: float) -> None:
+    before, world.timeout = world.timeout, timeout
+    assert world.run(bodies.all_reduce) == (3, 3)
+    with pytest.raises(UsageError, match="timeout=0: expected seconds above 0"):
+        world.timeout = 0
+    world.timeout = before
 
 
 def test_the_controller_needs_no_torch() -> None:

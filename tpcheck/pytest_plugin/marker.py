@@ -12,6 +12,7 @@ from tpcheck.errors import UsageError
 from tpcheck.pytest_plugin.options import Options
 from tpcheck.topology import Topology
 from tpcheck.world import World, spawn
+from tpcheck.world.arguments import checked_seed
 from tpcheck.world.preload import DEFAULT
 
 MARKER = "tpcheck"
@@ -79,15 +80,12 @@ def world_request(arguments: Mapping[str, Any], options: Options) -> WorldReques
     axes = {name: arguments[name] for name in _AXES if name in arguments}
     if not axes:
         raise UsageError("tp", None, "the size of an axis: say how many ranks, as in tp=2")
-    seed = arguments.get("seed")
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
-        raise UsageError("seed", seed, "an integer from 0, or None for another seed on every rank")
     return WorldRequest(
         Topology(**axes),
         timeout=arguments.get("timeout", options.timeout),
         device=arguments.get("device", options.device),
         backend=arguments.get("backend", options.backend),
-        seed=seed,
+        seed=checked_seed(arguments.get("seed")),
         preload=preloaded(options),
         capture=options.capture,
     )

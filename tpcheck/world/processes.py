@@ -28,6 +28,7 @@ _STACKS_LIMIT_S = 0.15
 _STACKS_QUIET_S = 0.01
 _LEAVE_LIMIT_S = 2.0
 _END_LIMIT_S = 10.0
+_LONGEST_WAIT_S = 86400.0  # select overflows at 25 days, long before the deadline that a caller may set
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ class Processes:
                 continue
             unsent = channel.flush()
             self._selector.modify(channel, selectors.EVENT_READ | (selectors.EVENT_WRITE if unsent else 0))
-        self._selector.select(limit_s)
+        self._selector.select(None if limit_s is None else min(limit_s, _LONGEST_WAIT_S))
         for member in self._members:
             self._read_from(member)
         self._read_from_template()

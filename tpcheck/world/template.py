@@ -14,6 +14,7 @@ import selectors
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from tpcheck.world import huge_pages, messages, preload, rank_main, shm_allreduce
@@ -156,6 +157,8 @@ def _become_rank(order: messages.Fork, descriptors: list[int], close_everything:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         gc.enable()
         rank_main.rank_main(order, descriptors)
+    except BaseException:
+        traceback.print_exc()  # on the rank's own stderr, once that is in place
     finally:
         os._exit(70)  # EX_SOFTWARE: rank_main never returns
 

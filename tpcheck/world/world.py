@@ -14,6 +14,7 @@ from typing import Any
 from tpcheck.errors import RankFailure, RankOutcome, UsageError
 from tpcheck.topology import Topology
 from tpcheck.world import launcher, messages
+from tpcheck.world.arguments import checked_env, checked_preload, checked_seed, checked_timeout, refuse_broken
 from tpcheck.world.environment import rank_environ, visible_gpus
 from tpcheck.world.groups import choose_backend, device_of
 from tpcheck.world.pickling import dumps
@@ -62,19 +63,17 @@ def spawn(
     """
     if not isinstance(topology, Topology):
         raise UsageError("topology", topology, "a tpcheck.Topology")
-    if timeout is not None and not timeout > 0:
-        raise UsageError("timeout", timeout, "seconds above 0, or None for no limit")
     if device is not None and device not in DEVICES:
         raise UsageError("device", device, DEVICES)
     return World(
         topology,
-        timeout=timeout,
+        timeout=checked_timeout(timeout),
         device=device,
         backend=backend,
-        preload=preload,
-        seed=seed,
+        preload=checked_preload(preload),
+        seed=checked_seed(seed),
         capture=capture,
-        env=dict(env or {}),
+        env=checked_env(env),
     )
 
 
@@ -98,13 +97,13 @@ class World:
         timeout: float | None,
         device: str | None,
         backend: str | None,
-        preload: Sequence[str] | None,
+        preload: tuple[str, ...] | None,
         seed: int | None,
         capture: bool,
         env: dict[str, str],
     ) -> None:
         self.topology = topology
-        self.timeout = timeout
+        self._timeout = timeout
         self._template, self.device, num_gpus = _template_for(topology, device, preload)
         self.backend = choose_backend(backend, kind=self.device, num_gpus=num_gpus, num_ranks=topology.world_size)
         self._preload = preload
@@ -141,6 +140,14 @@ class World:
                 self._outcomes = error.outcomes
             self._end()
             raise
+
+    @property
+    def timeout(self) -> float | None:
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, timeout: float | None) -> None:
+        self._timeout = checked_timeout(timeout)
 
     @property
     def outcomes(self) -> tuple[RankOutcome, ...]:
@@ -187,7 +194,7 @@ class World:
 
     def _start(self) -> Processes:
         self._template = launcher.template(self.device, self._preload)  # the same one, unless that has ended
-        self._template.ready()
+        refuse_broken(self._preload, self._template.ready().broken)
         port = reserve_port()
         scratch = tempfile.mkdtemp(prefix="tpcheck-")
         try:
