@@ -68,3 +68,9 @@ def test_a_file_that_cannot_be_written_is_told_before_the_run(tmp_path: Path) ->
     for path in (tmp_path, tmp_path / "none" / "report.json"):
         with pytest.raises(UsageError, match="a file in a folder that exists"):
             writable("json", path)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that not even root can write to")
+def test_a_folder_that_takes_no_files_is_told_before_the_run() -> None:
+    with pytest.raises(UsageError, match=r"json='/proc/x.json': expected a file that can be written \("):
+        writable("json", Path("/proc/x.json"))

@@ -178,6 +178,19 @@ def test_one_family_is_written_as_one_report(run: Run, tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["report.json", "report.xml"]
 
 
+def test_a_report_that_cannot_be_written_is_one_line_and_the_others_are_written(run: Run, tmp_path: Path) -> None:
+    def remove_the_folder(family: str, **options: Any) -> Report:
+        (tmp_path / "gone").rmdir()
+        return verify_family(family)
+
+    (tmp_path / "gone").mkdir()
+    lost, kept = tmp_path / "gone" / "report.json", tmp_path / "report.xml"
+    result = run("verify", "good", "--json", str(lost), "--junit", str(kept), verify_family=remove_the_folder)
+    assert (result.exit_code, result.stderr) == (2, f"tpcheck: {lost} cannot be written: No such file or directory\n")
+    assert "passed" in result.stdout
+    assert kept.exists()
+
+
 def test_several_families_are_written_as_a_list_of_reports(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     run("verify", "good", "ugly", "bad", "--json", str(file), verify_family=verify_family)

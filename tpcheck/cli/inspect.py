@@ -56,5 +56,5 @@ def doctor(
 
     with usage_errors():
         diagnosis = diagnose(json_object("ds_config", ds_config) if ds_config is not None else None)
-    show(diagnosis_lines(diagnosis))
+        show(diagnosis_lines(diagnosis))
     raise typer.Exit(1 if diagnosis.advice else 0)

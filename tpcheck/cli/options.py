@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tpcheck.cli.terminal import is_special
 from tpcheck.errors import UsageError
 
 _WORDS = {"true": True, "false": False, "none": None}
@@ -62,6 +64,15 @@ def _read(name: str, source: str) -> str:
 
 def writable(name: str, path: Path | None) -> Path | None:
     """Return the path, having seen before a long run that a file can be written there."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+    if path is None:
+        return None
+    if path.is_dir() or not path.absolute().parent.is_dir():
         raise UsageError(name, str(path), "a file in a folder that exists")
+    try:
+        if is_special(path):
+            path.open("w").close()
+        else:  # tried out: permissions alone tell little of network folders, and nothing to root
+            tempfile.TemporaryFile(dir=path.absolute().parent).close()
+    except OSError as error:
+        raise UsageError(name, str(path), f"a file that can be written ({error.strerror or error})") from error
     return path

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tpcheck.cli.many import Outcome
 from tpcheck.cli.terminal import note, show, write_whole
+from tpcheck.errors import TpcheckError
 from tpcheck.report import SCHEMA, as_junit
 from tpcheck.report.lines import Line
 from tpcheck.report.summary import summary_lines
 from tpcheck.report.text import FINDINGS_SHOWN, verdict_lines
 
 
-def tell(outcomes: Sequence[Outcome], *, verbose: bool, json_path: Path | None, junit_path: Path | None) -> None:
-    """Show the outcomes, and write the files that were asked for."""
+def tell(outcomes: Sequence[Outcome], *, verbose: bool, json_path: Path | None, junit_path: Path | None) -> bool:
+    """Show the outcomes, and write the files that were asked for; return whether all of that could be written."""
     if len(outcomes) == 1 and outcomes[0].bad_usage:
         note(f"tpcheck: {outcomes[0].report.verdict.message}")
-        return
-    show(_lines(outcomes, verbose))
+        return True
+    writes = [lambda: show(_lines(outcomes, verbose))]
     if json_path:
-        write_whole(json_path, json.dumps(_data(outcomes), indent=2, allow_nan=False) + "\n")
+        writes.append(lambda: write_whole(json_path, json.dumps(_data(outcomes), indent=2, allow_nan=False) + "\n"))
     if junit_path:
-        write_whole(junit_path, as_junit(outcome.report.verdict for outcome in outcomes))
+        writes.append(lambda: write_whole(junit_path, as_junit(outcome.report.verdict for outcome in outcomes)))
+    written = [_succeeds(write) for write in writes]  # every one of them, whatever became of the others
+    return all(written)
+
+
+def _succeeds(write: Callable[[], None]) -> bool:
+    try:
+        write()
+    except TpcheckError as error:
+        note(f"tpcheck: {error}")
+        return False
+    return True
 
 
 def _lines(outcomes: Sequence[Outcome], verbose: bool) -> Iterator[Line]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import typer
@@ -19,12 +20,21 @@ BAD_USAGE = 2
 
 
 def show(lines: Iterable[Line]) -> None:
-    """Write lines to standard output; NO_COLOR is kept."""
+    """Write lines to standard output; NO_COLOR is kept.
+
+    Raises:
+        TpcheckError: They could not be written. A reader that has gone is no error of ours, and passes as it is.
+    """
     console = Console()
-    if console.is_terminal:
-        console.print(as_rich(lines), soft_wrap=True)
-    else:
-        typer.echo(as_text(lines), nl=False)
+    with _told_of("standard output"):
+        try:
+            if console.is_terminal:
+                console.print(as_rich(lines), soft_wrap=True)
+            else:
+                typer.echo(as_text(lines), nl=False)
+        except OSError:
+            _drop_unwritten_output()
+            raise
 
 
 def speaks() -> bool:
@@ -48,7 +58,24 @@ def usage_errors() -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
+    """Write a file so that a reader sees the old one or the new one, never a part.
+
+    Raises:
+        TpcheckError: It could not be written.
+    """
+    with _told_of(str(path)):
+        if is_special(path):
+            path.write_text(text, encoding="utf-8")
+        else:
+            _replace(path, text)
+
+
+def is_special(path: Path) -> bool:
+    """Return whether the path leads to a device or pipe, such as /dev/stdout: a file in its place would hide it."""
+    return path.exists() and not path.is_file()
+
+
+def _replace(path: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.absolute().parent, prefix=f".{path.name}.", delete=False
     ) as temporary:
@@ -60,6 +87,25 @@ def write_whole(path: Path, text: str) -> None:
         except BaseException:
             Path(temporary.name).unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def _told_of(target: str) -> Iterator[None]:
+    """Say what could not be written."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise TpcheckError(f"{target} cannot be written: {error.strerror or error}") from error
+
+
+def _drop_unwritten_output() -> None:
+    """Let the interpreter's last flush go nowhere: it would fail again, with a traceback of its own."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _umask() -> int:

@@ -11,7 +11,7 @@ from tpcheck.cli.many import exit_status, run_all
 from tpcheck.cli.options import json_object, settings, writable
 from tpcheck.cli.progress import with_progress
 from tpcheck.cli.results import tell
-from tpcheck.cli.terminal import speaks, usage_errors
+from tpcheck.cli.terminal import BAD_USAGE, speaks, usage_errors
 from tpcheck.errors import UsageError
 from tpcheck.report import Report
 from tpcheck.topology import Topology
@@ -51,8 +51,8 @@ def verify(
     tpcheck verify phi --set qk_layernorm=true
     tpcheck verify bloom --config '{"tensor_parallel": {"preset_model": "bloom"}}'
 
-    Exit status: 0 passed, 1 findings, 2 bad usage, 3 the system under test crashed. Of several families the
-    first that applies of 2, 1, 3 counts.
+    Exit status: 0 passed, 1 findings, 2 bad usage or a report that cannot be written, 3 the system
+    under test crashed. Of several families the first that applies of 2, 1, 3 counts.
     """
     with usage_errors():
         topology = Topology(tp=tp, dp=dp)
@@ -82,6 +82,5 @@ def verify(
     running = run_all(families, verify_one, 1 if is_launched() else jobs)  # a launcher started one world
     outcomes = list(with_progress(running, families) if len(families) > 1 and speaks() else running)
     outcomes.sort(key=lambda outcome: families.index(outcome.family))
-    if speaks():
-        tell(outcomes, verbose=verbose, json_path=json_, junit_path=junit)
-    raise typer.Exit(exit_status(outcomes))
+    told = not speaks() or tell(outcomes, verbose=verbose, json_path=json_, junit_path=junit)
+    raise typer.Exit(exit_status(outcomes) if told else BAD_USAGE)
