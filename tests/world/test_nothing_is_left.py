@@ -16,12 +16,14 @@ import pytest
 
 from tests.world import rank_bodies as bodies
 from tpcheck import RankFailure, Topology, spawn
+from tpcheck.world import launcher
 
 _SHM = Path("/dev/shm")
 
 
 @pytest.fixture
 def own_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    launcher.template("cpu").ready()  # the folders of worlds stay where it started: paths of sockets must be short
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # the ranks'
     return tmp_path
@@ -29,12 +31,13 @@ def own_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def residue(tmp: Path) -> dict[str, object]:
     """Return what a world could leave behind."""
+    scratch = launcher.template("cpu").ready().scratch
     shm = {path.name for path in _SHM.iterdir()} if _SHM.is_dir() else set()
     return {
         "processes": len(psutil.Process().children(recursive=True)),
         "descriptors": psutil.Process().num_fds(),
         "shared memory": {name for name in shm if not name.startswith("pym-")},
-        "files": sorted(path.name for path in tmp.iterdir()),
+        "files": sorted(path.name for folder in (tmp, Path(scratch)) for path in folder.iterdir()),
     }
 
 
@@ -124,6 +127,25 @@ def test_ranks_end_with_their_controller(how: signal.Signals, tmp_path: Path) ->
 def test_ranks_end_with_the_process_they_were_forked_from(tmp_path: Path) -> None:
     pids = _die_in_the_middle(tmp_path, lambda controller, template: os.kill(template, signal.SIGKILL))
     assert gone(pids)
+    assert not list(tmp_path.glob("tpcheck-*"))
+
+
+def test_a_thread_that_dies_while_it_starts_a_world_leaves_no_folder(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import threading, time\n"
+        "from tpcheck import Topology, spawn\n"
+        "from tpcheck.world import world\n"
+        "reached = threading.Event()\n"
+        "def stall(*_, scratch, **__): print(scratch); reached.set(); time.sleep(1000)\n"
+        "world.Processes = stall\n"
+        "run = spawn(Topology(tp=1), device='cpu', preload=['json']).run\n"
+        "threading.Thread(target=run, args=(print,), daemon=True).start()\n"
+        "reached.wait()\n"
+    )
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environ, check=True)
+    assert Path(done.stdout.strip()).parent.parent == tmp_path
     assert not list(tmp_path.glob("tpcheck-*"))
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO
 
 from tpcheck.errors import TpcheckError
@@ -48,6 +51,7 @@ class Template:
     def __init__(self, device: str, names: tuple[str, ...]) -> None:
         self._channel, theirs = Channel.pair()
         self._lock = threading.Lock()
+        self._numbers = itertools.count()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._ready: messages.Ready | None = None
         arguments = json.dumps([theirs.fileno(), sys.path, names])
@@ -64,7 +68,8 @@ class Template:
 
     @property
     def is_over(self) -> bool:
-        return self._process.poll() is not None
+        """Tell whether it can serve no further world: it ended, or somebody cleaned its temporary folder away."""
+        return self._process.poll() is not None or (self._ready is not None and not Path(self._ready.scratch).is_dir())
 
     def ready(self) -> messages.Ready:
         """Wait until the imports are done.
@@ -97,6 +102,12 @@ class Template:
             theirs.close()
         return here
 
+    def new_scratch(self) -> str:
+        """Return a new folder for one world. Names are short: sockets in it have no more than 107 letters."""
+        folder = Path(self.ready().scratch, str(next(self._numbers)))
+        folder.mkdir(mode=0o700)
+        return str(folder)
+
     def failure(self, what: str) -> TpcheckError:
         """Return an error that shows what the process said last."""
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -117,6 +128,8 @@ class Template:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        if self._ready is not None:  # it removed this itself, unless it was killed
+            shutil.rmtree(self._ready.scratch, ignore_errors=True)
 
 
 def _interpreter_flags() -> list[str]:

@@ -27,10 +27,13 @@ class Ready:
     Attributes:
         num_gpus: GPUs that torch can use, counted without initialising CUDA.
         broken: Packages that are installed but fail to import, with the error.
+        scratch: Folder for the worlds' own ones. It goes with the template, so that a controller which dies between two
+            steps leaves none of them.
     """
 
     num_gpus: int
     broken: dict[str, str]
+    scratch: str
 
 
 # controller -> template, over a world's channel

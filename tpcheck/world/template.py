@@ -11,9 +11,11 @@ import ctypes
 import gc
 import os
 import selectors
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -42,8 +44,12 @@ def main(descriptor: int, names: Sequence[str]) -> None:
     gc.freeze()
     gc.disable()  # a collection here would touch, and so copy, the pages that all ranks share
     huge_pages.gather()
-    controller.send(messages.Ready(_num_gpus(), broken))
-    _Template(controller).serve()
+    scratch = tempfile.mkdtemp(prefix="tpcheck-")
+    try:
+        controller.send(messages.Ready(_num_gpus(), broken, scratch))
+        _Template(controller).serve()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 class _World:

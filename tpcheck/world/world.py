@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -196,7 +195,7 @@ class World:
         self._template = launcher.template(self.device, self._preload)  # the same one, unless that has ended
         refuse_broken(self._preload, self._template.ready().broken)
         port = reserve_port()
-        scratch = tempfile.mkdtemp(prefix="tpcheck-")
+        scratch = self._template.new_scratch()
         try:
             forks = tuple(self._fork(rank, scratch, port.getsockname()[1]) for rank in range(self.topology.world_size))
             return Processes(self._template, forks, scratch=scratch, port=port)
