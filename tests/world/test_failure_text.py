@@ -77,3 +77,16 @@ def test_a_hang() -> None:
         "\n"
         "rank 0:\n" + _STACK
     )
+
+
+def test_a_rank_that_was_about_to_raise_alike() -> None:
+    reporting = """\
+Stack (most recent call last):
+  File "/v/site-packages/tpcheck/pytest_plugin/rank_failure.py", line 66, in _longrepr
+  File "/v/site-packages/_pytest/_code/code.py", line 12, in getrepr"""
+    outcomes = (
+        RankOutcome(0, "raised", error_type="ValueError", error="3 heads", traceback="..."),
+        RankOutcome(1, "stopped", traceback=reporting),
+        RankOutcome(2, "stopped", traceback=reporting.replace("pytest_plugin/rank_failure", "world/failure")),
+    )
+    assert failure_text(outcomes, first=0, timeout=60).endswith("rank 1: was raising, too\nrank 2: was raising, too")

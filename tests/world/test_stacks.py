@@ -27,6 +27,12 @@ def test_the_stack_is_that_of_the_thread_that_runs_the_function() -> None:
     assert [frame.function for frame in frames] == ["all_gather", "wrapper", "all_gather_object", "wrapper", "body"]
 
 
+def test_the_stack_ends_where_the_plugin_calls_the_test() -> None:
+    main = '  File "/v/site-packages/tpcheck/world/rank_main.py"'
+    dump = _DUMP.replace(main, '  File "/v/site-packages/tpcheck/pytest_plugin/body.py", line 37 in run_body\n' + main)
+    assert stacks.main_stack(dump) == stacks.main_stack(_DUMP)
+
+
 def test_the_collective_has_the_name_its_caller_used() -> None:
     assert stacks.collective(stacks.main_stack(_DUMP)) == "all_gather_object"
 

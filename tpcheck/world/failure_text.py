@@ -9,7 +9,17 @@ from tpcheck.errors import RankOutcome
 _LINES_OF_CULPRIT = 100
 _LINES_OF_OTHERS = 15
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+), in (?P<function>.*)$')
-_LIBRARY = ("/tpcheck/world/", "/site-packages/", "/dist-packages/", "/lib/python", "<frozen", "<string>")
+# What a rank is in while it makes an exception ready to travel: the function itself is over.
+_REPORTING = ("/tpcheck/world/failure.py", "/tpcheck/pytest_plugin/rank_failure.py")
+_LIBRARY = (
+    "/tpcheck/world/",
+    "/tpcheck/pytest_plugin/",
+    "/site-packages/",
+    "/dist-packages/",
+    "/lib/python",
+    "<frozen",
+    "<string>",
+)
 
 
 def failure_text(outcomes: tuple[RankOutcome, ...], *, first: int, timeout: float | None) -> str:
@@ -46,6 +56,8 @@ def one_line(outcome: RankOutcome, culprit: RankOutcome) -> str:
         return f"raised the same {outcome.error_type}" if same else _raised(outcome)
     if outcome.state == "died":
         return _died(outcome)
+    if outcome.state == "stopped" and _is_reporting(outcome):
+        return "was raising, too"
     return f"{'stopped while' if outcome.state == 'stopped' else 'hung'} {_activity(outcome)}"
 
 
@@ -70,12 +82,20 @@ def _activity(outcome: RankOutcome) -> str:
 
 def _place(stack: str) -> str | None:
     """Return the innermost place in the user's own code, else in any code."""
-    frames = [match for line in stack.splitlines() if (match := _FRAME.match(line))]
+    frames = _frames(stack)
     own = [frame for frame in frames if not any(part in frame["file"] for part in _LIBRARY)]
     if not frames:
         return None
     frame = (own or frames)[-1]
     return f"{frame['file']}:{frame['line']} in {frame['function']}"
+
+
+def _is_reporting(outcome: RankOutcome) -> bool:
+    return any(frame["file"].endswith(_REPORTING) for frame in _frames(outcome.traceback or ""))
+
+
+def _frames(stack: str) -> list[re.Match[str]]:
+    return [match for line in stack.splitlines() if (match := _FRAME.match(line))]
 
 
 def _captured(outcome: RankOutcome, num_lines: int) -> list[str]:

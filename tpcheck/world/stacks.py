@@ -13,7 +13,7 @@ STACK_SIGNAL: int = getattr(signal, "SIGRTMAX", signal.SIGUSR2)
 
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x")
-_MAIN = "/tpcheck/world/rank_main.py"
+_CALLERS = ("/tpcheck/world/rank_main.py", "/tpcheck/pytest_plugin/body.py")
 _COMMUNICATION = ("/torch/distributed/", "/deepspeed/comm/", "/torch/autograd/function.py")
 
 
@@ -42,8 +42,8 @@ def main_stack(dump: str) -> tuple[Frame, ...]:
     threads = _threads(dump)
     if not threads:
         return ()
-    main = next((frames for frames in threads if any(_MAIN in frame.file for frame in frames)), threads[0])
-    return tuple(takewhile(lambda frame: _MAIN not in frame.file, main))
+    main = next((frames for frames in threads if any(map(_is_caller, frames))), threads[0])
+    return tuple(takewhile(lambda frame: not _is_caller(frame), main))
 
 
 def as_traceback(frames: tuple[Frame, ...]) -> str:
@@ -60,6 +60,10 @@ def collective(frames: tuple[Frame, ...]) -> str | None:
         if frame.function != "wrapper":  # torch logs every collective through one of these
             name = frame.function
     return name
+
+
+def _is_caller(frame: Frame) -> bool:
+    return frame.file.endswith(_CALLERS)
 
 
 def _threads(dump: str) -> list[list[Frame]]:
