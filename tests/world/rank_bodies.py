@@ -93,6 +93,11 @@ def return_generator_on_rank_1(rank: Rank) -> Any:
     return (number for number in range(3)) if rank.rank == 1 else None
 
 
+def print_much_and_fail(rank: Rank) -> None:
+    sys.stdout.write(("x" * 99 + "\n") * 100_000 + "the end\n")
+    raise ValueError
+
+
 class LoadsNowhere:
     """Pickles, and says no when it is loaded."""
 

@@ -181,6 +181,13 @@ def test_what_a_rank_printed_is_in_the_report() -> None:
     assert "captured stdout of rank 1:\nrank 1 was here" in str(failure)
 
 
+def test_of_a_rank_that_printed_very_much_the_end_is_kept_and_the_cut_told() -> None:
+    failure = failure_of(bodies.print_much_and_fail)
+    assert failure.outcomes[0].stdout.startswith("[... 9.0 MB before this]\nxxx")
+    assert failure.outcomes[0].stdout.endswith("x\nthe end\n")
+    assert len(failure.outcomes[0].stdout) < 1.1 * 2**20
+
+
 def test_ctrl_c_ends_the_world() -> None:
     world = spawn(Topology(tp=2))
     pids = world.run(bodies.process_id)

@@ -90,3 +90,10 @@ Stack (most recent call last):
         RankOutcome(2, "stopped", traceback=reporting.replace("pytest_plugin/rank_failure", "world/failure")),
     )
     assert failure_text(outcomes, first=0, timeout=60).endswith("rank 1: was raising, too\nrank 2: was raising, too")
+
+
+def test_output_that_was_not_kept_whole() -> None:
+    printed = "[... 9.1 MB before this]\n" + "".join(f"{number}\n" for number in range(102))
+    outcomes = (RankOutcome(0, "died", exit_code=3, stdout=printed),)
+    text = failure_text(outcomes, first=0, timeout=60)
+    assert "\ncaptured stdout of rank 0:\n[... 9.1 MB before this]\n... (2 lines more)\n2\n3\n" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from tpcheck.errors import RankOutcome
+from tpcheck.world.output import is_announcement
 
 _LINES_OF_CULPRIT = 100
 _LINES_OF_OTHERS = 15
@@ -107,6 +108,7 @@ def _captured(outcome: RankOutcome, num_lines: int) -> list[str]:
 
 def _last(text: str, num_lines: int) -> str:
     lines = text.rstrip().splitlines()
+    cut = [lines.pop(0)] if is_announcement(lines[0]) else []
     if len(lines) <= num_lines:
-        return "\n".join(lines)
-    return "\n".join([f"... ({len(lines) - num_lines} lines more)", *lines[-num_lines:]])
+        return "\n".join([*cut, *lines])
+    return "\n".join([*cut, f"... ({len(lines) - num_lines} lines more)", *lines[-num_lines:]])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import sys
 import tempfile
 from typing import IO
 
 _LONGEST = 1 << 20  # of a rank that never stops printing, the last part is enough
+_ANNOUNCEMENT = re.compile(r"\[\.\.\. [\d.]+ MB before this\]")
 
 
 class Output:
@@ -57,6 +60,11 @@ class Output:
             file.close()
 
 
+def is_announcement(line: str) -> bool:
+    """Tell whether this line says that what came before it was not kept."""
+    return _ANNOUNCEMENT.fullmatch(line) is not None
+
+
 def _own_descriptors() -> list[int]:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # else the ranks' lines overtake those written before
@@ -67,4 +75,6 @@ def _tail(file: IO[bytes]) -> str:
     size = os.fstat(file.fileno()).st_size
     if not size:
         return ""
-    return os.pread(file.fileno(), _LONGEST, max(0, size - _LONGEST)).decode(errors="replace")
+    before = max(0, size - _LONGEST)
+    text = os.pread(file.fileno(), _LONGEST, before).decode(errors="replace")
+    return f"[... {math.ceil(before / 1e5) / 10} MB before this]\n{text}" if before else text
