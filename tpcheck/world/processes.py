@@ -22,7 +22,7 @@ from tpcheck.world.pickling import loads, loads_or_none
 
 # After a first failure the others get this long to report theirs. More where all that is known so far is that
 # connections broke: what broke them is still to come.
-_GRACE_S = 0.1
+_GRACE_S = 0.2
 _GRACE_FOR_CULPRIT_S = 0.25
 _STACKS_LIMIT_S = 0.15
 _STACKS_QUIET_S = 0.01
