@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
+from functools import cached_property
 from pathlib import PurePath
 from typing import Any
 from uuid import UUID
@@ -56,25 +57,32 @@ def entries(batch: Any) -> list[Entry]:
     return list(_entries(batch, "", 0))
 
 
-def start_leaves(found: Sequence[Entry]) -> Callable[[], tuple[Leaf, ...]]:
-    """Begin to digest the entries, and return what waits for that; see `start_digests`."""
-    finish = start_digests([entry.tensor for entry in found if entry.tensor is not None])
+class Digests:
+    """The digests of entries, under way from the moment this is made; see `start_digests`."""
 
-    def leaves() -> tuple[Leaf, ...]:
-        of_tensors = iter(finish())
+    def __init__(self, found: Sequence[Entry]) -> None:
+        self._found = found
+        self._finish = start_digests([entry.tensor for entry in found if entry.tensor is not None])
+
+    @cached_property
+    def token(self) -> bytes:
+        """Their `token`; no leaf is made for it."""
+        return _token(zip(self._found, self._digests, strict=True))
+
+    @cached_property
+    def leaves(self) -> tuple[Leaf, ...]:
         return tuple(
-            Leaf(
-                entry.path,
-                entry.kind,
-                entry.dtype,
-                entry.shape,
-                entry.device,
-                next(of_tensors) if entry.tensor is not None else xxhash.xxh3_128_hexdigest(entry.text),
-            )
-            for entry in found
+            Leaf(entry.path, entry.kind, entry.dtype, entry.shape, entry.device, digest)
+            for entry, digest in zip(self._found, self._digests, strict=True)
         )
 
-    return leaves
+    @cached_property
+    def _digests(self) -> list[str]:
+        of_tensors = iter(self._finish())
+        return [
+            next(of_tensors) if entry.tensor is not None else xxhash.xxh3_128_hexdigest(entry.text)
+            for entry in self._found
+        ]
 
 
 def leaves_of(batch: Any) -> tuple[Leaf, ...]:
@@ -84,20 +92,32 @@ def leaves_of(batch: Any) -> tuple[Leaf, ...]:
         >>> [(leaf.path, leaf.dtype, leaf.shape) for leaf in leaves_of({"ids": torch.zeros(2, 3), "text": ["a"]})]
         [('', 'dict', (2,)), ('ids', 'torch.float32', (2, 3)), ('text', 'list', (1,)), ('text.0', 'str', ())]
     """
-    return start_leaves(entries(batch))()
+    return Digests(entries(batch)).leaves
 
 
 def token(leaves: Iterable[Leaf]) -> bytes:
     """Return 16 bytes that tell batches apart; the order of keys and the index of a device make no difference."""
-    state = xxhash.xxh3_128()
-    for leaf in sorted(leaves, key=lambda leaf: leaf.path):
-        device = leaf.device.partition(":")[0]
-        state.update(f"{leaf.path}\0{leaf.kind}\0{leaf.dtype}\0{leaf.shape}\0{device}\0{leaf.digest}\0".encode())
-    return state.digest()
+    return _token((leaf, leaf.digest) for leaf in leaves)
+
+
+def _token(digested: Iterable[tuple[Leaf | Entry, str]]) -> bytes:
+    told = [
+        f"{leaf.path}\0{leaf.kind}\0{leaf.dtype}\0{leaf.shape}\0{leaf.device.partition(':')[0]}\0{digest}\0"
+        for leaf, digest in sorted(digested, key=_path)
+    ]
+    return xxhash.xxh3_128_digest("".join(told).encode())
+
+
+def _path(digested: tuple[Leaf | Entry, str]) -> str:
+    return digested[0].path
 
 
 def _entries(value: Any, path: str, depth: int) -> Iterator[Entry]:
-    if isinstance(value, torch.Tensor):
+    if type(value) is dict and depth < _DEEPEST:  # most of what batches are made of: spares it all other questions
+        yield Entry(path, "value", "dict", (len(value),))
+        for key, child in value.items():
+            yield from _entries(child, _join(path, key if isinstance(key, str) else f"[{key!r}]"), depth + 1)
+    elif isinstance(value, torch.Tensor):
         yield from _of_tensor(value, path)
     elif _is_array(value):
         yield from _of_array(value, path, depth)
@@ -139,7 +159,9 @@ def _children(value: Any) -> list[tuple[str, Any]] | None:
 
 
 def _of_tensor(tensor: torch.Tensor, path: str) -> Iterator[Entry]:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor
+    local = (
+        tensor if type(tensor) is torch.Tensor or not hasattr(tensor, "to_local") else tensor.to_local()
+    )  # a DTensor
     parts = _strided_parts(local)
     if parts is None:
         yield Entry(path, "tensor", str(local.dtype), tuple(local.shape), str(local.device), tensor=local)
@@ -157,6 +179,8 @@ def _strided_parts(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
         if tensor.layout == torch.jagged:
             return {"values": tensor.values(), "offsets": tensor.offsets()}  # type: ignore[attr-defined]
         return {str(index): part for index, part in enumerate(tensor.unbind())}
+    if tensor.layout == torch.strided and not tensor.is_quantized:
+        return None
     if tensor.layout == torch.sparse_coo:
         whole = tensor.coalesce()
         return {"indices": whole.indices(), "values": whole.values()}

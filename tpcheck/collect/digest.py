@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import xxhash
@@ -25,7 +27,7 @@ def start_digests(tensors: Sequence[torch.Tensor]) -> Callable[[], list[str]]:
     sums = [None if tensor.device.type in ("cpu", "meta") else _sums(tensor) for tensor in tensors]
     heads = [f"{tensor.dtype} {tuple(tensor.shape)}".encode() for tensor in tensors]
     done = [
-        _hashed(head, b"" if tensor.is_meta else flat_bytes(tensor).numpy().data) if own is None else None
+        _hashed(head, _in_memory(tensor)) if own is None else None
         for head, tensor, own in zip(heads, tensors, sums, strict=True)
     ]
     fetch = _fetch([own for own in sums if own is not None])
@@ -96,7 +98,16 @@ def _fetch(sums: Sequence[torch.Tensor]) -> Callable[[], list[bytes]]:
     return finish
 
 
-def _hashed(head: bytes, data: bytes | memoryview) -> str:
+def _in_memory(tensor: torch.Tensor) -> Any:
+    """Return a buffer of what `flat_bytes` returns, for a tensor on the CPU; nothing for one that has no memory."""
+    if tensor.is_meta:
+        return b""
+    if type(tensor) is not torch.Tensor or not tensor.is_contiguous() or tensor.is_neg() or tensor.is_conj():
+        return flat_bytes(tensor).numpy().data
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.numel() else b""
+
+
+def _hashed(head: bytes, data: Any) -> str:
     state = xxhash.xxh3_128(head)
     state.update(data)
     return state.hexdigest()

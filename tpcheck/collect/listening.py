@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from tpcheck.collect.rng import moved, rng_digests
+from tpcheck.collect.rng import States, moved, rng_digests, rng_states
 from tpcheck.collect.worker_reports import WorkerReports
+
+_KEPT = 16  # batches given out whose states are kept whole, 10 kB each; of those that run further ahead, digests
 
 
 @dataclass(slots=True)
@@ -20,7 +23,7 @@ class Made:
         indices: Sample indices, where the sampler gives them.
         rng: Digest of each generator's state before the first sample was read, by name; those of the worker that made
             the batch are named `worker3.python` and so on.
-        drew: Names of the generators whose state moved until the batch was whole.
+        drawn: Returns the names of the generators whose state moved until the batch was whole.
         sampler_rng: States before the sampler drew its order, at the start of the epoch.
         sampler_drew: Generators that moved inside the sampler since then.
         worker_seed: Seed that torch gave to the worker that made the batch.
@@ -30,13 +33,17 @@ class Made:
 
     number: int
     indices: tuple[Any, ...] | None = None
-    rng: dict[str, str] = field(default_factory=dict)
-    drew: tuple[str, ...] = ()
-    sampler_rng: dict[str, str] = field(default_factory=dict)
+    rng: States = field(default_factory=States)
+    drawn: Callable[[], tuple[str, ...]] = tuple
+    sampler_rng: States = field(default_factory=States)
     sampler_drew: tuple[str, ...] = ()
     worker_seed: int | None = None
     whole: bool = False
     exact: bool = True
+
+    @property
+    def drew(self) -> tuple[str, ...]:
+        return self.drawn()
 
 
 class Log:
@@ -55,12 +62,12 @@ class Log:
         if self._persistent is not None:
             self._persistent.new_epoch()
 
-    def give(self, indices: Any, sampler_rng: dict[str, str], sampler_drew: tuple[str, ...]) -> None:
+    def give(self, indices: Any, sampler_rng: States, sampler_drew: tuple[str, ...]) -> None:
         listed = tuple(indices) if isinstance(indices, (list, tuple)) else (indices,)
         made = Made(
             self._given,
             indices=None if not listed or listed[0] is None else listed,  # an IterableDataset is asked for None
-            rng=rng_digests(dataset=self.dataset),
+            rng=self._states(),
             sampler_rng=sampler_rng,
             sampler_drew=sampler_drew,
         )
@@ -72,7 +79,12 @@ class Log:
         """The batch given last is whole; called in this process, so by a loader without workers."""
         if self._latest is not None:
             self._latest.whole = True
-            self._latest.drew = moved(self._latest.rng, rng_digests(dataset=self.dataset))
+            self._latest.drawn = partial(moved, self._latest.rng, self._states())
+
+    def _states(self) -> States:
+        if len(self.pending) < _KEPT:
+            return rng_states(dataset=self.dataset)
+        return States(rng_digests(dataset=self.dataset))
 
 
 class Listened:
@@ -110,12 +122,12 @@ class _ListenedIterator:
 
     def __init__(self, sampler: Any, log: Log) -> None:
         self._log = log
-        self._rng = rng_digests(sampler=sampler)
+        self._rng = rng_states(sampler=sampler)
         self._sampler = sampler
         self._drew: frozenset[str] = frozenset()
         self._inner = iter(sampler)
         self._started = False
-        self._drew = frozenset(moved(self._rng, rng_digests(sampler=sampler)))
+        self._drew = frozenset(moved(self._rng, rng_states(sampler=sampler)))
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -123,12 +135,12 @@ class _ListenedIterator:
     def __next__(self) -> Any:
         if not self._started:
             self._log.start()
-        before = rng_digests(sampler=self._sampler)
+        before = rng_states(sampler=self._sampler)
         if not self._started and not self._drew:
             self._rng = before
         self._started = True
         indices = next(self._inner)
-        self._drew |= frozenset(moved(before, rng_digests(sampler=self._sampler)))
+        self._drew |= frozenset(moved(before, rng_states(sampler=self._sampler)))
         self._log.give(indices, self._rng, tuple(sorted(self._drew)))
         return indices
 

@@ -61,7 +61,7 @@ def made_facts(made: Made) -> dict[str, Any]:
         few = len(made.indices) <= _MOST_INDICES
         facts["indices" if few else "indices_digest"] = made.indices if few else _digest(map(repr, made.indices))
         facts["indices_sorted"] = _digest(sorted(map(repr, made.indices)))
-        facts["sampler_drew"], facts["sampler_rng"] = made.sampler_drew, made.sampler_rng
+        facts["sampler_drew"], facts["sampler_rng"] = made.sampler_drew, dict(made.sampler_rng)
     if made.worker_seed is not None:
         facts["worker_seed"] = made.worker_seed
     return facts

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from tpcheck.collect.listening import Listened, Log, Made
-from tpcheck.collect.rng import moved, rng_digests
+from tpcheck.collect.rng import States, moved, rng_states
 from tpcheck.collect.unwrap import torch_loader
 from tpcheck.collect.worker_reports import Collate, Reporter, WorkerInit, WorkerReports
 
@@ -24,8 +26,7 @@ class Observation:
         self._loader = torch_loader(loader)
         self._number = 0
         self._beyond = self._loader is None or not _is_of_libraries(loader)
-        self._before: dict[str, str] = {}
-        self._torch_before: torch.Tensor | None = None
+        self._before = States()
         self._reports = WorkerReports() if self._loader is not None and self._loader.num_workers else None
         self._log = Log(self._reports if self._loader is not None and self._loader.persistent_workers else None)
         self._originals = self._install(self._loader) if self._loader is not None else {}
@@ -34,8 +35,7 @@ class Observation:
         """Note the states of this process's generators; call it before a batch is asked for."""
         if not self._beyond:
             return  # the loader's own hooks see all of it
-        self._before = rng_digests()
-        self._torch_before = torch.default_generator.get_state() if not self._number else None
+        self._before = rng_states()
 
     def made(self) -> Made:
         """Return how the batch that has just arrived was made."""
@@ -46,20 +46,17 @@ class Observation:
             if self._reports is not None:
                 self._add_worker(made, self._reports)
             if self._beyond:
-                made.drew += tuple(set(self._drawn_here()) - {*made.drew, *made.sampler_drew})
+                made.drawn = partial(_together, made.drawn, self._drawn_here(), frozenset(made.sampler_drew))
                 made.rng = self._before | made.rng
             self._number = made.number + 1
             return made
-        made = Made(self._number, rng=self._before, drew=self._drawn_here(), exact=False)
+        made = Made(self._number, rng=self._before, drawn=self._drawn_here(), exact=False)
         self._number += 1
         return made
 
-    def _drawn_here(self) -> tuple[str, ...]:
-        """Return what this process drew from since the batch was asked for, the seeds of a starting loader aside."""
-        drew = moved(self._before, rng_digests())
-        if self._torch_before is not None and "torch" in drew and _only_seeds_drawn(self._torch_before):
-            return tuple(name for name in drew if name != "torch")
-        return drew
+    def _drawn_here(self) -> Callable[[], tuple[str, ...]]:
+        """Return what tells what this process has drawn from since the batch was asked for."""
+        return partial(_drawn_between, self._before, rng_states(), starts=not self._number)
 
     def remove(self) -> None:
         """Give the loader its own functions and sampler back."""
@@ -94,7 +91,7 @@ class Observation:
         if bracket is not None:
             before, after, made.worker_seed = bracket
             made.rng |= {f"worker{worker}.{name}": digest for name, digest in before.items()}
-            made.drew = tuple(f"worker{worker}.{name}" for name in moved(before, after))
+            made.drawn = partial(tuple, [f"worker{worker}.{name}" for name in moved(before, after)])
 
 
 def observe_workers(loader: Any) -> Observation:
@@ -112,13 +109,29 @@ def _is_of_libraries(loader: Any) -> bool:
     return module.partition(".")[0] in ("torch", "accelerate")
 
 
-def _only_seeds_drawn(before: torch.Tensor) -> bool:
+def _together(
+    first: Callable[[], tuple[str, ...]], second: Callable[[], tuple[str, ...]], sampler_drew: frozenset[str]
+) -> tuple[str, ...]:
+    drew = first()
+    return drew + tuple(set(second()) - {*drew, *sampler_drew})
+
+
+def _drawn_between(before: States, after: States, *, starts: bool) -> tuple[str, ...]:
+    """Return what was drawn from, the seeds of a starting loader aside."""
+    drew = moved(before, after)
+    if starts and "torch" in drew and _only_seeds_drawn(before.bits("torch"), after.bits("torch")):
+        return tuple(name for name in drew if name != "torch")
+    return drew
+
+
+def _only_seeds_drawn(before: bytes | None, after: bytes | None) -> bool:
     """Tell whether torch's generator moved by no more than a RandomSampler's seed and an iterator's base seed."""
+    if before is None:
+        return False
     replay = torch.Generator()
-    replay.set_state(before)
-    now = torch.default_generator.get_state()
+    replay.set_state(torch.frombuffer(bytearray(before), dtype=torch.uint8))
     for _ in range(2):
         torch.empty((), dtype=torch.int64).random_(generator=replay)
-        if torch.equal(replay.get_state(), now):
+        if replay.get_state().numpy().tobytes() == after:
             return True
     return False

@@ -4,26 +4,52 @@ from __future__ import annotations
 
 import ctypes
 import random
+import struct
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import torch
 import xxhash
 
-_MersenneTwister = ctypes.c_uint32 * 625  # mt19937.h of NumPy: uint32_t key[624]; int pos
+_WORDS = 625  # of a Mersenne Twister: NumPy's mt19937.h has key[624] and pos, CPython's _randommodule.c the index first
 _MOST_ATTRIBUTES = 64  # of one object; a dataset that keeps its samples in its attributes is not searched through
 
 
+class States(Mapping[str, str]):
+    """Digests of generators' states, by name; the states are kept as they are until a digest is asked for."""
+
+    __slots__ = ("_raw",)
+
+    def __init__(self, raw: Mapping[str, Any] | None = None) -> None:
+        self._raw = dict(raw or {})  # a digest, the words of a Mersenne Twister, or a tensor
+
+    def __getitem__(self, name: str) -> str:
+        raw = self._raw[name]
+        return raw if isinstance(raw, str) else xxhash.xxh3_64_hexdigest(_bits(raw))
+
+    def __contains__(self, name: object) -> bool:  # Mapping's would make the digest
+        return name in self._raw
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._raw)
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+    def __or__(self, other: Mapping[str, str]) -> States:
+        return States(self._raw | (other._raw if isinstance(other, States) else dict(other)))
+
+    def bits(self, name: str) -> bytes | None:
+        """Return a state itself, None where only its digest is kept."""
+        raw = self._raw.get(name)
+        return None if raw is None or isinstance(raw, str) else _bits(raw)
+
+
 def rng_digests(**owners: Any) -> dict[str, str]:
-    """Return a digest of each generator's state, by name: `python`, `numpy`, `torch`, and `cuda` where it is in use.
-
-    Takes about 10 microseconds and changes no state. NumPy is looked at only where it is imported.
-
-    Args:
-        owners: Objects that may hold generators of their own, such as a dataset. One found in `dataset.transform.rng`
-            is named `numpy:dataset.transform.rng`.
+    """Return a digest of each generator's state, by name, as `rng_states` does.
 
     Example:
         >>> before = rng_digests()
@@ -31,38 +57,80 @@ def rng_digests(**owners: Any) -> dict[str, str]:
         >>> sorted(moved(before, rng_digests()))
         ['python']
     """
-    digests = {"python": _of_python(random.getstate()), "torch": _of_tensor(torch.default_generator.get_state())}
+    return dict(rng_states(**owners))
+
+
+def rng_states(**owners: Any) -> States:
+    """Return each generator's state, by name: `python`, `numpy`, `torch`, and `cuda` where it is in use.
+
+    Takes about 3 microseconds and changes no state. NumPy is looked at only where it is imported.
+
+    Args:
+        owners: Objects that may hold generators of their own, such as a dataset. One found in `dataset.transform.rng`
+            is named `numpy:dataset.transform.rng`.
+    """
+    raw: dict[str, Any] = {"python": _of_global_python(), "torch": torch.default_generator.get_state()}
     if "numpy.random" in sys.modules:
-        digests["numpy"] = _of_global_numpy(sys.modules["numpy.random"])
+        raw["numpy"] = _of_global_numpy(sys.modules["numpy.random"])
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         with suppress(RuntimeError):  # while a CUDA graph is captured, nobody may ask
-            digests["cuda"] = _of_tensor(torch.cuda.get_rng_state())
-    for path, generator in _own_generators(owners):
-        kind, digest = _of_generator(generator)
-        digests[f"{kind}:{path}"] = digest
-    return digests
+            raw["cuda"] = torch.cuda.get_rng_state()
+    if owners:
+        for path, generator in _own_generators(owners):
+            kind, digest = _of_generator(generator)
+            raw[f"{kind}:{path}"] = digest
+    return States(raw)
 
 
 def moved(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[str, ...]:
     """Return the names of the generators that were drawn from (or seeded) in between."""
-    return tuple(name for name, digest in after.items() if before.get(name, digest) != digest)
+    return tuple(name for name in after if name in before and not _same(before, after, name))
 
 
-def _of_python(state: Any) -> str:
+def _same(before: Mapping[str, str], after: Mapping[str, str], name: str) -> bool:
+    if isinstance(before, States) and isinstance(after, States):
+        one, other = before.bits(name), after.bits(name)
+        if one is not None and other is not None:
+            return one == other
+    return before[name] == after[name]
+
+
+def _bits(raw: bytes | torch.Tensor) -> bytes:
+    return raw if isinstance(raw, bytes) else raw.numpy().tobytes()
+
+
+def _of_global_python() -> bytes:
+    """Return the words of the generator behind `random.random`, and the normal number that it holds in reserve."""
+    own = getattr(random.getstate, "__self__", None)
+    if type(own) is not random.Random or not _lies_in_place(own):
+        return _of_python(random.getstate())
+    words = ctypes.string_at(id(own) + object.__basicsize__, 4 * _WORDS)
+    return words if own.gauss_next is None else words + repr(own.gauss_next).encode()  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=1)
+def _lies_in_place(own: random.Random) -> bool:
+    """Tell whether the words are where CPython's struct has them: `getstate` makes 625 integers of them every time."""
+    if sys.implementation.name != "cpython" or random.Random.__basicsize__ < object.__basicsize__ + 4 * _WORDS:
+        return False
+    words = ctypes.string_at(id(own) + object.__basicsize__, 4 * _WORDS)
+    return words == _of_python((None, own.getstate()[1], None))
+
+
+def _of_python(state: Any) -> bytes:
     _, words, gauss = state
-    # The hash of integers is the same in every process; that of None is not before Python 3.12.
-    return f"{hash(words) & (1 << 64) - 1:016x}" + (f"{gauss}" if gauss is not None else "")
+    return struct.pack(f"={_WORDS}I", words[-1], *words[:-1]) + (b"" if gauss is None else repr(gauss).encode())
 
 
-def _of_global_numpy(numpy_random: Any) -> str:
-    """Return a digest of the words of NumPy's Mersenne Twister, read in place: copying them takes 10 times longer.
+def _of_global_numpy(numpy_random: Any) -> bytes | str:
+    """Return the words of NumPy's Mersenne Twister, read in place: asking for them takes 10 times longer.
 
     A second normal number that it holds in reserve is left out.
     """
     generator: Any = getattr(numpy_random, "get_bit_generator", lambda: None)()  # since NumPy 1.24
     if type(generator).__name__ != "MT19937":
         return _of_numpy(numpy_random.get_state(legacy=False))
-    return xxhash.xxh3_64_hexdigest(_MersenneTwister.from_address(generator.ctypes.state_address))
+    return ctypes.string_at(generator.ctypes.state_address, 4 * _WORDS)
 
 
 def _of_numpy(state: Any) -> str:
@@ -89,7 +157,7 @@ def _of_generator(generator: Any) -> tuple[str, str]:
     if isinstance(generator, torch.Generator):
         return ("cuda" if generator.device.type == "cuda" else "torch"), _of_tensor(generator.get_state())
     if isinstance(generator, random.Random):
-        return "python", _of_python(generator.getstate())
+        return "python", xxhash.xxh3_64_hexdigest(_of_python(generator.getstate()))
     if hasattr(generator, "bit_generator"):
         return "numpy", _of_numpy(generator.bit_generator.state)
     return "numpy", _of_numpy(generator.get_state(legacy=False))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tpcheck.collect.batch import Entry, entries, start_leaves, token
+from tpcheck.collect.batch import Digests, Entry, entries
 from tpcheck.collect.rows import sampled_rows
 from tpcheck.records.batch import BatchFacts, Leaf
 
@@ -83,11 +83,11 @@ class Part:
         self._origin = origin or Origin()
         self.entries: list[Entry] = entries(batch) if status is Status.BATCH else []
         self._rows = sampled_rows(self.entries) if with_rows else None
-        self._leaves = start_leaves(self.entries)
+        self._digests = Digests(self.entries)
 
-    @cached_property
+    @property
     def leaves(self) -> tuple[Leaf, ...]:
-        return self._leaves()
+        return self._digests.leaves
 
     @cached_property
     def rows(self) -> bytes | None:
@@ -97,7 +97,7 @@ class Part:
         """Return the constant number of bytes that travels at every step."""
         rows = self.rows
         status = self.status if status is None else status
-        return _TOKEN.pack(token(self.leaves), rows or b"", self.count, status, rows is not None)
+        return _TOKEN.pack(self._digests.token, rows or b"", self.count, status, rows is not None)
 
     def facts(self) -> BatchFacts:
         """Return what travels when something is wrong."""
@@ -105,7 +105,7 @@ class Part:
             self.step,
             ended=self.status in (Status.ENDED, Status.LEFT),
             leaves=self.leaves,
-            rng=self._origin.rng,
+            rng=dict(self._origin.rng),
             loader=self._origin.loader(),
         )
 

@@ -162,15 +162,16 @@ def _filled(
 def _part(connection: socket.socket, size: int) -> bytes | None:
     """Return what has arrived, nothing at the end, None where nothing came in time."""
     for _ in range(_LOOKS):
-        try:
-            return connection.recv(size)
-        except BlockingIOError:
-            os.sched_yield()
-        except ConnectionError:
-            return b""
+        if (part := _arrived(connection, size)) is not None:
+            return part
+        os.sched_yield()
     poller = poll()
     poller.register(connection, POLLIN)
     poller.poll(1000 * _POLL)
+    return _arrived(connection, size)
+
+
+def _arrived(connection: socket.socket, size: int) -> bytes | None:
     try:
         return connection.recv(size)
     except BlockingIOError:
