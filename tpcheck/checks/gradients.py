@@ -8,8 +8,7 @@ from tpcheck.checks.activations import ComparedActivations, compare_activations
 from tpcheck.checks.localise import first_divergences, scope_of
 from tpcheck.checks.outcome import CheckOutcome, named_few
 from tpcheck.checks.outputs import activation_suspect
-from tpcheck.checks.parameters import ComparedParameter, compare_parameters
-from tpcheck.checks.suspects import tensor_suspect
+from tpcheck.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.compare import own_rounding
 from tpcheck.records import Evidence, Suspect
 
@@ -22,7 +21,6 @@ def gradients_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     Each gradient that is wrong although its module was given the right inputs and output gradients is a finding of
     its own; those that are wrong in consequence are named in the first finding.
     """
-    forward = compare_activations(evidence, step, "forward")
     backward = compare_activations(evidence, step, "backward")
     parameters, missed = compare_parameters(
         evidence,
@@ -32,20 +30,21 @@ def gradients_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     )
     margins = {**backward.margins(), **{name: one.found.margin for name, one in parameters.items()}}
     wrong = [one for one in parameters.values() if not one.found.agrees]
-    suspects = _roots(evidence, step, forward, backward, wrong) or _consequences(evidence, step, backward, wrong)
+    suspects = _roots(evidence, step, backward, wrong) or _consequences(evidence, step, wrong)
     return CheckOutcome(margins, tuple(suspects), {**backward.missed, **missed})
 
 
 def _roots(
     evidence: Evidence,
     step: int,
-    forward: ComparedActivations,
     backward: ComparedActivations,
     wrong: list[ComparedParameter],
 ) -> list[Suspect]:
-    if forward.wrong():
-        return []  # a wrong forward pass makes every gradient wrong
     wrong_activations = {one.key for one in backward.wrong()}
+    if not wrong and not wrong_activations:
+        return []
+    if compare_activations(evidence, step, "forward").wrong():
+        return []  # a wrong forward pass makes every gradient wrong
     fed_wrongly = {key.module for key in wrong_activations if key.role == "output"}
     own = [one for one in wrong if one.module not in fed_wrongly]
     rest = [one.name for one in wrong if one.module in fed_wrongly]
@@ -62,9 +61,7 @@ def _roots(
     return suspects
 
 
-def _consequences(
-    evidence: Evidence, step: int, backward: ComparedActivations, wrong: list[ComparedParameter]
-) -> list[Suspect]:
+def _consequences(evidence: Evidence, step: int, wrong: list[ComparedParameter]) -> list[Suspect]:
     """Return one finding where gradients are wrong because something before them was."""
     if not wrong:
         return []
@@ -77,15 +74,5 @@ def _parameter_suspect(evidence: Evidence, step: int, one: ComparedParameter, de
     missing = [tp_rank for tp_rank, part in enumerate(evidence.candidate[step]) if part.gradients.get(one.name) is None]
     if missing:
         details = {**details, "missing_on_ranks": evidence.ranks(tuple(missing))}
-    return tensor_suspect(
-        evidence,
-        one.found,
-        check=_CHECK,
-        kind="gradient",
-        where={"phase": "backward", "step": step, "module": one.module, "parameter": one.name},
-        expected=one.expected,
-        parts=one.parts,
-        expected_parts=one.expected_parts,
-        replicated=evidence.layouts[one.name].is_replicated,
-        details=details,
-    )
+    where = {"phase": "backward", "step": step}
+    return parameter_suspect(evidence, one, check=_CHECK, kind="gradient", where=where, details=details)

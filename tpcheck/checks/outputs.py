@@ -50,7 +50,6 @@ def activation_suspect(
         parts=one.placed.parts,
         expected_parts=[one.placed.expected_part(one.expected, tp) for tp in range(len(one.placed.parts))],
         replicated=one.placed.is_replicated,
-        fused=one.placed.is_fused,
         details=details,
     )
 

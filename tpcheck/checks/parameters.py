@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tpcheck.checks.suspects import tensor_suspect
 from tpcheck.compare import Difference, compare_parameter
-from tpcheck.records import Evidence
+from tpcheck.records import Evidence, Suspect
+from tpcheck.records.suspect import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,30 @@ class ComparedParameter:
     def module(self) -> str:
         """Name of the module that owns the parameter."""
         return self.name.rpartition(".")[0]
+
+
+def parameter_suspect(
+    evidence: Evidence,
+    one: ComparedParameter,
+    *,
+    check: str,
+    kind: Kind,
+    where: Mapping[str, Any],
+    details: Mapping[str, Any],
+) -> Suspect:
+    """Return the suspect for one parameter's tensor; `where` says when, beside the parameter and its module."""
+    return tensor_suspect(
+        evidence,
+        one.found,
+        check=check,
+        kind=kind,
+        where={**where, "module": one.module, "parameter": one.name},
+        expected=one.expected,
+        parts=one.parts,
+        expected_parts=one.expected_parts,
+        replicated=evidence.layouts[one.name].is_replicated,
+        details=details,
+    )
 
 
 def compare_parameters(

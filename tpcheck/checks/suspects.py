@@ -21,7 +21,6 @@ def tensor_suspect(
     parts: Sequence[Any],
     expected_parts: Sequence[Any],
     replicated: bool,
-    fused: bool = False,
     details: Mapping[str, Any] | None = None,
 ) -> Suspect:
     """Return the suspect for a calibrated or exact comparison of one tensor.
@@ -48,7 +47,6 @@ def tensor_suspect(
         parts=tuple(parts),
         expected_parts=tuple(expected_parts),
         replicated=replicated,
-        fused=fused,
         allowed_error=found.allowed,
         num_replicas=evidence.topology.dp,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tpcheck.checks.buffers import ComparedBuffer, compare_buffers
 from tpcheck.checks.outcome import CheckOutcome, named_few
-from tpcheck.checks.parameters import compare_parameters
+from tpcheck.checks.parameters import compare_parameters, parameter_suspect
 from tpcheck.checks.suspects import tensor_suspect
 from tpcheck.compare import spacing
 from tpcheck.records import Evidence, Suspect
@@ -24,16 +24,12 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         missed[name] = "it has no gradient, and optimizers may decay such a weight or leave it"
     wrong = sorted((one for one in compared.values() if not one.found.agrees), key=lambda one: -one.found.margin)
     suspects = [
-        tensor_suspect(
+        parameter_suspect(
             evidence,
-            first.found,
+            first,
             check="updates_match_reference",
             kind="update",
-            where={"phase": "update", "step": step, "module": first.module, "parameter": first.name},
-            expected=first.expected,
-            parts=first.parts,
-            expected_parts=first.expected_parts,
-            replicated=evidence.layouts[first.name].is_replicated,
+            where={"phase": "update", "step": step},
             details={"first_of": len(wrong), "also": named_few(one.name for one in wrong[1:])},
         )
         for first in wrong[:1]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from tpcheck.checks.outcome import CheckOutcome, named_few
-from tpcheck.checks.parameters import compare_parameters
-from tpcheck.checks.suspects import tensor_suspect
+from tpcheck.checks.parameters import compare_parameters, parameter_suspect
 from tpcheck.records import Evidence
 
 
@@ -13,16 +12,12 @@ def weights_match_reference(evidence: Evidence) -> CheckOutcome:
     compared, missed = compare_parameters(evidence, evidence.initial, evidence.initial_parts, lambda name, whole: 0.0)
     wrong = [one for one in compared.values() if not one.found.agrees]
     suspects = [
-        tensor_suspect(
+        parameter_suspect(
             evidence,
-            first.found,
+            first,
             check="weights_match_reference",
             kind="weight",
-            where={"phase": "start", "module": first.module, "parameter": first.name},
-            expected=first.expected,
-            parts=first.parts,
-            expected_parts=first.expected_parts,
-            replicated=evidence.layouts[first.name].is_replicated,
+            where={"phase": "start"},
             details={"first_of": len(wrong), "also": named_few(one.name for one in wrong[1:])},
         )
         for first in wrong[:1]

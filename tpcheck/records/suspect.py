@@ -22,7 +22,6 @@ class Suspect:
         parts: Each rank's part, by tp_rank.
         expected_parts: What each rank's part should be, by tp_rank; empty where that cannot be said.
         replicated: Whether every rank should hold the whole tensor.
-        fused: Whether the tensor is cut block by block and only read in another order afterwards.
         allowed_error: Largest absolute Frobenius error that passes.
         num_replicas: How many data-parallel replicas there are.
     """
@@ -37,6 +36,5 @@ class Suspect:
     parts: tuple[Tensor, ...] = ()
     expected_parts: tuple[Tensor, ...] = ()
     replicated: bool = False
-    fused: bool = False
     allowed_error: float = 0.0
     num_replicas: int = 1
