@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 _POLL = timedelta(seconds=0.3)  # how soon a rank that waits hears that another one has failed elsewhere
+_LATE = "late"
 _ROLL_CALL = 1.5  # seconds: five polls, so that every rank that waits has answered
 # Ranks of one group make their exchanges in the same order; the number keeps their keys in the store apart.
 _numbers: dict[tuple[int, ...], Iterator[int]] = {}
@@ -198,11 +199,15 @@ class Exchange:
     def _fail(self, error: Exception, *, gone: int | None = None) -> NoReturn:
         """Raise what happened: another rank's alarm, or who of the group does not answer a roll call."""
         self.broken = True
-        with suppress(RuntimeError):
-            self._store.set(f"here/{self._rank}", "1")
-        self._heed_all()
-        missing = self._missing() if gone is None else [gone]
         late = "timed out" in str(error).lower()
+        with suppress(RuntimeError):
+            self._store.set(f"here/{self._rank}", _LATE if late else "closed")
+        self._heed_all()
+        if gone is None:
+            missing, others_late = self._roll_call()
+            late = late or others_late  # a rank that times out first closes its connections: the others see only that
+        else:
+            missing = [gone]
         who = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing)) if missing else "a rank"
         how = f"did not come within {self._timeout:g} s" if late else "went away (the connection is closed)"
         failure = RankFailure(
@@ -213,16 +218,18 @@ class Exchange:
         self.alarm(failure)
         raise failure from error
 
-    def _missing(self) -> list[int]:
-        """Return the ranks that do not answer; none where the store cannot be asked."""
+    def _roll_call(self) -> tuple[list[int], bool]:
+        """Return the ranks that do not answer, and whether one that does has timed out; none where no store answers."""
+        missing, late = list(self.ranks), False
         with suppress(RuntimeError):
-            missing = list(self.ranks)
             deadline = time.monotonic() + _ROLL_CALL
             while missing and time.monotonic() < deadline:
-                missing = [rank for rank in missing if not self._store.check([f"here/{rank}"])]
+                here = [rank for rank in missing if self._store.check([f"here/{rank}"])]
+                late = late or any(self._store.get(f"here/{rank}").decode() == _LATE for rank in here)
+                missing = [rank for rank in missing if rank not in here]
                 time.sleep(0.02)
-            return missing
-        return []
+            return missing, late
+        return [], late
 
 
 def _waited(work: Any) -> RuntimeError | None:
