@@ -54,6 +54,10 @@ class BackendError(TpcheckError):
     """The system under test crashed: a verdict of `error`, never a mismatch."""
 
 
+class CheckpointError(TpcheckError):
+    """A checkpoint cannot be read: damaged, incomplete, hostile or of no known format. One sentence says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class RankOutcome:
     """How one rank ended.

@@ -1,7 +1,20 @@
-"""What a backend must offer, how a sharded tensor is described, and where installed backends are found."""
+"""What backends and checkpoint formats must offer, how a sharded tensor is described, and where they are found."""
 
+from tpcheck.adapters.checkpoints import Checkpoint, CheckpointFormat, Extent, ReadOptions
 from tpcheck.adapters.layout import Layout
 from tpcheck.adapters.protocols import Backend, Candidate, TrainingOptions
-from tpcheck.adapters.registry import backend_names, load_backend
+from tpcheck.adapters.registry import backend_names, checkpoint_formats, load_backend
 
-__all__ = ["Backend", "Candidate", "Layout", "TrainingOptions", "backend_names", "load_backend"]
+__all__ = [
+    "Backend",
+    "Candidate",
+    "Checkpoint",
+    "CheckpointFormat",
+    "Extent",
+    "Layout",
+    "ReadOptions",
+    "TrainingOptions",
+    "backend_names",
+    "checkpoint_formats",
+    "load_backend",
+]

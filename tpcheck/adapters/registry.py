@@ -1,18 +1,21 @@
-"""Finds backends by entry point, so that a third party's stands beside ours."""
+"""Finds backends and checkpoint formats by entry point, so that a third party's stands beside ours."""
 
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
+from tpcheck.adapters.checkpoints import CheckpointFormat
 from tpcheck.adapters.protocols import Backend
 from tpcheck.errors import TpcheckError, UsageError
 
-GROUP = "tpcheck.backends"
+BACKENDS = "tpcheck.backends"
+CHECKPOINTS = "tpcheck.checkpoints"
 
 
 def backend_names() -> tuple[str, ...]:
     """Return the names of all installed backends."""
-    return tuple(sorted(_entries()))
+    return tuple(sorted(_entries(BACKENDS)))
 
 
 def load_backend(name: str | Backend) -> Backend:
@@ -24,16 +27,31 @@ def load_backend(name: str | Backend) -> Backend:
     """
     if not isinstance(name, str):
         return name
-    entries = _entries()
+    entries = _entries(BACKENDS)
     if name not in entries:
         raise UsageError("backend", name, sorted(entries))
-    try:
-        factory = entries[name].load()
-        backend: Backend = factory()
-    except ImportError as error:
-        raise TpcheckError(f"backend {name!r} cannot be loaded: {error}") from error
+    backend: Backend = _made("backend", entries[name])
     return backend
 
 
-def _entries() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
+def checkpoint_formats() -> tuple[CheckpointFormat, ...]:
+    """Return all installed checkpoint formats, those of the highest precedence first.
+
+    Raises:
+        TpcheckError: A format needs a package that is not installed.
+    """
+    formats: list[CheckpointFormat] = [
+        _made("checkpoint format", entry) for _, entry in sorted(_entries(CHECKPOINTS).items())
+    ]
+    return tuple(sorted(formats, key=lambda one: -one.precedence))
+
+
+def _made(what: str, entry: EntryPoint) -> Any:
+    try:
+        return entry.load()()
+    except ImportError as error:
+        raise TpcheckError(f"{what} {entry.name!r} cannot be loaded: {error}") from error
+
+
+def _entries(group: str) -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=group)}

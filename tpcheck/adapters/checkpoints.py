@@ -1,0 +1,97 @@
+"""What a checkpoint format must offer; a third party's stands beside ours by entry point (`tpcheck.checkpoints`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """What the user allows a reader.
+
+    Attributes:
+        allow_pickle: Unpickle classes that are not on torch's own list, in a subprocess.
+    """
+
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A tensor's elements as they lie in a file: little-endian, row-major, without gaps.
+
+    Attributes:
+        path: The file.
+        offset: Position of the first byte.
+        nbytes: Length in bytes.
+    """
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+class Checkpoint(Protocol):
+    """The tensors of one model, each whole: what several ranks hold is put together.
+
+    Methods are called from several threads at once, for any number of names, so nothing but the tables of contents is
+    kept in memory. Each raises `CheckpointError` where the files do not hold what they say.
+    """
+
+    @property
+    def description(self) -> str:
+        """What this is, in a few words: `safetensors, 3 files`."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's `config.json`, or empty."""
+
+    @property
+    def ties(self) -> tuple[frozenset[str], ...]:
+        """Names that are one tensor in the model that was saved; only what the files or the model show."""
+
+    @property
+    def unread(self) -> Mapping[str, str]:
+        """What the source holds, or should, and cannot be read as a tensor, by name, with the reason."""
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all tensors, in the order in which they are best read."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, rows: range) -> torch.Tensor:
+        """Return consecutive indices of dim 0, on the CPU: shape (len(rows), *shape[1:]); a scalar for any rows."""
+
+    def extent(self, name: str) -> Extent | None:
+        """Return where the tensor lies in one piece, so that its bits can be read without this reader; else None."""
+
+    def require_unchanged(self) -> None:
+        """Raise `CheckpointError` if a file has changed since the checkpoint was opened."""
+
+    def close(self) -> None:
+        """Give back files, memory and temporary folders. Nothing may be called after it."""
+
+
+class CheckpointFormat(Protocol):
+    """Opens checkpoints of one format."""
+
+    name: str
+    precedence: int
+    """Where several formats recognise a source, that of the highest precedence reads it."""
+
+    def recognises(self, source: Any) -> bool:
+        """Return whether this is one of this format: a path that exists, or a live object. Looks at names alone."""
+
+    def open(self, source: Any, options: ReadOptions) -> Checkpoint:
+        """Read the table of contents.
+
+        Raises:
+            CheckpointError: The files are damaged, hostile or incomplete, in one sentence.
+        """
