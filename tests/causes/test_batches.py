@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tpcheck import Topology
+from tpcheck.causes.advice import CAUSES
 from tpcheck.causes.batches import BatchExplanation, explain_batches
 from tpcheck.records.batch import BatchFacts, Leaf
 
@@ -191,3 +193,8 @@ def test_replicas_with_some_of_the_same_samples() -> None:
 
 def test_replicas_with_samples_of_their_own_are_not_explained() -> None:
     assert the_cause(two_ranks(), "dp") is None
+
+
+def test_every_cause_is_in_the_documentation() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    assert [cause for cause in sorted(CAUSES) if f"`{cause}`" not in document] == []

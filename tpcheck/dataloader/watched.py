@@ -6,11 +6,10 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from tpcheck.collect.loader import Made, loader_facts, made_facts, observe_workers
+from tpcheck.collect.loader import Made, Observation, loader_facts, made_facts, observe_workers
 from tpcheck.errors import UsageError
 from tpcheck.topology import Topology
-from tpcheck.watching import Origin, Settings, Watcher
-from tpcheck.watching.watcher import TIMEOUT, OnMismatch
+from tpcheck.watching import OnMismatch, Origin, Watcher, chosen_settings
 
 
 def watch(
@@ -18,30 +17,33 @@ def watch(
     *,
     group: Any = None,
     topology: Topology | None = None,
-    every: int = 1,
-    on_mismatch: OnMismatch = "raise",
-    across_dp: str = "warn",
-    overlap: bool = False,
-    timeout: float = TIMEOUT,
+    every: int | None = None,
+    on_mismatch: OnMismatch | None = None,
+    across_dp: str | None = None,
+    overlap: bool | None = None,
+    timeout: float | None = None,
 ) -> WatchedLoader:
     """Return a loader that gives the same batches, and tells as soon as ranks do not get those that they should.
 
-    Every rank of the world wraps its own. Wrap after `accelerate.prepare`, which makes a new loader.
+    Every rank of the world wraps its own. Wrap after `accelerate.prepare`, which makes a new loader. What is not given
+    comes from the environment variable TPCHECK (`0` turns the comparing off; `warn` and `raise` are for `on_mismatch`),
+    then from `[tool.tpcheck]` of the nearest pyproject.toml, then from the defaults below.
 
     Args:
         loader: Any iterable of batches.
         group: A TP group: a torch ProcessGroup, or a DeviceMesh of one dim.
         topology: Sizes of the axes. Where neither is given, the groups of transformers, DeepSpeed, accelerate or
             Megatron are looked for when the first batch is asked for.
-        every: Compare every so many batches.
-        on_mismatch: What to do when a TP group's batches differ, or end at different times: `raise` on every rank,
-            `warn` once for each field, or a callable that takes the report.
-        across_dp: What to do when replicas train on the same samples: `raise`, `warn` or `ignore`.
-        overlap: Compare while the step runs, and tell one step later.
-        timeout: Seconds that ranks wait for each other at a batch. A rank that dies or raises is heard of at once.
+        every: Compare every so many batches; 1.
+        on_mismatch: What to do when a TP group's batches differ, or end at different times: `raise` on every rank
+            (the default), `warn` once for each field, or a callable that takes the report.
+        across_dp: What to do when replicas train on the same samples: `raise`, `warn` (the default) or
+            `ignore`.
+        overlap: Compare while the step runs, and tell one step later; False.
+        timeout: Seconds that ranks wait for each other at a batch; 300. A rank that dies or raises is heard of at once.
 
     Raises:
-        UsageError: An argument is wrong.
+        UsageError: An argument or a setting is wrong.
 
     Iterating raises:
         BatchMismatch: Batches differ inside a TP group; `.report` says where and why.
@@ -56,26 +58,39 @@ def watch(
     """
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
         raise UsageError("loader", type(loader).__name__, "an iterable of batches")
-    settings = Settings(group, topology, every, on_mismatch, across_dp, overlap, timeout)
-    return WatchedLoader(loader, Watcher(settings, name=f"batches of {type(loader).__name__}"))
+    settings = chosen_settings(
+        group=group,
+        topology=topology,
+        every=every,
+        on_mismatch=on_mismatch,
+        across_dp=across_dp,
+        overlap=overlap,
+        timeout=timeout,
+    )
+    name = f"batches of {type(loader).__name__}"
+    return WatchedLoader(loader, None if settings is None else Watcher(settings, name=name))
 
 
 class WatchedLoader:
     """Passes for the loader inside: its length, its attributes (`sampler`, `set_epoch`, `state_dict`) and its batches.
 
     Attributes:
-        watcher: Compares the batches; `watcher.source` says with whom.
+        watcher: Compares the batches; `watcher.source` says with whom. None where TPCHECK turns the comparing off.
     """
 
     _own = ("_loader", "_observation", "watcher")
 
-    def __init__(self, loader: Any, watcher: Watcher) -> None:
+    def __init__(self, loader: Any, watcher: Watcher | None) -> None:
         self._loader = loader
         self.watcher = watcher
-        self._observation = observe_workers(loader)
+        self._observation = None if watcher is None else observe_workers(loader)
 
     def __iter__(self) -> Iterator[Any]:
-        watcher, observation = self.watcher, self._observation
+        if self.watcher is None or self._observation is None:
+            return iter(self._loader)
+        return self._compared(self.watcher, self._observation)
+
+    def _compared(self, watcher: Watcher, observation: Observation) -> Iterator[Any]:
         watcher.start()
         try:
             observation.asked()

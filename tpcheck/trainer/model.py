@@ -13,8 +13,7 @@ from torch import nn
 from tpcheck.collect.loader import loader_facts, made_facts, observe_workers
 from tpcheck.errors import UsageError
 from tpcheck.topology import Topology
-from tpcheck.trainer.settings import chosen_settings
-from tpcheck.watching import Origin, Settings, Watcher
+from tpcheck.watching import Origin, Settings, Watcher, chosen_settings
 
 _INNER = ("module", "_orig_mod")  # engines, DistributedDataParallel; torch.compile
 _DEEPEST = 8
@@ -35,8 +34,7 @@ def watch_model(
     """Compare what the ranks of each TP group give to the model in training, labels included, at each forward pass.
 
     Every rank watches its own. Evaluation (`model.eval()`, `torch.no_grad()`) is not looked at. What is not given comes
-    from the environment variable TPCHECK (`0` turns this off, `warn`, `raise`), then from `[tool.tpcheck]` of the
-    nearest pyproject.toml, then from the defaults of `tpcheck.watch`.
+    from TPCHECK and `[tool.tpcheck]`, as for `tpcheck.watch`.
 
     Args:
         engine_or_model: Called with the batch: an engine, a wrapper, or the model itself.

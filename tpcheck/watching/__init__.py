@@ -2,6 +2,7 @@
 
 from tpcheck.watching.part import Origin
 from tpcheck.watching.peers import Peers, find_peers
-from tpcheck.watching.watcher import Settings, Watcher
+from tpcheck.watching.settings import OnMismatch, Settings, chosen_settings
+from tpcheck.watching.watcher import Watcher
 
-__all__ = ["Origin", "Peers", "Settings", "Watcher", "find_peers"]
+__all__ = ["OnMismatch", "Origin", "Peers", "Settings", "Watcher", "chosen_settings", "find_peers"]

@@ -11,43 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpcheck.environment import package_versions
-from tpcheck.errors import BatchMismatch, RankFailure, UnevenBatches, UsageError
+from tpcheck.errors import BatchMismatch, RankFailure, UnevenBatches
 from tpcheck.records import CheckResult, Finding, Verdict
 from tpcheck.report import Report
-from tpcheck.topology import Topology
 from tpcheck.watching.part import Origin, Part, Status
 from tpcheck.watching.peers import Peers, find_peers
 from tpcheck.watching.rounds import Coincidence, Outcome, compare, unheard
+from tpcheck.watching.settings import OnMismatch, Settings
 
-# As long as a checkpoint that one rank alone saves between two batches may take. A rank that dies or raises is heard of
-# at once, whatever this says; DeepSpeed waits 10 minutes, transformers 2 hours.
-TIMEOUT = 300.0
-OnMismatch = str | Callable[[Report], None]
 _BOTH = frozenset({"tp", "dp"})
 _log = logging.getLogger("tpcheck")
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a user asked for; see `tpcheck.watch`."""
-
-    group: Any = None
-    topology: Topology | None = None
-    every: int = 1
-    on_mismatch: OnMismatch = "raise"
-    across_dp: str = "warn"
-    overlap: bool = False
-    timeout: float = TIMEOUT
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
-            raise UsageError("every", self.every, "a positive integer")
-        if self.on_mismatch not in ("raise", "warn") and not callable(self.on_mismatch):
-            raise UsageError("on_mismatch", self.on_mismatch, "raise, warn, or a callable that takes the report")
-        if self.across_dp not in ("raise", "warn", "ignore"):
-            raise UsageError("across_dp", self.across_dp, ("raise", "warn", "ignore"))
-        if not isinstance(self.timeout, (int, float)) or not self.timeout > 0:
-            raise UsageError("timeout", self.timeout, "seconds above 0")
 
 
 @dataclass
