@@ -99,6 +99,8 @@ def stored_tensor(
     numbers = (start, *_sizes(shape), *_sizes(stride))
     if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers) or len(shape) != len(stride):
         raise CheckpointError(f"a tensor has offset {shortened(start)} and sizes and strides that are not ones")
+    if prod(size for size in shape if size) >= 1 << 60:
+        raise CheckpointError("a tensor has a shape that no memory holds")
     dtype = storage.dtype if dtype is None else dtype
     span = _span(shape, stride)
     if span and (start + span) * dtype.itemsize > storage.nbytes:

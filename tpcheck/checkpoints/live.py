@@ -1,0 +1,143 @@
+"""A live model as a checkpoint: an `nn.Module`, a DeepSpeed engine, or a mapping of tensors."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpcheck.adapters import Extent, ReadOptions
+from tpcheck.checkpoints.live_gathering import gathered, is_sharded
+from tpcheck.errors import CheckpointError
+
+
+class LiveFormat:
+    """Reads the state dict of a model in memory, persistent buffers included, without copying it.
+
+    What is cut over ranks (DTensors, DeepSpeed's tensor-parallel layers, ZeRO-3) is gathered into CPU memory when the
+    model is opened, which is collective: every rank that holds a part of the model opens it.
+    """
+
+    name = "live"
+    precedence = 100
+
+    def recognises(self, source: Any) -> bool:
+        return isinstance(source, nn.Module) or (
+            isinstance(source, Mapping)
+            and bool(source)
+            and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in source.items())
+        )
+
+    def open(self, source: Any, options: ReadOptions) -> LiveCheckpoint:
+        if not isinstance(source, nn.Module):
+            return _checkpoint("tensors in memory", dict(source), dict(source), {})
+        module = _unwrapped(source)
+        entries = module.state_dict(keep_vars=True)
+        description = f"{type(module).__name__} in memory"
+        whole = gathered(module, entries)
+        if any(map(is_sharded, entries.values())) or any(whole[name] is not entries[name] for name in entries):
+            description += ", gathered from all ranks"
+        return _checkpoint(description, entries, whole, _config(module))
+
+
+@dataclass(slots=True)
+class LiveCheckpoint:
+    """Implements `adapters.Checkpoint` over tensors in memory."""
+
+    description: str
+    config: Mapping[str, Any]
+    ties: tuple[frozenset[str], ...]
+    unread: Mapping[str, str]
+    _tensors: dict[str, torch.Tensor]
+    _versions: dict[str, int]
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def read(self, name: str, rows: range) -> torch.Tensor:
+        """Return a view where the model lies on the CPU: not to be written to."""
+        tensor = self._tensors[name].detach()
+        part = tensor[rows.start : rows.stop] if tensor.ndim else tensor
+        return part.resolve_conj().resolve_neg().to("cpu").contiguous()
+
+    def extent(self, name: str) -> Extent | None:
+        return None
+
+    def require_unchanged(self) -> None:
+        for name, version in self._versions.items():
+            if _version(self._tensors[name]) != version:
+                raise CheckpointError(f"Tensor {name!r} of the model in memory was changed while it was read.")
+
+    def close(self) -> None:
+        self._tensors.clear()
+        self._versions.clear()
+
+
+def _checkpoint(
+    description: str, entries: Mapping[str, Any], whole: Mapping[str, Any], config: Mapping[str, Any]
+) -> LiveCheckpoint:
+    reasons = {name: _unreadable(value) for name, value in whole.items()}
+    tensors = {name: whole[name] for name, reason in reasons.items() if reason is None}
+    unread = {name: reason for name, reason in reasons.items() if reason is not None}
+    versions = {name: _version(tensor) for name, tensor in tensors.items()}
+    return LiveCheckpoint(description, config, _ties(entries), unread, tensors, versions)
+
+
+def _unreadable(value: Any) -> str | None:
+    if not isinstance(value, torch.Tensor):
+        return f"is a {type(value).__name__}, not a tensor"
+    if value.is_meta:
+        return "has no data: it is on the meta device"
+    if value.layout is not torch.strided or value.is_quantized:
+        return "is sparse or quantized"
+    if type(value) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+        return f"is a {type(value).__name__}, which has no plain elements"
+    return None
+
+
+def _ties(entries: Mapping[str, Any]) -> tuple[frozenset[str], ...]:
+    names: dict[object, list[str]] = defaultdict(list)
+    for name, value in entries.items():
+        if isinstance(value, torch.Tensor):
+            names[_place(value)].append(name)
+    return tuple(frozenset(tied) for tied in names.values() if len(tied) > 1)
+
+
+def _place(tensor: torch.Tensor) -> object:
+    """Return what two names of one tensor have in common; a partitioned parameter has no memory, but is one object."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer) or is_sharded(tensor) or not tensor.numel():
+        return id(tensor)
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Return the model within an engine, `DistributedDataParallel` or `torch.compile`, as `save_pretrained` sees it."""
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if isinstance(module, nn.parallel.DistributedDataParallel) or hasattr(module, "zero_optimization_stage"):
+            inner = module.module
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def _config(module: nn.Module) -> Mapping[str, Any]:
+    to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+    config = to_dict() if callable(to_dict) else {}
+    return config if isinstance(config, Mapping) else {}

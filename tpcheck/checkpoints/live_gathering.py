@@ -1,0 +1,79 @@
+"""Puts together what a live model has cut over ranks, each part with the means of who cut it. Collective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpcheck.errors import CheckpointError
+
+
+def gathered(module: nn.Module, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a state dict, with those that are sharded replaced by whole ones on the CPU.
+
+    Raises:
+        CheckpointError: A layer cannot put its parameters together.
+    """
+    of_layers = {id(one): whole for layer in _parallel_layers(module) for one, whole in _of_layer(*layer)}
+    whole = dict(entries)
+    for name, value in entries.items():
+        if id(value) in of_layers:
+            whole[name] = of_layers[id(value)]
+            continue
+        if hasattr(value, "full_tensor"):  # a DTensor
+            whole[name] = value.full_tensor().detach().cpu()
+        elif is_sharded(value):
+            with _unpartitioned([value]):
+                whole[name] = value.detach().cpu().clone()
+    return whole
+
+
+def is_sharded(value: Any) -> bool:
+    """Return whether this rank holds a part of the tensor alone, as the tensor itself tells."""
+    return hasattr(value, "full_tensor") or (hasattr(value, "ds_id") and hasattr(value, "ds_shape"))
+
+
+def _parallel_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield (name, layer) for each layer that DeepSpeed has replaced by a tensor-parallel one."""
+    for name, layer in module.named_modules():
+        if hasattr(layer, "gather_params") and getattr(layer, "mp_group", None) is not None:
+            yield name, layer
+
+
+def _of_layer(name: str, layer: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return each parameter of the layer with the whole one, from which tied names elsewhere get theirs."""
+    parameters = [getattr(layer, "weight", None), getattr(layer, "bias", None)]
+    present = [parameter for parameter in parameters if parameter is not None]
+    with _unpartitioned(present), _data_set_aside(present):
+        for parameter in present:
+            parameter.data = parameter.data.clone()  # what gathers may write into it
+        try:
+            layer.gather_params(parameters)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"Layer {name!r} holds a shard of its parameters that DeepSpeed cannot put together."
+            ) from error
+        return [(parameter, parameter.data.detach().cpu().clone()) for parameter in present]
+
+
+@contextmanager
+def _data_set_aside(parameters: list[torch.Tensor]) -> Iterator[None]:
+    saved = [parameter.data for parameter in parameters]
+    try:
+        yield
+    finally:
+        for parameter, data in zip(parameters, saved, strict=True):
+            parameter.data = data
+
+
+def _unpartitioned(parameters: list[torch.Tensor]) -> Any:
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    from deepspeed import zero  # has partitioned them, so it is there
+
+    return zero.GatheredParameters(partitioned)
