@@ -52,7 +52,7 @@ def test_the_exported_names_are_the_public_contract() -> None:
         *("Topology", "World", "Rank", "spawn", "attach", "verify", "verify_family", "Report", "Finding"),
         *("watch", "check_batch", "watch_model", "TpcheckCallback"),
         *("TpcheckError", "UsageError", "Mismatch", "BatchMismatch", "UnevenBatches"),
-        *("RankFailure", "RankOutcome", "BackendError"),
+        *("RankFailure", "RankOutcome", "BackendError", "CheckpointError", "verify_checkpoint"),
     }
     assert set(tpcheck.__all__) == contract
 

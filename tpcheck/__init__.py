@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tpcheck.api import verify as verify
+    from tpcheck.api import verify_checkpoint as verify_checkpoint
     from tpcheck.api import verify_family as verify_family
     from tpcheck.dataloader import check_batch as check_batch
     from tpcheck.dataloader import watch as watch
     from tpcheck.errors import BackendError as BackendError
     from tpcheck.errors import BatchMismatch as BatchMismatch
+    from tpcheck.errors import CheckpointError as CheckpointError
     from tpcheck.errors import Mismatch as Mismatch
     from tpcheck.errors import RankFailure as RankFailure
     from tpcheck.errors import RankOutcome as RankOutcome
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 _HOME = {
     "BackendError": "errors",
     "BatchMismatch": "errors",
+    "CheckpointError": "errors",
     "Finding": "records",
     "Mismatch": "errors",
     "Rank": "world",
@@ -50,6 +53,7 @@ _HOME = {
     "check_batch": "dataloader",
     "spawn": "world",
     "verify": "api",
+    "verify_checkpoint": "api",
     "verify_family": "api",
     "watch": "dataloader",
     "watch_model": "trainer.model",

@@ -1,10 +1,10 @@
-"""The command that repeats a verification."""
+"""The commands that repeat a verification."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _DEFAULTS = {"backend": "deepspeed", "tp": None, "dp": 1, "zero": 0, "dtype": "float64", "steps": 2, "seed": 0}
@@ -28,3 +28,19 @@ def verify_command(subject: Mapping[str, Any]) -> str:
     if subject.get("ignore_plan"):
         words.append("--ignore-plan")
     return shlex.join(words)
+
+
+def checkpoint_command(
+    paths: Sequence[str] | None, dtype: str | None, earlier: Sequence[str] | None, allow_pickle: bool
+) -> str | None:
+    """Return `tpcheck checkpoint ACTUAL REFERENCE ...`, or None where something compared was no file or folder.
+
+    Example:
+        >>> checkpoint_command(["saved", "reference"], "bfloat16", [], False)
+        'tpcheck checkpoint saved reference --dtype bfloat16'
+    """
+    if paths is None or earlier is None:
+        return None
+    words = ["tpcheck", "checkpoint", *paths, *(["--dtype", dtype] if dtype else [])]
+    words += [word for path in earlier for word in ("--earlier", path)]
+    return shlex.join([*words, *(["--allow-pickle"] if allow_pickle else [])])

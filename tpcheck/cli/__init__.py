@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from tpcheck.cli.checkpoint import checkpoint
 from tpcheck.cli.inspect import doctor, families, topology
 from tpcheck.cli.verify import verify
 
@@ -15,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(no_args_is_help=True)(verify)
+app.command(no_args_is_help=True)(checkpoint)
 app.command()(topology)
 app.command()(families)
 app.command()(doctor)

@@ -1,11 +1,21 @@
-"""How far a run over several families is: a bar on a terminal, a line for each elsewhere."""
+"""How far long work is: a bar on a terminal, plain lines or nothing elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from tpcheck.cli.many import Outcome
 from tpcheck.cli.terminal import note
@@ -27,3 +37,16 @@ def with_progress(outcomes: Iterable[Outcome], families: list[str]) -> Iterator[
         for outcome in outcomes:
             progress.update(task, advance=1, description=outcome.family)
             yield outcome
+
+
+@contextmanager
+def bytes_bar(description: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show on a terminal how many bytes of how many are done, and how fast; elsewhere there is nothing to tell."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

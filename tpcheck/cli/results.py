@@ -10,7 +10,7 @@ from typing import Any
 from tpcheck.cli.many import Outcome
 from tpcheck.cli.terminal import note, show, write_whole
 from tpcheck.errors import TpcheckError
-from tpcheck.report import SCHEMA, as_junit
+from tpcheck.report import SCHEMA, Report, as_junit
 from tpcheck.report.lines import Line
 from tpcheck.report.summary import summary_lines
 from tpcheck.report.text import FINDINGS_SHOWN, verdict_lines
@@ -27,6 +27,17 @@ def tell(outcomes: Sequence[Outcome], *, verbose: bool, json_path: Path | None, 
     if junit_path:
         writes.append(lambda: write_whole(junit_path, as_junit(outcome.report.verdict for outcome in outcomes)))
     written = [_succeeds(write) for write in writes]  # every one of them, whatever became of the others
+    return all(written)
+
+
+def tell_one(report: Report, *, verbose: bool, json_path: Path | None, junit_path: Path | None) -> bool:
+    """Show one report, and write the files that were asked for; return whether all of that could be written."""
+    writes = [lambda: show(verdict_lines(report.verdict, findings_shown=None if verbose else FINDINGS_SHOWN))]
+    if json_path:
+        writes.append(lambda: write_whole(json_path, report.to_json()))
+    if junit_path:
+        writes.append(lambda: write_whole(junit_path, report.to_junit()))
+    written = [_succeeds(write) for write in writes]
     return all(written)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tpcheck.records import Finding
-from tpcheck.report import batches, causes, words
+from tpcheck.report import batches, causes, checkpoints, words
 from tpcheck.report.lines import Line, labelled
 
 _ALSO_SHOWN = 9  # checks name eight, and how many more there are
@@ -23,16 +23,22 @@ _PHRASED = {
     *("follows_from", "advice"),
     *("shape_actual", "shape_expected", "count_differing", "count_total", "norm_actual", "norm_expected"),
     *batches.PHRASED,
+    *checkpoints.PHRASED,
 }
 
 
 def finding_lines(finding: Finding, subject: Mapping[str, Any]) -> Iterator[Line]:
     """Yield the lines of one finding; `subject` says what was run."""
     yield Line(((finding.check, "bold red"), (f"  {place(finding)}", "bold")))
-    yield from labelled("where", _where(finding, subject))
+    where = _where(finding, subject)
+    if where:
+        yield from labelled("where", where)
     yield from labelled("observed", _observed(finding))
     if finding.evidence.get("values"):
         yield from labelled("values", batches.values(finding.evidence))
+    stored = checkpoints.values(finding.evidence)
+    if stored is not None:
+        yield from labelled("values", stored)
     yield from labelled("allowed", _allowed(finding))
     yield from labelled("cause", _cause(finding), "yellow" if finding.cause else "")
     if finding.evidence.get("advice"):
@@ -85,9 +91,9 @@ def _observed(finding: Finding) -> str:
 
 def _amount(finding: Finding) -> str:
     evidence = finding.evidence
-    of_batch = batches.amount(finding)
-    if of_batch is not None:
-        return of_batch
+    special = batches.amount(finding) or checkpoints.amount(finding)
+    if special is not None:
+        return special
     if "shape_actual" in evidence and evidence["shape_actual"] != evidence.get("shape_expected"):
         return f"shape {_shape(evidence['shape_actual'])}, expected {_shape(evidence.get('shape_expected'))}"
     if "norm_actual" in evidence:
@@ -116,6 +122,8 @@ def _cause(finding: Finding) -> str:
         return f"follows from {finding.evidence['follows_from']}, which failed first"
     if finding.cause is None:
         return "unknown: no known cause passes its test"
+    if finding.check == checkpoints.CHECK:
+        return checkpoints.cause(finding)
     return causes.sentence(finding.cause, finding.evidence.get("cause_error"))
 
 

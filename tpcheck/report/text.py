@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from tpcheck.records import Coverage, Finding, Verdict
-from tpcheck.report import words
+from tpcheck.report import checkpoints, words
 from tpcheck.report.finding import finding_lines
 from tpcheck.report.lines import Line, labelled, plain
 
@@ -23,6 +23,7 @@ def verdict_lines(verdict: Verdict, *, findings_shown: int | None = FINDINGS_SHO
     yield _head(verdict)
     if verdict.message:
         yield from _message(verdict)
+    yield from checkpoints.story_lines(verdict)
     shown = _most_telling(verdict.findings, findings_shown)
     for finding in shown:
         yield Line()
@@ -57,11 +58,12 @@ def _message(verdict: Verdict) -> Iterator[Line]:
 
 
 def _most_telling(findings: Sequence[Finding], number: int | None) -> list[Finding]:
-    """Return so many findings in their order: the first of each check, then the first of the others."""
+    """Return so many findings in their order: the first of each check and story, then the first of the others."""
+    of_stories = {id(group[0]) for group in checkpoints.story_groups(findings)}
     seen: set[str] = set()
     repeated = []
     for finding in findings:
-        repeated.append(finding.check in seen)
+        repeated.append(finding.check in seen and id(finding) not in of_stories)
         seen.add(finding.check)
     order = sorted(range(len(findings)), key=lambda place: repeated[place])
     return [findings[place] for place in sorted(order[:number])]

@@ -1,4 +1,4 @@
-"""The Python entry points of a verification: arguments checked, ranks found, answers turned into a report."""
+"""Verifies a model: arguments checked, ranks found, answers turned into a report."""
 
 from __future__ import annotations
 

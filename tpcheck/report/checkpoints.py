@@ -1,0 +1,151 @@
+"""What happened to the tensors of a checkpoint, as phrases; tensors with the same story are told of together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tpcheck.records import Finding, Verdict
+from tpcheck.report import causes, words
+from tpcheck.report.lines import Line, labelled, plain
+
+CHECK = "checkpoint_matches_reference"
+# Evidence that the phrases below use up.
+PHRASED = frozenset(
+    {"dtype_actual", "dtype_expected", "same_values", "actual", "expected", "only_in", "story", "actual_name"}
+)
+_NAMES_SHOWN = 4
+# What a story says of a tensor is its own (a length, a place); what makes stories the same is the rest.
+_SHARED = ("tp_rank", "tp", "order", "copies", "dtype", "equals", "factor", "runs_over")
+
+
+def story_lines(verdict: Verdict) -> Iterator[Line]:
+    """Yield how many tensors have which story, with what to do about it; nothing where one tensor is wrong."""
+    groups = story_groups(verdict.findings)
+    if sum(map(len, groups)) < 2:
+        return
+    for group in groups:
+        first = group[0]
+        yield Line()
+        head = f"{len(group)} of {words.count(verdict.coverage.total, 'tensor')}: "
+        yield Line(((head, "bold"), (cause(first), "yellow" if first.cause else "")))
+        yield from labelled("tensors", words.few([str(one.where.get("parameter")) for one in group], _NAMES_SHOWN))
+        if first.evidence.get("advice"):
+            yield from labelled("fix", str(first.evidence["advice"]), "cyan")
+    yield Line()
+    yield plain("The first tensor of each:")
+
+
+def story_groups(findings: Sequence[Finding]) -> list[list[Finding]]:
+    """Return the findings on checkpoints, those with the same story together, the most frequent story first."""
+    groups: dict[tuple[Any, ...], list[Finding]] = {}
+    for finding in findings:
+        if finding.check == CHECK:
+            story = finding.evidence.get("story") or {}
+            key = (finding.cause, *(str(story.get(name)) for name in _SHARED))
+            groups.setdefault(key, []).append(finding)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
+def amount(finding: Finding) -> str | None:
+    """Return what differs and by how much, or None for what other phrases say."""
+    evidence = finding.evidence
+    if "only_in" in evidence:
+        return f"only in {'actual' if evidence['only_in'] == 'actual' else 'the reference'}"
+    if "dtype_actual" in evidence and "shape_actual" not in evidence:
+        same = "; the values are the same" if evidence.get("same_values") else ""
+        return f"dtype {evidence['dtype_actual']}, expected {evidence['dtype_expected']}{same}"
+    return None
+
+
+def values(evidence: Mapping[str, Any]) -> str | None:
+    """Return the first values that differ."""
+    if evidence.get("expected") is None or "actual" not in evidence:
+        return None
+    return f"{evidence['actual']}, expected {evidence['expected']}"
+
+
+def cause(finding: Finding) -> str:
+    """Return the cause's sentence, with what was found out of this tensor."""
+    if finding.cause is None:
+        return "unknown: no known cause passes its test"
+    story = finding.evidence.get("story") or {}
+    told = _TOLD.get(finding.cause)
+    text = told(story) if told is not None else None
+    return f"{finding.cause}: {text}" if text else causes.sentence(finding.cause, None)
+
+
+def _shard(story: Mapping[str, Any]) -> str:
+    dim = f" along dim {story['dim']}"
+    if story.get("tp_rank") is None:
+        return f"the tensor is a slice of the reference{dim}, from {story.get('from')}"
+    blocks = f", of each of the blocks of {story['blocks']}" if story.get("blocks") else ""
+    return f"the tensor is TP rank {story['tp_rank']}'s slice of the reference{dim}, of {story['tp']} ranks{blocks}"
+
+
+def _order(story: Mapping[str, Any]) -> str:
+    chunks = story.get("order") or story.get("from")
+    return f"along dim {story['dim']} the tensor holds the reference's shards {chunks}"
+
+
+def _fused(story: Mapping[str, Any]) -> str:
+    return (
+        f"along dim {story['dim']} fused blocks of {story['blocks']} lie {story['parts']} by {story['parts']} parts in "
+        "another order than in the reference"
+    )
+
+
+def _boundary(story: Mapping[str, Any]) -> str:
+    if "padding" in story:
+        spans = ", ".join(f"{start} to {stop - 1}" for start, stop in story["padding"])
+        return f"along dim {story['dim']} the reference is all there, with padding at {spans}"
+    return f"along dim {story['dim']}, index {story['first_wrong']} holds the reference's {story['holds']}"
+
+
+def _rounded(story: Mapping[str, Any]) -> str:
+    return f"the reference, rounded to {story['dtype']}, equals the tensor to the bit"
+
+
+def _equals(story: Mapping[str, Any]) -> str | None:
+    return f"the tensor equals {story['equals']} to the bit" if "equals" in story else None
+
+
+def _tie(story: Mapping[str, Any]) -> str | None:
+    partner = story.get("tied_with") or story.get("equals")
+    named = partner if isinstance(partner, str) else ", ".join(partner or ())
+    return f"the reference ties it with {named}" if named else None
+
+
+def _missing(story: Mapping[str, Any]) -> str | None:
+    return f"its bits are there under the name {story['stands_as']}" if story.get("stands_as") else None
+
+
+def _copies(story: Mapping[str, Any]) -> str | None:
+    return f"{story['copies']} whole copies stand one behind the other" if "copies" in story else None
+
+
+def _flipped(story: Mapping[str, Any]) -> str | None:
+    return f"bit {story['bit']} of one element differs" if "bit" in story else None
+
+
+def _factor(story: Mapping[str, Any]) -> str | None:
+    return f"the tensor equals the reference times {story['factor']} to the bit" if "factor" in story else None
+
+
+_TOLD = {
+    "shard_missing": _shard,
+    "shard_order_swapped": _order,
+    "shard_repeated": _order,
+    "fused_blocks_interleaved": _fused,
+    "wrong_shard_boundary": _boundary,
+    "vocab_offset_wrong": _boundary,
+    "dtype_rounded": _rounded,
+    "stale_weight": _equals,
+    "tensor_of_another_layer": _equals,
+    "tied_weight_untied": _tie,
+    "tied_weight_dropped": _tie,
+    "tensor_missing": _missing,
+    "not_sharded": _copies,
+    "bit_flipped": _flipped,
+    "duplicate_reduce": _factor,
+}
