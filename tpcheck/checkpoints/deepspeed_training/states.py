@@ -1,0 +1,162 @@
+"""What one TP rank holds of the model: float32 masters where ZeRO keeps them, else the module's own tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from tpcheck.adapters import ReadOptions
+from tpcheck.checkpoints.deepspeed_training.fields import is_sizes, mapping
+from tpcheck.checkpoints.deepspeed_training.folder import TrainingFolder
+from tpcheck.checkpoints.deepspeed_training.partitions import Partitions, cut
+from tpcheck.checkpoints.deepspeed_training.shards import Segment, Shard
+from tpcheck.checkpoints.files import Files, shortened
+from tpcheck.checkpoints.pickles import load
+from tpcheck.checkpoints.stored import StoredTensor
+from tpcheck.errors import CheckpointError
+
+_DEEPSPEED = ("deepspeed.*",)
+"""Loss scalers, addresses of fragments and enums lie beside the weights; none of them is made."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankState:
+    """One TP rank's part of the model.
+
+    Attributes:
+        path: Its model states, the first where there are several.
+        shards: By name, in the order of the module.
+        stage: The ZeRO stage whose masters they are, or None where the module's tensors are all there is.
+        num_dp: Number of data-parallel ranks that the optimizer states are cut over.
+        ties: Names by the name of the parameter that they share.
+        shared: Those of them that DeepSpeed wrote down, which it does on global rank 0 alone.
+        unread: What is no tensor, with the reason.
+        info: `universal_checkpoint_info`: how AutoTP cut the parameters.
+        facts: What all ranks must agree on.
+    """
+
+    path: Path
+    shards: Mapping[str, Shard]
+    stage: int | None
+    num_dp: int
+    ties: Mapping[str, str]
+    shared: Mapping[str, str]
+    unread: Mapping[str, str]
+    info: Mapping[Any, Any]
+    facts: Mapping[str, Any]
+
+    @property
+    def version(self) -> str:
+        version = self.facts.get("ds_version")
+        return version if isinstance(version, str) and version.isprintable() and len(version) < 40 else ""
+
+
+def rank_state(
+    folder: TrainingFolder, tp_rank: int, files: Files, options: ReadOptions, shared: Mapping[str, str]
+) -> RankState:
+    """Read the tables of contents of one TP rank's files.
+
+    Args:
+        shared: What tp_rank 0 says is shared.
+
+    Raises:
+        CheckpointError: They are damaged, or do not belong together.
+    """
+    paths = folder.models[tp_rank]
+    states = {0: _loaded(paths[0], files, options)}
+    state = states[0]
+    module, unread = _module(paths[0], state)
+    partitions = _partitions(folder, tp_rank, files, options)
+    if partitions is None and folder.partitioned:
+        raise CheckpointError(f"{folder.path} is of ZeRO 3, whose weights are in optimizer states that are not there.")
+    masters = {} if partitions is None else dict(partitions.shards(state.get("param_shapes")))
+    if folder.partitioned and mapping(state.get("frozen_param_shapes")):
+        states.update({rank: _loaded(path, files, options) for rank, path in paths.items() if rank})
+        masters |= _frozen(paths[0], states)
+    shared = {**shared, **_names(state.get("shared_params"))}
+    ties = {**_shared_storage(module), **shared}
+    if folder.partitioned:  # the module's own parameters are placeholders without elements
+        kept = state.get("buffer_names")
+        buffers = {name for name in kept if isinstance(name, str)} if isinstance(kept, (list, tuple)) else set()
+        empty = [name for name, shard in module.items() if not shard.numel and name not in buffers]
+    else:
+        empty = []
+    shards = {}
+    for name in dict.fromkeys((*module, *masters, *ties)):
+        held = masters.get(name) or masters.get(ties.get(name, "")) or module.get(name)
+        if held is None or (name in empty and held is module[name]):
+            unread.setdefault(name, "its place is empty, and no ZeRO partition holds it")
+        else:
+            shards[name] = held
+    facts = {key: state.get(key) for key in ("ds_version", "global_steps", "mp_world_size", "dp_world_size")}
+    facts |= mapping(state.get("checkpoint_parallel_dimensions"))
+    stage = None if partitions is None else partitions.stage
+    num_dp = len(folder.optimizers.get(tp_rank, ())) or 1
+    info = mapping(state.get("universal_checkpoint_info"))
+    return RankState(paths[0], shards, stage, num_dp, ties, shared, unread, info, facts)
+
+
+def _loaded(path: Path, files: Files, options: ReadOptions) -> Mapping[Any, Any]:
+    state = load(path, files, options, inert=_DEEPSPEED)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path} holds no state of DeepSpeed, but an object of type {type(state).__name__}.")
+    return state
+
+
+def _module(path: Path, state: Mapping[Any, Any]) -> tuple[dict[str, Shard], dict[str, str]]:
+    module = state.get("module")
+    if not isinstance(module, Mapping):
+        raise CheckpointError(f"{path} holds no weights: its entry 'module' is missing.")
+    shards, unread = {}, {}
+    for name, value in module.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path} has a weight without a name: {shortened(name)}.")
+        if isinstance(value, StoredTensor):
+            shards[name] = Shard.of(value)
+        elif value is not None:
+            unread[name] = "it is no tensor"
+    return shards, unread
+
+
+def _partitions(folder: TrainingFolder, tp_rank: int, files: Files, options: ReadOptions) -> Partitions | None:
+    paths = folder.optimizers.get(tp_rank)
+    if not paths:
+        return None
+    return Partitions({rank: _loaded(path, files, options) for rank, path in paths.items()}, paths)
+
+
+def _frozen(path: Path, states: Mapping[int, Mapping[Any, Any]]) -> dict[str, Shard]:
+    """Return the parameters that no optimizer holds; ZeRO 3 cuts them over the data-parallel ranks, too."""
+    found = {}
+    for name, shape in mapping(states[0].get("frozen_param_shapes")).items():
+        if not isinstance(name, str) or not is_sizes(shape):
+            raise CheckpointError(f"{path} has frozen_param_shapes that are no names with shapes.")
+        held = [mapping(states[rank].get("frozen_param_fragments")).get(name) for rank in sorted(states)]
+        parts = [part for part in held if isinstance(part, StoredTensor)]
+        if len(parts) != len(states) or len({part.dtype for part in parts}) > 1:
+            raise CheckpointError(f"{path} or a neighbour does not hold its part of {name}.")
+        segments = tuple(cut([Segment(part, 0, prod(part.shape)) for part in parts], prod(shape)))
+        if sum(segment.numel for segment in segments) != prod(shape):
+            raise CheckpointError(f"{path} and its neighbours hold too little of {name}.")
+        found[name] = Shard(tuple(shape), parts[0].dtype, segments)
+    return found
+
+
+def _shared_storage(module: Mapping[str, Shard]) -> dict[str, str]:
+    """Return names whose tensor is the same view of the same storage, by name of the first."""
+    first: dict[StoredTensor, str] = {}
+    ties = {}
+    for name, shard in module.items():
+        if shard.numel:
+            tensor = shard.segments[0].tensor
+            if tensor in first:
+                ties[name] = first[tensor]
+            first.setdefault(tensor, name)
+    return ties
+
+
+def _names(value: Any) -> dict[str, str]:
+    return {new: old for new, old in mapping(value).items() if isinstance(new, str) and isinstance(old, str)}
