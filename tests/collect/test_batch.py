@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tpcheck.collect.batch import leaves_of, token
+from tpcheck.collect.digested import Digested, leaves_of
 
 Point = namedtuple("Point", "x y")
 
@@ -27,7 +27,7 @@ class Custom:
 
 
 def same(one: Any, other: Any) -> bool:
-    return token(leaves_of(one)) == token(leaves_of(other))
+    return Digested(one).token == Digested(other).token
 
 
 def test_leaves_stand_in_the_order_of_the_structure() -> None:

@@ -33,6 +33,7 @@ class Images:
         (random.random, "python"),
         (lambda: random.gauss(0, 1), "python"),
         (np.random.random, "numpy"),
+        (lambda: np.random.standard_normal(1), "numpy"),
         (lambda: torch.rand(1), "torch"),
     ],
 )
@@ -65,3 +66,11 @@ def test_equal_seeds_have_equal_digests_in_any_process() -> None:
     )
     printed = [subprocess.check_output([sys.executable, "-c", program], text=True) for _ in range(2)]
     assert printed[0] == printed[1]
+
+
+def test_a_normal_number_that_numpy_holds_in_reserve_is_a_draw() -> None:
+    np.random.seed(0)
+    np.random.standard_normal()  # makes two
+    before = rng_digests()
+    np.random.standard_normal()
+    assert moved(before, rng_digests()) == ("numpy",)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tpcheck.collect.batch import entries
-from tpcheck.collect.rows import sampled_rows, samples_of
+from tpcheck.collect.rows import _sums, sampled_rows, samples_of
 
 
 def sampled(batch: Any) -> Any:
     found = sampled_rows(entries(batch))
-    return None if found is None else found.tolist()
+    return None if found is None else found()
 
 
 BATCH = {
@@ -42,6 +42,24 @@ def test_every_dtype_has_rows(dtype: torch.dtype) -> None:
     batch = torch.randn(5, 7).to(dtype)
     assert sampled(batch) == sampled(batch.flip(0))
     assert len(samples_of(entries(batch)).rows) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("size", [1, 3, 32, 100])
+@pytest.mark.parametrize("rows", [5, 65])
+def test_few_and_many_rows_of_any_layout_have_digests(dtype: torch.dtype, size: int, rows: int) -> None:
+    """More rows than are looked at one by one go the way of a device."""
+    batch = {"a": torch.randn(size, rows).to(dtype).t(), "b": torch.randn(rows, 200), "n": torch.arange(rows)}
+    order = torch.randperm(rows)
+    assert sampled(batch) == sampled({key: value[order] for key, value in batch.items()})
+    assert sampled(batch) != sampled({**batch, "b": batch["b"].flip(0)})
+    assert sampled(batch) != sampled({**batch, "b": batch["b"] + 1})
+
+
+def test_rows_do_not_depend_on_where_they_lie() -> None:
+    held = torch.arange(41, dtype=torch.uint8)
+    assert sampled(held[1:].view(5, 8)) == sampled(held[1:].clone().view(5, 8))
+    assert _sums([held[1:].view(5, 8)]).tolist() == _sums([held[1:].clone().view(5, 8)]).tolist()
 
 
 @pytest.mark.parametrize("batch", [{}, torch.tensor(1), torch.zeros(0, 3), "text", torch.zeros(3, 0)])

@@ -1,25 +1,22 @@
-"""The leaves of a batch, whatever it is made of, and their digests."""
+"""The leaves of a batch, whatever it is made of."""
 
 from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
-from functools import cached_property
 from pathlib import PurePath
 from typing import Any
 from uuid import UUID
 
 import torch
-import xxhash
 
-from tpcheck.collect.digest import start_digests
-from tpcheck.records.batch import Leaf, LeafKind
+from tpcheck.records.batch import LeafKind
 
 _DEEPEST = 32  # levels of nesting; a batch that holds itself ends here
 # Their `repr` tells them apart, and is the same in every process.
@@ -55,61 +52,6 @@ def entries(batch: Any) -> list[Entry]:
     A sparse or nested tensor is taken apart into its strided ones.
     """
     return list(_entries(batch, "", 0))
-
-
-class Digests:
-    """The digests of entries, under way from the moment this is made; see `start_digests`."""
-
-    def __init__(self, found: Sequence[Entry]) -> None:
-        self._found = found
-        self._finish = start_digests([entry.tensor for entry in found if entry.tensor is not None])
-
-    @cached_property
-    def token(self) -> bytes:
-        """Their `token`; no leaf is made for it."""
-        return _token(zip(self._found, self._digests, strict=True))
-
-    @cached_property
-    def leaves(self) -> tuple[Leaf, ...]:
-        return tuple(
-            Leaf(entry.path, entry.kind, entry.dtype, entry.shape, entry.device, digest)
-            for entry, digest in zip(self._found, self._digests, strict=True)
-        )
-
-    @cached_property
-    def _digests(self) -> list[str]:
-        of_tensors = iter(self._finish())
-        return [
-            next(of_tensors) if entry.tensor is not None else xxhash.xxh3_128_hexdigest(entry.text)
-            for entry in self._found
-        ]
-
-
-def leaves_of(batch: Any) -> tuple[Leaf, ...]:
-    """Return every leaf of a batch, in the order of its structure.
-
-    Example:
-        >>> [(leaf.path, leaf.dtype, leaf.shape) for leaf in leaves_of({"ids": torch.zeros(2, 3), "text": ["a"]})]
-        [('', 'dict', (2,)), ('ids', 'torch.float32', (2, 3)), ('text', 'list', (1,)), ('text.0', 'str', ())]
-    """
-    return Digests(entries(batch)).leaves
-
-
-def token(leaves: Iterable[Leaf]) -> bytes:
-    """Return 16 bytes that tell batches apart; the order of keys and the index of a device make no difference."""
-    return _token((leaf, leaf.digest) for leaf in leaves)
-
-
-def _token(digested: Iterable[tuple[Leaf | Entry, str]]) -> bytes:
-    told = [
-        f"{leaf.path}\0{leaf.kind}\0{leaf.dtype}\0{leaf.shape}\0{leaf.device.partition(':')[0]}\0{digest}\0"
-        for leaf, digest in sorted(digested, key=_path)
-    ]
-    return xxhash.xxh3_128_digest("".join(told).encode())
-
-
-def _path(digested: tuple[Leaf | Entry, str]) -> str:
-    return digested[0].path
 
 
 def _entries(value: Any, path: str, depth: int) -> Iterator[Entry]:

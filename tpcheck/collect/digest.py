@@ -15,26 +15,22 @@ _WORDS = 1 << 20  # words of 32 bits that are summed at once on a device: bounds
 
 def digest(tensor: torch.Tensor) -> str:
     """Return a digest of dtype, shape and bits; NaN equals NaN bit for bit, 0.0 does not equal -0.0."""
-    return start_digests([tensor])()[0]
+    bits = start_digests([tensor])()[0]
+    return xxhash.xxh3_128_hexdigest(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + bits)
 
 
-def start_digests(tensors: Sequence[torch.Tensor]) -> Callable[[], list[str]]:
-    """Begin the digests of strided tensors, and return what waits for them.
+def start_digests(tensors: Sequence[torch.Tensor]) -> Callable[[], Sequence[bytes]]:
+    """Begin digests of the bits of strided tensors, 16 bytes each, and return what waits for them.
 
     Whatever happens to the tensors after this call, in the order of their device's stream, does not matter any more.
-    Digests of tensors on other types of devices are not comparable.
+    Tensors on other types of devices, or of other dtypes or sizes, do not have comparable digests.
     """
-    sums = [None if tensor.device.type in ("cpu", "meta") else _sums(tensor) for tensor in tensors]
-    heads = [f"{tensor.dtype} {tuple(tensor.shape)}".encode() for tensor in tensors]
-    done = [
-        _hashed(head, _in_memory(tensor)) if own is None else None
-        for head, tensor, own in zip(heads, tensors, sums, strict=True)
-    ]
-    fetch = _fetch([own for own in sums if own is not None])
+    fetch = _fetch([_sums(tensor) for tensor in tensors if not tensor.is_cpu])
+    done = [xxhash.xxh3_128_digest(in_memory(tensor)) if tensor.is_cpu else b"" for tensor in tensors]
 
-    def finish() -> list[str]:
+    def finish() -> list[bytes]:
         fetched = iter(fetch())
-        return [one or _hashed(head, next(fetched)) for head, one in zip(heads, done, strict=True)]
+        return [one or xxhash.xxh3_128_digest(next(fetched)) for one in done]
 
     return finish
 
@@ -67,9 +63,11 @@ def _sums(tensor: torch.Tensor) -> torch.Tensor:
     The key of a place is odd, so no change of one word keeps a sum; two tensors share both sums of a chunk with
     probability 2^-62 (Lemire, Kaser: Strongly universal string hashing is fast, arXiv 1202.4961).
     """
+    if tensor.is_meta:  # has no bits
+        return torch.zeros(0, dtype=torch.int64)
     flat = flat_bytes(tensor)
     if flat.numel() % 4 or flat.storage_offset() % 4:
-        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 4))  # the shape is in the digest, too
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 4))  # whoever compares digests compares shapes, too
     sums = [
         (words * keys(tensor.device, _WORDS, stream)[: words.numel()]).sum()
         for words in torch.split(flat.view(torch.int32), _WORDS)
@@ -98,19 +96,17 @@ def _fetch(sums: Sequence[torch.Tensor]) -> Callable[[], list[bytes]]:
     return finish
 
 
-def _in_memory(tensor: torch.Tensor) -> Any:
-    """Return a buffer of what `flat_bytes` returns, for a tensor on the CPU; nothing for one that has no memory."""
-    if tensor.is_meta:
-        return b""
+def in_memory(tensor: torch.Tensor) -> Any:
+    """Return a buffer of what `flat_bytes` returns, for a tensor on the CPU."""
     if type(tensor) is not torch.Tensor or not tensor.is_contiguous() or tensor.is_neg() or tensor.is_conj():
         return flat_bytes(tensor).numpy().data
-    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.numel() else b""
+    size = tensor.nbytes
+    return _bytes_type(size).from_address(tensor.data_ptr()) if size else b""
 
 
-def _hashed(head: bytes, data: Any) -> str:
-    state = xxhash.xxh3_128(head)
-    state.update(data)
-    return state.hexdigest()
+@lru_cache(maxsize=256)  # making a type takes longer than to digest a small tensor
+def _bytes_type(size: int) -> Any:
+    return ctypes.c_char * size
 
 
 def _signed(number: int) -> int:

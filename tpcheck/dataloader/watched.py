@@ -101,7 +101,8 @@ class WatchedLoader:
                 except StopIteration:
                     watcher.end()
                     return
-                watcher.check(batch, Origin(*_origin(self._loader, observation.made())))
+                made = observation.made()
+                watcher.check(batch, Origin(made.rng, partial(_facts, self._loader, made)))
                 yield batch
                 observation.asked()
         except Exception as error:
@@ -126,10 +127,6 @@ class WatchedLoader:
 
     def __repr__(self) -> str:
         return f"tpcheck.watch({self._loader!r})"
-
-
-def _origin(loader: Any, made: Made) -> tuple[Any, Any]:
-    return made.rng, partial(_facts, loader, made)
 
 
 def _facts(loader: Any, made: Made) -> dict[str, Any]:

@@ -7,14 +7,14 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cached_property
 from typing import Any
 
 import torch
 
-from tpcheck.collect.batch import Digests, Entry, entries
+from tpcheck.collect.batch import Entry
+from tpcheck.collect.digested import Digested, Remembered
 from tpcheck.collect.rows import sampled_rows
-from tpcheck.records.batch import BatchFacts, Leaf
+from tpcheck.records.batch import BatchFacts
 
 _TOKEN = struct.Struct("<16s16sqB?6x")  # 48 bytes: all that is sent while nothing is wrong
 
@@ -77,36 +77,33 @@ class Part:
         origin: Origin | None = None,
         with_rows: bool = False,
         error: BaseException | None = None,
+        remembered: Remembered | None = None,
     ) -> None:
         self.status, self.step, self.count = status, step, count
         self.error = None if error is None else Raised.of(error)
-        self._origin = origin or Origin()
-        self.entries: list[Entry] = entries(batch) if status is Status.BATCH else []
+        self._origin = origin
+        self._batch = Digested(batch, remembered) if status is Status.BATCH else None
         self._rows = sampled_rows(self.entries) if with_rows else None
-        self._digests = Digests(self.entries)
 
     @property
-    def leaves(self) -> tuple[Leaf, ...]:
-        return self._digests.leaves
-
-    @cached_property
-    def rows(self) -> bytes | None:
-        return None if self._rows is None else self._rows.cpu().numpy().tobytes()
+    def entries(self) -> list[Entry]:
+        return [] if self._batch is None else self._batch.entries
 
     def message(self, status: Status | None = None) -> bytes:
         """Return the constant number of bytes that travels at every step."""
-        rows = self.rows
+        digest = b"" if self._batch is None else self._batch.token
+        rows = b"" if self._rows is None else self._rows()
         status = self.status if status is None else status
-        return _TOKEN.pack(self._digests.token, rows or b"", self.count, status, rows is not None)
+        return _TOKEN.pack(digest, rows, self.count, status, rows != b"")
 
     def facts(self) -> BatchFacts:
         """Return what travels when something is wrong."""
         return BatchFacts(
             self.step,
             ended=self.status in (Status.ENDED, Status.LEFT),
-            leaves=self.leaves,
-            rng=dict(self._origin.rng),
-            loader=self._origin.loader(),
+            leaves=() if self._batch is None else self._batch.leaves,
+            rng={} if self._origin is None else dict(self._origin.rng),
+            loader={} if self._origin is None else self._origin.loader(),
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:

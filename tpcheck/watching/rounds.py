@@ -39,6 +39,9 @@ class Outcome:
     uneven: frozenset[str] = frozenset()
 
 
+NOTHING = Outcome()
+
+
 @dataclass
 class Coincidence:
     """How long replicas have had the same samples, over the rounds so far."""
@@ -58,7 +61,7 @@ def compare(peers: Peers, part: Part, *, axes: frozenset[str], coincidence: Coin
         RankFailure: A rank has gone.
     """
     try:
-        outcome = _within_tp(peers.tp, part, peers) if "tp" in axes else Outcome()
+        outcome = _within_tp(peers.tp, part, peers) if "tp" in axes else NOTHING
         return _across_dp(peers, part, outcome, coincidence) if "dp" in axes else outcome
     except RankFailure as failure:
         peers.alarm(failure)
@@ -80,7 +83,7 @@ def _within_tp(exchange: Exchange, part: Part, peers: Peers) -> Outcome:
     own = part.message()
     messages = exchange.swap(own)
     if messages.count(own) == len(messages) and part.status is Status.BATCH:
-        return Outcome()
+        return NOTHING
     said = [Said.read(message) for message in messages]
     left = any(each.status is Status.LEFT for each in said)  # who has left answers no more
     if any(each.status is Status.FAILED for each in said):
@@ -107,9 +110,9 @@ def _across_dp(peers: Peers, part: Part, outcome: Outcome, coincidence: Coincide
         if coincidence is None:
             return outcome
         found = _duplicated(peers, part, tuple(each.rows for each in said), coincidence)
-        result = Outcome(() if found is None else (found,))
         if found is None:
-            return result
+            return outcome
+        result = Outcome((found,))
     elif statuses & {Status.FAILED, Status.WRONG} and Status.LEFT not in statuses:
         result = _merged(exchange.gather(outcome))
     elif outcome.failure or outcome.findings:

@@ -8,15 +8,17 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from tpcheck.collect.digested import Remembered
 from tpcheck.environment import package_versions
 from tpcheck.errors import BatchMismatch, RankFailure, UnevenBatches
 from tpcheck.records import CheckResult, Finding, Verdict
 from tpcheck.report import Report
 from tpcheck.watching.part import Origin, Part, Status
 from tpcheck.watching.peers import Peers, find_peers
-from tpcheck.watching.rounds import Coincidence, Outcome, compare, unheard
+from tpcheck.watching.rounds import NOTHING, Coincidence, Outcome, compare, unheard
 from tpcheck.watching.settings import OnMismatch, Settings
 
 _BOTH = frozenset({"tp", "dp"})
@@ -53,6 +55,8 @@ class Watcher:
         self._coincidence = Coincidence()
         self._warned: set[tuple[str, str]] = set()
         self._running: Future[Outcome] | None = None
+        self._remembered = Remembered()
+        self._compares_samples = settings.across_dp != "ignore"
 
     @property
     def peers(self) -> Peers:
@@ -93,8 +97,15 @@ class Watcher:
         epoch, step = self._epoch, self._step
         self.settle()
         if step % self.settings.every == 0 and epoch.axes and not epoch.over:
-            with_rows = "dp" in epoch.axes and len(self.peers.dp.ranks) > 1 and self._compares_samples
-            part = Part(Status.BATCH, step=step, count=epoch.count, batch=batch, origin=origin, with_rows=with_rows)
+            part = Part(
+                Status.BATCH,
+                step=step,
+                count=epoch.count,
+                batch=batch,
+                origin=origin,
+                with_rows=self._compares_samples and "dp" in epoch.axes and len(self.peers.dp.ranks) > 1,
+                remembered=self._remembered,
+            )
             self._round(part, overlap=self.settings.overlap)
         epoch.count += 1
         self._step += 1
@@ -131,11 +142,6 @@ class Watcher:
         if running is not None:
             self._act(self._waited(running.result))
 
-    @property
-    def _compares_samples(self) -> bool:
-        told = any(check == "batches_differ_across_dp" for check, _ in self._warned)
-        return self.settings.across_dp != "ignore" and not told
-
     def _last(self, status: Status, error: BaseException | None = None) -> None:
         epoch = self._epoch
         self.settle()
@@ -146,7 +152,7 @@ class Watcher:
     def _round(self, part: Part, *, overlap: bool) -> None:
         peers, axes = self.peers, self._epoch.axes
         coincidence = self._coincidence if self._compares_samples else None
-        run: Callable[[], Outcome] = lambda: compare(peers, part, axes=axes, coincidence=coincidence)  # noqa: E731
+        run = partial(compare, peers, part, axes=axes, coincidence=coincidence)
         if overlap:
             self._running = _in_background(run)
         else:
@@ -160,6 +166,8 @@ class Watcher:
             raise
 
     def _act(self, outcome: Outcome) -> None:
+        if outcome == NOTHING:
+            return
         epoch = self._epoch
         epoch.axes -= outcome.uneven
         if outcome.failure is not None:
@@ -183,6 +191,8 @@ class Watcher:
         places = {(finding.check, str(finding.where.get("field"))) for finding in findings}
         if not places <= self._warned:
             self._warned |= places
+            if any(check == "batches_differ_across_dp" for check, _ in places):
+                self._compares_samples = False
             warnings.warn(report.to_text(), stacklevel=2)
 
 

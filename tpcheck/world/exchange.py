@@ -46,6 +46,7 @@ class Exchange:
         self.broken = False
         self.beside: tuple[Exchange, ...] = ()
         self._timeout = timeout
+        self._deadline = 0.0  # of what is being received
         self._pending: Callable[[], tuple[bytes, ...]] | None = None
         self._mesh: Mesh | None = None
         self._group: Any = None
@@ -71,7 +72,11 @@ class Exchange:
         """
         if len(self.ranks) == 1:
             return (message,)
-        self.posted()
+        if self._pending is not None:
+            self.posted()
+        if self._mesh is not None:
+            self._mesh.send(message)
+            return self._received(self._mesh, message)
         return self._sent(message)()
 
     def post(self, message: bytes) -> None:
@@ -155,20 +160,19 @@ class Exchange:
         return wait
 
     def _received(self, mesh: Mesh, own: bytes) -> tuple[bytes, ...]:
-        deadline = time.monotonic() + self._timeout
-
-        def waiting() -> None:
-            self._heed_all()
-            if time.monotonic() > deadline:
-                self._fail(RuntimeError("timed out"))
-
+        self._deadline = time.monotonic() + self._timeout
         try:
-            others = mesh.receive(len(own), waiting)
+            others = mesh.receive(len(own), self._waiting)
         except Gone as error:
             self._fail(error, gone=error.rank)
         except Alarm as alarm:
             self._raise(alarm.told)
-        return tuple(others.get(rank, own) for rank in self.ranks)
+        return tuple([others.get(rank, own) for rank in self.ranks])
+
+    def _waiting(self) -> None:
+        self._heed_all()
+        if time.monotonic() > self._deadline:
+            self._fail(RuntimeError("timed out"))
 
     def _start(self, own: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
         import torch

@@ -80,14 +80,22 @@ class Mesh:
             Gone: A rank has closed its end.
             Alarm: A rank will not come.
         """
-        return {rank: _received(rank, each, size, waiting) for rank, each in self._sockets.items()}
+        received: dict[int, bytes] = {}
+        for rank, each in self._sockets.items():
+            data = _part(each, 1 + size)
+            if data is None:
+                waiting()
+            if not data or len(data) <= size or data[:1] != _MESSAGE:  # late, gone, in parts, or an alarm
+                data = _received(rank, each, data or b"", size, waiting)
+            received[rank] = data[1:]
+        return received
 
     def heed(self) -> None:
         """Raise the `Alarm` of a rank that has rung it; wait for nobody."""
         for rank, each in self._sockets.items():
             with suppress(OSError, Gone):
                 if each.recv(1, socket.MSG_PEEK) == _ALARM:
-                    _received(rank, each, 0, lambda: None)
+                    _received(rank, each, b"", 0, lambda: None)
 
     def close(self) -> None:
         _close(tuple(self._sockets.values()))
@@ -135,13 +143,14 @@ def _send_rest(connection: socket.socket, data: bytes) -> None:
         connection.setblocking(False)
 
 
-def _received(rank: int, connection: socket.socket, size: int, waiting: Callable[[], None]) -> bytes:
-    data = _filled(rank, connection, b"", 1, size + 1, waiting)
+def _received(rank: int, connection: socket.socket, data: bytes, size: int, waiting: Callable[[], None]) -> bytes:
+    """Return a message whole, with its first byte, from what has been read of it."""
+    data = _filled(rank, connection, data, 1, size + 1, waiting)
     if data[:1] == _ALARM:  # whatever follows it is of no use
         data = _filled(rank, connection, data, 9, 9, waiting)
         end = 9 + int.from_bytes(data[1:9], "little")
         raise Alarm(_filled(rank, connection, data, end, end, waiting)[9:end])
-    return _filled(rank, connection, data, size + 1, size + 1, waiting)[1:]
+    return _filled(rank, connection, data, size + 1, size + 1, waiting)
 
 
 def _filled(
