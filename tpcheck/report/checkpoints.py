@@ -20,7 +20,7 @@ _SHARED = ("tp_rank", "tp", "order", "copies", "dtype", "equals", "factor", "run
 
 
 def story_lines(verdict: Verdict) -> Iterator[Line]:
-    """Yield how many tensors have which story, with what to do about it; nothing where one tensor is wrong."""
+    """Yield how many tensors have which story; nothing where one tensor is wrong."""
     groups = story_groups(verdict.findings)
     if sum(map(len, groups)) < 2:
         return
@@ -30,8 +30,6 @@ def story_lines(verdict: Verdict) -> Iterator[Line]:
         head = f"{len(group)} of {words.count(verdict.coverage.total, 'tensor')}: "
         yield Line(((head, "bold"), (cause(first), "yellow" if first.cause else "")))
         yield from labelled("tensors", words.few([str(one.where.get("parameter")) for one in group], _NAMES_SHOWN))
-        if first.evidence.get("advice"):
-            yield from labelled("fix", str(first.evidence["advice"]), "cyan")
     yield Line()
     yield plain("The first tensor of each:")
 

@@ -59,7 +59,9 @@ def _message(verdict: Verdict) -> Iterator[Line]:
 
 def _most_telling(findings: Sequence[Finding], number: int | None) -> list[Finding]:
     """Return so many findings in their order: the first of each check and story, then the first of the others."""
-    of_stories = {id(group[0]) for group in checkpoints.story_groups(findings)}
+    stories = checkpoints.story_groups(findings)
+    of_stories = {id(group[0]) for group in stories}
+    number = len(stories) if stories and number is not None else number
     seen: set[str] = set()
     repeated = []
     for finding in findings:
