@@ -47,7 +47,7 @@ class BoxedTensor:
                 piece = box.tensor.read(files, range(start - box.offsets[0], end - box.offsets[0]))
                 columns = (slice(begin, stop) for begin, stop in zip(box.offsets[1:], box.ends[1:], strict=True))
                 place = (slice(start - rows.start, end - rows.start), *columns)
-            whole[place] = piece
+                whole[place] = piece
         return whole
 
 
