@@ -11,7 +11,7 @@ import torch
 Tensors = dict[str, torch.Tensor]
 
 # D 32 model, H 64 hidden, V 96 vocabulary; names as in a Llama with fused projections.
-EMB, Q, Q1, O = "model.embed_tokens.weight", "layers.0.q.weight", "layers.1.q.weight", "layers.0.o.weight"
+EMB, Q, Q1, OUT = "model.embed_tokens.weight", "layers.0.q.weight", "layers.1.q.weight", "layers.0.o.weight"
 QKV, GATE_UP, BIAS, SQUARE = "layers.0.qkv.weight", "layers.0.gate_up.weight", "layers.0.bias", "layers.0.square"
 EXPERTS, COUNT = "layers.0.experts", "layers.0.count"
 
@@ -24,7 +24,7 @@ def reference() -> Tensors:
         return torch.randn(*shape, generator=generator)
 
     return {
-        EMB: drawn(96, 32), Q: drawn(64, 32), Q1: drawn(64, 32), O: drawn(32, 64), QKV: drawn(96, 32),
+        EMB: drawn(96, 32), Q: drawn(64, 32), Q1: drawn(64, 32), OUT: drawn(32, 64), QKV: drawn(96, 32),
         GATE_UP: drawn(128, 32), BIAS: drawn(64), SQUARE: drawn(32, 32), EXPERTS: drawn(4, 16, 32),
         COUNT: torch.tensor(3),
     }  # fmt: skip
@@ -108,7 +108,7 @@ def _padding(*places: int) -> Callable[[torch.Tensor], torch.Tensor]:
 FAULTS = (
     Planted("rank 0's rows", Q, "shard_missing", lambda q: q[:32], {"tp_rank": 0, "tp": 2, "dim": 0}),
     Planted("rank 3's rows of four", Q, "shard_missing", lambda q: q[48:], {"tp_rank": 3, "tp": 4}),
-    Planted("rank 1's columns", O, "shard_missing", lambda o: o[:, 32:], {"tp_rank": 1, "dim": 1}),
+    Planted("rank 1's columns", OUT, "shard_missing", lambda o: o[:, 32:], {"tp_rank": 1, "dim": 1}),
     Planted("rank 1's part of a bias", BIAS, "shard_missing", lambda b: b[32:], {"tp_rank": 1}),
     Planted("rank 1's experts", EXPERTS, "shard_missing", lambda e: e[2:], {"tp_rank": 1, "dim": 0}),
     Planted("rank 0's part of each expert", EXPERTS, "shard_missing", lambda e: e[:, :8], {"tp_rank": 0, "dim": 1}),
@@ -120,10 +120,10 @@ FAULTS = (
     ),
     Planted("two ranks swapped", Q, "shard_order_swapped", _chunks(1, 0), {"order": [1, 0]}),
     Planted("two of four swapped", Q, "shard_order_swapped", _chunks(0, 2, 1, 3), {"order": [0, 2, 1, 3]}),
-    Planted("columns swapped", O, "shard_order_swapped", _chunks(1, 0, dim=1), {"dim": 1}),
+    Planted("columns swapped", OUT, "shard_order_swapped", _chunks(1, 0, dim=1), {"dim": 1}),
     Planted("ranks of an uneven cut swapped", Q, "shard_order_swapped", lambda q: torch.cat([q[39:], q[:39]])),
     Planted("rank 0 everywhere", Q, "shard_repeated", _chunks(0, 0), {"order": [0, 0]}),
-    Planted("rank 1 everywhere, columns", O, "shard_repeated", _chunks(1, 1, dim=1), {"order": [1, 1], "dim": 1}),
+    Planted("rank 1 everywhere, columns", OUT, "shard_repeated", _chunks(1, 1, dim=1), {"order": [1, 1], "dim": 1}),
     Planted("rank 0 for rank 1 of four", Q, "shard_repeated", _chunks(0, 0, 2, 3), {"order": [0, 0, 2, 3]}),
     Planted("qkv put together rank by rank", QKV, "fused_blocks_interleaved", _blockwise(3, 2), {"parts": 2}),
     Planted("gate and up put together rank by rank", GATE_UP, "fused_blocks_interleaved", _blockwise(2, 2)),
