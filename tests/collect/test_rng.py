@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tpcheck.collect.rng import moved, rng_digests
+from tpcheck.collect import in_place
+from tpcheck.collect.listening import Log
+from tpcheck.collect.rng import States, moved, rng_digests, rng_states
 
 
 class Augmentation:
@@ -74,3 +77,88 @@ def test_a_normal_number_that_numpy_holds_in_reserve_is_a_draw() -> None:
     before = rng_digests()
     np.random.standard_normal()
     assert moved(before, rng_digests()) == ("numpy",)
+
+
+def draws() -> list[Callable[[], object]]:
+    return [random.random, lambda: random.gauss(0, 1), np.random.random, lambda: np.random.standard_normal(1)]
+
+
+def test_states_read_in_place_are_those_that_are_told() -> None:
+    for draw in draws() * 3:
+        assert in_place.of_global_python() == in_place.of_python(random.getstate())
+        assert in_place.of_global_numpy(np.random) == in_place.of_numpy(np.random.get_state(legacy=False))
+        draw()
+
+
+def test_this_interpreter_and_this_numpy_are_read_in_place() -> None:
+    assert in_place._words_of_python(random.getstate.__self__) is not None  # type: ignore[attr-defined]
+    assert in_place._words_of_numpy(np.random.get_bit_generator()) is not None
+    assert in_place._reserve_of_numpy(np.random) is not None
+
+
+class Own(random.Random):
+    """Lies elsewhere, for all that is known."""
+
+
+def test_a_generator_of_another_class_is_asked_for_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Own(3)
+    own.gauss(0, 1)
+    monkeypatch.setattr(random, "getstate", own.getstate)
+    before = rng_states()
+    assert before.bits("python") == in_place.of_python(own.getstate())
+    random.random()
+    assert moved(before, rng_states()) == ()
+    own.random()
+    assert moved(before, rng_states()) == ("python",)
+
+
+@pytest.fixture
+def other_numpy() -> Iterator[Callable[[object], None]]:
+    kept = np.random.get_bit_generator()
+    yield np.random.set_bit_generator
+    np.random.set_bit_generator(kept)
+
+
+@pytest.mark.parametrize("kind", [np.random.MT19937, np.random.PCG64])
+def test_numpy_with_a_generator_of_another_kind(kind: Callable[[int], object], other_numpy: Any) -> None:
+    rng_states()
+    other_numpy(kind(5))
+    before = rng_states()
+    other_numpy(kind(5))
+    assert moved(before, rng_states()) == ()
+    np.random.random()
+    assert moved(before, rng_states()) == ("numpy",)
+
+
+def test_states_are_kept_as_they_were() -> None:
+    before, digests = rng_states(), rng_digests()
+    for draw in draws():
+        draw()
+    torch.rand(1)
+    assert dict(before) == digests
+    assert set(moved(before, rng_states())) == set(moved(digests, rng_digests())) == {"python", "numpy", "torch"}
+
+
+def test_states_of_several_places_come_together() -> None:
+    both = States({"torch": b"state"}) | {"worker0.torch": "digest"}
+    assert isinstance(both, States)
+    assert list(both) == ["torch", "worker0.torch"]
+    assert ("torch" in both, "cuda" in both, len(both)) == (True, False, 2)
+    assert (both.bits("torch"), both.bits("worker0.torch"), both["worker0.torch"]) == (b"state", None, "digest")
+    assert moved(both, States({"torch": b"state"}) | {"worker0.torch": "other"}) == ("worker0.torch",)
+
+
+def test_of_batches_given_out_far_ahead_digests_alone_are_kept() -> None:
+    log = Log(None)
+    log.start()
+    expected = []
+    for number in range(20):
+        expected.append(rng_digests())
+        log.give([number], States(), ())
+        random.random()
+        np.random.random()
+        torch.rand(1)
+    assert [made.rng.bits("torch") is None for made in log.pending] == [False] * 16 + [True] * 4
+    assert [dict(made.rng) for made in log.pending] == expected
+    log.finish()  # the batch given last, of which digests are kept, is whole
+    assert set(log.pending[-1].drew) == {"python", "numpy", "torch"}

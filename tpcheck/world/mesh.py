@@ -1,7 +1,8 @@
 """Direct connections between the ranks of one group on one machine.
 
-A message of 48 bytes takes 16 microseconds between 2 ranks and 100 between 4 on 2 cores, where gloo takes 170 and 1000:
-its threads hand each message on, and the rank that waits is woken up last.
+A message of 48 bytes to all others, and theirs back, takes 15 microseconds between 2 ranks and 35 between 4 on 2 cores
+when nothing else is done (0.1 and 0.4 ms with caches cold). gloo takes 0.5 and 3 ms (0.9 and 3.5): its threads hand
+each message on, and the rank that waits is woken up last.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from weakref import WeakSet, finalize
 
 _POLL = 0.3  # seconds: how soon a rank that waits looks whether another one has failed elsewhere
 _CONNECT = 10.0  # seconds
-_LOOKS = 40  # 60 microseconds: ranks that come nearly together need not be woken up, which takes as long
+_LOOKS = 40  # 0.1 ms: ranks that come nearly together need not be woken up, which takes up to 0.4 ms
 _MESSAGE, _ALARM = b"\0", b"\1"  # the first byte of what is sent
 _meshes: WeakSet[Mesh] = WeakSet()
 
