@@ -39,7 +39,7 @@ def gathered(index: Path, files_of: Mapping[str, Path], held: Callable[[Path], M
         for name, tensor in held(path).items():
             if name in found:
                 raise CheckpointError(
-                    f"Tensor {shortened(name)} is both in {place[name]} and in {path.name}: "
+                    f"Tensor {shortened(name)} is both in {place[name].name} and in {path.name}: "
                     "shards of it, or two versions, are not one model."
                 )
             found[name], place[name] = tensor, path

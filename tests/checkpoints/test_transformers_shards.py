@@ -1,0 +1,161 @@
+"""Shards that transformers saved, each rank its own, are the model that was sharded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tpcheck
+from tests.checkpoints.readers import contents, opened, same
+from tpcheck import Topology
+from tpcheck.errors import CheckpointError
+
+FIRST = "shard-00001-model-00001-of-00001.safetensors"
+SECOND = "shard-00002-model-00001-of-00001.safetensors"
+
+
+def _save(rank, reference, folder):
+    model = LlamaForCausalLM.from_pretrained(reference, tp_plan="auto")
+    model.save_pretrained(folder, distributed_checkpoint=True)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model saved by two ranks, with its state dict."""
+    folder, reference = tmp_path_factory.mktemp("shards"), tmp_path_factory.mktemp("reference")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 32}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, attention_bias=True, **sizes)).save_pretrained(reference)
+    with tpcheck.spawn(Topology(tp=2), timeout=60) as world:
+        world.run(_save, str(reference), str(folder))
+    return folder, load_file(reference / "model.safetensors")
+
+
+@pytest.fixture
+def shards(saved, tmp_path):
+    """A copy to be damaged."""
+    shutil.copytree(saved[0], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def write(path, tensors, offsets):
+    """Save pieces with what the metadata says of where they lie: text, or offsets by name."""
+    info = (
+        offsets if isinstance(offsets, str) else json.dumps({key: {"saved_offsets": o} for key, o in offsets.items()})
+    )
+    save_file(tensors, path, metadata={"DCP_SHARDING_INFO": info})
+
+
+def test_the_shards_are_the_model(saved):
+    folder, expected = saved
+    assert same(contents(folder), expected)
+    checkpoint = opened(folder)
+    assert checkpoint.description == "transformers shards, 2 files"
+    assert checkpoint.config["hidden_size"] == 16
+
+
+def test_each_file_alone_holds_pieces_under_the_same_names(saved):
+    with safe_open(saved[0] / FIRST, framework="pt") as one, safe_open(saved[0] / SECOND, framework="pt") as other:
+        assert {*one.keys()} & {*other.keys()}
+
+
+def test_rows_across_the_pieces_are_read(saved):
+    checkpoint = opened(saved[0])
+    for name, expected in saved[1].items():
+        for start in range(len(expected)):
+            stop = min(start + 5, len(expected))
+            assert torch.equal(checkpoint.read(name, range(start, stop)), expected[start:stop]), name
+
+
+def test_a_whole_model_beside_its_shards_is_what_is_read(shards):
+    save_file({"a": torch.ones(1)}, shards / "model.safetensors")
+    assert contents(shards).keys() == {"a"}
+
+
+def test_a_missing_first_shard_leaves_a_gap(shards):
+    (shards / FIRST).unlink()
+    with pytest.raises(
+        CheckpointError, match=r"without shard 1\) is held in pieces that leave out \d+ of its \d+ elem"
+    ):
+        opened(shards)
+
+
+def test_a_missing_last_shard_makes_smaller_tensors(shards, saved):
+    (shards / SECOND).unlink()
+    assert contents(shards)["model.embed_tokens.weight"].shape != saved[1]["model.embed_tokens.weight"].shape
+
+
+def test_the_same_shard_twice_overlaps(shards):
+    shutil.copy(shards / FIRST, shards / SECOND)
+    with pytest.raises(CheckpointError, match="is held in pieces that overlap"):
+        opened(shards)
+
+
+def test_shards_without_places_are_refused(shards):
+    save_file(load_file(shards / SECOND), shards / SECOND)
+    with pytest.raises(CheckpointError, match="does not say where its pieces lie"):
+        opened(shards)
+
+
+def test_shards_of_two_checkpoints_are_refused(shards):
+    shutil.copy(shards / SECOND, shards / "shard-00002-model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="several checkpoints"):
+        opened(shards)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "does not hold a JSON object"),
+        ('{"a":' * 50_000, "nested too deeply|not valid JSON"),
+        ("{}", "does not say where its piece of tensor 'a' lies"),
+        ('{"a": 3}', "offsets that are not 2 indices"),
+        ('{"a": {"saved_offsets": null}}', "offsets that are not 2 indices"),
+        ({"a": [0]}, "offsets that are not 2 indices"),
+        ({"a": [2, -1]}, "offsets that are not 2 indices"),
+        ({"a": [2, True]}, "offsets that are not 2 indices"),
+        ({"a": [2, 1.0]}, "offsets that are not 2 indices"),
+        ({"a": [1 << 60, 0]}, "offsets that are not 2 indices"),
+        ({"a": [1, 0]}, "pieces that overlap"),
+        ({"a": [3, 0]}, "leave out 3 of its 15 elements"),
+        ({"a": [2, 1]}, "leave out"),
+        ({"a": [1 << 40, 0]}, "leave out"),
+    ],
+)
+def test_places_that_do_not_fit_are_told(tmp_path, offsets, message):
+    write(tmp_path / FIRST, {"a": torch.ones(2, 3)}, {"a": [0, 0]})
+    write(tmp_path / SECOND, {"a": torch.ones(2, 3)}, offsets)
+    with pytest.raises(CheckpointError, match=message):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("piece", [torch.ones(2, 3, dtype=torch.float64), torch.ones(2)])
+def test_pieces_of_different_kinds_are_told(tmp_path, piece):
+    write(tmp_path / FIRST, {"a": torch.ones(2, 3)}, {"a": [0, 0]})
+    write(tmp_path / SECOND, {"a": piece}, {"a": [2, 0][: piece.ndim]})
+    with pytest.raises(CheckpointError, match="different dtypes or numbers of dimensions"):
+        opened(tmp_path)
+
+
+@given(data=st.data())
+def test_any_cut_into_boxes_is_put_together(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("boxes")
+    whole = torch.randn(data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6)))
+    cuts = [sorted({0, size, *data.draw(st.sets(st.integers(0, size), max_size=2))}) for size in whole.shape]
+    boxes = [
+        (top, bottom, left, right)
+        for top, bottom in zip(cuts[0], cuts[0][1:], strict=False)
+        for left, right in zip(cuts[1], cuts[1][1:], strict=False)
+    ]
+    for number, (top, bottom, left, right) in enumerate(data.draw(st.permutations(boxes)), start=1):
+        piece = whole[top:bottom, left:right].contiguous()
+        write(folder / f"shard-{number:05}-model-00001-of-00001.safetensors", {"a": piece}, {"a": [top, left]})
+    assert same(contents(folder), {"a": whole})
