@@ -96,7 +96,9 @@ def _opened(root: Path, folder: Path, files: Files, options: ReadOptions) -> Tab
     )
     replaced = [alias for alias in tied if alias in names]
     note = f"; {', '.join(replaced[:3])} as tied, not from files of their own" if replaced else ""
-    return TableCheckpoint(files, f"DeepSpeed universal checkpoint{note}", tensors, read_config(root, files), groups)
+    return TableCheckpoint(
+        files, f"DeepSpeed universal checkpoint{note}", tensors, read_config(root, files), groups, unread
+    )
 
 
 def _parameter(folder: Path, name: str, states: _States, files: Files, options: ReadOptions) -> TensorInFiles:
