@@ -25,6 +25,7 @@ def verify_command(subject: Mapping[str, Any]) -> str:
         words += ["--set", f"{key}={json.dumps(value)}"]
     if subject.get("config"):
         words += ["--config", json.dumps(subject["config"])]
+    words += [word for check in subject.get("checks", ()) for word in ("--checks", check)]
     if subject.get("ignore_plan"):
         words.append("--ignore-plan")
     return shlex.join(words)

@@ -2,7 +2,7 @@
 
 from tpcheck.adapters.checkpoints import Checkpoint, CheckpointFormat, Extent, ReadOptions
 from tpcheck.adapters.layout import Layout
-from tpcheck.adapters.protocols import Backend, Candidate, TrainingOptions
+from tpcheck.adapters.protocols import Backend, Candidate, SavesCheckpoints, TrainingOptions
 from tpcheck.adapters.registry import backend_names, checkpoint_formats, load_backend
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Extent",
     "Layout",
     "ReadOptions",
+    "SavesCheckpoints",
     "TrainingOptions",
     "backend_names",
     "checkpoint_formats",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -84,6 +85,14 @@ class Candidate(Protocol):
 
     def gradient_norm(self) -> float | None:
         """Return the norm by which the last step clipped, or None where the backend does not tell."""
+
+
+@runtime_checkable
+class SavesCheckpoints(Protocol):
+    """What a candidate offers, too, if what it saves can be verified."""
+
+    def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
+        """Return each public way to save the model: it writes into an empty folder. Collective over the world."""
 
 
 class Backend(Protocol):

@@ -87,7 +87,7 @@ def verify_checkpoint(
 def _verdict(comparison: Comparison, subject: dict[str, Any], again: str | None, seconds: float) -> Verdict:
     from dataclasses import replace
 
-    from tpcheck.verification.checkpoint import CHECK
+    from tpcheck.checks import CHECKPOINT_CHECK
 
     findings = tuple(replace(finding, again=again) for finding in comparison.findings)
     compared = comparison.coverage.compared
@@ -97,7 +97,7 @@ def _verdict(comparison: Comparison, subject: dict[str, Any], again: str | None,
         subject=subject,
         environment=package_versions(),
         findings=findings,
-        checks=(CheckResult(CHECK, compared, 0.0),),
+        checks=(CheckResult(CHECKPOINT_CHECK, compared, 0.0),),
         coverage=comparison.coverage,
         seconds=seconds,
         message="no tensor could be compared" if nothing else None,

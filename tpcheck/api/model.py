@@ -63,7 +63,8 @@ def verify(
         steps: Training steps; the comparison ends after the first one that differs.
         zero_stage: ZeRO stage, 0 to 3.
         config: Backend configuration merged over tpcheck's own; for DeepSpeed, its config dict.
-        checks: Names of the checks to run; None for all.
+        checks: Names of the checks to run; None for all but `checkpoint_matches_reference`, which saves the model in
+            each way that the backend has, reads it back, and compares, before the first step and after the last.
         seed: Seed of weights, batches and replays.
         ignore_plan: Drop the model's own tp_plan, so that the backend's heuristics shard it.
         timeout: Seconds until a run that hangs is ended.
@@ -233,9 +234,10 @@ def _require_valid(request: Request, topology: Topology) -> None:
             raise UsageError(name, value, f"an integer from {least} to {2**31 - 1}")
     if request.batch is not None and not callable(request.batch) and not isinstance(request.batch, Mapping):
         raise UsageError("batch", type(request.batch).__name__, "a dict of tensors, a callable or None")
-    unknown = [name for name in request.checks if name not in _all_checks()]
+    known = (*_default_checks(), _checkpoint_check())
+    unknown = [name for name in request.checks if name not in known]
     if unknown or not request.checks:
-        raise UsageError("checks", unknown or (), _all_checks())
+        raise UsageError("checks", unknown or (), known)
 
 
 def _mapping(name: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -247,13 +249,19 @@ def _mapping(name: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
 def _names(checks: Sequence[str] | None) -> tuple[str, ...]:
     if isinstance(checks, str):
         raise UsageError("checks", checks, "a list of names")
-    return _all_checks() if checks is None else tuple(checks)
+    return _default_checks() if checks is None else tuple(checks)
 
 
-def _all_checks() -> tuple[str, ...]:
+def _default_checks() -> tuple[str, ...]:
     from tpcheck.checks import CHECK_NAMES
 
     return CHECK_NAMES
+
+
+def _checkpoint_check() -> str:
+    from tpcheck.checks import CHECKPOINT_CHECK
+
+    return CHECKPOINT_CHECK
 
 
 def _options(request: Request, topology: Topology) -> dict[str, Any]:
@@ -267,4 +275,5 @@ def _options(request: Request, topology: Topology) -> dict[str, Any]:
         "seed": request.seed,
         "config": dict(request.config),
         "ignore_plan": request.ignore_plan,
+        **({} if request.checks == _default_checks() else {"checks": list(request.checks)}),
     }

@@ -15,7 +15,7 @@ from tpcheck.checks.updates import updates_match_reference
 from tpcheck.checks.weights import weights_match_reference
 from tpcheck.records import Evidence
 
-__all__ = ["CHECK_NAMES", "START_CHECKS", "STEP_CHECKS", "CheckOutcome"]
+__all__ = ["CHECKPOINT_CHECK", "CHECK_NAMES", "START_CHECKS", "STEP_CHECKS", "CheckOutcome"]
 
 START_CHECKS: dict[str, Callable[[Evidence], CheckOutcome]] = {
     "groups_match_topology": groups_match_topology,
@@ -31,5 +31,8 @@ STEP_CHECKS: dict[str, Callable[[Evidence, int], CheckOutcome]] = {
     "updates_match_reference": updates_match_reference,
     "replicas_agree": replicas_agree_after,
 }
+
+CHECKPOINT_CHECK = "checkpoint_matches_reference"
+"""Asked of files, not of evidence; a verification of a model asks it where it is named."""
 
 CHECK_NAMES = tuple(dict.fromkeys([*START_CHECKS, *STEP_CHECKS]))

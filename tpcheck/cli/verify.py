@@ -37,6 +37,10 @@ def verify(
     ignore_plan: Annotated[
         bool, typer.Option("--ignore-plan", help="Drop the model's own tp_plan: the backend's heuristics shard it.")
     ] = False,
+    checks: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Run this check alone; repeatable. Without it, all but the saved model's."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and replays.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds until a run that hangs is ended.")] = 600,
     json_: Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the report as JSON.")] = None,
@@ -49,6 +53,7 @@ def verify(
     tpcheck verify llama --tp 2
     tpcheck verify llama qwen3 opt --tp 2 --dp 2 --zero 1 --jobs 2 --json report.json
     tpcheck verify phi --set qk_layernorm=true
+    tpcheck verify llama --checks checkpoint_matches_reference
     tpcheck verify bloom --config '{"tensor_parallel": {"preset_model": "bloom"}}'
 
     Exit status: 0 passed, 1 findings, 2 bad usage or a report that cannot be written, 3 the system
@@ -73,6 +78,7 @@ def verify(
             steps=steps,
             zero_stage=zero,
             config=backend_config,
+            checks=checks or None,
             seed=seed,
             settings=changes,
             ignore_plan=ignore_plan,

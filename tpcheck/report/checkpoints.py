@@ -12,7 +12,8 @@ from tpcheck.report.lines import Line, labelled, plain
 CHECK = "checkpoint_matches_reference"
 # Evidence that the phrases below use up.
 PHRASED = frozenset(
-    {"dtype_actual", "dtype_expected", "same_values", "actual", "expected", "only_in", "story", "actual_name"}
+    {"count_tensors"}
+    | {"dtype_actual", "dtype_expected", "same_values", "actual", "expected", "only_in", "story", "actual_name"}
 )
 _NAMES_SHOWN = 4
 # What a story says of a tensor is its own (a length, a place); what makes stories the same is the rest.
@@ -27,7 +28,9 @@ def story_lines(verdict: Verdict) -> Iterator[Line]:
     for group in groups:
         first = group[0]
         yield Line()
-        head = f"{len(group)} of {words.count(verdict.coverage.total, 'tensor')}: "
+        head = f"{len(group)} of {words.count(first.evidence.get('count_tensors', len(group)), 'tensor')}: "
+        saved = ", ".join(part for part in (str(first.where.get("field", "")), words.phase(first.where)) if part)
+        head = f"{saved}: {head}" if saved else head
         yield Line(((head, "bold"), (cause(first), "yellow" if first.cause else "")))
         yield from labelled("tensors", words.few([str(one.where.get("parameter")) for one in group], _NAMES_SHOWN))
     yield Line()
@@ -40,7 +43,8 @@ def story_groups(findings: Sequence[Finding]) -> list[list[Finding]]:
     for finding in findings:
         if finding.check == CHECK:
             story = finding.evidence.get("story") or {}
-            key = (finding.cause, *(str(story.get(name)) for name in _SHARED))
+            moment = (finding.where.get(name) for name in ("field", "phase", "step"))
+            key = (finding.cause, *moment, *(str(story.get(name)) for name in _SHARED))
             groups.setdefault(key, []).append(finding)
     return sorted(groups.values(), key=len, reverse=True)
 

@@ -8,7 +8,12 @@ from math import isfinite
 from typing import Any
 
 _RANKS_SHOWN = 8
-_PHASES = {"start": "before the first step", "step": "optimizer step {step}", "update": "optimizer step {step}"}
+_PHASES = {
+    "start": "before the first step",
+    "step": "optimizer step {step}",
+    "update": "optimizer step {step}",
+    "saved": "saved after step {step}",
+}
 _SUBJECT_PARTS = (
     "family",
     "model",

@@ -12,6 +12,7 @@ from torch import nn
 
 from tpcheck.adapters import Backend, TrainingOptions, load_backend
 from tpcheck.adapters.protocols import RankLike
+from tpcheck.checks import CHECKPOINT_CHECK
 from tpcheck.collect import everything_in_float64
 from tpcheck.records import Evidence, RankFacts, Step
 from tpcheck.tolerance import Tolerance, largest_deviations
@@ -23,6 +24,7 @@ from tpcheck.verification.model import built_model, require_equal_models
 from tpcheck.verification.reference import ReferenceStep, recorded
 from tpcheck.verification.replay import Deviations, replayed_deviations, require_still
 from tpcheck.verification.request import Request
+from tpcheck.verification.saving import saved_answer, set_gathered, with_saved
 from tpcheck.verification.state import State, buffers_of, parameters_of
 
 T = TypeVar("T")
@@ -68,12 +70,20 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
             answer = None if evidence is None else start_answer(evidence, request.checks)
             stops = answer is not None and forbids_training(answer)
             if not any(rank.gather(stops)):
+                saves = CHECKPOINT_CHECK in request.checks
+                saved = [saved_answer(rank, candidate, reference.model, step=-1)] if saves else []
                 steps, tolerance = reference.trained(rank, request)
                 own_batches = [by_dp_rank[_dp_rank(rank)] for by_dp_rank in reference.data]
                 made = trained(backend, candidate, tuple(start.weights), own_batches)
                 full = _step_evidence(rank, evidence, steps, tolerance, made)
                 if full is not None and answer is not None:
                     answer = full_answer(answer, full, request.checks)
+                if saves:
+                    unknown = () if full is None else set_gathered(reference.model, full)
+                    saved.append(
+                        saved_answer(rank, candidate, reference.model, step=request.steps - 1, unknown=unknown)
+                    )
+                answer = with_saved(answer, saved)
     return RankAnswer(answer, backend.versions())
 
 

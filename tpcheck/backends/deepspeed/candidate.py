@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -15,6 +16,7 @@ from torch import nn
 
 from tpcheck.adapters import Layout
 from tpcheck.backends.deepspeed.layers import layouts, local_shape, parallel_layers
+from tpcheck.backends.deepspeed.saving import ways_to_save
 from tpcheck.topology import Topology
 
 
@@ -69,6 +71,9 @@ class DeepSpeedCandidate:
 
     def gradient_norm(self) -> float | None:
         return self._norm
+
+    def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
+        return ways_to_save(self._engine)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from tpcheck.adapters import Checkpoint
 from tpcheck.causes.checkpoint import Case, Story, Surroundings, explain_tensor
 from tpcheck.causes.checkpoint.advice import ADVICE
+from tpcheck.checks import CHECKPOINT_CHECK
 from tpcheck.compare.bits import BitComparer
 from tpcheck.compare.elements import ElementDifference, element_difference
 from tpcheck.compare.stored import Stored
@@ -18,8 +19,6 @@ from tpcheck.records import Coverage, Finding
 from tpcheck.verification.checkpoint.differing import Pair, Progress, differing, in_parallel
 from tpcheck.verification.checkpoint.naming import match_names
 from tpcheck.verification.checkpoint.ties import Loose, loose_names
-
-CHECK = "checkpoint_matches_reference"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,7 @@ def compare_checkpoints(
     expected: Checkpoint,
     *,
     cast: torch.dtype | None = None,
+    actual_cast: torch.dtype | None = None,
     earlier: Mapping[str, Checkpoint] | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -49,6 +49,7 @@ def compare_checkpoints(
 
     Args:
         cast: Floating point values of `expected` are rounded to this dtype first: a cast that was meant.
+        actual_cast: The same for `actual`, which may hold master weights of higher precision.
         earlier: Checkpoints of earlier steps, with the names of `expected`, to tell weights that were not updated.
         progress: Is told how many bytes of how many are compared.
 
@@ -56,26 +57,30 @@ def compare_checkpoints(
         CheckpointError: A file does not hold what it should.
     """
     matching = match_names(actual.names(), expected.names())
-    pairs = [Pair(Stored(actual, ours), Stored(expected, theirs, cast)) for theirs, ours in matching.actual_of.items()]
+    pairs = [
+        Pair(Stored(actual, ours, actual_cast), Stored(expected, theirs, cast))
+        for theirs, ours in matching.actual_of.items()
+    ]
     alike = [pair for pair in pairs if pair.actual.shape == pair.expected.shape and _one_dtype(pair)]
-    wrong = {pair.expected.name for pair in differing(alike, progress)}
-    wrong |= {pair.expected.name for pair in pairs if pair not in alike}
+    agreeing = {pair.expected.name for pair in alike} - {pair.expected.name for pair in differing(alike, progress)}
     with BitComparer() as comparer:
         surroundings = Surroundings(expected, earlier or {}, cast, comparer)
-        told = _told([pair for pair in pairs if pair.expected.name in wrong], surroundings)
-    untied = _tied_partners(expected, frozenset(matching.actual_of) - wrong)
+        told = _told([pair for pair in pairs if pair.expected.name not in agreeing], surroundings)
+    untied = _tied_partners(expected, agreeing)
     loose = [one for one in loose_names(actual, expected, matching) if not _is_unread(one, actual, expected)]
     findings = [
         *(_finding(pair, *told[pair.expected.name], untied) for pair in pairs if pair.expected.name in told),
         *map(_loose, loose),
     ]
+    number = {"count_tensors": len(expected.names())}
     for checkpoint in (actual, expected, *(earlier or {}).values()):
         checkpoint.require_unchanged()
-    return Comparison(tuple(findings), _coverage(actual, expected, loose), matching.renamed)
+    found = tuple(replace(finding, evidence={**finding.evidence, **number}) for finding in findings)
+    return Comparison(found, _coverage(actual, expected, loose), matching.renamed)
 
 
 def _one_dtype(pair: Pair) -> bool:
-    return pair.actual.stored_dtype == pair.expected.dtype
+    return pair.actual.dtype == pair.expected.dtype
 
 
 def _told(
@@ -95,7 +100,7 @@ def _told(
 
 def _of_dtype(pair: Pair, surroundings: Surroundings) -> Story | None:
     """Tell a tensor of another dtype: the reference's values, rounded to it, or else what happens to those."""
-    actual, own = pair.actual, pair.actual.stored_dtype
+    actual, own = pair.actual, pair.actual.dtype
     expected = Stored(pair.expected.checkpoint, pair.expected.name, own)
     if expected.dtype != own:
         return None  # an integer where a floating point number should be, or the other way round
@@ -117,7 +122,7 @@ def _finding(pair: Pair, found: ElementDifference | None, story: Story | None, u
     if actual.shape != expected.shape:
         evidence |= {"shape_actual": list(actual.shape), "shape_expected": list(expected.shape)}
     if not _one_dtype(pair):
-        evidence |= {"dtype_actual": _short(actual.stored_dtype), "dtype_expected": _short(expected.dtype)}
+        evidence |= {"dtype_actual": _short(actual.dtype), "dtype_expected": _short(expected.dtype)}
         evidence["same_values"] = found is None and actual.shape == expected.shape
     if found is not None:
         where["index"] = list(found.first)
@@ -134,13 +139,13 @@ def _finding(pair: Pair, found: ElementDifference | None, story: Story | None, u
     if story is not None:
         evidence |= {"story": dict(story.details), "advice": ADVICE.get(story.cause)}
     observed = float(found.count if found is not None else max(1, expected.numel))
-    return Finding(CHECK, where, observed, 0.0, story.cause if story else None, evidence)
+    return Finding(CHECKPOINT_CHECK, where, observed, 0.0, story.cause if story else None, evidence)
 
 
 def _loose(one: Loose) -> Finding:
     side = "actual" if one.cause in ("tensor_unexpected", "tied_weight_untied") else "reference"
     evidence = {"only_in": side, "story": dict(one.evidence), "advice": ADVICE.get(one.cause)}
-    return Finding(CHECK, {"parameter": one.name}, 1.0, 0.0, one.cause, evidence)
+    return Finding(CHECKPOINT_CHECK, {"parameter": one.name}, 1.0, 0.0, one.cause, evidence)
 
 
 def _is_unread(one: Loose, actual: Checkpoint, expected: Checkpoint) -> bool:
@@ -157,12 +162,12 @@ def _coverage(actual: Checkpoint, expected: Checkpoint, loose: Sequence[Loose]) 
     return Coverage(len(names - alone), len(names | actual.unread.keys() | expected.unread.keys()), missed)
 
 
-def _tied_partners(expected: Checkpoint, right: frozenset[str]) -> dict[str, str]:
+def _tied_partners(expected: Checkpoint, right: Set[str]) -> dict[str, str]:
     """Return a partner that is right for every name that the reference ties."""
     return dict(_partners(expected, right))
 
 
-def _partners(expected: Checkpoint, right: frozenset[str]) -> Iterator[tuple[str, str]]:
+def _partners(expected: Checkpoint, right: Set[str]) -> Iterator[tuple[str, str]]:
     for tie in expected.ties:
         for name in tie:
             partner = next((other for other in sorted(tie) if other != name and other in right), None)
