@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,35 +13,72 @@ import torch
 
 import tpcheck
 from tpcheck import Topology
+from tpcheck.adapters import Checkpoint, ReadOptions, checkpoint_formats
 
 State = dict[str, torch.Tensor]
 
+TIED = {"vocab_size": 131, "tie_word_embeddings": True}
+UNEVEN = {"vocab_size": 131, "intermediate_size": 97}
+FEW_HEADS = {"num_key_value_heads": 2}
+"""At tp 4 two ranks hold no attention at all."""
 
-def save_training(
-    folder: Path,
-    model_type: str = "llama",
-    *,
-    tp: int = 2,
-    dp: int = 1,
-    zero: int = 0,
-    dtype: str = "float32",
-    steps: int = 0,
-    settings: Mapping[str, Any] | None = None,
-    frozen: tuple[str, ...] = (),
-    config: Mapping[str, Any] | None = None,
-) -> State:
+
+def opened(source: Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """Open with the installed format that goes first among those that recognise the source."""
+    chosen = next(one for one in checkpoint_formats() if one.recognises(source))
+    return chosen.open(source, ReadOptions(allow_pickle=allow_pickle))
+
+
+def contents(source: Path) -> State:
+    """Read every tensor, each in two parts of its rows."""
+    checkpoint = opened(source)
+    try:
+        return {name: _read_in_parts(checkpoint, name) for name in checkpoint.names()}
+    finally:
+        checkpoint.close()
+
+
+def same(actual: State, expected: State) -> bool:
+    """Return whether names, shapes, dtypes and bits are the same."""
+    return {*actual} == {*expected} and all(
+        actual[name].dtype == expected[name].dtype and torch.equal(actual[name], expected[name]) for name in expected
+    )
+
+
+def masters(state: State) -> State:
+    """Return what ZeRO makes of the state: float32."""
+    return {name: value.float() for name, value in state.items()}
+
+
+def save_training(folder: Path, model_type: str = "llama", *, tp: int = 2, dp: int = 1, **options: Any) -> State:
     """Save a DeepSpeed training checkpoint to the folder and return the state dict of the model that it holds.
 
     With `steps=0` that is the unsharded model's, as it was before DeepSpeed saw it; after training, what DeepSpeed's
-    own layers gather from the live engine.
+    own layers gather from the live engine, in the parameters' dtype.
 
     Args:
+        zero: Stage.
+        dtype: `float32` or `bfloat16`.
+        steps: Training steps before saving.
+        settings: Changes to the small model's configuration.
         frozen: Parts of the names of parameters that are not trained.
         config: Merged over the DeepSpeed configuration, section by section.
+        load_universal: A folder with `latest_universal` to load before all that.
     """
     with tpcheck.spawn(Topology(tp=tp, dp=dp), timeout=120) as world:
-        states = world.run(_save, str(folder), model_type, zero, dtype, steps, settings or {}, frozen, config or {})
+        states = world.run(_save, str(folder), model_type, **options)
     return {name: torch.from_numpy(values).view(getattr(torch, kind)) for name, (values, kind) in states[0].items()}
+
+
+def convert_to_universal(folder: Path, *options: str) -> Path:
+    """Convert the step that `latest` names with DeepSpeed's own script, and return the new folder."""
+    step = (folder / "latest").read_text()
+    target = folder / f"{step}_universal"
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(folder / step), "--output_folder", str(target)]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1", *options]
+    subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    return target
 
 
 def random_model(model_type: str, settings: Mapping[str, Any]) -> Any:
@@ -57,48 +97,61 @@ def _save(
     rank: Any,
     folder: str,
     model_type: str,
-    zero: int,
-    dtype: str,
-    steps: int,
-    settings: Mapping[str, Any],
-    frozen: tuple[str, ...],
-    config: Mapping[str, Any],
+    *,
+    zero: int = 0,
+    dtype: str = "float32",
+    steps: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    frozen: tuple[str, ...] = (),
+    config: Mapping[str, Any] | None = None,
+    load_universal: str | None = None,
 ) -> Any:
     import deepspeed
 
     from tpcheck.adapters import TrainingOptions
     from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate
-    from tpcheck.backends.deepspeed.config import deepspeed_config
+    from tpcheck.backends.deepspeed.config import deepspeed_config, merged
 
-    model = random_model(model_type, settings).to(getattr(torch, dtype))
+    model = random_model(model_type, settings or {}).to(getattr(torch, dtype))
+    model.register_buffer("counter", torch.arange(3))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in frozen))
     reference = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    options = TrainingOptions(dtype=getattr(torch, dtype), zero_stage=zero, batch_size=1, config=config)
-    built = deepspeed_config(options, rank.topology.tp)
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=built)[0]
+    extra = merged(config or {}, {"checkpoint": {"load_universal": True}} if load_universal else {})
+    options = TrainingOptions(dtype=getattr(torch, dtype), zero_stage=zero, batch_size=1, config=extra)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(options, rank.topology.tp))[
+        0
+    ]
     candidate = DeepSpeedCandidate(engine, rank.topology)
+    if load_universal:
+        engine.load_checkpoint(load_universal)
     for step in range(steps):
         torch.manual_seed(100 * step + rank.dp_rank)
         tokens = torch.randint(0, model.config.vocab_size, (1, 8))
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
         engine.step()
     engine.save_checkpoint(folder)
-    if steps:
+    if steps or load_universal:
         _gather(reference, candidate, rank)
-    return {
-        name: (
-            value.contiguous().view(torch.uint8).numpy() if value.dtype is torch.bfloat16 else value.numpy(),
-            str(value.dtype)[6:],
-        )
-        for name, value in reference.items()
-    }
+    return {name: _sendable(value) for name, value in reference.items()}
 
 
 def _gather(reference: State, candidate: Any, rank: Any) -> None:
     """Put what the engine now holds, in the parameters' own dtype, in place of the start."""
-    layouts = candidate.layouts()
-    for name, layout in layouts.items():
+    for name, layout in candidate.layouts().items():
         shards = rank.gather(candidate.parameter(name))
         reference[name] = layout.assemble([shards[each] for each in rank.topology.peers(rank=rank.rank, axis="tp")])
+
+
+def _sendable(value: torch.Tensor) -> tuple[Any, str]:
+    plain = value.contiguous().view(torch.int16) if value.dtype is torch.bfloat16 else value
+    return plain.numpy(), str(value.dtype).removeprefix("torch.")
+
+
+def _read_in_parts(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    shape = checkpoint.shape(name)
+    if not shape or shape[0] < 2:
+        return checkpoint.read(name, range(shape[0] if shape else 1))
+    cut = shape[0] // 3 + 1
+    return torch.cat([checkpoint.read(name, range(cut)), checkpoint.read(name, range(cut, shape[0]))])

@@ -66,7 +66,7 @@ def _whole_or_reason(names: Sequence[str], states: Sequence[RankState], layouts:
     """Return the tensor of these tied names, or why it cannot be put together."""
     try:
         shards = [_shard(names, state) for state in states]
-        merged = _merged(names, shards, layouts)
+        merged = _merged(names, shards, None if names[0] in states[0].buffers else layouts)
         whole = merged or _replicated(shards)
     except LayoutError as reason:
         return str(reason)
@@ -87,7 +87,7 @@ def _shard(names: Sequence[str], state: RankState) -> Shard:
     return shard
 
 
-def _merged(names: Sequence[str], shards: Sequence[Shard], layouts: Layouts) -> Merged | None:
+def _merged(names: Sequence[str], shards: Sequence[Shard], layouts: Layouts | None) -> Merged | None:
     """Return the tensor of these tied names, or None where the files do not say how it was cut.
 
     Raises:
@@ -96,7 +96,7 @@ def _merged(names: Sequence[str], shards: Sequence[Shard], layouts: Layouts) -> 
     dtypes = {shard.dtype for shard in shards if shard.numel}
     if len(dtypes) > 1:
         raise LayoutError(f"mp ranks hold it as {' and '.join(sorted(map(str, dtypes)))}")
-    if len(shards) == 1:
+    if len(shards) == 1 or layouts is None:
         return _replicated(shards)
     return next((found for name in names if (found := layouts.merged(name, shards))), None)
 

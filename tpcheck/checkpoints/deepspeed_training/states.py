@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tpcheck.adapters import ReadOptions
-from tpcheck.checkpoints.deepspeed_training.fields import is_sizes, mapping
+from tpcheck.checkpoints.deepspeed_training.fields import is_sizes, mapping, sequence
 from tpcheck.checkpoints.deepspeed_training.folder import TrainingFolder
 from tpcheck.checkpoints.deepspeed_training.partitions import Partitions, cut
 from tpcheck.checkpoints.deepspeed_training.shards import Segment, Shard
@@ -33,6 +33,7 @@ class RankState:
         num_dp: Number of data-parallel ranks that the optimizer states are cut over.
         ties: Names by the name of the parameter that they share.
         shared: Those of them that DeepSpeed wrote down, which it does on global rank 0 alone.
+        buffers: Names of tensors that are no parameters, and that no layer cuts.
         unread: What is no tensor, with the reason.
         info: `universal_checkpoint_info`: how AutoTP cut the parameters.
         facts: What all ranks must agree on.
@@ -44,6 +45,7 @@ class RankState:
     num_dp: int
     ties: Mapping[str, str]
     shared: Mapping[str, str]
+    buffers: frozenset[str]
     unread: Mapping[str, str]
     info: Mapping[Any, Any]
     facts: Mapping[str, Any]
@@ -78,12 +80,9 @@ def rank_state(
         masters |= _frozen(paths[0], states)
     shared = {**shared, **_names(state.get("shared_params"))}
     ties = {**_shared_storage(module), **shared}
-    if folder.partitioned:  # the module's own parameters are placeholders without elements
-        kept = state.get("buffer_names")
-        buffers = {name for name in kept if isinstance(name, str)} if isinstance(kept, (list, tuple)) else set()
-        empty = [name for name, shard in module.items() if not shard.numel and name not in buffers]
-    else:
-        empty = []
+    buffers = frozenset(name for name in sequence(state.get("buffer_names")) if isinstance(name, str))
+    # Under ZeRO 3 the module's own parameters are placeholders without elements.
+    empty = {name for name, shard in module.items() if folder.partitioned and not shard.numel} - buffers
     shards = {}
     for name in dict.fromkeys((*module, *masters, *ties)):
         held = masters.get(name) or masters.get(ties.get(name, "")) or module.get(name)
@@ -96,7 +95,7 @@ def rank_state(
     stage = None if partitions is None else partitions.stage
     num_dp = len(folder.optimizers.get(tp_rank, ())) or 1
     info = mapping(state.get("universal_checkpoint_info"))
-    return RankState(paths[0], shards, stage, num_dp, ties, shared, unread, info, facts)
+    return RankState(paths[0], shards, stage, num_dp, ties, shared, buffers, unread, info, facts)
 
 
 def _loaded(path: Path, files: Files, options: ReadOptions) -> Mapping[Any, Any]:
