@@ -190,3 +190,59 @@ def test_what_a_wrapper_draws_is_seen_beside_the_loaders_own(workers: int) -> No
         worker = "worker0." if workers else ""
         assert set(observation.made().drew) >= {f"{worker}torch", "python"}
         observation.asked()
+
+
+def numbered(iterable: bool) -> Any:
+    class Counted(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            info = torch.utils.data.get_worker_info()
+            worker, workers = (info.id, info.num_workers) if info else (0, 1)
+            return (index for index in range(20) if index // 2 % workers == worker and (random.random() or True))
+
+    return Counted() if iterable else list(range(20))
+
+
+@pytest.mark.parametrize("iterable", [False, True])
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_that_are_skipped_are_not_taken_for_those_that_come(
+    workers: int, prepared: bool, iterable: bool
+) -> None:
+    from accelerate import Accelerator
+    from accelerate.data_loader import prepare_data_loader, skip_first_batches
+
+    Accelerator(cpu=True)
+    loader: Any = DataLoader(numbered(iterable), batch_size=2, num_workers=workers)
+    if prepared:
+        loader = prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
+    skipping = skip_first_batches(loader, 3) if iterable else None  # which makes a sampler of its own for a stream
+    observation = observe_workers(loader if skipping is None else skipping)
+    for _ in range(2):
+        for number, batch in enumerate(skip_first_batches(loader, 3) if skipping is None else skipping):
+            made = observation.made()
+            assert batch.tolist() == [2 * number + 6, 2 * number + 7]
+            assert made.indices == (None if iterable else tuple(batch.tolist()))
+            assert made.exact
+            if iterable and workers:
+                assert made.drew == (f"worker{(3 + number) % 2}.python",)
+    for batch in loader if skipping is None else ():
+        assert observation.made().indices == tuple(batch.tolist())
+
+
+class EverySecond:
+    """A user's own way to leave batches out."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        return (indices for number, indices in enumerate(self.sampler) if number % 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_where_others_deal_with_what_the_sampler_gives_no_wrong_indices_are_told(workers: int) -> None:
+    loader: Any = DataLoader(numbered(False), batch_size=2, num_workers=workers)
+    observation = observe_workers(loader)
+    other: Any = DataLoader(loader.dataset, batch_sampler=EverySecond(loader.batch_sampler), num_workers=workers)
+    for batch in other:
+        assert observation.made().indices in (None, tuple(batch.tolist()))

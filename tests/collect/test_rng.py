@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tpcheck.collect import in_place
+from tpcheck.collect.left_out import LeftOut
 from tpcheck.collect.listening import Log
 from tpcheck.collect.rng import States, moved, rng_digests, rng_states
 
@@ -150,7 +151,7 @@ def test_states_of_several_places_come_together() -> None:
 
 def test_of_batches_given_out_far_ahead_digests_alone_are_kept() -> None:
     log = Log(None)
-    log.start()
+    log.start(LeftOut())
     expected = []
     for number in range(20):
         expected.append(rng_digests())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from tpcheck.collect.left_out import LeftOut, left_out
 from tpcheck.collect.rng import States, moved, rng_digests, rng_states
 from tpcheck.collect.worker_reports import WorkerReports
 
@@ -53,12 +54,18 @@ class Log:
         self._persistent = persistent  # reports of workers that go on with the next epoch
         self.pending: deque[Made] = deque()
         self.dataset: Any = None
+        self.told = True
         self._latest: Made | None = None
         self._given = 0  # in this epoch
+        self._left_out = LeftOut()
 
-    def start(self) -> None:
+    def start(self, left_out: LeftOut | None) -> None:
+        """An epoch begins; None where it cannot be told which batch the loop will get."""
         self.pending.clear()
-        self._given = 0
+        self._latest = None
+        self.told = left_out is not None
+        self._left_out = left_out or LeftOut()
+        self._given = -self._left_out.unmade
         if self._persistent is not None:
             self._persistent.new_epoch()
 
@@ -73,7 +80,8 @@ class Log:
         )
         self._given += 1
         self._latest = made
-        self.pending.append(made)
+        if self.told and made.number >= self._left_out.unseen:
+            self.pending.append(made)
 
     def finish(self) -> None:
         """The batch given last is whole; called in this process, so by a loader without workers."""
@@ -95,7 +103,7 @@ class Listened:
         object.__setattr__(self, "_tpcheck_log", log)
 
     def __iter__(self) -> Iterator[Any]:
-        return _ListenedIterator(self._tpcheck_inner, self._tpcheck_log)
+        return _ListenedIterator(self._tpcheck_inner, self._tpcheck_log, left_out())
 
     def __len__(self) -> int:
         return len(self._tpcheck_inner)
@@ -120,8 +128,9 @@ class Listened:
 class _ListenedIterator:
     """Calls the sampler exactly when its user does: a sampler may shuffle in `__iter__` or at its first batch."""
 
-    def __init__(self, sampler: Any, log: Log) -> None:
+    def __init__(self, sampler: Any, log: Log, left_out: LeftOut | None) -> None:
         self._log = log
+        self._left_out = left_out
         self._rng = rng_states(sampler=sampler)
         self._sampler = sampler
         self._drew: frozenset[str] = frozenset()
@@ -134,7 +143,7 @@ class _ListenedIterator:
 
     def __next__(self) -> Any:
         if not self._started:
-            self._log.start()
+            self._log.start(self._left_out)
         before = rng_states(sampler=self._sampler)
         if not self._started and not self._drew:
             self._rng = before

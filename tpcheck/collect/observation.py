@@ -42,7 +42,7 @@ class Observation:
         while self._log.pending:
             made = self._log.pending.popleft()
             if self._reports is None and not made.whole:
-                continue  # given out and then skipped, as accelerate's skip_first_batches does
+                continue  # given out and then skipped
             if self._reports is not None:
                 self._add_worker(made, self._reports)
             if self._beyond:
