@@ -122,6 +122,38 @@ def test_a_rank_that_has_left_does_not_wait(pair: World) -> None:
     assert [each.error for each in seen] == ["UnevenBatches", None]
 
 
+def breaks_at_the_wrong_batch(rank: Rank) -> tuple[list[str], list[str], str]:
+    """Leave the loop while the last batch, which differs, is still being compared."""
+    import sys
+    import warnings
+
+    import tpcheck
+
+    given = batches(rank)
+    given[2]["labels"] += rank.tp_rank
+    loader = tpcheck.watch(given, topology=rank.topology, timeout=20, overlap=True)
+    ignored: list[str] = []
+    hook, sys.unraisablehook = sys.unraisablehook, lambda found: ignored.append(str(found.exc_value))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number, _batch in enumerate(loader):
+            if number == 2:
+                break
+    sys.unraisablehook = hook
+    try:
+        next(iter(loader))
+    except tpcheck.BatchMismatch as mismatch:
+        text = str(mismatch)
+    return [str(each.message) for each in caught], ignored, text
+
+
+def test_what_is_found_after_a_break_is_warned_of_and_raised_by_the_next_pass(pair: World) -> None:
+    for warned, ignored, text in pair.run(breaks_at_the_wrong_batch):
+        assert ignored == []
+        assert warned == [text]
+        assert "batches_agree_within_tp  labels" in text
+
+
 SCRIPT = """
 import os, signal, sys, time
 import torch.distributed as dist

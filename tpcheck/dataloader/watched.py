@@ -105,6 +105,9 @@ class WatchedLoader:
                 watcher.check(batch, Origin(made.rng, partial(_facts, self._loader, made)))
                 yield batch
                 observation.asked()
+        except GeneratorExit:
+            watcher.abandon()
+            raise
         except Exception as error:
             watcher.failed(error)
             raise

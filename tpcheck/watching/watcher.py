@@ -13,7 +13,7 @@ from typing import Any
 
 from tpcheck.collect.digested import Remembered
 from tpcheck.environment import package_versions
-from tpcheck.errors import BatchMismatch, RankFailure, UnevenBatches
+from tpcheck.errors import BatchMismatch, Mismatch, RankFailure, UnevenBatches
 from tpcheck.records import CheckResult, Finding, Verdict
 from tpcheck.report import Report
 from tpcheck.watching.part import Origin, Part, Status
@@ -55,6 +55,7 @@ class Watcher:
         self._coincidence = Coincidence()
         self._warned: set[tuple[str, str]] = set()
         self._running: Future[Outcome] | None = None
+        self._owed: Mismatch | None = None
         self._remembered = Remembered()
         self._compares_samples = settings.across_dp != "ignore"
 
@@ -80,8 +81,15 @@ class Watcher:
         return f"{peers.tp.name}, {peers.dp.name}, from {peers.groups.source}"
 
     def start(self) -> None:
-        """Begin a pass over the batches."""
+        """Begin a pass over the batches.
+
+        Raises:
+            Mismatch: Found when the pass before had been left.
+        """
         self.settle()
+        owed, self._owed = self._owed, None
+        if owed is not None:
+            raise owed
         for axis in ("tp", "dp"):
             self._act(unheard(self.peers, axis, self._step))
         self._epoch = _Epoch()
@@ -135,6 +143,14 @@ class Watcher:
                     exchange.post(message)
         except RankFailure:
             _log.debug("another rank failed, too", exc_info=True)
+
+    def abandon(self) -> None:
+        """Leave where nothing can be raised, as at a `break`: warn of what is found, and raise it at the next `start`."""
+        try:
+            self.leave()
+        except Mismatch as mismatch:
+            self._owed = mismatch
+            warnings.warn(str(mismatch), stacklevel=2)
 
     def settle(self) -> None:
         """Wait for the round that runs beside the step, and do with its outcome what the user asked for."""
