@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,39 @@ def masters(state: State) -> State:
     return {name: value.float() for name, value in state.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A checkpoint, and the state dict of the model that it holds."""
+
+    folder: Path
+    reference: State
+
+
+class Samples:
+    """Makes each training checkpoint once, in worlds that stay open; tests copy the folder of one that they edit."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._worlds: dict[Topology, Any] = {}
+        self._made: dict[str, Sample] = {}
+        self._open = ExitStack()
+
+    def training(self, model_type: str = "llama", *, tp: int = 2, dp: int = 1, **options: Any) -> Sample:
+        """Return what `save_training` makes of the same arguments."""
+        key = repr((model_type, tp, dp, sorted(options.items())))
+        if key not in self._made:
+            topology = Topology(tp=tp, dp=dp)
+            if topology not in self._worlds:
+                world = tpcheck.spawn(topology, timeout=120, env={"TORCH_DISTRIBUTED_DEBUG": "OFF"})
+                self._worlds[topology] = self._open.enter_context(world)
+            folder = self._folder / str(len(self._made))
+            self._made[key] = Sample(folder, _saved(self._worlds[topology], folder, model_type, options))
+        return self._made[key]
+
+    def close(self) -> None:
+        self._open.close()
+
+
 def save_training(folder: Path, model_type: str = "llama", *, tp: int = 2, dp: int = 1, **options: Any) -> State:
     """Save a DeepSpeed training checkpoint to the folder and return the state dict of the model that it holds.
 
@@ -66,8 +101,7 @@ def save_training(folder: Path, model_type: str = "llama", *, tp: int = 2, dp: i
         load_universal: A folder with `latest_universal` to load before all that.
     """
     with tpcheck.spawn(Topology(tp=tp, dp=dp), timeout=120) as world:
-        states = world.run(_save, str(folder), model_type, **options)
-    return {name: torch.from_numpy(values).view(getattr(torch, kind)) for name, (values, kind) in states[0].items()}
+        return _saved(world, folder, model_type, options)
 
 
 def convert_to_universal(folder: Path, *options: str) -> Path:
@@ -91,6 +125,11 @@ def random_model(model_type: str, settings: Mapping[str, Any]) -> Any:
         for parameter in model.parameters():
             parameter.uniform_(0.01, 0.2)
     return model
+
+
+def _saved(world: Any, folder: Path, model_type: str, options: Mapping[str, Any]) -> State:
+    states = world.run(_save, str(folder), model_type, **options)
+    return {name: torch.from_numpy(values).view(getattr(torch, kind)) for name, (values, kind) in states[0].items()}
 
 
 def _save(

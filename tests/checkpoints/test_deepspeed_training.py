@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,103 +11,99 @@ import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from tests.checkpoints.samples import (
-    FEW_HEADS,
-    TIED,
-    UNEVEN,
-    State,
-    contents,
-    masters,
-    opened,
-    same,
-    save_training,
-)
+from tests.checkpoints.samples import FEW_HEADS, TIED, UNEVEN, Samples, contents, opened, same
 
-LM_HEAD_TIED = frozenset({"lm_head.weight", "model.embed_tokens.weight"})
-
-
-def with_masters(reference: State) -> State:
-    return {**masters(reference), "counter": reference["counter"]}
+FUSED = {
+    "tensor_parallel": {
+        "partition_config": {
+            "use_default_specs": False,
+            "layer_specs": [
+                {"patterns": [r".*\.o_proj\.weight$", r".*\.down_proj\.weight$"], "partition_type": "row"},
+                {"patterns": [r".*\.gate_up_proj\.weight$"], "partition_type": "column", "shape": [2, -1]},
+                {"patterns": [r".*\.qkv_proj\.weight$"], "partition_type": "column", "shape": [[64, 32, 32], -1]},
+            ],
+        }
+    }
+}
+"""phi3's fused weights, cut block by block: 8 query heads of 8, 4 heads of keys and of values."""
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"zero": 0},
-        {"zero": 0, "tp": 4, "settings": FEW_HEADS},
+        {},
+        {"tp": 4, "settings": FEW_HEADS},
         {"zero": 1, "dp": 2, "steps": 2},
-        {"zero": 1, "settings": UNEVEN},
+        {"zero": 1, "settings": {**UNEVEN, "attention_bias": True, "mlp_bias": True}},
         {"zero": 1, "tp": 4, "settings": FEW_HEADS},
         {"zero": 2, "dp": 2, "steps": 2},
         {"zero": 2, "tp": 4, "model_type": "gpt_neox", "settings": {"num_attention_heads": 6, "hidden_size": 48}},
         {"zero": 3, "dp": 2, "steps": 2},
         {"zero": 3, "tp": 4, "settings": FEW_HEADS},
-        {"zero": 0, "model_type": "gpt_bigcode"},  # a fused weight of which each rank holds all keys and values
-        {"zero": 0, "model_type": "codegen"},  # a fused weight cut by heads
-        {"zero": 1, "settings": {"attention_bias": True, "mlp_bias": True}},
+        {"model_type": "gpt_bigcode"},  # a fused weight of which each rank holds all keys and values
+        {"model_type": "codegen"},  # a fused weight cut by heads
+        {"model_type": "phi3", "config": FUSED, "zero": 3},
     ],
     ids=str,
 )
-def test_the_model_is_put_together(tmp_path: Path, options: dict[str, Any]) -> None:
-    reference = save_training(tmp_path, **options)
-    assert same(contents(tmp_path), reference)
-    assert not opened(tmp_path).unread
+def test_the_model_is_put_together(samples: Samples, options: dict[str, Any]) -> None:
+    sample = samples.training(**options)
+    assert same(contents(sample.folder), sample.reference)
+    assert not opened(sample.folder).unread
 
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
-def test_tied_and_uneven_weights_are_one_tensor(tmp_path: Path, zero: int) -> None:
-    reference = save_training(tmp_path, "qwen3", zero=zero, settings=TIED)
-    assert same(contents(tmp_path), reference)
-    assert opened(tmp_path).ties == (LM_HEAD_TIED,)
+def test_tied_and_uneven_weights_are_one_tensor(samples: Samples, zero: int) -> None:
+    sample = samples.training("qwen3", zero=zero, settings=TIED)
+    assert same(contents(sample.folder), sample.reference)
+    assert opened(sample.folder).ties == (frozenset({"lm_head.weight", "model.embed_tokens.weight"}),)
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_frozen_parameters_are_there(tmp_path: Path, zero: int) -> None:
-    reference = save_training(tmp_path, zero=zero, dp=2, frozen=("layers.0",))
-    assert same(contents(tmp_path), reference)
+def test_frozen_parameters_are_there(samples: Samples, zero: int) -> None:
+    sample = samples.training(zero=zero, dp=2, steps=1, frozen=("layers.0",))
+    assert same(contents(sample.folder), sample.reference)
 
 
-def test_without_zero_the_module_is_the_model(tmp_path: Path) -> None:
-    reference = save_training(tmp_path, dtype="bfloat16")
-    assert same(contents(tmp_path), reference)
-    assert opened(tmp_path).description.endswith("training checkpoint, tp 2: the module's weights")
+def test_without_zero_the_module_is_the_model(samples: Samples) -> None:
+    sample = samples.training(dtype="bfloat16")
+    assert same(contents(sample.folder), sample.reference)
+    assert opened(sample.folder).description.endswith("training checkpoint, tp 2: the module's weights")
 
 
 @pytest.mark.parametrize("zero", [1, 3])
-def test_with_zero_the_masters_are_the_model(tmp_path: Path, zero: int) -> None:
-    reference = save_training(tmp_path, dtype="bfloat16", zero=zero, steps=2)
-    actual = contents(tmp_path)
-    rounded = {name: value.to(reference[name].dtype) for name, value in actual.items()}
-    assert same(rounded, reference)
-    assert not same(actual, with_masters(reference))
-    assert f"ZeRO {zero}: the optimizer's float32 weights" in opened(tmp_path).description
+def test_with_zero_the_masters_are_the_model(samples: Samples, zero: int) -> None:
+    sample = samples.training(dtype="bfloat16", zero=zero, steps=2)
+    actual = contents(sample.folder)
+    rounded = {name: value.to(sample.reference[name].dtype) for name, value in actual.items()}
+    assert same(rounded, sample.reference)
+    assert {str(value.dtype) for name, value in actual.items() if name != "counter"} == {"torch.float32"}
+    assert f"ZeRO {zero}: the optimizer's float32 weights" in opened(sample.folder).description
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_without_tp_it_is_what_zero_to_fp32_makes(tmp_path: Path, zero: int) -> None:
-    save_training(tmp_path, "qwen3", tp=1, dp=2, zero=zero, steps=1, dtype="bfloat16", settings=TIED)
-    expected = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path))
-    assert same(contents(tmp_path), {name: value.contiguous() for name, value in expected.items()})
+def test_without_tp_it_is_what_zero_to_fp32_makes(samples: Samples, zero: int) -> None:
+    folder = samples.training("qwen3", tp=1, dp=2, zero=zero, steps=1, dtype="bfloat16", settings=TIED).folder
+    expected = get_fp32_state_dict_from_zero_checkpoint(str(folder))
+    assert same(contents(folder), {name: value.contiguous() for name, value in expected.items()})
 
 
-def test_the_folder_of_the_step_is_enough(tmp_path: Path) -> None:
-    reference = save_training(tmp_path, zero=1)
-    assert same(contents(tmp_path / "global_step0"), reference)
+def test_the_folder_of_the_step_is_enough(samples: Samples) -> None:
+    sample = samples.training()
+    assert same(contents(sample.folder / "global_step0"), sample.reference)
 
 
-def test_an_unsharded_module_says_where_its_tensors_lie(tmp_path: Path) -> None:
-    reference = save_training(tmp_path, tp=1)
-    checkpoint = opened(tmp_path)
-    place = checkpoint.extent("lm_head.weight")
+def test_an_unsharded_module_says_where_its_tensors_lie(samples: Samples) -> None:
+    sample = samples.training(tp=1)
+    place = opened(sample.folder).extent("lm_head.weight")
     assert place is not None
     data = place.path.read_bytes()[place.offset : place.offset + place.nbytes]
-    assert data == reference["lm_head.weight"].numpy().tobytes()
+    assert data == sample.reference["lm_head.weight"].numpy().tobytes()
 
 
 @pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    save_training(tmp_path)
-    return tmp_path
+def sharded(samples: Samples, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(samples.training().folder, tmp_path / "copy"))
 
 
 def edited(folder: Path, tp_rank: int, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -135,11 +132,13 @@ def test_without_a_layout_nothing_is_guessed(sharded: Path) -> None:
     assert "model.layers.0.self_attn.q_proj.weight" in checkpoint.unread
 
 
-def test_the_categories_of_older_releases_are_enough(tmp_path: Path) -> None:
-    reference = save_training(tmp_path, settings=UNEVEN)
+@pytest.mark.parametrize("options", [{"settings": UNEVEN}, {"model_type": "phi3", "config": FUSED}], ids=str)
+def test_the_categories_of_older_releases_are_enough(samples: Samples, tmp_path: Path, options: dict[str, Any]) -> None:
+    sample = samples.training(**options)
+    folder = Path(shutil.copytree(sample.folder, tmp_path / "copy"))
     for tp_rank in (0, 1):
-        edited(tmp_path, tp_rank, lambda state: state["universal_checkpoint_info"].pop("affine_map"))
-    assert same(contents(tmp_path), reference)
+        edited(folder, tp_rank, lambda state: state["universal_checkpoint_info"].pop("affine_map"))
+    assert same(contents(folder), sample.reference)
 
 
 def test_layouts_that_deepspeed_cannot_say_are_passed_on(sharded: Path) -> None:
