@@ -30,7 +30,7 @@ def inside(folder: Path, name: object) -> Path:
     Raises:
         CheckpointError: The name is not one of a file below the folder.
     """
-    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
+    if not isinstance(name, str) or len(name) > 1000 or not PurePosixPath(name).parts or {*name} & {"\0", "\\"}:
         raise CheckpointError(f"{folder} names a file {shortened(name)}, which is no file's name.")
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts:

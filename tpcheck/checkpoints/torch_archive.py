@@ -17,6 +17,8 @@ LARGEST_DIRECTORY = 64 << 20
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
 
+_UTF8 = 1 << 11  # a flag of an entry: its name is not in code page 437
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -47,10 +49,12 @@ class TorchArchive:
             raise CheckpointError(f"record {shortened(name)} is missing")
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise CheckpointError(f"record {shortened(name)} is compressed, which torch never does")
-        header = bytes(self._file.read(entry.header_offset, _LOCAL_HEADER.size))
-        magic, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        full_name = entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF8 else "cp437")
+        header = bytes(self._file.read(entry.header_offset, _LOCAL_HEADER.size + len(full_name)))
+        magic, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
         offset = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-        if magic != ZIP_MAGIC or offset + entry.file_size > self._file.size:
+        right = magic == ZIP_MAGIC and header[_LOCAL_HEADER.size :] == full_name and name_length == len(full_name)
+        if not right or offset + entry.file_size > self._file.size:
             raise CheckpointError(f"record {shortened(name)} does not lie where the table of contents says")
         return Record(offset, entry.file_size)
 
@@ -72,16 +76,14 @@ def _entries(file: OpenFile) -> dict[str, zipfile.ZipInfo]:
         raise
     except Exception as error:  # zipfile lets many kinds through for damaged files
         raise CheckpointError(f"its zip table of contents is damaged or missing ({shortened(str(error))})") from error
+    if len({info.orig_filename.partition("/")[0] for info in infos}) > 1:
+        raise CheckpointError("it holds several archives")
     entries: dict[str, zipfile.ZipInfo] = {}
-    roots = set()
     for info in infos:
-        root, _, name = info.orig_filename.partition("/")
-        roots.add(root)
+        name = info.orig_filename.partition("/")[2]
         if name in entries:
             raise CheckpointError(f"record {shortened(name)} is there twice")
         entries[name] = info
-    if len(roots) > 1:
-        raise CheckpointError("it holds several archives")
     return entries
 
 

@@ -12,10 +12,10 @@ from tpcheck.checkpoints.inert import Global, Inert, known, scalar
 from tpcheck.errors import CheckpointError
 
 LARGEST_PICKLE = 64 << 20
-"""Bytes: the structure of 300,000 tensors."""
+"""Bytes: ten times what as many tensors need as the steps below allow."""
 
-MOST_READS = 8_000_000
-"""Steps of one pickle, which bounds the memory of what it makes (about 100 bytes for one that makes a container)."""
+MOST_READS = 4_000_000
+"""Steps of one pickle: 60,000 tensors. Bounds the memory of what it makes, since a step makes 100 bytes at most."""
 
 _IMPORTS = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.tensor": "torch._tensor"}
 """Modules by the names that protocol 2, and old torch, give them."""
