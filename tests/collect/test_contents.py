@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import pytest
 import torch
 
+from tpcheck.collect.batch import as_tensor, entries
 from tpcheck.collect.contents import contents
 
 TOKENS = torch.tensor([[5, 6, 7], [8, 9, 10]])
 
 
 def unpadded(tensor: torch.Tensor) -> str | None:
-    return contents({"ids": tensor}, {"ids": 3})["ids"].get("unpadded")
+    return contents({"ids": tensor}, {"ids": (2, 3)})["ids"].get("unpadded")
 
 
 def test_padding_on_either_side_is_taken_off() -> None:
@@ -35,3 +40,38 @@ def test_an_attention_mask_says_what_is_kept() -> None:
 
     assert kept([5, 6, 0, 0], [1, 1, 0, 0]) == kept([9, 5, 6], [0, 1, 1])
     assert kept([5, 6, 0, 0], [1, 1, 0, 0]) != kept([5, 6, 0, 0], [1, 1, 1, 0])
+
+
+def test_an_attention_mask_keeps_vectors_too() -> None:
+    def kept(vectors: torch.Tensor, mask: list[int]) -> str:
+        tensors = {"embeddings": vectors[None], "attention_mask": torch.tensor([mask])}
+        return contents(tensors, {})["embeddings"]["kept"]
+
+    one, other = torch.randn(2, 8), torch.randn(1, 8)
+    assert kept(torch.cat([one, other]), [1, 1, 0]) == kept(torch.cat([other, other, one]), [0, 0, 1, 1])
+    assert kept(torch.cat([one, other]), [1, 1, 0]) != kept(torch.cat([one, other]), [1, 1, 1])
+
+
+def test_images_are_cut_in_every_dim_but_the_first() -> None:
+    image = torch.randn(2, 3, 4, 5)
+    wide = torch.nn.functional.pad(image, (0, 3, 2, 0))
+    shortest = {"pixels": (2, 3, 4, 5)}
+    told = [contents({"pixels": each}, shortest)["pixels"]["unpadded"] for each in (image, wide)]
+    assert told[0] == told[1]
+    assert "unpadded" not in contents({"pixels": torch.randn(2, 3, 4, 6)}, shortest)["pixels"]
+    assert "unpadded" not in contents({"pixels": image}, {"pixels": ()})["pixels"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int64", "bool", "float16"])
+def test_an_array_is_told_as_a_tensor(dtype: str) -> None:
+    array = np.arange(6).reshape(2, 3).astype(dtype)
+    (entry,) = entries(array)
+    tensor = as_tensor(entry)
+    assert tensor is not None
+    assert tensor.tolist() == array.tolist()
+
+
+@pytest.mark.parametrize("array", [np.array(["a", "b"]), np.array([1], dtype="datetime64[s]")])
+def test_an_array_without_a_counterpart_is_left_out(array: Any) -> None:
+    (entry,) = entries(array)
+    assert as_tensor(entry) is None

@@ -92,6 +92,18 @@ def padded(rank: Rank, multiples: tuple[int, int], sides: tuple[str, str] = ("ri
     )
 
 
+def padded_images(rank: Rank) -> Iterator[Any]:
+    for step in range(4):
+        images = np.random.default_rng([rank.dp_rank, step]).random((2, 3, 4, 4))
+        yield {"pixel_values": np.pad(images, ((0, 0), (0, 0), (0, rank.tp_rank), (0, 2 * rank.tp_rank)))}
+
+
+def reordered_images(rank: Rank) -> Iterator[Any]:
+    for step in range(4):
+        images = np.random.default_rng([rank.dp_rank, step]).random((2, 3, 4, 4))
+        yield {"pixel_values": images[::-1] if rank.tp_rank else images}
+
+
 def shuffled(rank: Rank, seeded: bool) -> Batches:
     generator = torch.Generator().manual_seed(rank.dp_rank) if seeded else None
     return DataLoader(Images(), batch_size=2, shuffle=True, generator=generator)

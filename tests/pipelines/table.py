@@ -199,6 +199,8 @@ CONTENTS = [
         partial(build.padded, multiples=(8, 8), sides=("left", "right")),
         "padding_differs",
     ),
+    wrong("images padded to another size, as arrays", build.padded_images, "padding_differs"),
+    wrong("images in another order, as arrays", build.reordered_images, "order_differs"),
     clean("padding, the same on all ranks", partial(build.padded, multiples=(8, 8))),
     wrong("labels alone differ", partial(build.altered, change="labels"), None, leaf="labels", late=True),
     wrong("dtype alone differs", partial(build.altered, change="dtype"), None, leaf="labels", late=True),

@@ -9,7 +9,7 @@ from tpcheck.records.batch import BatchFacts
 
 def same_tokens(facts: Sequence[BatchFacts], differing: Sequence[str]) -> bool:
     """Tell whether all that differs is padding; see `tpcheck.collect.contents` for what each rank tells."""
-    return _agree(facts, differing, "unpadded") or _agree(facts, differing, "kept")
+    return _agree(facts, differing, "unpadded", "kept")
 
 
 def same_rows(facts: Sequence[BatchFacts], differing: Sequence[str]) -> bool:
@@ -17,11 +17,11 @@ def same_rows(facts: Sequence[BatchFacts], differing: Sequence[str]) -> bool:
     return _agree(facts, differing, "rows")
 
 
-def _agree(facts: Sequence[BatchFacts], differing: Sequence[str], key: str) -> bool:
-    if not differing:
-        return False
-    for path in differing:
-        digests = {rank.loader.get("contents", {}).get(path, {}).get(key) for rank in facts}
-        if len(digests) != 1 or None in digests:
-            return False
-    return True
+def _agree(facts: Sequence[BatchFacts], differing: Sequence[str], *keys: str) -> bool:
+    """Tell whether all ranks have one digest of each leaf under one of the keys."""
+    return bool(differing) and all(any(_one(facts, path, key) for key in keys) for path in differing)
+
+
+def _one(facts: Sequence[BatchFacts], path: str, key: str) -> bool:
+    digests = {rank.loader.get("contents", {}).get(path, {}).get(key) for rank in facts}
+    return len(digests) == 1 and None not in digests

@@ -54,6 +54,16 @@ def entries(batch: Any) -> list[Entry]:
     return list(_entries(batch, "", 0))
 
 
+def as_tensor(entry: Entry) -> torch.Tensor | None:
+    """Return a tensor, or an array as one of its own dtype and shape; None for anything else, as for dates."""
+    if entry.kind != "array" or entry.tensor is None:
+        return entry.tensor
+    try:
+        return torch.from_numpy(entry.tensor.numpy().view(entry.dtype).reshape(entry.shape))
+    except TypeError:  # text, structured and other dtypes that torch does not have
+        return None
+
+
 def _entries(value: Any, path: str, depth: int) -> Iterator[Entry]:
     if type(value) is dict and depth < _DEEPEST:  # most of what batches are made of: spares it all other questions
         yield Entry(path, "value", "dict", (len(value),))

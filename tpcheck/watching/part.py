@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tpcheck.collect.batch import Entry
+from tpcheck.collect.batch import Entry, as_tensor
 from tpcheck.collect.digested import Digested, Remembered
 from tpcheck.collect.rows import sampled_rows
 from tpcheck.records.batch import BatchFacts
@@ -107,8 +107,9 @@ class Part:
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors by path, arrays left out."""
-        return {each.path: each.tensor for each in self.entries if each.kind == "tensor" and each.tensor is not None}
+        """Return the tensors by path, and the arrays whose dtype torch has."""
+        found = {entry.path: as_tensor(entry) for entry in self.entries}
+        return {path: tensor for path, tensor in found.items() if tensor is not None}
 
 
 @dataclass(frozen=True, slots=True)

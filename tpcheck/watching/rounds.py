@@ -178,12 +178,15 @@ def _differing(exchange: Exchange, part: Part, peers: Peers) -> Finding | None:
 
 def _contents(part: Part, differences: Sequence[FieldDifference]) -> dict[str, dict[str, str]]:
     tensors = part.tensors()
-    shortest = {
-        difference.path: min((leaf.shape[-1] for leaf in difference.leaves.values() if leaf and leaf.shape), default=0)
-        for difference in differences
-    }
+    shortest = {difference.path: _shortest(difference) for difference in differences}
     masks = {path: tensor for path, tensor in tensors.items() if path.rpartition(".")[2] == "attention_mask"}
     return contents({path: tensors[path] for path in shortest if path in tensors} | masks, shortest)
+
+
+def _shortest(difference: FieldDifference) -> tuple[int, ...]:
+    """Return the smallest size of each dim on any rank; nothing where they have not the same number of dims."""
+    shapes = [leaf.shape for leaf in difference.leaves.values() if leaf is not None]
+    return tuple(map(min, *shapes)) if len(shapes) > 1 and len({len(shape) for shape in shapes}) == 1 else ()
 
 
 def _duplicated(peers: Peers, part: Part, rows: tuple[bytes | None, ...], coincidence: Coincidence) -> Finding | None:

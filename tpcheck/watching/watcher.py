@@ -145,7 +145,7 @@ class Watcher:
             _log.debug("another rank failed, too", exc_info=True)
 
     def abandon(self) -> None:
-        """Leave where nothing can be raised, as at a `break`: warn of what is found, and raise it at the next `start`."""
+        """Leave where nothing can be raised, as at a `break`: warn of what is found; the next `start` raises it."""
         try:
             self.leave()
         except Mismatch as mismatch:
