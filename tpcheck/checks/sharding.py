@@ -7,6 +7,11 @@ from math import prod
 from tpcheck.checks.outcome import CheckOutcome, named_few
 from tpcheck.records import Evidence, Suspect
 
+_ADVICE = (
+    'TP never started: add "tensor_parallel": {"autotp_size": N} to the DeepSpeed configuration, or load the model '
+    'with tp_plan="auto" in transformers; what is saved is otherwise as large as without TP.'
+)
+
 
 def parameters_are_sharded(evidence: Evidence) -> CheckOutcome:
     """Some parameter must be smaller on each rank, and every sharded one must add up to its full shape. Exact."""
@@ -17,7 +22,7 @@ def parameters_are_sharded(evidence: Evidence) -> CheckOutcome:
     incomplete = [name for name in sharded if not _makes_whole(evidence, name)]
     suspects = []
     if not sharded:
-        suspects.append(_suspect(evidence, len(names), {"count_total": len(names)}))
+        suspects.append(_suspect(evidence, len(names), {"count_total": len(names), "advice": _ADVICE}))
     if incomplete:
         details = {"count_differing": len(incomplete), "count_total": len(sharded), "also": named_few(incomplete[1:])}
         suspects.append(_suspect(evidence, len(incomplete), details, parameter=incomplete[0]))

@@ -8,6 +8,7 @@ from typing import Any
 
 from tpcheck.doctor.advice import Advice
 from tpcheck.doctor.deepspeed_keys import KNOWN_KEYS, PRESETS
+from tpcheck.doctor.saving import num_tp, section, zero_stage
 
 Config = Mapping[str, Any]
 
@@ -24,27 +25,27 @@ def clipping_is_on_unless_set(config: Config) -> Iterator[Advice]:
 
 def tensor_parallelism_is_off(config: Config) -> Iterator[Advice]:
     """Without a TP size above 1 nothing is sharded, whatever else stands in the section."""
-    section = _section(config, "tensor_parallel")
-    size = section.get("autotp_size")
-    if isinstance(size, int) and size > 1:
+    size = section(config, "tensor_parallel").get("autotp_size")
+    if num_tp(config) > 1:
         return
     found = "is not set" if size is None else f"is {size}"
     yield Advice(
         rule="tensor_parallelism_is_off",
-        what=f"tensor_parallel.autotp_size {found}: no parameter will be sharded, unless deepspeed.tp_model_init does",
+        what=f"tensor_parallel.autotp_size {found}: no parameter will be sharded, and what is saved is as "
+        "large as without TP, unless deepspeed.tp_model_init shards it",
         fix='add "tensor_parallel": {"autotp_size": 2}',
     )
 
 
 def saved_model_is_one_shard(config: Config) -> Iterator[Advice]:
     """`save_16bit_model` writes what TP rank 0 holds."""
-    size, stage = _section(config, "tensor_parallel").get("autotp_size"), _zero_stage(config)
-    if isinstance(size, int) and size > 1 and stage < 3:
+    size, stage = num_tp(config), zero_stage(config)
+    if size > 1 and stage < 3:
         yield Advice(
             rule="saved_model_is_one_shard",
             what=f"with autotp_size {size} and ZeRO {stage}, engine.save_16bit_model silently writes TP rank 0's "
             "shards as if they were the model",
-            fix="gather the parameters first (GatherReplacedLayerParams takes a list; a generator makes it do nothing)",
+            fix="on all ranks call engine._consolidated_16bit_state_dict(), and save what rank 0 gets; add buffers",
         )
 
 
@@ -62,7 +63,7 @@ def unknown_keys_are_ignored(config: Config) -> Iterator[Advice]:
 
 def preset_is_unknown(config: Config) -> Iterator[Advice]:
     """An unknown preset is passed over without a word."""
-    preset = _section(config, "tensor_parallel").get("preset_model")
+    preset = section(config, "tensor_parallel").get("preset_model")
     if isinstance(preset, str) and preset.lower() not in PRESETS:
         near = get_close_matches(preset.lower(), PRESETS, n=1, cutoff=0.5)
         yield Advice(
@@ -74,7 +75,7 @@ def preset_is_unknown(config: Config) -> Iterator[Advice]:
 
 def preset_comes_before_the_model_s_plan(config: Config) -> Iterator[Advice]:
     """A preset takes the place of the model's own tp_plan."""
-    preset = _section(config, "tensor_parallel").get("preset_model")
+    preset = section(config, "tensor_parallel").get("preset_model")
     if isinstance(preset, str) and preset.lower() in PRESETS:
         # Measured with deepspeed 0.19.8 at tp 2: the logits are off by 7 %.
         wrong = "; with bloom each rank then has wrong ALiBi slopes, silently" if preset.lower() == "bloom" else ""
@@ -99,13 +100,3 @@ def config_advice(config: Config) -> Iterator[Advice]:
     """Yield what every rule has to say of a configuration."""
     for rule in RULES:
         yield from rule(config)
-
-
-def _section(config: Config, name: str) -> Mapping[str, Any]:
-    section = config.get(name)
-    return section if isinstance(section, Mapping) else {}
-
-
-def _zero_stage(config: Config) -> int:
-    stage = _section(config, "zero_optimization").get("stage", 0)
-    return stage if isinstance(stage, int) else 0

@@ -12,6 +12,7 @@ from tpcheck.doctor.advice import Advice
 from tpcheck.doctor.deepspeed_config import config_advice
 from tpcheck.doctor.devices import devices
 from tpcheck.doctor.leftovers import extension_caches, leaked_shared_memory, stale_locks
+from tpcheck.doctor.saving import Saved, what_is_saved
 from tpcheck.doctor.versions import bad_versions, installed_versions
 
 
@@ -23,11 +24,13 @@ class Diagnosis:
         versions: By package name; None where it is not installed.
         devices: Processors and accelerators, in words.
         advice: What is wrong; nothing when all is well.
+        saved: What each way of saving will write under the configuration; nothing without one.
     """
 
     versions: Mapping[str, str | None]
     devices: tuple[str, ...]
     advice: tuple[Advice, ...]
+    saved: tuple[Saved, ...] = ()
 
 
 def diagnose(config: Mapping[str, Any] | None = None) -> Diagnosis:
@@ -39,4 +42,5 @@ def diagnose(config: Mapping[str, Any] | None = None) -> Diagnosis:
         *leaked_shared_memory(),
         *(config_advice(config) if config is not None else ()),
     )
-    return Diagnosis(versions, devices(), advice)
+    saved = tuple(what_is_saved(config)) if config is not None else ()
+    return Diagnosis(versions, devices(), advice, saved)

@@ -14,6 +14,12 @@ def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[Line]:
     versions = (f"{package} {version or 'is not installed'}" for package, version in diagnosis.versions.items())
     yield from labelled("versions", ", ".join(versions))
     yield from labelled("devices", ", ".join(diagnosis.devices))
+    if diagnosis.saved:
+        yield Line()
+        yield plain("what this configuration saves", "bold")
+        width = max(len(saved.way) for saved in diagnosis.saved)
+        for saved in diagnosis.saved:
+            yield Line(((f"  {saved.way:<{width}}  ", ""), (saved.writes, "" if saved.is_model else "yellow")))
     for advice in diagnosis.advice:
         yield Line()
         yield plain(advice.rule, "bold yellow")
