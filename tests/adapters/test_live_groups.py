@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tpcheck import Rank, RankFailure, Topology, World, spawn
@@ -115,3 +117,27 @@ def test_a_group_alone_takes_its_replicas_from_the_library_that_has_them(fresh: 
         return live_groups(group=rank.group("tp"))
 
     assert places(fresh.run(find)) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({}, EXPECTED),
+        ({"context_parallel_size": 2}, (((0, 1), (0,)), ((0, 1), (1,)), ((2, 3), (2,)), ((2, 3), (3,)))),
+        ({"order": "dp-cp-ep-pp-tp"}, (((0, 2), (0, 1)), ((1, 3), (0, 1)), ((0, 2), (2, 3)), ((1, 3), (2, 3)))),
+    ],
+)
+def test_the_parallel_state_of_megatron(fresh: World, sizes: dict[str, Any], expected: Any) -> None:
+    pytest.importorskip("megatron.core.parallel_state")
+
+    def find(rank: Rank) -> LiveGroups:
+        from megatron.core import parallel_state
+
+        from tpcheck.adapters.live_groups import live_groups
+
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=2, **sizes)
+        return live_groups()
+
+    found = fresh.run(find)
+    assert places(found) == expected
+    assert {each.source for each in found} == {"megatron.core.parallel_state"}
