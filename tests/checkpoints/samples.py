@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import shutil
+from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -81,6 +82,16 @@ class Samples:
             self._made[key] = Sample(folder, _saved(self._worlds[topology], folder, model_type, options))
         return self._made[key]
 
+    def universal(self, *, strict: bool = True, **options: Any) -> Sample:
+        """Return what DeepSpeed converts that to; the folder above has `latest_universal` and no `latest`."""
+        key = repr(("universal", strict, sorted(options.items())))
+        if key not in self._made:
+            trained = self.training(**options)
+            copy = Path(shutil.copytree(trained.folder, self._folder / str(len(self._made))))
+            self._made[key] = Sample(convert_to_universal(copy, strict=strict), trained.reference)
+            (copy / "latest").unlink()
+        return self._made[key]
+
     def close(self) -> None:
         self._open.close()
 
@@ -104,14 +115,17 @@ def save_training(folder: Path, model_type: str = "llama", *, tp: int = 2, dp: i
         return _saved(world, folder, model_type, options)
 
 
-def convert_to_universal(folder: Path, *options: str) -> Path:
-    """Convert the step that `latest` names with DeepSpeed's own script, and return the new folder."""
+def convert_to_universal(folder: Path, *, strict: bool = True) -> Path:
+    """Convert the step that `latest` names with DeepSpeed's own script, in this process, and return the new folder."""
+    with patch.dict(os.environ, DS_ACCELERATOR="cpu"):
+        from deepspeed.checkpoint import ds_to_universal
+
     step = (folder / "latest").read_text()
     target = folder / f"{step}_universal"
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    command += ["--input_folder", str(folder / step), "--output_folder", str(target)]
-    command += ["--num_extract_workers", "1", "--num_merge_workers", "1", *options]
-    subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    options = {"keep_temp_folder": False, "strict": strict, "inject_missing_state": False}
+    workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+    folders = {"input_folder": str(folder / step), "output_folder": str(target)}
+    ds_to_universal.main(Namespace(**options, **workers, **folders))
     return target
 
 
