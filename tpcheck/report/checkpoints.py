@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tpcheck.records import Finding, Verdict
@@ -15,7 +16,7 @@ PHRASED = frozenset(
     {"count_tensors"}
     | {"dtype_actual", "dtype_expected", "same_values", "actual", "expected", "only_in", "story", "actual_name"}
 )
-_NAMES_SHOWN = 4
+_NAMES_SHOWN = 3
 # What a story says of a tensor is its own (a length, a place); what makes stories the same is the rest.
 _SHARED = ("tp_rank", "tp", "order", "copies", "dtype", "equals", "factor", "runs_over")
 
@@ -31,7 +32,7 @@ def story_lines(verdict: Verdict) -> Iterator[Line]:
         head = f"{len(group)} of {words.count(first.evidence.get('count_tensors', len(group)), 'tensor')}: "
         saved = ", ".join(part for part in (str(first.where.get("field", "")), words.phase(first.where)) if part)
         head = f"{saved}: {head}" if saved else head
-        yield Line(((head, "bold"), (cause(first), "yellow" if first.cause else "")))
+        yield Line(((head, "bold"), (cause(_of_all(group)), "yellow" if first.cause else "")))
         yield from labelled("tensors", words.few([str(one.where.get("parameter")) for one in group], _NAMES_SHOWN))
     yield Line()
     yield plain("The first tensor of each:")
@@ -47,6 +48,15 @@ def story_groups(findings: Sequence[Finding]) -> list[list[Finding]]:
             key = (finding.cause, *moment, *(str(story.get(name)) for name in _SHARED))
             groups.setdefault(key, []).append(finding)
     return sorted(groups.values(), key=len, reverse=True)
+
+
+def _of_all(group: Sequence[Finding]) -> Finding:
+    """Return the first finding, without the dim where that is not the same for all."""
+    first = group[0]
+    story = first.evidence.get("story") or {}
+    if len({(one.evidence.get("story") or {}).get("dim") for one in group}) == 1:
+        return first
+    return replace(first, evidence={**first.evidence, "story": {**story, "dim": None}})
 
 
 def amount(finding: Finding) -> str | None:
@@ -78,7 +88,7 @@ def cause(finding: Finding) -> str:
 
 
 def _shard(story: Mapping[str, Any]) -> str:
-    dim = f" along dim {story['dim']}"
+    dim = _along(story)
     if story.get("tp_rank") is None:
         return f"the tensor is a slice of the reference{dim}, from {story.get('from')}"
     blocks = f", of each of the blocks of {story['blocks']}" if story.get("blocks") else ""
@@ -87,21 +97,25 @@ def _shard(story: Mapping[str, Any]) -> str:
 
 def _order(story: Mapping[str, Any]) -> str:
     chunks = story.get("order") or story.get("from")
-    return f"along dim {story['dim']} the tensor holds the reference's shards {chunks}"
+    return f"the tensor holds the reference's shards {chunks}{_along(story)}"
 
 
 def _fused(story: Mapping[str, Any]) -> str:
     return (
-        f"along dim {story['dim']} fused blocks of {story['blocks']} lie {story['parts']} by {story['parts']} parts in "
-        "another order than in the reference"
+        f"fused blocks of {story['blocks']}, in {story['parts']} parts each, lie in another order than in the reference"
+        f"{_along(story)}"
     )
 
 
 def _boundary(story: Mapping[str, Any]) -> str:
     if "padding" in story:
         spans = ", ".join(f"{start} to {stop - 1}" for start, stop in story["padding"])
-        return f"along dim {story['dim']} the reference is all there, with padding at {spans}"
-    return f"along dim {story['dim']}, index {story['first_wrong']} holds the reference's {story['holds']}"
+        return f"the reference is all there{_along(story)}, with padding at {spans}"
+    return f"index {story['first_wrong']}{_along(story)} holds the reference's {story['holds']}"
+
+
+def _along(story: Mapping[str, Any]) -> str:
+    return "" if story.get("dim") is None else f" along dim {story['dim']}"
 
 
 def _rounded(story: Mapping[str, Any]) -> str:
