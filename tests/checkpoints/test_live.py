@@ -54,6 +54,12 @@ def test_a_mapping_of_tensors_is_read():
     assert opened(state).ties == (frozenset({"a", "b"}),)
 
 
+def test_what_is_no_tensor_in_a_state_dict_is_unread():
+    checkpoint = opened({"a": torch.ones(1), "a._extra_state": None})
+    assert checkpoint.names() == ("a",)
+    assert checkpoint.unread == {"a._extra_state": "is a NoneType, not a tensor"}
+
+
 @pytest.mark.parametrize("source", [{}, {"a": 1}, {1: torch.ones(1)}, [torch.ones(1)], "model", None])
 def test_nothing_else_is_recognised(source):
     assert not LiveFormat().recognises(source)
@@ -90,7 +96,10 @@ def _dtensors(rank):
     module.tied = module.a
     checkpoint = LiveFormat().open(module, ReadOptions())
     found = contents(module)
-    return same(found, {**expected, "tied": expected["a"]}), checkpoint.ties, checkpoint.description
+    whole = {**expected, "tied": expected["a"]}
+    state = module.state_dict()
+    right = same(found, whole) and same(contents(state), whole) and opened(state).ties == checkpoint.ties
+    return right, checkpoint.ties, checkpoint.description
 
 
 def test_dtensors_are_gathered():
@@ -101,10 +110,10 @@ def test_dtensors_are_gathered():
             assert description == "Module in memory, gathered from all ranks"
 
 
-def _deepspeed(rank, zero):
+def _deepspeed(rank, zero, tied):
     import deepspeed
 
-    model = llama(tie_word_embeddings=False)
+    model = llama(tie_word_embeddings=tied)
     expected = copy.deepcopy(model.state_dict())
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -116,16 +125,33 @@ def _deepspeed(rank, zero):
     before = {name: one.detach().clone() for name, one in engine.module.named_parameters()}
     found = contents(engine)
     untouched = all(torch.equal(before[name], one) for name, one in engine.module.named_parameters())
-    return same(found, expected), untouched, opened(engine).description
+    checkpoint = opened(engine)
+    return same(found, expected), untouched, len(checkpoint.ties), checkpoint.description
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-def test_a_deepspeed_engine_is_gathered_and_left_as_it_was(zero):
+@pytest.mark.parametrize(("zero", "tied"), [(0, True), (1, False), (3, False)])
+def test_a_deepspeed_engine_is_gathered_and_left_as_it_was(zero, tied):
     with tpcheck.spawn(Topology(tp=2), timeout=60) as world:
-        for right, untouched, description in world.run(_deepspeed, zero):
+        for right, untouched, ties, description in world.run(_deepspeed, zero, tied):
             assert right
             assert untouched
+            assert ties == tied
             assert description == "LlamaForCausalLM in memory, gathered from all ranks"
+
+
+def _megatron(rank):
+    module = nn.Linear(2, 2)
+    module.weight.tensor_model_parallel = True
+    try:
+        opened(module)
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_a_shard_of_other_code_is_told():
+    with tpcheck.spawn(Topology(tp=2), timeout=60) as world:
+        for message in world.run(_megatron):
+            assert message.startswith("Parameter 'weight' is this rank's shard of a tensor-parallel parameter")
 
 
 class FusedLayer(nn.Linear):

@@ -130,7 +130,15 @@ def test_equal_views_of_one_storage_are_equal(save, files):
 
 def test_tensors_without_plain_bytes_are_kept_as_records(save, files):
     loaded = pickles.load(
-        save({"a": torch.eye(2).to_sparse(), "b": torch.ones(1, dtype=torch.complex64).conj()}), files, ReadOptions()
+        save(
+            {
+                "a": torch.eye(2).to_sparse(),
+                "q": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+                "b": torch.ones(1, dtype=torch.complex64).conj(),
+            }
+        ),
+        files,
+        ReadOptions(),
     )
     assert isinstance(loaded["a"], Inert)
     assert isinstance(loaded["b"], Inert)

@@ -28,20 +28,18 @@ class LiveFormat:
     def recognises(self, source: Any) -> bool:
         return isinstance(source, nn.Module) or (
             isinstance(source, Mapping)
-            and bool(source)
-            and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in source.items())
+            and all(isinstance(name, str) for name in source)
+            and any(isinstance(tensor, torch.Tensor) for tensor in source.values())
         )
 
     def open(self, source: Any, options: ReadOptions) -> LiveCheckpoint:
-        if not isinstance(source, nn.Module):
-            return _checkpoint("tensors in memory", dict(source), dict(source), {})
-        module = _unwrapped(source)
-        entries = module.state_dict(keep_vars=True)
-        description = f"{type(module).__name__} in memory"
-        whole = gathered(module, entries)
-        if any(map(is_sharded, entries.values())) or any(whole[name] is not entries[name] for name in entries):
+        module = _unwrapped(source) if isinstance(source, nn.Module) else None
+        entries = source if module is None else module.state_dict(keep_vars=True)
+        whole = gathered(entries, module)
+        description = "tensors in memory" if module is None else f"{type(module).__name__} in memory"
+        if any(whole[name] is not entries[name] for name in entries):
             description += ", gathered from all ranks"
-        return _checkpoint(description, entries, whole, _config(module))
+        return _checkpoint(description, entries, whole, {} if module is None else _config(module))
 
 
 @dataclass(slots=True)
@@ -113,8 +111,10 @@ def _ties(entries: Mapping[str, Any]) -> tuple[frozenset[str], ...]:
     return tuple(frozenset(tied) for tied in names.values() if len(tied) > 1)
 
 
-def _place(tensor: torch.Tensor) -> object:
+def _place(tensor: Any) -> object:
     """Return what two names of one tensor have in common; a partitioned parameter has no memory, but is one object."""
+    if hasattr(tensor, "to_local"):  # a DTensor
+        return _place(tensor.to_local()), tensor.placements
     if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer) or is_sharded(tensor) or not tensor.numel():
         return id(tensor)
     if tensor.is_meta or tensor.layout is not torch.strided:

@@ -7,24 +7,34 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tpcheck.errors import CheckpointError
 
 
-def gathered(module: nn.Module, entries: Mapping[str, Any]) -> dict[str, Any]:
+def gathered(entries: Mapping[str, Any], module: nn.Module | None) -> dict[str, Any]:
     """Return the entries of a state dict, with those that are sharded replaced by whole ones on the CPU.
 
+    Args:
+        entries: Names with tensors, and whatever else a state dict holds.
+        module: What the state dict is of, whose tensor-parallel layers know how they are cut.
+
     Raises:
-        CheckpointError: A layer cannot put its parameters together.
+        CheckpointError: A tensor is a shard that nothing here can put together.
     """
-    of_layers = {id(one): whole for layer in _parallel_layers(module) for one, whole in _of_layer(*layer)}
+    layers = () if module is None else _parallel_layers(module)
+    of_layers = {id(one): whole for layer in layers for one, whole in _of_layer(*layer)}
     whole = dict(entries)
     for name, value in entries.items():
         if id(value) in of_layers:
             whole[name] = of_layers[id(value)]
-            continue
-        if hasattr(value, "full_tensor"):  # a DTensor
+        elif _is_shard_of_other_code(value):
+            raise CheckpointError(
+                f"Parameter {name!r} is this rank's shard of a tensor-parallel parameter, "
+                "which only the code that cut it can put together: compare what it saves."
+            )
+        elif hasattr(value, "full_tensor"):  # a DTensor
             whole[name] = value.full_tensor().detach().cpu()
         elif is_sharded(value):
             with _unpartitioned([value]):
@@ -35,6 +45,12 @@ def gathered(module: nn.Module, entries: Mapping[str, Any]) -> dict[str, Any]:
 def is_sharded(value: Any) -> bool:
     """Return whether this rank holds a part of the tensor alone, as the tensor itself tells."""
     return hasattr(value, "full_tensor") or (hasattr(value, "ds_id") and hasattr(value, "ds_shape"))
+
+
+def _is_shard_of_other_code(value: Any) -> bool:
+    """Return whether the parameter is marked as Megatron marks those that it cuts."""
+    several_ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several_ranks and bool(getattr(value, "tensor_model_parallel", False))
 
 
 def _parallel_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
