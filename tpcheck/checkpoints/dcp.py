@@ -28,7 +28,7 @@ class DcpFormat:
     """Opens what `dcp.save` wrote; of a nested state dict, the model."""
 
     name = "dcp"
-    precedence = 20
+    precedence = 35  # above pytorch, which takes any file of torch.save that lies in a folder alone
 
     def recognises(self, source: Any) -> bool:
         path = as_path(source)

@@ -31,7 +31,7 @@ class MegatronFormat:
     """Opens the folder of an iteration, and the folder above it, whose tracker file names the iteration."""
 
     name = "megatron"
-    precedence = 25  # above dcp, which it is a kind of
+    precedence = 37  # above dcp, which it is a kind of
 
     def recognises(self, source: Any) -> bool:
         path = as_path(source)

@@ -1,0 +1,116 @@
+"""Checkpoints of torch.distributed.checkpoint are the model, whole, whatever was saved beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import tpcheck
+from tests.checkpoints.samples import State, contents, opened, same
+from tpcheck import CheckpointError, Topology
+
+
+def state() -> State:
+    torch.manual_seed(3)
+    return {
+        "embed.weight": torch.rand(131, 16),
+        "proj.weight": torch.rand(16, 24).to(torch.bfloat16),
+        "norm.weight": torch.rand(16),
+        "experts.weight": torch.rand(3, 10, 6),
+        "scale": torch.tensor(2.0),
+        "counter": torch.arange(5),
+        "nothing": torch.empty(0, 4),
+    }
+
+
+def saved_alone(folder: Path, value: dict[str, Any]) -> Path:
+    dcp.save(value, checkpoint_id=str(folder), no_dist=True)
+    return folder
+
+
+def save_sharded(rank: Any, folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    placements = {
+        "embed.weight": [Shard(0), Shard(0)],  # 131 rows: chunks of three lengths
+        "proj.weight": [Shard(0), Shard(1)],
+        "norm.weight": [Replicate(), Replicate()],
+        "experts.weight": [Shard(1), Shard(2)],
+        "counter": [Shard(0), Replicate()],
+    }
+    sharded = {
+        name: distribute_tensor(value, mesh, placements[name]) if name in placements else value
+        for name, value in state().items()
+    }
+    dcp.save({"model": sharded, "step": 3}, checkpoint_id=folder)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dcp") / "step"
+    with tpcheck.spawn(Topology(tp=2, dp=2), timeout=60) as world:
+        world.run(save_sharded, str(folder))
+    return folder
+
+
+def test_shards_over_two_axes_are_put_together(sharded: Path) -> None:
+    assert same(contents(sharded), state())
+    assert opened(sharded).description == "torch.distributed.checkpoint, 4 files, under 'model'"
+
+
+def test_any_rows_can_be_read(sharded: Path) -> None:
+    checkpoint, expected = opened(sharded), state()["embed.weight"]
+    for start in range(0, 131, 10):
+        rows = range(start, min(start + 17, 131))
+        assert torch.equal(checkpoint.read("embed.weight", rows), expected[rows.start : rows.stop])
+
+
+def test_it_is_what_torch_loads(sharded: Path) -> None:
+    loaded = {"model": {name: torch.zeros_like(value) for name, value in state().items()}}
+    dcp.load(loaded, checkpoint_id=str(sharded), no_dist=True)
+    assert same(contents(sharded), loaded["model"])
+
+
+NESTED = {
+    "": lambda model, optimizer: model,
+    ", under 'model'": lambda model, optimizer: {"model": model, "optim": optimizer},
+    ", under 'app.model'": lambda model, optimizer: {"app": {"model": model, "optim": optimizer, "step": 3}},
+    ", under 'weights'": lambda model, optimizer: {"weights": model, "optimizer": optimizer},
+    ", without 'optimizer', 'step'": lambda model, optimizer: {
+        **model,
+        "optimizer": optimizer,
+        "step": {"n": torch.tensor(1)},
+    },
+}
+
+
+@pytest.mark.parametrize("part", NESTED)
+def test_of_a_nested_state_dict_the_model_is_read(tmp_path: Path, part: str) -> None:
+    optimizer = {"state": {name: {"exp_avg": value} for name, value in state().items()}}
+    folder = saved_alone(tmp_path / "step", NESTED[part](state(), optimizer))
+    assert same(contents(folder), state())
+    assert opened(folder).description == f"torch.distributed.checkpoint, 1 files{part}"
+
+
+def test_two_models_are_refused(tmp_path: Path) -> None:
+    folder = saved_alone(tmp_path / "step", {"model": state(), "module": state()})
+    with pytest.raises(CheckpointError, match="several state dicts, under 'model', 'module'"):
+        opened(folder)
+
+
+def test_pickled_objects_in_the_model_are_listed(tmp_path: Path) -> None:
+    folder = saved_alone(tmp_path / "step", {"model": {**state(), "extra": {1, 2}}})
+    assert opened(folder).unread == {"extra": "is a pickled object, not a tensor"}
+
+
+def test_a_tensor_of_one_chunk_lies_in_one_piece(tmp_path: Path) -> None:
+    place = opened(saved_alone(tmp_path / "step", state())).extent("embed.weight")
+    assert place is not None
+    data = place.path.read_bytes()[place.offset : place.offset + place.nbytes]
+    assert data == state()["embed.weight"].numpy().tobytes()
