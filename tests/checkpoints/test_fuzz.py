@@ -82,7 +82,7 @@ def valid(tmp_path_factory):
 
 
 @pytest.mark.parametrize("write", VALID, ids=lambda write: write.__name__)
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_to_the_bytes_is_read_or_refused(data, write, valid, tmp_path):
     name = data.draw(st.sampled_from(sorted(valid[write])))
@@ -102,7 +102,7 @@ def test_every_truncation_is_refused(write, valid, tmp_path):
     for name, content in valid[write].items():
         for file, whole in valid[write].items():
             (tmp_path / file).write_bytes(whole)
-        for length in range(0, len(content), max(1, len(content) // 150)):
+        for length in range(0, len(content), max(1, len(content) // 80)):
             (tmp_path / name).write_bytes(content[:length])
             assert read_or_refused(tmp_path) is None, (name, length)
 

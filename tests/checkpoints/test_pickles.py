@@ -161,6 +161,7 @@ def test_classes_that_the_caller_wants_become_records(save, files):
     assert loaded["b"].state == {"x": 1}
 
 
+@pytest.mark.parametrize("save", ["zip"], indirect=True)
 def test_allowed_pickles_are_unpickled_in_a_process_of_their_own(save, files, tmp_path):
     shared = torch.randn(3)
     structure = {
@@ -177,6 +178,7 @@ def test_allowed_pickles_are_unpickled_in_a_process_of_their_own(save, files, tm
     assert not scratch.exists()
 
 
+@pytest.mark.parametrize("save", ["zip"], indirect=True)
 def test_a_pickle_that_fails_when_it_is_allowed_is_one_sentence(save, files):
     with pytest.raises(CheckpointError, match=r"could not be unpickled: .*ZeroDivisionError") as caught:
         pickles.load(save(Calls(eval, ("1/0",))), files, ReadOptions(allow_pickle=True))
