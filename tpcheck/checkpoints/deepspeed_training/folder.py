@@ -66,10 +66,10 @@ def step_folder(root: Path, files: Files, pointer: str = "latest") -> Path:
     file = files.open(root / pointer)
     tag = bytes(file.read(0, min(file.size, _LONGEST_TAG))).decode("utf-8", "replace").strip()
     step = inside(root, tag)
-    if step.is_symlink() and not step.resolve().is_relative_to(root.resolve()):
-        raise CheckpointError(f"{root / pointer} names {shortened(tag)}, which is a link out of the folder.")
     if not is_folder(step):
         raise CheckpointError(f"{root / pointer} names {shortened(tag)}, and there is no such folder.")
+    if step.is_symlink() and not step.resolve().is_relative_to(root.resolve()):
+        raise CheckpointError(f"{root / pointer} names {shortened(tag)}, which is a link out of the folder.")
     return step
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from tpcheck.checkpoints.deepspeed_training.fields import is_sizes, mapping, sequence
 from tpcheck.checkpoints.deepspeed_training.shards import Segment, Shard
+from tpcheck.checkpoints.files import shortened
 from tpcheck.checkpoints.inert import Inert
 from tpcheck.checkpoints.stored import StoredTensor
 from tpcheck.errors import CheckpointError
@@ -92,13 +93,12 @@ class Partitions:
     def _require_all_ranks(self) -> None:
         for state in self._states:
             count = state.get("partition_count")
-            counts = set(count) if isinstance(count, (list, tuple)) else {count}
-            if counts != {len(self._states)}:
-                expected = ", ".join(sorted(map(str, counts)))
-                raise CheckpointError(
-                    f"{self._path.parent} holds optimizer states of {len(self._states)} data-parallel ranks, "
-                    f"and {self._path.name} or a neighbour was saved with {expected}."
-                )
+            for one in count if isinstance(count, (list, tuple)) else (count,):
+                if one != len(self._states):
+                    raise CheckpointError(
+                        f"{self._path.parent} holds optimizer states of {len(self._states)} data-parallel ranks, "
+                        f"and {self._path.name} or a neighbour was saved with {shortened(one)}."
+                    )
 
     def _require_used_up(self, used: int, available: int) -> None:
         # Groups are padded to a multiple of twice the number of ranks (zero_to_fp32, `zero2_align`).

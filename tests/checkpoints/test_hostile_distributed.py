@@ -1,0 +1,512 @@
+"""Damaged and hostile checkpoints of several files end in one sentence, and nothing of them is run or followed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.checkpoints.samples import contents, opened
+from tpcheck import CheckpointError
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+class Runs:
+    """Removes a file when it is unpickled."""
+
+    def __init__(self, victim: Path) -> None:
+        self._victim = str(victim)
+
+    def __reduce__(self) -> Any:
+        return os.remove, (self._victim,)
+
+
+def assert_refused(source: Path, why: str) -> None:
+    with pytest.raises(CheckpointError, match=why) as refusal:
+        contents(source)
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+
+
+# --- DeepSpeed training checkpoints ------------------------------------------------------------------------------
+
+
+def piece(rank: int, **changes: Any) -> dict[str, Any]:
+    return {"shape": [2, 4], "source": [8 * rank, [4, 1]], "dest": [0, [4, 1]], "locations": [rank], **changes}
+
+
+def affine(**changes: Any) -> dict[str, Any]:
+    ranks = {rank: {"shard_shape": [2, 4], "pieces": [piece(rank)]} for rank in (0, 1)}
+    return {"logical_shape": [4, 4], "ranks": ranks, **changes}
+
+
+def model_states(rank: int, **changes: Any) -> dict[str, Any]:
+    params = {r"^cut\.weight$": affine()}
+    info = {"tp_replicated_parameter_patterns": [r"^norm$"], "affine_map": {"version": 1, "params": params}}
+    return {
+        "module": {"cut.weight": torch.arange(8.0).reshape(2, 4) + 8 * rank, "norm": torch.ones(4)},
+        "buffer_names": [],
+        "param_shapes": [{"cut.weight": torch.Size([2, 4]), "norm": torch.Size([4])}],
+        "shared_params": {},
+        "mp_world_size": 2,
+        "global_steps": 1,
+        "universal_checkpoint_info": info,
+        **changes,
+    }
+
+
+def optimizer_states(rank: int, **changes: Any) -> dict[str, Any]:
+    flat = torch.cat([torch.arange(8.0) + 8 * rank, torch.ones(4)])
+    state = {"zero_stage": 1, "partition_count": [1], "single_partition_of_fp32_groups": [flat], **changes}
+    return {"optimizer_state_dict": state}
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Path:
+    step = tmp_path / "root" / "global_step1"
+    step.mkdir(parents=True)
+    (step.parent / "latest").write_text("global_step1")
+    for rank in (0, 1):
+        torch.save(model_states(rank), step / f"mp_rank_0{rank}_model_states.pt")
+        torch.save(optimizer_states(rank), step / f"zero_pp_rank_0_mp_rank_0{rank}_optim_states.pt")
+    return step.parent
+
+
+MODEL = "global_step1/mp_rank_01_model_states.pt"
+OPTIMIZER = "global_step1/zero_pp_rank_0_mp_rank_01_optim_states.pt"
+
+
+def test_the_undamaged_one_is_read(training: Path) -> None:
+    whole = contents(training)
+    assert torch.equal(whole["cut.weight"], torch.arange(16.0).reshape(4, 4))
+    assert torch.equal(whole["norm"], torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("tag", "why"),
+    [
+        ("../..", "names a file '../..', which lies outside of it"),
+        ("/etc", "names a file '/etc', which lies outside of it"),
+        ("global_step1\n/..", "no such folder|lies outside of it"),
+        ("global_step2", "names 'global_step2', and there is no such folder"),
+        ("\0", "is no file's name"),
+        ("", "latest is empty"),
+        ("x" * 300, "no such folder|leads nowhere"),
+        ("x" * 5000, "is no file's name"),
+    ],
+)
+def test_latest_cannot_lead_out(training: Path, tag: str, why: str) -> None:
+    (training / "latest").write_text(tag)
+    assert_refused(training, why)
+
+
+def test_latest_cannot_lead_out_through_a_link(training: Path, tmp_path: Path) -> None:
+    shutil.move(training / "global_step1", tmp_path / "elsewhere")
+    (training / "global_step1").symlink_to(tmp_path / "elsewhere")
+    assert_refused(training, "is a link out of the folder")
+
+
+def test_latest_may_not_be_a_folder(training: Path) -> None:
+    (training / "latest").unlink()
+    (training / "latest").mkdir()
+    assert_refused(training, "latest is a folder, where a file should be")
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no mp rank 1": (
+        lambda root: (root / MODEL).unlink(),
+        "only one of model states and optimizer states of mp rank 1",
+    ),
+    "no optimizer states of mp rank 1": (lambda root: (root / OPTIMIZER).unlink(), "states of mp rank 1"),
+    "neither": (lambda root: [(root / MODEL).unlink(), (root / OPTIMIZER).unlink()], "saved with mp_world_size 2"),
+    "a rank left over": (
+        lambda root: shutil.copy(root / MODEL, root / "global_step1/mp_rank_03_model_states.pt"),
+        "holds no file like mp_rank_00_model_states.pt for mp rank 2",
+    ),
+    "truncated model states": (lambda root: os.truncate(root / MODEL, 700), "mp_rank_01_model_states.pt"),
+    "truncated optimizer states": (lambda root: os.truncate(root / OPTIMIZER, 700), "mp_rank_01_optim_states.pt"),
+    "empty model states": (lambda root: os.truncate(root / MODEL, 0), "model_states.pt is empty"),
+    "a folder for model states": (
+        lambda root: [(root / MODEL).unlink(), (root / MODEL).mkdir()],
+        "is a folder, where a file should be",
+    ),
+    "a dangling link": (
+        lambda root: [(root / MODEL).unlink(), (root / MODEL).symlink_to("nowhere")],
+        "model_states.pt cannot be opened",
+    ),
+    "of pipeline parallelism": (
+        lambda root: (root / "global_step1/layer_00-model_00-model_states.pt").touch(),
+        "was saved with pipeline parallelism",
+    ),
+    "of two stages": (
+        lambda root: (root / "global_step1/zero_pp_rank_0_mp_rank_00_model_states.pt").touch(),
+        "of two different saves",
+    ),
+    "of two precisions": (
+        lambda root: (root / "global_step1/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").touch(),
+        "of the same rank",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders_are_refused(training: Path, damage: str) -> None:
+    do, why = DAMAGES[damage]
+    do(training)
+    assert_refused(training, why)
+
+
+HUGE = 1 << 50
+
+MODEL_LIES: dict[str, tuple[Any, str]] = {
+    "a list": ([1], "holds no state of DeepSpeed, but an object of type list"),
+    "no module": (model_states(1, module=None), "its entry 'module' is missing"),
+    "a weight without a name": (model_states(1, module={3: torch.ones(1)}), "has a weight without a name: 3"),
+    "another step": (model_states(1, global_steps=2), "they are of different saves"),
+    "another world": (model_states(1, mp_world_size=4), "they are of different saves"),
+    "another layout": (model_states(1, universal_checkpoint_info={}), "do not say alike how the parameters were cut"),
+    "no shapes": (model_states(1, param_shapes=None), "have no param_shapes"),
+    "shapes of nothing": (model_states(1, param_shapes=[{"norm": "4"}]), "are no names with shapes"),
+    "negative shapes": (model_states(1, param_shapes=[{"norm": [-4]}]), "are no names with shapes"),
+    "huge shapes": (model_states(1, param_shapes=[{"norm": [HUGE, HUGE]}]), "hold 12 elements"),
+    "more groups": (model_states(1, param_shapes=[{"norm": [4]}, {"cut.weight": [8]}]), "has 1 groups, and 2 have"),
+}
+
+
+@pytest.mark.parametrize("lie", MODEL_LIES)
+def test_model_states_that_lie_are_refused(training: Path, lie: str) -> None:
+    state, why = MODEL_LIES[lie]
+    torch.save(state, training / MODEL)
+    assert_refused(training, why)
+
+
+OPTIMIZER_LIES: dict[str, tuple[dict[str, Any], str]] = {
+    "no stage": ({"zero_stage": None}, "do not say which ZeRO stage"),
+    "stage 7": ({"zero_stage": 7}, "do not say which ZeRO stage"),
+    "more ranks": ({"partition_count": [2]}, "of 1 data-parallel ranks, and .* was saved with 2"),
+    "ranks that are none": ({"partition_count": [[]]}, "was saved with"),
+    "no partitions": ({"single_partition_of_fp32_groups": None}, "no flat tensors"),
+    "partitions of text": ({"single_partition_of_fp32_groups": ["x"]}, "no flat tensors"),
+    "partitions of two dims": ({"single_partition_of_fp32_groups": [torch.ones(3, 4)]}, "no flat tensors"),
+    "too short": (
+        {"single_partition_of_fp32_groups": [torch.ones(8)]},
+        "hold 8 elements, and their parameters have 12",
+    ),
+    "too long": ({"single_partition_of_fp32_groups": [torch.ones(20)]}, "hold 20 elements"),
+    "odd padding": ({"param_alignment_paddings": [[-1, 0]]}, "does not say how the 2 parameters of group 0 are padded"),
+    "huge padding": ({"param_alignment_paddings": [[HUGE, 0]]}, "hold 12 elements"),
+}
+
+
+@pytest.mark.parametrize("lie", OPTIMIZER_LIES)
+def test_optimizer_states_that_lie_are_refused(training: Path, lie: str) -> None:
+    changes, why = OPTIMIZER_LIES[lie]
+    torch.save(optimizer_states(1, **changes), training / OPTIMIZER)
+    assert_refused(training, why)
+
+
+@pytest.mark.parametrize("file", [MODEL, OPTIMIZER])
+def test_nothing_of_them_is_run(training: Path, tmp_path: Path, file: str) -> None:
+    victim = tmp_path / "victim"
+    victim.touch()
+    torch.save({"module": {"a": Runs(victim)}}, training / file)
+    assert_refused(training, r"running (posix|os)\.remove: .*--allow-pickle")
+    assert victim.exists()
+
+
+LAYOUT_LIES: dict[str, tuple[Any, str]] = {
+    "nothing": (None, "is not made of sizes"),
+    "one rank": (affine(ranks={0: {}}), "was cut for ranks"),
+    "text": (affine(ranks="01"), "was cut for ranks"),
+    "a shape of text": (affine(logical_shape="44"), "is not made of sizes"),
+    "huge": (affine(logical_shape=[HUGE, 4]), "leave out row 4"),
+    "smaller": (affine(logical_shape=[3, 4]), "reaches element 15 of 12"),
+    "another shard": (
+        affine(ranks={rank: {"shard_shape": [4, 2], "pieces": [piece(rank)]} for rank in (0, 1)}),
+        r"holds shape \[2, 4\], and the layout says \[4, 2\]",
+    ),
+    "overlapping": (
+        affine(
+            ranks={rank: {"shard_shape": [2, 4], "pieces": [piece(rank, source=[4 * rank, [4, 1]])]} for rank in (0, 1)}
+        ),
+        "repeat row 1",
+    ),
+    "no pieces": (affine(ranks={rank: {"shard_shape": [2, 4], "pieces": 3} for rank in (0, 1)}), "pieces have 0"),
+    **{
+        why: (
+            affine(ranks={rank: {"shard_shape": [2, 4], "pieces": [piece(rank, **changes)]} for rank in (0, 1)}),
+            why,
+        )
+        for changes, why in (
+            ({"source": [-1, [4, 1]]}, "no offset or strides"),
+            ({"source": None}, "no offset or strides"),
+            ({"source": [2, [4, 1]]}, "a row of it runs into the next row"),
+            ({"source": [8, [4, 0]]}, "a stride below 1"),
+            ({"source": [0, [4, -1]]}, "is not made of sizes"),
+            ({"source": [0, [HUGE, 1]]}, "reaches element"),
+            ({"dest": [4, [4, 1]]}, "reaches element 11 of 8"),
+            ({"dest": [0, [1, 2]]}, "do not lie next to each other"),
+            ({"dest": [0, [4]]}, "differ in their number of dims"),
+            ({"shape": [2, 3]}, "holds 8 elements, and its pieces have 6"),
+            ({"shape": [True, 8]}, "is not made of sizes"),
+            ({"scale": 0}, "no scale"),
+            ({"scale": float("inf")}, "no scale"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("lie", LAYOUT_LIES)
+def test_layouts_that_cannot_be_are_not_followed(training: Path, lie: str) -> None:
+    layout, why = LAYOUT_LIES[lie]
+    for rank in (0, 1):
+        state = model_states(rank)
+        state["universal_checkpoint_info"]["affine_map"]["params"][r"^cut\.weight$"] = layout
+        torch.save(state, training / f"global_step1/mp_rank_0{rank}_model_states.pt")
+    checkpoint = opened(training)
+    assert checkpoint.names() == ("norm",)
+    with pytest.raises(AssertionError, match=why):
+        raise AssertionError(checkpoint.unread["cut.weight"])
+
+
+# --- DeepSpeed universal checkpoints -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def universal(tmp_path: Path) -> Path:
+    folder = tmp_path / "root" / "universal"
+    (folder / "zero" / "norm").mkdir(parents=True)
+    torch.save({"param": torch.ones(4)}, folder / "zero/norm/fp32.pt")
+    torch.save(model_states(0), folder / "mp_rank_00_model_states.pt")
+    return folder
+
+
+def test_universal_checkpoints_that_lie_are_refused(universal: Path, tmp_path: Path) -> None:
+    file = universal / "zero/norm/fp32.pt"
+    assert torch.equal(contents(universal)["norm"], torch.ones(4))
+    torch.save({"param": 3}, file)
+    assert_refused(universal, "fp32.pt holds no tensor under 'param'")
+    victim = tmp_path / "victim"
+    victim.touch()
+    torch.save({"param": Runs(victim)}, file)
+    assert_refused(universal, r"fp32.pt is refused, because reading it means running (posix|os)\.remove")
+    assert victim.exists()
+    torch.save(torch.ones(3), file)
+    torch.save(model_states(0, mp_world_size=1), universal / "mp_rank_00_model_states.pt")
+    assert_refused(universal, r"has 3 elements, and the model states say \[4\]")
+    file.unlink()
+    file.mkdir()
+    assert_refused(universal, "is a folder, where a file should be")
+
+
+def test_a_parameter_without_weights_is_refused(universal: Path) -> None:
+    (universal / "zero" / "other").mkdir()
+    assert_refused(universal, "other/fp32.pt cannot be opened")
+
+
+def test_a_parameter_s_folder_may_not_be_a_link_out(universal: Path, tmp_path: Path) -> None:
+    shutil.move(universal / "zero/norm", tmp_path / "elsewhere")
+    (universal / "zero/norm").symlink_to(tmp_path / "elsewhere")
+    assert_refused(universal, "whose folder is a link out of it")
+
+
+def test_latest_universal_cannot_lead_out(universal: Path) -> None:
+    (universal.parent / "latest_universal").write_text("../..")
+    assert_refused(universal.parent, "which lies outside of it")
+
+
+# --- torch.distributed.checkpoint --------------------------------------------------------------------------------
+
+
+def saved_with_dcp(folder: Path) -> Path:
+    dcp.save({"a": torch.arange(12.0).reshape(4, 3), "b": torch.ones(2)}, checkpoint_id=str(folder), no_dist=True)
+    return folder
+
+
+@pytest.fixture
+def distributed(tmp_path: Path) -> Path:
+    return saved_with_dcp(tmp_path / "dcp")
+
+
+def edit_metadata(folder: Path, edit: Callable[[Any], object]) -> None:
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    edit(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def place(metadata: Any, name: str = "a") -> Any:
+    return next(info for index, info in metadata.storage_data.items() if index.fqn == name)
+
+
+def chunks(metadata: Any, *rectangles: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """Say that `a` is made of these, each with the place of the one chunk that there is."""
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+
+    info = place(metadata)
+    metadata.state_dict_metadata["a"].chunks = [
+        ChunkStorageMetadata(torch.Size(at), torch.Size(sizes)) for at, sizes in rectangles
+    ]
+    metadata.storage_data |= {MetadataIndex("a", at): info for at, _ in rectangles}
+
+
+METADATA_LIES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "a path out of the folder": (lambda m: setattr(place(m), "relative_path", "../x"), "lies outside of it"),
+    "an absolute path": (lambda m: setattr(place(m), "relative_path", "/etc/passwd"), "lies outside of it"),
+    "a path that is none": (lambda m: setattr(place(m), "relative_path", 3), "is no file's name"),
+    "a missing file": (lambda m: setattr(place(m), "relative_path", "__9_9.distcp"), "__9_9.distcp cannot be opened"),
+    "an offset beyond the file": (lambda m: setattr(place(m), "offset", 1 << 40), "bytes, and the chunk of 'a' in it"),
+    "a length beyond the file": (lambda m: setattr(place(m), "length", 1 << 40), "bytes, and the chunk of 'a' in it"),
+    "a negative offset": (lambda m: setattr(place(m), "offset", -1), "that is no part of a file"),
+    "another tensor's chunk": (
+        lambda m: vars(place(m)).update(vars(place(m, "b"))),
+        r"is \[2\] of torch.float32, and the metadata says \[4, 3\]",
+    ),
+    "half a chunk": (lambda m: setattr(place(m), "length", 500), "is no tensor that torch saved, or a damaged one"),
+    "a larger tensor": (
+        lambda m: setattr(m.state_dict_metadata["a"], "size", torch.Size([5, 3])),
+        r"that make up shape \[4, 3\] of \[5, 3\]",
+    ),
+    "a smaller tensor": (
+        lambda m: setattr(m.state_dict_metadata["a"], "size", torch.Size([3, 3])),
+        "that reaches out of the tensor",
+    ),
+    "a tensor of text": (
+        lambda m: setattr(m.state_dict_metadata["a"], "size", "xy"),
+        "has a shape of 'a' that is none",
+    ),
+    "another dtype": (
+        lambda m: setattr(m.state_dict_metadata["a"].properties, "dtype", torch.int64),
+        "of torch.float32, and the metadata says .* of torch.int64",
+    ),
+    "no dtype": (
+        lambda m: setattr(m.state_dict_metadata["a"].properties, "dtype", "float32"),
+        "does not say of which dtype 'a' is",
+    ),
+    "no chunks": (lambda m: m.state_dict_metadata["a"].chunks.clear(), "holds no chunk of 'a'"),
+    "overlapping chunks": (lambda m: chunks(m, ((0, 0), (3, 3)), ((2, 0), (2, 3))), "in pieces that overlap"),
+    "a gap": (lambda m: chunks(m, ((0, 0), (1, 3)), ((2, 0), (2, 3))), "leave out 3 of its 12 elements"),
+    "chunks of other dims": (lambda m: chunks(m, ((0,), (12,))), "with another number of dims"),
+    "chunks without a place": (lambda m: m.storage_data.clear(), "does not say in which file the chunk of 'a'"),
+    "an entry of another kind": (lambda m: m.state_dict_metadata.update(a=3), "of an unknown kind"),
+    "a name that is none": (lambda m: m.state_dict_metadata.update({3: 4}), "with a name that is no text: 3"),
+    "no table": (lambda m: setattr(m, "state_dict_metadata", None), "a table is missing"),
+}
+
+
+@pytest.mark.parametrize("lie", METADATA_LIES)
+def test_metadata_that_lies_is_refused(distributed: Path, lie: str) -> None:
+    edit, why = METADATA_LIES[lie]
+    edit_metadata(distributed, edit)
+    assert_refused(distributed, why)
+
+
+def test_compressed_chunks_are_listed(distributed: Path) -> None:
+    edit_metadata(distributed, lambda m: setattr(place(m), "transform_descriptors", ["zstd"]))
+    assert opened(distributed).unread == {"a": "is compressed by an extension of torch.distributed.checkpoint"}
+
+
+def test_nothing_of_the_metadata_is_run(distributed: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.touch()
+    edit_metadata(distributed, lambda m: setattr(m, "planner_data", Runs(victim)))
+    assert_refused(distributed, r"is refused, because it names (posix|os)\.remove, which no metadata of torch")
+    assert opened(distributed, allow_pickle=True).names() == ("a", "b")
+    assert victim.exists()
+
+
+def test_nothing_of_a_chunk_is_run(distributed: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.touch()
+    torch.save(Runs(victim), distributed / "__0_0.distcp")
+    length = (distributed / "__0_0.distcp").stat().st_size
+    edit_metadata(
+        distributed, lambda m: [vars(info).update(offset=0, length=length) for info in m.storage_data.values()]
+    )
+    assert_refused(distributed, "is no tensor that torch saved, or a damaged one")
+    assert victim.exists()
+
+
+FILES = {"__0_0.distcp": "distcp", ".metadata": "metadata"}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_damaged_files_are_refused(distributed: Path, file: str) -> None:
+    path = distributed / file
+    os.truncate(path, path.stat().st_size // 2)
+    assert_refused(distributed, file)
+    os.truncate(path, 0)
+    assert_refused(distributed, f"{file} is empty")
+    path.unlink()
+    path.mkdir()
+    assert_refused(distributed, f"{file} is a folder, where a file should be")
+
+
+NO_METADATA = {
+    "text": b"not a pickle",
+    "a list": b"\x80\x04]\x94.",
+    "marks": b"\x80\x04" + b"(" * 100_000 + b".",
+    "a memo of gigabytes": b"\x80\x04N\x94r\xff\xff\xff\xff0.",
+    "bytes of exabytes": b"\x80\x04\x8e" + b"\xff" * 8,
+}
+
+
+@pytest.mark.parametrize("data", NO_METADATA.values(), ids=NO_METADATA)
+def test_metadata_that_is_none_is_refused(distributed: Path, data: bytes) -> None:
+    (distributed / ".metadata").write_bytes(data)
+    assert_refused(distributed, "is no metadata of torch.distributed.checkpoint")
+
+
+def test_a_file_that_changes_is_noticed(distributed: Path) -> None:
+    checkpoint = opened(distributed)
+    checkpoint.require_unchanged()
+    with (distributed / "__0_0.distcp").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
+        checkpoint.require_unchanged()
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(position=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), cut=st.booleans())
+def test_any_damaged_metadata_ends_in_an_error_of_ours_or_is_read(
+    tmp_path: Path, position: float, value: int, cut: bool
+) -> None:
+    folder = tmp_path / "dcp"
+    if not folder.exists():
+        saved_with_dcp(folder)
+        shutil.copy(folder / ".metadata", tmp_path / "whole")
+    data = bytearray((tmp_path / "whole").read_bytes())
+    at = int(position * len(data))
+    data[at] = value
+    (folder / ".metadata").write_bytes(data[:at] if cut else data)
+    _read_or_refused(folder)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(position=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), first=st.booleans())
+def test_any_damaged_training_state_ends_in_an_error_of_ours_or_is_read(
+    training: Path, position: float, value: int, first: bool
+) -> None:
+    path = training / (MODEL if first else OPTIMIZER)
+    whole = path.read_bytes()
+    data = bytearray(whole)
+    data[int(position * len(data))] = value
+    path.write_bytes(data)
+    _read_or_refused(training)
+    path.write_bytes(whole)
+
+
+def _read_or_refused(source: Path) -> None:
+    with suppress(CheckpointError):
+        contents(source)
