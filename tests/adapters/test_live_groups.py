@@ -70,7 +70,7 @@ def test_the_mesh_on_a_model_of_transformers(fresh: World) -> None:
 
     found = fresh.run(find)
     assert places(found) == EXPECTED
-    assert found[0].source == "transformers' device mesh on the model"
+    assert found[0].source == "the device mesh on the model"
 
 
 def test_the_groups_of_deepspeed(fresh: World) -> None:

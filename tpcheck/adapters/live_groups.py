@@ -11,6 +11,7 @@ from typing import Any
 from tpcheck.errors import UsageError
 from tpcheck.topology import Topology
 
+_TP_DIMS = ("tp", "tensor_parallel")  # Lightning spells it out
 _DP_DIMS = ("dp", "dp_replicate", "dp_shard", "fsdp", "ddp", "data", "data_parallel", "dp_cp")
 
 
@@ -38,8 +39,8 @@ class LiveGroups:
 def live_groups(*, group: Any = None, topology: Topology | None = None, model: Any = None) -> LiveGroups:
     """Return this rank's groups from the first that knows them.
 
-    In this order: the arguments; the device mesh that transformers put on the model; DeepSpeed's groups; accelerate's
-    device mesh; Megatron's parallel state.
+    In this order: the arguments; the device mesh that transformers or Lightning put on the model; DeepSpeed's groups;
+    accelerate's device mesh; Megatron's parallel state.
 
     Args:
         group: A TP group: a ProcessGroup, or a DeviceMesh of one dim.
@@ -105,7 +106,7 @@ def _dp_beside(rank: int, tp: _Ranks) -> _Ranks:
     return (rank,)
 
 
-def _of_transformers(model: Any) -> _Found | None:
+def _of_model(model: Any) -> _Found | None:
     inner = model
     for _ in range(8):  # engines and compiled models around it
         mesh = getattr(inner, "_device_mesh", None) or getattr(inner, "device_mesh", None)
@@ -147,7 +148,7 @@ def _of_megatron(_: Any) -> _Found | None:
 
 
 _SOURCES: tuple[tuple[str, Callable[[Any], _Found | None]], ...] = (
-    ("transformers' device mesh on the model", _of_transformers),
+    ("the device mesh on the model", _of_model),
     ("deepspeed.utils.groups", _of_deepspeed),
     ("accelerate's device mesh", _of_accelerate),
     ("megatron.core.parallel_state", _of_megatron),
@@ -158,9 +159,10 @@ def _of_mesh(mesh: Any) -> _Found | None:
     names = tuple(mesh.mesh_dim_names or ())
     if not names:
         return (_ranks(mesh), None) if mesh.ndim == 1 else None
-    if "tp" not in names:
+    tp = [name for name in names if name in _TP_DIMS]
+    if not tp:
         return None
-    return _along(mesh, ["tp"]), _along(mesh, [name for name in names if name in _DP_DIMS])
+    return _along(mesh, tp), _along(mesh, [name for name in names if name in _DP_DIMS])
 
 
 def _along(mesh: Any, dims: list[str]) -> _Ranks | None:

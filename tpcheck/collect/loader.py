@@ -16,10 +16,15 @@ from tpcheck.collect.listening import Made
 from tpcheck.collect.observation import Observation, observe_workers
 from tpcheck.collect.unwrap import datasets, loaders, samplers, torch_loader, vars_of
 
-__all__ = ["Made", "Observation", "loader_facts", "made_facts", "observe_workers"]
+__all__ = ["Made", "Observation", "all_facts", "loader_facts", "made_facts", "observe_workers"]
 
 _MOST_INDICES = 64  # sample indices of a batch that travel one by one; longer ones as a digest
 _MOST_NAMES = 1_000_000  # entries of a dataset's listing
+
+
+def all_facts(loader: Any, made: Made) -> dict[str, Any]:
+    """Return what is known of a loader and of one batch that it made."""
+    return loader_facts(loader) | made_facts(made)
 
 
 def loader_facts(loader: Any) -> dict[str, Any]:

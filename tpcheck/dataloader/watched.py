@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from tpcheck.collect.loader import Made, Observation, loader_facts, made_facts, observe_workers
+from tpcheck.collect.loader import Observation, all_facts, observe_workers
 from tpcheck.errors import UsageError
 from tpcheck.topology import Topology
 from tpcheck.watching import OnMismatch, Origin, Watcher, chosen_settings
@@ -102,7 +102,7 @@ class WatchedLoader:
                     watcher.end()
                     return
                 made = observation.made()
-                watcher.check(batch, Origin(made.rng, partial(_facts, self._loader, made)))
+                watcher.check(batch, Origin(made.rng, partial(all_facts, self._loader, made)))
                 yield batch
                 observation.asked()
         except GeneratorExit:
@@ -130,7 +130,3 @@ class WatchedLoader:
 
     def __repr__(self) -> str:
         return f"tpcheck.watch({self._loader!r})"
-
-
-def _facts(loader: Any, made: Made) -> dict[str, Any]:
-    return loader_facts(loader) | made_facts(made)

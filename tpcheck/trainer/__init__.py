@@ -1,4 +1,4 @@
-"""Hooks for training loops whose batches are seen by the model alone: any loop, and transformers' Trainer.
+"""Hooks for training loops whose batches are seen by the model alone: any loop, transformers' and Lightning's.
 
-Importing this package loads neither torch nor transformers.
+Importing this package loads neither torch nor any of them.
 """

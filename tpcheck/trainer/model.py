@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpcheck.collect.loader import loader_facts, made_facts, observe_workers
+from tpcheck.collect.loader import all_facts, observe_workers
 from tpcheck.errors import UsageError
 from tpcheck.topology import Topology
 from tpcheck.watching import Origin, Settings, Watcher, chosen_settings
@@ -119,11 +119,7 @@ class ModelWatch:
         if self._observation is None:
             return None
         made = self._observation.made()
-        return Origin(made.rng, partial(_facts, self._loader, made))
-
-
-def _facts(loader: Any, made: Any) -> dict[str, Any]:
-    return loader_facts(loader) | made_facts(made)
+        return Origin(made.rng, partial(all_facts, self._loader, made))
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
