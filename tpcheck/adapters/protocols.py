@@ -98,7 +98,9 @@ class SavesCheckpoints(Protocol):
 class Backend(Protocol):
     """Shards a model."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What reports call it."""
 
     def versions(self) -> Mapping[str, str]:
         """Return the versions of the packages whose work is verified."""

@@ -30,6 +30,11 @@ class DeepSpeedCandidate:
         self._parameters = dict(self.module.named_parameters(remove_duplicate=False))
 
     @property
+    def engine(self) -> Any:
+        """The DeepSpeed engine."""
+        return self._engine
+
+    @property
     def module(self) -> nn.Module:
         module: nn.Module = self._engine.module
         return module
