@@ -43,9 +43,15 @@ def contents(source: Path) -> State:
 
 def same(actual: State, expected: State) -> bool:
     """Return whether names, shapes, dtypes and bits are the same."""
-    return {*actual} == {*expected} and all(
-        actual[name].dtype == expected[name].dtype and torch.equal(actual[name], expected[name]) for name in expected
-    )
+    return {*actual} == {*expected} and all(bits_equal(actual[name], expected[name]) for name in expected)
+
+
+def bits_equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return whether shape, dtype and bits are the same."""
+    if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
+        return False
+    flat = (one.detach().contiguous().reshape(-1).view(torch.uint8) for one in (actual, expected))
+    return torch.equal(*flat)
 
 
 def masters(state: State) -> State:

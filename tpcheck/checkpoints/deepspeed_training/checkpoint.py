@@ -149,9 +149,8 @@ def _by_tensor(states: Sequence[RankState], ties: Sequence[frozenset[str]]) -> I
 
 def _description(states: Sequence[RankState]) -> str:
     first = states[0]
+    writer = f"DeepSpeed {first.version}" if first.version else "DeepSpeed"
     sizes = f"tp {len(states)}" + (f", dp {first.num_dp}" if first.num_dp > 1 else "")
     if first.stage is None:
-        return f"DeepSpeed {first.version} training checkpoint, {sizes}: the module's weights"
-    return (
-        f"DeepSpeed {first.version} training checkpoint, {sizes}, ZeRO {first.stage}: the optimizer's float32 weights"
-    )
+        return f"{writer} training checkpoint, {sizes}: the module's weights"
+    return f"{writer} training checkpoint, {sizes}, ZeRO {first.stage}: the optimizer's float32 weights"

@@ -1,0 +1,129 @@
+"""Whatever AutoTP's affine maps cut is put together again, any rows of it, from any ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.checkpoint.affine import block_gather_map, replicated_map, segmented_map
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.checkpoints.samples import bits_equal
+from tpcheck.adapters import ReadOptions
+from tpcheck.checkpoints.deepspeed_training.boxes import Box, LayoutError, require_tiling
+from tpcheck.checkpoints.deepspeed_training.layouts import Layouts
+from tpcheck.checkpoints.deepspeed_training.merged import Merged
+from tpcheck.checkpoints.deepspeed_training.shards import Shard
+from tpcheck.checkpoints.files import Files
+from tpcheck.checkpoints.pickles import load
+
+quick = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Any:
+    """Draw a map of one of DeepSpeed's kinds, uneven and empty shares included."""
+    tp = draw(st.integers(1, 4))
+    shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    dim = draw(st.integers(0, len(shape) - 1))
+    kind = draw(st.sampled_from(["segments", "blocks", "replicas"]))
+    if kind == "replicas":
+        return replicated_map(shape, tp, scale=draw(st.sampled_from([1.0, 0.5])))
+    if kind == "blocks":
+        size = draw(st.integers(1, 3))
+        blocks = draw(st.permutations(range(draw(st.integers(tp, 6)))))
+        shape[dim] = len(blocks) * size
+        return block_gather_map(shape, {rank: blocks[rank::tp] for rank in range(tp)}, size, dim)
+    segments, widths = [], []
+    for replicated in draw(st.lists(st.booleans(), min_size=1, max_size=3)):
+        if replicated:
+            segments.append((draw(st.integers(1, 4)), True))
+        else:
+            widths.append(draw(st.lists(st.integers(0, 3), min_size=tp, max_size=tp)))
+            segments.append((sum(widths[-1]), False))
+    shape[dim] = sum(size for size, _ in segments)
+    return segmented_map(shape, segments, dim, tp, widths)
+
+
+def merged(layout: Any, shards: list[torch.Tensor], folder: Path, files: Files) -> Merged:
+    """Return the parameter `it` as it is read from a file that holds the shards."""
+    torch.save(shards, folder / "shards.pt")
+    stored = load(folder / "shards.pt", files, ReadOptions())
+    info = {"affine_map": {"version": 1, "params": {"^it$": layout.to_dict()}}}
+    whole = Layouts(info).merged("it", [Shard.of(one) for one in stored])
+    assert whole is not None
+    return whole
+
+
+@quick
+@given(layout=layouts(), data=st.data())
+def test_any_rows_are_those_that_were_cut(tmp_path: Path, layout: Any, data: st.DataObject) -> None:
+    full = torch.randn(layout.logical_shape)
+    shards = [layout.extract(full, rank) for rank in layout.shard_shapes]
+    files = Files()
+    whole = merged(layout, shards, tmp_path, files)
+    start = data.draw(st.integers(0, full.shape[0]))
+    rows = range(start, data.draw(st.integers(start, full.shape[0])))
+    assert whole.shape == full.shape
+    assert bits_equal(whole.read(files, rows), full[rows.start : rows.stop])
+    assert whole.differing_ranks(files) is None
+    place = whole.extent()
+    if place is not None:
+        data_in_file = place.path.read_bytes()[place.offset : place.offset + place.nbytes]
+        assert data_in_file == full.numpy().tobytes()
+    files.close()
+
+
+@quick
+@given(layout=layouts(), data=st.data())
+def test_one_changed_element_of_a_replica_is_noticed(tmp_path: Path, layout: Any, data: st.DataObject) -> None:
+    full = torch.randn(layout.logical_shape)
+    shards = [layout.extract(full, rank) for rank in layout.shard_shapes]
+    held = [rank for rank, shard in enumerate(shards) if shard.numel()]
+    if not held:
+        return
+    rank = data.draw(st.sampled_from(held))
+    element = data.draw(st.integers(0, shards[rank].numel() - 1))
+    shards[rank].view(-1)[element] += 1
+    files = Files()
+    differing = merged(layout, shards, tmp_path, files).differing_ranks(files)
+    is_replicated = any(piece.locations > {rank} for piece in _pieces_at(layout, rank, element))
+    assert (differing is not None) == is_replicated
+    assert differing is None or rank in differing or rank == 0
+    files.close()
+
+
+def _pieces_at(layout: Any, rank: int, element: int) -> list[Any]:
+    ids = torch.arange(torch.Size(layout.shard_shapes[rank]).numel())
+    return [piece for piece in layout.pieces_by_rank[rank] if element in piece.dest_view(ids)]
+
+
+def box(rows: tuple[int, int], columns: tuple[int, int], tp_rank: int = 0) -> Box:
+    return Box(tp_rank, range(*rows), range(*columns), start=0, step=columns[1] - columns[0])
+
+
+TILINGS = {
+    "whole": ([box((0, 4), (0, 6))], None),
+    "replicas": ([box((0, 4), (0, 6)), box((0, 4), (0, 6), tp_rank=1)], None),
+    "quarters": ([box((a, a + 2), (b, b + 3)) for a in (0, 2) for b in (0, 3)], None),
+    "bricks": ([box((0, 2), (0, 2)), box((0, 2), (2, 6)), box((2, 4), (0, 4)), box((2, 4), (4, 6))], None),
+    "a hole": ([box((0, 4), (0, 3)), box((0, 1), (3, 6)), box((2, 4), (3, 6))], "leave out row 1"),
+    "no end": ([box((0, 3), (0, 6))], "leave out row 3"),
+    "no start": ([box((1, 4), (0, 6))], "leave out row 0"),
+    "no last column": ([box((0, 4), (0, 5))], "leave out row 0"),
+    "twice": ([box((0, 4), (0, 6)), box((1, 2), (1, 2))], "repeat row"),
+    "nothing": ([], "leave out row 0"),
+}
+
+
+@pytest.mark.parametrize("name", TILINGS)
+def test_boxes_must_tile_the_tensor(name: str) -> None:
+    boxes, why = TILINGS[name]
+    if why is None:
+        require_tiling(boxes, (4, 6))
+    else:
+        with pytest.raises(LayoutError, match=why):
+            require_tiling(boxes, (4, 6))
