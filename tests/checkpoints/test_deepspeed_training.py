@@ -81,6 +81,15 @@ def test_with_zero_the_masters_are_the_model(samples: Samples, zero: int) -> Non
     assert f"ZeRO {zero}: the optimizer's float32 weights" in opened(sample.folder).description
 
 
+def test_a_module_that_is_not_the_rounding_of_its_masters_is_remarked(samples: Samples, tmp_path: Path) -> None:
+    sample = samples.training(dtype="bfloat16", zero=1, steps=2)
+    folder = Path(shutil.copytree(sample.folder, tmp_path / "copy"))
+    assert opened(folder).description.endswith("float32 weights")
+    edited(folder, 1, lambda state: state["module"]["lm_head.weight"].add_(1.0))
+    remark = "; the module holds no rounding of them for lm_head.weight"
+    assert opened(folder).description.endswith(remark)
+
+
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_without_tp_it_is_what_zero_to_fp32_makes(samples: Samples, zero: int) -> None:
     folder = samples.training("qwen3", tp=1, dp=2, zero=zero, steps=1, dtype="bfloat16", settings=TIED).folder
@@ -107,7 +116,7 @@ def sharded(samples: Samples, tmp_path: Path) -> Path:
 
 
 def edited(folder: Path, tp_rank: int, edit: Callable[[dict[str, Any]], object]) -> None:
-    path = folder / "global_step0" / f"mp_rank_{tp_rank:02}_model_states.pt"
+    path = folder / (folder / "latest").read_text() / f"mp_rank_{tp_rank:02}_model_states.pt"
     state = torch.load(path, weights_only=False)
     edit(state)
     torch.save(state, path)

@@ -16,6 +16,7 @@ from tpcheck.checkpoints.deepspeed_training.folder import (
 )
 from tpcheck.checkpoints.deepspeed_training.layouts import Layouts
 from tpcheck.checkpoints.deepspeed_training.merged import Merged
+from tpcheck.checkpoints.deepspeed_training.rounding import rounding_note
 from tpcheck.checkpoints.deepspeed_training.shards import Shard
 from tpcheck.checkpoints.deepspeed_training.states import RankState, rank_state
 from tpcheck.checkpoints.files import Files, shortened
@@ -59,7 +60,8 @@ def _opened(root: Path, folder: TrainingFolder, files: Files, options: ReadOptio
     unread = dict.fromkeys(folder.experts, "weights of experts in files of their own are not read")
     unread |= {name: one for name, one in found.items() if isinstance(one, str)}
     ties = tuple(tied for tied in ties if tied <= tensors.keys())
-    return TableCheckpoint(files, _description(states), tensors, read_config(root, files), ties, unread)
+    description = _description(states) + rounding_note(states, files)
+    return TableCheckpoint(files, description, tensors, read_config(root, files), ties, unread)
 
 
 def _whole_or_reason(names: Sequence[str], states: Sequence[RankState], layouts: Layouts, files: Files) -> Merged | str:

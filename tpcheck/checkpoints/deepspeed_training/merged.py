@@ -92,7 +92,7 @@ class Merged:
         for copy in self.copies:
             owner = owners[copy.footprint]
             for rows in _spans(copy.rows, max(1, _AT_ONCE // len(copy.columns))):
-                if not _same_bits(self._read(files, owner, rows), self._read(files, copy, rows)):
+                if not same_bits(self._read(files, owner, rows), self._read(files, copy, rows)):
                     return owner.tp_rank, copy.tp_rank
         return None
 
@@ -110,5 +110,6 @@ def _spans(rows: range, length: int) -> Iterator[range]:
         yield range(start, min(start + length, rows.stop))
 
 
-def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Compare the bits of tensors of one dtype; NaN equals itself."""
     return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))

@@ -29,6 +29,7 @@ class RankState:
     Attributes:
         path: Its model states, the first where there are several.
         shards: By name, in the order of the module.
+        rounded: What the module itself holds of those that come from masters, in lower precision.
         stage: The ZeRO stage whose masters they are, or None where the module's tensors are all there is.
         num_dp: Number of data-parallel ranks that the optimizer states are cut over.
         ties: Names by the name of the parameter that they share.
@@ -41,6 +42,7 @@ class RankState:
 
     path: Path
     shards: Mapping[str, Shard]
+    rounded: Mapping[str, Shard]
     stage: int | None
     num_dp: int
     ties: Mapping[str, str]
@@ -90,12 +92,13 @@ def rank_state(
             unread.setdefault(name, "its place is empty, and no ZeRO partition holds it")
         else:
             shards[name] = held
+    rounded = {name: module[name] for name in masters if name in module and name not in empty}
     facts = {key: state.get(key) for key in ("ds_version", "global_steps", "mp_world_size", "dp_world_size")}
     facts |= mapping(state.get("checkpoint_parallel_dimensions"))
     stage = None if partitions is None else partitions.stage
     num_dp = len(folder.optimizers.get(tp_rank, ())) or 1
     info = mapping(state.get("universal_checkpoint_info"))
-    return RankState(paths[0], shards, stage, num_dp, ties, shared, buffers, unread, info, facts)
+    return RankState(paths[0], shards, rounded, stage, num_dp, ties, shared, buffers, unread, info, facts)
 
 
 def _loaded(path: Path, files: Files, options: ReadOptions) -> Mapping[Any, Any]:
