@@ -21,8 +21,8 @@ METADATA = ".metadata"
 LARGEST_METADATA = 256 << 20
 """Bytes, some 300 for each chunk."""
 
-STEPS = 4
-"""Times as many steps as a torch file has: 300,000 chunks, or half a gigabyte while they are looked at."""
+MORE_STEPS = 24
+"""Millions of steps beyond those of a torch file: 250,000 chunks, or half a gigabyte while they are looked at."""
 
 CLASSES = (
     "torch.distributed.checkpoint.*",
@@ -126,14 +126,14 @@ class _MetadataUnpickler(InertUnpickler):
 
 
 class _LongStream(Stream):
-    """Reads on for some times as many steps."""
+    """Reads on for more steps."""
 
     def __init__(self, file: OpenFile) -> None:
         super().__init__(file, 0, file.size)
-        self._left = STEPS
+        self._left = MORE_STEPS
 
     def read(self, nbytes: int) -> bytes:
-        if self._reads > 1_000_000 and self._left:
+        if self._reads >= 1_000_000 and self._left:
             self._reads, self._left = 0, self._left - 1
         return super().read(nbytes)
 
