@@ -155,7 +155,7 @@ def test_of_batches_given_out_far_ahead_digests_alone_are_kept() -> None:
     expected = []
     for number in range(20):
         expected.append(rng_digests())
-        log.give([number], States(), ())
+        log.give([number], States(), (), rng_states())
         random.random()
         np.random.random()
         torch.rand(1)

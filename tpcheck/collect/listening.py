@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from tpcheck.collect.left_out import LeftOut, left_out
-from tpcheck.collect.rng import States, moved, rng_digests, rng_states
+from tpcheck.collect.rng import States, moved, rng_states, with_own
 from tpcheck.collect.worker_reports import WorkerReports
 
 _KEPT = 16  # batches given out whose states are kept whole, 10 kB each; of those that run further ahead, digests
@@ -69,12 +69,13 @@ class Log:
         if self._persistent is not None:
             self._persistent.new_epoch()
 
-    def give(self, indices: Any, sampler_rng: States, sampler_drew: tuple[str, ...]) -> None:
+    def give(self, indices: Any, sampler_rng: States, sampler_drew: tuple[str, ...], now: States) -> None:
+        """The sampler has given out the indices of a batch; `now` are the states of this process's generators."""
         listed = tuple(indices) if isinstance(indices, (list, tuple)) else (indices,)
         made = Made(
             self._given,
             indices=None if not listed or listed[0] is None else listed,  # an IterableDataset is asked for None
-            rng=self._states(),
+            rng=self._states(now),
             sampler_rng=sampler_rng,
             sampler_drew=sampler_drew,
         )
@@ -87,12 +88,11 @@ class Log:
         """The batch given last is whole; called in this process, so by a loader without workers."""
         if self._latest is not None:
             self._latest.whole = True
-            self._latest.drawn = partial(moved, self._latest.rng, self._states())
+            self._latest.drawn = partial(moved, self._latest.rng, self._states(rng_states()))
 
-    def _states(self) -> States:
-        if len(self.pending) < _KEPT:
-            return rng_states(dataset=self.dataset)
-        return States(rng_digests(dataset=self.dataset))
+    def _states(self, now: States) -> States:
+        states = with_own(now, dataset=self.dataset)
+        return states if len(self.pending) < _KEPT else States(dict(states))
 
 
 class Listened:
@@ -149,8 +149,9 @@ class _ListenedIterator:
             self._rng = before
         self._started = True
         indices = next(self._inner)
-        self._drew |= frozenset(moved(before, rng_states(sampler=self._sampler)))
-        self._log.give(indices, self._rng, tuple(sorted(self._drew)))
+        now = rng_states()
+        self._drew |= frozenset(moved(before, with_own(now, sampler=self._sampler)))
+        self._log.give(indices, self._rng, tuple(sorted(self._drew)), now)
         return indices
 
 

@@ -73,11 +73,16 @@ def rng_states(**owners: Any) -> States:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         with suppress(RuntimeError):  # while a CUDA graph is captured, nobody may ask
             raw["cuda"] = torch.cuda.get_rng_state()
-    if owners:
-        for path, generator in _own_generators(owners):
-            kind, digest = _of_generator(generator)
-            raw[f"{kind}:{path}"] = digest
-    return States(raw)
+    return with_own(States(raw), **owners)
+
+
+def with_own(states: States, **owners: Any) -> States:
+    """Return these states, taken at this moment, with those of the generators that the owners hold."""
+    own: dict[str, str] = {}
+    for path, generator in _own_generators(owners):
+        kind, digest = _of_generator(generator)
+        own[f"{kind}:{path}"] = digest
+    return states | own if own else states
 
 
 def moved(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[str, ...]:
