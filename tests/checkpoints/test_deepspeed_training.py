@@ -125,7 +125,7 @@ def edited(folder: Path, tp_rank: int, edit: Callable[[dict[str, Any]], object])
 def test_replicas_that_differ_are_named(sharded: Path) -> None:
     edited(sharded, 1, lambda state: state["module"]["model.norm.weight"].add_(1e-3))
     checkpoint = opened(sharded)
-    assert checkpoint.unread == {"model.norm.weight": "mp ranks 0 and 1 hold different copies of it"}
+    assert checkpoint.torn == {"model.norm.weight": "mp ranks 0 and 1 hold different copies of it"}
     assert "model.norm.weight" not in checkpoint.names()
 
 

@@ -59,6 +59,10 @@ class Checkpoint(Protocol):
     def unread(self) -> Mapping[str, str]:
         """What the source holds, or should, and cannot be read as a tensor, by name, with the reason."""
 
+    @property
+    def torn(self) -> Mapping[str, str]:
+        """Names that several ranks hold whole, and not alike, with who differs: there is no one tensor to read."""
+
     def names(self) -> tuple[str, ...]:
         """Return the names of all tensors, in the order in which they are best read."""
 

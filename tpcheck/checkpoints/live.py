@@ -53,6 +53,10 @@ class LiveCheckpoint:
     _tensors: dict[str, torch.Tensor]
     _versions: dict[str, int]
 
+    @property
+    def torn(self) -> Mapping[str, str]:
+        return {}
+
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
 

@@ -62,6 +62,7 @@ class TableCheckpoint:
     config: Mapping[str, Any] = field(default_factory=dict)
     ties: tuple[frozenset[str], ...] = ()
     unread: Mapping[str, str] = field(default_factory=dict)
+    torn: Mapping[str, str] = field(default_factory=dict)
 
     def names(self) -> tuple[str, ...]:
         """In the order in which they lie in the files, since disks read ahead."""

@@ -62,6 +62,8 @@ def _of_all(group: Sequence[Finding]) -> Finding:
 def amount(finding: Finding) -> str | None:
     """Return what differs and by how much, or None for what other phrases say."""
     evidence = finding.evidence
+    if finding.check == CHECK and finding.cause == "replica_drift":
+        return "its copies differ"
     if "only_in" in evidence:
         return f"only in {'actual' if evidence['only_in'] == 'actual' else 'the reference'}"
     if "dtype_actual" in evidence and "shape_actual" not in evidence:
@@ -163,5 +165,6 @@ _TOLD = {
     "tensor_missing": _missing,
     "not_sharded": _copies,
     "bit_flipped": _flipped,
+    "replica_drift": lambda story: story.get("ranks"),
     "duplicate_reduce": _factor,
 }

@@ -23,5 +23,6 @@ ADVICE = {
     "tied_weight_dropped": "Save one of the tied names, and keep tie_word_embeddings true in config.json.",
     "tensor_missing": "Save it: buffers that are persistent and frozen parameters belong to the model, too.",
     "duplicate_reduce": "Do not add up what every rank holds whole: gather shards, take replicas from one rank.",
+    "replica_drift": "Find out why the replicas drift apart (tpcheck verify): every rank updates its own copy.",
     "bit_flipped": "Copy the file again and compare checksums: storage or memory is damaged.",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +54,28 @@ def _opened(root: Path, folder: TrainingFolder, files: Files, options: ReadOptio
     _require_one_save(states)
     layouts = Layouts(states[0].info)
     ties = _ties(states)
-    found: dict[str, Merged | str] = {}
+    found: dict[str, Merged | _Torn | str] = {}
     for names in _by_tensor(states, ties):
         found.update(dict.fromkeys(names, _whole_or_reason(names, states, layouts, files)))
     tensors = {name: one for name, one in found.items() if isinstance(one, Merged)}
     unread = dict.fromkeys(folder.experts, "weights of experts in files of their own are not read")
     unread |= {name: one for name, one in found.items() if isinstance(one, str)}
+    torn = {name: one.ranks for name, one in found.items() if isinstance(one, _Torn)}
     ties = tuple(tied for tied in ties if tied <= tensors.keys())
     description = _description(states) + rounding_note(states, files)
-    return TableCheckpoint(files, description, tensors, read_config(root, files), ties, unread)
+    return TableCheckpoint(files, description, tensors, read_config(root, files), ties, unread, torn)
 
 
-def _whole_or_reason(names: Sequence[str], states: Sequence[RankState], layouts: Layouts, files: Files) -> Merged | str:
+@dataclass(frozen=True, slots=True)
+class _Torn:
+    """A replicated tensor whose copies are not alike; `ranks` says which."""
+
+    ranks: str
+
+
+def _whole_or_reason(
+    names: Sequence[str], states: Sequence[RankState], layouts: Layouts, files: Files
+) -> Merged | _Torn | str:
     """Return the tensor of these tied names, or why it cannot be put together."""
     try:
         shards = [_shard(names, state) for state in states]
@@ -73,10 +84,10 @@ def _whole_or_reason(names: Sequence[str], states: Sequence[RankState], layouts:
     except LayoutError as reason:
         return str(reason)
     differing = whole.differing_ranks(files)
-    if differing:
-        no_layout = "" if merged else ", and the files do not say how it was cut"
-        return f"mp ranks {differing[0]} and {differing[1]} hold different copies of it{no_layout}"
-    return whole
+    if not differing:
+        return whole
+    told = f"mp ranks {differing[0]} and {differing[1]} hold different copies of it"
+    return _Torn(told) if merged else f"{told}, and the files do not say how it was cut"
 
 
 def _shard(names: Sequence[str], state: RankState) -> Shard:

@@ -67,8 +67,10 @@ def compare_checkpoints(
         surroundings = Surroundings(expected, earlier or {}, cast, comparer)
         told = _told([pair for pair in pairs if pair.expected.name not in agreeing], surroundings)
     untied = _tied_partners(expected, agreeing)
-    loose = [one for one in loose_names(actual, expected, matching) if not _is_unread(one, actual, expected)]
+    elsewhere = {*actual.unread, *expected.unread, *actual.torn, *expected.torn}  # there, and not to be read
+    loose = [one for one in loose_names(actual, expected, matching) if one.name not in elsewhere]
     findings = [
+        *(_torn(name, actual.torn[name]) for name in expected.names() if name in actual.torn),
         *(_finding(pair, *told[pair.expected.name], untied) for pair in pairs if pair.expected.name in told),
         *map(_loose, loose),
     ]
@@ -148,15 +150,15 @@ def _loose(one: Loose) -> Finding:
     return Finding(CHECKPOINT_CHECK, {"parameter": one.name}, 1.0, 0.0, one.cause, evidence)
 
 
-def _is_unread(one: Loose, actual: Checkpoint, expected: Checkpoint) -> bool:
-    """Return whether the name is there on the other side and cannot be read: that is a matter of coverage."""
-    return one.name in actual.unread or one.name in expected.unread
+def _torn(name: str, ranks: str) -> Finding:
+    evidence = {"story": {"ranks": ranks}, "advice": ADVICE["replica_drift"]}
+    return Finding(CHECKPOINT_CHECK, {"parameter": name}, 1.0, 0.0, "replica_drift", evidence)
 
 
 def _coverage(actual: Checkpoint, expected: Checkpoint, loose: Sequence[Loose]) -> Coverage:
     """Return how many of the reference's tensors met a counterpart; a tie that is stored once met its own."""
     missed = {f"{name} of actual": why for name, why in actual.unread.items()}
-    missed |= {f"{name} of the reference": why for name, why in expected.unread.items()}
+    missed |= {f"{name} of the reference": why for name, why in (*expected.unread.items(), *expected.torn.items())}
     names = frozenset(expected.names())
     alone = {one.name for one in loose} | set(actual.unread)
     return Coverage(len(names - alone), len(names | actual.unread.keys() | expected.unread.keys()), missed)
