@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -224,6 +225,14 @@ def test_nothing_of_them_is_run(training: Path, tmp_path: Path, file: str) -> No
     torch.save({"module": {"a": Runs(victim)}}, training / file)
     assert_refused(training, r"running (posix|os)\.remove: .*--allow-pickle")
     assert victim.exists()
+
+
+def test_what_a_trainer_saved_beside_the_weights_can_be_allowed(training: Path) -> None:
+    torch.save(model_states(1, args=Namespace(lr=0.1)), training / MODEL)
+    assert_refused(training, r"running argparse\.Namespace: where you trust the file, --allow-pickle")
+    checkpoint = opened(training, allow_pickle=True)
+    assert torch.equal(checkpoint.read("cut.weight", range(4)), torch.arange(16.0).reshape(4, 4))
+    checkpoint.close()
 
 
 LAYOUT_LIES: dict[str, tuple[Any, str]] = {
