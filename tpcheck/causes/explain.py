@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tpcheck.causes import activations, gradients, groups, norms, replicas, updates, weights
+from tpcheck.causes import activations, gradients, groups, input_gradients, norms, replicas, updates, weights
 from tpcheck.causes.explanation import Explanation, Test
+from tpcheck.causes.rounding import dtype_rounded
 from tpcheck.records import Suspect
 from tpcheck.records.suspect import Kind
 
@@ -16,7 +17,8 @@ def explain(suspect: Suspect) -> Explanation | None:
 
 
 TESTS: Mapping[Kind, tuple[Test, ...]] = {
-    "activation": activations.TESTS,
+    "activation": (*activations.TESTS, dtype_rounded),
+    "input_gradient": input_gradients.TESTS,
     "gradient": gradients.TESTS,
     "weight": weights.TESTS,
     "update": updates.TESTS,

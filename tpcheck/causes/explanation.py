@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import hypot
+from typing import Any
 
 import torch
 
 from tpcheck.records import Suspect
 
 EXACT = 1e-3  # a cause explains a difference when at most this share of it remains
+NOISY = 0.1  # or this share, where what remains is no more than rounding may do
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +22,12 @@ class Explanation:
     Attributes:
         cause: Slug of the cause.
         error: Relative error that remains once the cause is taken into account.
+        evidence: What more the test has shown, by name.
     """
 
     cause: str
     error: float
+    evidence: Mapping[str, Any] = field(default_factory=dict)
 
 
 Test = Callable[[Suspect], Explanation | None]
@@ -37,8 +42,33 @@ def equal(slug: str, explained: torch.Tensor, expected: torch.Tensor, suspect: S
         return None
     norm = float(torch.linalg.vector_norm(expected))
     error = float(torch.linalg.vector_norm(explained - expected))
-    explains = error <= suspect.allowed_error or (norm > 0 and error <= EXACT * suspect.observed * norm)
-    return Explanation(slug, error / norm if norm else error) if explains else None
+    return Explanation(slug, error / norm if norm else error) if error <= remaining(suspect) else None
+
+
+def remaining(suspect: Suspect) -> float:
+    """Return the largest Frobenius error that may remain where a cause explains the suspect."""
+    distance = actual_distance(suspect)
+    return max(EXACT * distance, min(suspect.allowed_error, NOISY * distance))
+
+
+def actual_distance(suspect: Suspect) -> float:
+    """Return how far the ranks' parts are from what they should be (Frobenius); of replicas, the farthest."""
+    expected = suspect.expected_parts
+    if not expected and suspect.expected is not None:
+        expected = (suspect.expected,) * len(suspect.parts)
+    if not expected or not suspect.parts or not same_shapes(suspect.parts, expected):
+        norm = 0.0 if suspect.expected is None else float(torch.linalg.vector_norm(suspect.expected.double()))
+        return suspect.observed * norm if suspect.allowed else 0.0  # exact checks count elements
+    errors = [float(torch.linalg.vector_norm(a.double() - b.double())) for a, b in _pairs(suspect.parts, expected)]
+    return max(errors) if suspect.replicated else hypot(*errors)
+
+
+def same_shapes(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    return len(some) == len(others) and all(a.shape == b.shape for a, b in _pairs(some, others))
+
+
+def _pairs(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(zip(some, others, strict=False))
 
 
 def sum_of_ranks(slug: str) -> Test:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tpcheck.checks.activations import ComparedActivations, compare_activations
-from tpcheck.checks.localise import first_divergences, scope_of
+from tpcheck.checks.localise import first_divergences, is_inside, scope_of
+from tpcheck.checks.mistaken_gradients import mistaken_gradients
 from tpcheck.checks.outcome import CheckOutcome, named_few
 from tpcheck.checks.outputs import activation_suspect
 from tpcheck.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.compare import own_rounding
-from tpcheck.records import Evidence, Suspect
+from tpcheck.records import Evidence, Suspect, TensorKey
 
 _CHECK = "gradients_match_reference"
 
@@ -30,7 +32,7 @@ def gradients_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     )
     margins = {**backward.margins(), **{name: one.found.margin for name, one in parameters.items()}}
     wrong = [one for one in parameters.values() if not one.found.agrees]
-    suspects = _roots(evidence, step, backward, wrong) or _consequences(evidence, step, wrong)
+    suspects = _roots(evidence, step, backward, wrong, len(parameters)) or _consequences(evidence, step, wrong)
     return CheckOutcome(margins, tuple(suspects), {**backward.missed, **missed})
 
 
@@ -39,6 +41,7 @@ def _roots(
     step: int,
     backward: ComparedActivations,
     wrong: list[ComparedParameter],
+    num_parameters: int,
 ) -> list[Suspect]:
     wrong_activations = {one.key for one in backward.wrong()}
     if not wrong and not wrong_activations:
@@ -48,17 +51,26 @@ def _roots(
     fed_wrongly = {key.module for key in wrong_activations if key.role == "output"}
     own = [one for one in wrong if one.module not in fed_wrongly]
     rest = [one.name for one in wrong if one.module in fed_wrongly]
-    total = len(wrong) + len(wrong_activations)
-    suspects = []
-    called = {key.module for key in backward.compared}
-    for root in first_divergences(list(backward.compared), wrong_activations.__contains__):
-        details = {"first_of": total, "inputs_agree": True, "also": named_few(rest)}
-        one = backward.compared[root]
-        suspects.append(activation_suspect(evidence, step, one, _CHECK, details, module=scope_of(root, called)))
-    for parameter in own:
-        details = {"first_of": total, "inputs_agree": True}
-        suspects.append(_parameter_suspect(evidence, step, parameter, details))
-    return suspects
+    details: dict[str, Any] = {"first_of": len(wrong) + len(wrong_activations), "inputs_agree": True}
+    if len(own) == num_parameters > 1:
+        details["every_parameter"] = True
+    missing = [one for one in own if _missing_on(evidence, step, one.name)]
+    present = [one for one in own if not _missing_on(evidence, step, one.name)]
+    of_roots = {**details, "also": named_few(rest)}
+    roots = first_divergences(list(backward.compared), wrong_activations.__contains__)
+    return [
+        *([_missing_suspect(evidence, step, missing, details)] if missing else []),
+        *(_activation_suspect(evidence, step, backward, root, of_roots) for root in roots),
+        *(_parameter_suspect(evidence, step, one, details) for one in present),
+    ]
+
+
+def _activation_suspect(
+    evidence: Evidence, step: int, backward: ComparedActivations, root: TensorKey, details: dict[str, Any]
+) -> Suspect:
+    module = scope_of(root, {key.module for key in backward.compared})
+    suspect = activation_suspect(evidence, step, backward.compared[root], _CHECK, details, module=module)
+    return replace(suspect, kind="input_gradient")
 
 
 def _consequences(evidence: Evidence, step: int, wrong: list[ComparedParameter]) -> list[Suspect]:
@@ -70,9 +82,41 @@ def _consequences(evidence: Evidence, step: int, wrong: list[ComparedParameter])
     return [_parameter_suspect(evidence, step, first, details)]
 
 
+def _missing_suspect(
+    evidence: Evidence, step: int, missing: list[ComparedParameter], details: dict[str, Any]
+) -> Suspect:
+    """Return one finding for all gradients that were never made, at the module where the backward pass ends."""
+    end = _end_of_backward(evidence, step)
+    first, *rest = sorted(missing, key=lambda one: end is not None and not is_inside(one.module, end.module))
+    details = {**details, "missing_on_ranks": evidence.ranks(_missing_on(evidence, step, first.name))}
+    suspect = _parameter_suspect(evidence, step, first, {**details, "also": named_few(one.name for one in rest)})
+    if end is None:
+        return suspect
+    where = {key: value for key, value in suspect.where.items() if key != "parameter" or len(missing) == 1}
+    note = f"no gradient comes back to the {end.role} of {end.module or 'the model'}"
+    return replace(suspect, where={**where, "module": end.module}, evidence={**suspect.evidence, "note": note})
+
+
+def _end_of_backward(evidence: Evidence, step: int) -> TensorKey | None:
+    """Return the first tensor whose gradient the reference has and some rank does not."""
+    seen = [part.activations for part in evidence.candidate[step]]
+    return next(
+        (
+            key
+            for key in evidence.reference[step].activations
+            if key.phase == "backward" and any(key not in activations for activations in seen)
+        ),
+        None,
+    )
+
+
+def _missing_on(evidence: Evidence, step: int, name: str) -> tuple[int, ...]:
+    """Return the tp_ranks that have no gradient of a parameter."""
+    parts = evidence.candidate[step]
+    return tuple(tp_rank for tp_rank, part in enumerate(parts) if part.gradients.get(name) is None)
+
+
 def _parameter_suspect(evidence: Evidence, step: int, one: ComparedParameter, details: dict[str, Any]) -> Suspect:
-    missing = [tp_rank for tp_rank, part in enumerate(evidence.candidate[step]) if part.gradients.get(one.name) is None]
-    if missing:
-        details = {**details, "missing_on_ranks": evidence.ranks(tuple(missing))}
     where = {"phase": "backward", "step": step}
-    return parameter_suspect(evidence, one, check=_CHECK, kind="gradient", where=where, details=details)
+    suspect = parameter_suspect(evidence, one, check=_CHECK, kind="gradient", where=where, details=details)
+    return replace(suspect, mistaken=mistaken_gradients(evidence, step, one))

@@ -34,7 +34,7 @@ def gradient_norm_matches_reference(evidence: Evidence, step: int) -> CheckOutco
             "norm_expected": expected,
             "dtype": evidence.dtype,
             "replays": evidence.tolerance.num_replays,
-            **_usual_mistakes(evidence, step),
+            **norms_of_usual_mistakes(evidence, step),
         },
         expected=expected,
         parts=tuple(norms),
@@ -44,7 +44,7 @@ def gradient_norm_matches_reference(evidence: Evidence, step: int) -> CheckOutco
     return CheckOutcome({name: margin}, (suspect,))
 
 
-def _usual_mistakes(evidence: Evidence, step: int) -> dict[str, object]:
+def norms_of_usual_mistakes(evidence: Evidence, step: int) -> dict[str, object]:
     """Return the norms that the candidate's own gradients have when they are summed up in the usual wrong ways."""
     sharded, replicated = [], []
     for part in evidence.candidate[step]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tpcheck.checks.buffers import ComparedBuffer, compare_buffers
-from tpcheck.checks.outcome import CheckOutcome, named_few
-from tpcheck.checks.parameters import compare_parameters, parameter_suspect
+from tpcheck.checks.outcome import CheckOutcome
+from tpcheck.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.checks.suspects import tensor_suspect
+from tpcheck.checks.update_fit import fitted_step
 from tpcheck.compare import spacing
 from tpcheck.records import Evidence, Suspect
+from tpcheck.records.suspect import Mistaken
 
 
 def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
-    """Compare every parameter and buffer after `step`. Calibrated; one finding names all weights, one a buffer."""
+    """Compare every parameter and buffer after `step`. Calibrated."""
     compared, missed = compare_parameters(
         evidence,
         evidence.reference[step].weights,
@@ -23,22 +27,29 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         del compared[name]
         missed[name] = "it has no gradient, and optimizers may decay such a weight or leave it"
     wrong = sorted((one for one in compared.values() if not one.found.agrees), key=lambda one: -one.found.margin)
-    suspects = [
-        parameter_suspect(
-            evidence,
-            first,
-            check="updates_match_reference",
-            kind="update",
-            where={"phase": "update", "step": step},
-            details={"first_of": len(wrong), "also": named_few(one.name for one in wrong[1:])},
-        )
-        for first in wrong[:1]
-    ]
+    suspects = [_weight_suspect(evidence, step, one, len(wrong)) for one in wrong]
     buffers, missed_buffers = compare_buffers(evidence, step)
     suspects.extend(_buffer_suspect(evidence, step, one) for one in buffers if not one.found.agrees)
     margins = {name: one.found.margin for name, one in compared.items()}
     margins |= {one.label: one.found.margin for one in buffers}
     return CheckOutcome(margins, tuple(suspects), {**missed, **missed_buffers})
+
+
+def _weight_suspect(evidence: Evidence, step: int, one: ComparedParameter, num_wrong: int) -> Suspect:
+    suspect = parameter_suspect(
+        evidence,
+        one,
+        check="updates_match_reference",
+        kind="update",
+        where={"phase": "update", "step": step},
+        details={"first_of": num_wrong, **fitted_step(evidence, step, one.name)},
+    )
+    before = evidence.initial[one.name] if step == 0 else evidence.reference[step - 1].weights[one.name]
+    layout = evidence.layouts[one.name]
+    if tuple(before.shape) != tuple(layout.shape):
+        return suspect
+    stale = tuple(layout.local(before, tp_rank) for tp_rank in range(len(suspect.parts)))
+    return replace(suspect, mistaken=(Mistaken("stale_weight", stale),))
 
 
 def _buffer_suspect(evidence: Evidence, step: int, one: ComparedBuffer) -> Suspect:

@@ -8,7 +8,22 @@ from typing import Any, Literal
 
 Tensor = Any  # a torch.Tensor; this layer does not import torch
 
-Kind = Literal["activation", "gradient", "weight", "update", "norm", "replica", "group", "sharding"]
+Kind = Literal["activation", "input_gradient", "gradient", "weight", "update", "norm", "replica", "group", "sharding"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mistaken:
+    """What each rank's part of a tensor would be under a mistake.
+
+    Attributes:
+        cause: Slug of the mistake.
+        parts: By tp_rank.
+        evidence: What more there is to say of it, by name.
+    """
+
+    cause: str
+    parts: tuple[Tensor, ...]
+    evidence: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +39,7 @@ class Suspect:
         replicated: Whether every rank should hold the whole tensor.
         allowed_error: Largest absolute Frobenius error that passes.
         num_replicas: How many data-parallel replicas there are.
+        mistaken: What the parts would be under mistakes that only the check knows enough of to work out.
     """
 
     check: str
@@ -38,3 +54,4 @@ class Suspect:
     replicated: bool = False
     allowed_error: float = 0.0
     num_replicas: int = 1
+    mistaken: tuple[Mistaken, ...] = ()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from tpcheck.causes import explain
 from tpcheck.checks import START_CHECKS, STEP_CHECKS, CheckOutcome
 from tpcheck.records import Evidence, Finding, Suspect
+from tpcheck.verification.grouping import grouped
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def full_answer(start: GroupAnswer, evidence: Evidence, checks: Sequence[str]) -
 
 
 def _ask(check: str, step: int, outcome: CheckOutcome) -> CheckAnswer:
-    findings = tuple(_finding(suspect) for suspect in outcome.suspects)
+    findings = grouped([_finding(suspect) for suspect in outcome.suspects])
     return CheckAnswer(check, step, outcome.margins, findings, outcome.missed)
 
 
@@ -81,7 +82,7 @@ def _finding(suspect: Suspect) -> Finding:
     explanation = explain(suspect)
     evidence = dict(suspect.evidence)
     if explanation is not None:
-        evidence["cause_error"] = explanation.error
+        evidence |= {**explanation.evidence, "cause_error": explanation.error}
     return Finding(
         check=suspect.check,
         where=suspect.where,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import isfinite
@@ -21,6 +21,7 @@ from tpcheck.verification.state import State, buffers_of, parameters_of, set_buf
 
 Batches = Sequence[Sequence[Batch]]  # batches[step][dp_rank]
 ReferenceStep = tuple[Step, ...]  # by DP rank; what is common to all ranks is the same object in each
+Gradients = Mapping[str, torch.Tensor | None]
 ActivationSink = Callable[[int, int, TensorKey, torch.Tensor], None]  # step, dp_rank, key, tensor
 
 
@@ -37,11 +38,13 @@ def train(model: nn.Module, batches: Batches, options: TrainingOptions, sink: Ac
     steps = []
     for index, by_dp_rank in enumerate(batches):
         losses = []
+        own: list[Gradients] = []
         for dp_rank, batch in enumerate(by_dp_rank):
             set_buffers(model, buffers[dp_rank])
             losses.append(_forward_and_backward(model, batch, partial(sink, index, dp_rank)))
             buffers[dp_rank] = buffers_of(model)
-        steps.append(_stepped(model, optimizer, losses, buffers))
+            own.append(_taken_gradients(model))
+        steps.append(_stepped(model, optimizer, losses, buffers, own))
     return steps
 
 
@@ -68,12 +71,23 @@ def _forward_and_backward(model: nn.Module, batch: Batch, sink: Callable[[Tensor
     return value
 
 
-def _stepped(
-    model: nn.Module, optimizer: ReferenceOptimizer, losses: Sequence[float], buffers: Sequence[State]
-) -> ReferenceStep:
+def _taken_gradients(model: nn.Module) -> Gradients:
+    """Return the gradients and clear them."""
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.div_(len(losses))
+        parameter.grad = None
+    return gradients
+
+
+def _stepped(
+    model: nn.Module,
+    optimizer: ReferenceOptimizer,
+    losses: Sequence[float],
+    buffers: Sequence[State],
+    own: Sequence[Gradients],
+) -> ReferenceStep:
+    for name, parameter in model.named_parameters():
+        parameter.grad = _mean([gradients[name] for gradients in own])
     gradients = {
         name: None if parameter.grad is None else parameter.grad.detach().clone()
         for name, parameter in model.named_parameters()
@@ -81,5 +95,25 @@ def _stepped(
     norm = optimizer.step()
     weights = parameters_of(model)
     return tuple(
-        Step({}, gradients, weights, norm, loss, buffers=own) for loss, own in zip(losses, buffers, strict=True)
+        Step(
+            {},
+            gradients,
+            weights,
+            norm,
+            loss,
+            buffers=own_buffers,
+            own_gradients=own_gradients if len(own) > 1 else {},
+        )
+        for loss, own_buffers, own_gradients in zip(losses, buffers, own, strict=True)
     )
+
+
+def _mean(by_dp_rank: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Return the mean over the DP ranks; one that has no gradient counts as zeros."""
+    present = [gradient for gradient in by_dp_rank if gradient is not None]
+    if not present:
+        return None
+    total = present[0].clone()
+    for gradient in present[1:]:
+        total += gradient
+    return total.div_(len(by_dp_rank))
