@@ -1,6 +1,6 @@
 """What backends and checkpoint formats must offer, how a sharded tensor is described, and where they are found."""
 
-from tpcheck.adapters.checkpoints import Checkpoint, CheckpointFormat, Extent, ReadOptions
+from tpcheck.adapters.checkpoints import Checkpoint, CheckpointFormat, Extent, NamedOtherwiseWhenSaved, ReadOptions
 from tpcheck.adapters.layout import Layout
 from tpcheck.adapters.protocols import Backend, Candidate, SavesCheckpoints, TrainingOptions
 from tpcheck.adapters.registry import backend_names, checkpoint_formats, load_backend
@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointFormat",
     "Extent",
     "Layout",
+    "NamedOtherwiseWhenSaved",
     "ReadOptions",
     "SavesCheckpoints",
     "TrainingOptions",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -81,6 +81,14 @@ class Checkpoint(Protocol):
 
     def close(self) -> None:
         """Give back files, memory and temporary folders. Nothing may be called after it."""
+
+
+@runtime_checkable
+class NamedOtherwiseWhenSaved(Protocol):
+    """A live model whose tensors are named, and cut into tensors, otherwise where its own library saves it."""
+
+    def as_saved(self) -> Checkpoint | None:
+        """Return the model as its library saves it, or None where that is the same."""
 
 
 class CheckpointFormat(Protocol):

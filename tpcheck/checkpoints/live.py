@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class LiveFormat:
         description = "tensors in memory" if module is None else f"{type(module).__name__} in memory"
         if any(whole[name] is not entries[name] for name in entries):
             description += ", gathered from all ranks"
-        return _checkpoint(description, entries, whole, {} if module is None else _config(module))
+        return _checkpoint(description, entries, whole, {} if module is None else _config(module), module)
 
 
 @dataclass(slots=True)
@@ -52,6 +53,7 @@ class LiveCheckpoint:
     unread: Mapping[str, str]
     _tensors: dict[str, torch.Tensor]
     _versions: dict[str, int]
+    _module: nn.Module | None = None
 
     @property
     def torn(self) -> Mapping[str, str]:
@@ -80,19 +82,36 @@ class LiveCheckpoint:
             if _version(self._tensors[name]) != version:
                 raise CheckpointError(f"Tensor {name!r} of the model in memory was changed while it was read.")
 
+    def as_saved(self) -> LiveCheckpoint | None:
+        """Return what `save_pretrained` of transformers writes: legacy names, experts one by one.
+
+        Tensors that are cut differently are made anew, in memory.
+        """
+        library = sys.modules.get("transformers.core_model_loading")
+        if library is None or not hasattr(self._module, "save_pretrained"):
+            return None
+        entries = library.revert_weight_conversion(self._module, dict(self._tensors))
+        if entries.keys() == self._tensors.keys():
+            return None
+        return _checkpoint(f"{self.description}, as save_pretrained writes it", entries, entries, self.config, None)
+
     def close(self) -> None:
         self._tensors.clear()
         self._versions.clear()
 
 
 def _checkpoint(
-    description: str, entries: Mapping[str, Any], whole: Mapping[str, Any], config: Mapping[str, Any]
+    description: str,
+    entries: Mapping[str, Any],
+    whole: Mapping[str, Any],
+    config: Mapping[str, Any],
+    module: nn.Module | None,
 ) -> LiveCheckpoint:
     reasons = {name: _unreadable(value) for name, value in whole.items()}
     tensors = {name: whole[name] for name, reason in reasons.items() if reason is None}
     unread = {name: reason for name, reason in reasons.items() if reason is not None}
     versions = {name: _version(tensor) for name, tensor in tensors.items()}
-    return LiveCheckpoint(description, config, _ties(entries), unread, tensors, versions)
+    return LiveCheckpoint(description, config, _ties(entries), unread, tensors, versions, module)
 
 
 def _unreadable(value: Any) -> str | None:

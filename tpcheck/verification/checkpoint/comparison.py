@@ -17,7 +17,7 @@ from tpcheck.compare.elements import ElementDifference, element_difference
 from tpcheck.compare.stored import Stored
 from tpcheck.records import Coverage, Finding
 from tpcheck.verification.checkpoint.differing import Pair, Progress, differing, in_parallel
-from tpcheck.verification.checkpoint.naming import match_names
+from tpcheck.verification.checkpoint.reading import best_reading
 from tpcheck.verification.checkpoint.ties import Loose, loose_names
 
 
@@ -56,7 +56,7 @@ def compare_checkpoints(
     Raises:
         CheckpointError: A file does not hold what it should.
     """
-    matching = match_names(actual.names(), expected.names())
+    actual, expected, matching = best_reading(actual, expected)
     pairs = [
         Pair(Stored(actual, ours, actual_cast), Stored(expected, theirs, cast))
         for theirs, ours in matching.actual_of.items()
@@ -68,7 +68,7 @@ def compare_checkpoints(
         told = _told([pair for pair in pairs if pair.expected.name not in agreeing], surroundings)
     untied = _tied_partners(expected, agreeing)
     elsewhere = {*actual.unread, *expected.unread, *actual.torn, *expected.torn}  # there, and not to be read
-    loose = [one for one in loose_names(actual, expected, matching) if one.name not in elsewhere]
+    loose = [one for one in loose_names(actual, expected, matching, cast) if one.name not in elsewhere]
     findings = [
         *(_torn(name, actual.torn[name]) for name in expected.names() if name in actual.torn),
         *(_finding(pair, *told[pair.expected.name], untied) for pair in pairs if pair.expected.name in told),

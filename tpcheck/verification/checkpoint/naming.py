@@ -76,21 +76,16 @@ def _readings(actual: Sequence[str], expected: Sequence[str]) -> Iterator[_Readi
 
 
 def _prefixes(names: Sequence[str], others: frozenset[str]) -> Iterator[str]:
-    """Yield prefixes whose removal makes names equal to others: usual ones, and one that all names share."""
+    """Yield prefixes whose removal makes names equal to others: usual ones, and one that most names share."""
     yield from (prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in names))
-    ends = Counter(
-        name[: -len(other)] for name in names[:64] for other in _tails(name) if other in others and other != name
-    )
-    yield from (prefix for prefix, _ in ends.most_common(4) if prefix not in _PREFIXES and _all_share(names, prefix))
+    ends = Counter(name.removesuffix(other) for name in names for other in _tails(name) if other in others)
+    often = [prefix for prefix, number in ends.most_common(4) if 2 * number > len(names)]
+    yield from (prefix for prefix in often if prefix not in _PREFIXES)
 
 
 def _tails(name: str) -> Iterator[str]:
     parts = name.split(".")
     return (".".join(parts[start:]) for start in range(1, len(parts)))
-
-
-def _all_share(names: Sequence[str], prefix: str) -> bool:
-    return all(name.startswith(prefix) for name in names)
 
 
 def _unwrapping(names: Sequence[str]) -> Rename:

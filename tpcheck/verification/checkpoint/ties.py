@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from tpcheck.adapters import Checkpoint
 from tpcheck.compare.bits import BitComparer
 from tpcheck.compare.stored import Stored
@@ -27,10 +29,12 @@ class Loose:
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
 
-def loose_names(actual: Checkpoint, expected: Checkpoint, matching: Matching) -> tuple[Loose, ...]:
+def loose_names(
+    actual: Checkpoint, expected: Checkpoint, matching: Matching, cast: torch.dtype | None = None
+) -> tuple[Loose, ...]:
     """Return the names that only one side has, but for ties that are stored once on one side and twice on the other."""
     with BitComparer() as comparer:
-        sides = _Sides(actual, expected, matching, comparer)
+        sides = _Sides(actual, expected, matching, cast, comparer)
         missing = [found for name in matching.missing if (found := sides.missing(name)) is not None]
         renamed = {one.evidence.get("stands_as") for one in missing}
         unexpected = [
@@ -46,6 +50,7 @@ class _Sides:
     actual: Checkpoint
     expected: Checkpoint
     matching: Matching
+    cast: torch.dtype | None
     comparer: BitComparer
 
     def missing(self, name: str) -> Loose | None:
@@ -59,7 +64,7 @@ class _Sides:
             return self._stored_once(name, twin) if _ties(self.actual) else Loose(
                 name, "tied_weight_dropped", {"equals": twin}
             )  # fmt: skip
-        other_name = self._equal_to(Stored(self.expected, name), self.actual, self.matching.unexpected)
+        other_name = self._equal_to(Stored(self.expected, name, self.cast), self.actual, self.matching.unexpected)
         return Loose(name, "tensor_missing", {"stands_as": other_name} if other_name else {})
 
     def unexpected(self, name: str) -> Loose | None:

@@ -1,0 +1,85 @@
+"""Real models of transformers, in every usual naming, are the same model; other names are not guessed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tpcheck import verify_checkpoint
+from tpcheck.families.build import small_model
+from tpcheck.verification.checkpoint.naming import match_names
+
+FAMILIES = ("llama", "gemma3_text", "gpt2", "gpt_neox", "mixtral", "mamba")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(3)
+    return small_model(request.param)
+
+
+@pytest.mark.parametrize("shard_size", ["50GB", "50KB"])
+def test_what_save_pretrained_writes_is_the_model(model: Any, shard_size: str, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    for pair in ((tmp_path, model), (model, tmp_path)):
+        report = verify_checkpoint(*pair)
+        assert report.passed, report
+        assert report.verdict.coverage.compared == report.verdict.coverage.total
+
+
+@pytest.mark.parametrize("wrap", [lambda name: f"module.{name}", lambda name: f"_orig_mod.{name}", lambda name: name])
+def test_what_wraps_a_model_is_read_without_it(model: Any, wrap: Any, tmp_path: Path) -> None:
+    torch.save({wrap(name): tensor for name, tensor in model.state_dict().items()}, tmp_path / "pytorch_model.bin")
+    report = verify_checkpoint(tmp_path, model)
+    assert report.passed, report
+    assert bool(report.verdict.subject["names"]) == (wrap("") != "")
+
+
+def test_a_headless_model_lacks_its_head_alone(model: Any, tmp_path: Path) -> None:
+    model.base_model.save_pretrained(tmp_path)
+    report = verify_checkpoint(tmp_path, model)
+    tied = model.config.tie_word_embeddings
+    missing = [finding.where["parameter"] for finding in report.findings]
+    assert missing == ([] if tied else [missing[0]])
+    assert all(finding.cause == "tensor_missing" for finding in report.findings)
+
+
+def test_a_cast_and_other_names_at_once(model: Any, tmp_path: Path) -> None:
+    from copy import deepcopy
+
+    deepcopy(model).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert verify_checkpoint(tmp_path, model, dtype="bfloat16").passed
+
+
+def test_a_tensor_under_another_name_is_missing_and_said_to_be_there() -> None:
+    tensors = {"a.weight": torch.arange(6.0), "b.weight": torch.arange(9.0)}
+    (finding,) = verify_checkpoint({"a.weight": tensors["a.weight"], "c.weight": tensors["b.weight"]}, tensors).findings
+    assert (finding.where["parameter"], finding.cause) == ("b.weight", "tensor_missing")
+    assert finding.evidence["story"] == {"stands_as": "c.weight"}
+
+
+def test_two_names_that_become_one_are_not_guessed() -> None:
+    matching = match_names(["module.a", "a", "b"], ["a", "b"])
+    assert matching.actual_of == {"a": "a", "b": "b"}
+    assert matching.unexpected == ("module.a",)
+    assert not matching.renamed
+
+
+def test_equal_names_are_never_changed() -> None:
+    names = ["module.a", "module.b", "model.c"]
+    assert match_names(names, names).actual_of == {name: name for name in names}
+
+
+@pytest.mark.parametrize("prefix", ["module.", "student.", "a.b.c."])
+def test_a_prefix_that_all_names_share_is_found_on_either_side(prefix: str) -> None:
+    plain, wrapped = ["x.weight", "y.weight"], [f"{prefix}x.weight", f"{prefix}y.weight"]
+    assert match_names(wrapped, plain).actual_of == dict(zip(plain, wrapped, strict=True))
+    assert match_names(plain, wrapped).actual_of == dict(zip(wrapped, plain, strict=True))
+
+
+def test_layer_norm_names_of_tensorflow_are_known() -> None:
+    matching = match_names(["ln.gamma", "ln.beta"], ["ln.weight", "ln.bias"])
+    assert matching.actual_of == {"ln.weight": "ln.gamma", "ln.bias": "ln.beta"}
