@@ -12,6 +12,7 @@ from torch import nn
 from tpcheck.adapters import Backend, Candidate, Layout, TrainingOptions
 from tpcheck.adapters.protocols import RankLike
 from tpcheck.collect import ModuleRecorder
+from tpcheck.collect.collectives import logged_collectives
 from tpcheck.collect.digest import digest
 from tpcheck.errors import BackendError, TpcheckError
 from tpcheck.records import Step, TensorKey
@@ -72,7 +73,7 @@ def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: i
         activations[key] = tensor.clone()
 
     with ModuleRecorder(candidate.module, keep):
-        with _blamed_on(backend, f"forward of step {index}"):
+        with _blamed_on(backend, f"forward of step {index}"), logged_collectives(candidate.module) as collectives:
             output = candidate.forward(copied(batch))
         loss = loss_of(output)
         with _blamed_on(backend, f"backward of step {index}"):
@@ -92,6 +93,7 @@ def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: i
         float(loss.detach()),
         buffers=buffers_of(candidate.module),
         digests=digests,
+        collectives=tuple(collectives),
     )
 
 
