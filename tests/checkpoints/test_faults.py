@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed import checkpoint as dcp
 
-from tests.checkpoints.faults import FAULTS, Planted, Tensors, earlier, reference
+from tests.checkpoints.faults import FAULTS, Tensors, drawn, earlier, is_tied, reference
 from tpcheck import verify_checkpoint
 from tpcheck.causes.checkpoint.explain import _TESTS as OF_TENSORS
 from tpcheck.causes.checkpoint.layouts import _TESTS as OF_LAYOUTS
+from tpcheck.faults.checkpoint import CheckpointFault
 
 
 def as_safetensors(tensors: Tensors, folder: Path) -> Path:
@@ -44,17 +45,30 @@ def written(save: Callable[[Tensors, Path], object], tensors: Tensors, folder: P
 
 
 @pytest.mark.parametrize("save", FORMATS)
-@pytest.mark.parametrize("planted", FAULTS, ids=lambda planted: planted.label)
-def test_a_fault_is_found_placed_and_named(save: Callable[..., object], planted: Planted, tmp_path: Path) -> None:
-    actual = written(save, planted.planted(), tmp_path, "actual")
-    before = written(save, earlier(), tmp_path, "earlier")
-    report = verify_checkpoint(actual, reference(), earlier=[before])
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_is_found_placed_and_named(save: Callable[..., object], fault: CheckpointFault, tmp_path: Path) -> None:
+    assert_found(fault, save, tmp_path, seed=0)
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_every_draw_of_a_fault_is_found_placed_and_named(seed: int, tmp_path: Path) -> None:
+    for fault in FAULTS:
+        folder = tmp_path / fault.name
+        folder.mkdir()
+        assert_found(fault, as_safetensors, folder, seed)
+
+
+def assert_found(fault: CheckpointFault, save: Callable[..., object], folder: Path, seed: int) -> None:
+    damage, tied = drawn(fault, seed), is_tied(fault)
+    actual = written(save, damage.of(reference(tied)), folder, "actual")
+    before = written(save, earlier(tied), folder, "earlier")
+    report = verify_checkpoint(actual, reference(tied), earlier=[before])
     assert report.verdict.verdict == "failed"
-    (finding,) = report.findings
-    assert finding.where["parameter"] == planted.name
-    assert finding.cause == planted.cause
-    story = finding.evidence.get("story") or {}
-    assert {name: story[name] for name in planted.story} == planted.story
+    assert {finding.where["parameter"] for finding in report.findings} <= set(damage.changed)
+    for finding in report.findings:
+        assert finding.cause in fault.causes
+        story = finding.evidence.get("story") or {}
+        assert {name: story[name] for name in damage.story} == damage.story
 
 
 @pytest.mark.parametrize("save", FORMATS)
@@ -85,7 +99,7 @@ def test_zero_is_not_minus_zero_and_nan_is_not_another_nan() -> None:
 def test_a_cast_that_was_meant_passes_and_every_other_bit_does_not(dtype: str) -> None:
     cast = {name: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for name, t in reference().items()}
     assert verify_checkpoint(cast, reference(), dtype=dtype).passed
-    cast["layers.0.q.weight"].view(torch.int16)[0, 0] ^= 1
+    cast["model.layers.0.self_attn.q_proj.weight"].view(torch.int16)[0, 0] ^= 1
     (finding,) = verify_checkpoint(cast, reference(), dtype=dtype).findings
     assert (finding.cause, finding.where["index"]) == ("bit_flipped", [0, 0])
 
@@ -111,6 +125,8 @@ def test_every_test_of_a_cause_is_needed(test: object, monkeypatch: pytest.Monke
     monkeypatch.setattr(explain, "_TESTS", tuple(one for one in OF_TENSORS if one is not test))
     monkeypatch.setattr(layouts, "_TESTS", tuple(one for one in OF_LAYOUTS if one is not test))
     named = [
-        verify_checkpoint(planted.planted(), reference(), earlier=[earlier()]).findings[0].cause for planted in FAULTS
+        verify_checkpoint(drawn(fault, 0).of(reference()), reference(), earlier=[earlier()]).findings[0].cause
+        for fault in FAULTS
+        if not is_tied(fault)
     ]
-    assert named != [planted.cause for planted in FAULTS]
+    assert named != [cause for fault in FAULTS if not is_tied(fault) for cause in fault.causes]

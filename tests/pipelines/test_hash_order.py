@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, sys
 import tpcheck
-from tests.pipelines.build import from_a_set
+from tests.pipelines.odd import from_a_set
 topology = tpcheck.Topology(tp=2)
 rank = tpcheck.attach(topology)
 try:

@@ -11,6 +11,7 @@ import pytest
 import tpcheck
 from tests.pipelines.table import PIPELINES, Pipeline
 from tpcheck import Finding, Rank, Topology, World
+from tpcheck.faults.data import FAULTS
 
 ROWS = [(pipeline, topology) for pipeline in PIPELINES for topology in pipeline.worlds]
 
@@ -55,16 +56,16 @@ def worlds() -> Iterator[Any]:
 def test_a_pipeline_leads_to_its_finding(pipeline: Pipeline, topology: Topology, worlds: Any) -> None:
     by_rank = worlds(topology).run(findings_of, pipeline)
     assert all(found == by_rank[0] for found in by_rank)
-    if pipeline.check is None:
+    if pipeline.fault is None:
         assert by_rank[0] == []
         return
-    first = by_rank[0][0]
-    assert (first.check, first.cause) == (pipeline.check, pipeline.cause)
-    assert pipeline.leaf in (None, first.where["field"])
-    if pipeline.cause not in ("uneven_length", "duplicate_dp_batch"):  # told once it is no chance
-        assert first.where["step"] == (2 // topology.dp if pipeline.late else 0)
-    assert {key: first.evidence[key] for key in pipeline.evidence} == pipeline.evidence
-    if first.cause is not None and pipeline.cause != "uneven_length":
+    first, fault = by_rank[0][0], pipeline.fault
+    assert (first.check, first.cause) == (*fault.checks, *fault.causes)
+    assert fault.leaf in (None, first.where["field"])
+    if fault.late is not None:
+        assert first.where["step"] == (2 // topology.dp if fault.late else 0)
+    assert {key: first.evidence[key] for key in fault.evidence} == fault.evidence
+    if first.cause is not None and first.cause != "uneven_length":
         assert first.evidence["advice"].endswith(".")
 
 
@@ -72,4 +73,4 @@ def test_every_cause_of_the_data_has_a_pipeline() -> None:
     from tpcheck.causes.advice import CAUSES
 
     elsewhere = {"rng_differs_cuda"}  # needs a GPU
-    assert CAUSES - elsewhere <= {pipeline.cause for pipeline in PIPELINES}
+    assert CAUSES - elsewhere <= {cause for fault in FAULTS for cause in fault.causes}

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import tpcheck
-from tests.pipelines.build import augmented
 from tpcheck import Rank, Topology
+from tpcheck.faults.pipelines import augmented
 
 pytest.importorskip("lightning.pytorch")
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import tpcheck
-from tests.pipelines.build import augmented
 from tpcheck import Rank, Topology, UsageError
+from tpcheck.faults.pipelines import augmented
 
 
 class Brightness(nn.Module):

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import tpcheck
-from tests.pipelines.build import a_tokenizer
-from tests.pipelines.datasets import Sentences
 from tpcheck import Finding, Rank
+from tpcheck.faults.datasets import Sentences
+from tpcheck.faults.pipelines import a_tokenizer
 
 SIZES = {
     "vocab_size": 32,

@@ -19,6 +19,7 @@ def run_model_fault(fault: ModelFault, *, dtype: str = "float64", seed: int = 0,
     from tpcheck.api.model import verify_family
     from tpcheck.families.build import small_model
     from tpcheck.faults import PlantedBackend
+    from tpcheck.faults.controls import zero_stage_at
 
     model = small_model(fault.family, fault.settings)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -29,7 +30,7 @@ def run_model_fault(fault: ModelFault, *, dtype: str = "float64", seed: int = 0,
         topology=fault.topology,
         backend=PlantedBackend(planting.plant),
         dtype=dtype,
-        zero_stage=fault.zero_stage,
+        zero_stage=zero_stage_at(dtype, fault.zero_stage),
         config=fault.config,
         seed=seed,
         settings=fault.settings,
@@ -55,6 +56,7 @@ def run_model_fault(fault: ModelFault, *, dtype: str = "float64", seed: int = 0,
         seconds=time.monotonic() - start,
         link=fault.link,
         message=report.verdict.message,
+        must_show=dtype in fault.dtypes,
     )
 
 
@@ -63,8 +65,10 @@ def run_control(
 ) -> Caught:
     """Verify a small model in which nothing is planted."""
     from tpcheck.api.model import verify_family
+    from tpcheck.faults.controls import zero_stage_at
 
     start = time.monotonic()
+    zero_stage = zero_stage_at(dtype, zero_stage)
     report = verify_family(family, topology=topology, dtype=dtype, zero_stage=zero_stage, seed=seed)
     name = f"{family} tp={topology.tp} dp={topology.dp} zero={zero_stage}"
     return Caught(

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from tpcheck.faults import forward
+from tpcheck.faults import checkpoint, data, forward
+from tpcheck.faults.checkpoint import CheckpointFault
+from tpcheck.faults.data import DataFault
 from tpcheck.faults.fault import ModelFault
 
 MODEL_FAULTS: tuple[ModelFault, ...] = (*forward.FAULTS,)
+CHECKPOINT_FAULTS: tuple[CheckpointFault, ...] = checkpoint.FAULTS
+DATA_FAULTS: tuple[DataFault, ...] = data.FAULTS
+
+Fault = ModelFault | CheckpointFault | DataFault
+FAULTS: tuple[Fault, ...] = (*MODEL_FAULTS, *DATA_FAULTS, *CHECKPOINT_FAULTS)

@@ -29,6 +29,8 @@ class Caught:
         seconds: How long the run took.
         link: The real bug that it stands for.
         message: The backend's own message where it crashed.
+        evidence: What the first finding rests on.
+        must_show: Whether the fault shows at this dtype at all; always for a control.
     """
 
     fault: str
@@ -49,6 +51,7 @@ class Caught:
     link: str | None = None
     message: str | None = None
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    must_show: bool = True
 
     @property
     def is_control(self) -> bool:

@@ -1,16 +1,17 @@
-"""How people build the pipelines of the table: each function returns one rank's batches."""
+"""How people build the batches of a training run: each function returns one rank's."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from tests.pipelines.datasets import (
+from tpcheck.adapters.protocols import RankLike
+from tpcheck.faults.datasets import (
     DRAWS,
     FIRST_RANDOM,
     LENGTH,
@@ -23,14 +24,25 @@ from tests.pipelines.datasets import (
     Sentences,
     Sharded,
 )
-from tpcheck import Rank
 
 Batches = Iterable[Any]
 
 
-def by_replica(rank: Rank, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+class PlacedRank(RankLike, Protocol):
+    """A rank that knows its place on each axis."""
+
+    @property
+    def tp_rank(self) -> int: ...
+
+    @property
+    def dp_rank(self) -> int: ...
+
+
+def by_replica(rank: PlacedRank, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
     """A loader that deals samples to replicas as it should."""
-    sampler = DistributedSampler(dataset, num_replicas=rank.topology.dp, rank=rank.dp_rank, shuffle=False)
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        dataset, num_replicas=rank.topology.dp, rank=rank.dp_rank, shuffle=False
+    )
     return DataLoader(dataset, batch_size=2, sampler=sampler, **options)
 
 
@@ -40,18 +52,18 @@ def seed(number: int) -> None:
     torch.manual_seed(number)
 
 
-def augmented(rank: Rank, kind: str, workers: int = 0, seeded: bool = False, **options: Any) -> Batches:
+def augmented(rank: PlacedRank, kind: str, workers: int = 0, seeded: bool = False, **options: Any) -> Batches:
     if seeded and not workers:
         seed(rank.dp_rank)
     generator = torch.Generator().manual_seed(rank.dp_rank) if seeded else None
     return by_replica(rank, Images(DRAWS[kind]), num_workers=workers, generator=generator, **options)
 
 
-def with_own_generator(rank: Rank, seeded: bool) -> Batches:
+def with_own_generator(rank: PlacedRank, seeded: bool) -> Batches:
     return by_replica(rank, OwnGenerator(rank.dp_rank if seeded else None))
 
 
-def nested(rank: Rank, seeded: bool) -> Batches:
+def nested(rank: PlacedRank, seeded: bool) -> Batches:
     if seeded:
         seed(rank.dp_rank)
     return by_replica(rank, Multimodal(DRAWS["python"]), collate_fn=as_lists)
@@ -61,7 +73,7 @@ def as_lists(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [sample[name] for sample in samples] for name in samples[0]}
 
 
-def masked_language(rank: Rank, seeded: bool, workers: int = 0) -> Batches:
+def masked_language(rank: PlacedRank, seeded: bool, workers: int = 0) -> Batches:
     from transformers import DataCollatorForLanguageModeling
 
     if seeded:
@@ -82,7 +94,7 @@ def a_tokenizer() -> Any:
     )
 
 
-def padded(rank: Rank, multiples: tuple[int, int], sides: tuple[str, str] = ("right", "right")) -> Batches:
+def padded(rank: PlacedRank, multiples: tuple[int, int], sides: tuple[str, str] = ("right", "right")) -> Batches:
     from transformers import DataCollatorWithPadding
 
     tokenizer = a_tokenizer()
@@ -92,25 +104,25 @@ def padded(rank: Rank, multiples: tuple[int, int], sides: tuple[str, str] = ("ri
     )
 
 
-def padded_images(rank: Rank) -> Iterator[Any]:
+def padded_images(rank: PlacedRank) -> Iterator[Any]:
     for step in range(4):
         images = np.random.default_rng([rank.dp_rank, step]).random((2, 3, 4, 4))
         yield {"pixel_values": np.pad(images, ((0, 0), (0, 0), (0, rank.tp_rank), (0, 2 * rank.tp_rank)))}
 
 
-def reordered_images(rank: Rank) -> Iterator[Any]:
+def reordered_images(rank: PlacedRank) -> Iterator[Any]:
     for step in range(4):
         images = np.random.default_rng([rank.dp_rank, step]).random((2, 3, 4, 4))
         yield {"pixel_values": images[::-1] if rank.tp_rank else images}
 
 
-def shuffled(rank: Rank, seeded: bool) -> Batches:
+def shuffled(rank: PlacedRank, seeded: bool) -> Batches:
     generator = torch.Generator().manual_seed(rank.dp_rank) if seeded else None
     return DataLoader(Images(), batch_size=2, shuffle=True, generator=generator)
 
 
-def shuffled_by_distributed_sampler(rank: Rank, own_seed: bool) -> Batches:
-    sampler = DistributedSampler(
+def shuffled_by_distributed_sampler(rank: PlacedRank, own_seed: bool) -> Batches:
+    sampler: DistributedSampler[Any] = DistributedSampler(
         Images(),
         num_replicas=rank.topology.dp,
         rank=rank.dp_rank,
@@ -119,12 +131,12 @@ def shuffled_by_distributed_sampler(rank: Rank, own_seed: bool) -> Batches:
     return DataLoader(Images(), batch_size=2, sampler=sampler)
 
 
-def sharded_by_world_rank(rank: Rank) -> Batches:
+def sharded_by_world_rank(rank: PlacedRank) -> Batches:
     sampler: DistributedSampler[Any] = DistributedSampler(Images(), shuffle=False)  # its defaults: the default group
     return DataLoader(Images(), batch_size=2, sampler=sampler)
 
 
-def accelerated(rank: Rank, dataset: Any, mesh: bool = True, shuffle: bool = True, **options: Any) -> Batches:
+def accelerated(rank: PlacedRank, dataset: Any, mesh: bool = True, shuffle: bool = True, **options: Any) -> Batches:
     """What `accelerator.prepare` makes of a loader, with the device mesh of this topology or before there is one."""
     from accelerate import Accelerator
     from accelerate.data_loader import prepare_data_loader
@@ -132,7 +144,7 @@ def accelerated(rank: Rank, dataset: Any, mesh: bool = True, shuffle: bool = Tru
 
     Accelerator(cpu=True)  # the state that the functions of accelerate look at
     sizes = (rank.topology.dp, rank.topology.tp)
-    return prepare_data_loader(
+    loader: Batches = prepare_data_loader(
         DataLoader(dataset, batch_size=2, shuffle=shuffle),
         device=torch.device("cpu"),
         put_on_device=True,
@@ -140,9 +152,10 @@ def accelerated(rank: Rank, dataset: Any, mesh: bool = True, shuffle: bool = Tru
         torch_device_mesh=init_device_mesh("cpu", sizes, mesh_dim_names=("dp_shard", "tp")) if mesh else None,
         **options,
     )
+    return loader
 
 
-def accelerated_images(rank: Rank, device_specific: bool | None = None, **options: Any) -> Batches:
+def accelerated_images(rank: PlacedRank, device_specific: bool | None = None, **options: Any) -> Batches:
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
@@ -152,21 +165,21 @@ def accelerated_images(rank: Rank, device_specific: bool | None = None, **option
     return accelerated(rank, Images(), **options)
 
 
-def accelerated_stream(rank: Rank, sharded: bool = False) -> Batches:
+def accelerated_stream(rank: PlacedRank, sharded: bool = False) -> Batches:
     """accelerate dispatches the batches of every IterableDataset."""
     dataset = Sharded(rank.topology.dp, rank.dp_rank) if sharded else Numbers()
     return accelerated(rank, dataset, shuffle=False, dispatch_batches=False if sharded else None)
 
 
-def stream(rank: Rank, sharded: bool) -> Batches:
+def stream(rank: PlacedRank, sharded: bool) -> Batches:
     return DataLoader(Sharded(rank.topology.dp, rank.dp_rank) if sharded else Numbers(), batch_size=2)
 
 
-def same_for_all(rank: Rank) -> Batches:
+def same_for_all(rank: PlacedRank) -> Batches:
     return DataLoader(Images(), batch_size=2)
 
 
-def listed(rank: Rank, ordered: bool) -> Batches:
+def listed(rank: PlacedRank, ordered: bool) -> Batches:
     """Files of a directory. How `os.listdir` orders them is up to the file system of each host."""
     names = [f"{number:02d}.png" for number in range(LENGTH)]
     late = names[2 * FIRST_RANDOM :]
@@ -174,17 +187,12 @@ def listed(rank: Rank, ordered: bool) -> Batches:
     return by_replica(rank, Named(names if ordered else names[: 2 * FIRST_RANDOM] + late))
 
 
-def from_a_set(rank: Rank, ordered: bool) -> Batches:
-    words = {f"word-{number:02d}" for number in range(LENGTH)}
-    return by_replica(rank, Named(sorted(words) if ordered else list(words)))
-
-
-def uneven(rank: Rank) -> Batches:
+def uneven(rank: PlacedRank) -> Batches:
     samples = [{"ids": torch.tensor([index])} for index in range(rank.dp_rank * 100, rank.dp_rank * 100 + LENGTH)]
     return DataLoader(samples[: LENGTH - 4 * rank.tp_rank], batch_size=2)  # type: ignore[arg-type]
 
 
-def altered(rank: Rank, change: str) -> Batches:
+def altered(rank: PlacedRank, change: str) -> Batches:
     """Rank 1 of each TP group changes one thing."""
 
     def alter(sample: dict[str, Any]) -> dict[str, Any]:
@@ -204,11 +212,3 @@ CHANGES = {
     "dtype": lambda sample: sample | {"labels": sample["labels"].int()},
     "one_bit": _flip_one_bit,
 }
-
-
-def odd_but_equal(rank: Rank) -> Iterator[Any]:
-    """NaN, empty tensors and batches without samples, the same on all ranks of a TP group."""
-    for step in range(4):
-        base = float(10 * rank.dp_rank + step)
-        yield {"x": torch.tensor([float("nan"), base, -0.0]), "empty": torch.zeros(0, 3), "none": None, "n": base}
-    yield {"x": torch.zeros(0, 3), "labels": torch.zeros(0, dtype=torch.int64)}

@@ -1,0 +1,51 @@
+"""Clean controls: what DeepSpeed 0.19.8 shards right, where no check may cry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from tpcheck.topology import Topology
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "opt", "gpt_neox", "starcoder2")
+LAYOUTS = (
+    (Topology(tp=2), 0),
+    (Topology(tp=4), 0),
+    (Topology(tp=2), 1),
+    (Topology(tp=2, dp=2), 0),
+    (Topology(tp=2, dp=2), 1),
+    (Topology(tp=2, dp=2), 2),
+    (Topology(tp=2, dp=2), 3),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A small model in which nothing is planted."""
+
+    family: str
+    topology: Topology = field(default_factory=lambda: Topology(tp=2))
+    zero_stage: int = 0
+
+
+def quick() -> Iterator[Control]:
+    """Yield every family once, and every layout once."""
+    for family in FAMILIES:
+        yield Control(family)
+    for number, (topology, zero_stage) in enumerate(LAYOUTS[1:]):
+        yield Control(FAMILIES[number % len(FAMILIES)], topology, zero_stage)
+
+
+def every() -> Iterator[Control]:
+    """Yield every family in every layout."""
+    for family in FAMILIES:
+        for topology, zero_stage in LAYOUTS:
+            yield Control(family, topology, zero_stage)
+
+
+def zero_stage_at(dtype: str, zero_stage: int) -> int:
+    """Return the ZeRO stage at which a dtype is right.
+
+    Without ZeRO, DeepSpeed 0.19.8 clips bfloat16 gradients by the norm of TP rank 0's shards alone: a bug, no control.
+    """
+    return max(1, zero_stage) if dtype == "bfloat16" else zero_stage

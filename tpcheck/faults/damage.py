@@ -1,0 +1,249 @@
+"""What can happen to a tensor on its way into a checkpoint. Each function returns how, drawn at random."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+HEAD = 8  # rows
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The tensor that is damaged, and what lies around it.
+
+    Attributes:
+        name: Its name.
+        tensors: All tensors of the checkpoint.
+        earlier: Those of the step before.
+        chance: Draws what is drawn: ranks, places, bits.
+    """
+
+    name: str
+    tensors: Tensors
+    earlier: Tensors
+    chance: random.Random
+
+    @property
+    def tensor(self) -> Tensor:
+        """A copy, to change."""
+        return self.tensors[self.name].clone()
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """What became of a checkpoint.
+
+    Attributes:
+        changed: Tensors as they are instead, by name; None for those that are not there.
+        story: Details that must be found out.
+    """
+
+    changed: Mapping[str, Tensor | None]
+    story: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Return the damaged checkpoint."""
+        together = {**tensors, **self.changed}
+        return {name: tensor for name, tensor in together.items() if tensor is not None}
+
+
+Harm = Callable[[Target], Damage]
+
+
+def plain(change: Callable[[Tensor], Tensor | None], **story: Any) -> Harm:
+    """Nothing is drawn."""
+    return lambda target: Damage({target.name: change(target.tensor)}, story)
+
+
+def one_shard(num_ranks: int, dim: int = 0) -> Harm:
+    """One rank's chunk is all there is."""
+
+    def harm(target: Target) -> Damage:
+        tp_rank = target.chance.randrange(num_ranks)
+        shard = target.tensor.chunk(num_ranks, dim)[tp_rank]
+        return Damage({target.name: shard}, {"tp_rank": tp_rank, "tp": num_ranks, "dim": dim})
+
+    return harm
+
+
+def one_shard_of_blocks(num_blocks: int) -> Harm:
+    """One rank's half of every block is all there is."""
+
+    def harm(target: Target) -> Damage:
+        tp_rank = target.chance.randrange(2)
+        blocks = target.tensor.chunk(num_blocks)
+        shard = torch.cat([block.chunk(2)[tp_rank] for block in blocks])
+        return Damage({target.name: shard}, {"tp_rank": tp_rank, "blocks": [len(block) for block in blocks]})
+
+    return harm
+
+
+def reordered(order: Callable[[random.Random], list[int]], dim: int = 0) -> Harm:
+    """Chunks stand in another order, some of them twice or not at all."""
+
+    def harm(target: Target) -> Damage:
+        places = order(target.chance)
+        chunks = target.tensor.chunk(len(places), dim)
+        wrong = torch.cat([chunks[place] for place in places], dim)
+        return Damage({target.name: wrong}, {"order": places, "dim": dim})
+
+    return harm
+
+
+def two_of_four_swapped(chance: random.Random) -> list[int]:
+    order = [0, 1, 2, 3]
+    first, second = chance.sample(order, 2)
+    order[first], order[second] = second, first
+    return order
+
+
+def one_everywhere(chance: random.Random) -> list[int]:
+    return [chance.randrange(2)] * 2
+
+
+def one_for_another_of_four(chance: random.Random) -> list[int]:
+    order = [0, 1, 2, 3]
+    first, second = chance.sample(order, 2)
+    order[first] = second
+    return order
+
+
+def blockwise(num_blocks: int, num_ranks: int, **story: Any) -> Harm:
+    """Every block is cut for the ranks, and each rank's parts of all blocks are put one behind the other."""
+    return plain(
+        lambda tensor: torch.cat(
+            [block.chunk(num_ranks)[rank] for rank in range(num_ranks) for block in tensor.chunk(num_blocks)]
+        ),
+        **story,
+    )
+
+
+def heads_of_qkv(tensor: Tensor) -> Tensor:
+    """Heads of (q, k, v) are read as (q, k, v) of heads."""
+    return tensor.view(-1, 3, HEAD, tensor.shape[1]).transpose(0, 1).reshape(tensor.shape)
+
+
+def groups_of_queries(target: Target) -> Damage:
+    """Groups of (4 query heads, key, value) are read as all queries, all keys, all values."""
+    groups = target.tensor.chunk(len(target.tensor) // (6 * HEAD))
+    parts = (slice(0, 4 * HEAD), slice(4 * HEAD, 5 * HEAD), slice(5 * HEAD, 6 * HEAD))
+    wrong = torch.cat([group[rows] for rows in parts for group in groups])
+    return Damage({target.name: wrong}, {"blocks": [size * HEAD * len(groups) for size in (4, 1, 1)]})
+
+
+def at_a_boundary(change: Callable[[Tensor, int], Tensor], **offsets: int) -> Harm:
+    """`change(tensor, row)` cuts at a row that is drawn; a story's numbers are counted from there."""
+
+    def harm(target: Target) -> Damage:
+        row = len(target.tensor) // target.chance.choice((2, 4))
+        return Damage({target.name: change(target.tensor, row)}, {key: row + more for key, more in offsets.items()})
+
+    return harm
+
+
+def padded(num_ranks: int) -> Harm:
+    """16 rows of zeros stand behind each rank's."""
+
+    def harm(target: Target) -> Damage:
+        shards = target.tensor.chunk(num_ranks)
+        zeros = torch.zeros(16, *target.tensor.shape[1:])
+        wrong = torch.cat([piece for shard in shards for piece in (shard, zeros)])
+        size = len(shards[0])
+        starts = [(rank + 1) * size + rank * 16 for rank in range(num_ranks)]
+        return Damage({target.name: wrong}, {"padding": [[start, start + 16] for start in starts]})
+
+    return harm
+
+
+def shifted(target: Target) -> Damage:
+    rows = target.chance.choice((1, 5, 7))  # a number that could be one of shards could be a swap of shards, too
+    return Damage({target.name: torch.roll(target.tensor, rows, 0)})
+
+
+def from_half_on(change: Callable[[Tensor], Tensor]) -> Harm:
+    """The rows of the second of two ranks are changed, the others are not."""
+
+    def harm(target: Target) -> Damage:
+        first, second = target.tensor.chunk(2)
+        return Damage({target.name: torch.cat([first, change(second)])})
+
+    return harm
+
+
+def one_bit(target: Target) -> Damage:
+    tensor, bit = target.tensor, target.chance.randrange(23)  # of the mantissa: others make infinities
+    index = [target.chance.randrange(size) for size in tensor.shape]
+    tensor.view(torch.int32)[tuple(index)] ^= 1 << bit
+    return Damage({target.name: tensor}, {"bit": bit, "index": index})
+
+
+def one_row(value: float) -> Harm:
+    def harm(target: Target) -> Damage:
+        tensor = target.tensor
+        tensor[target.chance.randrange(len(tensor))] = value
+        return Damage({target.name: tensor})
+
+    return harm
+
+
+def one_element(value: float) -> Harm:
+    def harm(target: Target) -> Damage:
+        tensor = target.tensor
+        tensor[tuple(target.chance.randrange(size) for size in tensor.shape)] = value
+        return Damage({target.name: tensor})
+
+    return harm
+
+
+def of_another_layer(target: Target) -> Damage:
+    """The tensor of the same name in another layer."""
+    others = [
+        name
+        for name in target.tensors
+        if name != target.name and name.rpartition(".layers.")[2][1:] == target.name.rpartition(".layers.")[2][1:]
+    ]
+    other = target.chance.choice(others)
+    return Damage({target.name: target.tensors[other].clone()}, {"equals": other})
+
+
+def of_the_step_before(target: Target) -> Damage:
+    return Damage({target.name: target.earlier[target.name].clone()})
+
+
+def one_rank_of_the_step_before(target: Target) -> Damage:
+    half = len(target.tensor) // 2
+    return Damage({target.name: torch.cat([target.tensor[:half], target.earlier[target.name][half:]])})
+
+
+def every_tensor_of_one_rank(target: Target) -> Damage:
+    """All tensors are one rank's chunks."""
+    tp_rank = target.chance.randrange(2)
+    return Damage({name: tensor.chunk(2)[tp_rank] for name, tensor in target.tensors.items() if tensor.dim()})
+
+
+def under_another_name(name: str) -> Harm:
+    """A tensor is there that the reference does not have."""
+    return lambda target: Damage({name: torch.randn_like(target.tensor)})
+
+
+def untied(target: Target) -> Damage:
+    """Both names of a tie are stored, and one was trained apart."""
+    *_, last = _tied_with(target)
+    return Damage({last: target.tensors[last] * 1.25})
+
+
+def dropped_with_its_tie(target: Target) -> Damage:
+    """Neither name of a tie is stored."""
+    return Damage(dict.fromkeys(_tied_with(target)))
+
+
+def _tied_with(target: Target) -> list[str]:
+    storage = target.tensors[target.name].data_ptr()
+    return [name for name, tensor in target.tensors.items() if tensor.data_ptr() == storage]
