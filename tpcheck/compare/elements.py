@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 
-from tpcheck.compare.difference import difference
 from tpcheck.compare.stored import Stored, bit_view
 
 Value = float | int | bool | complex | None
@@ -64,31 +64,46 @@ def _piece(actual: torch.Tensor, expected: torch.Tensor, rows: range, total: int
     count = int(differs.count_nonzero())
     if not count:
         return None
-    flat = differs.reshape(-1)
-    wrong, right = actual.reshape(-1)[flat], expected.reshape(-1)[flat]
-    places = flat.nonzero().reshape(-1)
-    gap = difference(wrong, right).abs()
-    gap = gap.amax(-1) if gap.dim() > 1 else gap
+    gap = _gap(actual, expected, differs)
     worst = int(gap.argmax())
+    wrong_rows = differs.reshape(len(rows), -1).any(1).nonzero().reshape(-1) + rows.start
+    flat = differs.reshape(-1)
+    first = int(flat.view(torch.uint8).argmax())
 
     def at(place: int) -> tuple[int, ...]:
-        local = [int(i) for i in torch.unravel_index(places[place], expected.shape)]
+        local = [int(i) for i in torch.unravel_index(torch.tensor(place), expected.shape)]
         return (local[0] + rows.start, *local[1:]) if local else ()
 
-    finite = [torch.isfinite(_wide(part)) for part in (wrong, right)]
     return ElementDifference(
         count=count,
         total=total,
-        rows=range(at(0)[0], at(-1)[0] + 1) if expected.dim() else rows,
-        first=at(0),
-        actual=_value(wrong[0]),
-        expected=_value(right[0]),
+        rows=range(int(wrong_rows[0]), int(wrong_rows[-1]) + 1),
+        first=at(first),
+        actual=_value(actual.reshape(-1)[first]),
+        expected=_value(expected.reshape(-1)[first]),
         largest=float(gap[worst]),
         largest_at=at(worst),
-        count_zero=int((_wide(wrong) == 0).count_nonzero()),
-        count_not_finite=int((~finite[0] & finite[1]).count_nonzero()),
-        count_flipped=_flipped(wrong, right) if same_dtype and count <= _FEW else None,
+        count_zero=int(((_plain(actual) == 0) & differs).count_nonzero()),
+        count_not_finite=int((~_plain(actual).isfinite() & _plain(expected).isfinite()).count_nonzero()),
+        count_flipped=_flipped(actual.reshape(-1)[flat], expected.reshape(-1)[flat])
+        if same_dtype and count <= _FEW
+        else None,
     )
+
+
+def _gap(actual: torch.Tensor, expected: torch.Tensor, differs: torch.Tensor) -> torch.Tensor:
+    """Return the absolute differences, flat; 0 where nothing differs, inf where one side alone is finite."""
+    left, right = (_plain(side) for side in (actual, expected))
+    if left.dtype != right.dtype or not left.dtype.is_floating_point:
+        left, right = _wide(left), _wide(right)
+    gap = (left - right).abs().reshape(-1)
+    gap = gap if gap.is_floating_point() else gap.double()
+    return gap.masked_fill_(~differs.reshape(-1), 0.0).nan_to_num_(nan=inf, posinf=inf)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the values in a dtype that torch computes in: those of 8 bits it can only convert."""
+    return tensor.float() if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1 else tensor
 
 
 def _joined(before: ElementDifference, after: ElementDifference) -> ElementDifference:

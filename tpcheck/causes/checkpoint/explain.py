@@ -22,6 +22,7 @@ from tpcheck.causes.checkpoint.values import (
 from tpcheck.compare.slices import slice_digests
 from tpcheck.compare.stored import Stored, bit_view
 
+_MOST_SLICES = 1 << 20  # of which digests are held and looked up: 200 MB; no vocabulary is larger
 _FUSED = re.compile(r"qkv|query_key_value|c_attn|kv_proj|kv_a|gate_up|gate_and_up|in_proj|wi\b|w13|linear_fc1|Wqkv")
 
 
@@ -64,7 +65,8 @@ def _dims(case: Case) -> Iterator[int]:
         return
     unequal = [dim for dim, sizes in enumerate(zip(ours, theirs, strict=True)) if sizes[0] != sizes[1]]
     if len(unequal) <= 1:
-        yield from unequal or [dim for dim, size in enumerate(theirs) if size > 1]
+        dims = unequal or [dim for dim, size in enumerate(theirs) if size > 1]
+        yield from (dim for dim in dims if max(ours[dim], theirs[dim]) <= _MOST_SLICES)
 
 
 def _another_layer(case: Case) -> Story | None:
