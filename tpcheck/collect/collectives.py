@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,6 +70,8 @@ class _Log(TorchDispatchMode):
         self._log = log
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, FakeTensor) for kind in types):  # DTensor works out shapes with them; nothing is sent
+            return func(*args, **(kwargs or {}))
         if any(issubclass(kind, torch.Tensor) and kind not in _PLAIN for kind in types):
             return NotImplemented
         name = _NAMES.get(func.overloadpacket.__name__.rstrip("_")) if func.namespace in _NAMESPACES else None
