@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -11,10 +11,11 @@ import deepspeed
 import torch
 from torch import nn
 
-from tpcheck.adapters import Candidate, TrainingOptions
+from tpcheck.adapters import Candidate, Layout, TrainingOptions
 from tpcheck.adapters.protocols import RankLike
 from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate
 from tpcheck.backends.deepspeed.config import deepspeed_config, resolved
+from tpcheck.backends.deepspeed.layers import layouts, parallel_layers
 from tpcheck.backends.plan import without_plan
 
 
@@ -33,6 +34,10 @@ class DeepSpeedBackend:
     def session(self, options: TrainingOptions) -> Iterator[None]:
         with _float64_gradients() if options.dtype is torch.float64 else nullcontext():
             yield
+
+    def layouts_of(self, model: nn.Module) -> Mapping[str, Layout]:
+        group = next((layer.mp_group for _, layer in parallel_layers(model) if layer.mp_group is not None), None)
+        return {} if group is None else layouts(model, group)
 
     def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
         config = deepspeed_config(options, rank.topology.tp)
