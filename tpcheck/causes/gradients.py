@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from tpcheck.causes.explanation import (
@@ -12,7 +14,6 @@ from tpcheck.causes.explanation import (
     remaining,
     same_shapes,
     scaled,
-    sum_of_ranks,
 )
 from tpcheck.causes.mistaken import mistaken
 from tpcheck.causes.rounding import dtype_rounded
@@ -28,14 +29,39 @@ def missing(suspect: Suspect) -> Explanation | None:
 
 
 def terms_of_ranks(slug: str) -> Test:
-    """The ranks' gradients are terms of the expected one; equal ones are that divided by their number."""
-    is_sum = sum_of_ranks(slug)
+    """The ranks' gradients are terms of the expected one, in all features or in those that are wrong.
+
+    The other features are right on every rank: some branches of a shared module are reduced, some are not. Equal terms
+    are the expected gradient divided by their number.
+    """
 
     def test(suspect: Suspect) -> Explanation | None:
-        found = is_sum(suspect)
-        return found if found is not None and not _equal_parts(suspect) else None
+        parts, expected = suspect.parts, suspect.expected
+        if not suspect.replicated or len(parts) < 2 or any(part.shape != expected.shape for part in parts):
+            return None
+        limit = remaining(suspect)
+        wide, *terms = (one.double().reshape(one.shape or (1,)) for one in (expected, *parts))
+        wrong = _wrong_features(terms, wide, limit)
+        if not bool(wrong.any()):
+            return None
+        terms_wrong, wide_wrong = [term[..., wrong] for term in terms], wide[..., wrong]
+        error = _norm(sum(terms_wrong) - wide_wrong)
+        if error > limit or all(_norm(one - terms_wrong[0]) <= limit for one in terms_wrong):
+            return None
+        share = {} if bool(wrong.all()) else {"partial_features": f"{int(wrong.sum())} of {wrong.numel()}"}
+        return Explanation(slug, error / _norm(wide_wrong), share)
 
     return test
+
+
+def _wrong_features(terms: Sequence[torch.Tensor], expected: torch.Tensor, limit: float) -> torch.Tensor:
+    """Return which indices of the last dim are wrong on any rank; all of a vector, whose elements prove nothing."""
+    if expected.dim() < 2:
+        return torch.ones(expected.shape, dtype=torch.bool)
+    others = tuple(range(expected.dim() - 1))
+    errors = torch.stack([torch.linalg.vector_norm(term - expected, dim=others) for term in terms])
+    wrong: torch.Tensor = (errors > limit / expected.shape[-1] ** 0.5).any(dim=0)
+    return wrong
 
 
 def multiple(suspect: Suspect) -> Explanation | None:
@@ -71,9 +97,8 @@ def averaging(test: Test) -> Test:
     return asked
 
 
-def _equal_parts(suspect: Suspect) -> bool:
-    first, *others = (part.double() for part in suspect.parts)
-    return all(float(torch.linalg.vector_norm(part - first)) <= remaining(suspect) for part in others)
+def _norm(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor))
 
 
 TESTS: tuple[Test, ...] = (

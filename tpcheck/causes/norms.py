@@ -9,8 +9,9 @@ from tpcheck.records import Suspect
 
 
 def norm_is_local(suspect: Suspect) -> Explanation | None:
-    """Every rank's norm is that of the gradients of one rank alone."""
-    alone = suspect.evidence.get("norm_of_each_rank_alone", ())
+    """Every rank's norm is that of the gradients of one rank alone, or of its shards alone."""
+    names = ("norm_of_each_rank_alone", "norm_of_each_ranks_shards")
+    alone = [norm for name in names for norm in suspect.evidence.get(name, ())]
     return _norms_hold("norm_is_local", suspect, alone)
 
 

@@ -54,8 +54,8 @@ def _roots(
     details: dict[str, Any] = {"first_of": len(wrong) + len(wrong_activations), "inputs_agree": True}
     if len(own) == num_parameters > 1:
         details["every_parameter"] = True
-    missing = [one for one in own if _missing_on(evidence, step, one.name)]
-    present = [one for one in own if not _missing_on(evidence, step, one.name)]
+    missing = [one for one in own if _missing_on(evidence, step, one)]
+    present = [one for one in own if not _missing_on(evidence, step, one)]
     of_roots = {**details, "also": named_few(rest)}
     roots = first_divergences(list(backward.compared), wrong_activations.__contains__)
     return [
@@ -88,7 +88,7 @@ def _missing_suspect(
     """Return one finding for all gradients that were never made, at the module where the backward pass ends."""
     end = _end_of_backward(evidence, step)
     first, *rest = sorted(missing, key=lambda one: end is not None and not is_inside(one.module, end.module))
-    details = {**details, "missing_on_ranks": evidence.ranks(_missing_on(evidence, step, first.name))}
+    details = {**details, "missing_on_ranks": evidence.ranks(_missing_on(evidence, step, first))}
     suspect = _parameter_suspect(evidence, step, first, {**details, "also": named_few(one.name for one in rest)})
     if end is None:
         return suspect
@@ -110,10 +110,12 @@ def _end_of_backward(evidence: Evidence, step: int) -> TensorKey | None:
     )
 
 
-def _missing_on(evidence: Evidence, step: int, name: str) -> tuple[int, ...]:
-    """Return the tp_ranks that have no gradient of a parameter."""
-    parts = evidence.candidate[step]
-    return tuple(tp_rank for tp_rank, part in enumerate(parts) if part.gradients.get(name) is None)
+def _missing_on(evidence: Evidence, step: int, one: ComparedParameter) -> tuple[int, ...]:
+    """Return the tp_ranks that have no gradient of a parameter, or nothing but zeros where there should be more."""
+    held = [part.gradients.get(one.name) for part in evidence.candidate[step]]
+    expected = one.expected_parts or (one.expected,) * len(held)
+    pairs = enumerate(zip(held, expected, strict=True))
+    return tuple(rank for rank, (own, whole) in pairs if own is None or (not own.any() and bool(whole.any())))
 
 
 def _parameter_suspect(evidence: Evidence, step: int, one: ComparedParameter, details: dict[str, Any]) -> Suspect:

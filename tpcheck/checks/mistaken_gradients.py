@@ -25,10 +25,25 @@ def _averaged_wrongly(evidence: Evidence, step: int, name: str) -> Iterator[Mist
         return
     layout = evidence.layouts[name]
     alone = tuple(layout.local(own, tp_rank) for tp_rank in range(len(evidence.candidate[step])))
-    if not layout.is_replicated and len({part.shape for part in alone}) == 1:
+    if _averages_over_tp(evidence, step) and len({part.shape for part in alone}) == 1:
         mean = torch.stack([part.double() for part in alone]).mean(dim=0)
         yield Mistaken("wrong_group", (mean,) * len(alone), {"note": "it is averaged over the TP group"})
     yield Mistaken("missing_reduce", alone, {"note": "it is that of its own replica's batch, not the mean over DP"})
+
+
+def _averages_over_tp(evidence: Evidence, step: int) -> bool:
+    """Return whether the ranks hold one gradient for different shards of some parameter."""
+    steps = evidence.candidate[step]
+    if len(steps) < 2:
+        return False
+    for name, layout in evidence.layouts.items():
+        parts = [one.gradients.get(name) for one in steps]
+        first = parts[0]
+        if layout.is_replicated or first is None or not first.any():
+            continue
+        if all(part is not None and torch.equal(part, first) for part in parts):
+            return True
+    return False
 
 
 def _of_other_layers(evidence: Evidence, step: int, one: ComparedParameter) -> Iterator[Mistaken]:

@@ -57,5 +57,6 @@ def norms_of_usual_mistakes(evidence: Evidence, step: int) -> dict[str, object]:
         replicated.append(hypot(*(size for name, size in sizes.items() if evidence.layouts[name].is_replicated)))
     return {
         "norm_of_each_rank_alone": [hypot(*both) for both in zip(sharded, replicated, strict=True)],
+        "norm_of_each_ranks_shards": sharded,
         "norm_with_replicas_counted": hypot(*sharded, *replicated),
     }

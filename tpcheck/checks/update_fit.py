@@ -42,6 +42,21 @@ def fitted_step(evidence: Evidence, step: int, name: str) -> dict[str, Any]:
     return found | _norms(evidence, step, [ratio.get("gradient", 0.0) for ratio in ratios])
 
 
+def with_momentum_of_others(evidence: Evidence, step: int, name: str) -> tuple[torch.Tensor, ...]:
+    """Return what each rank's weights would be with the momentum of the next rank; nothing where that means nothing."""
+    layout, tp = evidence.layouts[name], len(evidence.candidate[step])
+    before, terms = _terms(evidence, step, name)
+    after = evidence.reference[step].weights[name]
+    if terms is None or len(terms) < len(_TERMS) or layout.is_replicated or len(set(layout.local_shapes)) > 1:
+        return ()
+    shares = _shares([term.double().reshape(-1) for term in terms], (after - before).double().reshape(-1))
+    if shares is None:
+        return ()
+    moves = [layout.local(terms[-1], tp_rank).double() for tp_rank in range(tp)]
+    changes = [shares[-1] * (moves[(tp_rank + 1) % tp] - moves[tp_rank]) for tp_rank in range(tp)]
+    return tuple(layout.local(after, tp_rank).double() + change for tp_rank, change in enumerate(changes))
+
+
 def _terms(evidence: Evidence, step: int, name: str) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
     weights: list[Mapping[str, Any]] = [evidence.initial, *(one.weights for one in evidence.reference[:step])]
     before: torch.Tensor = weights[-1][name]

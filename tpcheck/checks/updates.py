@@ -8,10 +8,12 @@ from tpcheck.checks.buffers import ComparedBuffer, compare_buffers
 from tpcheck.checks.outcome import CheckOutcome
 from tpcheck.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.checks.suspects import tensor_suspect
-from tpcheck.checks.update_fit import fitted_step
+from tpcheck.checks.update_fit import fitted_step, with_momentum_of_others
 from tpcheck.compare import spacing
 from tpcheck.records import Evidence, Suspect
 from tpcheck.records.suspect import Mistaken
+
+_OF_ANOTHER_RANK = "the momentum of another rank's shard gives these weights"
 
 
 def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
@@ -49,7 +51,14 @@ def _weight_suspect(evidence: Evidence, step: int, one: ComparedParameter, num_w
     if tuple(before.shape) != tuple(layout.shape):
         return suspect
     stale = tuple(layout.local(before, tp_rank) for tp_rank in range(len(suspect.parts)))
-    return replace(suspect, mistaken=(Mistaken("stale_weight", stale),))
+    swapped = with_momentum_of_others(evidence, step, one.name)
+    return replace(
+        suspect,
+        mistaken=(
+            Mistaken("stale_weight", stale),
+            *([Mistaken("shard_order_swapped", swapped, {"note": _OF_ANOTHER_RANK})] if swapped else []),
+        ),
+    )
 
 
 def _buffer_suspect(evidence: Evidence, step: int, one: ComparedBuffer) -> Suspect:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from tpcheck.faults import checkpoint, data, forward
+from tpcheck.faults import backward, checkpoint, data, forward, optimizer, precision, replicas
 from tpcheck.faults.checkpoint import CheckpointFault
 from tpcheck.faults.data import DataFault
 from tpcheck.faults.fault import ModelFault
 
-MODEL_FAULTS: tuple[ModelFault, ...] = (*forward.FAULTS,)
+MODEL_FAULTS: tuple[ModelFault, ...] = (
+    *forward.FAULTS,
+    *backward.FAULTS,
+    *replicas.FAULTS,
+    *optimizer.FAULTS,
+    *precision.FAULTS,
+)
 CHECKPOINT_FAULTS: tuple[CheckpointFault, ...] = checkpoint.FAULTS
 DATA_FAULTS: tuple[DataFault, ...] = data.FAULTS
 

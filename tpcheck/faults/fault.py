@@ -104,6 +104,14 @@ class Draw:
         """Return one of the parameters whose names fit."""
         return self.random.choice(_fitting(tuple(self.parameters), patterns))
 
+    def modules_fitting(self, *patterns: str) -> tuple[str, ...]:
+        """Return all modules whose names fit."""
+        return tuple(_fitting(self.modules, patterns))
+
+    def parameters_fitting(self, *patterns: str) -> tuple[str, ...]:
+        """Return all parameters whose names fit."""
+        return tuple(_fitting(tuple(self.parameters), patterns))
+
     def tp_rank(self) -> int:
         return self.random.randrange(self.topology.tp)
 

@@ -1,0 +1,47 @@
+"""Every fault of the backward pass is caught at float64, at its place, with its cause."""
+
+from typing import Any
+
+import pytest
+from torch.nn import functional
+
+import tpcheck
+from tests.faults.finding import require_found
+from tests.verification.planting import Faulty
+from tpcheck import Topology
+from tpcheck.faults import Live, ModelFault
+from tpcheck.faults.backward import FAULTS
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_is_caught_placed_and_explained(fault: ModelFault) -> None:
+    require_found(fault)
+
+
+def test_two_independent_faults_are_both_reported() -> None:
+    attention = "model.layers.0.self_attn.q_proj"
+    norm = "model.norm.weight"
+
+    def both(candidate: Any, rank: Any) -> None:
+        live = Live(candidate, rank)
+        layer = live.module(attention)
+        layer.forward = lambda hidden: functional.linear(hidden, layer.weight)
+        live.parameter(norm).register_hook(lambda gradient: gradient * 2)
+
+    report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=Faulty(both))
+    found = {
+        (finding.where.get("module"), finding.cause)
+        for finding in report.findings
+        if finding.check == "gradients_match_reference"
+    }
+    assert found == {(attention, "missing_reduce"), ("model.norm", "gradient_scaled")}
+
+
+def test_gradients_that_tell_one_story_are_one_finding() -> None:
+    report = tpcheck.verify_family("qwen3", topology=Topology(tp=2), ignore_plan=True)
+    first, *others = (one for one in report.findings if one.check == "gradients_match_reference")
+    assert first.cause == "partial_gradient_on_replica"
+    assert not others
+    assert {first.where["parameter"], *first.evidence["also"]} == {
+        f"model.layers.{layer}.self_attn.{norm}.weight" for layer in (0, 1) for norm in ("q_norm", "k_norm")
+    }
