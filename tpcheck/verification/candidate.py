@@ -14,6 +14,7 @@ from tpcheck.adapters.protocols import RankLike
 from tpcheck.collect import ModuleRecorder
 from tpcheck.collect.collectives import logged_collectives
 from tpcheck.collect.digest import digest
+from tpcheck.collect.local import own_part, whole
 from tpcheck.errors import BackendError, TpcheckError
 from tpcheck.records import Step, TensorKey
 from tpcheck.verification.batches import Batch, copied
@@ -70,7 +71,7 @@ def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: i
     activations: dict[TensorKey, torch.Tensor] = {}
 
     def keep(key: TensorKey, tensor: torch.Tensor) -> None:
-        activations[key] = tensor.clone()
+        activations[key] = own_part(tensor).clone()
 
     with ModuleRecorder(candidate.module, keep):
         with _blamed_on(backend, f"forward of step {index}"), logged_collectives(candidate.module) as collectives:
@@ -90,7 +91,7 @@ def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: i
         gradients,
         weights,
         norm,
-        float(loss.detach()),
+        float(whole(loss.detach())),
         buffers=buffers_of(candidate.module),
         digests=digests,
         collectives=tuple(collectives),
@@ -102,7 +103,7 @@ def _digests(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, 
 
 
 def _buffer_digests(module: nn.Module) -> dict[tuple[str, str], str]:
-    return _digests("buffer", dict(module.named_buffers()))
+    return _digests("buffer", {name: own_part(buffer) for name, buffer in module.named_buffers()})
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from tpcheck.collect.local import own_part
+
 State = Mapping[str, torch.Tensor]
 
 
@@ -16,8 +18,8 @@ def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies of the buffers."""
-    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    """Return copies of the buffers; of this rank's part where one is a DTensor."""
+    return {name: own_part(buffer.detach()).clone() for name, buffer in model.named_buffers()}
 
 
 def set_parameters(model: nn.Module, saved: State) -> None:
