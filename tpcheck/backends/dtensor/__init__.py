@@ -1,1 +1,5 @@
-"""torch's DTensor: `parallelize_module` plans, FSDP2 over them, and models that somebody else has made of DTensors."""
+"""torch's DTensor: `parallelize_module` plans, and FSDP2 over them."""
+
+from tpcheck.backends.dtensor.backend import DTensorBackend
+
+__all__ = ["DTensorBackend"]

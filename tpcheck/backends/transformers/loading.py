@@ -58,7 +58,7 @@ def _take_over_settings(sharded: nn.Module, model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for name, module in sharded.named_modules():
         for setting, value in vars(modules[name]).items() if name in modules else ():
-            if isinstance(value, float) and not value and getattr(module, setting, value):
+            if isinstance(value, float) and not value and getattr(module, setting, None):
                 setattr(module, setting, value)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, parameter in sharded.named_parameters():

@@ -20,7 +20,7 @@ def sync_replicated_parameters(model: nn.Module) -> None:
         if parameter.requires_grad and not isinstance(parameter.data, DTensor):
             with torch.no_grad():
                 dist.broadcast(parameter.data, src=0)
-            parameter.register_post_accumulate_grad_hook(_average_gradient)
+            parameter.register_post_accumulate_grad_hook(_average_gradient)  # type: ignore[no-untyped-call]
 
 
 def _average_gradient(parameter: torch.Tensor) -> None:
