@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from tpcheck.causes.explanation import Explanation, Test, num_tp, scaled, sum_of_ranks
+import torch
+
+from tpcheck.causes.explanation import Explanation, Test, num_dp, num_tp, same_shapes, scaled, sum_of_ranks
+from tpcheck.causes.mistaken import mistaken
+from tpcheck.causes.moved import heads_moved, shards_moved
+from tpcheck.causes.rounding import dtype_rounded
 from tpcheck.records import Suspect
+
+_LEAST_ELEMENTS = 8  # fewer zeros may be anything
 
 
 def fused(suspect: Suspect) -> Explanation | None:
@@ -12,9 +19,58 @@ def fused(suspect: Suspect) -> Explanation | None:
     return None if error is None else Explanation("fused_blocks_interleaved", error)
 
 
+def not_finite(suspect: Suspect) -> Explanation | None:
+    """Every wrong element is infinite or not a number where a finite one should be."""
+    if not same_shapes(suspect.parts, suspect.expected_parts):
+        return None
+    wrong = [_wrong(part, expected, suspect.allowed_error) for part, expected in _pairs(suspect)]
+    actual = torch.cat([part[where] for (part, _), where in zip(_pairs(suspect), wrong, strict=True)])
+    return Explanation("not_finite", 0.0) if actual.numel() and not bool(actual.isfinite().any()) else None
+
+
+def all_zero(suspect: Suspect) -> Explanation | None:
+    """Every wrong element is zero, and there are more than a few."""
+    if not same_shapes(suspect.parts, suspect.expected_parts):
+        return None
+    wrong = [_wrong(part, expected, suspect.allowed_error) for part, expected in _pairs(suspect)]
+    actual = torch.cat([part[where] for (part, _), where in zip(_pairs(suspect), wrong, strict=True)])
+    return Explanation("all_zero", 0.0) if actual.numel() >= _LEAST_ELEMENTS and not bool(actual.any()) else None
+
+
+def wrong_group(suspect: Suspect) -> Explanation | None:
+    """The module issued the collectives that its like issues, over other ranks."""
+    issued, expected = (suspect.evidence.get(key, ()) for key in ("collectives", "collectives_expected"))
+    same_names = [one["name"] for one in issued] == [one["name"] for one in expected]
+    return Explanation("wrong_group", 0.0) if issued and same_names else None
+
+
+def terms_of_ranks(suspect: Suspect) -> Explanation | None:
+    """The ranks' parts are terms of the expected one; equal ones were divided by their number instead."""
+    found = sum_of_ranks("missing_reduce")(suspect)
+    if found is None:
+        return None
+    return scaled("mean_instead_of_sum", lambda suspect: 1 / num_tp(suspect))(suspect) or found
+
+
+def _pairs(suspect: Suspect) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(zip(suspect.parts, suspect.expected_parts, strict=False))
+
+
+def _wrong(actual: torch.Tensor, expected: torch.Tensor, allowed: float) -> torch.Tensor:
+    return ~((actual.double() - expected.double()).abs() <= allowed)
+
+
 TESTS: tuple[Test, ...] = (
     fused,
-    sum_of_ranks("missing_reduce"),
+    not_finite,
+    terms_of_ranks,
     scaled("duplicate_reduce", num_tp),
     scaled("mean_instead_of_sum", lambda suspect: 1 / num_tp(suspect)),
+    mistaken,
+    heads_moved,
+    shards_moved,
+    all_zero,
+    dtype_rounded,
+    scaled("sum_instead_of_mean", num_dp),
+    wrong_group,
 )

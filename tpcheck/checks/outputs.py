@@ -2,56 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import inf
 from typing import Any
 
 import torch
 
 from tpcheck.checks.activations import ComparedActivation, ComparedActivations, compare_activations
+from tpcheck.checks.issued import unlike_its_kind
+from tpcheck.checks.linear import own_parts, products
 from tpcheck.checks.localise import comes_out, first_divergences, is_inside, scope_of
+from tpcheck.checks.mistakes import mistakes
 from tpcheck.checks.outcome import CheckOutcome
 from tpcheck.checks.suspects import tensor_suspect
+from tpcheck.checks.vocabulary import embedding_mistakes, loss_mistakes
+from tpcheck.compare import frobenius
+from tpcheck.compare.difference import difference, measured
 from tpcheck.records import Evidence, Suspect, TensorKey
+from tpcheck.records.suspect import Mistaken
 
 _CHECK = "outputs_match_reference"
+_OWN_ROUNDINGS = 10.0  # rounding is measured around the reference's inputs, which these are not
 
 
 def outputs_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     """Compare the activations and the loss of `step`; name each module that is wrong although its inputs agree.
 
-    Calibrated.
+    Linear modules further on, whose inputs are wrong in consequence, are held against what their own inputs and weights
+    give: so that one fault does not hide another. Calibrated.
     """
     activations = compare_activations(evidence, step, "forward")
     events = list(activations.compared)
     wrong = {one.key for one in activations.wrong()}
     roots = first_divergences(events, wrong.__contains__)
     suspects = [_root_suspect(evidence, step, activations, root, len(wrong)) for root in roots]
-    loss_margin, loss_suspects = _compare_loss(evidence, step)
+    suspects += _independent(evidence, step, activations, roots)
+    loss_margin, loss_suspects = _compare_loss(evidence, step, activations)
     margins = {**activations.margins(), "loss": loss_margin}
     return CheckOutcome(margins, tuple(suspects or loss_suspects), activations.missed)
 
 
 def activation_suspect(
-    evidence: Evidence, step: int, one: ComparedActivation, check: str, details: dict[str, Any], module: str
+    evidence: Evidence,
+    step: int,
+    one: ComparedActivation,
+    check: str,
+    details: dict[str, Any],
+    module: str,
+    mistaken: Sequence[Mistaken] = (),
 ) -> Suspect:
     """Return the suspect for one activation, laid at the door of `module`."""
-    field = f"{one.key.role} {one.key.path}"
-    if module != one.key.module:
-        field += f" of {one.key.module}"
-    where = {"phase": one.key.phase, "step": step, "module": module, "field": field}
-    return tensor_suspect(
+    suspect = tensor_suspect(
         evidence,
         one.found,
         check=check,
         kind="activation",
-        where=where,
+        where=_where(one, step, module),
         expected=one.expected,
         parts=one.placed.parts,
         expected_parts=[one.placed.expected_part(one.expected, tp) for tp in range(len(one.placed.parts))],
         replicated=one.placed.is_replicated,
         details=details,
     )
+    return replace(suspect, mistaken=tuple(mistaken))
+
+
+def _where(one: ComparedActivation, step: int, module: str) -> dict[str, Any]:
+    field = f"{one.key.role} {one.key.path}"
+    if module != one.key.module:
+        field += f" of {one.key.module}"
+    return {"phase": one.key.phase, "step": step, "module": module, "field": field}
 
 
 def _root_suspect(
@@ -59,6 +80,8 @@ def _root_suspect(
 ) -> Suspect:
     one = activations.compared[root]
     details: dict[str, Any] = {"first_of": num_wrong, "inputs_agree": True}
+    if one.is_again:
+        details["note"] = "right when it is first computed, wrong when activation checkpointing computes it again"
     scope = scope_of(root, {key.module for key in activations.compared})
     fused = None if comes_out(root) else _fused_before(list(activations.compared.values()), root, scope)
     if fused is not None:
@@ -68,7 +91,21 @@ def _root_suspect(
         return activation_suspect(evidence, step, one, _CHECK, details, module=fused.key.module)
     if not comes_out(root):
         details["note"] = f"what {root.module} is given is wrong, though all that came before it agrees"
-    return activation_suspect(evidence, step, one, _CHECK, details, module=scope)
+    else:
+        details |= unlike_its_kind(evidence, step, root.module)
+    is_loss = one.key.module == "" and one.expected.dim() == 0
+    mistaken = tuple(loss_mistakes(evidence, step, activations) if is_loss else _mistakes(evidence, step, one))
+    return activation_suspect(evidence, step, one, _CHECK, details, module=scope, mistaken=mistaken)
+
+
+def _mistakes(evidence: Evidence, step: int, one: ComparedActivation) -> Iterator[Mistaken]:
+    if one.key.role != "output":
+        return
+    made = products(evidence, step, one.key, one.found.allowed)
+    if made is not None:
+        yield from mistakes(made, one.placed.parts, one.expected, one.found.allowed)
+    else:
+        yield from embedding_mistakes(evidence, step, one)
 
 
 def _fused_before(events: Sequence[ComparedActivation], root: TensorKey, scope: str) -> ComparedActivation | None:
@@ -82,7 +119,38 @@ def _fused_before(events: Sequence[ComparedActivation], root: TensorKey, scope: 
     return found
 
 
-def _compare_loss(evidence: Evidence, step: int) -> tuple[float, list[Suspect]]:
+def _independent(
+    evidence: Evidence, step: int, activations: ComparedActivations, roots: Sequence[TensorKey]
+) -> Iterator[Suspect]:
+    """Yield the linear modules with wrong inputs that do not even make of these what their weights do."""
+    for one in activations.wrong():
+        made = None if one.key in roots else products(evidence, step, one.key, one.found.allowed)
+        own = None if made is None else own_parts(made, [part.shape for part in one.placed.parts])
+        if made is None or own is None:
+            continue
+        size = frobenius(torch.stack(own) if one.placed.is_replicated else torch.cat(own, dim=-1))
+        allowed = _OWN_ROUNDINGS * max(1.0, size / one.found.expected_norm) * one.found.allowed
+        gaps = [difference(part, right) for part, right in zip(one.placed.parts, own, strict=True)]
+        found = measured(gaps, size, allowed, replicated=one.placed.is_replicated)
+        if not found.agrees:
+            details = {"inputs_agree": False, "note": "compared with what its own inputs and weights give"}
+            details |= unlike_its_kind(evidence, step, one.key.module)
+            suspect = tensor_suspect(
+                evidence,
+                found,
+                check=_CHECK,
+                kind="activation",
+                where=_where(one, step, one.key.module),
+                expected=own[0] if one.placed.is_replicated else None,
+                parts=one.placed.parts,
+                expected_parts=own,
+                replicated=one.placed.is_replicated,
+                details=details,
+            )
+            yield replace(suspect, mistaken=tuple(mistakes(made, one.placed.parts, own[0], allowed)))
+
+
+def _compare_loss(evidence: Evidence, step: int, activations: ComparedActivations) -> tuple[float, list[Suspect]]:
     expected = evidence.reference[step].loss
     losses = [part.loss for part in evidence.candidate[step]]
     allowed = evidence.tolerance.allowed_scalar((step, evidence.dp_rank, "loss"), expected)
@@ -108,5 +176,6 @@ def _compare_loss(evidence: Evidence, step: int) -> tuple[float, list[Suspect]]:
         expected_parts=(torch.tensor(expected, dtype=torch.float64),) * len(losses),
         replicated=True,
         allowed_error=allowed,
+        mistaken=tuple(loss_mistakes(evidence, step, activations)),
     )
     return margin, [suspect]

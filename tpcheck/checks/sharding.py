@@ -25,6 +25,7 @@ def parameters_are_sharded(evidence: Evidence) -> CheckOutcome:
         suspects.append(_suspect(evidence, len(names), {"count_total": len(names), "advice": _ADVICE}))
     if incomplete:
         details = {"count_differing": len(incomplete), "count_total": len(sharded), "also": named_few(incomplete[1:])}
+        details |= _sizes(evidence, incomplete[0])
         suspects.append(_suspect(evidence, len(incomplete), details, parameter=incomplete[0]))
     return CheckOutcome(dict.fromkeys(names, 0.0), tuple(suspects))
 
@@ -33,6 +34,17 @@ def _makes_whole(evidence: Evidence, name: str) -> bool:
     layout = evidence.layouts[name]
     held = sum(prod(shape) for shape in layout.local_shapes)
     return tuple(layout.shape) == tuple(evidence.initial[name].shape) and held >= prod(layout.shape)
+
+
+def _sizes(evidence: Evidence, name: str) -> dict[str, object]:
+    """Return how long the parameter and its shards are along the dim that is cut."""
+    layout, whole = evidence.layouts[name], tuple(evidence.initial[name].shape)
+    for dim, size in enumerate(whole):
+        shards = [shape[dim] for shape in layout.local_shapes]
+        is_cut = all(shard < size for shard in shards)
+        if is_cut and len(layout.shape) == len(whole) and (layout.shape[dim] != size or sum(shards) != size):
+            return {"dim": dim, "size": size, "shard_sizes": shards}
+    return {}
 
 
 def _suspect(evidence: Evidence, observed: int, details: dict[str, object], **where: str) -> Suspect:

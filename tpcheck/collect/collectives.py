@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpcheck.records.step import Collective
@@ -19,8 +19,8 @@ _NAMESPACES = ("c10d", "_c10d_functional")
 # Their operators by what they do, without trailing underscores; anything else (waiting, barriers) moves no data.
 _KINDS = {
     "all_reduce": "allreduce allreduce_coalesced all_reduce all_reduce_coalesced",
-    "all_gather": "allgather _allgather_base allgather_coalesced allgather_into_tensor_coalesced all_gather_into_tensor "
-    "all_gather_into_tensor_out all_gather_into_tensor_coalesced",
+    "all_gather": "allgather _allgather_base allgather_coalesced allgather_into_tensor_coalesced "
+    "all_gather_into_tensor all_gather_into_tensor_out all_gather_into_tensor_coalesced",
     "reduce_scatter": "reduce_scatter _reduce_scatter_base reduce_scatter_tensor_coalesced reduce_scatter_tensor",
     "all_to_all": "alltoall alltoall_base all_to_all_single",
     "broadcast": "broadcast",
@@ -61,11 +61,11 @@ def _tracked(name: str, module: nn.Module, inside: list[str]) -> Iterator[Any]:
     yield module.register_forward_hook(leave, always_call=True)
 
 
-class _Log(TorchDispatchMode):
+class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator; keeps the collectives."""
 
     def __init__(self, inside: list[str], log: list[Collective]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._inside = inside
         self._log = log
 
@@ -88,8 +88,9 @@ def _group(args: Any) -> tuple[int, ...]:
     for arg in args:
         if isinstance(arg, torch.ScriptObject) and str(arg._type()).endswith(".ProcessGroup"):
             return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(arg)))
+    resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
     names = [arg for arg in args if isinstance(arg, str)]  # functional collectives name their group last
     try:
-        return tuple(dist.get_process_group_ranks(_resolve_process_group(names[-1]))) if names else ()
+        return tuple(dist.get_process_group_ranks(resolve(names[-1]))) if names else ()
     except (RuntimeError, ValueError):
         return ()

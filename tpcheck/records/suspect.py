@@ -39,6 +39,8 @@ class Suspect:
         replicated: Whether every rank should hold the whole tensor.
         allowed_error: Largest absolute Frobenius error that passes.
         num_replicas: How many data-parallel replicas there are.
+        actual: What the ranks' parts make up, where a layout tells.
+        others: Other tensors of the reference of this kind, by name: each whole, then what each rank should hold of it.
         mistaken: What the parts would be under mistakes that only the check knows enough of to work out.
     """
 
@@ -54,4 +56,6 @@ class Suspect:
     replicated: bool = False
     allowed_error: float = 0.0
     num_replicas: int = 1
+    actual: Tensor = None
+    others: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     mistaken: tuple[Mistaken, ...] = ()

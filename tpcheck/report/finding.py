@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tpcheck.records import Finding
@@ -21,6 +22,7 @@ _COUNTED_BY_DEFAULT = ("element", "differs", "differ")
 _PHRASED = {
     *("largest", "largest_at", "replays", "dtype", "first_of", "inputs_agree", "cause_error", "also", "note"),
     *("follows_from", "advice"),
+    *("collectives", "collectives_expected", "collectives_as_in"),
     *("shape_actual", "shape_expected", "count_differing", "count_total", "norm_actual", "norm_expected"),
     *batches.PHRASED,
     *checkpoints.PHRASED,
@@ -41,6 +43,8 @@ def finding_lines(finding: Finding, subject: Mapping[str, Any]) -> Iterator[Line
         yield from labelled("values", stored)
     yield from labelled("allowed", _allowed(finding))
     yield from labelled("cause", _cause(finding), "yellow" if finding.cause else "")
+    if "collectives_expected" in finding.evidence:
+        yield from labelled("issued", _collectives(finding.evidence))
     if finding.evidence.get("advice"):
         yield from labelled("fix", str(finding.evidence["advice"]), "cyan")
     if finding.evidence.get("also"):
@@ -125,6 +129,18 @@ def _cause(finding: Finding) -> str:
     if finding.check == checkpoints.CHECK:
         return checkpoints.cause(finding)
     return causes.sentence(finding.cause, finding.evidence.get("cause_error"))
+
+
+def _collectives(evidence: Mapping[str, Any]) -> str:
+    """Return `no collective; expected one all_reduce over ranks 0 and 1, as in model.layers.0.mlp.down_proj`."""
+    issued, expected = _counted(evidence["collectives"]), _counted(evidence["collectives_expected"])
+    return f"{issued}; expected {expected}, as {evidence['collectives_as_in']}"
+
+
+def _counted(collectives: Sequence[Mapping[str, Any]]) -> str:
+    counts = Counter((one["name"], tuple(one["ranks"])) for one in collectives)
+    told = [f"{words.count(count, name)} over {words.ranks(ranks)}" for (name, ranks), count in counts.items()]
+    return ", ".join(told) or "no collective"
 
 
 def _shape(shape: Any) -> str:

@@ -1,0 +1,95 @@
+"""What a vocabulary-parallel embedding or loss would give under the mistakes that are known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from math import log
+
+import torch
+
+from tpcheck.checks.activations import ComparedActivation, ComparedActivations
+from tpcheck.checks.linear import own_weights, reference_weight
+from tpcheck.placement import Shard
+from tpcheck.records import Evidence
+from tpcheck.records.suspect import Mistaken
+
+_MOST_SHIFTS = 8  # candidates that the wrong rows suggest
+
+
+def embedding_mistakes(evidence: Evidence, step: int, one: ComparedActivation) -> Iterator[Mistaken]:
+    """Yield what the lookup would give if ranks took their shard of the vocabulary to start somewhere else."""
+    name = f"{one.key.module}.weight"
+    layout = evidence.layouts.get(name)
+    placement = layout.placement() if layout is not None else None
+    table, shards = reference_weight(evidence, step, name), own_weights(evidence, step, name)
+    if not isinstance(placement, Shard) or placement.dim != 0 or table is None or shards is None:
+        return
+    tokens = _rows_of(one.expected, table)
+    if tokens is None or not one.placed.is_replicated:
+        return
+    starts = tuple(accumulate((len(shard) for shard in shards), initial=0))[:-1]
+    for shift in _suggested_shifts(one, tokens, table, starts):
+        for moved in _moved_starts(starts, shift):
+            found = _looked_up(tokens, shards, moved)
+            yield Mistaken("vocab_offset_wrong", (found,) * len(shards), {"starts": list(moved), "right": list(starts)})
+
+
+def loss_mistakes(evidence: Evidence, step: int, activations: ComparedActivations) -> Iterator[Mistaken]:
+    """Yield what a mean cross entropy over shards of the vocabulary would be without, or with one more, reduction."""
+    expected, losses = evidence.reference[step].loss, [part.loss for part in evidence.candidate[step]]
+    tp = len(losses)
+    yield _losses("duplicate_reduce", [expected + log(tp)] * tp, sum_of_exponentials_times=tp)
+    logits = [one for one in activations.compared.values() if one.key.module == "" and one.key.role == "output"]
+    for one in logits:
+        if not isinstance(one.placed.placement, Shard) or one.expected.dim() != 3 or not one.found.agrees:
+            continue
+        for kept in (one.expected.shape[1] - 1, one.expected.shape[1]):  # the last position predicts nothing
+            whole = float(one.expected[:, :kept].double().logsumexp(-1).mean())
+            own = [float(part[:, :kept].double().logsumexp(-1).mean()) for part in one.placed.parts]
+            yield _losses("missing_reduce", [expected - whole + local for local in own], lost="sum of exponentials")
+            if abs(sum(losses) - (tp - 1) * whole - expected) < abs(expected) * 1e-6:
+                yield _losses("missing_reduce", losses, lost="logit of the label")
+
+
+def _losses(cause: str, losses: Sequence[float], **evidence: object) -> Mistaken:
+    return Mistaken(cause, tuple(torch.tensor(loss, dtype=torch.float64) for loss in losses), evidence)
+
+
+def _rows_of(looked_up: torch.Tensor, table: torch.Tensor) -> torch.Tensor | None:
+    """Return which row of `table` stands at each position, or None where one is none of them: no plain lookup."""
+    if looked_up.shape[-1:] != table.shape[1:]:
+        return None
+    _, rows = torch.cdist(looked_up.double().reshape(-1, table.shape[1]), table.double()).min(dim=1)
+    exact = table[rows] == looked_up.reshape(-1, table.shape[1])
+    return rows.reshape(looked_up.shape[:-1]) if bool(exact.all()) else None
+
+
+def _suggested_shifts(
+    one: ComparedActivation, tokens: torch.Tensor, table: torch.Tensor, starts: Sequence[int]
+) -> list[int]:
+    """Return by how much the rows that stand in wrong places are off, the most frequent first."""
+    actual = one.placed.parts[0].double().reshape(-1, table.shape[1])
+    distances, rows = torch.cdist(actual, table.double()).min(dim=1)
+    wrong = (distances <= max(one.found.allowed, 1e-9)) & (rows != tokens.reshape(-1))
+    values, counts = (tokens.reshape(-1) - rows)[wrong].unique(return_counts=True)  # type: ignore[no-untyped-call]
+    frequent: list[int] = values[counts.argsort(descending=True)].tolist()
+    return list(dict.fromkeys([*frequent[:_MOST_SHIFTS], *(-start for start in starts if start)]))
+
+
+def _moved_starts(starts: Sequence[int], shift: int) -> Iterator[tuple[int, ...]]:
+    """Yield where the ranks may think that they start: one of them by `shift` elsewhere, or each by that much more."""
+    for rank in range(len(starts)):
+        yield tuple(start + shift if one == rank else start for one, start in enumerate(starts))
+    for unit in {shift, *(shift // rank for rank in range(1, len(starts)) if shift % rank == 0)}:
+        yield tuple(start + unit * rank for rank, start in enumerate(starts))
+
+
+def _looked_up(tokens: torch.Tensor, shards: Sequence[torch.Tensor], starts: Sequence[int]) -> torch.Tensor:
+    """Return the sum of what each rank finds of the tokens, its rows being counted from its start."""
+    total = torch.zeros((*tokens.shape, shards[0].shape[1]), dtype=shards[0].dtype)
+    for shard, start in zip(shards, starts, strict=True):
+        local = tokens - start
+        held = (local >= 0) & (local < len(shard))
+        total += torch.where(held[..., None], shard[local.clamp(0, max(0, len(shard) - 1))], 0)
+    return total
