@@ -47,6 +47,7 @@ def test_every_option_reaches_the_api(run: Run) -> None:
         "steps": 3,
         "zero_stage": 1,
         "config": {"gradient_clipping": 1.0},
+        "checks": None,
         "seed": 7,
         "settings": {"head_dim": 8, "act": "gelu"},
         "ignore_plan": True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,12 +12,22 @@ from tpcheck.api.data_faults import run_data_control, run_data_fault
 from tpcheck.api.faults import run_control, run_model_fault
 from tpcheck.api.model import DTYPES
 from tpcheck.api.saved_faults import run_checkpoint_fault, run_saved_control
+from tpcheck.environment import package_versions
 from tpcheck.errors import UsageError
 from tpcheck.records.caught import CONTROL, Caught
 
 if TYPE_CHECKING:
     from tpcheck.faults import Fault
     from tpcheck.faults.controls import Control
+
+BACKEND = "deepspeed"
+
+
+def versions() -> Mapping[str, str]:
+    """Return the versions of what faults are planted in."""
+    from tpcheck.adapters import load_backend
+
+    return package_versions() | dict(load_backend(BACKEND).versions())
 
 
 @dataclass(frozen=True, slots=True)

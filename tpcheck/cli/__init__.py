@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from tpcheck.cli.checkpoint import checkpoint
+from tpcheck.cli.faults import faults
 from tpcheck.cli.inspect import doctor, families, topology
 from tpcheck.cli.verify import verify
 
@@ -20,6 +21,7 @@ app.command(no_args_is_help=True)(checkpoint)
 app.command()(topology)
 app.command()(families)
 app.command()(doctor)
+app.command()(faults)
 
 
 def main() -> None:

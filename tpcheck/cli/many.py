@@ -1,13 +1,13 @@
-"""Runs one verification after another, or some side by side; a crash of one never ends the others."""
+"""Many verifications: a crash of one never ends the others."""
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from tpcheck.cli.side_by_side import side_by_side
 from tpcheck.errors import UsageError
 from tpcheck.records import Verdict
 from tpcheck.report import Report
@@ -32,26 +32,7 @@ class Outcome:
 
 def run_all(families: Sequence[str], verify: Verify, jobs: int) -> Iterator[Outcome]:
     """Yield outcomes as they are reached, with at most `jobs` at a time."""
-    if min(jobs, len(families)) == 1:  # in this thread, so that an interrupt reaches the world that runs
-        yield from (_outcome(family, verify) for family in families)
-        return
-    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-    done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-    for family in families:
-        waiting.put(family)
-
-    def work() -> None:
-        while True:
-            try:
-                family = waiting.get_nowait()
-            except queue.Empty:
-                return
-            done.put(_outcome(family, verify))
-
-    for _ in range(min(jobs, len(families))):  # daemons: after an interrupt nothing waits for them
-        threading.Thread(target=work, daemon=True).start()
-    for _ in families:
-        yield done.get()
+    return side_by_side([partial(_outcome, family, verify) for family in families], jobs)
 
 
 def exit_status(outcomes: Sequence[Outcome]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -21,22 +22,36 @@ from tpcheck.cli.many import Outcome
 from tpcheck.cli.terminal import note
 from tpcheck.report.summary import summary_line
 
+Result = TypeVar("Result")
+
 
 def with_progress(outcomes: Iterable[Outcome], families: list[str]) -> Iterator[Outcome]:
     """Yield the outcomes again, and tell of each on standard error."""
     width = max(len(family) for family in families)
+    return told(
+        outcomes,
+        len(families),
+        name=lambda outcome: outcome.family,
+        line=lambda outcome: str(summary_line(outcome.report.verdict, width)),
+    )
+
+
+def told(
+    results: Iterable[Result], total: int, *, name: Callable[[Result], str], line: Callable[[Result], str]
+) -> Iterator[Result]:
+    """Yield the results again: on a terminal a bar shows the name of the last, elsewhere each has its line."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        for outcome in outcomes:
-            note(str(summary_line(outcome.report.verdict, width)))
-            yield outcome
+        for result in results:
+            note(line(result))
+            yield result
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("verify", total=len(families))
-        for outcome in outcomes:
-            progress.update(task, advance=1, description=outcome.family)
-            yield outcome
+        task = progress.add_task("starting", total=total)
+        for result in results:
+            progress.update(task, advance=1, description=name(result))
+            yield result
 
 
 @contextmanager

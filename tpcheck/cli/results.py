@@ -26,8 +26,7 @@ def tell(outcomes: Sequence[Outcome], *, verbose: bool, json_path: Path | None, 
         writes.append(lambda: write_whole(json_path, json.dumps(_data(outcomes), indent=2, allow_nan=False) + "\n"))
     if junit_path:
         writes.append(lambda: write_whole(junit_path, as_junit(outcome.report.verdict for outcome in outcomes)))
-    written = [_succeeds(write) for write in writes]  # every one of them, whatever became of the others
-    return all(written)
+    return all_written(writes)
 
 
 def tell_one(report: Report, *, verbose: bool, json_path: Path | None, junit_path: Path | None) -> bool:
@@ -37,6 +36,11 @@ def tell_one(report: Report, *, verbose: bool, json_path: Path | None, junit_pat
         writes.append(lambda: write_whole(json_path, report.to_json()))
     if junit_path:
         writes.append(lambda: write_whole(junit_path, report.to_junit()))
+    return all_written(writes)
+
+
+def all_written(writes: Sequence[Callable[[], None]]) -> bool:
+    """Do every one of the writes, whatever became of the others, and return whether all could be done."""
     written = [_succeeds(write) for write in writes]
     return all(written)
 

@@ -23,7 +23,7 @@ class Caught:
         cause: The cause named for the first finding.
         true_causes: Those that are right.
         cause_is_right: Whether it is one of them.
-        margin: Of the first finding; for a control the worst of all comparisons.
+        margin: Of the first finding; where nothing was found, the worst of all comparisons.
         dtype: Of the run.
         seed: Of the draw and the run.
         seconds: How long the run took.

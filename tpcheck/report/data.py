@@ -16,14 +16,14 @@ def as_data(verdict: Verdict) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "verdict": verdict.verdict,
-        "subject": _json(verdict.subject),
-        "environment": _json(verdict.environment),
+        "subject": plain_json(verdict.subject),
+        "environment": plain_json(verdict.environment),
         "findings": [_finding(finding) for finding in verdict.findings],
         "checks": [
             {
                 "check": check.check,
                 "compared": check.compared,
-                "worst_margin": _json(check.worst_margin),
+                "worst_margin": plain_json(check.worst_margin),
                 "worst_at": check.worst_at,
             }
             for check in verdict.checks
@@ -31,35 +31,36 @@ def as_data(verdict: Verdict) -> dict[str, Any]:
         "coverage": {
             "compared": verdict.coverage.compared,
             "total": verdict.coverage.total,
-            "missed": _json(verdict.coverage.missed),
+            "missed": plain_json(verdict.coverage.missed),
         },
         "message": verdict.message,
-        "seconds": _json(verdict.seconds),
+        "seconds": plain_json(verdict.seconds),
     }
 
 
 def _finding(finding: Finding) -> dict[str, Any]:
     return {
         "check": finding.check,
-        "where": _json(finding.where),
-        "observed": _json(finding.observed),
-        "allowed": _json(finding.allowed),
-        "margin": _json(finding.margin),
+        "where": plain_json(finding.where),
+        "observed": plain_json(finding.observed),
+        "allowed": plain_json(finding.allowed),
+        "margin": plain_json(finding.margin),
         "cause": finding.cause,
-        "evidence": _json(finding.evidence),
+        "evidence": plain_json(finding.evidence),
         "again": finding.again,
     }
 
 
-def _json(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
+    """Return a value as JSON has it; infinities and NaN, which it does not have, become null."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         return value if isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _json(inner) for key, inner in value.items()}
+        return {str(key): plain_json(inner) for key, inner in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted(_json(inner) for inner in value)
+        return sorted(plain_json(inner) for inner in value)
     if isinstance(value, Iterable):
-        return [_json(inner) for inner in value]
+        return [plain_json(inner) for inner in value]
     return str(value)

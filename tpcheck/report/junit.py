@@ -46,7 +46,9 @@ def _cases(verdict: Verdict, suite: str) -> Iterable[ET.Element]:
     if verdict.verdict in ("error", "skipped"):
         case = ET.Element("testcase", classname=suite, name=verdict.verdict, time=f"{verdict.seconds:.3f}")
         first_line = next(iter((verdict.message or verdict.verdict).strip().splitlines()), verdict.verdict)
-        ET.SubElement(case, verdict.verdict, message=_xml(first_line)).text = _xml(as_text(verdict_lines(verdict)))
+        ET.SubElement(case, verdict.verdict, message=xml_text(first_line)).text = xml_text(
+            as_text(verdict_lines(verdict))
+        )
         yield case
         return
     checks = {check.check: check.compared for check in verdict.checks}
@@ -54,7 +56,9 @@ def _cases(verdict: Verdict, suite: str) -> Iterable[ET.Element]:
         case = ET.Element("testcase", classname=suite, name=check)
         findings = [finding for finding in verdict.findings if finding.check == check]
         if findings:
-            ET.SubElement(case, "failure", message=_xml(_headline(findings))).text = _xml(_details(findings, verdict))
+            ET.SubElement(case, "failure", message=xml_text(_headline(findings))).text = xml_text(
+                _details(findings, verdict)
+            )
         elif not checks[check]:
             ET.SubElement(case, "skipped", message="nothing to compare")
         yield case
@@ -69,5 +73,6 @@ def _details(findings: list[Finding], verdict: Verdict) -> str:
     return "\n".join(as_text(finding_lines(finding, verdict.subject)) for finding in findings)
 
 
-def _xml(text: str) -> str:
+def xml_text(text: str) -> str:
+    """Return text without what XML 1.0 cannot hold."""
     return _NOT_XML.sub("?", text)

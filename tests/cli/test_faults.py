@@ -1,0 +1,167 @@
+"""`tpcheck faults`: which runs are made of the options, and what becomes of their rows; no world is started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.report.fault_examples import ALARM, CLEAN, ELSEWHERE, MISSED, RIGHT
+from tpcheck.api import fault_table
+from tpcheck.api.fault_table import Task
+from tpcheck.records.caught import CONTROL, Caught
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Return a function that replaces the runs by rows, and returns what is asked of the API."""
+
+    def replaced(faults: list[Caught | BaseException], controls: tuple[Caught, ...] = (CLEAN,)) -> dict[str, Any]:
+        asked: dict[str, Any] = {}
+
+        def fault_tasks(names: Any, kinds: Any, *, dtype: str, seeds: Any) -> list[Task]:
+            asked.update(names=list(names), kinds=list(kinds), dtype=dtype, seeds=list(seeds))
+            return [task(row) for row in faults]
+
+        def control_tasks(*, dtype: str, seeds: Any) -> list[Task]:
+            asked.update(controls=dtype)
+            return [task(row) for row in controls]
+
+        monkeypatch.setattr(fault_table, "fault_tasks", fault_tasks)
+        monkeypatch.setattr(fault_table, "control_tasks", control_tasks)
+        monkeypatch.setattr(fault_table, "versions", lambda: {"torch": "2.13.0"})
+        return asked
+
+    return replaced
+
+
+def task(row: Caught | BaseException) -> Task:
+    if isinstance(row, BaseException):
+        return Task("raises", "layout", "a run that ends in an error of its own", 0, raising(row))
+    return Task(row.fault, row.kind, row.what, row.seed, lambda: row)
+
+
+def raising(error: BaseException) -> Callable[[], Caught]:
+    def run() -> Caught:
+        raise error
+
+    return run
+
+
+def test_every_option_reaches_the_api(run: Run, table: Any) -> None:
+    asked = table([RIGHT])
+    assert run(*"faults a b --kind layout --dtype bfloat16 --seed 3 --seeds 2 --controls".split()).exit_code == 0
+    assert asked == {
+        "names": ["a", "b"],
+        "kinds": ["layout"],
+        "dtype": "bfloat16",
+        "seeds": [3, 4],
+        "controls": "bfloat16",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [("", True), ("--no-controls", False), ("a", False), ("--kind layout", False), ("a --controls", True)],
+)
+def test_controls_run_with_all_faults_or_when_asked_for(run: Run, table: Any, options: str, expected: bool) -> None:
+    asked = table([RIGHT])
+    run("faults", *options.split())
+    assert ("controls" in asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("faults", "controls", "status"),
+    [
+        ([RIGHT], (CLEAN,), 0),
+        ([RIGHT, MISSED], (CLEAN,), 1),
+        ([RIGHT, ELSEWHERE], (CLEAN,), 1),
+        ([RIGHT], (CLEAN, ALARM), 1),
+    ],
+)
+def test_the_exit_status_says_whether_the_table_is_good(
+    run: Run, table: Any, faults: list[Caught], controls: tuple[Caught, ...], status: int
+) -> None:
+    table(faults, controls)
+    assert run("faults").exit_code == status
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_run_that_raises_is_a_row_and_the_others_go_on(run: Run, table: Any, jobs: str) -> None:
+    table([RIGHT, RuntimeError("boom"), ELSEWHERE])
+    result = run("faults", "--jobs", jobs)
+    assert result.exit_code == 1
+    assert "  error   raises" in result.stdout
+    assert "          RuntimeError: boom\n" in result.stdout
+    assert "caught    2 of 3 faults" in result.stdout
+
+
+def test_an_interrupt_keeps_what_had_been_run(run: Run, table: Any, tmp_path: Path) -> None:
+    table([RIGHT, KeyboardInterrupt(), ELSEWHERE])
+    result = run("faults", "--json", str(tmp_path / "table.json"))
+    assert result.exit_code == 130
+    assert "caught    1 of 1 fault\n" in result.stdout
+    assert [row["fault"] for row in json.loads((tmp_path / "table.json").read_text())["faults"]] == [RIGHT.fault]
+
+
+def test_every_kind_of_file_is_written(run: Run, table: Any, tmp_path: Path) -> None:
+    table([RIGHT])
+    files = [tmp_path / name for name in ("table.json", "table.html", "table.xml")]
+    run("faults", *[word for file in files for word in (f"--{file.suffix[1:].replace('xml', 'junit')}", str(file))])
+    assert json.loads(files[0].read_text())["verdict"] == "passed"
+    assert files[1].read_text().startswith("<!doctype html>")
+    assert files[2].read_text().startswith("<testsuites")
+
+
+def test_each_row_is_told_as_it_is_reached(run: Run, table: Any) -> None:
+    table([RIGHT, ELSEWHERE])
+    told = run("faults").stderr.splitlines()
+    assert [line.split()[:2] for line in told] == [
+        ["caught", RIGHT.fault],
+        ["caught", ELSEWHERE.fault],
+        ["clean", "llama"],
+    ]
+
+
+def test_a_list_runs_nothing(run: Run, table: Any) -> None:
+    table([RuntimeError("must not run")])
+    result = run("faults", "--list")
+    assert (result.exit_code, result.stdout) == (0, "layout\n  raises  a run that ends in an error of its own\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("row_parallel_reduce_skiped", "did you mean row_parallel_reduce_skipped"),
+        ("--kind layouts", "tpcheck: kind='layouts': expected one of forward collectives"),
+        ("--dtype int8", "tpcheck: dtype='int8': expected one of float64, float32, bfloat16"),
+        ("--jobs 0", "tpcheck: jobs=0: expected a positive integer"),
+        ("--seeds 0", "tpcheck: seeds=0: expected a positive integer"),
+        ("--seed -1", "tpcheck: seed=-1: expected a number from 0"),
+        ("--html /nowhere/table.html", "expected a file in a folder that exists"),
+    ],
+)
+def test_bad_usage_is_one_sentence(run: Run, arguments: str, sentence: str) -> None:
+    result = run("faults", *arguments.split())
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_help_teaches(run: Run) -> None:
+    text = run("faults", "--help").stdout
+    assert "tpcheck faults --kind checkpoint --kind data" in text
+    assert "Exit status" in text
+
+
+def test_a_control_that_cannot_run_is_an_alarm(run: Run, table: Any) -> None:
+    crashed = Caught("opt", CONTROL, "nothing is planted", "error", message="boom")
+    table([RIGHT], (crashed,))
+    result = run("faults")
+    assert result.exit_code == 1
+    assert "alarm   opt  seed 0  boom" in result.stdout
