@@ -38,7 +38,7 @@ def fitted_step(evidence: Evidence, step: int, name: str) -> dict[str, Any]:
             return {}
         pairs = zip(_TERMS, shares[0], shares[1], strict=False)
         ratios.append({term: own / expected for term, expected, own in pairs if expected})
-    found = {f"{term}_ratio": [float(f"{ratio[term]:.9g}") for ratio in ratios] for term in ratios[0]}
+    found = {f"{term}_ratio": [float(f"{ratio[term]:.6g}") for ratio in ratios] for term in ratios[0]}
     return found | _norms(evidence, step, [ratio.get("gradient", 0.0) for ratio in ratios])
 
 
@@ -69,7 +69,7 @@ def _terms(evidence: Evidence, step: int, name: str) -> tuple[torch.Tensor, list
 
 def _shares(terms: Sequence[torch.Tensor], moved: torch.Tensor) -> list[float] | None:
     """Return the share of each term in the move, or None where the move is no such sum."""
-    if moved.numel() <= 2 * len(terms):
+    if moved.numel() <= 2 * len(terms) or not bool(moved.isfinite().all()):
         return None
     columns = torch.stack(list(terms), dim=1)
     sizes = torch.linalg.vector_norm(columns, dim=0)
