@@ -6,9 +6,15 @@ import torch
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the local tensor of a DTensor (its shard, or its term of a sum), and any other tensor as it is."""
-    if not hasattr(tensor, "full_tensor"):
+    """Return this rank's shard of a DTensor, its whole where it is a sum, and any other tensor as it is.
+
+    Collective over the DTensor's mesh where it is a sum: its terms mean nothing to whoever reads them one by one.
+    """
+    placements = getattr(tensor, "placements", None)
+    if placements is None:
         return tensor
+    if any(placement.is_partial() for placement in placements):
+        return whole(tensor)
     local: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return local
 
