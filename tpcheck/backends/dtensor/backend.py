@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -99,5 +99,6 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
 def _tie_again(model: nn.Module) -> None:
     """Tie embeddings that were tied: parallelize_module gives each module a parameter of its own."""
     config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False) and hasattr(model, "tie_weights"):
-        model.tie_weights()
+    tie: Callable[[], None] | None = getattr(model, "tie_weights", None)
+    if tie is not None and getattr(config, "tie_word_embeddings", False):
+        tie()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from tpcheck.backends.dtensor.candidate import DTensorCandidate
 
@@ -20,7 +20,7 @@ class SavingCandidate(DTensorCandidate):
         return {"distributed checkpoint": self._save_distributed, "full state dict": self._save_full}
 
     def _save_distributed(self, folder: Path) -> None:
-        dcp.save(get_model_state_dict(self.module), checkpoint_id=str(folder))
+        save(get_model_state_dict(self.module), checkpoint_id=str(folder))
 
     def _save_full(self, folder: Path) -> None:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -23,7 +23,7 @@ class SummedGradients(ParallelStyle):
             dist.all_reduce(parameter.grad, group=device_mesh.get_group())
 
         for parameter in module.parameters(recurse=False):
-            parameter.register_post_accumulate_grad_hook(sum_gradient)
+            parameter.register_post_accumulate_grad_hook(sum_gradient)  # type: ignore[no-untyped-call]
         return module
 
 
