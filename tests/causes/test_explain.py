@@ -30,7 +30,7 @@ def suspect(kind: str, parts: tuple[Any, ...], **others: Any) -> Suspect:
     [
         ("activation", TERMS, "missing_reduce"),
         ("activation", (EXPECTED * 2, EXPECTED * 2), "duplicate_reduce"),
-        ("activation", (EXPECTED / 2, EXPECTED / 2), "missing_reduce"),  # equal halves are terms of the sum, too
+        ("activation", (EXPECTED / 2, EXPECTED / 2), "mean_instead_of_sum"),  # equal terms were divided
         ("gradient", TERMS, "partial_gradient_on_replica"),
         ("gradient", (EXPECTED * 2, EXPECTED * 2), "gradient_scaled"),
         ("replica", TERMS, "partial_gradient_on_replica"),

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from tpcheck.faults import backward, checkpoint, data, forward, optimizer, precision, replicas
+from tpcheck.faults import (
+    backward,
+    checkpoint,
+    data,
+    forward,
+    heads,
+    layout,
+    optimizer,
+    precision,
+    replicas,
+    vocabulary,
+)
 from tpcheck.faults.checkpoint import CheckpointFault
 from tpcheck.faults.data import DataFault
 from tpcheck.faults.fault import ModelFault
 
 MODEL_FAULTS: tuple[ModelFault, ...] = (
     *forward.FAULTS,
+    *vocabulary.FAULTS,
+    *layout.FAULTS,
+    *heads.FAULTS,
     *backward.FAULTS,
     *replicas.FAULTS,
     *optimizer.FAULTS,

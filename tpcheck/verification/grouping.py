@@ -8,7 +8,7 @@ from dataclasses import replace
 from tpcheck.checks.outcome import named_few
 from tpcheck.records import Finding
 
-_STORIES = ("factors", "rounded_to", "note", "gradient_ratio", "weight_ratio", "momentum_ratio")
+_STORIES = ("factors", "rounded_to", "note", "story", "gradient_ratio", "weight_ratio", "momentum_ratio")
 _UNEXPLAINED = 4  # findings without a cause that are told one by one
 
 

@@ -1,0 +1,34 @@
+"""Faults of the layout of weights and heads are caught in place, by name."""
+
+import pytest
+
+import tpcheck
+from tpcheck import Topology
+from tpcheck.api.faults import run_model_fault
+from tpcheck.faults import Live, ModelFault, PlantedBackend, heads, layout
+
+LEAST_MARGIN = 1e3  # of a real bug, in float64
+FAULTS = {fault.name: fault for fault in (*layout.FAULTS, *heads.FAULTS)}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_fault_is_caught_in_place_and_named(fault: ModelFault) -> None:
+    caught = run_model_fault(fault)
+    assert caught.caught, caught.message
+    assert caught.place_is_right, caught.place
+    assert caught.cause_is_right, caught.cause
+    assert caught.margin > LEAST_MARGIN
+
+
+def test_weights_with_two_stories_are_two_findings() -> None:
+    def plant(live: Live) -> None:
+        for layer in (0, 1):
+            layout.fill(live, f"model.layers.{layer}.mlp.up_proj.weight", lambda shards: shards[1 - live.tp_rank])
+        layout.fill(live, "model.layers.1.mlp.down_proj.weight", lambda shards: shards[0])
+
+    report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=PlantedBackend(plant))
+    swapped, repeated = (finding for finding in report.findings if finding.check == "weights_match_reference")
+    assert (swapped.where["parameter"], swapped.cause) == ("model.layers.0.mlp.up_proj.weight", "shard_order_swapped")
+    assert swapped.evidence["also"] == ["model.layers.1.mlp.up_proj.weight"]
+    assert (repeated.where["parameter"], repeated.cause) == ("model.layers.1.mlp.down_proj.weight", "shard_repeated")
+    assert repeated.where["ranks"] == [1]
