@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -97,11 +98,8 @@ def _softmax_in_lower_precision(draw: Draw) -> Planting:
             return softmax(scores.to(torch.bfloat16), dim=-1).to(scores.dtype)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            functional.softmax = low
-            try:
+            with patch.object(functional, "softmax", low):
                 return once(*args, **kwargs)
-            finally:
-                functional.softmax = softmax
 
         module.forward = forward
 
