@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tpcheck.api import compare_traces as compare_traces
+    from tpcheck.api import record as record
     from tpcheck.api import verify as verify
     from tpcheck.api import verify_checkpoint as verify_checkpoint
     from tpcheck.api import verify_family as verify_family
@@ -51,6 +53,8 @@ _HOME = {
     "World": "world",
     "attach": "world",
     "check_batch": "dataloader",
+    "compare_traces": "api",
+    "record": "api",
     "spawn": "world",
     "verify": "api",
     "verify_checkpoint": "api",

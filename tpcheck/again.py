@@ -45,3 +45,8 @@ def checkpoint_command(
     words = ["tpcheck", "checkpoint", *paths, *(["--dtype", dtype] if dtype else [])]
     words += [word for path in earlier for word in ("--earlier", path)]
     return shlex.join([*words, *(["--allow-pickle"] if allow_pickle else [])])
+
+
+def compare_command(candidate: str, reference: str) -> str:
+    """Return the command that compares two traces."""
+    return shlex.join(["tpcheck", "compare", candidate, reference])

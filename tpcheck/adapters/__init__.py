@@ -2,8 +2,8 @@
 
 from tpcheck.adapters.checkpoints import Checkpoint, CheckpointFormat, Extent, NamedOtherwiseWhenSaved, ReadOptions
 from tpcheck.adapters.layout import Layout
-from tpcheck.adapters.protocols import Backend, Candidate, SavesCheckpoints, TrainingOptions
-from tpcheck.adapters.registry import backend_names, checkpoint_formats, load_backend
+from tpcheck.adapters.protocols import Backend, Candidate, SavesCheckpoints, TellsLayouts, TrainingOptions
+from tpcheck.adapters.registry import backend_names, checkpoint_formats, layouts_of, load_backend
 
 __all__ = [
     "Backend",
@@ -15,8 +15,10 @@ __all__ = [
     "NamedOtherwiseWhenSaved",
     "ReadOptions",
     "SavesCheckpoints",
+    "TellsLayouts",
     "TrainingOptions",
     "backend_names",
     "checkpoint_formats",
+    "layouts_of",
     "load_backend",
 ]

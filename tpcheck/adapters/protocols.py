@@ -95,6 +95,14 @@ class SavesCheckpoints(Protocol):
         """Return each public way to save the model: it writes into an empty folder. Collective over the world."""
 
 
+@runtime_checkable
+class TellsLayouts(Protocol):
+    """What a backend offers, too, if it can read models that it has sharded in somebody else's program."""
+
+    def layouts_of(self, model: nn.Module) -> Mapping[str, Layout]:
+        """Return how the parameters of its own layers lie over the TP group. Collective over it."""
+
+
 class Backend(Protocol):
     """Shards a model."""
 

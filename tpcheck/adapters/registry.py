@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tpcheck.adapters.checkpoints import CheckpointFormat
-from tpcheck.adapters.protocols import Backend
+from tpcheck.adapters.layout import Layout
+from tpcheck.adapters.protocols import Backend, TellsLayouts
 from tpcheck.errors import TpcheckError, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BACKENDS = "tpcheck.backends"
 CHECKPOINTS = "tpcheck.checkpoints"
@@ -44,6 +48,20 @@ def checkpoint_formats() -> tuple[CheckpointFormat, ...]:
         _made("checkpoint format", entry) for _, entry in sorted(_entries(CHECKPOINTS).items())
     ]
     return tuple(sorted(formats, key=lambda one: -one.precedence))
+
+
+def layouts_of(model: nn.Module) -> dict[str, Layout]:
+    """Return how the parameters of a live model lie over its TP group, as far as an installed backend tells.
+
+    Only the backends are asked whose package (`deepspeed`) the model's layers come from. Collective over the TP group.
+    """
+    packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    found: dict[str, Layout] = {}
+    for name, entry in sorted(_entries(BACKENDS).items()):
+        if name in packages:
+            backend = _made("backend", entry)
+            found |= backend.layouts_of(model) if isinstance(backend, TellsLayouts) else {}
+    return found
 
 
 def _made(what: str, entry: EntryPoint) -> Any:

@@ -2,5 +2,6 @@
 
 from tpcheck.api.checkpoint import verify_checkpoint
 from tpcheck.api.model import verify, verify_family
+from tpcheck.api.traces import compare_traces, record
 
-__all__ = ["verify", "verify_checkpoint", "verify_family"]
+__all__ = ["compare_traces", "record", "verify", "verify_checkpoint", "verify_family"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from tpcheck.cli.checkpoint import checkpoint
+from tpcheck.cli.compare import compare
 from tpcheck.cli.faults import faults
 from tpcheck.cli.inspect import doctor, families, topology
 from tpcheck.cli.verify import verify
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command(no_args_is_help=True)(verify)
 app.command(no_args_is_help=True)(checkpoint)
+app.command(no_args_is_help=True)(compare)
 app.command()(topology)
 app.command()(families)
 app.command()(doctor)

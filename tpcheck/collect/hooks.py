@@ -46,6 +46,11 @@ class ModuleRecorder:
             self._handles.append(module.register_forward_hook(self._after(name)))
         return self
 
+    def restart(self) -> None:
+        """Count the calls of every module from zero again."""
+        self._calls.clear()
+        self._open.clear()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:

@@ -1,0 +1,137 @@
+"""Compares the trace of a sharded model with that of the unsharded one, through the checks that every run is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tpcheck.adapters import Layout
+from tpcheck.checks import CHECK_NAMES
+from tpcheck.collect.digest import digest
+from tpcheck.compare import place
+from tpcheck.errors import UsageError
+from tpcheck.placement import Replicate, Shard
+from tpcheck.records import Coverage, Evidence, RankFacts, Step, Verdict
+from tpcheck.tolerance import NUM_REPLAYS, Tolerance
+from tpcheck.verification.answer import full_answer, start_answer
+from tpcheck.verification.traces.recorded import Recorded
+from tpcheck.verification.verdict import verdict
+
+# The groups of a user's own loop are what it was recorded with, and nobody tells the norm that it clipped by.
+_CHECKS = tuple(
+    name for name in CHECK_NAMES if name not in ("groups_match_topology", "gradient_norm_matches_reference")
+)
+
+
+def compare_recordings(
+    candidate: Sequence[Recorded], reference: Sequence[Recorded], *, subject: Mapping[str, Any], again: str | None
+) -> Verdict:
+    """Return the verdict over all TP groups whose inputs the reference has seen.
+
+    Raises:
+        UsageError: The traces cannot be compared.
+    """
+    whole = reference[0]
+    _require_comparable(candidate, whole)
+    topology = candidate[0].topology
+    answers, missed = [], {}
+    for dp_rank, ranks in enumerate(topology.groups("tp")):
+        parts = [candidate[rank] for rank in ranks]
+        if not _same_inputs(parts[0], whole):
+            missed[f"replica {dp_rank}"] = "it was given other inputs than the reference"
+            continue
+        evidence = _evidence(candidate, parts, whole, dp_rank)
+        answers.append(full_answer(start_answer(evidence, _CHECKS), evidence, _CHECKS))
+    number = min(len(candidate[0].steps), len(whole.steps))
+    longer = "candidate" if len(candidate[0].steps) > number else "reference"
+    for step in range(number, max(len(candidate[0].steps), len(whole.steps))):
+        missed[f"step {step}"] = f"only the {longer} was recorded that far"
+    if not answers:
+        reason = "no replica of the candidate was given the inputs of the reference"
+        return Verdict("skipped", subject, whole.versions, coverage=Coverage(0, len(missed), missed), message=reason)
+    found = verdict(answers, steps=number, subject=subject, environment=whole.versions, again=again, seconds=0.0)
+    coverage = found.coverage
+    both = {**coverage.missed, **missed}
+    return replace(found, coverage=Coverage(coverage.compared, coverage.total + len(missed), both))
+
+
+def _require_comparable(candidate: Sequence[Recorded], whole: Recorded) -> None:
+    if whole.deviations is None:
+        raise UsageError("reference", f"tp={whole.topology.tp}", "a trace of the unsharded model, tp=1")
+    if candidate[0].dtype != whole.dtype:
+        raise UsageError("candidate", candidate[0].dtype, f"a trace in the reference's dtype, {whole.dtype}")
+
+
+def _same_inputs(part: Recorded, whole: Recorded) -> bool:
+    for ours, theirs in zip(part.inputs, whole.inputs, strict=False):
+        shared = ours.keys() & theirs.keys()
+        if not shared or not all(torch.equal(ours[name], theirs[name]) for name in shared):
+            return False
+    return True
+
+
+def _evidence(everyone: Sequence[Recorded], parts: Sequence[Recorded], whole: Recorded, dp_rank: int) -> Evidence:
+    number = min(len(parts[0].steps), len(whole.steps))
+    assert whole.deviations is not None
+    deviations = {_of_replica(key, dp_rank): value for key, value in whole.deviations.items()}
+    return Evidence(
+        topology=parts[0].topology,
+        dp_rank=dp_rank,
+        dtype=whole.dtype,
+        initial=whole.initial,
+        initial_parts=tuple(part.initial for part in parts),
+        layouts=_layouts(parts, whole),
+        reference=whole.steps[:number],
+        candidate=tuple(tuple(part.steps[step] for part in parts) for step in range(number)),
+        buffers=whole.buffers,
+        facts=tuple(RankFacts({}, _digests(one, number)) for one in everyone),
+        tolerance=Tolerance(_scalar_eps(whole.dtype), NUM_REPLAYS, deviations),
+    )
+
+
+def _of_replica(key: Any, dp_rank: int) -> Any:
+    """Return a deviation's key for another replica: activations and the loss are of one."""
+    return (key[0], dp_rank, *key[2:]) if key[1] == 0 else key
+
+
+def _scalar_eps(dtype: str) -> float:
+    return float(torch.finfo(torch.promote_types(getattr(torch, dtype), torch.float32)).eps)
+
+
+def _digests(one: Recorded, number: int) -> tuple[Mapping[tuple[str, str], str], ...]:
+    return (_digested("parameter", one.initial), *(_of_step(step) for step in one.steps[:number]))
+
+
+def _of_step(step: Step) -> dict[tuple[str, str], str]:
+    return _digested("parameter", step.weights) | _digested("buffer", step.buffers)
+
+
+def _digested(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, str], str]:
+    return {(kind, name): digest(tensor) for name, tensor in tensors.items()}
+
+
+def _layouts(parts: Sequence[Recorded], whole: Recorded) -> dict[str, Layout]:
+    """Return what the layers told, and for the rest what shapes tell: a cut of one dim into parts in their order."""
+    found = dict(parts[0].layouts)
+    for name, tensor in whole.initial.items():
+        if name not in found and all(name in part.initial for part in parts):
+            layout = _by_shape(tuple(tensor.shape), [part.initial[name] for part in parts])
+            if layout is not None:
+                found[name] = layout
+    return found
+
+
+def _by_shape(shape: tuple[int, ...], parts: Sequence[torch.Tensor]) -> Layout | None:
+    placed = place(shape, parts)
+    if placed is None:
+        return None
+    if isinstance(placed.placement, Replicate):
+        return Layout.replicated(shape, len(parts))
+    assert isinstance(placed.placement, Shard)
+    sizes = [part.numel() for part in parts]
+    ids = torch.split(torch.arange(sum(sizes)), sizes)
+    whole = torch.cat([own.reshape(part.shape) for own, part in zip(ids, parts, strict=True)], placed.placement.dim)
+    return Layout(shape, tuple(tuple(part.shape) for part in parts), whole.reshape(-1))
