@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tpcheck.again import verify_command
 from tpcheck.environment import package_versions
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tpcheck.adapters import Backend
+    from tpcheck.placement import Placement
     from tpcheck.verification import RankAnswer, Request
     from tpcheck.verification.request import BatchSource
 
+LayoutSource: TypeAlias = "Mapping[str, Placement] | Callable[[str, tuple[int, ...]], Placement | None] | None"
 DTYPES = ("float64", "float32", "bfloat16")
 ZERO_STAGES = (0, 1, 2, 3)
 TIMEOUT = 600.0
@@ -45,6 +47,8 @@ def verify(
     seed: int = 0,
     ignore_plan: bool = False,
     timeout: float = TIMEOUT,
+    shard: Callable[[nn.Module, Any], nn.Module | None] | None = None,
+    layout: LayoutSource = None,
 ) -> Report:
     """Shard the model that `build` returns, train it beside the unsharded one, and compare.
 
@@ -68,6 +72,10 @@ def verify(
         seed: Seed of weights, batches and replays.
         ignore_plan: Drop the model's own tp_plan, so that the backend's heuristics shard it.
         timeout: Seconds until a run that hangs is ended.
+        shard: Code of your own in place of a backend: called on every rank with the unsharded model and its `Rank`,
+            it shards in place or returns a module whose parameters bear the same names.
+        layout: For `shard`: `tpcheck.placement` placements by pattern of parameter names, or a function
+            (name, shape) -> placement. What it does not name lies whole on every rank; DTensors tell themselves.
 
     Raises:
         UsageError: An argument is wrong, or the model or batch cannot be used.
@@ -81,7 +89,7 @@ def verify(
     request = Request(
         build=build,
         batch=batch,
-        backend=backend,
+        backend=backend if shard is None and layout is None else _custom(shard, layout),
         dtype=dtype,
         steps=steps,
         zero_stage=zero_stage,
@@ -238,6 +246,23 @@ def _require_valid(request: Request, topology: Topology) -> None:
     unknown = [name for name in request.checks if name not in known]
     if unknown or not request.checks:
         raise UsageError("checks", unknown or (), known)
+
+
+def _custom(shard: Callable[..., Any] | None, layout: LayoutSource) -> Backend:
+    """Return the backend that shards by the user's own code.
+
+    Raises:
+        UsageError: It is no code, or no layout.
+    """
+    from tpcheck.adapters import load_backend
+
+    if not callable(shard):
+        raise UsageError("shard", shard, "a callable (model, rank) that shards in place or returns a module")
+    if layout is not None and not callable(layout) and not isinstance(layout, Mapping):
+        raise UsageError("layout", layout, "a dict of placements by pattern of parameter names, a callable, or None")
+    configured: Any = load_backend("custom")
+    backend: Backend = replace(configured, shard_model=shard, layout=layout)
+    return backend
 
 
 def _mapping(name: str, value: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,0 +1,112 @@
+"""Code of the user's own: what shards is a function, and where the shards lie is said in a line or two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tpcheck.adapters import Candidate, Layout, TrainingOptions
+from tpcheck.adapters.protocols import RankLike
+from tpcheck.backends.declared import LayoutSource, declared_layouts
+from tpcheck.backends.dtensor.backend import require_unsharded
+from tpcheck.backends.dtensor.candidate import DTensorCandidate
+from tpcheck.backends.dtensor.tensors import is_over
+from tpcheck.backends.sgd import Clip, Sgd
+from tpcheck.errors import UsageError
+
+ShardModel = Callable[[nn.Module, Any], nn.Module | None]  # model, rank -> the sharded model, or None for the same
+ReduceGradients = Callable[[nn.Module, Any], None]  # model, rank
+
+
+@dataclass(frozen=True, slots=True)
+class CustomBackend:
+    """Shards by a function.
+
+    Attributes:
+        shard_model: Called on every rank with the unsharded model and its `Rank`; shards in place, or returns a module
+            whose parameters bear the same names.
+        layout: Placements by pattern of parameter names, or a function (name, shape) -> placement. What matches
+            nothing lies whole on every rank; parameters that are DTensors tell themselves.
+        reduce_gradients: Called after each backward pass with the model and the rank. Without one, gradients that no
+            DTensor reduces are averaged over the DP group.
+        clip_gradients: Called before each step with (parameters, largest norm); returns the norm, which is verified.
+            Without one neither side clips.
+        ways_to_save: Functions (model, folder) that save the model, by name; collective over the world.
+    """
+
+    shard_model: ShardModel | None = None
+    layout: LayoutSource = None
+    reduce_gradients: ReduceGradients | None = None
+    clip_gradients: Clip | None = None
+    ways_to_save: Mapping[str, Callable[[nn.Module, Path], None]] | None = None
+    name: str = "custom"
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": torch.__version__}
+
+    def resolved(self, options: TrainingOptions) -> TrainingOptions:
+        if self.shard_model is None:
+            raise UsageError("shard", None, "a callable (model, rank) that shards, for backend='custom'")
+        if options.zero_stage:
+            raise UsageError("zero_stage", options.zero_stage, "0: what shards over dp is your own code's")
+        if options.config:
+            raise UsageError("config", dict(options.config), "none: your own code has its own settings")
+        return options if self.clip_gradients is not None else replace(options, max_grad_norm=0.0)
+
+    def session(self, options: TrainingOptions) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
+        assert self.shard_model is not None
+        require_unsharded(model)
+        shapes = {name: tuple(one.shape) for name, one in model.named_parameters(remove_duplicate=False)}
+        made = self.shard_model(model, rank)
+        sharded = model if made is None else made
+        if not isinstance(sharded, nn.Module):
+            raise UsageError("shard", type(made).__name__, "a callable that returns a torch.nn.Module, or None")
+        sgd = Sgd(list(sharded.parameters()), options, self.clip_gradients)
+        candidate = _SavingCandidate if self.ways_to_save else _CustomCandidate
+        return candidate(sharded, rank, sgd, self, shapes)
+
+
+class _CustomCandidate(DTensorCandidate):
+    """A model whose layouts are declared, or read off DTensors."""
+
+    def __init__(
+        self, module: nn.Module, rank: RankLike, sgd: Sgd, backend: CustomBackend, shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        super().__init__(module, rank, sgd, reduce_gradients=self._reduced)
+        self._backend = backend
+        self._shapes = shapes
+
+    def layouts(self) -> Mapping[str, Layout]:
+        told = declared_layouts(self._backend.layout, self._parameters(), self._shapes, self._rank)
+        return {**super().layouts(), **told}
+
+    def _reduced(self, parameters: Sequence[torch.Tensor]) -> None:
+        if self._backend.reduce_gradients is not None:
+            self._backend.reduce_gradients(self.module, self._rank)
+            return
+        topology = self._rank.topology
+        if topology.dp == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is not None and not is_over(parameter.grad, "dp", topology):
+                local = getattr(parameter.grad, "_local_tensor", parameter.grad)
+                dist.all_reduce(local, group=self._rank.group("dp"))
+                local.div_(topology.dp)
+
+
+class _SavingCandidate(_CustomCandidate):
+    def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
+        def saves(way: Callable[[nn.Module, Path], None]) -> Callable[[Path], None]:
+            return lambda folder: way(self.module, folder)
+
+        return {name: saves(way) for name, way in (self._backend.ways_to_save or {}).items()}
