@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from tpcheck.causes import activations, gradients, groups, input_gradients, norms, replicas, updates, weights
 from tpcheck.causes.explanation import Explanation, Test
-from tpcheck.causes.rounding import dtype_rounded
 from tpcheck.records import Suspect
 from tpcheck.records.suspect import Kind
 
@@ -17,7 +16,7 @@ def explain(suspect: Suspect) -> Explanation | None:
 
 
 TESTS: Mapping[Kind, tuple[Test, ...]] = {
-    "activation": (*activations.TESTS, dtype_rounded),
+    "activation": activations.TESTS,
     "input_gradient": input_gradients.TESTS,
     "gradient": gradients.TESTS,
     "weight": weights.TESTS,
