@@ -19,11 +19,18 @@ class SummedGradients(ParallelStyle):
     """A module that every rank holds whole and that sees only this rank's heads: its gradients are terms of a sum."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        known: set[int] = set()
+
         def sum_gradient(parameter: torch.Tensor) -> None:
             dist.all_reduce(parameter.grad, group=device_mesh.get_group())
 
-        for parameter in module.parameters(recurse=False):
-            parameter.register_post_accumulate_grad_hook(sum_gradient)  # type: ignore[no-untyped-call]
+        def register(module: nn.Module, args: Any) -> None:
+            for parameter in module.parameters(recurse=False):  # fully_shard has replaced those that there were
+                if id(parameter) not in known:
+                    known.add(id(parameter))
+                    parameter.register_post_accumulate_grad_hook(sum_gradient)  # type: ignore[no-untyped-call]
+
+        module.register_forward_pre_hook(register)
         return module
 
 

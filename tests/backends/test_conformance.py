@@ -1,0 +1,59 @@
+"""Every backend of ours conforms, and an adapter that does not tell the truth is told where."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from tests.backends.hand_made import LAYOUT, Model, shard, tokens
+from tpcheck.adapters import Backend, backend_names
+from tpcheck.backends.custom import CustomBackend
+from tpcheck.backends.dtensor import DTensorBackend
+from tpcheck.testing import require_conformance
+
+OURS: Mapping[str, dict[str, Any]] = {
+    "custom": {"backend": CustomBackend(shard, LAYOUT), "build": Model, "batch": tokens},
+    "deepspeed": {"backend": "deepspeed"},
+    "deepspeed-tp-model-init": {"backend": "deepspeed-tp-model-init"},
+    "dtensor": {"backend": "dtensor"},
+    "transformers": {"backend": "transformers"},
+}
+
+
+@pytest.mark.parametrize("name", backend_names())
+def test_a_backend_of_ours_conforms(name: str) -> None:
+    require_conformance(**OURS[name])
+
+
+class Stale(DTensorBackend):
+    """Hands out the weights that it began with."""
+
+    name = "stale"
+
+    def shard(self, *args: Any) -> Any:
+        candidate = super().shard(*args)
+        kept = {name: candidate.parameter(name) for name in dict(candidate.module.named_parameters())}
+        candidate.parameter = lambda name: kept[name]
+        return candidate
+
+
+class Lending(DTensorBackend):
+    """Hands out parameters of their own type."""
+
+    name = "lending"
+
+    def shard(self, *args: Any) -> Any:
+        candidate = super().shard(*args)
+        true = candidate.parameter
+        candidate.parameter = lambda name: torch.nn.Parameter(true(name))
+        return candidate
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [(Stale(), "a clean run does not pass"), (Lending(), "is a Parameter, not a plain tensor")],
+)
+def test_an_adapter_that_does_not_conform_is_told_why(backend: Backend, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        require_conformance(backend)

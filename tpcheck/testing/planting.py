@@ -1,0 +1,125 @@
+"""Faults that any backend's candidate can bear, since they touch nothing but its module and the protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpcheck.adapters import Backend, Candidate, TrainingOptions, load_backend
+from tpcheck.adapters.protocols import RankLike
+
+_SCALE = 1.01
+
+
+@dataclass(frozen=True, slots=True)
+class Planted:
+    """A backend whose candidates bear a fault."""
+
+    backend: Backend
+    fault: str
+    name: str
+
+    @classmethod
+    def of(cls, backend: str | Backend, fault: str) -> Planted:
+        loaded = load_backend(backend)
+        return cls(loaded, fault, loaded.name)
+
+    def versions(self) -> Mapping[str, str]:
+        return self.backend.versions()
+
+    def resolved(self, options: TrainingOptions) -> TrainingOptions:
+        return self.backend.resolved(options)
+
+    def session(self, options: TrainingOptions) -> AbstractContextManager[None]:
+        return self.backend.session(options)
+
+    def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
+        candidate = self.backend.shard(model, rank, options)
+        return _FAULTS[self.fault](candidate)
+
+
+def _scaled_weight(candidate: Candidate) -> Candidate:
+    with torch.no_grad():
+        _a_matrix(candidate).mul_(_SCALE)
+    return candidate
+
+
+def _scaled_output(candidate: Candidate) -> Candidate:
+    def scaled(module: nn.Module, args: Any, output: Any) -> Any:
+        return output * _SCALE
+
+    owner = next(one for one in candidate.module.modules() if _a_matrix(candidate) in _own(one))
+    owner.register_forward_hook(scaled)
+    return candidate
+
+
+def _scaled_gradient(candidate: Candidate) -> Candidate:
+    return _Scaling(candidate)
+
+
+def _skipped_step(candidate: Candidate) -> Candidate:
+    return _Standing(candidate)
+
+
+_FAULTS: Mapping[str, Callable[[Candidate], Candidate]] = {
+    "a scaled weight": _scaled_weight,
+    "a scaled output": _scaled_output,
+    "a scaled gradient": _scaled_gradient,
+    "a skipped step": _skipped_step,
+}
+EXPECTED: Mapping[str, str] = {
+    "a scaled weight": "weights_match_reference",
+    "a scaled output": "outputs_match_reference",
+    "a scaled gradient": "gradients_match_reference",
+    "a skipped step": "updates_match_reference",
+}
+"""The check that must find each fault."""
+
+
+class _Borne:
+    """Hands everything on to the candidate that it is put around."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        self._candidate = candidate
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._candidate, name)
+
+
+class _Scaling(_Borne):
+    """Scales what reaches the parameter, before anybody reduces it."""
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        matrix = _a_matrix(self._candidate)
+        if matrix not in getattr(self, "_hooked", ()):
+            self._hooked = {matrix}
+            matrix.register_hook(lambda gradient: gradient * _SCALE)  # type: ignore[no-untyped-call]
+        return self._candidate.forward(batch)
+
+
+class _Standing(_Borne):
+    """Does everything that a step does, and leaves the weights where they were."""
+
+    def step(self) -> None:
+        before = {name: one.detach().clone() for name, one in self._candidate.module.named_parameters()}
+        self._candidate.step()
+        with torch.no_grad():
+            for name, parameter in self._candidate.module.named_parameters():
+                parameter.copy_(before[name])
+
+
+def _a_matrix(candidate: Candidate) -> nn.Parameter:
+    """Return the last matrix that is sharded, or the last there is; that of a linear module, whose output it scales."""
+    layouts = candidate.layouts()
+    matrices = [(name, parameter) for name, parameter in candidate.module.named_parameters() if parameter.dim() == 2]
+    sharded = [one for name, one in matrices if name in layouts and not layouts[name].is_replicated]
+    return (sharded or [one for _, one in matrices])[-1]
+
+
+def _own(module: nn.Module) -> set[nn.Parameter]:
+    return set(module.parameters(recurse=False))
