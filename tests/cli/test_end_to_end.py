@@ -52,7 +52,7 @@ def test_crashes_passes_and_findings_stand_side_by_side(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("lama", "tpcheck: family='lama': expected a causal language model type of transformers; did you mean llama"),
+        ("lama", "tpcheck: family='lama': expected a language model type of transformers; did you mean llama"),
         ("llama --set num_layer=3", "tpcheck: set='num_layer': expected an attribute of LlamaConfig; did you mean"),
         ("llama --backend nope", "tpcheck: backend='nope': expected one of"),
         ("llama --dtype int8", "tpcheck: dtype='int8': expected one of float64"),

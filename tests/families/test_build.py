@@ -102,7 +102,7 @@ def test_an_unknown_family_names_its_neighbours() -> None:
     with pytest.raises(UsageError) as error:
         small_model("lama")
     assert str(error.value) == (
-        "family='lama': expected a causal language model type of transformers; did you mean llama or mllama or llama4?"
+        "family='lama': expected a language model type of transformers; did you mean llama or mllama or llama4?"
     )
 
 

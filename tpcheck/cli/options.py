@@ -76,3 +76,28 @@ def writable(name: str, path: Path | None) -> Path | None:
     except OSError as error:
         raise UsageError(name, str(path), f"a file that can be written ({error.strerror or error})") from error
     return path
+
+
+def names(name: str, text: str) -> list[str]:
+    """Return the names of a list that commas separate, each once.
+
+    Raises:
+        UsageError: There is none.
+    """
+    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not found:
+        raise UsageError(name, text, "a name, or several with commas between them")
+    return found
+
+
+def integers(name: str, text: str) -> list[int]:
+    """Return the integers of a list that commas separate.
+
+    Example:
+        >>> integers("tp", "2,4")
+        [2, 4]
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(name, text, "an integer, or several with commas between them") from error

@@ -18,22 +18,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from tpcheck.cli.many import Outcome
 from tpcheck.cli.terminal import note
-from tpcheck.report.summary import summary_line
 
 Result = TypeVar("Result")
-
-
-def with_progress(outcomes: Iterable[Outcome], families: list[str]) -> Iterator[Outcome]:
-    """Yield the outcomes again, and tell of each on standard error."""
-    width = max(len(family) for family in families)
-    return told(
-        outcomes,
-        len(families),
-        name=lambda outcome: outcome.family,
-        line=lambda outcome: str(summary_line(outcome.report.verdict, width)),
-    )
 
 
 def told(

@@ -1,31 +1,58 @@
-"""What is shown and written when all families have run."""
+"""What is shown and written when everything has run."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tpcheck.cli.many import Outcome
+from tpcheck.cli.step_summary import add_to
 from tpcheck.cli.terminal import note, show, write_whole
 from tpcheck.errors import TpcheckError
-from tpcheck.report import SCHEMA, Report, as_junit
+from tpcheck.families.upstream import Judged
+from tpcheck.report import Report
 from tpcheck.report.lines import Line
-from tpcheck.report.summary import summary_lines
+from tpcheck.report.matrix import matrix_lines, standing_lines
+from tpcheck.report.matrix_html import matrix_html
+from tpcheck.report.matrix_junit import matrix_junit
+from tpcheck.report.matrix_markdown import matrix_markdown
 from tpcheck.report.text import FINDINGS_SHOWN, verdict_lines
 
 
-def tell(outcomes: Sequence[Outcome], *, verbose: bool, json_path: Path | None, junit_path: Path | None) -> bool:
-    """Show the outcomes, and write the files that were asked for; return whether all of that could be written."""
-    if len(outcomes) == 1 and outcomes[0].bad_usage:
-        note(f"tpcheck: {outcomes[0].report.verdict.message}")
-        return True
-    writes = [lambda: show(_lines(outcomes, verbose))]
-    if json_path:
-        writes.append(lambda: write_whole(json_path, json.dumps(_data(outcomes), indent=2, allow_nan=False) + "\n"))
-    if junit_path:
-        writes.append(lambda: write_whole(junit_path, as_junit(outcome.report.verdict for outcome in outcomes)))
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where results are written, beside standard output.
+
+    Attributes:
+        json: A report, or a file of many that has been written as they came.
+        summary: Markdown, which is added to what the file holds: GitHub's step summary is such a file.
+    """
+
+    json: Path | None = None
+    junit: Path | None = None
+    html: Path | None = None
+    summary: Path | None = None
+
+
+def tell(rows: Sequence[Judged], files: Files, *, verbose: bool, held: bool) -> bool:
+    """Show the rows, and write the files that were asked for; return whether all of that could be written.
+
+    Args:
+        held: Whether what the register of known bugs expects is no news.
+    """
+    writes = [lambda: show(_lines(rows, verbose, held))]
+    if files.json and len(rows) == 1:
+        json, text = files.json, Report(rows[0].verdict).to_json()
+        writes.append(lambda: write_whole(json, text))
+    if files.junit:
+        junit = files.junit
+        writes.append(lambda: write_whole(junit, matrix_junit(rows)))
+    if files.html:
+        html = files.html
+        writes.append(lambda: write_whole(html, matrix_html(rows)))
+    if files.summary:
+        summary = files.summary
+        writes.append(lambda: add_to(summary, matrix_markdown(rows)))
     return all_written(writes)
 
 
@@ -54,21 +81,16 @@ def _succeeds(write: Callable[[], None]) -> bool:
     return True
 
 
-def _lines(outcomes: Sequence[Outcome], verbose: bool) -> Iterator[Line]:
-    """Yield the one report whole; of several, those that did not pass (all with `verbose`) and a table."""
-    several = len(outcomes) > 1
-    for outcome in outcomes:
-        if verbose or not several or outcome.report.verdict.verdict in ("failed", "error"):
-            yield from verdict_lines(outcome.report.verdict, findings_shown=None if verbose else FINDINGS_SHOWN)
+def _lines(rows: Sequence[Judged], verbose: bool, held: bool) -> Iterator[Line]:
+    """Yield the one report whole; of several, those that are news (all with `verbose`) and a table."""
+    several = len(rows) > 1
+    for row in rows:
+        is_news = row.verdict.verdict in ("failed", "error") and not (held and row.standing == "known")
+        if verbose or not several or is_news:
+            yield from verdict_lines(row.verdict, findings_shown=None if verbose else FINDINGS_SHOWN)
             if several:
                 yield Line()
     if several:
-        yield from summary_lines([outcome.report.verdict for outcome in outcomes])
-
-
-def _data(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    if len(outcomes) == 1:
-        return outcomes[0].report.to_data()
-    verdicts = {outcome.report.verdict.verdict for outcome in outcomes}
-    worst = next(name for name in ("failed", "error", "passed", "skipped") if name in verdicts)
-    return {"schema": SCHEMA, "verdict": worst, "reports": [outcome.report.to_data() for outcome in outcomes]}
+        yield from matrix_lines(rows)
+    elif rows[0].standing:
+        yield from standing_lines(rows[0])

@@ -7,26 +7,32 @@ from typing import Annotated
 
 import typer
 
-from tpcheck.cli.many import exit_status, run_all
-from tpcheck.cli.options import json_object, settings, writable
-from tpcheck.cli.progress import with_progress
-from tpcheck.cli.results import tell
-from tpcheck.cli.terminal import BAD_USAGE, speaks, usage_errors
+from tpcheck.api.matrix import Cell, Common, arguments, cells
+from tpcheck.cli.matrix import Matrix, run_matrix
+from tpcheck.cli.options import integers, json_object, names, settings, writable
+from tpcheck.cli.results import Files
+from tpcheck.cli.step_summary import summary_path
+from tpcheck.cli.terminal import usage_errors
 from tpcheck.errors import UsageError
 from tpcheck.report import Report
-from tpcheck.topology import Topology
-from tpcheck.world.attach import is_launched
 
 
 def verify(
-    families: Annotated[list[str], typer.Argument(metavar="FAMILY", help="Model types of transformers: llama, qwen3.")],
-    backend: Annotated[str, typer.Option(help="What shards the model.")] = "deepspeed",
-    tp: Annotated[int, typer.Option(help="Ranks of a tensor-parallel group.")] = 2,
-    dp: Annotated[int, typer.Option(help="Data-parallel replicas.")] = 1,
-    zero: Annotated[int, typer.Option(help="ZeRO stage of the backend, 0 to 3.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float64 tells bugs from rounding best.")] = "float64",
+    families: Annotated[
+        list[str] | None, typer.Argument(metavar="FAMILY...", help="Model types of transformers: llama, qwen3, t5.")
+    ] = None,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Every causal language model type of the installed transformers.")
+    ] = False,
+    backend: Annotated[str, typer.Option(metavar="NAME[,..]", help="What shards the model.")] = "deepspeed",
+    tp: Annotated[str, typer.Option(metavar="N[,..]", help="Ranks of a tensor-parallel group.")] = "2",
+    dp: Annotated[str, typer.Option(metavar="N[,..]", help="Data-parallel replicas.")] = "1",
+    zero: Annotated[str, typer.Option(metavar="N[,..]", help="ZeRO stage of the backend, 0 to 3.")] = "0",
+    dtype: Annotated[str, typer.Option(metavar="NAME[,..]", help="float64 tells bugs from rounding best.")] = "float64",
     steps: Annotated[int, typer.Option(help="Training steps.")] = 2,
-    jobs: Annotated[int, typer.Option(help="Families side by side, each in a world of its own.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option(help="Worlds side by side. [default: as many as the cores hold]", show_default=False)
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the model's configuration; repeatable."),
@@ -43,8 +49,23 @@ def verify(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and replays.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds until a run that hangs is ended.")] = 600,
-    json_: Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the report as JSON.")] = None,
+    known: Annotated[
+        bool | None,
+        typer.Option(
+            "--known/--no-known",
+            help="Hold results against the register of known upstream bugs. By default with --all.",
+            show_default=False,
+        ),
+    ] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", metavar="F", help="Write JSON; a matrix goes on where F ends.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run again what F holds already.")] = False,
     junit: Annotated[Path | None, typer.Option(metavar="F", help="Write the report as JUnit XML.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="F", help="Write a page with every finding.")] = None,
+    summary: Annotated[
+        Path | None, typer.Option(metavar="F", help="Add a table in Markdown to F, $GITHUB_STEP_SUMMARY by default.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show every finding, and the checks that passed.")] = False,
 ) -> None:
     """Shard a small model, train it beside the unsharded one, and say where they differ.
@@ -56,37 +77,55 @@ def verify(
     tpcheck verify llama --checks checkpoint_matches_reference
     tpcheck verify bloom --config '{"tensor_parallel": {"preset_model": "bloom"}}'
 
+    Several families, backends, sizes or stages make a matrix. It goes on after a crash or hang of one
+    of its cells, and, with --json, where a run before it was ended:
+
+    \b
+    tpcheck verify --all --backend deepspeed,transformers --json matrix.json --html matrix.html
+    tpcheck verify llama qwen3 --tp 2,4 --dp 1,2 --zero 0,1,2,3
+
     Exit status: 0 passed, 1 findings, 2 bad usage or a report that cannot be written, 3 the system
-    under test crashed. Of several families the first that applies of 2, 1, 3 counts.
+    under test crashed. Of several cells the first that applies of 2, 1, 3 counts. With --all (or
+    --known) a known upstream bug is no finding; one that is gone, or new, is. 130 interrupted.
     """
     with usage_errors():
-        topology = Topology(tp=tp, dp=dp)
-        if jobs < 1:
-            raise UsageError("jobs", jobs, "a positive integer")
-        changes = settings(set_ or [])
-        backend_config = json_object("config", config) if config is not None else None
-        json_, junit = writable("json", json_), writable("junit", junit)
-
-    def verify_one(family: str) -> Report:
-        from tpcheck.api import verify_family  # loads torch, which --help and bad usage need not wait for
-
-        return verify_family(
-            family,
-            topology=topology,
-            backend=backend,
-            dtype=dtype,
+        common = Common(
             steps=steps,
-            zero_stage=zero,
-            config=backend_config,
-            checks=checks or None,
             seed=seed,
-            settings=changes,
+            settings=settings(set_ or []),
+            config=json_object("config", config) if config is not None else None,
+            checks=checks or None,
             ignore_plan=ignore_plan,
             timeout=timeout,
         )
+        if jobs is not None and jobs < 1:
+            raise UsageError("jobs", jobs, "a positive integer")
+        asked_for = cells(
+            _families(families or [], all_),
+            backends=names("backend", backend),
+            tp=integers("tp", tp),
+            dp=integers("dp", dp),
+            zero=integers("zero", zero),
+            dtypes=names("dtype", dtype),
+        )
+        files = Files(writable("json", json_), writable("junit", junit), writable("html", html), summary_path(summary))
 
-    running = run_all(families, verify_one, 1 if is_launched() else jobs)  # a launcher started one world
-    outcomes = list(with_progress(running, families) if len(families) > 1 and speaks() else running)
-    outcomes.sort(key=lambda outcome: families.index(outcome.family))
-    told = not speaks() or tell(outcomes, verbose=verbose, json_path=json_, junit_path=junit)
-    raise typer.Exit(exit_status(outcomes) if told else BAD_USAGE)
+    def verify_one(cell: Cell) -> Report:
+        from tpcheck.api import verify_family  # loads torch, which --help and bad usage need not wait for
+
+        return verify_family(cell.family, **arguments(cell, common))
+
+    matrix = Matrix(asked_for, common, all_families=all_, held=all_ if known is None else known, fresh=fresh)
+    raise typer.Exit(run_matrix(matrix, verify_one, files, jobs=jobs, verbose=verbose))
+
+
+def _families(named: list[str], every: bool) -> list[str]:
+    if not every:
+        if not named:
+            raise UsageError("family", "", "a model type of transformers, or --all")
+        return list(dict.fromkeys(named))
+    if named:
+        raise UsageError("all", " ".join(named), "either --all or names of families")
+    from tpcheck.families.build import causal_types
+
+    return list(causal_types())

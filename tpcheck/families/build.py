@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tpcheck.errors import TpcheckError, UsageError
+from tpcheck.errors import UsageError
+from tpcheck.families.heads import CAUSAL, type_and_head, types_of
 from tpcheck.families.overrides import OVERRIDES
 from tpcheck.families.rules import layer_count_name, small_settings
-from tpcheck.families.settings import attributes, canonical, nest, overlay, unknown
+from tpcheck.families.settings import attributes, canonical, nest, overlay
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,10 +19,11 @@ _IMPLEMENTATIONS = {"attn_implementation": "eager", "experts_implementation": "e
 
 
 def small_model(family: str, settings: Mapping[str, object] | None = None) -> nn.Module:
-    """Return a small randomly initialised causal language model of a transformers model type.
+    """Return a small randomly initialised language model of a transformers model type.
 
     Args:
-        family: A model type of transformers, such as `llama`.
+        family: A model type of transformers, such as `llama` or `t5`; with `/seq2seq`, `/masked` or `/multimodal`,
+            what a type that could be several is built as.
         settings: Changes to the small configuration; dots reach nested ones (`text_config.head_dim`).
 
     Raises:
@@ -30,10 +32,11 @@ def small_model(family: str, settings: Mapping[str, object] | None = None) -> nn
     settings = settings or {}
     implementations = {name: settings.get(name, default) for name, default in _IMPLEMENTATIONS.items()}
     config = small_config(family, {name: value for name, value in settings.items() if name not in implementations})
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     try:
-        model: nn.Module = AutoModelForCausalLM.from_config(config, **implementations)
+        auto_class = getattr(transformers, type_and_head(family)[1].auto_class)
+        model: nn.Module = auto_class.from_config(config, **implementations)
     except Exception as error:
         raise _cannot_be_built(family, error) from error
     return model
@@ -42,9 +45,11 @@ def small_model(family: str, settings: Mapping[str, object] | None = None) -> nn
 def small_config(family: str, settings: Mapping[str, object] | None = None) -> Any:
     """Return the small configuration of a family with the user's settings over it; see `small_model`."""
     wanted = nest(settings or {})
-    config_class = _config_class(family)
+    name, head = type_and_head(family)
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     try:
-        return _shrink(config_class, OVERRIDES.get(family, {}), wanted)
+        return _shrink(CONFIG_MAPPING[name], OVERRIDES.get(name, {}), wanted, is_decoder=head is CAUSAL)
     except UsageError:
         raise
     except Exception as error:
@@ -53,25 +58,26 @@ def small_config(family: str, settings: Mapping[str, object] | None = None) -> A
 
 def causal_types() -> tuple[str, ...]:
     """Return every causal language model type of the installed transformers."""
-    try:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    except ImportError as error:
-        raise TpcheckError("families need transformers: pip install 'tpcheck[transformers]'") from error
-
-    return tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    return types_of(CAUSAL)
 
 
 def _shrink(
-    config_class: Any, overrides: Mapping[str, Any], wanted: Mapping[str, Any], path: tuple[str, ...] = ()
+    config_class: Any,
+    overrides: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    path: tuple[str, ...] = (),
+    *,
+    is_decoder: bool = True,
 ) -> Any:
     default = _default(config_class, overrides)
     known = attributes(default)
     wanted = canonical(default, wanted, path)
     fixed = overlay(overrides, wanted)
-    small = small_settings(known, layers=fixed.get(layer_count_name(known) or ""))
+    small = small_settings(known, layers=fixed.get(layer_count_name(known) or ""), is_decoder=is_decoder)
     for name in default.sub_configs:
         if known[name] is not None:
-            small[name] = _shrink(type(known[name]), overrides.get(name, {}), wanted.pop(name, {}), (*path, name))
+            of_sub = (overrides.get(name, {}), wanted.pop(name, {}), (*path, name))
+            small[name] = _shrink(type(known[name]), *of_sub, is_decoder=is_decoder)
             fixed.pop(name, None)
     fixed = {name: overlay({name: known.get(name)}, {name: value})[name] for name, value in fixed.items()}
     return config_class(**small | fixed)
@@ -82,15 +88,6 @@ def _default(config_class: Any, overrides: Mapping[str, Any]) -> Any:
         return config_class()
     except Exception:  # a type whose own defaults contradict each other
         return config_class(**overrides)
-
-
-def _config_class(family: str) -> Any:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    names = causal_types()
-    if family not in names:
-        raise UsageError("family", family, unknown("a causal language model type of transformers", family, names))
-    return CONFIG_MAPPING[family]
 
 
 def _cannot_be_built(family: str, error: Exception) -> UsageError:

@@ -30,6 +30,7 @@ _QWEN4_EXP = {  # the indexer and the n-gram tables are unset by default
 
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},  # Mamba layers alone by default
+    "big_bird": {"attention_type": "original_full"},  # sparse attention looks at random blocks
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},  # read by the model, absent from its defaults
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},  # no number of experts by default
@@ -52,6 +53,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "gemma4_text": _GEMMA4,
     "gemma4_unified": {"text_config": _GEMMA4},
     "gemma4_unified_text": _GEMMA4,
+    "git": {"num_image_with_embedding": 0},  # else logits are cut by the tokens of an image that a text has not
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},  # the per-layer list is derived from it
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},  # Mamba layers alone by default
     "jamba": {  # layers follow from periods: Mamba, Mamba with experts, attention, Mamba with experts
@@ -73,6 +75,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "local_attn_chunk_length": 8,
         "lsh_attn_chunk_length": 8,
         "num_buckets": 4,
+        "hash_seed": 0,  # else each call hashes by another draw
     },
     "xmod": {"default_language": "en_XX"},
     "zamba": {  # attention is twice as wide as the model; two hybrid layers share their weights

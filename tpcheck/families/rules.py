@@ -44,7 +44,7 @@ _BY_SIZE: tuple[tuple[int, str], ...] = (
     (1, "topk_group num_shared_experts n_shared_experts moe_num_shared_experts"),
     (32, "kv_lora_rank q_lora_rank o_lora_rank"),
     (VOCABULARY, "vocab_size decoder_vocab_size vocab_size_per_layer_input pronunciation_vocab_size shape_vocab_size"),
-    (VOCABULARY, "unpadded_vocab_size"),
+    (VOCABULARY, "unpadded_vocab_size encoder_hash_byte_group_vocab"),
     (POSITIONS, "max_position_embeddings n_positions n_ctx max_seq_len seq_length max_target_positions context_length"),
     (POSITIONS, "max_source_positions model_max_length max_sequence_length"),
     (POSITIONS // 2, "original_max_position_embeddings"),
@@ -71,12 +71,15 @@ _SPECIAL_TOKENS = (
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 
 
-def small_settings(defaults: Mapping[str, Any], *, layers: int | None = None) -> dict[str, Any]:
+def small_settings(
+    defaults: Mapping[str, Any], *, layers: int | None = None, is_decoder: bool = True
+) -> dict[str, Any]:
     """Return the attributes to change in a configuration whose defaults are given, with their small values.
 
     Args:
         defaults: Every attribute of the type's default configuration. Nested configurations are not entered.
         layers: How many layers are wanted; by default as many as show every kind of layer once, and at least two.
+        is_decoder: An encoder is built as a decoder, which makes it a causal language model.
     """
     small: dict[str, Any] = {name: size for name, size in SIZES.items() if _is_size(defaults.get(name))}
     small |= {name: 0.0 for name, value in defaults.items() if _is_dropout(name) and isinstance(value, float)}
@@ -86,7 +89,7 @@ def small_settings(defaults: Mapping[str, Any], *, layers: int | None = None) ->
     small |= _layers(defaults, layers)
     if small.get("kv_lora_rank"):  # MLA projects keys and values for every head
         small |= {name: HEADS for name in small if name == "num_key_value_heads"}
-    if defaults.get("is_decoder") is False:
+    if is_decoder and defaults.get("is_decoder") is False:
         small["is_decoder"] = True  # encoders are causal language models only so
     if "use_cache" in defaults:
         small["use_cache"] = False  # caches of hybrid models need more than a training step gives them

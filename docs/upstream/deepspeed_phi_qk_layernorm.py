@@ -1,0 +1,34 @@
+"""AutoTP leaves the gradients of Phi's q_layernorm and k_layernorm partial: each rank has those of its own heads.
+
+DS_ACCELERATOR=cpu LOCAL_SIZE=2 torchrun --nproc-per-node 2 docs/upstream/deepspeed_phi_qk_layernorm.py
+Seen with deepspeed 0.19.8, transformers 5.23.0, torch 2.13.0.
+"""
+# ruff: noqa: T201
+
+import copy
+
+import deepspeed
+import torch
+from transformers import PhiConfig, PhiForCausalLM
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo all-reduces instead
+torch.manual_seed(0)
+sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8}
+model = PhiForCausalLM(PhiConfig(**sizes, qk_layernorm=True))
+tokens = torch.randint(1000, (2, 16))
+reference = copy.deepcopy(model)
+reference(tokens, labels=tokens).loss.backward()
+expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+settings = {"train_micro_batch_size_per_gpu": 2, "tensor_parallel": {"autotp_size": 2}}
+settings |= {"zero_allow_untested_optimizer": True}
+sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+engine = deepspeed.initialize(model=model, optimizer=sgd, config=settings)[0]
+engine.backward(engine(tokens, labels=tokens).loss)
+for name, parameter in engine.module.named_parameters():
+    if "_layernorm" in name and "self_attn" in name:
+        of_ranks = [torch.empty_like(parameter.grad) for _ in range(2)]
+        torch.distributed.all_gather(of_ranks, parameter.grad)
+        off = float((parameter.grad - expected[name]).norm() / expected[name].norm())
+        sum_off = float((sum(of_ranks) - expected[name]).norm() / expected[name].norm())
+        if torch.distributed.get_rank() == 0:
+            print(f"{name}: off by {off:.0%}, the ranks' sum by {sum_off:.0e}")

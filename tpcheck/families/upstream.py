@@ -1,0 +1,127 @@
+"""The register of known upstream bugs (`known.toml`), and how a verdict stands to it. No torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from tpcheck.records import Verdict
+
+REGISTER = Path(__file__).parent / "known.toml"
+CHECKPOINT = "checkpoint_matches_reference"  # the one check that is not run unless asked for
+Standing = Literal["", "known", "new", "gone"]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownBug:
+    """A bug of a backend or of transformers that has been reproduced.
+
+    Attributes:
+        name: Its slug.
+        families: Model types that show it.
+        backend: Name of the backend that shows it.
+        versions: The versions that show it, as a specifier by package.
+        verdict: What a run says: `failed` (silent without tpcheck) or `error` (loud).
+        what: What is wrong, in a sentence.
+        again: The command that repeats it.
+        check: The check that fails first; None for any.
+        message: A part of the backend's own message.
+        settings: Settings of the model that it needs.
+        config: Backend configuration that it needs.
+        ignore_plan: It needs the model's tp_plan to be dropped.
+        only: Values of other options (`tp`, `dp`, `zero`, `dtype`) to which it is confined.
+        script: A program without tpcheck that shows it, in `docs/upstream/`.
+        link: Where it is reported upstream.
+    """
+
+    name: str
+    families: tuple[str, ...]
+    backend: str
+    versions: Mapping[str, str]
+    verdict: Literal["failed", "error"]
+    what: str
+    again: str
+    check: str | None = None
+    message: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    ignore_plan: bool = False
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    script: str | None = None
+    link: str | None = None
+
+    def concerns(self, verdict: Verdict) -> bool:
+        """Return whether a run of this subject, with these versions, should show the bug."""
+        subject = verdict.subject
+        settings = subject.get("settings") or {}
+        return (
+            subject.get("family") in self.families
+            and subject.get("backend") == self.backend
+            and bool(subject.get("ignore_plan")) == self.ignore_plan
+            and dict(subject.get("config") or {}) == dict(self.config)
+            and all(key in settings and settings[key] == value for key, value in self.settings.items())
+            and all(subject.get(key) in values for key, values in self.only.items())
+            and self._is_asked_for(subject.get("checks"))
+            and all(_holds(verdict.environment.get(name), wanted) for name, wanted in self.versions.items())
+        )
+
+    def is_shown_by(self, verdict: Verdict) -> bool:
+        """Return whether that is what the verdict says."""
+        if verdict.verdict != self.verdict or self.message not in (verdict.message or ""):
+            return False
+        return self.check is None or any(finding.check == self.check for finding in verdict.findings)
+
+    def _is_asked_for(self, checks: Iterable[str] | None) -> bool:
+        if checks is None:
+            return self.check != CHECKPOINT
+        return self.check is None or self.check in checks
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A verdict and what the register says of it.
+
+    Attributes:
+        verdict: What came of the run.
+        standing: `known` (as the register says), `new` (it says nothing of this), `gone` (it says that this fails, and
+            it passed), or empty.
+        bug: The entry, for `known` and `gone`; for `new`, one that fails otherwise than it says, if there is one.
+    """
+
+    verdict: Verdict
+    standing: Standing = ""
+    bug: KnownBug | None = None
+
+
+def judged(verdict: Verdict) -> Judged:
+    """Hold a verdict against the register."""
+    concerned = [bug for bug in register() if bug.concerns(verdict)]
+    shown = next((bug for bug in concerned if bug.is_shown_by(verdict)), None)
+    if verdict.verdict in ("failed", "error"):
+        return Judged(verdict, "known", shown) if shown else Judged(verdict, "new", next(iter(concerned), None))
+    if verdict.verdict == "passed" and concerned:
+        return Judged(verdict, "gone", concerned[0])
+    return Judged(verdict)
+
+
+@cache
+def register() -> tuple[KnownBug, ...]:
+    """Return every entry of `known.toml`."""
+    toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    return tuple(_entry(row) for row in toml.loads(REGISTER.read_text(encoding="utf-8"))["bug"])
+
+
+def _entry(row: Mapping[str, Any]) -> KnownBug:
+    lists = {"families": tuple(row["families"]), "only": {key: tuple(v) for key, v in row.get("only", {}).items()}}
+    return KnownBug(**{**row, **lists})
+
+
+def _holds(version: str | None, wanted: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return version is not None and SpecifierSet(wanted).contains(version, prereleases=True)
