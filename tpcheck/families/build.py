@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tpcheck.errors import UsageError
-from tpcheck.families.heads import CAUSAL, type_and_head, types_of
+from tpcheck.families.heads import CAUSAL, SEQ2SEQ, type_and_head, types_of
 from tpcheck.families.overrides import OVERRIDES
 from tpcheck.families.rules import layer_count_name, small_settings
 from tpcheck.families.settings import attributes, canonical, nest, overlay
@@ -35,8 +35,10 @@ def small_model(family: str, settings: Mapping[str, object] | None = None) -> nn
     import transformers
 
     try:
-        auto_class = getattr(transformers, type_and_head(family)[1].auto_class)
-        model: nn.Module = auto_class.from_config(config, **implementations)
+        head = type_and_head(family)[1]
+        if head is SEQ2SEQ and getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = 0  # files of trained models carry it; the defaults of some types do not
+        model: nn.Module = getattr(transformers, head.auto_class).from_config(config, **implementations)
     except Exception as error:
         raise _cannot_be_built(family, error) from error
     return model

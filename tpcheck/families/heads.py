@@ -31,7 +31,7 @@ HEADS = (
     Head("masked", "AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
     Head("multimodal", "AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
 )
-CAUSAL = HEADS[0]
+CAUSAL, SEQ2SEQ = HEADS[:2]
 
 
 def types_of(head: Head) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
-"""What others test their own code with: the conformance kit that every backend runs."""
+"""What others test their own code with: the conformance kit of backends, and the families as tests."""
 
 from tpcheck.testing.conformance import backend_conformance, require_conformance
+from tpcheck.testing.family_tests import family_tests
 
-__all__ = ["backend_conformance", "require_conformance"]
+__all__ = ["backend_conformance", "family_tests", "require_conformance"]

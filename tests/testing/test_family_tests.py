@@ -1,0 +1,57 @@
+"""`family_tests`: one case for each cell, known bugs are strict xfails."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+
+MODULE = """
+    from dataclasses import replace
+
+    from tests.report.examples import ERROR, FAILED, PASSED
+    from tpcheck.api.matrix import Cell, Common, subject
+    from tpcheck.errors import UsageError
+    from tpcheck.families import upstream
+    from tpcheck.families.upstream import KnownBug
+    from tpcheck.report import Report
+    from tpcheck.testing.family_tests import family_tests
+    import sys
+
+    VERDICTS = {"good": PASSED, "known": FAILED, "gone": PASSED, "other": ERROR, "new": FAILED}
+    BUG = KnownBug("bug", ("known", "gone", "other"), "deepspeed", {}, "failed", "It is wrong.", "")
+
+    def verify_family(family, **options):
+        if family == "odd":
+            raise UsageError("family", family, "settings that it can be built from")
+        return Report(replace(VERDICTS[family], environment={}, subject=subject(Cell(family), Common())))
+
+    home = sys.modules["tpcheck.testing.family_tests"]
+    home.verify_family = verify_family
+    home.register = upstream.register = lambda: (BUG,)
+    test_families = family_tests(["good", "known", "gone", "other", "new", "odd"])
+"""
+
+
+def test_cases_pass_fail_xfail_and_skip(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(test_them=MODULE)
+    result = pytester.runpytest_subprocess("-rA", "-q")
+    result.assert_outcomes(passed=1, xfailed=1, failed=3, skipped=1)
+    result.stdout.fnmatch_lines_random(
+        [
+            "PASSED *good-deepspeed-tp=2*",
+            "XFAIL *known-deepspeed-tp=2* - bug: It is wrong.",
+            "FAILED *gone-deepspeed-tp=2*",
+            "FAILED *other-deepspeed-tp=2*",
+            "FAILED *new-deepspeed-tp=2*",
+        ]
+    )
+
+
+def test_lists_make_a_matrix_with_names() -> None:
+    from tpcheck.testing import family_tests
+
+    (mark,) = family_tests(["llama", "phi3"], tp=[2, 4], zero=1).pytestmark  # type: ignore[attr-defined]
+    cases = mark.args[1]
+    assert [case.id for case in cases][:2] == ["llama-deepspeed-tp=2-zero=1", "llama-deepspeed-tp=4-zero=1"]
+    assert [bool(case.marks) for case in cases] == [False, False, True, True]  # phi3 is known to be refused
