@@ -60,7 +60,7 @@ class ReducesTwice(TransformersBackend):
 def test_a_fault_is_found_in_its_module() -> None:
     first = verified("llama", topology=TP, backend=ReducesTwice()).findings[0]
     assert (first.check, first.where["module"]) == ("outputs_match_reference", "model.layers.0.self_attn.o_proj")
-    assert first.cause == "extra_reduce"
+    assert first.cause == "duplicate_reduce"
 
 
 @pytest.mark.parametrize(
