@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,12 +26,24 @@ def topology(
         show(topology_lines(Topology.of(world_size=world, tp=tp)))
 
 
-def families() -> None:
-    """Print every model type that `tpcheck verify` takes, and whether it brings a plan for tensor parallelism.
+def families(
+    table: Annotated[
+        Path | None,
+        typer.Option(metavar="F", help="Print what a run of `verify --json F` found, as a table in Markdown."),
+    ] = None,
+) -> None:
+    """Print every model type that `tpcheck verify` takes, whether it brings a plan, and its known upstream bugs.
 
     \b
     tpcheck families | grep qwen
+    tpcheck families --table matrix.json
     """
+    if table is not None:
+        from tpcheck.report.families_table import table_lines
+
+        with usage_errors():
+            show(table_lines(table))
+        return
     from tpcheck.families.listing import listed  # loads transformers
     from tpcheck.report.families import family_lines
 
