@@ -16,5 +16,5 @@ def test_a_backend_bears_the_name_of_its_entry_point(name: str) -> None:
 
 
 def test_an_unknown_backend_is_told_what_there_is() -> None:
-    with pytest.raises(UsageError, match=r"backend='megatronn': expected one of deepspeed"):
+    with pytest.raises(UsageError, match=r"backend='megatronn': expected one of custom, deepspeed"):
         load_backend("megatronn")

@@ -22,7 +22,9 @@ def assert_clean(report: tpcheck.Report) -> None:
 
 
 def wrong_parameters(report: tpcheck.Report, check: str) -> set[str]:
-    return {finding.where["parameter"] for finding in report.findings if finding.check == check}
+    """Return the parameters of a check's findings, those with the same story included."""
+    findings = [finding for finding in report.findings if finding.check == check]
+    return {name for finding in findings for name in (finding.where["parameter"], *finding.evidence.get("also", ()))}
 
 
 @pytest.mark.parametrize("family", RIGHT)
