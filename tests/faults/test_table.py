@@ -28,7 +28,13 @@ from tpcheck.report.faults import summary
 ROOT = Path(__file__).parents[2]
 LEAST_MARGIN, WORST_NOISE = 1e3, 0.2  # in float64
 UNPLANTED = {"rng_differs_cuda": "needs a GPU"}
-TOLD_TWICE = {"tensor_of_another_layer": "the whole weight shows it, and so does each rank's part"}
+OF_TERMS = "the ranks' outputs show it, and so do the terms that each rank's own inputs and weights give"
+TOLD_TWICE = {
+    "tensor_of_another_layer": "the whole weight shows it, and so does each rank's part",
+    "missing_reduce": OF_TERMS,
+    "duplicate_reduce": OF_TERMS,
+    "mean_instead_of_sum": OF_TERMS,
+}
 
 
 def test_there_are_more_than_sixty_faults_of_models_and_every_name_is_its_own() -> None:
