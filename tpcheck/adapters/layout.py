@@ -31,6 +31,25 @@ class Layout:
     def replicated(cls, shape: Sequence[int], tp: int) -> Layout:
         return cls(tuple(shape), (tuple(shape),) * tp)
 
+    @classmethod
+    def placed(cls, shape: Sequence[int], placement: Shard | Replicate, tp: int) -> Layout:
+        """Return the layout of a tensor that is cut so, or whole on every rank.
+
+        Raises:
+            UsageError: The blocks or sizes do not add up to the dim.
+        """
+        if isinstance(placement, Replicate):
+            return cls.replicated(shape, tp)
+        ids = torch.arange(prod(shape)).reshape(tuple(shape))
+        dim = placement.dim % ids.dim()
+        parts = []
+        for tp_rank in range(tp):
+            held = [index for indices in placement.ranges(ids.shape[dim], tp, tp_rank) for index in indices]
+            parts.append(ids.index_select(dim, torch.tensor(held, dtype=torch.int64)))
+        source = torch.empty(prod(shape), dtype=torch.int64)
+        source[torch.cat([part.reshape(-1) for part in parts])] = torch.arange(prod(shape))
+        return cls(tuple(shape), tuple(tuple(part.shape) for part in parts), source)
+
     @property
     def is_replicated(self) -> bool:
         return self.source is None
@@ -73,16 +92,10 @@ class Layout:
         return owners
 
     def _is(self, shard: Shard) -> bool:
-        num_ranks = len(self.local_shapes)
-        ids = torch.arange(prod(self.shape)).reshape(self.shape)
-        shards = []
-        for rank in range(num_ranks):
-            ranges = shard.ranges(self.shape[shard.dim], num_ranks, rank)
-            index = torch.tensor([i for indices in ranges for i in indices], dtype=torch.int64)
-            shards.append(ids.index_select(shard.dim, index))
-        return all(
-            tuple(part.shape) == shape for part, shape in zip(shards, self.local_shapes, strict=True)
-        ) and torch.equal(self.assemble(shards), ids)
+        assert self.source is not None
+        made = Layout.placed(self.shape, shard, len(self.local_shapes))
+        assert made.source is not None
+        return made.local_shapes == self.local_shapes and torch.equal(made.source, self.source.cpu())
 
 
 def _blocks_of(owners: list[int], dim: int, num_ranks: int) -> Shard | None:

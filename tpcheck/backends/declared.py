@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from math import prod
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -56,23 +55,11 @@ def layout_of(name: str, placement: Placement, shape: Shape, tp: int) -> Layout:
     Raises:
         UsageError: The shape has no such dim or blocks, or a parameter is said to be a sum.
     """
-    if isinstance(placement, Replicate):
-        return Layout.replicated(shape, tp)
-    if not isinstance(placement, Shard):
+    if not isinstance(placement, (Shard, Replicate)):
         raise UsageError(f"layout[{name!r}]", placement, "tpcheck.placement.Shard or Replicate")
-    if not -len(shape) <= placement.dim < len(shape):
+    if isinstance(placement, Shard) and not -len(shape) <= placement.dim < len(shape):
         raise UsageError(f"layout[{name!r}]", placement, f"a dim of {shape}")
-    ids = torch.arange(prod(shape)).reshape(shape)
-    parts = [_part(ids, placement, tp, tp_rank) for tp_rank in range(tp)]
-    places = torch.empty(prod(shape), dtype=torch.int64)
-    places[torch.cat([part.reshape(-1) for part in parts])] = torch.arange(prod(shape))
-    return Layout(shape, tuple(tuple(part.shape) for part in parts), places)
-
-
-def _part(ids: torch.Tensor, shard: Shard, tp: int, tp_rank: int) -> torch.Tensor:
-    dim = shard.dim % ids.dim()
-    held = [index for indices in shard.ranges(ids.shape[dim], tp, tp_rank) for index in indices]
-    return ids.index_select(dim, torch.tensor(held, dtype=torch.int64))
+    return Layout.placed(shape, placement, tp)
 
 
 def _placement(source: LayoutSource, name: str, shape: Shape) -> Placement:

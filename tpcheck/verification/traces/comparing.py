@@ -128,10 +128,5 @@ def _by_shape(shape: tuple[int, ...], parts: Sequence[torch.Tensor]) -> Layout |
     placed = place(shape, parts)
     if placed is None:
         return None
-    if isinstance(placed.placement, Replicate):
-        return Layout.replicated(shape, len(parts))
-    assert isinstance(placed.placement, Shard)
-    sizes = [part.numel() for part in parts]
-    ids = torch.split(torch.arange(sum(sizes)), sizes)
-    whole = torch.cat([own.reshape(part.shape) for own, part in zip(ids, parts, strict=True)], placed.placement.dim)
-    return Layout(shape, tuple(tuple(part.shape) for part in parts), whole.reshape(-1))
+    assert isinstance(placed.placement, (Shard, Replicate))  # terms of a sum have the whole shape, as replicas have
+    return Layout.placed(shape, placed.placement, len(parts))
