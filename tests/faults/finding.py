@@ -12,6 +12,6 @@ def require_found(fault: ModelFault, seed: int = 0) -> None:
     """Assert that a fault is caught at float64, beyond doubt, at its place, and that its cause is named."""
     found = run_model_fault(fault, seed=seed)
     assert found.verdict == "failed", found.message
-    assert found.margin >= LEAST_MARGIN
+    assert found.margin > LEAST_MARGIN
     assert found.place_is_right, (found.place, found.true_places, found.checks)
     assert found.cause_is_right, (found.cause, found.true_causes)

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 import tpcheck
 from tests.faults.finding import require_found
-from tests.verification.planting import Faulty
+from tests.verification.planting import faulty
 from tpcheck import Topology
 from tpcheck.faults import Live, ModelFault
 from tpcheck.faults.backward import FAULTS
@@ -28,7 +28,7 @@ def test_two_independent_faults_are_both_reported() -> None:
         layer.forward = lambda hidden: functional.linear(hidden, layer.weight)
         live.parameter(norm).register_hook(lambda gradient: gradient * 2)
 
-    report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=Faulty(both))
+    report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=faulty(both))
     found = {
         (finding.where.get("module"), finding.cause)
         for finding in report.findings

@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
-from tpcheck.adapters import TrainingOptions, load_backend
+from tpcheck.faults import PlantedBackend
 
 Plant = Callable[[Any, Any], None]  # candidate, rank
 
 
-@dataclass(frozen=True)
-class Faulty:
-    """DeepSpeed with a fault: `plant(candidate, rank)` is called on every rank once the model is sharded."""
-
-    plant: Plant
-    name: str = "deepspeed"
-
-    def versions(self) -> dict[str, str]:
-        return dict(load_backend("deepspeed").versions())
-
-    def resolved(self, options: TrainingOptions) -> TrainingOptions:
-        return load_backend("deepspeed").resolved(options)
-
-    def session(self, options: TrainingOptions) -> AbstractContextManager[None]:
-        return load_backend("deepspeed").session(options)
-
-    def shard(self, model: nn.Module, rank: Any, options: TrainingOptions) -> Any:
-        candidate = load_backend("deepspeed").shard(model, rank, options)
-        self.plant(candidate, rank)
-        return candidate
+def faulty(plant: Plant) -> PlantedBackend:
+    """Return DeepSpeed with a fault: `plant(candidate, rank)` is called on every rank once the model is sharded."""
+    return PlantedBackend(lambda live: plant(live.candidate, live.rank))
 
 
 def skips_its_reduce(candidate: Any, rank: Any) -> None:

@@ -9,6 +9,7 @@ import tpcheck
 from tests.verification import planting
 from tpcheck import Topology
 from tpcheck.checks import CHECK_NAMES
+from tpcheck.faults import PlantedBackend
 
 LEAST_MARGIN = 1e3  # of a real bug, in float64
 
@@ -48,7 +49,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.plant.__name__)
 def test_a_planted_fault_is_caught_in_place(case: Case) -> None:
-    report = verified(planting.Faulty(case.plant), dp=case.dp)
+    report = verified(planting.faulty(case.plant), dp=case.dp)
     assert report.verdict.verdict == "failed"
     first = report.findings[0]
     assert first.check == case.check
@@ -74,7 +75,7 @@ def test_each_check_has_a_fault() -> None:
 
 
 def test_the_same_run_without_a_fault_passes_every_check() -> None:
-    report = verified(planting.Faulty(nothing), dp=2)
+    report = verified(planting.faulty(nothing), dp=2)
     assert report.passed
     assert {check.check for check in report.verdict.checks} == set(CHECK_NAMES)
     assert all(check.compared > 0 for check in report.verdict.checks)
@@ -83,7 +84,7 @@ def test_the_same_run_without_a_fault_passes_every_check() -> None:
 
 
 def test_only_the_checks_that_were_asked_for_are_run() -> None:
-    report = verified(planting.Faulty(planting.skips_its_reduce), checks=["weights_match_reference"])
+    report = verified(planting.faulty(planting.skips_its_reduce), checks=["weights_match_reference"])
     assert report.passed
     assert [check.check for check in report.verdict.checks] == ["weights_match_reference"]
 
@@ -92,5 +93,5 @@ def nothing(candidate: Any, rank: Any) -> None:
     """Plant no fault."""
 
 
-def verified(backend: planting.Faulty, dp: int = 1, **options: Any) -> tpcheck.Report:
+def verified(backend: PlantedBackend, dp: int = 1, **options: Any) -> tpcheck.Report:
     return tpcheck.verify_family("llama", topology=Topology(tp=2, dp=dp), backend=backend, timeout=120, **options)

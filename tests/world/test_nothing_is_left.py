@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -41,13 +41,12 @@ def residue(tmp: Path) -> dict[str, object]:
     }
 
 
-def gone(pids: list[int], *, within_s: float = 5) -> bool:
+def survivors(pids: list[int], *, within_s: float = 5) -> list[str]:
+    """Return what still runs of these after that time, in words."""
     deadline = time.monotonic() + within_s
-    while any(_runs(pid) for pid in pids):
-        if time.monotonic() > deadline:
-            return False
+    while (left := [pid for pid in pids if _runs(pid)]) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return True
+    return [_described(pid) for pid in left]
 
 
 def test_200_worlds_leave_nothing(own_tmp: Path) -> None:
@@ -64,6 +63,19 @@ def test_200_worlds_leave_nothing(own_tmp: Path) -> None:
     assert residue(own_tmp) == before
 
 
+@pytest.fixture(params=["alone", "beside_another_world"])
+def beside(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let another world run, whose own children must not be touched."""
+    if request.param == "alone":
+        yield
+        return
+    with spawn(Topology(tp=1)) as other:
+        ((_, plain, own_session, _),) = other.run(bodies.leave_children_behind)
+        yield
+        assert all(_runs(pid) for pid in (plain, own_session))
+
+
+@pytest.mark.usefixtures("beside")
 def test_children_of_ranks_end_with_the_world(own_tmp: Path) -> None:
     with spawn(Topology(tp=2)) as world:
         world.run(bodies.process_id)
@@ -71,10 +83,11 @@ def test_children_of_ranks_end_with_the_world(own_tmp: Path) -> None:
     with spawn(Topology(tp=2)) as world:
         pids = [pid for rank in world.run(bodies.leave_children_behind) for pid in rank]
         assert all(_runs(pid) for pid in pids)
-    assert gone(pids, within_s=2)
+    assert survivors(pids, within_s=2) == []
     assert residue(own_tmp) == before
 
 
+@pytest.mark.usefixtures("beside")
 def test_children_of_a_rank_that_was_killed_end_with_the_world(own_tmp: Path) -> None:
     with spawn(Topology(tp=2)) as world:
         world.run(bodies.process_id)
@@ -87,7 +100,7 @@ def test_children_of_a_rank_that_was_killed_end_with_the_world(own_tmp: Path) ->
     for path in written:
         path.unlink()
     assert len(pids) >= 4
-    assert gone(pids, within_s=2)
+    assert survivors(pids, within_s=2) == []
     assert residue(own_tmp) == before
 
 
@@ -114,19 +127,19 @@ def test_a_world_that_is_forgotten_ends() -> None:
     world = spawn(Topology(tp=2))
     pids = world.run(bodies.process_id)
     del world
-    assert gone(list(pids))
+    assert survivors(list(pids)) == []
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_ranks_end_with_their_controller(how: signal.Signals, tmp_path: Path) -> None:
     pids = _die_in_the_middle(tmp_path, lambda controller, template: controller.send_signal(how))
-    assert gone(pids)
+    assert survivors(pids) == []
     assert not list(tmp_path.glob("tpcheck-*"))
 
 
 def test_ranks_end_with_the_process_they_were_forked_from(tmp_path: Path) -> None:
     pids = _die_in_the_middle(tmp_path, lambda controller, template: os.kill(template, signal.SIGKILL))
-    assert gone(pids)
+    assert survivors(pids) == []
     assert not list(tmp_path.glob("tpcheck-*"))
 
 
@@ -175,3 +188,11 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _described(pid: int) -> str:
+    try:
+        process = psutil.Process(pid)
+        return f"{pid} {process.status()}, child of {process.ppid()}: {' '.join(process.cmdline())}"
+    except psutil.NoSuchProcess:
+        return f"{pid}, which ended now"

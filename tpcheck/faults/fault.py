@@ -33,7 +33,7 @@ class Place:
         return module in self.modules or parameter in self.parameters
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Live:
     """The sharded model on one rank, as a fault is planted in it.
 

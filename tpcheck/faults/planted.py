@@ -7,28 +7,38 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from tpcheck.adapters import Candidate, TrainingOptions, load_backend
+from tpcheck.adapters import Backend, Candidate, TrainingOptions, load_backend
 from tpcheck.adapters.protocols import RankLike
 from tpcheck.faults.fault import Live
 
 
 @dataclass(frozen=True, slots=True)
 class PlantedBackend:
-    """The backend `name`, in whose sharded model `plant` plants a fault, on every rank."""
+    """A backend in whose sharded model a fault is planted, on every rank.
+
+    Attributes:
+        plant: Plants it; may put something else in the place of `live.candidate`.
+        backend: Name of the backend, or the backend.
+    """
 
     plant: Callable[[Live], None]
-    name: str = "deepspeed"
+    backend: str | Backend = "deepspeed"
+
+    @property
+    def name(self) -> str:
+        return self.backend if isinstance(self.backend, str) else self.backend.name
 
     def versions(self) -> Mapping[str, str]:
-        return load_backend(self.name).versions()
+        return load_backend(self.backend).versions()
 
     def resolved(self, options: TrainingOptions) -> TrainingOptions:
-        return load_backend(self.name).resolved(options)
+        return load_backend(self.backend).resolved(options)
 
     def session(self, options: TrainingOptions) -> AbstractContextManager[None]:
-        return load_backend(self.name).session(options)
+        return load_backend(self.backend).session(options)
 
     def shard(self, model: Any, rank: RankLike, options: TrainingOptions) -> Candidate:
-        candidate = load_backend(self.name).shard(model, rank, options)
-        self.plant(Live(candidate, rank))
+        live = Live(load_backend(self.backend).shard(model, rank, options), rank)
+        self.plant(live)
+        candidate: Candidate = live.candidate
         return candidate

@@ -53,7 +53,7 @@ def backend_conformance(
         >>> backend_conformance(MyBackend())  # doctest: +SKIP
     """
     from tpcheck.testing.facts import unmet_facts
-    from tpcheck.testing.planting import EXPECTED, Planted
+    from tpcheck.testing.planting import EXPECTED, planted
 
     topology = topology or Topology(tp=2)
     build = build or _small_llama
@@ -70,7 +70,7 @@ def backend_conformance(
         told = world.run(unmet_facts, backend, build, dict(config or {}))
     unmet = list(dict.fromkeys(fact for of_rank in told for fact in of_rank))
     for fault, check in EXPECTED.items():
-        report = verified(Planted.of(backend, fault))
+        report = verified(planted(backend, fault))
         if check not in {finding.check for finding in report.findings}:
             unmet.append(f"{fault} is not found by {check}: the verdict is {report.verdict.verdict}")
     if unmet:

@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from tpcheck.adapters import Backend, Candidate, TrainingOptions, load_backend
-from tpcheck.adapters.protocols import RankLike
+from tpcheck.adapters import Backend, Candidate
+from tpcheck.faults import Live, PlantedBackend
 
 _SCALE = 1.01
 
 
-@dataclass(frozen=True, slots=True)
-class Planted:
-    """A backend whose candidates bear a fault."""
+def planted(backend: str | Backend, fault: str) -> PlantedBackend:
+    """Return a backend whose candidates bear the fault of that name."""
 
-    backend: Backend
-    fault: str
-    name: str
+    def plant(live: Live) -> None:
+        live.candidate = _FAULTS[fault](live.candidate)
 
-    @classmethod
-    def of(cls, backend: str | Backend, fault: str) -> Planted:
-        loaded = load_backend(backend)
-        return cls(loaded, fault, loaded.name)
-
-    def versions(self) -> Mapping[str, str]:
-        return self.backend.versions()
-
-    def resolved(self, options: TrainingOptions) -> TrainingOptions:
-        return self.backend.resolved(options)
-
-    def session(self, options: TrainingOptions) -> AbstractContextManager[None]:
-        return self.backend.session(options)
-
-    def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
-        candidate = self.backend.shard(model, rank, options)
-        return _FAULTS[self.fault](candidate)
+    return PlantedBackend(plant, backend)
 
 
 def _scaled_weight(candidate: Candidate) -> Candidate:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
+from tpcheck.world.environment import WORLD_MARK
+
 _PATIENCE_S = 2.0  # for helpers that clean up by themselves once everybody who talked to them is gone
 _SHARED_MEMORY = Path("/dev/shm")
 # They unlink what the dead left behind when their pipe ends; killed, they would leave it.
@@ -41,10 +43,28 @@ def end_processes(groups: set[int], *, also: Iterable[int], reap: Callable[[], N
     _wait_for(suspects, reap)
 
 
+def children(pid: int) -> list[int]:
+    """Return the children of a process, wherever they put themselves."""
+    return _children(pid, recursive=False)
+
+
 def descendants(pid: int) -> list[int]:
     """Return the children of a process and theirs, wherever they put themselves."""
+    return _children(pid, recursive=True)
+
+
+def world_of(pid: int) -> str | None:
+    """Return the folder of the world whose rank started this process; None if it does not bear the mark."""
     try:
-        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+        folder: str | None = psutil.Process(pid).environ().get(WORLD_MARK)
+    except psutil.Error:
+        return None
+    return folder
+
+
+def _children(pid: int, *, recursive: bool) -> list[int]:
+    try:
+        return [child.pid for child in psutil.Process(pid).children(recursive=recursive)]
     except psutil.Error:
         return []
 

@@ -13,8 +13,18 @@ from tpcheck.topology import Topology
 _FOREIGN_PREFIXES = ("TORCHELASTIC_", "SLURM_")
 
 
+WORLD_MARK = "TPCHECK_WORLD"  # its value is the world's folder; what a rank starts inherits it
+
+
 def rank_environ(
-    base: Mapping[str, str], *, topology: Topology, rank: int, port: int, device: str, extra: Mapping[str, str]
+    base: Mapping[str, str],
+    *,
+    topology: Topology,
+    rank: int,
+    port: int,
+    device: str,
+    scratch: str,
+    extra: Mapping[str, str],
 ) -> dict[str, str]:
     """Return the environment of one rank: the caller's, what launchers set, and what keeps ranks quick and honest."""
     world_size = str(topology.world_size)
@@ -31,6 +41,7 @@ def rank_environ(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         **extra,
+        WORLD_MARK: scratch,
     }
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 from tpcheck.world import huge_pages, messages, preload, rank_main, shm_allreduce
 from tpcheck.world.channel import Channel
-from tpcheck.world.cleanup import descendants, end_processes, remove_traces
+from tpcheck.world.cleanup import children, descendants, end_processes, remove_traces, world_of
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
@@ -136,14 +136,25 @@ class _Template:
         strays = [stray for pid in world.running for stray in descendants(pid)]
         for pid in world.running:
             os.kill(pid, signal.SIGKILL)
-        if self._worlds == [world]:  # nobody else's: orphans that left their process group, too
-            strays += [pid for pid in descendants(os.getpid()) if pid not in world.running]
+        strays += self._orphans(world)
         end_processes(world.groups, also=strays, reap=self._reap)
         remove_traces(world.opened.scratch, world.opened.port)
         _tell(world, messages.Ended())
         self._worlds.remove(world)
         self._selector.unregister(world.channel)
         world.channel.close()
+
+    def _orphans(self, world: _World) -> list[int]:
+        """Return what ranks that are gone left to us, wherever it put itself, except what another world started."""
+        ranks = {pid for other in self._worlds for pid in other.running}
+        left = [orphan for orphan in children(os.getpid()) if orphan not in ranks]
+        alone = self._worlds == [world]
+        return [
+            pid
+            for orphan in left
+            for pid in (orphan, *descendants(orphan))
+            if world_of(pid) in ({world.opened.scratch, None} if alone else {world.opened.scratch})
+        ]
 
     def _close_everything(self) -> None:
         """Let go, in a rank, of what belongs to the template: else nobody would see the template's end."""

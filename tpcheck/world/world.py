@@ -206,7 +206,13 @@ class World:
 
     def _fork(self, rank: int, scratch: str, port: int) -> Fork:
         environ = rank_environ(
-            os.environ, topology=self.topology, rank=rank, port=port, device=self.device, extra=self._env
+            os.environ,
+            topology=self.topology,
+            rank=rank,
+            port=port,
+            device=self.device,
+            scratch=scratch,
+            extra=self._env,
         )
         order = messages.Fork(
             rank=rank,
