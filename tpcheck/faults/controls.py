@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tpcheck.topology import Topology
@@ -36,11 +36,11 @@ def quick() -> Iterator[Control]:
         yield Control(FAMILIES[number % len(FAMILIES)], topology, zero_stage)
 
 
-def every() -> Iterator[Control]:
-    """Yield every family in every layout."""
-    for family in FAMILIES:
-        for topology, zero_stage in LAYOUTS:
-            yield Control(family, topology, zero_stage)
+def drawn(families: Sequence[str], seed: int) -> Iterator[Control]:
+    """Yield every family once, each in another layout for the next seed: in all of them after as many seeds."""
+    for number, family in enumerate(families):
+        topology, zero_stage = LAYOUTS[(number + seed) % len(LAYOUTS)]
+        yield Control(family, topology, zero_stage)
 
 
 def zero_stage_at(dtype: str, zero_stage: int) -> int:
