@@ -21,6 +21,8 @@ def verify_command(subject: Mapping[str, Any]) -> str:
     for option, default in _DEFAULTS.items():
         if subject.get(option, default) != default:
             words += [f"--{option}", str(subject[option])]
+    if subject.get("batch"):
+        words += ["--batch", str(subject["batch"])]
     for key, value in subject.get("settings", {}).items():
         words += ["--set", f"{key}={json.dumps(value)}"]
     if subject.get("config"):

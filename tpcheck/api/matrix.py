@@ -44,6 +44,7 @@ class Common:
     checks: Sequence[str] | None = None
     ignore_plan: bool = False
     timeout: float = 600.0
+    batch: str | None = None
 
 
 def cells(
@@ -80,6 +81,7 @@ def arguments(cell: Cell, common: Common) -> dict[str, Any]:
         "settings": common.settings,
         "ignore_plan": common.ignore_plan,
         "timeout": common.timeout,
+        **({} if common.batch is None else {"batch": common.batch}),
     }
 
 
@@ -98,6 +100,7 @@ def subject(cell: Cell, common: Common) -> dict[str, Any]:
         "ignore_plan": common.ignore_plan,
         **({"checks": list(common.checks)} if common.checks is not None else {}),
         "settings": dict(common.settings),
+        **({} if common.batch is None else {"batch": common.batch}),
     }
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tpcheck.adapters import Backend
+    from tpcheck.families.tokens import Tokens
     from tpcheck.placement import Placement
     from tpcheck.verification import RankAnswer, Request
     from tpcheck.verification.request import BatchSource
@@ -115,6 +116,7 @@ def verify_family(
     checks: Sequence[str] | None = None,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
+    batch: Tokens | str | None = None,
     ignore_plan: bool = False,
     timeout: float = TIMEOUT,
 ) -> Report:
@@ -123,6 +125,8 @@ def verify_family(
     Args:
         family: A causal language model type of the installed transformers.
         settings: Changes to the model's configuration, such as `{"qk_layernorm": True}`.
+        batch: What the tokens of a DP rank look like, such as `"3x7,padded,strided"`: three samples of seven tokens,
+            some of them padding, in memory that is not contiguous. None for `"2x16"`.
 
     The other arguments are those of `verify`.
 
@@ -133,10 +137,13 @@ def verify_family(
         >>> report = tpcheck.verify_family("llama", topology=tpcheck.Topology(tp=2))  # doctest: +SKIP
     """
     from tpcheck.families.build import small_model
+    from tpcheck.families.tokens import Tokens
     from tpcheck.verification import Request
 
+    tokens = Tokens.parse(batch) if isinstance(batch, str) else batch
     request = Request(
         build=partial(small_model, family, _mapping("settings", settings)),
+        batch=tokens,
         backend=backend,
         dtype=dtype,
         steps=steps,
@@ -148,7 +155,12 @@ def verify_family(
         spread_weights=True,
     )
     _require_valid(request, topology)
-    subject = {"family": family, **_options(request, topology), "settings": dict(settings or {})}
+    subject = {
+        "family": family,
+        **_options(request, topology),
+        "settings": dict(settings or {}),
+        **({} if tokens is None or tokens == Tokens() else {"batch": str(tokens)}),
+    }
     return _run(request, topology, _Presentation(subject, again=verify_command(subject)), timeout)
 
 
@@ -221,6 +233,7 @@ def _crashed(failure: RankFailure | BackendError, shown: _Presentation, seconds:
 
 def _require_valid(request: Request, topology: Topology) -> None:
     from tpcheck.adapters import backend_names
+    from tpcheck.families.tokens import Tokens
 
     if not isinstance(topology, Topology):
         raise UsageError("topology", topology, "a tpcheck.Topology")
@@ -240,7 +253,7 @@ def _require_valid(request: Request, topology: Topology) -> None:
     for name, value, least in (("steps", request.steps, 1), ("seed", request.seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
             raise UsageError(name, value, f"an integer from {least} to {2**31 - 1}")
-    if request.batch is not None and not callable(request.batch) and not isinstance(request.batch, Mapping):
+    if request.batch is not None and not callable(request.batch) and not isinstance(request.batch, (Mapping, Tokens)):
         raise UsageError("batch", type(request.batch).__name__, "a dict of tensors, a callable or None")
     known = (*_default_checks(), _checkpoint_check())
     unknown = [name for name in request.checks if name not in known]

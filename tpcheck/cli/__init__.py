@@ -7,6 +7,7 @@ import typer
 from tpcheck.cli.checkpoint import checkpoint
 from tpcheck.cli.compare import compare
 from tpcheck.cli.faults import faults
+from tpcheck.cli.fuzz import fuzz
 from tpcheck.cli.inspect import doctor, families, topology
 from tpcheck.cli.verify import verify
 
@@ -24,6 +25,7 @@ app.command()(topology)
 app.command()(families)
 app.command()(doctor)
 app.command()(faults)
+app.command(no_args_is_help=True)(fuzz)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from tpcheck.cli.results import Files
 from tpcheck.cli.step_summary import summary_path
 from tpcheck.cli.terminal import usage_errors
 from tpcheck.errors import UsageError
+from tpcheck.families.tokens import Tokens
 from tpcheck.report import Report
 
 
@@ -39,6 +40,10 @@ def verify(
     ] = None,
     config: Annotated[
         str | None, typer.Option(metavar="JSON|FILE", help="Backend configuration, merged over tpcheck's.")
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="RxL[,padded][,strided]", help="Samples and tokens that a DP rank sees. [default: 2x16]"),
     ] = None,
     ignore_plan: Annotated[
         bool, typer.Option("--ignore-plan", help="Drop the model's own tp_plan: the backend's heuristics shard it.")
@@ -97,6 +102,7 @@ def verify(
             checks=checks or None,
             ignore_plan=ignore_plan,
             timeout=timeout,
+            batch=_canonical(batch),
         )
         if jobs is not None and jobs < 1:
             raise UsageError("jobs", jobs, "a positive integer")
@@ -117,6 +123,12 @@ def verify(
 
     matrix = Matrix(asked_for, common, all_families=all_, held=all_ if known is None else known, fresh=fresh)
     raise typer.Exit(run_matrix(matrix, verify_one, files, jobs=jobs, verbose=verbose))
+
+
+def _canonical(batch: str | None) -> str | None:
+    """Return the batch as reports spell it; None for the usual one."""
+    tokens = Tokens() if batch is None else Tokens.parse(batch)
+    return None if tokens == Tokens() else str(tokens)
 
 
 def _families(named: list[str], every: bool) -> list[str]:

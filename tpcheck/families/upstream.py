@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from tpcheck.families.settings import overlay
 from tpcheck.records import Verdict
 
 REGISTER = Path(__file__).parent / "known.toml"
@@ -24,6 +25,7 @@ class KnownBug:
     Attributes:
         name: Its slug.
         families: Model types that show it.
+        any_family: Others may show it, too: it is no bug of theirs.
         backend: Name of the backend that shows it.
         versions: The versions that show it, as a specifier by package.
         verdict: What a run says: `failed` (silent without tpcheck) or `error` (loud).
@@ -54,16 +56,25 @@ class KnownBug:
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     script: str | None = None
     link: str | None = None
+    any_family: bool = False
 
     def concerns(self, verdict: Verdict) -> bool:
         """Return whether a run of this subject, with these versions, should show the bug."""
+        same_config = dict(verdict.subject.get("config") or {}) == dict(self.config)
+        return same_config and verdict.subject.get("family") in self.families and self._fits(verdict)
+
+    def may_concern(self, verdict: Verdict) -> bool:
+        """Return whether a run of this subject, with these versions, could show the bug, beside others of its own."""
+        config = verdict.subject.get("config") or {}
+        of_family = self.any_family or verdict.subject.get("family") in self.families
+        return of_family and overlay(config, self.config) == config and self._fits(verdict)
+
+    def _fits(self, verdict: Verdict) -> bool:
         subject = verdict.subject
         settings = subject.get("settings") or {}
         return (
-            subject.get("family") in self.families
-            and subject.get("backend") == self.backend
+            subject.get("backend") == self.backend
             and bool(subject.get("ignore_plan")) == self.ignore_plan
-            and dict(subject.get("config") or {}) == dict(self.config)
             and all(key in settings and settings[key] == value for key, value in self.settings.items())
             and all(subject.get(key) in values for key, values in self.only.items())
             and self._is_asked_for(subject.get("checks"))
@@ -107,6 +118,11 @@ def judged(verdict: Verdict) -> Judged:
     if verdict.verdict == "passed" and concerned:
         return Judged(verdict, "gone", concerned[0])
     return Judged(verdict)
+
+
+def explained(verdict: Verdict) -> KnownBug | None:
+    """Return the registered bug that a failure shows, whatever else was configured beside what the bug needs."""
+    return next((bug for bug in register() if bug.may_concern(verdict) and bug.is_shown_by(verdict)), None)
 
 
 @cache

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from tpcheck.errors import UsageError
+from tpcheck.families.tokens import Tokens
 from tpcheck.verification.request import Request
 
-BATCH_SIZE = 2
-SEQUENCE_LENGTH = 16
+_LEFT_OUT = -100  # of cross_entropy: a label that counts for nothing
 
 Batch = dict[str, Any]
 
@@ -46,10 +46,11 @@ def _batch(request: Request, model: nn.Module, step: int, dp_rank: int, dp: int,
         batch = request.batch({"dp": dp_rank, "tp": 0}, step)
         if not isinstance(batch, Mapping):
             raise UsageError("batch", type(batch).__name__, "a callable that returns a dict of tensors")
-    elif request.batch is not None:
+    elif isinstance(request.batch, Mapping):
         batch = {name: _rows(name, value, dp_rank, dp, request) for name, value in request.batch.items()}
     else:
-        batch = _synthetic_tokens(model, torch.Generator().manual_seed((request.seed * 1000 + step) * 1000 + dp_rank))
+        generator = torch.Generator().manual_seed((request.seed * 1000 + step) * 1000 + dp_rank)
+        batch = _synthetic_tokens(model, request.batch or Tokens(), generator)
     return {name: _placed(value, device, getattr(torch, request.dtype)) for name, value in batch.items()}
 
 
@@ -70,11 +71,29 @@ def _rows(name: str, value: Any, dp_rank: int, dp: int, request: Request) -> Any
     return value.chunk(dp)[dp_rank]
 
 
-def _synthetic_tokens(model: nn.Module, generator: torch.Generator) -> Batch:
+def _synthetic_tokens(model: nn.Module, wanted: Tokens, generator: torch.Generator) -> Batch:
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocab_size = getattr(text_config, "vocab_size", None)
     if not isinstance(vocab_size, int):
         raise UsageError("batch", None, "a dict or a callable: this model has no config.vocab_size to draw tokens from")
-    tokens = torch.randint(0, vocab_size, (BATCH_SIZE, SEQUENCE_LENGTH), generator=generator)
-    return {"input_ids": tokens, "labels": tokens.clone()}
+    tokens_BL = torch.randint(0, vocab_size, (wanted.rows, wanted.length), generator=generator)
+    batch = {"input_ids": tokens_BL, "labels": tokens_BL.clone()}
+    if wanted.padded:
+        mask_BL = _padding(wanted, generator)
+        batch["labels"].masked_fill_(mask_BL == 0, _LEFT_OUT)
+        batch["attention_mask"] = mask_BL
+    return {name: _strided(tensor) if wanted.strided else tensor for name, tensor in batch.items()}
+
+
+def _padding(wanted: Tokens, generator: torch.Generator) -> torch.Tensor:
+    """Return a mask that leaves out up to half of the tokens at the end of each sample but the first."""
+    least = min(2, wanted.length) if wanted.length < 4 else wanted.length // 2
+    lengths_B = torch.randint(least, wanted.length + 1, (wanted.rows,), generator=generator)
+    lengths_B[0] = wanted.length
+    return (torch.arange(wanted.length) < lengths_B[:, None]).long()
+
+
+def _strided(tensor_BL: torch.Tensor) -> torch.Tensor:
+    """Return equal numbers whose rows lie across memory."""
+    return tensor_BL.t().contiguous().t()

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tpcheck.adapters import Backend
+from tpcheck.families.tokens import Tokens
 from tpcheck.tolerance import NUM_REPLAYS
 
-BatchSource = Mapping[str, Any] | Callable[[Mapping[str, int], int], Mapping[str, Any]] | None
+BatchSource = Mapping[str, Any] | Callable[[Mapping[str, int], int], Mapping[str, Any]] | Tokens | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +19,8 @@ class Request:
 
     Attributes:
         build: Returns the unsharded model; called on every rank under the same seed.
-        batch: A dict of tensors (the whole batch, cut over DP), a callable (rank coordinate, step) -> dict, or None
-            for synthetic tokens from the model's configuration.
+        batch: A dict of tensors (the whole batch, cut over DP), a callable (rank coordinate, step) -> dict, what
+            synthetic tokens from the model's configuration look like, or None for the usual ones.
         backend: Name of the backend, or a backend object of the caller's own.
         dtype: Name of the dtype of weights and arithmetic.
         steps: How many training steps.

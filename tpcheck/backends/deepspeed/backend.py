@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +16,7 @@ from tpcheck.adapters.protocols import RankLike
 from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate
 from tpcheck.backends.deepspeed.config import deepspeed_config, resolved
 from tpcheck.backends.deepspeed.layers import layouts, parallel_layers
+from tpcheck.backends.deepspeed.options import OPTIONS
 from tpcheck.backends.plan import without_plan
 
 
@@ -29,6 +30,9 @@ class DeepSpeedBackend:
 
     def resolved(self, options: TrainingOptions) -> TrainingOptions:
         return resolved(options)
+
+    def options(self) -> Sequence[Mapping[str, Any]]:
+        return OPTIONS
 
     @contextmanager
     def session(self, options: TrainingOptions) -> Iterator[None]:

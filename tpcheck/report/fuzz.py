@@ -1,0 +1,133 @@
+"""A search among many configurations as text and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tpcheck.records import Verdict
+from tpcheck.records.fuzzed import Found, Outcome, Searched
+from tpcheck.report import words
+from tpcheck.report.data import SCHEMA, as_data, plain_json
+from tpcheck.report.finding import finding_lines
+from tpcheck.report.lines import Line, labelled, plain
+from tpcheck.report.text import STYLES
+
+_REASONS_SHOWN = 5
+_STATUS_STYLES = {**STYLES, "refused": "dim", "known": "dim"}
+_SHOWN_OF_MESSAGE = 6
+
+
+def outcome_line(outcome: Outcome, *, shrinking: bool = False) -> Line:
+    """Return one example: how it ended, and the command that repeats it."""
+    name = f"{outcome.kind}  " if outcome.status == "known" else ""
+    said = outcome.reason if outcome.is_bad or outcome.status == "refused" else ""
+    step = "shrink  " if shrinking else ""
+    return Line(
+        (
+            (step, "dim"),
+            (f"{outcome.status:<7}", _STATUS_STYLES[outcome.status]),
+            (f"  {name}{outcome.command}", ""),
+            (f"  {said}" if said else "", "dim"),
+        )
+    )
+
+
+def searched_lines(searched: Searched, *, head: bool = True) -> Iterator[Line]:
+    """Yield what was found, each in its smallest form, and what the search covered."""
+    if head:
+        yield Line(((searched.verdict, STYLES[searched.verdict]), (f"  {_name(searched.subject)}", "bold")))
+    for found in searched.found:
+        yield Line()
+        yield from _found_lines(found, cut_short=searched.cut_short)
+    if head:
+        yield Line()
+    yield from labelled("examples", counted(searched))
+    for bug, number in searched.reasons("known"):
+        yield from labelled("known", f"{bug} ({words.count(number, 'example')}); tpcheck/families/known.toml")
+    reasons = searched.reasons("refused")
+    for reason, number in reasons[:_REASONS_SHOWN]:
+        yield from labelled("refused", f"{number} x {reason}")
+    if len(reasons) > _REASONS_SHOWN:
+        yield from labelled("", f"and {words.count(len(reasons) - _REASONS_SHOWN, 'other reason')}")
+    if searched.interrupted:
+        yield from labelled("ended", "interrupted: what stands here is what had been run", "yellow")
+    if head:
+        yield from labelled("seconds", f"{searched.seconds:.1f}")
+
+
+def counted(searched: Searched) -> str:
+    """Return `50 ran: 48 passed, 2 failed; 7 refused; 31 more to shrink`."""
+    parts = [f"{number} {name}" for name in ("passed", "known", "failed", "error") if (number := searched.count(name))]
+    ran = f"{searched.num_ran} ran" + (f": {', '.join(parts)}" if parts else "")
+    refused = f"; {searched.count('refused')} refused" if searched.count("refused") else ""
+    return (
+        ran + refused + (f"; {searched.num_shrinking} more after the first failure" if searched.num_shrinking else "")
+    )
+
+
+def searched_data(searched: Searched) -> dict[str, Any]:
+    """Return the search as plain JSON values, schema 1."""
+    return {
+        "schema": SCHEMA,
+        "verdict": searched.verdict,
+        "subject": plain_json(searched.subject),
+        "environment": plain_json(searched.environment),
+        "findings": [_found_data(found) for found in searched.found],
+        "coverage": {
+            "ran": searched.num_ran,
+            **{name: searched.count(name) for name in ("passed", "known", "failed", "error", "refused")},
+            "shrinking": searched.num_shrinking,
+            "refusals": dict(searched.reasons("refused")),
+            "known_bugs": dict(searched.reasons("known")),
+        },
+        "cut_short": searched.cut_short,
+        "interrupted": searched.interrupted,
+        "seconds": searched.seconds,
+    }
+
+
+def searched_json(searched: Searched | Mapping[str, Any]) -> str:
+    """Return the search as a JSON text."""
+    data = searched_data(searched) if isinstance(searched, Searched) else searched
+    return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+
+def _name(subject: Mapping[str, Any]) -> str:
+    return f"{subject.get('family') or subject.get('layer')}  {subject.get('backend')}"
+
+
+def _found_lines(found: Found, *, cut_short: bool) -> Iterator[Line]:
+    outcome = found.outcome
+    if isinstance(outcome.data, Verdict) and outcome.data.findings:
+        yield from finding_lines(outcome.data.findings[0], outcome.data.subject)
+    elif isinstance(outcome.data, Verdict):
+        yield plain("The system under test crashed. Its own message:", STYLES["error"])
+        yield from (
+            plain(f"  {line}") for line in (outcome.data.message or "").strip().splitlines()[:_SHOWN_OF_MESSAGE]
+        )
+        yield from labelled("again", outcome.command)
+    else:
+        yield Line(((outcome.status, STYLES[outcome.status]), (f"  {outcome.reason}", "")))
+        yield from labelled("again", outcome.command)
+    if found.shrunk_from != outcome.command:
+        yield from labelled("shrunk", f"from {found.shrunk_from}", "dim")
+    if cut_short:
+        yield from labelled("", "shrinking ended at its limit of time: a smaller one may exist", "yellow")
+    if not found.comes_again:
+        again = f"it {found.again.status} when it was run once more: something in it is left to chance"
+        yield from labelled("", again, "yellow")
+
+
+def _found_data(found: Found) -> dict[str, Any]:
+    outcome = found.outcome
+    return {
+        "kind": outcome.kind,
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "again": outcome.command,
+        "shrunk_from": found.shrunk_from,
+        "comes_again": found.comes_again,
+        "report": as_data(outcome.data) if isinstance(outcome.data, Verdict) else plain_json(outcome.data),
+    }
