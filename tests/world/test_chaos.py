@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -188,6 +188,15 @@ def test_of_a_rank_that_printed_very_much_the_end_is_kept_and_the_cut_told() -> 
     assert len(failure.outcomes[0].stdout) < 1.1 * 2**20
 
 
+@pytest.fixture
+def _interrupts() -> Iterator[None]:
+    """Let SIGINT interrupt, whoever started this process: a shell has background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interrupts")
 def test_ctrl_c_ends_the_world() -> None:
     world = spawn(Topology(tp=2))
     pids = world.run(bodies.process_id)
