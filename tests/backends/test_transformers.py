@@ -46,6 +46,22 @@ def test_a_plan_that_leaves_head_norms_partial_is_found() -> None:
     assert first.where["parameter"].endswith("self_attn.q_norm.weight")
 
 
+MLA = partial(verified, "minicpm3", topology=TP, settings={"num_hidden_layers": 1}, steps=1)
+
+
+def test_a_gradient_that_the_style_reduces_behind_the_hook_is_right() -> None:
+    report = MLA()
+    assert report.passed, report
+    assert report.verdict.coverage.compared == report.verdict.coverage.total, report
+
+
+def test_the_same_gradient_is_found_where_nothing_reduces_it() -> None:
+    style = {"model.layers.*.self_attn.kv_a_proj_with_mqa": "replicate"}
+    first = MLA(config={"tp_plan": style}).findings[0]
+    assert (first.check, first.cause) == ("gradients_match_reference", "missing_reduce")
+    assert first.where["field"].endswith("kv_a_proj_with_mqa")
+
+
 class ReducesTwice(TransformersBackend):
     """The output of one row-parallel layer is added up over the ranks once more."""
 

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpcheck.adapters import Layout
-from tpcheck.compare import compare_parameter, compare_placed, frobenius_distance, own_rounding, place, spacing
+from tpcheck.compare import (
+    compare_parameter,
+    compare_placed,
+    distance_of_terms,
+    frobenius_distance,
+    own_rounding,
+    place,
+    spacing,
+)
 from tpcheck.placement import Replicate, Shard
 
 WHOLE = torch.arange(24, dtype=torch.float64).reshape(2, 12)
@@ -110,3 +118,19 @@ def test_rounding_floors_follow_the_dtype_and_ignore_masks() -> None:
     mask = torch.tensor([0.0, torch.finfo(torch.float64).min], dtype=torch.float64)
     assert own_rounding(torch.cat([mask, mask])) == 0
     assert spacing(torch.tensor([1.0, -float("inf")])) == torch.finfo(torch.float32).eps
+
+
+@given(st.sets(st.integers(0, 11)), st.integers(2, 4))
+def test_features_are_whole_on_every_rank_or_terms_of_a_sum(partial: set[int], num_ranks: int) -> None:
+    parts = [WHOLE.clone() for _ in range(num_ranks)]
+    for part in parts[1:]:
+        part[:, sorted(partial)] = 0  # rank 0 has the whole sum
+    assert distance_of_terms(parts, WHOLE) == 0
+    parts[0][1, 5] += 3.0
+    assert distance_of_terms(parts, WHOLE) == pytest.approx(3.0)
+
+
+def test_a_vector_is_whole_or_a_sum_as_one() -> None:
+    halves = [torch.tensor([1.0, 0.0, 3.0]), torch.tensor([0.0, 2.0, 3.0])]
+    assert distance_of_terms(halves, torch.tensor([1.0, 2.0, 6.0])) == 0
+    assert distance_of_terms(halves, torch.tensor([1.0, 2.0, 3.0])) > 1

@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from tpcheck.checks.localise import comes_out
-from tpcheck.compare import Difference, Placed, compare_placed, frobenius_distance, own_rounding, place
+from tpcheck.compare import Difference, Placed, compare_placed, distance_of_terms, own_rounding, place
 from tpcheck.placement import Partial, Placement, Shard
 from tpcheck.records import Evidence, TensorKey
 from tpcheck.records.trace import Phase
@@ -128,15 +126,15 @@ def _judged_by_surroundings(
     """Return a wrong activation anew where the right result of the module around it shows that it was misread.
 
     A module may leave its reduction to the one that calls it (experts, an input gradient): the ranks' terms must add
-    up. Or it may keep its shard in an order that shapes do not tell: then nothing can be said of it, and None is
-    returned.
+    up, in all features or in some (of the output gradient of an MLA projection, the rotary ones). Or it may keep its
+    shard in an order that shapes do not tell: then nothing can be said of it, and None is returned.
     """
     around = None if one.found.agrees else _result_around(compared, one)
     if around is None or not around.found.agrees:
         return one
     if isinstance(one.placed.placement, Shard):
         return one if one.placed.is_fused else None
-    error = frobenius_distance(torch.stack(one.placed.parts).sum(dim=0), one.expected)
+    error = distance_of_terms(one.placed.parts, one.expected)
     if error > one.found.allowed:
         return one
     placed = Placed(Partial(), one.placed.parts)
