@@ -62,13 +62,13 @@ def _parallel_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _of_layer(name: str, layer: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return each parameter of the layer with the whole one, from which tied names elsewhere get theirs."""
-    parameters = [getattr(layer, "weight", None), getattr(layer, "bias", None)]
+    parameters = (getattr(layer, "weight", None), getattr(layer, "bias", None))
     present = [parameter for parameter in parameters if parameter is not None]
     with _unpartitioned(present), _data_set_aside(present):
         for parameter in present:
             parameter.data = parameter.data.clone()  # what gathers may write into it
         try:
-            layer.gather_params(parameters)
+            layer.gather_params(list(present))  # before deepspeed 0.19 a None in the place of a bias crashes
         except RuntimeError as error:
             raise CheckpointError(
                 f"Layer {name!r} holds a shard of its parameters that DeepSpeed cannot put together."

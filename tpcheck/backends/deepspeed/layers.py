@@ -61,7 +61,7 @@ def _layer_layouts(layer: Any, group: Any) -> dict[str, Layout | None]:
             ids = torch.arange(start, start + sizes[tp_rank], dtype=torch.float64, device=parameter.device)
             parameter.data = ids.reshape(shapes[tp_rank][name])
         try:
-            layer.gather_params(list(parameters.values()))
+            layer.gather_params(list(present.values()))  # before 0.19 a None in the place of a bias crashes
         except (
             RuntimeError
         ):  # interleaved fused layouts that DeepSpeed trains but cannot reassemble, on all ranks alike
