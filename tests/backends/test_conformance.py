@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.backends import megatron_models
 from tests.backends.hand_made import LAYOUT, Model, shard, tokens
 from tpcheck.adapters import Backend, backend_names
 from tpcheck.backends.custom import CustomBackend
@@ -17,12 +18,15 @@ OURS: Mapping[str, dict[str, Any]] = {
     "deepspeed": {"backend": "deepspeed"},
     "deepspeed-tp-model-init": {"backend": "deepspeed-tp-model-init"},
     "dtensor": {"backend": "dtensor"},
+    "megatron": {"backend": "megatron", "build": megatron_models.build, "config": {"sequence_parallel": True}},
     "transformers": {"backend": "transformers"},
 }
 
 
 @pytest.mark.parametrize("name", backend_names())
 def test_a_backend_of_ours_conforms(name: str) -> None:
+    if name == "megatron":
+        pytest.importorskip("megatron.core")
     require_conformance(**OURS[name])
 
 

@@ -42,6 +42,7 @@ class TrainingOptions:
         batch_size: Samples that each DP rank sees in a step.
         config: The user's own backend configuration, merged over tpcheck's.
         ignore_plan: Drop the model's own tp_plan, so that the backend's heuristics shard it.
+        rebuild: Makes the model once more, as the run made it; for backends whose models are cut as they are built.
     """
 
     dtype: torch.dtype
@@ -53,6 +54,7 @@ class TrainingOptions:
     batch_size: int = 2
     config: Mapping[str, Any] = field(default_factory=dict)
     ignore_plan: bool = False
+    rebuild: Callable[[], nn.Module] | None = None
 
 
 class Candidate(Protocol):
@@ -121,7 +123,10 @@ class Backend(Protocol):
         """
 
     def session(self, options: TrainingOptions) -> AbstractContextManager[None]:
-        """Return a context in which models of `options.dtype` can be sharded and trained on this machine."""
+        """Return a context in which models of `options.dtype` can be built, sharded and trained on this machine.
+
+        Collective over the world. The unsharded model is built and trained in it, too.
+        """
 
     def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
         """Shard `model` in place and make it trainable. Collective over the world."""

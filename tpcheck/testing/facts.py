@@ -17,11 +17,15 @@ def unmet_facts(
 ) -> list[str]:
     """Return what this rank's candidate does not keep to, in words. Collective over the world."""
     loaded = load_backend(backend)
-    options = loaded.resolved(TrainingOptions(dtype=torch.float32, config=config))
-    torch.manual_seed(0)
-    model = build().to(rank.device)
-    names = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+    def rebuild() -> nn.Module:
+        torch.manual_seed(0)
+        return build().to(rank.device)
+
+    options = loaded.resolved(TrainingOptions(dtype=torch.float32, config=config, rebuild=rebuild))
     with loaded.session(options):
+        model = rebuild()
+        names = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         candidate = loaded.shard(model, rank, options)
         told = {name: _description(layout) for name, layout in candidate.layouts().items()}
         unmet = [

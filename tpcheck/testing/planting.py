@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tpcheck.adapters import Backend, Candidate
+from tpcheck.collect.tree import map_tensors
 from tpcheck.faults import Live, PlantedBackend
 
 _SCALE = 1.01
@@ -31,7 +32,7 @@ def _scaled_weight(candidate: Candidate) -> Candidate:
 
 def _scaled_output(candidate: Candidate) -> Candidate:
     def scaled(module: nn.Module, args: Any, output: Any) -> Any:
-        return output * _SCALE
+        return map_tensors(lambda tensor: tensor * _SCALE, output)
 
     owner = next(one for one in candidate.module.modules() if _a_matrix(candidate) in _own(one))
     owner.register_forward_hook(scaled)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from tpcheck.adapters import Backend, TrainingOptions, load_backend
+from tpcheck.adapters import TrainingOptions, load_backend
 from tpcheck.adapters.protocols import RankLike
 from tpcheck.checks import CHECKPOINT_CHECK
 from tpcheck.collect import everything_in_float64
@@ -59,32 +60,40 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
         BackendError: The backend crashed.
     """
     backend = load_backend(request.backend)
-    with everything_in_float64(request.dtype == "float64"):
-        reference = _Reference.of(request, rank, backend)
-        with backend.session(reference.options):
-            twin = built_model(request, rank.device)
-            require_equal_models(twin, reference.model, reference.state)
-            names = tuple(reference.parameters)
-            candidate, start = sharded(backend, twin, names, rank, reference.options)
-            evidence = _start_evidence(rank, request, reference, start)
-            answer = None if evidence is None else start_answer(evidence, request.checks)
-            stops = answer is not None and forbids_training(answer)
-            if not any(rank.gather(stops)):
-                saves = CHECKPOINT_CHECK in request.checks
-                saved = [saved_answer(rank, candidate, reference.model, step=-1)] if saves else []
-                steps, tolerance = reference.trained(rank, request)
-                own_batches = [by_dp_rank[_dp_rank(rank)] for by_dp_rank in reference.data]
-                made = trained(backend, candidate, tuple(start.weights), own_batches)
-                full = _step_evidence(rank, evidence, steps, tolerance, made)
-                if full is not None and answer is not None:
-                    answer = full_answer(answer, full, request.checks)
-                if saves:
-                    unknown = () if full is None else set_gathered(reference.model, full)
-                    saved.append(
-                        saved_answer(rank, candidate, reference.model, step=request.steps - 1, unknown=unknown)
-                    )
-                answer = with_saved(answer, saved)
+    options = backend.resolved(_options(request, rank.device))
+    with everything_in_float64(request.dtype == "float64"), backend.session(options):
+        reference = _Reference.of(request, rank, options)
+        twin = built_model(request, rank.device)
+        require_equal_models(twin, reference.model, reference.state)
+        names = tuple(reference.parameters)
+        candidate, start = sharded(backend, twin, names, rank, reference.options)
+        evidence = _start_evidence(rank, request, reference, start)
+        answer = None if evidence is None else start_answer(evidence, request.checks)
+        stops = answer is not None and forbids_training(answer)
+        if not any(rank.gather(stops)):
+            saves = CHECKPOINT_CHECK in request.checks
+            saved = [saved_answer(rank, candidate, reference.model, step=-1)] if saves else []
+            steps, tolerance = reference.trained(rank, request)
+            own_batches = [by_dp_rank[_dp_rank(rank)] for by_dp_rank in reference.data]
+            made = trained(backend, candidate, tuple(start.weights), own_batches)
+            full = _step_evidence(rank, evidence, steps, tolerance, made)
+            if full is not None and answer is not None:
+                answer = full_answer(answer, full, request.checks)
+            if saves:
+                unknown = () if full is None else set_gathered(reference.model, full)
+                saved.append(saved_answer(rank, candidate, reference.model, step=request.steps - 1, unknown=unknown))
+            answer = with_saved(answer, saved)
     return RankAnswer(answer, backend.versions())
+
+
+def _options(request: Request, device: torch.device) -> TrainingOptions:
+    return TrainingOptions(
+        dtype=getattr(torch, request.dtype),
+        zero_stage=request.zero_stage,
+        config=request.config,
+        ignore_plan=request.ignore_plan,
+        rebuild=partial(built_model, request, device),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +111,13 @@ class _Reference:
         return {**self.parameters, **self.buffers}
 
     @classmethod
-    def of(cls, request: Request, rank: RankLike, backend: Backend) -> _Reference:
+    def of(cls, request: Request, rank: RankLike, options: TrainingOptions) -> _Reference:
         model = built_model(request, rank.device)
         data = batches(request, model, rank.topology.dp, rank.device)
         return cls(
             model=model,
             data=data,
-            options=backend.resolved(
-                TrainingOptions(
-                    dtype=getattr(torch, request.dtype),
-                    zero_stage=request.zero_stage,
-                    batch_size=batch_size(data[0][0]),
-                    config=request.config,
-                    ignore_plan=request.ignore_plan,
-                )
-            ),
+            options=replace(options, batch_size=batch_size(data[0][0])),
             parameters=parameters_of(model),
             buffers=buffers_of(model),
         )

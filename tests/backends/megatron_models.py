@@ -1,0 +1,81 @@
+"""Models of megatron-core as its users build them, and mistakes that are made in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from tpcheck.faults import Live
+
+VOCABULARY = 64
+
+
+def gpt(**settings: Any) -> Any:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=16,
+        num_attention_heads=4,
+        num_query_groups=2,
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        **settings,
+    )
+    return GPTModel(config, get_gpt_layer_local_spec(), VOCABULARY, 16, position_embedding_type="rope")
+
+
+def build() -> nn.Module:
+    from tpcheck.backends.megatron import TokenLoss
+
+    return TokenLoss(gpt())
+
+
+class SmoothedLoss(nn.Module):
+    """A GPT under Megatron's vocabulary-parallel cross entropy with label smoothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = gpt()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+        positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        logits_BLV = self.model(input_ids, positions, None)
+        loss: torch.Tensor = vocab_parallel_cross_entropy(logits_BLV, input_ids, label_smoothing=0.1).mean()
+        return loss
+
+
+def tokens(coordinate: Any, step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(10 * step + coordinate["dp"])
+    return {"input_ids": torch.randint(0, VOCABULARY, (2, 8), generator=generator)}
+
+
+FIRST, LAST = "model.decoder.layers.0", "model.decoder.layers.1"
+
+
+def norm_not_marked(live: Live) -> None:
+    """Leave the mark off by which `finalize_model_grads` knows what to sum under sequence parallelism."""
+    live.parameter(f"{FIRST}.input_layernorm.weight").sequence_parallel = False
+
+
+def reduce_skipped(live: Live) -> None:
+    """Leave the sum over the ranks to somebody else, as layers of experts do."""
+    live.module(f"{LAST}.mlp.linear_fc2").explicit_expert_comm = True
+
+
+def stride_ignored(live: Live) -> None:
+    """Cut gate and up as one block."""
+    import torch.distributed as dist
+
+    name = f"{FIRST}.mlp.linear_fc1.weight"
+    weight = live.parameter(name).data
+    shards = [torch.empty_like(weight) for _ in range(live.tp)]
+    dist.all_gather(shards, weight, group=live.rank.group("tp"))
+    weight.copy_(live.candidate.layouts()[name].assemble(shards).chunk(live.tp)[live.tp_rank])

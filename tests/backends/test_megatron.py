@@ -1,0 +1,95 @@
+"""Megatron-core's GPT: right with and without sequence parallelism, and its mistakes where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import tpcheck
+from tests.backends import megatron_models as models
+from tpcheck import Rank, Report, Topology, UsageError, World
+from tpcheck.faults import Live, PlantedBackend
+
+pytest.importorskip("megatron.core")
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """Ranks that verify one model after another, as under torchrun: each imports Megatron once."""
+    with tpcheck.spawn(Topology(tp=2), timeout=300) as world:
+        yield world
+
+
+def verified(rank: Rank, build: Callable[[], Any], batch: Any, options: dict[str, Any]) -> Report:
+    return tpcheck.verify(build, batch, topology=rank.topology, **{"backend": "megatron", **options})
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_a_gpt_passes(world: World, sequence_parallel: bool) -> None:
+    options = {"config": {"sequence_parallel": sequence_parallel}}
+    report = world.run(verified, models.build, None, options)[0]
+    assert report.passed, report
+
+
+def test_a_gpt_passes_over_dp() -> None:
+    report = tpcheck.verify(models.build, topology=Topology(tp=1, dp=2), backend="megatron", steps=1, timeout=180)
+    assert report.passed, report
+
+
+@pytest.mark.parametrize(
+    ("plant", "sequence_parallel", "found"),
+    [
+        (
+            models.norm_not_marked,
+            True,
+            ("gradients_match_reference", f"{models.FIRST}.input_layernorm", "partial_gradient_on_replica"),
+        ),
+        (
+            models.reduce_skipped,
+            False,
+            ("outputs_match_reference", f"{models.LAST}.mlp.linear_fc2", "missing_reduce"),
+        ),
+        (
+            models.stride_ignored,
+            False,
+            ("weights_match_reference", f"{models.FIRST}.mlp.linear_fc1", "fused_blocks_interleaved"),
+        ),
+    ],
+)
+def test_a_mistake_is_found_where_it_is(
+    world: World, plant: Callable[[Live], None], sequence_parallel: bool, found: tuple[str, str, str]
+) -> None:
+    options = {
+        "backend": PlantedBackend(plant, "megatron"),
+        "config": {"sequence_parallel": sequence_parallel},
+        "steps": 1,
+    }
+    first = world.run(verified, models.build, None, options)[0].findings[0]
+    assert (first.check, first.where["module"], first.cause) == found
+
+
+def test_label_smoothing_over_the_local_vocabulary_is_found(world: World) -> None:
+    """As in megatron-core 0.16.1 (https://github.com/NVIDIA/Megatron-LM/issues/737)."""
+    first = world.run(verified, models.SmoothedLoss, models.tokens, {"steps": 1})[0].findings[0]
+    assert (first.check, first.where["module"]) == ("outputs_match_reference", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"config": {"sequence_parallell": True}}, "a field of Megatron's TransformerConfig"),
+        ({"config": {"tensor_model_parallel_size": 2}}, "none: the topology says it"),
+        ({"config": {"context_parallel_size": 2}}, "1: tp and dp are the axes that are verified"),
+        ({"zero_stage": 1}, "Megatron's distributed optimizer is not verified"),
+        ({"ignore_plan": True}, "Megatron has no plans"),
+    ],
+)
+def test_what_cannot_be_verified_is_refused(options: dict[str, Any], message: str) -> None:
+    from tpcheck.adapters import TrainingOptions
+    from tpcheck.backends.megatron import MegatronBackend
+
+    with pytest.raises(UsageError, match=message):
+        MegatronBackend().resolved(TrainingOptions(dtype=torch.float64, **options))

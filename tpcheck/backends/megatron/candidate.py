@@ -1,0 +1,84 @@
+"""A Megatron model as tpcheck sees it: wrapped in Megatron's DistributedDataParallel, under groups of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from torch import nn
+
+from tpcheck.adapters import Layout
+from tpcheck.backends.megatron.groups import Groups, entered
+from tpcheck.backends.sgd import Sgd
+
+
+class MegatronCandidate:
+    """Implements `adapters.Candidate`."""
+
+    def __init__(self, ddp: Any, groups: Groups, layouts: Mapping[str, Layout], sgd: Sgd) -> None:
+        self._ddp = ddp
+        self._groups = groups
+        self._layouts = layouts
+        self._sgd = sgd
+        self._norm: float | None = None
+        self._parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        self._reached: set[str] = set()
+
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = self._ddp.module
+        return module
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What steps; a planted fault may change it."""
+        return self._sgd.optimizer
+
+    def group_ranks(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
+        with entered(self._groups):
+            tp = [parallel_state.get_tensor_model_parallel_group(), *self._groups_of_layers()]
+            dp = [parallel_state.get_data_parallel_group(), self._ddp.dp_group]
+        return {"tp": _distinct_ranks(tp), "dp": _distinct_ranks(dp)}
+
+    def layouts(self) -> Mapping[str, Layout]:
+        return self._layouts
+
+    def parameter(self, name: str) -> torch.Tensor:
+        return self._parameters[name].detach().clone()
+
+    def gradient(self, name: str) -> torch.Tensor | None:
+        gradient: torch.Tensor | None = getattr(self._parameters[name], "main_grad", None)
+        return None if gradient is None else gradient.detach().clone()
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        with entered(self._groups):
+            return self._ddp(**batch)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        with entered(self._groups):
+            loss.backward()  # type: ignore[no-untyped-call]
+            finalize_model_grads([self._ddp])
+
+    def step(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = getattr(parameter, "main_grad", None)
+        with entered(self._groups):
+            self._norm = self._sgd.step()
+        self._ddp.zero_grad_buffer()
+
+    def gradient_norm(self) -> float | None:
+        return self._norm
+
+    def _groups_of_layers(self) -> Iterator[Any]:
+        for module in self.module.modules():
+            group = getattr(module, "tp_group", None)
+            if isinstance(group, dist.ProcessGroup):
+                yield group
+
+
+def _distinct_ranks(process_groups: list[Any]) -> tuple[tuple[int, ...], ...]:
+    return tuple(dict.fromkeys(tuple(dist.get_process_group_ranks(group)) for group in process_groups))

@@ -1,0 +1,87 @@
+"""What Megatron's configuration objects say on each side, and what of them cannot be verified."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+from unittest.mock import patch
+
+from megatron.core import ModelParallelConfig
+from megatron.core.transformer import TransformerConfig
+from torch import nn
+
+from tpcheck.adapters import TrainingOptions
+from tpcheck.errors import UsageError
+
+_OF_TENSOR_PARALLELISM = ("sequence_parallel", "tp_comm_overlap")  # refused by Megatron where there is one rank
+_CHECK = ModelParallelConfig.__post_init__  # one such context may stand inside another
+_OTHER_AXES = ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
+
+
+def require_supported(options: TrainingOptions) -> None:
+    """Check what can be checked before a model is built.
+
+    Raises:
+        UsageError: An option that Megatron does not have, or a field that no configuration of it has.
+    """
+    if options.zero_stage:
+        raise UsageError("zero_stage", options.zero_stage, "0: Megatron's distributed optimizer is not verified")
+    if options.ignore_plan:
+        raise UsageError("ignore_plan", True, "False: Megatron has no plans; its layers say how they are cut")
+    known = [field.name for field in fields(TransformerConfig) if field.init]
+    for name, value in options.config.items():
+        if name not in known:
+            raise UsageError("config", name, "a field of Megatron's TransformerConfig, such as sequence_parallel")
+        if name == "tensor_model_parallel_size":
+            raise UsageError(f"config.{name}", value, "none: the topology says it")
+        if name in _OTHER_AXES and value != 1:
+            raise UsageError(f"config.{name}", value, "1: tp and dp are the axes that are verified")
+
+
+@contextmanager
+def configured(tp: int, config: Mapping[str, Any]) -> Iterator[None]:
+    """Make every configuration that is created inside one of `tp` ranks, with the user's fields.
+
+    Weights begin as torch's own generator draws them on the CPU, so that two builds begin alike.
+    """
+    own = {"tensor_model_parallel_size": tp, "use_cpu_initialization": True}
+    whole = dict.fromkeys(_OF_TENSOR_PARALLELISM, False) if tp == 1 else {}
+    settings = {**config, **own, **whole}
+
+    def set_and_check(self: Any) -> None:
+        for name, value in settings.items():
+            if hasattr(self, name):
+                setattr(self, name, value)
+        _CHECK(self)
+
+    with patch.object(ModelParallelConfig, "__post_init__", set_and_check):
+        yield
+
+
+def require_configured(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Check that the model was built with the user's fields.
+
+    Raises:
+        UsageError: Its configuration was made before `build` was called.
+    """
+    made = megatron_config(model)
+    for name, value in config.items():
+        if getattr(made, name, value) != value:
+            raise UsageError(
+                f"config.{name}", value, f"{getattr(made, name)}, as the model's is: make its configuration in `build`"
+            )
+
+
+def megatron_config(model: nn.Module) -> Any:
+    """Return the configuration of the outermost module that has one.
+
+    Raises:
+        UsageError: No module has any.
+    """
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, ModelParallelConfig):
+            return config
+    raise UsageError("build", type(model).__name__, "a model with layers of megatron.core: none of its modules is")
