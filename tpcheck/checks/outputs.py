@@ -19,7 +19,7 @@ from tpcheck.checks.suspects import tensor_suspect
 from tpcheck.checks.vocabulary import embedding_mistakes, loss_mistakes
 from tpcheck.compare import frobenius
 from tpcheck.compare.difference import difference, measured
-from tpcheck.records import Evidence, Suspect, TensorKey
+from tpcheck.records import Evidence, Isolated, Suspect, TensorKey
 from tpcheck.records.suspect import Mistaken
 
 _CHECK = "outputs_match_reference"
@@ -30,17 +30,33 @@ def outputs_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     """Compare the activations and the loss of `step`; name each module that is wrong although its inputs agree.
 
     Linear modules further on, whose inputs are wrong in consequence, are held against what their own inputs and weights
-    give: so that one fault does not hide another. Calibrated.
+    give: so that one fault does not hide another. Where precision is low, each module is held against the reference on
+    the reference's own inputs, too: what that shows goes before what a whole pass shows. Calibrated.
     """
     activations = compare_activations(evidence, step, "forward")
-    events = list(activations.compared)
-    wrong = {one.key for one in activations.wrong()}
-    roots = first_divergences(events, wrong.__contains__)
-    suspects = [_root_suspect(evidence, step, activations, root, len(wrong)) for root in roots]
-    suspects += _independent(evidence, step, activations, roots)
+    suspects = _suspects(evidence, step, activations)
     loss_margin, loss_suspects = _compare_loss(evidence, step, activations)
     margins = {**activations.margins(), "loss": loss_margin}
-    return CheckOutcome(margins, tuple(suspects or loss_suspects), activations.missed)
+    outcome = CheckOutcome(margins, tuple(suspects or loss_suspects), activations.missed)
+    return outcome if evidence.isolated is None or step else _sharpened(outcome, evidence, evidence.isolated)
+
+
+def _suspects(evidence: Evidence, step: int, activations: ComparedActivations) -> list[Suspect]:
+    wrong = {one.key for one in activations.wrong()}
+    roots = first_divergences(list(activations.compared), wrong.__contains__)
+    suspects = [_root_suspect(evidence, step, activations, root, len(wrong)) for root in roots]
+    return [*suspects, *_independent(evidence, step, activations, roots)]
+
+
+def _sharpened(outcome: CheckOutcome, evidence: Evidence, isolated: Isolated) -> CheckOutcome:
+    """Return the outcome with what the modules show one by one."""
+    alone = replace(evidence, candidate=(isolated.passes,), tolerance=isolated.tolerance, isolated=None)
+    activations = compare_activations(alone, 0, "forward")
+    suspects = tuple(
+        replace(one, evidence={**one.evidence, "isolated": True}) for one in _suspects(alone, 0, activations)
+    )
+    margins = {f"{name}, on the reference's inputs": margin for name, margin in activations.margins().items()}
+    return CheckOutcome({**outcome.margins, **margins}, suspects or outcome.suspects, outcome.missed)
 
 
 def activation_suspect(

@@ -1,6 +1,6 @@
 """Immutable evidence: what a run found, and what it ran."""
 
-from tpcheck.records.evidence import Evidence, RankFacts
+from tpcheck.records.evidence import Evidence, Isolated, RankFacts
 from tpcheck.records.finding import Finding
 from tpcheck.records.step import Step
 from tpcheck.records.suspect import Suspect
@@ -12,6 +12,7 @@ __all__ = [
     "Coverage",
     "Evidence",
     "Finding",
+    "Isolated",
     "RankFacts",
     "Step",
     "Suspect",

@@ -37,6 +37,19 @@ class RankFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Isolated:
+    """The first forward pass once more, each module fed its part of the reference's inputs.
+
+    Attributes:
+        passes: What entered (as the caller gave it) and left every module, by tp_rank.
+        tolerance: What error is allowed, from replays of the reference fed alike.
+    """
+
+    passes: tuple[Step, ...]
+    tolerance: Allowance
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """Both sides of a run, for one TP group.
 
@@ -52,6 +65,7 @@ class Evidence:
         buffers: Names of the reference's buffers.
         facts: Of every rank of the world.
         tolerance: What error is allowed.
+        isolated: The modules one by one; None where precision is high enough to do without.
     """
 
     topology: Topology
@@ -65,6 +79,7 @@ class Evidence:
     buffers: tuple[str, ...]
     facts: tuple[RankFacts, ...]
     tolerance: Allowance
+    isolated: Isolated | None = None
 
     @property
     def tp_group(self) -> tuple[int, ...]:

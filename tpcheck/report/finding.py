@@ -20,8 +20,8 @@ _COUNTED = {
 _COUNTED_BY_DEFAULT = ("element", "differs", "differ")
 # Evidence that has a phrase of its own; what a check adds beside it is shown by name.
 _PHRASED = {
-    *("largest", "largest_at", "replays", "dtype", "first_of", "inputs_agree", "cause_error", "also", "note"),
-    *("follows_from", "advice"),
+    *("largest", "largest_at", "replays", "dtype", "first_of", "inputs_agree", "isolated", "cause_error", "also"),
+    *("note", "follows_from", "advice"),
     *("collectives", "collectives_expected", "collectives_as_in"),
     *("shape_actual", "shape_expected", "count_differing", "count_total", "norm_actual", "norm_expected"),
     *batches.PHRASED,
@@ -75,7 +75,9 @@ def _where(finding: Finding, subject: Mapping[str, Any]) -> str:
     parts = [", ".join(part for part in [*words.layout(subject), *replica, words.phase(finding.where)] if part)]
     if evidence.get("first_of"):
         parts.append(f"first wrong tensor of {evidence['first_of']}")
-    if evidence.get("inputs_agree") is not None:
+    if evidence.get("isolated"):
+        parts.append("each module fed the reference's inputs")
+    elif evidence.get("inputs_agree") is not None:
         parts.append("inputs of the module " + ("agree" if evidence["inputs_agree"] else "differ already"))
     return "; ".join(part for part in parts if part)
 

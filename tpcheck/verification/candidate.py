@@ -50,7 +50,7 @@ def sharded(
     Raises:
         BackendError: The backend crashed; with its own message.
     """
-    with _blamed_on(backend, "sharding the model"):
+    with blamed_on(backend, "sharding the model"):
         candidate = backend.shard(model, rank, options)
         known = dict(candidate.module.named_parameters(remove_duplicate=False))
         weights = {name: candidate.parameter(name) for name in names if name in known}
@@ -74,12 +74,12 @@ def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: i
         activations[key] = own_part(tensor).clone()
 
     with ModuleRecorder(candidate.module, keep):
-        with _blamed_on(backend, f"forward of step {index}"), logged_collectives(candidate.module) as collectives:
+        with blamed_on(backend, f"forward of step {index}"), logged_collectives(candidate.module) as collectives:
             output = candidate.forward(copied(batch))
         loss = loss_of(output)
-        with _blamed_on(backend, f"backward of step {index}"):
+        with blamed_on(backend, f"backward of step {index}"):
             candidate.backward(loss)
-    with _blamed_on(backend, f"step {index}"):
+    with blamed_on(backend, f"step {index}"):
         gradients = {name: candidate.gradient(name) for name in names}
         candidate.step()
         weights = {name: candidate.parameter(name) for name in names}
@@ -107,7 +107,8 @@ def _buffer_digests(module: nn.Module) -> dict[tuple[str, str], str]:
 
 
 @contextmanager
-def _blamed_on(backend: Backend, phase: str) -> Iterator[None]:
+def blamed_on(backend: Backend, phase: str) -> Iterator[None]:
+    """Turn what is raised inside into a BackendError that says what the backend was doing."""
     try:
         yield
     except TpcheckError:

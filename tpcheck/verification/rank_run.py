@@ -5,36 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from tpcheck.adapters import TrainingOptions, load_backend
+from tpcheck.adapters import Backend, Candidate, TrainingOptions, load_backend
 from tpcheck.adapters.protocols import RankLike
 from tpcheck.checks import CHECKPOINT_CHECK
 from tpcheck.collect import everything_in_float64
-from tpcheck.records import Evidence, RankFacts, Step
-from tpcheck.tolerance import Tolerance, largest_deviations
+from tpcheck.records import Evidence, Isolated, RankFacts, Step
+from tpcheck.tolerance import Tolerance
 from tpcheck.verification.answer import GroupAnswer, forbids_training, full_answer, start_answer
-from tpcheck.verification.batches import Batch, batch_size, batches
 from tpcheck.verification.call_order import call_digests, renumbered
 from tpcheck.verification.candidate import CandidateStart, sharded, trained
+from tpcheck.verification.isolated import isolated_pass
+from tpcheck.verification.measured_reference import CommunicatingRank, MeasuredReference
 from tpcheck.verification.model import built_model, require_equal_models
-from tpcheck.verification.reference import ReferenceStep, recorded
-from tpcheck.verification.replay import Deviations, replayed_deviations, require_still
+from tpcheck.verification.reference import ReferenceStep
 from tpcheck.verification.request import Request
 from tpcheck.verification.saving import saved_answer, set_gathered, with_saved
-from tpcheck.verification.state import State, buffers_of, parameters_of
 
 T = TypeVar("T")
-
-
-class CommunicatingRank(RankLike, Protocol):
-    """A rank that can exchange objects with all others."""
-
-    def gather(self, value: Any) -> tuple[Any, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +54,7 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
     backend = load_backend(request.backend)
     options = backend.resolved(_options(request, rank.device))
     with everything_in_float64(request.dtype == "float64"), backend.session(options):
-        reference = _Reference.of(request, rank, options)
+        reference = MeasuredReference.of(request, rank, options)
         twin = built_model(request, rank.device)
         require_equal_models(twin, reference.model, reference.state)
         names = tuple(reference.parameters)
@@ -73,10 +65,7 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
         if not any(rank.gather(stops)):
             saves = CHECKPOINT_CHECK in request.checks
             saved = [saved_answer(rank, candidate, reference.model, step=-1)] if saves else []
-            steps, tolerance = reference.trained(rank, request)
-            own_batches = [by_dp_rank[_dp_rank(rank)] for by_dp_rank in reference.data]
-            made = trained(backend, candidate, tuple(start.weights), own_batches)
-            full = _step_evidence(rank, evidence, steps, tolerance, made)
+            full = _both_trained(rank, request, reference, _Sharded(backend, candidate, start), evidence)
             if full is not None and answer is not None:
                 answer = full_answer(answer, full, request.checks)
             if saves:
@@ -97,55 +86,34 @@ def _options(request: Request, device: torch.device) -> TrainingOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reference:
-    """The unsharded model, and what both sides start from and are trained on."""
+class _Sharded:
+    """The sharded model, with what made it and what it starts from."""
 
-    model: nn.Module
-    data: list[list[Batch]]
-    options: TrainingOptions
-    parameters: State
-    buffers: State
+    backend: Backend
+    candidate: Candidate
+    start: CandidateStart
 
-    @property
-    def state(self) -> State:
-        return {**self.parameters, **self.buffers}
 
-    @classmethod
-    def of(cls, request: Request, rank: RankLike, options: TrainingOptions) -> _Reference:
-        model = built_model(request, rank.device)
-        data = batches(request, model, rank.topology.dp, rank.device)
-        return cls(
-            model=model,
-            data=data,
-            options=replace(options, batch_size=batch_size(data[0][0])),
-            parameters=parameters_of(model),
-            buffers=buffers_of(model),
-        )
-
-    def trained(self, rank: CommunicatingRank, request: Request) -> tuple[list[ReferenceStep], Tolerance]:
-        """Train the reference and measure the tolerance. The ranks share the replays between them. Collective.
-
-        Raises:
-            UsageError: The model does not compute the same each time.
-        """
-        steps = recorded(self.model, self.data, self.options)
-        eps = torch.finfo(self.options.dtype).eps
-        replays = [0.0, *[eps] * request.num_replays]  # the first shows that the model stands still
-        own = range(rank.rank, len(replays), rank.topology.world_size)
-        measured = {replay: self._replayed(steps, replays[replay], request.seed * 1000 + replay) for replay in own}
-        still = next(one for one in rank.gather(measured.pop(0, None)) if one is not None)
-        require_still(still)
-        everyone: list[Deviations] = list(rank.gather(largest_deviations(list(measured.values()))))
-        scalar_eps = torch.finfo(torch.promote_types(self.options.dtype, torch.float32)).eps
-        return steps, Tolerance(scalar_eps, request.num_replays, largest_deviations(everyone))
-
-    def _replayed(self, steps: Sequence[ReferenceStep], eps: float, seed: int) -> Deviations:
-        start = (self.parameters, self.buffers)
-        return replayed_deviations(self.model, start, self.data, self.options, steps, eps=eps, seed=seed)
+def _both_trained(
+    rank: CommunicatingRank,
+    request: Request,
+    reference: MeasuredReference,
+    sharded: _Sharded,
+    evidence: Evidence | None,
+) -> Evidence | None:
+    """Train both sides; return `evidence` with their steps, on the first rank of each TP group. Collective."""
+    backend, candidate = sharded.backend, sharded.candidate
+    own_batches = [by_dp_rank[_dp_rank(rank)] for by_dp_rank in reference.data]
+    steps, tolerance = reference.trained(rank, request)
+    isolates = request.dtype != "float64"  # whose rounding hides nothing
+    alone = reference.isolated(rank, request, steps[0]) if isolates else None
+    fed = isolated_pass(backend, candidate, own_batches[0], steps[0], rank) if isolates else None
+    made = trained(backend, candidate, tuple(sharded.start.weights), own_batches)
+    return _with_isolated(_step_evidence(rank, evidence, steps, tolerance, made), rank, fed, alone)
 
 
 def _start_evidence(
-    rank: CommunicatingRank, request: Request, reference: _Reference, start: CandidateStart
+    rank: CommunicatingRank, request: Request, reference: MeasuredReference, start: CandidateStart
 ) -> Evidence | None:
     """Return what is known before the first step, on the first rank of each TP group. Collective."""
     facts = rank.gather(RankFacts(start.group_ranks, (start.digests,)))
@@ -192,6 +160,18 @@ def _step_evidence(
         facts=tuple(replace(fact, digests=(*fact.digests, *of_steps)) for fact, of_steps in facts),
         tolerance=tolerance,
     )
+
+
+def _with_isolated(
+    full: Evidence | None, rank: RankLike, own: Step | None, tolerance: Tolerance | None
+) -> Evidence | None:
+    """Add the passes of isolated modules, where they were made. Collective over the TP group."""
+    if own is None or tolerance is None:
+        return full
+    everyone = _gathered_to_first(own, rank)
+    if full is None or everyone is None:
+        return full
+    return replace(full, isolated=Isolated(tuple(everyone), tolerance))
 
 
 def _dp_rank(rank: RankLike) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -34,3 +35,15 @@ def set_buffers(model: nn.Module, saved: State) -> None:
     for name, buffer in saved.items():
         owner, _, attribute = name.rpartition(".")
         model.get_submodule(owner)._buffers[attribute] = buffer.clone()
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run without gradients; put buffers, also those that are replaced meanwhile, and random generators back."""
+    before = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
+    with torch.no_grad(), torch.random.fork_rng():
+        yield
+        for name, (buffer, value) in before.items():
+            buffer.copy_(value)
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner)._buffers[attribute] = buffer
