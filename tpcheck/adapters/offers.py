@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -29,12 +30,14 @@ class ParallelLayer:
 
     Attributes:
         name: What the backend calls it.
-        plain: What it replaces: `linear`, `embedding`, or `transposed_linear` (a weight of in x out, as in GPT-2).
+        plain: What it replaces: `linear`, `embedding`, or `transposed_linear` (a weight of inputs x outputs,
+            as in GPT-2).
         input: Whether each rank is given the whole input or its part of the last dim.
         output: Whether each rank returns the whole output or its part of the last dim.
-        shard: Returns the layer of this rank, made of a plain one of its own. Collective over the TP group.
-        blocks: How many parts of equal size the weight is fused of; its width is a multiple.
-        why_not: It is not run, for this reason.
+        shard: Returns this rank's layer, made of a plain one of its own. Collective over the TP group. None where the
+            layer is not tried.
+        out_blocks, in_blocks: How many parts of one size the weight's outputs and inputs are fused of.
+        why_not: Why it is not tried.
     """
 
     name: str
@@ -42,19 +45,31 @@ class ParallelLayer:
     input: Held = "whole"
     output: Held = "whole"
     shard: Callable[[nn.Module, RankLike], nn.Module] | None = None
-    blocks: int = 1
+    out_blocks: int = 1
+    in_blocks: int = 1
     why_not: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTable:
+    """Every kind of layer that an installed backend has, and how to try one.
+
+    Attributes:
+        layers: The kinds.
+        options: Settings that all of them share, and the values that each may have, the usual one first.
+        session: Returns a context in which layers can be made and run under such settings.
+        local: Returns what this rank holds of a parameter, a gradient or an output.
+    """
+
+    layers: Sequence[ParallelLayer]
+    options: Mapping[str, tuple[Any, ...]]
+    session: Callable[[Mapping[str, Any]], AbstractContextManager[None]]
+    local: Callable[[torch.Tensor], torch.Tensor]
 
 
 @runtime_checkable
 class OffersLayers(Protocol):
     """A backend whose layers can be tried one by one."""
 
-    def parallel_layers(self) -> Sequence[ParallelLayer]:
-        """Return every kind of layer that the installed version has."""
-
-    def layer_options(self) -> Mapping[str, tuple[Any, ...]]:
-        """Return settings of all layers, and the values that each may have, the default first."""
-
-    def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return what this rank holds of a parameter or output."""
+    def layer_table(self) -> LayerTable:
+        """Return the layers of the installed version."""

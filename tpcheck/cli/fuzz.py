@@ -1,27 +1,31 @@
-"""`tpcheck fuzz FAMILY`"""
+"""`tpcheck fuzz FAMILY` and `tpcheck fuzz --layers`"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tpcheck.cli.fuzz_progress import telling
+from tpcheck.cli.fuzz_runs import LayersWanted, run_family, run_layers
 from tpcheck.cli.options import integers, json_object, names, settings, writable
-from tpcheck.cli.results import all_written
-from tpcheck.cli.terminal import BAD_USAGE, show, usage_errors, write_whole
+from tpcheck.cli.terminal import usage_errors
 from tpcheck.errors import UsageError
-from tpcheck.records.fuzzed import Searched
-from tpcheck.report.fuzz import searched_json, searched_lines
 from tpcheck.world.attach import is_launched
-
-INTERRUPTED = 130  # what shells say of a command that Ctrl-C ended
-_STATUS = {"passed": 0, "failed": 1, "skipped": BAD_USAGE, "error": 3}
 
 
 def fuzz(
-    family: Annotated[str, typer.Argument(metavar="FAMILY", help="A model type of transformers: llama, qwen3, t5.")],
+    family: Annotated[
+        str | None, typer.Argument(metavar="[FAMILY]", help="A model type of transformers: llama, qwen3, t5.")
+    ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Try the backend's layers one by one, in place of a family.")
+    ] = False,
+    layer: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="With --layers, try these alone; repeatable.")
+    ] = None,
+    trial: Annotated[str | None, typer.Option(metavar="JSON", help="With --layers, repeat this one try.")] = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="What shards the model.")] = "deepspeed",
     examples: Annotated[int, typer.Option(help="Configurations to run; what is refused does not count.")] = 200,
     seed: Annotated[int, typer.Option(help="Equal seeds draw equal configurations.")] = 0,
@@ -47,13 +51,18 @@ def fuzz(
         bool, typer.Option("--ignore-plan", help="Drop the model's own tp_plan: the backend's heuristics shard it.")
     ] = False,
     known: Annotated[
-        bool, typer.Option("--known/--no-known", help="Whether a registered upstream bug is no finding.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--known/--no-known",
+            help="Whether a registered upstream bug is no finding. By default so for a family, and not for layers.",
+            show_default=False,
+        ),
+    ] = None,
     shrink_seconds: Annotated[float, typer.Option(help="How long a failure may be shrunk.")] = 300,
     timeout: Annotated[float, typer.Option(help="Seconds until an example that hangs is ended.")] = 120,
     json_: Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the search as JSON.")] = None,
 ) -> None:
-    """Draw configurations of a family, verify each, and shrink what fails to the smallest that does.
+    """Draw configurations of a family (or of single layers), verify each, and shrink what fails.
 
     Drawn are: the sizes of tp and dp, the ZeRO stage, the dtype, widths, heads and heads of keys that need not
     be even, layers, vocabulary, every switch of the family's own configuration (biases, tied embeddings),
@@ -65,6 +74,15 @@ def fuzz(
     tpcheck fuzz qwen3 --examples 50 --tp 2 --dp 1 --zero 0 --dtype float64
     tpcheck fuzz phi --set qk_layernorm=false --json phi.json
 
+    With --layers every tensor-parallel layer of the backend is tried by itself beside the layer that it replaces:
+    outputs and the gradients of input, weight and bias, with widths that need not be even and tensors that lie
+    otherwise in memory (transposed, sliced, expanded), as inputs and as gradients. Each has --examples of its own.
+
+    \b
+    tpcheck fuzz --layers
+    tpcheck fuzz --layers --backend transformers --layer colwise --layer rowwise --known
+    tpcheck fuzz --layers --trial '{"layer": "LinearLayer", "inputs": 2, "rows": [2], "strides": "transposed"}'
+
     What fails is told with the command that repeats it, and what that was shrunk from. A configuration that the
     model or the backend refuses in so many words is counted and no finding; a crash is one.
 
@@ -72,29 +90,30 @@ def fuzz(
     crashed, 130 interrupted.
     """
     with usage_errors():
-        if examples < 1:
-            raise UsageError("examples", examples, "a positive integer")
-        if is_launched():
-            raise UsageError("launcher", "torchrun or srun", "no launcher: each example has a small world of its own")
+        _require_valid(examples, family, layers, layer, trial)
         json_ = writable("json", json_)
         fixed, configuration = settings(set_ or []), json_object("config", config) if config is not None else {}
         sizes = {"tp": integers("tp", tp), "dp": integers("dp", dp), "zero": integers("zero", zero)}
-        dtypes = names("dtype", dtype)
 
-        from tpcheck.api.fuzz import Bounds, Common, Limits, fuzz_family  # loads torch, which --help need not wait for
+        from tpcheck.api.fuzz import Bounds, Common, Limits  # loads torch, which --help need not wait for
 
-        bounds = Bounds.of(dtype=dtypes, **sizes)
-        common = Common(backend, steps, 0, fixed, configuration, ignore_plan, timeout, known)
-        with telling(examples) as told:
-            searched = fuzz_family(family, bounds, common, Limits(examples, seed, shrink_seconds), told)
-    raise typer.Exit(_told(searched, json_))
+        bounds = Bounds.of(dtype=names("dtype", dtype), **sizes)
+        limits = Limits(examples, seed, shrink_seconds)
+        if family is None:
+            wanted = LayersWanted(backend, layer or [], trial, known=bool(known), timeout=timeout)
+            raise typer.Exit(run_layers(wanted, bounds, limits, json_))
+        common = Common(backend, steps, 0, fixed, configuration, ignore_plan, timeout, known is not False)
+        raise typer.Exit(run_family(family, bounds, common, limits, json_))
 
 
-def _told(searched: Searched, json_path: Path | None) -> int:
-    writes = [lambda: show(searched_lines(searched))]
-    if json_path:
-        writes.append(lambda: write_whole(json_path, searched_json(searched)))
-    if not all_written(writes):
-        return BAD_USAGE
-    status = _STATUS[searched.verdict]
-    return INTERRUPTED if searched.interrupted and status in (0, BAD_USAGE) else status
+def _require_valid(
+    examples: int, family: str | None, layers: bool, layer: Sequence[str] | None, trial: str | None
+) -> None:
+    if examples < 1:
+        raise UsageError("examples", examples, "a positive integer")
+    if layers == (family is not None):
+        raise UsageError("family", family or "", "either a model type of transformers or --layers")
+    if not layers and (layer or trial):
+        raise UsageError("layer" if layer else "trial", layer or trial, "--layers beside it")
+    if is_launched():
+        raise UsageError("launcher", "torchrun or srun", "no launcher: each example has a small world of its own")

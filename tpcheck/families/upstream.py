@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from tpcheck.families.settings import overlay
 from tpcheck.records import Verdict
+from tpcheck.records.trial import Trial
 
 REGISTER = Path(__file__).parent / "known.toml"
 CHECKPOINT = "checkpoint_matches_reference"  # the one check that is not run unless asked for
@@ -94,6 +95,54 @@ class KnownBug:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownLayerBug:
+    """A bug of single layers of a backend that has been reproduced.
+
+    Attributes:
+        layers: Names of the layers that show it.
+        tensor: What is wrong, for `failed`.
+        when: Values of a trial to which it is confined, such as `strides`; of `options`, those that it needs.
+
+    The others are those of `KnownBug`.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    backend: str
+    versions: Mapping[str, str]
+    verdict: Literal["failed", "error"]
+    what: str
+    again: str
+    tensor: str = ""
+    message: str = ""
+    when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    script: str | None = None
+    link: str | None = None
+
+    def explains(
+        self,
+        trial: Trial,
+        backend: str,
+        versions: Mapping[str, str],
+        *,
+        verdict: str,
+        tensor: str = "",
+        message: str = "",
+    ) -> bool:
+        """Return whether that is what came of the trial."""
+        return (
+            (self.backend, self.verdict) == (backend, verdict)
+            and trial.layer in self.layers
+            and self.tensor == tensor
+            and self.message in message
+            and all(getattr(trial, name) in values for name, values in self.when.items())
+            and overlay(trial.options, self.options) == dict(trial.options)
+            and all(_holds(versions.get(name), wanted) for name, wanted in self.versions.items())
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Judged:
     """A verdict and what the register says of it.
 
@@ -128,8 +177,24 @@ def explained(verdict: Verdict) -> KnownBug | None:
 @cache
 def register() -> tuple[KnownBug, ...]:
     """Return every entry of `known.toml`."""
+    return tuple(_entry(row) for row in _rows("bug"))
+
+
+@cache
+def layer_register() -> tuple[KnownLayerBug, ...]:
+    """Return every entry of `known.toml` that is about single layers."""
+    return tuple(
+        KnownLayerBug(
+            **{**row, "layers": tuple(row["layers"]), "when": {key: tuple(v) for key, v in row["when"].items()}}
+        )
+        for row in _rows("layer_bug")
+    )
+
+
+def _rows(kind: str) -> list[dict[str, Any]]:
     toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    return tuple(_entry(row) for row in toml.loads(REGISTER.read_text(encoding="utf-8"))["bug"])
+    rows: list[dict[str, Any]] = toml.loads(REGISTER.read_text(encoding="utf-8")).get(kind, [])
+    return rows
 
 
 def _entry(row: Mapping[str, Any]) -> KnownBug:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tpcheck.records import Verdict
 from tpcheck.records.fuzzed import Found, Outcome, Searched
+from tpcheck.records.verdict import VerdictName
 from tpcheck.report import words
 from tpcheck.report.data import SCHEMA, as_data, plain_json
 from tpcheck.report.finding import finding_lines
@@ -34,15 +36,13 @@ def outcome_line(outcome: Outcome, *, shrinking: bool = False) -> Line:
     )
 
 
-def searched_lines(searched: Searched, *, head: bool = True) -> Iterator[Line]:
+def searched_lines(searched: Searched) -> Iterator[Line]:
     """Yield what was found, each in its smallest form, and what the search covered."""
-    if head:
-        yield Line(((searched.verdict, STYLES[searched.verdict]), (f"  {_name(searched.subject)}", "bold")))
+    yield Line(((searched.verdict, STYLES[searched.verdict]), (f"  {_name(searched.subject)}", "bold")))
     for found in searched.found:
         yield Line()
         yield from _found_lines(found, cut_short=searched.cut_short)
-    if head:
-        yield Line()
+    yield Line()
     yield from labelled("examples", counted(searched))
     for bug, number in searched.reasons("known"):
         yield from labelled("known", f"{bug} ({words.count(number, 'example')}); tpcheck/families/known.toml")
@@ -53,8 +53,7 @@ def searched_lines(searched: Searched, *, head: bool = True) -> Iterator[Line]:
         yield from labelled("", f"and {words.count(len(reasons) - _REASONS_SHOWN, 'other reason')}")
     if searched.interrupted:
         yield from labelled("ended", "interrupted: what stands here is what had been run", "yellow")
-    if head:
-        yield from labelled("seconds", f"{searched.seconds:.1f}")
+    yield from labelled("seconds", f"{searched.seconds:.1f}")
 
 
 def counted(searched: Searched) -> str:
@@ -62,9 +61,7 @@ def counted(searched: Searched) -> str:
     parts = [f"{number} {name}" for name in ("passed", "known", "failed", "error") if (number := searched.count(name))]
     ran = f"{searched.num_ran} ran" + (f": {', '.join(parts)}" if parts else "")
     refused = f"; {searched.count('refused')} refused" if searched.count("refused") else ""
-    return (
-        ran + refused + (f"; {searched.num_shrinking} more after the first failure" if searched.num_shrinking else "")
-    )
+    return ran + refused + (f"; {searched.num_shrinking} more to shrink" if searched.num_shrinking else "")
 
 
 def searched_data(searched: Searched) -> dict[str, Any]:
@@ -88,14 +85,53 @@ def searched_data(searched: Searched) -> dict[str, Any]:
     }
 
 
-def searched_json(searched: Searched | Mapping[str, Any]) -> str:
-    """Return the search as a JSON text."""
-    data = searched_data(searched) if isinstance(searched, Searched) else searched
+def layers_lines(searches: Sequence[Searched]) -> Iterator[Line]:
+    """Yield a line for each layer, and what was found of each kind."""
+    width = max(len(_layer(one)) for one in searches)
+    for one in searches:
+        said = one.reasons("refused")[0][0] if one.verdict == "skipped" and one.outcomes else counted(one)
+        yield Line(((f"{one.verdict:<7}", STYLES[one.verdict]), (f"  {_layer(one):<{width}}  ", "bold"), (said, "")))
+    for one in searches:
+        for found in one.found:
+            yield Line()
+            yield from _found_lines(found, cut_short=one.cut_short)
+    known = Counter(bug for one in searches for bug, number in one.reasons("known") for _ in range(number))
+    if known:
+        yield Line()
+    for bug, number in known.most_common():
+        yield from labelled("known", f"{bug} ({words.count(number, 'example')}); tpcheck/families/known.toml")
+    if any(one.interrupted for one in searches):
+        yield from labelled("ended", "interrupted: what stands here is what had been run", "yellow")
+
+
+def layers_data(searches: Sequence[Searched]) -> dict[str, Any]:
+    """Return the searches of several layers as plain JSON values, schema 1."""
+    return {
+        "schema": SCHEMA,
+        "verdict": verdict_of(searches),
+        "environment": plain_json(searches[0].environment) if searches else {},
+        "layers": [searched_data(one) for one in searches],
+    }
+
+
+def verdict_of(searches: Sequence[Searched]) -> VerdictName:
+    """Return the first of `failed`, `error`, `passed` that a search says, else `skipped`."""
+    said = {one.verdict for one in searches}
+    order: tuple[VerdictName, ...] = ("failed", "error", "passed")
+    return next((name for name in order if name in said), "skipped")
+
+
+def searched_json(data: Mapping[str, Any]) -> str:
+    """Return a search as a JSON text."""
     return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
+def _layer(searched: Searched) -> str:
+    return str(searched.subject.get("layer"))
+
+
 def _name(subject: Mapping[str, Any]) -> str:
-    return f"{subject.get('family') or subject.get('layer')}  {subject.get('backend')}"
+    return f"{subject.get('family')}  {subject.get('backend')}"
 
 
 def _found_lines(found: Found, *, cut_short: bool) -> Iterator[Line]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpcheck.again import verify_command
 from tpcheck.api.fuzz.draws import Bounds, Drawn, family_examples
+from tpcheck.api.fuzz.judge import REFUSALS, TELLING, in_general
 from tpcheck.api.fuzz.search import Limits, Told, require_hypothesis, search
 from tpcheck.api.model import verify_family
 from tpcheck.environment import package_versions
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 # `BackendError` of a run: where it happened and what was raised.
 _BLAMED = re.compile(r"^[^,\n]+, (?P<phase>[^:\n]+): (?P<error>\w+): (?P<text>.*)", re.DOTALL)
-# What somebody raises who says that he cannot; who stumbles raises anything else, and somewhere else.
-_REFUSALS = ("AssertionError", "NotImplementedError", "ValueError")
 _REFUSING = "sharding the model"
 
 
@@ -77,7 +76,7 @@ def outcome_of(family: str, drawn: Drawn, common: Common) -> Outcome:
         small_model(family, drawn.settings)  # here, since most refusals are of the model, and worlds take their time
         verdict = _verdict(family, drawn, common)
     except UsageError as error:
-        return Outcome("refused", reason=_in_general(str(error)), command=command)
+        return Outcome("refused", reason=in_general(str(error)), command=command)
     if verdict.verdict == "failed":
         return _failed(verdict, command, common)
     return _crashed(verdict, command, common) if verdict.verdict == "error" else Outcome("passed", command=command)
@@ -131,15 +130,10 @@ def _crashed(verdict: Verdict, command: str, common: Common) -> Outcome:
     blamed = _BLAMED.match(verdict.message or "")
     if blamed is None:
         return Outcome("error", "error of a rank", gist(verdict), command, verdict)
-    if blamed["phase"] == _REFUSING and blamed["error"] in _REFUSALS:
-        return Outcome("refused", reason=_in_general(verdict.message or ""), command=command)
-    return Outcome("error", f"error {blamed['phase']} {blamed['error']}", gist(verdict), command, verdict)
-
-
-def _in_general(reason: str) -> str:
-    """Return one line without numbers and quoted values, so that refusals of a kind are counted together."""
-    line = next((line.strip() for line in reason.splitlines() if line.strip()), "")
-    return re.sub(r"\d+", "N", line)
+    if blamed["phase"] == _REFUSING and blamed["error"] in REFUSALS:
+        return Outcome("refused", reason=in_general(verdict.message or ""), command=command)
+    kind = f"error {blamed['phase']} {blamed['error']} {in_general(blamed['text'])[:TELLING]}"
+    return Outcome("error", kind, gist(verdict), command, verdict)
 
 
 def _versions(backend: str | Backend) -> dict[str, str]:

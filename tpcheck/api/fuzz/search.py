@@ -14,6 +14,7 @@ from tpcheck.errors import TpcheckError
 from tpcheck.records.fuzzed import Found, Outcome, Searched
 
 if TYPE_CHECKING:
+    from hypothesis import settings
     from hypothesis.strategies import SearchStrategy
 
 Example = TypeVar("Example")
@@ -44,14 +45,19 @@ class Limits:
 def search(
     examples: SearchStrategy[Example], run: Callable[[Example], Outcome], limits: Limits, told: Told
 ) -> Searched:
-    """Run examples until there are enough or one fails, and shrink what fails. Ctrl-C keeps what there is."""
+    """Run so many examples, and shrink the first failure of each kind. Ctrl-C keeps what there is."""
     start = time.monotonic()
     runs = _Runs(run, limits, told)
-    smallest, interrupted = _smallest(examples, runs, limits)
-    found = []
-    for example, outcome in smallest.values():
-        again = outcome if interrupted else run(example)
-        found.append(Found(outcome, again, runs.first[outcome.kind]))
+    found: list[Found] = []
+    interrupted = False
+    try:
+        while runs.num_left > 0 and (failure := _first_failure(examples, runs, seed=limits.seed + len(found))):
+            found.append(Found(failure.outcome, run(failure.example), runs.first))
+            runs.set_aside(failure.outcome.kind)
+    except KeyboardInterrupt:
+        interrupted = True
+        if runs.last is not None:
+            found.append(Found(runs.last, runs.last, runs.first))
     return Searched(
         subject={},
         outcomes=tuple(runs.outcomes),
@@ -76,7 +82,7 @@ def require_hypothesis() -> None:
 
 
 class _Failure(Exception):
-    """An example failed; hypothesis tells failures apart by the class of what is raised, so each kind has one."""
+    """An example failed."""
 
     def __init__(self, example: Any, outcome: Outcome) -> None:
         super().__init__(outcome.reason)
@@ -86,24 +92,37 @@ class _Failure(Exception):
 
 @dataclass
 class _Runs(Generic[Example]):
-    """Runs each example once, remembers how it ended, and ends shrinking in time.
+    """Runs each example once, and remembers how it ended.
+
+    The first failure of a new kind is the one that is shrunk: until that has ended no other kind counts, or one bug
+    would be shrunk into another.
 
     Attributes:
-        first: The command of the first failure of each kind.
-        last: The last failure of each kind, and its example: shrinking goes from larger to smaller ones.
+        first: The command of the failure that is shrunk, as it was drawn.
+        last: How the smallest example so far of that kind ended.
     """
 
     run: Callable[[Example], Outcome]
     limits: Limits
     told: Told
     outcomes: list[Outcome] = field(default_factory=list)
-    first: dict[str, str] = field(default_factory=dict)
-    last: dict[str, tuple[Example, Outcome]] = field(default_factory=dict)
+    first: str = ""
+    last: Outcome | None = None
     num_shrinking: int = 0
     cut_short: bool = False
     _memory: dict[str, Outcome] = field(default_factory=dict)
-    _classes: dict[str, type[_Failure]] = field(default_factory=dict)
-    _deadline: float | None = None
+    _aside: set[str] = field(default_factory=set)
+    _deadline: float = 0.0
+
+    @property
+    def num_left(self) -> int:
+        """How many examples are still to be run."""
+        return self.limits.examples - sum(outcome.status != "refused" for outcome in self.outcomes)
+
+    def set_aside(self, kind: str) -> None:
+        """Let failures of a kind pass from now on: its smallest example is known."""
+        self._aside.add(kind)
+        self.last = None
 
     def test(self, example: Example) -> None:
         """Return where the example is right, and tell hypothesis where it is not.
@@ -116,14 +135,22 @@ class _Runs(Generic[Example]):
         outcome = self._outcome(example)
         if outcome.status == "refused":
             reject()
-        if outcome.is_bad:
-            kind = self._classes.setdefault(outcome.kind, type("_FailureOfAKind", (_Failure,), {}))
-            raise kind(example, outcome)
+        if outcome.is_bad and outcome.kind not in self._aside and self._is_wanted(outcome):
+            raise _Failure(example, outcome)
+
+    def _is_wanted(self, outcome: Outcome) -> bool:
+        if self.last is None:
+            self.first = outcome.command
+            self._deadline = time.monotonic() + self.limits.shrink_seconds
+        elif outcome.kind != self.last.kind:
+            return False
+        self.last = outcome
+        return True
 
     def _outcome(self, example: Example) -> Outcome:
         key = repr(example)
         if key not in self._memory:
-            if self._deadline is not None and time.monotonic() > self._deadline:
+            if self.last is not None and time.monotonic() > self._deadline:
                 self.cut_short = True
                 return Outcome("passed")  # what is not known to fail is no smaller example
             self._memory[key] = self._new(example)
@@ -131,63 +158,48 @@ class _Runs(Generic[Example]):
 
     def _new(self, example: Example) -> Outcome:
         outcome = self.run(example)
-        shrinking = self._deadline is not None
-        if shrinking:
-            self.num_shrinking += 1
-        else:
+        if self.last is None:
             self.outcomes.append(outcome)
-        self.told(outcome, shrinking=shrinking)
-        if outcome.is_bad:
-            self.first.setdefault(outcome.kind, outcome.command)
-            self.last[outcome.kind] = (example, outcome)
-            if self._deadline is None:
-                self._deadline = time.monotonic() + self.limits.shrink_seconds
+        else:
+            self.num_shrinking += 1
+        self.told(outcome, shrinking=self.last is not None)
         return outcome
 
 
-def _smallest(
-    examples: SearchStrategy[Example], runs: _Runs[Example], limits: Limits
-) -> tuple[dict[str, tuple[Example, Outcome]], bool]:
-    """Return the smallest failing example of each kind with its outcome, and whether Ctrl-C ended the search."""
-    from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+def _first_failure(examples: SearchStrategy[Example], runs: _Runs[Example], *, seed: int) -> _Failure | None:
+    """Draw until something fails that is not set aside, and return its smallest example."""
+    import hypothesis
     from hypothesis.errors import Unsatisfiable
 
-    quiet = settings(
-        max_examples=limits.examples,
-        phases=(Phase.generate, Phase.shrink),
-        database=None,
-        deadline=None,
-        print_blob=False,
-        suppress_health_check=list(HealthCheck),
-        verbosity=Verbosity.quiet,
-    )
-
-    @seed(limits.seed)
-    @quiet
-    @given(examples)
+    @hypothesis.seed(seed)
+    @_quiet(runs.num_left)
+    @hypothesis.given(examples)
     def test(example: Example) -> None:
         runs.test(example)
 
     try:
         with _no_litter():
             test()
-    except KeyboardInterrupt:
-        return runs.last, True
+    except _Failure as failure:
+        return failure
     except Unsatisfiable:  # every one was refused
-        return {}, False
-    except BaseException as error:
-        failures = list(_failures(error))
-        if not failures:
-            raise
-        return {one.outcome.kind: (one.example, one.outcome) for one in failures}, False
-    return {}, False
+        return None
+    return None
 
 
-def _failures(error: BaseException) -> Iterator[_Failure]:
-    if isinstance(error, _Failure):
-        yield error
-    for one in getattr(error, "exceptions", ()):  # an exception group
-        yield from _failures(one)
+def _quiet(num_examples: int) -> settings:
+    from hypothesis import HealthCheck, Phase, Verbosity, settings
+
+    return settings(
+        max_examples=num_examples,
+        phases=(Phase.generate, Phase.shrink),
+        database=None,
+        deadline=None,
+        print_blob=False,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+        verbosity=Verbosity.quiet,
+    )
 
 
 @contextmanager

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from tpcheck.adapters import Candidate, Layout, TrainingOptions
+from tpcheck.adapters.offers import LayerTable
 from tpcheck.adapters.protocols import RankLike
 from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate
 from tpcheck.backends.deepspeed.config import deepspeed_config, resolved
+from tpcheck.backends.deepspeed.layer_table import layer_table
 from tpcheck.backends.deepspeed.layers import layouts, parallel_layers
 from tpcheck.backends.deepspeed.options import OPTIONS
 from tpcheck.backends.plan import without_plan
@@ -33,6 +35,9 @@ class DeepSpeedBackend:
 
     def options(self) -> Sequence[Mapping[str, Any]]:
         return OPTIONS
+
+    def layer_table(self) -> LayerTable:
+        return layer_table()
 
     @contextmanager
     def session(self, options: TrainingOptions) -> Iterator[None]:

@@ -10,11 +10,13 @@ import transformers
 from torch import nn
 
 from tpcheck.adapters import Candidate, TrainingOptions
+from tpcheck.adapters.offers import LayerTable
 from tpcheck.adapters.protocols import RankLike
 from tpcheck.backends.dtensor.candidate import DTensorCandidate
 from tpcheck.backends.dtensor.clipping import clip_by_mesh
 from tpcheck.backends.sgd import Sgd
 from tpcheck.backends.transformers.config import distributed_config, require_supported
+from tpcheck.backends.transformers.layer_table import layer_table
 from tpcheck.backends.transformers.loading import loaded
 from tpcheck.backends.transformers.trainer import sync_replicated_parameters
 
@@ -30,6 +32,9 @@ class TransformersBackend:
     def resolved(self, options: TrainingOptions) -> TrainingOptions:
         require_supported(options)
         return options
+
+    def layer_table(self) -> LayerTable:
+        return layer_table()
 
     def session(self, options: TrainingOptions) -> AbstractContextManager[None]:
         return nullcontext()
