@@ -26,7 +26,7 @@ class KnownBug:
     Attributes:
         name: Its slug.
         families: Model types that show it.
-        any_family: Others may show it, too: it is no bug of theirs.
+        anywhere: Other families and settings may show it, too: it is a bug of the backend alone.
         backend: Name of the backend that shows it.
         versions: The versions that show it, as a specifier by package.
         verdict: What a run says: `failed` (silent without tpcheck) or `error` (loud).
@@ -57,26 +57,31 @@ class KnownBug:
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     script: str | None = None
     link: str | None = None
-    any_family: bool = False
+    anywhere: bool = False
 
     def concerns(self, verdict: Verdict) -> bool:
         """Return whether a run of this subject, with these versions, should show the bug."""
         same_config = dict(verdict.subject.get("config") or {}) == dict(self.config)
-        return same_config and verdict.subject.get("family") in self.families and self._fits(verdict)
+        return same_config and self._is_of_model(verdict) and self._fits(verdict)
 
     def may_concern(self, verdict: Verdict) -> bool:
         """Return whether a run of this subject, with these versions, could show the bug, beside others of its own."""
         config = verdict.subject.get("config") or {}
-        of_family = self.any_family or verdict.subject.get("family") in self.families
-        return of_family and overlay(config, self.config) == config and self._fits(verdict)
+        return overlay(config, self.config) == config and (
+            (self.anywhere or self._is_of_model(verdict)) and self._fits(verdict)
+        )
+
+    def _is_of_model(self, verdict: Verdict) -> bool:
+        settings = verdict.subject.get("settings") or {}
+        return verdict.subject.get("family") in self.families and all(
+            key in settings and settings[key] == value for key, value in self.settings.items()
+        )
 
     def _fits(self, verdict: Verdict) -> bool:
         subject = verdict.subject
-        settings = subject.get("settings") or {}
         return (
             subject.get("backend") == self.backend
             and bool(subject.get("ignore_plan")) == self.ignore_plan
-            and all(key in settings and settings[key] == value for key, value in self.settings.items())
             and all(subject.get(key) in values for key, values in self.only.items())
             and self._is_asked_for(subject.get("checks"))
             and all(_holds(verdict.environment.get(name), wanted) for name, wanted in self.versions.items())
