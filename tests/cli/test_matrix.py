@@ -176,7 +176,7 @@ def test_the_file_is_whole_after_every_cell(run: Run, tmp_path: Path) -> None:
 
 
 def test_jobs_fill_the_cores_by_default(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tpcheck.cli.matrix._num_cores", lambda: 4)
+    monkeypatch.setattr("tpcheck.cli.matrix.num_cores", lambda: 4)
     both_are_in = threading.Barrier(4, timeout=20)
 
     def together(family: str, **options: Any) -> Report:

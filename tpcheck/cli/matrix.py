@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from tpcheck.cli.many import Outcome, Verify, exit_status, run_all
 from tpcheck.cli.progress import told
 from tpcheck.cli.results import Files, tell
 from tpcheck.cli.terminal import BAD_USAGE, note, speaks
+from tpcheck.environment import num_cores
 from tpcheck.errors import UsageError
 from tpcheck.families.upstream import Judged, judged
 from tpcheck.report import Report
@@ -119,8 +119,4 @@ def _side_by_side(jobs: int | None, todo: list[Cell]) -> int:
     if is_launched() or not todo:
         return 1
     largest = max(cell.topology.world_size for cell in todo)
-    return jobs or max(1, 2 * _num_cores() // largest)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return jobs or max(1, 2 * num_cores() // largest)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
+from tpcheck.environment import num_cores
 
 
 def devices() -> tuple[str, ...]:
     """Return the processors and accelerators that a world could use, in words. Imports torch."""
-    found = [f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores"]
+    found = [f"{num_cores()} CPU cores"]
     try:
         import torch
     except ImportError:

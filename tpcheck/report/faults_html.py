@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from tpcheck.records.caught import Caught
 from tpcheck.records.score import Score, by_kind
 from tpcheck.report import words
 from tpcheck.report.faults import margin, outcome, summary, true_causes
 from tpcheck.report.margins import Panel, margins_svg
+from tpcheck.report.pages import page
 
-_TEMPLATES = Path(__file__).parent / "templates"
 _PLACES_SHOWN = 2
 
 
 def faults_html(score: Score, environment: Mapping[str, str], seconds: float) -> str:
     """Return the page: what it comes to, the picture of margins, every fault, every clean run."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    pages = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     title = ", ".join(sorted({row.dtype for row in score.faults} - {"any"}))
-    return pages.get_template("faults.html").render(
+    return page(
+        "faults.html",
         score=score,
         summary=summary(score),
         kinds=by_kind([*score.faults, *score.hidden]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tpcheck.families.upstream import Judged
@@ -12,9 +11,9 @@ from tpcheck.report import words
 from tpcheck.report.lines import as_text
 from tpcheck.report.matrix import LABELS, SIGNS, configuration, counts, gist, label, standing_lines
 from tpcheck.report.matrix_markdown import versions
+from tpcheck.report.pages import page
 from tpcheck.report.text import verdict_lines
 
-_TEMPLATES = Path(__file__).parent / "templates"
 _FINDINGS_SHOWN = 5
 
 
@@ -42,15 +41,7 @@ class _Cell:
 
 def matrix_html(rows: Sequence[Judged]) -> str:
     """Return the page; filters by family, verdict and backend are a few lines of JavaScript inside."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    pages = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     columns = list(dict.fromkeys(configuration(row.verdict.subject) for row in rows))
     families: dict[str, list[_Cell | None]] = {}
     for row in rows:
@@ -58,7 +49,8 @@ def matrix_html(rows: Sequence[Judged]) -> str:
         cells = families.setdefault(words.name(row.verdict.subject), [None] * len(columns))
         cells[index] = _cell(row, index)
     number = {name: sum(label(row.verdict) == name for row in rows) for name in LABELS}
-    return pages.get_template("matrix.html").render(
+    return page(
+        "matrix.html",
         columns=columns,
         families=families,
         counts=counts(rows),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TypeVar
 
 from tpcheck.compare.bits import BitComparer
 from tpcheck.compare.stored import Stored
+from tpcheck.environment import num_cores
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -57,7 +57,7 @@ def in_parallel(function: Callable[[T], R], values: Iterator[T]) -> Iterator[tup
 
     Values are drawn as threads come free, so a long iterator costs no memory.
     """
-    cores = _num_cores()
+    cores = num_cores()
     with ThreadPoolExecutor(cores) as pool:
         running: dict[Future[R], T] = {pool.submit(function, value): value for value in islice(values, 2 * cores)}
         try:
@@ -70,10 +70,6 @@ def in_parallel(function: Callable[[T], R], values: Iterator[T]) -> Iterator[tup
         finally:
             for future in running:
                 future.cancel()
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _works(pairs: Sequence[Pair]) -> Iterator[tuple[int, Pair, range]]:
