@@ -27,7 +27,7 @@ def story_of(
     pair = Stored(ours, name), Stored(theirs, name)
     difference = element_difference(*pair) if actual.shape == expected.shape else None
     with BitComparer() as comparer:
-        return explain_tensor(Case(*pair, difference, Surroundings(theirs, {}, None, comparer)))
+        return explain_tensor(Case(*pair, difference, Surroundings(theirs, {}, comparer)))
 
 
 @dataclass(frozen=True, slots=True)

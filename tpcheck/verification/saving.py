@@ -151,8 +151,8 @@ def _compared(folder: Path, expected: nn.Module) -> tuple[tuple[Finding, ...], M
     reference = opened("reference", expected, ReadOptions())
     actual = opened("actual", folder, ReadOptions())
     try:
-        wider = {name for name in actual.names() if _is_wider(actual.dtype(name), own)}
-        comparison = compare_checkpoints(actual, reference, actual_cast=own if wider else None)
+        is_wider = any(_is_wider(actual.dtype(name), own) for name in actual.names())  # master weights
+        comparison = compare_checkpoints(actual, reference, actual_cast=own if is_wider else None)
         wrong = {one.where["parameter"] for one in comparison.findings}
         margins = {name: inf if name in wrong else 0.0 for name in reference.names()}
     finally:

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from tpcheck.adapters import Checkpoint
 from tpcheck.compare.bits import BitComparer
 from tpcheck.compare.elements import ElementDifference
@@ -37,13 +35,11 @@ class Surroundings:
     Attributes:
         reference: The whole reference.
         earlier: Checkpoints of earlier steps, by what the caller calls them, with the names of this reference.
-        cast: Dtype that floating point values were meant to be rounded to.
         comparer: Compares bits.
     """
 
     reference: Checkpoint
     earlier: Mapping[str, Checkpoint]
-    cast: torch.dtype | None
     comparer: BitComparer
 
     def equal(self, actual: Stored, expected: Stored) -> bool:

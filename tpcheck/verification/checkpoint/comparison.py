@@ -64,9 +64,9 @@ def compare_checkpoints(
     alike = [pair for pair in pairs if pair.actual.shape == pair.expected.shape and _one_dtype(pair)]
     agreeing = {pair.expected.name for pair in alike} - {pair.expected.name for pair in differing(alike, progress)}
     with BitComparer() as comparer:
-        surroundings = Surroundings(expected, earlier or {}, cast, comparer)
+        surroundings = Surroundings(expected, earlier or {}, comparer)
         told = _told([pair for pair in pairs if pair.expected.name not in agreeing], surroundings)
-    untied = _tied_partners(expected, agreeing)
+    untied = dict(_tied_partners(expected, agreeing))
     elsewhere = {*actual.unread, *expected.unread, *actual.torn, *expected.torn}  # there, and not to be read
     loose = [one for one in loose_names(actual, expected, matching, cast) if one.name not in elsewhere]
     findings = [
@@ -164,12 +164,8 @@ def _coverage(actual: Checkpoint, expected: Checkpoint, loose: Sequence[Loose]) 
     return Coverage(len(names - alone), len(names | actual.unread.keys() | expected.unread.keys()), missed)
 
 
-def _tied_partners(expected: Checkpoint, right: Set[str]) -> dict[str, str]:
-    """Return a partner that is right for every name that the reference ties."""
-    return dict(_partners(expected, right))
-
-
-def _partners(expected: Checkpoint, right: Set[str]) -> Iterator[tuple[str, str]]:
+def _tied_partners(expected: Checkpoint, right: Set[str]) -> Iterator[tuple[str, str]]:
+    """Yield every name that the reference ties to one that is right, with that one."""
     for tie in expected.ties:
         for name in tie:
             partner = next((other for other in sorted(tie) if other != name and other in right), None)
