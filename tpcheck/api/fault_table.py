@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from tpcheck.api.arguments import DTYPES
 from tpcheck.api.data_faults import run_data_control, run_data_fault
 from tpcheck.api.faults import run_control, run_model_fault
-from tpcheck.api.model import DTYPES
 from tpcheck.api.saved_faults import run_checkpoint_fault, run_saved_control
 from tpcheck.environment import package_versions
 from tpcheck.errors import UsageError

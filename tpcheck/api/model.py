@@ -1,37 +1,26 @@
-"""Verifies a model: arguments checked, ranks found, answers turned into a report."""
+"""Verifies a model: of the user's own, or a small one of a family."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from tpcheck.again import verify_command
-from tpcheck.environment import package_versions
-from tpcheck.errors import BackendError, RankFailure, TpcheckError, UsageError
-from tpcheck.records import Verdict
+from tpcheck.api.arguments import LayoutSource, check_names, custom_backend, default_checks, mapping, require_valid
+from tpcheck.api.running import Presentation, run
 from tpcheck.report import Report
 from tpcheck.topology import Topology
-from tpcheck.world import attach, spawn
-from tpcheck.world.attach import is_launched
 
 if TYPE_CHECKING:
     from torch import nn
 
     from tpcheck.adapters import Backend
     from tpcheck.families.tokens import Tokens
-    from tpcheck.placement import Placement
-    from tpcheck.verification import RankAnswer, Request
+    from tpcheck.verification import Request
     from tpcheck.verification.request import BatchSource
 
-LayoutSource: TypeAlias = "Mapping[str, Placement] | Callable[[str, tuple[int, ...]], Placement | None] | None"
-DTYPES = ("float64", "float32", "bfloat16")
-ZERO_STAGES = (0, 1, 2, 3)
 TIMEOUT = 600.0
-_TRY_AGAIN = 60.0
-_COLLECTIVES_DIFFER = "Detected mismatch between collectives"  # of torch's ProcessGroupWrapper
 
 
 def verify(
@@ -90,18 +79,18 @@ def verify(
     request = Request(
         build=build,
         batch=batch,
-        backend=backend if shard is None and layout is None else _custom(shard, layout),
+        backend=backend if shard is None and layout is None else custom_backend(shard, layout),
         dtype=dtype,
         steps=steps,
         zero_stage=zero_stage,
-        config=_mapping("config", config),
-        checks=_names(checks),
+        config=mapping("config", config),
+        checks=check_names(checks),
         seed=seed,
         ignore_plan=ignore_plan,
     )
-    _require_valid(request, topology)
+    require_valid(request, topology)
     subject = {"model": getattr(build, "__name__", "model"), **_options(request, topology)}
-    return _run(request, topology, _Presentation(subject, again=None), timeout)
+    return run(request, topology, Presentation(subject, again=None), timeout)
 
 
 def verify_family(
@@ -142,164 +131,26 @@ def verify_family(
 
     tokens = Tokens.parse(batch) if isinstance(batch, str) else batch
     request = Request(
-        build=partial(small_model, family, _mapping("settings", settings)),
+        build=partial(small_model, family, mapping("settings", settings)),
         batch=tokens,
         backend=backend,
         dtype=dtype,
         steps=steps,
         zero_stage=zero_stage,
-        config=_mapping("config", config),
-        checks=_names(checks),
+        config=mapping("config", config),
+        checks=check_names(checks),
         seed=seed,
         ignore_plan=ignore_plan,
         spread_weights=True,
     )
-    _require_valid(request, topology)
+    require_valid(request, topology)
     subject = {
         "family": family,
         **_options(request, topology),
         "settings": dict(settings or {}),
         **({} if tokens is None or tokens == Tokens() else {"batch": str(tokens)}),
     }
-    return _run(request, topology, _Presentation(subject, again=verify_command(subject)), timeout)
-
-
-@dataclass(frozen=True, slots=True)
-class _Presentation:
-    """What a report says of a run beside its findings."""
-
-    subject: Mapping[str, Any]
-    again: str | None
-
-
-def _run(request: Request, topology: Topology, shown: _Presentation, timeout: float) -> Report:
-    from tpcheck.verification import verify_on_rank
-    from tpcheck.verification.verdict import verdict
-
-    start = time.monotonic()
-    try:
-        if is_launched():
-            rank = attach(topology)
-            answers: tuple[RankAnswer, ...] = rank.gather(verify_on_rank(rank, request))
-        else:
-            answers = _spawned_answers(request, topology, timeout)
-    except (RankFailure, BackendError) as failure:
-        return Report(_crashed(failure, shown, time.monotonic() - start))
-    return Report(
-        verdict(
-            [answer.group for answer in answers if answer.group is not None],
-            steps=request.steps,
-            subject=shown.subject,
-            environment=package_versions() | dict(answers[0].versions),
-            again=shown.again,
-            seconds=time.monotonic() - start,
-        )
-    )
-
-
-def _spawned_answers(request: Request, topology: Topology, timeout: float) -> tuple[RankAnswer, ...]:
-    """Run the request on ranks of its own.
-
-    They check every collective for shapes and dtypes that do not match, where others would hang or crash. The check is
-    stricter than gloo, which takes a scalar for a tensor of one element: what it objects to is tried again without it.
-    """
-    from tpcheck.verification import verify_on_rank
-
-    try:
-        with spawn(topology, timeout=timeout) as world:
-            return world.run(verify_on_rank, request)
-    except RankFailure as failure:
-        if _COLLECTIVES_DIFFER not in str(failure.exception):
-            raise
-        try:
-            with spawn(topology, timeout=min(timeout, _TRY_AGAIN), env={"TORCH_DISTRIBUTED_DEBUG": "OFF"}) as world:
-                return world.run(verify_on_rank, request)
-        except RankFailure:
-            raise failure from None
-
-
-def _crashed(failure: RankFailure | BackendError, shown: _Presentation, seconds: float) -> Verdict:
-    """Return the verdict `error`, with the backend's own message where a backend raised.
-
-    Raises:
-        TpcheckError: The ranks were asked for something that cannot be done; nothing crashed.
-    """
-    cause = failure.exception if isinstance(failure, RankFailure) else failure
-    if isinstance(cause, TpcheckError) and not isinstance(cause, BackendError):
-        raise cause from failure
-    message = str(cause) if isinstance(cause, BackendError) else str(failure)
-    return Verdict("error", shown.subject, package_versions(), seconds=seconds, message=message)
-
-
-def _require_valid(request: Request, topology: Topology) -> None:
-    from tpcheck.adapters import backend_names
-    from tpcheck.families.tokens import Tokens
-
-    if not isinstance(topology, Topology):
-        raise UsageError("topology", topology, "a tpcheck.Topology")
-
-    is_module = hasattr(request.build, "named_parameters") and not isinstance(request.build, type)
-    if not callable(request.build) or is_module:  # a module is callable, too
-        raise UsageError(
-            "build", type(request.build).__name__, "a callable that makes and returns the unsharded torch.nn.Module"
-        )
-    is_backend = hasattr(request.backend, "shard") or request.backend in backend_names()
-    if not is_backend:
-        raise UsageError("backend", request.backend, [*backend_names(), "an object like tpcheck.adapters.Backend"])
-    if request.dtype not in DTYPES:
-        raise UsageError("dtype", request.dtype, DTYPES)
-    if request.zero_stage not in ZERO_STAGES:
-        raise UsageError("zero_stage", request.zero_stage, ZERO_STAGES)
-    for name, value, least in (("steps", request.steps, 1), ("seed", request.seed, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
-            raise UsageError(name, value, f"an integer from {least} to {2**31 - 1}")
-    if request.batch is not None and not callable(request.batch) and not isinstance(request.batch, (Mapping, Tokens)):
-        raise UsageError("batch", type(request.batch).__name__, "a dict of tensors, a callable or None")
-    known = (*_default_checks(), _checkpoint_check())
-    unknown = [name for name in request.checks if name not in known]
-    if unknown or not request.checks:
-        raise UsageError("checks", unknown or (), known)
-
-
-def _custom(shard: Callable[..., Any] | None, layout: LayoutSource) -> Backend:
-    """Return the backend that shards by the user's own code.
-
-    Raises:
-        UsageError: It is no code, or no layout.
-    """
-    from tpcheck.adapters import load_backend
-
-    if not callable(shard):
-        raise UsageError("shard", shard, "a callable (model, rank) that shards in place or returns a module")
-    if layout is not None and not callable(layout) and not isinstance(layout, Mapping):
-        raise UsageError("layout", layout, "a dict of placements by pattern of parameter names, a callable, or None")
-    configured: Any = load_backend("custom")
-    backend: Backend = replace(configured, shard_model=shard, layout=layout)
-    return backend
-
-
-def _mapping(name: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
-    if value is not None and not isinstance(value, Mapping):
-        raise UsageError(name, value, "a dict, or None")
-    return dict(value or {})
-
-
-def _names(checks: Sequence[str] | None) -> tuple[str, ...]:
-    if isinstance(checks, str):
-        raise UsageError("checks", checks, "a list of names")
-    return _default_checks() if checks is None else tuple(checks)
-
-
-def _default_checks() -> tuple[str, ...]:
-    from tpcheck.checks import CHECK_NAMES
-
-    return CHECK_NAMES
-
-
-def _checkpoint_check() -> str:
-    from tpcheck.checks import CHECKPOINT_CHECK
-
-    return CHECKPOINT_CHECK
+    return run(request, topology, Presentation(subject, again=verify_command(subject)), timeout)
 
 
 def _options(request: Request, topology: Topology) -> dict[str, Any]:
@@ -313,5 +164,5 @@ def _options(request: Request, topology: Topology) -> dict[str, Any]:
         "seed": request.seed,
         "config": dict(request.config),
         "ignore_plan": request.ignore_plan,
-        **({} if request.checks == _default_checks() else {"checks": list(request.checks)}),
+        **({} if request.checks == default_checks() else {"checks": list(request.checks)}),
     }

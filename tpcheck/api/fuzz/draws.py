@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from tpcheck.api.model import DTYPES, ZERO_STAGES
+from tpcheck.api.arguments import DTYPES, ZERO_STAGES
 from tpcheck.errors import UsageError
 from tpcheck.families.dimensions import Dimensions, dimensions
 from tpcheck.families.settings import overlay
