@@ -16,7 +16,6 @@ from tpcheck.adapters.offers import LayerTable
 from tpcheck.adapters.protocols import RankLike
 from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate
 from tpcheck.backends.deepspeed.config import deepspeed_config, resolved
-from tpcheck.backends.deepspeed.layer_table import layer_table
 from tpcheck.backends.deepspeed.layers import layouts, parallel_layers
 from tpcheck.backends.deepspeed.options import OPTIONS
 from tpcheck.backends.plan import without_plan
@@ -37,6 +36,8 @@ class DeepSpeedBackend:
         return OPTIONS
 
     def layer_table(self) -> LayerTable:
+        from tpcheck.backends.deepspeed.layer_table import layer_table  # names that other versions do not have
+
         return layer_table()
 
     @contextmanager

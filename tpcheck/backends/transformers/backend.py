@@ -16,7 +16,6 @@ from tpcheck.backends.dtensor.candidate import DTensorCandidate
 from tpcheck.backends.dtensor.clipping import clip_by_mesh
 from tpcheck.backends.sgd import Sgd
 from tpcheck.backends.transformers.config import distributed_config, require_supported
-from tpcheck.backends.transformers.layer_table import layer_table
 from tpcheck.backends.transformers.loading import loaded
 from tpcheck.backends.transformers.trainer import sync_replicated_parameters
 
@@ -34,6 +33,8 @@ class TransformersBackend:
         return options
 
     def layer_table(self) -> LayerTable:
+        from tpcheck.backends.transformers.layer_table import layer_table  # names that other versions do not have
+
         return layer_table()
 
     def session(self, options: TrainingOptions) -> AbstractContextManager[None]:
