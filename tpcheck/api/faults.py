@@ -28,7 +28,7 @@ def run_model_fault(fault: ModelFault, *, dtype: str = "float64", seed: int = 0,
     report = verify_family(
         fault.family,
         topology=fault.topology,
-        backend=PlantedBackend(planting.plant),
+        backend=PlantedBackend(planting.plant, around=fault.around),
         dtype=dtype,
         zero_stage=zero_stage_at(dtype, fault.zero_stage),
         config=fault.config,

@@ -40,16 +40,69 @@ def loss_mistakes(evidence: Evidence, step: int, activations: ComparedActivation
     expected, losses = evidence.reference[step].loss, [part.loss for part in evidence.candidate[step]]
     tp = len(losses)
     yield _losses("duplicate_reduce", [expected + log(tp)] * tp, sum_of_exponentials_times=tp)
-    logits = [one for one in activations.compared.values() if one.key.module == "" and one.key.role == "output"]
-    for one in logits:
-        if not isinstance(one.placed.placement, Shard) or one.expected.dim() != 3 or not one.found.agrees:
-            continue
-        for kept in (one.expected.shape[1] - 1, one.expected.shape[1]):  # the last position predicts nothing
-            whole = float(one.expected[:, :kept].double().logsumexp(-1).mean())
-            own = [float(part[:, :kept].double().logsumexp(-1).mean()) for part in one.placed.parts]
-            yield _losses("missing_reduce", [expected - whole + local for local in own], lost="sum of exponentials")
-            if abs(sum(losses) - (tp - 1) * whole - expected) < abs(expected) * 1e-6:
-                yield _losses("missing_reduce", losses, lost="logit of the label")
+    one = _sharded_logits(activations)
+    if one is None:
+        return
+    for kept in (one.expected.shape[1] - 1, one.expected.shape[1]):  # the last position predicts nothing
+        whole = float(one.expected[:, :kept].double().logsumexp(-1).mean())
+        own = [float(part[:, :kept].double().logsumexp(-1).mean()) for part in one.placed.parts]
+        yield _losses("missing_reduce", [expected - whole + local for local in own], lost="sum of exponentials")
+        if abs(sum(losses) - (tp - 1) * whole - expected) < abs(expected) * 1e-6:
+            yield _losses("missing_reduce", losses, lost="logit of the label")
+        yield from _smoothed_locally(
+            expected,
+            losses,
+            log_sum=whole,
+            mean=float(one.expected[:, :kept].double().mean()),
+            own_means=[float(part[:, :kept].double().mean()) for part in one.placed.parts],
+            sizes=[part.shape[-1] for part in one.placed.parts],
+        )
+
+
+def _smoothed_locally(
+    expected: float,
+    losses: Sequence[float],
+    *,
+    log_sum: float,
+    mean: float,
+    own_means: Sequence[float],
+    sizes: Sequence[int],
+) -> Iterator[Mistaken]:
+    """Yield what a smoothed cross entropy would be with the mean over each rank's own part of the vocabulary.
+
+    The loss is log_sum - (1 - s) * label - s * mean. Nobody tells s: it is how much the ranks' losses differ, against
+    their means. It is the smoothing itself, or, as in Megatron, what it comes to over as many tokens as one rank has.
+
+    Args:
+        expected: The loss, smoothed over the whole vocabulary.
+        losses: The ranks' losses.
+        log_sum, mean: Means over all positions, of the log of the sum of exponentials and of the logits.
+        own_means: Means of each rank's logits.
+        sizes: How many tokens each rank has.
+    """
+    first, last = own_means.index(min(own_means)), own_means.index(max(own_means))
+    spread = own_means[last] - own_means[first]
+    own = (losses[first] - losses[last]) / spread if spread else 0.0
+    if not 0 < own < 1:
+        return
+    num_own, num_all = sizes[0], sum(sizes)
+    for whole in (own, own * (num_own - 1) / num_own * num_all / (num_all - 1)):
+        label = (log_sum - whole * mean - expected) / (1 - whole)
+        wrong = [log_sum - (1 - own) * label - own * local for local in own_means]
+        yield _losses("missing_reduce", wrong, lost="mean over the vocabulary", smoothing=own)
+
+
+def _sharded_logits(activations: ComparedActivations) -> ComparedActivation | None:
+    """Return the last output that is cut along its last dim, of which the loss is made."""
+    outputs = [one for one in activations.compared.values() if one.key.role == "output" and one.expected.dim() == 3]
+    return next(
+        (
+            one
+            for one in reversed(outputs)
+            if isinstance(one.placed.placement, Shard) and one.placed.placement.dim == 2 and one.found.agrees
+        ),
+        None,
+    )
 
 
 def _losses(cause: str, losses: Sequence[float], **evidence: object) -> Mistaken:

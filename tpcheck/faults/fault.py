@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
@@ -142,6 +143,7 @@ class ModelFault:
         zero_stage: ZeRO stage.
         ignore_plan: Whether the backend's heuristics shard the model.
         dtypes: Where it must show.
+        around: Makes the context in which both sides are trained, as with another kind of loss.
     """
 
     name: str
@@ -158,6 +160,7 @@ class ModelFault:
     zero_stage: int = 0
     ignore_plan: bool = False
     dtypes: tuple[str, ...] = ("float64", "float32")
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def drawn(self, modules: Sequence[str], parameters: Mapping[str, tuple[int, ...]], seed: int) -> Planting:
         """Return the fault at a place of a model, the same for the same seed."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,12 @@ class PlantedBackend:
     Attributes:
         plant: Plants it; may put something else in the place of `live.candidate`.
         backend: Name of the backend, or the backend.
+        around: Makes a context in which both sides are trained; nothing is planted by it.
     """
 
     plant: Callable[[Live], None]
     backend: str | Backend = "deepspeed"
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def name(self) -> str:
@@ -34,8 +36,10 @@ class PlantedBackend:
     def resolved(self, options: TrainingOptions) -> TrainingOptions:
         return load_backend(self.backend).resolved(options)
 
-    def session(self, options: TrainingOptions) -> AbstractContextManager[None]:
-        return load_backend(self.backend).session(options)
+    @contextmanager
+    def session(self, options: TrainingOptions) -> Iterator[None]:
+        with load_backend(self.backend).session(options), self.around():
+            yield
 
     def shard(self, model: Any, rank: RankLike, options: TrainingOptions) -> Candidate:
         live = Live(load_backend(self.backend).shard(model, rank, options), rank)

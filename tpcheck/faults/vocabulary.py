@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ _KIND = "forward collectives"
 _CHECKS = ("outputs_match_reference",)
 _EMBEDDING = "model.embed_tokens"
 _TIED = {"tie_word_embeddings": True}
+_SMOOTHING = 0.1
 _LOG_TP_LINK = "https://github.com/NVIDIA/Megatron-LM/issues/7452"
 
 Loss = Callable[[Live, Any, Tensor, Tensor], Tensor]  # the head, its own logits, labels shifted
@@ -118,6 +122,17 @@ def _fault(
     return ModelFault(name, _KIND, what, draw, **{**fixed, **options})
 
 
+def _smoothed_over_own_vocabulary(live: Live, head: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    """Spread the smoothed part of each label over the tokens of this rank."""
+    label = all_reduced(_label_logit(head, logits, labels), head.mp_group)
+    kept = (1 - _SMOOTHING) * label + _SMOOTHING * logits.mean(-1)
+    return (_log_sum(logits, head.mp_group) - kept).mean()
+
+
+def _label_smoothing() -> AbstractContextManager[Any]:
+    return patch.object(functional, "cross_entropy", partial(functional.cross_entropy, label_smoothing=_SMOOTHING))
+
+
 FAULTS = (
     _fault(
         "vocabulary_starts_one_late",
@@ -157,5 +172,13 @@ FAULTS = (
         "a rank that does not have the label's logit takes it for 0",
         _loss(_label_not_reduced),
         ("missing_reduce",),
+    ),
+    _fault(
+        "label_smoothing_over_the_local_vocabulary",
+        "label smoothing takes the mean over the rank's own vocabulary",
+        _loss(_smoothed_over_own_vocabulary),
+        ("missing_reduce",),
+        link="https://github.com/NVIDIA/Megatron-LM/issues/737",
+        around=_label_smoothing,
     ),
 )
