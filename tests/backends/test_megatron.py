@@ -75,6 +75,7 @@ def test_label_smoothing_over_the_local_vocabulary_is_found(world: World) -> Non
     """As in megatron-core 0.16.1 (https://github.com/NVIDIA/Megatron-LM/issues/737)."""
     first = world.run(verified, models.SmoothedLoss, models.tokens, {"steps": 1})[0].findings[0]
     assert (first.check, first.where["module"]) == ("outputs_match_reference", "")
+    assert (first.cause, first.evidence["lost"]) == ("missing_reduce", "mean over the vocabulary")
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,7 @@ def test_label_smoothing_over_the_local_vocabulary_is_found(world: World) -> Non
         ({"config": {"sequence_parallell": True}}, "a field of Megatron's TransformerConfig"),
         ({"config": {"tensor_model_parallel_size": 2}}, "none: the topology says it"),
         ({"config": {"context_parallel_size": 2}}, "1: tp and dp are the axes that are verified"),
+        ({"config": {"recompute_granularity": "full"}}, "None: it is not verified, and always left off"),
         ({"zero_stage": 1}, "Megatron's distributed optimizer is not verified"),
         ({"ignore_plan": True}, "Megatron has no plans"),
     ],

@@ -12,7 +12,13 @@ from torch import nn
 from tpcheck.adapters import Candidate, Layout, TrainingOptions
 from tpcheck.adapters.protocols import RankLike
 from tpcheck.backends.megatron.candidate import MegatronCandidate
-from tpcheck.backends.megatron.config import configured, megatron_config, require_configured, require_supported
+from tpcheck.backends.megatron.config import (
+    configured,
+    megatron_config,
+    require_configured,
+    require_supported,
+    transformer_config,
+)
 from tpcheck.backends.megatron.groups import ended_groups, entered, of_one_rank, of_topology
 from tpcheck.backends.megatron.layouts import fill, layouts, live_layouts
 from tpcheck.backends.megatron.machine import stand_ins
@@ -49,12 +55,13 @@ class MegatronBackend:
             raise UsageError(
                 "options.rebuild", None, "what makes the model once more: Megatron's is cut as it is built"
             )
+        megatron_config(model)  # of one rank; it is there at all
         groups = of_topology(rank.topology)
         with entered(groups), configured(rank.topology.tp, options.config):
             shards = options.rebuild()
-            require_configured(shards, options.config)
+            require_configured(shards, rank.topology.tp, options.config)
             found = layouts(shards, model, rank)
             fill(shards, model, found, rank)
-            config = megatron_config(shards)
+            config = transformer_config(shards, rank.topology.tp)
             ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), shards)
         return MegatronCandidate(ddp, groups, found, sgd_of(shards, options))

@@ -16,6 +16,7 @@ from tpcheck.adapters import TrainingOptions
 from tpcheck.errors import UsageError
 
 _OF_TENSOR_PARALLELISM = ("sequence_parallel", "tp_comm_overlap")  # refused by Megatron where there is one rank
+_UNVERIFIED = {"recompute_granularity": None}  # which leaves every number as it is
 _CHECK = ModelParallelConfig.__post_init__  # one such context may stand inside another
 _OTHER_AXES = ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
 
@@ -36,6 +37,8 @@ def require_supported(options: TrainingOptions) -> None:
             raise UsageError("config", name, "a field of Megatron's TransformerConfig, such as sequence_parallel")
         if name == "tensor_model_parallel_size":
             raise UsageError(f"config.{name}", value, "none: the topology says it")
+        if name in _UNVERIFIED and value != _UNVERIFIED[name]:
+            raise UsageError(f"config.{name}", value, f"{_UNVERIFIED[name]}: it is not verified, and always left off")
         if name in _OTHER_AXES and value != 1:
             raise UsageError(f"config.{name}", value, "1: tp and dp are the axes that are verified")
 
@@ -46,9 +49,7 @@ def configured(tp: int, config: Mapping[str, Any]) -> Iterator[None]:
 
     Weights begin as torch's own generator draws them on the CPU, so that two builds begin alike.
     """
-    own = {"tensor_model_parallel_size": tp, "use_cpu_initialization": True}
-    whole = dict.fromkeys(_OF_TENSOR_PARALLELISM, False) if tp == 1 else {}
-    settings = {**config, **own, **whole}
+    settings = _settings(tp, config)
 
     def set_and_check(self: Any) -> None:
         for name, value in settings.items():
@@ -60,18 +61,27 @@ def configured(tp: int, config: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def require_configured(model: nn.Module, config: Mapping[str, Any]) -> None:
+def require_configured(model: nn.Module, tp: int, config: Mapping[str, Any]) -> None:
     """Check that the model was built with the user's fields.
 
     Raises:
         UsageError: Its configuration was made before `build` was called.
     """
     made = megatron_config(model)
-    for name, value in config.items():
-        if getattr(made, name, value) != value:
+    for name, value in _settings(tp, config).items():
+        if name in config and getattr(made, name, value) != value:
             raise UsageError(
                 f"config.{name}", value, f"{getattr(made, name)}, as the model's is: make its configuration in `build`"
             )
+
+
+def transformer_config(model: nn.Module, tp: int) -> TransformerConfig:
+    """Return the model's configuration as the kind that `finalize_model_grads` reads."""
+    made = megatron_config(model)
+    if isinstance(made, TransformerConfig):
+        return made
+    values = {field.name: getattr(made, field.name) for field in fields(ModelParallelConfig) if field.init}
+    return TransformerConfig(num_layers=1, hidden_size=tp, num_attention_heads=tp, **values)
 
 
 def megatron_config(model: nn.Module) -> Any:
@@ -84,4 +94,14 @@ def megatron_config(model: nn.Module) -> Any:
         config = getattr(module, "config", None)
         if isinstance(config, ModelParallelConfig):
             return config
-    raise UsageError("build", type(model).__name__, "a model with layers of megatron.core: none of its modules is")
+    raise UsageError(
+        "build",
+        type(model).__name__,
+        "a model made of layers of megatron.core, which transformers' families are not: "
+        "tpcheck.verify(build, backend='megatron') of a build of your own",
+    )
+
+
+def _settings(tp: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    own = {"tensor_model_parallel_size": tp, "use_cpu_initialization": True, **_UNVERIFIED}
+    return {**config, **own, **(dict.fromkeys(_OF_TENSOR_PARALLELISM, False) if tp == 1 else {})}

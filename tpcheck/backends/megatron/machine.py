@@ -37,16 +37,8 @@ def stand_ins() -> Iterator[None]:
 
 @contextmanager
 def _without_cuda() -> Iterator[None]:
-    def rng_state(*_: Any, **__: Any) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
-        torch.set_rng_state(state)
-
     with (
         patch.object(torch.cuda, "current_device", lambda: _CPU),
-        patch.object(random, "_get_cuda_rng_state", rng_state),
-        patch.object(random, "_set_cuda_rng_state", set_rng_state),
         patch.object(WrappedTorchNorm, "__new__", _norm_for_any_parallelism(WrappedTorchNorm.__new__)),
         _CudaIsCpu(),
     ):
@@ -76,6 +68,8 @@ class _CudaIsCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.cuda:
             return args[0]
+        if func is torch.device:  # named, and nothing made on it: torch.random.fork_rng asks which devices there are
+            return func(*args, **(kwargs or {}))
         return func(*(_here(arg) for arg in args), **{name: _here(value) for name, value in (kwargs or {}).items()})
 
 
