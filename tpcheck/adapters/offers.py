@@ -58,13 +58,14 @@ class LayerTable:
         layers: The kinds.
         options: Settings that all of them share, and the values that each may have, the usual one first.
         session: Returns a context in which layers can be made and run under such settings.
-        local: Returns what this rank holds of a parameter, a gradient or an output.
+        local: Returns what this rank holds of a parameter or an output; of a gradient, what lies as its parameter, the
+            second argument, lies.
     """
 
     layers: Sequence[ParallelLayer]
     options: Mapping[str, tuple[Any, ...]]
     session: Callable[[Mapping[str, Any]], AbstractContextManager[None]]
-    local: Callable[[torch.Tensor], torch.Tensor]
+    local: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @runtime_checkable
@@ -73,3 +74,8 @@ class OffersLayers(Protocol):
 
     def layer_table(self) -> LayerTable:
         """Return the layers of the installed version."""
+
+
+def plain_tensor(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the tensor: `LayerTable.local` where each rank's tensors are plain ones."""
+    return tensor.detach()

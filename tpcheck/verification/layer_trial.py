@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from tpcheck.adapters import load_backend
-from tpcheck.adapters.offers import LayerTable, OffersLayers, ParallelLayer
+from tpcheck.adapters.offers import LayerTable, OffersLayers, ParallelLayer, plain_tensor
 from tpcheck.adapters.protocols import Backend, RankLike
 from tpcheck.compare import frobenius_distance
 from tpcheck.errors import BackendError, UsageError
@@ -152,7 +151,7 @@ def _plain_once(module: nn.Module, given: Tensors) -> dict[str, torch.Tensor]:
     whole = _leaf(given["input"])
     output = module(whole)
     output.backward(given["gradient"])
-    return _results(module, whole, output, torch.Tensor.detach)
+    return _results(module, whole, output, plain_tensor)
 
 
 def _perturbed_once(module: nn.Module, given: Tensors, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -202,7 +201,7 @@ def _parts(layer: ParallelLayer, trial: Trial, rank: RankLike, table: LayerTable
     twin = numbered(plain_layer(layer, trial).to(torch.float64))
     shapes = {name: tuple(parameter.shape) for name, parameter in twin.named_parameters()}
     sharded = _sharded(layer, twin, rank)
-    held = {name: table.local(parameter).to(torch.int64) for name, parameter in sharded.named_parameters()}
+    held = {name: table.local(parameter, None).to(torch.int64) for name, parameter in sharded.named_parameters()}
     return Parts(layer.plain, shapes, {name: held[name].clone() for name in shapes if name in held})
 
 
@@ -217,14 +216,19 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _results(
-    module: nn.Module, given: torch.Tensor, output: torch.Tensor, local: Callable[[torch.Tensor], torch.Tensor]
+    module: nn.Module,
+    given: torch.Tensor,
+    output: torch.Tensor,
+    local: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """Return what came of a forward and backward pass; a gradient that is missing is left out."""
-    gradients: dict[str, Any] = {f"gradient of {name}": one.grad for name, one in module.named_parameters()}
-    if given.is_floating_point():
-        gradients = {INPUT_GRADIENT: given.grad, **gradients}
-    tensors = {OUTPUT: output, **gradients}
-    return {name: local(tensor).clone() for name, tensor in tensors.items() if tensor is not None}
+    results = {OUTPUT: local(output, None).clone()}
+    if given.grad is not None:
+        results[INPUT_GRADIENT] = local(given.grad, given).clone()
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            results[f"gradient of {name}"] = local(parameter.grad, parameter).clone()
+    return results
 
 
 def _compared(actual: Tensors, results: Tensors, layer: ParallelLayer, parts: Parts) -> dict[str, TriedTensor]:

@@ -8,12 +8,11 @@ from typing import Any
 from unittest.mock import patch
 
 import deepspeed
-import torch
 from deepspeed.module_inject import layers as of_deepspeed
 from deepspeed.module_inject.tp_shard import AutoTPMeta
 from torch import nn
 
-from tpcheck.adapters.offers import LayerTable, ParallelLayer
+from tpcheck.adapters.offers import LayerTable, ParallelLayer, plain_tensor
 from tpcheck.adapters.protocols import RankLike
 
 Arguments = Callable[[nn.Module], Mapping[str, Any]]
@@ -23,7 +22,7 @@ _YUAN = "it cuts the heads of Yuan, whose queries and keys are shared: no plain 
 
 def layer_table() -> LayerTable:
     """Return every layer class of the installed version; one that is not known here is told as such."""
-    return LayerTable((*_LAYERS, *_unknown()), {"tp_overlap_comm": (False, True)}, _session, torch.Tensor.detach)
+    return LayerTable((*_LAYERS, *_unknown()), {"tp_overlap_comm": (False, True)}, _session, plain_tensor)
 
 
 def _made(name: str, arguments: Arguments = lambda module: {}) -> Callable[[nn.Module, RankLike], nn.Module]:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from tpcheck.adapters.offers import LayerTable, ParallelLayer
@@ -64,9 +64,9 @@ _LAYERS = (
 )
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def _local(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    if any(placement.is_partial() for placement in tensor.placements):
-        tensor = tensor.redistribute(placements=[Replicate()])
+    if isinstance(like, DTensor):  # an optimizer's step lays gradients so
+        tensor = tensor.redistribute(placements=like.placements)
     return tensor.to_local().detach()
