@@ -36,6 +36,26 @@ def build() -> nn.Module:
     return TokenLoss(gpt())
 
 
+class Layers(nn.Module):
+    """Megatron's tensor-parallel layers under a configuration of their own, and a loss of torch."""
+
+    def __init__(self) -> None:
+        from megatron.core import ModelParallelConfig
+        from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+
+        super().__init__()
+        options: dict[str, Any] = {"config": ModelParallelConfig(), "init_method": nn.init.xavier_normal_}
+        self.embedding = VocabParallelEmbedding(VOCABULARY, 16, **options)
+        self.up = ColumnParallelLinear(16, 32, **options)
+        self.down = RowParallelLinear(32, 16, input_is_parallel=True, bias=True, skip_bias_add=False, **options)
+        self.head = ColumnParallelLinear(16, VOCABULARY, bias=False, gather_output=True, **options)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden_BLD = self.embedding(input_ids)
+        hidden_BLD = hidden_BLD + self.down(functional.gelu(self.up(hidden_BLD)[0]))[0]
+        return functional.cross_entropy(self.head(hidden_BLD)[0].flatten(0, 1), input_ids.flatten())
+
+
 class SmoothedLoss(nn.Module):
     """A GPT under Megatron's vocabulary-parallel cross entropy with label smoothing."""
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import tpcheck
 from tests.backends import megatron_models as models
 from tpcheck import Rank, Report, Topology, UsageError, World
 from tpcheck.faults import Live, PlantedBackend
+from tpcheck.placement import Shard
 
 pytest.importorskip("megatron.core")
+
+PLACE: Any = SimpleNamespace(topology=Topology(tp=2), rank=0)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +36,11 @@ def verified(rank: Rank, build: Callable[[], Any], batch: Any, options: dict[str
 def test_a_gpt_passes(world: World, sequence_parallel: bool) -> None:
     options = {"config": {"sequence_parallel": sequence_parallel}}
     report = world.run(verified, models.build, None, options)[0]
+    assert report.passed, report
+
+
+def test_a_model_of_its_layers_passes(world: World) -> None:
+    report = world.run(verified, models.Layers, models.tokens, {})[0]
     assert report.passed, report
 
 
@@ -76,6 +86,57 @@ def test_label_smoothing_over_the_local_vocabulary_is_found(world: World) -> Non
     first = world.run(verified, models.SmoothedLoss, models.tokens, {"steps": 1})[0].findings[0]
     assert (first.check, first.where["module"]) == ("outputs_match_reference", "")
     assert (first.cause, first.evidence["lost"]) == ("missing_reduce", "mean over the vocabulary")
+
+
+def marks_tell(rank: Rank) -> bool:
+    from tpcheck.adapters import TrainingOptions, layouts_of
+    from tpcheck.backends.megatron import MegatronBackend
+    from tpcheck.backends.megatron.groups import entered, of_topology
+
+    backend, options = MegatronBackend(), TrainingOptions(dtype=torch.float32, rebuild=models.build)
+    with backend.session(options):
+        candidate = backend.shard(models.build(), rank, options)
+        with entered(of_topology(rank.topology)):
+            told = layouts_of(candidate.module)
+    return {name: one.placement() for name, one in told.items()} == {
+        name: one.placement() for name, one in candidate.layouts().items()
+    }
+
+
+def test_the_marks_alone_tell_the_layouts_of_a_live_model(world: World) -> None:
+    assert all(world.run(marks_tell))
+
+
+def test_shards_are_cut_as_their_marks_say() -> None:
+    from tpcheck.backends.megatron.layouts import layouts
+
+    shards = nn.Linear(4, 6)
+    for name, value in {"tensor_model_parallel": True, "partition_dim": 0, "partition_stride": 3}.items():
+        setattr(shards.weight, name, value)
+    found = layouts(shards, nn.Linear(4, 12), PLACE)
+    assert found["weight"].placement() == Shard(0, blocks=(4, 4, 4), sizes=((2, 2),) * 3)
+    assert found["bias"].placement() == Shard(0, sizes=((6, 6),))
+
+
+@pytest.mark.parametrize(
+    ("whole", "message"),
+    [
+        (nn.Linear(4, 10), "a vocabulary is padded for the largest of them"),
+        (nn.Linear(4, 12, bias=False), "bias.*expected a model with the same parameters"),
+    ],
+)
+def test_a_model_that_is_another_at_another_size_is_refused(whole: nn.Module, message: str) -> None:
+    from tpcheck.backends.megatron.layouts import layouts
+
+    with pytest.raises(UsageError, match=message):
+        layouts(nn.Linear(4, 6), whole, PLACE)
+
+
+def test_families_are_refused() -> None:
+    from tpcheck.backends.megatron.config import megatron_config
+
+    with pytest.raises(UsageError, match="which transformers' families are not"):
+        megatron_config(nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(

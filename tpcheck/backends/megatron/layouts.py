@@ -45,6 +45,8 @@ def fill(shards: nn.Module, model: nn.Module, found: Mapping[str, Layout], rank:
 
 def live_layouts(model: nn.Module) -> dict[str, Layout]:
     """Return the layouts of a model that Megatron has built in somebody's program, by its marks alone."""
+    if not parallel_state.model_parallel_is_initialized():
+        return {}
     tp = dist.get_world_size(parallel_state.get_tensor_model_parallel_group())
     found = {}
     parameters: Iterable[tuple[str, Any]] = model.named_parameters(remove_duplicate=False)
