@@ -1,4 +1,4 @@
-"""`tpcheck fuzz`: options reach the search, what it finds reaches people and files, the exit status says how it went."""
+"""`tpcheck fuzz`: options reach the search, what it finds reaches people and files, its status says how it went."""
 
 from __future__ import annotations
 
