@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -246,8 +247,10 @@ def _swapped(draw: Draw) -> Planting:
     return Planting(plant, Place(parameters=(first, second)))
 
 
+_fault = partial(ModelFault, steps=1)  # a gradient is wrong at once
+
 FAULTS = (
-    ModelFault(
+    _fault(
         "column_input_gradient_not_reduced",
         _KIND,
         "a column-parallel layer sends back its rank's term of the input gradient instead of the sum",
@@ -255,7 +258,7 @@ FAULTS = (
         checks=_CHECKS,
         causes=("missing_reduce",),
     ),
-    ModelFault(
+    _fault(
         "column_input_gradient_not_reduced_on_four_ranks",
         _KIND,
         "a column-parallel layer sends back its rank's term of the input gradient, on four ranks",
@@ -264,7 +267,7 @@ FAULTS = (
         causes=("missing_reduce",),
         topology=_TP4,
     ),
-    ModelFault(
+    _fault(
         "column_input_gradient_reduced_twice",
         _KIND,
         "a column-parallel layer sums its input gradient twice",
@@ -274,7 +277,7 @@ FAULTS = (
         topology=_TP2_DP2,
         zero_stage=1,
     ),
-    ModelFault(
+    _fault(
         "column_reduce_lost_on_a_strided_gradient",
         _KIND,
         "the all-reduce of a non-contiguous input gradient sums a copy and returns the original",
@@ -283,7 +286,7 @@ FAULTS = (
         causes=("missing_reduce",),
         link="https://github.com/NovaSky-AI/SkyRL/pull/1886",
     ),
-    ModelFault(
+    _fault(
         "row_parallel_backward_reduces",
         _KIND,
         "the backward of a row-parallel layer's all-reduce sums gradients that are replicas already",
@@ -292,7 +295,7 @@ FAULTS = (
         causes=("duplicate_reduce", "gradient_scaled"),
         topology=_TP4,
     ),
-    ModelFault(
+    _fault(
         "qk_norm_partial_in_qwen3",
         _KIND,
         "the norms of queries and keys keep the gradient of their rank's heads (DeepSpeed's heuristics, qwen3)",
@@ -302,7 +305,7 @@ FAULTS = (
         family="qwen3",
         ignore_plan=True,
     ),
-    ModelFault(
+    _fault(
         "qk_norm_partial_in_gemma3",
         _KIND,
         "the norms of queries and keys keep the gradient of their rank's heads (DeepSpeed's heuristics, gemma3)",
@@ -314,7 +317,7 @@ FAULTS = (
         topology=_TP2_DP2,
         zero_stage=2,
     ),
-    ModelFault(
+    _fault(
         "qk_layernorm_partial_in_phi",
         _KIND,
         "the layer norms of queries and keys keep the gradient of their rank's heads (DeepSpeed, phi)",
@@ -324,7 +327,7 @@ FAULTS = (
         family="phi",
         settings={"qk_layernorm": True},
     ),
-    ModelFault(
+    _fault(
         "mla_shared_branch_partial",
         _KIND,
         "the latent and the rotary key that all heads share get the gradient of their rank's heads (deepseek_v3)",
@@ -334,7 +337,7 @@ FAULTS = (
         family="deepseek_v3",
         ignore_plan=True,
     ),
-    ModelFault(
+    _fault(
         "router_gradient_partial",
         _KIND,
         "a router keeps the gradient through its rank's experts",
@@ -343,7 +346,7 @@ FAULTS = (
         causes=("partial_gradient_on_replica",),
         family="gpt_oss",
     ),
-    ModelFault(
+    _fault(
         "sequence_parallel_norm_not_reduced",
         _KIND,
         "under sequence parallelism a norm keeps the gradient of its rank's part of the sequence",
@@ -352,7 +355,7 @@ FAULTS = (
         causes=("partial_gradient_on_replica",),
         link="https://github.com/NVIDIA/Megatron-LM/issues/1446",
     ),
-    ModelFault(
+    _fault(
         "sequence_parallel_norm_not_reduced_on_four_ranks",
         _KIND,
         "under sequence parallelism a norm keeps the gradient of its rank's part of the sequence, on four ranks",
@@ -362,7 +365,7 @@ FAULTS = (
         link="https://github.com/NVIDIA/TransformerEngine/issues/435",
         topology=_TP4,
     ),
-    ModelFault(
+    _fault(
         "gradient_times_tp",
         _KIND,
         "a gradient is summed over ranks that all have the whole of it",
@@ -372,7 +375,7 @@ FAULTS = (
         topology=_TP2_DP2,
         zero_stage=2,
     ),
-    ModelFault(
+    _fault(
         "gradient_divided_by_tp",
         _KIND,
         "a gradient is averaged over the TP group although it is whole on each rank",
@@ -381,7 +384,7 @@ FAULTS = (
         causes=("gradient_scaled",),
         topology=_TP4,
     ),
-    ModelFault(
+    _fault(
         "gradient_scaled_on_one_rank",
         _KIND,
         "one rank's gradient has another scale",
@@ -390,7 +393,7 @@ FAULTS = (
         causes=("gradient_scaled",),
         topology=_TP4,
     ),
-    ModelFault(
+    _fault(
         "row_bias_gradient_summed",
         _KIND,
         "the gradient of a row-parallel layer's bias, whole on each rank, is summed over them",
@@ -399,7 +402,7 @@ FAULTS = (
         causes=("gradient_scaled",),
         family="opt",
     ),
-    ModelFault(
+    _fault(
         "input_overwritten_by_a_reduce",
         _KIND,
         "an in-place all-reduce overwrites an input that the weight's gradient still needs",
@@ -407,7 +410,7 @@ FAULTS = (
         checks=_CHECKS,
         causes=(None,),
     ),
-    ModelFault(
+    _fault(
         "parameter_frozen",
         _KIND,
         "a parameter was frozen and never gets a gradient",
@@ -415,7 +418,7 @@ FAULTS = (
         checks=_CHECKS,
         causes=("gradient_missing",),
     ),
-    ModelFault(
+    _fault(
         "branch_detached",
         _KIND,
         "a branch is cut out of the backward pass",
@@ -423,7 +426,7 @@ FAULTS = (
         checks=_CHECKS,
         causes=("gradient_missing",),
     ),
-    ModelFault(
+    _fault(
         "gradient_lost_on_one_rank",
         _KIND,
         "one rank's gradient of a replicated parameter is zero",
@@ -431,7 +434,7 @@ FAULTS = (
         checks=_CHECKS,
         causes=("gradient_missing", "all_zero"),
     ),
-    ModelFault(
+    _fault(
         "gradients_of_two_layers_swapped",
         _KIND,
         "two layers get each other's gradients",

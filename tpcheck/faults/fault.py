@@ -142,6 +142,7 @@ class ModelFault:
         config: Of the backend.
         zero_stage: ZeRO stage.
         ignore_plan: Whether the backend's heuristics shard the model.
+        steps: Steps to train: one where the first must show it.
         dtypes: Where it must show.
         around: Makes the context in which both sides are trained, as with another kind of loss.
     """
@@ -159,6 +160,7 @@ class ModelFault:
     config: Mapping[str, Any] = field(default_factory=dict)
     zero_stage: int = 0
     ignore_plan: bool = False
+    steps: int = 2
     dtypes: tuple[str, ...] = ("float64", "float32")
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 

@@ -103,7 +103,7 @@ def _fused_qkv_of_another_family(draw: Draw) -> Planting:
 def _fault(
     name: str, what: str, draw: Callable[[Draw], Planting], causes: tuple[str | None, ...], **options: Any
 ) -> ModelFault:
-    return ModelFault(name, _KIND, what, draw, **{"checks": _CHECKS, "causes": causes, **options})
+    return ModelFault(name, _KIND, what, draw, **{"checks": _CHECKS, "causes": causes, "steps": 1, **options})
 
 
 FAULTS = (

@@ -190,7 +190,9 @@ def _resized(layer: Any, sizes: list[int], tp_rank: int) -> None:
 def _fault(
     name: str, what: str, draw: Callable[[Draw], Planting], causes: tuple[str | None, ...], **options: Any
 ) -> ModelFault:
-    return ModelFault(name, _KIND, what, draw, **{"checks": ("weights_match_reference",), "causes": causes, **options})
+    return ModelFault(
+        name, _KIND, what, draw, **{"checks": ("weights_match_reference",), "causes": causes, "steps": 1, **options}
+    )
 
 
 FAULTS = (

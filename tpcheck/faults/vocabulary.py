@@ -118,7 +118,7 @@ def _label_not_reduced(live: Live, head: Any, logits: Tensor, labels: Tensor) ->
 def _fault(
     name: str, what: str, draw: Callable[[Draw], Planting], causes: tuple[str | None, ...], **options: Any
 ) -> ModelFault:
-    fixed: dict[str, Any] = {"checks": _CHECKS, "causes": causes, "family": "qwen3", "settings": _TIED}
+    fixed: dict[str, Any] = {"checks": _CHECKS, "causes": causes, "family": "qwen3", "settings": _TIED, "steps": 1}
     return ModelFault(name, _KIND, what, draw, **{**fixed, **options})
 
 
