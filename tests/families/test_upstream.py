@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 
 from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED
 from tpcheck.families import upstream
-from tpcheck.families.upstream import KnownBug, judged, register
+from tpcheck.families.upstream import KnownBug, KnownLayerBug, explained, judged, layer_register, register
 from tpcheck.records import Verdict
+from tpcheck.records.trial import Trial
 
 ROOT = Path(__file__).parents[2]
 SUBJECT = {"family": "phi", "backend": "deepspeed", "tp": 2, "dp": 1, "zero": 0, "dtype": "float64", "config": {}}
@@ -101,6 +103,36 @@ def test_every_silent_bug_has_a_short_program_without_tpcheck(entry: KnownBug) -
         assert not any("tpcheck" in line for line in lines if line.lstrip().startswith(("import", "from")))
 
 
+@pytest.mark.parametrize("entry", layer_register(), ids=lambda bug: bug.name)
+def test_every_entry_of_single_layers_can_be_repeated_and_knows_what_it_repeats(entry: KnownLayerBug) -> None:
+    *_, trial = shlex.split(entry.again)
+    tried = Trial.of(json.loads(trial))
+    said = {"verdict": entry.verdict, "tensor": entry.tensor, "message": entry.message}
+    versions = {"deepspeed": "0.19.8", "transformers": "5.23.0"}
+    assert entry.explains(tried, entry.backend, versions, **said)
+    assert not entry.explains(replace(tried, layer="other"), entry.backend, versions, **said)
+    assert not entry.explains(tried, "other", versions, **said)
+    assert not entry.explains(tried, entry.backend, {}, **said)
+    assert entry.verdict == "error" or entry.script
+
+
+@pytest.mark.parametrize("entry", [*register(), *layer_register()], ids=lambda bug: bug.name)
+def test_every_program_is_there_and_short(entry: KnownBug | KnownLayerBug) -> None:
+    assert entry.script is None or len((ROOT / entry.script).read_text().splitlines()) <= 40
+
+
+def test_in_a_search_a_bug_is_known_beside_what_else_is_configured() -> None:
+    assert explained(of(FAILED, config={"x": 1})) == BUG
+    assert explained(of(FAILED, family="opt")) is None
+    assert explained(of(ERROR)) is None
+
+
+def test_a_bug_of_the_backend_alone_is_known_of_any_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "register", lambda: (replace(BUG, anywhere=True),))
+    assert explained(of(FAILED, family="opt", settings={})) is not None
+    assert judged(of(PASSED, family="opt")).standing == ""
+
+
 def test_names_of_entries_are_their_own() -> None:
-    names = [entry.name for entry in register()]
+    names = [entry.name for entry in (*register(), *layer_register())]
     assert len(names) == len(set(names))
