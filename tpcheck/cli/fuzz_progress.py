@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -15,7 +16,16 @@ from tpcheck.report.fuzz import outcome_line
 
 @contextmanager
 def telling(total: int) -> Iterator[Callable[..., None]]:
-    """Yield what is to be called with each outcome."""
+    """Yield what is to be called with each outcome.
+
+    A backend that is imported meanwhile, as DeepSpeed, may speak: standard output is for what was found alone.
+    """
+    with redirect_stdout(sys.stderr), _told(total) as told:
+        yield told
+
+
+@contextmanager
+def _told(total: int) -> Iterator[Callable[..., None]]:
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda outcome, *, shrinking: note(str(outcome_line(outcome, shrinking=shrinking)))

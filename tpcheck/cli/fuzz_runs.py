@@ -50,7 +50,8 @@ def run_layers(wanted: LayersWanted, bounds: Bounds, limits: Limits, json_path: 
     common = LayerCommon(wanted.backend, bounds.tp, bounds.dtype, wanted.known, wanted.timeout)
     if wanted.trial is not None:
         trial = read_trial(wanted.trial)
-        outcome = try_one(trial, common)
+        with telling(1):
+            outcome = try_one(trial, common)
         searched = [_of_one(outcome, {"layer": trial.layer, "backend": wanted.backend})]
     else:
         with telling(limits.examples) as told:
