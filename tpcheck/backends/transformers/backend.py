@@ -15,7 +15,8 @@ from tpcheck.adapters.protocols import RankLike
 from tpcheck.backends.dtensor.candidate import DTensorCandidate
 from tpcheck.backends.dtensor.clipping import clip_by_mesh
 from tpcheck.backends.sgd import Sgd
-from tpcheck.backends.transformers.config import distributed_config, require_supported
+from tpcheck.backends.transformers import predecessor
+from tpcheck.backends.transformers.config import distributed_config, require_supported, require_usual
 from tpcheck.backends.transformers.loading import loaded
 from tpcheck.backends.transformers.trainer import sync_replicated_parameters
 
@@ -29,8 +30,9 @@ class TransformersBackend:
         return {"transformers": transformers.__version__}
 
     def resolved(self, options: TrainingOptions) -> TrainingOptions:
-        require_supported(options)
-        return options
+        if predecessor.IS_INSTALLED:
+            return predecessor.resolved_options(require_usual(options))
+        return require_supported(options)
 
     def layer_table(self) -> LayerTable:
         from tpcheck.backends.transformers.layer_table import layer_table  # names that other versions do not have
@@ -41,7 +43,10 @@ class TransformersBackend:
         return nullcontext()
 
     def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
-        sharded = loaded(model, distributed_config(options, rank.topology), options.dtype)
+        if predecessor.IS_INSTALLED:
+            return predecessor.shard_by_plan(model, rank, options)
+        how = {"distributed_config": distributed_config(options, rank.topology)}
+        sharded = loaded(model, how, options.dtype)
         sync_replicated_parameters(sharded)
         return TransformersCandidate(sharded, rank, Sgd(list(sharded.parameters()), options, clip_by_mesh))
 

@@ -12,11 +12,11 @@ from tpcheck.errors import UsageError
 from tpcheck.topology import Topology
 
 
-def require_supported(options: TrainingOptions) -> None:
-    """Check what can be checked before a model is sharded.
+def require_usual(options: TrainingOptions) -> TrainingOptions:
+    """Return the options where no version of transformers refuses them.
 
     Raises:
-        UsageError: An option that transformers does not have, or a field that `DistributedConfig` does not have.
+        UsageError: An option that transformers does not have.
     """
     if options.zero_stage:
         raise UsageError("zero_stage", options.zero_stage, "0: transformers shards over dp with FSDP2, not ZeRO")
@@ -24,12 +24,23 @@ def require_supported(options: TrainingOptions) -> None:
         raise UsageError(
             "ignore_plan", True, "False: transformers has no heuristics; give a plan of your own as config.tp_plan"
         )
+    return options
+
+
+def require_supported(options: TrainingOptions) -> TrainingOptions:
+    """Return the options where all that can be checked before a model is sharded is right.
+
+    Raises:
+        UsageError: An option that transformers does not have, or a field that `DistributedConfig` does not have.
+    """
+    require_usual(options)
     known = [field.name for field in fields(DistributedConfig)]
     for name in options.config:
         if name not in known:
             raise UsageError("config", name, known)
     if options.config.get("pp_size") not in (None, 1):
         raise UsageError("config.pp_size", options.config["pp_size"], "1: pipelines are not verified")
+    return options
 
 
 def distributed_config(options: TrainingOptions, topology: Topology) -> DistributedConfig:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.distributed import DistributedConfig
 
 from tpcheck.errors import UsageError
 
 
-def loaded(model: nn.Module, config: DistributedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model as `from_pretrained` shards it. Collective over the world.
+def loaded(model: nn.Module, how: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model as `from_pretrained` shards it, told `how` by its arguments. Collective over the world.
 
     Raises:
         UsageError: The model is none of transformers.
@@ -30,7 +30,7 @@ def loaded(model: nn.Module, config: DistributedConfig, dtype: torch.dtype) -> P
         if dist.is_initialized():
             dist.barrier()
         sharded: PreTrainedModel = type(model).from_pretrained(
-            folder, config=copy.deepcopy(model.config), dtype=dtype, distributed_config=config
+            folder, config=copy.deepcopy(model.config), dtype=dtype, **how
         )
     _take_over_settings(sharded, model)
     return sharded
