@@ -8,7 +8,7 @@ from typing import Any
 
 from tpcheck.families.build import small_config
 from tpcheck.families.rules import ROLES
-from tpcheck.families.settings import attributes
+from tpcheck.families.settings import attributes, declared
 
 # Switches that say nothing of a training step: caches of generation, and what kind of model it is built as.
 _OTHER_SWITCHES = ("use_cache", "is_decoder", "is_encoder_decoder", "add_cross_attention")
@@ -58,11 +58,9 @@ def _path_of(text: Any, config: Any) -> str:
 
 def _switches(config_class: type, known: Mapping[str, Any], path: str) -> dict[str, bool]:
     """Return the switches that the type declares itself; those that every type has are about generation and output."""
-    from dataclasses import fields
-
     from transformers import PreTrainedConfig
 
-    of_every_type = {field.name for field in fields(PreTrainedConfig)}
+    of_every_type = declared(PreTrainedConfig)
     return {
         path + name: value
         for name, value in known.items()

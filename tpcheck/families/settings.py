@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from inspect import Parameter, signature
 from typing import Any
 
 from tpcheck.errors import UsageError
+
+_BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
 def nest(settings: Mapping[str, object]) -> dict[str, Any]:
@@ -47,7 +50,20 @@ def attributes(config: Any) -> dict[str, Any]:
     """Return what a configuration of transformers can be constructed with, and its present values."""
     values = vars(config)  # not getattr, which refuses what differs by layer
     aliases = config.attribute_map  # a few types declare a name and store it under another
-    return {field.name: values.get(aliases.get(field.name, field.name)) for field in fields(config)}
+    return {name: values.get(aliases.get(name, name)) for name in declared(config)}
+
+
+def declared(config: Any) -> tuple[str, ...]:
+    """Return the names that a configuration, or its class, can be constructed with, those of its bases included.
+
+    Early versions of transformers 5 have classes whose constructors name them, later ones dataclasses.
+    """
+    if is_dataclass(config):
+        return tuple(field.name for field in fields(config))
+    config_class = config if isinstance(config, type) else type(config)
+    makers = [vars(base)["__init__"] for base in config_class.__mro__[-2::-1] if "__init__" in vars(base)]
+    names = [name for maker in makers for name, one in signature(maker).parameters.items() if one.kind in _BY_NAME]
+    return tuple(dict.fromkeys(name for name in names if name != "self"))
 
 
 def canonical(config: Any, wanted: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -57,7 +73,7 @@ def canonical(config: Any, wanted: Mapping[str, Any], path: tuple[str, ...] = ()
         UsageError: The configuration has no such attribute.
     """
     aliases: Mapping[str, str] = config.attribute_map
-    known = {field.name for field in fields(config)} | set(aliases) | {name for name in vars(config) if name[0] != "_"}
+    known = set(declared(config)) | set(aliases) | {name for name in vars(config) if name[0] != "_"}
     for name in wanted:
         if name not in known:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Tensor parallelism of transformers before `DistributedConfig(tp_size=...)`: shards that are plain tensors."""
+"""Tensor parallelism of transformers before `DistributedConfig(tp_size=...)`: DTensors, then shards without a word."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
 from tpcheck.adapters import Candidate, Layout, TrainingOptions
@@ -48,22 +49,26 @@ def shard_by_plan(model: nn.Module, rank: RankLike, options: TrainingOptions) ->
     plan: dict[str, Any] = {"tp_plan": options.config.get("tp_plan", "auto"), "tp_size": topology.tp}
     twin = loaded(_numbered(model), plan, torch.float64)
     sharded = loaded(model, plan, options.dtype)
-    return _PlainShards(sharded, rank, Sgd(list(sharded.parameters()), options, None), _layouts(model, twin, rank))
+    return _Shards(sharded, rank, Sgd(list(sharded.parameters()), options, None), _layouts(model, twin, rank))
 
 
-class _PlainShards(DTensorCandidate):
-    """A model whose parameters are plain shards, and where they lie."""
+class _Shards(DTensorCandidate):
+    """A model whose parameters may be plain shards, and where those lie."""
 
     def __init__(self, module: nn.Module, rank: RankLike, sgd: Sgd, layouts: Mapping[str, Layout]) -> None:
         super().__init__(module, rank, sgd)
         self._layouts = layouts
+        self._named = super()._parameters()  # a row-parallel layer hides its bias in the first forward pass
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return self._named
 
     def group_ranks(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
         mesh: Any = self.module._device_mesh
         return {"tp": (tuple(dist.get_process_group_ranks(mesh.get_group())),)}
 
     def layouts(self) -> Mapping[str, Layout]:
-        return self._layouts
+        return {**super().layouts(), **self._layouts}
 
 
 def _numbered(model: nn.Module) -> nn.Module:
@@ -76,8 +81,14 @@ def _numbered(model: nn.Module) -> nn.Module:
 
 
 def _layouts(model: nn.Module, twin: nn.Module, rank: RankLike) -> dict[str, Layout]:
-    """Read off the numbered twin which elements each rank holds, whatever the plan's styles do. Collective over TP."""
-    own = {name: one.detach().to(torch.int64) for name, one in twin.named_parameters(remove_duplicate=False)}
+    """Read off the numbered twin which elements of plain tensors each rank holds, whatever the plan's styles do.
+
+    Collective over TP.
+    """
+    plain = {
+        name: one for name, one in twin.named_parameters(remove_duplicate=False) if not isinstance(one.data, DTensor)
+    }
+    own = {name: one.detach().to(torch.int64) for name, one in plain.items()}
     everyone: list[dict[str, torch.Tensor]] = [{}] * rank.topology.tp
     dist.all_gather_object(everyone, own, group=rank.group("tp"))
     shapes = {name: tuple(one.shape) for name, one in model.named_parameters(remove_duplicate=False)}
