@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import deepspeed
 import torch
+from packaging.version import Version
 from torch import nn
 
 from tpcheck.adapters import Candidate, Layout, TrainingOptions
@@ -42,7 +43,7 @@ class DeepSpeedBackend:
 
     @contextmanager
     def session(self, options: TrainingOptions) -> Iterator[None]:
-        with _float64_gradients() if options.dtype is torch.float64 else nullcontext():
+        with _float64_gradients() if options.dtype is torch.float64 else nullcontext(), _device_of_the_cpu():
             yield
 
     def layouts_of(self, model: nn.Module) -> Mapping[str, Layout]:
@@ -72,6 +73,7 @@ class TpModelInitBackend(DeepSpeedBackend):
     def _engine(self, model: nn.Module, config: dict[str, Any], rank: RankLike, options: TrainingOptions) -> Any:
         # The config keeps its autotp_size, as under transformers' Trainer. A tp_group cannot be handed over: deepspeed
         # 0.19.8 then fails to print its config ("ProcessGroup is not JSON serializable").
+        deepspeed.init_distributed(verbose=False)  # which `initialize` does too late for it in deepspeed 0.17
         model = deepspeed.tp_model_init(model, tp_size=rank.topology.tp, dtype=options.dtype)
         return super()._engine(model, config, rank, options)
 
@@ -88,4 +90,18 @@ def _float64_gradients() -> Iterator[None]:
         patch.object(accelerator, "supported_dtypes", lambda: [*supported, torch.float64]),
         patch.object(type(accelerator), "FloatTensor", torch.DoubleTensor),
     ):
+        yield
+
+
+@contextmanager
+def _device_of_the_cpu() -> Iterator[None]:
+    """Let the accelerator name a device that torch knows; that of a CPU is the text of LOCAL_RANK.
+
+    Before 0.18 DeepSpeed's own check of the first batch asks for it.
+    """
+    if Version(deepspeed.__version__) >= Version("0.18"):
+        yield
+        return
+    accelerator = deepspeed.get_accelerator()
+    with patch.object(accelerator, "current_device", accelerator.current_device_name):
         yield
