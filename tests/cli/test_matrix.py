@@ -248,7 +248,7 @@ def test_the_subject_of_a_cell_is_what_the_api_reports(monkeypatch: pytest.Monke
         seen.append(dict(shown.subject))
         return Report(PASSED)
 
-    monkeypatch.setattr(model, "_run", caught)
+    monkeypatch.setattr(model, "run", caught)
     for common in (Common(), Common(settings={"a": 1}, config={"b": {}}, checks=["replicas_agree"], ignore_plan=True)):
         cell = Cell("llama", dp=2, zero=1, dtype="bfloat16")
         model.verify_family(cell.family, **arguments(cell, common))
