@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.faults.finding import LEAST_MARGIN, REPLAYS
 from tests.report.test_causes import SLUGS
 from tpcheck.api.fault_table import Task, fault_tasks
 from tpcheck.api.faults import run_model_fault
@@ -26,7 +27,7 @@ from tpcheck.records.score import Score
 from tpcheck.report.faults import summary
 
 ROOT = Path(__file__).parents[2]
-LEAST_MARGIN, WORST_NOISE = 1e3, 0.2  # in float64
+WORST_NOISE = 0.2  # in float64
 UNPLANTED = {"rng_differs_cuda": "needs a GPU"}
 OF_TERMS = "the ranks' outputs show it, and so do the terms that each rank's own inputs and weights give"
 TOLD_TWICE = {
@@ -140,7 +141,7 @@ def one_of_each_cause() -> Iterator[ModelFault]:
 @pytest.mark.parametrize("fault", list(one_of_each_cause()), ids=lambda fault: fault.causes[0])
 def test_a_cause_is_named_by_its_test_and_by_no_other(fault: ModelFault, tmp_path: Path) -> None:
     """Without the test that names it, the same numbers are given another cause or none."""
-    row = run_model_fault(replace(fault, draw=recording(fault.draw, tmp_path)))
+    row = run_model_fault(replace(fault, draw=recording(fault.draw, tmp_path)), replays=REPLAYS)
     assert_right(row)
     suspects = [pickle.loads(path.read_bytes()) for path in sorted(tmp_path.glob("*.pickle"))]
     assert any(is_needed(suspect, str(row.cause)) for suspect in suspects) != (row.cause in TOLD_TWICE)

@@ -38,7 +38,11 @@ def require_valid(request: Request, topology: Topology) -> None:
         raise UsageError("dtype", request.dtype, DTYPES)
     if request.zero_stage not in ZERO_STAGES:
         raise UsageError("zero_stage", request.zero_stage, ZERO_STAGES)
-    for name, value, least in (("steps", request.steps, 1), ("seed", request.seed, 0)):
+    for name, value, least in (
+        ("steps", request.steps, 1),
+        ("seed", request.seed, 0),
+        ("replays", request.num_replays, 1),
+    ):
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
             raise UsageError(name, value, f"an integer from {least} to {2**31 - 1}")
     if request.batch is not None and not callable(request.batch) and not isinstance(request.batch, (Mapping, Tokens)):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tpcheck.records import Finding
 from tpcheck.records.caught import CONTROL, Caught
+from tpcheck.tolerance import NUM_REPLAYS
 from tpcheck.topology import Topology
 
 if TYPE_CHECKING:
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from tpcheck.report import Report
 
 
-def run_model_fault(fault: ModelFault, *, dtype: str = "float64", seed: int = 0, timeout: float = 120.0) -> Caught:
+def run_model_fault(
+    fault: ModelFault, *, dtype: str = "float64", seed: int = 0, replays: int = NUM_REPLAYS, timeout: float = 120.0
+) -> Caught:
     """Plant one fault in a small model, verify it, and compare what is found with what is true."""
     from tpcheck.api.model import verify_family
     from tpcheck.families.build import small_model
@@ -36,6 +39,7 @@ def run_model_fault(fault: ModelFault, *, dtype: str = "float64", seed: int = 0,
         seed=seed,
         settings=fault.settings,
         ignore_plan=fault.ignore_plan,
+        replays=replays,
         timeout=timeout,
     )
     first = report.findings[0] if report.findings else None

@@ -10,6 +10,7 @@ from tpcheck.again import verify_command
 from tpcheck.api.arguments import LayoutSource, check_names, custom_backend, default_checks, mapping, require_valid
 from tpcheck.api.running import Presentation, run
 from tpcheck.report import Report
+from tpcheck.tolerance import NUM_REPLAYS
 from tpcheck.topology import Topology
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def verify(
     checks: Sequence[str] | None = None,
     seed: int = 0,
     ignore_plan: bool = False,
+    replays: int = NUM_REPLAYS,
     timeout: float = TIMEOUT,
     shard: Callable[[nn.Module, Any], nn.Module | None] | None = None,
     layout: LayoutSource = None,
@@ -61,6 +63,7 @@ def verify(
             each way that the backend has, reads it back, and compares, before the first step and after the last.
         seed: Seed of weights, batches and replays.
         ignore_plan: Drop the model's own tp_plan, so that the backend's heuristics shard it.
+        replays: Perturbed replays of the reference that measure what is allowed; fewer are quicker, and may allow less.
         timeout: Seconds until a run that hangs is ended.
         shard: Code of your own in place of a backend: called on every rank with the unsharded model and its `Rank`,
             it shards in place or returns a module whose parameters bear the same names.
@@ -87,6 +90,7 @@ def verify(
         checks=check_names(checks),
         seed=seed,
         ignore_plan=ignore_plan,
+        num_replays=replays,
     )
     require_valid(request, topology)
     subject = {"model": getattr(build, "__name__", "model"), **_options(request, topology)}
@@ -107,6 +111,7 @@ def verify_family(
     settings: Mapping[str, Any] | None = None,
     batch: Tokens | str | None = None,
     ignore_plan: bool = False,
+    replays: int = NUM_REPLAYS,
     timeout: float = TIMEOUT,
 ) -> Report:
     """Verify a small random model of a transformers model type, such as `llama`.
@@ -141,6 +146,7 @@ def verify_family(
         checks=check_names(checks),
         seed=seed,
         ignore_plan=ignore_plan,
+        num_replays=replays,
         spread_weights=True,
     )
     require_valid(request, topology)
