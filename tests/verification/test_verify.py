@@ -238,6 +238,7 @@ def test_tokens_cannot_be_made_up_without_a_vocabulary() -> None:
         ({"dtype": "float16"}, "dtype='float16': expected one of float64, float32, bfloat16"),
         ({"zero_stage": 4}, "zero_stage=4: expected one of 0, 1, 2, 3"),
         ({"steps": 0}, "steps=0: expected an integer from 1"),
+        ({"replays": 0}, "replays=0: expected an integer from 1"),
         ({"seed": "a"}, "seed='a': expected an integer from 0"),
         ({"topology": 2}, "topology=2: expected a tpcheck.Topology"),
         ({"backend": None}, "backend=None: expected one of"),
