@@ -14,7 +14,7 @@ from tpcheck.cli.options import writable
 from tpcheck.cli.progress import told
 from tpcheck.cli.results import all_written
 from tpcheck.cli.side_by_side import side_by_side
-from tpcheck.cli.terminal import BAD_USAGE, note, show, usage_errors, write_whole
+from tpcheck.cli.terminal import BAD_USAGE, INTERRUPTED, note, show, usage_errors, write_whole
 from tpcheck.errors import UsageError
 from tpcheck.records.caught import Caught
 from tpcheck.records.score import Score
@@ -25,8 +25,6 @@ from tpcheck.world.attach import is_launched
 
 if TYPE_CHECKING:
     from tpcheck.api.fault_table import Task
-
-INTERRUPTED = 130  # what shells say of a command that Ctrl-C ended
 
 
 def faults(

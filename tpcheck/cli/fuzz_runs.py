@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 from tpcheck.cli.fuzz_progress import telling
 from tpcheck.cli.results import all_written
-from tpcheck.cli.terminal import BAD_USAGE, show, write_whole
+from tpcheck.cli.terminal import BAD_USAGE, INTERRUPTED, show, write_whole
 from tpcheck.records.fuzzed import Found, Outcome, Searched
 from tpcheck.report.fuzz import layers_data, layers_lines, searched_data, searched_json, searched_lines, verdict_of
 
 if TYPE_CHECKING:
     from tpcheck.api.fuzz import Bounds, Common, Limits
 
-INTERRUPTED = 130  # what shells say of a command that Ctrl-C ended
 _STATUS = {"passed": 0, "failed": 1, "skipped": BAD_USAGE, "error": 3}
 
 

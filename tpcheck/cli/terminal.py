@@ -17,6 +17,7 @@ from tpcheck.report.lines import Line, as_rich, as_text
 from tpcheck.world.attach import is_launched
 
 BAD_USAGE = 2
+INTERRUPTED = 130  # what shells say of a command that Ctrl-C ended
 
 
 def show(lines: Iterable[Line]) -> None:

@@ -37,8 +37,8 @@ class Bounds:
 
     tp: tuple[int, ...] = (2, 4)
     dp: tuple[int, ...] = (1, 2)
-    zero: tuple[int, ...] = (0, 1, 2, 3)
-    dtype: tuple[str, ...] = ("float64", "float32", "bfloat16")
+    zero: tuple[int, ...] = ZERO_STAGES
+    dtype: tuple[str, ...] = DTYPES
 
     @classmethod
     def of(cls, *, tp: Sequence[int], dp: Sequence[int], zero: Sequence[int], dtype: Sequence[str]) -> Bounds:
