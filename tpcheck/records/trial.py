@@ -10,6 +10,7 @@ from typing import Any
 from tpcheck.errors import UsageError
 
 STRIDES = ("contiguous", "transposed", "sliced", "expanded")
+MAKING = "making the layer"  # the phase of a try in which a layer may refuse
 DTYPES = ("float64", "float32", "bfloat16")
 
 

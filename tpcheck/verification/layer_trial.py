@@ -14,14 +14,13 @@ from tpcheck.adapters.offers import LayerTable, OffersLayers, ParallelLayer, pla
 from tpcheck.adapters.protocols import Backend, RankLike
 from tpcheck.compare import frobenius_distance
 from tpcheck.errors import BackendError, UsageError
-from tpcheck.records.trial import Trial
+from tpcheck.records.trial import MAKING, Trial
 from tpcheck.tolerance import NUM_REPLAYS
 from tpcheck.verification.layer_parts import Parts, numbered
 from tpcheck.verification.strides import laid_out
 
 Tensors = Mapping[str, torch.Tensor]
 OUTPUT, INPUT_GRADIENT = "output", "gradient of the input"
-MAKING = "making the layer"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tpcheck.families.upstream import layer_register
 from tpcheck.records.fuzzed import Outcome
-from tpcheck.records.trial import Trial
+from tpcheck.records.trial import MAKING, Trial
 from tpcheck.report import words
 from tpcheck.tolerance import NUM_REPLAYS, Tolerance
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 # What somebody raises who says that he cannot; who stumbles raises anything else, and later.
 REFUSALS = ("AssertionError", "NotImplementedError", "ValueError")
-MAKING = "making the layer"  # the phase in which a layer may refuse
 TELLING = 60  # letters of a message that tell one crash from another
 
 

@@ -47,9 +47,10 @@ def shard_by_plan(model: nn.Module, rank: RankLike, options: TrainingOptions) ->
     if topology.dp > 1:
         raise UsageError("dp", topology.dp, "1: this version of transformers shards over tp alone")
     plan: dict[str, Any] = {"tp_plan": options.config.get("tp_plan", "auto"), "tp_size": topology.tp}
-    twin = loaded(_numbered(model), plan, torch.float64)
     sharded = loaded(model, plan, options.dtype)
-    return _Shards(sharded, rank, Sgd(list(sharded.parameters()), options, None), _layouts(model, twin, rank))
+    tells = all(isinstance(one.data, DTensor) for one in sharded.parameters())
+    told = {} if tells else _layouts(model, loaded(_numbered(model), plan, torch.float64), rank)
+    return _Shards(sharded, rank, Sgd(list(sharded.parameters()), options, None), told)
 
 
 class _Shards(DTensorCandidate):
