@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tpcheck.collect import ModuleRecorder
+from tpcheck.collect.inner_backward import Gradients, inner_backward
 from tpcheck.collect.isolation import isolated_modules
 from tpcheck.records import TensorKey
 
@@ -48,6 +53,46 @@ def test_a_right_model_makes_the_same_of_the_same() -> None:
     assert wrong(passed(model, hidden, expected), expected) == set()
 
 
+def test_in_the_backward_pass_an_error_stays_where_it_is_made() -> None:
+    torch.manual_seed(0)
+    model, hidden = nn.Sequential(Block(), Block()), torch.rand(2, 3, requires_grad=True)
+    expected, gradients = passed_back(model, hidden, {})
+    model[1].first.weight.register_hook(lambda gradient: gradient * 1.5)
+    model[1].second.register_forward_hook(sends_back_too_much)
+    whole, _ = passed_back(model, hidden, {})
+    alone, others = passed_back(model, hidden, expected)
+    assert wrong(whole, expected) > wrong(alone, expected)
+    assert wrong(alone, expected) == {"1.second: gradient of input 0.hidden", "1.first: gradient of output 0"}
+    assert [name for name in gradients if not torch.equal(gradients[name], others[name])] == ["1.first.weight"]
+
+
+def test_a_backward_pass_inside_is_seen_by_nobody_outside() -> None:
+    model, seen = Block(), []
+    hidden = torch.ones(2, 3, requires_grad=True)
+    taken: list[Gradients] = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(seen.append)
+    with inner_backward(model, lambda output: output.sum(), taken.append):
+        assert not model(hidden).grad_fn
+    assert [set(one) for one in taken] == [{"first.weight", "first.bias"}]
+    assert not seen
+    assert all(one.grad is None for one in (hidden, *model.parameters()))
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("loss", [None, "recomputed"])
+def test_without_a_loss_or_under_reentrant_checkpointing_nothing_is_taken(loss: str | None) -> None:
+    model = Block()
+
+    def loss_of(output: torch.Tensor) -> torch.Tensor | None:
+        return None if loss is None else checkpoint(model.first, output, use_reentrant=True).sum()
+
+    taken: list[Gradients] = []
+    with inner_backward(model, loss_of, taken.append):
+        model(torch.ones(2, 3))
+    assert not taken
+
+
 def test_hooks_go_with_the_context() -> None:
     model = Block()
     with isolated_modules(model, lambda key, tensor: torch.zeros_like(tensor)):
@@ -69,6 +114,29 @@ def passed(model: nn.Module, hidden: torch.Tensor, fed: dict[TensorKey, torch.Te
     ):
         model(hidden)
     return seen
+
+
+def sends_back_too_much(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    output.register_hook(lambda gradient: gradient * 1.5)  # type: ignore[no-untyped-call]
+
+
+def passed_back(
+    model: nn.Module, hidden: torch.Tensor, fed: dict[TensorKey, torch.Tensor]
+) -> tuple[dict[TensorKey, torch.Tensor], Gradients]:
+    """Return the gradients of what enters and leaves every module, each fed what is in `fed`, and of parameters."""
+    seen: dict[TensorKey, torch.Tensor] = {}
+    taken: list[Gradients] = []
+
+    def keep(key: TensorKey, tensor: torch.Tensor) -> None:
+        seen[key] = tensor.clone()
+
+    with (
+        ModuleRecorder(model, keep),
+        isolated_modules(model, lambda key, tensor: fed.get(key, tensor)),
+        inner_backward(model, lambda output: output.square().sum(), taken.append),
+    ):
+        model(hidden)
+    return seen, taken[0]
 
 
 def wrong(actual: dict[TensorKey, torch.Tensor], expected: dict[TensorKey, torch.Tensor]) -> set[str]:

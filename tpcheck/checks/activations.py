@@ -72,7 +72,9 @@ def compare_activations(evidence: Evidence, step: int, phase: Phase) -> Compared
         differences = [(compare_placed(reading, expected, allowed), reading) for reading in readings]
         found, placed = min(differences, key=lambda one: one[0].error)
         compared[key] = ComparedActivation(key, expected, placed, found, is_again)
-    judged = {key: _judged_by_surroundings(compared, one) for key, one in compared.items()}
+    judged = {
+        key: one if key in evidence.fed else _judged_by_surroundings(compared, one) for key, one in compared.items()
+    }
     unknown = {str(key): _UNKNOWN_ORDER for key, one in judged.items() if one is None}
     return ComparedActivations({key: one for key, one in judged.items() if one is not None}, missed | unknown)
 

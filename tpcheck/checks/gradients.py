@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from tpcheck.checks.activations import ComparedActivations, compare_activations
+from tpcheck.checks.gradients_alone import gradients_alone
 from tpcheck.checks.localise import first_divergences, is_inside, scope_of
 from tpcheck.checks.mistaken_gradients import mistaken_gradients
 from tpcheck.checks.outcome import CheckOutcome, named_few
@@ -21,7 +23,9 @@ def gradients_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     """Compare the gradients of all parameters and activations of `step`. Calibrated.
 
     Each gradient that is wrong although its module was given the right inputs and output gradients is a finding of
-    its own; those that are wrong in consequence are named in the first finding.
+    its own; those that are wrong in consequence are named in the first finding. Where precision is low, each module is
+    held against the reference on the reference's own inputs and output gradients, too: what that shows goes before what
+    a whole pass shows.
     """
     backward = compare_activations(evidence, step, "backward")
     parameters, missed = compare_parameters(
@@ -30,10 +34,29 @@ def gradients_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         [part.gradients for part in evidence.candidate[step]],
         lambda name, whole: evidence.tolerance.allowed((step, "gradient", name), own_rounding(whole)),
     )
-    margins = {**backward.margins(), **{name: one.found.margin for name, one in parameters.items()}}
-    wrong = [one for one in parameters.values() if not one.found.agrees]
+    wrong = _wrong(parameters)
     suspects = _roots(evidence, step, backward, wrong, len(parameters)) or _consequences(evidence, step, wrong)
-    return CheckOutcome(margins, tuple(suspects), {**backward.missed, **missed})
+    outcome = CheckOutcome(_margins(backward, parameters), tuple(suspects), {**backward.missed, **missed})
+    alone = None if step else evidence.alone()
+    return outcome if alone is None else _sharpened(outcome, alone)
+
+
+def _sharpened(outcome: CheckOutcome, alone: Evidence) -> CheckOutcome:
+    """Return the outcome with what the modules show one by one, unless one is wrong forward already."""
+    if compare_activations(alone, 0, "forward").wrong():
+        return outcome
+    backward = compare_activations(alone, 0, "backward")
+    parameters = gradients_alone(alone)
+    suspects = _roots(alone, 0, backward, _wrong(parameters), len(parameters))
+    return outcome.sharpened(_margins(backward, parameters), suspects)
+
+
+def _wrong(parameters: Mapping[str, ComparedParameter]) -> list[ComparedParameter]:
+    return [one for one in parameters.values() if not one.found.agrees]
+
+
+def _margins(backward: ComparedActivations, parameters: Mapping[str, ComparedParameter]) -> dict[str, float]:
+    return {**backward.margins(), **{name: one.found.margin for name, one in parameters.items()}}
 
 
 def _roots(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tpcheck.records import Suspect
 
@@ -21,6 +21,12 @@ class CheckOutcome:
     margins: Mapping[str, float] = field(default_factory=dict)
     suspects: tuple[Suspect, ...] = ()
     missed: Mapping[str, str] = field(default_factory=dict)
+
+    def sharpened(self, margins: Mapping[str, float], suspects: Iterable[Suspect]) -> CheckOutcome:
+        """Return this answer, of a whole pass, with what modules showed one by one: that goes before it."""
+        alone = {f"{name}, in a module by itself": margin for name, margin in margins.items()}
+        own = tuple(replace(one, evidence={**one.evidence, "isolated": True}) for one in suspects)
+        return replace(self, margins={**self.margins, **alone}, suspects=own or self.suspects)
 
 
 def named_few(names: Iterable[str], most: int = 8) -> list[str]:

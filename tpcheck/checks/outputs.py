@@ -19,7 +19,7 @@ from tpcheck.checks.suspects import tensor_suspect
 from tpcheck.checks.vocabulary import embedding_mistakes, loss_mistakes
 from tpcheck.compare import frobenius
 from tpcheck.compare.difference import difference, measured
-from tpcheck.records import Evidence, Isolated, Suspect, TensorKey
+from tpcheck.records import Evidence, Suspect, TensorKey
 from tpcheck.records.suspect import Mistaken
 
 _CHECK = "outputs_match_reference"
@@ -38,7 +38,8 @@ def outputs_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     loss_margin, loss_suspects = _compare_loss(evidence, step, activations)
     margins = {**activations.margins(), "loss": loss_margin}
     outcome = CheckOutcome(margins, tuple(suspects or loss_suspects), activations.missed)
-    return outcome if evidence.isolated is None or step else _sharpened(outcome, evidence, evidence.isolated)
+    alone = None if step else evidence.alone()
+    return outcome if alone is None else _sharpened(outcome, alone)
 
 
 def _suspects(evidence: Evidence, step: int, activations: ComparedActivations) -> list[Suspect]:
@@ -48,15 +49,10 @@ def _suspects(evidence: Evidence, step: int, activations: ComparedActivations) -
     return [*suspects, *_independent(evidence, step, activations, roots)]
 
 
-def _sharpened(outcome: CheckOutcome, evidence: Evidence, isolated: Isolated) -> CheckOutcome:
+def _sharpened(outcome: CheckOutcome, alone: Evidence) -> CheckOutcome:
     """Return the outcome with what the modules show one by one."""
-    alone = replace(evidence, candidate=(isolated.passes,), tolerance=isolated.tolerance, isolated=None)
     activations = compare_activations(alone, 0, "forward")
-    suspects = tuple(
-        replace(one, evidence={**one.evidence, "isolated": True}) for one in _suspects(alone, 0, activations)
-    )
-    margins = {f"{name}, on the reference's inputs": margin for name, margin in activations.margins().items()}
-    return CheckOutcome({**outcome.margins, **margins}, suspects or outcome.suspects, outcome.missed)
+    return outcome.sharpened(activations.margins(), _suspects(alone, 0, activations))
 
 
 def activation_suspect(

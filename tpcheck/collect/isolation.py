@@ -1,10 +1,11 @@
-"""Feeds every module other inputs than its caller does: what it makes of those is its own doing."""
+"""Feeds every module other tensors than its neighbours do: what it makes of those is its own doing."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,19 +21,37 @@ Replacement = Callable[[TensorKey, torch.Tensor], torch.Tensor]
 def isolated_modules(model: nn.Module, replacement: Replacement) -> Iterator[None]:
     """Hand each module `replacement(key, tensor)` for every floating-point tensor that it is given, while inside.
 
-    Hooks that were there before see what the caller gave.
+    Those are its inputs and, in a backward pass, the gradients of its outputs. What it sends back goes to whoever made
+    its inputs, as without. Hooks that were there before see what the module was given first.
     """
-    calls: Counter[str] = Counter()
+    isolation = _Isolation(replacement)
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(isolation.before(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(isolation.after(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
-    def before(name: str) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+
+class _Isolation:
+    def __init__(self, replacement: Replacement) -> None:
+        self._replacement = replacement
+        self._calls: Counter[str] = Counter()
+        self._open: dict[str, list[int]] = {}
+
+    def before(self, name: str) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            call = self._calls[name]
+            self._calls[name] += 1
+            self._open.setdefault(name, []).append(call)
             given = named_tensors((*args, kwargs) if kwargs else args)
-            call = calls[name]
-            calls[name] += 1
             others = {
-                id(tensor): replacement(TensorKey("forward", name, call, "input", path), tensor)
+                id(tensor): self._instead_of(tensor, TensorKey("forward", name, call, "input", path))
                 for path, tensor in given
                 if tensor.is_floating_point()
             }
@@ -44,11 +63,34 @@ def isolated_modules(model: nn.Module, replacement: Replacement) -> Iterator[Non
 
         return hook
 
-    handles = [
-        module.register_forward_pre_hook(before(name), with_kwargs=True) for name, module in model.named_modules()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def after(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            calls = self._open.get(name)
+            if not calls:  # a backend called the hook without its pre-hook
+                return
+            call = calls.pop()
+            for path, tensor in named_tensors(output):
+                if tensor.is_floating_point() and tensor.requires_grad:
+                    key = TensorKey("backward", name, call, "output", path)
+                    tensor.register_hook(partial(self._replacement, key))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _instead_of(self, tensor: torch.Tensor, key: TensorKey) -> torch.Tensor:
+        other = self._replacement(key, tensor)
+        if other is tensor or not (tensor.requires_grad and torch.is_grad_enabled()):
+            return other
+        stand_in: torch.Tensor = _StandIn.apply(tensor, other)  # type: ignore[no-untyped-call]
+        return stand_in
+
+
+class _StandIn(torch.autograd.Function):
+    """Another tensor in the place of one, to which its gradient goes."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return other.view_as(other)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None

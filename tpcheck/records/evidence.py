@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from tpcheck.records.step import Step
+from tpcheck.records.trace import TensorKey
 from tpcheck.topology import Topology
 
 Tensor = Any  # a torch.Tensor; this layer does not import torch
@@ -38,14 +39,19 @@ class RankFacts:
 
 @dataclass(frozen=True, slots=True)
 class Isolated:
-    """The first forward pass once more, each module fed its part of the reference's inputs.
+    """The first step's passes once more, each module fed its part of what the reference's was fed.
 
     Attributes:
-        passes: What entered (as the caller gave it) and left every module, by tp_rank.
+        reference: What the reference made of this DP rank's batch alone.
+        passes: What entered (as its neighbour gave it) and left every module, by tp_rank; the gradients of parameters
+            are those of each rank's backward pass, before anything is reduced.
+        fed: What entered modules from the reference, on every rank.
         tolerance: What error is allowed, from replays of the reference fed alike.
     """
 
+    reference: Step
     passes: tuple[Step, ...]
+    fed: frozenset[TensorKey]
     tolerance: Allowance
 
 
@@ -66,6 +72,7 @@ class Evidence:
         facts: Of every rank of the world.
         tolerance: What error is allowed.
         isolated: The modules one by one; None where precision is high enough to do without.
+        fed: What modules did not get from their neighbours, so that results around them show nothing of it.
     """
 
     topology: Topology
@@ -80,6 +87,21 @@ class Evidence:
     facts: tuple[RankFacts, ...]
     tolerance: Allowance
     isolated: Isolated | None = None
+    fed: frozenset[TensorKey] = frozenset()
+
+    def alone(self) -> Evidence | None:
+        """Return the modules one by one as evidence of a first step; None where they were not run so."""
+        if self.isolated is None:
+            return None
+        one = self.isolated
+        return replace(
+            self,
+            reference=(one.reference,),
+            candidate=(one.passes,),
+            tolerance=one.tolerance,
+            fed=one.fed,
+            isolated=None,
+        )
 
     @property
     def tp_group(self) -> tuple[int, ...]:

@@ -1,12 +1,14 @@
-"""One more forward pass in which every module is fed the reference's inputs: rounding of one module at a time.
+"""One more pass in which every module is fed what the reference's was: rounding of one module at a time.
 
-At a low precision the noise of all modules before hides which of them is wrong. Where each starts from what the
-reference's starts from, only its own rounding is left, and an error stays where it is made.
+At a low precision the noise of all modules before hides which of them is wrong. Where each starts from the inputs, and
+backward from the output gradients, that the reference's starts from, only its own rounding is left, and an error stays
+where it is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import nan
 
@@ -16,61 +18,93 @@ from torch import nn
 from tpcheck.adapters import Backend, Candidate
 from tpcheck.adapters.protocols import RankLike
 from tpcheck.collect import ModuleRecorder, perturbed_leaves
-from tpcheck.collect.isolation import Replacement, isolated_modules
+from tpcheck.collect.inner_backward import Gradients, inner_backward
+from tpcheck.collect.isolation import isolated_modules
 from tpcheck.collect.local import own_part
-from tpcheck.compare import frobenius, frobenius_distance
+from tpcheck.compare import frobenius_distance
 from tpcheck.records import Step, TensorKey
 from tpcheck.verification.batches import Batch, copied
 from tpcheck.verification.candidate import blamed_on
+from tpcheck.verification.isolated_parts import Activations, Parts
+from tpcheck.verification.loss import found_loss
 from tpcheck.verification.reference import ReferenceStep
 from tpcheck.verification.replay import Deviations
 from tpcheck.verification.state import State, set_buffers, set_parameters, untouched
 
-Activations = Mapping[TensorKey, torch.Tensor]
 
-# A tensor that is further than this from what should be there, relative to it, is wrong by more than rounding, or cut
-# in a way that its shape does not tell: the module keeps it.
-_ALIKE = 0.5
+@dataclass(frozen=True, slots=True)
+class IsolatedPass:
+    """What one rank saw of modules that were run one by one.
+
+    Attributes:
+        step: What entered (inputs, gradients of outputs: as the neighbour gave it) and left every module. Gradients of
+            parameters are those of this rank's backward pass, before anything is reduced; there may be none.
+        fed: What entered modules from the reference, in the place of what the neighbour gave.
+    """
+
+    step: Step
+    fed: frozenset[TensorKey]
 
 
-def isolated_pass(backend: Backend, candidate: Candidate, batch: Batch, first: ReferenceStep, rank: RankLike) -> Step:
-    """Return what enters and leaves every module of the sharded model, each fed its part of the reference's inputs.
+def isolated_pass(
+    backend: Backend,
+    candidate: Candidate,
+    batch: Batch,
+    first: ReferenceStep,
+    rank: RankLike,
+    terms: Collection[TensorKey] | None = None,
+) -> IsolatedPass:
+    """Run every module of the sharded model on its part of what the reference's was fed, forward and backward.
 
-    What enters is recorded as the caller gave it. Collective; weights, buffers and generators stay as they are.
+    Collective. Weights, their gradients, buffers and generators stay as they are.
 
     Args:
         first: What the reference made of the first step.
+        terms: Gradients of which each rank has a term: modules keep those. None where it is not known which they are:
+            modules keep every gradient that is further off than rounding.
 
     Raises:
         BackendError: The backend crashed; with its own message.
     """
     place = rank.topology.coordinate(rank.rank)
-    expected = first[place["dp"]].activations
+    parts = Parts(first[place["dp"]].activations, rank.topology.tp, place["tp"], terms)
     activations: dict[TensorKey, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor | None] = {}
+    fed: set[TensorKey] = set()
+
+    def instead_of(key: TensorKey, actual: torch.Tensor) -> torch.Tensor:
+        part = parts.instead_of(key, actual)
+        if part is not actual:
+            fed.add(key)
+        return part
 
     def keep(key: TensorKey, tensor: torch.Tensor) -> None:
         activations[key] = own_part(tensor).clone()
 
+    def take(made: Gradients) -> None:
+        gradients.update({name: own_part(gradient).clone() for name, gradient in made.items()})
+
     with (
-        blamed_on(backend, "forward of isolated modules"),
+        blamed_on(backend, "a pass of isolated modules"),
         untouched(candidate.module),
         ModuleRecorder(candidate.module, keep),
-        isolated_modules(candidate.module, _parts_of(expected, rank.topology.tp, place["tp"])),
+        isolated_modules(candidate.module, instead_of),
+        inner_backward(candidate.module, found_loss, take),
     ):
         candidate.forward(copied(batch))
-    return Step(activations, gradients={}, weights={}, gradient_norm=None, loss=nan)
+    return IsolatedPass(Step(activations, gradients, weights={}, gradient_norm=None, loss=nan), frozenset(fed))
 
 
 def isolated_deviations(
     model: nn.Module,
     start: tuple[State, State],
     batches: Sequence[Batch],
-    expected: Sequence[Activations],
+    first: ReferenceStep,
     *,
     eps: float,
     seed: int,
 ) -> Deviations:
-    """Run the first step's forward pass of each DP rank anew from `start`, each module fed its own inputs of before.
+    """Run the first step's passes of each DP rank anew from `start`, each module fed what it was fed before.
 
     Leaf modules are perturbed by `eps`; every tensor is measured.
     """
@@ -78,16 +112,23 @@ def isolated_deviations(
     set_parameters(model, parameters)
     generator = torch.Generator().manual_seed(seed)
     deviations: dict[Hashable, float] = {}
-    for dp_rank, (batch, recorded) in enumerate(zip(batches, expected, strict=True)):
+    for dp_rank, (batch, recorded) in enumerate(zip(batches, first, strict=True)):
         set_buffers(model, buffers)
         with (
-            torch.no_grad(),
             perturbed_leaves(model, eps=eps, generator=generator),
-            ModuleRecorder(model, partial(_measure, deviations, dp_rank, recorded)),
-            isolated_modules(model, _parts_of(recorded, 1, 0)),
+            ModuleRecorder(model, partial(_measure, deviations, dp_rank, recorded.activations)),
+            isolated_modules(model, Parts(recorded.activations).instead_of),
+            inner_backward(
+                model, found_loss, partial(_measure_gradients, deviations, dp_rank, gradients_alone(recorded))
+            ),
         ):
             model(**copied(batch))
     return deviations
+
+
+def gradients_alone(step: Step) -> Mapping[str, torch.Tensor | None]:
+    """Return the gradients that the batch of one DP rank alone makes."""
+    return step.own_gradients or step.gradients
 
 
 def _measure(
@@ -97,34 +138,9 @@ def _measure(
         deviations[0, dp_rank, key] = frobenius_distance(tensor, recorded[key])
 
 
-def _parts_of(expected: Activations, tp: int, tp_rank: int) -> Replacement:
-    """Return what gives a module this rank's part of what the reference's was given, where that can be told."""
-
-    def replacement(key: TensorKey, actual: torch.Tensor) -> torch.Tensor:
-        whole = expected.get(key)
-        if whole is None or any(placement.is_partial() for placement in getattr(actual, "placements", ())):
-            return actual
-        own = own_part(actual)
-        part = _part(whole, tuple(own.shape), tp, tp_rank)
-        if part is None or not frobenius_distance(own, part) <= _ALIKE * frobenius(part):
-            return actual
-        return _filled_like(actual, part)
-
-    return replacement
-
-
-def _part(whole: torch.Tensor, shape: tuple[int, ...], tp: int, tp_rank: int) -> torch.Tensor | None:
-    """Return the whole, or its even cut along the one dim in which the shapes differ; None for anything else."""
-    if tuple(whole.shape) == shape:
-        return whole
-    cut = [dim for dim, size in enumerate(shape) if size != whole.shape[dim]] if len(shape) == whole.dim() else []
-    if len(cut) != 1 or shape[cut[0]] * tp != whole.shape[cut[0]]:
-        return None
-    return whole.narrow(cut[0], tp_rank * shape[cut[0]], shape[cut[0]])
-
-
-def _filled_like(actual: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of the kind of `actual`, a DTensor, too, that holds `part` on this rank."""
-    filled = actual.detach().clone()
-    own_part(filled).copy_(part)
-    return filled
+def _measure_gradients(
+    deviations: dict[Hashable, float], dp_rank: int, expected: Mapping[str, torch.Tensor | None], made: Gradients
+) -> None:
+    for name, gradient in made.items():
+        if (whole := expected.get(name)) is not None:
+            deviations[0, dp_rank, "gradient", name] = frobenius_distance(gradient, whole)

@@ -73,10 +73,9 @@ class MeasuredReference:
     def isolated(self, rank: CommunicatingRank, request: Request, first: ReferenceStep) -> Tolerance:
         """Measure the tolerance of modules that are fed what the reference's were fed in the first step. Collective."""
         start = (self.parameters, self.buffers)
-        expected = [one.activations for one in first]
 
         def replayed(eps: float, seed: int) -> Deviations:
-            return isolated_deviations(self.model, start, self.data[0], expected, eps=eps, seed=seed)
+            return isolated_deviations(self.model, start, self.data[0], first, eps=eps, seed=seed)
 
         return self._tolerance(rank, request, self._measured(rank, request, replayed))
 

@@ -17,9 +17,11 @@ from tpcheck.collect import everything_in_float64
 from tpcheck.records import Evidence, Isolated, RankFacts, Step
 from tpcheck.tolerance import Tolerance
 from tpcheck.verification.answer import GroupAnswer, forbids_training, full_answer, start_answer
+from tpcheck.verification.batches import Batch
 from tpcheck.verification.call_order import call_digests, renumbered
 from tpcheck.verification.candidate import CandidateStart, sharded, trained
-from tpcheck.verification.isolated import isolated_pass
+from tpcheck.verification.isolated import IsolatedPass, gradients_alone, isolated_pass
+from tpcheck.verification.isolated_parts import terms_among
 from tpcheck.verification.measured_reference import CommunicatingRank, MeasuredReference
 from tpcheck.verification.model import built_model, require_equal_models
 from tpcheck.verification.reference import ReferenceStep
@@ -107,9 +109,19 @@ def _both_trained(
     steps, tolerance = reference.trained(rank, request)
     isolates = request.dtype != "float64"  # whose rounding hides nothing
     alone = reference.isolated(rank, request, steps[0]) if isolates else None
-    fed = isolated_pass(backend, candidate, own_batches[0], steps[0], rank) if isolates else None
+    fed = _isolated_pass(backend, candidate, own_batches[0], steps[0], rank) if isolates else None
     made = trained(backend, candidate, tuple(sharded.start.weights), own_batches)
     return _with_isolated(_step_evidence(rank, evidence, steps, tolerance, made), rank, fed, alone)
+
+
+def _isolated_pass(
+    backend: Backend, candidate: Candidate, batch: Batch, first: ReferenceStep, rank: RankLike
+) -> IsolatedPass:
+    """Run the modules one by one, once to learn which gradients are terms of sums, and once in earnest. Collective."""
+    trial = isolated_pass(backend, candidate, batch, first, rank)
+    everyone = _gathered_to_first(trial.step.activations, rank)
+    terms = None if everyone is None else terms_among(everyone, first[_dp_rank(rank)].activations)
+    return isolated_pass(backend, candidate, batch, first, rank, _from_first(terms, rank))
 
 
 def _start_evidence(
@@ -163,7 +175,7 @@ def _step_evidence(
 
 
 def _with_isolated(
-    full: Evidence | None, rank: RankLike, own: Step | None, tolerance: Tolerance | None
+    full: Evidence | None, rank: RankLike, own: IsolatedPass | None, tolerance: Tolerance | None
 ) -> Evidence | None:
     """Add the passes of isolated modules, where they were made. Collective over the TP group."""
     if own is None or tolerance is None:
@@ -171,7 +183,14 @@ def _with_isolated(
     everyone = _gathered_to_first(own, rank)
     if full is None or everyone is None:
         return full
-    return replace(full, isolated=Isolated(tuple(everyone), tolerance))
+    first = full.reference[0]
+    isolated = Isolated(
+        reference=replace(first, gradients=gradients_alone(first), own_gradients={}),
+        passes=tuple(one.step for one in everyone),
+        fed=frozenset.intersection(*(one.fed for one in everyone)),
+        tolerance=tolerance,
+    )
+    return replace(full, isolated=isolated)
 
 
 def _dp_rank(rank: RankLike) -> int:
@@ -186,3 +205,12 @@ def _gathered_to_first(own: T, rank: RankLike) -> list[T] | None:
     values: list[Any] | None = [None] * len(group) if rank.rank == group[0] else None
     dist.gather_object(own, values, dst=group[0], group=rank.group("tp"))
     return values
+
+
+def _from_first(value: T | None, rank: RankLike) -> T | None:
+    """Return on a whole TP group what its first rank has."""
+    group = rank.topology.peers(rank.rank, "tp")
+    values = [value]
+    if len(group) > 1:
+        dist.broadcast_object_list(values, src=group[0], group=rank.group("tp"))
+    return values[0]
