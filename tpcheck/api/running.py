@@ -14,6 +14,7 @@ from tpcheck.report import Report
 from tpcheck.topology import Topology
 from tpcheck.world import attach, spawn
 from tpcheck.world.attach import is_launched
+from tpcheck.world.preload import OF_ZERO
 
 if TYPE_CHECKING:
     from tpcheck.verification import RankAnswer, Request
@@ -64,7 +65,7 @@ def _spawned_answers(request: Request, topology: Topology, timeout: float) -> tu
     from tpcheck.verification import verify_on_rank
 
     try:
-        with spawn(topology, timeout=timeout) as world:
+        with spawn(topology, timeout=timeout, also=OF_ZERO if request.zero_stage else ()) as world:
             return world.run(verify_on_rank, request)
     except RankFailure as failure:
         if _COLLECTIVES_DIFFER not in str(failure.exception):

@@ -63,14 +63,25 @@ def checked_preload(preload: Any) -> tuple[str, ...] | None:
     """
     if preload is None:
         return None
-    if isinstance(preload, str) or not isinstance(preload, Sequence):
-        raise UsageError("preload", preload, 'a sequence of module names, such as ["torch"]')
-    for name in preload:
-        if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
-            raise UsageError("preload", name, "names of modules")
+    names = checked_modules("preload", preload)
+    for name in names:
         if name not in DEFAULT and not _is_installed(name.partition(".")[0]):
             raise UsageError("preload", name, "modules that are installed")
-    return tuple(preload)
+    return names
+
+
+def checked_modules(argument: str, names: Any) -> tuple[str, ...]:
+    """Return names of modules, which need not be installed.
+
+    Raises:
+        UsageError: They are not a sequence of names.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise UsageError(argument, names, 'a sequence of module names, such as ["torch"]')
+    for name in names:
+        if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+            raise UsageError(argument, name, "names of modules")
+    return tuple(names)
 
 
 def refuse_broken(preload: Sequence[str] | None, broken: Mapping[str, str]) -> None:

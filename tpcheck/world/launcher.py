@@ -88,13 +88,16 @@ class Template:
                     raise self.failure("did not start")
             return self._ready
 
-    def open_world(self, scratch: str, port: int) -> Channel:
-        """Return a channel of its own for one world; when it closes, the template ends that world."""
+    def open_world(self, scratch: str, port: int, also: tuple[str, ...]) -> Channel:
+        """Return a channel of its own for one world; when it closes, the template ends that world.
+
+        What is in `also` is imported before its ranks are forked, and stays for the worlds after it.
+        """
         self.ready()
         here, theirs = Channel.pair()
         try:
             with self._lock:
-                self._channel.send(messages.Open(scratch, port), [theirs.fileno()])
+                self._channel.send(messages.Open(scratch, port, also), [theirs.fileno()])
         except OSError:
             here.close()
             raise self.failure("is gone") from None

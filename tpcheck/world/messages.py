@@ -11,10 +11,15 @@ from tpcheck.topology import Topology
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Start a world; its channel travels with this message."""
+    """Start a world; its channel travels with this message.
+
+    Attributes:
+        also: Modules to import first, where that has not been done.
+    """
 
     scratch: str
     port: int
+    also: tuple[str, ...]
 
 
 # template -> controller, over the template's own channel

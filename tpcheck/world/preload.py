@@ -24,6 +24,9 @@ DEFAULT: tuple[str, ...] = (
     "tpcheck.pytest_plugin.warm",
 )
 
+# What every rank of a DeepSpeed engine with ZeRO imports besides: an optimizer's decorators load TorchInductor.
+OF_ZERO: tuple[str, ...] = ("deepspeed.runtime.zero.muon.muon_optimizer",)
+
 
 def import_all(names: Sequence[str]) -> dict[str, str]:
     """Import what is installed; return the packages that are installed but broken, each with its error.

@@ -42,14 +42,16 @@ class Fork:
 class Processes:
     """One generation of ranks; over after the first failed run."""
 
-    def __init__(self, template: Template, forks: tuple[Fork, ...], *, scratch: str, port: socket.socket) -> None:
+    def __init__(
+        self, template: Template, forks: tuple[Fork, ...], *, scratch: str, port: socket.socket, also: tuple[str, ...]
+    ) -> None:
         self._template = template
         self._scratch = scratch
         self._port = port
         self._ended = False
         self._paused_s = 0.0
         self._run_number = 0
-        self._channel = template.open_world(scratch, port.getsockname()[1])
+        self._channel = template.open_world(scratch, port.getsockname()[1], also)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._channel, selectors.EVENT_READ)
         self._members = tuple(self._fork(fork) for fork in forks)

@@ -89,6 +89,7 @@ class _Template:
             self._end(world)
 
     def _open(self, opened: messages.Open, descriptor: int) -> None:
+        preload.import_all(opened.also)
         world = _World(Channel(socket.socket(fileno=descriptor)), opened)
         self._worlds.append(world)
         self._selector.register(world.channel, selectors.EVENT_READ, world)

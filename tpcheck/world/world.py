@@ -13,7 +13,14 @@ from typing import Any
 from tpcheck.errors import RankFailure, RankOutcome, UsageError
 from tpcheck.topology import Topology
 from tpcheck.world import launcher, messages
-from tpcheck.world.arguments import checked_env, checked_preload, checked_seed, checked_timeout, refuse_broken
+from tpcheck.world.arguments import (
+    checked_env,
+    checked_modules,
+    checked_preload,
+    checked_seed,
+    checked_timeout,
+    refuse_broken,
+)
 from tpcheck.world.environment import rank_environ, visible_gpus
 from tpcheck.world.groups import choose_backend, device_of
 from tpcheck.world.pickling import dumps
@@ -30,6 +37,7 @@ def spawn(
     device: str | None = None,
     backend: str | None = None,
     preload: Sequence[str] | None = None,
+    also: Sequence[str] = (),
     seed: int | None = None,
     capture: bool = True,
     env: Mapping[str, str] | None = None,
@@ -42,6 +50,7 @@ def spawn(
         device: `cpu`, `cuda`, or None for CUDA where every rank has a GPU of its own, else CPU.
         backend: `gloo`, `nccl`, or None for NCCL where every rank has a GPU of its own, else gloo.
         preload: Modules imported before ranks are forked, instead of torch, transformers, deepspeed and pytest.
+        also: Modules imported beside those, where they are installed: what each rank of this world alone would import.
         seed: Seeds Python, NumPy and torch alike on every rank before each run. None seeds every rank differently:
             equal seeds hide a missing broadcast.
         capture: Keep what ranks print for `RankFailure` and `World.outcomes`; else it goes where this process prints.
@@ -70,6 +79,7 @@ def spawn(
         device=device,
         backend=backend,
         preload=checked_preload(preload),
+        also=checked_modules("also", also),
         seed=checked_seed(seed),
         capture=capture,
         env=checked_env(env),
@@ -97,6 +107,7 @@ class World:
         device: str | None,
         backend: str | None,
         preload: tuple[str, ...] | None,
+        also: tuple[str, ...],
         seed: int | None,
         capture: bool,
         env: dict[str, str],
@@ -106,6 +117,7 @@ class World:
         self._template, self.device, num_gpus = _template_for(topology, device, preload)
         self.backend = choose_backend(backend, kind=self.device, num_gpus=num_gpus, num_ranks=topology.world_size)
         self._preload = preload
+        self._also = also
         self._num_gpus = num_gpus
         self._seed = seed
         self._capture = capture
@@ -198,7 +210,7 @@ class World:
         scratch = self._template.new_scratch()
         try:
             forks = tuple(self._fork(rank, scratch, port.getsockname()[1]) for rank in range(self.topology.world_size))
-            return Processes(self._template, forks, scratch=scratch, port=port)
+            return Processes(self._template, forks, scratch=scratch, port=port, also=self._also)
         except BaseException:  # Ctrl-C included; with the port goes the claim on it, with the socket the ranks
             port.close()
             shutil.rmtree(scratch, ignore_errors=True)
