@@ -27,3 +27,16 @@ def test_weights_with_two_stories_are_two_findings() -> None:
     assert swapped.evidence["also"] == ["model.layers.1.mlp.up_proj.weight"]
     assert (repeated.where["parameter"], repeated.cause) == ("model.layers.1.mlp.down_proj.weight", "shard_repeated")
     assert repeated.where["ranks"] == [1]
+
+
+def test_what_a_module_makes_of_wrong_weights_follows_from_them() -> None:
+    name = "model.layers.0.mlp.up_proj"
+
+    def plant(live: Live) -> None:
+        layout.fill(live, f"{name}.weight", lambda shards: shards[live.tp_rank] * 1.5)
+        live.module("model.norm").variance_epsilon *= 10
+
+    report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=PlantedBackend(plant), replays=2)
+    made = next(finding for finding in report.findings if finding.where.get("field") == "output 0")
+    assert made.where["module"] == name
+    assert made.evidence["follows_from"] == "weights_match_reference"

@@ -25,9 +25,9 @@ def test_every_slug_has_a_sentence_and_every_sentence_a_slug() -> None:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (3.9e-16, "missing_reduce: the sum over the ranks equals the expected tensor to 3.9e-16"),
-        (0.0, "missing_reduce: the sum over the ranks equals the expected tensor to the bit"),
-        (None, "missing_reduce: the sum over the ranks equals the expected tensor"),
+        (3.9e-16, "missing_reduce: leaving out the reduction over the ranks gives the actual tensor to 3.9e-16"),
+        (0.0, "missing_reduce: leaving out the reduction over the ranks gives the actual tensor to the bit"),
+        (None, "missing_reduce: leaving out the reduction over the ranks gives the actual tensor"),
     ],
 )
 def test_a_sentence_says_how_exactly_its_test_held(error: float | None, expected: str) -> None:

@@ -106,7 +106,7 @@ groups_match_topology  tp group
   where     deepspeed, tp=2, before the first step
   observed  1 group differs on rank 2
   allowed   0 (this check is exact)
-  cause     wrong_group: the live group is not the declared one
+  cause     wrong_group: the group that is used is not the declared one
   evidence  live [[0, 2]], declared [[2, 3]]
 """
     )
@@ -130,6 +130,7 @@ def test_many_wrong_tensors_are_named_up_to_a_few() -> None:
         ({"module": ""}, "(the whole model)"),
         ({"module": "model.norm", "parameter": "weight"}, "model.norm.weight"),
         ({"module": "model.norm", "parameter": "model.norm.weight"}, "model.norm.weight"),
+        ({"module": "model.mlp", "parameter": "model.norm.weight"}, "model.norm.weight"),
         ({"field": "input_ids"}, "input_ids"),
         ({}, ""),
     ],

@@ -73,6 +73,14 @@ def test_the_first_finding_of_every_check_is_shown_before_more_of_one() -> None:
     assert shown == [*["gradient_norm_matches_reference"] * 2, "gradients_match_reference", "replicas_agree"]
 
 
+def test_what_follows_from_another_finding_is_shown_last() -> None:
+    consequence = replace(NORM, cause=None, evidence={**NORM.evidence, "follows_from": GRADIENT.check})
+    report = Report(replace(FAILED, findings=(GRADIENT, GRADIENT, consequence)))
+    text = report.to_text(findings=2).partition("  check ")[0]
+    assert text.count("gradients_match_reference  model") == 2
+    assert "gradient_norm_matches_reference" not in text
+
+
 def test_an_exact_check_that_failed_has_no_bound_to_its_margin() -> None:
     report = Report(replace(FAILED, findings=(REPLICAS,), checks=(CheckResult("replicas_agree", 36, 0.0),)))
     assert "  replicas_agree  failed         36           inf\n" in report.to_text()

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 
 # {to} is how exactly the test held: "equals the expected one to 3.9e-16".
 SENTENCES: Mapping[str, str] = {
-    "all_zero": "every element is zero",
-    "bias_added_per_rank": "the difference equals the bias times the number of other ranks{to}",
+    "all_zero": "every wrong element is zero",
+    "bias_added_per_rank": "with the bias added more than once the actual tensor comes out{to}",
     "bit_flipped": "one bit of one element differs",
     "dtype_rounded": "the expected tensor, rounded to a smaller dtype, equals the actual one{to}",
     "duplicate_dp_batch": "data-parallel replicas train on the same samples",
-    "duplicate_reduce": "the actual tensor equals the expected one times the number of TP ranks{to}",
+    "duplicate_reduce": "reducing over the ranks once more gives the actual tensor{to}",
     "fused_blocks_interleaved": "fused blocks (QKV, gate and up) are cut in one order and read in another",
     "gradient_missing": "the parameter has no gradient on these ranks, the reference has one",
     "gradient_scaled": "the actual gradient equals the expected one times a constant{to}",
     "head_mapping_wrong": "with the heads of another rank the expected tensor comes out{to}",
-    "mean_instead_of_sum": "the actual tensor equals the expected one divided by the number of TP ranks{to}",
-    "missing_reduce": "the sum over the ranks equals the expected tensor{to}",
+    "mean_instead_of_sum": "a mean over the ranks in place of the sum gives the actual tensor{to}",
+    "missing_reduce": "leaving out the reduction over the ranks gives the actual tensor{to}",
     "norm_counts_replicas": "counting replicated parameters once for each rank gives the actual norm{to}",
     "norm_is_local": "the norm is that of one rank's own gradients{to}",
     "not_finite": "some elements are infinite or not a number",
@@ -36,7 +36,7 @@ SENTENCES: Mapping[str, str] = {
     "shard_order_swapped": "the shards in another order of ranks equal the expected tensor{to}",
     "shard_repeated": "one rank's shard stands in every rank's place{to}",
     "stale_weight": "the actual tensor equals the expected one of an earlier step{to}",
-    "sum_instead_of_mean": "the actual tensor equals the expected one times the number of DP ranks{to}",
+    "sum_instead_of_mean": "a sum over the DP ranks in place of the mean gives the actual tensor{to}",
     "tensor_missing": "the tensor is absent",
     "tensor_of_another_layer": "the actual tensor equals the expected one of another layer{to}",
     "tensor_unexpected": "the reference has no such tensor",
@@ -45,7 +45,7 @@ SENTENCES: Mapping[str, str] = {
     "transposed": "the transposed tensor equals the expected one{to}",
     "uneven_length": "some ranks have more batches than others",
     "vocab_offset_wrong": "token ids shifted by another rank's vocabulary offset give the actual tensor{to}",
-    "wrong_group": "the live group is not the declared one",
+    "wrong_group": "the group that is used is not the declared one",
     "wrong_shard_boundary": "the shards were cut at another boundary{to}",
 }
 

@@ -58,10 +58,15 @@ def finding_lines(finding: Finding, subject: Mapping[str, Any]) -> Iterator[Line
         yield from labelled("again", finding.again, "cyan")
 
 
+def is_consequence(finding: Finding) -> bool:
+    """Return whether an earlier check's finding accounts for this one."""
+    return finding.cause is None and bool(finding.evidence.get("follows_from"))
+
+
 def place(finding: Finding) -> str:
     """Return the name of the tensor that differs."""
     module, parameter, field = (finding.where.get(key) for key in ("module", "parameter", "field"))
-    if parameter and module and not str(parameter).startswith(f"{module}."):
+    if parameter and module and "." not in str(parameter):
         named = f"{module}.{parameter}"
     else:
         named = parameter or ("(the whole model)" if module == "" else module) or ""
@@ -125,7 +130,7 @@ def _allowed(finding: Finding) -> str:
 
 
 def _cause(finding: Finding) -> str:
-    if finding.cause is None and finding.evidence.get("follows_from"):
+    if is_consequence(finding):
         return f"follows from {finding.evidence['follows_from']}, which failed first"
     if finding.cause is None:
         return "unknown: no known cause passes its test"

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from tpcheck.records import Coverage, Finding, Verdict
 from tpcheck.report import checkpoints, words
-from tpcheck.report.finding import finding_lines
+from tpcheck.report.finding import finding_lines, is_consequence
 from tpcheck.report.lines import Line, labelled, plain
 
 FINDINGS_SHOWN = 5
@@ -58,16 +58,17 @@ def _message(verdict: Verdict) -> Iterator[Line]:
 
 
 def _most_telling(findings: Sequence[Finding], number: int | None) -> list[Finding]:
-    """Return so many findings in their order: the first of each check and story, then the first of the others."""
+    """Return so many findings in their order: the first of each check and story, the others, then consequences."""
     stories = checkpoints.story_groups(findings)
     of_stories = {id(group[0]) for group in stories}
     number = len(stories) if stories and number is not None else number
     seen: set[str] = set()
-    repeated = []
+    ranks = []
     for finding in findings:
-        repeated.append(finding.check in seen and id(finding) not in of_stories)
+        repeated = finding.check in seen and id(finding) not in of_stories
+        ranks.append((is_consequence(finding), repeated))
         seen.add(finding.check)
-    order = sorted(range(len(findings)), key=lambda place: repeated[place])
+    order = sorted(range(len(findings)), key=lambda place: ranks[place])
     return [findings[place] for place in sorted(order[:number])]
 
 

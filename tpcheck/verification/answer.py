@@ -54,7 +54,8 @@ def full_answer(start: GroupAnswer, evidence: Evidence, checks: Sequence[str]) -
     last_step = -1
     for step in range(len(evidence.reference)):
         last_step = step
-        of_step = _with_consequences([_ask(name, step, check(evidence, step)) for name, check in STEP_CHECKS.items()])
+        of_step = [_ask(name, step, check(evidence, step)) for name, check in STEP_CHECKS.items()]
+        of_step = _with_consequences(of_step, _wrong_from_the_start(start))
         answers.extend(one for one in of_step if one.check in checks)
         if any(one.findings for one in of_step):
             break
@@ -66,14 +67,28 @@ def _ask(check: str, step: int, outcome: CheckOutcome) -> CheckAnswer:
     return CheckAnswer(check, step, outcome.margins, findings, outcome.missed)
 
 
-def _with_consequences(answers: Sequence[CheckAnswer]) -> list[CheckAnswer]:
-    """Mark what an earlier check of the same step already accounts for, where no cause of its own was found."""
+def _wrong_from_the_start(start: GroupAnswer) -> dict[str, str]:
+    """Return the modules whose parameters are wrong before the first step, each with the check that says so."""
+    found: dict[str, str] = {}
+    for finding in (finding for one in start.answers for finding in one.findings if "parameter" in finding.where):
+        for name in (finding.where["parameter"], *finding.evidence.get("also", ())):
+            if "." in name:
+                found.setdefault(name.rpartition(".")[0], finding.check)
+    return found
+
+
+def _with_consequences(answers: Sequence[CheckAnswer], from_the_start: Mapping[str, str]) -> list[CheckAnswer]:
+    """Mark what an earlier check already accounts for, where no cause of its own was found.
+
+    An earlier check of the same step accounts for all; wrong weights account for what their module makes of them.
+    """
     first = next((one.check for one in answers if one.findings), None)
 
     def marked(finding: Finding) -> Finding:
-        if finding.cause is not None or finding.check == first:
+        source = from_the_start.get(str(finding.where.get("module"))) if finding.check == first else first
+        if finding.cause is not None or source is None:
             return finding
-        return replace(finding, evidence={**finding.evidence, "follows_from": first})
+        return replace(finding, evidence={**finding.evidence, "follows_from": source})
 
     return [replace(one, findings=tuple(marked(finding) for finding in one.findings)) for one in answers]
 
