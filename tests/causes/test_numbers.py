@@ -1,5 +1,6 @@
 """Causes that take more numbers: what a mistake would have made, lower dtypes, the shares of a step."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -123,3 +124,44 @@ def test_a_gradient_that_never_comes_back_is_missing() -> None:
 def test_terms_of_a_sum_are_recognised_in_a_vector() -> None:
     vector, terms = EXPECTED.reshape(-1), tuple(term.reshape(-1) for term in TERMS)
     assert cause("gradient", terms, expected=vector, expected_parts=(vector, vector)) == "partial_gradient_on_replica"
+
+
+@pytest.mark.parametrize("kind", ["activation", "input_gradient", "gradient", "update"])
+def test_what_is_not_a_number_is_evidence_for_nothing_else(kind: str) -> None:
+    nans = torch.full_like(WIDE, torch.nan)
+    assert cause(kind, (nans, WIDE), observed=torch.inf) == "not_finite"
+    assert cause(kind, (nans, OTHER), observed=torch.inf, mistaken=(Mistaken("stale_weight", (OTHER, OTHER)),)) is None
+
+
+@pytest.mark.parametrize("kind", ["activation", "input_gradient"])
+@pytest.mark.parametrize(("factor", "slug"), [(2.0, "duplicate_reduce"), (0.5, "mean_instead_of_sum")])
+def test_one_rank_alone_may_reduce_wrongly(kind: str, factor: float, slug: str) -> None:
+    found = explain(
+        replace(
+            suspect(kind, (WIDE, WIDE * factor), expected=WIDE, expected_parts=(WIDE, WIDE)), where={"field": "input 0"}
+        )
+    )
+    assert found is not None
+    assert found.cause == slug
+    halves = WIDE.chunk(2, dim=1)
+    scaled = (halves[0], halves[1] * factor)
+    assert cause("activation", scaled, expected_parts=halves, replicated=False) is None
+
+
+def test_gradients_of_another_ranks_shard_are_told() -> None:
+    halves = WIDE.chunk(2, dim=1)
+    assert cause("gradient", halves[::-1], expected_parts=halves, replicated=False) == "shard_order_swapped"
+    assert cause("gradient", (halves[0], halves[0]), expected_parts=halves, replicated=False) == "shard_repeated"
+
+
+@pytest.mark.parametrize("note", ["differed_at_start", "gradients_differ"])
+def test_replicas_that_something_else_tells_apart_have_not_drifted(note: str) -> None:
+    assert cause("update", (WIDE, WIDE + 1e-7), observed=1e-7, evidence={note: True}) is None
+
+
+def test_replicas_over_dp_drift_too() -> None:
+    halves = WIDE.chunk(2, dim=1)
+    parts = (halves[0], halves[1] + 1e-7)
+    fields = {"expected_parts": halves, "replicated": False, "observed": 1e-7}
+    assert cause("update", parts, **fields) is None
+    assert cause("update", parts, evidence={"replicas_over_dp_differ": True}, **fields) == "replica_drift"

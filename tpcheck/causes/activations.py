@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from tpcheck.causes.explanation import Explanation, Test, num_dp, num_tp, same_shapes, scaled, sum_of_ranks
+from tpcheck.causes.explanation import (
+    Explanation,
+    Test,
+    num_dp,
+    num_tp,
+    same_shapes,
+    scaled,
+    scaled_on_some,
+    sum_of_ranks,
+)
 from tpcheck.causes.mistaken import mistaken
 from tpcheck.causes.moved import heads_moved, shards_moved
 from tpcheck.causes.rounding import dtype_rounded
@@ -17,15 +26,6 @@ def fused(suspect: Suspect) -> Explanation | None:
     """The module before was cut block by block, and its output is then read in another order."""
     error = suspect.evidence.get("fused_blocks_error")
     return None if error is None else Explanation("fused_blocks_interleaved", error)
-
-
-def not_finite(suspect: Suspect) -> Explanation | None:
-    """Every wrong element is infinite or not a number where a finite one should be."""
-    if not same_shapes(suspect.parts, suspect.expected_parts):
-        return None
-    wrong = [_wrong(part, expected, suspect.allowed_error) for part, expected in _pairs(suspect)]
-    actual = torch.cat([part[where] for (part, _), where in zip(_pairs(suspect), wrong, strict=True)])
-    return Explanation("not_finite", 0.0) if actual.numel() and not bool(actual.isfinite().any()) else None
 
 
 def all_zero(suspect: Suspect) -> Explanation | None:
@@ -62,11 +62,12 @@ def _wrong(actual: torch.Tensor, expected: torch.Tensor, allowed: float) -> torc
 
 TESTS: tuple[Test, ...] = (
     fused,
-    not_finite,
     terms_of_ranks,
     scaled("duplicate_reduce", num_tp),
     scaled("mean_instead_of_sum", lambda suspect: 1 / num_tp(suspect)),
     mistaken,
+    scaled_on_some("duplicate_reduce", num_tp),
+    scaled_on_some("mean_instead_of_sum", lambda suspect: 1 / num_tp(suspect)),
     heads_moved,
     shards_moved,
     all_zero,

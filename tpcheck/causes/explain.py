@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from tpcheck.causes import activations, gradients, groups, input_gradients, norms, replicas, updates, weights
 from tpcheck.causes.explanation import Explanation, Test
+from tpcheck.causes.finite import loses_numbers, not_finite
 from tpcheck.records import Suspect
 from tpcheck.records.suspect import Kind
 
 
 def explain(suspect: Suspect) -> Explanation | None:
     """Return the first cause whose test holds, or None where none does."""
-    return next((found for test in TESTS[suspect.kind] if (found := test(suspect)) is not None), None)
+    tests = (not_finite,) if suspect.kind in _COMPUTED and loses_numbers(suspect) else TESTS[suspect.kind]
+    return next((found for test in tests if (found := test(suspect)) is not None), None)
 
 
 TESTS: Mapping[Kind, tuple[Test, ...]] = {
@@ -26,3 +28,5 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
     "group": groups.OF_GROUPS,
     "sharding": groups.OF_SHARDING,
 }
+
+_COMPUTED: Collection[Kind] = ("activation", "input_gradient", "gradient", "update")  # weights are told by their bits

@@ -96,6 +96,28 @@ def scaled(slug: str, factor: Callable[[Suspect], float]) -> Test:
     return test
 
 
+def scaled_on_some(slug: str, factor: Callable[[Suspect], float]) -> Test:
+    """As `scaled`, of a whole tensor that every rank should hold and some have right."""
+
+    def test(suspect: Suspect) -> Explanation | None:
+        if not suspect.replicated or not same_shapes(suspect.parts, suspect.expected_parts):
+            return None
+        limit = remaining(suspect)
+        pairs = _pairs(suspect.parts, suspect.expected_parts)
+        wrong = [
+            (part.double().reshape(-1), whole.double().reshape(-1))
+            for part, whole in pairs
+            if not float(torch.linalg.vector_norm(part.double() - whole.double())) <= limit
+        ]
+        scale = factor(suspect)
+        if scale == 1 or not wrong:
+            return None
+        actual, expected = (torch.cat(tensors) for tensors in zip(*wrong, strict=True))
+        return equal(slug, actual / scale, expected, suspect)
+
+    return test
+
+
 def num_tp(suspect: Suspect) -> float:
     return max(1, len(suspect.parts))
 

@@ -16,6 +16,7 @@ from tpcheck.causes.explanation import (
     scaled,
 )
 from tpcheck.causes.mistaken import mistaken
+from tpcheck.causes.moved import shards_moved
 from tpcheck.causes.rounding import dtype_rounded
 from tpcheck.records import Suspect
 
@@ -108,5 +109,6 @@ TESTS: tuple[Test, ...] = (
     averaging(scaled("mean_instead_of_sum", lambda suspect: 1 / num_dp(suspect))),
     multiple,
     mistaken,
+    shards_moved,
     dtype_rounded,
 )

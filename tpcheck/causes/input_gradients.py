@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tpcheck.causes.explanation import Explanation, Test, num_tp, scaled
+from tpcheck.causes.explanation import Explanation, Test, num_tp, scaled, scaled_on_some
 from tpcheck.causes.gradients import multiple, terms_of_ranks
 from tpcheck.causes.rounding import dtype_rounded
 from tpcheck.records import Suspect
@@ -31,6 +31,8 @@ TESTS: tuple[Test, ...] = (
     terms_of_ranks("missing_reduce"),
     _of_a_module(scaled("duplicate_reduce", num_tp)),
     _of_a_module(scaled("mean_instead_of_sum", lambda suspect: 1 / num_tp(suspect))),
+    _of_a_module(scaled_on_some("duplicate_reduce", num_tp)),
+    _of_a_module(scaled_on_some("mean_instead_of_sum", lambda suspect: 1 / num_tp(suspect))),
     multiple,
     dtype_rounded,
 )

@@ -11,6 +11,7 @@ from tpcheck.causes.mistaken import mistaken
 from tpcheck.causes.rounding import dtype_rounded
 from tpcheck.records import Suspect
 
+_TOLD_APART = frozenset({"differed_at_start", "gradients_differ"})  # what tells replicas apart is no drift
 _NORM_AGREES = 1e-6  # of a norm that was worked out from the weights
 
 
@@ -34,11 +35,11 @@ def clipped_by(slug: str, name: str) -> Test:
 
 
 def drift(suspect: Suspect) -> Explanation | None:
-    """Replicas that should be equal are not: some are right."""
-    if not suspect.replicated or len(suspect.parts) < 2:
+    """Replicas that should be equal are not: of the TP ranks some are right, or those over DP differ."""
+    if _TOLD_APART & suspect.evidence.keys():
         return None
-    wrong = _wrong(suspect)
-    return Explanation("replica_drift", 0.0) if 0 < len(wrong) < len(suspect.parts) else None
+    some_right = suspect.replicated and 0 < len(_wrong(suspect)) < len(suspect.parts)
+    return Explanation("replica_drift", 0.0) if some_right or "replicas_over_dp_differ" in suspect.evidence else None
 
 
 def _wrong(suspect: Suspect) -> list[int]:

@@ -43,7 +43,10 @@ def each_rank(suspect: Suspect) -> Explanation | None:
     return _explanation(told[0], suspect)
 
 
-_OF_ONE_RANK = ("transposed", "tensor_of_another_layer", "dtype_rounded", "not_finite", "all_zero", "duplicate_reduce")
+_OF_ONE_RANK = (
+    *("transposed", "tensor_of_another_layer", "dtype_rounded", "bit_flipped", "not_finite", "all_zero"),
+    "duplicate_reduce",
+)
 
 
 def _is_about_ranks(story: Story, suspect: Suspect) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -15,23 +15,44 @@ def mistaken_gradients(evidence: Evidence, step: int, one: ComparedParameter) ->
     """Return the mistakes of a parameter whose gradient is wrong."""
     if not one.expected_parts:
         return ()
-    return (*_averaged_wrongly(evidence, step, one.name), *_of_other_layers(evidence, step, one))
+    return (
+        *_untied(evidence, step, one),
+        *_averaged_wrongly(evidence, step, one),
+        *_of_other_layers(evidence, step, one),
+    )
 
 
-def _averaged_wrongly(evidence: Evidence, step: int, name: str) -> Iterator[Mistaken]:
-    """Yield what a gradient is without the mean over DP, and with one over the TP group in its place."""
-    own = evidence.reference[step].own_gradients.get(name)
-    if own is None:
-        return
-    layout = evidence.layouts[name]
-    alone = tuple(layout.local(own, tp_rank) for tp_rank in range(len(evidence.candidate[step])))
-    if _averages_over_tp(evidence, step) and len({part.shape for part in alone}) == 1:
-        mean = torch.stack([part.double() for part in alone]).mean(dim=0)
-        yield Mistaken("wrong_group", (mean,) * len(alone), {"note": "it is averaged over the TP group"})
-    yield Mistaken("missing_reduce", alone, {"note": "it is that of its own replica's batch, not the mean over DP"})
+def _untied(evidence: Evidence, step: int, one: ComparedParameter) -> Iterator[Mistaken]:
+    """Yield what a gradient is without that of a weight which is tied with it in the reference alone."""
+    steps = evidence.candidate[step]
+    for name in sorted(steps[0].gradients.keys() - evidence.reference[step].gradients.keys()):
+        others = [part.gradients.get(name) for part in steps]
+        pairs = list(zip(one.expected_parts, others, strict=True))
+        if all(other is not None and other.shape == whole.shape for whole, other in pairs):
+            yield Mistaken("tied_weight_untied", tuple(whole - other for whole, other in pairs), {"tied_with": name})
 
 
-def _averages_over_tp(evidence: Evidence, step: int) -> bool:
+def _averaged_wrongly(evidence: Evidence, step: int, one: ComparedParameter) -> Iterator[Mistaken]:
+    """Yield what a gradient is without the mean over DP, and with another group in its place: TP, or all ranks."""
+    own = evidence.reference[step].own_gradients.get(one.name)
+    layout = evidence.layouts[one.name]
+    alone = () if own is None else tuple(layout.local(own, tp_rank) for tp_rank in range(len(one.parts)))
+    if _reduces_over_tp(evidence, step):
+        yield from _over_tp(alone, "it is averaged over the TP group", mean=True)
+        yield from _over_tp(one.expected_parts, "it is averaged over the TP group, too", mean=True)
+        yield from _over_tp(one.expected_parts, "it is summed over the TP group", mean=False)
+    if alone:
+        yield Mistaken("missing_reduce", alone, {"note": "it is that of its own replica's batch, not the mean over DP"})
+
+
+def _over_tp(parts: Sequence[torch.Tensor], note: str, *, mean: bool) -> Iterator[Mistaken]:
+    """Yield what all ranks hold once their parts, of one shape, are added up."""
+    if len({part.shape for part in parts}) == 1:
+        total = torch.stack([part.double() for part in parts]).sum(dim=0)
+        yield Mistaken("wrong_group", (total / len(parts) if mean else total,) * len(parts), {"note": note})
+
+
+def _reduces_over_tp(evidence: Evidence, step: int) -> bool:
     """Return whether the ranks hold one gradient for different shards of some parameter."""
     steps = evidence.candidate[step]
     if len(steps) < 2:

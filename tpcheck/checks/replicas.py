@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tpcheck.checks.outcome import CheckOutcome, named_few
 from tpcheck.records import Evidence, Suspect
@@ -26,15 +26,21 @@ def _replicas_agree(evidence: Evidence, moment: int, where: dict[str, object]) -
         return CheckOutcome()
     digests = [facts.digests[moment] for facts in evidence.facts]
     margins: dict[str, float] = {}
-    wrong: dict[tuple[str, tuple[int, ...]], list[_Item]] = {}
+    wrong: dict[tuple[str, tuple[int, ...], bool], list[_Item]] = {}
     for item in dict.fromkeys(item for by_rank in digests for item in by_rank):
         for axis, group in _replica_groups(evidence, item, trained=moment > 0):
             margins[f"{item[0]} {item[1]} over {axis}"] = 0.0
             deviating = _deviating(group, [digests[rank].get(item) for rank in group])
             if deviating:
-                wrong.setdefault((axis, deviating), []).append(item)
-    suspects = tuple(_suspect(evidence, moment, axis, ranks, items, where) for (axis, ranks), items in wrong.items())
-    return CheckOutcome(margins, suspects)
+                since_start = moment > 0 and replicas_differ(evidence, 0, item, group)
+                wrong.setdefault((axis, deviating, since_start), []).append(item)
+    suspects = (_suspect(evidence, moment, *key, items, where) for key, items in wrong.items())
+    return CheckOutcome(margins, tuple(suspects))
+
+
+def replicas_differ(evidence: Evidence, moment: int, item: _Item, group: Sequence[int]) -> bool:
+    """Return whether the ranks of a group held different replicas of `item`: 0 is before the first step."""
+    return len({evidence.facts[rank].digests[moment].get(item) for rank in group}) > 1
 
 
 def _replica_groups(evidence: Evidence, item: _Item, *, trained: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -61,7 +67,13 @@ def _deviating(group: tuple[int, ...], digests: list[str | None]) -> tuple[int, 
 
 
 def _suspect(
-    evidence: Evidence, moment: int, axis: str, ranks: tuple[int, ...], items: list[_Item], where: dict[str, object]
+    evidence: Evidence,
+    moment: int,
+    axis: str,
+    ranks: tuple[int, ...],
+    since_start: bool,
+    items: list[_Item],
+    where: dict[str, object],
 ) -> Suspect:
     kinds = Counter(kind for kind, _ in items)
     first_kind, first = next((item for item in items if item[0] == "gradient"), items[0])
@@ -72,7 +84,7 @@ def _suspect(
         kind="replica",
         where={
             **where,
-            **({"parameter": first} if first_kind != "buffer" else {}),
+            **({"parameter": first} if first_kind != "buffer" else {"module": first.rpartition(".")[0]}),
             "field": f"{first_kind} {first} over {axis}",
             "ranks": list(ranks),
         },
@@ -81,6 +93,7 @@ def _suspect(
         evidence={
             "count_differing": len(items),
             **{f"{kind}s": count for kind, count in kinds.items()},
+            **({"differed_at_start": True} if since_start else {}),
             "also": named_few(f"{kind} {name}" for kind, name in items if (kind, name) != (first_kind, first)),
         },
         # What explains a gradient that differs is how it relates to the expected one.

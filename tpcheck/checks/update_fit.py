@@ -7,14 +7,16 @@ which norm it was clipped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from tpcheck.checks.norms import norms_of_usual_mistakes
 from tpcheck.records import Evidence
+from tpcheck.records.suspect import Mistaken
 
+_OF_ANOTHER_RANK = "the momentum of another rank's shard gives these weights"
 _TERMS = ("gradient", "weight", "momentum")
 _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 _FITS = 1e-6  # of the step; what no sum of the three explains stays above
@@ -42,19 +44,25 @@ def fitted_step(evidence: Evidence, step: int, name: str) -> dict[str, Any]:
     return found | _norms(evidence, step, [ratio.get("gradient", 0.0) for ratio in ratios])
 
 
-def with_momentum_of_others(evidence: Evidence, step: int, name: str) -> tuple[torch.Tensor, ...]:
-    """Return what each rank's weights would be with the momentum of the next rank; nothing where that means nothing."""
+def momentum_mistakes(evidence: Evidence, step: int, name: str) -> Iterator[Mistaken]:
+    """Yield what each rank's weights would be with the momentum of another rank's shard: of one, or of a neighbour."""
     layout, tp = evidence.layouts[name], len(evidence.candidate[step])
     before, terms = _terms(evidence, step, name)
     after = evidence.reference[step].weights[name]
     if terms is None or len(terms) < len(_TERMS) or layout.is_replicated or len(set(layout.local_shapes)) > 1:
-        return ()
+        return
     shares = _shares([term.double().reshape(-1) for term in terms], (after - before).double().reshape(-1))
     if shares is None:
-        return ()
+        return
+    right = [layout.local(after, tp_rank).double() for tp_rank in range(tp)]
     moves = [layout.local(terms[-1], tp_rank).double() for tp_rank in range(tp)]
-    changes = [shares[-1] * (moves[(tp_rank + 1) % tp] - moves[tp_rank]) for tp_rank in range(tp)]
-    return tuple(layout.local(after, tp_rank).double() + change for tp_rank, change in enumerate(changes))
+    one_everywhere = [("shard_repeated", [source] * tp) for source in range(tp)]
+    shifted = [("shard_order_swapped", [(rank + by) % tp for rank in range(tp)]) for by in range(1, tp)]
+    for cause, sources in (*one_everywhere, *shifted):
+        parts = (
+            own + shares[-1] * (moves[source] - move) for own, move, source in zip(right, moves, sources, strict=True)
+        )
+        yield Mistaken(cause, tuple(parts), {"momentum_of_tp_rank": sources, "note": _OF_ANOTHER_RANK})
 
 
 def _terms(evidence: Evidence, step: int, name: str) -> tuple[torch.Tensor, list[torch.Tensor] | None]:

@@ -7,13 +7,12 @@ from dataclasses import replace
 from tpcheck.checks.buffers import ComparedBuffer, compare_buffers
 from tpcheck.checks.outcome import CheckOutcome
 from tpcheck.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
+from tpcheck.checks.replicas import replicas_differ
 from tpcheck.checks.suspects import tensor_suspect
-from tpcheck.checks.update_fit import fitted_step, with_momentum_of_others
+from tpcheck.checks.update_fit import fitted_step, momentum_mistakes
 from tpcheck.compare import spacing
 from tpcheck.records import Evidence, Suspect
 from tpcheck.records.suspect import Mistaken
-
-_OF_ANOTHER_RANK = "the momentum of another rank's shard gives these weights"
 
 
 def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
@@ -44,21 +43,18 @@ def _weight_suspect(evidence: Evidence, step: int, one: ComparedParameter, num_w
         check="updates_match_reference",
         kind="update",
         where={"phase": "update", "step": step},
-        details={"first_of": num_wrong, **fitted_step(evidence, step, one.name)},
+        details={
+            "first_of": num_wrong,
+            **fitted_step(evidence, step, one.name),
+            **_of_replicas(evidence, step, "parameter", one.name),
+        },
     )
     before = evidence.initial[one.name] if step == 0 else evidence.reference[step - 1].weights[one.name]
     layout = evidence.layouts[one.name]
     if tuple(before.shape) != tuple(layout.shape):
         return suspect
     stale = tuple(layout.local(before, tp_rank) for tp_rank in range(len(suspect.parts)))
-    swapped = with_momentum_of_others(evidence, step, one.name)
-    return replace(
-        suspect,
-        mistaken=(
-            Mistaken("stale_weight", stale),
-            *([Mistaken("shard_order_swapped", swapped, {"note": _OF_ANOTHER_RANK})] if swapped else []),
-        ),
-    )
+    return replace(suspect, mistaken=(Mistaken("stale_weight", stale), *momentum_mistakes(evidence, step, one.name)))
 
 
 def _buffer_suspect(evidence: Evidence, step: int, one: ComparedBuffer) -> Suspect:
@@ -73,7 +69,24 @@ def _buffer_suspect(evidence: Evidence, step: int, one: ComparedBuffer) -> Suspe
         parts=one.placed.parts,
         expected_parts=[one.expected] * len(one.placed.parts),
         replicated=True,
+        details=_of_replicas(evidence, step, "buffer", one.name),
     )
+
+
+def _of_replicas(evidence: Evidence, step: int, kind: str, name: str) -> dict[str, bool]:
+    """Return whether replicas over DP differ, and notes on what tells replicas apart that is no drift in this step."""
+    over_dp = [evidence.topology.peers(rank, "dp") for rank in evidence.tp_group if kind == "parameter"]
+    over_tp = [evidence.tp_group] if kind == "buffer" or evidence.layouts[name].is_replicated else []
+    asked = {
+        "replicas_over_dp_differ": (step + 1, (kind, name), over_dp),
+        "differed_at_start": (0, (kind, name), over_dp + over_tp),
+        "gradients_differ": (step + 1, ("gradient", name), over_dp + over_tp),
+    }
+    return {
+        note: True
+        for note, (moment, item, groups) in asked.items()
+        if any(replicas_differ(evidence, moment, item, group) for group in groups)
+    }
 
 
 def _is_trained(evidence: Evidence, step: int, name: str) -> bool:

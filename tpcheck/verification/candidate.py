@@ -27,7 +27,7 @@ class CandidateStart:
     """What one rank's sharded model is before the first step.
 
     Attributes:
-        weights: This rank's shard of each parameter.
+        weights: This rank's shard of each parameter, and of each that is tied with one in the reference alone.
         digests: Digests of parameters and buffers.
         layouts: How each parameter lies over the TP group.
         group_ranks: The live groups that this rank uses, by axis.
@@ -51,11 +51,21 @@ def sharded(
         BackendError: The backend crashed; with its own message.
     """
     with blamed_on(backend, "sharding the model"):
+        ties = _ties(model)
         candidate = backend.shard(model, rank, options)
         known = dict(candidate.module.named_parameters(remove_duplicate=False))
-        weights = {name: candidate.parameter(name) for name in names if name in known}
+        untied = [name for name, first in ties.items() if name in known and known[name] is not known.get(first)]
+        weights = {name: candidate.parameter(name) for name in (*names, *untied) if name in known}
         digests = _digests("parameter", weights) | _buffer_digests(candidate.module)
         return candidate, CandidateStart(weights, digests, candidate.layouts(), candidate.group_ranks())
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Return the further names of parameters that have several, each with the first."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: first for first, *rest in names.values() for name in rest}
 
 
 def trained(backend: Backend, candidate: Candidate, names: Sequence[str], batches: Sequence[Batch]) -> tuple[Step, ...]:

@@ -27,7 +27,6 @@ class DeepSpeedCandidate:
         self._engine = engine
         self._topology = topology
         self._norm: float | None = None
-        self._parameters = dict(self.module.named_parameters(remove_duplicate=False))
 
     @property
     def engine(self) -> Any:
@@ -48,18 +47,18 @@ class DeepSpeedCandidate:
 
     def layouts(self) -> dict[str, Layout]:
         if self._topology.tp == 1:
-            return {name: Layout.replicated(local_shape(one), tp=1) for name, one in self._parameters.items()}
+            return {name: Layout.replicated(local_shape(one), tp=1) for name, one in self.module.named_parameters()}
         return layouts(self.module, groups.get_tensor_model_parallel_group())
 
     def parameter(self, name: str) -> torch.Tensor:
-        parameter = self._parameters[name]
+        parameter = self.module.get_parameter(name)
         if not hasattr(parameter, "ds_id"):  # not partitioned by ZeRO-3
             return parameter.detach().clone()
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
 
     def gradient(self, name: str) -> torch.Tensor | None:
-        gradient = safe_get_full_grad(self._parameters[name])
+        gradient = safe_get_full_grad(self.module.get_parameter(name))
         return None if gradient is None else gradient.detach().clone()
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
