@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from tpcheck.faults.fault import Draw, Live, ModelFault, Place, Planting
+from tpcheck.faults.live_collectives import all_gathered, all_reduced
 from tpcheck.faults.training import after_backward, hook_gradient
 from tpcheck.topology import Topology
 
@@ -81,6 +82,21 @@ def _reduce_lost_on_a_strided_gradient(draw: Draw) -> Planting:
 
         layer = live.module(name)
         layer.forward = lambda hidden: functional.linear(_with_backward(hidden, reduced), layer.weight, layer.bias)
+
+    return Planting(plant, Place(modules=(name,)))
+
+
+def _reduced_twice_on_one_rank(draw: Draw) -> Planting:
+    name, wrong = draw.module(*_COLUMN), draw.tp_rank()
+
+    def plant(live: Live) -> None:
+        def again(gradient: Tensor) -> Tensor:
+            total = all_reduced(gradient, live.rank.group("tp"))
+            return total if live.tp_rank == wrong else gradient
+
+        layer = live.module(name)
+        once = layer.forward
+        layer.forward = lambda hidden: once(_with_backward(hidden, again))
 
     return Planting(plant, Place(modules=(name,)))
 
@@ -233,6 +249,28 @@ def _lost_on_one_rank(draw: Draw) -> Planting:
     return Planting(plant, Place(parameters=(name,)))
 
 
+def _of_the_next_rank(draw: Draw) -> Planting:
+    name = draw.parameter(*_MATRICES)
+
+    def plant(live: Live) -> None:
+        def of_the_next(gradient: Tensor) -> Tensor:
+            return all_gathered(gradient, live.rank.group("tp"))[(live.tp_rank + 1) % live.tp]
+
+        hook_gradient(live, name, of_the_next)
+
+    return Planting(plant, Place(parameters=(name,)))
+
+
+def _untied(draw: Draw) -> Planting:
+    """Sharding made a parameter of its own for each name of a tied weight."""
+
+    def plant(live: Live) -> None:
+        head = live.module("lm_head")
+        head.weight = nn.Parameter(head.weight.detach().clone())
+
+    return Planting(plant, Place(parameters=("model.embed_tokens.weight",)))
+
+
 def _swapped(draw: Draw) -> Planting:
     first = draw.parameter("model.layers.0.*_proj.weight")
     second = first.replace("layers.0", "layers.1")
@@ -276,6 +314,15 @@ FAULTS = (
         causes=("duplicate_reduce",),
         topology=_TP2_DP2,
         zero_stage=1,
+    ),
+    _fault(
+        "column_input_gradient_reduced_twice_on_one_rank",
+        _KIND,
+        "one rank alone sums the input gradient of a column-parallel layer twice",
+        _reduced_twice_on_one_rank,
+        checks=_CHECKS,
+        causes=("duplicate_reduce",),
+        family="gemma2",
     ),
     _fault(
         "column_reduce_lost_on_a_strided_gradient",
@@ -441,5 +488,25 @@ FAULTS = (
         _swapped,
         checks=_CHECKS,
         causes=("tensor_of_another_layer",),
+    ),
+    _fault(
+        "gradient_of_the_next_rank",
+        _KIND,
+        "each rank has the gradient of the next rank's shard",
+        _of_the_next_rank,
+        checks=_CHECKS,
+        causes=("shard_order_swapped",),
+        family="qwen2",
+        topology=_TP4,
+    ),
+    _fault(
+        "tied_weight_trained_apart",
+        _KIND,
+        "a tied weight became two parameters, equal at first, each with a gradient of its own",
+        _untied,
+        checks=_CHECKS,
+        causes=("tied_weight_untied",),
+        family="qwen2",
+        settings={"tie_word_embeddings": True},
     ),
 )

@@ -122,6 +122,18 @@ def _zero_on_one_rank(live: Live, shards: list[Tensor], dim: int, tp_rank: int) 
     return torch.zeros_like(own) if live.tp_rank == tp_rank else own
 
 
+def _bit_flipped_on_one_rank(draw: Draw) -> Planting:
+    name, wrong, bit = draw.parameter("*norm.weight"), draw.tp_rank(), draw.random.randrange(23)  # of the mantissa
+
+    def plant(live: Live) -> None:
+        if live.tp_rank == wrong:
+            weight = live.parameter(name).data
+            bits = weight.view(torch.int64 if weight.element_size() == 8 else torch.int32)
+            bits[len(bits) // 2] ^= 1 << bit
+
+    return Planting(plant, Place(parameters=(name,)))
+
+
 def _uninitialised_on_one_rank(live: Live, shards: list[Tensor], dim: int, tp_rank: int) -> Tensor:
     own = shards[live.tp_rank]
     return torch.full_like(own, float("nan")) if live.tp_rank == tp_rank else own
@@ -329,6 +341,13 @@ FAULTS = (
         "one rank's shard is uninitialised memory",
         _dealt(_uninitialised_on_one_rank, 0, *_COLUMN),
         ("not_finite",),
+    ),
+    _fault(
+        "bit_of_a_replica_flipped",
+        "one bit of a norm's weight differs on one rank",
+        _bit_flipped_on_one_rank,
+        ("bit_flipped",),
+        family="starcoder2",
     ),
     _fault(
         "embedding_of_another_rank",

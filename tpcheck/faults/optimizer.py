@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tpcheck.faults.fault import Draw, Live, ModelFault, Place, Planting
-from tpcheck.faults.training import after_step, before_step, stale_after_step
+from tpcheck.faults.live_collectives import all_gathered
+from tpcheck.faults.training import after_backward, after_step, before_step, stale_after_step
 from tpcheck.topology import Topology
 
 _KIND = "norm and optimizer"
@@ -119,6 +120,18 @@ def _averaged_times(power: int) -> Callable[[Live], None]:
     return plant
 
 
+def _averaged_over_all_ranks(live: Live) -> None:
+    """A data-parallel wrapper that knows nothing of TP averages over the whole world."""
+
+    def average(step: int) -> None:
+        for _, parameter in live.candidate.module.named_parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+
+    after_backward(live, average)
+
+
 def _loss_scaled(live: Live) -> None:
     engine = live.candidate.engine
     backward = engine.backward
@@ -189,6 +202,11 @@ def _momentum_of(change: Callable[[Live, Tensor], Tensor]) -> Callable[[Draw], P
         return Planting(plant, Place(parameters=names))
 
     return draw
+
+
+def _of_rank_zero(live: Live, momentum: Tensor) -> Tensor:
+    """The state was loaded from the first rank's file on all of them."""
+    return all_gathered(momentum, live.rank.group("tp"))[0].clone()
 
 
 def _of_the_next_rank(live: Live, momentum: Tensor) -> Tensor:
@@ -293,6 +311,16 @@ FAULTS = (
         topology=_DP2,
     ),
     ModelFault(
+        "gradients_averaged_over_all_ranks",
+        _KIND,
+        "gradients are averaged over all ranks, those of TP included",
+        _everywhere(_averaged_over_all_ranks),
+        checks=_GRADIENTS,
+        causes=("wrong_group",),
+        family="gemma3_text",
+        topology=_DP2,
+    ),
+    ModelFault(
         "data_parallel_mean_twice",
         _KIND,
         "gradients are divided by the number of replicas twice",
@@ -369,6 +397,15 @@ FAULTS = (
         checks=_UPDATE,
         causes=("shard_order_swapped",),
         topology=_TP4,
+    ),
+    ModelFault(
+        "momentum_of_rank_zero",
+        _KIND,
+        "every rank has the optimizer's state of the first one's shards",
+        _momentum_of(_of_rank_zero),
+        checks=_UPDATE,
+        causes=("shard_repeated",),
+        family="qwen3",
     ),
     ModelFault(
         "momentum_lost",
