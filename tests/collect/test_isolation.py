@@ -66,6 +66,18 @@ def test_in_the_backward_pass_an_error_stays_where_it_is_made() -> None:
     assert [name for name in gradients if not torch.equal(gradients[name], others[name])] == ["1.first.weight"]
 
 
+def test_a_module_may_change_what_it_is_fed_in_place() -> None:
+    class InPlace(nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden.mul_(2)
+
+    model = nn.Sequential(nn.Linear(3, 3), InPlace())
+    hidden = torch.rand(2, 3)
+    expected, _ = passed_back(model, hidden, {})
+    alone, _ = passed_back(model, hidden, {key: tensor.clone() for key, tensor in expected.items()})
+    assert wrong({key: alone[key] for key in expected}, expected) == set()
+
+
 def test_a_backward_pass_inside_is_seen_by_nobody_outside() -> None:
     model, seen = Block(), []
     hidden = torch.ones(2, 3, requires_grad=True)

@@ -89,7 +89,7 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return other.view_as(other)
+        return other.clone()  # a module may change what it is given in place, which no view out of here allows
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
