@@ -29,14 +29,16 @@ def test_weights_with_two_stories_are_two_findings() -> None:
     assert repeated.where["ranks"] == [1]
 
 
-def test_what_a_module_makes_of_wrong_weights_follows_from_them() -> None:
-    name = "model.layers.0.mlp.up_proj"
+def test_what_other_checks_say_of_a_module_with_wrong_weights_follows_from_them() -> None:
+    linear, norm = "model.layers.0.mlp.up_proj", "model.norm"
 
     def plant(live: Live) -> None:
-        layout.fill(live, f"{name}.weight", lambda shards: shards[live.tp_rank] * 1.5)
-        live.module("model.norm").variance_epsilon *= 10
+        layout.fill(live, f"{linear}.weight", lambda shards: shards[live.tp_rank] * 1.5)
+        live.parameter(f"{norm}.weight").data.mul_(1 + 0.5 * live.tp_rank)
 
     report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=PlantedBackend(plant), replays=2)
-    made = next(finding for finding in report.findings if finding.where.get("field") == "output 0")
-    assert made.where["module"] == name
-    assert made.evidence["follows_from"] == "weights_match_reference"
+    found = {one.check: one for one in reversed(report.findings)}  # the first of each check
+    assert found["outputs_match_reference"].where["module"] == linear
+    assert found["replicas_agree"].where["parameter"] == f"{norm}.weight"
+    for check in ("outputs_match_reference", "replicas_agree"):
+        assert found[check].evidence["follows_from"] == "weights_match_reference"

@@ -37,7 +37,8 @@ class GroupAnswer:
 
 def start_answer(evidence: Evidence, checks: Sequence[str]) -> GroupAnswer:
     """Ask the named checks of what there is before the first step."""
-    return GroupAnswer(tuple(_ask(name, -1, check(evidence)) for name, check in START_CHECKS.items() if name in checks))
+    answers = [_ask(name, -1, check(evidence)) for name, check in START_CHECKS.items() if name in checks]
+    return GroupAnswer(tuple(_with_consequences(answers, _wrong_from_the_start(answers), first=None)))
 
 
 def forbids_training(start: GroupAnswer) -> bool:
@@ -55,7 +56,8 @@ def full_answer(start: GroupAnswer, evidence: Evidence, checks: Sequence[str]) -
     for step in range(len(evidence.reference)):
         last_step = step
         of_step = [_ask(name, step, check(evidence, step)) for name, check in STEP_CHECKS.items()]
-        of_step = _with_consequences(of_step, _wrong_from_the_start(start))
+        first = next((one.check for one in of_step if one.findings), None)
+        of_step = _with_consequences(of_step, _wrong_from_the_start(start.answers), first)
         answers.extend(one for one in of_step if one.check in checks)
         if any(one.findings for one in of_step):
             break
@@ -67,26 +69,34 @@ def _ask(check: str, step: int, outcome: CheckOutcome) -> CheckAnswer:
     return CheckAnswer(check, step, outcome.margins, findings, outcome.missed)
 
 
-def _wrong_from_the_start(start: GroupAnswer) -> dict[str, str]:
-    """Return the modules whose parameters are wrong before the first step, each with the check that says so."""
+def _wrong_from_the_start(answers: Sequence[CheckAnswer]) -> dict[str, str]:
+    """Return the modules whose parameters or buffers are wrong before the first step, and which check said so first."""
     found: dict[str, str] = {}
-    for finding in (finding for one in start.answers for finding in one.findings if "parameter" in finding.where):
-        for name in (finding.where["parameter"], *finding.evidence.get("also", ())):
-            if "." in name:
-                found.setdefault(name.rpartition(".")[0], finding.check)
+    for finding in (finding for one in answers for finding in one.findings):
+        also = (name for name in finding.evidence.get("also", ()) if "." in name)
+        for module in (_module(finding), *(name.rpartition(".")[0] for name in also)):
+            found.setdefault(module, finding.check)
+    found.pop("", None)  # which is no module in particular
     return found
 
 
-def _with_consequences(answers: Sequence[CheckAnswer], from_the_start: Mapping[str, str]) -> list[CheckAnswer]:
+def _module(finding: Finding) -> str:
+    parameter = str(finding.where.get("parameter", ""))
+    return str(finding.where.get("module", parameter.rpartition(".")[0]))
+
+
+def _with_consequences(
+    answers: Sequence[CheckAnswer], from_the_start: Mapping[str, str], first: str | None
+) -> list[CheckAnswer]:
     """Mark what an earlier check already accounts for, where no cause of its own was found.
 
-    An earlier check of the same step accounts for all; wrong weights account for what their module makes of them.
+    The first check of a step that fails accounts for all after it; what a module holds from the start accounts for what
+    other checks say of that module.
     """
-    first = next((one.check for one in answers if one.findings), None)
 
     def marked(finding: Finding) -> Finding:
-        source = from_the_start.get(str(finding.where.get("module"))) if finding.check == first else first
-        if finding.cause is not None or source is None:
+        source = from_the_start.get(_module(finding)) if first in (None, finding.check) else first
+        if finding.cause is not None or source is None or (first is None and source == finding.check):
             return finding
         return replace(finding, evidence={**finding.evidence, "follows_from": source})
 
