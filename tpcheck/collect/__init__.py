@@ -2,6 +2,6 @@
 
 from tpcheck.collect.hooks import ModuleRecorder
 from tpcheck.collect.perturb import perturbed_leaves
-from tpcheck.collect.precision import everything_in_float64
+from tpcheck.collect.precision import everything_in_float64, nothing_raised
 
-__all__ = ["ModuleRecorder", "everything_in_float64", "perturbed_leaves"]
+__all__ = ["ModuleRecorder", "everything_in_float64", "nothing_raised", "perturbed_leaves"]

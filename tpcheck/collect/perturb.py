@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tpcheck.collect.precision import nothing_raised
 from tpcheck.collect.tree import map_tensors
 
 
@@ -58,5 +59,6 @@ class _Perturb(torch.autograd.Function):
 
 
 def _factor(tensor: torch.Tensor, eps: float, generator: torch.Generator) -> torch.Tensor:
-    uniform = torch.rand(tensor.shape, dtype=torch.float64, device=generator.device, generator=generator)
-    return (1 + eps * (2 * uniform - 1)).to(device=tensor.device, dtype=tensor.dtype)
+    with nothing_raised():
+        uniform = torch.rand(tensor.shape, dtype=torch.float64, device=generator.device, generator=generator)
+        return (1 + eps * (2 * uniform - 1)).to(device=tensor.device, dtype=tensor.dtype)

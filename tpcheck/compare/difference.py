@@ -78,8 +78,7 @@ def compare_placed(placed: Placed, expected: torch.Tensor, allowed: float) -> Di
 def measured(gaps: Sequence[torch.Tensor], expected_norm: float, allowed: float, *, replicated: bool) -> Difference:
     """Sum up element-wise differences, one tensor for each rank's part."""
     errors = tuple(frobenius(gap) for gap in gaps)
-    worst = max(range(len(gaps)), key=lambda rank: largest_element(gaps[rank])[0])
-    largest, at = largest_element(gaps[worst])
+    largest, at = max((largest_element(gap) for gap in gaps), key=lambda element: element[0])
     return Difference(
         error=max(errors) if replicated else hypot(*errors),
         expected_norm=expected_norm,
@@ -94,9 +93,11 @@ def measured(gaps: Sequence[torch.Tensor], expected_norm: float, allowed: float,
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Return actual - expected in float64; equal infinities and NaN on both sides differ by 0, other NaN by inf."""
     actual, expected = _real(actual), _real(expected)
-    wide_actual, wide_expected = actual.to(torch.float64), expected.to(torch.float64)
+    gap = actual.to(torch.float64) - expected.to(torch.float64)
+    if bool(gap.isfinite().all()):
+        return gap
     same = (actual == expected) | (actual.isnan() & expected.isnan())
-    return (wide_actual - wide_expected).masked_fill(same, 0.0).nan_to_num(nan=inf, posinf=inf, neginf=-inf)
+    return gap.masked_fill(same, 0.0).nan_to_num(nan=inf, posinf=inf, neginf=-inf)
 
 
 def frobenius(tensor: torch.Tensor) -> float:
@@ -143,4 +144,9 @@ def largest_element(gap: torch.Tensor) -> tuple[float, tuple[int, ...]]:
     if not gap.numel():
         return 0.0, ()
     flat = int(gap.abs().argmax())
-    return float(gap.reshape(-1)[flat].abs()), tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), gap.shape))
+    index: list[int] = []
+    left = flat
+    for size in reversed(gap.shape):
+        left, here = divmod(left, size)
+        index.append(here)
+    return abs(float(gap.reshape(-1)[flat])), tuple(reversed(index))

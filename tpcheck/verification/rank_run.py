@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tpcheck.adapters import Backend, Candidate, TrainingOptions, load_backend
 from tpcheck.adapters.protocols import RankLike
 from tpcheck.checks import CHECKPOINT_CHECK
-from tpcheck.collect import everything_in_float64
+from tpcheck.collect import everything_in_float64, nothing_raised
 from tpcheck.records import Evidence, Isolated, RankFacts, Step
 from tpcheck.tolerance import Tolerance
 from tpcheck.verification.answer import GroupAnswer, forbids_training, full_answer, start_answer
@@ -62,14 +62,16 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
         names = tuple(reference.parameters)
         candidate, start = sharded(backend, twin, names, rank, reference.options)
         evidence = _start_evidence(rank, request, reference, start)
-        answer = None if evidence is None else start_answer(evidence, request.checks)
+        with nothing_raised():
+            answer = None if evidence is None else start_answer(evidence, request.checks)
         stops = answer is not None and forbids_training(answer)
         if not any(rank.gather(stops)):
             saves = CHECKPOINT_CHECK in request.checks
             saved = [saved_answer(rank, candidate, reference.model, step=-1)] if saves else []
             full = _both_trained(rank, request, reference, _Sharded(backend, candidate, start), evidence)
             if full is not None and answer is not None:
-                answer = full_answer(answer, full, request.checks)
+                with nothing_raised():
+                    answer = full_answer(answer, full, request.checks)
             if saves:
                 unknown = () if full is None else set_gathered(reference.model, full)
                 saved.append(saved_answer(rank, candidate, reference.model, step=request.steps - 1, unknown=unknown))
@@ -203,7 +205,8 @@ def _gathered_to_first(own: T, rank: RankLike) -> list[T] | None:
     if len(group) == 1:
         return [own]
     values: list[Any] | None = [None] * len(group) if rank.rank == group[0] else None
-    dist.gather_object(own, values, dst=group[0], group=rank.group("tp"))
+    with nothing_raised():
+        dist.gather_object(own, values, dst=group[0], group=rank.group("tp"))
     return values
 
 

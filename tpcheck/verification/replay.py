@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tpcheck.adapters import TrainingOptions
-from tpcheck.collect import perturbed_leaves
+from tpcheck.collect import nothing_raised, perturbed_leaves
 from tpcheck.compare import frobenius_distance
 from tpcheck.errors import UsageError
 from tpcheck.records import Step, TensorKey
@@ -36,16 +36,19 @@ def replayed_deviations(
 
     def measure(step: int, dp_rank: int, key: TensorKey, tensor: torch.Tensor) -> None:
         reference = expected[step][dp_rank].activations.get(key)
-        deviations[step, dp_rank, key] = float("inf") if reference is None else frobenius_distance(tensor, reference)
+        with nothing_raised():
+            distance = float("inf") if reference is None else frobenius_distance(tensor, reference)
+        deviations[step, dp_rank, key] = distance
 
     generator = torch.Generator().manual_seed(seed)
     with perturbed_leaves(model, eps=eps, generator=generator):
         steps = train(model, batches, options, measure)
-    for index, (step, reference_step) in enumerate(zip(steps, expected, strict=True)):
-        deviations.update(_common(index, step[0], reference_step[0]))
-        deviations[index, "norm"] = _norm_deviation(step[0], reference_step[0], generator if eps else None)
-        for dp_rank, (one, reference) in enumerate(zip(step, reference_step, strict=True)):
-            deviations.update(_own(index, dp_rank, one, reference))
+    with nothing_raised():
+        for index, (step, reference_step) in enumerate(zip(steps, expected, strict=True)):
+            deviations.update(_common(index, step[0], reference_step[0]))
+            deviations[index, "norm"] = _norm_deviation(step[0], reference_step[0], generator if eps else None)
+            for dp_rank, (one, reference) in enumerate(zip(step, reference_step, strict=True)):
+                deviations.update(_own(index, dp_rank, one, reference))
     return deviations
 
 
