@@ -38,6 +38,8 @@ class GroupAnswer:
 def start_answer(evidence: Evidence, checks: Sequence[str]) -> GroupAnswer:
     """Ask the named checks of what there is before the first step."""
     answers = [_ask(name, -1, check(evidence)) for name, check in START_CHECKS.items() if name in checks]
+    if any(one.findings for one in answers if one.check == _GROUPS):
+        answers = [_of_wrong_groups(one) for one in answers]
     return GroupAnswer(tuple(_with_consequences(answers, _wrong_from_the_start(answers), first=None)))
 
 
@@ -46,7 +48,8 @@ def forbids_training(start: GroupAnswer) -> bool:
     return any(one.findings and one.check in _FATAL for one in start.answers)
 
 
-_FATAL = ("groups_match_topology", "parameters_are_sharded")
+_GROUPS = "groups_match_topology"
+_FATAL = (_GROUPS, "parameters_are_sharded")
 
 
 def full_answer(start: GroupAnswer, evidence: Evidence, checks: Sequence[str]) -> GroupAnswer:
@@ -78,6 +81,14 @@ def _wrong_from_the_start(answers: Sequence[CheckAnswer]) -> dict[str, str]:
             found.setdefault(module, finding.check)
     found.pop("", None)  # which is no module in particular
     return found
+
+
+def _of_wrong_groups(answer: CheckAnswer) -> CheckAnswer:
+    """Take back what is said of shards: layers that gather over another group tell wrongly how these lie."""
+    if answer.check != "weights_match_reference":
+        return answer
+    findings = (replace(one, cause=None, evidence={**one.evidence, "follows_from": _GROUPS}) for one in answer.findings)
+    return replace(answer, findings=tuple(findings))
 
 
 def _module(finding: Finding) -> str:
