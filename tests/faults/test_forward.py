@@ -7,10 +7,10 @@ import pytest
 import tpcheck
 from tests.faults.finding import require_found
 from tpcheck import Topology
-from tpcheck.faults import Live, ModelFault, PlantedBackend, Planting, forward, vocabulary
+from tpcheck.faults import Live, ModelFault, PlantedBackend, Planting, column_parallel, row_parallel, vocabulary
 from tpcheck.faults.fault import Draw
 
-FAULTS = {fault.name: fault for fault in (*forward.FAULTS, *vocabulary.FAULTS)}
+FAULTS = {fault.name: fault for fault in (*row_parallel.FAULTS, *column_parallel.FAULTS, *vocabulary.FAULTS)}
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)

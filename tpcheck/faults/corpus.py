@@ -5,13 +5,14 @@ from __future__ import annotations
 from tpcheck.faults import (
     backward,
     checkpoint,
+    column_parallel,
     data,
-    forward,
     heads,
     layout,
     optimizer,
     precision,
     replicas,
+    row_parallel,
     vocabulary,
 )
 from tpcheck.faults.checkpoint import CheckpointFault
@@ -19,7 +20,8 @@ from tpcheck.faults.data import DataFault
 from tpcheck.faults.fault import ModelFault
 
 MODEL_FAULTS: tuple[ModelFault, ...] = (
-    *forward.FAULTS,
+    *row_parallel.FAULTS,
+    *column_parallel.FAULTS,
     *vocabulary.FAULTS,
     *layout.FAULTS,
     *heads.FAULTS,

@@ -1,20 +1,18 @@
-"""Faults of the forward pass: collectives that are missing, doubled, of another kind or over another group."""
+"""Faults of the sums of row-parallel layers: missing, doubled, of another kind, over another group, beside a bias."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tpcheck.faults.another_forward import Forward, collective_fault, instead
 from tpcheck.faults.fault import Draw, Live, ModelFault, Place, Planting
 from tpcheck.faults.live_collectives import all_gathered, all_reduced, with_value
 from tpcheck.topology import Topology
 
-_KIND = "forward collectives"
-_CHECKS = ("outputs_match_reference",)
 _ROW = ("*.o_proj", "*.down_proj")
 _ROW_WITH_BIAS = ("*.self_attn.out_proj", "*.fc2")  # of OPT
 _TP4 = Topology(tp=4)
@@ -22,23 +20,6 @@ _TP2_DP2 = Topology(tp=2, dp=2)
 
 _BIAS_LINK = "https://github.com/huggingface/text-generation-inference/issues/1036"
 _CONTIGUOUS_LINK = "https://github.com/NVIDIA/Megatron-LM/issues/5337"
-
-Forward = Callable[[Live, Any, int, Tensor], Tensor]  # the layer, the tp_rank that was drawn, its input
-
-
-def _instead(forward: Forward, *patterns: str) -> Callable[[Draw], Planting]:
-    """Return what draws one of the layers and gives it another forward."""
-
-    def drawn(draw: Draw) -> Planting:
-        name, tp_rank = draw.module(*patterns), draw.tp_rank()
-
-        def plant(live: Live) -> None:
-            layer = live.module(name)
-            layer.forward = lambda hidden: forward(live, layer, tp_rank, hidden)
-
-        return Planting(plant, Place(modules=(name,)))
-
-    return drawn
 
 
 def _term(layer: Any, hidden: Tensor) -> Tensor:
@@ -135,43 +116,6 @@ def _bias_after_reduce_on_one_rank(live: Live, layer: Any, tp_rank: int, hidden:
     return total + layer.bias if live.tp_rank == tp_rank else total
 
 
-def _columns(layer: Any, hidden: Tensor) -> Tensor:
-    return functional.linear(hidden, layer.weight, layer.bias)
-
-
-def _gathered_in_another_order(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
-    own = _columns(layer, hidden)
-    return with_value(own, torch.cat(all_gathered(own, layer.mp_group)[::-1], dim=-1))
-
-
-def _own_columns_alone(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
-    """Write one's own columns into a buffer of zeros for all, which is then not summed over the ranks."""
-    own = _columns(layer, hidden)
-    whole = [own if one == live.tp_rank else torch.zeros_like(own) for one in range(live.tp)]
-    return torch.cat(whole, dim=-1)
-
-
-def _own_columns_everywhere(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
-    return torch.cat([_columns(layer, hidden)] * live.tp, dim=-1)
-
-
-def _columns_of_one_rank_lost(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
-    """Gather into a buffer of zeros which one rank's columns do not reach."""
-    own = _columns(layer, hidden)
-    parts = all_gathered(own, layer.mp_group)
-    parts[tp_rank] = torch.zeros_like(own)
-    return with_value(own, torch.cat(parts, dim=-1))
-
-
-def _columns_of_one_rank_unwritten(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
-    """Gather into uninitialised memory which one rank's columns do not reach."""
-    own = _columns(layer, hidden)
-    parts = all_gathered(own, layer.mp_group)
-    if live.tp_rank == tp_rank:
-        parts[tp_rank - 1] = torch.full_like(own, float("nan"))
-    return with_value(own, torch.cat(parts, dim=-1))
-
-
 def _skipped_when_recomputed(draw: Draw) -> Planting:
     name = draw.module("*.o_proj")
 
@@ -200,12 +144,6 @@ def _group_is_dp(draw: Draw) -> Planting:
     return Planting(plant, Place())
 
 
-def _fault(
-    name: str, what: str, draw: Callable[[Draw], Planting], causes: tuple[str | None, ...], **options: Any
-) -> ModelFault:
-    return ModelFault(name, _KIND, what, draw, **{"checks": _CHECKS, "causes": causes, "steps": 1, **options})
-
-
 def _row(
     name: str,
     what: str,
@@ -216,13 +154,9 @@ def _row(
 ) -> ModelFault:
     biased = {"family": "opt"} if options.pop("biased", False) else {}
     patterns = _ROW_WITH_BIAS if biased else _ROW
-    return _fault(
-        name, what, _instead(forward, *patterns), causes, topology=topology or Topology(tp=2), **biased, **options
+    return collective_fault(
+        name, what, instead(forward, *patterns), causes, topology=topology or Topology(tp=2), **biased, **options
     )
-
-
-def _head(name: str, what: str, forward: Forward, causes: tuple[str | None, ...], **options: Any) -> ModelFault:
-    return _fault(name, what, _instead(forward, "lm_head"), causes, **options)
 
 
 FAULTS = (
@@ -247,7 +181,7 @@ FAULTS = (
         ("missing_reduce",),
         topology=_TP4,
     ),
-    _fault(
+    collective_fault(
         "row_parallel_reduce_skipped_when_recomputed",
         "activation checkpointing computes a row-parallel layer again without the sum",
         _skipped_when_recomputed,
@@ -289,7 +223,7 @@ FAULTS = (
         ("wrong_group",),
         topology=_TP4,
     ),
-    _fault(
+    collective_fault(
         "tp_group_of_a_layer_is_the_dp_group",
         "a layer is given the data-parallel group for its tensor-parallel one",
         _group_is_dp,
@@ -357,37 +291,5 @@ FAULTS = (
         _bias_after_reduce_on_one_rank,
         (None,),
         biased=True,
-    ),
-    _head(
-        "columns_gathered_in_another_order",
-        "a column-parallel layer gathers its output in another order of ranks",
-        _gathered_in_another_order,
-        ("shard_order_swapped",),
-        topology=_TP4,
-    ),
-    _head(
-        "columns_not_gathered",
-        "a column-parallel layer fills a buffer with its own columns, and nobody sums the buffers",
-        _own_columns_alone,
-        ("missing_reduce",),
-    ),
-    _head(
-        "own_columns_in_every_place",
-        "a column-parallel layer takes its own columns for those of all ranks",
-        _own_columns_everywhere,
-        ("shard_repeated",),
-    ),
-    _head(
-        "columns_of_one_rank_lost",
-        "one rank's columns do not reach the gathered output, which stays zero there",
-        _columns_of_one_rank_lost,
-        ("all_zero",),
-        topology=_TP4,
-    ),
-    _head(
-        "columns_of_one_rank_unwritten",
-        "a gathered output holds uninitialised memory on one rank",
-        _columns_of_one_rank_unwritten,
-        ("not_finite",),
     ),
 )
