@@ -24,6 +24,7 @@ def run_model_fault(
     from tpcheck.faults import PlantedBackend
     from tpcheck.faults.controls import zero_stage_at
 
+    fault = fault.seeded(seed)
     model = small_model(fault.family, fault.settings)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     planting = fault.drawn([name for name, _ in model.named_modules()], shapes, seed)

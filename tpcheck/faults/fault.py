@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -137,7 +137,9 @@ class ModelFault:
         causes: The causes that are right to name for its first finding; None for a bug that has no name.
         link: The real bug that it stands for, upstream.
         family: The model type that it is planted in.
-        topology: Of the run.
+        topology: Of the run; the first of several.
+        topologies: All in which it is the same bug, of which the seed draws one; None for those with more ranks, too,
+            where two TP ranks are enough.
         settings: Of the model.
         config: Of the backend.
         zero_stage: ZeRO stage.
@@ -156,6 +158,7 @@ class ModelFault:
     link: str | None = None
     family: str = "llama"
     topology: Topology = field(default_factory=lambda: Topology(tp=2))
+    topologies: tuple[Topology, ...] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     zero_stage: int = 0
@@ -163,6 +166,12 @@ class ModelFault:
     steps: int = 2
     dtypes: tuple[str, ...] = ("float64", "float32")
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def seeded(self, seed: int) -> ModelFault:
+        """Return the fault in the topology that the seed draws: the first for seed 0."""
+        more = (Topology(tp=4), Topology(tp=2, dp=2)) if self.topology == Topology(tp=2) else ()
+        all_of_them = self.topologies or (self.topology, *more)
+        return replace(self, topology=all_of_them[seed % len(all_of_them)])
 
     def drawn(self, modules: Sequence[str], parameters: Mapping[str, tuple[int, ...]], seed: int) -> Planting:
         """Return the fault at a place of a model, the same for the same seed."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.runtime import engine as engine_module
 from deepspeed.utils import groups, safe_get_full_grad
 from torch import nn
@@ -17,6 +16,7 @@ from torch import nn
 from tpcheck.adapters import Layout
 from tpcheck.backends.deepspeed.layers import layouts, local_shape, parallel_layers
 from tpcheck.backends.deepspeed.saving import ways_to_save
+from tpcheck.backends.process_groups import distinct_ranks
 from tpcheck.topology import Topology
 
 
@@ -39,11 +39,11 @@ class DeepSpeedCandidate:
         return module
 
     def group_ranks(self) -> dict[str, tuple[tuple[int, ...], ...]]:
-        dp = {"dp": _distinct_ranks([self._engine.seq_data_parallel_group])}
+        dp = {"dp": distinct_ranks([self._engine.seq_data_parallel_group])}
         if self._topology.tp == 1:  # DeepSpeed makes no TP group
             return dp
         of_layers = [layer.mp_group for _, layer in parallel_layers(self.module) if layer.mp_group is not None]
-        return {"tp": _distinct_ranks([groups.get_tensor_model_parallel_group(), *of_layers]), **dp}
+        return {"tp": distinct_ranks([groups.get_tensor_model_parallel_group(), *of_layers]), **dp}
 
     def layouts(self) -> dict[str, Layout]:
         if self._topology.tp == 1:
@@ -95,7 +95,3 @@ def _observed_clipping() -> Iterator[list[Any]]:
         yield norms
     finally:
         engine_module.clip_grad_norm_ = clip
-
-
-def _distinct_ranks(process_groups: list[Any]) -> tuple[tuple[int, ...], ...]:
-    return tuple(dict.fromkeys(tuple(dist.get_process_group_ranks(group)) for group in process_groups))

@@ -13,6 +13,7 @@ from torch import nn
 
 from tpcheck.adapters import Layout
 from tpcheck.backends.megatron.groups import Groups, entered
+from tpcheck.backends.process_groups import distinct_ranks
 from tpcheck.backends.sgd import Sgd
 
 
@@ -42,7 +43,7 @@ class MegatronCandidate:
         with entered(self._groups):
             tp = [parallel_state.get_tensor_model_parallel_group(), *self._groups_of_layers()]
             dp = [parallel_state.get_data_parallel_group(), self._ddp.dp_group]
-        return {"tp": _distinct_ranks(tp), "dp": _distinct_ranks(dp)}
+        return {"tp": distinct_ranks(tp), "dp": distinct_ranks(dp)}
 
     def layouts(self) -> Mapping[str, Layout]:
         return self._layouts
@@ -78,7 +79,3 @@ class MegatronCandidate:
             group = getattr(module, "tp_group", None)
             if isinstance(group, dist.ProcessGroup):
                 yield group
-
-
-def _distinct_ranks(process_groups: list[Any]) -> tuple[tuple[int, ...], ...]:
-    return tuple(dict.fromkeys(tuple(dist.get_process_group_ranks(group)) for group in process_groups))
