@@ -6,6 +6,7 @@ import torch
 
 from tpcheck.causes.explanation import Explanation, Test, num_tp, scaled, scaled_on_some
 from tpcheck.causes.gradients import multiple, terms_of_ranks
+from tpcheck.causes.mistaken import mistaken
 from tpcheck.causes.rounding import dtype_rounded
 from tpcheck.records import Suspect
 
@@ -33,6 +34,7 @@ TESTS: tuple[Test, ...] = (
     _of_a_module(scaled("mean_instead_of_sum", lambda suspect: 1 / num_tp(suspect))),
     _of_a_module(scaled_on_some("duplicate_reduce", num_tp)),
     _of_a_module(scaled_on_some("mean_instead_of_sum", lambda suspect: 1 / num_tp(suspect))),
+    mistaken,
     multiple,
     dtype_rounded,
 )

@@ -8,8 +8,10 @@ from typing import Any
 
 from tpcheck.checks.activations import ComparedActivations, compare_activations
 from tpcheck.checks.gradients_alone import gradients_alone
+from tpcheck.checks.linear import input_gradient_products
 from tpcheck.checks.localise import first_divergences, is_inside, scope_of
 from tpcheck.checks.mistaken_gradients import mistaken_gradients
+from tpcheck.checks.mistakes import mistakes
 from tpcheck.checks.outcome import CheckOutcome, named_few
 from tpcheck.checks.outputs import activation_suspect
 from tpcheck.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
@@ -92,7 +94,10 @@ def _activation_suspect(
     evidence: Evidence, step: int, backward: ComparedActivations, root: TensorKey, details: dict[str, Any]
 ) -> Suspect:
     module = scope_of(root, {key.module for key in backward.compared})
-    suspect = activation_suspect(evidence, step, backward.compared[root], _CHECK, details, module=module)
+    one = backward.compared[root]
+    made = input_gradient_products(evidence, step, root, one.found.allowed)
+    mistaken = () if made is None else tuple(mistakes(made, one.placed.parts, one.expected, one.found.allowed))
+    suspect = activation_suspect(evidence, step, one, _CHECK, details, module=module, mistaken=mistaken)
     return replace(suspect, kind="input_gradient")
 
 

@@ -69,6 +69,35 @@ def products(evidence: Evidence, step: int, key: TensorKey, allowed: float) -> P
     return None if by_rank is None else Products(by_rank, wide_bias, own_biases, are_terms=cut_dim == 1)
 
 
+def input_gradient_products(evidence: Evidence, step: int, key: TensorKey, allowed: float) -> Products | None:
+    """Return what each rank's output gradient and weight give for the input gradient `key`, to be added up.
+
+    None where the module is no linear one that is cut along its output features (column-parallel), as `products` tells.
+
+    Args:
+        allowed: Largest Frobenius error of that input gradient.
+    """
+    name = f"{key.module}.weight"
+    layout = evidence.layouts.get(name)
+    placement = layout.placement() if layout is not None else None
+    after = TensorKey(key.phase, key.module, key.call, "output", "0")
+    whole, expected = (evidence.reference[step].activations.get(one) for one in (after, key))
+    weight, own = reference_weight(evidence, step, name), own_weights(evidence, step, name)
+    gradients = [one.activations.get(after) for one in evidence.candidate[step]]
+    if not isinstance(placement, Shard) or placement.dim != 0 or (key.phase, key.role) != ("backward", "input"):
+        return None
+    if whole is None or expected is None or weight is None or weight.dim() != 2 or own is None:
+        return None
+    pairs = [(gradient, held) for gradient, held in zip(gradients, own, strict=True) if gradient is not None]
+    if len(pairs) < len(own) or any(gradient.shape[-1] != len(held) for gradient, held in (*pairs, (whole, weight))):
+        return None
+    if frobenius_distance(whole.double() @ weight.double(), expected.double()) > _ROUNDINGS * allowed:
+        return None
+    terms = tuple(gradient.double() @ held.double() for gradient, held in pairs)
+    nothing = torch.zeros((), dtype=torch.float64)
+    return Products(terms, nothing, (nothing[None][:0],) * len(terms), are_terms=True)
+
+
 def reference_weight(evidence: Evidence, step: int, name: str) -> Any:
     """Return the reference's parameter as `step` used it, or None where it has none of this name."""
     return (evidence.initial if step == 0 else evidence.reference[step - 1].weights).get(name)

@@ -53,18 +53,14 @@ def _over_tp(parts: Sequence[torch.Tensor], note: str, *, mean: bool) -> Iterato
 
 
 def _reduces_over_tp(evidence: Evidence, step: int) -> bool:
-    """Return whether the ranks hold one gradient for different shards of some parameter."""
+    """Return whether the ranks hold one gradient for different shards, of most parameters: one alone is no group's."""
     steps = evidence.candidate[step]
-    if len(steps) < 2:
-        return False
+    equal = []
     for name, layout in evidence.layouts.items():
-        parts = [one.gradients.get(name) for one in steps]
-        first = parts[0]
-        if layout.is_replicated or first is None or not first.any():
-            continue
-        if all(part is not None and torch.equal(part, first) for part in parts):
-            return True
-    return False
+        first, *others = (one.gradients.get(name) for one in steps)
+        if not layout.is_replicated and first is not None and bool(first.any()):
+            equal.append(all(other is not None and torch.equal(other, first) for other in others))
+    return len(steps) > 1 and sum(equal) > len(equal) / 2
 
 
 def _of_other_layers(evidence: Evidence, step: int, one: ComparedParameter) -> Iterator[Mistaken]:

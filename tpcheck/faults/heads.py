@@ -138,6 +138,7 @@ FAULTS = (
         "keys and values are tiled over the queries of a group where they should be repeated",
         _keys_tiled,
         ("head_mapping_wrong",),
+        topologies=(Topology(tp=2), Topology(tp=2, dp=2)),  # four ranks have one head of keys each
     ),
     _fault(
         "rotary_table_in_another_order",

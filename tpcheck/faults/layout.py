@@ -297,6 +297,7 @@ FAULTS = (
         "one rank holds its shard transposed",
         _dealt(_shard_transposed, 1, "*.down_proj.weight"),
         ("transposed",),
+        topologies=(Topology(tp=2), Topology(tp=2, dp=2)),  # of four, shards are not square
     ),
     _fault(
         "weight_of_another_layer",

@@ -355,6 +355,7 @@ FAULTS = (
         _everywhere(_micro_batch_counted_twice),
         checks=_GRADIENTS,
         causes=("gradient_scaled",),
+        topologies=(Topology(tp=2), Topology(tp=4)),  # twice is also what a sum over two replicas gives
     ),
     ModelFault(
         "gradients_of_the_last_step_kept",

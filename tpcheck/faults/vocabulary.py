@@ -34,8 +34,9 @@ def _moved(shift: Callable[[Live, int], int]) -> Callable[[Draw], Planting]:
 
         def plant(live: Live) -> None:
             embedding = live.module(_EMBEDDING)
-            embedding.vocab_start_index += shift(live, tp_rank)
-            embedding.vocab_end_index += shift(live, tp_rank)
+            rows = shift(live, tp_rank)
+            embedding.vocab_start_index += rows
+            embedding.vocab_end_index += rows
 
         return Planting(plant, Place(modules=(_EMBEDDING,)))
 
