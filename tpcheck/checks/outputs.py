@@ -11,7 +11,7 @@ import torch
 
 from tpcheck.checks.activations import ComparedActivation, ComparedActivations, compare_activations
 from tpcheck.checks.issued import unlike_its_kind
-from tpcheck.checks.linear import own_parts, products
+from tpcheck.checks.linear import Products, own_parts, products
 from tpcheck.checks.localise import comes_out, first_divergences, is_inside, scope_of
 from tpcheck.checks.mistakes import mistakes
 from tpcheck.checks.outcome import CheckOutcome
@@ -134,13 +134,15 @@ def _fused_before(events: Sequence[ComparedActivation], root: TensorKey, scope: 
 def _independent(
     evidence: Evidence, step: int, activations: ComparedActivations, roots: Sequence[TensorKey]
 ) -> Iterator[Suspect]:
-    """Yield the linear modules with wrong inputs that do not even make of these what their weights do."""
+    """Yield the modules with wrong inputs that do not even make of these what they should: linear ones, and leaves."""
     for one in activations.wrong():
-        made = None if one.key in roots else products(evidence, step, one.key, one.found.allowed)
-        own = None if made is None else own_parts(made, [part.shape for part in one.placed.parts])
-        if made is None or own is None:
+        if one.key in roots:
             continue
-        size = frobenius(torch.stack(own) if one.placed.is_replicated else torch.cat(own, dim=-1))
+        made = products(evidence, step, one.key, one.found.allowed)
+        own = _own(evidence, step, one, made)
+        if own is None:
+            continue
+        size = frobenius(torch.cat([part.reshape(-1) for part in own]))
         allowed = _OWN_ROUNDINGS * max(1.0, size / one.found.expected_norm) * one.found.allowed
         gaps = [difference(part, right) for part, right in zip(one.placed.parts, own, strict=True)]
         found = measured(gaps, size, allowed, replicated=one.placed.is_replicated)
@@ -159,7 +161,19 @@ def _independent(
                 replicated=one.placed.is_replicated,
                 details=details,
             )
-            yield replace(suspect, mistaken=tuple(mistakes(made, one.placed.parts, own[0], allowed)))
+            told = () if made is None else tuple(mistakes(made, one.placed.parts, own[0], allowed))
+            yield replace(suspect, mistaken=told)
+
+
+def _own(
+    evidence: Evidence, step: int, one: ComparedActivation, made: Products | None
+) -> Sequence[torch.Tensor] | None:
+    """Return what each rank's part should be for the ranks' own inputs; None where that cannot be told."""
+    if made is not None:
+        return own_parts(made, [part.shape for part in one.placed.parts])
+    remade = None if step else evidence.remade.get(one.key)
+    shapes = [part.shape for part in one.placed.parts]
+    return remade if remade is not None and [part.shape for part in remade] == shapes else None
 
 
 def _compare_loss(evidence: Evidence, step: int, activations: ComparedActivations) -> tuple[float, list[Suspect]]:

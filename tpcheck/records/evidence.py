@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from tpcheck.records.step import Step
@@ -72,6 +72,7 @@ class Evidence:
         facts: Of every rank of the world.
         tolerance: What error is allowed.
         isolated: The modules one by one; None where precision is high enough to do without.
+        remade: What leaf modules of the reference make of inputs that were wrong in the first step, by tp_rank.
         fed: What modules did not get from their neighbours, so that results around them show nothing of it.
     """
 
@@ -87,6 +88,7 @@ class Evidence:
     facts: tuple[RankFacts, ...]
     tolerance: Allowance
     isolated: Isolated | None = None
+    remade: Mapping[TensorKey, tuple[Tensor, ...]] = field(default_factory=dict)
     fed: frozenset[TensorKey] = frozenset()
 
     def alone(self) -> Evidence | None:
@@ -99,6 +101,7 @@ class Evidence:
             reference=(one.reference,),
             candidate=(one.passes,),
             tolerance=one.tolerance,
+            remade={},
             fed=one.fed,
             isolated=None,
         )

@@ -25,6 +25,7 @@ from tpcheck.verification.isolated_parts import terms_among
 from tpcheck.verification.measured_reference import CommunicatingRank, MeasuredReference
 from tpcheck.verification.model import built_model, require_equal_models
 from tpcheck.verification.reference import ReferenceStep
+from tpcheck.verification.remade import remade
 from tpcheck.verification.request import Request
 from tpcheck.verification.saving import saved_answer, set_gathered, with_saved
 
@@ -113,7 +114,8 @@ def _both_trained(
     alone = reference.isolated(rank, request, steps[0]) if isolates else None
     fed = _isolated_pass(backend, candidate, own_batches[0], steps[0], rank) if isolates else None
     made = trained(backend, candidate, tuple(sharded.start.weights), own_batches)
-    return _with_isolated(_step_evidence(rank, evidence, steps, tolerance, made), rank, fed, alone)
+    full = _with_isolated(_step_evidence(rank, evidence, steps, tolerance, made), rank, fed, alone)
+    return None if full is None else replace(full, remade=remade(reference.model, reference.state, full))
 
 
 def _isolated_pass(
