@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from tpcheck.checks.mistaken_gradients import mistaken_gradients
 from tpcheck.checks.mistakes import mistakes
 from tpcheck.checks.outcome import CheckOutcome, named_few
 from tpcheck.checks.outputs import activation_suspect
+from tpcheck.checks.own_gradients import own_gradient_suspects
 from tpcheck.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.compare import own_rounding
 from tpcheck.records import Evidence, Suspect, TensorKey
@@ -37,7 +38,7 @@ def gradients_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         lambda name, whole: evidence.tolerance.allowed((step, "gradient", name), own_rounding(whole)),
     )
     wrong = _wrong(parameters)
-    suspects = _roots(evidence, step, backward, wrong, len(parameters)) or _consequences(evidence, step, wrong)
+    suspects = _suspects(evidence, step, backward, parameters) or _consequences(evidence, step, wrong)
     outcome = CheckOutcome(_margins(backward, parameters), tuple(suspects), {**backward.missed, **missed})
     alone = None if step else evidence.alone()
     return outcome if alone is None else _sharpened(outcome, alone)
@@ -49,8 +50,22 @@ def _sharpened(outcome: CheckOutcome, alone: Evidence) -> CheckOutcome:
         return outcome
     backward = compare_activations(alone, 0, "backward")
     parameters = gradients_alone(alone)
-    suspects = _roots(alone, 0, backward, _wrong(parameters), len(parameters))
+    suspects = _suspects(alone, 0, backward, parameters)
     return outcome.sharpened(_margins(backward, parameters), suspects)
+
+
+def _suspects(
+    evidence: Evidence, step: int, backward: ComparedActivations, parameters: Mapping[str, ComparedParameter]
+) -> list[Suspect]:
+    """Return the first mistakes, and those behind a mistake that linear modules tell of themselves."""
+    wrong, wrong_activations = _wrong(parameters), {one.key for one in backward.wrong()}
+    roots = first_divergences(list(backward.compared), wrong_activations.__contains__)
+    suspects: list[Suspect] = []
+    told: list[TensorKey | str] = []
+    if not compare_activations(evidence, step, "forward").wrong():  # which would make every gradient wrong
+        suspects = _roots(evidence, step, backward, roots, wrong, len(parameters))
+        told = [*roots, *(str(one.where.get("parameter")) for one in suspects)]
+    return [*suspects, *own_gradient_suspects(evidence, step, _CHECK, backward, wrong, told)]
 
 
 def _wrong(parameters: Mapping[str, ComparedParameter]) -> list[ComparedParameter]:
@@ -65,14 +80,11 @@ def _roots(
     evidence: Evidence,
     step: int,
     backward: ComparedActivations,
-    wrong: list[ComparedParameter],
+    roots: Sequence[TensorKey],
+    wrong: Sequence[ComparedParameter],
     num_parameters: int,
 ) -> list[Suspect]:
     wrong_activations = {one.key for one in backward.wrong()}
-    if not wrong and not wrong_activations:
-        return []
-    if compare_activations(evidence, step, "forward").wrong():
-        return []  # a wrong forward pass makes every gradient wrong
     fed_wrongly = {key.module for key in wrong_activations if key.role == "output"}
     own = [one for one in wrong if one.module not in fed_wrongly]
     rest = [one.name for one in wrong if one.module in fed_wrongly]
@@ -82,7 +94,6 @@ def _roots(
     missing = [one for one in own if _missing_on(evidence, step, one)]
     present = [one for one in own if not _missing_on(evidence, step, one)]
     of_roots = {**details, "also": named_few(rest)}
-    roots = first_divergences(list(backward.compared), wrong_activations.__contains__)
     return [
         *([_missing_suspect(evidence, step, missing, details)] if missing else []),
         *(_activation_suspect(evidence, step, backward, root, of_roots) for root in roots),

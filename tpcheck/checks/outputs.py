@@ -15,15 +15,13 @@ from tpcheck.checks.linear import Products, own_parts, products
 from tpcheck.checks.localise import comes_out, first_divergences, is_inside, scope_of
 from tpcheck.checks.mistakes import mistakes
 from tpcheck.checks.outcome import CheckOutcome
+from tpcheck.checks.own import unlike_own
 from tpcheck.checks.suspects import tensor_suspect
 from tpcheck.checks.vocabulary import embedding_mistakes, loss_mistakes
-from tpcheck.compare import frobenius
-from tpcheck.compare.difference import difference, measured
 from tpcheck.records import Evidence, Suspect, TensorKey
 from tpcheck.records.suspect import Mistaken
 
 _CHECK = "outputs_match_reference"
-_OWN_ROUNDINGS = 10.0  # rounding is measured around the reference's inputs, which these are not
 
 
 def outputs_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
@@ -142,27 +140,20 @@ def _independent(
         own = _own(evidence, step, one, made)
         if own is None:
             continue
-        size = frobenius(torch.cat([part.reshape(-1) for part in own]))
-        allowed = _OWN_ROUNDINGS * max(1.0, size / one.found.expected_norm) * one.found.allowed
-        gaps = [difference(part, right) for part, right in zip(one.placed.parts, own, strict=True)]
-        found = measured(gaps, size, allowed, replicated=one.placed.is_replicated)
-        if not found.agrees:
-            details = {"inputs_agree": False, "note": "compared with what its own inputs and weights give"}
-            details |= unlike_its_kind(evidence, step, one.key.module)
-            suspect = tensor_suspect(
-                evidence,
-                found,
-                check=_CHECK,
-                kind="activation",
-                where=_where(one, step, one.key.module),
-                expected=own[0] if one.placed.is_replicated else None,
-                parts=one.placed.parts,
-                expected_parts=own,
-                replicated=one.placed.is_replicated,
-                details=details,
-            )
-            told = () if made is None else tuple(mistakes(made, one.placed.parts, own[0], allowed))
-            yield replace(suspect, mistaken=told)
+        suspect = unlike_own(
+            evidence,
+            one.placed.parts,
+            own,
+            one.found,
+            check=_CHECK,
+            kind="activation",
+            where=_where(one, step, one.key.module),
+            replicated=one.placed.is_replicated,
+            details=unlike_its_kind(evidence, step, one.key.module),
+        )
+        if suspect is not None:
+            told = () if made is None else mistakes(made, one.placed.parts, own[0], suspect.allowed_error)
+            yield replace(suspect, mistaken=tuple(told))
 
 
 def _own(
