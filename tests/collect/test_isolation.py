@@ -92,17 +92,40 @@ def test_a_backward_pass_inside_is_seen_by_nobody_outside() -> None:
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("loss", [None, "recomputed"])
-def test_without_a_loss_or_under_reentrant_checkpointing_nothing_is_taken(loss: str | None) -> None:
+class Reversible(torch.autograd.Function):
+    """Runs a backward pass of its own in the backward pass, as Reformer's layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        ctx.layer, ctx.hidden = layer, hidden.detach()
+        made: torch.Tensor = layer(hidden)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor]:
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.layer(ctx.hidden), grads[0])
+        return None, grads[0]
+
+
+@pytest.mark.parametrize("loss", ["none", "recomputed", "reversible"])
+def test_without_a_loss_and_where_gradients_would_be_accumulated_nothing_is_taken(loss: str) -> None:
     model = Block()
 
     def loss_of(output: torch.Tensor) -> torch.Tensor | None:
-        return None if loss is None else checkpoint(model.first, output, use_reentrant=True).sum()
+        if loss == "none":
+            return None
+        if loss == "reversible":
+            reversed_one: torch.Tensor = Reversible.apply(model.first, output)  # type: ignore[no-untyped-call]
+            return reversed_one.sum()
+        recomputed: torch.Tensor = checkpoint(model.first, output, use_reentrant=True)
+        return recomputed.sum()
 
     taken: list[Gradients] = []
     with inner_backward(model, loss_of, taken.append):
         model(torch.ones(2, 3))
     assert not taken
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_hooks_go_with_the_context() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ def inner_backward(
     Autograd is on in the model alone: engines and wrappers around it, which would wait for a backward pass of theirs,
     see one without gradients. Nothing is accumulated, and hooks on accumulation are not called: `take` gets, once for a
     call, what this rank's backward pass alone makes. It is not called where `loss_of` finds no loss in what the model
-    returns, or where activation checkpointing allows no such pass.
+    returns, or where the model allows no such pass: reentrant activation checkpointing, reversible layers.
     """
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -51,9 +52,20 @@ def inner_backward(
 def _gradients(model: nn.Module, loss: torch.Tensor) -> Gradients | None:
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        with patch.object(torch.autograd, "backward", _refuse):
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    except _AccumulatesError:
+        return None
     except RuntimeError as error:
         if _NOT_CHECKPOINTED in str(error):
             return None
         raise
     return {name: gradient for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+
+
+class _AccumulatesError(Exception):
+    """A layer runs a backward pass of its own in the backward pass, which accumulates gradients."""
+
+
+def _refuse(*args: Any, **kwargs: Any) -> None:
+    raise _AccumulatesError
