@@ -16,7 +16,7 @@ from tests.faults.finding import LEAST_MARGIN, REPLAYS
 from tests.report.test_causes import SLUGS
 from tpcheck.api.fault_table import Task, fault_tasks
 from tpcheck.api.faults import run_model_fault
-from tpcheck.causes.explain import TESTS
+from tpcheck.causes.explain import tests_of
 from tpcheck.checks import CHECK_NAMES, CHECKPOINT_CHECK
 from tpcheck.families.build import small_model
 from tpcheck.faults import CHECKPOINT_FAULTS, DATA_FAULTS, FAULTS, MODEL_FAULTS, Draw, Fault, Live, ModelFault, Planting
@@ -156,7 +156,7 @@ def assert_right(row: Caught) -> None:
 
 def is_needed(suspect: Suspect, cause: str) -> bool:
     """Return whether a suspect has the cause, and has another or none when the test that named it is taken away."""
-    first, second, *_ = (*(found.cause for test in TESTS[suspect.kind] if (found := test(suspect))), None, None)
+    first, second, *_ = (*(found.cause for test in tests_of(suspect) if (found := test(suspect))), None, None)
     return first == cause != second
 
 

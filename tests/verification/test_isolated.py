@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 import tpcheck
@@ -73,6 +74,18 @@ def test_small_errors_of_a_backward_pass_are_each_found_where_they_are_made() ->
     assert weight.where["parameter"] == "model.layers.0.self_attn.q_proj.weight"
     assert weight.cause == "gradient_scaled"
     assert "each module fed the reference's inputs and output gradients" in report.to_text()
+
+
+@pytest.mark.parametrize(("dtype", "reentrant"), [("float32", False), ("float32", True), ("float64", True)])
+def test_what_checkpointing_computes_again_is_no_mistake(dtype: str, reentrant: bool) -> None:
+    def checkpointed(candidate: Any, rank: Any) -> None:
+        candidate.module.gradient_checkpointing_enable({"use_reentrant": reentrant})
+
+    report = tpcheck.verify_family(
+        "llama", topology=Topology(tp=2), backend=faulty(checkpointed), dtype=dtype, steps=1, timeout=120
+    )
+    assert report.passed, report
+    assert report.verdict.coverage.compared > 0.9 * report.verdict.coverage.total
 
 
 def test_terms_of_a_sum_are_told_from_rounding_in_some_features_alone() -> None:

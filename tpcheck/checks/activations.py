@@ -56,7 +56,8 @@ def compare_activations(evidence: Evidence, step: int, phase: Phase) -> Compared
         if key.module in skipped:
             missed[str(key)] = "called less often than in the unsharded model: nobody tells which call is which"
             continue
-        parts = [activations[key] for activations in candidates if key in activations]
+        seen = [_seen(activations, key, evidence.reference[step].activations) for activations in candidates]
+        parts = [part for part in seen if part is not None]
         if len(parts) < len(candidates):
             missed[str(key)] = "not seen on every rank of the sharded model"
             continue
@@ -77,6 +78,14 @@ def compare_activations(evidence: Evidence, step: int, phase: Phase) -> Compared
     }
     unknown = {str(key): _UNKNOWN_ORDER for key, one in judged.items() if one is None}
     return ComparedActivations({key: one for key, one in judged.items() if one is not None}, missed | unknown)
+
+
+def _seen(activations: Mapping[TensorKey, Any], key: TensorKey, reference: Mapping[TensorKey, Any]) -> Any:
+    """Return what a rank recorded; where reentrant checkpointing makes gradients in a second call alone, that one's."""
+    again = replace(key, call=1)
+    if key in activations or key.phase == "forward" or key.call or again in reference:
+        return activations.get(key)
+    return activations.get(again)
 
 
 def _expected(evidence: Evidence, step: int, phase: Phase) -> Iterator[tuple[TensorKey, Any]]:

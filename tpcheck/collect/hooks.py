@@ -87,7 +87,7 @@ class ModuleRecorder:
             if not tensor.is_floating_point():
                 continue
             self._sink(_key("forward", name, call, role, path), tensor.detach())
-            if tensor.requires_grad:
+            if _has_gradient(tensor):  # without autograd, a hook would see what goes to whoever else uses the tensor
                 backward = _key("backward", name, call, role, path)
                 hook = self._gradient_hook(backward)
                 self._handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]

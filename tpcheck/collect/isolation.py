@@ -77,7 +77,8 @@ class _Isolation:
         return hook
 
     def _instead_of(self, tensor: torch.Tensor, key: TensorKey) -> torch.Tensor:
-        other = self._replacement(key, tensor)
+        with torch.no_grad():  # checkpointing counts what autograd keeps
+            other = self._replacement(key, tensor)
         if other is tensor or not (tensor.requires_grad and torch.is_grad_enabled()):
             return other
         stand_in: torch.Tensor = _StandIn.apply(tensor, other)  # type: ignore[no-untyped-call]
