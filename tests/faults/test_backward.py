@@ -9,8 +9,9 @@ import tpcheck
 from tests.faults.finding import require_found
 from tests.verification.planting import faulty
 from tpcheck import Topology
-from tpcheck.faults import Live, ModelFault
-from tpcheck.faults.backward import FAULTS
+from tpcheck.faults import Live, ModelFault, gradients, input_gradients, partial_gradients
+
+FAULTS = (*input_gradients.FAULTS, *partial_gradients.FAULTS, *gradients.FAULTS)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

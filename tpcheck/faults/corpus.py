@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from tpcheck.faults import (
-    backward,
     checkpoint,
     column_parallel,
     data,
+    gradients,
     heads,
+    input_gradients,
     layout,
     optimizer,
+    partial_gradients,
     precision,
     replicas,
     row_parallel,
@@ -25,7 +27,9 @@ MODEL_FAULTS: tuple[ModelFault, ...] = (
     *vocabulary.FAULTS,
     *layout.FAULTS,
     *heads.FAULTS,
-    *backward.FAULTS,
+    *input_gradients.FAULTS,
+    *partial_gradients.FAULTS,
+    *gradients.FAULTS,
     *replicas.FAULTS,
     *optimizer.FAULTS,
     *precision.FAULTS,
