@@ -3,8 +3,9 @@
 import pytest
 
 from tests.faults.finding import require_found
-from tpcheck.faults import ModelFault
-from tpcheck.faults.optimizer import FAULTS
+from tpcheck.faults import ModelFault, averaging, norms, steps
+
+FAULTS = (*norms.FAULTS, *averaging.FAULTS, *steps.FAULTS)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

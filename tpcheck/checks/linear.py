@@ -12,7 +12,7 @@ from tpcheck.compare import frobenius_distance
 from tpcheck.placement import Shard
 from tpcheck.records import Evidence, TensorKey
 
-_ROUNDINGS = 10.0  # a product that is summed in another order may move as far as what is allowed, and a little more
+ROUNDINGS = 10.0  # a product that is summed in another order may move as far as what is allowed, and a little more
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def products(evidence: Evidence, step: int, key: TensorKey, allowed: float) -> P
     wide_bias = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
     if (
         frobenius_distance(whole_input.double() @ weight.double().t() + wide_bias, expected.double())
-        > _ROUNDINGS * allowed
+        > ROUNDINGS * allowed
     ):
         return None
     placement = layout.placement()
@@ -91,7 +91,7 @@ def input_gradient_products(evidence: Evidence, step: int, key: TensorKey, allow
     pairs = [(gradient, held) for gradient, held in zip(gradients, own, strict=True) if gradient is not None]
     if len(pairs) < len(own) or any(gradient.shape[-1] != len(held) for gradient, held in (*pairs, (whole, weight))):
         return None
-    if frobenius_distance(whole.double() @ weight.double(), expected.double()) > _ROUNDINGS * allowed:
+    if frobenius_distance(whole.double() @ weight.double(), expected.double()) > ROUNDINGS * allowed:
         return None
     terms = tuple(gradient.double() @ held.double() for gradient, held in pairs)
     nothing = torch.zeros((), dtype=torch.float64)

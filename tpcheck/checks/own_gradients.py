@@ -9,15 +9,13 @@ from typing import Any
 import torch
 
 from tpcheck.checks.activations import ComparedActivations
-from tpcheck.checks.linear import input_gradient_products, own_weights
+from tpcheck.checks.linear import ROUNDINGS, input_gradient_products, own_weights
 from tpcheck.checks.mistaken_gradients import mistaken_gradients
 from tpcheck.checks.mistakes import mistakes
 from tpcheck.checks.own import unlike_own
 from tpcheck.checks.parameters import ComparedParameter
 from tpcheck.compare import frobenius_distance
 from tpcheck.records import Evidence, Suspect, TensorKey
-
-_ROUNDINGS = 10.0  # a product that is summed in another order may move as far as what is allowed, and a little more
 
 
 def own_gradient_suspects(
@@ -93,7 +91,7 @@ def _own_weight_gradients(evidence: Evidence, step: int, one: ComparedParameter)
     whole = _product(evidence.reference[step].activations, before, after)
     if evidence.topology.dp > 1 or whole is None or whole.shape != one.expected.shape:
         return None
-    if frobenius_distance(whole, one.expected.double()) > _ROUNDINGS * one.found.allowed:
+    if frobenius_distance(whole, one.expected.double()) > ROUNDINGS * one.found.allowed:
         return None
     held = own_weights(evidence, step, one.name)
     own = [_product(part.activations, before, after) for part in evidence.candidate[step]]

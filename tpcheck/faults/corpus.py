@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tpcheck.faults import (
+    averaging,
     checkpoint,
     column_parallel,
     data,
@@ -10,11 +11,12 @@ from tpcheck.faults import (
     heads,
     input_gradients,
     layout,
-    optimizer,
+    norms,
     partial_gradients,
     precision,
     replicas,
     row_parallel,
+    steps,
     vocabulary,
 )
 from tpcheck.faults.checkpoint import CheckpointFault
@@ -31,7 +33,9 @@ MODEL_FAULTS: tuple[ModelFault, ...] = (
     *partial_gradients.FAULTS,
     *gradients.FAULTS,
     *replicas.FAULTS,
-    *optimizer.FAULTS,
+    *norms.FAULTS,
+    *averaging.FAULTS,
+    *steps.FAULTS,
     *precision.FAULTS,
 )
 CHECKPOINT_FAULTS: tuple[CheckpointFault, ...] = checkpoint.FAULTS
