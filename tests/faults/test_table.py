@@ -14,6 +14,7 @@ import pytest
 
 from tests.faults.finding import LEAST_MARGIN, REPLAYS
 from tests.report.test_causes import SLUGS
+from tpcheck import Topology
 from tpcheck.api.fault_table import Task, fault_tasks
 from tpcheck.api.faults import run_model_fault
 from tpcheck.causes.explain import tests_of
@@ -72,6 +73,13 @@ def test_a_seed_draws_the_same_place_and_seeds_draw_several() -> None:
     places = [fault.drawn(names, shapes, seed).place for seed in range(12)]
     assert places == [fault.drawn(names, shapes, seed).place for seed in range(12)]
     assert len(set(places)) > 2
+
+
+def test_seeds_draw_topologies_in_which_a_fault_is_the_same_bug() -> None:
+    by_name = {fault.name: fault for fault in MODEL_FAULTS}
+    drawn = [by_name["row_parallel_reduce_skipped"].seeded(seed).topology for seed in range(3)]
+    assert drawn == [Topology(tp=2), Topology(tp=4), Topology(tp=2, dp=2)]
+    assert by_name["row_parallel_reduced_over_dp"].seeded(1).topology == Topology(tp=2, dp=2)  # it needs one
 
 
 def test_names_and_kinds_choose_runs() -> None:
