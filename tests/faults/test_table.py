@@ -17,7 +17,7 @@ from tests.report.test_causes import SLUGS
 from tpcheck import Topology
 from tpcheck.api.fault_table import Task, fault_tasks
 from tpcheck.api.faults import run_model_fault
-from tpcheck.causes.explain import tests_of
+from tpcheck.causes.explain import applicable
 from tpcheck.checks import CHECK_NAMES, CHECKPOINT_CHECK
 from tpcheck.families.build import small_model
 from tpcheck.faults import CHECKPOINT_FAULTS, DATA_FAULTS, FAULTS, MODEL_FAULTS, Draw, Fault, Live, ModelFault, Planting
@@ -164,7 +164,7 @@ def assert_right(row: Caught) -> None:
 
 def is_needed(suspect: Suspect, cause: str) -> bool:
     """Return whether a suspect has the cause, and has another or none when the test that named it is taken away."""
-    first, second, *_ = (*(found.cause for test in tests_of(suspect) if (found := test(suspect))), None, None)
+    first, second, *_ = (*(found.cause for test in applicable(suspect) if (found := test(suspect))), None, None)
     return first == cause != second
 
 

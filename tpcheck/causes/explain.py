@@ -13,10 +13,10 @@ from tpcheck.records.suspect import Kind
 
 def explain(suspect: Suspect) -> Explanation | None:
     """Return the first cause whose test holds, or None where none does."""
-    return next((found for test in tests_of(suspect) if (found := test(suspect)) is not None), None)
+    return next((found for test in applicable(suspect) if (found := test(suspect)) is not None), None)
 
 
-def tests_of(suspect: Suspect) -> tuple[Test, ...]:
+def applicable(suspect: Suspect) -> tuple[Test, ...]:
     """Return the tests that a suspect is put to, in order."""
     return (not_finite,) if suspect.kind in _COMPUTED and loses_numbers(suspect) else TESTS[suspect.kind]
 
