@@ -38,6 +38,19 @@ def test_two_independent_faults_are_both_reported() -> None:
     assert found == {(attention, "missing_reduce"), ("model.norm", "gradient_scaled")}
 
 
+def test_all_frozen_parameters_are_one_finding() -> None:
+    frozen = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.o_proj.weight"]
+
+    def freeze(candidate: Any, rank: Any) -> None:
+        for name in frozen:
+            candidate.module.get_parameter(name).requires_grad_(False)
+
+    report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=faulty(freeze), steps=1)
+    (found,) = (one for one in report.findings if one.check == "gradients_match_reference")
+    assert [found.where["parameter"], *found.evidence["also"]] == frozen
+    assert found.cause == "gradient_missing"
+
+
 def test_gradients_that_tell_one_story_are_one_finding() -> None:
     report = tpcheck.verify_family("qwen3", topology=Topology(tp=2), ignore_plan=True)
     first, *others = (one for one in report.findings if one.check == "gradients_match_reference")

@@ -59,13 +59,22 @@ def _suspects(
 ) -> list[Suspect]:
     """Return the first mistakes, and those behind a mistake that linear modules tell of themselves."""
     wrong, wrong_activations = _wrong(parameters), {one.key for one in backward.wrong()}
+    if not wrong and not wrong_activations:
+        return []
+    if compare_activations(evidence, step, "forward").wrong():  # which makes every gradient wrong
+        return list(own_gradient_suspects(evidence, step, _CHECK, backward, wrong, told=()))
     roots = first_divergences(list(backward.compared), wrong_activations.__contains__)
-    suspects: list[Suspect] = []
-    told: list[TensorKey | str] = []
-    if not compare_activations(evidence, step, "forward").wrong():  # which would make every gradient wrong
-        suspects = _roots(evidence, step, backward, roots, wrong, len(parameters))
-        told = [*roots, *(str(one.where.get("parameter")) for one in suspects)]
-    return [*suspects, *own_gradient_suspects(evidence, step, _CHECK, backward, wrong, told)]
+    fed_wrongly = {key.module for key in wrong_activations if key.role == "output"}
+    own = [one for one in wrong if one.module not in fed_wrongly]
+    rest = [one.name for one in wrong if one.module in fed_wrongly]
+    details: dict[str, Any] = {"first_of": len(wrong) + len(wrong_activations), "inputs_agree": True}
+    if len(own) == len(parameters) > 1:
+        details["every_parameter"] = True
+    told: list[TensorKey | str] = [*roots, *(one.name for one in own)]
+    return [
+        *_roots(evidence, step, backward, roots, own, details, rest),
+        *own_gradient_suspects(evidence, step, _CHECK, backward, wrong, told),
+    ]
 
 
 def _wrong(parameters: Mapping[str, ComparedParameter]) -> list[ComparedParameter]:
@@ -81,16 +90,11 @@ def _roots(
     step: int,
     backward: ComparedActivations,
     roots: Sequence[TensorKey],
-    wrong: Sequence[ComparedParameter],
-    num_parameters: int,
+    own: Sequence[ComparedParameter],
+    details: Mapping[str, Any],
+    rest: Sequence[str],
 ) -> list[Suspect]:
-    wrong_activations = {one.key for one in backward.wrong()}
-    fed_wrongly = {key.module for key in wrong_activations if key.role == "output"}
-    own = [one for one in wrong if one.module not in fed_wrongly]
-    rest = [one.name for one in wrong if one.module in fed_wrongly]
-    details: dict[str, Any] = {"first_of": len(wrong) + len(wrong_activations), "inputs_agree": True}
-    if len(own) == num_parameters > 1:
-        details["every_parameter"] = True
+    """Return a suspect for each of `roots` and of the parameters in `own`, one for all that have no gradient."""
     missing = [one for one in own if _missing_on(evidence, step, one)]
     present = [one for one in own if not _missing_on(evidence, step, one)]
     of_roots = {**details, "also": named_few(rest)}
@@ -102,7 +106,7 @@ def _roots(
 
 
 def _activation_suspect(
-    evidence: Evidence, step: int, backward: ComparedActivations, root: TensorKey, details: dict[str, Any]
+    evidence: Evidence, step: int, backward: ComparedActivations, root: TensorKey, details: Mapping[str, Any]
 ) -> Suspect:
     module = scope_of(root, {key.module for key in backward.compared})
     one = backward.compared[root]
@@ -122,7 +126,7 @@ def _consequences(evidence: Evidence, step: int, wrong: list[ComparedParameter])
 
 
 def _missing_suspect(
-    evidence: Evidence, step: int, missing: list[ComparedParameter], details: dict[str, Any]
+    evidence: Evidence, step: int, missing: list[ComparedParameter], details: Mapping[str, Any]
 ) -> Suspect:
     """Return one finding for all gradients that were never made, at the module where the backward pass ends."""
     end = _end_of_backward(evidence, step)
@@ -157,7 +161,7 @@ def _missing_on(evidence: Evidence, step: int, one: ComparedParameter) -> tuple[
     return tuple(rank for rank, (own, whole) in pairs if own is None or (not own.any() and bool(whole.any())))
 
 
-def _parameter_suspect(evidence: Evidence, step: int, one: ComparedParameter, details: dict[str, Any]) -> Suspect:
+def _parameter_suspect(evidence: Evidence, step: int, one: ComparedParameter, details: Mapping[str, Any]) -> Suspect:
     where = {"phase": "backward", "step": step}
     suspect = parameter_suspect(evidence, one, check=_CHECK, kind="gradient", where=where, details=details)
     return replace(suspect, mistaken=mistaken_gradients(evidence, step, one))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from typing import Any
@@ -58,7 +58,7 @@ def activation_suspect(
     step: int,
     one: ComparedActivation,
     check: str,
-    details: dict[str, Any],
+    details: Mapping[str, Any],
     module: str,
     mistaken: Sequence[Mistaken] = (),
 ) -> Suspect:

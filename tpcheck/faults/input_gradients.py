@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
@@ -34,9 +33,7 @@ def _input_gradient_reduced_twice(draw: Draw) -> Planting:
 
     def plant(live: Live) -> None:
         def reduced(gradient: Tensor) -> Tensor:
-            again = gradient.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(again, group=live.rank.group("tp"))
-            return again
+            return all_reduced(gradient, live.rank.group("tp"))
 
         layer = live.module(name)
         once = layer.forward
@@ -81,9 +78,7 @@ def _row_parallel_backward_reduces(draw: Draw) -> Planting:
 
     def plant(live: Live) -> None:
         def reduced(gradient: Tensor) -> Tensor:
-            again = gradient.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(again, group=live.rank.group("tp"))
-            return again
+            return all_reduced(gradient, live.rank.group("tp"))
 
         layer = live.module(name)
         once = layer.forward
