@@ -141,6 +141,63 @@ def test_other_inputs_are_no_verdict(reference: Path, tmp_path: Path) -> None:
     assert report.verdict.message == "no replica of the candidate was given the inputs of the reference"
 
 
+def record_accumulation(path: Path, *, rate: float = 1e-2, steps_after: tuple[int, ...] = (1, 3)) -> Path:
+    """Record four backward calls of a linear layer, with an optimizer step after some of them."""
+    torch.manual_seed(0)
+    layer = nn.Sequential()
+    layer.add_module("lm_head", nn.Linear(16, 8, dtype=torch.float64))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=rate)
+    generator = torch.Generator().manual_seed(1)
+    with tpcheck.record(layer, path):
+        for call in range(4):
+            layer(torch.randn(4, 16, generator=generator, dtype=torch.float64)).square().mean().backward()
+            if call in steps_after:
+                optimizer.step()
+                optimizer.zero_grad()
+    return path
+
+
+@pytest.fixture
+def accumulated(tmp_path: Path) -> Path:
+    return record_accumulation(tmp_path / "reference.trace")
+
+
+def test_a_call_without_an_optimizer_step_has_no_updates_to_compare(accumulated: Path, tmp_path: Path) -> None:
+    report = tpcheck.compare_traces(record_accumulation(tmp_path / "candidate.trace"), accumulated)
+    assert report.passed, report
+    missed = {name: why for name, why in report.verdict.coverage.missed.items() if name.startswith("updates")}
+    assert missed == {
+        f"updates_match_reference: step {step}: weights": "no optimizer step followed this call" for step in (0, 2)
+    }
+    (updates,) = [check for check in report.verdict.checks if check.check == "updates_match_reference"]
+    assert updates.compared == 4  # weight and bias, after two optimizer steps
+
+
+@pytest.mark.parametrize(
+    ("options", "step", "cause"),
+    [
+        ({"rate": 1.1e-2}, 1, None),
+        ({"steps_after": (3,)}, 1, "stale_weight"),
+        ({"steps_after": ()}, 1, "stale_weight"),
+        ({"steps_after": (0, 1, 2, 3)}, 0, None),
+    ],
+)
+def test_a_wrong_update_after_a_call_without_a_step_is_found(
+    accumulated: Path, tmp_path: Path, options: dict[str, Any], step: int, cause: str | None
+) -> None:
+    from typer.testing import CliRunner
+
+    from tpcheck.cli import app
+
+    candidate = record_accumulation(tmp_path / "candidate.trace", **options)
+    first = tpcheck.compare_traces(candidate, accumulated).findings[0]
+    assert (first.check, first.where["step"], first.cause) == ("updates_match_reference", step, cause)
+    assert first.margin > 1e3
+    told = CliRunner().invoke(app, ["compare", str(candidate), str(accumulated)])
+    assert told.exit_code == 1, told.output
+    assert told.exception is None or isinstance(told.exception, SystemExit)
+
+
 def test_what_cannot_be_recorded_is_said(tmp_path: Path) -> None:
     quiet = nn.Linear(2, 2)
     with pytest.raises(UsageError, match="called inside the context"), tpcheck.record(quiet, tmp_path / "x.trace"):

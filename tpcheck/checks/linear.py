@@ -100,12 +100,12 @@ def input_gradient_products(evidence: Evidence, step: int, key: TensorKey, allow
 
 def reference_weight(evidence: Evidence, step: int, name: str) -> Any:
     """Return the reference's parameter as `step` used it, or None where it has none of this name."""
-    return (evidence.initial if step == 0 else evidence.reference[step - 1].weights).get(name)
+    return evidence.weights_before(step).get(name)
 
 
 def own_weights(evidence: Evidence, step: int, name: str) -> Sequence[Any] | None:
     """Return each rank's shard of a parameter as `step` used it, by tp_rank, or None where one has none."""
-    held = evidence.initial_parts if step == 0 else [one.weights for one in evidence.candidate[step - 1]]
+    held = evidence.parts_before(step)
     return [one[name] for one in held] if all(name in one for one in held) else None
 
 

@@ -7,7 +7,7 @@ which norm it was clipped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,13 +66,14 @@ def momentum_mistakes(evidence: Evidence, step: int, name: str) -> Iterator[Mist
 
 
 def _terms(evidence: Evidence, step: int, name: str) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-    weights: list[Mapping[str, Any]] = [evidence.initial, *(one.weights for one in evidence.reference[:step])]
-    before: torch.Tensor = weights[-1][name]
-    gradient = evidence.reference[step].gradients[name]
-    if gradient is None:
+    updated = [number for number in range(step) if evidence.reference[number].weights]
+    before: torch.Tensor = evidence.weights_before(step)[name]
+    accumulated = evidence.reference[updated[-1] + 1 if updated else 0 : step + 1]
+    gradients = [gradient for one in accumulated if (gradient := one.gradients[name]) is not None]
+    if not gradients:
         return before, None
-    earlier = [before - weights[-2][name]] if step else []
-    return before, [gradient, before, *earlier]
+    earlier = [before - evidence.weights_before(updated[-1])[name]] if updated else []
+    return before, [torch.stack(gradients).sum(dim=0), before, *earlier]
 
 
 def _shares(terms: Sequence[torch.Tensor], moved: torch.Tensor) -> list[float] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from tpcheck.checks.buffers import ComparedBuffer, compare_buffers
 from tpcheck.checks.outcome import CheckOutcome
 from tpcheck.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
@@ -16,7 +18,10 @@ from tpcheck.records.suspect import Mistaken
 
 
 def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
-    """Compare every parameter and buffer after `step`. Calibrated."""
+    """Compare every parameter and buffer after `step`. Calibrated.
+
+    A recorded call of the model that no optimizer step followed has no weights to compare.
+    """
     compared, missed = compare_parameters(
         evidence,
         evidence.reference[step].weights,
@@ -33,10 +38,14 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     suspects.extend(_buffer_suspect(evidence, step, one) for one in buffers if not one.found.agrees)
     margins = {name: one.found.margin for name, one in compared.items()}
     margins |= {one.label: one.found.margin for one in buffers}
+    if not evidence.reference[step].weights:
+        missed["weights"] = "no optimizer step followed this call"
     return CheckOutcome(margins, tuple(suspects), {**missed, **missed_buffers})
 
 
 def _weight_suspect(evidence: Evidence, step: int, one: ComparedParameter, num_wrong: int) -> Suspect:
+    before = evidence.weights_before(step)[one.name]
+    is_unchanged = torch.equal(one.expected, before)
     suspect = parameter_suspect(
         evidence,
         one,
@@ -47,11 +56,11 @@ def _weight_suspect(evidence: Evidence, step: int, one: ComparedParameter, num_w
             "first_of": num_wrong,
             **fitted_step(evidence, step, one.name),
             **_of_replicas(evidence, step, "parameter", one.name),
+            **({"note": "the reference's weight is the same as before this step"} if is_unchanged else {}),
         },
     )
-    before = evidence.initial[one.name] if step == 0 else evidence.reference[step - 1].weights[one.name]
     layout = evidence.layouts[one.name]
-    if tuple(before.shape) != tuple(layout.shape):
+    if tuple(before.shape) != tuple(layout.shape) or is_unchanged:
         return suspect
     stale = tuple(layout.local(before, tp_rank) for tp_rank in range(len(suspect.parts)))
     return replace(suspect, mistaken=(Mistaken("stale_weight", stale), *momentum_mistakes(evidence, step, one.name)))

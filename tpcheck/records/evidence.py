@@ -111,6 +111,15 @@ class Evidence:
         """Global ranks of this TP group."""
         return self.topology.groups("tp")[self.dp_rank]
 
+    def weights_before(self, step: int) -> Mapping[str, Tensor]:
+        """Return the reference's parameters as `step` used them: those after the last optimizer step before it."""
+        return next((one.weights for one in reversed(self.reference[:step]) if one.weights), self.initial)
+
+    def parts_before(self, step: int) -> tuple[Mapping[str, Tensor], ...]:
+        """Return each rank's shards of the parameters as `step` used them, by tp_rank."""
+        earlier = (tuple(one.weights for one in ranks) for ranks in reversed(self.candidate[:step]))
+        return next((weights for weights in earlier if any(weights)), self.initial_parts)
+
     def ranks(self, tp_ranks: tuple[int, ...]) -> list[int]:
         """Return the global ranks of some tp_ranks of this group."""
         return [self.tp_group[tp_rank] for tp_rank in tp_ranks]

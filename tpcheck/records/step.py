@@ -33,7 +33,7 @@ class Step:
     Attributes:
         activations: What entered and left every module and the gradients of that, in the order of events.
         gradients: Gradient of each parameter before clipping, averaged over DP; None where there is none.
-        weights: Each parameter after the optimizer's step.
+        weights: Each parameter after the optimizer's step; empty where no optimizer step followed.
         buffers: Each buffer after this DP rank's batch.
         gradient_norm: The norm by which the step clipped; None where it is not known.
         loss: The loss of this DP rank's batch.

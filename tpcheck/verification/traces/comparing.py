@@ -37,15 +37,18 @@ def compare_recordings(
     whole = reference[0]
     _require_comparable(candidate, whole)
     topology = candidate[0].topology
+    number = min(len(candidate[0].steps), len(whole.steps))
+    updated = [any(one.steps[step].weights for one in (*candidate, whole)) for step in range(number)]
+    ranks_filled = tuple(_with_weights(one, updated) for one in candidate)
+    whole_filled = _with_weights(whole, updated)
     answers, missed = [], {}
     for dp_rank, ranks in enumerate(topology.groups("tp")):
         parts = [candidate[rank] for rank in ranks]
         if not _same_inputs(parts[0], whole):
             missed[f"replica {dp_rank}"] = "it was given other inputs than the reference"
             continue
-        evidence = _evidence(candidate, parts, whole, dp_rank)
+        evidence = _evidence(ranks_filled, [ranks_filled[rank] for rank in ranks], whole_filled, dp_rank)
         answers.append(full_answer(start_answer(evidence, _CHECKS), evidence, _CHECKS))
-    number = min(len(candidate[0].steps), len(whole.steps))
     longer = "candidate" if len(candidate[0].steps) > number else "reference"
     for step in range(number, max(len(candidate[0].steps), len(whole.steps))):
         missed[f"step {step}"] = f"only the {longer} was recorded that far"
@@ -71,6 +74,23 @@ def _same_inputs(part: Recorded, whole: Recorded) -> bool:
         if not shared or not all(torch.equal(ours[name], theirs[name]) for name in shared):
             return False
     return True
+
+
+def _with_weights(one: Recorded, updated: Sequence[bool]) -> Recorded:
+    """Return the recording with weights after each call where any rank, or the reference, took an optimizer step.
+
+    A recording stores the weights of a step only where they changed, so elsewhere they are those from before; what an
+    unchanged weight may differ by is what it could differ by then.
+    """
+    weights, steps, last = one.initial, [], -1
+    deviations = dict(one.deviations or {})
+    for number, (step, is_updated) in enumerate(zip(one.steps, updated, strict=False)):
+        if step.weights:
+            weights, last = step.weights, number
+        elif is_updated:
+            deviations |= {(number, "weight", name): deviations.get((last, "weight", name), 0.0) for name in weights}
+        steps.append(replace(step, weights=weights if is_updated else {}))
+    return replace(one, steps=tuple(steps), deviations=None if one.deviations is None else deviations)
 
 
 def _evidence(everyone: Sequence[Recorded], parts: Sequence[Recorded], whole: Recorded, dp_rank: int) -> Evidence:
