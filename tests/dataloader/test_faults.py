@@ -125,7 +125,10 @@ def test_several_fields_are_one_finding(pair: World) -> None:
 
     finding = the_finding(pair.run(follow, fault))
     assert finding.where["field"] == "more"
-    assert finding.evidence["also"] == ["pixels (bits)", "labels (bits)"]
+    assert finding.evidence["also"] == [
+        {"field": "pixels", "differs": "bits"},
+        {"field": "labels", "differs": "bits"},
+    ]
 
 
 def test_ranks_of_other_replicas_stop_with_the_same_error(square: World) -> None:

@@ -68,7 +68,12 @@ REPLICAS = Finding(
     observed=2.0,
     allowed=0.0,
     cause="replica_drift",
-    evidence={"count_differing": 2, "gradients": 1, "parameters": 1, "also": ["parameter q.weight"]},
+    evidence={
+        "count_differing": 2,
+        "gradients": 1,
+        "parameters": 1,
+        "also": [{"kind": "parameter", "name": "q.weight"}],
+    },
 )
 WEIGHT = Finding(
     check="weights_match_reference",

@@ -78,6 +78,10 @@ def test_the_mismatch_in_the_readme_is_one_that_reports_make() -> None:
             {"differs": "shape", "by_rank": {"rank 0": (4, 8), "rank 1": (4, 7)}},
             "shape [4, 8] on rank 0, [4, 7] on rank 1; differs on rank 1",
         ),
+        (
+            {"differs": "shape", "by_rank": {f"rank {rank}": [rank] for rank in range(6)}},
+            "shape [0] on rank 0, [1] on rank 1, [2] on rank 2, [3] on rank 3 and 2 more; differs on rank 1",
+        ),
         ({"differs": "structure", "missing_on": [1]}, "missing on rank 1; differs on rank 1"),
         ({"differs": "bits"}, "differs on rank 1"),
         (

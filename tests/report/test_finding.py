@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests.report.examples import GRADIENT, GROUPS, NORM, OUTPUT, REPLICAS, SHAPE, SUBJECT, WEIGHT
+from tests.report.examples import FAILED, GRADIENT, GROUPS, NORM, OUTPUT, REPLICAS, SHAPE, SUBJECT, WEIGHT
 from tpcheck.records import Finding
+from tpcheck.report import Report
 from tpcheck.report.finding import finding_lines, place
 from tpcheck.report.lines import as_text
 
@@ -120,7 +121,34 @@ def test_a_finding_that_follows_from_another_says_so() -> None:
 
 def test_many_wrong_tensors_are_named_up_to_a_few() -> None:
     many = replace(REPLICAS, evidence={"also": [f"t{number}" for number in range(12)]})
-    assert "  also      t0, t1, t2, t3, t4, t5, t6, t7, t8 and 3 more\n" in text(many)
+    assert "  also      t0, t1, t2, t3, t4, t5, t6, t7 and 4 more\n" in text(many)
+
+
+def test_long_lists_are_shortened_in_text_and_whole_in_json() -> None:
+    names = [f"t{number}" for number in range(20)]
+    evidence = {
+        "also": [{"kind": "buffer", "name": name} for name in names],
+        "beside_it": {"wrong": names, "right": names[:2]},
+    }
+    many = replace(REPLICAS, evidence=evidence)
+    verdict = replace(FAILED, findings=(many,))
+    for told in (text(many), Report(verdict).to_text(), Report(verdict).to_junit()):
+        assert f"also      {', '.join(f'buffer {name}' for name in names[:8])} and 12 more" in told
+        assert "beside it {wrong: [t0, t1, t2, t3, t4, t5, t6, t7 and 12 more], right: [t0, t1]}" in told
+    assert Report(verdict).to_data()["findings"][0]["evidence"] == evidence
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("q.weight", "q.weight"),
+        ({"kind": "gradient", "name": "q.weight"}, "gradient q.weight"),
+        ({"field": "labels", "differs": "bits"}, "labels (bits)"),
+        ({"replicas": [0, 1]}, "replicas 0, 1"),
+    ],
+)
+def test_what_else_is_wrong_has_its_phrase(entry: object, expected: str) -> None:
+    assert f"  also      {expected}\n" in text(replace(REPLICAS, evidence={"also": [entry]}))
 
 
 @pytest.mark.parametrize(

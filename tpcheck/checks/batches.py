@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tpcheck.checks.outcome import named_few
 from tpcheck.compare.batches import FieldDifference, SameSamples
 from tpcheck.records import Suspect
 
@@ -37,7 +36,7 @@ def batches_agree_within_tp(
             "differs": first.what,
             **_by_rank(first),
             **facts,
-            "also": named_few(f"{each.path} ({each.what})" for each in others),
+            "also": [{"field": each.path, "differs": each.what} for each in others],
         },
     )
 
@@ -65,7 +64,7 @@ def batches_differ_across_dp(
         evidence={
             "replicas": list(most.replicas),
             "order": "another order" if most.reordered else "the same order",
-            "also": named_few(f"replicas {', '.join(map(str, same.replicas))}" for same in found if same is not most),
+            "also": [{"replicas": list(same.replicas)} for same in found if same is not most],
         },
     )
 
@@ -104,17 +103,18 @@ def _ranks(members: Sequence[Sequence[int]], places: Iterable[int]) -> list[int]
 
 
 def _by_rank(difference: FieldDifference) -> dict[str, Any]:
-    """Return what each rank has, where that can be said in a word."""
-    shown = {rank: None if leaf is None else getattr(leaf, difference.what, None) for rank, leaf in _shown(difference)}
+    """Return what the reference and each deviating rank have, where that can be said in a word."""
+    leaves = _compared_leaves(difference)
     if difference.what in ("dtype", "shape", "device"):
-        return {"by_rank": {f"rank {rank}": value for rank, value in shown.items()}}
+        values = {rank: None if leaf is None else getattr(leaf, difference.what, None) for rank, leaf in leaves}
+        return {"by_rank": {f"rank {rank}": value for rank, value in values.items()}}
     if difference.what == "structure":
         return {"missing_on": [rank for rank, leaf in difference.leaves.items() if leaf is None]}
     if difference.what == "type":
-        return {"by_rank": {f"rank {rank}": leaf.dtype for rank, leaf in _shown(difference) if leaf is not None}}
+        return {"by_rank": {f"rank {rank}": leaf.dtype for rank, leaf in leaves if leaf is not None}}
     return {}
 
 
-def _shown(difference: FieldDifference) -> list[tuple[int, Any]]:
+def _compared_leaves(difference: FieldDifference) -> list[tuple[int, Any]]:
     ranks = [difference.reference, *(rank for rank in difference.deviating if rank != difference.reference)]
-    return [(rank, difference.leaves[rank]) for rank in ranks[:4]]
+    return [(rank, difference.leaves[rank]) for rank in ranks]

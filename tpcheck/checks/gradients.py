@@ -12,7 +12,7 @@ from tpcheck.checks.linear import input_gradient_products
 from tpcheck.checks.localise import first_divergences, is_inside, scope_of
 from tpcheck.checks.mistaken_gradients import mistaken_gradients
 from tpcheck.checks.mistakes import mistakes
-from tpcheck.checks.outcome import CheckOutcome, named_few
+from tpcheck.checks.outcome import CheckOutcome
 from tpcheck.checks.outputs import activation_suspect
 from tpcheck.checks.own_gradients import own_gradient_suspects
 from tpcheck.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
@@ -97,7 +97,7 @@ def _roots(
     """Return a suspect for each of `roots` and of the parameters in `own`, one for all that have no gradient."""
     missing = [one for one in own if _missing_on(evidence, step, one)]
     present = [one for one in own if not _missing_on(evidence, step, one)]
-    of_roots = {**details, "also": named_few(rest)}
+    of_roots = {**details, "also": list(rest)}
     return [
         *([_missing_suspect(evidence, step, missing, details)] if missing else []),
         *(_activation_suspect(evidence, step, backward, root, of_roots) for root in roots),
@@ -121,7 +121,7 @@ def _consequences(evidence: Evidence, step: int, wrong: list[ComparedParameter])
     if not wrong:
         return []
     first, *rest = wrong
-    details = {"first_of": len(wrong), "inputs_agree": False, "also": named_few(one.name for one in rest)}
+    details = {"first_of": len(wrong), "inputs_agree": False, "also": [one.name for one in rest]}
     return [_parameter_suspect(evidence, step, first, details)]
 
 
@@ -132,7 +132,7 @@ def _missing_suspect(
     end = _end_of_backward(evidence, step)
     first, *rest = sorted(missing, key=lambda one: end is not None and not is_inside(one.module, end.module))
     details = {**details, "missing_on_ranks": evidence.ranks(_missing_on(evidence, step, first))}
-    suspect = _parameter_suspect(evidence, step, first, {**details, "also": named_few(one.name for one in rest)})
+    suspect = _parameter_suspect(evidence, step, first, {**details, "also": [one.name for one in rest]})
     if end is None:
         return suspect
     where = {key: value for key, value in suspect.where.items() if key != "parameter" or len(missing) == 1}

@@ -27,9 +27,3 @@ class CheckOutcome:
         alone = {f"{name}, in a module by itself": margin for name, margin in margins.items()}
         own = tuple(replace(one, evidence={**one.evidence, "isolated": True}) for one in suspects)
         return replace(self, margins={**self.margins, **alone}, suspects=own or self.suspects)
-
-
-def named_few(names: Iterable[str], most: int = 8) -> list[str]:
-    """Return the first few names, for the evidence of a finding."""
-    listed = list(names)
-    return listed if len(listed) <= most else [*listed[:most], f"and {len(listed) - most} more"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from tpcheck.checks.outcome import CheckOutcome, named_few
+from tpcheck.checks.outcome import CheckOutcome
 from tpcheck.records import Evidence, Suspect
 
 _Item = tuple[str, str]  # kind (parameter, gradient, buffer) and name
@@ -94,7 +94,7 @@ def _suspect(
             "count_differing": len(items),
             **{f"{kind}s": count for kind, count in kinds.items()},
             **({"differed_at_start": True} if since_start else {}),
-            "also": named_few(f"{kind} {name}" for kind, name in items if (kind, name) != (first_kind, first)),
+            "also": [{"kind": kind, "name": name} for kind, name in items if (kind, name) != (first_kind, first)],
         },
         # What explains a gradient that differs is how it relates to the expected one.
         expected=evidence.reference[moment - 1].gradients.get(first) if is_gradient else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from tpcheck.checks.outcome import CheckOutcome, named_few
+from tpcheck.checks.outcome import CheckOutcome
 from tpcheck.records import Evidence, Suspect
 
 _ADVICE = (
@@ -24,7 +24,7 @@ def parameters_are_sharded(evidence: Evidence) -> CheckOutcome:
     if not sharded:
         suspects.append(_suspect(evidence, len(names), {"count_total": len(names), "advice": _ADVICE}))
     if incomplete:
-        details = {"count_differing": len(incomplete), "count_total": len(sharded), "also": named_few(incomplete[1:])}
+        details = {"count_differing": len(incomplete), "count_total": len(sharded), "also": incomplete[1:]}
         details |= _sizes(evidence, incomplete[0])
         suspects.append(_suspect(evidence, len(incomplete), details, parameter=incomplete[0]))
     return CheckOutcome(dict.fromkeys(names, 0.0), tuple(suspects))

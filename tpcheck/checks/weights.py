@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tpcheck.checks.outcome import CheckOutcome, named_few
+from tpcheck.checks.outcome import CheckOutcome
 from tpcheck.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.records import Evidence, Suspect
 
@@ -28,7 +28,7 @@ def _suspect(
     wrong, right = ([other.name for other in beside if other.found.agrees is agrees] for agrees in (False, True))
     details: dict[str, Any] = {"first_of": num_wrong}
     if wrong and right:
-        details["beside_it"] = {"wrong": named_few(wrong), "right": named_few(right)}
+        details["beside_it"] = {"wrong": wrong, "right": right}
     suspect = parameter_suspect(evidence, one, check=_CHECK, kind="weight", where={"phase": "start"}, details=details)
     layout = evidence.layouts[one.name]
     complete = all(tuple(part.shape) == shape for part, shape in zip(one.parts, layout.local_shapes, strict=True))

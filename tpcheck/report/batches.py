@@ -8,6 +8,7 @@ from typing import Any
 from tpcheck.records import Finding
 from tpcheck.report import words
 
+_RANKS_SHOWN = 4
 # Evidence that the phrases below use up.
 PHRASED = frozenset(
     {"differs", "by_rank", "missing_on", "values", "first_sample", "samples_differing", "samples_total"}
@@ -51,7 +52,7 @@ def _bits(evidence: Mapping[str, Any]) -> str:
 
 
 def _pairs(by_rank: Mapping[str, Any]) -> str:
-    return ", ".join(f"{_exact(value)} on {who}" for who, value in by_rank.items())
+    return words.few([f"{_exact(value)} on {who}" for who, value in by_rank.items()], _RANKS_SHOWN)
 
 
 def _exact(value: Any) -> str:

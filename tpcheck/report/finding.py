@@ -10,7 +10,7 @@ from tpcheck.records import Finding
 from tpcheck.report import batches, causes, checkpoints, words
 from tpcheck.report.lines import Line, labelled
 
-_ALSO_SHOWN = 9  # checks name eight, and how many more there are
+_ALSO_SHOWN = 8
 # What the number counts where a check is exact, and what is said of it.
 _COUNTED = {
     "groups_match_topology": ("group", "differs", "differ"),
@@ -48,7 +48,7 @@ def finding_lines(finding: Finding, subject: Mapping[str, Any]) -> Iterator[Line
     if finding.evidence.get("advice"):
         yield from labelled("fix", str(finding.evidence["advice"]), "cyan")
     if finding.evidence.get("also"):
-        yield from labelled("also", words.few(finding.evidence["also"], _ALSO_SHOWN))
+        yield from labelled("also", words.few([_named(one) for one in finding.evidence["also"]], _ALSO_SHOWN))
     if finding.evidence.get("note"):
         yield from labelled("note", str(finding.evidence["note"]))
     other = {key: value for key, value in finding.evidence.items() if key not in _PHRASED}
@@ -149,6 +149,15 @@ def _counted(collectives: Sequence[Mapping[str, Any]]) -> str:
     counts = Counter((one["name"], tuple(one["ranks"])) for one in collectives)
     told = [f"{words.count(count, name)} over {words.ranks(ranks)}" for (name, ranks), count in counts.items()]
     return ", ".join(told) or "no collective"
+
+
+def _named(entry: Any) -> str:
+    """Return another thing that is wrong, as a few words: `gradient q.weight`, `labels (bits)`, `replicas 0, 1`."""
+    if not isinstance(entry, Mapping):
+        return str(entry)
+    if "replicas" in entry:
+        return "replicas " + words.few([str(replica) for replica in entry["replicas"]], _ALSO_SHOWN)
+    return f"{entry['kind']} {entry['name']}" if "kind" in entry else f"{entry['field']} ({entry['differs']})"
 
 
 def _shape(shape: Any) -> str:

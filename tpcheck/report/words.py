@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Any
 
 _RANKS_SHOWN = 8
+_ENTRIES_SHOWN = 8
 _PHASES = {
     "start": "before the first step",
     "step": "optimizer step {step}",
@@ -121,7 +122,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.items()) + "}"
+        return "{" + few([f"{key}: {_plain(inner)}" for key, inner in value.items()], _ENTRIES_SHOWN) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_plain(inner) for inner in value) + "]"
+        return "[" + few([_plain(inner) for inner in value], _ENTRIES_SHOWN) + "]"
     return str(value)

@@ -76,8 +76,7 @@ def _wrong_from_the_start(answers: Sequence[CheckAnswer]) -> dict[str, str]:
     """Return the modules whose parameters or buffers are wrong before the first step, and which check said so first."""
     found: dict[str, str] = {}
     for finding in (finding for one in answers for finding in one.findings):
-        also = (name for name in finding.evidence.get("also", ()) if "." in name)
-        for module in (_module(finding), *(name.rpartition(".")[0] for name in also)):
+        for module in (_module(finding), *map(_module_of_name, finding.evidence.get("also", ()))):
             found.setdefault(module, finding.check)
     found.pop("", None)  # which is no module in particular
     return found
@@ -94,6 +93,11 @@ def _of_wrong_groups(answer: CheckAnswer) -> CheckAnswer:
 def _module(finding: Finding) -> str:
     parameter = str(finding.where.get("parameter", ""))
     return str(finding.where.get("module", parameter.rpartition(".")[0]))
+
+
+def _module_of_name(named: str | Mapping[str, str]) -> str:
+    """Return the module of a parameter, or of a parameter or buffer whose kind is given beside its name."""
+    return (named if isinstance(named, str) else named["name"]).rpartition(".")[0]
 
 
 def _with_consequences(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
-from tpcheck.checks.outcome import named_few
 from tpcheck.records import Finding
 
 _STORIES = ("factors", "rounded_to", "note", "story", "gradient_ratio", "weight_ratio", "momentum_ratio")
@@ -44,5 +43,5 @@ def _joined(findings: Sequence[Finding]) -> Finding:
     if not rest:
         return first
     names = [str(one.where["parameter"]) for one in rest]
-    known = [name for name in first.evidence.get("also", ()) if name not in names]
-    return replace(first, evidence={**first.evidence, "also": named_few([*names, *known])})
+    known = [name for one in findings for name in one.evidence.get("also", ()) if name != first.where["parameter"]]
+    return replace(first, evidence={**first.evidence, "also": list(dict.fromkeys([*names, *known]))})

@@ -56,7 +56,10 @@ def _both(first: Finding, second: Finding) -> Finding:
     worse = second if second.margin > first.margin else first
     ranks = sorted({*first.where.get("ranks", ()), *second.where.get("ranks", ())})
     where = {key: value for key, value in worse.where.items() if key != "dp_rank"}
-    return replace(worse, where={**where, "ranks": ranks})
+    also = [*worse.evidence.get("also", ())]
+    also += [named for named in (first if worse is second else second).evidence.get("also", ()) if named not in also]
+    evidence = {**worse.evidence, "also": also} if also else worse.evidence
+    return replace(worse, where={**where, "ranks": ranks}, evidence=evidence)
 
 
 def _results(answers: Sequence[CheckAnswer]) -> tuple[CheckResult, ...]:

@@ -92,10 +92,10 @@ def _compared(exchange: Exchange, entry: Entry, flat: torch.Tensor, blocks: list
 
 
 def _by_rank(exchange: Exchange, difference: FieldDifference, value: Any) -> dict[str, Any]:
-    """Return the values of the reference and of the first ranks that deviate."""
+    """Return the values of the reference and of every rank that deviates."""
     values = dict(zip(exchange.ranks, exchange.gather(value), strict=True))
     ranks = [difference.reference, *(rank for rank in difference.deviating if rank != difference.reference)]
-    return {f"rank {rank}": values[rank] for rank in ranks[:4]}
+    return {f"rank {rank}": values[rank] for rank in ranks}
 
 
 def _itemsize(entry: Entry, flat: torch.Tensor) -> int:
