@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from math import inf, nan
+from pathlib import Path, PurePosixPath
+from typing import Any
+from xml.etree import ElementTree
 
+import numpy
 import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel
 
 from tests.report.examples import ERROR, FAILED, GRADIENT, OUTPUT, PASSED, SKIPPED
+from tpcheck.families.upstream import Judged
 from tpcheck.records import Verdict
 from tpcheck.report import Report
+from tpcheck.report.lines import as_text
+from tpcheck.report.matrix import matrix_lines
+from tpcheck.report.matrix_data import judged_json
+from tpcheck.report.matrix_html import matrix_html
+from tpcheck.report.matrix_junit import matrix_junit
+from tpcheck.report.matrix_markdown import matrix_markdown
 
 
 def test_a_finding_as_json() -> None:
@@ -70,3 +86,88 @@ def test_values_of_other_types_become_plain_ones() -> None:
         "dtype": "<class 'float'>",
         "3": None,
     }
+
+
+class Broken:
+    """Cannot say what it is."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class Plan:
+    """Has the text that every object has, with its address."""
+
+
+class BrokenMapping(dict[str, int]):
+    def items(self) -> Any:
+        raise RuntimeError("no items")
+
+
+@dataclass
+class Nested:
+    path: Path
+    inner: object
+
+
+CYCLE: list[object] = []
+CYCLE.append(CYCLE)
+
+UNKNOWN_TO_JSON = [
+    (ColwiseParallel(), None),  # its text is of torch's version
+    (Plan(), "<tests.report.test_data.Plan object>"),
+    (torch.bfloat16, "torch.bfloat16"),
+    (torch.device("cpu"), "device(cpu)"),
+    (torch.tensor([1.0, nan]), [1.0, None]),
+    (torch.tensor(2), 2),
+    (torch.zeros(100, 2), "Tensor of shape [100, 2], torch.float32"),
+    (torch.zeros(2, device="meta"), "tensor(..., device='meta', size=(2,))"),
+    (nn.ModuleList([nn.ReLU()]), "ModuleList(\n  (0): ReLU()\n)"),
+    (numpy.int64(3), 3),
+    ({"b", 1, None}, ["b", 1, None]),
+    ({3, 1}, [1, 3]),
+    (
+        {(1, 2): "tuple", 1: "int", "1": "text", None: "none"},
+        {"(1, 2)": "tuple", "1": "int", "1 (str)": "text", "None": "none"},
+    ),
+    ((1, (2.5, inf, -inf)), [1, [2.5, None, None]]),
+    (b"\x00\xff", "b'\\x00\\xff'"),
+    (PurePosixPath("runs/a"), "runs/a"),
+    (Nested(PurePosixPath("a"), Nested(PurePosixPath("b"), object())), None),
+    (Broken(), "<tests.report.test_data.Broken object>"),
+    ({Broken(): [Broken()]}, {"<tests.report.test_data.Broken object>": ["<tests.report.test_data.Broken object>"]}),
+    (Nested(Path("a"), Broken()), "<tests.report.test_data.Nested object>"),
+    (BrokenMapping(a=1), "{'a': 1}"),
+    (partial(print, 1), "functools.partial(<built-in function print>, 1)"),
+    (lambda: None, "<function <lambda>>"),
+    (iter([1]), "<list_iterator object>"),
+    (CYCLE, ["..."]),
+]
+
+
+@pytest.mark.parametrize(("value", "expected"), UNKNOWN_TO_JSON, ids=lambda value: type(value).__name__)
+def test_a_report_is_printed_whatever_its_configuration_and_evidence_hold(value: object, expected: object) -> None:
+    finding = replace(GRADIENT, where={"step": value}, evidence={**GRADIENT.evidence, "held": value}, again=None)
+    subject = {**FAILED.subject, "config": {"plan": {"mlp.*": value}}, "settings": {"value": value}}
+    verdict = replace(FAILED, subject=subject, findings=(finding,))
+    report, judged = Report(verdict), Judged(verdict, "new", None)
+    data = json.loads(report.to_json())
+    if expected is not None:
+        assert data["subject"]["config"]["plan"]["mlp.*"] == data["findings"][0]["evidence"]["held"] == expected
+    assert json.loads(judged_json(judged))["subject"] == data["subject"]
+    for text in (
+        report.to_text(),
+        report.to_junit(),
+        matrix_junit([judged]),
+        matrix_html([judged]),
+        matrix_markdown([judged]),
+        as_text(matrix_lines([judged])),
+        report.to_json(),
+    ):
+        assert "0x" not in text
+    ElementTree.fromstring(report.to_junit())
+
+
+def test_infinities_in_a_configuration_stay_in_text() -> None:
+    verdict = replace(FAILED, subject={**FAILED.subject, "config": {"clip": inf, "other": nan}})
+    assert 'config={"clip": Infinity, "other": NaN}' in Report(verdict).to_text()

@@ -116,7 +116,8 @@ def versions(backend: str) -> dict[str, str]:
 def done_before(path: Path, wanted: Sequence[Cell], common: Common) -> dict[Cell, Verdict]:
     """Return the verdicts that a file of an earlier run holds of these cells, with the same options and versions."""
     stored = {_key(verdict.subject): verdict for verdict in stored_verdicts(path)}
-    found = {cell: stored[key] for cell in wanted if (key := _key(subject(cell, common))) in stored}
+    keys = {cell: _key(subject(cell, common)) for cell in wanted}
+    found = {cell: stored[key] for cell, key in keys.items() if key is not None and key in stored}
     return {cell: verdict for cell, verdict in found.items() if _is_current(verdict, cell)}
 
 
@@ -125,5 +126,12 @@ def _is_current(verdict: Verdict, cell: Cell) -> bool:
     return all(verdict.environment.get(package) == number for package, number in now.items())
 
 
-def _key(of: Mapping[str, Any]) -> str:
-    return json.dumps(of, sort_keys=True, default=str)
+def _key(of: Mapping[str, Any]) -> str | None:
+    """Return what two subjects that are the same have in common.
+
+    None for a subject that holds an object: a report has only its text, which does not tell whether it is the same.
+    """
+    try:
+        return json.dumps(of, sort_keys=True)
+    except (TypeError, ValueError, RecursionError):
+        return None

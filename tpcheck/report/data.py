@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from math import isfinite
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence, Set, ValuesView
+from math import isfinite, prod
+from pathlib import PurePath
 from typing import Any
 
 from tpcheck.records import Finding, Verdict
 
 SCHEMA = 1
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+_DEEPEST = 100  # containers in one another; what lies deeper is left out
+_LARGEST_ARRAY = 64  # elements of a tensor or an array that are shown one by one
 
 
 def as_data(verdict: Verdict) -> dict[str, Any]:
@@ -52,15 +58,83 @@ def _finding(finding: Finding) -> dict[str, Any]:
 
 
 def plain_json(value: Any) -> Any:
-    """Return a value as JSON has it; infinities and NaN, which it does not have, become null."""
+    """Return a value as JSON has it; never raises.
+
+    Infinities and NaN, which JSON does not have, become null; what else it does not know becomes text, as does a key.
+
+    Example:
+        >>> plain_json({"sizes": (1, 2), 3: float("inf"), "dtype": float, "step": lambda: None})
+        {'sizes': [1, 2], '3': None, 'dtype': "<class 'float'>", 'step': '<function <lambda>>'}
+    """
+    return _plain(value, (), lambda number: None)
+
+
+def printable(value: Any) -> Any:
+    """Return a value as `plain_json` does, but with infinities and NaN as they are; never raises."""
+    return _plain(value, (), lambda number: number)
+
+
+def plain_text(value: Any) -> str:
+    """Return a value as text that tells its type and is the same in every run: no memory addresses; never raises.
+
+    Example:
+        >>> plain_text(object()), plain_text(float)
+        ('<object object>', "<class 'float'>")
+    """
+    if isinstance(value, (str, PurePath)):
+        return str(value)
+    kind = type(value).__name__
+    try:
+        text, representation = (_ADDRESS.sub("", told) for told in (str(value), repr(value)))
+    except Exception:  # of the value's own class, which may do anything
+        return f"<{type(value).__module__}.{type(value).__qualname__} object>"
+    return text if text == representation or kind in text else f"{kind}({text})"
+
+
+def _plain(value: Any, around: tuple[int, ...], not_finite: Callable[[float], float | None]) -> Any:
+    """Return a value as JSON has it; `around` are the ids of the containers that it is in."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
-        return value if isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain_json(inner) for key, inner in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(plain_json(inner) for inner in value)
-    if isinstance(value, Iterable):
-        return [plain_json(inner) for inner in value]
-    return str(value)
+        return value if isfinite(value) else not_finite(value)
+    if isinstance(value, (bytes, bytearray, memoryview, type)):
+        return plain_text(value)
+    if id(value) in around or len(around) == _DEEPEST:
+        return "..."
+
+    def inside(inner: Any) -> Any:
+        return _plain(inner, (*around, id(value)), not_finite)
+
+    try:
+        if isinstance(value, Mapping):
+            return _mapping(value, inside)
+        if hasattr(value, "tolist"):  # a tensor, an array, a scalar of NumPy
+            size = prod(value.shape)
+            return inside(value.tolist()) if size <= _LARGEST_ARRAY else _array_text(value)
+        if isinstance(value, Set):
+            return _sorted([inside(inner) for inner in value])
+        return [inside(inner) for inner in value] if isinstance(value, (Sequence, ValuesView)) else plain_text(value)
+    except Exception:  # of the value's own class, which may do anything
+        return plain_text(value)
+
+
+def _mapping(value: Mapping[Any, Any], inside: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return a mapping with keys of text; two keys with the same text are told apart by their type."""
+    plain: dict[str, Any] = {}
+    for key, inner in value.items():
+        name = plain_text(key)
+        while name in plain:
+            name += f" ({type(key).__name__})"
+        plain[name] = inside(inner)
+    return plain
+
+
+def _sorted(values: list[Any]) -> list[Any]:
+    try:
+        return sorted(values)
+    except TypeError:  # of several types
+        return sorted(values, key=lambda value: json.dumps(value, sort_keys=True))
+
+
+def _array_text(value: Any) -> str:
+    return f"{type(value).__name__} of shape {list(value.shape)}, {value.dtype}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tpcheck.records import Finding
 from tpcheck.report import batches, causes, checkpoints, words
+from tpcheck.report.data import printable
 from tpcheck.report.lines import Line, labelled
 
 _ALSO_SHOWN = 8
@@ -31,6 +33,7 @@ _PHRASED = {
 
 def finding_lines(finding: Finding, subject: Mapping[str, Any]) -> Iterator[Line]:
     """Yield the lines of one finding; `subject` says what was run."""
+    finding = replace(finding, where=printable(finding.where), evidence=printable(finding.evidence))
     yield Line(((finding.check, "bold red"), (f"  {place(finding)}", "bold")))
     where = _where(finding, subject)
     if where:
@@ -65,7 +68,8 @@ def is_consequence(finding: Finding) -> bool:
 
 def place(finding: Finding) -> str:
     """Return the name of the tensor that differs."""
-    module, parameter, field = (finding.where.get(key) for key in ("module", "parameter", "field"))
+    where = printable(finding.where)
+    module, parameter, field = (where.get(key) for key in ("module", "parameter", "field"))
     if parameter and module and "." not in str(parameter):
         named = f"{module}.{parameter}"
     else:

@@ -26,7 +26,7 @@ def as_junit(verdicts: Iterable[Verdict]) -> str:
 
 
 def _suite(verdict: Verdict) -> ET.Element:
-    name = " ".join([words.name(verdict.subject), *words.layout(verdict.subject)])
+    name = xml_text(" ".join([words.name(verdict.subject), *words.layout(verdict.subject)]))
     cases = list(_cases(verdict, name))
     counts = {tag: sum(case.find(tag) is not None for case in cases) for tag in ("failure", "error", "skipped")}
     suite = ET.Element(

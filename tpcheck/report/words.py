@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
+from tpcheck.report.data import printable
+
 _RANKS_SHOWN = 8
 _ENTRIES_SHOWN = 8
 _PHASES = {
@@ -105,6 +107,7 @@ def options(subject: Mapping[str, Any]) -> list[str]:
 def _option(key: str, value: Any) -> str:
     if value is True:
         return key
+    value = printable(value)
     return f"{key}={json.dumps(value) if isinstance(value, Mapping) else _plain(value)}"
 
 
@@ -115,7 +118,7 @@ def name(subject: Mapping[str, Any]) -> str:
 
 def pairs(values: Mapping[str, Any]) -> str:
     """Return evidence that has no phrase of its own: `key value, key value`."""
-    return ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in values.items())
+    return ", ".join(f"{key.replace('_', ' ')} {_plain(printable(value))}" for key, value in values.items())
 
 
 def _plain(value: Any) -> str:
@@ -123,6 +126,6 @@ def _plain(value: Any) -> str:
         return f"{value:.3g}"
     if isinstance(value, Mapping):
         return "{" + few([f"{key}: {_plain(inner)}" for key, inner in value.items()], _ENTRIES_SHOWN) + "}"
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return "[" + few([_plain(inner) for inner in value], _ENTRIES_SHOWN) + "]"
     return str(value)

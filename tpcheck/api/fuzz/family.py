@@ -18,6 +18,7 @@ from tpcheck.families.build import small_model
 from tpcheck.families.upstream import explained
 from tpcheck.records import Verdict
 from tpcheck.records.fuzzed import Outcome, Searched
+from tpcheck.report.data import printable
 from tpcheck.report.matrix import gist
 from tpcheck.topology import Topology
 
@@ -71,7 +72,8 @@ def fuzz_family(family: str, bounds: Bounds, common: Common, limits: Limits, tol
 
 def outcome_of(family: str, drawn: Drawn, common: Common) -> Outcome:
     """Verify one configuration, and say what its verdict means in a search."""
-    command = verify_command(_subject(family, drawn, common))
+    subject = _subject(family, drawn, common)
+    command = verify_command(subject) or str(printable(subject))
     try:
         small_model(family, drawn.settings)  # here, since most refusals are of the model, and worlds take their time
         verdict = _verdict(family, drawn, common)
