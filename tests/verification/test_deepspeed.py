@@ -1,11 +1,17 @@
 """What DeepSpeed 0.19.8 does right passes, what it does wrong is found where it is."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
 import tpcheck
 from tpcheck import Topology
+from tpcheck.adapters import TrainingOptions
+from tpcheck.backends.deepspeed import DeepSpeedBackend
 
 RIGHT = ("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "opt", "gpt_neox", "starcoder2")
 CLEAN_MARGIN = 0.2
@@ -76,6 +82,51 @@ def test_four_tp_ranks_pass(family: str) -> None:
 @pytest.mark.parametrize(("dtype", "zero_stage"), [("float32", 0), ("float32", 3), ("bfloat16", 1), ("bfloat16", 3)])
 def test_lower_precision_raises_no_false_alarm(dtype: str, zero_stage: int) -> None:
     report = verified("qwen3", dtype=dtype, zero_stage=zero_stage)
+    assert report.passed, report
+
+
+class OnAnotherAccelerator(DeepSpeedBackend):
+    """DeepSpeed on an accelerator that supports other dtypes than this machine's, on every rank."""
+
+    def __init__(self, **supports: bool) -> None:
+        self.supports = supports
+
+    @contextmanager
+    def session(self, options: TrainingOptions) -> Iterator[None]:
+        import deepspeed
+
+        low_precision = {"is_fp16_supported": torch.float16, "is_bf16_supported": torch.bfloat16}
+        supported = [torch.float32, *(dtype for name, dtype in low_precision.items() if self.supports[name])]
+        accelerator = deepspeed.get_accelerator()
+        with (
+            patch.multiple(
+                accelerator,
+                is_fp16_supported=lambda: self.supports["is_fp16_supported"],
+                is_bf16_supported=lambda: self.supports["is_bf16_supported"],
+                supported_dtypes=lambda: supported,
+            ),
+            super().session(options),
+        ):
+            yield
+
+
+@pytest.mark.parametrize("fp16", [True, False], ids=["fp16", "no_fp16"])  # a CPU has it with AVX512-FP16
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_float64_passes_whether_or_not_the_accelerator_supports_float16(zero_stage: int, fp16: bool) -> None:
+    backend = OnAnotherAccelerator(is_fp16_supported=fp16, is_bf16_supported=True)
+    assert_clean(verified("qwen2", zero_stage=zero_stage, backend=backend, steps=1))
+
+
+def test_float64_passes_on_an_accelerator_of_float32_alone() -> None:
+    backend = OnAnotherAccelerator(is_fp16_supported=False, is_bf16_supported=False)
+    assert_clean(verified("qwen2", zero_stage=3, backend=backend, steps=1))
+
+
+@pytest.mark.parametrize("fp16", [True, False], ids=["fp16", "no_fp16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_zero_3_in_lower_precision_does_not_depend_on_float16(dtype: str, fp16: bool) -> None:
+    backend = OnAnotherAccelerator(is_fp16_supported=fp16, is_bf16_supported=True)
+    report = verified("qwen3", dtype=dtype, zero_stage=3, backend=backend, steps=1)
     assert report.passed, report
 
 

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from packaging.version import Version
 from torch import nn
 
@@ -43,7 +44,7 @@ class DeepSpeedBackend:
 
     @contextmanager
     def session(self, options: TrainingOptions) -> Iterator[None]:
-        with _float64_gradients() if options.dtype is torch.float64 else nullcontext(), _device_of_the_cpu():
+        with _float64_allowed() if options.dtype is torch.float64 else nullcontext(), _device_of_the_cpu():
             yield
 
     def layouts_of(self, model: nn.Module) -> Mapping[str, Layout]:
@@ -79,16 +80,30 @@ class TpModelInitBackend(DeepSpeedBackend):
 
 
 @contextmanager
-def _float64_gradients() -> Iterator[None]:
-    """Let the accelerator own up to float64: the engine asserts that it supports the dtype of every gradient.
+def _float64_allowed() -> Iterator[None]:
+    """Let DeepSpeed train in float64, whatever else the accelerator supports.
 
-    Norms are made with its legacy constructor, which no request for a dtype comes by.
+    - The engine asserts that the accelerator supports the dtype of every gradient.
+    - Norms are made with its legacy constructor, which does not follow torch's default dtype.
+    - ZeRO 3 asserts that `zero.Init` is told half, bfloat16 or float. It replaces the dtype by bfloat16 where the
+      accelerator has no float16, so the assertion passes on most CPUs and fails on GPUs and on CPUs with AVX512-FP16
+      (https://github.com/deepspeedai/DeepSpeed/pull/8428). Parameters that exist already keep their own dtype: only
+      what is created inside `zero.Init`, and buffers for NVMe, follow it.
     """
     accelerator = deepspeed.get_accelerator()
     supported = accelerator.supported_dtypes()
+    set_dtype = InsertPostInitMethodToModuleSubClasses._set_dtype
+
+    def set_dtype_or_float(init: Any, ds_config: Any, dtype: torch.dtype | None) -> None:
+        if dtype is torch.float64:
+            init.dtype = torch.float32
+        else:
+            set_dtype(init, ds_config, dtype)
+
     with (
         patch.object(accelerator, "supported_dtypes", lambda: [*supported, torch.float64]),
         patch.object(type(accelerator), "FloatTensor", torch.DoubleTensor),
+        patch.object(InsertPostInitMethodToModuleSubClasses, "_set_dtype", set_dtype_or_float),
     ):
         yield
 
