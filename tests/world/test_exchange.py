@@ -46,6 +46,24 @@ def test_messages_come_in_the_order_of_ranks(four: World, sockets: bool) -> None
     assert four.run(talk) == (True,) * 4
 
 
+def test_messages_go_over_gloo_where_one_rank_may_not_bind_an_abstract_socket(four: World) -> None:
+    def talk(rank: Rank) -> tuple[bool, tuple[bytes, ...]]:
+        import socket
+        from unittest.mock import patch
+
+        from tpcheck.world.exchange import Exchange
+
+        class Refusing(socket.socket):
+            def bind(self, address: object) -> None:
+                raise PermissionError(1, "Operation not permitted")
+
+        with patch.object(socket, "socket", Refusing if rank.rank == 2 else socket.socket):
+            exchange = Exchange(rank.topology.peers(rank.rank, "tp"), axis="tp", timeout=10)
+        return exchange._mesh is None, exchange.swap(bytes([rank.rank]))
+
+    assert four.run(talk) == ((True, (b"\0", b"\1", b"\2", b"\3")),) * 4
+
+
 @pytest.mark.parametrize("sockets", [True, False])
 def test_a_posted_message_meets_the_next_ones_of_the_others(four: World, sockets: bool) -> None:
     def talk(rank: Rank) -> tuple[object, object]:
