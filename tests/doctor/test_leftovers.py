@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
 
+import pytest
+
+from tpcheck.doctor.diagnosis import diagnose
 from tpcheck.doctor.leftovers import extension_caches, leaked_shared_memory, stale_locks
 
 
@@ -26,6 +30,19 @@ def test_a_lock_that_a_process_holds_is_not_stale(tmp_path: Path) -> None:
 
 def test_a_cache_that_is_not_there_holds_no_lock(tmp_path: Path) -> None:
     assert list(stale_locks([tmp_path / "none"])) == []
+
+
+def test_a_cache_that_may_not_be_looked_into_holds_no_lock() -> None:
+    assert list(stale_locks([Path("/" + 300 * "x")])) == []  # refused to root, too
+
+
+def test_the_doctor_needs_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert diagnose().versions
 
 
 def test_caches_are_torch_s_default_and_the_one_that_was_chosen(tmp_path: Path) -> None:
@@ -57,3 +74,12 @@ def test_many_segments_are_named_by_a_pattern(tmp_path: Path) -> None:
         (tmp_path / f"deepspeed_allreduce_buffer_{rank}").touch()
     (advice,) = leaked_shared_memory(tmp_path)
     assert advice.fix == f"rm {tmp_path}/deepspeed_allreduce_buffer_*"
+
+
+def test_maps_of_processes_may_name_files_that_are_no_text(tmp_path: Path) -> None:
+    segment = tmp_path / "deepspeed_allreduce_buffer_0"
+    segment.touch()
+    (tmp_path / "proc" / "7").mkdir(parents=True)
+    line = b"7f0000000000-7f0000200000 rw-p 00000000 08:01 17   "
+    (tmp_path / "proc" / "7" / "maps").write_bytes(line + b"/opt/\xff.so\n" + line + os.fsencode(segment) + b"\n")
+    assert list(leaked_shared_memory(tmp_path, tmp_path / "proc")) == []

@@ -33,12 +33,20 @@ class Diagnosis:
     saved: tuple[Saved, ...] = ()
 
 
+def _home() -> Path:
+    """Return the user's folder; of a user who has none the folder `~` here, where torch then looks."""
+    try:
+        return Path.home()
+    except RuntimeError:  # no HOME, and no line in /etc/passwd, as under `docker run --user 12345`
+        return Path("~")
+
+
 def diagnose(config: Mapping[str, Any] | None = None) -> Diagnosis:
     """Return what is wrong on this machine and, if one is given, in a DeepSpeed configuration."""
     versions = installed_versions()
     advice = (
         *bad_versions(versions),
-        *stale_locks(extension_caches(os.environ, Path.home())),
+        *stale_locks(extension_caches(os.environ, _home())),
         *leaked_shared_memory(),
         *(config_advice(config) if config is not None else ()),
     )

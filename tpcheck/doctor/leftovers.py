@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ def extension_caches(environment: Mapping[str, str], home: Path) -> tuple[Path, 
 
 def stale_locks(caches: Iterable[Path], proc: Path = Path("/proc")) -> Iterator[Advice]:
     """Locks of builds that no process holds: torch waits for them to vanish, silently and for ever."""
-    locks = sorted({lock for cache in caches for lock in cache.glob("**/lock") if lock.is_file()})
+    locks = sorted({lock for cache in caches for lock in _locks(cache)})
     held = _open_files(proc) if locks else frozenset()
     for lock in locks:
         if str(lock.resolve()) not in held:
@@ -38,7 +39,7 @@ def leaked_shared_memory(folder: Path = Path("/dev/shm"), proc: Path = Path("/pr
     mapped = _mapped_files(proc) if segments else frozenset()
     leaked = [segment for segment in segments if str(segment) not in mapped]
     if leaked:
-        size = sum(segment.stat().st_blocks * 512 for segment in leaked) / 2**20
+        size = sum(_size(segment) for segment in leaked) / 2**20
         few = " ".join(str(segment) for segment in leaked)
         yield Advice(
             rule="leaked_shared_memory",
@@ -46,6 +47,19 @@ def leaked_shared_memory(folder: Path = Path("/dev/shm"), proc: Path = Path("/pr
             "for CPUs leaks one for each rank of each world",
             fix=f"rm {few}" if len(leaked) <= 4 else f"rm {folder}/{_SHARED_MEMORY}",
         )
+
+
+def _locks(cache: Path) -> list[Path]:
+    """Return the locks in a cache; none where it may not be looked into, as /root by another user of a container."""
+    with suppress(OSError):
+        return [lock for lock in cache.glob("**/lock") if lock.is_file()]
+    return []
+
+
+def _size(segment: Path) -> int:
+    with suppress(FileNotFoundError):  # removed meanwhile by the world that it belonged to
+        return segment.stat().st_blocks * 512
+    return 0
 
 
 def _open_files(proc: Path) -> frozenset[str]:
@@ -64,5 +78,5 @@ def _mapped_files(proc: Path) -> frozenset[str]:
     found = set()
     for maps in proc.glob("[0-9]*/maps"):
         with suppress(OSError):
-            found |= {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/" in line}
+            found |= {line.split(maxsplit=5)[-1] for line in os.fsdecode(maps.read_bytes()).splitlines() if "/" in line}
     return frozenset(found)
