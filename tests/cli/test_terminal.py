@@ -17,12 +17,14 @@ from tpcheck.cli.terminal import write_whole
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     file.write_text("old")
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(file, "new \ud800")
+    with pytest.raises(TypeError):
+        write_whole(file, b"no text")  # type: ignore[arg-type]
     assert file.read_text() == "old"
     write_whole(file, "new")
     assert file.read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    write_whole(file, "of \udcff.bin")  # a name that is no text
+    assert file.read_text() == "of \\udcff.bin"
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask
@@ -74,3 +76,21 @@ def test_no_color_is_kept(extra: dict[str, str], coloured: bool) -> None:
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert ("\x1b[31m" in done.stdout) == coloured
     assert "x" in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])  # where it is ASCII, click writes UTF-8
+def test_what_the_encoding_does_not_have_is_escaped(encoding: str) -> None:
+    program = r"""
+from tpcheck import cli
+from tpcheck.report.lines import plain
+cli.app = lambda: cli.terminal.show([plain("\u2713 \u00fc \udcff")])
+cli.main()
+"""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
+    assert done.stderr == b""
+    shown = {
+        "latin-1": "\\u2713 \u00fc \\udcff",
+        "utf-8": "\u2713 \u00fc \\udcff",
+    }
+    assert done.stdout == f"{shown[encoding]}\n".encode(encoding)

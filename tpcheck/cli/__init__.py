@@ -9,6 +9,7 @@ from tpcheck.cli.compare import compare
 from tpcheck.cli.faults import faults
 from tpcheck.cli.fuzz import fuzz
 from tpcheck.cli.inspect import doctor, families, topology
+from tpcheck.cli.terminal import escape_what_the_terminal_cannot_show
 from tpcheck.cli.verify import verify
 
 app = typer.Typer(
@@ -30,4 +31,5 @@ app.command(no_args_is_help=True)(fuzz)
 
 def main() -> None:
     """Entry point of the `tpcheck` command."""
+    escape_what_the_terminal_cannot_show()
     app()

@@ -21,7 +21,7 @@ def add_to(path: Path, text: str) -> None:
         TpcheckError: It could not be written.
     """
     try:
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
     except OSError as error:
         raise TpcheckError(f"{path} cannot be written: {error.strerror or error}") from error

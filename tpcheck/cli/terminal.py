@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import tempfile
@@ -18,6 +19,16 @@ from tpcheck.world.attach import is_launched
 
 BAD_USAGE = 2
 INTERRUPTED = 130  # what shells say of a command that Ctrl-C ended
+
+
+def escape_what_the_terminal_cannot_show() -> None:
+    r"""Write `\u2713` where the encoding has no such character (ASCII, Latin-1), rather than fail after a long run.
+
+    The same for names of files that are no text in that encoding.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def show(lines: Iterable[Line]) -> None:
@@ -66,7 +77,7 @@ def write_whole(path: Path, text: str) -> None:
     """
     with _told_of(str(path)):
         if is_special(path):
-            path.write_text(text, encoding="utf-8")
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
         else:
             _replace(path, text)
 
@@ -78,7 +89,12 @@ def is_special(path: Path) -> bool:
 
 def _replace(path: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.absolute().parent, prefix=f".{path.name}.", delete=False
+        "w",
+        encoding="utf-8",
+        errors="backslashreplace",  # of a file's name that is no text
+        dir=path.absolute().parent,
+        prefix=f".{path.name}.",
+        delete=False,
     ) as temporary:
         try:
             temporary.write(text)
