@@ -30,7 +30,7 @@ def rank_environ(
     world_size = str(topology.world_size)
     kept = {name: value for name, value in base.items() if not name.startswith(_FOREIGN_PREFIXES)}
     return {
-        **_defaults(),
+        **_defaults(scratch),
         **kept,
         **template_environ(device),
         "RANK": str(rank),
@@ -70,16 +70,25 @@ def apply(environ: Mapping[str, str]) -> None:
     os.environ.update(environ)
 
 
-def _defaults() -> dict[str, str]:
+def _defaults(scratch: str) -> dict[str, str]:
     """Return what the user's own environment may override."""
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return {
         # Without it an all-reduce of float32 with int32 passes silently and a shape mismatch aborts the process.
         "TORCH_DISTRIBUTED_DEBUG": "DETAIL",
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         # A killed build leaves a lock on which every later build in the same place waits for ever: keep ours apart.
-        "TORCH_EXTENSIONS_DIR": f"{cache}/tpcheck/torch_extensions",
+        "TORCH_EXTENSIONS_DIR": str((_writable_cache() or Path(scratch)) / "tpcheck" / "torch_extensions"),
         "TOKENIZERS_PARALLELISM": "false",
         # torch's TCPStore looks up its peer's name; unanswered, that takes 5 s.
         "RES_OPTIONS": "timeout:1 attempts:1",
     }
+
+
+def _writable_cache() -> Path | None:
+    """Return the folder of this user's caches; None where there is none that can be written to."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
+        existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    except (OSError, RuntimeError):  # not to be looked into; no HOME and no line in /etc/passwd
+        return None
+    return cache if os.access(existing, os.W_OK | os.X_OK) else None
