@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pwd
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tpcheck import Topology
+from tpcheck.world import template
 from tpcheck.world.environment import rank_environ
 
 TOO_LONG = "/" + 300 * "x"  # no system looks into it, not even for root
@@ -40,3 +43,41 @@ def test_extensions_are_built_in_the_worlds_folder_where_there_is_no_cache(
 
 def _unknown(uid: int) -> None:
     raise KeyError(uid)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "used"),
+    [
+        ("/tmp", "/tmp"),
+        ("/scratch/me", "/scratch/me"),
+        ("/" + 62 * "x", "/" + 62 * "x"),
+        ("/" + 63 * "x", "/tmp"),
+        ("/" + 32 * "\u00fc", "/tmp"),  # of 65 bytes
+        ("/not_text_\udcff", "/tmp"),
+    ],
+)
+def test_worlds_are_where_sockets_and_torch_can_take_the_path(chosen: str, used: str) -> None:
+    assert template._folder_for_sockets(chosen) == used
+
+
+_LOADER = """
+import torch
+from torch.utils.data import DataLoader
+from tpcheck import Topology, spawn
+
+def load(rank):
+    return sum(int(batch.sum()) for batch in DataLoader(torch.arange(8), num_workers=1))
+
+with spawn(Topology(tp=1), preload=["torch"]) as world:
+    print(world.run(load), world._template.ready().scratch)
+"""
+
+
+def test_workers_of_data_loaders_run_where_tmpdir_is_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / (100 * "x")
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    done = subprocess.run([sys.executable, "-c", _LOADER], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("(28,) /tmp/tpcheck-"), done.stderr
+    assert not Path(done.stdout.split()[-1]).exists()
+    assert list(folder.iterdir()) == []

@@ -29,6 +29,13 @@ def own_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def short_tmp() -> Iterator[Path]:
+    """A folder for temporary files in which a template keeps its worlds: paths of sockets must be short."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
 def residue(tmp: Path) -> dict[str, object]:
     """Return what a world could leave behind."""
     scratch = launcher.template("cpu").ready().scratch
@@ -131,20 +138,20 @@ def test_a_world_that_is_forgotten_ends() -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_ranks_end_with_their_controller(how: signal.Signals, tmp_path: Path) -> None:
-    pids = _die_in_the_middle(tmp_path, lambda controller, template: controller.send_signal(how))
+def test_ranks_end_with_their_controller(how: signal.Signals, short_tmp: Path) -> None:
+    pids = _die_in_the_middle(short_tmp, lambda controller, template: controller.send_signal(how))
     assert survivors(pids) == []
-    assert not list(tmp_path.glob("tpcheck-*"))
+    assert not list(short_tmp.glob("tpcheck-*"))
 
 
-def test_ranks_end_with_the_process_they_were_forked_from(tmp_path: Path) -> None:
-    pids = _die_in_the_middle(tmp_path, lambda controller, template: os.kill(template, signal.SIGKILL))
+def test_ranks_end_with_the_process_they_were_forked_from(short_tmp: Path) -> None:
+    pids = _die_in_the_middle(short_tmp, lambda controller, template: os.kill(template, signal.SIGKILL))
     assert survivors(pids) == []
-    assert not list(tmp_path.glob("tpcheck-*"))
+    assert not list(short_tmp.glob("tpcheck-*"))
 
 
-def test_a_thread_that_dies_while_it_starts_a_world_leaves_no_folder(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
+def test_a_thread_that_dies_while_it_starts_a_world_leaves_no_folder(short_tmp: Path) -> None:
+    script = short_tmp / "script.py"
     script.write_text(
         "import threading, time\n"
         "from tpcheck import Topology, spawn\n"
@@ -156,10 +163,10 @@ def test_a_thread_that_dies_while_it_starts_a_world_leaves_no_folder(tmp_path: P
         "threading.Thread(target=run, args=(print,), daemon=True).start()\n"
         "reached.wait()\n"
     )
-    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    environ = {**os.environ, "TMPDIR": str(short_tmp)}
     done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environ, check=True)
-    assert Path(done.stdout.strip()).parent.parent == tmp_path
-    assert not list(tmp_path.glob("tpcheck-*"))
+    assert Path(done.stdout.strip()).parent.parent == short_tmp
+    assert not list(short_tmp.glob("tpcheck-*"))
 
 
 def _die_in_the_middle(tmp_path: Path, kill: Callable[[subprocess.Popen[str], int], None]) -> list[int]:

@@ -26,6 +26,9 @@ from tpcheck.world.cleanup import children, descendants, end_processes, remove_t
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+# Linux takes 107 bytes as the path of a socket, macOS 103; multiprocessing's is 40 longer than the folder chosen here:
+# /tpcheck-abcdefgh/1234/listener-abcdefgh.
+_LONGEST_FOLDER = 63
 _ORPHANED_CHECK_S = 1.0  # the end of the controller's socket is the usual sign; a forked copy of it may hide that
 
 
@@ -44,12 +47,21 @@ def main(descriptor: int, names: Sequence[str]) -> None:
     gc.freeze()
     gc.disable()  # a collection here would touch, and so copy, the pages that all ranks share
     huge_pages.gather()
-    scratch = tempfile.mkdtemp(prefix="tpcheck-")
+    scratch = tempfile.mkdtemp(prefix="tpcheck-", dir=_folder_for_sockets(tempfile.gettempdir()))
     try:
         controller.send(messages.Ready(_num_gpus(), broken, scratch))
         _Template(controller).serve()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _folder_for_sockets(chosen: str) -> str:
+    """Return the folder for temporary files, or /tmp where torch or a socket could not take a path in it."""
+    try:
+        fits = len(chosen.encode()) <= _LONGEST_FOLDER
+    except UnicodeEncodeError:  # not text in the locale's encoding: torch's FileStore takes UTF-8 alone
+        fits = False
+    return "/tmp" if not fits and os.access("/tmp", os.W_OK | os.X_OK) else chosen
 
 
 class _World:
