@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tpcheck import Topology
-from tpcheck.world import template
+from tpcheck.world import huge_pages, template
 from tpcheck.world.environment import rank_environ
 
 TOO_LONG = "/" + 300 * "x"  # no system looks into it, not even for root
@@ -81,3 +81,13 @@ def test_workers_of_data_loaders_run_where_tmpdir_is_long(tmp_path: Path, monkey
     assert done.stdout.startswith("(28,) /tmp/tpcheck-"), done.stderr
     assert not Path(done.stdout.split()[-1]).exists()
     assert list(folder.iterdir()) == []
+
+
+def test_a_mapped_file_whose_name_is_no_text_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = tmp_path / "maps"
+    maps.write_bytes(
+        b"7f0000000000-7f0000200000 rw-p 00000000 00:00 0 \n"
+        b"7f0000200000-7f0000400000 rw-p 00000000 08:01 17   /opt/\xff/libtorch.so\n"
+    )
+    monkeypatch.setattr(huge_pages, "Path", lambda name: maps)
+    assert list(huge_pages._anonymous_regions()) == [(0x7F0000000000, 0x7F0000200000)]

@@ -25,8 +25,8 @@ def gather() -> None:
 
 def _anonymous_regions() -> Iterator[tuple[int, int]]:
     maps = Path("/proc/self/maps")
-    for line in maps.read_text().splitlines() if maps.exists() else ():
+    for line in maps.read_bytes().splitlines() if maps.exists() else ():  # paths may be no text
         addresses, permissions, _, _, inode, *_ = line.split()
-        if permissions == "rw-p" and inode == "0":
-            start, end = (int(address, 16) for address in addresses.split("-"))
+        if permissions == b"rw-p" and inode == b"0":
+            start, end = (int(address, 16) for address in addresses.split(b"-"))
             yield start, end
