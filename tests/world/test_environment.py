@@ -16,9 +16,38 @@ from tpcheck.world.environment import rank_environ
 TOO_LONG = "/" + 300 * "x"  # no system looks into it, not even for root
 
 
+def environ_of_rank_1(base: dict[str, str], scratch: str = "/tmp/world") -> dict[str, str]:
+    return rank_environ(base, topology=Topology(tp=2), rank=1, port=29400, device="cpu", scratch=scratch, extra={})
+
+
 def extensions_dir(scratch: Path) -> str:
-    environ = rank_environ({}, topology=Topology(tp=2), rank=0, port=1, device="cpu", scratch=str(scratch), extra={})
-    return environ["TORCH_EXTENSIONS_DIR"]
+    return environ_of_rank_1({}, str(scratch))["TORCH_EXTENSIONS_DIR"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RANK", "1"),
+        ("LOCAL_RANK", "1"),
+        ("WORLD_SIZE", "2"),
+        ("LOCAL_WORLD_SIZE", "2"),
+        ("LOCAL_SIZE", "2"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "29400"),
+        ("TORCHELASTIC_RUN_ID", None),
+        ("SLURM_PROCID", None),
+        ("OMPI_COMM_WORLD_LOCAL_RANK", None),
+        ("PMI_RANK", None),
+        ("PMIX_RANK", None),
+        ("MV2_COMM_WORLD_RANK", None),
+        ("MPI_LOCALRANKID", None),
+        ("GROUP_RANK", None),
+        ("NODE_RANK", None),
+        ("ACCELERATE_MIXED_PRECISION", "7"),  # an option, no place in a world
+    ],
+)
+def test_a_launcher_around_the_controller_does_not_place_ranks(name: str, value: str | None) -> None:
+    assert environ_of_rank_1({name: "7"}).get(name) == value
 
 
 def test_extensions_are_built_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from tpcheck.topology import Topology
 
-# Left over from a launcher around the controller, these would send a rank to a store that is not its own.
-_FOREIGN_PREFIXES = ("TORCHELASTIC_", "SLURM_")
+# Left over from a launcher around the controller, these would send a rank to a store that is not its own, or contradict
+# its LOCAL_RANK: DeepSpeed then raises for Open MPI's. What torchrun says of nodes is read by Lightning.
+_FOREIGN_PREFIXES = ("TORCHELASTIC_", "SLURM_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_", "PMIX_", "MPI_LOCAL")
+_FOREIGN_NAMES = {"GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"}
 
 
 WORLD_MARK = "TPCHECK_WORLD"  # its value is the world's folder; what a rank starts inherits it
@@ -28,7 +30,11 @@ def rank_environ(
 ) -> dict[str, str]:
     """Return the environment of one rank: the caller's, what launchers set, and what keeps ranks quick and honest."""
     world_size = str(topology.world_size)
-    kept = {name: value for name, value in base.items() if not name.startswith(_FOREIGN_PREFIXES)}
+    kept = {
+        name: value
+        for name, value in base.items()
+        if not name.startswith(_FOREIGN_PREFIXES) and name not in _FOREIGN_NAMES
+    }
     return {
         **_defaults(scratch),
         **kept,
