@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -39,13 +40,35 @@ def short_tmp() -> Iterator[Path]:
 def residue(tmp: Path) -> dict[str, object]:
     """Return what a world could leave behind."""
     scratch = launcher.template("cpu").ready().scratch
-    shm = {path.name for path in _SHM.iterdir()} if _SHM.is_dir() else set()
     return {
         "processes": len(psutil.Process().children(recursive=True)),
         "descriptors": psutil.Process().num_fds(),
-        "shared memory": {name for name in shm if not name.startswith("pym-")},
+        "shared memory": segments_without_a_process(),
         "files": sorted(path.name for folder in (tmp, Path(scratch)) for path in folder.iterdir()),
     }
+
+
+def segments_without_a_process() -> set[str]:
+    """Return the shared memory that nobody has mapped: other tests and programs on this machine have their own."""
+    there = {path.name for path in _SHM.iterdir()} if _SHM.is_dir() else set()
+    mapped = set()
+    for maps in Path("/proc").glob("[0-9]*/maps") if there else ():
+        with suppress(OSError):  # ended meanwhile, or another user's
+            lines = os.fsdecode(maps.read_bytes()).splitlines()
+            mapped |= {Path(line.split(maxsplit=5)[-1]).name for line in lines if str(_SHM) in line}
+    return {name for name in there - mapped if not name.startswith("pym-") and (_SHM / name).exists()}
+
+
+def test_segments_of_other_processes_are_not_left_by_a_world() -> None:
+    from multiprocessing.shared_memory import SharedMemory
+
+    if not _SHM.is_dir():
+        pytest.skip("no /dev/shm here")
+    segment = SharedMemory(create=True, size=4096)
+    assert segment.name not in segments_without_a_process()
+    segment.close()
+    assert segment.name in segments_without_a_process()
+    segment.unlink()
 
 
 def survivors(pids: list[int], *, within_s: float = 5) -> list[str]:
