@@ -30,4 +30,6 @@ def test_the_examples_of_a_module_run(name: str) -> None:
 
 
 def test_the_modules_of_integers_have_examples() -> None:
-    assert {"tpcheck.topology", "tpcheck.placement", "tpcheck.errors"} <= {module_of(path) for path in EXAMPLES}
+    assert {"tpcheck.core.topology", "tpcheck.core.placement", "tpcheck.core.errors"} <= {
+        module_of(path) for path in EXAMPLES
+    }

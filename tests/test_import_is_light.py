@@ -25,7 +25,7 @@ def loaded_by(statement: str) -> set[str]:
         "import tpcheck.pytest_plugin",
         "import tpcheck.cli",
         "import tpcheck.families, tpcheck.families.rules, tpcheck.families.overrides, tpcheck.families.settings",
-        "import tpcheck.records",
+        "import tpcheck.core.findings, tpcheck.core.causes, tpcheck.numerics.evidence",
         "import tpcheck.report",
         "import tpcheck.doctor",
         "from tpcheck import Topology, UsageError, Report, Finding, RankFailure",

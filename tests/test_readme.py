@@ -46,7 +46,7 @@ def test_ci_installs_and_tests_as_the_readme_says() -> None:
 
 def test_the_finding_in_the_readme_is_one_that_reports_make() -> None:
     from tests.report.examples import GRADIENT, SUBJECT
-    from tpcheck.report.finding import finding_lines
-    from tpcheck.report.lines import as_text
+    from tpcheck.report.findings import finding_lines
+    from tpcheck.report.words import as_text
 
     assert as_text(finding_lines(GRADIENT, SUBJECT)) in README

@@ -9,58 +9,58 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tpcheck.api import compare_traces as compare_traces
-    from tpcheck.api import record as record
-    from tpcheck.api import verify as verify
-    from tpcheck.api import verify_checkpoint as verify_checkpoint
-    from tpcheck.api import verify_family as verify_family
-    from tpcheck.dataloader import check_batch as check_batch
-    from tpcheck.dataloader import watch as watch
-    from tpcheck.errors import BackendError as BackendError
-    from tpcheck.errors import BatchMismatch as BatchMismatch
-    from tpcheck.errors import CheckpointError as CheckpointError
-    from tpcheck.errors import Mismatch as Mismatch
-    from tpcheck.errors import RankFailure as RankFailure
-    from tpcheck.errors import RankOutcome as RankOutcome
-    from tpcheck.errors import TpcheckError as TpcheckError
-    from tpcheck.errors import UnevenBatches as UnevenBatches
-    from tpcheck.errors import UsageError as UsageError
-    from tpcheck.records import Finding as Finding
+    from tpcheck.batches.loader import check_batch as check_batch
+    from tpcheck.batches.loader import watch as watch
+    from tpcheck.batches.model_hook import TpcheckCallback as TpcheckCallback
+    from tpcheck.batches.model_hook import watch_model as watch_model
+    from tpcheck.checkpoints.verify import verify_checkpoint as verify_checkpoint
+    from tpcheck.core.errors import BackendError as BackendError
+    from tpcheck.core.errors import BatchMismatch as BatchMismatch
+    from tpcheck.core.errors import CheckpointError as CheckpointError
+    from tpcheck.core.errors import Mismatch as Mismatch
+    from tpcheck.core.errors import RankFailure as RankFailure
+    from tpcheck.core.errors import RankOutcome as RankOutcome
+    from tpcheck.core.errors import TpcheckError as TpcheckError
+    from tpcheck.core.errors import UnevenBatches as UnevenBatches
+    from tpcheck.core.errors import UsageError as UsageError
+    from tpcheck.core.findings import Finding as Finding
+    from tpcheck.core.topology import Topology as Topology
+    from tpcheck.model.verify import verify as verify
+    from tpcheck.model.verify import verify_family as verify_family
     from tpcheck.report import Report as Report
-    from tpcheck.topology import Topology as Topology
-    from tpcheck.trainer.callback import TpcheckCallback as TpcheckCallback
-    from tpcheck.trainer.model import watch_model as watch_model
+    from tpcheck.runs.comparing import compare_traces as compare_traces
+    from tpcheck.runs.comparing import record as record
     from tpcheck.world import Rank as Rank
     from tpcheck.world import World as World
     from tpcheck.world import attach as attach
     from tpcheck.world import spawn as spawn
 
 _HOME = {
-    "BackendError": "errors",
-    "BatchMismatch": "errors",
-    "CheckpointError": "errors",
-    "Finding": "records",
-    "Mismatch": "errors",
+    "BackendError": "core.errors",
+    "BatchMismatch": "core.errors",
+    "CheckpointError": "core.errors",
+    "Finding": "core.findings",
+    "Mismatch": "core.errors",
     "Rank": "world",
-    "RankFailure": "errors",
-    "RankOutcome": "errors",
+    "RankFailure": "core.errors",
+    "RankOutcome": "core.errors",
     "Report": "report",
-    "Topology": "topology",
-    "TpcheckCallback": "trainer.callback",
-    "TpcheckError": "errors",
-    "UnevenBatches": "errors",
-    "UsageError": "errors",
+    "Topology": "core.topology",
+    "TpcheckCallback": "batches.model_hook",
+    "TpcheckError": "core.errors",
+    "UnevenBatches": "core.errors",
+    "UsageError": "core.errors",
     "World": "world",
     "attach": "world",
-    "check_batch": "dataloader",
-    "compare_traces": "api",
-    "record": "api",
+    "check_batch": "batches.loader",
+    "compare_traces": "runs.comparing",
+    "record": "runs.comparing",
     "spawn": "world",
-    "verify": "api",
-    "verify_checkpoint": "api",
-    "verify_family": "api",
-    "watch": "dataloader",
-    "watch_model": "trainer.model",
+    "verify": "model.verify",
+    "verify_checkpoint": "checkpoints.verify",
+    "verify_family": "model.verify",
+    "watch": "batches.loader",
+    "watch_model": "batches.model_hook",
 }
 
 __all__ = sorted(_HOME)  # the table above is the one list of names

@@ -14,12 +14,12 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["tpcheck.checkpoints", "zipfile", "pickle", "json"]):
-    from tpcheck.adapters import ReadOptions
-    from tpcheck.checkpoints.peft import PeftFormat
-    from tpcheck.checkpoints.pytorch_files import PytorchFormat
-    from tpcheck.checkpoints.safetensors_files import SafetensorsFormat
-    from tpcheck.checkpoints.transformers_shards import TransformersShardsFormat
-    from tpcheck.errors import CheckpointError
+    from tpcheck.backends.registry import ReadOptions
+    from tpcheck.checkpoints.formats.peft import PeftFormat
+    from tpcheck.checkpoints.formats.pytorch_files import PytorchFormat
+    from tpcheck.checkpoints.formats.safetensors_files import SafetensorsFormat
+    from tpcheck.checkpoints.formats.transformers_shards import TransformersShardsFormat
+    from tpcheck.core.errors import CheckpointError
 
 import torch
 from safetensors.torch import save, save_file

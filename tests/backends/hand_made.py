@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from tpcheck.placement import Placement, Shard
+from tpcheck.core.placement import Placement, Shard
 
 VOCABULARY, WIDTH, HIDDEN = 32, 16, 24
 LAYOUT: dict[str, Placement] = {

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tpcheck.faults import Live
+from tpcheck.lab.faults.fault import Live
 
 VOCABULARY = 64
 
@@ -31,7 +31,7 @@ def gpt(**settings: Any) -> Any:
 
 
 def build() -> nn.Module:
-    from tpcheck.backends.megatron import TokenLoss
+    from tpcheck.backends.megatron.token_loss import TokenLoss
 
     return TokenLoss(gpt())
 

@@ -8,10 +8,11 @@ import torch
 
 from tests.backends import megatron_models
 from tests.backends.hand_made import LAYOUT, Model, shard, tokens
-from tpcheck.adapters import Backend, backend_names
 from tpcheck.backends.custom import CustomBackend
-from tpcheck.backends.dtensor import DTensorBackend
-from tpcheck.testing import require_conformance
+from tpcheck.backends.dtensor.backend import DTensorBackend
+from tpcheck.backends.protocols import Backend
+from tpcheck.backends.registry import backend_names
+from tpcheck.testing.conformance import require_conformance
 
 OURS: Mapping[str, dict[str, Any]] = {
     "custom": {"backend": CustomBackend(shard, LAYOUT), "build": Model, "batch": tokens},

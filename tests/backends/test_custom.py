@@ -13,7 +13,7 @@ import tpcheck
 from tests.backends.hand_made import LAYOUT, Model, shard, shard_without_reduce, tokens
 from tpcheck import Topology, UsageError
 from tpcheck.backends.custom import CustomBackend
-from tpcheck.placement import Partial, Replicate, Shard
+from tpcheck.core.placement import Partial, Replicate, Shard
 
 verified = partial(tpcheck.verify, Model, tokens, topology=Topology(tp=2), timeout=120)
 
@@ -62,7 +62,7 @@ def test_the_norm_of_ones_own_clipping_is_verified() -> None:
         ),
         ({**LAYOUT, "layer.*": Shard(0)}, r"layout='layer.\*': expected a pattern of parameter names, such as embed"),
         ({**LAYOUT, "layers.*.norm.weight": Shard(1)}, r"expected a dim of \(16,\)"),
-        ({**LAYOUT, "embed.weight": Partial()}, r"expected tpcheck.placement.Shard or Replicate"),
+        ({**LAYOUT, "embed.weight": Partial()}, r"expected tpcheck.core.placement.Shard or Replicate"),
         ({"*": Shard(0, blocks=7)}, r"blocks=7: expected a divisor of"),
     ],
 )

@@ -13,8 +13,8 @@ from torch import nn
 import tpcheck
 from tests.backends import megatron_models as models
 from tpcheck import Rank, Report, Topology, UsageError, World
-from tpcheck.faults import Live, PlantedBackend
-from tpcheck.placement import Shard
+from tpcheck.core.placement import Shard
+from tpcheck.lab.faults.fault import Live, PlantedBackend
 
 pytest.importorskip("megatron.core")
 
@@ -89,9 +89,10 @@ def test_label_smoothing_over_the_local_vocabulary_is_found(world: World) -> Non
 
 
 def marks_tell(rank: Rank) -> bool:
-    from tpcheck.adapters import TrainingOptions, layouts_of
-    from tpcheck.backends.megatron import MegatronBackend
-    from tpcheck.backends.megatron.groups import entered, of_topology
+    from tpcheck.backends.megatron.backend import MegatronBackend
+    from tpcheck.backends.megatron.candidate import entered, of_topology
+    from tpcheck.backends.protocols import TrainingOptions
+    from tpcheck.backends.registry import layouts_of
 
     backend, options = MegatronBackend(), TrainingOptions(dtype=torch.float32, rebuild=models.build)
     with backend.session(options):
@@ -108,7 +109,7 @@ def test_the_marks_alone_tell_the_layouts_of_a_live_model(world: World) -> None:
 
 
 def test_shards_are_cut_as_their_marks_say() -> None:
-    from tpcheck.backends.megatron.layouts import layouts
+    from tpcheck.backends.megatron.backend import layouts
 
     shards = nn.Linear(4, 6)
     for name, value in {"tensor_model_parallel": True, "partition_dim": 0, "partition_stride": 3}.items():
@@ -126,7 +127,7 @@ def test_shards_are_cut_as_their_marks_say() -> None:
     ],
 )
 def test_a_model_that_is_another_at_another_size_is_refused(whole: nn.Module, message: str) -> None:
-    from tpcheck.backends.megatron.layouts import layouts
+    from tpcheck.backends.megatron.backend import layouts
 
     with pytest.raises(UsageError, match=message):
         layouts(nn.Linear(4, 6), whole, PLACE)
@@ -151,8 +152,8 @@ def test_families_are_refused() -> None:
     ],
 )
 def test_what_cannot_be_verified_is_refused(options: dict[str, Any], message: str) -> None:
-    from tpcheck.adapters import TrainingOptions
-    from tpcheck.backends.megatron import MegatronBackend
+    from tpcheck.backends.megatron.backend import MegatronBackend
+    from tpcheck.backends.protocols import TrainingOptions
 
     with pytest.raises(UsageError, match=message):
         MegatronBackend().resolved(TrainingOptions(dtype=torch.float64, **options))

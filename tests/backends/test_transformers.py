@@ -7,7 +7,7 @@ import pytest
 
 import tpcheck
 from tpcheck import Topology, UsageError
-from tpcheck.backends.transformers import TransformersBackend
+from tpcheck.backends.transformers.backend import TransformersBackend
 
 verified = partial(tpcheck.verify_family, backend="transformers", timeout=180)
 TP = Topology(tp=2)

@@ -1,12 +1,12 @@
-"""Tensors of every kind, on which the table of faults of `tpcheck.faults.checkpoint` is planted."""
+"""Tensors of every kind, on which the table of faults of `tpcheck.lab.faults.checkpoint` is planted."""
 
 from __future__ import annotations
 
 import torch
 
-from tpcheck.faults.checkpoint import FAULTS as OF_MODELS
-from tpcheck.faults.checkpoint import CheckpointFault
-from tpcheck.faults.damage import Damage, plain
+from tpcheck.lab.faults.checkpoint import FAULTS as OF_MODELS
+from tpcheck.lab.faults.checkpoint import CheckpointFault
+from tpcheck.lab.faults.damage import Damage, plain
 
 Tensors = dict[str, torch.Tensor]
 

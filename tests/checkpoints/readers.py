@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from tpcheck.adapters import Checkpoint, CheckpointFormat, ReadOptions
-from tpcheck.checkpoints.live import LiveFormat
-from tpcheck.checkpoints.peft import PeftFormat
-from tpcheck.checkpoints.pytorch_files import PytorchFormat
-from tpcheck.checkpoints.safetensors_files import SafetensorsFormat
-from tpcheck.checkpoints.transformers_shards import TransformersShardsFormat
+from tpcheck.backends.registry import Checkpoint, CheckpointFormat, ReadOptions
+from tpcheck.checkpoints.formats.live import LiveFormat
+from tpcheck.checkpoints.formats.peft import PeftFormat
+from tpcheck.checkpoints.formats.pytorch_files import PytorchFormat
+from tpcheck.checkpoints.formats.safetensors_files import SafetensorsFormat
+from tpcheck.checkpoints.formats.transformers_shards import TransformersShardsFormat
 
 FORMATS: tuple[CheckpointFormat, ...] = (
     LiveFormat(),

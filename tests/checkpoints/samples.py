@@ -16,7 +16,7 @@ import torch
 
 import tpcheck
 from tpcheck import Topology
-from tpcheck.adapters import Checkpoint, ReadOptions, checkpoint_formats
+from tpcheck.backends.registry import Checkpoint, ReadOptions, checkpoint_formats
 
 State = dict[str, torch.Tensor]
 
@@ -167,9 +167,9 @@ def _save(
 ) -> Any:
     import deepspeed
 
-    from tpcheck.adapters import TrainingOptions
     from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate
     from tpcheck.backends.deepspeed.config import deepspeed_config, merged
+    from tpcheck.backends.protocols import TrainingOptions
 
     model = random_model(model_type, settings or {}).to(getattr(torch, dtype))
     model.register_buffer("counter", torch.arange(3))

@@ -12,13 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoints.samples import bits_equal
-from tpcheck.adapters import ReadOptions
-from tpcheck.checkpoints.deepspeed_training.boxes import Box, LayoutError, require_tiling
-from tpcheck.checkpoints.deepspeed_training.layouts import Layouts
-from tpcheck.checkpoints.deepspeed_training.merged import Merged
-from tpcheck.checkpoints.deepspeed_training.shards import Shard
-from tpcheck.checkpoints.files import Files
-from tpcheck.checkpoints.pickles import load
+from tpcheck.backends.registry import ReadOptions
+from tpcheck.checkpoints.formats.deepspeed.boxes import Box, LayoutError, require_tiling
+from tpcheck.checkpoints.formats.deepspeed.layouts import Layouts
+from tpcheck.checkpoints.formats.deepspeed.shards import Merged, Shard
+from tpcheck.checkpoints.formats.files import Files
+from tpcheck.checkpoints.formats.torch_files import load
 
 quick = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

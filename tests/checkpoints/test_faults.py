@@ -12,9 +12,9 @@ from torch.distributed import checkpoint as dcp
 
 from tests.checkpoints.faults import FAULTS, Tensors, drawn, earlier, is_tied, reference
 from tpcheck import verify_checkpoint
-from tpcheck.causes.checkpoint.explain import _TESTS as OF_TENSORS
-from tpcheck.causes.checkpoint.layouts import _TESTS as OF_LAYOUTS
-from tpcheck.faults.checkpoint import CheckpointFault
+from tpcheck.lab.faults.checkpoint import CheckpointFault
+from tpcheck.numerics.exact.explain import _TESTS as OF_TENSORS
+from tpcheck.numerics.exact.layouts import _TESTS as OF_LAYOUTS
 
 
 def as_safetensors(tensors: Tensors, folder: Path) -> Path:
@@ -120,7 +120,7 @@ def test_all_tensors_of_one_rank_are_one_story() -> None:
 
 @pytest.mark.parametrize("test", [*OF_TENSORS, *OF_LAYOUTS], ids=lambda test: test.__name__)
 def test_every_test_of_a_cause_is_needed(test: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tpcheck.causes.checkpoint import explain, layouts
+    from tpcheck.numerics.exact import explain, layouts
 
     monkeypatch.setattr(explain, "_TESTS", tuple(one for one in OF_TENSORS if one is not test))
     monkeypatch.setattr(layouts, "_TESTS", tuple(one for one in OF_LAYOUTS if one is not test))

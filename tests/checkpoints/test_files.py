@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tpcheck.checkpoints import files as files_module
-from tpcheck.checkpoints.files import Files, inside
-from tpcheck.errors import CheckpointError
+from tpcheck.checkpoints.formats import files as files_module
+from tpcheck.checkpoints.formats.files import Files, inside
+from tpcheck.core.errors import CheckpointError
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints.readers import contents, opened, same, tensor, view, write_safetensors, write_torch_zip
-from tpcheck.errors import CheckpointError
+from tpcheck.core.errors import CheckpointError
 
 STATE = {"a.weight": torch.arange(24.0).reshape(6, 4), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(7)}
 SHARD = "shard-0000{}-model-00001-of-00001.safetensors"

@@ -12,7 +12,7 @@ import pytest
 
 from tests.checkpoints.hostile import HOSTILE, RUN, SLOW
 from tests.checkpoints.readers import opened
-from tpcheck.errors import CheckpointError
+from tpcheck.core.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tpcheck
 from tests.checkpoints.readers import contents, opened, same
 from tpcheck import Topology
-from tpcheck.adapters import ReadOptions
-from tpcheck.checkpoints.live import LiveFormat
-from tpcheck.errors import CheckpointError
+from tpcheck.backends.registry import ReadOptions
+from tpcheck.checkpoints.formats.live import LiveFormat
+from tpcheck.core.errors import CheckpointError
 
 
 def llama(**settings) -> LlamaForCausalLM:

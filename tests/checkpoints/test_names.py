@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tpcheck import verify_checkpoint
+from tpcheck.checkpoints.names import match_names
 from tpcheck.families.build import small_model
-from tpcheck.verification.checkpoint.naming import match_names
 
 FAMILIES = ("llama", "gemma3_text", "gpt2", "gpt_neox", "mixtral", "mamba")
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.checkpoints.readers import contents, opened, same
-from tpcheck.errors import CheckpointError
+from tpcheck.core.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")

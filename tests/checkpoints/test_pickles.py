@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.checkpoints.readers import Calls, bits
-from tpcheck.adapters import ReadOptions
-from tpcheck.checkpoints import pickles
-from tpcheck.checkpoints.files import Files
-from tpcheck.checkpoints.inert import Inert
-from tpcheck.checkpoints.stored import StoredTensor
-from tpcheck.errors import CheckpointError
+from tpcheck.backends.registry import ReadOptions
+from tpcheck.checkpoints.formats import torch_files
+from tpcheck.checkpoints.formats.files import Files
+from tpcheck.checkpoints.formats.stored import StoredTensor
+from tpcheck.checkpoints.formats.unpickler import Inert
+from tpcheck.core.errors import CheckpointError
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.int64,
@@ -53,7 +53,7 @@ def test_every_dtype_is_read_to_the_bit(save, files, dtype):
     expected = (
         torch.randint(0, 2, (3, 4, 16), dtype=torch.uint8).view(dtype) if dtype != torch.bool else torch.eye(3) > 0
     )
-    stored = pickles.load(save({"a": expected}), files, ReadOptions())["a"]
+    stored = torch_files.load(save({"a": expected}), files, ReadOptions())["a"]
     assert (stored.shape, stored.dtype) == (tuple(expected.shape), dtype)
     assert torch.equal(bits(whole(stored, files)), bits(expected))
 
@@ -64,7 +64,7 @@ def test_views_are_read_as_they_are_strided(save, files):
         "scalar": base[1, 2, 3], "row": base[1], "column": base[:, 2], "step": base[:, ::2, 1::3], "turned": base.mT,
         "permuted": base.permute(2, 0, 1), "expanded": base[0, :1].expand(6, 5), "empty": base[:, 4:], "whole": base,
     }  # fmt: skip
-    stored = pickles.load(save(views), files, ReadOptions())
+    stored = torch_files.load(save(views), files, ReadOptions())
     for name, view in views.items():
         assert torch.equal(whole(stored[name], files), view), name
         assert (stored[name].extent() is not None) == view.is_contiguous(), name
@@ -74,15 +74,15 @@ def test_views_are_read_as_they_are_strided(save, files):
 
 def test_an_extent_is_where_the_bytes_are(save, files):
     expected = torch.randn(7, 3)
-    stored = pickles.load(save({"a": torch.randn(5), "b": expected[2:]}), files, ReadOptions())["b"]
+    stored = torch_files.load(save({"a": torch.randn(5), "b": expected[2:]}), files, ReadOptions())["b"]
     extent = stored.extent()
     assert extent.path.read_bytes()[extent.offset : extent.offset + extent.nbytes] == bytes(bits(expected[2:]).tolist())
 
 
 def test_a_transposed_tensor_is_read_in_bounded_spans(save, files, monkeypatch):
-    monkeypatch.setattr("tpcheck.checkpoints.stored.SPAN", 256)
+    monkeypatch.setattr("tpcheck.checkpoints.formats.stored.SPAN", 256)
     expected = torch.randn(50, 40)
-    stored = pickles.load(save({"a": expected.t()}), files, ReadOptions())["a"]
+    stored = torch_files.load(save({"a": expected.t()}), files, ReadOptions())["a"]
     assert torch.equal(stored.read(files, range(10, 13)), expected.t()[10:13])
 
 
@@ -97,7 +97,7 @@ def test_any_strided_view_is_read(data, tmp_path_factory):
     torch.save(view, path)
     files = Files()
     try:
-        assert torch.equal(whole(pickles.load(path, files, ReadOptions()), files), view)
+        assert torch.equal(whole(torch_files.load(path, files, ReadOptions()), files), view)
     finally:
         files.close()
 
@@ -113,7 +113,7 @@ def test_structure_and_parameters_are_plain(save, files):
         "step": 3, "lr": 0.5, "name": "n", "raw": b"\x00\xff", "shape": torch.Size([1, 2]), "dtype": torch.bfloat16,
         "list": [1, (2, None, True)], "set": {1, 2},
     }  # fmt: skip
-    loaded = pickles.load(save(saved), files, ReadOptions())
+    loaded = torch_files.load(save(saved), files, ReadOptions())
     assert loaded["model"]["w"].shape == (2,)
     assert loaded["model"]["b"].shape == (1,)
     assert {key: loaded[key] for key in saved if key != "model"} == {key: saved[key] for key in saved if key != "model"}
@@ -121,7 +121,7 @@ def test_structure_and_parameters_are_plain(save, files):
 
 def test_equal_views_of_one_storage_are_equal(save, files):
     weight = nn.Parameter(torch.randn(4, 4))
-    loaded = pickles.load(
+    loaded = torch_files.load(
         save({"a": weight, "b": weight, "t": weight.t(), "c": weight.detach().clone()}), files, ReadOptions()
     )
     assert loaded["a"] == loaded["b"]
@@ -129,7 +129,7 @@ def test_equal_views_of_one_storage_are_equal(save, files):
 
 
 def test_tensors_without_plain_bytes_are_kept_as_records(save, files):
-    loaded = pickles.load(
+    loaded = torch_files.load(
         save(
             {
                 "a": torch.eye(2).to_sparse(),
@@ -149,14 +149,14 @@ def test_what_torch_does_not_allow_is_refused_by_name_and_not_run(save, files, t
     with pytest.raises(
         CheckpointError, match=r"running types.SimpleNamespace, posix.system: .*--allow-pickle"
     ) as caught:
-        pickles.load(save(structure), files, ReadOptions())
+        torch_files.load(save(structure), files, ReadOptions())
     assert str(caught.value).count("\n") == 0
     assert not (tmp_path / "ran").exists()
 
 
 def test_classes_that_the_caller_wants_become_records(save, files):
     structure = {"a": torch.ones(2), "b": SimpleNamespace(x=1)}
-    loaded = pickles.load(save(structure), files, ReadOptions(), inert=["types.*"])
+    loaded = torch_files.load(save(structure), files, ReadOptions(), inert=["types.*"])
     assert loaded["b"].name == "types.SimpleNamespace"
     assert loaded["b"].state == {"x": 1}
 
@@ -168,7 +168,7 @@ def test_allowed_pickles_are_unpickled_in_a_process_of_their_own(save, files, tm
         "model": nn.Linear(2, 2), "b": SimpleNamespace(x=shared), "c": shared,
         "pid": Calls(os.getpid, ()), "ran": Calls(os.system, (f"touch {tmp_path}/ran",)),
     }  # fmt: skip
-    loaded = pickles.load(save(structure), files, ReadOptions(allow_pickle=True))
+    loaded = torch_files.load(save(structure), files, ReadOptions(allow_pickle=True))
     assert torch.equal(whole(loaded["model"]["weight"], files), structure["model"].weight)
     assert loaded["b"]["x"] == loaded["c"]
     assert loaded["pid"] != os.getpid()
@@ -181,10 +181,10 @@ def test_allowed_pickles_are_unpickled_in_a_process_of_their_own(save, files, tm
 @pytest.mark.parametrize("save", ["zip"], indirect=True)
 def test_a_pickle_that_fails_when_it_is_allowed_is_one_sentence(save, files):
     with pytest.raises(CheckpointError, match=r"could not be unpickled: .*ZeroDivisionError") as caught:
-        pickles.load(save(Calls(eval, ("1/0",))), files, ReadOptions(allow_pickle=True))
+        torch_files.load(save(Calls(eval, ("1/0",))), files, ReadOptions(allow_pickle=True))
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_needs_no_classes_starts_no_process_though_it_may(save, files, monkeypatch):
     monkeypatch.delattr("subprocess.run")
-    pickles.load(save({"a": torch.ones(2)}), files, ReadOptions(allow_pickle=True))
+    torch_files.load(save({"a": torch.ones(2)}), files, ReadOptions(allow_pickle=True))

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from tests.checkpoints.readers import contents, opened, same
-from tpcheck.checkpoints.pytorch_files import PytorchFormat
-from tpcheck.errors import CheckpointError
+from tpcheck.checkpoints.formats.pytorch_files import PytorchFormat
+from tpcheck.core.errors import CheckpointError
 
 STATE = {"a.weight": torch.randn(4, 3), "a.bias": torch.randn(4), "steps": torch.tensor(7)}
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.checkpoints.readers import contents, opened, same, tensor
-from tpcheck.checkpoints.safetensors_files import SafetensorsFormat
-from tpcheck.errors import CheckpointError
+from tpcheck.checkpoints.formats.safetensors_files import SafetensorsFormat
+from tpcheck.core.errors import CheckpointError
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.int32, torch.int16,

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tpcheck
 from tests.checkpoints.readers import contents, opened, same
 from tpcheck import Topology
-from tpcheck.errors import CheckpointError
+from tpcheck.core.errors import CheckpointError
 
 FIRST = "shard-00001-model-00001-of-00001.safetensors"
 SECOND = "shard-00002-model-00001-of-00001.safetensors"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tpcheck.report import Report
+from tpcheck.report.report import Report
 
 Verify = Callable[..., Report]
 
@@ -23,9 +23,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         from tpcheck.cli import app
 
         if verify_family is not None:
-            api = ModuleType("tpcheck.api")
-            api.verify_family = verify_family  # type: ignore[attr-defined]
-            monkeypatch.setitem(sys.modules, "tpcheck.api", api)
+            stub = ModuleType("tpcheck.model.verify")
+            stub.verify_family = verify_family  # type: ignore[attr-defined]
+            monkeypatch.setitem(sys.modules, "tpcheck.model.verify", stub)
         return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
     return run

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.report.fault_examples import ALARM, CLEAN, ELSEWHERE, MISSED, RIGHT
-from tpcheck.api import fault_table
-from tpcheck.api.fault_table import Task
-from tpcheck.records.caught import CONTROL, Caught
+from tests.lab.faults.fault_examples import ALARM, CLEAN, ELSEWHERE, MISSED, RIGHT
+from tpcheck.lab.faults import table as fault_table
+from tpcheck.lab.faults.results import CONTROL, Caught
+from tpcheck.lab.faults.table import Task
 
 Run = Callable[..., Any]
 

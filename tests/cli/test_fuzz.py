@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
-from tests.report.fuzz_examples import ERROR, FAILED, INTERRUPTED, LAYER, NOT_TRIED, PASSED, REFUSED
-from tpcheck.api import fuzz
-from tpcheck.api.fuzz import Bounds, Common, LayerCommon, Limits
-from tpcheck.errors import TpcheckError
-from tpcheck.records.fuzzed import Outcome, Searched
+from tests.lab.fuzz.fuzz_examples import ERROR, FAILED, INTERRUPTED, LAYER, NOT_TRIED, PASSED, REFUSED
+from tpcheck.core.errors import TpcheckError
+from tpcheck.lab.fuzz import family, layers
+from tpcheck.lab.fuzz.draws import Bounds
+from tpcheck.lab.fuzz.family import Common
+from tpcheck.lab.fuzz.layers import LayerCommon
+from tpcheck.lab.fuzz.results import Outcome, Searched
+from tpcheck.lab.fuzz.search import Limits
 
 Run = Callable[..., Any]
 
@@ -35,8 +38,8 @@ def search(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
             asked.update(names=names, common=common, limits=limits)
             yield from searched
 
-        monkeypatch.setattr(fuzz, "fuzz_family", fuzz_family)
-        monkeypatch.setattr(fuzz, "fuzz_layers", fuzz_layers)
+        monkeypatch.setattr(family, "fuzz_family", fuzz_family)
+        monkeypatch.setattr(layers, "fuzz_layers", fuzz_layers)
         return asked
 
     return replaced
@@ -125,5 +128,5 @@ def test_an_error_of_tpcheck_is_one_sentence(run: Run, monkeypatch: pytest.Monke
     def broken(*args: Any) -> Searched:
         raise TpcheckError("no worlds today")
 
-    monkeypatch.setattr(fuzz, "fuzz_family", broken)
+    monkeypatch.setattr(family, "fuzz_family", broken)
     assert run("fuzz", "llama").stderr == "tpcheck: no worlds today\n"

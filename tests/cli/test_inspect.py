@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-import tpcheck.doctor
-from tpcheck.doctor import Advice, Diagnosis
+import tpcheck.doctor.diagnosis
+from tpcheck.doctor.advice import Advice
+from tpcheck.doctor.diagnosis import Diagnosis
 
 Run = Callable[..., Any]
 
@@ -49,7 +50,7 @@ def test_families_are_listed_with_their_plans(run: Run) -> None:
 def diagnosed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def diagnosed(*advice: Advice) -> None:
         diagnosis = Diagnosis({"torch": "2.13.0", "deepspeed": None}, ("2 CPU cores",), advice)
-        monkeypatch.setattr(tpcheck.doctor, "diagnose", lambda config: diagnosis)
+        monkeypatch.setattr(tpcheck.doctor.diagnosis, "diagnose", lambda config: diagnosis)
 
     return diagnosed
 

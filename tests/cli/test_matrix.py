@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 
 from tests.report.examples import ERROR, FAILED, PASSED
-from tpcheck.api.matrix import Cell, Common, cells, subject
-from tpcheck.errors import UsageError
-from tpcheck.families import upstream
-from tpcheck.families.upstream import KnownBug
-from tpcheck.report import Report
-from tpcheck.report.matrix_data import stored_verdicts
+from tpcheck.core.errors import UsageError
+from tpcheck.lab import known
+from tpcheck.lab.known import KnownBug
+from tpcheck.lab.matrix.cells import Cell, Common, cells, stored_verdicts, subject
+from tpcheck.report.report import Report
 
 Run = Callable[..., Any]
 BUG = KnownBug("bad-qkv", ("bad",), "deepspeed", {}, "failed", "It is cut wrongly.", "tpcheck verify bad")
@@ -26,7 +25,7 @@ VERDICTS = {"bad": FAILED, "ugly": ERROR}
 
 @pytest.fixture(autouse=True)
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream, "register", lambda: (BUG,))
+    monkeypatch.setattr(known, "register", lambda: (BUG,))
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
 
 
@@ -154,7 +153,7 @@ def test_what_was_run_with_other_versions_is_run_again(
 ) -> None:
     file = tmp_path / "matrix.json"
     run("verify", "a", "b", "--json", str(file), verify_family=verify_family)
-    monkeypatch.setattr("tpcheck.api.matrix.package_versions", lambda: {"torch": "9.9"})
+    monkeypatch.setattr("tpcheck.lab.matrix.cells.package_versions", lambda: {"torch": "9.9"})
     assert "already" not in run("verify", "a", "b", "--json", str(file), verify_family=verify_family).stderr
 
 
@@ -239,8 +238,8 @@ def test_pages_and_junit_are_written(run: Run, tmp_path: Path) -> None:
 
 def test_the_subject_of_a_cell_is_what_the_api_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    from tpcheck.api import model
-    from tpcheck.api.matrix import arguments
+    from tpcheck.lab.matrix.cells import arguments
+    from tpcheck.model import verify
 
     seen: list[dict[str, Any]] = []
 
@@ -248,8 +247,8 @@ def test_the_subject_of_a_cell_is_what_the_api_reports(monkeypatch: pytest.Monke
         seen.append(dict(shown.subject))
         return Report(PASSED)
 
-    monkeypatch.setattr(model, "run", caught)
+    monkeypatch.setattr(verify, "run", caught)
     for common in (Common(), Common(settings={"a": 1}, config={"b": {}}, checks=["replicas_agree"], ignore_plan=True)):
         cell = Cell("llama", dp=2, zero=1, dtype="bfloat16")
-        model.verify_family(cell.family, **arguments(cell, common))
+        verify.verify_family(cell.family, **arguments(cell, common))
         assert seen.pop() == subject(cell, common)

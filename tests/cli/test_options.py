@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tpcheck.cli.options import json_object, settings, writable
-from tpcheck.errors import UsageError
+from tpcheck.core.errors import UsageError
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ except SystemExit as end:
 
 @pytest.mark.parametrize(("extra", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
 def test_no_color_is_kept(extra: dict[str, str], coloured: bool) -> None:
-    program = "from tpcheck.cli.terminal import show; from tpcheck.report.lines import plain; show([plain('x', 'red')])"
+    program = "from tpcheck.cli.terminal import show; from tpcheck.report.words import plain; show([plain('x', 'red')])"
     environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
     environment |= {"FORCE_COLOR": "1", "TERM": "xterm", **extra}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
@@ -82,7 +82,7 @@ def test_no_color_is_kept(extra: dict[str, str], coloured: bool) -> None:
 def test_what_the_encoding_does_not_have_is_escaped(encoding: str) -> None:
     program = r"""
 from tpcheck import cli
-from tpcheck.report.lines import plain
+from tpcheck.report.words import plain
 cli.app = lambda: cli.terminal.show([plain("\u2713 \u00fc \udcff")])
 cli.main()
 """

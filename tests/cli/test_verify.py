@@ -13,9 +13,9 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED
-from tpcheck.errors import RankFailure, RankOutcome, UsageError
-from tpcheck.report import Report
-from tpcheck.topology import Topology
+from tpcheck.core.errors import RankFailure, RankOutcome, UsageError
+from tpcheck.core.topology import Topology
+from tpcheck.report.report import Report
 
 Run = Callable[..., Any]
 VERDICTS = {"good": PASSED, "bad": FAILED, "ugly": ERROR, "absent": SKIPPED}

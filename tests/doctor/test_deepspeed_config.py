@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from tpcheck.doctor.deepspeed_config import RULES, config_advice
-from tpcheck.doctor.deepspeed_keys import KNOWN_KEYS, PRESETS
+from tpcheck.doctor.deepspeed import KNOWN_KEYS, PRESETS, RULES, config_advice
 
 GOOD = {
     "train_micro_batch_size_per_gpu": 1,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tpcheck.doctor.diagnosis import diagnose
-from tpcheck.doctor.leftovers import extension_caches, leaked_shared_memory, stale_locks
+from tpcheck.doctor.machine import extension_caches, leaked_shared_memory, stale_locks
 
 
 def test_a_lock_that_nobody_holds_is_stale(tmp_path: Path) -> None:

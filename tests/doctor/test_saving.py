@@ -1,4 +1,4 @@
-"""Before a run it is told what each way of saving will write; tests/verification/test_saving.py sees it written."""
+"""Before a run it is told what each way of saving will write; tests/model/test_saving.py sees it written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tpcheck.cli.inspect import doctor
-from tpcheck.doctor.saving import what_is_saved
+from tpcheck.doctor.deepspeed import what_is_saved
 
 TP2 = {"tensor_parallel": {"autotp_size": 2}}
 GATHERS = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tpcheck.errors import UsageError
+from tpcheck.core.errors import UsageError
 from tpcheck.families.settings import nest, overlay, unknown
 
 

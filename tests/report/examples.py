@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf, nan
 
-from tpcheck.records import CheckResult, Coverage, Finding, Verdict
+from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
 
 SUBJECT = {
     "family": "qwen3",

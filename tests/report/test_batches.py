@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tpcheck.records import Finding
-from tpcheck.report.finding import finding_lines
-from tpcheck.report.lines import as_text
+from tpcheck.core.findings import Finding
+from tpcheck.report.findings import finding_lines
+from tpcheck.report.words import as_text
 
 SUBJECT = {"model": "batches of DataLoader", "tp": 2, "dp": 2, "groups_from": "deepspeed.utils.groups"}
 PIXELS = Finding(
@@ -58,7 +58,7 @@ def test_a_mismatch_is_told_from_the_field_to_the_fix() -> None:
 
 
 def line_of_cause() -> str:
-    from tpcheck.report.causes import sentence
+    from tpcheck.core.causes import sentence
 
     return sentence("rng_differs_torch", None)
 

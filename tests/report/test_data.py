@@ -17,15 +17,12 @@ from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel
 
 from tests.report.examples import ERROR, FAILED, GRADIENT, OUTPUT, PASSED, SKIPPED
-from tpcheck.families.upstream import Judged
-from tpcheck.records import Verdict
-from tpcheck.report import Report
-from tpcheck.report.lines import as_text
-from tpcheck.report.matrix import matrix_lines
-from tpcheck.report.matrix_data import judged_json
-from tpcheck.report.matrix_html import matrix_html
-from tpcheck.report.matrix_junit import matrix_junit
-from tpcheck.report.matrix_markdown import matrix_markdown
+from tpcheck.core.findings import Verdict
+from tpcheck.lab.known import Judged
+from tpcheck.lab.matrix.cells import judged_json
+from tpcheck.lab.matrix.report import matrix_html, matrix_junit, matrix_lines, matrix_markdown
+from tpcheck.report.report import Report
+from tpcheck.report.words import as_text
 
 
 def test_a_finding_as_json() -> None:

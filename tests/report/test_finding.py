@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from tests.report.examples import FAILED, GRADIENT, GROUPS, NORM, OUTPUT, REPLICAS, SHAPE, SUBJECT, WEIGHT
-from tpcheck.records import Finding
-from tpcheck.report import Report
-from tpcheck.report.finding import finding_lines, place
-from tpcheck.report.lines import as_text
+from tpcheck.core.findings import Finding
+from tpcheck.report.findings import finding_lines, place
+from tpcheck.report.report import Report
+from tpcheck.report.words import as_text
 
 
 def text(finding: Finding) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED
-from tpcheck.errors import BackendError, Mismatch
-from tpcheck.report import Report
+from tpcheck.core.errors import BackendError, Mismatch
+from tpcheck.report.report import Report
 
 
 def test_only_a_run_that_agreed_has_passed() -> None:

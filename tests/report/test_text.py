@@ -7,8 +7,8 @@ from dataclasses import replace
 from rich.console import Console
 
 from tests.report.examples import ERROR, FAILED, GRADIENT, NORM, PASSED, REPLICAS, SKIPPED
-from tpcheck.records import CheckResult
-from tpcheck.report import Report
+from tpcheck.core.findings import CheckResult
+from tpcheck.report.report import Report
 
 
 def test_a_run_that_passed_says_what_was_compared() -> None:

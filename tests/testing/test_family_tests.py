@@ -10,7 +10,7 @@ MODULE = """
     from dataclasses import replace
 
     from tests.report.examples import ERROR, FAILED, PASSED
-    from tpcheck.api.matrix import Cell, Common, subject
+    from tpcheck.lab.matrix.cells import Cell, Common, subject
     from tpcheck.errors import UsageError
     from tpcheck.families import upstream
     from tpcheck.families.upstream import KnownBug
@@ -49,7 +49,7 @@ def test_cases_pass_fail_xfail_and_skip(pytester: pytest.Pytester) -> None:
 
 
 def test_lists_make_a_matrix_with_names() -> None:
-    from tpcheck.testing import family_tests
+    from tpcheck.testing.family_tests import family_tests
 
     (mark,) = family_tests(["llama", "phi3"], tp=[2, 4], zero=1).pytestmark  # type: ignore[attr-defined]
     cases = mark.args[1]

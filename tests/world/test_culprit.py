@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tpcheck.world.communication import is_communication
-from tpcheck.world.culprit import Kind, Symptom, first_failed
+from tpcheck.world.failures import Kind, Symptom, first_failed, is_communication
 
 
 @pytest.mark.parametrize(

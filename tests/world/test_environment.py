@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tpcheck import Topology
-from tpcheck.world import huge_pages, template
+from tpcheck.world import forkserver
 from tpcheck.world.environment import rank_environ
 
 TOO_LONG = "/" + 300 * "x"  # no system looks into it, not even for root
@@ -86,7 +86,7 @@ def _unknown(uid: int) -> None:
     ],
 )
 def test_worlds_are_where_sockets_and_torch_can_take_the_path(chosen: str, used: str) -> None:
-    assert template._folder_for_sockets(chosen) == used
+    assert forkserver._folder_for_sockets(chosen) == used
 
 
 _LOADER = """
@@ -118,5 +118,5 @@ def test_a_mapped_file_whose_name_is_no_text_is_no_hindrance(tmp_path: Path, mon
         b"7f0000000000-7f0000200000 rw-p 00000000 00:00 0 \n"
         b"7f0000200000-7f0000400000 rw-p 00000000 08:01 17   /opt/\xff/libtorch.so\n"
     )
-    monkeypatch.setattr(huge_pages, "Path", lambda name: maps)
-    assert list(huge_pages._anonymous_regions()) == [(0x7F0000000000, 0x7F0000200000)]
+    monkeypatch.setattr(forkserver, "Path", lambda name: maps)
+    assert list(forkserver._anonymous_regions()) == [(0x7F0000000000, 0x7F0000200000)]

@@ -18,14 +18,14 @@ def four() -> Iterator[World]:
 
 
 def exchange_of(rank: Rank, *, sockets: bool, timeout: float = 10.0):  # type: ignore[no-untyped-def]
-    from tpcheck.world import mesh
+    from tpcheck.world import exchange
     from tpcheck.world.exchange import Exchange
 
-    kept, mesh._machine = mesh._machine, mesh._machine if sockets else lambda: None
+    kept, exchange._machine = exchange._machine, exchange._machine if sockets else lambda: None
     try:
         return Exchange(rank.topology.peers(rank.rank, "tp"), axis="tp", timeout=timeout)
     finally:
-        mesh._machine = kept
+        exchange._machine = kept
 
 
 @pytest.mark.parametrize("sockets", [True, False])

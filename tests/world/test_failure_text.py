@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tpcheck import RankOutcome
-from tpcheck.world.failure_text import failure_text
+from tpcheck.world.failures import failure_text
 
 _STACK = """\
 Stack (most recent call last):

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from tpcheck.world.mesh import Alarm, Gone, Mesh
+from tpcheck.world.exchange import Alarm, Gone, Mesh
 
 MESSAGE, ALARM = b"\0", b"\1"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tpcheck.world import stacks
+from tpcheck.world import output
 
 _DUMP = """\
 Thread 0x00007f1 (most recent call first):
@@ -23,29 +23,29 @@ Extension modules: numpy.core (total: 1)
 
 
 def test_the_stack_is_that_of_the_thread_that_runs_the_function() -> None:
-    frames = stacks.main_stack(_DUMP)
+    frames = output.main_stack(_DUMP)
     assert [frame.function for frame in frames] == ["all_gather", "wrapper", "all_gather_object", "wrapper", "body"]
 
 
 def test_the_stack_ends_where_the_plugin_calls_the_test() -> None:
     main = '  File "/v/site-packages/tpcheck/world/rank_main.py"'
     dump = _DUMP.replace(main, '  File "/v/site-packages/tpcheck/pytest_plugin/body.py", line 37 in run_body\n' + main)
-    assert stacks.main_stack(dump) == stacks.main_stack(_DUMP)
+    assert output.main_stack(dump) == output.main_stack(_DUMP)
 
 
 def test_the_collective_has_the_name_its_caller_used() -> None:
-    assert stacks.collective(stacks.main_stack(_DUMP)) == "all_gather_object"
+    assert output.collective(output.main_stack(_DUMP)) == "all_gather_object"
 
 
 def test_code_outside_of_collectives_is_in_none() -> None:
-    assert stacks.collective(stacks.main_stack(_DUMP)[4:]) is None
+    assert output.collective(output.main_stack(_DUMP)[4:]) is None
 
 
 def test_a_stack_reads_like_a_traceback() -> None:
-    lines = stacks.as_traceback(stacks.main_stack(_DUMP)).splitlines()
+    lines = output.as_traceback(output.main_stack(_DUMP)).splitlines()
     assert lines[:2] == ["Stack (most recent call last):", '  File "/home/me/test_x.py", line 12, in body']
 
 
 def test_nothing_written_is_no_stack() -> None:
-    assert stacks.main_stack("") == ()
-    assert stacks.collective(()) is None
+    assert output.main_stack("") == ()
+    assert output.collective(()) is None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tpcheck.adapters import TrainingOptions
+from tpcheck.backends.protocols import TrainingOptions
 
 Parameters = Sequence[torch.Tensor]
 Clip = Callable[[Parameters, float], Any]  # parameters, largest norm -> the norm they had

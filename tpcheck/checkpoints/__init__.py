@@ -1,1 +1,1 @@
-"""Readers of checkpoints, one file for each format; found through entry points."""
+"""`tpcheck.verify_checkpoint`: is the saved model the reference, to the bit? If not, what happened to each tensor?"""

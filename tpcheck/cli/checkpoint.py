@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from tpcheck.cli.options import writable
-from tpcheck.cli.progress import bytes_bar
 from tpcheck.cli.results import tell_one
-from tpcheck.cli.terminal import BAD_USAGE, usage_errors
+from tpcheck.cli.terminal import BAD_USAGE, bytes_bar, usage_errors
 
 
 def checkpoint(
@@ -44,7 +43,9 @@ def checkpoint(
     """
     with usage_errors():
         json_, junit = writable("json", json_), writable("junit", junit)
-        from tpcheck.api import verify_checkpoint  # loads torch, which --help and bad usage need not wait for
+        from tpcheck.checkpoints.verify import (
+            verify_checkpoint,  # loads torch, which --help and bad usage need not wait for
+        )
 
         with bytes_bar("compare") as progress:
             report = verify_checkpoint(

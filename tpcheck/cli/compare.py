@@ -28,7 +28,7 @@ def compare(
     """
     with usage_errors():
         json_, junit = writable("json", json_), writable("junit", junit)
-        from tpcheck.api import compare_traces  # loads torch, which --help and bad usage need not wait for
+        from tpcheck.runs.comparing import compare_traces  # loads torch, which --help and bad usage need not wait for
 
         report = compare_traces(candidate, reference)
     told = tell_one(report, verbose=verbose, json_path=json_, junit_path=junit)

@@ -11,20 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpcheck.cli.options import writable
-from tpcheck.cli.progress import told
 from tpcheck.cli.results import all_written
-from tpcheck.cli.side_by_side import side_by_side
-from tpcheck.cli.terminal import BAD_USAGE, INTERRUPTED, note, show, usage_errors, write_whole
-from tpcheck.errors import UsageError
-from tpcheck.records.caught import Caught
-from tpcheck.records.score import Score
-from tpcheck.report.faults import fault_lines, listed_lines, row_line
-from tpcheck.report.faults_data import faults_data, faults_junit
-from tpcheck.report.faults_html import faults_html
+from tpcheck.cli.terminal import BAD_USAGE, INTERRUPTED, note, show, side_by_side, told, usage_errors, write_whole
+from tpcheck.core.errors import UsageError
+from tpcheck.lab.faults.page import faults_html
+from tpcheck.lab.faults.report import fault_lines, faults_data, faults_junit, listed_lines, row_line
+from tpcheck.lab.faults.results import Caught, Score
 from tpcheck.world.attach import is_launched
 
 if TYPE_CHECKING:
-    from tpcheck.api.fault_table import Task
+    from tpcheck.lab.faults.table import Task
 
 
 def faults(
@@ -102,7 +98,7 @@ def faults(
 def _tasks(
     names: Sequence[str], kinds: Sequence[str], dtype: str, seeds: Iterable[int], controls: bool | None
 ) -> list[Task]:
-    from tpcheck.api.fault_table import control_tasks, fault_tasks  # loads torch, which --help need not wait for
+    from tpcheck.lab.faults.table import control_tasks, fault_tasks  # loads torch, which --help need not wait for
 
     planted = fault_tasks(names, kinds, dtype=dtype, seeds=seeds)
     wanted = not names and not kinds if controls is None else controls
@@ -110,7 +106,7 @@ def _tasks(
 
 
 def _versions() -> Mapping[str, str]:
-    from tpcheck.api.fault_table import versions
+    from tpcheck.lab.faults.table import versions
 
     return versions()
 

@@ -2,17 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tpcheck.cli.fuzz_runs import LayersWanted, run_family, run_layers
 from tpcheck.cli.options import integers, json_object, names, settings, writable
-from tpcheck.cli.terminal import usage_errors
-from tpcheck.errors import UsageError
+from tpcheck.cli.results import all_written
+from tpcheck.cli.terminal import BAD_USAGE, INTERRUPTED, note, show, usage_errors, write_whole
+from tpcheck.core.errors import UsageError
+from tpcheck.lab.fuzz.report import (
+    layers_data,
+    layers_lines,
+    outcome_line,
+    searched_data,
+    searched_json,
+    searched_lines,
+    verdict_of,
+)
+from tpcheck.lab.fuzz.results import Found, Outcome, Searched
 from tpcheck.world.attach import is_launched
+
+if TYPE_CHECKING:
+    from tpcheck.lab.fuzz.draws import Bounds
+    from tpcheck.lab.fuzz.family import Common
+    from tpcheck.lab.fuzz.search import Limits
+
+
+@contextmanager
+def telling(total: int) -> Iterator[Callable[..., None]]:
+    """Yield what is to be called with each outcome.
+
+    A backend that is imported meanwhile, as DeepSpeed, may speak: standard output is for what was found alone.
+    """
+    with redirect_stdout(sys.stderr), _told(total) as told:
+        yield told
+
+
+@contextmanager
+def _told(total: int) -> Iterator[Callable[..., None]]:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda outcome, *, shrinking: note(str(outcome_line(outcome, shrinking=shrinking)))
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=total)
+
+        def told(outcome: Outcome, *, shrinking: bool) -> None:
+            ran = int(not shrinking and outcome.status != "refused")
+            progress.update(task, advance=ran, description="shrinking" if shrinking else outcome.status)
+
+        yield told
+
+
+_STATUS = {"passed": 0, "failed": 1, "skipped": BAD_USAGE, "error": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class LayersWanted:
+    """Which layers are tried: those of these names, or all; or one try of one."""
+
+    backend: str
+    names: Sequence[str]
+    trial: str | None
+    known: bool
+    timeout: float
+
+
+def run_family(family: str, bounds: Bounds, common: Common, limits: Limits, json_path: Path | None) -> int:
+    """Search a family, and return the exit status."""
+    from tpcheck.lab.fuzz.family import fuzz_family
+
+    with telling(limits.examples) as told:
+        searched = fuzz_family(family, bounds, common, limits, told)
+    writes = [lambda: show(searched_lines(searched))]
+    if json_path:
+        writes.append(lambda: write_whole(json_path, searched_json(searched_data(searched))))
+    return exit_status([searched]) if all_written(writes) else BAD_USAGE
+
+
+def run_layers(wanted: LayersWanted, bounds: Bounds, limits: Limits, json_path: Path | None) -> int:
+    """Search layers one by one, and return the exit status."""
+    from tpcheck.lab.fuzz.layers import LayerCommon, fuzz_layers, read_trial, try_one
+
+    common = LayerCommon(wanted.backend, bounds.tp, bounds.dtype, wanted.known, wanted.timeout)
+    if wanted.trial is not None:
+        trial = read_trial(wanted.trial)
+        with telling(1):
+            outcome = try_one(trial, common)
+        searched = [_of_one(outcome, {"layer": trial.layer, "backend": wanted.backend})]
+    else:
+        with telling(limits.examples) as told:
+            searched = list(fuzz_layers(wanted.names, common, limits, told))
+    writes = [lambda: show(layers_lines(searched))]
+    if json_path:
+        writes.append(lambda: write_whole(json_path, searched_json(layers_data(searched))))
+    return exit_status(searched) if all_written(writes) else BAD_USAGE
+
+
+def exit_status(searched: Sequence[Searched]) -> int:
+    """Return 1 after findings, 3 after a crash, 2 where nothing could be run, 130 for Ctrl-C before any of them."""
+    status = _STATUS[verdict_of(searched)]
+    interrupted = any(one.interrupted for one in searched)
+    return INTERRUPTED if interrupted and status in (0, BAD_USAGE) else status
+
+
+def _of_one(outcome: Outcome, subject: dict[str, str]) -> Searched:
+    found = (Found(outcome, outcome, outcome.command),) if outcome.is_bad else ()
+    return Searched(subject, (outcome,), found)
 
 
 def fuzz(
@@ -95,7 +199,9 @@ def fuzz(
         fixed, configuration = settings(set_ or []), json_object("config", config) if config is not None else {}
         sizes = {"tp": integers("tp", tp), "dp": integers("dp", dp), "zero": integers("zero", zero)}
 
-        from tpcheck.api.fuzz import Bounds, Common, Limits  # loads torch, which --help need not wait for
+        from tpcheck.lab.fuzz.draws import Bounds  # loads torch, which --help need not wait for
+        from tpcheck.lab.fuzz.family import Common
+        from tpcheck.lab.fuzz.search import Limits
 
         bounds = Bounds.of(dtype=names("dtype", dtype), **sizes)
         limits = Limits(examples, seed, shrink_seconds)

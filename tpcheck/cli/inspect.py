@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,40 @@ import typer
 
 from tpcheck.cli.options import json_object
 from tpcheck.cli.terminal import show, usage_errors
-from tpcheck.report.layout import topology_lines
-from tpcheck.topology import Topology
+from tpcheck.core.topology import Topology
+from tpcheck.families.build import Listed
+from tpcheck.lab.known import register
+from tpcheck.report.words import Line, labelled, plain
+
+
+def topology_lines(topology: Topology) -> Iterator[Line]:
+    """Yield every rank's place and every axis's groups."""
+    sizes = ", ".join(f"{axis}={size}" for axis, size in topology.sizes.items())
+    yield plain(f"world {topology.world_size}: {sizes} (the last axis is innermost)", "bold")
+    yield Line()
+    axes = tuple(topology.sizes)
+    yield plain("  rank  " + "  ".join(f"{axis:>4}" for axis in axes), "dim")
+    for rank in range(topology.world_size):
+        place = topology.coordinate(rank)
+        yield plain(f"  {rank:>4}  " + "  ".join(f"{place[axis]:>4}" for axis in axes))
+    yield Line()
+    for axis in reversed(axes):
+        groups = (f"({', '.join(map(str, group))})" for group in topology.groups(axis))
+        yield from labelled(f"{axis} groups", " ".join(groups))
+
+
+def family_lines(families: Sequence[Listed]) -> Iterator[Line]:
+    """Yield one line for each family, with its plan and its known bugs."""
+    width = max(len(one.family) for one in families)
+    for one in families:
+        bugs = [bug.name for bug in register() if one.family in bug.families]
+        plan = "tp_plan" if one.has_plan else ""
+        yield Line(
+            ((f"{one.family:<{width}}  ", ""), (f"{plan:<7}", "green"), (f"  {', '.join(bugs)}" if bugs else "", "dim"))
+        )
+    yield Line()
+    planned = sum(one.has_plan for one in families)
+    yield plain(f"{len(families)} families, {planned} with a tp_plan of their own", "dim")
 
 
 def topology(
@@ -39,13 +72,12 @@ def families(
     tpcheck families --table matrix.json
     """
     if table is not None:
-        from tpcheck.report.families_table import table_lines
+        from tpcheck.lab.matrix.report import table_lines
 
         with usage_errors():
             show(table_lines(table))
         return
-    from tpcheck.families.listing import listed  # loads transformers
-    from tpcheck.report.families import family_lines
+    from tpcheck.families.build import listed  # loads transformers
 
     with usage_errors():
         show(family_lines(listed()))
@@ -64,8 +96,7 @@ def doctor(
 
     Exit status: 0 nothing is wrong, 1 findings, 2 bad usage.
     """
-    from tpcheck.doctor import diagnose
-    from tpcheck.report.doctor import diagnosis_lines
+    from tpcheck.doctor.diagnosis import diagnose, diagnosis_lines
 
     with usage_errors():
         diagnosis = diagnose(json_object("ds_config", ds_config) if ds_config is not None else None)

@@ -2,21 +2,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
-from tpcheck.api.matrix import Cell, Common, done_before, subject
-from tpcheck.cli.journal import Journal
-from tpcheck.cli.many import Outcome, Verify, exit_status, run_all
-from tpcheck.cli.progress import told
 from tpcheck.cli.results import Files, tell
-from tpcheck.cli.terminal import BAD_USAGE, note, speaks
-from tpcheck.environment import num_cores
-from tpcheck.errors import UsageError
-from tpcheck.families.upstream import Judged, judged
-from tpcheck.report import Report
-from tpcheck.report.matrix import row_line, widths_of
+from tpcheck.cli.terminal import BAD_USAGE, note, side_by_side, speaks, told, write_whole
+from tpcheck.core.environment import num_cores
+from tpcheck.core.errors import TpcheckError, UsageError
+from tpcheck.core.findings import Verdict
+from tpcheck.lab.known import Judged, judged
+from tpcheck.lab.matrix.cells import Cell, Common, done_before, judged_json, subject, versions, whole_json
+from tpcheck.lab.matrix.report import row_line, widths_of
+from tpcheck.report.report import Report
 from tpcheck.world.attach import is_launched
+
+Verify = Callable[[Cell], Report]
+Refusal = Callable[[UsageError], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the verification of one cell ended.
+
+    Attributes:
+        cell: Which one.
+        report: Its report; a crash has one, too.
+        bad_usage: The options did not fit this cell, and it was asked for by name.
+        refused: The options did not fit this cell, and it is one combination of many.
+    """
+
+    cell: Cell
+    report: Report
+    bad_usage: bool = False
+    refused: bool = False
+
+
+def run_all(
+    cells: Sequence[Cell], verify: Verify, common: Common, jobs: int, *, skips: Refusal = lambda error: False
+) -> Iterator[Outcome]:
+    """Yield outcomes as they are reached, with at most `jobs` at a time.
+
+    Args:
+        skips: Whether a cell that cannot be run for this reason is skipped; else it is bad usage.
+    """
+    return side_by_side([partial(_outcome, cell, verify, common, skips) for cell in cells], jobs)
+
+
+def exit_status(outcomes: Sequence[Outcome], rows: Sequence[Judged], *, held: bool) -> int:
+    """Return 2 if the options did not fit some cell (or any), else 1 after findings, else 3 after a crash, else 0.
+
+    Args:
+        held: Whether what the register of known bugs expects is no finding, and what it does not expect is one.
+    """
+    if any(outcome.bad_usage for outcome in outcomes) or all(outcome.refused for outcome in outcomes):
+        return 2
+    telling = [row for row in rows if not (held and row.standing == "known")]
+    verdicts = {row.verdict.verdict for row in telling}
+    gone = held and any(row.standing == "gone" for row in telling)
+    return 1 if gone or "failed" in verdicts else 3 if "error" in verdicts else 0
+
+
+def _outcome(cell: Cell, verify: Verify, common: Common, skips: Refusal) -> Outcome:
+    start = time.monotonic()
+    try:
+        report = verify(cell)
+    except UsageError as error:
+        refused = skips(error)
+        verdict = Verdict("skipped" if refused else "error", subject(cell, common), {}, message=str(error))
+        return Outcome(cell, _with_versions(Report(verdict), cell), bad_usage=not refused, refused=refused)
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        seconds = time.monotonic() - start
+        report = Report(Verdict("error", subject(cell, common), {}, seconds=seconds, message=message))
+    return Outcome(cell, _with_versions(report, cell))
+
+
+def _with_versions(report: Report, cell: Cell) -> Report:
+    """Add the backend's versions where it crashed before it could tell them."""
+    verdict = report.verdict
+    if cell.backend in verdict.environment:
+        return report
+    return Report(replace(verdict, environment={**versions(cell.backend), **verdict.environment}))
+
+
+class Journal:
+    """Writes outcomes into a file, in the order of the cells.
+
+    Args:
+        path: The file, or None for no file.
+        cells: All cells of the run.
+    """
+
+    def __init__(self, path: Path | None, cells: Sequence[Cell]) -> None:
+        self._path = path
+        self._cells = cells
+        self._reports: dict[Cell, str] = {}
+        self._verdicts: set[str] = set()
+        self.error: TpcheckError | None = None
+
+    def kept(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+        """Yield the outcomes again, each when it is in the file."""
+        for outcome in outcomes:
+            self.add(outcome)
+            yield outcome
+
+    def add(self, outcome: Outcome) -> None:
+        """Write an outcome; a file that cannot be written is told at the end, and ends no run."""
+        verdict = outcome.report.verdict
+        self._reports[outcome.cell] = judged_json(judged(verdict))
+        self._verdicts.add(verdict.verdict)
+        self.write()
+
+    def write(self) -> None:
+        if self._path is None:
+            return
+        reports = [self._reports[cell] for cell in self._cells if cell in self._reports]
+        try:
+            write_whole(self._path, whole_json(reports, self._verdicts, len(self._cells) - len(reports)))
+            self.error = None
+        except TpcheckError as error:
+            self.error = error
+
 
 INTERRUPTED = 130  # what shells say of a command that Ctrl-C ended
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tpcheck.cli.terminal import is_special
-from tpcheck.errors import UsageError
+from tpcheck.core.errors import UsageError
 
 _WORDS = {"true": True, "false": False, "none": None}
 

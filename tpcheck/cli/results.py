@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpcheck.cli.step_summary import add_to
 from tpcheck.cli.terminal import note, show, write_whole
-from tpcheck.errors import TpcheckError
-from tpcheck.families.upstream import Judged
-from tpcheck.report import Report
-from tpcheck.report.lines import Line
-from tpcheck.report.matrix import matrix_lines, standing_lines
-from tpcheck.report.matrix_html import matrix_html
-from tpcheck.report.matrix_junit import matrix_junit
-from tpcheck.report.matrix_markdown import matrix_markdown
+from tpcheck.core.errors import TpcheckError
+from tpcheck.lab.known import Judged
+from tpcheck.lab.matrix.report import matrix_html, matrix_junit, matrix_lines, matrix_markdown, standing_lines
+from tpcheck.report.report import Report
 from tpcheck.report.text import FINDINGS_SHOWN, verdict_lines
+from tpcheck.report.words import Line
+
+
+def summary_path(asked_for: Path | None) -> Path | None:
+    """Return where a summary goes: where the user says, else where GitHub does, else nowhere."""
+    of_github = os.environ.get("GITHUB_STEP_SUMMARY")
+    return asked_for or (Path(of_github) if of_github else None)
+
+
+def add_to(path: Path, text: str) -> None:
+    """Add text to the end of a file.
+
+    Raises:
+        TpcheckError: It could not be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError as error:
+        raise TpcheckError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True, slots=True)

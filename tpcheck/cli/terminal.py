@@ -1,20 +1,33 @@
-"""Where output goes: colours and progress on a terminal, plain lines elsewhere."""
+"""Where output goes: colours and progress on a terminal, plain lines elsewhere; and running work side by side."""
 
 from __future__ import annotations
 
 import io
 import os
+import queue
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-from tpcheck.errors import TpcheckError
-from tpcheck.report.lines import Line, as_rich, as_text
+from tpcheck.core.errors import TpcheckError
+from tpcheck.report.words import Line, as_rich, as_text
 from tpcheck.world.attach import is_launched
 
 BAD_USAGE = 2
@@ -129,3 +142,61 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+Result = TypeVar("Result")
+
+
+def told(
+    results: Iterable[Result], total: int, *, name: Callable[[Result], str], line: Callable[[Result], str]
+) -> Iterator[Result]:
+    """Yield the results again: on a terminal a bar shows the name of the last, elsewhere each has its line."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        for result in results:
+            note(line(result))
+            yield result
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=total)
+        for result in results:
+            progress.update(task, advance=1, description=name(result))
+            yield result
+
+
+@contextmanager
+def bytes_bar(description: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show on a terminal how many bytes of how many are done, and how fast; elsewhere there is nothing to tell."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def side_by_side(works: Sequence[Callable[[], Result]], jobs: int) -> Iterator[Result]:
+    """Yield results as they are reached, with at most `jobs` at a time. None of the works raises."""
+    if min(jobs, len(works)) <= 1:  # in this thread, so that an interrupt reaches the world that runs
+        yield from (work() for work in works)
+        return
+    waiting: queue.SimpleQueue[Callable[[], Result]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[Result] = queue.SimpleQueue()
+    for work in works:
+        waiting.put(work)
+
+    def labour() -> None:
+        while True:
+            try:
+                work = waiting.get_nowait()
+            except queue.Empty:
+                return
+            done.put(work())
+
+    for _ in range(min(jobs, len(works))):  # daemons: after an interrupt nothing waits for them
+        threading.Thread(target=labour, daemon=True).start()
+    for _ in works:
+        yield done.get()

@@ -7,15 +7,14 @@ from typing import Annotated
 
 import typer
 
-from tpcheck.api.matrix import Cell, Common, arguments, cells
 from tpcheck.cli.matrix import Matrix, run_matrix
 from tpcheck.cli.options import integers, json_object, names, settings, writable
-from tpcheck.cli.results import Files
-from tpcheck.cli.step_summary import summary_path
+from tpcheck.cli.results import Files, summary_path
 from tpcheck.cli.terminal import usage_errors
-from tpcheck.errors import UsageError
+from tpcheck.core.errors import UsageError
 from tpcheck.families.tokens import Tokens
-from tpcheck.report import Report
+from tpcheck.lab.matrix.cells import Cell, Common, arguments, cells
+from tpcheck.report.report import Report
 
 
 def verify(
@@ -117,7 +116,7 @@ def verify(
         files = Files(writable("json", json_), writable("junit", junit), writable("html", html), summary_path(summary))
 
     def verify_one(cell: Cell) -> Report:
-        from tpcheck.api import verify_family  # loads torch, which --help and bad usage need not wait for
+        from tpcheck.model.verify import verify_family  # loads torch, which --help and bad usage need not wait for
 
         return verify_family(cell.family, **arguments(cell, common))
 

@@ -1,19 +1,25 @@
-"""Everything that can be seen without running a model."""
+"""A diagnosis as text."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tpcheck.doctor.advice import Advice
-from tpcheck.doctor.deepspeed_config import config_advice
-from tpcheck.doctor.devices import devices
-from tpcheck.doctor.leftovers import extension_caches, leaked_shared_memory, stale_locks
-from tpcheck.doctor.saving import Saved, what_is_saved
-from tpcheck.doctor.versions import bad_versions, installed_versions
+from tpcheck.doctor.deepspeed import Saved, config_advice, what_is_saved
+from tpcheck.doctor.machine import (
+    bad_versions,
+    devices,
+    extension_caches,
+    installed_versions,
+    leaked_shared_memory,
+    stale_locks,
+)
+from tpcheck.report import words
+from tpcheck.report.words import Line, labelled, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +58,29 @@ def diagnose(config: Mapping[str, Any] | None = None) -> Diagnosis:
     )
     saved = tuple(what_is_saved(config)) if config is not None else ()
     return Diagnosis(versions, devices(), advice, saved)
+
+
+def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[Line]:
+    """Yield what was seen, then what is wrong."""
+    versions = (f"{package} {version or 'is not installed'}" for package, version in diagnosis.versions.items())
+    yield from labelled("versions", ", ".join(versions))
+    yield from labelled("devices", ", ".join(diagnosis.devices))
+    if diagnosis.saved:
+        yield Line()
+        yield plain("what this configuration saves", "bold")
+        width = max(len(saved.way) for saved in diagnosis.saved)
+        for saved in diagnosis.saved:
+            yield Line(((f"  {saved.way:<{width}}  ", ""), (saved.writes, "" if saved.is_model else "yellow")))
+    for advice in diagnosis.advice:
+        yield Line()
+        yield plain(advice.rule, "bold yellow")
+        yield from labelled("what", advice.what)
+        if advice.fix:
+            yield from labelled("fix", advice.fix, "cyan")
+        if advice.link:
+            yield from labelled("see", advice.link, "dim")
+    yield Line()
+    if diagnosis.advice:
+        yield plain(words.count(len(diagnosis.advice), "finding"), "bold red")
+    else:
+        yield plain("nothing is wrong", "bold green")

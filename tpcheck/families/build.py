@@ -1,18 +1,77 @@
-"""From a family's name to a small model of it. transformers is imported at first use."""
+"""What can be said of every family without building it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tpcheck.errors import UsageError
-from tpcheck.families.heads import CAUSAL, SEQ2SEQ, type_and_head, types_of
+from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.families.overrides import OVERRIDES
 from tpcheck.families.rules import layer_count_name, small_settings
-from tpcheck.families.settings import attributes, canonical, nest, overlay
+from tpcheck.families.settings import attributes, canonical, nest, overlay, unknown
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A kind of model.
+
+    Attributes:
+        name: What follows the slash in `bart/seq2seq`.
+        auto_class: The class of transformers that builds it.
+        mapping: The table of transformers that names its types.
+    """
+
+    name: str
+    auto_class: str
+    mapping: str
+
+
+# A type that has several is built as the first of them, unless its name says otherwise.
+HEADS = (
+    Head("causal", "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    Head("seq2seq", "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+    Head("masked", "AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    Head("multimodal", "AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
+)
+CAUSAL, SEQ2SEQ = HEADS[:2]
+
+
+def types_of(head: Head) -> tuple[str, ...]:
+    """Return every model type of the installed transformers that has this head.
+
+    Raises:
+        TpcheckError: transformers is not installed.
+    """
+    try:
+        from transformers.models.auto import modeling_auto
+    except ImportError as error:
+        raise TpcheckError("families need transformers: pip install 'tpcheck[transformers]'") from error
+    names: Mapping[str, object] = getattr(modeling_auto, head.mapping, {})
+    return tuple(sorted(names))
+
+
+def type_and_head(family: str) -> tuple[str, Head]:
+    """Return the model type that a family's name means, and what it is built as: `t5`, `bart/seq2seq`.
+
+    Raises:
+        UsageError: transformers has no such type, or it has no such head.
+    """
+    name, slash, wanted = family.partition("/")
+    of_type = [head for head in HEADS if name in types_of(head)]
+    if not of_type:
+        known = {known for head in HEADS for known in types_of(head)}
+        raise UsageError("family", family, unknown("a language model type of transformers", name, known))
+    if not slash:
+        return name, of_type[0]
+    for head in of_type:
+        if head.name == wanted:
+            return name, head
+    raise UsageError("family", family, [f"{name}/{head.name}" for head in of_type])
+
 
 # Grouped matrix products refuse float64; the fused attention kernels differ in masks and ALiBi.
 _IMPLEMENTATIONS = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -95,3 +154,24 @@ def _default(config_class: Any, overrides: Mapping[str, Any]) -> Any:
 def _cannot_be_built(family: str, error: Exception) -> UsageError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return UsageError("family", family, f"settings that it can be built from ({type(error).__name__}: {reason})")
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A family and whether transformers has a tensor-parallel plan for it."""
+
+    family: str
+    has_plan: bool
+
+
+def listed() -> tuple[Listed, ...]:
+    """Return every causal language model type of the installed transformers."""
+    names = causal_types()
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return tuple(Listed(name, _has_plan(CONFIG_MAPPING[name])) for name in names)
+
+
+def _has_plan(config_class: type) -> bool:
+    nested = getattr(config_class, "sub_configs", {}).get("text_config")
+    return any(getattr(one, "base_model_tp_plan", None) for one in (config_class, nested))

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from inspect import Parameter, signature
 from typing import Any
 
-from tpcheck.errors import UsageError
+from tpcheck.core.errors import UsageError
 
 _BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tpcheck.errors import UsageError
+from tpcheck.core.errors import UsageError
 
 _FORM = "ROWSxLENGTH, with ,padded or ,strided behind it"
 

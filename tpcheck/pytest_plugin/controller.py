@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 
-from tpcheck.errors import RankOutcome, UsageError
+from tpcheck.core.errors import RankOutcome, UsageError
 from tpcheck.pytest_plugin import report
 from tpcheck.pytest_plugin.fixtures import tp_spawn
-from tpcheck.pytest_plugin.given import inner_test, is_given, run_examples
-from tpcheck.pytest_plugin.marker import WorldRequest, is_marked, marked_request, preloaded
-from tpcheck.pytest_plugin.options import options_of
-from tpcheck.pytest_plugin.runner import BodyRunner
-from tpcheck.pytest_plugin.verdict import origin_of
+from tpcheck.pytest_plugin.options import WorldRequest, is_marked, marked_request, options_of, preloaded
+from tpcheck.pytest_plugin.report import origin_of
+from tpcheck.pytest_plugin.runner import BodyRunner, inner_test, is_given, run_examples
 from tpcheck.world import launcher
 from tpcheck.world.environment import visible_gpus
 

@@ -9,7 +9,7 @@ from types import CodeType, TracebackType
 from typing import Any
 
 from tpcheck.pytest_plugin.messages import Place
-from tpcheck.world.pickling import dumps, loads, loads_or_none
+from tpcheck.world.channel import dumps, loads, loads_or_none
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,20 +2,124 @@
 
 from __future__ import annotations
 
+import inspect
+import pickle
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from functools import partial
+from contextlib import ExitStack, suppress
+from functools import partial, reduce
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 import pytest
 
-from tpcheck.errors import UsageError
-from tpcheck.pytest_plugin.call import Caller
-from tpcheck.pytest_plugin.marker import world_request
-from tpcheck.pytest_plugin.options import options_of
-from tpcheck.pytest_plugin.reference import imports_of
-from tpcheck.pytest_plugin.settings import pickled_settings
-from tpcheck.world import Rank, World
+from tpcheck.core.errors import UsageError
+from tpcheck.pytest_plugin.messages import ModuleFile, PytestSettings, TestReference
+from tpcheck.pytest_plugin.options import options_of, world_request
+from tpcheck.pytest_plugin.rank_body import Caller
+from tpcheck.world.channel import dumps
+from tpcheck.world.rank import Rank
+from tpcheck.world.world import World
+
+# What the import hook and the explanations of asserts ask for; older versions of pytest lack some.
+_INI = (
+    *("assertion_text_diff_style", "consider_namespace_packages", "enable_assertion_pass_hook", "python_files"),
+    *("truncation_limit_chars", "truncation_limit_lines", "verbosity_assertions"),
+)
+_pickled_key = pytest.StashKey[bytes]()
+
+
+def pickled_settings(config: pytest.Config) -> bytes:
+    """Return the pickled `PytestSettings` of the session, made once."""
+    if _pickled_key not in config.stash:
+        config.stash[_pickled_key] = dumps(_settings(config))
+    return config.stash[_pickled_key]
+
+
+def _settings(config: pytest.Config) -> PytestSettings:
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    return PytestSettings(
+        rootpath=str(config.rootpath),
+        invocation_dir=str(config.invocation_params.dir),
+        options={name: value for name, value in vars(config.option).items() if _is_plain(value)},
+        ini=_ini(config),
+        rewritten=_rewritten(config),
+        has_markup=terminal is not None and bool(terminal._tw.hasmarkup),
+    )
+
+
+def _ini(config: pytest.Config) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name in _INI:
+        with suppress(KeyError, ValueError):
+            values[name] = config.getini(name)
+    return values
+
+
+def _rewritten(config: pytest.Config) -> tuple[str, ...]:
+    """Return what conftests and plugins registered with `pytest.register_assert_rewrite`."""
+    hooks = [finder for finder in sys.meta_path if getattr(finder, "config", None) is config]
+    return tuple(sorted({name for hook in hooks for name in getattr(hook, "_must_rewrite", ())}))
+
+
+def _is_plain(value: object) -> bool:
+    """Tell whether ranks can load the value: by plain pickle, which reaches for no code of other plugins."""
+    try:
+        return bool(pickle.loads(pickle.dumps(value)) == value)
+    except Exception:
+        return False
+
+
+def test_reference(item: pytest.Function) -> TestReference | None:
+    """Return where the test is; None where a name does not lead to it, as for functions made by functions."""
+    module = item.getparent(pytest.Module)
+    if module is None or not isinstance(module.obj, ModuleType):
+        return None
+    names = [*(item.cls.__qualname__.split(".") if item.cls is not None else ()), item.originalname]
+    try:
+        found: Any = reduce(getattr, names, module.obj)
+    except AttributeError:
+        return None
+    if found is not item.function:
+        return None
+    return TestReference(imports_of(item), qualname=".".join(names), has_instance=has_instance(item))
+
+
+test_reference.__test__ = False  # type: ignore[attr-defined]  # its name looks like a test's
+
+
+def imports_of(item: pytest.Item) -> tuple[ModuleFile, ...]:
+    """Return the modules that ranks import as pytest does, before anything of the test is loaded there."""
+    module = item.getparent(pytest.Module)
+    if module is None or not isinstance(module.obj, ModuleType):
+        return ()
+    return (*_conftests(item), ModuleFile(str(module.path), module.obj.__name__))
+
+
+def has_instance(item: pytest.Function) -> bool:
+    """Tell whether the test is a method of an instance, rather than a function or a static or class method."""
+    return inspect.ismethod(item.obj) and not isinstance(item.obj.__self__, type)
+
+
+def _conftests(item: pytest.Item) -> tuple[ModuleFile, ...]:
+    """Return the conftests that ranks have to import themselves, outermost first.
+
+    All of them under `importlib`, where the import system would not find them by name. Otherwise those that explain
+    comparisons; the rest is imported by whoever needs it, because a conftest may be slow.
+    """
+    is_by_path = item.config.getoption("importmode") == "importlib"
+    found = [
+        ModuleFile(plugin.__file__, plugin.__name__)
+        for plugin in item.config.pluginmanager.get_plugins()
+        if isinstance(plugin, ModuleType)
+        and plugin.__file__ is not None
+        and Path(plugin.__file__).name == "conftest.py"
+        if Path(plugin.__file__).parent in item.path.parents
+        if is_by_path or hasattr(plugin, "pytest_assertrepr_compare")
+    ]
+    return tuple(sorted(found, key=lambda conftest: len(conftest.path)))
+
 
 _OUTPUT = "it sees what pytest's process prints; what ranks print is captured, and shown when the test fails"
 _PROCESS = "it changes pytest's process; make changes inside the body, as with `pytest.MonkeyPatch.context()`"

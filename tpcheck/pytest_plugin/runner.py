@@ -1,25 +1,137 @@
-"""Runs the body of one test on the ranks of its world, once or once per example."""
+"""Runs the body of one test on the ranks of its world, once or once per example of Hypothesis."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
 
-from tpcheck.errors import RankFailure, RankOutcome, TpcheckError
-from tpcheck.pytest_plugin.arguments import packed_arguments, packed_instance
-from tpcheck.pytest_plugin.body import prepare, run_body
-from tpcheck.pytest_plugin.given import inner_test
-from tpcheck.pytest_plugin.messages import Body, BodyFailed, BodyPassed
-from tpcheck.pytest_plugin.reference import has_instance, test_reference
-from tpcheck.pytest_plugin.settings import pickled_settings
-from tpcheck.pytest_plugin.verdict import exception_of
+from tpcheck.core.errors import RankFailure, RankOutcome, TpcheckError, UsageError
+from tpcheck.pytest_plugin.fixtures import STAY_BEHIND, RankPlaceholder, has_instance, pickled_settings, test_reference
+from tpcheck.pytest_plugin.messages import Argument, Body, BodyFailed, BodyPassed
+from tpcheck.pytest_plugin.rank_body import prepare, run_body
+from tpcheck.pytest_plugin.report import exception_of
 from tpcheck.pytest_plugin.warning_filters import current_filters, give_again
-from tpcheck.world import World
-from tpcheck.world.pickling import dumps
+from tpcheck.world.channel import dumps
+from tpcheck.world.world import World
+
+_SETTINGS = "_hypothesis_internal_use_settings"  # where Hypothesis's own pytest plugin changes them
+
+
+def is_given(item: pytest.Function) -> bool:
+    return bool(getattr(item.obj, "is_hypothesis_test", False)) and hasattr(item.obj, "hypothesis")
+
+
+def inner_test(item: pytest.Function) -> Callable[..., Any]:
+    """Return the function that the test's author wrote."""
+    function: Callable[..., Any] = item.obj.hypothesis.inner_test if is_given(item) else item.obj
+    return function
+
+
+def run_examples(
+    item: pytest.Function, fixtures: Mapping[str, Any], run_example: Callable[[dict[str, Any]], None]
+) -> None:
+    """Let Hypothesis call `run_example(arguments)`, by name, in place of the test; a method's `self` is left out.
+
+    `inner_test` is the place that Hypothesis documents for libraries that run tests elsewhere:
+    https://hypothesis.readthedocs.io/en/latest/extras.html#custom-function-execution
+    """
+    handle = item.obj.hypothesis
+    original = handle.inner_test
+    signature = inspect.signature(original)
+    own_name = next(iter(signature.parameters)) if inspect.ismethod(item.obj) else None
+
+    @functools.wraps(original)  # the database of failed examples goes by name and source
+    def on_ranks(*args: Any, **kwargs: Any) -> None:
+        __tracebackhide__ = True
+        bound = signature.bind(*args, **kwargs).arguments
+        run_example({name: value for name, value in bound.items() if name != own_name})
+
+    handle.inner_test = on_ranks
+    try:
+        with _without_explanation(item.obj):
+            item.obj(**fixtures)
+    finally:
+        handle.inner_test = original
+
+
+@contextmanager
+def _without_explanation(test: Any) -> Iterator[None]:
+    """Leave out the phase that explains a failure by the lines that ran: the test's own lines run elsewhere."""
+    from hypothesis import Phase, settings
+
+    function = getattr(test, "__func__", test)
+    before = getattr(function, _SETTINGS, None)
+    if before is not None:
+        phases = tuple(phase for phase in before.phases if phase is not Phase.explain)
+        setattr(function, _SETTINGS, settings(parent=before, phases=phases))
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(function, _SETTINGS, before)
+
+
+def packed_arguments(arguments: Mapping[str, Any]) -> bytes:
+    """Return the arguments as bytes, by name; pickled together, so that what two share they share on the ranks.
+
+    Raises:
+        UsageError: An argument cannot follow; says which and why.
+    """
+    for name, value in arguments.items():
+        if name in STAY_BEHIND:
+            raise UsageError(name, value, f"a fixture that can be sent to the ranks: {STAY_BEHIND[name]}")
+    own = {name: _own(value) for name, value in arguments.items()}
+    try:
+        return dumps(own)
+    except Exception as error:
+        raise _culprit(own, "argument or fixture", error) from error
+
+
+def packed_instance(attributes: Mapping[str, Any]) -> bytes:
+    """Return the attributes of a test's instance as bytes.
+
+    Raises:
+        UsageError: One does not pickle; says which and why.
+    """
+    try:
+        return dumps(dict(attributes))
+    except Exception as error:
+        raise _culprit({f"self.{name}": value for name, value in attributes.items()}, "attribute", error) from error
+
+
+def _own(value: Any) -> Any:
+    return Argument.RANK if isinstance(value, RankPlaceholder) else value
+
+
+def _culprit(values: Mapping[str, Any], what: str, error: Exception) -> UsageError:
+    for name, value in values.items():
+        own_error = _why_not(value)
+        if own_error is not None:
+            return UsageError(name, value, _sendable(what, value, own_error))
+    return UsageError("arguments", tuple(values), _sendable(what, None, error))
+
+
+def _why_not(value: Any) -> Exception | None:
+    try:
+        dumps(value)
+    except Exception as error:
+        return error
+    return None
+
+
+def _sendable(what: str, value: Any, error: Exception) -> str:
+    if type(value).__module__.startswith("hypothesis."):
+        return "a value: Hypothesis draws in pytest's process alone, so name every strategy in @given"
+    return (
+        f"an {what} that pickles, because it is made in pytest's process and sent to the ranks; "
+        f"build it in the body instead ({type(error).__name__}: {error})"
+    )
 
 
 class BodyRunner:

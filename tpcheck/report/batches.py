@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tpcheck.records import Finding
+from tpcheck.core.findings import Finding
 from tpcheck.report import words
 
 _RANKS_SHOWN = 4

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tpcheck.records import Finding, Verdict
-from tpcheck.report import causes, words
-from tpcheck.report.lines import Line, labelled, plain
+from tpcheck.core import causes
+from tpcheck.core.causes import Cause
+from tpcheck.core.findings import Finding, Verdict
+from tpcheck.report import words
+from tpcheck.report.words import Line, labelled, plain
 
 CHECK = "checkpoint_matches_reference"
 # Evidence that the phrases below use up.
@@ -62,7 +64,7 @@ def _of_all(group: Sequence[Finding]) -> Finding:
 def amount(finding: Finding) -> str | None:
     """Return what differs and by how much, or None for what other phrases say."""
     evidence = finding.evidence
-    if finding.check == CHECK and finding.cause == "replica_drift":
+    if finding.check == CHECK and finding.cause == Cause.REPLICA_DRIFT.slug:
         return "its copies differ"
     if "only_in" in evidence:
         return f"only in {'actual' if evidence['only_in'] == 'actual' else 'the reference'}"
@@ -84,7 +86,8 @@ def cause(finding: Finding) -> str:
     if finding.cause is None:
         return "unknown: no known cause passes its test"
     story = finding.evidence.get("story") or {}
-    told = _TOLD.get(finding.cause)
+    known = causes.cause_named(finding.cause)
+    told = _TOLD.get(known) if known else None
     text = told(story) if told is not None else None
     return f"{finding.cause}: {text}" if text else causes.sentence(finding.cause, None)
 
@@ -151,20 +154,20 @@ def _factor(story: Mapping[str, Any]) -> str | None:
 
 
 _TOLD = {
-    "shard_missing": _shard,
-    "shard_order_swapped": _order,
-    "shard_repeated": _order,
-    "fused_blocks_interleaved": _fused,
-    "wrong_shard_boundary": _boundary,
-    "vocab_offset_wrong": _boundary,
-    "dtype_rounded": _rounded,
-    "stale_weight": _equals,
-    "tensor_of_another_layer": _equals,
-    "tied_weight_untied": _tie,
-    "tied_weight_dropped": _tie,
-    "tensor_missing": _missing,
-    "not_sharded": _copies,
-    "bit_flipped": _flipped,
-    "replica_drift": lambda story: story.get("ranks"),
-    "duplicate_reduce": _factor,
+    Cause.SHARD_MISSING: _shard,
+    Cause.SHARD_ORDER_SWAPPED: _order,
+    Cause.SHARD_REPEATED: _order,
+    Cause.FUSED_BLOCKS_INTERLEAVED: _fused,
+    Cause.WRONG_SHARD_BOUNDARY: _boundary,
+    Cause.VOCAB_OFFSET_WRONG: _boundary,
+    Cause.DTYPE_ROUNDED: _rounded,
+    Cause.STALE_WEIGHT: _equals,
+    Cause.TENSOR_OF_ANOTHER_LAYER: _equals,
+    Cause.TIED_WEIGHT_UNTIED: _tie,
+    Cause.TIED_WEIGHT_DROPPED: _tie,
+    Cause.TENSOR_MISSING: _missing,
+    Cause.NOT_SHARDED: _copies,
+    Cause.BIT_FLIPPED: _flipped,
+    Cause.REPLICA_DRIFT: lambda story: story.get("ranks"),
+    Cause.DUPLICATE_REDUCE: _factor,
 }

@@ -9,7 +9,7 @@ from math import isfinite, prod
 from pathlib import PurePath
 from typing import Any
 
-from tpcheck.records import Finding, Verdict
+from tpcheck.core.findings import Finding, Verdict
 
 SCHEMA = 1
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")

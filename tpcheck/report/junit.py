@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable
 from xml.etree import ElementTree as ET
 
-from tpcheck.records import Finding, Verdict
+from tpcheck.core.findings import Finding, Verdict
 from tpcheck.report import words
-from tpcheck.report.finding import finding_lines, place
-from tpcheck.report.lines import as_text
+from tpcheck.report.findings import finding_lines, place
 from tpcheck.report.text import verdict_lines
+from tpcheck.report.words import as_text
 
 # XML 1.0 has no way to write other control characters, which a backend's message may hold (colours).
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

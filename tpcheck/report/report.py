@@ -6,12 +6,12 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tpcheck.errors import BackendError, Mismatch
-from tpcheck.records import Finding, Verdict
+from tpcheck.core.errors import BackendError, Mismatch
+from tpcheck.core.findings import Finding, Verdict
 from tpcheck.report.data import as_data
 from tpcheck.report.junit import as_junit
-from tpcheck.report.lines import as_rich, as_text
 from tpcheck.report.text import FINDINGS_SHOWN, verdict_lines
+from tpcheck.report.words import as_rich, as_text
 
 if TYPE_CHECKING:
     from rich.text import Text

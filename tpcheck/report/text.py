@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from tpcheck.records import Coverage, Finding, Verdict
+from tpcheck.core.findings import Coverage, Finding, Verdict
 from tpcheck.report import checkpoints, words
-from tpcheck.report.finding import finding_lines, is_consequence
-from tpcheck.report.lines import Line, labelled, plain
+from tpcheck.report.findings import finding_lines, is_consequence
+from tpcheck.report.words import Line, labelled, plain
 
 FINDINGS_SHOWN = 5
 _NAMES_SHOWN = 3

@@ -2,19 +2,190 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-from tpcheck.api.model import verify
-from tpcheck.errors import Mismatch
-from tpcheck.report import Report
-from tpcheck.topology import Topology
-from tpcheck.world import spawn
+import torch
+from torch import nn
 
-if TYPE_CHECKING:
-    from torch import nn
+from tpcheck.backends.protocols import Backend, Candidate, TrainingOptions
+from tpcheck.backends.registry import load_backend
+from tpcheck.core.errors import Mismatch
+from tpcheck.core.topology import Topology
+from tpcheck.lab.faults.fault import Live, PlantedBackend
+from tpcheck.model.verify import verify
+from tpcheck.numerics.tensors import map_tensors
+from tpcheck.report.report import Report
+from tpcheck.world.world import spawn
 
-    from tpcheck.adapters import Backend
+
+def unmet_facts(
+    rank: Any, backend: str | Backend, build: Callable[[], nn.Module], config: Mapping[str, Any]
+) -> list[str]:
+    """Return what this rank's candidate does not keep to, in words. Collective over the world."""
+    loaded = load_backend(backend)
+
+    def rebuild() -> nn.Module:
+        torch.manual_seed(0)
+        return build().to(rank.device)
+
+    options = loaded.resolved(TrainingOptions(dtype=torch.float32, config=config, rebuild=rebuild))
+    with loaded.session(options):
+        model = rebuild()
+        names = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        candidate = loaded.shard(model, rank, options)
+        told = {name: _description(layout) for name, layout in candidate.layouts().items()}
+        unmet = [
+            *_wrong_identity(loaded),
+            *_wrong_names(candidate, names),
+            *_wrong_shapes(candidate, names, rank.topology, rank.rank),
+            *_no_copies(candidate, names),
+        ]
+        everyone: tuple[Any, ...] = rank.gather(told)
+        if any(everyone[peer] != told for peer in rank.topology.peers(rank.rank, "tp")):
+            unmet.append("the ranks of a TP group tell different layouts")
+    return unmet
+
+
+def _wrong_identity(backend: Backend) -> Iterator[str]:
+    if not isinstance(backend.name, str) or not backend.name:
+        yield "the backend has no name"
+    if not all(isinstance(text, str) for item in backend.versions().items() for text in item):
+        yield "versions() is not a mapping of names to texts"
+
+
+def _wrong_names(candidate: Candidate, names: Mapping[str, Any]) -> Iterator[str]:
+    known = dict(candidate.module.named_parameters(remove_duplicate=False))
+    for name in names:
+        if name not in known:
+            yield f"{name} of the reference is no parameter of candidate.module"
+
+
+def _wrong_shapes(
+    candidate: Candidate, names: Mapping[str, tuple[int, ...]], topology: Topology, rank: int
+) -> Iterator[str]:
+    layouts = candidate.layouts()
+    tp_rank = topology.coordinate(rank)["tp"]
+    for name, shape in names.items():
+        if name not in layouts:
+            continue
+        layout = layouts[name]
+        held = tuple(candidate.parameter(name).shape)
+        if layout.shape != shape:
+            yield f"the layout of {name} is of a tensor of shape {layout.shape}, not {shape}"
+        if layout.local_shapes[tp_rank] != held:
+            yield f"parameter({name!r}) has the shape {held}, and its layout says {layout.local_shapes[tp_rank]}"
+
+
+def _no_copies(candidate: Candidate, names: Mapping[str, Any]) -> Iterator[str]:
+    name = next(iter(names))
+    before = candidate.parameter(name)
+    kept = before.detach().clone()
+    before.data.add_(1)
+    if not torch.equal(candidate.parameter(name), kept):
+        yield f"parameter({name!r}) is no copy"
+    if type(before) is not torch.Tensor:
+        yield f"parameter({name!r}) is a {type(before).__name__}, not a plain tensor"
+
+
+def _description(layout: Any) -> tuple[Any, ...]:
+    source = None if layout.source is None else tuple(layout.source.tolist())
+    return layout.shape, layout.local_shapes, source
+
+
+_SCALE = 1.01
+
+
+def planted(backend: str | Backend, fault: str) -> PlantedBackend:
+    """Return a backend whose candidates bear the fault of that name."""
+
+    def plant(live: Live) -> None:
+        live.candidate = _FAULTS[fault](live.candidate)
+
+    return PlantedBackend(plant, backend)
+
+
+def _scaled_weight(candidate: Candidate) -> Candidate:
+    with torch.no_grad():
+        _a_matrix(candidate).mul_(_SCALE)
+    return candidate
+
+
+def _scaled_output(candidate: Candidate) -> Candidate:
+    def scaled(module: nn.Module, args: Any, output: Any) -> Any:
+        return map_tensors(lambda tensor: tensor * _SCALE, output)
+
+    owner = next(one for one in candidate.module.modules() if _a_matrix(candidate) in _own(one))
+    owner.register_forward_hook(scaled)
+    return candidate
+
+
+def _scaled_gradient(candidate: Candidate) -> Candidate:
+    return _Scaling(candidate)
+
+
+def _skipped_step(candidate: Candidate) -> Candidate:
+    return _Standing(candidate)
+
+
+_FAULTS: Mapping[str, Callable[[Candidate], Candidate]] = {
+    "a scaled weight": _scaled_weight,
+    "a scaled output": _scaled_output,
+    "a scaled gradient": _scaled_gradient,
+    "a skipped step": _skipped_step,
+}
+EXPECTED: Mapping[str, str] = {
+    "a scaled weight": "weights_match_reference",
+    "a scaled output": "outputs_match_reference",
+    "a scaled gradient": "gradients_match_reference",
+    "a skipped step": "updates_match_reference",
+}
+"""The check that must find each fault."""
+
+
+class _Borne:
+    """Hands everything on to the candidate that it is put around."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        self._candidate = candidate
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._candidate, name)
+
+
+class _Scaling(_Borne):
+    """Scales what reaches the parameter, before anybody reduces it."""
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        matrix = _a_matrix(self._candidate)
+        if matrix not in getattr(self, "_hooked", ()):
+            self._hooked = {matrix}
+            matrix.register_hook(lambda gradient: gradient * _SCALE)  # type: ignore[no-untyped-call]
+        return self._candidate.forward(batch)
+
+
+class _Standing(_Borne):
+    """Does everything that a step does, and leaves the weights where they were."""
+
+    def step(self) -> None:
+        before = {name: one.detach().clone() for name, one in self._candidate.module.named_parameters()}
+        self._candidate.step()
+        with torch.no_grad():
+            for name, parameter in self._candidate.module.named_parameters():
+                parameter.copy_(before[name])
+
+
+def _a_matrix(candidate: Candidate) -> nn.Parameter:
+    """Return the last matrix that is sharded, or the last there is; that of a linear module, whose output it scales."""
+    layouts = candidate.layouts()
+    matrices = [(name, parameter) for name, parameter in candidate.module.named_parameters() if parameter.dim() == 2]
+    sharded = [one for name, one in matrices if name in layouts and not layouts[name].is_replicated]
+    return (sharded or [one for _, one in matrices])[-1]
+
+
+def _own(module: nn.Module) -> set[nn.Parameter]:
+    return set(module.parameters(recurse=False))
+
 
 TIMEOUT = 300.0
 
@@ -52,8 +223,6 @@ def backend_conformance(
     Example:
         >>> backend_conformance(MyBackend())  # doctest: +SKIP
     """
-    from tpcheck.testing.facts import unmet_facts
-    from tpcheck.testing.planting import EXPECTED, planted
 
     topology = topology or Topology(tp=2)
     build = build or _small_llama

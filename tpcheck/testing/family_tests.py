@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from tpcheck.api import verify_family
-from tpcheck.api.matrix import Cell, Common, arguments, cells, subject, versions
-from tpcheck.errors import BackendError, Mismatch, UsageError
-from tpcheck.families.upstream import judged, register
-from tpcheck.records import Verdict
-from tpcheck.report.matrix import configuration, surprise
+from tpcheck.core.errors import BackendError, Mismatch, UsageError
+from tpcheck.core.findings import Verdict
+from tpcheck.lab.known import judged, register
+from tpcheck.lab.matrix.cells import Cell, Common, arguments, cells, subject, versions
+from tpcheck.lab.matrix.report import configuration, surprise
+from tpcheck.model.verify import verify_family
 
 
 def family_tests(

@@ -1,4 +1,1 @@
-"""Hooks for training loops whose batches are seen by the model alone: any loop, transformers' and Lightning's.
-
-Importing this package loads neither torch nor any of them.
-"""
+"""Documented import path of the hooks for training loops; they live in `tpcheck.batches`. Loads no torch."""

@@ -6,8 +6,8 @@ import atexit
 import os
 from collections.abc import Mapping
 
-from tpcheck.errors import UsageError
-from tpcheck.topology import Topology
+from tpcheck.core.errors import UsageError
+from tpcheck.core.topology import Topology
 from tpcheck.world import shm_allreduce
 from tpcheck.world.groups import choose_backend, device_of, group_backend
 from tpcheck.world.rank import Rank

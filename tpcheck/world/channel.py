@@ -1,4 +1,4 @@
-"""Whole messages, with open descriptors beside them, over one Unix stream socket."""
+"""Whole messages over one Unix stream socket, with open descriptors beside them, and how values become bytes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,28 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
+
+
+def dumps(value: Any) -> bytes:
+    import cloudpickle  # type: ignore[import-untyped]
+
+    pickled: bytes = cloudpickle.dumps(value)
+    return pickled
+
+
+def loads(pickled: bytes) -> Any:
+    return pickle.loads(pickled)
+
+
+def loads_or_none(pickled: bytes | None) -> Any:
+    """Return what was pickled, None where this process cannot load it."""
+    if pickled is None:
+        return None
+    try:
+        return loads(pickled)
+    except Exception:
+        return None
+
 
 _HEADER = struct.Struct("!QB")  # bytes of the message, descriptors that travel with it
 _CHUNK = 1 << 20

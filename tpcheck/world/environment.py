@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tpcheck.topology import Topology
+from tpcheck.core.topology import Topology
 
 # Left over from a launcher around the controller, these would send a rank to a store that is not its own, or contradict
 # its LOCAL_RANK: DeepSpeed then raises for Open MPI's. What torchrun says of nodes is read by Lightning.

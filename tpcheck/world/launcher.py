@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from tpcheck.errors import TpcheckError
+from tpcheck.core.errors import TpcheckError
 from tpcheck.world import messages
 from tpcheck.world.channel import Channel
 from tpcheck.world.environment import template_environ
@@ -26,7 +26,7 @@ from tpcheck.world.preload import DEFAULT
 
 _START_LIMIT_S = 600.0  # imports from a cold disk, on a machine that runs other tests
 _BOOT = "import json, sys; d, path, names = json.loads(sys.argv[1]); sys.path[:] = path; \
-from tpcheck.world.template import main; main(d, names)"
+from tpcheck.world.forkserver import main; main(d, names)"
 
 # The one piece of state of this package: a template costs seconds to start and serves every world of the process. Keyed
 # by what is baked into it; by process, because a forked copy of the controller must not speak on the same socket.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tpcheck.topology import Topology
+from tpcheck.core.topology import Topology
 
 # controller -> template, over the template's own channel
 

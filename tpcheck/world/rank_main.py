@@ -6,20 +6,47 @@ import contextlib
 import ctypes
 import multiprocessing.process
 import os
+import random
 import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tpcheck.world import ddp_logger, environment, groups, messages, rendezvous, seeds, shm_allreduce, stacks
-from tpcheck.world.channel import Channel
-from tpcheck.world.debugger import Prompt, set_trace
-from tpcheck.world.failure import failure_of
-from tpcheck.world.pickling import dumps, loads
-from tpcheck.world.rank import Rank
+from tpcheck.world import environment, groups, messages, output, shm_allreduce
+from tpcheck.world.channel import Channel, dumps, loads
+from tpcheck.world.failures import failure_of
+from tpcheck.world.rank import Prompt, Rank, set_trace
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (CPU and GPUs)."""
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        import numpy as np
+
+        np.random.seed(seed % 2**32)  # code under test draws from the global generator
+    import torch
+
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 2.4 ms at its first call in a process
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
+
+
+def seed_of_rank(rank: int) -> int:
+    """Return a seed that no other rank has: with equal seeds, a broadcast that is missing goes unseen."""
+    return 1_000_003 * (rank + 1)
+
+
+def leave_out_under_detail() -> None:
+    """Make DDP skip its construction log, where groups are wrapped."""
+    dist: Any = import_module("torch.distributed")  # exports these names without declaring them
+    if dist.get_debug_level() == dist.DebugLevel.DETAIL:
+        dist.Logger = type("Logger", (dist.Logger,), {"set_construction_data_and_log": lambda *_, **__: None})
+
 
 _LIBC = ctypes.CDLL(None)
 
@@ -39,7 +66,7 @@ def _settle(order: messages.Fork, stdout: int, stderr: int, stack_file: int) -> 
         os.close(source)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]  # real text files here
-    stacks.dump_on_signal(stack_file)
+    output.dump_on_signal(stack_file)
     os.chdir(order.cwd)
     environment.apply(order.environ)
     sys.argv[:] = order.argv
@@ -93,12 +120,12 @@ class _RankProcess:
 
         torch.set_num_threads(1)
         _read_debug_level()
-        ddp_logger.leave_out_under_detail()
+        leave_out_under_detail()
         order = self._order
         scratch = Path(order.scratch)
-        rendezvous.serve_env(scratch)
+        groups.serve_env(scratch)
         groups.start_default_group(
-            rendezvous.store(scratch, "default", order.topology.world_size),
+            groups.store(scratch, "default", order.topology.world_size),
             rank=order.rank,
             world_size=order.topology.world_size,
             device=order.device,
@@ -131,7 +158,7 @@ class _RankProcess:
 
     def _call(self, run: messages.Run) -> Any:
         sys.stdout, sys.stderr = self._streams  # transformers points them at devnull on ranks above 0
-        seeds.seed_everything(seeds.seed_of_rank(self._order.rank) if run.seed is None else run.seed)
+        seed_everything(seed_of_rank(self._order.rank) if run.seed is None else run.seed)
         fn, args, kwargs = loads(run.call)
         return fn(self._rank, *args, **kwargs)
 

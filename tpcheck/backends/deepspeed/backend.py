@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -13,14 +13,34 @@ from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToMo
 from packaging.version import Version
 from torch import nn
 
-from tpcheck.adapters import Candidate, Layout, TrainingOptions
-from tpcheck.adapters.offers import LayerTable
-from tpcheck.adapters.protocols import RankLike
 from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate
-from tpcheck.backends.deepspeed.config import deepspeed_config, resolved
+from tpcheck.backends.deepspeed.config import OPTIONS, deepspeed_config, resolved
 from tpcheck.backends.deepspeed.layers import layouts, parallel_layers
-from tpcheck.backends.deepspeed.options import OPTIONS
-from tpcheck.backends.plan import without_plan
+from tpcheck.backends.layout import Layout
+from tpcheck.backends.protocols import Candidate, LayerTable, RankLike, TrainingOptions
+
+
+@contextmanager
+def without_plan(model: nn.Module) -> Iterator[None]:
+    """Hide every tp_plan on `model`, its submodules, their classes and configurations, while inside."""
+    with ExitStack() as stack:
+        for owner, name in _plans(model):
+            stack.enter_context(patch.object(owner, name, None))
+        yield
+
+
+def _plans(model: nn.Module) -> list[tuple[Any, str]]:
+    found: dict[tuple[int, str], tuple[Any, str]] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for owner, name in (
+            (module, "_tp_plan"),
+            (type(module), "_tp_plan"),
+            (config, "base_model_tp_plan"),
+        ):
+            if getattr(owner, name, None) is not None:
+                found[id(owner), name] = (owner, name)
+    return list(found.values())
 
 
 class DeepSpeedBackend:
@@ -38,7 +58,7 @@ class DeepSpeedBackend:
         return OPTIONS
 
     def layer_table(self) -> LayerTable:
-        from tpcheck.backends.deepspeed.layer_table import layer_table  # names that other versions do not have
+        from tpcheck.backends.deepspeed.layers import layer_table  # names that other versions do not have
 
         return layer_table()
 

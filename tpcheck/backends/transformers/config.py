@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers.distributed import DistributedConfig
 
-from tpcheck.adapters import TrainingOptions
-from tpcheck.errors import UsageError
-from tpcheck.topology import Topology
+from tpcheck.backends.protocols import TrainingOptions
+from tpcheck.core.errors import UsageError
+from tpcheck.core.topology import Topology
 
 
 def require_usual(options: TrainingOptions) -> TrainingOptions:

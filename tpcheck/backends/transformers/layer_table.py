@@ -11,8 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
-from tpcheck.adapters.offers import LayerTable, ParallelLayer
-from tpcheck.adapters.protocols import RankLike
+from tpcheck.backends.protocols import LayerTable, ParallelLayer, RankLike
 
 
 def layer_table() -> LayerTable:

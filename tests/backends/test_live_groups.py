@@ -1,0 +1,143 @@
+"""The live groups are found where their library keeps them, in a fixed order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tpcheck import Rank, RankFailure, Topology, World, spawn
+from tpcheck.backends.live_groups import LiveGroups
+
+
+@pytest.fixture(scope="module")
+def square() -> World:
+    with spawn(Topology(tp=2, dp=2), timeout=120) as world:
+        yield world
+
+
+@pytest.fixture
+def fresh() -> World:
+    with spawn(Topology(tp=2, dp=2), timeout=120) as world:
+        yield world
+
+
+EXPECTED = (((0, 1), (0, 2)), ((0, 1), (1, 3)), ((2, 3), (0, 2)), ((2, 3), (1, 3)))
+
+
+def places(found: tuple[LiveGroups, ...]) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    return tuple((each.tp, each.dp) for each in found)
+
+
+def test_a_topology_is_taken_as_it_is(square: World) -> None:
+    from tpcheck.backends.live_groups import live_groups
+
+    found = square.run(lambda rank: live_groups(topology=rank.topology))
+    assert places(found) == EXPECTED
+    assert {each.source for each in found} == {"topology"}
+    assert found[3].topology == Topology(tp=2, dp=2)
+
+
+def test_wrong_arguments_are_refused(square: World) -> None:
+    from tpcheck.backends.live_groups import live_groups
+
+    with pytest.raises(RankFailure, match=r"a tpcheck\.Topology of 4 ranks"):
+        square.run(lambda rank: live_groups(topology=Topology(tp=2)))
+    with pytest.raises(RankFailure, match=r"the ranks that the topology has for rank"):
+        square.run(lambda rank: live_groups(group=rank.group("dp"), topology=rank.topology))
+    with pytest.raises(RankFailure, match=r"group='tp': expected a torch ProcessGroup"):
+        square.run(lambda rank: live_groups(group="tp"))
+
+
+def test_where_nobody_has_groups_it_says_what_to_give(fresh: World) -> None:
+    from tpcheck.backends.live_groups import live_groups
+
+    with pytest.raises(RankFailure, match=r"a TP group \(group=\.\.\., or topology=tpcheck\.Topology"):
+        fresh.run(lambda rank: live_groups())
+
+
+def test_the_mesh_on_a_model_of_transformers(fresh: World) -> None:
+    def find(rank: Rank) -> LiveGroups:
+        from torch import nn
+        from torch.distributed import init_device_mesh
+
+        from tpcheck.backends.live_groups import live_groups
+
+        engine = nn.Module()
+        engine.module = nn.Linear(1, 1)
+        engine.module._device_mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))  # type: ignore[assignment]
+        return live_groups(model=engine)
+
+    found = fresh.run(find)
+    assert places(found) == EXPECTED
+    assert found[0].source == "the device mesh on the model"
+
+
+def test_the_groups_of_deepspeed(fresh: World) -> None:
+    def find(rank: Rank) -> LiveGroups:
+        import deepspeed
+        from deepspeed.utils import groups
+
+        from tpcheck.backends.live_groups import live_groups
+
+        deepspeed.init_distributed("gloo")
+        groups._init_tp_mesh_device(tensor_model_parallel_size=2)
+        return live_groups()
+
+    found = fresh.run(find)
+    assert places(found) == EXPECTED
+    assert found[0].source == "deepspeed.utils.groups"
+
+
+def test_the_mesh_of_accelerate(fresh: World) -> None:
+    def find(rank: Rank) -> LiveGroups:
+        from accelerate.state import AcceleratorState
+        from torch.distributed import init_device_mesh
+
+        from tpcheck.backends.live_groups import live_groups
+
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
+        AcceleratorState._shared_state["device_mesh"] = mesh
+        return live_groups()
+
+    found = fresh.run(find)
+    assert places(found) == EXPECTED
+    assert found[0].source == "accelerate's device mesh"
+
+
+def test_a_group_alone_takes_its_replicas_from_the_library_that_has_them(fresh: World) -> None:
+    def find(rank: Rank) -> LiveGroups:
+        import deepspeed
+        from deepspeed.utils import groups
+
+        from tpcheck.backends.live_groups import live_groups
+
+        deepspeed.init_distributed("gloo")
+        groups._init_tp_mesh_device(tensor_model_parallel_size=2)
+        return live_groups(group=rank.group("tp"))
+
+    assert places(fresh.run(find)) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({}, EXPECTED),
+        ({"context_parallel_size": 2}, (((0, 1), (0,)), ((0, 1), (1,)), ((2, 3), (2,)), ((2, 3), (3,)))),
+        ({"order": "dp-cp-ep-pp-tp"}, (((0, 2), (0, 1)), ((1, 3), (0, 1)), ((0, 2), (2, 3)), ((1, 3), (2, 3)))),
+    ],
+)
+def test_the_parallel_state_of_megatron(fresh: World, sizes: dict[str, Any], expected: Any) -> None:
+    pytest.importorskip("megatron.core.parallel_state")
+
+    def find(rank: Rank) -> LiveGroups:
+        from megatron.core import parallel_state
+
+        from tpcheck.backends.live_groups import live_groups
+
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=2, **sizes)
+        return live_groups()
+
+    found = fresh.run(find)
+    assert places(found) == expected
+    assert {each.source for each in found} == {"megatron.core.parallel_state"}

@@ -1,0 +1,112 @@
+"""Every leaf of a batch is found, and its digest tells any difference and nothing else."""
+
+from __future__ import annotations
+
+from collections import UserDict, namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tpcheck.batches.leaves import Digested, leaves_of
+
+Point = namedtuple("Point", "x y")
+
+
+@dataclass
+class Sample:
+    image: Any
+    label: int
+
+
+class Custom:
+    def __init__(self) -> None:
+        self.inner = torch.ones(2)
+
+
+def same(one: Any, other: Any) -> bool:
+    return Digested(one).token == Digested(other).token
+
+
+def test_leaves_stand_in_the_order_of_the_structure() -> None:
+    batch = {"b": [torch.zeros(2), Sample(torch.ones(1), 3)], "a": UserDict({1: Point(1, "x")}), "c": Custom()}
+    assert [leaf.path for leaf in leaves_of(batch)] == (
+        ["", "b", "b.0", "b.1", "b.1.image", "b.1.label", "a", "a.[1]", "a.[1].x", "a.[1].y", "c", "c.inner"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.zeros(2), torch.zeros(2, dtype=torch.float64)),
+        (torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)),
+        (torch.zeros(2, 3), torch.zeros(3, 2)),
+        (torch.tensor([0.0]), torch.tensor([-0.0])),
+        (torch.tensor([True]), torch.tensor([False])),
+        (torch.ones(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.bfloat16)),
+        (torch.ones(1, dtype=torch.complex64), torch.full((1,), 1j)),
+        (torch.full((1,), 1j), torch.full((1,), 1j).conj()),
+        (torch.eye(2).to_sparse(), torch.eye(2)),
+        (torch.eye(2).to_sparse(), 2 * torch.eye(2).to_sparse()),
+        (torch.eye(2).to_sparse_csr(), torch.eye(2).to_sparse()),
+        (torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged), torch.ones(1, 2)),
+        (np.zeros(2), np.zeros(2, dtype=np.float32)),
+        (np.zeros(2), torch.zeros(2, dtype=torch.float64)),
+        (np.array(["a"]), np.array(["b"])),
+        (np.array(["a", None], dtype=object), np.array(["a", 1], dtype=object)),
+        (np.ma.array([1, 2], mask=[0, 1]), np.ma.array([1, 2], mask=[1, 0])),
+        (1, 1.0),
+        (1, True),
+        (0.0, -0.0),
+        ("a", b"a"),
+        (None, 0),
+        ([1, 2], (1, 2)),
+        ([], {}),
+        ([[1], 2], [1, [2]]),
+        ({"a": 1}, {"b": 1}),
+        ({1: 2}, {"1": 2}),
+        ({1, 2}, {1, 3}),
+        (Sample(1, 2), Sample(2, 1)),
+    ],
+)
+def test_what_differs_has_another_token(one: Any, other: Any) -> None:
+    assert same(one, one)
+    assert not same(one, other)
+
+
+def test_what_is_the_same_has_one_token() -> None:
+    assert same({"a": 1, "b": 2}, {"b": 2, "a": 1})
+    assert same(torch.arange(6).reshape(2, 3).t(), torch.arange(6).reshape(2, 3).t().contiguous())
+    assert same(torch.tensor([float("nan")]), torch.tensor([float("nan")]))
+    assert same(float("nan"), float("nan"))
+    assert same({"b", "a"}, {"a", "b"})
+    assert same(torch.zeros(0, 3), torch.zeros(0, 3))
+    assert same(torch.zeros(3, requires_grad=True), torch.zeros(3))
+    frozen = np.arange(3)
+    frozen.flags.writeable = False
+    assert same(frozen, np.arange(3))
+
+
+def test_a_nan_with_other_bits_differs() -> None:
+    one, other = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32).split(1)  # type: ignore[no-untyped-call]
+    assert not same(one, other)
+
+
+def test_the_batches_of_transformers_are_looked_into() -> None:
+    transformers = pytest.importorskip("transformers")
+    for kind in (transformers.BatchEncoding, transformers.BatchFeature):
+        paths = [leaf.path for leaf in leaves_of(kind({"input_ids": torch.zeros(1, 2)}))]
+        assert paths == ["", "input_ids"]
+
+
+def test_what_cannot_be_looked_into_is_told_by_its_type() -> None:
+    (leaf,) = leaves_of(lambda: None)
+    assert (leaf.kind, leaf.dtype) == ("opaque", "function")
+
+
+def test_a_batch_that_holds_itself_ends() -> None:
+    batch: dict[str, Any] = {}
+    batch["self"] = batch
+    assert len(leaves_of(batch)) == 33

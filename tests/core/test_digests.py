@@ -1,0 +1,63 @@
+"""A digest tells any two tensors apart that differ in one bit, in dtype or in shape."""
+
+import pytest
+import torch
+
+from tpcheck.core.digests import _sums, digest, flat_bytes, start_digests
+
+
+def test_equal_bits_have_equal_digests() -> None:
+    tensor = torch.randn(4, 3)
+    assert digest(tensor) == digest(tensor.clone())
+    assert digest(tensor.t()) == digest(tensor.t().contiguous())
+    nan = torch.tensor([float("nan")])
+    assert digest(nan) == digest(nan.clone())
+
+
+def test_anything_else_differs() -> None:
+    tensor = torch.zeros(4)
+    others = [torch.zeros(4, dtype=torch.float64), torch.zeros(2, 2), -tensor, torch.zeros(5), torch.zeros(0)]
+    flipped = tensor.clone()
+    flipped.view(torch.int32)[2] ^= 1
+    digests = [digest(other) for other in (tensor, flipped, *others)]
+    assert len(set(digests)) == len(digests)
+
+
+def test_dtypes_without_a_numpy_counterpart_have_digests() -> None:
+    assert digest(torch.ones(2, dtype=torch.bfloat16)) != digest(torch.ones(2, dtype=torch.float16))
+
+
+def on_device(tensor: torch.Tensor) -> list[int]:
+    """Return what a GPU would compute; the sums are the same integers on every device."""
+    return _sums(tensor).tolist()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.complex64]
+)
+@pytest.mark.parametrize("number", [1, 3, 4, 1000])
+def test_sums_on_a_device_tell_one_flipped_bit_and_an_exchange(dtype: torch.dtype, number: int) -> None:
+    tensor = (torch.arange(number) % 2).to(dtype)
+    seen = {tuple(on_device(tensor)), tuple(on_device(tensor.clone()))}
+    assert len(seen) == 1
+    for place in {0, number // 2, number - 1}:
+        flipped = tensor.clone()
+        flat_bytes(flipped.view(torch.uint8) if dtype is torch.bool else flipped)[place * tensor.element_size()] ^= 1
+        seen.add(tuple(on_device(flipped)))
+    assert len(seen) == 1 + len({0, number // 2, number - 1})
+    if number > 2:
+        swapped = tensor[[1, 0, *range(2, number)]]
+        assert on_device(swapped) != on_device(tensor)
+
+
+def test_sums_on_a_device_go_over_chunks_and_odd_starts() -> None:
+    tensor = torch.arange((1 << 20) + 5, dtype=torch.int32)
+    assert len(on_device(tensor)) == 4
+    assert on_device(tensor.clone())[:2] == on_device(tensor[: 1 << 20])
+    assert on_device(tensor.view(torch.uint8)[3:11]) == on_device(tensor.view(torch.uint8)[3:11].clone())
+    assert on_device(torch.zeros(0)) == [0, 0]
+
+
+def test_several_digests_are_waited_for_at_once() -> None:
+    tensors = [torch.ones(2), torch.zeros(3), torch.ones(2, device="meta")]
+    assert start_digests(tensors)() == [start_digests([tensor])()[0] for tensor in tensors]

@@ -1,0 +1,79 @@
+"""Configurations are drawn from what a family has, and from nothing that the user has fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tpcheck import UsageError
+from tpcheck.backends.protocols import TrainingOptions
+from tpcheck.families.dimensions import dimensions
+from tpcheck.families.tokens import Tokens
+from tpcheck.lab.fuzz.draws import Bounds, Drawn, family_examples
+
+
+class Backend:
+    """Has two ZeRO stages and an option; shards nothing."""
+
+    name = "two stages"
+
+    def resolved(self, options: TrainingOptions) -> TrainingOptions:
+        if options.zero_stage > 1:
+            raise UsageError("zero_stage", options.zero_stage, "0 or 1")
+        return options
+
+    def options(self) -> Sequence[Mapping[str, Any]]:
+        return ({"a": {"b": 1}}, {"a": {"c": 2}})
+
+    def shard(self) -> None: ...
+
+
+def examples(bounds: Bounds = Bounds(), **fixed: Any) -> st.SearchStrategy[Drawn]:  # noqa: B008 - immutable
+    backend: Any = Backend()
+    return family_examples("llama", bounds, backend, fixed.get("settings", {}), fixed.get("config", {}))
+
+
+quickly = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+LLAMA = examples()
+FIXED = examples(settings={"vocab_size": 33}, config={"a": {"b": 7}})
+
+
+@quickly
+@given(LLAMA)
+def test_what_is_drawn_is_what_the_family_and_the_backend_have(drawn: Drawn) -> None:
+    there = dimensions("llama")
+    names = {name for of_role in there.names.values() for name in of_role}
+    assert set(drawn.settings) <= names | set(there.switches)
+    assert drawn.zero in (0, 1)
+    assert drawn.config in ({}, {"a": {"b": 1}}, {"a": {"c": 2}}, {"a": {"b": 1, "c": 2}})
+    assert drawn.batch is None or str(Tokens.parse(drawn.batch)) == drawn.batch
+
+
+@quickly
+@given(FIXED)
+def test_what_is_fixed_stays(drawn: Drawn) -> None:
+    assert drawn.settings["vocab_size"] == 33
+    assert drawn.config["a"]["b"] == 7
+
+
+def test_the_smallest_is_a_plain_verification() -> None:
+    from hypothesis import find
+
+    smallest = find(LLAMA, lambda drawn: True, settings=quickly)
+    assert smallest == Drawn(2, 1, 0, "float64")
+
+
+def test_a_backend_that_has_none_of_the_stages_says_which_it_has() -> None:
+    with pytest.raises(UsageError, match="0 or 1"):
+        examples(Bounds(zero=(2, 3)))
+
+
+@pytest.mark.parametrize("bad", [{"tp": [0]}, {"dp": [-1]}, {"zero": [4]}, {"dtype": ["int8"]}])
+def test_bounds_hold_what_verify_takes(bad: dict[str, Any]) -> None:
+    good = {"tp": [2], "dp": [1], "zero": [0], "dtype": ["float64"]}
+    with pytest.raises(UsageError):
+        Bounds.of(**{**good, **bad})

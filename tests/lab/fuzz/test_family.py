@@ -1,0 +1,100 @@
+"""A fault that shows under one setting alone is found and shrunk to it; what is printed repeats it."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tpcheck import UsageError
+from tpcheck.lab.faults.fault import Live, PlantedBackend
+from tpcheck.lab.fuzz.draws import Bounds, Drawn
+from tpcheck.lab.fuzz.family import Common, fuzz_family, outcome_of
+from tpcheck.lab.fuzz.results import Outcome, Searched
+from tpcheck.lab.fuzz.search import Limits
+
+NARROW = Bounds(tp=(2,), dp=(1,), zero=(0,), dtype=("float64",))
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 16}
+SMALL = {**SIZES, "num_hidden_layers": 1, "vocab_size": 16, "attention_bias": False, "tie_word_embeddings": False}
+
+
+def scales_the_bias(live: Live) -> None:
+    mlp: Any = live.candidate.module.get_submodule("model.layers.0.mlp")
+    if mlp.up_proj.bias is not None:
+        mlp.up_proj.bias.data.mul_(2)
+
+
+def does_nothing(live: Live) -> None: ...
+
+
+def searched(plant: Any, examples: int) -> Searched:
+    common = Common(backend=PlantedBackend(plant), steps=1, settings=SMALL)
+    return fuzz_family("llama", NARROW, common, Limits(examples), lambda outcome, *, shrinking: None)
+
+
+def test_a_fault_that_needs_a_setting_is_shrunk_to_that_setting() -> None:
+    result = searched(scales_the_bias, examples=8)
+    assert result.verdict == "failed"
+    command = shlex.split(result.found[0].outcome.command)
+    assert "--batch" not in command
+    assert "mlp_bias=true" in command
+    assert result.found[0].comes_again
+    first = result.found[0].outcome.data.findings[0]
+    assert (first.check, first.where["parameter"]) == ("weights_match_reference", "model.layers.0.mlp.up_proj.bias")
+
+
+def test_without_the_fault_nothing_is_found() -> None:
+    result = searched(does_nothing, examples=3)
+    assert (result.verdict, result.count("passed")) == ("passed", 3)
+
+
+@pytest.mark.parametrize(("known", "status"), [(False, "failed"), (True, "known")])
+def test_an_upstream_bug_is_known_and_its_command_repeats_it(known: bool, status: str) -> None:
+    drawn = Drawn(2, 1, 0, "float64", {"qk_layernorm": True, "vocab_size": 20}, {"gradient_clipping": 0.5}, "1x5")
+    outcome = outcome_of("phi", drawn, Common(steps=1, known=known))
+    assert outcome.status == status
+    if known:
+        assert outcome.kind == "deepspeed-phi-qk-layernorm"
+        return
+    from tpcheck.cli import app
+
+    again = CliRunner().invoke(app, shlex.split(outcome.command)[1:])
+    assert again.exit_code == 1
+    assert outcome.data.findings[0].check in again.stdout
+
+
+def test_what_the_model_refuses_is_no_finding_and_needs_no_world() -> None:
+    outcome = outcome_of("llama", Drawn(2, 1, 0, "float64", {"num_attention_heads": 3}), Common())
+    assert (outcome.status, outcome.data) == ("refused", None)
+    assert "multiple of the number of attention heads" in outcome.reason
+
+
+@pytest.mark.parametrize(
+    ("message", "status", "kind"),
+    [
+        ("deepspeed, sharding the model: ValueError: 3 heads over 2 ranks", "refused", ""),
+        ("deepspeed, sharding the model: KeyError: 'x'", "error", "error sharding the model KeyError 'x'"),
+        (
+            "deepspeed, forward of step 0: ValueError: 3 is not 4",
+            "error",
+            "error forward of step 0 ValueError N is not N",
+        ),
+        ("rank 1 of 2 died by SIGSEGV", "error", "error of a rank"),
+    ],
+)
+def test_a_refusal_is_told_from_a_crash(monkeypatch: pytest.MonkeyPatch, message: str, status: str, kind: str) -> None:
+    from tpcheck.core.findings import Verdict
+    from tpcheck.lab.fuzz import family
+    from tpcheck.report.report import Report
+
+    verdict = Verdict("error", {"family": "llama", "backend": "deepspeed"}, {}, message=message)
+    monkeypatch.setattr(family, "verify_family", lambda *args, **kwargs: Report(verdict))
+    outcome: Outcome = outcome_of("llama", Drawn(2, 1, 0, "float64"), Common())
+    assert (outcome.status, outcome.kind) == (status, kind)
+
+
+def test_an_unknown_family_is_bad_usage() -> None:
+    with pytest.raises(UsageError, match="did you mean llama"):
+        fuzz_family("lama", NARROW, Common(), Limits(1), lambda outcome, *, shrinking: None)

@@ -1,0 +1,93 @@
+"""Single layers: a lost reduction is found, shrunk and repeated; right ones pass; none is left out unsaid."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tpcheck import UsageError
+from tpcheck.backends.protocols import LayerTable
+from tpcheck.backends.registry import load_backend
+from tpcheck.lab.fuzz.layers import LayerCommon, fuzz_layers, read_trial, try_one
+from tpcheck.lab.fuzz.results import Searched, Trial
+from tpcheck.lab.fuzz.search import Limits
+
+TWO_RANKS = LayerCommon(tp=(2,))
+
+
+def searched(layers: list[str], examples: int, seed: int = 0, **common: Any) -> list[Searched]:
+    told: Any = lambda outcome, *, shrinking: None  # noqa: E731
+    return list(fuzz_layers(layers, LayerCommon(**{"tp": (2,), **common}), Limits(examples, seed), told))
+
+
+def test_the_lost_reduction_is_found_in_its_smallest_form() -> None:
+    (result,) = searched(["SubParamLinearLayer"], examples=20, seed=15, dtype=("float64",))
+    (found,) = result.found
+    assert found.outcome.data["cause"] == "missing_reduce"
+    assert found.outcome.data["tensor"] == "gradient of the input"
+    trial = read_trial(shlex.split(found.outcome.command)[-1])
+    assert trial == Trial("SubParamLinearLayer", inputs=2, rows=(2,), strides="transposed")
+
+    from tpcheck.cli import app
+
+    again = CliRunner().invoke(app, shlex.split(found.outcome.command)[1:])
+    assert (again.exit_code, "missing_reduce" in again.stdout) == (1, True)
+
+
+def test_the_same_layer_is_right_where_tensors_are_contiguous_and_known_where_the_bug_is_known() -> None:
+    trial = Trial("LinearLayer", inputs=3, outputs=5, rows=(2, 3), bias=True)
+    assert try_one(trial, TWO_RANKS).status == "passed"
+    lost = Trial("LinearLayer", inputs=2, rows=(2,), strides="transposed")
+    assert try_one(lost, LayerCommon(tp=(2,), known=True)).kind == "deepspeed-column-lost-reduction"
+
+
+def test_layers_of_transformers_are_right() -> None:
+    layers = ["rowwise", "colwise", "embedding_rowwise"]
+    assert [one.verdict for one in searched(layers, 6, backend="transformers", known=True)] == ["passed"] * 3
+
+
+def test_a_bias_that_is_cut_otherwise_than_its_weight_is_found() -> None:
+    of_transformers = LayerCommon("transformers", tp=(2,))
+    assert try_one(Trial("packed_colwise", outputs=2), of_transformers).status == "passed"
+    wrong = try_one(Trial("packed_colwise", outputs=2, bias=True), of_transformers)
+    assert (wrong.status, wrong.data["tensor"]) == ("failed", "output")
+
+
+def test_what_a_layer_refuses_is_no_finding_and_what_it_trips_over_is() -> None:
+    assert try_one(Trial("VocabParallelLinear"), TWO_RANKS).status == "refused"
+    crash = try_one(Trial("conv_LinearLayer", outputs=2), TWO_RANKS)
+    assert (crash.status, crash.reason.startswith("conv_LinearLayer, making the layer: ")) == ("error", True)
+
+
+@pytest.mark.parametrize("backend", ["deepspeed", "transformers"])
+def test_every_layer_that_the_installed_backend_has_is_tried_or_said_why_not(backend: str) -> None:
+    table: LayerTable = load_backend(backend).layer_table()  # type: ignore[attr-defined]
+    assert all((layer.shard is None) == bool(layer.why_not) for layer in table.layers)
+    assert not [layer.name for layer in table.layers if "nothing is known" in layer.why_not]
+    assert len({layer.name for layer in table.layers}) == len(table.layers)
+
+
+def test_a_backend_without_layers_of_its_own_is_bad_usage() -> None:
+    with pytest.raises(UsageError, match="whose layers can be tried one by one"):
+        searched([], 1, backend="dtensor")
+
+
+def test_an_unknown_layer_is_bad_usage() -> None:
+    with pytest.raises(UsageError, match="LinearLayer"):
+        searched(["Linear"], 1)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"layer": "a", "x": 1}', '{"layer": "a", "rows": [0]}'])
+def test_what_is_no_trial_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="trial"):
+        read_trial(text)
+
+
+def test_a_trial_is_read_as_it_is_written() -> None:
+    trial = Trial("a", 4, 3, 2, (1, 2), True, "float32", "sliced", "expanded", {"x": True})
+    assert read_trial(trial.to_json()) == trial
+    assert json.loads(Trial("a").to_json()) == {"layer": "a"}

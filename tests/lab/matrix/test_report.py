@@ -1,0 +1,162 @@
+"""Many verdicts as text, JSON, Markdown and a page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED, SUBJECT
+from tpcheck.core.findings import CheckResult, Finding, Verdict
+from tpcheck.lab.known import Judged, KnownBug
+from tpcheck.lab.matrix.cells import judged_json, stored_verdicts, verdict_of, whole_json
+from tpcheck.lab.matrix.report import (
+    counts,
+    families_markdown,
+    label,
+    matrix_html,
+    matrix_junit,
+    matrix_lines,
+    matrix_markdown,
+)
+from tpcheck.report.data import as_data
+from tpcheck.report.words import as_text
+
+NOT_SHARDED = replace(
+    PASSED,
+    verdict="failed",
+    subject={**SUBJECT, "family": "lfm2", "backend": "other"},
+    findings=(Finding("parameters_are_sharded", {"phase": "start"}, 1.0, 0.0, cause="not_sharded"),),
+    checks=(CheckResult("parameters_are_sharded", 1, 0.0),),
+)
+BUG = KnownBug("a-bug", ("phi3",), "deepspeed", {}, "error", "It <says> no.", "tpcheck verify phi3", link="https://x.y")
+EVIL = replace(ERROR, subject={**SUBJECT, "family": "<script>alert(1)</script>"}, message="</pre><script>alert(2)")
+ROWS = (
+    Judged(PASSED),
+    Judged(replace(FAILED, subject=SUBJECT | {"family": "phi"}), "new"),
+    Judged(ERROR, "known", BUG),
+    Judged(NOT_SHARDED),
+    Judged(SKIPPED),
+    Judged(replace(PASSED, subject=SUBJECT | {"family": "mamba"}), "gone", BUG),
+    Judged(EVIL),
+)
+
+
+class Page(HTMLParser):
+    """Counts what a page holds, and checks that every element is closed in turn."""
+
+    VOID = ("meta", "input", "br", "link", "img")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[dict[str, str | None]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes.append({"": tag, **dict(attrs)})
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_has_a_cell_for_each_verdict_and_its_report() -> None:
+    page = Page(matrix_html(ROWS))
+    assert page.open == []
+    assert page.tags["button"] == page.tags["pre"] == len(ROWS)
+    assert page.tags["tbody"] == len({str(row.verdict.subject["family"]) for row in ROWS})
+    verdicts = Counter(one.get("data-verdict") for one in page.attributes if one[""] == "button")
+    assert verdicts == {"passed": 2, "failed": 1, "error": 2, "not sharded": 1, "skipped": 1}
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing_of_what_it_shows() -> None:
+    text = matrix_html(ROWS)
+    page = Page(text)
+    assert page.tags["script"] == 1
+    assert not [one for one in page.attributes if "src" in one or "href" in one]
+    assert "alert(1)</script>" not in text
+    assert "&lt;script&gt;alert(2)" in text
+
+
+def test_verdicts_are_told_apart_without_colours() -> None:
+    text = matrix_html(ROWS)
+    for sign in ("✓", "✗", "∅", "!"):
+        assert f'<i aria-hidden="true">{sign}</i>' in text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium")
+def test_a_browser_filters_and_opens_the_page(tmp_path: Path) -> None:
+    act = """<script>
+    document.querySelector("button[data-verdict=error]").click();
+    document.querySelector("input[value=passed]").click();
+    document.title = [...document.querySelectorAll("button:not([hidden])")].map(b => b.dataset.verdict).join()
+      + " " + document.querySelectorAll("tr.report:not([hidden])").length;
+    </script></body>"""
+    (tmp_path / "page.html").write_text(matrix_html(ROWS).replace("</body>", act))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"--user-data-dir={tmp_path}/u"]
+    done = subprocess.run([*command, f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120)
+    assert "<title>failed,error,not sharded,skipped,error 1</title>" in done.stdout
+
+
+def test_a_model_that_was_left_whole_is_not_sharded() -> None:
+    assert label(NOT_SHARDED) == "not sharded"
+    assert counts(ROWS) == "2 passed, 1 failed, 1 not sharded, 2 error (1 known), 1 skipped"
+
+
+def test_text_ends_with_what_the_register_did_not_expect() -> None:
+    text = as_text(matrix_lines(ROWS))
+    assert [line.split() for line in text.splitlines() if line.startswith("phi3")] == [
+        "phi3 deepspeed, tp=2 error 3.0 s ValueError: style known: a-bug".split()
+    ]
+    assert text.endswith(
+        "  new       phi (deepspeed, tp=2): failed, and no entry of tpcheck/families/known.toml says so\n"
+        "  gone      mamba (deepspeed, tp=2) passed, and a-bug is registered for these versions: It <says> no. "
+        "If it is mended, say so in the versions of tpcheck/families/known.toml.\n"
+    )
+
+
+@pytest.mark.parametrize("verdict", [PASSED, FAILED, ERROR, SKIPPED, NOT_SHARDED], ids=lambda one: label(one))
+def test_a_verdict_is_read_as_it_was_written(verdict: Verdict) -> None:
+    data = as_data(verdict)
+    assert as_data(verdict_of(json.loads(json.dumps(data)))) == data
+
+
+def test_a_file_of_many_is_read_as_it_was_written(tmp_path: Path) -> None:
+    text = whole_json([judged_json(row) for row in ROWS], [row.verdict.verdict for row in ROWS], pending=3)
+    (tmp_path / "f").write_text(text)
+    data = json.loads(text)
+    assert (data["schema"], data["verdict"], data["pending"]) == (1, "failed", 3)
+    assert data["reports"][2]["upstream"] == {"standing": "known", "bug": "a-bug"}
+    assert [as_data(one) for one in stored_verdicts(tmp_path / "f")] == [as_data(row.verdict) for row in ROWS]
+
+
+def test_markdown_tells_what_did_not_pass() -> None:
+    text = matrix_markdown(ROWS)
+    assert "- **gone** mamba (deepspeed, tp=2) passed" in text
+    assert "| phi3 | deepspeed, tp=2 | ! error, known | ValueError: style |" in text
+    assert "| qwen3 |" not in text
+    assert "<script>" not in text
+
+
+def test_the_table_has_a_column_for_each_configuration() -> None:
+    lines = list(families_markdown(ROWS))
+    assert lines[0] == "| family | deepspeed, tp=2 | other, tp=2 |"
+    assert "| lfm2 |  | ∅ not sharded: not_sharded |" in lines
+    assert "| phi3 | ! error (a-bug) |  |" in lines
+
+
+def test_junit_skips_what_is_known_and_fails_what_is_gone() -> None:
+    text = matrix_junit(ROWS)
+    assert 'skipped message="known upstream bug a-bug: It &lt;says&gt; no."' in text
+    assert 'failure message="mamba (deepspeed, tp=2) passed' in text

@@ -1,0 +1,138 @@
+"""The register of known upstream bugs, and what it says of verdicts."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED
+from tpcheck.core.findings import Verdict
+from tpcheck.lab import known
+from tpcheck.lab.fuzz.results import Trial
+from tpcheck.lab.known import KnownBug, KnownLayerBug, explained, judged, layer_register, register
+
+ROOT = Path(__file__).parents[2]
+SUBJECT = {"family": "phi", "backend": "deepspeed", "tp": 2, "dp": 1, "zero": 0, "dtype": "float64", "config": {}}
+ENVIRONMENT = {"deepspeed": "0.19.8", "transformers": "5.23.0"}
+BUG = KnownBug(
+    name="bug",
+    families=("phi",),
+    backend="deepspeed",
+    versions={"deepspeed": ">=0.19"},
+    verdict="failed",
+    what="It is wrong.",
+    again="",
+    check="gradients_match_reference",
+    settings={"qk_layernorm": True},
+    only={"zero": (0, 1)},
+)
+
+
+@pytest.fixture(autouse=True)
+def one_entry(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if "entry" not in request.fixturenames:
+        monkeypatch.setattr(known, "register", lambda: (BUG,))
+
+
+def of(verdict: Verdict, environment: dict[str, str] = ENVIRONMENT, **subject: Any) -> Verdict:
+    settings = {"settings": {"qk_layernorm": True}}
+    return replace(verdict, subject={**SUBJECT, **settings, **subject}, environment=environment)
+
+
+@pytest.mark.parametrize(("verdict", "standing"), [(FAILED, "known"), (PASSED, "gone"), (ERROR, "new"), (SKIPPED, "")])
+def test_a_bug_that_shows_is_known_and_one_that_does_not_is_gone(verdict: Verdict, standing: str) -> None:
+    assert judged(of(verdict)).standing == standing
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"family": "opt"},
+        {"backend": "transformers"},
+        {"settings": {}},
+        {"settings": {"qk_layernorm": False}},
+        {"config": {"x": 1}},
+        {"ignore_plan": True},
+        {"zero": 2},
+        {"checks": ["outputs_match_reference"]},
+        {"environment": {**ENVIRONMENT, "deepspeed": "0.18.4"}},
+        {"environment": {}},
+    ],
+)
+def test_an_entry_says_nothing_of_other_runs(change: dict[str, Any]) -> None:
+    assert judged(of(FAILED, **change)).standing == "new"
+    assert judged(of(PASSED, **change)).standing == ""
+
+
+def test_a_failure_that_is_not_the_one_that_is_known_is_new() -> None:
+    other = replace(of(FAILED), findings=tuple(replace(one, check="other") for one in FAILED.findings))
+    assert (judged(other).standing, judged(other).bug) == ("new", BUG)
+
+
+def test_saved_models_are_held_against_the_register_only_where_they_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saving = replace(BUG, check=known.CHECKPOINT)
+    monkeypatch.setattr(known, "register", lambda: (saving,))
+    assert judged(of(PASSED)).standing == ""
+    assert judged(of(PASSED, checks=[known.CHECKPOINT])).standing == "gone"
+
+
+@pytest.mark.parametrize("entry", known.register(), ids=lambda bug: bug.name)
+def test_every_entry_of_the_register_can_be_read_and_repeated(entry: KnownBug) -> None:
+    assert entry.verdict in ("failed", "error")
+    assert entry.what.endswith(".")
+    program, command, family, *_ = shlex.split(entry.again)
+    assert (program, command) == ("tpcheck", "verify")
+    assert family in entry.families
+    assert list(entry.families) == sorted(set(entry.families)) or entry.verdict == "failed"
+    assert entry.link is None or entry.link.startswith("https://github.com/")
+
+
+@pytest.mark.parametrize("entry", known.register(), ids=lambda bug: bug.name)
+def test_every_silent_bug_has_a_short_program_without_tpcheck(entry: KnownBug) -> None:
+    if entry.verdict == "failed":
+        assert entry.script is not None
+        lines = (ROOT / entry.script).read_text().splitlines()
+        assert len(lines) <= 40
+        assert not any("tpcheck" in line for line in lines if line.lstrip().startswith(("import", "from")))
+
+
+@pytest.mark.parametrize("entry", layer_register(), ids=lambda bug: bug.name)
+def test_every_entry_of_single_layers_can_be_repeated_and_knows_what_it_repeats(entry: KnownLayerBug) -> None:
+    *_, trial = shlex.split(entry.again)
+    tried = Trial.of(json.loads(trial))
+    said = {"verdict": entry.verdict, "tensor": entry.tensor, "message": entry.message}
+    versions = {"deepspeed": "0.19.8", "transformers": "5.23.0"}
+    assert entry.explains(tried, entry.backend, versions, **said)
+    assert not entry.explains(replace(tried, layer="other"), entry.backend, versions, **said)
+    assert not entry.explains(tried, "other", versions, **said)
+    assert not entry.explains(tried, entry.backend, {}, **said)
+    assert entry.verdict == "error" or entry.script
+
+
+@pytest.mark.parametrize("entry", [*register(), *layer_register()], ids=lambda bug: bug.name)
+def test_every_program_is_there_and_short(entry: KnownBug | KnownLayerBug) -> None:
+    assert entry.script is None or len((ROOT / entry.script).read_text().splitlines()) <= 40
+
+
+def test_in_a_search_a_bug_is_known_beside_what_else_is_configured() -> None:
+    assert explained(of(FAILED, config={"x": 1})) == BUG
+    assert explained(of(FAILED, family="opt")) is None
+    assert explained(of(ERROR)) is None
+
+
+def test_a_bug_of_the_backend_alone_is_known_of_any_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known, "register", lambda: (replace(BUG, anywhere=True),))
+    assert explained(of(FAILED, family="opt", settings={})) is not None
+    assert judged(of(PASSED, family="opt")).standing == ""
+
+
+def test_names_of_entries_are_their_own() -> None:
+    names = [entry.name for entry in (*register(), *layer_register())]
+    assert len(names) == len(set(names))

@@ -1,0 +1,1 @@
+"""`tpcheck.watch`: is every batch the same inside each TP group, other on each replica, and if not, why?"""

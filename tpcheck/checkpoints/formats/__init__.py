@@ -1,0 +1,1 @@
+"""One file or package per format; reached through entry points alone."""

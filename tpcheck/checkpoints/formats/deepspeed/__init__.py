@@ -1,0 +1,1 @@
+"""DeepSpeed's training checkpoints (TP shards merged, ZeRO's partitions joined) and its universal ones."""

@@ -1,0 +1,148 @@
+"""Which file of a DeepSpeed checkpoint folder belongs to which rank, by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpcheck.checkpoints.formats.files import Files, inside, is_folder, is_present, names_in, shortened
+from tpcheck.core.errors import CheckpointError
+
+LARGEST = 1 << 62
+
+
+def mapping(value: Any) -> Mapping[Any, Any]:
+    """Return the value if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def sequence(value: Any) -> Sequence[Any]:
+    """Return the value if it is a list or tuple, else an empty one."""
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < LARGEST
+
+
+def is_sizes(value: Any) -> bool:
+    """Return whether the value is a shape, or another sequence of sizes that torch can count the elements of."""
+    if not isinstance(value, (list, tuple, torch.Size)) or not all(map(is_size, value)):
+        return False
+    return len(value) <= 64
+
+
+_MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<tp>\d+)_model_states\.pt")
+_OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<tp>\d+)_optim_states\.pt")
+_EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt")
+_PIPELINE_LAYER = re.compile(r"layer_\d+-model_.*model_states\.pt")
+_LONGEST_TAG = 4096
+
+Grid = Mapping[int, Mapping[int, Path]]
+"""Files by tp_rank, then dp_rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFolder:
+    """The files of one saved step.
+
+    Attributes:
+        path: The folder.
+        partitioned: Whether the model files are one for each data-parallel rank: ZeRO 3.
+        models: Model states; under dp_rank 0 alone where they are not partitioned.
+        optimizers: ZeRO's optimizer partitions; empty without ZeRO.
+        experts: Files of mixture-of-experts layers, which are not read.
+    """
+
+    path: Path
+    partitioned: bool
+    models: Grid
+    optimizers: Grid
+    experts: tuple[str, ...]
+
+    @property
+    def tp(self) -> int:
+        return len(self.models)
+
+
+def looks_like_training(folder: Path) -> bool:
+    """Return whether the folder, or one that its `latest` may name, holds model states; looks at names alone."""
+    names = names_in(folder)
+    steps = [folder / name for name in names] if "latest" in names else []
+    return _is_step(names) or any(_is_step(names_in(step)) for step in steps if is_folder(step))
+
+
+def _is_step(names: Iterable[str]) -> bool:
+    return any(map(_MODEL.fullmatch, names))
+
+
+def step_folder(root: Path, files: Files, pointer: str = "latest") -> Path:
+    """Return the folder of the step that the root's `latest` names, or the folder itself where there is none.
+
+    Raises:
+        CheckpointError: The name leads out of the folder, or nowhere.
+    """
+    if not is_present(root / pointer):
+        return root
+    file = files.open(root / pointer)
+    tag = bytes(file.read(0, min(file.size, _LONGEST_TAG))).decode("utf-8", "replace").strip()
+    step = inside(root, tag)
+    if not is_folder(step):
+        raise CheckpointError(f"{root / pointer} names {shortened(tag)}, and there is no such folder.")
+    if step.is_symlink() and not step.resolve().is_relative_to(root.resolve()):
+        raise CheckpointError(f"{root / pointer} names {shortened(tag)}, which is a link out of the folder.")
+    return step
+
+
+def training_folder(path: Path) -> TrainingFolder:
+    """Sort the folder's files.
+
+    Raises:
+        CheckpointError: A rank's file is missing, or it is a checkpoint of pipeline parallelism.
+    """
+    names = names_in(path)
+    if any(map(_PIPELINE_LAYER.fullmatch, names)):
+        raise CheckpointError(f"{path} was saved with pipeline parallelism, whose stages this reader does not join.")
+    found = [match for name in names if (match := _MODEL.fullmatch(name))]
+    if not found:
+        raise CheckpointError(f"{path} holds no model states (mp_rank_00_model_states.pt).")
+    partitioned = {match["dp"] is not None for match in found}
+    if len(partitioned) > 1:
+        raise CheckpointError(f"{path} holds model states of ZeRO 3 and of other stages, so of two different saves.")
+    models = _grid(path, found)
+    optimizers = _grid(path, [match for name in names if (match := _OPTIMIZER.fullmatch(name))])
+    if optimizers and len(optimizers) != len(models):
+        missing = min(set(models) ^ set(optimizers))
+        raise CheckpointError(f"{path} holds only one of model states and optimizer states of mp rank {missing}.")
+    experts = tuple(name for name in names if _EXPERT.fullmatch(name))
+    return TrainingFolder(path, partitioned.pop(), models, optimizers, experts)
+
+
+def _grid(path: Path, matches: list[re.Match[str]]) -> Grid:
+    grid: dict[int, dict[int, Path]] = {}
+    for match in matches:
+        row = grid.setdefault(int(match["tp"]), {})
+        dp_rank = int(match["dp"] or 0)
+        if dp_rank in row:
+            raise CheckpointError(f"{path} holds both {row[dp_rank].name} and {match.string}, of the same rank.")
+        row[dp_rank] = path / match.string
+    num_tp = max(grid, default=-1) + 1
+    num_dp = max((dp_rank for row in grid.values() for dp_rank in row), default=-1) + 1
+    if num_tp * num_dp > sum(map(len, grid.values())):
+        example = matches[0].string
+        tp_rank, dp_rank = _first_gap(grid)
+        where = f"mp rank {tp_rank}" + (f", dp rank {dp_rank}" if num_dp > 1 else "")
+        raise CheckpointError(f"{path} holds no file like {example} for {where}.")
+    return grid
+
+
+def _first_gap(grid: Grid) -> tuple[int, int]:
+    num_dp = max(dp_rank for row in grid.values() for dp_rank in row) + 1
+    tp_rank = next(rank for rank in range(len(grid) + 1) if len(grid.get(rank, ())) < num_dp)
+    row = grid.get(tp_rank, {})
+    return tp_rank, next(rank for rank in range(num_dp) if rank not in row)

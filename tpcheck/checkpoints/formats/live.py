@@ -1,0 +1,249 @@
+"""A live model as a checkpoint: an `nn.Module`, a DeepSpeed engine, or a mapping of tensors."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tpcheck.backends.registry import Extent, ReadOptions
+from tpcheck.core.errors import CheckpointError
+
+
+def gathered(entries: Mapping[str, Any], module: nn.Module | None) -> dict[str, Any]:
+    """Return the entries of a state dict, with those that are sharded replaced by whole ones on the CPU.
+
+    Args:
+        entries: Names with tensors, and whatever else a state dict holds.
+        module: What the state dict is of, whose tensor-parallel layers know how they are cut.
+
+    Raises:
+        CheckpointError: A tensor is a shard that nothing here can put together.
+    """
+    layers = () if module is None else _parallel_layers(module)
+    of_layers = {id(one): whole for layer in layers for one, whole in _of_layer(*layer)}
+    whole = dict(entries)
+    for name, value in entries.items():
+        if id(value) in of_layers:
+            whole[name] = of_layers[id(value)]
+        elif _is_shard_of_other_code(value):
+            raise CheckpointError(
+                f"Parameter {name!r} is this rank's shard of a tensor-parallel parameter, "
+                "which only the code that cut it can put together: compare what it saves."
+            )
+        elif hasattr(value, "full_tensor"):  # a DTensor
+            whole[name] = value.full_tensor().detach().cpu()
+        elif is_sharded(value):
+            with _unpartitioned([value]):
+                whole[name] = value.detach().cpu().clone()
+    return whole
+
+
+def is_sharded(value: Any) -> bool:
+    """Return whether this rank holds a part of the tensor alone, as the tensor itself tells."""
+    return hasattr(value, "full_tensor") or (hasattr(value, "ds_id") and hasattr(value, "ds_shape"))
+
+
+def _is_shard_of_other_code(value: Any) -> bool:
+    """Return whether the parameter is marked as Megatron marks those that it cuts."""
+    several_ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several_ranks and bool(getattr(value, "tensor_model_parallel", False))
+
+
+def _parallel_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield (name, layer) for each layer that DeepSpeed has replaced by a tensor-parallel one."""
+    for name, layer in module.named_modules():
+        if hasattr(layer, "gather_params") and getattr(layer, "mp_group", None) is not None:
+            yield name, layer
+
+
+def _of_layer(name: str, layer: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return each parameter of the layer with the whole one, from which tied names elsewhere get theirs."""
+    parameters = (getattr(layer, "weight", None), getattr(layer, "bias", None))
+    present = [parameter for parameter in parameters if parameter is not None]
+    with _unpartitioned(present), _data_set_aside(present):
+        for parameter in present:
+            parameter.data = parameter.data.clone()  # what gathers may write into it
+        try:
+            layer.gather_params(list(present))  # before deepspeed 0.19 a None in the place of a bias crashes
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"Layer {name!r} holds a shard of its parameters that DeepSpeed cannot put together."
+            ) from error
+        return [(parameter, parameter.data.detach().cpu().clone()) for parameter in present]
+
+
+@contextmanager
+def _data_set_aside(parameters: list[torch.Tensor]) -> Iterator[None]:
+    saved = [parameter.data for parameter in parameters]
+    try:
+        yield
+    finally:
+        for parameter, data in zip(parameters, saved, strict=True):
+            parameter.data = data
+
+
+def _unpartitioned(parameters: list[torch.Tensor]) -> Any:
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    from deepspeed import zero  # has partitioned them, so it is there
+
+    return zero.GatheredParameters(partitioned)
+
+
+class LiveFormat:
+    """Reads the state dict of a model in memory, persistent buffers included, without copying it.
+
+    What is cut over ranks (DTensors, DeepSpeed's tensor-parallel layers, ZeRO-3) is gathered into CPU memory when the
+    model is opened, which is collective: every rank that holds a part of the model opens it.
+    """
+
+    name = "live"
+    precedence = 100
+
+    def recognises(self, source: Any) -> bool:
+        return isinstance(source, nn.Module) or (
+            isinstance(source, Mapping)
+            and all(isinstance(name, str) for name in source)
+            and any(isinstance(tensor, torch.Tensor) for tensor in source.values())
+        )
+
+    def open(self, source: Any, options: ReadOptions) -> LiveCheckpoint:
+        module = _unwrapped(source) if isinstance(source, nn.Module) else None
+        entries = source if module is None else module.state_dict(keep_vars=True)
+        whole = gathered(entries, module)
+        description = "tensors in memory" if module is None else f"{type(module).__name__} in memory"
+        if any(whole[name] is not entries[name] for name in entries):
+            description += ", gathered from all ranks"
+        return _checkpoint(description, entries, whole, {} if module is None else _config(module), module)
+
+
+@dataclass(slots=True)
+class LiveCheckpoint:
+    """Implements `adapters.Checkpoint` over tensors in memory."""
+
+    description: str
+    config: Mapping[str, Any]
+    ties: tuple[frozenset[str], ...]
+    unread: Mapping[str, str]
+    _tensors: dict[str, torch.Tensor]
+    _versions: dict[str, int]
+    _module: nn.Module | None = None
+
+    @property
+    def torn(self) -> Mapping[str, str]:
+        return {}
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def read(self, name: str, rows: range) -> torch.Tensor:
+        """Return a view where the model lies on the CPU: not to be written to."""
+        tensor = self._tensors[name].detach()
+        part = tensor[rows.start : rows.stop] if tensor.ndim else tensor
+        return part.resolve_conj().resolve_neg().to("cpu").contiguous()
+
+    def extent(self, name: str) -> Extent | None:
+        return None
+
+    def require_unchanged(self) -> None:
+        for name, version in self._versions.items():
+            if _version(self._tensors[name]) != version:
+                raise CheckpointError(f"Tensor {name!r} of the model in memory was changed while it was read.")
+
+    def as_saved(self) -> LiveCheckpoint | None:
+        """Return what `save_pretrained` of transformers writes: legacy names, experts one by one.
+
+        Tensors that are cut differently are made anew, in memory.
+        """
+        library = sys.modules.get("transformers.core_model_loading")
+        if library is None or not hasattr(self._module, "save_pretrained"):
+            return None
+        entries = library.revert_weight_conversion(self._module, dict(self._tensors))
+        if entries.keys() == self._tensors.keys():
+            return None
+        return _checkpoint(f"{self.description}, as save_pretrained writes it", entries, entries, self.config, None)
+
+    def close(self) -> None:
+        self._tensors.clear()
+        self._versions.clear()
+
+
+def _checkpoint(
+    description: str,
+    entries: Mapping[str, Any],
+    whole: Mapping[str, Any],
+    config: Mapping[str, Any],
+    module: nn.Module | None,
+) -> LiveCheckpoint:
+    reasons = {name: _unreadable(value) for name, value in whole.items()}
+    tensors = {name: whole[name] for name, reason in reasons.items() if reason is None}
+    unread = {name: reason for name, reason in reasons.items() if reason is not None}
+    versions = {name: _version(tensor) for name, tensor in tensors.items()}
+    return LiveCheckpoint(description, config, _ties(entries), unread, tensors, versions, module)
+
+
+def _unreadable(value: Any) -> str | None:
+    if not isinstance(value, torch.Tensor):
+        return f"is a {type(value).__name__}, not a tensor"
+    if value.is_meta:
+        return "has no data: it is on the meta device"
+    if value.layout is not torch.strided or value.is_quantized:
+        return "is sparse or quantized"
+    if type(value) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+        return f"is a {type(value).__name__}, which has no plain elements"
+    return None
+
+
+def _ties(entries: Mapping[str, Any]) -> tuple[frozenset[str], ...]:
+    names: dict[object, list[str]] = defaultdict(list)
+    for name, value in entries.items():
+        if isinstance(value, torch.Tensor):
+            names[_place(value)].append(name)
+    return tuple(frozenset(tied) for tied in names.values() if len(tied) > 1)
+
+
+def _place(tensor: Any) -> object:
+    """Return what two names of one tensor have in common; a partitioned parameter has no memory, but is one object."""
+    if hasattr(tensor, "to_local"):  # a DTensor
+        return _place(tensor.to_local()), tensor.placements
+    if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer) or is_sharded(tensor) or not tensor.numel():
+        return id(tensor)
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Return the model within an engine, `DistributedDataParallel` or `torch.compile`, as `save_pretrained` sees it."""
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if isinstance(module, nn.parallel.DistributedDataParallel) or hasattr(module, "zero_optimization_stage"):
+            inner = module.module
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def _config(module: nn.Module) -> Mapping[str, Any]:
+    to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+    config = to_dict() if callable(to_dict) else {}
+    return config if isinstance(config, Mapping) else {}

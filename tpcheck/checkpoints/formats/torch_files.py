@@ -1,0 +1,342 @@
+"""Files of `torch.save`: their structure is read, and their tensors stay where they are until they are read."""
+
+from __future__ import annotations
+
+import io
+import struct
+import subprocess
+import sys
+import zipfile
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from tpcheck.backends.registry import ReadOptions
+from tpcheck.checkpoints.formats.files import Files, OpenFile, shortened
+from tpcheck.checkpoints.formats.stored import Storage, StoredTensor
+from tpcheck.checkpoints.formats.unpickler import LARGEST_PICKLE, Inert, InertUnpickler, Stream, storage_dtype
+from tpcheck.core.errors import CheckpointError
+
+ZIP_MAGIC = b"PK\x03\x04"
+LARGEST_DIRECTORY = 64 << 20
+"""Bytes of the table of contents: half a million tensors."""
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
+
+_UTF8 = 1 << 11  # a flag of an entry: its name is not in code page 437
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Position and length of a record's bytes."""
+
+    offset: int
+    nbytes: int
+
+
+class TorchArchive:
+    """The records of one file, by their name within the archive's own folder."""
+
+    def __init__(self, file: OpenFile) -> None:
+        self._file = file
+        self._entries = _entries(file)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def record(self, name: str) -> Record:
+        """Return where a record lies.
+
+        Raises:
+            CheckpointError: There is none, it is compressed, or it reaches beyond the file.
+        """
+        entry = self._entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"record {shortened(name)} is missing")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise CheckpointError(f"record {shortened(name)} is compressed, which torch never does")
+        full_name = entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF8 else "cp437")
+        header = bytes(self._file.read(entry.header_offset, _LOCAL_HEADER.size + len(full_name)))
+        magic, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
+        offset = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        right = magic == ZIP_MAGIC and header[_LOCAL_HEADER.size :] == full_name and name_length == len(full_name)
+        if not right or offset + entry.file_size > self._file.size:
+            raise CheckpointError(f"record {shortened(name)} does not lie where the table of contents says")
+        return Record(offset, entry.file_size)
+
+    def text(self, name: str) -> str | None:
+        """Return a short record, such as the byte order; None where it is not there."""
+        if name not in self:
+            return None
+        record = self.record(name)
+        if record.nbytes > 100:
+            raise CheckpointError(f"record {shortened(name)} is too long")
+        return self._file.read(record.offset, record.nbytes).decode("ascii", "replace").strip()
+
+
+def _entries(file: OpenFile) -> dict[str, zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(cast(IO[bytes], _Seekable(file))) as archive:
+            infos = archive.infolist()
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile lets many kinds through for damaged files
+        raise CheckpointError(f"its zip table of contents is damaged or missing ({shortened(str(error))})") from error
+    if len({info.orig_filename.partition("/")[0] for info in infos}) > 1:
+        raise CheckpointError("it holds several archives")
+    entries: dict[str, zipfile.ZipInfo] = {}
+    for info in infos:
+        name = info.orig_filename.partition("/")[2]
+        if name in entries:
+            raise CheckpointError(f"record {shortened(name)} is there twice")
+        entries[name] = info
+    return entries
+
+
+class _Seekable(io.RawIOBase):
+    """The file as zipfile wants it; what asks for more than a table of contents is a lie about its length."""
+
+    def __init__(self, file: OpenFile) -> None:
+        self._file = file
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
+        if base + offset < 0:
+            raise OSError("a position before the start of the file")
+        self._position = base + offset
+        return self._position
+
+    def read(self, nbytes: int = -1) -> bytes:
+        left = max(self._file.size - self._position, 0)
+        nbytes = left if nbytes is None or nbytes < 0 else min(nbytes, left)
+        if nbytes > LARGEST_DIRECTORY:
+            raise CheckpointError("its zip table of contents is longer than 64 MB")
+        data = bytes(self._file.read(self._position, nbytes))
+        self._position += nbytes
+        return data
+
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py, MAGIC_NUMBER
+LEGACY_PROTOCOL = 1001
+
+
+def load(path: Path, files: Files, options: ReadOptions, *, inert: Collection[str] = ()) -> Any:
+    """Return what was saved, with `StoredTensor` for each tensor and `Inert` for each object that is not made.
+
+    Args:
+        path: A file of `torch.save`, zip or legacy.
+        files: What opens it, and keeps it for reading the tensors.
+        options: Whether a file that is refused is unpickled in a process of its own.
+        inert: Names of classes, with `*` for any part, that the caller wants as `Inert`, beyond torch's own list.
+
+    Raises:
+        CheckpointError: The file is damaged, or names classes that are neither on torch's own list nor in `inert`.
+    """
+    try:
+        return _structure(files.open(path), inert)
+    except _Refused as refusal:
+        if options.allow_pickle:
+            return _structure(files.open(_unpickled_elsewhere(path, files)), inert)
+        raise CheckpointError(
+            f"{path} is refused, because reading it means running {refusal}: "
+            "where you trust the file, --allow-pickle does so in a process of its own."
+        ) from None
+
+
+class _Refused(Exception):
+    """The pickle names classes that are not made, or does what no pickle of torch does."""
+
+
+def _structure(file: OpenFile, inert: Collection[str]) -> Any:
+    try:
+        magic = bytes(file.read(0, min(file.size, 4)))
+        return _zip_structure(file, inert) if magic == ZIP_MAGIC else _legacy_structure(file, inert)
+    except CheckpointError as error:
+        message = str(error).removesuffix(".")
+        raise CheckpointError(f"{message}." if str(file.path) in message else f"{file.path}: {message}.") from error
+
+
+def _zip_structure(file: OpenFile, inert: Collection[str]) -> Any:
+    archive = TorchArchive(file)
+    if "constants.pkl" in archive:
+        raise _Refused("TorchScript code")
+    if "data.pkl" not in archive:
+        raise CheckpointError("it is a zip file, but not one of torch.save")
+    if archive.text("byteorder") not in (None, "little"):
+        raise CheckpointError("it was written on a machine of another byte order")
+    storages: dict[str, Storage] = {}
+
+    def storage(pid: Any) -> Storage:
+        kind, key, _, numel = _storage_id(pid, fields=4)
+        dtype = storage_dtype(kind)
+        if key not in storages:
+            record = archive.record(f"data/{key}") if numel else Record(0, 0)
+            if numel * dtype.itemsize != record.nbytes:
+                raise CheckpointError(f"storage {shortened(key)} has {record.nbytes} bytes for {numel} of {dtype}")
+            storages[key] = Storage(file.path, dtype, record.nbytes, record.offset)
+        return storages[key]
+
+    record = archive.record("data.pkl")
+    if record.nbytes > LARGEST_PICKLE:
+        raise CheckpointError(f"its pickle has {record.nbytes} bytes, which is more than a table of tensors needs")
+    return _unpickled(Stream(file, record.offset, record.offset + record.nbytes), inert, storage)
+
+
+def _legacy_structure(file: OpenFile, inert: Collection[str]) -> Any:
+    storages: dict[str, Storage] = {}
+
+    def storage(pid: Any) -> Storage:
+        kind, key, _, numel, view = _storage_id(pid, fields=5)
+        dtype = storage_dtype(kind)
+        if view is not None:
+            raise CheckpointError("it was written by a torch that is too old to be read")
+        return storages.setdefault(key, Storage(file.path, dtype, numel * dtype.itemsize))
+
+    stream = Stream(file, 0, file.size)
+    if _unpickled(stream, inert, storage, first=True) != LEGACY_MAGIC:
+        raise CheckpointError("it is a pickle, but not one of torch.save")
+    if _unpickled(stream, inert, storage) != LEGACY_PROTOCOL:
+        raise CheckpointError("it was written by a torch that is too old to be read")
+    _unpickled(stream, inert, storage)  # the machine it was written on
+    structure = _unpickled(stream, inert, storage)
+    keys = _unpickled(stream, inert, storage)
+    if not isinstance(keys, list) or {*keys} != {*storages} or len(keys) != len(storages):
+        raise CheckpointError("its list of storages is not that of its tensors")
+    position = stream.position
+    for key in keys:  # each: number of elements, then their bytes
+        of_key = storages[key]
+        if int.from_bytes(file.read(position, 8), "little") * of_key.dtype.itemsize != of_key.nbytes:
+            raise CheckpointError(f"storage {shortened(key)} is not as long as its tensors say")
+        of_key.offset = position + 8
+        position += 8 + of_key.nbytes
+    if position > file.size:
+        raise CheckpointError("its last storage is truncated")
+    return structure
+
+
+def _storage_id(pid: Any, *, fields: int) -> tuple[Any, ...]:
+    if not isinstance(pid, tuple) or len(pid) != fields + 1 or pid[0] != "storage":
+        raise CheckpointError("it refers to something that is not a storage")
+    key, numel = pid[2], pid[4]
+    if not isinstance(key, str) or type(numel) is not int or not 0 <= numel < 1 << 60:
+        raise CheckpointError(f"it has a storage {shortened(key)} of {shortened(numel)} elements")
+    return pid[1:]
+
+
+def _unpickled(stream: Stream, inert: Collection[str], storage: Any, *, first: bool = False) -> Any:
+    unpickler = InertUnpickler(stream, inert=inert, persistent_load=storage)
+    try:
+        structure = unpickler.load()
+    except Exception as error:  # a damaged pickle raises anything
+        if unpickler.refused:
+            raise _Refused(_listed(unpickler.refused)) from error
+        if isinstance(error, CheckpointError):
+            raise
+        if first:
+            raise CheckpointError("it is neither a zip file nor a pickle of torch.save") from error
+        raise CheckpointError(f"its pickle is damaged ({type(error).__name__})") from error
+    if unpickler.refused:
+        raise _Refused(_listed(unpickler.refused))
+    return structure
+
+
+def _listed(names: Collection[str], limit: int = 8) -> str:
+    printable = [name if name.isprintable() and len(name) < 120 else shortened(name) for name in names]
+    return ", ".join(printable[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _unpickled_elsewhere(path: Path, files: Files) -> Path:
+    rewritten = files.scratch() / "rewritten.pt"
+    command = [sys.executable, "-I", "-m", "tpcheck.checkpoints.rewrite_pickle", str(path), str(rewritten)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if done.returncode or not rewritten.exists():
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise CheckpointError(f"{path} could not be unpickled: {shortened(lines[-1], 300)}.")
+    return rewritten
+
+
+KEYS = ("state_dict", "model_state_dict", "model", "module")
+"""Where trainers put the model's state dict, beside that of the optimizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateDict:
+    """Tensors by name.
+
+    Attributes:
+        key: Where in the file it was found; None if it is all of it.
+        tensors: What can be read.
+        unread: Entries that cannot, with the reason.
+    """
+
+    key: str | None
+    tensors: Mapping[str, StoredTensor]
+    unread: Mapping[str, str]
+
+
+def state_dict(structure: Any, where: object) -> StateDict:
+    """Return the state dict that a file holds, whole or under one of the usual keys.
+
+    Raises:
+        CheckpointError: It holds none, or several.
+    """
+    if not isinstance(structure, Mapping):
+        raise CheckpointError(f"{where} holds no state dict, but {_what(structure)}.")
+    keys = [key for key in KEYS if _holds_tensors(structure.get(key))]
+    if len(keys) > 1:
+        raise CheckpointError(f"{where} holds several state dicts, under {', '.join(map(repr, keys))}.")
+    key = keys[0] if keys else None
+    entries = structure if key is None else structure[key]
+    if not _holds_tensors(entries):
+        raise CheckpointError(f"{where} holds no state dict: {_outline(structure)}.")
+    tensors = {_name(name, where): value for name, value in entries.items() if isinstance(value, StoredTensor)}
+    unread = {_name(name, where): f"is {_what(value)}" for name, value in entries.items() if name not in tensors}
+    return StateDict(key, tensors, unread)
+
+
+def ties(tensors: Mapping[str, StoredTensor]) -> tuple[frozenset[str], ...]:
+    """Return the groups of names that are one view of one storage."""
+    names: dict[StoredTensor, list[str]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        if tensor.nbytes:
+            names[tensor].append(name)
+    return tuple(frozenset(tied) for tied in names.values() if len(tied) > 1)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(entry, StoredTensor) for entry in value.values())
+
+
+def _name(name: Any, where: object) -> str:
+    if not isinstance(name, str):
+        raise CheckpointError(f"{where} holds a state dict with a name that is no text, but {shortened(name)}.")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{where} holds a tensor with a name that is no text: {shortened(name)}.") from None
+    return name
+
+
+def _what(value: Any) -> str:
+    if isinstance(value, StoredTensor):
+        return "a tensor"
+    if isinstance(value, Inert):
+        return f"made by {value.name}" if "." in value.name else value.name
+    return f"a {type(value).__name__}, not a tensor"
+
+
+def _outline(structure: Mapping[Any, Any]) -> str:
+    keys = ", ".join(shortened(key, 40) for key in list(structure)[:5])
+    return f"no tensors under its keys {keys}" if keys else "it is empty"

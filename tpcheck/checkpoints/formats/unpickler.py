@@ -1,0 +1,326 @@
+"""Walks through a pickle: nothing that it names is imported, made or called."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from tpcheck.checkpoints.formats.files import OpenFile, shortened
+from tpcheck.checkpoints.formats.stored import Storage, StoredTensor, stored_tensor
+from tpcheck.core.errors import CheckpointError
+
+
+@dataclass(eq=False, slots=True)
+class Inert:
+    """An object that was not made.
+
+    Attributes:
+        name: Module and name of its class, or of the function that would have made it.
+        arguments: What the class or function would have been called with.
+        state: What `__setstate__` or `__dict__` would have got.
+        entries: What would have been set by key.
+        elements: What would have been appended or added.
+    """
+
+    name: str
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+    entries: dict[Any, Any] = field(default_factory=dict)
+    elements: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A class or function, by name; `call` is what stands for calling it."""
+
+    name: str
+    call: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        return Inert(self.name, arguments) if self.call is None else self.call(*arguments)
+
+
+def known(name: str) -> Any:
+    """Return what stands for a class, function or dtype that torch's own list allows; None for any other."""
+    module, _, last = name.rpartition(".")
+    if module == "torch" and isinstance(getattr(torch, last, None), torch.dtype):
+        return getattr(torch, last)
+    if module in ("torch", "torch.cuda", "torch.storage") and last in STORAGE_DTYPES:
+        return Global(name)
+    if name in CALLS:
+        return Global(name, CALLS[name])
+    return Global(name) if name in UNREADABLE else None
+
+
+def storage_dtype(kind: Any) -> torch.dtype:
+    """Return what a storage class holds."""
+    if not isinstance(kind, Global) or kind.name.rpartition(".")[2] not in STORAGE_DTYPES:
+        raise CheckpointError("a storage is of no known type")
+    return STORAGE_DTYPES[kind.name.rpartition(".")[2]]
+
+
+STORAGE_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "UntypedStorage": torch.uint8,
+    "QInt8Storage": torch.qint8,
+    "QUInt8Storage": torch.quint8,
+    "QInt32Storage": torch.qint32,
+}
+
+
+def _tensor(storage: Storage, start: int, size: Any, stride: Any, *_: Any) -> StoredTensor:
+    return stored_tensor(storage, start, size, stride)
+
+
+def _tensor_v2(
+    storage: Storage, start: int, size: Any, stride: Any, grad: Any = False, hooks: Any = None, metadata: Any = None
+) -> StoredTensor | Inert:
+    if metadata:
+        return Inert("a lazily conjugated or negated view")
+    return stored_tensor(storage, start, size, stride, requires_grad=grad is True)
+
+
+def _tensor_v3(
+    storage: Storage, start: int, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
+) -> StoredTensor | Inert:
+    if metadata:
+        return Inert("a lazily conjugated or negated view")
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError("a tensor is of no known dtype")
+    return stored_tensor(storage, start, size, stride, dtype=dtype, requires_grad=grad is True)
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+def _from_type(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
+    if not isinstance(function, Global) or not isinstance(arguments, tuple):
+        raise CheckpointError("a tensor is made in an unknown way")
+    return function(*arguments)
+
+
+def _encoded(text: Any = b"", encoding: Any = "utf-8") -> bytes:
+    if isinstance(text, bytes):
+        return text
+    if not isinstance(text, str) or encoding not in ("latin1", "utf-8"):
+        raise CheckpointError("bytes are encoded in an unknown way")
+    return text.encode(encoding)
+
+
+def _ordered(pairs: Any = ()) -> OrderedDict[Any, Any]:
+    entries: OrderedDict[Any, Any] = OrderedDict()
+    for key, value in pairs:
+        entries[scalar(key)] = value
+    return entries
+
+
+def scalar(key: Any) -> Any:
+    """Return a key that can be hashed without recursion: a hostile file nests tuples until the stack is full."""
+    parts = key if isinstance(key, tuple) else (key,)
+    if not all(isinstance(part, (str, bytes, int, float, complex, type(None), torch.dtype)) for part in parts):
+        raise CheckpointError(f"a key is of type {type(key).__name__}")
+    return key
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor_v2,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch.nn.parameter.Parameter": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _from_type,
+    "torch.Size": lambda sizes=(): tuple(sizes) if isinstance(sizes, (tuple, list)) else (),
+    "collections.OrderedDict": _ordered,
+    "collections.Counter": lambda counts=(): Counter({scalar(key): counts[key] for key in counts}),
+    "builtins.set": lambda elements=(): {scalar(one) for one in elements},
+    "builtins.frozenset": lambda elements=(): frozenset(scalar(one) for one in elements),
+    "builtins.bytearray": _encoded,
+    "builtins.complex": lambda real=0.0, imaginary=0.0: complex(float(real), float(imaginary)),
+    "_codecs.encode": _encoded,
+}
+
+UNREADABLE = frozenset(
+    """torch.Tensor torch.device torch.serialization._get_layout torch.per_tensor_affine torch.per_tensor_symmetric
+    torch.per_channel_affine torch.per_channel_symmetric torch.per_channel_affine_float_qparams
+    torch._utils._rebuild_qtensor torch._utils._rebuild_sparse_tensor torch._utils._rebuild_meta_tensor_no_storage
+    torch._utils._rebuild_nested_tensor torch._utils._rebuild_wrapper_subclass
+    torch._utils._rebuild_device_tensor_from_numpy torch._utils._rebuild_device_tensor_from_cpu_tensor
+    torch.nn.parameter.Buffer""".split()
+)
+"""Known to be harmless, and kept as records: quantized, sparse, nested and foreign tensors have no plain bytes."""
+
+
+LARGEST_PICKLE = 64 << 20
+"""Bytes: ten times what as many tensors need as the steps below allow."""
+
+MOST_READS = 4_000_000
+"""Steps of one pickle: 60,000 tensors. Bounds the memory of what it makes, since a step makes 100 bytes at most."""
+
+_IMPORTS = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.tensor": "torch._tensor"}
+"""Modules by the names that protocol 2, and old torch, give them."""
+
+
+class Stream:
+    """A part of a file, read from front to back and no further."""
+
+    def __init__(self, file: OpenFile, start: int, end: int) -> None:
+        self._file = file
+        self._position, self._end = start, end
+        self._buffer, self._buffer_start = b"", start
+        self._reads = 0
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    def read(self, nbytes: int) -> bytes:
+        self._reads += 1
+        if self._reads > MOST_READS:
+            raise CheckpointError("the pickle has too many steps")
+        if nbytes > self._end - self._position:
+            raise CheckpointError("the pickle is truncated")
+        begin = self._position - self._buffer_start
+        if begin + nbytes > len(self._buffer):
+            length = min(max(nbytes, 1 << 16), self._end - self._position)
+            self._buffer, self._buffer_start = bytes(self._file.read(self._position, length)), self._position
+            begin = 0
+        self._position += nbytes
+        return self._buffer[begin : begin + nbytes]
+
+    def readline(self) -> bytes:
+        line = bytearray()
+        while not line.endswith(b"\n"):
+            if len(line) > 1000:
+                raise CheckpointError("the pickle has a name of more than 1000 characters")
+            line += self.read(1)
+        return bytes(line)
+
+
+class InertUnpickler(pickle._Unpickler):
+    """Only Python's own containers, numbers and strings are made; classes are looked up in a table, never imported.
+
+    Written over the unpickler in Python: that in C can be told to allocate any amount of memory by one opcode.
+
+    Attributes:
+        refused: Names of classes and functions that are neither known nor wanted.
+    """
+
+    stack: list[Any]
+    read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
+
+    def __init__(self, stream: Stream, *, inert: Collection[str], persistent_load: Callable[[Any], Any]) -> None:
+        super().__init__(stream, encoding="latin1")
+        self.refused: dict[str, None] = {}
+        self._inert = inert
+        self._persistent_load = persistent_load
+
+    def persistent_load(self, pid: Any) -> Any:
+        return self._persistent_load(pid)
+
+    def find_class(self, module: str, name: str) -> Any:
+        full_name = f"{_IMPORTS.get(module, module)}.{name}"
+        found = known(full_name)
+        if found is not None:
+            return found
+        if not any(fnmatchcase(full_name, pattern) for pattern in self._inert):
+            self.refused[full_name] = None
+        return Global(full_name)
+
+    def load_frame(self) -> None:
+        self.read(8)  # a frame's length, which only matters to who reads ahead
+
+    def load_reduce(self) -> None:
+        arguments = self.stack.pop()
+        self.stack[-1] = _made(self.stack[-1], arguments)
+
+    def load_newobj(self) -> None:
+        self.load_reduce()
+
+    def load_newobj_ex(self) -> None:
+        keywords = self.stack.pop()
+        self.load_reduce()
+        if isinstance(self.stack[-1], Inert):
+            self.stack[-1].state = keywords
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Inert):
+            self.stack[-1].state = state
+
+    def load_append(self) -> None:
+        element = self.stack.pop()
+        self._extend([element])
+
+    def load_appends(self) -> None:
+        self._extend(self.pop_mark())
+
+    def load_additems(self) -> None:
+        elements = self.pop_mark()
+        target = self.stack[-1]
+        if isinstance(target, set):
+            target.update(scalar(one) for one in elements)
+        else:
+            self._extend(elements)
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def load_setitems(self) -> None:
+        self._set(self.pop_mark())
+
+    def _extend(self, elements: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, (list, Inert)):
+            raise CheckpointError(f"an element is appended to a {type(target).__name__}")
+        (target.elements if isinstance(target, Inert) else target).extend(elements)
+
+    def _set(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, (dict, Inert)):
+            raise CheckpointError(f"an entry is set in a {type(target).__name__}")
+        entries = target.entries if isinstance(target, Inert) else target
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if scalar(key) in entries:
+                raise CheckpointError(f"the key {shortened(key)} is set twice")
+            entries[key] = value
+
+
+def _made(function: Any, arguments: Any) -> Any:
+    if not isinstance(function, Global) or not isinstance(arguments, tuple):
+        raise CheckpointError(f"an object of type {type(function).__name__} is called")
+    return function(*arguments)
+
+
+_AS_IN_PYTHON = (
+    "PROTO BINPERSID NONE NEWFALSE NEWTRUE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINSTRING BINSTRING BINBYTES "
+    "SHORT_BINBYTES BINBYTES8 BINUNICODE SHORT_BINUNICODE BINUNICODE8 TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 "
+    "EMPTY_LIST EMPTY_DICT EMPTY_SET GLOBAL STACK_GLOBAL BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE MARK STOP"
+).split()
+_AS_HERE = "FRAME REDUCE NEWOBJ NEWOBJ_EX BUILD APPEND APPENDS ADDITEMS SETITEM SETITEMS".split()
+
+# Others (text of protocol 0, extension codes, out-of-band buffers) appear in no file of torch.
+InertUnpickler.dispatch = {
+    **{getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _AS_IN_PYTHON},
+    **{getattr(pickle, name)[0]: getattr(InertUnpickler, f"load_{name.lower()}") for name in _AS_HERE},
+}

@@ -1,0 +1,132 @@
+"""Verifies a checkpoint: arguments checked, formats found, differences turned into a report."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from tpcheck.core.environment import package_versions
+from tpcheck.core.errors import UsageError
+from tpcheck.core.findings import CheckResult, Verdict
+from tpcheck.core.reproduce import checkpoint_command
+from tpcheck.report.report import Report
+
+if TYPE_CHECKING:
+    import torch
+
+    from tpcheck.backends.registry import Checkpoint
+    from tpcheck.checkpoints.comparison import Comparison
+
+CASTS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
+
+
+def verify_checkpoint(
+    actual: Any,
+    reference: Any,
+    *,
+    dtype: str | torch.dtype | None = None,
+    earlier: Sequence[Any] = (),
+    allow_pickle: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Compare a checkpoint with a reference: names, shapes, dtypes, buffers, ties, and every bit.
+
+    What several ranks hold is put together first. Memory stays below a gigabyte whatever the size.
+
+    Args:
+        actual: A file or folder of any format that is installed (safetensors, transformers' shards, pytorch_model.bin,
+            torch DCP, DeepSpeed training and universal checkpoints, PEFT adapters, Megatron torch_dist), or a live
+            module, DeepSpeed engine, or dict of tensors.
+        reference: The same, of the model that `actual` should be.
+        dtype: A cast that was meant: floating point values of the reference are rounded to it before they are compared.
+        earlier: Checkpoints of earlier steps, to tell weights that were not updated since.
+        allow_pickle: Unpickle classes that are not known to be harmless, in a process of its own.
+        progress: Is called with the bytes that have been compared, and how many there are.
+
+    Raises:
+        UsageError: There is no checkpoint, or `dtype` is none to cast to.
+        CheckpointError: Files are damaged, hostile or incomplete.
+
+    Example:
+        >>> import torch
+        >>> weights = {"head.weight": torch.arange(8.0).reshape(4, 2)}
+        >>> report = verify_checkpoint({"head.weight": weights["head.weight"][:2]}, weights)
+        >>> report.findings[0].cause, report.findings[0].evidence["story"]
+        ('shard_missing', {'dim': 0, 'tp_rank': 0, 'tp': 2, 'from': 0})
+    """
+    from tpcheck.backends.registry import ReadOptions
+    from tpcheck.checkpoints.comparison import compare_checkpoints, opened
+
+    start = time.monotonic()
+    cast = _cast(dtype)
+    options = ReadOptions(allow_pickle=allow_pickle)
+    with ExitStack() as stack:
+
+        def open_one(name: str, source: Any) -> Checkpoint:
+            checkpoint = opened(name, source, options)
+            stack.callback(checkpoint.close)
+            return checkpoint
+
+        ours, theirs = open_one("actual", actual), open_one("reference", reference)
+        before = {_called(source, number): open_one("earlier", source) for number, source in enumerate(earlier)}
+        comparison = compare_checkpoints(ours, theirs, cast=cast, earlier=before, progress=progress)
+        subject: dict[str, Any] = {
+            "subject": _called(actual),
+            "actual": ours.description,
+            "reference": f"{_called(reference)} ({theirs.description})",
+            **({"dtype": str(cast).removeprefix("torch.")} if cast is not None else {}),
+            "names": list(comparison.renamed),
+        }
+    again = checkpoint_command(_paths(actual, reference), subject.get("dtype"), _paths(*earlier), allow_pickle)
+    return Report(_verdict(comparison, subject, again, time.monotonic() - start))
+
+
+def _verdict(comparison: Comparison, subject: dict[str, Any], again: str | None, seconds: float) -> Verdict:
+    from dataclasses import replace
+
+    from tpcheck.numerics.checks import CHECKPOINT_CHECK
+
+    findings = tuple(replace(finding, again=again) for finding in comparison.findings)
+    compared = comparison.coverage.compared
+    nothing = not compared and not findings
+    return Verdict(
+        verdict="skipped" if nothing else "failed" if findings else "passed",
+        subject=subject,
+        environment=package_versions(),
+        findings=findings,
+        checks=(CheckResult(CHECKPOINT_CHECK, compared, 0.0),),
+        coverage=comparison.coverage,
+        seconds=seconds,
+        message="no tensor could be compared" if nothing else None,
+    )
+
+
+def _cast(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    import torch
+
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in CASTS:
+        raise UsageError("dtype", name, CASTS)
+    cast: torch.dtype = getattr(torch, name)
+    return cast
+
+
+def _called(source: Any, number: int | None = None) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    return f"live {type(source).__name__}" + ("" if number is None else f" {number}")
+
+
+def _paths(*sources: Any) -> tuple[str, ...] | None:
+    """Return the sources as words of a command; None where one is no path."""
+    words = list(_words(sources))
+    return tuple(words) if len(words) == len(sources) else None
+
+
+def _words(sources: Sequence[Any]) -> Iterator[str]:
+    return (os.fspath(source) for source in sources if isinstance(source, (str, os.PathLike)))

@@ -1,0 +1,112 @@
+"""Every error that tpcheck raises on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+
+class TpcheckError(Exception):
+    """Base of all errors raised by tpcheck."""
+
+
+class UsageError(TpcheckError, ValueError):
+    """An argument is wrong: says its name, its value and what is accepted.
+
+    Example:
+        >>> raise UsageError("tp", 0, "a positive integer")
+        Traceback (most recent call last):
+        ...
+        tpcheck.core.errors.UsageError: tp=0: expected a positive integer
+    """
+
+    def __init__(self, name: str, value: object, accepted: str | Iterable[object]) -> None:
+        if not isinstance(accepted, str):
+            accepted = "one of " + ", ".join(str(choice) for choice in accepted)
+        super().__init__(f"{name}={value!r}: expected {accepted}")
+        self.name = name
+        self.value = value
+        self.accepted = accepted
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, self.value, self.accepted)
+
+
+class Mismatch(TpcheckError, AssertionError):
+    """A comparison found a difference; `report` holds every finding."""
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class BatchMismatch(Mismatch):
+    """The ranks of a TP group, or the replicas of DP, did not get the batches they should."""
+
+
+class UnevenBatches(Mismatch):
+    """Some ranks ran out of batches before the others."""
+
+
+class BackendError(TpcheckError):
+    """The system under test crashed: a verdict of `error`, never a mismatch."""
+
+
+class CheckpointError(TpcheckError):
+    """A checkpoint cannot be read: damaged, incomplete, hostile or of no known format. One sentence says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankOutcome:
+    """How one rank ended.
+
+    Attributes:
+        rank: Global rank.
+        state: `returned`, `raised`, `died` (signal or exit code), `hung` (over the deadline) or `stopped` (ended by
+            tpcheck because another rank failed).
+        error_type: Qualified name of the exception's class, for `raised`.
+        error: The exception's message, for `raised`.
+        traceback: The rank's own traceback (`raised`) or Python stacks (`hung`, `stopped`), as text.
+        exit_code: For `died` without a signal.
+        signal: Name of the signal, such as `SIGKILL`, for `died` by a signal.
+        collective: The torch.distributed call that the rank was waiting in, where it can be told.
+        stdout: What the rank wrote to descriptor 1 during this run.
+        stderr: What the rank wrote to descriptor 2 during this run.
+        details: What the exception carried in its `tpcheck_details` attribute (any picklable value).
+    """
+
+    rank: int
+    state: Literal["returned", "raised", "died", "hung", "stopped"]
+    error_type: str | None = None
+    error: str | None = None
+    traceback: str | None = None
+    exit_code: int | None = None
+    signal: str | None = None
+    collective: str | None = None
+    stdout: str = ""
+    stderr: str = ""
+    details: Any = None
+
+
+class RankFailure(TpcheckError):
+    """A rank raised, died or hung.
+
+    Attributes:
+        first: The rank that failed first: the culprit, not its victims.
+        outcomes: How every rank ended, by rank.
+        exception: The culprit's own exception where it could be carried over, else None.
+    """
+
+    def __init__(
+        self, message: str, *, first: int, outcomes: tuple[RankOutcome, ...], exception: BaseException | None = None
+    ) -> None:
+        super().__init__(message)
+        self.first = first
+        self.outcomes = outcomes
+        self.exception = exception
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        first, outcomes, exception = self.first, self.outcomes, self.exception
+        return partial(type(self), str(self), first=first, outcomes=outcomes, exception=exception), (), vars(self)

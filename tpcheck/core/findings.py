@@ -1,0 +1,100 @@
+"""Findings, how much was compared, and the verdict of a run, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The answer of a check that failed.
+
+    Attributes:
+        check: Name of the check, such as `gradients_match_reference`.
+        where: Place of the difference; the keys that apply among `phase`, `step`, `module`, `parameter`, `field`,
+            `ranks` and `index`.
+        observed: Observed error. Relative Frobenius error where the oracle is calibrated; number of differing
+            elements (or tensors, ranks) where it is exact.
+        allowed: Largest error that passes, in the unit of `observed`; 0 where the oracle is exact.
+        cause: Slug of the tested explanation, or None.
+        evidence: Numbers and short texts behind `observed` and `cause`, JSON-able, by name.
+        again: A command that shows the finding again.
+    """
+
+    check: str
+    where: Mapping[str, Any]
+    observed: float
+    allowed: float
+    cause: str | None = None
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    again: str | None = None
+
+    @property
+    def margin(self) -> float:
+        """Observed error divided by the allowed one; below 1 passes."""
+        if self.allowed:
+            return self.observed / self.allowed
+        return inf if self.observed else 0.0
+
+
+VerdictName = Literal["passed", "failed", "error", "skipped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How many tensors could be compared, of how many there were.
+
+    Attributes:
+        compared: Tensors that were compared.
+        total: Tensors that should have been.
+        missed: What could not be compared, and why, by name.
+    """
+
+    compared: int = 0
+    total: int = 0
+    missed: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What one check did, passed or not.
+
+    Attributes:
+        check: Name of the check.
+        compared: How many tensors (groups, norms) it compared; 0 means that it could not say anything.
+        worst_margin: Largest observed / allowed error over them; 0 for an exact check that passed.
+        worst_at: Name of the tensor with that margin.
+    """
+
+    check: str
+    compared: int
+    worst_margin: float
+    worst_at: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The outcome of one run over one subject.
+
+    Attributes:
+        verdict: `passed`, `failed` (findings), `error` (the system under test crashed) or `skipped`.
+        subject: What was run: family, backend, topology, dtype, options.
+        environment: Versions by package name.
+        findings: Failed checks, the most telling first.
+        checks: Every check that ran.
+        coverage: What was compared.
+        seconds: Wall time.
+        message: The backend's own message for `error`, the reason for `skipped`.
+    """
+
+    verdict: VerdictName
+    subject: Mapping[str, Any]
+    environment: Mapping[str, str]
+    findings: tuple[Finding, ...] = ()
+    checks: tuple[CheckResult, ...] = ()
+    coverage: Coverage = field(default_factory=Coverage)
+    seconds: float = 0.0
+    message: str | None = None

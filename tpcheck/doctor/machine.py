@@ -1,0 +1,137 @@
+"""Devices, installed versions known to be bad, and what killed runs left on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tpcheck.core.environment import num_cores
+from tpcheck.doctor.advice import Advice
+
+
+def devices() -> tuple[str, ...]:
+    """Return the processors and accelerators that a world could use, in words. Imports torch."""
+    found = [f"{num_cores()} CPU cores"]
+    try:
+        import torch
+    except ImportError:
+        return tuple(found)
+    return (*found, *(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())))
+
+
+_SHARED_MEMORY = "deepspeed_allreduce_buffer_*"
+
+
+def extension_caches(environment: Mapping[str, str], home: Path) -> tuple[Path, ...]:
+    """Return where torch builds extensions: its default, and TORCH_EXTENSIONS_DIR."""
+    chosen = environment.get("TORCH_EXTENSIONS_DIR")
+    cache = Path(environment.get("XDG_CACHE_HOME") or home / ".cache")
+    return (*([Path(chosen)] if chosen else []), cache / "torch_extensions")
+
+
+def stale_locks(caches: Iterable[Path], proc: Path = Path("/proc")) -> Iterator[Advice]:
+    """Locks of builds that no process holds: torch waits for them to vanish, silently and for ever."""
+    locks = sorted({lock for cache in caches for lock in _locks(cache)})
+    held = _open_files(proc) if locks else frozenset()
+    for lock in locks:
+        if str(lock.resolve()) not in held:
+            yield Advice(
+                rule="stale_lock",
+                what=f"{lock} was left by a build that was killed: the next build of {lock.parent.name} waits for ever",
+                fix=f"rm {lock}",
+                link="https://github.com/pytorch/pytorch/blob/main/torch/utils/file_baton.py",
+            )
+
+
+def leaked_shared_memory(folder: Path = Path("/dev/shm"), proc: Path = Path("/proc")) -> Iterator[Advice]:
+    """Segments of DeepSpeed's shared-memory all-reduce that no process maps."""
+    segments = sorted(folder.glob(_SHARED_MEMORY))
+    mapped = _mapped_files(proc) if segments else frozenset()
+    leaked = [segment for segment in segments if str(segment) not in mapped]
+    if leaked:
+        size = sum(_size(segment) for segment in leaked) / 2**20
+        few = " ".join(str(segment) for segment in leaked)
+        yield Advice(
+            rule="leaked_shared_memory",
+            what=f"{len(leaked)} segments in {folder} ({size:.0f} MiB) belong to no process: DeepSpeed's all-reduce "
+            "for CPUs leaks one for each rank of each world",
+            fix=f"rm {few}" if len(leaked) <= 4 else f"rm {folder}/{_SHARED_MEMORY}",
+        )
+
+
+def _locks(cache: Path) -> list[Path]:
+    """Return the locks in a cache; none where it may not be looked into, as /root by another user of a container."""
+    with suppress(OSError):
+        return [lock for lock in cache.glob("**/lock") if lock.is_file()]
+    return []
+
+
+def _size(segment: Path) -> int:
+    with suppress(FileNotFoundError):  # removed meanwhile by the world that it belonged to
+        return segment.stat().st_blocks * 512
+    return 0
+
+
+def _open_files(proc: Path) -> frozenset[str]:
+    """Return every file that a process of this user has open."""
+    found = set()
+    for folder in proc.glob("[0-9]*/fd"):
+        with suppress(OSError):  # another user's process, or one that has just ended
+            for descriptor in folder.iterdir():
+                with suppress(OSError):
+                    found.add(str(descriptor.readlink()))
+    return frozenset(found)
+
+
+def _mapped_files(proc: Path) -> frozenset[str]:
+    """Return every file that a process of this user has mapped."""
+    found = set()
+    for maps in proc.glob("[0-9]*/maps"):
+        with suppress(OSError):
+            found |= {line.split(maxsplit=5)[-1] for line in os.fsdecode(maps.read_bytes()).splitlines() if "/" in line}
+    return frozenset(found)
+
+
+PACKAGES = ("tpcheck", "torch", "deepspeed", "transformers", "accelerate")
+# First version without the fault, and what the fault is.
+_MENDED = {
+    "torch": (
+        ((2, 6), "weights_only=True of torch.load can be bypassed", "CVE-2025-32434"),
+        ((2, 10), "weights_only=True of torch.load can be bypassed", "CVE-2026-24747"),
+    )
+}
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Return the version of each package of interest, None where it is not installed."""
+    return {package: _version(package) for package in PACKAGES}
+
+
+def bad_versions(versions: Mapping[str, str | None]) -> Iterator[Advice]:
+    """Installed versions with a known fault."""
+    for package, faults in _MENDED.items():
+        installed = versions.get(package)
+        for mended, fault, name in faults:
+            if installed and _numbers(installed) < mended:
+                wanted = ".".join(map(str, mended))
+                yield Advice(
+                    rule="bad_version",
+                    what=f"{package} {installed}: {fault} ({name})",
+                    fix=f"pip install '{package}>={wanted}'",
+                    link=f"https://nvd.nist.gov/vuln/detail/{name}",
+                )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text.split("+")[0])[:3])

@@ -1,0 +1,1 @@
+"""What proves the tool: injected faults, searches, the matrix of families, and the register of known upstream bugs."""

@@ -1,0 +1,188 @@
+"""Faults of a saved model: one row for everything that can happen to a tensor on its way into a checkpoint."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+
+from tpcheck.lab.faults import damage
+from tpcheck.lab.faults.damage import Damage, Harm, Target, Tensors
+
+_CHECK = "checkpoint_matches_reference"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFault:
+    """A bug of what saves, gathers or converts a model.
+
+    Attributes:
+        name: Its slug.
+        what: What is wrong, in one sentence.
+        on: Patterns of the names of tensors that it befalls.
+        harm: Draws what becomes of one of them.
+        causes: The causes that are right to name; None for one that cannot be told.
+        family: The model type whose tensors are saved.
+        settings: Of the model.
+        link: The real bug that it stands for, upstream.
+        kind, checks: As of every fault.
+    """
+
+    name: str
+    what: str
+    on: tuple[str, ...]
+    harm: Harm
+    causes: tuple[str | None, ...]
+    family: str = "llama"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    link: str | None = None
+    kind: str = "checkpoint"
+    checks: tuple[str, ...] = (_CHECK,)
+
+    def drawn(self, tensors: Tensors, earlier: Tensors, seed: int) -> Damage:
+        """Return the fault at one of the tensors, the same for the same seed."""
+        chance = random.Random(f"{self.name}/{seed}")
+        fitting = [name for name in tensors if any(fnmatch(name, pattern) for pattern in self.on)]
+        return self.harm(Target(chance.choice(fitting), tensors, earlier, chance))
+
+
+_ROWS = ("*.q_proj.weight", "*.up_proj.weight")
+_COLUMNS = ("*.down_proj.weight",)
+_SQUARE = ("*.o_proj.weight",)
+_EMBEDDING = ("*.embed_tokens.weight",)
+_QKV, _GATE_UP = ("*.qkv_proj.weight",), ("*.gate_up_proj.weight",)
+_BIAS, _EXPERTS = ("*.q_proj.bias",), ("*.experts.down_proj",)
+
+
+def _fault(
+    name: str, what: str, on: tuple[str, ...], harm: Harm, cause: str | None, link: str | None = None
+) -> CheckpointFault:
+    family, settings = _MODEL_OF.get(on, ("llama", {}))
+    return CheckpointFault(f"saved_{name}", what, on, harm, (cause,), family, settings, link and _GITHUB + link)
+
+
+_FUSED_MODEL = ("phi3", {"num_key_value_heads": 8})  # as many as there are heads: blocks of one size
+_MODEL_OF: Mapping[tuple[str, ...], tuple[str, Mapping[str, Any]]] = {
+    _QKV: _FUSED_MODEL,
+    _GATE_UP: _FUSED_MODEL,
+    _BIAS: ("qwen2", {}),
+    _EXPERTS: ("mixtral", {}),
+}
+_GITHUB = "https://github.com/"
+
+FAULTS = (
+    _fault("rows_of_one_rank", "one rank's rows are saved as the tensor", _ROWS,
+           damage.one_shard(2), "shard_missing",
+           "pytorch/pytorch/issues/156002"),
+    _fault("rows_of_one_rank_of_four", "one of four ranks' rows are saved as the tensor", _ROWS,
+           damage.one_shard(4), "shard_missing"),
+    _fault("rows_of_one_rank_uneven", "one of three ranks' rows, which are not as many on each", _ROWS,
+           damage.one_shard(3), "shard_missing"),
+    _fault("columns_of_one_rank", "one rank's columns of a row-parallel weight are saved", _COLUMNS,
+           damage.one_shard(2, dim=1), "shard_missing"),
+    _fault("bias_of_one_rank", "one rank's part of a bias is saved", _BIAS,
+           damage.one_shard(2), "shard_missing"),
+    _fault("experts_of_one_rank", "one rank's experts are saved", _EXPERTS,
+           damage.one_shard(2), "shard_missing"),
+    _fault("part_of_each_expert", "one rank's part of each expert is saved", _EXPERTS,
+           damage.one_shard(2, dim=1), "shard_missing"),
+    _fault("qkv_of_one_rank", "one rank's part of q, k and v is saved", _QKV,
+           damage.one_shard_of_blocks(3), "shard_missing"),
+    _fault("shards_swapped", "two ranks' rows are put together in the wrong order", _ROWS,
+           damage.reordered(lambda _: [1, 0]), "shard_order_swapped"),
+    _fault("two_of_four_shards_swapped", "two of four ranks' rows change places", _ROWS,
+           damage.reordered(damage.two_of_four_swapped), "shard_order_swapped"),
+    _fault("columns_swapped", "two ranks' columns are put together in the wrong order", _COLUMNS,
+           damage.reordered(lambda _: [1, 0], dim=1), "shard_order_swapped"),
+    _fault("uneven_shards_swapped", "a larger and a smaller shard change places", _ROWS,
+           damage.plain(lambda rows: rows.roll(len(rows) * 25 // 64, 0)), "shard_order_swapped"),
+    _fault("shard_everywhere", "one rank's rows stand in every place", _ROWS,
+           damage.reordered(damage.one_everywhere), "shard_repeated"),
+    _fault("columns_everywhere", "one rank's columns stand in every place", _COLUMNS,
+           damage.reordered(damage.one_everywhere, dim=1), "shard_repeated"),
+    _fault("shard_for_another", "one of four ranks' rows stand in another's place, too", _ROWS,
+           damage.reordered(damage.one_for_another_of_four), "shard_repeated"),
+    _fault("qkv_rank_by_rank", "q, k, v are put together rank by rank", _QKV,
+           damage.blockwise(3, 2, parts=2), "fused_blocks_interleaved",
+           "ndif-team/nnsight/pull/719"),
+    _fault("gate_up_rank_by_rank", "gate and up are put together rank by rank", _GATE_UP,
+           damage.blockwise(2, 2), "fused_blocks_interleaved",
+           "ndif-team/nnsight/pull/719"),
+    _fault("gate_up_of_four_ranks", "gate and up of four ranks are put together rank by rank", _GATE_UP,
+           damage.blockwise(2, 4), "fused_blocks_interleaved"),
+    _fault("heads_of_qkv", "heads of (q, k, v) are read as (q, k, v) of heads", _QKV,
+           damage.plain(damage.heads_of_qkv), "fused_blocks_interleaved",
+           "deepspeedai/DeepSpeed/pull/3844"),
+    _fault("groups_of_queries", "groups of (queries, key, value) are read as blocks", _QKV,
+           damage.groups_of_queries, "fused_blocks_interleaved"),
+    _fault("head_twice", "a head stands on both sides of a boundary", _ROWS,
+           damage.at_a_boundary(lambda rows, cut: torch.cat([rows[: cut + 8], rows[cut:]]), first_wrong=8),
+           "wrong_shard_boundary"),
+    _fault("head_twice_last_lost", "a boundary is off by a head, and the last head is lost", _ROWS,
+           damage.at_a_boundary(lambda rows, cut: torch.cat([rows[:cut], rows[cut - 8 : -8]])),
+           "wrong_shard_boundary"),
+    _fault("head_lost", "a boundary is off by a head, and zeros stand at the end", _ROWS,
+           damage.at_a_boundary(lambda rows, cut: torch.cat([rows[:cut], rows[cut + 8 :], 0 * rows[:8]]),
+                                first_wrong=0, holds=8), "wrong_shard_boundary"),
+    _fault("padding_kept", "the padding of a projection is saved with it", _ROWS,
+           damage.padded(1), "wrong_shard_boundary"),
+    _fault("vocabulary_padding_kept", "the padding of the vocabulary is saved with it", _EMBEDDING,
+           damage.padded(1), "vocab_offset_wrong"),
+    _fault("vocabulary_padding_of_each_rank", "each rank's padding of the vocabulary is saved with it", _EMBEDDING,
+           damage.padded(2), "vocab_offset_wrong"),
+    _fault("tokens_shifted", "every token has the row of another", _EMBEDDING, damage.shifted, "vocab_offset_wrong"),
+    _fault("transposed", "a weight is saved as its transpose", _COLUMNS,
+           damage.plain(lambda weight: weight.T.contiguous()), "transposed"),
+    _fault("square_transposed", "a square weight is saved as its transpose", _SQUARE,
+           damage.plain(lambda weight: weight.T.contiguous()), "transposed"),
+    _fault("through_bfloat16", "a weight was rounded to bfloat16 on its way", _ROWS,
+           damage.plain(lambda weight: weight.bfloat16().float(), dtype="bfloat16"), "dtype_rounded"),
+    _fault("one_rank_through_float16", "one rank's rows were rounded to float16", _ROWS,
+           damage.from_half_on(lambda rows: rows.half().float()), "dtype_rounded"),
+    _fault("through_float8", "a weight was rounded to float8", _ROWS,
+           damage.plain(lambda weight: weight.to(torch.float8_e4m3fn).float()), "dtype_rounded"),
+    _fault("as_bfloat16", "a weight is saved as bfloat16", _ROWS,
+           damage.plain(lambda weight: weight.bfloat16(), dtype="bfloat16"), "dtype_rounded"),
+    _fault("one_rank_as_bfloat16", "one rank's rows are saved as bfloat16", _ROWS,
+           damage.plain(lambda weight: weight.chunk(2)[0].bfloat16(), tp_rank=0), "shard_missing"),
+    _fault("as_float64", "a weight is saved in a wider dtype", _ROWS,
+           damage.plain(lambda weight: weight.double()), None),
+    _fault("one_bit", "one bit is not that of the reference", _ROWS, damage.one_bit, "bit_flipped"),
+    _fault("row_of_nan", "a row is NaN", _ROWS, damage.one_row(float("nan")), "not_finite"),
+    _fault("one_infinity", "one element is infinite", _ROWS, damage.one_element(float("inf")), "not_finite"),
+    _fault("zeros", "a weight was never filled", _ROWS, damage.plain(torch.zeros_like), "all_zero"),
+    _fault("zeros_of_one_rank", "one rank's rows were never filled", _ROWS,
+           damage.from_half_on(torch.zeros_like), "all_zero"),
+    _fault("layer_renumbered", "a layer has the weight of another", _ROWS,
+           damage.of_another_layer, "tensor_of_another_layer"),
+    _fault("copies_added", "copies of a bias were added up over the ranks", _BIAS,
+           damage.plain(lambda bias: bias * 2, factor=2), "duplicate_reduce"),
+    _fault("copies_gathered", "a weight that every rank holds whole was gathered", _ROWS,
+           damage.plain(lambda weight: torch.cat([weight, weight]), copies=2), "not_sharded"),
+    _fault("step_before", "a weight is that of the step before", _ROWS, damage.of_the_step_before, "stale_weight"),
+    _fault("one_rank_of_the_step_before", "one rank's rows are those of the step before", _ROWS,
+           damage.one_rank_of_the_step_before, "stale_weight"),
+    _fault("dropped", "a tensor is not saved", _ROWS, damage.plain(lambda weight: None), "tensor_missing",
+           "deepspeedai/DeepSpeed/pull/3205"),
+    _fault("unknown_name", "a tensor is saved that the model does not have", _ROWS,
+           damage.under_another_name("model.extra.weight"), "tensor_unexpected"),
+    _fault("drawn_anew", "a weight was initialised again", _ROWS, damage.plain(torch.randn_like), None),
+    _fault("drawn_anew_smaller", "a weight is another one, in another shape", _ROWS,
+           damage.plain(lambda weight: torch.randn(len(weight) - 4, weight.shape[1])), None),
+    _fault("one_element", "one element has moved", _ROWS, damage.one_element(0.123), None),
+    _fault("other_dims", "a weight has more dims", _ROWS,
+           damage.plain(lambda weight: weight.reshape(2, -1, weight.shape[1])), None),
+    _fault("every_tensor_of_one_rank", "every tensor is that of one rank", _ROWS,
+           damage.every_tensor_of_one_rank, "shard_missing",
+           "deepspeedai/DeepSpeed/issues/3607"),
+    CheckpointFault("saved_untied", "a tie is broken: both names are saved, with other values", _EMBEDDING,
+                    damage.untied, ("tied_weight_untied",), settings={"tie_word_embeddings": True},
+                    link=f"{_GITHUB}NVIDIA-NeMo/Automodel/issues/2571"),
+    CheckpointFault("saved_without_its_tie", "neither name of a tied weight is saved", _EMBEDDING,
+                    damage.dropped_with_its_tie, ("tied_weight_dropped",), settings={"tie_word_embeddings": True},
+                    link=f"{_GITHUB}deepspeedai/DeepSpeed/issues/1896"),
+)  # fmt: skip

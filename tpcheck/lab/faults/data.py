@@ -1,0 +1,304 @@
+"""Faults of the data: pipelines that give the ranks of a TP group other batches, or replicas the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from tpcheck.core.topology import Topology
+from tpcheck.lab.faults import pipelines
+from tpcheck.lab.faults.datasets import FIRST_RANDOM
+
+TP = Topology(tp=2)
+TP_DP = Topology(tp=2, dp=2)
+
+AGREE = "batches_agree_within_tp"
+DIFFER = "batches_differ_across_dp"
+
+Build = Callable[..., pipelines.Batches]
+
+
+@dataclass(frozen=True, slots=True)
+class DataFault:
+    """A bug of a data pipeline.
+
+    Attributes:
+        name: Its slug.
+        what: What is wrong, in one sentence.
+        build: Returns a rank's batches.
+        causes: The causes that are right to name; None for one that cannot be told.
+        checks: The checks that may catch it.
+        mended: The same pipeline as it should be, where nothing must be found.
+        leaf: Path of the leaf that differs first; None for any.
+        late: Whether the first batches agree; None where it takes some of them to tell that it is no chance.
+        evidence: What else must be found out.
+        worlds: Topologies in which it shows.
+        mended_worlds: Topologies in which it is mended.
+        mended_dropout: Whether it stays mended when each rank's torch generator moves after every batch.
+        link: The real bug that it stands for, upstream.
+        kind: As of every fault.
+    """
+
+    name: str
+    what: str
+    build: Build
+    causes: tuple[str | None, ...]
+    checks: tuple[str, ...] = (AGREE,)
+    mended: Build | None = None
+    leaf: str | None = None
+    late: bool | None = False
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    worlds: tuple[Topology, ...] = (TP, TP_DP)
+    mended_worlds: tuple[Topology, ...] = (TP, TP_DP)
+    mended_dropout: bool = True
+    link: str | None = None
+    kind: str = "data"
+
+    def is_right_place(self, where: Mapping[str, Any], topology: Topology) -> bool:
+        """Return whether a finding's `where` names the leaf, and the first step that differs."""
+        if self.late is not None and where.get("step") != (FIRST_RANDOM // topology.dp if self.late else 0):
+            return False
+        return self.leaf in (None, where.get("field"))
+
+
+def _fault(
+    name: str, what: str, build: Build, cause: str | None, *, link: str | None = None, **expected: Any
+) -> DataFault:
+    return DataFault(f"data_{name}", what, build, (cause,), link=link and f"https://github.com/{link}", **expected)
+
+
+_MAIN: Mapping[str, Any] = {"where": "the main process"}
+_WORKERS: Mapping[str, Any] = {"where": "workers"}
+_DUPLICATE: Mapping[str, Any] = {"checks": (DIFFER,), "worlds": (TP_DP,), "late": None}
+_KINDS = ("torch", "numpy", "python")
+_PIXELS: Mapping[str, Any] = {"leaf": "pixel_values", "late": True}
+_WORKERS_BY_RANK = "axolotl-ai-cloud/axolotl/pull/3920"
+
+_AUGMENTATIONS = (
+    *(
+        _fault(
+            f"{kind}_in_main_process",
+            f"augmentation draws from {kind}, which each rank has seeded otherwise",
+            partial(pipelines.augmented, kind=kind),
+            f"rng_differs_{kind}",
+            mended=partial(pipelines.augmented, kind=kind, seeded=True),
+            mended_dropout=kind != "torch",
+            evidence=_MAIN,
+            **_PIXELS,
+        )
+        for kind in _KINDS
+    ),
+    *(
+        _fault(
+            f"{kind}_in_workers",
+            f"augmentation in workers draws from {kind}, seeded by world rank",
+            partial(pipelines.augmented, kind=kind, workers=2),
+            f"rng_differs_{kind}",
+            mended=partial(pipelines.augmented, kind=kind, workers=2, seeded=True),
+            evidence=_WORKERS,
+            link=_WORKERS_BY_RANK,
+            **_PIXELS,
+        )
+        for kind in _KINDS
+    ),
+    _fault(
+        "generator_that_dropout_moves",
+        "augmentation draws from the seeded torch generator that dropout moves, too",
+        partial(pipelines.augmented, kind="torch", seeded=True),
+        "rng_differs_torch",
+        evidence=_MAIN,
+        link="bigscience-workshop/Megatron-DeepSpeed/pull/276",
+        **_PIXELS,
+    ),
+    _fault(
+        "spawned_workers",
+        "augmentation in spawned workers is seeded by world rank",
+        partial(pipelines.augmented, kind="torch", workers=1, multiprocessing_context="spawn"),
+        "rng_differs_torch",
+        evidence=_WORKERS,
+        worlds=(TP,),
+        link=_WORKERS_BY_RANK,
+        **_PIXELS,
+    ),
+    _fault(
+        "generator_of_its_own",
+        "the data set draws from a generator of its own, seeded otherwise on each rank",
+        partial(pipelines.with_own_generator, seeded=False),
+        "rng_differs_numpy",
+        mended=partial(pipelines.with_own_generator, seeded=True),
+        evidence={"generators": ["numpy:dataset.rng"]},
+        **_PIXELS,
+    ),
+    _fault(
+        "nested_multimodal",
+        "a box inside a nested multimodal batch is drawn anew on each rank",
+        partial(pipelines.nested, seeded=False),
+        "rng_differs_python",
+        mended=partial(pipelines.nested, seeded=True),
+        leaf="images.0.0.box",
+        late=True,
+        evidence=_MAIN,
+    ),
+    _fault(
+        "masked_language",
+        "the collator of a masked language model masks other tokens on each rank",
+        partial(pipelines.masked_language, seeded=False),
+        "rng_differs_torch",
+        mended=partial(pipelines.masked_language, seeded=True),
+        mended_dropout=False,
+        leaf="input_ids",
+        evidence=_MAIN,
+    ),
+    _fault(
+        "masked_language_in_workers",
+        "the collator of a masked language model masks other tokens in each rank's workers",
+        partial(pipelines.masked_language, seeded=False, workers=1),
+        "rng_differs_torch",
+        mended=partial(pipelines.masked_language, seeded=True, workers=1),
+        leaf="input_ids",
+        evidence=_WORKERS,
+        link=_WORKERS_BY_RANK,
+    ),
+)
+
+_ORDERS = (
+    _fault(
+        "shuffle_without_seed",
+        "each rank shuffles from a seed of its own",
+        partial(pipelines.shuffled, seeded=False),
+        "same_order_different_seed",
+        mended=partial(pipelines.shuffled, seeded=True),
+        mended_worlds=(TP,),
+    ),
+    _fault(
+        "sampler_seeded_by_rank",
+        "DistributedSampler has another seed on each rank of a TP group",
+        partial(pipelines.shuffled_by_distributed_sampler, own_seed=True),
+        "same_order_different_seed",
+        mended=partial(pipelines.shuffled_by_distributed_sampler, own_seed=False),
+        evidence={"sampler_seed": [0, 1]},
+    ),
+    _fault(
+        "sampler_on_world_rank",
+        "DistributedSampler deals samples by world rank, also inside a TP group",
+        pipelines.sharded_by_world_rank,
+        "sampler_sharded_by_world_rank",
+    ),
+    _fault(
+        "accelerate_shuffle",
+        "accelerate leaves an unseeded shuffle as it is under pure TP",
+        pipelines.accelerated_images,
+        "same_order_different_seed",
+        mended=pipelines.accelerated_images,
+        worlds=(TP,),
+        mended_worlds=(TP_DP,),
+    ),
+    _fault(
+        "accelerate_device_specific_seed",
+        "accelerate's set_seed(device_specific=True) seeds the ranks of a TP group otherwise",
+        partial(pipelines.accelerated_images, device_specific=True),
+        "same_order_different_seed",
+        mended=partial(pipelines.accelerated_images, device_specific=False),
+        worlds=(TP,),
+    ),
+    _fault(
+        "accelerate_before_mesh",
+        "accelerate prepared the loader before there was a device mesh",
+        partial(pipelines.accelerated_images, mesh=False),
+        "sampler_sharded_by_world_rank",
+    ),
+    _fault(
+        "listed_files",
+        "files come in the order of a directory, which each host has its own",
+        partial(pipelines.listed, ordered=False),
+        "order_differs",
+        mended=partial(pipelines.listed, ordered=True),
+        late=True,
+    ),
+    _fault(
+        "images_reordered",
+        "one rank of a TP group has the images of a batch in another order",
+        pipelines.reordered_images,
+        "order_differs",
+    ),
+    _fault(
+        "uneven",
+        "one rank of a TP group has fewer samples",
+        pipelines.uneven,
+        "uneven_length",
+        late=None,
+    ),
+)
+
+_REPLICAS = (
+    _fault(
+        "no_sampler",
+        "there is no sampler: replicas train on the same samples",
+        pipelines.same_for_all,
+        "duplicate_dp_batch",
+        **_DUPLICATE,
+    ),
+    _fault(
+        "stream_from_its_beginning",
+        "every replica reads a stream from its beginning",
+        partial(pipelines.stream, sharded=False),
+        "duplicate_dp_batch",
+        mended=partial(pipelines.stream, sharded=True),
+        evidence={"iterable": True},
+        link="openvla/openvla/issues/109",
+        **_DUPLICATE,
+    ),
+    _fault(
+        "accelerate_stream",
+        "accelerate dispatches one batch of a stream to all replicas",
+        pipelines.accelerated_stream,
+        "duplicate_dp_batch",
+        mended=pipelines.accelerated_stream,
+        mended_worlds=(TP,),
+        evidence={"dispatch_batches": True},
+        link="huggingface/accelerate/issues/2162",
+        **_DUPLICATE,
+    ),
+    _fault(
+        "accelerate_dispatched",
+        "accelerate dispatches one batch to all replicas",
+        partial(pipelines.accelerated_images, device_specific=False, dispatch_batches=True),
+        "duplicate_dp_batch",
+        evidence={"dispatch_batches": True},
+        **_DUPLICATE,
+    ),
+)
+
+_CONTENTS = (
+    _fault(
+        "padding_multiple",
+        "ranks of a TP group pad to another multiple",
+        partial(pipelines.padded, multiples=(8, 16)),
+        "padding_differs",
+        mended=partial(pipelines.padded, multiples=(8, 8)),
+    ),
+    _fault(
+        "padding_side",
+        "ranks of a TP group pad on another side",
+        partial(pipelines.padded, multiples=(8, 8), sides=("left", "right")),
+        "padding_differs",
+    ),
+    _fault(
+        "padded_images",
+        "ranks of a TP group pad images to another size",
+        pipelines.padded_images,
+        "padding_differs",
+    ),
+    *(
+        _fault(f"{name}_alone", what, partial(pipelines.altered, change=name), None, leaf=leaf, late=True)
+        for name, what, leaf in (
+            ("labels", "the labels alone differ on one rank", "labels"),
+            ("dtype", "the dtype of the labels alone differs on one rank", "labels"),
+            ("one_bit", "one bit of the pixels differs on one rank", "pixel_values"),
+        )
+    ),
+)
+
+FAULTS: tuple[DataFault, ...] = (*_AUGMENTATIONS, *_ORDERS, *_REPLICAS, *_CONTENTS)

@@ -1,0 +1,214 @@
+"""How people build the batches of a training run: each function returns one rank's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from tpcheck.backends.protocols import RankLike
+from tpcheck.lab.faults.datasets import (
+    DRAWS,
+    FIRST_RANDOM,
+    LENGTH,
+    Altered,
+    Images,
+    Multimodal,
+    Named,
+    Numbers,
+    OwnGenerator,
+    Sentences,
+    Sharded,
+)
+
+Batches = Iterable[Any]
+
+
+class PlacedRank(RankLike, Protocol):
+    """A rank that knows its place on each axis."""
+
+    @property
+    def tp_rank(self) -> int: ...
+
+    @property
+    def dp_rank(self) -> int: ...
+
+
+def by_replica(rank: PlacedRank, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+    """A loader that deals samples to replicas as it should."""
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        dataset, num_replicas=rank.topology.dp, rank=rank.dp_rank, shuffle=False
+    )
+    return DataLoader(dataset, batch_size=2, sampler=sampler, **options)
+
+
+def seed(number: int) -> None:
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+def augmented(rank: PlacedRank, kind: str, workers: int = 0, seeded: bool = False, **options: Any) -> Batches:
+    if seeded and not workers:
+        seed(rank.dp_rank)
+    generator = torch.Generator().manual_seed(rank.dp_rank) if seeded else None
+    return by_replica(rank, Images(DRAWS[kind]), num_workers=workers, generator=generator, **options)
+
+
+def with_own_generator(rank: PlacedRank, seeded: bool) -> Batches:
+    return by_replica(rank, OwnGenerator(rank.dp_rank if seeded else None))
+
+
+def nested(rank: PlacedRank, seeded: bool) -> Batches:
+    if seeded:
+        seed(rank.dp_rank)
+    return by_replica(rank, Multimodal(DRAWS["python"]), collate_fn=as_lists)
+
+
+def as_lists(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [sample[name] for sample in samples] for name in samples[0]}
+
+
+def masked_language(rank: PlacedRank, seeded: bool, workers: int = 0) -> Batches:
+    from transformers import DataCollatorForLanguageModeling
+
+    if seeded:
+        seed(rank.dp_rank)
+    generator = torch.Generator().manual_seed(rank.dp_rank) if seeded else None
+    collate = DataCollatorForLanguageModeling(a_tokenizer(), mlm_probability=0.5)
+    return by_replica(rank, Sentences(), collate_fn=collate, num_workers=workers, generator=generator)
+
+
+def a_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"[PAD]": 0, "[MASK]": 1, "[UNK]": 2} | {f"w{number}": number for number in range(3, 30)}
+    model = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="[PAD]", mask_token="[MASK]", unk_token="[UNK]", padding_side="right"
+    )
+
+
+def padded(rank: PlacedRank, multiples: tuple[int, int], sides: tuple[str, str] = ("right", "right")) -> Batches:
+    from transformers import DataCollatorWithPadding
+
+    tokenizer = a_tokenizer()
+    tokenizer.padding_side = sides[rank.tp_rank]
+    return by_replica(
+        rank, Sentences(), collate_fn=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiples[rank.tp_rank])
+    )
+
+
+def padded_images(rank: PlacedRank) -> Iterator[Any]:
+    for step in range(4):
+        images = np.random.default_rng([rank.dp_rank, step]).random((2, 3, 4, 4))
+        yield {"pixel_values": np.pad(images, ((0, 0), (0, 0), (0, rank.tp_rank), (0, 2 * rank.tp_rank)))}
+
+
+def reordered_images(rank: PlacedRank) -> Iterator[Any]:
+    for step in range(4):
+        images = np.random.default_rng([rank.dp_rank, step]).random((2, 3, 4, 4))
+        yield {"pixel_values": images[::-1] if rank.tp_rank else images}
+
+
+def shuffled(rank: PlacedRank, seeded: bool) -> Batches:
+    generator = torch.Generator().manual_seed(rank.dp_rank) if seeded else None
+    return DataLoader(Images(), batch_size=2, shuffle=True, generator=generator)
+
+
+def shuffled_by_distributed_sampler(rank: PlacedRank, own_seed: bool) -> Batches:
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        Images(),
+        num_replicas=rank.topology.dp,
+        rank=rank.dp_rank,
+        seed=rank.tp_rank if own_seed else 0,
+    )
+    return DataLoader(Images(), batch_size=2, sampler=sampler)
+
+
+def sharded_by_world_rank(rank: PlacedRank) -> Batches:
+    sampler: DistributedSampler[Any] = DistributedSampler(Images(), shuffle=False)  # its defaults: the default group
+    return DataLoader(Images(), batch_size=2, sampler=sampler)
+
+
+def accelerated(rank: PlacedRank, dataset: Any, mesh: bool = True, shuffle: bool = True, **options: Any) -> Batches:
+    """What `accelerator.prepare` makes of a loader, with the device mesh of this topology or before there is one."""
+    from accelerate import Accelerator
+    from accelerate.data_loader import prepare_data_loader
+    from torch.distributed.device_mesh import init_device_mesh
+
+    Accelerator(cpu=True)  # the state that the functions of accelerate look at
+    sizes = (rank.topology.dp, rank.topology.tp)
+    loader: Batches = prepare_data_loader(
+        DataLoader(dataset, batch_size=2, shuffle=shuffle),
+        device=torch.device("cpu"),
+        put_on_device=True,
+        rng_types=["generator"],
+        torch_device_mesh=init_device_mesh("cpu", sizes, mesh_dim_names=("dp_shard", "tp")) if mesh else None,
+        **options,
+    )
+    return loader
+
+
+def accelerated_images(rank: PlacedRank, device_specific: bool | None = None, **options: Any) -> Batches:
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    Accelerator(cpu=True)
+    if device_specific is not None:
+        set_seed(3, device_specific=device_specific)
+    return accelerated(rank, Images(), **options)
+
+
+def accelerated_stream(rank: PlacedRank, sharded: bool = False) -> Batches:
+    """accelerate dispatches the batches of every IterableDataset."""
+    dataset = Sharded(rank.topology.dp, rank.dp_rank) if sharded else Numbers()
+    return accelerated(rank, dataset, shuffle=False, dispatch_batches=False if sharded else None)
+
+
+def stream(rank: PlacedRank, sharded: bool) -> Batches:
+    return DataLoader(Sharded(rank.topology.dp, rank.dp_rank) if sharded else Numbers(), batch_size=2)
+
+
+def same_for_all(rank: PlacedRank) -> Batches:
+    return DataLoader(Images(), batch_size=2)
+
+
+def listed(rank: PlacedRank, ordered: bool) -> Batches:
+    """Files of a directory. How `os.listdir` orders them is up to the file system of each host."""
+    names = [f"{number:02d}.png" for number in range(LENGTH)]
+    late = names[2 * FIRST_RANDOM :]
+    random.Random(rank.tp_rank).shuffle(late)
+    return by_replica(rank, Named(names if ordered else names[: 2 * FIRST_RANDOM] + late))
+
+
+def uneven(rank: PlacedRank) -> Batches:
+    samples = [{"ids": torch.tensor([index])} for index in range(rank.dp_rank * 100, rank.dp_rank * 100 + LENGTH)]
+    return DataLoader(samples[: LENGTH - 4 * rank.tp_rank], batch_size=2)  # type: ignore[arg-type]
+
+
+def altered(rank: PlacedRank, change: str) -> Batches:
+    """Rank 1 of each TP group changes one thing."""
+
+    def alter(sample: dict[str, Any]) -> dict[str, Any]:
+        return CHANGES[change](sample) if rank.tp_rank == 1 else sample
+
+    return by_replica(rank, Altered(Images(), alter))
+
+
+def _flip_one_bit(sample: dict[str, Any]) -> dict[str, Any]:
+    pixels = sample["pixel_values"].clone()
+    pixels.view(torch.int32).view(-1)[5] ^= 1
+    return sample | {"pixel_values": pixels}
+
+
+CHANGES = {
+    "labels": lambda sample: sample | {"labels": sample["labels"] + 1},
+    "dtype": lambda sample: sample | {"labels": sample["labels"].int()},
+    "one_bit": _flip_one_bit,
+}

@@ -1,0 +1,1 @@
+"""Searches for configurations under which a sharded model, or layer, is not the unsharded one."""

@@ -1,0 +1,182 @@
+"""Draws configurations of a family: what it has, in sizes that need not be even, under options that must not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from tpcheck.core.errors import UsageError
+from tpcheck.core.topology import Topology
+from tpcheck.families.dimensions import Dimensions, dimensions
+from tpcheck.families.settings import overlay
+from tpcheck.families.tokens import Tokens
+from tpcheck.model.arguments import DTYPES, ZERO_STAGES
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import DrawFn, SearchStrategy
+
+    from tpcheck.backends.protocols import Backend
+
+# Small and uneven: a wrong boundary shows at 3 heads over 2 ranks, and nothing shows at 4096 that does not at 12.
+_MOST_KV_HEADS = 4
+_MOST_GROUPS = 3
+_MOST_HALF_HEAD_DIM = 6  # a head is cut in two halves by rotary embeddings, so its size is even
+_MOST_WIDTH_OF_HEAD = 12
+_MOST_INTERMEDIATE = 70
+_MOST_LAYERS = 3
+_EXPERTS = (2, 6)  # two of them answer for a token
+_MOST_VOCABULARY = 150
+_MOST_ROWS = 3
+_LENGTHS = (2, 20)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What may be drawn of each option; a failure shrinks towards the first."""
+
+    tp: tuple[int, ...] = (2, 4)
+    dp: tuple[int, ...] = (1, 2)
+    zero: tuple[int, ...] = ZERO_STAGES
+    dtype: tuple[str, ...] = DTYPES
+
+    @classmethod
+    def of(cls, *, tp: Sequence[int], dp: Sequence[int], zero: Sequence[int], dtype: Sequence[str]) -> Bounds:
+        """Return bounds that hold what `verify` takes.
+
+        Raises:
+            UsageError: They do not.
+        """
+        for size in (*tp, *dp):
+            Topology(tp=size)
+        for stage in zero:
+            if stage not in ZERO_STAGES:
+                raise UsageError("zero", stage, ZERO_STAGES)
+        for name in dtype:
+            if name not in DTYPES:
+                raise UsageError("dtype", name, DTYPES)
+        return cls(tuple(tp), tuple(dp), tuple(zero), tuple(dtype))
+
+    def told(self) -> dict[str, Any]:
+        return {name: list(values) for name, values in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One configuration: what differs from a plain `tpcheck verify FAMILY`."""
+
+    tp: int
+    dp: int
+    zero: int
+    dtype: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    batch: str | None = None
+
+
+def family_examples(
+    family: str, bounds: Bounds, backend: str | Backend, settings: Mapping[str, Any], config: Mapping[str, Any]
+) -> SearchStrategy[Drawn]:
+    """Return what draws configurations of the family in which the user's settings and configuration are fixed.
+
+    Raises:
+        UsageError: No such family or setting, or the backend takes none of the ZeRO stages.
+    """
+    from hypothesis import strategies as st
+
+    there = dimensions(family, settings)
+    options, stages = _taken(backend, bounds.zero, config)
+    bounds = replace(bounds, zero=stages)
+
+    @st.composite
+    def drawn(draw: DrawFn) -> Drawn:
+        merged = dict(config)
+        for option in options:
+            if draw(st.booleans()):
+                merged = overlay(merged, overlay(option, config))
+        return Drawn(
+            **{name: draw(st.sampled_from(values)) for name, values in bounds.told().items()},
+            settings={**_drawn_settings(draw, there, settings), **settings},
+            config=merged,
+            batch=_drawn_batch(draw),
+        )
+
+    return drawn()
+
+
+def _taken(
+    backend: str | Backend, stages: Sequence[int], config: Mapping[str, Any]
+) -> tuple[list[Mapping[str, Any]], tuple[int, ...]]:
+    """Return the options that the backend offers, and those of the ZeRO stages that it has.
+
+    Raises:
+        UsageError: It has none of them.
+    """
+    from tpcheck.backends.protocols import OffersOptions
+    from tpcheck.backends.registry import load_backend
+
+    loaded = load_backend(backend)
+    refusals = {stage: _refusal(loaded, stage, config) for stage in stages}
+    taken = tuple(stage for stage, refusal in refusals.items() if refusal is None)
+    for refusal in refusals.values():
+        if refusal is not None and not taken:
+            raise refusal
+    return list(loaded.options()) if isinstance(loaded, OffersOptions) else [], taken
+
+
+def _refusal(backend: Backend, stage: int, config: Mapping[str, Any]) -> UsageError | None:
+    import torch
+
+    from tpcheck.backends.protocols import TrainingOptions
+
+    try:
+        backend.resolved(TrainingOptions(dtype=torch.float64, zero_stage=stage, config=config))
+    except UsageError as error:
+        return error
+    return None
+
+
+def _drawn_settings(draw: DrawFn, there: Dimensions, fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """Draw sizes and switches. Each may be left alone, and shrinking leaves alone what does not matter."""
+    from hypothesis import strategies as st
+
+    free = {role for role, names in there.names.items() if not set(names) & set(fixed)}
+    sizes: dict[str, int] = {}
+    if draw(st.booleans()):
+        sizes |= {role: size for role, size in _heads(draw, there).items() if role in free}
+    ranges = {
+        "intermediate": (1, _MOST_INTERMEDIATE),
+        "layers": (1, _MOST_LAYERS),
+        "experts": _EXPERTS,
+        "vocabulary": (max(2, there.least_vocabulary), _MOST_VOCABULARY),
+    }
+    for role, (least, most) in ranges.items():
+        if role in free and draw(st.booleans()):
+            sizes[role] = draw(st.integers(least, most))
+    switches = {name: not value for name, value in there.switches.items() if name not in fixed}
+    return there.settings(sizes) | {name: value for name, value in switches.items() if draw(st.booleans())}
+
+
+def _heads(draw: DrawFn, there: Dimensions) -> dict[str, int]:
+    """Draw sizes of attention that fit each other: heads share keys evenly, and make up the width of the model."""
+    from hypothesis import strategies as st
+
+    kv_heads = draw(st.integers(1, _MOST_KV_HEADS))
+    heads = kv_heads * draw(st.integers(1, _MOST_GROUPS))
+    head_dim = 2 * draw(st.integers(1, _MOST_HALF_HEAD_DIM))
+    of_model = draw(st.integers(1, _MOST_WIDTH_OF_HEAD)) if "head_dim" in there.names else head_dim
+    return {"kv_heads": kv_heads, "heads": heads, "head_dim": head_dim, "hidden": heads * of_model}
+
+
+def _drawn_batch(draw: DrawFn) -> str | None:
+    from hypothesis import strategies as st
+
+    if not draw(st.booleans()):
+        return None
+    tokens = Tokens(
+        rows=draw(st.integers(1, _MOST_ROWS)),
+        length=draw(st.integers(*_LENGTHS)),
+        padded=draw(st.booleans()),
+        strided=draw(st.booleans()),
+    )
+    return None if tokens == Tokens() else str(tokens)

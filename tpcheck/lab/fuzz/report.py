@@ -1,0 +1,168 @@
+"""A search among many configurations as text and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tpcheck.core.findings import Verdict, VerdictName
+from tpcheck.lab.fuzz.results import Found, Outcome, Searched
+from tpcheck.report import words
+from tpcheck.report.data import SCHEMA, as_data, plain_json
+from tpcheck.report.findings import finding_lines
+from tpcheck.report.text import STYLES
+from tpcheck.report.words import Line, labelled, plain
+
+_REASONS_SHOWN = 5
+_STATUS_STYLES = {**STYLES, "refused": "dim", "known": "dim"}
+_SHOWN_OF_MESSAGE = 6
+
+
+def outcome_line(outcome: Outcome, *, shrinking: bool = False) -> Line:
+    """Return one example: how it ended, and the command that repeats it."""
+    name = f"{outcome.kind}  " if outcome.status == "known" else ""
+    said = outcome.reason if outcome.is_bad or outcome.status == "refused" else ""
+    step = "shrink  " if shrinking else ""
+    return Line(
+        (
+            (step, "dim"),
+            (f"{outcome.status:<7}", _STATUS_STYLES[outcome.status]),
+            (f"  {name}{outcome.command}", ""),
+            (f"  {said}" if said else "", "dim"),
+        )
+    )
+
+
+def searched_lines(searched: Searched) -> Iterator[Line]:
+    """Yield what was found, each in its smallest form, and what the search covered."""
+    yield Line(((searched.verdict, STYLES[searched.verdict]), (f"  {_name(searched.subject)}", "bold")))
+    for found in searched.found:
+        yield Line()
+        yield from _found_lines(found, cut_short=searched.cut_short)
+    yield Line()
+    yield from labelled("examples", counted(searched))
+    for bug, number in searched.reasons("known"):
+        yield from labelled("known", f"{bug} ({words.count(number, 'example')}); tpcheck/families/known.toml")
+    reasons = searched.reasons("refused")
+    for reason, number in reasons[:_REASONS_SHOWN]:
+        yield from labelled("refused", f"{number} x {reason}")
+    if len(reasons) > _REASONS_SHOWN:
+        yield from labelled("", f"and {words.count(len(reasons) - _REASONS_SHOWN, 'other reason')}")
+    if searched.interrupted:
+        yield from labelled("ended", "interrupted: what stands here is what had been run", "yellow")
+    yield from labelled("seconds", f"{searched.seconds:.1f}")
+
+
+def counted(searched: Searched) -> str:
+    """Return `50 ran: 48 passed, 2 failed; 7 refused; 31 more to shrink`."""
+    parts = [f"{number} {name}" for name in ("passed", "known", "failed", "error") if (number := searched.count(name))]
+    ran = f"{searched.num_ran} ran" + (f": {', '.join(parts)}" if parts else "")
+    refused = f"; {searched.count('refused')} refused" if searched.count("refused") else ""
+    return ran + refused + (f"; {searched.num_shrinking} more to shrink" if searched.num_shrinking else "")
+
+
+def searched_data(searched: Searched) -> dict[str, Any]:
+    """Return the search as plain JSON values, schema 1."""
+    return {
+        "schema": SCHEMA,
+        "verdict": searched.verdict,
+        "subject": plain_json(searched.subject),
+        "environment": plain_json(searched.environment),
+        "findings": [_found_data(found) for found in searched.found],
+        "coverage": {
+            "ran": searched.num_ran,
+            **{name: searched.count(name) for name in ("passed", "known", "failed", "error", "refused")},
+            "shrinking": searched.num_shrinking,
+            "refusals": dict(searched.reasons("refused")),
+            "known_bugs": dict(searched.reasons("known")),
+        },
+        "cut_short": searched.cut_short,
+        "interrupted": searched.interrupted,
+        "seconds": searched.seconds,
+    }
+
+
+def layers_lines(searches: Sequence[Searched]) -> Iterator[Line]:
+    """Yield a line for each layer, and what was found of each kind."""
+    width = max(len(_layer(one)) for one in searches)
+    for one in searches:
+        said = one.reasons("refused")[0][0] if one.verdict == "skipped" and one.outcomes else counted(one)
+        yield Line(((f"{one.verdict:<7}", STYLES[one.verdict]), (f"  {_layer(one):<{width}}  ", "bold"), (said, "")))
+    for one in searches:
+        for found in one.found:
+            yield Line()
+            yield from _found_lines(found, cut_short=one.cut_short)
+    known = Counter(bug for one in searches for bug, number in one.reasons("known") for _ in range(number))
+    if known:
+        yield Line()
+    for bug, number in known.most_common():
+        yield from labelled("known", f"{bug} ({words.count(number, 'example')}); tpcheck/families/known.toml")
+    if any(one.interrupted for one in searches):
+        yield from labelled("ended", "interrupted: what stands here is what had been run", "yellow")
+
+
+def layers_data(searches: Sequence[Searched]) -> dict[str, Any]:
+    """Return the searches of several layers as plain JSON values, schema 1."""
+    return {
+        "schema": SCHEMA,
+        "verdict": verdict_of(searches),
+        "environment": plain_json(searches[0].environment) if searches else {},
+        "layers": [searched_data(one) for one in searches],
+    }
+
+
+def verdict_of(searches: Sequence[Searched]) -> VerdictName:
+    """Return the first of `failed`, `error`, `passed` that a search says, else `skipped`."""
+    said = {one.verdict for one in searches}
+    order: tuple[VerdictName, ...] = ("failed", "error", "passed")
+    return next((name for name in order if name in said), "skipped")
+
+
+def searched_json(data: Mapping[str, Any]) -> str:
+    """Return a search as a JSON text."""
+    return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+
+def _layer(searched: Searched) -> str:
+    return str(searched.subject.get("layer"))
+
+
+def _name(subject: Mapping[str, Any]) -> str:
+    return f"{subject.get('family')}  {subject.get('backend')}"
+
+
+def _found_lines(found: Found, *, cut_short: bool) -> Iterator[Line]:
+    outcome = found.outcome
+    if isinstance(outcome.data, Verdict) and outcome.data.findings:
+        yield from finding_lines(outcome.data.findings[0], outcome.data.subject)
+    elif isinstance(outcome.data, Verdict):
+        yield plain("The system under test crashed. Its own message:", STYLES["error"])
+        yield from (
+            plain(f"  {line}") for line in (outcome.data.message or "").strip().splitlines()[:_SHOWN_OF_MESSAGE]
+        )
+        yield from labelled("again", outcome.command)
+    else:
+        yield Line(((outcome.status, STYLES[outcome.status]), (f"  {outcome.reason}", "")))
+        yield from labelled("again", outcome.command)
+    if found.shrunk_from != outcome.command:
+        yield from labelled("shrunk", f"from {found.shrunk_from}", "dim")
+    if cut_short:
+        yield from labelled("", "shrinking ended at its limit of time: a smaller one may exist", "yellow")
+    if not found.comes_again:
+        again = f"it {found.again.status} when it was run once more: something in it is left to chance"
+        yield from labelled("", again, "yellow")
+
+
+def _found_data(found: Found) -> dict[str, Any]:
+    outcome = found.outcome
+    return {
+        "kind": outcome.kind,
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "again": outcome.command,
+        "shrunk_from": found.shrunk_from,
+        "comes_again": found.comes_again,
+        "report": as_data(outcome.data) if isinstance(outcome.data, Verdict) else plain_json(outcome.data),
+    }

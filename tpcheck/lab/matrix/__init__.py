@@ -1,0 +1,1 @@
+"""Many verifications: run side by side, held against the register, shown as one table."""

@@ -1,0 +1,35 @@
+"""The named questions that a run answers, and the order in which they are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tpcheck.numerics.checks.gradients import gradients_match_reference
+from tpcheck.numerics.checks.norms import gradient_norm_matches_reference
+from tpcheck.numerics.checks.outputs import outputs_match_reference
+from tpcheck.numerics.checks.replicas import replicas_agree_after, replicas_agree_at_start
+from tpcheck.numerics.checks.start import groups_match_topology, parameters_are_sharded, weights_match_reference
+from tpcheck.numerics.checks.updates import updates_match_reference
+from tpcheck.numerics.evidence import CheckOutcome, Evidence
+
+__all__ = ["CHECKPOINT_CHECK", "CHECK_NAMES", "START_CHECKS", "STEP_CHECKS", "CheckOutcome"]
+
+START_CHECKS: dict[str, Callable[[Evidence], CheckOutcome]] = {
+    "groups_match_topology": groups_match_topology,
+    "parameters_are_sharded": parameters_are_sharded,
+    "weights_match_reference": weights_match_reference,
+    "replicas_agree": replicas_agree_at_start,
+}
+
+STEP_CHECKS: dict[str, Callable[[Evidence, int], CheckOutcome]] = {
+    "outputs_match_reference": outputs_match_reference,
+    "gradients_match_reference": gradients_match_reference,
+    "gradient_norm_matches_reference": gradient_norm_matches_reference,
+    "updates_match_reference": updates_match_reference,
+    "replicas_agree": replicas_agree_after,
+}
+
+CHECKPOINT_CHECK = "checkpoint_matches_reference"
+"""Asked of files, not of evidence; a verification of a model asks it where it is named."""
+
+CHECK_NAMES = tuple(dict.fromkeys([*START_CHECKS, *STEP_CHECKS]))

@@ -1,0 +1,198 @@
+"""Records what goes into and comes out of every module, forward and backward, and which collectives it issues."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed import distributed_c10d
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tpcheck.numerics.evidence import Collective, Phase, Role, TensorKey
+from tpcheck.numerics.tensors import map_tensors, named_tensors
+
+Sink = Callable[[TensorKey, torch.Tensor], None]
+
+
+class ModuleRecorder:
+    """Hands every floating-point tensor that enters or leaves a module to `sink`, in the order of events.
+
+    Each module is given views of its inputs, so that the gradient of an input is what this module alone sends back,
+    whoever else uses the tensor; its caller gets copies of its outputs, which it may change in place without undoing
+    the hooks. Gradients are handed over as autograd computes them: the order of backward events is that of the
+    backward pass. A tensor is handed over as it is: a sink that keeps it must copy it.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> seen = []
+        >>> with ModuleRecorder(model, lambda key, tensor: seen.append(str(key))):
+        ...     _ = model(torch.ones(1, 2))
+        >>> seen
+        ['model: input 0', '0: input 0', '0: output 0', 'model: output 0']
+    """
+
+    def __init__(self, model: nn.Module, sink: Sink) -> None:
+        self._model = model
+        self._sink = sink
+        self._calls: Counter[str] = Counter()
+        self._open: dict[str, list[int]] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> ModuleRecorder:
+        for name, module in self._model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._after(name)))
+        return self
+
+    def restart(self) -> None:
+        """Count the calls of every module from zero again."""
+        self._calls.clear()
+        self._open.clear()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _before(self, name: str) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            call = self._calls[name]
+            self._calls[name] += 1
+            self._open.setdefault(name, []).append(call)
+            args, kwargs = map_tensors(_view, args), map_tensors(_view, kwargs)
+            self._record(name, call, "input", (*args, kwargs) if kwargs else args)
+            return args, kwargs
+
+        return hook
+
+    def _after(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            calls = self._open.get(name)
+            if not calls:  # a backend called the hook without its pre-hook
+                return output
+            output = map_tensors(_copy, output)
+            self._record(name, calls.pop(), "output", output)
+            return output
+
+        return hook
+
+    def _record(self, name: str, call: int, role: Role, value: Any) -> None:
+        for path, tensor in named_tensors(value):
+            if not tensor.is_floating_point():
+                continue
+            self._sink(_key("forward", name, call, role, path), tensor.detach())
+            if _has_gradient(tensor):  # without autograd, a hook would see what goes to whoever else uses the tensor
+                backward = _key("backward", name, call, role, path)
+                hook = self._gradient_hook(backward)
+                self._handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
+
+    def _gradient_hook(self, key: TensorKey) -> Callable[[torch.Tensor], None]:
+        return lambda gradient: self._sink(key, gradient.detach())
+
+
+def _view(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view_as(tensor) if _has_gradient(tensor) else tensor
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if _has_gradient(tensor) else tensor
+
+
+def _has_gradient(tensor: torch.Tensor) -> bool:
+    return tensor.requires_grad and tensor.is_floating_point() and torch.is_grad_enabled()
+
+
+def _key(phase: Phase, module: str, call: int, role: Role, path: str) -> TensorKey:
+    return TensorKey(phase=phase, module=module, call=call, role=role, path=path)
+
+
+_NAMESPACES = ("c10d", "_c10d_functional")
+# Their operators by what they do, without trailing underscores; anything else (waiting, barriers) moves no data.
+_KINDS = {
+    "all_reduce": "allreduce allreduce_coalesced all_reduce all_reduce_coalesced",
+    "all_gather": "allgather _allgather_base allgather_coalesced allgather_into_tensor_coalesced "
+    "all_gather_into_tensor all_gather_into_tensor_out all_gather_into_tensor_coalesced",
+    "reduce_scatter": "reduce_scatter _reduce_scatter_base reduce_scatter_tensor_coalesced reduce_scatter_tensor",
+    "all_to_all": "alltoall alltoall_base all_to_all_single",
+    "broadcast": "broadcast",
+    "reduce": "reduce",
+    "gather": "gather",
+    "scatter": "scatter",
+}
+_NAMES = {operator: kind for kind, operators in _KINDS.items() for operator in operators.split()}
+
+
+@contextmanager
+def logged_collectives(model: nn.Module) -> Iterator[list[Collective]]:
+    """Yield a list that grows by every collective that is issued inside, with the innermost module of `model` at work.
+
+    Both ways of issuing one are seen: `torch.distributed`, which dispatches to `c10d`, and the functional collectives
+    of DTensor. The tensors of subclasses are left to the subclasses, whose own operators are seen instead.
+    """
+    inside: list[str] = [""]
+    log: list[Collective] = []
+    handles = [handle for name, module in model.named_modules() for handle in _tracked(name, module, inside)]
+    try:
+        with _Log(inside, log):
+            yield log
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tracked(name: str, module: nn.Module, inside: list[str]) -> Iterator[Any]:
+    def enter(module: nn.Module, args: Any) -> None:
+        inside.append(name)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if inside[-1] == name:
+            inside.pop()
+
+    yield module.register_forward_pre_hook(enter)
+    yield module.register_forward_hook(leave, always_call=True)
+
+
+class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operator; keeps the collectives."""
+
+    def __init__(self, inside: list[str], log: list[Collective]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._inside = inside
+        self._log = log
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, FakeTensor) for kind in types):  # DTensor works out shapes with them; nothing is sent
+            return func(*args, **(kwargs or {}))
+        if any(issubclass(kind, torch.Tensor) and kind not in _PLAIN for kind in types):
+            return NotImplemented
+        name = _NAMES.get(func.overloadpacket.__name__.rstrip("_")) if func.namespace in _NAMESPACES else None
+        if name is not None:
+            self._log.append(Collective(self._inside[-1], name, _group(args)))
+        return func(*args, **(kwargs or {}))
+
+
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def _group(args: Any) -> tuple[int, ...]:
+    """Return the global ranks of the group among an operator's arguments; none where it cannot be told."""
+    for arg in args:
+        if isinstance(arg, torch.ScriptObject) and str(arg._type()).endswith(".ProcessGroup"):
+            return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(arg)))
+    resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    names = [arg for arg in args if isinstance(arg, str)]  # functional collectives name their group last
+    try:
+        return tuple(dist.get_process_group_ranks(resolve(names[-1]))) if names else ()
+    except (RuntimeError, ValueError):
+        return ()

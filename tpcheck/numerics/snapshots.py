@@ -1,0 +1,49 @@
+"""Snapshots of what a model keeps between calls: parameters, and buffers whether or not they are saved with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from tpcheck.numerics.tensors import own_part
+
+State = Mapping[str, torch.Tensor]
+
+
+def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of the parameters."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of the buffers; of this rank's part where one is a DTensor."""
+    return {name: own_part(buffer.detach()).clone() for name, buffer in model.named_buffers()}
+
+
+def set_parameters(model: nn.Module, saved: State) -> None:
+    """Set the parameters back."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(saved[name])
+
+
+def set_buffers(model: nn.Module, saved: State) -> None:
+    """Set the buffers back, also those that the model has replaced by others since."""
+    for name, buffer in saved.items():
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._buffers[attribute] = buffer.clone()
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run without gradients; put buffers, also those that are replaced meanwhile, and random generators back."""
+    before = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
+    with torch.no_grad(), torch.random.fork_rng():
+        yield
+        for name, (buffer, value) in before.items():
+            buffer.copy_(value)
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner)._buffers[attribute] = buffer

@@ -1,0 +1,169 @@
+"""A finding as text: what differs, where, by how much, why, and how to see it again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tpcheck.core import causes
+from tpcheck.core.findings import Finding
+from tpcheck.report import batches, checkpoints, words
+from tpcheck.report.data import printable
+from tpcheck.report.words import Line, labelled
+
+_ALSO_SHOWN = 8
+# What the number counts where a check is exact, and what is said of it.
+_COUNTED = {
+    "groups_match_topology": ("group", "differs", "differ"),
+    "parameters_are_sharded": ("parameter", "is wrong", "are wrong"),
+    "replicas_agree": ("tensor", "differs", "differ"),
+}
+_COUNTED_BY_DEFAULT = ("element", "differs", "differ")
+# Evidence that has a phrase of its own; what a check adds beside it is shown by name.
+_PHRASED = {
+    *("largest", "largest_at", "replays", "dtype", "first_of", "inputs_agree", "isolated", "cause_error", "also"),
+    *("note", "follows_from", "advice"),
+    *("collectives", "collectives_expected", "collectives_as_in"),
+    *("shape_actual", "shape_expected", "count_differing", "count_total", "norm_actual", "norm_expected"),
+    *batches.PHRASED,
+    *checkpoints.PHRASED,
+}
+
+
+def finding_lines(finding: Finding, subject: Mapping[str, Any]) -> Iterator[Line]:
+    """Yield the lines of one finding; `subject` says what was run."""
+    finding = replace(finding, where=printable(finding.where), evidence=printable(finding.evidence))
+    yield Line(((finding.check, "bold red"), (f"  {place(finding)}", "bold")))
+    where = _where(finding, subject)
+    if where:
+        yield from labelled("where", where)
+    yield from labelled("observed", _observed(finding))
+    if finding.evidence.get("values"):
+        yield from labelled("values", batches.values(finding.evidence))
+    stored = checkpoints.values(finding.evidence)
+    if stored is not None:
+        yield from labelled("values", stored)
+    yield from labelled("allowed", _allowed(finding))
+    yield from labelled("cause", _cause(finding), "yellow" if finding.cause else "")
+    if "collectives_expected" in finding.evidence:
+        yield from labelled("issued", _collectives(finding.evidence))
+    if finding.evidence.get("advice"):
+        yield from labelled("fix", str(finding.evidence["advice"]), "cyan")
+    if finding.evidence.get("also"):
+        yield from labelled("also", words.few([_named(one) for one in finding.evidence["also"]], _ALSO_SHOWN))
+    if finding.evidence.get("note"):
+        yield from labelled("note", str(finding.evidence["note"]))
+    other = {key: value for key, value in finding.evidence.items() if key not in _PHRASED}
+    if other:
+        yield from labelled("evidence", words.pairs(other))
+    if finding.again:
+        yield from labelled("again", finding.again, "cyan")
+
+
+def is_consequence(finding: Finding) -> bool:
+    """Return whether an earlier check's finding accounts for this one."""
+    return finding.cause is None and bool(finding.evidence.get("follows_from"))
+
+
+def place(finding: Finding) -> str:
+    """Return the name of the tensor that differs."""
+    where = printable(finding.where)
+    module, parameter, field = (where.get(key) for key in ("module", "parameter", "field"))
+    if parameter and module and "." not in str(parameter):
+        named = f"{module}.{parameter}"
+    else:
+        named = parameter or ("(the whole model)" if module == "" else module) or ""
+    return f"{named} {field}".strip() if field and str(named) not in str(field) else str(field or named)
+
+
+def _where(finding: Finding, subject: Mapping[str, Any]) -> str:
+    evidence = finding.evidence
+    dp_rank = finding.where.get("dp_rank")
+    replica = [] if dp_rank is None else [f"dp rank {dp_rank}"]
+    parts = [", ".join(part for part in [*words.layout(subject), *replica, words.phase(finding.where)] if part)]
+    if evidence.get("first_of"):
+        parts.append(f"first wrong tensor of {evidence['first_of']}")
+    if evidence.get("isolated"):
+        backward = " and output gradients" if finding.where.get("phase") == "backward" else ""
+        parts.append(f"each module fed the reference's inputs{backward}")
+    elif evidence.get("inputs_agree") is not None:
+        parts.append("inputs of the module " + ("agree" if evidence["inputs_agree"] else "differ already"))
+    return "; ".join(part for part in parts if part)
+
+
+def _observed(finding: Finding) -> str:
+    evidence, where = finding.evidence, finding.where
+    text = _amount(finding)
+    if evidence.get("largest") is not None:
+        at = evidence.get("largest_at", where.get("index"))
+        text += f" (largest {words.error(evidence['largest'])}" + ("" if at is None else f" at {words.index(at)}") + ")"
+    elif where.get("index") is not None:
+        text += f" at {words.index(where['index'])}"
+    if where.get("ranks") and evidence.get("differs") != "length":
+        text += f" on {words.ranks(where['ranks'])}"
+    return text
+
+
+def _amount(finding: Finding) -> str:
+    evidence = finding.evidence
+    special = batches.amount(finding) or checkpoints.amount(finding)
+    if special is not None:
+        return special
+    if "shape_actual" in evidence and evidence["shape_actual"] != evidence.get("shape_expected"):
+        return f"shape {_shape(evidence['shape_actual'])}, expected {_shape(evidence.get('shape_expected'))}"
+    if "norm_actual" in evidence:
+        norms = f"norm {words.numbers(evidence['norm_actual'])}, expected {words.numbers(evidence['norm_expected'])}"
+        return f"{norms}: relative error {words.error(finding.observed)}"
+    if finding.allowed:
+        return f"relative error {words.error(finding.observed)}"
+    noun, one, many = _COUNTED.get(finding.check, _COUNTED_BY_DEFAULT)
+    number, total = evidence.get("count_differing", finding.observed), evidence.get("count_total")
+    counted = words.count(number, noun) if total is None else f"{number:g} of {words.count(total, noun)}"
+    return f"{counted} {one if number == 1 else many}"
+
+
+def _allowed(finding: Finding) -> str:
+    if not finding.allowed:
+        return "0 (this check is exact)"
+    dtype, replays = finding.evidence.get("dtype"), finding.evidence.get("replays")
+    source = [*([str(dtype)] if dtype else []), *([words.count(replays, "perturbed replay")] if replays else [])]
+    return (
+        f"{words.error(finding.allowed)}{' (' + ', '.join(source) + ')' if source else ''}; margin {finding.margin:.1e}"
+    )
+
+
+def _cause(finding: Finding) -> str:
+    if is_consequence(finding):
+        return f"follows from {finding.evidence['follows_from']}, which failed first"
+    if finding.cause is None:
+        return "unknown: no known cause passes its test"
+    if finding.check == checkpoints.CHECK:
+        return checkpoints.cause(finding)
+    return causes.sentence(finding.cause, finding.evidence.get("cause_error"))
+
+
+def _collectives(evidence: Mapping[str, Any]) -> str:
+    """Return `no collective; expected one all_reduce over ranks 0 and 1, as in model.layers.0.mlp.down_proj`."""
+    issued, expected = _counted(evidence["collectives"]), _counted(evidence["collectives_expected"])
+    return f"{issued}; expected {expected}, as {evidence['collectives_as_in']}"
+
+
+def _counted(collectives: Sequence[Mapping[str, Any]]) -> str:
+    counts = Counter((one["name"], tuple(one["ranks"])) for one in collectives)
+    told = [f"{words.count(count, name)} over {words.ranks(ranks)}" for (name, ranks), count in counts.items()]
+    return ", ".join(told) or "no collective"
+
+
+def _named(entry: Any) -> str:
+    """Return another thing that is wrong, as a few words: `gradient q.weight`, `labels (bits)`, `replicas 0, 1`."""
+    if not isinstance(entry, Mapping):
+        return str(entry)
+    if "replicas" in entry:
+        return "replicas " + words.few([str(replica) for replica in entry["replicas"]], _ALSO_SHOWN)
+    return f"{entry['kind']} {entry['name']}" if "kind" in entry else f"{entry['field']} ({entry['differs']})"
+
+
+def _shape(shape: Any) -> str:
+    return "none" if shape is None else str(list(shape))

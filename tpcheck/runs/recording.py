@@ -1,0 +1,110 @@
+"""The context in which a user's own loop is recorded, and what is written when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpcheck.backends.layout import Layout
+from tpcheck.backends.live_groups import live_groups
+from tpcheck.backends.registry import layouts_of
+from tpcheck.core.environment import package_versions
+from tpcheck.core.errors import UsageError
+from tpcheck.core.topology import Topology
+from tpcheck.numerics.perturb import everything_in_float64
+from tpcheck.runs.replaying import Call, CallRecorder, deviations_of, local, local_parameters
+from tpcheck.runs.trace import Recorded, TraceWriter
+
+
+class Recorder(AbstractContextManager["Recorder"]):
+    """Records every call of a model, its backward pass and optimizer step, and writes them when it ends.
+
+    Collective over the world at its end, where there is one. Nothing is written if the loop raises.
+    """
+
+    def __init__(self, model: Any, path: str | Path, topology: Topology | None = None) -> None:
+        self._model = _module(model)
+        self._topology = _topology(self._model, topology)
+        self._writer = TraceWriter(Path(path))
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Recorder:
+        parameter = next(self._model.parameters(), None)
+        if parameter is None:
+            raise UsageError("model", type(self._model).__name__, "a model with parameters")
+        self._dtype = parameter.dtype
+        self._initial = local_parameters(self._model)
+        self._stack.enter_context(everything_in_float64(self._dtype is torch.float64))
+        self._calls = CallRecorder(self._model)
+        self._calls.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._stack:
+            self._calls.__exit__(kind, error, traceback)
+            if kind is None:
+                self._writer.write(self._recorded(self._calls.calls))
+
+    def _recorded(self, calls: Sequence[Call]) -> Recorded:
+        if not calls:
+            raise UsageError("model", type(self._model).__name__, "a model that is called inside the context")
+        whole = self._topology.tp == 1
+        steps = tuple(call.step() for call in calls)
+        return Recorded(
+            rank=_rank(),
+            topology=self._topology,
+            dtype=str(self._dtype).removeprefix("torch."),
+            initial=self._initial,
+            buffers=tuple(name for name, _ in self._model.named_buffers()),
+            layouts=self._layouts(),
+            steps=steps,
+            inputs=tuple(_named_inputs(call.args, call.kwargs) for call in calls),
+            deviations=deviations_of(self._model, calls) if whole else None,
+            versions=package_versions(),
+        )
+
+    def _layouts(self) -> dict[str, Layout]:
+        """Return what the model's own layers tell; of the rest, shapes will have to tell."""
+        return {} if self._topology.tp == 1 else dict(layouts_of(self._model))
+
+
+def _named_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    from tpcheck.numerics.tensors import named_tensors
+
+    return {path: local(tensor) for path, tensor in named_tensors((*args, kwargs) if kwargs else args)}
+
+
+def _module(model: Any) -> nn.Module:
+    """Return the model in an engine or DistributedDataParallel: its submodules bear the reference's names."""
+    inner = getattr(model, "module", None)
+    found = inner if isinstance(inner, nn.Module) else model
+    if not isinstance(found, nn.Module):
+        raise UsageError("model", type(model).__name__, "a torch.nn.Module or an engine around one")
+    return found
+
+
+def _topology(model: nn.Module, topology: Topology | None) -> Topology:
+    from torch import distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        if topology is not None and topology.world_size > 1:
+            raise UsageError("topology", topology, "Topology(): torch.distributed is not initialised, so this is all")
+        return Topology()
+    if topology is None and dist.get_world_size() == 1:
+        return Topology()
+    groups = live_groups(topology=topology, model=model)
+    return Topology.of(world_size=dist.get_world_size(), tp=len(groups.tp))
+
+
+def _rank() -> int:
+    from torch import distributed as dist
+
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
