@@ -42,7 +42,7 @@ WITHIN_LIMITS = """
 import json, resource, signal, sys
 from pathlib import Path
 from tests.checkpoints.readers import opened
-from tpcheck.errors import CheckpointError
+from tpcheck.core.errors import CheckpointError
 
 kilobytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() // 1024
 resource.setrlimit(resource.RLIMIT_AS, ((kilobytes << 10) + (1 << 30),) * 2)

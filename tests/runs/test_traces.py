@@ -59,7 +59,7 @@ def two() -> Iterator[World]:
 def train(rank: Rank, path: Path, plant: Plant | None, number: int) -> None:
     import deepspeed
 
-    from tpcheck.backends.deepspeed.backend import _float64_gradients
+    from tpcheck.backends.deepspeed.backend import _float64_allowed
 
     sharded = model()
     optimizer = torch.optim.SGD(sharded.parameters(), lr=0.05)
@@ -69,7 +69,7 @@ def train(rank: Rank, path: Path, plant: Plant | None, number: int) -> None:
         "tensor_parallel": {"autotp_size": 2},
         "zero_allow_untested_optimizer": True,
     }
-    with _float64_gradients():
+    with _float64_allowed():
         engine, *_ = deepspeed.initialize(model=sharded, optimizer=optimizer, config=config)
         if plant is not None:
             plant(engine, optimizer, rank)

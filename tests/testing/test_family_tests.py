@@ -11,9 +11,9 @@ MODULE = """
 
     from tests.report.examples import ERROR, FAILED, PASSED
     from tpcheck.lab.matrix.cells import Cell, Common, subject
-    from tpcheck.errors import UsageError
-    from tpcheck.families import upstream
-    from tpcheck.families.upstream import KnownBug
+    from tpcheck.core.errors import UsageError
+    from tpcheck.lab import known
+    from tpcheck.lab.known import KnownBug
     from tpcheck.report import Report
     from tpcheck.testing.family_tests import family_tests
     import sys
@@ -28,7 +28,7 @@ MODULE = """
 
     home = sys.modules["tpcheck.testing.family_tests"]
     home.verify_family = verify_family
-    home.register = upstream.register = lambda: (BUG,)
+    home.register = known.register = lambda: (BUG,)
     test_families = family_tests(["good", "known", "gone", "other", "new", "odd"])
 """
 

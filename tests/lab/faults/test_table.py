@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.report.test_causes import SLUGS
 
+from tests.core.test_causes import SLUGS
 from tests.lab.faults.finding import LEAST_MARGIN, REPLAYS
 from tpcheck import Topology
 from tpcheck.families.build import small_model
@@ -164,7 +164,7 @@ def assert_right(row: Caught) -> None:
 
 def is_needed(suspect: Suspect, cause: str) -> bool:
     """Return whether a suspect has the cause, and has another or none when the test that named it is taken away."""
-    first, second, *_ = (*(found.cause for test in applicable(suspect) if (found := test(suspect))), None, None)
+    first, second, *_ = (*(found.cause.slug for test in applicable(suspect) if (found := test(suspect))), None, None)
     return first == cause != second
 
 
