@@ -1,18 +1,13 @@
-"""Documented import path: what backends and checkpoint formats must offer, and where they are found."""
+"""Documented import path: what backends and checkpoint formats implement, and how to find the installed ones."""
 
+from tpcheck.backends.checkpoint_format import Checkpoint, CheckpointFormat, Extent, ReadOptions, RenamedWhenSaved
+from tpcheck.backends.interface import Backend, Candidate, ReadsLayouts, SavesCheckpoints, TrainingOptions
 from tpcheck.backends.layout import Layout
-from tpcheck.backends.protocols import Backend, Candidate, SavesCheckpoints, TellsLayouts, TrainingOptions
-from tpcheck.backends.registry import (
-    Checkpoint,
-    CheckpointFormat,
-    Extent,
-    NamedOtherwiseWhenSaved,
-    ReadOptions,
-    backend_names,
-    checkpoint_formats,
-    layouts_of,
-    load_backend,
-)
+from tpcheck.backends.registry import backend_names, checkpoint_formats, layouts_of, load_backend
+
+# Names of version 0.1.
+NamedOtherwiseWhenSaved = RenamedWhenSaved
+TellsLayouts = ReadsLayouts
 
 __all__ = [
     "Backend",
@@ -23,6 +18,8 @@ __all__ = [
     "Layout",
     "NamedOtherwiseWhenSaved",
     "ReadOptions",
+    "ReadsLayouts",
+    "RenamedWhenSaved",
     "SavesCheckpoints",
     "TellsLayouts",
     "TrainingOptions",

@@ -14,7 +14,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["tpcheck.checkpoints", "zipfile", "pickle", "json"]):
-    from tpcheck.backends.registry import ReadOptions
+    from tpcheck.backends.checkpoint_format import ReadOptions
     from tpcheck.checkpoints.formats.peft import PeftFormat
     from tpcheck.checkpoints.formats.pytorch_files import PytorchFormat
     from tpcheck.checkpoints.formats.safetensors_files import SafetensorsFormat

@@ -10,7 +10,7 @@ from tests.backends import megatron_models
 from tests.backends.hand_made import LAYOUT, Model, shard, tokens
 from tpcheck.backends.custom import CustomBackend
 from tpcheck.backends.dtensor.backend import DTensorBackend
-from tpcheck.backends.protocols import Backend
+from tpcheck.backends.interface import Backend
 from tpcheck.backends.registry import backend_names
 from tpcheck.testing.conformance import require_conformance
 

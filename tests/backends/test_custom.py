@@ -55,10 +55,10 @@ def test_the_norm_of_ones_own_clipping_is_verified() -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (None, r"layout\['layers.0.up.weight'\]=Replicate\(\): expected one that gives rank [01] the shape it holds"),
+        (None, r"layout\['layers.0.up.weight'\]=Replicate\(\): expected a placement that gives rank [01] its shape"),
         (
             {**LAYOUT, "layers.*.down.weight": Shard(0)},
-            r"\(16, 12\), of \(16, 24\) over tp=2; this one gives \(8, 24\)",
+            r"its shape \(16, 12\) of \(16, 24\) over tp=2; this one gives \(8, 24\)",
         ),
         ({**LAYOUT, "layer.*": Shard(0)}, r"layout='layer.\*': expected a pattern of parameter names, such as embed"),
         ({**LAYOUT, "layers.*.norm.weight": Shard(1)}, r"expected a dim of \(16,\)"),

@@ -43,7 +43,7 @@ def test_wrong_arguments_are_refused(square: World) -> None:
 
     with pytest.raises(RankFailure, match=r"a tpcheck\.Topology of 4 ranks"):
         square.run(lambda rank: live_groups(topology=Topology(tp=2)))
-    with pytest.raises(RankFailure, match=r"the ranks that the topology has for rank"):
+    with pytest.raises(RankFailure, match=r"the TP group of rank"):
         square.run(lambda rank: live_groups(group=rank.group("dp"), topology=rank.topology))
     with pytest.raises(RankFailure, match=r"group='tp': expected a torch ProcessGroup"):
         square.run(lambda rank: live_groups(group="tp"))

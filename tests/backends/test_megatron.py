@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +16,6 @@ from tpcheck.core.placement import Shard
 from tpcheck.lab.faults.fault import Live, PlantedBackend
 
 pytest.importorskip("megatron.core")
-
-PLACE: Any = SimpleNamespace(topology=Topology(tp=2), rank=0)
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +86,15 @@ def test_label_smoothing_over_the_local_vocabulary_is_found(world: World) -> Non
 
 
 def marks_tell(rank: Rank) -> bool:
+    from tpcheck.backends.interface import TrainingOptions
     from tpcheck.backends.megatron.backend import MegatronBackend
-    from tpcheck.backends.megatron.candidate import entered, of_topology
-    from tpcheck.backends.protocols import TrainingOptions
+    from tpcheck.backends.megatron.groups import groups_of_topology, use_groups
     from tpcheck.backends.registry import layouts_of
 
     backend, options = MegatronBackend(), TrainingOptions(dtype=torch.float32, rebuild=models.build)
     with backend.session(options):
         candidate = backend.shard(models.build(), rank, options)
-        with entered(of_topology(rank.topology)):
+        with use_groups(groups_of_topology(rank.topology)):
             told = layouts_of(candidate.module)
     return {name: one.placement() for name, one in told.items()} == {
         name: one.placement() for name, one in candidate.layouts().items()
@@ -109,34 +106,34 @@ def test_the_marks_alone_tell_the_layouts_of_a_live_model(world: World) -> None:
 
 
 def test_shards_are_cut_as_their_marks_say() -> None:
-    from tpcheck.backends.megatron.backend import layouts
+    from tpcheck.backends.megatron.layouts import layouts
 
-    shards = nn.Linear(4, 6)
+    sharded = nn.Linear(4, 6)
     for name, value in {"tensor_model_parallel": True, "partition_dim": 0, "partition_stride": 3}.items():
-        setattr(shards.weight, name, value)
-    found = layouts(shards, nn.Linear(4, 12), PLACE)
+        setattr(sharded.weight, name, value)
+    found = layouts(sharded, nn.Linear(4, 12), tp=2)
     assert found["weight"].placement() == Shard(0, blocks=(4, 4, 4), sizes=((2, 2),) * 3)
     assert found["bias"].placement() == Shard(0, sizes=((6, 6),))
 
 
 @pytest.mark.parametrize(
-    ("whole", "message"),
+    ("model", "message"),
     [
-        (nn.Linear(4, 10), "a vocabulary is padded for the largest of them"),
+        (nn.Linear(4, 10), "pad the vocabulary for the largest"),
         (nn.Linear(4, 12, bias=False), "bias.*expected a model with the same parameters"),
     ],
 )
-def test_a_model_that_is_another_at_another_size_is_refused(whole: nn.Module, message: str) -> None:
-    from tpcheck.backends.megatron.backend import layouts
+def test_a_model_whose_parameters_depend_on_the_tensor_parallel_size_is_refused(model: nn.Module, message: str) -> None:
+    from tpcheck.backends.megatron.layouts import layouts
 
     with pytest.raises(UsageError, match=message):
-        layouts(nn.Linear(4, 6), whole, PLACE)
+        layouts(nn.Linear(4, 6), model, tp=2)
 
 
 def test_families_are_refused() -> None:
     from tpcheck.backends.megatron.config import megatron_config
 
-    with pytest.raises(UsageError, match="which transformers' families are not"):
+    with pytest.raises(UsageError, match="families are models of transformers, so give a build function"):
         megatron_config(nn.Linear(1, 1))
 
 
@@ -144,16 +141,16 @@ def test_families_are_refused() -> None:
     ("options", "message"),
     [
         ({"config": {"sequence_parallell": True}}, "a field of Megatron's TransformerConfig"),
-        ({"config": {"tensor_model_parallel_size": 2}}, "none: the topology says it"),
-        ({"config": {"context_parallel_size": 2}}, "1: tp and dp are the axes that are verified"),
-        ({"config": {"recompute_granularity": "full"}}, "None: it is not verified, and always left off"),
+        ({"config": {"tensor_model_parallel_size": 2}}, "none: the topology sets it"),
+        ({"config": {"context_parallel_size": 2}}, "1: only tp and dp are verified"),
+        ({"config": {"recompute_granularity": "full"}}, "None: it is not verified, and always off"),
         ({"zero_stage": 1}, "Megatron's distributed optimizer is not verified"),
         ({"ignore_plan": True}, "Megatron has no plans"),
     ],
 )
 def test_what_cannot_be_verified_is_refused(options: dict[str, Any], message: str) -> None:
+    from tpcheck.backends.interface import TrainingOptions
     from tpcheck.backends.megatron.backend import MegatronBackend
-    from tpcheck.backends.protocols import TrainingOptions
 
     with pytest.raises(UsageError, match=message):
         MegatronBackend().resolved(TrainingOptions(dtype=torch.float64, **options))

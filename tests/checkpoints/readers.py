@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tpcheck.backends.registry import Checkpoint, CheckpointFormat, ReadOptions
+from tpcheck.backends.checkpoint_format import Checkpoint, CheckpointFormat, ReadOptions
 from tpcheck.checkpoints.formats.live import LiveFormat
 from tpcheck.checkpoints.formats.peft import PeftFormat
 from tpcheck.checkpoints.formats.pytorch_files import PytorchFormat

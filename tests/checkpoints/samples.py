@@ -16,7 +16,8 @@ import torch
 
 import tpcheck
 from tpcheck import Topology
-from tpcheck.backends.registry import Checkpoint, ReadOptions, checkpoint_formats
+from tpcheck.backends.checkpoint_format import Checkpoint, ReadOptions
+from tpcheck.backends.registry import checkpoint_formats
 
 State = dict[str, torch.Tensor]
 
@@ -169,7 +170,7 @@ def _save(
 
     from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate
     from tpcheck.backends.deepspeed.config import deepspeed_config, merged
-    from tpcheck.backends.protocols import TrainingOptions
+    from tpcheck.backends.interface import TrainingOptions
 
     model = random_model(model_type, settings or {}).to(getattr(torch, dtype))
     model.register_buffer("counter", torch.arange(3))

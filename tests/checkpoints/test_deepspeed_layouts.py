@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoints.samples import bits_equal
-from tpcheck.backends.registry import ReadOptions
+from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats.deepspeed.boxes import Box, LayoutError, require_tiling
 from tpcheck.checkpoints.formats.deepspeed.layouts import Layouts
 from tpcheck.checkpoints.formats.deepspeed.shards import Merged, Shard

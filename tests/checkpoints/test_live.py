@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tpcheck
 from tests.checkpoints.readers import contents, opened, same
 from tpcheck import Topology
-from tpcheck.backends.registry import ReadOptions
+from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats.live import LiveFormat
 from tpcheck.core.errors import CheckpointError
 

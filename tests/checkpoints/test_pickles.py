@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.checkpoints.readers import Calls, bits
-from tpcheck.backends.registry import ReadOptions
+from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats import torch_files
 from tpcheck.checkpoints.formats.files import Files
 from tpcheck.checkpoints.formats.stored import StoredTensor

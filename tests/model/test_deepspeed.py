@@ -11,7 +11,7 @@ import torch
 import tpcheck
 from tpcheck import Topology
 from tpcheck.backends.deepspeed.backend import DeepSpeedBackend
-from tpcheck.backends.protocols import TrainingOptions
+from tpcheck.backends.interface import TrainingOptions
 
 RIGHT = ("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "opt", "gpt_neox", "starcoder2")
 CLEAN_MARGIN = 0.2

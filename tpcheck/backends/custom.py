@@ -1,4 +1,4 @@
-"""Code of the user's own: what shards is a function, and where the shards lie is said in a line or two."""
+"""Sharding code that the user brings: a function shards the model, a mapping gives the placements of parameters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +16,57 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tpcheck.backends.dtensor.backend import require_unsharded
-from tpcheck.backends.dtensor.candidate import DTensorCandidate, is_over
+from tpcheck.backends.dtensor.candidate import DTensorCandidate
+from tpcheck.backends.dtensor.layouts import is_over
+from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions
 from tpcheck.backends.layout import Layout
-from tpcheck.backends.protocols import Candidate, RankLike, TrainingOptions
 from tpcheck.backends.sgd import Clip, Sgd
 from tpcheck.core.errors import UsageError
 from tpcheck.core.placement import Placement, Replicate, Shard
 
 Shape = tuple[int, ...]
-LayoutSource = Mapping[str, Placement] | Callable[[str, Shape], Placement | None] | None
+PlacementSource = Mapping[str, Placement] | Callable[[str, Shape], Placement | None] | None
 
 
-def declared_layouts(
-    source: LayoutSource, parameters: Mapping[str, torch.Tensor], shapes: Mapping[str, Shape], rank: RankLike
+def layouts_by_pattern(
+    source: PlacementSource, parameters: Mapping[str, torch.Tensor], shapes: Mapping[str, Shape], rank: RankLike
 ) -> dict[str, Layout]:
-    """Return the layout of every parameter that is no DTensor.
+    """Return the layout of every parameter that is not a DTensor.
 
     Args:
-        source: What the user says.
-        parameters: What this rank holds.
+        source: The user's placements: by pattern of parameter names, or a function of name and shape.
+        parameters: The parameters on this rank.
         shapes: The shapes of the unsharded model.
-        rank: Where it runs.
+        rank: The rank that this runs on.
 
     Raises:
-        UsageError: The layout does not fit the shapes, or names no parameter.
+        UsageError: A placement does not fit the shapes, or a pattern matches no parameter.
     """
-    plain = {name: one for name, one in parameters.items() if name in shapes and not isinstance(one.data, DTensor)}
     if isinstance(source, Mapping):
         _require_used(source, parameters)
-    found = {}
-    for name, parameter in plain.items():
+    tp_rank = rank.topology.coordinate(rank.rank)["tp"]
+    layouts = {}
+    for name, parameter in parameters.items():
+        if name not in shapes or isinstance(parameter.data, DTensor):
+            continue
         placement = _placement(source, name, shapes[name])
-        found[name] = layout_of(name, placement, shapes[name], rank.topology.tp)
-        tp_rank = rank.topology.coordinate(rank.rank)["tp"]
-        if tuple(parameter.shape) != found[name].local_shapes[tp_rank]:
+        layouts[name] = placed_layout(name, placement, shapes[name], rank.topology.tp)
+        expected = layouts[name].local_shapes[tp_rank]
+        if tuple(parameter.shape) != expected:
             raise UsageError(
                 f"layout[{name!r}]",
                 placement,
-                f"one that gives rank {rank.rank} the shape it holds, {tuple(parameter.shape)}, of "
-                f"{shapes[name]} over tp={rank.topology.tp}; this one gives {found[name].local_shapes[tp_rank]}",
+                f"a placement that gives rank {rank.rank} its shape {tuple(parameter.shape)} of {shapes[name]} over "
+                f"tp={rank.topology.tp}; this one gives {expected}",
             )
-    return found
+    return layouts
 
 
-def layout_of(name: str, placement: Placement, shape: Shape, tp: int) -> Layout:
-    """Return a placement as an exact layout.
+def placed_layout(name: str, placement: Placement, shape: Shape, tp: int) -> Layout:
+    """Return the layout of a parameter with this placement.
 
     Raises:
-        UsageError: The shape has no such dim or blocks, or a parameter is said to be a sum.
+        UsageError: The shape has no such dim or blocks, or the placement is `Partial`.
     """
     if not isinstance(placement, (Shard, Replicate)):
         raise UsageError(f"layout[{name!r}]", placement, "tpcheck.core.placement.Shard or Replicate")
@@ -71,7 +75,7 @@ def layout_of(name: str, placement: Placement, shape: Shape, tp: int) -> Layout:
     return Layout.placed(shape, placement, tp)
 
 
-def _placement(source: LayoutSource, name: str, shape: Shape) -> Placement:
+def _placement(source: PlacementSource, name: str, shape: Shape) -> Placement:
     if callable(source):
         return source(name, shape) or Replicate()
     for pattern, placement in (source or {}).items():
@@ -96,18 +100,18 @@ class CustomBackend:
 
     Attributes:
         shard_model: Called on every rank with the unsharded model and its `Rank`; shards in place, or returns a module
-            whose parameters bear the same names.
-        layout: Placements by pattern of parameter names, or a function (name, shape) -> placement. What matches
-            nothing lies whole on every rank; parameters that are DTensors tell themselves.
-        reduce_gradients: Called after each backward pass with the model and the rank. Without one, gradients that no
+            whose parameters have the same names.
+        layout: Placements by pattern of parameter names, or a function (name, shape) -> placement. A parameter that
+            matches no pattern is replicated; parameters that are DTensors need none.
+        reduce_gradients: Called after each backward pass with the model and the rank. Without it, gradients that no
             DTensor reduces are averaged over the DP group.
         clip_gradients: Called before each step with (parameters, largest norm); returns the norm, which is verified.
-            Without one neither side clips.
+            Without it neither side clips.
         ways_to_save: Functions (model, folder) that save the model, by name; collective over the world.
     """
 
     shard_model: ShardModel | None = None
-    layout: LayoutSource = None
+    layout: PlacementSource = None
     reduce_gradients: ReduceGradients | None = None
     clip_gradients: Clip | None = None
     ways_to_save: Mapping[str, Callable[[nn.Module, Path], None]] | None = None
@@ -120,7 +124,7 @@ class CustomBackend:
         if self.shard_model is None:
             raise UsageError("shard", None, "a callable (model, rank) that shards, for backend='custom'")
         if options.zero_stage:
-            raise UsageError("zero_stage", options.zero_stage, "0: what shards over dp is your own code's")
+            raise UsageError("zero_stage", options.zero_stage, "0: your own code decides what is sharded over dp")
         if options.config:
             raise UsageError("config", dict(options.config), "none: your own code has its own settings")
         return options if self.clip_gradients is not None else replace(options, max_grad_norm=0.0)
@@ -131,31 +135,31 @@ class CustomBackend:
     def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
         assert self.shard_model is not None
         require_unsharded(model)
-        shapes = {name: tuple(one.shape) for name, one in model.named_parameters(remove_duplicate=False)}
-        made = self.shard_model(model, rank)
-        sharded = model if made is None else made
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+        returned = self.shard_model(model, rank)
+        sharded = model if returned is None else returned
         if not isinstance(sharded, nn.Module):
-            raise UsageError("shard", type(made).__name__, "a callable that returns a torch.nn.Module, or None")
+            raise UsageError("shard", type(returned).__name__, "a callable that returns a torch.nn.Module, or None")
         sgd = Sgd(list(sharded.parameters()), options, self.clip_gradients)
         candidate = _SavingCandidate if self.ways_to_save else _CustomCandidate
         return candidate(sharded, rank, sgd, self, shapes)
 
 
 class _CustomCandidate(DTensorCandidate):
-    """A model whose layouts are declared, or read off DTensors."""
+    """A model whose layouts come from the user's placements, or from its DTensors."""
 
     def __init__(
-        self, module: nn.Module, rank: RankLike, sgd: Sgd, backend: CustomBackend, shapes: Mapping[str, tuple[int, ...]]
+        self, module: nn.Module, rank: RankLike, sgd: Sgd, backend: CustomBackend, shapes: Mapping[str, Shape]
     ) -> None:
-        super().__init__(module, rank, sgd, reduce_gradients=self._reduced)
+        super().__init__(module, rank, sgd, reduce_gradients=self._reduce)
         self._backend = backend
         self._shapes = shapes
 
     def layouts(self) -> Mapping[str, Layout]:
-        told = declared_layouts(self._backend.layout, self._parameters(), self._shapes, self._rank)
-        return {**super().layouts(), **told}
+        plain = layouts_by_pattern(self._backend.layout, self._parameters(), self._shapes, self._rank)
+        return {**super().layouts(), **plain}
 
-    def _reduced(self, parameters: Sequence[torch.Tensor]) -> None:
+    def _reduce(self, parameters: Sequence[torch.Tensor]) -> None:
         if self._backend.reduce_gradients is not None:
             self._backend.reduce_gradients(self.module, self._rank)
             return
@@ -164,14 +168,14 @@ class _CustomCandidate(DTensorCandidate):
             return
         for parameter in parameters:
             if parameter.grad is not None and not is_over(parameter.grad, "dp", topology):
+                # A term of a sum over TP may be averaged as it is: both are linear.
                 local = getattr(parameter.grad, "_local_tensor", parameter.grad)
                 dist.all_reduce(local, group=self._rank.group("dp"))
                 local.div_(topology.dp)
 
 
 class _SavingCandidate(_CustomCandidate):
-    def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
-        def saves(way: Callable[[nn.Module, Path], None]) -> Callable[[Path], None]:
-            return lambda folder: way(self.module, folder)
+    """A custom candidate with ways to save: only then is it a `SavesCheckpoints`."""
 
-        return {name: saves(way) for name, way in (self._backend.ways_to_save or {}).items()}
+    def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
+        return {name: partial(save, self.module) for name, save in (self._backend.ways_to_save or {}).items()}

@@ -1,4 +1,4 @@
-"""Where each element of a full tensor lies on the ranks of a TP group, to the element."""
+"""Which elements of a parameter each TP rank holds, element by element: where every backend's placements end up."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Layout:
         shape: Shape of the full tensor.
         local_shapes: Shape of each rank's shard, by tp_rank.
         source: For each element of the full tensor (flat), its position in the concatenation of all flat shards by
-            tp_rank. None where every rank holds the whole tensor.
+            tp_rank. None where every rank holds the full tensor.
     """
 
     shape: tuple[int, ...]
@@ -32,47 +32,58 @@ class Layout:
         return cls(tuple(shape), (tuple(shape),) * tp)
 
     @classmethod
+    def from_positions(cls, shape: Sequence[int], shards: Sequence[torch.Tensor]) -> Layout:
+        """Return the layout of shards whose values are the flat positions of their elements in the full tensor.
+
+        Args:
+            shape: Shape of the full tensor.
+            shards: Integers, of each rank's local shape, by tp_rank. A rank may hold nothing.
+        """
+        positions = torch.cat([shard.reshape(-1) for shard in shards])
+        source = torch.zeros(prod(shape), dtype=torch.int64)
+        source[positions] = torch.arange(len(positions))
+        return cls(tuple(shape), tuple(tuple(shard.shape) for shard in shards), source)
+
+    @classmethod
     def placed(cls, shape: Sequence[int], placement: Shard | Replicate, tp: int) -> Layout:
-        """Return the layout of a tensor that is cut so, or whole on every rank.
+        """Return the layout of a tensor with this placement.
 
         Raises:
             UsageError: The blocks or sizes do not add up to the dim.
         """
         if isinstance(placement, Replicate):
             return cls.replicated(shape, tp)
-        ids = torch.arange(prod(shape)).reshape(tuple(shape))
-        dim = placement.dim % ids.dim()
-        parts = []
+        positions = torch.arange(prod(shape)).reshape(tuple(shape))
+        dim = placement.dim % positions.dim()
+        shards = []
         for tp_rank in range(tp):
-            held = [index for indices in placement.ranges(ids.shape[dim], tp, tp_rank) for index in indices]
-            parts.append(ids.index_select(dim, torch.tensor(held, dtype=torch.int64)))
-        source = torch.empty(prod(shape), dtype=torch.int64)
-        source[torch.cat([part.reshape(-1) for part in parts])] = torch.arange(prod(shape))
-        return cls(tuple(shape), tuple(tuple(part.shape) for part in parts), source)
+            indices = [index for block in placement.ranges(positions.shape[dim], tp, tp_rank) for index in block]
+            shards.append(positions.index_select(dim, torch.tensor(indices, dtype=torch.int64)))
+        return cls.from_positions(shape, shards)
 
     @property
     def is_replicated(self) -> bool:
         return self.source is None
 
     def assemble(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the full tensor from one shard of each rank; the first rank's own where it is replicated."""
+        """Return the full tensor from the shards of all ranks; the first rank's copy where it is replicated."""
         if self.source is None:
             return shards[0]
-        pool = torch.cat([shard.reshape(-1) for shard in shards])
-        return pool[self.source.to(pool.device)].reshape(self.shape)
+        elements = torch.cat([shard.reshape(-1) for shard in shards])
+        return elements[self.source.to(elements.device)].reshape(self.shape)
 
     def local(self, full: torch.Tensor, tp_rank: int) -> torch.Tensor:
-        """Return what `tp_rank` holds of `full`; elements that no part of the full tensor comes from are zero."""
+        """Return the shard of `full` on `tp_rank`. Its padding, elements that are not in the full tensor, is zero."""
         if self.source is None:
             return full
         sizes = [prod(shape) for shape in self.local_shapes]
-        pool = full.new_zeros(sum(sizes))
-        pool[self.source.to(full.device)] = full.reshape(-1)
+        elements = full.new_zeros(sum(sizes))
+        elements[self.source.to(full.device)] = full.reshape(-1)
         start = sum(sizes[:tp_rank])
-        return pool[start : start + sizes[tp_rank]].reshape(self.local_shapes[tp_rank])
+        return elements[start : start + sizes[tp_rank]].reshape(self.local_shapes[tp_rank])
 
     def placement(self) -> Placement | None:
-        """Return this layout in the words of `placement`, or None where it is not a cut of one dim into blocks."""
+        """Return this layout as a placement, or None where it does not cut one dim into blocks."""
         if self.source is None:
             return Replicate()
         if any(len(local) != len(self.shape) for local in self.local_shapes):
@@ -81,24 +92,24 @@ class Layout:
         if len(cut) != 1:
             return None
         shard = _blocks_of(self._owners(cut[0]), cut[0], len(self.local_shapes))
-        return shard if shard and self._is(shard) else None
+        return shard if self._has_placement(shard) else None
 
     def _owners(self, dim: int) -> list[int]:
-        """Return which tp_rank holds each index of `dim`, judged by the first element of that index."""
+        """Return the tp_rank that holds each index of `dim`, judged by the first element of that index."""
         assert self.source is not None
         ends = torch.tensor([prod(shape) for shape in self.local_shapes]).cumsum(0)
         ranks = torch.bucketize(self.source, ends, right=True).reshape(self.shape)
         owners: list[int] = ranks.movedim(dim, 0).reshape(self.shape[dim], -1)[:, 0].tolist()
         return owners
 
-    def _is(self, shard: Shard) -> bool:
+    def _has_placement(self, shard: Shard) -> bool:
         assert self.source is not None
-        made = Layout.placed(self.shape, shard, len(self.local_shapes))
-        assert made.source is not None
-        return made.local_shapes == self.local_shapes and torch.equal(made.source, self.source.cpu())
+        placed = Layout.placed(self.shape, shard, len(self.local_shapes))
+        assert placed.source is not None
+        return placed.local_shapes == self.local_shapes and torch.equal(placed.source, self.source.cpu())
 
 
-def _blocks_of(owners: list[int], dim: int, num_ranks: int) -> Shard | None:
+def _blocks_of(owners: list[int], dim: int, num_ranks: int) -> Shard:
     """Read blocks off a run of owners such as 0 0 1 1 0 1: a new block starts where the rank falls back."""
     blocks: list[list[int]] = []
     last = num_ranks

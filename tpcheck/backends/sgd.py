@@ -1,4 +1,4 @@
-"""The optimizer of backends that bring none: SGD on the weights, or on float32 masters of low-precision weights."""
+"""SGD on the weights, or on float32 masters of low-precision weights: the reference's, and that of most backends."""
 
 from __future__ import annotations
 
@@ -6,17 +6,33 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from tpcheck.backends.protocols import TrainingOptions
+from tpcheck.backends.interface import TrainingOptions
+from tpcheck.backends.local_tensor import full_tensor
 
 Parameters = Sequence[torch.Tensor]
-Clip = Callable[[Parameters, float], Any]  # parameters, largest norm -> the norm they had
+Clip = Callable[[Parameters, float], Any]  # parameters, largest norm -> the norm before clipping
 
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def clip_gradients(parameters: Parameters, max_norm: float) -> float:
+    """Clip as `torch.nn.utils.clip_grad_norm_` does, unless `max_norm` is 0; return the norm before clipping."""
+    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if max_norm > 0:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(full_tensor(norm))
 
 
 class Sgd:
-    """Clips by what `clip` finds, steps, and writes masters back; a parameter may be a DTensor."""
+    """Clips by `clip`, steps, and copies masters to the parameters, as mixed-precision trainers do.
+
+    Args:
+        parameters: What it steps; any may be a DTensor, and those that need no gradient are left alone.
+        options: Learning rate, momentum, weight decay and the largest norm.
+        clip: Clips the gradients of the masters and returns their norm. None: no clipping, and no norm.
+    """
 
     def __init__(self, parameters: Parameters, options: TrainingOptions, clip: Clip | None) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
@@ -28,11 +44,11 @@ class Sgd:
             lr=options.learning_rate,
             momentum=options.momentum,
             weight_decay=options.weight_decay,
-            foreach=False,  # its kernels take no mixture of DTensors and plain tensors
+            foreach=False,  # its kernels refuse a mixture of DTensors and plain tensors
         )
 
     def step(self) -> float | None:
-        """Clip, take one step from the parameters' gradients, clear them, and return the norm they had."""
+        """Clip, take one step from the parameters' gradients, clear them, and return the norm before clipping."""
         for parameter, master in zip(self._parameters, self._masters, strict=True):
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
@@ -47,4 +63,4 @@ class Sgd:
 
 
 def _master(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach().to(torch.float32) if parameter.dtype in _LOW_PRECISION else parameter
+    return parameter.detach().to(torch.float32) if parameter.dtype in LOW_PRECISION else parameter

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from tpcheck.backends.registry import Checkpoint, ReadOptions, checkpoint_formats
+from tpcheck.backends.checkpoint_format import Checkpoint, ReadOptions
+from tpcheck.backends.registry import checkpoint_formats
 from tpcheck.checkpoints.names import Loose, best_reading, loose_names
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.environment import num_cores

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tpcheck.backends.registry import Checkpoint, NamedOtherwiseWhenSaved
+from tpcheck.backends.checkpoint_format import Checkpoint, RenamedWhenSaved
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.exact.stored import BitComparer, Stored
 
@@ -145,7 +145,7 @@ def best_reading(actual: Checkpoint, expected: Checkpoint) -> tuple[Checkpoint, 
 
 def _as_saved(actual: Checkpoint, expected: Checkpoint) -> Iterator[tuple[Checkpoint, Checkpoint, Matching]]:
     for side, checkpoint in (("actual", actual), ("the reference", expected)):
-        saved = checkpoint.as_saved() if isinstance(checkpoint, NamedOtherwiseWhenSaved) else None
+        saved = checkpoint.as_saved() if isinstance(checkpoint, RenamedWhenSaved) else None
         if saved is not None:
             ours, theirs = (saved, expected) if side == "actual" else (actual, saved)
             matching = match_names(ours.names(), theirs.names())

@@ -17,7 +17,7 @@ from tpcheck.report.report import Report
 if TYPE_CHECKING:
     import torch
 
-    from tpcheck.backends.registry import Checkpoint
+    from tpcheck.backends.checkpoint_format import Checkpoint
     from tpcheck.checkpoints.comparison import Comparison
 
 CASTS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
@@ -57,7 +57,7 @@ def verify_checkpoint(
         >>> report.findings[0].cause, report.findings[0].evidence["story"]
         ('shard_missing', {'dim': 0, 'tp_rank': 0, 'tp': 2, 'from': 0})
     """
-    from tpcheck.backends.registry import ReadOptions
+    from tpcheck.backends.checkpoint_format import ReadOptions
     from tpcheck.checkpoints.comparison import compare_checkpoints, opened
 
     start = time.monotonic()

@@ -10,7 +10,7 @@ from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
 
 if TYPE_CHECKING:
-    from tpcheck.backends.protocols import Backend
+    from tpcheck.backends.interface import Backend
     from tpcheck.core.placement import Placement
     from tpcheck.model.request import Request
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
 from tpcheck.backends.layout import Layout
-from tpcheck.backends.protocols import Backend, Candidate, RankLike, TrainingOptions
+from tpcheck.backends.local_tensor import full_tensor, local_tensor
 from tpcheck.core.digests import digest
 from tpcheck.core.errors import BackendError, TpcheckError
 from tpcheck.model.batches import Batch, copied
@@ -18,7 +19,6 @@ from tpcheck.model.build import loss_of
 from tpcheck.numerics.evidence import Step, TensorKey
 from tpcheck.numerics.recorder import ModuleRecorder, logged_collectives
 from tpcheck.numerics.snapshots import buffers_of
-from tpcheck.numerics.tensors import own_part, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: i
     activations: dict[TensorKey, torch.Tensor] = {}
 
     def keep(key: TensorKey, tensor: torch.Tensor) -> None:
-        activations[key] = own_part(tensor).clone()
+        activations[key] = local_tensor(tensor).clone()
 
     with ModuleRecorder(candidate.module, keep):
         with blamed_on(backend, f"forward of step {index}"), logged_collectives(candidate.module) as collectives:
@@ -100,7 +100,7 @@ def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: i
         gradients,
         weights,
         norm,
-        float(whole(loss.detach())),
+        float(full_tensor(loss.detach())),
         buffers=buffers_of(candidate.module),
         digests=digests,
         collectives=tuple(collectives),
@@ -112,7 +112,7 @@ def _digests(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, 
 
 
 def _buffer_digests(module: nn.Module) -> dict[tuple[str, str], str]:
-    return _digests("buffer", {name: own_part(buffer) for name, buffer in module.named_buffers()})
+    return _digests("buffer", {name: local_tensor(buffer) for name, buffer in module.named_buffers()})
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from tpcheck.backends.protocols import RankLike, TrainingOptions
+from tpcheck.backends.interface import RankLike, TrainingOptions
 from tpcheck.model.batches import Batch, batch_size, batches
 from tpcheck.model.build import built_model
 from tpcheck.model.reference import Deviations, ReferenceStep, recorded, replayed_deviations, require_still

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from tpcheck.backends.protocols import Backend, Candidate, RankLike, TrainingOptions
+from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.digests import digest
 from tpcheck.model.batches import Batch

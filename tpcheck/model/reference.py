@@ -10,7 +10,8 @@ from math import isfinite
 import torch
 from torch import nn
 
-from tpcheck.backends.protocols import TrainingOptions
+from tpcheck.backends.interface import TrainingOptions
+from tpcheck.backends.sgd import Sgd, clip_gradients
 from tpcheck.core.errors import UsageError
 from tpcheck.model.batches import Batch, copied
 from tpcheck.model.build import loss_of
@@ -19,46 +20,6 @@ from tpcheck.numerics.evidence import Step, TensorKey
 from tpcheck.numerics.perturb import nothing_raised, perturbed_leaves
 from tpcheck.numerics.recorder import ModuleRecorder
 from tpcheck.numerics.snapshots import State, buffers_of, parameters_of, set_buffers, set_parameters
-
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
-_CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_ and in DeepSpeed
-
-
-class ReferenceOptimizer:
-    """Clips by the norm of all gradients, steps, and writes masters back, as mixed-precision trainers do."""
-
-    def __init__(self, model: nn.Module, options: TrainingOptions) -> None:
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._masters = [_master(parameter) for parameter in self._parameters]
-        self._max_norm = options.max_grad_norm
-        self._sgd = torch.optim.SGD(
-            self._masters,
-            lr=options.learning_rate,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-        )
-
-    def step(self) -> float:
-        """Take one step from the parameters' gradients, clear them, and return the norm they had."""
-        for parameter, master in zip(self._parameters, self._masters, strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
-        gradients = [master.grad for master in self._masters if master.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
-        if self._max_norm > 0:
-            coefficient = torch.clamp(self._max_norm / (norm + _CLIP_EPSILON), max=1.0)
-            for gradient in gradients:
-                gradient.mul_(coefficient)
-        self._sgd.step()
-        for parameter, master in zip(self._parameters, self._masters, strict=True):
-            parameter.grad = None
-            if master is not parameter:
-                parameter.data.copy_(master.data)
-        return float(norm)
-
-
-def _master(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach().to(torch.float32) if parameter.dtype in _LOW_PRECISION else parameter
-
 
 Batches = Sequence[Sequence[Batch]]  # batches[step][dp_rank]
 ReferenceStep = tuple[Step, ...]  # by DP rank; what is common to all ranks is the same object in each
@@ -74,7 +35,7 @@ def train(model: nn.Module, batches: Batches, options: TrainingOptions, sink: Ac
     Raises:
         UsageError: The loss is not finite, or there is none.
     """
-    optimizer = ReferenceOptimizer(model, options)
+    optimizer = Sgd(list(model.parameters()), options, clip_gradients)
     buffers: list[State] = [buffers_of(model)] * len(batches[0])
     steps = []
     for index, by_dp_rank in enumerate(batches):
@@ -122,7 +83,7 @@ def _taken_gradients(model: nn.Module) -> Gradients:
 
 def _stepped(
     model: nn.Module,
-    optimizer: ReferenceOptimizer,
+    optimizer: Sgd,
     losses: Sequence[float],
     buffers: Sequence[State],
     own: Sequence[Gradients],

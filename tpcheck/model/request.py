@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tpcheck.backends.protocols import Backend
+from tpcheck.backends.interface import Backend
 from tpcheck.families.tokens import Tokens
 from tpcheck.numerics.tolerance import NUM_REPLAYS
 

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from tpcheck.backends.protocols import Candidate, RankLike, SavesCheckpoints
-from tpcheck.backends.registry import ReadOptions
+from tpcheck.backends.checkpoint_format import ReadOptions
+from tpcheck.backends.interface import Candidate, RankLike, SavesCheckpoints
 from tpcheck.checkpoints.comparison import compare_checkpoints, opened
 from tpcheck.core.errors import TpcheckError
 from tpcheck.core.findings import Finding

@@ -23,7 +23,7 @@ from tpcheck.world.world import spawn
 if TYPE_CHECKING:
     from torch import nn
 
-    from tpcheck.backends.protocols import Backend
+    from tpcheck.backends.interface import Backend
     from tpcheck.families.tokens import Tokens
     from tpcheck.model.rank_run import RankAnswer
     from tpcheck.model.request import BatchSource, Request

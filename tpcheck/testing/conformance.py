@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpcheck.backends.protocols import Backend, Candidate, TrainingOptions
+from tpcheck.backends.interface import Backend, Candidate, TrainingOptions
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.errors import Mismatch
 from tpcheck.core.topology import Topology

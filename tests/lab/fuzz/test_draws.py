@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tpcheck import UsageError
-from tpcheck.backends.protocols import TrainingOptions
+from tpcheck.backends.interface import TrainingOptions
 from tpcheck.families.dimensions import dimensions
 from tpcheck.families.tokens import Tokens
 from tpcheck.lab.fuzz.draws import Bounds, Drawn, family_examples

@@ -14,15 +14,15 @@ from packaging.version import Version
 from torch import nn
 
 from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate
-from tpcheck.backends.deepspeed.config import OPTIONS, deepspeed_config, resolved
-from tpcheck.backends.deepspeed.layers import layouts, parallel_layers
+from tpcheck.backends.deepspeed.config import CONFIG_VARIANTS, deepspeed_config, resolved
+from tpcheck.backends.deepspeed.layouts import layouts, parallel_layers
+from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions
 from tpcheck.backends.layout import Layout
-from tpcheck.backends.protocols import Candidate, LayerTable, RankLike, TrainingOptions
 
 
 @contextmanager
 def without_plan(model: nn.Module) -> Iterator[None]:
-    """Hide every tp_plan on `model`, its submodules, their classes and configurations, while inside."""
+    """Hide the tp_plans of `model`, its submodules, their classes and configurations, so that heuristics shard it."""
     with ExitStack() as stack:
         for owner, name in _plans(model):
             stack.enter_context(patch.object(owner, name, None))
@@ -30,17 +30,14 @@ def without_plan(model: nn.Module) -> Iterator[None]:
 
 
 def _plans(model: nn.Module) -> list[tuple[Any, str]]:
-    found: dict[tuple[int, str], tuple[Any, str]] = {}
+    """Return (owner, attribute) of every tp_plan, each once."""
+    plans: dict[tuple[int, str], tuple[Any, str]] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
-        for owner, name in (
-            (module, "_tp_plan"),
-            (type(module), "_tp_plan"),
-            (config, "base_model_tp_plan"),
-        ):
+        for owner, name in ((module, "_tp_plan"), (type(module), "_tp_plan"), (config, "base_model_tp_plan")):
             if getattr(owner, name, None) is not None:
-                found[id(owner), name] = (owner, name)
-    return list(found.values())
+                plans[id(owner), name] = (owner, name)
+    return list(plans.values())
 
 
 class DeepSpeedBackend:
@@ -54,11 +51,11 @@ class DeepSpeedBackend:
     def resolved(self, options: TrainingOptions) -> TrainingOptions:
         return resolved(options)
 
-    def options(self) -> Sequence[Mapping[str, Any]]:
-        return OPTIONS
+    def config_variants(self) -> Sequence[Mapping[str, Any]]:
+        return CONFIG_VARIANTS
 
     def layer_table(self) -> LayerTable:
-        from tpcheck.backends.deepspeed.layers import layer_table  # names that other versions do not have
+        from tpcheck.backends.deepspeed.layer_table import layer_table  # imports names that other versions lack
 
         return layer_table()
 
@@ -87,28 +84,28 @@ class DeepSpeedBackend:
 
 
 class TpModelInitBackend(DeepSpeedBackend):
-    """AutoTP through `deepspeed.tp_model_init`, the older entry."""
+    """AutoTP through `deepspeed.tp_model_init`, the older entry point."""
 
     name = "deepspeed-tp-model-init"
 
     def _engine(self, model: nn.Module, config: dict[str, Any], rank: RankLike, options: TrainingOptions) -> Any:
-        # The config keeps its autotp_size, as under transformers' Trainer. A tp_group cannot be handed over: deepspeed
-        # 0.19.8 then fails to print its config ("ProcessGroup is not JSON serializable").
-        deepspeed.init_distributed(verbose=False)  # which `initialize` does too late for it in deepspeed 0.17
+        # The config keeps its autotp_size, as under transformers' Trainer. deepspeed 0.19.8 takes no tp_group here: it
+        # then fails to print its config ("ProcessGroup is not JSON serializable").
+        deepspeed.init_distributed(verbose=False)  # in deepspeed 0.17 `initialize` calls it too late for tp_model_init
         model = deepspeed.tp_model_init(model, tp_size=rank.topology.tp, dtype=options.dtype)
         return super()._engine(model, config, rank, options)
 
 
 @contextmanager
 def _float64_allowed() -> Iterator[None]:
-    """Let DeepSpeed train in float64, whatever else the accelerator supports.
+    """Let DeepSpeed train in float64 on any accelerator.
 
     - The engine asserts that the accelerator supports the dtype of every gradient.
-    - Norms are made with its legacy constructor, which does not follow torch's default dtype.
-    - ZeRO 3 asserts that `zero.Init` is told half, bfloat16 or float. It replaces the dtype by bfloat16 where the
-      accelerator has no float16, so the assertion passes on most CPUs and fails on GPUs and on CPUs with AVX512-FP16
-      (https://github.com/deepspeedai/DeepSpeed/pull/8428). Parameters that exist already keep their own dtype: only
-      what is created inside `zero.Init`, and buffers for NVMe, follow it.
+    - It makes norms with the accelerator's legacy constructor, which does not follow torch's default dtype.
+    - ZeRO 3 asserts that the dtype of `zero.Init` is half, bfloat16 or float. It replaces the dtype by bfloat16 where
+      the accelerator has no float16, so the assertion passes on most CPUs and fails on GPUs and on CPUs with
+      AVX512-FP16 (https://github.com/deepspeedai/DeepSpeed/pull/8428). Existing parameters keep their dtype: only
+      parameters created inside `zero.Init`, and buffers for NVMe, follow it.
     """
     accelerator = deepspeed.get_accelerator()
     supported = accelerator.supported_dtypes()
@@ -130,9 +127,9 @@ def _float64_allowed() -> Iterator[None]:
 
 @contextmanager
 def _device_of_the_cpu() -> Iterator[None]:
-    """Let the accelerator name a device that torch knows; that of a CPU is the text of LOCAL_RANK.
+    """Make the CPU accelerator return a device that torch knows, in place of the text of LOCAL_RANK.
 
-    Before 0.18 DeepSpeed's own check of the first batch asks for it.
+    Before 0.18 DeepSpeed asks for it when it checks the first batch.
     """
     if Version(deepspeed.__version__) >= Version("0.18"):
         yield

@@ -1,4 +1,4 @@
-"""A DeepSpeed engine as tpcheck sees it: named parameters, their gradients, and the norm of a step."""
+"""A DeepSpeed engine as a candidate: its parameters and gradients by name, the norm of a step, its ways to save."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import torch
@@ -16,7 +17,7 @@ from deepspeed.runtime import engine as engine_module
 from deepspeed.utils import groups, safe_get_full_grad
 from torch import nn
 
-from tpcheck.backends.deepspeed.layers import layouts, local_shape, parallel_layers
+from tpcheck.backends.deepspeed.layouts import layouts, local_shape, parallel_layers
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import distinct_ranks
 from tpcheck.core.topology import Topology
@@ -25,7 +26,7 @@ _WEIGHTS = "pytorch_model.bin"
 
 
 def ways_to_save(engine: Any) -> Mapping[str, Callable[[Path], None]]:
-    """Return each way by the name that users know it by; collective over the world."""
+    """Return the ways to save by the names that users know; each is collective over the world."""
     gathers = engine.autotp_size() > 1 or engine.zero_optimization_partition_weights()
     return {
         "save_16bit_model": partial(_save_16bit_model, engine),
@@ -62,7 +63,7 @@ def _save_universal(engine: Any, folder: Path) -> None:
 
 
 def _conversion(training: Path, universal: Path) -> Namespace:
-    """Return what the command line of ds_to_universal would be told."""
+    """Return the arguments of ds_to_universal, as its command line parses them."""
     return Namespace(
         input_folder=str(training),
         output_folder=str(universal),
@@ -75,7 +76,7 @@ def _conversion(training: Path, universal: Path) -> Namespace:
 
 
 def _add_adam_state(file: Path) -> None:
-    """Add moments of zero to the optimizer states that this run has just written: the conversion knows Adam's alone."""
+    """Add moments of zero to optimizer states that this run has just written: ds_to_universal converts only Adam's."""
     saved = torch.load(file, map_location="cpu", weights_only=False)
     zero = saved["optimizer_state_dict"]
     masters = zero.get("fp32_flat_groups") or zero["single_partition_of_fp32_groups"]
@@ -109,12 +110,13 @@ class DeepSpeedCandidate:
         dp = {"dp": distinct_ranks([self._engine.seq_data_parallel_group])}
         if self._topology.tp == 1:  # DeepSpeed makes no TP group
             return dp
-        of_layers = [layer.mp_group for _, layer in parallel_layers(self.module) if layer.mp_group is not None]
-        return {"tp": distinct_ranks([groups.get_tensor_model_parallel_group(), *of_layers]), **dp}
+        layer_groups = [layer.mp_group for _, layer in parallel_layers(self.module) if layer.mp_group is not None]
+        return {"tp": distinct_ranks([groups.get_tensor_model_parallel_group(), *layer_groups]), **dp}
 
     def layouts(self) -> dict[str, Layout]:
         if self._topology.tp == 1:
-            return {name: Layout.replicated(local_shape(one), tp=1) for name, one in self.module.named_parameters()}
+            parameters = self.module.named_parameters()
+            return {name: Layout.replicated(local_shape(parameter), tp=1) for name, parameter in parameters}
         return layouts(self.module, groups.get_tensor_model_parallel_group())
 
     def parameter(self, name: str) -> torch.Tensor:
@@ -149,7 +151,7 @@ class DeepSpeedCandidate:
 
 @contextmanager
 def _observed_clipping() -> Iterator[list[Any]]:
-    """Collect the norms that `clip_grad_norm_` returns: below ZeRO 1 without low precision the engine drops them."""
+    """Collect the norms that `clip_grad_norm_` returns: at ZeRO 0 in float32 and float64 the engine discards them."""
     norms: list[Any] = []
     clip = engine_module.clip_grad_norm_
 
@@ -157,8 +159,5 @@ def _observed_clipping() -> Iterator[list[Any]]:
         norms.append(clip(*args, **kwargs))
         return norms[-1]
 
-    engine_module.clip_grad_norm_ = observed
-    try:
+    with patch.object(engine_module, "clip_grad_norm_", observed):
         yield norms
-    finally:
-        engine_module.clip_grad_norm_ = clip

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a run: tpcheck's own, with the user's merged over it."""
+"""The DeepSpeed configuration of a run: tpcheck's defaults with the user's configuration merged over them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from tpcheck.backends.protocols import TrainingOptions
+from tpcheck.backends.interface import TrainingOptions
 from tpcheck.core.errors import UsageError
 
-# Left out: round_robin_gradients, with which safe_get_full_grad of deepspeed 0.19.8 fails at dp 2, without TP, too: the
+# Without round_robin_gradients: with it safe_get_full_grad of deepspeed 0.19.8 fails at dp 2, also without TP, and the
 # gradients cannot be read.
-OPTIONS: tuple[Mapping[str, Any], ...] = (
+CONFIG_VARIANTS: tuple[Mapping[str, Any], ...] = (
     {"tensor_parallel": {"tp_overlap_comm": True}},
     {"gradient_clipping": 0.01},
     {"zero_optimization": {"overlap_comm": True}},
@@ -23,22 +23,18 @@ OPTIONS: tuple[Mapping[str, Any], ...] = (
     {"zero_optimization": {"stage3_param_persistence_threshold": 100}},
 )
 
-
 _LOW_PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-# What the reference does not do; a run with it would only show that.
-_REFUSED = {
+_REFUSED = {  # the reference has neither, so the two sides would differ for that reason
     "optimizer": "none: both sides train with SGD, whose step shows a wrong scale of the gradient",
     "scheduler": "none: both sides keep their learning rate",
 }
 
 
 def resolved(options: TrainingOptions) -> TrainingOptions:
-    """Return the options with what the user's configuration says of training.
+    """Return the options with the gradient clipping of the user's configuration.
 
     Raises:
-        UsageError: The configuration contradicts the options, or asks for what the reference cannot do.
+        UsageError: The configuration contradicts the options, or sets something that the reference lacks.
     """
     config = options.config
     for key, accepted in _REFUSED.items():
@@ -49,7 +45,7 @@ def resolved(options: TrainingOptions) -> TrainingOptions:
     for dtype, section in _LOW_PRECISION.items():
         enabled = config.get(section, {}).get("enabled", dtype is options.dtype)
         if enabled != (dtype is options.dtype):
-            raise UsageError(f"config.{section}.enabled", enabled, f"{not enabled}, as dtype={options.dtype} says")
+            raise UsageError(f"config.{section}.enabled", enabled, f"{not enabled}, as dtype={options.dtype} requires")
     return replace(options, max_grad_norm=float(config.get("gradient_clipping", options.max_grad_norm)))
 
 
@@ -57,12 +53,12 @@ def deepspeed_config(options: TrainingOptions, tp: int) -> dict[str, Any]:
     """Return the configuration for `deepspeed.initialize`.
 
     Raises:
-        UsageError: The user's configuration contradicts what the run was asked for.
+        UsageError: The user's configuration contradicts the options of the run.
     """
-    own: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": options.batch_size,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": options.max_grad_norm,  # DeepSpeed's own default is 1.0, not off
+        "gradient_clipping": options.max_grad_norm,  # by default DeepSpeed clips to 1.0
         "zero_optimization": {"stage": options.zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -70,11 +66,11 @@ def deepspeed_config(options: TrainingOptions, tp: int) -> dict[str, Any]:
         "steps_per_print": 1_000_000,
     }
     if options.zero_stage == 3:
-        # By default parameters below 100,000 elements are not partitioned: all of a small model's.
-        own["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        # By default ZeRO-3 does not partition parameters below 100,000 elements: none of a small model's.
+        defaults["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     if options.dtype in _LOW_PRECISION:
-        own[_LOW_PRECISION[options.dtype]] = {"enabled": True}
-    config = merged(own, options.config)
+        defaults[_LOW_PRECISION[options.dtype]] = {"enabled": True}
+    config = merged(defaults, options.config)
     _require_same(config, ("zero_optimization", "stage"), options.zero_stage)
     _require_same(config, ("tensor_parallel", "autotp_size"), tp)
     return config
@@ -84,13 +80,13 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Return `base` with `over` merged into it, nested mappings key by key."""
     result = dict(base)
     for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merged(result[key], value) if both else value
+        are_mappings = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if are_mappings else value
     return result
 
 
-def _require_same(config: Mapping[str, Any], path: tuple[str, str], asked: int) -> None:
+def _require_same(config: Mapping[str, Any], path: tuple[str, str], expected: int) -> None:
     section, key = path
     value = config[section][key] if isinstance(config[section], Mapping) else config[section]
-    if value != asked:
-        raise UsageError(f"config.{section}.{key}", value, f"{asked}, as the run's own options say")
+    if value != expected:
+        raise UsageError(f"config.{section}.{key}", value, f"{expected}, to match the options of the run")

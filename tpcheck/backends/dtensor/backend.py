@@ -25,27 +25,27 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tpcheck.backends.dtensor.candidate import DTensorCandidate, clip_by_mesh
-from tpcheck.backends.protocols import Candidate, RankLike, TrainingOptions
+from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions
 from tpcheck.backends.sgd import Sgd
 from tpcheck.core.errors import UsageError
 
 
 class SummedGradients(ParallelStyle):
-    """A module that every rank holds whole and that sees only this rank's heads: its gradients are terms of a sum."""
+    """Sum the gradients of a replicated module over TP: each rank computes the term of its own heads."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        known: set[int] = set()
+        hooked: set[int] = set()
 
         def sum_gradient(parameter: torch.Tensor) -> None:
             dist.all_reduce(parameter.grad, group=device_mesh.get_group())
 
-        def register(module: nn.Module, args: Any) -> None:
-            for parameter in module.parameters(recurse=False):  # fully_shard has replaced those that there were
-                if id(parameter) not in known:
-                    known.add(id(parameter))
+        def hook_parameters(module: nn.Module, args: Any) -> None:
+            for parameter in module.parameters(recurse=False):  # in the forward pass: fully_shard replaces parameters
+                if id(parameter) not in hooked:
+                    hooked.add(id(parameter))
                     parameter.register_post_accumulate_grad_hook(sum_gradient)  # type: ignore[no-untyped-call]
 
-        module.register_forward_pre_hook(register)
+        module.register_forward_pre_hook(hook_parameters)
         return module
 
 
@@ -64,27 +64,27 @@ _STYLES: Mapping[str, Callable[[], ParallelStyle]] = {
 
 
 def styles(plan: Mapping[str, Any]) -> dict[str, ParallelStyle]:
-    """Return the plan with a style of torch for each module pattern.
+    """Return the plan with a `ParallelStyle` of torch for each module pattern.
 
     Args:
         plan: The name of a style, or a `ParallelStyle`, by pattern of module names (`layers.*.mlp.up_proj`).
 
     Raises:
-        UsageError: A name that torch has no style for.
+        UsageError: torch has no style of that name.
     """
-    return {pattern: _style(pattern, named) for pattern, named in plan.items()}
+    return {pattern: _style(pattern, style) for pattern, style in plan.items()}
 
 
-def _style(pattern: str, named: Any) -> ParallelStyle:
-    if isinstance(named, ParallelStyle):
-        return named
-    if named not in _STYLES:
-        raise UsageError(f"config.plan[{pattern!r}]", named, [*_STYLES, "a torch ParallelStyle"])
-    return _STYLES[named]()
+def _style(pattern: str, style: Any) -> ParallelStyle:
+    if isinstance(style, ParallelStyle):
+        return style
+    if style not in _STYLES:
+        raise UsageError(f"config.plan[{pattern!r}]", style, [*_STYLES, "a torch ParallelStyle"])
+    return _STYLES[style]()
 
 
-class SavingCandidate(DTensorCandidate):
-    """A candidate that torch's own checkpointing saves."""
+class TorchCheckpointCandidate(DTensorCandidate):
+    """A candidate that torch.distributed.checkpoint saves."""
 
     def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
         return {"distributed checkpoint": self._save_distributed, "full state dict": self._save_full}
@@ -103,7 +103,7 @@ _SETTINGS = ("plan", "loss_parallel")
 
 
 class DTensorBackend:
-    """The plan in `config["plan"]`, or the model's own tp_plan in torch's styles.
+    """The plan in `config["plan"]`, or the model's tp_plan in torch's styles.
 
     With `config["loss_parallel"]`, forward and backward run in torch's `loss_parallel`. Above dp=1, FSDP2 wraps each
     layer of every `ModuleList`, and the model.
@@ -116,7 +116,7 @@ class DTensorBackend:
 
     def resolved(self, options: TrainingOptions) -> TrainingOptions:
         if options.zero_stage:
-            raise UsageError("zero_stage", options.zero_stage, "0: above dp=1 the model is wrapped by fully_shard")
+            raise UsageError("zero_stage", options.zero_stage, "0: above dp=1 fully_shard wraps the model")
         if options.ignore_plan:
             raise UsageError("ignore_plan", True, "False: torch has no heuristics; give a plan as config.plan")
         for name in options.config:
@@ -130,37 +130,38 @@ class DTensorBackend:
 
     def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
         require_unsharded(model)
-        plan = options.config.get("plan") or own_plan(model)
+        plan = options.config.get("plan") or model_tp_plan(model)
         mesh = init_device_mesh(rank.device.type, tuple(rank.topology.sizes.values()), mesh_dim_names=("dp", "tp"))
         if rank.topology.tp > 1:
             parallelize_module(model, mesh["tp"], styles(plan), src_data_rank=None)
-            _tie_again(model)
+            _restore_tied_embeddings(model)
         if rank.topology.dp > 1:
             for layer in _layers(model):
                 fully_shard(layer, mesh=mesh["dp"])
             fully_shard(model, mesh=mesh["dp"])
-        around = loss_parallel if options.config.get("loss_parallel") else nullcontext
-        return SavingCandidate(model, rank, Sgd(list(model.parameters()), options, clip_by_mesh), around=around)
+        context = loss_parallel if options.config.get("loss_parallel") else nullcontext
+        sgd = Sgd(list(model.parameters()), options, clip_by_mesh)
+        return TorchCheckpointCandidate(model, rank, sgd, context=context)
 
 
 def require_unsharded(model: nn.Module) -> None:
-    """Check that the model is no candidate already.
+    """Check that no parameter is a DTensor.
 
     Raises:
-        UsageError: It is made of DTensors, so that there is nothing to compare it with.
+        UsageError: The model is already sharded, so there is no reference to compare it with.
     """
     for name, parameter in model.named_parameters():
         if isinstance(parameter.data, DTensor):
             raise UsageError(
-                "build", f"{name}, a DTensor", "the unsharded model; what shards it goes to verify(shard=...)"
+                "build", f"{name}, a DTensor", "the unsharded model; the function that shards it is verify(shard=...)"
             )
 
 
-def own_plan(model: nn.Module) -> Mapping[str, Any]:
-    """Return the plan of a transformers model, under the names of its modules.
+def model_tp_plan(model: nn.Module) -> Mapping[str, Any]:
+    """Return the tp_plan of a transformers model, under the names of its modules.
 
     Raises:
-        UsageError: It has none.
+        UsageError: The model has no plan.
     """
     plan: Mapping[str, Any] | None = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
     if not plan:
@@ -174,8 +175,8 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
             yield from module
 
 
-def _tie_again(model: nn.Module) -> None:
-    """Tie embeddings that were tied: parallelize_module gives each module a parameter of its own."""
+def _restore_tied_embeddings(model: nn.Module) -> None:
+    """Tie the embeddings of a transformers model again: parallelize_module gives each module a separate parameter."""
     config = getattr(model, "config", None)
     tie: Callable[[], None] | None = getattr(model, "tie_weights", None)
     if tie is not None and getattr(config, "tie_word_embeddings", False):

@@ -1,4 +1,4 @@
-"""A language model of Megatron with what its training loop adds: positions, and one loss of all tokens."""
+"""A language model of Megatron with the positions and the mean loss that its training loop adds."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What synthetic batches are drawn from."""
+    """The configuration that tpcheck draws synthetic batches from."""
 
     vocab_size: int
 
 
 class TokenLoss(nn.Module):
-    """Returns the mean of the losses that a `GPTModel` returns for each token.
+    """A `GPTModel` that returns the mean of its losses of all tokens.
 
     Args:
         model: Called with token ids, positions, no attention mask (the layers' own is causal), and labels.

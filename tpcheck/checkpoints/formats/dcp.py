@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tpcheck.backends.registry import Extent, ReadOptions
+from tpcheck.backends.checkpoint_format import Extent, ReadOptions
 from tpcheck.checkpoints.formats.files import Files, OpenFile, as_path, inside, is_folder, is_present, shortened
 from tpcheck.checkpoints.formats.json_files import read_config
 from tpcheck.checkpoints.formats.stored import StoredTensor

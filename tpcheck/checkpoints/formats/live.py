@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tpcheck.backends.registry import Extent, ReadOptions
+from tpcheck.backends.checkpoint_format import Extent, ReadOptions
 from tpcheck.core.errors import CheckpointError
 
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tpcheck.backends.registry import ReadOptions
+from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats.dcp import METADATA, put_chunks_together, read_metadata
 from tpcheck.checkpoints.formats.files import Files, as_path, inside, is_folder, is_present, shortened
 from tpcheck.checkpoints.formats.json_files import read_config, read_json

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tpcheck.backends.registry import ReadOptions
+from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats import torch_files
 from tpcheck.checkpoints.formats.files import Files, as_path, is_folder, names_in
 from tpcheck.checkpoints.formats.json_files import gathered, read_config, read_index

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tpcheck.backends.registry import Extent, ReadOptions
+from tpcheck.backends.checkpoint_format import Extent, ReadOptions
 from tpcheck.checkpoints.formats.files import Files, OpenFile, as_path, is_folder, names_in, shortened
 from tpcheck.checkpoints.formats.json_files import LARGEST_JSON, gathered, parsed, read_config, read_index
 from tpcheck.checkpoints.formats.table import TableCheckpoint, WholeTensor

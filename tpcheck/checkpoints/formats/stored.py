@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tpcheck.backends.registry import Extent
+from tpcheck.backends.checkpoint_format import Extent
 from tpcheck.checkpoints.formats.files import Files, shortened
 from tpcheck.core.errors import CheckpointError
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-from tpcheck.backends.registry import ReadOptions
+from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats.files import Files, OpenFile, shortened
 from tpcheck.checkpoints.formats.stored import Storage, StoredTensor
 from tpcheck.checkpoints.formats.unpickler import LARGEST_PICKLE, Inert, InertUnpickler, Stream, storage_dtype

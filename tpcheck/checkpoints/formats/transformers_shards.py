@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tpcheck.backends.registry import ReadOptions
+from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats.files import Files, as_path, is_folder, names_in, shortened
 from tpcheck.checkpoints.formats.json_files import parsed, read_config
 from tpcheck.checkpoints.formats.safetensors_files import Header, read_header

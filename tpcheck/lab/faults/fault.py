@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from typing import Any
 
-from tpcheck.backends.protocols import Backend, Candidate, RankLike, TrainingOptions
+from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.topology import Topology
 

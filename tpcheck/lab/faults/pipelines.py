@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from tpcheck.backends.protocols import RankLike
+from tpcheck.backends.interface import RankLike
 from tpcheck.lab.faults.datasets import (
     DRAWS,
     FIRST_RANDOM,

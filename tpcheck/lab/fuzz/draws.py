@@ -16,7 +16,7 @@ from tpcheck.model.arguments import DTYPES, ZERO_STAGES
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
 
-    from tpcheck.backends.protocols import Backend
+    from tpcheck.backends.interface import Backend
 
 # Small and uneven: a wrong boundary shows at 3 heads over 2 ranks, and nothing shows at 4096 that does not at 12.
 _MOST_KV_HEADS = 4
@@ -112,7 +112,7 @@ def _taken(
     Raises:
         UsageError: It has none of them.
     """
-    from tpcheck.backends.protocols import OffersOptions
+    from tpcheck.backends.interface import HasConfigVariants
     from tpcheck.backends.registry import load_backend
 
     loaded = load_backend(backend)
@@ -121,13 +121,13 @@ def _taken(
     for refusal in refusals.values():
         if refusal is not None and not taken:
             raise refusal
-    return list(loaded.options()) if isinstance(loaded, OffersOptions) else [], taken
+    return list(loaded.config_variants()) if isinstance(loaded, HasConfigVariants) else [], taken
 
 
 def _refusal(backend: Backend, stage: int, config: Mapping[str, Any]) -> UsageError | None:
     import torch
 
-    from tpcheck.backends.protocols import TrainingOptions
+    from tpcheck.backends.interface import TrainingOptions
 
     try:
         backend.resolved(TrainingOptions(dtype=torch.float64, zero_stage=stage, config=config))

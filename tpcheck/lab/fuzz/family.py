@@ -23,7 +23,7 @@ from tpcheck.model.verify import verify_family
 from tpcheck.report.data import printable
 
 if TYPE_CHECKING:
-    from tpcheck.backends.protocols import Backend
+    from tpcheck.backends.interface import Backend
 
 # `BackendError` of a run: where it happened and what was raised.
 _BLAMED = re.compile(r"^[^,\n]+, (?P<phase>[^:\n]+): (?P<error>\w+): (?P<text>.*)", re.DOTALL)

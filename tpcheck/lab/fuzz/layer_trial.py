@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tpcheck.backends.protocols import Backend, LayerTable, OffersLayers, ParallelLayer, Plain, RankLike, plain_tensor
+from tpcheck.backends.interface import Backend, HasLayerTable, LayerTable, ParallelLayer, RankLike, ReplacedLayer
+from tpcheck.backends.local_tensor import local_tensor
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.errors import BackendError, UsageError
 from tpcheck.lab.fuzz.results import MAKING, Trial
@@ -66,7 +67,7 @@ class Parts:
         held: Positions of the elements that the rank holds, in the shape in which it holds them.
     """
 
-    plain: Plain
+    plain: ReplacedLayer
     shapes: Mapping[str, tuple[int, ...]]
     held: Mapping[str, torch.Tensor]
 
@@ -131,7 +132,7 @@ def try_layer(rank: RankLike, backend: str | Backend, trial: Trial) -> RankTrial
     given = _given(layer, trial)
     with table.session(trial.options):
         with _blamed_on(trial, MAKING):
-            parts = _parts(layer, trial, rank, table)
+            parts = _parts(layer, trial, rank)
             sharded = _sharded(layer, plain_layer(layer, trial), rank)
         whole_or_part = parts.of_input(given["input"]) if layer.input == "part" else given["input"]
         own_input = _leaf(laid_out(whole_or_part, trial.strides))
@@ -140,7 +141,7 @@ def try_layer(rank: RankLike, backend: str | Backend, trial: Trial) -> RankTrial
         gradient = parts.of_output(given["gradient"]) if layer.output == "part" else given["gradient"]
         with _blamed_on(trial, "backward"):
             output.backward(laid_out(gradient, trial.gradient_strides))
-        actual = _results(sharded, own_input, output, table.local)
+        actual = _results(sharded, own_input, output)
     return RankTrial(_compared(actual, plain_results(plain_layer(layer, trial), given), layer, parts), parts.held)
 
 
@@ -159,7 +160,7 @@ def layer_table(backend: str | Backend) -> LayerTable:
         UsageError: It tells of none.
     """
     loaded = load_backend(backend)
-    if not isinstance(loaded, OffersLayers):
+    if not isinstance(loaded, HasLayerTable):
         raise UsageError(
             "backend", loaded.name, "a backend whose layers can be tried one by one: deepspeed, transformers"
         )
@@ -219,7 +220,7 @@ def _plain_once(module: nn.Module, given: Tensors) -> dict[str, torch.Tensor]:
     whole = _leaf(given["input"])
     output = module(whole)
     output.backward(given["gradient"])
-    return _results(module, whole, output, plain_tensor)
+    return _results(module, whole, output)
 
 
 def _perturbed_once(module: nn.Module, given: Tensors, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -264,12 +265,12 @@ def _drawn(shape: tuple[int, ...], dtype: torch.dtype, strides: str, generator: 
     return drawn.to(dtype).expand(shape).contiguous()
 
 
-def _parts(layer: ParallelLayer, trial: Trial, rank: RankLike, table: LayerTable) -> Parts:
+def _parts(layer: ParallelLayer, trial: Trial, rank: RankLike) -> Parts:
     """Ask a twin whose weights are numbered which of them this rank holds."""
     twin = numbered(plain_layer(layer, trial).to(torch.float64))
     shapes = {name: tuple(parameter.shape) for name, parameter in twin.named_parameters()}
     sharded = _sharded(layer, twin, rank)
-    held = {name: table.local(parameter, None).to(torch.int64) for name, parameter in sharded.named_parameters()}
+    held = {name: local_tensor(parameter.detach()).to(torch.int64) for name, parameter in sharded.named_parameters()}
     return Parts(layer.plain, shapes, {name: held[name].clone() for name in shapes if name in held})
 
 
@@ -283,20 +284,20 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().requires_grad_(tensor.is_floating_point())
 
 
-def _results(
-    module: nn.Module,
-    given: torch.Tensor,
-    output: torch.Tensor,
-    local: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
-) -> dict[str, torch.Tensor]:
+def _results(module: nn.Module, given: torch.Tensor, output: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return what came of a forward and backward pass; a gradient that is missing is left out."""
-    results = {OUTPUT: local(output, None).clone()}
+    results = {OUTPUT: local_tensor(output.detach()).clone()}
     if given.grad is not None:
-        results[INPUT_GRADIENT] = local(given.grad, given).clone()
+        results[INPUT_GRADIENT] = _gradient(given, given.grad).clone()
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
-            results[f"gradient of {name}"] = local(parameter.grad, parameter).clone()
+            results[f"gradient of {name}"] = _gradient(parameter, parameter.grad).clone()
     return results
+
+
+def _gradient(tensor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a gradient with the placements of its tensor, as an optimizer's step does."""
+    return local_tensor(gradient, getattr(tensor, "placements", None))
 
 
 def _compared(actual: Tensors, results: Tensors, layer: ParallelLayer, parts: Parts) -> dict[str, TriedTensor]:

@@ -20,7 +20,7 @@ from tpcheck.world.world import World, spawn
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
 
-    from tpcheck.backends.protocols import Backend, LayerTable, ParallelLayer
+    from tpcheck.backends.interface import Backend, LayerTable, ParallelLayer
 
 _MOST_WIDTH = 8
 _MOST_ROWS = 3

@@ -9,7 +9,7 @@ from functools import reduce
 from itertools import accumulate, pairwise
 from math import gcd
 
-from tpcheck.backends.registry import Checkpoint
+from tpcheck.backends.checkpoint_format import Checkpoint
 from tpcheck.core.causes import Cause, Explanation, first_explanation
 from tpcheck.numerics.exact.elements import ElementDifference
 from tpcheck.numerics.exact.stored import BitComparer, Stored

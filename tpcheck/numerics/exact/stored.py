@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tpcheck.backends.registry import Checkpoint, Extent
+from tpcheck.backends.checkpoint_format import Checkpoint, Extent
 from tpcheck.core.errors import CheckpointError
 
 PIECE = 8 << 20  # bytes that are read at once: a few of them in flight stay far below the gigabyte that is promised

@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from tpcheck.backends.registry import Extent
+from tpcheck.backends.checkpoint_format import Extent
 from tpcheck.checkpoints.formats.deepspeed.boxes import Box, Strided, require_tiling
 from tpcheck.checkpoints.formats.files import Files
 from tpcheck.checkpoints.formats.stored import StoredTensor

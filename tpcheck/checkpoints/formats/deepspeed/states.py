@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from tpcheck.backends.registry import ReadOptions
+from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats.deepspeed.folder import TrainingFolder, is_sizes, mapping, sequence
 from tpcheck.checkpoints.formats.deepspeed.shards import Segment, Shard
 from tpcheck.checkpoints.formats.files import Files, shortened

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpcheck.backends.registry import ReadOptions
+from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats.deepspeed.boxes import LayoutError
 from tpcheck.checkpoints.formats.deepspeed.folder import (
     TrainingFolder,

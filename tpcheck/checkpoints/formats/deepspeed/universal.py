@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from tpcheck.backends.registry import ReadOptions
+from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats.deepspeed.folder import is_sizes, mapping, sequence, step_folder
 from tpcheck.checkpoints.formats.deepspeed.shards import Merged, Segment, Shard
 from tpcheck.checkpoints.formats.files import Files, as_path, inside, is_folder, is_present, names_in, shortened

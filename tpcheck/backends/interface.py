@@ -1,4 +1,4 @@
-"""What a backend must offer to be verified, and what it may offer to those that search it for mistakes."""
+"""What a backend implements: sharding a model, training it, and the optional parts that other commands use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tpcheck.core.topology import Topology
 
 
 class RankLike(Protocol):
-    """What a backend may know of the rank it runs on."""
+    """The rank that a backend runs on, as far as a backend may use it."""
 
     @property
     def rank(self) -> int: ...
@@ -38,11 +38,11 @@ class TrainingOptions:
         dtype: Dtype of the model's weights and arithmetic.
         zero_stage: ZeRO stage of the backend, 0 to 3.
         learning_rate, momentum, weight_decay: Of `torch.optim.SGD`.
-        max_grad_norm: Gradients are clipped to this norm.
+        max_grad_norm: Gradients are clipped to this norm; 0 switches clipping off.
         batch_size: Samples that each DP rank sees in a step.
-        config: The user's own backend configuration, merged over tpcheck's.
-        ignore_plan: Drop the model's own tp_plan, so that the backend's heuristics shard it.
-        rebuild: Makes the model once more, as the run made it; for backends whose models are cut as they are built.
+        config: The user's configuration of the backend, merged over tpcheck's.
+        ignore_plan: Drop the model's tp_plan, so that the backend's heuristics shard it.
+        rebuild: Builds the same model a second time, for backends whose models are sharded while they are built.
     """
 
     dtype: torch.dtype
@@ -58,26 +58,29 @@ class TrainingOptions:
 
 
 class Candidate(Protocol):
-    """A sharded model that trains; parameters and modules go by the names they had before sharding."""
+    """A sharded model that trains. Parameters and modules keep the names that they had before sharding."""
 
     @property
     def module(self) -> nn.Module:
-        """The sharded model, whose submodules bear the reference's names."""
+        """The sharded model, whose submodules have the names of the unsharded model's."""
 
     def group_ranks(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
-        """Return the live groups that this rank uses on each axis, as global ranks, each distinct one once."""
+        """Return the live groups that this rank uses on each axis, as global ranks, each distinct group once."""
 
     def layouts(self) -> Mapping[str, Layout]:
-        """Return how each parameter lies over the TP group; without those that cannot be told. Collective over it."""
+        """Return which elements of each parameter every TP rank holds. Collective over the TP group.
+
+        A parameter whose layout cannot be determined is left out, and is not compared.
+        """
 
     def parameter(self, name: str) -> torch.Tensor:
-        """Return a copy of this rank's TP shard, whole over DP. Collective over the DP group."""
+        """Return a copy of this rank's TP shard, gathered over DP. Collective over the DP group."""
 
     def gradient(self, name: str) -> torch.Tensor | None:
         """Return a copy of the gradient of this rank's TP shard, averaged over DP. Collective over the DP group."""
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
-        """Run the model on this rank's batch and return what it returns."""
+        """Run the model on this rank's batch and return its output."""
 
     def backward(self, loss: torch.Tensor) -> None:
         """Run the backward pass; `gradient` is valid from here to `step`."""
@@ -86,23 +89,23 @@ class Candidate(Protocol):
         """Clip the gradients and step the optimizer."""
 
     def gradient_norm(self) -> float | None:
-        """Return the norm by which the last step clipped, or None where the backend does not tell."""
+        """Return the norm that the last step clipped by, or None where the backend does not report it."""
 
 
 @runtime_checkable
 class SavesCheckpoints(Protocol):
-    """What a candidate offers, too, if what it saves can be verified."""
+    """A candidate whose saved checkpoints can be verified."""
 
     def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
-        """Return each public way to save the model: it writes into an empty folder. Collective over the world."""
+        """Return the public ways to save the model, by name. Each writes into an empty folder, collectively."""
 
 
 @runtime_checkable
-class TellsLayouts(Protocol):
-    """What a backend offers, too, if it can read models that it has sharded in somebody else's program."""
+class ReadsLayouts(Protocol):
+    """A backend that can read the layouts of a live model which somebody else's program has sharded."""
 
     def layouts_of(self, model: nn.Module) -> Mapping[str, Layout]:
-        """Return how the parameters of its own layers lie over the TP group. Collective over it."""
+        """Return the layouts of the parameters of this backend's layers. Collective over the TP group."""
 
 
 class Backend(Protocol):
@@ -110,16 +113,16 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """The name in reports."""
 
     def versions(self) -> Mapping[str, str]:
-        """Return the versions of the packages whose work is verified."""
+        """Return the versions of the packages under test."""
 
     def resolved(self, options: TrainingOptions) -> TrainingOptions:
-        """Return the training that `options.config` asks for, which both sides then do.
+        """Return the options with what `options.config` sets; both sides train by the result.
 
         Raises:
-            UsageError: The configuration contradicts the other options, or asks for what the reference cannot do.
+            UsageError: The configuration contradicts the other options, or sets something that the reference lacks.
         """
 
     def session(self, options: TrainingOptions) -> AbstractContextManager[None]:
@@ -132,16 +135,16 @@ class Backend(Protocol):
         """Shard `model` in place and make it trainable. Collective over the world."""
 
 
-Held = Literal["whole", "part"]
-Plain = Literal["linear", "embedding", "transposed_linear"]
-
-
 @runtime_checkable
-class OffersOptions(Protocol):
-    """A backend with options that change how it trains, and must not change what comes of it."""
+class HasConfigVariants(Protocol):
+    """A backend with settings that must not change the result of training. `tpcheck fuzz FAMILY` draws from them."""
 
-    def options(self) -> Sequence[Mapping[str, Any]]:
-        """Return pieces of configuration, of which any number may be merged."""
+    def config_variants(self) -> Sequence[Mapping[str, Any]]:
+        """Return pieces of configuration, any of which may be merged."""
+
+
+WholeOrPart = Literal["whole", "part"]
+ReplacedLayer = Literal["linear", "embedding", "transposed_linear"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,53 +152,49 @@ class ParallelLayer:
     """One kind of tensor-parallel layer.
 
     Attributes:
-        name: What the backend calls it.
-        plain: What it replaces: `linear`, `embedding`, or `transposed_linear` (a weight of inputs x outputs,
-            as in GPT-2).
-        input: Whether each rank is given the whole input or its part of the last dim.
+        name: The backend's name for it.
+        plain: What it replaces: `linear`, `embedding`, or `transposed_linear` (a weight of inputs x outputs, as in
+            GPT-2).
+        input: Whether each rank takes the whole input or its part of the last dim.
         output: Whether each rank returns the whole output or its part of the last dim.
-        shard: Returns this rank's layer, made of a plain one of its own. Collective over the TP group. None where the
-            layer is not tried.
-        out_blocks, in_blocks: How many parts of one size the weight's outputs and inputs are fused of.
+        shard: Turns a plain layer into this rank's parallel layer. Collective over the TP group. None where the layer
+            is not tried.
+        out_blocks, in_blocks: How many blocks of one size are fused in the weight's outputs and inputs.
         why_not: Why it is not tried.
     """
 
     name: str
-    plain: Plain = "linear"
-    input: Held = "whole"
-    output: Held = "whole"
+    plain: ReplacedLayer = "linear"
+    input: WholeOrPart = "whole"
+    output: WholeOrPart = "whole"
     shard: Callable[[nn.Module, RankLike], nn.Module] | None = None
     out_blocks: int = 1
     in_blocks: int = 1
     why_not: str = ""
 
 
+NO_ROW = "tpcheck has no row for it"
+"""`ParallelLayer.why_not` of a layer that the installed version has and the backend's table lacks."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerTable:
-    """Every kind of layer that an installed backend has, and how to try one.
+    """Every kind of layer of an installed backend.
 
     Attributes:
         layers: The kinds.
-        options: Settings that all of them share, and the values that each may have, the usual one first.
+        options: Settings that all layers share, with the values that each may take, the default first.
         session: Returns a context in which layers can be made and run under such settings.
-        local: Returns what this rank holds of a parameter or an output; of a gradient, what lies as its parameter, the
-            second argument, lies.
     """
 
     layers: Sequence[ParallelLayer]
     options: Mapping[str, tuple[Any, ...]]
     session: Callable[[Mapping[str, Any]], AbstractContextManager[None]]
-    local: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @runtime_checkable
-class OffersLayers(Protocol):
-    """A backend whose layers can be tried one by one."""
+class HasLayerTable(Protocol):
+    """A backend whose layers can be tried one by one. `tpcheck fuzz --layers` does."""
 
     def layer_table(self) -> LayerTable:
         """Return the layers of the installed version."""
-
-
-def plain_tensor(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the tensor: `LayerTable.local` where each rank's tensors are plain ones."""
-    return tensor.detach()

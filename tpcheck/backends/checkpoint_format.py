@@ -1,0 +1,109 @@
+"""What a checkpoint format implements: recognising a source, and reading its tensors one by one, each whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """What the user allows a reader to do.
+
+    Attributes:
+        allow_pickle: Unpickle classes that are not on torch's own list, in a subprocess.
+    """
+
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a tensor's elements lie in a file: little-endian, row-major, without gaps.
+
+    Attributes:
+        path: The file.
+        offset: Position of the first byte.
+        nbytes: Length in bytes.
+    """
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+class Checkpoint(Protocol):
+    """The tensors of one model, each whole: shards of several ranks are put together.
+
+    Methods are called from several threads at once, for any number of names, so nothing but the tables of contents is
+    kept in memory. Each method raises `CheckpointError` where the files contradict their tables of contents.
+    """
+
+    @property
+    def description(self) -> str:
+        """The format in a few words: `safetensors, 3 files`."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's `config.json`, or empty."""
+
+    @property
+    def ties(self) -> tuple[frozenset[str], ...]:
+        """Names that are one tensor in the model that was saved, as far as the files or the model show it."""
+
+    @property
+    def unread(self) -> Mapping[str, str]:
+        """Names that the source has, or should have, and that cannot be read as a tensor, with the reason."""
+
+    @property
+    def torn(self) -> Mapping[str, str]:
+        """Names of which several ranks hold different full copies, with the ranks that differ: none can be read."""
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all tensors, in the order in which reading is cheapest."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, rows: range) -> torch.Tensor:
+        """Return consecutive indices of dim 0, on the CPU: shape (len(rows), *shape[1:]); a scalar for any rows."""
+
+    def extent(self, name: str) -> Extent | None:
+        """Return where the tensor lies in one piece, so that its bits can be read without this reader; else None."""
+
+    def require_unchanged(self) -> None:
+        """Raise `CheckpointError` if a file has changed since the checkpoint was opened."""
+
+    def close(self) -> None:
+        """Release files, memory and temporary folders. No method may be called after it."""
+
+
+@runtime_checkable
+class RenamedWhenSaved(Protocol):
+    """A live model that its library saves under other names, or cut into other tensors."""
+
+    def as_saved(self) -> Checkpoint | None:
+        """Return the model as its library saves it, or None where that is the same."""
+
+
+class CheckpointFormat(Protocol):
+    """Opens checkpoints of one format."""
+
+    name: str
+    precedence: int
+    """Where several formats recognise a source, the one of the highest precedence reads it."""
+
+    def recognises(self, source: Any) -> bool:
+        """Return whether the source, a path that exists or a live object, has this format. Looks at names alone."""
+
+    def open(self, source: Any, options: ReadOptions) -> Checkpoint:
+        """Read the table of contents.
+
+        Raises:
+            CheckpointError: The files are damaged, hostile or incomplete, in one sentence.
+        """
