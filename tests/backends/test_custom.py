@@ -1,6 +1,9 @@
-"""Code of the user's own: clean code passes, a fault in it is found where it is, a wrong layout says why."""
+"""The user's own sharding code: right code passes, a fault in it is found where it is, a wrong layout is refused."""
+
+from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,24 +15,26 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import tpcheck
 from tests.backends.hand_made import LAYOUT, Model, shard, shard_without_reduce, tokens
 from tpcheck import Topology, UsageError
-from tpcheck.backends.custom import CustomBackend
-from tpcheck.core.placement import Partial, Replicate, Shard
+from tpcheck.backends.custom import CustomBackend, layouts_by_pattern
+from tpcheck.core.placement import Partial, Placement, Replicate, Shard
 
 verified = partial(tpcheck.verify, Model, tokens, topology=Topology(tp=2), timeout=120)
 
 
+def rank(tp_rank: int, tp: int = 2) -> Any:
+    return SimpleNamespace(topology=Topology(tp=tp), rank=tp_rank)
+
+
+def layouts(source: Any, shapes: dict[str, tuple[int, ...]], local: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Return the layouts on TP rank 1 of parameters with these full and local shapes."""
+    return layouts_by_pattern(source, {name: torch.zeros(shape) for name, shape in local.items()}, shapes, rank(1))
+
+
 @pytest.mark.parametrize("topology", [Topology(tp=2), Topology(tp=2, dp=2)])
-def test_code_of_ones_own_passes(topology: Topology) -> None:
+def test_right_code_passes(topology: Topology) -> None:
     report = verified(topology=topology, shard=shard, layout=LAYOUT)
     assert report.passed, report
     assert report.verdict.subject["backend"] == "custom"
-
-
-def test_a_layout_may_be_a_function() -> None:
-    def layout(name: str, shape: tuple[int, ...]) -> Shard | None:
-        return Shard(0) if ".up." in name else Shard(1) if name.endswith("down.weight") else None
-
-    assert verified(shard=shard, layout=layout).passed
 
 
 def test_a_forgotten_reduction_is_found_in_its_module() -> None:
@@ -46,29 +51,67 @@ def test_dtensors_need_no_layout() -> None:
     assert report.passed, report
 
 
-def test_the_norm_of_ones_own_clipping_is_verified() -> None:
+def test_the_norm_of_the_users_clipping_is_verified() -> None:
     backend = CustomBackend(shard, LAYOUT, clip_gradients=torch.nn.utils.clip_grad_norm_)
     first = verified(backend=backend).findings[0]
     assert (first.check, first.cause) == ("gradient_norm_matches_reference", "norm_is_local")
 
 
+def test_a_wrong_layout_is_reported_from_the_ranks() -> None:
+    with pytest.raises(UsageError, match=r"layout\['layers.0.up.weight'\]=Replicate\(\): expected a placement that"):
+        verified(shard=shard, layout=None)
+
+
 @pytest.mark.parametrize(
-    ("layout", "message"),
+    ("placement", "shape", "local"),
     [
-        (None, r"layout\['layers.0.up.weight'\]=Replicate\(\): expected a placement that gives rank [01] its shape"),
-        (
-            {**LAYOUT, "layers.*.down.weight": Shard(0)},
-            r"its shape \(16, 12\) of \(16, 24\) over tp=2; this one gives \(8, 24\)",
-        ),
-        ({**LAYOUT, "layer.*": Shard(0)}, r"layout='layer.\*': expected a pattern of parameter names, such as embed"),
-        ({**LAYOUT, "layers.*.norm.weight": Shard(1)}, r"expected a dim of \(16,\)"),
-        ({**LAYOUT, "embed.weight": Partial()}, r"expected tpcheck.core.placement.Shard or Replicate"),
-        ({"*": Shard(0, blocks=7)}, r"blocks=7: expected a divisor of"),
+        (Shard(0), (6, 4), (3, 4)),
+        (Shard(-1), (6, 4), (6, 2)),
+        (Shard(0, blocks=3), (12, 4), (6, 4)),
+        (Shard(0, sizes=((4, 2),)), (6, 4), (2, 4)),
+        (Replicate(), (6, 4), (6, 4)),
     ],
 )
-def test_a_layout_that_does_not_fit_says_why(layout: Any, message: str) -> None:
+def test_a_placement_applies_to_every_name_that_its_pattern_matches(
+    placement: Placement, shape: tuple[int, ...], local: tuple[int, ...]
+) -> None:
+    found = layouts(
+        {"layers.*.up": placement}, {"layers.0.up": shape, "norm": (4,)}, {"layers.0.up": local, "norm": (4,)}
+    )
+    assert found["layers.0.up"].local_shapes[1] == local
+    assert found["norm"].is_replicated
+
+
+def test_the_first_pattern_that_matches_decides() -> None:
+    assert not layouts({"a*": Shard(0), "*": Replicate()}, {"ab": (4,)}, {"ab": (2,)})["ab"].is_replicated
+
+
+def test_a_function_may_give_the_placements() -> None:
+    def placement(name: str, shape: tuple[int, ...]) -> Shard | None:
+        return Shard(0) if len(shape) == 2 else None
+
+    found = layouts(placement, {"matrix": (4, 4), "vector": (4,)}, {"matrix": (2, 4), "vector": (4,)})
+    assert [found[name].is_replicated for name in ("matrix", "vector")] == [False, True]
+
+
+def test_a_parameter_that_the_unsharded_model_lacks_has_no_layout() -> None:
+    assert layouts(None, {}, {"adapter": (4,)}) == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, r"layout\['up'\]=Replicate\(\): expected a placement that gives rank 1 its shape \(2, 4\) of \(4, 4\)"),
+        ({"up": Shard(1)}, r"its shape \(2, 4\) of \(4, 4\) over tp=2; this one gives \(4, 2\)"),
+        ({"up": Shard(0), "upp": Shard(0)}, r"layout='upp': expected a pattern of parameter names, such as up"),
+        ({"up": Shard(2)}, r"expected a dim of \(4, 4\)"),
+        ({"up": Partial()}, r"expected tpcheck.core.placement.Shard or Replicate"),
+        ({"up": Shard(0, blocks=7)}, r"blocks=7: expected a divisor of 4"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(source: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        verified(shard=shard, layout=layout)
+        layouts(source, {"up": (4, 4)}, {"up": (2, 4)})
 
 
 @pytest.mark.parametrize(
@@ -81,6 +124,6 @@ def test_a_layout_that_does_not_fit_says_why(layout: Any, message: str) -> None:
         ({"shard": lambda model, rank: "no module"}, "shard='str': expected a callable that returns"),
     ],
 )
-def test_arguments_that_cannot_be_used_say_why(arguments: dict[str, Any], message: str) -> None:
+def test_arguments_that_cannot_be_used_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         verified(**arguments)

@@ -1,15 +1,20 @@
-"""Plans of torch's own styles: tensor and sequence parallel, a loss over vocabulary shards, FSDP2 around them."""
+"""Plans in torch's styles: tensor and sequence parallel, a loss over vocabulary shards, with and without FSDP2."""
 
 from functools import partial
-from typing import Any
 
 import pytest
-from torch.distributed.tensor import Replicate, Shard
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
 import tpcheck
 from tests.backends.hand_made import Model, tokens
-from tpcheck import Topology, UsageError
+from tpcheck import Rank, Topology, UsageError
+from tpcheck.backends.dtensor.backend import DTensorBackend, model_tp_plan, styles
+from tpcheck.backends.dtensor.candidate import clip_by_mesh
+from tpcheck.backends.interface import TrainingOptions
 
 TP = Topology(tp=2)
 PLAN = {"layers.*.up": "colwise", "layers.*.down": "rowwise"}
@@ -42,24 +47,55 @@ def test_a_loss_over_shards_of_the_vocabulary_passes() -> None:
 
 
 @pytest.mark.parametrize("topology", [TP, Topology(tp=2, dp=2)])
-def test_the_models_own_plan_passes(topology: Topology) -> None:
+def test_the_tp_plan_of_a_transformers_model_passes(topology: Topology) -> None:
     report = tpcheck.verify_family("qwen3", topology=topology, backend="dtensor", timeout=180)
     assert report.passed, report
 
 
-def test_what_it_saves_is_the_model() -> None:
+def test_both_ways_to_save_write_the_model() -> None:
     report = verified(topology=Topology(tp=2, dp=2), config={"plan": PLAN}, checks=["checkpoint_matches_reference"])
     assert report.passed, report
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"plan": {"layers.*.up": "packed"}}, r"config.plan\['layers.\*.up'\]='packed': expected one of colwise"),
-        ({"plans": {}}, "config='plans': expected one of plan, loss_parallel"),
-        ({}, "config.plan=None: expected a dict of styles by module pattern: Model has no plan"),
-    ],
-)
-def test_plans_that_cannot_be_used_say_why(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        verified(topology=TP, config=config)
+def test_what_the_plan_cannot_name_is_refused_before_a_model_is_built() -> None:
+    backend = DTensorBackend()
+    for options, message in (
+        (
+            {"config": {"plan": {"layers.*.up": "packed"}}},
+            r"config.plan\['layers.\*.up'\]='packed': expected one of colwise",
+        ),
+        ({"config": {"plans": {}}}, "config='plans': expected one of plan, loss_parallel"),
+        ({"zero_stage": 1}, "zero_stage=1: expected 0"),
+        ({"ignore_plan": True}, "ignore_plan=True: expected False: torch has no heuristics"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            backend.resolved(TrainingOptions(dtype=torch.float64, **options))
+
+
+def test_a_model_without_a_plan_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"config\.plan=None: expected a dict of styles .*: Model has no plan"):
+        model_tp_plan(Model())
+
+
+def test_a_style_of_torch_is_taken_as_it_is() -> None:
+    style = ColwiseParallel()
+    assert styles({"up": style, "down": "rowwise"})["up"] is style
+
+
+def clipped(rank: Rank) -> tuple[float, list[torch.Tensor]]:
+    """Clip a DTensor gradient with norm 6 and a plain gradient with norm 8 to norm 5."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    sharded = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+    sharded.grad = distribute_tensor(torch.full((4,), 3.0), mesh, [Shard(0)])
+    plain = nn.Parameter(torch.zeros(1))
+    plain.grad = torch.full((1,), 8.0)
+    norm = clip_by_mesh([sharded, plain, nn.Parameter(torch.zeros(1))], 5.0)
+    return norm, [sharded.grad.full_tensor(), plain.grad]
+
+
+def test_gradients_on_several_meshes_are_clipped_by_one_norm() -> None:
+    with tpcheck.spawn(TP, timeout=120) as world:
+        for norm, (sharded, plain) in world.run(clipped):
+            assert norm == pytest.approx(10.0)
+            assert sharded.tolist() == pytest.approx([1.5] * 4)
+            assert plain.tolist() == pytest.approx([4.0])

@@ -1,13 +1,16 @@
-"""What transformers shards rightly passes; what is planted in it is found; what it cannot do it says itself."""
+"""The transformers backend: right families pass, injected faults are found, unsupported families are errors."""
 
 from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 import tpcheck
 from tpcheck import Topology, UsageError
-from tpcheck.backends.transformers.backend import TransformersBackend
+from tpcheck.backends.interface import TrainingOptions
+from tpcheck.backends.transformers import before_tp_size
+from tpcheck.backends.transformers.backend import TransformersBackend, distributed_config
 
 verified = partial(tpcheck.verify_family, backend="transformers", timeout=180)
 TP = Topology(tp=2)
@@ -16,30 +19,30 @@ TP = Topology(tp=2)
 @pytest.mark.parametrize(
     ("family", "topology"), [("qwen3", TP), ("mixtral", TP), ("gpt_oss", TP), ("qwen3", Topology(tp=2, dp=2))]
 )
-def test_a_family_that_is_right_passes(family: str, topology: Topology) -> None:
+def test_a_family_that_transformers_shards_correctly_passes(family: str, topology: Topology) -> None:
     report = verified(family, topology=topology)
     assert report.passed, report
     assert report.verdict.coverage.compared == report.verdict.coverage.total, report
 
 
-def test_experts_that_lie_on_other_ranks_are_missed_coverage_not_findings() -> None:
+def test_experts_on_other_ranks_are_missed_coverage_and_not_findings() -> None:
     report = verified("mixtral", topology=TP, config={"ep_size": 2})
     assert report.passed, report
     assert any("called less often" in why for why in report.verdict.coverage.missed.values())
 
 
-def test_what_it_saves_is_the_model() -> None:
+def test_both_ways_to_save_write_the_model() -> None:
     report = verified("qwen3", topology=TP, checks=["checkpoint_matches_reference"])
     assert report.passed, report
 
 
-def test_a_family_without_a_plan_is_an_error_in_its_own_words() -> None:
+def test_a_family_without_a_plan_is_an_error_with_the_message_of_transformers() -> None:
     report = verified("persimmon", topology=TP)
     assert report.verdict.verdict == "error"
     assert "`PersimmonForCausalLM` has no `tp_plan`" in (report.verdict.message or "")
 
 
-def test_a_plan_that_leaves_head_norms_partial_is_found() -> None:
+def test_a_plan_that_leaves_the_gradients_of_head_norms_partial_is_found() -> None:
     style = {"model.layers.*.self_attn.q_norm": "replicate"}
     first = verified("qwen3", topology=TP, config={"tp_plan": style}).findings[0]
     assert first.check == "gradients_match_reference"
@@ -49,13 +52,13 @@ def test_a_plan_that_leaves_head_norms_partial_is_found() -> None:
 MLA = partial(verified, "minicpm3", topology=TP, settings={"num_hidden_layers": 1}, steps=1)
 
 
-def test_a_gradient_that_the_style_reduces_behind_the_hook_is_right() -> None:
+def test_a_gradient_that_the_style_reduces_after_the_hook_passes() -> None:
     report = MLA()
     assert report.passed, report
     assert report.verdict.coverage.compared == report.verdict.coverage.total, report
 
 
-def test_the_same_gradient_is_found_where_nothing_reduces_it() -> None:
+def test_the_same_gradient_is_found_if_nothing_reduces_it() -> None:
     style = {"model.layers.*.self_attn.kv_a_proj_with_mqa": "replicate"}
     first = MLA(config={"tp_plan": style}).findings[0]
     assert (first.check, first.cause) == ("gradients_match_reference", "missing_reduce")
@@ -63,7 +66,7 @@ def test_the_same_gradient_is_found_where_nothing_reduces_it() -> None:
 
 
 class ReducesTwice(TransformersBackend):
-    """The output of one row-parallel layer is added up over the ranks once more."""
+    """Doubles the output of one row-parallel layer, as a second reduction over two ranks does."""
 
     def shard(self, *args: Any) -> Any:
         candidate = super().shard(*args)
@@ -84,10 +87,29 @@ def test_a_fault_is_found_in_its_module() -> None:
     [
         ({"zero_stage": 1}, "zero_stage=1: expected 0: transformers shards over dp with FSDP2"),
         ({"ignore_plan": True}, "ignore_plan=True: expected False"),
-        ({"config": {"tp": 2}}, "config='tp': expected one of tp_size"),
-        ({"config": {"tp_size": 4}}, "config.tp_size=4: expected 2, as the topology says"),
+        ({"config": {"tp": 2}}, "config='tp': expected one of tp_"),
     ],
 )
-def test_options_that_it_does_not_have_are_refused(options: dict[str, Any], message: str) -> None:
+def test_options_that_transformers_lacks_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        verified("llama", topology=TP, **options)
+        TransformersBackend().resolved(TrainingOptions(dtype=torch.float64, **options))
+
+
+@pytest.mark.skipif(before_tp_size.IS_INSTALLED, reason="DistributedConfig has no tp_size")
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"tp_size": 4}, "config.tp_size=4: expected 2, as the topology requires"),
+        ({"dp_replicate_size": 3}, "config.dp_replicate_size=3: expected a divisor of dp=4"),
+        ({"fsdp_size": 4, "dp_replicate_size": 2}, "config.fsdp_size=4: expected 2"),
+    ],
+)
+def test_sizes_that_contradict_the_topology_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        distributed_config(config, Topology(tp=2, dp=4))
+
+
+@pytest.mark.skipif(before_tp_size.IS_INSTALLED, reason="DistributedConfig has no tp_size")
+def test_the_sizes_of_the_axes_follow_from_the_topology() -> None:
+    config = distributed_config({"dp_replicate_size": 2}, Topology(tp=2, dp=4))
+    assert (config.tp_size, config.fsdp_size, config.dp_replicate_size) == (2, 2, 2)

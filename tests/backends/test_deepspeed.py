@@ -1,0 +1,149 @@
+"""The DeepSpeed configuration of a run, and layouts as DeepSpeed's layers gather them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tpcheck import Rank, Topology, UsageError, spawn
+from tpcheck.backends.interface import TrainingOptions
+
+pytest.importorskip("deepspeed")
+
+
+def options(dtype: torch.dtype = torch.float64, **changes: Any) -> TrainingOptions:
+    return TrainingOptions(dtype=dtype, **changes)
+
+
+def config_of(tp: int = 2, **changes: Any) -> dict[str, Any]:
+    from tpcheck.backends.deepspeed.config import deepspeed_config
+
+    return deepspeed_config(options(**changes), tp)
+
+
+def test_the_topology_and_the_options_set_the_configuration() -> None:
+    config = config_of(tp=4, zero_stage=1, batch_size=3, max_grad_norm=0.5)
+    assert config["tensor_parallel"] == {"autotp_size": 4}
+    assert config["zero_optimization"] == {"stage": 1}
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_clipping"]) == (3, 0.5)
+
+
+def test_zero_3_partitions_small_parameters_too() -> None:
+    assert config_of(zero_stage=3)["zero_optimization"] == {"stage": 3, "stage3_param_persistence_threshold": 0}
+
+
+@pytest.mark.parametrize(("dtype", "section"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+def test_low_precision_enables_its_section(dtype: torch.dtype, section: str) -> None:
+    assert config_of(dtype=dtype)[section] == {"enabled": True}
+    assert section not in config_of()
+
+
+def test_the_users_configuration_is_merged_key_by_key() -> None:
+    config = config_of(zero_stage=1, config={"zero_optimization": {"overlap_comm": True}, "seed": 1})
+    assert config["zero_optimization"] == {"stage": 1, "overlap_comm": True}
+    assert config["seed"] == 1
+
+
+def test_a_value_replaces_a_section_and_a_section_a_value() -> None:
+    from tpcheck.backends.deepspeed.config import merged
+
+    assert merged({"a": {"b": 1}, "c": 2}, {"a": 3, "c": {"d": 4}}) == {"a": 3, "c": {"d": 4}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"zero_stage": 1, "config": {"zero_optimization": {"stage": 2}}},
+            "config.zero_optimization.stage=2: expected 1",
+        ),
+        ({"config": {"tensor_parallel": {"autotp_size": 4}}}, "config.tensor_parallel.autotp_size=4: expected 2"),
+    ],
+)
+def test_a_configuration_that_contradicts_the_options_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        config_of(**changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"optimizer": {"type": "Adam"}}, "config.optimizer=.*: expected none: both sides train with SGD"),
+        ({"scheduler": {}}, "config.scheduler=.*: expected none"),
+        ({"gradient_accumulation_steps": 2}, "config.gradient_accumulation_steps=2: expected 1"),
+        ({"bf16": {"enabled": True}}, "config.bf16.enabled=True: expected False, as dtype=torch.float64 requires"),
+    ],
+)
+def test_training_that_the_reference_cannot_do_is_refused(config: dict[str, Any], message: str) -> None:
+    from tpcheck.backends.deepspeed.config import resolved
+
+    with pytest.raises(UsageError, match=message):
+        resolved(options(config=config))
+
+
+def test_both_sides_clip_to_the_norm_of_the_users_configuration() -> None:
+    from tpcheck.backends.deepspeed.config import resolved
+
+    assert resolved(options(config={"gradient_clipping": 0.25})).max_grad_norm == 0.25
+    assert resolved(options(max_grad_norm=2.0)).max_grad_norm == 2.0
+
+
+def test_a_plan_is_hidden_inside_the_context_only() -> None:
+    from tpcheck.backends.deepspeed.backend import without_plan
+
+    class Planned(nn.Module):
+        _tp_plan = {"layers.*": "colwise"}  # noqa: RUF012
+
+    model = Planned()
+    model.config = SimpleNamespace(base_model_tp_plan={"layers.*": "rowwise"})
+    with without_plan(model):
+        assert (model._tp_plan, model.config.base_model_tp_plan) == (None, None)
+    assert model._tp_plan == Planned._tp_plan
+    assert model.config.base_model_tp_plan == {"layers.*": "rowwise"}
+
+
+class GatheringLayer(nn.Module):
+    """A layer that DeepSpeed might have made: it gathers its shards by `order`, or cannot gather them."""
+
+    def __init__(self, rank: Rank, columns: int, order: list[int] | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2, columns), float(rank.rank)))
+        self.bias = None
+        self.mp_group = rank.group("tp")
+        self.order = order
+
+    def gather_params(self, parameters: list[torch.Tensor]) -> None:
+        import torch.distributed as dist
+
+        if self.order is None:
+            raise RuntimeError("shapes do not fit")
+        shards: list[Any] = [None, None]
+        dist.all_gather_object(shards, parameters[0].data, group=self.mp_group)
+        parameters[0].data = torch.cat(shards, dim=1)[:, self.order]
+
+
+def gathered_layouts(rank: Rank) -> dict[str, Any]:
+    from tpcheck.backends.deepspeed.layouts import layouts
+
+    columns = 1 + rank.rank  # uneven: one column on the first rank, two on the second
+    model = nn.Module()
+    model.cut = GatheringLayer(rank, columns, [1, 0, 2])
+    model.fused = GatheringLayer(rank, columns, None)
+    model.norm = nn.LayerNorm(3)
+    found = layouts(model, rank.group("tp"))
+    assert torch.equal(model.cut.weight, torch.full((2, columns), float(rank.rank)))  # its data is restored
+    return found
+
+
+def test_layouts_are_what_the_layers_gather() -> None:
+    with spawn(Topology(tp=2), timeout=120) as world:
+        found = world.run(gathered_layouts)[0]
+    assert found["cut.weight"].local_shapes == ((2, 1), (2, 2))
+    full = found["cut.weight"].assemble([torch.tensor([[0], [10]]), torch.tensor([[1, 2], [11, 12]])])
+    assert full.tolist() == [[1, 0, 2], [11, 10, 12]]
+    assert "fused.weight" not in found
+    assert found["norm.weight"].is_replicated
