@@ -150,7 +150,10 @@ def _expected(evidence: Evidence, step: int, phase: Phase) -> Iterator[tuple[Ten
 
 
 def _by_sample(placed: Placed, expected: Any, samples: int) -> Iterator[Placed]:
-    """Yield the reading of a cut along the first dim where that counts heads within samples (ALiBi of bloom)."""
+    """Yield the reading of a cut along the first dim where that counts heads within samples.
+
+    See `families.special_cases.ALIBI_HEADS_WITHIN_SAMPLES`.
+    """
     shard, tp = placed.placement, len(placed.parts)
     if not isinstance(shard, Shard) or shard.dim != 0 or samples < 2 or len(expected) % samples:
         return
@@ -160,7 +163,10 @@ def _by_sample(placed: Placed, expected: Any, samples: int) -> Iterator[Placed]:
 
 
 def _called_less(reference: Mapping[TensorKey, Any], candidates: Sequence[Mapping[TensorKey, Any]]) -> frozenset[str]:
-    """Return the modules that a rank calls less often than the reference, as those that each expert calls once."""
+    """Return the modules that a rank calls less often than the reference, as experts do.
+
+    See `families.special_cases.EXPERTS_CALLED_ONCE_EACH`.
+    """
     expected, *actual = [_num_calls(activations) for activations in (reference, *candidates)]
     return frozenset(module for calls in actual for module in expected if 0 < calls[module] < expected[module])
 
@@ -183,7 +189,7 @@ def _judged_by_surroundings(
     """Return a wrong activation anew where the right result of the module around it shows that it was misread.
 
     A module may leave its reduction to the one that calls it (experts, an input gradient): the ranks' terms must add
-    up, in all features or in some (of the output gradient of an MLA projection, the rotary ones). Or it may keep its
+    up, in all features or in some (`families.special_cases.MLA_SHARED_ROTARY_KEY`). Or it may keep its
     shard in an order that shapes do not tell: then nothing can be said of it, and None is returned.
     """
     around = None if one.found.agrees else _result_around(compared, one)

@@ -73,7 +73,8 @@ def _smoothed_locally(
     """Yield what a smoothed cross entropy would be with the mean over each rank's own part of the vocabulary.
 
     The loss is log_sum - (1 - s) * label - s * mean. Nobody tells s: it is how much the ranks' losses differ, against
-    their means. It is the smoothing itself, or, as in Megatron, what it comes to over as many tokens as one rank has.
+    their means. It is the smoothing itself, or, as in Megatron, what it comes to over as many tokens as one rank has:
+    `families.special_cases.MEGATRON_LABEL_SMOOTHING`.
 
     Args:
         expected: The loss, smoothed over the whole vocabulary.

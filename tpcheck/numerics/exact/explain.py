@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tpcheck.core.causes import Cause, Explanation, first_explanation
+from tpcheck.families.special_cases import FUSED_PARAMETER
 from tpcheck.numerics.exact.elements import ElementDifference, element_difference, slice_digests
 from tpcheck.numerics.exact.layouts import Case, Slices, Surroundings, layout_story, runs_of
 from tpcheck.numerics.exact.stored import BitComparer, Stored, bit_view
@@ -111,7 +112,6 @@ def _element(tensor: Stored, index: tuple[int, ...]) -> torch.Tensor:
 
 
 _MOST_SLICES = 1 << 20  # of which digests are held and looked up: 200 MB; no vocabulary is larger
-_FUSED = re.compile(r"qkv|query_key_value|c_attn|kv_proj|kv_a|gate_up|gate_and_up|in_proj|wi\b|w13|linear_fc1|Wqkv")
 
 
 def explain_tensor(case: Case) -> Explanation | None:
@@ -138,7 +138,7 @@ def _layout(case: Case) -> Explanation | None:
             num_actual=len(actual),
             num_expected=len(expected),
             is_vocabulary=case.is_vocabulary(dim),
-            is_fused=_FUSED.search(case.expected.name) is not None,
+            is_fused=FUSED_PARAMETER.matches(case.expected.name),
         )
         story = layout_story(slices)
         if story is not None:

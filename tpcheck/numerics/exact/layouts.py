@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -11,10 +10,9 @@ from math import gcd
 
 from tpcheck.backends.checkpoint_format import Checkpoint
 from tpcheck.core.causes import Cause, Explanation, first_explanation
+from tpcheck.families.special_cases import VOCABULARY_PARAMETER
 from tpcheck.numerics.exact.elements import ElementDifference
 from tpcheck.numerics.exact.stored import BitComparer, Stored
-
-_VOCABULARY = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embed_out|lm_head|shared)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,7 @@ class Case:
         size = self.surroundings.reference.config.get("vocab_size")
         if isinstance(size, int):
             return bool(self.expected.shape[dim] == size)
-        return dim == 0 and _VOCABULARY.search(f".{self.expected.name}") is not None
+        return dim == 0 and VOCABULARY_PARAMETER.matches(self.expected.name)
 
 
 MOST_RUNS = 4096  # more than that is no layout of shards, heads or groups

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from tpcheck.core.causes import Cause, Explanation
+from tpcheck.families.special_cases import KEY_OR_VALUE_PROJECTION, QUERY_PROJECTION
 from tpcheck.numerics.evidence import Suspect
 from tpcheck.numerics.exact.explain import story_of
 from tpcheck.numerics.hypotheses.explanation import Test
 
-_KEYS_OR_VALUES = re.compile(r"(^|\.)(k|v|key|value)(_proj|_lin|)$")
-_QUERIES = re.compile(r"(^|\.)(q|query)(_proj|_lin|)$")
 _OF_SHARDS = (Cause.SHARD_ORDER_SWAPPED, Cause.SHARD_REPEATED)
 
 
@@ -77,9 +75,9 @@ def _explanation(story: Explanation, suspect: Suspect) -> Explanation:
 def _of_heads(cause: Cause, suspect: Suspect) -> Cause:
     """Return the cause, or another one where keys and values have moved, and the queries beside them have not."""
     beside: Mapping[str, Any] = suspect.evidence.get("beside_it", {})
-    wrong = [name for name in beside.get("wrong", ()) if _KEYS_OR_VALUES.search(_owner(name))]
-    right = [name for name in beside.get("right", ()) if _QUERIES.search(_owner(name))]
-    is_of_heads = cause in _OF_SHARDS and _KEYS_OR_VALUES.search(_owner(_name(suspect)))
+    wrong = [name for name in beside.get("wrong", ()) if KEY_OR_VALUE_PROJECTION.matches(_owner(name))]
+    right = [name for name in beside.get("right", ()) if QUERY_PROJECTION.matches(_owner(name))]
+    is_of_heads = cause in _OF_SHARDS and KEY_OR_VALUE_PROJECTION.matches(_owner(_name(suspect)))
     return Cause.HEAD_MAPPING_WRONG if is_of_heads and wrong and right else cause
 
 
