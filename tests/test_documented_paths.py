@@ -8,7 +8,8 @@ import pytest
 
 PATHS = {
     "tpcheck.adapters": "Backend Candidate Checkpoint CheckpointFormat Extent Layout NamedOtherwiseWhenSaved "
-    "ReadOptions SavesCheckpoints TellsLayouts TrainingOptions backend_names checkpoint_formats layouts_of "
+    "ReadOptions ReadsLayouts RenamedWhenSaved SavesCheckpoints TellsLayouts TrainingOptions backend_names "
+    "checkpoint_formats layouts_of "
     "load_backend",
     "tpcheck.backends.custom": "CustomBackend",
     "tpcheck.backends.megatron": "MegatronBackend TokenLoss",

@@ -1,4 +1,4 @@
-"""AutoTP leaves the gradients of Apertus' trainable activation partial: each rank has those of its own neurons.
+"""AutoTP leaves the gradients of Apertus' trainable activation partial: each rank has the term of its own neurons.
 
 DS_ACCELERATOR=cpu LOCAL_SIZE=2 torchrun --nproc-per-node 2 docs/upstream/deepspeed_apertus_activation.py
 Seen with deepspeed 0.19.8, transformers 5.23.0, torch 2.13.0.

@@ -1,4 +1,4 @@
-"""In bfloat16 without ZeRO, the gradient norm that clips is that of the shards of one TP rank.
+"""In bfloat16 without ZeRO, gradients are clipped by the norm of the shards of one TP rank.
 
 DS_ACCELERATOR=cpu LOCAL_SIZE=2 torchrun --nproc-per-node 2 docs/upstream/deepspeed_bf16_norm.py
 Seen with deepspeed 0.19.8, transformers 5.23.0, torch 2.13.0.

@@ -1,4 +1,4 @@
-"""With preset_model "bloom" each rank takes the ALiBi slopes of a model that has as many heads as the rank.
+"""With preset_model "bloom" each rank uses the ALiBi slopes of a model with as few heads as the rank has.
 
 DS_ACCELERATOR=cpu LOCAL_SIZE=2 torchrun --nproc-per-node 2 docs/upstream/deepspeed_bloom_preset_alibi.py
 Seen with deepspeed 0.19.8, transformers 5.23.0, torch 2.13.0.

@@ -1,4 +1,4 @@
-"""The top-k of Gemma 3n's sparse activation takes mean and deviation over the neurons of one rank.
+"""Gemma 3n's sparse activation takes mean and deviation over the neurons of one rank instead of all neurons.
 
 DS_ACCELERATOR=cpu LOCAL_SIZE=2 torchrun --nproc-per-node 2 docs/upstream/deepspeed_gemma3n_sparsity.py
 Seen with deepspeed 0.19.8, transformers 5.23.0, torch 2.13.0.

@@ -1,4 +1,4 @@
-"""AutoTP takes autotp_size=2 for LFM2, and every rank keeps the whole model.
+"""AutoTP accepts autotp_size=2 for LFM2, and every rank keeps the full model.
 
 DS_ACCELERATOR=cpu LOCAL_SIZE=2 torchrun --nproc-per-node 2 docs/upstream/deepspeed_lfm2_not_sharded.py
 Seen with deepspeed 0.19.8, transformers 5.23.0, torch 2.13.0.
@@ -14,10 +14,10 @@ torch.manual_seed(0)
 sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8}
 layers = ["conv", "full_attention"]
 model = Lfm2ForCausalLM(Lfm2Config(**sizes, num_key_value_heads=4, layer_types=layers))
-whole = sum(parameter.numel() for parameter in model.parameters())
+full_count = sum(parameter.numel() for parameter in model.parameters())
 settings = {"train_micro_batch_size_per_gpu": 2, "tensor_parallel": {"autotp_size": 2}}
 settings |= {"zero_allow_untested_optimizer": True}
 sgd = torch.optim.SGD(model.parameters(), lr=0.1)
 engine = deepspeed.initialize(model=model, optimizer=sgd, config=settings)[0]
-held = sum(parameter.numel() for parameter in engine.module.parameters())
-print(f"rank {torch.distributed.get_rank()} of 2 holds {held} of {whole} parameters")
+local_count = sum(parameter.numel() for parameter in engine.module.parameters())
+print(f"rank {torch.distributed.get_rank()} of 2 holds {local_count} of {full_count} parameters")

@@ -1,7 +1,7 @@
-"""With tp_overlap_comm the backward pass of a column-parallel layer fails on a rank that has no part of it.
+"""With tp_overlap_comm the backward pass of a column-parallel layer fails on a rank whose shard is empty.
 
 DS_ACCELERATOR=cpu LOCAL_SIZE=2 torchrun --nproc-per-node 2 docs/upstream/deepspeed_overlap_empty_shard.py
-So it is with one head of keys on two ranks; without tp_overlap_comm the empty rank takes part, and all is right.
+One key-value head on two ranks gives such a shard. Without tp_overlap_comm the results are right.
 `AsyncColumnParallel.backward` calls `view(-1, 0)`. Seen with deepspeed 0.19.8, torch 2.13.0.
 """
 # ruff: noqa: T201
@@ -17,9 +17,9 @@ group = torch.distributed.new_group([0, 1])
 for overlaps in (False, True):
     TensorParallel_Layer.tp_overlap_comm = overlaps  # what tensor_parallel.tp_overlap_comm of the configuration sets
     layer = LinearLayer(torch.nn.Linear(4, 1, bias=False), group)  # one output: the second rank has none
-    said = "right"
+    outcome = "right"
     try:
         layer(torch.randn(3, 4, requires_grad=True)).sum().backward()
     except RuntimeError as error:
-        said = str(error)
-    print(f"tp_overlap_comm={overlaps}, rank {torch.distributed.get_rank()}: {said}")
+        outcome = str(error)
+    print(f"tp_overlap_comm={overlaps}, rank {torch.distributed.get_rank()}: {outcome}")

@@ -1,4 +1,4 @@
-"""With tp_overlap_comm DeepSpeed's column-parallel layers take a view of gradients that are not contiguous, and fail.
+"""With tp_overlap_comm the backward pass of a column-parallel layer fails on a gradient that is not contiguous.
 
 DS_ACCELERATOR=cpu LOCAL_SIZE=2 torchrun --nproc-per-node 2 docs/upstream/deepspeed_overlap_strided_gradient.py
 `AsyncColumnParallel.backward` calls `grad_output.view(...)`. Seen with deepspeed 0.19.8, torch 2.13.0.

@@ -1,4 +1,4 @@
-"""AutoTP cuts Persimmon's fused query_key_value as another family's: every head reads rows of other heads.
+"""AutoTP cuts Persimmon's fused query_key_value in another family's layout: every head reads rows of other heads.
 
 DS_ACCELERATOR=cpu LOCAL_SIZE=2 torchrun --nproc-per-node 2 docs/upstream/deepspeed_persimmon_qkv.py
 Seen with deepspeed 0.19.8, transformers 5.23.0, torch 2.13.0.

@@ -1,4 +1,4 @@
-"""DeepSpeed gives weights that the loss does not reach a gradient of zeros, so they decay; torch leaves them alone.
+"""DeepSpeed gives weights that do not affect the loss a gradient of zeros, so they decay; torch does not.
 
 DS_ACCELERATOR=cpu LOCAL_SIZE=2 torchrun --nproc-per-node 2 docs/upstream/deepspeed_unused_weights_decay.py
 Seen with deepspeed 0.19.8, torch 2.13.0.

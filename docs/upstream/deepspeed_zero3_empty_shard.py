@@ -1,7 +1,7 @@
-"""With ZeRO-3 a rank that has no part of a layer fails in the forward pass.
+"""With ZeRO-3 the forward pass fails on a rank whose shard of a layer is empty.
 
 DS_ACCELERATOR=cpu LOCAL_SIZE=2 torchrun --nproc-per-node 2 docs/upstream/deepspeed_zero3_empty_shard.py
-So it is with fewer heads of keys than TP ranks. Seen with deepspeed 0.19.8, transformers 5.23.0, torch 2.13.0.
+Fewer key-value heads than TP ranks give such shards. Seen with deepspeed 0.19.8, transformers 5.23.0, torch 2.13.0.
 """
 # ruff: noqa: T201
 
@@ -20,11 +20,11 @@ for stage in (2, 3):
     settings |= {"zero_force_ds_cpu_optimizer": False}
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     engine = deepspeed.initialize(model=model, optimizer=sgd, config=settings)[0]
-    said = "right"
+    outcome = "right"
     try:
         engine.backward(engine(tokens, labels=tokens).loss)
     except AssertionError as error:
-        said = f"AssertionError: {error}"
-    print(f"ZeRO-{stage}, rank {torch.distributed.get_rank()}: {said}")
-    if said != "right":
+        outcome = f"AssertionError: {error}"
+    print(f"ZeRO-{stage}, rank {torch.distributed.get_rank()}: {outcome}")
+    if outcome != "right":
         break

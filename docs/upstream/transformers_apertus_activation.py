@@ -1,4 +1,4 @@
-"""The plan of Apertus leaves the gradients of its trainable activation partial: each rank has those of its own neurons.
+"""Apertus' plan leaves the gradients of its trainable activation partial: each rank has the term of its own neurons.
 
 torchrun --nproc-per-node 2 docs/upstream/transformers_apertus_activation.py
 Seen with transformers 5.23.0, torch 2.13.0. The Trainer averages such gradients: half of what is right.
@@ -22,16 +22,16 @@ dist.broadcast_object_list(folder)
 reference.save_pretrained(folder[0])  # the first rank writes
 dist.barrier()
 model = ApertusForCausalLM.from_pretrained(folder[0], distributed_config=DistributedConfig(tp_size=2)).train()
-for one in (reference, model):
-    one(tokens, labels=tokens).loss.backward()
+for trained in (reference, model):
+    trained(tokens, labels=tokens).loss.backward()
 expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
 for name, parameter in model.named_parameters():
     if "alpha" in name:
         of_ranks = [torch.empty_like(parameter.grad) for _ in range(2)]
         dist.all_gather(of_ranks, parameter.grad)
         off, sum_off, mean_off = (
-            float((one - expected[name]).norm() / expected[name].norm())
-            for one in (parameter.grad, sum(of_ranks), sum(of_ranks) / 2)
+            float((gradient - expected[name]).norm() / expected[name].norm())
+            for gradient in (parameter.grad, sum(of_ranks), sum(of_ranks) / 2)
         )
         if dist.get_rank() == 0:
             print(f"{name}: off by {off:.0%}, the ranks' sum by {sum_off:.0e}, their mean by {mean_off:.0%}")

@@ -1,4 +1,4 @@
-"""The top-k of Gemma 3n's sparse activation takes mean and deviation over the neurons of one rank.
+"""Gemma 3n's sparse activation takes mean and deviation over the neurons of one rank instead of all neurons.
 
 torchrun --nproc-per-node 2 docs/upstream/transformers_gemma3n_sparsity.py
 Seen with transformers 5.23.0, torch 2.13.0.
@@ -27,9 +27,9 @@ for sparsity in (0.5, 0.0):
     reference.save_pretrained(folder[0])  # the first rank writes
     dist.barrier()
     model = Gemma3nForCausalLM.from_pretrained(folder[0], distributed_config=DistributedConfig(tp_size=2))
-    whole = Gemma3nForCausalLM.from_pretrained(folder[0])
+    unsharded = Gemma3nForCausalLM.from_pretrained(folder[0])
     with torch.no_grad():
-        actual, expected = model(tokens).logits, whole(tokens).logits
+        actual, expected = model(tokens).logits, unsharded(tokens).logits
     if dist.get_rank() == 0:
         print(f"sparsity {sparsity}: logits off by {float((actual - expected).norm() / expected.norm()):.1e}")
 dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Loaded with TP, HRM's fused projections are cut for the ranks first and taken apart then: each gets rows of others.
+"""Loading HRM with TP shards its fused projections before it splits them: each projection gets rows of others.
 
 torchrun --nproc-per-node 2 docs/upstream/transformers_hrm_text_fused.py
 Seen with transformers 5.23.0, torch 2.13.0.
@@ -21,10 +21,10 @@ folder = [tempfile.mkdtemp()]
 dist.broadcast_object_list(folder)
 HrmTextForCausalLM(HrmTextConfig(**sizes, vocab_size=1000, use_cache=False)).save_pretrained(folder[0])  # rank 0 writes
 dist.barrier()
-whole = HrmTextForCausalLM.from_pretrained(folder[0])
+unsharded = HrmTextForCausalLM.from_pretrained(folder[0])
 model = HrmTextForCausalLM.from_pretrained(folder[0], distributed_config=DistributedConfig(tp_size=2))
-actual, expected = model(tokens).logits, whole(tokens).logits
-layer, reference = model.model.L_module.layers[0], whole.model.L_module.layers[0]
+actual, expected = model(tokens).logits, unsharded(tokens).logits
+layer, reference = model.model.L_module.layers[0], unsharded.model.L_module.layers[0]
 for name, parameter in layer.named_parameters():
     full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
     off = float((full - reference.get_parameter(name)).norm() / reference.get_parameter(name).norm())

@@ -1,4 +1,4 @@
-"""Gate and up of Inkling 2's experts are cut for the ranks while they interleave: what is saved again is another model.
+"""Loading Inkling 2 with TP shards gate and up of its experts while they interleave: saving writes another model.
 
 torchrun --nproc-per-node 2 docs/upstream/transformers_inkling2_interleaved.py
 Seen with transformers 5.23.0, torch 2.13.0.

@@ -1,4 +1,4 @@
-"""LFM2's plan names the head alone, which is tied to the embedding: with tp_size=2 each rank keeps all of it.
+"""LFM2's plan names only the head, which is tied to the embedding: with tp_size=2 each rank keeps the full model.
 
 torchrun --nproc-per-node 2 docs/upstream/transformers_lfm2_not_sharded.py
 Seen with transformers 5.23.0, torch 2.13.0.
@@ -21,9 +21,9 @@ dist.broadcast_object_list(folder)
 reference.save_pretrained(folder[0])  # the first rank writes
 dist.barrier()
 model = Lfm2ForCausalLM.from_pretrained(folder[0], distributed_config=DistributedConfig(tp_size=2))
-whole = sum(parameter.numel() for parameter in reference.parameters())
+full_count = sum(parameter.numel() for parameter in reference.parameters())
 local = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in model.parameters()]
-print(f"rank {dist.get_rank()} of 2 holds {sum(part.numel() for part in local)} of {whole} parameters")
+print(f"rank {dist.get_rank()} of 2 holds {sum(part.numel() for part in local)} of {full_count} parameters")
 is_tied = model.lm_head.weight is model.model.embed_tokens.weight
 if dist.get_rank() == 0:
     print(f"the plan: {model.tp_plan}; the head is the embedding: {is_tied}")

@@ -1,4 +1,4 @@
-"""transformers' packed_colwise cuts the bias of a fused layer without regard to its parts, and the weight with it.
+"""packed_colwise of transformers shards the weight of a fused layer as two blocks and the bias as one: they do not fit.
 
 torchrun --nproc-per-node 2 docs/upstream/transformers_packed_colwise_bias.py
 `PackedColwiseParallel.shard_param` gives a bias a plain `Shard`. Seen with transformers 5.23.0, torch 2.13.0.

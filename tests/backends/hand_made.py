@@ -1,4 +1,4 @@
-"""A small language model, and tensor parallelism of it written by hand, as users bring their own."""
+"""A small language model, and hand-written tensor parallelism for it, as users write their own."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def tokens(coordinate: Any, step: int) -> dict[str, torch.Tensor]:
     return {"tokens": torch.randint(0, VOCABULARY, (2, 8), generator=generator)}
 
 
-class ToAllRanks(torch.autograd.Function):
-    """Identity; the gradients of the ranks are added up."""
+class CopyToRanks(torch.autograd.Function):
+    """Identity forward, all-reduce backward."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, group: Any) -> torch.Tensor:
@@ -66,8 +66,8 @@ class ToAllRanks(torch.autograd.Function):
         return summed, None
 
 
-class FromAllRanks(torch.autograd.Function):
-    """The sum over the ranks; its gradient is everyone's."""
+class ReduceFromRanks(torch.autograd.Function):
+    """All-reduce forward, identity backward."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, group: Any) -> torch.Tensor:
@@ -81,22 +81,22 @@ class FromAllRanks(torch.autograd.Function):
 
 
 def shard(model: nn.Module, rank: Any) -> None:
-    """Cut every `up` by columns and every `down` by rows."""
+    """Make every `up` column-parallel and every `down` row-parallel."""
     group, tp, tp_rank = rank.group("tp"), rank.topology.tp, rank.topology.coordinate(rank.rank)["tp"]
     for layer in model.layers:
         for linear, dim in ((layer.up, 0), (layer.down, 1)):
             linear.weight.data = linear.weight.data.chunk(tp, dim)[tp_rank].clone()
         layer.up.bias.data = layer.up.bias.data.chunk(tp)[tp_rank].clone()
-        layer.up.register_forward_pre_hook(lambda module, args: (ToAllRanks.apply(args[0], group),))
+        layer.up.register_forward_pre_hook(lambda module, args: (CopyToRanks.apply(args[0], group),))
         layer.down.forward = _row_parallel(layer.down, group)
 
 
 def shard_without_reduce(model: nn.Module, rank: Any) -> None:
-    """Forget the reduction of the second layer."""
+    """Leave out the reduction of the second layer."""
     shard(model, rank)
     down = model.layers[1].down
     down.forward = lambda hidden: functional.linear(hidden, down.weight, down.bias)
 
 
 def _row_parallel(linear: nn.Linear, group: Any) -> Any:
-    return lambda hidden: FromAllRanks.apply(functional.linear(hidden, linear.weight), group) + linear.bias
+    return lambda hidden: ReduceFromRanks.apply(functional.linear(hidden, linear.weight), group) + linear.bias

@@ -1,4 +1,4 @@
-"""Models of megatron-core as its users build them, and mistakes that are made in them."""
+"""Models of megatron-core as its users build them, and faults to inject into them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build() -> nn.Module:
 
 
 class Layers(nn.Module):
-    """Megatron's tensor-parallel layers under a configuration of their own, and a loss of torch."""
+    """Megatron's tensor-parallel layers with a `ModelParallelConfig`, and torch's loss."""
 
     def __init__(self) -> None:
         from megatron.core import ModelParallelConfig
@@ -57,7 +57,7 @@ class Layers(nn.Module):
 
 
 class SmoothedLoss(nn.Module):
-    """A GPT under Megatron's vocabulary-parallel cross entropy with label smoothing."""
+    """A GPT with Megatron's vocabulary-parallel cross entropy and label smoothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,17 +81,17 @@ FIRST, LAST = "model.decoder.layers.0", "model.decoder.layers.1"
 
 
 def norm_not_marked(live: Live) -> None:
-    """Leave the mark off by which `finalize_model_grads` knows what to sum under sequence parallelism."""
+    """Remove the mark that makes `finalize_model_grads` sum a gradient under sequence parallelism."""
     live.parameter(f"{FIRST}.input_layernorm.weight").sequence_parallel = False
 
 
 def reduce_skipped(live: Live) -> None:
-    """Leave the sum over the ranks to somebody else, as layers of experts do."""
+    """Skip the all-reduce, as layers of experts do, which reduce later."""
     live.module(f"{LAST}.mlp.linear_fc2").explicit_expert_comm = True
 
 
 def stride_ignored(live: Live) -> None:
-    """Cut gate and up as one block."""
+    """Shard gate and up as one block."""
     import torch.distributed as dist
 
     name = f"{FIRST}.mlp.linear_fc1.weight"

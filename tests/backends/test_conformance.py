@@ -1,4 +1,4 @@
-"""Every backend of ours conforms, and an adapter that does not tell the truth is told where."""
+"""Every installed backend conforms; a backend that does not fails with the reason."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from tpcheck.backends.interface import Backend
 from tpcheck.backends.registry import backend_names
 from tpcheck.testing.conformance import require_conformance
 
-OURS: Mapping[str, dict[str, Any]] = {
+BACKENDS: Mapping[str, dict[str, Any]] = {
     "custom": {"backend": CustomBackend(shard, LAYOUT), "build": Model, "batch": tokens},
     "deepspeed": {"backend": "deepspeed"},
     "deepspeed-tp-model-init": {"backend": "deepspeed-tp-model-init"},
@@ -25,14 +25,14 @@ OURS: Mapping[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", backend_names())
-def test_a_backend_of_ours_conforms(name: str) -> None:
+def test_an_installed_backend_conforms(name: str) -> None:
     if name == "megatron":
         pytest.importorskip("megatron.core")
-    require_conformance(**OURS[name])
+    require_conformance(**BACKENDS[name])
 
 
 class Stale(DTensorBackend):
-    """Hands out the weights that it began with."""
+    """Returns the weights that it started with."""
 
     name = "stale"
 
@@ -43,10 +43,10 @@ class Stale(DTensorBackend):
         return candidate
 
 
-class Lending(DTensorBackend):
-    """Hands out parameters of their own type."""
+class Uncopied(DTensorBackend):
+    """Returns parameters instead of plain tensors."""
 
-    name = "lending"
+    name = "uncopied"
 
     def shard(self, *args: Any) -> Any:
         candidate = super().shard(*args)
@@ -57,8 +57,8 @@ class Lending(DTensorBackend):
 
 @pytest.mark.parametrize(
     ("backend", "message"),
-    [(Stale(), "a clean run does not pass"), (Lending(), "is a Parameter, not a plain tensor")],
+    [(Stale(), "a clean run does not pass"), (Uncopied(), "is a Parameter, not a plain tensor")],
 )
-def test_an_adapter_that_does_not_conform_is_told_why(backend: Backend, message: str) -> None:
+def test_a_backend_that_does_not_conform_fails_with_the_reason(backend: Backend, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         require_conformance(backend)

@@ -1,4 +1,4 @@
-"""Megatron-core's GPT: right with and without sequence parallelism, and its mistakes where they are."""
+"""Megatron-core's GPT passes with and without sequence parallelism, and faults in it are found where they are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytest.importorskip("megatron.core")
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    """Ranks that verify one model after another, as under torchrun: each imports Megatron once."""
+    """Return ranks that verify one model after another, as under torchrun: each imports Megatron once."""
     with tpcheck.spawn(Topology(tp=2), timeout=300) as world:
         yield world
 
@@ -47,7 +47,7 @@ def test_a_gpt_passes_over_dp() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plant", "sequence_parallel", "found"),
+    ("inject", "sequence_parallel", "expected"),
     [
         (
             models.norm_not_marked,
@@ -66,16 +66,16 @@ def test_a_gpt_passes_over_dp() -> None:
         ),
     ],
 )
-def test_a_mistake_is_found_where_it_is(
-    world: World, plant: Callable[[Live], None], sequence_parallel: bool, found: tuple[str, str, str]
+def test_a_fault_is_found_where_it_is(
+    world: World, inject: Callable[[Live], None], sequence_parallel: bool, expected: tuple[str, str, str]
 ) -> None:
     options = {
-        "backend": PlantedBackend(plant, "megatron"),
+        "backend": PlantedBackend(inject, "megatron"),
         "config": {"sequence_parallel": sequence_parallel},
         "steps": 1,
     }
     first = world.run(verified, models.build, None, options)[0].findings[0]
-    assert (first.check, first.where["module"], first.cause) == found
+    assert (first.check, first.where["module"], first.cause) == expected
 
 
 def test_label_smoothing_over_the_local_vocabulary_is_found(world: World) -> None:
@@ -85,7 +85,8 @@ def test_label_smoothing_over_the_local_vocabulary_is_found(world: World) -> Non
     assert (first.cause, first.evidence["lost"]) == ("missing_reduce", "mean over the vocabulary")
 
 
-def marks_tell(rank: Rank) -> bool:
+def marks_agree(rank: Rank) -> bool:
+    """Return whether the layouts of a live model are those that its candidate has from the unsharded shapes."""
     from tpcheck.backends.interface import TrainingOptions
     from tpcheck.backends.megatron.backend import MegatronBackend
     from tpcheck.backends.megatron.groups import groups_of_topology, use_groups
@@ -95,17 +96,18 @@ def marks_tell(rank: Rank) -> bool:
     with backend.session(options):
         candidate = backend.shard(models.build(), rank, options)
         with use_groups(groups_of_topology(rank.topology)):
-            told = layouts_of(candidate.module)
-    return {name: one.placement() for name, one in told.items()} == {
-        name: one.placement() for name, one in candidate.layouts().items()
-    }
+            live = layouts_of(candidate.module)
+    expected = candidate.layouts()
+    return live.keys() == expected.keys() and all(
+        live[name].placement() == expected[name].placement() for name in expected
+    )
 
 
-def test_the_marks_alone_tell_the_layouts_of_a_live_model(world: World) -> None:
-    assert all(world.run(marks_tell))
+def test_the_layouts_of_a_live_model_follow_from_its_marks(world: World) -> None:
+    assert all(world.run(marks_agree))
 
 
-def test_shards_are_cut_as_their_marks_say() -> None:
+def test_the_partition_stride_is_the_number_of_blocks() -> None:
     from tpcheck.backends.megatron.layouts import layouts
 
     sharded = nn.Linear(4, 6)
@@ -148,7 +150,7 @@ def test_families_are_refused() -> None:
         ({"ignore_plan": True}, "Megatron has no plans"),
     ],
 )
-def test_what_cannot_be_verified_is_refused(options: dict[str, Any], message: str) -> None:
+def test_options_that_cannot_be_verified_are_refused(options: dict[str, Any], message: str) -> None:
     from tpcheck.backends.interface import TrainingOptions
     from tpcheck.backends.megatron.backend import MegatronBackend
 
