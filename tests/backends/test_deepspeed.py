@@ -127,14 +127,14 @@ class GatheringLayer(nn.Module):
 
 
 def gathered_layouts(rank: Rank) -> dict[str, Any]:
-    from tpcheck.backends.deepspeed.layouts import layouts
+    from tpcheck.backends.deepspeed.layouts import parameter_layouts
 
     columns = 1 + rank.rank  # uneven: one column on the first rank, two on the second
     model = nn.Module()
     model.cut = GatheringLayer(rank, columns, [1, 0, 2])
     model.fused = GatheringLayer(rank, columns, None)
     model.norm = nn.LayerNorm(3)
-    found = layouts(model, rank.group("tp"))
+    found = parameter_layouts(model, rank.group("tp"))
     assert torch.equal(model.cut.weight, torch.full((2, columns), float(rank.rank)))  # its data is restored
     return found
 

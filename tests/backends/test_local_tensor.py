@@ -67,7 +67,7 @@ def fsdp_over_tp(rank: Rank) -> dict[str, Any]:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    from tpcheck.backends.dtensor.layouts import layouts, tp_shard
+    from tpcheck.backends.dtensor.layouts import parameter_layouts, tp_shard
 
     model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 6, bias=False))
     with torch.no_grad():
@@ -81,7 +81,7 @@ def fsdp_over_tp(rank: Rank) -> dict[str, Any]:
     return {
         "placements": {name: repr(parameter.placements) for name, parameter in parameters.items()},
         "shards": {name: tp_shard(parameter, parameter, rank.topology) for name, parameter in parameters.items()},
-        "layouts": layouts(parameters, rank.topology, rank.group("tp")),
+        "layouts": parameter_layouts(parameters, rank.topology, rank.group("tp")),
     }
 
 
@@ -104,10 +104,10 @@ def test_layouts_of_fsdp_over_tp_assemble_the_full_parameter(world: World) -> No
 def partial_parameter(rank: Rank) -> tuple[Any, torch.Tensor]:
     from torch.distributed.tensor import DTensor, Partial
 
-    from tpcheck.backends.dtensor.layouts import layouts, tp_shard
+    from tpcheck.backends.dtensor.layouts import parameter_layouts, tp_shard
 
     parameter = DTensor.from_local(FULL, mesh_of(rank)["tp"], [Partial()], run_check=False)
-    found = layouts({"weight": parameter}, rank.topology, rank.group("tp"))
+    found = parameter_layouts({"weight": parameter}, rank.topology, rank.group("tp"))
     return found["weight"], tp_shard(parameter, parameter, rank.topology)
 
 

@@ -108,12 +108,12 @@ def test_the_layouts_of_a_live_model_follow_from_its_marks(world: World) -> None
 
 
 def test_the_partition_stride_is_the_number_of_blocks() -> None:
-    from tpcheck.backends.megatron.layouts import layouts
+    from tpcheck.backends.megatron.layouts import parameter_layouts
 
     sharded = nn.Linear(4, 6)
     for name, value in {"tensor_model_parallel": True, "partition_dim": 0, "partition_stride": 3}.items():
         setattr(sharded.weight, name, value)
-    found = layouts(sharded, nn.Linear(4, 12), tp=2)
+    found = parameter_layouts(sharded, nn.Linear(4, 12), tp=2)
     assert found["weight"].placement() == Shard(0, blocks=(4, 4, 4), sizes=((2, 2),) * 3)
     assert found["bias"].placement() == Shard(0, sizes=((6, 6),))
 
@@ -126,10 +126,10 @@ def test_the_partition_stride_is_the_number_of_blocks() -> None:
     ],
 )
 def test_a_model_whose_parameters_depend_on_the_tensor_parallel_size_is_refused(model: nn.Module, message: str) -> None:
-    from tpcheck.backends.megatron.layouts import layouts
+    from tpcheck.backends.megatron.layouts import parameter_layouts
 
     with pytest.raises(UsageError, match=message):
-        layouts(nn.Linear(4, 6), model, tp=2)
+        parameter_layouts(nn.Linear(4, 6), model, tp=2)
 
 
 def test_families_are_refused() -> None:

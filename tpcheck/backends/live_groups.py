@@ -65,11 +65,11 @@ def live_groups(*, group: Any = None, topology: Topology | None = None, model: A
     if group is not None or topology is not None:
         return _from_arguments(rank, group, topology)
     for source, find in _SOURCES:
-        found = None
+        groups = None
         with suppress(Exception):  # libraries raise errors of many types where there is no group
-            found = find(model)
-        if found is not None:
-            tp, dp = found
+            groups = find(model)
+        if groups is not None:
+            tp, dp = groups
             tp = tp or (rank,)
             return LiveGroups(rank, tp, dp or _dp_group_for(rank, tp), source)
     raise UsageError(
@@ -79,7 +79,7 @@ def live_groups(*, group: Any = None, topology: Topology | None = None, model: A
 
 
 _Ranks = tuple[int, ...]
-_Found = tuple["_Ranks | None", "_Ranks | None"]
+_Groups = tuple["_Ranks | None", "_Ranks | None"]  # tp, dp
 
 
 def _from_arguments(rank: int, group: Any, topology: Topology | None) -> LiveGroups:
@@ -100,13 +100,13 @@ def _dp_group_for(rank: int, tp: _Ranks) -> _Ranks:
     """Return the live DP group if this rank is all that it shares with the TP group; else this rank alone."""
     for _, find in _SOURCES:
         with suppress(Exception):
-            found = find(None)
-            if found is not None and found[1] and set(found[1]) & set(tp) == {rank}:
-                return found[1]
+            groups = find(None)
+            if groups is not None and groups[1] and set(groups[1]) & set(tp) == {rank}:
+                return groups[1]
     return (rank,)
 
 
-def _from_model(model: Any) -> _Found | None:
+def _from_model(model: Any) -> _Groups | None:
     inner = model
     for _ in range(8):  # engines and compiled models wrap the model
         mesh = getattr(inner, "_device_mesh", None) or getattr(inner, "device_mesh", None)
@@ -118,7 +118,7 @@ def _from_model(model: Any) -> _Found | None:
     return None
 
 
-def _from_deepspeed(_: Any) -> _Found | None:
+def _from_deepspeed(_: Any) -> _Groups | None:
     groups = sys.modules.get("deepspeed.utils.groups")
     if groups is None:
         return None
@@ -131,7 +131,7 @@ def _from_deepspeed(_: Any) -> _Found | None:
     return _ranks(tp), _ranks(groups.get_data_parallel_group())
 
 
-def _from_accelerate(_: Any) -> _Found | None:
+def _from_accelerate(_: Any) -> _Groups | None:
     state = sys.modules.get("accelerate.state")
     if state is None or not state.AcceleratorState._shared_state:
         return None
@@ -140,14 +140,14 @@ def _from_accelerate(_: Any) -> _Found | None:
     return None if mesh is None else _from_mesh(mesh)
 
 
-def _from_megatron(_: Any) -> _Found | None:
+def _from_megatron(_: Any) -> _Groups | None:
     parallel = sys.modules.get("megatron.core.parallel_state")
     if parallel is None or not parallel.model_parallel_is_initialized():
         return None
     return _ranks(parallel.get_tensor_model_parallel_group()), _ranks(parallel.get_data_parallel_group())
 
 
-_SOURCES: tuple[tuple[str, Callable[[Any], _Found | None]], ...] = (
+_SOURCES: tuple[tuple[str, Callable[[Any], _Groups | None]], ...] = (
     ("the device mesh on the model", _from_model),
     ("deepspeed.utils.groups", _from_deepspeed),
     ("accelerate's device mesh", _from_accelerate),
@@ -155,7 +155,7 @@ _SOURCES: tuple[tuple[str, Callable[[Any], _Found | None]], ...] = (
 )
 
 
-def _from_mesh(mesh: Any) -> _Found | None:
+def _from_mesh(mesh: Any) -> _Groups | None:
     names = tuple(mesh.mesh_dim_names or ())
     if not names:
         return (_ranks(mesh), None) if mesh.ndim == 1 else None

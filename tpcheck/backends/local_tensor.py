@@ -1,4 +1,4 @@
-"""The one place that decides which part of a tensor lies on this rank, whether it is a DTensor or a plain tensor."""
+"""Which part of a tensor is on this rank, for DTensors and plain tensors alike."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ import torch
 def local_tensor(tensor: torch.Tensor, placements: Sequence[Any] | None = None) -> torch.Tensor:
     """Return this rank's part of a DTensor, and a plain tensor as it is.
 
-    A dim of the mesh over which the tensor is `Partial` is reduced: the terms of a sum mean nothing one by one. Every
-    other dim keeps its placement, so that a batch that FSDP shards stays sharded. Without `placements` and without a
-    sum the result shares the memory of the DTensor.
+    Dims of the mesh over which the tensor is `Partial` are reduced, since a single term of a sum has no meaning. Every
+    other dim keeps its placement: a tensor that is sharded over DP and a sum over TP stays sharded over DP.
 
-    Collective over the mesh where the tensor has to be redistributed. FSDP2 over TP gives parameters a `_StridedShard`
-    on the data-parallel dim, which `redistribute` gathers in the right order; `to_local` alone would not.
+    Where nothing is redistributed, the result shares the memory of the DTensor. Otherwise collective over its mesh.
 
     Args:
         tensor: Any tensor.
-        placements: Lay the DTensor out like this first, a `Partial` as `Replicate`; by default as it is.
+        placements: Redistribute the DTensor to these first, with `Replicate` in place of `Partial`; by default to its
+            placements. `redistribute` gathers the `_StridedShard` that FSDP2 over TP gives parameters in their order.
     """
     current = getattr(tensor, "placements", None)
     if current is None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate
 from tpcheck.backends.deepspeed.config import CONFIG_VARIANTS, deepspeed_config, resolved
-from tpcheck.backends.deepspeed.layouts import layouts, parallel_layers
+from tpcheck.backends.deepspeed.layouts import parallel_layers, parameter_layouts
 from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions
 from tpcheck.backends.layout import Layout
 
@@ -66,7 +66,7 @@ class DeepSpeedBackend:
 
     def layouts_of(self, model: nn.Module) -> Mapping[str, Layout]:
         group = next((layer.mp_group for _, layer in parallel_layers(model) if layer.mp_group is not None), None)
-        return {} if group is None else layouts(model, group)
+        return {} if group is None else parameter_layouts(model, group)
 
     def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
         config = deepspeed_config(options, rank.topology.tp)

@@ -17,7 +17,7 @@ from deepspeed.runtime import engine as engine_module
 from deepspeed.utils import groups, safe_get_full_grad
 from torch import nn
 
-from tpcheck.backends.deepspeed.layouts import layouts, local_shape, parallel_layers
+from tpcheck.backends.deepspeed.layouts import local_shape, parallel_layers, parameter_layouts
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import distinct_ranks
 from tpcheck.core.topology import Topology
@@ -117,7 +117,7 @@ class DeepSpeedCandidate:
         if self._topology.tp == 1:
             parameters = self.module.named_parameters()
             return {name: Layout.replicated(local_shape(parameter), tp=1) for name, parameter in parameters}
-        return layouts(self.module, groups.get_tensor_model_parallel_group())
+        return parameter_layouts(self.module, groups.get_tensor_model_parallel_group())
 
     def parameter(self, name: str) -> torch.Tensor:
         parameter = self.module.get_parameter(name)

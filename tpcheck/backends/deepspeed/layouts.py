@@ -21,14 +21,14 @@ def parallel_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def layouts(model: nn.Module, group: Any) -> dict[str, Layout]:
+def parameter_layouts(model: nn.Module, group: Any) -> dict[str, Layout]:
     """Return the layout of every parameter except those that their layer cannot gather. Collective over the TP group.
 
     Each layer gathers, through its own `gather_params`, a shard whose values are their positions: the result is the
     layout, whatever the layer does inside.
     """
     tp = dist.get_world_size(group)
-    found = {
+    layouts = {
         name: Layout.replicated(local_shape(parameter), tp)
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
@@ -36,10 +36,10 @@ def layouts(model: nn.Module, group: Any) -> dict[str, Layout]:
         for name, layout in _layer_layouts(layer, group).items():
             full_name = f"{prefix}.{name}" if prefix else name
             if layout is None:
-                del found[full_name]
+                del layouts[full_name]
             else:
-                found[full_name] = layout
-    return found
+                layouts[full_name] = layout
+    return layouts
 
 
 def local_shape(parameter: torch.Tensor) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from tpcheck.backends.dtensor.layouts import layouts, mesh_groups, tp_shard
+from tpcheck.backends.dtensor.layouts import mesh_groups, parameter_layouts, tp_shard
 from tpcheck.backends.interface import RankLike
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.local_tensor import full_tensor
@@ -96,7 +96,7 @@ class DTensorCandidate:
 
     def layouts(self) -> Mapping[str, Layout]:
         tensors = {name: parameter.data for name, parameter in self._parameters().items()}
-        return layouts(tensors, self._rank.topology, self._rank.group("tp"))
+        return parameter_layouts(tensors, self._rank.topology, self._rank.group("tp"))
 
     def parameter(self, name: str) -> torch.Tensor:
         parameter = self._parameters()[name].data

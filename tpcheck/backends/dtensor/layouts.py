@@ -79,7 +79,7 @@ def tp_placements(tensor: DTensor, topology: Topology) -> list[Placement]:
     return [placement if dim in tp else Replicate() for dim, placement in enumerate(reduced(tensor.placements))]
 
 
-def layouts(parameters: Mapping[str, torch.Tensor], topology: Topology, group: Any) -> dict[str, Layout]:
+def parameter_layouts(parameters: Mapping[str, torch.Tensor], topology: Topology, group: Any) -> dict[str, Layout]:
     """Return the layout of each parameter over the TP group. Collective over it.
 
     DTensor distributes a tensor of the parameter's global shape whose values are their positions. A parameter whose
@@ -90,8 +90,8 @@ def layouts(parameters: Mapping[str, torch.Tensor], topology: Topology, group: A
     if dist.get_world_size(group) > 1:
         by_rank = [{} for _ in range(dist.get_world_size(group))]
         dist.all_gather_object(by_rank, shards, group=group)
-    found = {name: _layout(tuple(parameters[name].shape), [rank[name] for rank in by_rank]) for name in parameters}
-    return {name: layout for name, layout in found.items() if layout is not None}
+    layouts = {name: _layout(tuple(parameters[name].shape), [rank[name] for rank in by_rank]) for name in parameters}
+    return {name: layout for name, layout in layouts.items() if layout is not None}
 
 
 _Shard = tuple[tuple[int, ...], torch.Tensor | None]  # local shape; flat positions, None where it is the full tensor

@@ -26,7 +26,7 @@ from tpcheck.backends.megatron.config import (
     transformer_config,
 )
 from tpcheck.backends.megatron.groups import destroy_new_groups, groups_of_one_rank, groups_of_topology, use_groups
-from tpcheck.backends.megatron.layouts import fill_shards, layouts, layouts_by_marks
+from tpcheck.backends.megatron.layouts import fill_shards, layouts_by_marks, parameter_layouts
 from tpcheck.backends.megatron.without_cuda import runs_anywhere
 from tpcheck.backends.sgd import Sgd
 from tpcheck.core.errors import UsageError
@@ -67,11 +67,11 @@ class MegatronBackend:
         with use_groups(groups), configured(tp, options.config):
             sharded = options.rebuild()
             require_configured(sharded, tp, options.config)
-            found = layouts(sharded, model, tp)
-            fill_shards(sharded, model, found, rank)
+            layouts = parameter_layouts(sharded, model, tp)
+            fill_shards(sharded, model, layouts, rank)
             config = transformer_config(sharded, tp)
             ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), sharded)
-        return MegatronCandidate(ddp, groups, found, sgd_for(sharded, options))
+        return MegatronCandidate(ddp, groups, layouts, sgd_for(sharded, options))
 
 
 def sgd_for(model: nn.Module, options: TrainingOptions) -> Sgd:

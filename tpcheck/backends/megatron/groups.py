@@ -23,9 +23,9 @@ def groups_of_topology(topology: Topology) -> Groups:
 
 def groups_of_one_rank() -> Groups:
     """Make groups that hold this rank alone, whichever group a model asks for. Collective over the world."""
-    made = _initialised_globals(1)
-    single = made["_TENSOR_MODEL_PARALLEL_GROUP"]
-    return {name: _replaced(value, single) for name, value in made.items()}
+    state = _initialised_globals(1)
+    single = state["_TENSOR_MODEL_PARALLEL_GROUP"]
+    return {name: _replaced(value, single) for name, value in state.items()}
 
 
 def _replaced(value: Any, single: dist.ProcessGroup) -> Any:
@@ -59,16 +59,16 @@ def use_groups(groups: Groups) -> Iterator[None]:
 
 @contextmanager
 def destroy_new_groups() -> Iterator[None]:
-    """Destroy the process groups that were made inside on leaving: a program may verify many models."""
-    made: list[Any] = []
+    """Destroy the process groups created inside on leaving: a program may verify many models."""
+    created: list[Any] = []
     new_group = dist.new_group
 
     def recording_new_group(*args: Any, **kwargs: Any) -> Any:
-        made.append(new_group(*args, **kwargs))
-        return made[-1]
+        created.append(new_group(*args, **kwargs))
+        return created[-1]
 
     with patch.object(dist, "new_group", recording_new_group):
         yield
-    for group in made:
+    for group in created:
         if isinstance(group, dist.ProcessGroup):  # else this rank is no member
             dist.destroy_process_group(group)

@@ -18,7 +18,7 @@ from tpcheck.core.placement import Replicate, Shard
 Shape = tuple[int, ...]
 
 
-def layouts(sharded: nn.Module, model: nn.Module, tp: int) -> dict[str, Layout]:
+def parameter_layouts(sharded: nn.Module, model: nn.Module, tp: int) -> dict[str, Layout]:
     """Return the layout of each parameter of `model` over the TP group that `sharded` was built for.
 
     Raises:
@@ -37,14 +37,14 @@ def layouts_by_marks(model: nn.Module) -> dict[str, Layout]:
     if not parallel_state.model_parallel_is_initialized():
         return {}
     tp = dist.get_world_size(parallel_state.get_tensor_model_parallel_group())
-    found = {}
+    layouts = {}
     parameters: Iterable[tuple[str, Any]] = model.named_parameters(remove_duplicate=False)
     for name, parameter in parameters:
         shape = list(parameter.shape)
         if getattr(parameter, "tensor_model_parallel", False):
             shape[parameter.partition_dim] *= tp
-        found[name] = _layout(name, parameter, tuple(shape), tp)
-    return found
+        layouts[name] = _layout(name, parameter, tuple(shape), tp)
+    return layouts
 
 
 def _layout(name: str, shard: Any, shape: Shape, tp: int) -> Layout:
@@ -69,11 +69,11 @@ def _layout(name: str, shard: Any, shape: Shape, tp: int) -> Layout:
     return Layout.placed(shape, Shard(cut[0], blocks=shard.partition_stride if is_marked else 1), tp)
 
 
-def fill_shards(sharded: nn.Module, model: nn.Module, found: Mapping[str, Layout], rank: RankLike) -> None:
+def fill_shards(sharded: nn.Module, model: nn.Module, layouts: Mapping[str, Layout], rank: RankLike) -> None:
     """Copy this rank's part of the parameters of `model` to `sharded`."""
     tp_rank = rank.topology.coordinate(rank.rank)["tp"]
     full = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, parameter in sharded.named_parameters(remove_duplicate=False):
-            parameter.copy_(found[name].local(full[name], tp_rank))
+            parameter.copy_(layouts[name].local(full[name], tp_rank))
             parameter.requires_grad_(full[name].requires_grad)

@@ -42,7 +42,7 @@ class Live:
 
     Attributes:
         candidate: What trains (`tpcheck.adapters.Candidate`); for DeepSpeed with its `engine`.
-        rank: The rank, as `adapters.protocols.RankLike`.
+        rank: The rank, as `backends.interface.RankLike`.
     """
 
     candidate: Any
