@@ -1,6 +1,7 @@
 """Plans in torch's styles: tensor and sequence parallel, a loss over vocabulary shards, with and without FSDP2."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import tpcheck
 from tests.backends.hand_made import Model, tokens
 from tpcheck import Rank, Topology, UsageError
-from tpcheck.backends.dtensor.backend import DTensorBackend, model_tp_plan, styles
+from tpcheck.backends.dtensor.backend import DTensorBackend, model_tp_plan, restore_tied_embeddings, styles
 from tpcheck.backends.dtensor.candidate import clip_by_mesh
+from tpcheck.backends.dtensor.layouts import mesh_groups
 from tpcheck.backends.interface import TrainingOptions
 
 TP = Topology(tp=2)
@@ -99,3 +101,41 @@ def test_gradients_on_several_meshes_are_clipped_by_one_norm() -> None:
             assert norm == pytest.approx(10.0)
             assert sharded.tolist() == pytest.approx([1.5] * 4)
             assert plain.tolist() == pytest.approx([4.0])
+
+
+def groups_by_mesh(rank: Rank) -> dict[str, dict[str, tuple[int, ...]]]:
+    meshes = {
+        "named": init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")),
+        "unnamed": init_device_mesh("cpu", (2, 2)),
+        "hybrid": init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("dp_replicate", "dp_shard", "tp")),
+        "tp over the wrong ranks": init_device_mesh("cpu", (4,), mesh_dim_names=("tp",)),
+        "dp over the wrong ranks": init_device_mesh("cpu", (4,), mesh_dim_names=("fsdp",)),
+    }
+    return {name: dict(mesh_groups(mesh, rank.topology)) for name, mesh in meshes.items()}
+
+
+def test_the_ranks_of_a_mesh_dim_decide_its_axis_and_its_name_where_they_fit_none() -> None:
+    with tpcheck.spawn(Topology(tp=2, dp=2), timeout=120) as world:
+        found = world.run(groups_by_mesh)[3]
+    right = {"dp": (1, 3), "tp": (2, 3)}
+    assert {name: found[name] for name in ("named", "unnamed", "hybrid")} == dict.fromkeys(
+        ("named", "unnamed", "hybrid"), right
+    )
+    assert found["tp over the wrong ranks"] == {"tp": (0, 1, 2, 3)}
+    assert found["dp over the wrong ranks"] == {"dp": (0, 1, 2, 3)}
+
+
+def test_embeddings_that_the_configuration_ties_are_tied_again() -> None:
+    class Tied(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(tie_word_embeddings=tied)
+            self.embed, self.head = nn.Embedding(4, 2), nn.Linear(2, 4, bias=False)
+
+        def tie_weights(self) -> None:
+            self.head.weight = self.embed.weight
+
+    for tied in (True, False):
+        model = Tied(tied)
+        restore_tied_embeddings(model)
+        assert (model.head.weight is model.embed.weight) == tied

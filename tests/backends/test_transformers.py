@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import tpcheck
 from tpcheck import Topology, UsageError
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.backends.transformers import before_tp_size
 from tpcheck.backends.transformers.backend import TransformersBackend, distributed_config
+from tpcheck.backends.transformers.loading import copy_unsaved_settings, save_and_load
 
 verified = partial(tpcheck.verify_family, backend="transformers", timeout=180)
 TP = Topology(tp=2)
@@ -113,3 +115,31 @@ def test_sizes_that_contradict_the_topology_are_refused(config: dict[str, Any], 
 def test_the_sizes_of_the_axes_follow_from_the_topology() -> None:
     config = distributed_config({"dp_replicate_size": 2}, Topology(tp=2, dp=4))
     assert (config.tp_size, config.fsdp_size, config.dp_replicate_size) == (2, 2, 2)
+
+
+def test_settings_that_files_do_not_carry_are_copied() -> None:
+    model, loaded = (nn.Sequential(nn.Dropout(p), nn.Linear(2, 2), nn.Linear(2, 2)) for p in (0.0, 0.1))
+    model[1].weight.requires_grad_(False)
+    copy_unsaved_settings(model.eval(), loaded.train())
+    assert not loaded.training
+    assert loaded[0].p == 0.0
+    assert [parameter.requires_grad for parameter in loaded.parameters()] == [False, True, True, True]
+
+
+def test_a_model_of_another_library_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"build='Linear': expected a transformers\.PreTrainedModel"):
+        save_and_load(nn.Linear(1, 1), torch.float32)
+
+
+def test_older_versions_take_a_plan_and_do_not_clip() -> None:
+    options = TrainingOptions(dtype=torch.float32, config={"tp_plan": "auto"})
+    assert before_tp_size.resolved(options).max_grad_norm == 0.0
+    with pytest.raises(UsageError, match="config='ep_size': expected one of tp_plan"):
+        before_tp_size.resolved(TrainingOptions(dtype=torch.float32, config={"ep_size": 2}))
+
+
+def test_older_versions_read_layouts_from_positions() -> None:
+    shards = [torch.tensor([[0, 1], [4, 5]]), torch.tensor([[2, 3], [6, 7]])]
+    layout = before_tp_size.layout_of((4, 2), shards)
+    assert layout.assemble(shards).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert before_tp_size.layout_of((2, 2), shards).is_replicated

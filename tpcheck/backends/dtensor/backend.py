@@ -134,7 +134,7 @@ class DTensorBackend:
         mesh = init_device_mesh(rank.device.type, tuple(rank.topology.sizes.values()), mesh_dim_names=("dp", "tp"))
         if rank.topology.tp > 1:
             parallelize_module(model, mesh["tp"], styles(plan), src_data_rank=None)
-            _restore_tied_embeddings(model)
+            restore_tied_embeddings(model)
         if rank.topology.dp > 1:
             for layer in _layers(model):
                 fully_shard(layer, mesh=mesh["dp"])
@@ -175,7 +175,7 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
             yield from module
 
 
-def _restore_tied_embeddings(model: nn.Module) -> None:
+def restore_tied_embeddings(model: nn.Module) -> None:
     """Tie the embeddings of a transformers model again: parallelize_module gives each module a separate parameter."""
     config = getattr(model, "config", None)
     tie: Callable[[], None] | None = getattr(model, "tie_weights", None)

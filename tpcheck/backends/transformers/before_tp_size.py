@@ -95,10 +95,11 @@ def _layouts(model: nn.Module, twin: nn.Module, rank: RankLike) -> dict[str, Lay
     by_rank: list[dict[str, torch.Tensor]] = [{}] * rank.topology.tp
     dist.all_gather_object(by_rank, shards, group=rank.group("tp"))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    return {name: _layout(shapes[name], [rank[name] for rank in by_rank]) for name in shards if name in shapes}
+    return {name: layout_of(shapes[name], [rank[name] for rank in by_rank]) for name in shards if name in shapes}
 
 
-def _layout(shape: tuple[int, ...], shards: list[torch.Tensor]) -> Layout:
+def layout_of(shape: tuple[int, ...], shards: list[torch.Tensor]) -> Layout:
+    """Return the layout of shards that hold positions; replicated where every shard has the full shape."""
     if all(tuple(shard.shape) == shape for shard in shards):
         return Layout.replicated(shape, len(shards))
     return Layout.from_positions(shape, shards)

@@ -32,7 +32,7 @@ def save_and_load(model: nn.Module, dtype: torch.dtype, **how: Any) -> PreTraine
         sharded: PreTrainedModel = type(model).from_pretrained(
             folder, config=copy.deepcopy(model.config), dtype=dtype, **how
         )
-    _copy_unsaved_settings(model, sharded)
+    copy_unsaved_settings(model, sharded)
     return sharded
 
 
@@ -52,7 +52,7 @@ def _shared_folder() -> Iterator[str]:
             shutil.rmtree(names[0], ignore_errors=True)
 
 
-def _copy_unsaved_settings(model: nn.Module, sharded: nn.Module) -> None:
+def copy_unsaved_settings(model: nn.Module, sharded: nn.Module) -> None:
     """Copy what files do not carry: training mode, frozen parameters, and dropout that was switched off."""
     sharded.train(model.training)
     modules = dict(model.named_modules())
