@@ -31,7 +31,7 @@ def gpt(**settings: Any) -> Any:
 
 
 def build() -> nn.Module:
-    from tpcheck.backends.megatron.token_loss import TokenLoss
+    from tpcheck.backends.megatron import TokenLoss
 
     return TokenLoss(gpt())
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.backends.hand_made import Model, tokens
 from tpcheck import Rank, Topology, UsageError
 from tpcheck.backends.dtensor.backend import DTensorBackend, model_tp_plan, restore_tied_embeddings, styles
 from tpcheck.backends.dtensor.candidate import clip_by_mesh
-from tpcheck.backends.dtensor.layouts import mesh_groups
+from tpcheck.backends.dtensor.layouts import mesh_groups, parameter_layouts
 from tpcheck.backends.interface import TrainingOptions
 
 TP = Topology(tp=2)
@@ -139,3 +140,18 @@ def test_embeddings_that_the_configuration_ties_are_tied_again() -> None:
         model = Tied(tied)
         restore_tied_embeddings(model)
         assert (model.head.weight is model.embed.weight) == tied
+
+
+def layouts_over_two_tp_dims(rank: Rank) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("kv", "copies"))
+    placements = {"cut": [Shard(0), Shard(0)], "copied": [Shard(0), Replicate()], "replicated": [Replicate()] * 2}
+    parameters = {name: distribute_tensor(torch.randn(8, 2), mesh, placement) for name, placement in placements.items()}
+    return parameter_layouts(parameters, rank.topology, rank.group("tp"))
+
+
+def test_a_shard_that_several_tp_ranks_hold_has_no_layout() -> None:
+    with tpcheck.spawn(Topology(tp=4), timeout=120) as world:
+        found = world.run(layouts_over_two_tp_dims)[0]
+    assert set(found) == {"cut", "replicated"}
+    assert found["cut"].local_shapes == ((2, 2),) * 4
+    assert found["replicated"].is_replicated

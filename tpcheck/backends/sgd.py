@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tpcheck.backends.interface import TrainingOptions
-from tpcheck.backends.local_tensor import full_tensor
+from tpcheck.backends.local_part import full_tensor
 
 Parameters = Sequence[torch.Tensor]
 Clip = Callable[[Parameters, float], Any]  # parameters, largest norm -> the norm before clipping

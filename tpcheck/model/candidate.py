@@ -11,7 +11,7 @@ from torch import nn
 
 from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
 from tpcheck.backends.layout import Layout
-from tpcheck.backends.local_tensor import full_tensor, local_tensor
+from tpcheck.backends.local_part import full_tensor, local_part
 from tpcheck.core.digests import digest
 from tpcheck.core.errors import BackendError, TpcheckError
 from tpcheck.model.batches import Batch, copied
@@ -80,7 +80,7 @@ def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: i
     activations: dict[TensorKey, torch.Tensor] = {}
 
     def keep(key: TensorKey, tensor: torch.Tensor) -> None:
-        activations[key] = local_tensor(tensor).clone()
+        activations[key] = local_part(tensor).clone()
 
     with ModuleRecorder(candidate.module, keep):
         with blamed_on(backend, f"forward of step {index}"), logged_collectives(candidate.module) as collectives:
@@ -112,7 +112,7 @@ def _digests(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, 
 
 
 def _buffer_digests(module: nn.Module) -> dict[tuple[str, str], str]:
-    return _digests("buffer", {name: local_tensor(buffer) for name, buffer in module.named_buffers()})
+    return _digests("buffer", {name: local_part(buffer) for name, buffer in module.named_buffers()})
 
 
 @contextmanager

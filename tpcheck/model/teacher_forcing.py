@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from tpcheck.backends.interface import Backend, Candidate, RankLike
-from tpcheck.backends.local_tensor import local_tensor
+from tpcheck.backends.local_part import local_part
 from tpcheck.model.batches import Batch, copied
 from tpcheck.model.build import found_loss
 from tpcheck.model.candidate import blamed_on
@@ -56,7 +56,7 @@ class Parts:
         whole = self.expected.get(key, self.expected.get(replace(key, call=0)) if key.call == 1 else None)
         if whole is None or any(placement.is_partial() for placement in getattr(actual, "placements", ())):
             return actual
-        own = local_tensor(actual)
+        own = local_part(actual)
         part = _part(whole, tuple(own.shape), self.tp, self.tp_rank)
         if part is None or not frobenius_distance(own, part) <= self._alike(key) * frobenius(part):
             return actual
@@ -102,7 +102,7 @@ def _part(whole: torch.Tensor, shape: tuple[int, ...], tp: int, tp_rank: int) ->
 def _filled_like(actual: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """Return a tensor of the kind of `actual`, a DTensor, too, that holds `part` on this rank."""
     filled = actual.detach().clone()
-    local_tensor(filled).copy_(part)
+    local_part(filled).copy_(part)
     return filled
 
 
@@ -153,10 +153,10 @@ def isolated_pass(
         return part
 
     def keep(key: TensorKey, tensor: torch.Tensor) -> None:
-        activations[key] = local_tensor(tensor).clone()
+        activations[key] = local_part(tensor).clone()
 
     def take(made: Gradients) -> None:
-        gradients.update({name: local_tensor(gradient).clone() for name, gradient in made.items()})
+        gradients.update({name: local_part(gradient).clone() for name, gradient in made.items()})
 
     with (
         blamed_on(backend, "a pass of isolated modules"),

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from tpcheck.backends.local_tensor import local_tensor
+from tpcheck.backends.local_part import local_part
 
 State = Mapping[str, torch.Tensor]
 
@@ -20,7 +20,7 @@ def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return copies of the buffers; of this rank's part where one is a DTensor."""
-    return {name: local_tensor(buffer.detach()).clone() for name, buffer in model.named_buffers()}
+    return {name: local_part(buffer.detach()).clone() for name, buffer in model.named_buffers()}
 
 
 def set_parameters(model: nn.Module, saved: State) -> None:

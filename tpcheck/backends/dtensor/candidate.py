@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tpcheck.backends.dtensor.layouts import mesh_groups, parameter_layouts, tp_shard
 from tpcheck.backends.interface import RankLike
 from tpcheck.backends.layout import Layout
-from tpcheck.backends.local_tensor import full_tensor
+from tpcheck.backends.local_part import full_tensor
 from tpcheck.backends.sgd import Sgd, clip_gradients
 
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_t
 
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import DP_DIM_NAMES
-from tpcheck.backends.local_tensor import local_tensor, reduced
+from tpcheck.backends.local_part import local_part, reduced
 from tpcheck.core.topology import Topology
 
 
@@ -70,7 +70,7 @@ def tp_shard(tensor: torch.Tensor, parameter: torch.Tensor, topology: Topology) 
         return tensor.clone()
     replicated = [Replicate()] * tensor.device_mesh.ndim
     placements = tp_placements(parameter, topology) if isinstance(parameter, DTensor) else replicated
-    return local_tensor(tensor, placements).clone()
+    return local_part(tensor, placements).clone()
 
 
 def tp_placements(tensor: DTensor, topology: Topology) -> list[Placement]:
@@ -82,8 +82,8 @@ def tp_placements(tensor: DTensor, topology: Topology) -> list[Placement]:
 def parameter_layouts(parameters: Mapping[str, torch.Tensor], topology: Topology, group: Any) -> dict[str, Layout]:
     """Return the layout of each parameter over the TP group. Collective over it.
 
-    DTensor distributes a tensor of the parameter's global shape whose values are their positions. A parameter whose
-    local shape contradicts its placements is left out.
+    DTensor distributes a tensor of the parameter's global shape whose values are their positions. A parameter is left
+    out where its local shape contradicts its placements, or where several ranks hold the same shard.
     """
     shards = {name: _shard(parameter, topology) for name, parameter in parameters.items()}
     by_rank: list[dict[str, _Shard | None]] = [shards]
@@ -103,7 +103,7 @@ def _shard(parameter: torch.Tensor, topology: Topology) -> _Shard | None:
     if not isinstance(tensor, DTensor) or not is_over(tensor, "tp", topology):
         return tuple(parameter.shape), None
     placements = tp_placements(tensor, topology)
-    shape = tuple(local_tensor(tensor, placements).shape)
+    shape = tuple(local_part(tensor, placements).shape)
     if all(placement.is_replicate() for placement in placements):
         return (shape, None) if shape == tuple(parameter.shape) else None
     positions = torch.arange(prod(parameter.shape), device=tensor.device).reshape(parameter.shape)
@@ -116,4 +116,6 @@ def _layout(shape: tuple[int, ...], shards: Sequence[_Shard | None]) -> Layout |
     if len(known) < len(shards):
         return None
     positions = [shard for _, shard in known if shard is not None]
+    if sum(len(shard.reshape(-1)) for shard in positions) > prod(shape):
+        return None  # a mesh with two TP dims, sharded over one of them: a Layout has no element on several ranks
     return Layout.from_positions(shape, positions) if positions else Layout(shape, tuple(local for local, _ in known))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tpcheck.backends.interface import Backend, HasLayerTable, LayerTable, ParallelLayer, RankLike, ReplacedLayer
-from tpcheck.backends.local_tensor import local_tensor
+from tpcheck.backends.local_part import local_part
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.errors import BackendError, UsageError
 from tpcheck.lab.fuzz.results import MAKING, Trial
@@ -270,7 +270,7 @@ def _parts(layer: ParallelLayer, trial: Trial, rank: RankLike) -> Parts:
     twin = numbered(plain_layer(layer, trial).to(torch.float64))
     shapes = {name: tuple(parameter.shape) for name, parameter in twin.named_parameters()}
     sharded = _sharded(layer, twin, rank)
-    held = {name: local_tensor(parameter.detach()).to(torch.int64) for name, parameter in sharded.named_parameters()}
+    held = {name: local_part(parameter.detach()).to(torch.int64) for name, parameter in sharded.named_parameters()}
     return Parts(layer.plain, shapes, {name: held[name].clone() for name in shapes if name in held})
 
 
@@ -286,7 +286,7 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 def _results(module: nn.Module, given: torch.Tensor, output: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return what came of a forward and backward pass; a gradient that is missing is left out."""
-    results = {OUTPUT: local_tensor(output.detach()).clone()}
+    results = {OUTPUT: local_part(output.detach()).clone()}
     if given.grad is not None:
         results[INPUT_GRADIENT] = _gradient(given, given.grad).clone()
     for name, parameter in module.named_parameters():
@@ -297,7 +297,7 @@ def _results(module: nn.Module, given: torch.Tensor, output: torch.Tensor) -> di
 
 def _gradient(tensor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a gradient with the placements of its tensor, as an optimizer's step does."""
-    return local_tensor(gradient, getattr(tensor, "placements", None))
+    return local_part(gradient, getattr(tensor, "placements", None))
 
 
 def _compared(actual: Tensors, results: Tensors, layer: ParallelLayer, parts: Parts) -> dict[str, TriedTensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-def local_tensor(tensor: torch.Tensor, placements: Sequence[Any] | None = None) -> torch.Tensor:
+def local_part(tensor: torch.Tensor, placements: Sequence[Any] | None = None) -> torch.Tensor:
     """Return this rank's part of a DTensor, and a plain tensor as it is.
 
     Dims of the mesh over which the tensor is `Partial` are reduced, since a single term of a sum has no meaning. Every

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tpcheck import Rank, Topology, World, spawn
-from tpcheck.backends.local_tensor import full_tensor, local_tensor
+from tpcheck.backends.local_part import full_tensor, local_part
 
 FULL = torch.arange(30.0).reshape(5, 6)  # five rows: neither two TP ranks nor two DP ranks cut them evenly
 
@@ -28,7 +28,7 @@ def mesh_of(rank: Rank) -> Any:
 
 
 def test_a_plain_tensor_is_returned_as_it_is() -> None:
-    assert local_tensor(FULL) is FULL
+    assert local_part(FULL) is FULL
     assert full_tensor(FULL) is FULL
 
 
@@ -36,7 +36,7 @@ def shared_memory(rank: Rank) -> bool:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     sharded = distribute_tensor(FULL, mesh_of(rank)["tp"], [Shard(0)])
-    return local_tensor(sharded).data_ptr() == sharded.to_local().data_ptr()
+    return local_part(sharded).data_ptr() == sharded.to_local().data_ptr()
 
 
 def test_a_shard_shares_the_memory_of_its_dtensor(world: World) -> None:
@@ -52,7 +52,7 @@ def partial_parts(rank: Rank) -> tuple[torch.Tensor, torch.Tensor]:
     replicated = DTensor.from_local(term, mesh, [Replicate(), Partial()], run_check=False)
     rows = term[:3] if place["dp"] == 0 else term[3:]
     sharded = DTensor.from_local(rows, mesh, [Shard(0), Partial()], run_check=False, shape=(5, 6), stride=(6, 1))
-    return local_tensor(replicated), local_tensor(sharded)
+    return local_part(replicated), local_part(sharded)
 
 
 def test_a_sum_is_reduced_and_other_dims_keep_their_shards(world: World) -> None:
