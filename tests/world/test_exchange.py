@@ -37,8 +37,8 @@ def test_messages_come_in_the_order_of_ranks(four: World, sockets: bool) -> None
         assert (exchange._mesh is not None) == sockets
         for number in range(20):
             own = bytes([rank.rank, number])
-            assert exchange.swap(own) == tuple(bytes([other, number]) for other in range(4))
-        assert exchange.gather("x" * rank.rank) == ("", "x", "xx", "xxx")
+            assert exchange.all_gather(own) == tuple(bytes([other, number]) for other in range(4))
+        assert exchange.all_gather_object("x" * rank.rank) == ("", "x", "xx", "xxx")
         data = torch.full((3,), rank.rank, dtype=torch.uint8)
         exchange.broadcast(data, 2)
         return bool(data.tolist() == [2, 2, 2])
@@ -59,7 +59,7 @@ def test_messages_go_over_gloo_where_one_rank_may_not_bind_an_abstract_socket(fo
 
         with patch.object(socket, "socket", Refusing if rank.rank == 2 else socket.socket):
             exchange = Exchange(rank.topology.peers(rank.rank, "tp"), axis="tp", timeout=10)
-        return exchange._mesh is None, exchange.swap(bytes([rank.rank]))
+        return exchange._mesh is None, exchange.all_gather(bytes([rank.rank]))
 
     assert four.run(talk) == ((True, (b"\0", b"\1", b"\2", b"\3")),) * 4
 
@@ -69,9 +69,9 @@ def test_a_posted_message_meets_the_next_ones_of_the_others(four: World, sockets
     def talk(rank: Rank) -> tuple[object, object]:
         exchange = exchange_of(rank, sockets=sockets)
         if rank.rank == 0:
-            exchange.post(b"0")
-            return exchange.posted(), exchange.posted()
-        return exchange.swap(b"x"), None
+            exchange.isend(b"0")
+            return exchange.wait(), exchange.wait()
+        return exchange.all_gather(b"x"), None
 
     assert four.run(talk) == (((b"0", b"x", b"x", b"x"), None),) * 4
 
@@ -83,7 +83,7 @@ def test_a_rank_that_does_not_come_is_named_to_all(four: World, sockets: bool, t
         start = time.monotonic()
         try:
             if rank.rank != 2:
-                exchange.swap(b"x")
+                exchange.all_gather(b"x")
         except RankFailure as failure:
             (tmp_path / str(rank.rank)).touch()
             return str(failure), failure.first, time.monotonic() - start
@@ -104,10 +104,10 @@ def test_an_alarm_ends_the_waiting_of_others(four: World, sockets: bool) -> None
     def talk(rank: Rank) -> str:
         exchange = exchange_of(rank, sockets=sockets)
         if rank.rank == 1:
-            exchange.alarm(RankFailure("out of memory", first=1, outcomes=()))
+            exchange.abort(RankFailure("out of memory", first=1, outcomes=()))
             return ""
         with pytest.raises(RankFailure) as caught:
-            exchange.swap(b"x")
+            exchange.all_gather(b"x")
         assert exchange.broken
         return str(caught.value)
 
@@ -126,7 +126,7 @@ def test_a_forked_worker_does_not_keep_the_connections_open(four: World) -> None
             os.write(writer, b"closed" if closed else b"open  ")
             os._exit(0)
         os.waitpid(worker, 0)
-        exchange.swap(b"x")
+        exchange.all_gather(b"x")
         return os.read(reader, 6) == b"closed"
 
     assert four.run(talk) == (True,) * 4

@@ -41,7 +41,7 @@ def locate(exchange: Exchange, found: Sequence[Entry], difference: FieldDifferen
     flat = flat_bytes(entry.tensor)
     blocks = _differing_blocks(exchange, flat, _itemsize(entry, flat))
     here = _compared(exchange, entry, flat, blocks, difference.reference)
-    answers = exchange.gather(here)
+    answers = exchange.all_gather_object(here)
     first = min((answer.first for answer in answers if answer.first is not None), default=None)
     if first is None:
         return {}
@@ -62,7 +62,7 @@ def _differing_blocks(exchange: Exchange, flat: torch.Tensor, itemsize: int) -> 
     """Return where the bytes differ on some rank: whole elements, no more of them in one slice than travel at once."""
     size = max(_BLOCK, -(-flat.numel() // _MOST_BLOCKS)) // itemsize * itemsize or itemsize
     digests = b"".join(xxhash.xxh3_64_digest(block.cpu().numpy().data) for block in torch.split(flat, size))
-    everybody = exchange.gather(digests)
+    everybody = exchange.all_gather_object(digests)
     slices: list[slice] = []
     for number in range(-(-flat.numel() // size)):
         if len({of_rank[8 * number : 8 * number + 8] for of_rank in everybody}) == 1:
@@ -93,7 +93,7 @@ def _compared(exchange: Exchange, entry: Entry, flat: torch.Tensor, blocks: list
 
 def _by_rank(exchange: Exchange, difference: FieldDifference, value: Any) -> dict[str, Any]:
     """Return the values of the reference and of every rank that deviates."""
-    values = dict(zip(exchange.ranks, exchange.gather(value), strict=True))
+    values = dict(zip(exchange.ranks, exchange.all_gather_object(value), strict=True))
     ranks = [difference.reference, *(rank for rank in difference.deviating if rank != difference.reference)]
     return {f"rank {rank}": values[rank] for rank in ranks}
 

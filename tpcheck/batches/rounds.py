@@ -163,10 +163,10 @@ class Peers:
     dp: Exchange
     replicas: tuple[tuple[int, ...], ...]
 
-    def alarm(self, failure: Any) -> None:
+    def abort(self, failure: Any) -> None:
         """Tell everybody who waits for this rank that it will not come."""
-        self.tp.alarm(failure)
-        self.dp.alarm(failure)
+        self.tp.abort(failure)
+        self.dp.abort(failure)
 
 
 def find_peers(
@@ -191,8 +191,8 @@ def find_peers(
     if kept is None or kept.tp.broken or kept.dp.broken:
         tp = Exchange(groups.tp, axis="tp", timeout=timeout)
         dp = Exchange(groups.dp, axis="dp", timeout=timeout + _LONGER)
-        tp.beside, dp.beside = (dp,), (tp,)
-        kept = Peers(groups, tp, dp, dp.gather(groups.tp))
+        tp.also_aborted_by, dp.also_aborted_by = (dp,), (tp,)
+        kept = Peers(groups, tp, dp, dp.all_gather_object(groups.tp))
         if shared:
             known[key] = kept
     return replace(kept, groups=groups)
@@ -242,14 +242,14 @@ def compare(peers: Peers, part: Part, *, axes: frozenset[str], coincidence: Coin
         outcome = _within_tp(peers.tp, part, peers) if "tp" in axes else NOTHING
         return _across_dp(peers, part, outcome, coincidence) if "dp" in axes else outcome
     except RankFailure as failure:
-        peers.alarm(failure)
+        peers.abort(failure)
         raise
 
 
 def unheard(peers: Peers, axis: str, step: int) -> Outcome:
     """Return what came of a part that this rank posted when it left its loop."""
     exchange = peers.tp if axis == "tp" else peers.dp
-    messages = exchange.posted()
+    messages = exchange.wait()
     if messages is None:
         return Outcome()
     return _uneven([Said.read(message) for message in messages], axis, step, peers)
@@ -259,13 +259,13 @@ def _within_tp(exchange: Exchange, part: Part, peers: Peers) -> Outcome:
     if len(exchange.ranks) == 1:
         return Outcome(failure=None if part.error is None else _loader_raised({exchange.ranks[0]: part.error}, part))
     own = part.message()
-    messages = exchange.swap(own)
+    messages = exchange.all_gather(own)
     if messages.count(own) == len(messages) and part.status is Status.BATCH:
         return NOTHING
     said = [Said.read(message) for message in messages]
     left = any(each.status is Status.LEFT for each in said)  # who has left answers no more
     if any(each.status is Status.FAILED for each in said):
-        errors = {} if left else dict(zip(exchange.ranks, exchange.gather(part.error), strict=True))
+        errors = {} if left else dict(zip(exchange.ranks, exchange.all_gather_object(part.error), strict=True))
         return Outcome(failure=_loader_raised(errors, part))
     uneven = _uneven(said, "tp", part.step, peers)
     if uneven.findings or part.status is not Status.BATCH or left:
@@ -282,7 +282,7 @@ def _across_dp(peers: Peers, part: Part, outcome: Outcome, coincidence: Coincide
         return outcome
     status = Status.FAILED if outcome.failure else Status.WRONG if outcome.findings else part.status
     own = part.message(status)
-    said = [Said.read(message) for message in exchange.swap(own)]
+    said = [Said.read(message) for message in exchange.all_gather(own)]
     statuses = {each.status for each in said}
     if statuses == {Status.BATCH}:
         if coincidence is None:
@@ -292,7 +292,7 @@ def _across_dp(peers: Peers, part: Part, outcome: Outcome, coincidence: Coincide
             return outcome
         result = Outcome((found,))
     elif statuses & {Status.FAILED, Status.WRONG} and Status.LEFT not in statuses:
-        result = _merged(exchange.gather(outcome))
+        result = _merged(exchange.all_gather_object(outcome))
     elif outcome.failure or outcome.findings:
         return outcome  # a rank of this TP group has left: it answers no more
     else:
@@ -302,7 +302,7 @@ def _across_dp(peers: Peers, part: Part, outcome: Outcome, coincidence: Coincide
     if outcome.failure or outcome.findings:
         return result
     # Every DP group sees a part of what is wrong, so the ranks of each TP group have all come here.
-    return _weightiest(peers.tp.gather(result))
+    return _weightiest(peers.tp.all_gather_object(result))
 
 
 def _weightiest(outcomes: Sequence[Outcome]) -> Outcome:
@@ -338,12 +338,12 @@ def _uneven(said: Sequence[Said], axis: str, step: int, peers: Peers) -> Outcome
 
 def _differing(exchange: Exchange, part: Part, peers: Peers) -> Finding | None:
     """Ask every rank of the TP group for all that it knows, and tell what differs, where and why."""
-    facts = dict(zip(exchange.ranks, exchange.gather(part.facts()), strict=True))
+    facts = dict(zip(exchange.ranks, exchange.all_gather_object(part.facts()), strict=True))
     differences = field_differences(facts)
     if not differences:
         return None
     located = locate(exchange, part.entries, differences[0])
-    held = exchange.gather(_contents(part, differences))
+    held = exchange.all_gather_object(_contents(part, differences))
     for rank, inside in zip(exchange.ranks, held, strict=True):
         facts[rank] = replace(facts[rank], loader={**facts[rank].loader, "contents": inside})
     dp_ranks = peers.groups.dp
@@ -374,7 +374,7 @@ def _duplicated(peers: Peers, part: Part, rows: tuple[bytes | None, ...], coinci
         coincidence.bits = 0.0
         return None
     exchange = peers.dp
-    held = exchange.gather(samples_of(part.entries))
+    held = exchange.all_gather_object(samples_of(part.entries))
     found = same_samples(dict(enumerate(samples.rows for samples in held)))
     if not found:
         coincidence.bits = 0.0
@@ -383,7 +383,7 @@ def _duplicated(peers: Peers, part: Part, rows: tuple[bytes | None, ...], coinci
         coincidence.bits += held[found[0].replicas[0]].bits
     if coincidence.bits < _ENOUGH_BITS:
         return None
-    told_by = exchange.gather(part.facts())
+    told_by = exchange.all_gather_object(part.facts())
     facts = {
         peers.replicas[number][0]: replace(told_by[number], rows=held[number].rows) for number in found[0].replicas
     }

@@ -149,7 +149,7 @@ class Watcher:
             message = Part(Status.LEFT, step=self._step, count=epoch.count).message()
             for axis, exchange in (("tp", self._peers.tp), ("dp", self._peers.dp)):
                 if axis in epoch.axes:
-                    exchange.post(message)
+                    exchange.isend(message)
         except RankFailure:
             _log.debug("another rank failed, too", exc_info=True)
 

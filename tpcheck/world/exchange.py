@@ -27,10 +27,10 @@ _POLL_SECONDS = 0.3  # seconds: how soon a rank that waits looks whether another
 _CONNECT = 10.0  # seconds
 _LOOKS = 40  # 0.1 ms: ranks that come nearly together need not be woken up, which takes up to 0.4 ms
 _MESSAGE, _ALARM = b"\0", b"\1"  # the first byte of what is sent
-_meshes: WeakSet[Mesh] = WeakSet()
+_open_peer_sockets: WeakSet[PeerSockets] = WeakSet()
 
 
-class Gone(Exception):
+class PeerLost(Exception):
     """A rank has closed its end, as its death does."""
 
     def __init__(self, rank: int) -> None:
@@ -38,7 +38,7 @@ class Gone(Exception):
         self.rank = rank
 
 
-class Alarm(Exception):
+class PeerAborted(Exception):
     """A rank will not come, and has said why."""
 
     def __init__(self, told: bytes) -> None:
@@ -46,18 +46,18 @@ class Alarm(Exception):
         self.told = told
 
 
-class Mesh:
+class PeerSockets:
     """A socket to each other rank of the group."""
 
     def __init__(self, sockets: dict[int, socket.socket]) -> None:
         self._sockets = sockets
         for each in sockets.values():
             each.setblocking(False)  # one with a timeout is polled before each call
-        _meshes.add(self)
+        _open_peer_sockets.add(self)
         finalize(self, _close, tuple(sockets.values()))  # a loader that is dropped takes its connections along
 
     @classmethod
-    def connect(cls, rank: int, ranks: Sequence[int], gather: Callable[[Any], tuple[Any, ...]]) -> Mesh | None:
+    def connect(cls, rank: int, ranks: Sequence[int], gather: Callable[[Any], tuple[Any, ...]]) -> PeerSockets | None:
         """Return the connections, or None on every rank where one of them is on another machine. Collective."""
         place = _machine()
         with socket.socket(socket.AF_UNIX) as listener:
@@ -78,16 +78,16 @@ class Mesh:
         """Send to all; those who are gone are told of by `receive`."""
         self._send(_MESSAGE + message)
 
-    def alarm(self, told: bytes) -> None:
-        """Send what the others' next `receive`, or `heed`, raises as an `Alarm`."""
+    def abort(self, told: bytes) -> None:
+        """Send what the others' next `receive`, or `raise_if_aborted`, raises as an `PeerAborted`."""
         self._send(_ALARM + len(told).to_bytes(8, "little") + told)
 
     def receive(self, size: int, waiting: Callable[[], None]) -> dict[int, bytes]:
         """Return `size` bytes from each other rank; `waiting` is called now and then meanwhile.
 
         Raises:
-            Gone: A rank has closed its end.
-            Alarm: A rank will not come.
+            PeerLost: A rank has closed its end.
+            PeerAborted: A rank will not come.
         """
         received: dict[int, bytes] = {}
         for rank, each in self._sockets.items():
@@ -99,10 +99,10 @@ class Mesh:
             received[rank] = data[1:]
         return received
 
-    def heed(self) -> None:
-        """Raise the `Alarm` of a rank that has rung it; wait for nobody."""
+    def raise_if_aborted(self) -> None:
+        """Raise the `PeerAborted` of a rank that has rung it; wait for nobody."""
         for rank, each in self._sockets.items():
-            with suppress(OSError, Gone):
+            with suppress(OSError, PeerLost):
                 if each.recv(1, socket.MSG_PEEK) == _ALARM:
                     _received(rank, each, b"", 0, lambda: None)
 
@@ -158,7 +158,7 @@ def _received(rank: int, connection: socket.socket, data: bytes, size: int, wait
     if data[:1] == _ALARM:  # whatever follows it is of no use
         data = _filled(rank, connection, data, 9, 9, waiting)
         end = 9 + int.from_bytes(data[1:9], "little")
-        raise Alarm(_filled(rank, connection, data, end, end, waiting)[9:end])
+        raise PeerAborted(_filled(rank, connection, data, end, end, waiting)[9:end])
     return _filled(rank, connection, data, size + 1, size + 1, waiting)
 
 
@@ -169,7 +169,7 @@ def _filled(
     while len(data) < least:
         part = _part(connection, most - len(data))
         if part == b"":
-            raise Gone(rank)
+            raise PeerLost(rank)
         if part is None:
             waiting()
         else:
@@ -207,7 +207,7 @@ def _machine() -> tuple[str, str] | None:
 
 def _forget_in_child() -> None:
     """Close a forked worker's copies: while one is open, nobody hears that the rank has died."""
-    for mesh in list(_meshes):
+    for mesh in list(_open_peer_sockets):
         mesh.close()
 
 
@@ -223,16 +223,16 @@ _numbers: dict[tuple[int, ...], Iterator[int]] = {}
 
 
 class Exchange:
-    """Messages between the ranks of one group; every method but `post` and `alarm` is collective over it.
+    """Messages between the ranks of one group; every method but `isend` and `abort` is collective over it.
 
     It is a bare gloo group beside torch's list of groups, so `TORCH_DISTRIBUTED_DEBUG=DETAIL` does not double its cost,
-    with a `Mesh` for the messages of every step where the ranks are on one machine.
+    with a `PeerSockets` for the messages of every step where the ranks are on one machine.
 
     Attributes:
         ranks: Global ranks of the group.
         name: What the group is, for messages: `TP group (0, 1)`.
         broken: A rank has gone; nothing can be exchanged any more.
-        beside: Exchanges whose alarms are heard, too, while this one waits.
+        also_aborted_by: Exchanges whose alarms are heard, too, while this one waits.
     """
 
     def __init__(self, ranks: Sequence[int], *, axis: str, timeout: float) -> None:
@@ -242,11 +242,11 @@ class Exchange:
         self.ranks = tuple(ranks)
         self.name = f"{axis.upper()} group ({', '.join(map(str, self.ranks))})"
         self.broken = False
-        self.beside: tuple[Exchange, ...] = ()
+        self.also_aborted_by: tuple[Exchange, ...] = ()
         self._timeout = timeout
         self._deadline = 0.0  # of what is being received
         self._pending: Callable[[], tuple[bytes, ...]] | None = None
-        self._mesh: Mesh | None = None
+        self._mesh: PeerSockets | None = None
         self._group: Any = None
         if len(self.ranks) == 1:
             return
@@ -260,9 +260,9 @@ class Exchange:
             )  # fmt: skip
         except RuntimeError as error:
             self._fail(error)
-        self._mesh = Mesh.connect(self._rank, self.ranks, self.gather)
+        self._mesh = PeerSockets.connect(self._rank, self.ranks, self.all_gather_object)
 
-    def swap(self, message: bytes) -> tuple[bytes, ...]:
+    def all_gather(self, message: bytes) -> tuple[bytes, ...]:
         """Return every rank's message, all of one length, in the order of `ranks`.
 
         Raises:
@@ -271,31 +271,31 @@ class Exchange:
         if len(self.ranks) == 1:
             return (message,)
         if self._pending is not None:
-            self.posted()
+            self.wait()
         if self._mesh is not None:
             self._mesh.send(message)
             return self._received(self._mesh, message)
         return self._sent(message)()
 
-    def post(self, message: bytes) -> None:
-        """Send a message as `swap` does, and do not wait for those of the others."""
+    def isend(self, message: bytes) -> None:
+        """Send a message as `all_gather` does, and do not wait for those of the others."""
         if len(self.ranks) > 1:
-            self.posted()
+            self.wait()
             self._pending = self._sent(message)
 
-    def posted(self) -> tuple[bytes, ...] | None:
+    def wait(self) -> tuple[bytes, ...] | None:
         """Return the messages that met the one last posted, or None where none was."""
         pending, self._pending = self._pending, None
         return None if pending is None else pending()
 
-    def gather(self, value: Any) -> tuple[Any, ...]:
+    def all_gather_object(self, value: Any) -> tuple[Any, ...]:
         """Return every rank's value, in the order of `ranks`."""
         if len(self.ranks) == 1:
             return (value,)
         import torch
 
         own = torch.frombuffer(bytearray(dumps(value)), dtype=torch.uint8)
-        sizes = [int.from_bytes(size, "little") for size in self.swap(own.numel().to_bytes(8, "little"))]
+        sizes = [int.from_bytes(size, "little") for size in self.all_gather(own.numel().to_bytes(8, "little"))]
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: own.numel()] = own
         work, parts = self._start(padded)
@@ -311,17 +311,17 @@ class Exchange:
             options.rootRank = self.ranks.index(source)
             self._wait(self._group.broadcast([data], options))
 
-    def alarm(self, failure: RankFailure) -> None:
+    def abort(self, failure: RankFailure) -> None:
         """Tell the ranks of the group that wait, now or later, that this one will not come."""
         if len(self.ranks) == 1:
             return
         told = dumps((str(failure), failure.first, failure.outcomes))
         if self._mesh is not None:
-            self._mesh.alarm(told)
+            self._mesh.abort(told)
         with suppress(RuntimeError):  # the store's host may be the rank that died
             self._store.set("alarm", told.hex())
 
-    def heed(self) -> None:
+    def raise_if_aborted(self) -> None:
         """Raise the alarm that another rank of the group has rung, if any.
 
         Raises:
@@ -332,10 +332,10 @@ class Exchange:
         told = None
         try:
             if self._mesh is not None:
-                self._mesh.heed()
+                self._mesh.raise_if_aborted()
             elif self._store.check(["alarm"]):
                 told = bytes.fromhex(self._store.get("alarm").decode())
-        except Alarm as alarm:
+        except PeerAborted as alarm:
             told = alarm.told
         except RuntimeError:  # the store is gone
             return
@@ -357,18 +357,18 @@ class Exchange:
 
         return wait
 
-    def _received(self, mesh: Mesh, own: bytes) -> tuple[bytes, ...]:
+    def _received(self, mesh: PeerSockets, own: bytes) -> tuple[bytes, ...]:
         self._deadline = time.monotonic() + self._timeout
         try:
             others = mesh.receive(len(own), self._waiting)
-        except Gone as error:
+        except PeerLost as error:
             self._fail(error, gone=error.rank)
-        except Alarm as alarm:
+        except PeerAborted as alarm:
             self._raise(alarm.told)
         return tuple([others.get(rank, own) for rank in self.ranks])
 
     def _waiting(self) -> None:
-        self._heed_all()
+        self._raise_if_any_aborted()
         if time.monotonic() > self._deadline:
             self._fail(RuntimeError("timed out"))
 
@@ -387,11 +387,11 @@ class Exchange:
         while (error := _waited(work)) is not None:
             if work.is_completed() or time.monotonic() > deadline:
                 self._fail(error)
-            self._heed_all()
+            self._raise_if_any_aborted()
 
-    def _heed_all(self) -> None:
-        for exchange in (self, *self.beside):
-            exchange.heed()
+    def _raise_if_any_aborted(self) -> None:
+        for exchange in (self, *self.also_aborted_by):
+            exchange.raise_if_aborted()
 
     def _raise(self, told: bytes) -> NoReturn:
         self.broken = True
@@ -404,7 +404,7 @@ class Exchange:
         late = "timed out" in str(error).lower()
         with suppress(RuntimeError):
             self._store.set(f"here/{self._rank}", _LATE if late else "closed")
-        self._heed_all()
+        self._raise_if_any_aborted()
         if gone is None:
             missing, others_late = self._roll_call()
             late = late or others_late  # a rank that times out first closes its connections: the others see only that
@@ -417,7 +417,7 @@ class Exchange:
             first=missing[0] if missing else -1,
             outcomes=tuple(RankOutcome(rank, "hung" if late else "died") for rank in missing),
         )
-        self.alarm(failure)
+        self.abort(failure)
         raise failure from error
 
     def _roll_call(self) -> tuple[list[int], bool]:
