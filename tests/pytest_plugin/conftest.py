@@ -7,20 +7,22 @@ import hypothesis as hypothesis
 import pytest
 import torch as torch
 
-# Imported here, they outlast the inner sessions, which forget what they imported; torch crashes when imported twice.
+# Inner sessions remove the modules that they import, except those that are imported here; torch crashes when it is
+# imported twice.
 
 Run = Callable[..., pytest.RunResult]
 
 
-@pytest.fixture(autouse=True)
-def own_root(pytester: pytest.Pytester) -> None:
-    """Keep what stands in folders above out of the inner sessions."""
+@pytest.fixture
+def pytester(pytester: pytest.Pytester) -> pytest.Pytester:
+    """Keep the configuration of parent folders out of the inner sessions."""
     pytester.makeini("[pytest]\naddopts = -p no:cacheprovider")
+    return pytester
 
 
 @pytest.fixture
 def run(pytester: pytest.Pytester) -> Run:
-    """Return a function that runs pytest on a test file of this source, in this process: the template is shared."""
+    """Return a function that runs pytest on a test file of this source, in this process, to share the forkserver."""
 
     def run_source(source: str, *args: str) -> pytest.RunResult:
         pytester.makepyfile(test_it=f"import pytest\n\n{dedent(source)}")

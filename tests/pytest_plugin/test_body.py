@@ -27,7 +27,7 @@ def test_the_body_runs_on_every_rank_of_the_topology(run: Run) -> None:
     run(source).assert_outcomes(passed=2)
 
 
-def test_parameters_fixtures_and_plain_values_follow_the_test(run: Run) -> None:
+def test_parameters_and_fixtures_are_sent_to_ranks(run: Run) -> None:
     source = """
         import threading
         from dataclasses import dataclass
@@ -63,7 +63,7 @@ def test_parameters_fixtures_and_plain_values_follow_the_test(run: Run) -> None:
     run(source).assert_outcomes(passed=6)
 
 
-def test_methods_have_their_class_and_what_its_setup_left_on_the_instance(run: Run) -> None:
+def test_methods_have_their_class_and_the_attributes_of_setup_method(run: Run) -> None:
     source = """
         class Base:
             def test_inherited(self, tp_rank):
@@ -103,9 +103,9 @@ def test_methods_have_their_class_and_what_its_setup_left_on_the_instance(run: R
     run(source).assert_outcomes(passed=5)
 
 
-def test_a_function_that_no_name_leads_to_is_sent_by_value(run: Run) -> None:
+def test_a_function_without_a_name_in_its_module_is_sent_by_value(run: Run) -> None:
     source = """
-        def made(expected):
+        def create_test(expected):
             @pytest.mark.tpcheck(tp=2)
             def test(tp_rank):
                 assert tp_rank.world_size == expected, module_level()
@@ -114,16 +114,16 @@ def test_a_function_that_no_name_leads_to_is_sent_by_value(run: Run) -> None:
         def module_level():
             return "from the module"
 
-        test_two, test_three = made(2), made(3)
+        test_two, test_three = create_test(2), create_test(3)
         test_two.__name__ = "elsewhere"
-        del made
+        del create_test
     """
     result = run(source)
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(["E *AssertionError: from the module", "E *assert 2 == 3"])
 
 
-def test_classes_of_the_test_module_are_ordinary_on_ranks_and_for_their_children(run: Run) -> None:
+def test_classes_of_the_test_module_unpickle_on_ranks_and_in_their_child_processes(run: Run) -> None:
     source = """
         import io
 
@@ -155,13 +155,13 @@ def test_every_import_mode_works(pytester: pytest.Pytester, mode: str) -> None:
         from dataclasses import dataclass
 
         @dataclass
-        class Own:
+        class Record:
             name: str = __name__
 
         @pytest.mark.tpcheck(tp=2)
-        def test_own(tp_rank, of_conftest):
+        def test_record(tp_rank, of_conftest):
             assert type(of_conftest).__name__ == "OfConftest"
-            assert tp_rank.gather(Own()) == (Own(), Own())
+            assert tp_rank.gather(Record()) == (Record(), Record())
     """
     conftest = """
         import pytest
@@ -220,24 +220,24 @@ def test_ranks_are_seeded_differently_unless_the_marker_seeds_them(run: Run) -> 
     run(source).assert_outcomes(passed=2)
 
 
-def test_ranks_see_the_environment_and_folder_that_fixtures_made(run: Run) -> None:
+def test_ranks_have_the_environment_and_folder_that_fixtures_set(run: Run) -> None:
     source = """
         import os
 
         @pytest.fixture(autouse=True)
-        def surroundings(monkeypatch, tmp_path):
+        def environment(monkeypatch, tmp_path):
             monkeypatch.setenv("OF_THE_TEST", "yes")
             monkeypatch.chdir(tmp_path)
 
         @pytest.mark.tpcheck(tp=2)
-        def test_surroundings(tp_rank, tmp_path):
+        def test_environment(tp_rank, tmp_path):
             assert os.environ["OF_THE_TEST"] == "yes"
             assert os.getcwd() == str(tmp_path)
     """
     run(source).assert_outcomes(passed=1)
 
 
-def test_warnings_of_ranks_are_shown_and_filtered_as_others_are(run: Run) -> None:
+def test_warnings_of_ranks_are_filtered_and_shown(run: Run) -> None:
     source = """
         import warnings
 
@@ -273,7 +273,7 @@ def test_warnings_of_ranks_are_shown_and_filtered_as_others_are(run: Run) -> Non
     result.stdout.no_fnmatch_line("*known")
 
 
-def test_nothing_else_of_a_session_is_disturbed(run: Run) -> None:
+def test_other_options_of_pytest_work(run: Run) -> None:
     source = """
         @pytest.mark.tpcheck(tp=2)
         def test_marked(tp_rank):

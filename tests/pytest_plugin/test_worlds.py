@@ -1,4 +1,4 @@
-"""Worlds of a session: made by tests themselves, started when needed, and many at a time under xdist."""
+"""The worlds of a session: a test may start its own, they start when needed, and several run at a time under xdist."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from tests.pytest_plugin.conftest import Run
 
 
-def test_tp_spawn_makes_worlds_that_end_with_the_test(run: Run) -> None:
+def test_worlds_of_tp_spawn_end_with_the_test(run: Run) -> None:
     source = """
         import os, signal
         import tpcheck
@@ -38,7 +38,7 @@ def test_tp_spawn_makes_worlds_that_end_with_the_test(run: Run) -> None:
     run(source).assert_outcomes(passed=3)
 
 
-def test_functions_of_the_test_module_run_in_any_import_mode_with_asserts_explained(run: Run) -> None:
+def test_tp_spawn_runs_functions_of_the_test_module_with_assertion_introspection(run: Run) -> None:
     source = """
         class Own:
             pass
@@ -81,28 +81,28 @@ def test_each_test_has_fresh_processes(run: Run) -> None:
         ("@pytest.mark.tpcheck(tp=2)\n@pytest.mark.skip\ndef test_marked(): pass", (), 1),
     ],
 )
-def test_the_template_starts_only_where_a_test_needs_it(
+def test_the_forkserver_starts_only_if_a_test_needs_it(
     pytester: pytest.Pytester, source: str, args: tuple[str, ...], expected: int
 ) -> None:
     pytester.makeconftest(
         """
-        from tpcheck.world import launcher
+        from tpcheck.world import forkserver_client
 
-        class Template:
-            is_over = False
+        class ForkserverClient:
+            has_ended = False
 
-            def __init__(self, device, names):
-                print("template started")
+            def __init__(self, device, preload):
+                print("forkserver started")
 
-        launcher.Template = Template
+        forkserver_client.ForkserverClient = ForkserverClient
         """
     )
     pytester.makepyfile(test_file=f"import pytest\n\n{source}")
     result = pytester.runpytest_subprocess("-s", *args)
-    assert result.stdout.str().count("template started") == expected
+    assert result.stdout.str().count("forkserver started") == expected
 
 
-def test_xdist_workers_run_worlds_side_by_side_and_their_reports_arrive(run: Run, pytester: pytest.Pytester) -> None:
+def test_xdist_workers_run_worlds_at_the_same_time(run: Run, pytester: pytest.Pytester) -> None:
     pytest.importorskip("xdist")
     pytester.makepyfile(
         """
@@ -136,7 +136,7 @@ def test_xdist_workers_run_worlds_side_by_side_and_their_reports_arrive(run: Run
     result.stdout.fnmatch_lines_random(
         [
             "E *assert 1 == 0",
-            "-* rank 1 of 2 raised; the others -*",
+            "-* rank 1 of 2 raised; other ranks -*",
             "-* Captured stdout rank 1 -*",
             "here is 1",
             "rank ? of 2 died: exited with code 3 before it answered",

@@ -1,4 +1,4 @@
-"""Functions that the tests of this directory run on ranks; `rank` is the Rank they run on."""
+"""Functions that the tests of this folder run on ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def all_reduce(rank: Rank) -> int:
 
 
 def fail_on_rank_1(rank: Rank, act: str, *args: Any) -> None:
-    """Rank 1 does what `act` names; the others wait for it in a collective."""
+    """Call the function `act` of this module on rank 1; the other ranks wait for it in a collective."""
     if rank.rank == 1:
         globals()[act](*args)
     all_reduce(rank)
@@ -47,12 +47,12 @@ def read_address_zero() -> None:
     ctypes.string_at(0)
 
 
-def loop_for_ever() -> None:
+def loop_forever() -> None:
     while True:
         pass
 
 
-def sleep_for_ever() -> None:
+def sleep_forever() -> None:
     time.sleep(1000)
 
 
@@ -60,14 +60,14 @@ def sleep_on_every_rank(rank: Rank) -> None:
     time.sleep(1000)
 
 
-class LoadsOnlyHere(Exception):
-    """Pickles, and does not load again: its constructor wants two arguments and its args hold one."""
+class DoesNotUnpickle(Exception):
+    """Pickles and does not unpickle: its constructor takes two arguments and its `args` contain one."""
 
     def __init__(self, first: str, second: str) -> None:
         super().__init__(f"{first} and {second}")
 
 
-class HoldsALock(Exception):
+class ContainsALock(Exception):
     def __init__(self) -> None:
         super().__init__("locked")
         self.lock = threading.Lock()
@@ -77,12 +77,12 @@ class CarriesDetails(Exception):
     tpcheck_details: ClassVar = {"parameter": "weight", "index": (0, 1)}
 
 
-def raise_what_does_not_load() -> None:
-    raise LoadsOnlyHere("this", "that")
+def raise_what_does_not_unpickle() -> None:
+    raise DoesNotUnpickle("this", "that")
 
 
 def raise_what_does_not_pickle() -> None:
-    raise HoldsALock
+    raise ContainsALock
 
 
 def raise_with_details() -> None:
@@ -98,22 +98,20 @@ def print_much_and_fail(rank: Rank) -> None:
     raise ValueError
 
 
-class LoadsNowhere:
-    """Pickles, and says no when it is loaded."""
-
+class RaisesWhenUnpickled:
     def __reduce__(self) -> tuple[Any, ...]:
-        return _refuse_to_load, ("no heads",)
+        return _raise_when_unpickled, ("no heads",)
 
 
-def _refuse_to_load(reason: str) -> Any:
+def _raise_when_unpickled(reason: str) -> Any:
     raise ValueError(reason)
 
 
-def return_what_does_not_load_on_rank_1(rank: Rank) -> Any:
-    return LoadsNowhere() if rank.rank == 1 else None
+def return_what_does_not_unpickle_on_rank_1(rank: Rank) -> Any:
+    return RaisesWhenUnpickled() if rank.rank == 1 else None
 
 
-def come_back_twice(rank: Rank) -> None:
+def return_twice_on_rank_1(rank: Rank) -> None:
     if rank.rank == 1:
         os.fork()
 
@@ -144,15 +142,15 @@ def load_data_with_workers(rank: Rank) -> int:
 
 
 def leave_children_behind(rank: Rank) -> list[int]:
-    """Start a child, a child in a session of its own, a thread, and a shared memory segment with its tracker."""
+    """Start a child, a child in a new session, a thread, and a shared memory segment with its tracker."""
     from multiprocessing import resource_tracker, shared_memory
 
     plain = subprocess.Popen(["sleep", "1000"])
-    own_session = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    new_session = subprocess.Popen(["sleep", "1000"], start_new_session=True)
     threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
     globals()["_segment"] = shared_memory.SharedMemory(create=True, size=4096)
     tracker = resource_tracker._resource_tracker._pid  # type: ignore[attr-defined]
-    return [os.getpid(), plain.pid, own_session.pid, tracker]
+    return [os.getpid(), plain.pid, new_session.pid, tracker]
 
 
 def leave_children_and_die(rank: Rank, pids_file: str) -> None:
@@ -179,8 +177,8 @@ def process_id(rank: Rank) -> int:
     return os.getpid()
 
 
-def start_group_again(rank: Rank) -> int:
-    """Do what code under test may do: throw the default group away and make one from the environment."""
+def replace_default_group(rank: Rank) -> int:
+    """Destroy the default group and initialise another from the environment, as code under test may do."""
     import torch
 
     torch.distributed.destroy_process_group()
@@ -188,8 +186,8 @@ def start_group_again(rank: Rank) -> int:
     return all_reduce(rank)
 
 
-def meet_on_master_port(rank: Rank) -> bytes:
-    """Serve a store of its own on MASTER_PORT, as launch scripts do."""
+def use_store_on_master_port(rank: Rank) -> bytes:
+    """Create a store on MASTER_PORT, as launch scripts do."""
     import torch
 
     port = int(os.environ["MASTER_PORT"])
@@ -212,7 +210,7 @@ def has_no_shared_memory_operator(rank: Rank) -> bool:
 
 
 def train_with_ddp(rank: Rank) -> float:
-    """Take steps with DistributedDataParallel; return the sum of a gradient that was averaged over the ranks."""
+    """Train with DistributedDataParallel; return the sum of a gradient that is averaged over the ranks."""
     import torch
 
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1))

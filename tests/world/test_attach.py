@@ -1,4 +1,4 @@
-"""Under a launcher a process finds its own rank, or hears what is missing."""
+"""`attach` reads the variables of the launcher, and names the variable that is missing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_process_under_torchrun_is_its_rank(tmp_path: Path) -> None:
     ]
 
 
-def test_slurm_names_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variables_of_slurm_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT.replace("tp=2", "tp=1"))
     names = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
@@ -40,8 +40,8 @@ def test_slurm_names_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert done.stdout == "<Rank 0 of 1: dp=0, tp=0> (0,) 1 cpu\n", done.stderr
 
 
-def test_without_a_launcher_it_says_so() -> None:
-    with pytest.raises(UsageError, match="the variables that torchrun or srun set"):
+def test_a_process_without_a_launcher_is_refused() -> None:
+    with pytest.raises(UsageError, match="the variables that torchrun or srun sets; start the script with one of them"):
         attach(Topology(tp=2))
 
 
@@ -49,19 +49,19 @@ def test_without_a_launcher_it_says_so() -> None:
 def test_a_world_of_another_size_is_refused(names: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(names[0], "0")
     monkeypatch.setenv(names[1], "8")
-    with pytest.raises(UsageError, match="expected one of 8 ranks, as many as the launcher has started"):
+    with pytest.raises(UsageError, match="expected a topology of 8 ranks, as many as the launcher has started"):
         attach(Topology(tp=2))
 
 
-def test_a_variable_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "first")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="RANK='first': expected a number"):
         attach(Topology(tp=2))
 
 
-def test_the_meeting_place_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_address_of_rank_0_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    with pytest.raises(UsageError, match="MASTER_ADDR=None: expected where rank 0 is to be met"):
+    with pytest.raises(UsageError, match="MASTER_ADDR=None: expected the address of rank 0"):
         attach(Topology(tp=1))

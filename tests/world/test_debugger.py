@@ -1,4 +1,4 @@
-"""A person can stop one rank at a prompt, while the clock of the world stands still."""
+"""A debugger prompt on one rank suspends the deadline of the world."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ with spawn(Topology(tp=2), timeout=3, preload=["torch"]) as world:
 
 
 class Terminal:
-    """A script with a terminal of its own."""
+    """A script that runs in a new terminal."""
 
     def __init__(self, script: Path) -> None:
         self._pid, self._descriptor = pty.fork()
@@ -54,7 +54,7 @@ class Terminal:
 
 
 @pytest.mark.parametrize("statement", ["rank.breakpoint()", "breakpoint()"])
-def test_a_prompt_on_one_rank_outlives_the_deadline(statement: str, tmp_path: Path) -> None:
+def test_a_debugger_prompt_suspends_the_deadline(statement: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT.format(statement=statement))
     terminal = Terminal(script)
@@ -70,7 +70,7 @@ def test_a_prompt_on_one_rank_outlives_the_deadline(statement: str, tmp_path: Pa
     assert terminal.exit_status() == 0
 
 
-def test_without_a_terminal_it_says_so(tmp_path: Path) -> None:
+def test_a_breakpoint_without_a_terminal_is_refused(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT.format(statement="rank.breakpoint()"))
     command = [sys.executable, str(script)]

@@ -1,4 +1,4 @@
-"""A rank's environment is complete on machines where the user has no home, no cache, or a long path."""
+"""The environment of a rank is complete where the user has no home, no cache folder, or a long path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tpcheck import Topology
 from tpcheck.world import forkserver
 from tpcheck.world.environment import rank_environ
 
-TOO_LONG = "/" + 300 * "x"  # no system looks into it, not even for root
+TOO_LONG = "/" + 300 * "x"  # no system can read it, not even as root
 
 
 def environ_of_rank_1(base: dict[str, str], scratch: str = "/tmp/world") -> dict[str, str]:
@@ -43,10 +43,10 @@ def extensions_dir(scratch: Path) -> str:
         ("MPI_LOCALRANKID", None),
         ("GROUP_RANK", None),
         ("NODE_RANK", None),
-        ("ACCELERATE_MIXED_PRECISION", "7"),  # an option, no place in a world
+        ("ACCELERATE_MIXED_PRECISION", "7"),  # an option, not a rank or a size
     ],
 )
-def test_a_launcher_around_the_controller_does_not_place_ranks(name: str, value: str | None) -> None:
+def test_variables_of_a_launcher_around_the_controller_do_not_reach_ranks(name: str, value: str | None) -> None:
     assert environ_of_rank_1({name: "7"}).get(name) == value
 
 
@@ -57,7 +57,7 @@ def test_extensions_are_built_in_the_users_cache(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("home", [None, TOO_LONG, "/proc"])
-def test_extensions_are_built_in_the_worlds_folder_where_there_is_no_cache(
+def test_extensions_are_built_in_the_folder_of_the_world_where_no_cache_is_writable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str | None
 ) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -75,7 +75,7 @@ def _unknown(uid: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("chosen", "used"),
+    ("folder", "used"),
     [
         ("/tmp", "/tmp"),
         ("/scratch/me", "/scratch/me"),
@@ -85,8 +85,8 @@ def _unknown(uid: int) -> None:
         ("/not_text_\udcff", "/tmp"),
     ],
 )
-def test_worlds_are_where_sockets_and_torch_can_take_the_path(chosen: str, used: str) -> None:
-    assert forkserver._folder_for_sockets(chosen) == used
+def test_folders_of_worlds_have_paths_that_sockets_and_torch_accept(folder: str, used: str) -> None:
+    assert forkserver._folder_for_sockets(folder) == used
 
 
 _LOADER = """
@@ -98,7 +98,7 @@ def load(rank):
     return sum(int(batch.sum()) for batch in DataLoader(torch.arange(8), num_workers=1))
 
 with spawn(Topology(tp=1), preload=["torch"]) as world:
-    print(world.run(load), world._template.ready().scratch)
+    print(world.run(load), world._forkserver.wait_until_ready().scratch)
 """
 
 
@@ -112,7 +112,7 @@ def test_workers_of_data_loaders_run_where_tmpdir_is_long(tmp_path: Path, monkey
     assert list(folder.iterdir()) == []
 
 
-def test_a_mapped_file_whose_name_is_no_text_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_maps_of_files_with_undecodable_names_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maps = tmp_path / "maps"
     maps.write_bytes(
         b"7f0000000000-7f0000200000 rw-p 00000000 00:00 0 \n"

@@ -1,14 +1,18 @@
-"""Small messages reach every rank of a group, over sockets or gloo, and a rank that fails is heard of."""
+"""Messages reach every rank of a group, over sockets or gloo, and a rank that fails ends the waiting of the others."""
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from tpcheck import Rank, RankFailure, Topology, World, spawn
+from tpcheck.world.exchange import PeerAborted, PeerLost, PeerSockets
 
 
 @pytest.fixture(scope="module")
@@ -17,69 +21,69 @@ def four() -> Iterator[World]:
         yield world
 
 
-def exchange_of(rank: Rank, *, sockets: bool, timeout: float = 10.0):  # type: ignore[no-untyped-def]
+def create_exchange(rank: Rank, *, sockets: bool, timeout: float = 10.0):  # type: ignore[no-untyped-def]
     from tpcheck.world import exchange
     from tpcheck.world.exchange import Exchange
 
-    kept, exchange._machine = exchange._machine, exchange._machine if sockets else lambda: None
+    host = exchange._host
+    exchange._host = host if sockets else lambda: None
     try:
         return Exchange(rank.topology.peers(rank.rank, "tp"), axis="tp", timeout=timeout)
     finally:
-        exchange._machine = kept
+        exchange._host = host
 
 
 @pytest.mark.parametrize("sockets", [True, False])
-def test_messages_come_in_the_order_of_ranks(four: World, sockets: bool) -> None:
-    def talk(rank: Rank) -> bool:
+def test_messages_are_in_the_order_of_ranks(four: World, sockets: bool) -> None:
+    def communicate(rank: Rank) -> bool:
         import torch
 
-        exchange = exchange_of(rank, sockets=sockets)
-        assert (exchange._mesh is not None) == sockets
+        exchange = create_exchange(rank, sockets=sockets)
+        assert (exchange._peer_sockets is not None) == sockets
         for number in range(20):
-            own = bytes([rank.rank, number])
-            assert exchange.all_gather(own) == tuple(bytes([other, number]) for other in range(4))
+            message = bytes([rank.rank, number])
+            assert exchange.all_gather(message) == tuple(bytes([peer, number]) for peer in range(4))
         assert exchange.all_gather_object("x" * rank.rank) == ("", "x", "xx", "xxx")
         data = torch.full((3,), rank.rank, dtype=torch.uint8)
         exchange.broadcast(data, 2)
         return bool(data.tolist() == [2, 2, 2])
 
-    assert four.run(talk) == (True,) * 4
+    assert four.run(communicate) == (True,) * 4
 
 
 def test_messages_go_over_gloo_where_one_rank_may_not_bind_an_abstract_socket(four: World) -> None:
-    def talk(rank: Rank) -> tuple[bool, tuple[bytes, ...]]:
-        import socket
+    def communicate(rank: Rank) -> tuple[bool, tuple[bytes, ...]]:
         from unittest.mock import patch
 
         from tpcheck.world.exchange import Exchange
 
-        class Refusing(socket.socket):
+        class RefusesToBind(socket.socket):
             def bind(self, address: object) -> None:
                 raise PermissionError(1, "Operation not permitted")
 
-        with patch.object(socket, "socket", Refusing if rank.rank == 2 else socket.socket):
+        with patch.object(socket, "socket", RefusesToBind if rank.rank == 2 else socket.socket):
             exchange = Exchange(rank.topology.peers(rank.rank, "tp"), axis="tp", timeout=10)
-        return exchange._mesh is None, exchange.all_gather(bytes([rank.rank]))
+        return exchange._peer_sockets is None, exchange.all_gather(bytes([rank.rank]))
 
-    assert four.run(talk) == ((True, (b"\0", b"\1", b"\2", b"\3")),) * 4
+    assert four.run(communicate) == ((True, (b"\0", b"\1", b"\2", b"\3")),) * 4
 
 
 @pytest.mark.parametrize("sockets", [True, False])
-def test_a_posted_message_meets_the_next_ones_of_the_others(four: World, sockets: bool) -> None:
-    def talk(rank: Rank) -> tuple[object, object]:
-        exchange = exchange_of(rank, sockets=sockets)
+def test_isend_meets_the_next_all_gather_of_the_other_ranks(four: World, sockets: bool) -> None:
+    def communicate(rank: Rank) -> tuple[object, object]:
+        exchange = create_exchange(rank, sockets=sockets)
         if rank.rank == 0:
             exchange.isend(b"0")
             return exchange.wait(), exchange.wait()
         return exchange.all_gather(b"x"), None
 
-    assert four.run(talk) == (((b"0", b"x", b"x", b"x"), None),) * 4
+    assert four.run(communicate) == (((b"0", b"x", b"x", b"x"), None),) * 4
 
 
 @pytest.mark.parametrize("sockets", [True, False])
-def test_a_rank_that_does_not_come_is_named_to_all(four: World, sockets: bool, tmp_path: Path) -> None:
-    def talk(rank: Rank) -> tuple[str, int, float]:
-        exchange = exchange_of(rank, sockets=sockets, timeout=1.0)
+def test_a_rank_that_does_not_respond_is_named_on_all_others(four: World, sockets: bool, tmp_path: Path) -> None:
+    def communicate(rank: Rank) -> tuple[str, int, float]:
+        exchange = create_exchange(rank, sockets=sockets, timeout=1.0)
         start = time.monotonic()
         try:
             if rank.rank != 2:
@@ -87,22 +91,22 @@ def test_a_rank_that_does_not_come_is_named_to_all(four: World, sockets: bool, t
         except RankFailure as failure:
             (tmp_path / str(rank.rank)).touch()
             return str(failure), failure.first, time.monotonic() - start
-        while len(list(tmp_path.iterdir())) < 3:  # stays until all others have given up
+        while len(list(tmp_path.iterdir())) < 3:  # runs until all others have given up
             time.sleep(0.05)
         return "", 2, 0.0
 
-    said = four.run(talk)
+    results = four.run(communicate)
     for rank in (0, 1, 3):
-        message, first, seconds = said[rank]
-        assert message.startswith("rank 2 of TP group (0, 1, 2, 3) did not come within 1 s")
+        message, first, seconds = results[rank]
+        assert message.startswith("rank 2 of TP group (0, 1, 2, 3) did not respond within 1 s")
         assert first == 2
         assert seconds < 10
 
 
 @pytest.mark.parametrize("sockets", [True, False])
-def test_an_alarm_ends_the_waiting_of_others(four: World, sockets: bool) -> None:
-    def talk(rank: Rank) -> str:
-        exchange = exchange_of(rank, sockets=sockets)
+def test_abort_ends_the_waiting_of_the_other_ranks(four: World, sockets: bool) -> None:
+    def communicate(rank: Rank) -> str:
+        exchange = create_exchange(rank, sockets=sockets)
         if rank.rank == 1:
             exchange.abort(RankFailure("out of memory", first=1, outcomes=()))
             return ""
@@ -111,22 +115,141 @@ def test_an_alarm_ends_the_waiting_of_others(four: World, sockets: bool) -> None
         assert exchange.broken
         return str(caught.value)
 
-    assert four.run(talk) == ("out of memory", "", "out of memory", "out of memory")
+    assert four.run(communicate) == ("out of memory", "", "out of memory", "out of memory")
 
 
 def test_a_forked_worker_does_not_keep_the_connections_open(four: World) -> None:
-    def talk(rank: Rank) -> bool:
+    def communicate(rank: Rank) -> bool:
         import os
 
-        exchange = exchange_of(rank, sockets=True)
+        exchange = create_exchange(rank, sockets=True)
         reader, writer = os.pipe()
         worker = os.fork()
         if not worker:
-            closed = all(each.fileno() == -1 for each in exchange._mesh._sockets.values())
+            closed = all(sock.fileno() == -1 for sock in exchange._peer_sockets._sockets.values())
             os.write(writer, b"closed" if closed else b"open  ")
             os._exit(0)
         os.waitpid(worker, 0)
         exchange.all_gather(b"x")
         return os.read(reader, 6) == b"closed"
 
-    assert four.run(talk) == (True,) * 4
+    assert four.run(communicate) == (True,) * 4
+
+
+MESSAGE, ABORT = b"\0", b"\1"
+
+
+def do_nothing() -> None:
+    pass
+
+
+@pytest.fixture
+def socket_pair() -> Iterator[tuple[PeerSockets, socket.socket]]:
+    """The sockets of rank 0, and the other end of its connection to rank 7."""
+    rank_0, other = socket.socketpair()
+    peers = PeerSockets({7: rank_0})
+    with other:
+        yield peers, other
+    peers.close()
+
+
+def call_later(act: Callable[[], object], seconds: float = 0.05) -> threading.Timer:
+    timer = threading.Timer(seconds, act)
+    timer.start()
+    return timer
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3, 5])
+def test_a_message_may_arrive_in_two_parts(socket_pair: tuple[PeerSockets, socket.socket], cut: int) -> None:
+    peers, other = socket_pair
+    framed = MESSAGE + b"abcd"
+    other.sendall(framed[:cut])
+    timer = call_later(lambda: other.sendall(framed[cut:]))
+    assert peers.receive(4, do_nothing) == {7: b"abcd"}
+    timer.join()
+
+
+def test_messages_that_have_arrived_are_read_one_by_one(socket_pair: tuple[PeerSockets, socket.socket]) -> None:
+    peers, other = socket_pair
+    other.sendall(MESSAGE + b"one" + MESSAGE + b"\1wo")
+    assert peers.receive(3, do_nothing) == {7: b"one"}
+    assert peers.receive(3, do_nothing) == {7: b"\1wo"}
+
+
+def test_the_callback_is_called_while_waiting_and_may_raise(socket_pair: tuple[PeerSockets, socket.socket]) -> None:
+    peers, _ = socket_pair
+    calls: list[float] = []
+
+    def on_poll() -> None:
+        calls.append(time.monotonic())
+        if len(calls) == 3:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        peers.receive(3, on_poll)
+    assert all(0.2 < after - before < 2 for before, after in pairwise(calls))
+
+
+@pytest.mark.parametrize("cut", [1, 4, 9, 11, 13])
+def test_an_abort_may_arrive_in_two_parts(socket_pair: tuple[PeerSockets, socket.socket], cut: int) -> None:
+    peers, other = socket_pair
+    framed = ABORT + (4).to_bytes(8, "little") + b"fire"
+    other.sendall(framed[:cut])
+    timer = call_later(lambda: other.sendall(framed[cut:]))
+    with pytest.raises(PeerAborted) as caught:
+        peers.receive(48, do_nothing)
+    assert caught.value.reason == b"fire"
+    timer.join()
+
+
+def test_an_abort_is_raised_after_the_message_before_it(socket_pair: tuple[PeerSockets, socket.socket]) -> None:
+    peers, other = socket_pair
+    sender = PeerSockets({0: other.dup()})
+    sender.send(b"abc")
+    sender.abort(b"fire")
+    peers.raise_if_aborted()  # the next message is not an abort, and is not read
+    assert peers.receive(3, do_nothing) == {7: b"abc"}
+    with pytest.raises(PeerAborted) as caught:
+        peers.raise_if_aborted()
+    assert caught.value.reason == b"fire"
+    sender.close()
+
+
+def test_raise_if_aborted_does_not_wait(socket_pair: tuple[PeerSockets, socket.socket]) -> None:
+    peers, other = socket_pair
+    start = time.monotonic()
+    peers.raise_if_aborted()
+    other.close()
+    peers.raise_if_aborted()  # a closed connection is left to `receive`
+    assert time.monotonic() - start < 0.2
+
+
+@pytest.mark.parametrize("sent", [b"", MESSAGE + b"ab", ABORT + b"\4"])
+def test_a_closed_connection_names_its_rank_even_within_a_message(
+    socket_pair: tuple[PeerSockets, socket.socket], sent: bytes
+) -> None:
+    peers, other = socket_pair
+    other.sendall(sent)
+    other.close()
+    with pytest.raises(PeerLost) as caught:
+        peers.receive(3, do_nothing)
+    assert caught.value.rank == 7
+    peers.send(b"abc")  # does not raise
+
+
+def test_a_message_larger_than_the_buffer_arrives_complete(socket_pair: tuple[PeerSockets, socket.socket]) -> None:
+    peers, other = socket_pair
+    receiver = PeerSockets({0: other.dup()})
+    message = bytes(range(256)) * 8192
+    sender = threading.Thread(target=peers.send, args=(message,))
+    sender.start()
+    assert receiver.receive(len(message), do_nothing) == {0: message}
+    sender.join()
+    receiver.close()
+
+
+def test_send_does_not_wait_for_a_rank_that_reads_nothing(socket_pair: tuple[PeerSockets, socket.socket]) -> None:
+    peers, _ = socket_pair
+    start = time.monotonic()
+    peers.send(bytes(1 << 22))
+    assert time.monotonic() - start < 2

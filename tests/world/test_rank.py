@@ -1,4 +1,4 @@
-"""A rank knows its place and reaches its peers."""
+"""A `Rank` knows its coordinates and communicates with its peers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def world() -> Iterator[World]:
         yield world
 
 
-def test_ranks_know_where_they_stand(world: World) -> None:
-    placed = world.run(lambda rank: (rank.rank, rank.tp_rank, rank.dp_rank, rank.world_size, str(rank.device)))
-    assert placed == ((0, 0, 0, 4, "cpu"), (1, 1, 0, 4, "cpu"), (2, 0, 1, 4, "cpu"), (3, 1, 1, 4, "cpu"))
+def test_ranks_know_their_coordinates_and_device(world: World) -> None:
+    coordinates = world.run(lambda rank: (rank.rank, rank.tp_rank, rank.dp_rank, rank.world_size, str(rank.device)))
+    assert coordinates == ((0, 0, 0, 4, "cpu"), (1, 1, 0, 4, "cpu"), (2, 0, 1, 4, "cpu"), (3, 1, 1, 4, "cpu"))
 
 
-def test_groups_hold_the_peers_of_each_axis(world: World) -> None:
+def test_a_group_contains_the_peers_of_its_axis(world: World) -> None:
     def members(rank: Rank) -> tuple[list[int], list[int]]:
         from torch import distributed as dist
 
@@ -29,11 +29,11 @@ def test_groups_hold_the_peers_of_each_axis(world: World) -> None:
     assert world.run(members) == (([0, 1], [0, 2]), ([0, 1], [1, 3]), ([2, 3], [0, 2]), ([2, 3], [1, 3]))
 
 
-def test_groups_are_made_once(world: World) -> None:
+def test_a_group_is_created_once(world: World) -> None:
     assert world.run(lambda rank: rank.group("tp") is rank.group("tp")) == (True,) * 4
 
 
-def test_only_members_need_to_make_a_group() -> None:
+def test_creating_a_group_is_collective_over_its_members_alone() -> None:
     def reduce_in_first_group(rank: Rank) -> int:
         import torch
 
@@ -46,7 +46,7 @@ def test_only_members_need_to_make_a_group() -> None:
         assert world.run(reduce_in_first_group) == (2, 2, 1, 1)
 
 
-def test_a_group_that_is_the_world_is_the_default_one() -> None:
+def test_the_group_of_an_axis_that_spans_the_world_is_the_default_group() -> None:
     def is_world(rank: Rank) -> bool:
         from torch import distributed as dist
 
@@ -56,19 +56,19 @@ def test_a_group_that_is_the_world_is_the_default_one() -> None:
         assert world.run(is_world) == (True, True)
 
 
-def test_an_axis_that_is_not_there_is_refused(world: World) -> None:
+def test_an_unknown_axis_is_refused(world: World) -> None:
     with pytest.raises(RankFailure, match="axis='pp': expected one of dp, tp"):
         world.run(lambda rank: rank.group("pp"))
 
 
-def test_gather_brings_every_value_to_every_rank(world: World) -> None:
+def test_gather_returns_every_value_on_every_rank(world: World) -> None:
     values = world.run(lambda rank: rank.gather({"rank": rank.rank, "text": "x" * 1000 * rank.rank}))
     assert [value["rank"] for value in values[3]] == [0, 1, 2, 3]
     assert len(values[0][3]["text"]) == 3000
     assert len(set(map(str, values))) == 1
 
 
-def test_gather_carries_what_only_cloudpickle_can(world: World) -> None:
+def test_gather_takes_functions_that_only_cloudpickle_can_pickle(world: World) -> None:
     def gather_functions(rank: Rank) -> list[int]:
         number = rank.rank
         return [fn() for fn in rank.gather(lambda: number)]

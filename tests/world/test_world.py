@@ -1,4 +1,4 @@
-"""A world runs functions on every rank, and what they need is there."""
+"""A world runs functions on every rank, in an environment that is complete."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def world() -> Iterator[World]:
         yield world
 
 
-def test_results_come_by_rank(world: World) -> None:
+def test_results_are_in_the_order_of_ranks(world: World) -> None:
     assert world.run(lambda rank, factor, add: rank.rank * factor + add, 10, add=1) == (1, 11)
 
 
-def test_ranks_stay_for_the_next_run(world: World) -> None:
+def test_processes_serve_the_next_run(world: World) -> None:
     assert world.run(bodies.process_id) == world.run(bodies.process_id)
 
 
-def test_tensors_come_back(world: World) -> None:
+def test_tensors_are_returned(world: World) -> None:
     import torch
 
     assert torch.equal(world.run(lambda rank: torch.full((2,), rank.rank))[1], torch.tensor([1, 1]))
@@ -47,7 +47,7 @@ def test_functions_of_a_script_run(tmp_path: Path) -> None:
     assert done.stdout == "(0, 2)\n"
 
 
-def test_ranks_see_environment_path_and_directory_of_the_moment(
+def test_ranks_have_the_current_environment_import_path_and_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = "def here(rank):\n    import os; return os.getcwd(), os.environ['COLOUR']\n"
@@ -79,7 +79,7 @@ def test_launcher_variables_are_set(world: World, name: str, values: tuple[str |
     assert world.run(bodies.environment_variable, name) == values
 
 
-def test_a_collective_of_different_types_is_an_error_unless_told_otherwise(world: World) -> None:
+def test_a_collective_of_different_dtypes_is_an_error_unless_debugging_is_off(world: World) -> None:
     def reduce_mixed(rank: Rank) -> None:
         import torch
 
@@ -91,9 +91,9 @@ def test_a_collective_of_different_types_is_an_error_unless_told_otherwise(world
         quick.run(reduce_mixed)
 
 
-def test_ranks_draw_different_numbers_and_the_same_ones_in_every_run(world: World) -> None:
+def test_ranks_are_seeded_differently_and_equally_in_every_run(world: World) -> None:
     first, second = world.run(bodies.draw)
-    assert all(one != other for one, other in zip(first, second, strict=True))
+    assert all(number_0 != number_1 for number_0, number_1 in zip(first, second, strict=True))
     assert world.run(bodies.draw) == (first, second)
 
 
@@ -103,7 +103,7 @@ def test_a_seed_is_the_same_on_every_rank() -> None:
     assert first == second
 
 
-def test_what_ranks_print_is_kept_at_the_level_of_descriptors(world: World) -> None:
+def test_output_of_ranks_is_captured_at_descriptor_level(world: World) -> None:
     world.run(bodies.print_everywhere)
     for outcome in world.outcomes:
         assert outcome.stdout == "python to stdout\ndescriptor 1\nchild of the rank\n"
@@ -112,24 +112,24 @@ def test_what_ranks_print_is_kept_at_the_level_of_descriptors(world: World) -> N
     assert world.outcomes[0].stdout == ""
 
 
-def test_what_ranks_print_goes_on_where_it_is_not_kept(capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_of_ranks_goes_to_the_controllers_output_without_capture(capfd: pytest.CaptureFixture[str]) -> None:
     with spawn(Topology(tp=2), capture=False) as world:
         world.run(bodies.print_everywhere)
     assert capfd.readouterr().out.count("descriptor 1\n") == 2
 
 
-def test_code_under_test_may_start_its_own_group_from_the_environment() -> None:
+def test_code_under_test_may_replace_the_default_group() -> None:
     with spawn(Topology(tp=2)) as world:
         before = world.run(bodies.process_id)
-        assert world.run(bodies.start_group_again) == (3, 3)
+        assert world.run(bodies.replace_default_group) == (3, 3)
         after = world.run(bodies.process_id)
-        assert set(before).isdisjoint(after)  # a group that is not the world's own does not serve another run
+        assert set(before).isdisjoint(after)  # processes with another default group serve no other run
         assert world.run(bodies.all_reduce) == (3, 3)
 
 
-def test_code_under_test_may_serve_on_the_master_port() -> None:
+def test_code_under_test_may_listen_on_the_master_port() -> None:
     with spawn(Topology(tp=2)) as world:
-        assert world.run(bodies.meet_on_master_port) == (b"value", b"value")
+        assert world.run(bodies.use_store_on_master_port) == (b"value", b"value")
 
 
 @pytest.mark.parametrize("debug", ["DETAIL", "OFF"])
@@ -144,11 +144,11 @@ def test_data_loader_workers_run_on_ranks() -> None:
         assert world.run(bodies.load_data_with_workers) == (28, 28)
 
 
-def test_what_one_world_needs_besides_is_imported_before_its_ranks_are_forked() -> None:
+def test_extra_preload_is_imported_before_ranks_are_forked() -> None:
     def has(rank: Rank, name: str) -> bool:
         return name in sys.modules
 
-    with spawn(Topology(tp=1), also=["xml.nosuch", "nosuchmod", "xml.sax.expatreader"]) as world:
+    with spawn(Topology(tp=1), extra_preload=["xml.nosuch", "nosuchmod", "xml.sax.expatreader"]) as world:
         assert world.run(has, "xml.sax.expatreader") == (True,)
 
 
@@ -159,7 +159,7 @@ def test_deepspeed_has_no_shared_memory_all_reduce(preload: tuple[str, ...] | No
         assert world.run(bodies.has_no_shared_memory_operator) == (True,)
 
 
-def test_deepspeed_uses_the_group_that_is_there(world: World) -> None:
+def test_deepspeed_uses_the_default_group(world: World) -> None:
     pytest.importorskip("deepspeed")
 
     def deepspeed_world_size(rank: Rank) -> int:
@@ -178,34 +178,37 @@ def test_deepspeed_uses_the_group_that_is_there(world: World) -> None:
         ({"timeout": 0}, "timeout=0: expected seconds above 0, or None for no limit"),
         ({"timeout": "5"}, "timeout='5': expected seconds above 0, or None for no limit"),
         ({"timeout": float("nan")}, "timeout=nan: expected seconds above 0, or None for no limit"),
-        ({"seed": "a"}, "seed='a': expected an integer from 0 to 2**64 - 1, or None for another seed on every rank"),
+        (
+            {"seed": "a"},
+            "seed='a': expected an integer from 0 to 2**64 - 1, or None for a different seed",
+        ),
         ({"seed": 2**70}, f"seed={2**70}: expected an integer from 0 to 2**64 - 1"),
-        ({"env": {"A": 1}}, "env={'A': 1}: expected text as the value of A"),
-        ({"env": {"A=B": "1"}}, "env={'A=B': '1'}: expected names of variables: text without ="),
-        ({"env": {"A": "\ud800"}}, "expected text as the value of A"),
-        ({"env": ["A"]}, "env=['A']: expected a mapping of variables to their values, both text"),
+        ({"env": {"A": 1}}, "env={'A': 1}: expected a string as the value of A"),
+        ({"env": {"A=B": "1"}}, "env={'A=B': '1'}: expected names of variables: strings without ="),
+        ({"env": {"A": "\ud800"}}, "expected a string as the value of A"),
+        ({"env": ["A"]}, "env=['A']: expected a mapping of names to values, both strings"),
         ({"preload": "torch"}, "preload='torch': expected a sequence of module names, such as [\"torch\"]"),
         ({"preload": ["nosuchmod"]}, "preload='nosuchmod': expected modules that are installed"),
         ({"preload": [1]}, "preload=1: expected names of modules"),
-        ({"also": ["a b"]}, "also='a b': expected names of modules"),
+        ({"extra_preload": ["a b"]}, "extra_preload='a b': expected names of modules"),
         ({"device": "tpu"}, "device='tpu': expected one of cpu, cuda"),
         ({"backend": "mpi"}, "backend='mpi': expected one of gloo, nccl"),
         ({"backend": "nccl", "device": "cpu"}, "backend='nccl': expected gloo: 2 ranks on 0 GPUs"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         spawn(Topology(tp=2), **options)
 
 
-def test_a_module_that_cannot_be_imported_beforehand_is_told() -> None:
+def test_a_preloaded_module_that_fails_to_import_is_named() -> None:
     world = spawn(Topology(tp=1), preload=["json.nosuchmod"])
     with pytest.raises(UsageError, match=r"preload='json\.nosuchmod': expected modules that can be imported \(Module"):
         world.run(bodies.process_id)
 
 
 @pytest.mark.parametrize("timeout", [float("inf"), 1e12])
-def test_a_limit_may_be_longer_than_anybody_waits(world: World, timeout: float) -> None:
+def test_a_timeout_may_be_longer_than_select_accepts(world: World, timeout: float) -> None:
     before, world.timeout = world.timeout, timeout
     assert world.run(bodies.all_reduce) == (3, 3)
     with pytest.raises(UsageError, match="timeout=0: expected seconds above 0"):
@@ -225,7 +228,7 @@ def test_the_controller_needs_no_torch() -> None:
     assert imports_torch("import torch")  # the probe can fail
 
 
-def test_a_template_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forkserver_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from tpcheck import TpcheckError
 
     monkeypatch.setattr(sys, "executable", "/bin/false")
@@ -233,15 +236,15 @@ def test_a_template_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) 
         world.run(bodies.process_id)
 
 
-def test_the_template_has_one_thread(world: World) -> None:
-    """Children forked from a process with threads may wait for ever on a lock that nobody holds any more."""
+def test_the_forkserver_has_one_thread(world: World) -> None:
+    """A child forked from a process with threads may wait forever for a lock of another thread."""
 
-    def threads_of_template(rank: Rank) -> int:
+    def threads_of_forkserver(rank: Rank) -> int:
         return len(os.listdir(f"/proc/{os.getppid()}/task"))  # noqa: PTH208
 
     if not Path("/proc/self/task").exists():
         pytest.skip("no /proc here")
-    assert world.run(threads_of_template) == (1, 1)
+    assert world.run(threads_of_forkserver) == (1, 1)
 
 
 @pytest.mark.parametrize("device", ["cuda"])

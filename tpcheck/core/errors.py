@@ -72,6 +72,7 @@ class RankOutcome:
         exit_code: For `died` without a signal.
         signal: Name of the signal, such as `SIGKILL`, for `died` by a signal.
         collective: The torch.distributed call that the rank was waiting in, where it can be told.
+        place: The innermost line of code outside of libraries that the rank was at (`hung`, `stopped`).
         stdout: What the rank wrote to descriptor 1 during this run.
         stderr: What the rank wrote to descriptor 2 during this run.
         details: What the exception carried in its `tpcheck_details` attribute (any picklable value).
@@ -85,6 +86,7 @@ class RankOutcome:
     exit_code: int | None = None
     signal: str | None = None
     collective: str | None = None
+    place: str | None = None
     stdout: str = ""
     stderr: str = ""
     details: Any = None

@@ -17,7 +17,7 @@ from tpcheck.model.arguments import LayoutSource, check_names, custom_backend, d
 from tpcheck.numerics.tolerance import NUM_REPLAYS
 from tpcheck.report.report import Report
 from tpcheck.world.attach import attach, is_launched
-from tpcheck.world.preload import OF_ZERO
+from tpcheck.world.preload import ZERO_PRELOAD
 from tpcheck.world.world import spawn
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _spawned_answers(request: Request, topology: Topology, timeout: float) -> tu
     from tpcheck.model.rank_run import verify_on_rank
 
     try:
-        with spawn(topology, timeout=timeout, also=OF_ZERO if request.zero_stage else ()) as world:
+        with spawn(topology, timeout=timeout, extra_preload=ZERO_PRELOAD if request.zero_stage else ()) as world:
             return world.run(verify_on_rank, request)
     except RankFailure as failure:
         if _COLLECTIVES_DIFFER not in str(failure.exception):

@@ -1,7 +1,7 @@
 """pytest plugin `tpcheck`: a marked test's body runs on every rank of a world.
 
-Cut by role: `options`, `marker` and `fixtures` are what users write; `controller` runs items in pytest's process, where
-torch is not needed; `body` is what every rank calls; `report` turns how ranks ended into what pytest shows.
+`options` and `fixtures` are what users write; `controller` and `body_runner` run tests in pytest's process, which needs
+no torch; `run_on_rank` is what every rank calls; `failure_report` turns the outcomes of ranks into what pytest shows.
 """
 
 from tpcheck.pytest_plugin.controller import (

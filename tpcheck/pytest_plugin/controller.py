@@ -1,72 +1,74 @@
-"""pytest's side: checks what a marked test asks for, runs its body on ranks, and reports how they ended."""
+"""The hooks in pytest's process: check the marker of a test, run its body on ranks, report their outcomes."""
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import pytest
 
 from tpcheck.core.errors import RankOutcome, UsageError
-from tpcheck.pytest_plugin import report
+from tpcheck.pytest_plugin.body_runner import BodyRunner, is_hypothesis_test, run_examples, test_function
+from tpcheck.pytest_plugin.failure_report import captured_sections, failure_repr, origin_of
 from tpcheck.pytest_plugin.fixtures import tp_spawn
-from tpcheck.pytest_plugin.options import WorldRequest, is_marked, marked_request, options_of, preloaded
-from tpcheck.pytest_plugin.report import origin_of
-from tpcheck.pytest_plugin.runner import BodyRunner, inner_test, is_given, run_examples
-from tpcheck.world import launcher
+from tpcheck.pytest_plugin.options import is_marked, marked_world, options_of, preload_of
+from tpcheck.pytest_plugin.run_on_rank import ASYNC_MESSAGE
 from tpcheck.world.environment import visible_gpus
+from tpcheck.world.forkserver_client import get_forkserver
+from tpcheck.world.world import World
 
-_UNMARKED = "tp_rank exists on the ranks of a world alone: mark the test with `@pytest.mark.tpcheck(tp=2)`"
-_ASYNC = "async tests do not run on ranks: start the event loop inside the body, as with asyncio.run"
-_NOT_A_FUNCTION = "marked `tpcheck`, which works on test functions and methods of plain classes, not on unittest's"
-_request_key = pytest.StashKey[WorldRequest]()
+_UNMARKED = "tp_rank exists only on the ranks of a world: mark the test with `@pytest.mark.tpcheck(tp=2)`"
+_NOT_A_FUNCTION = "the marker `tpcheck` works on test functions and methods of plain classes, not of unittest.TestCase"
+_open_world_key = pytest.StashKey[Callable[[], World]]()
 _outcomes_key = pytest.StashKey[Iterable[RankOutcome]]()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the process that ranks are forked from, if a test will need it; it is ready some seconds later."""
+    """Start the forkserver if a test needs it; it is ready some seconds later."""
     config = session.config
     num_tests = sum(1 for item in session.items if is_marked(item) or tp_spawn.__name__ in _fixture_names(item))
-    num_workers = getattr(config, "workerinput", {}).get("workercount", 1)  # under xdist: each has a share of the tests
+    num_workers = getattr(config, "workerinput", {}).get(
+        "workercount", 1
+    )  # under xdist each worker runs a part of the tests
     if config.getoption("collectonly") or config.getoption("setuponly") or num_tests < num_workers:
         return
     options = options_of(config)
     uses_gpus = options.device != "cpu" and visible_gpus(os.environ) > 0
-    launcher.template("cuda" if uses_gpus else "cpu", preloaded(options))
+    get_forkserver("cuda" if uses_gpus else "cpu", preload_of(options))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Refuse a test that cannot run on ranks, before any fixture is made for it."""
+    """Fail a test that cannot run on ranks, before its fixtures are set up."""
     if is_marked(item):
-        found = _request(item)
-        if isinstance(found, str):
-            pytest.fail(found, pytrace=False)
-        item.stash[_request_key] = found
+        open_world = _world_factory(item)
+        if isinstance(open_world, str):
+            pytest.fail(open_world, pytrace=False)
+        item.stash[_open_world_key] = open_world
     elif "tp_rank" in _fixture_names(item):
         pytest.fail(_UNMARKED, pytrace=False)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object | None:
-    """Run the body on ranks, in the place where pytest would call the function."""
-    request = pyfuncitem.stash.get(_request_key, None)
-    if request is None:
+    """Run the body on ranks instead of calling the function here."""
+    open_world = pyfuncitem.stash.get(_open_world_key, None)
+    if open_world is None:
         return None
     fixtures = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
-    usage: UsageError | None = None
-    with BodyRunner(pyfuncitem, request.open) as runner:
+    usage_error: UsageError | None = None
+    with BodyRunner(pyfuncitem, open_world) as runner:
         try:
             _run(pyfuncitem, runner, fixtures)
         except UsageError as error:
-            if origin_of(error) is not None:  # what the body raised
+            if origin_of(error) is not None:  # the body raised it
                 raise
-            usage = error
+            usage_error = error
         finally:
             pyfuncitem.stash[_outcomes_key] = runner.outcomes
-    if usage is not None:
-        pytest.fail(f"UsageError: {usage}", pytrace=False)
+    if usage_error is not None:
+        pytest.fail(f"UsageError: {usage_error}", pytrace=False)
     return True
 
 
@@ -74,38 +76,38 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object | None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Show the culprit's own account of a failure, and what every rank printed."""
-    made = yield
+    """Show the failure as the rank saw it, and what every rank printed."""
+    test_report = yield
     if call.when == "call" and _outcomes_key in item.stash:
-        made.sections.extend(report.captured_sections(item.stash[_outcomes_key], call.excinfo))
-        if call.excinfo is not None and not isinstance(made.longrepr, tuple):  # skips are told by a tuple
-            made.longrepr = report.failure_repr(call.excinfo, made.longrepr)
-    return made
+        test_report.sections.extend(captured_sections(item.stash[_outcomes_key], call.excinfo))
+        if call.excinfo is not None and not isinstance(test_report.longrepr, tuple):  # a skip
+            test_report.longrepr = failure_repr(call.excinfo, test_report.longrepr)
+    return test_report
 
 
-def _request(item: pytest.Item) -> WorldRequest | str:
-    """Return the world that a marked test asks for, or what is wrong with the test."""
+def _world_factory(item: pytest.Item) -> Callable[[], World] | str:
+    """Return what opens the world of a marked test, or why the test cannot run on ranks."""
     if not isinstance(item, pytest.Function) or _is_unittest(item):
         return _NOT_A_FUNCTION
-    if _is_async(inner_test(item)):
-        return _ASYNC
+    if _is_async(test_function(item)):
+        return ASYNC_MESSAGE
     try:
-        request = marked_request(item, options_of(item.config))
-        request.open().close()  # starts no process: it checks the rest
+        open_world = marked_world(item, options_of(item.config))
+        open_world().close()  # checks the arguments; starts no process
     except UsageError as error:
         return f"UsageError in pytest.mark.tpcheck: {error}"
-    return request
+    return open_world
 
 
 def _run(item: pytest.Function, runner: BodyRunner, fixtures: dict[str, Any]) -> None:
     __tracebackhide__ = True
-    if not is_given(item):
+    if not is_hypothesis_test(item):
         runner.run(fixtures)
     elif options_of(item.config).fresh:
-        run_examples(item, fixtures, runner.run_fresh)
+        run_examples(item, fixtures, runner.run_in_new_processes)
     else:
         runner.prepare()
-        run_examples(item, fixtures, runner.run_again)
+        run_examples(item, fixtures, runner.run_example)
 
 
 def _fixture_names(item: pytest.Item) -> list[str]:

@@ -1,4 +1,4 @@
-"""What pytest's process and the ranks say to each other about one test."""
+"""What pytest's process and the ranks send to each other about one test."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from enum import Enum
 from typing import Any, Literal
 
 
-class Argument(Enum):
-    """Stands in a body's arguments for what only the rank itself has."""
+class Placeholder(Enum):
+    """Stands in the arguments of a test for what only exists on a rank."""
 
     RANK = "rank"
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleFile:
-    """A module that pytest imported by its path, and the name it has there."""
+    """A module that pytest imported by its path, and its name."""
 
     path: str
     name: str
@@ -26,12 +26,12 @@ class TestReference:
     """Where a rank finds the test: it imports the module as pytest did, and looks the names up.
 
     Attributes:
-        imports: Modules to import, the test's own last.
+        imports: Modules to import; the last one defines the test.
         qualname: Names to look up in it, the test's class included, with dots.
-        has_instance: The test is a method, called on an instance of its own.
+        has_instance: The test is a method, called on a new instance.
     """
 
-    __test__ = False  # its name looks like a test class
+    __test__ = False  # pytest collects classes of this name
 
     imports: tuple[ModuleFile, ...]
     qualname: str
@@ -40,7 +40,7 @@ class TestReference:
 
 @dataclass(frozen=True, slots=True)
 class PytestSettings:
-    """What a rank needs to know of pytest's configuration, to import and explain as pytest does.
+    """What a rank needs of pytest's configuration to import modules and explain asserts as pytest does.
 
     Attributes:
         invocation_dir: Paths are shown relative to it.
@@ -60,7 +60,7 @@ class PytestSettings:
 
 @dataclass(frozen=True, slots=True)
 class WarningFilter:
-    """One entry of `warnings.filters`; the category by name, because ranks may lack its module."""
+    """One entry of `warnings.filters`; the category by name, because a rank may not have its module."""
 
     action: str
     message: str
@@ -70,17 +70,17 @@ class WarningFilter:
 
 
 @dataclass(frozen=True, slots=True)
-class Body:
+class BodyCall:
     """One call of a test's body.
 
-    Pickled parts are loaded only when the test's module is there, which may define what is in them.
+    Pickled parts are loaded after the test's module is imported, which may define what they contain.
 
     Attributes:
         settings: Pickled `PytestSettings`; the same bytes in every call of a session.
-        test: Where the function is, or None: then `function` holds it by value.
-        function: Pickled function, None where `test` says where it is.
+        test: Where the function is, None where `function` contains it.
+        function: Pickled function, None where `test` names it.
         arguments: Pickled, by name.
-        instance: Pickled attributes of the test's instance.
+        attributes: Pickled attributes of the test's instance.
     """
 
     nodeid: str
@@ -89,12 +89,12 @@ class Body:
     test: TestReference | None
     function: bytes | None
     arguments: bytes
-    instance: bytes
+    attributes: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class RankWarning:
-    """A warning that a body gave."""
+    """A warning that the body issued."""
 
     category: tuple[str, str]
     message: str
@@ -104,10 +104,10 @@ class RankWarning:
 
 @dataclass(frozen=True, slots=True)
 class BodyPassed:
-    """The body of one rank came to its end.
+    """The body returned on one rank.
 
     Attributes:
-        returned: Type of what it returned, where that is not None.
+        returned: Type of what it returned, None where it returned None.
     """
 
     rank: int
@@ -116,7 +116,7 @@ class BodyPassed:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class FrameLocation:
     filename: str
     lineno: int
     function: str
@@ -124,21 +124,21 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class BodyFailed:
-    """How the body of one rank ended otherwise; travels as its exception's `tpcheck_details`.
+    """How the body raised on one rank; sent as the `tpcheck_details` of its exception.
 
     Attributes:
         verdict: What pytest makes of such an exception.
-        reason: What was said to skip or xfail.
-        is_victim: It only says that another rank went away.
-        longrepr: pytest's own representation of it (`ExceptionRepr`).
-        exception: Pickled `ExceptionParts`.
-        places: The frames that a reader sees, outermost first.
+        reason: The reason of a skip or xfail.
+        is_communication: The exception only says that another rank failed or is missing.
+        longrepr: pytest's representation of the exception (`ExceptionRepr`).
+        exception: The exception as `pickle_exception` returns it.
+        frames: The frames that the traceback shows, outermost first.
     """
 
     verdict: Literal["failed", "skipped", "xfailed"]
     reason: str
-    is_victim: bool
+    is_communication: bool
     longrepr: Any
     exception: bytes
-    places: tuple[Place, ...]
+    frames: tuple[FrameLocation, ...]
     warnings: tuple[RankWarning, ...]

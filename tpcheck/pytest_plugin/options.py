@@ -1,36 +1,37 @@
-"""What a test and a session ask for: command line options, ini settings, and the marker."""
+"""The command line options, the ini settings, and the marker."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import pytest
 
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
-from tpcheck.world.preload import DEFAULT
-from tpcheck.world.world import World, checked_seed, spawn
+from tpcheck.world.preload import DEFAULT_PRELOAD
+from tpcheck.world.world import World, spawn
 
 _MARKER = (
     "tpcheck(tp=, dp=, timeout=, device=, backend=, seed=): run the test's body on every rank of a world of this "
-    "topology. At least one axis is named. timeout: seconds, None for no limit; device: cpu or cuda; backend: gloo or "
-    "nccl; seed: the same on every rank, else each rank has its own."
+    "topology. Name at least one axis. timeout: seconds, None for no limit; device: cpu or cuda; backend: gloo or "
+    "nccl; seed: the same on every rank (default: a different one on each)."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What holds where a marker does not say otherwise.
+    """What applies where the marker of a test sets nothing else.
 
     Attributes:
         timeout: Seconds, None for no limit.
         device: `cpu`, `cuda` or None, as for `tpcheck.spawn`.
         backend: `gloo`, `nccl` or None, as for `tpcheck.spawn`.
-        fresh: Every example of a `@given` test gets processes of its own.
-        preload: Imported before ranks are forked, besides what tpcheck imports anyway.
-        capture: Keep what ranks print, rather than let it through.
+        fresh: Every example of a `@given` test runs in new processes.
+        preload: Modules imported before ranks are forked, beside the defaults.
+        capture: Capture what ranks print.
     """
 
     timeout: float | None
@@ -47,15 +48,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--tpcheck-timeout",
         type=float,
         metavar="SECONDS",
-        help="time that a marked test's body may take, 0 for no limit (default: 60); its marker goes first",
+        help="limit for the body of a marked test, 0 for none (default: 60); the marker overrides it",
     )
-    group.addoption("--tpcheck-device", choices=("cpu", "cuda"), help="where ranks compute; a marker goes first")
-    group.addoption("--tpcheck-backend", choices=("gloo", "nccl"), help="how ranks communicate; a marker goes first")
+    group.addoption("--tpcheck-device", choices=("cpu", "cuda"), help="device of the ranks; the marker overrides it")
+    group.addoption(
+        "--tpcheck-backend", choices=("gloo", "nccl"), help="backend of process groups; the marker overrides it"
+    )
     group.addoption(
         "--tpcheck-fresh",
         action="store_true",
         default=None,
-        help="never reuse workers: every example of a @given test gets fresh processes, too",
+        help="run every example of a @given test in new processes",
     )
     parser.addini("tpcheck_timeout", "default of --tpcheck-timeout", default="60")
     parser.addini("tpcheck_device", "default of --tpcheck-device", default="")
@@ -63,7 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("tpcheck_fresh", "default of --tpcheck-fresh", type="bool", default=False)
     parser.addini(
         "tpcheck_preload",
-        "slow modules of yours, imported once rather than by every rank; they must run no tensor operation meanwhile",
+        "modules to import once, before ranks are forked; they must not run tensor operations when imported",
         type="args",
         default=[],
     )
@@ -71,7 +74,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", _MARKER)
-    options_of(config)  # a bad setting is told before any test runs
+    options_of(config)  # raises for a wrong setting before any test runs
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -124,42 +127,12 @@ _AXES = tuple(field.name for field in fields(Topology))
 _SETTINGS = ("timeout", "device", "backend", "seed")
 
 
-@dataclass(frozen=True, slots=True)
-class WorldRequest:
-    """A world that can be opened any number of times; see `tpcheck.spawn` for what the attributes mean."""
-
-    topology: Topology
-    timeout: float | None
-    device: str | None
-    backend: str | None
-    seed: int | None
-    preload: tuple[str, ...] | None
-    capture: bool
-
-    def open(self, env: Mapping[str, str] | None = None) -> World:
-        """Return a new world.
-
-        Raises:
-            UsageError: The request is wrong, or asks for GPUs that are not there.
-        """
-        return spawn(
-            self.topology,
-            timeout=self.timeout,
-            device=self.device,
-            backend=self.backend,
-            preload=self.preload,
-            seed=self.seed,
-            capture=self.capture,
-            env=env,
-        )
-
-
 def is_marked(item: pytest.Item) -> bool:
     return item.get_closest_marker(MARKER) is not None
 
 
-def marked_request(item: pytest.Item, options: Options) -> WorldRequest:
-    """Return what the item's markers ask for; a marker closer to the test overrides those of its class and module.
+def marked_world(item: pytest.Item, options: Options) -> Callable[..., World]:
+    """Return `spawn` with the arguments of the markers; a closer marker overrides those of class and module.
 
     Raises:
         UsageError: A marker is wrong.
@@ -169,32 +142,26 @@ def marked_request(item: pytest.Item, options: Options) -> WorldRequest:
         if mark.args:
             raise UsageError("pytest.mark.tpcheck", mark.args, "named arguments, such as tp=2")
         arguments.update(mark.kwargs)
-    return world_request(arguments, options)
+    return world_factory(arguments, options)
 
 
-def world_request(arguments: Mapping[str, Any], options: Options) -> WorldRequest:
-    """Return the request that these arguments (axes and settings) amount to.
+def world_factory(arguments: Mapping[str, Any], options: Options) -> Callable[..., World]:
+    """Return `spawn` with these arguments of a marker, and the options for those that it does not set.
 
     Raises:
-        UsageError: A name is not known, no axis is named, or a size is wrong.
+        UsageError: A name is unknown, no axis is named, or a size is wrong.
     """
     for name, value in arguments.items():
         if name not in (*_AXES, *_SETTINGS):
             raise UsageError(name, value, (*_AXES, *_SETTINGS))
     axes = {name: arguments[name] for name in _AXES if name in arguments}
     if not axes:
-        raise UsageError("tp", None, "the size of an axis: say how many ranks, as in tp=2")
-    return WorldRequest(
-        Topology(**axes),
-        timeout=arguments.get("timeout", options.timeout),
-        device=arguments.get("device", options.device),
-        backend=arguments.get("backend", options.backend),
-        seed=checked_seed(arguments.get("seed")),
-        preload=preloaded(options),
-        capture=options.capture,
-    )
+        raise UsageError("tp", None, "the size of an axis, such as tp=2")
+    defaults = {name: getattr(options, name) for name in ("timeout", "device", "backend", "capture")}
+    settings = {name: arguments[name] for name in _SETTINGS if name in arguments}
+    return partial(spawn, Topology(**axes), preload=preload_of(options), **{**defaults, **settings})
 
 
-def preloaded(options: Options) -> tuple[str, ...] | None:
-    """Return what to import before forking; None, tpcheck's own choice, shares its template with every other world."""
-    return (*DEFAULT, *options.preload) if options.preload else None
+def preload_of(options: Options) -> tuple[str, ...] | None:
+    """Return the modules to import before forking, None for the defaults: all worlds then share a forkserver."""
+    return (*DEFAULT_PRELOAD, *options.preload) if options.preload else None

@@ -1,6 +1,6 @@
-"""Real multi-process worlds: warm ranks, one default process group, every way to fail told apart.
+"""Worlds of real processes: ranks forked from a forkserver, with one default process group, and how they fail.
 
-Importing this package loads no torch: the controller needs none, ranks import it for themselves.
+Importing this package does not import torch: only ranks need it.
 """
 
 from tpcheck.world.attach import attach

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
-from tpcheck.world import shm_allreduce
+from tpcheck.world import deepspeed_shm_comm
 from tpcheck.world.groups import choose_backend, device_of, group_backend
 from tpcheck.world.rank import Rank
 
@@ -20,54 +20,54 @@ _LAUNCHERS = (
 
 
 def attach(topology: Topology, *, device: str | None = None, backend: str | None = None) -> Rank:
-    """Return this process's rank; initialises the default process group unless the caller has.
+    """Return the `Rank` of this process; initialise the default process group unless the caller has.
 
     Args:
-        topology: Sizes of the parallel axes; their product is the launcher's world size.
+        topology: Sizes of the parallel axes; their product equals the launcher's world size.
         device: `cpu`, `cuda`, or None for CUDA where there is a GPU for each local rank.
-        backend: `gloo`, `nccl`, or None for what suits the device.
+        backend: `gloo`, `nccl`, or None for NCCL where every local rank has a GPU, else gloo.
 
     Raises:
-        UsageError: No launcher's environment is there, or its world size is another.
+        UsageError: No launcher has set its variables, or its world size differs.
     """
     place = _place(os.environ)
     if place["world_size"] != topology.world_size:
         raise UsageError(
-            "topology", topology, f"one of {place['world_size']} ranks, as many as the launcher has started"
+            "topology", topology, f"a topology of {place['world_size']} ranks, as many as the launcher has started"
         )
-    shm_allreduce.disable()
+    deepspeed_shm_comm.disable()
     import torch
     from torch import distributed as dist
 
     num_local = _number(os.environ, "LOCAL_WORLD_SIZE", default=place["world_size"])
     num_gpus = torch.cuda.device_count() if device != "cpu" else 0
     kind = device or ("cuda" if num_gpus >= num_local else "cpu")
-    own_device = device_of(place["local_rank"], kind=kind, num_gpus=max(1, num_gpus))
+    rank_device = device_of(place["local_rank"], kind=kind, num_gpus=max(1, num_gpus))
     if kind == "cuda":
-        torch.cuda.set_device(torch.device(own_device))
+        torch.cuda.set_device(torch.device(rank_device))
     if not dist.is_initialized():
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
-                raise UsageError(name, None, "where rank 0 is to be met; set it beside the launcher's variables")
-        chosen = choose_backend(backend, kind=kind, num_gpus=num_gpus, num_ranks=num_local)
-        dist.init_process_group(group_backend(chosen), rank=place["rank"], world_size=place["world_size"])
-        if chosen == "gloo":
-            atexit.register(_leave)
-    return Rank(place["rank"], topology, device=own_device)
+                raise UsageError(name, None, "the address of rank 0; set it beside the launcher's variables")
+        group = choose_backend(backend, kind=kind, num_gpus=num_gpus, num_ranks=num_local)
+        dist.init_process_group(group_backend(group), rank=place["rank"], world_size=place["world_size"])
+        if group == "gloo":
+            atexit.register(_destroy_process_group)
+    return Rank(place["rank"], topology, device=rank_device)
 
 
 def is_launched() -> bool:
     """Return whether torchrun or srun started this process as one of several ranks.
 
-    A batch script under sbatch has srun's variables too, but no step of several tasks.
+    A batch script under sbatch has srun's variables too, but its step has one task.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return True
     return _number(os.environ, "SLURM_STEP_NUM_TASKS", default=1) > 1
 
 
-def _leave() -> None:
-    """End gloo's threads: a process that exits with them aborts now and then (3 of 30 worlds)."""
+def _destroy_process_group() -> None:
+    """End gloo's threads: a process that exits while they run sometimes aborts (3 of 30 worlds)."""
     from torch import distributed as dist
 
     if dist.is_initialized():
@@ -83,7 +83,9 @@ def _place(environ: Mapping[str, str]) -> dict[str, int]:
                 "local_rank": _number(environ, names["local_rank"], default=0),
             }
     raise UsageError(
-        "environment", "no RANK or SLURM_PROCID", "the variables that torchrun or srun set: start under one"
+        "environment",
+        "no RANK or SLURM_PROCID",
+        "the variables that torchrun or srun sets; start the script with one of them",
     )
 
 

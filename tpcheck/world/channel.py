@@ -1,4 +1,4 @@
-"""Whole messages over one Unix stream socket, with open descriptors beside them, and how values become bytes."""
+"""Messages over a Unix stream socket, with open descriptors beside them, and how values become bytes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,18 @@ def loads(pickled: bytes) -> Any:
     return pickle.loads(pickled)
 
 
+def dumps_or_none(value: Any) -> bytes | None:
+    """Return the value as bytes that load again, None where it has no such bytes."""
+    try:
+        pickled = dumps(value)
+        loads(pickled)
+    except Exception:
+        return None
+    return pickled
+
+
 def loads_or_none(pickled: bytes | None) -> Any:
-    """Return what was pickled, None where this process cannot load it."""
+    """Return the unpickled value, None where this process cannot load it."""
     if pickled is None:
         return None
     try:
@@ -32,17 +42,17 @@ def loads_or_none(pickled: bytes | None) -> Any:
         return None
 
 
-_HEADER = struct.Struct("!QB")  # bytes of the message, descriptors that travel with it
+_HEADER = struct.Struct("!QB")  # number of bytes in the message, number of descriptors beside it
 _CHUNK = 1 << 20
 _INT = array("i").itemsize
 _ANCILLARY = socket.CMSG_SPACE(16 * _INT)  # room for more descriptors than any message carries
 
 
 class Channel:
-    """One end of a connection; both ends run the same tpcheck, so plain pickle is safe and enough.
+    """One end of a connection. Both ends run the same tpcheck, so plain pickle is safe and sufficient.
 
-    `send` and `receive` block. `queue`, `flush` and `pump` never do: the controller uses them, so that no rank that is
-    stuck can make the controller wait beyond its deadline.
+    `send` and `receive` block. `queue`, `flush` and `receive_available` never do: the controller uses them, so that a
+    stuck rank cannot keep the controller beyond its deadline.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -73,7 +83,7 @@ class Channel:
         """Wait for one message.
 
         Raises:
-            EOFError: The other end is gone.
+            EOFError: The other end has closed.
         """
         while (message := self._next()) is None:
             if not (data := self.socket.recv(_CHUNK)):
@@ -85,20 +95,20 @@ class Channel:
         self._unsent += _frame(message, 0)
 
     def flush(self) -> bool:
-        """Send what fits now; tell whether something is left to send."""
+        """Send what fits now; return whether something is left to send."""
         while self._unsent:
             try:
                 sent = self.socket.send(memoryview(self._unsent)[:_CHUNK], socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
-            except OSError:  # the other end is gone: its exit status says more than this error
+            except OSError:  # the other end has closed: its exit status says more than this error
                 self._unsent.clear()
                 break
             del self._unsent[:sent]
         return bool(self._unsent)
 
-    def pump(self) -> list[tuple[Any, list[int]]]:
-        """Return every message that has arrived whole, with its descriptors; `ended` tells that no more will come."""
+    def receive_available(self) -> list[tuple[Any, list[int]]]:
+        """Return every complete message received, with its descriptors. At the end of the stream, set `ended`."""
         while not self.ended:
             try:
                 data, ancillary, _, _ = self.socket.recvmsg(_CHUNK, _ANCILLARY, socket.MSG_DONTWAIT)

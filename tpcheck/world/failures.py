@@ -1,4 +1,4 @@
-"""How a rank fails: what travels to the controller, which rank was first, and the text of a `RankFailure`."""
+"""How a rank fails: what it sends to the controller, which rank failed first, and the text of a `RankFailure`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
-from typing import Any
 
 from tpcheck.core.errors import RankOutcome
-from tpcheck.world.channel import dumps, loads
-from tpcheck.world.messages import Failure
-from tpcheck.world.output import is_announcement
+from tpcheck.world.channel import dumps_or_none
+from tpcheck.world.messages import SerializedException
+from tpcheck.world.output import is_truncation_notice
 
-# gloo, NCCL and torch's stores raise plain RuntimeError for most of what can happen to a connection.
-_WORDS = re.compile(
+# gloo, NCCL and torch's stores raise plain RuntimeError for most failures of a connection.
+_COMMUNICATION_ERROR = re.compile(
     r"connection (closed by peer|reset by peer|refused)|broken pipe|socket timeout|timed out (waiting|after)|"
     r"wait timeout|failed to pass monitoredbarrier|/gloo/transport/|remote process exited|"
     r"nccl (error|communicator was aborted)|"
@@ -26,7 +25,7 @@ _WORDS = re.compile(
 
 
 def is_communication(error: BaseException) -> bool:
-    """Tell whether this exception, or one that it was raised from or during, is about the connection to other ranks."""
+    """Return whether this exception, or one that it was raised from or during, says that a connection failed."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
@@ -38,19 +37,20 @@ def is_communication(error: BaseException) -> bool:
 
 
 def _is_communication(error: BaseException) -> bool:
-    if any(
-        base.__name__ == "DistError" for base in type(error).__mro__
-    ):  # torch.distributed's own, without importing it
+    if any(base.__name__ == "DistError" for base in type(error).__mro__):  # torch.distributed's, without importing it
         return True
-    return isinstance(error, (RuntimeError, ConnectionError, EOFError)) and _WORDS.search(str(error)) is not None
+    return (
+        isinstance(error, (RuntimeError, ConnectionError, EOFError))
+        and _COMMUNICATION_ERROR.search(str(error)) is not None
+    )
 
 
-class Kind(IntEnum):
-    """Ways to fail, the most telling first: arrival order alone would often name a victim."""
+class FailureKind(IntEnum):
+    """How a rank failed. A lower value explains a higher one on another rank: the order of arrival alone does not."""
 
     DIED = 0
     RAISED = 1
-    CAME_BACK_TWICE = 2
+    REPORTED_TWICE = 2
     LOST_CONNECTION = 3
     HUNG = 4
     HUNG_IN_COLLECTIVE = 5
@@ -60,96 +60,71 @@ class Kind(IntEnum):
 class Symptom:
     """How and when (on the machine's monotonic clock) one rank failed."""
 
-    kind: Kind
+    kind: FailureKind
     at: float
     rank: int
 
 
 def first_failed(symptoms: Iterable[Symptom]) -> int:
-    """Return the rank whose failure explains the others."""
+    """Return the rank whose failure explains those of the others."""
     return min(symptoms, key=lambda symptom: (symptom.kind, symptom.at, symptom.rank)).rank
 
 
-_OWN_MODULES = "tpcheck.world.rank_main"
-
-
-def failure_of(error: BaseException) -> Failure:
-    """Return all that can be told of the exception; nothing it does when it is printed or pickled can raise here."""
-    kind = type(error)
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+def serialized_exception(error: BaseException) -> SerializedException:
+    """Return the exception as a message; an exception whose `str()` or pickling raises does not raise here."""
+    cls = type(error)
+    name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
     details = getattr(error, "tpcheck_details", None)
-    return Failure(
+    return SerializedException(
         error_type=name,
         error=_text(error),
         traceback=_traceback(error),
         is_communication=is_communication(error),
-        exception=_pickled(error),
-        details=None if details is None else _pickled(details),
+        exception=dumps_or_none(error),
+        details=None if details is None else dumps_or_none(details),
     )
 
 
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception as broken:
-        return f"<its own str() raised {type(broken).__name__}>"
+    except Exception as str_error:
+        return f"<str() of the exception raised {type(str_error).__name__}>"
 
 
 def _traceback(error: BaseException) -> str:
     try:
-        lines = traceback.format_exception(type(error), error, _without_own_frames(error.__traceback__))
+        lines = traceback.format_exception(type(error), error, _without_frames_of_rank_main(error.__traceback__))
     except Exception:
         lines = traceback.format_tb(error.__traceback__)
     return "".join(lines)
 
 
-def _without_own_frames(trace: TracebackType | None) -> TracebackType | None:
-    """Drop the frames that called the user's function; keep all where there are no others."""
+def _without_frames_of_rank_main(trace: TracebackType | None) -> TracebackType | None:
+    """Drop the frames that called the user's function; keep all frames where there are no others."""
     link = trace
-    while link is not None and link.tb_frame.f_globals.get("__name__") == _OWN_MODULES:
+    while link is not None and link.tb_frame.f_globals.get("__name__") == "tpcheck.world.rank_main":
         link = link.tb_next
     return link or trace
 
 
-def _pickled(value: Any) -> bytes | None:
-    """Return the value as bytes that are known to load again, else None."""
-    try:
-        pickled = dumps(value)
-        loads(pickled)
-    except Exception:
-        return None
-    return pickled
-
-
-_LINES_OF_CULPRIT = 100
-_LINES_OF_OTHERS = 15
-_FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+), in (?P<function>.*)$')
-# What a rank is in while it makes an exception ready to travel: the function itself is over.
-_REPORTING = ("/tpcheck/world/failure.py", "/tpcheck/pytest_plugin/rank_failure.py")
-_LIBRARY = (
-    "/tpcheck/world/",
-    "/tpcheck/pytest_plugin/",
-    "/site-packages/",
-    "/dist-packages/",
-    "/lib/python",
-    "<frozen",
-    "<string>",
-)
+_OUTPUT_LINES_OF_FIRST = 100
+_OUTPUT_LINES_OF_OTHERS = 15
 
 
 def failure_text(outcomes: tuple[RankOutcome, ...], *, first: int, timeout: float | None) -> str:
-    """Return the whole report of a failed run."""
-    culprit = outcomes[first]
+    """Return the message of a failed run: the rank that failed first, then the others, then what they printed."""
+    first_outcome = outcomes[first]
     others = [outcome for outcome in outcomes if outcome.rank != first]
-    parts = [f"rank {first} of {len(outcomes)} {_headline(culprit, timeout)}"]
-    if culprit.traceback:
-        parts.append(culprit.traceback.rstrip())
+    parts = [f"rank {first} of {len(outcomes)} {_headline(first_outcome, timeout)}"]
+    if first_outcome.traceback:
+        parts.append(first_outcome.traceback.rstrip())
     if others:
-        parts.append("\n".join(f"rank {outcome.rank}: {one_line(outcome, culprit)}" for outcome in others))
-    parts += [f"rank {other.rank}:\n{other.traceback}" for other in others if other.state == "hung" and other.traceback]
-    parts += _captured(culprit, _LINES_OF_CULPRIT)
-    for other in others:
-        parts += _captured(other, _LINES_OF_OTHERS)
+        parts.append("\n".join(f"rank {outcome.rank}: {one_line(outcome, first_outcome)}" for outcome in others))
+    parts += [f"rank {hung.rank}:\n{hung.traceback}" for hung in others if hung.state == "hung" and hung.traceback]
+    parts += _captured(first_outcome, _OUTPUT_LINES_OF_FIRST)
+    for outcome in others:
+        parts += _captured(outcome, _OUTPUT_LINES_OF_OTHERS)
     return "\n\n".join(parts)
 
 
@@ -162,17 +137,17 @@ def _headline(outcome: RankOutcome, timeout: float | None) -> str:
     return f"hung: no answer{limit}, {_activity(outcome)}"
 
 
-def one_line(outcome: RankOutcome, culprit: RankOutcome) -> str:
-    """Return how a rank ended that is not the culprit."""
+def one_line(outcome: RankOutcome, first: RankOutcome) -> str:
+    """Return how a rank ended; `first` is the outcome of the rank that failed first."""
     if outcome.state == "returned":
         return "had returned"
     if outcome.state == "raised":
-        same = (outcome.error_type, outcome.error) == (culprit.error_type, culprit.error)
+        if outcome.error_type is None:
+            return "raised, too (stopped before it could report the exception)"
+        same = (outcome.error_type, outcome.error) == (first.error_type, first.error)
         return f"raised the same {outcome.error_type}" if same else _raised(outcome)
     if outcome.state == "died":
         return _died(outcome)
-    if outcome.state == "stopped" and _is_reporting(outcome):
-        return "was raising, too"
     return f"{'stopped while' if outcome.state == 'stopped' else 'hung'} {_activity(outcome)}"
 
 
@@ -189,28 +164,9 @@ def _died(outcome: RankOutcome) -> str:
 
 def _activity(outcome: RankOutcome) -> str:
     if outcome.traceback is None:
-        return "at a place it did not show"
-    what = f"waiting in {outcome.collective}" if outcome.collective else "not in a collective"
-    place = _place(outcome.traceback)
-    return f"{what}, at {place}" if place else what
-
-
-def _place(stack: str) -> str | None:
-    """Return the innermost place in the user's own code, else in any code."""
-    frames = _frames(stack)
-    own = [frame for frame in frames if not any(part in frame["file"] for part in _LIBRARY)]
-    if not frames:
-        return None
-    frame = (own or frames)[-1]
-    return f"{frame['file']}:{frame['line']} in {frame['function']}"
-
-
-def _is_reporting(outcome: RankOutcome) -> bool:
-    return any(frame["file"].endswith(_REPORTING) for frame in _frames(outcome.traceback or ""))
-
-
-def _frames(stack: str) -> list[re.Match[str]]:
-    return [match for line in stack.splitlines() if (match := _FRAME.match(line))]
+        return "at an unknown place (no stack)"
+    activity = f"waiting in {outcome.collective}" if outcome.collective else "not in a collective"
+    return f"{activity}, at {outcome.place}" if outcome.place else activity
 
 
 def _captured(outcome: RankOutcome, num_lines: int) -> list[str]:
@@ -222,7 +178,7 @@ def _captured(outcome: RankOutcome, num_lines: int) -> list[str]:
 
 def _last(text: str, num_lines: int) -> str:
     lines = text.rstrip().splitlines()
-    cut = [lines.pop(0)] if is_announcement(lines[0]) else []
+    notice = [lines.pop(0)] if is_truncation_notice(lines[0]) else []
     if len(lines) <= num_lines:
-        return "\n".join([*cut, *lines])
-    return "\n".join([*cut, f"... ({len(lines) - num_lines} lines more)", *lines[-num_lines:]])
+        return "\n".join([*notice, *lines])
+    return "\n".join([*notice, f"... ({len(lines) - num_lines} earlier lines)", *lines[-num_lines:]])

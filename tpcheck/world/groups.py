@@ -1,4 +1,4 @@
-"""How the ranks of a world find each other, and their process groups: the default one, and one per axis."""
+"""How the ranks of a world meet, and their process groups: the default group, and one per axis."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-# The controller's deadline ends what hangs, and shows every stack. A second clock in the group would only break in on a
-# person who sits at a rank's debugger.
+# The controller's deadline ends a run that hangs, and shows every stack. A timeout of the group would only interrupt a
+# person who debugs a rank.
 NO_TIMEOUT = timedelta(days=1)
 
 
 def reserve_port() -> socket.socket:
-    """Return a socket that keeps a port out of everybody else's hands for as long as it is open.
+    """Return a socket that reserves a port for as long as it is open.
 
-    It is bound and does not listen, so that code under test can still serve on MASTER_PORT: with SO_REUSEADDR on both,
-    as torch's TCPStore sets it, Linux allows the second bind, while it hands the port to nobody who asks for any.
+    It is bound and does not listen, so that code under test can still serve on MASTER_PORT: with SO_REUSEADDR on both
+    sockets, as torch's TCPStore sets it, Linux allows the second bind, and gives the port to no process that asks for
+    any free port.
     """
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -37,23 +38,23 @@ def reserve_port() -> socket.socket:
     return sock
 
 
-def store(scratch: Path, name: str, world_size: int) -> Store:
+def file_store(scratch: Path, name: str, world_size: int) -> Store:
     """Return the store of this name, the same for every rank of the world."""
-    from torch._C._distributed_c10d import (  # torch.distributed has them, but does not export them
+    from torch._C._distributed_c10d import (  # torch.distributed does not export them
         FileStore,
         PrefixStore,
     )
 
-    file_store = FileStore(str(scratch / "store"), world_size)
-    file_store.set_timeout(NO_TIMEOUT)
-    return PrefixStore(name, file_store)
+    store = FileStore(str(scratch / "store"), world_size)
+    store.set_timeout(NO_TIMEOUT)
+    return PrefixStore(name, store)
 
 
-def serve_env(scratch: Path) -> None:
-    """Make `init_process_group()` and other `env://` rendezvous of code under test meet in this world's file, too."""
+def use_file_store_for_env_rendezvous(scratch: Path) -> None:
+    """Make `init_process_group()` and other `env://` rendezvous of code under test use this world's file store."""
     rendezvous = import_module("torch.distributed.rendezvous")  # torch.distributed.rendezvous is also a function
     handlers: dict[str, Any] | None = getattr(rendezvous, "_rendezvous_handlers", None)
-    if handlers is not None:  # private: without it env:// still works, over MASTER_PORT
+    if handlers is not None:  # a private name: without it env:// works over MASTER_PORT
         handlers["env"] = _env_handler(scratch)
 
 
@@ -63,10 +64,10 @@ def _env_handler(scratch: Path) -> Callable[..., Iterator[tuple[Store, int, int]
     def handler(url: str, timeout: timedelta = NO_TIMEOUT, **_: Any) -> Iterator[tuple[Store, int, int]]:
         query = parse_qs(urlparse(url).query)
         rank, world_size = (int(query.get(name, [os.environ[name.upper()]])[0]) for name in ("rank", "world_size"))
-        env_store = store(scratch, f"env{next(attempts)}", world_size)
+        env_store = file_store(scratch, f"env{next(attempts)}", world_size)
         env_store.set_timeout(timeout)
         yield env_store, rank, world_size
-        raise RuntimeError("Unable to perform rerendezvous using env:// method")  # torch's own words
+        raise RuntimeError("Unable to perform rerendezvous using env:// method")  # as torch does
 
     return handler
 
@@ -74,8 +75,8 @@ def _env_handler(scratch: Path) -> Callable[..., Iterator[tuple[Store, int, int]
 BACKENDS = ("gloo", "nccl")
 
 
-def start_default_group(store: Store, *, rank: int, world_size: int, device: str, backend: str) -> None:
-    """Initialise torch's default process group; on GPUs it carries CPU tensors as well."""
+def init_default_group(store: Store, *, rank: int, world_size: int, device: str, backend: str) -> None:
+    """Initialise torch's default process group; on GPUs it takes CPU tensors as well."""
     import torch
 
     if device.startswith("cuda"):
@@ -87,12 +88,12 @@ def start_default_group(store: Store, *, rank: int, world_size: int, device: str
 
 
 def group_backend(backend: str) -> str:
-    """Return torch's name for it: objects (and `Rank.gather`) travel as CPU tensors, which NCCL does not carry."""
+    """Return the backend as torch names it: `Rank.gather` sends CPU tensors, which NCCL does not take."""
     return "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
 
 
 def device_of(local_rank: int, *, kind: str, num_gpus: int) -> str:
-    """Return the device of a rank; ranks share GPUs where there are fewer of them."""
+    """Return the device of a rank; ranks share GPUs where there are fewer GPUs than ranks."""
     return f"cuda:{local_rank % num_gpus}" if kind == "cuda" else "cpu"
 
 
@@ -100,7 +101,7 @@ def choose_backend(backend: str | None, *, kind: str, num_gpus: int, num_ranks: 
     """Return gloo or nccl.
 
     Raises:
-        UsageError: NCCL was asked for where ranks do not have a GPU each: it would hang or refuse.
+        UsageError: The backend is unknown, or NCCL where ranks share a GPU: NCCL then hangs or refuses.
     """
     has_own_gpu = kind == "cuda" and num_gpus >= num_ranks
     if backend is None:
@@ -113,7 +114,7 @@ def choose_backend(backend: str | None, *, kind: str, num_gpus: int, num_ranks: 
 
 
 def axis_group(topology: Topology, rank: int, axis: str) -> ProcessGroup:
-    """Return a group of this rank's peers on the axis; only they need to call."""
+    """Return a group of this rank's peers on the axis. Collective over these peers alone."""
     from torch import distributed as dist
 
     peers = topology.peers(rank, axis)

@@ -1,4 +1,4 @@
-"""What controller, template and ranks say to each other."""
+"""The messages that controller, forkserver and ranks send to each other."""
 
 from __future__ import annotations
 
@@ -6,47 +6,49 @@ from dataclasses import dataclass
 
 from tpcheck.core.topology import Topology
 
-# controller -> template, over the template's own channel
+# controller -> forkserver, over the forkserver's own channel
 
 
 @dataclass(frozen=True, slots=True)
-class Open:
-    """Start a world; its channel travels with this message.
+class OpenWorld:
+    """Start a world; the descriptor of its channel travels with this message.
 
     Attributes:
-        also: Modules to import first, where that has not been done.
+        scratch: Folder of the world.
+        port: MASTER_PORT of its ranks.
+        extra_preload: Modules to import before ranks are forked.
     """
 
     scratch: str
     port: int
-    also: tuple[str, ...]
+    extra_preload: tuple[str, ...]
 
 
-# template -> controller, over the template's own channel
+# forkserver -> controller, over the forkserver's own channel
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class ForkserverReady:
     """The imports are done.
 
     Attributes:
         num_gpus: GPUs that torch can use, counted without initialising CUDA.
-        broken: Packages that are installed but fail to import, with the error.
-        scratch: Folder for the worlds' own ones. It goes with the template, so that a controller which dies between two
-            steps leaves none of them.
+        import_errors: Modules that are installed but fail to import, with the error.
+        scratch: Parent folder of the worlds' folders. The forkserver removes it when it exits, so that a controller
+            that is killed leaves none of them.
     """
 
     num_gpus: int
-    broken: dict[str, str]
+    import_errors: dict[str, str]
     scratch: str
 
 
-# controller -> template, over a world's channel
+# controller -> forkserver, over a world's channel
 
 
 @dataclass(frozen=True, slots=True)
-class Fork:
-    """Start one rank. Control socket, stdout, stderr and the file for its stacks travel with this message."""
+class ForkRank:
+    """Fork one rank. Descriptors of its channel, stdout, stderr and stack file travel with this message."""
 
     rank: int
     topology: Topology
@@ -60,66 +62,65 @@ class Fork:
 
 
 @dataclass(frozen=True, slots=True)
-class Signal:
-    """Send a signal to those of these ranks that still run."""
+class SignalRanks:
+    """Send a signal to each of these ranks that still runs."""
 
     ranks: tuple[int, ...]
     number: int
 
 
 @dataclass(frozen=True, slots=True)
-class End:
-    """Kill every rank, wait for it, remove what it left behind; answered by `Ended`."""
+class EndWorld:
+    """Kill every rank, wait for it, remove what it left behind; answered by `WorldEnded`."""
 
 
-# template -> controller, over a world's channel
+# forkserver -> controller, over a world's channel
 
 
 @dataclass(frozen=True, slots=True)
-class Forked:
+class RankForked:
     rank: int
     pid: int
 
 
 @dataclass(frozen=True, slots=True)
-class Exited:
-    """A rank is gone; `status` is what waitpid said."""
+class RankExited:
+    """A rank has exited; `status` is what waitpid returned."""
 
     rank: int
     status: int
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """Nothing of this world is left."""
+class WorldEnded:
+    """No process or file of this world is left."""
 
 
 # controller -> rank
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunFunction:
     """Call the pickled `(fn, args, kwargs)`."""
 
-    number: int
     call: bytes
     seed: int | None
 
 
 @dataclass(frozen=True, slots=True)
-class Leave:
-    """Flush and say `Left`, then exit at the second `Leave`."""
+class Exit:
+    """Flush and answer `ReadyToExit`; exit at the second `Exit`, when every rank is ready."""
 
 
 # rank -> controller
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """An exception as far as it can travel.
+class SerializedException:
+    """An exception in a form that every process can load.
 
     Attributes:
-        is_communication: The exception only says that another rank went away or did not come.
+        is_communication: The exception only says that another rank failed or is missing.
         exception: The pickled exception, None where it does not survive pickling.
         details: The pickled `tpcheck_details` of the exception.
     """
@@ -133,38 +134,40 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """What the function returned; `kind` names its type for a process that cannot load it."""
+class SerializedResult:
+    """The pickled return value, and the name of its type for a process that cannot load it."""
 
     pickled: bytes
-    kind: str
+    type_name: str
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """The one answer of one rank to one run.
+class RankReport:
+    """The answer of one rank to one run.
 
     Attributes:
-        at: When the function ended, on the clock that all processes of the machine share.
-        result: None after a failure.
-        reusable: The rank still has the default group it started with.
+        at: When the function ended, on the monotonic clock that all processes of the machine share.
+        outcome: What the function returned or raised.
+        reusable: The rank still has the default group that it started with.
     """
 
-    number: int
     pid: int
     at: float
-    result: Result | None
-    failure: Failure | None
+    outcome: SerializedResult | SerializedException
     reusable: bool
+
+    @property
+    def exception(self) -> SerializedException | None:
+        return self.outcome if isinstance(self.outcome, SerializedException) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Debugging:
-    """A person is at this rank's prompt (or has left it): the deadline waits."""
+    """A debugger prompt has opened (or closed) on this rank: the deadline is suspended meanwhile."""
 
     active: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
-    """Everything is flushed; nothing is lost from here on."""
+class ReadyToExit:
+    """All output is flushed."""

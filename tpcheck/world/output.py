@@ -1,4 +1,4 @@
-"""What a rank leaves behind for the controller to read: its output, and its Python stacks when it does not answer."""
+"""The output of a rank, and its Python stacks when it does not answer, as the controller reads them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import IO
 
-_LONGEST = 1 << 20  # of a rank that never stops printing, the last part is enough
-_ANNOUNCEMENT = re.compile(r"\[\.\.\. [\d.]+ MB before this\]")
+_MAX_BYTES = 1 << 20  # of a rank that prints without end, the last part is enough
+_TRUNCATION_NOTICE = re.compile(r"\[\.\.\. [\d.]+ MB before this\]")
 
 
 class Output:
-    """Three nameless files: stdout, stderr, and the stacks that faulthandler writes.
+    """Three temporary files: stdout, stderr, and the stacks that faulthandler writes.
 
-    Files, not pipes: a rank that prints much never waits for a reader, and what was written survives its writer.
+    Files, not pipes: a rank that prints much never waits for a reader, and the output survives the rank.
     """
 
     def __init__(self, *, capture: bool) -> None:
@@ -32,12 +32,12 @@ class Output:
 
     @property
     def descriptors(self) -> list[int]:
-        """Return what a rank takes as stdout, stderr and stack file."""
+        """Return the descriptors that a rank uses as stdout, stderr and stack file."""
         stacks, *captured = [file.fileno() for file in self._files]
-        return [*(captured or _own_descriptors()), stacks]
+        return [*(captured or _controller_descriptors()), stacks]
 
     def restart(self) -> None:
-        """Forget what was written: the next run begins."""
+        """Empty the files: the next run begins."""
         for file in self._files:
             # The rank's descriptor is a copy of this one and shares its position.
             os.ftruncate(file.fileno(), 0)
@@ -64,14 +64,14 @@ class Output:
             file.close()
 
 
-def is_announcement(line: str) -> bool:
-    """Tell whether this line says that what came before it was not kept."""
-    return _ANNOUNCEMENT.fullmatch(line) is not None
+def is_truncation_notice(line: str) -> bool:
+    """Return whether this line says that earlier output was dropped."""
+    return _TRUNCATION_NOTICE.fullmatch(line) is not None
 
 
-def _own_descriptors() -> list[int]:
+def _controller_descriptors() -> list[int]:
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()  # else the ranks' lines overtake those written before
+        stream.flush()  # otherwise the lines of ranks overtake earlier ones
     return [1, 2]
 
 
@@ -79,18 +79,30 @@ def _tail(file: IO[bytes]) -> str:
     size = os.fstat(file.fileno()).st_size
     if not size:
         return ""
-    before = max(0, size - _LONGEST)
-    text = os.pread(file.fileno(), _LONGEST, before).decode(errors="replace")
+    before = max(0, size - _MAX_BYTES)
+    text = os.pread(file.fileno(), _MAX_BYTES, before).decode(errors="replace")
     return f"[... {math.ceil(before / 1e5) / 10} MB before this]\n{text}" if before else text
 
 
-# One that code under test is unlikely to use. faulthandler answers it even while the rank is blocked in C++.
+# A signal that code under test is unlikely to use. faulthandler handles it even while the rank is blocked in C++.
 STACK_SIGNAL: int = getattr(signal, "SIGRTMAX", signal.SIGUSR2)
 
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x")
-_CALLERS = ("/tpcheck/world/rank_main.py", "/tpcheck/pytest_plugin/body.py")
-_COMMUNICATION = ("/torch/distributed/", "/deepspeed/comm/", "/torch/autograd/function.py")
+_SERIALIZING = (
+    ("/tpcheck/world/failures.py", "serialized_exception"),
+    ("/tpcheck/pytest_plugin/run_on_rank.py", "body_failed"),
+)
+_LIBRARY_PATHS = (
+    "/tpcheck/world/",
+    "/tpcheck/pytest_plugin/",
+    "/site-packages/",
+    "/dist-packages/",
+    "/lib/python",
+    "<frozen",
+    "<string>",
+)
+_COMMUNICATION_PATHS = ("/torch/distributed/", "/deepspeed/comm/", "/torch/autograd/function.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +113,20 @@ class Frame:
 
     @property
     def is_communication(self) -> bool:
-        return any(part in self.file for part in _COMMUNICATION)
+        return any(part in self.file for part in _COMMUNICATION_PATHS)
 
     def __str__(self) -> str:
         return f'  File "{self.file}", line {self.line}, in {self.function}'
 
 
 def dump_on_signal(descriptor: int) -> None:
-    """Make this process write every thread's stack to `descriptor` when asked, and when it crashes."""
+    """Make this process write the stack of every thread to `descriptor` at `STACK_SIGNAL`, and when it crashes."""
     faulthandler.enable(file=descriptor, all_threads=True)
     faulthandler.register(STACK_SIGNAL, file=descriptor, all_threads=True, chain=False)
 
 
 def main_stack(dump: str) -> tuple[Frame, ...]:
-    """Return the frames of the thread that runs the user's function, innermost first, without those that called it."""
+    """Return the frames of the thread that runs the user's function, innermost first, up to that function."""
     threads = _threads(dump)
     if not threads:
         return ()
@@ -128,18 +140,35 @@ def as_traceback(frames: tuple[Frame, ...]) -> str:
 
 
 def collective(frames: tuple[Frame, ...]) -> str | None:
-    """Return the torch.distributed call that the innermost frames belong to, by the name its caller used."""
+    """Return the name of the torch.distributed function that the user's code is in, None where it is in none."""
     name = None
     for frame in frames:
         if not frame.is_communication:
             break
-        if frame.function != "wrapper":  # torch logs every collective through one of these
+        if frame.function != "wrapper":  # torch wraps every collective in a logging function of this name
             name = frame.function
     return name
 
 
+def user_place(frames: tuple[Frame, ...]) -> str | None:
+    """Return the innermost frame outside of libraries, else the innermost frame of all, None if there is none."""
+    user_frames = [frame for frame in frames if not any(part in frame.file for part in _LIBRARY_PATHS)]
+    return next((f"{frame.file}:{frame.line} in {frame.function}" for frame in (*user_frames, *frames)), None)
+
+
+def is_serializing(frames: tuple[Frame, ...]) -> bool:
+    """Return whether the function has raised, and the rank serializes the exception."""
+    return any(
+        frame.file.endswith(file) and frame.function == function for frame in frames for file, function in _SERIALIZING
+    )
+
+
 def _is_caller(frame: Frame) -> bool:
-    return frame.file.endswith(_CALLERS)
+    """Return whether this frame calls the user's function."""
+    in_rank_main = frame.file.endswith("/tpcheck/world/rank_main.py")
+    return in_rank_main or (
+        frame.file.endswith("/tpcheck/pytest_plugin/run_on_rank.py") and frame.function == "run_body"
+    )
 
 
 def _threads(dump: str) -> list[list[Frame]]:

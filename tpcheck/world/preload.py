@@ -1,4 +1,4 @@
-"""What the template imports, once, so that no rank has to."""
+"""What the forkserver imports once, so that no rank has to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 # Packages that import lazily are named by the submodules that ranks reach within their first second.
-DEFAULT: tuple[str, ...] = (
+DEFAULT_PRELOAD: tuple[str, ...] = (
     "torch",
     "torch.distributed",
     "torch.distributed.tensor",
@@ -21,19 +21,19 @@ DEFAULT: tuple[str, ...] = (
     "cloudpickle",
     "pytest",
     "hypothesis",
-    "tpcheck.pytest_plugin.warm",
+    "tpcheck.pytest_plugin.preload",
 )
 
-# What every rank of a DeepSpeed engine with ZeRO imports besides: an optimizer's decorators load TorchInductor.
-OF_ZERO: tuple[str, ...] = ("deepspeed.runtime.zero.muon.muon_optimizer",)
+# Imported by every rank of a DeepSpeed engine with ZeRO: the decorators of an optimizer load TorchInductor.
+ZERO_PRELOAD: tuple[str, ...] = ("deepspeed.runtime.zero.muon.muon_optimizer",)
 
 
 def import_all(names: Sequence[str]) -> dict[str, str]:
-    """Import what is installed; return the packages that are installed but broken, each with its error.
+    """Import the modules that are installed; return those that fail to import, each with its error.
 
-    Broken ones are left for the rank that needs them: it fails with the real error, in its own traceback.
+    A rank that needs such a module imports it again and fails with the error in its own traceback.
     """
-    broken: dict[str, str] = {}
+    import_errors: dict[str, str] = {}
     for name in names:
         package = name.partition(".")[0]
         if package not in sys.modules and find_spec(package) is None:
@@ -41,5 +41,5 @@ def import_all(names: Sequence[str]) -> dict[str, str]:
         try:
             import_module(name)
         except Exception as error:
-            broken[name] = f"{type(error).__name__}: {error}"
-    return broken
+            import_errors[name] = f"{type(error).__name__}: {error}"
+    return import_errors

@@ -1,4 +1,4 @@
-"""The processes of one world, from their fork to their end, and the watch over each run."""
+"""The rank processes of one world, from fork to exit, and how the controller watches a run."""
 
 from __future__ import annotations
 
@@ -15,18 +15,32 @@ from typing import Any, Literal
 from tpcheck.core.errors import RankFailure, RankOutcome
 from tpcheck.world import messages, output
 from tpcheck.world.channel import Channel, loads, loads_or_none
-from tpcheck.world.failures import Kind, Symptom, failure_text, first_failed
-from tpcheck.world.launcher import Template
-from tpcheck.world.messages import Failure, Report
+from tpcheck.world.failures import FailureKind, Symptom, failure_text, first_failed
+from tpcheck.world.forkserver_client import ForkserverClient
+from tpcheck.world.messages import RankReport
 from tpcheck.world.output import Output
+
+# After a first failure the other ranks have this long to report theirs. They have longer where all that is known so far
+# is that connections broke: the failure that broke them is still to come.
+_GRACE_S = 0.2
+_GRACE_WHILE_UNEXPLAINED_S = 0.25
+_STACKS_LIMIT_S = 0.15
+_STACKS_POLL_S = 0.01
+_EXIT_LIMIT_S = 2.0
+_END_LIMIT_S = 10.0
+_MAX_SELECT_S = 86400.0  # select overflows at 25 days, long before a deadline that a caller may set
 
 
 @dataclass(slots=True)
-class Member:
-    """Attributes:
-    status: What waitpid said, once the process is gone.
-    ended_at: When that was seen.
-    reports: What it answered to the current run; more than one is an error.
+class RankProcess:
+    """What the controller knows of one rank.
+
+    Attributes:
+        status: What waitpid returned, None while the process runs.
+        ended_at: When the controller learned of the exit.
+        debugging: A debugger prompt is open.
+        ready_to_exit: The rank has answered the last `Exit`.
+        reports: Its answers to the current run; more than one is an error.
     """
 
     rank: int
@@ -36,72 +50,78 @@ class Member:
     status: int | None = None
     ended_at: float = 0.0
     debugging: bool = False
-    left: bool = False
-    reports: list[Report] = field(default_factory=list)
+    ready_to_exit: bool = False
+    reports: list[RankReport] = field(default_factory=list)
 
     @property
-    def answered(self) -> bool:
+    def has_answered(self) -> bool:
         return bool(self.reports) or self.status is not None
 
     @property
-    def report(self) -> Report | None:
-        return self.reports[0] if self.reports else None
+    def exception(self) -> messages.SerializedException | None:
+        """What the function raised, None where it has returned or not ended."""
+        return self.reports[0].exception if self.reports else None
 
     @property
-    def is_double(self) -> bool:
-        """Tell whether another process answered for the rank: a child that the function forked came back out of it."""
+    def has_reported_twice(self) -> bool:
+        """Whether another process answered for the rank: a child that the function forked and that returned from it."""
         return len(self.reports) > 1 or any(report.pid != self.pid for report in self.reports if self.pid is not None)
 
     def symptom(self) -> Symptom | None:
         """Return how this rank failed, None where it has not (yet)."""
         if self.status is not None:
-            return Symptom(Kind.DIED, self.ended_at, self.rank)
-        if self.is_double:
-            return Symptom(Kind.CAME_BACK_TWICE, self.reports[-1].at, self.rank)
-        if self.report is not None and self.report.failure is not None:
-            kind = Kind.LOST_CONNECTION if self.report.failure.is_communication else Kind.RAISED
-            return Symptom(kind, self.report.at, self.rank)
+            return Symptom(FailureKind.DIED, self.ended_at, self.rank)
+        if self.has_reported_twice:
+            return Symptom(FailureKind.REPORTED_TWICE, self.reports[-1].at, self.rank)
+        if self.exception is not None:
+            kind = FailureKind.LOST_CONNECTION if self.exception.is_communication else FailureKind.RAISED
+            return Symptom(kind, self.reports[0].at, self.rank)
         return None
 
-    def hang(self, now: float) -> Symptom | None:
-        """Return what it means that this rank has not answered in time."""
-        if self.answered:
-            return None
+    def hang_symptom(self, now: float) -> Symptom:
+        """Return how this rank failed that has not answered in time."""
         in_collective = output.collective(output.main_stack(self.output.stacks)) is not None
-        return Symptom(Kind.HUNG_IN_COLLECTIVE if in_collective else Kind.HUNG, now, self.rank)
+        return Symptom(FailureKind.HUNG_IN_COLLECTIVE if in_collective else FailureKind.HUNG, now, self.rank)
 
     def outcome(self, *, deadline_passed: bool) -> RankOutcome:
-        """Return how this rank ended; one that has not answered hung, or was stopped for another's sake."""
-        outcome = self._ending("hung" if deadline_passed else "stopped")
+        """Return how this rank ended; one that has not answered hung, or was stopped because another failed."""
+        outcome = self._outcome_without_output("hung" if deadline_passed else "stopped")
         return replace(outcome, stdout=self.output.stdout, stderr=self.output.stderr)
 
-    def _ending(self, unanswered: Literal["hung", "stopped"]) -> RankOutcome:
+    def _outcome_without_output(self, unanswered: Literal["hung", "stopped"]) -> RankOutcome:
         if self.status is not None:
-            return _death(self.rank, self.status, stack=self.output.stacks.strip())
-        if self.is_double:
-            return _double(self.rank, self.reports)
-        if self.report is not None:
-            return _answer(self.rank, self.report.failure)
+            return _died(self.rank, self.status, stack=self.output.stacks.strip())
+        if self.has_reported_twice:
+            return _reported_twice(self.rank, self.reports)
+        if self.reports:
+            return _answered(self.rank, self.exception)
         frames = output.main_stack(self.output.stacks)
-        stack = output.as_traceback(frames) if frames else None
-        return RankOutcome(self.rank, unanswered, traceback=stack, collective=output.collective(frames))
+        if output.is_serializing(frames):
+            return RankOutcome(self.rank, "raised")
+        return RankOutcome(
+            self.rank,
+            unanswered,
+            traceback=output.as_traceback(frames) if frames else None,
+            collective=output.collective(frames),
+            place=output.user_place(frames),
+        )
 
 
-def _answer(rank: int, failure: Failure | None) -> RankOutcome:
-    if failure is None:
+def _answered(rank: int, exception: messages.SerializedException | None) -> RankOutcome:
+    if exception is None:
         return RankOutcome(rank, "returned")
     return RankOutcome(
         rank,
         "raised",
-        error_type=failure.error_type,
-        error=failure.error,
-        traceback=failure.traceback,
-        details=loads_or_none(failure.details),
+        error_type=exception.error_type,
+        error=exception.error,
+        traceback=exception.traceback,
+        details=loads_or_none(exception.details),
     )
 
 
-def _death(rank: int, status: int, *, stack: str) -> RankOutcome:
-    """`stack` is what faulthandler wrote, after a crash."""
+def _died(rank: int, status: int, *, stack: str) -> RankOutcome:
+    """`stack` is what faulthandler wrote at a crash."""
     code = os.waitstatus_to_exitcode(status)
     return RankOutcome(
         rank,
@@ -112,13 +132,13 @@ def _death(rank: int, status: int, *, stack: str) -> RankOutcome:
     )
 
 
-def _double(rank: int, reports: list[Report]) -> RankOutcome:
+def _reported_twice(rank: int, reports: list[RankReport]) -> RankOutcome:
     pids = ", ".join(str(report.pid) for report in reports)
     return RankOutcome(
         rank,
         "raised",
         error_type="tpcheck.core.errors.TpcheckError",
-        error=f"a child forked by the function came back out of it: {len(reports)} report(s), from process {pids}",
+        error=f"the function forked a child that returned from it, too: {len(reports)} report(s), from process {pids}",
     )
 
 
@@ -129,127 +149,109 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-# After a first failure the others get this long to report theirs. More where all that is known so far is that
-# connections broke: what broke them is still to come.
-_GRACE_S = 0.2
-_GRACE_FOR_CULPRIT_S = 0.25
-_STACKS_LIMIT_S = 0.15
-_STACKS_QUIET_S = 0.01
-_LEAVE_LIMIT_S = 2.0
-_END_LIMIT_S = 10.0
-_LONGEST_WAIT_S = 86400.0  # select overflows at 25 days, long before the deadline that a caller may set
-
-
-@dataclass(frozen=True, slots=True)
-class Fork:
-    """How to fork one rank, with what its world decided."""
-
-    order: messages.Fork
-    capture: bool
-
-
-class Processes:
-    """One generation of ranks; over after the first failed run."""
+class WorldProcesses:
+    """The ranks of a world. They serve any number of runs until one fails."""
 
     def __init__(
-        self, template: Template, forks: tuple[Fork, ...], *, scratch: str, port: socket.socket, also: tuple[str, ...]
+        self,
+        forkserver: ForkserverClient,
+        requests: tuple[messages.ForkRank, ...],
+        *,
+        capture: bool,
+        scratch: str,
+        port: socket.socket,
+        extra_preload: tuple[str, ...],
     ) -> None:
-        self._template = template
+        self._forkserver = forkserver
         self._scratch = scratch
         self._port = port
         self._ended = False
         self._paused_s = 0.0
-        self._run_number = 0
-        self._channel = template.open_world(scratch, port.getsockname()[1], also)
+        self._channel = forkserver.open_world(scratch, port.getsockname()[1], extra_preload)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._channel, selectors.EVENT_READ)
-        self._members = tuple(self._fork(fork) for fork in forks)
+        self._ranks = tuple(self._fork(request, capture) for request in requests)
 
-    def _fork(self, fork: Fork) -> Member:
-        channel, theirs = Channel.pair()
-        output = Output(capture=fork.capture)
-        self._channel.send(fork.order, [theirs.fileno(), *output.descriptors])
-        theirs.close()
+    def _fork(self, request: messages.ForkRank, capture: bool) -> RankProcess:
+        channel, rank_socket = Channel.pair()
+        output = Output(capture=capture)
+        self._channel.send(request, [rank_socket.fileno(), *output.descriptors])
+        rank_socket.close()
         self._selector.register(channel, selectors.EVENT_READ)
-        return Member(fork.order.rank, channel, output)
+        return RankProcess(request.rank, channel, output)
 
     @property
     def reusable(self) -> bool:
-        """Tell whether every rank is as ready for a run as it was at first."""
+        """Whether every rank can serve another run."""
         return not self._ended and all(
-            member.status is None and (member.report is None or member.report.reusable) for member in self._members
+            rank.status is None and all(report.reusable for report in rank.reports) for rank in self._ranks
         )
 
-    def run(self, call: bytes, *, seed: int | None, timeout: float | None) -> tuple[messages.Report, ...]:
+    def run(self, call: bytes, *, seed: int | None, timeout: float | None) -> tuple[RankReport, ...]:
         """Return every rank's report, by rank.
 
         Raises:
-            RankFailure: At least one rank raised, died, hung, or reported more than once.
+            RankFailure: A rank raised, died, hung, or reported more than once.
         """
-        self.refuse_second_reports()
-        self._run_number += 1
-        for member in self._members:
-            member.reports.clear()
-            member.output.restart()
-            member.channel.queue(messages.Run(self._run_number, call, seed))
+        self.raise_if_reported_twice()
+        for rank in self._ranks:
+            rank.reports.clear()
+            rank.output.restart()
+            rank.channel.queue(messages.RunFunction(call, seed))
         deadline_passed = self._watch(timeout)
-        if not deadline_passed and all(member.symptom() is None for member in self._members):
-            return tuple(member.reports[0] for member in self._members)
+        if not deadline_passed and all(rank.symptom() is None for rank in self._ranks):
+            return tuple(rank.reports[0] for rank in self._ranks)
         raise self._failure(timeout, deadline_passed=deadline_passed)
 
-    def refuse_second_reports(self) -> None:
-        """Fail where a rank answered the last run again, after it was over.
-
-        Raises:
-            RankFailure: One did.
-        """
-        for member in self._members:
-            self._read_from(member)
-        if any(len(member.reports) > 1 for member in self._members):
+    def raise_if_reported_twice(self) -> None:
+        """Raise RankFailure if a second report of the last run has arrived after its end."""
+        for rank in self._ranks:
+            self._read_from(rank)
+        if any(len(rank.reports) > 1 for rank in self._ranks):
             raise self._failure(None, deadline_passed=False)
 
     def outcomes(self, *, deadline_passed: bool = False) -> tuple[RankOutcome, ...]:
-        return tuple(member.outcome(deadline_passed=deadline_passed) for member in self._members)
+        return tuple(rank.outcome(deadline_passed=deadline_passed) for rank in self._ranks)
 
-    def leave(self) -> None:
-        """Let every rank exit by itself, then make sure."""
+    def exit(self) -> None:
+        """Let every rank exit by itself, then end the world."""
         for _ in range(2):
-            for member in self._members:
-                member.left = False
-                member.channel.queue(messages.Leave())
+            for rank in self._ranks:
+                rank.ready_to_exit = False
+                rank.channel.queue(messages.Exit())
             self._serve_until(
-                lambda: all(member.left or member.status is not None for member in self._members), _LEAVE_LIMIT_S
+                lambda: all(rank.ready_to_exit or rank.status is not None for rank in self._ranks), _EXIT_LIMIT_S
             )
         self.end()
 
     def end(self) -> None:
-        """Kill what still runs; return when nothing is left."""
+        """Kill what still runs; return when no process or file is left."""
         if not self._ended:
-            self._channel.queue(messages.End())
+            self._channel.queue(messages.EndWorld())
             self._serve_until(lambda: self._ended, _END_LIMIT_S)
         self.abandon()
-        shutil.rmtree(self._scratch, ignore_errors=True)  # the template did, unless it is gone itself
+        shutil.rmtree(self._scratch, ignore_errors=True)  # the forkserver has removed it, unless it was killed
 
     def abandon(self) -> None:
-        """Let go without waiting: the template ends the ranks of a world that nobody holds."""
+        """Close the world without waiting: the forkserver ends the ranks of a world whose channel closes."""
         self._ended = True
         self._channel.close()
         self._selector.close()
         self._port.close()
-        for member in self._members:
-            member.channel.close()
-            member.output.close()
+        for rank in self._ranks:
+            rank.channel.close()
+            rank.output.close()
 
     def _watch(self, timeout: float | None) -> bool:
-        """Serve the ranks until all have answered, or may not any longer; tell whether the deadline passed."""
+        """Serve the ranks until all have answered, or have no more time to; return whether the deadline passed."""
         started = time.monotonic()
         self._paused_s = 0.0
-        while not all(member.answered for member in self._members):
-            symptoms = [symptom for member in self._members if (symptom := member.symptom())]
+        while not all(rank.has_answered for rank in self._ranks):
+            symptoms = self._symptoms()
             now = time.monotonic()
             if symptoms:
-                is_explained = any(symptom.kind < Kind.LOST_CONNECTION for symptom in symptoms)
-                grace = _GRACE_S if is_explained else _GRACE_FOR_CULPRIT_S
+                is_explained = any(symptom.kind < FailureKind.LOST_CONNECTION for symptom in symptoms)
+                grace = _GRACE_S if is_explained else _GRACE_WHILE_UNEXPLAINED_S
                 limit: float | None = min(symptom.at for symptom in symptoms) + grace
             else:
                 limit = None if timeout is None else started + timeout + self._paused_s
@@ -258,105 +260,113 @@ class Processes:
             self._serve(None if limit is None else limit - now)
         return False
 
+    def _symptoms(self) -> list[Symptom]:
+        return [symptom for rank in self._ranks if (symptom := rank.symptom())]
+
     def _serve_until(self, done: Callable[[], bool], limit_s: float) -> None:
         deadline = time.monotonic() + limit_s
-        while not done() and not self._channel.ended and (left := deadline - time.monotonic()) > 0:
-            self._serve(left)
+        while not done() and not self._channel.ended and (remaining := deadline - time.monotonic()) > 0:
+            self._serve(remaining)
 
     def _serve(self, limit_s: float | None) -> None:
-        """Move messages both ways until something happened, or the time is over."""
-        if any(member.debugging for member in self._members):
+        """Send and receive messages until one has arrived, or the time is over."""
+        if any(rank.debugging for rank in self._ranks):
             before = time.monotonic()
-            self._exchange(None)
+            self._send_and_receive(None)
             self._paused_s += time.monotonic() - before
         else:
-            self._exchange(limit_s)
+            self._send_and_receive(limit_s)
 
-    def _exchange(self, limit_s: float | None) -> None:
-        for channel in (self._channel, *(member.channel for member in self._members)):
+    def _send_and_receive(self, limit_s: float | None) -> None:
+        for channel in (self._channel, *(rank.channel for rank in self._ranks)):
             if channel.ended:
                 continue
             unsent = channel.flush()
             self._selector.modify(channel, selectors.EVENT_READ | (selectors.EVENT_WRITE if unsent else 0))
-        self._selector.select(None if limit_s is None else min(limit_s, _LONGEST_WAIT_S))
-        for member in self._members:
-            self._read_from(member)
-        self._read_from_template()
+        self._selector.select(None if limit_s is None else min(limit_s, _MAX_SELECT_S))
+        for rank in self._ranks:
+            self._read_from(rank)
+        self._read_from_forkserver()
 
-    def _read_from(self, member: Member) -> None:
-        if member.channel.ended:
+    def _read_from(self, rank: RankProcess) -> None:
+        if rank.channel.ended:
             return
-        for message, _ in member.channel.pump():
-            if isinstance(message, messages.Report):
-                member.reports.append(message)
+        for message, _ in rank.channel.receive_available():
+            if isinstance(message, RankReport):
+                rank.reports.append(message)
             elif isinstance(message, messages.Debugging):
-                member.debugging = message.active
+                rank.debugging = message.active
             else:
-                member.left = True
-        if member.channel.ended:
-            self._selector.unregister(member.channel)
+                rank.ready_to_exit = True
+        if rank.channel.ended:
+            self._selector.unregister(rank.channel)
 
-    def _read_from_template(self) -> None:
-        for message, _ in self._channel.pump():
-            if isinstance(message, messages.Forked):
-                self._members[message.rank].pid = message.pid
-            elif isinstance(message, messages.Exited):
-                member = self._members[message.rank]
-                self._read_from(member)  # what it said before it went
-                member.status, member.ended_at = message.status, time.monotonic()
+    def _read_from_forkserver(self) -> None:
+        for message, _ in self._channel.receive_available():
+            if isinstance(message, messages.RankForked):
+                self._ranks[message.rank].pid = message.pid
+            elif isinstance(message, messages.RankExited):
+                rank = self._ranks[message.rank]
+                self._read_from(rank)  # what it sent before it exited
+                rank.status, rank.ended_at = message.status, time.monotonic()
             else:
                 self._ended = True
         if self._channel.ended and not self._ended:
-            raise self._template.failure("is gone, and its ranks with it")
+            raise self._forkserver.error("has exited, and its ranks with it")
 
     def _failure(self, timeout: float | None, *, deadline_passed: bool) -> RankFailure:
         self._collect_stacks()
         now = time.monotonic()
-        symptoms = [symptom for member in self._members if (symptom := member.symptom())]
-        symptoms = symptoms or [hang for member in self._members if (hang := member.hang(now))]
-        first = first_failed(symptoms)
+        first = first_failed(self._symptoms() or [rank.hang_symptom(now) for rank in self._unanswered()])
         outcomes = self.outcomes(deadline_passed=deadline_passed)
-        report = self._members[first].report
-        failure = report.failure if report is not None else None
+        exception = self._ranks[first].exception
         return RankFailure(
             failure_text(outcomes, first=first, timeout=timeout),
             first=first,
             outcomes=outcomes,
-            exception=loads_or_none(failure.exception) if failure is not None else None,
+            exception=None if exception is None else loads_or_none(exception.exception),
         )
 
+    def _unanswered(self) -> list[RankProcess]:
+        return [rank for rank in self._ranks if not rank.has_answered]
+
     def _collect_stacks(self) -> None:
-        silent = [member for member in self._members if not member.answered]
-        if not silent:
+        """Ask every rank that has not answered for its stacks, and wait until they are written."""
+        unanswered = self._unanswered()
+        if not unanswered:
             return
-        self._channel.queue(messages.Signal(tuple(member.rank for member in silent), output.STACK_SIGNAL))
+        self._channel.queue(messages.SignalRanks(tuple(rank.rank for rank in unanswered), output.STACK_SIGNAL))
         self._channel.flush()
         deadline = time.monotonic() + _STACKS_LIMIT_S
-        before: list[int] | None = None
+        previous_sizes: list[int] | None = None
         while time.monotonic() < deadline:
-            sizes = [member.output.stacks_size for member in silent]
-            if all(sizes) and sizes == before:
+            sizes = [rank.output.stacks_size for rank in unanswered]
+            if all(sizes) and sizes == previous_sizes:
                 return
-            before = sizes
-            time.sleep(_STACKS_QUIET_S)
+            previous_sizes = sizes
+            time.sleep(_STACKS_POLL_S)
 
 
-def results(reports: tuple[messages.Report, ...], outcomes: tuple[RankOutcome, ...]) -> tuple[Any, ...]:
+def load_results(reports: tuple[RankReport, ...], outcomes: tuple[RankOutcome, ...]) -> tuple[Any, ...]:
     """Return the ranks' results, by rank.
 
     Raises:
-        RankFailure: One does not load in this process, although it pickled on its rank.
+        RankFailure: A result does not load in this process, although it pickled on its rank.
     """
     return tuple(
-        _loaded(report.result, rank, outcomes) for rank, report in enumerate(reports) if report.result is not None
+        _load_result(report.outcome, rank, outcomes)
+        for rank, report in enumerate(reports)
+        if isinstance(report.outcome, messages.SerializedResult)
     )
 
 
-def _loaded(result: messages.Result, rank: int, outcomes: tuple[RankOutcome, ...]) -> Any:
+def _load_result(result: messages.SerializedResult, rank: int, outcomes: tuple[RankOutcome, ...]) -> Any:
     try:
         return loads(result.pickled)
     except Exception as error:
-        reason = f"rank {rank} returned a {result.kind} that does not unpickle here: {type(error).__name__}: {error}"
+        reason = (
+            f"rank {rank} returned a {result.type_name} that does not unpickle here: {type(error).__name__}: {error}"
+        )
         failed = replace(outcomes[rank], state="raised", error_type="TypeError", error=reason)
         outcomes = (*outcomes[:rank], failed, *outcomes[rank + 1 :])
         raise RankFailure(failure_text(outcomes, first=rank, timeout=None), first=rank, outcomes=outcomes) from error

@@ -1,4 +1,4 @@
-"""One rank, as the function that runs on it sees it, with pdb."""
+"""`Rank`: what a function that runs on a rank gets as its first argument, and its debugger."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _TERMINAL = "/dev/tty"
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """What a world lends to a prompt.
+class DebuggerOptions:
+    """How a world accompanies a debugger prompt.
 
     Attributes:
-        announce: Told True when a person takes over and False when they leave.
-        lock: A file that is locked while a prompt is open: the ranks of a world take turns at the terminal.
+        on_prompt: Called with True when a prompt opens, and with False when it closes.
+        lock_file: Locked while a prompt is open: the ranks of a world take turns at the terminal.
     """
 
-    announce: Callable[[bool], None] = lambda active: None
-    lock: str | None = None
+    on_prompt: Callable[[bool], None] = lambda active: None
+    lock_file: str | None = None
 
 
-def set_trace(rank: int, prompt: Prompt, frame: FrameType | None = None) -> None:
+def set_trace(rank: int, options: DebuggerOptions) -> None:
     """Open a prompt in the caller's caller.
 
     Raises:
@@ -54,54 +54,55 @@ def set_trace(rank: int, prompt: Prompt, frame: FrameType | None = None) -> None
     import io
 
     text = io.TextIOWrapper(terminal, write_through=True)
-    _RankPdb(rank, prompt, text).set_trace(frame or sys._getframe(2))
+    _RankPdb(rank, options, text).set_trace(sys._getframe(2))
 
 
 class _RankPdb(pdb.Pdb):
-    def __init__(self, rank: int, prompt: Prompt, terminal: TextIO) -> None:
+    def __init__(self, rank: int, options: DebuggerOptions, terminal: TextIO) -> None:
         super().__init__(stdin=terminal, stdout=terminal, nosigint=True)
         self.use_rawinput = False
         self.prompt = f"(rank {rank}) "
         self._terminal = terminal
-        self._lent = prompt
+        self._options = options
 
     def interaction(self, frame: FrameType | None, traceback: TracebackType | Any | None) -> None:
-        with _turn(self._lent), _foreground(self._terminal.fileno()):
+        with _exclusive(self._options), _foreground(self._terminal.fileno()):
             super().interaction(frame, traceback)
 
 
 @contextmanager
-def _turn(prompt: Prompt) -> Iterator[None]:
-    prompt.announce(True)
+def _exclusive(options: DebuggerOptions) -> Iterator[None]:
+    """Announce the prompt, and wait until no other rank of the world has one."""
+    options.on_prompt(True)
     try:
-        if prompt.lock is None:
+        if options.lock_file is None:
             yield
             return
         import fcntl
 
-        descriptor = os.open(prompt.lock, os.O_CREAT | os.O_RDWR, 0o600)
+        descriptor = os.open(options.lock_file, os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
             os.close(descriptor)
     finally:
-        prompt.announce(False)
+        options.on_prompt(False)
 
 
 @contextmanager
 def _foreground(terminal: int) -> Iterator[None]:
-    """Make this process group the one that may read from the terminal."""
+    """Make this process group the foreground group of the terminal, which alone may read from it."""
     before = os.tcgetpgrp(terminal)
-    _hand_terminal(terminal, os.getpgrp())
+    _set_foreground_group(terminal, os.getpgrp())
     try:
         yield
     finally:
-        _hand_terminal(terminal, before)
+        _set_foreground_group(terminal, before)
 
 
-def _hand_terminal(terminal: int, process_group: int) -> None:
-    # A background group that does this is stopped by SIGTTOU unless it blocks it.
+def _set_foreground_group(terminal: int, process_group: int) -> None:
+    # A background group that calls tcsetpgrp is stopped by SIGTTOU unless it blocks the signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
     try:
         os.tcsetpgrp(terminal, process_group)
@@ -110,20 +111,20 @@ def _hand_terminal(terminal: int, process_group: int) -> None:
 
 
 class Rank:
-    """This process's place in the world, and the ways to talk to the others.
+    """This process's place in the world, and how it communicates with the other ranks.
 
     Attributes:
         rank: Global rank.
         topology: Sizes of the parallel axes.
     """
 
-    def __init__(self, rank: int, topology: Topology, *, device: str, prompt: Prompt | None = None) -> None:
+    def __init__(self, rank: int, topology: Topology, *, device: str, debugger: DebuggerOptions | None = None) -> None:
         self.rank = rank
         self.topology = topology
         self._device = device
-        self._prompt = prompt or Prompt()
-        # torch holds the groups. A reference here would keep gloo's threads past `destroy_process_group`, and a process
-        # that exits with them aborts now and then ("terminate called without an active exception").
+        self._debugger = debugger or DebuggerOptions()
+        # torch owns the groups. A reference here would keep gloo's threads past `destroy_process_group`, and a process
+        # that exits while they run sometimes aborts ("terminate called without an active exception").
         self._groups: WeakValueDictionary[str, ProcessGroup] = WeakValueDictionary()
 
     @property
@@ -150,7 +151,7 @@ class Rank:
         return torch.device(self._device)
 
     def group(self, axis: str) -> ProcessGroup:
-        """Return the process group of this rank's peers on `axis`; made at first use, which its members make together.
+        """Return the process group of this rank's peers on `axis`. The first call is collective over the peers.
 
         Raises:
             UsageError: The topology has no such axis.
@@ -162,43 +163,29 @@ class Rank:
 
     def gather(self, value: Any) -> tuple[Any, ...]:
         """Return every rank's value, by rank, on every rank. Collective over the world."""
-        import torch
-
         if self.world_size == 1:
             return (value,)
-        own = torch.frombuffer(bytearray(dumps(value)), dtype=torch.uint8)
-        return tuple(loads(part.numpy().tobytes()) for part in _all_gather_uneven(own, self.world_size))
+        from torch import distributed as dist
+
+        pickled: list[Any] = [None] * self.world_size
+        dist.all_gather_object(pickled, dumps(value))  # cloudpickle takes more than the pickle of torch
+        return tuple(map(loads, pickled))
 
     def agree(self, finding: Any) -> Any:
-        """Return the first finding that is not None, by rank; the same on every rank. Collective over the world.
+        """Return the finding of the lowest rank that has one, on every rank. Collective over the world.
 
-        Ask this before raising: every rank then raises the same error, and none is left waiting in a collective.
+        Call this before raising: every rank then raises the same error, and none is left waiting in a collective.
         """
         return next((found for found in self.gather(finding) if found is not None), None)
 
     def breakpoint(self) -> None:
-        """Stop here with pdb on the terminal; the other ranks and the world's deadline wait.
+        """Stop here with pdb on the terminal; the deadline of the world is suspended meanwhile.
 
         Raises:
             UsageError: There is no terminal.
         """
-        set_trace(self.rank, self._prompt)
+        set_trace(self.rank, self._debugger)
 
     def __repr__(self) -> str:
         where = ", ".join(f"{axis}={index}" for axis, index in self.coordinate.items())
         return f"<Rank {self.rank} of {self.world_size}: {where}>"
-
-
-def _all_gather_uneven(own: torch.Tensor, world_size: int) -> list[torch.Tensor]:
-    """Return every rank's bytes. CPU tensors: the default group carries them on every device."""
-    import torch
-    from torch import distributed as dist
-
-    sizes = [torch.empty(1, dtype=torch.int64) for _ in range(world_size)]
-    dist.all_gather(sizes, torch.tensor([own.numel()]))
-    longest = max(int(size) for size in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: own.numel()] = own
-    parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(world_size)]
-    dist.all_gather(parts, padded)
-    return [part[: int(size)] for part, size in zip(parts, sizes, strict=True)]

@@ -1,4 +1,4 @@
-"""What a rank does from its fork to its end: joins the world, answers each run with one report, leaves."""
+"""The process of one rank: joins the world, answers each run with one report, exits."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tpcheck.world import environment, groups, messages, output, shm_allreduce
+from tpcheck.world import environment, groups, messages, output
 from tpcheck.world.channel import Channel, dumps, loads
-from tpcheck.world.failures import failure_of
-from tpcheck.world.rank import Prompt, Rank, set_trace
+from tpcheck.world.failures import serialized_exception
+from tpcheck.world.rank import DebuggerOptions, Rank, set_trace
 
 
 def seed_everything(seed: int) -> None:
@@ -37,13 +37,13 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_of_rank(rank: int) -> int:
-    """Return a seed that no other rank has: with equal seeds, a broadcast that is missing goes unseen."""
+    """Return a different seed for each rank: equal seeds hide a missing broadcast."""
     return 1_000_003 * (rank + 1)
 
 
-def leave_out_under_detail() -> None:
-    """Make DDP skip its construction log, where groups are wrapped."""
-    dist: Any = import_module("torch.distributed")  # exports these names without declaring them
+def disable_ddp_logger_under_detail() -> None:
+    """Make DDP skip its construction log, which fails on the wrapped groups of TORCH_DISTRIBUTED_DEBUG=DETAIL."""
+    dist: Any = import_module("torch.distributed")  # these names have no type annotations
     if dist.get_debug_level() == dist.DebugLevel.DETAIL:
         dist.Logger = type("Logger", (dist.Logger,), {"set_construction_data_and_log": lambda *_, **__: None})
 
@@ -51,136 +51,130 @@ def leave_out_under_detail() -> None:
 _LIBC = ctypes.CDLL(None)
 
 
-def rank_main(order: messages.Fork, descriptors: list[int]) -> NoReturn:
-    """Serve the controller until it says to leave, or is gone."""
+def rank_main(request: messages.ForkRank, descriptors: list[int]) -> NoReturn:
+    """Serve the controller until it sends `Exit`, or has exited itself."""
     control, stdout, stderr, stack_file = descriptors
-    _settle(order, stdout, stderr, stack_file)
-    _RankProcess(order, Channel(socket.socket(fileno=control))).serve()
+    _set_up_process(request, stdout, stderr, stack_file)
+    _RankServer(request, Channel(socket.socket(fileno=control))).serve()
 
 
-def _settle(order: messages.Fork, stdout: int, stderr: int, stack_file: int) -> None:
-    """Take over descriptors, environment and import path of the controller's world."""
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((nothing, 0), (stdout, 1), (stderr, 2)):
+def _set_up_process(request: messages.ForkRank, stdout: int, stderr: int, stack_file: int) -> None:
+    """Set the descriptors, environment, import path and folder that the controller has sent."""
+    devnull = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((devnull, 0), (stdout, 1), (stderr, 2)):
         os.dup2(source, target)
         os.close(source)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]  # real text files here
+        stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]  # text files, before code under test runs
     output.dump_on_signal(stack_file)
-    os.chdir(order.cwd)
-    environment.apply(order.environ)
-    sys.argv[:] = order.argv
-    sys.path[:] = order.sys_path
-    _forget_missing_folders()
-    _keep_temporary_files_in(order.scratch)
-    shm_allreduce.disable()
+    os.chdir(request.cwd)
+    environment.replace_environ(request.environ)
+    sys.argv[:] = request.argv
+    sys.path[:] = request.sys_path
+    _forget_missing_import_folders()
+    _use_scratch_for_multiprocessing(request.scratch)
 
 
-def _keep_temporary_files_in(scratch: str) -> None:
-    """Let multiprocessing put its sockets (data loader workers pass tensors through them) where the world cleans up.
+def _use_scratch_for_multiprocessing(scratch: str) -> None:
+    """Make multiprocessing create its sockets (data loader workers pass tensors through them) in the world's folder.
 
-    It would remove them at exit, which ranks do not come by; other temporary files follow the rank's own TMPDIR.
+    It removes them at exit, which ranks skip; other temporary files follow the TMPDIR of the rank.
     """
-    tempfile.tempdir = None  # the template's, from another environment
+    tempfile.tempdir = None  # cached by the forkserver, from another environment
     multiprocessing.process.current_process()._config["tempdir"] = scratch  # type: ignore[attr-defined]
 
 
-def _forget_missing_folders() -> None:
-    """Let imports see folders that were not there yet when the template looked; others are checked by their mtime."""
+def _forget_missing_import_folders() -> None:
+    """Let imports see folders that did not exist when the forkserver looked; existing ones are checked by mtime."""
     for folder in [path for path, finder in sys.path_importer_cache.items() if finder is None]:
         del sys.path_importer_cache[folder]
 
 
-class _RankProcess:
-    def __init__(self, order: messages.Fork, control: Channel) -> None:
-        self._order = order
+class _RankServer:
+    def __init__(self, request: messages.ForkRank, control: Channel) -> None:
+        self._request = request
         self._control = control
         self._pid = os.getpid()
         self._streams = sys.stdout, sys.stderr
         self._default_group: Any = None
-        prompt = Prompt(
-            announce=lambda active: control.send(messages.Debugging(active)), lock=str(Path(order.scratch) / "prompt")
+        debugger = DebuggerOptions(
+            on_prompt=lambda active: control.send(messages.Debugging(active)),
+            lock_file=str(Path(request.scratch) / "prompt"),
         )
-        self._rank = Rank(order.rank, order.topology, device=order.device, prompt=prompt)
-        sys.breakpointhook = lambda *_, **__: set_trace(order.rank, prompt)
+        self._rank = Rank(request.rank, request.topology, device=request.device, debugger=debugger)
+        sys.breakpointhook = lambda *_, **__: set_trace(request.rank, debugger)
 
     def serve(self) -> NoReturn:
-        startup = self._attempt(self._join)
+        startup = self._attempt(self._join_world)
         while True:
             try:
                 message = self._control.receive()
             except (EOFError, OSError):
                 os._exit(1)
-            if isinstance(message, messages.Leave):
-                self._leave()
+            if isinstance(message, messages.Exit):
+                self._exit()
             self._report(message, startup)
 
-    def _join(self) -> None:
+    def _join_world(self) -> None:
         import torch
 
         torch.set_num_threads(1)
         _read_debug_level()
-        leave_out_under_detail()
-        order = self._order
-        scratch = Path(order.scratch)
-        groups.serve_env(scratch)
-        groups.start_default_group(
-            groups.store(scratch, "default", order.topology.world_size),
-            rank=order.rank,
-            world_size=order.topology.world_size,
-            device=order.device,
-            backend=order.backend,
+        disable_ddp_logger_under_detail()
+        request = self._request
+        scratch = Path(request.scratch)
+        groups.use_file_store_for_env_rendezvous(scratch)
+        groups.init_default_group(
+            groups.file_store(scratch, "default", request.topology.world_size),
+            rank=request.rank,
+            world_size=request.topology.world_size,
+            device=request.device,
+            backend=request.backend,
         )
         self._default_group = torch.distributed.group.WORLD
 
-    def _report(self, run: messages.Run, startup: messages.Result | messages.Failure) -> None:
-        outcome = startup if isinstance(startup, messages.Failure) else self._attempt(self._call, run)
+    def _report(
+        self, run: messages.RunFunction, startup: messages.SerializedResult | messages.SerializedException
+    ) -> None:
+        outcome = startup if isinstance(startup, messages.SerializedException) else self._attempt(self._call, run)
         at = time.monotonic()
         self._flush()
-        is_failure = isinstance(outcome, messages.Failure)
-        report = messages.Report(
-            number=run.number,
-            pid=os.getpid(),
-            at=at,
-            result=None if isinstance(outcome, messages.Failure) else outcome,
-            failure=outcome if isinstance(outcome, messages.Failure) else None,
-            reusable=not is_failure and self._is_reusable(),
-        )
-        self._control.send(report)
+        reusable = isinstance(outcome, messages.SerializedResult) and self._has_its_default_group()
+        self._control.send(messages.RankReport(os.getpid(), at, outcome, reusable))
         if os.getpid() != self._pid:
-            os._exit(1)  # a child that was forked inside the function: the controller sees that it came back, too
+            os._exit(1)  # a child that the function forked and that returned from it: the controller gets two reports
 
-    def _attempt(self, act: Callable[..., Any], *args: Any) -> messages.Result | messages.Failure:
+    def _attempt(self, act: Callable[..., Any], *args: Any) -> messages.SerializedResult | messages.SerializedException:
         try:
-            return result_of(act(*args), self._order.rank)
-        except BaseException as error:  # SystemExit and pytest's outcomes are reports, too
-            return failure_of(error)
+            return serialized_result(act(*args), self._request.rank)
+        except BaseException as error:  # SystemExit and the outcomes of pytest too
+            return serialized_exception(error)
 
-    def _call(self, run: messages.Run) -> Any:
+    def _call(self, run: messages.RunFunction) -> Any:
         sys.stdout, sys.stderr = self._streams  # transformers points them at devnull on ranks above 0
-        seed_everything(seed_of_rank(self._order.rank) if run.seed is None else run.seed)
+        seed_everything(seed_of_rank(self._request.rank) if run.seed is None else run.seed)
         fn, args, kwargs = loads(run.call)
         return fn(self._rank, *args, **kwargs)
 
-    def _is_reusable(self) -> bool:
-        """Tell whether the function left the default group alone; a new one would not match those of other ranks."""
+    def _has_its_default_group(self) -> bool:
+        """Return whether the default group is still the first one: a new one may not match those of other ranks."""
         from torch import distributed as dist
 
         return dist.is_initialized() and dist.group.WORLD is self._default_group
 
-    def _leave(self) -> NoReturn:
-        """Go when everybody can go.
+    def _exit(self) -> NoReturn:
+        """Exit once every rank is ready to.
 
-        Groups are not destroyed: that waits 10 ms per group for its threads. Leaving without it is safe only once no
-        rank needs another, so all say `Left` first; what a vanished peer does to a process that is exiting is nobody's
-        concern, its core file included.
+        Groups are not destroyed: that waits 10 ms per group for its threads. To exit without it is safe only once no
+        rank needs another, so every rank sends `ReadyToExit` first. What happens to an exiting process when a peer
+        disappears does not matter, so it writes no core file.
         """
         import resource
 
         self._flush()
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
         with contextlib.suppress(EOFError, OSError):
-            self._control.send(messages.Left())
+            self._control.send(messages.ReadyToExit())
             self._control.receive()
         os._exit(0)
 
@@ -192,22 +186,22 @@ class _RankProcess:
 
 
 def _read_debug_level() -> None:
-    """Read TORCH_DISTRIBUTED_DEBUG again: the template did so in another environment."""
+    """Read TORCH_DISTRIBUTED_DEBUG again: the forkserver read it from another environment."""
     from torch._C._distributed_c10d import set_debug_level_from_env
 
     set_debug_level_from_env()
 
 
-def result_of(result: Any, rank: int) -> messages.Result:
-    """Return the result made ready to travel.
+def serialized_result(result: Any, rank: int) -> messages.SerializedResult:
+    """Return the result as a message.
 
     Raises:
-        TypeError: It does not pickle; says whose and what it is.
+        TypeError: It does not pickle; names the rank and the type.
     """
-    kind = f"{type(result).__module__}.{type(result).__qualname__}".removeprefix("builtins.")
+    type_name = f"{type(result).__module__}.{type(result).__qualname__}".removeprefix("builtins.")
     try:
-        return messages.Result(dumps(result), kind)
+        return messages.SerializedResult(dumps(result), type_name)
     except Exception as error:
         raise TypeError(
-            f"rank {rank} returned a {kind} that does not pickle: {type(error).__name__}: {error}"
+            f"rank {rank} returned a {type_name} that does not pickle: {type(error).__name__}: {error}"
         ) from None

@@ -13,22 +13,19 @@ from typing import Any
 
 from tpcheck.core.errors import RankFailure, RankOutcome, UsageError
 from tpcheck.core.topology import Topology
-from tpcheck.world import launcher, messages
+from tpcheck.world import messages
 from tpcheck.world.channel import dumps
 from tpcheck.world.environment import rank_environ, visible_gpus
+from tpcheck.world.forkserver_client import ForkserverClient, get_forkserver
 from tpcheck.world.groups import choose_backend, device_of, reserve_port
-from tpcheck.world.preload import DEFAULT
-from tpcheck.world.processes import Fork, Processes, results
+from tpcheck.world.preload import DEFAULT_PRELOAD
+from tpcheck.world.processes import WorldProcesses, load_results
 
-_MAX_SEED = 2**64 - 1  # what torch.manual_seed takes
+_MAX_SEED = 2**64 - 1  # the largest that torch.manual_seed takes
 
 
-def checked_timeout(timeout: Any) -> float | None:
-    """Return seconds above 0, infinity included, or None: both are no limit.
-
-    Raises:
-        UsageError: It is neither.
-    """
+def _checked_timeout(timeout: Any) -> float | None:
+    """Return the timeout in seconds; infinity and None mean no limit."""
     if timeout is None:
         return None
     if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not timeout > 0:
@@ -36,73 +33,46 @@ def checked_timeout(timeout: Any) -> float | None:
     return float(timeout)
 
 
-def checked_seed(seed: Any) -> int | None:
-    """Return a seed that Python, NumPy and torch all take, or None.
-
-    Raises:
-        UsageError: It is neither.
-    """
+def _checked_seed(seed: Any) -> int | None:
+    """Return the seed, which Python, NumPy and torch accept, or None."""
     if seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed <= _MAX_SEED):
         return seed
-    raise UsageError("seed", seed, "an integer from 0 to 2**64 - 1, or None for another seed on every rank")
+    raise UsageError("seed", seed, "an integer from 0 to 2**64 - 1, or None for a different seed on every rank")
 
 
-def checked_env(env: Any) -> dict[str, str]:
-    """Return the variables.
-
-    Raises:
-        UsageError: They are no mapping, or the operating system would not take one of them.
-    """
+def _checked_env(env: Any) -> dict[str, str]:
+    """Return the environment variables, which the operating system accepts."""
     if env is None:
         return {}
     if not isinstance(env, Mapping):
-        raise UsageError("env", env, "a mapping of variables to their values, both text")
+        raise UsageError("env", env, "a mapping of names to values, both strings")
     for name, value in env.items():
         if not isinstance(name, str) or not name or "=" in name or "\0" in name:
-            raise UsageError("env", {name: value}, "names of variables: text without =")
+            raise UsageError("env", {name: value}, "names of variables: strings without =")
         if not isinstance(value, str) or "\0" in value or not _is_encodable(name + value):
-            raise UsageError("env", {name: value}, f"text as the value of {name}")
+            raise UsageError("env", {name: value}, f"a string as the value of {name}")
     return dict(env)
 
 
-def checked_preload(preload: Any) -> tuple[str, ...] | None:
-    """Return the names of modules to import, or None.
-
-    Raises:
-        UsageError: They are not a sequence of names, or one of the caller's own is not installed.
-    """
+def _checked_preload(preload: Any) -> tuple[str, ...] | None:
+    """Return the names of modules, which are installed or among the defaults, or None."""
     if preload is None:
         return None
-    names = checked_modules("preload", preload)
+    names = _checked_module_names("preload", preload)
     for name in names:
-        if name not in DEFAULT and not _is_installed(name.partition(".")[0]):
+        if name not in DEFAULT_PRELOAD and not _is_installed(name.partition(".")[0]):
             raise UsageError("preload", name, "modules that are installed")
     return names
 
 
-def checked_modules(argument: str, names: Any) -> tuple[str, ...]:
-    """Return names of modules, which need not be installed.
-
-    Raises:
-        UsageError: They are not a sequence of names.
-    """
+def _checked_module_names(argument: str, names: Any) -> tuple[str, ...]:
+    """Return the names of modules, which need not be installed."""
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise UsageError(argument, names, 'a sequence of module names, such as ["torch"]')
     for name in names:
         if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
             raise UsageError(argument, name, "names of modules")
     return tuple(names)
-
-
-def refuse_broken(preload: Sequence[str] | None, broken: Mapping[str, str]) -> None:
-    """Refuse a module of the caller's own choice that could not be imported; others are left for ranks that need them.
-
-    Raises:
-        UsageError: There is one.
-    """
-    for name in preload or ():
-        if name in broken and name not in DEFAULT:
-            raise UsageError("preload", name, f"modules that can be imported ({broken[name]})")
 
 
 def _is_encodable(text: str) -> bool:
@@ -116,7 +86,7 @@ def _is_encodable(text: str) -> bool:
 def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ValueError:  # a module that was made by hand, `__main__` for one
+    except ValueError:  # a module without a spec, such as `__main__`
         return True
 
 
@@ -130,27 +100,27 @@ def spawn(
     device: str | None = None,
     backend: str | None = None,
     preload: Sequence[str] | None = None,
-    also: Sequence[str] = (),
+    extra_preload: Sequence[str] = (),
     seed: int | None = None,
     capture: bool = True,
     env: Mapping[str, str] | None = None,
 ) -> World:
-    """Return a world of this topology. Its ranks are forked warm from a process that has torch imported.
+    """Return a world of this topology. Its ranks are forked from a process that has torch imported.
 
     Args:
         topology: Sizes of the parallel axes.
         timeout: Seconds that one run may take; None for no limit.
-        device: `cpu`, `cuda`, or None for CUDA where every rank has a GPU of its own, else CPU.
-        backend: `gloo`, `nccl`, or None for NCCL where every rank has a GPU of its own, else gloo.
+        device: `cpu`, `cuda`, or None for CUDA where every rank has its own GPU, else CPU.
+        backend: `gloo`, `nccl`, or None for NCCL where every rank has its own GPU, else gloo.
         preload: Modules imported before ranks are forked, instead of torch, transformers, deepspeed and pytest.
-        also: Modules imported beside those, where they are installed: what each rank of this world alone would import.
-        seed: Seeds Python, NumPy and torch alike on every rank before each run. None seeds every rank differently:
+        extra_preload: Modules imported after those, where they are installed, when this world starts.
+        seed: Seeds Python, NumPy and torch equally on every rank before each run. None seeds every rank differently:
             equal seeds hide a missing broadcast.
-        capture: Keep what ranks print for `RankFailure` and `World.outcomes`; else it goes where this process prints.
-        env: Environment variables for the ranks, over those of this process.
+        capture: Keep the output of ranks for `RankFailure` and `World.outcomes`; else it goes to this process's output.
+        env: Environment variables for the ranks, which override those of this process.
 
     Raises:
-        UsageError: An argument is wrong, or asks for GPUs that are not there.
+        UsageError: An argument is wrong, or requires GPUs that do not exist.
 
     Example:
         >>> def total(rank):
@@ -168,26 +138,26 @@ def spawn(
         raise UsageError("device", device, DEVICES)
     return World(
         topology,
-        timeout=checked_timeout(timeout),
+        timeout=_checked_timeout(timeout),
         device=device,
         backend=backend,
-        preload=checked_preload(preload),
-        also=checked_modules("also", also),
-        seed=checked_seed(seed),
+        preload=_checked_preload(preload),
+        extra_preload=_checked_module_names("extra_preload", extra_preload),
+        seed=_checked_seed(seed),
         capture=capture,
-        env=checked_env(env),
+        env=_checked_env(env),
     )
 
 
 class World:
-    """Made by `spawn`; use it in a `with` statement, from one thread at a time.
+    """The ranks of one topology, created by `spawn`. Use it in a `with` statement, from one thread at a time.
 
-    Processes start at the first `run` and are kept for the next ones, with all that a function left in them. They are
-    fresh again after a `RankFailure`, and after a function that replaced the default process group.
+    Processes start at the first `run` and serve the next runs, with all state that a function leaves in them. New
+    processes start after a `RankFailure`, and after a function that replaced the default process group.
 
     Attributes:
         topology: Sizes of the parallel axes.
-        timeout: Seconds that one run may take; may be changed between runs.
+        timeout: Seconds that one run may take; can be set between runs.
         device: `cpu` or `cuda`.
         backend: `gloo` or `nccl`.
     """
@@ -200,32 +170,32 @@ class World:
         device: str | None,
         backend: str | None,
         preload: tuple[str, ...] | None,
-        also: tuple[str, ...],
+        extra_preload: tuple[str, ...],
         seed: int | None,
         capture: bool,
         env: dict[str, str],
     ) -> None:
         self.topology = topology
         self._timeout = timeout
-        self._template, self.device, num_gpus = _template_for(topology, device, preload)
+        self._forkserver, self.device, num_gpus = _choose_forkserver(topology, device, preload)
         self.backend = choose_backend(backend, kind=self.device, num_gpus=num_gpus, num_ranks=topology.world_size)
         self._preload = preload
-        self._also = also
+        self._extra_preload = extra_preload
         self._num_gpus = num_gpus
         self._seed = seed
         self._capture = capture
         self._env = env
-        self._processes: Processes | None = None
+        self._processes: WorldProcesses | None = None
         self._outcomes: tuple[RankOutcome, ...] = ()
         self._closed = False
 
     def run(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Call `fn(rank, *args, **kwargs)` on every rank; return the results by rank.
 
-        Function, arguments and results travel by cloudpickle, lambdas and functions of `__main__` included.
+        Function, arguments and results are sent by cloudpickle, which takes lambdas and functions of `__main__`.
 
         Raises:
-            RankFailure: A rank raised, died, or did not answer in time. All processes of the world have been ended.
+            RankFailure: A rank raised, died, or did not return in time. All processes of the world have exited.
             UsageError: The function or an argument does not pickle, or the world is closed.
         """
         if self._closed:
@@ -238,7 +208,7 @@ class World:
                 self._processes = self._start()
             reports = self._processes.run(call, seed=self._seed, timeout=self.timeout)
             self._outcomes = self._processes.outcomes()
-            return results(reports, self._outcomes)
+            return load_results(reports, self._outcomes)
         except BaseException as error:  # Ctrl-C included
             if isinstance(error, RankFailure):
                 self._outcomes = error.outcomes
@@ -251,26 +221,26 @@ class World:
 
     @timeout.setter
     def timeout(self, timeout: float | None) -> None:
-        self._timeout = checked_timeout(timeout)
+        self._timeout = _checked_timeout(timeout)
 
     @property
     def outcomes(self) -> tuple[RankOutcome, ...]:
-        """How each rank ended the last run, and what it printed; empty before the first."""
+        """How each rank ended the last run, and what it printed; empty before the first run."""
         return self._outcomes
 
     def close(self) -> None:
-        """End every rank, and wait until nothing of this world is left. May be called twice.
+        """End every rank, and wait until no process or file of this world is left. A second call does nothing.
 
         Raises:
-            RankFailure: A rank answered the last run a second time.
+            RankFailure: A rank has reported the last run twice.
         """
         self._closed = True
         if self._processes is None:
             return
         try:
             if self._processes.reusable:
-                self._processes.leave()
-            self._processes.refuse_second_reports()
+                self._processes.exit()
+            self._processes.raise_if_reported_twice()
         finally:
             self._end()
 
@@ -296,20 +266,31 @@ class World:
         if processes is not None:
             processes.end()
 
-    def _start(self) -> Processes:
-        self._template = launcher.template(self.device, self._preload)  # the same one, unless that has ended
-        refuse_broken(self._preload, self._template.ready().broken)
+    def _start(self) -> WorldProcesses:
+        self._forkserver = get_forkserver(self.device, self._preload)  # the same one, unless it has ended
+        import_errors = self._forkserver.wait_until_ready().import_errors
+        for name in self._preload or ():
+            if name in import_errors and name not in DEFAULT_PRELOAD:  # ranks that need a default one fail themselves
+                raise UsageError("preload", name, f"modules that can be imported ({import_errors[name]})")
         port = reserve_port()
-        scratch = self._template.new_scratch()
+        scratch = self._forkserver.new_scratch()
         try:
-            forks = tuple(self._fork(rank, scratch, port.getsockname()[1]) for rank in range(self.topology.world_size))
-            return Processes(self._template, forks, scratch=scratch, port=port, also=self._also)
-        except BaseException:  # Ctrl-C included; with the port goes the claim on it, with the socket the ranks
+            port_number = port.getsockname()[1]
+            requests = tuple(self._fork_request(rank, scratch, port_number) for rank in range(self.topology.world_size))
+            return WorldProcesses(
+                self._forkserver,
+                requests,
+                capture=self._capture,
+                scratch=scratch,
+                port=port,
+                extra_preload=self._extra_preload,
+            )
+        except BaseException:  # Ctrl-C included; the forkserver ends the ranks when the channel is garbage collected
             port.close()
             shutil.rmtree(scratch, ignore_errors=True)
             raise
 
-    def _fork(self, rank: int, scratch: str, port: int) -> Fork:
+    def _fork_request(self, rank: int, scratch: str, port: int) -> messages.ForkRank:
         environ = rank_environ(
             os.environ,
             topology=self.topology,
@@ -319,7 +300,7 @@ class World:
             scratch=scratch,
             extra=self._env,
         )
-        order = messages.Fork(
+        return messages.ForkRank(
             rank=rank,
             topology=self.topology,
             device=device_of(rank, kind=self.device, num_gpus=self._num_gpus),
@@ -330,27 +311,26 @@ class World:
             argv=tuple(sys.argv),
             cwd=str(Path.cwd()),
         )
-        return Fork(order, self._capture)
 
 
-def _template_for(
+def _choose_forkserver(
     topology: Topology, device: str | None, preload: Sequence[str] | None
-) -> tuple[launcher.Template, str, int]:
-    """Return the template, the kind of device, and how many GPUs ranks may use."""
-    enough = visible_gpus(os.environ) >= topology.world_size
-    if device == "cuda" or (device is None and enough):
-        template = launcher.template("cuda", preload)
-        num_gpus = template.ready().num_gpus
+) -> tuple[ForkserverClient, str, int]:
+    """Return the forkserver, the kind of device, and the number of GPUs that ranks may use."""
+    has_gpu_per_rank = visible_gpus(os.environ) >= topology.world_size
+    if device == "cuda" or (device is None and has_gpu_per_rank):
+        forkserver = get_forkserver("cuda", preload)
+        num_gpus = forkserver.wait_until_ready().num_gpus
         if num_gpus >= (topology.world_size if device is None else 1):
-            return template, "cuda", num_gpus
+            return forkserver, "cuda", num_gpus
         if device == "cuda":
             raise UsageError("device", device, "cpu: torch finds no GPU here")
-    return launcher.template("cpu", preload), "cpu", 0
+    return get_forkserver("cpu", preload), "cpu", 0
 
 
 def _pickled_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
     try:
         return dumps((fn, args, kwargs))
     except Exception as error:
-        accepted = f"a function whose arguments and closure pickle ({type(error).__name__}: {error})"
-        raise UsageError("fn", fn, accepted) from error
+        expected = f"a function whose arguments and closure pickle ({type(error).__name__}: {error})"
+        raise UsageError("fn", fn, expected) from error

@@ -1,4 +1,4 @@
-"""How a run over ranks looks in pytest's report: one exception of the type that was raised, sections, tracebacks."""
+"""How a run over ranks looks in pytest's report: one exception of the type that a rank raised, sections, tracebacks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tpcheck.core.errors import RankFailure, RankOutcome
-from tpcheck.pytest_plugin.exceptions import traceback_at, unpacked
+from tpcheck.pytest_plugin.exceptions import traceback_through, unpickle_exception
 from tpcheck.pytest_plugin.messages import BodyFailed
 from tpcheck.world.failures import one_line
 
@@ -18,43 +18,42 @@ _ATTRIBUTE = "tpcheck_origin"
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The failed run that an exception in pytest's process stands for, and the rank whose exception it is."""
+    """The failed run that an exception in pytest's process stands for, and the rank that decided its verdict."""
 
     failure: RankFailure
     outcome: RankOutcome
-    num_notes: int = 0  # that the exception brought along from its rank
+    num_notes: int = 0  # of the exception as the rank raised it
 
     @property
     def details(self) -> BodyFailed | None:
-        """What that rank told; None where it died or hung."""
+        """How the body raised on that rank, None where the rank died or hung."""
         return self.outcome.details if isinstance(self.outcome.details, BodyFailed) else None
 
 
 def exception_of(failure: RankFailure) -> BaseException:
-    """Return what to raise in pytest's process; `origin_of` leads back from it.
+    """Return the exception to raise in pytest's process; `origin_of` returns the failure from it.
 
-    The culprit's own exception where there is one: `xfail(raises=...)` and Hypothesis go by its type. A rank that
-    skips or xfails decides only where no rank failed by itself.
+    It is the exception that the rank raised, where there is one: `xfail(raises=...)` and Hypothesis use its type. A
+    skip or xfail counts only if no rank failed by itself.
     """
-    deciding = _deciding(failure)
-    details = deciding.details
+    outcome = _deciding_outcome(failure)
     error: BaseException | None = None
-    if isinstance(details, BodyFailed):
-        error = _skip_or_xfail(failure, details) or unpacked(details.exception)
+    if isinstance(outcome.details, BodyFailed):
+        error = _skip_or_xfail(failure, outcome.details) or unpickle_exception(outcome.details.exception)
         if error is not None:
-            error = error.with_traceback(traceback_at(details.places))
+            error = error.with_traceback(traceback_through(outcome.details.frames))
     error = failure if error is None else error
-    error.__dict__[_ATTRIBUTE] = Origin(failure, deciding, len(getattr(error, "__notes__", ())))
+    error.__dict__[_ATTRIBUTE] = Origin(failure, outcome, len(getattr(error, "__notes__", ())))
     return error
 
 
 def origin_of(error: BaseException) -> Origin | None:
-    """Return what the exception stands for, None where it was raised in pytest's own process."""
+    """Return the failed run that the exception stands for, None where it was raised in pytest's process."""
     origin = error.__dict__.get(_ATTRIBUTE)
     return origin if isinstance(origin, Origin) else None
 
 
-def _deciding(failure: RankFailure) -> RankOutcome:
+def _deciding_outcome(failure: RankFailure) -> RankOutcome:
     first = failure.outcomes[failure.first]
     if not isinstance(first.details, BodyFailed) or first.details.verdict == "failed":
         return first
@@ -63,7 +62,7 @@ def _deciding(failure: RankFailure) -> RankOutcome:
 
 def _failed_by_itself(outcome: RankOutcome) -> bool:
     details = outcome.details
-    return isinstance(details, BodyFailed) and details.verdict == "failed" and not details.is_victim
+    return isinstance(details, BodyFailed) and details.verdict == "failed" and not details.is_communication
 
 
 def _skip_or_xfail(failure: RankFailure, details: BodyFailed) -> BaseException | None:
@@ -71,28 +70,27 @@ def _skip_or_xfail(failure: RankFailure, details: BodyFailed) -> BaseException |
     if details.verdict == "failed":
         return None
     reason = f"{details.reason} ({_ranks(failure, details)})"
-    kind = pytest.skip.Exception if details.verdict == "skipped" else pytest.xfail.Exception
-    return kind(reason)
+    return pytest.skip.Exception(reason) if details.verdict == "skipped" else pytest.xfail.Exception(reason)
 
 
 def _ranks(failure: RankFailure, details: BodyFailed) -> str:
-    same = [
+    ranks = [
         str(outcome.rank)
         for outcome in failure.outcomes
         if isinstance(outcome.details, BodyFailed)
         if (outcome.details.verdict, outcome.details.reason) == (details.verdict, details.reason)
     ]
-    if len(same) == len(failure.outcomes):
+    if len(ranks) == len(failure.outcomes):
         return "every rank"
-    return f"rank {same[0]}" if len(same) == 1 else f"ranks {', '.join(same)}"
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(ranks)}"
 
 
 def captured_sections(
     outcomes: Iterable[RankOutcome], excinfo: pytest.ExceptionInfo[BaseException] | None
 ) -> list[tuple[str, str]]:
-    """Return what ranks printed, under titles that --show-capture and JUnit sort by."""
+    """Return what ranks printed, under titles that --show-capture and JUnit recognise."""
     if excinfo is not None and isinstance(excinfo.value, RankFailure):
-        return []  # its message holds them
+        return []  # its message contains them
     return [
         (f"Captured {name} rank {outcome.rank}", text)
         for outcome in outcomes
@@ -101,48 +99,48 @@ def captured_sections(
     ]
 
 
-def failure_repr(excinfo: pytest.ExceptionInfo[BaseException], own: Any) -> Any:
-    """Return what to show for the exception; `own` is what pytest made of it."""
+def failure_repr(excinfo: pytest.ExceptionInfo[BaseException], longrepr: Any) -> Any:
+    """Return what pytest shows for the exception; `longrepr` is what it would show without this plugin."""
     error = excinfo.value
     origin = origin_of(error)
     if origin is None:
-        return _with_members(error, own)
-    if origin.details is None:  # a rank died or hung: there is only what the others saw of it
+        return _with_rank_sections(error, longrepr)
+    if origin.details is None:  # a rank died or hung
         return excinfo.getrepr(style="value")
-    shown = origin.details.longrepr
-    _add_notes(shown, _new_notes(error, origin))
-    shown.addsection(_title(origin), _others(origin))
-    return shown
+    rank_longrepr = origin.details.longrepr
+    _add_notes(rank_longrepr, _new_notes(error, origin))
+    rank_longrepr.addsection(_title(origin), _other_ranks(origin))
+    return rank_longrepr
 
 
-def _with_members(error: BaseException, own: Any) -> Any:
-    """Add what ranks told, where Hypothesis found several failures and made a group of them."""
+def _with_rank_sections(error: BaseException, longrepr: Any) -> Any:
+    """Add what each rank showed, where Hypothesis found several failures and raised an exception group."""
     for member in getattr(error, "exceptions", ()):
         origin = origin_of(member)
-        if origin is not None and origin.details is not None and hasattr(own, "addsection"):
+        if origin is not None and origin.details is not None and hasattr(longrepr, "addsection"):
             _add_notes(origin.details.longrepr, _new_notes(member, origin))
-            own.addsection(_title(origin), f"{origin.details.longrepr}\n{_others(origin)}")
-    return own
+            longrepr.addsection(_title(origin), f"{origin.details.longrepr}\n{_other_ranks(origin)}")
+    return longrepr
 
 
 def _new_notes(error: BaseException, origin: Origin) -> list[str]:
-    """Return the notes that came to the exception in pytest's process: in one, Hypothesis tells the failing example."""
+    """Return the notes that were added in pytest's process, such as Hypothesis's falsifying example."""
     notes: list[str] = getattr(error, "__notes__", [])
     return notes[origin.num_notes :]
 
 
-def _add_notes(shown: Any, notes: Iterable[str]) -> None:
-    """Add notes where pytest shows those it knows of: below the exception's message."""
-    entries = shown.reprtraceback.reprentries
+def _add_notes(longrepr: Any, notes: Iterable[str]) -> None:
+    """Add notes where pytest shows them: below the message of the exception."""
+    entries = longrepr.reprtraceback.reprentries
     lines: list[str] = getattr(entries[-1], "lines", []) if entries else []
     lines += [f"E   {line}" for note in notes for line in note.splitlines()]
 
 
 def _title(origin: Origin) -> str:
-    return f"rank {origin.outcome.rank} of {len(origin.failure.outcomes)} {origin.outcome.state}; the others"
+    return f"rank {origin.outcome.rank} of {len(origin.failure.outcomes)} {origin.outcome.state}; other ranks"
 
 
-def _others(origin: Origin) -> str:
+def _other_ranks(origin: Origin) -> str:
     return "\n".join(
         f"rank {outcome.rank}: {one_line(outcome, origin.outcome)}"
         for outcome in origin.failure.outcomes

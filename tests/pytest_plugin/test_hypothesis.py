@@ -11,7 +11,7 @@ HEADER = """
 """
 
 
-def test_every_rank_gets_the_same_example_and_one_world_serves_them_all(run: Run) -> None:
+def test_every_rank_gets_the_same_example_and_one_world_serves_all(run: Run) -> None:
     source = """
     import os, random
 
@@ -24,7 +24,7 @@ def test_every_rank_gets_the_same_example_and_one_world_serves_them_all(run: Run
     @pytest.mark.tpcheck(tp=2)
     def test_any_width(tp_rank, folder, width, data):
         assert len(set(map(repr, tp_rank.gather((width, data))))) == 1
-        assert len(set(tp_rank.gather(random.random()))) == 2, "Hypothesis seeds pytest's process alone"
+        assert len(set(tp_rank.gather(random.random()))) == 2, "Hypothesis seeds only pytest's process"
         (folder / str(os.getpid())).touch()
         assert len(list(folder.iterdir())) <= 2
 
@@ -40,7 +40,7 @@ def test_every_rank_gets_the_same_example_and_one_world_serves_them_all(run: Run
     run(HEADER + source, "--tpcheck-fresh").assert_outcomes(passed=1, failed=1)
 
 
-def test_a_failing_example_shrinks_over_the_distributed_body(run: Run) -> None:
+def test_a_failing_example_is_shrunk(run: Run) -> None:
     source = """
     import torch
 
@@ -68,14 +68,14 @@ def test_a_failing_example_shrinks_over_the_distributed_body(run: Run) -> None:
             "E           assert 13 < 13",
             "E   *test_small(",
             "E   *width=13,*",
-            "-* rank 1 of 2 raised; the others -*",
+            "-* rank 1 of 2 raised; other ranks -*",
             "FAILED *test_small*assert 13 < 13",
         ]
     )
     result.stdout.no_fnmatch_line("*Explanation:*")
 
 
-def test_two_bugs_of_one_type_stay_two(run: Run) -> None:
+def test_two_failures_of_one_type_are_reported_separately(run: Run) -> None:
     source = """
     @given(st.sampled_from([0, 1]))
     @pytest.mark.tpcheck(tp=2)
@@ -86,11 +86,11 @@ def test_two_bugs_of_one_type_stay_two(run: Run) -> None:
     result = run(HEADER + source)
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
-        ["*Hypothesis found 2 distinct failures*", "*width=0,*", "*width=1,*", "-* rank ? of 2 raised; the others -*"]
+        ["*Hypothesis found 2 distinct failures*", "*width=0,*", "*width=1,*", "-* rank ? of 2 raised; other ranks -*"]
     )
 
 
-def test_an_example_may_be_rejected_on_the_ranks(run: Run) -> None:
+def test_assume_rejects_an_example_on_the_ranks(run: Run) -> None:
     source = """
     @settings(max_examples=5)
     @given(st.integers(0, 50))
@@ -102,7 +102,7 @@ def test_an_example_may_be_rejected_on_the_ranks(run: Run) -> None:
     run(HEADER + source).assert_outcomes(passed=1)
 
 
-def test_drawing_inside_the_body_is_refused_with_a_reason(run: Run) -> None:
+def test_drawing_inside_the_body_is_refused(run: Run) -> None:
     source = """
     @given(st.data())
     @pytest.mark.tpcheck(tp=2)
@@ -111,6 +111,4 @@ def test_drawing_inside_the_body_is_refused_with_a_reason(run: Run) -> None:
     """
     result = run(HEADER + source)
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(
-        ["*data=*Hypothesis draws in pytest's process alone, so name every strategy in @given*"]
-    )
+    result.stdout.fnmatch_lines(["*data=*Hypothesis draws in pytest's process only, so pass every strategy to @given*"])

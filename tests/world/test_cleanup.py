@@ -1,4 +1,4 @@
-"""After a world nothing is left of it: no process, descriptor, shared memory or file, however it ended."""
+"""A world leaves no process, descriptor, shared memory or file behind, however it ends."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ import pytest
 
 from tests.world import rank_bodies as bodies
 from tpcheck import RankFailure, Topology, spawn
-from tpcheck.world import launcher
+from tpcheck.world.forkserver_client import get_forkserver
 
 _SHM = Path("/dev/shm")
 
 
 @pytest.fixture
-def own_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    launcher.template("cpu").ready()  # the folders of worlds stay where it started: paths of sockets must be short
+def world_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    get_forkserver(
+        "cpu"
+    ).wait_until_ready()  # worlds keep the folder that it started with: paths of sockets must be short
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # the ranks'
     return tmp_path
@@ -32,14 +34,14 @@ def own_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def short_tmp() -> Iterator[Path]:
-    """A folder for temporary files in which a template keeps its worlds: paths of sockets must be short."""
+    """A folder for the temporary files of a forkserver: paths of sockets must be short."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         yield Path(folder)
 
 
-def residue(tmp: Path) -> dict[str, object]:
-    """Return what a world could leave behind."""
-    scratch = launcher.template("cpu").ready().scratch
+def leftovers(tmp: Path) -> dict[str, object]:
+    """Return everything that a world could leave behind."""
+    scratch = get_forkserver("cpu").wait_until_ready().scratch
     return {
         "processes": len(psutil.Process().children(recursive=True)),
         "descriptors": psutil.Process().num_fds(),
@@ -49,17 +51,17 @@ def residue(tmp: Path) -> dict[str, object]:
 
 
 def segments_without_a_process() -> set[str]:
-    """Return the shared memory that nobody has mapped: other tests and programs on this machine have their own."""
-    there = {path.name for path in _SHM.iterdir()} if _SHM.is_dir() else set()
+    """Return the shared memory that no process has mapped: other programs on this machine have segments, too."""
+    existing = {path.name for path in _SHM.iterdir()} if _SHM.is_dir() else set()
     mapped = set()
-    for maps in Path("/proc").glob("[0-9]*/maps") if there else ():
-        with suppress(OSError):  # ended meanwhile, or another user's
+    for maps in Path("/proc").glob("[0-9]*/maps") if existing else ():
+        with suppress(OSError):  # it has exited, or belongs to another user
             lines = os.fsdecode(maps.read_bytes()).splitlines()
             mapped |= {Path(line.split(maxsplit=5)[-1]).name for line in lines if str(_SHM) in line}
-    return {name for name in there - mapped if not name.startswith("pym-") and (_SHM / name).exists()}
+    return {name for name in existing - mapped if not name.startswith("pym-") and (_SHM / name).exists()}
 
 
-def test_segments_of_other_processes_are_not_left_by_a_world() -> None:
+def test_a_mapped_segment_is_not_a_leftover() -> None:
     from multiprocessing.shared_memory import SharedMemory
 
     if not _SHM.is_dir():
@@ -72,17 +74,17 @@ def test_segments_of_other_processes_are_not_left_by_a_world() -> None:
 
 
 def survivors(pids: list[int], *, within_s: float = 5) -> list[str]:
-    """Return what still runs of these after that time, in words."""
+    """Return a description of each of these processes that still runs after that time."""
     deadline = time.monotonic() + within_s
-    while (left := [pid for pid in pids if _runs(pid)]) and time.monotonic() < deadline:
+    while (running := [pid for pid in pids if _runs(pid)]) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return [_described(pid) for pid in left]
+    return [_description(pid) for pid in running]
 
 
-def test_200_worlds_leave_nothing(own_tmp: Path) -> None:
+def test_200_worlds_leave_nothing(world_tmp: Path) -> None:
     with spawn(Topology(tp=2)) as world:
-        world.run(bodies.all_reduce)  # starts the template, which stays
-    before = residue(own_tmp)
+        world.run(bodies.all_reduce)  # starts the forkserver, which keeps running
+    before = leftovers(world_tmp)
     for number in range(200):
         with spawn(Topology(tp=2)) as world:
             if number % 10 == 9:
@@ -90,57 +92,57 @@ def test_200_worlds_leave_nothing(own_tmp: Path) -> None:
                     world.run(bodies.fail_on_rank_1, ("raise_value_error", "exit_with")[number % 20 == 9], number)
             else:
                 assert world.run(bodies.all_reduce) == (3, 3)
-    assert residue(own_tmp) == before
+    assert leftovers(world_tmp) == before
 
 
 @pytest.fixture(params=["alone", "beside_another_world"])
-def beside(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let another world run, whose own children must not be touched."""
+def other_world(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run another world, whose children must survive."""
     if request.param == "alone":
         yield
         return
-    with spawn(Topology(tp=1)) as other:
-        ((_, plain, own_session, _),) = other.run(bodies.leave_children_behind)
+    with spawn(Topology(tp=1)) as world:
+        ((_, plain, new_session, _),) = world.run(bodies.leave_children_behind)
         yield
-        assert all(_runs(pid) for pid in (plain, own_session))
+        assert all(_runs(pid) for pid in (plain, new_session))
 
 
-@pytest.mark.usefixtures("beside")
-def test_children_of_ranks_end_with_the_world(own_tmp: Path) -> None:
+@pytest.mark.usefixtures("other_world")
+def test_child_processes_of_ranks_end_with_the_world(world_tmp: Path) -> None:
     with spawn(Topology(tp=2)) as world:
         world.run(bodies.process_id)
-    before = residue(own_tmp)
+    before = leftovers(world_tmp)
     with spawn(Topology(tp=2)) as world:
         pids = [pid for rank in world.run(bodies.leave_children_behind) for pid in rank]
         assert all(_runs(pid) for pid in pids)
     assert survivors(pids, within_s=2) == []
-    assert residue(own_tmp) == before
+    assert leftovers(world_tmp) == before
 
 
-@pytest.mark.usefixtures("beside")
-def test_children_of_a_rank_that_was_killed_end_with_the_world(own_tmp: Path) -> None:
+@pytest.mark.usefixtures("other_world")
+def test_child_processes_of_a_killed_rank_end_with_the_world(world_tmp: Path) -> None:
     with spawn(Topology(tp=2)) as world:
         world.run(bodies.process_id)
-    before = residue(own_tmp)
-    pids_file = own_tmp / "pids"
+    before = leftovers(world_tmp)
+    pids_file = world_tmp / "pids"
     with spawn(Topology(tp=2)) as world, pytest.raises(RankFailure):
         world.run(bodies.leave_children_and_die, str(pids_file))
-    written = list(own_tmp.glob("pids.*"))
+    written = list(world_tmp.glob("pids.*"))
     pids = [int(pid) for path in written for pid in path.read_text().split()]
     for path in written:
         path.unlink()
     assert len(pids) >= 4
     assert survivors(pids, within_s=2) == []
-    assert residue(own_tmp) == before
+    assert leftovers(world_tmp) == before
 
 
-def test_data_loader_workers_end_with_the_world(own_tmp: Path) -> None:
+def test_data_loader_workers_end_with_the_world(world_tmp: Path) -> None:
     with spawn(Topology(tp=2)) as world:
         world.run(bodies.process_id)
-    before = residue(own_tmp)
+    before = leftovers(world_tmp)
     with spawn(Topology(tp=2)) as world:
         world.run(bodies.load_data_with_workers)
-    assert residue(own_tmp) == before
+    assert leftovers(world_tmp) == before
 
 
 def test_segments_that_deepspeed_leaks_are_removed() -> None:
@@ -153,7 +155,7 @@ def test_segments_that_deepspeed_leaks_are_removed() -> None:
     assert not leaked.exists()
 
 
-def test_a_world_that_is_forgotten_ends() -> None:
+def test_a_world_that_is_garbage_collected_ends() -> None:
     world = spawn(Topology(tp=2))
     pids = world.run(bodies.process_id)
     del world
@@ -162,18 +164,18 @@ def test_a_world_that_is_forgotten_ends() -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_ranks_end_with_their_controller(how: signal.Signals, short_tmp: Path) -> None:
-    pids = _die_in_the_middle(short_tmp, lambda controller, template: controller.send_signal(how))
+    pids = _kill_during_a_run(short_tmp, lambda controller, forkserver: controller.send_signal(how))
     assert survivors(pids) == []
     assert not list(short_tmp.glob("tpcheck-*"))
 
 
-def test_ranks_end_with_the_process_they_were_forked_from(short_tmp: Path) -> None:
-    pids = _die_in_the_middle(short_tmp, lambda controller, template: os.kill(template, signal.SIGKILL))
+def test_ranks_end_with_their_forkserver(short_tmp: Path) -> None:
+    pids = _kill_during_a_run(short_tmp, lambda controller, forkserver: os.kill(forkserver, signal.SIGKILL))
     assert survivors(pids) == []
     assert not list(short_tmp.glob("tpcheck-*"))
 
 
-def test_a_thread_that_dies_while_it_starts_a_world_leaves_no_folder(short_tmp: Path) -> None:
+def test_a_thread_that_ends_while_it_starts_a_world_leaves_no_folder(short_tmp: Path) -> None:
     script = short_tmp / "script.py"
     script.write_text(
         "import threading, time\n"
@@ -181,7 +183,7 @@ def test_a_thread_that_dies_while_it_starts_a_world_leaves_no_folder(short_tmp: 
         "from tpcheck.world import world\n"
         "reached = threading.Event()\n"
         "def stall(*_, scratch, **__): print(scratch); reached.set(); time.sleep(1000)\n"
-        "world.Processes = stall\n"
+        "world.WorldProcesses = stall\n"
         "run = spawn(Topology(tp=1), device='cpu', preload=['json']).run\n"
         "threading.Thread(target=run, args=(print,), daemon=True).start()\n"
         "reached.wait()\n"
@@ -192,8 +194,8 @@ def test_a_thread_that_dies_while_it_starts_a_world_leaves_no_folder(short_tmp: 
     assert not list(short_tmp.glob("tpcheck-*"))
 
 
-def _die_in_the_middle(tmp_path: Path, kill: Callable[[subprocess.Popen[str], int], None]) -> list[int]:
-    """Start a controller, let `kill` act in the middle of its run; return every process that was there."""
+def _kill_during_a_run(tmp_path: Path, kill: Callable[[subprocess.Popen[str], int], None]) -> list[int]:
+    """Start a controller, call `kill` while its ranks run; return all of its processes."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys, time\n"
@@ -207,10 +209,10 @@ def _die_in_the_middle(tmp_path: Path, kill: Callable[[subprocess.Popen[str], in
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environ) as controller:
         assert controller.stdout is not None
         lines = [[int(pid) for pid in controller.stdout.readline().split()] for _ in range(2)]
-        template = lines[0][1]
-        kill(controller, template)
+        forkserver = lines[0][1]
+        kill(controller, forkserver)
         controller.wait(timeout=10)
-        return [controller.pid, template, *(line[0] for line in lines)]
+        return [controller.pid, forkserver, *(line[0] for line in lines)]
 
 
 def _runs(pid: int) -> bool:
@@ -220,9 +222,9 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def _described(pid: int) -> str:
+def _description(pid: int) -> str:
     try:
         process = psutil.Process(pid)
         return f"{pid} {process.status()}, child of {process.ppid()}: {' '.join(process.cmdline())}"
     except psutil.NoSuchProcess:
-        return f"{pid}, which ended now"
+        return f"{pid}, which has just exited"

@@ -1,4 +1,4 @@
-"""What runs on a rank: a small pytest that imports test modules and explains asserts, and the body of a test."""
+"""What runs on a rank: a minimal pytest that imports test modules and explains asserts, and the body of a test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import cache, reduce
 from pathlib import Path
 from types import CodeType, MethodType, ModuleType, SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 from _pytest._code import Traceback, filter_traceback
@@ -17,29 +17,29 @@ from _pytest.assertion.rewrite import AssertionRewritingHook
 from _pytest.config import Config, PytestPluginManager, create_terminal_writer
 from _pytest.python import importtestmodule
 
-from tpcheck.pytest_plugin.exceptions import packed
+from tpcheck.pytest_plugin.exceptions import pickle_exception
 from tpcheck.pytest_plugin.messages import (
-    Argument,
-    Body,
+    BodyCall,
     BodyFailed,
     BodyPassed,
+    FrameLocation,
     ModuleFile,
-    Place,
+    Placeholder,
     PytestSettings,
     RankWarning,
 )
-from tpcheck.pytest_plugin.warning_filters import as_messages, kept_warnings
+from tpcheck.pytest_plugin.warning_filters import as_rank_warnings, recorded_warnings
 from tpcheck.world.channel import loads
 from tpcheck.world.failures import is_communication
 from tpcheck.world.rank import Rank
 
-# The plugins whose options and hooks the functions above ask for: a whole pytest takes 5 ms more on every rank.
+# The plugins whose options and hooks these imports need: a complete pytest takes 5 ms more on every rank.
 _PLUGINS = ("main", "python", "assertion", "terminal")
 
 
-@cache  # one pytest per process, however many examples it runs; settings are the same bytes throughout a session
+@cache  # one per process, however many examples it runs: settings are the same bytes throughout a session
 def rank_config(pickled: bytes) -> pytest.Config:
-    """Return a configuration like that of pytest's own process; its import hook is in place from here on."""
+    """Return a configuration like that of pytest's process, and install its import hook."""
     settings: PytestSettings = loads(pickled)
     config = bare_config()
     config.invocation_params = Config.InvocationParams(args=(), plugins=None, dir=Path(settings.invocation_dir))
@@ -58,7 +58,7 @@ def rank_config(pickled: bytes) -> pytest.Config:
 
 @cache
 def bare_config() -> Config:
-    """Return the configuration before it knows the session. The template makes it, and ranks inherit it."""
+    """Return the configuration without the settings of a session. The forkserver creates it, and ranks inherit it."""
     config = Config(PytestPluginManager())
     for name in _PLUGINS:
         config.pluginmanager.import_plugin(name)
@@ -68,22 +68,24 @@ def bare_config() -> Config:
 def import_as_pytest_does(file: ModuleFile, config: pytest.Config) -> ModuleType:
     """Return the test module or conftest, imported in the mode and under the name of pytest's process."""
     path, name = file.path, file.name
-    found = sys.modules.get(name)
-    if found is not None and found.__file__ == path:
-        return found
-    _mark_for_rewriting([name])  # a file named on the command line is rewritten whatever it is called
+    imported = sys.modules.get(name)
+    if imported is not None and imported.__file__ == path:
+        return imported
+    _mark_for_rewriting([name])  # a file on the command line is rewritten whatever its name
     module: ModuleType = importtestmodule(Path(path), config)
     if module.__name__ != name:
-        raise ImportError(f"{path} is {name!r} in pytest's process, and {module.__name__!r} here", name=name, path=path)
+        raise ImportError(
+            f"{path} is {name!r} in pytest's process and {module.__name__!r} on a rank", name=name, path=path
+        )
     if hasattr(module, "pytest_assertrepr_compare"):
         config.pluginmanager.register(module)
     return module
 
 
 def _mark_for_rewriting(names: Iterable[str]) -> None:
-    """Do what `mark_rewrite` does, without its walk over `sys.modules`.
+    """Do what `mark_rewrite` does, without its loop over `sys.modules`.
 
-    That writes to the memory of every module's name, which a forked rank then has to copy: 5 ms.
+    The loop changes the reference count of every module's name, so that a forked rank copies that memory: 5 ms.
     """
     for finder in sys.meta_path:
         if isinstance(finder, AssertionRewritingHook):
@@ -93,14 +95,14 @@ def _mark_for_rewriting(names: Iterable[str]) -> None:
 def _add_terminal(config: Config, *, has_markup: bool) -> None:
     writer = create_terminal_writer(config, sys.stdout)
     writer.hasmarkup = has_markup
-    config.pluginmanager.register(SimpleNamespace(_tw=writer), "terminalreporter")  # diffs ask it for colours
+    config.pluginmanager.register(SimpleNamespace(_tw=writer), "terminalreporter")  # diffs get their colours from it
 
 
 def _explain_comparisons(config: Config) -> None:
-    """Give asserts their explanation, by the code that does it around every test of an ordinary session."""
+    """Make asserts explain comparisons, with the hook that pytest wraps around every test."""
     around_a_test = pytest_runtest_protocol(SimpleNamespace(ihook=config.hook, config=config))  # type: ignore[arg-type]
     next(around_a_test)
-    config.add_cleanup(around_a_test.close)  # kept: an abandoned generator would undo it
+    config.add_cleanup(around_a_test.close)  # a reference: garbage collection of it removes the hook
 
 
 def _no_xfail(*_args: object, **_kwargs: object) -> None:
@@ -114,7 +116,7 @@ def body_failed(
     config: pytest.Config | None,
     warnings: tuple[RankWarning, ...],
 ) -> BodyFailed:
-    """Return the account. `function` and `config` are None where the rank did not get as far as that."""
+    """Return how the body raised. `function` and `config` are None if the rank raised before it had them."""
     excinfo = pytest.ExceptionInfo.from_exception(error)
     code = getattr(inspect.unwrap(function), "__code__", None) if function is not None else None
 
@@ -124,10 +126,10 @@ def body_failed(
     return BodyFailed(
         verdict=_verdict(error),
         reason=str(getattr(error, "msg", None) or ""),
-        is_victim=is_communication(error),
+        is_communication=is_communication(error),
         longrepr=_longrepr(excinfo, visible, config),
-        exception=packed(error),
-        places=tuple(Place(str(entry.path), entry.lineno + 1, entry.name) for entry in visible(excinfo)),
+        exception=pickle_exception(error),
+        frames=tuple(FrameLocation(str(entry.path), entry.lineno + 1, entry.name) for entry in visible(excinfo)),
         warnings=warnings,
     )
 
@@ -144,13 +146,13 @@ def _longrepr(
     visible: Callable[[pytest.ExceptionInfo[BaseException]], Traceback],
     config: pytest.Config | None,
 ) -> Any:
-    """Return what `Item.repr_failure` would; it needs a collected item, and ranks collect nothing."""
+    """Return what `Item.repr_failure` returns, which needs a collected item: ranks collect no tests."""
     style: Any = config.getoption("tbstyle") if config is not None else "auto"
     is_full = config is not None and config.getoption("fulltrace")
     verbosity = config.get_verbosity() if config is not None else 0
     if is_communication(excinfo.value):
-        # The victim of another rank, as a rule, whose account is not shown; it ends in torch, and to pick statements
-        # out of those large files takes 0.1 s.
+        # Most often the consequence of a failure on another rank, and not shown. The traceback ends in torch, and
+        # finding statements in such large files takes 0.1 s.
         style = "native"
     elif isinstance(excinfo.value, pytest.fail.Exception) and not excinfo.value.pytrace:
         style = "value"
@@ -166,7 +168,7 @@ def _longrepr(
 
 
 def _visible(excinfo: pytest.ExceptionInfo[BaseException], code: CodeType | None) -> Traceback:
-    """Return the traceback from the test's function on, without hidden frames."""
+    """Return the traceback from the test function inwards, without hidden frames."""
     entries = list(excinfo.traceback)
     start = next((index for index, entry in enumerate(entries) if entry.frame.code.raw is code), None)
     trace = Traceback(entries[start:]) if start is not None else excinfo.traceback.filter(filter_traceback)
@@ -174,14 +176,14 @@ def _visible(excinfo: pytest.ExceptionInfo[BaseException], code: CodeType | None
 
 
 def _shortened(trace: Traceback, style: str) -> Traceback:
-    """Return the traceback with only its ends at length, as pytest shows it unless told otherwise."""
+    """Return the traceback with only its first and last entry in full, as pytest shows it by default."""
     if style != "auto" or len(trace) <= 2:
         return trace
     return Traceback((trace[0], *(entry.with_repr_style("short") for entry in trace[1:-1]), trace[-1]))
 
 
-class Caller:
-    """Stands before the function that a world is told to run, and so is loaded on the rank before that function is."""
+class ImportThenCall:
+    """Calls a function on a rank; being unpickled before that function, it imports the test module first."""
 
     def __init__(self, settings: bytes, imports: tuple[ModuleFile, ...]) -> None:
         self._settings = settings
@@ -191,47 +193,49 @@ class Caller:
         return function(rank, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _caller, (self._settings, self._imports)
+        return _import_then_call, (self._settings, self._imports)
 
 
-def _caller(settings: bytes, imports: tuple[ModuleFile, ...]) -> Caller:
+def _import_then_call(settings: bytes, imports: tuple[ModuleFile, ...]) -> ImportThenCall:
     config = rank_config(settings)
     for file in imports:
         import_as_pytest_does(file, config)
-    return Caller(settings, imports)
+    return ImportThenCall(settings, imports)
 
 
-_ASYNC = "async tests do not run on ranks: start the event loop inside the body, as with asyncio.run"
+ASYNC_MESSAGE = "async tests do not run on ranks: start the event loop inside the body, as with asyncio.run"
 
 
-def run_body(rank: Rank, body: Body) -> BodyPassed:
-    """Call the test's function on this rank; an exception leaves with a `BodyFailed` in its `tpcheck_details`."""
+def run_body(rank: Rank, body: BodyCall) -> BodyPassed:
+    """Call the test function on this rank; an exception gets a `BodyFailed` as its `tpcheck_details`."""
     __tracebackhide__ = True
     function: Callable[..., Any] | None = None
     config: pytest.Config | None = None
-    with kept_warnings(body.filters) as log:
+    with recorded_warnings(body.filters) as log:
         try:
             config = rank_config(body.settings)
-            function = _function(body, config)
+            function = _load_function(body, config)
             arguments = loads(body.arguments)
-            returned = function(**{name: _own(value, rank) for name, value in arguments.items()})
+            returned = function(
+                **{name: rank if value is Placeholder.RANK else value for name, value in arguments.items()}
+            )
             if hasattr(returned, "__await__") or hasattr(returned, "__aiter__"):
-                pytest.fail(_ASYNC, pytrace=False)
+                pytest.fail(ASYNC_MESSAGE, pytrace=False)
         except BaseException as error:
-            details = body_failed(error, function=function, config=config, warnings=as_messages(log))
-            error.tpcheck_details = details  # type: ignore[attr-defined]  # any exception takes attributes
+            details = body_failed(error, function=function, config=config, warnings=as_rank_warnings(log))
+            error.tpcheck_details = details  # type: ignore[attr-defined]  # exceptions accept any attribute
             raise
-    return BodyPassed(rank.rank, as_messages(log), None if returned is None else repr(type(returned)))
+    return BodyPassed(rank.rank, as_rank_warnings(log), None if returned is None else repr(type(returned)))
 
 
-def prepare(_rank: Rank, body: Body) -> None:
-    """Import what the body needs, so that the first example of a `@given` test takes no longer than the others."""
-    with kept_warnings(body.filters):
-        _function(body, rank_config(body.settings))
+def prepare(_rank: Rank, body: BodyCall) -> None:
+    """Import what the body needs, so that the first example of a `@given` test takes as long as the others."""
+    with recorded_warnings(body.filters):
+        _load_function(body, rank_config(body.settings))
 
 
-def _function(body: Body, config: pytest.Config) -> Callable[..., Any]:
-    """Return the function to call, with its instance where it is a method."""
+def _load_function(body: BodyCall, config: pytest.Config) -> Callable[..., Any]:
+    """Return the test function without `@given`, bound to a new instance if it is a method."""
     __tracebackhide__ = True
     if body.function is not None:
         by_value: Callable[..., Any] = loads(body.function)
@@ -240,20 +244,10 @@ def _function(body: Body, config: pytest.Config) -> Callable[..., Any]:
     modules = [import_as_pytest_does(file, config) for file in body.test.imports]
     *outer, name = body.test.qualname.split(".")
     holder: Any = reduce(getattr, outer, modules[-1])
-    function: Callable[..., Any] = _without_given(getattr(holder, name))
+    function: Any = getattr(holder, name)
+    function = getattr(getattr(function, "hypothesis", None), "inner_test", function)
     if not body.test.has_instance:
-        return function
+        return cast("Callable[..., Any]", function)
     instance = holder()
-    vars(instance).update(loads(body.instance))
+    vars(instance).update(loads(body.attributes))
     return MethodType(function, instance)
-
-
-def _without_given(function: Any) -> Callable[..., Any]:
-    """Return what `@given` wraps: examples are drawn in pytest's process."""
-    handle = getattr(function, "hypothesis", None)
-    inner: Callable[..., Any] = getattr(handle, "inner_test", function)
-    return inner
-
-
-def _own(value: Any, rank: Rank) -> Any:
-    return rank if value is Argument.RANK else value

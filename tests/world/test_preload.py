@@ -1,0 +1,22 @@
+"""Modules that are installed are imported, and those that fail are returned with their error."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tpcheck.world.preload import import_all
+
+
+def test_modules_that_fail_to_import_are_returned_and_missing_packages_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "preload_works.py").touch()
+    (tmp_path / "preload_fails.py").write_text("raise OSError('no library')")
+    monkeypatch.syspath_prepend(tmp_path)
+    errors = import_all(["preload_works", "preload_fails", "no_such_package.module"])
+    assert errors == {"preload_fails": "OSError: no library"}
+    assert "preload_works" in sys.modules
+    del sys.modules["preload_works"]
