@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.pytest_plugin.conftest import Run
+from tpcheck.world import forkserver_client
 
 
 def test_worlds_of_tp_spawn_end_with_the_test(run: Run) -> None:
@@ -76,30 +77,26 @@ def test_each_test_has_fresh_processes(run: Run) -> None:
     [
         ("def test_plain(): pass", (), 0),
         ("@pytest.mark.tpcheck(tp=2)\ndef test_marked(): pass", ("--collect-only",), 0),
-        ("@pytest.mark.tpcheck(tp=2)\ndef test_marked(): pytest.skip()", ("--deselect=test_file.py::test_marked",), 0),
+        ("@pytest.mark.tpcheck(tp=2)\ndef test_marked(): pytest.skip()", ("--deselect=test_it.py::test_marked",), 0),
         ("def test_spawns(tp_spawn): pass", (), 1),
         ("@pytest.mark.tpcheck(tp=2)\n@pytest.mark.skip\ndef test_marked(): pass", (), 1),
     ],
 )
 def test_the_forkserver_starts_only_if_a_test_needs_it(
-    pytester: pytest.Pytester, source: str, args: tuple[str, ...], expected: int
+    run: Run, monkeypatch: pytest.MonkeyPatch, source: str, args: tuple[str, ...], expected: int
 ) -> None:
-    pytester.makeconftest(
-        """
-        from tpcheck.world import forkserver_client
+    started: list[str] = []
 
-        class ForkserverClient:
-            has_ended = False
+    class ForkserverClient:
+        has_ended = False
 
-            def __init__(self, device, preload):
-                print("forkserver started")
+        def __init__(self, device: str, preload: tuple[str, ...]) -> None:
+            started.append(device)
 
-        forkserver_client.ForkserverClient = ForkserverClient
-        """
-    )
-    pytester.makepyfile(test_file=f"import pytest\n\n{source}")
-    result = pytester.runpytest_subprocess("-s", *args)
-    assert result.stdout.str().count("forkserver started") == expected
+    monkeypatch.setattr(forkserver_client, "_forkservers", {})
+    monkeypatch.setattr(forkserver_client, "ForkserverClient", ForkserverClient)
+    run(source, *args)
+    assert started == ["cpu"] * expected
 
 
 def test_xdist_workers_run_worlds_at_the_same_time(run: Run, pytester: pytest.Pytester) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tpcheck import Topology, UsageError, attach
+from tpcheck.world.attach import is_launched, launched_rank
 
 _SCRIPT = """
 import sys
@@ -30,14 +31,38 @@ def test_a_process_under_torchrun_is_its_rank(tmp_path: Path) -> None:
     ]
 
 
-def test_the_variables_of_slurm_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(_SCRIPT.replace("tp=2", "tp=1"))
-    names = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
-    for name, value in {**names, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (3, 4, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4, 0)),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}, (3, 4, 1)),
+        ({"PROCID": "3", "NTASKS": "4", "LOCALID": "1"}, (3, 4, 1)),
+    ],
+)
+def test_the_variables_of_torchrun_come_before_those_of_slurm(
+    environ: dict[str, str], expected: tuple[int, int, int]
+) -> None:
+    assert launched_rank(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, False),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, False),  # a batch script
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}, True),
+    ],
+)
+def test_a_batch_script_of_slurm_is_not_launched(
+    environ: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "<Rank 0 of 1: dp=0, tp=0> (0,) 1 cpu\n", done.stderr
+    assert is_launched() == expected
 
 
 def test_a_process_without_a_launcher_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
@@ -12,11 +13,19 @@ from tpcheck.world import deepspeed_shm_comm
 from tpcheck.world.groups import choose_backend, device_of, group_backend
 from tpcheck.world.rank import Rank
 
-_LAUNCHERS = (
-    {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"},  # torchrun, deepspeed
-    {"rank": "SLURM_PROCID", "world_size": "SLURM_NTASKS", "local_rank": "SLURM_LOCALID"},  # srun
-    {"rank": "PROCID", "world_size": "NTASKS", "local_rank": "LOCALID"},
+_LAUNCHERS = (  # the variables of rank, world size and local rank
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun, deepspeed
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),  # srun
+    ("PROCID", "NTASKS", "LOCALID"),
 )
+
+
+class LaunchedRank(NamedTuple):
+    """The place of a process in the world of its launcher."""
+
+    rank: int
+    world_size: int
+    local_rank: int
 
 
 def attach(topology: Topology, *, device: str | None = None, backend: str | None = None) -> Rank:
@@ -30,19 +39,19 @@ def attach(topology: Topology, *, device: str | None = None, backend: str | None
     Raises:
         UsageError: No launcher has set its variables, or its world size differs.
     """
-    place = _place(os.environ)
-    if place["world_size"] != topology.world_size:
+    launched = launched_rank(os.environ)
+    if launched.world_size != topology.world_size:
         raise UsageError(
-            "topology", topology, f"a topology of {place['world_size']} ranks, as many as the launcher has started"
+            "topology", topology, f"a topology of {launched.world_size} ranks, as many as the launcher has started"
         )
     deepspeed_shm_comm.disable()
     import torch
     from torch import distributed as dist
 
-    num_local = _number(os.environ, "LOCAL_WORLD_SIZE", default=place["world_size"])
+    num_local = _number(os.environ, "LOCAL_WORLD_SIZE", default=launched.world_size)
     num_gpus = torch.cuda.device_count() if device != "cpu" else 0
     kind = device or ("cuda" if num_gpus >= num_local else "cpu")
-    rank_device = device_of(place["local_rank"], kind=kind, num_gpus=max(1, num_gpus))
+    rank_device = device_of(launched.local_rank, kind=kind, num_gpus=max(1, num_gpus))
     if kind == "cuda":
         torch.cuda.set_device(torch.device(rank_device))
     if not dist.is_initialized():
@@ -50,10 +59,10 @@ def attach(topology: Topology, *, device: str | None = None, backend: str | None
             if name not in os.environ:
                 raise UsageError(name, None, "the address of rank 0; set it beside the launcher's variables")
         group = choose_backend(backend, kind=kind, num_gpus=num_gpus, num_ranks=num_local)
-        dist.init_process_group(group_backend(group), rank=place["rank"], world_size=place["world_size"])
+        dist.init_process_group(group_backend(group), rank=launched.rank, world_size=launched.world_size)
         if group == "gloo":
             atexit.register(_destroy_process_group)
-    return Rank(place["rank"], topology, device=rank_device)
+    return Rank(launched.rank, topology, device=rank_device)
 
 
 def is_launched() -> bool:
@@ -74,14 +83,13 @@ def _destroy_process_group() -> None:
         dist.destroy_process_group()
 
 
-def _place(environ: Mapping[str, str]) -> dict[str, int]:
-    for names in _LAUNCHERS:
-        if names["rank"] in environ and names["world_size"] in environ:
-            return {
-                "rank": _number(environ, names["rank"]),
-                "world_size": _number(environ, names["world_size"]),
-                "local_rank": _number(environ, names["local_rank"], default=0),
-            }
+def launched_rank(environ: Mapping[str, str]) -> LaunchedRank:
+    """Return the place that the variables of a launcher give this process."""
+    for rank, world_size, local_rank in _LAUNCHERS:
+        if rank in environ and world_size in environ:
+            return LaunchedRank(
+                _number(environ, rank), _number(environ, world_size), _number(environ, local_rank, default=0)
+            )
     raise UsageError(
         "environment",
         "no RANK or SLURM_PROCID",
