@@ -56,8 +56,8 @@ class PeerAborted(Exception):
 #   sockets, overlap    99.6 ms    2.3 ms             102.0 ms    5.2 ms
 #   gloo, overlap       98.9 ms    1.0 ms             103.8 ms    5.5 ms
 # With overlap the gain is within the noise at 2 ranks and 2 % of the step at 4. The reason to keep the sockets is that
-# they name a rank that dies: over gloo alone the connection that closes has no rank, the roll call needs the store, and
-# where the store dies too (with rank 0, or a rank that exits after its own failure) the failure names no rank.
+# they name a rank that dies. Over gloo alone the connection that closes has no rank, the roll call needs the store, and
+# the store ends with rank 0: each case of `test_a_rank_that_is_killed_or_hangs_ends_all_others` then names no rank.
 class PeerSockets:
     """A socket to every other rank of the group."""
 
