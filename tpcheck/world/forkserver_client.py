@@ -55,8 +55,11 @@ class ForkserverClient:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._ready: messages.ForkserverReady | None = None
         arguments = json.dumps([server_socket.fileno(), sys.path, preload])
+        flags: list[str] = getattr(
+            subprocess, "_args_from_interpreter_flags", list
+        )()  # as multiprocessing passes them on
         self._process = subprocess.Popen(
-            [sys.executable, *_interpreter_flags(), "-c", _BOOT, arguments],
+            [sys.executable, *flags, "-c", _BOOT, arguments],
             pass_fds=[server_socket.fileno()],
             env={**os.environ, **forkserver_environ(device)},
             stdin=subprocess.DEVNULL,
@@ -131,9 +134,3 @@ class ForkserverClient:
             self._process.wait()
         if self._ready is not None:  # the forkserver removes this itself, unless it was killed
             shutil.rmtree(self._ready.scratch, ignore_errors=True)
-
-
-def _interpreter_flags() -> list[str]:
-    """Return the options that this interpreter was started with, as multiprocessing passes them on."""
-    flags: list[str] = getattr(subprocess, "_args_from_interpreter_flags", list)()
-    return flags

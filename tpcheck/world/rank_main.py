@@ -36,11 +36,6 @@ def seed_everything(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
 
 
-def seed_of_rank(rank: int) -> int:
-    """Return a different seed for each rank: equal seeds hide a missing broadcast."""
-    return 1_000_003 * (rank + 1)
-
-
 def disable_ddp_logger_under_detail() -> None:
     """Make DDP skip its construction log, which fails on the wrapped groups of TORCH_DISTRIBUTED_DEBUG=DETAIL."""
     dist: Any = import_module("torch.distributed")  # these names have no type annotations
@@ -117,9 +112,10 @@ class _RankServer:
 
     def _join_world(self) -> None:
         import torch
+        from torch._C._distributed_c10d import set_debug_level_from_env
 
         torch.set_num_threads(1)
-        _read_debug_level()
+        set_debug_level_from_env()  # the forkserver read TORCH_DISTRIBUTED_DEBUG from another environment
         disable_ddp_logger_under_detail()
         request = self._request
         scratch = Path(request.scratch)
@@ -152,7 +148,8 @@ class _RankServer:
 
     def _call(self, run: messages.RunFunction) -> Any:
         sys.stdout, sys.stderr = self._streams  # transformers points them at devnull on ranks above 0
-        seed_everything(seed_of_rank(self._request.rank) if run.seed is None else run.seed)
+        # Without a seed each rank has a different one: equal seeds hide a missing broadcast.
+        seed_everything(1_000_003 * (self._request.rank + 1) if run.seed is None else run.seed)
         fn, args, kwargs = loads(run.call)
         return fn(self._rank, *args, **kwargs)
 
@@ -183,13 +180,6 @@ class _RankServer:
             with contextlib.suppress(Exception):  # code under test may have closed or replaced it
                 stream.flush()
         _LIBC.fflush(None)
-
-
-def _read_debug_level() -> None:
-    """Read TORCH_DISTRIBUTED_DEBUG again: the forkserver read it from another environment."""
-    from torch._C._distributed_c10d import set_debug_level_from_env
-
-    set_debug_level_from_env()
 
 
 def serialized_result(result: Any, rank: int) -> messages.SerializedResult:
