@@ -114,7 +114,7 @@ def save_training(folder: Path, model_type: str = "llama", *, tp: int = 2, dp: i
         steps: Training steps before saving.
         settings: Changes to the small model's configuration.
         frozen: Parts of the names of parameters that are not trained.
-        config: Merged over the DeepSpeed configuration, section by section.
+        config: MergedTensor over the DeepSpeed configuration, section by section.
         load_universal: A folder with `latest_universal` to load before all that.
     """
     with tpcheck.spawn(Topology(tp=tp, dp=dp), timeout=120) as world:

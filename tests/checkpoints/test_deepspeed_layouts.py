@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from tests.checkpoints.samples import bits_equal
 from tpcheck.backends.registry import ReadOptions
-from tpcheck.checkpoints.formats.deepspeed.boxes import Box, LayoutError, require_tiling
-from tpcheck.checkpoints.formats.deepspeed.layouts import Layouts
-from tpcheck.checkpoints.formats.deepspeed.shards import Merged, Shard
+from tpcheck.checkpoints.formats.deepspeed.autotp_layouts import Layouts
+from tpcheck.checkpoints.formats.deepspeed.chunks import LayoutError, ShardChunk, require_tiling
+from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import MergedTensor, Shard
 from tpcheck.checkpoints.formats.files import Files
 from tpcheck.checkpoints.formats.torch_files import load
 
@@ -47,7 +47,7 @@ def layouts(draw: st.DrawFn) -> Any:
     return segmented_map(shape, segments, dim, tp, widths)
 
 
-def merged(layout: Any, shards: list[torch.Tensor], folder: Path, files: Files) -> Merged:
+def merged(layout: Any, shards: list[torch.Tensor], folder: Path, files: Files) -> MergedTensor:
     """Return the parameter `it` as it is read from a file that holds the shards."""
     torch.save(shards, folder / "shards.pt")
     stored = load(folder / "shards.pt", files, ReadOptions())
@@ -100,29 +100,29 @@ def _pieces_at(layout: Any, rank: int, element: int) -> list[Any]:
     return [piece for piece in layout.pieces_by_rank[rank] if element in piece.dest_view(ids)]
 
 
-def box(rows: tuple[int, int], columns: tuple[int, int], tp_rank: int = 0) -> Box:
-    return Box(tp_rank, range(*rows), range(*columns), start=0, step=columns[1] - columns[0])
+def chunk(rows: tuple[int, int], columns: tuple[int, int], tp_rank: int = 0) -> ShardChunk:
+    return ShardChunk(tp_rank, range(*rows), range(*columns), start=0, step=columns[1] - columns[0])
 
 
 TILINGS = {
-    "whole": ([box((0, 4), (0, 6))], None),
-    "replicas": ([box((0, 4), (0, 6)), box((0, 4), (0, 6), tp_rank=1)], None),
-    "quarters": ([box((a, a + 2), (b, b + 3)) for a in (0, 2) for b in (0, 3)], None),
-    "bricks": ([box((0, 2), (0, 2)), box((0, 2), (2, 6)), box((2, 4), (0, 4)), box((2, 4), (4, 6))], None),
-    "a hole": ([box((0, 4), (0, 3)), box((0, 1), (3, 6)), box((2, 4), (3, 6))], "leave out row 1"),
-    "no end": ([box((0, 3), (0, 6))], "leave out row 3"),
-    "no start": ([box((1, 4), (0, 6))], "leave out row 0"),
-    "no last column": ([box((0, 4), (0, 5))], "leave out row 0"),
-    "twice": ([box((0, 4), (0, 6)), box((1, 2), (1, 2))], "repeat row"),
+    "whole": ([chunk((0, 4), (0, 6))], None),
+    "replicas": ([chunk((0, 4), (0, 6)), chunk((0, 4), (0, 6), tp_rank=1)], None),
+    "quarters": ([chunk((a, a + 2), (b, b + 3)) for a in (0, 2) for b in (0, 3)], None),
+    "bricks": ([chunk((0, 2), (0, 2)), chunk((0, 2), (2, 6)), chunk((2, 4), (0, 4)), chunk((2, 4), (4, 6))], None),
+    "a hole": ([chunk((0, 4), (0, 3)), chunk((0, 1), (3, 6)), chunk((2, 4), (3, 6))], "leave out row 1"),
+    "no end": ([chunk((0, 3), (0, 6))], "leave out row 3"),
+    "no start": ([chunk((1, 4), (0, 6))], "leave out row 0"),
+    "no last column": ([chunk((0, 4), (0, 5))], "leave out row 0"),
+    "twice": ([chunk((0, 4), (0, 6)), chunk((1, 2), (1, 2))], "repeat row"),
     "nothing": ([], "leave out row 0"),
 }
 
 
 @pytest.mark.parametrize("name", TILINGS)
 def test_boxes_must_tile_the_tensor(name: str) -> None:
-    boxes, why = TILINGS[name]
+    chunks, why = TILINGS[name]
     if why is None:
-        require_tiling(boxes, (4, 6))
+        require_tiling(chunks, (4, 6))
     else:
         with pytest.raises(LayoutError, match=why):
-            require_tiling(boxes, (4, 6))
+            require_tiling(chunks, (4, 6))

@@ -14,7 +14,7 @@ from tests.checkpoints.faults import FAULTS, Tensors, drawn, earlier, is_tied, r
 from tpcheck import verify_checkpoint
 from tpcheck.lab.faults.checkpoint import CheckpointFault
 from tpcheck.numerics.exact.explain import _TESTS as OF_TENSORS
-from tpcheck.numerics.exact.layouts import _TESTS as OF_LAYOUTS
+from tpcheck.numerics.exact.slice_matching import _TESTS as OF_LAYOUTS
 
 
 def as_safetensors(tensors: Tensors, folder: Path) -> Path:

@@ -16,8 +16,8 @@ from tests.checkpoints.readers import Calls, bits
 from tpcheck.backends.registry import ReadOptions
 from tpcheck.checkpoints.formats import torch_files
 from tpcheck.checkpoints.formats.files import Files
-from tpcheck.checkpoints.formats.stored import StoredTensor
-from tpcheck.checkpoints.formats.unpickler import Inert
+from tpcheck.checkpoints.formats.storage_view import StorageView
+from tpcheck.checkpoints.formats.unpickler import PickledObject
 from tpcheck.core.errors import CheckpointError
 
 DTYPES = [
@@ -44,7 +44,7 @@ def save(request, tmp_path):
     return save
 
 
-def whole(stored: StoredTensor, files: Files) -> torch.Tensor:
+def whole(stored: StorageView, files: Files) -> torch.Tensor:
     return stored.read(files, range(stored.shape[0] if stored.shape else 1))
 
 
@@ -80,7 +80,7 @@ def test_an_extent_is_where_the_bytes_are(save, files):
 
 
 def test_a_transposed_tensor_is_read_in_bounded_spans(save, files, monkeypatch):
-    monkeypatch.setattr("tpcheck.checkpoints.formats.stored.SPAN", 256)
+    monkeypatch.setattr("tpcheck.checkpoints.formats.storage_view.SPAN", 256)
     expected = torch.randn(50, 40)
     stored = torch_files.load(save({"a": expected.t()}), files, ReadOptions())["a"]
     assert torch.equal(stored.read(files, range(10, 13)), expected.t()[10:13])
@@ -140,8 +140,8 @@ def test_tensors_without_plain_bytes_are_kept_as_records(save, files):
         files,
         ReadOptions(),
     )
-    assert isinstance(loaded["a"], Inert)
-    assert isinstance(loaded["b"], Inert)
+    assert isinstance(loaded["a"], PickledObject)
+    assert isinstance(loaded["b"], PickledObject)
 
 
 def test_what_torch_does_not_allow_is_refused_by_name_and_not_run(save, files, tmp_path):

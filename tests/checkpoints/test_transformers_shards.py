@@ -147,15 +147,15 @@ def test_pieces_of_different_kinds_are_told(tmp_path, piece):
 
 @given(data=st.data())
 def test_any_cut_into_boxes_is_put_together(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("boxes")
+    folder = tmp_path_factory.mktemp("chunks")
     whole = torch.randn(data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6)))
     cuts = [sorted({0, size, *data.draw(st.sets(st.integers(0, size), max_size=2))}) for size in whole.shape]
-    boxes = [
+    chunks = [
         (top, bottom, left, right)
         for top, bottom in zip(cuts[0], cuts[0][1:], strict=False)
         for left, right in zip(cuts[1], cuts[1][1:], strict=False)
     ]
-    for number, (top, bottom, left, right) in enumerate(data.draw(st.permutations(boxes)), start=1):
+    for number, (top, bottom, left, right) in enumerate(data.draw(st.permutations(chunks)), start=1):
         piece = whole[top:bottom, left:right].contiguous()
         write(folder / f"shard-{number:05}-model-00001-of-00001.safetensors", {"a": piece}, {"a": [top, left]})
     assert same(contents(folder), {"a": whole})

@@ -68,8 +68,8 @@ class Checkpoint(Protocol):
         """What the source holds, or should, and cannot be read as a tensor, by name, with the reason."""
 
     @property
-    def torn(self) -> Mapping[str, str]:
-        """Names that several ranks hold whole, and not alike, with who differs: there is no one tensor to read."""
+    def inconsistent_replicas(self) -> Mapping[str, str]:
+        """Names of tensors that should be equal on several ranks and are not, with a sentence that names the ranks."""
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all tensors, in the order in which they are best read."""

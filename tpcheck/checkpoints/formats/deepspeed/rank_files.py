@@ -1,4 +1,4 @@
-"""Which file of a DeepSpeed checkpoint folder belongs to which rank, by name."""
+"""Find the file of each rank in the folder of a DeepSpeed checkpoint, by name."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import torch
 from tpcheck.checkpoints.formats.files import Files, inside, is_folder, is_present, names_in, shortened
 from tpcheck.core.errors import CheckpointError
 
-LARGEST = 1 << 62
-
 
 def mapping(value: Any) -> Mapping[Any, Any]:
     """Return the value if it is a mapping, else an empty one."""
@@ -27,11 +25,11 @@ def sequence(value: Any) -> Sequence[Any]:
 
 
 def is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < LARGEST
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def is_sizes(value: Any) -> bool:
-    """Return whether the value is a shape, or another sequence of sizes that torch can count the elements of."""
+    """Return whether the value is a shape, or another short sequence of sizes."""
     if not isinstance(value, (list, tuple, torch.Size)) or not all(map(is_size, value)):
         return False
     return len(value) <= 64
@@ -41,7 +39,7 @@ _MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<tp>\d+)_model_st
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<tp>\d+)_optim_states\.pt")
 _EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt")
 _PIPELINE_LAYER = re.compile(r"layer_\d+-model_.*model_states\.pt")
-_LONGEST_TAG = 4096
+_MAX_TAG_NBYTES = 4096
 
 Grid = Mapping[int, Mapping[int, Path]]
 """Files by tp_rank, then dp_rank."""
@@ -53,10 +51,10 @@ class TrainingFolder:
 
     Attributes:
         path: The folder.
-        partitioned: Whether the model files are one for each data-parallel rank: ZeRO 3.
-        models: Model states; under dp_rank 0 alone where they are not partitioned.
+        partitioned: Whether every data-parallel rank has its own model states: ZeRO 3.
+        models: Model states; dp_rank 0 only, unless they are partitioned.
         optimizers: ZeRO's optimizer partitions; empty without ZeRO.
-        experts: Files of mixture-of-experts layers, which are not read.
+        experts: Names of the files of mixture-of-experts layers, which are not read.
     """
 
     path: Path
@@ -71,7 +69,7 @@ class TrainingFolder:
 
 
 def looks_like_training(folder: Path) -> bool:
-    """Return whether the folder, or one that its `latest` may name, holds model states; looks at names alone."""
+    """Return whether the folder, or one that its `latest` may name, holds model states, by names alone."""
     names = names_in(folder)
     steps = [folder / name for name in names] if "latest" in names else []
     return _is_step(names) or any(_is_step(names_in(step)) for step in steps if is_folder(step))
@@ -82,39 +80,39 @@ def _is_step(names: Iterable[str]) -> bool:
 
 
 def step_folder(root: Path, files: Files, pointer: str = "latest") -> Path:
-    """Return the folder of the step that the root's `latest` names, or the folder itself where there is none.
+    """Return the folder of the step that the file `latest` names, or the root where there is no such file.
 
     Raises:
-        CheckpointError: The name leads out of the folder, or nowhere.
+        CheckpointError: The name leads out of the root, or to no folder.
     """
     if not is_present(root / pointer):
         return root
     file = files.open(root / pointer)
-    tag = bytes(file.read(0, min(file.size, _LONGEST_TAG))).decode("utf-8", "replace").strip()
+    tag = bytes(file.read(0, min(file.size, _MAX_TAG_NBYTES))).decode("utf-8", "replace").strip()
     step = inside(root, tag)
     if not is_folder(step):
-        raise CheckpointError(f"{root / pointer} names {shortened(tag)}, and there is no such folder.")
+        raise CheckpointError(f"{root / pointer} names {shortened(tag)}, but there is no such folder.")
     if step.is_symlink() and not step.resolve().is_relative_to(root.resolve()):
         raise CheckpointError(f"{root / pointer} names {shortened(tag)}, which is a link out of the folder.")
     return step
 
 
 def training_folder(path: Path) -> TrainingFolder:
-    """Sort the folder's files.
+    """Return the files of a step by rank.
 
     Raises:
-        CheckpointError: A rank's file is missing, or it is a checkpoint of pipeline parallelism.
+        CheckpointError: The file of a rank is missing, or the checkpoint is one of pipeline parallelism.
     """
     names = names_in(path)
     if any(map(_PIPELINE_LAYER.fullmatch, names)):
-        raise CheckpointError(f"{path} was saved with pipeline parallelism, whose stages this reader does not join.")
-    found = [match for name in names if (match := _MODEL.fullmatch(name))]
-    if not found:
+        raise CheckpointError(f"{path} was saved with pipeline parallelism, whose stages cannot be read.")
+    model_files = [match for name in names if (match := _MODEL.fullmatch(name))]
+    if not model_files:
         raise CheckpointError(f"{path} holds no model states (mp_rank_00_model_states.pt).")
-    partitioned = {match["dp"] is not None for match in found}
+    partitioned = {match["dp"] is not None for match in model_files}
     if len(partitioned) > 1:
-        raise CheckpointError(f"{path} holds model states of ZeRO 3 and of other stages, so of two different saves.")
-    models = _grid(path, found)
+        raise CheckpointError(f"{path} holds model states of ZeRO 3 and of other stages, so files of different saves.")
+    models = _grid(path, model_files)
     optimizers = _grid(path, [match for name in names if (match := _OPTIMIZER.fullmatch(name))])
     if optimizers and len(optimizers) != len(models):
         missing = min(set(models) ^ set(optimizers))

@@ -1,8 +1,8 @@
-"""What stands for a tensor while a torch file is only looked at: where its bytes lie, and how they are strided."""
+"""A tensor of a torch file as a strided view of a storage: where its bytes lie, without reading them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,22 @@ from tpcheck.backends.registry import Extent
 from tpcheck.checkpoints.formats.files import Files, shortened
 from tpcheck.core.errors import CheckpointError
 
-SPAN = 8 << 20
-"""Bytes that are read at once to pick some strided elements out of them."""
+MAX_SPAN = 8 << 20
+"""Bytes read at once to pick strided elements out of them."""
 
-LARGEST_EXPANSION = 1 << 30
-"""Bytes that a tensor of stride 0 may stand for: causal masks do, and a hostile file would make a petabyte of one."""
+MAX_EXPANSION = 1 << 30
+"""Bytes of a tensor that repeats its storage by a stride of 0, as causal masks do; hostile files ask for petabytes."""
 
 
 @dataclass(eq=False, slots=True)
 class Storage:
-    """One storage of a torch file; tensors that share it are views of the same memory.
+    """A storage of a torch file; tensors that share it are views of the same memory.
 
     Attributes:
         path: The file.
-        dtype: What the storage was typed as; a tensor may see its bytes as another type.
+        dtype: The dtype of the storage; a tensor may view its bytes as another one.
         nbytes: Its length.
-        offset: Position of its first byte; a legacy file tells it after all tensors.
+        offset: Position of its first byte; a legacy file has it behind all tensors.
     """
 
     path: Path
@@ -38,22 +38,21 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A strided view of a storage. Equal where it is the same view of the same storage: a tie."""
+class StorageView:
+    """A strided view of a storage; two views are equal, and tied, if they are the same view of the same storage."""
 
     storage: Storage
     start: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
-    requires_grad: bool = field(default=False, compare=False)
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
     def extent(self) -> Extent | None:
-        """Return where the elements lie, if they lie in row-major order without gaps."""
+        """Return where the elements lie, or None where they do not lie in row-major order without gaps."""
         if not _is_contiguous(self.shape, self.stride):
             return None
         return Extent(self.storage.path, self._position(self.start), self.nbytes)
@@ -68,47 +67,45 @@ class StoredTensor:
     def _read(self, files: Files, start: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
         span = _span(shape, stride)
         dense = span <= 2 * prod(shape)
-        if dense or span * self.dtype.itemsize <= SPAN:
+        if dense or span * self.dtype.itemsize <= MAX_SPAN:
             elements = torch.empty(span, dtype=self.dtype)
             files.open(self.storage.path).read_into(self._position(start), elements)
             return elements.as_strided(shape, stride).contiguous()
         widest = max((dim for dim in range(len(shape)) if shape[dim] > 1), key=lambda dim: stride[dim])
         half = shape[widest] // 2
         parts = [
-            self._read(files, start + begin * stride[widest], _with(shape, widest, end - begin), stride)
+            self._read(files, start + begin * stride[widest], _with_size(shape, widest, end - begin), stride)
             for begin, end in ((0, half), (half, shape[widest]))
         ]
         return torch.cat(parts, dim=widest)
 
     def _position(self, element: int) -> int:
         if self.storage.offset is None:
-            raise CheckpointError(f"{self.storage.path} holds a tensor whose storage it does not hold.")
+            raise CheckpointError(f"{self.storage.path} holds a tensor without its storage.")
         return self.storage.offset + element * self.dtype.itemsize
 
 
-def stored_tensor(
-    storage: Any, start: Any, shape: Any, stride: Any, *, dtype: torch.dtype | None = None, requires_grad: bool = False
-) -> StoredTensor:
-    """Return the view, once it is seen to lie within its storage.
+def storage_view(storage: Any, start: Any, shape: Any, stride: Any, *, dtype: torch.dtype | None = None) -> StorageView:
+    """Return a view of a storage from values that a file states.
 
     Raises:
-        CheckpointError: It does not, or it is no view at all.
+        CheckpointError: The values are not a view, or it reaches beyond its storage.
     """
     if not isinstance(storage, Storage):
         raise CheckpointError("a tensor has no storage")
     numbers = (start, *_sizes(shape), *_sizes(stride))
     if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers) or len(shape) != len(stride):
-        raise CheckpointError(f"a tensor has offset {shortened(start)} and sizes and strides that are not ones")
+        raise CheckpointError(f"a tensor has the offset {shortened(start)} and sizes or strides that are not valid")
     if prod(size for size in shape if size) >= 1 << 60:
-        raise CheckpointError("a tensor has a shape that no memory holds")
+        raise CheckpointError("a tensor has a shape that exceeds any memory")
     dtype = storage.dtype if dtype is None else dtype
     span = _span(shape, stride)
     if span and (start + span) * dtype.itemsize > storage.nbytes:
         raise CheckpointError(f"a tensor of shape {shortened(str(tuple(shape)))} reaches beyond its storage")
     nbytes = prod(shape) * dtype.itemsize
-    if nbytes > max(storage.nbytes, LARGEST_EXPANSION):
-        raise CheckpointError(f"a tensor of {nbytes} bytes is made out of {storage.nbytes} by repetition")
-    return StoredTensor(storage, start, tuple(shape), tuple(stride), dtype, requires_grad)
+    if nbytes > max(storage.nbytes, MAX_EXPANSION):
+        raise CheckpointError(f"a tensor of {nbytes} bytes repeats {storage.nbytes} bytes of storage")
+    return StorageView(storage, start, tuple(shape), tuple(stride), dtype)
 
 
 def _sizes(value: Any) -> tuple[Any, ...]:
@@ -118,7 +115,7 @@ def _sizes(value: Any) -> tuple[Any, ...]:
 
 
 def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Number of elements from the first to the last of the view."""
+    """Return the number of elements from the first to the last of the view."""
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
@@ -133,5 +130,5 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def _with(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
+def _with_size(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
     return (*shape[:dim], size, *shape[dim + 1 :])
