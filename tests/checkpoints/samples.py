@@ -15,48 +15,13 @@ from unittest.mock import patch
 import torch
 
 import tpcheck
+from tests.checkpoints.reading import State
 from tpcheck import Topology
-from tpcheck.backends.registry import Checkpoint, ReadOptions, checkpoint_formats
-
-State = dict[str, torch.Tensor]
 
 TIED = {"vocab_size": 131, "tie_word_embeddings": True}
 UNEVEN = {"vocab_size": 131, "intermediate_size": 97}
 FEW_HEADS = {"num_key_value_heads": 2}
 """At tp 4 two ranks hold no attention at all."""
-
-
-def opened(source: Path, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open with the installed format that goes first among those that recognise the source."""
-    chosen = next(one for one in checkpoint_formats() if one.recognises(source))
-    return chosen.open(source, ReadOptions(allow_pickle=allow_pickle))
-
-
-def contents(source: Path) -> State:
-    """Read every tensor, each in two parts of its rows."""
-    checkpoint = opened(source)
-    try:
-        return {name: _read_in_parts(checkpoint, name) for name in checkpoint.names()}
-    finally:
-        checkpoint.close()
-
-
-def same(actual: State, expected: State) -> bool:
-    """Return whether names, shapes, dtypes and bits are the same."""
-    return {*actual} == {*expected} and all(bits_equal(actual[name], expected[name]) for name in expected)
-
-
-def bits_equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Return whether shape, dtype and bits are the same."""
-    if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
-        return False
-    flat = (one.detach().contiguous().reshape(-1).view(torch.uint8) for one in (actual, expected))
-    return torch.equal(*flat)
-
-
-def masters(state: State) -> State:
-    """Return what ZeRO makes of the state: float32."""
-    return {name: value.float() for name, value in state.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +171,3 @@ def _gather(reference: State, candidate: Any, rank: Any) -> None:
 def _sendable(value: torch.Tensor) -> tuple[Any, str]:
     plain = value.contiguous().view(torch.int16) if value.dtype is torch.bfloat16 else value
     return plain.numpy(), str(value.dtype).removeprefix("torch.")
-
-
-def _read_in_parts(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    shape = checkpoint.shape(name)
-    if not shape or shape[0] < 2:
-        return checkpoint.read(name, range(shape[0] if shape else 1))
-    cut = shape[0] // 3 + 1
-    return torch.cat([checkpoint.read(name, range(cut)), checkpoint.read(name, range(cut, shape[0]))])

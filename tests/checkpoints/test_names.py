@@ -1,4 +1,4 @@
-"""Real models of transformers, in every usual naming, are the same model; other names are not guessed."""
+"""Names that a wrapper or a library changed are matched; other names are not guessed."""
 
 from __future__ import annotations
 
@@ -83,3 +83,28 @@ def test_a_prefix_that_all_names_share_is_found_on_either_side(prefix: str) -> N
 def test_layer_norm_names_of_tensorflow_are_known() -> None:
     matching = match_names(["ln.gamma", "ln.beta"], ["ln.weight", "ln.bias"])
     assert matching.actual_of == {"ln.weight": "ln.gamma", "ln.bias": "ln.beta"}
+
+
+@pytest.mark.parametrize("ties_embeddings", [True, False])
+def test_a_missing_norm_of_ones_is_missing_though_other_norms_equal_it(ties_embeddings: bool) -> None:
+    model = small_model("llama", {"tie_word_embeddings": ties_embeddings})
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.ones_(parameter)
+    state = dict(model.state_dict())
+    missing = next(name for name in state if "norm" in name)
+    state.pop(missing)
+    (finding,) = verify_checkpoint(state, model).findings
+    assert (finding.where["parameter"], finding.cause) == (missing, "tensor_missing")
+
+
+def test_an_unexpected_norm_of_ones_is_unexpected_though_other_norms_equal_it() -> None:
+    tensors = {"a.norm": torch.ones(4), "b.weight": torch.arange(4.0)}
+    (finding,) = verify_checkpoint({**tensors, "c.norm": torch.ones(4)}, tensors).findings
+    assert (finding.where["parameter"], finding.cause) == ("c.norm", "tensor_unexpected")
+
+
+def test_a_tie_that_is_stored_twice_is_not_unexpected() -> None:
+    weight = torch.zeros(4)
+    assert verify_checkpoint({"a": weight, "b": weight}, {"a": weight}).passed
+    assert verify_checkpoint({"a": torch.arange(4.0), "b": torch.arange(4.0)}, {"a": torch.arange(4.0)}).passed

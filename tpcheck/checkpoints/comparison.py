@@ -224,7 +224,7 @@ def _explain_other_dtype(context: Context) -> Explanation | None:
     actual, dtype = context.actual, context.actual.dtype
     rounded = replace(context.expected, cast=dtype)
     if rounded.dtype != dtype:
-        return None  # an integer in place of a floating point number, or the reverse
+        return None  # a floating point number in place of an integer
     difference = element_difference(actual, rounded) if actual.shape == rounded.shape else None
     if actual.shape != rounded.shape or difference is not None:
         return explain_tensor(replace(context, expected=rounded, difference=difference))

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.checkpoints.readers import contents, opened, same
+from tests.checkpoints.reading import open_source, read_all, same_tensors
 from tpcheck.core.errors import CheckpointError
 
 
@@ -28,8 +28,8 @@ def test_an_adapter_is_read_from_its_folder_or_file(tmp_path, adapter, safe):
         saved[0].unlink()
         saved = [tmp_path / "adapter_model.bin"]
     for source in (tmp_path, saved[0]):
-        assert same(contents(source), expected)
-    checkpoint = opened(tmp_path)
+        assert same_tensors(read_all(source), expected)
+    checkpoint = open_source(tmp_path)
     assert checkpoint.description == f"PEFT adapter, LORA, {'safetensors' if safe else 'PyTorch'}"
     assert checkpoint.config["r"] == 2
 
@@ -37,16 +37,16 @@ def test_an_adapter_is_read_from_its_folder_or_file(tmp_path, adapter, safe):
 def test_a_model_beside_an_adapter_is_what_is_read(tmp_path, adapter):
     adapter.save_pretrained(tmp_path)
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
-    assert contents(tmp_path).keys() == {"a"}
+    assert read_all(tmp_path).keys() == {"a"}
 
 
 def test_an_adapter_without_its_config_is_read(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    assert opened(tmp_path).description == "PEFT adapter, safetensors"
+    assert open_source(tmp_path).description == "PEFT adapter, safetensors"
 
 
 def test_a_damaged_config_is_told(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"r": ')
     with pytest.raises(CheckpointError, match=r"adapter_config.json is not valid JSON"):
-        opened(tmp_path)
+        open_source(tmp_path)

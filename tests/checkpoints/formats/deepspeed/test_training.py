@@ -11,7 +11,8 @@ import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from tests.checkpoints.samples import FEW_HEADS, TIED, UNEVEN, Samples, contents, opened, same
+from tests.checkpoints.reading import open_source, read_all, same_tensors
+from tests.checkpoints.samples import FEW_HEADS, TIED, UNEVEN, Samples
 
 FUSED = {
     "tensor_parallel": {
@@ -48,63 +49,63 @@ FUSED = {
 )
 def test_the_model_is_put_together(samples: Samples, options: dict[str, Any]) -> None:
     sample = samples.training(**options)
-    assert same(contents(sample.folder), sample.reference)
-    assert not opened(sample.folder).unread
+    assert same_tensors(read_all(sample.folder), sample.reference)
+    assert not open_source(sample.folder).unread
 
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_tied_and_uneven_weights_are_one_tensor(samples: Samples, zero: int) -> None:
     sample = samples.training("qwen3", zero=zero, settings=TIED)
-    assert same(contents(sample.folder), sample.reference)
-    assert opened(sample.folder).ties == (frozenset({"lm_head.weight", "model.embed_tokens.weight"}),)
+    assert same_tensors(read_all(sample.folder), sample.reference)
+    assert open_source(sample.folder).ties == (frozenset({"lm_head.weight", "model.embed_tokens.weight"}),)
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_frozen_parameters_are_there(samples: Samples, zero: int) -> None:
     sample = samples.training(zero=zero, dp=2, steps=1, frozen=("layers.0",))
-    assert same(contents(sample.folder), sample.reference)
+    assert same_tensors(read_all(sample.folder), sample.reference)
 
 
 def test_without_zero_the_module_is_the_model(samples: Samples) -> None:
     sample = samples.training(dtype="bfloat16")
-    assert same(contents(sample.folder), sample.reference)
-    assert opened(sample.folder).description.endswith("training checkpoint, tp 2: the module's weights")
+    assert same_tensors(read_all(sample.folder), sample.reference)
+    assert open_source(sample.folder).description.endswith("training checkpoint, tp 2: the module's weights")
 
 
 @pytest.mark.parametrize("zero", [1, 3])
 def test_with_zero_the_masters_are_the_model(samples: Samples, zero: int) -> None:
     sample = samples.training(dtype="bfloat16", zero=zero, steps=2)
-    actual = contents(sample.folder)
+    actual = read_all(sample.folder)
     rounded = {name: value.to(sample.reference[name].dtype) for name, value in actual.items()}
-    assert same(rounded, sample.reference)
+    assert same_tensors(rounded, sample.reference)
     assert {str(value.dtype) for name, value in actual.items() if name != "counter"} == {"torch.float32"}
-    assert f"ZeRO {zero}: the optimizer's float32 weights" in opened(sample.folder).description
+    assert f"ZeRO {zero}: the optimizer's float32 weights" in open_source(sample.folder).description
 
 
 def test_a_module_that_is_not_the_rounding_of_its_masters_is_remarked(samples: Samples, tmp_path: Path) -> None:
     sample = samples.training(dtype="bfloat16", zero=1, steps=2)
     folder = Path(shutil.copytree(sample.folder, tmp_path / "copy"))
-    assert opened(folder).description.endswith("float32 weights")
+    assert open_source(folder).description.endswith("float32 weights")
     edited(folder, 1, lambda state: state["module"]["lm_head.weight"].add_(1.0))
-    remark = "; the module holds no rounding of them for lm_head.weight"
-    assert opened(folder).description.endswith(remark)
+    remark = "; the module's lm_head.weight is not rounded from them"
+    assert open_source(folder).description.endswith(remark)
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_without_tp_it_is_what_zero_to_fp32_makes(samples: Samples, zero: int) -> None:
     folder = samples.training("qwen3", tp=1, dp=2, zero=zero, steps=1, dtype="bfloat16", settings=TIED).folder
     expected = get_fp32_state_dict_from_zero_checkpoint(str(folder))
-    assert same(contents(folder), {name: value.contiguous() for name, value in expected.items()})
+    assert same_tensors(read_all(folder), {name: value.contiguous() for name, value in expected.items()})
 
 
 def test_the_folder_of_the_step_is_enough(samples: Samples) -> None:
     sample = samples.training()
-    assert same(contents(sample.folder / "global_step0"), sample.reference)
+    assert same_tensors(read_all(sample.folder / "global_step0"), sample.reference)
 
 
 def test_an_unsharded_module_says_where_its_tensors_lie(samples: Samples) -> None:
     sample = samples.training(tp=1)
-    place = opened(sample.folder).extent("lm_head.weight")
+    place = open_source(sample.folder).extent("lm_head.weight")
     assert place is not None
     data = place.path.read_bytes()[place.offset : place.offset + place.nbytes]
     assert data == sample.reference["lm_head.weight"].numpy().tobytes()
@@ -124,19 +125,19 @@ def edited(folder: Path, tp_rank: int, edit: Callable[[dict[str, Any]], object])
 
 def test_replicas_that_differ_are_named(sharded: Path) -> None:
     edited(sharded, 1, lambda state: state["module"]["model.norm.weight"].add_(1e-3))
-    checkpoint = opened(sharded)
-    assert checkpoint.torn == {"model.norm.weight": "mp ranks 0 and 1 hold different copies of it"}
+    checkpoint = open_source(sharded)
+    assert checkpoint.inconsistent_replicas == {"model.norm.weight": "mp ranks 0 and 1 hold different copies of it"}
     assert "model.norm.weight" not in checkpoint.names()
 
 
 def test_without_a_layout_nothing_is_guessed(sharded: Path) -> None:
     for tp_rank in (0, 1):
         edited(sharded, tp_rank, lambda state: state.pop("universal_checkpoint_info"))
-    checkpoint = opened(sharded)
+    checkpoint = open_source(sharded)
     assert "model.norm.weight" in checkpoint.names()
     assert "model.embed_tokens.weight" in checkpoint.names()
     assert checkpoint.unread["lm_head.weight"] == (
-        "mp ranks 0 and 1 hold different copies of it, and the files do not say how it was cut"
+        "mp ranks 0 and 1 hold different copies of it, and the files do not state how it was cut"
     )
     assert "model.layers.0.self_attn.q_proj.weight" in checkpoint.unread
 
@@ -147,7 +148,7 @@ def test_the_categories_of_older_releases_are_enough(samples: Samples, tmp_path:
     folder = Path(shutil.copytree(sample.folder, tmp_path / "copy"))
     for tp_rank in (0, 1):
         edited(folder, tp_rank, lambda state: state["universal_checkpoint_info"].pop("affine_map"))
-    assert same(contents(folder), sample.reference)
+    assert same_tensors(read_all(folder), sample.reference)
 
 
 def test_layouts_that_deepspeed_cannot_say_are_passed_on(sharded: Path) -> None:
@@ -157,4 +158,4 @@ def test_layouts_that_deepspeed_cannot_say_are_passed_on(sharded: Path) -> None:
 
     for tp_rank in (0, 1):
         edited(sharded, tp_rank, mark)
-    assert opened(sharded).unread == {"lm_head.weight": "DeepSpeed cannot say how it is cut: an odd layer"}
+    assert open_source(sharded).unread == {"lm_head.weight": "DeepSpeed does not support its layout: an odd layer"}

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.checkpoints.readers import contents, opened, same, tensor
+from tests.checkpoints.reading import open_source, read_all, read_tensor, same_tensors
 from tpcheck.checkpoints.formats.safetensors_files import SafetensorsFormat
 from tpcheck.core.errors import CheckpointError
 
@@ -41,22 +41,22 @@ def test_every_dtype_is_read_to_the_bit(tmp_path, dtype):
     values = torch.randint(0, 2, (3, 2, 16), dtype=torch.uint8)
     expected = {"a": values.bool() if dtype == torch.bool else values.view(dtype), "b": torch.ones(())}
     save_file(expected, tmp_path / "model.safetensors")
-    assert same(contents(tmp_path), expected)
+    assert same_tensors(read_all(tmp_path), expected)
 
 
 def test_two_elements_of_float4_in_a_byte_are_one_of_torch(tmp_path):
     expected = {"a": torch.randint(0, 255, (4, 6), dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}
     save_file(expected, tmp_path / "model.safetensors")
-    assert same(contents(tmp_path), expected)
+    assert same_tensors(read_all(tmp_path), expected)
 
 
 def test_a_saved_model_is_read_with_its_config(tmp_path):
     model = llama()
     model.save_pretrained(tmp_path)
-    checkpoint = opened(tmp_path)
+    checkpoint = open_source(tmp_path)
     assert checkpoint.description == "safetensors, 1 file"
     assert checkpoint.config["hidden_size"] == 16
-    assert same({name: tensor(checkpoint, name) for name in checkpoint.names()}, model.state_dict())
+    assert same_tensors({name: read_tensor(checkpoint, name) for name in checkpoint.names()}, model.state_dict())
     assert (checkpoint.ties, checkpoint.unread) == ((), {})
     checkpoint.require_unchanged()
     checkpoint.close()
@@ -64,19 +64,19 @@ def test_a_saved_model_is_read_with_its_config(tmp_path):
 
 def test_a_model_in_several_files_is_read(sharded):
     folder, expected = sharded
-    assert same(contents(folder), expected)
-    assert same(contents(folder / "model.safetensors.index.json"), expected)
-    assert opened(folder).description.endswith("files with an index")
+    assert same_tensors(read_all(folder), expected)
+    assert same_tensors(read_all(folder / "model.safetensors.index.json"), expected)
+    assert open_source(folder).description.endswith("files with an index")
 
 
 def test_names_come_in_the_order_of_the_files(sharded):
-    checkpoint = opened(sharded[0])
+    checkpoint = open_source(sharded[0])
     places = [checkpoint.extent(name) for name in checkpoint.names()]
     assert places == sorted(places, key=lambda place: (place.path, place.offset))
 
 
 def test_extents_hold_the_bytes(sharded):
-    checkpoint = opened(sharded[0])
+    checkpoint = open_source(sharded[0])
     for name in checkpoint.names():
         extent = checkpoint.extent(name)
         data = extent.path.read_bytes()[extent.offset : extent.offset + extent.nbytes]
@@ -87,12 +87,12 @@ def test_a_link_to_a_file_elsewhere_is_followed_as_in_the_cache_of_the_hub(tmp_p
     (tmp_path / "snapshot").mkdir()
     save_file({"a": torch.ones(2)}, tmp_path / "blob")
     (tmp_path / "snapshot" / "model.safetensors").symlink_to("../blob")
-    assert contents(tmp_path / "snapshot").keys() == {"a"}
+    assert read_all(tmp_path / "snapshot").keys() == {"a"}
 
 
 def test_model_safetensors_goes_before_an_index_as_in_transformers(sharded):
     save_file({"a": torch.ones(2)}, sharded[0] / "model.safetensors")
-    assert contents(sharded[0]).keys() == {"a"}
+    assert read_all(sharded[0]).keys() == {"a"}
 
 
 @given(rows=st.integers(0, 6), start=st.integers(0, 6), count=st.integers(0, 6), columns=st.integers(0, 3))
@@ -100,7 +100,7 @@ def test_any_rows_are_those_of_the_library(tmp_path_factory, rows, start, count,
     path = tmp_path_factory.mktemp("rows") / "model.safetensors"
     save_file({"pad": torch.ones(3), "a": torch.randn(rows, columns)}, path)
     start, stop = min(start, rows), min(start + count, rows)
-    checkpoint = opened(path)
+    checkpoint = open_source(path)
     with safe_open(path, framework="pt") as library:
         assert torch.equal(checkpoint.read("a", range(start, stop)), library.get_tensor("a")[start:stop])
     checkpoint.close()
@@ -115,7 +115,7 @@ def _index(folder, change):
 
 def test_a_tensor_that_the_index_forgets_is_unread(sharded):
     _index(sharded[0], lambda weight_map: weight_map.pop("model.norm.weight"))
-    checkpoint = opened(sharded[0])
+    checkpoint = open_source(sharded[0])
     assert "model.norm.weight" not in checkpoint.names()
     assert "does not list it" in checkpoint.unread["model.norm.weight"]
 
@@ -123,14 +123,14 @@ def test_a_tensor_that_the_index_forgets_is_unread(sharded):
 def test_a_lie_about_the_total_size_is_harmless(sharded):
     path = sharded[0] / "model.safetensors.index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "metadata": {"total_size": -1}}))
-    assert same(contents(sharded[0]), sharded[1])
+    assert same_tensors(read_all(sharded[0]), sharded[1])
 
 
 def test_a_missing_file_is_named(sharded):
     lost = sorted(sharded[0].glob("model-*"))[1]
     lost.unlink()
     with pytest.raises(CheckpointError, match=f"names '{lost.name}', which is missing"):
-        opened(sharded[0])
+        open_source(sharded[0])
 
 
 def test_a_tensor_in_another_file_than_the_index_says_is_named(sharded):
@@ -138,20 +138,20 @@ def test_a_tensor_in_another_file_than_the_index_says_is_named(sharded):
     held = load_file(sharded[0] / names[0]).keys()
     _index(sharded[0], lambda weight_map: weight_map.update(dict.fromkeys(held, names[1])))
     with pytest.raises(CheckpointError, match=f"is in {names[1]}, which lacks it"):
-        opened(sharded[0])
+        open_source(sharded[0])
 
 
 def test_a_tensor_in_two_files_is_named(sharded):
     names = sorted(path.name for path in sharded[0].glob("model-*.safetensors"))
     save_file({**load_file(sharded[0] / names[0]), **load_file(sharded[0] / names[1])}, sharded[0] / names[0])
     with pytest.raises(CheckpointError, match=f"both in {names[0]} and in {names[1]}"):
-        opened(sharded[0])
+        open_source(sharded[0])
 
 
 def test_several_files_without_an_index_are_no_model(sharded):
     (sharded[0] / "model.safetensors.index.json").unlink()
     with pytest.raises(CheckpointError, match="safetensors files and no index"):
-        opened(sharded[0])
+        open_source(sharded[0])
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_it_is_recognised_by_name_alone(tmp_path, name, recognised):
 
 def test_a_change_while_it_is_read_is_told(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
-    checkpoint = opened(tmp_path)
+    checkpoint = open_source(tmp_path)
     save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="changed"):
         checkpoint.require_unchanged()

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoints.samples import FEW_HEADS, TIED, UNEVEN, Samples, contents, opened, same
+from tests.checkpoints.reading import open_source, read_all, same_tensors
+from tests.checkpoints.samples import FEW_HEADS, TIED, UNEVEN, Samples
 
 
 @pytest.mark.parametrize(
@@ -28,35 +29,35 @@ from tests.checkpoints.samples import FEW_HEADS, TIED, UNEVEN, Samples, contents
 )
 def test_the_model_is_whole(samples: Samples, options: dict[str, Any]) -> None:
     sample = samples.universal(**options)
-    assert same(contents(sample.folder), sample.reference)
-    assert not opened(sample.folder).unread
+    assert same_tensors(read_all(sample.folder), sample.reference)
+    assert not open_source(sample.folder).unread
 
 
 @pytest.mark.parametrize("zero", [1, 3])
 def test_a_tied_weight_is_what_it_is_tied_to(samples: Samples, zero: int) -> None:
     """For the alias ZeRO 1 writes mp rank 0's shard, ZeRO 3 nothing (deepspeed 0.19.8); DeepSpeed loads neither."""
     sample = samples.universal(model_type="qwen3", zero=zero, steps=1, settings=TIED)
-    assert same(contents(sample.folder), sample.reference)
-    assert opened(sample.folder).ties == (frozenset({"lm_head.weight", "model.embed_tokens.weight"}),)
-    assert ("lm_head.weight as tied" in opened(sample.folder).description) == (zero == 1)
+    assert same_tensors(read_all(sample.folder), sample.reference)
+    assert open_source(sample.folder).ties == (frozenset({"lm_head.weight", "model.embed_tokens.weight"}),)
+    assert ("lm_head.weight read as tied" in open_source(sample.folder).description) == (zero == 1)
 
 
 def test_the_folder_above_with_latest_universal_is_enough(samples: Samples) -> None:
     sample = samples.universal(zero=1, dp=2, steps=2)
-    assert same(contents(sample.folder.parent), sample.reference)
+    assert same_tensors(read_all(sample.folder.parent), sample.reference)
 
 
 def test_frozen_weights_are_the_shards_of_one_rank(samples: Samples) -> None:
     """deepspeed 0.19.8: `--no_strict`, which such a model needs, writes them from mp rank 0's module."""
     sample = samples.universal(strict=False, zero=1, dp=2, steps=1, frozen=("layers.0",))
-    actual = contents(sample.folder)
+    actual = read_all(sample.folder)
     wrong = {name for name, value in sample.reference.items() if actual[name].shape != value.shape}
     assert wrong == {name for name in sample.reference if "layers.0" in name and "norm" not in name}
 
 
 def test_frozen_weights_of_zero_3_are_listed_as_left_out(samples: Samples) -> None:
     sample = samples.universal(strict=False, zero=3, dp=2, steps=1, frozen=("layers.0",))
-    checkpoint = opened(sample.folder)
+    checkpoint = open_source(sample.folder)
     assert {*checkpoint.unread} == {name for name in sample.reference if "layers.0" in name}
     assert {*checkpoint.names()} == {*sample.reference} - {*checkpoint.unread}
 
@@ -71,5 +72,5 @@ def test_a_rank_without_a_share_cannot_be_converted(samples: Samples) -> None:
 def test_it_can_be_trained_on_with_any_tp(samples: Samples, tp: int) -> None:
     sample = samples.universal(zero=1, dp=2, steps=2)
     loaded = samples.training(tp=tp, zero=1, load_universal=str(sample.folder.parent))
-    assert same(loaded.reference, sample.reference)
-    assert same(contents(loaded.folder), sample.reference)
+    assert same_tensors(loaded.reference, sample.reference)
+    assert same_tensors(read_all(loaded.folder), sample.reference)

@@ -11,9 +11,9 @@ from deepspeed.checkpoint.affine import block_gather_map, replicated_map, segmen
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.checkpoints.samples import bits_equal
+from tests.checkpoints.reading import same_bits
 from tpcheck.backends.registry import ReadOptions
-from tpcheck.checkpoints.formats.deepspeed.autotp_layouts import Layouts
+from tpcheck.checkpoints.formats.deepspeed.autotp_layouts import AutoTPLayouts
 from tpcheck.checkpoints.formats.deepspeed.chunks import LayoutError, ShardChunk, require_tiling
 from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import MergedTensor, Shard
 from tpcheck.checkpoints.formats.files import Files
@@ -52,7 +52,7 @@ def merged(layout: Any, shards: list[torch.Tensor], folder: Path, files: Files) 
     torch.save(shards, folder / "shards.pt")
     stored = load(folder / "shards.pt", files, ReadOptions())
     info = {"affine_map": {"version": 1, "params": {"^it$": layout.to_dict()}}}
-    whole = Layouts(info).merged("it", [Shard.of(one) for one in stored])
+    whole = AutoTPLayouts(info).merge("it", [Shard.of(one) for one in stored])
     assert whole is not None
     return whole
 
@@ -67,7 +67,7 @@ def test_any_rows_are_those_that_were_cut(tmp_path: Path, layout: Any, data: st.
     start = data.draw(st.integers(0, full.shape[0]))
     rows = range(start, data.draw(st.integers(start, full.shape[0])))
     assert whole.shape == full.shape
-    assert bits_equal(whole.read(files, rows), full[rows.start : rows.stop])
+    assert same_bits(whole.read(files, rows), full[rows.start : rows.stop])
     assert whole.differing_ranks(files) is None
     place = whole.extent()
     if place is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints.hostile import HOSTILE, RUN, SLOW
-from tests.checkpoints.readers import opened
+from tests.checkpoints.reading import open_source
 from tpcheck.core.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ def test_it_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     build, message = HOSTILE[name]
     with pytest.raises(CheckpointError, match=message) as caught:
-        opened(build(tmp_path))
+        open_source(build(tmp_path))
     text = str(caught.value)
     assert text.isprintable()
     assert len(text) < 500 + 2 * len(str(tmp_path))
@@ -41,8 +41,8 @@ def test_the_planted_call_would_run():
 WITHIN_LIMITS = """
 import json, resource, signal, sys
 from pathlib import Path
-from tests.checkpoints.readers import opened
-from tpcheck.errors import CheckpointError
+from tests.checkpoints.reading import open_source
+from tpcheck.core.errors import CheckpointError
 
 kilobytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() // 1024
 resource.setrlimit(resource.RLIMIT_AS, ((kilobytes << 10) + (1 << 30),) * 2)
@@ -51,7 +51,7 @@ messages = []
 for source in sys.argv[1:]:
     signal.alarm(30)
     try:
-        opened(Path(source))
+        open_source(Path(source))
         messages.append("opened")
     except CheckpointError as error:
         messages.append(str(error))

@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import tpcheck
-from tests.checkpoints.samples import State, contents, opened, same
+from tests.checkpoints.reading import State, open_source, read_all, same_tensors
 from tpcheck import CheckpointError, Topology
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -62,10 +62,10 @@ def save_with_megatron(rank: Any, folder: str) -> None:
 def test_the_model_is_read_without_the_optimizer(tmp_path: Path) -> None:
     folder = save_like_megatron(tmp_path)
     for source in (folder, tmp_path):
-        assert same(contents(source), model())
-        assert opened(source).unread == {"decoder.layers.mlp._extra_state": "is a pickled object, not a tensor"}
+        assert same_tensors(read_all(source), model())
+        assert open_source(source).unread == {"decoder.layers.mlp._extra_state": "is a pickled object, not a tensor"}
     description = "Megatron torch_dist, iter_0000010, without the optimizer and other states"
-    assert opened(tmp_path).description == description
+    assert open_source(tmp_path).description == description
 
 
 def test_what_megatron_itself_writes_is_read(tmp_path: Path) -> None:
@@ -74,34 +74,34 @@ def test_what_megatron_itself_writes_is_read(tmp_path: Path) -> None:
     folder.mkdir()
     with tpcheck.spawn(Topology(tp=2), timeout=120) as world:
         world.run(save_with_megatron, str(folder))
-    assert same(contents(folder), model())
+    assert same_tensors(read_all(folder), model())
 
 
 @pytest.mark.parametrize(
     ("tracker", "why"),
     [
-        ("11", "names iteration 11, and there is no folder iter_0000011"),
-        ("../10", "holds '../10', which is no iteration"),
+        ("11", "names iteration 11, but there is no folder iter_0000011"),
+        ("../10", "holds '../10', which is not an iteration"),
         ("", "is empty"),
-        ("٣", "which is no iteration"),
+        ("٣", "which is not an iteration"),
     ],
 )
 def test_a_tracker_that_leads_nowhere_is_refused(tmp_path: Path, tracker: str, why: str) -> None:
     save_like_megatron(tmp_path)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker, encoding="utf-8")
     with pytest.raises(CheckpointError, match=why):
-        opened(tmp_path)
+        open_source(tmp_path)
 
 
 def test_other_backends_are_named(tmp_path: Path) -> None:
     folder = save_like_megatron(tmp_path)
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
-    with pytest.raises(CheckpointError, match="was saved by backend 'zarr', and torch_dist is what is read"):
-        opened(tmp_path)
+    with pytest.raises(CheckpointError, match="was saved by backend 'zarr'; readable are torch_dist"):
+        open_source(tmp_path)
 
 
 def test_the_old_format_is_told_apart(tmp_path: Path) -> None:
     folder = save_like_megatron(tmp_path)
     (folder / "metadata.json").unlink()
-    with pytest.raises(CheckpointError, match=r"is no distributed checkpoint of Megatron: it has no metadata\.json"):
-        opened(tmp_path)
+    with pytest.raises(CheckpointError, match=r"is not a distributed checkpoint of Megatron: it has no metadata\.json"):
+        open_source(tmp_path)

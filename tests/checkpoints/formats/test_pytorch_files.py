@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.checkpoints.readers import contents, opened, same
+from tests.checkpoints.reading import open_source, read_all, same_tensors
 from tpcheck.checkpoints.formats.pytorch_files import PytorchFormat
 from tpcheck.core.errors import CheckpointError
 
@@ -25,17 +25,17 @@ def test_a_state_dict_is_read_from_a_file_or_its_folder(tmp_path, name):
     torch.save({}, tmp_path / "training_args.bin")
     torch.save({}, tmp_path / "rng_state_0.pth")
     for source in (tmp_path, tmp_path / name, str(tmp_path)):
-        assert same(contents(source), STATE)
-    assert opened(tmp_path).config["hidden_size"] == 4
-    assert opened(tmp_path).description == "PyTorch, 1 file"
+        assert same_tensors(read_all(source), STATE)
+    assert open_source(tmp_path).config["hidden_size"] == 4
+    assert open_source(tmp_path).description == "PyTorch, 1 file"
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "module"])
 def test_a_state_dict_is_found_beside_that_of_an_optimizer(tmp_path, key):
     optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}
     torch.save({key: OrderedDict(STATE), "optimizer": optimizer, "epoch": 3, "rng": torch.ones(2)}, tmp_path / "a.pt")
-    assert same(contents(tmp_path), STATE)
-    assert opened(tmp_path).description == f"PyTorch, 1 file, under {key!r}"
+    assert same_tensors(read_all(tmp_path), STATE)
+    assert open_source(tmp_path).description == f"PyTorch, 1 file, under {key!r}"
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,13 @@ def test_a_state_dict_is_found_beside_that_of_an_optimizer(tmp_path, key):
         ({}, "it is empty"),
         (torch.ones(2), "but a tensor"),
         ([torch.ones(2)], "but a list"),
-        ({3: torch.ones(2)}, "no text, but 3"),
+        ({3: torch.ones(2)}, "not text: 3"),
     ],
 )
 def test_what_is_no_state_dict_says_what_it_is(tmp_path, structure, message):
     torch.save(structure, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=message):
-        opened(tmp_path)
+        open_source(tmp_path)
 
 
 def test_ties_are_the_names_of_one_view(tmp_path):
@@ -60,12 +60,12 @@ def test_ties_are_the_names_of_one_view(tmp_path):
     torch.save(
         {"a": weight, "b": weight, "row": weight[0], "copy": weight.clone(), "e": torch.empty(0)}, tmp_path / "a.pt"
     )
-    assert opened(tmp_path).ties == (frozenset({"a", "b"}),)
+    assert open_source(tmp_path).ties == (frozenset({"a", "b"}),)
 
 
 def test_entries_that_are_no_tensors_are_unread(tmp_path):
     torch.save({**STATE, "x._extra_state": None, "sparse": torch.eye(2).to_sparse()}, tmp_path / "a.pt")
-    unread = opened(tmp_path).unread
+    unread = open_source(tmp_path).unread
     assert unread["x._extra_state"] == "is a NoneType, not a tensor"
     assert "_rebuild_sparse_tensor" in unread["sparse"]
 
@@ -81,25 +81,25 @@ def indexed(tmp_path):
 
 
 def test_several_files_are_read_by_their_index(indexed):
-    assert same(contents(indexed), STATE)
-    assert same(contents(indexed / "pytorch_model.bin.index.json"), STATE)
-    assert opened(indexed).description == "PyTorch, 2 files with an index"
+    assert same_tensors(read_all(indexed), STATE)
+    assert same_tensors(read_all(indexed / "pytorch_model.bin.index.json"), STATE)
+    assert open_source(indexed).description == "PyTorch, 2 files with an index"
 
 
 def test_a_missing_file_is_named(indexed):
     (indexed / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(CheckpointError, match=r"names 'pytorch_model-00002-of-00002\.bin', which is missing"):
-        opened(indexed)
+        open_source(indexed)
 
 
 def test_a_whole_pickled_model_is_refused_and_read_when_it_is_allowed(tmp_path):
     model = nn.Linear(3, 2)
     torch.save({"model": model, "args": SimpleNamespace(lr=1)}, tmp_path / "a.pt")
     with pytest.raises(
-        CheckpointError, match=r"torch.nn.modules.linear.Linear, types.SimpleNamespace: .*--allow-pickle"
+        CheckpointError, match=r"torch.nn.modules.linear.Linear, types.SimpleNamespace; .*--allow-pickle"
     ):
-        opened(tmp_path)
-    assert same(contents(tmp_path, allow_pickle=True), model.state_dict())
+        open_source(tmp_path)
+    assert same_tensors(read_all(tmp_path, allow_pickle=True), model.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import tpcheck
-from tests.checkpoints.samples import State, contents, opened, same
+from tests.checkpoints.reading import State, open_source, read_all, same_tensors
 from tpcheck import CheckpointError, Topology
 
 
@@ -60,12 +60,12 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_shards_over_two_axes_are_put_together(sharded: Path) -> None:
-    assert same(contents(sharded), state())
-    assert opened(sharded).description == "torch.distributed.checkpoint, 4 files, under 'model'"
+    assert same_tensors(read_all(sharded), state())
+    assert open_source(sharded).description == "torch.distributed.checkpoint, 4 files, under 'model'"
 
 
 def test_any_rows_can_be_read(sharded: Path) -> None:
-    checkpoint, expected = opened(sharded), state()["embed.weight"]
+    checkpoint, expected = open_source(sharded), state()["embed.weight"]
     for start in range(0, 131, 10):
         rows = range(start, min(start + 17, 131))
         assert torch.equal(checkpoint.read("embed.weight", rows), expected[rows.start : rows.stop])
@@ -74,7 +74,7 @@ def test_any_rows_can_be_read(sharded: Path) -> None:
 def test_it_is_what_torch_loads(sharded: Path) -> None:
     loaded = {"model": {name: torch.zeros_like(value) for name, value in state().items()}}
     dcp.load(loaded, checkpoint_id=str(sharded), no_dist=True)
-    assert same(contents(sharded), loaded["model"])
+    assert same_tensors(read_all(sharded), loaded["model"])
 
 
 NESTED = {
@@ -94,23 +94,23 @@ NESTED = {
 def test_of_a_nested_state_dict_the_model_is_read(tmp_path: Path, part: str) -> None:
     optimizer = {"state": {name: {"exp_avg": value} for name, value in state().items()}}
     folder = saved_alone(tmp_path / "step", NESTED[part](state(), optimizer))
-    assert same(contents(folder), state())
-    assert opened(folder).description == f"torch.distributed.checkpoint, 1 files{part}"
+    assert same_tensors(read_all(folder), state())
+    assert open_source(folder).description == f"torch.distributed.checkpoint, 1 files{part}"
 
 
 def test_two_models_are_refused(tmp_path: Path) -> None:
     folder = saved_alone(tmp_path / "step", {"model": state(), "module": state()})
     with pytest.raises(CheckpointError, match="several state dicts, under 'model', 'module'"):
-        opened(folder)
+        open_source(folder)
 
 
 def test_pickled_objects_in_the_model_are_listed(tmp_path: Path) -> None:
     folder = saved_alone(tmp_path / "step", {"model": {**state(), "extra": {1, 2}}})
-    assert opened(folder).unread == {"extra": "is a pickled object, not a tensor"}
+    assert open_source(folder).unread == {"extra": "is a pickled object, not a tensor"}
 
 
 def test_a_tensor_of_one_chunk_lies_in_one_piece(tmp_path: Path) -> None:
-    place = opened(saved_alone(tmp_path / "step", state())).extent("embed.weight")
+    place = open_source(saved_alone(tmp_path / "step", state())).extent("embed.weight")
     assert place is not None
     data = place.path.read_bytes()[place.offset : place.offset + place.nbytes]
     assert data == state()["embed.weight"].numpy().tobytes()

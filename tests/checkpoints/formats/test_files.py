@@ -15,13 +15,6 @@ from tpcheck.checkpoints.formats.files import Files, inside
 from tpcheck.core.errors import CheckpointError
 
 
-@pytest.fixture
-def files():
-    files = Files()
-    yield files
-    files.close()
-
-
 @pytest.mark.parametrize("name", ["a", "a/b", "./a", "ü.bin", "a b"])
 def test_names_below_the_folder_are_taken(tmp_path, name):
     assert inside(tmp_path, name) == tmp_path / name
@@ -151,7 +144,7 @@ def test_a_file_that_changes_is_told(tmp_path, files, change):
 
 
 def test_more_files_than_descriptors_are_read(tmp_path, files, monkeypatch):
-    monkeypatch.setattr(files_module, "KEPT_OPEN", 2)
+    monkeypatch.setattr(files_module, "MAX_DESCRIPTORS", 2)
     for number in range(6):
         (tmp_path / str(number)).write_bytes(bytes([number]) * 10)
     for _ in range(2):

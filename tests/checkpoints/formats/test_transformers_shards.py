@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tpcheck
-from tests.checkpoints.readers import contents, opened, same
+from tests.checkpoints.reading import open_source, read_all, same_tensors
 from tpcheck import Topology
 from tpcheck.core.errors import CheckpointError
 
@@ -55,8 +55,8 @@ def write(path, tensors, offsets):
 
 def test_the_shards_are_the_model(saved):
     folder, expected = saved
-    assert same(contents(folder), expected)
-    checkpoint = opened(folder)
+    assert same_tensors(read_all(folder), expected)
+    checkpoint = open_source(folder)
     assert checkpoint.description == "transformers shards, 2 files"
     assert checkpoint.config["hidden_size"] == 16
 
@@ -67,7 +67,7 @@ def test_each_file_alone_holds_pieces_under_the_same_names(saved):
 
 
 def test_rows_across_the_pieces_are_read(saved):
-    checkpoint = opened(saved[0])
+    checkpoint = open_source(saved[0])
     for name, expected in saved[1].items():
         for start in range(len(expected)):
             stop = min(start + 5, len(expected))
@@ -76,38 +76,36 @@ def test_rows_across_the_pieces_are_read(saved):
 
 def test_a_whole_model_beside_its_shards_is_what_is_read(shards):
     save_file({"a": torch.ones(1)}, shards / "model.safetensors")
-    assert contents(shards).keys() == {"a"}
+    assert read_all(shards).keys() == {"a"}
 
 
 def test_a_missing_first_shard_leaves_a_gap(shards):
     (shards / FIRST).unlink()
-    with pytest.raises(
-        CheckpointError, match=r"without shard 1\) is held in pieces that leave out \d+ of its \d+ elem"
-    ):
-        opened(shards)
+    with pytest.raises(CheckpointError, match=r"without shard 1\) has chunks that leave out \d+ of its \d+ elem"):
+        open_source(shards)
 
 
 def test_a_missing_last_shard_makes_smaller_tensors(shards, saved):
     (shards / SECOND).unlink()
-    assert contents(shards)["model.embed_tokens.weight"].shape != saved[1]["model.embed_tokens.weight"].shape
+    assert read_all(shards)["model.embed_tokens.weight"].shape != saved[1]["model.embed_tokens.weight"].shape
 
 
 def test_the_same_shard_twice_overlaps(shards):
     shutil.copy(shards / FIRST, shards / SECOND)
-    with pytest.raises(CheckpointError, match="is held in pieces that overlap"):
-        opened(shards)
+    with pytest.raises(CheckpointError, match="has chunks that overlap"):
+        open_source(shards)
 
 
 def test_shards_without_places_are_refused(shards):
     save_file(load_file(shards / SECOND), shards / SECOND)
-    with pytest.raises(CheckpointError, match="does not say where its pieces lie"):
-        opened(shards)
+    with pytest.raises(CheckpointError, match="does not state the offsets of its chunks"):
+        open_source(shards)
 
 
 def test_shards_of_two_checkpoints_are_refused(shards):
     shutil.copy(shards / SECOND, shards / "shard-00002-model-00002-of-00002.safetensors")
     with pytest.raises(CheckpointError, match="several checkpoints"):
-        opened(shards)
+        open_source(shards)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +114,7 @@ def test_shards_of_two_checkpoints_are_refused(shards):
         ("{", "is not valid JSON"),
         ("[]", "does not hold a JSON object"),
         ('{"a":' * 50_000, "nested too deeply|not valid JSON"),
-        ("{}", "does not say where its piece of tensor 'a' lies"),
+        ("{}", "does not state the offsets of its chunk of tensor 'a'"),
         ('{"a": 3}', "offsets that are not 2 indices"),
         ('{"a": {"saved_offsets": null}}', "offsets that are not 2 indices"),
         ({"a": [0]}, "offsets that are not 2 indices"),
@@ -124,7 +122,7 @@ def test_shards_of_two_checkpoints_are_refused(shards):
         ({"a": [2, True]}, "offsets that are not 2 indices"),
         ({"a": [2, 1.0]}, "offsets that are not 2 indices"),
         ({"a": [1 << 60, 0]}, "offsets that are not 2 indices"),
-        ({"a": [1, 0]}, "pieces that overlap"),
+        ({"a": [1, 0]}, "chunks that overlap"),
         ({"a": [3, 0]}, "leave out 3 of its 15 elements"),
         ({"a": [2, 1]}, "leave out"),
         ({"a": [1 << 40, 0]}, "leave out"),
@@ -134,7 +132,7 @@ def test_places_that_do_not_fit_are_told(tmp_path, offsets, message):
     write(tmp_path / FIRST, {"a": torch.ones(2, 3)}, {"a": [0, 0]})
     write(tmp_path / SECOND, {"a": torch.ones(2, 3)}, offsets)
     with pytest.raises(CheckpointError, match=message):
-        opened(tmp_path)
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize("piece", [torch.ones(2, 3, dtype=torch.float64), torch.ones(2)])
@@ -142,7 +140,7 @@ def test_pieces_of_different_kinds_are_told(tmp_path, piece):
     write(tmp_path / FIRST, {"a": torch.ones(2, 3)}, {"a": [0, 0]})
     write(tmp_path / SECOND, {"a": piece}, {"a": [2, 0][: piece.ndim]})
     with pytest.raises(CheckpointError, match="different dtypes or numbers of dimensions"):
-        opened(tmp_path)
+        open_source(tmp_path)
 
 
 @given(data=st.data())
@@ -158,4 +156,4 @@ def test_any_cut_into_boxes_is_put_together(tmp_path_factory, data):
     for number, (top, bottom, left, right) in enumerate(data.draw(st.permutations(chunks)), start=1):
         piece = whole[top:bottom, left:right].contiguous()
         write(folder / f"shard-{number:05}-model-00001-of-00001.safetensors", {"a": piece}, {"a": [top, left]})
-    assert same(contents(folder), {"a": whole})
+    assert same_tensors(read_all(folder), {"a": whole})

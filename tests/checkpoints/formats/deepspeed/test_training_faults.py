@@ -148,7 +148,7 @@ def test_a_rank_s_missing_file_is_one_sentence(samples: Samples, tmp_path: Path)
     sample = samples.training()
     folder = copied(sample, tmp_path)
     rank_file(folder, 1).unlink()
-    with pytest.raises(CheckpointError, match="model states of 1 mp ranks, and was saved with mp_world_size 2"):
+    with pytest.raises(CheckpointError, match="model states of 1 mp ranks, but was saved with mp_world_size 2"):
         verify_checkpoint(folder, sample.reference)
 
 

@@ -14,8 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as dcp
 
-from tests.checkpoints.readers import contents, opened, same, tensor, view, write_safetensors, write_torch_zip
+from tests.checkpoints.formats.deepspeed.test_hostile import model_states, optimizer_states
+from tests.checkpoints.malformed import view, write_safetensors, write_torch_zip
+from tests.checkpoints.reading import open_source, read_all, read_tensor, same_tensors
 from tpcheck.core.errors import CheckpointError
 
 STATE = {"a.weight": torch.arange(24.0).reshape(6, 4), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(7)}
@@ -24,7 +27,7 @@ SHARD = "shard-0000{}-model-00001-of-00001.safetensors"
 
 def read_or_refused(source: Path) -> dict[str, torch.Tensor] | None:
     try:
-        return contents(source)
+        return read_all(source)
     except CheckpointError as error:
         message = str(error)
     assert message.endswith(".")
@@ -67,7 +70,17 @@ def _adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
 
 
-VALID: list[Callable[[Path], None]] = [_safetensors, _indexed, _shards, _torch, _legacy, _adapter]
+def _dcp(folder: Path) -> None:
+    dcp.save(dict(STATE), checkpoint_id=folder, no_dist=True)
+
+
+def _training(folder: Path) -> None:
+    for rank in (0, 1):
+        torch.save(model_states(rank), folder / f"mp_rank_0{rank}_model_states.pt")
+        torch.save(optimizer_states(rank), folder / f"zero_pp_rank_0_mp_rank_0{rank}_optim_states.pt")
+
+
+VALID: list[Callable[[Path], None]] = [_safetensors, _indexed, _shards, _torch, _legacy, _adapter, _dcp, _training]
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +167,9 @@ def _agree_with_the_library(header, content, folder):
         assert read is None
         return
     if read is not None:
-        checkpoint = opened(path)
+        checkpoint = open_source(path)
         assert {*read} | {*checkpoint.unread} == names
-        assert same({name: read[name] for name in read}, _of_library(path, read))
+        assert same_tensors({name: read[name] for name in read}, _of_library(path, read))
         checkpoint.close()
 
 
@@ -164,7 +177,7 @@ def _of_library(path, names):
     try:
         return {name: one for name, one in load_file(path).items() if name in names}
     except KeyError:  # F4 is opened by the library, and not loaded
-        return {name: contents(path)[name] for name in names}
+        return {name: read_all(path)[name] for name in names}
 
 
 @given(
@@ -176,7 +189,7 @@ def test_any_index_is_read_or_refused(weight_map, tmp_path_factory):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     read = read_or_refused(folder)
     if read is not None:
-        assert same(read, {name: STATE[name] for name in weight_map})
+        assert same_tensors(read, {name: STATE[name] for name in weight_map})
 
 
 geometry = st.integers(-1, 9) | st.sampled_from([None, "1", 1.5, 1 << 62, 1 << 64])
@@ -195,11 +208,11 @@ def test_any_view_of_a_storage_is_that_of_torch_or_refused(numel, start, shape, 
     structure = {"a": view(numel, start, shape, stride), "pad": 0}
     write_torch_zip(path, structure, {"data/0": elements.numpy().tobytes()})
     try:
-        checkpoint = opened(path)
+        checkpoint = open_source(path)
     except CheckpointError:
         return
     if checkpoint.shape("a") and max(checkpoint.shape("a")) < 1000:
-        assert torch.equal(tensor(checkpoint, "a"), elements.as_strided(shape, stride, start))
+        assert torch.equal(read_tensor(checkpoint, "a"), elements.as_strided(shape, stride, start))
     checkpoint.close()
 
 
@@ -223,7 +236,7 @@ def test_a_zip_file_with_any_records_is_read_or_refused(data, valid, tmp_path_fa
             archive.writestr(name, records[name])
     read = read_or_refused(path)
     if read is not None and "/data/" not in changed and "data.pkl" not in changed:
-        assert same(read, STATE)
+        assert same_tensors(read, STATE)
 
 
 @given(changed=st.sampled_from(["saved_offsets", "order", "drop"]), offsets=st.lists(sizes, max_size=3))

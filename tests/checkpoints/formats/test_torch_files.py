@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.checkpoints.readers import Calls, bits
+from tests.checkpoints.malformed import Calls
+from tests.checkpoints.reading import bits_of
 from tpcheck.backends.registry import ReadOptions
 from tpcheck.checkpoints.formats import torch_files
 from tpcheck.checkpoints.formats.files import Files
@@ -25,13 +26,6 @@ DTYPES = [
     torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool,
     torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
 ]  # fmt: skip
-
-
-@pytest.fixture
-def files():
-    files = Files()
-    yield files
-    files.close()
 
 
 @pytest.fixture(params=["zip", "legacy"])
@@ -55,7 +49,7 @@ def test_every_dtype_is_read_to_the_bit(save, files, dtype):
     )
     stored = torch_files.load(save({"a": expected}), files, ReadOptions())["a"]
     assert (stored.shape, stored.dtype) == (tuple(expected.shape), dtype)
-    assert torch.equal(bits(whole(stored, files)), bits(expected))
+    assert torch.equal(bits_of(whole(stored, files)), bits_of(expected))
 
 
 def test_views_are_read_as_they_are_strided(save, files):
@@ -76,11 +70,13 @@ def test_an_extent_is_where_the_bytes_are(save, files):
     expected = torch.randn(7, 3)
     stored = torch_files.load(save({"a": torch.randn(5), "b": expected[2:]}), files, ReadOptions())["b"]
     extent = stored.extent()
-    assert extent.path.read_bytes()[extent.offset : extent.offset + extent.nbytes] == bytes(bits(expected[2:]).tolist())
+    assert extent.path.read_bytes()[extent.offset : extent.offset + extent.nbytes] == bytes(
+        bits_of(expected[2:]).tolist()
+    )
 
 
 def test_a_transposed_tensor_is_read_in_bounded_spans(save, files, monkeypatch):
-    monkeypatch.setattr("tpcheck.checkpoints.formats.storage_view.SPAN", 256)
+    monkeypatch.setattr("tpcheck.checkpoints.formats.storage_view.MAX_SPAN", 256)
     expected = torch.randn(50, 40)
     stored = torch_files.load(save({"a": expected.t()}), files, ReadOptions())["a"]
     assert torch.equal(stored.read(files, range(10, 13)), expected.t()[10:13])
@@ -146,9 +142,7 @@ def test_tensors_without_plain_bytes_are_kept_as_records(save, files):
 
 def test_what_torch_does_not_allow_is_refused_by_name_and_not_run(save, files, tmp_path):
     structure = {"a": torch.ones(2), "b": SimpleNamespace(x=1), "c": Calls(os.system, (f"touch {tmp_path}/ran",))}
-    with pytest.raises(
-        CheckpointError, match=r"running types.SimpleNamespace, posix.system: .*--allow-pickle"
-    ) as caught:
+    with pytest.raises(CheckpointError, match=r"run types.SimpleNamespace, posix.system; .*--allow-pickle") as caught:
         torch_files.load(save(structure), files, ReadOptions())
     assert str(caught.value).count("\n") == 0
     assert not (tmp_path / "ran").exists()
@@ -156,7 +150,7 @@ def test_what_torch_does_not_allow_is_refused_by_name_and_not_run(save, files, t
 
 def test_classes_that_the_caller_wants_become_records(save, files):
     structure = {"a": torch.ones(2), "b": SimpleNamespace(x=1)}
-    loaded = torch_files.load(save(structure), files, ReadOptions(), inert=["types.*"])
+    loaded = torch_files.load(save(structure), files, ReadOptions(), keep=["types.*"])
     assert loaded["b"].name == "types.SimpleNamespace"
     assert loaded["b"].state == {"x": 1}
 

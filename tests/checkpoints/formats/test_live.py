@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tpcheck
-from tests.checkpoints.readers import contents, opened, same
+from tests.checkpoints.reading import open_source, read_all, same_tensors
 from tpcheck import Topology
 from tpcheck.backends.registry import ReadOptions
 from tpcheck.checkpoints.formats.live import LiveFormat
@@ -29,8 +29,8 @@ def test_a_model_is_read_with_its_buffers_and_config():
     model = llama()
     model.register_buffer("kept", torch.arange(3))
     model.register_buffer("dropped", torch.arange(3), persistent=False)
-    assert same(contents(model), model.state_dict())
-    checkpoint = opened(model)
+    assert same_tensors(read_all(model), model.state_dict())
+    checkpoint = open_source(model)
     assert checkpoint.description == "LlamaForCausalLM in memory"
     assert checkpoint.config["hidden_size"] == 16
     assert "kept" in checkpoint.names()
@@ -38,24 +38,26 @@ def test_a_model_is_read_with_its_buffers_and_config():
 
 
 def test_tied_weights_are_ties():
-    assert opened(llama(tie_word_embeddings=True)).ties == (frozenset({"lm_head.weight", "model.embed_tokens.weight"}),)
-    assert opened(llama()).ties == ()
+    assert open_source(llama(tie_word_embeddings=True)).ties == (
+        frozenset({"lm_head.weight", "model.embed_tokens.weight"}),
+    )
+    assert open_source(llama()).ties == ()
 
 
 def test_a_compiled_model_is_the_model_within():
     model = nn.Linear(2, 2)
-    assert same(contents(torch.compile(model)), model.state_dict())
+    assert same_tensors(read_all(torch.compile(model)), model.state_dict())
 
 
 def test_a_mapping_of_tensors_is_read():
     weight = torch.randn(3, 2)
     state = {"a": weight, "b": weight, "turned": weight.t(), "conj": torch.randn(2, dtype=torch.complex64).conj()}
-    assert same(contents(state), {name: one.resolve_conj() for name, one in state.items()})
-    assert opened(state).ties == (frozenset({"a", "b"}),)
+    assert same_tensors(read_all(state), {name: one.resolve_conj() for name, one in state.items()})
+    assert open_source(state).ties == (frozenset({"a", "b"}),)
 
 
 def test_what_is_no_tensor_in_a_state_dict_is_unread():
-    checkpoint = opened({"a": torch.ones(1), "a._extra_state": None})
+    checkpoint = open_source({"a": torch.ones(1), "a._extra_state": None})
     assert checkpoint.names() == ("a",)
     assert checkpoint.unread == {"a._extra_state": "is a NoneType, not a tensor"}
 
@@ -67,7 +69,7 @@ def test_nothing_else_is_recognised(source):
 
 def test_what_has_no_plain_elements_is_unread():
     state = {"meta": torch.ones(1, device="meta"), "sparse": torch.eye(2).to_sparse(), "a": torch.ones(1)}
-    checkpoint = opened(state)
+    checkpoint = open_source(state)
     assert checkpoint.names() == ("a",)
     assert checkpoint.unread == {
         "meta": "has no data: it is on the meta device",
@@ -77,7 +79,7 @@ def test_what_has_no_plain_elements_is_unread():
 
 def test_a_change_while_it_is_read_is_told():
     model = nn.Linear(2, 2)
-    checkpoint = opened(model)
+    checkpoint = open_source(model)
     checkpoint.require_unchanged()
     with torch.no_grad():
         model.weight.add_(1)
@@ -95,10 +97,14 @@ def _dtensors(rank):
     module.plain = nn.Parameter(expected["plain"])
     module.tied = module.a
     checkpoint = LiveFormat().open(module, ReadOptions())
-    found = contents(module)
+    found = read_all(module)
     whole = {**expected, "tied": expected["a"]}
     state = module.state_dict()
-    right = same(found, whole) and same(contents(state), whole) and opened(state).ties == checkpoint.ties
+    right = (
+        same_tensors(found, whole)
+        and same_tensors(read_all(state), whole)
+        and open_source(state).ties == checkpoint.ties
+    )
     return right, checkpoint.ties, checkpoint.description
 
 
@@ -123,10 +129,10 @@ def _deepspeed(rank, zero, tied):
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     before = {name: one.detach().clone() for name, one in engine.module.named_parameters()}
-    found = contents(engine)
+    found = read_all(engine)
     untouched = all(torch.equal(before[name], one) for name, one in engine.module.named_parameters())
-    checkpoint = opened(engine)
-    return same(found, expected), untouched, len(checkpoint.ties), checkpoint.description
+    checkpoint = open_source(engine)
+    return same_tensors(found, expected), untouched, len(checkpoint.ties), checkpoint.description
 
 
 @pytest.mark.parametrize(("zero", "tied"), [(0, True), (1, False), (3, False)])
@@ -143,7 +149,7 @@ def _megatron(rank):
     module = nn.Linear(2, 2)
     module.weight.tensor_model_parallel = True
     try:
-        opened(module)
+        open_source(module)
     except CheckpointError as error:
         return str(error)
 
@@ -166,4 +172,4 @@ class FusedLayer(nn.Linear):
 def test_a_layer_that_cannot_be_put_together_is_told():
     model = nn.Sequential(FusedLayer(2, 2))
     with pytest.raises(CheckpointError, match="Layer '0' holds a shard of its parameters"):
-        opened(model)
+        open_source(model)
