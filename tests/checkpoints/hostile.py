@@ -1,4 +1,4 @@
-"""Files that lie, one function each: it writes what should be refused, and returns what is opened."""
+"""Hostile files, one function each, which writes the file and returns the path to open."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.checkpoints.malformed import Calls, StorageOf, view, write_safetensor
 Builder = Callable[[Path], Path]
 SLOW = ("header: 32 MB of brackets", "torch: too many containers", "torch: keys nested deeply", "torch: a zip bomb")
 HOSTILE: dict[str, tuple[Builder, str]] = {}
-"""What each is called, how it is made, and what the refusal says."""
+"""The function that writes each file, and the message of the refusal."""
 
 
 def hostile(name: str, message: str) -> Callable[[Builder], Builder]:

@@ -1,4 +1,4 @@
-"""Real checkpoints for the tests, made by the libraries themselves in small worlds."""
+"""Checkpoints that DeepSpeed saves in small worlds."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FEW_HEADS = {"num_key_value_heads": 2}
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A checkpoint, and the state dict of the model that it holds."""
+    """A checkpoint and the state dict of its model."""
 
     folder: Path
     reference: State
 
 
 class Samples:
-    """Makes each training checkpoint once, in worlds that stay open; tests copy the folder of one that they edit."""
+    """Saves each checkpoint once, in worlds that stay open; tests copy a folder before they edit it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -42,7 +42,7 @@ class Samples:
         self._open = ExitStack()
 
     def training(self, model_type: str = "llama", *, tp: int = 2, dp: int = 1, **options: Any) -> Sample:
-        """Return what `save_training` makes of the same arguments."""
+        """Return the checkpoint that `save_training` saves with these arguments."""
         key = repr((model_type, tp, dp, sorted(options.items())))
         if key not in self._made:
             topology = Topology(tp=tp, dp=dp)
@@ -54,7 +54,7 @@ class Samples:
         return self._made[key]
 
     def universal(self, *, strict: bool = True, **options: Any) -> Sample:
-        """Return what DeepSpeed converts that to; the folder above has `latest_universal` and no `latest`."""
+        """Return its universal conversion; the folder above has `latest_universal` and no `latest`."""
         key = repr(("universal", strict, sorted(options.items())))
         if key not in self._made:
             trained = self.training(**options)
@@ -162,7 +162,7 @@ def _save(
 
 
 def _gather(reference: State, candidate: Any, rank: Any) -> None:
-    """Put what the engine now holds, in the parameters' own dtype, in place of the start."""
+    """Replace the initial parameters by those of the engine, in the dtype of the parameters."""
     for name, layout in candidate.layouts().items():
         shards = rank.gather(candidate.parameter(name))
         reference[name] = layout.assemble([shards[each] for each in rank.topology.peers(rank=rank.rank, axis="tp")])

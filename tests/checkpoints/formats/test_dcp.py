@@ -1,4 +1,4 @@
-"""Checkpoints of torch.distributed.checkpoint are the model, whole, whatever was saved beside it."""
+"""Of a checkpoint of torch.distributed.checkpoint the full model is read, whatever was saved beside it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_shards_over_two_axes_are_put_together(sharded: Path) -> None:
+def test_shards_over_two_axes_are_merged(sharded: Path) -> None:
     assert same_tensors(read_all(sharded), state())
     assert open_source(sharded).description == "torch.distributed.checkpoint, 4 files, under 'model'"
 
@@ -71,7 +71,7 @@ def test_any_rows_can_be_read(sharded: Path) -> None:
         assert torch.equal(checkpoint.read("embed.weight", rows), expected[rows.start : rows.stop])
 
 
-def test_it_is_what_torch_loads(sharded: Path) -> None:
+def test_it_equals_what_torch_loads(sharded: Path) -> None:
     loaded = {"model": {name: torch.zeros_like(value) for name, value in state().items()}}
     dcp.load(loaded, checkpoint_id=str(sharded), no_dist=True)
     assert same_tensors(read_all(sharded), loaded["model"])
@@ -109,7 +109,7 @@ def test_pickled_objects_in_the_model_are_listed(tmp_path: Path) -> None:
     assert open_source(folder).unread == {"extra": "is a pickled object, not a tensor"}
 
 
-def test_a_tensor_of_one_chunk_lies_in_one_piece(tmp_path: Path) -> None:
+def test_a_tensor_of_one_chunk_has_an_extent(tmp_path: Path) -> None:
     place = open_source(saved_alone(tmp_path / "step", state())).extent("embed.weight")
     assert place is not None
     data = place.path.read_bytes()[place.offset : place.offset + place.nbytes]

@@ -95,7 +95,7 @@ METADATA_LIES: dict[str, tuple[Callable[[Any], object], str]] = {
 
 
 @pytest.mark.parametrize("lie", METADATA_LIES)
-def test_metadata_that_lies_is_refused(distributed: Path, lie: str) -> None:
+def test_contradictory_metadata_is_refused(distributed: Path, lie: str) -> None:
     edit, why = METADATA_LIES[lie]
     edit_metadata(distributed, edit)
     assert_refused(distributed, why)
@@ -106,7 +106,7 @@ def test_compressed_chunks_are_listed(distributed: Path) -> None:
     assert open_source(distributed).unread == {"a": "is compressed by an extension of torch.distributed.checkpoint"}
 
 
-def test_nothing_of_the_metadata_is_run(distributed: Path, tmp_path: Path) -> None:
+def test_no_code_of_the_metadata_is_run(distributed: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.touch()
     edit_metadata(distributed, lambda m: setattr(m, "planner_data", RemovesFile(victim)))
@@ -115,7 +115,7 @@ def test_nothing_of_the_metadata_is_run(distributed: Path, tmp_path: Path) -> No
     assert victim.exists()
 
 
-def test_nothing_of_a_chunk_is_run(distributed: Path, tmp_path: Path) -> None:
+def test_no_code_of_a_chunk_is_run(distributed: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.touch()
     torch.save(RemovesFile(victim), distributed / "__0_0.distcp")
@@ -152,12 +152,12 @@ NO_METADATA = {
 
 
 @pytest.mark.parametrize("data", NO_METADATA.values(), ids=NO_METADATA)
-def test_metadata_that_is_none_is_refused(distributed: Path, data: bytes) -> None:
+def test_anything_but_metadata_is_refused(distributed: Path, data: bytes) -> None:
     (distributed / ".metadata").write_bytes(data)
     assert_refused(distributed, "is not the metadata of torch.distributed.checkpoint")
 
 
-def test_a_file_that_changes_is_noticed(distributed: Path) -> None:
+def test_a_file_that_changes_is_an_error(distributed: Path) -> None:
     checkpoint = open_source(distributed)
     checkpoint.require_unchanged()
     with (distributed / "__0_0.distcp").open("ab") as file:

@@ -1,4 +1,4 @@
-"""Files are named from inside their folder, and read as they were when they were opened."""
+"""Only files inside the folder are opened, and a file that changes is an error."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _socket(path: Path) -> None:
         (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
     ],
 )
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path, files, make, message):
+def test_anything_but_a_regular_file_is_refused_at_once(tmp_path, files, make, message):
     make(tmp_path / "model")
     with pytest.raises(CheckpointError, match=message) as caught:
         files.open(tmp_path / "model")
@@ -83,7 +83,7 @@ def test_a_socket_is_refused(tmp_path, files, monkeypatch):
 
 @pytest.fixture
 def as_nobody():
-    """Give up root, which reads everything."""
+    """Run without the permissions of root, which can read everything."""
     if os.geteuid() != 0:
         yield
         return
@@ -118,7 +118,7 @@ def test_reads_are_exact(tmp_path, files):
             file.read(offset, nbytes)
 
 
-def test_a_file_that_is_truncated_while_it_is_read_is_told(tmp_path, files):
+def test_a_file_that_is_truncated_while_it_is_read_is_an_error(tmp_path, files):
     (tmp_path / "model").write_bytes(bytes(100))
     file = files.open(tmp_path / "model")
     os.truncate(tmp_path / "model", 50)
@@ -127,7 +127,7 @@ def test_a_file_that_is_truncated_while_it_is_read_is_told(tmp_path, files):
 
 
 @pytest.mark.parametrize("change", ["write", "replace", "remove"])
-def test_a_file_that_changes_is_told(tmp_path, files, change):
+def test_a_file_that_changes_is_an_error(tmp_path, files, change):
     path = tmp_path / "model"
     path.write_bytes(b"old")
     files.open(path)

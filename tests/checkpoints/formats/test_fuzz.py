@@ -1,4 +1,4 @@
-"""Damaged files are read right or refused, and nothing else happens: structure by Hypothesis, bytes by ci/fuzz."""
+"""Damaged files are read correctly or refused: structures by Hypothesis here, bytes by ci/fuzz."""
 
 from __future__ import annotations
 
@@ -138,12 +138,12 @@ nearly_right = st.lists(st.tuples(st.sampled_from(["F32", "U8", "F4"]), st.integ
 
 
 @given(header=headers, nbytes=st.integers(0, 32))
-def test_what_the_library_refuses_is_refused_and_what_both_take_is_the_same(header, nbytes, tmp_path_factory):
+def test_any_header_is_read_or_refused_as_by_the_library(header, nbytes, tmp_path_factory):
     _agree_with_the_library(header, bytes(range(nbytes)), tmp_path_factory.mktemp("header"))
 
 
 @given(parts=nearly_right, damage=st.sampled_from(["none", "shift", "trail", "grow"]), data=st.data())
-def test_headers_that_are_nearly_right_are_judged_as_the_library_does(parts, damage, data, tmp_path_factory):
+def test_nearly_valid_headers_are_read_or_refused_as_by_the_library(parts, damage, data, tmp_path_factory):
     header, end = {}, 0
     for number, (dtype, count) in enumerate(parts):
         nbytes = {"F32": 4, "U8": 1, "F4": 1}[dtype] * count
@@ -202,7 +202,7 @@ geometry = st.integers(-1, 9) | st.sampled_from([None, "1", 1.5, 1 << 62, 1 << 6
     stride=st.lists(geometry, max_size=3).map(tuple) | geometry,
     held=st.integers(0, 9),
 )
-def test_any_view_of_a_storage_is_that_of_torch_or_refused(numel, start, shape, stride, held, tmp_path_factory):
+def test_any_view_of_a_storage_is_read_as_by_torch_or_refused(numel, start, shape, stride, held, tmp_path_factory):
     path = tmp_path_factory.mktemp("view") / "model.pt"
     elements = torch.arange(float(held))
     structure = {"a": view(numel, start, shape, stride), "pad": 0}
@@ -240,7 +240,7 @@ def test_a_zip_file_with_any_records_is_read_or_refused(data, valid, tmp_path_fa
 
 
 @given(changed=st.sampled_from(["saved_offsets", "order", "drop"]), offsets=st.lists(sizes, max_size=3))
-def test_any_places_of_shards_are_read_or_refused(changed, offsets, valid, tmp_path_factory):
+def test_any_offsets_of_shards_are_read_or_refused(changed, offsets, valid, tmp_path_factory):
     folder = tmp_path_factory.mktemp("places")
     for name, content in valid[_shards].items():
         (folder / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""Files that lie end in one clear sentence: no traceback, no hang, no bomb, nothing run."""
+"""Hostile files end in one clear sentence: no traceback, no hang, no bomb, no code run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTILE if name not in SLOW])
-def test_it_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
+def test_a_hostile_file_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     build, message = HOSTILE[name]
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -31,8 +31,8 @@ def test_it_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("ran"))
 
 
-def test_the_planted_call_would_run():
-    """The probe can fail: what the files hold is a call that makes a file."""
+def test_the_call_in_the_hostile_files_would_create_a_file():
+    """The tests can fail: the call in the files would create a file."""
     function, arguments = RUN.__reduce__()
     assert function.__name__ == "system"
     assert arguments == ("touch ran",)
@@ -59,7 +59,7 @@ print(json.dumps([messages, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss 
 """
 
 
-def test_none_takes_more_than_a_gigabyte_or_hangs(tmp_path):
+def test_no_hostile_file_takes_a_gigabyte_or_hangs(tmp_path):
     sources = []
     for number, (build, _) in enumerate(HOSTILE.values()):
         (tmp_path / str(number)).mkdir()

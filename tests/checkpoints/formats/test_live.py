@@ -1,4 +1,4 @@
-"""A model in memory is a checkpoint, gathered where it is cut over ranks."""
+"""A model in memory is read as a checkpoint; shards are gathered."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ def test_a_mapping_of_tensors_is_read():
     assert open_source(state).ties == (frozenset({"a", "b"}),)
 
 
-def test_what_is_no_tensor_in_a_state_dict_is_unread():
+def test_entries_that_are_not_tensors_are_unread():
     checkpoint = open_source({"a": torch.ones(1), "a._extra_state": None})
     assert checkpoint.names() == ("a",)
     assert checkpoint.unread == {"a._extra_state": "is a NoneType, not a tensor"}
 
 
 @pytest.mark.parametrize("source", [{}, {"a": 1}, {1: torch.ones(1)}, [torch.ones(1)], "model", None])
-def test_nothing_else_is_recognised(source):
+def test_other_objects_are_not_recognised(source):
     assert not LiveFormat().recognises(source)
 
 
-def test_what_has_no_plain_elements_is_unread():
+def test_tensors_without_plain_elements_are_unread():
     state = {"meta": torch.ones(1, device="meta"), "sparse": torch.eye(2).to_sparse(), "a": torch.ones(1)}
     checkpoint = open_source(state)
     assert checkpoint.names() == ("a",)
@@ -77,7 +77,7 @@ def test_what_has_no_plain_elements_is_unread():
     }
 
 
-def test_a_change_while_it_is_read_is_told():
+def test_a_change_while_it_is_read_is_an_error():
     model = nn.Linear(2, 2)
     checkpoint = open_source(model)
     checkpoint.require_unchanged()
@@ -154,14 +154,14 @@ def _megatron(rank):
         return str(error)
 
 
-def test_a_shard_of_other_code_is_told():
+def test_a_shard_of_megatron_is_refused():
     with tpcheck.spawn(Topology(tp=2), timeout=60) as world:
         for message in world.run(_megatron):
             assert message.startswith("Parameter 'weight' is this rank's shard of a tensor-parallel parameter")
 
 
 class FusedLayer(nn.Linear):
-    """As DeepSpeed's layers of an interleaved layout behave."""
+    """Behaves like a layer of DeepSpeed with an interleaved layout."""
 
     mp_group = "tp"
 
@@ -169,7 +169,7 @@ class FusedLayer(nn.Linear):
         raise RuntimeError("cannot gather")
 
 
-def test_a_layer_that_cannot_be_put_together_is_told():
+def test_a_layer_that_cannot_be_gathered_is_refused():
     model = nn.Sequential(FusedLayer(2, 2))
     with pytest.raises(CheckpointError, match="Layer '0' holds a shard of its parameters"):
         open_source(model)

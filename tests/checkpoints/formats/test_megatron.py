@@ -1,4 +1,4 @@
-"""Megatron's distributed checkpoints are read as the model alone, stacked layers as they are saved."""
+"""Of Megatron's distributed checkpoints the model alone is read; stacked layers stay stacked."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model() -> State:
 
 
 def save_like_megatron(root: Path) -> Path:
-    """Write what Megatron writes, with torch's own means."""
+    """Write the files that Megatron writes, with torch alone."""
     folder = root / "iter_0000010"
     state = {**model(), MOMENT: torch.zeros(8, 4), "decoder.layers.mlp._extra_state/shard_0_2": b"", "rng_state": b""}
     dcp.save(state, checkpoint_id=str(folder), no_dist=True)
@@ -68,7 +68,7 @@ def test_the_model_is_read_without_the_optimizer(tmp_path: Path) -> None:
     assert open_source(tmp_path).description == description
 
 
-def test_what_megatron_itself_writes_is_read(tmp_path: Path) -> None:
+def test_a_checkpoint_of_megatron_is_read(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     folder = tmp_path / "iter_0000010"
     folder.mkdir()
@@ -86,21 +86,21 @@ def test_what_megatron_itself_writes_is_read(tmp_path: Path) -> None:
         ("٣", "which is not an iteration"),
     ],
 )
-def test_a_tracker_that_leads_nowhere_is_refused(tmp_path: Path, tracker: str, why: str) -> None:
+def test_a_tracker_file_without_a_folder_is_refused(tmp_path: Path, tracker: str, why: str) -> None:
     save_like_megatron(tmp_path)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker, encoding="utf-8")
     with pytest.raises(CheckpointError, match=why):
         open_source(tmp_path)
 
 
-def test_other_backends_are_named(tmp_path: Path) -> None:
+def test_unreadable_backends_are_refused(tmp_path: Path) -> None:
     folder = save_like_megatron(tmp_path)
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
     with pytest.raises(CheckpointError, match="was saved by backend 'zarr'; readable are torch_dist"):
         open_source(tmp_path)
 
 
-def test_the_old_format_is_told_apart(tmp_path: Path) -> None:
+def test_the_old_format_is_refused(tmp_path: Path) -> None:
     folder = save_like_megatron(tmp_path)
     (folder / "metadata.json").unlink()
     with pytest.raises(CheckpointError, match=r"is not a distributed checkpoint of Megatron: it has no metadata\.json"):

@@ -45,7 +45,7 @@ def test_an_adapter_without_its_config_is_read(tmp_path):
     assert open_source(tmp_path).description == "PEFT adapter, safetensors"
 
 
-def test_a_damaged_config_is_told(tmp_path):
+def test_a_damaged_config_is_refused(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"r": ')
     with pytest.raises(CheckpointError, match=r"adapter_config.json is not valid JSON"):

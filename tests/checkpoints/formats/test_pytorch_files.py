@@ -1,4 +1,4 @@
-"""Torch files: the state dict within, in one file or several."""
+"""The state dict of a torch file is read, from one file or several."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_state_dict_is_found_beside_that_of_an_optimizer(tmp_path, key):
         ({3: torch.ones(2)}, "not text: 3"),
     ],
 )
-def test_what_is_no_state_dict_says_what_it_is(tmp_path, structure, message):
+def test_a_file_without_a_state_dict_is_refused_and_described(tmp_path, structure, message):
     torch.save(structure, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=message):
         open_source(tmp_path)
@@ -63,7 +63,7 @@ def test_ties_are_the_names_of_one_view(tmp_path):
     assert open_source(tmp_path).ties == (frozenset({"a", "b"}),)
 
 
-def test_entries_that_are_no_tensors_are_unread(tmp_path):
+def test_entries_that_are_not_tensors_are_unread(tmp_path):
     torch.save({**STATE, "x._extra_state": None, "sparse": torch.eye(2).to_sparse()}, tmp_path / "a.pt")
     unread = open_source(tmp_path).unread
     assert unread["x._extra_state"] == "is a NoneType, not a tensor"
@@ -92,7 +92,7 @@ def test_a_missing_file_is_named(indexed):
         open_source(indexed)
 
 
-def test_a_whole_pickled_model_is_refused_and_read_when_it_is_allowed(tmp_path):
+def test_a_pickled_module_is_read_only_if_pickles_are_allowed(tmp_path):
     model = nn.Linear(3, 2)
     torch.save({"model": model, "args": SimpleNamespace(lr=1)}, tmp_path / "a.pt")
     with pytest.raises(

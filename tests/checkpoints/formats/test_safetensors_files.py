@@ -44,7 +44,7 @@ def test_every_dtype_is_read_to_the_bit(tmp_path, dtype):
     assert same_tensors(read_all(tmp_path), expected)
 
 
-def test_two_elements_of_float4_in_a_byte_are_one_of_torch(tmp_path):
+def test_two_float4_in_a_byte_are_one_element_of_torch(tmp_path):
     expected = {"a": torch.randint(0, 255, (4, 6), dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}
     save_file(expected, tmp_path / "model.safetensors")
     assert same_tensors(read_all(tmp_path), expected)
@@ -75,7 +75,7 @@ def test_names_come_in_the_order_of_the_files(sharded):
     assert places == sorted(places, key=lambda place: (place.path, place.offset))
 
 
-def test_extents_hold_the_bytes(sharded):
+def test_extents_hold_the_elements(sharded):
     checkpoint = open_source(sharded[0])
     for name in checkpoint.names():
         extent = checkpoint.extent(name)
@@ -90,7 +90,7 @@ def test_a_link_to_a_file_elsewhere_is_followed_as_in_the_cache_of_the_hub(tmp_p
     assert read_all(tmp_path / "snapshot").keys() == {"a"}
 
 
-def test_model_safetensors_goes_before_an_index_as_in_transformers(sharded):
+def test_model_safetensors_has_precedence_over_an_index(sharded):
     save_file({"a": torch.ones(2)}, sharded[0] / "model.safetensors")
     assert read_all(sharded[0]).keys() == {"a"}
 
@@ -120,7 +120,7 @@ def test_a_tensor_that_the_index_forgets_is_unread(sharded):
     assert "does not list it" in checkpoint.unread["model.norm.weight"]
 
 
-def test_a_lie_about_the_total_size_is_harmless(sharded):
+def test_a_wrong_total_size_is_ignored(sharded):
     path = sharded[0] / "model.safetensors.index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "metadata": {"total_size": -1}}))
     assert same_tensors(read_all(sharded[0]), sharded[1])
@@ -148,7 +148,7 @@ def test_a_tensor_in_two_files_is_named(sharded):
         open_source(sharded[0])
 
 
-def test_several_files_without_an_index_are_no_model(sharded):
+def test_several_files_without_an_index_are_refused(sharded):
     (sharded[0] / "model.safetensors.index.json").unlink()
     with pytest.raises(CheckpointError, match="safetensors files and no index"):
         open_source(sharded[0])
@@ -174,7 +174,7 @@ def test_it_is_recognised_by_name_alone(tmp_path, name, recognised):
     assert SafetensorsFormat().recognises(str(tmp_path / name)) == recognised
 
 
-def test_a_change_while_it_is_read_is_told(tmp_path):
+def test_a_change_while_it_is_read_is_an_error(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     checkpoint = open_source(tmp_path)
     save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")

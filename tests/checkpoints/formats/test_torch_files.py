@@ -1,4 +1,4 @@
-"""Torch files are looked at without making anything of what they name; their tensors are read in place."""
+"""Files of torch.save are read without creating what they name, and tensors are read in place."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_views_are_read_as_they_are_strided(save, files):
             assert torch.equal(stored[name].read(files, range(1, 3)), view[1:3]), name
 
 
-def test_an_extent_is_where_the_bytes_are(save, files):
+def test_an_extent_holds_the_elements(save, files):
     expected = torch.randn(7, 3)
     stored = torch_files.load(save({"a": torch.randn(5), "b": expected[2:]}), files, ReadOptions())["b"]
     extent = stored.extent()
@@ -103,7 +103,7 @@ def _part(data, size):
     return start, data.draw(st.integers(0, size - start))
 
 
-def test_structure_and_parameters_are_plain(save, files):
+def test_containers_numbers_and_parameters_are_read(save, files):
     saved = {
         "model": OrderedDict(w=nn.Parameter(torch.ones(2)), b=nn.Buffer(torch.zeros(1))),
         "step": 3, "lr": 0.5, "name": "n", "raw": b"\x00\xff", "shape": torch.Size([1, 2]), "dtype": torch.bfloat16,
@@ -124,7 +124,7 @@ def test_equal_views_of_one_storage_are_equal(save, files):
     assert loaded["a"] not in (loaded["t"], loaded["c"])
 
 
-def test_tensors_without_plain_bytes_are_kept_as_records(save, files):
+def test_tensors_without_plain_elements_are_pickled_objects(save, files):
     loaded = torch_files.load(
         save(
             {
@@ -140,7 +140,7 @@ def test_tensors_without_plain_bytes_are_kept_as_records(save, files):
     assert isinstance(loaded["b"], PickledObject)
 
 
-def test_what_torch_does_not_allow_is_refused_by_name_and_not_run(save, files, tmp_path):
+def test_classes_that_torch_does_not_allow_are_refused_by_name_and_not_run(save, files, tmp_path):
     structure = {"a": torch.ones(2), "b": SimpleNamespace(x=1), "c": Calls(os.system, (f"touch {tmp_path}/ran",))}
     with pytest.raises(CheckpointError, match=r"run types.SimpleNamespace, posix.system; .*--allow-pickle") as caught:
         torch_files.load(save(structure), files, ReadOptions())
@@ -148,7 +148,7 @@ def test_what_torch_does_not_allow_is_refused_by_name_and_not_run(save, files, t
     assert not (tmp_path / "ran").exists()
 
 
-def test_classes_that_the_caller_wants_become_records(save, files):
+def test_classes_to_keep_are_pickled_objects(save, files):
     structure = {"a": torch.ones(2), "b": SimpleNamespace(x=1)}
     loaded = torch_files.load(save(structure), files, ReadOptions(), keep=["types.*"])
     assert loaded["b"].name == "types.SimpleNamespace"
@@ -156,7 +156,7 @@ def test_classes_that_the_caller_wants_become_records(save, files):
 
 
 @pytest.mark.parametrize("save", ["zip"], indirect=True)
-def test_allowed_pickles_are_unpickled_in_a_process_of_their_own(save, files, tmp_path):
+def test_allowed_pickles_are_unpickled_in_a_separate_process(save, files, tmp_path):
     shared = torch.randn(3)
     structure = {
         "model": nn.Linear(2, 2), "b": SimpleNamespace(x=shared), "c": shared,

@@ -1,4 +1,4 @@
-"""Whatever AutoTP's affine maps cut is put together again, any rows of it, from any ranks."""
+"""Any rows of any parameter that AutoTP's affine maps describe are read from the shards."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def merged(layout: Any, shards: list[torch.Tensor], folder: Path, files: Files) 
 
 @quick
 @given(layout=layouts(), data=st.data())
-def test_any_rows_are_those_that_were_cut(tmp_path: Path, layout: Any, data: st.DataObject) -> None:
+def test_any_rows_are_read_from_the_shards(tmp_path: Path, layout: Any, data: st.DataObject) -> None:
     full = torch.randn(layout.logical_shape)
     shards = [layout.extract(full, rank) for rank in layout.shard_shapes]
     files = Files()
@@ -78,7 +78,7 @@ def test_any_rows_are_those_that_were_cut(tmp_path: Path, layout: Any, data: st.
 
 @quick
 @given(layout=layouts(), data=st.data())
-def test_one_changed_element_of_a_replica_is_noticed(tmp_path: Path, layout: Any, data: st.DataObject) -> None:
+def test_a_changed_element_of_a_replica_is_found(tmp_path: Path, layout: Any, data: st.DataObject) -> None:
     full = torch.randn(layout.logical_shape)
     shards = [layout.extract(full, rank) for rank in layout.shard_shapes]
     held = [rank for rank, shard in enumerate(shards) if shard.numel()]
@@ -119,7 +119,7 @@ TILINGS = {
 
 
 @pytest.mark.parametrize("name", TILINGS)
-def test_boxes_must_tile_the_tensor(name: str) -> None:
+def test_chunks_must_tile_the_tensor(name: str) -> None:
     chunks, why = TILINGS[name]
     if why is None:
         require_tiling(chunks, (4, 6))

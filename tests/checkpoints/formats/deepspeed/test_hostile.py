@@ -63,7 +63,7 @@ MODEL = "global_step1/mp_rank_01_model_states.pt"
 OPTIMIZER = "global_step1/zero_pp_rank_0_mp_rank_01_optim_states.pt"
 
 
-def test_the_undamaged_one_is_read(training: Path) -> None:
+def test_the_undamaged_checkpoint_is_read(training: Path) -> None:
     whole = read_all(training)
     assert torch.equal(whole["cut.weight"], torch.arange(16.0).reshape(4, 4))
     assert torch.equal(whole["norm"], torch.ones(4))
@@ -164,7 +164,7 @@ MODEL_LIES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("lie", MODEL_LIES)
-def test_model_states_that_lie_are_refused(training: Path, lie: str) -> None:
+def test_contradictory_model_states_are_refused(training: Path, lie: str) -> None:
     state, why = MODEL_LIES[lie]
     torch.save(state, training / MODEL)
     assert_refused(training, why)
@@ -192,14 +192,14 @@ OPTIMIZER_LIES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("lie", OPTIMIZER_LIES)
-def test_optimizer_states_that_lie_are_refused(training: Path, lie: str) -> None:
+def test_contradictory_optimizer_states_are_refused(training: Path, lie: str) -> None:
     changes, why = OPTIMIZER_LIES[lie]
     torch.save(optimizer_states(1, **changes), training / OPTIMIZER)
     assert_refused(training, why)
 
 
 @pytest.mark.parametrize("file", [MODEL, OPTIMIZER])
-def test_nothing_of_them_is_run(training: Path, tmp_path: Path, file: str) -> None:
+def test_no_code_of_a_state_is_run(training: Path, tmp_path: Path, file: str) -> None:
     victim = tmp_path / "victim"
     victim.touch()
     torch.save({"module": {"a": RemovesFile(victim)}}, training / file)
@@ -207,7 +207,7 @@ def test_nothing_of_them_is_run(training: Path, tmp_path: Path, file: str) -> No
     assert victim.exists()
 
 
-def test_what_a_trainer_saved_beside_the_weights_can_be_allowed(training: Path) -> None:
+def test_objects_of_a_trainer_are_read_only_if_pickles_are_allowed(training: Path) -> None:
     torch.save(model_states(1, args=Namespace(lr=0.1)), training / MODEL)
     assert_refused(training, r"run argparse\.Namespace; if you trust the file, --allow-pickle")
     checkpoint = open_source(training, allow_pickle=True)
@@ -258,7 +258,7 @@ LAYOUT_LIES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("lie", LAYOUT_LIES)
-def test_layouts_that_cannot_be_are_not_followed(training: Path, lie: str) -> None:
+def test_impossible_layouts_are_unread(training: Path, lie: str) -> None:
     layout, why = LAYOUT_LIES[lie]
     for rank in (0, 1):
         state = model_states(rank)
@@ -282,7 +282,7 @@ def universal(tmp_path: Path) -> Path:
     return folder
 
 
-def test_universal_checkpoints_that_lie_are_refused(universal: Path, tmp_path: Path) -> None:
+def test_contradictory_universal_checkpoints_are_refused(universal: Path, tmp_path: Path) -> None:
     file = universal / "zero/norm/fp32.pt"
     assert torch.equal(read_all(universal)["norm"], torch.ones(4))
     torch.save({"param": 3}, file)

@@ -1,4 +1,4 @@
-"""Training checkpoints of real DeepSpeed worlds hold the model that was trained, to the bit."""
+"""Training checkpoints of real DeepSpeed worlds are read as the trained model, to the bit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ FUSED = {
     ],
     ids=str,
 )
-def test_the_model_is_put_together(samples: Samples, options: dict[str, Any]) -> None:
+def test_shards_and_partitions_are_merged(samples: Samples, options: dict[str, Any]) -> None:
     sample = samples.training(**options)
     assert same_tensors(read_all(sample.folder), sample.reference)
     assert not open_source(sample.folder).unread
@@ -61,7 +61,7 @@ def test_tied_and_uneven_weights_are_one_tensor(samples: Samples, zero: int) -> 
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_frozen_parameters_are_there(samples: Samples, zero: int) -> None:
+def test_frozen_parameters_are_read(samples: Samples, zero: int) -> None:
     sample = samples.training(zero=zero, dp=2, steps=1, frozen=("layers.0",))
     assert same_tensors(read_all(sample.folder), sample.reference)
 
@@ -82,7 +82,7 @@ def test_with_zero_the_masters_are_the_model(samples: Samples, zero: int) -> Non
     assert f"ZeRO {zero}: the optimizer's float32 weights" in open_source(sample.folder).description
 
 
-def test_a_module_that_is_not_the_rounding_of_its_masters_is_remarked(samples: Samples, tmp_path: Path) -> None:
+def test_the_description_names_parameters_that_are_not_rounded_masters(samples: Samples, tmp_path: Path) -> None:
     sample = samples.training(dtype="bfloat16", zero=1, steps=2)
     folder = Path(shutil.copytree(sample.folder, tmp_path / "copy"))
     assert open_source(folder).description.endswith("float32 weights")
@@ -92,7 +92,7 @@ def test_a_module_that_is_not_the_rounding_of_its_masters_is_remarked(samples: S
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_without_tp_it_is_what_zero_to_fp32_makes(samples: Samples, zero: int) -> None:
+def test_without_tp_it_equals_zero_to_fp32(samples: Samples, zero: int) -> None:
     folder = samples.training("qwen3", tp=1, dp=2, zero=zero, steps=1, dtype="bfloat16", settings=TIED).folder
     expected = get_fp32_state_dict_from_zero_checkpoint(str(folder))
     assert same_tensors(read_all(folder), {name: value.contiguous() for name, value in expected.items()})
@@ -103,7 +103,7 @@ def test_the_folder_of_the_step_is_enough(samples: Samples) -> None:
     assert same_tensors(read_all(sample.folder / "global_step0"), sample.reference)
 
 
-def test_an_unsharded_module_says_where_its_tensors_lie(samples: Samples) -> None:
+def test_tensors_of_an_unsharded_module_have_an_extent(samples: Samples) -> None:
     sample = samples.training(tp=1)
     place = open_source(sample.folder).extent("lm_head.weight")
     assert place is not None
@@ -151,7 +151,7 @@ def test_the_categories_of_older_releases_are_enough(samples: Samples, tmp_path:
     assert same_tensors(read_all(folder), sample.reference)
 
 
-def test_layouts_that_deepspeed_cannot_say_are_passed_on(sharded: Path) -> None:
+def test_layouts_that_deepspeed_does_not_support_are_unread(sharded: Path) -> None:
     def mark(state: dict[str, Any]) -> None:
         info = state["universal_checkpoint_info"]
         info["autotp_unsupported_parameter_patterns"] = {r"^lm_head\.weight$": "an odd layer"}

@@ -1,4 +1,4 @@
-"""What happens to the files of several ranks is found and named: real DeepSpeed checkpoints, edited file by file."""
+"""Faults in the files of some ranks are found and explained, in real DeepSpeed checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHARDED = 15  # of the 21 parameters of the small Llama
 
 @contextmanager
 def edited(file: Path) -> Iterator[Any]:
-    """Hand out what a file of this test's own holds, and write it back."""
+    """Yield the contents of a file, and write them back."""
     saved = torch.load(file, weights_only=False)
     yield saved
     torch.save(saved, file)
@@ -64,18 +64,6 @@ def _zeroed(module: dict[str, torch.Tensor]) -> None:
     module[Q].zero_()
 
 
-def _rounded(module: dict[str, torch.Tensor]) -> None:
-    module[Q] = module[Q].bfloat16().float()
-
-
-def _nan(module: dict[str, torch.Tensor]) -> None:
-    module[Q][3, 5] = float("nan")
-
-
-def _flipped(module: dict[str, torch.Tensor]) -> None:
-    module[Q].view(torch.int32)[2, 2] ^= 1 << 7
-
-
 def _of_layer_0(module: dict[str, torch.Tensor]) -> None:
     module[Q] = module[Q.replace("layers.1", "layers.0")]
 
@@ -86,13 +74,10 @@ def _of_layer_0(module: dict[str, torch.Tensor]) -> None:
         (swap_ranks, {"shard_order_swapped": SHARDED}),
         (copy_rank_0, {"shard_repeated": SHARDED}),
         (with_module(_zeroed), {"all_zero": 1}),
-        (with_module(_rounded), {"dtype_rounded": 1}),
-        (with_module(_nan), {"not_finite": 1}),
-        (with_module(_flipped), {"bit_flipped": 1}),
     ],
-    ids=["swapped", "copied", "zero", "rounded", "nan", "flipped"],
+    ids=["swapped", "copied", "zero"],
 )
-def test_what_happened_to_shards_is_named(
+def test_faults_of_shards_are_explained(
     samples: Samples, edit: Callable[[Path], None], expected: dict[str, int], tmp_path: Path
 ) -> None:
     sample = samples.training()
@@ -106,7 +91,7 @@ def test_what_happened_to_shards_is_named(
         assert finding.where["index"][0] >= 32  # of 64 rows, those of rank 1
 
 
-def test_a_tensor_of_another_layer_on_both_ranks_is_named(samples: Samples, tmp_path: Path) -> None:
+def test_a_tensor_of_another_layer_on_both_ranks_is_explained(samples: Samples, tmp_path: Path) -> None:
     sample = samples.training()
     folder = copied(sample, tmp_path)
     for rank in (0, 1):
@@ -115,7 +100,7 @@ def test_a_tensor_of_another_layer_on_both_ranks_is_named(samples: Samples, tmp_
     assert (finding.where["parameter"], finding.cause) == (Q, "tensor_of_another_layer")
 
 
-def test_one_rank_of_an_earlier_step_is_named(samples: Samples, tmp_path: Path) -> None:
+def test_a_shard_of_an_earlier_step_is_explained(samples: Samples, tmp_path: Path) -> None:
     before, after = samples.training(steps=1), samples.training(steps=2)
     folder = copied(after, tmp_path)
     with edited(rank_file(before.folder, 1)) as old, edited(rank_file(folder, 1)) as new:
@@ -125,7 +110,7 @@ def test_one_rank_of_an_earlier_step_is_named(samples: Samples, tmp_path: Path) 
     assert finding.evidence["story"]["rows"] == [32, 64]
 
 
-def test_replicas_that_differ_between_ranks_are_not_passed(samples: Samples, tmp_path: Path) -> None:
+def test_replicas_that_differ_between_ranks_are_found(samples: Samples, tmp_path: Path) -> None:
     sample = samples.training()
     folder = copied(sample, tmp_path)
     with_module(lambda module: module[NORM].mul_(2))(folder)
@@ -135,7 +120,7 @@ def test_replicas_that_differ_between_ranks_are_not_passed(samples: Samples, tmp
     assert (finding.where["parameter"], finding.cause) == (NORM, "replica_drift")
 
 
-def test_the_file_of_one_rank_is_that_rank_s_shard(samples: Samples, tmp_path: Path) -> None:
+def test_the_file_of_one_rank_is_recognised_as_its_shard(samples: Samples, tmp_path: Path) -> None:
     sample = samples.training()
     module = torch.load(rank_file(sample.folder, 1), weights_only=False)["module"]
     torch.save(module, tmp_path / "pytorch_model.bin")
@@ -144,7 +129,7 @@ def test_the_file_of_one_rank_is_that_rank_s_shard(samples: Samples, tmp_path: P
     assert {finding.evidence["story"]["tp_rank"] for finding in report.findings} == {1}
 
 
-def test_a_rank_s_missing_file_is_one_sentence(samples: Samples, tmp_path: Path) -> None:
+def test_a_missing_file_of_a_rank_is_refused(samples: Samples, tmp_path: Path) -> None:
     sample = samples.training()
     folder = copied(sample, tmp_path)
     rank_file(folder, 1).unlink()
@@ -152,7 +137,7 @@ def test_a_rank_s_missing_file_is_one_sentence(samples: Samples, tmp_path: Path)
         verify_checkpoint(folder, sample.reference)
 
 
-def test_master_weights_of_one_partition_that_are_stale_are_found(samples: Samples, tmp_path: Path) -> None:
+def test_stale_master_weights_of_one_partition_are_found(samples: Samples, tmp_path: Path) -> None:
     before, after = samples.training(zero=1, dp=2, steps=1), samples.training(zero=1, dp=2, steps=2)
     folder = copied(after, tmp_path)
     name = "*zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -166,7 +151,7 @@ def test_master_weights_of_one_partition_that_are_stale_are_found(samples: Sampl
     assert causes(report)["replica_drift"]
 
 
-def test_a_universal_checkpoint_with_a_zeroed_tensor_is_named(samples: Samples, tmp_path: Path) -> None:
+def test_a_zeroed_tensor_of_a_universal_checkpoint_is_explained(samples: Samples, tmp_path: Path) -> None:
     sample = samples.universal(zero=1, dp=2, steps=2)
     folder = Path(shutil.copytree(sample.folder, tmp_path / "universal"))
     with edited(folder / "zero" / Q / "fp32.pt") as saved:

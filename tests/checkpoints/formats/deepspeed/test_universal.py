@@ -1,4 +1,4 @@
-"""Universal checkpoints that DeepSpeed converts hold the model that was trained; what it converts wrongly is known."""
+"""Universal checkpoints of DeepSpeed hold the trained model; known mistakes of the conversion are listed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.checkpoints.samples import FEW_HEADS, TIED, UNEVEN, Samples
     ],
     ids=str,
 )
-def test_the_model_is_whole(samples: Samples, options: dict[str, Any]) -> None:
+def test_every_parameter_is_full(samples: Samples, options: dict[str, Any]) -> None:
     sample = samples.universal(**options)
     assert same_tensors(read_all(sample.folder), sample.reference)
     assert not open_source(sample.folder).unread
@@ -63,7 +63,7 @@ def test_frozen_weights_of_zero_3_are_listed_as_left_out(samples: Samples) -> No
 
 
 def test_a_rank_without_a_share_cannot_be_converted(samples: Samples) -> None:
-    """deepspeed 0.19.8 asks for the shape of a step that is not there; when this fails, the conversion was mended."""
+    """deepspeed 0.19.8 asks for the shape of a step that is not there; when this fails, the conversion is fixed."""
     with pytest.raises(TypeError, match="'NoneType' object is not iterable"):
         samples.universal(zero=1, tp=4, steps=1, settings=FEW_HEADS)
 
