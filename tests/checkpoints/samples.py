@@ -38,55 +38,46 @@ class Samples:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._worlds: dict[Topology, Any] = {}
-        self._made: dict[str, Sample] = {}
+        self._saved: dict[str, Sample] = {}
         self._open = ExitStack()
 
     def training(self, model_type: str = "llama", *, tp: int = 2, dp: int = 1, **options: Any) -> Sample:
-        """Return the checkpoint that `save_training` saves with these arguments."""
+        """Return a training checkpoint of DeepSpeed, with the state dict of the model that it holds.
+
+        With `steps=0` that is the unsharded model's before DeepSpeed changes it; after training, the parameters that
+        DeepSpeed's layers gather from the live engine, in the dtype of the parameters.
+
+        Args:
+            options: Those of `_save`: `zero` (stage), `dtype` (`float32` or `bfloat16`), `steps` (of training before
+                saving), `settings` (changes to the small model's configuration), `frozen` (parts of the names of
+                parameters that are not trained), `config` (merged over the DeepSpeed configuration), `load_universal`
+                (a folder with `latest_universal` to load first).
+        """
         key = repr((model_type, tp, dp, sorted(options.items())))
-        if key not in self._made:
+        if key not in self._saved:
             topology = Topology(tp=tp, dp=dp)
             if topology not in self._worlds:
                 world = tpcheck.spawn(topology, timeout=120, env={"TORCH_DISTRIBUTED_DEBUG": "OFF"})
                 self._worlds[topology] = self._open.enter_context(world)
-            folder = self._folder / str(len(self._made))
-            self._made[key] = Sample(folder, _saved(self._worlds[topology], folder, model_type, options))
-        return self._made[key]
+            folder = self._folder / str(len(self._saved))
+            self._saved[key] = Sample(folder, _save_in_world(self._worlds[topology], folder, model_type, options))
+        return self._saved[key]
 
     def universal(self, *, strict: bool = True, **options: Any) -> Sample:
         """Return its universal conversion; the folder above has `latest_universal` and no `latest`."""
         key = repr(("universal", strict, sorted(options.items())))
-        if key not in self._made:
+        if key not in self._saved:
             trained = self.training(**options)
-            copy = Path(shutil.copytree(trained.folder, self._folder / str(len(self._made))))
-            self._made[key] = Sample(convert_to_universal(copy, strict=strict), trained.reference)
+            copy = Path(shutil.copytree(trained.folder, self._folder / str(len(self._saved))))
+            self._saved[key] = Sample(_convert_to_universal(copy, strict=strict), trained.reference)
             (copy / "latest").unlink()
-        return self._made[key]
+        return self._saved[key]
 
     def close(self) -> None:
         self._open.close()
 
 
-def save_training(folder: Path, model_type: str = "llama", *, tp: int = 2, dp: int = 1, **options: Any) -> State:
-    """Save a DeepSpeed training checkpoint to the folder and return the state dict of the model that it holds.
-
-    With `steps=0` that is the unsharded model's, as it was before DeepSpeed saw it; after training, what DeepSpeed's
-    own layers gather from the live engine, in the parameters' dtype.
-
-    Args:
-        zero: Stage.
-        dtype: `float32` or `bfloat16`.
-        steps: Training steps before saving.
-        settings: Changes to the small model's configuration.
-        frozen: Parts of the names of parameters that are not trained.
-        config: MergedTensor over the DeepSpeed configuration, section by section.
-        load_universal: A folder with `latest_universal` to load before all that.
-    """
-    with tpcheck.spawn(Topology(tp=tp, dp=dp), timeout=120) as world:
-        return _saved(world, folder, model_type, options)
-
-
-def convert_to_universal(folder: Path, *, strict: bool = True) -> Path:
+def _convert_to_universal(folder: Path, *, strict: bool = True) -> Path:
     """Convert the step that `latest` names with DeepSpeed's own script, in this process, and return the new folder."""
     with patch.dict(os.environ, DS_ACCELERATOR="cpu"):
         from deepspeed.checkpoint import ds_to_universal
@@ -100,7 +91,7 @@ def convert_to_universal(folder: Path, *, strict: bool = True) -> Path:
     return target
 
 
-def random_model(model_type: str, settings: Mapping[str, Any]) -> Any:
+def _random_model(model_type: str, settings: Mapping[str, Any]) -> Any:
     """Return a small model whose every parameter is drawn away from 0 and 1, the same for the same arguments."""
     from tpcheck.families.build import small_model
 
@@ -112,7 +103,7 @@ def random_model(model_type: str, settings: Mapping[str, Any]) -> Any:
     return model
 
 
-def _saved(world: Any, folder: Path, model_type: str, options: Mapping[str, Any]) -> State:
+def _save_in_world(world: Any, folder: Path, model_type: str, options: Mapping[str, Any]) -> State:
     states = world.run(_save, str(folder), model_type, **options)
     return {name: torch.from_numpy(values).view(getattr(torch, kind)) for name, (values, kind) in states[0].items()}
 
@@ -136,7 +127,7 @@ def _save(
     from tpcheck.backends.deepspeed.config import deepspeed_config, merged
     from tpcheck.backends.protocols import TrainingOptions
 
-    model = random_model(model_type, settings or {}).to(getattr(torch, dtype))
+    model = _random_model(model_type, settings or {}).to(getattr(torch, dtype))
     model.register_buffer("counter", torch.arange(3))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in frozen))

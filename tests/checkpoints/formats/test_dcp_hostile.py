@@ -40,7 +40,7 @@ def place(metadata: Any, name: str = "a") -> Any:
 
 
 def chunks(metadata: Any, *rectangles: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-    """Say that `a` is made of these, each with the place of the one chunk that there is."""
+    """Let `a` consist of these chunks, all at the place of its only chunk."""
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
     info = place(metadata)
@@ -50,7 +50,7 @@ def chunks(metadata: Any, *rectangles: tuple[tuple[int, ...], tuple[int, ...]]) 
     metadata.storage_data |= {MetadataIndex("a", at): info for at, _ in rectangles}
 
 
-METADATA_LIES: dict[str, tuple[Callable[[Any], object], str]] = {
+BAD_METADATA: dict[str, tuple[Callable[[Any], object], str]] = {
     "a path out of the folder": (lambda m: setattr(place(m), "relative_path", "../x"), "is outside of it"),
     "an absolute path": (lambda m: setattr(place(m), "relative_path", "/etc/passwd"), "is outside of it"),
     "a path that is none": (lambda m: setattr(place(m), "relative_path", 3), "is not a file name"),
@@ -94,11 +94,11 @@ METADATA_LIES: dict[str, tuple[Callable[[Any], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("lie", METADATA_LIES)
-def test_contradictory_metadata_is_refused(distributed: Path, lie: str) -> None:
-    edit, why = METADATA_LIES[lie]
+@pytest.mark.parametrize("case", BAD_METADATA)
+def test_contradictory_metadata_is_refused(distributed: Path, case: str) -> None:
+    edit, message = BAD_METADATA[case]
     edit_metadata(distributed, edit)
-    assert_refused(distributed, why)
+    assert_refused(distributed, message)
 
 
 def test_compressed_chunks_are_listed(distributed: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_checkpoint_of_megatron_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tracker", "why"),
+    ("tracker", "message"),
     [
         ("11", "names iteration 11, but there is no folder iter_0000011"),
         ("../10", "holds '../10', which is not an iteration"),
@@ -86,10 +86,10 @@ def test_a_checkpoint_of_megatron_is_read(tmp_path: Path) -> None:
         ("٣", "which is not an iteration"),
     ],
 )
-def test_a_tracker_file_without_a_folder_is_refused(tmp_path: Path, tracker: str, why: str) -> None:
+def test_a_tracker_file_without_a_folder_is_refused(tmp_path: Path, tracker: str, message: str) -> None:
     save_like_megatron(tmp_path)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker, encoding="utf-8")
-    with pytest.raises(CheckpointError, match=why):
+    with pytest.raises(CheckpointError, match=message):
         open_source(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -70,7 +71,7 @@ def test_the_undamaged_checkpoint_is_read(training: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tag", "why"),
+    ("tag", "message"),
     [
         ("../..", "names a file '../..', which is outside of it"),
         ("/etc", "names a file '/etc', which is outside of it"),
@@ -82,9 +83,9 @@ def test_the_undamaged_checkpoint_is_read(training: Path) -> None:
         ("x" * 5000, "is not a file name"),
     ],
 )
-def test_latest_cannot_lead_out(training: Path, tag: str, why: str) -> None:
+def test_latest_cannot_lead_out(training: Path, tag: str, message: str) -> None:
     (training / "latest").write_text(tag)
-    assert_refused(training, why)
+    assert_refused(training, message)
 
 
 def test_latest_cannot_lead_out_through_a_link(training: Path, tmp_path: Path) -> None:
@@ -138,14 +139,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_folders_are_refused(training: Path, damage: str) -> None:
-    do, why = DAMAGES[damage]
-    do(training)
-    assert_refused(training, why)
+    damage_folder, message = DAMAGES[damage]
+    damage_folder(training)
+    assert_refused(training, message)
 
 
 HUGE = 1 << 50
 
-MODEL_LIES: dict[str, tuple[Any, str]] = {
+BAD_MODEL_STATES: dict[str, tuple[Any, str]] = {
     "a list": ([1], "does not hold a state of DeepSpeed, but an object of type list"),
     "no module": (model_states(1, module=None), "its entry 'module' is missing"),
     "a weight without a name": (model_states(1, module={3: torch.ones(1)}), "has a weight without a name: 3"),
@@ -163,14 +164,14 @@ MODEL_LIES: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("lie", MODEL_LIES)
-def test_contradictory_model_states_are_refused(training: Path, lie: str) -> None:
-    state, why = MODEL_LIES[lie]
+@pytest.mark.parametrize("case", BAD_MODEL_STATES)
+def test_contradictory_model_states_are_refused(training: Path, case: str) -> None:
+    state, message = BAD_MODEL_STATES[case]
     torch.save(state, training / MODEL)
-    assert_refused(training, why)
+    assert_refused(training, message)
 
 
-OPTIMIZER_LIES: dict[str, tuple[dict[str, Any], str]] = {
+BAD_OPTIMIZER_STATES: dict[str, tuple[dict[str, Any], str]] = {
     "no stage": ({"zero_stage": None}, "do not state their ZeRO stage"),
     "stage 7": ({"zero_stage": 7}, "do not state their ZeRO stage"),
     "more ranks": ({"partition_count": [2]}, "of 1 data-parallel ranks, but .* was saved with 2"),
@@ -191,11 +192,11 @@ OPTIMIZER_LIES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("lie", OPTIMIZER_LIES)
-def test_contradictory_optimizer_states_are_refused(training: Path, lie: str) -> None:
-    changes, why = OPTIMIZER_LIES[lie]
+@pytest.mark.parametrize("case", BAD_OPTIMIZER_STATES)
+def test_contradictory_optimizer_states_are_refused(training: Path, case: str) -> None:
+    changes, message = BAD_OPTIMIZER_STATES[case]
     torch.save(optimizer_states(1, **changes), training / OPTIMIZER)
-    assert_refused(training, why)
+    assert_refused(training, message)
 
 
 @pytest.mark.parametrize("file", [MODEL, OPTIMIZER])
@@ -215,7 +216,7 @@ def test_objects_of_a_trainer_are_read_only_if_pickles_are_allowed(training: Pat
     checkpoint.close()
 
 
-LAYOUT_LIES: dict[str, tuple[Any, str]] = {
+BAD_LAYOUTS: dict[str, tuple[Any, str]] = {
     "nothing": (None, "is not made of sizes"),
     "one rank": (affine(ranks={0: {}}), "was cut for ranks"),
     "text": (affine(ranks="01"), "was cut for ranks"),
@@ -234,11 +235,11 @@ LAYOUT_LIES: dict[str, tuple[Any, str]] = {
     ),
     "no pieces": (affine(ranks={rank: {"shard_shape": [2, 4], "pieces": 3} for rank in (0, 1)}), "pieces have 0"),
     **{
-        why: (
+        message: (
             affine(ranks={rank: {"shard_shape": [2, 4], "pieces": [piece(rank, **changes)]} for rank in (0, 1)}),
-            why,
+            message,
         )
-        for changes, why in (
+        for changes, message in (
             ({"source": [-1, [4, 1]]}, "no offset or strides"),
             ({"source": None}, "no offset or strides"),
             ({"source": [2, [4, 1]]}, "a row of it runs into the next row"),
@@ -257,17 +258,16 @@ LAYOUT_LIES: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("lie", LAYOUT_LIES)
-def test_impossible_layouts_are_unread(training: Path, lie: str) -> None:
-    layout, why = LAYOUT_LIES[lie]
+@pytest.mark.parametrize("case", BAD_LAYOUTS)
+def test_impossible_layouts_are_unread(training: Path, case: str) -> None:
+    layout, message = BAD_LAYOUTS[case]
     for rank in (0, 1):
         state = model_states(rank)
         state["universal_checkpoint_info"]["affine_map"]["params"][r"^cut\.weight$"] = layout
         torch.save(state, training / f"global_step1/mp_rank_0{rank}_model_states.pt")
     checkpoint = open_source(training)
     assert checkpoint.names() == ("norm",)
-    with pytest.raises(AssertionError, match=why):
-        raise AssertionError(checkpoint.unread["cut.weight"])
+    assert re.search(message, checkpoint.unread["cut.weight"])
 
 
 # --- DeepSpeed universal checkpoints -----------------------------------------------------------------------------
