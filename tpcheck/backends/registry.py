@@ -107,7 +107,7 @@ class CheckpointFormat(Protocol):
     """Where several formats recognise a source, that of the highest precedence reads it."""
 
     def recognises(self, source: Any) -> bool:
-        """Return whether this is one of this format: a path that exists, or a live object. Looks at names alone."""
+        """Return whether this is one of this format: a `Path` that exists, or a live object. Looks at names alone."""
 
     def open(self, source: Any, options: ReadOptions) -> Checkpoint:
         """Read the table of contents.

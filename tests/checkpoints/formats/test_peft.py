@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.checkpoints.reading import open_source, read_all, same_tensors
-from tpcheck.core.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +42,3 @@ def test_a_model_beside_an_adapter_is_what_is_read(tmp_path, adapter):
 def test_an_adapter_without_its_config_is_read(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     assert open_source(tmp_path).description == "PEFT adapter, safetensors"
-
-
-def test_a_damaged_config_is_refused(tmp_path):
-    save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text('{"r": ')
-    with pytest.raises(CheckpointError, match=r"adapter_config.json is not valid JSON"):
-        open_source(tmp_path)

@@ -86,12 +86,6 @@ def test_several_files_are_read_by_their_index(indexed):
     assert open_source(indexed).description == "PyTorch, 2 files with an index"
 
 
-def test_a_missing_file_is_named(indexed):
-    (indexed / "pytorch_model-00002-of-00002.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"names 'pytorch_model-00002-of-00002\.bin', which is missing"):
-        open_source(indexed)
-
-
 def test_a_pickled_module_is_read_only_if_pickles_are_allowed(tmp_path):
     model = nn.Linear(3, 2)
     torch.save({"model": model, "args": SimpleNamespace(lr=1)}, tmp_path / "a.pt")

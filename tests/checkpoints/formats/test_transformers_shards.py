@@ -64,14 +64,6 @@ def test_each_file_alone_holds_pieces_under_the_same_names(saved):
         assert {*one.keys()} & {*other.keys()}
 
 
-def test_rows_across_the_pieces_are_read(saved):
-    checkpoint = open_source(saved[0])
-    for name, expected in saved[1].items():
-        for start in range(len(expected)):
-            stop = min(start + 5, len(expected))
-            assert torch.equal(checkpoint.read(name, range(start, stop)), expected[start:stop]), name
-
-
 def test_a_full_model_beside_its_shards_is_read_in_place_of_them(shards):
     save_file({"a": torch.ones(1)}, shards / "model.safetensors")
     assert read_all(shards).keys() == {"a"}
@@ -86,12 +78,6 @@ def test_a_missing_first_shard_leaves_a_gap(shards):
 def test_a_missing_last_shard_makes_smaller_tensors(shards, saved):
     (shards / SECOND).unlink()
     assert read_all(shards)["model.embed_tokens.weight"].shape != saved[1]["model.embed_tokens.weight"].shape
-
-
-def test_the_same_shard_twice_overlaps(shards):
-    shutil.copy(shards / FIRST, shards / SECOND)
-    with pytest.raises(CheckpointError, match="has chunks that overlap"):
-        open_source(shards)
 
 
 def test_shards_without_places_are_refused(shards):
@@ -121,8 +107,6 @@ def test_shards_of_two_checkpoints_are_refused(shards):
         ({"a": [2, 1.0]}, "offsets that are not 2 indices"),
         ({"a": [1 << 60, 0]}, "offsets that are not 2 indices"),
         ({"a": [1, 0]}, "chunks that overlap"),
-        ({"a": [3, 0]}, "leave out 3 of its 15 elements"),
-        ({"a": [2, 1]}, "leave out"),
         ({"a": [1 << 40, 0]}, "leave out"),
     ],
 )
@@ -130,12 +114,4 @@ def test_wrong_offsets_are_refused(tmp_path, offsets, message):
     write(tmp_path / FIRST, {"a": torch.ones(2, 3)}, {"a": [0, 0]})
     write(tmp_path / SECOND, {"a": torch.ones(2, 3)}, offsets)
     with pytest.raises(CheckpointError, match=message):
-        open_source(tmp_path)
-
-
-@pytest.mark.parametrize("piece", [torch.ones(2, 3, dtype=torch.float64), torch.ones(2)])
-def test_chunks_of_different_kinds_are_refused(tmp_path, piece):
-    write(tmp_path / FIRST, {"a": torch.ones(2, 3)}, {"a": [0, 0]})
-    write(tmp_path / SECOND, {"a": piece}, {"a": [2, 0][: piece.ndim]})
-    with pytest.raises(CheckpointError, match="different dtypes or numbers of dimensions"):
         open_source(tmp_path)

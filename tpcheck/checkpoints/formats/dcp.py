@@ -12,10 +12,10 @@ import torch
 
 from tpcheck.backends.registry import Extent, ReadOptions
 from tpcheck.checkpoints.formats.file_checkpoint import Chunk, ChunkedTensor, FileCheckpoint, tensor_from_chunks
-from tpcheck.checkpoints.formats.files import Files, OpenFile, as_path, inside, is_folder, is_present, shortened
+from tpcheck.checkpoints.formats.files import Files, OpenFile, inside, is_folder, is_present, shortened
 from tpcheck.checkpoints.formats.json_files import read_config
 from tpcheck.checkpoints.formats.storage_view import StorageView
-from tpcheck.checkpoints.formats.torch_files import KEYS, load
+from tpcheck.checkpoints.formats.torch_files import KEYS, RefusedError, read_structure
 from tpcheck.checkpoints.formats.unpickler import PickledObject, SafeUnpickler, Stream
 from tpcheck.core.errors import CheckpointError
 
@@ -308,12 +308,12 @@ class LazyChunk:
         file = files.open(self.place.path)
         where = f"The chunk of {shortened(self.name)} at byte {self.place.start} of {self.place.path}"
         try:
-            tensor = load(file.path, _OnlyPart(_FilePart(file, self.place.start, self.place.nbytes)), ReadOptions())
-        except CheckpointError as error:
+            tensor = read_structure(_FilePart(file, self.place.start, self.place.nbytes))
+        except (CheckpointError, RefusedError) as error:
             raise CheckpointError(f"{where} is not a tensor that torch saved, or it is damaged.") from error
         if not isinstance(tensor, StorageView) or (tensor.shape, tensor.dtype) != (self.shape, self.dtype):
-            found = f"{list(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, StorageView) else "no tensor"
-            raise CheckpointError(f"{where} is {found}, but the metadata states {list(self.shape)} of {self.dtype}.")
+            kind = f"{list(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, StorageView) else "not a tensor"
+            raise CheckpointError(f"{where} is {kind}, but the metadata states {list(self.shape)} of {self.dtype}.")
         if tensor.storage.offset is None:
             raise CheckpointError(f"{where} has no elements.")
         return replace(tensor, storage=replace(tensor.storage, offset=tensor.storage.offset + self.place.start))
@@ -334,17 +334,6 @@ class _FilePart(OpenFile):
         return self._file.read(self._start + offset, nbytes)
 
 
-class _OnlyPart(Files):
-    """Opens one part of a file, whatever the path."""
-
-    def __init__(self, part: _FilePart) -> None:
-        super().__init__()
-        self._part = part
-
-    def open(self, path: Path) -> OpenFile:
-        return self._part
-
-
 NOT_THE_MODEL = ("optim", "lr_scheduler", "scheduler", "dataloader", "train_state", "rng", "ema")
 """First words of the keys under which trainers save other states than the model's."""
 
@@ -358,12 +347,11 @@ class DcpFormat:
     precedence = 35  # above pytorch, which recognises any single file of torch.save in a folder
 
     def recognises(self, source: Any) -> bool:
-        path = as_path(source)
-        return path is not None and is_folder(path) and is_present(path / METADATA)
+        return is_folder(source) and is_present(source / METADATA)
 
     def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
         with Files() as files:
-            return _open(Path(source), files, options)
+            return _open(source, files, options)
 
 
 def _open(folder: Path, files: Files, options: ReadOptions) -> FileCheckpoint:

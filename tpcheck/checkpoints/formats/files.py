@@ -202,15 +202,10 @@ def _reason(error: Exception) -> str:
     return reason[:1].lower() + reason[1:]
 
 
-def as_path(source: Any) -> Path | None:
-    """Return the source as a path, or None for a live object."""
-    return Path(source) if isinstance(source, (str, os.PathLike)) else None
-
-
-def is_folder(path: Path) -> bool:
-    """Return whether this is a folder; False where the path cannot be read."""
+def is_folder(source: Any) -> bool:
+    """Return whether this is the path of a folder; False for a live object, or where the path cannot be read."""
     try:
-        return path.is_dir()
+        return isinstance(source, Path) and source.is_dir()
     except OSError:
         return False
 

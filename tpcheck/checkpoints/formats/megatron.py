@@ -12,7 +12,7 @@ from typing import Any
 from tpcheck.backends.registry import ReadOptions
 from tpcheck.checkpoints.formats.dcp import METADATA, read_chunks, read_metadata
 from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint
-from tpcheck.checkpoints.formats.files import Files, as_path, inside, is_folder, is_present, shortened
+from tpcheck.checkpoints.formats.files import Files, inside, is_folder, is_present, shortened
 from tpcheck.checkpoints.formats.json_files import read_config, read_json
 from tpcheck.core.errors import CheckpointError
 
@@ -30,14 +30,13 @@ class MegatronFormat:
     precedence = 37  # above dcp, which recognises it, too
 
     def recognises(self, source: Any) -> bool:
-        path = as_path(source)
-        if path is None or not is_folder(path):
+        if not is_folder(source):
             return False
-        return is_present(path / TRACKER) or (is_present(path / BACKENDS) and is_present(path / METADATA))
+        return is_present(source / TRACKER) or (is_present(source / BACKENDS) and is_present(source / METADATA))
 
     def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
         with Files() as files:
-            return _open(_iteration(Path(source), files), files, options)
+            return _open(_iteration(source, files), files, options)
 
 
 def _iteration(root: Path, files: Files) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 from tpcheck.backends.registry import ReadOptions
 from tpcheck.checkpoints.formats import torch_files
 from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint
-from tpcheck.checkpoints.formats.files import Files, as_path, is_folder, names_in
+from tpcheck.checkpoints.formats.files import Files, is_folder, names_in
 from tpcheck.checkpoints.formats.json_files import read_config
 from tpcheck.checkpoints.formats.safetensors_files import read_header
 from tpcheck.checkpoints.formats.torch_files import state_dict, ties
@@ -24,13 +24,11 @@ class PeftFormat:
     precedence = 55  # below safetensors: where a model is beside its adapter, the model is read
 
     def recognises(self, source: Any) -> bool:
-        path = as_path(source)
-        return path is not None and _main_file(path) is not None
+        return isinstance(source, Path) and _main_file(source) is not None
 
     def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
-        path = _main_file(Path(source)) or Path(source)
         with Files() as files:
-            return _open(path, files, options)
+            return _open(_main_file(source) or source, files, options)
 
 
 def _open(path: Path, files: Files, options: ReadOptions) -> FileCheckpoint:

@@ -9,7 +9,7 @@ from typing import Any
 from tpcheck.backends.registry import ReadOptions
 from tpcheck.checkpoints.formats import torch_files
 from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint
-from tpcheck.checkpoints.formats.files import Files, as_path, is_folder, names_in
+from tpcheck.checkpoints.formats.files import Files, is_folder, names_in
 from tpcheck.checkpoints.formats.json_files import merge_files, read_config, read_index, unlisted
 from tpcheck.checkpoints.formats.storage_view import StorageView
 from tpcheck.checkpoints.formats.torch_files import state_dict, ties
@@ -31,15 +31,11 @@ class PytorchFormat:
     precedence = 30
 
     def recognises(self, source: Any) -> bool:
-        path = as_path(source)
-        if path is None:
-            return False
-        return _main_file(path) is not None if is_folder(path) else path.name.endswith((*SUFFIXES, INDEX_SUFFIX))
+        return isinstance(source, Path) and _main_file(source) is not None
 
     def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
-        path = Path(source)
         with Files() as files:
-            return _open(_main_file(path) or path, files, options)
+            return _open(_main_file(source) or source, files, options)
 
 
 def _open(path: Path, files: Files, options: ReadOptions) -> FileCheckpoint:
@@ -64,9 +60,9 @@ def _entries(path: Path, files: Files, options: ReadOptions) -> dict[str, Storag
 
 
 def _main_file(path: Path) -> Path | None:
-    """Return the file of the model in a folder: one of the usual names, or else the only file of `torch.save`."""
+    """Return the file of the model: one of the usual names in a folder, or else its only file of `torch.save`."""
     if not is_folder(path):
-        return None
+        return path if path.name.endswith((*SUFFIXES, INDEX_SUFFIX)) else None
     names = names_in(path)
     for name in FILES:
         if name in names:

@@ -18,7 +18,7 @@ import torch
 
 from tpcheck.backends.registry import Extent, ReadOptions
 from tpcheck.checkpoints.formats.file_checkpoint import ContiguousTensor, FileCheckpoint
-from tpcheck.checkpoints.formats.files import Files, OpenFile, as_path, is_folder, names_in, shortened
+from tpcheck.checkpoints.formats.files import Files, OpenFile, is_folder, names_in, shortened
 from tpcheck.checkpoints.formats.json_files import (
     MAX_NBYTES,
     merge_files,
@@ -191,16 +191,13 @@ class SafetensorsFormat:
     precedence = 60
 
     def recognises(self, source: Any) -> bool:
-        path = as_path(source)
-        if path is None:
+        if not isinstance(source, Path):
             return False
-        if is_folder(path):
-            return bool(_model_files(names_in(path)))
-        return bool(_model_files([path.name]))
+        return bool(_model_files(names_in(source) if is_folder(source) else [source.name]))
 
     def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
         with Files() as files:
-            return _open(_main_file(Path(source)), files)
+            return _open(_main_file(source), files)
 
 
 def _open(path: Path, files: Files) -> FileCheckpoint:

@@ -145,21 +145,27 @@ def load(path: Path, files: Files, options: ReadOptions, *, keep: Collection[str
         CheckpointError: The file is damaged, or names classes that neither `weights_only` allows nor `keep` names.
     """
     try:
-        return _structure(files.open(path), keep)
-    except _Refused as refusal:
+        return read_structure(files.open(path), keep)
+    except RefusedError as refusal:
         if options.allow_pickle:
-            return _structure(files.open(_rewritten(path, files)), keep)
+            return read_structure(files.open(_rewritten(path, files)), keep)
         raise CheckpointError(
             f"{path} is refused, because reading it would run {refusal}; if you trust the file, --allow-pickle "
             "reads it in a separate process."
         ) from None
 
 
-class _Refused(Exception):
+class RefusedError(Exception):
     """The pickle needs classes that are not known to be harmless, or TorchScript."""
 
 
-def _structure(file: OpenFile, keep: Collection[str]) -> Any:
+def read_structure(file: OpenFile, keep: Collection[str] = ()) -> Any:
+    """Return what was saved in an open file; see `load`.
+
+    Raises:
+        CheckpointError: The file is damaged.
+        RefusedError: It names classes that are not known to be harmless.
+    """
     try:
         magic = bytes(file.read(0, min(file.size, 4)))
         return _zip_structure(file, keep) if magic == ZIP_MAGIC else _legacy_structure(file, keep)
@@ -171,7 +177,7 @@ def _structure(file: OpenFile, keep: Collection[str]) -> Any:
 def _zip_structure(file: OpenFile, keep: Collection[str]) -> Any:
     archive = TorchArchive(file)
     if "constants.pkl" in archive:
-        raise _Refused("TorchScript code")
+        raise RefusedError("TorchScript code")
     if "data.pkl" not in archive:
         raise CheckpointError("it is a zip file, but not one of torch.save")
     if archive.text("byteorder") not in (None, "little"):
@@ -241,14 +247,14 @@ def _unpickled(stream: Stream, keep: Collection[str], storage: Any, *, first: bo
         structure = unpickler.load()
     except Exception as error:  # a damaged pickle raises any type
         if unpickler.refused:
-            raise _Refused(_listed(unpickler.refused)) from error
+            raise RefusedError(_listed(unpickler.refused)) from error
         if isinstance(error, CheckpointError):
             raise
         if first:
             raise CheckpointError("it is neither a zip file nor a pickle of torch.save") from error
         raise CheckpointError(f"its pickle is damaged ({type(error).__name__})") from error
     if unpickler.refused:
-        raise _Refused(_listed(unpickler.refused))
+        raise RefusedError(_listed(unpickler.refused))
     return structure
 
 

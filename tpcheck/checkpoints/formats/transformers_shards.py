@@ -14,7 +14,7 @@ from typing import Any
 
 from tpcheck.backends.registry import ReadOptions
 from tpcheck.checkpoints.formats.file_checkpoint import Chunk, ChunkedTensor, FileCheckpoint, tensor_from_chunks
-from tpcheck.checkpoints.formats.files import Files, as_path, is_folder, names_in, shortened
+from tpcheck.checkpoints.formats.files import Files, is_folder, names_in, shortened
 from tpcheck.checkpoints.formats.json_files import parse_json, read_config
 from tpcheck.checkpoints.formats.safetensors_files import Header, read_header
 from tpcheck.core.errors import CheckpointError
@@ -31,12 +31,11 @@ class TransformersShardsFormat:
     precedence = 50  # below safetensors: a model that was consolidated beside its shards is read in place of them
 
     def recognises(self, source: Any) -> bool:
-        path = as_path(source)
-        return path is not None and is_folder(path) and any(map(SHARD.fullmatch, names_in(path)))
+        return is_folder(source) and any(map(SHARD.fullmatch, names_in(source)))
 
     def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
         with Files() as files:
-            return _open(Path(source), files)
+            return _open(source, files)
 
 
 def _open(folder: Path, files: Files) -> FileCheckpoint:

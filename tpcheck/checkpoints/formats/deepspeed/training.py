@@ -19,7 +19,7 @@ from tpcheck.checkpoints.formats.deepspeed.rank_files import (
 )
 from tpcheck.checkpoints.formats.deepspeed.rank_state import RankState, read_rank_state
 from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint
-from tpcheck.checkpoints.formats.files import Files, as_path, is_folder, shortened
+from tpcheck.checkpoints.formats.files import Files, is_folder, shortened
 from tpcheck.checkpoints.formats.json_files import read_config
 from tpcheck.core.errors import CheckpointError
 
@@ -56,13 +56,12 @@ class TrainingFormat:
     precedence = 40  # below safetensors: transformers' Trainer writes its model beside the steps
 
     def recognises(self, source: Any) -> bool:
-        path = as_path(source)
-        return path is not None and is_folder(path) and looks_like_training(path)
+        return is_folder(source) and looks_like_training(source)
 
     def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
         with Files() as files:
-            step = step_folder(Path(source), files)
-            return _open(Path(source), training_folder(step), files, options)
+            step = step_folder(source, files)
+            return _open(source, training_folder(step), files, options)
 
 
 def _open(root: Path, folder: TrainingFolder, files: Files, options: ReadOptions) -> FileCheckpoint:

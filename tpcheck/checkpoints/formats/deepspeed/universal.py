@@ -17,7 +17,7 @@ from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import MergedTensor, 
 from tpcheck.checkpoints.formats.deepspeed.rank_files import is_sizes, mapping, sequence, step_folder
 from tpcheck.checkpoints.formats.deepspeed.rank_state import CLASSES, load_states
 from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint, TensorInFiles
-from tpcheck.checkpoints.formats.files import Files, as_path, inside, is_folder, is_present, names_in, shortened
+from tpcheck.checkpoints.formats.files import Files, inside, is_folder, is_present, names_in, shortened
 from tpcheck.checkpoints.formats.json_files import read_config
 from tpcheck.checkpoints.formats.storage_view import StorageView
 from tpcheck.checkpoints.formats.torch_files import load
@@ -36,15 +36,15 @@ class UniversalFormat:
     precedence = 45  # above deepspeed-training, whose model states it holds, too
 
     def recognises(self, source: Any) -> bool:
-        path = as_path(source)
-        if path is None or not is_folder(path):
+        if not is_folder(source):
             return False
-        is_root = is_present(path / POINTER) and not is_present(path / "latest")
-        return is_root or any(is_present(path / PARAMETERS / name / WEIGHTS) for name in names_in(path / PARAMETERS))
+        is_root = is_present(source / POINTER) and not is_present(source / "latest")
+        parameters = source / PARAMETERS
+        return is_root or any(is_present(parameters / name / WEIGHTS) for name in names_in(parameters))
 
     def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
         with Files() as files:
-            root = Path(source)
+            root = source
             folder = root if is_folder(root / PARAMETERS) else step_folder(root, files, POINTER)
             return _open(root, folder, files, options)
 
