@@ -49,7 +49,7 @@ resource.setrlimit(resource.RLIMIT_AS, ((kilobytes << 10) + (1 << 30),) * 2)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 messages = []
 for source in sys.argv[1:]:
-    signal.alarm(30)
+    signal.setitimer(signal.ITIMER_PROF, 30)  # seconds of CPU time
     try:
         open_source(Path(source))
         messages.append("opened")
@@ -65,7 +65,7 @@ def test_no_hostile_file_takes_a_gigabyte_or_hangs(tmp_path):
         (tmp_path / str(number)).mkdir()
         sources.append(str(build(tmp_path / str(number))))
     command = [sys.executable, "-c", WITHIN_LIMITS, *sources]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     messages, mebibytes = json.loads(done.stdout)
     assert mebibytes < 1024

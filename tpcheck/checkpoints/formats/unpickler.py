@@ -255,9 +255,9 @@ class SafeUnpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{_IMPORTS.get(module, module)}.{name}"
-        found = replacement(full_name)
-        if found is not None:
-            return found
+        known = replacement(full_name)
+        if known is not None:
+            return known
         if not any(fnmatchcase(full_name, pattern) for pattern in self._keep):
             self.refused[full_name] = None
         return Global(full_name)
