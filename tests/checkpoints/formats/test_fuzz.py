@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
-from tests.checkpoints.formats.deepspeed.test_hostile import model_states, optimizer_states
 from tests.checkpoints.malformed import view, write_safetensors, write_torch_zip
 from tests.checkpoints.reading import open_source, read_all, read_tensor, same_tensors
+from tests.checkpoints.small_states import model_states, optimizer_states
 from tpcheck.core.errors import CheckpointError
 
 STATE = {"a.weight": torch.arange(24.0).reshape(6, 4), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(7)}

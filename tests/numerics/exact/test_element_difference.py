@@ -7,7 +7,7 @@ from math import inf, nan
 import pytest
 import torch
 
-from tests.numerics.exact.test_checkpoint_tensor import stored
+from tests.numerics.exact.tensors import stored
 from tpcheck.numerics.exact import checkpoint_tensor
 from tpcheck.numerics.exact.element_difference import ElementDifference, element_difference
 

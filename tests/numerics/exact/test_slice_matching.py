@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.numerics.exact.test_checkpoint_tensor import stored
+from tests.numerics.exact.tensors import stored
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.exact import checkpoint_tensor, slice_matching
 from tpcheck.numerics.exact.slice_matching import Run, Slices, explain_slices, find_runs, slice_digests

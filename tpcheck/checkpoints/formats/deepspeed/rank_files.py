@@ -129,18 +129,10 @@ def _grid(path: Path, matches: list[re.Match[str]]) -> Grid:
         if dp_rank in row:
             raise CheckpointError(f"{path} holds both {row[dp_rank].name} and {match.string}, of the same rank.")
         row[dp_rank] = path / match.string
-    num_tp = max(grid, default=-1) + 1
     num_dp = max((dp_rank for row in grid.values() for dp_rank in row), default=-1) + 1
-    if num_tp * num_dp > sum(map(len, grid.values())):
-        example = matches[0].string
-        tp_rank, dp_rank = _first_gap(grid)
-        where = f"mp rank {tp_rank}" + (f", dp rank {dp_rank}" if num_dp > 1 else "")
-        raise CheckpointError(f"{path} holds no file like {example} for {where}.")
+    all_ranks = ((tp_rank, dp_rank) for tp_rank in range(max(grid, default=-1) + 1) for dp_rank in range(num_dp))
+    missing = next((ranks for ranks in all_ranks if ranks[1] not in grid.get(ranks[0], {})), None)
+    if missing is not None:
+        where = f"mp rank {missing[0]}" + (f", dp rank {missing[1]}" if num_dp > 1 else "")
+        raise CheckpointError(f"{path} holds no file like {matches[0].string} for {where}.")
     return grid
-
-
-def _first_gap(grid: Grid) -> tuple[int, int]:
-    num_dp = max(dp_rank for row in grid.values() for dp_rank in row) + 1
-    tp_rank = next(rank for rank in range(len(grid) + 1) if len(grid.get(rank, ())) < num_dp)
-    row = grid.get(tp_rank, {})
-    return tp_rank, next(rank for rank in range(num_dp) if rank not in row)
