@@ -115,7 +115,7 @@ def test_every_truncation_is_refused(write, valid, tmp_path):
     for name, content in valid[write].items():
         for file, whole in valid[write].items():
             (tmp_path / file).write_bytes(whole)
-        for length in range(0, len(content), max(1, len(content) // 80)):
+        for length in range(0, len(content), max(1, len(content) // 30)):
             (tmp_path / name).write_bytes(content[:length])
             assert read_or_refused(tmp_path) is None, (name, length)
 
