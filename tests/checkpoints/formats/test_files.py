@@ -110,9 +110,8 @@ def test_reads_are_exact(tmp_path, files):
     (tmp_path / "model").write_bytes(bytes(range(100)))
     file = files.open(tmp_path / "model")
     assert file.read(10, 3) == bytes([10, 11, 12])
-    elements = torch.empty(2, dtype=torch.int16)
-    file.read_into(0, elements)
-    assert elements.tolist() == [0x100, 0x302]
+    assert file.read_tensor(0, (2, 1), torch.int16).tolist() == [[0x100], [0x302]]
+    assert file.read_tensor(0, (0, 3), torch.int16).shape == (0, 3)
     for offset, nbytes in [(99, 2), (-1, 1), (0, -1), (1 << 70, 1), (0, 1 << 70)]:
         with pytest.raises(CheckpointError, match="100 bytes"):
             file.read(offset, nbytes)

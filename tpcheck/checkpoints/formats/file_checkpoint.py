@@ -44,9 +44,7 @@ class ContiguousTensor:
     def read(self, files: Files, rows: range) -> torch.Tensor:
         shape = (len(rows), *self.shape[1:]) if self.shape else ()
         skipped = rows.start * prod(self.shape[1:]) * self.dtype.itemsize if self.shape else 0
-        elements = torch.empty(shape, dtype=self.dtype)
-        files.open(self.place.path).read_into(self.place.offset + skipped, elements)
-        return elements
+        return files.open(self.place.path).read_tensor(self.place.offset + skipped, shape, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -70,12 +71,10 @@ class OpenFile:
         self._fill(memoryview(buffer), offset)
         return buffer
 
-    def read_into(self, offset: int, target: torch.Tensor) -> None:
-        """Fill a contiguous CPU tensor with the bytes from this position on."""
-        nbytes = target.numel() * target.element_size()
-        self._require_range(offset, nbytes)
-        if nbytes:
-            self._fill(target.reshape(-1).view(torch.uint8).numpy().data, offset)
+    def read_tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Return a contiguous tensor of the bytes from this position on."""
+        data = self.read(offset, prod(shape) * dtype.itemsize)
+        return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
 
     def require_unchanged(self) -> None:
         try:

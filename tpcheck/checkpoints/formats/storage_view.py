@@ -68,8 +68,7 @@ class StorageView:
         span = _span(shape, stride)
         dense = span <= 2 * prod(shape)
         if dense or span * self.dtype.itemsize <= MAX_SPAN:
-            elements = torch.empty(span, dtype=self.dtype)
-            files.open(self.storage.path).read_into(self._position(start), elements)
+            elements = files.open(self.storage.path).read_tensor(self._position(start), (span,), self.dtype)
             return elements.as_strided(shape, stride).contiguous()
         widest = max((dim for dim in range(len(shape)) if shape[dim] > 1), key=lambda dim: stride[dim])
         half = shape[widest] // 2
