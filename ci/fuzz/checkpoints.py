@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Fuzzes the bytes of checkpoints: `pip install atheris`, then `ci/fuzz/checkpoints.py -max_total_time=300`.
+"""Fuzz the bytes of checkpoints: `pip install atheris`, then `ci/fuzz/checkpoints.py -max_total_time=300`.
 
-Whatever the bytes are, a checkpoint is read or refused by a CheckpointError. Options are libFuzzer's.
+Whatever the bytes are, the checkpoint is read or refused with a CheckpointError. The options are those of libFuzzer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=["tpcheck.checkpoints", "zipfile", "pick
 import torch
 from safetensors.torch import save, save_file
 
-WHOLE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
 SHARD = "shard-00002-model-00001-of-00001.safetensors"
 TARGETS = {
     "model.safetensors": SafetensorsFormat(),
@@ -34,52 +34,52 @@ TARGETS = {
     "adapter_config.json": PeftFormat(),
     SHARD: TransformersShardsFormat(),
 }
-"""The file that is fuzzed, and what opens the folder that it is in. The first byte of an input chooses one."""
+"""The file that is fuzzed, and the format that opens its folder. The first byte of an input selects one."""
 
 
-def prepare(folder: Path) -> None:
-    """Make a folder for each target, with valid files beside the one that is fuzzed."""
+def write_folders(folder: Path) -> None:
+    """Create a folder for each target, with valid files beside the one that is fuzzed."""
     for number, name in enumerate(TARGETS):
         (folder / str(number)).mkdir()
         if name.endswith("index.json"):
-            save_file(WHOLE, folder / str(number) / "whole")
-            torch.save(WHOLE, folder / str(number) / "whole.bin")
+            save_file(TENSORS, folder / str(number) / "whole")
+            torch.save(TENSORS, folder / str(number) / "whole.bin")
         elif name == "adapter_config.json":
-            save_file(WHOLE, folder / str(number) / "adapter_model.safetensors")
+            save_file(TENSORS, folder / str(number) / "adapter_model.safetensors")
         elif name == SHARD:
             first = folder / str(number) / SHARD.replace("shard-00002", "shard-00001")
-            save_file({"a": WHOLE["a"]}, first, metadata=_places([0, 0]))
+            save_file({"a": TENSORS["a"]}, first, metadata=_sharding_info([0, 0]))
 
 
-def seeds(folder: Path) -> None:
-    """Write one valid input of each kind, from which the fuzzer starts."""
-    torch.save(WHOLE, folder / "zip")
-    torch.save(WHOLE, folder / "legacy", _use_new_zipfile_serialization=False)
+def write_seeds(folder: Path) -> None:
+    """Write a valid input of each kind, from which the fuzzer starts."""
+    torch.save(TENSORS, folder / "zip")
+    torch.save(TENSORS, folder / "legacy", _use_new_zipfile_serialization=False)
     index = {"weight_map": {"a": "whole", "b": "whole"}}
-    shard = save({"a": WHOLE["a"]}, metadata=_places([2, 0]))
-    inputs = [(0, save(WHOLE)), (1, json.dumps(index).encode()), (4, b'{"peft_type": "LORA"}'), (5, shard)]
+    shard = save({"a": TENSORS["a"]}, metadata=_sharding_info([2, 0]))
+    inputs = [(0, save(TENSORS)), (1, json.dumps(index).encode()), (4, b'{"peft_type": "LORA"}'), (5, shard)]
     inputs += [(2, (folder / name).read_bytes()) for name in ("zip", "legacy")]
     inputs += [(3, json.dumps(index).replace("whole", "whole.bin").encode())]
     for number, (target, content) in enumerate(inputs):
         (folder / str(number)).write_bytes(bytes([target]) + content)
 
 
-def _places(offsets: list[int]) -> dict[str, str]:
+def _sharding_info(offsets: list[int]) -> dict[str, str]:
     return {"DCP_SHARDING_INFO": json.dumps({"a": {"saved_offsets": offsets}})}
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as work, tempfile.TemporaryDirectory() as corpus:
-        prepare(Path(work))
-        seeds(Path(corpus))
+        write_folders(Path(work))
+        write_seeds(Path(corpus))
 
         def read(content: bytes) -> None:
             number = content[0] % len(TARGETS) if content else 0
-            name, reader = list(TARGETS.items())[number]
+            name, checkpoint_format = list(TARGETS.items())[number]
             folder = Path(work) / str(number)
             (folder / name).write_bytes(content[1:])
             try:
-                checkpoint = reader.open(folder, ReadOptions())
+                checkpoint = checkpoint_format.open(folder, ReadOptions())
             except CheckpointError:
                 return
             try:

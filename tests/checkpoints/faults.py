@@ -1,4 +1,4 @@
-"""Tensors of every kind, on which the table of faults of `tpcheck.lab.faults.checkpoint` is planted."""
+"""Tensors of every kind, into which the faults of `tpcheck.lab.faults.checkpoint` are injected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that lie, one function each: it writes what should be refused, and returns what is opened."""
+"""Hostile files, one function each, which writes the file and returns the path to open."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from safetensors.torch import save, save_file
 
-from tests.checkpoints.readers import Calls, StorageOf, view, write_safetensors, write_torch_zip
+from tests.checkpoints.malformed import Calls, StorageOf, view, write_safetensors, write_torch_zip
 
 Builder = Callable[[Path], Path]
 SLOW = ("header: 32 MB of brackets", "torch: too many containers", "torch: keys nested deeply", "torch: a zip bomb")
 HOSTILE: dict[str, tuple[Builder, str]] = {}
-"""What each is called, how it is made, and what the refusal says."""
+"""The function that writes each file, and the message of the refusal."""
 
 
 def hostile(name: str, message: str) -> Callable[[Builder], Builder]:
@@ -44,8 +44,8 @@ HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "header: cut": ('{"a":{"dtype":"F32"', b"", "is not valid JSON"),
     "header: nested deeply": ('{"a":' * 200_000, b"", "nested too deeply|not valid JSON"),
     "header: lists nested deeply": ('{"a":' + "[" * 1_000_000, b"", "nested too deeply|not valid JSON"),
-    "header: NaN": ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,NaN]}}', bytes(8), "NaN is no number"),
-    "header: infinity": ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,Infinity]}}', bytes(8), "no number"),
+    "header: NaN": ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,NaN]}}', bytes(8), "NaN is not a number"),
+    "header: infinity": ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,Infinity]}}', bytes(8), "not a number"),
     "header: a number of 10,000 digits": ('{"a":{"shape":[' + "9" * 10_000 + "]}}", b"", "not valid JSON"),
     "header: a key twice": (
         '{"a":%s,"a":%s}' % ((json.dumps(entry()),) * 2), bytes(8), "the key 'a' is there twice",
@@ -132,7 +132,7 @@ def _(folder: Path) -> Path:
     return folder
 
 
-@hostile("safetensors: a pickle by another name", "truncated or no safetensors file")
+@hostile("safetensors: a pickle by another name", "truncated or not a safetensors file")
 def _(folder: Path) -> Path:
     torch.save({"a": torch.ones(100)}, folder / "model.safetensors")
     return folder
@@ -189,7 +189,7 @@ for _name, (_text, _message) in CONFIGS.items():
     HOSTILE[_name] = _configured, _message
 
 
-@hostile("config: of gigabytes", "more than a configuration needs")
+@hostile("config: of gigabytes", "more than a JSON file of a checkpoint needs")
 def _(folder: Path) -> Path:
     save_file({"a": torch.ones(2)}, folder / "model.safetensors")
     (folder / "config.json").touch()
@@ -219,14 +219,14 @@ INDEXES: dict[str, tuple[Any, str]] = {
     "a file that is a number": ({"weight_map": {"a": 3}}, "names a file 3"),
     "a file that is a list": ({"weight_map": {"a": ["x"]}}, "names a file of type list"),
     "an empty name": ({"weight_map": {"a": ""}}, "names a file ''"),
-    "an absolute name": ({"weight_map": {"a": "/etc/passwd"}}, "'/etc/passwd', which lies outside of it"),
-    "a name above": ({"weight_map": {"a": "../secret/model.safetensors"}}, "which lies outside of it"),
-    "a name above, hidden": ({"weight_map": {"a": "b/../../secret"}}, "which lies outside of it"),
-    "a name with NUL": ({"weight_map": {"a": "x\0.safetensors"}}, "which is no file's name"),
-    "a name that is too long": ({"weight_map": {"a": "x" * 5000}}, "which is no file's name"),
+    "an absolute name": ({"weight_map": {"a": "/etc/passwd"}}, "'/etc/passwd', which is outside of it"),
+    "a name above": ({"weight_map": {"a": "../secret/model.safetensors"}}, "which is outside of it"),
+    "a name above, hidden": ({"weight_map": {"a": "b/../../secret"}}, "which is outside of it"),
+    "a name with NUL": ({"weight_map": {"a": "x\0.safetensors"}}, "which is not a file name"),
+    "a name that is too long": ({"weight_map": {"a": "x" * 5000}}, "which is not a file name"),
     "a name that is rather long": ({"weight_map": {"a": "x" * 500}}, "cannot be opened: file name too long"),
     "a name that is a surrogate": ('{"weight_map": {"a": "\\ud800"}}', "is not valid JSON"),
-    "its own folder": ({"weight_map": {"a": "."}}, "which is no file's name"),
+    "its own folder": ({"weight_map": {"a": "."}}, "which is not a file name"),
     "a folder": ({"weight_map": {"a": "folder"}}, "a folder, where a file should be"),
     "a FIFO": ({"weight_map": {"a": "fifo"}}, "not a regular file"),
     "a file through a link out": ({"weight_map": {"a": "out/passwd"}}, "whose folder is a link out of it"),
@@ -234,7 +234,7 @@ INDEXES: dict[str, tuple[Any, str]] = {
     "a cycle of links": ({"weight_map": {"a": "cycle"}}, "too many levels"),
     "a missing file": ({"weight_map": {"a": "missing"}}, "names 'missing', which is missing"),
     "a file of nothing": ({"weight_map": {"a": "nothing"}}, "is empty"),
-    "itself": ({"weight_map": {"a": "INDEX"}}, "truncated or no safetensors|neither a zip file nor a pickle"),
+    "itself": ({"weight_map": {"a": "INDEX"}}, "truncated or not a safetensors|neither a zip file nor a pickle"),
 }
 
 
@@ -258,7 +258,7 @@ for _index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.jso
         )
 
 
-@hostile("index: of gigabytes", "more than a table of tensors needs")
+@hostile("index: of gigabytes", "more than a JSON file of a checkpoint needs")
 def _(folder: Path) -> Path:
     (folder / "model.safetensors.index.json").touch()
     os.truncate(folder / "model.safetensors.index.json", 5_000_000_000)
@@ -289,18 +289,18 @@ GLOBAL_SYSTEM = b"cposix\nsystem\n"
 FROM_TYPE = b"ctorch._tensor\n_rebuild_from_type_v2\n"
 
 TORCH: dict[str, tuple[Builder, str]] = {
-    "a call of os.system": (_torch_zip({"a": RUN}), "running posix.system: .*--allow-pickle"),
-    "a call of eval": (_torch_zip({"a": Calls(eval, ("1",))}), r"running builtins.eval: .*--allow-pickle"),
-    "a class of its own": (_torch_zip({"a": Path("x")}), r"running pathlib.*: .*--allow-pickle"),
-    "a function that is only named": (_torch_zip(_pickled(GLOBAL_SYSTEM)), "running posix.system"),
+    "a call of os.system": (_torch_zip({"a": RUN}), "run posix.system; .*--allow-pickle"),
+    "a call of eval": (_torch_zip({"a": Calls(eval, ("1",))}), r"run builtins.eval; .*--allow-pickle"),
+    "a class of its own": (_torch_zip({"a": Path("x")}), r"run pathlib.*; .*--allow-pickle"),
+    "a function that is only named": (_torch_zip(_pickled(GLOBAL_SYSTEM)), "run posix.system"),
     "a call of what is no function": (_torch_zip(_pickled(b"K\x01K\x01\x85R")), "an object of type int is called"),
     "a state set in a function": (_torch_zip(_pickled(b"ctorch._utils\n_rebuild_tensor\n}b")), "holds no state dict"),
     "an extension code": (_torch_zip(_pickled(b"\x82\x01")), "its pickle is damaged"),
     "an instance as in protocol 0": (_torch_zip(_pickled(b"(iposix\nsystem\n")), "its pickle is damaged"),
-    "an import of a name with a dot": (_torch_zip(_pickled(b"ctorch\nos.system\n")), "running torch.os.system"),
+    "an import of a name with a dot": (_torch_zip(_pickled(b"ctorch\nos.system\n")), "run torch.os.system"),
     "a name that is no text": (_torch_zip(_pickled(b"c\xff\n\xff\n")), "its pickle is damaged"),
     "a name of a megabyte": (_torch_zip(_pickled(b"c" + b"x" * 1_000_000 + b"\nx\n")), "more than 1000 characters"),
-    "a name with escape codes": (_torch_zip(_pickled(b"c\x1b[31m\nx\n")), r"running '\\x1b\[31m\.x'"),
+    "a name with escape codes": (_torch_zip(_pickled(b"c\x1b[31m\nx\n")), r"run '\\x1b\[31m\.x'"),
     "an endless memo": (_torch_zip(_pickled(b"Nr\xff\xff\xff\xff")), "holds no state dict"),
     "bytes of terabytes": (_torch_zip(_pickled(b"\x8e" + (1 << 40).to_bytes(8, "little"))), "the pickle is truncated"),
     "a byte array of terabytes": (_torch_zip(_pickled(b"\x96" + (1 << 40).to_bytes(8, "little"))), "pickle is damaged"),
@@ -329,14 +329,14 @@ TORCH: dict[str, tuple[Builder, str]] = {
         "record 'data/../../x' is missing",
     ),
     "a tensor beyond its storage": (_torch_zip(_state(4, 1, (4,), (1,)), records=_data()), "beyond its storage"),
-    "a tensor before its storage": (_torch_zip(_state(4, -1, (4,), (1,)), records=_data()), "has offset -1"),
-    "a negative stride": (_torch_zip(_state(4, 3, (4,), (-1,)), records=_data()), "strides that are not ones"),
-    "a negative size": (_torch_zip(_state(4, 0, (-4,), (1,)), records=_data()), "strides that are not ones"),
-    "a size that is a fraction": (_torch_zip(_state(4, 0, (4.0,), (1,)), records=_data()), "strides that are not ones"),
-    "a size that is huge": (_torch_zip(_state(4, 0, (1 << 70,), (1,)), records=_data()), "strides that are not ones"),
-    "sizes that overflow": (_torch_zip(_state(4, 0, (1 << 40, 1 << 40), (0, 0)), records=_data()), "no memory holds"),
-    "a petabyte by repetition": (_torch_zip(_state(4, 0, (1 << 50,), (0,)), records=_data()), "by repetition"),
-    "fewer strides than sizes": (_torch_zip(_state(4, 0, (2, 2), (1,)), records=_data()), "strides that are not ones"),
+    "a tensor before its storage": (_torch_zip(_state(4, -1, (4,), (1,)), records=_data()), "has the offset -1"),
+    "a negative stride": (_torch_zip(_state(4, 3, (4,), (-1,)), records=_data()), "strides that are not"),
+    "a negative size": (_torch_zip(_state(4, 0, (-4,), (1,)), records=_data()), "strides that are not"),
+    "a size that is a fraction": (_torch_zip(_state(4, 0, (4.0,), (1,)), records=_data()), "strides that are not"),
+    "a size that is huge": (_torch_zip(_state(4, 0, (1 << 70,), (1,)), records=_data()), "strides that are not"),
+    "sizes that overflow": (_torch_zip(_state(4, 0, (1 << 40, 1 << 40), (0, 0)), records=_data()), "exceeds any"),
+    "a petabyte by repetition": (_torch_zip(_state(4, 0, (1 << 50,), (0,)), records=_data()), "repeats 16 bytes"),
+    "fewer strides than sizes": (_torch_zip(_state(4, 0, (2, 2), (1,)), records=_data()), "strides that are not"),
     "sizes that are no list": (_torch_zip(_state(4, 0, 4, 1), records=_data()), "a tensor has no sizes"),
     "a tensor without a storage": (
         _torch_zip({"a": Calls(torch._utils._rebuild_tensor_v2, (None, 0, (1,), (1,), False, None))}), "has no storage",
@@ -347,20 +347,20 @@ TORCH: dict[str, tuple[Builder, str]] = {
     "compressed": (
         _torch_zip(_state(4, 0, (4,), (1,)), records=_data(), compression=zipfile.ZIP_DEFLATED), "is compressed",
     ),
-    "TorchScript": (_torch_zip({}, records={"constants.pkl": b""}), "running TorchScript code: .*--allow-pickle"),
+    "TorchScript": (_torch_zip({}, records={"constants.pkl": b""}), "run TorchScript code; .*--allow-pickle"),
 }  # fmt: skip
 
 for _name, (_build, _message) in TORCH.items():
     HOSTILE[f"torch: {_name}"] = _build, _message
 
 
-@hostile("torch: a call of os.system in a legacy file", "running posix.system: .*--allow-pickle")
+@hostile("torch: a call of os.system in a legacy file", "run posix.system; .*--allow-pickle")
 def _(folder: Path) -> Path:
     torch.save({"a": RUN}, folder / "model.pt", _use_new_zipfile_serialization=False)
     return folder
 
 
-@hostile("torch: a call of os.system as text", "running posix.system: .*--allow-pickle")
+@hostile("torch: a call of os.system as text", "run posix.system; .*--allow-pickle")
 def _(folder: Path) -> Path:
     (folder / "model.bin").write_bytes(b"cposix\nsystem\n(S'touch ran'\ntR.")
     return folder
@@ -437,7 +437,7 @@ def _(folder: Path) -> Path:
     return folder
 
 
-@hostile("torch: truncated legacy storages", "storage is truncated|bytes, and 8 from")
+@hostile("torch: truncated legacy storages", "storage is truncated|bytes, so 8 from")
 def _(folder: Path) -> Path:
     torch.save({"a": torch.ones(1000)}, folder / "model.pt", _use_new_zipfile_serialization=False)
     os.truncate(folder / "model.pt", 3000)

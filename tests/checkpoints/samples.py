@@ -1,4 +1,4 @@
-"""Real checkpoints for the tests, made by the libraries themselves in small worlds."""
+"""Checkpoints that DeepSpeed saves in small worlds."""
 
 from __future__ import annotations
 
@@ -15,11 +15,8 @@ from unittest.mock import patch
 import torch
 
 import tpcheck
+from tests.checkpoints.reading import State
 from tpcheck import Topology
-from tpcheck.backends.checkpoint_format import Checkpoint, ReadOptions
-from tpcheck.backends.registry import checkpoint_formats
-
-State = dict[str, torch.Tensor]
 
 TIED = {"vocab_size": 131, "tie_word_embeddings": True}
 UNEVEN = {"vocab_size": 131, "intermediate_size": 97}
@@ -27,102 +24,60 @@ FEW_HEADS = {"num_key_value_heads": 2}
 """At tp 4 two ranks hold no attention at all."""
 
 
-def opened(source: Path, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open with the installed format that goes first among those that recognise the source."""
-    chosen = next(one for one in checkpoint_formats() if one.recognises(source))
-    return chosen.open(source, ReadOptions(allow_pickle=allow_pickle))
-
-
-def contents(source: Path) -> State:
-    """Read every tensor, each in two parts of its rows."""
-    checkpoint = opened(source)
-    try:
-        return {name: _read_in_parts(checkpoint, name) for name in checkpoint.names()}
-    finally:
-        checkpoint.close()
-
-
-def same(actual: State, expected: State) -> bool:
-    """Return whether names, shapes, dtypes and bits are the same."""
-    return {*actual} == {*expected} and all(bits_equal(actual[name], expected[name]) for name in expected)
-
-
-def bits_equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Return whether shape, dtype and bits are the same."""
-    if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
-        return False
-    flat = (one.detach().contiguous().reshape(-1).view(torch.uint8) for one in (actual, expected))
-    return torch.equal(*flat)
-
-
-def masters(state: State) -> State:
-    """Return what ZeRO makes of the state: float32."""
-    return {name: value.float() for name, value in state.items()}
-
-
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A checkpoint, and the state dict of the model that it holds."""
+    """A checkpoint and the state dict of its model."""
 
     folder: Path
     reference: State
 
 
 class Samples:
-    """Makes each training checkpoint once, in worlds that stay open; tests copy the folder of one that they edit."""
+    """Saves each checkpoint once, in worlds that stay open; tests copy a folder before they edit it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._worlds: dict[Topology, Any] = {}
-        self._made: dict[str, Sample] = {}
+        self._saved: dict[str, Sample] = {}
         self._open = ExitStack()
 
     def training(self, model_type: str = "llama", *, tp: int = 2, dp: int = 1, **options: Any) -> Sample:
-        """Return what `save_training` makes of the same arguments."""
+        """Return a training checkpoint of DeepSpeed, with the state dict of the model that it holds.
+
+        With `steps=0` that is the unsharded model's before DeepSpeed changes it; after training, the parameters that
+        DeepSpeed's layers gather from the live engine, in the dtype of the parameters.
+
+        Args:
+            options: Those of `_save`: `zero` (stage), `dtype` (`float32` or `bfloat16`), `steps` (of training before
+                saving), `settings` (changes to the small model's configuration), `frozen` (parts of the names of
+                parameters that are not trained), `config` (merged over the DeepSpeed configuration), `load_universal`
+                (a folder with `latest_universal` to load first).
+        """
         key = repr((model_type, tp, dp, sorted(options.items())))
-        if key not in self._made:
+        if key not in self._saved:
             topology = Topology(tp=tp, dp=dp)
             if topology not in self._worlds:
                 world = tpcheck.spawn(topology, timeout=120, env={"TORCH_DISTRIBUTED_DEBUG": "OFF"})
                 self._worlds[topology] = self._open.enter_context(world)
-            folder = self._folder / str(len(self._made))
-            self._made[key] = Sample(folder, _saved(self._worlds[topology], folder, model_type, options))
-        return self._made[key]
+            folder = self._folder / str(len(self._saved))
+            self._saved[key] = Sample(folder, _save_in_world(self._worlds[topology], folder, model_type, options))
+        return self._saved[key]
 
     def universal(self, *, strict: bool = True, **options: Any) -> Sample:
-        """Return what DeepSpeed converts that to; the folder above has `latest_universal` and no `latest`."""
+        """Return its universal conversion; the folder above has `latest_universal` and no `latest`."""
         key = repr(("universal", strict, sorted(options.items())))
-        if key not in self._made:
+        if key not in self._saved:
             trained = self.training(**options)
-            copy = Path(shutil.copytree(trained.folder, self._folder / str(len(self._made))))
-            self._made[key] = Sample(convert_to_universal(copy, strict=strict), trained.reference)
+            copy = Path(shutil.copytree(trained.folder, self._folder / str(len(self._saved))))
+            self._saved[key] = Sample(_convert_to_universal(copy, strict=strict), trained.reference)
             (copy / "latest").unlink()
-        return self._made[key]
+        return self._saved[key]
 
     def close(self) -> None:
         self._open.close()
 
 
-def save_training(folder: Path, model_type: str = "llama", *, tp: int = 2, dp: int = 1, **options: Any) -> State:
-    """Save a DeepSpeed training checkpoint to the folder and return the state dict of the model that it holds.
-
-    With `steps=0` that is the unsharded model's, as it was before DeepSpeed saw it; after training, what DeepSpeed's
-    own layers gather from the live engine, in the parameters' dtype.
-
-    Args:
-        zero: Stage.
-        dtype: `float32` or `bfloat16`.
-        steps: Training steps before saving.
-        settings: Changes to the small model's configuration.
-        frozen: Parts of the names of parameters that are not trained.
-        config: Merged over the DeepSpeed configuration, section by section.
-        load_universal: A folder with `latest_universal` to load before all that.
-    """
-    with tpcheck.spawn(Topology(tp=tp, dp=dp), timeout=120) as world:
-        return _saved(world, folder, model_type, options)
-
-
-def convert_to_universal(folder: Path, *, strict: bool = True) -> Path:
+def _convert_to_universal(folder: Path, *, strict: bool = True) -> Path:
     """Convert the step that `latest` names with DeepSpeed's own script, in this process, and return the new folder."""
     with patch.dict(os.environ, DS_ACCELERATOR="cpu"):
         from deepspeed.checkpoint import ds_to_universal
@@ -136,7 +91,7 @@ def convert_to_universal(folder: Path, *, strict: bool = True) -> Path:
     return target
 
 
-def random_model(model_type: str, settings: Mapping[str, Any]) -> Any:
+def _random_model(model_type: str, settings: Mapping[str, Any]) -> Any:
     """Return a small model whose every parameter is drawn away from 0 and 1, the same for the same arguments."""
     from tpcheck.families.build import small_model
 
@@ -148,7 +103,7 @@ def random_model(model_type: str, settings: Mapping[str, Any]) -> Any:
     return model
 
 
-def _saved(world: Any, folder: Path, model_type: str, options: Mapping[str, Any]) -> State:
+def _save_in_world(world: Any, folder: Path, model_type: str, options: Mapping[str, Any]) -> State:
     states = world.run(_save, str(folder), model_type, **options)
     return {name: torch.from_numpy(values).view(getattr(torch, kind)) for name, (values, kind) in states[0].items()}
 
@@ -172,7 +127,7 @@ def _save(
     from tpcheck.backends.deepspeed.config import deepspeed_config, merged
     from tpcheck.backends.interface import TrainingOptions
 
-    model = random_model(model_type, settings or {}).to(getattr(torch, dtype))
+    model = _random_model(model_type, settings or {}).to(getattr(torch, dtype))
     model.register_buffer("counter", torch.arange(3))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in frozen))
@@ -198,7 +153,7 @@ def _save(
 
 
 def _gather(reference: State, candidate: Any, rank: Any) -> None:
-    """Put what the engine now holds, in the parameters' own dtype, in place of the start."""
+    """Replace the initial parameters by those of the engine, in the dtype of the parameters."""
     for name, layout in candidate.layouts().items():
         shards = rank.gather(candidate.parameter(name))
         reference[name] = layout.assemble([shards[each] for each in rank.topology.peers(rank=rank.rank, axis="tp")])
@@ -207,11 +162,3 @@ def _gather(reference: State, candidate: Any, rank: Any) -> None:
 def _sendable(value: torch.Tensor) -> tuple[Any, str]:
     plain = value.contiguous().view(torch.int16) if value.dtype is torch.bfloat16 else value
     return plain.numpy(), str(value.dtype).removeprefix("torch.")
-
-
-def _read_in_parts(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    shape = checkpoint.shape(name)
-    if not shape or shape[0] < 2:
-        return checkpoint.read(name, range(shape[0] if shape else 1))
-    cut = shape[0] // 3 + 1
-    return torch.cat([checkpoint.read(name, range(cut)), checkpoint.read(name, range(cut, shape[0]))])

@@ -60,7 +60,7 @@ class Checkpoint(Protocol):
         """Names that the source has, or should have, and that cannot be read as a tensor, with the reason."""
 
     @property
-    def torn(self) -> Mapping[str, str]:
+    def inconsistent_replicas(self) -> Mapping[str, str]:
         """Names of which several ranks hold different full copies, with the ranks that differ: none can be read."""
 
     def names(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Compares two checkpoints: names, shapes, dtypes, ties, then bits; and tells what happened to what differs."""
+"""Open checkpoints by their format and compare two of them: names, shapes, dtypes, ties and every bit."""
 
 from __future__ import annotations
 
@@ -14,104 +14,117 @@ import torch
 
 from tpcheck.backends.checkpoint_format import Checkpoint, ReadOptions
 from tpcheck.backends.registry import checkpoint_formats
-from tpcheck.checkpoints.names import Loose, best_reading, loose_names
+from tpcheck.checkpoints.names import UnmatchedName, read_with_best_names, unmatched_names
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.environment import num_cores
 from tpcheck.core.errors import CheckpointError, UsageError
 from tpcheck.core.findings import Coverage, Finding
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
-from tpcheck.numerics.exact.elements import ElementDifference, element_difference
-from tpcheck.numerics.exact.explain import explain_tensor
-from tpcheck.numerics.exact.layouts import Case, Surroundings
-from tpcheck.numerics.exact.stored import BitComparer, Stored
+from tpcheck.numerics.exact.checkpoint_tensor import BitComparer, CheckpointTensor
+from tpcheck.numerics.exact.element_difference import ElementDifference, element_difference
+from tpcheck.numerics.exact.explain import Context, explain_tensor
 
 
-def opened(name: str, source: Any, options: ReadOptions) -> Checkpoint:
-    """Return the checkpoint at a path, or in a live object, opened by the format that recognises it.
+def open_checkpoint(argument: str, source: Any, options: ReadOptions) -> Checkpoint:
+    """Return the checkpoint at a path or in a live object, opened by the first format that recognises it.
 
     Args:
-        name: What the caller calls it, for messages: `actual` or `reference`.
+        argument: The caller's argument, for error messages: `actual`, `reference` or `earlier`.
 
     Raises:
-        UsageError: There is nothing at that path, or no format knows what is there.
+        UsageError: Nothing is at the path, or no format recognises it.
         CheckpointError: The files are damaged, hostile or incomplete.
     """
-    found = _path(name, source) if isinstance(source, (str, os.PathLike)) else source
+    source = _existing_path(argument, source) if isinstance(source, (str, os.PathLike)) else source
     formats = checkpoint_formats()
-    for one in formats:
-        if one.recognises(found):
-            return one.open(found, options)
-    if not isinstance(found, Path):
-        raise UsageError(name, type(source).__name__, "a path, a torch.nn.Module or a dict of tensors")
-    if found.is_dir() and not any(found.iterdir()):
-        raise CheckpointError(f"{found} is an empty folder")
-    holds = f"; it holds {_few(found)}" if found.is_dir() else ""
-    raise UsageError(name, str(source), f"a checkpoint ({', '.join(one.name for one in formats)}){holds}")
+    for checkpoint_format in formats:
+        if checkpoint_format.recognises(source):
+            return checkpoint_format.open(source, options)
+    if not isinstance(source, Path):
+        raise UsageError(argument, type(source).__name__, "a path, a torch.nn.Module or a dict of tensors")
+    names = sorted(entry.name for entry in source.iterdir()) if source.is_dir() else []
+    if source.is_dir() and not names:
+        raise CheckpointError(f"{source} is an empty folder.")
+    contents = f"; the folder holds {', '.join(names[:5])}" if names else ""
+    contents += f" and {len(names) - 5} more" if len(names) > 5 else ""
+    accepted = ", ".join(checkpoint_format.name for checkpoint_format in formats)
+    raise UsageError(argument, str(source), f"a checkpoint ({accepted}){contents}")
 
 
-def _path(name: str, source: str | os.PathLike[str]) -> Path:
+def _existing_path(argument: str, source: str | os.PathLike[str]) -> Path:
     path = Path(source)
     try:
         path.stat()
     except FileNotFoundError:
-        raise UsageError(name, str(source), "a file or folder that exists") from None
+        raise UsageError(argument, str(source), "a file or folder that exists") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(name, str(source), f"a file or folder that can be read ({reason})") from error
+        raise UsageError(argument, str(source), f"a file or folder that can be read ({reason})") from error
     if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
-        raise UsageError(name, str(source), "a folder that can be read (permission denied)")
+        raise UsageError(argument, str(source), "a folder that can be read (permission denied)")
     return path
-
-
-def _few(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Progress = Callable[[int, int], None]
+"""Called with the number of bytes compared so far and the total."""
 
-_PIECES = 8  # of a tensor that are one piece of work: cores get even shares, and few tasks are made
+_PIECES_PER_TASK = 8  # cores get even shares, and there are few tasks
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """One tensor on both sides, of one shape and dtype."""
+class TensorPair:
+    """A tensor of the actual checkpoint and its counterpart in the reference."""
 
-    actual: Stored
-    expected: Stored
+    actual: CheckpointTensor
+    expected: CheckpointTensor
+
+    @property
+    def same_shape(self) -> bool:
+        return self.actual.shape == self.expected.shape
+
+    @property
+    def same_dtype(self) -> bool:
+        return self.actual.dtype == self.expected.dtype
 
 
-def differing(pairs: Sequence[Pair], progress: Progress | None = None) -> tuple[Pair, ...]:
-    """Return the pairs whose bits are not the same.
+def differing_pairs(pairs: Sequence[TensorPair], progress: Progress | None = None) -> tuple[TensorPair, ...]:
+    """Return the pairs whose bits differ, of pairs that have one shape and one dtype.
 
     Raises:
         CheckpointError: A file does not hold what it should.
     """
     total = sum(pair.expected.nbytes for pair in pairs)
-    wrong: dict[int, Pair] = {}
+    differing: dict[int, TensorPair] = {}
     done = 0
     with BitComparer() as comparer:
 
-        def equal(work: tuple[int, Pair, range]) -> bool:
-            number, pair, rows = work
-            return number in wrong or comparer.equal_rows(pair.actual, pair.expected, rows)
+        def equal(task: tuple[int, TensorPair, range]) -> bool:
+            number, pair, rows = task
+            return number in differing or comparer.equal_rows(pair.actual, pair.expected, rows)
 
-        for (number, pair, rows), agrees in in_parallel(equal, _works(pairs)):
-            if not agrees:
-                wrong[number] = pair
+        for (number, pair, rows), is_equal in map_in_threads(equal, _row_spans(pairs)):
+            if not is_equal:
+                differing[number] = pair
             done += len(rows) * (pair.expected.nbytes // pair.expected.num_rows)
             if progress is not None:
                 progress(done, total)
-    return tuple(wrong[number] for number in sorted(wrong))
+    return tuple(differing[number] for number in sorted(differing))
 
 
-def in_parallel(function: Callable[[T], R], values: Iterator[T]) -> Iterator[tuple[T, R]]:
-    """Yield each value with what `function` makes of it, as soon as it is made, on as many threads as there are cores.
+def _row_spans(pairs: Sequence[TensorPair]) -> Iterator[tuple[int, TensorPair, range]]:
+    for number, pair in enumerate(pairs):
+        pieces = pair.expected.pieces()
+        while together := list(islice(pieces, _PIECES_PER_TASK)):
+            yield number, pair, range(together[0].start, together[-1].stop)
 
-    Values are drawn as threads come free, so a long iterator costs no memory.
+
+def map_in_threads(function: Callable[[T], R], values: Iterator[T]) -> Iterator[tuple[T, R]]:
+    """Yield (value, function(value)) in the order of completion, from one thread per core.
+
+    Values are drawn as threads become free, so a long iterator needs no memory.
     """
     cores = num_cores()
     with ThreadPoolExecutor(cores) as pool:
@@ -128,21 +141,14 @@ def in_parallel(function: Callable[[T], R], values: Iterator[T]) -> Iterator[tup
                 future.cancel()
 
 
-def _works(pairs: Sequence[Pair]) -> Iterator[tuple[int, Pair, range]]:
-    for number, pair in enumerate(pairs):
-        pieces = pair.expected.pieces()
-        while several := list(islice(pieces, _PIECES)):
-            yield number, pair, range(several[0].start, several[-1].stop)
-
-
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What came of it.
+    """The result of comparing two checkpoints.
 
     Attributes:
         findings: One for each tensor that is not the reference's, in the reference's order.
         coverage: How many tensors could be compared.
-        renamed: How names were read, in words.
+        renamed: How names were matched where they are not equal, in words.
     """
 
     findings: tuple[Finding, ...]
@@ -162,136 +168,135 @@ def compare_checkpoints(
     """Compare every tensor to the bit.
 
     Args:
-        cast: Floating point values of `expected` are rounded to this dtype first: a cast that was meant.
+        cast: The dtype that floating point values of `expected` are rounded to first: an intended cast.
         actual_cast: The same for `actual`, which may hold master weights of higher precision.
-        earlier: Checkpoints of earlier steps, with the names of `expected`, to tell weights that were not updated.
-        progress: Is told how many bytes of how many are compared.
+        earlier: Checkpoints of earlier steps, with the names of `expected`, to recognise weights that were not updated.
+        progress: Called with the number of bytes compared so far and the total.
 
     Raises:
         CheckpointError: A file does not hold what it should.
     """
-    actual, expected, matching = best_reading(actual, expected)
+    actual, expected, matching = read_with_best_names(actual, expected)
     pairs = [
-        Pair(Stored(actual, ours, actual_cast), Stored(expected, theirs, cast))
-        for theirs, ours in matching.actual_of.items()
+        TensorPair(CheckpointTensor(actual, actual_name, actual_cast), CheckpointTensor(expected, name, cast))
+        for name, actual_name in matching.actual_of.items()
     ]
-    alike = [pair for pair in pairs if pair.actual.shape == pair.expected.shape and _one_dtype(pair)]
-    agreeing = {pair.expected.name for pair in alike} - {pair.expected.name for pair in differing(alike, progress)}
-    with BitComparer() as comparer:
-        surroundings = Surroundings(expected, earlier or {}, comparer)
-        told = _told([pair for pair in pairs if pair.expected.name not in agreeing], surroundings)
-    untied = dict(_tied_partners(expected, agreeing))
-    elsewhere = {*actual.unread, *expected.unread, *actual.torn, *expected.torn}  # there, and not to be read
-    loose = [one for one in loose_names(actual, expected, matching, cast) if one.name not in elsewhere]
-    findings = [
-        *(_torn(name, actual.torn[name]) for name in expected.names() if name in actual.torn),
-        *(_finding(pair, *told[pair.expected.name], untied) for pair in pairs if pair.expected.name in told),
-        *map(_loose, loose),
-    ]
-    number = {"count_tensors": len(expected.names())}
+    same_kind = [pair for pair in pairs if pair.same_shape and pair.same_dtype]
+    differing = {pair.expected.name for pair in differing_pairs(same_kind, progress)}
+    equal = {pair.expected.name for pair in same_kind} - differing
+    wrong = [pair for pair in pairs if pair.expected.name not in equal]
+    replicas = actual.inconsistent_replicas
+    findings = [_inconsistent(name, replicas[name]) for name in expected.names() if name in replicas]
+    findings += _findings(wrong, expected, earlier or {}, dict(_tied_partners(expected, equal)))
+    # What cannot be read is there, so it is neither missing nor unexpected.
+    unreadable = {*actual.unread, *expected.unread, *actual.inconsistent_replicas, *expected.inconsistent_replicas}
+    unmatched = [name for name in unmatched_names(actual, expected, matching, cast) if name.name not in unreadable]
+    findings += map(_unmatched, unmatched)
     for checkpoint in (actual, expected, *(earlier or {}).values()):
         checkpoint.require_unchanged()
-    found = tuple(replace(finding, evidence={**finding.evidence, **number}) for finding in findings)
-    return Comparison(found, _coverage(actual, expected, loose), matching.renamed)
+    count = {"count_tensors": len(expected.names())}
+    return Comparison(
+        tuple(replace(finding, evidence={**finding.evidence, **count}) for finding in findings),
+        _coverage(actual, expected, unmatched),
+        matching.renamed,
+    )
 
 
-def _one_dtype(pair: Pair) -> bool:
-    return pair.actual.dtype == pair.expected.dtype
+def _findings(
+    pairs: Sequence[TensorPair], reference: Checkpoint, earlier: Mapping[str, Checkpoint], tied_to: Mapping[str, str]
+) -> list[Finding]:
+    with BitComparer() as comparer:
+
+        def finding(pair: TensorPair) -> Finding:
+            difference = element_difference(pair.actual, pair.expected) if pair.same_shape else None
+            context = Context(pair.actual, pair.expected, difference, reference, earlier, comparer)
+            explanation = explain_tensor(context) if pair.same_dtype else _explain_other_dtype(context)
+            if explanation is None and pair.expected.name in tied_to:
+                tie = {"tied_with": tied_to[pair.expected.name]}
+                explanation = Explanation(Cause.TIED_WEIGHT_UNTIED, evidence=tie)
+            return _finding(pair, difference, explanation)
+
+        finding_of = {pair.expected.name: result for pair, result in map_in_threads(finding, iter(pairs))}
+    return [finding_of[pair.expected.name] for pair in pairs]
 
 
-def _told(
-    pairs: Sequence[Pair], surroundings: Surroundings
-) -> dict[str, tuple[ElementDifference | None, Explanation | None]]:
-    """Return which elements of each tensor differ, and what happened to it, by the reference's name."""
-
-    def tell(pair: Pair) -> tuple[ElementDifference | None, Explanation | None]:
-        same_shape = pair.actual.shape == pair.expected.shape
-        found = element_difference(pair.actual, pair.expected) if same_shape else None
-        if not _one_dtype(pair):
-            return found, _of_dtype(pair, surroundings)
-        return found, explain_tensor(Case(pair.actual, pair.expected, found, surroundings))
-
-    return {pair.expected.name: told for pair, told in in_parallel(tell, iter(pairs))}
-
-
-def _of_dtype(pair: Pair, surroundings: Surroundings) -> Explanation | None:
-    """Tell a tensor of another dtype: the reference's values, rounded to it, or else what happens to those."""
-    actual, own = pair.actual, pair.actual.dtype
-    expected = Stored(pair.expected.checkpoint, pair.expected.name, own)
-    if expected.dtype != own:
-        return None  # an integer where a floating point number should be, or the other way round
-    if actual.shape != expected.shape:
-        return explain_tensor(Case(actual, expected, None, surroundings))
-    rounded = element_difference(actual, expected)
-    if rounded is not None:
-        return explain_tensor(Case(actual, expected, rounded, surroundings))
-    changes = element_difference(actual, pair.expected) is not None
-    return Explanation(Cause.DTYPE_ROUNDED, evidence={"dtype": str(own).removeprefix("torch.")}) if changes else None
+def _explain_other_dtype(context: Context) -> Explanation | None:
+    """Explain a tensor of another dtype: it is the reference rounded to that dtype, or differs from that, too."""
+    actual, dtype = context.actual, context.actual.dtype
+    rounded = replace(context.expected, cast=dtype)
+    if rounded.dtype != dtype:
+        return None  # a floating point number in place of an integer
+    difference = element_difference(actual, rounded) if actual.shape == rounded.shape else None
+    if actual.shape != rounded.shape or difference is not None:
+        return explain_tensor(replace(context, expected=rounded, difference=difference))
+    if context.difference is None:
+        return None  # every value survives the rounding
+    return Explanation(Cause.DTYPE_ROUNDED, evidence={"dtype": _dtype_name(dtype)})
 
 
-def _finding(
-    pair: Pair, found: ElementDifference | None, story: Explanation | None, untied: Mapping[str, str]
-) -> Finding:
+def _finding(pair: TensorPair, difference: ElementDifference | None, explanation: Explanation | None) -> Finding:
     actual, expected = pair.actual, pair.expected
     where: dict[str, Any] = {"parameter": expected.name}
     evidence: dict[str, Any] = {}
     if actual.name != expected.name:
         evidence["actual_name"] = actual.name
-    if actual.shape != expected.shape:
+    if not pair.same_shape:
         evidence |= {"shape_actual": list(actual.shape), "shape_expected": list(expected.shape)}
-    if not _one_dtype(pair):
-        evidence |= {"dtype_actual": _short(actual.dtype), "dtype_expected": _short(expected.dtype)}
-        evidence["same_values"] = found is None and actual.shape == expected.shape
-    if found is not None:
-        where["index"] = list(found.first)
+    if not pair.same_dtype:
+        evidence |= {"dtype_actual": _dtype_name(actual.dtype), "dtype_expected": _dtype_name(expected.dtype)}
+        evidence["same_values"] = difference is None and pair.same_shape
+    if difference is not None:
+        where["index"] = list(difference.first)
         evidence |= {
-            "count_differing": found.count,
-            "count_total": found.total,
-            "actual": _shown(found.actual),
-            "expected": _shown(found.expected),
-            "largest": found.largest,
-            "largest_at": list(found.largest_at),
+            "count_differing": difference.count,
+            "count_total": difference.total,
+            "actual": _jsonable(difference.actual),
+            "expected": _jsonable(difference.expected),
+            "largest": difference.largest,
+            "largest_at": list(difference.largest_at),
         }
-    if story is None and expected.name in untied:
-        story = Explanation(Cause.TIED_WEIGHT_UNTIED, evidence={"tied_with": untied[expected.name]})
-    if story is not None:
-        evidence |= {"story": dict(story.evidence), "advice": story.cause.advise()}
-    observed = float(found.count if found is not None else max(1, expected.numel))
-    return Finding(CHECKPOINT_CHECK, where, observed, 0.0, story.cause.slug if story else None, evidence)
+    if explanation is not None:
+        evidence |= {"story": dict(explanation.evidence), "advice": explanation.cause.advise()}
+    observed = float(difference.count if difference is not None else max(1, expected.numel))
+    cause = explanation.cause.slug if explanation else None
+    return Finding(CHECKPOINT_CHECK, where, observed, 0.0, cause, evidence)
 
 
-def _loose(one: Loose) -> Finding:
-    side = "actual" if one.cause in (Cause.TENSOR_UNEXPECTED, Cause.TIED_WEIGHT_UNTIED) else "reference"
-    evidence = {"only_in": side, "story": dict(one.evidence), "advice": one.cause.advise()}
-    return Finding(CHECKPOINT_CHECK, {"parameter": one.name}, 1.0, 0.0, one.cause.slug, evidence)
+def _unmatched(name: UnmatchedName) -> Finding:
+    side = "actual" if name.cause in (Cause.TENSOR_UNEXPECTED, Cause.TIED_WEIGHT_UNTIED) else "reference"
+    evidence = {"only_in": side, "story": dict(name.evidence), "advice": name.cause.advise()}
+    return Finding(CHECKPOINT_CHECK, {"parameter": name.name}, 1.0, 0.0, name.cause.slug, evidence)
 
 
-def _torn(name: str, ranks: str) -> Finding:
-    evidence = {"story": {"ranks": ranks}, "advice": Cause.REPLICA_DRIFT.advise()}
+def _inconsistent(name: str, reason: str) -> Finding:
+    evidence = {"story": {"ranks": reason}, "advice": Cause.REPLICA_DRIFT.advise()}
     return Finding(CHECKPOINT_CHECK, {"parameter": name}, 1.0, 0.0, Cause.REPLICA_DRIFT.slug, evidence)
 
 
-def _coverage(actual: Checkpoint, expected: Checkpoint, loose: Sequence[Loose]) -> Coverage:
-    """Return how many of the reference's tensors met a counterpart; a tie that is stored once met its own."""
+def _coverage(actual: Checkpoint, expected: Checkpoint, unmatched: Sequence[UnmatchedName]) -> Coverage:
+    """Return how many of the reference's tensors were compared; a tie that is stored once counts as compared."""
     missed = {f"{name} of actual": why for name, why in actual.unread.items()}
-    missed |= {f"{name} of the reference": why for name, why in (*expected.unread.items(), *expected.torn.items())}
+    not_read = (*expected.unread.items(), *expected.inconsistent_replicas.items())
+    missed |= {f"{name} of the reference": why for name, why in not_read}
     names = frozenset(expected.names())
-    alone = {one.name for one in loose} | set(actual.unread)
-    return Coverage(len(names - alone), len(names | actual.unread.keys() | expected.unread.keys()), missed)
+    without_counterpart = {name.name for name in unmatched} | set(actual.unread)
+    return Coverage(
+        len(names - without_counterpart), len(names | actual.unread.keys() | expected.unread.keys()), missed
+    )
 
 
-def _tied_partners(expected: Checkpoint, right: Set[str]) -> Iterator[tuple[str, str]]:
-    """Yield every name that the reference ties to one that is right, with that one."""
+def _tied_partners(expected: Checkpoint, equal: Set[str]) -> Iterator[tuple[str, str]]:
+    """Yield every name that the reference ties to one whose tensor is equal, with that one."""
     for tie in expected.ties:
         for name in tie:
-            partner = next((other for other in sorted(tie) if other != name and other in right), None)
+            partner = next((other for other in sorted(tie) if other != name and other in equal), None)
             if partner is not None:
                 yield name, partner
 
 
-def _shown(value: Any) -> Any:
+def _jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, complex) else value
 
 
-def _short(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

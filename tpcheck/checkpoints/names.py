@@ -1,4 +1,4 @@
-"""Which name of one checkpoint stands for which of the other: equal names, usual changes of them, ties."""
+"""Match the names of two checkpoints: equal names, names that a wrapper or a library changed, tied weights."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ import torch
 
 from tpcheck.backends.checkpoint_format import Checkpoint, RenamedWhenSaved
 from tpcheck.core.causes import Cause
-from tpcheck.numerics.exact.stored import BitComparer, Stored
+from tpcheck.numerics.exact.checkpoint_tensor import BitComparer, CheckpointTensor, is_constant
 
-# What wraps a model and puts a part into the names of its tensors: torch.compile, FSDP, activation checkpointing, PEFT.
+# What torch.compile, FSDP, activation checkpointing and PEFT insert into the names of the tensors that they wrap.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_layer.")
-# Of DistributedDataParallel and DeepSpeed, PEFT, and of models that hold a headless model of transformers.
+# Of DistributedDataParallel and DeepSpeed, PEFT, and models with a head around a model of transformers.
 _PREFIXES = ("module.", "base_model.model.", "model.", "transformer.", "_forward_module.")
-# LayerNorm of checkpoints that were converted from TensorFlow.
-_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}
+# LayerNorm in checkpoints that were converted from TensorFlow.
+_SUFFIXES = {".gamma": ".weight", ".beta": ".bias"}
+_MAX_COMMON_PREFIXES = 4  # of those that most names share; each costs one comparison of all names
 
 Rename = Callable[[str], str]
 
 
 @dataclass(frozen=True, slots=True)
 class Matching:
-    """Names side by side.
+    """Names of two checkpoints side by side.
 
     Attributes:
-        actual_of: The actual name that stands for each expected one.
+        actual_of: The actual name for each expected one.
         missing: Expected names without an actual one.
         unexpected: Actual names without an expected one.
-        renamed: What had to be changed, in words; nothing where names are equal.
+        renamed: Which parts of names were ignored, in words; empty where names are equal.
     """
 
     actual_of: Mapping[str, str]
@@ -42,52 +43,61 @@ class Matching:
 
 
 def match_names(actual: Sequence[str], expected: Sequence[str]) -> Matching:
-    """Return the matching that pairs the most names, with the fewest changes."""
-    targets = frozenset(expected)
-    best = max(_readings(actual, expected), key=lambda reading: (reading.pairs(actual, targets), -len(reading.words)))
-    plain = Counter(best.actual(name) for name in actual)
-    ours = {best.actual(name): name for name in actual if plain[best.actual(name)] == 1}
-    actual_of = {name: ours[best.expected(name)] for name in expected if best.expected(name) in ours}
-    used = frozenset(actual_of.values())
+    """Return the matching with the most pairs and, among those, the fewest changes of names."""
+    expected_set = frozenset(expected)
+    best = max(
+        _renamings(actual, expected),
+        key=lambda renaming: (renaming.count_pairs(actual, expected_set), -len(renaming.words)),
+    )
+    count = Counter(best.actual(name) for name in actual)
+    actual_by_new_name = {best.actual(name): name for name in actual if count[best.actual(name)] == 1}
+    actual_of = {
+        name: actual_by_new_name[best.expected(name)] for name in expected if best.expected(name) in actual_by_new_name
+    }
+    matched = frozenset(actual_of.values())
     return Matching(
         actual_of=actual_of,
         missing=tuple(name for name in expected if name not in actual_of),
-        unexpected=tuple(name for name in actual if name not in used),
+        unexpected=tuple(name for name in actual if name not in matched),
         renamed=best.words,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Reading:
-    """Names of both sides under one set of changes."""
+class _Renaming:
+    """Changes of names that may make both sides equal, with the same in words."""
 
     actual: Rename
     expected: Rename
     words: tuple[str, ...] = ()
 
-    def pairs(self, actual: Iterable[str], expected: Iterable[str]) -> int:
+    def count_pairs(self, actual: Iterable[str], expected: Iterable[str]) -> int:
         return len({self.actual(name) for name in actual} & {self.expected(name) for name in expected})
 
 
-def _readings(actual: Sequence[str], expected: Sequence[str]) -> Iterator[_Reading]:
-    ours, theirs = _unwrapping(actual), _unwrapping(expected)
-    words = (*_unwrapped("actual", actual, ours), *_unwrapped("reference", expected, theirs))
-    yield _Reading(_same, _same)
-    yield _Reading(ours, theirs, words)
-    shown_ours, shown_theirs = [ours(name) for name in actual], [theirs(name) for name in expected]
-    for prefix in _prefixes(shown_ours, frozenset(shown_theirs)):
-        yield _Reading(_chain(ours, _without(prefix)), theirs, (*words, f"names of actual carry the prefix {prefix!r}"))
-    for prefix in _prefixes(shown_theirs, frozenset(shown_ours)):
-        told = f"names of the reference carry the prefix {prefix!r}"
-        yield _Reading(ours, _chain(theirs, _without(prefix)), (*words, told))
+def _renamings(actual: Sequence[str], expected: Sequence[str]) -> Iterator[_Renaming]:
+    unwrap_actual, unwrap_expected = _unwrapping(actual), _unwrapping(expected)
+    words = (*_unwrapped("actual", actual, unwrap_actual), *_unwrapped("the reference", expected, unwrap_expected))
+    yield _Renaming(_unchanged, _unchanged)
+    yield _Renaming(unwrap_actual, unwrap_expected, words)
+    actual_names, expected_names = (
+        [unwrap_actual(name) for name in actual],
+        [unwrap_expected(name) for name in expected],
+    )
+    for prefix in _prefixes(actual_names, frozenset(expected_names)):
+        ignored = f"names of actual carry the prefix {prefix!r}"
+        yield _Renaming(_chain(unwrap_actual, _without_prefix(prefix)), unwrap_expected, (*words, ignored))
+    for prefix in _prefixes(expected_names, frozenset(actual_names)):
+        ignored = f"names of the reference carry the prefix {prefix!r}"
+        yield _Renaming(unwrap_actual, _chain(unwrap_expected, _without_prefix(prefix)), (*words, ignored))
 
 
-def _prefixes(names: Sequence[str], others: frozenset[str]) -> Iterator[str]:
-    """Yield prefixes whose removal makes names equal to others: usual ones, and one that most names share."""
+def _prefixes(names: Sequence[str], other_names: frozenset[str]) -> Iterator[str]:
+    """Yield prefixes whose removal makes names equal to other ones: the usual ones, and those that most names share."""
     yield from (prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in names))
-    ends = Counter(name.removesuffix(other) for name in names for other in _tails(name) if other in others)
-    often = [prefix for prefix, number in ends.most_common(4) if 2 * number > len(names)]
-    yield from (prefix for prefix in often if prefix not in _PREFIXES)
+    count = Counter(name.removesuffix(tail) for name in names for tail in _tails(name) if tail in other_names)
+    common = [prefix for prefix, number in count.most_common(_MAX_COMMON_PREFIXES) if 2 * number > len(names)]
+    yield from (prefix for prefix in common if prefix not in _PREFIXES)
 
 
 def _tails(name: str) -> Iterator[str]:
@@ -96,50 +106,49 @@ def _tails(name: str) -> Iterator[str]:
 
 
 def _unwrapping(names: Sequence[str]) -> Rename:
-    present = [part for part in _WRAPPERS if any(part in name for name in names)]
-    changes: list[Rename] = [_dropping(part) for part in present]
-    if any(name.endswith(tuple(_ENDINGS)) for name in names):
-        changes.append(_modern_ending)
+    changes = [_without_part(part) for part in _WRAPPERS if any(part in name for name in names)]
+    if any(name.endswith(tuple(_SUFFIXES)) for name in names):
+        changes.append(_with_torch_suffix)
     return _chain(*changes)
 
 
 def _unwrapped(side: str, names: Sequence[str], rename: Rename) -> Iterator[str]:
-    changed = sum(rename(name) != name for name in names)
+    changed = [name for name in names if rename(name) != name]
     if changed:
-        example = next(name for name in names if rename(name) != name)
-        shown = f"{example!r} as {rename(example)!r}"
-        yield f"{changed} names of {side} are read without what wraps the model, such as {shown}"
+        example = f"{changed[0]!r} as {rename(changed[0])!r}"
+        yield f"{len(changed)} names of {side} are read without what a wrapper inserted, such as {example}"
 
 
-def _same(name: str) -> str:
+def _unchanged(name: str) -> str:
     return name
 
 
 def _chain(*changes: Rename) -> Rename:
-    return lambda name: reduce(lambda so_far, change: change(so_far), changes, name)
+    return lambda name: reduce(lambda changed, change: change(changed), changes, name)
 
 
-def _dropping(part: str) -> Rename:
+def _without_part(part: str) -> Rename:
     return lambda name: name.replace(part, "")
 
 
-def _without(prefix: str) -> Rename:
+def _without_prefix(prefix: str) -> Rename:
     return lambda name: name.removeprefix(prefix)
 
 
-def _modern_ending(name: str) -> str:
-    for old, new in _ENDINGS.items():
-        if name.endswith(old):
-            return name.removesuffix(old) + new
-    return name
+def _with_torch_suffix(name: str) -> str:
+    suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
+    return name.removesuffix(suffix) + _SUFFIXES[suffix] if suffix else name
 
 
-def best_reading(actual: Checkpoint, expected: Checkpoint) -> tuple[Checkpoint, Checkpoint, Matching]:
-    """Return both sides and how their names match; a live model as its library saves it, where that fits better."""
-    plain = match_names(actual.names(), expected.names())
-    if not plain.missing and not plain.unexpected:
-        return actual, expected, plain
-    readings = [(actual, expected, plain), *_as_saved(actual, expected)]
+def read_with_best_names(actual: Checkpoint, expected: Checkpoint) -> tuple[Checkpoint, Checkpoint, Matching]:
+    """Return both checkpoints and how their names match; a live model as its library saves it where more names match.
+
+    transformers saves some models under other names, and fused weights as several tensors.
+    """
+    matching = match_names(actual.names(), expected.names())
+    if not matching.missing and not matching.unexpected:
+        return actual, expected, matching
+    readings = [(actual, expected, matching), *_as_saved(actual, expected)]
     return min(readings, key=lambda reading: len(reading[2].missing) + len(reading[2].unexpected))
 
 
@@ -147,18 +156,18 @@ def _as_saved(actual: Checkpoint, expected: Checkpoint) -> Iterator[tuple[Checkp
     for side, checkpoint in (("actual", actual), ("the reference", expected)):
         saved = checkpoint.as_saved() if isinstance(checkpoint, RenamedWhenSaved) else None
         if saved is not None:
-            ours, theirs = (saved, expected) if side == "actual" else (actual, saved)
-            matching = match_names(ours.names(), theirs.names())
-            words = (*matching.renamed, f"{side} is read as its library saves it")
-            yield ours, theirs, replace(matching, renamed=words)
+            pair = (saved, expected) if side == "actual" else (actual, saved)
+            matching = match_names(pair[0].names(), pair[1].names())
+            renamed = (*matching.renamed, f"{side} is read as its library saves it")
+            yield *pair, replace(matching, renamed=renamed)
 
 
 @dataclass(frozen=True, slots=True)
-class Loose:
-    """A name that only one side has.
+class UnmatchedName:
+    """A name that only one checkpoint has.
 
     Attributes:
-        name: That name.
+        name: The name.
         cause: What it means.
         evidence: Which tensor it belongs to, where one is found.
     """
@@ -168,79 +177,83 @@ class Loose:
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
 
-def loose_names(
+def unmatched_names(
     actual: Checkpoint, expected: Checkpoint, matching: Matching, cast: torch.dtype | None = None
-) -> tuple[Loose, ...]:
-    """Return the names that only one side has, but for ties that are stored once on one side and twice on the other."""
+) -> tuple[UnmatchedName, ...]:
+    """Return the names that only one checkpoint has, without ties that one stores once and the other twice.
+
+    Args:
+        cast: The dtype that floating point values of `expected` are rounded to before they are compared.
+    """
     with BitComparer() as comparer:
-        sides = _Sides(actual, expected, matching, cast, comparer)
-        missing = [found for name in matching.missing if (found := sides.missing(name)) is not None]
-        renamed = {one.evidence.get("stands_as") for one in missing}
+        names = _Names(actual, expected, matching, cast, comparer)
+        missing = [unmatched for name in matching.missing if (unmatched := names.missing(name))]
+        renamed = {unmatched.evidence.get("stands_as") for unmatched in missing}
         unexpected = [
-            found
-            for name in matching.unexpected
-            if name not in renamed and (found := sides.unexpected(name)) is not None
+            unmatched for name in matching.unexpected if name not in renamed and (unmatched := names.unexpected(name))
         ]
     return (*missing, *unexpected)
 
 
 @dataclass(frozen=True, slots=True)
-class _Sides:
+class _Names:
+    """Two checkpoints whose names have been matched."""
+
     actual: Checkpoint
     expected: Checkpoint
     matching: Matching
     cast: torch.dtype | None
     comparer: BitComparer
 
-    def missing(self, name: str) -> Loose | None:
-        declared = _tied_with(self.expected, name)
-        if any(other in self.matching.actual_of for other in declared):
-            return self._stored_once(name, next(other for other in declared if other in self.matching.actual_of))
-        if declared:
-            return Loose(name, Cause.TIED_WEIGHT_DROPPED, {"tied_with": sorted(declared)})
-        twin = self._equal_to(Stored(self.expected, name), self.expected, self.matching.actual_of)
+    def missing(self, name: str) -> UnmatchedName | None:
+        """Explain an expected name that the actual checkpoint lacks; None where a tied name stands for it."""
+        tied = frozenset(other for tie in self.expected.ties if name in tie for other in tie if other != name)
+        stored = next((other for other in tied if other in self.matching.actual_of), None)
+        if tied:
+            dropped = UnmatchedName(name, Cause.TIED_WEIGHT_DROPPED, {"tied_with": sorted(tied)})
+            return dropped if stored is None else self._stored_once(name, stored)
+        twin = self._equal_tensor(CheckpointTensor(self.expected, name), self.expected, self.matching.actual_of)
+        if twin is not None and _ties_embeddings(self.actual):
+            return self._stored_once(name, twin)
         if twin is not None:
-            return self._stored_once(name, twin) if _ties(self.actual) else Loose(
-                name, Cause.TIED_WEIGHT_DROPPED, {"equals": twin}
-            )  # fmt: skip
-        other_name = self._equal_to(Stored(self.expected, name, self.cast), self.actual, self.matching.unexpected)
-        return Loose(name, Cause.TENSOR_MISSING, {"stands_as": other_name} if other_name else {})
+            return UnmatchedName(name, Cause.TIED_WEIGHT_DROPPED, {"equals": twin})
+        tensor = CheckpointTensor(self.expected, name, self.cast)
+        other_name = self._equal_tensor(tensor, self.actual, self.matching.unexpected)
+        return UnmatchedName(name, Cause.TENSOR_MISSING, {"stands_as": other_name} if other_name else {})
 
-    def unexpected(self, name: str) -> Loose | None:
-        own = Stored(self.actual, name)
-        if self._equal_to(own, self.actual, self.matching.actual_of.values()) is not None:
-            return None  # a tie, stored under both names
-        if _ties(self.expected):
-            partner = next((other for other in self._embeddings() if self.actual.shape(other) == own.shape), None)
+    def unexpected(self, name: str) -> UnmatchedName | None:
+        """Explain an actual name that the reference lacks; None where it is a tie that is stored under both names."""
+        matched = self.matching.actual_of.values()
+        if any(name in tie and not tie.isdisjoint(matched) for tie in self.actual.ties):
+            return None
+        tensor = CheckpointTensor(self.actual, name)
+        if self._equal_tensor(tensor, self.actual, matched) is not None:
+            return None
+        if _ties_embeddings(self.expected):
+            embeddings = (other for other in matched if _is_embedding(other))
+            partner = next((other for other in embeddings if self.actual.shape(other) == tensor.shape), None)
             if partner is not None:
-                return Loose(name, Cause.TIED_WEIGHT_UNTIED, {"tied_with": partner})
-        return Loose(name, Cause.TENSOR_UNEXPECTED)
+                return UnmatchedName(name, Cause.TIED_WEIGHT_UNTIED, {"tied_with": partner})
+        return UnmatchedName(name, Cause.TENSOR_UNEXPECTED)
 
-    def _stored_once(self, name: str, twin: str) -> Loose | None:
-        """A tied weight that is stored under one name is complete, unless its model does not tie it again."""
+    def _stored_once(self, name: str, twin: str) -> UnmatchedName | None:
+        """Return None: a tied weight stored under one name is enough, unless loading the model does not tie it."""
         if self.actual.config.get("tie_word_embeddings") is False and _is_embedding(name, twin):
-            return Loose(name, Cause.TIED_WEIGHT_DROPPED, {"tied_with": twin, "tie_word_embeddings": False})
+            evidence = {"tied_with": twin, "tie_word_embeddings": False}
+            return UnmatchedName(name, Cause.TIED_WEIGHT_DROPPED, evidence)
         return None
 
-    def _equal_to(self, one: Stored, others: Checkpoint, names: Iterable[str]) -> str | None:
-        """Return the name of a tensor with the same bits; constant ones and scalars say nothing and have none."""
+    def _equal_tensor(self, tensor: CheckpointTensor, checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
+        """Return the name of a tensor with the same bits; None for a constant tensor, which equals many others."""
         for name in names:
-            other = Stored(others, name)
-            alike = name != one.name and other.shape == one.shape and other.dtype == one.dtype and one.numel > 1
-            if alike and self.comparer.equal(one, other):
-                return name
+            other = CheckpointTensor(checkpoint, name)
+            same_kind = name != tensor.name and other.shape == tensor.shape and other.dtype == tensor.dtype
+            if same_kind and self.comparer.equal(tensor, other):
+                return None if is_constant(tensor) else name
         return None
 
-    def _embeddings(self) -> Iterable[str]:
-        return (name for name in self.matching.actual_of.values() if _is_embedding(name))
 
-
-def _tied_with(checkpoint: Checkpoint, name: str) -> frozenset[str]:
-    return frozenset(other for tie in checkpoint.ties if name in tie for other in tie if other != name)
-
-
-def _ties(checkpoint: Checkpoint) -> bool:
-    """Return whether the model of this checkpoint says that it ties its embeddings."""
+def _ties_embeddings(checkpoint: Checkpoint) -> bool:
     return checkpoint.config.get("tie_word_embeddings") is True
 
 

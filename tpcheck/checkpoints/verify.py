@@ -1,11 +1,12 @@
-"""Verifies a checkpoint: arguments checked, formats found, differences turned into a report."""
+"""`tpcheck.verify_checkpoint`: check the arguments, open both checkpoints, compare them, make a report."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tpcheck.core.environment import package_versions
@@ -34,20 +35,20 @@ def verify_checkpoint(
 ) -> Report:
     """Compare a checkpoint with a reference: names, shapes, dtypes, buffers, ties, and every bit.
 
-    What several ranks hold is put together first. Memory stays below a gigabyte whatever the size.
+    The parts that several ranks saved are put together first. Memory stays below a gigabyte whatever the size.
 
     Args:
-        actual: A file or folder of any format that is installed (safetensors, transformers' shards, pytorch_model.bin,
-            torch DCP, DeepSpeed training and universal checkpoints, PEFT adapters, Megatron torch_dist), or a live
-            module, DeepSpeed engine, or dict of tensors.
+        actual: A file or folder of any installed format (safetensors, transformers' shards, pytorch_model.bin, torch
+            DCP, DeepSpeed training and universal checkpoints, PEFT adapters, Megatron torch_dist), or a live module,
+            DeepSpeed engine, or dict of tensors.
         reference: The same, of the model that `actual` should be.
-        dtype: A cast that was meant: floating point values of the reference are rounded to it before they are compared.
-        earlier: Checkpoints of earlier steps, to tell weights that were not updated since.
-        allow_pickle: Unpickle classes that are not known to be harmless, in a process of its own.
-        progress: Is called with the bytes that have been compared, and how many there are.
+        dtype: An intended cast: floating point values of the reference are rounded to it before they are compared.
+        earlier: Checkpoints of earlier steps, to recognise weights that were not updated since.
+        allow_pickle: Unpickle classes that are not known to be harmless, in a separate process.
+        progress: Called with the number of bytes compared so far and the total.
 
     Raises:
-        UsageError: There is no checkpoint, or `dtype` is none to cast to.
+        UsageError: There is no checkpoint, or `dtype` is not a dtype to cast to.
         CheckpointError: Files are damaged, hostile or incomplete.
 
     Example:
@@ -58,49 +59,50 @@ def verify_checkpoint(
         ('shard_missing', {'dim': 0, 'tp_rank': 0, 'tp': 2, 'from': 0})
     """
     from tpcheck.backends.checkpoint_format import ReadOptions
-    from tpcheck.checkpoints.comparison import compare_checkpoints, opened
+    from tpcheck.checkpoints.comparison import compare_checkpoints, open_checkpoint
 
     start = time.monotonic()
     cast = _cast(dtype)
     options = ReadOptions(allow_pickle=allow_pickle)
     with ExitStack() as stack:
 
-        def open_one(name: str, source: Any) -> Checkpoint:
-            checkpoint = opened(name, source, options)
+        def open_until_end(argument: str, source: Any) -> Checkpoint:
+            checkpoint = open_checkpoint(argument, source, options)
             stack.callback(checkpoint.close)
             return checkpoint
 
-        ours, theirs = open_one("actual", actual), open_one("reference", reference)
-        before = {_called(source, number): open_one("earlier", source) for number, source in enumerate(earlier)}
-        comparison = compare_checkpoints(ours, theirs, cast=cast, earlier=before, progress=progress)
+        actual_checkpoint = open_until_end("actual", actual)
+        expected_checkpoint = open_until_end("reference", reference)
+        steps = {_name(source, number): open_until_end("earlier", source) for number, source in enumerate(earlier)}
+        comparison = compare_checkpoints(
+            actual_checkpoint, expected_checkpoint, cast=cast, earlier=steps, progress=progress
+        )
         subject: dict[str, Any] = {
-            "subject": _called(actual),
-            "actual": ours.description,
-            "reference": f"{_called(reference)} ({theirs.description})",
+            "subject": _name(actual),
+            "actual": actual_checkpoint.description,
+            "reference": f"{_name(reference)} ({expected_checkpoint.description})",
             **({"dtype": str(cast).removeprefix("torch.")} if cast is not None else {}),
             "names": list(comparison.renamed),
         }
-    again = checkpoint_command(_paths(actual, reference), subject.get("dtype"), _paths(*earlier), allow_pickle)
-    return Report(_verdict(comparison, subject, again, time.monotonic() - start))
+    command = checkpoint_command(_paths(actual, reference), subject.get("dtype"), _paths(*earlier), allow_pickle)
+    return Report(_verdict(comparison, subject, command, time.monotonic() - start))
 
 
-def _verdict(comparison: Comparison, subject: dict[str, Any], again: str | None, seconds: float) -> Verdict:
-    from dataclasses import replace
-
+def _verdict(comparison: Comparison, subject: dict[str, Any], command: str | None, seconds: float) -> Verdict:
     from tpcheck.numerics.checks import CHECKPOINT_CHECK
 
-    findings = tuple(replace(finding, again=again) for finding in comparison.findings)
+    findings = tuple(replace(finding, again=command) for finding in comparison.findings)
     compared = comparison.coverage.compared
-    nothing = not compared and not findings
+    skipped = not compared and not findings
     return Verdict(
-        verdict="skipped" if nothing else "failed" if findings else "passed",
+        verdict="skipped" if skipped else "failed" if findings else "passed",
         subject=subject,
         environment=package_versions(),
         findings=findings,
         checks=(CheckResult(CHECKPOINT_CHECK, compared, 0.0),),
         coverage=comparison.coverage,
         seconds=seconds,
-        message="no tensor could be compared" if nothing else None,
+        message="no tensor could be compared" if skipped else None,
     )
 
 
@@ -116,17 +118,13 @@ def _cast(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return cast
 
 
-def _called(source: Any, number: int | None = None) -> str:
+def _name(source: Any, number: int | None = None) -> str:
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     return f"live {type(source).__name__}" + ("" if number is None else f" {number}")
 
 
 def _paths(*sources: Any) -> tuple[str, ...] | None:
-    """Return the sources as words of a command; None where one is no path."""
-    words = list(_words(sources))
-    return tuple(words) if len(words) == len(sources) else None
-
-
-def _words(sources: Sequence[Any]) -> Iterator[str]:
-    return (os.fspath(source) for source in sources if isinstance(source, (str, os.PathLike)))
+    """Return the sources as words of a command; None where one is not a path."""
+    paths = tuple(os.fspath(source) for source in sources if isinstance(source, (str, os.PathLike)))
+    return paths if len(paths) == len(sources) else None

@@ -16,7 +16,7 @@ from torch import nn
 
 from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.backends.interface import Candidate, RankLike, SavesCheckpoints
-from tpcheck.checkpoints.comparison import compare_checkpoints, opened
+from tpcheck.checkpoints.comparison import compare_checkpoints, open_checkpoint
 from tpcheck.core.errors import TpcheckError
 from tpcheck.core.findings import Finding
 from tpcheck.numerics.answer import CheckAnswer, GroupAnswer
@@ -149,8 +149,8 @@ def _checkpoint_in(folder: Path) -> Path:
 def _compared(folder: Path, expected: nn.Module) -> tuple[tuple[Finding, ...], Mapping[str, float], Mapping[str, str]]:
     """Compare to the bit. Master weights of a higher precision are rounded to the model's own dtype first."""
     own = next(parameter.dtype for parameter in expected.parameters())
-    reference = opened("reference", expected, ReadOptions())
-    actual = opened("actual", folder, ReadOptions())
+    reference = open_checkpoint("reference", expected, ReadOptions())
+    actual = open_checkpoint("actual", folder, ReadOptions())
     try:
         is_wider = any(_is_wider(actual.dtype(name), own) for name in actual.names())  # master weights
         comparison = compare_checkpoints(actual, reference, actual_cast=own if is_wider else None)

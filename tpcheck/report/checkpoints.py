@@ -1,8 +1,8 @@
-"""What happened to the tensors of a checkpoint, as phrases; tensors with the same story are told of together."""
+"""What happened to the tensors of a checkpoint, as phrases; tensors with the same explanation are reported together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,52 +13,60 @@ from tpcheck.report import words
 from tpcheck.report.words import Line, labelled, plain
 
 CHECK = "checkpoint_matches_reference"
-# Evidence that the phrases below use up.
 PHRASED = frozenset(
     {"count_tensors"}
     | {"dtype_actual", "dtype_expected", "same_values", "actual", "expected", "only_in", "story", "actual_name"}
 )
-_NAMES_SHOWN = 3
-# What a story says of a tensor is its own (a length, a place); what makes stories the same is the rest.
+"""Keys of the evidence that the phrases below use."""
+
+_MAX_NAMES = 3
+# Lengths and places differ by tensor; explanations are the same where these agree.
 _SHARED = ("tp_rank", "tp", "order", "copies", "dtype", "equals", "factor", "runs_over")
 
+Details = Mapping[str, Any]
+"""The evidence of an explanation: the entry "story" of a finding's evidence."""
 
-def story_lines(verdict: Verdict) -> Iterator[Line]:
-    """Yield how many tensors have which story; nothing where one tensor is wrong."""
-    groups = story_groups(verdict.findings)
+
+def explanation_lines(verdict: Verdict) -> Iterator[Line]:
+    """Yield how many tensors share each explanation; nothing where one tensor is wrong."""
+    groups = group_by_explanation(verdict.findings)
     if sum(map(len, groups)) < 2:
         return
     for group in groups:
         first = group[0]
         yield Line()
-        head = f"{len(group)} of {words.count(first.evidence.get('count_tensors', len(group)), 'tensor')}: "
+        count = f"{len(group)} of {words.count(first.evidence.get('count_tensors', len(group)), 'tensor')}: "
         saved = ", ".join(part for part in (str(first.where.get("field", "")), words.phase(first.where)) if part)
-        head = f"{saved}: {head}" if saved else head
-        yield Line(((head, "bold"), (cause(_of_all(group)), "yellow" if first.cause else "")))
-        yield from labelled("tensors", words.few([str(one.where.get("parameter")) for one in group], _NAMES_SHOWN))
+        head = f"{saved}: {count}" if saved else count
+        yield Line(((head, "bold"), (cause(_for_group(group)), "yellow" if first.cause else "")))
+        names = [str(finding.where.get("parameter")) for finding in group]
+        yield from labelled("tensors", words.few(names, _MAX_NAMES))
     yield Line()
     yield plain("The first tensor of each:")
 
 
-def story_groups(findings: Sequence[Finding]) -> list[list[Finding]]:
-    """Return the findings on checkpoints, those with the same story together, the most frequent story first."""
+def group_by_explanation(findings: Sequence[Finding]) -> list[list[Finding]]:
+    """Return the findings on checkpoints, grouped by cause and explanation, the largest group first."""
     groups: dict[tuple[Any, ...], list[Finding]] = {}
     for finding in findings:
         if finding.check == CHECK:
-            story = finding.evidence.get("story") or {}
             moment = (finding.where.get(name) for name in ("field", "phase", "step"))
-            key = (finding.cause, *moment, *(str(story.get(name)) for name in _SHARED))
+            details = _details(finding)
+            key = (finding.cause, *moment, *(str(details.get(name)) for name in _SHARED))
             groups.setdefault(key, []).append(finding)
     return sorted(groups.values(), key=len, reverse=True)
 
 
-def _of_all(group: Sequence[Finding]) -> Finding:
-    """Return the first finding, without the dim where that is not the same for all."""
+def _details(finding: Finding) -> Details:
+    return finding.evidence.get("story") or {}
+
+
+def _for_group(group: Sequence[Finding]) -> Finding:
+    """Return the first finding, without the dim where the group has several."""
     first = group[0]
-    story = first.evidence.get("story") or {}
-    if len({(one.evidence.get("story") or {}).get("dim") for one in group}) == 1:
+    if len({_details(finding).get("dim") for finding in group}) == 1:
         return first
-    return replace(first, evidence={**first.evidence, "story": {**story, "dim": None}})
+    return replace(first, evidence={**first.evidence, "story": {**_details(first), "dim": None}})
 
 
 def amount(finding: Finding) -> str | None:
@@ -82,92 +90,70 @@ def values(evidence: Mapping[str, Any]) -> str | None:
 
 
 def cause(finding: Finding) -> str:
-    """Return the cause's sentence, with what was found out of this tensor."""
+    """Return the cause's slug with a sentence on this tensor, or else the sentence of the catalogue."""
     if finding.cause is None:
         return "unknown: no known cause passes its test"
-    story = finding.evidence.get("story") or {}
     known = causes.cause_named(finding.cause)
-    told = _TOLD.get(known) if known else None
-    text = told(story) if told is not None else None
+    phrase = _PHRASES.get(known) if known else None
+    text = phrase(_details(finding)) if phrase is not None else None
     return f"{finding.cause}: {text}" if text else causes.sentence(finding.cause, None)
 
 
-def _shard(story: Mapping[str, Any]) -> str:
-    dim = _along(story)
-    if story.get("tp_rank") is None:
-        return f"the tensor is a slice of the reference{dim}, from {story.get('from')}"
-    blocks = f", of each of the blocks of {story['blocks']}" if story.get("blocks") else ""
-    return f"the tensor is TP rank {story['tp_rank']}'s slice of the reference{dim}, of {story['tp']} ranks{blocks}"
+def _shard(details: Details) -> str:
+    dim = _along_dim(details)
+    if details.get("tp_rank") is None:
+        return f"the tensor is a slice of the reference{dim}, from index {details.get('from')}"
+    blocks = f", of each of the blocks of {details['blocks']}" if details.get("blocks") else ""
+    return f"the tensor is TP rank {details['tp_rank']}'s slice of the reference{dim}, of {details['tp']} ranks{blocks}"
 
 
-def _order(story: Mapping[str, Any]) -> str:
-    chunks = story.get("order") or story.get("from")
-    return f"the tensor holds the reference's shards {chunks}{_along(story)}"
+def _order(details: Details) -> str:
+    return f"the tensor holds the reference's shards {details.get('order') or details.get('from')}{_along_dim(details)}"
 
 
-def _fused(story: Mapping[str, Any]) -> str:
+def _fused(details: Details) -> str:
     return (
-        f"fused blocks of {story['blocks']}, in {story['parts']} parts each, lie in another order than in the reference"
-        f"{_along(story)}"
+        f"fused blocks of {details['blocks']}, in {details['parts']} parts each, are in another order than in the "
+        f"reference{_along_dim(details)}"
     )
 
 
-def _boundary(story: Mapping[str, Any]) -> str:
-    if "padding" in story:
-        spans = ", ".join(f"{start} to {stop - 1}" for start, stop in story["padding"])
-        return f"the reference is all there{_along(story)}, with padding at {spans}"
-    return f"index {story['first_wrong']}{_along(story)} holds the reference's {story['holds']}"
+def _boundary(details: Details) -> str:
+    if "padding" in details:
+        spans = ", ".join(f"{start} to {stop - 1}" for start, stop in details["padding"])
+        return f"the reference is complete{_along_dim(details)}, with padding at {spans}"
+    return f"index {details['first_wrong']}{_along_dim(details)} holds the reference's {details['holds']}"
 
 
-def _along(story: Mapping[str, Any]) -> str:
-    return "" if story.get("dim") is None else f" along dim {story['dim']}"
+def _along_dim(details: Details) -> str:
+    return "" if details.get("dim") is None else f" along dim {details['dim']}"
 
 
-def _rounded(story: Mapping[str, Any]) -> str:
-    return f"the reference, rounded to {story['dtype']}, equals the tensor to the bit"
+def _tie(details: Details) -> str | None:
+    partner = details.get("tied_with") or details.get("equals")
+    names = partner if isinstance(partner, str) else ", ".join(partner or ())
+    return f"the reference ties it with {names}" if names else None
 
 
-def _equals(story: Mapping[str, Any]) -> str | None:
-    return f"the tensor equals {story['equals']} to the bit" if "equals" in story else None
+def _if_known(key: str, phrase: str) -> Callable[[Details], str | None]:
+    return lambda details: phrase.format(details[key]) if details.get(key) is not None else None
 
 
-def _tie(story: Mapping[str, Any]) -> str | None:
-    partner = story.get("tied_with") or story.get("equals")
-    named = partner if isinstance(partner, str) else ", ".join(partner or ())
-    return f"the reference ties it with {named}" if named else None
-
-
-def _missing(story: Mapping[str, Any]) -> str | None:
-    return f"its bits are there under the name {story['stands_as']}" if story.get("stands_as") else None
-
-
-def _copies(story: Mapping[str, Any]) -> str | None:
-    return f"{story['copies']} whole copies stand one behind the other" if "copies" in story else None
-
-
-def _flipped(story: Mapping[str, Any]) -> str | None:
-    return f"bit {story['bit']} of one element differs" if "bit" in story else None
-
-
-def _factor(story: Mapping[str, Any]) -> str | None:
-    return f"the tensor equals the reference times {story['factor']} to the bit" if "factor" in story else None
-
-
-_TOLD = {
+_PHRASES: Mapping[Cause, Callable[[Details], str | None]] = {
     Cause.SHARD_MISSING: _shard,
     Cause.SHARD_ORDER_SWAPPED: _order,
     Cause.SHARD_REPEATED: _order,
     Cause.FUSED_BLOCKS_INTERLEAVED: _fused,
     Cause.WRONG_SHARD_BOUNDARY: _boundary,
     Cause.VOCAB_OFFSET_WRONG: _boundary,
-    Cause.DTYPE_ROUNDED: _rounded,
-    Cause.STALE_WEIGHT: _equals,
-    Cause.TENSOR_OF_ANOTHER_LAYER: _equals,
     Cause.TIED_WEIGHT_UNTIED: _tie,
     Cause.TIED_WEIGHT_DROPPED: _tie,
-    Cause.TENSOR_MISSING: _missing,
-    Cause.NOT_SHARDED: _copies,
-    Cause.BIT_FLIPPED: _flipped,
-    Cause.REPLICA_DRIFT: lambda story: story.get("ranks"),
-    Cause.DUPLICATE_REDUCE: _factor,
+    Cause.DTYPE_ROUNDED: _if_known("dtype", "the reference, rounded to {}, equals the tensor to the bit"),
+    Cause.STALE_WEIGHT: _if_known("equals", "the tensor equals {} to the bit"),
+    Cause.TENSOR_OF_ANOTHER_LAYER: _if_known("equals", "the tensor equals {} to the bit"),
+    Cause.TENSOR_MISSING: _if_known("stands_as", "its bits are there under the name {}"),
+    Cause.NOT_SHARDED: _if_known("copies", "the tensor is {} whole copies, concatenated"),
+    Cause.BIT_FLIPPED: _if_known("bit", "bit {} of one element differs"),
+    Cause.REPLICA_DRIFT: _if_known("ranks", "{}"),
+    Cause.DUPLICATE_REDUCE: _if_known("factor", "the tensor equals the reference times {} to the bit"),
 }

@@ -23,7 +23,7 @@ def verdict_lines(verdict: Verdict, *, findings_shown: int | None = FINDINGS_SHO
     yield _head(verdict)
     if verdict.message:
         yield from _message(verdict)
-    yield from checkpoints.story_lines(verdict)
+    yield from checkpoints.explanation_lines(verdict)
     shown = _most_telling(verdict.findings, findings_shown)
     for finding in shown:
         yield Line()
@@ -59,7 +59,7 @@ def _message(verdict: Verdict) -> Iterator[Line]:
 
 def _most_telling(findings: Sequence[Finding], number: int | None) -> list[Finding]:
     """Return so many findings in their order: the first of each check and story, the others, then consequences."""
-    stories = checkpoints.story_groups(findings)
+    stories = checkpoints.group_by_explanation(findings)
     of_stories = {id(group[0]) for group in stories}
     number = len(stories) if stories and number is not None else number
     seen: set[str] = set()

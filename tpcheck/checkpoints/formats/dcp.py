@@ -1,4 +1,4 @@
-"""Checkpoints of torch.distributed.checkpoint: a `.metadata` file beside `*.distcp` files that hold chunks."""
+"""Checkpoints of torch.distributed.checkpoint (DCP): a `.metadata` file beside `*.distcp` files that hold chunks."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from typing import Any
 import torch
 
 from tpcheck.backends.checkpoint_format import Extent, ReadOptions
-from tpcheck.checkpoints.formats.files import Files, OpenFile, as_path, inside, is_folder, is_present, shortened
+from tpcheck.checkpoints.formats.file_checkpoint import Chunk, ChunkedTensor, FileCheckpoint, tensor_from_chunks
+from tpcheck.checkpoints.formats.files import Files, OpenFile, inside, is_folder, is_present, shortened
 from tpcheck.checkpoints.formats.json_files import read_config
-from tpcheck.checkpoints.formats.stored import StoredTensor
-from tpcheck.checkpoints.formats.table import Box, BoxedTensor, TableCheckpoint, put_together
-from tpcheck.checkpoints.formats.torch_files import KEYS, load
-from tpcheck.checkpoints.formats.unpickler import Inert, InertUnpickler, Stream
+from tpcheck.checkpoints.formats.storage_view import StorageView
+from tpcheck.checkpoints.formats.torch_files import KEYS, RefusedError, read_structure
+from tpcheck.checkpoints.formats.unpickler import PickledObject, SafeUnpickler, Stream
 from tpcheck.core.errors import CheckpointError
 
-LARGEST_METADATA = 256 << 20
-"""Bytes, some 300 for each chunk."""
+METADATA = ".metadata"
 
-MORE_STEPS = 24
-"""Millions of steps beyond those of a torch file: 250,000 chunks, or half a gigabyte while they are looked at."""
+MAX_METADATA_NBYTES = 256 << 20
+"""About 300 for each chunk."""
+
+MAX_METADATA_STEPS = 28_000_000
+"""Steps of its pickle: 250,000 chunks, which take half a gigabyte while they are read."""
 
 CLASSES = (
     "torch.distributed.checkpoint.*",
@@ -33,82 +35,64 @@ CLASSES = (
     "pathlib.PurePosixPath",
     "pathlib._local.PosixPath",
 )
-"""What torch and Megatron write."""
+"""Classes that torch and Megatron write into the metadata."""
 
 
-def metadata_record(path: Path, files: Files, options: ReadOptions) -> Inert:
-    """Return what the file holds, with `Inert` for each object.
-
-    Raises:
-        CheckpointError: It is damaged, or names classes that no metadata has.
-    """
+def _read_pickle(path: Path, files: Files, options: ReadOptions) -> PickledObject:
+    """Return the metadata, with a `PickledObject` for each object."""
     file = files.open(path)
-    if file.size > LARGEST_METADATA:
-        raise CheckpointError(f"{path} has {file.size} bytes, which is more than a table of tensors needs.")
-    classes = ("*",) if options.allow_pickle else CLASSES  # nothing is made of them either way
-    unpickler = _MetadataUnpickler(_LongStream(file), inert=classes, persistent_load=_no_persistent)
+    if file.size > MAX_METADATA_NBYTES:
+        raise CheckpointError(f"{path} has {file.size} bytes, which is more than the metadata of a model needs.")
+    classes = ("*",) if options.allow_pickle else CLASSES  # none of them is created either way
+    stream = Stream(file, 0, file.size, max_steps=MAX_METADATA_STEPS)
+    unpickler = _MetadataUnpickler(stream, keep=classes, persistent_load=_refuse_storage)
     try:
         metadata = unpickler.load()
-    except Exception as error:  # a damaged pickle raises anything
+    except Exception as error:  # a damaged pickle raises any type
         _require_none_refused(path, unpickler)
         reason = str(error).removesuffix(".") if isinstance(error, CheckpointError) else type(error).__name__
-        raise CheckpointError(f"{path} is no metadata of torch.distributed.checkpoint: {reason}.") from error
+        raise CheckpointError(f"{path} is not the metadata of torch.distributed.checkpoint: {reason}.") from error
     _require_none_refused(path, unpickler)
-    if not isinstance(metadata, Inert):
-        raise CheckpointError(f"{path} is no metadata of torch.distributed.checkpoint: it holds other data.")
+    if not isinstance(metadata, PickledObject):
+        raise CheckpointError(f"{path} is not the metadata of torch.distributed.checkpoint: it holds another object.")
     return metadata
 
 
-class _MetadataUnpickler(InertUnpickler):
-    """Also keeps mappings whose keys are objects: `storage_data` is one."""
+class _MetadataUnpickler(SafeUnpickler):
+    """Also reads mappings whose keys are objects, such as `storage_data`."""
 
     def _set(self, items: list[Any]) -> None:
         target = self.stack[-1]
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if isinstance(key, Inert) and isinstance(target, dict):
+            if isinstance(key, PickledObject) and isinstance(target, dict):
                 target[key] = value
             else:
                 super()._set([key, value])
 
 
-class _LongStream(Stream):
-    """Reads on for more steps."""
-
-    def __init__(self, file: OpenFile) -> None:
-        super().__init__(file, 0, file.size)
-        self._left = MORE_STEPS
-
-    def read(self, nbytes: int) -> bytes:
-        if self._reads >= 1_000_000 and self._left:
-            self._reads, self._left = 0, self._left - 1
-        return super().read(nbytes)
-
-
-def _require_none_refused(path: Path, unpickler: InertUnpickler) -> None:
+def _require_none_refused(path: Path, unpickler: SafeUnpickler) -> None:
     if unpickler.refused:
         names = ", ".join(name if name.isprintable() else repr(name) for name in list(unpickler.refused)[:8])
         raise CheckpointError(
-            f"{path} is refused, because it names {names[:400]}, which no metadata of torch.distributed.checkpoint "
-            "does: --allow-pickle reads past them."
+            f"{path} is refused, because it names {names[:400]}, which the metadata of torch.distributed.checkpoint "
+            "never does; --allow-pickle reads the rest of it."
         )
 
 
-def _no_persistent(_: Any) -> Any:
+def _refuse_storage(_: Any) -> Any:
     raise CheckpointError("it refers to storages")
 
 
-METADATA = ".metadata"
-
-
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """A rectangle of a tensor and where it was saved.
+class ChunkPlace:
+    """Where a chunk of a tensor was saved: as a whole file of `torch.save` within another file.
 
     Attributes:
-        offsets: Indices at which it starts in the whole tensor.
+        offsets: Indices at which the chunk starts in the tensor.
+        sizes: Its shape.
         path: The file.
-        start: Position of its first byte, which is that of a whole file of `torch.save`.
-        nbytes: Length of that file.
+        start: Position of its first byte there.
+        nbytes: Length of the file of `torch.save`.
     """
 
     offsets: tuple[int, ...]
@@ -120,19 +104,21 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
+    """A tensor by the metadata."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[ChunkPlace, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
-    """What a DCP folder holds.
+class Metadata:
+    """The contents of a DCP folder.
 
     Attributes:
-        tensors: By flat name.
-        others: Names of what is no tensor, with the reason; tensors that cannot be read among them.
-        keys: For each flat name the keys that led to it in the nested state dict, where the planner kept them.
+        tensors: Tensors by their flat name.
+        others: The reason for each entry that is not a tensor or cannot be read.
+        keys: For each flat name the keys that lead to it in the nested state dict, where the planner saved them.
     """
 
     tensors: Mapping[str, SavedTensor]
@@ -140,22 +126,22 @@ class Saved:
     keys: Mapping[str, tuple[str, ...]]
 
 
-def read_metadata(folder: Path, files: Files, options: ReadOptions) -> Saved:
-    """Return what the folder's metadata says.
+def read_metadata(folder: Path, files: Files, options: ReadOptions) -> Metadata:
+    """Read the metadata of a folder.
 
     Raises:
-        CheckpointError: It is damaged, names files outside of the folder, or says what cannot be.
+        CheckpointError: The metadata is damaged, contradicts itself, or names classes or files that it should not.
     """
     path = folder / METADATA
-    metadata = metadata_record(path, files, options)
+    metadata = _read_pickle(path, files, options)
     entries = _mapping(path, _field(path, metadata, "state_dict_metadata"))
     places = _places(folder, path, _field(path, metadata, "storage_data"))
     tensors: dict[str, SavedTensor] = {}
     others: dict[str, str] = {}
     for name, entry in entries.items():
         if not isinstance(name, str) or not name.isprintable():
-            raise CheckpointError(f"{path} has an entry with a name that is no text: {shortened(name)}.")
-        compressed = any(place.transformed for place in places.get(name, {}).values())
+            raise CheckpointError(f"{path} has an entry with a name that is not text: {shortened(name)}.")
+        compressed = any(place.compressed for place in places.get(name, {}).values())
         if _kind(entry) == "BytesStorageMetadata":
             others[name] = "is a pickled object, not a tensor"
         elif _kind(entry) != "TensorStorageMetadata":
@@ -164,7 +150,7 @@ def read_metadata(folder: Path, files: Files, options: ReadOptions) -> Saved:
             others[name] = "is compressed by an extension of torch.distributed.checkpoint"
         else:
             tensors[name] = _tensor(path, name, entry, places.get(name, {}))
-    return Saved(tensors, others, dict(_keys(_optional(metadata, "planner_data"))))
+    return Metadata(tensors, others, dict(_keys(_optional(metadata, "planner_data"))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +158,7 @@ class _Place:
     path: Path
     start: int
     nbytes: int
-    transformed: bool
+    compressed: bool
 
 
 _Places = dict[str, dict[tuple[int, ...] | None, _Place]]
@@ -181,10 +167,10 @@ _Places = dict[str, dict[tuple[int, ...] | None, _Place]]
 def _tensor(path: Path, name: str, entry: Any, places: Mapping[tuple[int, ...] | None, _Place]) -> SavedTensor:
     shape = _sizes(path, name, _field(path, entry, "size"))
     properties = _field(path, entry, "properties")
-    state = properties.state if isinstance(properties, Inert) else None
+    state = properties.state if isinstance(properties, PickledObject) else None
     dtype = state[0] if isinstance(state, tuple) and state else _optional(properties, "dtype")
     if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(f"{path} does not say of which dtype {shortened(name)} is.")
+        raise CheckpointError(f"{path} does not state the dtype of {shortened(name)}.")
     listed = _field(path, entry, "chunks")
     chunks = []
     for chunk in listed if isinstance(listed, list) else ():
@@ -192,32 +178,32 @@ def _tensor(path: Path, name: str, entry: Any, places: Mapping[tuple[int, ...] |
         sizes = _sizes(path, name, _first_field(path, chunk, "sizes", "shard_sizes"))
         if not len(offsets) == len(sizes) == len(shape):
             raise CheckpointError(f"{path} has a chunk of {shortened(name)} with another number of dims.")
-        if any(at + size > whole for at, size, whole in zip(offsets, sizes, shape, strict=True)):
-            raise CheckpointError(f"{path} has a chunk of {shortened(name)} that reaches out of the tensor.")
+        if any(start + size > limit for start, size, limit in zip(offsets, sizes, shape, strict=True)):
+            raise CheckpointError(f"{path} has a chunk of {shortened(name)} that reaches beyond the tensor.")
         place = places.get(offsets, places.get(None))
         if place is None:
-            raise CheckpointError(f"{path} does not say in which file the chunk of {shortened(name)} at {offsets} is.")
-        chunks.append(Chunk(offsets, sizes, place.path, place.start, place.nbytes))
+            raise CheckpointError(f"{path} does not state the file of the chunk of {shortened(name)} at {offsets}.")
+        chunks.append(ChunkPlace(offsets, sizes, place.path, place.start, place.nbytes))
     return SavedTensor(shape, dtype, tuple(chunks))
 
 
 def _places(folder: Path, path: Path, storage: Any) -> _Places:
-    found: _Places = defaultdict(dict)
+    places: _Places = defaultdict(dict)
     paths: dict[str, Path] = {}
     for index, info in _mapping(path, storage).items():
         name, offsets = _field(path, index, "fqn"), _optional(index, "offset")
         file, start = _field(path, info, "relative_path"), _field(path, info, "offset")
         nbytes = _field(path, info, "length")
         if not isinstance(name, str) or not (offsets is None or isinstance(offsets, tuple)):
-            raise CheckpointError(f"{path} has a place of no tensor.")
-        if not all(type(one) is int and 0 <= one < 1 << 62 for one in (start, nbytes)):
-            raise CheckpointError(f"{path} has a place of {shortened(name)} that is no part of a file.")
+            raise CheckpointError(f"{path} has an index that is not one of a tensor.")
+        if not all(type(number) is int and 0 <= number < 1 << 62 for number in (start, nbytes)):
+            raise CheckpointError(f"{path} has a place of {shortened(name)} that is not a part of a file.")
         if not isinstance(file, str) or file not in paths:
             paths[file] = inside(folder, file)
-        if offsets in found[name]:
+        if offsets in places[name]:
             raise CheckpointError(f"{path} has two places for the same chunk of {shortened(name)}.")
-        found[name][offsets] = _Place(paths[file], start, nbytes, bool(_optional(info, "transform_descriptors")))
-    return found
+        places[name][offsets] = _Place(paths[file], start, nbytes, bool(_optional(info, "transform_descriptors")))
+    return places
 
 
 def _keys(planner_data: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -227,11 +213,11 @@ def _keys(planner_data: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _kind(entry: Any) -> str:
-    return entry.name.rpartition(".")[2] if isinstance(entry, Inert) else ""
+    return entry.name.rpartition(".")[2] if isinstance(entry, PickledObject) else ""
 
 
 def _fields(value: Any) -> Mapping[Any, Any]:
-    return value.state if isinstance(value, Inert) and isinstance(value.state, Mapping) else {}
+    return value.state if isinstance(value, PickledObject) and isinstance(value.state, Mapping) else {}
 
 
 def _optional(value: Any, name: str) -> Any:
@@ -240,7 +226,9 @@ def _optional(value: Any, name: str) -> Any:
 
 def _field(path: Path, value: Any, name: str) -> Any:
     if name not in _fields(value):
-        raise CheckpointError(f"{path} is no metadata of torch.distributed.checkpoint: a field {name} is missing.")
+        raise CheckpointError(
+            f"{path} is not the metadata of torch.distributed.checkpoint: the field {name} is missing."
+        )
     return _fields(value)[name]
 
 
@@ -252,54 +240,54 @@ def _first_field(path: Path, value: Any, *names: str) -> Any:
 
 def _mapping(path: Path, value: Any) -> Mapping[Any, Any]:
     if not isinstance(value, Mapping):
-        raise CheckpointError(f"{path} is no metadata of torch.distributed.checkpoint: a table is missing.")
+        raise CheckpointError(f"{path} is not the metadata of torch.distributed.checkpoint: a mapping is missing.")
     return value
 
 
 def _sizes(path: Path, name: str, value: Any) -> tuple[int, ...]:
     sizes = tuple(value) if isinstance(value, (tuple, list)) else (-1,)
     if len(sizes) > 64 or not all(type(size) is int and 0 <= size < 1 << 48 for size in sizes):
-        raise CheckpointError(f"{path} has a shape of {shortened(name)} that is none.")
+        raise CheckpointError(f"{path} has a shape of {shortened(name)} that is not made of sizes.")
     return sizes
 
 
-def put_chunks_together(folder: Path, name: str, saved: SavedTensor, files: Files) -> BoxedTensor:
-    """Return the tensor that the chunks are.
+def read_chunks(folder: Path, name: str, saved: SavedTensor, files: Files) -> ChunkedTensor:
+    """Return the tensor that its chunks make up.
 
     Raises:
-        CheckpointError: They overlap, leave a gap, or are no part of their file.
+        CheckpointError: They overlap, leave a gap, or reach beyond their file.
     """
-    chunks = [LazyChunk(name, saved.dtype, chunk) for chunk in saved.chunks]
-    for one in saved.chunks:
-        size = files.open(one.path).size
-        if one.start + one.nbytes > size:
+    for place in saved.chunks:
+        size, end = files.open(place.path).size, place.start + place.nbytes
+        if end > size:
             raise CheckpointError(
-                f"{one.path} has {size} bytes, and the chunk of {shortened(name)} in it ends at byte "
-                f"{one.start + one.nbytes}."
+                f"{place.path} has {size} bytes, but its chunk of {shortened(name)} ends at byte {end}."
             )
-    if not chunks:
+    if not saved.chunks:
         raise CheckpointError(f"{folder} holds no chunk of {shortened(name)}.")
+    chunks = [Chunk(place.offsets, LazyChunk(name, saved.dtype, place)) for place in saved.chunks]
     try:
-        whole = put_together([Box(one.place.offsets, one) for one in chunks])
+        tensor = tensor_from_chunks(chunks)
     except CheckpointError as error:
         raise CheckpointError(f"Tensor {shortened(name)} in {folder} {error}.") from error
-    if whole.shape != saved.shape:
+    if tensor.shape != saved.shape:
         raise CheckpointError(
-            f"{folder} holds chunks of {shortened(name)} that make up shape {list(whole.shape)} of {list(saved.shape)}."
+            f"{folder} holds chunks of {shortened(name)} that make up the shape {list(tensor.shape)} in place of "
+            f"{list(saved.shape)}."
         )
-    if len(chunks) > 1:
-        return whole
-    only = whole.boxes[0]
-    return replace(whole, boxes=(Box(only.offsets, chunks[0].opened(files)),))
+    if len(saved.chunks) > 1:
+        return tensor
+    only = LazyChunk(name, saved.dtype, saved.chunks[0]).open(files)  # so that it has an extent
+    return replace(tensor, chunks=(Chunk(saved.chunks[0].offsets, only),))
 
 
 @dataclass(frozen=True, slots=True)
 class LazyChunk:
-    """A chunk whose own table of contents is read when its elements are: a model may have 100,000 of them."""
+    """A chunk whose table of contents is read when its elements are: a model may have 100,000 of them."""
 
     name: str
     dtype: torch.dtype
-    place: Chunk
+    place: ChunkPlace
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -309,91 +297,75 @@ class LazyChunk:
         return None
 
     def read(self, files: Files, rows: range) -> torch.Tensor:
-        return self.opened(files).read(files, rows)
+        return self.open(files).read(files, rows)
 
-    def opened(self, files: Files) -> StoredTensor:
-        """Return where its elements lie.
+    def open(self, files: Files) -> StorageView:
+        """Return the chunk as a view of the file.
 
         Raises:
-            CheckpointError: It is no such tensor as the metadata says.
+            CheckpointError: The file does not hold the tensor that the metadata describes.
         """
-        whole = files.open(self.place.path)
+        file = files.open(self.place.path)
         where = f"The chunk of {shortened(self.name)} at byte {self.place.start} of {self.place.path}"
         try:
-            tensor = load(whole.path, _PartAlone(_Part(whole, self.place.start, self.place.nbytes)), ReadOptions())
-        except CheckpointError as error:
-            raise CheckpointError(f"{where} is no tensor that torch saved, or a damaged one.") from error
-        if not isinstance(tensor, StoredTensor) or (tensor.shape, tensor.dtype) != (self.shape, self.dtype):
-            found = f"{list(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, StoredTensor) else "no tensor"
-            raise CheckpointError(f"{where} is {found}, and the metadata says {list(self.shape)} of {self.dtype}.")
+            tensor = read_structure(_FilePart(file, self.place.start, self.place.nbytes))
+        except (CheckpointError, RefusedError) as error:
+            raise CheckpointError(f"{where} is not a tensor that torch saved, or it is damaged.") from error
+        if not isinstance(tensor, StorageView) or (tensor.shape, tensor.dtype) != (self.shape, self.dtype):
+            kind = f"{list(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, StorageView) else "not a tensor"
+            raise CheckpointError(f"{where} is {kind}, but the metadata states {list(self.shape)} of {self.dtype}.")
         if tensor.storage.offset is None:
             raise CheckpointError(f"{where} has no elements.")
         return replace(tensor, storage=replace(tensor.storage, offset=tensor.storage.offset + self.place.start))
 
 
-class _Part(OpenFile):
-    """A part of an open file, read as if it were a file."""
+class _FilePart(OpenFile):
+    """A part of an open file, which reads as a file."""
 
-    __slots__ = ("_start", "_whole")
+    __slots__ = ("_file", "_start")
 
-    def __init__(self, whole: OpenFile, start: int, nbytes: int) -> None:
-        self.path, self.size = whole.path, nbytes
-        self._whole, self._start = whole, start
+    def __init__(self, file: OpenFile, start: int, nbytes: int) -> None:
+        self.path, self.size = file.path, nbytes
+        self._file, self._start = file, start
         self._descriptor = None
 
     def read(self, offset: int, nbytes: int) -> bytearray:
         self._require_range(offset, nbytes)
-        return self._whole.read(self._start + offset, nbytes)
-
-
-class _PartAlone(Files):
-    """Opens nothing but the part."""
-
-    def __init__(self, part: _Part) -> None:
-        super().__init__()
-        self._part = part
-
-    def open(self, path: Path) -> OpenFile:
-        return self._part
+        return self._file.read(self._start + offset, nbytes)
 
 
 NOT_THE_MODEL = ("optim", "lr_scheduler", "scheduler", "dataloader", "train_state", "rng", "ema")
-"""Starts of the keys under which trainers save what is not the model."""
+"""First words of the keys under which trainers save other states than the model's."""
 
 Keys = tuple[str, ...]
 
 
 class DcpFormat:
-    """Opens what `dcp.save` wrote; of a nested state dict, the model."""
+    """Opens a folder of `dcp.save`; of a nested state dict, the model."""
 
     name = "dcp"
-    precedence = 35  # above pytorch, which takes any file of torch.save that lies in a folder alone
+    precedence = 35  # above pytorch, which recognises any single file of torch.save in a folder
 
     def recognises(self, source: Any) -> bool:
-        path = as_path(source)
-        return path is not None and is_folder(path) and is_present(path / METADATA)
+        return is_folder(source) and is_present(source / METADATA)
 
-    def open(self, source: Any, options: ReadOptions) -> TableCheckpoint:
-        files = Files()
-        try:
-            return _opened(Path(source), files, options)
-        except BaseException:
-            files.close()
-            raise
+    def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
+        with Files() as files:
+            return _open(source, files, options)
 
 
-def _opened(folder: Path, files: Files, options: ReadOptions) -> TableCheckpoint:
+def _open(folder: Path, files: Files, options: ReadOptions) -> FileCheckpoint:
     saved = read_metadata(folder, files, options)
     model = model_names(folder, saved)
-    tensors: dict[str, BoxedTensor] = {
-        new: put_chunks_together(folder, old, saved.tensors[old], files)
+    tensors: dict[str, ChunkedTensor] = {
+        new: read_chunks(folder, old, saved.tensors[old], files)
         for old, new in model.names.items()
         if old in saved.tensors
     }
     unread = {new: saved.others[old] for old, new in model.names.items() if old in saved.others}
     num_files = len({chunk.path for old in model.names if old in saved.tensors for chunk in saved.tensors[old].chunks})
     description = f"torch.distributed.checkpoint, {num_files} files{model.description}"
-    return TableCheckpoint(files, description, tensors, read_config(folder, files), unread=unread)
+    return FileCheckpoint(files, description, tensors, read_config(folder, files), unread=unread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,24 +373,24 @@ class ModelNames:
     """The part of a saved state dict that is the model.
 
     Attributes:
-        names: Names in the model by names in the checkpoint.
-        description: Which part that is, where it is not everything.
+        names: The name in the model for each name in the checkpoint.
+        description: Which part it is, where it is not all.
     """
 
     names: Mapping[str, str]
     description: str
 
 
-def model_names(folder: Path, saved: Saved) -> ModelNames:
-    """Find the model in a state dict that may hold an optimizer, too.
+def model_names(folder: Path, saved: Metadata) -> ModelNames:
+    """Find the model in a state dict that may also hold an optimizer.
 
     Raises:
-        CheckpointError: There are several that could be the model.
+        CheckpointError: Several entries could be the model.
     """
     keys = {name: saved.keys.get(name, (name,)) for name in (*saved.tensors, *saved.others)}
     prefix = _prefix(folder, {keys[name] for name in saved.tensors})
-    if prefix is None:  # the model's own names, perhaps with an optimizer beside them
-        names = {name: name for name, path in keys.items() if len(path) == 1 and not _is_other(path[0])}
+    if prefix is None:  # the names of the model, perhaps with an optimizer beside them
+        names = {name: name for name, path in keys.items() if len(path) == 1 and not _is_not_model(path[0])}
         left_out = sorted({path[0] for name, path in keys.items() if name not in names})
         without = f", without {', '.join(map(repr, left_out[:5]))}" if left_out else ""
         return ModelNames(names, without if any(name in saved.tensors for name in names) else "")
@@ -431,17 +403,17 @@ def model_names(folder: Path, saved: Saved) -> ModelNames:
 
 
 def _prefix(folder: Path, paths: set[Keys]) -> Keys | None:
-    """Return the keys that lead to the model; None where its names lie at the top."""
+    """Return the keys that lead to the model, or None where its names are at the top level."""
     by_name = {path[: i + 1] for path in paths for i, key in enumerate(path[:-1]) if key in KEYS}
     depth = min(map(len, by_name), default=0)
-    nearest = sorted(prefix for prefix in by_name if len(prefix) == depth and not any(map(_is_other, prefix)))
+    nearest = sorted(prefix for prefix in by_name if len(prefix) == depth and not any(map(_is_not_model, prefix)))
     if not nearest and not any(len(path) == 1 for path in paths):
-        nearest = sorted({path[:1] for path in paths if not _is_other(path[0])})
+        nearest = sorted({path[:1] for path in paths if not _is_not_model(path[0])})
     if len(nearest) > 1:
         keys = ", ".join(repr(".".join(prefix)) for prefix in nearest[:5])
         raise CheckpointError(f"{folder} holds several state dicts, under {keys}.")
     return nearest[0] if nearest else None
 
 
-def _is_other(key: str) -> bool:
+def _is_not_model(key: str) -> bool:
     return key.startswith(NOT_THE_MODEL)

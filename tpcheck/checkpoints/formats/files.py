@@ -1,13 +1,13 @@
-"""What a path that may be a checkpoint looks like from outside."""
+"""Open the files of a checkpoint, which may be damaged, hostile, or change while they are read."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,23 +16,23 @@ import torch
 
 from tpcheck.core.errors import CheckpointError
 
-KEPT_OPEN = 256
-"""Descriptors that one checkpoint keeps: a quarter of the usual limit; further files are opened for each read."""
+MAX_DESCRIPTORS = 256
+"""Files that one checkpoint keeps open: a quarter of the usual limit; further files are opened for each read."""
 
 
 def inside(folder: Path, name: object) -> Path:
-    """Return the path of a file that a checkpoint's own metadata names.
+    """Return the path of a file that a checkpoint's metadata names.
 
-    What leads out of the folder is refused, but a file may itself be a symlink out of it, as in the hub's cache.
+    A path out of the folder is refused. The file itself may be a symlink out of it, as in the cache of the hub.
 
     Raises:
-        CheckpointError: The name is not one of a file below the folder.
+        CheckpointError: The name is not that of a file below the folder.
     """
     if not isinstance(name, str) or len(name) > 1000 or not PurePosixPath(name).parts or {*name} & {"\0", "\\"}:
-        raise CheckpointError(f"{folder} names a file {shortened(name)}, which is no file's name.")
+        raise CheckpointError(f"{folder} names a file {shortened(name)}, which is not a file name.")
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts:
-        raise CheckpointError(f"{folder} names a file {shortened(name)}, which lies outside of it.")
+        raise CheckpointError(f"{folder} names a file {shortened(name)}, which is outside of it.")
     path = folder / parts
     try:
         within = path.parent.resolve().is_relative_to(folder.resolve())
@@ -44,7 +44,7 @@ def inside(folder: Path, name: object) -> Path:
 
 
 def shortened(value: object, limit: int = 120) -> str:
-    """Return the value as text for a message, cut where a hostile file made it long."""
+    """Return the value as text for a message, cut where a hostile file makes it long."""
     text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"of type {type(value).__name__}"
     return text if len(text) <= limit else f"{text[:limit]}..."
 
@@ -52,14 +52,14 @@ def shortened(value: object, limit: int = 120) -> str:
 class OpenFile:
     """One regular file, as it was when it was opened."""
 
-    __slots__ = ("_descriptor", "_state", "path", "size")
+    __slots__ = ("_descriptor", "_identity", "path", "size")
 
     def __init__(self, path: Path, *, keep: bool) -> None:
         self.path = path
-        descriptor = _opened(path)
+        descriptor = _open_regular(path)
         status = os.fstat(descriptor)
         self.size = status.st_size
-        self._state = _state(status)
+        self._identity = _identity(status)
         self._descriptor = descriptor if keep else None
         if not keep:
             os.close(descriptor)
@@ -71,20 +71,17 @@ class OpenFile:
         self._fill(memoryview(buffer), offset)
         return buffer
 
-    def read_into(self, offset: int, target: torch.Tensor) -> None:
-        """Fill a contiguous CPU tensor with the bytes from this position on."""
-        nbytes = target.numel() * target.element_size()
-        self._require_range(offset, nbytes)
-        if nbytes:
-            memory = (ctypes.c_char * nbytes).from_address(target.data_ptr())
-            self._fill(memoryview(memory).cast("B"), offset)
+    def read_tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Return a contiguous tensor of the bytes from this position on."""
+        data = self.read(offset, prod(shape) * dtype.itemsize)
+        return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
 
     def require_unchanged(self) -> None:
         try:
-            now = _state(self.path.stat())
+            now = _identity(self.path.stat())
         except OSError as error:
             raise CheckpointError(f"{self.path} was removed while it was read: {_reason(error)}.") from error
-        if now != self._state:
+        if now != self._identity:
             raise CheckpointError(f"{self.path} was changed while it was read.")
 
     def close(self) -> None:
@@ -95,7 +92,7 @@ class OpenFile:
     def _require_range(self, offset: int, nbytes: int) -> None:
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
             raise CheckpointError(
-                f"{self.path} has {self.size} bytes, and {shortened(nbytes)} from {shortened(offset)} are asked for."
+                f"{self.path} has {self.size} bytes, so {shortened(nbytes)} from {shortened(offset)} cannot be read."
             )
 
     def _fill(self, target: memoryview, offset: int) -> None:
@@ -115,9 +112,9 @@ class OpenFile:
         if self._descriptor is not None:
             yield self._descriptor
             return
-        descriptor = _opened(self.path)
+        descriptor = _open_regular(self.path)
         try:
-            if _state(os.fstat(descriptor)) != self._state:
+            if _identity(os.fstat(descriptor)) != self._identity:
                 raise CheckpointError(f"{self.path} was changed while it was read.")
             yield descriptor
         finally:
@@ -125,22 +122,32 @@ class OpenFile:
 
 
 class Files:
-    """The files of one checkpoint; safe to use from several threads until it is closed."""
+    """The files of one checkpoint; several threads may use it until it is closed.
+
+    As a context manager it closes the files on an error alone: a checkpoint that is opened keeps them.
+    """
 
     def __init__(self) -> None:
         self._open: dict[Path, OpenFile] = {}
         self._lock = threading.Lock()
         self._scratch: list[TemporaryDirectory[str]] = []
 
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is not None:
+            self.close()
+
     def open(self, path: Path) -> OpenFile:
-        """Return the file, opened the first time that it is asked for.
+        """Return the file, opened once.
 
         Raises:
-            CheckpointError: It is not a regular file that can be read, or it is empty.
+            CheckpointError: It is empty, or not a regular file that can be read.
         """
         with self._lock:
             if path not in self._open:
-                self._open[path] = OpenFile(path, keep=len(self._open) < KEPT_OPEN)
+                self._open[path] = OpenFile(path, keep=len(self._open) < MAX_DESCRIPTORS)
             return self._open[path]
 
     def scratch(self) -> Path:
@@ -165,28 +172,27 @@ class Files:
             self._scratch.clear()
 
 
-def _opened(path: Path) -> int:
+def _open_regular(path: Path) -> int:
     try:
-        descriptor = os.open(
-            path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-        )  # a FIFO without a writer hangs otherwise
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO without a writer would block
+        descriptor = os.open(path, flags)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be opened: {_reason(error)}.") from error
     status = os.fstat(descriptor)
-    what = None
+    problem = None
     if stat.S_ISDIR(status.st_mode):
-        what = "a folder, where a file should be"
+        problem = "a folder, where a file should be"
     elif not stat.S_ISREG(status.st_mode):
-        what = "not a regular file"
+        problem = "not a regular file"
     elif not status.st_size:
-        what = "empty"
-    if what is not None:
+        problem = "empty"
+    if problem is not None:
         os.close(descriptor)
-        raise CheckpointError(f"{path} is {what}.")
+        raise CheckpointError(f"{path} is {problem}.")
     return descriptor
 
 
-def _state(status: os.stat_result) -> tuple[int, int, int, int]:
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -195,21 +201,16 @@ def _reason(error: Exception) -> str:
     return reason[:1].lower() + reason[1:]
 
 
-def as_path(source: Any) -> Path | None:
-    """Return the source as a path, if it is one and not a live object."""
-    return Path(source) if isinstance(source, (str, os.PathLike)) else None
-
-
-def is_folder(path: Path) -> bool:
-    """Return whether this is a folder; not where that cannot be told."""
+def is_folder(source: Any) -> bool:
+    """Return whether this is the path of a folder; False for a live object, or where the path cannot be read."""
     try:
-        return path.is_dir()
+        return isinstance(source, Path) and source.is_dir()
     except OSError:
         return False
 
 
 def is_present(path: Path) -> bool:
-    """Return whether there is anything of that name: a link that leads nowhere is, and opening it says so."""
+    """Return whether there is anything of that name; a link that leads nowhere counts, and opening it reports that."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -220,7 +221,7 @@ def is_present(path: Path) -> bool:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return the names in a folder, sorted; none where it cannot be listed."""
+    """Return the names in a folder, sorted; an empty list where it cannot be listed."""
     try:
         return sorted(path.name for path in folder.iterdir())
     except OSError:

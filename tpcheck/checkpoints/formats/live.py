@@ -1,4 +1,4 @@
-"""A live model as a checkpoint: an `nn.Module`, a DeepSpeed engine, or a mapping of tensors."""
+"""A model in memory as a checkpoint: an `nn.Module`, a DeepSpeed engine, or a mapping of tensors."""
 
 from __future__ import annotations
 
@@ -17,71 +17,71 @@ from tpcheck.backends.checkpoint_format import Extent, ReadOptions
 from tpcheck.core.errors import CheckpointError
 
 
-def gathered(entries: Mapping[str, Any], module: nn.Module | None) -> dict[str, Any]:
-    """Return the entries of a state dict, with those that are sharded replaced by whole ones on the CPU.
+def gather_shards(entries: Mapping[str, Any], module: nn.Module | None) -> dict[str, Any]:
+    """Return the entries of a state dict with every sharded tensor gathered into CPU memory. Collective.
 
     Args:
-        entries: Names with tensors, and whatever else a state dict holds.
-        module: What the state dict is of, whose tensor-parallel layers know how they are cut.
+        entries: A state dict, which may hold other objects than tensors.
+        module: The module of the state dict, whose tensor-parallel layers know how to gather their parameters.
 
     Raises:
-        CheckpointError: A tensor is a shard that nothing here can put together.
+        CheckpointError: A tensor is a shard that neither torch nor DeepSpeed can gather.
     """
     layers = () if module is None else _parallel_layers(module)
-    of_layers = {id(one): whole for layer in layers for one, whole in _of_layer(*layer)}
-    whole = dict(entries)
+    full_of = {id(parameter): full for layer in layers for parameter, full in _gather_layer(*layer)}
+    gathered = dict(entries)
     for name, value in entries.items():
-        if id(value) in of_layers:
-            whole[name] = of_layers[id(value)]
-        elif _is_shard_of_other_code(value):
+        if id(value) in full_of:
+            gathered[name] = full_of[id(value)]
+        elif _is_megatron_shard(value):
             raise CheckpointError(
                 f"Parameter {name!r} is this rank's shard of a tensor-parallel parameter, "
-                "which only the code that cut it can put together: compare what it saves."
+                "which only the code that sharded it can gather: compare what it saves."
             )
         elif hasattr(value, "full_tensor"):  # a DTensor
-            whole[name] = value.full_tensor().detach().cpu()
-        elif is_sharded(value):
+            gathered[name] = value.full_tensor().detach().cpu()
+        elif _is_sharded(value):
             with _unpartitioned([value]):
-                whole[name] = value.detach().cpu().clone()
-    return whole
+                gathered[name] = value.detach().cpu().clone()
+    return gathered
 
 
-def is_sharded(value: Any) -> bool:
-    """Return whether this rank holds a part of the tensor alone, as the tensor itself tells."""
+def _is_sharded(value: Any) -> bool:
+    """Return whether this rank holds only a part of the tensor: a DTensor, or a partition of ZeRO-3."""
     return hasattr(value, "full_tensor") or (hasattr(value, "ds_id") and hasattr(value, "ds_shape"))
 
 
-def _is_shard_of_other_code(value: Any) -> bool:
-    """Return whether the parameter is marked as Megatron marks those that it cuts."""
+def _is_megatron_shard(value: Any) -> bool:
+    """Return whether the parameter has the attribute that Megatron sets on those that it shards."""
     several_ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return several_ranks and bool(getattr(value, "tensor_model_parallel", False))
 
 
 def _parallel_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (name, layer) for each layer that DeepSpeed has replaced by a tensor-parallel one."""
+    """Yield (name, layer) for each tensor-parallel layer of DeepSpeed."""
     for name, layer in module.named_modules():
         if hasattr(layer, "gather_params") and getattr(layer, "mp_group", None) is not None:
             yield name, layer
 
 
-def _of_layer(name: str, layer: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return each parameter of the layer with the whole one, from which tied names elsewhere get theirs."""
+def _gather_layer(name: str, layer: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return (parameter, full tensor) for each parameter of the layer; a tied one is found by its identity."""
     parameters = (getattr(layer, "weight", None), getattr(layer, "bias", None))
     present = [parameter for parameter in parameters if parameter is not None]
-    with _unpartitioned(present), _data_set_aside(present):
+    with _unpartitioned(present), _data_restored(present):
         for parameter in present:
-            parameter.data = parameter.data.clone()  # what gathers may write into it
+            parameter.data = parameter.data.clone()  # gathering may write into it
         try:
-            layer.gather_params(list(present))  # before deepspeed 0.19 a None in the place of a bias crashes
+            layer.gather_params(list(present))  # deepspeed before 0.19 crashes on None in place of a bias
         except RuntimeError as error:
             raise CheckpointError(
-                f"Layer {name!r} holds a shard of its parameters that DeepSpeed cannot put together."
+                f"Layer {name!r} holds a shard of its parameters that DeepSpeed cannot gather."
             ) from error
         return [(parameter, parameter.data.detach().cpu().clone()) for parameter in present]
 
 
 @contextmanager
-def _data_set_aside(parameters: list[torch.Tensor]) -> Iterator[None]:
+def _data_restored(parameters: list[torch.Tensor]) -> Iterator[None]:
     saved = [parameter.data for parameter in parameters]
     try:
         yield
@@ -94,7 +94,7 @@ def _unpartitioned(parameters: list[torch.Tensor]) -> Any:
     partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not partitioned:
         return nullcontext()
-    from deepspeed import zero  # has partitioned them, so it is there
+    from deepspeed import zero  # installed, since it has partitioned them
 
     return zero.GatheredParameters(partitioned)
 
@@ -102,8 +102,8 @@ def _unpartitioned(parameters: list[torch.Tensor]) -> Any:
 class LiveFormat:
     """Reads the state dict of a model in memory, persistent buffers included, without copying it.
 
-    What is cut over ranks (DTensors, DeepSpeed's tensor-parallel layers, ZeRO-3) is gathered into CPU memory when the
-    model is opened, which is collective: every rank that holds a part of the model opens it.
+    Opening gathers shards (DTensors, DeepSpeed's tensor-parallel layers, ZeRO-3) into CPU memory. That is collective:
+    every rank that holds a part of the model must open it.
     """
 
     name = "live"
@@ -119,16 +119,16 @@ class LiveFormat:
     def open(self, source: Any, options: ReadOptions) -> LiveCheckpoint:
         module = _unwrapped(source) if isinstance(source, nn.Module) else None
         entries = source if module is None else module.state_dict(keep_vars=True)
-        whole = gathered(entries, module)
+        gathered = gather_shards(entries, module)
         description = "tensors in memory" if module is None else f"{type(module).__name__} in memory"
-        if any(whole[name] is not entries[name] for name in entries):
+        if any(gathered[name] is not entries[name] for name in entries):
             description += ", gathered from all ranks"
-        return _checkpoint(description, entries, whole, {} if module is None else _config(module), module)
+        return _checkpoint(description, entries, gathered, {} if module is None else _config(module), module)
 
 
 @dataclass(slots=True)
 class LiveCheckpoint:
-    """Implements `adapters.Checkpoint` over tensors in memory."""
+    """Implements `Checkpoint` over tensors in memory."""
 
     description: str
     config: Mapping[str, Any]
@@ -139,7 +139,7 @@ class LiveCheckpoint:
     _module: nn.Module | None = None
 
     @property
-    def torn(self) -> Mapping[str, str]:
+    def inconsistent_replicas(self) -> Mapping[str, str]:
         return {}
 
     def names(self) -> tuple[str, ...]:
@@ -152,7 +152,7 @@ class LiveCheckpoint:
         return self._tensors[name].dtype
 
     def read(self, name: str, rows: range) -> torch.Tensor:
-        """Return a view where the model lies on the CPU: not to be written to."""
+        """Return a view of a model on the CPU, which must not be written to."""
         tensor = self._tensors[name].detach()
         part = tensor[rows.start : rows.stop] if tensor.ndim else tensor
         return part.resolve_conj().resolve_neg().to("cpu").contiguous()
@@ -166,9 +166,9 @@ class LiveCheckpoint:
                 raise CheckpointError(f"Tensor {name!r} of the model in memory was changed while it was read.")
 
     def as_saved(self) -> LiveCheckpoint | None:
-        """Return what `save_pretrained` of transformers writes: legacy names, experts one by one.
+        """Return what `save_pretrained` of transformers writes: legacy names, one tensor for each expert.
 
-        Tensors that are cut differently are made anew, in memory.
+        Tensors that it splits or joins are copied in memory.
         """
         library = sys.modules.get("transformers.core_model_loading")
         if library is None or not hasattr(self._module, "save_pretrained"):
@@ -186,12 +186,12 @@ class LiveCheckpoint:
 def _checkpoint(
     description: str,
     entries: Mapping[str, Any],
-    whole: Mapping[str, Any],
+    gathered: Mapping[str, Any],
     config: Mapping[str, Any],
     module: nn.Module | None,
 ) -> LiveCheckpoint:
-    reasons = {name: _unreadable(value) for name, value in whole.items()}
-    tensors = {name: whole[name] for name, reason in reasons.items() if reason is None}
+    reasons = {name: _unreadable(value) for name, value in gathered.items()}
+    tensors = {name: gathered[name] for name, reason in reasons.items() if reason is None}
     unread = {name: reason for name, reason in reasons.items() if reason is not None}
     versions = {name: _version(tensor) for name, tensor in tensors.items()}
     return LiveCheckpoint(description, config, _ties(entries), unread, tensors, versions, module)
@@ -213,15 +213,15 @@ def _ties(entries: Mapping[str, Any]) -> tuple[frozenset[str], ...]:
     names: dict[object, list[str]] = defaultdict(list)
     for name, value in entries.items():
         if isinstance(value, torch.Tensor):
-            names[_place(value)].append(name)
+            names[_identity(value)].append(name)
     return tuple(frozenset(tied) for tied in names.values() if len(tied) > 1)
 
 
-def _place(tensor: Any) -> object:
-    """Return what two names of one tensor have in common; a partitioned parameter has no memory, but is one object."""
+def _identity(tensor: Any) -> object:
+    """Return a key that two names of one tensor share; the object itself where it has no memory of its own."""
     if hasattr(tensor, "to_local"):  # a DTensor
-        return _place(tensor.to_local()), tensor.placements
-    if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer) or is_sharded(tensor) or not tensor.numel():
+        return _identity(tensor.to_local()), tensor.placements
+    if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer) or _is_sharded(tensor) or not tensor.numel():
         return id(tensor)
     if tensor.is_meta or tensor.layout is not torch.strided:
         return id(tensor)
@@ -233,7 +233,7 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """Return the model within an engine, `DistributedDataParallel` or `torch.compile`, as `save_pretrained` sees it."""
+    """Return the model inside an engine, `DistributedDataParallel` or `torch.compile`."""
     while True:
         inner = getattr(module, "_orig_mod", None)
         if isinstance(module, nn.parallel.DistributedDataParallel) or hasattr(module, "zero_optimization_stage"):

@@ -1,4 +1,4 @@
-"""Adapters that PEFT saved: their own tensors, under the names that PEFT gives them."""
+"""Adapters that PEFT saved: the tensors of the adapter under the names that PEFT gives them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats import torch_files
-from tpcheck.checkpoints.formats.files import Files, as_path, is_folder, names_in
+from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint
+from tpcheck.checkpoints.formats.files import Files, is_folder, names_in
 from tpcheck.checkpoints.formats.json_files import read_config
 from tpcheck.checkpoints.formats.safetensors_files import read_header
-from tpcheck.checkpoints.formats.table import TableCheckpoint
 from tpcheck.checkpoints.formats.torch_files import state_dict, ties
 
-IN_ORDER = ("adapter_model.safetensors", "adapter_model.bin")
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
 CONFIG = "adapter_config.json"
 
 
@@ -21,35 +21,29 @@ class PeftFormat:
     """Opens a folder with `adapter_model.safetensors` or `adapter_model.bin`, or the file itself."""
 
     name = "peft"
-    precedence = 55  # below whole safetensors: where a model lies beside its adapter, the model is read
+    precedence = 55  # below safetensors: where a model is beside its adapter, the model is read
 
     def recognises(self, source: Any) -> bool:
-        path = as_path(source)
-        return path is not None and _main_file(path) is not None
+        return isinstance(source, Path) and _main_file(source) is not None
 
-    def open(self, source: Any, options: ReadOptions) -> TableCheckpoint:
-        path = _main_file(Path(source)) or Path(source)
-        files = Files()
-        try:
-            return _opened(path, files, options)
-        except BaseException:
-            files.close()
-            raise
+    def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
+        with Files() as files:
+            return _open(_main_file(source) or source, files, options)
 
 
-def _opened(path: Path, files: Files, options: ReadOptions) -> TableCheckpoint:
+def _open(path: Path, files: Files, options: ReadOptions) -> FileCheckpoint:
     config = read_config(path.parent, files, CONFIG)
     kind = config.get("peft_type")
     description = "PEFT adapter" + (f", {kind}" if isinstance(kind, str) and kind.isidentifier() else "")
     if path.name.endswith(".safetensors"):
         header = read_header(files.open(path))
-        return TableCheckpoint(files, f"{description}, safetensors", header.tensors, config, unread=header.unread)
-    held = state_dict(torch_files.load(path, files, options), path)
-    return TableCheckpoint(files, f"{description}, PyTorch", held.tensors, config, ties(held.tensors), held.unread)
+        return FileCheckpoint(files, f"{description}, safetensors", header.tensors, config, unread=header.unread)
+    state = state_dict(torch_files.load(path, files, options), path)
+    return FileCheckpoint(files, f"{description}, PyTorch", state.tensors, config, ties(state.tensors), state.unread)
 
 
 def _main_file(path: Path) -> Path | None:
     if not is_folder(path):
-        return path if path.name in IN_ORDER else None
+        return path if path.name in FILES else None
     names = names_in(path)
-    return next((path / name for name in IN_ORDER if name in names), None)
+    return next((path / name for name in FILES if name in names), None)

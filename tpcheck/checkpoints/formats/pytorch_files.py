@@ -1,4 +1,4 @@
-"""Checkpoints of `torch.save`: `pytorch_model.bin`, in one file or several, and any file that holds a state dict."""
+"""Checkpoints of `torch.save`: `pytorch_model.bin`, its index, and any other file with a state dict."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats import torch_files
-from tpcheck.checkpoints.formats.files import Files, as_path, is_folder, names_in
-from tpcheck.checkpoints.formats.json_files import gathered, read_config, read_index
-from tpcheck.checkpoints.formats.stored import StoredTensor
-from tpcheck.checkpoints.formats.table import TableCheckpoint
-from tpcheck.checkpoints.formats.torch_files import StateDict, state_dict, ties
+from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint
+from tpcheck.checkpoints.formats.files import Files, is_folder, names_in
+from tpcheck.checkpoints.formats.json_files import merge_files, read_config, read_index, unlisted
+from tpcheck.checkpoints.formats.storage_view import StorageView
+from tpcheck.checkpoints.formats.torch_files import state_dict, ties
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 INDEX_SUFFIX = ".bin.index.json"
-IN_ORDER = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 NOT_MODELS = re.compile(
     r"adapter_model\.bin|training_args\.bin|(optimizer|scheduler|scaler|rng_state|random_states).*"
     r"|.*(mp_rank_\d+|zero_pp_rank_\d+).*|.*_states\.pt"
 )
-"""What the Trainer, PEFT and DeepSpeed write beside a model, or instead of one."""
+"""Files that the Trainer, PEFT and DeepSpeed write beside a model, or instead of one."""
 
 
 class PytorchFormat:
@@ -31,54 +31,40 @@ class PytorchFormat:
     precedence = 30
 
     def recognises(self, source: Any) -> bool:
-        path = as_path(source)
-        if path is None:
-            return False
-        return _main_file(path) is not None if is_folder(path) else path.name.endswith((*SUFFIXES, INDEX_SUFFIX))
+        return isinstance(source, Path) and _main_file(source) is not None
 
-    def open(self, source: Any, options: ReadOptions) -> TableCheckpoint:
-        path = Path(source)
-        files = Files()
-        try:
-            return _opened(_main_file(path) or path, files, options)
-        except BaseException:
-            files.close()
-            raise
+    def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
+        with Files() as files:
+            return _open(_main_file(source) or source, files, options)
 
 
-def _opened(path: Path, files: Files, options: ReadOptions) -> TableCheckpoint:
-    if not path.name.endswith(INDEX_SUFFIX):
-        held = state_dict(torch_files.load(path, files, options), path)
-        description = "PyTorch, 1 file" + (f", under {held.key!r}" if held.key else "")
-        return _table(files, description, path, dict(held.tensors), dict(held.unread))
-    files_of = read_index(path, files)
-    entries = gathered(path, files_of, lambda file: _entries(state_dict(torch_files.load(file, files, options), file)))
-    tensors = {name: entry for name, entry in entries.items() if isinstance(entry, StoredTensor)}
+def _open(path: Path, files: Files, options: ReadOptions) -> FileCheckpoint:
+    if path.name.endswith(INDEX_SUFFIX):
+        files_of = read_index(path, files)
+        entries = merge_files(path, files_of, lambda file: _entries(file, files, options))
+        entries |= {name: unlisted(path) for name in entries if name not in files_of}
+        description = f"PyTorch, {len({*files_of.values()})} files with an index"
+    else:
+        state = state_dict(torch_files.load(path, files, options), path)
+        entries = {**state.tensors, **state.unread}
+        description = "PyTorch, 1 file" + (f", under {state.key!r}" if state.key else "")
+    tensors = {name: entry for name, entry in entries.items() if isinstance(entry, StorageView)}
     unread = {name: entry for name, entry in entries.items() if isinstance(entry, str)}
-    for name in [name for name in tensors if name not in files_of]:
-        unread[name] = f"{path.name} does not list it, though one of its files holds it"
-        del tensors[name]
-    description = f"PyTorch, {len({*files_of.values()})} files with an index"
-    return _table(files, description, path, tensors, unread)
+    return FileCheckpoint(files, description, tensors, read_config(path.parent, files), ties(tensors), unread)
 
 
-def _table(
-    files: Files, description: str, path: Path, tensors: dict[str, StoredTensor], unread: dict[str, str]
-) -> TableCheckpoint:
-    config = read_config(path.parent, files)
-    return TableCheckpoint(files, description, tensors, config, ties(tensors), unread)
-
-
-def _entries(held: StateDict) -> dict[str, StoredTensor | str]:
-    return {**held.tensors, **held.unread}
+def _entries(path: Path, files: Files, options: ReadOptions) -> dict[str, StorageView | str]:
+    """Return each tensor of a file, or the reason why it cannot be read."""
+    state = state_dict(torch_files.load(path, files, options), path)
+    return {**state.tensors, **state.unread}
 
 
 def _main_file(path: Path) -> Path | None:
-    """Return what stands for the whole model in a folder: by its name, or as the only one of its kind."""
+    """Return the file of the model: one of the usual names in a folder, or else its only file of `torch.save`."""
     if not is_folder(path):
-        return None
+        return path if path.name.endswith((*SUFFIXES, INDEX_SUFFIX)) else None
     names = names_in(path)
-    for name in IN_ORDER:
+    for name in FILES:
         if name in names:
             return path / name
     others = [name for name in names if name.endswith(SUFFIXES) and not NOT_MODELS.fullmatch(name)]

@@ -1,4 +1,8 @@
-"""Checkpoints in safetensors: one file, or several with an index."""
+"""Checkpoints in safetensors: one file, or several with an index.
+
+The header is read here, since the library does not state where a tensor lies in the file and maps the whole file: one
+that is truncated meanwhile would end the process with SIGBUS.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,16 @@ from typing import Any
 import torch
 
 from tpcheck.backends.checkpoint_format import Extent, ReadOptions
-from tpcheck.checkpoints.formats.files import Files, OpenFile, as_path, is_folder, names_in, shortened
-from tpcheck.checkpoints.formats.json_files import LARGEST_JSON, gathered, parsed, read_config, read_index
-from tpcheck.checkpoints.formats.table import TableCheckpoint, WholeTensor
+from tpcheck.checkpoints.formats.file_checkpoint import ContiguousTensor, FileCheckpoint
+from tpcheck.checkpoints.formats.files import Files, OpenFile, is_folder, names_in, shortened
+from tpcheck.checkpoints.formats.json_files import (
+    MAX_NBYTES,
+    merge_files,
+    parse_json,
+    read_config,
+    read_index,
+    unlisted,
+)
 from tpcheck.core.errors import CheckpointError
 
 DTYPES = {
@@ -40,99 +51,106 @@ DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-"""Names of the format, and torch's; those that this torch does not have are unread."""
+"""Types of the format, and the dtypes of torch; tensors of a dtype that this torch lacks are unread."""
 
-WITHOUT_TORCH_DTYPE = {"F6_E2M3": 6, "F6_E3M2": 6}
-"""Bits of the format's types that no torch has."""
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8": 8, "BOOL": 8, "BF16": 16, "C64": 64}
+"""Bits of a type, or of all types that start with it, where its name does not state them; torch has no F6."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one file holds.
+    """The header of a file.
 
     Attributes:
-        tensors: By name, in the order in which they lie in the file.
-        unread: Tensors of a type that torch does not have, with the reason.
-        metadata: What the writer said of itself.
+        tensors: The tensors by name, in the order of the file.
+        unread: The reason for each tensor of a type that torch lacks.
+        metadata: Text that the writer added.
     """
 
-    tensors: Mapping[str, WholeTensor]
+    tensors: Mapping[str, ContiguousTensor]
     unread: Mapping[str, str]
     metadata: Mapping[str, str]
 
 
 def read_header(file: OpenFile) -> Header:
-    """Return what the file holds.
+    """Read the header of a file.
 
     Raises:
-        CheckpointError: The header is damaged, or does not describe the bytes that follow it.
+        CheckpointError: The header is damaged, or does not describe the bytes behind it.
     """
     if file.size < 8:
         raise CheckpointError(f"{file.path} has {file.size} bytes, which is too short for a safetensors file.")
     length = int.from_bytes(file.read(0, 8), "little")
     if length > file.size - 8:
         raise CheckpointError(
-            f"{file.path} is truncated or no safetensors file: its header should have {length} bytes, "
-            f"and the whole file has {file.size}."
+            f"{file.path} is truncated or not a safetensors file: its header should have {length} bytes, "
+            f"but the whole file has {file.size}."
         )
-    if length > LARGEST_JSON:
+    if length > MAX_NBYTES:
         raise CheckpointError(f"{file.path} has a header of {length} bytes, which is more than any model needs.")
     data = file.read(8, length)
     if not data.startswith(b"{"):
-        raise CheckpointError(f"{file.path} is no safetensors file: its header is not a JSON object.")
-    table = parsed(data, f"The header of {file.path}", strict=True)
-    metadata = _metadata(table.pop("__metadata__", {}), file)
-    described = [_Described(file, name, entry, 8 + length) for name, entry in table.items()]
-    described.sort(key=lambda one: (one.begin, one.end))
-    _require_cover(file, described, 8 + length)
+        raise CheckpointError(f"{file.path} is not a safetensors file: its header is not a JSON object.")
+    table = parse_json(data, f"The header of {file.path}", strict=True)
+    metadata = table.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise CheckpointError(f"{file.path} has metadata that is not text.")
+    start = 8 + length
+    entries = sorted(
+        (_parse_entry(file, name, entry, start) for name, entry in table.items()), key=lambda parsed: parsed.span
+    )
+    _require_cover(file, entries, start)
     return Header(
-        {one.name: one.tensor for one in described if one.tensor is not None},
-        {one.name: one.reason for one in described if one.tensor is None},
+        {entry.name: entry.tensor for entry in entries if isinstance(entry.tensor, ContiguousTensor)},
+        {entry.name: entry.tensor for entry in entries if isinstance(entry.tensor, str)},
         metadata,
     )
 
 
-class _Described:
-    """One entry of the header, of which every field may be a lie."""
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One entry of the header: a tensor, or why it cannot be read, and its first and last byte behind the header."""
 
-    __slots__ = ("begin", "end", "name", "reason", "tensor")
-
-    def __init__(self, file: OpenFile, name: str, entry: Any, start: int) -> None:
-        self.name = name
-        if not isinstance(entry, dict) or {*entry} != {"dtype", "shape", "data_offsets"}:
-            raise _damaged(file, name, "is not described by dtype, shape and data_offsets")
-        shape, offsets, kind = entry["shape"], entry["data_offsets"], entry["dtype"]
-        if not _are_sizes(shape) or prod(size for size in shape if size) >= 1 << 60:
-            raise _damaged(file, name, f"has the shape {_as_text(shape)}")
-        if not _are_sizes(offsets) or len(offsets) != 2:
-            raise _damaged(file, name, f"has the offsets {_as_text(offsets)}")
-        self.begin, self.end = offsets
-        if not self.begin <= self.end <= file.size - start:
-            raise _damaged(file, name, f"has the offsets {_as_text(offsets)}, beyond the {file.size - start} bytes")
-        bits = _bits(kind) if isinstance(kind, str) else None
-        if bits is None:
-            raise _damaged(file, name, f"is of an unknown type {shortened(kind)}")
-        if prod(shape) * bits != (self.end - self.begin) * 8:
-            raise _damaged(
-                file, name, f"has {self.end - self.begin} bytes, not those of the shape {_as_text(shape)} in {kind}"
-            )
-        dtype = getattr(torch, DTYPES.get(kind, ""), None)
-        self.reason = f"is of type {kind}, which torch {torch.__version__} does not have"
-        self.tensor: WholeTensor | None = None
-        if kind == "F4":
-            shape = [*shape[:-1], shape[-1] // 2] if shape and shape[-1] % 2 == 0 else None
-        if dtype is not None and shape is not None:
-            place = Extent(file.path, start + self.begin, self.end - self.begin)
-            self.tensor = WholeTensor(place, tuple(shape), dtype)
+    name: str
+    span: tuple[int, int]
+    tensor: ContiguousTensor | str
 
 
-def _require_cover(file: OpenFile, described: list[_Described], start: int) -> None:
+def _parse_entry(file: OpenFile, name: str, entry: Any, start: int) -> _Entry:
+    """Return an entry of a header that ends at byte `start`; any of its fields may be wrong."""
+    if not isinstance(entry, dict) or {*entry} != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(file, name, "is not described by dtype, shape and data_offsets")
+    shape, offsets, kind = entry["shape"], entry["data_offsets"], entry["dtype"]
+    if not _are_sizes(shape) or prod(size for size in shape if size) >= 1 << 60:
+        raise _damaged(file, name, f"has the shape {_as_text(shape)}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise _damaged(file, name, f"has the offsets {_as_text(offsets)}")
+    begin, end = offsets
+    if not begin <= end <= file.size - start:
+        raise _damaged(file, name, f"has the offsets {_as_text(offsets)}, beyond the {file.size - start} bytes")
+    bits = _bits(kind) if isinstance(kind, str) else None
+    if bits is None:
+        raise _damaged(file, name, f"is of an unknown type {shortened(kind)}")
+    if prod(shape) * bits != (end - begin) * 8:
+        raise _damaged(file, name, f"has {end - begin} bytes, not those of the shape {_as_text(shape)} in {kind}")
+    dtype = getattr(torch, DTYPES.get(kind, ""), None)
+    if kind == "F4":
+        shape = [*shape[:-1], shape[-1] // 2] if shape and shape[-1] % 2 == 0 else None
+    if dtype is None or shape is None:
+        return _Entry(name, (begin, end), f"is of type {kind}, which torch {torch.__version__} does not have")
+    place = Extent(file.path, start + begin, end - begin)
+    return _Entry(name, (begin, end), ContiguousTensor(place, tuple(shape), dtype))
+
+
+def _require_cover(file: OpenFile, entries: list[_Entry], start: int) -> None:
     expected = 0
-    for one in described:
-        if one.begin != expected:
-            problem = "overlaps the one before it" if one.begin < expected else "leaves a gap before it"
-            raise _damaged(file, one.name, f"{problem}, at byte {one.begin} of the data")
-        expected = one.end
+    for entry in entries:
+        begin, end = entry.span
+        if begin != expected:
+            problem = "overlaps the one before it" if begin < expected else "leaves a gap before it"
+            raise _damaged(file, entry.name, f"{problem}, at byte {begin} of the data")
+        expected = end
     if start + expected != file.size:
         raise CheckpointError(
             f"{file.path} has {file.size - start - expected} bytes after its last tensor that belong to none."
@@ -140,28 +158,15 @@ def _require_cover(file: OpenFile, described: list[_Described], start: int) -> N
 
 
 def _bits(kind: str) -> int | None:
-    if kind in WITHOUT_TORCH_DTYPE:
-        return WITHOUT_TORCH_DTYPE[kind]
-    if kind == "F4":
-        return 4
-    sizes = {"F8": 8, "BOOL": 8, "BF16": 16, "C64": 64}
-    if kind not in DTYPES:
+    if kind not in DTYPES and kind not in _BITS:
         return None
-    return sizes.get(kind.partition("_")[0]) or int(kind[1:])
+    return _BITS.get(kind) or _BITS.get(kind.partition("_")[0]) or int(kind[1:])
 
 
 def _are_sizes(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) <= 64 and all(type(one) is int and 0 <= one < 1 << 62 for one in value)
-    )
-
-
-def _metadata(value: Any, file: OpenFile) -> dict[str, str]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
-        raise CheckpointError(f"{file.path} has metadata that is not text.")
-    return value
+    if not isinstance(value, list) or len(value) > 64:
+        return False
+    return all(type(size) is int and 0 <= size < 1 << 62 for size in value)
 
 
 def _damaged(file: OpenFile, name: str, problem: str) -> CheckpointError:
@@ -175,74 +180,65 @@ def _as_text(value: Any) -> str:
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
-OF_OTHER_FORMATS = re.compile(r"shard-\d+-model-.*|adapter_model\..*")
+OTHER_FORMATS = re.compile(r"shard-\d+-model-.*|adapter_model\..*")
 """Files of `transformers_shards` and `peft`."""
 
 
 class SafetensorsFormat:
-    """Opens what `save_pretrained` and `safetensors.torch.save_file` write."""
+    """Opens files of `save_pretrained` and `safetensors.torch.save_file`."""
 
     name = "safetensors"
     precedence = 60
 
     def recognises(self, source: Any) -> bool:
-        path = as_path(source)
-        if path is None:
+        if not isinstance(source, Path):
             return False
-        if is_folder(path):
-            return bool(_of_model(names_in(path)))
-        return bool(_of_model([path.name]))
+        return bool(_model_files(names_in(source) if is_folder(source) else [source.name]))
 
-    def open(self, source: Any, options: ReadOptions) -> TableCheckpoint:
-        files = Files()
-        try:
-            return _opened(_main_file(Path(source)), files)
-        except BaseException:
-            files.close()
-            raise
+    def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
+        with Files() as files:
+            return _open(_main_file(source), files)
 
 
-def _opened(path: Path, files: Files) -> TableCheckpoint:
-    unread: dict[str, str] = {}
+def _open(path: Path, files: Files) -> FileCheckpoint:
     if path.name.endswith(INDEX_SUFFIX):
         files_of = read_index(path, files)
-        tensors = gathered(path, files_of, lambda file: _held(file, files, unread))
-        for name in [name for name in tensors if name not in files_of]:
-            unread[name] = f"{path.name} does not list it, though one of its files holds it"
-            del tensors[name]
+        entries = merge_files(path, files_of, lambda file: _entries(file, files))
+        entries |= {name: unlisted(path) for name in entries if name not in files_of}
         description = f"safetensors, {len({*files_of.values()})} files with an index"
     else:
-        tensors = dict(_held(path, files, unread))
+        entries = _entries(path, files)
         description = "safetensors, 1 file"
-    readable = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    return TableCheckpoint(files, description, readable, read_config(path.parent, files), unread=unread)
+    tensors = {name: entry for name, entry in entries.items() if isinstance(entry, ContiguousTensor)}
+    unread = {name: entry for name, entry in entries.items() if isinstance(entry, str)}
+    return FileCheckpoint(files, description, tensors, read_config(path.parent, files), unread=unread)
 
 
-def _held(path: Path, files: Files, unread: dict[str, str]) -> Mapping[str, WholeTensor | None]:
+def _entries(path: Path, files: Files) -> dict[str, ContiguousTensor | str]:
+    """Return each tensor of a file, or the reason why it cannot be read."""
     header = read_header(files.open(path))
-    unread.update(header.unread)
-    return {**header.tensors, **dict.fromkeys(header.unread)}
+    return {**header.tensors, **header.unread}
 
 
-def _of_model(names: list[str]) -> list[str]:
-    return [name for name in names if name.endswith((SUFFIX, INDEX_SUFFIX)) and not OF_OTHER_FORMATS.fullmatch(name)]
+def _model_files(names: list[str]) -> list[str]:
+    return [name for name in names if name.endswith((SUFFIX, INDEX_SUFFIX)) and not OTHER_FORMATS.fullmatch(name)]
 
 
 def _main_file(source: Path) -> Path:
-    """Return what stands for the whole model: a file that is given or the only one, else the index.
+    """Return the file of the model, or its index.
 
-    `model.safetensors` goes before an index, as in transformers' `from_pretrained`.
+    `model.safetensors` has precedence over an index, as in transformers' `from_pretrained`.
     """
     if not is_folder(source):
         return source
-    names = _of_model(names_in(source))
+    names = _model_files(names_in(source))
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    whole = [name for name in names if name not in indexes]
-    for choice in (["model.safetensors"], ["model.safetensors.index.json"], indexes, whole):
+    single = [name for name in names if name not in indexes]
+    for choice in (["model.safetensors"], ["model.safetensors.index.json"], indexes, single):
         present = [name for name in choice if name in names]
         if len(present) == 1:
             return source / present[0]
         if present:
             break
-    what = "indexes" if indexes else "safetensors files and no index"
-    raise CheckpointError(f"{source} holds {len(indexes or whole)} {what}, so that none stands for the whole model.")
+    several = "indexes" if indexes else "safetensors files and no index"
+    raise CheckpointError(f"{source} holds {len(indexes or single)} {several}, so the model is ambiguous.")

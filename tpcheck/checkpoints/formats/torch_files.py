@@ -1,4 +1,4 @@
-"""Files of `torch.save`: their structure is read, and their tensors stay where they are until they are read."""
+"""Read the structure of a file of `torch.save`; its tensors stay in the file until their elements are read."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from typing import IO, Any, cast
 
 from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats.files import Files, OpenFile, shortened
-from tpcheck.checkpoints.formats.stored import Storage, StoredTensor
-from tpcheck.checkpoints.formats.unpickler import LARGEST_PICKLE, Inert, InertUnpickler, Stream, storage_dtype
+from tpcheck.checkpoints.formats.storage_view import Storage, StorageView
+from tpcheck.checkpoints.formats.unpickler import MAX_PICKLE_NBYTES, PickledObject, SafeUnpickler, Stream, storage_dtype
 from tpcheck.core.errors import CheckpointError
 
 ZIP_MAGIC = b"PK\x03\x04"
-LARGEST_DIRECTORY = 64 << 20
-"""Bytes of the table of contents: half a million tensors."""
+MAX_DIRECTORY_NBYTES = 64 << 20
+"""The zip table of contents of half a million tensors."""
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
 
-_UTF8 = 1 << 11  # a flag of an entry: its name is not in code page 437
+_UTF8 = 1 << 11  # flag of an entry: its name is in UTF-8, not in code page 437
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Position and length of a record's bytes."""
+    """The position and length of a record."""
 
     offset: int
     nbytes: int
 
 
 class TorchArchive:
-    """The records of one file, by their name within the archive's own folder."""
+    """The records of a zip file, by their name within the folder of the archive."""
 
     def __init__(self, file: OpenFile) -> None:
         self._file = file
@@ -50,13 +50,13 @@ class TorchArchive:
         """Return where a record lies.
 
         Raises:
-            CheckpointError: There is none, it is compressed, or it reaches beyond the file.
+            CheckpointError: The record is missing, is compressed, or reaches beyond the file.
         """
         entry = self._entries.get(name)
         if entry is None:
             raise CheckpointError(f"record {shortened(name)} is missing")
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise CheckpointError(f"record {shortened(name)} is compressed, which torch never does")
+            raise CheckpointError(f"record {shortened(name)} is compressed, which torch.save never does")
         full_name = entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF8 else "cp437")
         header = bytes(self._file.read(entry.header_offset, _LOCAL_HEADER.size + len(full_name)))
         magic, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
@@ -67,7 +67,7 @@ class TorchArchive:
         return Record(offset, entry.file_size)
 
     def text(self, name: str) -> str | None:
-        """Return a short record, such as the byte order; None where it is not there."""
+        """Return the text of a short record, such as the byte order, or None where there is none."""
         if name not in self:
             return None
         record = self.record(name)
@@ -82,7 +82,7 @@ def _entries(file: OpenFile) -> dict[str, zipfile.ZipInfo]:
             infos = archive.infolist()
     except CheckpointError:
         raise
-    except Exception as error:  # zipfile lets many kinds through for damaged files
+    except Exception as error:  # zipfile raises many types for damaged files
         raise CheckpointError(f"its zip table of contents is damaged or missing ({shortened(str(error))})") from error
     if len({info.orig_filename.partition("/")[0] for info in infos}) > 1:
         raise CheckpointError("it holds several archives")
@@ -96,7 +96,7 @@ def _entries(file: OpenFile) -> dict[str, zipfile.ZipInfo]:
 
 
 class _Seekable(io.RawIOBase):
-    """The file as zipfile wants it; what asks for more than a table of contents is a lie about its length."""
+    """The file as zipfile reads it; refuses to read more than a table of contents, whose length may be a lie."""
 
     def __init__(self, file: OpenFile) -> None:
         self._file = file
@@ -121,7 +121,7 @@ class _Seekable(io.RawIOBase):
     def read(self, nbytes: int = -1) -> bytes:
         left = max(self._file.size - self._position, 0)
         nbytes = left if nbytes is None or nbytes < 0 else min(nbytes, left)
-        if nbytes > LARGEST_DIRECTORY:
+        if nbytes > MAX_DIRECTORY_NBYTES:
             raise CheckpointError("its zip table of contents is longer than 64 MB")
         data = bytes(self._file.read(self._position, nbytes))
         self._position += nbytes
@@ -132,50 +132,56 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py, MAGIC_NUMBER
 LEGACY_PROTOCOL = 1001
 
 
-def load(path: Path, files: Files, options: ReadOptions, *, inert: Collection[str] = ()) -> Any:
-    """Return what was saved, with `StoredTensor` for each tensor and `Inert` for each object that is not made.
+def load(path: Path, files: Files, options: ReadOptions, *, keep: Collection[str] = ()) -> Any:
+    """Return what was saved, with a `StorageView` for each tensor and a `PickledObject` for each other object.
 
     Args:
         path: A file of `torch.save`, zip or legacy.
-        files: What opens it, and keeps it for reading the tensors.
-        options: Whether a file that is refused is unpickled in a process of its own.
-        inert: Names of classes, with `*` for any part, that the caller wants as `Inert`, beyond torch's own list.
+        files: Opens the file, and keeps it open for reading the tensors.
+        options: Whether to unpickle a file that is refused, in a separate process.
+        keep: Names of further classes to return as `PickledObject`, with `*` for any part.
 
     Raises:
-        CheckpointError: The file is damaged, or names classes that are neither on torch's own list nor in `inert`.
+        CheckpointError: The file is damaged, or names classes that neither `weights_only` allows nor `keep` names.
     """
     try:
-        return _structure(files.open(path), inert)
-    except _Refused as refusal:
+        return read_structure(files.open(path), keep)
+    except RefusedError as refusal:
         if options.allow_pickle:
-            return _structure(files.open(_unpickled_elsewhere(path, files)), inert)
+            return read_structure(files.open(_rewritten(path, files)), keep)
         raise CheckpointError(
-            f"{path} is refused, because reading it means running {refusal}: "
-            "where you trust the file, --allow-pickle does so in a process of its own."
+            f"{path} is refused, because reading it would run {refusal}; if you trust the file, --allow-pickle "
+            "reads it in a separate process."
         ) from None
 
 
-class _Refused(Exception):
-    """The pickle names classes that are not made, or does what no pickle of torch does."""
+class RefusedError(Exception):
+    """The pickle needs classes that are not known to be harmless, or TorchScript."""
 
 
-def _structure(file: OpenFile, inert: Collection[str]) -> Any:
+def read_structure(file: OpenFile, keep: Collection[str] = ()) -> Any:
+    """Return what was saved in an open file; see `load`.
+
+    Raises:
+        CheckpointError: The file is damaged.
+        RefusedError: It names classes that are not known to be harmless.
+    """
     try:
         magic = bytes(file.read(0, min(file.size, 4)))
-        return _zip_structure(file, inert) if magic == ZIP_MAGIC else _legacy_structure(file, inert)
+        return _zip_structure(file, keep) if magic == ZIP_MAGIC else _legacy_structure(file, keep)
     except CheckpointError as error:
         message = str(error).removesuffix(".")
         raise CheckpointError(f"{message}." if str(file.path) in message else f"{file.path}: {message}.") from error
 
 
-def _zip_structure(file: OpenFile, inert: Collection[str]) -> Any:
+def _zip_structure(file: OpenFile, keep: Collection[str]) -> Any:
     archive = TorchArchive(file)
     if "constants.pkl" in archive:
-        raise _Refused("TorchScript code")
+        raise RefusedError("TorchScript code")
     if "data.pkl" not in archive:
         raise CheckpointError("it is a zip file, but not one of torch.save")
     if archive.text("byteorder") not in (None, "little"):
-        raise CheckpointError("it was written on a machine of another byte order")
+        raise CheckpointError("its byte order is that of another machine")
     storages: dict[str, Storage] = {}
 
     def storage(pid: Any) -> Storage:
@@ -189,12 +195,12 @@ def _zip_structure(file: OpenFile, inert: Collection[str]) -> Any:
         return storages[key]
 
     record = archive.record("data.pkl")
-    if record.nbytes > LARGEST_PICKLE:
-        raise CheckpointError(f"its pickle has {record.nbytes} bytes, which is more than a table of tensors needs")
-    return _unpickled(Stream(file, record.offset, record.offset + record.nbytes), inert, storage)
+    if record.nbytes > MAX_PICKLE_NBYTES:
+        raise CheckpointError(f"its pickle has {record.nbytes} bytes, which is more than a state dict needs")
+    return _unpickled(Stream(file, record.offset, record.offset + record.nbytes), keep, storage)
 
 
-def _legacy_structure(file: OpenFile, inert: Collection[str]) -> Any:
+def _legacy_structure(file: OpenFile, keep: Collection[str]) -> Any:
     storages: dict[str, Storage] = {}
 
     def storage(pid: Any) -> Storage:
@@ -205,22 +211,22 @@ def _legacy_structure(file: OpenFile, inert: Collection[str]) -> Any:
         return storages.setdefault(key, Storage(file.path, dtype, numel * dtype.itemsize))
 
     stream = Stream(file, 0, file.size)
-    if _unpickled(stream, inert, storage, first=True) != LEGACY_MAGIC:
+    if _unpickled(stream, keep, storage, first=True) != LEGACY_MAGIC:
         raise CheckpointError("it is a pickle, but not one of torch.save")
-    if _unpickled(stream, inert, storage) != LEGACY_PROTOCOL:
+    if _unpickled(stream, keep, storage) != LEGACY_PROTOCOL:
         raise CheckpointError("it was written by a torch that is too old to be read")
-    _unpickled(stream, inert, storage)  # the machine it was written on
-    structure = _unpickled(stream, inert, storage)
-    keys = _unpickled(stream, inert, storage)
+    _unpickled(stream, keep, storage)  # properties of the machine that wrote it
+    structure = _unpickled(stream, keep, storage)
+    keys = _unpickled(stream, keep, storage)
     if not isinstance(keys, list) or {*keys} != {*storages} or len(keys) != len(storages):
-        raise CheckpointError("its list of storages is not that of its tensors")
+        raise CheckpointError("its list of storages does not match its tensors")
     position = stream.position
-    for key in keys:  # each: number of elements, then their bytes
-        of_key = storages[key]
-        if int.from_bytes(file.read(position, 8), "little") * of_key.dtype.itemsize != of_key.nbytes:
+    for key in keys:  # the number of elements, then their bytes
+        saved = storages[key]
+        if int.from_bytes(file.read(position, 8), "little") * saved.dtype.itemsize != saved.nbytes:
             raise CheckpointError(f"storage {shortened(key)} is not as long as its tensors say")
-        of_key.offset = position + 8
-        position += 8 + of_key.nbytes
+        saved.offset = position + 8
+        position += 8 + saved.nbytes
     if position > file.size:
         raise CheckpointError("its last storage is truncated")
     return structure
@@ -235,20 +241,20 @@ def _storage_id(pid: Any, *, fields: int) -> tuple[Any, ...]:
     return pid[1:]
 
 
-def _unpickled(stream: Stream, inert: Collection[str], storage: Any, *, first: bool = False) -> Any:
-    unpickler = InertUnpickler(stream, inert=inert, persistent_load=storage)
+def _unpickled(stream: Stream, keep: Collection[str], storage: Any, *, first: bool = False) -> Any:
+    unpickler = SafeUnpickler(stream, keep=keep, persistent_load=storage)
     try:
         structure = unpickler.load()
-    except Exception as error:  # a damaged pickle raises anything
+    except Exception as error:  # a damaged pickle raises any type
         if unpickler.refused:
-            raise _Refused(_listed(unpickler.refused)) from error
+            raise RefusedError(_listed(unpickler.refused)) from error
         if isinstance(error, CheckpointError):
             raise
         if first:
             raise CheckpointError("it is neither a zip file nor a pickle of torch.save") from error
         raise CheckpointError(f"its pickle is damaged ({type(error).__name__})") from error
     if unpickler.refused:
-        raise _Refused(_listed(unpickler.refused))
+        raise RefusedError(_listed(unpickler.refused))
     return structure
 
 
@@ -257,7 +263,8 @@ def _listed(names: Collection[str], limit: int = 8) -> str:
     return ", ".join(printable[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _unpickled_elsewhere(path: Path, files: Files) -> Path:
+def _rewritten(path: Path, files: Files) -> Path:
+    """Unpickle the file in a separate process, which saves it without classes, and return the new file."""
     rewritten = files.scratch() / "rewritten.pt"
     command = [sys.executable, "-I", "-m", "tpcheck.checkpoints.rewrite_pickle", str(path), str(rewritten)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
@@ -268,7 +275,7 @@ def _unpickled_elsewhere(path: Path, files: Files) -> Path:
 
 
 KEYS = ("state_dict", "model_state_dict", "model", "module")
-"""Where trainers put the model's state dict, beside that of the optimizer."""
+"""Keys under which trainers save the model's state dict, beside that of the optimizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,24 +283,27 @@ class StateDict:
     """Tensors by name.
 
     Attributes:
-        key: Where in the file it was found; None if it is all of it.
-        tensors: What can be read.
-        unread: Entries that cannot, with the reason.
+        key: The key in the file that leads to it; None if the file is the state dict.
+        tensors: The entries that can be read.
+        unread: The reason for each entry that cannot.
     """
 
     key: str | None
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StorageView]
     unread: Mapping[str, str]
 
 
 def state_dict(structure: Any, where: object) -> StateDict:
-    """Return the state dict that a file holds, whole or under one of the usual keys.
+    """Return the state dict in a file: all of it, or the entry under one of the usual keys.
+
+    Args:
+        where: The file, for error messages.
 
     Raises:
-        CheckpointError: It holds none, or several.
+        CheckpointError: The file holds none, or several.
     """
     if not isinstance(structure, Mapping):
-        raise CheckpointError(f"{where} holds no state dict, but {_what(structure)}.")
+        raise CheckpointError(f"{where} holds no state dict, but {_describe(structure)}.")
     keys = [key for key in KEYS if _holds_tensors(structure.get(key))]
     if len(keys) > 1:
         raise CheckpointError(f"{where} holds several state dicts, under {', '.join(map(repr, keys))}.")
@@ -301,14 +311,14 @@ def state_dict(structure: Any, where: object) -> StateDict:
     entries = structure if key is None else structure[key]
     if not _holds_tensors(entries):
         raise CheckpointError(f"{where} holds no state dict: {_outline(structure)}.")
-    tensors = {_name(name, where): value for name, value in entries.items() if isinstance(value, StoredTensor)}
-    unread = {_name(name, where): f"is {_what(value)}" for name, value in entries.items() if name not in tensors}
+    tensors = {_name(name, where): value for name, value in entries.items() if isinstance(value, StorageView)}
+    unread = {_name(name, where): f"is {_describe(value)}" for name, value in entries.items() if name not in tensors}
     return StateDict(key, tensors, unread)
 
 
-def ties(tensors: Mapping[str, StoredTensor]) -> tuple[frozenset[str], ...]:
-    """Return the groups of names that are one view of one storage."""
-    names: dict[StoredTensor, list[str]] = defaultdict(list)
+def ties(tensors: Mapping[str, StorageView]) -> tuple[frozenset[str], ...]:
+    """Return the groups of names that are the same view of the same storage."""
+    names: dict[StorageView, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
         if tensor.nbytes:
             names[tensor].append(name)
@@ -316,24 +326,24 @@ def ties(tensors: Mapping[str, StoredTensor]) -> tuple[frozenset[str], ...]:
 
 
 def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(entry, StoredTensor) for entry in value.values())
+    return isinstance(value, Mapping) and any(isinstance(entry, StorageView) for entry in value.values())
 
 
 def _name(name: Any, where: object) -> str:
     if not isinstance(name, str):
-        raise CheckpointError(f"{where} holds a state dict with a name that is no text, but {shortened(name)}.")
+        raise CheckpointError(f"{where} holds a state dict with a name that is not text: {shortened(name)}.")
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise CheckpointError(f"{where} holds a tensor with a name that is no text: {shortened(name)}.") from None
+        raise CheckpointError(f"{where} holds a tensor with a name that is not text: {shortened(name)}.") from None
     return name
 
 
-def _what(value: Any) -> str:
-    if isinstance(value, StoredTensor):
+def _describe(value: Any) -> str:
+    if isinstance(value, StorageView):
         return "a tensor"
-    if isinstance(value, Inert):
-        return f"made by {value.name}" if "." in value.name else value.name
+    if isinstance(value, PickledObject):
+        return f"created by {value.name}" if "." in value.name else value.name
     return f"a {type(value).__name__}, not a tensor"
 
 

@@ -1,1 +1,1 @@
-"""Comparing stored tensors to the bit, and what happened to one that differs."""
+"""Compare tensors of two checkpoints to the bit, and explain what happened to one that differs."""

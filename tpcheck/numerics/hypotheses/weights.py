@@ -10,7 +10,7 @@ import torch
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.families.special_cases import KEY_OR_VALUE_PROJECTION, QUERY_PROJECTION
 from tpcheck.numerics.evidence import Suspect
-from tpcheck.numerics.exact.explain import story_of
+from tpcheck.numerics.exact.explain import explain_tensor_in_memory
 from tpcheck.numerics.hypotheses.explanation import Test
 
 _OF_SHARDS = (Cause.SHARD_ORDER_SWAPPED, Cause.SHARD_REPEATED)
@@ -21,7 +21,7 @@ def whole(suspect: Suspect) -> Explanation | None:
     if suspect.actual is None or suspect.expected is None:
         return None
     others = {name: tensors[0] for name, tensors in suspect.others.items()}
-    story = story_of(_name(suspect), suspect.actual, suspect.expected, others)
+    story = explain_tensor_in_memory(_name(suspect), suspect.actual, suspect.expected, others)
     return None if story is None or not _is_about_ranks(story, suspect) else _explanation(story, suspect)
 
 
@@ -32,7 +32,7 @@ def each_rank(suspect: Suspect) -> Explanation | None:
         if torch.equal(part, expected):
             continue
         others = {name: tensors[tp_rank + 1] for name, tensors in suspect.others.items()}
-        story = story_of(_name(suspect), part, expected, others)
+        story = explain_tensor_in_memory(_name(suspect), part, expected, others)
         if story is None or story.cause not in _OF_ONE_RANK:
             return None
         told.append(story)

@@ -1,4 +1,4 @@
-"""The model of a DeepSpeed training checkpoint: the states of all TP ranks, put together."""
+"""DeepSpeed training checkpoints: the states of all TP ranks, merged into the model."""
 
 from __future__ import annotations
 
@@ -8,38 +8,39 @@ from pathlib import Path
 from typing import Any
 
 from tpcheck.backends.checkpoint_format import ReadOptions
-from tpcheck.checkpoints.formats.deepspeed.boxes import LayoutError
-from tpcheck.checkpoints.formats.deepspeed.folder import (
+from tpcheck.checkpoints.formats.deepspeed.autotp_layouts import AutoTPLayouts
+from tpcheck.checkpoints.formats.deepspeed.chunks import LayoutError
+from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import MergedTensor, Shard, same_bits
+from tpcheck.checkpoints.formats.deepspeed.rank_files import (
     TrainingFolder,
     looks_like_training,
     step_folder,
     training_folder,
 )
-from tpcheck.checkpoints.formats.deepspeed.layouts import Layouts
-from tpcheck.checkpoints.formats.deepspeed.shards import Merged, Shard, same_bits
-from tpcheck.checkpoints.formats.deepspeed.states import RankState, rank_state
-from tpcheck.checkpoints.formats.files import Files, as_path, is_folder, shortened
+from tpcheck.checkpoints.formats.deepspeed.rank_state import RankState, read_rank_state
+from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint
+from tpcheck.checkpoints.formats.files import Files, is_folder, shortened
 from tpcheck.checkpoints.formats.json_files import read_config
-from tpcheck.checkpoints.formats.table import TableCheckpoint
 from tpcheck.core.errors import CheckpointError
 
-_ELEMENTS = 1024
-"""Of each parameter, from its start: what went stale did so everywhere, and all of it would be a second checkpoint."""
+_COMPARED = 1024
+"""Elements from the start of each parameter that are compared with their masters: a parameter that was not updated
+differs everywhere, and comparing all elements would be a second reading of the checkpoint."""
 
 
-def rounding_note(states: Sequence[RankState], files: Files) -> str:
-    """Return a remark on parameters whose first elements are not the rounding of their masters, or nothing."""
-    stale = list(dict.fromkeys(name for state in states for name in _stale(state, files)))
-    if not stale:
+def _note_on_rounding(states: Sequence[RankState], files: Files) -> str:
+    """Return a note on parameters of the module that are not their masters, rounded; empty if there are none."""
+    names = list(dict.fromkeys(name for state in states for name in _not_rounded(state, files)))
+    if not names:
         return ""
-    names = ", ".join(stale[:3]) + (f" and {len(stale) - 3} more" if len(stale) > 3 else "")
-    return f"; the module holds no rounding of them for {names}"
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"; the module's {listed} {'is' if len(names) == 1 else 'are'} not rounded from them"
 
 
-def _stale(state: RankState, files: Files) -> Iterator[str]:
+def _not_rounded(state: RankState, files: Files) -> Iterator[str]:
     for name, rounded in state.rounded.items():
         master = state.shards[name]
-        count = min(_ELEMENTS, master.numel)
+        count = min(_COMPARED, master.numel)
         if master.shape != rounded.shape:
             yield name
         elif master.dtype.is_floating_point and rounded.dtype.is_floating_point:
@@ -49,66 +50,82 @@ def _stale(state: RankState, files: Files) -> Iterator[str]:
 
 
 class TrainingFormat:
-    """Opens the folder of a step, and the folder above it, whose `latest` names the step."""
+    """Opens the folder of a step, or the folder above it, whose `latest` names the step."""
 
     name = "deepspeed-training"
     precedence = 40  # below safetensors: transformers' Trainer writes its model beside the steps
 
     def recognises(self, source: Any) -> bool:
-        path = as_path(source)
-        return path is not None and is_folder(path) and looks_like_training(path)
+        return is_folder(source) and looks_like_training(source)
 
-    def open(self, source: Any, options: ReadOptions) -> TableCheckpoint:
-        files = Files()
-        try:
-            step = step_folder(Path(source), files)
-            return _opened(Path(source), training_folder(step), files, options)
-        except BaseException:
-            files.close()
-            raise
+    def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
+        with Files() as files:
+            step = step_folder(source, files)
+            return _open(source, training_folder(step), files, options)
 
 
-def _opened(root: Path, folder: TrainingFolder, files: Files, options: ReadOptions) -> TableCheckpoint:
-    states = [rank_state(folder, 0, files, options, shared={})]
+def _open(root: Path, folder: TrainingFolder, files: Files, options: ReadOptions) -> FileCheckpoint:
+    states = [read_rank_state(folder, 0, files, options, shared={})]
     for tp_rank in range(1, folder.tp):
-        states.append(rank_state(folder, tp_rank, files, options, states[0].shared))
+        states.append(read_rank_state(folder, tp_rank, files, options, states[0].shared))
     _require_one_save(states)
-    layouts = Layouts(states[0].info)
+    layouts = AutoTPLayouts(states[0].info)
     ties = _ties(states)
-    found: dict[str, Merged | _Torn | str] = {}
-    for names in _by_tensor(states, ties):
-        found.update(dict.fromkeys(names, _whole_or_reason(names, states, layouts, files)))
-    tensors = {name: one for name, one in found.items() if isinstance(one, Merged)}
-    unread = dict.fromkeys(folder.experts, "weights of experts in files of their own are not read")
-    unread |= {name: one for name, one in found.items() if isinstance(one, str)}
-    torn = {name: one.ranks for name, one in found.items() if isinstance(one, _Torn)}
-    ties = tuple(tied for tied in ties if tied <= tensors.keys())
-    description = _description(states) + rounding_note(states, files)
-    return TableCheckpoint(files, description, tensors, read_config(root, files), ties, unread, torn)
+    merged: dict[str, MergedTensor | _InconsistentReplicas | _Unreadable] = {}
+    for names in _tied_names(states, ties):
+        merged.update(dict.fromkeys(names, _merge(names, states, layouts, files)))
+    tensors = {name: tensor for name, tensor in merged.items() if isinstance(tensor, MergedTensor)}
+    unread = dict.fromkeys(folder.experts, "the files of experts are not read")
+    unread |= {name: tensor.reason for name, tensor in merged.items() if isinstance(tensor, _Unreadable)}
+    return FileCheckpoint(
+        files,
+        _description(states) + _note_on_rounding(states, files),
+        tensors,
+        read_config(root, files),
+        ties=tuple(tied for tied in ties if tied <= tensors.keys()),
+        unread=unread,
+        inconsistent_replicas={
+            name: tensor.reason for name, tensor in merged.items() if isinstance(tensor, _InconsistentReplicas)
+        },
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class _Torn:
-    """A replicated tensor whose copies are not alike; `ranks` says which."""
+class _InconsistentReplicas:
+    """A replicated tensor whose copies differ; the reason names two ranks."""
 
-    ranks: str
+    reason: str
 
 
-def _whole_or_reason(
-    names: Sequence[str], states: Sequence[RankState], layouts: Layouts, files: Files
-) -> Merged | _Torn | str:
-    """Return the tensor of these tied names, or why it cannot be put together."""
+@dataclass(frozen=True, slots=True)
+class _Unreadable:
+    """A tensor that cannot be merged."""
+
+    reason: str
+
+
+def _merge(
+    names: Sequence[str], states: Sequence[RankState], layouts: AutoTPLayouts, files: Files
+) -> MergedTensor | _InconsistentReplicas | _Unreadable:
+    """Merge the shards of the tensor that has these tied names."""
     try:
         shards = [_shard(names, state) for state in states]
-        merged = _merged(names, shards, None if names[0] in states[0].buffers else layouts)
-        whole = merged or _replicated(shards)
-    except LayoutError as reason:
-        return str(reason)
-    differing = whole.differing_ranks(files)
+        dtypes = {shard.dtype for shard in shards if shard.numel}
+        if len(dtypes) > 1:
+            raise LayoutError(f"mp ranks hold it as {' and '.join(sorted(map(str, dtypes)))}")
+        is_parameter = len(shards) > 1 and names[0] not in states[0].buffers
+        merged = (layouts.merge(name, shards) for name in names if is_parameter)
+        stated = next((tensor for tensor in merged if tensor is not None), None)
+        tensor = stated or _replicated(shards)
+    except LayoutError as error:
+        return _Unreadable(str(error))
+    differing = tensor.differing_ranks(files)
     if not differing:
-        return whole
-    told = f"mp ranks {differing[0]} and {differing[1]} hold different copies of it"
-    return _Torn(told) if merged else f"{told}, and the files do not say how it was cut"
+        return tensor
+    reason = f"mp ranks {differing[0]} and {differing[1]} hold different copies of it"
+    if stated or not is_parameter:
+        return _InconsistentReplicas(reason)
+    return _Unreadable(f"{reason}, and the files do not state how it was cut")
 
 
 def _shard(names: Sequence[str], state: RankState) -> Shard:
@@ -121,47 +138,33 @@ def _shard(names: Sequence[str], state: RankState) -> Shard:
     return shard
 
 
-def _merged(names: Sequence[str], shards: Sequence[Shard], layouts: Layouts | None) -> Merged | None:
-    """Return the tensor of these tied names, or None where the files do not say how it was cut.
-
-    Raises:
-        LayoutError: What they say cannot be followed.
-    """
-    dtypes = {shard.dtype for shard in shards if shard.numel}
-    if len(dtypes) > 1:
-        raise LayoutError(f"mp ranks hold it as {' and '.join(sorted(map(str, dtypes)))}")
-    if len(shards) == 1 or layouts is None:
-        return _replicated(shards)
-    return next((found for name in names if (found := layouts.merged(name, shards))), None)
-
-
-def _replicated(shards: Sequence[Shard]) -> Merged:
+def _replicated(shards: Sequence[Shard]) -> MergedTensor:
     if len({shard.shape for shard in shards}) > 1:
-        raise LayoutError("mp ranks hold different shapes of it, and the files do not say how it was cut")
-    return Merged.replicated(shards)
+        raise LayoutError("mp ranks hold different shapes of it, and the files do not state how it was cut")
+    return MergedTensor.replicated(shards)
 
 
 def _require_one_save(states: Sequence[RankState]) -> None:
     first = states[0]
     for state in states[1:]:
-        for key, value in first.facts.items():
-            if state.facts.get(key) != value:
+        for key, value in first.metadata.items():
+            if state.metadata.get(key) != value:
                 raise CheckpointError(
-                    f"{state.path} has {key} {shortened(state.facts.get(key))}, and {first.path.name} has "
+                    f"{state.path} has {key} {shortened(state.metadata.get(key))}, but {first.path.name} has "
                     f"{shortened(value)}: they are of different saves."
                 )
         if state.info != first.info:
-            raise CheckpointError(f"{state.path} and {first.path.name} do not say alike how the parameters were cut.")
+            raise CheckpointError(f"{state.path} and {first.path.name} state different layouts of the parameters.")
     for key in ("mp_world_size", "tp_degree"):
-        if first.facts.get(key) not in (None, len(states)):
+        if first.metadata.get(key) not in (None, len(states)):
             raise CheckpointError(
-                f"{first.path.parent} holds model states of {len(states)} mp ranks, and was saved with "
-                f"{key} {shortened(first.facts[key])}."
+                f"{first.path.parent} holds model states of {len(states)} mp ranks, but was saved with "
+                f"{key} {shortened(first.metadata[key])}."
             )
 
 
 def _ties(states: Sequence[RankState]) -> tuple[frozenset[str], ...]:
-    """Return names that are one tensor on every rank."""
+    """Return the groups of names that are one tensor on every rank."""
     groups: dict[str, set[str]] = {}
     for alias, name in states[0].ties.items():
         if all(name in state.shards and state.shards.get(alias) == state.shards[name] for state in states):
@@ -169,14 +172,14 @@ def _ties(states: Sequence[RankState]) -> tuple[frozenset[str], ...]:
     return tuple(map(frozenset, groups.values()))
 
 
-def _by_tensor(states: Sequence[RankState], ties: Sequence[frozenset[str]]) -> Iterator[tuple[str, ...]]:
-    """Yield the names of each tensor, in the order of the first rank's module."""
+def _tied_names(states: Sequence[RankState], ties: Sequence[frozenset[str]]) -> Iterator[tuple[str, ...]]:
+    """Yield all names of each tensor, in the order of the first rank's module."""
     tied = {name: group for group in ties for name in group}
     done: set[str] = set()
     order = dict.fromkeys(name for state in states for name in (*state.shards, *state.unread))
     for name in order:
         if name not in done:
-            names = tuple(one for one in order if one in tied[name]) if name in tied else (name,)
+            names = tuple(other for other in order if other in tied[name]) if name in tied else (name,)
             done.update(names)
             yield names
 

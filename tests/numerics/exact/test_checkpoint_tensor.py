@@ -1,0 +1,97 @@
+"""Tensors are read in pieces of whole rows, and two are equal only if every bit is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.numerics.exact.tensors import Tensors, stored
+from tpcheck import CheckpointError
+from tpcheck.backends.checkpoint_format import Extent
+from tpcheck.numerics.exact import checkpoint_tensor
+from tpcheck.numerics.exact.checkpoint_tensor import BitComparer, CheckpointTensor, bit_view, is_constant
+
+
+def in_file(path: Path, tensor: torch.Tensor, offset: int = 0) -> CheckpointTensor:
+    path.write_bytes(bytes(offset) + tensor.numpy().tobytes())
+    checkpoint = Tensors({"a": tensor}, {"a": Extent(path, offset, tensor.nbytes)})
+    return CheckpointTensor(checkpoint, "a")  # type: ignore[arg-type]
+
+
+def test_pieces_cover_all_rows_and_hold_one_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_tensor, "PIECE", 100)
+    assert list(stored(torch.ones(7, 5, dtype=torch.float64)).pieces()) == [
+        range(i, min(i + 2, 7)) for i in (0, 2, 4, 6)
+    ]
+    assert list(stored(torch.ones(2, 1000)).pieces()) == [range(1), range(1, 2)]
+    assert list(stored(torch.ones(7, 5)).pieces(range(3, 5))) == [range(3, 5)]
+    assert list(stored(torch.ones(())).pieces()) == [range(1)]
+    assert list(stored(torch.ones(0, 5)).pieces()) == list(stored(torch.ones(5, 0)).pieces()) == []
+
+
+def test_a_cast_rounds_floating_point_values_alone() -> None:
+    rounded, counter = stored(torch.tensor([1.001]), torch.bfloat16), stored(torch.tensor([3]), torch.bfloat16)
+    assert (rounded.dtype, rounded.read(range(1)).tolist()) == (torch.bfloat16, [1.0])
+    assert counter.dtype == torch.int64
+
+
+def test_a_cast_tensor_lies_in_no_file(tmp_path: Path) -> None:
+    tensor = in_file(tmp_path / "a", torch.ones(2))
+    assert tensor.extent() is not None
+    assert CheckpointTensor(tensor.checkpoint, "a", torch.bfloat16).extent() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float8_e4m3fn, torch.bfloat16, torch.float64, torch.complex64])
+def test_a_bit_view_has_an_integer_for_each_element(dtype: torch.dtype) -> None:
+    bits = bit_view(torch.ones(3, 2).to(dtype))
+    assert not bits.is_floating_point()
+    assert bits.shape[:2] == (3, 2)
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+def test_zero_is_not_minus_zero_and_a_nan_equals_itself(tmp_path: Path, from_file: bool) -> None:
+    def made(name: str, values: list[float]) -> CheckpointTensor:
+        return in_file(tmp_path / name, torch.tensor(values)) if from_file else stored(torch.tensor(values))
+
+    with BitComparer() as comparer:
+        assert comparer.equal(made("a", [float("nan"), 0.0]), made("b", [float("nan"), 0.0]))
+        assert not comparer.equal(made("a", [0.0]), made("b", [-0.0]))
+        assert comparer.equal(stored(torch.ones(0)), stored(torch.ones(0)))
+
+
+def test_rows_are_compared_alone_at_any_offset_of_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_tensor, "_READ_SIZE", 7)
+    tensor = torch.arange(30.0).reshape(10, 3)
+    changed = tensor.clone()
+    changed[4, 1] = -1
+    pair = in_file(tmp_path / "a", tensor, offset=5), in_file(tmp_path / "b", changed)
+    with BitComparer() as comparer:
+        differing = [row for row in range(10) if not comparer.equal_rows(*pair, range(row, row + 1))]
+        assert differing == [4]
+        assert comparer.equal_rows(*pair, range(5, 10))
+        assert not comparer.equal(*pair)
+
+
+def test_a_file_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
+    pair = in_file(tmp_path / "a", torch.ones(100)), in_file(tmp_path / "b", torch.ones(100))
+    os.truncate(tmp_path / "b", 100)
+    with BitComparer() as comparer, pytest.raises(CheckpointError, match="became shorter while it was read"):
+        comparer.equal(*pair)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected"),
+    [
+        (torch.zeros(3, 4), True),
+        (torch.tensor(2.0), True),
+        (torch.ones(0), True),
+        (torch.full((3, 2), 1 + 2j), True),
+        (torch.tensor([[0.0, 0.0], [0.0, -0.0]]), False),
+        (torch.tensor([1 + 2j, 1 + 3j]), False),
+    ],
+)
+def test_a_constant_tensor_has_the_same_bits_everywhere(tensor: torch.Tensor, expected: bool) -> None:
+    assert is_constant(stored(tensor)) == expected
