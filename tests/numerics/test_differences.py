@@ -14,8 +14,8 @@ from tpcheck.numerics.differences import (
     compare_placed,
     distance_of_terms,
     frobenius_distance,
-    own_rounding,
     place,
+    rounding_error,
     spacing,
 )
 
@@ -113,10 +113,10 @@ def test_shards_of_the_wrong_shape_differ_without_bound() -> None:
 
 def test_rounding_floors_follow_the_dtype_and_ignore_masks() -> None:
     ones = torch.ones(100, dtype=torch.bfloat16)
-    assert own_rounding(ones) == pytest.approx(10 * 2**-7 / math.sqrt(3))
+    assert rounding_error(ones) == pytest.approx(10 * 2**-7 / math.sqrt(3))
     assert spacing(ones) == 2**-7
     mask = torch.tensor([0.0, torch.finfo(torch.float64).min], dtype=torch.float64)
-    assert own_rounding(torch.cat([mask, mask])) == 0
+    assert rounding_error(torch.cat([mask, mask])) == 0
     assert spacing(torch.tensor([1.0, -float("inf")])) == torch.finfo(torch.float32).eps
 
 

@@ -50,12 +50,12 @@ class Coverage:
     Attributes:
         compared: Tensors that were compared.
         total: Tensors that should have been.
-        missed: What could not be compared, and why, by name.
+        not_compared: Why something could not be compared, by name.
     """
 
     compared: int = 0
     total: int = 0
-    missed: Mapping[str, str] = field(default_factory=dict)
+    not_compared: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

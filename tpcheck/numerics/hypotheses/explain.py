@@ -1,4 +1,4 @@
-"""Tries every cause on a suspect and keeps the first that explains it exactly."""
+"""The table of tests: which causes a suspect is tested for, in which order. The first that holds explains it."""
 
 from __future__ import annotations
 
@@ -6,44 +6,51 @@ from collections.abc import Collection, Mapping
 
 from tpcheck.core.causes import Cause, Explanation, first_explanation
 from tpcheck.numerics.evidence import Kind, Suspect
-from tpcheck.numerics.hypotheses import activations, gradients, updates, weights
-from tpcheck.numerics.hypotheses.explanation import Test, loses_numbers, not_finite, sum_of_ranks
-
-
-def wrong_group(suspect: Suspect) -> Explanation | None:
-    return Explanation(Cause.WRONG_GROUP, 0.0)
-
-
-def no_shard(suspect: Suspect) -> Explanation | None:
-    return Explanation(Cause.NOT_SHARDED, 0.0) if "parameter" not in suspect.where else None
-
-
-def lost_shard(suspect: Suspect) -> Explanation | None:
-    """Some ranks hold nothing, and what is lost would be shards as long as those of the others."""
-    size, shards = suspect.evidence.get("size", 0), list(suspect.evidence.get("shard_sizes", ()))
-    empty, held = shards.count(0), [shard for shard in shards if shard]
-    is_lost = bool(held) and empty > 0 and sum(held) < size <= sum(held) + empty * max(held)
-    return Explanation(Cause.SHARD_MISSING, 0.0) if is_lost else None
-
-
-def lost_remainder(suspect: Suspect) -> Explanation | None:
-    """All shards are as long as the whole divided by the number of ranks and rounded down, which leaves a remainder."""
-    size, shards = suspect.evidence.get("size", 0), list(suspect.evidence.get("shard_sizes", ()))
-    is_lost = bool(shards) and set(shards) == {size // len(shards)} and size % len(shards) > 0
-    return Explanation(Cause.WRONG_SHARD_BOUNDARY, 0.0) if is_lost else None
-
-
-OF_GROUPS: tuple[Test, ...] = (wrong_group,)
-OF_SHARDING: tuple[Test, ...] = (no_shard, lost_shard, lost_remainder)
-
-
-def drift(suspect: Suspect) -> Explanation | None:
-    """Replicas that were equal at the start are not any more, without their gradients being told apart."""
-    told_otherwise = "gradients" in suspect.evidence or "differed_at_start" in suspect.evidence
-    return None if suspect.where.get("phase") == "start" or told_otherwise else Explanation(Cause.REPLICA_DRIFT, 0.0)
-
-
-REPLICA_TESTS: tuple[Test, ...] = (sum_of_ranks(Cause.PARTIAL_GRADIENT_ON_REPLICA), drift)
+from tpcheck.numerics.hypotheses.gradients import (
+    another_parameters_hypotheses,
+    missing,
+    multiple,
+    untied_hypotheses,
+    vanished,
+)
+from tpcheck.numerics.hypotheses.layout import (
+    another_group,
+    fused_blocks_interleaved,
+    heads_moved,
+    not_sharded,
+    remainder_lost,
+    shard_missing,
+    shards_moved,
+)
+from tpcheck.numerics.hypotheses.optimizer import (
+    clipped_by_local_norm,
+    clipped_by_norm_of_replicas,
+    norm_counts_replicas,
+    norm_is_local,
+    replicas_drift,
+    replicas_drift_in_step,
+    step_hypotheses,
+)
+from tpcheck.numerics.hypotheses.proof import Test, predicted
+from tpcheck.numerics.hypotheses.reductions import (
+    averaging_hypotheses,
+    issued_over_another_group,
+    linear_hypotheses,
+    never_summed,
+    over_dp,
+    over_tp,
+    scaled,
+    scaled_on_some,
+    terms_of_gradient,
+    terms_of_output,
+    times_dp,
+    times_tp,
+    where_module_computed_it,
+    where_replicas_are_averaged,
+)
+from tpcheck.numerics.hypotheses.values import all_zero, dtype_rounded, loses_numbers, not_finite
+from tpcheck.numerics.hypotheses.vocabulary import embedding_hypotheses, loss_hypotheses
+from tpcheck.numerics.hypotheses.weights import each_rank, whole_weight
 
 
 def explain(suspect: Suspect) -> Explanation | None:
@@ -52,20 +59,59 @@ def explain(suspect: Suspect) -> Explanation | None:
 
 
 def applicable(suspect: Suspect) -> tuple[Test, ...]:
-    """Return the tests that a suspect is put to, in order."""
+    """Return the tests for a suspect, in order."""
     return (not_finite,) if suspect.kind in _COMPUTED and loses_numbers(suspect) else TESTS[suspect.kind]
 
 
-TESTS: Mapping[Kind, tuple[Test, ...]] = {
-    "activation": activations.TESTS,
-    "input_gradient": gradients.INPUT_GRADIENT_TESTS,
-    "gradient": gradients.GRADIENT_TESTS,
-    "weight": weights.TESTS,
-    "update": updates.UPDATE_TESTS,
-    "norm": updates.NORM_TESTS,
-    "replica": REPLICA_TESTS,
-    "group": OF_GROUPS,
-    "sharding": OF_SHARDING,
-}
+_COMPUTED: Collection[Kind] = ("activation", "input_gradient", "gradient", "update")  # weights are compared by bits
 
-_COMPUTED: Collection[Kind] = ("activation", "input_gradient", "gradient", "update")  # weights are told by their bits
+TESTS: Mapping[Kind, tuple[Test, ...]] = {
+    "group": (another_group,),
+    "sharding": (not_sharded, shard_missing, remainder_lost),
+    "weight": (whole_weight, each_rank),
+    "activation": (
+        fused_blocks_interleaved,
+        terms_of_output,
+        scaled(Cause.DUPLICATE_REDUCE, times_tp),
+        scaled(Cause.MEAN_INSTEAD_OF_SUM, over_tp),
+        predicted(linear_hypotheses, embedding_hypotheses, loss_hypotheses),
+        scaled_on_some(Cause.DUPLICATE_REDUCE, times_tp),
+        scaled_on_some(Cause.MEAN_INSTEAD_OF_SUM, over_tp),
+        heads_moved,
+        shards_moved,
+        all_zero,
+        dtype_rounded,
+        scaled(Cause.SUM_INSTEAD_OF_MEAN, times_dp),
+        issued_over_another_group,
+    ),
+    "input_gradient": (
+        vanished,
+        terms_of_gradient(Cause.MISSING_REDUCE),
+        where_module_computed_it(scaled(Cause.DUPLICATE_REDUCE, times_tp)),
+        where_module_computed_it(scaled(Cause.MEAN_INSTEAD_OF_SUM, over_tp)),
+        where_module_computed_it(scaled_on_some(Cause.DUPLICATE_REDUCE, times_tp)),
+        where_module_computed_it(scaled_on_some(Cause.MEAN_INSTEAD_OF_SUM, over_tp)),
+        predicted(linear_hypotheses),
+        multiple,
+        dtype_rounded,
+    ),
+    "gradient": (
+        missing,
+        terms_of_gradient(Cause.PARTIAL_GRADIENT_ON_REPLICA),
+        where_replicas_are_averaged(scaled(Cause.SUM_INSTEAD_OF_MEAN, times_dp)),
+        where_replicas_are_averaged(scaled(Cause.MEAN_INSTEAD_OF_SUM, over_dp)),
+        multiple,
+        predicted(untied_hypotheses, averaging_hypotheses, another_parameters_hypotheses),
+        shards_moved,
+        dtype_rounded,
+    ),
+    "norm": (norm_is_local, norm_counts_replicas),
+    "update": (
+        predicted(step_hypotheses),
+        dtype_rounded,
+        clipped_by_local_norm,
+        clipped_by_norm_of_replicas,
+        replicas_drift_in_step,
+    ),
+    "replica": (never_summed(Cause.PARTIAL_GRADIENT_ON_REPLICA), replicas_drift),
+}

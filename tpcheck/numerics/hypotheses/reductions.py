@@ -1,0 +1,216 @@
+"""Causes of sums over ranks: left out, done twice, divided, or over another group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+
+import torch
+
+from tpcheck.core.causes import Cause, Explanation
+from tpcheck.numerics.evidence import Suspect
+from tpcheck.numerics.hypotheses.proof import Hypothesis, Test, distance, explains, norm, remaining, same_shapes
+from tpcheck.numerics.tolerance import MOST_RANKS_OF_GROUPS
+
+
+def never_summed(cause: Cause) -> Test:
+    """The ranks' tensors are terms of the expected one, and were never added up."""
+
+    def test(suspect: Suspect) -> Explanation | None:
+        if not suspect.is_replicated or len(suspect.actual_parts) < 2 or suspect.expected is None:
+            return None
+        total = sum(part.double() for part in suspect.actual_parts)
+        return explains(cause, total, suspect.expected.double(), suspect)
+
+    return test
+
+
+def terms_of_output(suspect: Suspect) -> Explanation | None:
+    """The ranks' parts are terms of the expected output; equal ones were divided by the number of ranks instead."""
+    explanation = never_summed(Cause.MISSING_REDUCE)(suspect)
+    if explanation is None:
+        return None
+    return scaled(Cause.MEAN_INSTEAD_OF_SUM, over_tp)(suspect) or explanation
+
+
+def terms_of_gradient(cause: Cause) -> Test:
+    """The ranks' gradients are terms of the expected one, in all features or in those that are wrong.
+
+    The other features are right on every rank: some branches of a shared module are reduced, some are not. Equal terms
+    are the expected gradient divided by their number.
+    """
+
+    def test(suspect: Suspect) -> Explanation | None:
+        parts, expected = suspect.actual_parts, suspect.expected
+        if not suspect.is_replicated or len(parts) < 2 or any(part.shape != expected.shape for part in parts):
+            return None
+        limit = remaining(suspect)
+        wide, *terms = (tensor.double().reshape(tensor.shape or (1,)) for tensor in (expected, *parts))
+        wrong = _wrong_features(terms, wide, limit)
+        if not bool(wrong.any()):
+            return None
+        wrong_terms, wrong_expected = [term[..., wrong] for term in terms], wide[..., wrong]
+        error = norm(sum(wrong_terms) - wrong_expected)
+        if error > limit or all(distance(term, wrong_terms[0]) <= limit for term in wrong_terms):
+            return None
+        evidence = {} if bool(wrong.all()) else {"partial_features": f"{int(wrong.sum())} of {wrong.numel()}"}
+        return Explanation(cause, error / norm(wrong_expected), evidence)
+
+    return test
+
+
+def _wrong_features(terms: Sequence[torch.Tensor], expected: torch.Tensor, limit: float) -> torch.Tensor:
+    """Return which indices of the last dim are wrong on any rank; all of a vector, whose elements prove nothing."""
+    if expected.dim() < 2:
+        return torch.ones(expected.shape, dtype=torch.bool)
+    others = tuple(range(expected.dim() - 1))
+    errors = torch.stack([torch.linalg.vector_norm(term - expected, dim=others) for term in terms])
+    wrong: torch.Tensor = (errors > limit / expected.shape[-1] ** 0.5).any(dim=0)
+    return wrong
+
+
+Factor = Callable[[Suspect], float]
+
+
+def times_tp(suspect: Suspect) -> float:
+    return len(suspect.actual_parts)
+
+
+def over_tp(suspect: Suspect) -> float:
+    return 1 / max(1, len(suspect.actual_parts))
+
+
+def times_dp(suspect: Suspect) -> float:
+    return suspect.num_replicas
+
+
+def over_dp(suspect: Suspect) -> float:
+    return 1 / suspect.num_replicas
+
+
+def scaled(cause: Cause, factor: Factor) -> Test:
+    """Every rank's part is the expected one times a factor that follows from the number of ranks."""
+
+    def test(suspect: Suspect) -> Explanation | None:
+        return _scaled(cause, factor(suspect), suspect.actual_parts, suspect.expected_parts, suspect)
+
+    return test
+
+
+def scaled_on_some(cause: Cause, factor: Factor) -> Test:
+    """As `scaled`, of a whole tensor that every rank should hold and some have right."""
+
+    def test(suspect: Suspect) -> Explanation | None:
+        if not suspect.is_replicated or not same_shapes(suspect.actual_parts, suspect.expected_parts):
+            return None
+        limit = remaining(suspect)
+        pairs = zip(suspect.actual_parts, suspect.expected_parts, strict=True)
+        wrong = [(part, expected) for part, expected in pairs if not distance(part, expected) <= limit]
+        actual, expected = zip(*wrong, strict=True) if wrong else ((), ())
+        return _scaled(cause, factor(suspect), actual, expected, suspect)
+
+    return test
+
+
+def _scaled(
+    cause: Cause,
+    factor: float,
+    actual_parts: Sequence[torch.Tensor],
+    expected_parts: Sequence[torch.Tensor],
+    suspect: Suspect,
+) -> Explanation | None:
+    if factor in (0, 1) or not expected_parts:
+        return None
+    actual, expected = (
+        torch.cat([part.double().reshape(-1) for part in parts]) for parts in (actual_parts, expected_parts)
+    )
+    return explains(cause, actual / factor, expected, suspect)
+
+
+def where_replicas_are_averaged(test: Test) -> Test:
+    """Ask only where a factor of the number of replicas has no other reason.
+
+    Where TP has as many ranks, it has none if the gradients of all parameters have it: one alone is scaled.
+    """
+
+    def asked(suspect: Suspect) -> Explanation | None:
+        is_clear = times_dp(suspect) != times_tp(suspect) or suspect.gradient.is_every_parameter
+        return test(suspect) if is_clear else None
+
+    return asked
+
+
+def where_module_computed_it(test: Test) -> Test:
+    """Ask only of what a module computed: no collective of a module scales the output gradient that it receives."""
+
+    def asked(suspect: Suspect) -> Explanation | None:
+        return test(suspect) if suspect.role == "input" else None
+
+    return asked
+
+
+def issued_over_another_group(suspect: Suspect) -> Explanation | None:
+    """The module issued the collectives of its sibling layers, over other ranks."""
+    collectives = suspect.collectives
+    if collectives is None or not collectives.issued:
+        return None
+    issued, expected = ([name for name, _ in side] for side in (collectives.issued, collectives.expected))
+    return Explanation(Cause.WRONG_GROUP) if issued == expected else None
+
+
+def linear_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:
+    """Yield what the ranks hold where a linear module reduces its terms wrongly, the most telling mistake first."""
+    terms, parts, tp = suspect.linear, suspect.actual_parts, len(suspect.actual_parts)
+    if terms is None or not terms.are_summed or tp < 2:
+        return
+    if len({tensor.shape for tensor in (*parts, *terms.by_rank)}) > 1:
+        return
+    total, bias = terms.total, terms.bias
+    local = [term + bias for term in terms.by_rank]
+    yield Hypothesis(Cause.MISSING_REDUCE, _where_wrong(suspect, local))
+    for rank, term in enumerate(local):
+        yield Hypothesis(Cause.MISSING_REDUCE, _where_wrong(suspect, [term] * tp), {"term_of_tp_rank": rank})
+    yield Hypothesis(Cause.MEAN_INSTEAD_OF_SUM, (total / tp + bias,) * tp)
+    yield Hypothesis(Cause.DUPLICATE_REDUCE, (total * tp + bias,) * tp)
+    if bool(bias.any()):
+        for times in range(2, tp + 1):
+            yield Hypothesis(Cause.BIAS_ADDED_PER_RANK, (total + times * bias,) * tp, {"bias_times": times})
+    if 2 < tp <= MOST_RANKS_OF_GROUPS:
+        groups = [_nearest_group(terms.by_rank, rank, part - bias) for rank, part in enumerate(parts)]
+        sums = tuple(sum((terms.by_rank[peer] for peer in group), bias) for group in groups)
+        yield Hypothesis(Cause.WRONG_GROUP, sums, {"summed_over_tp_ranks": [list(group) for group in groups]})
+
+
+def _where_wrong(suspect: Suspect, predicted: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return the expected tensor with the predicted elements where it is wrong: some elements may be right."""
+    expected = suspect.expected_parts[0].double()
+    return tuple(
+        torch.where((part.double() - expected).abs() > suspect.allowed_error, wrong, expected)
+        for part, wrong in zip(suspect.actual_parts, predicted, strict=True)
+    )
+
+
+def _nearest_group(terms: Sequence[torch.Tensor], rank: int, total: torch.Tensor) -> tuple[int, ...]:
+    """Return the ranks, `rank` and some but not all others, whose terms add up to nearest to `total`."""
+    others = [other for other in range(len(terms)) if other != rank]
+    groups = [tuple(sorted((rank, *peers))) for size in range(1, len(others)) for peers in combinations(others, size)]
+    return min(groups, key=lambda group: norm(sum(terms[peer] for peer in group) - total))
+
+
+def averaging_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:
+    """Yield gradients without the mean over DP, and with another group in its place: TP, or all ranks."""
+    local = suspect.gradient.local_parts
+    if suspect.gradient.is_reduced_over_tp:
+        yield from _reduced_over_tp(local, "it is averaged over the TP group", is_mean=True)
+        yield from _reduced_over_tp(suspect.expected_parts, "it is averaged over the TP group, too", is_mean=True)
+        yield from _reduced_over_tp(suspect.expected_parts, "it is summed over the TP group", is_mean=False)
+    if local:
+        note = "it is that of its own replica's batch, not the mean over DP"
+        yield Hypothesis(Cause.MISSING_REDUCE, local, {"note": note})
+
+
+def _reduced_over_tp(parts: Sequence[torch.Tensor], note: str, *, is_mean: bool) -> Iterator[Hypothesis]:
+    if len({part.shape for part in parts}) == 1:
+        total = torch.stack([part.double() for part in parts]).sum(dim=0)
+        predicted = total / len(parts) if is_mean else total
+        yield Hypothesis(Cause.WRONG_GROUP, (predicted,) * len(parts), {"note": note})
