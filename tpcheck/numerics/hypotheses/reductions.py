@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 import torch
@@ -13,50 +13,54 @@ from tpcheck.numerics.hypotheses.proof import Hypothesis, Test, distance, explai
 from tpcheck.numerics.tolerance import MOST_RANKS_OF_GROUPS
 
 
-def never_summed(cause: Cause) -> Test:
-    """The ranks' tensors are terms of the expected one, and were never added up."""
-
-    def test(suspect: Suspect) -> Explanation | None:
-        if not suspect.is_replicated or len(suspect.actual_parts) < 2 or suspect.expected is None:
-            return None
-        total = sum(part.double() for part in suspect.actual_parts)
-        return explains(cause, total, suspect.expected.double(), suspect)
-
-    return test
-
-
 def terms_of_output(suspect: Suspect) -> Explanation | None:
     """The ranks' parts are terms of the expected output; equal ones were divided by the number of ranks instead."""
-    explanation = never_summed(Cause.MISSING_REDUCE)(suspect)
-    if explanation is None:
+    explanation = _never_summed(Cause.MISSING_REDUCE, suspect)
+    return explanation and (over_tp(suspect) or explanation)
+
+
+def terms_of_replicas(suspect: Suspect) -> Explanation | None:
+    """The gradients of replicas are terms of the expected one."""
+    return _never_summed(Cause.PARTIAL_GRADIENT_ON_REPLICA, suspect)
+
+
+def _never_summed(cause: Cause, suspect: Suspect) -> Explanation | None:
+    if not suspect.is_replicated or len(suspect.actual_parts) < 2 or suspect.expected is None:
         return None
-    return scaled(Cause.MEAN_INSTEAD_OF_SUM, over_tp)(suspect) or explanation
+    total = sum(part.double() for part in suspect.actual_parts)
+    return explains(cause, total, suspect.expected.double(), suspect)
 
 
-def terms_of_gradient(cause: Cause) -> Test:
-    """The ranks' gradients are terms of the expected one, in all features or in those that are wrong.
+def terms_of_input_gradient(suspect: Suspect) -> Explanation | None:
+    """The ranks' input gradients are terms of the expected one, in all features or in some."""
+    return _terms_by_feature(Cause.MISSING_REDUCE, suspect)
+
+
+def terms_of_parameter_gradient(suspect: Suspect) -> Explanation | None:
+    """The ranks' gradients of a replicated parameter are terms of the expected one, in all features or in some."""
+    return _terms_by_feature(Cause.PARTIAL_GRADIENT_ON_REPLICA, suspect)
+
+
+def _terms_by_feature(cause: Cause, suspect: Suspect) -> Explanation | None:
+    """Return the cause if the ranks' gradients add up to the expected one in the features that are wrong.
 
     The other features are right on every rank: some branches of a shared module are reduced, some are not. Equal terms
-    are the expected gradient divided by their number.
+    are the expected gradient divided by their number, which has other causes.
     """
-
-    def test(suspect: Suspect) -> Explanation | None:
-        parts, expected = suspect.actual_parts, suspect.expected
-        if not suspect.is_replicated or len(parts) < 2 or any(part.shape != expected.shape for part in parts):
-            return None
-        limit = remaining(suspect)
-        wide, *terms = (tensor.double().reshape(tensor.shape or (1,)) for tensor in (expected, *parts))
-        wrong = _wrong_features(terms, wide, limit)
-        if not bool(wrong.any()):
-            return None
-        wrong_terms, wrong_expected = [term[..., wrong] for term in terms], wide[..., wrong]
-        error = norm(sum(wrong_terms) - wrong_expected)
-        if error > limit or all(distance(term, wrong_terms[0]) <= limit for term in wrong_terms):
-            return None
-        evidence = {} if bool(wrong.all()) else {"partial_features": f"{int(wrong.sum())} of {wrong.numel()}"}
-        return Explanation(cause, error / norm(wrong_expected), evidence)
-
-    return test
+    parts, expected = suspect.actual_parts, suspect.expected
+    if not suspect.is_replicated or len(parts) < 2 or any(part.shape != expected.shape for part in parts):
+        return None
+    limit = remaining(suspect)
+    wide, *terms = (tensor.double().reshape(tensor.shape or (1,)) for tensor in (expected, *parts))
+    wrong = _wrong_features(terms, wide, limit)
+    if not bool(wrong.any()):
+        return None
+    wrong_terms, wrong_expected = [term[..., wrong] for term in terms], wide[..., wrong]
+    error = norm(sum(wrong_terms) - wrong_expected)
+    if error > limit or all(distance(term, wrong_terms[0]) <= limit for term in wrong_terms):
+        return None
+    evidence = {} if bool(wrong.all()) else {"partial_features": f"{int(wrong.sum())} of {wrong.numel()}"}
+    return Explanation(cause, error / norm(wrong_expected), evidence)
 
 
 def _wrong_features(terms: Sequence[torch.Tensor], expected: torch.Tensor, limit: float) -> torch.Tensor:
@@ -69,57 +73,59 @@ def _wrong_features(terms: Sequence[torch.Tensor], expected: torch.Tensor, limit
     return wrong
 
 
-Factor = Callable[[Suspect], float]
+def times_tp(suspect: Suspect) -> Explanation | None:
+    """Every rank's part is the expected one times the number of TP ranks."""
+    return _scaled(Cause.DUPLICATE_REDUCE, _tp(suspect), suspect.actual_parts, suspect.expected_parts, suspect)
 
 
-def times_tp(suspect: Suspect) -> float:
-    return len(suspect.actual_parts)
+def over_tp(suspect: Suspect) -> Explanation | None:
+    """Every rank's part is the expected one over the number of TP ranks."""
+    return _scaled(Cause.MEAN_INSTEAD_OF_SUM, 1 / _tp(suspect), suspect.actual_parts, suspect.expected_parts, suspect)
 
 
-def over_tp(suspect: Suspect) -> float:
-    return 1 / max(1, len(suspect.actual_parts))
+def times_tp_on_some(suspect: Suspect) -> Explanation | None:
+    """As `times_tp`, of a whole tensor that every rank should hold and some have right."""
+    return _scaled(Cause.DUPLICATE_REDUCE, _tp(suspect), *_wrong_replicas(suspect), suspect)
 
 
-def times_dp(suspect: Suspect) -> float:
-    return suspect.num_replicas
+def over_tp_on_some(suspect: Suspect) -> Explanation | None:
+    """As `over_tp`, of a whole tensor that every rank should hold and some have right."""
+    return _scaled(Cause.MEAN_INSTEAD_OF_SUM, 1 / _tp(suspect), *_wrong_replicas(suspect), suspect)
 
 
-def over_dp(suspect: Suspect) -> float:
-    return 1 / suspect.num_replicas
+def times_dp(suspect: Suspect) -> Explanation | None:
+    """Every rank's part is the expected one times the number of DP replicas."""
+    factor = suspect.num_replicas
+    return _scaled(Cause.SUM_INSTEAD_OF_MEAN, factor, suspect.actual_parts, suspect.expected_parts, suspect)
 
 
-def scaled(cause: Cause, factor: Factor) -> Test:
-    """Every rank's part is the expected one times a factor that follows from the number of ranks."""
-
-    def test(suspect: Suspect) -> Explanation | None:
-        return _scaled(cause, factor(suspect), suspect.actual_parts, suspect.expected_parts, suspect)
-
-    return test
+def over_dp(suspect: Suspect) -> Explanation | None:
+    """Every rank's part is the expected one over the number of DP replicas."""
+    factor = 1 / suspect.num_replicas
+    return _scaled(Cause.MEAN_INSTEAD_OF_SUM, factor, suspect.actual_parts, suspect.expected_parts, suspect)
 
 
-def scaled_on_some(cause: Cause, factor: Factor) -> Test:
-    """As `scaled`, of a whole tensor that every rank should hold and some have right."""
+def _tp(suspect: Suspect) -> int:
+    return max(1, len(suspect.actual_parts))
 
-    def test(suspect: Suspect) -> Explanation | None:
-        if not suspect.is_replicated or not same_shapes(suspect.actual_parts, suspect.expected_parts):
-            return None
-        limit = remaining(suspect)
-        pairs = zip(suspect.actual_parts, suspect.expected_parts, strict=True)
-        wrong = [(part, expected) for part, expected in pairs if not distance(part, expected) <= limit]
-        actual, expected = zip(*wrong, strict=True) if wrong else ((), ())
-        return _scaled(cause, factor(suspect), actual, expected, suspect)
 
-    return test
+Parts = Sequence[torch.Tensor]
+
+
+def _wrong_replicas(suspect: Suspect) -> tuple[Parts, Parts]:
+    """Return the parts of the ranks that are wrong, and the expected ones; nothing where the ranks hold shards."""
+    if not suspect.is_replicated or not same_shapes(suspect.actual_parts, suspect.expected_parts):
+        return (), ()
+    limit = remaining(suspect)
+    pairs = zip(suspect.actual_parts, suspect.expected_parts, strict=True)
+    wrong = [(part, expected) for part, expected in pairs if not distance(part, expected) <= limit]
+    return [part for part, _ in wrong], [expected for _, expected in wrong]
 
 
 def _scaled(
-    cause: Cause,
-    factor: float,
-    actual_parts: Sequence[torch.Tensor],
-    expected_parts: Sequence[torch.Tensor],
-    suspect: Suspect,
+    cause: Cause, factor: float, actual_parts: Parts, expected_parts: Parts, suspect: Suspect
 ) -> Explanation | None:
-    if factor in (0, 1) or not expected_parts:
+    if factor == 1 or not expected_parts:
         return None
     actual, expected = (
         torch.cat([part.double().reshape(-1) for part in parts]) for parts in (actual_parts, expected_parts)
@@ -134,7 +140,7 @@ def where_replicas_are_averaged(test: Test) -> Test:
     """
 
     def asked(suspect: Suspect) -> Explanation | None:
-        is_clear = times_dp(suspect) != times_tp(suspect) or suspect.gradient.is_every_parameter
+        is_clear = suspect.num_replicas != _tp(suspect) or suspect.gradient.is_every_parameter
         return test(suspect) if is_clear else None
 
     return asked
