@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from tpcheck.core.placement import Replicate
 from tpcheck.numerics.checks.norms import norm_facts
 from tpcheck.numerics.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.numerics.checks.replicas import replicas_differ
 from tpcheck.numerics.checks.suspects import tensor_suspect
-from tpcheck.numerics.differences import Difference, Placed, compare_placed, place, rounding_error, spacing
+from tpcheck.numerics.differences import Placed, compare_placed, rounding_error, spacing
 from tpcheck.numerics.evidence import CheckOutcome, Evidence, NormFacts, ReplicaFacts, StepFacts, Suspect
 from tpcheck.numerics.tolerance import FITTED
 
@@ -37,10 +38,10 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     wrong = [parameter for parameter in compared.values() if not parameter.difference.agrees]
     wrong.sort(key=lambda parameter: -parameter.difference.margin)
     suspects = [_weight_suspect(evidence, step, parameter, len(wrong)) for parameter in wrong]
-    buffers, buffers_not_compared = compare_buffers(evidence, step)
+    buffers, buffers_not_compared = _compare_buffers(evidence, step)
     suspects.extend(_buffer_suspect(evidence, step, buffer) for buffer in buffers if not buffer.difference.agrees)
     margins = {name: parameter.difference.margin for name, parameter in compared.items()}
-    margins |= {buffer.label: buffer.difference.margin for buffer in buffers}
+    margins |= {f"buffer {buffer.name}": buffer.difference.margin for buffer in buffers}
     if not evidence.reference[step].weights:
         not_compared["weights"] = "no optimizer step followed this call"
     return CheckOutcome(margins, tuple(suspects), {**not_compared, **buffers_not_compared})
@@ -53,50 +54,35 @@ def _has_gradient(evidence: Evidence, step: int, name: str) -> bool:
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
-@dataclass(frozen=True, slots=True)
-class ComparedBuffer:
-    """One buffer on both sides, with its difference."""
-
-    name: str
-    expected: Any
-    placed: Placed
-    difference: Difference
-
-    @property
-    def label(self) -> str:
-        return f"buffer {self.name}"
-
-
-def compare_buffers(evidence: Evidence, step: int) -> tuple[list[ComparedBuffer], dict[str, str]]:
+def _compare_buffers(evidence: Evidence, step: int) -> tuple[list[ComparedParameter], dict[str, str]]:
     """Return the comparisons, and why the other buffers could not be compared, by label. Calibrated."""
     compared = []
     not_compared = {}
+    tp = len(evidence.candidate[step])
     for name, expected in evidence.reference[step].buffers.items():
-        parts = [rank.buffers[name] for rank in evidence.candidate[step] if name in rank.buffers]
-        if len(parts) < len(evidence.candidate[step]):
+        parts = tuple(rank.buffers[name] for rank in evidence.candidate[step] if name in rank.buffers)
+        if len(parts) < tp:
             not_compared[f"buffer {name}"] = "the sharded model has no buffer of this name"
         elif any(part.shape != expected.shape for part in parts):
             not_compared[f"buffer {name}"] = "the sharded model's buffer has another shape"
         else:
-            key = (step, evidence.dp_rank, "buffer", name)
-            placed = place(expected.shape, parts)
-            assert placed is not None  # equal shapes are replicas
-            allowed = evidence.tolerance.allowed(key, rounding_error(expected))
-            compared.append(ComparedBuffer(name, expected, placed, compare_placed(placed, expected, allowed)))
+            allowed = evidence.tolerance.allowed((step, evidence.dp_rank, "buffer", name), rounding_error(expected))
+            difference = compare_placed(Placed(Replicate(), parts), expected, allowed)
+            compared.append(ComparedParameter(name, expected, parts, (expected,) * tp, difference))
     return compared, not_compared
 
 
-def _buffer_suspect(evidence: Evidence, step: int, buffer: ComparedBuffer) -> Suspect:
-    module = buffer.name.rpartition(".")[0]
+def _buffer_suspect(evidence: Evidence, step: int, buffer: ComparedParameter) -> Suspect:
+    where = {"phase": "update", "step": step, "module": buffer.module, "field": f"buffer {buffer.name}"}
     suspect = tensor_suspect(
         evidence,
         buffer.difference,
         check=_CHECK,
         kind="update",
-        where={"phase": "update", "step": step, "module": module, "field": buffer.label},
+        where=where,
         expected=buffer.expected,
-        actual_parts=buffer.placed.parts,
-        expected_parts=[buffer.expected] * len(buffer.placed.parts),
+        actual_parts=buffer.actual_parts,
+        expected_parts=buffer.expected_parts,
         is_replicated=True,
     )
     return replace(suspect, replicas=_replica_facts(evidence, step, "buffer", buffer.name))

@@ -9,7 +9,7 @@ from math import log
 import torch
 
 from tpcheck.core.causes import Cause
-from tpcheck.numerics.evidence import Suspect
+from tpcheck.numerics.evidence import LossFacts, Suspect
 from tpcheck.numerics.hypotheses.proof import Hypothesis
 from tpcheck.numerics.tolerance import FITTED, MOST_OFFSETS
 
@@ -86,47 +86,28 @@ def loss_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:
         yield _losses(Cause.MISSING_REDUCE, predicted, lost="sum of exponentials")
         if abs(sum(loss.actual) - (tp - 1) * log_sum - loss.expected) < abs(loss.expected) * FITTED:
             yield _losses(Cause.MISSING_REDUCE, loss.actual, lost="logit of the label")
-        yield from _smoothed_locally(
-            loss.expected,
-            loss.actual,
-            log_sum=log_sum,
-            mean=float(logits.mean()),
-            local_means=[float(part.mean()) for part in local_logits],
-            sizes=[part.shape[-1] for part in local_logits],
-        )
+        yield from _smoothed_locally(loss, log_sum, logits, local_logits)
 
 
 def _smoothed_locally(
-    expected: float,
-    actual: Sequence[float],
-    *,
-    log_sum: float,
-    mean: float,
-    local_means: Sequence[float],
-    sizes: Sequence[int],
+    loss: LossFacts, log_sum: float, logits: torch.Tensor, local_logits: Sequence[torch.Tensor]
 ) -> Iterator[Hypothesis]:
     """Yield a smoothed cross entropy with the mean over each rank's part of the vocabulary.
 
-    The loss is log_sum - (1 - s) * label - s * mean. The smoothing s is unknown: how much the ranks' losses differ,
-    over how much their means do. It is the smoothing itself, or, as in Megatron, that over as many tokens as one rank
-    has.
-
-    Args:
-        expected: The loss, smoothed over the whole vocabulary.
-        actual: The ranks' losses.
-        log_sum, mean: Means over all positions, of the log of the sum of exponentials and of the logits.
-        local_means: Means of each rank's logits.
-        sizes: How many tokens each rank has.
+    The loss is log_sum - (1 - s) * label - s * mean, with means over all positions. The smoothing s is unknown: how
+    much the ranks' losses differ, over how much their means do. It is the smoothing itself, or, as in Megatron, that
+    over as many tokens as one rank has.
     """
-    lowest, highest = local_means.index(min(local_means)), local_means.index(max(local_means))
-    spread = local_means[highest] - local_means[lowest]
-    smoothing = (actual[lowest] - actual[highest]) / spread if spread else 0.0
+    means = [float(part.mean()) for part in local_logits]
+    lowest, highest = means.index(min(means)), means.index(max(means))
+    spread = means[highest] - means[lowest]
+    smoothing = (loss.actual[lowest] - loss.actual[highest]) / spread if spread else 0.0
     if not 0 < smoothing < 1:
         return
-    num_local, num_all = sizes[0], sum(sizes)
+    num_local, num_all = local_logits[0].shape[-1], logits.shape[-1]
     for meant in (smoothing, smoothing * (num_local - 1) / num_local * num_all / (num_all - 1)):
-        label = (log_sum - meant * mean - expected) / (1 - meant)
-        predicted = [log_sum - (1 - smoothing) * label - smoothing * local for local in local_means]
+        label = (log_sum - meant * float(logits.mean()) - loss.expected) / (1 - meant)
+        predicted = [log_sum - (1 - smoothing) * label - smoothing * mean for mean in means]
         yield _losses(Cause.MISSING_REDUCE, predicted, lost="mean over the vocabulary", smoothing=smoothing)
 
 
