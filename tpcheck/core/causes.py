@@ -346,7 +346,7 @@ def first_explanation(facts: Facts, tests: Iterable[Callable[[Facts], Explanatio
 
 
 def cause_named(slug: str | None) -> Cause | None:
-    """Return the cause of this slug, or None: third parties' checks may have causes of their own."""
+    """Return the cause of this slug, or None: checks of third parties may have other causes."""
     return _BY_SLUG.get(slug or "")
 
 

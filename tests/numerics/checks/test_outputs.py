@@ -79,7 +79,7 @@ def test_an_input_that_is_wrong_though_all_before_agrees_is_laid_to_the_parent()
     suspect, *_ = outputs_match_reference(evidence, 0).suspects
     assert suspect.where["module"] == "block"
     assert suspect.where["field"] == "input 0 of block.down"
-    assert suspect.evidence["note"] == "what block.down is given is wrong, though all that came before it agrees"
+    assert suspect.evidence["note"] == "the input of block.down is wrong although everything before it agrees"
 
 
 def test_a_fused_output_that_is_read_in_another_order_is_at_fault() -> None:

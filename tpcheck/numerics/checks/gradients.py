@@ -65,16 +65,16 @@ def _wrong(parameters: Mapping[str, ComparedParameter]) -> list[ComparedParamete
 def _suspects(
     evidence: Evidence, step: int, backward: ComparedActivations, parameters: Mapping[str, ComparedParameter]
 ) -> list[Suspect]:
-    """Return the first wrong tensors, and those that not even the inputs and weights of their linear module give."""
+    """Return the first wrong tensors, and later ones that the tensors of their own linear module do not give."""
     wrong, wrong_activations = _wrong(parameters), {activation.key for activation in backward.wrong()}
     if not wrong and not wrong_activations:
         return []
     if compare_activations(evidence, step, "forward").wrong():  # which makes every gradient wrong
         return list(_unlike_recomputed(evidence, step, backward, wrong, known=()))
     roots = first_divergences(list(backward.compared), wrong_activations.__contains__)
-    fed_wrongly = {key.module for key in wrong_activations if key.role == "output"}
-    first_wrong = [parameter for parameter in wrong if parameter.module not in fed_wrongly]
-    consequences = [parameter.name for parameter in wrong if parameter.module in fed_wrongly]
+    wrong_downstream = {key.module for key in wrong_activations if key.role == "output"}
+    first_wrong = [parameter for parameter in wrong if parameter.module not in wrong_downstream]
+    consequences = [parameter.name for parameter in wrong if parameter.module in wrong_downstream]
     details: dict[str, Any] = {"first_of": len(wrong) + len(wrong_activations), "inputs_agree": True}
     missing = [parameter for parameter in first_wrong if _missing_on(evidence, step, parameter)]
     present = [parameter for parameter in first_wrong if not _missing_on(evidence, step, parameter)]
@@ -157,7 +157,7 @@ def _parameter_suspect(
 
 
 def _with_facts(evidence: Evidence, step: int, parameter: ComparedParameter, suspect: Suspect) -> Suspect:
-    """Add the other gradients that a wrong one may be, or be made of."""
+    """Add the gradients that may stand in the place of a wrong one, or be a part of it."""
     if not parameter.expected_parts:
         return suspect
     reference, candidate = evidence.reference[step], evidence.candidate[step]

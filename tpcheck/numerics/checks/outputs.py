@@ -116,9 +116,9 @@ def _root_suspect(
         return replace(suspect, linear=terms, embedding=None if terms else _embedding_facts(evidence, step, root))
     fused = _fused_before(list(activations.compared.values()), root, scope)
     if fused is None:
-        details["note"] = f"what {root.module} is given is wrong, though all that came before it agrees"
+        details["note"] = f"the input of {root.module} is wrong although everything before it agrees"
         return activation_suspect(evidence, step, activation, _CHECK, details, scope)
-    details["note"] = f"its output agrees block by block, but what {root.module} then reads from it is wrong"
+    details["note"] = f"its output agrees block by block, but the input that {root.module} reads from it is wrong"
     blocks = FusedBlocks(fused.placed.num_blocks, fused.difference.relative)
     suspect = activation_suspect(evidence, step, activation, _CHECK, details, fused.key.module)
     return replace(suspect, fused_blocks=blocks)
@@ -151,8 +151,8 @@ def differs_from_sibling_layers(evidence: Evidence, step: int, module: str) -> S
     different = next((collectives for collectives in issued if collectives != expected), None)
     if different is None:
         return None
-    alike = (name for name in siblings if any(collectives.get(name, ()) == expected for collectives in by_rank))
-    return SiblingCollectives(different, expected, f"in {next(alike)}" if votes else "on the other ranks")
+    such = (name for name in siblings if any(collectives.get(name, ()) == expected for collectives in by_rank))
+    return SiblingCollectives(different, expected, f"in {next(such)}" if votes else "on the other ranks")
 
 
 def _by_module(collectives: tuple[Collective, ...]) -> Mapping[str, Issued]:

@@ -134,25 +134,25 @@ def _scaled(
 
 
 def where_replicas_are_averaged(test: Test) -> Test:
-    """Ask only where a factor of the number of replicas has no other reason.
+    """Restrict a test to where a factor of the number of replicas has no other reason.
 
     Where TP has as many ranks, it has none if the gradients of all parameters have it: one alone is scaled.
     """
 
-    def asked(suspect: Suspect) -> Explanation | None:
+    def restricted(suspect: Suspect) -> Explanation | None:
         is_clear = suspect.num_replicas != _tp(suspect) or suspect.gradient.is_every_parameter
         return test(suspect) if is_clear else None
 
-    return asked
+    return restricted
 
 
 def where_module_computed_it(test: Test) -> Test:
-    """Ask only of what a module computed: no collective of a module scales the output gradient that it receives."""
+    """Restrict a test to what a module computed: its collectives do not scale the output gradient that it receives."""
 
-    def asked(suspect: Suspect) -> Explanation | None:
+    def restricted(suspect: Suspect) -> Explanation | None:
         return test(suspect) if suspect.role == "input" else None
 
-    return asked
+    return restricted
 
 
 def issued_over_another_group(suspect: Suspect) -> Explanation | None:
@@ -211,7 +211,7 @@ def averaging_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:
         yield from _reduced_over_tp(suspect.expected_parts, "it is averaged over the TP group, too", is_mean=True)
         yield from _reduced_over_tp(suspect.expected_parts, "it is summed over the TP group", is_mean=False)
     if local:
-        note = "it is that of its own replica's batch, not the mean over DP"
+        note = "it is the gradient of this replica's batch alone, not the mean over DP"
         yield Hypothesis(Cause.MISSING_REDUCE, local, {"note": note})
 
 
