@@ -30,6 +30,8 @@ NOISY = 0.1
 # Of a norm or a step that is worked out from weights: a float64 weight rounds by 1e-16 of itself, 1e-10 of a step that
 # moves it by 1e-6. Numbers that agree in six digits are the same number.
 FITTED = 1e-6
+# Distance of equal rows of an embedding: a lookup does not round, but torch.cdist does.
+EQUAL_ROWS = 1e-9
 
 # ---- causes: number of elements that prove something
 

@@ -11,9 +11,7 @@ import torch
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.evidence import LossFacts, Suspect
 from tpcheck.numerics.hypotheses.proof import Hypothesis
-from tpcheck.numerics.tolerance import FITTED, MOST_OFFSETS
-
-_LEAST_DISTANCE = 1e-9  # of equal rows: torch.cdist rounds, a lookup does not
+from tpcheck.numerics.tolerance import EQUAL_ROWS, FITTED, MOST_OFFSETS
 
 
 def embedding_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:
@@ -45,7 +43,7 @@ def _suggested_offsets(suspect: Suspect, tokens: torch.Tensor, table: torch.Tens
     """Return by how much the rows that stand in wrong places are off, the most frequent first."""
     actual = suspect.actual_parts[0].double().reshape(-1, table.shape[1])
     distances, rows = torch.cdist(actual, table.double()).min(dim=1)
-    wrong = (distances <= max(suspect.allowed_error, _LEAST_DISTANCE)) & (rows != tokens.reshape(-1))
+    wrong = (distances <= max(suspect.allowed_error, EQUAL_ROWS)) & (rows != tokens.reshape(-1))
     offsets, counts = (tokens.reshape(-1) - rows)[wrong].unique(return_counts=True)  # type: ignore[no-untyped-call]
     frequent: list[int] = offsets[counts.argsort(descending=True)].tolist()
     return list(dict.fromkeys([*frequent[:MOST_OFFSETS], *(-start for start in starts if start)]))
