@@ -91,6 +91,17 @@ def test_one_rank_alone_may_reduce_wrongly(kind: str, factor: float, cause: Caus
     assert the_cause("activation", shards, expected_parts=HALVES) is None
 
 
+@pytest.mark.parametrize("kind", ["activation", "input_gradient"])
+@pytest.mark.parametrize(("factor", "cause"), [(2.0, Cause.DUPLICATE_REDUCE), (0.5, Cause.MEAN_INSTEAD_OF_SUM)])
+def test_shards_are_reduced_wrongly_on_all_ranks(kind: str, factor: float, cause: Cause) -> None:
+    scaled = [half * factor for half in HALVES]
+    assert the_cause(kind, scaled, expected_parts=HALVES, role="input") is cause
+
+
+def test_activations_may_be_summed_over_the_replicas() -> None:
+    assert the_cause("activation", (EXPECTED * 3,) * 2, num_replicas=3) is Cause.SUM_INSTEAD_OF_MEAN
+
+
 def linear(tp: int) -> LinearTerms:
     """Return terms of a row-parallel layer that add up, with the bias, to the expected output."""
     bias = torch.arange(1.0, 9.0, dtype=torch.float64)
@@ -114,9 +125,10 @@ def test_terms_beside_a_bias_show_what_was_done_to_them() -> None:
 
 def test_the_term_of_one_rank_may_stand_on_all() -> None:
     facts = linear(3)
-    found = explain(suspect("activation", (facts.by_rank[1] + facts.bias,) * 3, EXPECTED, linear=facts))
-    assert found is not None
-    assert (found.cause, found.evidence) == (Cause.MISSING_REDUCE, {"term_of_tp_rank": 1})
+    for kind in ("activation", "input_gradient"):
+        found = explain(suspect(kind, (facts.by_rank[1] + facts.bias,) * 3, EXPECTED, linear=facts))  # type: ignore[arg-type]
+        assert found is not None
+        assert (found.cause, found.evidence) == (Cause.MISSING_REDUCE, {"term_of_tp_rank": 1})
 
 
 def test_a_sum_over_some_ranks_is_a_wrong_group() -> None:
