@@ -1,7 +1,8 @@
-"""The catalogue of causes: a row each, and every slug stands in the source once."""
+"""The catalogue of causes: one row each, which says where its tests are; every slug is in the source once."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from tokenize import STRING, generate_tokens
@@ -38,12 +39,39 @@ def test_a_slug_is_spelled_once_in_the_source() -> None:
         with file.open() as source:
             strings = [token.string.strip("\"'") for token in generate_tokens(source.readline) if token.type == STRING]
         places.update(slug for slug in strings if slug in SLUGS)
-    words = {"transposed": 2}  # a way to lay a tensor out, too: the tries of layers
+    words = {"transposed": 2}  # also a layout that the trials of layers use
     assert {slug: number for slug, number in places.items() if number != 1 + words.get(slug, 0)} == {}
 
 
+# They pass explanations on, or arrange tests: no test of theirs names a cause.
+PASSES_ON = ("numerics.hypotheses.explain", "numerics.hypotheses.weights")
+
+
+def modules_naming(cause: Cause) -> list[str]:
+    """Return the modules that name a cause; those of generators are looked up by their kind."""
+    root = Path(tpcheck.__file__).parent
+    name = re.compile(rf"\bCause\.{cause.name}\b|Cause\[f?.{cause.name.rpartition('_')[0]}_\{{")
+    return [
+        ".".join(file.relative_to(root).with_suffix("").parts)
+        for folder in ("numerics", "batches", "checkpoints")
+        for file in sorted((root / folder).rglob("*.py"))
+        if name.search(file.read_text())
+    ]
+
+
 @pytest.mark.parametrize("cause", Cause)
-def test_what_to_change_is_a_sentence(cause: Cause) -> None:
+def test_the_catalogue_says_where_a_cause_is_tested(cause: Cause) -> None:
+    modules = modules_naming(cause)
+    for place in cause.tested_in:
+        assert any(f"{module}.".startswith(f"{place}.") for module in modules), place
+    others = [
+        module for module in modules if not any(f"{module}.".startswith(f"{place}.") for place in cause.tested_in)
+    ]
+    assert set(others) <= set(PASSES_ON)
+
+
+@pytest.mark.parametrize("cause", Cause)
+def test_advice_is_a_sentence(cause: Cause) -> None:
     advice = cause.advise({"generators": ["torch"], "where": "workers"}, Topology(tp=2, dp=2))
     assert advice is None or (advice.endswith((".", "save_pretrained.")) and "{" not in advice)
 
@@ -56,16 +84,16 @@ def test_what_to_change_is_a_sentence(cause: Cause) -> None:
         (None, "missing_reduce: leaving out the reduction over the ranks gives the actual tensor"),
     ],
 )
-def test_a_sentence_says_how_exactly_its_test_held(error: float | None, expected: str) -> None:
+def test_a_sentence_says_how_exactly_the_test_of_its_cause_held(error: float | None, expected: str) -> None:
     assert sentence("missing_reduce", error) == expected
 
 
-def test_a_cause_that_is_no_equality_has_no_exactness() -> None:
+def test_the_sentence_of_a_cause_that_is_no_equality_has_no_error() -> None:
     assert sentence("gradient_missing", 0.0).endswith("the reference has one")
 
 
 @pytest.mark.parametrize("cause", Cause)
-def test_every_sentence_can_be_said(cause: Cause) -> None:
+def test_every_sentence_can_be_filled_in(cause: Cause) -> None:
     assert "{" not in sentence(cause.slug, None)
 
 

@@ -1,4 +1,4 @@
-"""A digest tells any two tensors apart that differ in one bit, in dtype or in shape."""
+"""Two tensors that differ in one bit, in dtype or in shape have different digests."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def on_device(tensor: torch.Tensor) -> list[int]:
     "dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.complex64]
 )
 @pytest.mark.parametrize("number", [1, 3, 4, 1000])
-def test_sums_on_a_device_tell_one_flipped_bit_and_an_exchange(dtype: torch.dtype, number: int) -> None:
+def test_sums_on_a_device_differ_for_one_flipped_bit_and_for_an_exchange(dtype: torch.dtype, number: int) -> None:
     tensor = (torch.arange(number) % 2).to(dtype)
     seen = {tuple(on_device(tensor)), tuple(on_device(tensor.clone()))}
     assert len(seen) == 1
@@ -58,6 +58,6 @@ def test_sums_on_a_device_go_over_chunks_and_odd_starts() -> None:
     assert on_device(torch.zeros(0)) == [0, 0]
 
 
-def test_several_digests_are_waited_for_at_once() -> None:
+def test_digests_of_several_tensors_are_those_of_each() -> None:
     tensors = [torch.ones(2), torch.zeros(3), torch.ones(2, device="meta")]
     assert start_digests(tensors)() == [start_digests([tensor])()[0] for tensor in tensors]

@@ -1,4 +1,4 @@
-"""What a run may use is asked of the system, and of the container around it."""
+"""The cores that a run may use are those of its CPU affinity and of its container's quota."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors say what is wrong, and survive a journey between processes."""
+"""Errors have a message that says what is wrong, and can be pickled and copied."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from tpcheck import (
         ((1, 2), "tp=0: expected one of 1, 2"),
     ],
 )
-def test_a_usage_error_says_name_value_and_what_is_accepted(accepted: object, text: str) -> None:
+def test_a_usage_error_has_the_name_the_value_and_what_is_accepted(accepted: object, text: str) -> None:
     error = UsageError("tp", 0, accepted)  # type: ignore[arg-type]
     assert str(error) == text
     assert (error.name, error.value) == ("tp", 0)
 
 
-def test_one_base_catches_all() -> None:
+def test_all_errors_have_one_base() -> None:
     kinds = (UsageError, Mismatch, BatchMismatch, UnevenBatches, RankFailure, BackendError)
     assert all(issubclass(kind, TpcheckError) for kind in kinds)
     assert issubclass(BatchMismatch, Mismatch)
@@ -47,7 +47,7 @@ def test_usage_errors_are_value_errors_and_mismatches_assertions() -> None:
 
 
 @pytest.mark.parametrize("copied", [lambda error: pickle.loads(pickle.dumps(error)), copy.copy, copy.deepcopy])
-def test_errors_survive_a_journey_between_processes(copied: object) -> None:
+def test_errors_can_be_pickled_and_copied(copied: object) -> None:
     assert callable(copied)
     usage = copied(UsageError("tp", 0, ["1", "2"]))
     assert (str(usage), usage.name, usage.value, usage.accepted) == (

@@ -51,20 +51,20 @@ CUTS = st.one_of(equal_blocks(), uneven_blocks(), given_sizes())
 
 
 @given(CUTS)
-def test_every_index_is_held_by_exactly_one_rank(cut: Cut) -> None:
-    held = chain.from_iterable(cut.indices(rank) for rank in range(cut.num_ranks))
-    assert sorted(held) == list(range(cut.dim_size))
+def test_every_index_is_on_exactly_one_rank(cut: Cut) -> None:
+    indices = chain.from_iterable(cut.indices(rank) for rank in range(cut.num_ranks))
+    assert sorted(indices) == list(range(cut.dim_size))
 
 
 @given(CUTS)
-def test_every_rank_holds_one_range_of_every_block_in_order(cut: Cut) -> None:
+def test_every_rank_has_one_range_of_every_block_in_order(cut: Cut) -> None:
     borders = list(accumulate(cut.shard.block_sizes(cut.dim_size), initial=0))
     for rank in range(cut.num_ranks):
         ranges = list(cut.shard.ranges(cut.dim_size, cut.num_ranks, rank))
         assert len(ranges) == len(borders) - 1
         assert all(
-            start <= held.start <= held.stop <= stop
-            for held, start, stop in zip(ranges, borders[:-1], borders[1:], strict=True)
+            start <= indices.start <= indices.stop <= stop
+            for indices, start, stop in zip(ranges, borders[:-1], borders[1:], strict=True)
         )
 
 
@@ -90,13 +90,13 @@ def test_shard_then_assemble_is_the_identity(cut: Cut, data: st.DataObject) -> N
 def test_chunks_are_those_of_torch(dim_size: int, num_ranks: int) -> None:
     torch = pytest.importorskip("torch")
     chunks = [chunk.tolist() for chunk in torch.arange(dim_size).chunk(num_ranks)]
-    ours = [Cut(Shard(0), dim_size, num_ranks).indices(rank) for rank in range(num_ranks)]
-    assert [part for part in ours if part] == [chunk for chunk in chunks if chunk]
+    actual = [Cut(Shard(0), dim_size, num_ranks).indices(rank) for rank in range(num_ranks)]
+    assert [part for part in actual if part] == [chunk for chunk in chunks if chunk]
 
 
 def test_fused_query_key_value_is_cut_block_by_block() -> None:
     fused = Shard(0, blocks=(8, 4, 4))  # 4 query heads and 2 key and value heads, each 2 wide
-    assert [list(held) for held in fused.ranges(16, num_ranks=2, rank=1)] == [[4, 5, 6, 7], [10, 11], [14, 15]]
+    assert [list(indices) for indices in fused.ranges(16, num_ranks=2, rank=1)] == [[4, 5, 6, 7], [10, 11], [14, 15]]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_fused_query_key_value_is_cut_block_by_block() -> None:
         (Shard(0, sizes=((4, 4), (1, 1))), "sizes", "one tuple for each of 1 blocks"),
     ],
 )
-def test_parts_that_do_not_make_the_whole_are_refused(shard: Shard, name: str, accepted: str) -> None:
+def test_parts_that_do_not_make_the_whole_raise_a_usage_error(shard: Shard, name: str, accepted: str) -> None:
     with pytest.raises(UsageError) as error:
         list(shard.ranges(8, num_ranks=2, rank=0))
     assert (error.value.name, error.value.accepted) == (name, accepted)
@@ -124,7 +124,7 @@ def test_parts_that_do_not_make_the_whole_are_refused(shard: Shard, name: str, a
     ("dim_size", "num_ranks", "rank", "name"),
     [(8, 2, 2, "rank"), (8, 2, -1, "rank"), (8, 0, 0, "num_ranks"), (-8, 2, 0, "dim_size")],
 )
-def test_a_rank_and_sizes_that_cannot_be_are_refused(dim_size: int, num_ranks: int, rank: int, name: str) -> None:
+def test_an_impossible_rank_or_size_raises_a_usage_error(dim_size: int, num_ranks: int, rank: int, name: str) -> None:
     with pytest.raises(UsageError) as error:
         list(Shard(0).ranges(dim_size, num_ranks, rank))
     assert error.value.name == name

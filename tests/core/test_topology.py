@@ -29,7 +29,7 @@ def test_every_rank_is_in_exactly_one_group_of_each_axis(topology: Topology, axi
 
 
 @given(TOPOLOGIES, AXES)
-def test_a_group_holds_ranks_that_differ_on_its_axis_alone(topology: Topology, axis: str) -> None:
+def test_the_ranks_of_a_group_differ_on_its_axis_alone(topology: Topology, axis: str) -> None:
     for group in topology.groups(axis):
         places = [topology.coordinate(rank) for rank in group]
         assert [place.pop(axis) for place in places] == list(range(topology.sizes[axis]))
@@ -56,7 +56,7 @@ def test_a_world_size_gives_the_remaining_factor_to_dp(tp: int, dp: int) -> None
 
 
 @given(st.integers(1, 64), st.integers(1, 64))
-def test_a_tp_size_that_does_not_divide_the_world_is_refused(world_size: int, tp: int) -> None:
+def test_a_tp_size_that_does_not_divide_the_world_raises_a_usage_error(world_size: int, tp: int) -> None:
     if world_size % tp:
         with pytest.raises(UsageError) as error:
             Topology.of(world_size=world_size, tp=tp)
@@ -83,7 +83,7 @@ def test_a_rank_is_one_of_the_world(rank: object) -> None:
         Topology(tp=2, dp=2).peers(rank, "tp")  # type: ignore[arg-type]
 
 
-def test_an_axis_is_one_of_those_that_there_are() -> None:
+def test_an_axis_is_dp_or_tp() -> None:
     with pytest.raises(UsageError) as error:
         Topology(tp=2).groups("pp")
     assert str(error.value) == "axis='pp': expected one of dp, tp"

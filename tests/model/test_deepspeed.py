@@ -59,7 +59,7 @@ def test_uneven_cuts_and_ties_pass(family: str, tp: int, settings: dict[str, Any
 def test_data_parallelism_alone_passes_and_says_that_nothing_was_sharded() -> None:
     report = verified("llama", tp=1, dp=2)
     assert report.passed, report
-    assert report.verdict.coverage.missed["parameters_are_sharded: parameters_are_sharded"].startswith("tp is 1")
+    assert report.verdict.coverage.not_compared["parameters_are_sharded: parameters_are_sharded"].startswith("tp is 1")
 
 
 def test_biases_are_compared_where_a_family_has_them() -> None:
@@ -185,4 +185,4 @@ def test_a_plan_that_deepspeed_refuses_is_an_error_in_its_own_words() -> None:
 def test_a_layout_that_deepspeed_cannot_gather_is_missed_coverage_not_a_finding() -> None:
     report = verified("codegen")
     assert report.passed, report
-    assert any("cannot gather it" in why for why in report.verdict.coverage.missed.values())
+    assert any("cannot gather it" in why for why in report.verdict.coverage.not_compared.values())

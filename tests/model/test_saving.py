@@ -58,7 +58,7 @@ def test_the_doctor_says_before_what_is_saved_after(stage: int) -> None:
 
     report = tpcheck.verify(llama_with_buffers, topology=Topology(tp=2), checks=[CHECK], steps=1, zero_stage=stage)
     wrong = {finding.where["field"] for finding in report.findings}
-    nothing = {name.split(": ")[-1] for name in report.verdict.coverage.missed}
+    nothing = {name.split(": ")[-1] for name in report.verdict.coverage.not_compared}
     foretold = what_is_saved({"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": stage}})
     assert {CALLS[saved.way] for saved in foretold if not saved.is_model} == wrong | nothing
 
@@ -66,7 +66,7 @@ def test_the_doctor_says_before_what_is_saved_after(stage: int) -> None:
 def test_a_way_that_writes_nothing_has_not_passed() -> None:
     report = saved(zero_stage=3)
     assert report.passed, report
-    assert set(report.verdict.coverage.missed.values()) == {"it wrote nothing"}
+    assert set(report.verdict.coverage.not_compared.values()) == {"it wrote nothing"}
     assert report.verdict.coverage.compared < report.verdict.coverage.total
 
 

@@ -1,78 +1,198 @@
-"""What the checks say of hand-made evidence: all that is wrong is named, and accounts for what follows from it."""
+"""Results of checks are explained, joined by mistake, and merged over TP groups into one verdict."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+import pytest
 import torch
 
-from tpcheck import Topology
+from tests.numerics.evidence import BIAS, BUFFER, DOWN, NORM, UP, key, right_evidence, with_digest, with_tensor
 from tpcheck.backends.layout import Layout
-from tpcheck.core.findings import Finding
-from tpcheck.core.placement import Replicate
-from tpcheck.numerics.answer import CheckAnswer, GroupAnswer, start_answer, verdict
-from tpcheck.numerics.evidence import Evidence, RankFacts
-from tpcheck.numerics.tolerance import Tolerance
+from tpcheck.core.findings import CheckResult, Finding
+from tpcheck.numerics.answer import (
+    CheckAnswer,
+    GroupAnswer,
+    forbids_training,
+    full_answer,
+    group_findings,
+    start_answer,
+    verdict,
+)
+from tpcheck.numerics.checks import CHECK_NAMES
+from tpcheck.numerics.evidence import Evidence
 
-NAMES = [f"layers.{number}.weight" for number in range(20)]
+RIGHT = right_evidence()
+WEIGHTS, REPLICAS, OUTPUTS, GRADIENTS = (
+    "weights_match_reference", "replicas_agree", "outputs_match_reference", "gradients_match_reference"
+)  # fmt: skip
 
 
-def evidence_of_wrong_weights(digests: list[dict[tuple[str, str], str]]) -> Evidence:
-    """Return evidence in which both ranks hold the same wrong weights in all layers."""
-    generator = torch.Generator().manual_seed(0)
-    expected, wrong = (
-        {name: torch.randn(3, 4, generator=generator, dtype=torch.float64) for name in NAMES} for _ in range(2)
+def finding(parameter: str, cause: str | None = "transposed", check: str = WEIGHTS, **fields: Any) -> Finding:
+    where = {"phase": "start", "parameter": parameter, "ranks": [0], **fields.pop("where", {})}
+    return Finding(check, where, fields.pop("observed", 1.0), 0.0, cause, fields)
+
+
+def grouped(*findings: Finding) -> list[tuple[str, list[str]]]:
+    """Return each finding's parameter and the others that it names."""
+    return [(each.where["parameter"], each.evidence.get("also", [])) for each in group_findings(findings)]
+
+
+def test_findings_of_one_mistake_are_one_that_names_every_parameter() -> None:
+    names = [f"layers.{number}.weight" for number in range(20)]
+    assert grouped(*map(finding, names)) == [(names[0], names[1:])]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        finding("b", "bit_flipped"),
+        finding("b", where={"ranks": [1]}),
+        finding("b", where={"phase": "update"}),
+        finding("b", check=GRADIENTS),
+        finding("b", note="another story"),
+    ],
+)
+def test_findings_of_different_mistakes_stay_apart(other: Finding) -> None:
+    assert [name for name, _ in grouped(finding("a"), other)] == ["a", "b"]
+
+
+def test_findings_of_activations_are_never_joined() -> None:
+    activation = finding("a", where={"field": "output 0"})
+    assert len(group_findings([activation, activation])) == 2
+
+
+@pytest.mark.parametrize(("number", "joined"), [(4, 4), (5, 1)])
+def test_a_few_unexplained_gradients_stay_apart(number: int, joined: int) -> None:
+    gradients = [finding(str(each), None, GRADIENTS, where={"phase": "backward"}) for each in range(number)]
+    assert len(group_findings(gradients)) == joined
+
+
+def test_names_beside_a_joined_finding_are_kept_once() -> None:
+    assert grouped(finding("a", also=["b", "c"]), finding("b", also=["a", "d"])) == [("a", ["b", "c", "d"])]
+
+
+def all_weights_wrong(evidence: Evidence) -> Evidence:
+    return replace(
+        evidence,
+        initial_parts=tuple(
+            {name: torch.rand(part.shape, dtype=part.dtype) for name, part in parts.items()}
+            for parts in evidence.initial_parts
+        ),
     )
-    return Evidence(
-        topology=Topology(tp=2),
-        dp_rank=0,
-        dtype="float64",
-        initial=expected,
-        initial_parts=(wrong, wrong),
-        layouts={name: Layout.placed((3, 4), Replicate(), 2) for name in NAMES},
-        reference=(),
-        candidate=(),
-        buffers=("layers.19.scale",),
-        facts=tuple(RankFacts({}, (of_rank,)) for of_rank in digests),
-        tolerance=Tolerance(2.2e-16, 8, {}),
+
+
+def test_a_module_that_is_wrong_from_the_start_accounts_for_its_other_findings() -> None:
+    evidence = with_digest(RIGHT, ("parameter", NORM), [1], moment=0)
+    weights, replicas = (
+        each for answer in start_answer(all_weights_wrong(evidence), [WEIGHTS, REPLICAS]).answers
+        for each in answer.findings
+    )  # fmt: skip
+    assert [weights.where["parameter"], *weights.evidence["also"]] == [NORM, UP, DOWN, BIAS]
+    assert "follows_from" not in weights.evidence
+    assert replicas.evidence["follows_from"] == WEIGHTS
+
+
+def test_weights_gathered_over_a_wrong_group_have_no_cause() -> None:
+    facts = (replace(RIGHT.facts[0], group_ranks={"tp": ((0, 2),)}), *RIGHT.facts[1:])
+    first, second = (part[UP] for part in RIGHT.initial_parts)
+    swapped = tuple({**part, UP: tensor} for part, tensor in zip(RIGHT.initial_parts, (second, first), strict=True))
+    evidence = replace(RIGHT, initial_parts=swapped)
+    (answer,) = start_answer(evidence, [WEIGHTS]).answers
+    assert answer.findings[0].cause == "shard_order_swapped"
+    start = start_answer(replace(evidence, facts=facts), CHECK_NAMES)
+    (weights,) = (each for answer in start.answers for each in answer.findings if answer.check == WEIGHTS)
+    assert weights.cause is None
+    assert weights.evidence["follows_from"] == "groups_match_topology"
+
+
+def test_ranks_that_are_no_tp_model_are_not_trained() -> None:
+    assert not forbids_training(start_answer(RIGHT, CHECK_NAMES))
+    assert not forbids_training(start_answer(all_weights_wrong(RIGHT), CHECK_NAMES))
+    layouts = {name: Layout.replicated(tensor.shape, 2) for name, tensor in RIGHT.initial.items()}
+    assert forbids_training(start_answer(replace(RIGHT, layouts=layouts), CHECK_NAMES))
+
+
+def answer_of(evidence: Evidence, checks: Any = CHECK_NAMES) -> GroupAnswer:
+    return full_answer(start_answer(evidence, checks), evidence, checks)
+
+
+def test_a_right_run_passes_every_check_of_every_step() -> None:
+    answer = answer_of(right_evidence(steps=2, dp=2))
+    assert answer.last_step == 1
+    assert not any(each.findings for each in answer.answers)
+    assert {each.check for each in answer.answers} == set(CHECK_NAMES)
+
+
+def test_steps_after_the_first_wrong_one_are_not_checked() -> None:
+    evidence = with_tensor(right_evidence(steps=2), "gradients", UP, lambda gradient: gradient * 2)
+    assert answer_of(evidence).last_step == 0
+
+
+def test_the_first_check_of_a_step_that_fails_accounts_for_what_has_no_cause() -> None:
+    evidence = with_tensor(RIGHT, "activations", key("block.down output"), lambda tensor: tensor * 1.7)
+    evidence = with_tensor(evidence, "activations", key("block output"), lambda tensor: tensor * 1.7)
+    evidence = with_tensor(evidence, "gradients", BIAS, lambda gradient: gradient + torch.rand(4).double())
+    outputs, gradients = (each for answer in answer_of(evidence).answers for each in answer.findings)
+    assert "follows_from" not in outputs.evidence
+    assert gradients.evidence["follows_from"] == OUTPUTS
+
+
+def test_a_check_that_is_not_named_still_accounts_for_others() -> None:
+    evidence = with_tensor(RIGHT, "gradients", UP, lambda gradient: gradient * 2)
+    answer = answer_of(evidence, [WEIGHTS])
+    assert {each.check for each in answer.answers} == {WEIGHTS}
+    assert answer.last_step == 0
+
+
+def the_verdict(*groups: GroupAnswer, steps: int = 1) -> Any:
+    return verdict(groups, steps=steps, subject={}, environment={}, again="tpcheck verify llama", seconds=0.0)
+
+
+def test_a_verdict_has_the_findings_the_results_and_the_command() -> None:
+    evidence = with_tensor(RIGHT, "gradients", UP, lambda gradient: gradient * 2)
+    found = the_verdict(answer_of(evidence), steps=2)
+    assert (found.verdict, len(found.findings), found.findings[0].again) == ("failed", 1, "tpcheck verify llama")
+    worst = next(result for result in found.checks if result.check == GRADIENTS)
+    assert worst.worst_at == f"{UP}, step 0"
+    assert worst.worst_margin == pytest.approx(found.findings[0].margin)
+    assert found.coverage.not_compared == {"step 1": "step 0 already differs, so later steps mean nothing"}
+    assert found.coverage.total == found.coverage.compared + 1
+
+
+def test_a_run_without_findings_passes() -> None:
+    found = the_verdict(answer_of(RIGHT))
+    assert found.verdict == "passed"
+    assert CheckResult(WEIGHTS, 4, 0.0) in found.checks
+
+
+def test_what_several_groups_find_in_one_place_is_one_finding_of_all_their_ranks() -> None:
+    def of_group(rank: int, observed: float, *also: str) -> GroupAnswer:
+        where = {"ranks": [rank], "dp_rank": rank}
+        return GroupAnswer(
+            (CheckAnswer(WEIGHTS, -1, {}, (finding("a", where=where, observed=observed, also=list(also)),), {}),)
+        )
+
+    (found,) = the_verdict(of_group(0, 1.0, "b", "c"), of_group(1, 2.0, "c", "d")).findings
+    assert found.where["ranks"] == [0, 1]
+    assert "dp_rank" not in found.where
+    assert found.observed == 1.0  # both are exact: infinitely wrong
+    assert found.evidence["also"] == ["b", "c", "d"]
+
+
+def test_findings_of_a_later_step_are_dropped_where_another_group_failed_before() -> None:
+    early, late = (
+        GroupAnswer((CheckAnswer(GRADIENTS, step, {}, (finding(str(step), check=GRADIENTS),), {}),), last_step=step)
+        for step in (0, 1)
     )
-
-
-def test_every_wrong_weight_is_named_and_accounts_for_its_module() -> None:
-    buffer = ("buffer", "layers.19.scale")
-    evidence = evidence_of_wrong_weights([{buffer: "a"}, {buffer: "b"}])
-    answer = start_answer(evidence, ["weights_match_reference", "replicas_agree"])
-    weights, replicas = (finding for one in answer.answers for finding in one.findings)
-    assert [weights.where["parameter"], *weights.evidence["also"]] == NAMES
-    assert replicas.where["module"] == "layers.19"
-    assert replicas.evidence["follows_from"] == "weights_match_reference"
-
-
-def test_all_weights_beside_a_wrong_one_are_named() -> None:
-    evidence = evidence_of_wrong_weights([{}, {}])
-    right = {name: evidence.initial[name] for name in NAMES[::2]}
-    for part in evidence.initial_parts:
-        assert isinstance(part, dict)
-        part.update(right)
-    from tpcheck.numerics.checks.start import weights_match_reference
-
-    first = weights_match_reference(evidence).suspects[0]
-    assert first.evidence["beside_it"] == {"wrong": NAMES[3::2], "right": NAMES[::2]}
+    assert [each.where["parameter"] for each in the_verdict(early, late, steps=2).findings] == ["0"]
 
 
 def test_every_replica_that_differs_is_named_with_its_kind() -> None:
-    items = [(kind, name) for name in NAMES for kind in ("parameter", "buffer")]
-    ranks: list[dict[tuple[str, str], str]] = [dict.fromkeys(items, rank) for rank in ("a", "b")]
-    evidence = evidence_of_wrong_weights(ranks)
-    (finding,) = start_answer(evidence, ["replicas_agree"]).answers[0].findings
-    assert finding.evidence["count_differing"] == 1 + len(finding.evidence["also"]) == 20
-    assert finding.evidence["also"] == [{"kind": "parameter", "name": name} for name in NAMES[1:]]
-
-
-def test_what_several_groups_name_beside_one_place_is_put_together() -> None:
-    def of_group(*also: str) -> GroupAnswer:
-        where = {"phase": "start", "parameter": "a.weight", "ranks": [0]}
-        finding = Finding("weights_match_reference", where, 1.0, 0.0, evidence={"also": list(also)})
-        return GroupAnswer((CheckAnswer("weights_match_reference", -1, {}, (finding,), {}),))
-
-    groups = [of_group("b.weight", "c.weight"), of_group("c.weight", "d.weight")]
-    found = verdict(groups, steps=0, subject={}, environment={}, again=None, seconds=0.0).findings
-    assert [finding.evidence["also"] for finding in found] == [["b.weight", "c.weight", "d.weight"]]
+    evidence = RIGHT
+    for item in (("parameter", NORM), ("parameter", BIAS), ("buffer", BUFFER)):
+        evidence = with_digest(evidence, item, [1], moment=0)
+    (found,) = start_answer(evidence, [REPLICAS]).answers[0].findings
+    assert found.evidence["count_differing"] == 3
+    assert found.evidence["also"] == [{"kind": "parameter", "name": BIAS}, {"kind": "buffer", "name": BUFFER}]

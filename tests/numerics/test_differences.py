@@ -14,8 +14,9 @@ from tpcheck.numerics.differences import (
     compare_placed,
     distance_of_terms,
     frobenius_distance,
-    own_rounding,
+    largest_element,
     place,
+    rounding_error,
     spacing,
 )
 
@@ -51,6 +52,29 @@ def test_blocks_are_followed_where_the_weight_tells_of_them() -> None:
     assert fused.is_fused
     assert compare_placed(fused, WHOLE, allowed=0.0).agrees
     assert not compare_placed(naive, WHOLE, allowed=0.0).agrees
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [
+        Shard(0, blocks=(6, 6), sizes=((3, 3), (3, 3))),  # of other features than the weight gives
+        Shard(0, blocks=(6, 6), sizes=((2, 4), (2, 4))),
+        Replicate(),
+    ],
+)
+def test_a_hint_that_does_not_fit_the_shapes_is_ignored(hint: Shard | Replicate) -> None:
+    dim = 0 if isinstance(hint, Shard) and hint.sizes[0] == (3, 3) else 1
+    whole = WHOLE if dim else WHOLE.t()
+    placed = place(whole.shape, whole.chunk(2, dim=dim), hint)
+    assert placed is not None
+    assert placed.placement == Shard(dim, sizes=((6, 6),))
+    assert not placed.is_fused
+
+
+def test_a_rank_may_hold_nothing() -> None:
+    placed = place(WHOLE.shape, [WHOLE, WHOLE[:, :0]])
+    assert placed is not None
+    assert compare_placed(placed, WHOLE, allowed=0.0).agrees
 
 
 @pytest.mark.parametrize("shapes", [[(2, 5), (2, 5)], [(1, 6), (1, 6)], [(2, 12, 1), (2, 12)]])
@@ -105,18 +129,28 @@ def test_a_parameter_is_compared_through_its_layout() -> None:
     assert (found.largest, found.largest_at, found.wrong_tp_ranks()) == (0.5, (1,), (1,))
 
 
-def test_shards_of_the_wrong_shape_differ_without_bound() -> None:
-    layout = Layout.replicated((4,), tp=2)
-    found = compare_parameter(layout, torch.zeros(4), [torch.zeros(4), torch.zeros(3)], 1.0)
-    assert found.margin == math.inf
+@pytest.mark.parametrize("layout", [Layout.replicated((4,), tp=2), Layout.placed((4,), Shard(0), tp=2)])
+def test_shapes_that_do_not_fit_the_layout_make_the_error_infinite(layout: Layout) -> None:
+    right = [torch.zeros(shape) for shape in layout.local_shapes]
+    assert compare_parameter(layout, torch.zeros(4), [right[0], torch.zeros(3)], 1.0).margin == math.inf
+    assert compare_parameter(layout, torch.zeros(5), right, 1.0).margin == math.inf
+    assert compare_parameter(layout, torch.zeros(4), right, 1.0).margin == 0
+
+
+@pytest.mark.parametrize("index", [(), (2,), (1, 0, 2)])
+def test_the_largest_element_is_named_by_its_index(index: tuple[int, ...]) -> None:
+    gap = torch.zeros([3] * len(index))
+    gap[index] = -2.0
+    assert largest_element(gap) == (2.0, index)
+    assert largest_element(torch.zeros(0, 3)) == (0.0, ())
 
 
 def test_rounding_floors_follow_the_dtype_and_ignore_masks() -> None:
     ones = torch.ones(100, dtype=torch.bfloat16)
-    assert own_rounding(ones) == pytest.approx(10 * 2**-7 / math.sqrt(3))
+    assert rounding_error(ones) == pytest.approx(10 * 2**-7 / math.sqrt(3))
     assert spacing(ones) == 2**-7
     mask = torch.tensor([0.0, torch.finfo(torch.float64).min], dtype=torch.float64)
-    assert own_rounding(torch.cat([mask, mask])) == 0
+    assert rounding_error(torch.cat([mask, mask])) == 0
     assert spacing(torch.tensor([1.0, -float("inf")])) == torch.finfo(torch.float32).eps
 
 

@@ -128,7 +128,7 @@ def test_a_fault_is_found_where_it_is(
 def test_a_shorter_trace_is_compared_as_far_as_it_goes(two: World, reference: Path, tmp_path: Path) -> None:
     report = compared(two, reference, tmp_path, None, number=1)
     assert report.passed
-    assert report.verdict.coverage.missed == {"step 1": "only the reference was recorded that far"}
+    assert report.verdict.coverage.not_compared == {"step 1": "only the reference was recorded that far"}
 
 
 def test_other_inputs_are_no_verdict(reference: Path, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def accumulated(tmp_path: Path) -> Path:
 def test_a_call_without_an_optimizer_step_has_no_updates_to_compare(accumulated: Path, tmp_path: Path) -> None:
     report = tpcheck.compare_traces(record_accumulation(tmp_path / "candidate.trace"), accumulated)
     assert report.passed, report
-    missed = {name: why for name, why in report.verdict.coverage.missed.items() if name.startswith("updates")}
+    missed = {name: why for name, why in report.verdict.coverage.not_compared.items() if name.startswith("updates")}
     assert missed == {
         f"updates_match_reference: step {step}: weights": "no optimizer step followed this call" for step in (0, 2)
     }

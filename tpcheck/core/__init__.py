@@ -1,1 +1,1 @@
-"""What everything else speaks in: topology, placement, errors, findings, causes. The integer parts load no torch."""
+"""The types that all packages share: topology, placement, errors, findings, causes. All but digests load no torch."""

@@ -1,7 +1,6 @@
-"""The catalogue of causes: one row each, with what it is called, what its test has shown, and what to change. No torch.
+"""The catalogue of causes: one row each, with its name, what its test has shown, where the test is, what to change.
 
-A cause is named only where its own numerical test holds: `tpcheck.numerics.hypotheses` has those of a training run,
-`tpcheck.numerics.exact` those of stored tensors, `tpcheck.batches.causes` those of batches.
+A cause is named only where its own numerical test holds. No torch here.
 """
 
 from __future__ import annotations
@@ -35,18 +34,18 @@ def _seed_generator(kind: str) -> Callable[[Mapping[str, Any], Topology], str]:
             )
         if kind == "torch":
             return (
-                "Draw from a generator of its own, `torch.Generator().manual_seed(seed + dp_rank)`: dropout moves the "
-                "global one on each rank by itself."
+                "Draw from a separate generator, `torch.Generator().manual_seed(seed + dp_rank)`: dropout advances the "
+                "global one differently on each rank."
             )
         call = _SEED_CALLS[kind]
-        return f"Call `{call}` on every rank before the loader is iterated, or draw from a generator seeded so."
+        return f"Call `{call}` on every rank before iterating the loader, or draw from a generator with that seed."
 
     return advice
 
 
-def _deal_by_dp_rank(evidence: Mapping[str, Any], topology: Topology) -> str:
+def _assign_by_dp_rank(evidence: Mapping[str, Any], topology: Topology) -> str:
     if evidence.get("dispatch_batches") is True:
-        return "Pass dispatch_batches=False, and give each replica its own samples by dp_rank: one batch goes to all."
+        return "Pass dispatch_batches=False and give each replica its samples by dp_rank: now all get one batch."
     if evidence.get("iterable") is True:
         return f"Shard the IterableDataset: sample i belongs to replica i % {topology.dp} == dp_rank."
     return f"Build the sampler with num_replicas={topology.dp}, rank=dp_rank, and one seed on all replicas."
@@ -61,7 +60,7 @@ def _shard_by_dp_rank(evidence: Mapping[str, Any], topology: Topology) -> str:
 
 def _sort_listings(evidence: Mapping[str, Any], topology: Topology) -> str:
     if evidence.get("hash_differs"):
-        return "Sort what comes out of a set before it is used, or set PYTHONHASHSEED to one value on all ranks."
+        return "Sort a set before iterating over it, or set PYTHONHASHSEED to one value on all ranks."
     return "Sort file names and other listings before they are indexed: `sorted(os.listdir(...))`."
 
 
@@ -71,13 +70,15 @@ class Cause(Enum):
     Attributes:
         slug: Its stable name, as `Finding.cause` and JSON have it.
         sentence: What its test has shown. `{to}` is how exactly that held: "equals the expected one to 3.9e-16".
+        tested_in: The modules and packages of `tpcheck` with the tests that name it.
 
-    The third column is what to change, a sentence or a function of the evidence and the topology: see `advise`.
+    The last column is what to change, a sentence or a function of the evidence and the topology: see `advise`.
     """
 
-    def __init__(self, slug: str, sentence: str, advice: Advice = "") -> None:
+    def __init__(self, slug: str, sentence: str, tested_in: str, advice: Advice = "") -> None:
         self.slug = slug
         self.sentence = sentence
+        self.tested_in = tuple(tested_in.split())
         self._advice = advice
 
     def advise(self, evidence: Mapping[str, Any] | None = None, topology: Topology | None = None) -> str | None:
@@ -85,185 +86,239 @@ class Cause(Enum):
         advice = self._advice if isinstance(self._advice, str) else self._advice(evidence or {}, topology or Topology())
         return advice or None
 
-    # ---- where tensors lie
-    WRONG_GROUP = ("wrong_group", "the group that is used is not the declared one")
+    # ---- layout
+    WRONG_GROUP = (
+        "wrong_group",
+        "the group that is used is not the declared one",
+        "numerics.hypotheses.layout numerics.hypotheses.reductions",
+    )
     NOT_SHARDED = (
         "not_sharded",
         "the parameters have their full shape on every rank",
-        "The parameter was whole on every rank: TP did not reach it, and gathering put its copies together; gather "
-        "only what the plan shards.",
+        "numerics.hypotheses.layout numerics.exact",
+        "Gather only what the plan shards: this parameter is whole on every rank, and its copies were concatenated.",
     )
     # How DeepSpeed gathers is that of 0.17 to 0.19: facts of its engine.py.
     SHARD_MISSING = (
         "shard_missing",
         "one rank's shard is missing",
+        "numerics.hypotheses.layout numerics.exact",
         "TP shards were not gathered: with DeepSpeed, save engine._consolidated_16bit_state_dict(), called on all "
         "ranks (save_16bit_model writes TP rank 0's shards below ZeRO 3); transformers: save_pretrained.",
     )
     SHARD_REPEATED = (
         "shard_repeated",
-        "one rank's shard stands in every rank's place{to}",
-        "One rank's shard was taken for all of them: gather over the TP group, and index by tp_rank.",
+        "one rank's shard is in every rank's place{to}",
+        "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact",
+        "One rank's shard is used for all: gather over the TP group and index by tp_rank.",
     )
     SHARD_ORDER_SWAPPED = (
         "shard_order_swapped",
         "the shards in another order of ranks equal the expected tensor{to}",
-        "Put the shards together in the order of tp_rank, not of world rank or of file names.",
+        "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact",
+        "Concatenate the shards in the order of tp_rank, not of world rank or of file names.",
     )
     FUSED_BLOCKS_INTERLEAVED = (
         "fused_blocks_interleaved",
         "fused blocks (QKV, gate and up) are cut in one order and read in another",
-        "Gather block by block (Q, K, V; gate, up): cut each rank's part into blocks first.",
+        "numerics.hypotheses.layout numerics.exact",
+        "Gather block by block (Q, K, V; gate, up): split each rank's part into blocks first.",
     )
     WRONG_SHARD_BOUNDARY = (
         "wrong_shard_boundary",
         "the shards were cut at another boundary{to}",
-        "Cut and gather at the same places: ceil-sized chunks on one side and heads on the other do not fit.",
+        "numerics.hypotheses.layout numerics.exact",
+        "Cut and gather at the same boundaries: ceil-sized chunks on one side and heads on the other do not match.",
     )
-    HEAD_MAPPING_WRONG = ("head_mapping_wrong", "with the heads of another rank the expected tensor comes out{to}")
+    HEAD_MAPPING_WRONG = (
+        "head_mapping_wrong",
+        "with the heads of another rank the expected tensor comes out{to}",
+        "numerics.hypotheses.layout numerics.hypotheses.weights",
+    )
     VOCAB_OFFSET_WRONG = (
         "vocab_offset_wrong",
         "token ids shifted by another rank's vocabulary offset give the actual tensor{to}",
-        "Take the padding of the vocabulary off each rank's shard before they are put together.",
+        "numerics.hypotheses.vocabulary numerics.exact",
+        "Remove the padding of the vocabulary from each rank's shard before concatenating them.",
     )
     TENSOR_OF_ANOTHER_LAYER = (
         "tensor_of_another_layer",
         "the actual tensor equals the expected one of another layer{to}",
-        "Renumber the layers: pipeline stages and name maps count them from another start.",
+        "numerics.hypotheses.gradients numerics.exact",
+        "Renumber the layers: a pipeline stage or a name map counts them from another start.",
     )
 
     # ---- reductions
-    MISSING_REDUCE = ("missing_reduce", "leaving out the reduction over the ranks gives the actual tensor{to}")
+    MISSING_REDUCE = (
+        "missing_reduce",
+        "leaving out the reduction over the ranks gives the actual tensor{to}",
+        "numerics.hypotheses.reductions numerics.hypotheses.vocabulary",
+    )
     DUPLICATE_REDUCE = (
         "duplicate_reduce",
         "reducing over the ranks once more gives the actual tensor{to}",
-        "Do not add up what every rank holds whole: gather shards, take replicas from one rank.",
+        "numerics.hypotheses.reductions numerics.hypotheses.vocabulary numerics.exact",
+        "Do not sum replicas: gather shards, take replicas from one rank.",
     )
     MEAN_INSTEAD_OF_SUM = (
         "mean_instead_of_sum",
         "a mean over the ranks in place of the sum gives the actual tensor{to}",
+        "numerics.hypotheses.reductions",
     )
     SUM_INSTEAD_OF_MEAN = (
         "sum_instead_of_mean",
         "a sum over the DP ranks in place of the mean gives the actual tensor{to}",
+        "numerics.hypotheses.reductions",
     )
     BIAS_ADDED_PER_RANK = (
         "bias_added_per_rank",
         "with the bias added more than once the actual tensor comes out{to}",
+        "numerics.hypotheses.reductions",
     )
 
     # ---- gradients, norms, replicas
     PARTIAL_GRADIENT_ON_REPLICA = (
         "partial_gradient_on_replica",
         "the sum of the ranks' gradients equals the expected one{to}",
+        "numerics.hypotheses.reductions",
     )
     GRADIENT_MISSING = (
         "gradient_missing",
         "the parameter has no gradient on these ranks, the reference has one",
+        "numerics.hypotheses.gradients",
     )
-    GRADIENT_SCALED = ("gradient_scaled", "the actual gradient equals the expected one times a constant{to}")
-    NORM_IS_LOCAL = ("norm_is_local", "the norm is that of one rank's own gradients{to}")
+    GRADIENT_SCALED = (
+        "gradient_scaled",
+        "the actual gradient equals the expected one times a constant{to}",
+        "numerics.hypotheses.gradients",
+    )
+    NORM_IS_LOCAL = (
+        "norm_is_local",
+        "the norm is that of one rank's own gradients{to}",
+        "numerics.hypotheses.optimizer",
+    )
     NORM_COUNTS_REPLICAS = (
         "norm_counts_replicas",
         "counting replicated parameters once for each rank gives the actual norm{to}",
+        "numerics.hypotheses.optimizer",
     )
     REPLICA_DRIFT = (
         "replica_drift",
         "the replicas were equal and have drifted apart",
-        "Find out why the replicas drift apart (tpcheck verify): every rank updates its own copy.",
+        "numerics.hypotheses.optimizer checkpoints",
+        "Find out why the replicas drift apart with `tpcheck verify`: every rank updates its copy by itself.",
     )
 
     # ---- values
-    NOT_FINITE = ("not_finite", "some elements are infinite or not a number")
-    ALL_ZERO = ("all_zero", "every wrong element is zero")
+    NOT_FINITE = (
+        "not_finite",
+        "some elements are infinite or not a number",
+        "numerics.hypotheses.values numerics.exact",
+    )
+    ALL_ZERO = ("all_zero", "every wrong element is zero", "numerics.hypotheses.values numerics.exact")
     BIT_FLIPPED = (
         "bit_flipped",
         "one bit of one element differs",
+        "numerics.exact",
         "Copy the file again and compare checksums: storage or memory is damaged.",
     )
     DTYPE_ROUNDED = (
         "dtype_rounded",
         "the expected tensor, rounded to a smaller dtype, equals the actual one{to}",
-        "Save the weights in the dtype that is meant: the fp32 master weights, not the 16-bit copies; or say --dtype "
-        "if the cast was meant.",
+        "numerics.hypotheses.values numerics.exact checkpoints",
+        "Save the fp32 master weights, not the 16-bit copies; pass --dtype if the cast was intended.",
     )
     TRANSPOSED = (
         "transposed",
         "the transposed tensor equals the expected one{to}",
-        "Transpose it when it is saved or read: nn.Linear holds (out, in), Conv1D (in, out).",
+        "numerics.exact",
+        "Transpose it when saving or loading: nn.Linear has (out, in), Conv1D (in, out).",
     )
     STALE_WEIGHT = (
         "stale_weight",
         "the actual tensor equals the expected one of an earlier step{to}",
-        "Save after the optimizer's step reached the model: with ZeRO, the weights are gathered last.",
+        "numerics.hypotheses.optimizer numerics.exact",
+        "Save after the optimizer's step has reached the model: ZeRO gathers the weights last.",
     )
 
     # ---- names and ties
     TENSOR_MISSING = (
         "tensor_missing",
         "the tensor is absent",
-        "Save it: buffers that are persistent and frozen parameters belong to the model, too.",
+        "checkpoints",
+        "Save it: persistent buffers and frozen parameters belong to the model, too.",
     )
-    TENSOR_UNEXPECTED = ("tensor_unexpected", "the reference has no such tensor")
+    TENSOR_UNEXPECTED = ("tensor_unexpected", "the reference has no such tensor", "checkpoints")
     TIED_WEIGHT_DROPPED = (
         "tied_weight_dropped",
         "one of two tied weights is absent",
+        "checkpoints",
         "Save one of the tied names, and keep tie_word_embeddings true in config.json.",
     )
     TIED_WEIGHT_UNTIED = (
         "tied_weight_untied",
         "two weights that the reference ties are separate",
-        "Tie the weights before training (model.tie_weights()): two copies were trained apart.",
+        "numerics.hypotheses.gradients checkpoints",
+        "Tie the weights before training (model.tie_weights()): two copies were trained separately.",
     )
 
     # ---- batches
     RNG_DIFFERS_TORCH = (
         "rng_differs_torch",
         "the batch is drawn from a torch generator whose state is not the same on these ranks",
+        "batches",
         _seed_generator("torch"),
     )
     RNG_DIFFERS_NUMPY = (
         "rng_differs_numpy",
         "the batch is drawn from a numpy generator whose state is not the same on these ranks",
+        "batches",
         _seed_generator("numpy"),
     )
     RNG_DIFFERS_PYTHON = (
         "rng_differs_python",
         "the batch is drawn from a Python generator whose state is not the same on these ranks",
+        "batches",
         _seed_generator("python"),
     )
     RNG_DIFFERS_CUDA = (
         "rng_differs_cuda",
         "the batch is drawn from a CUDA generator whose state is not the same on these ranks",
+        "batches",
         _seed_generator("cuda"),
     )
     SAMPLER_SHARDED_BY_WORLD_RANK = (
         "sampler_sharded_by_world_rank",
-        "the sampler deals samples to world ranks, not to data-parallel ranks",
+        "the sampler assigns samples to world ranks, not to data-parallel ranks",
+        "batches",
         _shard_by_dp_rank,
     )
     SAME_ORDER_DIFFERENT_SEED = (
         "same_order_different_seed",
-        "each rank shuffled with a seed of its own",
+        "each rank shuffled with another seed",
+        "batches",
         "Give the sampler one seed on all ranks: `RandomSampler(dataset, "
         "generator=torch.Generator().manual_seed(seed))`, and the same `set_epoch` on all.",
     )
     PADDING_DIFFERS = (
         "padding_differs",
         "the same tokens with other padding",
-        "Pad to a length that every rank of the TP group knows: padding='max_length' or one pad_to_multiple_of, one "
-        "padding side and one padding token on all of them.",
+        "batches",
+        "Pad to the same length on all ranks of the TP group (padding='max_length' or one pad_to_multiple_of), on the "
+        "same side and with the same token.",
     )
-    ORDER_DIFFERS = ("order_differs", "the same samples in another order", _sort_listings)
+    ORDER_DIFFERS = ("order_differs", "the same samples in another order", "batches", _sort_listings)
     UNEVEN_LENGTH = (
         "uneven_length",
         "some ranks have more batches than others",
+        "batches",
         "Give every rank of a TP group the same samples, and drop the last incomplete batch on all.",
     )
     DUPLICATE_DP_BATCH = (
         "duplicate_dp_batch",
         "data-parallel replicas train on the same samples",
-        _deal_by_dp_rank,
+        "batches",
+        _assign_by_dp_rank,
     )
 
 
@@ -291,7 +346,7 @@ def first_explanation(facts: Facts, tests: Iterable[Callable[[Facts], Explanatio
 
 
 def cause_named(slug: str | None) -> Cause | None:
-    """Return the cause of this slug, or None: third parties' checks may have causes of their own."""
+    """Return the cause of this slug, or None: checks of third parties may have other causes."""
     return _BY_SLUG.get(slug or "")
 
 

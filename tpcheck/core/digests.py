@@ -1,4 +1,4 @@
-"""Digests of the bits of tensors, each taken where the tensor lies."""
+"""Digests of the bits of tensors, computed on the device of each tensor."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def start_digests(tensors: Sequence[torch.Tensor]) -> Callable[[], Sequence[bytes]]:
-    """Begin digests of the bits of strided tensors, 16 bytes each, and return what waits for them.
+    """Start to digest the bits of strided tensors, and return a function that waits for the digests, 16 bytes each.
 
-    Whatever happens to the tensors after this call, in the order of their device's stream, does not matter any more.
-    Tensors on other types of devices, or of other dtypes or sizes, do not have comparable digests.
+    Changes to the tensors after this call, in the order of their device's stream, have no effect. Digests are
+    comparable between tensors of one dtype and size on one type of device.
     """
     fetch = _fetch([_sums(tensor) for tensor in tensors if not tensor.is_cpu])
-    done = [xxhash.xxh3_128_digest(in_memory(tensor)) if tensor.is_cpu else b"" for tensor in tensors]
+    on_cpu = [xxhash.xxh3_128_digest(in_memory(tensor)) if tensor.is_cpu else b"" for tensor in tensors]
 
     def finish() -> list[bytes]:
         fetched = iter(fetch())
-        return [one or xxhash.xxh3_128_digest(next(fetched)) for one in done]
+        return [known or xxhash.xxh3_128_digest(next(fetched)) for known in on_cpu]
 
     return finish
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the bits of a strided tensor, element by element, on its own device; a view where that is possible."""
+    """Return the bytes of a strided tensor, element by element, on its device; a view where that is possible."""
     plain = tensor.detach()
     if plain.is_complex():
         plain = torch.view_as_real(plain.resolve_conj())
@@ -60,14 +60,14 @@ def mix(numbers: torch.Tensor, shift: int, factor: int) -> torch.Tensor:
 def _sums(tensor: torch.Tensor) -> torch.Tensor:
     """Return two multilinear sums of the tensor's words for each chunk of it, as int64 on its device.
 
-    The key of a place is odd, so no change of one word keeps a sum; two tensors share both sums of a chunk with
+    The key of each index is odd, so a change of one word changes the sum; two tensors share both sums of a chunk with
     probability 2^-62 (Lemire, Kaser: Strongly universal string hashing is fast, arXiv 1202.4961).
     """
     if tensor.is_meta:  # has no bits
         return torch.zeros(0, dtype=torch.int64)
     flat = flat_bytes(tensor)
     if flat.numel() % 4 or flat.storage_offset() % 4:
-        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 4))  # whoever compares digests compares shapes, too
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 4))  # callers compare shapes, too
     sums = [
         (words * keys(tensor.device, _WORDS, stream)[: words.numel()]).sum()
         for words in torch.split(flat.view(torch.int32), _WORDS)
@@ -77,17 +77,17 @@ def _sums(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _fetch(sums: Sequence[torch.Tensor]) -> Callable[[], list[bytes]]:
-    """Begin to copy a few sums to the host, all at once, and return what waits for them."""
+    """Start to copy sums to the host, all at once, and return a function that waits for them."""
     if not sums:
         return list
-    sizes = [len(one) for one in sums]
-    together = torch.cat([one.to(sums[0].device) for one in sums])
-    if not together.is_cuda:
-        return lambda: [part.numpy().tobytes() for part in torch.split(together.cpu(), sizes)]
-    host = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)
-    host.copy_(together, non_blocking=True)
+    sizes = [len(of_tensor) for of_tensor in sums]
+    joined = torch.cat([of_tensor.to(sums[0].device) for of_tensor in sums])
+    if not joined.is_cuda:
+        return lambda: [part.numpy().tobytes() for part in torch.split(joined.cpu(), sizes)]
+    host = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True)
+    host.copy_(joined, non_blocking=True)
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record(torch.cuda.current_stream(together.device))
+    copied.record(torch.cuda.current_stream(joined.device))
 
     def finish() -> list[bytes]:
         copied.synchronize()
@@ -97,7 +97,7 @@ def _fetch(sums: Sequence[torch.Tensor]) -> Callable[[], list[bytes]]:
 
 
 def in_memory(tensor: torch.Tensor) -> Any:
-    """Return a buffer of what `flat_bytes` returns, for a tensor on the CPU."""
+    """Return a buffer of the bytes that `flat_bytes` returns, for a tensor on the CPU, without a copy if possible."""
     if type(tensor) is not torch.Tensor or not tensor.is_contiguous() or tensor.is_neg() or tensor.is_conj():
         return flat_bytes(tensor).numpy().data
     size = tensor.nbytes

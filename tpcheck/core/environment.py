@@ -1,4 +1,4 @@
-"""What a run is made of and runs on: packages and cores."""
+"""Versions of packages, and how many cores this process may use."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ def package_versions() -> dict[str, str]:
 
 
 def num_cores() -> int:
-    """Return how many cores this process may use: those it may run on, or fewer where its container has a CPU quota."""
+    """Return how many cores this process may use: its CPU affinity, or fewer where its container has a CPU quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([allowed, *map(math.ceil, cpu_quotas())]))
 
 
 def cpu_quotas(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:
-    """Return the quota, in cores, of each control group that this process is in, of version 1 and 2.
+    """Yield the quota, in cores, of each control group (version 1 and 2) of this process that has one.
 
-    The root is always looked at: in a container it is the container's own group, whatever /proc calls it.
+    The root group always counts: in a container it is the container's group, whatever /proc calls it.
     """
     for controllers, group in _control_groups(proc):
         root = cgroups / controllers
         folder = root / group.lstrip("/")
-        for each in {root, folder, *folder.parents}:
-            if each.is_relative_to(root):
+        for parent in {root, folder, *folder.parents}:
+            if parent.is_relative_to(root):
                 with suppress(OSError, ValueError):  # a file that is not there; "max", which is no number
-                    quota, period = _quota_and_period(each, is_version_2=not controllers)
+                    quota, period = _quota_and_period(parent, is_version_2=not controllers)
                     if quota > 0:  # -1 is none
                         yield quota / period
 
 
 def _control_groups(proc: Path) -> Iterator[tuple[str, str]]:
-    """Return the controllers that limit CPU time, as their folder is named (nothing in version 2), and the group."""
+    """Yield each group that limits CPU time, after the folder of its controllers ("" in version 2)."""
     with suppress(OSError):
         for line in os.fsdecode((proc / "self" / "cgroup").read_bytes()).splitlines():
             _, controllers, group = line.split(":", 2)

@@ -13,7 +13,7 @@ class TpcheckError(Exception):
 
 
 class UsageError(TpcheckError, ValueError):
-    """An argument is wrong: says its name, its value and what is accepted.
+    """An argument is wrong: the message has its name, its value and what is accepted.
 
     Example:
         >>> raise UsageError("tp", 0, "a positive integer")
@@ -35,7 +35,7 @@ class UsageError(TpcheckError, ValueError):
 
 
 class Mismatch(TpcheckError, AssertionError):
-    """A comparison found a difference; `report` holds every finding."""
+    """A comparison found a difference; `report` has every finding."""
 
     def __init__(self, message: str, report: Any = None) -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ class Mismatch(TpcheckError, AssertionError):
 
 
 class BatchMismatch(Mismatch):
-    """The ranks of a TP group, or the replicas of DP, did not get the batches they should."""
+    """Ranks of a TP group got different batches, or DP replicas the same samples."""
 
 
 class UnevenBatches(Mismatch):
@@ -55,7 +55,7 @@ class BackendError(TpcheckError):
 
 
 class CheckpointError(TpcheckError):
-    """A checkpoint cannot be read: damaged, incomplete, hostile or of no known format. One sentence says why."""
+    """A checkpoint cannot be read: damaged, incomplete, hostile or of unknown format. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +71,11 @@ class RankOutcome:
         traceback: The rank's own traceback (`raised`) or Python stacks (`hung`, `stopped`), as text.
         exit_code: For `died` without a signal.
         signal: Name of the signal, such as `SIGKILL`, for `died` by a signal.
-        collective: The torch.distributed call that the rank was waiting in, where it can be told.
+        collective: The torch.distributed call that the rank was waiting in, where it is known.
         place: The innermost line of code outside of libraries that the rank was at (`hung`, `stopped`).
         stdout: What the rank wrote to descriptor 1 during this run.
         stderr: What the rank wrote to descriptor 2 during this run.
-        details: What the exception carried in its `tpcheck_details` attribute (any picklable value).
+        details: The `tpcheck_details` attribute of the exception (any picklable value).
     """
 
     rank: int
@@ -96,9 +96,9 @@ class RankFailure(TpcheckError):
     """A rank raised, died or hung.
 
     Attributes:
-        first: The rank that failed first: the culprit, not its victims.
+        first: The rank that failed first; the others failed or were stopped because of it.
         outcomes: How every rank ended, by rank.
-        exception: The culprit's own exception where it could be carried over, else None.
+        exception: The exception of the first rank where it could be pickled, else None.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Findings, how much was compared, and the verdict of a run, as plain data."""
+"""Findings, coverage and the verdict of a run, as plain data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The answer of a check that failed.
+    """A difference that a check found.
 
     Attributes:
         check: Name of the check, such as `gradients_match_reference`.
@@ -21,7 +21,7 @@ class Finding:
         allowed: Largest error that passes, in the unit of `observed`; 0 where the oracle is exact.
         cause: Slug of the tested explanation, or None.
         evidence: Numbers and short texts behind `observed` and `cause`, JSON-able, by name.
-        again: A command that shows the finding again.
+        again: A command that reproduces the finding.
     """
 
     check: str
@@ -45,26 +45,26 @@ VerdictName = Literal["passed", "failed", "error", "skipped"]
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """How many tensors could be compared, of how many there were.
+    """How many tensors were compared, of how many.
 
     Attributes:
         compared: Tensors that were compared.
         total: Tensors that should have been.
-        missed: What could not be compared, and why, by name.
+        not_compared: Why something could not be compared, by name.
     """
 
     compared: int = 0
     total: int = 0
-    missed: Mapping[str, str] = field(default_factory=dict)
+    not_compared: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What one check did, passed or not.
+    """The result of one check, passed or not.
 
     Attributes:
         check: Name of the check.
-        compared: How many tensors (groups, norms) it compared; 0 means that it could not say anything.
+        compared: How many tensors (groups, norms) it compared; a check that compared none says nothing.
         worst_margin: Largest observed / allowed error over them; 0 for an exact check that passed.
         worst_at: Name of the tensor with that margin.
     """
@@ -81,11 +81,11 @@ class Verdict:
 
     Attributes:
         verdict: `passed`, `failed` (findings), `error` (the system under test crashed) or `skipped`.
-        subject: What was run: family, backend, topology, dtype, options.
+        subject: Family, backend, topology, dtype and options of the run.
         environment: Versions by package name.
         findings: Failed checks, the most telling first.
         checks: Every check that ran.
-        coverage: What was compared.
+        coverage: How much was compared.
         seconds: Wall time.
         message: The backend's own message for `error`, the reason for `skipped`.
     """

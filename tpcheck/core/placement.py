@@ -1,4 +1,4 @@
-"""How a tensor lies over the ranks of one mesh axis. Integers only; no torch."""
+"""The placement of a tensor over the ranks of one mesh axis. Integers only; no torch."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from tpcheck.core.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Replicate:
-    """Every rank holds the whole tensor."""
+    """Every rank has the whole tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """Every rank holds a term; the tensor is their sum."""
+    """Every rank has a term; the tensor is their sum."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Each rank holds a part of every block of `dim`.
+    """Each rank has a part of every block of `dim`.
 
     Attributes:
         dim: The dim that is cut. Negative dims count from the end.
         blocks: Fused blocks that are cut one by one (Q, K and V; gate and up): how many equal ones, or their sizes.
-        sizes: For each block, how much each rank holds, where that is not the ceil-sized chunks of torch.chunk
-            (cuts on KV-head boundaries, say).
+        sizes: For each block, the size of each rank's part, where these are not the ceil-sized chunks of torch.chunk
+            (such as cuts on KV-head boundaries).
 
     Example:
         >>> [list(indices) for indices in Shard(0, blocks=2).ranges(8, num_ranks=2, rank=1)]
@@ -42,9 +42,9 @@ class Shard:
     sizes: tuple[tuple[int, ...], ...] = ()
 
     def ranges(self, dim_size: int, num_ranks: int, rank: int) -> Iterator[range]:
-        """Yield the indices of `dim` that `rank` holds, one range per block.
+        """Yield the indices of `dim` that are on `rank`, one range per block.
 
-        Chunks are ceil-sized as in torch.chunk, so trailing ranks may hold nothing.
+        Chunks are ceil-sized as in torch.chunk, so trailing ranks may have none.
 
         Raises:
             UsageError: The blocks or sizes do not add up to `dim_size`, or `rank` is not one of `num_ranks`.
@@ -63,7 +63,7 @@ class Shard:
             yield range(first, first + chunks[rank])
 
     def local_size(self, dim_size: int, num_ranks: int, rank: int) -> int:
-        """Return how many indices of `dim` the rank holds, over all blocks."""
+        """Return how many indices of `dim` are on `rank`, over all blocks."""
         return sum(len(indices) for indices in self.ranges(dim_size, num_ranks, rank))
 
     def block_sizes(self, dim_size: int) -> tuple[int, ...]:

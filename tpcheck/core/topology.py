@@ -1,4 +1,4 @@
-"""The sizes of the parallel axes and which ranks form a group. Integers only; no torch."""
+"""The sizes of the parallel axes and their groups of ranks. Integers only; no torch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Topology:
         return tuple(tuple(range(first, first + size * stride, stride)) for first in firsts)
 
     def peers(self, rank: int, axis: str) -> tuple[int, ...]:
-        """Return the group of `axis` that `rank` is in, itself included."""
+        """Return the group of `axis` that has `rank`."""
         self._require_rank(rank)
         return next(group for group in self.groups(axis) if rank in group)
 

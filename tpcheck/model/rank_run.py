@@ -24,7 +24,7 @@ from tpcheck.model.saving import saved_answer, set_gathered, with_saved
 from tpcheck.model.teacher_forcing import IsolatedPass, gradients_alone, isolated_pass, remade, terms_among
 from tpcheck.numerics.answer import GroupAnswer, forbids_training, full_answer, start_answer
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
-from tpcheck.numerics.evidence import Evidence, Isolated, RankFacts, Step, TensorKey
+from tpcheck.numerics.evidence import Evidence, ForcedModules, RankFacts, Step, TensorKey
 from tpcheck.numerics.perturb import everything_in_float64, nothing_raised
 from tpcheck.numerics.tolerance import Tolerance
 
@@ -154,7 +154,7 @@ def _both_trained(
     fed = _isolated_pass(backend, candidate, own_batches[0], steps[0], rank) if isolates else None
     made = trained(backend, candidate, tuple(sharded.start.weights), own_batches)
     full = _with_isolated(_step_evidence(rank, evidence, steps, tolerance, made), rank, fed, alone)
-    return None if full is None else replace(full, remade=remade(reference.model, reference.state, full))
+    return None if full is None else replace(full, recomputed=remade(reference.model, reference.state, full))
 
 
 def _isolated_pass(
@@ -227,13 +227,13 @@ def _with_isolated(
     if full is None or everyone is None:
         return full
     first = full.reference[0]
-    isolated = Isolated(
-        reference=replace(first, gradients=gradients_alone(first), own_gradients={}),
-        passes=tuple(one.step for one in everyone),
-        fed=frozenset.intersection(*(one.fed for one in everyone)),
+    isolated = ForcedModules(
+        reference=replace(first, gradients=gradients_alone(first), local_gradients={}),
+        candidate=tuple(one.step for one in everyone),
+        forced_inputs=frozenset.intersection(*(one.fed for one in everyone)),
         tolerance=tolerance,
     )
-    return replace(full, isolated=isolated)
+    return replace(full, forced_modules=isolated)
 
 
 def _dp_rank(rank: RankLike) -> int:

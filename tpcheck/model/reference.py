@@ -104,7 +104,7 @@ def _stepped(
             norm,
             loss,
             buffers=own_buffers,
-            own_gradients=own_gradients if len(own) > 1 else {},
+            local_gradients=own_gradients if len(own) > 1 else {},
         )
         for loss, own_buffers, own_gradients in zip(losses, buffers, own, strict=True)
     )

@@ -92,7 +92,7 @@ def _without(answer: CheckAnswer, unknown: Sequence[str]) -> CheckAnswer:
     told = [finding for finding in answer.findings if finding.where["parameter"] in unknown]
     missed = {f"{one.where['field']}: {one.where['parameter']}": "its layer cannot gather it" for one in told}
     findings = tuple(finding for finding in answer.findings if finding not in told)
-    return replace(answer, findings=findings, missed={**answer.missed, **missed})
+    return replace(answer, findings=findings, not_compared={**answer.not_compared, **missed})
 
 
 @contextmanager
@@ -123,20 +123,20 @@ def _saved(rank: GatheringRank, save: Save, folder: Path) -> tuple[str, ...]:
 def _with_way(answer: CheckAnswer, way: str, folder: Path, expected: nn.Module, failures: Sequence[str]) -> CheckAnswer:
     """Add what was read back from one folder."""
     if failures:
-        return replace(answer, missed={**answer.missed, way: f"it raises {'; '.join(failures)}"})
+        return replace(answer, not_compared={**answer.not_compared, way: f"it raises {'; '.join(failures)}"})
     if not any(folder.iterdir()):
-        return replace(answer, missed={**answer.missed, way: "it wrote nothing"})
+        return replace(answer, not_compared={**answer.not_compared, way: "it wrote nothing"})
     try:
         findings, margins, missed = _compared(_checkpoint_in(folder), expected)
     except TpcheckError as error:
-        return replace(answer, missed={**answer.missed, way: f"what it wrote cannot be read: {error}"})
+        return replace(answer, not_compared={**answer.not_compared, way: f"what it wrote cannot be read: {error}"})
     phase: dict[str, Any] = {"phase": "start"} if answer.step < 0 else {"phase": "saved", "step": answer.step}
     told = tuple(replace(one, where={**phase, "field": way, **one.where}) for one in findings)
     return replace(
         answer,
         margins={**answer.margins, **{f"{way}: {name}": margin for name, margin in margins.items()}},
         findings=(*answer.findings, *told),
-        missed={**answer.missed, **{f"{way}: {name}": why for name, why in missed.items()}},
+        not_compared={**answer.not_compared, **{f"{way}: {name}": why for name, why in missed.items()}},
     )
 
 
@@ -159,7 +159,7 @@ def _compared(folder: Path, expected: nn.Module) -> tuple[tuple[Finding, ...], M
     finally:
         actual.close()
         reference.close()
-    return comparison.findings, margins, comparison.coverage.missed
+    return comparison.findings, margins, comparison.coverage.not_compared
 
 
 def _is_wider(dtype: torch.dtype, than: torch.dtype) -> bool:

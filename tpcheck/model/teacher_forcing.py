@@ -17,7 +17,7 @@ from tpcheck.model.batches import Batch, copied
 from tpcheck.model.build import found_loss
 from tpcheck.model.candidate import blamed_on
 from tpcheck.model.reference import Deviations, ReferenceStep
-from tpcheck.numerics.differences import distance_of_terms, frobenius, frobenius_distance, own_rounding, place
+from tpcheck.numerics.differences import distance_of_terms, frobenius, frobenius_distance, place, rounding_error
 from tpcheck.numerics.evidence import Evidence, Step, TensorKey
 from tpcheck.numerics.perturb import nothing_raised, perturbed_leaves
 from tpcheck.numerics.recorder import ModuleRecorder
@@ -202,7 +202,7 @@ def isolated_deviations(
 
 def gradients_alone(step: Step) -> Mapping[str, torch.Tensor | None]:
     """Return the gradients that the batch of one DP rank alone makes."""
-    return step.own_gradients or step.gradients
+    return step.local_gradients or step.gradients
 
 
 def _measure(
@@ -259,7 +259,7 @@ def _wrong_inputs(evidence: Evidence) -> Iterator[tuple[TensorKey, Sequence[torc
         if others or key.path != "0" or len(parts) < len(given):
             continue
         placed = place(first[key].shape, parts)
-        allowed = evidence.tolerance.allowed((0, evidence.dp_rank, key), own_rounding(first[key]))
+        allowed = evidence.tolerance.allowed((0, evidence.dp_rank, key), rounding_error(first[key]))
         if placed is not None and any(
             frobenius_distance(part, placed.expected_part(first[key], tp_rank)) > allowed
             for tp_rank, part in enumerate(parts)
@@ -299,7 +299,7 @@ def _works_by_parts(
     entered, left = place(first[before].shape, given), place(first[after].shape, results)
     if entered is None or left is None:
         return False
-    allowed = _ROUNDINGS * evidence.tolerance.allowed((0, evidence.dp_rank, after), own_rounding(first[after]))
+    allowed = _ROUNDINGS * evidence.tolerance.allowed((0, evidence.dp_rank, after), rounding_error(first[after]))
     for tp_rank in range(len(results)):
         try:
             part = remake(entered.expected_part(first[before], tp_rank))

@@ -1,9 +1,9 @@
-"""How far the ranks' parts of a tensor are from what they should be, and how those parts make up the whole."""
+"""The placement of the ranks' parts of a tensor, and how far they are from the expected tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import hypot, inf, isfinite, sqrt
 
 import torch
@@ -26,12 +26,12 @@ class Placed:
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks the whole is cut in, each for itself."""
+        """How many blocks the whole has, each of which is cut."""
         return len(self.placement.sizes) if isinstance(self.placement, Shard) else 1
 
     @property
     def is_fused(self) -> bool:
-        """Whether the whole is cut block by block, so that its parts agree in one reading order alone."""
+        """Whether the whole is cut block by block: concatenated in the order of ranks, its parts are not the whole."""
         return self.num_blocks > 1
 
     def expected_part(self, whole: torch.Tensor, tp_rank: int) -> torch.Tensor:
@@ -44,13 +44,13 @@ class Placed:
 
 
 def place(whole_shape: Sequence[int], parts: Sequence[torch.Tensor], hint: Placement | None = None) -> Placed | None:
-    """Return the placement that the parts have, or None where their shapes do not make up the whole.
+    """Return the parts with the placement that their shapes show; None where they do not make up the whole.
 
     Args:
         whole_shape: Shape of the expected tensor.
         parts: Each rank's tensor, by tp_rank.
-        hint: Placement of the output features of the module's weight, followed where the shapes bear it out: blocks
-            cannot be told from shapes.
+        hint: Placement of the features in the module's weight: shapes do not show blocks. Ignored where the shapes do
+            not fit it.
     """
     shapes = [tuple(part.shape) for part in parts]
     whole = tuple(whole_shape)
@@ -74,13 +74,13 @@ def _total_sizes(shard: Shard) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One comparison of a tensor, equal or not.
+    """The result of comparing one tensor, equal or not.
 
     Attributes:
         error: Frobenius norm of actual - expected over the whole tensor; the worst rank's where it is replicated.
         expected_norm: Frobenius norm of the expected tensor.
         allowed: Largest error that passes.
-        part_errors: Frobenius norm of each rank's own error, by tp_rank.
+        part_errors: Frobenius norm of each rank's error, by tp_rank.
         largest: Largest absolute difference of one element.
         largest_at: Its index in the part that holds it.
         count_differing: How many elements differ at all.
@@ -96,7 +96,7 @@ class Difference:
 
     @classmethod
     def unbounded(cls, expected: torch.Tensor, allowed: float, num_parts: int) -> Difference:
-        """Return the difference of tensors that cannot be subtracted, their shapes being different."""
+        """Return the difference of tensors of different shapes, which cannot be subtracted."""
         return cls(inf, frobenius(expected), allowed, (inf,) * num_parts, inf, (), expected.numel())
 
     @property
@@ -105,7 +105,7 @@ class Difference:
 
     @property
     def margin(self) -> float:
-        """Error divided by what is allowed; 0 where both are 0."""
+        """Error divided by allowed error; 0 where both are 0."""
         if self.error == 0:
             return 0.0
         return self.error / self.allowed if self.allowed else inf
@@ -113,34 +113,34 @@ class Difference:
     @property
     def relative(self) -> float:
         """Error relative to the expected tensor; absolute where that is zero."""
-        return self._in_units_of_expected(self.error)
+        return self._relative(self.error)
 
     @property
     def relative_allowed(self) -> float:
-        """What is allowed, in the unit of `relative`."""
-        return self._in_units_of_expected(self.allowed)
+        """Allowed error, in the unit of `relative`."""
+        return self._relative(self.allowed)
 
     def wrong_tp_ranks(self) -> tuple[int, ...]:
-        """Return the tp_ranks whose own part alone exceeds what is allowed; all that differ where none does."""
+        """Return the tp_ranks whose part alone exceeds what is allowed; all that differ where none does."""
         beyond = tuple(rank for rank, error in enumerate(self.part_errors) if error > self.allowed)
         return beyond or tuple(rank for rank, error in enumerate(self.part_errors) if error)
 
-    def _in_units_of_expected(self, error: float) -> float:
+    def _relative(self, error: float) -> float:
         return error / self.expected_norm if self.expected_norm and isfinite(self.expected_norm) else error
 
 
 def compare_placed(placed: Placed, expected: torch.Tensor, allowed: float) -> Difference:
-    """Compare every rank's part with the part of `expected` that it should be."""
-    gaps = [difference(part, placed.expected_part(expected, tp_rank)) for tp_rank, part in enumerate(placed.parts)]
-    return measured(gaps, frobenius(expected), allowed, replicated=isinstance(placed.placement, Replicate))
+    """Compare every rank's part with its part of `expected`."""
+    gaps = [subtract(part, placed.expected_part(expected, tp_rank)) for tp_rank, part in enumerate(placed.parts)]
+    return summarize(gaps, frobenius(expected), allowed, is_replicated=placed.is_replicated)
 
 
-def measured(gaps: Sequence[torch.Tensor], expected_norm: float, allowed: float, *, replicated: bool) -> Difference:
-    """Sum up element-wise differences, one tensor for each rank's part."""
+def summarize(gaps: Sequence[torch.Tensor], expected_norm: float, allowed: float, *, is_replicated: bool) -> Difference:
+    """Return the difference whose elements are `gaps`, one tensor for each rank's part."""
     errors = tuple(frobenius(gap) for gap in gaps)
     largest, at = max((largest_element(gap) for gap in gaps), key=lambda element: element[0])
     return Difference(
-        error=max(errors) if replicated else hypot(*errors),
+        error=max(errors) if is_replicated else hypot(*errors),
         expected_norm=expected_norm,
         allowed=allowed,
         part_errors=errors,
@@ -150,8 +150,8 @@ def measured(gaps: Sequence[torch.Tensor], expected_norm: float, allowed: float,
     )
 
 
-def difference(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Return actual - expected in float64; equal infinities and NaN on both sides differ by 0, other NaN by inf."""
+def subtract(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return actual - expected in float64: 0 for equal infinities and NaN on both sides, inf for any other NaN."""
     actual, expected = _real(actual), _real(expected)
     gap = actual.to(torch.float64) - expected.to(torch.float64)
     if bool(gap.isfinite().all()):
@@ -169,10 +169,10 @@ def _real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def own_rounding(tensor: torch.Tensor) -> float:
-    """Return how far rounding moves the tensor itself (Frobenius): every element by eps * U(-1, 1) of its size.
+def rounding_error(tensor: torch.Tensor) -> float:
+    """Return the Frobenius error that rounding makes where every element is off by eps * U(-1, 1) of its size.
 
-    A single element by up to 2 eps: it ends a long sum (a loss), whose last addition and division round once each.
+    A single element is off by 2 eps: it ends a long sum (a loss), whose last addition and division round once each.
     0 for a tensor that holds infinities or the dtype's largest numbers: a mask is copied, not computed.
     """
     if not _rounds(tensor):
@@ -183,7 +183,7 @@ def own_rounding(tensor: torch.Tensor) -> float:
 
 
 def spacing(tensor: torch.Tensor) -> float:
-    """Return how far the largest finite element is from the next number of the tensor's dtype; 0 for none."""
+    """Return the distance of the largest finite element to the next number of its dtype; 0 where there is none."""
     if not _rounds(tensor):
         return 0.0
     finite = tensor[tensor.isfinite()]
@@ -195,21 +195,16 @@ def _rounds(tensor: torch.Tensor) -> bool:
 
 
 def frobenius_distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the Frobenius norm of the difference of two tensors of one shape; inf where the shapes differ."""
-    return frobenius(difference(actual, expected)) if actual.shape == expected.shape else inf
+    """Return the Frobenius norm of actual - expected; inf where the shapes differ."""
+    return frobenius(subtract(actual, expected)) if actual.shape == expected.shape else inf
 
 
 def largest_element(gap: torch.Tensor) -> tuple[float, tuple[int, ...]]:
     """Return the largest absolute element and its index; 0 and no index for an empty tensor."""
     if not gap.numel():
         return 0.0, ()
-    flat = int(gap.abs().argmax())
-    index: list[int] = []
-    left = flat
-    for size in reversed(gap.shape):
-        left, here = divmod(left, size)
-        index.append(here)
-    return abs(float(gap.reshape(-1)[flat])), tuple(reversed(index))
+    flat = gap.abs().argmax()
+    return float(gap.reshape(-1)[flat].abs()), tuple(int(index) for index in torch.unravel_index(flat, gap.shape))
 
 
 def compare_parameter(
@@ -217,39 +212,28 @@ def compare_parameter(
 ) -> Difference:
     """Compare every rank's shard with the reference's whole tensor; `largest_at` is an index into the whole.
 
-    Parts of the wrong shape differ without bound.
+    Shapes that do not fit the layout make the error infinite.
     """
-    if any(tuple(part.shape) != shape for part, shape in zip(parts, layout.local_shapes, strict=True)):
+    shapes = [tuple(part.shape) for part in parts]
+    if shapes != list(layout.local_shapes) or tuple(expected.shape) != tuple(layout.shape):
         return Difference.unbounded(expected, allowed, len(parts))
     if layout.is_replicated:
-        if tuple(expected.shape) != tuple(layout.shape):
-            return Difference.unbounded(expected, allowed, len(parts))
-        return measured([difference(part, expected) for part in parts], frobenius(expected), allowed, replicated=True)
-    assembled = layout.assemble(parts)
-    if assembled.shape != expected.shape:
-        return Difference.unbounded(expected, allowed, len(parts))
-    gap = difference(assembled, expected)
-    largest, at = largest_element(gap)
-    return Difference(
-        error=frobenius(gap),
-        expected_norm=frobenius(expected),
-        allowed=allowed,
-        part_errors=tuple(frobenius(layout.local(gap, tp_rank)) for tp_rank in range(len(parts))),
-        largest=largest,
-        largest_at=at,
-        count_differing=int(gap.count_nonzero()),
-    )
+        gaps = [subtract(part, expected) for part in parts]
+        return summarize(gaps, frobenius(expected), allowed, is_replicated=True)
+    gap = subtract(layout.assemble(parts), expected)
+    errors = tuple(frobenius(layout.local(gap, tp_rank)) for tp_rank in range(len(parts)))
+    return replace(summarize([gap], frobenius(expected), allowed, is_replicated=False), part_errors=errors)
 
 
 def distance_of_terms(parts: Sequence[torch.Tensor], expected: torch.Tensor) -> float:
-    """Return the Frobenius distance of the ranks' parts from `expected`, read as terms of a sum where that is nearer.
+    """Return the Frobenius distance of `expected` to the parts, or to their sum in the features where that is nearer.
 
     Each feature (index of the last dim) is whole on every rank or a term on each: where two branches leave a module,
-    the gradient of one may be reduced and that of the other not yet. What is no matrix is read as one feature, for
-    single elements prove nothing.
+    the gradient of one may be reduced and that of the other not yet. A vector is read as one feature, because single
+    elements prove nothing.
     """
-    total = difference(torch.stack(list(parts)).sum(dim=0), expected)
-    gaps = [total, *(difference(part, expected) for part in parts)]
+    total = subtract(torch.stack(list(parts)).sum(dim=0), expected)
+    gaps = [total, *(subtract(part, expected) for part in parts)]
     if expected.dim() < 2:
         as_terms, *as_whole = (torch.tensor(frobenius(gap), dtype=torch.float64) for gap in gaps)
     else:

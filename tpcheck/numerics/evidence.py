@@ -1,12 +1,13 @@
-"""What the checks look at (the tensors of both sides of a run), and what they answer."""
+"""What the checks compare (the tensors of both sides of a run), and what they hand over: suspects with typed facts."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
 from typing import Any, Literal, Protocol
 
-from tpcheck.core.causes import Cause
 from tpcheck.core.topology import Topology
 
 Phase = Literal["forward", "backward"]
@@ -15,13 +16,13 @@ Role = Literal["input", "output"]
 
 @dataclass(frozen=True, slots=True, order=True)
 class TensorKey:
-    """One tensor that went into or came out of a module.
+    """Names one input or output of a module.
 
     Attributes:
         phase: `forward` for activations, `backward` for their gradients.
         module: Name as in `named_modules`; empty for the model itself.
-        call: How many calls of this module came before, in this step.
-        role: Whether the tensor went into the module or came out of it.
+        call: Number of earlier calls of this module in this step.
+        role: Whether the tensor is an input or an output of the module.
         path: Place in the module's arguments or outputs, such as `0` or `logits`.
     """
 
@@ -42,12 +43,12 @@ Tensor = Any  # a torch.Tensor; this layer does not import torch
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """One collective that a rank took part in.
+    """One collective that a rank issued.
 
     Attributes:
         module: The innermost module whose forward issued it.
         name: As in `torch.distributed`, such as `all_reduce`.
-        ranks: Global ranks of its group; empty where they cannot be told.
+        ranks: Global ranks of its group; empty where they are unknown.
     """
 
     module: str
@@ -57,17 +58,17 @@ class Collective:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One training step as one rank, or the reference for one DP rank, saw it.
+    """One training step, of one rank of the candidate or of the reference for one DP rank.
 
     Attributes:
-        activations: What entered and left every module and the gradients of that, in the order of events.
+        activations: Inputs and outputs of every module and their gradients, in the order of events.
         gradients: Gradient of each parameter before clipping, averaged over DP; None where there is none.
         weights: Each parameter after the optimizer's step; empty where no optimizer step followed.
         buffers: Each buffer after this DP rank's batch.
-        gradient_norm: The norm by which the step clipped; None where it is not known.
+        gradient_norm: The norm that clipping used; None where it is unknown.
         loss: The loss of this DP rank's batch.
-        own_gradients: Gradient of each parameter from this DP rank's batch alone; empty where there is one DP rank, and
-            for a candidate.
+        local_gradients: Gradient of each parameter from this DP rank's batch alone; empty for a candidate, and where
+            there is one DP rank.
         digests: Digest of the bits of each parameter, gradient and buffer, by (kind, name).
         collectives: Those of the forward pass, in order; the reference has none.
     """
@@ -78,13 +79,13 @@ class Step:
     gradient_norm: float | None
     loss: float
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
-    own_gradients: Mapping[str, Tensor | None] = field(default_factory=dict)
+    local_gradients: Mapping[str, Tensor | None] = field(default_factory=dict)
     digests: Mapping[tuple[str, str], str] = field(default_factory=dict)
     collectives: tuple[Collective, ...] = ()
 
 
 class Allowance(Protocol):
-    """What error is allowed for a tensor; see `tpcheck.numerics.tolerance`."""
+    """Allowed errors by tensor; `tpcheck.numerics.tolerance.Tolerance` implements it."""
 
     @property
     def num_replays(self) -> int: ...
@@ -96,11 +97,11 @@ class Allowance(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RankFacts:
-    """What is small enough to be gathered from every rank of the world.
+    """Facts of one rank, small enough to be gathered from every rank of the world.
 
     Attributes:
         group_ranks: The live groups that the rank uses, by axis.
-        digests: Of parameters and buffers at the start, and of those and gradients after each step.
+        digests: At the start (parameters and buffers), then after each step (gradients, too), by (kind, name).
     """
 
     group_ranks: Mapping[str, tuple[tuple[int, ...], ...]]
@@ -108,20 +109,20 @@ class RankFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Isolated:
-    """The first step's passes once more, each module fed its part of what the reference's was fed.
+class ForcedModules:
+    """The first step with teacher forcing per module: each module gets its part of the reference's inputs.
 
     Attributes:
-        reference: What the reference made of this DP rank's batch alone.
-        passes: What entered (as its neighbour gave it) and left every module, by tp_rank; the gradients of parameters
-            are those of each rank's backward pass, before anything is reduced.
-        fed: What entered modules from the reference, on every rank.
-        tolerance: What error is allowed, from replays of the reference fed alike.
+        reference: The reference's step for this DP rank's batch alone.
+        candidate: The candidate's steps, by tp_rank: inputs of modules as the module before computed them; gradients of
+            parameters from each rank's backward pass, before any reduction.
+        forced_inputs: Inputs (and output gradients) that were replaced by the reference's on every rank.
+        tolerance: Allowed errors, from replays of the reference with the same forced inputs.
     """
 
     reference: Step
-    passes: tuple[Step, ...]
-    fed: frozenset[TensorKey]
+    candidate: tuple[Step, ...]
+    forced_inputs: frozenset[TensorKey]
     tolerance: Allowance
 
 
@@ -134,16 +135,17 @@ class Evidence:
         dp_rank: Which DP replica this TP group is.
         dtype: Name of the dtype of both sides.
         initial: The reference's parameters before the first step.
-        initial_parts: Each rank's shard of them, by tp_rank.
+        initial_parts: Each rank's shards of them, by tp_rank.
         layouts: How each parameter lies over the TP group (`tpcheck.adapters.Layout`).
         reference: The reference's steps, for this DP rank.
         candidate: The candidate's steps: candidate[step][tp_rank].
         buffers: Names of the reference's buffers.
         facts: Of every rank of the world.
-        tolerance: What error is allowed.
-        isolated: The modules one by one; None where precision is high enough to do without.
-        remade: What leaf modules of the reference make of inputs that were wrong in the first step, by tp_rank.
-        fed: What modules did not get from their neighbours, so that results around them show nothing of it.
+        tolerance: Allowed errors.
+        forced_modules: The first step with teacher forcing per module; None in a precision that needs none.
+        recomputed: Outputs of leaf modules of the reference, recomputed from the candidate's inputs where those are
+            wrong in the first step, by tp_rank.
+        forced_inputs: Inputs that do not come from the module before, so that results around them say nothing of them.
     """
 
     topology: Topology
@@ -157,23 +159,22 @@ class Evidence:
     buffers: tuple[str, ...]
     facts: tuple[RankFacts, ...]
     tolerance: Allowance
-    isolated: Isolated | None = None
-    remade: Mapping[TensorKey, tuple[Tensor, ...]] = field(default_factory=dict)
-    fed: frozenset[TensorKey] = frozenset()
+    forced_modules: ForcedModules | None = None
+    recomputed: Mapping[TensorKey, tuple[Tensor, ...]] = field(default_factory=dict)
+    forced_inputs: frozenset[TensorKey] = frozenset()
 
-    def alone(self) -> Evidence | None:
-        """Return the modules one by one as evidence of a first step; None where they were not run so."""
-        if self.isolated is None:
+    def of_forced_modules(self) -> Evidence | None:
+        """Return the step with teacher forcing as evidence of a first step; None where there is none."""
+        if self.forced_modules is None:
             return None
-        one = self.isolated
         return replace(
             self,
-            reference=(one.reference,),
-            candidate=(one.passes,),
-            tolerance=one.tolerance,
-            remade={},
-            fed=one.fed,
-            isolated=None,
+            reference=(self.forced_modules.reference,),
+            candidate=(self.forced_modules.candidate,),
+            tolerance=self.forced_modules.tolerance,
+            forced_inputs=self.forced_modules.forced_inputs,
+            forced_modules=None,
+            recomputed={},
         )
 
     @property
@@ -182,12 +183,12 @@ class Evidence:
         return self.topology.groups("tp")[self.dp_rank]
 
     def weights_before(self, step: int) -> Mapping[str, Tensor]:
-        """Return the reference's parameters as `step` used them: those after the last optimizer step before it."""
-        return next((one.weights for one in reversed(self.reference[:step]) if one.weights), self.initial)
+        """Return the reference's parameters during `step`: those after the last optimizer step before it."""
+        return next((earlier.weights for earlier in reversed(self.reference[:step]) if earlier.weights), self.initial)
 
     def parts_before(self, step: int) -> tuple[Mapping[str, Tensor], ...]:
-        """Return each rank's shards of the parameters as `step` used them, by tp_rank."""
-        earlier = (tuple(one.weights for one in ranks) for ranks in reversed(self.candidate[:step]))
+        """Return each rank's shards of the parameters during `step`, by tp_rank."""
+        earlier = (tuple(rank.weights for rank in ranks) for ranks in reversed(self.candidate[:step]))
         return next((weights for weights in earlier if any(weights)), self.initial_parts)
 
     def ranks(self, tp_ranks: tuple[int, ...]) -> list[int]:
@@ -195,40 +196,234 @@ class Evidence:
         return [self.tp_group[tp_rank] for tp_rank in tp_ranks]
 
 
+@dataclass(frozen=True, slots=True)
+class LinearTerms:
+    """What a linear module's inputs and weights on the ranks give, in float64.
+
+    Attributes:
+        by_rank: Each rank's inputs times its weight, without bias, by tp_rank.
+        bias: The whole bias; zero where there is none.
+        bias_parts: Each rank's part of it, by tp_rank; empty tensors where there is none.
+        are_summed: The weight is cut along the features that are summed over, so that the output is the sum of all.
+    """
+
+    by_rank: tuple[Tensor, ...]
+    bias: Tensor
+    bias_parts: tuple[Tensor, ...]
+    are_summed: bool
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of all terms, without bias."""
+        return reduce(add, self.by_rank)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingFacts:
+    """A lookup in a table of which each rank holds some rows.
+
+    Attributes:
+        table: The reference's table.
+        shards: Each rank's rows, by tp_rank.
+    """
+
+    table: Tensor
+    shards: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LossFacts:
+    """A mean cross entropy.
+
+    Attributes:
+        expected: The reference's loss.
+        actual: Each rank's loss, by tp_rank.
+        logits: The expected logits, where the ranks hold shards of the vocabulary.
+        logits_parts: Each rank's logits, by tp_rank.
+    """
+
+    expected: float
+    actual: tuple[float, ...]
+    logits: Tensor = None
+    logits_parts: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GradientFacts:
+    """What a wrong gradient of a parameter is compared with, beside the expected one.
+
+    Attributes:
+        missing_on: Global ranks that have no gradient, or zeros alone.
+        is_every_parameter: Whether the gradients of all parameters are wrong.
+        local_parts: Each rank's part of the expected gradient of this DP replica's batch alone, by tp_rank.
+        is_reduced_over_tp: Whether all TP ranks hold the same gradient for most shards, which are different ones.
+        untied: Gradients of parameters that the reference ties with another one, by name, then by tp_rank.
+    """
+
+    missing_on: tuple[int, ...] = ()
+    is_every_parameter: bool = False
+    local_parts: tuple[Tensor, ...] = ()
+    is_reduced_over_tp: bool = False
+    untied: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def as_evidence(self) -> dict[str, Any]:
+        missing = {"missing_on_ranks": list(self.missing_on)} if self.missing_on else {}
+        return {**({"every_parameter": True} if self.is_every_parameter else {}), **missing}
+
+
+@dataclass(frozen=True, slots=True)
+class NormFacts:
+    """Norms of the candidate's gradients, summed up in the usual wrong ways.
+
+    Attributes:
+        of_ranks: Over each rank's gradients alone, by tp_rank.
+        of_ranks_shards: Over the gradients of each rank's sharded parameters alone, by tp_rank.
+        counting_replicas: Over all ranks, with replicated parameters counted once for each rank.
+        implied: The norm by which each rank's step was clipped, by tp_rank; empty where it is unknown.
+    """
+
+    of_ranks: tuple[float, ...]
+    of_ranks_shards: tuple[float, ...]
+    counting_replicas: float
+    implied: tuple[float, ...] = ()
+
+    def as_evidence(self) -> dict[str, Any]:
+        return {
+            **({"norm_implied": list(self.implied)} if self.implied else {}),
+            "norm_of_each_rank_alone": list(self.of_ranks),
+            "norm_of_each_ranks_shards": list(self.of_ranks_shards),
+            "norm_with_replicas_counted": self.counting_replicas,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """An optimizer's step on one parameter.
+
+    Attributes:
+        before: Each rank's part of the expected weight before the step, by tp_rank.
+        momentum_parts: Each rank's part of the expected move of the step before, by tp_rank; empty where there is no
+            momentum, or the parts cannot be exchanged.
+        momentum_share: Share of that move in the expected move of this step.
+        ratios: For each term of the step (gradient, weight, momentum) its share on each rank over the expected share.
+    """
+
+    before: tuple[Tensor, ...] = ()
+    momentum_parts: tuple[Tensor, ...] = ()
+    momentum_share: float = 0.0
+    ratios: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def as_evidence(self) -> dict[str, Any]:
+        return {f"{term}_ratio": [float(f"{ratio:.6g}") for ratio in ratios] for term, ratios in self.ratios.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaFacts:
+    """What is known of replicas that differ.
+
+    Attributes:
+        num_differing: How many tensors differ on these ranks, by kind (parameter, gradient, buffer).
+        differ_over_dp: Replicas over DP differ after the step.
+        differed_at_start: Replicas differed before the first step.
+        gradients_differ: The gradients of replicas differ.
+    """
+
+    num_differing: Mapping[str, int] = field(default_factory=dict)
+    differ_over_dp: bool = False
+    differed_at_start: bool = False
+    gradients_differ: bool = False
+
+    def as_evidence(self) -> dict[str, Any]:
+        return {
+            **{f"{kind}s": number for kind, number in self.num_differing.items()},
+            **({"replicas_over_dp_differ": True} if self.differ_over_dp else {}),
+            **({"differed_at_start": True} if self.differed_at_start else {}),
+            **({"gradients_differ": True} if self.gradients_differ else {}),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SiblingCollectives:
+    """The collectives of a module where they are not those of its sibling layers: (name, global ranks) in order.
+
+    Attributes:
+        issued: On the first rank where they differ.
+        expected: What most siblings issued.
+        as_in: Which of them did.
+    """
+
+    issued: tuple[tuple[str, tuple[int, ...]], ...]
+    expected: tuple[tuple[str, tuple[int, ...]], ...]
+    as_in: str
+
+    def as_evidence(self) -> dict[str, Any]:
+        issued, expected = (
+            [{"name": name, "ranks": list(ranks)} for name, ranks in collectives]
+            for collectives in (self.issued, self.expected)
+        )
+        return {"collectives": issued, "collectives_expected": expected, "collectives_as_in": self.as_in}
+
+
+@dataclass(frozen=True, slots=True)
+class FusedBlocks:
+    """An output that agrees block by block, and is read in another order by the module that follows.
+
+    Attributes:
+        number: How many blocks.
+        error: Relative error of the output, block by block.
+    """
+
+    number: int
+    error: float
+
+    def as_evidence(self) -> dict[str, Any]:
+        return {"fused_blocks": self.number, "fused_blocks_error": self.error}
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFacts:
+    """Sizes of a parameter and of its shards, by tp_rank, along the dim that is cut."""
+
+    dim: int
+    size: int
+    shard_sizes: tuple[int, ...]
+
+    def as_evidence(self) -> dict[str, Any]:
+        return {"dim": self.dim, "size": self.size, "shard_sizes": list(self.shard_sizes)}
+
+
+@dataclass(frozen=True, slots=True)
+class SiblingWeights:
+    """Names of the parameters beside a wrong one, in the same parent module: the wrong and the right ones."""
+
+    wrong: tuple[str, ...]
+    right: tuple[str, ...]
+
+    def as_evidence(self) -> dict[str, Any]:
+        return {"beside_it": {"wrong": list(self.wrong), "right": list(self.right)}}
+
+
 Kind = Literal["activation", "input_gradient", "gradient", "weight", "update", "norm", "replica", "group", "sharding"]
 
 
 @dataclass(frozen=True, slots=True)
-class Hypothesis:
-    """What each rank's part of a tensor would be under a known mistake.
-
-    Attributes:
-        cause: The mistake.
-        predicted: What each rank would hold, by tp_rank.
-        evidence: What more there is to say of it, by name.
-    """
-
-    cause: Cause
-    predicted: tuple[Tensor, ...]
-    evidence: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class Suspect:
-    """A failed comparison before its cause is looked for.
+    """A failed comparison whose cause is not yet known.
 
     Attributes:
         check, where, observed, allowed, evidence: As in `Finding`.
         kind: What sort of tensor this is.
+        role: Whether an activation, or its gradient, is an input or an output of a module.
         expected: The reference's whole tensor, where there is one.
-        parts: Each rank's part, by tp_rank.
-        expected_parts: What each rank's part should be, by tp_rank; empty where that cannot be said.
-        replicated: Whether every rank should hold the whole tensor.
+        actual: The whole tensor that the ranks' parts make up, where a layout says how.
+        actual_parts: Each rank's part, by tp_rank.
+        expected_parts: What each rank's part should be, by tp_rank; empty where it is unknown.
+        is_replicated: Whether every rank should hold the whole tensor.
         allowed_error: Largest absolute Frobenius error that passes.
-        num_replicas: How many data-parallel replicas there are.
-        actual: What the ranks' parts make up, where a layout tells.
-        others: Other tensors of the reference of this kind, by name: each whole, then what each rank should hold of it.
-        hypotheses: What the parts would be under mistakes that only the check knows enough of to work out.
+        num_replicas: Number of data-parallel replicas.
+        others: The reference's other tensors of this kind, by name: the whole, then what each rank should hold of it.
+
+    The other attributes are facts of the module, parameter or step, None where the check does not know them.
     """
 
     check: str
@@ -237,33 +432,57 @@ class Suspect:
     allowed: float
     kind: Kind
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    role: Role | None = None
     expected: Tensor = None
-    parts: tuple[Tensor, ...] = ()
+    actual: Tensor = None
+    actual_parts: tuple[Tensor, ...] = ()
     expected_parts: tuple[Tensor, ...] = ()
-    replicated: bool = False
+    is_replicated: bool = False
     allowed_error: float = 0.0
     num_replicas: int = 1
-    actual: Tensor = None
     others: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    hypotheses: tuple[Hypothesis, ...] = ()
+    linear: LinearTerms | None = None
+    embedding: EmbeddingFacts | None = None
+    loss: LossFacts | None = None
+    gradient: GradientFacts = GradientFacts()
+    norms: NormFacts | None = None
+    step: StepFacts = StepFacts()
+    replicas: ReplicaFacts = ReplicaFacts()
+    collectives: SiblingCollectives | None = None
+    fused_blocks: FusedBlocks | None = None
+    shards: ShardFacts | None = None
+    siblings: SiblingWeights | None = None
+
+    @property
+    def parameter(self) -> str | None:
+        """Name of the parameter; None where this is no parameter's tensor."""
+        return self.where.get("parameter")
+
+    def facts_as_evidence(self) -> dict[str, Any]:
+        """Return the facts by the names that they have in a finding's evidence."""
+        facts = (
+            self.gradient, self.step, self.norms, self.replicas, self.collectives, self.fused_blocks, self.shards,
+            self.siblings,
+        )  # fmt: skip
+        return {name: value for known in facts if known is not None for name, value in known.as_evidence().items()}
 
 
 @dataclass(frozen=True, slots=True)
 class CheckOutcome:
-    """Answer of one check, at one step or at the start.
+    """The result of one check, at one step or at the start.
 
     Attributes:
-        margins: Observed / allowed error of everything compared, by name; 0 for exact agreement.
-        suspects: What failed, the most telling first.
-        missed: What could not be compared and why, by name.
+        margins: Observed / allowed error of every comparison, by name; 0 for exact agreement.
+        suspects: Comparisons that failed, the most telling first.
+        not_compared: Why something could not be compared, by name.
     """
 
     margins: Mapping[str, float] = field(default_factory=dict)
     suspects: tuple[Suspect, ...] = ()
-    missed: Mapping[str, str] = field(default_factory=dict)
+    not_compared: Mapping[str, str] = field(default_factory=dict)
 
-    def sharpened(self, margins: Mapping[str, float], suspects: Iterable[Suspect]) -> CheckOutcome:
-        """Return this answer, of a whole pass, with what modules showed one by one: that goes before it."""
-        alone = {f"{name}, in a module by itself": margin for name, margin in margins.items()}
-        own = tuple(replace(one, evidence={**one.evidence, "isolated": True}) for one in suspects)
-        return replace(self, margins={**self.margins, **alone}, suspects=own or self.suspects)
+    def with_forced_modules(self, margins: Mapping[str, float], suspects: Iterable[Suspect]) -> CheckOutcome:
+        """Add the results of teacher forcing per module; its suspects take the place of those of the whole pass."""
+        forced = {f"{name}, with teacher forcing": margin for name, margin in margins.items()}
+        replaced = tuple(replace(suspect, evidence={**suspect.evidence, "isolated": True}) for suspect in suspects)
+        return replace(self, margins={**self.margins, **forced}, suspects=replaced or self.suspects)

@@ -37,7 +37,7 @@ def as_data(verdict: Verdict) -> dict[str, Any]:
         "coverage": {
             "compared": verdict.coverage.compared,
             "total": verdict.coverage.total,
-            "missed": plain_json(verdict.coverage.missed),
+            "missed": plain_json(verdict.coverage.not_compared),
         },
         "message": verdict.message,
         "seconds": plain_json(verdict.seconds),

@@ -63,7 +63,7 @@ def compare_recordings(
         return Verdict("skipped", subject, whole.versions, coverage=Coverage(0, len(missed), missed), message=reason)
     found = verdict(answers, steps=number, subject=subject, environment=whole.versions, again=again, seconds=0.0)
     coverage = found.coverage
-    both = {**coverage.missed, **missed}
+    both = {**coverage.not_compared, **missed}
     return replace(found, coverage=Coverage(coverage.compared, coverage.total + len(missed), both))
 
 

@@ -119,11 +119,11 @@ def _error(tensor: TriedTensor) -> float:
 def _allowed(tensor: TriedTensor) -> float:
     import torch
 
-    from tpcheck.numerics.differences import own_rounding
+    from tpcheck.numerics.differences import rounding_error
 
     smallest = torch.finfo(tensor.expected.dtype).tiny  # what should be nothing may be denormal
     deviations: dict[Hashable, float] = {"tensor": tensor.deviation}
-    return max(Tolerance(0.0, NUM_REPLAYS, deviations).allowed("tensor", own_rounding(tensor.expected)), smallest)
+    return max(Tolerance(0.0, NUM_REPLAYS, deviations).allowed("tensor", rounding_error(tensor.expected)), smallest)
 
 
 def _relative(tensor: TriedTensor, error: float) -> float:

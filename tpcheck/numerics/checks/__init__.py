@@ -1,4 +1,4 @@
-"""The named questions that a run answers, and the order in which they are asked."""
+"""The checks of a run by name, in their order: functions of the evidence, and of the step."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ STEP_CHECKS: dict[str, Callable[[Evidence, int], CheckOutcome]] = {
 }
 
 CHECKPOINT_CHECK = "checkpoint_matches_reference"
-"""Asked of files, not of evidence; a verification of a model asks it where it is named."""
+"""Compares files, not evidence: `verify` runs it where it is named."""
 
 CHECK_NAMES = tuple(dict.fromkeys([*START_CHECKS, *STEP_CHECKS]))

@@ -1,11 +1,11 @@
-"""Is the norm that clipping uses the reference's, on every rank?"""
+"""Is the gradient norm that clipping uses the reference's, on every rank?"""
 
 from __future__ import annotations
 
 from math import hypot, inf
 
 from tpcheck.numerics.differences import frobenius
-from tpcheck.numerics.evidence import CheckOutcome, Evidence, Suspect
+from tpcheck.numerics.evidence import CheckOutcome, Evidence, NormFacts, Suspect
 
 
 def gradient_norm_matches_reference(evidence: Evidence, step: int) -> CheckOutcome:
@@ -14,7 +14,7 @@ def gradient_norm_matches_reference(evidence: Evidence, step: int) -> CheckOutco
     actual = [part.gradient_norm for part in evidence.candidate[step]]
     name = "gradient norm"
     if expected is None or any(norm is None for norm in actual):
-        return CheckOutcome(missed={name: "the backend does not tell the norm by which it clips"})
+        return CheckOutcome(not_compared={name: "the backend does not report the norm that it clips by"})
     norms = [norm for norm in actual if norm is not None]
     allowed = evidence.tolerance.allowed_scalar((step, "norm"), expected)
     errors = [abs(norm - expected) if norm == norm else inf for norm in norms]
@@ -33,29 +33,29 @@ def gradient_norm_matches_reference(evidence: Evidence, step: int) -> CheckOutco
             "norm_expected": expected,
             "dtype": evidence.dtype,
             "replays": evidence.tolerance.num_replays,
-            **norm_hypotheses(evidence, step),
         },
         expected=expected,
-        parts=tuple(norms),
-        replicated=True,
+        actual_parts=tuple(norms),
+        is_replicated=True,
         allowed_error=allowed,
+        norms=norm_facts(evidence, step),
     )
     return CheckOutcome({name: margin}, (suspect,))
 
 
-def norm_hypotheses(evidence: Evidence, step: int) -> dict[str, object]:
-    """Return the norms that the candidate's own gradients have when they are summed up in the usual wrong ways."""
+def norm_facts(evidence: Evidence, step: int) -> NormFacts:
+    """Return the norms of the candidate's gradients, summed up in the usual wrong ways."""
     sharded, replicated = [], []
-    for part in evidence.candidate[step]:
+    for rank in evidence.candidate[step]:
         sizes = {
             name: frobenius(gradient)
-            for name, gradient in part.gradients.items()
+            for name, gradient in rank.gradients.items()
             if gradient is not None and name in evidence.layouts
         }
         sharded.append(hypot(*(size for name, size in sizes.items() if not evidence.layouts[name].is_replicated)))
         replicated.append(hypot(*(size for name, size in sizes.items() if evidence.layouts[name].is_replicated)))
-    return {
-        "norm_of_each_rank_alone": [hypot(*both) for both in zip(sharded, replicated, strict=True)],
-        "norm_of_each_ranks_shards": sharded,
-        "norm_with_replicas_counted": hypot(*sharded, *replicated),
-    }
+    return NormFacts(
+        of_ranks=tuple(map(hypot, sharded, replicated)),
+        of_ranks_shards=tuple(sharded),
+        counting_replicas=hypot(*sharded, *replicated),
+    )

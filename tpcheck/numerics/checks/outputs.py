@@ -11,215 +11,222 @@ from typing import Any
 
 import torch
 
+from tpcheck.core.placement import Shard
 from tpcheck.numerics.checks.activations import (
     ComparedActivation,
     ComparedActivations,
-    comes_out,
     compare_activations,
     first_divergences,
     is_inside,
+    is_result,
     scope_of,
 )
-from tpcheck.numerics.checks.linear import Products, linear_hypotheses, own_parts, products
-from tpcheck.numerics.checks.suspects import tensor_suspect, unlike_own
-from tpcheck.numerics.checks.vocabulary import embedding_hypotheses, loss_hypotheses
-from tpcheck.numerics.evidence import CheckOutcome, Collective, Evidence, Hypothesis, Suspect, TensorKey
+from tpcheck.numerics.checks.recompute import (
+    compare_with_recomputed,
+    parts_of,
+    recompute_linear,
+    reference_weight,
+    weight_parts,
+)
+from tpcheck.numerics.checks.suspects import tensor_suspect
+from tpcheck.numerics.evidence import (
+    CheckOutcome,
+    Collective,
+    EmbeddingFacts,
+    Evidence,
+    FusedBlocks,
+    LossFacts,
+    SiblingCollectives,
+    Suspect,
+    TensorKey,
+)
+
+_CHECK = "outputs_match_reference"
 
 Issued = tuple[tuple[str, tuple[int, ...]], ...]  # (name, global ranks) in order
 
 
-def unlike_its_kind(evidence: Evidence, step: int, module: str) -> dict[str, Any]:
-    """Return what a module issued on the ranks, where that is not what most modules of its kind issued; else nothing.
-
-    Modules are of one kind if their names differ in the number of the layer alone.
-    """
-    by_rank = [_by_module(part.collectives) for part in evidence.candidate[step]]
-    own = [issued.get(module, ()) for issued in by_rank]
-    names = {key.module for key in evidence.reference[step].activations}
-    like = sorted(name for name in names if name != module and _kind(name) == _kind(module))
-    votes = Counter(issued.get(name, ()) for name in like for issued in by_rank)
-    if votes:
-        expected = votes.most_common(1)[0][0]
-        as_in = "in " + next(name for name in like if any(issued.get(name, ()) == expected for issued in by_rank))
-    else:
-        expected = Counter(own).most_common(1)[0][0]
-        as_in = "on the other ranks"
-    if all(issued == expected for issued in own):
-        return {}
-    different = next(issued for issued in own if issued != expected)
-    return {"collectives": _told(different), "collectives_expected": _told(expected), "collectives_as_in": as_in}
-
-
-def _by_module(collectives: tuple[Collective, ...]) -> Mapping[str, Issued]:
-    found: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for one in collectives:
-        found.setdefault(one.module, []).append((one.name, one.ranks))
-    return {module: tuple(issued) for module, issued in found.items()}
-
-
-def _told(issued: Issued) -> list[dict[str, Any]]:
-    return [{"name": name, "ranks": list(ranks)} for name, ranks in issued]
-
-
-def _kind(module: str) -> str:
-    return re.sub(r"\d+", "#", module)
-
-
-_CHECK = "outputs_match_reference"
-
-
 def outputs_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
-    """Compare the activations and the loss of `step`; name each module that is wrong although its inputs agree.
+    """Compare the activations and the loss of `step`; report each module that is wrong although its inputs agree.
 
-    Linear modules further on, whose inputs are wrong in consequence, are held against what their own inputs and weights
-    give: so that one fault does not hide another. Where precision is low, each module is held against the reference on
-    the reference's own inputs, too: what that shows goes before what a whole pass shows. Calibrated.
+    Modules further on, whose inputs are wrong in consequence, are compared with what their own inputs and weights give,
+    so that one fault does not hide another. Where precision is low, each module is also compared on the reference's
+    inputs (teacher forcing): those results go before the ones of the whole pass. Calibrated.
     """
     activations = compare_activations(evidence, step, "forward")
     suspects = _suspects(evidence, step, activations)
     loss_margin, loss_suspects = _compare_loss(evidence, step, activations)
     margins = {**activations.margins(), "loss": loss_margin}
-    outcome = CheckOutcome(margins, tuple(suspects or loss_suspects), activations.missed)
-    alone = None if step else evidence.alone()
-    return outcome if alone is None else _sharpened(outcome, alone)
+    outcome = CheckOutcome(margins, tuple(suspects or loss_suspects), activations.not_compared)
+    forced = None if step else evidence.of_forced_modules()
+    if forced is None:
+        return outcome
+    activations = compare_activations(forced, 0, "forward")
+    return outcome.with_forced_modules(activations.margins(), _suspects(forced, 0, activations))
 
 
 def _suspects(evidence: Evidence, step: int, activations: ComparedActivations) -> list[Suspect]:
-    wrong = {one.key for one in activations.wrong()}
+    wrong = {activation.key for activation in activations.wrong()}
     roots = first_divergences(list(activations.compared), wrong.__contains__)
     suspects = [_root_suspect(evidence, step, activations, root, len(wrong)) for root in roots]
     return [*suspects, *_independent(evidence, step, activations, roots)]
 
 
-def _sharpened(outcome: CheckOutcome, alone: Evidence) -> CheckOutcome:
-    """Return the outcome with what the modules show one by one."""
-    activations = compare_activations(alone, 0, "forward")
-    return outcome.sharpened(activations.margins(), _suspects(alone, 0, activations))
-
-
 def activation_suspect(
-    evidence: Evidence,
-    step: int,
-    one: ComparedActivation,
-    check: str,
-    details: Mapping[str, Any],
-    module: str,
-    hypotheses: Sequence[Hypothesis] = (),
+    evidence: Evidence, step: int, activation: ComparedActivation, check: str, details: Mapping[str, Any], module: str
 ) -> Suspect:
-    """Return the suspect for one activation, laid at the door of `module`."""
+    """Return the suspect for one activation; `module` is the module at fault."""
+    placed = activation.placed
     suspect = tensor_suspect(
         evidence,
-        one.found,
+        activation.difference,
         check=check,
         kind="activation",
-        where=_where(one, step, module),
-        expected=one.expected,
-        parts=one.placed.parts,
-        expected_parts=[one.placed.expected_part(one.expected, tp) for tp in range(len(one.placed.parts))],
-        replicated=one.placed.is_replicated,
+        where=_where(activation.key, step, module),
+        expected=activation.expected,
+        actual_parts=placed.parts,
+        expected_parts=[placed.expected_part(activation.expected, tp_rank) for tp_rank in range(len(placed.parts))],
+        is_replicated=placed.is_replicated,
         details=details,
     )
-    return replace(suspect, hypotheses=tuple(hypotheses))
+    return replace(suspect, role=activation.key.role)
 
 
-def _where(one: ComparedActivation, step: int, module: str) -> dict[str, Any]:
-    field = f"{one.key.role} {one.key.path}"
-    if module != one.key.module:
-        field += f" of {one.key.module}"
-    return {"phase": one.key.phase, "step": step, "module": module, "field": field}
+def _where(key: TensorKey, step: int, module: str) -> dict[str, Any]:
+    field = f"{key.role} {key.path}"
+    if module != key.module:
+        field += f" of {key.module}"
+    return {"phase": key.phase, "step": step, "module": module, "field": field}
 
 
 def _root_suspect(
     evidence: Evidence, step: int, activations: ComparedActivations, root: TensorKey, num_wrong: int
 ) -> Suspect:
-    one = activations.compared[root]
+    activation = activations.compared[root]
     details: dict[str, Any] = {"first_of": num_wrong, "inputs_agree": True}
-    if one.is_again:
+    if activation.is_recomputed:
         details["note"] = "right when it is first computed, wrong when activation checkpointing computes it again"
     scope = scope_of(root, {key.module for key in activations.compared})
-    fused = None if comes_out(root) else _fused_before(list(activations.compared.values()), root, scope)
-    if fused is not None:
-        details["fused_blocks"] = fused.placed.num_blocks
-        details["fused_blocks_error"] = fused.found.relative
-        details["note"] = f"its output agrees block by block, but what {root.module} then reads from it is wrong"
-        return activation_suspect(evidence, step, one, _CHECK, details, module=fused.key.module)
-    if not comes_out(root):
-        details["note"] = f"what {root.module} is given is wrong, though all that came before it agrees"
-    else:
-        details |= unlike_its_kind(evidence, step, root.module)
-    is_loss = one.key.module == "" and one.expected.dim() == 0
-    hypotheses = tuple(loss_hypotheses(evidence, step, activations) if is_loss else _hypotheses(evidence, step, one))
-    return activation_suspect(evidence, step, one, _CHECK, details, module=scope, hypotheses=hypotheses)
-
-
-def _hypotheses(evidence: Evidence, step: int, one: ComparedActivation) -> Iterator[Hypothesis]:
-    if one.key.role != "output":
-        return
-    made = products(evidence, step, one.key, one.found.allowed)
-    if made is not None:
-        yield from linear_hypotheses(made, one.placed.parts, one.expected, one.found.allowed)
-    else:
-        yield from embedding_hypotheses(evidence, step, one)
+    if is_result(root):
+        suspect = activation_suspect(evidence, step, activation, _CHECK, details, scope)
+        suspect = replace(suspect, collectives=differs_from_sibling_layers(evidence, step, root.module))
+        if root.module == "" and activation.expected.dim() == 0:
+            return replace(suspect, loss=_loss_facts(evidence, step, activations))
+        terms = recompute_linear(evidence, step, root, activation.difference.allowed)
+        return replace(suspect, linear=terms, embedding=None if terms else _embedding_facts(evidence, step, root))
+    fused = _fused_before(list(activations.compared.values()), root, scope)
+    if fused is None:
+        details["note"] = f"the input of {root.module} is wrong although everything before it agrees"
+        return activation_suspect(evidence, step, activation, _CHECK, details, scope)
+    details["note"] = f"its output agrees block by block, but the input that {root.module} reads from it is wrong"
+    blocks = FusedBlocks(fused.placed.num_blocks, fused.difference.relative)
+    suspect = activation_suspect(evidence, step, activation, _CHECK, details, fused.key.module)
+    return replace(suspect, fused_blocks=blocks)
 
 
 def _fused_before(events: Sequence[ComparedActivation], root: TensorKey, scope: str) -> ComparedActivation | None:
-    """Return the last output before `root`, in the module around it, that is cut block by block."""
+    """Return the last output before `root`, in its parent, that is cut block by block."""
     found = None
-    for one in events:
-        if one.key == root:
+    for activation in events:
+        key = activation.key
+        if key == root:
             break
-        if one.placed.is_fused and one.key.role == "output" and is_inside(one.key.module, scope):
-            found = one
+        if activation.placed.is_fused and key.role == "output" and is_inside(key.module, scope):
+            found = activation
     return found
+
+
+def differs_from_sibling_layers(evidence: Evidence, step: int, module: str) -> SiblingCollectives | None:
+    """Return a module's collectives where they are not those that most of its sibling layers issued.
+
+    The names of siblings differ in numbers alone. A module without siblings is compared between the ranks.
+    """
+    by_rank = [_by_module(rank.collectives) for rank in evidence.candidate[step]]
+    issued = [collectives.get(module, ()) for collectives in by_rank]
+    names = {key.module for key in evidence.reference[step].activations}
+    pattern = _without_numbers(module)
+    siblings = sorted(name for name in names if name != module and _without_numbers(name) == pattern)
+    votes = Counter(collectives.get(name, ()) for name in siblings for collectives in by_rank)
+    expected = (votes or Counter(issued)).most_common(1)[0][0]
+    different = next((collectives for collectives in issued if collectives != expected), None)
+    if different is None:
+        return None
+    such = (name for name in siblings if any(collectives.get(name, ()) == expected for collectives in by_rank))
+    return SiblingCollectives(different, expected, f"in {next(such)}" if votes else "on the other ranks")
+
+
+def _by_module(collectives: tuple[Collective, ...]) -> Mapping[str, Issued]:
+    issued: dict[str, Issued] = {}
+    for collective in collectives:
+        issued[collective.module] = (*issued.get(collective.module, ()), (collective.name, collective.ranks))
+    return issued
+
+
+def _without_numbers(module: str) -> str:
+    return re.sub(r"\d+", "#", module)
+
+
+def _embedding_facts(evidence: Evidence, step: int, key: TensorKey) -> EmbeddingFacts | None:
+    """Return the table of an embedding whose rows are cut over the ranks."""
+    name = f"{key.module}.weight"
+    layout = evidence.layouts.get(name)
+    placement = layout.placement() if layout is not None else None
+    table, shards = reference_weight(evidence, step, name), weight_parts(evidence, step, name)
+    if not isinstance(placement, Shard) or placement.dim != 0 or table is None or shards is None:
+        return None
+    return EmbeddingFacts(table, shards)
+
+
+def _loss_facts(evidence: Evidence, step: int, activations: ComparedActivations) -> LossFacts:
+    """Return the losses, and the logits: the last output, right on all ranks, that is cut along its last dim."""
+    expected, actual = evidence.reference[step].loss, tuple(rank.loss for rank in evidence.candidate[step])
+    for activation in reversed(list(activations.compared.values())):
+        logits, placement = activation.expected, activation.placed.placement
+        is_right_output = activation.key.role == "output" and activation.difference.agrees
+        if is_right_output and logits.dim() == 3 and isinstance(placement, Shard) and placement.dim == 2:
+            return LossFacts(expected, actual, logits, activation.placed.parts)
+    return LossFacts(expected, actual)
 
 
 def _independent(
     evidence: Evidence, step: int, activations: ComparedActivations, roots: Sequence[TensorKey]
 ) -> Iterator[Suspect]:
-    """Yield the modules with wrong inputs that do not even make of these what they should: linear ones, and leaves."""
-    for one in activations.wrong():
-        if one.key in roots:
+    """Yield the linear and leaf modules with wrong inputs whose outputs are not even what these inputs give."""
+    for activation in activations.wrong():
+        key, placed = activation.key, activation.placed
+        if key in roots:
             continue
-        made = products(evidence, step, one.key, one.found.allowed)
-        own = _own(evidence, step, one, made)
-        if own is None:
+        shapes = [part.shape for part in placed.parts]
+        terms = recompute_linear(evidence, step, key, activation.difference.allowed)
+        of_leaf = evidence.recomputed.get(key) if step == 0 else None
+        recomputed = of_leaf if terms is None else parts_of(terms, shapes)
+        if recomputed is None or [part.shape for part in recomputed] != shapes:
             continue
-        suspect = unlike_own(
+        suspect = compare_with_recomputed(
             evidence,
-            one.placed.parts,
-            own,
-            one.found,
+            placed.parts,
+            recomputed,
+            activation.difference,
             check=_CHECK,
             kind="activation",
-            where=_where(one, step, one.key.module),
-            replicated=one.placed.is_replicated,
-            details=unlike_its_kind(evidence, step, one.key.module),
+            where=_where(key, step, key.module),
+            is_replicated=placed.is_replicated,
         )
         if suspect is not None:
-            told = () if made is None else linear_hypotheses(made, one.placed.parts, own[0], suspect.allowed_error)
-            yield replace(suspect, hypotheses=tuple(told))
-
-
-def _own(
-    evidence: Evidence, step: int, one: ComparedActivation, made: Products | None
-) -> Sequence[torch.Tensor] | None:
-    """Return what each rank's part should be for the ranks' own inputs; None where that cannot be told."""
-    if made is not None:
-        return own_parts(made, [part.shape for part in one.placed.parts])
-    remade = None if step else evidence.remade.get(one.key)
-    shapes = [part.shape for part in one.placed.parts]
-    return remade if remade is not None and [part.shape for part in remade] == shapes else None
+            collectives = differs_from_sibling_layers(evidence, step, key.module)
+            yield replace(suspect, role=key.role, collectives=collectives, linear=terms)
 
 
 def _compare_loss(evidence: Evidence, step: int, activations: ComparedActivations) -> tuple[float, list[Suspect]]:
     expected = evidence.reference[step].loss
-    losses = [part.loss for part in evidence.candidate[step]]
+    losses = [rank.loss for rank in evidence.candidate[step]]
     allowed = evidence.tolerance.allowed_scalar((step, evidence.dp_rank, "loss"), expected)
     errors = [abs(loss - expected) if loss == loss else inf for loss in losses]
     margin = max(errors) / allowed if allowed else (inf if max(errors) else 0.0)
     if margin <= 1:
         return margin, []
     wrong = tuple(tp_rank for tp_rank, error in enumerate(errors) if error > allowed)
+    expected_loss = torch.tensor(expected, dtype=torch.float64)
     suspect = Suspect(
         check=_CHECK,
         kind="activation",
@@ -232,11 +239,11 @@ def _compare_loss(evidence: Evidence, step: int, activations: ComparedActivation
             "dtype": evidence.dtype,
             "replays": evidence.tolerance.num_replays,
         },
-        expected=torch.tensor(expected, dtype=torch.float64),
-        parts=tuple(torch.tensor(loss, dtype=torch.float64) for loss in losses),
-        expected_parts=(torch.tensor(expected, dtype=torch.float64),) * len(losses),
-        replicated=True,
+        expected=expected_loss,
+        actual_parts=tuple(torch.tensor(loss, dtype=torch.float64) for loss in losses),
+        expected_parts=(expected_loss,) * len(losses),
+        is_replicated=True,
         allowed_error=allowed,
-        hypotheses=tuple(loss_hypotheses(evidence, step, activations)),
+        loss=_loss_facts(evidence, step, activations),
     )
     return margin, [suspect]

@@ -13,40 +13,40 @@ from tpcheck.numerics.evidence import Evidence, Kind, Suspect
 
 @dataclass(frozen=True, slots=True)
 class ComparedParameter:
-    """One parameter's tensor on both sides, and how far they are apart."""
+    """One tensor of a parameter on both sides, with its difference."""
 
     name: str
     expected: Any
-    parts: tuple[Any, ...]
+    actual_parts: tuple[Any, ...]
     expected_parts: tuple[Any, ...]
-    found: Difference
+    difference: Difference
 
     @property
     def module(self) -> str:
-        """Name of the module that owns the parameter."""
+        """Name of the module that has the parameter."""
         return self.name.rpartition(".")[0]
 
 
 def parameter_suspect(
     evidence: Evidence,
-    one: ComparedParameter,
+    parameter: ComparedParameter,
     *,
     check: str,
     kind: Kind,
     where: Mapping[str, Any],
     details: Mapping[str, Any],
 ) -> Suspect:
-    """Return the suspect for one parameter's tensor; `where` says when, beside the parameter and its module."""
+    """Return the suspect for one parameter's tensor; `where` has the phase and the step."""
     return tensor_suspect(
         evidence,
-        one.found,
+        parameter.difference,
         check=check,
         kind=kind,
-        where={**where, "module": one.module, "parameter": one.name},
-        expected=one.expected,
-        parts=one.parts,
-        expected_parts=one.expected_parts,
-        replicated=evidence.layouts[one.name].is_replicated,
+        where={**where, "module": parameter.module, "parameter": parameter.name},
+        expected=parameter.expected,
+        actual_parts=parameter.actual_parts,
+        expected_parts=parameter.expected_parts,
+        is_replicated=evidence.layouts[parameter.name].is_replicated,
         details=details,
     )
 
@@ -54,34 +54,36 @@ def parameter_suspect(
 def compare_parameters(
     evidence: Evidence,
     expected: Mapping[str, Any],
-    parts: Sequence[Mapping[str, Any]],
+    actual: Sequence[Mapping[str, Any]],
     allowed: Callable[[str, Any], float],
 ) -> tuple[dict[str, ComparedParameter], dict[str, str]]:
-    """Return what could be compared, and why the rest could not, by parameter name.
+    """Return the comparisons, and why the other parameters could not be compared, by name.
 
     Args:
         expected: The reference's tensors; None stands for zeros (no gradient).
-        parts: Each rank's tensors, by tp_rank; None likewise.
+        actual: Each rank's tensors, by tp_rank; None likewise.
         allowed: Gives the largest Frobenius error that passes for a name and its expected tensor.
     """
     compared: dict[str, ComparedParameter] = {}
-    missed: dict[str, str] = {}
+    not_compared: dict[str, str] = {}
     for name, whole in expected.items():
         layout = evidence.layouts.get(name)
-        if any(name not in part for part in parts):
-            missed[name] = "the sharded model has no parameter of this name"
+        if any(name not in tensors for tensors in actual):
+            not_compared[name] = "the sharded model has no parameter of this name"
             continue
         if layout is None:
-            missed[name] = "its layer cannot gather it, so nobody can say which part each rank holds"
+            not_compared[name] = "its layer cannot gather it, so which part each rank holds is unknown"
             continue
-        own = [part[name] for part in parts]
-        if whole is None and all(part is None for part in own):
+        parts = [tensors[name] for tensors in actual]
+        if whole is None and all(part is None for part in parts):
             continue  # no gradient on either side
-        like = evidence.initial_parts
-        filled = tuple(like[tp][name].new_zeros(like[tp][name].shape) if p is None else p for tp, p in enumerate(own))
+        filled = tuple(
+            initial[name].new_zeros(initial[name].shape) if part is None else part
+            for part, initial in zip(parts, evidence.initial_parts, strict=True)
+        )
         target = evidence.initial[name].new_zeros(evidence.initial[name].shape) if whole is None else whole
         fits = tuple(target.shape) == tuple(layout.shape)
-        expected_parts = tuple(layout.local(target, tp) for tp in range(len(own))) if fits else ()
-        found = compare_parameter(layout, target, filled, allowed(name, target))
-        compared[name] = ComparedParameter(name, target, filled, expected_parts, found)
-    return compared, missed
+        expected_parts = tuple(layout.local(target, tp_rank) for tp_rank in range(len(parts))) if fits else ()
+        difference = compare_parameter(layout, target, filled, allowed(name, target))
+        compared[name] = ComparedParameter(name, target, filled, expected_parts, difference)
+    return compared, not_compared

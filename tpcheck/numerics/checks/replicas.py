@@ -1,11 +1,11 @@
-"""Is what should be replicated bitwise the same on every rank that holds it?"""
+"""Are replicas bitwise the same on every rank that has one?"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from tpcheck.numerics.evidence import CheckOutcome, Evidence, Suspect
+from tpcheck.numerics.evidence import CheckOutcome, Evidence, ReplicaFacts, Suspect
 
 _Item = tuple[str, str]  # kind (parameter, gradient, buffer) and name
 
@@ -21,32 +21,32 @@ def replicas_agree_after(evidence: Evidence, step: int) -> CheckOutcome:
 
 
 def _replicas_agree(evidence: Evidence, moment: int, where: dict[str, object]) -> CheckOutcome:
-    if evidence.dp_rank:  # the digests of the whole world are looked at once
+    if evidence.dp_rank:  # the evidence of the first TP group has the digests of all ranks
         return CheckOutcome()
     digests = [facts.digests[moment] for facts in evidence.facts]
     margins: dict[str, float] = {}
     wrong: dict[tuple[str, tuple[int, ...], bool], list[_Item]] = {}
     for item in dict.fromkeys(item for by_rank in digests for item in by_rank):
-        for axis, group in _replica_groups(evidence, item, trained=moment > 0):
+        for axis, group in _replica_groups(evidence, item, is_trained=moment > 0):
             margins[f"{item[0]} {item[1]} over {axis}"] = 0.0
             deviating = _deviating(group, [digests[rank].get(item) for rank in group])
             if deviating:
-                since_start = moment > 0 and replicas_differ(evidence, 0, item, group)
-                wrong.setdefault((axis, deviating, since_start), []).append(item)
+                differed_at_start = moment > 0 and replicas_differ(evidence, 0, item, group)
+                wrong.setdefault((axis, deviating, differed_at_start), []).append(item)
     suspects = (_suspect(evidence, moment, *key, items, where) for key, items in wrong.items())
     return CheckOutcome(margins, tuple(suspects))
 
 
 def replicas_differ(evidence: Evidence, moment: int, item: _Item, group: Sequence[int]) -> bool:
-    """Return whether the ranks of a group held different replicas of `item`: 0 is before the first step."""
+    """Return whether the replicas of `item` differ between the ranks of a group; moment 0 is before the first step."""
     return len({evidence.facts[rank].digests[moment].get(item) for rank in group}) > 1
 
 
-def _replica_groups(evidence: Evidence, item: _Item, *, trained: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _replica_groups(evidence: Evidence, item: _Item, *, is_trained: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     kind, name = item
     if kind == "buffer":
         over_tp = name in evidence.buffers
-        over_dp = not trained  # running statistics are of each replica's own batches
+        over_dp = not is_trained  # running statistics are those of each replica's batches
     else:
         over_tp = name in evidence.layouts and evidence.layouts[name].is_replicated
         over_dp = True
@@ -70,11 +70,10 @@ def _suspect(
     moment: int,
     axis: str,
     ranks: tuple[int, ...],
-    since_start: bool,
+    differed_at_start: bool,
     items: list[_Item],
     where: dict[str, object],
 ) -> Suspect:
-    kinds = Counter(kind for kind, _ in items)
     first_kind, first = next((item for item in items if item[0] == "gradient"), items[0])
     is_gradient = first_kind == "gradient" and axis == "tp" and set(ranks) <= set(evidence.tp_group)
     steps = evidence.candidate[moment - 1] if is_gradient else ()
@@ -91,12 +90,11 @@ def _suspect(
         allowed=0.0,
         evidence={
             "count_differing": len(items),
-            **{f"{kind}s": count for kind, count in kinds.items()},
-            **({"differed_at_start": True} if since_start else {}),
             "also": [{"kind": kind, "name": name} for kind, name in items if (kind, name) != (first_kind, first)],
         },
-        # What explains a gradient that differs is how it relates to the expected one.
+        # A gradient that differs is explained by how it relates to the expected one.
         expected=evidence.reference[moment - 1].gradients.get(first) if is_gradient else None,
-        parts=tuple(step.gradients[first] for step in steps),
-        replicated=True,
+        actual_parts=tuple(step.gradients[first] for step in steps),
+        is_replicated=True,
+        replicas=ReplicaFacts(Counter(kind for kind, _ in items), differed_at_start=differed_at_start),
     )

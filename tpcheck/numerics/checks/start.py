@@ -1,14 +1,13 @@
-"""What must hold before the first step: the groups, the shards, the weights."""
+"""Do the groups, the shards and the weights agree before the first step?"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 from tpcheck.numerics.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
-from tpcheck.numerics.evidence import CheckOutcome, Evidence, Suspect
+from tpcheck.numerics.evidence import CheckOutcome, Evidence, ShardFacts, SiblingWeights, Suspect
 
 
 def groups_match_topology(evidence: Evidence) -> CheckOutcome:
@@ -38,6 +37,7 @@ def groups_match_topology(evidence: Evidence) -> CheckOutcome:
     return CheckOutcome(margins, suspects)
 
 
+# Advice for this check alone: the one of the cause is about checkpoints.
 _ADVICE = (
     'TP never started: add "tensor_parallel": {"autotp_size": N} to the DeepSpeed configuration, or load the model '
     'with tp_plan="auto" in transformers; what is saved is otherwise as large as without TP.'
@@ -45,37 +45,39 @@ _ADVICE = (
 
 
 def parameters_are_sharded(evidence: Evidence) -> CheckOutcome:
-    """Some parameter must be smaller on each rank, and every sharded one must add up to its full shape. Exact."""
+    """Check that some parameter is smaller on each rank, and that all shards add up to full shapes. Exact."""
     if evidence.topology.tp == 1:
-        return CheckOutcome(missed={"parameters_are_sharded": "tp is 1: nothing to shard"})
+        return CheckOutcome(not_compared={"parameters_are_sharded": "tp is 1: nothing to shard"})
     names = [name for name in evidence.initial if name in evidence.layouts]
     sharded = [name for name in names if not evidence.layouts[name].is_replicated]
-    incomplete = [name for name in sharded if not _makes_whole(evidence, name)]
-    suspects = []
+    incomplete = [name for name in sharded if not _is_complete(evidence, name)]
+    margins = dict.fromkeys(names, 0.0)
     if not sharded:
-        suspects.append(_sharding_suspect(evidence, len(names), {"count_total": len(names), "advice": _ADVICE}))
-    if incomplete:
-        details = {"count_differing": len(incomplete), "count_total": len(sharded), "also": incomplete[1:]}
-        details |= _sizes(evidence, incomplete[0])
-        suspects.append(_sharding_suspect(evidence, len(incomplete), details, parameter=incomplete[0]))
-    return CheckOutcome(dict.fromkeys(names, 0.0), tuple(suspects))
+        details: dict[str, object] = {"count_total": len(names), "advice": _ADVICE}
+        return CheckOutcome(margins, (_sharding_suspect(evidence, len(names), details),))
+    if not incomplete:
+        return CheckOutcome(margins)
+    first, *others = incomplete
+    details = {"count_differing": len(incomplete), "count_total": len(sharded), "also": others}
+    suspect = _sharding_suspect(evidence, len(incomplete), details, parameter=first)
+    return CheckOutcome(margins, (replace(suspect, shards=_shard_facts(evidence, first)),))
 
 
-def _makes_whole(evidence: Evidence, name: str) -> bool:
+def _is_complete(evidence: Evidence, name: str) -> bool:
     layout = evidence.layouts[name]
-    held = sum(prod(shape) for shape in layout.local_shapes)
-    return tuple(layout.shape) == tuple(evidence.initial[name].shape) and held >= prod(layout.shape)
+    num_elements = sum(prod(shape) for shape in layout.local_shapes)
+    return tuple(layout.shape) == tuple(evidence.initial[name].shape) and num_elements >= prod(layout.shape)
 
 
-def _sizes(evidence: Evidence, name: str) -> dict[str, object]:
-    """Return how long the parameter and its shards are along the dim that is cut."""
+def _shard_facts(evidence: Evidence, name: str) -> ShardFacts | None:
+    """Return the sizes of a parameter and its shards along the dim that is cut; None where several or none are."""
     layout, whole = evidence.layouts[name], tuple(evidence.initial[name].shape)
     for dim, size in enumerate(whole):
-        shards = [shape[dim] for shape in layout.local_shapes]
+        shards = tuple(shape[dim] for shape in layout.local_shapes)
         is_cut = all(shard < size for shard in shards)
         if is_cut and len(layout.shape) == len(whole) and (layout.shape[dim] != size or sum(shards) != size):
-            return {"dim": dim, "size": size, "shard_sizes": shards}
-    return {}
+            return ShardFacts(dim, size, shards)
+    return None
 
 
 def _sharding_suspect(evidence: Evidence, observed: int, details: dict[str, object], **where: str) -> Suspect:
@@ -93,35 +95,37 @@ _CHECK = "weights_match_reference"
 
 
 def weights_match_reference(evidence: Evidence) -> CheckOutcome:
-    """Compare every parameter's shards with the reference's parameter. Exact; each wrong one is a suspect."""
-    compared, missed = compare_parameters(evidence, evidence.initial, evidence.initial_parts, lambda name, whole: 0.0)
-    wrong = [one for one in compared.values() if not one.found.agrees]
-    suspects = tuple(_weight_suspect(evidence, one, compared, len(wrong)) for one in wrong)
-    return CheckOutcome({name: one.found.margin for name, one in compared.items()}, suspects, missed)
+    """Compare every parameter's shards with the reference's parameter. Exact."""
+    compared, not_compared = compare_parameters(
+        evidence, evidence.initial, evidence.initial_parts, lambda name, whole: 0.0
+    )
+    wrong = [parameter for parameter in compared.values() if not parameter.difference.agrees]
+    suspects = tuple(_weight_suspect(evidence, parameter, compared, len(wrong)) for parameter in wrong)
+    margins = {name: parameter.difference.margin for name, parameter in compared.items()}
+    return CheckOutcome(margins, suspects, not_compared)
 
 
 def _weight_suspect(
-    evidence: Evidence, one: ComparedParameter, compared: Mapping[str, ComparedParameter], num_wrong: int
+    evidence: Evidence, parameter: ComparedParameter, compared: Mapping[str, ComparedParameter], num_wrong: int
 ) -> Suspect:
-    beside = [other for other in compared.values() if other.name != one.name and _around(other) == _around(one)]
-    wrong, right = ([other.name for other in beside if other.found.agrees is agrees] for agrees in (False, True))
-    details: dict[str, Any] = {"first_of": num_wrong}
-    if wrong and right:
-        details["beside_it"] = {"wrong": wrong, "right": right}
-    suspect = parameter_suspect(evidence, one, check=_CHECK, kind="weight", where={"phase": "start"}, details=details)
-    layout = evidence.layouts[one.name]
-    complete = all(tuple(part.shape) == shape for part, shape in zip(one.parts, layout.local_shapes, strict=True))
+    details = {"first_of": num_wrong}
+    where = {"phase": "start"}
+    suspect = parameter_suspect(evidence, parameter, check=_CHECK, kind="weight", where=where, details=details)
+    layout, parent = evidence.layouts[parameter.name], _parent(parameter)
+    others = [other for other in compared.values() if other.name != parameter.name]
+    siblings = [other for other in others if _parent(other) == parent]
+    right, wrong = (
+        tuple(other.name for other in siblings if other.difference.agrees is agrees) for agrees in (True, False)
+    )
+    is_complete = [tuple(part.shape) for part in parameter.actual_parts] == list(layout.local_shapes)
     return replace(
         suspect,
-        actual=layout.assemble(one.parts) if complete and not layout.is_replicated else None,
-        others={
-            name: (other.expected, *other.expected_parts)
-            for name, other in compared.items()
-            if name != one.name and other.expected_parts
-        },
+        actual=layout.assemble(parameter.actual_parts) if is_complete and not layout.is_replicated else None,
+        others={other.name: (other.expected, *other.expected_parts) for other in others if other.expected_parts},
+        siblings=SiblingWeights(wrong, right) if wrong and right else None,
     )
 
 
-def _around(one: ComparedParameter) -> str:
-    """Return the module around the one that owns the parameter."""
-    return one.module.rpartition(".")[0]
+def _parent(parameter: ComparedParameter) -> str:
+    """Return the parent of the module that has the parameter."""
+    return parameter.module.rpartition(".")[0]

@@ -2,135 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from tpcheck.core.causes import Cause
-from tpcheck.numerics.checks.norms import norm_hypotheses
+from tpcheck.core.placement import Replicate
+from tpcheck.numerics.checks.norms import norm_facts
 from tpcheck.numerics.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.numerics.checks.replicas import replicas_differ
 from tpcheck.numerics.checks.suspects import tensor_suspect
-from tpcheck.numerics.differences import Difference, Placed, compare_placed, own_rounding, place, spacing
-from tpcheck.numerics.evidence import CheckOutcome, Evidence, Hypothesis, Suspect
+from tpcheck.numerics.differences import Placed, compare_placed, rounding_error, spacing
+from tpcheck.numerics.evidence import CheckOutcome, Evidence, NormFacts, ReplicaFacts, StepFacts, Suspect
+from tpcheck.numerics.tolerance import FITTED
 
-
-@dataclass(frozen=True, slots=True)
-class ComparedBuffer:
-    """One buffer on both sides, and how far they are apart."""
-
-    name: str
-    expected: Any
-    placed: Placed
-    found: Difference
-
-    @property
-    def label(self) -> str:
-        return f"buffer {self.name}"
-
-
-def compare_buffers(evidence: Evidence, step: int) -> tuple[list[ComparedBuffer], dict[str, str]]:
-    """Return what could be compared, and why the rest could not, by label. Calibrated."""
-    compared = []
-    missed = {}
-    for name, expected in evidence.reference[step].buffers.items():
-        parts = [part.buffers[name] for part in evidence.candidate[step] if name in part.buffers]
-        if len(parts) < len(evidence.candidate[step]):
-            missed[f"buffer {name}"] = "the sharded model has no buffer of this name"
-        elif any(part.shape != expected.shape for part in parts):
-            missed[f"buffer {name}"] = "the sharded model's buffer has another shape"
-        else:
-            key = (step, evidence.dp_rank, "buffer", name)
-            placed = place(expected.shape, parts)
-            assert placed is not None  # equal shapes are replicas
-            allowed = evidence.tolerance.allowed(key, own_rounding(expected))
-            compared.append(ComparedBuffer(name, expected, placed, compare_placed(placed, expected, allowed)))
-    return compared, missed
-
-
-_OF_ANOTHER_RANK = "the momentum of another rank's shard gives these weights"
-_TERMS = ("gradient", "weight", "momentum")
-_CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
-_FITS = 1e-6  # of the step; what no sum of the three explains stays above
-
-
-def fitted_step(evidence: Evidence, step: int, name: str) -> dict[str, Any]:
-    """Return what the weights of a parameter say of the step; nothing where they are no such sum."""
-    layout = evidence.layouts[name]
-    before, terms = _terms(evidence, step, name)
-    if terms is None or evidence.reference[step].gradient_norm is None:
-        return {}
-    tp = len(evidence.candidate[step])
-    ratios: list[dict[str, float]] = []
-    for tp_rank in range(tp):
-        local = [layout.local(term, tp_rank).double().reshape(-1) for term in terms]
-        start = layout.local(before, tp_rank).double().reshape(-1)
-        after = layout.local(evidence.reference[step].weights[name], tp_rank).double().reshape(-1)
-        actual = evidence.candidate[step][tp_rank].weights[name].double().reshape(-1)
-        shares = [_shares(local, end - start) if end.shape == start.shape else None for end in (after, actual)]
-        if shares[0] is None or shares[1] is None:
-            return {}
-        pairs = zip(_TERMS, shares[0], shares[1], strict=False)
-        ratios.append({term: own / expected for term, expected, own in pairs if expected})
-    found = {f"{term}_ratio": [float(f"{ratio[term]:.6g}") for ratio in ratios] for term in ratios[0]}
-    return found | _norms(evidence, step, [ratio.get("gradient", 0.0) for ratio in ratios])
-
-
-def momentum_hypotheses(evidence: Evidence, step: int, name: str) -> Iterator[Hypothesis]:
-    """Yield what each rank's weights would be with the momentum of another rank's shard: of one, or of a neighbour."""
-    layout, tp = evidence.layouts[name], len(evidence.candidate[step])
-    before, terms = _terms(evidence, step, name)
-    after = evidence.reference[step].weights[name]
-    if terms is None or len(terms) < len(_TERMS) or layout.is_replicated or len(set(layout.local_shapes)) > 1:
-        return
-    shares = _shares([term.double().reshape(-1) for term in terms], (after - before).double().reshape(-1))
-    if shares is None:
-        return
-    right = [layout.local(after, tp_rank).double() for tp_rank in range(tp)]
-    moves = [layout.local(terms[-1], tp_rank).double() for tp_rank in range(tp)]
-    one_everywhere = [(Cause.SHARD_REPEATED, [source] * tp) for source in range(tp)]
-    shifted = [(Cause.SHARD_ORDER_SWAPPED, [(rank + by) % tp for rank in range(tp)]) for by in range(1, tp)]
-    for cause, sources in (*one_everywhere, *shifted):
-        parts = (
-            own + shares[-1] * (moves[source] - move) for own, move, source in zip(right, moves, sources, strict=True)
-        )
-        yield Hypothesis(cause, tuple(parts), {"momentum_of_tp_rank": sources, "note": _OF_ANOTHER_RANK})
-
-
-def _terms(evidence: Evidence, step: int, name: str) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-    updated = [number for number in range(step) if evidence.reference[number].weights]
-    before: torch.Tensor = evidence.weights_before(step)[name]
-    accumulated = evidence.reference[updated[-1] + 1 if updated else 0 : step + 1]
-    gradients = [gradient for one in accumulated if (gradient := one.gradients[name]) is not None]
-    if not gradients:
-        return before, None
-    earlier = [before - evidence.weights_before(updated[-1])[name]] if updated else []
-    return before, [torch.stack(gradients).sum(dim=0), before, *earlier]
-
-
-def _shares(terms: Sequence[torch.Tensor], moved: torch.Tensor) -> list[float] | None:
-    """Return the share of each term in the move, or None where the move is no such sum."""
-    if moved.numel() <= 2 * len(terms) or not bool(moved.isfinite().all()):
-        return None
-    columns = torch.stack(list(terms), dim=1)
-    sizes = torch.linalg.vector_norm(columns, dim=0)
-    if not bool(torch.all(sizes > 0)):
-        return None
-    solution = torch.linalg.lstsq(columns / sizes, moved[:, None]).solution[:, 0]
-    left = torch.linalg.vector_norm(columns / sizes @ solution - moved)
-    if float(left) > _FITS * float(torch.linalg.vector_norm(moved)):
-        return None
-    return [float(share) for share in solution / sizes]
-
-
-def _norms(evidence: Evidence, step: int, ratios: Sequence[float]) -> dict[str, Any]:
-    expected = evidence.reference[step].gradient_norm
-    if expected is None or not all(ratios):
-        return {}
-    implied = [(expected + _CLIP_EPSILON) / ratio - _CLIP_EPSILON for ratio in ratios]
-    return {"norm_implied": implied, **norm_hypotheses(evidence, step)}
+_CHECK = "updates_match_reference"
 
 
 def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
@@ -138,86 +25,175 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
 
     A recorded call of the model that no optimizer step followed has no weights to compare.
     """
-    compared, missed = compare_parameters(
+    compared, not_compared = compare_parameters(
         evidence,
         evidence.reference[step].weights,
-        [part.weights for part in evidence.candidate[step]],
+        [rank.weights for rank in evidence.candidate[step]],
         lambda name, whole: evidence.tolerance.allowed((step, "weight", name), spacing(whole)),
     )
-    differing = [name for name, one in compared.items() if not one.found.agrees]
-    for name in (name for name in differing if not _is_trained(evidence, step, name)):
+    differing = [name for name, parameter in compared.items() if not parameter.difference.agrees]
+    for name in (name for name in differing if not _has_gradient(evidence, step, name)):
         del compared[name]
-        missed[name] = "it has no gradient, and optimizers may decay such a weight or leave it"
-    wrong = sorted((one for one in compared.values() if not one.found.agrees), key=lambda one: -one.found.margin)
-    suspects = [_weight_suspect(evidence, step, one, len(wrong)) for one in wrong]
-    buffers, missed_buffers = compare_buffers(evidence, step)
-    suspects.extend(_buffer_suspect(evidence, step, one) for one in buffers if not one.found.agrees)
-    margins = {name: one.found.margin for name, one in compared.items()}
-    margins |= {one.label: one.found.margin for one in buffers}
+        not_compared[name] = "it has no gradient, and optimizers may decay such a weight or leave it"
+    wrong = [parameter for parameter in compared.values() if not parameter.difference.agrees]
+    wrong.sort(key=lambda parameter: -parameter.difference.margin)
+    suspects = [_weight_suspect(evidence, step, parameter, len(wrong)) for parameter in wrong]
+    buffers, buffers_not_compared = _compare_buffers(evidence, step)
+    suspects.extend(_buffer_suspect(evidence, step, buffer) for buffer in buffers if not buffer.difference.agrees)
+    margins = {name: parameter.difference.margin for name, parameter in compared.items()}
+    margins |= {f"buffer {buffer.name}": buffer.difference.margin for buffer in buffers}
     if not evidence.reference[step].weights:
-        missed["weights"] = "no optimizer step followed this call"
-    return CheckOutcome(margins, tuple(suspects), {**missed, **missed_buffers})
+        not_compared["weights"] = "no optimizer step followed this call"
+    return CheckOutcome(margins, tuple(suspects), {**not_compared, **buffers_not_compared})
 
 
-def _weight_suspect(evidence: Evidence, step: int, one: ComparedParameter, num_wrong: int) -> Suspect:
-    before = evidence.weights_before(step)[one.name]
-    is_unchanged = torch.equal(one.expected, before)
-    suspect = parameter_suspect(
-        evidence,
-        one,
-        check="updates_match_reference",
-        kind="update",
-        where={"phase": "update", "step": step},
-        details={
-            "first_of": num_wrong,
-            **fitted_step(evidence, step, one.name),
-            **_of_replicas(evidence, step, "parameter", one.name),
-            **({"note": "the reference's weight is the same as before this step"} if is_unchanged else {}),
-        },
-    )
-    layout = evidence.layouts[one.name]
-    if tuple(before.shape) != tuple(layout.shape) or is_unchanged:
-        return suspect
-    stale = tuple(layout.local(before, tp_rank) for tp_rank in range(len(suspect.parts)))
-    return replace(
-        suspect, hypotheses=(Hypothesis(Cause.STALE_WEIGHT, stale), *momentum_hypotheses(evidence, step, one.name))
-    )
-
-
-def _buffer_suspect(evidence: Evidence, step: int, one: ComparedBuffer) -> Suspect:
-    module = one.name.rpartition(".")[0]
-    return tensor_suspect(
-        evidence,
-        one.found,
-        check="updates_match_reference",
-        kind="update",
-        where={"phase": "update", "step": step, "module": module, "field": one.label},
-        expected=one.expected,
-        parts=one.placed.parts,
-        expected_parts=[one.expected] * len(one.placed.parts),
-        replicated=True,
-        details=_of_replicas(evidence, step, "buffer", one.name),
-    )
-
-
-def _of_replicas(evidence: Evidence, step: int, kind: str, name: str) -> dict[str, bool]:
-    """Return whether replicas over DP differ, and notes on what tells replicas apart that is no drift in this step."""
-    over_dp = [evidence.topology.peers(rank, "dp") for rank in evidence.tp_group if kind == "parameter"]
-    over_tp = [evidence.tp_group] if kind == "buffer" or evidence.layouts[name].is_replicated else []
-    asked = {
-        "replicas_over_dp_differ": (step + 1, (kind, name), over_dp),
-        "differed_at_start": (0, (kind, name), over_dp + over_tp),
-        "gradients_differ": (step + 1, ("gradient", name), over_dp + over_tp),
-    }
-    return {
-        note: True
-        for note, (moment, item, groups) in asked.items()
-        if any(replicas_differ(evidence, moment, item, group) for group in groups)
-    }
-
-
-def _is_trained(evidence: Evidence, step: int, name: str) -> bool:
-    gradients = [part.gradients[name] for part in evidence.candidate[step]]
+def _has_gradient(evidence: Evidence, step: int, name: str) -> bool:
+    gradients = [rank.gradients[name] for rank in evidence.candidate[step]]
     if evidence.reference[step].gradients[name] is not None:
         return True
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+
+
+def _compare_buffers(evidence: Evidence, step: int) -> tuple[list[ComparedParameter], dict[str, str]]:
+    """Return the comparisons, and why the other buffers could not be compared, by label. Calibrated."""
+    compared = []
+    not_compared = {}
+    tp = len(evidence.candidate[step])
+    for name, expected in evidence.reference[step].buffers.items():
+        parts = tuple(rank.buffers[name] for rank in evidence.candidate[step] if name in rank.buffers)
+        if len(parts) < tp:
+            not_compared[f"buffer {name}"] = "the sharded model has no buffer of this name"
+        elif any(part.shape != expected.shape for part in parts):
+            not_compared[f"buffer {name}"] = "the sharded model's buffer has another shape"
+        else:
+            allowed = evidence.tolerance.allowed((step, evidence.dp_rank, "buffer", name), rounding_error(expected))
+            difference = compare_placed(Placed(Replicate(), parts), expected, allowed)
+            compared.append(ComparedParameter(name, expected, parts, (expected,) * tp, difference))
+    return compared, not_compared
+
+
+def _buffer_suspect(evidence: Evidence, step: int, buffer: ComparedParameter) -> Suspect:
+    where = {"phase": "update", "step": step, "module": buffer.module, "field": f"buffer {buffer.name}"}
+    suspect = tensor_suspect(
+        evidence,
+        buffer.difference,
+        check=_CHECK,
+        kind="update",
+        where=where,
+        expected=buffer.expected,
+        actual_parts=buffer.actual_parts,
+        expected_parts=buffer.expected_parts,
+        is_replicated=True,
+    )
+    return replace(suspect, replicas=_replica_facts(evidence, step, "buffer", buffer.name))
+
+
+def _weight_suspect(evidence: Evidence, step: int, parameter: ComparedParameter, num_wrong: int) -> Suspect:
+    name = parameter.name
+    details: dict[str, Any] = {"first_of": num_wrong}
+    if torch.equal(parameter.expected, evidence.weights_before(step)[name]):
+        details["note"] = "the reference's weight is the same as before this step"
+    where = {"phase": "update", "step": step}
+    suspect = parameter_suspect(evidence, parameter, check=_CHECK, kind="update", where=where, details=details)
+    facts = _step_facts(evidence, step, name)
+    return replace(
+        suspect,
+        step=facts,
+        norms=_norm_facts(evidence, step, facts.ratios.get("gradient", ())) if facts.ratios else None,
+        replicas=_replica_facts(evidence, step, "parameter", name),
+    )
+
+
+def _replica_facts(evidence: Evidence, step: int, kind: str, name: str) -> ReplicaFacts:
+    """Return where replicas of a parameter or buffer differ for another reason than a drift in this step."""
+    over_dp = [evidence.topology.peers(rank, "dp") for rank in evidence.tp_group if kind == "parameter"]
+    over_tp = [evidence.tp_group] if kind == "buffer" or evidence.layouts[name].is_replicated else []
+
+    def differ(moment: int, kind: str, groups: Sequence[Sequence[int]]) -> bool:
+        return any(replicas_differ(evidence, moment, (kind, name), group) for group in groups)
+
+    return ReplicaFacts(
+        differ_over_dp=differ(step + 1, kind, over_dp),
+        differed_at_start=differ(0, kind, over_dp + over_tp),
+        gradients_differ=differ(step + 1, "gradient", over_dp + over_tp),
+    )
+
+
+_TERMS = ("gradient", "weight", "momentum")  # an optimizer step (SGD) is a sum of these
+_CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+
+def _step_facts(evidence: Evidence, step: int, name: str) -> StepFacts:
+    """Return how the step on a parameter is made up of its terms; what is no such sum has no ratios and no momentum."""
+    layout, tp = evidence.layouts[name], len(evidence.candidate[step])
+    before, after = evidence.weights_before(step)[name], evidence.reference[step].weights[name]
+    terms = _terms_of_step(evidence, step, name, before)
+    facts = StepFacts(ratios=_ratios(evidence, step, name, before, terms))
+    if tuple(before.shape) != tuple(layout.shape) or torch.equal(after, before):
+        return facts
+    facts = replace(facts, before=tuple(layout.local(before, tp_rank) for tp_rank in range(tp)))
+    if len(terms) < len(_TERMS) or layout.is_replicated or len(set(layout.local_shapes)) > 1:
+        return facts
+    shares = _shares([term.double().reshape(-1) for term in terms], (after - before).double().reshape(-1))
+    if shares is None:
+        return facts
+    moves = tuple(layout.local(terms[-1], tp_rank) for tp_rank in range(tp))
+    return replace(facts, momentum_parts=moves, momentum_share=shares[-1])
+
+
+def _terms_of_step(evidence: Evidence, step: int, name: str, before: torch.Tensor) -> list[torch.Tensor]:
+    """Return the accumulated gradient, the weight and the step before, where there is one; nothing without gradient."""
+    updated = [number for number in range(step) if evidence.reference[number].weights]
+    accumulated = evidence.reference[updated[-1] + 1 if updated else 0 : step + 1]
+    gradients = [gradient for earlier in accumulated if (gradient := earlier.gradients[name]) is not None]
+    if not gradients:
+        return []
+    momentum = [before - evidence.weights_before(updated[-1])[name]] if updated else []
+    return [torch.stack(gradients).sum(dim=0), before, *momentum]
+
+
+def _ratios(
+    evidence: Evidence, step: int, name: str, before: torch.Tensor, terms: Sequence[torch.Tensor]
+) -> dict[str, tuple[float, ...]]:
+    """Return for each term its share in every rank's step over its share in the expected one."""
+    layout = evidence.layouts[name]
+    if not terms or evidence.reference[step].gradient_norm is None:
+        return {}
+    ratios: list[dict[str, float]] = []
+    for tp_rank, rank in enumerate(evidence.candidate[step]):
+        local = [layout.local(term, tp_rank).double().reshape(-1) for term in terms]
+        start = layout.local(before, tp_rank).double().reshape(-1)
+        after = layout.local(evidence.reference[step].weights[name], tp_rank).double().reshape(-1)
+        actual = rank.weights[name].double().reshape(-1)
+        expected_shares, shares = (
+            _shares(local, end - start) if end.shape == start.shape else None for end in (after, actual)
+        )
+        if expected_shares is None or shares is None:
+            return {}
+        of_terms = zip(_TERMS, expected_shares, shares, strict=False)  # a first step has no momentum
+        ratios.append({term: share / expected for term, expected, share in of_terms if expected})
+    return {term: tuple(ratio[term] for ratio in ratios) for term in _TERMS if all(term in ratio for ratio in ratios)}
+
+
+def _shares(terms: Sequence[torch.Tensor], move: torch.Tensor) -> list[float] | None:
+    """Return the share of each term in the move, or None where the move is no such sum."""
+    if move.numel() <= 2 * len(terms) or not bool(move.isfinite().all()):
+        return None
+    columns = torch.stack(list(terms), dim=1)
+    sizes = torch.linalg.vector_norm(columns, dim=0)
+    if not bool(torch.all(sizes > 0)):
+        return None
+    solution = torch.linalg.lstsq(columns / sizes, move[:, None]).solution[:, 0]
+    remaining = torch.linalg.vector_norm(columns / sizes @ solution - move)
+    if float(remaining) > FITTED * float(torch.linalg.vector_norm(move)):
+        return None
+    return [float(share) for share in solution / sizes]
+
+
+def _norm_facts(evidence: Evidence, step: int, gradient_ratios: Sequence[float]) -> NormFacts | None:
+    """Return the norms, with those by which each rank's gradients were clipped, as the ratios imply."""
+    expected = evidence.reference[step].gradient_norm
+    if expected is None or not gradient_ratios or not all(gradient_ratios):
+        return None
+    implied = tuple((expected + _CLIP_EPSILON) / ratio - _CLIP_EPSILON for ratio in gradient_ratios)
+    return replace(norm_facts(evidence, step), implied=implied)

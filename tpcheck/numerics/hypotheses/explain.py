@@ -1,49 +1,13 @@
-"""Tries every cause on a suspect and keeps the first that explains it exactly."""
+"""The table of tests: which causes a suspect is tested for, in which order. The first that holds explains it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from tpcheck.core.causes import Cause, Explanation, first_explanation
+from tpcheck.core.causes import Explanation, first_explanation
 from tpcheck.numerics.evidence import Kind, Suspect
-from tpcheck.numerics.hypotheses import activations, gradients, updates, weights
-from tpcheck.numerics.hypotheses.explanation import Test, loses_numbers, not_finite, sum_of_ranks
-
-
-def wrong_group(suspect: Suspect) -> Explanation | None:
-    return Explanation(Cause.WRONG_GROUP, 0.0)
-
-
-def no_shard(suspect: Suspect) -> Explanation | None:
-    return Explanation(Cause.NOT_SHARDED, 0.0) if "parameter" not in suspect.where else None
-
-
-def lost_shard(suspect: Suspect) -> Explanation | None:
-    """Some ranks hold nothing, and what is lost would be shards as long as those of the others."""
-    size, shards = suspect.evidence.get("size", 0), list(suspect.evidence.get("shard_sizes", ()))
-    empty, held = shards.count(0), [shard for shard in shards if shard]
-    is_lost = bool(held) and empty > 0 and sum(held) < size <= sum(held) + empty * max(held)
-    return Explanation(Cause.SHARD_MISSING, 0.0) if is_lost else None
-
-
-def lost_remainder(suspect: Suspect) -> Explanation | None:
-    """All shards are as long as the whole divided by the number of ranks and rounded down, which leaves a remainder."""
-    size, shards = suspect.evidence.get("size", 0), list(suspect.evidence.get("shard_sizes", ()))
-    is_lost = bool(shards) and set(shards) == {size // len(shards)} and size % len(shards) > 0
-    return Explanation(Cause.WRONG_SHARD_BOUNDARY, 0.0) if is_lost else None
-
-
-OF_GROUPS: tuple[Test, ...] = (wrong_group,)
-OF_SHARDING: tuple[Test, ...] = (no_shard, lost_shard, lost_remainder)
-
-
-def drift(suspect: Suspect) -> Explanation | None:
-    """Replicas that were equal at the start are not any more, without their gradients being told apart."""
-    told_otherwise = "gradients" in suspect.evidence or "differed_at_start" in suspect.evidence
-    return None if suspect.where.get("phase") == "start" or told_otherwise else Explanation(Cause.REPLICA_DRIFT, 0.0)
-
-
-REPLICA_TESTS: tuple[Test, ...] = (sum_of_ranks(Cause.PARTIAL_GRADIENT_ON_REPLICA), drift)
+from tpcheck.numerics.hypotheses import gradients, layout, optimizer, reductions, values, vocabulary, weights
+from tpcheck.numerics.hypotheses.proof import Test, predicted
 
 
 def explain(suspect: Suspect) -> Explanation | None:
@@ -52,20 +16,61 @@ def explain(suspect: Suspect) -> Explanation | None:
 
 
 def applicable(suspect: Suspect) -> tuple[Test, ...]:
-    """Return the tests that a suspect is put to, in order."""
-    return (not_finite,) if suspect.kind in _COMPUTED and loses_numbers(suspect) else TESTS[suspect.kind]
+    """Return the tests for a suspect, in order."""
+    return (values.not_finite,) if suspect.kind in _COMPUTED and values.loses_numbers(suspect) else TESTS[suspect.kind]
 
+
+_COMPUTED: Collection[Kind] = ("activation", "input_gradient", "gradient", "update")  # weights are compared by bits
 
 TESTS: Mapping[Kind, tuple[Test, ...]] = {
-    "activation": activations.TESTS,
-    "input_gradient": gradients.INPUT_GRADIENT_TESTS,
-    "gradient": gradients.GRADIENT_TESTS,
-    "weight": weights.TESTS,
-    "update": updates.UPDATE_TESTS,
-    "norm": updates.NORM_TESTS,
-    "replica": REPLICA_TESTS,
-    "group": OF_GROUPS,
-    "sharding": OF_SHARDING,
+    "group": (layout.another_group,),
+    "sharding": (layout.not_sharded, layout.shard_missing, layout.remainder_lost),
+    "weight": (weights.whole_weight, weights.each_rank),
+    "activation": (
+        layout.fused_blocks_interleaved,
+        reductions.terms_of_output,
+        reductions.times_tp,
+        reductions.over_tp,
+        predicted(reductions.linear_hypotheses, vocabulary.embedding_hypotheses, vocabulary.loss_hypotheses),
+        reductions.times_tp_on_some,
+        reductions.over_tp_on_some,
+        layout.heads_moved,
+        layout.shards_moved,
+        values.all_zero,
+        values.dtype_rounded,
+        reductions.times_dp,
+        reductions.issued_over_another_group,
+    ),
+    "input_gradient": (
+        gradients.vanished,
+        reductions.terms_of_input_gradient,
+        reductions.where_module_computed_it(reductions.times_tp),
+        reductions.where_module_computed_it(reductions.over_tp),
+        reductions.where_module_computed_it(reductions.times_tp_on_some),
+        reductions.where_module_computed_it(reductions.over_tp_on_some),
+        predicted(reductions.linear_hypotheses),
+        gradients.multiple,
+        values.dtype_rounded,
+    ),
+    "gradient": (
+        gradients.missing,
+        reductions.terms_of_parameter_gradient,
+        reductions.where_replicas_are_averaged(reductions.times_dp),
+        reductions.where_replicas_are_averaged(reductions.over_dp),
+        gradients.multiple,
+        predicted(
+            gradients.untied_hypotheses, reductions.averaging_hypotheses, gradients.another_parameters_hypotheses
+        ),
+        layout.shards_moved,
+        values.dtype_rounded,
+    ),
+    "norm": (optimizer.norm_is_local, optimizer.norm_counts_replicas),
+    "update": (
+        predicted(optimizer.step_hypotheses),
+        values.dtype_rounded,
+        optimizer.clipped_by_local_norm,
+        optimizer.clipped_by_norm_of_replicas,
+        optimizer.replicas_drift_in_step,
+    ),
+    "replica": (reductions.terms_of_replicas, optimizer.replicas_drift),
 }
-
-_COMPUTED: Collection[Kind] = ("activation", "input_gradient", "gradient", "update")  # weights are told by their bits

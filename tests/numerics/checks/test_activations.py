@@ -1,0 +1,179 @@
+"""Activations are compared by the placement of their parts; the first wrong module is one whose inputs agree."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.numerics.evidence import key as key_of
+from tests.numerics.evidence import right_evidence, with_step, with_tensor
+from tpcheck.core.placement import Partial, Shard
+from tpcheck.numerics.checks.activations import compare_activations, first_divergences, scope_of
+from tpcheck.numerics.evidence import Evidence, TensorKey
+
+FORWARD = """
+layers.0 in
+layers.0.attn in
+layers.0.attn.q in
+layers.0.attn.q out
+layers.0.attn.o in
+layers.0.attn.o out
+layers.0.attn out
+layers.0.mlp in
+layers.0.mlp out
+layers.0 out
+layers.1 in
+layers.1.mlp in
+layers.1.mlp out
+layers.1 out
+ out
+""".strip("\n").splitlines()
+
+
+def key(event: str, phase: str = "forward") -> TensorKey:
+    module, role = event.rsplit(" ", 1)
+    return TensorKey(phase, module, 0, {"in": "input", "out": "output"}[role], "0")
+
+
+EVENTS = [key(event) for event in FORWARD]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "roots", "scope"),
+    [
+        ([], [], None),
+        (["layers.0.attn.o out", "layers.0.attn out", "layers.0 out"], ["layers.0.attn.o out"], "layers.0.attn.o"),
+        (["layers.0.attn.o in", "layers.0.attn.o out", "layers.0.attn out"], ["layers.0.attn.o in"], "layers.0.attn"),
+        (["layers.0.mlp out", "layers.0 out", "layers.1 in", "layers.1.mlp in", "layers.1 out", " out"],
+         ["layers.0.mlp out"], "layers.0.mlp"),
+        (["layers.0 out", "layers.1 in"], ["layers.0 out"], "layers.0"),
+        (["layers.1 in"], ["layers.1 in"], ""),
+    ],
+)  # fmt: skip
+def test_the_first_wrong_event_of_each_branch_is_a_root(wrong: list[str], roots: list[str], scope: str | None) -> None:
+    found = first_divergences(EVENTS, {key(event) for event in wrong}.__contains__)
+    assert found == [key(event) for event in roots]
+    if found:
+        assert scope_of(found[0], {event.module for event in EVENTS}) == scope
+
+
+def test_faults_in_two_branches_are_two_roots() -> None:
+    wrong = {key("layers.0.attn.q out"), key("layers.0.mlp out")}
+    assert first_divergences([event for event in EVENTS if event.module.startswith("layers.0.")], wrong.__contains__)
+    inside = [event for event in EVENTS if event.module in ("layers.0.attn.q", "layers.0.mlp")]
+    assert first_divergences(inside, wrong.__contains__) == [key("layers.0.attn.q out"), key("layers.0.mlp out")]
+
+
+def test_backward_a_module_computes_the_gradients_of_its_inputs() -> None:
+    events = [key(event, "backward") for event in ("mlp out", "mlp.down out", "mlp.down in", "mlp in")]
+    down = key("mlp.down in", "backward")
+    assert first_divergences(events, {down, key("mlp in", "backward")}.__contains__) == [down]
+    assert scope_of(down, {"mlp", "mlp.down"}) == "mlp.down"
+    assert scope_of(key("mlp.down out", "backward"), {"mlp", "mlp.down"}) == "mlp"
+
+
+RIGHT = right_evidence()
+UP, DOWN = key_of("block.up output"), key_of("block.down output")
+
+
+def test_parts_are_compared_as_replicas_or_shards_as_their_shapes_show() -> None:
+    activations = compare_activations(RIGHT, 0, "forward")
+    assert not activations.wrong()
+    assert not activations.not_compared
+    assert activations.compared[UP].placed.placement == Shard(2, sizes=((4, 4),))
+    assert activations.compared[DOWN].placed.is_replicated
+    assert set(activations.margins().values()) == {0.0}
+
+
+def test_phases_are_compared_apart() -> None:
+    assert {key.phase for key in compare_activations(RIGHT, 0, "backward").compared} == {"backward"}
+
+
+def test_a_wrong_part_is_wrong_at_its_key_alone() -> None:
+    evidence = with_tensor(RIGHT, "activations", DOWN, lambda tensor: tensor + 1, ranks=[1])
+    (wrong,) = compare_activations(evidence, 0, "forward").wrong()
+    assert wrong.key == DOWN
+    assert wrong.difference.wrong_tp_ranks() == (1,)
+
+
+def test_what_a_rank_has_not_seen_is_not_compared() -> None:
+    part = RIGHT.candidate[0][1].activations
+    evidence = with_step(RIGHT, ranks=[1], activations={key: part[key] for key in part if key != UP})
+    assert compare_activations(evidence, 0, "forward").not_compared == {
+        "block.up: output 0": "not seen on every rank of the sharded model"
+    }
+
+
+def test_shapes_that_do_not_make_up_the_whole_are_not_compared() -> None:
+    evidence = with_tensor(RIGHT, "activations", UP, lambda tensor: tensor[..., :3])
+    assert compare_activations(evidence, 0, "forward").not_compared == {
+        "block.up: output 0": "the ranks' shapes (2, 3, 3), (2, 3, 3) do not make up (2, 3, 8)"
+    }
+
+
+def test_a_module_that_is_called_less_often_is_not_compared() -> None:
+    reference = RIGHT.reference[0]
+    twice = {**reference.activations, replace(UP, call=1): reference.activations[UP]}
+    evidence = replace(RIGHT, reference=(replace(reference, activations=twice),))
+    reasons = compare_activations(evidence, 0, "forward").not_compared
+    assert list(reasons) == ["block.up: input 0", "block.up: output 0", "block.up call 1: output 0"]
+    assert all("called less often" in reason for reason in reasons.values())
+
+
+def recomputed(change: float) -> Evidence:
+    """Return evidence in which both ranks compute an output a second time, as activation checkpointing does."""
+    parts = [rank.activations for rank in RIGHT.candidate[0]]
+    evidence = RIGHT
+    for rank, part in enumerate(parts):
+        second = {replace(DOWN, call=1): part[DOWN] + change}
+        evidence = with_step(evidence, ranks=[rank], activations={**part, **second})
+    return evidence
+
+
+def test_what_checkpointing_computes_again_is_compared_with_the_first_call() -> None:
+    again = compare_activations(recomputed(0.0), 0, "forward").compared[replace(DOWN, call=1)]
+    assert again.is_recomputed
+    assert again.difference.agrees
+    assert [wrong.key.call for wrong in compare_activations(recomputed(1.0), 0, "forward").wrong()] == [1]
+
+
+def test_gradients_of_a_second_call_alone_are_those_of_the_first() -> None:
+    gradient = key_of("block.up input", "backward")
+    evidence = RIGHT
+    for rank, part in enumerate(RIGHT.candidate[0]):
+        renamed = {replace(key, call=1) if key == gradient else key: part.activations[key] for key in part.activations}
+        evidence = with_step(evidence, ranks=[rank], activations=renamed)
+    assert compare_activations(evidence, 0, "backward").compared[gradient].difference.agrees
+
+
+def test_terms_inside_a_module_whose_result_is_right_are_summed_by_their_parent() -> None:
+    evidence = with_tensor(RIGHT, "activations", DOWN, lambda tensor: tensor * 0.25, ranks=[0])
+    evidence = with_tensor(evidence, "activations", DOWN, lambda tensor: tensor * 0.75, ranks=[1])
+    activations = compare_activations(evidence, 0, "forward")
+    assert not activations.wrong()
+    assert activations.compared[DOWN].placed.placement == Partial()
+
+
+def test_a_shard_in_unknown_order_inside_a_right_module_is_not_compared() -> None:
+    evidence = with_tensor(RIGHT, "activations", UP, lambda tensor: tensor.flip(-1))
+    activations = compare_activations(evidence, 0, "forward")
+    assert not activations.wrong()
+    assert list(activations.not_compared) == ["block.up: output 0"]
+    forced = replace(evidence, forced_inputs=frozenset([UP]))  # then the right result of the parent says nothing of it
+    assert [wrong.key for wrong in compare_activations(forced, 0, "forward").wrong()] == [UP]
+
+
+def test_heads_are_cut_within_each_sample() -> None:
+    """ALiBi of bloom: dim 0 counts the heads of all samples."""
+    name = TensorKey("forward", "block.alibi", 0, "output", "0")
+    heads = torch.arange(8.0, dtype=torch.float64).reshape(8, 1)  # two samples of four heads
+    reference = RIGHT.reference[0]
+    evidence = replace(RIGHT, reference=(replace(reference, activations={**reference.activations, name: heads}),))
+    for rank, rows in enumerate(([0, 1, 4, 5], [2, 3, 6, 7])):
+        part = evidence.candidate[0][rank].activations
+        evidence = with_step(evidence, ranks=[rank], activations={**part, name: heads[rows]})
+    found = compare_activations(evidence, 0, "forward").compared[name]
+    assert found.difference.agrees
+    assert found.placed.num_blocks == 2

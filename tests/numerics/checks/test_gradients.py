@@ -1,0 +1,192 @@
+"""Gradients of parameters and activations: the first wrong ones are suspects, with what explains them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.numerics.evidence import BIAS, DOWN, NORM, UP, key, right_evidence, with_step, with_tensor
+from tpcheck.core.causes import Cause
+from tpcheck.numerics.checks.gradients import gradients_match_reference
+from tpcheck.numerics.evidence import Evidence, ForcedModules, Suspect
+from tpcheck.numerics.hypotheses.explain import explain
+from tpcheck.numerics.tolerance import Tolerance
+
+RIGHT = right_evidence()
+
+
+def suspects(evidence: Evidence, step: int = 0) -> tuple[Suspect, ...]:
+    return gradients_match_reference(evidence, step).suspects
+
+
+def the_cause(suspect: Suspect) -> Cause | None:
+    found = explain(suspect)
+    return found.cause if found else None
+
+
+def with_gradient(name: str, change: Callable[[torch.Tensor], torch.Tensor | None], *ranks: int) -> Evidence:
+    return with_tensor(RIGHT, "gradients", name, change, ranks=ranks or (0, 1))
+
+
+def test_every_gradient_of_a_right_run_agrees() -> None:
+    outcome = gradients_match_reference(RIGHT, 0)
+    assert not outcome.suspects
+    assert {NORM, UP, DOWN, BIAS, "block.up: gradient of input 0"} <= set(outcome.margins)
+
+
+def test_a_scaled_gradient_is_a_suspect_of_its_own() -> None:
+    (suspect,) = suspects(with_gradient(UP, lambda gradient: gradient * 2))
+    assert suspect.where == {
+        "phase": "backward", "step": 0, "module": "block.up", "parameter": UP, "ranks": [0, 1]
+    }  # fmt: skip
+    assert suspect.evidence["inputs_agree"] is True
+    assert the_cause(suspect) is Cause.GRADIENT_SCALED
+
+
+def test_gradients_of_all_parameters_that_are_wrong_are_marked() -> None:
+    evidence = right_evidence(dp=2)
+    for name in (NORM, UP, DOWN, BIAS):
+        evidence = with_tensor(evidence, "gradients", name, lambda gradient: gradient * 2)
+    found = suspects(evidence)
+    assert all(suspect.gradient.is_every_parameter for suspect in found)
+    assert {the_cause(suspect) for suspect in found} == {Cause.SUM_INSTEAD_OF_MEAN}
+    assert found[0].facts_as_evidence() == {"every_parameter": True}
+
+
+def test_missing_gradients_are_one_suspect_that_names_all() -> None:
+    evidence = with_gradient(NORM, lambda gradient: None, 1)
+    evidence = with_tensor(evidence, "gradients", UP, lambda gradient: torch.zeros_like(gradient))
+    (suspect,) = suspects(evidence)
+    assert suspect.parameter == NORM
+    assert suspect.gradient.missing_on == (1,)
+    assert suspect.evidence["also"] == [UP]
+    assert the_cause(suspect) is Cause.GRADIENT_MISSING
+
+
+def test_missing_gradients_are_laid_to_where_the_backward_pass_ends() -> None:
+    evidence = with_gradient(UP, lambda gradient: None)
+    for rank in (0, 1):
+        seen = evidence.candidate[0][rank].activations
+        kept = {each: seen[each] for each in seen if each != key("block.up output", "backward")}
+        evidence = with_step(evidence, ranks=[rank], activations=kept)
+    (suspect,) = suspects(evidence)
+    assert suspect.where["module"] == "block.up"
+    assert suspect.evidence["note"] == "no gradient comes back to the output of block.up"
+
+
+def test_the_first_wrong_activation_gradient_is_a_suspect_that_names_its_consequences() -> None:
+    name = key("block.up input", "backward")
+    evidence = RIGHT
+    following = (("block.up input", "block.norm output"), ("block.norm input", "block input"))
+    for each in (each for names in following for each in names):
+        evidence = with_tensor(evidence, "activations", key(each, "backward"), lambda tensor: tensor * 2)
+    evidence = with_tensor(evidence, "gradients", NORM, lambda gradient: gradient * 2)
+    (suspect,) = suspects(evidence)
+    assert suspect.kind == "input_gradient"
+    assert suspect.where["module"] == "block.up"
+    assert suspect.evidence["also"] == [NORM]
+    assert suspect.linear is not None
+    torch.testing.assert_close(suspect.linear.total, RIGHT.reference[0].activations[name])
+    assert the_cause(suspect) is Cause.DUPLICATE_REDUCE
+
+
+def test_gradients_that_are_wrong_because_outputs_are_give_one_suspect() -> None:
+    evidence = with_tensor(RIGHT, "activations", key("block.norm output"), lambda tensor: tensor * 2)
+    evidence = with_tensor(evidence, "gradients", NORM, lambda gradient: gradient * 2)
+    evidence = with_tensor(evidence, "gradients", BIAS, lambda gradient: gradient + 1)
+    (suspect,) = suspects(evidence)
+    assert suspect.evidence["inputs_agree"] is False
+    assert suspect.evidence["also"] == [BIAS]
+
+
+def test_behind_a_fault_a_weight_gradient_is_compared_with_the_product_of_its_own_tensors() -> None:
+    evidence = with_tensor(RIGHT, "activations", key("block.norm output"), lambda tensor: tensor * 2)
+    evidence = with_tensor(evidence, "gradients", UP, lambda gradient: gradient * 2)
+    (suspect,) = suspects(evidence)
+    assert suspect.evidence["note"] == "compared with what its own inputs and weights give"
+    assert the_cause(suspect) is Cause.GRADIENT_SCALED
+
+
+def test_terms_of_a_replicated_gradient_are_partial() -> None:
+    noise = torch.arange(4.0, dtype=torch.float64)
+    evidence = with_gradient(NORM, lambda gradient: gradient / 2 + noise, 0)
+    evidence = with_tensor(evidence, "gradients", NORM, lambda gradient: gradient / 2 - noise, ranks=[1])
+    (suspect,) = suspects(evidence)
+    assert the_cause(suspect) is Cause.PARTIAL_GRADIENT_ON_REPLICA
+
+
+def test_the_gradient_of_another_parameter_is_recognised() -> None:
+    other = RIGHT.reference[0].gradients[BIAS]
+    (suspect,) = suspects(with_gradient(NORM, lambda gradient: other))
+    assert set(suspect.others) == {BIAS}  # the only one that lies over the ranks as this one
+    assert the_cause(suspect) is Cause.TENSOR_OF_ANOTHER_LAYER
+
+
+def test_the_gradient_of_this_replica_alone_lacks_the_mean_over_dp() -> None:
+    evidence = right_evidence(dp=2)
+    local = evidence.reference[0].local_gradients
+    for rank in (0, 1):
+        part = evidence.layouts[UP].local(local[UP], rank)
+        evidence = with_tensor(evidence, "gradients", UP, lambda gradient, part=part: part, ranks=[rank])
+    (suspect,) = suspects(evidence)
+    assert the_cause(suspect) is Cause.MISSING_REDUCE
+
+
+@pytest.mark.parametrize("note", ["it is averaged over the TP group", "it is averaged over the TP group, too"])
+def test_a_mean_over_the_tp_group_is_a_wrong_group(note: str) -> None:
+    evidence = right_evidence(dp=2)
+    step = evidence.reference[0]
+    source = step.gradients if note.endswith("too") else step.local_gradients
+    for name in (UP, DOWN):
+        mean = sum(evidence.layouts[name].local(source[name], rank) for rank in (0, 1)) / 2
+        evidence = with_tensor(evidence, "gradients", name, lambda gradient, mean=mean: mean)
+    first, _ = suspects(evidence)
+    assert first.gradient.is_reduced_over_tp
+    found = explain(first)
+    assert found is not None
+    assert (found.cause, found.evidence["note"]) == (Cause.WRONG_GROUP, note)
+
+
+def test_a_weight_that_only_the_reference_ties_is_untied() -> None:
+    head = torch.ones(4, dtype=torch.float64)
+    evidence = with_gradient(NORM, lambda gradient: gradient - head)
+    for rank in (0, 1):
+        gradients = {**evidence.candidate[0][rank].gradients, "head.weight": head}
+        evidence = with_step(evidence, ranks=[rank], gradients=gradients)
+    (suspect,) = suspects(evidence)
+    found = explain(suspect)
+    assert found is not None
+    assert (found.cause, found.evidence["tied_with"]) == (Cause.TIED_WEIGHT_UNTIED, "head.weight")
+
+
+def forced(evidence: Evidence, name: str, change: Callable[[torch.Tensor], torch.Tensor], *ranks: int) -> Evidence:
+    """Return the evidence with a gradient changed under teacher forcing."""
+    steps = with_tensor(RIGHT, "gradients", name, change, ranks=ranks or (0, 1)).candidate[0]
+    modules = ForcedModules(RIGHT.reference[0], steps, frozenset(), Tolerance(2.0**-52, 8, {}))
+    return replace(evidence, forced_modules=modules)
+
+
+def test_teacher_forcing_shows_a_gradient_that_the_whole_pass_does_not() -> None:
+    (suspect,) = suspects(forced(RIGHT, UP, lambda gradient: gradient * 2))
+    assert suspect.parameter == UP
+    assert suspect.evidence["isolated"] is True
+
+
+def test_under_teacher_forcing_terms_that_add_up_are_not_wrong() -> None:
+    evidence = forced(RIGHT, NORM, lambda gradient: gradient / 2)
+    assert not suspects(evidence)
+    assert [suspect.parameter for suspect in suspects(forced(RIGHT, NORM, lambda gradient: gradient / 3))] == [NORM]
+
+
+def test_teacher_forcing_says_nothing_of_gradients_where_an_output_is_wrong() -> None:
+    evidence = forced(RIGHT, UP, lambda gradient: gradient * 2)
+    assert evidence.forced_modules is not None
+    outputs = with_tensor(RIGHT, "activations", key("block.norm output"), lambda tensor: tensor * 2).candidate[0]
+    steps = tuple(
+        replace(step, activations=wrong.activations)
+        for step, wrong in zip(evidence.forced_modules.candidate, outputs, strict=True)
+    )
+    assert not suspects(replace(evidence, forced_modules=replace(evidence.forced_modules, candidate=steps)))

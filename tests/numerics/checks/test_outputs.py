@@ -1,0 +1,211 @@
+"""Outputs and the loss: each module that is wrong although its inputs agree is a suspect, with its facts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import inf, nan
+from typing import Any
+
+import pytest
+import torch
+
+from tests.numerics.evidence import BIAS, DOWN, UP, key, right_evidence, with_step, with_tensor
+from tpcheck.backends.layout import Layout
+from tpcheck.core.causes import Cause
+from tpcheck.core.placement import Shard
+from tpcheck.numerics.checks.outputs import differs_from_sibling_layers, outputs_match_reference
+from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, Suspect, TensorKey
+from tpcheck.numerics.hypotheses.explain import explain
+from tpcheck.numerics.tolerance import Tolerance
+
+RIGHT = right_evidence()
+OUTPUT = key("block.down output")
+
+
+def with_output(*factors: float, evidence: Evidence = RIGHT) -> Evidence:
+    """Return evidence in which the row-parallel layer, and what follows from it, is off by a factor on each rank."""
+    for rank, factor in enumerate(factors):
+        for name in ("block.down output", "block output"):
+            evidence = with_tensor(
+                evidence, "activations", key(name), lambda tensor, by=factor: tensor * by, ranks=[rank]
+            )
+    return evidence
+
+
+def the_cause(suspect: Suspect) -> Cause | None:
+    found = explain(suspect)
+    return found.cause if found else None
+
+
+def test_every_output_and_the_loss_of_a_right_run_agree() -> None:
+    outcome = outputs_match_reference(RIGHT, 0)
+    assert not outcome.suspects
+    assert set(outcome.margins) == {
+        *(f"{module}: {role} 0" for module in ("block", "block.norm", "block.up", "block.down")
+          for role in ("input", "output")),
+        "loss",
+    }  # fmt: skip
+
+
+def test_the_first_wrong_module_is_named_and_what_follows_is_counted() -> None:
+    (suspect,) = outputs_match_reference(with_output(1.0, 1.5), 0).suspects
+    assert suspect.where == {
+        "phase": "forward", "step": 0, "module": "block.down", "field": "output 0", "ranks": [1],
+    }  # fmt: skip
+    assert suspect.evidence["first_of"] == 2
+    assert suspect.evidence["inputs_agree"] is True
+    assert suspect.role == "output"
+
+
+def test_a_linear_module_is_handed_over_with_the_terms_of_its_ranks() -> None:
+    (suspect,) = outputs_match_reference(with_output(1.0, 1.5), 0).suspects
+    assert suspect.linear is not None
+    assert suspect.linear.are_summed
+    torch.testing.assert_close(suspect.linear.total + suspect.linear.bias, suspect.expected)
+
+
+def test_a_reduction_that_is_skipped_is_seen_from_the_terms() -> None:
+    evidence = RIGHT
+    for rank, tensors in enumerate(RIGHT.initial_parts):
+        inner = RIGHT.candidate[0][rank].activations[key("block.down input")]
+        term = inner @ tensors[DOWN].t() + tensors[BIAS]
+        evidence = with_tensor(evidence, "activations", OUTPUT, lambda tensor, term=term: term, ranks=[rank])
+    suspect, *_ = outputs_match_reference(evidence, 0).suspects
+    assert the_cause(suspect) is Cause.MISSING_REDUCE
+
+
+def test_an_input_that_is_wrong_though_all_before_agrees_is_laid_to_the_parent() -> None:
+    evidence = with_tensor(with_output(2.0, 2.0), "activations", key("block.down input"), lambda tensor: tensor + 1)
+    suspect, *_ = outputs_match_reference(evidence, 0).suspects
+    assert suspect.where["module"] == "block"
+    assert suspect.where["field"] == "input 0 of block.down"
+    assert suspect.evidence["note"] == "the input of block.down is wrong although everything before it agrees"
+
+
+def test_a_fused_output_that_is_read_in_another_order_is_at_fault() -> None:
+    fused = Layout.placed((8, 4), Shard(0, blocks=2), 2)
+    evidence = replace(with_output(2.0, 2.0), layouts={**RIGHT.layouts, UP: fused})
+    blocks = RIGHT.reference[0].activations[key("block.up output")].chunk(4, dim=-1)
+    for rank in (0, 1):
+        part = torch.cat([blocks[rank], blocks[2 + rank]], dim=-1)
+        evidence = with_tensor(
+            evidence, "activations", key("block.up output"), lambda tensor, part=part: part, ranks=[rank]
+        )
+        evidence = with_tensor(
+            evidence, "activations", key("block.down input"), lambda tensor, part=part: part, ranks=[rank]
+        )
+    suspect, *_ = outputs_match_reference(evidence, 0).suspects
+    assert suspect.where["module"] == "block.up"
+    assert suspect.fused_blocks is not None
+    assert suspect.fused_blocks.number == 2
+    assert the_cause(suspect) is Cause.FUSED_BLOCKS_INTERLEAVED
+
+
+def test_a_fault_behind_another_one_is_found_from_the_modules_own_inputs() -> None:
+    """The norm is wrong, and the row-parallel layer doubles what its wrong inputs give."""
+    evidence = RIGHT
+    for name in ("block.norm output", "block.up input", "block.up output", "block.down input", "block output"):
+        evidence = with_tensor(evidence, "activations", key(name), lambda tensor: tensor * 3)
+    bias = RIGHT.initial[BIAS]
+    evidence = with_tensor(evidence, "activations", OUTPUT, lambda tensor: (tensor - bias) * 6 + bias)
+    norm, down = outputs_match_reference(evidence, 0).suspects
+    assert norm.where["module"] == "block.norm"
+    assert down.where["module"] == "block.down"
+    assert down.evidence["inputs_agree"] is False
+    assert the_cause(down) is Cause.DUPLICATE_REDUCE
+
+
+def test_a_leaf_behind_a_fault_is_compared_with_what_the_reference_recomputes() -> None:
+    wrong = {name: (lambda tensor: tensor * 3) for name in ("block input", "block.norm input", "block.norm output")}
+    evidence = RIGHT
+    for name, change in wrong.items():
+        evidence = with_tensor(evidence, "activations", key(name), change)
+    right = tuple(rank.activations[key("block.norm output")] for rank in evidence.candidate[0])
+    consistent = replace(evidence, recomputed={key("block.norm output"): right})
+    names = [suspect.where["module"] for suspect in outputs_match_reference(consistent, 0).suspects]
+    assert "block.norm" not in names
+    other = replace(evidence, recomputed={key("block.norm output"): tuple(part * 2 for part in right)})
+    names = [suspect.where["module"] for suspect in outputs_match_reference(other, 0).suspects]
+    assert "block.norm" in names
+
+
+@pytest.mark.parametrize(("loss", "margin"), [(nan, inf), (1.0, None)])
+def test_a_wrong_loss_alone_is_a_suspect(loss: float, margin: float | None) -> None:
+    outcome = outputs_match_reference(with_step(RIGHT, ranks=[1], loss=loss), 0)
+    (suspect,) = outcome.suspects
+    assert suspect.where == {"phase": "forward", "step": 0, "field": "loss", "ranks": [1]}
+    assert margin is None or outcome.margins["loss"] == margin
+    assert suspect.loss is not None
+    assert suspect.loss.expected == RIGHT.reference[0].loss
+
+
+def test_the_loss_is_handed_over_with_the_logits_where_they_are_cut() -> None:
+    step = RIGHT.reference[0]
+    logits = torch.randn(2, 3, 8, dtype=torch.float64)
+    head = TensorKey("forward", "head", 0, "output", "0")
+    evidence = replace(RIGHT, reference=(replace(step, activations={**step.activations, head: logits}),))
+    for rank, part in enumerate(logits.chunk(2, dim=-1)):
+        seen = evidence.candidate[0][rank].activations
+        evidence = with_step(evidence, ranks=[rank], loss=7.0, activations={**seen, head: part})
+    (suspect,) = outputs_match_reference(evidence, 0).suspects
+    assert suspect.loss is not None
+    assert torch.equal(suspect.loss.logits, logits)
+    assert [tuple(part.shape) for part in suspect.loss.logits_parts] == [(2, 3, 4), (2, 3, 4)]
+
+
+def forced(evidence: Evidence, **outputs: Any) -> Evidence:
+    """Return the evidence with a right step under teacher forcing, but for these outputs."""
+    steps = [replace(rank, activations={**rank.activations, **outputs.get("wrong", {})}) for rank in RIGHT.candidate[0]]
+    keys = frozenset(key for key in RIGHT.reference[0].activations if key.role == "input")
+    modules = ForcedModules(RIGHT.reference[0], tuple(steps), keys, Tolerance(2.0**-52, 8, {}))
+    return replace(evidence, forced_modules=modules)
+
+
+def test_teacher_forcing_goes_before_the_whole_pass() -> None:
+    norm = key("block.norm output")
+    wrong = {norm: RIGHT.reference[0].activations[norm] * 2}
+    outcome = outputs_match_reference(forced(with_output(1.5, 1.5), wrong=wrong), 0)
+    assert [suspect.where["module"] for suspect in outcome.suspects] == ["block.norm"]
+    assert outcome.suspects[0].evidence["isolated"] is True
+    assert outcome.margins["block.norm: output 0, with teacher forcing"] > 1
+
+
+def test_what_teacher_forcing_does_not_show_the_whole_pass_still_does() -> None:
+    outcome = outputs_match_reference(forced(with_output(1.5, 1.5)), 0)
+    assert [suspect.where["module"] for suspect in outcome.suspects] == ["block.down"]
+    assert "isolated" not in outcome.suspects[0].evidence
+
+
+def of_layers(*issued: tuple[Collective, ...]) -> Evidence:
+    """Return evidence of four layers and two ranks that issue these collectives."""
+    keys = [TensorKey("forward", f"layers.{number}.down", 0, "output", "0") for number in range(4)]
+    step = replace(RIGHT.reference[0], activations=dict.fromkeys(keys))
+    candidate = tuple(replace(step, collectives=collectives) for collectives in issued)
+    return replace(RIGHT, reference=(step,), candidate=(candidate,))
+
+
+def reductions(*layers: int, ranks: tuple[int, ...] = (0, 1)) -> tuple[Collective, ...]:
+    return tuple(Collective(f"layers.{layer}.down", "all_reduce", ranks) for layer in layers)
+
+
+def test_a_layer_that_issues_what_its_siblings_do_does_not_differ() -> None:
+    evidence = of_layers(reductions(0, 1, 2, 3), reductions(0, 1, 2, 3))
+    assert differs_from_sibling_layers(evidence, 0, "layers.1.down") is None
+
+
+def test_a_layer_that_issues_no_collective_differs_from_its_siblings() -> None:
+    evidence = of_layers(reductions(0, 2, 3), reductions(0, 2, 3))
+    found = differs_from_sibling_layers(evidence, 0, "layers.1.down")
+    assert found is not None
+    assert found.as_evidence() == {
+        "collectives": [],
+        "collectives_expected": [{"name": "all_reduce", "ranks": [0, 1]}],
+        "collectives_as_in": "in layers.0.down",
+    }
+
+
+def test_a_module_without_siblings_is_compared_between_the_ranks() -> None:
+    head = (Collective("head", "all_gather", (0, 1)),)
+    found = differs_from_sibling_layers(of_layers(head, head, ()), 0, "head")
+    assert found is not None
+    assert (found.issued, found.as_in) == ((), "on the other ranks")

@@ -1,0 +1,93 @@
+"""The checks before the first step: groups, shards, weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from tests.numerics.evidence import BIAS, DOWN, NORM, UP, right_evidence
+from tpcheck.backends.layout import Layout
+from tpcheck.core.causes import Cause
+from tpcheck.core.topology import Topology
+from tpcheck.numerics.checks.start import groups_match_topology, parameters_are_sharded, weights_match_reference
+from tpcheck.numerics.evidence import Evidence, ShardFacts, SiblingWeights
+from tpcheck.numerics.hypotheses.explain import explain
+
+RIGHT = right_evidence()
+
+
+def test_declared_groups_agree() -> None:
+    outcome = groups_match_topology(right_evidence(dp=2))
+    assert not outcome.suspects
+    assert len(outcome.margins) == 8
+
+
+def test_a_live_group_that_is_not_the_declared_one_is_named_with_its_ranks() -> None:
+    evidence = right_evidence(dp=2)
+    facts = list(evidence.facts)
+    facts[3] = replace(facts[3], group_ranks={"tp": ((1, 3),), "dp": ((1, 3),)})
+    (suspect,) = groups_match_topology(replace(evidence, facts=tuple(facts))).suspects
+    assert suspect.where == {"phase": "start", "field": "tp group", "ranks": [3]}
+    assert suspect.evidence == {"live": [[1, 3]], "declared": [[2, 3]]}
+    found = explain(suspect)
+    assert found is not None
+    assert found.cause is Cause.WRONG_GROUP
+
+
+def test_shards_that_make_up_full_shapes_are_sharded() -> None:
+    outcome = parameters_are_sharded(RIGHT)
+    assert not outcome.suspects
+    assert list(outcome.margins) == [NORM, UP, DOWN, BIAS]
+
+
+def test_one_rank_has_nothing_to_shard() -> None:
+    outcome = parameters_are_sharded(replace(RIGHT, topology=Topology(tp=1)))
+    assert outcome.not_compared == {"parameters_are_sharded": "tp is 1: nothing to shard"}
+
+
+def test_a_model_without_any_shard_is_one_finding_with_advice() -> None:
+    layouts = {name: Layout.replicated(tensor.shape, 2) for name, tensor in RIGHT.initial.items()}
+    (suspect,) = parameters_are_sharded(replace(RIGHT, layouts=layouts)).suspects
+    assert suspect.observed == 4
+    assert "autotp_size" in suspect.evidence["advice"]
+    found = explain(suspect)
+    assert found is not None
+    assert found.cause is Cause.NOT_SHARDED
+
+
+def test_shards_that_are_too_few_are_named_with_their_sizes() -> None:
+    short = Layout((8, 4), ((4, 4), (0, 4)), torch.arange(16).reshape(4, 4).repeat(2, 1).reshape(-1))
+    (suspect,) = parameters_are_sharded(replace(RIGHT, layouts={**RIGHT.layouts, UP: short})).suspects
+    assert suspect.parameter == UP
+    assert suspect.shards == ShardFacts(0, 8, (4, 0))
+    assert suspect.facts_as_evidence() == {"dim": 0, "size": 8, "shard_sizes": [4, 0]}
+
+
+def with_weight(evidence: Evidence, name: str, *parts: torch.Tensor) -> Evidence:
+    pairs = zip(evidence.initial_parts, parts, strict=True)
+    return replace(evidence, initial_parts=tuple({**tensors, name: part} for tensors, part in pairs))
+
+
+def test_equal_weights_agree_to_the_bit() -> None:
+    outcome = weights_match_reference(RIGHT)
+    assert not outcome.suspects
+    assert set(outcome.margins.values()) == {0.0}
+
+
+def test_a_wrong_weight_counts_its_elements_and_knows_its_siblings() -> None:
+    first, second = (part[UP] for part in RIGHT.initial_parts)
+    (suspect,) = weights_match_reference(with_weight(RIGHT, UP, second, first)).suspects
+    assert (suspect.observed, suspect.allowed) == (32.0, 0.0)
+    assert suspect.where == {"phase": "start", "module": "block.up", "parameter": UP, "ranks": [0, 1]}
+    assert torch.equal(suspect.actual, torch.cat([second, first]))
+    assert set(suspect.others) == {NORM, DOWN, BIAS}
+    assert suspect.siblings is None  # nothing beside it is wrong
+
+
+def test_wrong_and_right_siblings_are_told_apart() -> None:
+    evidence = with_weight(RIGHT, UP, *(part[UP] + 1 for part in RIGHT.initial_parts))
+    evidence = with_weight(evidence, NORM, *(part[NORM] + 1 for part in RIGHT.initial_parts))
+    norm, _ = weights_match_reference(evidence).suspects
+    assert norm.siblings == SiblingWeights(wrong=(UP,), right=(DOWN, BIAS))
+    assert norm.facts_as_evidence() == {"beside_it": {"wrong": [UP], "right": [DOWN, BIAS]}}

@@ -1,0 +1,133 @@
+"""Weights and buffers after an optimizer step, with what the step is made up of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.numerics.evidence import BIAS, BUFFER, DOWN, NORM, UP, right_evidence, with_digest, with_step, with_tensor
+from tpcheck.core.causes import Cause
+from tpcheck.numerics.checks.norms import norm_facts
+from tpcheck.numerics.checks.updates import updates_match_reference
+from tpcheck.numerics.evidence import Evidence, Suspect
+from tpcheck.numerics.hypotheses.explain import explain
+
+RIGHT, TWO_STEPS = right_evidence(), right_evidence(steps=2)
+
+
+def the_cause(suspect: Suspect) -> Cause | None:
+    found = explain(suspect)
+    return found.cause if found else None
+
+
+def with_move(
+    evidence: Evidence, name: str, change: Callable[[torch.Tensor], torch.Tensor], *ranks: int, step: int = 0
+) -> Evidence:
+    """Return the evidence with another step of the optimizer on one parameter."""
+    for rank in ranks or (0, 1):
+        before = evidence.parts_before(step)[rank][name]
+        evidence = with_tensor(
+            evidence, "weights", name, lambda after, before=before: before + change(after - before), ranks=[rank],
+            step=step,
+        )  # fmt: skip
+    return evidence
+
+
+def test_weights_and_buffers_of_a_right_run_agree() -> None:
+    outcome = updates_match_reference(TWO_STEPS, 1)
+    assert not outcome.suspects
+    assert set(outcome.margins) == {NORM, UP, DOWN, BIAS, f"buffer {BUFFER}"}
+
+
+def test_a_call_without_an_optimizer_step_has_no_weights_to_compare() -> None:
+    evidence = replace(RIGHT, reference=(replace(RIGHT.reference[0], weights={}),))
+    assert updates_match_reference(with_step(evidence, weights={}), 0).not_compared == {
+        "weights": "no optimizer step followed this call"
+    }
+
+
+def test_a_weight_without_a_gradient_may_be_decayed() -> None:
+    step = RIGHT.reference[0]
+    evidence = replace(RIGHT, reference=(replace(step, gradients={**step.gradients, NORM: None}),))
+    evidence = with_tensor(evidence, "gradients", NORM, lambda gradient: None)
+    outcome = updates_match_reference(with_move(evidence, NORM, lambda move: move * 2), 0)
+    assert not outcome.suspects
+    assert outcome.not_compared == {NORM: "it has no gradient, and optimizers may decay such a weight or leave it"}
+
+
+def test_the_worst_weight_comes_first_and_tells_the_share_of_each_term() -> None:
+    evidence = with_move(with_move(RIGHT, DOWN, lambda move: move * 1.5), UP, lambda move: move * 3)
+    first, second = updates_match_reference(evidence, 0).suspects
+    assert (first.parameter, second.parameter) == (UP, DOWN)
+    assert first.step.ratios["gradient"] == pytest.approx((3.0, 3.0))
+    assert first.facts_as_evidence()["gradient_ratio"] == [3.0, 3.0]
+
+
+def test_a_step_that_is_not_taken_leaves_a_stale_weight() -> None:
+    (suspect,) = updates_match_reference(with_move(RIGHT, UP, torch.zeros_like, 1), 0).suspects
+    assert suspect.where["ranks"] == [1]
+    assert the_cause(suspect) is Cause.STALE_WEIGHT
+
+
+@pytest.mark.parametrize("cause", [Cause.NORM_IS_LOCAL, Cause.NORM_COUNTS_REPLICAS])
+def test_a_step_that_another_norm_clips_is_explained(cause: Cause) -> None:
+    norm, facts, evidence = RIGHT.reference[0].gradient_norm or 0.0, norm_facts(RIGHT, 0), RIGHT
+    for rank in (0, 1):
+        used = facts.of_ranks[rank] if cause is Cause.NORM_IS_LOCAL else facts.counting_replicas
+        evidence = with_move(evidence, UP, lambda move, by=(norm + 1e-6) / (used + 1e-6): move * by, rank)
+    (suspect,) = updates_match_reference(evidence, 0).suspects
+    assert suspect.norms is not None
+    assert len(suspect.norms.implied) == 2
+    assert the_cause(suspect) is cause
+
+
+@pytest.mark.parametrize(("sources", "cause"), [((0, 0), Cause.SHARD_REPEATED), ((1, 0), Cause.SHARD_ORDER_SWAPPED)])
+def test_the_momentum_of_another_ranks_shard_is_explained(sources: tuple[int, int], cause: Cause) -> None:
+    first = TWO_STEPS.reference[0].weights[UP] - TWO_STEPS.initial[UP]
+    parts = [TWO_STEPS.layouts[UP].local(first, rank) for rank in (0, 1)]
+    evidence = TWO_STEPS
+    for rank, source in enumerate(sources):
+        wrong = 0.5 * (parts[source] - parts[rank])
+        evidence = with_move(evidence, UP, lambda move, wrong=wrong: move + wrong, rank, step=1)
+    (suspect,) = updates_match_reference(evidence, 1).suspects
+    assert suspect.step.momentum_share == pytest.approx(0.5)
+    assert the_cause(suspect) is cause
+
+
+def test_replicas_that_the_step_drives_apart_have_drifted() -> None:
+    evidence = with_tensor(RIGHT, "weights", NORM, lambda weight: weight + 1e-7, ranks=[1])
+    (suspect,) = updates_match_reference(evidence, 0).suspects
+    assert the_cause(suspect) is Cause.REPLICA_DRIFT
+    for item, moment in ((("parameter", NORM), 0), (("gradient", NORM), 1)):
+        (suspect,) = updates_match_reference(with_digest(evidence, item, [1], moment=moment), 0).suspects
+        assert the_cause(suspect) is None  # something else told them apart before
+
+
+def test_replicas_over_dp_that_differ_are_marked() -> None:
+    evidence = with_tensor(right_evidence(dp=2), "weights", UP, lambda weight: weight + 1e-7)
+    (suspect,) = updates_match_reference(with_digest(evidence, ("parameter", UP), [2], moment=1), 0).suspects
+    assert suspect.replicas.differ_over_dp
+    assert suspect.facts_as_evidence()["replicas_over_dp_differ"] is True
+
+
+def test_buffers_are_compared_and_drift() -> None:
+    evidence = with_tensor(RIGHT, "buffers", BUFFER, lambda buffer: buffer + 1, ranks=[1])
+    (suspect,) = updates_match_reference(evidence, 0).suspects
+    assert suspect.where == {
+        "phase": "update", "step": 0, "module": "block", "field": f"buffer {BUFFER}", "ranks": [1]
+    }  # fmt: skip
+    assert the_cause(suspect) is Cause.REPLICA_DRIFT
+
+
+@pytest.mark.parametrize(
+    ("buffers", "reason"),
+    [
+        ({}, "the sharded model has no buffer of this name"),
+        ({BUFFER: torch.ones(2)}, "the sharded model's buffer has another shape"),
+    ],
+)
+def test_buffers_that_cannot_be_compared_say_why(buffers: dict[str, torch.Tensor], reason: str) -> None:
+    assert updates_match_reference(with_step(RIGHT, buffers=buffers), 0).not_compared == {f"buffer {BUFFER}": reason}

@@ -1,0 +1,60 @@
+"""Gradients that are missing, scaled, or those of other parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.numerics.evidence import suspect
+from tpcheck.core.causes import Cause
+from tpcheck.numerics.evidence import GradientFacts
+from tpcheck.numerics.hypotheses.explain import explain
+
+CHANCE = torch.Generator().manual_seed(0)
+EXPECTED, OTHER = torch.randn(2, 4, 8, generator=CHANCE, dtype=torch.float64)
+
+
+def the_cause(kind: Any, parts: Any, expected: Any = EXPECTED, **fields: Any) -> Cause | None:
+    found = explain(suspect(kind, parts, expected, **fields))
+    return found.cause if found else None
+
+
+@pytest.mark.parametrize("factors", [(1.0, 1.7), (0.5, 0.5), (2.0, 2.1), (-1.0, -1.0)])
+def test_a_gradient_times_a_constant_is_scaled(factors: tuple[float, ...]) -> None:
+    found = explain(suspect("gradient", [EXPECTED * factor for factor in factors], EXPECTED))
+    assert found is not None
+    assert (found.cause, found.evidence) == (Cause.GRADIENT_SCALED, {"factors": list(factors)})
+
+
+def test_shards_are_scaled_like_replicas() -> None:
+    halves = EXPECTED.chunk(2, dim=1)
+    doubled = [half * 2 for half in halves]
+    assert the_cause("gradient", doubled, expected_parts=halves) is Cause.GRADIENT_SCALED
+
+
+def test_few_numbers_are_multiples_of_any_others() -> None:
+    one = torch.ones(1, dtype=torch.float64)
+    assert the_cause("gradient", (one * 3, one), one) is None
+
+
+def test_a_gradient_that_never_comes_back_is_missing() -> None:
+    nothing = torch.zeros_like(EXPECTED)
+    assert the_cause("input_gradient", (nothing, nothing)) is Cause.GRADIENT_MISSING
+    assert the_cause("input_gradient", (nothing, OTHER)) is None
+    assert the_cause("gradient", (nothing, nothing), gradient=GradientFacts(missing_on=(1,))) is Cause.GRADIENT_MISSING
+
+
+def test_a_tied_gradient_is_taken_off_where_it_has_the_same_shape() -> None:
+    untied = GradientFacts(untied={"bias": (OTHER[0], OTHER[0]), "lost": (None, None), "head": (OTHER, OTHER)})
+    found = explain(suspect("gradient", (EXPECTED - OTHER,) * 2, EXPECTED, gradient=untied))
+    assert found is not None
+    assert (found.cause, found.evidence) == (Cause.TIED_WEIGHT_UNTIED, {"tied_with": "head"})
+
+
+@pytest.mark.parametrize("parts", [(OTHER, OTHER), (OTHER, EXPECTED)])
+def test_the_gradient_of_another_parameter_is_named(parts: tuple[torch.Tensor, ...]) -> None:
+    found = explain(suspect("gradient", parts, EXPECTED, others={"b.weight": (OTHER, OTHER, OTHER)}))
+    assert found is not None
+    assert (found.cause, found.evidence) == (Cause.TENSOR_OF_ANOTHER_LAYER, {"it_is_of": "b.weight"})

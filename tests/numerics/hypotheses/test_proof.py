@@ -1,0 +1,72 @@
+"""A cause explains a suspect where little of the difference remains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import inf, sqrt
+
+import pytest
+import torch
+
+from tests.numerics.evidence import suspect
+from tpcheck.core.causes import Cause
+from tpcheck.numerics.evidence import Suspect
+from tpcheck.numerics.hypotheses.proof import (
+    Hypothesis,
+    distance,
+    explains,
+    observed_distance,
+    predicted,
+    remaining,
+    wrong_tp_ranks,
+)
+from tpcheck.numerics.tolerance import EXACT, NOISY
+
+ZEROS, ONES = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+
+
+def test_replicas_are_as_far_off_as_the_farthest_and_shards_together() -> None:
+    parts = [ONES, ONES * 2]
+    assert observed_distance(suspect("activation", parts, ZEROS)) == 4.0
+    assert observed_distance(suspect("activation", parts, ZEROS, expected_parts=(ZEROS, ZEROS))) == sqrt(4 + 16)
+
+
+def test_tensors_of_other_shapes_are_as_far_off_as_was_observed() -> None:
+    assert observed_distance(suspect("activation", [ONES[:2]], ONES, observed=0.5)) == 1.0
+    assert observed_distance(suspect("weight", [ONES[:2]], ONES, observed=2.0, allowed=0.0)) == 0.0  # counts elements
+    assert distance(ONES, ONES[:2]) == inf
+
+
+@pytest.mark.parametrize(("allowed_error", "share"), [(0.0, EXACT), (1e-4, EXACT), (0.1, 0.05), (10.0, NOISY)])
+def test_what_may_remain_is_little_of_the_difference_or_what_rounding_does(allowed_error: float, share: float) -> None:
+    assert remaining(suspect("activation", [ONES], ZEROS, allowed_error=allowed_error)) == pytest.approx(2 * share)
+
+
+def test_a_cause_explains_what_it_leaves_little_of() -> None:
+    wrong = suspect("activation", [ONES * 2], ONES)
+    near, far = ONES * (1 + EXACT / 2), ONES * (1 + EXACT * 2)
+    found = explains(Cause.DUPLICATE_REDUCE, near, ONES, wrong)
+    assert found is not None
+    assert found.error == pytest.approx(EXACT / 2)
+    assert explains(Cause.DUPLICATE_REDUCE, far, ONES, wrong) is None
+    assert explains(Cause.DUPLICATE_REDUCE, near[:2], ONES, wrong) is None
+
+
+def test_ranks_are_wrong_beyond_what_may_remain() -> None:
+    assert wrong_tp_ranks(suspect("update", [ONES, ONES * (1 + 1e-6), ONES * 2], ONES)) == [2]
+
+
+def one_more(suspect: Suspect) -> Iterator[Hypothesis]:
+    yield Hypothesis(Cause.STALE_WEIGHT, (ONES * 5,) * 2)
+    yield Hypothesis(Cause.TRANSPOSED, (ONES * 2,) * 2, {"by": 1})
+
+
+def test_the_first_hypothesis_that_the_wrong_ranks_confirm_is_named() -> None:
+    test = predicted(one_more)
+    for parts in ([ONES * 2, ONES * 2], [ONES, ONES * 2]):
+        found = test(suspect("update", parts, ONES))
+        assert found is not None
+        assert (found.cause, found.evidence) == (Cause.TRANSPOSED, {"by": 1})
+    assert test(suspect("update", [ONES * 2, ONES * 2.1], ONES)) is None
+    assert test(suspect("update", [ONES[:2]] * 2, ONES[:2])) is None  # of another shape
+    assert test(suspect("update", (), ONES)) is None

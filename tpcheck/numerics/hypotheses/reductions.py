@@ -1,0 +1,222 @@
+"""Causes of sums over ranks: left out, done twice, divided, or over another group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+import torch
+
+from tpcheck.core.causes import Cause, Explanation
+from tpcheck.numerics.evidence import Suspect
+from tpcheck.numerics.hypotheses.proof import Hypothesis, Test, distance, explains, norm, remaining, same_shapes
+from tpcheck.numerics.tolerance import MOST_RANKS_OF_GROUPS
+
+
+def terms_of_output(suspect: Suspect) -> Explanation | None:
+    """The ranks' parts are terms of the expected output; equal ones were divided by the number of ranks instead."""
+    explanation = _never_summed(Cause.MISSING_REDUCE, suspect)
+    return explanation and (over_tp(suspect) or explanation)
+
+
+def terms_of_replicas(suspect: Suspect) -> Explanation | None:
+    """The gradients of replicas are terms of the expected one."""
+    return _never_summed(Cause.PARTIAL_GRADIENT_ON_REPLICA, suspect)
+
+
+def _never_summed(cause: Cause, suspect: Suspect) -> Explanation | None:
+    if not suspect.is_replicated or len(suspect.actual_parts) < 2 or suspect.expected is None:
+        return None
+    total = sum(part.double() for part in suspect.actual_parts)
+    return explains(cause, total, suspect.expected.double(), suspect)
+
+
+def terms_of_input_gradient(suspect: Suspect) -> Explanation | None:
+    """The ranks' input gradients are terms of the expected one, in all features or in some."""
+    return _terms_by_feature(Cause.MISSING_REDUCE, suspect)
+
+
+def terms_of_parameter_gradient(suspect: Suspect) -> Explanation | None:
+    """The ranks' gradients of a replicated parameter are terms of the expected one, in all features or in some."""
+    return _terms_by_feature(Cause.PARTIAL_GRADIENT_ON_REPLICA, suspect)
+
+
+def _terms_by_feature(cause: Cause, suspect: Suspect) -> Explanation | None:
+    """Return the cause if the ranks' gradients add up to the expected one in the features that are wrong.
+
+    The other features are right on every rank: some branches of a shared module are reduced, some are not. Equal terms
+    are the expected gradient divided by their number, which has other causes.
+    """
+    parts, expected = suspect.actual_parts, suspect.expected
+    if not suspect.is_replicated or len(parts) < 2 or any(part.shape != expected.shape for part in parts):
+        return None
+    limit = remaining(suspect)
+    wide, *terms = (tensor.double().reshape(tensor.shape or (1,)) for tensor in (expected, *parts))
+    wrong = _wrong_features(terms, wide, limit)
+    if not bool(wrong.any()):
+        return None
+    wrong_terms, wrong_expected = [term[..., wrong] for term in terms], wide[..., wrong]
+    error = norm(sum(wrong_terms) - wrong_expected)
+    if error > limit or all(distance(term, wrong_terms[0]) <= limit for term in wrong_terms):
+        return None
+    evidence = {} if bool(wrong.all()) else {"partial_features": f"{int(wrong.sum())} of {wrong.numel()}"}
+    return Explanation(cause, error / norm(wrong_expected), evidence)
+
+
+def _wrong_features(terms: Sequence[torch.Tensor], expected: torch.Tensor, limit: float) -> torch.Tensor:
+    """Return which indices of the last dim are wrong on any rank; all of a vector, whose elements prove nothing."""
+    if expected.dim() < 2:
+        return torch.ones(expected.shape, dtype=torch.bool)
+    others = tuple(range(expected.dim() - 1))
+    errors = torch.stack([torch.linalg.vector_norm(term - expected, dim=others) for term in terms])
+    wrong: torch.Tensor = (errors > limit / expected.shape[-1] ** 0.5).any(dim=0)
+    return wrong
+
+
+def times_tp(suspect: Suspect) -> Explanation | None:
+    """Every rank's part is the expected one times the number of TP ranks."""
+    return _scaled(Cause.DUPLICATE_REDUCE, _tp(suspect), suspect.actual_parts, suspect.expected_parts, suspect)
+
+
+def over_tp(suspect: Suspect) -> Explanation | None:
+    """Every rank's part is the expected one over the number of TP ranks."""
+    return _scaled(Cause.MEAN_INSTEAD_OF_SUM, 1 / _tp(suspect), suspect.actual_parts, suspect.expected_parts, suspect)
+
+
+def times_tp_on_some(suspect: Suspect) -> Explanation | None:
+    """As `times_tp`, of a whole tensor that every rank should hold and some have right."""
+    return _scaled(Cause.DUPLICATE_REDUCE, _tp(suspect), *_wrong_replicas(suspect), suspect)
+
+
+def over_tp_on_some(suspect: Suspect) -> Explanation | None:
+    """As `over_tp`, of a whole tensor that every rank should hold and some have right."""
+    return _scaled(Cause.MEAN_INSTEAD_OF_SUM, 1 / _tp(suspect), *_wrong_replicas(suspect), suspect)
+
+
+def times_dp(suspect: Suspect) -> Explanation | None:
+    """Every rank's part is the expected one times the number of DP replicas."""
+    factor = suspect.num_replicas
+    return _scaled(Cause.SUM_INSTEAD_OF_MEAN, factor, suspect.actual_parts, suspect.expected_parts, suspect)
+
+
+def over_dp(suspect: Suspect) -> Explanation | None:
+    """Every rank's part is the expected one over the number of DP replicas."""
+    factor = 1 / suspect.num_replicas
+    return _scaled(Cause.MEAN_INSTEAD_OF_SUM, factor, suspect.actual_parts, suspect.expected_parts, suspect)
+
+
+def _tp(suspect: Suspect) -> int:
+    return max(1, len(suspect.actual_parts))
+
+
+Parts = Sequence[torch.Tensor]
+
+
+def _wrong_replicas(suspect: Suspect) -> tuple[Parts, Parts]:
+    """Return the parts of the ranks that are wrong, and the expected ones; nothing where the ranks hold shards."""
+    if not suspect.is_replicated or not same_shapes(suspect.actual_parts, suspect.expected_parts):
+        return (), ()
+    limit = remaining(suspect)
+    pairs = zip(suspect.actual_parts, suspect.expected_parts, strict=True)
+    wrong = [(part, expected) for part, expected in pairs if not distance(part, expected) <= limit]
+    return [part for part, _ in wrong], [expected for _, expected in wrong]
+
+
+def _scaled(
+    cause: Cause, factor: float, actual_parts: Parts, expected_parts: Parts, suspect: Suspect
+) -> Explanation | None:
+    if factor == 1 or not expected_parts:
+        return None
+    actual, expected = (
+        torch.cat([part.double().reshape(-1) for part in parts]) for parts in (actual_parts, expected_parts)
+    )
+    return explains(cause, actual / factor, expected, suspect)
+
+
+def where_replicas_are_averaged(test: Test) -> Test:
+    """Restrict a test to where a factor of the number of replicas has no other reason.
+
+    Where TP has as many ranks, it has none if the gradients of all parameters have it: one alone is scaled.
+    """
+
+    def restricted(suspect: Suspect) -> Explanation | None:
+        is_clear = suspect.num_replicas != _tp(suspect) or suspect.gradient.is_every_parameter
+        return test(suspect) if is_clear else None
+
+    return restricted
+
+
+def where_module_computed_it(test: Test) -> Test:
+    """Restrict a test to what a module computed: its collectives do not scale the output gradient that it receives."""
+
+    def restricted(suspect: Suspect) -> Explanation | None:
+        return test(suspect) if suspect.role == "input" else None
+
+    return restricted
+
+
+def issued_over_another_group(suspect: Suspect) -> Explanation | None:
+    """The module issued the collectives of its sibling layers, over other ranks."""
+    collectives = suspect.collectives
+    if collectives is None or not collectives.issued:
+        return None
+    issued, expected = ([name for name, _ in side] for side in (collectives.issued, collectives.expected))
+    return Explanation(Cause.WRONG_GROUP) if issued == expected else None
+
+
+def linear_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:
+    """Yield what the ranks hold where a linear module reduces its terms wrongly, the most telling mistake first."""
+    terms, parts, tp = suspect.linear, suspect.actual_parts, len(suspect.actual_parts)
+    if terms is None or not terms.are_summed or tp < 2:
+        return
+    if len({tensor.shape for tensor in (*parts, *terms.by_rank)}) > 1:
+        return
+    total, bias = terms.total, terms.bias
+    local = [term + bias for term in terms.by_rank]
+    yield Hypothesis(Cause.MISSING_REDUCE, _where_wrong(suspect, local))
+    for rank, term in enumerate(local):
+        yield Hypothesis(Cause.MISSING_REDUCE, _where_wrong(suspect, [term] * tp), {"term_of_tp_rank": rank})
+    yield Hypothesis(Cause.MEAN_INSTEAD_OF_SUM, (total / tp + bias,) * tp)
+    yield Hypothesis(Cause.DUPLICATE_REDUCE, (total * tp + bias,) * tp)
+    if bool(bias.any()):
+        for times in range(2, tp + 1):
+            yield Hypothesis(Cause.BIAS_ADDED_PER_RANK, (total + times * bias,) * tp, {"bias_times": times})
+    if 2 < tp <= MOST_RANKS_OF_GROUPS:
+        groups = [_nearest_group(terms.by_rank, rank, part - bias) for rank, part in enumerate(parts)]
+        sums = tuple(sum((terms.by_rank[peer] for peer in group), bias) for group in groups)
+        yield Hypothesis(Cause.WRONG_GROUP, sums, {"summed_over_tp_ranks": [list(group) for group in groups]})
+
+
+def _where_wrong(suspect: Suspect, predicted: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return the expected tensor with the predicted elements where it is wrong: some elements may be right."""
+    expected = suspect.expected_parts[0].double()
+    return tuple(
+        torch.where((part.double() - expected).abs() > suspect.allowed_error, wrong, expected)
+        for part, wrong in zip(suspect.actual_parts, predicted, strict=True)
+    )
+
+
+def _nearest_group(terms: Sequence[torch.Tensor], rank: int, total: torch.Tensor) -> tuple[int, ...]:
+    """Return the ranks, `rank` and some but not all others, whose terms add up to nearest to `total`."""
+    others = [other for other in range(len(terms)) if other != rank]
+    groups = [tuple(sorted((rank, *peers))) for size in range(1, len(others)) for peers in combinations(others, size)]
+    return min(groups, key=lambda group: norm(sum(terms[peer] for peer in group) - total))
+
+
+def averaging_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:
+    """Yield gradients without the mean over DP, and with another group in its place: TP, or all ranks."""
+    local = suspect.gradient.local_parts
+    if suspect.gradient.is_reduced_over_tp:
+        yield from _reduced_over_tp(local, "it is averaged over the TP group", is_mean=True)
+        yield from _reduced_over_tp(suspect.expected_parts, "it is averaged over the TP group, too", is_mean=True)
+        yield from _reduced_over_tp(suspect.expected_parts, "it is summed over the TP group", is_mean=False)
+    if local:
+        note = "it is the gradient of this replica's batch alone, not the mean over DP"
+        yield Hypothesis(Cause.MISSING_REDUCE, local, {"note": note})
+
+
+def _reduced_over_tp(parts: Sequence[torch.Tensor], note: str, *, is_mean: bool) -> Iterator[Hypothesis]:
+    if len({part.shape for part in parts}) == 1:
+        total = torch.stack([part.double() for part in parts]).sum(dim=0)
+        predicted = total / len(parts) if is_mean else total
+        yield Hypothesis(Cause.WRONG_GROUP, (predicted,) * len(parts), {"note": note})
