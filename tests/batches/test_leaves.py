@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tpcheck.batches.leaves import Digested, leaves_of
+from tpcheck.batches.leaves import DigestedBatch, leaves_of
 
 Point = namedtuple("Point", "x y")
 
@@ -27,7 +27,7 @@ class Custom:
 
 
 def same(one: Any, other: Any) -> bool:
-    return Digested(one).token == Digested(other).token
+    return DigestedBatch(one).fingerprint == DigestedBatch(other).fingerprint
 
 
 def test_leaves_stand_in_the_order_of_the_structure() -> None:

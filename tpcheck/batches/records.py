@@ -1,4 +1,4 @@
-"""What one rank got from its data loader at one step, small enough to send to every other rank."""
+"""What one rank got from its data loader at one step, small enough to be sent to every other rank."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ class Leaf:
 
     Attributes:
         path: Place in the batch, such as `pixel_values` or `images.0.boxes`.
-        kind: `tensor`, `array` (NumPy), `value` (number, text, None) or `opaque` (an object that cannot
-            be looked into).
+        kind: `tensor`, `array` (NumPy), `value` (number, text, None) or `opaque` (an object whose parts are unknown).
         dtype: Dtype of a tensor or array, type name of anything else.
-        shape: Shape of a tensor or array; empty for anything else.
+        shape: Shape of a tensor or array, number of parts of a container; empty for anything else.
         device: Device type and index of a tensor; empty for anything else.
         digest: Digest of the bits.
     """
@@ -32,22 +31,36 @@ class Leaf:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchFacts:
+class ContentDigests:
+    """Digests of one tensor that are equal on ranks that have the same samples in it; None where they do not apply.
+
+    Attributes:
+        rows: Of the rows, in any order.
+        unpadded: Of the tensor cut to the smallest size on any rank in every dim but the first, where what is cut off
+            is one value (at the end or at the start).
+        unmasked: Of what the attention mask beside it keeps.
+    """
+
+    rows: str
+    unpadded: str | None = None
+    unmasked: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSummary:
     """One rank's batch at one step.
 
     Attributes:
-        step: How many batches came before.
-        ended: The loader has no further batch; there are no leaves.
         leaves: Every leaf, in the order of the structure.
-        rows: Digests of sampled rows (first dim) of the largest leaf, to tell replicas that train on the same samples.
-        rng: Digest of the state of each random generator when the batch was asked for, by name: `python`, `numpy`,
+        rows: Digests of the samples, where replicas are compared.
+        contents: By path, of the leaves that differ.
+        rng: Digest of the state of each random generator before the batch was made, by name: `python`, `numpy`,
             `torch`, `cuda`, and `worker3.python` and so on for those of a loader's workers.
-        loader: What is known of the loader: sampler class, seed, `num_replicas`, `rank`, worker seeds, hash seed.
+        loader: What is known of the loader and of this batch: see `tpcheck.batches.provenance.loader_facts`.
     """
 
-    step: int
-    ended: bool = False
     leaves: tuple[Leaf, ...] = ()
     rows: tuple[str, ...] = ()
+    contents: Mapping[str, ContentDigests] = field(default_factory=dict)
     rng: Mapping[str, str] = field(default_factory=dict)
     loader: Mapping[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What is remembered of earlier batches changes no digest."""
+"""What is cache of earlier batches changes no digest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tpcheck.batches.leaves import Digested, Remembered
+from tpcheck.batches.leaves import DigestedBatch, StructureCache
 
 
 def of_tensors(shift: float) -> dict[str, Any]:
@@ -35,14 +35,14 @@ KINDS: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_has_one_token_whatever_came_before(kind: str) -> None:
-    remembered = Remembered()
+    cache = StructureCache()
     make = KINDS[kind]
     for shift in (1.0, 2.0, 2.0, -2.0, 1.0):
-        anew, again = Digested(make(shift)), Digested(make(shift), remembered)
-        assert again.token == anew.token
+        anew, again = DigestedBatch(make(shift)), DigestedBatch(make(shift), cache)
+        assert again.fingerprint == anew.fingerprint
         assert again.leaves == anew.leaves
-        assert [entry.path for entry in again.entries] == [leaf.path for leaf in again.leaves]
-    assert Digested(make(1.0), remembered).token != Digested(make(2.0), remembered).token
+        assert [entry.path for entry in again.contents] == [leaf.path for leaf in again.leaves]
+    assert DigestedBatch(make(1.0), cache).fingerprint != DigestedBatch(make(2.0), cache).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,13 @@ def test_a_batch_has_one_token_whatever_came_before(kind: str) -> None:
     ],
 )
 def test_a_change_of_anything_but_bits_is_seen(before: Any, after: Any) -> None:
-    remembered = Remembered()
-    first = Digested({"x": before}, remembered).token
-    assert Digested({"x": after}, remembered).token == Digested({"x": after}).token != first
+    cache = StructureCache()
+    first = DigestedBatch({"x": before}, cache).fingerprint
+    assert DigestedBatch({"x": after}, cache).fingerprint == DigestedBatch({"x": after}).fingerprint != first
 
 
 def test_the_batch_is_told_as_it_was() -> None:
     batch = {"a": torch.ones(2), "labels": torch.ones(2)}
-    digested = Digested(batch)
+    digested = DigestedBatch(batch)
     del batch["labels"]  # as trainers do
-    assert [entry.path for entry in digested.entries] == ["", "a", "labels"]
+    assert [entry.path for entry in digested.contents] == ["", "a", "labels"]

@@ -8,7 +8,7 @@ import pytest
 
 import tpcheck
 from tpcheck import UsageError
-from tpcheck.batches.settings import Settings, chosen_settings
+from tpcheck.batches.options import WatchOptions
 
 
 @pytest.fixture(autouse=True)
@@ -22,12 +22,12 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_nothing_said_means_the_defaults() -> None:
-    assert chosen_settings(every=None) == Settings()
+    assert WatchOptions.resolve(every=None) == WatchOptions()
 
 
 def test_the_project_says_how_often(project: Path) -> None:
     project.write_text('[tool.tpcheck]\nevery = 10\nacross_dp = "ignore"\n')
-    assert chosen_settings() == Settings(every=10, across_dp="ignore")
+    assert WatchOptions.resolve() == WatchOptions(every=10, across_dp="ignore")
 
 
 def test_the_code_goes_before_the_environment_and_that_before_the_project(
@@ -35,14 +35,14 @@ def test_the_code_goes_before_the_environment_and_that_before_the_project(
 ) -> None:
     project.write_text('[tool.tpcheck]\nevery = 10\non_mismatch = "raise"\n')
     monkeypatch.setenv("TPCHECK", "warn")
-    assert chosen_settings(every=2) == Settings(every=2, on_mismatch="warn")
-    assert chosen_settings(on_mismatch="raise") == Settings(every=10, on_mismatch="raise")
+    assert WatchOptions.resolve(every=2) == WatchOptions(every=2, on_mismatch="warn")
+    assert WatchOptions.resolve(on_mismatch="raise") == WatchOptions(every=10, on_mismatch="raise")
 
 
 @pytest.mark.parametrize(("switch", "on"), [("1", True), ("", True), ("0", False), ("off", False)])
 def test_the_environment_turns_hooks_off(switch: str, on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TPCHECK", switch)
-    assert (chosen_settings() is not None) is on
+    assert (WatchOptions.resolve() is not None) is on
 
 
 def test_what_is_not_known_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,11 +50,11 @@ def test_what_is_not_known_is_refused(project: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(
         UsageError, match=r"\[tool.tpcheck\] of .*pyproject.toml={'evry': 10}: expected one of every, on_mismatch"
     ):
-        chosen_settings()
+        WatchOptions.resolve()
     project.write_text("")
     monkeypatch.setenv("TPCHECK", "loud")
     with pytest.raises(UsageError, match="TPCHECK='loud': expected 0"):
-        chosen_settings()
+        WatchOptions.resolve()
 
 
 def test_a_value_of_the_project_is_refused_with_its_place(project: Path) -> None:
@@ -62,13 +62,13 @@ def test_a_value_of_the_project_is_refused_with_its_place(project: Path) -> None
     with pytest.raises(
         UsageError, match=r"\[tool.tpcheck\] of .*pyproject.toml: across_dp='stop': expected one of raise"
     ):
-        chosen_settings(across_dp="warn")
+        WatchOptions.resolve(across_dp="warn")
     project.write_text("[tool.tpcheck]\noverlap = 1\n")
     with pytest.raises(UsageError, match="overlap=1: expected one of True, False"):
-        chosen_settings()
+        WatchOptions.resolve()
     project.write_text("[tool.tpcheck\n")
     with pytest.raises(UsageError, match=r"pyproject.toml='.*pyproject.toml': expected a TOML file"):
-        chosen_settings()
+        WatchOptions.resolve()
 
 
 def test_watch_and_check_batch_take_them_too(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_watch_and_check_batch_take_them_too(project: Path, monkeypatch: pytest.
     monkeypatch.setenv("TPCHECK", "warn")
     watcher = tpcheck.watch([1], every=2).watcher
     assert watcher is not None
-    assert watcher.settings == Settings(every=2, timeout=7, on_mismatch="warn")
+    assert watcher.options == WatchOptions(every=2, timeout=7, on_mismatch="warn")
     monkeypatch.setenv("TPCHECK", "loud")
     with pytest.raises(UsageError, match="TPCHECK='loud': expected 0"):
         tpcheck.check_batch({})
