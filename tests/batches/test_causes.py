@@ -9,7 +9,7 @@ import pytest
 
 from tpcheck import Topology
 from tpcheck.batches.causes import explain_difference, explain_same_samples, explain_uneven_length, with_cause
-from tpcheck.batches.records import BatchSummary, ContentDigests, Leaf
+from tpcheck.batches.records import BatchSummary, ContentDigests, Leaf, LoaderFacts
 from tpcheck.core.causes import Explanation
 from tpcheck.core.findings import Finding
 
@@ -36,7 +36,7 @@ def two_ranks(
         BatchSummary(
             leaves=(a_leaf(f"bits of {rank}"),),
             rng=states,
-            loader=shared | facts,
+            loader=LoaderFacts(**shared | facts),
             contents={"pixels": contents} if contents else {},
         )
         for rank, (facts, states) in enumerate(zip(by_rank or ({}, {}), rng, strict=True))
@@ -93,7 +93,7 @@ def test_a_generator_in_the_same_state_on_all_ranks_explains_nothing() -> None:
 
 def test_random_numbers_do_not_change_a_dtype() -> None:
     summaries = [
-        BatchSummary(leaves=(a_leaf("a", dtype=dtype),), rng=states, loader={"drew": ("numpy",)})
+        BatchSummary(leaves=(a_leaf("a", dtype=dtype),), rng=states, loader=LoaderFacts(drew=("numpy",)))
         for dtype, states in zip(("torch.int32", "torch.int64"), OTHER_STATES, strict=True)
     ]
     assert cause_of(summaries) is None
@@ -198,7 +198,8 @@ def test_nothing_known_explains_nothing() -> None:
     ],
 )
 def test_the_same_batch_on_replicas_has_the_advice_for_its_loader(known: dict[str, Any], advice: str) -> None:
-    explanation = explain_same_samples([BatchSummary(leaves=(a_leaf("same"),), loader=known) for _ in range(2)])
+    summary = BatchSummary(leaves=(a_leaf("same"),), loader=LoaderFacts(**known))
+    explanation = explain_same_samples([summary, summary])
     assert explanation is not None
     assert (explanation.cause.slug, explanation.evidence["same"]) == ("duplicate_dp_batch", "whole batch")
     assert advice in advice_of(explanation)

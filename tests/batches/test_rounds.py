@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tpcheck import Finding, RankFailure
+from tpcheck.batches.records import LoaderFacts
 from tpcheck.batches.rounds import (
     AXES,
     EqualSamples,
@@ -57,10 +58,10 @@ def test_a_rank_without_a_batch_sends_its_status_and_count() -> None:
 
 
 def test_a_summary_has_leaves_and_provenance() -> None:
-    provenance = BatchProvenance(loader_facts=lambda: {"sampler": "RandomSampler"})
+    provenance = BatchProvenance(loader_facts=lambda: LoaderFacts(sampler="RandomSampler"))
     summary = RankBatch(Status.BATCH, step=0, count=0, batch={"x": 1}, provenance=provenance).summary()
     assert [leaf.path for leaf in summary.leaves] == ["", "x"]
-    assert summary.loader == {"sampler": "RandomSampler"}
+    assert summary.loader.sampler == "RandomSampler"
 
 
 def test_batches_that_agree_have_no_findings() -> None:

@@ -65,7 +65,7 @@ class _Context:
 
     def fact(self, key: str) -> list[Any]:
         """Return one fact of the loader on each rank, None where it is not known."""
-        return [summary.loader.get(key) for summary in self.summaries]
+        return [getattr(summary.loader, key) for summary in self.summaries]
 
     def known(self, *keys: str) -> dict[str, Any]:
         """Return these facts of the loader, where known: one value where all ranks agree, else one for each rank."""
@@ -78,7 +78,8 @@ class _Context:
 
     def indices(self) -> list[Any]:
         """Return each rank's sample indices or their digest, None where they are not known."""
-        return [summary.loader.get("indices", summary.loader.get("indices_digest")) for summary in self.summaries]
+        loaders = [summary.loader for summary in self.summaries]
+        return [loader.indices_digest if loader.indices is None else loader.indices for loader in loaders]
 
     def indices_differ(self) -> bool:
         """Return whether the ranks are known to have read different samples, or in another order."""
@@ -99,8 +100,8 @@ class _Context:
 
     def sampler_generators(self) -> list[str]:
         """Return the generators that the sampler drew from on some rank, and whose states differed before that."""
-        drawn = {name for names in self.fact("sampler_drew") for name in names or ()}
-        states = [digests or {} for digests in self.fact("sampler_rng")]
+        drawn = {name for summary in self.summaries for name in summary.loader.sampler_drew}
+        states = [summary.loader.sampler_rng for summary in self.summaries]
         return sorted(name for name in drawn if _known_to_differ([digests.get(name) for digests in states]))
 
     def some_dtype_agrees(self) -> bool:
@@ -169,7 +170,7 @@ def _generators(context: _Context) -> Explanation | None:
     """A generator was drawn from while the batch was made, and its states on the ranks differed before that."""
     if context.indices_differ() or not context.some_dtype_agrees():
         return None
-    drawn = {name for summary in context.summaries for name in summary.loader.get("drew", ())}
+    drawn = {name for summary in context.summaries for name in summary.loader.drew}
     differing = [name for name in drawn if _known_to_differ([summary.rng.get(name) for summary in context.summaries])]
     if not differing:
         return None
@@ -189,7 +190,7 @@ def _order(context: _Context) -> Explanation | None:
         return Explanation(Cause.ORDER_DIFFERS, evidence=context.known("sampler", "indices")) if same else None
     if context.contents_agree("rows"):
         return Explanation(Cause.ORDER_DIFFERS, evidence={"same_rows_in_another_order": list(context.differing)})
-    listings = [listing or {} for listing in context.fact("listing")]
+    listings = [summary.loader.listing or {} for summary in context.summaries]
     for attribute in listings[0]:
         in_order, in_sorted_order = zip(*(listing.get(attribute, (None, None)) for listing in listings), strict=True)
         if _known_to_differ(in_order) and not _unequal(in_sorted_order):

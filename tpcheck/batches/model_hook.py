@@ -73,9 +73,9 @@ class ModelWatch:
         if hook is None or self.watcher is None:
             return
         hook.remove()
-        self.watcher.leave()
         if self._observer is not None:
             self._observer.remove()
+        self.watcher.leave()  # last: it raises what `overlap` has found
 
     def __enter__(self) -> ModelWatch:
         return self

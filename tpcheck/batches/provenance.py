@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ import xxhash
 from torch.utils.data import DataLoader, IterableDataset
 
 from tpcheck.batches.generators import GeneratorStates, changed_generators, rng_states
+from tpcheck.batches.records import LoaderFacts
 from tpcheck.batches.sampling import (
     BatchProvenance,
     RecordingSampler,
@@ -122,7 +122,7 @@ class LoaderObserver:
         """Return how the batch that has just arrived was made."""
         provenance = self._next_made() if self._order_known else None
         if provenance is None:
-            provenance = BatchProvenance(rng=self._before, find_drawn=self._drawn_here(), exact=False)
+            provenance = BatchProvenance(rng=self._before, find_drawn=self._drawn_here())
         elif self._observes_outside:
             provenance.find_drawn = partial(
                 _union, provenance.find_drawn, self._drawn_here(), frozenset(provenance.sampler_drew)
@@ -130,7 +130,7 @@ class LoaderObserver:
             provenance.rng = self._before | provenance.rng
         provenance.number = self._number
         self._number += 1
-        provenance.loader_facts = partial(_all_facts, self._loader, provenance)
+        provenance.loader_facts = partial(loader_facts, self._loader, provenance)
         return provenance
 
     def remove(self) -> None:
@@ -228,56 +228,35 @@ _MAX_INDICES = 64  # sample indices of a batch that are sent one by one; more ar
 _MAX_NAMES = 1_000_000  # entries of a dataset's listing
 
 
-def _all_facts(loader: Any, provenance: BatchProvenance) -> dict[str, Any]:
-    return loader_facts(loader) | _batch_facts(provenance)
-
-
-def loader_facts(loader: Any) -> dict[str, Any]:
-    """Return what is known of any iterable of batches; keys that do not apply are absent. Small, and can be pickled.
+def loader_facts(loader: Any, provenance: BatchProvenance) -> LoaderFacts:
+    """Return what is known of any iterable of batches, and of one batch.
 
     Call it only when batches differ: a dataset's list of files is read from end to end.
-
-    Keys: `loader`, `dataset`, `iterable`, `sampler`, `num_replicas`, `rank`, `shuffle`, `sampler_seed`,
-    `generator_seed`, `epoch`, `length`, `batch_size`, `drop_last`, `dispatch_batches`, `num_workers`,
-    `worker_init_fn`, `start_method`, `torch_seed`, `PYTHONHASHSEED`, `hash`, `listing` (attribute of the dataset, with
-    digests of its names in order and of the same names sorted).
     """
     inner = torch_loader(loader)
-    facts: dict[str, Any] = {
-        "loader": type(loader).__name__,
-        "torch_seed": torch.initial_seed(),
-        "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "unset"),
-        "hash": f"{hash('tpcheck') & (1 << 64) - 1:016x}",
-    }
-    with suppress(Exception):  # a user's class, whose __len__ may raise anything
-        facts["length"] = len(loader)
     source = inner if inner is not None else loader
-    facts |= _dataset_facts(source)
-    facts |= _sampler_facts(source)
-    if inner is not None:
-        facts |= _worker_facts(inner)
-        facts["drop_last"] = bool(inner.drop_last)
-    facts["dispatch_batches"] = _is_dispatcher(loader)
-    return facts
+    return LoaderFacts(
+        **_dataset_facts(source) | _sampler_facts(source) | _index_facts(provenance),
+        dispatch_batches=_is_dispatcher(loader),
+        worker_init_fn=None if inner is None or not inner.num_workers else _function_name(inner.worker_init_fn),
+        PYTHONHASHSEED=os.environ.get("PYTHONHASHSEED", "unset"),
+        hash=f"{hash('tpcheck') & (1 << 64) - 1:016x}",
+        drew=provenance.drew,
+        worker_seed=provenance.worker_seed,
+    )
 
 
-def _batch_facts(provenance: BatchProvenance) -> dict[str, Any]:
-    """Return what is known of one batch, besides the states, to be merged with `loader_facts`.
-
-    Keys: `indices` (of the samples) or `indices_digest`, `indices_sorted` (a digest), `drew`, `exact`, `sampler_drew`,
-    `sampler_rng`, `worker_seed`.
-    """
-    facts: dict[str, Any] = {"drew": provenance.drew, "exact": provenance.exact}
-    if provenance.indices is not None:
-        if len(provenance.indices) <= _MAX_INDICES:
-            facts["indices"] = provenance.indices
-        else:
-            facts["indices_digest"] = _digest(map(repr, provenance.indices))
-        facts["indices_sorted"] = _digest(sorted(map(repr, provenance.indices)))
-        facts["sampler_drew"], facts["sampler_rng"] = provenance.sampler_drew, dict(provenance.sampler_rng)
-    if provenance.worker_seed is not None:
-        facts["worker_seed"] = provenance.worker_seed
-    return facts
+def _index_facts(provenance: BatchProvenance) -> dict[str, Any]:
+    indices = provenance.indices
+    if indices is None:
+        return {}
+    return {
+        "indices": indices if len(indices) <= _MAX_INDICES else None,
+        "indices_digest": _digest(map(repr, indices)),
+        "indices_sorted": _digest(sorted(map(repr, indices))),
+        "sampler_drew": provenance.sampler_drew,
+        "sampler_rng": dict(provenance.sampler_rng),
+    }
 
 
 def _dataset_facts(loader: Any) -> dict[str, Any]:
@@ -329,8 +308,7 @@ def _sampler_facts(loader: Any) -> dict[str, Any]:
     generator = getattr(innermost, "generator", None)
     if isinstance(generator, torch.Generator):
         facts["generator_seed"] = generator.initial_seed()
-    batch_size = getattr(loader, "batch_size", None) or getattr(chain[0], "batch_size", None)
-    return facts | ({"batch_size": batch_size} if _is_plain(batch_size) else {})
+    return facts
 
 
 def _replica_of(sampler: Any) -> dict[str, Any]:
@@ -342,20 +320,11 @@ def _replica_of(sampler: Any) -> dict[str, Any]:
     return {}
 
 
-def _worker_facts(loader: DataLoader[Any]) -> dict[str, Any]:
-    facts: dict[str, Any] = {"num_workers": loader.num_workers}
-    if isinstance(loader.generator, torch.Generator):
-        facts["loader_generator_seed"] = loader.generator.initial_seed()
-    if not loader.num_workers:
-        return facts
-    context: Any = loader.multiprocessing_context
-    facts["start_method"] = context.get_start_method() if context else torch.multiprocessing.get_start_method()
-    function = getattr(loader.worker_init_fn, "__wrapped__", loader.worker_init_fn)
-    return facts | ({"worker_init_fn": _function_name(function)} if function is not None else {})
-
-
-def _function_name(function: Any) -> str:
+def _function_name(function: Any) -> str | None:
     """Return a function as one would write it: `partial` with its arguments, which often include a rank."""
+    function = getattr(function, "__wrapped__", function) if isinstance(function, ReportingWorkerInit) else function
+    if function is None:
+        return None
     if isinstance(function, functools.partial):
         arguments = [repr(value) for value in function.args]
         arguments += [f"{name}={value!r}" for name, value in function.keywords.items()]

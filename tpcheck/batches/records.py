@@ -47,6 +47,52 @@ class ContentDigests:
 
 
 @dataclass(frozen=True, slots=True)
+class LoaderFacts:
+    """What one rank knows of its loader and of how one batch was made; None where it does not apply or is unknown.
+
+    The names are those of the evidence in a finding.
+
+    Attributes:
+        dataset, sampler: Class names of the innermost ones.
+        iterable: Whether the dataset is an IterableDataset.
+        num_replicas, rank: For which of how many replicas the sampler (or accelerate's shard of a stream) is.
+        shuffle, sampler_seed, epoch: Of the sampler.
+        generator_seed: Of the sampler's torch generator.
+        dispatch_batches: Whether accelerate reads batches on one process for all.
+        worker_init_fn: Name and arguments.
+        PYTHONHASHSEED: Of the environment.
+        hash: Hash of one text in this process.
+        listing: By attribute of the dataset that lists names: digests of the names in order, and of the sorted names.
+        indices, indices_digest, indices_sorted: Sample indices (or a digest of many), and a digest of the sorted ones.
+        drew: Generators that moved while the batch was made.
+        sampler_drew, sampler_rng: Generators that moved in the sampler, and digests of their states before that.
+        worker_seed: Seed that torch gave to the worker that made the batch.
+    """
+
+    dataset: str | None = None
+    iterable: bool | None = None
+    sampler: str | None = None
+    num_replicas: int | None = None
+    rank: int | None = None
+    shuffle: Any = None
+    sampler_seed: Any = None
+    epoch: Any = None
+    generator_seed: int | None = None
+    dispatch_batches: bool | None = None
+    worker_init_fn: str | None = None
+    PYTHONHASHSEED: str | None = None
+    hash: str | None = None
+    listing: Mapping[str, tuple[str, str]] | None = None
+    indices: tuple[Any, ...] | None = None
+    indices_digest: str | None = None
+    indices_sorted: str | None = None
+    drew: tuple[str, ...] = ()
+    sampler_drew: tuple[str, ...] = ()
+    sampler_rng: Mapping[str, str] = field(default_factory=dict)
+    worker_seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class BatchSummary:
     """One rank's batch at one step.
 
@@ -56,11 +102,11 @@ class BatchSummary:
         contents: By path, of the leaves that differ.
         rng: Digest of the state of each random generator before the batch was made, by name: `python`, `numpy`,
             `torch`, `cuda`, and `worker3.python` and so on for those of a loader's workers.
-        loader: What is known of the loader and of this batch: see `tpcheck.batches.provenance.loader_facts`.
+        loader: What is known of the loader and of how the batch was made.
     """
 
     leaves: tuple[Leaf, ...] = ()
     rows: tuple[str, ...] = ()
     contents: Mapping[str, ContentDigests] = field(default_factory=dict)
     rng: Mapping[str, str] = field(default_factory=dict)
-    loader: Mapping[str, Any] = field(default_factory=dict)
+    loader: LoaderFacts = field(default_factory=LoaderFacts)

@@ -20,7 +20,7 @@ from tpcheck.batches.comparison import (
     same_samples,
     uneven_batches,
 )
-from tpcheck.batches.leaves import DigestedBatch, LeafContent, StructureCache, as_tensor
+from tpcheck.batches.leaves import DigestedBatch, LeafContent, as_tensor
 from tpcheck.batches.locate import locate
 from tpcheck.batches.peers import Peers
 from tpcheck.batches.records import BatchSummary, ContentDigests
@@ -84,12 +84,11 @@ class RankBatch:
         provenance: BatchProvenance | None = None,
         with_rows: bool = False,
         error: BaseException | None = None,
-        cache: StructureCache | None = None,
     ) -> None:
         self.status, self.step, self.count = status, step, count
         self.error = None if error is None else LoaderError.of(error)
         self._provenance = provenance or BatchProvenance()
-        self._batch = DigestedBatch(batch, cache) if status is Status.BATCH else None
+        self._batch = DigestedBatch(batch) if status is Status.BATCH else None
         self._rows = sampled_rows(self.contents) if with_rows else None
 
     @property

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any
 from torch.utils.data import get_worker_info
 
 from tpcheck.batches.generators import GeneratorStates, changed_generators, rng_digests, rng_states, with_generators_of
+from tpcheck.batches.records import LoaderFacts
 
 _PIPE_BUF = 4096  # bytes: POSIX guarantees 512; Linux writes up to 4096 at once
 # Reports kept of one worker. A batch is looked up as soon as it arrives; workers run ahead by prefetch_factor.
@@ -42,7 +43,6 @@ class BatchProvenance:
         worker_seed: Seed that torch gave to the worker that made the batch.
         is_requested: Whether the samples of these indices were read or sent to a worker. A batch that was not was
             skipped, as by accelerate's SkipBatchSampler.
-        exact: False where more than this batch happened between the two states, such as the start of an iterator.
         loader_facts: Returns what is known of the loader and of this batch; called when ranks differ.
     """
 
@@ -54,8 +54,7 @@ class BatchProvenance:
     sampler_drew: tuple[str, ...] = ()
     worker_seed: int | None = None
     is_requested: bool = False
-    exact: bool = True
-    loader_facts: Callable[[], Mapping[str, Any]] = dict
+    loader_facts: Callable[[], LoaderFacts] = LoaderFacts
 
     @property
     def drew(self) -> tuple[str, ...]:

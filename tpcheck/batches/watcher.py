@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tpcheck.batches.leaves import StructureCache
 from tpcheck.batches.options import OnMismatch, WatchOptions
 from tpcheck.batches.peers import Peers, find_peers
 from tpcheck.batches.rounds import AXES, EqualSamples, Outcome, RankBatch, Status, compare, outcome_after_leaving
@@ -55,7 +54,6 @@ class Watcher:
         self._warned: set[tuple[str, str]] = set()
         self._running: Future[Outcome] | None = None
         self._pending_mismatch: Mismatch | None = None
-        self._cache = StructureCache()
 
     @property
     def peers(self) -> Peers:
@@ -110,7 +108,6 @@ class Watcher:
                 batch=batch,
                 provenance=provenance,
                 with_rows=compares_samples,
-                cache=self._cache,
             )
             self._run_round(rank_batch, overlap=self.options.overlap)
         epoch.count += 1
