@@ -55,7 +55,7 @@ def locate(exchange: Exchange, contents: Sequence[LeafContent], difference: Leaf
     }
     if not leaf.shape:  # a scalar has neither an index nor samples
         return evidence
-    index = _unravel(first, leaf.shape)
+    index = [int(place) for place in torch.unravel_index(torch.tensor(first), leaf.shape)]
     return evidence | {
         "index": index,
         "first_sample": index[0],
@@ -123,11 +123,3 @@ def _value(leaf: LeafContent, bits: torch.Tensor) -> Any:
         number = bits.clone().view(leaf.tensor.dtype)[0].item()
     special = isinstance(number, float) and (number != number or number == 0)
     return f"{number} (bits {bits.numpy()[::-1].tobytes().hex()})" if special else number
-
-
-def _unravel(flat: int, shape: Sequence[int]) -> list[int]:
-    index: list[int] = []
-    for size in reversed(shape):
-        flat, place = divmod(flat, size)
-        index.append(place)
-    return index[::-1]
