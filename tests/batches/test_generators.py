@@ -1,4 +1,4 @@
-"""Digests of generators tell states apart, and leave them alone."""
+"""Digests of generators differ where their states do, and reading them changes no state."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tpcheck.batches import generators
-from tpcheck.batches.generators import States, moved, rng_digests, rng_states
-from tpcheck.batches.sampling import LeftOut, Log
+from tpcheck.batches.generators import GeneratorStates, changed_generators, rng_digests, rng_states
+from tpcheck.batches.sampling import SamplerLog
 
 
 class Augmentation:
@@ -40,21 +39,21 @@ class Images:
         (lambda: torch.rand(1), "torch"),
     ],
 )
-def test_a_draw_moves_the_digest_of_its_generator_alone(draw: Callable[[], object], name: str) -> None:
+def test_a_draw_changes_only_the_digest_of_its_generator(draw: Callable[[], object], name: str) -> None:
     before = rng_digests()
     assert rng_digests() == before
     draw()
-    assert moved(before, rng_digests()) == (name,)
+    assert changed_generators(before, rng_digests()) == (name,)
 
 
-def test_generators_of_a_dataset_have_names() -> None:
+def test_generators_in_a_dataset_are_named_by_their_attributes() -> None:
     images = Images()
     before = rng_digests(dataset=images)
     images.random.random()
     images.transform.rng.random()
     images.transform.legacy.random()
     torch.rand(1, generator=images.transform.generator)
-    assert moved(before, rng_digests(dataset=images)) == (
+    assert changed_generators(before, rng_digests(dataset=images)) == (
         "python:dataset.random",
         "numpy:dataset.transform.rng",
         "numpy:dataset.transform.legacy",
@@ -63,102 +62,90 @@ def test_generators_of_a_dataset_have_names() -> None:
 
 
 def test_equal_seeds_have_equal_digests_in_any_process() -> None:
+    seed = "random.seed(3); numpy.random.seed(3); torch.manual_seed(3)"
     program = (
-        "import random, numpy, torch; from tpcheck.batches.generators import rng_digests;"
-        "random.seed(3); numpy.random.seed(3); torch.manual_seed(3); print(sorted(rng_digests().items()))"
+        f"import random, numpy, torch; from tpcheck.batches.generators import rng_digests; {seed};"
+        "print(sorted(rng_digests().items()))"
     )
-    printed = [subprocess.check_output([sys.executable, "-c", program], text=True) for _ in range(2)]
-    assert printed[0] == printed[1]
+    printed = subprocess.check_output([sys.executable, "-c", program], text=True)
+    exec(seed, {"random": random, "numpy": np, "torch": torch})
+    assert printed == f"{sorted(rng_digests().items())}\n"
 
 
-def test_a_normal_number_that_numpy_holds_in_reserve_is_a_draw() -> None:
+def test_the_second_of_two_normal_numbers_that_numpy_makes_is_a_draw() -> None:
     np.random.seed(0)
     np.random.standard_normal()  # makes two
     before = rng_digests()
     np.random.standard_normal()
-    assert moved(before, rng_digests()) == ("numpy",)
+    assert changed_generators(before, rng_digests()) == ("numpy",)
 
 
-def draws() -> list[Callable[[], object]]:
-    return [random.random, lambda: random.gauss(0, 1), np.random.random, lambda: np.random.standard_normal(1)]
-
-
-def test_states_read_in_place_are_those_that_are_told() -> None:
-    for draw in draws() * 3:
-        assert generators.of_global_python() == generators.of_python(random.getstate())
-        assert generators.of_global_numpy(np.random) == generators.of_numpy(np.random.get_state(legacy=False))
-        draw()
-
-
-def test_this_interpreter_and_this_numpy_are_read_in_place() -> None:
-    assert generators._words_of_python(random.getstate.__self__) is not None  # type: ignore[attr-defined]
-    assert generators._words_of_numpy(np.random.get_bit_generator()) is not None
-    assert generators._reserve_of_numpy(np.random) is not None
-
-
-class Own(random.Random):
-    """Lies elsewhere, for all that is known."""
-
-
-def test_a_generator_of_another_class_is_asked_for_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = Own(3)
-    own.gauss(0, 1)
-    monkeypatch.setattr(random, "getstate", own.getstate)
+def test_a_generator_that_replaces_pythons_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    replacement = random.Random(3)
+    monkeypatch.setattr(random, "getstate", replacement.getstate)
     before = rng_states()
-    assert before.bits("python") == generators.of_python(own.getstate())
     random.random()
-    assert moved(before, rng_states()) == ()
-    own.random()
-    assert moved(before, rng_states()) == ("python",)
+    assert changed_generators(before, rng_states()) == ()
+    replacement.random()
+    assert changed_generators(before, rng_states()) == ("python",)
 
 
 @pytest.fixture
-def other_numpy() -> Iterator[Callable[[object], None]]:
-    kept = np.random.get_bit_generator()
+def replace_numpy() -> Iterator[Callable[[object], None]]:
+    original = np.random.get_bit_generator()
     yield np.random.set_bit_generator
-    np.random.set_bit_generator(kept)
+    np.random.set_bit_generator(original)
 
 
 @pytest.mark.parametrize("kind", [np.random.MT19937, np.random.PCG64])
-def test_numpy_with_a_generator_of_another_kind(kind: Callable[[int], object], other_numpy: Any) -> None:
-    rng_states()
-    other_numpy(kind(5))
+def test_a_bit_generator_that_replaces_numpys_is_read(kind: Callable[[int], object], replace_numpy: Any) -> None:
+    replace_numpy(kind(5))
     before = rng_states()
-    other_numpy(kind(5))
-    assert moved(before, rng_states()) == ()
+    replace_numpy(kind(5))
+    assert changed_generators(before, rng_states()) == ()
     np.random.random()
-    assert moved(before, rng_states()) == ("numpy",)
+    assert changed_generators(before, rng_states()) == ("numpy",)
 
 
-def test_states_are_kept_as_they_were() -> None:
-    before, digests = rng_states(), rng_digests()
-    for draw in draws():
-        draw()
+def draw_from_all() -> None:
+    random.random()
+    random.gauss(0, 1)
+    np.random.random()
+    np.random.standard_normal(1)
     torch.rand(1)
+
+
+def test_states_are_those_of_the_moment_they_were_read() -> None:
+    before, digests = rng_states(), rng_digests()
+    draw_from_all()
     assert dict(before) == digests
-    assert set(moved(before, rng_states())) == set(moved(digests, rng_digests())) == {"python", "numpy", "torch"}
+    assert (
+        set(changed_generators(before, rng_states()))
+        == set(changed_generators(digests, rng_digests()))
+        == {"python", "numpy", "torch"}
+    )
 
 
-def test_states_of_several_places_come_together() -> None:
-    both = States({"torch": b"state"}) | {"worker0.torch": "digest"}
-    assert isinstance(both, States)
+def test_raw_states_and_digests_can_be_mixed() -> None:
+    both = GeneratorStates({"torch": b"state"}) | {"worker0.torch": "digest"}
+    assert isinstance(both, GeneratorStates)
     assert list(both) == ["torch", "worker0.torch"]
     assert ("torch" in both, "cuda" in both, len(both)) == (True, False, 2)
-    assert (both.bits("torch"), both.bits("worker0.torch"), both["worker0.torch"]) == (b"state", None, "digest")
-    assert moved(both, States({"torch": b"state"}) | {"worker0.torch": "other"}) == ("worker0.torch",)
+    assert (both.raw("torch"), both.raw("worker0.torch"), both["worker0.torch"]) == (b"state", None, "digest")
+    assert changed_generators(both, GeneratorStates({"torch": b"state"}) | {"worker0.torch": "other"}) == (
+        "worker0.torch",
+    )
 
 
-def test_of_batches_given_out_far_ahead_digests_alone_are_kept() -> None:
-    log = Log(None)
-    log.start(LeftOut())
+def test_of_batches_requested_far_ahead_only_digests_are_kept() -> None:
+    log = SamplerLog(persistent=None)
+    log.start_epoch()
     expected = []
     for number in range(20):
         expected.append(rng_digests())
-        log.give([number], States(), (), rng_states())
-        random.random()
-        np.random.random()
-        torch.rand(1)
-    assert [made.rng.bits("torch") is None for made in log.pending] == [False] * 16 + [True] * 4
-    assert [dict(made.rng) for made in log.pending] == expected
-    log.finish()  # the batch given last, of which digests are kept, is whole
+        log.add([number], GeneratorStates(), (), rng_states())
+        draw_from_all()
+    assert [each.rng.raw("torch") is None for each in log.pending] == [False] * 16 + [True] * 4
+    assert [dict(each.rng) for each in log.pending] == expected
+    log.batch_made()  # the latest one, of which digests are kept
     assert set(log.pending[-1].drew) == {"python", "numpy", "torch"}

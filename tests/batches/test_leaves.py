@@ -1,4 +1,4 @@
-"""Every leaf of a batch is found, and its digest tells any difference and nothing else."""
+"""Every leaf of a batch is found, and digests differ where batches do and nowhere else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tpcheck.batches.leaves import Digested, leaves_of
+from tpcheck.batches.leaves import DigestedBatch, leaves_of
 
 Point = namedtuple("Point", "x y")
 
@@ -26,11 +26,11 @@ class Custom:
         self.inner = torch.ones(2)
 
 
-def same(one: Any, other: Any) -> bool:
-    return Digested(one).token == Digested(other).token
+def same(a: Any, b: Any) -> bool:
+    return DigestedBatch(a).fingerprint == DigestedBatch(b).fingerprint
 
 
-def test_leaves_stand_in_the_order_of_the_structure() -> None:
+def test_leaves_are_in_the_order_of_the_structure() -> None:
     batch = {"b": [torch.zeros(2), Sample(torch.ones(1), 3)], "a": UserDict({1: Point(1, "x")}), "c": Custom()}
     assert [leaf.path for leaf in leaves_of(batch)] == (
         ["", "b", "b.0", "b.1", "b.1.image", "b.1.label", "a", "a.[1]", "a.[1].x", "a.[1].y", "c", "c.inner"]
@@ -38,7 +38,7 @@ def test_leaves_stand_in_the_order_of_the_structure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("a", "b"),
     [
         (torch.zeros(2), torch.zeros(2, dtype=torch.float64)),
         (torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)),
@@ -61,6 +61,12 @@ def test_leaves_stand_in_the_order_of_the_structure() -> None:
         (1, True),
         (0.0, -0.0),
         ("a", b"a"),
+        ({"a": 1}, UserDict({"a": 1})),
+        ({"a": torch.ones(2)}, {"b": torch.ones(2)}),
+        (torch.zeros(2), torch.zeros(2, device="meta")),
+        ([[torch.ones(1)], torch.ones(1)], [[torch.ones(1), torch.ones(1)]]),
+        ({1: torch.ones(2)}, {1: torch.zeros(2)}),
+        ([torch.ones(2), torch.zeros(2)], [torch.zeros(2), torch.ones(2)]),
         (None, 0),
         ([1, 2], (1, 2)),
         ([], {}),
@@ -71,12 +77,12 @@ def test_leaves_stand_in_the_order_of_the_structure() -> None:
         (Sample(1, 2), Sample(2, 1)),
     ],
 )
-def test_what_differs_has_another_token(one: Any, other: Any) -> None:
-    assert same(one, one)
-    assert not same(one, other)
+def test_batches_that_differ_have_different_fingerprints(a: Any, b: Any) -> None:
+    assert same(a, a)
+    assert not same(a, b)
 
 
-def test_what_is_the_same_has_one_token() -> None:
+def test_equal_batches_have_equal_fingerprints() -> None:
     assert same({"a": 1, "b": 2}, {"b": 2, "a": 1})
     assert same(torch.arange(6).reshape(2, 3).t(), torch.arange(6).reshape(2, 3).t().contiguous())
     assert same(torch.tensor([float("nan")]), torch.tensor([float("nan")]))
@@ -90,23 +96,31 @@ def test_what_is_the_same_has_one_token() -> None:
 
 
 def test_a_nan_with_other_bits_differs() -> None:
-    one, other = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32).split(1)  # type: ignore[no-untyped-call]
-    assert not same(one, other)
+    a, b = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32).split(1)  # type: ignore[no-untyped-call]
+    assert not same(a, b)
 
 
-def test_the_batches_of_transformers_are_looked_into() -> None:
+def test_the_batches_of_transformers_have_leaves() -> None:
     transformers = pytest.importorskip("transformers")
     for kind in (transformers.BatchEncoding, transformers.BatchFeature):
         paths = [leaf.path for leaf in leaves_of(kind({"input_ids": torch.zeros(1, 2)}))]
         assert paths == ["", "input_ids"]
 
 
-def test_what_cannot_be_looked_into_is_told_by_its_type() -> None:
+def test_an_object_without_parts_is_identified_by_its_type() -> None:
     (leaf,) = leaves_of(lambda: None)
     assert (leaf.kind, leaf.dtype) == ("opaque", "function")
 
 
-def test_a_batch_that_holds_itself_ends() -> None:
+def test_a_batch_that_contains_itself_ends() -> None:
     batch: dict[str, Any] = {}
     batch["self"] = batch
     assert len(leaves_of(batch)) == 33
+
+
+def test_keys_that_are_removed_later_stay_in_the_digested_batch() -> None:
+    batch = {"a": torch.ones(2), "labels": torch.ones(2)}
+    digested = DigestedBatch(batch)
+    del batch["labels"]  # as trainers do
+    assert [leaf.path for leaf in digested.contents] == ["", "a", "labels"]
+    assert [leaf.path for leaf in digested.leaves] == ["", "a", "labels"]

@@ -1,4 +1,4 @@
-"""Digests of rows do not depend on their order, and say how much they can tell."""
+"""Digests of rows do not depend on their order, and come with their entropy."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from tpcheck.batches.leaves import entries
+from tpcheck.batches.leaves import leaf_contents
 from tpcheck.batches.samples import _sums, sampled_rows, samples_of
 
 
 def sampled(batch: Any) -> Any:
-    found = sampled_rows(entries(batch))
-    return None if found is None else found()
+    wait = sampled_rows(leaf_contents(batch))
+    return None if wait is None else wait()
 
 
 BATCH = {
@@ -28,27 +28,27 @@ def test_the_same_rows_in_another_order_have_the_same_digest() -> None:
     order = torch.randperm(6)
     shuffled = {key: value[order] if len(value) == 6 else value for key, value in BATCH.items()}
     assert sampled(shuffled) == sampled(BATCH)
-    assert sorted(samples_of(entries(shuffled)).rows) == sorted(samples_of(entries(BATCH)).rows)
+    assert sorted(samples_of(leaf_contents(shuffled)).rows) == sorted(samples_of(leaf_contents(BATCH)).rows)
 
 
-def test_rows_of_one_leaf_in_another_order_are_other_samples() -> None:
+def test_reordering_the_rows_of_one_leaf_makes_other_samples() -> None:
     mixed = {**BATCH, "labels": BATCH["labels"].flip(0) + 1}
     assert sampled(mixed) != sampled(BATCH)
-    assert set(samples_of(entries(mixed)).rows) != set(samples_of(entries(BATCH)).rows)
+    assert set(samples_of(leaf_contents(mixed)).rows) != set(samples_of(leaf_contents(BATCH)).rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float64, torch.complex64])
 def test_every_dtype_has_rows(dtype: torch.dtype) -> None:
     batch = torch.randn(5, 7).to(dtype)
     assert sampled(batch) == sampled(batch.flip(0))
-    assert len(samples_of(entries(batch)).rows) == 5
+    assert len(samples_of(leaf_contents(batch)).rows) == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float64, torch.complex64])
 @pytest.mark.parametrize("size", [1, 3, 32, 100])
 @pytest.mark.parametrize("rows", [5, 65])
 def test_few_and_many_rows_of_any_layout_have_digests(dtype: torch.dtype, size: int, rows: int) -> None:
-    """More rows than are looked at one by one go the way of a device."""
+    """More rows than are digested in a loop are summed as on a device."""
     batch = {"a": torch.randn(size, rows).to(dtype).t(), "b": torch.randn(rows, 200), "n": torch.arange(rows)}
     order = torch.randperm(rows)
     assert sampled(batch) == sampled({key: value[order] for key, value in batch.items()})
@@ -56,21 +56,21 @@ def test_few_and_many_rows_of_any_layout_have_digests(dtype: torch.dtype, size: 
     assert sampled(batch) != sampled({**batch, "b": batch["b"] + 1})
 
 
-def test_rows_do_not_depend_on_where_they_lie() -> None:
-    held = torch.arange(41, dtype=torch.uint8)
-    assert sampled(held[1:].view(5, 8)) == sampled(held[1:].clone().view(5, 8))
-    assert _sums([held[1:].view(5, 8)]).tolist() == _sums([held[1:].clone().view(5, 8)]).tolist()
+def test_digests_of_rows_do_not_depend_on_their_alignment() -> None:
+    data = torch.arange(41, dtype=torch.uint8)
+    assert sampled(data[1:].view(5, 8)) == sampled(data[1:].clone().view(5, 8))
+    assert _sums([data[1:].view(5, 8)]).tolist() == _sums([data[1:].clone().view(5, 8)]).tolist()
 
 
 @pytest.mark.parametrize("batch", [{}, torch.tensor(1), torch.zeros(0, 3), "text", torch.zeros(3, 0)])
 def test_batches_without_rows_have_none(batch: Any) -> None:
     assert sampled(batch) is None
-    assert samples_of(entries(batch)).rows == ()
+    assert samples_of(leaf_contents(batch)).rows == ()
 
 
-def test_bits_say_what_rows_can_tell() -> None:
-    assert samples_of(entries(BATCH)).bits > 100
-    assert samples_of(entries(BATCH)).field == "pixels"
-    assert samples_of(entries(torch.ones(4, 100))).bits == 0
-    assert samples_of(entries(torch.arange(64).repeat(4, 1))).bits == 0  # positions: all rows alike
-    assert samples_of(entries(torch.tensor([0, 1, 1, 0]))).bits == 4
+def test_bits_are_the_entropy_of_the_rows() -> None:
+    assert samples_of(leaf_contents(BATCH)).bits > 100
+    assert samples_of(leaf_contents(BATCH)).field == "pixels"
+    assert samples_of(leaf_contents(torch.ones(4, 100))).bits == 0
+    assert samples_of(leaf_contents(torch.arange(64).repeat(4, 1))).bits == 0  # positions: all rows alike
+    assert samples_of(leaf_contents(torch.tensor([0, 1, 1, 0]))).bits == 4

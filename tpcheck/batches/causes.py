@@ -1,240 +1,219 @@
-"""Why the ranks got other batches than they should, from what each rank tells of its loader and its generators."""
+"""Why the batches of some ranks differ, or are the same: one test for each cause, and the finding with its cause."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tpcheck.batches.records import BatchFacts
+from tpcheck.batches.records import BatchSummary
 from tpcheck.core.causes import Cause, Explanation, first_explanation
+from tpcheck.core.findings import Finding
 from tpcheck.core.topology import Topology
 
 
-def same_tokens(facts: Sequence[BatchFacts], differing: Sequence[str]) -> bool:
-    """Tell whether all that differs is padding; see `tpcheck.batches.samples` for what each rank tells."""
-    return _agree(facts, differing, "unpadded", "kept")
+def with_cause(finding: Finding, explanation: Explanation | None, topology: Topology) -> Finding:
+    """Return the finding with a cause, its evidence and its advice; as it is where there is no explanation."""
+    if explanation is None:
+        return finding
+    advice = explanation.cause.advise(explanation.evidence, topology)
+    evidence = {**finding.evidence, **explanation.evidence, "advice": advice}
+    return replace(finding, cause=explanation.cause.slug, evidence=evidence)
 
 
-def same_rows(facts: Sequence[BatchFacts], differing: Sequence[str]) -> bool:
-    """Tell whether each leaf that differs has the same rows on all ranks, in some order."""
-    return _agree(facts, differing, "rows")
+def explain_difference(summaries: Sequence[BatchSummary], differing: Sequence[str]) -> Explanation | None:
+    """Return why the batches of a TP group differ, or None where no test holds.
+
+    Args:
+        summaries: One for each rank.
+        differing: Paths of the leaves that differ.
+    """
+    return first_explanation(_Context(summaries, differing), _TESTS)
 
 
-def _agree(facts: Sequence[BatchFacts], differing: Sequence[str], *keys: str) -> bool:
-    """Tell whether all ranks have one digest of each leaf under one of the keys."""
-    return bool(differing) and all(any(_one(facts, path, key) for key in keys) for path in differing)
+def explain_same_samples(summaries: Sequence[BatchSummary]) -> Explanation | None:
+    """Return why replicas have the same samples; None where they do not.
+
+    Args:
+        summaries: One for each replica.
+    """
+    context = _Context(summaries)
+    leaves = [[(leaf.path, leaf.digest) for leaf in summary.leaves] for summary in summaries]
+    rows = [set(summary.rows) for summary in summaries]
+    pairs = [(a, b) for a in range(len(rows)) for b in range(a)]
+    if any(leaves[a] and leaves[a] == leaves[b] for a, b in pairs):
+        same = "whole batch"
+    elif any(rows[a] & rows[b] for a, b in pairs):
+        same = "samples"
+    else:
+        return None
+    known = context.known("sampler", "num_replicas", "rank", "dispatch_batches", "iterable", "sampler_seed")
+    return Explanation(Cause.DUPLICATE_DP_BATCH, evidence={"same": same} | known)
 
 
-def _one(facts: Sequence[BatchFacts], path: str, key: str) -> bool:
-    digests = {rank.loader.get("contents", {}).get(path, {}).get(key) for rank in facts}
-    return len(digests) == 1 and None not in digests
+def explain_uneven_length() -> Explanation:
+    """Return why ranks end at different times. Ranks that have left answer no more, so nothing else is known."""
+    return Explanation(Cause.UNEVEN_LENGTH)
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """What is to be explained; the arguments of `explain_batches`."""
+class _Context:
+    """What the tests look at; the arguments of `explain_difference`."""
 
-    facts: Sequence[BatchFacts]
-    topology: Topology
-    ranks: Sequence[int]
-    differing: Sequence[str]
+    summaries: Sequence[BatchSummary]
+    differing: Sequence[str] = ()
 
-    def of_loader(self, key: str) -> list[Any]:
+    def fact(self, key: str) -> list[Any]:
         """Return one fact of the loader on each rank, None where it is not known."""
-        return [facts.loader.get(key) for facts in self.facts]
+        return [getattr(summary.loader, key) for summary in self.summaries]
 
-    def differ(self, key: str) -> bool:
-        """Tell whether every rank knows this fact of its loader, and not all the same."""
-        values = self.of_loader(key)
-        return None not in values and unequal(values)
+    def known(self, *keys: str) -> dict[str, Any]:
+        """Return these facts of the loader, where known: one value where all ranks agree, else one for each rank."""
+        facts = {key: self.fact(key) for key in keys}
+        return {key: values if _unequal(values) else values[0] for key, values in facts.items() if _any_known(values)}
+
+    def fact_differs(self, key: str) -> bool:
+        """Return whether every rank knows this fact of its loader, and not all the same."""
+        return _known_to_differ(self.fact(key))
+
+    def indices(self) -> list[Any]:
+        """Return each rank's sample indices or their digest, None where they are not known."""
+        loaders = [summary.loader for summary in self.summaries]
+        return [loader.indices_digest if loader.indices is None else loader.indices for loader in loaders]
+
+    def indices_differ(self) -> bool:
+        """Return whether the ranks are known to have read different samples, or in another order."""
+        return _known_to_differ(self.indices())
+
+    def indices_agree(self) -> bool:
+        """Return whether the ranks are known to have read the same samples in the same order."""
+        return None not in self.indices() and not _unequal(self.indices())
+
+    def contents_agree(self, *keys: str) -> bool:
+        """Return whether each leaf that differs has one digest of its contents on all ranks, under one of the keys."""
+
+        def agrees(path: str, key: str) -> bool:
+            digests = {getattr(summary.contents.get(path), key, None) for summary in self.summaries}
+            return len(digests) == 1 and None not in digests
+
+        return bool(self.differing) and all(any(agrees(path, key) for key in keys) for path in self.differing)
+
+    def sampler_generators(self) -> list[str]:
+        """Return the generators that the sampler drew from on some rank, and whose states differed before that."""
+        drawn = {name for summary in self.summaries for name in summary.loader.sampler_drew}
+        states = [summary.loader.sampler_rng for summary in self.summaries]
+        return sorted(name for name in drawn if _known_to_differ([digests.get(name) for digests in states]))
+
+    def some_dtype_agrees(self) -> bool:
+        """Return whether some leaf that differs has one dtype on all ranks: no random number changes a dtype."""
+        for path in self.differing:
+            leaves = [next((leaf for leaf in each.leaves if leaf.path == path), None) for each in self.summaries]
+            types = {(leaf.kind, leaf.dtype) for leaf in leaves if leaf is not None}
+            if None not in leaves and len(types) == 1:
+                return True
+        return False
 
 
-def explain_batches(
-    facts: Sequence[BatchFacts], axis: str, topology: Topology, ranks: Sequence[int], differing: Sequence[str]
-) -> Explanation | None:
-    """Return why the batches of these ranks differ (axis `tp`) or do not (axis `dp`), or None where no test holds.
-
-    Args:
-        facts: Of each rank, at the first step that is wrong.
-        axis: `tp` or `dp`.
-        topology: Of the world.
-        ranks: Global rank of each of `facts`.
-        differing: Paths of the leaves that differ between the ranks; irrelevant for `dp`.
-    """
-    return first_explanation(Question(facts, topology, ranks, differing), _TESTS[axis])
+def _any_known(values: Sequence[Any]) -> bool:
+    return any(value is not None for value in values)
 
 
-def unequal(values: Sequence[Any]) -> bool:
+def _unequal(values: Sequence[Any]) -> bool:
     return any(value != values[0] for value in values[1:])
 
 
-def _uneven_length(question: Question) -> Explanation | None:
-    if not unequal([facts.ended for facts in question.facts]):
-        return None
-    evidence = {"ended": [facts.ended for facts in question.facts]}
-    return Explanation(
-        Cause.UNEVEN_LENGTH, evidence=evidence | _known(question, "length", "num_replicas", "rank", "drop_last")
-    )
+def _known_to_differ(values: Sequence[Any]) -> bool:
+    return None not in values and _unequal(values)
 
 
-def _sharded_by_world_rank(question: Question) -> Explanation | None:
-    """A sampler that deals to different replicas inside one TP group gives its ranks different samples."""
-    if question.differ("rank") and not _same_indices(question):
-        return Explanation(
-            Cause.SAMPLER_SHARDED_BY_WORLD_RANK, evidence=_known(question, "sampler", "num_replicas", "rank")
-        )
+def _sharded_by_world_rank(context: _Context) -> Explanation | None:
+    """A sampler for different replicas inside one TP group gives its ranks different samples."""
+    if context.fact_differs("rank") and not context.indices_agree():
+        evidence = context.known("sampler", "num_replicas", "rank")
+        return Explanation(Cause.SAMPLER_SHARDED_BY_WORLD_RANK, evidence=evidence)
     return None
 
 
-def _different_seed(question: Question) -> Explanation | None:
-    """The order is shuffled, from seeds or generator states that are not the same."""
-    if not _other_indices(question) or False in question.of_loader("shuffle"):
+def _different_seed(context: _Context) -> Explanation | None:
+    """The order is shuffled, from seeds or states of a torch generator that differ."""
+    if not context.indices_differ() or False in context.fact("shuffle"):
         return None
-    seeds = [key for key in ("sampler_seed", "generator_seed", "epoch") if question.differ(key)]
-    drawn = [name for name in _drawn_by_sampler(question) if _kind(name) == "torch"]
+    seeds = [key for key in ("sampler_seed", "generator_seed", "epoch") if context.fact_differs(key)]
+    drawn = [name for name in context.sampler_generators() if _kind(name) == "torch"]
     if not seeds and not drawn:
         return None
-    evidence = _known(question, "sampler", *seeds)
+    evidence = context.known("sampler", *seeds)
     return Explanation(Cause.SAME_ORDER_DIFFERENT_SEED, evidence=evidence | ({"drawn_from": drawn[0]} if drawn else {}))
 
 
-def _sampler_draws(question: Question) -> Explanation | None:
+def _sampler_draws(context: _Context) -> Explanation | None:
     """The sampler draws from a generator of Python or NumPy, whose states differ."""
-    drawn = _drawn_by_sampler(question) if _other_indices(question) else []
+    drawn = context.sampler_generators() if context.indices_differ() else []
     if not drawn:
         return None
     evidence = {"where": "the sampler, in the main process", "generators": drawn}
-    return Explanation(_differing_generator(drawn[0]), evidence=evidence | _known(question, "sampler"))
+    return Explanation(_rng_cause(drawn[0]), evidence=evidence | context.known("sampler"))
 
 
-def _padding(question: Question) -> Explanation | None:
-    if _other_indices(question) or not same_tokens(question.facts, question.differing):
+def _padding(context: _Context) -> Explanation | None:
+    """All that differs is padding."""
+    if context.indices_differ() or not context.contents_agree("unpadded", "unmasked"):
         return None
     shapes = {
-        path: [list(leaf.shape) for facts in question.facts for leaf in facts.leaves if leaf.path == path]
-        for path in question.differing
+        path: [list(leaf.shape) for summary in context.summaries for leaf in summary.leaves if leaf.path == path]
+        for path in context.differing
     }
     return Explanation(Cause.PADDING_DIFFERS, evidence={"shapes": shapes})
 
 
-def _generators(question: Question) -> Explanation | None:
-    """A generator was drawn from while the batch was made, and stood at another place on the ranks before that."""
-    if _other_indices(question) or not _comparable(question):
+def _generators(context: _Context) -> Explanation | None:
+    """A generator was drawn from while the batch was made, and its states on the ranks differed before that."""
+    if context.indices_differ() or not context.some_dtype_agrees():
         return None
-    drew = {name for facts in question.facts for name in facts.loader.get("drew", ())}
-    guilty = sorted((name for name in drew if _states_differ(question, name)), key=_by_place)
-    if not guilty:
+    drawn = {name for summary in context.summaries for name in summary.loader.drew}
+    differing = [name for name in drawn if _known_to_differ([summary.rng.get(name) for summary in context.summaries])]
+    if not differing:
         return None
-    in_workers = guilty[0].startswith("worker")
-    evidence = {"where": "workers" if in_workers else "the main process", "generators": guilty}
+    # Generators of workers first: where there are workers, they make the samples.
+    generators = sorted(differing, key=lambda name: (not name.startswith("worker"), name))
+    in_workers = generators[0].startswith("worker")
+    evidence = {"where": "workers" if in_workers else "the main process", "generators": generators}
     if in_workers:
-        evidence |= _known(question, "worker_init_fn", "worker_seed")
-    return Explanation(_differing_generator(guilty[0]), evidence=evidence)
+        evidence |= context.known("worker_init_fn", "worker_seed")
+    return Explanation(_rng_cause(generators[0]), evidence=evidence)
 
 
-def _order(question: Question) -> Explanation | None:
-    """The same samples: by their indices, by their rows, or by the names that the dataset lists."""
-    if _other_indices(question):
-        same = not unequal(question.of_loader("indices_sorted"))
-        return Explanation(Cause.ORDER_DIFFERS, evidence=_known(question, "sampler", "indices")) if same else None
-    if same_rows(question.facts, question.differing):
-        return Explanation(Cause.ORDER_DIFFERS, evidence={"same_rows_in_another_order": list(question.differing)})
-    listings = question.of_loader("listing")
-    for attribute in listings[0] or ():
-        digests = [(listing or {}).get(attribute, (None, None)) for listing in listings]
-        if (
-            (None, None) not in digests
-            and unequal(digests)
-            and not unequal([names_sorted for _, names_sorted in digests])
-        ):
-            evidence = {"dataset_lists_in_another_order": attribute} | _known(question, "dataset", "PYTHONHASHSEED")
-            return Explanation(Cause.ORDER_DIFFERS, evidence=evidence | {"hash_differs": question.differ("hash")})
+def _order(context: _Context) -> Explanation | None:
+    """The samples are the same: by their indices, by their rows, or by the names that the dataset lists."""
+    if context.indices_differ():
+        same = not _unequal(context.fact("indices_sorted"))
+        return Explanation(Cause.ORDER_DIFFERS, evidence=context.known("sampler", "indices")) if same else None
+    if context.contents_agree("rows"):
+        return Explanation(Cause.ORDER_DIFFERS, evidence={"same_rows_in_another_order": list(context.differing)})
+    listings = [summary.loader.listing or {} for summary in context.summaries]
+    for attribute in listings[0]:
+        in_order, in_sorted_order = zip(*(listing.get(attribute, (None, None)) for listing in listings), strict=True)
+        if _known_to_differ(in_order) and not _unequal(in_sorted_order):
+            evidence = {"dataset_lists_in_another_order": attribute} | context.known("dataset", "PYTHONHASHSEED")
+            return Explanation(Cause.ORDER_DIFFERS, evidence=evidence | {"hash_differs": context.fact_differs("hash")})
     return None
 
 
-def _duplicate(question: Question) -> Explanation | None:
-    leaves = [[(leaf.path, leaf.digest) for leaf in facts.leaves] for facts in question.facts]
-    rows = [set(facts.rows) for facts in question.facts]
-    pairs = [(a, b) for a in range(len(rows)) for b in range(a)]
-    if any(leaves[a] and leaves[a] == leaves[b] for a, b in pairs):
-        same = "whole batch"
-    elif any(rows[a] and rows[a] & rows[b] for a, b in pairs):
-        same = "samples"
-    else:
-        return None
-    known = ("sampler", "num_replicas", "rank", "dispatch_batches", "iterable", "sampler_seed")
-    return Explanation(Cause.DUPLICATE_DP_BATCH, evidence={"same": same} | _known(question, *known))
+# The first test that holds names the cause: where ranks read other samples, what is drawn from them differs, too.
+_TESTS: tuple[Callable[[_Context], Explanation | None], ...] = (
+    _sharded_by_world_rank,
+    _different_seed,
+    _sampler_draws,
+    _padding,
+    _generators,
+    _order,
+)
 
 
-_TESTS: dict[str, tuple[Callable[[Question], Explanation | None], ...]] = {
-    "tp": (
-        _uneven_length,
-        _sharded_by_world_rank,
-        _different_seed,
-        _sampler_draws,
-        _padding,
-        _generators,
-        _order,
-    ),
-    "dp": (_uneven_length, _duplicate),
-}
-
-
-def _known(question: Question, *keys: str) -> dict[str, Any]:
-    """Return these facts of the loader, where known: one value where all ranks agree, else one for each rank."""
-    values = {key: question.of_loader(key) for key in keys}
-    return {key: held if unequal(held) else held[0] for key, held in values.items() if held != [None] * len(held)}
-
-
-def _indices(question: Question) -> list[Any]:
-    return [facts.loader.get("indices", facts.loader.get("indices_digest")) for facts in question.facts]
-
-
-def _other_indices(question: Question) -> bool:
-    """Tell whether the ranks are known to have read different samples, or in another order."""
-    indices = _indices(question)
-    return None not in indices and unequal(indices)
-
-
-def _same_indices(question: Question) -> bool:
-    indices = _indices(question)
-    return None not in indices and not unequal(indices)
-
-
-def _comparable(question: Question) -> bool:
-    """Tell whether some leaf that differs has one dtype on all ranks: no random number changes a dtype."""
-    for path in question.differing:
-        leaves = [next((leaf for leaf in facts.leaves if leaf.path == path), None) for facts in question.facts]
-        types = {(leaf.kind, leaf.dtype) for leaf in leaves if leaf is not None}
-        if None not in leaves and len(types) == 1:
-            return True
-    return False
-
-
-def _states_differ(question: Question, name: str) -> bool:
-    states = [facts.rng.get(name) for facts in question.facts]
-    return None not in states and unequal(states)
-
-
-def _drawn_by_sampler(question: Question) -> list[str]:
-    """Return the generators that the sampler drew from on some rank, and that stood at different places before."""
-    drawn = {name for drew in question.of_loader("sampler_drew") for name in drew or ()}
-    states = [held or {} for held in question.of_loader("sampler_rng")]
-    return sorted(
-        name for name in drawn if all(name in held for held in states) and unequal([held[name] for held in states])
-    )
-
-
-def _by_place(name: str) -> tuple[bool, str]:
-    """Sort generators of workers first: where there are workers, they make the samples."""
-    return not name.startswith("worker"), name
-
-
-def _kind(name: str) -> str:
+def _kind(generator: str) -> str:
     """Return `numpy` for `worker3.numpy:dataset.rng`."""
-    return name.partition(":")[0].rpartition(".")[2]
+    return generator.partition(":")[0].rpartition(".")[2]
 
 
-def _differing_generator(name: str) -> Cause:
-    return Cause[f"RNG_DIFFERS_{_kind(name).upper()}"]
+def _rng_cause(generator: str) -> Cause:
+    return Cause[f"RNG_DIFFERS_{_kind(generator).upper()}"]

@@ -1,4 +1,4 @@
-"""Which leaves of a batch differ between ranks, which ranks deviate, and which replicas hold the same samples."""
+"""Which leaves of a batch differ between ranks, which ranks deviate, which replicas have the same samples."""
 
 from __future__ import annotations
 
@@ -7,137 +7,141 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tpcheck.batches.records import BatchFacts, Leaf
-from tpcheck.numerics.evidence import Suspect
+from tpcheck.batches.records import BatchSummary, Leaf
+from tpcheck.core.findings import Finding
 
-What = Literal["structure", "type", "dtype", "shape", "device", "bits"]
+Aspect = Literal["structure", "type", "dtype", "shape", "device", "bits"]
 
 
 @dataclass(frozen=True, slots=True)
-class FieldDifference:
+class LeafDifference:
     """One leaf that is not the same on all ranks.
 
     Attributes:
         path: Place in the batch.
-        what: The first thing that differs: whether the leaf is there, its kind, dtype, shape, device, or only its bits.
+        differs: The first aspect that differs: whether the leaf is there, its type, dtype, shape, device, or its bits.
         deviating: Ranks that differ from the majority; all of them where there is none.
         reference: The first rank of the majority.
         leaves: Each rank's leaf, None where it has none.
     """
 
     path: str
-    what: What
+    differs: Aspect
     deviating: tuple[int, ...]
     reference: int
     leaves: Mapping[int, Leaf | None]
 
+    @property
+    def shown_ranks(self) -> list[int]:
+        """The reference, then every other rank that deviates."""
+        return [self.reference, *(rank for rank in self.deviating if rank != self.reference)]
+
 
 @dataclass(frozen=True, slots=True)
 class SameSamples:
-    """Replicas that hold the same samples.
+    """Replicas that have the same samples.
 
     Attributes:
         replicas: Their numbers.
-        number: How many samples.
+        num_samples: How many samples.
         reordered: Whether they are in another order on some of them.
     """
 
     replicas: tuple[int, ...]
-    number: int
+    num_samples: int
     reordered: bool
 
 
-def field_differences(facts: Mapping[int, BatchFacts]) -> tuple[FieldDifference, ...]:
-    """Return every leaf that differs between the ranks: other structure first, then in the order of the structure.
+def leaf_differences(summaries: Mapping[int, BatchSummary]) -> tuple[LeafDifference, ...]:
+    """Return every leaf that differs between the ranks: missing leaves first, then in the order of the structure.
 
-    What lies inside a container that is itself of another type or size is not told apart leaf by leaf.
+    The size of a container is left out where a difference below it is reported as a missing leaf.
     """
-    by_path = {rank: {leaf.path: leaf for leaf in held.leaves} for rank, held in facts.items()}
-    paths = dict.fromkeys(leaf.path for held in facts.values() for leaf in held.leaves)
-    found: list[FieldDifference] = []
-    for path in paths:
-        difference = _difference(path, {rank: leaves.get(path) for rank, leaves in by_path.items()})
-        if difference is not None:
-            found.append(difference)
-    missing = {difference.path for difference in found if difference.what == "structure"}
-    found = [each for each in found if not (_is_size(each) and any(path.startswith(_below(each)) for path in missing))]
-    return tuple(sorted(found, key=lambda difference: difference.what != "structure"))
+    by_path = {rank: {leaf.path: leaf for leaf in summary.leaves} for rank, summary in summaries.items()}
+    paths = dict.fromkeys(leaf.path for summary in summaries.values() for leaf in summary.leaves)
+    differences = [
+        difference
+        for path in paths
+        if (difference := _difference(path, {rank: leaves.get(path) for rank, leaves in by_path.items()})) is not None
+    ]
+    missing = [difference.path for difference in differences if difference.differs == "structure"]
+
+    def is_explained(difference: LeafDifference) -> bool:
+        below = f"{difference.path}." if difference.path else ""
+        return _is_container_size(difference) and any(path.startswith(below) for path in missing)
+
+    rest = [difference for difference in differences if not is_explained(difference)]
+    return tuple(sorted(rest, key=lambda difference: difference.differs != "structure"))
 
 
-def deviating(values: Mapping[int, Hashable]) -> tuple[tuple[int, ...], int]:
+def deviating_ranks(values: Mapping[int, Hashable]) -> tuple[tuple[int, ...], int]:
     """Return the ranks that differ from the majority (all where there is none), and the majority's first rank."""
-    first, *others = counts = Counter(values.values()).most_common()
+    first, *others = Counter(values.values()).most_common()
     if not others:
         return (), min(values)
     if first[1] == others[0][1]:
         return tuple(values), min(values)
-    return tuple(rank for rank in values if values[rank] != first[0]), min(
-        rank for rank in values if values[rank] == counts[0][0]
-    )
+    deviating = tuple(rank for rank in values if values[rank] != first[0])
+    return deviating, min(rank for rank in values if rank not in deviating)
 
 
 def same_samples(rows: Mapping[int, Sequence[str]]) -> tuple[SameSamples, ...]:
-    """Return the sets of replicas whose batches hold exactly the same samples, in any order."""
+    """Return the sets of replicas whose batches have exactly the same samples, in any order.
+
+    Args:
+        rows: Digest of each sample, by number of the replica.
+    """
     by_samples: dict[tuple[str, ...], list[int]] = {}
-    for rank, digests in rows.items():
+    for replica, digests in rows.items():
         if digests:
-            by_samples.setdefault(tuple(sorted(digests)), []).append(rank)
+            by_samples.setdefault(tuple(sorted(digests)), []).append(replica)
     return tuple(
-        SameSamples(tuple(ranks), len(digests), len({tuple(rows[rank]) for rank in ranks}) > 1)
-        for digests, ranks in by_samples.items()
-        if len(ranks) > 1
+        SameSamples(tuple(replicas), len(digests), len({tuple(rows[replica]) for replica in replicas}) > 1)
+        for digests, replicas in by_samples.items()
+        if len(replicas) > 1
     )
 
 
-def _difference(path: str, leaves: Mapping[int, Leaf | None]) -> FieldDifference | None:
-    ranks, reference = deviating({rank: None if leaf is None else _identity(leaf) for rank, leaf in leaves.items()})
-    if not ranks:
+def _difference(path: str, leaves: Mapping[int, Leaf | None]) -> LeafDifference | None:
+    aspects = {rank: _aspects(leaf) for rank, leaf in leaves.items()}
+    deviating, reference = deviating_ranks(aspects)
+    if not deviating:
         return None
-    other = next(rank for rank in ranks if _facets(leaves[rank]) != _facets(leaves[reference]))
-    return FieldDifference(path, _what(leaves[reference], leaves[other]), ranks, reference, leaves)
+    expected = aspects[reference]
+    actual = next(aspects[rank] for rank in deviating if aspects[rank] != expected)
+    if not expected or not actual:
+        return LeafDifference(path, "structure", deviating, reference, leaves)
+    differs = next(aspect for (aspect, a), (_, b) in zip(expected, actual, strict=True) if a != b)
+    return LeafDifference(path, differs, deviating, reference, leaves)
 
 
-def _identity(leaf: Leaf) -> tuple[object, ...]:
-    return tuple(value for _, value in _facets(leaf))
-
-
-def _facets(leaf: Leaf | None) -> tuple[tuple[What, object], ...]:
-    """Return what is compared of a leaf, in the order in which a difference is told."""
+def _aspects(leaf: Leaf | None) -> tuple[tuple[Aspect, Hashable], ...]:
+    """Return what is compared of a leaf, in the order in which differences are reported."""
     if leaf is None:
         return ()
     return (
         ("type", leaf.kind),
         ("dtype" if leaf.kind in ("tensor", "array") else "type", leaf.dtype),
         ("shape", leaf.shape),
-        ("device", leaf.device.partition(":")[0]),  # every rank has a device of its own
+        ("device", leaf.device.partition(":")[0]),  # the index is another one on every rank
         ("bits", leaf.digest),
     )
 
 
-def _what(one: Leaf | None, other: Leaf | None) -> What:
-    if one is None or other is None:
-        return "structure"
-    return next(what for (what, a), (_, b) in zip(_facets(one), _facets(other), strict=True) if a != b)
-
-
-def _is_size(difference: FieldDifference) -> bool:
-    """Tell whether a container has another number of parts: the parts that are missing say more."""
-    return difference.what == "shape" and all(
+def _is_container_size(difference: LeafDifference) -> bool:
+    """Return whether a container has another number of parts."""
+    return difference.differs == "shape" and all(
         leaf is None or leaf.kind == "value" for leaf in difference.leaves.values()
     )
 
 
-def _below(difference: FieldDifference) -> str:
-    return f"{difference.path}." if difference.path else ""
-
-
 def batches_agree_within_tp(
-    differences: Sequence[FieldDifference], *, step: int, located: Mapping[str, Any], where: Mapping[str, Any]
-) -> Suspect | None:
-    """Return what is wrong with one step's batch in one TP group. Exact.
+    differences: Sequence[LeafDifference], *, step: int, located: Mapping[str, Any], where: Mapping[str, Any]
+) -> Finding | None:
+    """Return how one step's batch differs in one TP group. Exact.
 
     Args:
-        differences: Leaves that differ, the most telling first.
+        differences: Leaves that differ, the one to report first.
         step: How many batches came before.
         located: What is known of the first difference: `index`, and evidence by name.
         where: More of the place, such as `dp_rank`.
@@ -145,56 +149,54 @@ def batches_agree_within_tp(
     if not differences:
         return None
     first, *others = differences
-    facts = dict(located)
-    index = facts.pop("index", None)
+    evidence = dict(located)
+    index = evidence.pop("index", None)
     place = {"step": step, "field": first.path or "(the whole batch)", "ranks": list(first.deviating), **where}
-    return Suspect(
+    return Finding(
         check="batches_agree_within_tp",
-        kind="replica",
         where=place if index is None else {**place, "index": index},
-        observed=float(facts.get("count_differing", len(first.deviating))),
+        observed=float(evidence.get("count_differing", len(first.deviating))),
         allowed=0.0,
         evidence={
-            "differs": first.what,
+            "differs": first.differs,
             **_by_rank(first),
-            **facts,
-            "also": [{"field": each.path, "differs": each.what} for each in others],
+            **evidence,
+            "also": [{"field": each.path, "differs": each.differs} for each in others],
         },
     )
 
 
 def batches_differ_across_dp(
-    found: Sequence[SameSamples], *, field: str, step: int, replicas: Sequence[Sequence[int]]
-) -> Suspect | None:
+    same: Sequence[SameSamples], *, field: str, step: int, replicas: Sequence[Sequence[int]]
+) -> Finding | None:
     """Return which replicas train on the same samples at one step. Exact.
 
     Args:
-        found: By number of the replica.
-        field: Leaf that tells most.
+        same: Sets of replicas with the same samples.
+        field: The leaf that identifies samples best.
         step: How many batches came before.
         replicas: Ranks of each.
     """
-    if not found:
+    if not same:
         return None
-    most = max(found, key=lambda same: len(same.replicas))
-    return Suspect(
+    largest = max(same, key=lambda each: len(each.replicas))
+    return Finding(
         check="batches_differ_across_dp",
-        kind="replica",
-        where={"step": step, "field": field, "ranks": _ranks(replicas, most.replicas)},
-        observed=float(most.number),
+        where={"step": step, "field": field, "ranks": _ranks(replicas, largest.replicas)},
+        observed=float(largest.num_samples),
         allowed=0.0,
         evidence={
-            "replicas": list(most.replicas),
-            "order": "another order" if most.reordered else "the same order",
-            "also": [{"replicas": list(same.replicas)} for same in found if same is not most],
+            "replicas": list(largest.replicas),
+            "order": "another order" if largest.reordered else "the same order",
+            "also": [{"replicas": list(each.replicas)} for each in same if each is not largest],
         },
     )
 
 
 def uneven_batches(
     counts: Sequence[int], *, ended: Sequence[int], axis: str, step: int, members: Sequence[Sequence[int]]
-) -> Suspect | None:
-    """Return which ranks, or replicas, ran out of batches before the others.
+) -> Finding | None:
+    """Return which ranks, or replicas, have no more batches while others have.
 
     Args:
         counts: How many batches each has got, at least.
@@ -206,9 +208,8 @@ def uneven_batches(
     if len(ended) in (0, len(counts)) and len(set(counts)) == 1:
         return None
     names = [f"rank {ranks[0]}" if axis == "tp" else f"replica {place}" for place, ranks in enumerate(members)]
-    return Suspect(
+    return Finding(
         check="batches_agree_within_tp" if axis == "tp" else "batches_differ_across_dp",
-        kind="replica",
         where={"step": step, "field": "number of batches", "ranks": _ranks(members, ended or range(len(members)))},
         observed=float(max(counts) - min(counts) or 1),
         allowed=0.0,
@@ -224,19 +225,13 @@ def _ranks(members: Sequence[Sequence[int]], places: Iterable[int]) -> list[int]
     return sorted(rank for place in places for rank in members[place])
 
 
-def _by_rank(difference: FieldDifference) -> dict[str, Any]:
-    """Return what the reference and each deviating rank have, where that can be said in a word."""
-    leaves = _compared_leaves(difference)
-    if difference.what in ("dtype", "shape", "device"):
-        values = {rank: None if leaf is None else getattr(leaf, difference.what, None) for rank, leaf in leaves}
-        return {"by_rank": {f"rank {rank}": value for rank, value in values.items()}}
-    if difference.what == "structure":
+def _by_rank(difference: LeafDifference) -> dict[str, Any]:
+    """Return what the reference and each deviating rank have, where that is a short value."""
+    if difference.differs == "structure":
         return {"missing_on": [rank for rank, leaf in difference.leaves.items() if leaf is None]}
-    if difference.what == "type":
-        return {"by_rank": {f"rank {rank}": leaf.dtype for rank, leaf in leaves if leaf is not None}}
-    return {}
-
-
-def _compared_leaves(difference: FieldDifference) -> list[tuple[int, Any]]:
-    ranks = [difference.reference, *(rank for rank in difference.deviating if rank != difference.reference)]
-    return [(rank, difference.leaves[rank]) for rank in ranks]
+    if difference.differs == "bits":
+        return {}
+    name = "dtype" if difference.differs == "type" else difference.differs
+    return {
+        "by_rank": {f"rank {rank}": getattr(difference.leaves[rank], name, None) for rank in difference.shown_ranks}
+    }

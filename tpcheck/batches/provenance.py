@@ -1,11 +1,10 @@
-"""What is known of a data loader: who samples, with which seed, for which of how many replicas, in which workers."""
+"""How a data loader makes its batches: sampler, seeds, replicas, workers, and generators that are drawn from."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,171 +12,207 @@ import torch
 import xxhash
 from torch.utils.data import DataLoader, IterableDataset
 
-from tpcheck.batches.generators import States, moved, rng_states
-from tpcheck.batches.sampling import Collate, Listened, Log, Made, Reporter, WorkerInit, WorkerReports
+from tpcheck.batches.generators import GeneratorStates, changed_generators, rng_states
+from tpcheck.batches.records import LoaderFacts
+from tpcheck.batches.sampling import (
+    BatchProvenance,
+    RecordingSampler,
+    Reporter,
+    ReportingCollate,
+    ReportingWorkerInit,
+    SamplerLog,
+    WorkerReports,
+)
 
 _INNER_LOADER = ("base_dataloader", "dataloader", "loader", "_loader")  # accelerate; common wrappers
 _INNER_SAMPLER = ("batch_sampler", "sampler")
 _INNER_DATASET = ("dataset",)  # accelerate's IterableDatasetShard, torch's Subset
-_DEEPEST = 8  # wrappers in wrappers; a cycle ends here
+_MAX_DEPTH = 8  # wrappers in wrappers; a cycle ends here
 
 
-def torch_loader(loader: Any) -> DataLoader[Any] | None:
-    """Return the torch DataLoader that does the work inside `loader`, or None where there is none to be seen."""
-    for _ in range(_DEEPEST):
-        if issubclass(type(loader), DataLoader):  # type(): accelerate's wrappers say that they are DataLoaders
-            return loader  # type: ignore[no-any-return]
-        loader = next((vars_of(loader)[name] for name in _INNER_LOADER if name in vars_of(loader)), None)
-    return None
-
-
-def loaders(loader: Any) -> Iterator[Any]:
-    """Yield `loader` and every loader inside it, from the outside in."""
-    for _ in range(_DEEPEST):
+def loader_chain(loader: Any) -> Iterator[Any]:
+    """Yield `loader` and every loader inside it, from the outside in; the last may be a torch DataLoader."""
+    for _ in range(_MAX_DEPTH):
         if loader is None:
             return
         yield loader
-        if issubclass(type(loader), DataLoader):
+        if _is_torch_loader(loader):
             return
-        loader = next((vars_of(loader)[name] for name in _INNER_LOADER if name in vars_of(loader)), None)
+        attributes = _attributes(loader)
+        loader = next((attributes[name] for name in _INNER_LOADER if name in attributes), None)
 
 
-def samplers(loader: Any) -> Iterator[Any]:
-    """Yield the samplers of a torch DataLoader from the outside in: batch samplers, their shards, the sampler."""
-    both = (getattr(loader, name, None) for name in _INNER_SAMPLER)
-    yield from _chain(next((sampler for sampler in both if sampler is not None), None), _INNER_SAMPLER)
+def torch_loader(loader: Any) -> DataLoader[Any] | None:
+    """Return the torch DataLoader inside `loader` that reads the samples, or None where there is none."""
+    return next((each for each in loader_chain(loader) if _is_torch_loader(each)), None)
 
 
-def datasets(loader: Any) -> Iterator[Any]:
-    """Yield the datasets of a loader from the outside in."""
-    yield from _chain(getattr(loader, "dataset", None), _INNER_DATASET)
+def _is_torch_loader(loader: Any) -> bool:
+    return issubclass(type(loader), DataLoader)  # not isinstance: accelerate's wrappers claim DataLoader's class
 
 
-def vars_of(value: Any) -> dict[str, Any]:
-    """Return the attributes of an object's own, without asking its `__getattr__`."""
+def _is_dispatcher(loader: Any) -> bool:
+    """Return whether accelerate reads several batches on one process and sends each process a slice of them."""
+    return any(type(each).__name__ == "DataLoaderDispatcher" for each in loader_chain(loader))
+
+
+def _num_dropped(loader: Any) -> int:
+    """Return how many batches accelerate's SkipDataLoader, or its DataLoaderShard of a stream, makes and drops."""
+    number = _attributes(loader).get("skip_batches", 0)
+    return number if isinstance(number, int) else 0
+
+
+def _samplers(loader: Any) -> list[Any]:
+    """Return the samplers of a torch DataLoader from the outside in: batch samplers, their shards, the sampler."""
+    candidates = (getattr(loader, name, None) for name in _INNER_SAMPLER)
+    return _chain(next((sampler for sampler in candidates if sampler is not None), None), _INNER_SAMPLER)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Return an object's instance attributes, without calling its `__getattr__`."""
     attributes = getattr(value, "__dict__", None)
     return attributes if isinstance(attributes, dict) else {}
 
 
-def _chain(value: Any, inner: tuple[str, ...]) -> Iterator[Any]:
-    for _ in range(_DEEPEST):
-        if value is None:
-            return
-        yield value
-        value = next((held for name in inner if (held := getattr(value, name, None)) is not None), None)
+def _chain(value: Any, names: tuple[str, ...]) -> list[Any]:
+    """Return `value`, what it wraps under the first of these names that it has, and so on."""
+    chain: list[Any] = []
+    while value is not None and len(chain) < _MAX_DEPTH:
+        chain.append(value)
+        value = next((inner for name in names if (inner := getattr(value, name, None)) is not None), None)
+    return chain
 
 
-class Observation:
-    """Made by `observe_workers`. Call `asked` before and `made` after each batch; `remove` at the end.
+class LoaderObserver:
+    """Observes which samples and generators the batches of a loader are made from, in this process and in workers.
 
-    Streams and batches stay as they are. The hooks are the loader's own: `worker_init_fn`, `collate_fn`, and the
-    sampler, which is only listened to; pickling or copying the loader gives a loader without them.
+    Call `before_batch` before each batch is requested and `after_batch` when it has arrived; `remove` at the end.
+    Random streams and batches stay as they are. The hooks are the torch DataLoader's own `worker_init_fn`,
+    `collate_fn` and sampler; pickling or copying the loader gives one without hooks. Works with fork and spawn workers,
+    persistent ones and prefetching. Without a torch DataLoader only this process's generators are seen.
     """
 
     def __init__(self, loader: Any) -> None:
-        self._loader = torch_loader(loader)
+        inner = torch_loader(loader)
+        self._loader = loader
+        self._torch_loader = inner
         self._number = 0
-        self._beyond = self._loader is None or not _is_of_libraries(loader)
-        self._before = States()
-        self._reports = WorkerReports() if self._loader is not None and self._loader.num_workers else None
-        self._log = Log(self._reports if self._loader is not None and self._loader.persistent_workers else None)
-        self._originals = self._install(self._loader) if self._loader is not None else {}
+        # Code around the DataLoader may draw, too: the hooks inside do not see that.
+        self._observes_outside = inner is None or not _is_library_loader(loader)
+        self._before = GeneratorStates()
+        self._reports = WorkerReports() if inner is not None and inner.num_workers else None
+        # Which batch the loop gets is unknown where several become one, or where they arrive in any order.
+        in_order = self._reports is None or getattr(inner, "in_order", True)
+        self._order_known = in_order and not _is_dispatcher(loader)
+        self._log = SamplerLog(
+            dataset=inner.dataset if inner is not None and self._reports is None else None,
+            has_workers=self._reports is not None,
+            persistent=self._reports if inner is not None and inner.persistent_workers else None,
+        )
+        self._originals = self._install(inner) if inner is not None else {}
 
-    def asked(self) -> None:
-        """Note the states of this process's generators; call it before a batch is asked for."""
-        if not self._beyond:
-            return  # the loader's own hooks see all of it
-        self._before = rng_states()
+    def before_batch(self, *, starts_epoch: bool = False) -> None:
+        """Note the states of this process's generators."""
+        if starts_epoch:
+            self._number = 0
+        if self._observes_outside:  # otherwise the hooks see everything
+            self._before = rng_states()
 
-    def made(self) -> Made:
+    def after_batch(self) -> BatchProvenance:
         """Return how the batch that has just arrived was made."""
-        while self._log.pending:
-            made = self._log.pending.popleft()
-            if self._reports is None and not made.whole:
-                continue  # given out and then skipped
-            if self._reports is not None:
-                self._add_worker(made, self._reports)
-            if self._beyond:
-                made.drawn = partial(_together, made.drawn, self._drawn_here(), frozenset(made.sampler_drew))
-                made.rng = self._before | made.rng
-            self._number = made.number + 1
-            return made
-        made = Made(self._number, rng=self._before, drawn=self._drawn_here(), exact=False)
+        provenance = self._next_made() if self._order_known else None
+        if provenance is None:
+            provenance = BatchProvenance(rng=self._before, find_drawn=self._drawn_here())
+        elif self._observes_outside:
+            provenance.find_drawn = partial(
+                _union, provenance.find_drawn, self._drawn_here(), frozenset(provenance.sampler_drew)
+            )
+            provenance.rng = self._before | provenance.rng
+        provenance.number = self._number
         self._number += 1
-        return made
-
-    def _drawn_here(self) -> Callable[[], tuple[str, ...]]:
-        """Return what tells what this process has drawn from since the batch was asked for."""
-        return partial(_drawn_between, self._before, rng_states(), starts=not self._number)
+        provenance.loader_facts = partial(loader_facts, self._loader, provenance)
+        return provenance
 
     def remove(self) -> None:
-        """Give the loader its own functions and sampler back."""
-        if self._loader is not None:
-            vars(self._loader).update(self._originals)
+        """Give the loader its functions and sampler back."""
+        if self._torch_loader is not None:
+            vars(self._torch_loader).update(self._originals)
         self._originals = {}
 
-    def __enter__(self) -> Observation:
+    def __enter__(self) -> LoaderObserver:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()
 
     def _install(self, loader: DataLoader[Any]) -> dict[str, Any]:
-        reporter = Reporter(self._reports.sender if self._reports else None, self._log.finish)
-        # Past DataLoader.__setattr__, which refuses a new sampler once the loader is made.
-        own = vars(loader)
+        reporter = Reporter(self._reports.sender if self._reports else None, self._log.batch_made)
+        # DataLoader.__setattr__ refuses a new sampler once the loader is initialised.
+        attributes = vars(loader)
         sampler = "batch_sampler" if loader.batch_sampler is not None else "sampler"
-        originals = {name: own[name] for name in ("collate_fn", "worker_init_fn", sampler)}
-        self._log.dataset = None if loader.num_workers else loader.dataset  # workers have copies of their own
-        own["collate_fn"] = Collate(reporter, loader.collate_fn)
-        own["worker_init_fn"] = WorkerInit(reporter, loader.worker_init_fn)
-        own[sampler] = Listened(own[sampler], self._log)
+        originals = {name: attributes[name] for name in ("collate_fn", "worker_init_fn", sampler)}
+        attributes["collate_fn"] = ReportingCollate(reporter, loader.collate_fn)
+        attributes["worker_init_fn"] = ReportingWorkerInit(reporter, loader.worker_init_fn)
+        attributes[sampler] = RecordingSampler(attributes[sampler], self._log)
         return originals
 
-    def _add_worker(self, made: Made, reports: WorkerReports) -> None:
-        assert self._loader is not None
-        if not getattr(self._loader, "in_order", True):
-            return
-        worker = made.number % self._loader.num_workers
-        bracket = reports.around(worker, made.number // self._loader.num_workers)
-        if bracket is not None:
-            before, after, made.worker_seed = bracket
-            made.rng |= {f"worker{worker}.{name}": digest for name, digest in before.items()}
-            made.drawn = partial(tuple, [f"worker{worker}.{name}" for name in moved(before, after)])
+    def _next_made(self) -> BatchProvenance | None:
+        """Return the oldest batch that the loop has not got, leaving out those that are skipped; None where unknown."""
+        num_dropped = sum(map(_num_dropped, loader_chain(self._loader)))
+        while self._log.pending:
+            provenance = self._log.pending.popleft()
+            if not provenance.is_requested:
+                continue
+            number, self._log.num_made = self._log.num_made, self._log.num_made + 1
+            if number == 0:
+                self._number = 0
+            if number < num_dropped:
+                continue
+            if self._reports is not None and self._torch_loader is not None:
+                _add_worker(provenance, number, self._torch_loader.num_workers, self._reports)
+            return provenance
+        return None
+
+    def _drawn_here(self) -> Callable[[], tuple[str, ...]]:
+        """Return a function that names the generators of this process that moved since `before_batch`."""
+        return partial(_drawn_between, self._before, rng_states(), starts=not self._number)
 
 
-def observe_workers(loader: Any) -> Observation:
-    """Watch which generators the batches of `loader` are drawn from, in this process and in its workers.
+def _add_worker(provenance: BatchProvenance, number: int, num_workers: int, reports: WorkerReports) -> None:
+    """Add what the worker that made the batch reports; torch deals batches to workers in turn."""
+    worker = number % num_workers
+    states = reports.states_around(worker, number // num_workers)
+    if states is not None:
+        before, after, provenance.worker_seed = states
+        provenance.rng |= {f"worker{worker}.{name}": digest for name, digest in before.items()}
+        provenance.find_drawn = partial(tuple, [f"worker{worker}.{name}" for name in changed_generators(before, after)])
 
-    Works with fork and spawn workers, persistent ones and prefetching. Around anything but a torch DataLoader (or a
-    wrapper of one) only this process's generators are seen, between `asked` and `made`.
-    """
-    return Observation(loader)
 
-
-def _is_of_libraries(loader: Any) -> bool:
-    """Tell whether nobody else's code makes anything of the batches once they are collated."""
+def _is_library_loader(loader: Any) -> bool:
+    """Return whether only torch and accelerate handle the batches once they are collated."""
     module = getattr(type(loader).__iter__, "__module__", "") if hasattr(type(loader), "__iter__") else ""
     return module.partition(".")[0] in ("torch", "accelerate")
 
 
-def _together(
-    first: Callable[[], tuple[str, ...]], second: Callable[[], tuple[str, ...]], sampler_drew: frozenset[str]
+def _union(
+    drawn_by_loader: Callable[[], tuple[str, ...]],
+    drawn_here: Callable[[], tuple[str, ...]],
+    sampler_drew: frozenset[str],
 ) -> tuple[str, ...]:
-    drew = first()
-    return drew + tuple(set(second()) - {*drew, *sampler_drew})
+    drawn = drawn_by_loader()
+    return drawn + tuple(set(drawn_here()) - {*drawn, *sampler_drew})
 
 
-def _drawn_between(before: States, after: States, *, starts: bool) -> tuple[str, ...]:
-    """Return what was drawn from, the seeds of a starting loader aside."""
-    drew = moved(before, after)
-    if starts and "torch" in drew and _only_seeds_drawn(before.bits("torch"), after.bits("torch")):
-        return tuple(name for name in drew if name != "torch")
-    return drew
+def _drawn_between(before: GeneratorStates, after: GeneratorStates, *, starts: bool) -> tuple[str, ...]:
+    """Return what was drawn from, leaving out the seeds that a starting loader draws."""
+    drawn = changed_generators(before, after)
+    if starts and "torch" in drawn and _only_seeds_drawn(before.raw("torch"), after.raw("torch")):
+        return tuple(name for name in drawn if name != "torch")
+    return drawn
 
 
 def _only_seeds_drawn(before: bytes | None, after: bytes | None) -> bool:
-    """Tell whether torch's generator moved by no more than a RandomSampler's seed and an iterator's base seed."""
+    """Return whether torch's generator moved by at most a RandomSampler's seed and an iterator's base seed."""
     if before is None:
         return False
     replay = torch.Generator()
@@ -189,62 +224,43 @@ def _only_seeds_drawn(before: bytes | None, after: bytes | None) -> bool:
     return False
 
 
-_MOST_INDICES = 64  # sample indices of a batch that travel one by one; longer ones as a digest
-_MOST_NAMES = 1_000_000  # entries of a dataset's listing
+_MAX_INDICES = 64  # sample indices of a batch that are sent one by one; more are sent as a digest
+_MAX_NAMES = 1_000_000  # entries of a dataset's listing
 
 
-def all_facts(loader: Any, made: Made) -> dict[str, Any]:
-    """Return what is known of a loader and of one batch that it made."""
-    return loader_facts(loader) | made_facts(made)
+def loader_facts(loader: Any, provenance: BatchProvenance) -> LoaderFacts:
+    """Return what is known of any iterable of batches, and of one batch.
 
-
-def loader_facts(loader: Any) -> dict[str, Any]:
-    """Return what can be told of any iterable of batches; keys that do not apply are absent. Pickles, and is small.
-
-    Meant for the moment when batches differ: a dataset's listing of files is read from end to end.
-
-    Keys: `loader`, `dataset`, `iterable`, `sampler`, `num_replicas`, `rank`, `shuffle`, `sampler_seed`,
-    `generator_seed`, `epoch`, `length`, `batch_size`, `drop_last`, `dispatch_batches`, `num_workers`,
-    `worker_init_fn`, `start_method`, `torch_seed`, `PYTHONHASHSEED`, `hash`, `listing` (attribute of the dataset, with
-    digests of its names in order and of the same names sorted).
+    Call it only when batches differ: a dataset's list of files is read from end to end.
     """
     inner = torch_loader(loader)
-    facts: dict[str, Any] = {
-        "loader": type(loader).__name__,
-        "torch_seed": torch.initial_seed(),
-        "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "unset"),
-        "hash": f"{hash('tpcheck') & (1 << 64) - 1:016x}",
-    }
-    with suppress(Exception):  # any class of a user's may stand here, and its __len__ may raise anything
-        facts["length"] = len(loader)
     source = inner if inner is not None else loader
-    facts |= _of_dataset(source)
-    facts |= _of_sampling(source)
-    if inner is not None:
-        facts |= _of_workers(inner)
-        facts["drop_last"] = bool(inner.drop_last)
-    facts["dispatch_batches"] = any(type(each).__name__ == "DataLoaderDispatcher" for each in loaders(loader))
-    return facts
+    return LoaderFacts(
+        **_dataset_facts(source) | _sampler_facts(source) | _index_facts(provenance),
+        dispatch_batches=_is_dispatcher(loader),
+        worker_init_fn=None if inner is None or not inner.num_workers else _function_name(inner.worker_init_fn),
+        PYTHONHASHSEED=os.environ.get("PYTHONHASHSEED", "unset"),
+        hash=f"{hash('tpcheck') & (1 << 64) - 1:016x}",
+        drew=provenance.drew,
+        worker_seed=provenance.worker_seed,
+    )
 
 
-def made_facts(made: Made) -> dict[str, Any]:
-    """Return what an observation knows of one batch, besides the states: to be merged with `loader_facts`.
-
-    Keys: `indices` (of the samples) or `indices_digest`, `drew`, `exact`, `sampler_drew`, `sampler_rng`, `worker_seed`.
-    """
-    facts: dict[str, Any] = {"drew": made.drew, "exact": made.exact}
-    if made.indices is not None:
-        few = len(made.indices) <= _MOST_INDICES
-        facts["indices" if few else "indices_digest"] = made.indices if few else _digest(map(repr, made.indices))
-        facts["indices_sorted"] = _digest(sorted(map(repr, made.indices)))
-        facts["sampler_drew"], facts["sampler_rng"] = made.sampler_drew, dict(made.sampler_rng)
-    if made.worker_seed is not None:
-        facts["worker_seed"] = made.worker_seed
-    return facts
+def _index_facts(provenance: BatchProvenance) -> dict[str, Any]:
+    indices = provenance.indices
+    if indices is None:
+        return {}
+    return {
+        "indices": indices if len(indices) <= _MAX_INDICES else None,
+        "indices_digest": _digest(map(repr, indices)),
+        "indices_sorted": _digest(sorted(map(repr, indices))),
+        "sampler_drew": provenance.sampler_drew,
+        "sampler_rng": dict(provenance.sampler_rng),
+    }
 
 
-def _of_dataset(loader: Any) -> dict[str, Any]:
-    chain = list(datasets(loader))
+def _dataset_facts(loader: Any) -> dict[str, Any]:
+    chain = _chain(getattr(loader, "dataset", None), _INNER_DATASET)
     if not chain:
         return {}
     facts: dict[str, Any] = {
@@ -259,13 +275,13 @@ def _of_dataset(loader: Any) -> dict[str, Any]:
 
 
 def _listings(dataset: Any) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yield the attributes that list names (files, words), with a digest in order and one of the sorted names."""
-    for attribute, value in vars_of(dataset).items():
-        if isinstance(value, (list, tuple, Mapping)) and 1 < len(value) <= _MOST_NAMES:
+    """Yield the attributes that list names (files, words), with digests of the names in order and sorted."""
+    for attribute, value in _attributes(dataset).items():
+        if isinstance(value, (list, tuple, Mapping)) and 1 < len(value) <= _MAX_NAMES:
             names = [_name(entry) for entry in value]
             if all(name is not None for name in names):
-                listed = [name for name in names if name is not None]
-                yield attribute, (_digest(listed), _digest(sorted(listed)))
+                known = [name for name in names if name is not None]
+                yield attribute, (_digest(known), _digest(sorted(known)))
 
 
 def _name(entry: Any) -> str | None:
@@ -274,34 +290,29 @@ def _name(entry: Any) -> str | None:
     return os.fspath(entry) if isinstance(entry, (str, os.PathLike)) else None
 
 
-def _of_sampling(loader: Any) -> dict[str, Any]:
-    chain = list(samplers(loader))
+_SAMPLER_FACTS = {"sampler_seed": ("seed", "initial_seed"), "epoch": ("epoch",), "shuffle": ("shuffle",)}
+
+
+def _sampler_facts(loader: Any) -> dict[str, Any]:
+    chain = _samplers(loader)
     if not chain:
         return {}
     innermost = chain[-1]
     facts: dict[str, Any] = {"sampler": type(innermost).__name__}
     for sampler in chain:
-        facts |= _share(sampler)
-    for fact, names in _OF_SAMPLER.items():
-        value = next((value for name in names if _plain(value := getattr(innermost, name, None))), None)
+        facts |= _replica_of(sampler)
+    for fact, names in _SAMPLER_FACTS.items():
+        value = next((value for name in names if _is_plain(value := getattr(innermost, name, None))), None)
         if value is not None:
             facts[fact] = value
     generator = getattr(innermost, "generator", None)
     if isinstance(generator, torch.Generator):
         facts["generator_seed"] = generator.initial_seed()
-    batch_size = getattr(loader, "batch_size", None) or getattr(chain[0], "batch_size", None)
-    return facts | ({"batch_size": batch_size} if _plain(batch_size) else {})
+    return facts
 
 
-_OF_SAMPLER = {
-    "sampler_seed": ("seed", "initial_seed"),
-    "epoch": ("epoch",),
-    "shuffle": ("shuffle",),
-}
-
-
-def _share(sampler: Any) -> dict[str, Any]:
-    """Return which of how many replicas this sampler deals for; nothing where it deals to one alone."""
+def _replica_of(sampler: Any) -> dict[str, Any]:
+    """Return for which of how many replicas this sampler gives samples; nothing where there is only one."""
     for count, index in (("num_replicas", "rank"), ("num_processes", "process_index")):
         replicas, rank = getattr(sampler, count, None), getattr(sampler, index, None)
         if isinstance(replicas, int) and isinstance(rank, int) and replicas > 1:
@@ -309,29 +320,20 @@ def _share(sampler: Any) -> dict[str, Any]:
     return {}
 
 
-def _of_workers(loader: Any) -> dict[str, Any]:
-    facts: dict[str, Any] = {"num_workers": loader.num_workers}
-    if isinstance(loader.generator, torch.Generator):
-        facts["loader_generator_seed"] = loader.generator.initial_seed()
-    if not loader.num_workers:
-        return facts
-    context = loader.multiprocessing_context
-    facts["start_method"] = context.get_start_method() if context else torch.multiprocessing.get_start_method()
-    function = getattr(loader.worker_init_fn, "__wrapped__", loader.worker_init_fn)
-    return facts | ({"worker_init_fn": _spelled(function)} if function is not None else {})
-
-
-def _spelled(function: Any) -> str:
-    """Return a function as one would write it: `partial` with its arguments, which often hold a rank."""
+def _function_name(function: Any) -> str | None:
+    """Return a function as one would write it: `partial` with its arguments, which often include a rank."""
+    function = getattr(function, "__wrapped__", function) if isinstance(function, ReportingWorkerInit) else function
+    if function is None:
+        return None
     if isinstance(function, functools.partial):
         arguments = [repr(value) for value in function.args]
         arguments += [f"{name}={value!r}" for name, value in function.keywords.items()]
-        return f"{_spelled(function.func)}({', '.join(arguments)})"[:200]
+        return f"{_function_name(function.func)}({', '.join(arguments)})"[:200]
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", type(function).__name__)
     return f"{module}.{name}" if module else name
 
 
-def _plain(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
     return isinstance(value, (bool, int, str))
 
 

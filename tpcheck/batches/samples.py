@@ -1,4 +1,4 @@
-"""Which samples a batch holds: digests of its rows, apart from their order and their padding."""
+"""Which samples are in a batch: digests of its rows, whatever their order and their padding."""
 
 from __future__ import annotations
 
@@ -11,50 +11,50 @@ from math import log2
 import torch
 import xxhash
 
-from tpcheck.batches.leaves import Entry
+from tpcheck.batches.leaves import LeafContent
+from tpcheck.batches.records import ContentDigests
 from tpcheck.core.digests import digest, flat_bytes, in_memory, keys, mix
 
-_MOST_BYTES = 1 << 26  # of one tensor; a cause is looked for once, when batches differ
+_MAX_BYTES = 1 << 26  # of one tensor; digested once, when batches differ
 
 
-def contents(tensors: Mapping[str, torch.Tensor], shortest: Mapping[str, Sequence[int]]) -> dict[str, dict[str, str]]:
-    """Return digests by path that are equal on ranks whose tensors hold the same samples.
-
-    `rows`: of the rows, in any order. `unpadded`: of the tensor cut to the shortest size on any rank in every dim but
-    the first, where the rest is one value (at the end or at the start). `kept`: of what the attention mask beside it
-    keeps, padding of any kind aside.
+def content_digests(
+    tensors: Mapping[str, torch.Tensor], smallest: Mapping[str, Sequence[int]]
+) -> dict[str, ContentDigests]:
+    """Return digests by path that are equal on ranks whose tensors have the same samples in them.
 
     Args:
         tensors: Those that differ between the ranks, and attention masks, by path.
-        shortest: Smallest size of each dim on any rank, by path; the tensor's own where it is absent.
+        smallest: Smallest size of each dim on any rank, by path; the tensor's size where it is absent.
     """
-    found: dict[str, dict[str, str]] = {}
+    digests: dict[str, ContentDigests] = {}
     for path, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_nested or tensor.nbytes > _MOST_BYTES or not tensor.dim():
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.nbytes > _MAX_BYTES or not tensor.dim():
             continue
-        found[path] = {"rows": _rows(tensor)}
-        unpadded = _unpadded(tensor, shortest.get(path, tensor.shape))
-        if tensor.dim() > 1 and unpadded is not None:
-            found[path]["unpadded"] = digest(unpadded)
-        mask = tensors.get(_beside(path))
-        if mask is not None and 1 < mask.dim() <= tensor.dim() and mask.shape == tensor.shape[: mask.dim()]:
-            found[path]["kept"] = _kept(tensor, mask)
-    return found
+        unpadded = _unpadded(tensor, smallest.get(path, tensor.shape)) if tensor.dim() > 1 else None
+        mask = tensors.get(_mask_beside(path))
+        has_mask = mask is not None and 1 < mask.dim() <= tensor.dim() and mask.shape == tensor.shape[: mask.dim()]
+        digests[path] = ContentDigests(
+            rows=_rows(tensor),
+            unpadded=None if unpadded is None else digest(unpadded),
+            unmasked=_unmasked(tensor, mask) if has_mask and mask is not None else None,
+        )
+    return digests
 
 
 def _rows(tensor: torch.Tensor) -> str:
     return xxhash.xxh3_128_hexdigest("".join(sorted(digest(row) for row in tensor)).encode())
 
 
-def _unpadded(tensor: torch.Tensor, shortest: Sequence[int]) -> torch.Tensor | None:
-    """Return the tensor without its padding, None where what is too much is more than that."""
-    if len(shortest) != tensor.dim():
+def _unpadded(tensor: torch.Tensor, smallest: Sequence[int]) -> torch.Tensor | None:
+    """Return the tensor cut to this size, None where more than padding would be cut off."""
+    if len(smallest) != tensor.dim():
         return None
     for dim in range(1, tensor.dim()):
-        kept = _cut(tensor, dim, shortest[dim])
-        if kept is None:
+        cut = _cut(tensor, dim, smallest[dim])
+        if cut is None:
             return None
-        tensor = kept
+        tensor = cut
     return tensor
 
 
@@ -68,34 +68,34 @@ def _cut(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor | None:
     return None
 
 
-def _beside(path: str) -> str:
+def _mask_beside(path: str) -> str:
     parent, dot, _ = path.rpartition(".")
     return f"{parent}{dot}attention_mask"
 
 
-def _kept(tensor: torch.Tensor, mask: torch.Tensor) -> str:
+def _unmasked(tensor: torch.Tensor, mask: torch.Tensor) -> str:
     rows = [row[keep.bool()] for row, keep in zip(tensor, mask, strict=True)]
     return xxhash.xxh3_128_hexdigest("".join(digest(row) for row in rows).encode())
 
 
 _SAMPLED = 32  # elements of each row, in runs that are spread over it
-_RUN = 8  # elements side by side: each run costs one miss of the cache, which is most of what sampling costs
-_FEW = 64  # rows that are looked at one by one, 1 microsecond each
-_MOST_LEAVES = 4  # that are sampled, the largest first
-_MOST_WORDS = _SAMPLED * 16  # of a row: 16 bytes an element
+_RUN = 8  # adjacent elements: each run costs one cache miss, which is most of the time of sampling
+_MAX_LOOPED_ROWS = 64  # rows that are digested in a Python loop, 1 microsecond each
+_MAX_LEAVES = 4  # the largest leaves, which are sampled
+_MAX_WORDS = _SAMPLED * 16  # of a row: 16 bytes an element
 _OF_LEAF = (31, 0xBF58476D1CE4E5B9)  # shift and factor of `mix`, from splitmix64
 _OF_ROW = ((29, 0x94D049BB133111EB), (32, 0xBF58476D1CE4E5B9))
-_SPREAD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: places that fall into no step of the data
+_SPREAD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the runs without a period that data could have
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """The samples of one batch, in full, for replicas whose sampled digests are the same.
+    """The samples of one batch, all of their bytes digested.
 
     Attributes:
-        field: Path of the leaf that tells most.
+        field: Path of the leaf that identifies samples best.
         rows: Digest of each sample over all leaves that have one row for each.
-        bits: How improbable it is that other samples would look the same, in bits; 0 where they all look alike.
+        bits: How improbable it is that different samples have these digests, in bits; 0 where all rows are equal.
     """
 
     field: str
@@ -103,67 +103,67 @@ class Samples:
     bits: float
 
 
-def sampled_rows(found: Sequence[Entry]) -> Callable[[], bytes] | None:
-    """Begin 16 bytes that are the same for batches of the same samples in any order, and return what waits for them.
+def sampled_rows(leaves: Sequence[LeafContent]) -> Callable[[], bytes] | None:
+    """Start computing 16 bytes that are equal for the same samples in any order, and return what waits for them.
 
-    Elements of each row of the largest leaves are looked at, so batches of different samples may share them, too.
+    Only some elements of each row of the largest leaves are read, so batches of different samples may have equal bytes.
     Returns None for a batch without rows.
     """
-    held = _with_rows(found)[:_MOST_LEAVES]
-    if not held:
+    largest = _with_rows(leaves)[:_MAX_LEAVES]
+    if not largest:
         return None
-    num_rows, device = held[0][0].shape[0], held[0][1].device
-    tensors = [tensor for _, tensor in held if tensor.device == device]
-    if device.type == "cpu" and num_rows <= _FEW:
-        digest = _one_by_one(tensors, num_rows)
+    num_rows, device = largest[0][0].shape[0], largest[0][1].device
+    tensors = [tensor for _, tensor in largest if tensor.device == device]
+    if device.type == "cpu" and num_rows <= _MAX_LOOPED_ROWS:
+        digest = _looped_sum(tensors, num_rows)
         return lambda: digest
     sums = _sums([_in_rows(tensor, num_rows) for tensor in tensors])
     return lambda: sums.cpu().numpy().tobytes()
 
 
-def samples_of(found: Sequence[Entry]) -> Samples:
-    """Return the samples of a batch, in full; reads all of it, row by row."""
-    by_path = sorted(_with_rows(found), key=lambda pair: pair[0].path)
+def samples_of(leaves: Sequence[LeafContent]) -> Samples:
+    """Return the samples of a batch; reads all of it, row by row."""
+    by_path = sorted(_with_rows(leaves), key=lambda pair: pair[0].path)
     if not by_path:
         return Samples("", (), 0.0)
-    held = [(entry, _in_rows(tensor, entry.shape[0])) for entry, tensor in by_path]
-    states = [xxhash.xxh3_128() for _ in range(held[0][0].shape[0])]
-    for entry, rows in held:
+    in_rows = [(leaf, _in_rows(tensor, leaf.shape[0])) for leaf, tensor in by_path]
+    states = [xxhash.xxh3_128() for _ in range(len(in_rows[0][1]))]
+    for leaf, rows in in_rows:
         for state, row in zip(states, rows, strict=True):
-            state.update(f"{entry.path} {entry.dtype} {entry.shape[1:]} ".encode())
+            state.update(f"{leaf.path} {leaf.dtype} {leaf.shape[1:]} ".encode())
             state.update(flat_bytes(row).cpu().numpy().data)
-    bits = {entry.path: _bits(rows) for entry, rows in held}
+    bits = {leaf.path: _bits(rows) for leaf, rows in in_rows}
     field = max(bits, key=lambda path: bits[path])
     return Samples(field, tuple(state.hexdigest() for state in states), sum(bits.values()))
 
 
-def _with_rows(found: Sequence[Entry]) -> list[tuple[Entry, torch.Tensor]]:
-    """Return what has one row for each sample, as many as the largest has, which comes first."""
-    held = [(entry, entry.tensor) for entry in found if entry.tensor is not None and entry.shape]
-    held = [(entry, tensor) for entry, tensor in held if tensor.numel() and not tensor.is_meta]
-    held.sort(key=lambda pair: -pair[1].nbytes)
-    return [pair for pair in held if pair[0].shape[0] == held[0][0].shape[0]]
+def _with_rows(leaves: Sequence[LeafContent]) -> list[tuple[LeafContent, torch.Tensor]]:
+    """Return the leaves with as many rows as the largest has, which comes first."""
+    pairs = [(leaf, leaf.tensor) for leaf in leaves if leaf.tensor is not None and leaf.shape]
+    pairs = [(leaf, tensor) for leaf, tensor in pairs if tensor.numel() and not tensor.is_meta]
+    pairs.sort(key=lambda pair: -pair[1].nbytes)
+    return [pair for pair in pairs if pair[0].shape[0] == pairs[0][0].shape[0]]
 
 
 def _in_rows(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
     return tensor.detach().reshape(num_rows, -1)
 
 
-def _one_by_one(tensors: Sequence[torch.Tensor], num_rows: int) -> bytes:
-    """Return the sum of the digests of a few rows: with caches cold, a tenth of the time that tensors' sums take."""
-    runs: list[tuple[memoryview, int, int, int]] = []  # bytes, bytes of a row, where a run starts and ends in it
+def _looped_sum(tensors: Sequence[torch.Tensor], num_rows: int) -> bytes:
+    """Return the sum of the digests of a few rows: 16 us, 28 with cold caches; `_sums` takes 97 and 153 (4 tensors)."""
+    runs: list[tuple[memoryview, int, int, int]] = []  # bytes, bytes of a row, start and end of a run in it
     for tensor in tensors:
-        held = memoryview(in_memory(tensor)).cast("B")
-        row = len(held) // num_rows
+        data = memoryview(in_memory(tensor)).cast("B")
+        row = len(data) // num_rows
         element = tensor.element_size()
         if row <= _SAMPLED * element:
-            runs.append((held, row, 0, row))
+            runs.append((data, row, 0, row))
         else:
-            runs += [(held, row, start * element, (start + _RUN) * element) for start in _starts(row // element)]
+            runs += [(data, row, start * element, (start + _RUN) * element) for start in _starts(row // element)]
     total = 0
     for number in range(num_rows):
-        picked = [held[number * row + start : number * row + stop] for held, row, start, stop in runs]
-        total += xxhash.xxh3_128_intdigest(b"".join(picked))
+        sampled = [data[number * row + start : number * row + stop] for data, row, start, stop in runs]
+        total += xxhash.xxh3_128_intdigest(b"".join(sampled))
     return (total & (1 << 128) - 1).to_bytes(16, "little")
 
 
@@ -171,14 +171,14 @@ def _sums(leaves: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return two int64 on the tensors' device."""
     total = torch.zeros((), dtype=torch.int64, device=leaves[0].device)
     for number, rows in enumerate(leaves):
-        picked = _picked(rows)
-        words = picked * keys(rows.device, _MOST_WORDS, number)[: picked.shape[1]]
+        sampled = _sampled_words(rows)
+        words = sampled * keys(rows.device, _MAX_WORDS, number)[: sampled.shape[1]]
         total = total + mix(words.sum(1), *_OF_LEAF)
     return torch.stack([mix(total, *of_row).sum() for of_row in _OF_ROW])
 
 
-def _picked(rows: torch.Tensor) -> torch.Tensor:
-    """Return the bits of a few elements of each row, as [rows, words]; words are of 32 bits where they fill them."""
+def _sampled_words(rows: torch.Tensor) -> torch.Tensor:
+    """Return the bits of a few elements of each row, as [rows, words]: of 32 bits, or bytes where those do not fit."""
     if rows.is_complex():
         rows = torch.view_as_real(rows.resolve_conj()).flatten(1)
     if rows.shape[1] > _SAMPLED:
@@ -201,12 +201,12 @@ def _starts(size: int) -> tuple[int, ...]:
 
 
 def _bits(rows: torch.Tensor) -> float:
-    """Return about how many bits of chance are in the sampled elements; rows that are all alike tell nothing."""
-    picked = [bytes(row) for row in _picked(rows).cpu().view(torch.uint8).numpy()]
-    if len(picked) > 1 and len(set(picked)) == 1:
+    """Return about how many bits of entropy the sampled elements have; 0 where all rows are equal."""
+    sampled = [bytes(row) for row in _sampled_words(rows).cpu().view(torch.uint8).numpy()]
+    if len(sampled) > 1 and len(set(sampled)) == 1:
         return 0.0
     size = rows.element_size()
-    elements = Counter(row[start : start + size] for row in picked for start in range(0, len(row), size))
+    elements = Counter(row[start : start + size] for row in sampled for start in range(0, len(row), size))
     number = sum(elements.values())
     entropy = -sum(count / number * log2(count / number) for count in elements.values())
     return number * entropy

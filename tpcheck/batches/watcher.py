@@ -1,91 +1,77 @@
-"""Follows the batches of one loop, and does with what it finds what the user asked for."""
+"""Compares the batches of one loop, and does with the findings what the options say."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tpcheck.batches.leaves import Remembered
-from tpcheck.batches.rounds import (
-    NOTHING,
-    Coincidence,
-    Origin,
-    Outcome,
-    Part,
-    Peers,
-    Status,
-    compare,
-    find_peers,
-    unheard,
-)
-from tpcheck.batches.settings import OnMismatch, Settings
+from tpcheck.batches.options import OnMismatch, WatchOptions
+from tpcheck.batches.peers import Peers, find_peers
+from tpcheck.batches.rounds import AXES, EqualSamples, Outcome, RankBatch, Status, compare, outcome_after_leaving
+from tpcheck.batches.sampling import BatchProvenance
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import BatchMismatch, Mismatch, RankFailure, UnevenBatches
 from tpcheck.core.findings import CheckResult, Finding, Verdict
 from tpcheck.report.report import Report
 
-_BOTH = frozenset({"tp", "dp"})
 _log = logging.getLogger("tpcheck")
 
 
 @dataclass
 class _Epoch:
-    """Where this rank stands in one pass over its batches."""
+    """This rank's progress in one pass over its batches."""
 
     count: int = 0
-    axes: frozenset[str] = _BOTH
-    over: bool = False
+    axes: frozenset[str] = AXES
+    is_over: bool = False
 
 
 class Watcher:
-    """Call `start`, then `check` for each batch, then one of `end`, `failed` and `leave`. Collective over the ranks.
+    """Call `start`, then `check` for each batch, then one of `end`, `fail` and `leave`. Collective over the ranks.
 
-    A loop that has no end of its own (a hook on a model) calls `check` alone.
+    A loop whose end is not seen (a hook on a model) calls `check` alone.
 
     Args:
-        settings: What to do when, and with what is found.
-        model: The model that the batches are for, where it is at hand: it may know its groups.
+        options: What to do when, and with findings.
+        model: The model that the batches are for, where it is known: it may know its groups.
         name: What is watched, for reports.
     """
 
-    def __init__(self, settings: Settings, *, model: Any = None, name: str = "batches") -> None:
-        self.settings = settings
+    def __init__(self, options: WatchOptions, *, model: Any = None, name: str = "batches") -> None:
+        self.options = options
         self._model = model
         self._name = name
         self._peers: Peers | None = None
         self._epoch = _Epoch()
         self._step = 0  # batches before this one, over all epochs
-        self._coincidence = Coincidence()
+        self._equal_samples = None if options.across_dp == "ignore" else EqualSamples()
         self._warned: set[tuple[str, str]] = set()
         self._running: Future[Outcome] | None = None
-        self._owed: Mismatch | None = None
-        self._remembered = Remembered()
-        self._compares_samples = settings.across_dp != "ignore"
+        self._pending_mismatch: Mismatch | None = None
 
     @property
     def peers(self) -> Peers:
-        """The ranks that are compared with; found at first use."""
+        """The ranks whose batches are compared; looked up at first use."""
         if self._peers is None:
-            chosen = self.settings
             self._peers = find_peers(
-                group=chosen.group,
-                topology=chosen.topology,
+                group=self.options.group,
+                topology=self.options.topology,
                 model=self._model,
-                timeout=chosen.timeout,
-                shared=not chosen.overlap,
+                timeout=self.options.timeout,
+                shared=not self.options.overlap,
             )
             _log.info("tpcheck compares batches: %s", self.source)
         return self._peers
 
     @property
     def source(self) -> str:
-        """Which groups are used, and who told them."""
+        """Which groups are used, and where they come from."""
         peers = self.peers
         return f"{peers.tp.name}, {peers.dp.name}, from {peers.groups.source}"
 
@@ -93,121 +79,120 @@ class Watcher:
         """Begin a pass over the batches.
 
         Raises:
-            Mismatch: Found when the pass before had been left.
+            Mismatch: Found after the loop had left the pass before.
         """
         self.settle()
-        owed, self._owed = self._owed, None
-        if owed is not None:
-            raise owed
+        mismatch, self._pending_mismatch = self._pending_mismatch, None
+        if mismatch is not None:
+            raise mismatch
         for axis in ("tp", "dp"):
-            self._act(unheard(self.peers, axis, self._step))
+            self._handle(outcome_after_leaving(self.peers, axis, self._step))
         self._epoch = _Epoch()
 
-    def check(self, batch: Any, origin: Origin | None = None) -> None:
+    def check(self, batch: Any, provenance: BatchProvenance | None = None) -> None:
         """Compare this rank's batch with those of its peers.
 
         Raises:
-            BatchMismatch: They differ, and `on_mismatch` says so.
+            BatchMismatch: They differ, and `on_mismatch` is `raise`.
             UnevenBatches: Another rank has no more batches.
             RankFailure: Another rank's loader raised, or a rank has gone.
         """
         epoch, step = self._epoch, self._step
         self.settle()
-        if step % self.settings.every == 0 and epoch.axes and not epoch.over:
-            part = Part(
+        if step % self.options.every == 0 and epoch.axes and not epoch.is_over:
+            compares_samples = self._equal_samples is not None and "dp" in epoch.axes and len(self.peers.dp.ranks) > 1
+            rank_batch = RankBatch(
                 Status.BATCH,
                 step=step,
                 count=epoch.count,
                 batch=batch,
-                origin=origin,
-                with_rows=self._compares_samples and "dp" in epoch.axes and len(self.peers.dp.ranks) > 1,
-                remembered=self._remembered,
+                provenance=provenance,
+                with_rows=compares_samples,
             )
-            self._round(part, overlap=self.settings.overlap)
+            self._run_round(rank_batch, overlap=self.options.overlap)
         epoch.count += 1
         self._step += 1
 
     def end(self) -> None:
-        """Say that this rank has no more batches, and hear whether the others have none either."""
-        self._last(Status.ENDED)
+        """Compare, at the end of this rank's batches, whether the others have no more either."""
+        self._run_last_round(Status.ENDED)
 
-    def failed(self, error: BaseException) -> None:
-        """Say that this rank's loader raised; the caller raises the error itself."""
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks that this rank's loader raised; the caller raises the error itself."""
         try:
-            self._last(Status.FAILED, error)
+            self._run_last_round(Status.FAILED, error)
         except RankFailure:
             _log.debug("another rank failed, too", exc_info=True)
 
     def leave(self) -> None:
-        """Say that this rank takes no more batches, without waiting for anybody."""
+        """Tell the other ranks that this one takes no more batches, without waiting for them."""
         epoch = self._epoch
-        if epoch.over or self._peers is None or self._peers.tp.broken or self._peers.dp.broken:
+        if epoch.is_over or self._peers is None or self._peers.tp.broken or self._peers.dp.broken:
             return
-        epoch.over = True
+        epoch.is_over = True
         try:
             self.settle()
-            message = Part(Status.LEFT, step=self._step, count=epoch.count).message()
-            for axis, exchange in (("tp", self._peers.tp), ("dp", self._peers.dp)):
+            message = RankBatch(Status.LEFT, step=self._step, count=epoch.count).message().pack()
+            for axis in ("tp", "dp"):
                 if axis in epoch.axes:
-                    exchange.isend(message)
+                    self._peers.exchange(axis).isend(message)
         except RankFailure:
             _log.debug("another rank failed, too", exc_info=True)
 
     def abandon(self) -> None:
-        """Leave where nothing can be raised, as at a `break`: warn of what is found; the next `start` raises it."""
+        """Leave where nothing can be raised, as at a `break`: warn of a mismatch, which the next `start` raises."""
         try:
             self.leave()
         except Mismatch as mismatch:
-            self._owed = mismatch
+            self._pending_mismatch = mismatch
             warnings.warn(str(mismatch), stacklevel=2)
 
     def settle(self) -> None:
-        """Wait for the round that runs beside the step, and do with its outcome what the user asked for."""
+        """Wait for the round that runs beside the step, and handle its outcome."""
         running, self._running = self._running, None
         if running is not None:
-            self._act(self._waited(running.result))
+            self._handle(self._result(running.result))
 
-    def _last(self, status: Status, error: BaseException | None = None) -> None:
+    def _run_last_round(self, status: Status, error: BaseException | None = None) -> None:
         epoch = self._epoch
         self.settle()
-        if not epoch.over and epoch.axes:
-            epoch.over = True
-            self._round(Part(status, step=self._step, count=epoch.count, error=error), overlap=False)
+        if not epoch.is_over and epoch.axes:
+            epoch.is_over = True
+            self._run_round(RankBatch(status, step=self._step, count=epoch.count, error=error), overlap=False)
 
-    def _round(self, part: Part, *, overlap: bool) -> None:
-        peers, axes = self.peers, self._epoch.axes
-        coincidence = self._coincidence if self._compares_samples else None
-        run = partial(compare, peers, part, axes=axes, coincidence=coincidence)
+    def _run_round(self, batch: RankBatch, *, overlap: bool) -> None:
+        run = partial(compare, self.peers, batch, axes=self._epoch.axes, equal_samples=self._equal_samples)
         if overlap:
             self._running = _in_background(run)
         else:
-            self._act(self._waited(run))
+            self._handle(self._result(run))
 
-    def _waited(self, run: Callable[[], Outcome]) -> Outcome:
+    def _result(self, run: Callable[[], Outcome]) -> Outcome:
         try:
             return run()
         except RankFailure:
-            self._epoch.over = True
+            self._epoch.is_over = True
             raise
 
-    def _act(self, outcome: Outcome) -> None:
-        if outcome == NOTHING:
+    def _handle(self, outcome: Outcome) -> None:
+        """Raise, warn or call back, as the options say."""
+        if outcome.is_clean:
             return
         epoch = self._epoch
         epoch.axes -= outcome.uneven
         if outcome.failure is not None:
-            epoch.over = True
+            epoch.is_over = True
             raise outcome.failure
         within = [finding for finding in outcome.findings if finding.check == "batches_agree_within_tp"]
         across = [finding for finding in outcome.findings if finding.check != "batches_agree_within_tp"]
-        for findings, mode in ((within, self.settings.on_mismatch), (across, self.settings.across_dp)):
+        for findings, mode in ((within, self.options.on_mismatch), (across, self.options.across_dp)):
             if findings and mode != "ignore":
-                self._tell(findings, mode)
+                self._report(findings, mode)
 
-    def _tell(self, findings: list[Finding], mode: OnMismatch) -> None:
-        report = report_of(findings, self.peers, name=self._name)
+    def _report(self, findings: list[Finding], mode: OnMismatch) -> None:
+        report = _report_of(findings, self.peers, name=self._name)
         if mode == "raise":
-            self._epoch.over = True
+            self._epoch.is_over = True
             uneven = findings[0].evidence.get("differs") == "length"
             raise (UnevenBatches if uneven else BatchMismatch)(report.to_text(), report)
         if callable(mode):
@@ -217,11 +202,11 @@ class Watcher:
         if not places <= self._warned:
             self._warned |= places
             if any(check == "batches_differ_across_dp" for check, _ in places):
-                self._compares_samples = False
+                self._equal_samples = None
             warnings.warn(report.to_text(), stacklevel=2)
 
 
-def report_of(findings: list[Finding] | tuple[Finding, ...], peers: Peers, *, name: str) -> Report:
+def _report_of(findings: Sequence[Finding], peers: Peers, *, name: str) -> Report:
     """Return a report on batches, the same on every rank."""
     topology = peers.groups.topology
     subject: Mapping[str, Any] = {
@@ -231,11 +216,11 @@ def report_of(findings: list[Finding] | tuple[Finding, ...], peers: Peers, *, na
         "groups_from": peers.groups.source,
     }
     checks = tuple(CheckResult(check, 1, 0.0) for check in dict.fromkeys(finding.check for finding in findings))
-    return Report(Verdict("failed" if findings else "passed", subject, package_versions(), tuple(findings), checks))
+    return Report(Verdict("failed", subject, package_versions(), tuple(findings), checks))
 
 
 def _in_background(run: Callable[[], Outcome]) -> Future[Outcome]:
-    """Run it in a thread that no process waits for at its end."""
+    """Run in a daemon thread: the process does not wait for it when it exits."""
     future: Future[Outcome] = Future()
 
     def target() -> None:

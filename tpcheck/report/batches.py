@@ -1,4 +1,4 @@
-"""What differs between batches, as a phrase."""
+"""Differences between batches, as phrases."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tpcheck.core.findings import Finding
 from tpcheck.report import words
 
 _RANKS_SHOWN = 4
-# Evidence that the phrases below use up.
+# Evidence that the phrases below include.
 PHRASED = frozenset(
     {"differs", "by_rank", "missing_on", "values", "first_sample", "samples_differing", "samples_total"}
     | {"batches", "ended", "replicas", "order"}
@@ -23,22 +23,20 @@ def amount(finding: Finding) -> str | None:
     if finding.check == "batches_differ_across_dp" and differs is None:
         return f"{words.count(finding.observed, 'sample')} in common, in {evidence.get('order', 'some order')}"
     if differs == "length":
-        ended = set(evidence["ended"])
         return "batches: " + ", ".join(
-            f"{count}{'' if who in ended else ' or more'} on {who}" for who, count in evidence["batches"].items()
+            f"{count}{'' if name in evidence['ended'] else ' or more'} on {name}"
+            for name, count in evidence["batches"].items()
         )
     if differs == "structure":
         return f"missing on {words.ranks(evidence['missing_on'])}; differs"
     if differs in ("type", "dtype", "shape", "device"):
-        return f"{differs} {_pairs(evidence['by_rank'])}; differs"
-    if differs != "bits":
-        return None
-    return _bits(evidence)
+        return f"{differs} {_by_rank(evidence['by_rank'])}; differs"
+    return _bits(evidence) if differs == "bits" else None
 
 
 def values(evidence: Mapping[str, Any]) -> str:
     """Return the values of the first element that differs."""
-    return _pairs(evidence.get("values") or {})
+    return _by_rank(evidence.get("values") or {})
 
 
 def _bits(evidence: Mapping[str, Any]) -> str:
@@ -51,9 +49,9 @@ def _bits(evidence: Mapping[str, Any]) -> str:
     return f"{text}, in {evidence['samples_differing']} of {words.count(evidence['samples_total'], 'sample')}, first"
 
 
-def _pairs(by_rank: Mapping[str, Any]) -> str:
-    return words.few([f"{_exact(value)} on {who}" for who, value in by_rank.items()], _RANKS_SHOWN)
+def _by_rank(values: Mapping[str, Any]) -> str:
+    return words.few([f"{_value(value)} on {name}" for name, value in values.items()], _RANKS_SHOWN)
 
 
-def _exact(value: Any) -> str:
+def _value(value: Any) -> str:
     return str(list(value)) if isinstance(value, (tuple, list)) else str(value)

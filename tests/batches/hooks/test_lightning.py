@@ -29,7 +29,7 @@ def train(rank: Rank, *, seeded: bool, workers: int = 0) -> tuple[Any, int, str]
             self.scale = torch.nn.Parameter(torch.ones(()))
 
         def configure_model(self) -> None:
-            """Nothing is sharded: what is tested is the data."""
+            """Shard nothing: the test is about the data."""
 
         def training_step(self, batch: Any, _: int) -> torch.Tensor:
             return (batch["pixel_values"].mean() * self.scale).square()
@@ -62,7 +62,7 @@ def train(rank: Rank, *, seeded: bool, workers: int = 0) -> tuple[Any, int, str]
 
 @pytest.mark.parametrize("topology", [Topology(tp=2), Topology(tp=2, dp=2)], ids=str)
 @pytest.mark.parametrize(("workers", "where"), [(0, "the main process"), (1, "workers")])
-def test_the_first_bad_step_is_told_with_its_cause(topology: Topology, workers: int, where: str) -> None:
+def test_the_first_wrong_step_is_found_with_its_cause(topology: Topology, workers: int, where: str) -> None:
     with tpcheck.spawn(topology, timeout=120) as world:
         finding, steps, source = world.run(train, seeded=False, workers=workers)[0]
     assert (finding.where["field"], finding.where["step"]) == ("pixel_values", steps)
@@ -70,7 +70,7 @@ def test_the_first_bad_step_is_told_with_its_cause(topology: Topology, workers: 
     assert source == "the device mesh on the model"
 
 
-def test_seeded_batches_are_clean() -> None:
+def test_seeded_batches_are_equal() -> None:
     with tpcheck.spawn(Topology(tp=2), timeout=120) as world:
         assert {finding for finding, *_ in world.run(train, seeded=True)} == {None}
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tpcheck
-from tpcheck import Rank, Topology, UsageError
+from tpcheck import Rank, UsageError, World
 from tpcheck.lab.faults.pipelines import augmented
 
 
@@ -25,7 +25,7 @@ class Brightness(nn.Module):
 
 
 class Engine(nn.Module):
-    """What engines and wrappers look like from outside."""
+    """A wrapper with the attribute that engines and DistributedDataParallel have."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -54,27 +54,24 @@ def loop(rank: Rank, *, wrapped: bool = False, with_loader: bool = True, labels_
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_the_first_bad_step_is_told_with_its_cause(wrapped: bool) -> None:
-    with tpcheck.spawn(Topology(tp=2)) as world:
-        for finding, steps in world.run(loop, wrapped=wrapped):
-            assert (finding.where["field"], finding.where["step"], steps) == ("pixel_values", 2, 2)
-            assert (finding.cause, finding.evidence["where"]) == ("rng_differs_python", "the main process")
+def test_the_first_wrong_step_is_found_with_its_cause(pair: World, wrapped: bool) -> None:
+    for finding, steps in pair.run(loop, wrapped=wrapped):
+        assert (finding.where["field"], finding.where["step"], steps) == ("pixel_values", 2, 2)
+        assert (finding.cause, finding.evidence["where"]) == ("rng_differs_python", "the main process")
 
 
-def test_without_its_loader_a_batch_is_found_and_not_explained() -> None:
-    with tpcheck.spawn(Topology(tp=2)) as world:
-        finding, steps = world.run(loop, with_loader=False)[0]
-        assert (finding.where["field"], finding.cause, steps) == ("pixel_values", None, 2)
+def test_without_its_loader_a_difference_is_found_without_a_cause(pair: World) -> None:
+    finding, steps = pair.run(loop, with_loader=False)[0]
+    assert (finding.where["field"], finding.cause, steps) == ("pixel_values", None, 2)
 
 
-def test_labels_are_compared_too() -> None:
-    with tpcheck.spawn(Topology(tp=2)) as world:
-        finding, steps = world.run(loop, labels_off=1)[0]
-        assert (finding.where["field"], finding.cause, steps) == ("labels", None, 0)
+def test_labels_are_compared(pair: World) -> None:
+    finding, steps = pair.run(loop, labels_off=1)[0]
+    assert (finding.where["field"], finding.cause, steps) == ("labels", None, 0)
 
 
-def evaluated(rank: Rank) -> bool:
-    """Give every rank another batch where no gradient is asked for, and take the hook away."""
+def evaluate(rank: Rank) -> bool:
+    """Give every rank another batch in evaluation and after removal; return whether the hook is removed."""
     model = Brightness()
     images, labels = torch.full((2, 3), float(rank.rank)), torch.zeros(2)
     with tpcheck.watch_model(model, topology=rank.topology, timeout=20):
@@ -87,9 +84,8 @@ def evaluated(rank: Rank) -> bool:
     return not model._forward_pre_hooks
 
 
-def test_evaluation_is_not_looked_at_and_nothing_stays_behind() -> None:
-    with tpcheck.spawn(Topology(tp=2)) as world:
-        assert world.run(evaluated) == (True, True)
+def test_evaluation_is_not_compared_and_the_hook_is_removed(pair: World) -> None:
+    assert pair.run(evaluate) == (True, True)
 
 
 def test_hooks_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +95,6 @@ def test_hooks_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not model._forward_pre_hooks
 
 
-def test_what_is_no_model_is_refused() -> None:
+def test_anything_but_a_model_raises() -> None:
     with pytest.raises(UsageError, match=r"engine_or_model='list': expected a torch.nn.Module"):
         tpcheck.watch_model([])  # type: ignore[arg-type]

@@ -43,9 +43,8 @@ def train(
     steps: int = 4,
     save_steps: int | None = None,
     resume: bool = False,
-    watched: bool = True,
 ) -> tuple[list[Finding], int]:
-    """Train with masked tokens; return what the callback found, and how many steps were taken."""
+    """Train with masked tokens; return the callback's findings, and how many steps were taken."""
     import torch
     from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -65,12 +64,12 @@ def train(
         deepspeed=DEEPSPEED if deepspeed else None,
     )
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM.from_pretrained(folder, **({} if deepspeed else natively(rank)))
+    model: Any = LlamaForCausalLM.from_pretrained(folder, **({} if deepspeed else native_sharding(rank)))
     collator = DataCollatorForLanguageModeling(a_tokenizer(), mlm_probability=0.5)
-    callbacks = [tpcheck.TpcheckCallback(timeout=30)] if watched else []
-    trainer = Trainer(model, args, train_dataset=Sentences(), data_collator=collator, callbacks=callbacks)
+    callback = tpcheck.TpcheckCallback(timeout=30)
+    trainer = Trainer(model, args, train_dataset=Sentences(), data_collator=collator, callbacks=[callback])
     if seed_workers_by_dp_rank:
-        reseed(trainer, rank)
+        seed_workers(trainer, rank)
     try:
         trainer.train(resume_from_checkpoint=f"{folder}/out/checkpoint-{save_steps}" if resume else None)
     except tpcheck.BatchMismatch as mismatch:
@@ -78,8 +77,8 @@ def train(
     return [], trainer.state.global_step
 
 
-def natively(rank: Rank) -> dict[str, Any]:
-    """Return how transformers shards a model by itself. Its Trainer refuses that on CPUs alone, though it works."""
+def native_sharding(rank: Rank) -> dict[str, Any]:
+    """Return the arguments with which transformers shards a model. Its Trainer refuses CPUs, where they work."""
     from accelerate import ParallelismConfig
     from transformers.distributed import DistributedConfig
 
@@ -87,15 +86,15 @@ def natively(rank: Rank) -> dict[str, Any]:
     return {"distributed_config": DistributedConfig(tp_size=rank.topology.tp, tp_plan="auto")}
 
 
-def reseed(trainer: Any, rank: Rank) -> None:
-    """Follow the advice: workers seeded by dp_rank."""
+def seed_workers(trainer: Any, rank: Rank) -> None:
+    """Follow the advice: seed workers by dp_rank."""
     from transformers.trainer_utils import seed_worker
 
     build = trainer.get_train_dataloader
 
-    def loader() -> Any:
-        made = build()
-        made.base_dataloader.worker_init_fn = partial(seed_worker, num_workers=made.num_workers, rank=rank.dp_rank)
-        return made
+    def seeded_loader() -> Any:
+        loader = build()
+        loader.base_dataloader.worker_init_fn = partial(seed_worker, num_workers=loader.num_workers, rank=rank.dp_rank)
+        return loader
 
-    trainer.get_train_dataloader = loader
+    trainer.get_train_dataloader = seeded_loader

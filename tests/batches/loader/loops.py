@@ -1,4 +1,4 @@
-"""What a rank does in the tests: makes batches, plants a fault, follows them through `watch`, and tells what it saw."""
+"""What a rank does in the tests: makes batches, injects a fault, iterates through `watch`, returns what happened."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from tpcheck import Rank
 
-Plant = Callable[[Rank, list[Any]], Any]  # gets the batches of one epoch; returns others, or changes them in place
+Fault = Callable[[Rank, list[Any]], Any]  # takes the batches of one epoch; returns others, or changes them in place
 
 
 @dataclass
-class Seen:
-    """What one rank's loop came to."""
+class LoopResult:
+    """What happened in one rank's loop."""
 
     batches: int
     seconds: float
@@ -27,7 +27,7 @@ class Seen:
 
 
 def batches(rank: Rank, *, number: int = 4, shift: int | None = None) -> list[dict[str, Any]]:
-    """Return batches of 3 samples that are the same inside a TP group and others on each replica."""
+    """Return batches of 3 samples, the same inside a TP group and different on each replica."""
     import torch
 
     generator = torch.Generator().manual_seed(rank.dp_rank if shift is None else shift)
@@ -36,48 +36,40 @@ def batches(rank: Rank, *, number: int = 4, shift: int | None = None) -> list[di
             "pixels": torch.randn(3, 2, 4, 4, generator=generator),
             "labels": torch.randint(10, (3,), generator=generator),
             "extra": {"weight": 0.5, "boxes": [torch.randn(2, 4, generator=generator), None], "name": "train"},
+            "scale": torch.tensor(8.0),
         }
         for _ in range(number)
     ]
 
 
-def follow(
-    rank: Rank, plant: Plant | None = None, *, epochs: int = 1, made: Callable[[Rank], Any] = batches, **options: Any
-) -> Seen:
+def run_loop(
+    rank: Rank, fault: Fault | None = None, *, epochs: int = 1, make: Callable[[Rank], Any] = batches, **options: Any
+) -> LoopResult:
     import tpcheck
 
-    given = made(rank)
-    if plant is not None:
-        given = plant(rank, given) or given
+    given = make(rank)
+    if fault is not None:
+        given = fault(rank, given) or given
     reports: list[Any] = []
     if options.get("on_mismatch") == "call":
         options["on_mismatch"] = reports.append
     options = {"topology": rank.topology, "across_dp": "raise", "timeout": 20.0, **options}
-    start, seen = time.monotonic(), Seen(0, 0.0)
+    start, result = time.monotonic(), LoopResult(0, 0.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             loader = tpcheck.watch(given, **options)
             for _ in range(epochs):
                 for _batch in loader:
-                    seen.batches += 1
+                    result.batches += 1
         except Exception as error:
-            seen.error, seen.text = type(error).__name__, str(error)
-            seen.findings = getattr(getattr(error, "report", None), "findings", ())
-    seen.seconds = time.monotonic() - start
-    seen.warned = tuple(
+            result.error, result.text = type(error).__name__, str(error)
+            result.findings = getattr(getattr(error, "report", None), "findings", ())
+    result.seconds = time.monotonic() - start
+    result.warned = tuple(
         str(each.message) for each in caught if "tpcheck" in str(each.message) or "batches" in str(each.message)
     )
-    seen.reports = len(reports)
+    result.reports = len(reports)
     if reports:
-        seen.findings = reports[0].findings
-    return seen
-
-
-def on(rank_number: int) -> Callable[[Callable[[list[Any]], Any]], Plant]:
-    """Return a decorator for a fault that is planted on one rank."""
-
-    def decorate(change: Callable[[list[Any]], Any]) -> Plant:
-        return lambda rank, given: change(given) if rank.rank == rank_number else None
-
-    return decorate
+        result.findings = reports[0].findings
+    return result

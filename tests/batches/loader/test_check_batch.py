@@ -1,4 +1,4 @@
-"""`check_batch` answers the same on every rank, and raises for no mismatch."""
+"""`check_batch` returns the same findings on every rank, and raises nothing for a mismatch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is right is not flagged."""
+"""Batches that agree cause no finding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.batches.loader.loops import batches, follow
+from tests.batches.loader.loops import LoopResult, batches, run_loop
 from tpcheck import Rank, World
 
 
@@ -57,17 +57,21 @@ def sparse_and_nested(rank: Rank) -> Any:
     ]
 
 
+CLEAN = (plain, with_nan, empty, no_batches, generator, sets_and_other_orders, sparse_and_nested)
+
+
+def run_each(rank: Rank, overlap: bool) -> list[LoopResult]:
+    return [run_loop(rank, make=make, overlap=overlap, epochs=2) for make in CLEAN]
+
+
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize(
-    "made", [plain, with_nan, empty, no_batches, generator, sets_and_other_orders, sparse_and_nested],
-    ids=lambda made: made.__name__,
-)  # fmt: skip
-def test_batches_that_agree_pass(square: World, made: Any, overlap: bool) -> None:
-    for seen in square.run(follow, made=made, overlap=overlap, epochs=2):
-        assert (seen.error, seen.warned) == (None, ()), seen.text
+def test_batches_that_agree_pass(square: World, overlap: bool) -> None:
+    for results in square.run(run_each, overlap):
+        for make, result in zip(CLEAN, results, strict=True):
+            assert (result.error, result.warned) == (None, ()), (make.__name__, result.text)
 
 
-def test_layout_in_memory_makes_no_difference(pair: World) -> None:
+def test_the_memory_format_makes_no_difference(pair: World) -> None:
     def fault(rank: Rank, given: list[Any]) -> None:
         import torch
 
@@ -75,14 +79,14 @@ def test_layout_in_memory_makes_no_difference(pair: World) -> None:
             if rank.rank:
                 batch["pixels"] = batch["pixels"].contiguous(memory_format=torch.channels_last)
 
-    assert {each.error for each in pair.run(follow, fault)} == {None}
+    assert {each.error for each in pair.run(run_loop, fault)} == {None}
 
 
 def test_a_world_without_tp_compares_replicas_alone(pair: World) -> None:
     from tpcheck import Topology
 
-    for seen in pair.run(follow, topology=Topology(dp=2), made=lambda rank: batches(rank, shift=rank.rank)):
-        assert seen.error is None
-    for seen in pair.run(follow, topology=Topology(dp=2)):  # rank.dp_rank is 0 on both: the same samples
-        assert seen.error == "BatchMismatch"
-        assert seen.findings[0].check == "batches_differ_across_dp"
+    for result in pair.run(run_loop, topology=Topology(dp=2), make=lambda rank: batches(rank, shift=rank.rank)):
+        assert result.error is None
+    for result in pair.run(run_loop, topology=Topology(dp=2)):  # rank.dp_rank is 0 on both: the same samples
+        assert result.error == "BatchMismatch"
+        assert result.findings[0].check == "batches_differ_across_dp"

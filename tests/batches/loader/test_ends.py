@@ -1,4 +1,4 @@
-"""Whatever ends a loop on one rank ends it on all, soon and with a reason."""
+"""Whatever ends a loop on one rank ends it on all ranks, at once and with a reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.batches.loader.loops import Seen, batches, follow
+from tests.batches.loader.loops import LoopResult, batches, run_loop
 from tpcheck import Rank, World
 
 
@@ -22,25 +22,25 @@ def shorter(rank: Rank, given: list[Any]) -> list[Any] | None:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_ranks_that_end_early_are_counted_on_all(pair: World, overlap: bool) -> None:
-    seen = pair.run(follow, shorter, overlap=overlap)
-    assert {each.error for each in seen} == {"UnevenBatches"}
-    (finding,) = seen[0].findings
+def test_ranks_that_end_early_are_reported_on_all(pair: World, overlap: bool) -> None:
+    results = pair.run(run_loop, shorter, overlap=overlap)
+    assert {each.error for each in results} == {"UnevenBatches"}
+    (finding,) = results[0].findings
     assert finding.cause == "uneven_length"
     assert finding.where["ranks"] == [1]
     assert finding.evidence["batches"] == {"rank 0": 3, "rank 1": 2}
-    assert "batches: 3 or more on rank 0, 2 on rank 1" in seen[0].text
-    assert max(each.seconds for each in seen) < 5
+    assert "batches: 3 or more on rank 0, 2 on rank 1" in results[0].text
+    assert max(each.seconds for each in results) < 5
 
 
-def test_uneven_batches_are_seen_between_compared_ones(pair: World) -> None:
-    seen = pair.run(follow, lambda rank, given: given[:3] if rank.rank else given, every=4)
-    assert {each.error for each in seen} == {"UnevenBatches"}
-    assert seen[0].findings[0].evidence["batches"] == {"rank 0": 4, "rank 1": 3}
+def test_with_every_4_uneven_batches_in_between_are_found(pair: World) -> None:
+    results = pair.run(run_loop, lambda rank, given: given[:3] if rank.rank else given, every=4)
+    assert {each.error for each in results} == {"UnevenBatches"}
+    assert results[0].findings[0].evidence["batches"] == {"rank 0": 4, "rank 1": 3}
 
 
 def test_with_warn_the_longer_rank_goes_on_alone_until_the_next_epoch(pair: World) -> None:
-    def made(rank: Rank) -> Any:
+    def make(rank: Rank) -> Any:
         lengths = iter([2 if rank.rank else 4, 4])
 
         class Epochs:
@@ -49,24 +49,24 @@ def test_with_warn_the_longer_rank_goes_on_alone_until_the_next_epoch(pair: Worl
 
         return Epochs()
 
-    seen = pair.run(follow, made=made, epochs=2, on_mismatch="warn")
-    assert [each.batches for each in seen] == [8, 6]
-    assert [each.error for each in seen] == [None, None]
-    assert all(len(each.warned) == 1 and "number of batches" in each.warned[0] for each in seen)
+    results = pair.run(run_loop, make=make, epochs=2, on_mismatch="warn")
+    assert [each.batches for each in results] == [8, 6]
+    assert [each.error for each in results] == [None, None]
+    assert all(len(each.warned) == 1 and "number of batches" in each.warned[0] for each in results)
 
 
-def test_replicas_of_other_lengths_warn_by_default(square: World) -> None:
-    seen = square.run(follow, lambda rank, given: given[: 4 - rank.dp_rank], across_dp="warn", epochs=2)
-    assert [each.batches for each in seen] == [8, 8, 6, 6]
-    assert {each.error for each in seen} == {None}
-    assert "batches_differ_across_dp  number of batches" in seen[0].warned[0]
+def test_replicas_of_different_lengths_warn_by_default(square: World) -> None:
+    results = square.run(run_loop, lambda rank, given: given[: 4 - rank.dp_rank], across_dp="warn", epochs=2)
+    assert [each.batches for each in results] == [8, 8, 6, 6]
+    assert {each.error for each in results} == {None}
+    assert "batches_differ_across_dp  number of batches" in results[0].warned[0]
 
 
-def test_replicas_of_other_lengths_raise_where_asked(square: World) -> None:
-    seen = square.run(follow, lambda rank, given: given[: 4 - rank.dp_rank])
-    assert {each.error for each in seen} == {"UnevenBatches"}
-    assert len({each.text for each in seen}) == 1
-    assert seen[0].findings[0].evidence["batches"] == {"replica 0": 4, "replica 1": 3}
+def test_replicas_of_different_lengths_raise_with_across_dp_raise(square: World) -> None:
+    results = square.run(run_loop, lambda rank, given: given[: 4 - rank.dp_rank])
+    assert {each.error for each in results} == {"UnevenBatches"}
+    assert len({each.text for each in results}) == 1
+    assert results[0].findings[0].evidence["batches"] == {"replica 0": 4, "replica 1": 3}
 
 
 class Broken(list[Any]):
@@ -79,51 +79,51 @@ class Broken(list[Any]):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_an_exception_in_one_loader_ends_all_ranks(square: World, overlap: bool) -> None:
-    seen = square.run(follow, lambda rank, given: Broken(given) if rank.rank == 2 else None, overlap=overlap)
-    assert [each.error for each in seen] == ["RankFailure", "RankFailure", "OSError", "RankFailure"]
-    for each in seen:
+    results = square.run(run_loop, lambda rank, given: Broken(given) if rank.rank == 2 else None, overlap=overlap)
+    assert [each.error for each in results] == ["RankFailure", "RankFailure", "OSError", "RankFailure"]
+    for each in results:
         assert "sample 9 cannot be read" in each.text
         assert each.seconds < 5
-    assert seen[0].text.startswith("the data loader of rank 2 raised OSError at batch 2")
-    assert "in __iter__" in seen[0].text  # with its traceback
+    assert results[0].text.startswith("the data loader of rank 2 raised OSError at batch 2")
+    assert "in __iter__" in results[0].text  # with its traceback
 
 
-def leaves(rank: Rank, *, who: tuple[int, ...], epochs: int) -> Seen:
+def break_out(rank: Rank, *, who: tuple[int, ...], epochs: int) -> LoopResult:
     import tpcheck
 
     loader = tpcheck.watch(batches(rank), topology=rank.topology, timeout=20)
-    seen, start = Seen(0, 0.0), time.monotonic()
+    result, start = LoopResult(0, 0.0), time.monotonic()
     try:
         for _ in range(epochs):
             for number, _batch in enumerate(loader):
-                seen.batches += 1
+                result.batches += 1
                 if number == 1 and rank.rank in who:
                     break
     except tpcheck.TpcheckError as error:
-        seen.error, seen.text = type(error).__name__, str(error)
-    seen.seconds = time.monotonic() - start
-    return seen
+        result.error, result.text = type(error).__name__, str(error)
+    result.seconds = time.monotonic() - start
+    return result
 
 
-def test_a_break_on_all_ranks_is_no_fault(square: World) -> None:
-    seen = square.run(leaves, who=(0, 1, 2, 3), epochs=3)
-    assert {(each.error, each.batches) for each in seen} == {(None, 6)}
+def test_a_break_on_all_ranks_is_not_a_mismatch(square: World) -> None:
+    results = square.run(break_out, who=(0, 1, 2, 3), epochs=3)
+    assert {(each.error, each.batches) for each in results} == {(None, 6)}
 
 
 def test_a_break_on_one_rank_stops_the_others(square: World) -> None:
-    seen = square.run(leaves, who=(1,), epochs=2)
-    assert {each.error for each in seen} == {"UnevenBatches"}
-    assert {each.batches for each in seen} == {2}
-    assert max(each.seconds for each in seen) < 5
+    results = square.run(break_out, who=(1,), epochs=2)
+    assert {each.error for each in results} == {"UnevenBatches"}
+    assert {each.batches for each in results} == {2}
+    assert max(each.seconds for each in results) < 5
 
 
-def test_a_rank_that_has_left_does_not_wait(pair: World) -> None:
-    seen = pair.run(leaves, who=(1,), epochs=1)
-    assert [each.error for each in seen] == ["UnevenBatches", None]
+def test_a_rank_that_breaks_does_not_wait(pair: World) -> None:
+    results = pair.run(break_out, who=(1,), epochs=1)
+    assert [each.error for each in results] == ["UnevenBatches", None]
 
 
 def breaks_at_the_wrong_batch(rank: Rank) -> tuple[list[str], list[str], str]:
-    """Leave the loop while the last batch, which differs, is still being compared."""
+    """Break while the last batch, which differs, is still being compared."""
     import sys
     import warnings
 
@@ -147,7 +147,7 @@ def breaks_at_the_wrong_batch(rank: Rank) -> tuple[list[str], list[str], str]:
     return [str(each.message) for each in caught], ignored, text
 
 
-def test_what_is_found_after_a_break_is_warned_of_and_raised_by_the_next_pass(pair: World) -> None:
+def test_a_mismatch_found_after_a_break_warns_and_is_raised_by_the_next_epoch(pair: World) -> None:
     for warned, ignored, text in pair.run(breaks_at_the_wrong_batch):
         assert ignored == []
         assert warned == [text]
@@ -198,12 +198,12 @@ def test_a_rank_that_is_killed_or_hangs_ends_all_others(victim: int, how: str, t
         for rank in range(4)
     ]
     try:
-        said = {rank: ranks[rank].communicate(timeout=90)[0] for rank in range(4) if rank != victim}
+        outputs = {rank: ranks[rank].communicate(timeout=90)[0] for rank in range(4) if rank != victim}
     finally:
         for process in ranks:
             process.kill()
             process.wait()
-    for rank, text in said.items():
+    for rank, text in outputs.items():
         assert "END" in text, (rank, text)
         start = float(text.split("START ")[1].split()[0])
         end, first, *_ = text.split("END ")[1].split()

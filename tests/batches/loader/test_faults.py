@@ -1,56 +1,58 @@
-"""Every fault in a batch is found at its step, named by field and rank, with the same error on every rank."""
+"""Every fault in a batch is found at its step, with its field and rank, and with the same error on every rank."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
-from tests.batches.loader.loops import Seen, follow
-from tpcheck import World
+from tests.batches.loader.loops import LoopResult, batches, run_loop
+from tpcheck import Rank, World, check_batch
 from tpcheck.core.findings import Finding
 
 
-def labels_alone(given: list[Any]) -> None:
-    given[2]["labels"][1] += 1
+def labels_alone(batch: Any) -> None:
+    batch["labels"][1] += 1
 
 
-def dtype_alone(given: list[Any]) -> None:
-    given[2]["labels"] = given[2]["labels"].int()
+def dtype_alone(batch: Any) -> None:
+    batch["labels"] = batch["labels"].int()
 
 
-def one_bit(given: list[Any]) -> None:
+def one_bit(batch: Any) -> None:
     import torch
 
-    given[2]["pixels"].view(torch.int32)[1, 0, 3, 2] ^= 1
+    batch["pixels"].view(torch.int32)[1, 0, 3, 2] ^= 1
 
 
-def sign_of_zero(given: list[Any]) -> None:
-    given[2]["extra"]["weight"] = -0.0
+def sign_of_zero(batch: Any) -> None:
+    batch["extra"]["weight"] = -0.0
 
 
-def missing_key(given: list[Any]) -> None:
-    del given[2]["extra"]["name"]
+def missing_key(batch: Any) -> None:
+    del batch["extra"]["name"]
 
 
-def another_text(given: list[Any]) -> None:
-    given[2]["extra"]["name"] = "test"
+def another_text(batch: Any) -> None:
+    batch["extra"]["name"] = "test"
 
 
-def shape_alone(given: list[Any]) -> None:
-    given[2]["pixels"] = given[2]["pixels"][:, :, :2]
+def shape_alone(batch: Any) -> None:
+    batch["pixels"] = batch["pixels"][:, :, :2]
 
 
-def nested_tensor(given: list[Any]) -> None:
-    given[2]["extra"]["boxes"][0][1, 3] = float("nan")
+def nested_tensor(batch: Any) -> None:
+    batch["extra"]["boxes"][0][1, 3] = float("nan")
 
 
-def longer_list(given: list[Any]) -> None:
-    given[2]["extra"]["boxes"].append(1)
+def scalar_tensor(batch: Any) -> None:
+    batch["scale"] += 1
 
 
-def tuple_for_list(given: list[Any]) -> None:
-    given[2]["extra"]["boxes"] = tuple(given[2]["extra"]["boxes"])
+def longer_list(batch: Any) -> None:
+    batch["extra"]["boxes"].append(1)
+
+
+def tuple_for_list(batch: Any) -> None:
+    batch["extra"]["boxes"] = tuple(batch["extra"]["boxes"])
 
 
 FAULTS = {
@@ -62,6 +64,7 @@ FAULTS = {
     another_text: ("extra.name", "bits", None),
     shape_alone: ("pixels", "shape", None),
     nested_tensor: ("extra.boxes.0", "bits", [1, 3]),
+    scalar_tensor: ("scale", "bits", None),
     longer_list: ("extra.boxes.2", "structure", None),
     tuple_for_list: ("extra.boxes", "type", None),
 }
@@ -74,27 +77,45 @@ def other_labels_at(step: int) -> Any:
     return fault
 
 
-def the_finding(seen: tuple[Seen, ...], error: str = "BatchMismatch") -> Finding:
+def other_labels_from_the_second_batch(rank: Any, given: list[Any]) -> None:
+    for batch in given[1:]:
+        batch["labels"] += rank.rank
+
+
+def the_finding(results: tuple[LoopResult, ...], error: str = "BatchMismatch") -> Finding:
     """Return the one finding that all ranks have."""
-    assert {each.error for each in seen} == {error}, [each.text for each in seen]
-    assert len({each.text for each in seen}) == 1
-    (finding,) = seen[0].findings
+    assert {each.error for each in results} == {error}, [each.text for each in results]
+    assert len({each.text for each in results}) == 1
+    (finding,) = results[0].findings
     assert isinstance(finding, Finding)
     return finding
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_fault_is_found_at_its_step_by_field(four: World, fault: Any) -> None:
-    seen = four.run(follow, lambda rank, given: fault(given) if rank.rank == 2 else None)
-    field, differs, index = FAULTS[fault]
-    finding = the_finding(seen)
-    assert finding.check == "batches_agree_within_tp"
-    assert finding.where["field"] == field
-    assert finding.where["step"] == 2
-    assert finding.where["ranks"] == [2]  # against the majority
-    assert finding.where.get("index") == index
-    assert finding.evidence["differs"] == differs
-    assert {each.batches for each in seen} == {2}
+def check_each_fault(rank: Rank) -> list[Finding]:
+    findings: list[Finding] = []
+    for fault in FAULTS:
+        (batch,) = batches(rank, number=1)
+        if rank.rank == 2:
+            fault(batch)
+        findings += check_batch(batch, topology=rank.topology)
+    return findings
+
+
+def test_every_fault_is_found_by_field_and_rank(four: World) -> None:
+    findings_by_rank = four.run(check_each_fault)
+    assert findings_by_rank.count(findings_by_rank[0]) == 4
+    for finding, (field, differs, index) in zip(findings_by_rank[0], FAULTS.values(), strict=True):
+        assert finding.check == "batches_agree_within_tp"
+        assert (finding.where["field"], finding.evidence["differs"]) == (field, differs)
+        assert finding.where["ranks"] == [2]  # against the majority
+        assert finding.where.get("index") == index
+
+
+def test_a_fault_ends_the_loop_at_its_step(four: World) -> None:
+    results = four.run(run_loop, lambda rank, given: one_bit(given[2]) if rank.rank == 2 else None)
+    finding = the_finding(results)
+    assert (finding.where["field"], finding.where["step"], finding.where["ranks"]) == ("pixels", 2, [2])
+    assert {each.batches for each in results} == {2}
 
 
 def test_a_mismatch_counts_elements_and_samples_and_shows_both_values(four: World) -> None:
@@ -102,18 +123,13 @@ def test_a_mismatch_counts_elements_and_samples_and_shows_both_values(four: Worl
         if rank.rank == 3:
             given[1]["pixels"][1:, 1, 2, 3] = 7.0
 
-    finding = the_finding(four.run(follow, fault))
+    finding = the_finding(four.run(run_loop, fault))
     evidence = finding.evidence
     assert finding.observed == evidence["count_differing"] == 2
     assert evidence["count_total"] == 96
     assert (evidence["samples_differing"], evidence["samples_total"], evidence["first_sample"]) == (2, 3, 1)
     assert evidence["values"]["rank 3"] == 7.0
     assert evidence["values"]["rank 0"] != 7.0
-
-
-def test_two_ranks_have_no_majority(pair: World) -> None:
-    finding = the_finding(pair.run(follow, lambda rank, given: labels_alone(given) if rank.rank else None))
-    assert finding.where["ranks"] == [0, 1]
 
 
 def test_several_fields_are_one_finding(pair: World) -> None:
@@ -123,7 +139,7 @@ def test_several_fields_are_one_finding(pair: World) -> None:
             given[0]["pixels"] += 1
             given[0]["more"] = 1
 
-    finding = the_finding(pair.run(follow, fault))
+    finding = the_finding(pair.run(run_loop, fault))
     assert finding.where["field"] == "more"
     assert finding.evidence["also"] == [
         {"field": "pixels", "differs": "bits"},
@@ -131,57 +147,49 @@ def test_several_fields_are_one_finding(pair: World) -> None:
     ]
 
 
-def test_ranks_of_other_replicas_stop_with_the_same_error(square: World) -> None:
-    seen = square.run(follow, lambda rank, given: one_bit(given) if rank.rank == 3 else None)
-    finding = the_finding(seen)
+def test_ranks_of_other_replicas_end_with_the_same_error(square: World) -> None:
+    results = square.run(run_loop, lambda rank, given: one_bit(given[2]) if rank.rank == 3 else None)
+    finding = the_finding(results)
     assert finding.where["dp_rank"] == 1
     assert finding.where["ranks"] == [2, 3]
 
 
-def test_a_large_tensor_is_searched_in_pieces(pair: World) -> None:
-    def made(rank: Any) -> list[Any]:
+def test_a_large_tensor_is_compared_in_pieces(pair: World) -> None:
+    def make(rank: Any) -> list[Any]:
         import torch
 
         data = torch.arange(3 << 20, dtype=torch.int32).reshape(3, 1 << 20)
         data[:, 5::1000] += rank.rank
         return [{"x": data}]
 
-    finding = the_finding(pair.run(follow, made=made))
+    finding = the_finding(pair.run(run_loop, make=make))
     assert finding.where["index"] == [0, 5]
     assert finding.observed == 3 * len(range(5, 1 << 20, 1000))
 
 
-def test_every_other_batch_is_compared(pair: World) -> None:
-    assert {each.error for each in pair.run(follow, other_labels_at(1), every=2)} == {None}
-    assert the_finding(pair.run(follow, other_labels_at(2), every=2)).where["step"] == 2
+def test_with_every_2_every_other_batch_is_compared(pair: World) -> None:
+    assert {each.error for each in pair.run(run_loop, other_labels_at(1), every=2)} == {None}
+    assert the_finding(pair.run(run_loop, other_labels_at(2), every=2)).where["step"] == 2
 
 
 def test_warn_warns_once_for_each_field_and_goes_on(pair: World) -> None:
-    def fault(rank: Any, given: list[Any]) -> None:
-        for batch in given[1:]:
-            batch["labels"] += rank.rank
-
-    for seen in pair.run(follow, fault, on_mismatch="warn"):
-        assert (seen.error, seen.batches, len(seen.warned)) == (None, 4, 1)
-        assert "batches_agree_within_tp  labels" in seen.warned[0]
+    for result in pair.run(run_loop, other_labels_from_the_second_batch, on_mismatch="warn"):
+        assert (result.error, result.batches, len(result.warned)) == (None, 4, 1)
+        assert "batches_agree_within_tp  labels" in result.warned[0]
 
 
 def test_a_callable_gets_every_report(pair: World) -> None:
-    def fault(rank: Any, given: list[Any]) -> None:
-        for batch in given[1:]:
-            batch["labels"] += rank.rank
-
-    for seen in pair.run(follow, fault, on_mismatch="call"):
-        assert (seen.error, seen.batches, seen.reports) == (None, 4, 3)
+    for result in pair.run(run_loop, other_labels_from_the_second_batch, on_mismatch="call"):
+        assert (result.error, result.batches, result.reports) == (None, 4, 3)
 
 
-def test_overlapped_a_mismatch_is_told_one_step_later(pair: World) -> None:
-    seen = pair.run(follow, lambda rank, given: one_bit(given) if rank.rank else None, overlap=True)
-    finding = the_finding(seen)
+def test_with_overlap_a_mismatch_is_reported_one_step_later(pair: World) -> None:
+    results = pair.run(run_loop, lambda rank, given: one_bit(given[2]) if rank.rank else None, overlap=True)
+    finding = the_finding(results)
     assert finding.where["step"] == 2
     assert finding.where["index"] == [1, 0, 3, 2]
-    assert {each.batches for each in seen} == {3}
+    assert {each.batches for each in results} == {3}
 
 
-def test_overlapped_the_last_batch_is_told_of_at_the_end(pair: World) -> None:
-    assert the_finding(pair.run(follow, other_labels_at(3), overlap=True)).where["step"] == 3
+def test_with_overlap_the_last_batch_is_reported_at_the_end(pair: World) -> None:
+    assert the_finding(pair.run(run_loop, other_labels_at(3), overlap=True)).where["step"] == 3

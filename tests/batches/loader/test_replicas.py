@@ -1,4 +1,4 @@
-"""Replicas that train on the same samples are told; what only looks alike is not."""
+"""Replicas that train on the same samples are found; samples that are equal by chance are not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.batches.loader.loops import batches, follow
+from tests.batches.loader.loops import batches, run_loop
 from tpcheck import Rank, World
 
 
@@ -20,12 +20,12 @@ def same_in_another_order(rank: Rank) -> Any:
     return [{key: batch[key][order] for key in ("pixels", "labels")} for batch in given]
 
 
-@pytest.mark.parametrize(("made", "order"), [(same, "the same order"), (same_in_another_order, "another order")])
-def test_the_same_samples_on_two_replicas_are_a_finding(square: World, made: Any, order: str) -> None:
-    seen = square.run(follow, made=made)
-    assert {each.error for each in seen} == {"BatchMismatch"}
-    assert len({each.text for each in seen}) == 1
-    (finding,) = seen[0].findings
+@pytest.mark.parametrize(("make", "order"), [(same, "the same order"), (same_in_another_order, "another order")])
+def test_the_same_samples_on_two_replicas_are_a_finding(square: World, make: Any, order: str) -> None:
+    results = square.run(run_loop, make=make)
+    assert {each.error for each in results} == {"BatchMismatch"}
+    assert len({each.text for each in results}) == 1
+    (finding,) = results[0].findings
     assert finding.check == "batches_differ_across_dp"
     assert finding.cause == "duplicate_dp_batch"
     assert finding.where["ranks"] == [0, 1, 2, 3]
@@ -35,15 +35,15 @@ def test_the_same_samples_on_two_replicas_are_a_finding(square: World, made: Any
     assert finding.evidence["order"] == order
 
 
-def test_by_default_they_warn_once(square: World) -> None:
-    for seen in square.run(follow, made=same, across_dp="warn"):
-        assert (seen.error, seen.batches) == (None, 4)
-        assert len(seen.warned) == 1
+def test_by_default_the_same_samples_warn_once(square: World) -> None:
+    for result in square.run(run_loop, make=same, across_dp="warn"):
+        assert (result.error, result.batches) == (None, 4)
+        assert len(result.warned) == 1
 
 
-def test_they_can_be_ignored(square: World) -> None:
-    for seen in square.run(follow, made=same, across_dp="ignore"):
-        assert (seen.error, seen.warned) == (None, ())
+def test_the_same_samples_can_be_ignored(square: World) -> None:
+    for result in square.run(run_loop, make=same, across_dp="ignore"):
+        assert (result.error, result.warned) == (None, ())
 
 
 def labels_only(rank: Rank) -> Any:
@@ -73,26 +73,26 @@ def same_masks_and_positions(rank: Rank) -> Any:
 
 
 def some_samples_in_common(rank: Rank) -> Any:
-    ours, common = batches(rank), batches(rank, shift=9)
-    for one, other in zip(ours, common, strict=True):
-        one["pixels"][0], one["labels"][0] = other["pixels"][0], other["labels"][0]
-    return ours
+    given, common = batches(rank), batches(rank, shift=9)
+    for batch, shared in zip(given, common, strict=True):
+        batch["pixels"][0], batch["labels"][0] = shared["pixels"][0], shared["labels"][0]
+    return given
 
 
 @pytest.mark.parametrize(
-    "made", [labels_only, constants, same_masks_and_positions, some_samples_in_common], ids=lambda made: made.__name__
+    "make", [labels_only, constants, same_masks_and_positions, some_samples_in_common], ids=lambda make: make.__name__
 )
-def test_what_cannot_be_told_is_no_finding(square: World, made: Any) -> None:
-    for seen in square.run(follow, made=made):
-        assert (seen.error, seen.warned) == (None, ()), seen.text
+def test_samples_that_may_be_equal_by_chance_are_not_a_finding(square: World, make: Any) -> None:
+    for result in square.run(run_loop, make=make):
+        assert (result.error, result.warned) == (None, ()), result.text
 
 
-def test_small_samples_are_told_after_some_steps(square: World) -> None:
-    def made(rank: Rank) -> Any:
+def test_small_samples_are_found_after_some_steps(square: World) -> None:
+    def make(rank: Rank) -> Any:
         import torch
 
         return list(torch.arange(64).split(4))
 
-    seen = square.run(follow, made=made)
-    assert {each.error for each in seen} == {"BatchMismatch"}
-    assert 0 < seen[0].findings[0].where["step"] < 8
+    results = square.run(run_loop, make=make)
+    assert {each.error for each in results} == {"BatchMismatch"}
+    assert 0 < results[0].findings[0].where["step"] < 8

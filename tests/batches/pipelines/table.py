@@ -1,4 +1,4 @@
-"""Pipelines as people build them, each with what tpcheck should say of it. A pipeline is a row."""
+"""Pipelines as people build them, each with the expected finding. A pipeline is a row."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from tpcheck import Topology
 from tpcheck.lab.faults import pipelines as build
 from tpcheck.lab.faults.data import FAULTS, TP, TP_DP, DataFault
 
-BOTH = (TP, TP_DP)
-
 
 @dataclass(frozen=True)
 class Pipeline:
@@ -20,28 +18,29 @@ class Pipeline:
 
     Attributes:
         name: Of the row.
+        topology: Where it is run.
         build: Returns a rank's batches.
-        fault: What is wrong with them; None where nothing should be found.
-        worlds: Topologies that it is run on.
+        fault: The injected fault; None where nothing should be found.
         dropout: Whether the loop draws from each rank's torch generator after every batch, on each rank another number.
     """
 
     name: str
+    topology: Topology
     build: Callable[..., build.Batches]
     fault: DataFault | None = None
-    worlds: tuple[Topology, ...] = BOTH
     dropout: bool = True
 
 
-WRONG = [Pipeline(fault.name, fault.build, fault, fault.worlds) for fault in FAULTS]
-MENDED = [
-    Pipeline(f"mended, {fault.name}", fault.mended, None, fault.mended_worlds, fault.mended_dropout)
+# The last topology of a fault is the larger one, whose ranks contain the smaller one's TP group.
+FAULTY = [Pipeline(fault.name, fault.worlds[-1], fault.build, fault) for fault in FAULTS]
+FIXED = [
+    Pipeline(f"fixed, {fault.name}", fault.mended_worlds[-1], fault.mended, None, fault.mended_dropout)
     for fault in FAULTS
     if fault.mended is not None
 ]
 CLEAN = [
-    Pipeline("accelerate, stream, sharded", partial(build.accelerated_stream, sharded=True), worlds=(TP,)),
-    Pipeline("NaN, empty tensors, no samples", odd.odd_but_equal),
+    Pipeline("accelerate, stream, sharded", TP, partial(build.accelerated_stream, sharded=True)),
+    Pipeline("NaN, empty tensors, no samples", TP_DP, odd.odd_but_equal),
 ]
 
-PIPELINES = [*WRONG, *MENDED, *CLEAN]
+PIPELINES = [*FAULTY, *FIXED, *CLEAN]

@@ -1,8 +1,9 @@
-"""The failure that this was made for: random crops under DeepSpeed's AutoTP, drawn on each rank by itself."""
+"""Random crops under DeepSpeed's AutoTP, drawn on each rank by itself: DeepSpeed checks only the first batch."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import tpcheck
-from tpcheck import Rank, Topology
+from tpcheck import Rank, Topology, World
 
 # C channels, H height, W width; suffixes name the dims
 CROP, STEPS = 6, 5
@@ -67,46 +68,46 @@ def train(rank: Rank, *, watched: bool, advised: bool = False) -> dict[str, Any]
     loader: Any = DataLoader(Crops(), batch_size=2)
     if watched:
         loader = tpcheck.watch(loader, timeout=20)  # DeepSpeed's groups are found
-    told: dict[str, Any] = {"sums": [], "finding": None, "message": ""}
+    result: dict[str, Any] = {"sums": [], "finding": None, "message": ""}
     try:
         for batch in loader:
             engine.backward(engine(**batch))
             engine.step()
-            told["sums"].append(float(batch["pixel_values"].sum()))
+            result["sums"].append(float(batch["pixel_values"].sum()))
     except tpcheck.BatchMismatch as mismatch:
-        told["finding"], told["message"] = mismatch.report.findings[0], str(mismatch)
-    told["source"] = loader.watcher.source if watched else ""
-    return told
+        result["finding"], result["message"] = mismatch.report.findings[0], str(mismatch)
+    result["source"] = loader.watcher.source if watched else ""
+    return result
 
 
-@pytest.fixture
-def world() -> Any:
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
     with tpcheck.spawn(Topology(tp=2), timeout=120) as world:
         yield world
 
 
-def test_deepspeed_checks_the_first_batch_and_trains_on_silently(world: Any) -> None:
-    one, other = (told["sums"] for told in world.run(train, watched=False))
-    assert len(one) == STEPS  # nothing was said
-    assert one[0] == other[0]
-    assert one[1:] != other[1:]
+def test_deepspeed_checks_the_first_batch_alone(world: World) -> None:
+    actual, expected = (result["sums"] for result in world.run(train, watched=False))
+    assert len(actual) == STEPS
+    assert actual[0] == expected[0]
+    assert actual[1:] != expected[1:]
 
 
-def test_a_watched_loader_stops_at_the_first_bad_step_and_says_why(world: Any) -> None:
-    for told in world.run(train, watched=True):
-        finding = told["finding"]
-        assert len(told["sums"]) == 1
+def test_a_watched_loader_stops_at_the_first_wrong_step_with_its_cause(world: World) -> None:
+    for result in world.run(train, watched=True):
+        finding = result["finding"]
+        assert len(result["sums"]) == 1
         assert finding.check == "batches_agree_within_tp"
         assert (finding.where["step"], finding.where["field"]) == (1, "pixel_values")
         assert finding.where["index"][0] in (0, 1)  # the sample
         assert (finding.cause, finding.evidence["where"]) == ("rng_differs_python", "the main process")
         assert finding.evidence["advice"].startswith("Call `random.seed(seed + dp_rank)` on every rank")
-        assert "rng_differs_python" in told["message"]
-        assert told["source"].endswith("from deepspeed.utils.groups")
+        assert "rng_differs_python" in result["message"]
+        assert result["source"].endswith("from deepspeed.utils.groups")
 
 
-def test_after_the_advised_change_the_run_is_clean(world: Any) -> None:
-    one, other = world.run(train, watched=True, advised=True)
-    assert one["finding"] is None
-    assert one["sums"] == other["sums"]
-    assert len(one["sums"]) == STEPS
+def test_after_the_advised_change_the_batches_are_equal(world: World) -> None:
+    actual, expected = world.run(train, watched=True, advised=True)
+    assert actual["finding"] is None
+    assert actual["sums"] == expected["sums"]
+    assert len(actual["sums"]) == STEPS

@@ -1,4 +1,4 @@
-"""Worlds that are kept for all tests of a module, and what the ranks do in them."""
+"""Worlds that all tests of a module share."""
 
 from __future__ import annotations
 
