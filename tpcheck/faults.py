@@ -3,7 +3,10 @@
 from tpcheck.lab.faults.checkpoint import CheckpointFault
 from tpcheck.lab.faults.corpus import CHECKPOINT_FAULTS, DATA_FAULTS, FAULTS, MODEL_FAULTS, Fault
 from tpcheck.lab.faults.data import DataFault
-from tpcheck.lab.faults.fault import Draw, Live, ModelFault, Place, PlantedBackend, Planting
+from tpcheck.lab.faults.fault import Draw, FaultyBackend, Injection, Live, ModelFault, Place
+
+PlantedBackend = FaultyBackend  # the earlier names
+Planting = Injection
 
 __all__ = [
     "CHECKPOINT_FAULTS",
@@ -14,6 +17,8 @@ __all__ = [
     "DataFault",
     "Draw",
     "Fault",
+    "FaultyBackend",
+    "Injection",
     "Live",
     "ModelFault",
     "Place",

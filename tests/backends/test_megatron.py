@@ -13,7 +13,7 @@ import tpcheck
 from tests.backends import megatron_models as models
 from tpcheck import Rank, Report, Topology, UsageError, World
 from tpcheck.core.placement import Shard
-from tpcheck.lab.faults.fault import Live, PlantedBackend
+from tpcheck.lab.faults.fault import FaultyBackend, Live
 
 pytest.importorskip("megatron.core")
 
@@ -70,7 +70,7 @@ def test_a_fault_is_found_where_it_is(
     world: World, inject: Callable[[Live], None], sequence_parallel: bool, expected: tuple[str, str, str]
 ) -> None:
     options = {
-        "backend": PlantedBackend(inject, "megatron"),
+        "backend": FaultyBackend(inject, "megatron"),
         "config": {"sequence_parallel": sequence_parallel},
         "steps": 1,
     }

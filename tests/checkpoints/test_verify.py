@@ -55,7 +55,7 @@ def test_every_draw_of_a_fault_is_found_placed_and_explained(seed: int, tmp_path
 
 def assert_found(fault: CheckpointFault, save: Save, folder: Path, seed: int) -> None:
     damage, tied = drawn(fault, seed), is_tied(fault)
-    actual = saved(save, damage.of(reference(tied)), folder / "actual")
+    actual = saved(save, damage.apply(reference(tied)), folder / "actual")
     before = saved(save, earlier(tied), folder / "earlier")
     report = verify_checkpoint(actual, reference(tied), earlier=[before])
     assert report.verdict.verdict == "failed"

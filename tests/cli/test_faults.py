@@ -1,4 +1,4 @@
-"""`tpcheck faults`: which runs are made of the options, and what becomes of their rows; no world is started."""
+"""`tpcheck faults`: options select runs, and results reach people and files; no world is started."""
 
 from __future__ import annotations
 
@@ -9,45 +9,47 @@ from typing import Any
 
 import pytest
 
-from tests.lab.faults.fault_examples import ALARM, CLEAN, ELSEWHERE, MISSED, RIGHT
-from tpcheck.lab.faults import table as fault_table
-from tpcheck.lab.faults.results import CONTROL, Caught
-from tpcheck.lab.faults.table import Task
+from tests.lab.faults.fault_examples import CLEAN, ELSEWHERE, FALSE_POSITIVE, MISSED, RIGHT
+from tpcheck.lab.faults import runs as fault_runs_module
+from tpcheck.lab.faults.results import CONTROL, FaultResult
+from tpcheck.lab.faults.runs import FaultRun
 
 Run = Callable[..., Any]
 
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """Return a function that replaces the runs by rows, and returns what is asked of the API."""
+    """Return a function that replaces the runs by results, and returns the arguments of the API."""
 
-    def replaced(faults: list[Caught | BaseException], controls: tuple[Caught, ...] = (CLEAN,)) -> dict[str, Any]:
+    def replaced(
+        faults: list[FaultResult | BaseException], controls: tuple[FaultResult, ...] = (CLEAN,)
+    ) -> dict[str, Any]:
         asked: dict[str, Any] = {}
 
-        def fault_tasks(names: Any, kinds: Any, *, dtype: str, seeds: Any) -> list[Task]:
+        def fault_runs(names: Any, kinds: Any, *, dtype: str, seeds: Any) -> list[FaultRun]:
             asked.update(names=list(names), kinds=list(kinds), dtype=dtype, seeds=list(seeds))
-            return [task(row) for row in faults]
+            return [run_of(row) for row in faults]
 
-        def control_tasks(*, dtype: str, seeds: Any) -> list[Task]:
+        def control_runs(*, dtype: str, seeds: Any) -> list[FaultRun]:
             asked.update(controls=dtype)
-            return [task(row) for row in controls]
+            return [run_of(row) for row in controls]
 
-        monkeypatch.setattr(fault_table, "fault_tasks", fault_tasks)
-        monkeypatch.setattr(fault_table, "control_tasks", control_tasks)
-        monkeypatch.setattr(fault_table, "versions", lambda: {"torch": "2.13.0"})
+        monkeypatch.setattr(fault_runs_module, "fault_runs", fault_runs)
+        monkeypatch.setattr(fault_runs_module, "control_runs", control_runs)
+        monkeypatch.setattr(fault_runs_module, "versions", lambda: {"torch": "2.13.0"})
         return asked
 
     return replaced
 
 
-def task(row: Caught | BaseException) -> Task:
+def run_of(row: FaultResult | BaseException) -> FaultRun:
     if isinstance(row, BaseException):
-        return Task("raises", "layout", "a run that ends in an error of its own", 0, raising(row))
-    return Task(row.fault, row.kind, row.what, row.seed, lambda: row)
+        return FaultRun("raises", "layout", "a run that ends in an error of its own", 0, raising(row))
+    return FaultRun(row.fault, row.kind, row.what, row.seed, lambda: row)
 
 
-def raising(error: BaseException) -> Callable[[], Caught]:
-    def run() -> Caught:
+def raising(error: BaseException) -> Callable[[], FaultResult]:
+    def run() -> FaultResult:
         raise error
 
     return run
@@ -81,18 +83,18 @@ def test_controls_run_with_all_faults_or_when_asked_for(run: Run, table: Any, op
         ([RIGHT], (CLEAN,), 0),
         ([RIGHT, MISSED], (CLEAN,), 1),
         ([RIGHT, ELSEWHERE], (CLEAN,), 1),
-        ([RIGHT], (CLEAN, ALARM), 1),
+        ([RIGHT], (CLEAN, FALSE_POSITIVE), 1),
     ],
 )
 def test_the_exit_status_says_whether_the_table_is_good(
-    run: Run, table: Any, faults: list[Caught], controls: tuple[Caught, ...], status: int
+    run: Run, table: Any, faults: list[FaultResult], controls: tuple[FaultResult, ...], status: int
 ) -> None:
     table(faults, controls)
     assert run("faults").exit_code == status
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
-def test_a_run_that_raises_is_a_row_and_the_others_go_on(run: Run, table: Any, jobs: str) -> None:
+def test_a_run_that_raises_is_a_result_and_the_others_continue(run: Run, table: Any, jobs: str) -> None:
     table([RIGHT, RuntimeError("boom"), ELSEWHERE])
     result = run("faults", "--jobs", jobs)
     assert result.exit_code == 1
@@ -101,7 +103,7 @@ def test_a_run_that_raises_is_a_row_and_the_others_go_on(run: Run, table: Any, j
     assert "caught    2 of 3 faults" in result.stdout
 
 
-def test_an_interrupt_keeps_what_had_been_run(run: Run, table: Any, tmp_path: Path) -> None:
+def test_an_interrupt_keeps_the_results_so_far(run: Run, table: Any, tmp_path: Path) -> None:
     table([RIGHT, KeyboardInterrupt(), ELSEWHERE])
     result = run("faults", "--json", str(tmp_path / "table.json"))
     assert result.exit_code == 130
@@ -118,10 +120,10 @@ def test_every_kind_of_file_is_written(run: Run, table: Any, tmp_path: Path) -> 
     assert files[2].read_text().startswith("<testsuites")
 
 
-def test_each_row_is_told_as_it_is_reached(run: Run, table: Any) -> None:
+def test_each_result_is_printed_when_its_run_completes(run: Run, table: Any) -> None:
     table([RIGHT, ELSEWHERE])
-    told = run("faults").stderr.splitlines()
-    assert [line.split()[:2] for line in told] == [
+    lines = run("faults").stderr.splitlines()
+    assert [line.split()[:2] for line in lines] == [
         ["caught", RIGHT.fault],
         ["caught", ELSEWHERE.fault],
         ["clean", "llama"],
@@ -159,8 +161,8 @@ def test_help_teaches(run: Run) -> None:
     assert "Exit status" in text
 
 
-def test_a_control_that_cannot_run_is_an_alarm(run: Run, table: Any) -> None:
-    crashed = Caught("opt", CONTROL, "nothing is planted", "error", message="boom")
+def test_a_control_that_crashes_is_no_clean_run(run: Run, table: Any) -> None:
+    crashed = FaultResult("opt", CONTROL, "no fault is injected", "error", message="boom")
     table([RIGHT], (crashed,))
     result = run("faults")
     assert result.exit_code == 1

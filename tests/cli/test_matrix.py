@@ -190,7 +190,7 @@ def test_jobs_fill_the_cores_by_default(run: Run, monkeypatch: pytest.MonkeyPatc
     [
         (["a", "bad"], ["--known"], 0, "(1 known)"),
         (["a", "bad"], [], 1, "known: bad-qkv"),
-        (["a", "ugly"], ["--known"], 3, "no entry of tpcheck/families/known.toml says so"),
+        (["a", "ugly"], ["--known"], 3, "no entry of tpcheck/lab/known.toml describes this"),
         (["a", "bad", "worse"], ["--known"], 1, "new       worse"),
     ],
 )
@@ -209,7 +209,10 @@ def test_a_known_bug_that_is_gone_turns_the_run_red(run: Run, monkeypatch: pytes
     monkeypatch.setitem(VERDICTS, "bad", PASSED)
     result = run("verify", "a", "bad", "--known", verify_family=verify_family)
     assert result.exit_code == 1
-    assert "bad-qkv is registered for these versions: It is cut wrongly. If it is mended, say so" in result.stdout
+    assert (
+        "bad-qkv is registered for these versions: It is cut wrongly. If it is fixed, limit its versions"
+        in result.stdout
+    )
 
 
 def test_a_single_known_bug_is_a_finding_with_a_name(run: Run) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tpcheck.lab.faults.fault import PlantedBackend
+from tpcheck.lab.faults.fault import FaultyBackend
 
 Plant = Callable[[Any, Any], None]  # candidate, rank
 
 
-def faulty(plant: Plant) -> PlantedBackend:
+def faulty(plant: Plant) -> FaultyBackend:
     """Return DeepSpeed with a fault: `plant(candidate, rank)` is called on every rank once the model is sharded."""
-    return PlantedBackend(lambda live: plant(live.candidate, live.rank))
+    return FaultyBackend(lambda live: plant(live.candidate, live.rank))
 
 
 def skips_its_reduce(candidate: Any, rank: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 import tpcheck
 from tests.model import planting
 from tpcheck import Topology
-from tpcheck.lab.faults.fault import PlantedBackend
+from tpcheck.lab.faults.fault import FaultyBackend
 from tpcheck.numerics.checks import CHECK_NAMES
 
 LEAST_MARGIN = 1e3  # of a real bug, in float64
@@ -95,5 +95,5 @@ def nothing(candidate: Any, rank: Any) -> None:
     """Plant no fault."""
 
 
-def verified(backend: PlantedBackend, dp: int = 1, **options: Any) -> tpcheck.Report:
+def verified(backend: FaultyBackend, dp: int = 1, **options: Any) -> tpcheck.Report:
     return tpcheck.verify_family("llama", topology=Topology(tp=2, dp=dp), backend=backend, timeout=120, **options)

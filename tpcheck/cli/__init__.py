@@ -1,4 +1,4 @@
-"""The command line: options and wiring, no logic. Commands load torch only when they run a model."""
+"""The command line: options and wiring. A command loads torch only when it runs a model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from tpcheck.cli.compare import compare
 from tpcheck.cli.faults import faults
 from tpcheck.cli.fuzz import fuzz
 from tpcheck.cli.inspect import doctor, families, topology
-from tpcheck.cli.terminal import escape_what_the_terminal_cannot_show
+from tpcheck.cli.terminal import escape_unencodable_output
 from tpcheck.cli.verify import verify
 
 app = typer.Typer(
     name="tpcheck",
-    help="Tells whether tensor-parallel training is right, and where and why it is not.",
+    help="Verify tensor-parallel training against the unsharded model: what differs, where it starts, and why.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,5 +31,5 @@ app.command(no_args_is_help=True)(fuzz)
 
 def main() -> None:
     """Entry point of the `tpcheck` command."""
-    escape_what_the_terminal_cannot_show()
+    escape_unencodable_output()
     app()

@@ -8,49 +8,51 @@ from typing import Annotated
 import typer
 
 from tpcheck.cli.options import writable
-from tpcheck.cli.results import tell_one
+from tpcheck.cli.results import write_report
 from tpcheck.cli.terminal import BAD_USAGE, bytes_bar, usage_errors
 
 
 def checkpoint(
-    actual: Annotated[str, typer.Argument(help="The checkpoint in question: a file or a folder.")],
-    reference: Annotated[str, typer.Argument(help="What it should be.")],
+    actual: Annotated[str, typer.Argument(help="The checkpoint to verify: a file or a folder.")],
+    reference: Annotated[str, typer.Argument(help="The checkpoint that it should equal.")],
     dtype: Annotated[
-        str | None, typer.Option(help="A cast that was meant: the reference is rounded to it, bfloat16 say.")
+        str | None, typer.Option(help="An intended cast: round the reference to this dtype first, such as bfloat16.")
     ] = None,
     earlier: Annotated[
-        list[str] | None, typer.Option(metavar="PATH", help="A checkpoint of an earlier step; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="PATH", help="A checkpoint of an earlier step, to recognise stale weights; repeatable."),
     ] = None,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Unpickle any class, in a process of its own: runs what it says.")
+        bool,
+        typer.Option(
+            "--allow-pickle", help="Unpickle arbitrary classes in a separate process. This runs code from the file."
+        ),
     ] = False,
     json_: Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the report as JSON.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="F", help="Write the report as JUnit XML.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show every finding.")] = False,
 ) -> None:
-    """Compare a checkpoint with a reference to the bit, and say what happened to each tensor that differs.
+    """Compare a checkpoint bitwise with a reference, and explain each tensor that differs.
 
     Formats are recognised: safetensors, transformers' shards, pytorch_model.bin, torch DCP, DeepSpeed
-    training and universal checkpoints, PEFT adapters, Megatron torch_dist. What TP or ZeRO ranks hold is
-    put together first.
+    training and universal checkpoints, PEFT adapters, Megatron torch_dist. Shards of TP and ZeRO ranks are
+    merged first.
 
     \b
     tpcheck checkpoint saved/ reference/
     tpcheck checkpoint saved/global_step2 model.safetensors
     tpcheck checkpoint saved/ reference/ --dtype bfloat16 --json report.json
 
-    Exit status: 0 they agree, 1 findings, 2 bad usage, a damaged file, or nothing that could be compared.
+    Exit status: 0 equal, 1 findings, 2 bad usage, a damaged file, or nothing to compare.
     """
     with usage_errors():
         json_, junit = writable("json", json_), writable("junit", junit)
-        from tpcheck.checkpoints.verify import (
-            verify_checkpoint,  # loads torch, which --help and bad usage need not wait for
-        )
+        from tpcheck.checkpoints.verify import verify_checkpoint  # loads torch
 
         with bytes_bar("compare") as progress:
             report = verify_checkpoint(
                 actual, reference, dtype=dtype, earlier=earlier or (), allow_pickle=allow_pickle, progress=progress
             )
-    told = tell_one(report, verbose=verbose, json_path=json_, junit_path=junit)
+    is_written = write_report(report, verbose=verbose, json_path=json_, junit_path=junit)
     status = {"passed": 0, "failed": 1}.get(report.verdict.verdict, BAD_USAGE)
-    raise typer.Exit(status if told else BAD_USAGE)
+    raise typer.Exit(status if is_written else BAD_USAGE)

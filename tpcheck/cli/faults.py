@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,118 +11,126 @@ import typer
 
 from tpcheck.cli.options import writable
 from tpcheck.cli.results import all_written
-from tpcheck.cli.terminal import BAD_USAGE, INTERRUPTED, note, show, side_by_side, told, usage_errors, write_whole
+from tpcheck.cli.terminal import (
+    BAD_USAGE,
+    INTERRUPTED,
+    note,
+    run_concurrently,
+    show,
+    usage_errors,
+    with_progress,
+    write_atomically,
+)
 from tpcheck.core.errors import UsageError
-from tpcheck.lab.faults.page import faults_html
-from tpcheck.lab.faults.report import fault_lines, faults_data, faults_junit, listed_lines, row_line
-from tpcheck.lab.faults.results import Caught, Score
+from tpcheck.lab.faults.report import fault_lines, fault_list, faults_html, faults_json, faults_junit, progress_line
+from tpcheck.lab.faults.results import FaultResult, Score
 from tpcheck.world.attach import is_launched
 
 if TYPE_CHECKING:
-    from tpcheck.lab.faults.table import Task
+    from tpcheck.lab.faults.runs import FaultRun
 
 
 def faults(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME...]", help="Plant these faults alone; without, all of them.")
+        list[str] | None, typer.Argument(metavar="[NAME...]", help="Faults to inject. [default: all]")
     ] = None,
     kind: Annotated[
-        list[str] | None, typer.Option(metavar="K", help="Plant the faults of this kind alone; repeatable.")
+        list[str] | None, typer.Option(metavar="K", help="Inject only faults of this kind; repeatable.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the models: float64, float32 or bfloat16.")] = "float64",
-    seed: Annotated[int, typer.Option(help="Draws the layer, rank and topology of each fault.")] = 0,
-    seeds: Annotated[int, typer.Option(metavar="N", help="Plant each fault so many times, each time elsewhere.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Dtype of the models: float64, float32 or bfloat16.")] = "float64",
+    seed: Annotated[int, typer.Option(help="Selects the layer, rank and topology of each fault.")] = 0,
+    seeds: Annotated[int, typer.Option(metavar="N", help="Inject each fault N times, with N seeds.")] = 1,
     controls: Annotated[
         bool | None,
         typer.Option(
-            "--controls/--no-controls", help="Run clean models, too. By default where no NAME and no kind is given."
+            "--controls/--no-controls", help="Also run clean models. [default: unless a NAME or a kind is given]"
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Runs side by side, each in a world of its own.")] = 1,
-    list_: Annotated[bool, typer.Option("--list", help="Say what there is; run nothing.")] = False,
+    jobs: Annotated[int, typer.Option(help="Number of concurrent runs, each in its own world.")] = 1,
+    list_: Annotated[bool, typer.Option("--list", help="List the faults and run nothing.")] = False,
     json_: Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the table as JSON.")] = None,
-    html: Annotated[
-        Path | None, typer.Option(metavar="F", help="Write a page with the table and a picture of the margins.")
-    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="F", help="Write the table as an HTML page.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="F", help="Write the table as JUnit XML.")] = None,
 ) -> None:
-    """Plant every known bug, one at a time, and say who caught it, where, and which cause was named.
+    """Inject every known bug, one at a time, and show which check found it, where, and the cause it named.
 
-    A fault is planted in what is under test (the sharded model, the optimizer, the loader, the checkpoint),
-    never in the reference. Clean controls are the same runs with nothing planted: there no check may cry.
+    A fault is injected into the system under test (the sharded model, the optimizer, the data loader, the
+    checkpoint), never into the reference. Clean controls are the same runs without a fault: any finding there
+    is a false positive.
 
     \b
-    tpcheck faults                  # all, and the clean controls; some minutes
+    tpcheck faults                  # all faults and the clean controls; some minutes
     tpcheck faults --kind checkpoint --kind data
     tpcheck faults row_parallel_reduce_skipped --seeds 5
     tpcheck faults --dtype bfloat16 --html faults.html --json faults.json
     tpcheck faults --list
 
-    A row tells: caught or missed, the fault, the margin (observed / allowed error; "exact" where nothing is
-    allowed), seconds, the first place named, the cause named, and the checks that failed.
+    Each row shows: caught or missed, the fault, the margin (observed / allowed error; "exact" for an exact
+    check), seconds, the first place, the cause, and the checks that failed. Below a row with a wrong place or
+    cause stands the right one.
 
-    A place or cause that is named and not right is told below its row, with the right one.
-
-    Exit status: 0 all faults are caught, 95 % at a right place and 90 % by a right cause, with no alarm on a clean
-    control; 1 not so; 2 bad usage, or a file that cannot be written; 130 interrupted.
+    Exit status: 0 if all faults are caught, 95 % at a right place and 90 % with a right cause, without a false
+    positive; 1 otherwise; 2 bad usage, or a file that cannot be written; 130 interrupted.
     """
     with usage_errors():
         _require_positive(jobs=jobs, seeds=seeds)
         if not 0 <= seed < 2**31 - seeds:
             raise UsageError("seed", seed, "a number from 0")
         if is_launched():
-            raise UsageError("launcher", "torchrun or srun", "no launcher: each fault has a small world of its own")
+            raise UsageError("launcher", "torchrun or srun", "no launcher: each fault runs in its own small world")
         json_, html, junit = writable("json", json_), writable("html", html), writable("junit", junit)
-        tasks = _tasks(names or [], kind or [], dtype, range(seed, seed + seeds), False if list_ else controls)
+        runs = _runs(names or [], kind or [], dtype, range(seed, seed + seeds), False if list_ else controls)
     if list_:
-        show(listed_lines((task.name, task.kind, task.what) for task in tasks if task.seed == seed))
+        show(fault_list((run.name, run.kind, run.what) for run in runs if run.seed == seed))
         raise typer.Exit
     start = time.monotonic()
-    rows, whole = _run(tasks, jobs)
-    score, seconds = Score.of(rows), time.monotonic() - start
+    results, is_complete = _run(runs, jobs)
+    score, seconds = Score.of(results), time.monotonic() - start
     environment = _versions()
     writes = [lambda: show(fault_lines(score, seconds))]
     if json_:
-        data = faults_data(score, environment, seconds)
-        writes.append(lambda: write_whole(json_, json.dumps(data, indent=1, allow_nan=False) + "\n"))
+        writes.append(lambda: write_atomically(json_, faults_json(score, environment, seconds)))
     if html:
-        writes.append(lambda: write_whole(html, faults_html(score, environment, seconds)))
+        writes.append(lambda: write_atomically(html, faults_html(score, environment, seconds)))
     if junit:
-        writes.append(lambda: write_whole(junit, faults_junit(score)))
+        writes.append(lambda: write_atomically(junit, faults_junit(score)))
     if not all_written(writes):
         raise typer.Exit(BAD_USAGE)
-    raise typer.Exit((0 if score.is_good else 1) if whole else INTERRUPTED)
+    raise typer.Exit((0 if score.is_good else 1) if is_complete else INTERRUPTED)
 
 
-def _tasks(
+def _runs(
     names: Sequence[str], kinds: Sequence[str], dtype: str, seeds: Iterable[int], controls: bool | None
-) -> list[Task]:
-    from tpcheck.lab.faults.table import control_tasks, fault_tasks  # loads torch, which --help need not wait for
+) -> list[FaultRun]:
+    from tpcheck.lab.faults.runs import control_runs, fault_runs  # loads torch, which --help need not wait for
 
-    planted = fault_tasks(names, kinds, dtype=dtype, seeds=seeds)
-    wanted = not names and not kinds if controls is None else controls
-    return [*planted, *(control_tasks(dtype=dtype, seeds=seeds) if wanted else ())]
+    with_controls = not names and not kinds if controls is None else controls
+    injected = fault_runs(names, kinds, dtype=dtype, seeds=seeds)
+    return [*injected, *(control_runs(dtype=dtype, seeds=seeds) if with_controls else ())]
 
 
 def _versions() -> Mapping[str, str]:
-    from tpcheck.lab.faults.table import versions
+    from tpcheck.lab.faults.runs import versions
 
     return versions()
 
 
-def _run(tasks: Sequence[Task], jobs: int) -> tuple[list[Caught], bool]:
-    """Return the rows, and whether all tasks were run: Ctrl-C keeps the rows of those that were."""
-    rows: list[Caught] = []
-    width = max(len(task.name) for task in tasks)
+def _run(runs: Sequence[FaultRun], num_workers: int) -> tuple[list[FaultResult], bool]:
+    """Return the results, and whether all runs completed: Ctrl-C keeps the results so far."""
+    results: list[FaultResult] = []
+    width = max(len(run.name) for run in runs)
     try:
-        rows.extend(_told(side_by_side([task.run for task in tasks], jobs), len(tasks), width))
+        results.extend(
+            with_progress(
+                run_concurrently([run.run for run in runs], num_workers),
+                len(runs),
+                name=lambda result: result.fault,
+                line=lambda result: str(progress_line(result, width)),
+            )
+        )
     except KeyboardInterrupt:
-        note("interrupted: what follows is what had been run")
-    return rows, len(rows) == len(tasks)
-
-
-def _told(rows: Iterable[Caught], total: int, width: int) -> Iterator[Caught]:
-    return told(rows, total, name=lambda row: row.fault, line=lambda row: str(row_line(row, width)))
+        note("interrupted: the table shows the runs that completed")
+    return results, len(results) == len(runs)
 
 
 def _require_positive(**numbers: int) -> None:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tpcheck.cli.options import integers, json_object, names, settings, writable
 from tpcheck.cli.results import all_written
-from tpcheck.cli.terminal import BAD_USAGE, INTERRUPTED, note, show, usage_errors, write_whole
+from tpcheck.cli.terminal import BAD_USAGE, INTERRUPTED, note, show, usage_errors, write_atomically
 from tpcheck.core.errors import UsageError
 from tpcheck.lab.fuzz.report import (
     layers_data,
@@ -84,7 +84,7 @@ def run_family(family: str, bounds: Bounds, common: Common, limits: Limits, json
         searched = fuzz_family(family, bounds, common, limits, told)
     writes = [lambda: show(searched_lines(searched))]
     if json_path:
-        writes.append(lambda: write_whole(json_path, searched_json(searched_data(searched))))
+        writes.append(lambda: write_atomically(json_path, searched_json(searched_data(searched))))
     return exit_status([searched]) if all_written(writes) else BAD_USAGE
 
 
@@ -103,7 +103,7 @@ def run_layers(wanted: LayersWanted, bounds: Bounds, limits: Limits, json_path: 
             searched = list(fuzz_layers(wanted.names, common, limits, told))
     writes = [lambda: show(layers_lines(searched))]
     if json_path:
-        writes.append(lambda: write_whole(json_path, searched_json(layers_data(searched))))
+        writes.append(lambda: write_atomically(json_path, searched_json(layers_data(searched))))
     return exit_status(searched) if all_written(writes) else BAD_USAGE
 
 

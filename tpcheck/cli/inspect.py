@@ -1,4 +1,4 @@
-"""`tpcheck topology`, `tpcheck families` and `tpcheck doctor`: nothing is run."""
+"""`tpcheck topology`, `tpcheck families` and `tpcheck doctor`, which run nothing."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from tpcheck.cli.terminal import show, usage_errors
 from tpcheck.core.topology import Topology
 from tpcheck.families.build import Listed
 from tpcheck.lab.known import register
+from tpcheck.report.table import Cell, Column, Row, Table, table_lines
 from tpcheck.report.words import Line, labelled, plain
 
 
 def topology_lines(topology: Topology) -> Iterator[Line]:
-    """Yield every rank's place and every axis's groups."""
+    """Yield the coordinates of every rank, and the groups of every axis."""
     sizes = ", ".join(f"{axis}={size}" for axis, size in topology.sizes.items())
     yield plain(f"world {topology.world_size}: {sizes} (the last axis is innermost)", "bold")
     yield Line()
     axes = tuple(topology.sizes)
-    yield plain("  rank  " + "  ".join(f"{axis:>4}" for axis in axes), "dim")
-    for rank in range(topology.world_size):
-        place = topology.coordinate(rank)
-        yield plain(f"  {rank:>4}  " + "  ".join(f"{place[axis]:>4}" for axis in axes))
+    columns = tuple(Column(name, right=True, width=4) for name in ("rank", *axes))
+    numbers = ((rank, *(topology.coordinate(rank)[axis] for axis in axes)) for rank in range(topology.world_size))
+    rows = tuple(Row(tuple(Cell(str(number)) for number in row)) for row in numbers)
+    yield from table_lines(Table(columns, rows, has_heading=True, indent=2))
     yield Line()
     for axis in reversed(axes):
         groups = (f"({', '.join(map(str, group))})" for group in topology.groups(axis))
@@ -34,15 +35,14 @@ def topology_lines(topology: Topology) -> Iterator[Line]:
 
 def family_lines(families: Sequence[Listed]) -> Iterator[Line]:
     """Yield one line for each family, with its plan and its known bugs."""
-    width = max(len(one.family) for one in families)
-    for one in families:
-        bugs = [bug.name for bug in register() if one.family in bug.families]
-        plan = "tp_plan" if one.has_plan else ""
-        yield Line(
-            ((f"{one.family:<{width}}  ", ""), (f"{plan:<7}", "green"), (f"  {', '.join(bugs)}" if bugs else "", "dim"))
-        )
+    rows = []
+    for listed in families:
+        bugs = ", ".join(bug.name for bug in register() if listed.family in bug.families)
+        plan = "tp_plan" if listed.has_plan else ""
+        rows.append(Row((Cell(listed.family), Cell(plan, "green"), Cell(bugs, "dim"))))
+    yield from table_lines(Table((Column("family"), Column("plan"), Column("known bugs")), tuple(rows)))
     yield Line()
-    planned = sum(one.has_plan for one in families)
+    planned = sum(listed.has_plan for listed in families)
     yield plain(f"{len(families)} families, {planned} with a tp_plan of their own", "dim")
 
 
@@ -50,7 +50,7 @@ def topology(
     world: Annotated[int, typer.Option(help="Number of ranks.")],
     tp: Annotated[int, typer.Option(help="Ranks of a tensor-parallel group.")] = 1,
 ) -> None:
-    """Print who sits where, and which groups exist.
+    """Print the coordinates of every rank, and the groups of every axis.
 
     \b
     tpcheck topology --world 8 --tp 2
@@ -62,20 +62,20 @@ def topology(
 def families(
     table: Annotated[
         Path | None,
-        typer.Option(metavar="F", help="Print what a run of `verify --json F` found, as a table in Markdown."),
+        typer.Option(metavar="F", help="Print the results in F, from `verify --json F`, as a table in Markdown."),
     ] = None,
 ) -> None:
-    """Print every model type that `tpcheck verify` takes, whether it brings a plan, and its known upstream bugs.
+    """Print every model type that `tpcheck verify` accepts, whether it has a tp_plan, and its known upstream bugs.
 
     \b
     tpcheck families | grep qwen
     tpcheck families --table matrix.json
     """
     if table is not None:
-        from tpcheck.lab.matrix.report import table_lines
+        from tpcheck.lab.matrix.report import families_page
 
         with usage_errors():
-            show(table_lines(table))
+            show(families_page(table))
         return
     from tpcheck.families.build import listed  # loads transformers
 
@@ -85,16 +85,16 @@ def families(
 
 def doctor(
     ds_config: Annotated[
-        str | None, typer.Argument(metavar="[DS_CONFIG.json]", help="A DeepSpeed configuration to look into.")
+        str | None, typer.Argument(metavar="[DS_CONFIG.json]", help="A DeepSpeed configuration to check.")
     ] = None,
 ) -> None:
-    """Print versions, devices, and what on this machine or in a configuration will not do what it seems to.
+    """Print versions and devices, and problems of this machine and of a DeepSpeed configuration.
 
     \b
     tpcheck doctor
     tpcheck doctor ds_config.json
 
-    Exit status: 0 nothing is wrong, 1 findings, 2 bad usage.
+    Exit status: 0 no problems, 1 findings, 2 bad usage.
     """
     from tpcheck.doctor.diagnosis import diagnose, diagnosis_lines
 

@@ -1,4 +1,4 @@
-"""Runs the cells of a matrix, tells of each as it comes, and of all at the end."""
+"""Runs the cells of a matrix, reports each as it completes, and all of them at the end."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from tpcheck.cli.results import Files, tell
-from tpcheck.cli.terminal import BAD_USAGE, note, side_by_side, speaks, told, write_whole
+from tpcheck.cli.results import Files, write_results
+from tpcheck.cli.terminal import (
+    BAD_USAGE,
+    INTERRUPTED,
+    is_reporting_rank,
+    note,
+    run_concurrently,
+    with_progress,
+    write_atomically,
+)
 from tpcheck.core.environment import num_cores
 from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.findings import Verdict
 from tpcheck.lab.known import Judged, judged
 from tpcheck.lab.matrix.cells import Cell, Common, done_before, judged_json, subject, versions, whole_json
-from tpcheck.lab.matrix.report import row_line, widths_of
+from tpcheck.lab.matrix.report import progress_line
 from tpcheck.report.report import Report
 from tpcheck.world.attach import is_launched
 
@@ -28,10 +36,10 @@ class Outcome:
     """How the verification of one cell ended.
 
     Attributes:
-        cell: Which one.
-        report: Its report; a crash has one, too.
-        bad_usage: The options did not fit this cell, and it was asked for by name.
-        refused: The options did not fit this cell, and it is one combination of many.
+        cell: The cell.
+        report: Its report, also after a crash.
+        bad_usage: The options are invalid for this cell, which the user asked for by name.
+        refused: The options are invalid for this cell, one combination of many: it is skipped.
     """
 
     cell: Cell
@@ -43,25 +51,25 @@ class Outcome:
 def run_all(
     cells: Sequence[Cell], verify: Verify, common: Common, jobs: int, *, skips: Refusal = lambda error: False
 ) -> Iterator[Outcome]:
-    """Yield outcomes as they are reached, with at most `jobs` at a time.
+    """Yield outcomes in the order of completion, with at most `jobs` cells at a time.
 
     Args:
-        skips: Whether a cell that cannot be run for this reason is skipped; else it is bad usage.
+        skips: Whether a cell with this error is skipped; otherwise it is bad usage.
     """
-    return side_by_side([partial(_outcome, cell, verify, common, skips) for cell in cells], jobs)
+    return run_concurrently([partial(_outcome, cell, verify, common, skips) for cell in cells], jobs)
 
 
 def exit_status(outcomes: Sequence[Outcome], rows: Sequence[Judged], *, held: bool) -> int:
-    """Return 2 if the options did not fit some cell (or any), else 1 after findings, else 3 after a crash, else 0.
+    """Return 2 for bad usage of a cell or a matrix without runs, else 1 for findings, 3 for a crash, or 0.
 
     Args:
-        held: Whether what the register of known bugs expects is no finding, and what it does not expect is one.
+        held: Whether the register decides: a known bug is no finding, and a known bug that is gone is one.
     """
     if any(outcome.bad_usage for outcome in outcomes) or all(outcome.refused for outcome in outcomes):
         return 2
-    telling = [row for row in rows if not (held and row.standing == "known")]
-    verdicts = {row.verdict.verdict for row in telling}
-    gone = held and any(row.standing == "gone" for row in telling)
+    counted = [row for row in rows if not (held and row.standing == "known")]
+    verdicts = {row.verdict.verdict for row in counted}
+    gone = held and any(row.standing == "gone" for row in counted)
     return 1 if gone or "failed" in verdicts else 3 if "error" in verdicts else 0
 
 
@@ -81,7 +89,7 @@ def _outcome(cell: Cell, verify: Verify, common: Common, skips: Refusal) -> Outc
 
 
 def _with_versions(report: Report, cell: Cell) -> Report:
-    """Add the backend's versions where it crashed before it could tell them."""
+    """Add the versions of a backend that crashed before it could report them."""
     verdict = report.verdict
     if cell.backend in verdict.environment:
         return report
@@ -89,10 +97,10 @@ def _with_versions(report: Report, cell: Cell) -> Report:
 
 
 class Journal:
-    """Writes outcomes into a file, in the order of the cells.
+    """Writes the outcomes so far into a file, in the order of the cells.
 
     Args:
-        path: The file, or None for no file.
+        path: The file; None writes nothing.
         cells: All cells of the run.
     """
 
@@ -103,14 +111,14 @@ class Journal:
         self._verdicts: set[str] = set()
         self.error: TpcheckError | None = None
 
-    def kept(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
-        """Yield the outcomes again, each when it is in the file."""
+    def write_each(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+        """Yield each outcome after it was written."""
         for outcome in outcomes:
             self.add(outcome)
             yield outcome
 
     def add(self, outcome: Outcome) -> None:
-        """Write an outcome; a file that cannot be written is told at the end, and ends no run."""
+        """Write an outcome. A file that cannot be written does not end the run; `error` is reported at the end."""
         verdict = outcome.report.verdict
         self._reports[outcome.cell] = judged_json(judged(verdict))
         self._verdicts.add(verdict.verdict)
@@ -121,25 +129,22 @@ class Journal:
             return
         reports = [self._reports[cell] for cell in self._cells if cell in self._reports]
         try:
-            write_whole(self._path, whole_json(reports, self._verdicts, len(self._cells) - len(reports)))
+            write_atomically(self._path, whole_json(reports, self._verdicts, len(self._cells) - len(reports)))
             self.error = None
         except TpcheckError as error:
             self.error = error
 
 
-INTERRUPTED = 130  # what shells say of a command that Ctrl-C ended
-
-
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """What is run.
+    """The cells to run, and how to treat their results.
 
     Attributes:
         cells: Every cell.
-        common: What they have in common.
-        all_families: The families were not named, so one that cannot be built is skipped.
-        held: Results are held against the register of known upstream bugs.
-        fresh: What a file of an earlier run holds is run again.
+        common: The options that all cells share.
+        all_families: The user named no families, so that one that cannot be built is skipped.
+        held: Compare results with the register of known upstream bugs.
+        fresh: Run cells again that are in the file of an earlier run.
     """
 
     cells: tuple[Cell, ...]
@@ -149,11 +154,11 @@ class Matrix:
     fresh: bool = False
 
     @property
-    def is_one(self) -> bool:
+    def is_single(self) -> bool:
         return len(self.cells) == 1
 
     def skips(self, error: UsageError) -> bool:
-        """Return whether a cell that cannot be run for this reason is skipped, being one combination of many."""
+        """Return whether a cell with this error is skipped, as one combination of many."""
         several = len(self.cells) > len({cell.family for cell in self.cells})
         return self.all_families or (several and error.name != "family")
 
@@ -163,22 +168,22 @@ class Matrix:
 
 
 def run_matrix(matrix: Matrix, verify: Verify, files: Files, *, jobs: int | None, verbose: bool) -> int:
-    """Run every cell that no earlier run has run, tell of all, and return the exit status."""
+    """Run every cell that is not in the file of an earlier run, report all, and return the exit status."""
     before = _earlier(matrix, files)
-    journal = Journal(files.json if speaks() and not matrix.is_one else None, matrix.cells)
+    journal = Journal(files.json if is_reporting_rank() and not matrix.is_single else None, matrix.cells)
     outcomes = {outcome.cell: outcome for outcome in before}
     for outcome in before:
         journal.add(outcome)
     todo = [cell for cell in matrix.cells if cell not in outcomes]
-    running = run_all(todo, verify, matrix.common, _side_by_side(jobs, todo), skips=matrix.skips)
+    running = run_all(todo, verify, matrix.common, _num_workers(jobs, todo), skips=matrix.skips)
     try:
-        for outcome in journal.kept(_with_progress(running, matrix, todo)):
+        for outcome in journal.write_each(_with_progress(running, matrix, todo)):
             outcomes[outcome.cell] = outcome
     except KeyboardInterrupt:
-        if matrix.is_one or not speaks():
+        if matrix.is_single or not is_reporting_rank():
             raise
-        kept = f"; {files.json} holds them, and the same command goes on with it" if files.json else ""
-        note(f"tpcheck: interrupted after {len(outcomes)} of {len(matrix.cells)} cells{kept}")
+        saved = f"; {files.json} contains them, and the same command continues" if files.json else ""
+        note(f"tpcheck: interrupted after {len(outcomes)} of {len(matrix.cells)} cells{saved}")
         return INTERRUPTED
     return _finished([outcomes[cell] for cell in matrix.cells], matrix, files, journal, verbose)
 
@@ -186,22 +191,22 @@ def run_matrix(matrix: Matrix, verify: Verify, files: Files, *, jobs: int | None
 def _finished(outcomes: list[Outcome], matrix: Matrix, files: Files, journal: Journal, verbose: bool) -> int:
     rows = [matrix.judged(outcome) for outcome in outcomes]
     status = exit_status(outcomes, rows, held=matrix.held)
-    if not speaks():
+    if not is_reporting_rank():
         return status
-    if matrix.is_one and (outcomes[0].bad_usage or outcomes[0].refused):
+    if matrix.is_single and (outcomes[0].bad_usage or outcomes[0].refused):
         note(f"tpcheck: {outcomes[0].report.verdict.message}")
         return status
-    whole = tell(rows, files, verbose=verbose, held=matrix.held)
+    is_written = write_results(rows, files, verbose=verbose, held=matrix.held)
     if journal.error is not None:
         note(f"tpcheck: {journal.error}")
     elif all(outcome.refused for outcome in outcomes):
         note("tpcheck: nothing could be run")
-    return status if whole and journal.error is None else BAD_USAGE
+    return status if is_written and journal.error is None else BAD_USAGE
 
 
 def _earlier(matrix: Matrix, files: Files) -> list[Outcome]:
-    """Return what an earlier run has left in the file, and say so."""
-    if files.json is None or matrix.is_one or matrix.fresh or is_launched():
+    """Return the outcomes in the file of an earlier run, and note how many there are."""
+    if files.json is None or matrix.is_single or matrix.fresh or is_launched():
         return []
     stored = done_before(files.json, matrix.cells, matrix.common)
     if stored:
@@ -210,21 +215,21 @@ def _earlier(matrix: Matrix, files: Files) -> list[Outcome]:
 
 
 def _with_progress(outcomes: Iterable[Outcome], matrix: Matrix, todo: list[Cell]) -> Iterator[Outcome]:
-    """Tell of each outcome as it comes; of a single one the report is enough."""
-    if matrix.is_one or not todo or not speaks():
+    """Yield the outcomes and report each as it completes; a single one has its report."""
+    if matrix.is_single or not todo or not is_reporting_rank():
         yield from outcomes
         return
-    widths = widths_of([subject(cell, matrix.common) for cell in todo])
-    yield from told(
+    subjects = [subject(cell, matrix.common) for cell in todo]
+    yield from with_progress(
         outcomes,
         len(todo),
         name=lambda outcome: outcome.cell.family,
-        line=lambda outcome: str(row_line(matrix.judged(outcome), widths)),
+        line=lambda outcome: str(progress_line(matrix.judged(outcome), subjects)),
     )
 
 
-def _side_by_side(jobs: int | None, todo: list[Cell]) -> int:
-    """Return how many worlds fit the cores, whose ranks wait for each other half of the time; a launcher has one."""
+def _num_workers(jobs: int | None, todo: list[Cell]) -> int:
+    """Return the number of concurrent worlds: two ranks a core, since ranks wait half of the time; 1 in a launcher."""
     if is_launched() or not todo:
         return 1
     largest = max(cell.topology.world_size for cell in todo)

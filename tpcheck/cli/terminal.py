@@ -1,4 +1,4 @@
-"""Where output goes: colours and progress on a terminal, plain lines elsewhere; and running work side by side."""
+"""Output: colours and progress bars on a terminal, plain lines elsewhere; files; and jobs that run concurrently."""
 
 from __future__ import annotations
 
@@ -31,14 +31,11 @@ from tpcheck.report.words import Line, as_rich, as_text
 from tpcheck.world.attach import is_launched
 
 BAD_USAGE = 2
-INTERRUPTED = 130  # what shells say of a command that Ctrl-C ended
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 
 
-def escape_what_the_terminal_cannot_show() -> None:
-    r"""Write `\u2713` where the encoding has no such character (ASCII, Latin-1), rather than fail after a long run.
-
-    The same for names of files that are no text in that encoding.
-    """
+def escape_unencodable_output() -> None:
+    r"""Write `\u2713` where the encoding of the output has no such character, instead of failing after a long run."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -48,10 +45,11 @@ def show(lines: Iterable[Line]) -> None:
     """Write lines to standard output; NO_COLOR is kept.
 
     Raises:
-        TpcheckError: They could not be written. A reader that has gone is no error of ours, and passes as it is.
+        TpcheckError: They could not be written.
+        BrokenPipeError: The reader of the output has closed it.
     """
     console = Console()
-    with _told_of("standard output"):
+    with _reporting_write_errors("standard output"):
         try:
             if console.is_terminal:
                 console.print(as_rich(lines), soft_wrap=True)
@@ -62,8 +60,8 @@ def show(lines: Iterable[Line]) -> None:
             raise
 
 
-def speaks() -> bool:
-    """Return whether this process tells what was found: of the ranks that a launcher started, the first alone."""
+def is_reporting_rank() -> bool:
+    """Return whether this process writes output: without a launcher always, under a launcher rank 0 alone."""
     return not is_launched() or int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 
@@ -74,7 +72,7 @@ def note(text: str) -> None:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn tpcheck's own errors into one sentence and the exit status of bad usage."""
+    """Turn a TpcheckError into one line on standard error and the exit status of bad usage."""
     try:
         yield
     except TpcheckError as error:
@@ -82,13 +80,13 @@ def usage_errors() -> Iterator[None]:
         raise typer.Exit(BAD_USAGE) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part.
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file atomically: a reader sees the old content or the new one, never a part.
 
     Raises:
         TpcheckError: It could not be written.
     """
-    with _told_of(str(path)):
+    with _reporting_write_errors(str(path)):
         if is_special(path):
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
         else:
@@ -96,7 +94,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def is_special(path: Path) -> bool:
-    """Return whether the path leads to a device or pipe, such as /dev/stdout: a file in its place would hide it."""
+    """Return whether the path is a device or a pipe, such as /dev/stdout, which a rename would replace by a file."""
     return path.exists() and not path.is_file()
 
 
@@ -104,7 +102,7 @@ def _replace(path: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile(
         "w",
         encoding="utf-8",
-        errors="backslashreplace",  # of a file's name that is no text
+        errors="backslashreplace",  # names of files need not be valid UTF-8
         dir=path.absolute().parent,
         prefix=f".{path.name}.",
         delete=False,
@@ -120,8 +118,8 @@ def _replace(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _told_of(target: str) -> Iterator[None]:
-    """Say what could not be written."""
+def _reporting_write_errors(target: str) -> Iterator[None]:
+    """Turn an OSError into a TpcheckError that names what could not be written."""
     try:
         yield
     except BrokenPipeError:
@@ -131,7 +129,7 @@ def _told_of(target: str) -> Iterator[None]:
 
 
 def _drop_unwritten_output() -> None:
-    """Let the interpreter's last flush go nowhere: it would fail again, with a traceback of its own."""
+    """Redirect standard output to /dev/null: the flush at exit would fail again, with a traceback."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -147,10 +145,10 @@ def _umask() -> int:
 Result = TypeVar("Result")
 
 
-def told(
+def with_progress(
     results: Iterable[Result], total: int, *, name: Callable[[Result], str], line: Callable[[Result], str]
 ) -> Iterator[Result]:
-    """Yield the results again: on a terminal a bar shows the name of the last, elsewhere each has its line."""
+    """Yield the results; show a progress bar on a terminal, and a line for each result elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal:
         for result in results:
@@ -167,7 +165,7 @@ def told(
 
 @contextmanager
 def bytes_bar(description: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Show on a terminal how many bytes of how many are done, and how fast; elsewhere there is nothing to tell."""
+    """Yield a function that shows the bytes done on a terminal, or None where there is no terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield None
@@ -178,25 +176,25 @@ def bytes_bar(description: str) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def side_by_side(works: Sequence[Callable[[], Result]], jobs: int) -> Iterator[Result]:
-    """Yield results as they are reached, with at most `jobs` at a time. None of the works raises."""
-    if min(jobs, len(works)) <= 1:  # in this thread, so that an interrupt reaches the world that runs
-        yield from (work() for work in works)
+def run_concurrently(jobs: Sequence[Callable[[], Result]], num_workers: int) -> Iterator[Result]:
+    """Yield results in the order of completion, with at most `num_workers` jobs at a time. No job may raise."""
+    if min(num_workers, len(jobs)) <= 1:  # in this thread, so that an interrupt reaches the running world
+        yield from (job() for job in jobs)
         return
     waiting: queue.SimpleQueue[Callable[[], Result]] = queue.SimpleQueue()
     done: queue.SimpleQueue[Result] = queue.SimpleQueue()
-    for work in works:
-        waiting.put(work)
+    for job in jobs:
+        waiting.put(job)
 
-    def labour() -> None:
+    def worker() -> None:
         while True:
             try:
-                work = waiting.get_nowait()
+                job = waiting.get_nowait()
             except queue.Empty:
                 return
-            done.put(work())
+            done.put(job())
 
-    for _ in range(min(jobs, len(works))):  # daemons: after an interrupt nothing waits for them
-        threading.Thread(target=labour, daemon=True).start()
-    for _ in works:
+    for _ in range(min(num_workers, len(jobs))):  # daemon threads: after an interrupt nothing waits for them
+        threading.Thread(target=worker, daemon=True).start()
+    for _ in jobs:
         yield done.get()

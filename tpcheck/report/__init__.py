@@ -1,4 +1,4 @@
-"""Findings to text, JSON and JUnit. All text that a user reads about a run is made here."""
+"""Findings and tables as text, JSON, JUnit, Markdown and HTML."""
 
 from tpcheck.report.data import SCHEMA
 from tpcheck.report.junit import as_junit

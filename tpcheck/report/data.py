@@ -13,12 +13,12 @@ from tpcheck.core.findings import Finding, Verdict
 
 SCHEMA = 1
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-_DEEPEST = 100  # containers in one another; what lies deeper is left out
-_LARGEST_ARRAY = 64  # elements of a tensor or an array that are shown one by one
+_DEEPEST = 100  # nested containers; deeper ones are left out
+_LARGEST_ARRAY = 64  # elements; larger tensors and arrays are described by shape and dtype
 
 
 def as_data(verdict: Verdict) -> dict[str, Any]:
-    """Return a verdict as plain JSON values. Infinities and NaN, which JSON does not have, become null."""
+    """Return a verdict as plain JSON values. Infinities and NaN become null."""
     return {
         "schema": SCHEMA,
         "verdict": verdict.verdict,
@@ -58,9 +58,9 @@ def _finding(finding: Finding) -> dict[str, Any]:
 
 
 def plain_json(value: Any) -> Any:
-    """Return a value as JSON has it; never raises.
+    """Return a value as plain JSON values; never raises.
 
-    Infinities and NaN, which JSON does not have, become null; what else it does not know becomes text, as does a key.
+    Infinities and NaN become null; keys, and values that JSON cannot represent, become text.
 
     Example:
         >>> plain_json({"sizes": (1, 2), 3: float("inf"), "dtype": float, "step": lambda: None})
@@ -70,12 +70,12 @@ def plain_json(value: Any) -> Any:
 
 
 def printable(value: Any) -> Any:
-    """Return a value as `plain_json` does, but with infinities and NaN as they are; never raises."""
+    """Return a value as `plain_json` does, but keep infinities and NaN; never raises."""
     return _plain(value, (), lambda number: number)
 
 
 def plain_text(value: Any) -> str:
-    """Return a value as text that tells its type and is the same in every run: no memory addresses; never raises.
+    """Return a value as text that names its type and is the same in every run: no memory addresses; never raises.
 
     Example:
         >>> plain_text(object()), plain_text(float)
@@ -85,14 +85,14 @@ def plain_text(value: Any) -> str:
         return str(value)
     kind = type(value).__name__
     try:
-        text, representation = (_ADDRESS.sub("", told) for told in (str(value), repr(value)))
-    except Exception:  # of the value's own class, which may do anything
+        text, representation = (_ADDRESS.sub("", form) for form in (str(value), repr(value)))
+    except Exception:  # raised by the value's class
         return f"<{type(value).__module__}.{type(value).__qualname__} object>"
     return text if text == representation or kind in text else f"{kind}({text})"
 
 
 def _plain(value: Any, around: tuple[int, ...], not_finite: Callable[[float], float | None]) -> Any:
-    """Return a value as JSON has it; `around` are the ids of the containers that it is in."""
+    """Return a value as plain JSON values; `around` holds the ids of the containers that it is in."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -114,12 +114,12 @@ def _plain(value: Any, around: tuple[int, ...], not_finite: Callable[[float], fl
         if isinstance(value, Set):
             return _sorted([inside(inner) for inner in value])
         return [inside(inner) for inner in value] if isinstance(value, (Sequence, ValuesView)) else plain_text(value)
-    except Exception:  # of the value's own class, which may do anything
+    except Exception:  # raised by the value's class
         return plain_text(value)
 
 
 def _mapping(value: Mapping[Any, Any], inside: Callable[[Any], Any]) -> dict[str, Any]:
-    """Return a mapping with keys of text; two keys with the same text are told apart by their type."""
+    """Return a mapping with text keys; equal texts of different keys get the type appended."""
     plain: dict[str, Any] = {}
     for key, inner in value.items():
         name = plain_text(key)

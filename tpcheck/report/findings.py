@@ -1,4 +1,4 @@
-"""A finding as text: what differs, where, by how much, why, and how to see it again."""
+"""A finding as text: what differs, where, by how much, why, and how to reproduce it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tpcheck.report.data import printable
 from tpcheck.report.words import Line, labelled
 
 _ALSO_SHOWN = 8
-# What the number counts where a check is exact, and what is said of it.
+# The noun that an exact check counts, and its verb.
 _COUNTED = {
     "groups_match_topology": ("group", "differs", "differ"),
     "parameters_are_sharded": ("parameter", "is wrong", "are wrong"),
     "replicas_agree": ("tensor", "differs", "differ"),
 }
 _COUNTED_BY_DEFAULT = ("element", "differs", "differ")
-# Evidence that has a phrase of its own; what a check adds beside it is shown by name.
+# Evidence that the lines below phrase; other evidence is shown by key.
 _PHRASED = {
     *("largest", "largest_at", "replays", "dtype", "first_of", "inputs_agree", "isolated", "cause_error", "also"),
     *("note", "follows_from", "advice"),
@@ -52,18 +52,18 @@ def finding_lines(finding: Finding, subject: Mapping[str, Any]) -> Iterator[Line
     if finding.evidence.get("advice"):
         yield from labelled("fix", str(finding.evidence["advice"]), "cyan")
     if finding.evidence.get("also"):
-        yield from labelled("also", words.few([_named(one) for one in finding.evidence["also"]], _ALSO_SHOWN))
+        yield from labelled("also", words.few([_phrase(entry) for entry in finding.evidence["also"]], _ALSO_SHOWN))
     if finding.evidence.get("note"):
         yield from labelled("note", str(finding.evidence["note"]))
-    other = {key: value for key, value in finding.evidence.items() if key not in _PHRASED}
-    if other:
-        yield from labelled("evidence", words.pairs(other))
+    unphrased = {key: value for key, value in finding.evidence.items() if key not in _PHRASED}
+    if unphrased:
+        yield from labelled("evidence", words.pairs(unphrased))
     if finding.again:
         yield from labelled("again", finding.again, "cyan")
 
 
 def is_consequence(finding: Finding) -> bool:
-    """Return whether an earlier check's finding accounts for this one."""
+    """Return whether the finding follows from one of an earlier check."""
     return finding.cause is None and bool(finding.evidence.get("follows_from"))
 
 
@@ -72,10 +72,10 @@ def place(finding: Finding) -> str:
     where = printable(finding.where)
     module, parameter, field = (where.get(key) for key in ("module", "parameter", "field"))
     if parameter and module and "." not in str(parameter):
-        named = f"{module}.{parameter}"
+        name = f"{module}.{parameter}"
     else:
-        named = parameter or ("(the whole model)" if module == "" else module) or ""
-    return f"{named} {field}".strip() if field and str(named) not in str(field) else str(field or named)
+        name = parameter or ("(the whole model)" if module == "" else module) or ""
+    return f"{name} {field}".strip() if field and str(name) not in str(field) else str(field or name)
 
 
 def _where(finding: Finding, subject: Mapping[str, Any]) -> str:
@@ -118,10 +118,10 @@ def _amount(finding: Finding) -> str:
         return f"{norms}: relative error {words.error(finding.observed)}"
     if finding.allowed:
         return f"relative error {words.error(finding.observed)}"
-    noun, one, many = _COUNTED.get(finding.check, _COUNTED_BY_DEFAULT)
+    noun, singular, plural = _COUNTED.get(finding.check, _COUNTED_BY_DEFAULT)
     number, total = evidence.get("count_differing", finding.observed), evidence.get("count_total")
     counted = words.count(number, noun) if total is None else f"{number:g} of {words.count(total, noun)}"
-    return f"{counted} {one if number == 1 else many}"
+    return f"{counted} {singular if number == 1 else plural}"
 
 
 def _allowed(finding: Finding) -> str:
@@ -151,13 +151,13 @@ def _collectives(evidence: Mapping[str, Any]) -> str:
 
 
 def _counted(collectives: Sequence[Mapping[str, Any]]) -> str:
-    counts = Counter((one["name"], tuple(one["ranks"])) for one in collectives)
-    told = [f"{words.count(count, name)} over {words.ranks(ranks)}" for (name, ranks), count in counts.items()]
-    return ", ".join(told) or "no collective"
+    counts = Counter((collective["name"], tuple(collective["ranks"])) for collective in collectives)
+    counted = [f"{words.count(count, name)} over {words.ranks(ranks)}" for (name, ranks), count in counts.items()]
+    return ", ".join(counted) or "no collective"
 
 
-def _named(entry: Any) -> str:
-    """Return another thing that is wrong, as a few words: `gradient q.weight`, `labels (bits)`, `replicas 0, 1`."""
+def _phrase(entry: Any) -> str:
+    """Return an entry of `also` as a phrase: `gradient q.weight`, `labels (bits)`, `replicas 0, 1`."""
     if not isinstance(entry, Mapping):
         return str(entry)
     if "replicas" in entry:

@@ -1,4 +1,4 @@
-"""All answers of one run, for people and for programs."""
+"""The report of one run: as text, JSON, JUnit and on a terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a run found.
+    """The result of a run.
 
     Example:
         >>> report = Report(Verdict("skipped", {"family": "llama"}, {}, message="two ranks need two GPUs"))
@@ -46,7 +46,7 @@ class Report:
         return self.verdict.findings
 
     def to_text(self, *, findings: int | None = FINDINGS_SHOWN) -> str:
-        """Return plain text that can be pasted into an issue, with at most so many findings; None shows all."""
+        """Return plain text for an issue, with at most `findings` findings; None shows all."""
         return as_text(verdict_lines(self.verdict, findings_shown=findings))
 
     def to_data(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Report:
         return as_junit([self.verdict])
 
     def raise_if_failed(self) -> None:
-        """Raise what the verdict says, if it says anything.
+        """Raise an error unless the run passed or was skipped.
 
         Raises:
             Mismatch: A check failed.

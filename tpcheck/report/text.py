@@ -1,4 +1,4 @@
-"""A whole verdict as text: its head, its findings, every check that ran, and what could not be compared."""
+"""A verdict as text: its subject, its findings, every check that ran, and the tensors that were not compared."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import groupby
 from tpcheck.core.findings import Coverage, Finding, Verdict
 from tpcheck.report import checkpoints, words
 from tpcheck.report.findings import finding_lines, is_consequence
+from tpcheck.report.table import Cell, Column, Row, Table, table_lines
 from tpcheck.report.words import Line, labelled, plain
 
 FINDINGS_SHOWN = 5
@@ -24,7 +25,7 @@ def verdict_lines(verdict: Verdict, *, findings_shown: int | None = FINDINGS_SHO
     if verdict.message:
         yield from _message(verdict)
     yield from checkpoints.explanation_lines(verdict)
-    shown = _most_telling(verdict.findings, findings_shown)
+    shown = _most_severe(verdict.findings, findings_shown)
     for finding in shown:
         yield Line()
         yield from finding_lines(finding, verdict.subject)
@@ -57,8 +58,8 @@ def _message(verdict: Verdict) -> Iterator[Line]:
         yield plain(f"  {line}")
 
 
-def _most_telling(findings: Sequence[Finding], number: int | None) -> list[Finding]:
-    """Return so many findings in their order: the first of each check and story, the others, then consequences."""
+def _most_severe(findings: Sequence[Finding], number: int | None) -> list[Finding]:
+    """Return at most `number` findings: before others the first of each check, last those that follow from another."""
     stories = checkpoints.group_by_explanation(findings)
     of_stories = {id(group[0]) for group in stories}
     number = len(stories) if stories and number is not None else number
@@ -68,26 +69,28 @@ def _most_telling(findings: Sequence[Finding], number: int | None) -> list[Findi
         repeated = finding.check in seen and id(finding) not in of_stories
         ranks.append((is_consequence(finding), repeated))
         seen.add(finding.check)
-    order = sorted(range(len(findings)), key=lambda place: ranks[place])
-    return [findings[place] for place in sorted(order[:number])]
+    order = sorted(range(len(findings)), key=lambda index: ranks[index])
+    return [findings[index] for index in sorted(order[:number])]
 
 
 def _checks(verdict: Verdict) -> Iterator[Line]:
-    width = max(len(check.check) for check in verdict.checks)
-    yield plain(f"  {'check':<{width}}  {'verdict':<7}  {'compared':>8}  {'worst margin':>12}  at", "dim")
+    columns = ("check", False), ("verdict", False), ("compared", True), ("worst margin", True), ("at", False)
+    rows = []
     for check in verdict.checks:
         margins = [finding.margin for finding in verdict.findings if finding.check == check.check]
         name, style = ("failed", "red") if margins else ("passed", "green")
         if not check.compared and not margins:
             name, style = "nothing", "yellow"  # a check with nothing to compare has not passed
         margin = words.margin(max(check.worst_margin, *margins, 0.0)) if check.compared else ""
-        yield Line(
-            (
-                (f"  {check.check:<{width}}  ", ""),
-                (f"{name:<7}", style),
-                (f"  {check.compared:>8}  {margin:>12}  {check.worst_at or ''}", ""),
-            )
+        cells = (
+            Cell(check.check),
+            Cell(name, style),
+            Cell(f"{check.compared}"),
+            Cell(margin),
+            Cell(check.worst_at or ""),
         )
+        rows.append(Row(cells))
+    return table_lines(Table(tuple(Column(*column) for column in columns), tuple(rows), has_heading=True, indent=2))
 
 
 def _foot(verdict: Verdict) -> Iterator[Line]:

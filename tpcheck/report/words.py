@@ -1,4 +1,4 @@
-"""Numbers, places and subjects as short phrases, and lines of them that may have a style on a terminal."""
+"""Numbers, places and subjects as short phrases, and lines of styled text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Pieces of text with the rich style of each, empty for none."""
+    """Spans of text, each with a rich style or an empty one."""
 
     spans: tuple[tuple[str, str], ...] = ()
 
@@ -25,12 +25,12 @@ class Line:
 
 
 def plain(text: str, style: str = "") -> Line:
-    """Return a line of one piece."""
+    """Return a line of one span."""
     return Line(((text, style),))
 
 
 def labelled(label: str, text: str, style: str = "") -> Iterable[Line]:
-    """Yield `text` behind a label that is padded to a column; further lines of it stand under the first."""
+    """Yield `text` after a label of fixed width; its further lines are indented below the first."""
     first, *rest = text.splitlines() or [""]
     yield Line((("  ", ""), (f"{label:<10}", "dim"), (first, style)))
     for line in rest:
@@ -48,8 +48,8 @@ def as_rich(lines: Iterable[Line]) -> Text:
 
     text = Text(overflow="fold", no_wrap=False)
     for line in lines:
-        for piece, style in line.spans:
-            text.append(piece, style=style)
+        for span, style in line.spans:
+            text.append(span, style=style)
         text.append("\n")
     text.rstrip()
     return text
@@ -97,7 +97,7 @@ def count(number: float, noun: str) -> str:
 
 
 def numbers(values: float | Sequence[float]) -> str:
-    """Return one number, or several with those that are the same said once: `1.25`, `1.25 and 1.5`."""
+    """Return the distinct numbers: `1.25`, `1.25 and 1.5`."""
     listed = values if isinstance(values, Sequence) else [values]
     return " and ".join(dict.fromkeys(f"{value:.6g}" for value in listed))
 
@@ -114,12 +114,12 @@ def ranks(listed: Sequence[int]) -> str:
 
 
 def index(position: Any) -> str:
-    """Return where an element stands: `[5]`, `[0, 3]`."""
+    """Return the index of an element: `[5]`, `[0, 3]`."""
     return str(list(position)) if isinstance(position, (list, tuple)) else f"[{position}]"
 
 
 def phase(where: Mapping[str, Any]) -> str:
-    """Return when it happened: `backward of step 0`."""
+    """Return the phase and step: `backward of step 0`."""
     name, step = where.get("phase"), where.get("step")
     if name is None:
         return "" if step is None else f"step {step}"
@@ -128,7 +128,7 @@ def phase(where: Mapping[str, Any]) -> str:
 
 
 def layout(subject: Mapping[str, Any]) -> list[str]:
-    """Return what shards and how: `deepspeed`, `tp=2`; axes of one rank and ZeRO 0 go without saying."""
+    """Return the backend and the topology: `deepspeed`, `tp=2`; without `dp=1` and `zero=0`."""
     zero = subject.get("zero", subject.get("zero_stage"))
     return [
         *([str(subject["backend"])] if subject.get("backend") else []),
@@ -139,7 +139,7 @@ def layout(subject: Mapping[str, Any]) -> list[str]:
 
 
 def options(subject: Mapping[str, Any]) -> list[str]:
-    """Return every part of the subject but its name, the well-known ones first; what is unset goes without saying."""
+    """Return every option of the subject that is set, the common ones first."""
     return [
         *layout(subject),
         *([str(subject["dtype"])] if subject.get("dtype") else []),
@@ -158,12 +158,12 @@ def _option(key: str, value: Any) -> str:
 
 
 def name(subject: Mapping[str, Any]) -> str:
-    """Return what was run, in a word."""
+    """Return the name of the subject."""
     return str(subject.get("family") or subject.get("model") or subject.get("subject") or "model")
 
 
 def pairs(values: Mapping[str, Any]) -> str:
-    """Return evidence that has no phrase of its own: `key value, key value`."""
+    """Return evidence by key: `key value, key value`."""
     return ", ".join(f"{key.replace('_', ' ')} {_plain(printable(value))}" for key, value in values.items())
 
 

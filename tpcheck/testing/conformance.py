@@ -12,7 +12,7 @@ from tpcheck.backends.interface import Backend, Candidate, TrainingOptions
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.errors import Mismatch
 from tpcheck.core.topology import Topology
-from tpcheck.lab.faults.fault import Live, PlantedBackend
+from tpcheck.lab.faults.fault import FaultyBackend, Live
 from tpcheck.model.verify import verify
 from tpcheck.numerics.tensors import map_tensors
 from tpcheck.report.report import Report
@@ -96,13 +96,13 @@ def _description(layout: Any) -> tuple[Any, ...]:
 _SCALE = 1.01
 
 
-def planted(backend: str | Backend, fault: str) -> PlantedBackend:
+def planted(backend: str | Backend, fault: str) -> FaultyBackend:
     """Return a backend whose candidates bear the fault of that name."""
 
     def plant(live: Live) -> None:
         live.candidate = _FAULTS[fault](live.candidate)
 
-    return PlantedBackend(plant, backend)
+    return FaultyBackend(plant, backend)
 
 
 def _scaled_weight(candidate: Candidate) -> Candidate:

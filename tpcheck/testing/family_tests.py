@@ -11,7 +11,7 @@ from tpcheck.core.errors import BackendError, Mismatch, UsageError
 from tpcheck.core.findings import Verdict
 from tpcheck.lab.known import judged, register
 from tpcheck.lab.matrix.cells import Cell, Common, arguments, cells, subject, versions
-from tpcheck.lab.matrix.report import configuration, surprise
+from tpcheck.lab.matrix.report import configuration, unexpected_message
 from tpcheck.model.verify import verify_family
 
 
@@ -70,7 +70,7 @@ def family_tests(
             pytest.skip(str(error))
         row = judged(report.verdict)
         if row.standing == "new" and row.bug is not None:  # not what the xfail is about
-            pytest.fail(f"{surprise(row)}\n{report.to_text()}", pytrace=False)
+            pytest.fail(f"{unexpected_message(row)}\n{report.to_text()}", pytrace=False)
         report.raise_if_failed()
 
     return test_families

@@ -34,9 +34,9 @@ class Pipeline:
 # The last topology of a fault is the larger one, whose ranks contain the smaller one's TP group.
 FAULTY = [Pipeline(fault.name, fault.worlds[-1], fault.build, fault) for fault in FAULTS]
 FIXED = [
-    Pipeline(f"fixed, {fault.name}", fault.mended_worlds[-1], fault.mended, None, fault.mended_dropout)
+    Pipeline(f"fixed, {fault.name}", fault.fixed_worlds[-1], fault.fixed, None, fault.fixed_dropout)
     for fault in FAULTS
-    if fault.mended is not None
+    if fault.fixed is not None
 ]
 CLEAN = [
     Pipeline("accelerate, stream, sharded", TP, partial(build.accelerated_stream, sharded=True)),

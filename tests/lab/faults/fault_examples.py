@@ -1,12 +1,12 @@
-"""Rows of a table of faults, one for everything that can come of one."""
+"""Results of faults and clean controls, one of each kind."""
 
 from __future__ import annotations
 
 from math import inf
 
-from tpcheck.lab.faults.results import CONTROL, Caught, Score
+from tpcheck.lab.faults.results import CONTROL, FaultResult, Score
 
-RIGHT = Caught(
+RIGHT = FaultResult(
     "reduce_skipped",
     "forward collectives",
     "a layer returns its rank's term instead of the sum",
@@ -22,7 +22,7 @@ RIGHT = Caught(
     seconds=1.31,
     link="https://github.com/example/repo/issues/1",
 )
-ELSEWHERE = Caught(
+ELSEWHERE = FaultResult(
     "slopes_of_another_rank",
     "layout",
     "a rank has the slopes of another",
@@ -35,10 +35,10 @@ ELSEWHERE = Caught(
     margin=2e4,
     seconds=1.5,
 )
-EXACT = Caught(
+EXACT = FaultResult(
     "saved_one_bit",
     "checkpoint",
-    "one bit is not that of the reference",
+    "one bit differs from the reference",
     "failed",
     checks=("checkpoint_matches_reference",),
     place="model.x",
@@ -49,13 +49,13 @@ EXACT = Caught(
     margin=inf,
     dtype="any",
 )
-MISSED = Caught(
+MISSED = FaultResult(
     "quiet", "layout", "a fault that <b>nobody</b> sees", "passed", margin=0.3, true_causes=("wrong_group",)
 )
-CRASHED = Caught("loud", "layout", "a fault that crashes", "error", message="RuntimeError: <boom>\nat line 3")
-HIDDEN = Caught("small", "precision", "too small for this dtype", "passed", margin=0.4, must_show=False)
-CLEAN = Caught("llama tp=2 dp=1 zero=0", CONTROL, "nothing is planted", "passed", margin=0.113, seconds=1.2)
-ALARM = Caught("opt tp=2 dp=1 zero=0", CONTROL, "nothing is planted", "failed", margin=3.0)
+CRASHED = FaultResult("loud", "layout", "a fault that crashes", "error", message="RuntimeError: <boom>\nat line 3")
+HIDDEN = FaultResult("small", "precision", "too small for this dtype", "passed", margin=0.4, must_show=False)
+CLEAN = FaultResult("llama tp=2 dp=1 zero=0", CONTROL, "no fault is injected", "passed", margin=0.113, seconds=1.2)
+FALSE_POSITIVE = FaultResult("opt tp=2 dp=1 zero=0", CONTROL, "no fault is injected", "failed", margin=3.0)
 
 GOOD = Score.of([RIGHT, EXACT, HIDDEN, CLEAN])
-BAD = Score.of([RIGHT, ELSEWHERE, EXACT, MISSED, CRASHED, HIDDEN, CLEAN, ALARM])
+BAD = Score.of([RIGHT, ELSEWHERE, EXACT, MISSED, CRASHED, HIDDEN, CLEAN, FALSE_POSITIVE])

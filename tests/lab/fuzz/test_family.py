@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tpcheck import UsageError
-from tpcheck.lab.faults.fault import Live, PlantedBackend
+from tpcheck.lab.faults.fault import FaultyBackend, Live
 from tpcheck.lab.fuzz.draws import Bounds, Drawn
 from tpcheck.lab.fuzz.family import Common, fuzz_family, outcome_of
 from tpcheck.lab.fuzz.results import Outcome, Searched
@@ -30,7 +30,7 @@ def does_nothing(live: Live) -> None: ...
 
 
 def searched(plant: Any, examples: int) -> Searched:
-    common = Common(backend=PlantedBackend(plant), steps=1, settings=SMALL)
+    common = Common(backend=FaultyBackend(plant), steps=1, settings=SMALL)
     return fuzz_family("llama", NARROW, common, Limits(examples), lambda outcome, *, shrinking: None)
 
 

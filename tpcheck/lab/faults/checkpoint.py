@@ -1,4 +1,4 @@
-"""Faults of a saved model: one row for everything that can happen to a tensor on its way into a checkpoint."""
+"""Faults of a saved model: what can happen to a tensor when it is saved, gathered or converted."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class CheckpointFault:
     Attributes:
         name: Its slug.
         what: What is wrong, in one sentence.
-        on: Patterns of the names of tensors that it befalls.
-        harm: Draws what becomes of one of them.
-        causes: The causes that are right to name; None for one that cannot be told.
-        family: The model type whose tensors are saved.
-        settings: Of the model.
-        link: The real bug that it stands for, upstream.
-        kind, checks: As of every fault.
+        on: Patterns of names; one of the tensors that match is damaged.
+        harm: Damages the tensor that was drawn.
+        causes: The right causes; None for a fault without a named cause.
+        family: The model type that is saved.
+        settings: Settings of the model.
+        link: An upstream issue that reports such a bug.
+        kind, checks: `checkpoint` and its check.
     """
 
     name: str
@@ -44,10 +44,10 @@ class CheckpointFault:
     checks: tuple[str, ...] = (_CHECK,)
 
     def drawn(self, tensors: Tensors, earlier: Tensors, seed: int) -> Damage:
-        """Return the fault at one of the tensors, the same for the same seed."""
-        chance = random.Random(f"{self.name}/{seed}")
-        fitting = [name for name in tensors if any(fnmatch(name, pattern) for pattern in self.on)]
-        return self.harm(Target(chance.choice(fitting), tensors, earlier, chance))
+        """Return the damage to one of the tensors; equal seeds draw equal damage."""
+        generator = random.Random(f"{self.name}/{seed}")
+        matching = [name for name in tensors if any(fnmatch(name, pattern) for pattern in self.on)]
+        return self.harm(Target(generator.choice(matching), tensors, earlier, generator))
 
 
 _ROWS = ("*.q_proj.weight", "*.up_proj.weight")
@@ -65,7 +65,7 @@ def _fault(
     return CheckpointFault(f"saved_{name}", what, on, harm, (cause,), family, settings, link and _GITHUB + link)
 
 
-_FUSED_MODEL = ("phi3", {"num_key_value_heads": 8})  # as many as there are heads: blocks of one size
+_FUSED_MODEL = ("phi3", {"num_key_value_heads": 8})  # as many as heads, so that the fused blocks have one size
 _MODEL_OF: Mapping[tuple[str, ...], tuple[str, Mapping[str, Any]]] = {
     _QKV: _FUSED_MODEL,
     _GATE_UP: _FUSED_MODEL,
@@ -80,7 +80,7 @@ FAULTS = (
            "pytorch/pytorch/issues/156002"),
     _fault("rows_of_one_rank_of_four", "one of four ranks' rows are saved as the tensor", _ROWS,
            damage.one_shard(4), "shard_missing"),
-    _fault("rows_of_one_rank_uneven", "one of three ranks' rows, which are not as many on each", _ROWS,
+    _fault("rows_of_one_rank_uneven", "one of three ranks' uneven rows are saved as the tensor", _ROWS,
            damage.one_shard(3), "shard_missing"),
     _fault("columns_of_one_rank", "one rank's columns of a row-parallel weight are saved", _COLUMNS,
            damage.one_shard(2, dim=1), "shard_missing"),
@@ -100,11 +100,11 @@ FAULTS = (
            damage.reordered(lambda _: [1, 0], dim=1), "shard_order_swapped"),
     _fault("uneven_shards_swapped", "a larger and a smaller shard change places", _ROWS,
            damage.plain(lambda rows: rows.roll(len(rows) * 25 // 64, 0)), "shard_order_swapped"),
-    _fault("shard_everywhere", "one rank's rows stand in every place", _ROWS,
+    _fault("shard_everywhere", "one rank's rows are saved in every place", _ROWS,
            damage.reordered(damage.one_everywhere), "shard_repeated"),
-    _fault("columns_everywhere", "one rank's columns stand in every place", _COLUMNS,
+    _fault("columns_everywhere", "one rank's columns are saved in every place", _COLUMNS,
            damage.reordered(damage.one_everywhere, dim=1), "shard_repeated"),
-    _fault("shard_for_another", "one of four ranks' rows stand in another's place, too", _ROWS,
+    _fault("shard_for_another", "one of four ranks' rows are also in the place of another's", _ROWS,
            damage.reordered(damage.one_for_another_of_four), "shard_repeated"),
     _fault("qkv_rank_by_rank", "q, k, v are put together rank by rank", _QKV,
            damage.blockwise(3, 2, parts=2), "fused_blocks_interleaved",
@@ -119,13 +119,13 @@ FAULTS = (
            "deepspeedai/DeepSpeed/pull/3844"),
     _fault("groups_of_queries", "groups of (queries, key, value) are read as blocks", _QKV,
            damage.groups_of_queries, "fused_blocks_interleaved"),
-    _fault("head_twice", "a head stands on both sides of a boundary", _ROWS,
+    _fault("head_twice", "a head is saved on both sides of a boundary", _ROWS,
            damage.at_a_boundary(lambda rows, cut: torch.cat([rows[: cut + 8], rows[cut:]]), first_wrong=8),
            "wrong_shard_boundary"),
     _fault("head_twice_last_lost", "a boundary is off by a head, and the last head is lost", _ROWS,
            damage.at_a_boundary(lambda rows, cut: torch.cat([rows[:cut], rows[cut - 8 : -8]])),
            "wrong_shard_boundary"),
-    _fault("head_lost", "a boundary is off by a head, and zeros stand at the end", _ROWS,
+    _fault("head_lost", "a boundary is off by a head, and the end is filled with zeros", _ROWS,
            damage.at_a_boundary(lambda rows, cut: torch.cat([rows[:cut], rows[cut + 8 :], 0 * rows[:8]]),
                                 first_wrong=0, holds=8), "wrong_shard_boundary"),
     _fault("padding_kept", "the padding of a projection is saved with it", _ROWS,
@@ -134,12 +134,13 @@ FAULTS = (
            damage.padded(1), "vocab_offset_wrong"),
     _fault("vocabulary_padding_of_each_rank", "each rank's padding of the vocabulary is saved with it", _EMBEDDING,
            damage.padded(2), "vocab_offset_wrong"),
-    _fault("tokens_shifted", "every token has the row of another", _EMBEDDING, damage.shifted, "vocab_offset_wrong"),
+    _fault("tokens_shifted", "every token has the row of another token", _EMBEDDING,
+           damage.shifted, "vocab_offset_wrong"),
     _fault("transposed", "a weight is saved as its transpose", _COLUMNS,
            damage.plain(lambda weight: weight.T.contiguous()), "transposed"),
     _fault("square_transposed", "a square weight is saved as its transpose", _SQUARE,
            damage.plain(lambda weight: weight.T.contiguous()), "transposed"),
-    _fault("through_bfloat16", "a weight was rounded to bfloat16 on its way", _ROWS,
+    _fault("through_bfloat16", "a weight was rounded to bfloat16 when it was saved", _ROWS,
            damage.plain(lambda weight: weight.bfloat16().float(), dtype="bfloat16"), "dtype_rounded"),
     _fault("one_rank_through_float16", "one rank's rows were rounded to float16", _ROWS,
            damage.from_half_on(lambda rows: rows.half().float()), "dtype_rounded"),
@@ -151,7 +152,7 @@ FAULTS = (
            damage.plain(lambda weight: weight.chunk(2)[0].bfloat16(), tp_rank=0), "shard_missing"),
     _fault("as_float64", "a weight is saved in a wider dtype", _ROWS,
            damage.plain(lambda weight: weight.double()), None),
-    _fault("one_bit", "one bit is not that of the reference", _ROWS, damage.one_bit, "bit_flipped"),
+    _fault("one_bit", "one bit differs from the reference", _ROWS, damage.one_bit, "bit_flipped"),
     _fault("row_of_nan", "a row is NaN", _ROWS, damage.one_row(float("nan")), "not_finite"),
     _fault("one_infinity", "one element is infinite", _ROWS, damage.one_element(float("inf")), "not_finite"),
     _fault("zeros", "a weight was never filled", _ROWS, damage.plain(torch.zeros_like), "all_zero"),
@@ -171,9 +172,9 @@ FAULTS = (
     _fault("unknown_name", "a tensor is saved that the model does not have", _ROWS,
            damage.under_another_name("model.extra.weight"), "tensor_unexpected"),
     _fault("drawn_anew", "a weight was initialised again", _ROWS, damage.plain(torch.randn_like), None),
-    _fault("drawn_anew_smaller", "a weight is another one, in another shape", _ROWS,
+    _fault("drawn_anew_smaller", "a weight has other values and another shape", _ROWS,
            damage.plain(lambda weight: torch.randn(len(weight) - 4, weight.shape[1])), None),
-    _fault("one_element", "one element has moved", _ROWS, damage.one_element(0.123), None),
+    _fault("one_element", "one element has another value", _ROWS, damage.one_element(0.123), None),
     _fault("other_dims", "a weight has more dims", _ROWS,
            damage.plain(lambda weight: weight.reshape(2, -1, weight.shape[1])), None),
     _fault("every_tensor_of_one_rank", "every tensor is that of one rank", _ROWS,

@@ -1,4 +1,4 @@
-"""What can happen to a tensor on its way into a checkpoint. Each function returns how, drawn at random."""
+"""Ways to damage a tensor of a checkpoint; ranks, places and bits are drawn at random."""
 
 from __future__ import annotations
 
@@ -16,57 +16,57 @@ HEAD = 8  # rows
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The tensor that is damaged, and what lies around it.
+    """The tensor to damage, and the rest of the checkpoint.
 
     Attributes:
         name: Its name.
         tensors: All tensors of the checkpoint.
-        earlier: Those of the step before.
-        chance: Draws what is drawn: ranks, places, bits.
+        earlier: The tensors of the step before.
+        generator: Draws ranks, places and bits.
     """
 
     name: str
     tensors: Tensors
     earlier: Tensors
-    chance: random.Random
+    generator: random.Random
 
     @property
     def tensor(self) -> Tensor:
-        """A copy, to change."""
+        """A copy of the tensor."""
         return self.tensors[self.name].clone()
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What became of a checkpoint.
+    """The changes to a checkpoint.
 
     Attributes:
-        changed: Tensors as they are instead, by name; None for those that are not there.
-        story: Details that must be found out.
+        changed: New tensors by name; None for a tensor that is removed.
+        story: Details that a finding must report.
     """
 
     changed: Mapping[str, Tensor | None]
     story: Mapping[str, Any] = field(default_factory=dict)
 
-    def of(self, tensors: Tensors) -> dict[str, Tensor]:
+    def apply(self, tensors: Tensors) -> dict[str, Tensor]:
         """Return the damaged checkpoint."""
-        together = {**tensors, **self.changed}
-        return {name: tensor for name, tensor in together.items() if tensor is not None}
+        damaged = {**tensors, **self.changed}
+        return {name: tensor for name, tensor in damaged.items() if tensor is not None}
 
 
 Harm = Callable[[Target], Damage]
 
 
 def plain(change: Callable[[Tensor], Tensor | None], **story: Any) -> Harm:
-    """Nothing is drawn."""
+    """Change the tensor in a way that needs no draw."""
     return lambda target: Damage({target.name: change(target.tensor)}, story)
 
 
 def one_shard(num_ranks: int, dim: int = 0) -> Harm:
-    """One rank's chunk is all there is."""
+    """Keep one rank's chunk."""
 
     def harm(target: Target) -> Damage:
-        tp_rank = target.chance.randrange(num_ranks)
+        tp_rank = target.generator.randrange(num_ranks)
         shard = target.tensor.chunk(num_ranks, dim)[tp_rank]
         return Damage({target.name: shard}, {"tp_rank": tp_rank, "tp": num_ranks, "dim": dim})
 
@@ -74,10 +74,10 @@ def one_shard(num_ranks: int, dim: int = 0) -> Harm:
 
 
 def one_shard_of_blocks(num_blocks: int) -> Harm:
-    """One rank's half of every block is all there is."""
+    """Keep one rank's half of every block."""
 
     def harm(target: Target) -> Damage:
-        tp_rank = target.chance.randrange(2)
+        tp_rank = target.generator.randrange(2)
         blocks = target.tensor.chunk(num_blocks)
         shard = torch.cat([block.chunk(2)[tp_rank] for block in blocks])
         return Damage({target.name: shard}, {"tp_rank": tp_rank, "blocks": [len(block) for block in blocks]})
@@ -86,10 +86,10 @@ def one_shard_of_blocks(num_blocks: int) -> Harm:
 
 
 def reordered(order: Callable[[random.Random], list[int]], dim: int = 0) -> Harm:
-    """Chunks stand in another order, some of them twice or not at all."""
+    """Reorder, repeat or leave out chunks."""
 
     def harm(target: Target) -> Damage:
-        places = order(target.chance)
+        places = order(target.generator)
         chunks = target.tensor.chunk(len(places), dim)
         wrong = torch.cat([chunks[place] for place in places], dim)
         return Damage({target.name: wrong}, {"order": places, "dim": dim})
@@ -97,26 +97,26 @@ def reordered(order: Callable[[random.Random], list[int]], dim: int = 0) -> Harm
     return harm
 
 
-def two_of_four_swapped(chance: random.Random) -> list[int]:
+def two_of_four_swapped(generator: random.Random) -> list[int]:
     order = [0, 1, 2, 3]
-    first, second = chance.sample(order, 2)
+    first, second = generator.sample(order, 2)
     order[first], order[second] = second, first
     return order
 
 
-def one_everywhere(chance: random.Random) -> list[int]:
-    return [chance.randrange(2)] * 2
+def one_everywhere(generator: random.Random) -> list[int]:
+    return [generator.randrange(2)] * 2
 
 
-def one_for_another_of_four(chance: random.Random) -> list[int]:
+def one_for_another_of_four(generator: random.Random) -> list[int]:
     order = [0, 1, 2, 3]
-    first, second = chance.sample(order, 2)
+    first, second = generator.sample(order, 2)
     order[first] = second
     return order
 
 
 def blockwise(num_blocks: int, num_ranks: int, **story: Any) -> Harm:
-    """Every block is cut for the ranks, and each rank's parts of all blocks are put one behind the other."""
+    """Cut every block for the ranks, and concatenate each rank's parts of all blocks."""
     return plain(
         lambda tensor: torch.cat(
             [block.chunk(num_ranks)[rank] for rank in range(num_ranks) for block in tensor.chunk(num_blocks)]
@@ -126,12 +126,12 @@ def blockwise(num_blocks: int, num_ranks: int, **story: Any) -> Harm:
 
 
 def heads_of_qkv(tensor: Tensor) -> Tensor:
-    """Heads of (q, k, v) are read as (q, k, v) of heads."""
+    """Read heads of (q, k, v) as (q, k, v) of heads."""
     return tensor.view(-1, 3, HEAD, tensor.shape[1]).transpose(0, 1).reshape(tensor.shape)
 
 
 def groups_of_queries(target: Target) -> Damage:
-    """Groups of (4 query heads, key, value) are read as all queries, all keys, all values."""
+    """Read groups of (4 query heads, key, value) as all queries, all keys, all values."""
     groups = target.tensor.chunk(len(target.tensor) // (6 * HEAD))
     parts = (slice(0, 4 * HEAD), slice(4 * HEAD, 5 * HEAD), slice(5 * HEAD, 6 * HEAD))
     wrong = torch.cat([group[rows] for rows in parts for group in groups])
@@ -139,17 +139,17 @@ def groups_of_queries(target: Target) -> Damage:
 
 
 def at_a_boundary(change: Callable[[Tensor, int], Tensor], **offsets: int) -> Harm:
-    """`change(tensor, row)` cuts at a row that is drawn; a story's numbers are counted from there."""
+    """Call `change(tensor, row)` with a boundary that is drawn; offsets in the story are relative to it."""
 
     def harm(target: Target) -> Damage:
-        row = len(target.tensor) // target.chance.choice((2, 4))
+        row = len(target.tensor) // target.generator.choice((2, 4))
         return Damage({target.name: change(target.tensor, row)}, {key: row + more for key, more in offsets.items()})
 
     return harm
 
 
 def padded(num_ranks: int) -> Harm:
-    """16 rows of zeros stand behind each rank's."""
+    """Append 16 rows of zeros to each rank's rows."""
 
     def harm(target: Target) -> Damage:
         shards = target.tensor.chunk(num_ranks)
@@ -163,12 +163,12 @@ def padded(num_ranks: int) -> Harm:
 
 
 def shifted(target: Target) -> Damage:
-    rows = target.chance.choice((1, 5, 7))  # a number that could be one of shards could be a swap of shards, too
+    rows = target.generator.choice((1, 5, 7))  # not a multiple of a shard, which would also be a swap of shards
     return Damage({target.name: torch.roll(target.tensor, rows, 0)})
 
 
 def from_half_on(change: Callable[[Tensor], Tensor]) -> Harm:
-    """The rows of the second of two ranks are changed, the others are not."""
+    """Change the rows of the second of two ranks."""
 
     def harm(target: Target) -> Damage:
         first, second = target.tensor.chunk(2)
@@ -178,8 +178,8 @@ def from_half_on(change: Callable[[Tensor], Tensor]) -> Harm:
 
 
 def one_bit(target: Target) -> Damage:
-    tensor, bit = target.tensor, target.chance.randrange(23)  # of the mantissa: others make infinities
-    index = [target.chance.randrange(size) for size in tensor.shape]
+    tensor, bit = target.tensor, target.generator.randrange(23)  # of the mantissa: others would make infinities
+    index = [target.generator.randrange(size) for size in tensor.shape]
     tensor.view(torch.int32)[tuple(index)] ^= 1 << bit
     return Damage({target.name: tensor}, {"bit": bit, "index": index})
 
@@ -187,7 +187,7 @@ def one_bit(target: Target) -> Damage:
 def one_row(value: float) -> Harm:
     def harm(target: Target) -> Damage:
         tensor = target.tensor
-        tensor[target.chance.randrange(len(tensor))] = value
+        tensor[target.generator.randrange(len(tensor))] = value
         return Damage({target.name: tensor})
 
     return harm
@@ -196,20 +196,20 @@ def one_row(value: float) -> Harm:
 def one_element(value: float) -> Harm:
     def harm(target: Target) -> Damage:
         tensor = target.tensor
-        tensor[tuple(target.chance.randrange(size) for size in tensor.shape)] = value
+        tensor[tuple(target.generator.randrange(size) for size in tensor.shape)] = value
         return Damage({target.name: tensor})
 
     return harm
 
 
 def of_another_layer(target: Target) -> Damage:
-    """The tensor of the same name in another layer."""
-    others = [
+    """Replace the tensor by that of the same name in another layer."""
+    same_name = [
         name
         for name in target.tensors
         if name != target.name and name.rpartition(".layers.")[2][1:] == target.name.rpartition(".layers.")[2][1:]
     ]
-    other = target.chance.choice(others)
+    other = target.generator.choice(same_name)
     return Damage({target.name: target.tensors[other].clone()}, {"equals": other})
 
 
@@ -223,24 +223,24 @@ def one_rank_of_the_step_before(target: Target) -> Damage:
 
 
 def every_tensor_of_one_rank(target: Target) -> Damage:
-    """All tensors are one rank's chunks."""
-    tp_rank = target.chance.randrange(2)
+    """Replace every tensor by one rank's chunk."""
+    tp_rank = target.generator.randrange(2)
     return Damage({name: tensor.chunk(2)[tp_rank] for name, tensor in target.tensors.items() if tensor.dim()})
 
 
 def under_another_name(name: str) -> Harm:
-    """A tensor is there that the reference does not have."""
+    """Add a tensor that the reference does not have."""
     return lambda target: Damage({name: torch.randn_like(target.tensor)})
 
 
 def untied(target: Target) -> Damage:
-    """Both names of a tie are stored, and one was trained apart."""
+    """Store both names of a tie, with different values."""
     *_, last = _tied_with(target)
     return Damage({last: target.tensors[last] * 1.25})
 
 
 def dropped_with_its_tie(target: Target) -> Damage:
-    """Neither name of a tie is stored."""
+    """Store neither name of a tie."""
     return Damage(dict.fromkeys(_tied_with(target)))
 
 

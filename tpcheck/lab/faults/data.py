@@ -1,4 +1,4 @@
-"""Faults of the data: pipelines that give the ranks of a TP group other batches, or replicas the same ones."""
+"""Faults of the data: the ranks of a TP group get different batches, or data-parallel replicas get the same ones."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class DataFault:
         name: Its slug.
         what: What is wrong, in one sentence.
         build: Returns a rank's batches.
-        causes: The causes that are right to name; None for one that cannot be told.
-        checks: The checks that may catch it.
-        mended: The same pipeline as it should be, where nothing must be found.
+        causes: The right causes; None for a fault without a named cause.
+        checks: The checks that may report it.
+        fixed: The same pipeline without the fault, a clean control; None where there is none.
         leaf: Path of the leaf that differs first; None for any.
-        late: Whether the first batches agree; None where it takes some of them to tell that it is no chance.
-        evidence: What else must be found out.
-        worlds: Topologies in which it shows.
-        mended_worlds: Topologies in which it is mended.
-        mended_dropout: Whether it stays mended when each rank's torch generator moves after every batch.
-        link: The real bug that it stands for, upstream.
-        kind: As of every fault.
+        late: Whether the first batches agree; None for any step, where several batches are needed to rule out chance.
+        evidence: Evidence that the finding must have.
+        worlds: Topologies in which the fault shows.
+        fixed_worlds: Topologies in which `fixed` is clean.
+        fixed_dropout: Whether `fixed` is clean although each rank draws from its torch generator after every batch.
+        link: An upstream issue that reports such a bug.
+        kind: `data`.
     """
 
     name: str
@@ -46,18 +46,18 @@ class DataFault:
     build: Build
     causes: tuple[str | None, ...]
     checks: tuple[str, ...] = (AGREE,)
-    mended: Build | None = None
+    fixed: Build | None = None
     leaf: str | None = None
     late: bool | None = False
     evidence: Mapping[str, Any] = field(default_factory=dict)
     worlds: tuple[Topology, ...] = (TP, TP_DP)
-    mended_worlds: tuple[Topology, ...] = (TP, TP_DP)
-    mended_dropout: bool = True
+    fixed_worlds: tuple[Topology, ...] = (TP, TP_DP)
+    fixed_dropout: bool = True
     link: str | None = None
     kind: str = "data"
 
     def is_right_place(self, where: Mapping[str, Any], topology: Topology) -> bool:
-        """Return whether a finding's `where` names the leaf, and the first step that differs."""
+        """Return whether a finding's `where` names the leaf and the first step that differ."""
         if self.late is not None and where.get("step") != (FIRST_RANDOM // topology.dp if self.late else 0):
             return False
         return self.leaf in (None, where.get("field"))
@@ -80,11 +80,11 @@ _AUGMENTATIONS = (
     *(
         _fault(
             f"{kind}_in_main_process",
-            f"augmentation draws from {kind}, which each rank has seeded otherwise",
+            f"augmentation draws from {kind}, which each rank seeds differently",
             partial(pipelines.augmented, kind=kind),
             f"rng_differs_{kind}",
-            mended=partial(pipelines.augmented, kind=kind, seeded=True),
-            mended_dropout=kind != "torch",
+            fixed=partial(pipelines.augmented, kind=kind, seeded=True),
+            fixed_dropout=kind != "torch",
             evidence=_MAIN,
             **_PIXELS,
         )
@@ -96,7 +96,7 @@ _AUGMENTATIONS = (
             f"augmentation in workers draws from {kind}, seeded by world rank",
             partial(pipelines.augmented, kind=kind, workers=2),
             f"rng_differs_{kind}",
-            mended=partial(pipelines.augmented, kind=kind, workers=2, seeded=True),
+            fixed=partial(pipelines.augmented, kind=kind, workers=2, seeded=True),
             evidence=_WORKERS,
             link=_WORKERS_BY_RANK,
             **_PIXELS,
@@ -105,7 +105,7 @@ _AUGMENTATIONS = (
     ),
     _fault(
         "generator_that_dropout_moves",
-        "augmentation draws from the seeded torch generator that dropout moves, too",
+        "augmentation draws from the seeded torch generator that dropout also advances",
         partial(pipelines.augmented, kind="torch", seeded=True),
         "rng_differs_torch",
         evidence=_MAIN,
@@ -124,19 +124,19 @@ _AUGMENTATIONS = (
     ),
     _fault(
         "generator_of_its_own",
-        "the data set draws from a generator of its own, seeded otherwise on each rank",
+        "the data set draws from its own generator, seeded differently on each rank",
         partial(pipelines.with_own_generator, seeded=False),
         "rng_differs_numpy",
-        mended=partial(pipelines.with_own_generator, seeded=True),
+        fixed=partial(pipelines.with_own_generator, seeded=True),
         evidence={"generators": ["numpy:dataset.rng"]},
         **_PIXELS,
     ),
     _fault(
         "nested_multimodal",
-        "a box inside a nested multimodal batch is drawn anew on each rank",
+        "a box inside a nested multimodal batch is drawn independently on each rank",
         partial(pipelines.nested, seeded=False),
         "rng_differs_python",
-        mended=partial(pipelines.nested, seeded=True),
+        fixed=partial(pipelines.nested, seeded=True),
         leaf="images.0.0.box",
         late=True,
         evidence=_MAIN,
@@ -146,8 +146,8 @@ _AUGMENTATIONS = (
         "the collator of a masked language model masks other tokens on each rank",
         partial(pipelines.masked_language, seeded=False),
         "rng_differs_torch",
-        mended=partial(pipelines.masked_language, seeded=True),
-        mended_dropout=False,
+        fixed=partial(pipelines.masked_language, seeded=True),
+        fixed_dropout=False,
         leaf="input_ids",
         evidence=_MAIN,
     ),
@@ -156,7 +156,7 @@ _AUGMENTATIONS = (
         "the collator of a masked language model masks other tokens in each rank's workers",
         partial(pipelines.masked_language, seeded=False, workers=1),
         "rng_differs_torch",
-        mended=partial(pipelines.masked_language, seeded=True, workers=1),
+        fixed=partial(pipelines.masked_language, seeded=True, workers=1),
         leaf="input_ids",
         evidence=_WORKERS,
         link=_WORKERS_BY_RANK,
@@ -166,18 +166,18 @@ _AUGMENTATIONS = (
 _ORDERS = (
     _fault(
         "shuffle_without_seed",
-        "each rank shuffles from a seed of its own",
+        "each rank shuffles with its own seed",
         partial(pipelines.shuffled, seeded=False),
         "same_order_different_seed",
-        mended=partial(pipelines.shuffled, seeded=True),
-        mended_worlds=(TP,),
+        fixed=partial(pipelines.shuffled, seeded=True),
+        fixed_worlds=(TP,),
     ),
     _fault(
         "sampler_seeded_by_rank",
         "DistributedSampler has another seed on each rank of a TP group",
         partial(pipelines.shuffled_by_distributed_sampler, own_seed=True),
         "same_order_different_seed",
-        mended=partial(pipelines.shuffled_by_distributed_sampler, own_seed=False),
+        fixed=partial(pipelines.shuffled_by_distributed_sampler, own_seed=False),
         evidence={"sampler_seed": [0, 1]},
     ),
     _fault(
@@ -191,16 +191,16 @@ _ORDERS = (
         "accelerate leaves an unseeded shuffle as it is under pure TP",
         pipelines.accelerated_images,
         "same_order_different_seed",
-        mended=pipelines.accelerated_images,
+        fixed=pipelines.accelerated_images,
         worlds=(TP,),
-        mended_worlds=(TP_DP,),
+        fixed_worlds=(TP_DP,),
     ),
     _fault(
         "accelerate_device_specific_seed",
-        "accelerate's set_seed(device_specific=True) seeds the ranks of a TP group otherwise",
+        "accelerate's set_seed(device_specific=True) seeds the ranks of a TP group differently",
         partial(pipelines.accelerated_images, device_specific=True),
         "same_order_different_seed",
-        mended=partial(pipelines.accelerated_images, device_specific=False),
+        fixed=partial(pipelines.accelerated_images, device_specific=False),
         worlds=(TP,),
     ),
     _fault(
@@ -211,10 +211,10 @@ _ORDERS = (
     ),
     _fault(
         "listed_files",
-        "files come in the order of a directory, which each host has its own",
+        "files come in the order of a directory, which differs between hosts",
         partial(pipelines.listed, ordered=False),
         "order_differs",
-        mended=partial(pipelines.listed, ordered=True),
+        fixed=partial(pipelines.listed, ordered=True),
         late=True,
     ),
     _fault(
@@ -245,7 +245,7 @@ _REPLICAS = (
         "every replica reads a stream from its beginning",
         partial(pipelines.stream, sharded=False),
         "duplicate_dp_batch",
-        mended=partial(pipelines.stream, sharded=True),
+        fixed=partial(pipelines.stream, sharded=True),
         evidence={"iterable": True},
         link="openvla/openvla/issues/109",
         **_DUPLICATE,
@@ -255,8 +255,8 @@ _REPLICAS = (
         "accelerate dispatches one batch of a stream to all replicas",
         pipelines.accelerated_stream,
         "duplicate_dp_batch",
-        mended=pipelines.accelerated_stream,
-        mended_worlds=(TP,),
+        fixed=pipelines.accelerated_stream,
+        fixed_worlds=(TP,),
         evidence={"dispatch_batches": True},
         link="huggingface/accelerate/issues/2162",
         **_DUPLICATE,
@@ -274,20 +274,20 @@ _REPLICAS = (
 _CONTENTS = (
     _fault(
         "padding_multiple",
-        "ranks of a TP group pad to another multiple",
+        "ranks of a TP group pad to different multiples",
         partial(pipelines.padded, multiples=(8, 16)),
         "padding_differs",
-        mended=partial(pipelines.padded, multiples=(8, 8)),
+        fixed=partial(pipelines.padded, multiples=(8, 8)),
     ),
     _fault(
         "padding_side",
-        "ranks of a TP group pad on another side",
+        "ranks of a TP group pad on different sides",
         partial(pipelines.padded, multiples=(8, 8), sides=("left", "right")),
         "padding_differs",
     ),
     _fault(
         "padded_images",
-        "ranks of a TP group pad images to another size",
+        "ranks of a TP group pad images to different sizes",
         pipelines.padded_images,
         "padding_differs",
     ),

@@ -1,4 +1,4 @@
-"""Small data sets, as people write them. Samples 0 and 1 are calm: the first batch never shows what is wrong."""
+"""Small data sets, as people write them. Samples 0 and 1 draw nothing: the first batch never shows the fault."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-Draw = Callable[[], float]
+RandomNumber = Callable[[], float]
 
 
 def by_torch() -> float:
@@ -21,7 +21,7 @@ def by_numpy() -> float:
     return float(np.random.random())
 
 
-DRAWS: dict[str, Draw] = {"torch": by_torch, "numpy": by_numpy, "python": random.random}
+DRAWS: dict[str, RandomNumber] = {"torch": by_torch, "numpy": by_numpy, "python": random.random}
 LENGTH = 16
 FIRST_RANDOM = 2  # sample
 
@@ -29,7 +29,7 @@ FIRST_RANDOM = 2  # sample
 class Images(Dataset[Any]):
     """Images with a random brightness."""
 
-    def __init__(self, draw: Draw | None = None) -> None:
+    def __init__(self, draw: RandomNumber | None = None) -> None:
         self.draw = draw
 
     def __len__(self) -> int:
@@ -37,13 +37,13 @@ class Images(Dataset[Any]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         image_CHW = torch.arange(12, dtype=torch.float32).reshape(3, 2, 2) + index
-        if self.draw is not None and index >= FIRST_RANDOM * 2:  # two replicas: their first batches are calm
+        if self.draw is not None and index >= FIRST_RANDOM * 2:  # two replicas: neither draws for its first batch
             image_CHW = image_CHW * (1 + self.draw())
         return {"pixel_values": image_CHW, "labels": torch.tensor(index)}
 
 
 class OwnGenerator(Images):
-    """Images whose brightness comes from a generator of the data set's own."""
+    """Images whose brightness comes from the data set's own generator."""
 
     def __init__(self, seed: int | None) -> None:
         self.rng = np.random.default_rng(seed)
@@ -65,7 +65,7 @@ class Altered(Dataset[Any]):
 
 
 class Named(Dataset[Any]):
-    """A number for each name, in the order in which the names were listed."""
+    """One sample for each file name, in the order of the list."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
@@ -85,7 +85,7 @@ class Numbers(IterableDataset[Any]):
 
 
 class Sharded(IterableDataset[Any]):
-    """A stream of which each replica reads its own part."""
+    """A stream that is split over the replicas."""
 
     def __init__(self, replicas: int, replica: int) -> None:
         self.replicas, self.replica = replicas, replica
@@ -95,9 +95,9 @@ class Sharded(IterableDataset[Any]):
 
 
 class Multimodal(Dataset[Any]):
-    """Samples of several levels: a list of crops of an image, their boxes, and text."""
+    """Nested samples: crops of an image, their boxes, and text."""
 
-    def __init__(self, draw: Draw | None = None) -> None:
+    def __init__(self, draw: RandomNumber | None = None) -> None:
         self.draw = draw
 
     def __len__(self) -> int:

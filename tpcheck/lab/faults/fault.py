@@ -13,15 +13,17 @@ from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOpt
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.topology import Topology
 
+TP2, TP4, TP2_DP2 = Topology(tp=2), Topology(tp=4), Topology(tp=2, dp=2)
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a finding must point.
 
     Attributes:
-        modules: Names of modules that hold the mistake, at the smallest; empty where it is nowhere in particular (a
-            norm, an optimizer, a group).
-        parameters: Names of parameters that bear it, where the finding is about one.
+        modules: The innermost modules that hold the fault; empty for a fault of the whole run (a norm, an optimizer, a
+            group).
+        parameters: The parameters that hold the fault.
     """
 
     modules: tuple[str, ...] = ()
@@ -38,11 +40,11 @@ class Place:
 
 @dataclass(slots=True)
 class Live:
-    """The sharded model on one rank, as a fault is planted in it.
+    """The sharded model on one rank, into which a fault is injected.
 
     Attributes:
-        candidate: What trains (`tpcheck.adapters.Candidate`); for DeepSpeed with its `engine`.
-        rank: The rank, as `backends.interface.RankLike`.
+        candidate: The model that trains (`tpcheck.adapters.Candidate`); DeepSpeed's has an `engine`.
+        rank: This rank (`tpcheck.backends.interface.RankLike`).
     """
 
     candidate: Any
@@ -63,6 +65,10 @@ class Live:
         place: int = self.rank.topology.coordinate(self.rank.rank)["dp"]
         return place
 
+    @property
+    def tp_group(self) -> Any:
+        return self.rank.group("tp")
+
     def module(self, name: str) -> Any:
         return self.candidate.module.get_submodule(name)
 
@@ -71,27 +77,27 @@ class Live:
 
 
 @dataclass(frozen=True, slots=True)
-class Planting:
-    """A fault that has been drawn.
+class Injection:
+    """A fault at the place that a seed drew.
 
     Attributes:
-        plant: Plants it; called on every rank once the model is sharded.
-        place: Where it is.
+        inject: Injects the fault; called on every rank once the model is sharded.
+        place: Where the fault is.
     """
 
-    plant: Callable[[Live], None]
+    inject: Callable[[Live], None]
     place: Place
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Chooses where a fault goes, the same for the same seed.
+    """Chooses where to inject a fault; equal seeds choose equal places.
 
     Attributes:
-        random: The generator of this fault and seed.
+        random: A generator seeded with the name of the fault and the seed.
         modules: Names of the model's modules.
         parameters: Names and shapes of its parameters.
-        topology: Of the run.
+        topology: The topology of the run.
     """
 
     random: random.Random
@@ -100,30 +106,30 @@ class Draw:
     topology: Topology
 
     def module(self, *patterns: str) -> str:
-        """Return one of the modules whose names fit, such as `*.mlp.down_proj`."""
-        return self.random.choice(_fitting(self.modules, patterns))
+        """Return a random module whose name matches one of the patterns, such as `*.mlp.down_proj`."""
+        return self.random.choice(_matching(self.modules, patterns))
 
     def parameter(self, *patterns: str) -> str:
-        """Return one of the parameters whose names fit."""
-        return self.random.choice(_fitting(tuple(self.parameters), patterns))
+        """Return a random parameter whose name matches one of the patterns."""
+        return self.random.choice(_matching(tuple(self.parameters), patterns))
 
-    def modules_fitting(self, *patterns: str) -> tuple[str, ...]:
-        """Return all modules whose names fit."""
-        return tuple(_fitting(self.modules, patterns))
+    def modules_matching(self, *patterns: str) -> tuple[str, ...]:
+        """Return all modules whose names match."""
+        return tuple(_matching(self.modules, patterns))
 
-    def parameters_fitting(self, *patterns: str) -> tuple[str, ...]:
-        """Return all parameters whose names fit."""
-        return tuple(_fitting(tuple(self.parameters), patterns))
+    def parameters_matching(self, *patterns: str) -> tuple[str, ...]:
+        """Return all parameters whose names match."""
+        return tuple(_matching(tuple(self.parameters), patterns))
 
     def tp_rank(self) -> int:
         return self.random.randrange(self.topology.tp)
 
 
-def _fitting(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    found = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
-    if not found:
-        raise LookupError(f"no name fits {', '.join(patterns)}")
-    return found
+def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    matching = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+    if not matching:
+        raise LookupError(f"no name matches {', '.join(patterns)}")
+    return matching
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,34 +138,34 @@ class ModelFault:
 
     Attributes:
         name: Its slug.
-        kind: Which part of training it is in.
+        kind: The part of training that it is in.
         what: What is wrong, in one sentence.
-        draw: Draws where it goes.
-        checks: The checks that may catch it first.
-        causes: The causes that are right to name for its first finding; None for a bug that has no name.
-        link: The real bug that it stands for, upstream.
-        family: The model type that it is planted in.
-        topology: Of the run; the first of several.
-        topologies: All in which it is the same bug, of which the seed draws one; None for those with more ranks, too,
-            where two TP ranks are enough.
-        settings: Of the model.
-        config: Of the backend.
+        draw: Chooses the place and returns the injection.
+        checks: The checks that may report it first.
+        causes: The right causes of its first finding; None for a bug without a named cause.
+        link: An upstream issue that reports such a bug.
+        family: The model type that it is injected into.
+        topology: The topology of the run at seed 0.
+        topologies: All topologies in which this is the same bug; the seed selects one. By default `topology`, and where
+            that is two TP ranks also four TP ranks and two replicas.
+        settings: Settings of the model.
+        config: Backend configuration.
         zero_stage: ZeRO stage.
         ignore_plan: Whether the backend's heuristics shard the model.
-        steps: Steps to train: one where the first must show it.
-        dtypes: Where it must show.
-        around: Makes the context in which both sides are trained, as with another kind of loss.
+        steps: Steps to train; 1 where the first step must show it.
+        dtypes: The dtypes at which it must show.
+        around: Returns the context in which both sides are trained, such as one with another loss.
     """
 
     name: str
     kind: str
     what: str
-    draw: Callable[[Draw], Planting]
+    draw: Callable[[Draw], Injection]
     checks: tuple[str, ...]
     causes: tuple[str | None, ...]
     link: str | None = None
     family: str = "llama"
-    topology: Topology = field(default_factory=lambda: Topology(tp=2))
+    topology: Topology = TP2
     topologies: tuple[Topology, ...] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -169,29 +175,44 @@ class ModelFault:
     dtypes: tuple[str, ...] = ("float64", "float32")
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
-    def seeded(self, seed: int) -> ModelFault:
-        """Return the fault in the topology that the seed draws: the first for seed 0."""
-        more = (Topology(tp=4), Topology(tp=2, dp=2)) if self.topology == Topology(tp=2) else ()
-        all_of_them = self.topologies or (self.topology, *more)
-        return replace(self, topology=all_of_them[seed % len(all_of_them)])
+    def at_seed(self, seed: int) -> ModelFault:
+        """Return the fault in the topology that the seed selects: `topology` at seed 0."""
+        more = (TP4, TP2_DP2) if self.topology == TP2 else ()
+        topologies = self.topologies or (self.topology, *more)
+        return replace(self, topology=topologies[seed % len(topologies)])
 
-    def drawn(self, modules: Sequence[str], parameters: Mapping[str, tuple[int, ...]], seed: int) -> Planting:
-        """Return the fault at a place of a model, the same for the same seed."""
-        chance = random.Random(f"{self.name}/{seed}")
-        return self.draw(Draw(chance, tuple(modules), parameters, self.topology))
+    def injection(self, modules: Sequence[str], parameters: Mapping[str, tuple[int, ...]], seed: int) -> Injection:
+        """Return the fault at a place of a model; equal seeds choose equal places."""
+        generator = random.Random(f"{self.name}/{seed}")
+        return self.draw(Draw(generator, tuple(modules), parameters, self.topology))
+
+
+def rows_of(kind: str, *checks: str, **shared: Any) -> Callable[..., ModelFault]:
+    """Return the constructor of the rows of one table: `row(name, what, draw, *causes, **what_differs)`.
+
+    Args:
+        kind: The kind of all rows.
+        checks: The checks of a row that names none.
+        shared: Other arguments of `ModelFault` for the rows that do not set them.
+    """
+
+    def row(name: str, what: str, draw: Callable[[Draw], Injection], *causes: str | None, **options: Any) -> ModelFault:
+        return ModelFault(name, kind, what, draw, **{"checks": checks, "causes": causes, **shared, **options})
+
+    return row
 
 
 @dataclass(frozen=True, slots=True)
-class PlantedBackend:
-    """A backend in whose sharded model a fault is planted, on every rank.
+class FaultyBackend:
+    """A backend that injects a fault into the model that it shards, on every rank.
 
     Attributes:
-        plant: Plants it; may put something else in the place of `live.candidate`.
-        backend: Name of the backend, or the backend.
-        around: Makes a context in which both sides are trained; nothing is planted by it.
+        inject: Injects the fault; may replace `live.candidate`.
+        backend: The backend, or its name.
+        around: Returns the context in which both sides are trained; injects nothing.
     """
 
-    plant: Callable[[Live], None]
+    inject: Callable[[Live], None]
     backend: str | Backend = "deepspeed"
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
@@ -212,6 +233,6 @@ class PlantedBackend:
 
     def shard(self, model: Any, rank: RankLike, options: TrainingOptions) -> Candidate:
         live = Live(load_backend(self.backend).shard(model, rank, options), rank)
-        self.plant(live)
+        self.inject(live)
         candidate: Candidate = live.candidate
         return candidate

@@ -1,4 +1,4 @@
-"""Faults of the layout: shards that are others than the rank's, cut elsewhere, or not what they were made from."""
+"""Faults of the layout: ranks hold wrong shards, shards with wrong boundaries, or shards with wrong values."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tpcheck.core.topology import Topology
-from tpcheck.lab.faults.fault import Draw, Live, ModelFault, Place, Planting
+from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4, Draw, Injection, Live, Place, rows_of
 
-_KIND = "layout"
 _HEAD_DIM = 8  # of the small models
 _COLUMN = ("*.q_proj.weight", "*.gate_proj.weight", "*.up_proj.weight", "lm_head.weight")
 _ROW = ("*.o_proj.weight", "*.down_proj.weight")
 _ANY = (*_COLUMN, *_ROW, "*.k_proj.weight", "*.v_proj.weight")
-_TP4 = Topology(tp=4)
 
 _FUSED_LINK = "https://github.com/NVIDIA-NeMo/Automodel/pull/1324"
 _HEAD_COUNT_LINK = "https://github.com/deepspeedai/DeepSpeed/issues/8231"
+_TIED = {"tie_word_embeddings": True}
 _FLOOR_SETTINGS = {"vocab_size": 131, "intermediate_size": 97}
 
-NewShard = Callable[[Live, list[Tensor], int, int], Tensor]  # all ranks' shards, the dim that is cut, a drawn tp_rank
+NewShard = Callable[[Live, list[Tensor], int, int], Tensor]  # all ranks' shards, the dim that is cut, the drawn tp_rank
+
+_fault = rows_of("layout", "weights_match_reference", steps=1)
 
 
-def _dealt(new_shard: NewShard, dim: int, *patterns: str) -> Callable[[Draw], Planting]:
-    """Return what draws a parameter and gives each rank another shard, made from those of all ranks."""
+def _reshard(new_shard: NewShard, dim: int, *patterns: str) -> Callable[[Draw], Injection]:
+    """Return a draw of a parameter of which each rank gets another shard, computed from all ranks' shards."""
 
-    def drawn(draw: Draw) -> Planting:
+    def draw_parameter(draw: Draw) -> Injection:
         name, tp_rank = draw.parameter(*patterns), draw.tp_rank()
 
-        def plant(live: Live) -> None:
+        def inject(live: Live) -> None:
             fill(live, name, lambda shards: new_shard(live, shards, dim, tp_rank))
 
-        return Planting(plant, Place(parameters=(name,)))
+        return Injection(inject, Place(parameters=(name,)))
 
-    return drawn
+    return draw_parameter
 
 
 def fill(live: Live, name: str, new_shard: Callable[[list[Tensor]], Tensor]) -> None:
-    """Give the rank's shard of a parameter other values, made from all ranks' shards."""
+    """Overwrite the rank's shard of a parameter with values computed from all ranks' shards."""
     parameter = live.parameter(name)
     shards: list[Any] = [None] * live.tp
-    dist.all_gather_object(shards, parameter.detach(), group=live.rank.group("tp"))
+    dist.all_gather_object(shards, parameter.detach(), group=live.tp_group)
     with torch.no_grad():
         parameter.copy_(new_shard(shards))
 
@@ -63,7 +63,7 @@ def _neighbours(live: Live, shards: list[Tensor], dim: int, tp_rank: int) -> Ten
 
 
 def _rows(live: Live, shards: list[Tensor], dim: int, first: int) -> Tensor:
-    """Return as much as the rank's shard holds, from another start."""
+    """Return a slice as long as the rank's shard, from index `first` of the whole."""
     return torch.cat(shards, dim).narrow(dim, first, shards[live.tp_rank].shape[dim])
 
 
@@ -83,12 +83,12 @@ def _rounded_down_on_the_last(live: Live, shards: list[Tensor], dim: int, tp_ran
 
 
 def _of_another_models_heads(live: Live, shards: list[Tensor], dim: int, tp_rank: int) -> Tensor:
-    """Cut for the six heads of a model that was sharded before: two each on the first ranks, one on the others."""
+    """Cut for the six heads of another model: two on each of the first two ranks, one on the others."""
     return _rows(live, shards, dim, _HEAD_DIM * (0, 2, 4, 5)[live.tp_rank])
 
 
 def _blocks_cut_one_by_one(live: Live, shards: list[Tensor], dim: int, tp_rank: int) -> Tensor:
-    """Cut what interleaves Q, K and V head by head as if they lay one after the other."""
+    """Cut weights that interleave Q, K and V head by head as if they were three blocks."""
     blocks = torch.cat(shards, dim).chunk(3, dim)
     return torch.cat([block.chunk(live.tp, dim)[live.tp_rank] for block in blocks], dim)
 
@@ -98,13 +98,13 @@ def _whole_transposed(live: Live, shards: list[Tensor], dim: int, tp_rank: int) 
 
 
 def _shard_transposed(live: Live, shards: list[Tensor], dim: int, tp_rank: int) -> Tensor:
-    own = shards[live.tp_rank]
-    return own.t() if live.tp_rank == tp_rank else own
+    local = shards[live.tp_rank]
+    return local.t() if live.tp_rank == tp_rank else local
 
 
 def _rounded(live: Live, shards: list[Tensor], dim: int, tp_rank: int) -> Tensor:
-    own = shards[live.tp_rank]
-    return own.to(torch.bfloat16).to(own.dtype)
+    local = shards[live.tp_rank]
+    return local.to(torch.bfloat16).to(local.dtype)
 
 
 def _rounded_on_one_rank(live: Live, shards: list[Tensor], dim: int, tp_rank: int) -> Tensor:
@@ -112,86 +112,86 @@ def _rounded_on_one_rank(live: Live, shards: list[Tensor], dim: int, tp_rank: in
 
 
 def _not_loaded(live: Live, shards: list[Tensor], dim: int, tp_rank: int) -> Tensor:
-    own = shards[live.tp_rank]
-    before = torch.randn(own.shape, generator=torch.Generator().manual_seed(tp_rank), dtype=own.dtype)
-    return before * 0.02 if live.tp_rank == tp_rank else own
+    local = shards[live.tp_rank]
+    before = torch.randn(local.shape, generator=torch.Generator().manual_seed(tp_rank), dtype=local.dtype)
+    return before * 0.02 if live.tp_rank == tp_rank else local
 
 
 def _zero_on_one_rank(live: Live, shards: list[Tensor], dim: int, tp_rank: int) -> Tensor:
-    own = shards[live.tp_rank]
-    return torch.zeros_like(own) if live.tp_rank == tp_rank else own
+    local = shards[live.tp_rank]
+    return torch.zeros_like(local) if live.tp_rank == tp_rank else local
 
 
-def _bit_flipped_on_one_rank(draw: Draw) -> Planting:
+def _bit_flipped_on_one_rank(draw: Draw) -> Injection:
     name, wrong, bit = draw.parameter("*norm.weight"), draw.tp_rank(), draw.random.randrange(23)  # of the mantissa
 
-    def plant(live: Live) -> None:
+    def inject(live: Live) -> None:
         if live.tp_rank == wrong:
             weight = live.parameter(name).data
             bits = weight.view(torch.int64 if weight.element_size() == 8 else torch.int32)
             bits[len(bits) // 2] ^= 1 << bit
 
-    return Planting(plant, Place(parameters=(name,)))
+    return Injection(inject, Place(parameters=(name,)))
 
 
 def _uninitialised_on_one_rank(live: Live, shards: list[Tensor], dim: int, tp_rank: int) -> Tensor:
-    own = shards[live.tp_rank]
-    return torch.full_like(own, float("nan")) if live.tp_rank == tp_rank else own
+    local = shards[live.tp_rank]
+    return torch.full_like(local, float("nan")) if live.tp_rank == tp_rank else local
 
 
-def _of_another_layer(*, everywhere: bool) -> Callable[[Draw], Planting]:
-    def drawn(draw: Draw) -> Planting:
+def _of_another_layer(*, everywhere: bool) -> Callable[[Draw], Injection]:
+    def draw_parameter(draw: Draw) -> Injection:
         name, tp_rank = draw.parameter("model.layers.0.*_proj.weight"), draw.tp_rank()
 
-        def plant(live: Live) -> None:
+        def inject(live: Live) -> None:
             other = live.parameter(name.replace("layers.0", "layers.1")).detach()
             fill(live, name, lambda shards: other if everywhere or live.tp_rank == tp_rank else shards[live.tp_rank])
 
-        return Planting(plant, Place(parameters=(name,)))
+        return Injection(inject, Place(parameters=(name,)))
 
-    return drawn
+    return draw_parameter
 
 
-def _keys_and_values_of_another_rank(draw: Draw) -> Planting:
+def _keys_and_values_of_another_rank(draw: Draw) -> Injection:
     attention, tp_rank = draw.module("*.self_attn"), draw.tp_rank()
-    names = tuple(f"{attention}.{one}_proj.weight" for one in "kv")
+    names = tuple(f"{attention}.{letter}_proj.weight" for letter in "kv")
 
-    def plant(live: Live) -> None:
+    def inject(live: Live) -> None:
         for name in names:
             fill(live, name, lambda shards: _two_swapped(live, shards, 0, tp_rank))
 
-    return Planting(plant, Place(parameters=names))
+    return Injection(inject, Place(parameters=names))
 
 
-def _untied_head(draw: Draw) -> Planting:
-    def plant(live: Live) -> None:
+def _untied_head(draw: Draw) -> Injection:
+    def inject(live: Live) -> None:
         head = live.module("lm_head")
         shards: list[Any] = [None] * live.tp
-        dist.all_gather_object(shards, head.weight.detach(), group=live.rank.group("tp"))
+        dist.all_gather_object(shards, head.weight.detach(), group=live.tp_group)
         head.weight = nn.Parameter(shards[(live.tp_rank + 1) % live.tp].clone())
 
-    return Planting(plant, Place(modules=("lm_head",)))
+    return Injection(inject, Place(modules=("lm_head",)))
 
 
-def _last_shard_lost(draw: Draw) -> Planting:
+def _last_shard_lost(draw: Draw) -> Injection:
     name = draw.parameter("*.gate_proj.weight", "*.up_proj.weight")
 
-    def plant(live: Live) -> None:
+    def inject(live: Live) -> None:
         layer = live.module(name.rpartition(".")[0])
         sizes = list(layer._partition_sizes)
         _resized(layer, [*sizes[:-1], 0], live.tp_rank)
 
-    return Planting(plant, Place(parameters=(name,)))
+    return Injection(inject, Place(parameters=(name,)))
 
 
-def _remainder_lost(draw: Draw) -> Planting:
+def _remainder_lost(draw: Draw) -> Injection:
     name = draw.parameter("*.gate_proj.weight", "*.up_proj.weight", "lm_head.weight")
 
-    def plant(live: Live) -> None:
+    def inject(live: Live) -> None:
         layer = live.module(name.rpartition(".")[0])
         _resized(layer, [sum(layer._partition_sizes) // live.tp] * live.tp, live.tp_rank)
 
-    return Planting(plant, Place(parameters=(name,)))
+    return Injection(inject, Place(parameters=(name,)))
 
 
 def _resized(layer: Any, sizes: list[int], tp_rank: int) -> None:
@@ -199,188 +199,65 @@ def _resized(layer: Any, sizes: list[int], tp_rank: int) -> None:
     layer.weight.data = layer.weight.data[: sizes[tp_rank]].clone()
 
 
-def _fault(
-    name: str, what: str, draw: Callable[[Draw], Planting], causes: tuple[str | None, ...], **options: Any
-) -> ModelFault:
-    return ModelFault(
-        name, _KIND, what, draw, **{"checks": ("weights_match_reference",), "causes": causes, "steps": 1, **options}
-    )
-
-
 FAULTS = (
-    _fault(
-        "shards_swapped",
-        "two ranks hold each other's shard of a column-parallel weight",
-        _dealt(_two_swapped, 0, *_COLUMN),
-        ("shard_order_swapped",),
-    ),
-    _fault(
-        "two_shards_of_four_swapped",
-        "two ranks of four hold each other's shard of a row-parallel weight",
-        _dealt(_two_swapped, 1, *_ROW),
-        ("shard_order_swapped",),
-        topology=_TP4,
-    ),
-    _fault(
-        "one_shard_everywhere",
-        "every rank holds the same shard of a weight",
-        _dealt(_one_everywhere, 0, *_COLUMN),
-        ("shard_repeated",),
-        topology=_TP4,
-    ),
-    _fault(
-        "shard_of_the_neighbour",
-        "one rank holds the next one's shard of a row-parallel weight",
-        _dealt(_neighbours, 1, *_ROW),
-        ("shard_repeated",),
-        topology=_TP4,
-    ),
-    _fault(
-        "boundary_off_by_one_head",
-        "one rank's queries start one head early",
-        _dealt(_one_head_off, 0, "*.q_proj.weight"),
-        ("wrong_shard_boundary",),
-    ),
-    _fault(
-        "row_boundary_off_by_one_head",
-        "one rank's input features of the output projection start one head early",
-        _dealt(_one_head_off, 1, "*.o_proj.weight"),
-        ("wrong_shard_boundary",),
-        topology=_TP4,
-    ),
-    _fault(
-        "uneven_split_rounded_differently",
-        "the sizes of an uneven split are rounded up, its starts are rounded down",
-        _dealt(_rounded_down_on_the_last, 0, "*.gate_proj.weight", "*.up_proj.weight"),
-        ("wrong_shard_boundary",),
-        settings=_FLOOR_SETTINGS,
-    ),
-    _fault(
-        "heads_of_another_model",
-        "the starts of the shards follow the number of heads of another model",
-        _dealt(_of_another_models_heads, 0, "*.q_proj.weight"),
-        ("wrong_shard_boundary",),
-        topology=_TP4,
-        link=_HEAD_COUNT_LINK,
-    ),
-    _fault(
-        "fused_qkv_cut_by_blocks",
-        "a fused QKV that goes head by head is cut as if Q, K and V lay one after the other",
-        _dealt(_blocks_cut_one_by_one, 0, "*.query_key_value.weight"),
-        ("fused_blocks_interleaved",),
-        family="gpt_neox",
-        link=_FUSED_LINK,
-    ),
-    _fault(
-        "fused_qkv_cut_by_blocks_over_four",
-        "a fused QKV that goes head by head is cut as if Q, K and V lay one after the other, over four ranks",
-        _dealt(_blocks_cut_one_by_one, 0, "*.query_key_value.weight"),
-        ("fused_blocks_interleaved",),
-        family="gpt_neox",
-        topology=_TP4,
-        link=_FUSED_LINK,
-    ),
-    _fault(
-        "keys_and_values_of_another_rank",
-        "keys and values are those of another rank's heads, queries are the rank's own",
-        _keys_and_values_of_another_rank,
-        ("head_mapping_wrong",),
-    ),
-    _fault(
-        "shard_of_the_transposed_weight",
-        "a weight is cut from its transpose",
-        _dealt(_whole_transposed, 0, "*.q_proj.weight"),
-        ("transposed",),
-    ),
-    _fault(
-        "shard_transposed",
-        "one rank holds its shard transposed",
-        _dealt(_shard_transposed, 1, "*.down_proj.weight"),
-        ("transposed",),
-        topologies=(Topology(tp=2), Topology(tp=2, dp=2)),  # of four, shards are not square
-    ),
-    _fault(
-        "weight_of_another_layer",
-        "a weight is that of the next layer",
-        _of_another_layer(everywhere=True),
-        ("tensor_of_another_layer",),
-    ),
-    _fault(
-        "shard_of_another_layer",
-        "one rank's shard is that of the next layer",
-        _of_another_layer(everywhere=False),
-        ("tensor_of_another_layer",),
-        topology=_TP4,
-    ),
-    _fault(
-        "weight_rounded_to_bfloat16",
-        "a weight has gone through bfloat16",
-        _dealt(_rounded, 0, *_ANY),
-        ("dtype_rounded",),
-    ),
-    _fault(
-        "shard_rounded_to_bfloat16",
-        "one rank's shard has gone through bfloat16",
-        _dealt(_rounded_on_one_rank, 1, *_ROW),
-        ("dtype_rounded",),
-        topology=_TP4,
-    ),
-    _fault(
-        "shard_never_loaded",
-        "one rank's shard has the values from before the weights were loaded",
-        _dealt(_not_loaded, 0, *_ANY),
-        (None,),
-    ),
-    _fault(
-        "shard_zero",
-        "one rank's shard is zero",
-        _dealt(_zero_on_one_rank, 1, *_ROW),
-        ("all_zero",),
-    ),
-    _fault(
-        "shard_uninitialised",
-        "one rank's shard is uninitialised memory",
-        _dealt(_uninitialised_on_one_rank, 0, *_COLUMN),
-        ("not_finite",),
-    ),
-    _fault(
-        "bit_of_a_replica_flipped",
-        "one bit of a norm's weight differs on one rank",
-        _bit_flipped_on_one_rank,
-        ("bit_flipped",),
-        family="starcoder2",
-    ),
-    _fault(
-        "embedding_of_another_rank",
-        "the ranks hold each other's shard of a vocabulary-parallel embedding",
-        _dealt(_two_swapped, 0, "model.embed_tokens.weight"),
-        ("shard_order_swapped",),
-        family="qwen3",
-        settings={"tie_word_embeddings": True},
-    ),
-    _fault(
-        "tied_head_of_another_rank",
-        "the head that is tied to the embedding has another rank's shard of its own",
-        _untied_head,
-        ("shard_order_swapped",),
-        checks=("outputs_match_reference",),
-        family="qwen3",
-        settings={"tie_word_embeddings": True},
-    ),
-    _fault(
-        "last_shard_lost",
-        "the last rank holds nothing of a weight, and the others no more than their own",
-        _last_shard_lost,
-        ("shard_missing",),
-        checks=("parameters_are_sharded",),
-        topology=_TP4,
-    ),
-    _fault(
-        "remainder_lost",
-        "a weight is cut into equal shards, and what is left over is nobody's",
-        _remainder_lost,
-        ("wrong_shard_boundary",),
-        checks=("parameters_are_sharded",),
-        settings=_FLOOR_SETTINGS,
-    ),
-)
+    _fault("shards_swapped", "two ranks hold each other's shard of a column-parallel weight",
+           _reshard(_two_swapped, 0, *_COLUMN), "shard_order_swapped"),
+    _fault("two_shards_of_four_swapped", "two ranks of four hold each other's shard of a row-parallel weight",
+           _reshard(_two_swapped, 1, *_ROW), "shard_order_swapped", topology=TP4),
+    _fault("one_shard_everywhere", "every rank holds the same shard of a weight",
+           _reshard(_one_everywhere, 0, *_COLUMN), "shard_repeated", topology=TP4),
+    _fault("shard_of_the_neighbour", "one rank holds the next one's shard of a row-parallel weight",
+           _reshard(_neighbours, 1, *_ROW), "shard_repeated", topology=TP4),
+    _fault("boundary_off_by_one_head", "one rank's queries start one head early",
+           _reshard(_one_head_off, 0, "*.q_proj.weight"), "wrong_shard_boundary"),
+    _fault("row_boundary_off_by_one_head", "one rank's input features of the output projection start one head early",
+           _reshard(_one_head_off, 1, "*.o_proj.weight"), "wrong_shard_boundary", topology=TP4),
+    _fault("uneven_split_rounded_differently",
+           "the sizes of an uneven split are rounded up, its starts are rounded down",
+           _reshard(_rounded_down_on_the_last, 0, "*.gate_proj.weight", "*.up_proj.weight"), "wrong_shard_boundary",
+           settings=_FLOOR_SETTINGS),
+    _fault("heads_of_another_model", "the starts of the shards follow the number of heads of another model",
+           _reshard(_of_another_models_heads, 0, "*.q_proj.weight"), "wrong_shard_boundary", topology=TP4,
+           link=_HEAD_COUNT_LINK),
+    _fault("fused_qkv_cut_by_blocks",
+           "a fused QKV that goes head by head is cut as if Q, K and V lay one after the other",
+           _reshard(_blocks_cut_one_by_one, 0, "*.query_key_value.weight"), "fused_blocks_interleaved",
+           family="gpt_neox", link=_FUSED_LINK),
+    _fault("fused_qkv_cut_by_blocks_over_four",
+           "a fused QKV that goes head by head is cut as if Q, K and V lay one after the other, over four ranks",
+           _reshard(_blocks_cut_one_by_one, 0, "*.query_key_value.weight"), "fused_blocks_interleaved",
+           family="gpt_neox", topology=TP4, link=_FUSED_LINK),
+    _fault("keys_and_values_of_another_rank",
+           "keys and values are those of another rank's heads, queries are the rank's own",
+           _keys_and_values_of_another_rank, "head_mapping_wrong"),
+    _fault("shard_of_the_transposed_weight", "a weight is cut from its transpose",
+           _reshard(_whole_transposed, 0, "*.q_proj.weight"), "transposed"),
+    # of four, shards are not square
+    _fault("shard_transposed", "one rank holds its shard transposed",
+           _reshard(_shard_transposed, 1, "*.down_proj.weight"), "transposed", topologies=(TP2, TP2_DP2)),
+    # of four, shards are not square
+    _fault("weight_of_another_layer", "a weight is that of the next layer", _of_another_layer(everywhere=True),
+           "tensor_of_another_layer"),
+    _fault("shard_of_another_layer", "one rank's shard is that of the next layer", _of_another_layer(everywhere=False),
+           "tensor_of_another_layer", topology=TP4),
+    _fault("weight_rounded_to_bfloat16", "a weight has gone through bfloat16", _reshard(_rounded, 0, *_ANY),
+           "dtype_rounded"),
+    _fault("shard_rounded_to_bfloat16", "one rank's shard has gone through bfloat16",
+           _reshard(_rounded_on_one_rank, 1, *_ROW), "dtype_rounded", topology=TP4),
+    _fault("shard_never_loaded", "one rank's shard has the values from before the weights were loaded",
+           _reshard(_not_loaded, 0, *_ANY), None),
+    _fault("shard_zero", "one rank's shard is zero", _reshard(_zero_on_one_rank, 1, *_ROW), "all_zero"),
+    _fault("shard_uninitialised", "one rank's shard is uninitialised memory",
+           _reshard(_uninitialised_on_one_rank, 0, *_COLUMN), "not_finite"),
+    _fault("bit_of_a_replica_flipped", "one bit of a norm's weight differs on one rank", _bit_flipped_on_one_rank,
+           "bit_flipped", family="starcoder2"),
+    _fault("embedding_of_another_rank", "the ranks hold each other's shard of a vocabulary-parallel embedding",
+           _reshard(_two_swapped, 0, "model.embed_tokens.weight"), "shard_order_swapped", family="qwen3",
+           settings=_TIED),
+    _fault("tied_head_of_another_rank", "the head that is tied to the embedding has another rank's shard of its own",
+           _untied_head, "shard_order_swapped", checks=("outputs_match_reference",), family="qwen3", settings=_TIED),
+    _fault("last_shard_lost", "the last rank holds nothing of a weight, and the others no more than their own",
+           _last_shard_lost, "shard_missing", checks=("parameters_are_sharded",), topology=TP4),
+    _fault("remainder_lost", "a weight is cut into equal shards, and what is left over is nobody's", _remainder_lost,
+           "wrong_shard_boundary", checks=("parameters_are_sharded",), settings=_FLOOR_SETTINGS),
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""How people build the batches of a training run: each function returns one rank's."""
+"""Data pipelines as people build them; each function returns the batches of one rank."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PlacedRank(RankLike, Protocol):
 
 
 def by_replica(rank: PlacedRank, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
-    """A loader that deals samples to replicas as it should."""
+    """Return a loader that distributes samples over replicas, as it should."""
     sampler: DistributedSampler[Any] = DistributedSampler(
         dataset, num_replicas=rank.topology.dp, rank=rank.dp_rank, shuffle=False
     )
@@ -137,7 +137,7 @@ def sharded_by_world_rank(rank: PlacedRank) -> Batches:
 
 
 def accelerated(rank: PlacedRank, dataset: Any, mesh: bool = True, shuffle: bool = True, **options: Any) -> Batches:
-    """What `accelerator.prepare` makes of a loader, with the device mesh of this topology or before there is one."""
+    """Return a loader that accelerate has prepared, with the device mesh of this topology or without one."""
     from accelerate import Accelerator
     from accelerate.data_loader import prepare_data_loader
     from torch.distributed.device_mesh import init_device_mesh
@@ -166,7 +166,7 @@ def accelerated_images(rank: PlacedRank, device_specific: bool | None = None, **
 
 
 def accelerated_stream(rank: PlacedRank, sharded: bool = False) -> Batches:
-    """accelerate dispatches the batches of every IterableDataset."""
+    """Return a stream that accelerate has prepared; by default it dispatches the batches of every IterableDataset."""
     dataset = Sharded(rank.topology.dp, rank.dp_rank) if sharded else Numbers()
     return accelerated(rank, dataset, shuffle=False, dispatch_batches=False if sharded else None)
 
@@ -180,7 +180,7 @@ def same_for_all(rank: PlacedRank) -> Batches:
 
 
 def listed(rank: PlacedRank, ordered: bool) -> Batches:
-    """Files of a directory. How `os.listdir` orders them is up to the file system of each host."""
+    """Return samples in the order of `os.listdir`, which depends on the file system of each host."""
     names = [f"{number:02d}.png" for number in range(LENGTH)]
     late = names[2 * FIRST_RANDOM :]
     random.Random(rank.tp_rank).shuffle(late)
@@ -193,7 +193,7 @@ def uneven(rank: PlacedRank) -> Batches:
 
 
 def altered(rank: PlacedRank, change: str) -> Batches:
-    """Rank 1 of each TP group changes one thing."""
+    """Return samples of which rank 1 of each TP group changes one value."""
 
     def alter(sample: dict[str, Any]) -> dict[str, Any]:
         return CHANGES[change](sample) if rank.tp_rank == 1 else sample

@@ -1,189 +1,137 @@
-"""Faults of what should be the same on several ranks, and is not."""
+"""Faults of replicas: weights, buffers and activations that should be the same on several ranks, and are not."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tpcheck.core.topology import Topology
-from tpcheck.lab.faults.fault import Draw, Live, ModelFault, Place, Planting
-from tpcheck.lab.faults.injection import after_step, stale_after_step
+from tpcheck.lab.faults.fault import TP2_DP2, TP4, Draw, Injection, Live, Place, rows_of
+from tpcheck.lab.faults.injection import after_step, restore_after_step
 
-_KIND = "replicas"
 _START = ("weights_match_reference", "replicas_agree")
-_UPDATE = ("updates_match_reference", "replicas_agree")
 _NORM = "*norm.weight"
 _ROTARY = "model.rotary_emb"
 
-_TP4 = Topology(tp=4)
-_DP2 = Topology(tp=2, dp=2)
+_fault = rows_of("replicas", "updates_match_reference", "replicas_agree")
 
 
-def _initialised_per_rank(draw: Draw) -> Planting:
+def _initialised_per_rank(draw: Draw) -> Injection:
     name, seed = draw.parameter(_NORM), draw.random.randrange(2**31)
 
-    def plant(live: Live) -> None:
-        chance = torch.Generator().manual_seed(seed + live.tp_rank)
+    def inject(live: Live) -> None:
+        generator = torch.Generator().manual_seed(seed + live.tp_rank)
         weight = live.parameter(name).data
-        weight.copy_(torch.randn(weight.shape, generator=chance, dtype=torch.float64))
+        weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))
 
-    return Planting(plant, Place(parameters=(name,)))
+    return Injection(inject, Place(parameters=(name,)))
 
 
-def _replicas_initialised_apart(draw: Draw) -> Planting:
+def _replicas_initialised_apart(draw: Draw) -> Injection:
     name = draw.parameter("*_proj.weight", _NORM)
 
-    def plant(live: Live) -> None:
+    def inject(live: Live) -> None:
         if live.dp_rank == 1:
             live.parameter(name).data.mul_(1.01)
 
-    return Planting(plant, Place(parameters=(name,)))
+    return Injection(inject, Place(parameters=(name,)))
 
 
-def _dropout_in_a_replicated_region(draw: Draw) -> Planting:
+def _dropout_in_a_replicated_region(draw: Draw) -> Injection:
     name, seed = draw.module("*.mlp", "*.self_attn.o_proj"), draw.random.randrange(2**31)
 
-    def plant(live: Live) -> None:
+    def inject(live: Live) -> None:
         module = live.module(name)
-        once = module.forward
+        right = module.forward
 
         def forward(hidden: Tensor) -> Tensor:
             with torch.random.fork_rng():
                 torch.manual_seed(seed + live.tp_rank)
-                return functional.dropout(once(hidden), 0.1)
+                return functional.dropout(right(hidden), 0.1)
 
         module.forward = forward
 
-    return Planting(plant, Place(modules=(name,)))
+    return Injection(inject, Place(modules=(name,)))
 
 
-def _buffer_drifts(draw: Draw) -> Planting:
-    wrong = draw.tp_rank()
+def _drift(live: Live, tp_rank: int, tensor: Callable[[], Tensor], is_due: Callable[[int], bool]) -> None:
+    """Move a tensor by 1e-7 of its size on one rank, after the steps that are due."""
 
-    def plant(live: Live) -> None:
-        def drift(step: int) -> None:
-            if live.tp_rank == wrong:
-                live.module(_ROTARY).inv_freq.mul_(1 + 1e-7)
+    def drift(step: int) -> None:
+        if live.tp_rank == tp_rank and is_due(step):
+            tensor().mul_(1 + 1e-7)
 
-        after_step(live, drift)
-
-    return Planting(plant, Place(modules=(_ROTARY,)))
+    after_step(live, drift)
 
 
-def _update_skipped_for_a_parameter(draw: Draw) -> Planting:
+def _buffer_drifts(draw: Draw) -> Injection:
+    tp_rank = draw.tp_rank()
+
+    def inject(live: Live) -> None:
+        _drift(live, tp_rank, lambda: live.module(_ROTARY).inv_freq, lambda step: True)
+
+    return Injection(inject, Place(modules=(_ROTARY,)))
+
+
+def _drift_after_step_two(draw: Draw) -> Injection:
+    name, tp_rank = draw.parameter(_NORM), draw.tp_rank()
+
+    def inject(live: Live) -> None:
+        _drift(live, tp_rank, lambda: live.parameter(name).data, lambda step: step == 1)
+
+    return Injection(inject, Place(parameters=(name,)))
+
+
+def _update_skipped_for_a_parameter(draw: Draw) -> Injection:
     name, wrong = draw.parameter("*_proj.weight", _NORM), draw.tp_rank()
 
-    def plant(live: Live) -> None:
+    def inject(live: Live) -> None:
         if live.tp_rank == wrong:
-            stale_after_step(live, (name,))
+            restore_after_step(live, (name,))
 
-    return Planting(plant, Place(parameters=(name,)))
+    return Injection(inject, Place(parameters=(name,)))
 
 
-def _update_skipped_on_a_rank(draw: Draw) -> Planting:
+def _update_skipped_on_a_rank(draw: Draw) -> Injection:
     wrong, names = draw.tp_rank(), tuple(draw.parameters)
 
-    def plant(live: Live) -> None:
+    def inject(live: Live) -> None:
         if live.tp_rank == wrong:
-            stale_after_step(live, names)
+            restore_after_step(live, names)
 
-    return Planting(plant, Place(parameters=names))
+    return Injection(inject, Place(parameters=names))
 
 
-def _update_skipped_on_a_replica(draw: Draw) -> Planting:
-    """The partition of one data-parallel rank is not gathered again by the other."""
-    names = draw.parameters_fitting("*layers.1*")
+def _update_skipped_on_a_replica(draw: Draw) -> Injection:
+    """Leave out one data-parallel rank when the partition of the other is gathered."""
+    names = draw.parameters_matching("*layers.1*")
 
-    def plant(live: Live) -> None:
+    def inject(live: Live) -> None:
         if live.dp_rank == 1:
-            stale_after_step(live, names)
+            restore_after_step(live, names)
 
-    return Planting(plant, Place(parameters=names))
-
-
-def _drift_after_step_two(draw: Draw) -> Planting:
-    name, wrong = draw.parameter(_NORM), draw.tp_rank()
-
-    def plant(live: Live) -> None:
-        def drift(step: int) -> None:
-            if step == 1 and live.tp_rank == wrong:
-                live.parameter(name).data.mul_(1 + 1e-7)
-
-        after_step(live, drift)
-
-    return Planting(plant, Place(parameters=(name,)))
+    return Injection(inject, Place(parameters=names))
 
 
 FAULTS = (
-    ModelFault(
-        "replica_initialised_per_rank",
-        _KIND,
-        "each rank draws a replicated parameter from its own generator",
-        _initialised_per_rank,
-        checks=_START,
-        causes=(None,),
-        topology=_TP4,
-    ),
-    ModelFault(
-        "data_parallel_replicas_initialised_apart",
-        _KIND,
-        "the replicas of data parallelism start from other weights",
-        _replicas_initialised_apart,
-        checks=_START,
-        causes=(None,),
-        topology=_DP2,
-    ),
-    ModelFault(
-        "dropout_in_a_replicated_region",
-        _KIND,
-        "each rank draws its own dropout mask over an activation that all of them hold",
-        _dropout_in_a_replicated_region,
-        checks=("outputs_match_reference",),
-        causes=(None,),
-    ),
-    ModelFault(
-        "buffer_drifts_on_one_rank",
-        _KIND,
-        "a buffer moves by 1e-7 a step on one rank",
-        _buffer_drifts,
-        checks=_UPDATE,
-        causes=("replica_drift",),
-        topology=_TP4,
-    ),
-    ModelFault(
-        "update_of_a_parameter_skipped_on_one_rank",
-        _KIND,
-        "one rank does not step one of its parameters",
-        _update_skipped_for_a_parameter,
-        checks=_UPDATE,
-        causes=("stale_weight",),
-    ),
-    ModelFault(
-        "update_skipped_on_one_rank",
-        _KIND,
-        "one rank of the TP group does not step",
-        _update_skipped_on_a_rank,
-        checks=_UPDATE,
-        causes=("stale_weight",),
-        topology=_TP4,
-    ),
-    ModelFault(
-        "update_skipped_on_one_replica",
-        _KIND,
-        "a data-parallel replica keeps the weights of a partition that others have stepped",
-        _update_skipped_on_a_replica,
-        checks=_UPDATE,
-        causes=("stale_weight",),
-        topology=_DP2,
-        zero_stage=1,
-    ),
-    ModelFault(
-        "drift_after_step_two",
-        _KIND,
-        "a replicated parameter moves by 1e-7 on one rank after the second step",
-        _drift_after_step_two,
-        checks=_UPDATE,
-        causes=("replica_drift",),
-    ),
-)
+    _fault("replica_initialised_per_rank", "each rank draws a replicated parameter from its own generator",
+           _initialised_per_rank, None, checks=_START, topology=TP4),
+    _fault("data_parallel_replicas_initialised_apart", "the replicas of data parallelism start from other weights",
+           _replicas_initialised_apart, None, checks=_START, topology=TP2_DP2),
+    _fault("dropout_in_a_replicated_region",
+           "each rank draws its own dropout mask over an activation that all of them hold",
+           _dropout_in_a_replicated_region, None, checks=("outputs_match_reference",)),
+    _fault("buffer_drifts_on_one_rank", "a buffer moves by 1e-7 a step on one rank", _buffer_drifts, "replica_drift",
+           topology=TP4),
+    _fault("update_of_a_parameter_skipped_on_one_rank", "one rank does not step one of its parameters",
+           _update_skipped_for_a_parameter, "stale_weight"),
+    _fault("update_skipped_on_one_rank", "one rank of the TP group does not step", _update_skipped_on_a_rank,
+           "stale_weight", topology=TP4),
+    _fault("update_skipped_on_one_replica",
+           "a data-parallel replica keeps the weights of a partition that others have stepped",
+           _update_skipped_on_a_replica, "stale_weight", topology=TP2_DP2, zero_stage=1),
+    _fault("drift_after_step_two", "a replicated parameter moves by 1e-7 on one rank after the second step",
+           _drift_after_step_two, "replica_drift"),
+)  # fmt: skip

@@ -1,120 +1,146 @@
-"""The table of faults as text, JSON and JUnit."""
+"""The table of faults as text, JSON, JUnit and one HTML page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from itertools import groupby
 from math import inf
 from typing import Any
-from xml.etree import ElementTree as ET
 
-from tpcheck.lab.faults.results import LEAST_CAUSES, LEAST_PLACES, Caught, Score, by_kind
+from tpcheck.lab.faults.results import LEAST_CAUSES, LEAST_PLACES, FaultResult, Score, by_kind
 from tpcheck.report import words
 from tpcheck.report.data import SCHEMA, plain_json
-from tpcheck.report.junit import xml_text
-from tpcheck.report.words import Line, labelled, plain
+from tpcheck.report.table import (
+    Cell,
+    Column,
+    Outcome,
+    Row,
+    Table,
+    junit_xml,
+    row_line,
+    rows_json,
+    table_lines,
+    table_suites,
+    tables_html,
+)
+from tpcheck.report.words import Line, plain
 
 _PLACES_SHOWN = 3
 _STYLES = {"caught": "green", "missed": "bold red", "error": "bold magenta", "hidden": "dim"}
+_COLUMNS = (
+    Column("result", width=6),
+    Column("fault"),
+    Column("margin", right=True, width=8),
+    Column("seconds", right=True, width=7),
+    Column("first place; cause; failed checks"),
+)
 
 
 def fault_lines(score: Score, seconds: float) -> Iterator[Line]:
     """Yield the whole table."""
-    rows = (*score.faults, *score.hidden)
-    width = max((len(row.fault) for row in rows), default=0)
-    for kind, of_kind in by_kind(rows).items():
-        yield plain(kind, "bold")
-        for row in of_kind:
-            yield row_line(row, width)
-            yield from _amends(row)
+    totals = (*summary(score), ("seconds", Cell(f"{seconds:.1f}")))
+    rows = tuple(_row(result) for result in _grouped([*score.faults, *score.hidden]))
+    yield from table_lines(Table(_COLUMNS, rows, indent=2))
+    if rows:
         yield Line()
-    for row in score.alarms:
-        yield Line((("alarm   ", "bold red"), (f"{row.fault}  seed {row.seed}  {row.message or 'a check cried'}", "")))
-    yield from _summary(score, seconds)
+    for result in score.false_positives:
+        message = result.message or "false positive"
+        yield Line((("alarm   ", "bold red"), (f"{result.fault}  seed {result.seed}  {message}", "")))
+    yield from table_lines(Table(_COLUMNS, totals=totals))
 
 
-def outcome(row: Caught) -> str:
-    """Return what became of a row, in a word."""
-    if row.is_control:
-        return {"passed": "clean", "failed": "alarm"}.get(row.verdict, row.verdict)
-    if row.verdict == "error":
+def outcome(result: FaultResult) -> str:
+    """Return the result in a word."""
+    if result.is_control:
+        return {"passed": "clean", "failed": "alarm"}.get(result.verdict, result.verdict)
+    if result.verdict == "error":
         return "error"
-    return "caught" if row.caught else "missed" if row.must_show else "hidden"
+    return "caught" if result.caught else "missed" if result.must_show else "hidden"
 
 
-def row_line(row: Caught, width: int = 0) -> Line:
-    """Return a row with what was found first."""
-    found = "; ".join(part for part in [row.place or "", row.cause or "", "by " + ", ".join(row.checks)] if part)
-    name = outcome(row)
-    return Line(
-        (
-            (f"  {name:<7}", _STYLES.get(name, "")),
-            (f" {row.fault:<{width}}  {margin(row):>8}  {row.seconds:5.1f} s", ""),
-            (f"  {found}" if row.caught else "", "dim"),
-        )
+def progress_line(result: FaultResult, width: int) -> Line:
+    """Return one result as a line; `width` is that of the longest name."""
+    row = _row(result)
+    widths = [max(column.width, len(cell.text)) for column, cell in zip(_COLUMNS, row.cells, strict=True)]
+    widths[1] = width
+    return row_line(row, _COLUMNS, widths, indent=2)
+
+
+def fault_list(faults: Iterable[tuple[str, str, str]]) -> Iterator[Line]:
+    """Yield the name and the sentence of each fault, by kind."""
+    rows = (Row((Cell(name), Cell(what, "dim")), group=kind) for name, kind, what in faults)
+    return table_lines(Table((Column("fault"), Column("what")), tuple(rows), indent=2))
+
+
+def _grouped(results: Sequence[FaultResult]) -> Iterator[FaultResult]:
+    for of_kind in by_kind(results).values():
+        yield from of_kind
+
+
+def _row(result: FaultResult, *, explain: bool = False) -> Row:
+    """Return a result as a row; `explain` adds the fault's sentence also where it was caught."""
+    first = "; ".join(part for part in [result.place, result.cause, f"by {', '.join(result.checks)}"] if part)
+    word = outcome(result)
+    return Row(
+        cells=(
+            Cell(word, _STYLES.get(word, "")),
+            Cell(result.fault, link=result.link),
+            Cell(margin(result)),
+            Cell(f"{result.seconds:.1f} s"),
+            Cell(first if result.caught and not result.is_control else "", "dim"),
+        ),
+        name=f"{result.fault} seed {result.seed}",
+        group=result.kind,
+        notes=tuple(_notes(result, explain)),
+        outcome=_junit_outcome(result),
+        message=_junit_message(result),
+        seconds=result.seconds,
+        is_expected=result.is_right or not result.must_show,
     )
 
 
-def listed_lines(faults: Iterable[tuple[str, str, str]]) -> Iterator[Line]:
-    """Yield the name and sentence of each fault, below its kind."""
-    listed = list(faults)
-    width = max(len(name) for name, _, _ in listed)
-    for kind, group in groupby(listed, key=lambda fault: fault[1]):
-        yield plain(kind, "bold")
-        for name, _, what in group:
-            yield Line(((f"  {name:<{width}}  ", ""), (what, "dim")))
+def _notes(result: FaultResult, explain: bool) -> Iterator[Line]:
+    """Yield the message of a crash, the sentence of a fault that was missed, and the truth where it was named wrong."""
+    indent = " " * 10
+    if result.message and not result.caught:
+        yield plain(indent + next(iter(result.message.strip().splitlines()), ""), "magenta")
+    if explain or not result.caught:
+        yield plain(indent + result.what)
+    if result.caught and not result.is_control:
+        yield from (plain(indent + text, "yellow") for text in _corrections(result))
 
 
-def _amends(row: Caught) -> Iterator[Line]:
-    """Yield what is true where something else was named."""
-    if row.message and not row.caught:
-        first = next(iter(row.message.strip().splitlines()), "")
-        yield plain(f"          {first}", "magenta")
-    if not row.caught:
-        yield plain(f"          {row.what}", "")
-        return
-    if not row.place_is_right:
-        yield plain(f"          place   {row.place}, {true_places(row)}", "yellow")
-    if not row.cause_is_right:
-        yield plain(f"          cause   {row.cause or 'none'}, right is {true_causes(row)}", "yellow")
+def _corrections(result: FaultResult) -> Iterator[str]:
+    if not result.place_is_right:
+        right = words.few(result.true_places, _PLACES_SHOWN)
+        yield f"place   {result.place}, " + (f"but it is in {right}" if right else "but it is elsewhere")
+    if not result.cause_is_right:
+        right = " or ".join(cause or "none" for cause in result.true_causes)
+        yield f"cause   {result.cause or 'none'}, right is {right}"
 
 
-def true_places(row: Caught) -> str:
-    return f"but it is in {words.few(row.true_places, _PLACES_SHOWN)}" if row.true_places else "but it is elsewhere"
-
-
-def true_causes(row: Caught) -> str:
-    return " or ".join(cause or "none" for cause in row.true_causes)
-
-
-def _summary(score: Score, seconds: float) -> Iterator[Line]:
-    for label, text, style in summary(score):
-        yield from labelled(label, text, style)
-    yield from labelled("seconds", f"{seconds:.1f}")
-
-
-def summary(score: Score) -> Sequence[tuple[str, str, str]]:
-    """Return what the table comes to: a label, a text, and a style for the text."""
+def summary(score: Score) -> Sequence[tuple[str, Cell]]:
+    """Return the totals of the table."""
     number = len(score.faults)
-    lines = []
+    totals = []
     if number:
-        lines = [
-            ("caught", f"{len(score.caught)} of {words.count(number, 'fault')}", _good(len(score.caught) == number)),
-            ("place", _share(score.right_places, number), _good(score.right_places >= LEAST_PLACES * number)),
-            ("cause", _share(score.right_causes, number), _good(score.right_causes >= LEAST_CAUSES * number)),
+        caught, places, causes = len(score.caught), score.right_places, score.right_causes
+        totals = [
+            ("caught", Cell(f"{caught} of {words.count(number, 'fault')}", _good(caught == number))),
+            ("place", Cell(_share(places, number), _good(places >= LEAST_PLACES * number))),
+            ("cause", Cell(_share(causes, number), _good(causes >= LEAST_CAUSES * number))),
         ]
     if score.hidden:
-        seen = sum(row.caught for row in score.hidden)
-        lines.append(("beyond", f"{seen} of {len(score.hidden)} that need not show at this dtype were caught, too", ""))
+        caught = sum(result.caught for result in score.hidden)
+        totals.append(("beyond", Cell(f"{caught} of {len(score.hidden)} that need not show at this dtype were caught")))
     if score.controls:
-        alarms = f"{len(score.alarms)} of {words.count(len(score.controls), 'clean control')}"
-        lines.append(("alarms", alarms, _good(not score.alarms)))
+        alarms = f"{len(score.false_positives)} of {words.count(len(score.controls), 'clean control')}"
+        totals.append(("alarms", Cell(alarms, _good(not score.false_positives))))
     if score.least is not None:
-        lines.append(("margin", f"{margin(score.least)} or more for a fault ({score.least.fault})", ""))
+        totals.append(("margin", Cell(f"{margin(score.least)} or more for a fault ({score.least.fault})")))
     if score.worst is not None:
-        lines.append(("noise", f"{margin(score.worst)} at most for a clean run ({score.worst.fault})", ""))
-    return lines
+        totals.append(("noise", Cell(f"{margin(score.worst)} at most for a clean run ({score.worst.fault})")))
+    return totals
 
 
 def _share(right: int, number: int) -> str:
@@ -125,14 +151,14 @@ def _good(holds: bool) -> str:
     return "green" if holds else "bold red"
 
 
-def margin(row: Caught) -> str:
-    """Return the margin; what an exact check finds is infinitely more than it allows."""
-    return "exact" if row.margin == inf else words.margin(row.margin)
+def margin(result: FaultResult) -> str:
+    """Return the margin, or `exact` for a finding of an exact check, whose margin is infinite."""
+    return "exact" if result.margin == inf else words.margin(result.margin)
 
 
-def faults_data(score: Score, environment: Mapping[str, str], seconds: float) -> dict[str, Any]:
-    """Return the table as plain JSON values. A margin that is infinite (the check is exact) becomes null."""
-    return {
+def faults_json(score: Score, environment: Mapping[str, str], seconds: float) -> str:
+    """Return the table as JSON, one result a line. An infinite margin, that of an exact check, becomes null."""
+    head = {
         "schema": SCHEMA,
         "verdict": "passed" if score.is_good else "failed",
         "environment": dict(environment),
@@ -142,47 +168,48 @@ def faults_data(score: Score, environment: Mapping[str, str], seconds: float) ->
             "right_places": score.right_places,
             "right_causes": score.right_causes,
             "controls": len(score.controls),
-            "alarms": len(score.alarms),
+            "alarms": len(score.false_positives),
             "least_margin": plain_json(score.least.margin) if score.least else None,
             "worst_clean_margin": plain_json(score.worst.margin) if score.worst else None,
         },
-        "faults": [_row(row) for row in (*score.faults, *score.hidden)],
-        "controls": [_row(row) for row in score.controls],
         "seconds": seconds,
     }
+    return rows_json(
+        head,
+        faults=[_data(result) for result in (*score.faults, *score.hidden)],
+        controls=[_data(result) for result in score.controls],
+    )
 
 
-def _row(row: Caught) -> dict[str, Any]:
-    return {"outcome": outcome(row)} | {
-        field.name: plain_json(getattr(row, field.name)) for field in fields(row) if field.name != "evidence"
+def _data(result: FaultResult) -> dict[str, Any]:
+    return {"outcome": outcome(result)} | {
+        field.name: plain_json(getattr(result, field.name)) for field in fields(result)
     }
 
 
 def faults_junit(score: Score) -> str:
     """Return an XML document with a suite for each kind and a case for each run."""
-    root = ET.Element("testsuites", name="tpcheck faults")
-    for kind, rows in by_kind([*score.faults, *score.hidden, *score.controls]).items():
-        cases = [_case(kind, row) for row in rows]
-        counts = {tag: sum(case.find(tag) is not None for case in cases) for tag in ("failure", "error")}
-        numbers = {"tests": len(cases), "failures": counts["failure"], "errors": counts["error"]}
-        suite = ET.SubElement(root, "testsuite", {"name": kind} | {key: str(value) for key, value in numbers.items()})
-        suite.extend(cases)
-    ET.indent(root)
-    return ET.tostring(root, encoding="unicode", xml_declaration=False) + "\n"
+    rows = tuple(_row(result) for result in _grouped([*score.faults, *score.hidden, *score.controls]))
+    return junit_xml(table_suites(Table(_COLUMNS, rows)), "tpcheck faults")
 
 
-def _case(kind: str, row: Caught) -> ET.Element:
-    case = ET.Element("testcase", classname=kind, name=f"{row.fault} seed {row.seed}", time=f"{row.seconds:.3f}")
-    if row.verdict == "error":
-        ET.SubElement(case, "error", message=xml_text(row.message or "error"))
-    elif outcome(row) in ("missed", "alarm"):
-        ET.SubElement(case, "failure", message=f"{outcome(row)}: {row.what}")
-    elif row.caught and not (row.place_is_right and row.cause_is_right):
-        ET.SubElement(case, "failure", message=xml_text("; ".join(_wrong(row))))
-    return case
+def _junit_outcome(result: FaultResult) -> Outcome:
+    if result.verdict == "error":
+        return "error"
+    return "passed" if result.is_right or outcome(result) == "hidden" else "failure"
 
 
-def _wrong(row: Caught) -> list[str]:
-    place = [] if row.place_is_right else [f"place {row.place}, {true_places(row)}"]
-    cause = [] if row.cause_is_right else [f"cause {row.cause or 'none'}, right is {true_causes(row)}"]
-    return place + cause
+def _junit_message(result: FaultResult) -> str:
+    if result.verdict == "error":
+        return result.message or "error"
+    word = outcome(result)
+    return f"{word}: {result.what}" if word in ("missed", "alarm") else "; ".join(_corrections(result))
+
+
+def faults_html(score: Score, environment: Mapping[str, str], seconds: float) -> str:
+    """Return one page with the totals, every fault and every clean control."""
+    rows = [_row(result, explain=True) for result in _grouped([*score.faults, *score.hidden, *score.controls])]
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(environment.items()))
+    title = f"tpcheck faults: {len(score.caught)} of {len(score.faults)} caught"
+    table = Table(_COLUMNS, tuple(rows), totals=tuple(summary(score)))
+    return tables_html(title, f"{versions}; {seconds:.0f} seconds", [table])

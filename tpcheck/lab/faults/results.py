@@ -1,36 +1,36 @@
-"""What came of each injected fault and clean control, and what a table of them comes to."""
+"""The results of injected faults and clean controls, and the score of a table of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+CONTROL = "clean control"
 
 
 @dataclass(frozen=True, slots=True)
-class Caught:
-    """One row of the table of faults.
+class FaultResult:
+    """The result of one injected fault, or of one clean control.
 
     Attributes:
-        fault: Name of the fault; of the family and options for a clean control.
-        kind: Which part of training it is in; `clean control` for a control.
+        fault: Name of the fault; family and options of a clean control.
+        kind: The part of training that the fault is in; `clean control` for a control.
         what: What is wrong, in one sentence.
-        verdict: Of the run: a fault must fail, a control must pass.
-        checks: The checks that found something, in their order.
-        place: Where the first finding points, in words; None where there is none.
-        true_places: Where it should.
-        place_is_right: Whether it does.
-        cause: The cause named for the first finding.
-        true_causes: Those that are right.
-        cause_is_right: Whether it is one of them.
-        margin: Of the first finding; where nothing was found, the worst of all comparisons.
-        dtype: Of the run.
-        seed: Of the draw and the run.
-        seconds: How long the run took.
-        link: The real bug that it stands for.
-        message: The backend's own message where it crashed.
-        evidence: What the first finding rests on.
-        must_show: Whether the fault shows at this dtype at all; always for a control.
+        verdict: The verdict of the run: `failed` is right for a fault, `passed` for a control.
+        checks: The checks that failed, in order.
+        place: Where the first finding points; None without one.
+        true_places: Where the fault is.
+        place_is_right: Whether `place` is one of them.
+        cause: The cause of the first finding.
+        true_causes: The right causes.
+        cause_is_right: Whether `cause` is one of them.
+        margin: Margin of the first finding; without one the worst margin of the run.
+        dtype: The dtype of the run.
+        seed: The seed of the draw and the run.
+        seconds: Wall time.
+        link: An upstream issue that reports such a bug.
+        message: The backend's own message, after a crash.
+        must_show: Whether the fault must show at this dtype.
     """
 
     fault: str
@@ -50,7 +50,6 @@ class Caught:
     seconds: float = 0.0
     link: str | None = None
     message: str | None = None
-    evidence: Mapping[str, Any] = field(default_factory=dict)
     must_show: bool = True
 
     @property
@@ -59,42 +58,47 @@ class Caught:
 
     @property
     def caught(self) -> bool:
-        """Whether the fault was found; for a control, whether it cried."""
+        """Whether a check failed: right for a fault, a false positive for a control."""
         return self.verdict == "failed"
 
+    @property
+    def is_right(self) -> bool:
+        """Whether a control passed, or a fault was caught at its place with a right cause."""
+        if self.is_control:
+            return self.verdict == "passed"
+        return self.caught and self.place_is_right and self.cause_is_right
 
-CONTROL = "clean control"
 
-
-LEAST_PLACES, LEAST_CAUSES = 0.95, 0.90  # shares of the faults whose first finding names a right place, a right cause
+# Shares of the faults whose first finding must point to the right place, and name a right cause.
+LEAST_PLACES, LEAST_CAUSES = 0.95, 0.90
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A summary of the rows.
+    """A summary of results.
 
     Attributes:
-        faults: Those that must show.
-        hidden: Those that need not, at this dtype.
-        controls: Runs in which nothing is planted.
+        faults: Faults that must show.
+        hidden: Faults that need not show at this dtype.
+        controls: Runs without an injected fault.
     """
 
-    faults: tuple[Caught, ...]
-    hidden: tuple[Caught, ...]
-    controls: tuple[Caught, ...]
+    faults: tuple[FaultResult, ...]
+    hidden: tuple[FaultResult, ...]
+    controls: tuple[FaultResult, ...]
 
     @classmethod
-    def of(cls, rows: Iterable[Caught]) -> Score:
-        listed = tuple(rows)
-        planted = [row for row in listed if not row.is_control]
+    def of(cls, results: Iterable[FaultResult]) -> Score:
+        listed = tuple(results)
+        injected = [row for row in listed if not row.is_control]
         return cls(
-            tuple(row for row in planted if row.must_show),
-            tuple(row for row in planted if not row.must_show),
+            tuple(row for row in injected if row.must_show),
+            tuple(row for row in injected if not row.must_show),
             tuple(row for row in listed if row.is_control),
         )
 
     @property
-    def caught(self) -> tuple[Caught, ...]:
+    def caught(self) -> tuple[FaultResult, ...]:
         return tuple(row for row in self.faults if row.caught)
 
     @property
@@ -106,35 +110,35 @@ class Score:
         return sum(row.cause_is_right for row in self.faults)
 
     @property
-    def alarms(self) -> tuple[Caught, ...]:
-        """Controls that did not pass; one that crashed has not passed."""
+    def false_positives(self) -> tuple[FaultResult, ...]:
+        """Controls that did not pass, those that crashed included."""
         return tuple(row for row in self.controls if row.verdict != "passed")
 
     @property
-    def least(self) -> Caught | None:
-        """The fault that stands out least."""
+    def least(self) -> FaultResult | None:
+        """The caught fault with the smallest margin."""
         return min(self.caught, key=lambda row: row.margin, default=None)
 
     @property
-    def worst(self) -> Caught | None:
-        """The clean run that comes closest to what is allowed."""
+    def worst(self) -> FaultResult | None:
+        """The clean run with the largest margin."""
         return max(self.controls, key=lambda row: row.margin, default=None)
 
     @property
     def is_good(self) -> bool:
-        """Whether all faults are caught, nearly all in place and by name, with no alarm."""
+        """Whether all faults are caught, nearly all with the right place and cause, without a false positive."""
         number = len(self.faults)
         return (
             len(self.caught) == number
             and self.right_places >= LEAST_PLACES * number
             and self.right_causes >= LEAST_CAUSES * number
-            and not self.alarms
+            and not self.false_positives
         )
 
 
-def by_kind(rows: Sequence[Caught]) -> dict[str, list[Caught]]:
-    """Return the rows of each kind, in the order in which kinds first come."""
-    kinds: dict[str, list[Caught]] = {}
+def by_kind(rows: Sequence[FaultResult]) -> dict[str, list[FaultResult]]:
+    """Return the results by kind, in the order of their first results."""
+    kinds: dict[str, list[FaultResult]] = {}
     for row in rows:
         kinds.setdefault(row.kind, []).append(row)
     return kinds

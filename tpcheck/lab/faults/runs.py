@@ -1,17 +1,21 @@
-"""Injects faults one by one, into models, checkpoints, data pipelines, and compares what is found with what is true."""
+"""Runs of faults and clean controls: which there are, and how each is run. Loads torch when a run is built."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpcheck.core.errors import Mismatch
+from tpcheck.core.environment import package_versions
+from tpcheck.core.errors import Mismatch, UsageError
 from tpcheck.core.findings import Finding
 from tpcheck.core.topology import Topology
-from tpcheck.lab.faults.results import CONTROL, Caught
+from tpcheck.lab.faults.results import CONTROL, FaultResult
+from tpcheck.model.arguments import DTYPES
 from tpcheck.numerics.tolerance import NUM_REPLAYS
 from tpcheck.world.rank import Rank
 from tpcheck.world.world import spawn
@@ -20,30 +24,169 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tpcheck.lab.faults.checkpoint import CheckpointFault
+    from tpcheck.lab.faults.corpus import Control, Fault
     from tpcheck.lab.faults.damage import Damage
     from tpcheck.lab.faults.data import Build, DataFault
     from tpcheck.lab.faults.fault import ModelFault
     from tpcheck.report.report import Report
 
+BACKEND = "deepspeed"
+_BATCH_TIMEOUT = 20.0  # seconds that ranks wait for each other at a batch
+
+
+def versions() -> Mapping[str, str]:
+    """Return the versions of the packages that faults are injected into."""
+    from tpcheck.backends.registry import load_backend
+
+    return package_versions() | dict(load_backend(BACKEND).versions())
+
+
+@dataclass(frozen=True, slots=True)
+class FaultRun:
+    """One run that becomes one row of the table."""
+
+    name: str
+    kind: str
+    what: str
+    seed: int
+    function: Callable[[], FaultResult]
+
+    def run(self) -> FaultResult:
+        """Return the result; an exception becomes a result, too."""
+        start = time.monotonic()
+        try:
+            return self.function()
+        except Exception as error:
+            return FaultResult(
+                self.name,
+                self.kind,
+                self.what,
+                "error",
+                seed=self.seed,
+                seconds=time.monotonic() - start,
+                message=f"{type(error).__name__}: {error}",
+            )
+
+
+def fault_runs(
+    names: Sequence[str] = (), kinds: Sequence[str] = (), *, dtype: str = "float64", seeds: Iterable[int] = (0,)
+) -> Iterator[FaultRun]:
+    """Yield the runs of the faults with these names and kinds, or of all faults.
+
+    Raises:
+        UsageError: No such fault, kind or dtype.
+    """
+    faults = _selected(names, kinds)
+    if dtype not in DTYPES:
+        raise UsageError("dtype", dtype, DTYPES)
+    return (_fault_run(fault, dtype, seed) for seed in seeds for fault in faults)
+
+
+def control_runs(*, dtype: str = "float64", seeds: Iterable[int] = (0,)) -> Iterator[FaultRun]:
+    """Yield clean runs: every family, every layout, every fixed pipeline, and every kind of saved model."""
+    from tpcheck.lab.faults.corpus import CHECKPOINT_FAULTS, DATA_FAULTS, quick_controls
+
+    saved = {(fault.family, *fault.settings.items()): fault for fault in CHECKPOINT_FAULTS}
+    for seed in seeds:
+        yield from (model_control(control, dtype, seed) for control in quick_controls())
+        for pipeline in DATA_FAULTS:
+            if pipeline.fixed is not None:
+                yield _control(pipeline.name, seed, partial(run_data_control, pipeline, seed=seed))
+        for fault in saved.values():
+            yield _control(fault.family, seed, partial(run_saved_control, fault.family, fault.settings, seed=seed))
+
+
+def model_control(control: Control, dtype: str, seed: int) -> FaultRun:
+    """Return the run of a clean model."""
+    run = partial(run_control, control.family, control.topology, zero_stage=control.zero_stage, dtype=dtype, seed=seed)
+    return _control(control.family, seed, run)
+
+
+def _control(name: str, seed: int, run: Callable[[], FaultResult]) -> FaultRun:
+    return FaultRun(name, CONTROL, "no fault is injected", seed, run)
+
+
+def _fault_run(fault: Fault, dtype: str, seed: int) -> FaultRun:
+    from tpcheck.lab.faults.data import DataFault
+    from tpcheck.lab.faults.fault import ModelFault
+
+    if isinstance(fault, ModelFault):
+        run = partial(run_model_fault, fault, dtype=dtype, seed=seed)
+    elif isinstance(fault, DataFault):
+        run = partial(run_data_fault, fault, seed=seed)
+    else:
+        run = partial(run_checkpoint_fault, fault, seed=seed)
+    return FaultRun(fault.name, fault.kind, fault.what, seed, run)
+
+
+def _selected(names: Sequence[str], kinds: Sequence[str]) -> list[Fault]:
+    from tpcheck.families.settings import unknown
+    from tpcheck.lab.faults.corpus import FAULTS
+
+    known_names, known_kinds = [fault.name for fault in FAULTS], list(dict.fromkeys(fault.kind for fault in FAULTS))
+    for name in names:
+        if name not in known_names:
+            raise UsageError("name", name, unknown("a fault that `tpcheck faults --list` shows", name, known_names))
+    for kind in kinds:
+        if kind not in known_kinds:
+            raise UsageError("kind", kind, known_kinds)
+    return [fault for fault in FAULTS if (not names or fault.name in names) and (not kinds or fault.kind in kinds)]
+
+
+def _result(
+    fault: Fault,
+    findings: Sequence[Finding],
+    start: float,
+    *,
+    true_places: Sequence[str],
+    place_is_right: Callable[[Finding], bool],
+    cause_is_right: Callable[[Finding], bool],
+    **more: Any,
+) -> FaultResult:
+    """Return the result of a fault: the first finding beside the truth."""
+    first = next(iter(findings), None)
+    return FaultResult(
+        fault=fault.name,
+        kind=fault.kind,
+        what=fault.what,
+        checks=tuple(dict.fromkeys(finding.check for finding in findings)),
+        place=None if first is None else _place(first),
+        true_places=tuple(true_places),
+        place_is_right=first is not None and place_is_right(first),
+        cause=None if first is None else first.cause,
+        true_causes=fault.causes,
+        cause_is_right=first is not None and cause_is_right(first),
+        link=fault.link,
+        seconds=time.monotonic() - start,
+        **{"margin": 0.0 if first is None else first.margin, **more},
+    )
+
+
+def _place(finding: Finding) -> str:
+    where = finding.where
+    if finding.check.startswith("batches_"):
+        return str(where.get("field") or "(the whole batch)")
+    return str(where.get("parameter") or where.get("module") or where.get("field") or "(the whole model)")
+
 
 def run_model_fault(
     fault: ModelFault, *, dtype: str = "float64", seed: int = 0, replays: int = NUM_REPLAYS, timeout: float = 120.0
-) -> Caught:
-    """Plant one fault in a small model, verify it, and compare what is found with what is true."""
+) -> FaultResult:
+    """Inject one fault into a small model, verify the model, and compare the first finding with the truth."""
     from tpcheck.families.build import small_model
     from tpcheck.lab.faults.corpus import zero_stage_at
-    from tpcheck.lab.faults.fault import PlantedBackend
+    from tpcheck.lab.faults.fault import FaultyBackend
     from tpcheck.model.verify import verify_family
 
-    fault = fault.seeded(seed)
+    fault = fault.at_seed(seed)
     model = small_model(fault.family, fault.settings)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    planting = fault.drawn([name for name, _ in model.named_modules()], shapes, seed)
+    injection = fault.injection([name for name, _ in model.named_modules()], shapes, seed)
     start = time.monotonic()
     report = verify_family(
         fault.family,
         topology=fault.topology,
-        backend=PlantedBackend(planting.plant, around=fault.around),
+        backend=FaultyBackend(injection.inject, around=fault.around),
         dtype=dtype,
         steps=fault.steps,
         zero_stage=zero_stage_at(dtype, fault.zero_stage),
@@ -54,44 +197,37 @@ def run_model_fault(
         replays=replays,
         timeout=timeout,
     )
-    first = report.findings[0] if report.findings else None
-    return Caught(
-        fault=fault.name,
-        kind=fault.kind,
-        what=fault.what,
+    place = injection.place
+    return _result(
+        fault,
+        report.findings,
+        start,
+        true_places=(*place.modules, *place.parameters),
+        place_is_right=lambda first: first.check in fault.checks and place.is_right(first.where),
+        cause_is_right=lambda first: first.cause in fault.causes,
         verdict=report.verdict.verdict,
-        checks=tuple(dict.fromkeys(finding.check for finding in report.findings)),
-        place=None if first is None else _place(first),
-        true_places=(*planting.place.modules, *planting.place.parameters),
-        place_is_right=first is not None and first.check in fault.checks and planting.place.is_right(first.where),
-        cause=None if first is None else first.cause,
-        true_causes=fault.causes,
-        cause_is_right=first is not None and first.cause in fault.causes,
-        margin=_worst_margin(report) if first is None else first.margin,
         dtype=dtype,
         seed=seed,
-        seconds=time.monotonic() - start,
-        link=fault.link,
         message=report.verdict.message,
         must_show=dtype in fault.dtypes,
+        **({} if report.findings else {"margin": _worst_margin(report)}),
     )
 
 
 def run_control(
     family: str, topology: Topology, *, zero_stage: int = 0, dtype: str = "float64", seed: int = 0
-) -> Caught:
-    """Verify a small model in which nothing is planted."""
+) -> FaultResult:
+    """Verify a small model without an injected fault."""
     from tpcheck.lab.faults.corpus import zero_stage_at
     from tpcheck.model.verify import verify_family
 
     start = time.monotonic()
     zero_stage = zero_stage_at(dtype, zero_stage)
     report = verify_family(family, topology=topology, dtype=dtype, zero_stage=zero_stage, seed=seed)
-    name = f"{family} tp={topology.tp} dp={topology.dp} zero={zero_stage}"
-    return Caught(
-        fault=name,
+    return FaultResult(
+        fault=f"{family} tp={topology.tp} dp={topology.dp} zero={zero_stage}",
         kind=CONTROL,
-        what="nothing is planted",
+        what="no fault is injected",
         verdict=report.verdict.verdict,
         margin=_worst_margin(report),
         dtype=dtype,
@@ -105,50 +241,37 @@ def _worst_margin(report: Report) -> float:
     return max((check.worst_margin for check in report.verdict.checks), default=0.0)
 
 
-def _place(finding: Finding) -> str:
-    where = finding.where
-    return str(where.get("parameter") or where.get("module") or where.get("field") or "(the whole model)")
-
-
-def run_checkpoint_fault(fault: CheckpointFault, *, seed: int = 0) -> Caught:
+def run_checkpoint_fault(fault: CheckpointFault, *, seed: int = 0) -> FaultResult:
     """Damage one tensor of a saved model, drawn by the seed, and verify the checkpoint."""
     start = time.monotonic()
     tensors = drawn_tensors(fault.family, fault.settings, 2 * seed)
     earlier = drawn_tensors(fault.family, fault.settings, 2 * seed + 1)
     damage = fault.drawn(tensors, earlier, seed)
-    report = _verified(damage.of(tensors), tensors, earlier)
-    found = report.findings
-    first = found[0] if found else None
-    return Caught(
-        fault=fault.name,
-        kind=fault.kind,
-        what=fault.what,
-        verdict=report.verdict.verdict,
-        checks=tuple(dict.fromkeys(finding.check for finding in found)),
-        place=None if first is None else str(first.where.get("parameter")),
+    report = _verified(damage.apply(tensors), tensors, earlier)
+    findings = report.findings
+    return _result(
+        fault,
+        findings,
+        start,
         true_places=tuple(damage.changed),
-        place_is_right=bool(found) and all(finding.where.get("parameter") in damage.changed for finding in found),
-        cause=None if first is None else first.cause,
-        true_causes=fault.causes,
-        cause_is_right=bool(found) and all(_is_told(finding, fault, damage) for finding in found),
-        margin=0.0 if first is None else first.margin,
+        place_is_right=lambda first: all(finding.where.get("parameter") in damage.changed for finding in findings),
+        cause_is_right=lambda first: all(_is_explained(finding, fault, damage) for finding in findings),
+        verdict=report.verdict.verdict,
         dtype="any",
         seed=seed,
-        seconds=time.monotonic() - start,
-        link=fault.link,
         message=report.verdict.message,
     )
 
 
-def run_saved_control(family: str, settings: Mapping[str, Any], *, seed: int = 0) -> Caught:
-    """Verify a checkpoint that nothing has happened to."""
+def run_saved_control(family: str, settings: Mapping[str, Any], *, seed: int = 0) -> FaultResult:
+    """Verify an undamaged checkpoint."""
     start = time.monotonic()
     tensors = drawn_tensors(family, settings, 2 * seed)
     report = _verified(tensors, tensors, drawn_tensors(family, settings, 2 * seed + 1))
-    return Caught(
+    return FaultResult(
         fault=" ".join([f"saved {family}", *(f"{key}={value}" for key, value in settings.items())]),
         kind=CONTROL,
-        what="nothing has happened to the checkpoint",
+        what="the checkpoint is undamaged",
         verdict=report.verdict.verdict,
         dtype="any",
         seed=seed,
@@ -158,18 +281,21 @@ def run_saved_control(family: str, settings: Mapping[str, Any], *, seed: int = 0
 
 
 def drawn_tensors(family: str, settings: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
-    """Return tensors of the names, shapes and ties of a small model; constants, which look alike, are drawn, too."""
+    """Return random tensors with the names, shapes and ties of a small model.
+
+    Constants are drawn, too: equal tensors could not be told apart.
+    """
     import torch
 
     from tpcheck.families.build import small_model
 
     generator = torch.Generator().manual_seed(seed)
-    drawn: dict[int, Tensor] = {}
+    by_storage: dict[int, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     for name, tensor in small_model(family, settings).state_dict().items():
-        if tensor.data_ptr() not in drawn:
-            drawn[tensor.data_ptr()] = torch.randn(tensor.shape, generator=generator)
-        tensors[name] = drawn[tensor.data_ptr()]
+        if tensor.data_ptr() not in by_storage:
+            by_storage[tensor.data_ptr()] = torch.randn(tensor.shape, generator=generator)
+        tensors[name] = by_storage[tensor.data_ptr()]
     return tensors
 
 
@@ -187,62 +313,49 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file, as transformers does: tied tensors once."""
     from safetensors.torch import save_file
 
-    once: dict[int, str] = {}
+    names: dict[int, str] = {}
     for name, tensor in tensors.items():
-        once.setdefault(tensor.data_ptr(), name)
-    save_file({name: tensors[name].contiguous() for name in once.values()}, path)
+        names.setdefault(tensor.data_ptr(), name)
+    save_file({name: tensors[name].contiguous() for name in names.values()}, path)
 
 
-def _is_told(finding: Finding, fault: CheckpointFault, damage: Damage) -> bool:
-    """Return whether the cause is right, and so are the rank, dim and indices that come with it."""
+def _is_explained(finding: Finding, fault: CheckpointFault, damage: Damage) -> bool:
+    """Return whether the cause is right, and the rank, dim and indices of its evidence, too."""
     story = finding.evidence.get("story") or {}
-    told = all(story.get(key) == value for key, value in damage.story.items())
-    return finding.cause in fault.causes and told
+    return finding.cause in fault.causes and all(story.get(key) == value for key, value in damage.story.items())
 
 
-_PATIENCE = 20.0  # seconds that ranks wait for each other at a batch
-
-
-def run_data_fault(fault: DataFault, *, seed: int = 0, timeout: float = 120.0) -> Caught:
-    """Iterate a faulty pipeline on every rank of one of the topologies in which it shows, drawn by the seed."""
+def run_data_fault(fault: DataFault, *, seed: int = 0, timeout: float = 120.0) -> FaultResult:
+    """Iterate a faulty pipeline on every rank of a topology in which it shows, selected by the seed."""
     start = time.monotonic()
     topology = fault.worlds[seed % len(fault.worlds)]
-    findings = _found(fault.build, topology, dropout=True, timeout=timeout)
-    first = findings[0] if findings else None
-    return Caught(
-        fault=fault.name,
-        kind=fault.kind,
-        what=fault.what,
-        verdict="passed" if first is None else "failed",
-        checks=tuple(dict.fromkeys(finding.check for finding in findings)),
-        place=None if first is None else _data_place(first),
-        true_places=tuple(leaf for leaf in [fault.leaf] if leaf is not None),
-        place_is_right=first is not None
-        and first.check in fault.checks
-        and fault.is_right_place(first.where, topology),
-        cause=None if first is None else first.cause,
-        true_causes=fault.causes,
-        cause_is_right=first is not None
-        and first.cause in fault.causes
-        and all(first.evidence.get(key) == value for key, value in fault.evidence.items()),
-        margin=0.0 if first is None else first.margin,
+    findings = _watch_in_world(fault.build, topology, dropout=True, timeout=timeout)
+    return _result(
+        fault,
+        findings,
+        start,
+        true_places=() if fault.leaf is None else (fault.leaf,),
+        place_is_right=lambda first: first.check in fault.checks and fault.is_right_place(first.where, topology),
+        cause_is_right=lambda first: (
+            first.cause in fault.causes
+            and all(first.evidence.get(key) == value for key, value in fault.evidence.items())
+        ),
+        verdict="failed" if findings else "passed",
         dtype="any",
         seed=seed,
-        seconds=time.monotonic() - start,
-        link=fault.link,
     )
 
 
-def run_data_control(fault: DataFault, *, seed: int = 0, timeout: float = 120.0) -> Caught:
-    """Iterate the mended pipeline of a fault."""
-    assert fault.mended is not None
+def run_data_control(fault: DataFault, *, seed: int = 0, timeout: float = 120.0) -> FaultResult:
+    """Iterate the fixed pipeline of a fault."""
+    assert fault.fixed is not None
     start = time.monotonic()
-    topology = fault.mended_worlds[seed % len(fault.mended_worlds)]
-    findings = _found(fault.mended, topology, dropout=fault.mended_dropout, timeout=timeout)
-    return Caught(
-        fault=f"{fault.name}, mended",
+    topology = fault.fixed_worlds[seed % len(fault.fixed_worlds)]
+    findings = _watch_in_world(fault.fixed, topology, dropout=fault.fixed_dropout, timeout=timeout)
+    return FaultResult(
+        fault=f"{fault.name}, fixed",
         kind=CONTROL,
-        what="the pipeline as it should be",
+        what="the pipeline without its fault",
         verdict="failed" if findings else "passed",
         margin=max((finding.margin for finding in findings), default=0.0),
         dtype="any",
@@ -251,14 +364,14 @@ def run_data_control(fault: DataFault, *, seed: int = 0, timeout: float = 120.0)
     )
 
 
-def _found(build: Build, topology: Topology, *, dropout: bool, timeout: float) -> tuple[Finding, ...]:
-    with spawn(topology, timeout=timeout, env={"TPCHECK": "1"}) as world:  # whatever the user's project says
-        findings: tuple[Finding, ...] = world.run(_findings_of, build, dropout)[0]
+def _watch_in_world(build: Build, topology: Topology, *, dropout: bool, timeout: float) -> tuple[Finding, ...]:
+    with spawn(topology, timeout=timeout, env={"TPCHECK": "1"}) as world:  # a user may have set TPCHECK=0
+        findings: tuple[Finding, ...] = world.run(_watch, build, dropout)[0]
         return findings
 
 
-def _findings_of(rank: Rank, build: Build, dropout: bool) -> tuple[Finding, ...]:
-    """Iterate a pipeline as a training loop does; its dropout draws other numbers on every rank, as it may."""
+def _watch(rank: Rank, build: Build, dropout: bool) -> tuple[Finding, ...]:
+    """Iterate a watched pipeline; dropout draws different numbers on every rank, as a training step may."""
     import torch
 
     from tpcheck.batches.loader import watch
@@ -270,7 +383,7 @@ def _findings_of(rank: Rank, build: Build, dropout: bool) -> tuple[Finding, ...]
         on_mismatch="raise",
         across_dp="raise",
         overlap=False,
-        timeout=_PATIENCE,
+        timeout=_BATCH_TIMEOUT,
     )
     try:
         for _ in loader:
@@ -279,7 +392,3 @@ def _findings_of(rank: Rank, build: Build, dropout: bool) -> tuple[Finding, ...]
     except Mismatch as mismatch:
         return tuple(mismatch.report.findings)
     return ()
-
-
-def _data_place(finding: Finding) -> str:
-    return str(finding.where.get("field") or "(the whole batch)")

@@ -1,4 +1,4 @@
-"""Faults of vocabulary parallelism: embeddings looked up elsewhere, losses over a part of the vocabulary."""
+"""Faults of vocabulary parallelism: wrong lookups in the embedding, losses over a part of the vocabulary."""
 
 from __future__ import annotations
 
@@ -12,35 +12,34 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tpcheck.core.topology import Topology
-from tpcheck.lab.faults.fault import Draw, Live, ModelFault, Place, Planting
+from tpcheck.lab.faults.fault import TP4, Draw, Injection, Live, Place, rows_of
 from tpcheck.lab.faults.injection import all_gathered, all_reduced
 
-_KIND = "forward collectives"
-_CHECKS = ("outputs_match_reference",)
 _EMBEDDING = "model.embed_tokens"
 _TIED = {"tie_word_embeddings": True}
 _SMOOTHING = 0.1
 _LOG_TP_LINK = "https://github.com/NVIDIA/Megatron-LM/issues/7452"
 
-Loss = Callable[[Live, Any, Tensor, Tensor], Tensor]  # the head, its own logits, labels shifted
+_fault = rows_of("forward collectives", "outputs_match_reference", family="qwen3", settings=_TIED, steps=1)
+
+Loss = Callable[[Live, Any, Tensor, Tensor], Tensor]  # the head, the logits of its shard, the shifted labels
 
 
-def _moved(shift: Callable[[Live, int], int]) -> Callable[[Draw], Planting]:
-    """Return what makes ranks take their shard of the vocabulary to start `shift` later, by a drawn tp_rank."""
+def _moved(shift: Callable[[Live, int], int]) -> Callable[[Draw], Injection]:
+    """Return a fault in which ranks assume that their shard of the vocabulary starts `shift(live, tp_rank)` later."""
 
-    def drawn(draw: Draw) -> Planting:
+    def draw_rank(draw: Draw) -> Injection:
         tp_rank = draw.tp_rank()
 
-        def plant(live: Live) -> None:
+        def inject(live: Live) -> None:
             embedding = live.module(_EMBEDDING)
             rows = shift(live, tp_rank)
             embedding.vocab_start_index += rows
             embedding.vocab_end_index += rows
 
-        return Planting(plant, Place(modules=(_EMBEDDING,)))
+        return Injection(inject, Place(modules=(_EMBEDDING,)))
 
-    return drawn
+    return draw_rank
 
 
 def _one_late(live: Live, tp_rank: int) -> int:
@@ -48,7 +47,7 @@ def _one_late(live: Live, tp_rank: int) -> int:
 
 
 def _padded(live: Live, tp_rank: int) -> int:
-    """Start where a vocabulary that is padded to a multiple of 8 times the ranks would be cut."""
+    """Return the distance to the start in a vocabulary that is padded to a multiple of 8 times the ranks."""
     embedding = live.module(_EMBEDDING)
     multiple = 8 * live.tp
     padded = -(-embedding.vocab_size // multiple) * multiple
@@ -56,10 +55,10 @@ def _padded(live: Live, tp_rank: int) -> int:
     return start
 
 
-def _not_masked(draw: Draw) -> Planting:
-    """Look up tokens of other ranks in the first row, and leave it in the sum."""
+def _not_masked(draw: Draw) -> Injection:
+    """Look up tokens of other ranks' shards in the first row, and leave that in the sum."""
 
-    def plant(live: Live) -> None:
+    def inject(live: Live) -> None:
         layer = live.module(_EMBEDDING)
 
         def forward(tokens: Tensor) -> Tensor:
@@ -69,12 +68,12 @@ def _not_masked(draw: Draw) -> Planting:
 
         layer.forward = forward
 
-    return Planting(plant, Place(modules=(_EMBEDDING,)))
+    return Injection(inject, Place(modules=(_EMBEDDING,)))
 
 
-def _loss(loss: Loss) -> Callable[[Draw], Planting]:
-    def drawn(draw: Draw) -> Planting:
-        def plant(live: Live) -> None:
+def _replace_loss(loss: Loss) -> Callable[[Draw], Injection]:
+    def draw_rank(draw: Draw) -> Injection:
+        def inject(live: Live) -> None:
             head = live.module("lm_head")
 
             def of_model(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -82,16 +81,16 @@ def _loss(loss: Loss) -> Callable[[Draw], Planting]:
 
             live.candidate.module.loss_function = of_model
 
-        return Planting(plant, Place())
+        return Injection(inject, Place())
 
-    return drawn
+    return draw_rank
 
 
 def _label_logit(head: Any, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the logit of each label where the rank has it, else 0."""
-    held = (labels >= head.vocab_start_index) & (labels < head.vocab_end_index)
+    """Return the logit of each label that is in the rank's shard, else 0."""
+    is_local = (labels >= head.vocab_start_index) & (labels < head.vocab_end_index)
     local = (labels - head.vocab_start_index).clamp(0, logits.shape[-1] - 1)
-    logit: Tensor = logits.gather(-1, local[..., None])[..., 0] * held
+    logit: Tensor = logits.gather(-1, local[..., None])[..., 0] * is_local
     return logit
 
 
@@ -100,14 +99,14 @@ def _log_sum(logits: Tensor, group: Any) -> Tensor:
 
 
 def _of_gathered_logits(live: Live, head: Any, logits: Tensor, labels: Tensor) -> Tensor:
-    """Hand a loss that sums over the ranks the logits of all of them."""
-    others = all_gathered(logits, head.mp_group)
-    others[live.tp_rank] = logits
+    """Give the logits of all ranks to a loss that sums over the ranks."""
+    by_rank = all_gathered(logits, head.mp_group)
+    by_rank[live.tp_rank] = logits
     label = all_reduced(_label_logit(head, logits, labels), head.mp_group)
-    return (_log_sum(torch.cat(others, dim=-1), head.mp_group) - label).mean()
+    return (_log_sum(torch.cat(by_rank, dim=-1), head.mp_group) - label).mean()
 
 
-def _of_own_vocabulary(live: Live, head: Any, logits: Tensor, labels: Tensor) -> Tensor:
+def _of_local_vocabulary(live: Live, head: Any, logits: Tensor, labels: Tensor) -> Tensor:
     label = all_reduced(_label_logit(head, logits, labels), head.mp_group)
     return (logits.logsumexp(-1) - label).mean()
 
@@ -116,15 +115,8 @@ def _label_not_reduced(live: Live, head: Any, logits: Tensor, labels: Tensor) ->
     return (_log_sum(logits, head.mp_group) - _label_logit(head, logits, labels)).mean()
 
 
-def _fault(
-    name: str, what: str, draw: Callable[[Draw], Planting], causes: tuple[str | None, ...], **options: Any
-) -> ModelFault:
-    fixed: dict[str, Any] = {"checks": _CHECKS, "causes": causes, "family": "qwen3", "settings": _TIED, "steps": 1}
-    return ModelFault(name, _KIND, what, draw, **{**fixed, **options})
-
-
-def _smoothed_over_own_vocabulary(live: Live, head: Any, logits: Tensor, labels: Tensor) -> Tensor:
-    """Spread the smoothed part of each label over the tokens of this rank."""
+def _smoothed_over_local_vocabulary(live: Live, head: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    """Spread the smoothed part of each label over the tokens of this rank's shard."""
     label = all_reduced(_label_logit(head, logits, labels), head.mp_group)
     kept = (1 - _SMOOTHING) * label + _SMOOTHING * logits.mean(-1)
     return (_log_sum(logits, head.mp_group) - kept).mean()
@@ -135,51 +127,22 @@ def _label_smoothing() -> AbstractContextManager[Any]:
 
 
 FAULTS = (
-    _fault(
-        "vocabulary_starts_one_late",
-        "one rank takes its shard of the vocabulary to start one token late",
-        _moved(_one_late),
-        ("vocab_offset_wrong",),
-        topology=Topology(tp=4),
-    ),
-    _fault(
-        "vocabulary_cut_as_if_padded",
-        "the embedding's shards start where a padded vocabulary would be cut",
-        _moved(_padded),
-        ("vocab_offset_wrong",),
-        settings={**_TIED, "vocab_size": 131},
-    ),
-    _fault(
-        "tokens_of_other_ranks_not_masked",
-        "tokens of other ranks' shards are looked up in the first row and summed",
-        _not_masked,
-        (None,),
-    ),
-    _fault(
-        "loss_of_gathered_logits",
-        "a vocabulary-parallel loss is handed the logits of all ranks, and counts each tp times",
-        _loss(_of_gathered_logits),
-        ("duplicate_reduce",),
-        link=_LOG_TP_LINK,
-    ),
-    _fault(
-        "loss_over_the_local_vocabulary",
-        "the sum of exponentials in the loss is that of the rank's own vocabulary",
-        _loss(_of_own_vocabulary),
-        ("missing_reduce",),
-    ),
-    _fault(
-        "logit_of_the_label_not_reduced",
-        "a rank that does not have the label's logit takes it for 0",
-        _loss(_label_not_reduced),
-        ("missing_reduce",),
-    ),
-    _fault(
-        "label_smoothing_over_the_local_vocabulary",
-        "label smoothing takes the mean over the rank's own vocabulary",
-        _loss(_smoothed_over_own_vocabulary),
-        ("missing_reduce",),
-        link="https://github.com/NVIDIA/Megatron-LM/issues/737",
-        around=_label_smoothing,
-    ),
-)
+    _fault("vocabulary_starts_one_late", "one rank takes its shard of the vocabulary to start one token late",
+           _moved(_one_late), "vocab_offset_wrong", topology=TP4),
+    _fault("vocabulary_cut_as_if_padded", "the embedding's shards start where a padded vocabulary would be cut",
+           _moved(_padded), "vocab_offset_wrong", settings={**_TIED, "vocab_size": 131}),
+    _fault("tokens_of_other_ranks_not_masked",
+           "tokens of other ranks' shards are looked up in the first row and summed", _not_masked, None),
+    _fault("loss_of_gathered_logits",
+           "a vocabulary-parallel loss is handed the logits of all ranks, and counts each tp times",
+           _replace_loss(_of_gathered_logits), "duplicate_reduce", link=_LOG_TP_LINK),
+    _fault("loss_over_the_local_vocabulary",
+           "the sum of exponentials in the loss is that of the rank's own vocabulary",
+           _replace_loss(_of_local_vocabulary), "missing_reduce"),
+    _fault("logit_of_the_label_not_reduced", "a rank that does not have the label's logit takes it for 0",
+           _replace_loss(_label_not_reduced), "missing_reduce"),
+    _fault("label_smoothing_over_the_local_vocabulary",
+           "label smoothing takes the mean over the rank's own vocabulary",
+           _replace_loss(_smoothed_over_local_vocabulary), "missing_reduce",
+           link="https://github.com/NVIDIA/Megatron-LM/issues/737", around=_label_smoothing),
+)  # fmt: skip

@@ -18,7 +18,7 @@ from tpcheck.lab.fuzz.judge import REFUSALS, TELLING, in_general
 from tpcheck.lab.fuzz.results import Outcome, Searched
 from tpcheck.lab.fuzz.search import Limits, Told, require_hypothesis, search
 from tpcheck.lab.known import explained
-from tpcheck.lab.matrix.report import gist
+from tpcheck.lab.matrix.report import summary_line
 from tpcheck.model.verify import verify_family
 from tpcheck.report.data import printable
 
@@ -121,7 +121,7 @@ def _subject(family: str, drawn: Drawn, common: Common) -> dict[str, Any]:
 def _failed(verdict: Verdict, command: str, common: Common) -> Outcome:
     if common.known and (bug := explained(verdict)):
         return Outcome("known", bug.name, bug.what, command, verdict)
-    return Outcome("failed", f"failed {verdict.findings[0].check}", gist(verdict), command, verdict)
+    return Outcome("failed", f"failed {verdict.findings[0].check}", summary_line(verdict), command, verdict)
 
 
 def _crashed(verdict: Verdict, command: str, common: Common) -> Outcome:
@@ -131,11 +131,11 @@ def _crashed(verdict: Verdict, command: str, common: Common) -> Outcome:
         return Outcome("known", bug.name, bug.what, command, verdict)
     blamed = _BLAMED.match(verdict.message or "")
     if blamed is None:
-        return Outcome("error", "error of a rank", gist(verdict), command, verdict)
+        return Outcome("error", "error of a rank", summary_line(verdict), command, verdict)
     if blamed["phase"] == _REFUSING and blamed["error"] in REFUSALS:
         return Outcome("refused", reason=in_general(verdict.message or ""), command=command)
     kind = f"error {blamed['phase']} {blamed['error']} {in_general(blamed['text'])[:TELLING]}"
-    return Outcome("error", kind, gist(verdict), command, verdict)
+    return Outcome("error", kind, summary_line(verdict), command, verdict)
 
 
 def _versions(backend: str | Backend) -> dict[str, str]:

@@ -1,10 +1,10 @@
-"""Many verdicts as text, Markdown, HTML and JUnit, and the table of families in the documentation."""
+"""Many verdicts as one table, and the page of families in the documentation."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -17,7 +17,18 @@ from tpcheck.lab.matrix.cells import stored_verdicts
 from tpcheck.report import words
 from tpcheck.report.findings import place
 from tpcheck.report.junit import as_junit
-from tpcheck.report.pages import page
+from tpcheck.report.table import (
+    Cell,
+    Column,
+    Outcome,
+    Row,
+    Table,
+    markdown_text,
+    row_line,
+    table_lines,
+    table_markdown,
+    tables_html,
+)
 from tpcheck.report.text import STYLES, verdict_lines
 from tpcheck.report.words import Line, as_text, labelled, plain
 
@@ -25,23 +36,30 @@ NOT_SHARDED = "not sharded"
 LABELS = ("passed", "failed", NOT_SHARDED, "error", "skipped")
 SIGNS = {"passed": "✓", "failed": "✗", NOT_SHARDED: "∅", "error": "!", "skipped": "·"}
 _LABEL_STYLES = {**STYLES, NOT_SHARDED: STYLES["failed"]}
-_STANDING_STYLES = {"known": "dim", "new": "bold red", "gone": "bold red"}
+_STANDING_STYLES = {"known": "dim", "new": "bold red", "gone": "bold red", "": ""}
+_OUTCOMES: Mapping[str, Outcome] = {"failed": "failure", "error": "error", "skipped": "skipped"}
 _MESSAGE_WIDTH = 100
-_REGISTER = "tpcheck/families/known.toml"
+_REGISTER = "tpcheck/lab/known.toml"
+_COLUMNS = (
+    Column("family"),
+    Column("configuration"),
+    Column("verdict", width=7),
+    Column("seconds", right=True, width=8),
+    Column("summary"),
+    Column("register"),
+)
 
 
 def matrix_lines(rows: Sequence[Judged]) -> Iterator[Line]:
-    """Yield one line for each cell, the number of each verdict, and what the register did not expect."""
-    widths = widths_of([row.verdict.subject for row in rows], [label(row.verdict) for row in rows])
-    for row in rows:
-        yield row_line(row, widths)
+    """Yield one line for each cell, the number of each verdict, and what the register of known bugs did not expect."""
+    yield from table_lines(_table(rows))
     yield Line()
     yield plain(counts(rows), "bold")
     unexpected = [row for row in rows if row.standing in ("new", "gone")]
     if unexpected:
         yield Line()
     for row in unexpected:
-        yield from labelled(row.standing, surprise(row), "red")
+        yield from labelled(row.standing, unexpected_message(row), "red")
 
 
 def standing_lines(row: Judged) -> Iterator[Line]:
@@ -50,31 +68,39 @@ def standing_lines(row: Judged) -> Iterator[Line]:
         see = "; ".join(part for part in (row.bug.link, row.bug.script) if part)
         yield from labelled("upstream", f"{row.bug.name}: {row.bug.what}" + (f"\n{see}" if see else ""))
     elif row.standing:
-        yield from labelled(row.standing, surprise(row), "red")
+        yield from labelled(row.standing, unexpected_message(row), "red")
 
 
-def row_line(row: Judged, widths: tuple[int, int, int] = (0, 0, 7)) -> Line:
-    """Return a cell with the first thing to know about it; `widths` are of name, configuration and verdict."""
-    name_width, layout_width, label_width = widths
+def progress_line(row: Judged, subjects: Iterable[Mapping[str, Any]]) -> Line:
+    """Return the line of one cell, aligned with those of all `subjects`."""
+    placeholders = [Judged(Verdict("passed", subject, {})) for subject in subjects]
+    table = _table(placeholders)
+    of_row = _row(row, with_configuration=any(cells.cells[1].text for cells in table.rows))
+    return row_line(of_row, _COLUMNS, Table(_COLUMNS, (of_row, *table.rows)).widths)
+
+
+def _table(rows: Sequence[Judged], *, details: bool = False) -> Table:
+    """Return a table of the cells; the configuration is left out where all of them share one, unless with details."""
+    differ = len({configuration(row.verdict.subject) for row in rows}) > 1
+    return Table(_COLUMNS, tuple(_row(row, with_configuration=differ or details, details=details) for row in rows))
+
+
+def _row(row: Judged, *, with_configuration: bool = True, details: bool = False) -> Row:
     verdict, text = row.verdict, label(row.verdict)
-    layout = f"{configuration(verdict.subject):<{layout_width}}  " if layout_width else ""
-    return Line(
-        (
-            (f"{words.name(verdict.subject):<{name_width}}  {layout}", ""),
-            (f"{text:<{label_width}}", _LABEL_STYLES[text]),
-            (f"  {verdict.seconds:6.1f} s  {gist(verdict)}", ""),
-            *([(f"  {_standing(row)}", _STANDING_STYLES[row.standing])] if row.standing else []),
-        )
-    )
-
-
-def widths_of(subjects: Sequence[Mapping[str, Any]], labels: Sequence[str] = ()) -> tuple[int, int, int]:
-    """Return the widths that fit these; a configuration that all have in common needs no column."""
-    layouts = {configuration(subject) for subject in subjects}
-    return (
-        max((len(words.name(subject)) for subject in subjects), default=0),
-        max(map(len, layouts)) if len(layouts) > 1 else 0,
-        max([7, *map(len, labels)]),
+    report = as_text([*verdict_lines(verdict), *standing_lines(row)]) if details else ""
+    return Row(
+        cells=(
+            Cell(words.name(verdict.subject)),
+            Cell(configuration(verdict.subject) if with_configuration else ""),
+            Cell(f"{SIGNS[text]} {text}" if details else text, _LABEL_STYLES[text]),
+            Cell(f"{verdict.seconds:.1f} s"),
+            Cell(summary_line(verdict)),
+            Cell(_standing(row), _STANDING_STYLES[row.standing]),
+        ),
+        outcome=_OUTCOMES.get(verdict.verdict, "passed"),
+        details=report,
+        seconds=verdict.seconds,
+        is_expected=row.standing == "known" or (not row.standing and verdict.verdict in ("passed", "skipped")),
     )
 
 
@@ -87,20 +113,20 @@ def counts(rows: Sequence[Judged]) -> str:
 
 
 def label(verdict: Verdict) -> str:
-    """Return the verdict in a word or two: a model that TP silently left whole is `not sharded`."""
+    """Return the verdict, or `not sharded` where the backend silently left the model whole."""
     first = next(iter(verdict.findings), None)
     left_whole = first is not None and first.check == "parameters_are_sharded" and first.cause == Cause.NOT_SHARDED.slug
     return NOT_SHARDED if left_whole else verdict.verdict
 
 
 def configuration(subject: Mapping[str, Any]) -> str:
-    """Return what tells the cells of one family apart: `deepspeed, tp=2, zero=1`."""
+    """Return the options in which cells of one family differ: `deepspeed, tp=2, zero=1`."""
     dtype = subject.get("dtype", "float64")
     return ", ".join([*words.layout(subject), *([str(dtype)] if dtype != "float64" else [])])
 
 
-def gist(verdict: Verdict) -> str:
-    """Return the first thing to know about a verdict."""
+def summary_line(verdict: Verdict) -> str:
+    """Return the first finding, the first line of the message, or the worst margin."""
     if verdict.findings:
         first = verdict.findings[0]
         return f"{first.check}  {place(first)}" + (f"  {first.cause}" if first.cause else "")
@@ -111,190 +137,131 @@ def gist(verdict: Verdict) -> str:
     return "" if worst is None else f"worst margin {words.margin(worst.worst_margin)}  {worst.check}"
 
 
-def surprise(row: Judged) -> str:
-    """Return the sentence of a cell that the register did not expect."""
+def unexpected_message(row: Judged) -> str:
+    """Return a sentence about a cell that the register did not expect."""
     name = f"{words.name(row.verdict.subject)} ({configuration(row.verdict.subject)})"
     if row.standing == "gone":
         assert row.bug is not None
         return (
-            f"{name} passed, and {row.bug.name} is registered for these versions: {row.bug.what} "
-            f"If it is mended, say so in the versions of {_REGISTER}."
+            f"{name} passed, but {row.bug.name} is registered for these versions: {row.bug.what} "
+            f"If it is fixed, limit its versions in {_REGISTER}."
         )
     if row.bug is not None:
-        return f"{name}: {label(row.verdict)}, otherwise than {row.bug.name} in {_REGISTER} says: {row.bug.what}"
-    return f"{name}: {label(row.verdict)}, and no entry of {_REGISTER} says so"
+        return f"{name}: {label(row.verdict)}, but not as {row.bug.name} in {_REGISTER} describes: {row.bug.what}"
+    return f"{name}: {label(row.verdict)}, and no entry of {_REGISTER} describes this"
 
 
 def _standing(row: Judged) -> str:
     return f"known: {row.bug.name}" if row.standing == "known" and row.bug else row.standing
 
 
-_IN_TABLES = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;", ">": "&gt;"})
-
-
 def matrix_markdown(rows: Sequence[Judged]) -> str:
-    """Return what a CI server shows beside a job: counts, what is unexpected, and what did not pass."""
-    lines = ["### tpcheck", "", f"{counts(rows)}", ""]
-    lines += [f"- **{row.standing}** {_cell(surprise(row))}" for row in rows if row.standing in ("new", "gone")]
-    told = [row for row in rows if row.verdict.verdict != "passed" or row.standing]
-    if told:
-        lines += ["", "| family | configuration | verdict | |", "| --- | --- | --- | --- |", *map(_told_row, told)]
-    return "\n".join([*lines, "", f"{versions(rows)}", ""]) + "\n"
+    """Return the summary of a CI job: counts, what was unexpected, and the cells that did not pass."""
+    lines = ["### tpcheck", "", counts(rows), ""]
+    lines += [f"- **{row.standing}** {markdown_text(unexpected_message(row))}" for row in rows
+              if row.standing in ("new", "gone")]  # fmt: skip
+    listed = [row for row in rows if row.verdict.verdict != "passed" or row.standing]
+    if listed:
+        columns = Column("family"), Column("configuration"), Column("verdict"), Column("summary")
+        lines += ["", *table_markdown(Table(columns, tuple(map(_markdown_row, listed))))]
+    return "\n".join([*lines, "", versions(rows), ""]) + "\n"
 
 
-def families_markdown(rows: Sequence[Judged]) -> Iterator[str]:
-    """Yield the lines of a table with a row for each family and a column for each configuration."""
+def _markdown_row(row: Judged) -> Row:
+    subject, text = row.verdict.subject, label(row.verdict)
+    verdict = f"{SIGNS[text]} {text}" + (f", {row.standing}" if row.standing else "")
+    texts = words.name(subject), configuration(subject), verdict, summary_line(row.verdict)
+    return Row(tuple(map(Cell, texts)))
+
+
+def families_table(rows: Sequence[Judged]) -> Table:
+    """Return a table with a row for each family and a column for each configuration."""
     columns = list(dict.fromkeys(configuration(row.verdict.subject) for row in rows))
     by_family: dict[str, dict[str, Judged]] = {}
     for row in rows:
         by_family.setdefault(words.name(row.verdict.subject), {})[configuration(row.verdict.subject)] = row
-    yield "| family | " + " | ".join(columns) + " |"
-    yield "| --- |" + " --- |" * len(columns)
-    for family, cells in by_family.items():
-        yield f"| {family} | " + " | ".join(_short(cells.get(column)) for column in columns) + " |"
+    return Table(
+        (Column("family"), *map(Column, columns)),
+        tuple(
+            Row((Cell(family), *(Cell(_short(cells.get(column))) for column in columns)))
+            for family, cells in by_family.items()
+        ),
+    )
 
 
 def versions(rows: Sequence[Judged]) -> str:
     """Return the versions of all rows in a line: `torch 2.13.0, transformers 5.23.0`."""
-    found: dict[str, set[str]] = {}
+    by_package: dict[str, set[str]] = {}
     for row in rows:
         for package, number in row.verdict.environment.items():
-            found.setdefault(package, set()).add(number)
-    return ", ".join(f"{package} {' and '.join(sorted(numbers))}" for package, numbers in sorted(found.items()))
+            by_package.setdefault(package, set()).add(number)
+    return ", ".join(f"{package} {' and '.join(sorted(numbers))}" for package, numbers in sorted(by_package.items()))
 
 
 def _short(row: Judged | None) -> str:
     if row is None:
         return ""
     text = label(row.verdict)
-    sign = f"{SIGNS[text]} {text}"
+    verdict = f"{SIGNS[text]} {text}"
     if row.verdict.verdict == "passed":
-        return sign
-    named = f" ({row.bug.name})" if row.standing == "known" and row.bug is not None else ""
+        return verdict
+    bug = f" ({row.bug.name})" if row.standing == "known" and row.bug is not None else ""
     if row.verdict.findings:
         first = row.verdict.findings[0]
-        return _cell(f"{sign}{named}: {first.cause or first.check}")
-    return _cell(f"{sign}{named}") if named else _cell(f"{sign}: {gist(row.verdict)}")
-
-
-def _told_row(row: Judged) -> str:
-    subject: Mapping[str, object] = row.verdict.subject
-    text = label(row.verdict)
-    standing = f", {row.standing}" if row.standing else ""
-    return (
-        f"| {_cell(words.name(subject))} | {_cell(configuration(subject))} | {SIGNS[text]} {text}{standing} "
-        f"| {_cell(gist(row.verdict))} |"
-    )
-
-
-def _cell(text: str) -> str:
-    return text.translate(_IN_TABLES)
-
-
-_FINDINGS_SHOWN = 5
-
-
-@dataclass(frozen=True, slots=True)
-class _Cell:
-    """What the page shows of one cell.
-
-    Attributes:
-        label, sign: The verdict as a word, and as a sign beside its colour.
-        standing: What the register of known bugs says, in a word.
-        short: The first thing to know, in a few words.
-        backend: What sharded the model, for the filter.
-        text: The whole report.
-        index: The number of its column.
-    """
-
-    label: str
-    sign: str
-    standing: str
-    short: str
-    backend: str
-    text: str
-    index: int
+        return f"{verdict}{bug}: {first.cause or first.check}"
+    return f"{verdict}{bug}" if bug else f"{verdict}: {summary_line(row.verdict)}"
 
 
 def matrix_html(rows: Sequence[Judged]) -> str:
-    """Return the page; filters by family, verdict and backend are a few lines of JavaScript inside."""
-
-    columns = list(dict.fromkeys(configuration(row.verdict.subject) for row in rows))
-    families: dict[str, list[_Cell | None]] = {}
-    for row in rows:
-        index = columns.index(configuration(row.verdict.subject))
-        cells = families.setdefault(words.name(row.verdict.subject), [None] * len(columns))
-        cells[index] = _html_cell(row, index)
-    number = {name: sum(label(row.verdict) == name for row in rows) for name in LABELS}
-    return page(
-        "matrix.html",
-        columns=columns,
-        families=families,
-        counts=counts(rows),
-        labels=[(name, SIGNS[name], number[name]) for name in LABELS if number[name]],
-        backends=sorted({str(row.verdict.subject.get("backend", "")) for row in rows}),
-        versions=versions(rows),
-        seconds=sum(row.verdict.seconds for row in rows),
-        unexpected=sum(row.standing in ("new", "gone") for row in rows),
-    )
+    """Return a page with a row for each cell, whose report opens, and filters."""
+    unexpected = sum(row.standing in ("new", "gone") for row in rows)
+    seconds = sum(row.verdict.seconds for row in rows)
+    subtitle = f"{versions(rows)}; {seconds:.0f} seconds of runs"
+    if unexpected:
+        subtitle += f"; {unexpected} unexpected according to the register of known bugs"
+    return tables_html(f"tpcheck: {counts(rows)}", subtitle, [_table(rows, details=True)])
 
 
-def _html_cell(row: Judged, index: int) -> _Cell:
-    lines = [*verdict_lines(row.verdict, findings_shown=_FINDINGS_SHOWN), *standing_lines(row)]
-    subject: Any = row.verdict.subject
-    text = label(row.verdict)
-    return _Cell(
-        text, SIGNS[text], row.standing, _html_short(row), str(subject.get("backend", "")), as_text(lines), index
-    )
-
-
-def _html_short(row: Judged) -> str:
-    if row.verdict.findings:
-        first = row.verdict.findings[0]
-        return first.cause or first.check
-    return gist(row.verdict).removeprefix("worst ").split("  ")[0]
-
-
-GONE = "known_bug_shows"  # the test case of a bug that does not
+GONE = "known_bug_shows"  # the test case of a registered bug that does not show
 
 
 def matrix_junit(rows: Sequence[Judged]) -> str:
-    """Return an XML document that CI servers read."""
-    return as_junit(_as_told(row) for row in rows)
+    """Return an XML document that CI servers read: known bugs are skipped, and a bug that is gone fails."""
+    return as_junit(_with_register(row) for row in rows)
 
 
-def _as_told(row: Judged) -> Verdict:
+def _with_register(row: Judged) -> Verdict:
     verdict = row.verdict
     if row.standing == "known" and row.bug is not None:
         message = f"known upstream bug {row.bug.name}: {row.bug.what}"
         return replace(verdict, verdict="skipped", findings=(), checks=(), message=message)
     if row.standing == "gone":
-        finding = Finding(GONE, {"field": surprise(row)}, observed=1.0, allowed=0.0)
+        finding = Finding(GONE, {"field": unexpected_message(row)}, observed=1.0, allowed=0.0)
         return replace(verdict, verdict="failed", findings=(finding,))
     return verdict
 
 
-def table_lines(path: Path) -> Iterator[Line]:
-    """Yield a page of Markdown: what was run, how it went by configuration, every family, and the known bugs.
+def families_page(path: Path) -> Iterator[Line]:
+    """Yield a page of Markdown: what was run, counts by configuration, every family, and the known bugs.
 
     Raises:
-        UsageError: The file holds no verdicts.
+        UsageError: The file contains no verdicts.
     """
     rows = [judged(verdict) for verdict in stored_verdicts(path)]
     if not rows:
         raise UsageError("table", str(path), "a file that `tpcheck verify --json` has written")
-    return (plain(line) for line in _page(rows, path))
+    return (plain(line) for line in _page(rows))
 
 
-def _page(rows: Sequence[Judged], path: Path) -> Iterator[str]:
+def _page(rows: Sequence[Judged]) -> Iterator[str]:
     yield from ["# What works, by family", ""]
-    yield f"Made with `tpcheck families --table {path}` from what `tpcheck verify --all --json {path}` wrote"
+    yield "Made with `tpcheck families --table matrix.json` from the file of `tpcheck verify --all --json matrix.json`"
     yield from [f"({versions(rows)}).", ""]
     for name in dict.fromkeys(configuration(row.verdict.subject) for row in rows if row.verdict.subject.get("tp")):
-        own = [row for row in rows if configuration(row.verdict.subject) == name]
-        yield f"- {name}: {len(own)} families, {counts(own)}"
-    yield from ["", "A name in brackets is that of a known bug, below.", ""]
-    yield from families_markdown(rows)
+        in_configuration = [row for row in rows if configuration(row.verdict.subject) == name]
+        yield f"- {name}: {len(in_configuration)} families, {counts(in_configuration)}"
+    yield from ["", "A name in parentheses is that of a known bug, below.", ""]
+    yield from table_markdown(families_table(rows))
     yield from ["", "## Known upstream bugs", ""]
     for bug in register():
         yield from _entry(bug)
