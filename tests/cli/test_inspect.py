@@ -55,7 +55,7 @@ def diagnosed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return diagnosed
 
 
-def test_the_doctor_finds_nothing(run: Run, diagnosed: Callable[..., None]) -> None:
+def test_the_doctor_finds_no_problems(run: Run, diagnosed: Callable[..., None]) -> None:
     diagnosed()
     result = run("doctor")
     assert result.exit_code == 0
@@ -65,7 +65,7 @@ def test_the_doctor_finds_nothing(run: Run, diagnosed: Callable[..., None]) -> N
   versions  torch 2.13.0, deepspeed is not installed
   devices   2 CPU cores
 
-nothing is wrong
+no problems
 """
     )
 

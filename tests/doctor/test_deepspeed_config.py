@@ -1,4 +1,4 @@
-"""Each rule speaks up for the configuration it is about, and is silent for a good one."""
+"""Each rule reports the configuration that it is about, and no good one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rules(config: dict[str, Any]) -> list[str]:
     return [advice.rule for advice in config_advice(config)]
 
 
-def test_a_good_configuration_is_left_alone() -> None:
+def test_a_good_configuration_has_no_problems() -> None:
     assert rules(GOOD) == []
 
 
@@ -36,14 +36,14 @@ def test_a_good_configuration_is_left_alone() -> None:
         ({"zero_optimization": {"stage": 1}}, "saved_model_is_one_shard"),
     ],
 )
-def test_a_rule_finds_what_it_is_about(change: dict[str, Any], rule: str) -> None:
+def test_a_rule_reports_its_configuration(change: dict[str, Any], rule: str) -> None:
     assert rules(GOOD | change) == [rule]
 
 
 def test_clipping_that_is_not_set_is_on() -> None:
     (advice,) = config_advice({key: value for key, value in GOOD.items() if key != "gradient_clipping"})
     assert advice.what == "gradient_clipping is not set: DeepSpeed clips gradients to a norm of 1.0"
-    assert advice.fix == 'add "gradient_clipping": 0.0 to clip nothing, or the norm that is meant'
+    assert advice.fix == 'add "gradient_clipping": 0.0 to disable clipping, or set the intended norm'
 
 
 def test_an_unknown_key_and_preset_name_their_neighbours() -> None:

@@ -1,4 +1,4 @@
-"""What killed runs left is found; what a live process uses is not touched upon."""
+"""Leftovers of killed runs are reported, files that a live process uses are not."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from tpcheck.doctor.diagnosis import diagnose
 from tpcheck.doctor.machine import extension_caches, leaked_shared_memory, stale_locks
 
 
-def test_a_lock_that_nobody_holds_is_stale(tmp_path: Path) -> None:
+def test_a_lock_that_no_process_holds_is_stale(tmp_path: Path) -> None:
     lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
     (advice,) = stale_locks([tmp_path, tmp_path])
     assert advice.fix == f"rm {lock}"
-    assert advice.what == (
-        f"{lock} was left by a build that was killed: the next build of deepspeed_shm_comm waits for ever"
-    )
+    assert advice.what == (f"{lock} is left over from a killed build: the next build of deepspeed_shm_comm will hang")
 
 
 def test_a_lock_that_a_process_holds_is_not_stale(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Before a run it is told what each way of saving will write; tests/model/test_saving.py sees it written."""
+"""The doctor predicts the files of each way of saving; tests/model/test_saving.py checks the files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_what_save_16bit_model_writes(config: dict[str, Any], writes: str, is_mo
     assert first.is_model == is_model
 
 
-def test_the_other_ways_are_told_of_where_they_exist() -> None:
+def test_the_other_ways_are_listed_where_they_exist() -> None:
     def ways(config: dict[str, Any]) -> list[str]:
         return [saved.way for saved in what_is_saved(config)][1:]
 
@@ -48,5 +48,5 @@ def test_the_doctor_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit):
         doctor('{"tensor_parallel": {"autotp_size": 4}, "gradient_clipping": 1.0}')
     printed = capsys.readouterr().out
-    assert "what this configuration saves" in printed
+    assert "files that this configuration saves" in printed
     assert "mp_rank_00 to mp_rank_03, one TP shard each" in printed

@@ -1,4 +1,4 @@
-"""Known-bad versions are named with the version that mends them."""
+"""Versions with known faults are reported with the version that fixes them."""
 
 from __future__ import annotations
 

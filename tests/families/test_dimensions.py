@@ -1,4 +1,4 @@
-"""What can be varied in a family is read from its configuration."""
+"""The dimensions of a family are read from its configuration."""
 
 import pytest
 

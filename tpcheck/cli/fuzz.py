@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def telling(total: int) -> Iterator[Callable[..., None]]:
-    """Yield what is to be called with each outcome.
+def progress_of(total: int) -> Iterator[Callable[..., None]]:
+    """Yield a callback for each outcome that shows progress.
 
-    A backend that is imported meanwhile, as DeepSpeed, may speak: standard output is for what was found alone.
+    Meanwhile standard output goes to standard error: DeepSpeed prints when it is imported.
     """
-    with redirect_stdout(sys.stderr), _told(total) as told:
-        yield told
+    with redirect_stdout(sys.stderr), _progress(total) as on_outcome:
+        yield on_outcome
 
 
 @contextmanager
-def _told(total: int) -> Iterator[Callable[..., None]]:
+def _progress(total: int) -> Iterator[Callable[..., None]]:
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda outcome, *, shrinking: note(str(outcome_line(outcome, shrinking=shrinking)))
@@ -55,19 +55,19 @@ def _told(total: int) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=total)
 
-        def told(outcome: Outcome, *, shrinking: bool) -> None:
+        def on_outcome(outcome: Outcome, *, shrinking: bool) -> None:
             ran = int(not shrinking and outcome.status != "refused")
             progress.update(task, advance=ran, description="shrinking" if shrinking else outcome.status)
 
-        yield told
+        yield on_outcome
 
 
 _STATUS = {"passed": 0, "failed": 1, "skipped": BAD_USAGE, "error": 3}
 
 
 @dataclass(frozen=True, slots=True)
-class LayersWanted:
-    """Which layers are tried: those of these names, or all; or one try of one."""
+class LayerSelection:
+    """The layers to try: those with these names, or all; or one trial."""
 
     backend: str
     names: Sequence[str]
@@ -80,7 +80,7 @@ def run_family(family: str, bounds: Bounds, common: Common, limits: Limits, json
     """Search a family, and return the exit status."""
     from tpcheck.lab.fuzz.family import fuzz_family
 
-    with telling(limits.examples) as told:
+    with progress_of(limits.examples) as told:
         searched = fuzz_family(family, bounds, common, limits, told)
     writes = [lambda: show(searched_lines(searched))]
     if json_path:
@@ -88,19 +88,19 @@ def run_family(family: str, bounds: Bounds, common: Common, limits: Limits, json
     return exit_status([searched]) if all_written(writes) else BAD_USAGE
 
 
-def run_layers(wanted: LayersWanted, bounds: Bounds, limits: Limits, json_path: Path | None) -> int:
+def run_layers(wanted: LayerSelection, bounds: Bounds, limits: Limits, json_path: Path | None) -> int:
     """Search layers one by one, and return the exit status."""
     from tpcheck.lab.fuzz.layers import LayerCommon, fuzz_layers, read_trial, try_one
 
     common = LayerCommon(wanted.backend, bounds.tp, bounds.dtype, wanted.known, wanted.timeout)
     if wanted.trial is not None:
         trial = read_trial(wanted.trial)
-        with telling(1):
+        with progress_of(1):
             outcome = try_one(trial, common)
         searched = [_of_one(outcome, {"layer": trial.layer, "backend": wanted.backend})]
     else:
-        with telling(limits.examples) as told:
-            searched = list(fuzz_layers(wanted.names, common, limits, told))
+        with progress_of(limits.examples) as on_outcome:
+            searched = list(fuzz_layers(wanted.names, common, limits, on_outcome))
     writes = [lambda: show(layers_lines(searched))]
     if json_path:
         writes.append(lambda: write_atomically(json_path, searched_json(layers_data(searched))))
@@ -108,9 +108,9 @@ def run_layers(wanted: LayersWanted, bounds: Bounds, limits: Limits, json_path: 
 
 
 def exit_status(searched: Sequence[Searched]) -> int:
-    """Return 1 after findings, 3 after a crash, 2 where nothing could be run, 130 for Ctrl-C before any of them."""
+    """Return 1 for findings, 3 for a crash, 2 if nothing could be run, 130 for Ctrl-C before any of them, or 0."""
     status = _STATUS[verdict_of(searched)]
-    interrupted = any(one.interrupted for one in searched)
+    interrupted = any(search.interrupted for search in searched)
     return INTERRUPTED if interrupted and status in (0, BAD_USAGE) else status
 
 
@@ -124,22 +124,25 @@ def fuzz(
         str | None, typer.Argument(metavar="[FAMILY]", help="A model type of transformers: llama, qwen3, t5.")
     ] = None,
     layers: Annotated[
-        bool, typer.Option("--layers", help="Try the backend's layers one by one, in place of a family.")
+        bool, typer.Option("--layers", help="Try the backend's layers one by one instead of a family.")
     ] = False,
     layer: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="With --layers, try these alone; repeatable.")
+        list[str] | None, typer.Option(metavar="NAME", help="With --layers, try only this layer; repeatable.")
     ] = None,
-    trial: Annotated[str | None, typer.Option(metavar="JSON", help="With --layers, repeat this one try.")] = None,
-    backend: Annotated[str, typer.Option(metavar="NAME", help="What shards the model.")] = "deepspeed",
-    examples: Annotated[int, typer.Option(help="Configurations to run; what is refused does not count.")] = 200,
+    trial: Annotated[str | None, typer.Option(metavar="JSON", help="With --layers, run only this trial.")] = None,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="The backend that shards the model.")] = "deepspeed",
+    examples: Annotated[int, typer.Option(help="Number of configurations to run; refused ones do not count.")] = 200,
     seed: Annotated[int, typer.Option(help="Equal seeds draw equal configurations.")] = 0,
-    tp: Annotated[str, typer.Option(metavar="N[,..]", help="Draw from these; a failure shrinks to the first.")] = "2,4",
+    tp: Annotated[
+        str, typer.Option(metavar="N[,..]", help="Draw from these TP sizes; a failure shrinks to the first.")
+    ] = "2,4",
     dp: Annotated[str, typer.Option(metavar="N[,..]", help="Draw from these data-parallel sizes.")] = "1,2",
     zero: Annotated[
-        str, typer.Option(metavar="N[,..]", help="Draw from those of these ZeRO stages that the backend has.")
+        str, typer.Option(metavar="N[,..]", help="Draw from these ZeRO stages, as far as the backend has them.")
     ] = "0,1,2,3",
     dtype: Annotated[
-        str, typer.Option(metavar="NAME[,..]", help="Draw from these; float64 tells bugs from rounding best.")
+        str,
+        typer.Option(metavar="NAME[,..]", help="Draw from these dtypes; float64 separates bugs from rounding best."),
     ] = "float64,float32,bfloat16",
     steps: Annotated[int, typer.Option(help="Training steps of each example.")] = 2,
     set_: Annotated[
@@ -158,39 +161,39 @@ def fuzz(
         bool | None,
         typer.Option(
             "--known/--no-known",
-            help="Whether a registered upstream bug is no finding. By default so for a family, and not for layers.",
+            help="Do not report registered upstream bugs. [default: --known for a family, --no-known for layers]",
             show_default=False,
         ),
     ] = None,
-    shrink_seconds: Annotated[float, typer.Option(help="How long a failure may be shrunk.")] = 300,
-    timeout: Annotated[float, typer.Option(help="Seconds until an example that hangs is ended.")] = 120,
+    shrink_seconds: Annotated[float, typer.Option(help="Time limit for shrinking a failure, in seconds.")] = 300,
+    timeout: Annotated[float, typer.Option(help="Time limit of an example, in seconds.")] = 120,
     json_: Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the search as JSON.")] = None,
 ) -> None:
     """Draw configurations of a family (or of single layers), verify each, and shrink what fails.
 
-    Drawn are: the sizes of tp and dp, the ZeRO stage, the dtype, widths, heads and heads of keys that need not
-    be even, layers, vocabulary, every switch of the family's own configuration (biases, tied embeddings),
-    options of the backend that must not matter (overlapped communication, bucket sizes, clipping), and the
-    batch: how many samples and tokens, with or without padding, contiguous in memory or not.
+    Drawn are: the sizes of tp and dp, the ZeRO stage, the dtype, uneven widths and numbers of heads, layers,
+    vocabulary, every switch of the family's configuration (biases, tied embeddings), options of the backend
+    that must not change the result (overlapped communication, bucket sizes, clipping), and the batch:
+    samples, tokens, padding, contiguous in memory or not.
 
     \b
     tpcheck fuzz llama
     tpcheck fuzz qwen3 --examples 50 --tp 2 --dp 1 --zero 0 --dtype float64
     tpcheck fuzz phi --set qk_layernorm=false --json phi.json
 
-    With --layers every tensor-parallel layer of the backend is tried by itself beside the layer that it replaces:
-    outputs and the gradients of input, weight and bias, with widths that need not be even and tensors that lie
-    otherwise in memory (transposed, sliced, expanded), as inputs and as gradients. Each has --examples of its own.
+    With --layers, every tensor-parallel layer of the backend is compared with the plain layer that it replaces:
+    its output and the gradients of input, weight and bias, with uneven widths, and with inputs and gradients
+    that are transposed, sliced or expanded in memory. Each layer gets --examples examples.
 
     \b
     tpcheck fuzz --layers
     tpcheck fuzz --layers --backend transformers --layer colwise --layer rowwise --known
     tpcheck fuzz --layers --trial '{"layer": "LinearLayer", "inputs": 2, "rows": [2], "strides": "transposed"}'
 
-    What fails is told with the command that repeats it, and what that was shrunk from. A configuration that the
-    model or the backend refuses in so many words is counted and no finding; a crash is one.
+    A failure is shown with the command that reproduces it, and the one that it was shrunk from. A configuration
+    that the model or the backend refuses with a reason is counted, but no finding; a crash is one.
 
-    Exit status: 0 nothing was found, 1 findings, 2 bad usage or nothing could be run, 3 the system under test
+    Exit status: 0 no findings, 1 findings, 2 bad usage or nothing could be run, 3 the system under test
     crashed, 130 interrupted.
     """
     with usage_errors():
@@ -199,14 +202,14 @@ def fuzz(
         fixed, configuration = settings(set_ or []), json_object("config", config) if config is not None else {}
         sizes = {"tp": integers("tp", tp), "dp": integers("dp", dp), "zero": integers("zero", zero)}
 
-        from tpcheck.lab.fuzz.draws import Bounds  # loads torch, which --help need not wait for
+        from tpcheck.lab.fuzz.draws import Bounds  # loads torch
         from tpcheck.lab.fuzz.family import Common
         from tpcheck.lab.fuzz.search import Limits
 
         bounds = Bounds.of(dtype=names("dtype", dtype), **sizes)
         limits = Limits(examples, seed, shrink_seconds)
         if family is None:
-            wanted = LayersWanted(backend, layer or [], trial, known=bool(known), timeout=timeout)
+            wanted = LayerSelection(backend, layer or [], trial, known=bool(known), timeout=timeout)
             raise typer.Exit(run_layers(wanted, bounds, limits, json_))
         common = Common(backend, steps, 0, fixed, configuration, ignore_plan, timeout, known is not False)
         raise typer.Exit(run_family(family, bounds, common, limits, json_))

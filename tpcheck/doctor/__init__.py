@@ -1,4 +1,4 @@
-"""What can be told without running a model: versions, leftovers of killed runs, traps in a configuration."""
+"""Checks without running a model: versions, leftovers of killed runs, problems of a DeepSpeed configuration."""
 
 from tpcheck.doctor.advice import Advice
 from tpcheck.doctor.diagnosis import Diagnosis, diagnose

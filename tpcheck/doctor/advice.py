@@ -1,4 +1,4 @@
-"""One thing that is wrong, or that will not do what it seems to."""
+"""A problem, and what to do about it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """What a rule of the doctor found.
+    """A problem that a rule found.
 
     Attributes:
         rule: Name of the rule.
-        what: What is so, and what comes of it.
-        fix: What to do, where there is something to do: a line to add, a command.
-        link: Where more is written.
+        what: The problem and its consequence.
+        fix: What to do: a line to add, a command; None for a problem without a fix.
+        link: Where to read more.
     """
 
     rule: str

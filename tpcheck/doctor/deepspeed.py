@@ -1,4 +1,4 @@
-"""What a DeepSpeed configuration will not do although it seems to, and what each way of saving writes under it."""
+"""Problems of a DeepSpeed configuration, and the files that each way of saving writes under it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """One way to save.
+    """The files that one way of saving writes.
 
     Attributes:
         way: The call.
@@ -43,7 +43,7 @@ class Saved:
 
 
 def what_is_saved(config: Config) -> Iterator[Saved]:
-    """Yield what each public way of DeepSpeed 0.17 to 0.19 writes, as its engine.py has it."""
+    """Yield the files of each public way of saving of DeepSpeed 0.17 to 0.19, according to its engine.py."""
     tp, stage = num_tp(config), zero_stage(config)
     yield _save_16bit_model(config, tp, stage)
     if tp > 1 or stage == 3:
@@ -69,56 +69,56 @@ def _save_16bit_model(config: Config, tp: int, stage: int) -> Saved:
 
 
 def num_tp(config: Config) -> int:
-    """Return how many TP ranks the configuration asks for; 1 where it says nothing."""
+    """Return the TP size of the configuration; 1 if it sets none."""
     size = section(config, "tensor_parallel").get("autotp_size")
     return size if isinstance(size, int) and size > 1 else 1
 
 
 def zero_stage(config: Config) -> int:
-    """Return the ZeRO stage; 0 where the configuration says nothing."""
+    """Return the ZeRO stage; 0 if the configuration sets none."""
     stage = section(config, "zero_optimization").get("stage", 0)
     return stage if isinstance(stage, int) else 0
 
 
 def section(config: Config, name: str) -> Mapping[str, Any]:
-    """Return a section of the configuration; empty where it is none."""
-    found = config.get(name)
-    return found if isinstance(found, Mapping) else {}
+    """Return a section of the configuration; empty if it is missing or no mapping."""
+    value = config.get(name)
+    return value if isinstance(value, Mapping) else {}
 
 
 def clipping_is_on_unless_set(config: Config) -> Iterator[Advice]:
-    """`gradient_clipping` has a default that clips."""
+    """Without `gradient_clipping` DeepSpeed clips."""
     if "gradient_clipping" not in config:
         yield Advice(
             rule="clipping_is_on_unless_set",
             what="gradient_clipping is not set: DeepSpeed clips gradients to a norm of 1.0",
-            fix='add "gradient_clipping": 0.0 to clip nothing, or the norm that is meant',
+            fix='add "gradient_clipping": 0.0 to disable clipping, or set the intended norm',
         )
 
 
 def tensor_parallelism_is_off(config: Config) -> Iterator[Advice]:
-    """Without a TP size above 1 nothing is sharded, whatever else stands in the section."""
+    """Without a TP size above 1 nothing is sharded, whatever else the section sets."""
     size = section(config, "tensor_parallel").get("autotp_size")
     if num_tp(config) > 1:
         return
-    found = "is not set" if size is None else f"is {size}"
+    state = "is not set" if size is None else f"is {size}"
     yield Advice(
         rule="tensor_parallelism_is_off",
-        what=f"tensor_parallel.autotp_size {found}: no parameter will be sharded, and what is saved is as "
-        "large as without TP, unless deepspeed.tp_model_init shards it",
+        what=f"tensor_parallel.autotp_size {state}: no parameter will be sharded, and checkpoints are as large as "
+        "without TP, unless deepspeed.tp_model_init shards the model",
         fix='add "tensor_parallel": {"autotp_size": 2}',
     )
 
 
 def saved_model_is_one_shard(config: Config) -> Iterator[Advice]:
-    """`save_16bit_model` writes what TP rank 0 holds."""
+    """`save_16bit_model` writes the shards of TP rank 0."""
     size, stage = num_tp(config), zero_stage(config)
     if size > 1 and stage < 3:
         yield Advice(
             rule="saved_model_is_one_shard",
             what=f"with autotp_size {size} and ZeRO {stage}, engine.save_16bit_model silently writes TP rank 0's "
             "shards as if they were the model",
-            fix="on all ranks call engine._consolidated_16bit_state_dict(), and save what rank 0 gets; add buffers",
+            fix="call engine._consolidated_16bit_state_dict() on all ranks, and save rank 0's result with the buffers",
         )
 
 
@@ -129,33 +129,33 @@ def unknown_keys_are_ignored(config: Config) -> Iterator[Advice]:
             near = get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.7)
             yield Advice(
                 rule="unknown_keys_are_ignored",
-                what=f"{key} is no key of DeepSpeed's configuration: it is ignored silently",
+                what=f"{key} is no key of DeepSpeed's configuration: DeepSpeed ignores it silently",
                 fix=f"did you mean {near[0]}?" if near else None,
             )
 
 
 def preset_is_unknown(config: Config) -> Iterator[Advice]:
-    """An unknown preset is passed over without a word."""
+    """DeepSpeed ignores an unknown preset silently."""
     preset = section(config, "tensor_parallel").get("preset_model")
     if isinstance(preset, str) and preset.lower() not in PRESETS:
         near = get_close_matches(preset.lower(), PRESETS, n=1, cutoff=0.5)
         yield Advice(
             rule="preset_is_unknown",
-            what=f"preset_model {preset!r} does not exist: it is ignored silently",
+            what=f"preset_model {preset!r} does not exist: DeepSpeed ignores it silently",
             fix=f"did you mean {near[0]}?" if near else f"one of {', '.join(sorted(PRESETS))}",
         )
 
 
 def preset_comes_before_the_model_s_plan(config: Config) -> Iterator[Advice]:
-    """A preset takes the place of the model's own tp_plan."""
+    """A preset replaces the model's tp_plan."""
     preset = section(config, "tensor_parallel").get("preset_model")
     if isinstance(preset, str) and preset.lower() in PRESETS:
         # Measured with deepspeed 0.19.8 at tp 2: the logits are off by 7 %.
-        wrong = "; with bloom each rank then has wrong ALiBi slopes, silently" if preset.lower() == "bloom" else ""
+        wrong = "; with bloom each rank then silently has wrong ALiBi slopes" if preset.lower() == "bloom" else ""
         yield Advice(
             rule="preset_comes_before_the_model_s_plan",
-            what=f"preset_model {preset!r} takes the place of the model's own tp_plan{wrong}",
-            fix="remove preset_model where the model has a tp_plan; tpcheck verify tells which of them is right",
+            what=f"preset_model {preset!r} replaces the model's tp_plan{wrong}",
+            fix="remove preset_model if the model has a tp_plan; tpcheck verify shows which of the two is right",
         )
 
 
@@ -170,6 +170,6 @@ RULES = (
 
 
 def config_advice(config: Config) -> Iterator[Advice]:
-    """Yield what every rule has to say of a configuration."""
+    """Yield the advice of every rule on a configuration."""
     for rule in RULES:
         yield from rule(config)

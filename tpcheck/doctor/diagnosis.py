@@ -1,4 +1,4 @@
-"""A diagnosis as text."""
+"""The diagnosis of this machine and of a DeepSpeed configuration, and its text."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from tpcheck.doctor.machine import (
     stale_locks,
 )
 from tpcheck.report import words
+from tpcheck.report.table import Cell, Column, Row, Table, table_lines
 from tpcheck.report.words import Line, labelled, plain
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What the doctor saw.
+    """Versions, devices and problems.
 
     Attributes:
-        versions: By package name; None where it is not installed.
-        devices: Processors and accelerators, in words.
-        advice: What is wrong; nothing when all is well.
-        saved: What each way of saving will write under the configuration; nothing without one.
+        versions: By package name; None for a package that is not installed.
+        devices: Processors and accelerators, as text.
+        advice: The problems.
+        saved: The files of each way of saving; empty without a configuration.
     """
 
     versions: Mapping[str, str | None]
@@ -40,7 +41,7 @@ class Diagnosis:
 
 
 def _home() -> Path:
-    """Return the user's folder; of a user who has none the folder `~` here, where torch then looks."""
+    """Return the home directory; without one the relative path `~`, as torch does."""
     try:
         return Path.home()
     except RuntimeError:  # no HOME, and no line in /etc/passwd, as under `docker run --user 12345`
@@ -48,7 +49,7 @@ def _home() -> Path:
 
 
 def diagnose(config: Mapping[str, Any] | None = None) -> Diagnosis:
-    """Return what is wrong on this machine and, if one is given, in a DeepSpeed configuration."""
+    """Return the problems of this machine and of a DeepSpeed configuration."""
     versions = installed_versions()
     advice = (
         *bad_versions(versions),
@@ -61,16 +62,17 @@ def diagnose(config: Mapping[str, Any] | None = None) -> Diagnosis:
 
 
 def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[Line]:
-    """Yield what was seen, then what is wrong."""
+    """Yield versions and devices, then the problems."""
     versions = (f"{package} {version or 'is not installed'}" for package, version in diagnosis.versions.items())
     yield from labelled("versions", ", ".join(versions))
     yield from labelled("devices", ", ".join(diagnosis.devices))
     if diagnosis.saved:
         yield Line()
-        yield plain("what this configuration saves", "bold")
-        width = max(len(saved.way) for saved in diagnosis.saved)
-        for saved in diagnosis.saved:
-            yield Line(((f"  {saved.way:<{width}}  ", ""), (saved.writes, "" if saved.is_model else "yellow")))
+        yield plain("files that this configuration saves", "bold")
+        rows = (
+            Row((Cell(saved.way), Cell(saved.writes, "" if saved.is_model else "yellow"))) for saved in diagnosis.saved
+        )
+        yield from table_lines(Table((Column("call"), Column("writes")), tuple(rows), indent=2))
     for advice in diagnosis.advice:
         yield Line()
         yield plain(advice.rule, "bold yellow")
@@ -83,4 +85,4 @@ def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[Line]:
     if diagnosis.advice:
         yield plain(words.count(len(diagnosis.advice), "finding"), "bold red")
     else:
-        yield plain("nothing is wrong", "bold green")
+        yield plain("no problems", "bold green")

@@ -1,4 +1,4 @@
-"""Devices, installed versions known to be bad, and what killed runs left on this machine."""
+"""Devices, installed versions with known faults, and leftovers of killed runs on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tpcheck.doctor.advice import Advice
 
 
 def devices() -> tuple[str, ...]:
-    """Return the processors and accelerators that a world could use, in words. Imports torch."""
+    """Return the processors and accelerators as text. Imports torch."""
     found = [f"{num_cores()} CPU cores"]
     try:
         import torch
@@ -27,51 +27,51 @@ _SHARED_MEMORY = "deepspeed_allreduce_buffer_*"
 
 
 def extension_caches(environment: Mapping[str, str], home: Path) -> tuple[Path, ...]:
-    """Return where torch builds extensions: its default, and TORCH_EXTENSIONS_DIR."""
+    """Return the folders in which torch builds extensions: TORCH_EXTENSIONS_DIR and the default."""
     chosen = environment.get("TORCH_EXTENSIONS_DIR")
     cache = Path(environment.get("XDG_CACHE_HOME") or home / ".cache")
     return (*([Path(chosen)] if chosen else []), cache / "torch_extensions")
 
 
 def stale_locks(caches: Iterable[Path], proc: Path = Path("/proc")) -> Iterator[Advice]:
-    """Locks of builds that no process holds: torch waits for them to vanish, silently and for ever."""
+    """Yield the locks of builds that no process holds open: torch silently waits for them for ever."""
     locks = sorted({lock for cache in caches for lock in _locks(cache)})
-    held = _open_files(proc) if locks else frozenset()
+    open_files = _open_files(proc) if locks else frozenset()
     for lock in locks:
-        if str(lock.resolve()) not in held:
+        if str(lock.resolve()) not in open_files:
             yield Advice(
                 rule="stale_lock",
-                what=f"{lock} was left by a build that was killed: the next build of {lock.parent.name} waits for ever",
+                what=f"{lock} is left over from a killed build: the next build of {lock.parent.name} will hang",
                 fix=f"rm {lock}",
                 link="https://github.com/pytorch/pytorch/blob/main/torch/utils/file_baton.py",
             )
 
 
 def leaked_shared_memory(folder: Path = Path("/dev/shm"), proc: Path = Path("/proc")) -> Iterator[Advice]:
-    """Segments of DeepSpeed's shared-memory all-reduce that no process maps."""
+    """Yield the shared-memory segments of DeepSpeed's all-reduce that no process maps."""
     segments = sorted(folder.glob(_SHARED_MEMORY))
     mapped = _mapped_files(proc) if segments else frozenset()
     leaked = [segment for segment in segments if str(segment) not in mapped]
     if leaked:
         size = sum(_size(segment) for segment in leaked) / 2**20
-        few = " ".join(str(segment) for segment in leaked)
+        paths = " ".join(str(segment) for segment in leaked)
         yield Advice(
             rule="leaked_shared_memory",
             what=f"{len(leaked)} segments in {folder} ({size:.0f} MiB) belong to no process: DeepSpeed's all-reduce "
             "for CPUs leaks one for each rank of each world",
-            fix=f"rm {few}" if len(leaked) <= 4 else f"rm {folder}/{_SHARED_MEMORY}",
+            fix=f"rm {paths}" if len(leaked) <= 4 else f"rm {folder}/{_SHARED_MEMORY}",
         )
 
 
 def _locks(cache: Path) -> list[Path]:
-    """Return the locks in a cache; none where it may not be looked into, as /root by another user of a container."""
+    """Return the locks in a cache; none if it is not readable, such as /root for another user of a container."""
     with suppress(OSError):
         return [lock for lock in cache.glob("**/lock") if lock.is_file()]
     return []
 
 
 def _size(segment: Path) -> int:
-    with suppress(FileNotFoundError):  # removed meanwhile by the world that it belonged to
+    with suppress(FileNotFoundError):  # its world has just removed it
         return segment.stat().st_blocks * 512
     return 0
 
@@ -97,8 +97,8 @@ def _mapped_files(proc: Path) -> frozenset[str]:
 
 
 PACKAGES = ("tpcheck", "torch", "deepspeed", "transformers", "accelerate")
-# First version without the fault, and what the fault is.
-_MENDED = {
+# The first version without the fault, the fault, and its name.
+_FIXED_IN = {
     "torch": (
         ((2, 6), "weights_only=True of torch.load can be bypassed", "CVE-2025-32434"),
         ((2, 10), "weights_only=True of torch.load can be bypassed", "CVE-2026-24747"),
@@ -112,12 +112,12 @@ def installed_versions() -> dict[str, str | None]:
 
 
 def bad_versions(versions: Mapping[str, str | None]) -> Iterator[Advice]:
-    """Installed versions with a known fault."""
-    for package, faults in _MENDED.items():
+    """Yield the installed versions with a known fault."""
+    for package, faults in _FIXED_IN.items():
         installed = versions.get(package)
-        for mended, fault, name in faults:
-            if installed and _numbers(installed) < mended:
-                wanted = ".".join(map(str, mended))
+        for fixed_in, fault, name in faults:
+            if installed and _numbers(installed) < fixed_in:
+                wanted = ".".join(map(str, fixed_in))
                 yield Advice(
                     rule="bad_version",
                     what=f"{package} {installed}: {fault} ({name})",

@@ -1,7 +1,7 @@
-"""Small random models of the model types of transformers; mostly data. Importing this loads no torch."""
+"""Small random models of the model types of transformers. Importing this loads no torch."""
 
-# The dense and MoE families that the documentation speaks of and the tests run; every other causal type of the
-# installed transformers is built by the same rules.
+# The dense and MoE families of the documentation and the tests; every other causal type of the installed transformers
+# is built by the same rules.
 KNOWN: tuple[str, ...] = (
     "bloom",
     "cohere2",
@@ -27,5 +27,5 @@ KNOWN: tuple[str, ...] = (
 
 
 def known() -> tuple[str, ...]:
-    """Return the families that are known without asking transformers."""
+    """Return the families that are known without importing transformers."""
     return KNOWN

@@ -1,4 +1,4 @@
-"""What can be said of every family without building it."""
+"""Small models and configurations of every model type of transformers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Head:
     mapping: str
 
 
-# A type that has several is built as the first of them, unless its name says otherwise.
+# A type with several heads gets the first, unless its name selects another.
 HEADS = (
     Head("causal", "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
     Head("seq2seq", "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
@@ -41,7 +41,7 @@ CAUSAL, SEQ2SEQ = HEADS[:2]
 
 
 def types_of(head: Head) -> tuple[str, ...]:
-    """Return every model type of the installed transformers that has this head.
+    """Return every model type of the installed transformers with this head.
 
     Raises:
         TpcheckError: transformers is not installed.
@@ -55,7 +55,7 @@ def types_of(head: Head) -> tuple[str, ...]:
 
 
 def type_and_head(family: str) -> tuple[str, Head]:
-    """Return the model type that a family's name means, and what it is built as: `t5`, `bart/seq2seq`.
+    """Return the model type and the head of a family such as `t5` or `bart/seq2seq`.
 
     Raises:
         UsageError: transformers has no such type, or it has no such head.
@@ -73,7 +73,7 @@ def type_and_head(family: str) -> tuple[str, Head]:
     raise UsageError("family", family, [f"{name}/{head.name}" for head in of_type])
 
 
-# Grouped matrix products refuse float64; the fused attention kernels differ in masks and ALiBi.
+# Grouped matrix products do not support float64; fused attention kernels treat masks and ALiBi differently.
 _IMPLEMENTATIONS = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
@@ -81,8 +81,8 @@ def small_model(family: str, settings: Mapping[str, object] | None = None) -> nn
     """Return a small randomly initialised language model of a transformers model type.
 
     Args:
-        family: A model type of transformers, such as `llama` or `t5`; with `/seq2seq`, `/masked` or `/multimodal`,
-            what a type that could be several is built as.
+        family: A model type of transformers, such as `llama` or `t5`; `/seq2seq`, `/masked` or `/multimodal` selects
+            the head of a type with several.
         settings: Changes to the small configuration; dots reach nested ones (`text_config.head_dim`).
 
     Raises:
@@ -96,7 +96,7 @@ def small_model(family: str, settings: Mapping[str, object] | None = None) -> nn
     try:
         head = type_and_head(family)[1]
         if head is SEQ2SEQ and getattr(config, "decoder_start_token_id", None) is None:
-            config.decoder_start_token_id = 0  # files of trained models carry it; the defaults of some types do not
+            config.decoder_start_token_id = 0  # files of trained models have it; the defaults of some types do not
         model: nn.Module = getattr(transformers, head.auto_class).from_config(config, **implementations)
     except Exception as error:
         raise _cannot_be_built(family, error) from error
@@ -174,4 +174,4 @@ def listed() -> tuple[Listed, ...]:
 
 def _has_plan(config_class: type) -> bool:
     nested = getattr(config_class, "sub_configs", {}).get("text_config")
-    return any(getattr(one, "base_model_tp_plan", None) for one in (config_class, nested))
+    return any(getattr(config, "base_model_tp_plan", None) for config in (config_class, nested))

@@ -1,4 +1,4 @@
-"""What can be varied in a family's configuration: its sizes by role, and its switches. transformers at first use."""
+"""The sizes and switches of a family's configuration that can be varied. Imports transformers at first use."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from tpcheck.families.build import small_config
 from tpcheck.families.rules import ROLES
 from tpcheck.families.settings import attributes, declared
 
-# Switches that say nothing of a training step: caches of generation, and what kind of model it is built as.
+# Switches without effect on a training step: caches of generation, and the kind of model.
 _OTHER_SWITCHES = ("use_cache", "is_decoder", "is_encoder_decoder", "add_cross_attention")
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """What the configuration of one family has.
+    """The sizes and switches of one family.
 
     Attributes:
-        names: Settings that hold each role's size (`heads`, `kv_heads`, `head_dim`, `hidden`, `intermediate`, `layers`,
-            `experts`, `vocabulary`), for those roles that there are.
-        switches: Settings that are true or false, and what they are.
-        least_vocabulary: The smallest vocabulary that holds every special token.
+        names: Names of the settings of each role that the family has: `heads`, `kv_heads`, `head_dim`, `hidden`,
+            `intermediate`, `layers`, `experts`, `vocabulary`.
+        switches: Boolean settings and their values.
+        least_vocabulary: The smallest vocabulary that contains every special token.
     """
 
     names: Mapping[str, tuple[str, ...]]
@@ -36,7 +36,7 @@ class Dimensions:
 
 
 def dimensions(family: str, settings: Mapping[str, object] | None = None) -> Dimensions:
-    """Return what can be varied in a family whose other settings are these.
+    """Return the dimensions of a family with these settings.
 
     Raises:
         UsageError: No such family or setting.
@@ -57,7 +57,7 @@ def _path_of(text: Any, config: Any) -> str:
 
 
 def _switches(config_class: type, known: Mapping[str, Any], path: str) -> dict[str, bool]:
-    """Return the switches that the type declares itself; those that every type has are about generation and output."""
+    """Return the switches that the type declares itself; those of every type concern generation and output."""
     from transformers import PreTrainedConfig
 
     of_every_type = declared(PreTrainedConfig)
@@ -70,7 +70,7 @@ def _switches(config_class: type, known: Mapping[str, Any], path: str) -> dict[s
 
 def _least_vocabulary(known: Mapping[str, Any]) -> int:
     ids = [known.get(name) for name in _TOKEN_IDS]
-    return 1 + max((one for one in ids if isinstance(one, int)), default=0)
+    return 1 + max((token for token in ids if isinstance(token, int)), default=0)
 
 
 def _is_size(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Model types whose small configuration the rules by name cannot give: one row each, with its reason."""
+"""Exceptions to the rules for small configurations: one row for each model type, with its reason."""
 
 from __future__ import annotations
 

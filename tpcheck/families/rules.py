@@ -1,4 +1,4 @@
-"""How a model type's own defaults become a small configuration: by attribute name. No torch, no transformers."""
+"""Rules by attribute name that turn the defaults of a model type into a small configuration. No torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LAYERS = 2
 EXPERTS = 8
 VOCABULARY = 128
 POSITIONS = 64
-WINDOW = 8  # below the length of the sequences that are run, so that a sliding window is felt
+WINDOW = 8  # shorter than the sequences, so that a sliding window has an effect
 
-# What a number is for, its small size, and the attributes that hold it. Those with a role can be drawn together
-# (`families/dimensions.py`); the others follow from them, or belong to one kind of layer.
+# A role, its small size, and the attributes with that role. `families/dimensions.py` draws sizes by role; attributes
+# without one follow from others, or belong to one kind of layer.
 _ROLES: tuple[tuple[str, int, str], ...] = (
     ("hidden", HIDDEN, "hidden_size hidden_size_global d_model n_embd emb_dim dim_model embedding_size"),
     ("hidden", HIDDEN, "word_embed_proj_dim"),
@@ -63,9 +63,9 @@ _ROLES: tuple[tuple[str, int, str], ...] = (
 SIZES: dict[str, int] = {name: size for _, size, names in _ROLES for name in names.split()}
 ROLES: dict[str, str] = {name: role for role, _, names in _ROLES for name in names.split() if role}
 
-# Sizes that some types leave unset and then fail without.
+# Sizes that some types need and leave unset.
 _UNSET = {"head_dim": HEAD_DIM, "num_key_value_heads": KV_HEADS}
-# How many of the first layers are dense; one shows the kind.
+# Attributes that count the first, dense layers; one such layer is enough.
 _LEADING_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 _SPECIAL_TOKENS = (
     "pad_token_id",
@@ -81,12 +81,12 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_
 def small_settings(
     defaults: Mapping[str, Any], *, layers: int | None = None, is_decoder: bool = True
 ) -> dict[str, Any]:
-    """Return the attributes to change in a configuration whose defaults are given, with their small values.
+    """Return the attributes to change in a configuration, with their small values.
 
     Args:
-        defaults: Every attribute of the type's default configuration. Nested configurations are not entered.
-        layers: How many layers are wanted; by default as many as show every kind of layer once, and at least two.
-        is_decoder: An encoder is built as a decoder, which makes it a causal language model.
+        defaults: Every attribute of the type's default configuration; nested configurations are skipped.
+        layers: Number of layers; by default one of every kind, and at least two.
+        is_decoder: Whether to build an encoder as a decoder, which makes it a causal language model.
     """
     small: dict[str, Any] = {name: size for name, size in SIZES.items() if _is_size(defaults.get(name))}
     small |= {name: 0.0 for name, value in defaults.items() if _is_dropout(name) and isinstance(value, float)}
@@ -97,16 +97,16 @@ def small_settings(
     if small.get("kv_lora_rank"):  # MLA projects keys and values for every head
         small |= {name: HEADS for name in small if name == "num_key_value_heads"}
     if is_decoder and defaults.get("is_decoder") is False:
-        small["is_decoder"] = True  # encoders are causal language models only so
+        small["is_decoder"] = True  # makes an encoder a causal language model
     if "use_cache" in defaults:
-        small["use_cache"] = False  # caches of hybrid models need more than a training step gives them
+        small["use_cache"] = False  # caches of hybrid models need arguments that a training step does not pass
     return small
 
 
 def layers_to_keep(per_layer: Mapping[str, Sequence[Any]], wanted: int | None = None) -> list[int]:
-    """Return which of the default layers a small model keeps: the first of each kind, in order.
+    """Return the indices of the default layers that a small model keeps: the first of each kind, in order.
 
-    A kind is the combination of what every per-layer list says of the layer. With `wanted` they are repeated, or cut.
+    A kind is a combination of the entries of all per-layer lists. With `wanted` layers are repeated or cut off.
 
     Example:
         >>> layers_to_keep({"layer_types": ["sliding", "sliding", "full", "sliding"]})
@@ -143,7 +143,7 @@ def _layers(defaults: Mapping[str, Any], wanted: int | None) -> dict[str, Any]:
 
 
 def _tokens(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return special tokens that lie inside the small vocabulary; those of other media stay out of its reach."""
+    """Return special tokens inside the small vocabulary; tokens of images and audio stay outside of it."""
     return {
         name: place
         for place, name in enumerate(_SPECIAL_TOKENS)
@@ -156,7 +156,7 @@ def _tokens(defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _are_indices(values: Sequence[object]) -> bool:
-    """Whether a list names layers (`moe_layers`) instead of describing each; the type derives it anew."""
+    """Return whether a list contains indices of layers (`moe_layers`), which the type derives again."""
     return list(values) == list(range(len(values)))
 
 

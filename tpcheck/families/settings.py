@@ -1,4 +1,4 @@
-"""The user's `--set KEY=VALUE` over a configuration: dots, aliases and unknown names. No torch, no transformers."""
+"""Settings of `--set KEY=VALUE` on a configuration: dots, aliases and unknown names. No torch, no transformers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def nest(settings: Mapping[str, object]) -> dict[str, Any]:
 
 
 def overlay(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with `changes` over it; a mapping over a mapping changes only the keys that it names."""
+    """Return `base` updated with `changes`, recursively where both have a mapping."""
     changed = dict(base)
     for name, value in changes.items():
         under = base.get(name)
@@ -47,22 +47,27 @@ def overlay(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def attributes(config: Any) -> dict[str, Any]:
-    """Return what a configuration of transformers can be constructed with, and its present values."""
-    values = vars(config)  # not getattr, which refuses what differs by layer
+    """Return the constructor arguments of a configuration of transformers, and their values."""
+    values = vars(config)  # not getattr, which raises for values that differ by layer
     aliases = config.attribute_map  # a few types declare a name and store it under another
     return {name: values.get(aliases.get(name, name)) for name in declared(config)}
 
 
 def declared(config: Any) -> tuple[str, ...]:
-    """Return the names that a configuration, or its class, can be constructed with, those of its bases included.
+    """Return the names of the constructor arguments of a configuration or its class, including its bases.
 
     Early versions of transformers 5 have classes whose constructors name them, later ones dataclasses.
     """
     if is_dataclass(config):
         return tuple(field.name for field in fields(config))
     config_class = config if isinstance(config, type) else type(config)
-    makers = [vars(base)["__init__"] for base in config_class.__mro__[-2::-1] if "__init__" in vars(base)]
-    names = [name for maker in makers for name, one in signature(maker).parameters.items() if one.kind in _BY_NAME]
+    constructors = [vars(base)["__init__"] for base in config_class.__mro__[-2::-1] if "__init__" in vars(base)]
+    names = [
+        name
+        for constructor in constructors
+        for name, parameter in signature(constructor).parameters.items()
+        if parameter.kind in _BY_NAME
+    ]
     return tuple(dict.fromkeys(name for name in names if name != "self"))
 
 
@@ -83,6 +88,6 @@ def canonical(config: Any, wanted: Mapping[str, Any], path: tuple[str, ...] = ()
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return what was accepted in place of `name`, with the known names that are near to it."""
+    """Return a description of the accepted names, with those that are close to `name`."""
     near = get_close_matches(name, sorted(known), n=3, cutoff=0.5)
     return f"{kind}; did you mean {' or '.join(near)}?" if near else kind

@@ -2,5 +2,5 @@
 
 from importlib import import_module
 
-# A test stands above what it tests, wherever its file lies: the layers of tpcheck hold for what is imported from it.
+# Imported by name, since families is a lower layer than testing.
 test_families = import_module("tpcheck.testing").family_tests()

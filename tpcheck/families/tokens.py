@@ -1,4 +1,4 @@
-"""The tokens that a small model is trained on: how many, and how they lie in memory. No torch."""
+"""The shape and memory layout of synthetic batches of tokens. No torch."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 from tpcheck.core.errors import UsageError
 
-_FORM = "ROWSxLENGTH, with ,padded or ,strided behind it"
+_FORM = "ROWSxLENGTH, optionally followed by ,padded or ,strided"
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What synthetic batches look like.
+    """The form of synthetic batches.
 
     Attributes:
         rows: Samples that each DP rank sees in a step.
         length: Tokens of a sample.
-        padded: Some samples are shorter: an attention mask says which tokens count, and labels leave the others out.
-        strided: Tokens and labels are views that are not contiguous, as after `tensor.t()` or a slice of columns.
+        padded: Whether some samples are shorter: an attention mask and the labels exclude the padding.
+        strided: Whether tokens and labels are views that are not contiguous, as after `tensor.t()`.
 
     Example:
         >>> Tokens.parse("3x7,padded")
@@ -33,10 +33,10 @@ class Tokens:
 
     @classmethod
     def parse(cls, text: str) -> Tokens:
-        """Return what a text such as `3x7,padded,strided` says.
+        """Return the form that a text such as `3x7,padded,strided` describes.
 
         Raises:
-            UsageError: It is none.
+            UsageError: The text has another form.
         """
         sizes, *flags = (part.strip() for part in text.split(","))
         rows, _, length = sizes.partition("x")

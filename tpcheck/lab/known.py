@@ -1,4 +1,4 @@
-"""The register of known upstream bugs (`known.toml`), and how a verdict stands to it. No torch."""
+"""The register of known upstream bugs (`known.toml`), and the comparison of verdicts with it. No torch."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from tpcheck.families.settings import overlay
 from tpcheck.lab.fuzz.results import Trial
 
 REGISTER = Path(__file__).parent / "known.toml"
-CHECKPOINT = "checkpoint_matches_reference"  # the one check that is not run unless asked for
+CHECKPOINT = "checkpoint_matches_reference"  # runs only on request
 Standing = Literal["", "known", "new", "gone"]
 
 
 @dataclass(frozen=True, slots=True)
 class KnownBug:
-    """A bug of a backend or of transformers that has been reproduced.
+    """A reproduced bug of a backend or of transformers.
 
     Attributes:
         name: Its slug.
-        families: Model types that show it.
-        anywhere: Other families and settings may show it, too: it is a bug of the backend alone.
-        backend: Name of the backend that shows it.
-        versions: The versions that show it, as a specifier by package.
-        verdict: What a run says: `failed` (silent without tpcheck) or `error` (loud).
+        families: Model types with the bug.
+        anywhere: Whether other families and settings may have it, too: a bug of the backend alone.
+        backend: Name of the backend with the bug.
+        versions: The affected versions, as a specifier by package.
+        verdict: The verdict of a run: `failed` (silent without tpcheck) or `error` (a crash).
         what: What is wrong, in a sentence.
-        again: The command that repeats it.
+        again: The command that reproduces it.
         check: The check that fails first; None for any.
         message: A part of the backend's own message.
         settings: Settings of the model that it needs.
         config: Backend configuration that it needs.
-        ignore_plan: It needs the model's tp_plan to be dropped.
-        only: Values of other options (`tp`, `dp`, `zero`, `dtype`) to which it is confined.
+        ignore_plan: Whether it shows only without the model's tp_plan.
+        only: Values of other options (`tp`, `dp`, `zero`, `dtype`) that it is limited to.
         script: A program without tpcheck that shows it, in `docs/upstream/`.
-        link: Where it is reported upstream.
+        link: The upstream issue.
     """
 
     name: str
@@ -62,38 +62,38 @@ class KnownBug:
     def concerns(self, verdict: Verdict) -> bool:
         """Return whether a run of this subject, with these versions, should show the bug."""
         same_config = dict(verdict.subject.get("config") or {}) == dict(self.config)
-        return same_config and self._is_of_model(verdict) and self._fits(verdict)
+        return same_config and self._matches_model(verdict) and self._matches_run(verdict)
 
     def may_concern(self, verdict: Verdict) -> bool:
-        """Return whether a run of this subject, with these versions, could show the bug, beside others of its own."""
+        """Return whether a run of this subject, with these versions, could show the bug among others."""
         config = verdict.subject.get("config") or {}
         return overlay(config, self.config) == config and (
-            (self.anywhere or self._is_of_model(verdict)) and self._fits(verdict)
+            (self.anywhere or self._matches_model(verdict)) and self._matches_run(verdict)
         )
 
-    def _is_of_model(self, verdict: Verdict) -> bool:
+    def _matches_model(self, verdict: Verdict) -> bool:
         settings = verdict.subject.get("settings") or {}
         return verdict.subject.get("family") in self.families and all(
             key in settings and settings[key] == value for key, value in self.settings.items()
         )
 
-    def _fits(self, verdict: Verdict) -> bool:
+    def _matches_run(self, verdict: Verdict) -> bool:
         subject = verdict.subject
         return (
             subject.get("backend") == self.backend
             and bool(subject.get("ignore_plan")) == self.ignore_plan
             and all(subject.get(key) in values for key, values in self.only.items())
-            and self._is_asked_for(subject.get("checks"))
-            and all(_holds(verdict.environment.get(name), wanted) for name, wanted in self.versions.items())
+            and self._is_checked(subject.get("checks"))
+            and all(_is_affected(verdict.environment.get(name), specifier) for name, specifier in self.versions.items())
         )
 
     def is_shown_by(self, verdict: Verdict) -> bool:
-        """Return whether that is what the verdict says."""
+        """Return whether the verdict shows the bug."""
         if verdict.verdict != self.verdict or self.message not in (verdict.message or ""):
             return False
         return self.check is None or any(finding.check == self.check for finding in verdict.findings)
 
-    def _is_asked_for(self, checks: Iterable[str] | None) -> bool:
+    def _is_checked(self, checks: Iterable[str] | None) -> bool:
         if checks is None:
             return self.check != CHECKPOINT
         return self.check is None or self.check in checks
@@ -101,12 +101,13 @@ class KnownBug:
 
 @dataclass(frozen=True, slots=True)
 class KnownLayerBug:
-    """A bug of single layers of a backend that has been reproduced.
+    """A reproduced bug of single layers of a backend.
 
     Attributes:
-        layers: Names of the layers that show it.
-        tensor: What is wrong, for `failed`.
-        when: Values of a trial to which it is confined, such as `strides`; of `options`, those that it needs.
+        layers: Names of the layers with the bug.
+        tensor: The wrong tensor, for `failed`.
+        when: Values of a trial that it is limited to, such as those of `strides`.
+        options: Settings of the layers that it needs.
 
     The others are those of `KnownBug`.
     """
@@ -135,7 +136,7 @@ class KnownLayerBug:
         tensor: str = "",
         message: str = "",
     ) -> bool:
-        """Return whether that is what came of the trial."""
+        """Return whether the bug explains this outcome of a trial."""
         return (
             (self.backend, self.verdict) == (backend, verdict)
             and trial.layer in self.layers
@@ -143,19 +144,19 @@ class KnownLayerBug:
             and self.message in message
             and all(getattr(trial, name) in values for name, values in self.when.items())
             and overlay(trial.options, self.options) == dict(trial.options)
-            and all(_holds(versions.get(name), wanted) for name, wanted in self.versions.items())
+            and all(_is_affected(versions.get(name), specifier) for name, specifier in self.versions.items())
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A verdict and what the register says of it.
+    """A verdict compared with the register.
 
     Attributes:
-        verdict: What came of the run.
-        standing: `known` (as the register says), `new` (it says nothing of this), `gone` (it says that this fails, and
-            it passed), or empty.
-        bug: The entry, for `known` and `gone`; for `new`, one that fails otherwise than it says, if there is one.
+        verdict: The verdict of the run.
+        standing: `known` (a registered bug shows), `new` (a failure that no entry describes), `gone` (a registered bug
+            does not show), or empty.
+        bug: The entry, for `known` and `gone`; for `new`, an entry of this subject that describes another failure.
     """
 
     verdict: Verdict
@@ -164,7 +165,7 @@ class Judged:
 
 
 def judged(verdict: Verdict) -> Judged:
-    """Hold a verdict against the register."""
+    """Compare a verdict with the register."""
     concerned = [bug for bug in register() if bug.concerns(verdict)]
     shown = next((bug for bug in concerned if bug.is_shown_by(verdict)), None)
     if verdict.verdict in ("failed", "error"):
@@ -175,7 +176,7 @@ def judged(verdict: Verdict) -> Judged:
 
 
 def explained(verdict: Verdict) -> KnownBug | None:
-    """Return the registered bug that a failure shows, whatever else was configured beside what the bug needs."""
+    """Return the registered bug that a failure shows, also with more configuration than the bug needs."""
     return next((bug for bug in register() if bug.may_concern(verdict) and bug.is_shown_by(verdict)), None)
 
 
@@ -187,7 +188,7 @@ def register() -> tuple[KnownBug, ...]:
 
 @cache
 def layer_register() -> tuple[KnownLayerBug, ...]:
-    """Return every entry of `known.toml` that is about single layers."""
+    """Return every entry of `known.toml` about single layers."""
     return tuple(
         KnownLayerBug(
             **{**row, "layers": tuple(row["layers"]), "when": {key: tuple(v) for key, v in row["when"].items()}}
@@ -207,7 +208,7 @@ def _entry(row: Mapping[str, Any]) -> KnownBug:
     return KnownBug(**{**row, **lists})
 
 
-def _holds(version: str | None, wanted: str) -> bool:
+def _is_affected(version: str | None, specifier: str) -> bool:
     from packaging.specifiers import SpecifierSet
 
-    return version is not None and SpecifierSet(wanted).contains(version, prereleases=True)
+    return version is not None and SpecifierSet(specifier).contains(version, prereleases=True)

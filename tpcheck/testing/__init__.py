@@ -1,4 +1,4 @@
-"""What others test their own code with: the conformance kit of backends, and the families as tests."""
+"""Tests for other repositories: the conformance kit of backends, and every family as a test case."""
 
 from tpcheck.testing.conformance import backend_conformance, require_conformance
 from tpcheck.testing.family_tests import family_tests

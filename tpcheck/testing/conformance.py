@@ -1,4 +1,4 @@
-"""Does a backend's adapter tell the truth? A clean model must pass, and what is planted in it must be found."""
+"""The conformance kit of backends: a clean model must pass, and every injected fault must be found."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tpcheck.report.report import Report
 from tpcheck.world.world import spawn
 
 
-def unmet_facts(
+def unmet_requirements(
     rank: Any, backend: str | Backend, build: Callable[[], nn.Module], config: Mapping[str, Any]
 ) -> list[str]:
-    """Return what this rank's candidate does not keep to, in words. Collective over the world."""
+    """Return the requirements that this rank's candidate does not meet. Collective over the world."""
     loaded = load_backend(backend)
 
     def rebuild() -> nn.Module:
@@ -34,16 +34,16 @@ def unmet_facts(
         model = rebuild()
         names = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         candidate = loaded.shard(model, rank, options)
-        told = {name: _description(layout) for name, layout in candidate.layouts().items()}
+        layouts = {name: _description(layout) for name, layout in candidate.layouts().items()}
         unmet = [
             *_wrong_identity(loaded),
             *_wrong_names(candidate, names),
             *_wrong_shapes(candidate, names, rank.topology, rank.rank),
-            *_no_copies(candidate, names),
+            *_not_copies(candidate, names),
         ]
-        everyone: tuple[Any, ...] = rank.gather(told)
-        if any(everyone[peer] != told for peer in rank.topology.peers(rank.rank, "tp")):
-            unmet.append("the ranks of a TP group tell different layouts")
+        by_rank: tuple[Any, ...] = rank.gather(layouts)
+        if any(by_rank[peer] != layouts for peer in rank.topology.peers(rank.rank, "tp")):
+            unmet.append("the ranks of a TP group return different layouts")
     return unmet
 
 
@@ -70,14 +70,14 @@ def _wrong_shapes(
         if name not in layouts:
             continue
         layout = layouts[name]
-        held = tuple(candidate.parameter(name).shape)
+        local_shape = tuple(candidate.parameter(name).shape)
         if layout.shape != shape:
             yield f"the layout of {name} is of a tensor of shape {layout.shape}, not {shape}"
-        if layout.local_shapes[tp_rank] != held:
-            yield f"parameter({name!r}) has the shape {held}, and its layout says {layout.local_shapes[tp_rank]}"
+        if layout.local_shapes[tp_rank] != local_shape:
+            yield f"parameter({name!r}) has the shape {local_shape}, but its layout says {layout.local_shapes[tp_rank]}"
 
 
-def _no_copies(candidate: Candidate, names: Mapping[str, Any]) -> Iterator[str]:
+def _not_copies(candidate: Candidate, names: Mapping[str, Any]) -> Iterator[str]:
     name = next(iter(names))
     before = candidate.parameter(name)
     kept = before.detach().clone()
@@ -96,55 +96,47 @@ def _description(layout: Any) -> tuple[Any, ...]:
 _SCALE = 1.01
 
 
-def planted(backend: str | Backend, fault: str) -> FaultyBackend:
-    """Return a backend whose candidates bear the fault of that name."""
+def _sharded_matrix(candidate: Candidate) -> nn.Parameter:
+    """Return the last matrix that is sharded, or else the last matrix; of a linear layer, whose output it scales."""
+    layouts = candidate.layouts()
+    matrices = {name: parameter for name, parameter in candidate.module.named_parameters() if parameter.dim() == 2}
+    sharded = [matrix for name, matrix in matrices.items() if name in layouts and not layouts[name].is_replicated]
+    return (sharded or list(matrices.values()))[-1]
 
-    def plant(live: Live) -> None:
-        live.candidate = _FAULTS[fault](live.candidate)
 
-    return FaultyBackend(plant, backend)
-
-
-def _scaled_weight(candidate: Candidate) -> Candidate:
+def _scale_weight(live: Live) -> None:
     with torch.no_grad():
-        _a_matrix(candidate).mul_(_SCALE)
-    return candidate
+        _sharded_matrix(live.candidate).mul_(_SCALE)
 
 
-def _scaled_output(candidate: Candidate) -> Candidate:
+def _scale_output(live: Live) -> None:
     def scaled(module: nn.Module, args: Any, output: Any) -> Any:
         return map_tensors(lambda tensor: tensor * _SCALE, output)
 
-    owner = next(one for one in candidate.module.modules() if _a_matrix(candidate) in _own(one))
+    matrix = _sharded_matrix(live.candidate)
+    owner = next(m for m in live.candidate.module.modules() if matrix in set(m.parameters(recurse=False)))
     owner.register_forward_hook(scaled)
-    return candidate
 
 
-def _scaled_gradient(candidate: Candidate) -> Candidate:
-    return _Scaling(candidate)
+def _scale_gradient(live: Live) -> None:
+    live.candidate = _ScaledGradient(live.candidate)
 
 
-def _skipped_step(candidate: Candidate) -> Candidate:
-    return _Standing(candidate)
+def _skip_step(live: Live) -> None:
+    live.candidate = _SkippedStep(live.candidate)
 
 
-_FAULTS: Mapping[str, Callable[[Candidate], Candidate]] = {
-    "a scaled weight": _scaled_weight,
-    "a scaled output": _scaled_output,
-    "a scaled gradient": _scaled_gradient,
-    "a skipped step": _skipped_step,
+# What is injected, how, and the check that must find it.
+FAULTS: Mapping[str, tuple[Callable[[Live], None], str]] = {
+    "a scaled weight": (_scale_weight, "weights_match_reference"),
+    "a scaled output": (_scale_output, "outputs_match_reference"),
+    "a scaled gradient": (_scale_gradient, "gradients_match_reference"),
+    "a skipped step": (_skip_step, "updates_match_reference"),
 }
-EXPECTED: Mapping[str, str] = {
-    "a scaled weight": "weights_match_reference",
-    "a scaled output": "outputs_match_reference",
-    "a scaled gradient": "gradients_match_reference",
-    "a skipped step": "updates_match_reference",
-}
-"""The check that must find each fault."""
 
 
-class _Borne:
-    """Hands everything on to the candidate that it is put around."""
+class _Delegating:
+    """Delegates every attribute to a candidate."""
 
     def __init__(self, candidate: Candidate) -> None:
         self._candidate = candidate
@@ -153,38 +145,27 @@ class _Borne:
         return getattr(self._candidate, name)
 
 
-class _Scaling(_Borne):
-    """Scales what reaches the parameter, before anybody reduces it."""
+class _ScaledGradient(_Delegating):
+    """Scales the gradient of a parameter before it is reduced."""
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
-        matrix = _a_matrix(self._candidate)
+        matrix = _sharded_matrix(self._candidate)
         if matrix not in getattr(self, "_hooked", ()):
             self._hooked = {matrix}
             matrix.register_hook(lambda gradient: gradient * _SCALE)  # type: ignore[no-untyped-call]
         return self._candidate.forward(batch)
 
 
-class _Standing(_Borne):
-    """Does everything that a step does, and leaves the weights where they were."""
+class _SkippedStep(_Delegating):
+    """Restores the weights after each optimizer step."""
 
     def step(self) -> None:
-        before = {name: one.detach().clone() for name, one in self._candidate.module.named_parameters()}
+        parameters = dict(self._candidate.module.named_parameters())
+        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         self._candidate.step()
         with torch.no_grad():
             for name, parameter in self._candidate.module.named_parameters():
                 parameter.copy_(before[name])
-
-
-def _a_matrix(candidate: Candidate) -> nn.Parameter:
-    """Return the last matrix that is sharded, or the last there is; that of a linear module, whose output it scales."""
-    layouts = candidate.layouts()
-    matrices = [(name, parameter) for name, parameter in candidate.module.named_parameters() if parameter.dim() == 2]
-    sharded = [one for name, one in matrices if name in layouts and not layouts[name].is_replicated]
-    return (sharded or [one for _, one in matrices])[-1]
-
-
-def _own(module: nn.Module) -> set[nn.Parameter]:
-    return set(module.parameters(recurse=False))
 
 
 TIMEOUT = 300.0
@@ -201,24 +182,23 @@ def backend_conformance(
 ) -> Report:
     """Run the conformance kit of `tpcheck.adapters.Backend` and return the report of the clean run.
 
-    What a conforming backend keeps to:
+    Requirements:
 
-    - a model that it shards rightly passes every check, and something of it is sharded;
-    - parameters bear the reference's names; what it hands out of them are copies, of the shapes that its layouts say;
-    - all ranks of a TP group tell the same layouts and gradient norm, and the groups are those of the topology;
-    - it hands out what is really there: a weight that is scaled, an output that is scaled, a gradient that is scaled
-      and a step that is skipped are each found by the check they are for.
+    - a model that the backend shards correctly passes every check, and some of its parameters are sharded;
+    - parameters have the names of the reference; `parameter()` returns copies with the shapes of the layouts;
+    - all ranks of a TP group return the same layouts and gradient norm, and the groups are those of the topology;
+    - a scaled weight, a scaled output, a scaled gradient and a skipped step are each found by their check.
 
     Args:
         backend: The name of an installed backend, or one as an object.
-        build: Returns an unsharded model that the backend shards rightly; a small Llama by default.
+        build: Returns an unsharded model that the backend shards correctly; a small Llama by default.
         batch: As for `tpcheck.verify`.
-        topology: Two TP ranks by default.
-        config: The backend's own configuration.
-        timeout: Seconds until a run that hangs is ended.
+        topology: By default two TP ranks.
+        config: Backend configuration.
+        timeout: Time limit of a run, in seconds.
 
     Raises:
-        Mismatch: The backend does not conform; the message says in which points, `report` is that of the clean run.
+        Mismatch: The backend does not conform; the message lists the unmet requirements, `report` is the clean run's.
 
     Example:
         >>> backend_conformance(MyBackend())  # doctest: +SKIP
@@ -236,19 +216,21 @@ def backend_conformance(
     if not clean.passed:
         raise Mismatch(f"a clean run does not pass:\n{clean.to_text()}", clean)
     with spawn(topology, timeout=timeout) as world:
-        told = world.run(unmet_facts, backend, build, dict(config or {}))
-    unmet = list(dict.fromkeys(fact for of_rank in told for fact in of_rank))
-    for fault, check in EXPECTED.items():
-        report = verified(planted(backend, fault))
+        by_rank = world.run(unmet_requirements, backend, build, dict(config or {}))
+    unmet = list(dict.fromkeys(fact for facts in by_rank for fact in facts))
+    for fault, (inject, check) in FAULTS.items():
+        report = verified(FaultyBackend(inject, backend))
         if check not in {finding.check for finding in report.findings}:
             unmet.append(f"{fault} is not found by {check}: the verdict is {report.verdict.verdict}")
     if unmet:
-        raise Mismatch("the backend does not conform:\n" + "\n".join(f"  {one}" for one in unmet), clean)
+        raise Mismatch(
+            "the backend does not conform:\n" + "\n".join(f"  {requirement}" for requirement in unmet), clean
+        )
     return clean
 
 
 def require_conformance(backend: str | Backend, **options: Any) -> None:
-    """Run the kit in a test: it fails with what is not met, without the kit's own stack.
+    """Run the kit in a test: a failure shows the unmet requirements without the kit's stack.
 
     Example:
         >>> def test_my_backend_conforms() -> None:

@@ -48,7 +48,7 @@ def test_a_fault_is_caught_at_its_place_with_a_right_cause(fault: ModelFault, tm
 
 def needs_its_test(suspect: Suspect, cause: str) -> bool:
     """Return whether a suspect has the cause, and another one or none without the test that named it."""
-    causes = [explanation.cause for test in applicable(suspect) if (explanation := test(suspect))]
+    causes = [explanation.cause.slug for test in applicable(suspect) if (explanation := test(suspect))]
     first, second, *_ = *causes, None, None
     return first == cause != second
 

@@ -40,7 +40,7 @@ def test_a_fault_that_needs_a_setting_is_shrunk_to_that_setting() -> None:
     command = shlex.split(result.found[0].outcome.command)
     assert "--batch" not in command
     assert "mlp_bias=true" in command
-    assert result.found[0].comes_again
+    assert result.found[0].is_reproducible
     first = result.found[0].outcome.data.findings[0]
     assert (first.check, first.where["parameter"]) == ("weights_match_reference", "model.layers.0.mlp.up_proj.bias")
 

@@ -1,4 +1,4 @@
-"""What a search prints, line by line."""
+"""The text and JSON of a search, line by line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def test_a_search_that_found_nothing_says_what_it_covered() -> None:
         "passed  qwen3  deepspeed\n"
         "\n"
         "  examples  3 ran: 2 passed, 1 known; 1 refused\n"
-        "  known     deepspeed-bf16-norm (1 example); tpcheck/families/known.toml\n"
+        "  known     deepspeed-bf16-norm (1 example); tpcheck/lab/known.toml\n"
         "  refused   1 x N heads do not fit\n"
         "  seconds   12.3\n"
     )
@@ -34,8 +34,8 @@ def test_a_crash_shows_its_own_message_and_how_far_it_can_be_trusted() -> None:
     text = as_text(searched_lines(ERROR))
     assert "The system under test crashed. Its own message:\n" in text
     assert "  again     tpcheck verify qwen3 --tp 4\n" in text
-    assert "            shrinking ended at its limit of time: a smaller one may exist\n" in text
-    assert "            it passed when it was run once more: something in it is left to chance\n" in text
+    assert "            shrinking reached its time limit: a smaller example may exist\n" in text
+    assert "            it passed when it was run again: the outcome is not deterministic\n" in text
 
 
 def test_layers_are_a_table_and_their_findings() -> None:

@@ -30,7 +30,7 @@ def fails_from_100(pair: Pair) -> Outcome:
 def test_a_failure_is_shrunk_to_the_smallest() -> None:
     found = searched(fails_from_100).found
     assert [one.outcome.command for one in found] == ["run (100, False)"]
-    assert found[0].comes_again
+    assert found[0].is_reproducible
 
 
 def test_what_is_right_passes() -> None:
@@ -89,7 +89,7 @@ def test_what_does_not_come_again_is_told() -> None:
         times[pair] = times.get(pair, 0) + 1
         return fails_from_100(pair) if times[pair] == 1 else outcome("passed", pair=pair)
 
-    assert not searched(once).found[0].comes_again
+    assert not searched(once).found[0].is_reproducible
 
 
 def test_an_interrupt_keeps_what_was_found() -> None:

@@ -1,4 +1,4 @@
-"""Searches a backend's layers, one by one, for a try in which they are not the plain layers that they replace."""
+"""Searches the tensor-parallel layers of a backend, one by one, for a trial that differs from the plain layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MOST_DIMS = 3
 
 @dataclass(frozen=True, slots=True)
 class LayerCommon:
-    """What all tries have in common; `known` as for families."""
+    """The options that all trials share; `known` as for families."""
 
     backend: str | Backend = "deepspeed"
     tp: tuple[int, ...] = (2, 4)
@@ -43,16 +43,16 @@ class LayerCommon:
 
 
 def fuzz_layers(names: Sequence[str], common: LayerCommon, limits: Limits, told: Told) -> Iterator[Searched]:
-    """Yield a search for each of the layers of these names, or of all; those that are not tried come with the reason.
+    """Yield the search of each layer with these names, or of all; a layer that cannot be tried has a reason instead.
 
     Raises:
-        UsageError: The backend tells of no layers, or has none of this name.
+        UsageError: The backend does not list its layers, or has none of this name.
         TpcheckError: hypothesis is not installed.
     """
     require_hypothesis()
     table, versions = _table(common.backend)
     with Worlds(common, versions) as worlds:
-        for layer in _chosen(table, names):
+        for layer in _selected(table, names):
             subject = {"layer": layer.name, "backend": common.backend_name, "examples": limits.examples}
             if layer.shard is None:
                 refused = Outcome("refused", reason=layer.why_not)
@@ -65,19 +65,19 @@ def fuzz_layers(names: Sequence[str], common: LayerCommon, limits: Limits, told:
 
 
 def try_one(trial: Trial, common: LayerCommon) -> Outcome:
-    """Return what comes of one try.
+    """Return the outcome of one trial.
 
     Raises:
         UsageError: The backend has no such layer.
     """
     table, versions = _table(common.backend)
-    _chosen(table, [trial.layer])
+    _selected(table, [trial.layer])
     with Worlds(common, versions) as worlds:
         return worlds.outcome(trial)
 
 
 class Worlds:
-    """One world for each size of TP, kept for all tries."""
+    """One world for each TP size, kept for all trials."""
 
     def __init__(self, common: LayerCommon, versions: Mapping[str, str]) -> None:
         self._common = common
@@ -86,7 +86,7 @@ class Worlds:
         self._worlds: dict[int, World] = {}
 
     def outcome(self, trial: Trial) -> Outcome:
-        """Run one try on every rank, and say what came of it."""
+        """Run one trial on every rank, and return its outcome."""
         from tpcheck.lab.fuzz.layer_trial import try_layer
 
         command = trial_command(trial, self._common.backend_name)
@@ -95,8 +95,8 @@ class Worlds:
         except RankFailure as failure:
             if isinstance(failure.exception, TpcheckError) and not isinstance(failure.exception, BackendError):
                 raise failure.exception from failure
-            said = str(failure.exception if isinstance(failure.exception, BackendError) else failure)
-            return crashed_trial(trial, said, self._common, self._versions, command)
+            message = str(failure.exception if isinstance(failure.exception, BackendError) else failure)
+            return crashed_trial(trial, message, self._common, self._versions, command)
         return judged_trial(trial, by_rank, self._common, self._versions, command)
 
     def _world(self, tp: int) -> World:
@@ -112,7 +112,7 @@ class Worlds:
 
 
 def trials(layer: ParallelLayer, table: LayerTable, common: LayerCommon) -> SearchStrategy[Trial]:
-    """Return what draws tries of one kind of layer."""
+    """Return the strategy that draws trials of one kind of layer."""
     from hypothesis import strategies as st
 
     widths = st.integers(1, _MOST_WIDTH)
@@ -136,7 +136,7 @@ def trials(layer: ParallelLayer, table: LayerTable, common: LayerCommon) -> Sear
 
 
 def trial_command(trial: Trial, backend: str) -> str:
-    """Return the command that repeats a try.
+    """Return the command that reproduces a trial.
 
     Example:
         >>> trial_command(Trial("LinearLayer", bias=True), "deepspeed")
@@ -147,7 +147,7 @@ def trial_command(trial: Trial, backend: str) -> str:
 
 
 def _drawn_options(draw: DrawFn, table: LayerTable) -> dict[str, Any]:
-    """Draw settings of all layers; those that are as usual are not named."""
+    """Draw the settings that all layers share; those with their usual value are left out."""
     from hypothesis import strategies as st
 
     drawn = {name: draw(st.sampled_from(values)) for name, values in table.options.items()}
@@ -161,7 +161,7 @@ def _table(backend: str | Backend) -> tuple[LayerTable, dict[str, str]]:
     return layer_table(backend), {**package_versions(), **load_backend(backend).versions()}
 
 
-def _chosen(table: LayerTable, names: Sequence[str]) -> list[ParallelLayer]:
+def _selected(table: LayerTable, names: Sequence[str]) -> list[ParallelLayer]:
     known = {layer.name: layer for layer in table.layers}
     for name in names:
         if name not in known:
@@ -170,10 +170,10 @@ def _chosen(table: LayerTable, names: Sequence[str]) -> list[ParallelLayer]:
 
 
 def read_trial(text: str) -> Trial:
-    """Return the try that `--trial` gives.
+    """Return the trial in the text of `--trial`.
 
     Raises:
-        UsageError: It is no try.
+        UsageError: The text is no valid trial.
     """
     try:
         values = json.loads(text)

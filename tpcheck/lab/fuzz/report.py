@@ -1,4 +1,4 @@
-"""A search among many configurations as text and JSON."""
+"""A search as text and JSON."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tpcheck.lab.fuzz.results import Found, Outcome, Searched
 from tpcheck.report import words
 from tpcheck.report.data import SCHEMA, as_data, plain_json
 from tpcheck.report.findings import finding_lines
+from tpcheck.report.table import Cell, Column, Row, Table, table_lines
 from tpcheck.report.text import STYLES
 from tpcheck.report.words import Line, labelled, plain
 
@@ -21,22 +22,22 @@ _SHOWN_OF_MESSAGE = 6
 
 
 def outcome_line(outcome: Outcome, *, shrinking: bool = False) -> Line:
-    """Return one example: how it ended, and the command that repeats it."""
+    """Return one example as a line: its status, and the command that reproduces it."""
     name = f"{outcome.kind}  " if outcome.status == "known" else ""
-    said = outcome.reason if outcome.is_bad or outcome.status == "refused" else ""
+    reason = outcome.reason if outcome.is_bad or outcome.status == "refused" else ""
     step = "shrink  " if shrinking else ""
     return Line(
         (
             (step, "dim"),
             (f"{outcome.status:<7}", _STATUS_STYLES[outcome.status]),
             (f"  {name}{outcome.command}", ""),
-            (f"  {said}" if said else "", "dim"),
+            (f"  {reason}" if reason else "", "dim"),
         )
     )
 
 
 def searched_lines(searched: Searched) -> Iterator[Line]:
-    """Yield what was found, each in its smallest form, and what the search covered."""
+    """Yield the smallest example of each failure, and what the search covered."""
     yield Line(((searched.verdict, STYLES[searched.verdict]), (f"  {_name(searched.subject)}", "bold")))
     for found in searched.found:
         yield Line()
@@ -44,14 +45,14 @@ def searched_lines(searched: Searched) -> Iterator[Line]:
     yield Line()
     yield from labelled("examples", counted(searched))
     for bug, number in searched.reasons("known"):
-        yield from labelled("known", f"{bug} ({words.count(number, 'example')}); tpcheck/families/known.toml")
+        yield from labelled("known", f"{bug} ({words.count(number, 'example')}); tpcheck/lab/known.toml")
     reasons = searched.reasons("refused")
     for reason, number in reasons[:_REASONS_SHOWN]:
         yield from labelled("refused", f"{number} x {reason}")
     if len(reasons) > _REASONS_SHOWN:
         yield from labelled("", f"and {words.count(len(reasons) - _REASONS_SHOWN, 'other reason')}")
     if searched.interrupted:
-        yield from labelled("ended", "interrupted: what stands here is what had been run", "yellow")
+        yield from labelled("ended", "interrupted: these are the results so far", "yellow")
     yield from labelled("seconds", f"{searched.seconds:.1f}")
 
 
@@ -85,22 +86,21 @@ def searched_data(searched: Searched) -> dict[str, Any]:
 
 
 def layers_lines(searches: Sequence[Searched]) -> Iterator[Line]:
-    """Yield a line for each layer, and what was found of each kind."""
-    width = max(len(_layer(one)) for one in searches)
-    for one in searches:
-        said = one.reasons("refused")[0][0] if one.verdict == "skipped" and one.outcomes else counted(one)
-        yield Line(((f"{one.verdict:<7}", STYLES[one.verdict]), (f"  {_layer(one):<{width}}  ", "bold"), (said, "")))
-    for one in searches:
-        for found in one.found:
+    """Yield a line for each layer, and the smallest example of each failure."""
+    yield from table_lines(Table(_LAYER_COLUMNS, tuple(map(_layer_row, searches))))
+    for searched in searches:
+        for found in searched.found:
             yield Line()
-            yield from _found_lines(found, cut_short=one.cut_short)
-    known = Counter(bug for one in searches for bug, number in one.reasons("known") for _ in range(number))
+            yield from _found_lines(found, cut_short=searched.cut_short)
+    known: Counter[str] = Counter()
+    for searched in searches:
+        known.update(dict(searched.reasons("known")))
     if known:
         yield Line()
     for bug, number in known.most_common():
-        yield from labelled("known", f"{bug} ({words.count(number, 'example')}); tpcheck/families/known.toml")
-    if any(one.interrupted for one in searches):
-        yield from labelled("ended", "interrupted: what stands here is what had been run", "yellow")
+        yield from labelled("known", f"{bug} ({words.count(number, 'example')}); tpcheck/lab/known.toml")
+    if any(searched.interrupted for searched in searches):
+        yield from labelled("ended", "interrupted: these are the results so far", "yellow")
 
 
 def layers_data(searches: Sequence[Searched]) -> dict[str, Any]:
@@ -109,15 +109,15 @@ def layers_data(searches: Sequence[Searched]) -> dict[str, Any]:
         "schema": SCHEMA,
         "verdict": verdict_of(searches),
         "environment": plain_json(searches[0].environment) if searches else {},
-        "layers": [searched_data(one) for one in searches],
+        "layers": [searched_data(searched) for searched in searches],
     }
 
 
 def verdict_of(searches: Sequence[Searched]) -> VerdictName:
-    """Return the first of `failed`, `error`, `passed` that a search says, else `skipped`."""
-    said = {one.verdict for one in searches}
+    """Return the worst verdict of the searches: `failed`, `error`, `passed`, or else `skipped`."""
+    verdicts = {searched.verdict for searched in searches}
     order: tuple[VerdictName, ...] = ("failed", "error", "passed")
-    return next((name for name in order if name in said), "skipped")
+    return next((name for name in order if name in verdicts), "skipped")
 
 
 def searched_json(data: Mapping[str, Any]) -> str:
@@ -125,8 +125,14 @@ def searched_json(data: Mapping[str, Any]) -> str:
     return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
-def _layer(searched: Searched) -> str:
-    return str(searched.subject.get("layer"))
+_LAYER_COLUMNS = (Column("verdict", width=7), Column("layer"), Column("examples"))
+
+
+def _layer_row(searched: Searched) -> Row:
+    was_refused = searched.verdict == "skipped" and searched.outcomes
+    text = searched.reasons("refused")[0][0] if was_refused else counted(searched)
+    layer = str(searched.subject.get("layer"))
+    return Row((Cell(searched.verdict, STYLES[searched.verdict]), Cell(layer, "bold"), Cell(text)))
 
 
 def _name(subject: Mapping[str, Any]) -> str:
@@ -149,9 +155,9 @@ def _found_lines(found: Found, *, cut_short: bool) -> Iterator[Line]:
     if found.shrunk_from != outcome.command:
         yield from labelled("shrunk", f"from {found.shrunk_from}", "dim")
     if cut_short:
-        yield from labelled("", "shrinking ended at its limit of time: a smaller one may exist", "yellow")
-    if not found.comes_again:
-        again = f"it {found.again.status} when it was run once more: something in it is left to chance"
+        yield from labelled("", "shrinking reached its time limit: a smaller example may exist", "yellow")
+    if not found.is_reproducible:
+        again = f"it {found.again.status} when it was run again: the outcome is not deterministic"
         yield from labelled("", again, "yellow")
 
 
@@ -163,6 +169,6 @@ def _found_data(found: Found) -> dict[str, Any]:
         "reason": outcome.reason,
         "again": outcome.command,
         "shrunk_from": found.shrunk_from,
-        "comes_again": found.comes_again,
+        "comes_again": found.is_reproducible,
         "report": as_data(outcome.data) if isinstance(outcome.data, Verdict) else plain_json(outcome.data),
     }

@@ -1,4 +1,4 @@
-"""What a search among many configurations, and one try of a layer, came to."""
+"""Trials of layers, and the outcomes of examples and searches."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from typing import Any, Literal
 from tpcheck.core.errors import UsageError
 
 STRIDES = ("contiguous", "transposed", "sliced", "expanded")
-MAKING = "making the layer"  # the phase of a try in which a layer may refuse
+MAKING = "making the layer"  # the phase of a trial in which a layer may refuse
+OUTPUT, INPUT_GRADIENT = "output", "gradient of the input"  # tensors of a trial
 DTYPES = ("float64", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A layer, what it is given, and how that lies in memory.
+    """A layer, the shapes of its tensors, and their memory layout.
 
     Attributes:
         layer: Name of the kind of layer.
-        inputs, outputs: Its widths; those of one block, where a weight is fused of several. Of an embedding, the
-            number of its rows and their width.
+        inputs, outputs: Its widths, or those of one block of a fused weight; number and width of the rows of an
+            embedding.
         rows: The dims before the last one.
-        strides, gradient_strides: How the input and the gradient of the output lie in memory: `contiguous`,
-            `transposed` (the last two dims change places), `sliced` (every other element of a wider tensor), or
-            `expanded` (one number everywhere, as the gradient of a sum).
+        strides, gradient_strides: Memory layout of the input and of the gradient of the output: `contiguous`,
+            `transposed` (in the last two dims), `sliced` (every other element of a wider tensor), or `expanded` (one
+            number everywhere, as the gradient of a sum).
         options: Settings of the backend's layers.
     """
 
@@ -42,16 +43,16 @@ class Trial:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Return what differs from the defaults.
+        """Return the values that differ from the defaults.
 
         Example:
             >>> Trial("LinearLayer", rows=(2, 3), bias=True).to_json()
             '{"layer": "LinearLayer", "rows": [2, 3], "bias": true}'
         """
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        plain = Trial(self.layer)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = Trial(self.layer)
         return json.dumps(
-            {name: value for name, value in values.items() if name == "layer" or value != getattr(plain, name)}
+            {name: value for name, value in values.items() if name == "layer" or value != getattr(defaults, name)}
         )
 
     @classmethod
@@ -59,9 +60,9 @@ class Trial:
         """Return the trial that `to_json` has written.
 
         Raises:
-            UsageError: There is no layer, an unknown key, or a value of another kind.
+            UsageError: The layer is missing, a key is unknown, or a value has the wrong type.
         """
-        known = [one.name for one in fields(cls)]
+        known = [field.name for field in fields(cls)]
         for name in ("layer", *values):
             if name not in known or name not in values:
                 raise UsageError("trial", name, known)
@@ -92,12 +93,12 @@ class Outcome:
     """How one example ended.
 
     Attributes:
-        status: `passed`; `refused` (it cannot be run, and somebody said so); `known` (a registered upstream bug);
-            `failed` (something differs); `error` (a crash that is no refusal).
-        kind: Failures of one kind are shrunk together; of what is known, the name of the bug.
-        reason: Why it was refused, or what was found, in a line.
-        command: Repeats the example.
-        data: What there is to show of a failure.
+        status: `passed`; `refused` (the model or the backend refuses the configuration with a reason); `known` (a
+            registered upstream bug); `failed` (a tensor differs); `error` (a crash).
+        kind: Failures of one kind are shrunk together; for `known` the name of the bug.
+        reason: The reason of a refusal, or a line about the failure.
+        command: Reproduces the example.
+        data: The verdict, or other data about a failure.
     """
 
     status: Status
@@ -116,9 +117,9 @@ class Found:
     """The smallest example of one kind of failure.
 
     Attributes:
-        outcome: How it ended.
-        again: How it ended when it was run once more: only what comes again can be looked into.
-        shrunk_from: The command of the first example that failed in this way.
+        outcome: Its outcome.
+        again: Its outcome when it was run once more.
+        shrunk_from: The command of the first example with this failure.
     """
 
     outcome: Outcome
@@ -126,7 +127,7 @@ class Found:
     shrunk_from: str = ""
 
     @property
-    def comes_again(self) -> bool:
+    def is_reproducible(self) -> bool:
         return self.again.status == self.outcome.status
 
 
@@ -135,12 +136,11 @@ class Searched:
     """All examples of one search.
 
     Attributes:
-        subject: What was searched, and within which bounds.
-        outcomes: How each distinct example ended, in the order in which they were run; those that were run to shrink a
-            failure left out.
+        subject: The family or layer, and the bounds of the search.
+        outcomes: The outcome of each distinct example in order, without those that were run to shrink a failure.
         found: The smallest example of each kind of failure.
-        num_shrinking: How many more were run to shrink.
-        cut_short: Shrinking ended at its limit of time: a smaller example may exist.
+        num_shrinking: Number of examples that were run to shrink.
+        cut_short: Shrinking reached its time limit: a smaller example may exist.
         interrupted: Ctrl-C ended the search.
         environment: Versions by package.
     """
@@ -162,17 +162,17 @@ class Searched:
         return len(self.outcomes) - self.count("refused")
 
     def reasons(self, status: Status) -> list[tuple[str, int]]:
-        """Return what is said of the outcomes of this status, the most frequent first, and how often."""
-        said = Counter(
+        """Return the reasons of the outcomes with this status and their counts, the most frequent first."""
+        counts = Counter(
             outcome.kind if status == "known" else outcome.reason
             for outcome in self.outcomes
             if outcome.status == status
         )
-        return said.most_common()
+        return counts.most_common()
 
     @property
     def verdict(self) -> Literal["passed", "failed", "error", "skipped"]:
-        """Return what the search says in a word; `skipped` where nothing could be run."""
+        """Return the verdict of the search; `skipped` if no example could be run."""
         statuses = {found.outcome.status for found in self.found}
         if "failed" in statuses:
             return "failed"

@@ -1,4 +1,4 @@
-"""Draws examples, runs them, and shrinks those that fail. Hypothesis draws and shrinks; nothing here runs on a rank."""
+"""Draws examples with hypothesis, runs them, and shrinks those that fail."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ SHRINK_SECONDS = 300.0
 
 
 class Told(Protocol):
-    """Is handed every outcome as it comes."""
+    """A callback for each outcome."""
 
     def __call__(self, outcome: Outcome, *, shrinking: bool) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a search goes on.
+    """The limits of a search.
 
     Attributes:
-        examples: How many examples are run; those that are refused do not count, up to ten times as many.
+        examples: Number of examples to run; up to ten times as many that are refused do not count.
         seed: Equal seeds draw equal examples.
-        shrink_seconds: After so many seconds of shrinking the smallest example so far is taken.
+        shrink_seconds: Time limit of shrinking one failure.
     """
 
     examples: int = 200
@@ -45,7 +45,7 @@ class Limits:
 def search(
     examples: SearchStrategy[Example], run: Callable[[Example], Outcome], limits: Limits, told: Told
 ) -> Searched:
-    """Run so many examples, and shrink the first failure of each kind. Ctrl-C keeps what there is."""
+    """Run examples up to the limits, and shrink the first failure of each kind. Ctrl-C keeps the results so far."""
     start = time.monotonic()
     runs = _Runs(run, limits, told)
     found: list[Found] = []
@@ -53,7 +53,7 @@ def search(
     try:
         while runs.num_left > 0 and (failure := _first_failure(examples, runs, seed=limits.seed + len(found))):
             found.append(Found(failure.outcome, run(failure.example), runs.first))
-            runs.set_aside(failure.outcome.kind)
+            runs.ignore(failure.outcome.kind)
     except KeyboardInterrupt:
         interrupted = True
         if runs.last is not None:
@@ -70,7 +70,7 @@ def search(
 
 
 def require_hypothesis() -> None:
-    """Check that examples can be drawn.
+    """Check that hypothesis is installed.
 
     Raises:
         TpcheckError: hypothesis is not installed.
@@ -92,14 +92,14 @@ class _Failure(Exception):
 
 @dataclass
 class _Runs(Generic[Example]):
-    """Runs each example once, and remembers how it ended.
+    """Runs each example once, and caches its outcome.
 
-    The first failure of a new kind is the one that is shrunk: until that has ended no other kind counts, or one bug
-    would be shrunk into another.
+    The first failure of a new kind is shrunk; meanwhile other kinds count as passed, or one bug would be shrunk into
+    another.
 
     Attributes:
-        first: The command of the failure that is shrunk, as it was drawn.
-        last: How the smallest example so far of that kind ended.
+        first: The command of the failure before it was shrunk.
+        last: The outcome of the smallest example so far; None while no failure is being shrunk.
     """
 
     run: Callable[[Example], Outcome]
@@ -110,35 +110,35 @@ class _Runs(Generic[Example]):
     last: Outcome | None = None
     num_shrinking: int = 0
     cut_short: bool = False
-    _memory: dict[str, Outcome] = field(default_factory=dict)
-    _aside: set[str] = field(default_factory=set)
+    _cache: dict[str, Outcome] = field(default_factory=dict)
+    _ignored_kinds: set[str] = field(default_factory=set)
     _deadline: float = 0.0
 
     @property
     def num_left(self) -> int:
-        """How many examples are still to be run."""
+        """Number of examples still to run."""
         return self.limits.examples - sum(outcome.status != "refused" for outcome in self.outcomes)
 
-    def set_aside(self, kind: str) -> None:
-        """Let failures of a kind pass from now on: its smallest example is known."""
-        self._aside.add(kind)
+    def ignore(self, kind: str) -> None:
+        """Ignore failures of a kind from now on: its smallest example is known."""
+        self._ignored_kinds.add(kind)
         self.last = None
 
     def test(self, example: Example) -> None:
-        """Return where the example is right, and tell hypothesis where it is not.
+        """Run an example; reject one that is refused.
 
         Raises:
-            _Failure: It failed.
+            _Failure: The example failed in the way that is being shrunk, or in a new way.
         """
         from hypothesis import reject
 
         outcome = self._outcome(example)
         if outcome.status == "refused":
             reject()
-        if outcome.is_bad and outcome.kind not in self._aside and self._is_wanted(outcome):
+        if outcome.is_bad and outcome.kind not in self._ignored_kinds and self._is_to_be_shrunk(outcome):
             raise _Failure(example, outcome)
 
-    def _is_wanted(self, outcome: Outcome) -> bool:
+    def _is_to_be_shrunk(self, outcome: Outcome) -> bool:
         if self.last is None:
             self.first = outcome.command
             self._deadline = time.monotonic() + self.limits.shrink_seconds
@@ -149,12 +149,12 @@ class _Runs(Generic[Example]):
 
     def _outcome(self, example: Example) -> Outcome:
         key = repr(example)
-        if key not in self._memory:
+        if key not in self._cache:
             if self.last is not None and time.monotonic() > self._deadline:
                 self.cut_short = True
-                return Outcome("passed")  # what is not known to fail is no smaller example
-            self._memory[key] = self._new(example)
-        return self._memory[key]
+                return Outcome("passed")  # an example that was not run is no smaller failure
+            self._cache[key] = self._new(example)
+        return self._cache[key]
 
     def _new(self, example: Example) -> Outcome:
         outcome = self.run(example)
@@ -167,27 +167,27 @@ class _Runs(Generic[Example]):
 
 
 def _first_failure(examples: SearchStrategy[Example], runs: _Runs[Example], *, seed: int) -> _Failure | None:
-    """Draw until something fails that is not set aside, and return its smallest example."""
+    """Draw until an example fails in a kind that is not ignored, and return its smallest example."""
     import hypothesis
     from hypothesis.errors import Unsatisfiable
 
     @hypothesis.seed(seed)
-    @_quiet(runs.num_left)
+    @_settings(runs.num_left)
     @hypothesis.given(examples)
     def test(example: Example) -> None:
         runs.test(example)
 
     try:
-        with _no_litter():
+        with _storage_in_a_temporary_folder():
             test()
     except _Failure as failure:
         return failure
-    except Unsatisfiable:  # every one was refused
+    except Unsatisfiable:  # all were refused
         return None
     return None
 
 
-def _quiet(num_examples: int) -> settings:
+def _settings(num_examples: int) -> settings:
     from hypothesis import HealthCheck, Phase, Verbosity, settings
 
     return settings(
@@ -203,8 +203,8 @@ def _quiet(num_examples: int) -> settings:
 
 
 @contextmanager
-def _no_litter() -> Iterator[None]:
-    """Keep hypothesis from leaving its folder where the user stands."""
+def _storage_in_a_temporary_folder() -> Iterator[None]:
+    """Keep hypothesis from creating its folder in the working directory."""
     from hypothesis import configuration
 
     before = configuration.storage_directory(intent_to_write=False).home_directory
