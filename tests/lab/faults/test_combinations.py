@@ -35,7 +35,7 @@ def test_two_faults_of_the_forward_pass_are_both_reported_though_the_first_feeds
     assert not second.evidence["inputs_agree"]
     assert first.evidence["collectives"] == []
     assert first.evidence["collectives_expected"] == [{"name": "all_reduce", "ranks": [0, 1]}]
-    assert "expected 1 all_reduce over ranks 0, 1, as in model.layers.0.self_attn.o_proj" in report.to_text()
+    assert "expected 1 all_reduce over ranks 0, 1, as in model.layers.1.mlp.down_proj" in report.to_text()
 
 
 def test_two_faults_of_the_backward_pass_and_frozen_parameters_are_all_reported() -> None:
@@ -66,19 +66,26 @@ def test_gradients_with_one_cause_are_one_finding() -> None:
     }
 
 
-def test_wrong_weights_with_two_causes_are_two_findings_and_later_checks_follow_from_them() -> None:
+def test_wrong_weights_with_two_causes_are_two_findings() -> None:
     def inject(live: Live) -> None:
         for layer in (0, 1):
             layout.fill(live, f"{UP.format(layer)}.weight", lambda shards: shards[1 - live.tp_rank])
         layout.fill(live, f"{DOWN.format(1)}.weight", lambda shards: shards[0])
+
+    report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=FaultyBackend(inject), replays=2, steps=1)
+    swapped, repeated = findings(report, "weights_match_reference")
+    assert (swapped.where["parameter"], swapped.cause) == (f"{UP.format(0)}.weight", "shard_order_swapped")
+    assert swapped.evidence["also"] == [f"{UP.format(1)}.weight"]
+    assert (repeated.where["parameter"], repeated.cause) == (f"{DOWN.format(1)}.weight", "shard_repeated")
+    assert repeated.where["ranks"] == [1]
+
+
+def test_findings_on_a_module_with_wrong_weights_follow_from_those_on_the_weights() -> None:
+    def inject(live: Live) -> None:
+        layout.fill(live, f"{UP.format(0)}.weight", lambda shards: shards[live.tp_rank] * 1.5)
         live.parameter("model.norm.weight").data.mul_(1 + 0.5 * live.tp_rank)
 
-    report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=FaultyBackend(inject), replays=2)
-    by_cause = {finding.cause: finding for finding in findings(report, "weights_match_reference")}
-    swapped, repeated = by_cause["shard_order_swapped"], by_cause["shard_repeated"]
-    assert swapped.where["parameter"] == f"{UP.format(0)}.weight"
-    assert swapped.evidence["also"] == [f"{UP.format(1)}.weight"]
-    assert (repeated.where["parameter"], repeated.where["ranks"]) == (f"{DOWN.format(1)}.weight", [1])
+    report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=FaultyBackend(inject), replays=2, steps=1)
     output, replica = (findings(report, check)[0] for check in ("outputs_match_reference", "replicas_agree"))
     assert output.where["module"] == UP.format(0)
     assert replica.where["parameter"] == "model.norm.weight"

@@ -108,12 +108,14 @@ def _difference(tensor: TriedTensor) -> Difference:
 
 
 def _cause(name: str, tensors: Sequence[TriedTensor], worst: Difference) -> str | None:
-    """Return the cause whose test holds on the tensors of all ranks."""
+    """Return the cause whose test holds on the tensors of all ranks; None for tensors of wrong shapes."""
     import torch
 
     from tpcheck.numerics.evidence import Kind, Suspect
     from tpcheck.numerics.hypotheses.explain import explain
 
+    if any(tensor.actual.shape != tensor.expected.shape for tensor in tensors):
+        return None
     kinds: Mapping[str, Kind] = {OUTPUT: "activation", INPUT_GRADIENT: "input_gradient"}
     whole = tensors[0].expected
     is_replicated = all(torch.equal(tensor.expected, whole) for tensor in tensors)
