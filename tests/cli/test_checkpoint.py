@@ -39,10 +39,12 @@ def test_equal_checkpoints_pass(run: Run, reference: Path, tmp_path: Path) -> No
 
 def test_a_shard_is_told_and_written(run: Run, reference: Path, tmp_path: Path) -> None:
     actual = saved(tmp_path / "saved", {**TENSORS, "a.weight": TENSORS["a.weight"][:3]})
-    result = run("checkpoint", actual, str(reference), "--json", str(tmp_path / "report.json"))
+    files = ["--json", str(tmp_path / "report.json"), "--html", str(tmp_path / "report.html")]
+    result = run("checkpoint", actual, str(reference), *files)
     assert result.exit_code == 1
     assert "shard_missing: the tensor is TP rank 0's slice of the reference along dim 0, of 2 ranks" in result.stdout
     assert f"again     tpcheck checkpoint {actual} {reference}" in result.stdout
+    assert "TP rank 0&#39;s slice of the reference" in (tmp_path / "report.html").read_text()
     report = json.loads((tmp_path / "report.json").read_text())
     (finding,) = report["findings"]
     assert (report["schema"], report["verdict"], finding["cause"]) == (1, "failed", "shard_missing")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tpcheck.cli.options import writable
-from tpcheck.cli.results import write_report
+from tpcheck.cli.results import Files, write_report
 from tpcheck.cli.terminal import BAD_USAGE, bytes_bar, usage_errors
 
 
@@ -30,6 +30,7 @@ def checkpoint(
     ] = False,
     json_: Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the report as JSON.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="F", help="Write the report as JUnit XML.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="F", help="Write the report as an HTML page.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show every finding.")] = False,
 ) -> None:
     """Compare a checkpoint bitwise with a reference, and explain each tensor that differs.
@@ -46,13 +47,13 @@ def checkpoint(
     Exit status: 0 equal, 1 findings, 2 bad usage, a damaged file, or nothing to compare.
     """
     with usage_errors():
-        json_, junit = writable("json", json_), writable("junit", junit)
+        files = Files(writable("json", json_), writable("junit", junit), writable("html", html))
         from tpcheck.checkpoints.verify import verify_checkpoint  # loads torch
 
         with bytes_bar("compare") as progress:
             report = verify_checkpoint(
                 actual, reference, dtype=dtype, earlier=earlier or (), allow_pickle=allow_pickle, progress=progress
             )
-    is_written = write_report(report, verbose=verbose, json_path=json_, junit_path=junit)
+    is_written = write_report(report, files, verbose=verbose)
     status = {"passed": 0, "failed": 1}.get(report.verdict.verdict, BAD_USAGE)
     raise typer.Exit(status if is_written else BAD_USAGE)

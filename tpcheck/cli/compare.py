@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tpcheck.cli.options import writable
-from tpcheck.cli.results import write_report
+from tpcheck.cli.results import Files, write_report
 from tpcheck.cli.terminal import BAD_USAGE, usage_errors
 
 
@@ -17,6 +17,7 @@ def compare(
     reference: Annotated[str, typer.Argument(metavar="REFERENCE.trace", help="The trace of the unsharded model.")],
     json_: Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the report as JSON.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="F", help="Write the report as JUnit XML.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="F", help="Write the report as an HTML page.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show every finding, and the checks that passed.")] = False,
 ) -> None:
     """Compare two traces that `tpcheck.record` has written in your training loop.
@@ -27,10 +28,10 @@ def compare(
     Exit status: 0 they agree, 1 findings, 2 bad usage, a damaged trace, or nothing to compare.
     """
     with usage_errors():
-        json_, junit = writable("json", json_), writable("junit", junit)
+        files = Files(writable("json", json_), writable("junit", junit), writable("html", html))
         from tpcheck.runs.comparing import compare_traces  # loads torch
 
         report = compare_traces(candidate, reference)
-    is_written = write_report(report, verbose=verbose, json_path=json_, junit_path=junit)
+    is_written = write_report(report, files, verbose=verbose)
     status = {"passed": 0, "failed": 1}.get(report.verdict.verdict, BAD_USAGE)
     raise typer.Exit(status if is_written else BAD_USAGE)

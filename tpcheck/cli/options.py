@@ -1,4 +1,4 @@
-"""Option values that typer cannot parse: `--set KEY=VALUE` and `--config JSON|FILE`."""
+"""Option values that typer cannot parse: `--set KEY=VALUE`, `--config JSON|FILE`, lists, and files to write."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _WORDS = {"true": True, "false": False, "none": None}
 
 
 def settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """Return what `--set KEY=VALUE` says, by key; a value is JSON, a Python word, or else text.
+    """Return the settings of `--set KEY=VALUE`; a value is JSON, true, false or none, or else text.
 
     Example:
         >>> settings(["qk_layernorm=True", "head_dim=8", "hidden_act=gelu"])
         {'qk_layernorm': True, 'head_dim': 8, 'hidden_act': 'gelu'}
     """
-    found: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.strip():
             raise UsageError("set", pair, "KEY=VALUE")
-        found[key.strip()] = _value(text.strip())
-    return found
+        parsed[key.strip()] = _value(text.strip())
+    return parsed
 
 
 def _value(text: str) -> Any:
@@ -38,10 +38,10 @@ def _value(text: str) -> Any:
 
 
 def json_object(name: str, source: str) -> dict[str, Any]:
-    """Return the JSON object that is written in `source`, or in the file of that name.
+    """Return the JSON object in `source`, which is JSON or the path of a file.
 
     Raises:
-        UsageError: No such file, not valid JSON (with its position), or not an object.
+        UsageError: The file does not exist, the text is not valid JSON, or no object.
     """
     text = source if source.lstrip().startswith(("{", "[")) else _read(name, source)
     try:
@@ -63,7 +63,7 @@ def _read(name: str, source: str) -> str:
 
 
 def writable(name: str, path: Path | None) -> Path | None:
-    """Return the path, having seen before a long run that a file can be written there."""
+    """Return the path after a check, before a long run, that a file can be written there."""
     if path is None:
         return None
     if path.is_dir() or not path.absolute().parent.is_dir():
@@ -71,7 +71,7 @@ def writable(name: str, path: Path | None) -> Path | None:
     try:
         if is_special(path):
             path.open("w").close()
-        else:  # tried out: permissions alone tell little of network folders, and nothing to root
+        else:  # by trial: permissions mean little on network folders, and nothing to root
             tempfile.TemporaryFile(dir=path.absolute().parent).close()
     except OSError as error:
         raise UsageError(name, str(path), f"a file that can be written ({error.strerror or error})") from error
@@ -79,19 +79,19 @@ def writable(name: str, path: Path | None) -> Path | None:
 
 
 def names(name: str, text: str) -> list[str]:
-    """Return the names of a list that commas separate, each once.
+    """Return the distinct names of a comma-separated list.
 
     Raises:
-        UsageError: There is none.
+        UsageError: The list is empty.
     """
-    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not found:
+    listed = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not listed:
         raise UsageError(name, text, "a name, or several with commas between them")
-    return found
+    return listed
 
 
 def integers(name: str, text: str) -> list[int]:
-    """Return the integers of a list that commas separate.
+    """Return the integers of a comma-separated list.
 
     Example:
         >>> integers("tp", "2,4")

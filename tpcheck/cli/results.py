@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tpcheck.cli.terminal import note, show, write_atomically
@@ -72,14 +73,16 @@ def write_results(rows: Sequence[Judged], files: Files, *, verbose: bool, held: 
     return all_written(writes)
 
 
-def write_report(report: Report, *, verbose: bool, json_path: Path | None, junit_path: Path | None) -> bool:
+def write_report(report: Report, files: Files, *, verbose: bool) -> bool:
     """Show one report and write its files; return whether everything could be written."""
     writes = [lambda: show(verdict_lines(report.verdict, findings_shown=None if verbose else FINDINGS_SHOWN))]
-    if json_path:
-        writes.append(lambda: write_atomically(json_path, report.to_json()))
-    if junit_path:
-        writes.append(lambda: write_atomically(junit_path, report.to_junit()))
+    texts = (files.json, report.to_json), (files.junit, report.to_junit), (files.html, report.to_html)
+    writes += [partial(_write, path, to_text) for path, to_text in texts if path is not None]
     return all_written(writes)
+
+
+def _write(path: Path, to_text: Callable[[], str]) -> None:
+    write_atomically(path, to_text())
 
 
 def all_written(writes: Sequence[Callable[[], None]]) -> bool:

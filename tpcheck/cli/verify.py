@@ -31,7 +31,7 @@ def verify(
     dtype: Annotated[str, typer.Option(metavar="NAME[,..]", help="float64 tells bugs from rounding best.")] = "float64",
     steps: Annotated[int, typer.Option(help="Training steps.")] = 2,
     jobs: Annotated[
-        int | None, typer.Option(help="Worlds side by side. [default: as many as the cores hold]", show_default=False)
+        int | None, typer.Option(help="Concurrent worlds. [default: as many as fit the cores]", show_default=False)
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -57,22 +57,22 @@ def verify(
         bool | None,
         typer.Option(
             "--known/--no-known",
-            help="Hold results against the register of known upstream bugs. By default with --all.",
+            help="Compare results with the register of known upstream bugs. [default: with --all]",
             show_default=False,
         ),
     ] = None,
     json_: Annotated[
-        Path | None, typer.Option("--json", metavar="F", help="Write JSON; a matrix goes on where F ends.")
+        Path | None, typer.Option("--json", metavar="F", help="Write JSON; a matrix continues the run in F.")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Run again what F holds already.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run cells again that are in F.")] = False,
     junit: Annotated[Path | None, typer.Option(metavar="F", help="Write the report as JUnit XML.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="F", help="Write a page with every finding.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="F", help="Write an HTML page with every finding.")] = None,
     summary: Annotated[
-        Path | None, typer.Option(metavar="F", help="Add a table in Markdown to F, $GITHUB_STEP_SUMMARY by default.")
+        Path | None, typer.Option(metavar="F", help="Append a Markdown table to F. [default: $GITHUB_STEP_SUMMARY]")
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show every finding, and the checks that passed.")] = False,
 ) -> None:
-    """Shard a small model, train it beside the unsharded one, and say where they differ.
+    """Shard a small model, train it beside the unsharded one, and report where they differ.
 
     \b
     tpcheck verify llama --tp 2
@@ -81,16 +81,16 @@ def verify(
     tpcheck verify llama --checks checkpoint_matches_reference
     tpcheck verify bloom --config '{"tensor_parallel": {"preset_model": "bloom"}}'
 
-    Several families, backends, sizes or stages make a matrix. It goes on after a crash or hang of one
-    of its cells, and, with --json, where a run before it was ended:
+    Several families, backends, sizes or stages make a matrix. A crash or hang of one cell does not end
+    it, and with --json it continues an interrupted run:
 
     \b
     tpcheck verify --all --backend deepspeed,transformers --json matrix.json --html matrix.html
     tpcheck verify llama qwen3 --tp 2,4 --dp 1,2 --zero 0,1,2,3
 
     Exit status: 0 passed, 1 findings, 2 bad usage or a report that cannot be written, 3 the system
-    under test crashed. Of several cells the first that applies of 2, 1, 3 counts. With --all (or
-    --known) a known upstream bug is no finding; one that is gone, or new, is. 130 interrupted.
+    under test crashed. For several cells the first of 2, 1, 3 that applies. With --all (or --known)
+    a known upstream bug is no finding, but a new or missing one is. 130 interrupted.
     """
     with usage_errors():
         common = Common(

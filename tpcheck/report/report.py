@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from tpcheck.core.errors import BackendError, Mismatch
 from tpcheck.core.findings import Finding, Verdict
+from tpcheck.report import words
 from tpcheck.report.data import as_data
+from tpcheck.report.findings import finding_lines, place
 from tpcheck.report.junit import as_junit
-from tpcheck.report.text import FINDINGS_SHOWN, verdict_lines
+from tpcheck.report.table import Cell, Column, Row, Table, tables_html
+from tpcheck.report.text import FINDINGS_SHOWN, checks_table, head_line, verdict_lines
 from tpcheck.report.words import as_rich, as_text
 
 if TYPE_CHECKING:
@@ -60,6 +63,31 @@ class Report:
     def to_junit(self) -> str:
         """Return the report as JUnit XML, one test case for each check."""
         return as_junit([self.verdict])
+
+    def to_html(self) -> str:
+        """Return one HTML page with every finding and every check; it needs no other file."""
+        verdict = self.verdict
+        versions = ", ".join(f"{package} {version}" for package, version in sorted(verdict.environment.items()))
+        subtitle = "; ".join(part for part in (verdict.message, versions, f"{verdict.seconds:.1f} seconds") if part)
+        return tables_html(str(head_line(verdict)), subtitle, [self._findings_table(), checks_table(verdict)])
+
+    def _findings_table(self) -> Table:
+        columns = Column("check"), Column("where"), Column("margin", right=True), Column("cause")
+        rows = (
+            Row(
+                (
+                    Cell(finding.check),
+                    Cell(place(finding)),
+                    Cell(words.margin(finding.margin)),
+                    Cell(finding.cause or "unknown"),
+                ),
+                outcome="failure",
+                details=as_text(finding_lines(finding, self.verdict.subject)),
+                is_expected=False,
+            )
+            for finding in self.findings
+        )
+        return Table(columns, tuple(rows), title="Findings")
 
     def raise_if_failed(self) -> None:
         """Raise an error unless the run passed or was skipped.

@@ -9,7 +9,7 @@ from itertools import groupby
 from tpcheck.core.findings import Coverage, Finding, Verdict
 from tpcheck.report import checkpoints, words
 from tpcheck.report.findings import finding_lines, is_consequence
-from tpcheck.report.table import Cell, Column, Row, Table, table_lines
+from tpcheck.report.table import Cell, Column, Outcome, Row, Table, table_lines
 from tpcheck.report.words import Line, labelled, plain
 
 FINDINGS_SHOWN = 5
@@ -21,7 +21,7 @@ _MESSAGE_HEADS = {"error": "The system under test crashed. Its own message:", "s
 
 def verdict_lines(verdict: Verdict, *, findings_shown: int | None = FINDINGS_SHOWN) -> Iterator[Line]:
     """Yield the lines of a verdict; `findings_shown` None shows all of them."""
-    yield _head(verdict)
+    yield head_line(verdict)
     if verdict.message:
         yield from _message(verdict)
     yield from checkpoints.explanation_lines(verdict)
@@ -35,12 +35,13 @@ def verdict_lines(verdict: Verdict, *, findings_shown: int | None = FINDINGS_SHO
         yield plain(f"and {rest} more; --json has them all", "dim")
     if verdict.checks:
         yield Line()
-        yield from _checks(verdict)
+        yield from table_lines(checks_table(verdict))
     yield Line()
     yield from _foot(verdict)
 
 
-def _head(verdict: Verdict) -> Line:
+def head_line(verdict: Verdict) -> Line:
+    """Return the verdict, the subject and its options."""
     options = ", ".join(words.options(verdict.subject))
     return Line(
         (
@@ -73,7 +74,8 @@ def _most_severe(findings: Sequence[Finding], number: int | None) -> list[Findin
     return [findings[index] for index in sorted(order[:number])]
 
 
-def _checks(verdict: Verdict) -> Iterator[Line]:
+def checks_table(verdict: Verdict) -> Table:
+    """Return the table of every check that ran."""
     columns = ("check", False), ("verdict", False), ("compared", True), ("worst margin", True), ("at", False)
     rows = []
     for check in verdict.checks:
@@ -89,8 +91,9 @@ def _checks(verdict: Verdict) -> Iterator[Line]:
             Cell(margin),
             Cell(check.worst_at or ""),
         )
-        rows.append(Row(cells))
-    return table_lines(Table(tuple(Column(*column) for column in columns), tuple(rows), has_heading=True, indent=2))
+        outcome: Outcome = "failure" if margins else "passed" if check.compared else "skipped"
+        rows.append(Row(cells, outcome=outcome, is_expected=not margins))
+    return Table(tuple(Column(*column) for column in columns), tuple(rows), title="Checks", has_heading=True, indent=2)
 
 
 def _foot(verdict: Verdict) -> Iterator[Line]:

@@ -1,4 +1,4 @@
-"""The matrix of families as parametrised tests, for a repository of one's own."""
+"""The matrix of families as parametrised tests, for other repositories."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def family_tests(
 ) -> Callable[[Cell], None]:
     """Return a test with one case for each family and configuration.
 
-    A known upstream bug is a strict xfail: one that is gone fails, and so does another bug in its place. What cannot be
-    built, or what a backend cannot do, is skipped with the reason.
+    A known upstream bug is a strict xfail: the test fails if the bug is gone, or if another failure takes its place. A
+    model that cannot be built, or a combination that a backend refuses, is skipped with the reason.
 
     Args:
         families: Model types of transformers; None for every causal language model type.
 
-    The other arguments are those of `verify_family`; lists of them make a matrix.
+    The other arguments are those of `verify_family`; lists make a matrix.
 
     Example:
         >>> test_families = family_tests(["llama", "opt"], tp=[2, 4])
@@ -69,7 +69,7 @@ def family_tests(
         except UsageError as error:
             pytest.skip(str(error))
         row = judged(report.verdict)
-        if row.standing == "new" and row.bug is not None:  # not what the xfail is about
+        if row.standing == "new" and row.bug is not None:  # not the bug of the xfail
             pytest.fail(f"{unexpected_message(row)}\n{report.to_text()}", pytrace=False)
         report.raise_if_failed()
 

@@ -1,1 +1,1 @@
-"""Known bugs, injected on purpose in what is under test, to prove that a check can fail. Mostly data."""
+"""Known bugs, injected on purpose into the system under test to prove that a check can fail. Mostly data."""

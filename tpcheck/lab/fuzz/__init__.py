@@ -1,1 +1,1 @@
-"""Searches for configurations under which a sharded model, or layer, is not the unsharded one."""
+"""Searches for configurations in which a sharded model or layer differs from the unsharded one."""

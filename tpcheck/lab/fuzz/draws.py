@@ -1,4 +1,4 @@
-"""Draws configurations of a family: what it has, in sizes that need not be even, under options that must not matter."""
+"""Draws configurations of a family: uneven sizes, switches, and options that must not change the result."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
     from tpcheck.backends.interface import Backend
 
-# Small and uneven: a wrong boundary shows at 3 heads over 2 ranks, and nothing shows at 4096 that does not at 12.
+# Small and uneven: a wrong boundary shows with 3 heads on 2 ranks, and a size of 4096 shows no more than one of 12.
 _MOST_KV_HEADS = 4
 _MOST_GROUPS = 3
-_MOST_HALF_HEAD_DIM = 6  # a head is cut in two halves by rotary embeddings, so its size is even
+_MOST_HALF_HEAD_DIM = 6  # rotary embeddings cut a head in two halves, so its size is even
 _MOST_WIDTH_OF_HEAD = 12
 _MOST_INTERMEDIATE = 70
 _MOST_LAYERS = 3
-_EXPERTS = (2, 6)  # two of them answer for a token
+_EXPERTS = (2, 6)  # of which two process a token
 _MOST_VOCABULARY = 150
 _MOST_ROWS = 3
 _LENGTHS = (2, 20)
@@ -33,7 +33,7 @@ _LENGTHS = (2, 20)
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What may be drawn of each option; a failure shrinks towards the first."""
+    """The values to draw for each option; a failure shrinks towards the first."""
 
     tp: tuple[int, ...] = (2, 4)
     dp: tuple[int, ...] = (1, 2)
@@ -42,10 +42,10 @@ class Bounds:
 
     @classmethod
     def of(cls, *, tp: Sequence[int], dp: Sequence[int], zero: Sequence[int], dtype: Sequence[str]) -> Bounds:
-        """Return bounds that hold what `verify` takes.
+        """Return bounds of values that `verify` accepts.
 
         Raises:
-            UsageError: They do not.
+            UsageError: A value is invalid.
         """
         for size in (*tp, *dp):
             Topology(tp=size)
@@ -107,10 +107,10 @@ def family_examples(
 def _taken(
     backend: str | Backend, stages: Sequence[int], config: Mapping[str, Any]
 ) -> tuple[list[Mapping[str, Any]], tuple[int, ...]]:
-    """Return the options that the backend offers, and those of the ZeRO stages that it has.
+    """Return the options that the backend offers, and the ZeRO stages that it supports.
 
     Raises:
-        UsageError: It has none of them.
+        UsageError: The backend supports none of the stages.
     """
     from tpcheck.backends.interface import HasConfigVariants
     from tpcheck.backends.registry import load_backend
@@ -137,7 +137,7 @@ def _refusal(backend: Backend, stage: int, config: Mapping[str, Any]) -> UsageEr
 
 
 def _drawn_settings(draw: DrawFn, there: Dimensions, fixed: Mapping[str, Any]) -> dict[str, Any]:
-    """Draw sizes and switches. Each may be left alone, and shrinking leaves alone what does not matter."""
+    """Draw sizes and switches; each may keep its default, which is what it shrinks to."""
     from hypothesis import strategies as st
 
     free = {role for role, names in there.names.items() if not set(names) & set(fixed)}
@@ -158,7 +158,7 @@ def _drawn_settings(draw: DrawFn, there: Dimensions, fixed: Mapping[str, Any]) -
 
 
 def _heads(draw: DrawFn, there: Dimensions) -> dict[str, int]:
-    """Draw sizes of attention that fit each other: heads share keys evenly, and make up the width of the model."""
+    """Draw consistent sizes of attention: heads share key heads evenly, and make up the hidden size."""
     from hypothesis import strategies as st
 
     kv_heads = draw(st.integers(1, _MOST_KV_HEADS))

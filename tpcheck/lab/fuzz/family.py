@@ -1,4 +1,4 @@
-"""Searches one family for a configuration whose sharded model is not the unsharded one."""
+"""Searches one family for a configuration in which the sharded model differs from the unsharded one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tpcheck.report.data import printable
 if TYPE_CHECKING:
     from tpcheck.backends.interface import Backend
 
-# `BackendError` of a run: where it happened and what was raised.
+# The message of a `BackendError`: the phase and the exception.
 _BLAMED = re.compile(r"^[^,\n]+, (?P<phase>[^:\n]+): (?P<error>\w+): (?P<text>.*)", re.DOTALL)
 _REFUSING = "sharding the model"
 
@@ -71,11 +71,11 @@ def fuzz_family(family: str, bounds: Bounds, common: Common, limits: Limits, tol
 
 
 def outcome_of(family: str, drawn: Drawn, common: Common) -> Outcome:
-    """Verify one configuration, and say what its verdict means in a search."""
+    """Verify one configuration, and return its outcome."""
     subject = _subject(family, drawn, common)
     command = verify_command(subject) or str(printable(subject))
     try:
-        small_model(family, drawn.settings)  # here, since most refusals are of the model, and worlds take their time
+        small_model(family, drawn.settings)  # before a world is started: most refusals are of the model
         verdict = _verdict(family, drawn, common)
     except UsageError as error:
         return Outcome("refused", reason=in_general(str(error)), command=command)
@@ -125,7 +125,7 @@ def _failed(verdict: Verdict, command: str, common: Common) -> Outcome:
 
 
 def _crashed(verdict: Verdict, command: str, common: Common) -> Outcome:
-    """Return what a crash is: known, a refusal that says so, or a finding."""
+    """Return the outcome of a crash: a known bug, a refusal, or a finding."""
     verdict = replace(verdict, environment={**_versions(common.backend), **verdict.environment})
     if common.known and (bug := explained(verdict)):
         return Outcome("known", bug.name, bug.what, command, verdict)

@@ -1,1 +1,1 @@
-"""Many verifications: run side by side, held against the register, shown as one table."""
+"""Many verifications as one table, compared with the register of known bugs."""

@@ -1,4 +1,4 @@
-"""The cells of a matrix: which there are, how one is run, and the file that keeps what came of them. Loads no torch."""
+"""The cells of a matrix, and the file of their verdicts. Loads no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WORST_FIRST = ("failed", "error", "passed", "skipped")
 
 
 def judged_json(judged: Judged) -> str:
-    """Return one verdict of many as JSON, with what the register of known bugs says of it."""
+    """Return one verdict of a matrix as JSON, with its entry in the register of known bugs."""
     data = as_data(judged.verdict)
     if judged.standing:
         data["upstream"] = {"standing": judged.standing, "bug": judged.bug.name if judged.bug else None}
@@ -30,7 +30,7 @@ def judged_json(judged: Judged) -> str:
 
 
 def whole_json(reports: Iterable[str], verdicts: Iterable[str], pending: int) -> str:
-    """Return the file of many verdicts, of which `pending` are still to come."""
+    """Return the text of a file of verdicts; `pending` counts those that are still missing."""
     reached = set(verdicts)
     worst = next((name for name in _WORST_FIRST if name in reached), "skipped")
     head = f'"schema": {SCHEMA},\n"verdict": "{worst}",\n"pending": {pending},\n'
@@ -38,7 +38,7 @@ def whole_json(reports: Iterable[str], verdicts: Iterable[str], pending: int) ->
 
 
 def stored_verdicts(path: Path) -> list[Verdict]:
-    """Return the verdicts that a file holds; none if there is no such file, or it is no report."""
+    """Return the verdicts in a file; none if the file does not exist or is no report."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         return [verdict_of(one) for one in data.get("reports", [data])]
@@ -47,10 +47,10 @@ def stored_verdicts(path: Path) -> list[Verdict]:
 
 
 def verdict_of(data: Mapping[str, Any]) -> Verdict:
-    """Return the verdict that `as_data` made this of.
+    """Return the verdict of the data that `as_data` returned.
 
     Raises:
-        KeyError: It is no verdict.
+        KeyError: The data is no verdict.
     """
     return Verdict(
         verdict=data["verdict"],
@@ -171,7 +171,7 @@ def subject(cell: Cell, common: Common) -> dict[str, Any]:
 
 
 def versions(backend: str) -> dict[str, str]:
-    """Return the versions that a run under this backend depends on, without importing it."""
+    """Return the versions that a run with this backend depends on, without importing it."""
     found = package_versions()
     for package in (backend, backend.partition("-")[0]):
         with suppress(PackageNotFoundError):
@@ -193,9 +193,9 @@ def _is_current(verdict: Verdict, cell: Cell) -> bool:
 
 
 def _key(of: Mapping[str, Any]) -> str | None:
-    """Return what two subjects that are the same have in common.
+    """Return a key that equal subjects share.
 
-    None for a subject that holds an object: a report has only its text, which does not tell whether it is the same.
+    None for a subject with an object: a report contains only its text, which does not identify it.
     """
     try:
         return json.dumps(of, sort_keys=True)
