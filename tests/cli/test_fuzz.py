@@ -16,7 +16,7 @@ from tpcheck.lab.fuzz import family, layers
 from tpcheck.lab.fuzz.draws import Bounds
 from tpcheck.lab.fuzz.family import Common
 from tpcheck.lab.fuzz.layers import LayerCommon
-from tpcheck.lab.fuzz.results import Outcome, Searched
+from tpcheck.lab.fuzz.results import Outcome, SearchResult
 from tpcheck.lab.fuzz.search import Limits
 
 Run = Callable[..., Any]
@@ -26,15 +26,15 @@ Run = Callable[..., Any]
 def search(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """Return a function that replaces searches by what is given, and returns what is asked of the API."""
 
-    def replaced(*searched: Searched) -> dict[str, Any]:
+    def replaced(*searched: SearchResult) -> dict[str, Any]:
         asked: dict[str, Any] = {}
 
-        def fuzz_family(family: str, bounds: Bounds, common: Common, limits: Limits, told: Any) -> Searched:
+        def fuzz_family(family: str, bounds: Bounds, common: Common, limits: Limits, on_outcome: Any) -> SearchResult:
             asked.update(family=family, bounds=bounds, common=common, limits=limits)
-            told(Outcome("passed", command="tpcheck verify llama --tp 2"), shrinking=False)
+            on_outcome(Outcome("passed", command="tpcheck verify llama --tp 2"), shrinking=False)
             return searched[0]
 
-        def fuzz_layers(names: Any, common: LayerCommon, limits: Limits, told: Any) -> Iterator[Searched]:
+        def fuzz_layers(names: Any, common: LayerCommon, limits: Limits, on_outcome: Any) -> Iterator[SearchResult]:
             asked.update(names=names, common=common, limits=limits)
             yield from searched
 
@@ -73,7 +73,7 @@ def test_options_of_layers_reach_their_search(run: Run, search: Any) -> None:
 
 
 @pytest.mark.parametrize(("found", "status"), [(PASSED, 0), (FAILED, 1), (REFUSED, 2), (ERROR, 3), (INTERRUPTED, 130)])
-def test_the_exit_status_says_how_it_went(run: Run, search: Any, found: Searched, status: int) -> None:
+def test_the_exit_status_says_how_it_went(run: Run, search: Any, found: SearchResult, status: int) -> None:
     search(found)
     assert run("fuzz", "llama").exit_code == status
 
@@ -125,7 +125,7 @@ def test_under_a_launcher_it_is_refused(run: Run, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_error_of_tpcheck_is_one_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any) -> Searched:
+    def broken(*args: Any) -> SearchResult:
         raise TpcheckError("no worlds today")
 
     monkeypatch.setattr(family, "fuzz_family", broken)

@@ -40,10 +40,9 @@ def test_a_device_or_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-@pytest.mark.parametrize("arguments", [["topology", "--world", "4", "--tp", "2"], ["doctor"]])
-def test_output_that_cannot_be_written_is_one_line(arguments: list[str]) -> None:
+def test_output_that_cannot_be_written_is_one_line() -> None:
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "tpcheck", *arguments]
+        command = [sys.executable, "-m", "tpcheck", "topology", "--world", "4", "--tp", "2"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     said = "tpcheck: standard output cannot be written: No space left on device\n"
     assert (done.returncode, done.stderr) == (2, said)

@@ -24,7 +24,7 @@ UNBUILDABLE = {
 
 
 @pytest.mark.parametrize("family", known())
-def test_a_known_family_trains_in_float64(family: str) -> None:
+def test_a_known_family_trains_in_float64_and_is_cut_evenly_eager_and_without_dropout(family: str) -> None:
     torch.manual_seed(0)
     model = small_model(family).double()
     tokens_BL = torch.randint(model.config.vocab_size, (2, 16))
@@ -33,11 +33,7 @@ def test_a_known_family_trains_in_float64(family: str) -> None:
     assert loss.isfinite()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
-
-
-@pytest.mark.parametrize("family", known())
-def test_a_known_family_is_cut_evenly_eager_and_without_dropout(family: str) -> None:
-    config = small_model(family).config
+    config = model.config
     assert config.num_attention_heads % 4 == 0
     assert config.vocab_size % 4 == 0
     assert config._attn_implementation == "eager"

@@ -14,7 +14,7 @@ from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED
 from tpcheck.core.findings import Verdict
 from tpcheck.lab import known
 from tpcheck.lab.fuzz.results import Trial
-from tpcheck.lab.known import KnownBug, KnownLayerBug, explained, judged, layer_register, register
+from tpcheck.lab.known import KnownBug, KnownLayerBug, explained, judge, layer_register, register
 
 ROOT = Path(__file__).parents[2]
 SUBJECT = {"family": "phi", "backend": "deepspeed", "tp": 2, "dp": 1, "zero": 0, "dtype": "float64", "config": {}}
@@ -46,7 +46,7 @@ def of(verdict: Verdict, environment: dict[str, str] = ENVIRONMENT, **subject: A
 
 @pytest.mark.parametrize(("verdict", "standing"), [(FAILED, "known"), (PASSED, "gone"), (ERROR, "new"), (SKIPPED, "")])
 def test_a_bug_that_shows_is_known_and_one_that_does_not_is_gone(verdict: Verdict, standing: str) -> None:
-    assert judged(of(verdict)).standing == standing
+    assert judge(of(verdict)).standing == standing
 
 
 @pytest.mark.parametrize(
@@ -65,13 +65,13 @@ def test_a_bug_that_shows_is_known_and_one_that_does_not_is_gone(verdict: Verdic
     ],
 )
 def test_an_entry_says_nothing_of_other_runs(change: dict[str, Any]) -> None:
-    assert judged(of(FAILED, **change)).standing == "new"
-    assert judged(of(PASSED, **change)).standing == ""
+    assert judge(of(FAILED, **change)).standing == "new"
+    assert judge(of(PASSED, **change)).standing == ""
 
 
 def test_a_failure_that_is_not_the_one_that_is_known_is_new() -> None:
     other = replace(of(FAILED), findings=tuple(replace(one, check="other") for one in FAILED.findings))
-    assert (judged(other).standing, judged(other).bug) == ("new", BUG)
+    assert (judge(other).standing, judge(other).bug) == ("new", BUG)
 
 
 def test_saved_models_are_held_against_the_register_only_where_they_are_looked_at(
@@ -79,8 +79,8 @@ def test_saved_models_are_held_against_the_register_only_where_they_are_looked_a
 ) -> None:
     saving = replace(BUG, check=known.CHECKPOINT)
     monkeypatch.setattr(known, "register", lambda: (saving,))
-    assert judged(of(PASSED)).standing == ""
-    assert judged(of(PASSED, checks=[known.CHECKPOINT])).standing == "gone"
+    assert judge(of(PASSED)).standing == ""
+    assert judge(of(PASSED, checks=[known.CHECKPOINT])).standing == "gone"
 
 
 @pytest.mark.parametrize("entry", known.register(), ids=lambda bug: bug.name)
@@ -130,7 +130,7 @@ def test_in_a_search_a_bug_is_known_beside_what_else_is_configured() -> None:
 def test_a_bug_of_the_backend_alone_is_known_of_any_family(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known, "register", lambda: (replace(BUG, anywhere=True),))
     assert explained(of(FAILED, family="opt", settings={})) is not None
-    assert judged(of(PASSED, family="opt")).standing == ""
+    assert judge(of(PASSED, family="opt")).standing == ""
 
 
 def test_names_of_entries_are_their_own() -> None:

@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel
 
 from tests.report.examples import ERROR, FAILED, GRADIENT, OUTPUT, PASSED, SKIPPED
 from tpcheck.core.findings import Verdict
-from tpcheck.lab.known import Judged
+from tpcheck.lab.known import JudgedVerdict
 from tpcheck.lab.matrix.cells import judged_json
 from tpcheck.lab.matrix.report import matrix_html, matrix_junit, matrix_lines, matrix_markdown
 from tpcheck.report.report import Report
@@ -147,7 +147,7 @@ def test_a_report_is_printed_whatever_its_configuration_and_evidence_hold(value:
     finding = replace(GRADIENT, where={"step": value}, evidence={**GRADIENT.evidence, "held": value}, again=None)
     subject = {**FAILED.subject, "config": {"plan": {"mlp.*": value}}, "settings": {"value": value}}
     verdict = replace(FAILED, subject=subject, findings=(finding,))
-    report, judged = Report(verdict), Judged(verdict, "new", None)
+    report, judged = Report(verdict), JudgedVerdict(verdict, "new", None)
     data = json.loads(report.to_json())
     if expected is not None:
         assert data["subject"]["config"]["plan"]["mlp.*"] == data["findings"][0]["evidence"]["held"] == expected

@@ -26,7 +26,7 @@ from tpcheck.lab.fuzz.report import (
     searched_lines,
     verdict_of,
 )
-from tpcheck.lab.fuzz.results import Found, Outcome, Searched
+from tpcheck.lab.fuzz.results import Outcome, SearchResult, ShrunkFailure
 from tpcheck.world.attach import is_launched
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def run_family(family: str, bounds: Bounds, common: Common, limits: Limits, json
     """Search a family, and return the exit status."""
     from tpcheck.lab.fuzz.family import fuzz_family
 
-    with progress_of(limits.examples) as told:
-        searched = fuzz_family(family, bounds, common, limits, told)
+    with progress_of(limits.examples) as on_outcome:
+        searched = fuzz_family(family, bounds, common, limits, on_outcome)
     writes = [lambda: show(searched_lines(searched))]
     if json_path:
         writes.append(lambda: write_atomically(json_path, searched_json(searched_data(searched))))
@@ -107,16 +107,16 @@ def run_layers(wanted: LayerSelection, bounds: Bounds, limits: Limits, json_path
     return exit_status(searched) if all_written(writes) else BAD_USAGE
 
 
-def exit_status(searched: Sequence[Searched]) -> int:
+def exit_status(searched: Sequence[SearchResult]) -> int:
     """Return 1 for findings, 3 for a crash, 2 if nothing could be run, 130 for Ctrl-C before any of them, or 0."""
     status = _STATUS[verdict_of(searched)]
     interrupted = any(search.interrupted for search in searched)
     return INTERRUPTED if interrupted and status in (0, BAD_USAGE) else status
 
 
-def _of_one(outcome: Outcome, subject: dict[str, str]) -> Searched:
-    found = (Found(outcome, outcome, outcome.command),) if outcome.is_bad else ()
-    return Searched(subject, (outcome,), found)
+def _of_one(outcome: Outcome, subject: dict[str, str]) -> SearchResult:
+    found = (ShrunkFailure(outcome, outcome, outcome.command),) if outcome.is_bad else ()
+    return SearchResult(subject, (outcome,), found)
 
 
 def fuzz(

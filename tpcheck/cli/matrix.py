@@ -21,7 +21,7 @@ from tpcheck.cli.terminal import (
 from tpcheck.core.environment import num_cores
 from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.findings import Verdict
-from tpcheck.lab.known import Judged, judged
+from tpcheck.lab.known import JudgedVerdict, judge
 from tpcheck.lab.matrix.cells import Cell, Common, done_before, judged_json, subject, versions, whole_json
 from tpcheck.lab.matrix.report import progress_line
 from tpcheck.report.report import Report
@@ -59,17 +59,17 @@ def run_all(
     return run_concurrently([partial(_outcome, cell, verify, common, skips) for cell in cells], jobs)
 
 
-def exit_status(outcomes: Sequence[Outcome], rows: Sequence[Judged], *, held: bool) -> int:
+def exit_status(outcomes: Sequence[Outcome], rows: Sequence[JudgedVerdict], *, with_register: bool) -> int:
     """Return 2 for bad usage of a cell or a matrix without runs, else 1 for findings, 3 for a crash, or 0.
 
     Args:
-        held: Whether the register decides: a known bug is no finding, and a known bug that is gone is one.
+        with_register: Whether the register decides: a known bug is no finding, and a known bug that is gone is one.
     """
     if any(outcome.bad_usage for outcome in outcomes) or all(outcome.refused for outcome in outcomes):
         return 2
-    counted = [row for row in rows if not (held and row.standing == "known")]
+    counted = [row for row in rows if not (with_register and row.standing == "known")]
     verdicts = {row.verdict.verdict for row in counted}
-    gone = held and any(row.standing == "gone" for row in counted)
+    gone = with_register and any(row.standing == "gone" for row in counted)
     return 1 if gone or "failed" in verdicts else 3 if "error" in verdicts else 0
 
 
@@ -120,7 +120,7 @@ class Journal:
     def add(self, outcome: Outcome) -> None:
         """Write an outcome. A file that cannot be written does not end the run; `error` is reported at the end."""
         verdict = outcome.report.verdict
-        self._reports[outcome.cell] = judged_json(judged(verdict))
+        self._reports[outcome.cell] = judged_json(judge(verdict))
         self._verdicts.add(verdict.verdict)
         self.write()
 
@@ -143,14 +143,14 @@ class Matrix:
         cells: Every cell.
         common: The options that all cells share.
         all_families: The user named no families, so that one that cannot be built is skipped.
-        held: Compare results with the register of known upstream bugs.
+        with_register: Compare results with the register of known upstream bugs.
         fresh: Run cells again that are in the file of an earlier run.
     """
 
     cells: tuple[Cell, ...]
     common: Common
     all_families: bool = False
-    held: bool = False
+    with_register: bool = False
     fresh: bool = False
 
     @property
@@ -162,9 +162,9 @@ class Matrix:
         several = len(self.cells) > len({cell.family for cell in self.cells})
         return self.all_families or (several and error.name != "family")
 
-    def judged(self, outcome: Outcome) -> Judged:
-        row = judged(outcome.report.verdict)
-        return row if self.held or row.standing == "known" else Judged(row.verdict)
+    def judge(self, outcome: Outcome) -> JudgedVerdict:
+        row = judge(outcome.report.verdict)
+        return row if self.with_register or row.standing == "known" else JudgedVerdict(row.verdict)
 
 
 def run_matrix(matrix: Matrix, verify: Verify, files: Files, *, jobs: int | None, verbose: bool) -> int:
@@ -189,14 +189,14 @@ def run_matrix(matrix: Matrix, verify: Verify, files: Files, *, jobs: int | None
 
 
 def _finished(outcomes: list[Outcome], matrix: Matrix, files: Files, journal: Journal, verbose: bool) -> int:
-    rows = [matrix.judged(outcome) for outcome in outcomes]
-    status = exit_status(outcomes, rows, held=matrix.held)
+    rows = [matrix.judge(outcome) for outcome in outcomes]
+    status = exit_status(outcomes, rows, with_register=matrix.with_register)
     if not is_reporting_rank():
         return status
     if matrix.is_single and (outcomes[0].bad_usage or outcomes[0].refused):
         note(f"tpcheck: {outcomes[0].report.verdict.message}")
         return status
-    is_written = write_results(rows, files, verbose=verbose, held=matrix.held)
+    is_written = write_results(rows, files, verbose=verbose, with_register=matrix.with_register)
     if journal.error is not None:
         note(f"tpcheck: {journal.error}")
     elif all(outcome.refused for outcome in outcomes):
@@ -224,7 +224,7 @@ def _with_progress(outcomes: Iterable[Outcome], matrix: Matrix, todo: list[Cell]
         outcomes,
         len(todo),
         name=lambda outcome: outcome.cell.family,
-        line=lambda outcome: str(progress_line(matrix.judged(outcome), subjects)),
+        line=lambda outcome: str(progress_line(matrix.judge(outcome), subjects)),
     )
 
 

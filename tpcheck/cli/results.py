@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tpcheck.cli.terminal import note, show, write_atomically
 from tpcheck.core.errors import TpcheckError
-from tpcheck.lab.known import Judged
+from tpcheck.lab.known import JudgedVerdict
 from tpcheck.lab.matrix.report import matrix_html, matrix_junit, matrix_lines, matrix_markdown, standing_lines
 from tpcheck.report.report import Report
 from tpcheck.report.text import FINDINGS_SHOWN, verdict_lines
@@ -51,13 +51,13 @@ class Files:
     summary: Path | None = None
 
 
-def write_results(rows: Sequence[Judged], files: Files, *, verbose: bool, held: bool) -> bool:
+def write_results(rows: Sequence[JudgedVerdict], files: Files, *, verbose: bool, with_register: bool) -> bool:
     """Show the rows and write the files; return whether everything could be written.
 
     Args:
-        held: Whether findings that the register of known bugs expects are left out.
+        with_register: Whether findings that the register of known bugs expects are left out.
     """
-    writes = [lambda: show(_lines(rows, verbose, held))]
+    writes = [lambda: show(_lines(rows, verbose, with_register))]
     if files.json and len(rows) == 1:
         json, text = files.json, Report(rows[0].verdict).to_json()
         writes.append(lambda: write_atomically(json, text))
@@ -100,11 +100,11 @@ def _succeeds(write: Callable[[], None]) -> bool:
     return True
 
 
-def _lines(rows: Sequence[Judged], verbose: bool, held: bool) -> Iterator[Line]:
+def _lines(rows: Sequence[JudgedVerdict], verbose: bool, with_register: bool) -> Iterator[Line]:
     """Yield a single report in full; of several, the unexpected ones (with `verbose` all) and the table."""
     several = len(rows) > 1
     for row in rows:
-        is_unexpected = row.verdict.verdict in ("failed", "error") and not (held and row.standing == "known")
+        is_unexpected = row.verdict.verdict in ("failed", "error") and not (with_register and row.standing == "known")
         if verbose or not several or is_unexpected:
             yield from verdict_lines(row.verdict, findings_shown=None if verbose else FINDINGS_SHOWN)
             if several:

@@ -120,7 +120,7 @@ def verify(
 
         return verify_family(cell.family, **arguments(cell, common))
 
-    matrix = Matrix(asked_for, common, all_families=all_, held=all_ if known is None else known, fresh=fresh)
+    matrix = Matrix(asked_for, common, all_families=all_, with_register=all_ if known is None else known, fresh=fresh)
     raise typer.Exit(run_matrix(matrix, verify_one, files, jobs=jobs, verbose=verbose))
 
 

@@ -15,12 +15,12 @@ from tpcheck.doctor.advice import Advice
 
 def devices() -> tuple[str, ...]:
     """Return the processors and accelerators as text. Imports torch."""
-    found = [f"{num_cores()} CPU cores"]
+    cores = f"{num_cores()} CPU cores"
     try:
         import torch
     except ImportError:
-        return tuple(found)
-    return (*found, *(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())))
+        return (cores,)
+    return (cores, *(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())))
 
 
 _SHARED_MEMORY = "deepspeed_allreduce_buffer_*"
@@ -78,22 +78,22 @@ def _size(segment: Path) -> int:
 
 def _open_files(proc: Path) -> frozenset[str]:
     """Return every file that a process of this user has open."""
-    found = set()
+    paths = set()
     for folder in proc.glob("[0-9]*/fd"):
         with suppress(OSError):  # another user's process, or one that has just ended
             for descriptor in folder.iterdir():
                 with suppress(OSError):
-                    found.add(str(descriptor.readlink()))
-    return frozenset(found)
+                    paths.add(str(descriptor.readlink()))
+    return frozenset(paths)
 
 
 def _mapped_files(proc: Path) -> frozenset[str]:
     """Return every file that a process of this user has mapped."""
-    found = set()
+    paths = set()
     for maps in proc.glob("[0-9]*/maps"):
         with suppress(OSError):
-            found |= {line.split(maxsplit=5)[-1] for line in os.fsdecode(maps.read_bytes()).splitlines() if "/" in line}
-    return frozenset(found)
+            paths |= {line.split(maxsplit=5)[-1] for line in os.fsdecode(maps.read_bytes()).splitlines() if "/" in line}
+    return frozenset(paths)
 
 
 PACKAGES = ("tpcheck", "torch", "deepspeed", "transformers", "accelerate")

@@ -149,7 +149,7 @@ class KnownLayerBug:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class JudgedVerdict:
     """A verdict compared with the register.
 
     Attributes:
@@ -164,15 +164,19 @@ class Judged:
     bug: KnownBug | None = None
 
 
-def judged(verdict: Verdict) -> Judged:
+def judge(verdict: Verdict) -> JudgedVerdict:
     """Compare a verdict with the register."""
     concerned = [bug for bug in register() if bug.concerns(verdict)]
     shown = next((bug for bug in concerned if bug.is_shown_by(verdict)), None)
     if verdict.verdict in ("failed", "error"):
-        return Judged(verdict, "known", shown) if shown else Judged(verdict, "new", next(iter(concerned), None))
+        return (
+            JudgedVerdict(verdict, "known", shown)
+            if shown
+            else JudgedVerdict(verdict, "new", next(iter(concerned), None))
+        )
     if verdict.verdict == "passed" and concerned:
-        return Judged(verdict, "gone", concerned[0])
-    return Judged(verdict)
+        return JudgedVerdict(verdict, "gone", concerned[0])
+    return JudgedVerdict(verdict)
 
 
 def explained(verdict: Verdict) -> KnownBug | None:

@@ -9,7 +9,7 @@ import pytest
 
 from tpcheck.core.errors import BackendError, Mismatch, UsageError
 from tpcheck.core.findings import Verdict
-from tpcheck.lab.known import judged, register
+from tpcheck.lab.known import judge, register
 from tpcheck.lab.matrix.cells import Cell, Common, arguments, cells, subject, versions
 from tpcheck.lab.matrix.report import configuration, unexpected_message
 from tpcheck.model.verify import verify_family
@@ -68,7 +68,7 @@ def family_tests(
             report = verify_family(cell.family, **arguments(cell, common))
         except UsageError as error:
             pytest.skip(str(error))
-        row = judged(report.verdict)
+        row = judge(report.verdict)
         if row.standing == "new" and row.bug is not None:  # not the bug of the xfail
             pytest.fail(f"{unexpected_message(row)}\n{report.to_text()}", pytrace=False)
         report.raise_if_failed()

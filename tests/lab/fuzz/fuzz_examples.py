@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from tests.report.examples import ERROR as ERROR_VERDICT
 from tests.report.examples import FAILED as FAILED_VERDICT
-from tpcheck.lab.fuzz.results import Found, Outcome, Searched
+from tpcheck.lab.fuzz.results import Outcome, SearchResult, ShrunkFailure
 
 COMMAND = "tpcheck verify qwen3 --tp 2 --ignore-plan"
 SUBJECT = {"family": "qwen3", "backend": "deepspeed", "examples": 5, "seed": 0}
@@ -16,17 +16,17 @@ CRASH = Outcome("error", "error forward", "ValueError: style", "tpcheck verify q
 NO = Outcome("refused", reason="N heads do not fit")
 KNOWN = Outcome("known", "deepspeed-bf16-norm", "the norm is wrong", "tpcheck verify qwen3 --tp 2 --dtype bfloat16")
 
-PASSED = Searched(SUBJECT, (FINE, NO, KNOWN, FINE), seconds=12.3)
-FAILED = Searched(
+PASSED = SearchResult(SUBJECT, (FINE, NO, KNOWN, FINE), seconds=12.3)
+FAILED = SearchResult(
     SUBJECT,
     (FINE, NO, WRONG, NO),
-    (Found(WRONG, WRONG, "tpcheck verify qwen3 --tp 4 --dp 2 --batch 3x7 --ignore-plan"),),
+    (ShrunkFailure(WRONG, WRONG, "tpcheck verify qwen3 --tp 4 --dp 2 --batch 3x7 --ignore-plan"),),
     num_shrinking=9,
     seconds=20.0,
 )
-ERROR = Searched(SUBJECT, (CRASH,), (Found(CRASH, FINE, CRASH.command),), cut_short=True)
-REFUSED = Searched(SUBJECT, (NO, NO))
-INTERRUPTED = Searched(SUBJECT, (FINE,), interrupted=True)
+ERROR = SearchResult(SUBJECT, (CRASH,), (ShrunkFailure(CRASH, FINE, CRASH.command),), cut_short=True)
+REFUSED = SearchResult(SUBJECT, (NO, NO))
+INTERRUPTED = SearchResult(SUBJECT, (FINE,), interrupted=True)
 
 TRIED = Outcome(
     "failed",
@@ -35,5 +35,7 @@ TRIED = Outcome(
     'tpcheck fuzz --layers --trial \'{"layer": "LinearLayer", "inputs": 2}\'',
     {"tensor": "gradient of the input", "cause": "missing_reduce"},
 )
-LAYER = Searched({"layer": "LinearLayer", "backend": "deepspeed"}, (FINE, TRIED), (Found(TRIED, TRIED, TRIED.command),))
+LAYER = SearchResult(
+    {"layer": "LinearLayer", "backend": "deepspeed"}, (FINE, TRIED), (ShrunkFailure(TRIED, TRIED, TRIED.command),)
+)
 NOT_TRIED = replace(LAYER, subject={"layer": "LmHead"}, outcomes=(Outcome("refused", reason="no gradient"),), found=())

@@ -12,7 +12,7 @@ from tpcheck import UsageError
 from tpcheck.lab.faults.fault import FaultyBackend, Live
 from tpcheck.lab.fuzz.draws import Bounds, Drawn
 from tpcheck.lab.fuzz.family import Common, fuzz_family, outcome_of
-from tpcheck.lab.fuzz.results import Outcome, Searched
+from tpcheck.lab.fuzz.results import Outcome, SearchResult
 from tpcheck.lab.fuzz.search import Limits
 
 NARROW = Bounds(tp=(2,), dp=(1,), zero=(0,), dtype=("float64",))
@@ -29,7 +29,7 @@ def scales_the_bias(live: Live) -> None:
 def does_nothing(live: Live) -> None: ...
 
 
-def searched(plant: Any, examples: int) -> Searched:
+def searched(plant: Any, examples: int) -> SearchResult:
     common = Common(backend=FaultyBackend(plant), steps=1, settings=SMALL)
     return fuzz_family("llama", NARROW, common, Limits(examples), lambda outcome, *, shrinking: None)
 

@@ -13,15 +13,15 @@ from tpcheck import UsageError
 from tpcheck.backends.interface import NO_ROW, LayerTable
 from tpcheck.backends.registry import load_backend
 from tpcheck.lab.fuzz.layers import LayerCommon, fuzz_layers, read_trial, try_one
-from tpcheck.lab.fuzz.results import Searched, Trial
+from tpcheck.lab.fuzz.results import SearchResult, Trial
 from tpcheck.lab.fuzz.search import Limits
 
 TWO_RANKS = LayerCommon(tp=(2,))
 
 
-def searched(layers: list[str], examples: int, seed: int = 0, **common: Any) -> list[Searched]:
-    told: Any = lambda outcome, *, shrinking: None  # noqa: E731
-    return list(fuzz_layers(layers, LayerCommon(**{"tp": (2,), **common}), Limits(examples, seed), told))
+def searched(layers: list[str], examples: int, seed: int = 0, **common: Any) -> list[SearchResult]:
+    on_outcome: Any = lambda outcome, *, shrinking: None  # noqa: E731
+    return list(fuzz_layers(layers, LayerCommon(**{"tp": (2,), **common}), Limits(examples, seed), on_outcome))
 
 
 def test_the_lost_reduction_is_found_in_its_smallest_form() -> None:

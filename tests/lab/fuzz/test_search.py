@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from tpcheck.lab.fuzz.results import Outcome, Searched
+from tpcheck.lab.fuzz.results import Outcome, SearchResult
 from tpcheck.lab.fuzz.search import Limits, search
 
 Pair = tuple[int, bool]
@@ -19,7 +19,7 @@ def outcome(status: str, kind: str = "", pair: Pair | None = None) -> Outcome:
     return Outcome(status, kind, command=f"run {pair}")  # type: ignore[arg-type]
 
 
-def searched(run: Callable[[Pair], Outcome], **limits: float) -> Searched:
+def searched(run: Callable[[Pair], Outcome], **limits: float) -> SearchResult:
     return search(PAIRS, run, Limits(**{"examples": 100, **limits}), lambda outcome, *, shrinking: None)  # type: ignore[arg-type]
 
 

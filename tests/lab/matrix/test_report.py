@@ -14,7 +14,7 @@ import pytest
 
 from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED, SUBJECT
 from tpcheck.core.findings import CheckResult, Finding, Verdict
-from tpcheck.lab.known import Judged, KnownBug
+from tpcheck.lab.known import JudgedVerdict, KnownBug
 from tpcheck.lab.matrix.cells import judged_json, stored_verdicts, verdict_of, whole_json
 from tpcheck.lab.matrix.report import (
     LABELS,
@@ -41,13 +41,13 @@ NOT_SHARDED = replace(
 BUG = KnownBug("a-bug", ("phi3",), "deepspeed", {}, "error", "It <says> no.", "tpcheck verify phi3", link="https://x.y")
 EVIL = replace(ERROR, subject={**SUBJECT, "family": "<script>alert(1)</script>"}, message="</pre><script>alert(2)")
 ROWS = (
-    Judged(PASSED),
-    Judged(replace(FAILED, subject=SUBJECT | {"family": "phi"}), "new"),
-    Judged(ERROR, "known", BUG),
-    Judged(NOT_SHARDED),
-    Judged(SKIPPED),
-    Judged(replace(PASSED, subject=SUBJECT | {"family": "mamba"}), "gone", BUG),
-    Judged(EVIL),
+    JudgedVerdict(PASSED),
+    JudgedVerdict(replace(FAILED, subject=SUBJECT | {"family": "phi"}), "new"),
+    JudgedVerdict(ERROR, "known", BUG),
+    JudgedVerdict(NOT_SHARDED),
+    JudgedVerdict(SKIPPED),
+    JudgedVerdict(replace(PASSED, subject=SUBJECT | {"family": "mamba"}), "gone", BUG),
+    JudgedVerdict(EVIL),
 )
 
 

@@ -57,7 +57,7 @@ class Bounds:
                 raise UsageError("dtype", name, DTYPES)
         return cls(tuple(tp), tuple(dp), tuple(zero), tuple(dtype))
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         return {name: list(values) for name, values in asdict(self).items()}
 
 
@@ -95,7 +95,7 @@ def family_examples(
             if draw(st.booleans()):
                 merged = overlay(merged, overlay(option, config))
         return Drawn(
-            **{name: draw(st.sampled_from(values)) for name, values in bounds.told().items()},
+            **{name: draw(st.sampled_from(values)) for name, values in bounds.as_dict().items()},
             settings={**_drawn_settings(draw, there, settings), **settings},
             config=merged,
             batch=_drawn_batch(draw),

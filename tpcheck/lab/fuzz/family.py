@@ -15,8 +15,8 @@ from tpcheck.core.topology import Topology
 from tpcheck.families.build import small_model
 from tpcheck.lab.fuzz.draws import Bounds, Drawn, family_examples
 from tpcheck.lab.fuzz.judge import REFUSALS, TELLING, in_general
-from tpcheck.lab.fuzz.results import Outcome, Searched
-from tpcheck.lab.fuzz.search import Limits, Told, require_hypothesis, search
+from tpcheck.lab.fuzz.results import Outcome, SearchResult
+from tpcheck.lab.fuzz.search import Limits, OnOutcome, require_hypothesis, search
 from tpcheck.lab.known import explained
 from tpcheck.lab.matrix.report import summary_line
 from tpcheck.model.verify import verify_family
@@ -52,7 +52,7 @@ class Common:
         return self.backend if isinstance(self.backend, str) else self.backend.name
 
 
-def fuzz_family(family: str, bounds: Bounds, common: Common, limits: Limits, told: Told) -> Searched:
+def fuzz_family(family: str, bounds: Bounds, common: Common, limits: Limits, on_outcome: OnOutcome) -> SearchResult:
     """Draw configurations of a family within the bounds, verify each, and shrink what fails.
 
     Raises:
@@ -65,9 +65,9 @@ def fuzz_family(family: str, bounds: Bounds, common: Common, limits: Limits, tol
     def run(drawn: Drawn) -> Outcome:
         return outcome_of(family, drawn, common)
 
-    searched = search(examples, run, limits, told)
+    searched = search(examples, run, limits, on_outcome)
     asked = {"family": family, "backend": common.backend_name, "examples": limits.examples, "seed": limits.seed}
-    return replace(searched, subject={**asked, **bounds.told()}, environment=_versions(common.backend))
+    return replace(searched, subject={**asked, **bounds.as_dict()}, environment=_versions(common.backend))
 
 
 def outcome_of(family: str, drawn: Drawn, common: Common) -> Outcome:

@@ -13,8 +13,8 @@ from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import BackendError, RankFailure, TpcheckError, UsageError
 from tpcheck.core.topology import Topology
 from tpcheck.lab.fuzz.judge import crashed_trial, judged_trial
-from tpcheck.lab.fuzz.results import DTYPES, STRIDES, Outcome, Searched, Trial
-from tpcheck.lab.fuzz.search import Limits, Told, require_hypothesis, search
+from tpcheck.lab.fuzz.results import DTYPES, STRIDES, Outcome, SearchResult, Trial
+from tpcheck.lab.fuzz.search import Limits, OnOutcome, require_hypothesis, search
 from tpcheck.world.world import World, spawn
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ class LayerCommon:
         return self.backend if isinstance(self.backend, str) else self.backend.name
 
 
-def fuzz_layers(names: Sequence[str], common: LayerCommon, limits: Limits, told: Told) -> Iterator[Searched]:
+def fuzz_layers(
+    names: Sequence[str], common: LayerCommon, limits: Limits, on_outcome: OnOutcome
+) -> Iterator[SearchResult]:
     """Yield the search of each layer with these names, or of all; a layer that cannot be tried has a reason instead.
 
     Raises:
@@ -56,9 +58,9 @@ def fuzz_layers(names: Sequence[str], common: LayerCommon, limits: Limits, told:
             subject = {"layer": layer.name, "backend": common.backend_name, "examples": limits.examples}
             if layer.shard is None:
                 refused = Outcome("refused", reason=layer.why_not)
-                yield Searched(subject, (refused,), environment=versions)
+                yield SearchResult(subject, (refused,), environment=versions)
                 continue
-            searched = search(trials(layer, table, common), worlds.outcome, limits, told)
+            searched = search(trials(layer, table, common), worlds.outcome, limits, on_outcome)
             yield replace(searched, subject={**subject, "seed": limits.seed}, environment=versions)
             if searched.interrupted:
                 return

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tpcheck.core.findings import Verdict, VerdictName
-from tpcheck.lab.fuzz.results import Found, Outcome, Searched
+from tpcheck.lab.fuzz.results import Outcome, SearchResult, ShrunkFailure
 from tpcheck.report import words
 from tpcheck.report.data import SCHEMA, as_data, plain_json
 from tpcheck.report.findings import finding_lines
@@ -36,7 +36,7 @@ def outcome_line(outcome: Outcome, *, shrinking: bool = False) -> Line:
     )
 
 
-def searched_lines(searched: Searched) -> Iterator[Line]:
+def searched_lines(searched: SearchResult) -> Iterator[Line]:
     """Yield the smallest example of each failure, and what the search covered."""
     yield Line(((searched.verdict, STYLES[searched.verdict]), (f"  {_name(searched.subject)}", "bold")))
     for found in searched.found:
@@ -56,7 +56,7 @@ def searched_lines(searched: Searched) -> Iterator[Line]:
     yield from labelled("seconds", f"{searched.seconds:.1f}")
 
 
-def counted(searched: Searched) -> str:
+def counted(searched: SearchResult) -> str:
     """Return `50 ran: 48 passed, 2 failed; 7 refused; 31 more to shrink`."""
     parts = [f"{number} {name}" for name in ("passed", "known", "failed", "error") if (number := searched.count(name))]
     ran = f"{searched.num_ran} ran" + (f": {', '.join(parts)}" if parts else "")
@@ -64,7 +64,7 @@ def counted(searched: Searched) -> str:
     return ran + refused + (f"; {searched.num_shrinking} more to shrink" if searched.num_shrinking else "")
 
 
-def searched_data(searched: Searched) -> dict[str, Any]:
+def searched_data(searched: SearchResult) -> dict[str, Any]:
     """Return the search as plain JSON values, schema 1."""
     return {
         "schema": SCHEMA,
@@ -85,7 +85,7 @@ def searched_data(searched: Searched) -> dict[str, Any]:
     }
 
 
-def layers_lines(searches: Sequence[Searched]) -> Iterator[Line]:
+def layers_lines(searches: Sequence[SearchResult]) -> Iterator[Line]:
     """Yield a line for each layer, and the smallest example of each failure."""
     yield from table_lines(Table(_LAYER_COLUMNS, tuple(map(_layer_row, searches))))
     for searched in searches:
@@ -103,7 +103,7 @@ def layers_lines(searches: Sequence[Searched]) -> Iterator[Line]:
         yield from labelled("ended", "interrupted: these are the results so far", "yellow")
 
 
-def layers_data(searches: Sequence[Searched]) -> dict[str, Any]:
+def layers_data(searches: Sequence[SearchResult]) -> dict[str, Any]:
     """Return the searches of several layers as plain JSON values, schema 1."""
     return {
         "schema": SCHEMA,
@@ -113,7 +113,7 @@ def layers_data(searches: Sequence[Searched]) -> dict[str, Any]:
     }
 
 
-def verdict_of(searches: Sequence[Searched]) -> VerdictName:
+def verdict_of(searches: Sequence[SearchResult]) -> VerdictName:
     """Return the worst verdict of the searches: `failed`, `error`, `passed`, or else `skipped`."""
     verdicts = {searched.verdict for searched in searches}
     order: tuple[VerdictName, ...] = ("failed", "error", "passed")
@@ -128,7 +128,7 @@ def searched_json(data: Mapping[str, Any]) -> str:
 _LAYER_COLUMNS = (Column("verdict", width=7), Column("layer"), Column("examples"))
 
 
-def _layer_row(searched: Searched) -> Row:
+def _layer_row(searched: SearchResult) -> Row:
     was_refused = searched.verdict == "skipped" and searched.outcomes
     text = searched.reasons("refused")[0][0] if was_refused else counted(searched)
     layer = str(searched.subject.get("layer"))
@@ -139,7 +139,7 @@ def _name(subject: Mapping[str, Any]) -> str:
     return f"{subject.get('family')}  {subject.get('backend')}"
 
 
-def _found_lines(found: Found, *, cut_short: bool) -> Iterator[Line]:
+def _found_lines(found: ShrunkFailure, *, cut_short: bool) -> Iterator[Line]:
     outcome = found.outcome
     if isinstance(outcome.data, Verdict) and outcome.data.findings:
         yield from finding_lines(outcome.data.findings[0], outcome.data.subject)
@@ -161,7 +161,7 @@ def _found_lines(found: Found, *, cut_short: bool) -> Iterator[Line]:
         yield from labelled("", again, "yellow")
 
 
-def _found_data(found: Found) -> dict[str, Any]:
+def _found_data(found: ShrunkFailure) -> dict[str, Any]:
     outcome = found.outcome
     return {
         "kind": outcome.kind,

@@ -113,7 +113,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ShrunkFailure:
     """The smallest example of one kind of failure.
 
     Attributes:
@@ -132,7 +132,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Searched:
+class SearchResult:
     """All examples of one search.
 
     Attributes:
@@ -147,7 +147,7 @@ class Searched:
 
     subject: Mapping[str, Any]
     outcomes: tuple[Outcome, ...]
-    found: tuple[Found, ...] = ()
+    found: tuple[ShrunkFailure, ...] = ()
     num_shrinking: int = 0
     cut_short: bool = False
     interrupted: bool = False

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from tpcheck.core.errors import TpcheckError
-from tpcheck.lab.fuzz.results import Found, Outcome, Searched
+from tpcheck.lab.fuzz.results import Outcome, SearchResult, ShrunkFailure
 
 if TYPE_CHECKING:
     from hypothesis import settings
@@ -21,7 +21,7 @@ Example = TypeVar("Example")
 SHRINK_SECONDS = 300.0
 
 
-class Told(Protocol):
+class OnOutcome(Protocol):
     """A callback for each outcome."""
 
     def __call__(self, outcome: Outcome, *, shrinking: bool) -> None: ...
@@ -43,22 +43,22 @@ class Limits:
 
 
 def search(
-    examples: SearchStrategy[Example], run: Callable[[Example], Outcome], limits: Limits, told: Told
-) -> Searched:
+    examples: SearchStrategy[Example], run: Callable[[Example], Outcome], limits: Limits, on_outcome: OnOutcome
+) -> SearchResult:
     """Run examples up to the limits, and shrink the first failure of each kind. Ctrl-C keeps the results so far."""
     start = time.monotonic()
-    runs = _Runs(run, limits, told)
-    found: list[Found] = []
+    runs = _Runs(run, limits, on_outcome)
+    found: list[ShrunkFailure] = []
     interrupted = False
     try:
         while runs.num_left > 0 and (failure := _first_failure(examples, runs, seed=limits.seed + len(found))):
-            found.append(Found(failure.outcome, run(failure.example), runs.first))
+            found.append(ShrunkFailure(failure.outcome, run(failure.example), runs.first))
             runs.ignore(failure.outcome.kind)
     except KeyboardInterrupt:
         interrupted = True
         if runs.last is not None:
-            found.append(Found(runs.last, runs.last, runs.first))
-    return Searched(
+            found.append(ShrunkFailure(runs.last, runs.last, runs.first))
+    return SearchResult(
         subject={},
         outcomes=tuple(runs.outcomes),
         found=tuple(found),
@@ -104,7 +104,7 @@ class _Runs(Generic[Example]):
 
     run: Callable[[Example], Outcome]
     limits: Limits
-    told: Told
+    on_outcome: OnOutcome
     outcomes: list[Outcome] = field(default_factory=list)
     first: str = ""
     last: Outcome | None = None
@@ -162,7 +162,7 @@ class _Runs(Generic[Example]):
             self.outcomes.append(outcome)
         else:
             self.num_shrinking += 1
-        self.told(outcome, shrinking=self.last is not None)
+        self.on_outcome(outcome, shrinking=self.last is not None)
         return outcome
 
 

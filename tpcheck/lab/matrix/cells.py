@@ -15,13 +15,13 @@ from typing import Any
 from tpcheck.core.environment import package_versions
 from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
 from tpcheck.core.topology import Topology
-from tpcheck.lab.known import Judged
+from tpcheck.lab.known import JudgedVerdict
 from tpcheck.report.data import SCHEMA, as_data
 
 _WORST_FIRST = ("failed", "error", "passed", "skipped")
 
 
-def judged_json(judged: Judged) -> str:
+def judged_json(judged: JudgedVerdict) -> str:
     """Return one verdict of a matrix as JSON, with its entry in the register of known bugs."""
     data = as_data(judged.verdict)
     if judged.standing:
@@ -41,7 +41,7 @@ def stored_verdicts(path: Path) -> list[Verdict]:
     """Return the verdicts in a file; none if the file does not exist or is no report."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return [verdict_of(one) for one in data.get("reports", [data])]
+        return [verdict_of(report) for report in data.get("reports", [data])]
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return []
 
@@ -56,10 +56,10 @@ def verdict_of(data: Mapping[str, Any]) -> Verdict:
         verdict=data["verdict"],
         subject=data["subject"],
         environment=data["environment"],
-        findings=tuple(_finding(one) for one in data["findings"]),
+        findings=tuple(_finding(finding) for finding in data["findings"]),
         checks=tuple(
-            CheckResult(one["check"], one["compared"], _number(one["worst_margin"]), one["worst_at"])
-            for one in data["checks"]
+            CheckResult(check["check"], check["compared"], _number(check["worst_margin"]), check["worst_at"])
+            for check in data["checks"]
         ),
         coverage=Coverage(**data["coverage"]),
         seconds=data["seconds"],

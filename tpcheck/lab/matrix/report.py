@@ -12,7 +12,7 @@ from typing import Any
 from tpcheck.core.causes import Cause
 from tpcheck.core.errors import UsageError
 from tpcheck.core.findings import Finding, Verdict
-from tpcheck.lab.known import Judged, KnownBug, judged, register
+from tpcheck.lab.known import JudgedVerdict, KnownBug, judge, register
 from tpcheck.lab.matrix.cells import stored_verdicts
 from tpcheck.report import words
 from tpcheck.report.findings import place
@@ -50,7 +50,7 @@ _COLUMNS = (
 )
 
 
-def matrix_lines(rows: Sequence[Judged]) -> Iterator[Line]:
+def matrix_lines(rows: Sequence[JudgedVerdict]) -> Iterator[Line]:
     """Yield one line for each cell, the number of each verdict, and what the register of known bugs did not expect."""
     yield from table_lines(_table(rows))
     yield Line()
@@ -62,7 +62,7 @@ def matrix_lines(rows: Sequence[Judged]) -> Iterator[Line]:
         yield from labelled(row.standing, unexpected_message(row), "red")
 
 
-def standing_lines(row: Judged) -> Iterator[Line]:
+def standing_lines(row: JudgedVerdict) -> Iterator[Line]:
     """Yield what the register of known bugs says of a verdict."""
     if row.standing == "known" and row.bug is not None:
         see = "; ".join(part for part in (row.bug.link, row.bug.script) if part)
@@ -71,21 +71,21 @@ def standing_lines(row: Judged) -> Iterator[Line]:
         yield from labelled(row.standing, unexpected_message(row), "red")
 
 
-def progress_line(row: Judged, subjects: Iterable[Mapping[str, Any]]) -> Line:
+def progress_line(row: JudgedVerdict, subjects: Iterable[Mapping[str, Any]]) -> Line:
     """Return the line of one cell, aligned with those of all `subjects`."""
-    placeholders = [Judged(Verdict("passed", subject, {})) for subject in subjects]
+    placeholders = [JudgedVerdict(Verdict("passed", subject, {})) for subject in subjects]
     table = _table(placeholders)
     of_row = _row(row, with_configuration=any(cells.cells[1].text for cells in table.rows))
     return row_line(of_row, _COLUMNS, Table(_COLUMNS, (of_row, *table.rows)).widths)
 
 
-def _table(rows: Sequence[Judged], *, details: bool = False) -> Table:
+def _table(rows: Sequence[JudgedVerdict], *, details: bool = False) -> Table:
     """Return a table of the cells; the configuration is left out where all of them share one, unless with details."""
     differ = len({configuration(row.verdict.subject) for row in rows}) > 1
     return Table(_COLUMNS, tuple(_row(row, with_configuration=differ or details, details=details) for row in rows))
 
 
-def _row(row: Judged, *, with_configuration: bool = True, details: bool = False) -> Row:
+def _row(row: JudgedVerdict, *, with_configuration: bool = True, details: bool = False) -> Row:
     verdict, text = row.verdict, label(row.verdict)
     report = as_text([*verdict_lines(verdict), *standing_lines(row)]) if details else ""
     return Row(
@@ -104,7 +104,7 @@ def _row(row: Judged, *, with_configuration: bool = True, details: bool = False)
     )
 
 
-def counts(rows: Sequence[Judged]) -> str:
+def counts(rows: Sequence[JudgedVerdict]) -> str:
     """Return `3 passed, 1 failed (1 known)`."""
     number = Counter(label(row.verdict) for row in rows)
     known = Counter(label(row.verdict) for row in rows if row.standing == "known")
@@ -137,7 +137,7 @@ def summary_line(verdict: Verdict) -> str:
     return "" if worst is None else f"worst margin {words.margin(worst.worst_margin)}  {worst.check}"
 
 
-def unexpected_message(row: Judged) -> str:
+def unexpected_message(row: JudgedVerdict) -> str:
     """Return a sentence about a cell that the register did not expect."""
     name = f"{words.name(row.verdict.subject)} ({configuration(row.verdict.subject)})"
     if row.standing == "gone":
@@ -151,11 +151,11 @@ def unexpected_message(row: Judged) -> str:
     return f"{name}: {label(row.verdict)}, and no entry of {_REGISTER} describes this"
 
 
-def _standing(row: Judged) -> str:
+def _standing(row: JudgedVerdict) -> str:
     return f"known: {row.bug.name}" if row.standing == "known" and row.bug else row.standing
 
 
-def matrix_markdown(rows: Sequence[Judged]) -> str:
+def matrix_markdown(rows: Sequence[JudgedVerdict]) -> str:
     """Return the summary of a CI job: counts, what was unexpected, and the cells that did not pass."""
     lines = ["### tpcheck", "", counts(rows), ""]
     lines += [f"- **{row.standing}** {markdown_text(unexpected_message(row))}" for row in rows
@@ -167,17 +167,17 @@ def matrix_markdown(rows: Sequence[Judged]) -> str:
     return "\n".join([*lines, "", versions(rows), ""]) + "\n"
 
 
-def _markdown_row(row: Judged) -> Row:
+def _markdown_row(row: JudgedVerdict) -> Row:
     subject, text = row.verdict.subject, label(row.verdict)
     verdict = f"{SIGNS[text]} {text}" + (f", {row.standing}" if row.standing else "")
     texts = words.name(subject), configuration(subject), verdict, summary_line(row.verdict)
     return Row(tuple(map(Cell, texts)))
 
 
-def families_table(rows: Sequence[Judged]) -> Table:
+def families_table(rows: Sequence[JudgedVerdict]) -> Table:
     """Return a table with a row for each family and a column for each configuration."""
     columns = list(dict.fromkeys(configuration(row.verdict.subject) for row in rows))
-    by_family: dict[str, dict[str, Judged]] = {}
+    by_family: dict[str, dict[str, JudgedVerdict]] = {}
     for row in rows:
         by_family.setdefault(words.name(row.verdict.subject), {})[configuration(row.verdict.subject)] = row
     return Table(
@@ -189,7 +189,7 @@ def families_table(rows: Sequence[Judged]) -> Table:
     )
 
 
-def versions(rows: Sequence[Judged]) -> str:
+def versions(rows: Sequence[JudgedVerdict]) -> str:
     """Return the versions of all rows in a line: `torch 2.13.0, transformers 5.23.0`."""
     by_package: dict[str, set[str]] = {}
     for row in rows:
@@ -198,7 +198,7 @@ def versions(rows: Sequence[Judged]) -> str:
     return ", ".join(f"{package} {' and '.join(sorted(numbers))}" for package, numbers in sorted(by_package.items()))
 
 
-def _short(row: Judged | None) -> str:
+def _short(row: JudgedVerdict | None) -> str:
     if row is None:
         return ""
     text = label(row.verdict)
@@ -212,7 +212,7 @@ def _short(row: Judged | None) -> str:
     return f"{verdict}{bug}" if bug else f"{verdict}: {summary_line(row.verdict)}"
 
 
-def matrix_html(rows: Sequence[Judged]) -> str:
+def matrix_html(rows: Sequence[JudgedVerdict]) -> str:
     """Return a page with a row for each cell, whose report opens, and filters."""
     unexpected = sum(row.standing in ("new", "gone") for row in rows)
     seconds = sum(row.verdict.seconds for row in rows)
@@ -225,12 +225,12 @@ def matrix_html(rows: Sequence[Judged]) -> str:
 GONE = "known_bug_shows"  # the test case of a registered bug that does not show
 
 
-def matrix_junit(rows: Sequence[Judged]) -> str:
+def matrix_junit(rows: Sequence[JudgedVerdict]) -> str:
     """Return an XML document that CI servers read: known bugs are skipped, and a bug that is gone fails."""
     return as_junit(_with_register(row) for row in rows)
 
 
-def _with_register(row: Judged) -> Verdict:
+def _with_register(row: JudgedVerdict) -> Verdict:
     verdict = row.verdict
     if row.standing == "known" and row.bug is not None:
         message = f"known upstream bug {row.bug.name}: {row.bug.what}"
@@ -247,13 +247,13 @@ def families_page(path: Path) -> Iterator[Line]:
     Raises:
         UsageError: The file contains no verdicts.
     """
-    rows = [judged(verdict) for verdict in stored_verdicts(path)]
+    rows = [judge(verdict) for verdict in stored_verdicts(path)]
     if not rows:
         raise UsageError("table", str(path), "a file that `tpcheck verify --json` has written")
     return (plain(line) for line in _page(rows))
 
 
-def _page(rows: Sequence[Judged]) -> Iterator[str]:
+def _page(rows: Sequence[JudgedVerdict]) -> Iterator[str]:
     yield from ["# What works, by family", ""]
     yield "Made with `tpcheck families --table matrix.json` from the file of `tpcheck verify --all --json matrix.json`"
     yield from [f"({versions(rows)}).", ""]
