@@ -37,7 +37,7 @@ def test_equal_checkpoints_pass(run: Run, reference: Path, tmp_path: Path) -> No
     assert "2 of 2 tensors compared" in result.stdout
 
 
-def test_a_shard_is_told_and_written(run: Run, reference: Path, tmp_path: Path) -> None:
+def test_a_saved_shard_is_reported_and_written(run: Run, reference: Path, tmp_path: Path) -> None:
     actual = saved(tmp_path / "saved", {**TENSORS, "a.weight": TENSORS["a.weight"][:3]})
     files = ["--json", str(tmp_path / "report.json"), "--html", str(tmp_path / "report.html")]
     result = run("checkpoint", actual, str(reference), *files)
@@ -51,14 +51,14 @@ def test_a_shard_is_told_and_written(run: Run, reference: Path, tmp_path: Path) 
     assert finding["where"]["parameter"] == "a.weight"
 
 
-def test_nothing_that_can_be_compared_has_not_passed(run: Run, tmp_path: Path) -> None:
+def test_checkpoints_without_tensors_have_not_passed(run: Run, tmp_path: Path) -> None:
     empty = saved(tmp_path / "saved", {})
     result = run("checkpoint", empty, empty)
     assert result.exit_code == 2
     assert "passed" not in result.output
 
 
-def test_a_cast_that_was_meant_and_earlier_steps_are_options(run: Run, reference: Path, tmp_path: Path) -> None:
+def test_an_intended_cast_and_earlier_steps_are_options(run: Run, reference: Path, tmp_path: Path) -> None:
     cast = saved(tmp_path / "saved", {name: tensor.bfloat16() for name, tensor in TENSORS.items()})
     assert run("checkpoint", cast, str(reference)).exit_code == 1
     assert run("checkpoint", cast, str(reference), "--dtype", "bfloat16").exit_code == 0

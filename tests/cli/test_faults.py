@@ -155,7 +155,7 @@ def test_bad_usage_is_one_sentence(run: Run, arguments: str, sentence: str) -> N
     assert result.stderr.count("\n") == 1
 
 
-def test_help_teaches(run: Run) -> None:
+def test_help_shows_examples_and_the_exit_status(run: Run) -> None:
     text = run("faults", "--help").stdout
     assert "tpcheck faults --kind checkpoint --kind data" in text
     assert "Exit status" in text

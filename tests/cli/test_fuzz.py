@@ -73,7 +73,7 @@ def test_options_of_layers_reach_their_search(run: Run, search: Any) -> None:
 
 
 @pytest.mark.parametrize(("found", "status"), [(PASSED, 0), (FAILED, 1), (REFUSED, 2), (ERROR, 3), (INTERRUPTED, 130)])
-def test_the_exit_status_says_how_it_went(run: Run, search: Any, found: SearchResult, status: int) -> None:
+def test_the_exit_status_follows_from_the_verdict(run: Run, search: Any, found: SearchResult, status: int) -> None:
     search(found)
     assert run("fuzz", "llama").exit_code == status
 
@@ -83,7 +83,7 @@ def test_of_several_layers_findings_count_before_crashes(run: Run, search: Any) 
     assert run("fuzz", "--layers").exit_code == 1
 
 
-def test_what_was_found_is_written_as_json(run: Run, search: Any, tmp_path: Path) -> None:
+def test_findings_are_written_as_json(run: Run, search: Any, tmp_path: Path) -> None:
     search(FAILED)
     run("fuzz", "llama", "--json", str(tmp_path / "f"))
     data = json.loads((tmp_path / "f").read_text())

@@ -15,7 +15,7 @@ from tpcheck.doctor.diagnosis import Diagnosis
 Run = Callable[..., Any]
 
 
-def test_topology_says_who_sits_where(run: Run) -> None:
+def test_topology_shows_the_coordinates_of_every_rank(run: Run) -> None:
     assert (
         run(*"topology --world 4 --tp 2".split()).stdout
         == """\
@@ -70,7 +70,7 @@ no problems
     )
 
 
-def test_the_doctor_says_what_is_wrong_and_what_to_do(run: Run, diagnosed: Callable[..., None]) -> None:
+def test_the_doctor_shows_every_problem_and_its_fix(run: Run, diagnosed: Callable[..., None]) -> None:
     diagnosed(Advice("stale_lock", "a lock was left", "rm lock", "https://example.org"), Advice("other", "so it is"))
     result = run("doctor")
     assert result.exit_code == 1
@@ -93,7 +93,7 @@ other
     )
 
 
-def test_a_configuration_that_is_not_there_is_bad_usage(run: Run, tmp_path: Path) -> None:
+def test_a_configuration_that_does_not_exist_is_bad_usage(run: Run, tmp_path: Path) -> None:
     result = run("doctor", str(tmp_path / "none.json"))
     assert result.exit_code == 2
     assert result.stderr.startswith("tpcheck: ds_config=")

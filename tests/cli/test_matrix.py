@@ -96,7 +96,7 @@ def test_a_combination_that_a_backend_cannot_do_is_skipped_with_the_reason(run: 
     assert "a  deepspeed, tp=2, zero=1  skipped     0.0 s  zero_stage=1: expected 0: no ZeRO here" in result.stdout
 
 
-def test_a_matrix_of_which_nothing_could_be_run_has_not_passed(run: Run) -> None:
+def test_a_matrix_without_any_run_has_not_passed(run: Run) -> None:
     result = run("verify", "a", "--zero", "1,2", verify_family=refuse_zero)
     assert result.exit_code == 2
     assert result.stderr.endswith("tpcheck: nothing could be run\n")
@@ -113,7 +113,7 @@ def test_a_family_that_cannot_be_built_is_skipped_among_all(run: Run, monkeypatc
     assert run("verify", "a", "odd", verify_family=refuse).exit_code == 2
 
 
-def test_a_run_goes_on_where_the_one_before_was_ended(run: Run, tmp_path: Path) -> None:
+def test_a_run_continues_an_interrupted_one(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "matrix.json"
 
     def interrupt(family: str, **options: Any) -> Report:
@@ -141,16 +141,14 @@ def test_a_run_goes_on_where_the_one_before_was_ended(run: Run, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("change", [["--seed", "1"], ["--set", "x=1"], ["--fresh"], ["--tp", "4"]])
-def test_what_was_run_otherwise_is_run_again(run: Run, tmp_path: Path, change: list[str]) -> None:
+def test_cells_with_other_options_run_again(run: Run, tmp_path: Path, change: list[str]) -> None:
     file = tmp_path / "matrix.json"
     run("verify", "a", "b", "--json", str(file), verify_family=verify_family)
     result = run("verify", "a", "b", "--json", str(file), *change, verify_family=verify_family)
     assert "already" not in result.stderr
 
 
-def test_what_was_run_with_other_versions_is_run_again(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cells_with_other_versions_run_again(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "matrix.json"
     run("verify", "a", "b", "--json", str(file), verify_family=verify_family)
     monkeypatch.setattr("tpcheck.lab.matrix.cells.package_versions", lambda: {"torch": "9.9"})
@@ -158,12 +156,12 @@ def test_what_was_run_with_other_versions_is_run_again(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"reports": 1}', '{"reports": [{}]}', "null"])
-def test_a_file_that_is_no_report_is_nothing_to_go_on_with(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_no_report_contains_no_verdicts(tmp_path: Path, text: str) -> None:
     (tmp_path / "f").write_text(text)
     assert stored_verdicts(tmp_path / "f") == []
 
 
-def test_the_file_is_whole_after_every_cell(run: Run, tmp_path: Path) -> None:
+def test_the_file_is_complete_json_after_every_cell(run: Run, tmp_path: Path) -> None:
     file, seen = tmp_path / "matrix.json", []
 
     def look(family: str, **options: Any) -> Report:
@@ -186,7 +184,7 @@ def test_jobs_fill_the_cores_by_default(run: Run, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("families", "options", "status", "told"),
+    ("families", "options", "status", "text"),
     [
         (["a", "bad"], ["--known"], 0, "(1 known)"),
         (["a", "bad"], [], 1, "known: bad-qkv"),
@@ -194,18 +192,18 @@ def test_jobs_fill_the_cores_by_default(run: Run, monkeypatch: pytest.MonkeyPatc
         (["a", "bad", "worse"], ["--known"], 1, "new       worse"),
     ],
 )
-def test_a_known_bug_is_no_finding_where_results_are_held_against_the_register(
-    run: Run, families: list[str], options: list[str], status: int, told: str, monkeypatch: pytest.MonkeyPatch
+def test_a_known_bug_is_no_finding_when_results_are_compared_with_the_register(
+    run: Run, families: list[str], options: list[str], status: int, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(VERDICTS, "worse", FAILED)
     FAILED_PLAIN = replace(FAILED, subject={})  # its example ignores the plan, which is another run
     monkeypatch.setitem(VERDICTS, "bad", FAILED_PLAIN)
     result = run("verify", *families, *options, verify_family=verify_family)
     assert result.exit_code == status
-    assert told in result.stdout
+    assert text in result.stdout
 
 
-def test_a_known_bug_that_is_gone_turns_the_run_red(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_known_bug_that_is_gone_is_a_finding(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(VERDICTS, "bad", PASSED)
     result = run("verify", "a", "bad", "--known", verify_family=verify_family)
     assert result.exit_code == 1
@@ -221,7 +219,7 @@ def test_a_single_known_bug_is_a_finding_with_a_name(run: Run) -> None:
     assert result.stdout.endswith("  upstream  bad-qkv: It is cut wrongly.\n")
 
 
-def test_github_is_told_in_its_summary(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_summary_of_github_gets_a_table(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = tmp_path / "summary"
     summary.write_text("before\n")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))

@@ -1,4 +1,4 @@
-"""Values of --set and --config, and what is said of bad ones."""
+"""Values of --set and --config, and the messages about bad ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_configuration_is_json_or_the_name_of_a_file(tmp_path: Path) -> None:
     assert json_object("config", '{"bf16": {}}') == json_object("config", str(file)) == {"bf16": {}}
 
 
-def test_bad_json_is_told_with_its_position() -> None:
+def test_bad_json_is_reported_with_its_position() -> None:
     with pytest.raises(UsageError) as error:
         json_object("config", '{"a": 1,}')
     assert "valid JSON; " in str(error.value)
@@ -57,12 +57,12 @@ def test_a_configuration_is_an_object() -> None:
     assert str(error.value) == "config='[1]': expected a JSON object"
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_file_that_does_not_exist_is_bad_usage(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a JSON object or a file that holds one \(No such file or directory\)"):
         json_object("config", str(tmp_path / "none.json"))
 
 
-def test_a_file_that_cannot_be_written_is_told_before_the_run(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_bad_usage_before_the_run(tmp_path: Path) -> None:
     assert writable("json", None) is None
     assert writable("json", tmp_path / "report.json") == tmp_path / "report.json"
     for path in (tmp_path, tmp_path / "none" / "report.json"):
@@ -71,6 +71,6 @@ def test_a_file_that_cannot_be_written_is_told_before_the_run(tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that not even root can write to")
-def test_a_folder_that_takes_no_files_is_told_before_the_run() -> None:
+def test_a_folder_without_write_access_is_bad_usage_before_the_run() -> None:
     with pytest.raises(UsageError, match=r"json='/proc/x.json': expected a file that can be written \("):
         writable("json", Path("/proc/x.json"))

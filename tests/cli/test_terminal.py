@@ -44,8 +44,8 @@ def test_output_that_cannot_be_written_is_one_line() -> None:
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "tpcheck", "topology", "--world", "4", "--tp", "2"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    said = "tpcheck: standard output cannot be written: No space left on device\n"
-    assert (done.returncode, done.stderr) == (2, said)
+    message = "tpcheck: standard output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, message)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["verify", "--help"], ["topology", "--world", "4", "--tp", "2"]])
@@ -66,7 +66,7 @@ except SystemExit as end:
 
 
 @pytest.mark.parametrize(("extra", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_no_color_is_kept(extra: dict[str, str], coloured: bool) -> None:
+def test_no_color_is_respected(extra: dict[str, str], coloured: bool) -> None:
     program = "from tpcheck.cli.terminal import show; from tpcheck.report.words import plain; show([plain('x', 'red')])"
     environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
     environment |= {"FORCE_COLOR": "1", "TERM": "xterm", **extra}
@@ -76,7 +76,7 @@ def test_no_color_is_kept(extra: dict[str, str], coloured: bool) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])  # where it is ASCII, click writes UTF-8
-def test_what_the_encoding_does_not_have_is_escaped(encoding: str) -> None:
+def test_characters_outside_of_the_encoding_are_escaped(encoding: str) -> None:
     program = r"""
 from tpcheck import cli
 from tpcheck.report.words import plain

@@ -56,7 +56,7 @@ def test_every_option_reaches_the_api(run: Run) -> None:
 
 
 @pytest.mark.parametrize(("family", "status"), [("good", 0), ("bad", 1), ("ugly", 3), ("absent", 0)])
-def test_the_exit_status_says_how_it_went(run: Run, family: str, status: int) -> None:
+def test_the_exit_status_follows_from_the_verdict(run: Run, family: str, status: int) -> None:
     assert run("verify", family, verify_family=verify_family).exit_code == status
 
 
@@ -68,7 +68,7 @@ def test_of_several_families_findings_count_before_crashes(run: Run, families: l
     assert run("verify", *families, verify_family=verify_family).exit_code == status
 
 
-def test_one_report_is_shown_whole(run: Run) -> None:
+def test_a_single_report_is_shown_in_full(run: Run) -> None:
     result = run("verify", "good", verify_family=lambda family, **options: Report(PASSED))
     assert result.stdout == Report(PASSED).to_text()
     assert result.stderr == ""
@@ -112,7 +112,7 @@ def test_a_crash_of_one_family_never_ends_the_run(run: Run) -> None:
     assert "1 passed, 1 error" in result.stdout
 
 
-def test_jobs_run_side_by_side_and_are_shown_in_the_order_asked_for(run: Run) -> None:
+def test_jobs_run_concurrently_and_are_shown_in_the_requested_order(run: Run) -> None:
     both_are_in = threading.Barrier(2, timeout=10)
 
     def together(family: str, **options: Any) -> Report:
@@ -125,7 +125,7 @@ def test_jobs_run_side_by_side_and_are_shown_in_the_order_asked_for(run: Run) ->
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_under_a_launcher_the_first_rank_alone_speaks(
+def test_under_a_launcher_only_rank_0_writes_output(
     run: Run, rank: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("RANK", str(rank))

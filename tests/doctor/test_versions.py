@@ -32,7 +32,7 @@ def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.Monk
     assert versions["no-such-package"] is None
 
 
-def test_a_diagnosis_says_what_there_is_to_run_on() -> None:
+def test_a_diagnosis_lists_the_devices() -> None:
     diagnosis = diagnose({"gradient_clipping": 0})
     assert "CPU cores" in diagnosis.devices[0]
     assert "tensor_parallelism_is_off" in {advice.rule for advice in diagnosis.advice}

@@ -64,17 +64,17 @@ def test_a_bug_that_shows_is_known_and_one_that_does_not_is_gone(verdict: Verdic
         {"environment": {}},
     ],
 )
-def test_an_entry_says_nothing_of_other_runs(change: dict[str, Any]) -> None:
+def test_an_entry_does_not_concern_other_runs(change: dict[str, Any]) -> None:
     assert judge(of(FAILED, **change)).standing == "new"
     assert judge(of(PASSED, **change)).standing == ""
 
 
-def test_a_failure_that_is_not_the_one_that_is_known_is_new() -> None:
+def test_a_failure_that_differs_from_the_registered_one_is_new() -> None:
     other = replace(of(FAILED), findings=tuple(replace(one, check="other") for one in FAILED.findings))
     assert (judge(other).standing, judge(other).bug) == ("new", BUG)
 
 
-def test_saved_models_are_held_against_the_register_only_where_they_are_looked_at(
+def test_saved_models_are_compared_with_the_register_only_if_they_are_checked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     saving = replace(BUG, check=known.CHECKPOINT)
@@ -84,7 +84,7 @@ def test_saved_models_are_held_against_the_register_only_where_they_are_looked_a
 
 
 @pytest.mark.parametrize("entry", known.register(), ids=lambda bug: bug.name)
-def test_every_entry_of_the_register_can_be_read_and_repeated(entry: KnownBug) -> None:
+def test_every_entry_of_the_register_has_a_command_that_reproduces_it(entry: KnownBug) -> None:
     assert entry.verdict in ("failed", "error")
     assert entry.what.endswith(".")
     program, command, family, *_ = shlex.split(entry.again)
@@ -104,24 +104,24 @@ def test_every_silent_bug_has_a_short_program_without_tpcheck(entry: KnownBug) -
 
 
 @pytest.mark.parametrize("entry", layer_register(), ids=lambda bug: bug.name)
-def test_every_entry_of_single_layers_can_be_repeated_and_knows_what_it_repeats(entry: KnownLayerBug) -> None:
+def test_every_entry_of_single_layers_explains_its_own_trial_and_no_other(entry: KnownLayerBug) -> None:
     *_, trial = shlex.split(entry.again)
     tried = Trial.of(json.loads(trial))
-    said = {"verdict": entry.verdict, "tensor": entry.tensor, "message": entry.message}
+    outcome = {"verdict": entry.verdict, "tensor": entry.tensor, "message": entry.message}
     versions = {"deepspeed": "0.19.8", "transformers": "5.23.0"}
-    assert entry.explains(tried, entry.backend, versions, **said)
-    assert not entry.explains(replace(tried, layer="other"), entry.backend, versions, **said)
-    assert not entry.explains(tried, "other", versions, **said)
-    assert not entry.explains(tried, entry.backend, {}, **said)
+    assert entry.explains(tried, entry.backend, versions, **outcome)
+    assert not entry.explains(replace(tried, layer="other"), entry.backend, versions, **outcome)
+    assert not entry.explains(tried, "other", versions, **outcome)
+    assert not entry.explains(tried, entry.backend, {}, **outcome)
     assert entry.verdict == "error" or entry.script
 
 
 @pytest.mark.parametrize("entry", [*register(), *layer_register()], ids=lambda bug: bug.name)
-def test_every_program_is_there_and_short(entry: KnownBug | KnownLayerBug) -> None:
+def test_every_program_exists_and_is_short(entry: KnownBug | KnownLayerBug) -> None:
     assert entry.script is None or len((ROOT / entry.script).read_text().splitlines()) <= 40
 
 
-def test_in_a_search_a_bug_is_known_beside_what_else_is_configured() -> None:
+def test_in_a_search_a_bug_is_known_also_with_more_configuration() -> None:
     assert explained(of(FAILED, config={"x": 1})) == BUG
     assert explained(of(FAILED, family="opt")) is None
     assert explained(of(ERROR)) is None
@@ -133,6 +133,6 @@ def test_a_bug_of_the_backend_alone_is_known_of_any_family(monkeypatch: pytest.M
     assert judge(of(PASSED, family="opt")).standing == ""
 
 
-def test_names_of_entries_are_their_own() -> None:
+def test_names_of_entries_are_distinct() -> None:
     names = [entry.name for entry in (*register(), *layer_register())]
     assert len(names) == len(set(names))

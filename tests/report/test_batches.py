@@ -44,7 +44,7 @@ def observed(check: str = "batches_agree_within_tp", amount: float = 1.0, ranks:
     return line.removeprefix("  observed  ")
 
 
-def test_a_mismatch_is_told_from_the_field_to_the_fix() -> None:
+def test_a_mismatch_is_reported_from_the_field_to_the_fix() -> None:
     assert text(PIXELS) == (
         "batches_agree_within_tp  pixel_values\n"
         "  where     tp=2, dp=2, dp rank 0, step 1\n"
@@ -99,5 +99,5 @@ def test_every_kind_of_difference_has_its_phrase(evidence: dict[str, Any], expec
 
 
 def test_replicas_with_the_same_samples_have_them_in_common() -> None:
-    said = observed("batches_differ_across_dp", 4.0, (0, 1, 2, 3), order="another order", replicas=[0, 1])
-    assert said == "4 samples in common, in another order on ranks 0, 1, 2, 3"
+    text_of_replicas = observed("batches_differ_across_dp", 4.0, (0, 1, 2, 3), order="another order", replicas=[0, 1])
+    assert text_of_replicas == "4 samples in common, in another order on ranks 0, 1, 2, 3"

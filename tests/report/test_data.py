@@ -65,7 +65,7 @@ def test_every_verdict_has_the_keys_of_schema_1(verdict: Verdict) -> None:
     assert len(data["findings"]) == len(verdict.findings)
 
 
-def test_what_json_cannot_say_is_null() -> None:
+def test_infinities_are_null_in_json() -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 

@@ -113,7 +113,7 @@ groups_match_topology  tp group
     )
 
 
-def test_a_finding_that_follows_from_another_says_so() -> None:
+def test_a_finding_that_follows_from_another_names_it() -> None:
     assert "  cause     follows from outputs_match_reference, which failed first\n" in text(
         replace(NORM, evidence={**NORM.evidence, "follows_from": "outputs_match_reference"})
     )
@@ -132,9 +132,9 @@ def test_long_lists_are_shortened_in_text_and_whole_in_json() -> None:
     }
     many = replace(REPLICAS, evidence=evidence)
     verdict = replace(FAILED, findings=(many,))
-    for told in (text(many), Report(verdict).to_text(), Report(verdict).to_junit()):
-        assert f"also      {', '.join(f'buffer {name}' for name in names[:8])} and 12 more" in told
-        assert "beside it {wrong: [t0, t1, t2, t3, t4, t5, t6, t7 and 12 more], right: [t0, t1]}" in told
+    for rendered in (text(many), Report(verdict).to_text(), Report(verdict).to_junit()):
+        assert f"also      {', '.join(f'buffer {name}' for name in names[:8])} and 12 more" in rendered
+        assert "beside it {wrong: [t0, t1, t2, t3, t4, t5, t6, t7 and 12 more], right: [t0, t1]}" in rendered
     assert Report(verdict).to_data()["findings"][0]["evidence"] == evidence
 
 
@@ -147,7 +147,7 @@ def test_long_lists_are_shortened_in_text_and_whole_in_json() -> None:
         ({"replicas": [0, 1]}, "replicas 0, 1"),
     ],
 )
-def test_what_else_is_wrong_has_its_phrase(entry: object, expected: str) -> None:
+def test_every_entry_of_also_has_its_phrase(entry: object, expected: str) -> None:
     assert f"  also      {expected}\n" in text(replace(REPLICAS, evidence={"also": [entry]}))
 
 

@@ -11,7 +11,7 @@ from tpcheck.core.findings import CheckResult
 from tpcheck.report.report import Report
 
 
-def test_a_run_that_passed_says_what_was_compared() -> None:
+def test_a_run_that_passed_shows_what_was_compared() -> None:
     assert (
         Report(PASSED).to_text()
         == """\
@@ -73,7 +73,7 @@ def test_the_first_finding_of_every_check_is_shown_before_more_of_one() -> None:
     assert shown == [*["gradient_norm_matches_reference"] * 2, "gradients_match_reference", "replicas_agree"]
 
 
-def test_what_follows_from_another_finding_is_shown_last() -> None:
+def test_a_finding_that_follows_from_another_is_shown_last() -> None:
     consequence = replace(NORM, cause=None, evidence={**NORM.evidence, "follows_from": GRADIENT.check})
     report = Report(replace(FAILED, findings=(GRADIENT, GRADIENT, consequence)))
     text = report.to_text(findings=2).partition("  check ")[0]
@@ -107,7 +107,7 @@ The system under test crashed. Its own message:
     )
 
 
-def test_a_skipped_run_says_why() -> None:
+def test_a_skipped_run_shows_the_reason() -> None:
     assert (
         Report(SKIPPED).to_text()
         == """\

@@ -98,7 +98,7 @@ def test_the_page_needs_nothing_else_and_is_well_formed(score: Score) -> None:
     assert parser.open == []
 
 
-def test_the_page_escapes_what_others_wrote() -> None:
+def test_the_page_escapes_names_and_messages() -> None:
     page = faults_html(BAD, {"<b>": "1"}, 12.0)
     assert "<b>nobody" not in page
     assert "&lt;b&gt;nobody" in page

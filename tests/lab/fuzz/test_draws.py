@@ -44,7 +44,7 @@ FIXED = examples(settings={"vocab_size": 33}, config={"a": {"b": 7}})
 
 @quickly
 @given(LLAMA)
-def test_what_is_drawn_is_what_the_family_and_the_backend_have(drawn: Drawn) -> None:
+def test_drawn_settings_and_options_exist_in_the_family_and_the_backend(drawn: Drawn) -> None:
     there = dimensions("llama")
     names = {name for of_role in there.names.values() for name in of_role}
     assert set(drawn.settings) <= names | set(there.switches)
@@ -55,7 +55,7 @@ def test_what_is_drawn_is_what_the_family_and_the_backend_have(drawn: Drawn) -> 
 
 @quickly
 @given(FIXED)
-def test_what_is_fixed_stays(drawn: Drawn) -> None:
+def test_fixed_settings_are_not_drawn(drawn: Drawn) -> None:
     assert drawn.settings["vocab_size"] == 33
     assert drawn.config["a"]["b"] == 7
 
@@ -67,13 +67,13 @@ def test_the_smallest_is_a_plain_verification() -> None:
     assert smallest == Drawn(2, 1, 0, "float64")
 
 
-def test_a_backend_that_has_none_of_the_stages_says_which_it_has() -> None:
+def test_a_backend_with_none_of_the_stages_lists_its_own() -> None:
     with pytest.raises(UsageError, match="0 or 1"):
         examples(Bounds(zero=(2, 3)))
 
 
 @pytest.mark.parametrize("bad", [{"tp": [0]}, {"dp": [-1]}, {"zero": [4]}, {"dtype": ["int8"]}])
-def test_bounds_hold_what_verify_takes(bad: dict[str, Any]) -> None:
+def test_invalid_bounds_are_bad_usage(bad: dict[str, Any]) -> None:
     good = {"tp": [2], "dp": [1], "zero": [0], "dtype": ["float64"]}
     with pytest.raises(UsageError):
         Bounds.of(**{**good, **bad})

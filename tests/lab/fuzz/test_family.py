@@ -29,8 +29,8 @@ def scales_the_bias(live: Live) -> None:
 def does_nothing(live: Live) -> None: ...
 
 
-def searched(plant: Any, examples: int) -> SearchResult:
-    common = Common(backend=FaultyBackend(plant), steps=1, settings=SMALL)
+def searched(inject: Any, examples: int) -> SearchResult:
+    common = Common(backend=FaultyBackend(inject), steps=1, settings=SMALL)
     return fuzz_family("llama", NARROW, common, Limits(examples), lambda outcome, *, shrinking: None)
 
 
@@ -51,7 +51,7 @@ def test_without_the_fault_nothing_is_found() -> None:
 
 
 @pytest.mark.parametrize(("known", "status"), [(False, "failed"), (True, "known")])
-def test_an_upstream_bug_is_known_and_its_command_repeats_it(known: bool, status: str) -> None:
+def test_an_upstream_bug_is_known_and_its_command_reproduces_it(known: bool, status: str) -> None:
     drawn = Drawn(2, 1, 0, "float64", {"qk_layernorm": True, "vocab_size": 20}, {"gradient_clipping": 0.5}, "1x5")
     outcome = outcome_of("phi", drawn, Common(steps=1, known=known))
     assert outcome.status == status
@@ -65,7 +65,7 @@ def test_an_upstream_bug_is_known_and_its_command_repeats_it(known: bool, status
     assert outcome.data.findings[0].check in again.stdout
 
 
-def test_what_the_model_refuses_is_no_finding_and_needs_no_world() -> None:
+def test_a_configuration_that_the_model_refuses_is_no_finding_and_needs_no_world() -> None:
     outcome = outcome_of("llama", Drawn(2, 1, 0, "float64", {"num_attention_heads": 3}), Common())
     assert (outcome.status, outcome.data) == ("refused", None)
     assert "multiple of the number of attention heads" in outcome.reason
@@ -84,7 +84,7 @@ def test_what_the_model_refuses_is_no_finding_and_needs_no_world() -> None:
         ("rank 1 of 2 died by SIGSEGV", "error", "error of a rank"),
     ],
 )
-def test_a_refusal_is_told_from_a_crash(monkeypatch: pytest.MonkeyPatch, message: str, status: str, kind: str) -> None:
+def test_a_refusal_is_no_crash(monkeypatch: pytest.MonkeyPatch, message: str, status: str, kind: str) -> None:
     from tpcheck.core.findings import Verdict
     from tpcheck.lab.fuzz import family
     from tpcheck.report.report import Report

@@ -45,26 +45,26 @@ def test_the_same_layer_is_right_where_tensors_are_contiguous_and_known_where_th
     assert try_one(lost, LayerCommon(tp=(2,), known=True)).kind == "deepspeed-column-lost-reduction"
 
 
-def test_layers_of_transformers_are_right() -> None:
+def test_layers_of_transformers_pass() -> None:
     layers = ["rowwise", "colwise", "embedding_rowwise"]
     assert [one.verdict for one in searched(layers, 6, backend="transformers", known=True)] == ["passed"] * 3
 
 
-def test_a_bias_that_is_cut_otherwise_than_its_weight_is_found() -> None:
+def test_a_bias_that_is_cut_differently_from_its_weight_is_found() -> None:
     of_transformers = LayerCommon("transformers", tp=(2,))
     assert try_one(Trial("packed_colwise", outputs=2), of_transformers).status == "passed"
     wrong = try_one(Trial("packed_colwise", outputs=2, bias=True), of_transformers)
     assert (wrong.status, wrong.data["tensor"]) == ("failed", "output")
 
 
-def test_what_a_layer_refuses_is_no_finding_and_what_it_trips_over_is() -> None:
+def test_a_refusal_of_a_layer_is_no_finding_but_a_crash_is() -> None:
     assert try_one(Trial("VocabParallelLinear"), TWO_RANKS).status == "refused"
     crash = try_one(Trial("conv_LinearLayer", outputs=2), TWO_RANKS)
     assert (crash.status, crash.reason.startswith("conv_LinearLayer, making the layer: ")) == ("error", True)
 
 
 @pytest.mark.parametrize("backend", ["deepspeed", "transformers"])
-def test_every_layer_that_the_installed_backend_has_is_tried_or_said_why_not(backend: str) -> None:
+def test_every_layer_of_the_installed_backend_is_tried_or_has_a_reason(backend: str) -> None:
     table: LayerTable = load_backend(backend).layer_table()  # type: ignore[attr-defined]
     assert all((layer.shard is None) == bool(layer.why_not) for layer in table.layers)
     assert not [layer.name for layer in table.layers if layer.why_not == NO_ROW]
@@ -82,7 +82,7 @@ def test_an_unknown_layer_is_bad_usage() -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"layer": "a", "x": 1}', '{"layer": "a", "rows": [0]}'])
-def test_what_is_no_trial_is_refused(text: str) -> None:
+def test_an_invalid_trial_is_bad_usage(text: str) -> None:
     with pytest.raises(UsageError, match="trial"):
         read_trial(text)
 

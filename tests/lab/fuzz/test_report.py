@@ -7,7 +7,7 @@ from tpcheck.lab.fuzz.report import layers_data, layers_lines, outcome_line, sea
 from tpcheck.report.words import as_text
 
 
-def test_a_search_that_found_nothing_says_what_it_covered() -> None:
+def test_a_search_without_findings_shows_what_it_covered() -> None:
     assert as_text(searched_lines(PASSED)) == (
         "passed  qwen3  deepspeed\n"
         "\n"
@@ -18,7 +18,7 @@ def test_a_search_that_found_nothing_says_what_it_covered() -> None:
     )
 
 
-def test_a_finding_comes_with_the_example_that_it_was_shrunk_from() -> None:
+def test_a_finding_shows_the_example_that_it_was_shrunk_from() -> None:
     text = as_text(searched_lines(FAILED))
     assert text.startswith("failed  qwen3  deepspeed\n\n")
     assert "gradients_match_reference  model.layers.0.self_attn.q_norm.weight\n" in text
@@ -30,7 +30,7 @@ def test_a_finding_comes_with_the_example_that_it_was_shrunk_from() -> None:
     )
 
 
-def test_a_crash_shows_its_own_message_and_how_far_it_can_be_trusted() -> None:
+def test_a_crash_shows_its_message_and_the_limits_of_its_example() -> None:
     text = as_text(searched_lines(ERROR))
     assert "The system under test crashed. Its own message:\n" in text
     assert "  again     tpcheck verify qwen3 --tp 4\n" in text

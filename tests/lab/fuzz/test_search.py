@@ -33,7 +33,7 @@ def test_a_failure_is_shrunk_to_the_smallest() -> None:
     assert found[0].is_reproducible
 
 
-def test_what_is_right_passes() -> None:
+def test_a_search_without_failures_passes() -> None:
     result = searched(lambda pair: outcome("passed"))
     assert (result.verdict, result.found, result.count("passed")) == ("passed", (), result.num_ran)
 
@@ -47,17 +47,17 @@ def test_each_kind_is_found_and_shrunk_by_itself() -> None:
 
 
 @pytest.mark.parametrize("status", ["known", "refused"])
-def test_what_is_known_or_refused_is_no_finding(status: str) -> None:
+def test_a_known_or_refused_example_is_no_finding(status: str) -> None:
     result = searched(lambda pair: outcome(status, "bug") if pair[0] >= 100 else outcome("passed"))
     assert result.verdict == "passed"
     assert result.count(status)  # type: ignore[arg-type]
 
 
-def test_where_everything_is_refused_nothing_has_passed() -> None:
+def test_a_search_whose_examples_are_all_refused_has_not_passed() -> None:
     assert searched(lambda pair: outcome("refused")).verdict == "skipped"
 
 
-def test_equal_seeds_draw_equal_examples_and_others_others() -> None:
+def test_equal_seeds_draw_equal_examples_and_other_seeds_draw_others() -> None:
     def commands(seed: int) -> list[str]:
         return [one.command for one in searched(lambda pair: outcome("passed", pair=pair), seed=seed).outcomes]
 
@@ -65,7 +65,7 @@ def test_equal_seeds_draw_equal_examples_and_others_others() -> None:
     assert commands(3) != commands(4)
 
 
-def test_no_example_runs_twice_but_the_smallest() -> None:
+def test_only_the_smallest_example_runs_twice() -> None:
     ran: list[Pair] = []
 
     def run(pair: Pair) -> Outcome:
@@ -76,13 +76,13 @@ def test_no_example_runs_twice_but_the_smallest() -> None:
     assert [pair for pair in set(ran) if ran.count(pair) > 1] == [(100, False)]
 
 
-def test_shrinking_ends_at_its_limit_and_says_so() -> None:
+def test_shrinking_ends_at_its_time_limit_and_is_marked() -> None:
     result = searched(fails_from_100, shrink_seconds=0)
     assert result.cut_short
     assert result.verdict == "failed"
 
 
-def test_what_does_not_come_again_is_told() -> None:
+def test_a_failure_that_is_not_reproducible_is_marked() -> None:
     times: dict[Pair, int] = {}
 
     def once(pair: Pair) -> Outcome:
@@ -92,7 +92,7 @@ def test_what_does_not_come_again_is_told() -> None:
     assert not searched(once).found[0].is_reproducible
 
 
-def test_an_interrupt_keeps_what_was_found() -> None:
+def test_an_interrupt_keeps_the_results_so_far() -> None:
     def run(pair: Pair) -> Outcome:
         if 100 <= pair[0] < 120:
             raise KeyboardInterrupt
@@ -112,7 +112,7 @@ def test_an_error_of_tpcheck_itself_is_not_swallowed() -> None:
         searched(broken)
 
 
-def test_nothing_is_left_where_the_user_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_files_are_left_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     searched(fails_from_100)
     assert list(tmp_path.iterdir()) == []

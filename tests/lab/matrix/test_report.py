@@ -115,7 +115,7 @@ def test_a_model_that_the_backend_left_whole_is_not_sharded() -> None:
     assert counts(ROWS) == "2 passed, 1 failed, 1 not sharded, 2 error (1 known), 1 skipped"
 
 
-def test_text_ends_with_what_the_register_did_not_expect() -> None:
+def test_text_ends_with_the_unexpected_cells() -> None:
     text = as_text(matrix_lines(ROWS))
     assert [line.split() for line in text.splitlines() if line.startswith("phi3")] == [
         "phi3 deepspeed, tp=2 error 3.0 s ValueError: style known: a-bug".split()
@@ -128,12 +128,12 @@ def test_text_ends_with_what_the_register_did_not_expect() -> None:
 
 
 @pytest.mark.parametrize("verdict", [PASSED, FAILED, ERROR, SKIPPED, NOT_SHARDED], ids=label)
-def test_a_verdict_is_read_as_it_was_written(verdict: Verdict) -> None:
+def test_a_verdict_is_equal_after_writing_and_reading(verdict: Verdict) -> None:
     data = as_data(verdict)
     assert as_data(verdict_of(json.loads(json.dumps(data)))) == data
 
 
-def test_a_file_of_many_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_file_of_verdicts_is_equal_after_writing_and_reading(tmp_path: Path) -> None:
     text = whole_json([judged_json(row) for row in ROWS], [row.verdict.verdict for row in ROWS], pending=3)
     (tmp_path / "f").write_text(text)
     data = json.loads(text)
@@ -157,7 +157,7 @@ def test_the_table_has_a_column_for_each_configuration() -> None:
     assert "| phi3 | ! error (a-bug) |  |" in lines
 
 
-def test_junit_skips_what_is_known_and_fails_what_is_gone() -> None:
+def test_junit_skips_known_bugs_and_fails_bugs_that_are_gone() -> None:
     text = matrix_junit(ROWS)
     assert 'skipped message="known upstream bug a-bug: It &lt;says&gt; no."' in text
     assert 'failure message="mamba (deepspeed, tp=2) passed' in text
