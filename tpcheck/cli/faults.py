@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -112,7 +114,8 @@ def _runs(
 def _versions() -> Mapping[str, str]:
     from tpcheck.lab.faults.runs import versions
 
-    return versions()
+    with redirect_stdout(sys.stderr):  # DeepSpeed prints when it is imported
+        return versions()
 
 
 def _run(runs: Sequence[FaultRun], num_workers: int) -> tuple[list[FaultResult], bool]:
