@@ -122,7 +122,8 @@ def _cause(name: str, tensors: Sequence[TriedTensor], worst: Difference) -> str 
     explanation = explain(
         Suspect(
             check="",
-            where={"field": "input"} if name == INPUT_GRADIENT else {},
+            where={},
+            role="input" if name == INPUT_GRADIENT else "output" if name == OUTPUT else None,
             observed=worst.relative,
             allowed=worst.relative_allowed,
             kind=kinds.get(name, "gradient"),

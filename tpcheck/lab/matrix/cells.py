@@ -52,6 +52,7 @@ def verdict_of(data: Mapping[str, Any]) -> Verdict:
     Raises:
         KeyError: The data is no verdict.
     """
+    coverage = data["coverage"]
     return Verdict(
         verdict=data["verdict"],
         subject=data["subject"],
@@ -61,7 +62,7 @@ def verdict_of(data: Mapping[str, Any]) -> Verdict:
             CheckResult(check["check"], check["compared"], _number(check["worst_margin"]), check["worst_at"])
             for check in data["checks"]
         ),
-        coverage=Coverage(**data["coverage"]),
+        coverage=Coverage(coverage["compared"], coverage["total"], coverage["missed"]),
         seconds=data["seconds"],
         message=data["message"],
     )
