@@ -8,12 +8,12 @@ from torch import nn
 
 from tpcheck.families.tokens import Tokens
 from tpcheck.model.batches import batches
-from tpcheck.model.request import Request
+from tpcheck.model.options import Request, RunOptions
 
 
 def made(tokens: Tokens | None) -> dict[str, Any]:
     model: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=9))
-    request = Request(build=nn.Identity, batch=tokens, steps=1)
+    request = Request(nn.Identity, RunOptions(batch=tokens, steps=1))
     return batches(request, model, 1, torch.device("cpu"))[0][0]
 
 

@@ -27,11 +27,11 @@ from tpcheck.lab.fuzz.report import (
     verdict_of,
 )
 from tpcheck.lab.fuzz.results import Found, Outcome, Searched
+from tpcheck.model.options import DEFAULTS, RunOptions
 from tpcheck.world.attach import is_launched
 
 if TYPE_CHECKING:
     from tpcheck.lab.fuzz.draws import Bounds
-    from tpcheck.lab.fuzz.family import Common
     from tpcheck.lab.fuzz.search import Limits
 
 
@@ -76,12 +76,14 @@ class LayersWanted:
     timeout: float
 
 
-def run_family(family: str, bounds: Bounds, common: Common, limits: Limits, json_path: Path | None) -> int:
+def run_family(
+    family: str, bounds: Bounds, common: RunOptions, limits: Limits, json_path: Path | None, *, known: bool
+) -> int:
     """Search a family, and return the exit status."""
     from tpcheck.lab.fuzz.family import fuzz_family
 
     with telling(limits.examples) as told:
-        searched = fuzz_family(family, bounds, common, limits, told)
+        searched = fuzz_family(family, bounds, common, limits, told, known=known)
     writes = [lambda: show(searched_lines(searched))]
     if json_path:
         writes.append(lambda: write_whole(json_path, searched_json(searched_data(searched))))
@@ -130,7 +132,7 @@ def fuzz(
         list[str] | None, typer.Option(metavar="NAME", help="With --layers, try these alone; repeatable.")
     ] = None,
     trial: Annotated[str | None, typer.Option(metavar="JSON", help="With --layers, repeat this one try.")] = None,
-    backend: Annotated[str, typer.Option(metavar="NAME", help="What shards the model.")] = "deepspeed",
+    backend: Annotated[str, typer.Option(metavar="NAME", help="What shards the model.")] = str(DEFAULTS.backend),
     examples: Annotated[int, typer.Option(help="Configurations to run; what is refused does not count.")] = 200,
     seed: Annotated[int, typer.Option(help="Equal seeds draw equal configurations.")] = 0,
     tp: Annotated[str, typer.Option(metavar="N[,..]", help="Draw from these; a failure shrinks to the first.")] = "2,4",
@@ -141,7 +143,7 @@ def fuzz(
     dtype: Annotated[
         str, typer.Option(metavar="NAME[,..]", help="Draw from these; float64 tells bugs from rounding best.")
     ] = "float64,float32,bfloat16",
-    steps: Annotated[int, typer.Option(help="Training steps of each example.")] = 2,
+    steps: Annotated[int, typer.Option(help="Training steps of each example.")] = DEFAULTS.steps,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -153,7 +155,7 @@ def fuzz(
     ] = None,
     ignore_plan: Annotated[
         bool, typer.Option("--ignore-plan", help="Drop the model's own tp_plan: the backend's heuristics shard it.")
-    ] = False,
+    ] = DEFAULTS.ignore_plan,
     known: Annotated[
         bool | None,
         typer.Option(
@@ -196,11 +198,17 @@ def fuzz(
     with usage_errors():
         _require_valid(examples, family, layers, layer, trial)
         json_ = writable("json", json_)
-        fixed, configuration = settings(set_ or []), json_object("config", config) if config is not None else {}
+        common = RunOptions.of(
+            backend=backend,
+            steps=steps,
+            settings=settings(set_ or []),
+            config=json_object("config", config) if config is not None else None,
+            ignore_plan=ignore_plan,
+            timeout=timeout,
+        )
         sizes = {"tp": integers("tp", tp), "dp": integers("dp", dp), "zero": integers("zero", zero)}
 
         from tpcheck.lab.fuzz.draws import Bounds  # loads torch, which --help need not wait for
-        from tpcheck.lab.fuzz.family import Common
         from tpcheck.lab.fuzz.search import Limits
 
         bounds = Bounds.of(dtype=names("dtype", dtype), **sizes)
@@ -208,8 +216,7 @@ def fuzz(
         if family is None:
             wanted = LayersWanted(backend, layer or [], trial, known=bool(known), timeout=timeout)
             raise typer.Exit(run_layers(wanted, bounds, limits, json_))
-        common = Common(backend, steps, 0, fixed, configuration, ignore_plan, timeout, known is not False)
-        raise typer.Exit(run_family(family, bounds, common, limits, json_))
+        raise typer.Exit(run_family(family, bounds, common, limits, json_, known=known is not False))
 
 
 def _require_valid(

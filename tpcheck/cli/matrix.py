@@ -14,7 +14,7 @@ from tpcheck.core.environment import num_cores
 from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.findings import Verdict
 from tpcheck.lab.known import Judged, judged
-from tpcheck.lab.matrix.cells import Cell, Common, done_before, judged_json, subject, versions, whole_json
+from tpcheck.lab.matrix.cells import Cell, done_before, judged_json, versions, whole_json
 from tpcheck.lab.matrix.report import row_line, widths_of
 from tpcheck.report.report import Report
 from tpcheck.world.attach import is_launched
@@ -41,14 +41,14 @@ class Outcome:
 
 
 def run_all(
-    cells: Sequence[Cell], verify: Verify, common: Common, jobs: int, *, skips: Refusal = lambda error: False
+    cells: Sequence[Cell], verify: Verify, jobs: int, *, skips: Refusal = lambda error: False
 ) -> Iterator[Outcome]:
     """Yield outcomes as they are reached, with at most `jobs` at a time.
 
     Args:
         skips: Whether a cell that cannot be run for this reason is skipped; else it is bad usage.
     """
-    return side_by_side([partial(_outcome, cell, verify, common, skips) for cell in cells], jobs)
+    return side_by_side([partial(_outcome, cell, verify, skips) for cell in cells], jobs)
 
 
 def exit_status(outcomes: Sequence[Outcome], rows: Sequence[Judged], *, held: bool) -> int:
@@ -65,27 +65,27 @@ def exit_status(outcomes: Sequence[Outcome], rows: Sequence[Judged], *, held: bo
     return 1 if gone or "failed" in verdicts else 3 if "error" in verdicts else 0
 
 
-def _outcome(cell: Cell, verify: Verify, common: Common, skips: Refusal) -> Outcome:
+def _outcome(cell: Cell, verify: Verify, skips: Refusal) -> Outcome:
     start = time.monotonic()
     try:
         report = verify(cell)
     except UsageError as error:
         refused = skips(error)
-        verdict = Verdict("skipped" if refused else "error", subject(cell, common), {}, message=str(error))
+        verdict = Verdict("skipped" if refused else "error", cell.subject, {}, message=str(error))
         return Outcome(cell, _with_versions(Report(verdict), cell), bad_usage=not refused, refused=refused)
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         seconds = time.monotonic() - start
-        report = Report(Verdict("error", subject(cell, common), {}, seconds=seconds, message=message))
+        report = Report(Verdict("error", cell.subject, {}, seconds=seconds, message=message))
     return Outcome(cell, _with_versions(report, cell))
 
 
 def _with_versions(report: Report, cell: Cell) -> Report:
     """Add the backend's versions where it crashed before it could tell them."""
     verdict = report.verdict
-    if cell.backend in verdict.environment:
+    if cell.options.backend_name in verdict.environment:
         return report
-    return Report(replace(verdict, environment={**versions(cell.backend), **verdict.environment}))
+    return Report(replace(verdict, environment={**versions(cell.options.backend_name), **verdict.environment}))
 
 
 class Journal:
@@ -136,14 +136,12 @@ class Matrix:
 
     Attributes:
         cells: Every cell.
-        common: What they have in common.
         all_families: The families were not named, so one that cannot be built is skipped.
         held: Results are held against the register of known upstream bugs.
         fresh: What a file of an earlier run holds is run again.
     """
 
     cells: tuple[Cell, ...]
-    common: Common
     all_families: bool = False
     held: bool = False
     fresh: bool = False
@@ -170,7 +168,7 @@ def run_matrix(matrix: Matrix, verify: Verify, files: Files, *, jobs: int | None
     for outcome in before:
         journal.add(outcome)
     todo = [cell for cell in matrix.cells if cell not in outcomes]
-    running = run_all(todo, verify, matrix.common, _side_by_side(jobs, todo), skips=matrix.skips)
+    running = run_all(todo, verify, _side_by_side(jobs, todo), skips=matrix.skips)
     try:
         for outcome in journal.kept(_with_progress(running, matrix, todo)):
             outcomes[outcome.cell] = outcome
@@ -203,7 +201,7 @@ def _earlier(matrix: Matrix, files: Files) -> list[Outcome]:
     """Return what an earlier run has left in the file, and say so."""
     if files.json is None or matrix.is_one or matrix.fresh or is_launched():
         return []
-    stored = done_before(files.json, matrix.cells, matrix.common)
+    stored = done_before(files.json, matrix.cells)
     if stored:
         note(f"{len(stored)} of {len(matrix.cells)} cells are in {files.json} already; --fresh runs them again")
     return [Outcome(cell, Report(verdict), refused=verdict.verdict == "skipped") for cell, verdict in stored.items()]
@@ -214,7 +212,7 @@ def _with_progress(outcomes: Iterable[Outcome], matrix: Matrix, todo: list[Cell]
     if matrix.is_one or not todo or not speaks():
         yield from outcomes
         return
-    widths = widths_of([subject(cell, matrix.common) for cell in todo])
+    widths = widths_of([cell.subject for cell in todo])
     yield from told(
         outcomes,
         len(todo),
@@ -227,5 +225,5 @@ def _side_by_side(jobs: int | None, todo: list[Cell]) -> int:
     """Return how many worlds fit the cores, whose ranks wait for each other half of the time; a launcher has one."""
     if is_launched() or not todo:
         return 1
-    largest = max(cell.topology.world_size for cell in todo)
+    largest = max(cell.options.topology.world_size for cell in todo)
     return jobs or max(1, 2 * num_cores() // largest)

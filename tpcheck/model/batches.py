@@ -10,7 +10,7 @@ from torch import nn
 
 from tpcheck.core.errors import UsageError
 from tpcheck.families.tokens import Tokens
-from tpcheck.model.request import Request
+from tpcheck.model.options import Request
 
 _LEFT_OUT = -100  # of cross_entropy: a label that counts for nothing
 
@@ -24,7 +24,8 @@ def batches(request: Request, model: nn.Module, dp: int, device: torch.device) -
         UsageError: The batch cannot be cut over DP, or none can be made up for this model.
     """
     return [
-        [_batch(request, model, step, dp_rank, dp, device) for dp_rank in range(dp)] for step in range(request.steps)
+        [_batch(request, model, step, dp_rank, dp, device) for dp_rank in range(dp)]
+        for step in range(request.options.steps)
     ]
 
 
@@ -42,16 +43,16 @@ def batch_size(batch: Mapping[str, Any]) -> int:
 
 
 def _batch(request: Request, model: nn.Module, step: int, dp_rank: int, dp: int, device: torch.device) -> Batch:
-    if callable(request.batch):
-        batch = request.batch({"dp": dp_rank, "tp": 0}, step)
+    if callable(request.options.batch):
+        batch = request.options.batch({"dp": dp_rank, "tp": 0}, step)
         if not isinstance(batch, Mapping):
             raise UsageError("batch", type(batch).__name__, "a callable that returns a dict of tensors")
-    elif isinstance(request.batch, Mapping):
-        batch = {name: _rows(name, value, dp_rank, dp, request) for name, value in request.batch.items()}
+    elif isinstance(request.options.batch, Mapping):
+        batch = {name: _rows(name, value, dp_rank, dp, request) for name, value in request.options.batch.items()}
     else:
-        generator = torch.Generator().manual_seed((request.seed * 1000 + step) * 1000 + dp_rank)
-        batch = _synthetic_tokens(model, request.batch or Tokens(), generator)
-    return {name: _placed(value, device, getattr(torch, request.dtype)) for name, value in batch.items()}
+        generator = torch.Generator().manual_seed((request.options.seed * 1000 + step) * 1000 + dp_rank)
+        batch = _synthetic_tokens(model, request.options.batch or Tokens(), generator)
+    return {name: _placed(value, device, getattr(torch, request.options.dtype)) for name, value in batch.items()}
 
 
 def _placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -62,8 +63,8 @@ def _placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _rows(name: str, value: Any, dp_rank: int, dp: int, request: Request) -> Any:
-    assert isinstance(request.batch, Mapping)
-    size = batch_size(request.batch)
+    assert isinstance(request.options.batch, Mapping)
+    size = batch_size(request.options.batch)
     if not isinstance(value, torch.Tensor) or not value.dim() or len(value) != size:
         return value
     if size % dp:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tpcheck.core.errors import UsageError
-from tpcheck.model.request import Request
+from tpcheck.model.options import Request
 
 
 def built_model(request: Request, device: torch.device) -> nn.Module:
@@ -19,15 +19,15 @@ def built_model(request: Request, device: torch.device) -> nn.Module:
     Raises:
         UsageError: `build` does not return a module.
     """
-    torch.manual_seed(request.seed)
+    torch.manual_seed(request.options.seed)
     model = request.build()
     if not isinstance(model, nn.Module):
         raise UsageError("build", type(model).__name__, "a callable that returns a torch.nn.Module")
-    model = model.to(device=device, dtype=getattr(torch, request.dtype)).train()
+    model = model.to(device=device, dtype=getattr(torch, request.options.dtype)).train()
     _switch_dropout_off(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            generator = torch.Generator().manual_seed(request.seed * 2**32 + zlib.crc32(name.encode()))
+            generator = torch.Generator().manual_seed(request.options.seed * 2**32 + zlib.crc32(name.encode()))
             if request.spread_weights and parameter.dim() > 1:
                 _spread(parameter)
             _draw_constants(parameter, generator)

@@ -12,8 +12,8 @@ from torch import nn
 from tpcheck.backends.interface import RankLike, TrainingOptions
 from tpcheck.model.batches import Batch, batch_size, batches
 from tpcheck.model.build import built_model
+from tpcheck.model.options import Request
 from tpcheck.model.reference import Deviations, ReferenceStep, recorded, replayed_deviations, require_still
-from tpcheck.model.request import Request
 from tpcheck.model.teacher_forcing import isolated_deviations
 from tpcheck.numerics.snapshots import State, buffers_of, parameters_of
 from tpcheck.numerics.tolerance import Tolerance, largest_deviations
@@ -82,10 +82,10 @@ class MeasuredReference:
     ) -> dict[int, Deviations]:
         """Return this rank's share of the replays, by number; the first is not perturbed."""
         eps = torch.finfo(self.options.dtype).eps
-        own = range(rank.rank, 1 + request.num_replays, rank.topology.world_size)
-        return {replay: replayed(eps if replay else 0.0, request.seed * 1000 + replay) for replay in own}
+        own = range(rank.rank, 1 + request.options.replays, rank.topology.world_size)
+        return {replay: replayed(eps if replay else 0.0, request.options.seed * 1000 + replay) for replay in own}
 
     def _tolerance(self, rank: CommunicatingRank, request: Request, measured: Mapping[int, Deviations]) -> Tolerance:
         everyone: list[Deviations] = list(rank.gather(largest_deviations(list(measured.values()))))
         scalar_eps = torch.finfo(torch.promote_types(self.options.dtype, torch.float32)).eps
-        return Tolerance(scalar_eps, request.num_replays, largest_deviations(everyone))
+        return Tolerance(scalar_eps, request.options.replays, largest_deviations(everyone))

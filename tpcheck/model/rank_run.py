@@ -18,8 +18,8 @@ from tpcheck.model.batches import Batch
 from tpcheck.model.build import built_model, require_equal_models
 from tpcheck.model.candidate import CandidateStart, sharded, trained
 from tpcheck.model.measured_reference import CommunicatingRank, MeasuredReference
+from tpcheck.model.options import Request
 from tpcheck.model.reference import ReferenceStep
-from tpcheck.model.request import Request
 from tpcheck.model.saving import saved_answer, set_gathered, with_saved
 from tpcheck.model.teacher_forcing import IsolatedPass, gradients_alone, isolated_pass, remade, terms_among
 from tpcheck.numerics.answer import GroupAnswer, forbids_training, full_answer, start_answer
@@ -93,9 +93,9 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
         UsageError: The model or the batch cannot be used.
         BackendError: The backend crashed.
     """
-    backend = load_backend(request.backend)
+    backend = load_backend(request.options.backend)
     options = backend.resolved(_options(request, rank.device))
-    with everything_in_float64(request.dtype == "float64"), backend.session(options):
+    with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
         reference = MeasuredReference.of(request, rank, options)
         twin = built_model(request, rank.device)
         require_equal_models(twin, reference.model, reference.state)
@@ -103,28 +103,30 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
         candidate, start = sharded(backend, twin, names, rank, reference.options)
         evidence = _start_evidence(rank, request, reference, start)
         with nothing_raised():
-            answer = None if evidence is None else start_answer(evidence, request.checks)
+            answer = None if evidence is None else start_answer(evidence, request.options.check_names)
         stops = answer is not None and forbids_training(answer)
         if not any(rank.gather(stops)):
-            saves = CHECKPOINT_CHECK in request.checks
+            saves = CHECKPOINT_CHECK in request.options.check_names
             saved = [saved_answer(rank, candidate, reference.model, step=-1)] if saves else []
             full = _both_trained(rank, request, reference, _Sharded(backend, candidate, start), evidence)
             if full is not None and answer is not None:
                 with nothing_raised():
-                    answer = full_answer(answer, full, request.checks)
+                    answer = full_answer(answer, full, request.options.check_names)
             if saves:
                 unknown = () if full is None else set_gathered(reference.model, full)
-                saved.append(saved_answer(rank, candidate, reference.model, step=request.steps - 1, unknown=unknown))
+                saved.append(
+                    saved_answer(rank, candidate, reference.model, step=request.options.steps - 1, unknown=unknown)
+                )
             answer = with_saved(answer, saved)
     return RankAnswer(answer, backend.versions())
 
 
 def _options(request: Request, device: torch.device) -> TrainingOptions:
     return TrainingOptions(
-        dtype=getattr(torch, request.dtype),
-        zero_stage=request.zero_stage,
-        config=request.config,
-        ignore_plan=request.ignore_plan,
+        dtype=getattr(torch, request.options.dtype),
+        zero_stage=request.options.zero_stage,
+        config=request.options.config,
+        ignore_plan=request.options.ignore_plan,
         rebuild=partial(built_model, request, device),
     )
 
@@ -149,7 +151,7 @@ def _both_trained(
     backend, candidate = sharded.backend, sharded.candidate
     own_batches = [by_dp_rank[_dp_rank(rank)] for by_dp_rank in reference.data]
     steps, tolerance = reference.trained(rank, request)
-    isolates = request.dtype != "float64"  # whose rounding hides nothing
+    isolates = request.options.dtype != "float64"  # whose rounding hides nothing
     alone = reference.isolated(rank, request, steps[0]) if isolates else None
     fed = _isolated_pass(backend, candidate, own_batches[0], steps[0], rank) if isolates else None
     made = trained(backend, candidate, tuple(sharded.start.weights), own_batches)
@@ -178,7 +180,7 @@ def _start_evidence(
     return Evidence(
         topology=rank.topology,
         dp_rank=_dp_rank(rank),
-        dtype=request.dtype,
+        dtype=request.options.dtype,
         initial=reference.parameters,
         initial_parts=tuple(one.weights for one in starts),
         layouts=start.layouts,
@@ -186,7 +188,7 @@ def _start_evidence(
         candidate=(),
         buffers=tuple(reference.buffers),
         facts=facts,
-        tolerance=Tolerance(0.0, request.num_replays, {}),
+        tolerance=Tolerance(0.0, request.options.replays, {}),
     )
 
 

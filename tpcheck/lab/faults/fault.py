@@ -12,6 +12,7 @@ from typing import Any
 from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.topology import Topology
+from tpcheck.model.options import DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,7 @@ class PlantedBackend:
     """
 
     plant: Callable[[Live], None]
-    backend: str | Backend = "deepspeed"
+    backend: str | Backend = DEFAULTS.backend
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property

@@ -19,12 +19,12 @@ from tpcheck.lab.faults.runs import (
     run_model_fault,
     run_saved_control,
 )
-from tpcheck.model.arguments import DTYPES
+from tpcheck.model.options import DEFAULTS, DTYPES
 
 if TYPE_CHECKING:
     from tpcheck.lab.faults.corpus import Control, Fault
 
-BACKEND = "deepspeed"
+BACKEND = DEFAULTS.backend
 
 
 def versions() -> Mapping[str, str]:
