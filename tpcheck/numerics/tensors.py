@@ -1,4 +1,4 @@
-"""The tensors inside a module's arguments or outputs."""
+"""The tensors inside a module's arguments or outputs, and this rank's part of a tensor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     """Return `value` with `function` applied to its tensors, nested in tuples, lists, dicts and model outputs.
 
-    Anything else is returned as it is, and so is what holds nothing that changed.
+    Anything else is returned as it is, and so is a container in which nothing changed.
     """
     if isinstance(value, torch.Tensor):
         return function(value)
@@ -45,3 +45,25 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
             result[name] = child
         return result
     return value
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's shard of a DTensor, the full tensor where it is partial, and any other tensor as it is.
+
+    Collective over the DTensor's mesh where it is partial: one rank's term of a sum cannot be compared with anything.
+    """
+    placements = getattr(tensor, "placements", None)
+    if placements is None:
+        return tensor
+    if any(placement.is_partial() for placement in placements):
+        return full_tensor(tensor)
+    local: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return local
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the full tensor of a DTensor, and any other tensor as it is. Collective over the DTensor's mesh."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    full: torch.Tensor = tensor.full_tensor()
+    return full

@@ -17,8 +17,10 @@ from tpcheck.backends.registry import layouts_of
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
-from tpcheck.numerics.perturb import everything_in_float64
-from tpcheck.runs.replaying import Call, CallRecorder, deviations_of, local, local_parameters
+from tpcheck.numerics.precision import everything_in_float64
+from tpcheck.numerics.snapshots import copy_parameters
+from tpcheck.numerics.tensors import local_part, named_tensors
+from tpcheck.runs.replaying import Call, CallRecorder, measure_deviations
 from tpcheck.runs.trace import Recorded, TraceWriter
 
 
@@ -39,7 +41,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         if parameter is None:
             raise UsageError("model", type(self._model).__name__, "a model with parameters")
         self._dtype = parameter.dtype
-        self._initial = local_parameters(self._model)
+        self._initial = copy_parameters(self._model)
         self._stack.enter_context(everything_in_float64(self._dtype is torch.float64))
         self._calls = CallRecorder(self._model)
         self._calls.__enter__()
@@ -67,7 +69,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             layouts=self._layouts(),
             steps=steps,
             inputs=tuple(_named_inputs(call.args, call.kwargs) for call in calls),
-            deviations=deviations_of(self._model, calls) if whole else None,
+            deviations=measure_deviations(self._model, calls) if whole else None,
             versions=package_versions(),
         )
 
@@ -77,9 +79,7 @@ class Recorder(AbstractContextManager["Recorder"]):
 
 
 def _named_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    from tpcheck.numerics.tensors import named_tensors
-
-    return {path: local(tensor) for path, tensor in named_tensors((*args, kwargs) if kwargs else args)}
+    return {path: local_part(tensor) for path, tensor in named_tensors((*args, kwargs) if kwargs else args)}
 
 
 def _module(model: Any) -> nn.Module:

@@ -1,16 +1,13 @@
 """Every fault of the backward pass is caught at float64, at its place, with its cause."""
 
-from typing import Any
-
 import pytest
 from torch.nn import functional
 
 import tpcheck
 from tests.lab.faults.finding import require_found
-from tests.model.planting import faulty
 from tpcheck import Topology
 from tpcheck.lab.faults import gradients, input_gradients, partial_gradients
-from tpcheck.lab.faults.fault import Live, ModelFault
+from tpcheck.lab.faults.fault import Live, ModelFault, PlantedBackend
 
 FAULTS = (*input_gradients.FAULTS, *partial_gradients.FAULTS, *gradients.FAULTS)
 
@@ -24,13 +21,12 @@ def test_two_independent_faults_are_both_reported() -> None:
     attention = "model.layers.0.self_attn.q_proj"
     norm = "model.norm.weight"
 
-    def both(candidate: Any, rank: Any) -> None:
-        live = Live(candidate, rank)
+    def both(live: Live) -> None:
         layer = live.module(attention)
         layer.forward = lambda hidden: functional.linear(hidden, layer.weight)
         live.parameter(norm).register_hook(lambda gradient: gradient * 2)
 
-    report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=faulty(both))
+    report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=PlantedBackend(both))
     found = {
         (finding.where.get("module"), finding.cause)
         for finding in report.findings
@@ -42,11 +38,11 @@ def test_two_independent_faults_are_both_reported() -> None:
 def test_all_frozen_parameters_are_one_finding() -> None:
     frozen = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.o_proj.weight"]
 
-    def freeze(candidate: Any, rank: Any) -> None:
+    def freeze(live: Live) -> None:
         for name in frozen:
-            candidate.module.get_parameter(name).requires_grad_(False)
+            live.parameter(name).requires_grad_(False)
 
-    report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=faulty(freeze), steps=1)
+    report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=PlantedBackend(freeze), steps=1)
     (found,) = (one for one in report.findings if one.check == "gradients_match_reference")
     assert [found.where["parameter"], *found.evidence["also"]] == frozen
     assert found.cause == "gradient_missing"
