@@ -103,7 +103,7 @@ def test_a_loss_that_is_not_finite_is_bad_usage() -> None:
 
 
 class Rank:
-    """One of several ranks whose peers answer alike."""
+    """A rank that gathers its value alone."""
 
     device = torch.device("cpu")
 
@@ -119,9 +119,9 @@ class Rank:
 
 
 def reference(build: Any = model, topology: Topology = Topology(tp=2), rank: int = 0) -> tuple[Reference, Rank]:  # noqa: B008 - immutable
-    one = Rank(rank, topology)
+    rank_of_world = Rank(rank, topology)
     request = Request(build, RunOptions(batch=batch(1), steps=2, replays=3))
-    return Reference.build(request, one, OPTIONS), one
+    return Reference.build(request, rank_of_world, OPTIONS), rank_of_world
 
 
 def test_the_tolerance_is_the_largest_deviation_of_the_perturbed_replays() -> None:
@@ -139,8 +139,8 @@ def test_the_tolerance_is_the_largest_deviation_of_the_perturbed_replays() -> No
 def test_ranks_share_the_replays() -> None:
     seeds: list[int] = []
     for rank in (0, 1):
-        measured, one = reference(rank=rank)
-        measured.measure(one, lambda perturbation: seeds.append(perturbation.generator.initial_seed()) or {})
+        measured, rank_of_world = reference(rank=rank)
+        measured.measure(rank_of_world, lambda perturbation: seeds.append(perturbation.generator.initial_seed()) or {})
     assert seeds == [0, 2, 1, 3]
 
 

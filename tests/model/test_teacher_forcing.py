@@ -126,11 +126,11 @@ def scale_an_output(live: Live) -> None:
     live.module(WRONG).register_forward_hook(lambda module, args, output: output * 1.12)
 
 
-def in_bfloat16(plant: Any) -> tpcheck.Report:
+def verify_in_bfloat16(inject: Any) -> tpcheck.Report:
     return tpcheck.verify_family(
         "llama",
         topology=Topology(tp=2),
-        backend=PlantedBackend(plant),
+        backend=PlantedBackend(inject),
         dtype="bfloat16",
         zero_stage=1,
         steps=1,
@@ -141,7 +141,7 @@ def in_bfloat16(plant: Any) -> tpcheck.Report:
 
 
 def test_a_small_error_deep_in_a_model_is_found_in_its_module() -> None:
-    report = in_bfloat16(scale_an_output)
+    report = verify_in_bfloat16(scale_an_output)
     first = report.findings[0]
     assert first.where["module"] == WRONG
     assert "each module fed the reference's inputs" in report.to_text()
@@ -168,7 +168,7 @@ def scale_two_gradients(live: Live) -> None:
 
 
 def test_small_errors_of_a_backward_pass_are_each_found_in_their_module() -> None:
-    report = in_bfloat16(scale_two_gradients)
+    report = verify_in_bfloat16(scale_two_gradients)
     before, weight = report.findings  # what comes back from o_proj is too large before it reaches v_proj
     assert (before.where["module"], before.cause) == ("model.layers.5.self_attn", "gradient_scaled")
     assert weight.where["parameter"] == "model.layers.0.self_attn.q_proj.weight"

@@ -36,7 +36,7 @@ def _doc(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """The options of one verification; the text beside each default is its documentation.
+    """The options of a verification; the text beside each default is its documentation.
 
     Example:
         >>> RunOptions(zero_stage=1).command("llama")
@@ -127,10 +127,10 @@ class RunOptions:
         return {option.name: getattr(self, option.name) for option in fields(self)}
 
     def subject(self, family: str | None = None) -> dict[str, Any]:
-        """Return what a report says of a run: the main options, and the others where they differ from their defaults.
+        """Return the subject of a report: the main options, and the others if they differ from their defaults.
 
         Args:
-            family: The model type; None for a model of the caller's, whose settings and batch are not options.
+            family: The model type; None for a caller's model, whose settings and batch are not options.
         """
         values, defaults = self._flags(), DEFAULTS._flags()
         always = _ALWAYS_IN_SUBJECT if family is None else (*_ALWAYS_IN_SUBJECT, "settings")
@@ -171,7 +171,7 @@ _NEVER_IN_SUBJECT = ("replays", "timeout")
 
 
 class OptionKeywords(TypedDict, total=False):
-    """The options that `verify`, `verify_family` and `family_tests` take alike, for type checkers."""
+    """The options that `verify`, `verify_family` and `family_tests` share, for type checkers."""
 
     steps: int
     config: Mapping[str, Any] | None
@@ -183,7 +183,7 @@ class OptionKeywords(TypedDict, total=False):
 
 
 class FamilyKeywords(OptionKeywords, total=False):
-    """The same with what is only an option for small models of a family."""
+    """Those, and the options that only small models of families have."""
 
     settings: Mapping[str, Any] | None
     batch: Tokens | str | None
@@ -261,6 +261,7 @@ class Request:
 def require_valid(request: Request) -> None:
     """Raise UsageError if the model or an option cannot be used, with the accepted values."""
     from tpcheck.backends.registry import backend_names
+    from tpcheck.numerics.checks import CHECK_NAMES, CHECKPOINT_CHECK
 
     options = request.options
     if not isinstance(options.topology, Topology):
@@ -286,7 +287,7 @@ def require_valid(request: Request) -> None:
             raise UsageError(name, value, f"an integer from {minimum} to {2**31 - 1}")
     if options.batch is not None and not callable(options.batch) and not isinstance(options.batch, (Mapping, Tokens)):
         raise UsageError("batch", type(options.batch).__name__, "a dict of tensors, a callable or None")
-    known = (*_default_checks(), _checkpoint_check())
+    known = (*CHECK_NAMES, CHECKPOINT_CHECK)
     unknown = [name for name in options.check_names if name not in known]
     if unknown or not options.check_names:
         raise UsageError("checks", unknown or (), known)
@@ -302,9 +303,3 @@ def _default_checks() -> tuple[str, ...]:
     from tpcheck.numerics.checks import CHECK_NAMES
 
     return CHECK_NAMES
-
-
-def _checkpoint_check() -> str:
-    from tpcheck.numerics.checks import CHECKPOINT_CHECK
-
-    return CHECKPOINT_CHECK

@@ -28,9 +28,9 @@ from tpcheck.numerics.tolerance import Tolerance
 Activations = Mapping[TensorKey, torch.Tensor]
 Gradients = Mapping[str, torch.Tensor]
 
-# A tensor whose relative distance from the reference's is larger than this has more than a small error, or is cut in a
-# way that its shape does not tell: the module keeps it. Gradients may be of fused blocks, of which an uneven cut read
-# as an even one gets most right.
+# If a tensor's relative distance from the reference's is larger than this, its error is more than a small one, or it
+# is not cut as its shape suggests: the module keeps it. The limit is lower for gradients: in an uneven cut of fused
+# blocks, read as an even one, most elements agree.
 _LARGEST_ERROR = {"forward": 0.5, "backward": 0.2}
 # A smaller distance is the rounding of one module; a rank's term of a sum is further off, if only in some features.
 _ROUNDING = 0.05

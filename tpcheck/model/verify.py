@@ -121,8 +121,8 @@ def run(request: Request, subject: Mapping[str, Any], again: str | None) -> Repo
     """Run the request on the launcher's ranks or on spawned ones, and return the report.
 
     Args:
-        subject: What the report says of the run.
-        again: The command that repeats it, if there is one.
+        subject: The subject of the report.
+        again: The command that repeats the run, if there is one.
     """
     from tpcheck.model.rank_run import verify_on_rank
     from tpcheck.numerics.answer import verdict
