@@ -11,7 +11,7 @@ import torch
 import tpcheck
 from tpcheck import Topology
 from tpcheck.backends.deepspeed.backend import DeepSpeedBackend
-from tpcheck.backends.protocols import TrainingOptions
+from tpcheck.backends.interface import TrainingOptions
 from tpcheck.numerics.checks import CHECK_NAMES
 
 RIGHT = ("qwen3", "gemma3_text", "opt", "gpt_neox")

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tpcheck
 from tpcheck import Topology, UsageError
-from tpcheck.backends.protocols import TrainingOptions
+from tpcheck.backends.interface import TrainingOptions
 from tpcheck.backends.registry import load_backend
 from tpcheck.lab.faults.fault import Live, PlantedBackend
 

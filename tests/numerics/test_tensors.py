@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 
-from tpcheck.numerics.tensors import full_tensor, local_part, map_tensors, named_tensors
+from tpcheck.numerics.tensors import map_tensors, named_tensors
 
 
 @dataclass
@@ -35,24 +33,3 @@ def test_tensors_are_mapped_in_a_copy() -> None:
 def test_a_dict_in_which_nothing_changes_is_returned_itself() -> None:
     value = {"a": torch.ones(1), "b": None}
     assert map_tensors(lambda tensor: tensor, value) is value
-
-
-class Sharded:
-    """Behaves like a DTensor."""
-
-    def __init__(self, is_partial: bool) -> None:
-        self.placements = [SimpleNamespace(is_partial=lambda: is_partial)]
-
-    def to_local(self) -> str:
-        return "local"
-
-    def full_tensor(self) -> str:
-        return "full"
-
-
-def test_the_local_part_of_a_partial_tensor_is_the_full_tensor() -> None:
-    shard: Any = Sharded(is_partial=False)
-    partial: Any = Sharded(is_partial=True)
-    plain = torch.ones(2)
-    assert (local_part(shard), local_part(partial), full_tensor(shard)) == ("local", "full", "full")
-    assert local_part(plain) is full_tensor(plain) is plain

@@ -31,12 +31,12 @@ def test_a_different_update_is_found() -> None:
 def test_a_replica_with_different_inputs_is_missed_coverage() -> None:
     other = recorded(rank=1, dp=2, inputs=({"0": torch.full((2,), 7.0)}, {"0": torch.zeros(2)}))
     verdict = compared([recorded(dp=2), other], recorded())
-    assert verdict.coverage.missed["replica 1"] == "its inputs differ from the reference's"
+    assert verdict.coverage.not_compared["replica 1"] == "its inputs differ from the reference's"
 
 
 def test_a_shorter_recording_is_compared_as_far_as_it_goes() -> None:
     verdict = compared([recorded(steps=recorded().steps[:1])], recorded())
-    assert verdict.coverage.missed["step 1"] == "only the reference was recorded that far"
+    assert verdict.coverage.not_compared["step 1"] == "only the reference was recorded that far"
 
 
 def test_the_reference_is_unsharded_and_in_the_same_dtype() -> None:

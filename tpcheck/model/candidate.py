@@ -19,7 +19,6 @@ from tpcheck.model.build import loss_of
 from tpcheck.numerics.evidence import Step, TensorKey
 from tpcheck.numerics.recorder import ModuleRecorder, logged_collectives
 from tpcheck.numerics.snapshots import copy_buffers
-from tpcheck.numerics.tensors import full_tensor, local_part
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from tpcheck.families.tokens import Tokens
 from tpcheck.numerics.tolerance import NUM_REPLAYS
 
 if TYPE_CHECKING:
-    from tpcheck.backends.protocols import Backend
+    from tpcheck.backends.interface import Backend
 
 BatchSource: TypeAlias = "Mapping[str, Any] | Callable[[Mapping[str, int], int], Mapping[str, Any]] | Tokens | None"
 DTYPES = ("float64", "float32", "bfloat16")

@@ -30,7 +30,7 @@ from tpcheck.model.teacher_forcing import (
 )
 from tpcheck.numerics.answer import GroupAnswer, forbids_training, full_answer, start_answer
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
-from tpcheck.numerics.evidence import Evidence, Isolated, RankFacts, Step, TensorKey
+from tpcheck.numerics.evidence import Evidence, ForcedModules, RankFacts, Step, TensorKey
 from tpcheck.numerics.precision import everything_in_float64, torch_function_disabled
 from tpcheck.numerics.tolerance import Tolerance
 
@@ -120,7 +120,7 @@ def _train_both(
     full = _step_evidence(rank, evidence, steps, tolerance, candidate_steps)
     if forced is not None and module_tolerance is not None:
         full = _with_forced(full, rank, forced, module_tolerance)
-    return None if full is None else replace(full, remade=recompute_outputs(reference.model, reference.state, full))
+    return None if full is None else replace(full, recomputed=recompute_outputs(reference.model, reference.state, full))
 
 
 def _forced_pass(
@@ -191,13 +191,13 @@ def _with_forced(full: Evidence | None, rank: RankLike, forced: ForcedPass, tole
     if full is None or by_tp_rank is None:
         return full
     first = full.reference[0]
-    isolated = Isolated(
-        reference=replace(first, gradients=replica_gradients(first), own_gradients={}),
-        passes=tuple(of_rank.step for of_rank in by_tp_rank),
-        fed=frozenset.intersection(*(of_rank.forced for of_rank in by_tp_rank)),
+    forced_step = ForcedModules(
+        reference=replace(first, gradients=replica_gradients(first), local_gradients={}),
+        candidate=tuple(of_rank.step for of_rank in by_tp_rank),
+        forced_inputs=frozenset.intersection(*(of_rank.forced for of_rank in by_tp_rank)),
         tolerance=tolerance,
     )
-    return replace(full, forced_modules=isolated)
+    return replace(full, forced_modules=forced_step)
 
 
 CallDigests = Mapping[str, tuple[str, ...]]  # module -> digest of the outputs of each of its calls, in order

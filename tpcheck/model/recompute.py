@@ -8,12 +8,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from tpcheck.numerics.differences import frobenius_distance, own_rounding, place
+from tpcheck.numerics.differences import frobenius_distance, place, rounding_error
 from tpcheck.numerics.evidence import Evidence, TensorKey
 from tpcheck.numerics.precision import torch_function_disabled
 from tpcheck.numerics.snapshots import State
-
-_ROUNDING_FACTOR = 10.0  # a part may round differently than the whole
+from tpcheck.numerics.tolerance import RECOMPUTED
 
 Compute = Callable[[torch.Tensor], torch.Tensor]
 
@@ -51,7 +50,7 @@ def _wrong_inputs(evidence: Evidence) -> Iterator[tuple[TensorKey, Sequence[torc
         if others or key.path != "0" or parts is None:
             continue
         placed = place(first[key].shape, parts)
-        allowed = evidence.tolerance.allowed((0, evidence.dp_rank, key), own_rounding(first[key]))
+        allowed = evidence.tolerance.allowed((0, evidence.dp_rank, key), rounding_error(first[key]))
         if placed is not None and any(
             frobenius_distance(part, placed.expected_part(first[key], tp_rank)) > allowed
             for tp_rank, part in enumerate(parts)
@@ -96,7 +95,7 @@ def _works_by_parts(
     placed_inputs, placed_outputs = place(first[before].shape, inputs), place(first[after].shape, outputs)
     if placed_inputs is None or placed_outputs is None:
         return False
-    allowed = _ROUNDING_FACTOR * evidence.tolerance.allowed((0, evidence.dp_rank, after), own_rounding(first[after]))
+    allowed = RECOMPUTED * evidence.tolerance.allowed((0, evidence.dp_rank, after), rounding_error(first[after]))
     for tp_rank in range(len(outputs)):
         try:
             part = compute(placed_inputs.expected_part(first[before], tp_rank))

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from tpcheck.backends.protocols import RankLike, TrainingOptions
+from tpcheck.backends.interface import RankLike, TrainingOptions
+from tpcheck.backends.sgd import Sgd, clip_gradients
 from tpcheck.core.errors import UsageError
 from tpcheck.model.batches import Batch, batch_size, copy_batch, make_batches
 from tpcheck.model.build import build_model, loss_of
@@ -26,9 +27,6 @@ from tpcheck.numerics.tolerance import Tolerance, largest_deviations
 ReferenceStep = tuple[Step, ...]  # by DP rank; what is common to all ranks is the same object in each
 Gradients = dict[str, torch.Tensor | None]
 Recording = Callable[[int, int], AbstractContextManager[Any]]  # step, dp_rank -> a context for one pass
-
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
-_CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_ and in DeepSpeed
 
 
 class CommunicatingRank(RankLike, Protocol):
@@ -126,7 +124,7 @@ def train(
     Raises:
         UsageError: The loss is not finite, or there is none.
     """
-    optimizer = ReferenceOptimizer(model, options)
+    optimizer = Sgd(list(model.parameters()), options, clip_gradients)
     buffers: list[State] = [copy_buffers(model)] * len(batches[0])
     steps = []
     for index, by_dp_rank in enumerate(batches):
@@ -157,42 +155,6 @@ def train_recorded(
         tuple(replace(of_rank, activations=activations[index, dp_rank]) for dp_rank, of_rank in enumerate(step))
         for index, step in enumerate(steps)
     ]
-
-
-class ReferenceOptimizer:
-    """Clips by the norm of all gradients, steps, and writes masters back, as mixed-precision trainers do."""
-
-    def __init__(self, model: nn.Module, options: TrainingOptions) -> None:
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._masters = [_master(parameter) for parameter in self._parameters]
-        self._max_norm = options.max_grad_norm
-        self._sgd = torch.optim.SGD(
-            self._masters,
-            lr=options.learning_rate,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-        )
-
-    def step(self) -> float:
-        """Take one step from the parameters' gradients, clear them, and return the norm they had."""
-        for parameter, master in zip(self._parameters, self._masters, strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
-        gradients = [master.grad for master in self._masters if master.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
-        if self._max_norm > 0:
-            coefficient = torch.clamp(self._max_norm / (norm + _CLIP_EPSILON), max=1.0)
-            for gradient in gradients:
-                gradient.mul_(coefficient)
-        self._sgd.step()
-        for parameter, master in zip(self._parameters, self._masters, strict=True):
-            parameter.grad = None
-            if master is not parameter:
-                parameter.data.copy_(master.data)
-        return float(norm)
-
-
-def _master(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach().to(torch.float32) if parameter.dtype in _LOW_PRECISION else parameter
 
 
 def _forward_and_backward(model: nn.Module, batch: Batch) -> float:
@@ -228,7 +190,7 @@ def _step(
     weights = copy_parameters(model)
     has_replicas = len(losses) > 1
     return tuple(
-        Step({}, gradients, weights, norm, loss, buffers=after, own_gradients=of_rank if has_replicas else {})
+        Step({}, gradients, weights, norm, loss, buffers=after, local_gradients=of_rank if has_replicas else {})
         for loss, after, of_rank in zip(losses, buffers, gradients_by_dp_rank, strict=True)
     )
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpcheck.backends.protocols import Candidate, SavesCheckpoints
-from tpcheck.backends.registry import ReadOptions
-from tpcheck.checkpoints.comparison import compare_checkpoints, opened
+from tpcheck.backends.checkpoint_format import ReadOptions
+from tpcheck.backends.interface import Candidate, SavesCheckpoints
+from tpcheck.checkpoints.comparison import compare_checkpoints, open_checkpoint
 from tpcheck.core.errors import TpcheckError
 from tpcheck.core.findings import Finding
 from tpcheck.model.reference import CommunicatingRank
@@ -90,7 +90,7 @@ def _without(answer: CheckAnswer, unknown: Sequence[str]) -> CheckAnswer:
         f"{finding.where['field']}: {finding.where['parameter']}": "its layer cannot gather it" for finding in dropped
     }
     findings = tuple(finding for finding in answer.findings if finding not in dropped)
-    return replace(answer, findings=findings, missed={**answer.missed, **missed})
+    return replace(answer, findings=findings, not_compared={**answer.not_compared, **missed})
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def _add_way(answer: CheckAnswer, way: str, folder: Path, expected: nn.Module, f
         answer,
         margins={**answer.margins, **{f"{way}: {name}": margin for name, margin in margins.items()}},
         findings=(*answer.findings, *placed),
-        missed={**answer.missed, **{f"{way}: {name}": reason for name, reason in missed.items()}},
+        not_compared={**answer.not_compared, **{f"{way}: {name}": reason for name, reason in missed.items()}},
     )
 
 
@@ -147,8 +147,8 @@ def _checkpoint_in(folder: Path) -> Path:
 def _compare(folder: Path, expected: nn.Module) -> tuple[tuple[Finding, ...], Mapping[str, float], Mapping[str, str]]:
     """Compare bitwise. Master weights of a higher precision are rounded to the model's dtype first."""
     dtype = next(parameter.dtype for parameter in expected.parameters())
-    reference = opened("reference", expected, ReadOptions())
-    actual = opened("actual", folder, ReadOptions())
+    reference = open_checkpoint("reference", expected, ReadOptions())
+    actual = open_checkpoint("actual", folder, ReadOptions())
     try:
         has_masters = any(_is_wider(actual.dtype(name), dtype) for name in actual.names())
         comparison = compare_checkpoints(actual, reference, actual_cast=dtype if has_masters else None)

@@ -12,7 +12,8 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from tpcheck.backends.protocols import Backend, Candidate, RankLike
+from tpcheck.backends.interface import Backend, Candidate, RankLike
+from tpcheck.backends.local_part import local_part
 from tpcheck.model.batches import Batch, copy_batch
 from tpcheck.model.build import find_loss
 from tpcheck.model.candidate import blame_backend
@@ -22,7 +23,7 @@ from tpcheck.numerics.evidence import Step, TensorKey
 from tpcheck.numerics.perturb import Deviations, Perturbation, named_deviations, perturbed_replay
 from tpcheck.numerics.recorder import ModuleRecorder
 from tpcheck.numerics.snapshots import restore_buffers, state_restored
-from tpcheck.numerics.tensors import local_part, map_tensors
+from tpcheck.numerics.tensors import map_tensors
 from tpcheck.numerics.tolerance import Tolerance
 
 Activations = Mapping[TensorKey, torch.Tensor]
@@ -195,7 +196,7 @@ def forced_tolerance(reference: Reference, rank: CommunicatingRank, first: Refer
 
 def replica_gradients(step: Step) -> Mapping[str, torch.Tensor | None]:
     """Return the gradients from the batch of this DP rank alone."""
-    return step.own_gradients or step.gradients
+    return step.local_gradients or step.gradients
 
 
 _NOT_CHECKPOINTED = "compatible with .grad()"  # of torch's reentrant checkpointing, in any version, and DeepSpeed's

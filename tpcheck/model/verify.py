@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Unpack
 
-    from tpcheck.backends.protocols import Backend
+    from tpcheck.backends.interface import Backend
     from tpcheck.core.placement import Placement
     from tpcheck.model.options import BatchSource
     from tpcheck.model.rank_run import RankAnswer
@@ -158,7 +158,9 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
 
     topology, timeout = request.options.topology, request.options.timeout
     try:
-        with spawn(topology, timeout=timeout, also=OF_ZERO if request.options.zero_stage else ()) as world:
+        with spawn(
+            topology, timeout=timeout, extra_preload=ZERO_PRELOAD if request.options.zero_stage else ()
+        ) as world:
             return world.run(verify_on_rank, request)
     except RankFailure as failure:
         if _COLLECTIVES_DIFFER not in str(failure.exception):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from tpcheck.numerics.tensors import local_part
+from tpcheck.backends.local_part import local_part
 
 State = Mapping[str, torch.Tensor]
 

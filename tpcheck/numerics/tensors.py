@@ -1,4 +1,4 @@
-"""The tensors inside a module's arguments or outputs, and this rank's part of a tensor."""
+"""The tensors inside a module's arguments or outputs."""
 
 from __future__ import annotations
 
@@ -45,25 +45,3 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
             result[name] = child
         return result
     return value
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's shard of a DTensor, the full tensor where it is partial, and any other tensor as it is.
-
-    Collective over the DTensor's mesh where it is partial: one rank's term of a sum cannot be compared with anything.
-    """
-    placements = getattr(tensor, "placements", None)
-    if placements is None:
-        return tensor
-    if any(placement.is_partial() for placement in placements):
-        return full_tensor(tensor)
-    local: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
-    return local
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the full tensor of a DTensor, and any other tensor as it is. Collective over the DTensor's mesh."""
-    if not hasattr(tensor, "full_tensor"):
-        return tensor
-    full: torch.Tensor = tensor.full_tensor()
-    return full

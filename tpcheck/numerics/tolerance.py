@@ -85,7 +85,7 @@ class Tolerance:
         return self.allowed(key, 2 * self.scalar_eps * abs(expected))
 
 
-def largest_deviations(measured: Iterable[Mapping[Hashable, float]]) -> dict[Hashable, float]:
+def largest_deviations(replays: Iterable[Mapping[Hashable, float]]) -> dict[Hashable, float]:
     """Return the largest deviation of each tensor over several sets of replays."""
     largest: dict[Hashable, float] = {}
     for deviations in replays:

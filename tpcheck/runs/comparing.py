@@ -66,7 +66,7 @@ def compare_recordings(
         answers, steps=num_steps, subject=subject, environment=unsharded.versions, again=again, seconds=0.0
     )
     coverage = compared.coverage
-    all_missed = {**coverage.missed, **missed}
+    all_missed = {**coverage.not_compared, **missed}
     return replace(compared, coverage=Coverage(coverage.compared, coverage.total + len(missed), all_missed))
 
 

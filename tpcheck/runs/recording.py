@@ -13,13 +13,14 @@ from torch import nn
 
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import live_groups
+from tpcheck.backends.local_part import local_part
 from tpcheck.backends.registry import layouts_of
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.precision import everything_in_float64
 from tpcheck.numerics.snapshots import copy_parameters
-from tpcheck.numerics.tensors import local_part, named_tensors
+from tpcheck.numerics.tensors import named_tensors
 from tpcheck.runs.replaying import Call, CallRecorder, measure_deviations
 from tpcheck.runs.trace import Recorded, TraceWriter
 
