@@ -63,7 +63,7 @@ def test_weights_that_are_drawn_already_stay() -> None:
 
 
 def test_matrices_are_spread_on_request() -> None:
-    assert float(built(spread_weights=True).linear.weight.std()) == pytest.approx(3**-0.5)
+    assert built(spread_weights=True).linear.weight.std().item() == pytest.approx(3**-0.5)
 
 
 def test_dropout_is_disabled_and_the_model_trains() -> None:

@@ -157,10 +157,9 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
     from tpcheck.model.rank_run import verify_on_rank
 
     topology, timeout = request.options.topology, request.options.timeout
+    preload = ZERO_PRELOAD if request.options.zero_stage else ()
     try:
-        with spawn(
-            topology, timeout=timeout, extra_preload=ZERO_PRELOAD if request.options.zero_stage else ()
-        ) as world:
+        with spawn(topology, timeout=timeout, extra_preload=preload) as world:
             return world.run(verify_on_rank, request)
     except RankFailure as failure:
         if _COLLECTIVES_DIFFER not in str(failure.exception):

@@ -62,7 +62,7 @@ def verdict_of(data: Mapping[str, Any]) -> Verdict:
             CheckResult(one["check"], one["compared"], _number(one["worst_margin"]), one["worst_at"])
             for one in data["checks"]
         ),
-        coverage=Coverage(**data["coverage"]),
+        coverage=Coverage(*(data["coverage"][key] for key in ("compared", "total", "missed"))),
         seconds=data["seconds"],
         message=data["message"],
     )
