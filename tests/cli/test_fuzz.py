@@ -14,10 +14,10 @@ from tests.lab.fuzz.fuzz_examples import ERROR, FAILED, INTERRUPTED, LAYER, NOT_
 from tpcheck.core.errors import TpcheckError
 from tpcheck.lab.fuzz import family, layers
 from tpcheck.lab.fuzz.draws import Bounds
-from tpcheck.lab.fuzz.family import Common
 from tpcheck.lab.fuzz.layers import LayerCommon
 from tpcheck.lab.fuzz.results import Outcome, SearchResult
 from tpcheck.lab.fuzz.search import Limits
+from tpcheck.model.options import RunOptions
 
 Run = Callable[..., Any]
 
@@ -29,8 +29,10 @@ def search(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     def replaced(*searched: SearchResult) -> dict[str, Any]:
         asked: dict[str, Any] = {}
 
-        def fuzz_family(family: str, bounds: Bounds, common: Common, limits: Limits, on_outcome: Any) -> SearchResult:
-            asked.update(family=family, bounds=bounds, common=common, limits=limits)
+        def fuzz_family(
+            family: str, bounds: Bounds, common: RunOptions, limits: Limits, on_outcome: Any, *, known: bool
+        ) -> SearchResult:
+            asked.update(family=family, bounds=bounds, common=common, limits=limits, known=known)
             on_outcome(Outcome("passed", command="tpcheck verify llama --tp 2"), shrinking=False)
             return searched[0]
 
@@ -57,8 +59,16 @@ def test_every_option_reaches_the_search(run: Run, search: Any) -> None:
     assert asked == {
         "family": "llama",
         "bounds": Bounds((2,), (1, 2), (0, 3), ("float64",)),
-        "common": Common("other", 1, 0, {"head_dim": 8}, {"gradient_clipping": 1.0}, True, 9, False),
+        "common": RunOptions(
+            backend="other",
+            steps=1,
+            settings={"head_dim": 8},
+            config={"gradient_clipping": 1.0},
+            ignore_plan=True,
+            timeout=9,
+        ),
         "limits": Limits(7, 3, 5),
+        "known": False,
     }
     assert result.stderr == "passed   tpcheck verify llama --tp 2\n"
 
@@ -125,7 +135,7 @@ def test_under_a_launcher_it_is_refused(run: Run, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_error_of_tpcheck_is_one_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any) -> SearchResult:
+    def broken(*args: Any, known: bool) -> SearchResult:
         raise TpcheckError("no worlds today")
 
     monkeypatch.setattr(family, "fuzz_family", broken)

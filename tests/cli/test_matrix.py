@@ -15,7 +15,8 @@ from tests.report.examples import ERROR, FAILED, PASSED
 from tpcheck.core.errors import UsageError
 from tpcheck.lab import known
 from tpcheck.lab.known import KnownBug
-from tpcheck.lab.matrix.cells import Cell, Common, cells, stored_verdicts, subject
+from tpcheck.lab.matrix.cells import cells, stored_verdicts
+from tpcheck.model.options import RunOptions
 from tpcheck.report.report import Report
 
 Run = Callable[..., Any]
@@ -31,17 +32,8 @@ def register(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def verify_family(family: str, **options: Any) -> Report:
     """Answer as the API does: by the family's name, with the subject that the options make."""
-    of_cell = Cell(
-        family,
-        options["backend"],
-        options["topology"].tp,
-        options["topology"].dp,
-        options["zero_stage"],
-        options["dtype"],
-    )
-    common = Common(config=options["config"], settings=options["settings"], seed=options["seed"])
     verdict = VERDICTS.get(family, PASSED)
-    return Report(replace(verdict, environment={}, subject=subject(of_cell, common)))
+    return Report(replace(verdict, environment={}, subject=RunOptions(**options).subject(family)))
 
 
 def test_lists_make_a_matrix(run: Run) -> None:
@@ -61,7 +53,7 @@ def test_lists_make_a_matrix(run: Run) -> None:
 
 def test_cells_are_asked_for_once_and_those_of_a_family_stand_together() -> None:
     made = cells(["b", "a", "b"], tp=[2, 4, 2])
-    assert [(cell.family, cell.tp) for cell in made] == [("b", 2), ("b", 4), ("a", 2), ("a", 4)]
+    assert [(cell.family, cell.options.topology.tp) for cell in made] == [("b", 2), ("b", 4), ("a", 2), ("a", 4)]
 
 
 @pytest.mark.parametrize(
@@ -239,17 +231,17 @@ def test_pages_and_junit_are_written(run: Run, tmp_path: Path) -> None:
 
 def test_the_subject_of_a_cell_is_what_the_api_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    from tpcheck.lab.matrix.cells import arguments
     from tpcheck.model import verify
 
     seen: list[dict[str, Any]] = []
 
-    def caught(request: Any, topology: Any, shown: Any, timeout: float) -> Report:
-        seen.append(dict(shown.subject))
+    def caught(request: Any, subject: dict[str, Any], again: str | None) -> Report:
+        seen.append(subject)
         return Report(PASSED)
 
     monkeypatch.setattr(verify, "run", caught)
-    for common in (Common(), Common(settings={"a": 1}, config={"b": {}}, checks=["replicas_agree"], ignore_plan=True)):
-        cell = Cell("llama", dp=2, zero=1, dtype="bfloat16")
-        verify.verify_family(cell.family, **arguments(cell, common))
-        assert seen.pop() == subject(cell, common)
+    others = RunOptions.of(settings={"a": 1}, config={"b": {}}, checks=["replicas_agree"], ignore_plan=True)
+    for common in (RunOptions(), others):
+        (cell,) = cells(["llama"], common, dp=[2], zero=[1], dtype=["bfloat16"])
+        verify.verify_family(cell.family, **cell.options.keywords())
+        assert seen.pop() == cell.subject

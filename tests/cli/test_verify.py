@@ -52,6 +52,8 @@ def test_every_option_reaches_the_api(run: Run) -> None:
         "settings": {"head_dim": 8, "act": "gelu"},
         "ignore_plan": True,
         "timeout": 30.0,
+        "batch": None,
+        "replays": 8,
     }
 
 

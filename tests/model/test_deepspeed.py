@@ -1,4 +1,4 @@
-"""What DeepSpeed 0.19.8 does right passes, what it does wrong is found where it is."""
+"""Sharding that DeepSpeed 0.19.8 does right passes; its real bugs are faults of the corpus (tests/lab/faults)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +12,9 @@ import tpcheck
 from tpcheck import Topology
 from tpcheck.backends.deepspeed.backend import DeepSpeedBackend
 from tpcheck.backends.interface import TrainingOptions
+from tpcheck.numerics.checks import CHECK_NAMES
 
-RIGHT = ("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "opt", "gpt_neox", "starcoder2")
+RIGHT = ("qwen3", "gemma3_text", "opt", "gpt_neox")
 CLEAN_MARGIN = 0.2
 
 
@@ -27,10 +28,25 @@ def assert_clean(report: tpcheck.Report) -> None:
     assert report.verdict.coverage.compared == report.verdict.coverage.total, report
 
 
-def wrong_parameters(report: tpcheck.Report, check: str) -> set[str]:
-    """Return the parameters of a check's findings, those with the same story included."""
-    findings = [finding for finding in report.findings if finding.check == check]
-    return {name for finding in findings for name in (finding.where["parameter"], *finding.evidence.get("also", ()))}
+@pytest.fixture(scope="module")
+def llama() -> tpcheck.Report:
+    return verified("llama")
+
+
+def test_a_clean_run_passes_every_check(llama: tpcheck.Report) -> None:
+    assert_clean(llama)
+    assert {check.check for check in llama.verdict.checks} == set(CHECK_NAMES)
+    assert all(check.compared > 0 for check in llama.verdict.checks)
+
+
+def test_two_runs_give_the_same_numbers(llama: tpcheck.Report) -> None:
+    assert verified("llama").verdict.checks == llama.verdict.checks
+
+
+def test_biases_are_compared_where_a_family_has_them(llama: tpcheck.Report) -> None:
+    report = verified("llama", settings={"attention_bias": True, "mlp_bias": True})
+    assert_clean(report)
+    assert report.verdict.coverage.total > llama.verdict.coverage.total
 
 
 @pytest.mark.parametrize("family", RIGHT)
@@ -56,17 +72,10 @@ def test_uneven_cuts_and_ties_pass(family: str, tp: int, settings: dict[str, Any
     assert_clean(verified(family, tp=tp, settings=settings))
 
 
-def test_data_parallelism_alone_passes_and_says_that_nothing_was_sharded() -> None:
+def test_data_parallelism_alone_passes_and_reports_that_nothing_was_sharded() -> None:
     report = verified("llama", tp=1, dp=2)
     assert report.passed, report
     assert report.verdict.coverage.not_compared["parameters_are_sharded: parameters_are_sharded"].startswith("tp is 1")
-
-
-def test_biases_are_compared_where_a_family_has_them() -> None:
-    report = verified("llama", settings={"attention_bias": True, "mlp_bias": True})
-    assert_clean(report)
-    plain = verified("llama")
-    assert report.verdict.coverage.total > plain.verdict.coverage.total
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
@@ -74,13 +83,8 @@ def test_every_zero_stage_passes_over_tp_and_dp(zero_stage: int) -> None:
     assert_clean(verified("qwen2", dp=2, zero_stage=zero_stage))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_four_tp_ranks_pass(family: str) -> None:
-    assert_clean(verified(family, tp=4))
-
-
-@pytest.mark.parametrize(("dtype", "zero_stage"), [("float32", 0), ("float32", 3), ("bfloat16", 1), ("bfloat16", 3)])
-def test_lower_precision_raises_no_false_alarm(dtype: str, zero_stage: int) -> None:
+@pytest.mark.parametrize(("dtype", "zero_stage"), [("float32", 0), ("bfloat16", 1)])
+def test_lower_precision_passes(dtype: str, zero_stage: int) -> None:
     report = verified("qwen3", dtype=dtype, zero_stage=zero_stage)
     assert report.passed, report
 
@@ -110,8 +114,8 @@ class OnAnotherAccelerator(DeepSpeedBackend):
             yield
 
 
-@pytest.mark.parametrize("fp16", [True, False], ids=["fp16", "no_fp16"])  # a CPU has it with AVX512-FP16
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+# a CPU supports float16 with AVX512-FP16
+@pytest.mark.parametrize(("zero_stage", "fp16"), [(0, True), (1, True), (2, True), (3, True), (1, False), (3, False)])
 def test_float64_passes_whether_or_not_the_accelerator_supports_float16(zero_stage: int, fp16: bool) -> None:
     backend = OnAnotherAccelerator(is_fp16_supported=fp16, is_bf16_supported=True)
     assert_clean(verified("qwen2", zero_stage=zero_stage, backend=backend, steps=1))
@@ -134,49 +138,12 @@ def test_the_older_entry_passes() -> None:
     assert_clean(verified("llama", backend="deepspeed-tp-model-init"))
 
 
-def test_two_runs_give_the_same_numbers() -> None:
-    first, second = verified("opt"), verified("opt")
-    assert first.verdict.checks == second.verdict.checks
-
-
-def test_persimmon_is_wrong_first_at_its_fused_qkv() -> None:
-    first = verified("persimmon").findings[0]
-    assert first.check == "outputs_match_reference"
-    assert first.where["module"] == "model.layers.0.self_attn.query_key_value"
-    assert first.cause == "fused_blocks_interleaved"
-
-
-def test_phi_with_qk_layernorm_is_wrong_in_eight_gradients_alone() -> None:
-    report = verified("phi", settings={"qk_layernorm": True})
-    failed = {finding.check for finding in report.findings}
-    assert "outputs_match_reference" not in failed
-    assert {"gradients_match_reference", "replicas_agree"} <= failed
-    assert len(wrong_parameters(report, "gradients_match_reference")) == 8
-    assert all("_layernorm." in name for name in wrong_parameters(report, "gradients_match_reference"))
-
-
-def test_bloom_by_its_preset_has_the_alibi_slopes_of_other_heads() -> None:
-    first = verified("bloom", config={"tensor_parallel": {"preset_model": "bloom"}}).findings[0]
-    assert first.check == "outputs_match_reference"
-    assert "alibi" in first.where["field"]
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
-def test_heuristics_leave_the_gradients_of_head_norms_partial(family: str) -> None:
-    report = verified(family, ignore_plan=True)
-    wrong = wrong_parameters(report, "gradients_match_reference")
-    assert wrong
-    assert all(name.endswith(("q_norm.weight", "k_norm.weight")) for name in wrong)
-    causes = {finding.cause for finding in report.findings if finding.check == "gradients_match_reference"}
-    assert causes == {"partial_gradient_on_replica"}
-
-
 def test_the_norm_of_bfloat16_without_zero_is_that_of_one_rank() -> None:
     (finding,) = verified("llama", dtype="bfloat16").findings
     assert (finding.check, finding.cause) == ("gradient_norm_matches_reference", "norm_is_local")
 
 
-def test_a_plan_that_deepspeed_refuses_is_an_error_in_its_own_words() -> None:
+def test_a_plan_that_deepspeed_refuses_is_an_error_with_its_message() -> None:
     report = verified("phi3")
     assert report.verdict.verdict == "error"
     assert "unsupported partition style(s): ['rowwise_split_input']" in (report.verdict.message or "")

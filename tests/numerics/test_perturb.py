@@ -1,19 +1,32 @@
-"""Perturbation stays at the rounding level of the dtype, and is repeatable."""
+"""Replays under random rounding: repeatable, as large as the rounding of the dtype, and measured by tensor."""
+
+from __future__ import annotations
 
 import pytest
 import torch
 from torch import nn
 
-from tpcheck.numerics.perturb import perturbed_leaves
+from tpcheck.numerics.evidence import TensorKey
+from tpcheck.numerics.perturb import (
+    Deviations,
+    Perturbation,
+    first_moved,
+    named_deviations,
+    perturbed_leaves,
+    perturbed_replay,
+)
+from tpcheck.numerics.recorder import ModuleRecorder
 
 
 def outputs(seed: int, eps: float, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).to(dtype)
-    with perturbed_leaves(model, eps=eps, generator=torch.Generator().manual_seed(seed)):
+    with perturbed_leaves(model, Perturbation(eps, torch.Generator().manual_seed(seed))):
         out = model(torch.linspace(-1, 1, 16, dtype=dtype).reshape(2, 8))
         out.square().sum().backward()
-    return out.detach(), model[0].weight.grad
+    gradient = model[0].weight.grad
+    assert isinstance(gradient, torch.Tensor)
+    return out.detach(), gradient
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -24,7 +37,43 @@ def test_outputs_and_gradients_move_by_about_one_rounding(dtype: torch.dtype) ->
         assert 0.05 * eps < float(distance) < 10 * eps
 
 
-def test_equal_seeds_give_equal_replays_and_others_do_not() -> None:
+def test_equal_seeds_give_equal_replays_and_different_seeds_do_not() -> None:
     eps = torch.finfo(torch.float64).eps
     assert torch.equal(outputs(1, eps)[0], outputs(1, eps)[0])
     assert not torch.equal(outputs(1, eps)[0], outputs(2, eps)[0])
+
+
+def test_replay_0_is_not_perturbed_and_the_others_are_seeded_by_their_number() -> None:
+    assert Perturbation.of_replay(0, torch.float64, seed=3).eps == 0
+    second = Perturbation.of_replay(2, torch.bfloat16, seed=3)
+    assert (second.eps, second.generator.initial_seed()) == (torch.finfo(torch.bfloat16).eps, 3002)
+
+
+def test_a_replay_measures_the_recorded_tensors_and_no_others() -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).double(), torch.ones(1, 3, dtype=torch.float64)
+    recorded: dict[TensorKey, torch.Tensor] = {}
+    with ModuleRecorder(model, lambda key, tensor: recorded.__setitem__(key, tensor.clone())):
+        model(inputs)
+    output = TensorKey("forward", "1", 0, "output", "0")
+    del recorded[TensorKey("forward", "", 0, "output", "0")]
+    unperturbed: Deviations = {}
+    with perturbed_replay(model, Perturbation.of_replay(0, torch.float64, 0), recorded, unperturbed, 4):
+        model(inputs)
+    assert unperturbed == {(4, key): 0.0 for key in recorded}
+    perturbed: Deviations = {}
+    with perturbed_replay(model, Perturbation.of_replay(1, torch.float64, 0), recorded, perturbed, 4):
+        model(inputs)
+    assert 0 < perturbed[4, output] < 1e-14
+    assert first_moved(perturbed) == "4 0: output 0"
+
+
+def test_named_tensors_are_compared_where_both_sides_have_them() -> None:
+    actual = {"a": torch.tensor([3.0, 4.0]), "b": None, "d": torch.ones(1)}
+    expected = {"a": torch.zeros(2), "b": torch.ones(1), "c": torch.ones(1), "d": None}
+    assert named_deviations(actual, expected, 1, "gradient") == {(1, "gradient", "a"): 5.0}
+
+
+def test_the_first_tensor_that_moved_is_named() -> None:
+    assert first_moved({(0, "weight", "a"): 0.0, (1, "weight", "b"): 0.5, (1, "loss"): 2.0}) == "1 weight b"
+    assert first_moved({(0, "loss"): 0.0}) is None

@@ -2,7 +2,7 @@
 
 import torch
 
-from tpcheck.numerics.perturb import everything_in_float64
+from tpcheck.numerics.precision import everything_in_float64
 
 
 class Casts(torch.autograd.Function):

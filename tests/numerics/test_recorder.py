@@ -1,13 +1,14 @@
-"""Recording sees every tensor that enters or leaves a module, and changes nothing."""
+"""The recorder sees every tensor that enters or leaves a module; with forced values, errors stay in their module."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 
 from tpcheck.numerics.evidence import TensorKey
 from tpcheck.numerics.recorder import ModuleRecorder
-from tpcheck.numerics.tensors import map_tensors, named_tensors
 
 
 class Branches(nn.Module):
@@ -73,23 +74,121 @@ def test_nothing_is_left_on_the_model() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_second_call_of_a_module_is_told_from_the_first() -> None:
+def test_calls_of_a_module_are_numbered() -> None:
     shared = nn.Linear(2, 2)
     seen: list[TensorKey] = []
-    with ModuleRecorder(nn.Sequential(shared, shared), lambda key, tensor: seen.append(key)) as recorder:
-        recorder._model(torch.ones(1, 2))
+    model = nn.Sequential(shared, shared)
+    with ModuleRecorder(model, lambda key, tensor: seen.append(key)):
+        model(torch.ones(1, 2))
     assert [key.call for key in seen if key.module == "0" and key.role == "output"] == [0, 1]
 
 
-def test_tensors_are_found_in_nested_values_and_mapped_there() -> None:
-    @dataclass
-    class Output:
-        logits: torch.Tensor
+class Block(nn.Module):
+    """Two layers, the second of which is given its input by name, beside an integer tensor."""
 
-    value = {"a": [torch.ones(1), (torch.ones(2), "text")], "b": None}
-    assert [path for path, _ in named_tensors(value)] == ["a.0", "a.1.0"]
-    assert [path for path, _ in named_tensors(Output(torch.ones(1)))] == ["logits"]
-    doubled = map_tensors(lambda tensor: tensor * 2, value)
-    assert float(doubled["a"][1][0].sum()) == 4
-    assert float(value["a"][1][0].sum()) == 2
-    assert map_tensors(lambda tensor: tensor, value) is value or value["b"] is None
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), Named()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        inner: torch.Tensor = self.second(hidden=self.first(hidden), places=torch.arange(3))
+        return hidden + inner
+
+
+class Named(nn.Module):
+    def forward(self, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return hidden[:, places] * 2
+
+
+class InPlace(nn.Module):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.mul_(2)
+
+
+def blocks() -> tuple[nn.Sequential, torch.Tensor]:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block()), torch.rand(2, 3, requires_grad=True)
+
+
+def test_with_forced_inputs_an_error_stays_in_the_module_that_makes_it() -> None:
+    model, hidden = blocks()
+    expected = forward(model, hidden, {})
+    assert wrong(forward(model, hidden, expected), expected) == set()
+    with torch.no_grad():
+        model[0].first.weight *= 1.5
+    assert wrong(forward(model, hidden, {}), expected) > {"0.first: output 0", "1: output 0"}
+    assert wrong(forward(model, hidden, expected), expected) == {
+        "0.first: output 0",
+        "0.second: input 0.hidden",  # as its caller gave it
+    }
+
+
+def test_with_forced_output_gradients_an_error_stays_in_the_module_that_makes_it() -> None:
+    model, hidden = blocks()
+    expected = forward_and_backward(model, hidden, {})
+    gradients = pop_gradients(model)
+    model[1].first.weight.register_hook(lambda gradient: gradient * 1.5)
+    model[1].second.register_forward_hook(scale_gradient)
+    without = forward_and_backward(model, hidden, {})
+    pop_gradients(model)
+    assert wrong(without, expected) > {"1.first: gradient of input 0"}
+    forced = forward_and_backward(model, hidden, expected)
+    assert wrong(forced, expected) == {"1.second: gradient of input 0.hidden", "1.first: gradient of output 0"}
+    actual = pop_gradients(model)
+    assert [name for name in gradients if not torch.equal(gradients[name], actual[name])] == ["1.first.weight"]
+
+
+def test_a_module_may_change_a_forced_input_in_place() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), InPlace())
+    hidden = torch.rand(2, 3)
+    expected = forward_and_backward(model, hidden, {})
+    forced = forward_and_backward(model, hidden, {key: tensor.clone() for key, tensor in expected.items()})
+    assert wrong({key: forced[key] for key in expected}, expected) == set()
+
+
+def test_nothing_is_forced_outside_the_context() -> None:
+    model = Block()
+    with ModuleRecorder(model, lambda key, tensor: None, lambda key, tensor: torch.zeros_like(tensor)):
+        assert not model(torch.ones(2, 3)).any()
+    assert model(torch.ones(2, 3)).any()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def forward(
+    model: nn.Module, hidden: torch.Tensor, forced: dict[TensorKey, torch.Tensor]
+) -> dict[TensorKey, torch.Tensor]:
+    """Return what enters and leaves every module; modules are given what is in `forced`."""
+    with torch.no_grad():
+        return _recorded(lambda: model(hidden), model, forced)
+
+
+def forward_and_backward(
+    model: nn.Module, hidden: torch.Tensor, forced: dict[TensorKey, torch.Tensor]
+) -> dict[TensorKey, torch.Tensor]:
+    return _recorded(lambda: model(hidden).square().sum().backward(), model, forced)
+
+
+def _recorded(run: Any, model: nn.Module, forced: dict[TensorKey, torch.Tensor]) -> dict[TensorKey, torch.Tensor]:
+    seen: dict[TensorKey, torch.Tensor] = {}
+    with ModuleRecorder(
+        model,
+        lambda key, tensor: seen.__setitem__(key, tensor.clone()),
+        lambda key, tensor: forced.get(key, tensor),
+    ):
+        run()
+    return seen
+
+
+def pop_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return {name: gradient for name, gradient in gradients.items() if gradient is not None}
+
+
+def scale_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    output.register_hook(lambda gradient: gradient * 1.5)  # type: ignore[no-untyped-call]
+
+
+def wrong(actual: dict[TensorKey, torch.Tensor], expected: dict[TensorKey, torch.Tensor]) -> set[str]:
+    assert actual.keys() == expected.keys()
+    return {str(key) for key in expected if not torch.equal(actual[key], expected[key])}

@@ -10,7 +10,7 @@ MODULE = """
     from dataclasses import replace
 
     from tests.report.examples import ERROR, FAILED, PASSED
-    from tpcheck.lab.matrix.cells import Cell, Common, subject
+    from tpcheck.lab.matrix.cells import Cell
     from tpcheck.core.errors import UsageError
     from tpcheck.lab import known
     from tpcheck.lab.known import KnownBug
@@ -24,7 +24,7 @@ MODULE = """
     def verify_family(family, **options):
         if family == "odd":
             raise UsageError("family", family, "settings that it can be built from")
-        return Report(replace(VERDICTS[family], environment={}, subject=subject(Cell(family), Common())))
+        return Report(replace(VERDICTS[family], environment={}, subject=Cell(family).subject))
 
     home = sys.modules["tpcheck.testing.family_tests"]
     home.verify_family = verify_family

@@ -27,11 +27,11 @@ from tpcheck.lab.fuzz.report import (
     verdict_of,
 )
 from tpcheck.lab.fuzz.results import Outcome, SearchResult, ShrunkFailure
+from tpcheck.model.options import DEFAULTS, RunOptions
 from tpcheck.world.attach import is_launched
 
 if TYPE_CHECKING:
     from tpcheck.lab.fuzz.draws import Bounds
-    from tpcheck.lab.fuzz.family import Common
     from tpcheck.lab.fuzz.search import Limits
 
 
@@ -76,12 +76,14 @@ class LayerSelection:
     timeout: float
 
 
-def run_family(family: str, bounds: Bounds, common: Common, limits: Limits, json_path: Path | None) -> int:
+def run_family(
+    family: str, bounds: Bounds, common: RunOptions, limits: Limits, json_path: Path | None, *, known: bool
+) -> int:
     """Search a family, and return the exit status."""
     from tpcheck.lab.fuzz.family import fuzz_family
 
     with progress_of(limits.examples) as on_outcome:
-        searched = fuzz_family(family, bounds, common, limits, on_outcome)
+        searched = fuzz_family(family, bounds, common, limits, on_outcome, known=known)
     writes = [lambda: show(searched_lines(searched))]
     if json_path:
         writes.append(lambda: write_atomically(json_path, searched_json(searched_data(searched))))
@@ -129,9 +131,9 @@ def fuzz(
     layer: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="With --layers, try only this layer; repeatable.")
     ] = None,
-    trial: Annotated[str | None, typer.Option(metavar="JSON", help="With --layers, run only this trial.")] = None,
-    backend: Annotated[str, typer.Option(metavar="NAME", help="The backend that shards the model.")] = "deepspeed",
-    examples: Annotated[int, typer.Option(help="Number of configurations to run; refused ones do not count.")] = 200,
+    trial: Annotated[str | None, typer.Option(metavar="JSON", help="With --layers, repeat this one try.")] = None,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="What shards the model.")] = str(DEFAULTS.backend),
+    examples: Annotated[int, typer.Option(help="Configurations to run; what is refused does not count.")] = 200,
     seed: Annotated[int, typer.Option(help="Equal seeds draw equal configurations.")] = 0,
     tp: Annotated[
         str, typer.Option(metavar="N[,..]", help="Draw from these TP sizes; a failure shrinks to the first.")
@@ -144,7 +146,7 @@ def fuzz(
         str,
         typer.Option(metavar="NAME[,..]", help="Draw from these dtypes; float64 separates bugs from rounding best."),
     ] = "float64,float32,bfloat16",
-    steps: Annotated[int, typer.Option(help="Training steps of each example.")] = 2,
+    steps: Annotated[int, typer.Option(help="Training steps of each example.")] = DEFAULTS.steps,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -156,7 +158,7 @@ def fuzz(
     ] = None,
     ignore_plan: Annotated[
         bool, typer.Option("--ignore-plan", help="Drop the model's own tp_plan: the backend's heuristics shard it.")
-    ] = False,
+    ] = DEFAULTS.ignore_plan,
     known: Annotated[
         bool | None,
         typer.Option(
@@ -199,11 +201,17 @@ def fuzz(
     with usage_errors():
         _require_valid(examples, family, layers, layer, trial)
         json_ = writable("json", json_)
-        fixed, configuration = settings(set_ or []), json_object("config", config) if config is not None else {}
+        common = RunOptions.of(
+            backend=backend,
+            steps=steps,
+            settings=settings(set_ or []),
+            config=json_object("config", config) if config is not None else None,
+            ignore_plan=ignore_plan,
+            timeout=timeout,
+        )
         sizes = {"tp": integers("tp", tp), "dp": integers("dp", dp), "zero": integers("zero", zero)}
 
-        from tpcheck.lab.fuzz.draws import Bounds  # loads torch
-        from tpcheck.lab.fuzz.family import Common
+        from tpcheck.lab.fuzz.draws import Bounds  # loads torch, which --help need not wait for
         from tpcheck.lab.fuzz.search import Limits
 
         bounds = Bounds.of(dtype=names("dtype", dtype), **sizes)
@@ -211,8 +219,7 @@ def fuzz(
         if family is None:
             wanted = LayerSelection(backend, layer or [], trial, known=bool(known), timeout=timeout)
             raise typer.Exit(run_layers(wanted, bounds, limits, json_))
-        common = Common(backend, steps, 0, fixed, configuration, ignore_plan, timeout, known is not False)
-        raise typer.Exit(run_family(family, bounds, common, limits, json_))
+        raise typer.Exit(run_family(family, bounds, common, limits, json_, known=known is not False))
 
 
 def _require_valid(

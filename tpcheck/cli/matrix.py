@@ -22,7 +22,7 @@ from tpcheck.core.environment import num_cores
 from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.findings import Verdict
 from tpcheck.lab.known import JudgedVerdict, judge
-from tpcheck.lab.matrix.cells import Cell, Common, done_before, judged_json, subject, versions, whole_json
+from tpcheck.lab.matrix.cells import Cell, done_before, judged_json, versions, whole_json
 from tpcheck.lab.matrix.report import progress_line
 from tpcheck.report.report import Report
 from tpcheck.world.attach import is_launched
@@ -49,14 +49,14 @@ class Outcome:
 
 
 def run_all(
-    cells: Sequence[Cell], verify: Verify, common: Common, jobs: int, *, skips: Refusal = lambda error: False
+    cells: Sequence[Cell], verify: Verify, jobs: int, *, skips: Refusal = lambda error: False
 ) -> Iterator[Outcome]:
     """Yield outcomes in the order of completion, with at most `jobs` cells at a time.
 
     Args:
         skips: Whether a cell with this error is skipped; otherwise it is bad usage.
     """
-    return run_concurrently([partial(_outcome, cell, verify, common, skips) for cell in cells], jobs)
+    return run_concurrently([partial(_outcome, cell, verify, skips) for cell in cells], jobs)
 
 
 def exit_status(outcomes: Sequence[Outcome], rows: Sequence[JudgedVerdict], *, with_register: bool) -> int:
@@ -73,27 +73,27 @@ def exit_status(outcomes: Sequence[Outcome], rows: Sequence[JudgedVerdict], *, w
     return 1 if gone or "failed" in verdicts else 3 if "error" in verdicts else 0
 
 
-def _outcome(cell: Cell, verify: Verify, common: Common, skips: Refusal) -> Outcome:
+def _outcome(cell: Cell, verify: Verify, skips: Refusal) -> Outcome:
     start = time.monotonic()
     try:
         report = verify(cell)
     except UsageError as error:
         refused = skips(error)
-        verdict = Verdict("skipped" if refused else "error", subject(cell, common), {}, message=str(error))
+        verdict = Verdict("skipped" if refused else "error", cell.subject, {}, message=str(error))
         return Outcome(cell, _with_versions(Report(verdict), cell), bad_usage=not refused, refused=refused)
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         seconds = time.monotonic() - start
-        report = Report(Verdict("error", subject(cell, common), {}, seconds=seconds, message=message))
+        report = Report(Verdict("error", cell.subject, {}, seconds=seconds, message=message))
     return Outcome(cell, _with_versions(report, cell))
 
 
 def _with_versions(report: Report, cell: Cell) -> Report:
     """Add the versions of a backend that crashed before it could report them."""
     verdict = report.verdict
-    if cell.backend in verdict.environment:
+    if cell.options.backend_name in verdict.environment:
         return report
-    return Report(replace(verdict, environment={**versions(cell.backend), **verdict.environment}))
+    return Report(replace(verdict, environment={**versions(cell.options.backend_name), **verdict.environment}))
 
 
 class Journal:
@@ -141,14 +141,12 @@ class Matrix:
 
     Attributes:
         cells: Every cell.
-        common: The options that all cells share.
-        all_families: The user named no families, so that one that cannot be built is skipped.
-        with_register: Compare results with the register of known upstream bugs.
-        fresh: Run cells again that are in the file of an earlier run.
+        all_families: The families were not named, so one that cannot be built is skipped.
+        with_register: Results are with_register against the register of known upstream bugs.
+        fresh: What a file of an earlier run holds is run again.
     """
 
     cells: tuple[Cell, ...]
-    common: Common
     all_families: bool = False
     with_register: bool = False
     fresh: bool = False
@@ -175,7 +173,7 @@ def run_matrix(matrix: Matrix, verify: Verify, files: Files, *, jobs: int | None
     for outcome in before:
         journal.add(outcome)
     todo = [cell for cell in matrix.cells if cell not in outcomes]
-    running = run_all(todo, verify, matrix.common, _num_workers(jobs, todo), skips=matrix.skips)
+    running = run_all(todo, verify, _num_workers(jobs, todo), skips=matrix.skips)
     try:
         for outcome in journal.write_each(_with_progress(running, matrix, todo)):
             outcomes[outcome.cell] = outcome
@@ -208,7 +206,7 @@ def _earlier(matrix: Matrix, files: Files) -> list[Outcome]:
     """Return the outcomes in the file of an earlier run, and note how many there are."""
     if files.json is None or matrix.is_single or matrix.fresh or is_launched():
         return []
-    stored = done_before(files.json, matrix.cells, matrix.common)
+    stored = done_before(files.json, matrix.cells)
     if stored:
         note(f"{len(stored)} of {len(matrix.cells)} cells are in {files.json} already; --fresh runs them again")
     return [Outcome(cell, Report(verdict), refused=verdict.verdict == "skipped") for cell, verdict in stored.items()]
@@ -219,7 +217,7 @@ def _with_progress(outcomes: Iterable[Outcome], matrix: Matrix, todo: list[Cell]
     if matrix.is_single or not todo or not is_reporting_rank():
         yield from outcomes
         return
-    subjects = [subject(cell, matrix.common) for cell in todo]
+    subjects = [cell.subject for cell in todo]
     yield from with_progress(
         outcomes,
         len(todo),
@@ -232,5 +230,5 @@ def _num_workers(jobs: int | None, todo: list[Cell]) -> int:
     """Return the number of concurrent worlds: two ranks a core, since ranks wait half of the time; 1 in a launcher."""
     if is_launched() or not todo:
         return 1
-    largest = max(cell.topology.world_size for cell in todo)
+    largest = max(cell.options.topology.world_size for cell in todo)
     return jobs or max(1, 2 * num_cores() // largest)

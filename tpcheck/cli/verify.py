@@ -12,8 +12,8 @@ from tpcheck.cli.options import integers, json_object, names, settings, writable
 from tpcheck.cli.results import Files, summary_path
 from tpcheck.cli.terminal import usage_errors
 from tpcheck.core.errors import UsageError
-from tpcheck.families.tokens import Tokens
-from tpcheck.lab.matrix.cells import Cell, Common, arguments, cells
+from tpcheck.lab.matrix.cells import Cell, cells
+from tpcheck.model.options import DEFAULTS, RunOptions
 from tpcheck.report.report import Report
 
 
@@ -24,12 +24,18 @@ def verify(
     all_: Annotated[
         bool, typer.Option("--all", help="Every causal language model type of the installed transformers.")
     ] = False,
-    backend: Annotated[str, typer.Option(metavar="NAME[,..]", help="What shards the model.")] = "deepspeed",
-    tp: Annotated[str, typer.Option(metavar="N[,..]", help="Ranks of a tensor-parallel group.")] = "2",
-    dp: Annotated[str, typer.Option(metavar="N[,..]", help="Data-parallel replicas.")] = "1",
-    zero: Annotated[str, typer.Option(metavar="N[,..]", help="ZeRO stage of the backend, 0 to 3.")] = "0",
-    dtype: Annotated[str, typer.Option(metavar="NAME[,..]", help="float64 tells bugs from rounding best.")] = "float64",
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 2,
+    backend: Annotated[str, typer.Option(metavar="NAME[,..]", help="What shards the model.")] = str(DEFAULTS.backend),
+    tp: Annotated[str, typer.Option(metavar="N[,..]", help="Ranks of a tensor-parallel group.")] = str(
+        DEFAULTS.topology.tp
+    ),
+    dp: Annotated[str, typer.Option(metavar="N[,..]", help="Data-parallel replicas.")] = str(DEFAULTS.topology.dp),
+    zero: Annotated[str, typer.Option(metavar="N[,..]", help="ZeRO stage of the backend, 0 to 3.")] = str(
+        DEFAULTS.zero_stage
+    ),
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME[,..]", help="float64 tells bugs from rounding best.")
+    ] = DEFAULTS.dtype,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = DEFAULTS.steps,
     jobs: Annotated[
         int | None, typer.Option(help="Concurrent worlds. [default: as many as fit the cores]", show_default=False)
     ] = None,
@@ -46,13 +52,13 @@ def verify(
     ] = None,
     ignore_plan: Annotated[
         bool, typer.Option("--ignore-plan", help="Drop the model's own tp_plan: the backend's heuristics shard it.")
-    ] = False,
+    ] = DEFAULTS.ignore_plan,
     checks: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Run this check alone; repeatable. Without it, all but the saved model's."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights, batches and replays.")] = 0,
-    timeout: Annotated[float, typer.Option(help="Seconds until a run that hangs is ended.")] = 600,
+    seed: Annotated[int, typer.Option(help="Seed of weights, batches and replays.")] = DEFAULTS.seed,
+    timeout: Annotated[float, typer.Option(help="Seconds until a run that hangs is ended.")] = DEFAULTS.timeout,
     known: Annotated[
         bool | None,
         typer.Option(
@@ -93,7 +99,7 @@ def verify(
     a known upstream bug is no finding, but a new or missing one is. 130 interrupted.
     """
     with usage_errors():
-        common = Common(
+        common = RunOptions.of(
             steps=steps,
             seed=seed,
             settings=settings(set_ or []),
@@ -101,33 +107,28 @@ def verify(
             checks=checks or None,
             ignore_plan=ignore_plan,
             timeout=timeout,
-            batch=_canonical(batch),
+            batch=batch,
         )
         if jobs is not None and jobs < 1:
             raise UsageError("jobs", jobs, "a positive integer")
         asked_for = cells(
             _families(families or [], all_),
-            backends=names("backend", backend),
+            common,
+            backend=names("backend", backend),
             tp=integers("tp", tp),
             dp=integers("dp", dp),
             zero=integers("zero", zero),
-            dtypes=names("dtype", dtype),
+            dtype=names("dtype", dtype),
         )
         files = Files(writable("json", json_), writable("junit", junit), writable("html", html), summary_path(summary))
 
     def verify_one(cell: Cell) -> Report:
         from tpcheck.model.verify import verify_family  # loads torch, which --help and bad usage need not wait for
 
-        return verify_family(cell.family, **arguments(cell, common))
+        return verify_family(cell.family, **cell.options.keywords())
 
-    matrix = Matrix(asked_for, common, all_families=all_, with_register=all_ if known is None else known, fresh=fresh)
+    matrix = Matrix(asked_for, all_families=all_, with_register=all_ if known is None else known, fresh=fresh)
     raise typer.Exit(run_matrix(matrix, verify_one, files, jobs=jobs, verbose=verbose))
-
-
-def _canonical(batch: str | None) -> str | None:
-    """Return the batch as reports spell it; None for the usual one."""
-    tokens = Tokens() if batch is None else Tokens.parse(batch)
-    return None if tokens == Tokens() else str(tokens)
 
 
 def _families(named: list[str], every: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""The commands that repeat a verification."""
+"""The commands that repeat a run."""
 
 from __future__ import annotations
 
@@ -7,50 +7,26 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_DEFAULTS = {"backend": "deepspeed", "tp": None, "dp": 1, "zero": 0, "dtype": "float64", "steps": 2, "seed": 0}
 
+def verify_command(family: str, options: Mapping[str, Any]) -> str | None:
+    """Return `tpcheck verify FAMILY` with these options, by the names of their flags; `settings` become `--set`.
 
-def verify_command(subject: Mapping[str, Any]) -> str | None:
-    """Return `tpcheck verify ...` for the subject of a report; options at their defaults are left out.
-
-    None where a setting or the configuration holds what JSON does not, such as an object: no command can repeat it.
+    None where an option holds what JSON does not, such as an object: no command can repeat it.
 
     Example:
-        >>> verify_command({"family": "phi", "tp": 2, "dp": 1, "settings": {"qk_layernorm": True}, "config": {}})
-        'tpcheck verify phi --tp 2 --set qk_layernorm=true'
+        >>> verify_command("phi", {"tp": 2, "settings": {"qk_layernorm": True}, "ignore_plan": True})
+        'tpcheck verify phi --tp 2 --set qk_layernorm=true --ignore-plan'
     """
-    words = ["tpcheck", "verify", str(subject["family"])]
-    for option, default in _DEFAULTS.items():
-        if subject.get(option, default) != default:
-            words += [f"--{option}", str(subject[option])]
-    if subject.get("batch"):
-        words += ["--batch", str(subject["batch"])]
+    words = ["tpcheck", "verify", family]
     try:
-        for key, value in subject.get("settings", {}).items():
-            words += ["--set", f"{key}={json.dumps(_as_json(value))}"]
-        if subject.get("config"):
-            words += ["--config", json.dumps(_as_json(subject["config"]))]
+        for name, value in options.items():
+            if name == "settings":
+                words += _flag("set", [f"{key}={json.dumps(_as_json(inner))}" for key, inner in value.items()])
+            else:
+                words += _flag(name, value)
     except (TypeError, RecursionError):
         return None
-    words += [word for check in subject.get("checks", ()) for word in ("--checks", check)]
-    if subject.get("ignore_plan"):
-        words.append("--ignore-plan")
     return shlex.join(words)
-
-
-def _as_json(value: Any) -> Any:
-    """Return a value as it comes back from JSON, but for tuples, which become lists.
-
-    Raises:
-        TypeError: JSON has no such value, or no such key of a mapping.
-    """
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: _as_json(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(inner) for inner in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(type(value).__name__)
 
 
 def checkpoint_command(
@@ -64,11 +40,41 @@ def checkpoint_command(
     """
     if paths is None or earlier is None:
         return None
-    words = ["tpcheck", "checkpoint", *paths, *(["--dtype", dtype] if dtype else [])]
-    words += [word for path in earlier for word in ("--earlier", path)]
-    return shlex.join([*words, *(["--allow-pickle"] if allow_pickle else [])])
+    options = [*_flag("dtype", dtype), *_flag("earlier", earlier), *_flag("allow_pickle", allow_pickle)]
+    return shlex.join(["tpcheck", "checkpoint", *paths, *options])
 
 
-def compare_command(candidate: str, reference: str) -> str:
+def compare_command(actual: str, expected: str) -> str:
     """Return the command that compares two traces."""
-    return shlex.join(["tpcheck", "compare", candidate, reference])
+    return shlex.join(["tpcheck", "compare", actual, expected])
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    """Return the words of an option: none for None and False, a bare flag for True, a flag for each item of a list.
+
+    Raises:
+        TypeError: The value is a mapping that JSON cannot hold.
+    """
+    flag = f"--{name.replace('_', '-')}"
+    if value is None or isinstance(value, bool):
+        return [flag] if value else []
+    if isinstance(value, Mapping):
+        return [flag, json.dumps(_as_json(value))]
+    if isinstance(value, (list, tuple)):
+        return [word for item in value for word in (flag, str(item))]
+    return [flag, str(value)]
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value as it comes back from JSON, except that tuples become lists.
+
+    Raises:
+        TypeError: JSON has no such value, or no such key of a mapping.
+    """
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _as_json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(inner) for inner in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(type(value).__name__)

@@ -1,1 +1,1 @@
-"""`tpcheck.verify`: one model, run end to end: built, sharded, trained beside its reference, saved, and compared."""
+"""`tpcheck.verify`: a model is built, sharded, trained beside its reference, saved, and compared."""

@@ -1,4 +1,4 @@
-"""Builds the model under a seed, with weights under which bugs show, and finds the loss in what it returns."""
+"""Builds the model under a seed, with weights under which bugs show, and finds the loss in its output."""
 
 from __future__ import annotations
 
@@ -10,28 +10,67 @@ import torch
 from torch import nn
 
 from tpcheck.core.errors import UsageError
-from tpcheck.model.request import Request
+from tpcheck.model.options import Request
 
 
-def built_model(request: Request, device: torch.device) -> nn.Module:
-    """Return a fresh model in the request's dtype; equal requests give equal bits.
+def build_model(request: Request, device: torch.device) -> nn.Module:
+    """Return a new model in the request's dtype; equal requests give bitwise equal models.
 
     Raises:
         UsageError: `build` does not return a module.
     """
-    torch.manual_seed(request.seed)
+    seed = request.options.seed
+    torch.manual_seed(seed)
     model = request.build()
     if not isinstance(model, nn.Module):
         raise UsageError("build", type(model).__name__, "a callable that returns a torch.nn.Module")
-    model = model.to(device=device, dtype=getattr(torch, request.dtype)).train()
-    _switch_dropout_off(model)
+    model = model.to(device=device, dtype=getattr(torch, request.options.dtype)).train()
+    _disable_dropout(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            generator = torch.Generator().manual_seed(request.seed * 2**32 + zlib.crc32(name.encode()))
+            generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
             if request.spread_weights and parameter.dim() > 1:
                 _spread(parameter)
             _draw_constants(parameter, generator)
     return model
+
+
+def require_equal_models(model: nn.Module, first: nn.Module, expected: Mapping[str, torch.Tensor]) -> None:
+    """Check the second of two builds against the first one and its initial state.
+
+    Raises:
+        UsageError: They share parameters, or differ although they were built under the same seed.
+    """
+    if {id(parameter) for parameter in model.parameters()} & {id(parameter) for parameter in first.parameters()}:
+        raise UsageError("build", "the same model twice", "a callable that makes a new model at each call")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name not in expected or not _equal(tensor, expected[name]):
+            raise UsageError("build", name, "a model with the same weights each time it is called under one seed")
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """Return the loss that a model returns.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if (loss := find_loss(output)) is not None:
+        return loss
+    raise UsageError(
+        "build", type(output).__name__, "a model that returns its loss (a scalar, `.loss`, or the first of a tuple)"
+    )
+
+
+def find_loss(output: Any) -> torch.Tensor | None:
+    """Return the loss: `output.loss`, `output["loss"]`, a scalar output, or the first scalar of a tuple; or None."""
+    candidates = [getattr(output, "loss", None)]
+    if isinstance(output, Mapping):
+        candidates.append(output.get("loss"))
+    candidates.extend(output if isinstance(output, (tuple, list)) else [output])
+    for value in candidates:
+        if isinstance(value, torch.Tensor) and value.numel() == 1 and value.requires_grad:
+            return value.reshape(())
+    return None
 
 
 def _spread(matrix: torch.Tensor) -> None:
@@ -44,7 +83,7 @@ def _spread(matrix: torch.Tensor) -> None:
 def _draw_constants(parameter: torch.Tensor, generator: torch.Generator) -> None:
     """Draw rows that are all one value (zero biases, unit norms, padding rows) away from 0 and 1.
 
-    Defaults hide bugs: a bias of zero can be added any number of times, a norm weight of one can be anybody's.
+    Such defaults hide bugs: a bias of zero can be added any number of times, and all norm weights of one are equal.
     """
     rows = parameter.reshape(1, -1) if parameter.dim() < 2 else parameter.flatten(1)
     constant = (rows == rows[:, :1]).all(dim=1, keepdim=True)
@@ -56,53 +95,18 @@ def _draw_constants(parameter: torch.Tensor, generator: torch.Generator) -> None
     parameter.copy_(torch.where(constant, drawn, rows).reshape(parameter.shape))
 
 
-def _switch_dropout_off(model: nn.Module) -> None:
+def _disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0: random masks of sharded activations cannot equal the reference's."""
     for module in model.modules():
         for name, value in vars(module).items():
             is_probability = isinstance(value, float) and 0 < value <= 1
-            named_dropout = "drop" in name or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
-            if is_probability and named_dropout:
+            is_dropout = "drop" in name or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
+            if is_probability and is_dropout:
                 setattr(module, name, 0.0)
 
 
-def require_equal_models(model: nn.Module, first: nn.Module, expected: Mapping[str, torch.Tensor]) -> None:
-    """Check the second of two builds against the first one and the state that it had.
-
-    Raises:
-        UsageError: They share parameters, or differ although they were built under the same seed.
-    """
-    if {id(parameter) for parameter in model.parameters()} & {id(parameter) for parameter in first.parameters()}:
-        raise UsageError("build", "the same model twice", "a callable that makes a new model at each call")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name not in expected or not _equal(tensor, expected[name]):
-            raise UsageError("build", name, "a model with the same weights each time it is called under one seed")
-
-
-def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return first.shape == second.shape and bool(((first == second) | ((first != first) & (second != second))).all())
-
-
-def loss_of(output: Any) -> torch.Tensor:
-    """Return the loss that a model returns.
-
-    Raises:
-        UsageError: There is none.
-    """
-    if (loss := found_loss(output)) is not None:
-        return loss
-    raise UsageError(
-        "build", type(output).__name__, "a model that returns its loss (a scalar, `.loss`, or the first of a tuple)"
-    )
-
-
-def found_loss(output: Any) -> torch.Tensor | None:
-    """Return the loss: `output.loss`, `output["loss"]`, a scalar output, or the first scalar of a tuple; or None."""
-    candidates = [getattr(output, "loss", None)]
-    if isinstance(output, Mapping):
-        candidates.append(output.get("loss"))
-    candidates.extend(output if isinstance(output, (tuple, list)) else [output])
-    for value in candidates:
-        if isinstance(value, torch.Tensor) and value.numel() == 1 and value.requires_grad:
-            return value.reshape(())
-    return None
+def _equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return whether two tensors are equal; NaN equals NaN."""
+    if actual.shape != expected.shape:
+        return False
+    return bool(((actual == expected) | ((actual != actual) & (expected != expected))).all())

@@ -1,4 +1,4 @@
-"""Trains the sharded model on this rank and records what it made."""
+"""Shards the model on this rank, trains it, and records every tensor that is compared."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tpcheck.backends.layout import Layout
 from tpcheck.backends.local_part import full_tensor, local_part
 from tpcheck.core.digests import digest
 from tpcheck.core.errors import BackendError, TpcheckError
-from tpcheck.model.batches import Batch, copied
+from tpcheck.model.batches import Batch, copy_batch
 from tpcheck.model.build import loss_of
 from tpcheck.numerics.evidence import Step, TensorKey
 from tpcheck.numerics.recorder import ModuleRecorder, logged_collectives
-from tpcheck.numerics.snapshots import buffers_of
+from tpcheck.numerics.snapshots import copy_buffers
 
 
 @dataclass(frozen=True, slots=True)
 class CandidateStart:
-    """What one rank's sharded model is before the first step.
+    """One rank's sharded model before the first step.
 
     Attributes:
-        weights: This rank's shard of each parameter, and of each that is tied with one in the reference alone.
+        weights: This rank's shard of each parameter, and of each whose tie the backend has dissolved.
         digests: Digests of parameters and buffers.
         layouts: How each parameter lies over the TP group.
         group_ranks: The live groups that this rank uses, by axis.
@@ -38,10 +38,10 @@ class CandidateStart:
     group_ranks: Mapping[str, tuple[tuple[int, ...], ...]]
 
 
-def sharded(
+def shard(
     backend: Backend, model: nn.Module, names: Sequence[str], rank: RankLike, options: TrainingOptions
 ) -> tuple[Candidate, CandidateStart]:
-    """Shard `model`; return what trains, and a copy of what it starts from.
+    """Shard `model`; return the candidate and a copy of its parameters.
 
     Args:
         names: Names of the reference's parameters.
@@ -49,26 +49,28 @@ def sharded(
     Raises:
         BackendError: The backend crashed; with its own message.
     """
-    with blamed_on(backend, "sharding the model"):
+    with blame_backend(backend, "sharding the model"):
         ties = _ties(model)
         candidate = backend.shard(model, rank, options)
-        known = dict(candidate.module.named_parameters(remove_duplicate=False))
-        untied = [name for name, first in ties.items() if name in known and known[name] is not known.get(first)]
-        weights = {name: candidate.parameter(name) for name in (*names, *untied) if name in known}
+        parameters = dict(candidate.module.named_parameters(remove_duplicate=False))
+        untied = [
+            name for name, first in ties.items() if name in parameters and parameters[name] is not parameters.get(first)
+        ]
+        weights = {name: candidate.parameter(name) for name in (*names, *untied) if name in parameters}
         digests = _digests("parameter", weights) | _buffer_digests(candidate.module)
         return candidate, CandidateStart(weights, digests, candidate.layouts(), candidate.group_ranks())
 
 
 def _ties(model: nn.Module) -> dict[str, str]:
-    """Return the further names of parameters that have several, each with the first."""
-    names: dict[int, list[str]] = {}
+    """Return the other names of parameters that have several, each with the parameter's first name."""
+    names_by_id: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name: first for first, *rest in names.values() for name in rest}
+        names_by_id.setdefault(id(parameter), []).append(name)
+    return {name: first for first, *others in names_by_id.values() for name in others}
 
 
-def trained(backend: Backend, candidate: Candidate, names: Sequence[str], batches: Sequence[Batch]) -> tuple[Step, ...]:
-    """Train on this DP rank's batches; return copies of everything that is compared.
+def train(backend: Backend, candidate: Candidate, names: Sequence[str], batches: Sequence[Batch]) -> tuple[Step, ...]:
+    """Train on this DP rank's batches; return copies of every tensor that is compared.
 
     Raises:
         BackendError: The backend crashed; with its own message and where it happened.
@@ -83,12 +85,12 @@ def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: i
         activations[key] = local_part(tensor).clone()
 
     with ModuleRecorder(candidate.module, keep):
-        with blamed_on(backend, f"forward of step {index}"), logged_collectives(candidate.module) as collectives:
-            output = candidate.forward(copied(batch))
+        with blame_backend(backend, f"forward of step {index}"), logged_collectives(candidate.module) as collectives:
+            output = candidate.forward(copy_batch(batch))
         loss = loss_of(output)
-        with blamed_on(backend, f"backward of step {index}"):
+        with blame_backend(backend, f"backward of step {index}"):
             candidate.backward(loss)
-    with blamed_on(backend, f"step {index}"):
+    with blame_backend(backend, f"step {index}"):
         gradients = {name: candidate.gradient(name) for name in names}
         candidate.step()
         weights = {name: candidate.parameter(name) for name in names}
@@ -101,7 +103,7 @@ def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: i
         weights,
         norm,
         float(full_tensor(loss.detach())),
-        buffers=buffers_of(candidate.module),
+        buffers=copy_buffers(candidate.module),
         digests=digests,
         collectives=tuple(collectives),
     )
@@ -116,8 +118,8 @@ def _buffer_digests(module: nn.Module) -> dict[tuple[str, str], str]:
 
 
 @contextmanager
-def blamed_on(backend: Backend, phase: str) -> Iterator[None]:
-    """Turn what is raised inside into a BackendError that says what the backend was doing."""
+def blame_backend(backend: Backend, phase: str) -> Iterator[None]:
+    """Raise errors from inside as BackendError, with the phase in which the backend failed."""
     try:
         yield
     except TpcheckError:

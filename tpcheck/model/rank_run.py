@@ -1,4 +1,4 @@
-"""What one rank does in a verification, from the seed to the answer of its TP group."""
+"""What one rank does in a verification, from building the model to the answer of its TP group."""
 
 from __future__ import annotations
 
@@ -15,69 +15,35 @@ from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOpt
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.digests import digest
 from tpcheck.model.batches import Batch
-from tpcheck.model.build import built_model, require_equal_models
-from tpcheck.model.candidate import CandidateStart, sharded, trained
-from tpcheck.model.measured_reference import CommunicatingRank, MeasuredReference
-from tpcheck.model.reference import ReferenceStep
-from tpcheck.model.request import Request
-from tpcheck.model.saving import saved_answer, set_gathered, with_saved
-from tpcheck.model.teacher_forcing import IsolatedPass, gradients_alone, isolated_pass, remade, terms_among
+from tpcheck.model.build import build_model, require_equal_models
+from tpcheck.model.candidate import CandidateStart, shard, train
+from tpcheck.model.options import Request
+from tpcheck.model.recompute import recompute_outputs
+from tpcheck.model.reference import CommunicatingRank, Reference, ReferenceStep
+from tpcheck.model.saving import add_saved, load_gathered, verify_saved
+from tpcheck.model.teacher_forcing import (
+    ForcedPass,
+    find_partial_gradients,
+    forced_modules,
+    forced_tolerance,
+    replica_gradients,
+)
 from tpcheck.numerics.answer import GroupAnswer, forbids_training, full_answer, start_answer
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
 from tpcheck.numerics.evidence import Evidence, ForcedModules, RankFacts, Step, TensorKey
-from tpcheck.numerics.perturb import everything_in_float64, nothing_raised
+from tpcheck.numerics.precision import everything_in_float64, torch_function_disabled
 from tpcheck.numerics.tolerance import Tolerance
-
-CallDigests = Mapping[str, tuple[str, ...]]  # module -> what each of its calls returned, in the order of the calls
-
-
-def call_digests(step: Step) -> CallDigests:
-    """Return the digests of the outputs of every call, for the modules that are called more than once.
-
-    Args:
-        step: A step of the reference, which is the same to the bit on every rank but for the order of calls.
-    """
-    found: dict[str, dict[int, str]] = defaultdict(lambda: defaultdict(str))
-    for key, tensor in step.activations.items():
-        if (key.phase, key.role) == ("forward", "output"):
-            found[key.module][key.call] += digest(tensor)
-    return {module: tuple(calls.values()) for module, calls in found.items() if len(calls) > 1}
-
-
-def renumbered(step: Step, own: CallDigests, first: CallDigests) -> Step:
-    """Return a rank's step with its calls numbered as on the first rank, where both made the same calls."""
-    numbers = {module: _numbers(calls, first[module]) for module, calls in own.items() if _same(calls, first, module)}
-    if all(mapping == list(range(len(mapping))) for mapping in numbers.values()):
-        return step
-
-    def moved(key: TensorKey) -> TensorKey:
-        return replace(key, call=numbers[key.module][key.call]) if key.module in numbers else key
-
-    return replace(step, activations={moved(key): tensor for key, tensor in step.activations.items()})
-
-
-def _same(calls: tuple[str, ...], first: CallDigests, module: str) -> bool:
-    return sorted(calls) == sorted(first.get(module, ()))
-
-
-def _numbers(calls: tuple[str, ...], first: tuple[str, ...]) -> list[int]:
-    """Return, for each call, its number on the first rank; equal calls keep their order."""
-    places: dict[str, list[int]] = defaultdict(list)
-    for number, outputs in enumerate(first):
-        places[outputs].append(number)
-    return [places[outputs].pop(0) for outputs in calls]
-
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class RankAnswer:
-    """What a rank brings home.
+    """The result of one rank.
 
     Attributes:
         group: The answer of the rank's TP group, from its first rank; None from the others.
-        versions: Of the packages under test.
+        versions: Versions of the packages under test.
     """
 
     group: GroupAnswer | None
@@ -93,100 +59,102 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
         UsageError: The model or the batch cannot be used.
         BackendError: The backend crashed.
     """
-    backend = load_backend(request.backend)
-    options = backend.resolved(_options(request, rank.device))
-    with everything_in_float64(request.dtype == "float64"), backend.session(options):
-        reference = MeasuredReference.of(request, rank, options)
-        twin = built_model(request, rank.device)
+    backend, checks = load_backend(request.options.backend), request.options.check_names
+    options = backend.resolved(_training_options(request, rank.device))
+    with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
+        reference = Reference.build(request, rank, options)
+        twin = build_model(request, rank.device)
         require_equal_models(twin, reference.model, reference.state)
-        names = tuple(reference.parameters)
-        candidate, start = sharded(backend, twin, names, rank, reference.options)
+        candidate, start = shard(backend, twin, tuple(reference.parameters), rank, reference.options)
         evidence = _start_evidence(rank, request, reference, start)
-        with nothing_raised():
-            answer = None if evidence is None else start_answer(evidence, request.checks)
-        stops = answer is not None and forbids_training(answer)
-        if not any(rank.gather(stops)):
-            saves = CHECKPOINT_CHECK in request.checks
-            saved = [saved_answer(rank, candidate, reference.model, step=-1)] if saves else []
-            full = _both_trained(rank, request, reference, _Sharded(backend, candidate, start), evidence)
+        with torch_function_disabled():
+            answer = None if evidence is None else start_answer(evidence, checks)
+        if not any(rank.gather(answer is not None and forbids_training(answer))):
+            saves = CHECKPOINT_CHECK in checks
+            saved = [verify_saved(rank, candidate, reference.model, step=-1)] if saves else []
+            full = _train_both(rank, request, reference, _Sharded(backend, candidate, start), evidence)
             if full is not None and answer is not None:
-                with nothing_raised():
-                    answer = full_answer(answer, full, request.checks)
+                with torch_function_disabled():
+                    answer = full_answer(answer, full, checks)
             if saves:
-                unknown = () if full is None else set_gathered(reference.model, full)
-                saved.append(saved_answer(rank, candidate, reference.model, step=request.steps - 1, unknown=unknown))
-            answer = with_saved(answer, saved)
+                unknown = () if full is None else load_gathered(reference.model, full)
+                last = request.options.steps - 1
+                saved.append(verify_saved(rank, candidate, reference.model, step=last, unknown=unknown))
+            answer = add_saved(answer, saved)
     return RankAnswer(answer, backend.versions())
 
 
-def _options(request: Request, device: torch.device) -> TrainingOptions:
+def _training_options(request: Request, device: torch.device) -> TrainingOptions:
+    options = request.options
     return TrainingOptions(
-        dtype=getattr(torch, request.dtype),
-        zero_stage=request.zero_stage,
-        config=request.config,
-        ignore_plan=request.ignore_plan,
-        rebuild=partial(built_model, request, device),
+        dtype=getattr(torch, options.dtype),
+        zero_stage=options.zero_stage,
+        config=options.config,
+        ignore_plan=options.ignore_plan,
+        rebuild=partial(build_model, request, device),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Sharded:
-    """The sharded model, with what made it and what it starts from."""
-
     backend: Backend
     candidate: Candidate
     start: CandidateStart
 
 
-def _both_trained(
+def _train_both(
     rank: CommunicatingRank,
     request: Request,
-    reference: MeasuredReference,
+    reference: Reference,
     sharded: _Sharded,
     evidence: Evidence | None,
 ) -> Evidence | None:
     """Train both sides; return `evidence` with their steps, on the first rank of each TP group. Collective."""
     backend, candidate = sharded.backend, sharded.candidate
-    own_batches = [by_dp_rank[_dp_rank(rank)] for by_dp_rank in reference.data]
-    steps, tolerance = reference.trained(rank, request)
-    isolates = request.dtype != "float64"  # whose rounding hides nothing
-    alone = reference.isolated(rank, request, steps[0]) if isolates else None
-    fed = _isolated_pass(backend, candidate, own_batches[0], steps[0], rank) if isolates else None
-    made = trained(backend, candidate, tuple(sharded.start.weights), own_batches)
-    full = _with_isolated(_step_evidence(rank, evidence, steps, tolerance, made), rank, fed, alone)
-    return None if full is None else replace(full, recomputed=remade(reference.model, reference.state, full))
+    batches = [by_dp_rank[_dp_rank(rank)] for by_dp_rank in reference.batches]
+    steps, tolerance = reference.train(rank)
+    forces = request.options.dtype != "float64"  # whose rounding hides nothing
+    module_tolerance = forced_tolerance(reference, rank, steps[0]) if forces else None
+    forced = _forced_pass(backend, candidate, batches[0], steps[0], rank) if forces else None
+    candidate_steps = train(backend, candidate, tuple(sharded.start.weights), batches)
+    full = _step_evidence(rank, evidence, steps, tolerance, candidate_steps)
+    if forced is not None and module_tolerance is not None:
+        full = _with_forced(full, rank, forced, module_tolerance)
+    return None if full is None else replace(full, recomputed=recompute_outputs(reference.model, reference.state, full))
 
 
-def _isolated_pass(
+def _forced_pass(
     backend: Backend, candidate: Candidate, batch: Batch, first: ReferenceStep, rank: RankLike
-) -> IsolatedPass:
-    """Run the modules one by one, once to learn which gradients are terms of sums, and once in earnest. Collective."""
-    trial = isolated_pass(backend, candidate, batch, first, rank)
-    everyone = _gathered_to_first(trial.step.activations, rank)
-    terms = None if everyone is None else terms_among(everyone, first[_dp_rank(rank)].activations)
-    return isolated_pass(backend, candidate, batch, first, rank, _from_first(terms, rank))
+) -> ForcedPass:
+    """Run the modules with teacher forcing, once to find the partial gradients, and again with these known."""
+    trial = forced_modules(backend, candidate, batch, first, rank)
+    by_tp_rank = _gather_to_first(trial.step.activations, rank)
+    partial_gradients = None
+    if by_tp_rank is not None:
+        partial_gradients = find_partial_gradients(by_tp_rank, first[_dp_rank(rank)].activations)
+    return forced_modules(backend, candidate, batch, first, rank, _broadcast_from_first(partial_gradients, rank))
 
 
 def _start_evidence(
-    rank: CommunicatingRank, request: Request, reference: MeasuredReference, start: CandidateStart
+    rank: CommunicatingRank, request: Request, reference: Reference, start: CandidateStart
 ) -> Evidence | None:
     """Return what is known before the first step, on the first rank of each TP group. Collective."""
     facts = rank.gather(RankFacts(start.group_ranks, (start.digests,)))
-    starts = _gathered_to_first(start, rank)
-    if starts is None:
+    by_tp_rank = _gather_to_first(start, rank)
+    if by_tp_rank is None:
         return None
     return Evidence(
         topology=rank.topology,
         dp_rank=_dp_rank(rank),
-        dtype=request.dtype,
+        dtype=request.options.dtype,
         initial=reference.parameters,
-        initial_parts=tuple(one.weights for one in starts),
+        initial_parts=tuple(of_rank.weights for of_rank in by_tp_rank),
         layouts=start.layouts,
         reference=(),
         candidate=(),
         buffers=tuple(reference.buffers),
         facts=facts,
-        tolerance=Tolerance(0.0, request.num_replays, {}),
+        tolerance=Tolerance(0.0, request.options.replays, {}),
     )
 
 
@@ -195,17 +163,17 @@ def _step_evidence(
     start: Evidence | None,
     reference: Sequence[ReferenceStep],
     tolerance: Tolerance,
-    made: tuple[Step, ...],
+    candidate: tuple[Step, ...],
 ) -> Evidence | None:
     """Add to `start` both sides' steps, on the first rank of each TP group. Collective."""
-    digests = rank.gather(tuple(step.digests for step in made))
-    own_calls = tuple(call_digests(step[_dp_rank(rank)]) for step in reference)
-    everyone = _gathered_to_first((made, own_calls), rank)
-    if start is None or everyone is None:
+    digests = rank.gather(tuple(step.digests for step in candidate))
+    calls = tuple(call_digests(step[_dp_rank(rank)]) for step in reference)
+    by_tp_rank = _gather_to_first((candidate, calls), rank)
+    if start is None or by_tp_rank is None:
         return None
     steps = [
-        [renumbered(step, *calls) for step, *calls in zip(theirs, their_calls, own_calls, strict=True)]
-        for theirs, their_calls in everyone
+        [align_calls(step, *step_calls) for step, *step_calls in zip(rank_steps, rank_calls, calls, strict=True)]
+        for rank_steps, rank_calls in by_tp_rank
     ]
     facts = zip(start.facts, digests, strict=True)
     return replace(
@@ -217,42 +185,83 @@ def _step_evidence(
     )
 
 
-def _with_isolated(
-    full: Evidence | None, rank: RankLike, own: IsolatedPass | None, tolerance: Tolerance | None
-) -> Evidence | None:
-    """Add the passes of isolated modules, where they were made. Collective over the TP group."""
-    if own is None or tolerance is None:
-        return full
-    everyone = _gathered_to_first(own, rank)
-    if full is None or everyone is None:
+def _with_forced(full: Evidence | None, rank: RankLike, forced: ForcedPass, tolerance: Tolerance) -> Evidence | None:
+    """Add the passes with teacher forcing. Collective over the TP group."""
+    by_tp_rank = _gather_to_first(forced, rank)
+    if full is None or by_tp_rank is None:
         return full
     first = full.reference[0]
-    isolated = ForcedModules(
-        reference=replace(first, gradients=gradients_alone(first), local_gradients={}),
-        candidate=tuple(one.step for one in everyone),
-        forced_inputs=frozenset.intersection(*(one.fed for one in everyone)),
+    forced_step = ForcedModules(
+        reference=replace(first, gradients=replica_gradients(first), local_gradients={}),
+        candidate=tuple(of_rank.step for of_rank in by_tp_rank),
+        forced_inputs=frozenset.intersection(*(of_rank.forced for of_rank in by_tp_rank)),
         tolerance=tolerance,
     )
-    return replace(full, forced_modules=isolated)
+    return replace(full, forced_modules=forced_step)
+
+
+CallDigests = Mapping[str, tuple[str, ...]]  # module -> digest of the outputs of each of its calls, in order
+
+
+def call_digests(step: Step) -> CallDigests:
+    """Return the digests of the outputs of every call, for the modules that are called more than once.
+
+    Args:
+        step: A step of the reference, which is bitwise the same on every rank except for the order of calls.
+    """
+    digests: dict[str, dict[int, str]] = defaultdict(lambda: defaultdict(str))
+    for key, tensor in step.activations.items():
+        if (key.phase, key.role) == ("forward", "output"):
+            digests[key.module][key.call] += digest(tensor)
+    return {module: tuple(calls.values()) for module, calls in digests.items() if len(calls) > 1}
+
+
+def align_calls(step: Step, calls: CallDigests, first: CallDigests) -> Step:
+    """Return a rank's step with its calls numbered as on the first rank, where both made the same calls.
+
+    Args:
+        calls: The rank's calls.
+        first: The first rank's calls.
+    """
+    numbers = {
+        module: _numbers(digests, first[module])
+        for module, digests in calls.items()
+        if sorted(digests) == sorted(first.get(module, ()))
+    }
+    if all(number == list(range(len(number))) for number in numbers.values()):
+        return step
+
+    def aligned(key: TensorKey) -> TensorKey:
+        return replace(key, call=numbers[key.module][key.call]) if key.module in numbers else key
+
+    return replace(step, activations={aligned(key): tensor for key, tensor in step.activations.items()})
+
+
+def _numbers(calls: tuple[str, ...], first: tuple[str, ...]) -> list[int]:
+    """Return, for each call, its number on the first rank; equal calls keep their order."""
+    numbers: dict[str, list[int]] = defaultdict(list)
+    for number, outputs in enumerate(first):
+        numbers[outputs].append(number)
+    return [numbers[outputs].pop(0) for outputs in calls]
 
 
 def _dp_rank(rank: RankLike) -> int:
     return rank.topology.coordinate(rank.rank)["dp"]
 
 
-def _gathered_to_first(own: T, rank: RankLike) -> list[T] | None:
+def _gather_to_first(value: T, rank: RankLike) -> list[T] | None:
     """Return the values of a whole TP group on its first rank, by tp_rank; None on the others."""
     group = rank.topology.peers(rank.rank, "tp")
     if len(group) == 1:
-        return [own]
+        return [value]
     values: list[Any] | None = [None] * len(group) if rank.rank == group[0] else None
-    with nothing_raised():
-        dist.gather_object(own, values, dst=group[0], group=rank.group("tp"))
+    with torch_function_disabled():
+        dist.gather_object(value, values, dst=group[0], group=rank.group("tp"))
     return values
 
 
-def _from_first(value: T | None, rank: RankLike) -> T | None:
-    """Return on a whole TP group what its first rank has."""
+def _broadcast_from_first(value: T | None, rank: RankLike) -> T | None:
+    """Return the first rank's value on every rank of a TP group."""
     group = rank.topology.peers(rank.rank, "tp")
     values = [value]
     if len(group) > 1:

@@ -1,79 +1,171 @@
-"""Trains the unsharded model as data parallelism would, and replays it under perturbed rounding."""
+"""Trains the unsharded model as data parallelism would, and measures how far rounding alone moves each tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from math import isfinite
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from tpcheck.backends.interface import TrainingOptions
+from tpcheck.backends.interface import RankLike, TrainingOptions
 from tpcheck.backends.sgd import Sgd, clip_gradients
 from tpcheck.core.errors import UsageError
-from tpcheck.model.batches import Batch, copied
-from tpcheck.model.build import loss_of
-from tpcheck.numerics.differences import frobenius_distance
+from tpcheck.model.batches import Batch, batch_size, copy_batch, make_batches
+from tpcheck.model.build import build_model, loss_of
+from tpcheck.model.options import Request
 from tpcheck.numerics.evidence import Step, TensorKey
-from tpcheck.numerics.perturb import nothing_raised, perturbed_leaves
+from tpcheck.numerics.perturb import Deviations, Perturbation, first_moved, named_deviations, perturbed_replay
+from tpcheck.numerics.precision import torch_function_disabled
 from tpcheck.numerics.recorder import ModuleRecorder
-from tpcheck.numerics.snapshots import State, buffers_of, parameters_of, set_buffers, set_parameters
+from tpcheck.numerics.snapshots import State, copy_buffers, copy_parameters, restore_buffers, restore_parameters
+from tpcheck.numerics.tolerance import Tolerance, largest_deviations
 
-Batches = Sequence[Sequence[Batch]]  # batches[step][dp_rank]
 ReferenceStep = tuple[Step, ...]  # by DP rank; what is common to all ranks is the same object in each
-Gradients = Mapping[str, torch.Tensor | None]
-ActivationSink = Callable[[int, int, TensorKey, torch.Tensor], None]  # step, dp_rank, key, tensor
+Gradients = dict[str, torch.Tensor | None]
+Recording = Callable[[int, int], AbstractContextManager[Any]]  # step, dp_rank -> a context for one pass
 
 
-def train(model: nn.Module, batches: Batches, options: TrainingOptions, sink: ActivationSink) -> list[ReferenceStep]:
-    """Train on the batches of all DP ranks and return what each step made.
+class CommunicatingRank(RankLike, Protocol):
+    """A rank that can exchange objects with all others."""
 
-    The returned steps carry no activations; those go to `sink` as they appear.
+    def gather(self, value: Any) -> tuple[Any, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The unsharded model.
+
+    Attributes:
+        model: The model itself.
+        batches: What both sides are trained on: batches[step][dp_rank].
+        options: How both sides train.
+        parameters, buffers: What both sides start from.
+        replays: How many perturbed replays measure the tolerance.
+        seed: Seed of the replays.
+    """
+
+    model: nn.Module
+    batches: list[list[Batch]]
+    options: TrainingOptions
+    parameters: State
+    buffers: State
+    replays: int
+    seed: int
+
+    @classmethod
+    def build(cls, request: Request, rank: RankLike, options: TrainingOptions) -> Reference:
+        model = build_model(request, rank.device)
+        data = make_batches(request.options, model, rank.topology.dp, rank.device)
+        return cls(
+            model=model,
+            batches=data,
+            options=replace(options, batch_size=batch_size(data[0][0])),
+            parameters=copy_parameters(model),
+            buffers=copy_buffers(model),
+            replays=request.options.replays,
+            seed=request.options.seed,
+        )
+
+    @property
+    def state(self) -> State:
+        return {**self.parameters, **self.buffers}
+
+    def train(self, rank: CommunicatingRank) -> tuple[list[ReferenceStep], Tolerance]:
+        """Train, and measure the tolerance with replays that the ranks share between them. Collective.
+
+        Raises:
+            UsageError: The model does not compute the same each time.
+        """
+        steps = train_recorded(self.model, self.batches, self.options)
+
+        def replay(perturbation: Perturbation) -> Deviations:
+            self.restore()
+            return _replay_training(self.model, self.batches, self.options, steps, perturbation)
+
+        measured = self._share_of_replays(rank, replay)
+        unperturbed = next(share for share in rank.gather(measured.pop(0, None)) if share is not None)
+        if (moved := first_moved(unperturbed)) is not None:
+            raise UsageError("build", moved, "a model that computes the same each time from the same weights and batch")
+        return steps, self._gather_tolerance(rank, measured)
+
+    def measure(self, rank: CommunicatingRank, replay: Callable[[Perturbation], Deviations]) -> Tolerance:
+        """Return the tolerance for what `replay` measures on this model; the ranks share the replays. Collective."""
+        return self._gather_tolerance(rank, self._share_of_replays(rank, replay))
+
+    def restore(self) -> None:
+        """Set parameters and buffers back to what both sides start from."""
+        restore_parameters(self.model, self.parameters)
+        restore_buffers(self.model, self.buffers)
+
+    def _share_of_replays(self, rank: RankLike, replay: Callable[[Perturbation], Deviations]) -> dict[int, Deviations]:
+        """Run this rank's share of the replays, by number; replay 0 is not perturbed."""
+        numbers = range(rank.rank, 1 + self.replays, rank.topology.world_size)
+        return {number: replay(Perturbation.of_replay(number, self.options.dtype, self.seed)) for number in numbers}
+
+    def _gather_tolerance(self, rank: CommunicatingRank, measured: dict[int, Deviations]) -> Tolerance:
+        by_rank = rank.gather(largest_deviations(measured.values()))
+        scalar_eps = torch.finfo(torch.promote_types(self.options.dtype, torch.float32)).eps
+        return Tolerance(scalar_eps, self.replays, largest_deviations(by_rank))
+
+
+def train(
+    model: nn.Module, batches: Sequence[Sequence[Batch]], options: TrainingOptions, recording: Recording
+) -> list[ReferenceStep]:
+    """Train on the batches of all DP ranks and return each step, without activations.
+
+    Args:
+        batches: batches[step][dp_rank].
+        recording: Returns the context for the forward and backward pass of a (step, dp_rank).
 
     Raises:
         UsageError: The loss is not finite, or there is none.
     """
     optimizer = Sgd(list(model.parameters()), options, clip_gradients)
-    buffers: list[State] = [buffers_of(model)] * len(batches[0])
+    buffers: list[State] = [copy_buffers(model)] * len(batches[0])
     steps = []
     for index, by_dp_rank in enumerate(batches):
-        losses = []
-        own: list[Gradients] = []
+        losses: list[float] = []
+        gradients: list[Gradients] = []
         for dp_rank, batch in enumerate(by_dp_rank):
-            set_buffers(model, buffers[dp_rank])
-            losses.append(_forward_and_backward(model, batch, partial(sink, index, dp_rank)))
-            buffers[dp_rank] = buffers_of(model)
-            own.append(_taken_gradients(model))
-        steps.append(_stepped(model, optimizer, losses, buffers, own))
+            restore_buffers(model, buffers[dp_rank])
+            with recording(index, dp_rank):
+                losses.append(_forward_and_backward(model, batch))
+            buffers[dp_rank] = copy_buffers(model)
+            gradients.append(_pop_gradients(model))
+        steps.append(_step(model, optimizer, losses, buffers, gradients))
     return steps
 
 
-def recorded(model: nn.Module, batches: Batches, options: TrainingOptions) -> list[ReferenceStep]:
-    """Train and keep a copy of every activation."""
-    kept: dict[tuple[int, int], dict[TensorKey, torch.Tensor]] = {}
+def train_recorded(
+    model: nn.Module, batches: Sequence[Sequence[Batch]], options: TrainingOptions
+) -> list[ReferenceStep]:
+    """Train, and return each step with a copy of every activation."""
+    activations: dict[tuple[int, int], dict[TensorKey, torch.Tensor]] = {}
 
-    def keep(step: int, dp_rank: int, key: TensorKey, tensor: torch.Tensor) -> None:
-        kept.setdefault((step, dp_rank), {})[key] = tensor.clone()
+    def recording(step: int, dp_rank: int) -> ModuleRecorder:
+        kept = activations.setdefault((step, dp_rank), {})
+        return ModuleRecorder(model, lambda key, tensor: kept.__setitem__(key, tensor.clone()))
 
-    steps = train(model, batches, options, keep)
+    steps = train(model, batches, options, recording)
     return [
-        tuple(replace(one, activations=kept.get((index, dp_rank), {})) for dp_rank, one in enumerate(step))
+        tuple(replace(of_rank, activations=activations[index, dp_rank]) for dp_rank, of_rank in enumerate(step))
         for index, step in enumerate(steps)
     ]
 
 
-def _forward_and_backward(model: nn.Module, batch: Batch, sink: Callable[[TensorKey, torch.Tensor], None]) -> float:
-    with ModuleRecorder(model, sink):
-        loss = loss_of(model(**copied(batch)))
-        loss.backward()  # type: ignore[no-untyped-call]
+def _forward_and_backward(model: nn.Module, batch: Batch) -> float:
+    loss = loss_of(model(**copy_batch(batch)))
+    loss.backward()  # type: ignore[no-untyped-call]
     if not isfinite(value := float(loss.detach())):
         raise UsageError("build", f"loss {value}", "a model whose loss is finite: nothing can be compared with it")
     return value
 
 
-def _taken_gradients(model: nn.Module) -> Gradients:
+def _pop_gradients(model: nn.Module) -> Gradients:
     """Return the gradients and clear them."""
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
@@ -81,32 +173,25 @@ def _taken_gradients(model: nn.Module) -> Gradients:
     return gradients
 
 
-def _stepped(
+def _step(
     model: nn.Module,
     optimizer: Sgd,
     losses: Sequence[float],
     buffers: Sequence[State],
-    own: Sequence[Gradients],
+    gradients_by_dp_rank: Sequence[Gradients],
 ) -> ReferenceStep:
     for name, parameter in model.named_parameters():
-        parameter.grad = _mean([gradients[name] for gradients in own])
+        parameter.grad = _mean([gradients[name] for gradients in gradients_by_dp_rank])
     gradients = {
         name: None if parameter.grad is None else parameter.grad.detach().clone()
         for name, parameter in model.named_parameters()
     }
     norm = optimizer.step()
-    weights = parameters_of(model)
+    weights = copy_parameters(model)
+    has_replicas = len(losses) > 1
     return tuple(
-        Step(
-            {},
-            gradients,
-            weights,
-            norm,
-            loss,
-            buffers=own_buffers,
-            local_gradients=own_gradients if len(own) > 1 else {},
-        )
-        for loss, own_buffers, own_gradients in zip(losses, buffers, own, strict=True)
+        Step({}, gradients, weights, norm, loss, buffers=after, local_gradients=of_rank if has_replicas else {})
+        for loss, after, of_rank in zip(losses, buffers, gradients_by_dp_rank, strict=True)
     )
 
 
@@ -121,79 +206,45 @@ def _mean(by_dp_rank: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     return total.div_(len(by_dp_rank))
 
 
-Deviations = Mapping[Hashable, float]  # Frobenius distance of each tensor from the reference's
-
-
-def replayed_deviations(
+def _replay_training(
     model: nn.Module,
-    start: tuple[State, State],
-    batches: Batches,
+    batches: Sequence[Sequence[Batch]],
     options: TrainingOptions,
     expected: Sequence[ReferenceStep],
-    *,
-    eps: float,
-    seed: int,
+    perturbation: Perturbation,
 ) -> Deviations:
-    """Train once more from `start` (parameters, buffers) with leaf modules perturbed by `eps`; measure every tensor."""
-    parameters, buffers = start
-    set_parameters(model, parameters)
-    set_buffers(model, buffers)
-    deviations: dict[Hashable, float] = {}
+    """Train once more under random rounding, and return how far every tensor moved."""
+    deviations: Deviations = {}
 
-    def measure(step: int, dp_rank: int, key: TensorKey, tensor: torch.Tensor) -> None:
-        reference = expected[step][dp_rank].activations.get(key)
-        with nothing_raised():
-            distance = float("inf") if reference is None else frobenius_distance(tensor, reference)
-        deviations[step, dp_rank, key] = distance
+    def recording(step: int, dp_rank: int) -> AbstractContextManager[None]:
+        activations = expected[step][dp_rank].activations
+        return perturbed_replay(model, perturbation, activations, deviations, step, dp_rank)
 
-    generator = torch.Generator().manual_seed(seed)
-    with perturbed_leaves(model, eps=eps, generator=generator):
-        steps = train(model, batches, options, measure)
-    with nothing_raised():
-        for index, (step, reference_step) in enumerate(zip(steps, expected, strict=True)):
-            deviations.update(_common(index, step[0], reference_step[0]))
-            deviations[index, "norm"] = _norm_deviation(step[0], reference_step[0], generator if eps else None)
-            for dp_rank, (one, reference) in enumerate(zip(step, reference_step, strict=True)):
-                deviations.update(_own(index, dp_rank, one, reference))
+    steps = train(model, batches, options, recording)
+    with torch_function_disabled():
+        for index, (step, expected_step) in enumerate(zip(steps, expected, strict=True)):
+            deviations |= _step_deviations(index, step, expected_step)
+            deviations[index, "norm"] = _norm_deviation(step[0], expected_step[0], perturbation)
     return deviations
 
 
-def require_still(deviations: Deviations) -> None:
-    """Raise UsageError where a replay without any perturbation moved: nothing could be told from such noise."""
-    moved = next((key for key, deviation in deviations.items() if deviation), None)
-    if moved is not None:
-        name = " ".join(str(part) for part in moved) if isinstance(moved, tuple) else str(moved)
-        raise UsageError("build", name, "a model that computes the same each time from the same weights and batch")
-
-
-def _common(index: int, step: Step, reference: Step) -> dict[Hashable, float]:
-    """Return how far what is common to all DP ranks moved."""
-    deviations: dict[Hashable, float] = {}
-    for name, expected in reference.gradients.items():
-        actual = step.gradients[name]
-        if expected is not None and actual is not None:
-            deviations[index, "gradient", name] = frobenius_distance(actual, expected)
-    for name, expected_weight in reference.weights.items():
-        deviations[index, "weight", name] = frobenius_distance(step.weights[name], expected_weight)
+def _step_deviations(index: int, step: ReferenceStep, expected: ReferenceStep) -> Deviations:
+    """Return how far gradients, weights, losses and buffers moved."""
+    deviations: dict[Hashable, float] = named_deviations(step[0].gradients, expected[0].gradients, index, "gradient")
+    deviations |= named_deviations(step[0].weights, expected[0].weights, index, "weight")
+    for dp_rank, (of_rank, expected_of_rank) in enumerate(zip(step, expected, strict=True)):
+        deviations[index, dp_rank, "loss"] = abs(of_rank.loss - expected_of_rank.loss)
+        deviations |= named_deviations(of_rank.buffers, expected_of_rank.buffers, index, dp_rank, "buffer")
     return deviations
 
 
-def _own(index: int, dp_rank: int, step: Step, reference: Step) -> dict[Hashable, float]:
-    """Return how far what is of one DP rank moved."""
-    deviations: dict[Hashable, float] = {(index, dp_rank, "loss"): abs(step.loss - reference.loss)}
-    for name, expected in reference.buffers.items():
-        if name in step.buffers:
-            deviations[index, dp_rank, "buffer", name] = frobenius_distance(step.buffers[name], expected)
-    return deviations
-
-
-def _norm_deviation(step: Step, reference: Step, generator: torch.Generator | None) -> float:
-    """Return how far the norm moved, summed in a random order where there is a generator, as sharded norms are."""
+def _norm_deviation(step: Step, expected: Step, perturbation: Perturbation) -> float:
+    """Return how far the norm moved; summed in a random order if there is a perturbation, as sharded norms are."""
     assert step.gradient_norm is not None
-    assert reference.gradient_norm is not None
-    if generator is None:
-        return abs(step.gradient_norm - reference.gradient_norm)
+    assert expected.gradient_norm is not None
+    if not perturbation.eps:
+        return abs(step.gradient_norm - expected.gradient_norm)
     elements = torch.cat([gradient.reshape(-1) for gradient in step.gradients.values() if gradient is not None])
     elements = elements.to(torch.promote_types(elements.dtype, torch.float32))
-    order = torch.randperm(len(elements), generator=generator).to(elements.device)
-    return abs(float(torch.linalg.vector_norm(elements[order])) - reference.gradient_norm)
+    order = torch.randperm(len(elements), generator=perturbation.generator).to(elements.device)
+    return abs(float(torch.linalg.vector_norm(elements[order])) - expected.gradient_norm)

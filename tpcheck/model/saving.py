@@ -1,4 +1,4 @@
-"""Saves the sharded model through each public way, reads it back, and compares it with what it should be."""
+"""Saves the sharded model in each public way of the backend, reads it back, and compares it with the reference."""
 
 from __future__ import annotations
 
@@ -9,106 +9,104 @@ from contextlib import contextmanager
 from dataclasses import replace
 from math import inf
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from tpcheck.backends.checkpoint_format import ReadOptions
-from tpcheck.backends.interface import Candidate, RankLike, SavesCheckpoints
+from tpcheck.backends.interface import Candidate, SavesCheckpoints
 from tpcheck.checkpoints.comparison import compare_checkpoints, open_checkpoint
 from tpcheck.core.errors import TpcheckError
 from tpcheck.core.findings import Finding
+from tpcheck.model.reference import CommunicatingRank
 from tpcheck.numerics.answer import CheckAnswer, GroupAnswer
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
 from tpcheck.numerics.evidence import Evidence
-from tpcheck.numerics.snapshots import set_buffers
+from tpcheck.numerics.snapshots import restore_buffers
 
 Save = Callable[[Path], None]
 
 
-class GatheringRank(RankLike, Protocol):
-    """A rank that can exchange objects with all others."""
-
-    def gather(self, value: Any) -> tuple[Any, ...]: ...
-
-
-def saved_answer(
-    rank: GatheringRank, candidate: Candidate, expected: nn.Module, *, step: int, unknown: Sequence[str] = ()
+def verify_saved(
+    rank: CommunicatingRank, candidate: Candidate, expected: nn.Module, *, step: int, unknown: Sequence[str] = ()
 ) -> CheckAnswer | None:
-    """Return what came of every way to save, on the first rank of the world; None on the others. Collective.
+    """Save in every public way and compare each result with `expected`.
+
+    Collective. Returns the answer on the first rank of the world, None on the others.
 
     Args:
         expected: The unsharded model with the weights that should be saved; read on the first rank alone.
         step: The last step that was trained; -1 before the first.
-        unknown: Names of tensors of `expected` that may be anything, so that what was saved cannot be judged.
+        unknown: Names of tensors of `expected` whose right values are unknown, so that they are not compared.
     """
     if not isinstance(candidate, SavesCheckpoints):
-        missed = {"the saved model": "the backend tells no way to save it"}
+        missed = {"the saved model": "the backend offers no way to save it"}
         return CheckAnswer(CHECKPOINT_CHECK, step, {}, (), missed) if rank.rank == 0 else None
     answer = CheckAnswer(CHECKPOINT_CHECK, step, {}, (), {})
     with _shared_folder(rank) as folder:
         for number, (way, save) in enumerate(candidate.ways_to_save().items()):
-            own = folder / str(number)
-            failures = [failure.replace(str(own), "FOLDER") for failure in _saved(rank, save, own)]
+            target = folder / str(number)
+            failures = [failure.replace(str(target), "FOLDER") for failure in _save(rank, save, target)]
             if rank.rank == 0:
-                answer = _with_way(answer, way, own, expected, failures)
-                shutil.rmtree(own)
+                answer = _add_way(answer, way, target, expected, failures)
+                shutil.rmtree(target)
     return _without(answer, unknown) if rank.rank == 0 else None
 
 
-def set_gathered(model: nn.Module, evidence: Evidence) -> tuple[str, ...]:
-    """Give the unsharded model the weights and buffers that the sharded one has now; return what nobody can gather.
+def load_gathered(model: nn.Module, evidence: Evidence) -> tuple[str, ...]:
+    """Load the sharded model's present weights and buffers into the unsharded one; return names that are not gathered.
 
-    `updates_match_reference` tells whether these weights are right; what is saved must be these to the bit.
+    `updates_match_reference` decides whether these weights are right; what is saved must be bitwise equal to them.
     """
     ranks = evidence.candidate[-1]
-    unknown = []
+    not_gathered = []
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             layout = evidence.layouts.get(name)
-            if layout is None or any(name not in one.weights for one in ranks):
-                unknown.append(name)
+            if layout is None or any(name not in step.weights for step in ranks):
+                not_gathered.append(name)
             else:
-                parameter.copy_(layout.assemble([one.weights[name] for one in ranks]))
-    set_buffers(
-        model, {name: buffer for name, buffer in ranks[0].buffers.items() if name in dict(model.named_buffers())}
-    )
-    return tuple(unknown)
+                parameter.copy_(layout.assemble([step.weights[name] for step in ranks]))
+    buffers = dict(model.named_buffers())
+    restore_buffers(model, {name: buffer for name, buffer in ranks[0].buffers.items() if name in buffers})
+    return tuple(not_gathered)
 
 
-def with_saved(answer: GroupAnswer | None, saved: Sequence[CheckAnswer | None]) -> GroupAnswer | None:
-    """Add what came of saving to the answer of the group whose first rank looked into it."""
-    found = [one for one in saved if one is not None]
-    if answer is None or not found:
+def add_saved(answer: GroupAnswer | None, saved: Sequence[CheckAnswer | None]) -> GroupAnswer | None:
+    """Add the answers about saved models to the answer of the group whose first rank read them."""
+    present = [check for check in saved if check is not None]
+    if answer is None or not present:
         return answer
     # a step that differs ends the comparison of steps, not that of what is saved
-    return replace(
-        answer, answers=(*answer.answers, *(replace(one, step=min(one.step, answer.last_step)) for one in found))
-    )
+    checks = [replace(check, step=min(check.step, answer.last_step)) for check in present]
+    return replace(answer, answers=(*answer.answers, *checks))
 
 
 def _without(answer: CheckAnswer, unknown: Sequence[str]) -> CheckAnswer:
-    told = [finding for finding in answer.findings if finding.where["parameter"] in unknown]
-    missed = {f"{one.where['field']}: {one.where['parameter']}": "its layer cannot gather it" for one in told}
-    findings = tuple(finding for finding in answer.findings if finding not in told)
+    """Count findings about these tensors as missed comparisons."""
+    dropped = [finding for finding in answer.findings if finding.where["parameter"] in unknown]
+    missed = {
+        f"{finding.where['field']}: {finding.where['parameter']}": "its layer cannot gather it" for finding in dropped
+    }
+    findings = tuple(finding for finding in answer.findings if finding not in dropped)
     return replace(answer, findings=findings, not_compared={**answer.not_compared, **missed})
 
 
 @contextmanager
-def _shared_folder(rank: GatheringRank) -> Iterator[Path]:
-    """Make a folder that every rank on this machine writes to; it is removed when the last one is done."""
-    made = tempfile.mkdtemp(prefix="tpcheck-saved-") if rank.rank == 0 else None
-    folder = Path(rank.gather(made)[0])
+def _shared_folder(rank: CommunicatingRank) -> Iterator[Path]:
+    """Make a folder that every rank on this machine writes to; remove it when the last rank is done."""
+    created = tempfile.mkdtemp(prefix="tpcheck-saved-") if rank.rank == 0 else None
+    folder = Path(rank.gather(created)[0])
     try:
         yield folder
     finally:
-        if made is not None:
+        if created is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _saved(rank: GatheringRank, save: Save, folder: Path) -> tuple[str, ...]:
-    """Save into a folder of its own, and return what the ranks said that could not."""
+def _save(rank: CommunicatingRank, save: Save, folder: Path) -> tuple[str, ...]:
+    """Save into a new folder, and return the errors that ranks raised, each once."""
     if rank.rank == 0:
         folder.mkdir()
     rank.gather(None)
@@ -117,44 +115,44 @@ def _saved(rank: GatheringRank, save: Save, folder: Path) -> tuple[str, ...]:
         save(folder)
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
-    return tuple(dict.fromkeys(one for one in rank.gather(failure) if one is not None))
+    return tuple(dict.fromkeys(error for error in rank.gather(failure) if error is not None))
 
 
-def _with_way(answer: CheckAnswer, way: str, folder: Path, expected: nn.Module, failures: Sequence[str]) -> CheckAnswer:
-    """Add what was read back from one folder."""
+def _add_way(answer: CheckAnswer, way: str, folder: Path, expected: nn.Module, failures: Sequence[str]) -> CheckAnswer:
+    """Add the comparison of what one way to save wrote."""
     if failures:
         return replace(answer, not_compared={**answer.not_compared, way: f"it raises {'; '.join(failures)}"})
     if not any(folder.iterdir()):
         return replace(answer, not_compared={**answer.not_compared, way: "it wrote nothing"})
     try:
-        findings, margins, missed = _compared(_checkpoint_in(folder), expected)
+        findings, margins, missed = _compare(_checkpoint_in(folder), expected)
     except TpcheckError as error:
         return replace(answer, not_compared={**answer.not_compared, way: f"what it wrote cannot be read: {error}"})
     phase: dict[str, Any] = {"phase": "start"} if answer.step < 0 else {"phase": "saved", "step": answer.step}
-    told = tuple(replace(one, where={**phase, "field": way, **one.where}) for one in findings)
+    placed = tuple(replace(finding, where={**phase, "field": way, **finding.where}) for finding in findings)
     return replace(
         answer,
         margins={**answer.margins, **{f"{way}: {name}": margin for name, margin in margins.items()}},
-        findings=(*answer.findings, *told),
-        not_compared={**answer.not_compared, **{f"{way}: {name}": why for name, why in missed.items()}},
+        findings=(*answer.findings, *placed),
+        not_compared={**answer.not_compared, **{f"{way}: {name}": reason for name, reason in missed.items()}},
     )
 
 
 def _checkpoint_in(folder: Path) -> Path:
-    """Return where the checkpoint lies: a conversion leaves its source beside it."""
+    """Return the folder of the checkpoint itself: a conversion leaves its source beside it."""
     universal = folder / "universal"
     return universal if universal.is_dir() else folder
 
 
-def _compared(folder: Path, expected: nn.Module) -> tuple[tuple[Finding, ...], Mapping[str, float], Mapping[str, str]]:
-    """Compare to the bit. Master weights of a higher precision are rounded to the model's own dtype first."""
-    own = next(parameter.dtype for parameter in expected.parameters())
+def _compare(folder: Path, expected: nn.Module) -> tuple[tuple[Finding, ...], Mapping[str, float], Mapping[str, str]]:
+    """Compare bitwise. Master weights of a higher precision are rounded to the model's dtype first."""
+    dtype = next(parameter.dtype for parameter in expected.parameters())
     reference = open_checkpoint("reference", expected, ReadOptions())
     actual = open_checkpoint("actual", folder, ReadOptions())
     try:
-        is_wider = any(_is_wider(actual.dtype(name), own) for name in actual.names())  # master weights
-        comparison = compare_checkpoints(actual, reference, actual_cast=own if is_wider else None)
-        wrong = {one.where["parameter"] for one in comparison.findings}
+        has_masters = any(_is_wider(actual.dtype(name), dtype) for name in actual.names())
+        comparison = compare_checkpoints(actual, reference, actual_cast=dtype if has_masters else None)
+        wrong = {finding.where["parameter"] for finding in comparison.findings}
         margins = {name: inf if name in wrong else 0.0 for name in reference.names()}
     finally:
         actual.close()

@@ -1,310 +1,257 @@
-"""Passes in which every module is given what the reference's was: rounding, and mistakes, of one module at a time."""
+"""Teacher forcing per module: every module is given the reference's tensors, so that its own error is seen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from math import nan
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from tpcheck.backends.interface import Backend, Candidate, RankLike
 from tpcheck.backends.local_part import local_part
-from tpcheck.model.batches import Batch, copied
-from tpcheck.model.build import found_loss
-from tpcheck.model.candidate import blamed_on
-from tpcheck.model.reference import Deviations, ReferenceStep
-from tpcheck.numerics.differences import distance_of_terms, frobenius, frobenius_distance, place, rounding_error
-from tpcheck.numerics.evidence import Evidence, Step, TensorKey
-from tpcheck.numerics.perturb import nothing_raised, perturbed_leaves
+from tpcheck.model.batches import Batch, copy_batch
+from tpcheck.model.build import find_loss
+from tpcheck.model.candidate import blame_backend
+from tpcheck.model.reference import CommunicatingRank, Reference, ReferenceStep
+from tpcheck.numerics.differences import distance_of_terms, frobenius, frobenius_distance
+from tpcheck.numerics.evidence import Step, TensorKey
+from tpcheck.numerics.perturb import Deviations, Perturbation, named_deviations, perturbed_replay
 from tpcheck.numerics.recorder import ModuleRecorder
-from tpcheck.numerics.snapshots import State, set_buffers, set_parameters, untouched
-from tpcheck.numerics.teacher_forcing import Gradients, inner_backward, isolated_modules
+from tpcheck.numerics.snapshots import restore_buffers, state_restored
+from tpcheck.numerics.tensors import map_tensors
+from tpcheck.numerics.tolerance import Tolerance
 
 Activations = Mapping[TensorKey, torch.Tensor]
+Gradients = Mapping[str, torch.Tensor]
 
-# A tensor that is further than this from what should be there, relative to it, is wrong by more than a small mistake,
-# or cut in a way that its shape does not tell: the module keeps it. Gradients are of fused blocks, too, most of which
-# may lie where an uneven reading has them.
-_ALIKE = {"forward": 0.5, "backward": 0.2}
-# Closer than this is rounding, of one module at a time; a term of a sum is further off, if only in some features.
-_ROUNDED = 0.05
+# If a tensor's relative distance from the reference's is larger than this, its error is more than a small one, or it
+# is not cut as its shape suggests: the module keeps it. The limit is lower for gradients: in an uneven cut of fused
+# blocks, read as an even one, most elements agree.
+_LARGEST_ERROR = {"forward": 0.5, "backward": 0.2}
+# A smaller distance is the rounding of one module; a rank's term of a sum is further off, if only in some features.
+_ROUNDING = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """One rank's parts of the reference's tensors.
+class ReferenceParts:
+    """One rank's parts of the reference's tensors, which its modules are given.
 
     Attributes:
         expected: The reference's tensors.
-        terms: Gradients of which each rank has a term, which no part can stand for; None where nobody knows which.
+        tp, tp_rank: Size of the TP group, and this rank's place in it.
+        partial_gradients: Gradients of which each rank has a term of a sum, which no part can replace; None if unknown.
     """
 
     expected: Activations
     tp: int = 1
     tp_rank: int = 0
-    terms: Collection[TensorKey] | None = ()
+    partial_gradients: Collection[TensorKey] | None = ()
 
-    def instead_of(self, key: TensorKey, actual: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of what should be there; what is there where no part of it is alike.
+    def forced_value(self, key: TensorKey, actual: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of the reference's tensor; `actual` itself where no part of it is close.
 
-        The reference's only call of a module stands for a second one, too: activation checkpointing computes it again.
+        The reference's only call of a module stands for a second one, too: activation checkpointing recomputes it.
         """
-        whole = self.expected.get(key, self.expected.get(replace(key, call=0)) if key.call == 1 else None)
-        if whole is None or any(placement.is_partial() for placement in getattr(actual, "placements", ())):
+        expected = self.expected.get(key, self.expected.get(replace(key, call=0)) if key.call == 1 else None)
+        if expected is None or any(placement.is_partial() for placement in getattr(actual, "placements", ())):
             return actual
-        own = local_part(actual)
-        part = _part(whole, tuple(own.shape), self.tp, self.tp_rank)
-        if part is None or not frobenius_distance(own, part) <= self._alike(key) * frobenius(part):
+        local = local_part(actual)
+        part = _even_part(expected, tuple(local.shape), self.tp, self.tp_rank)
+        if part is None or not frobenius_distance(local, part) <= self._largest_error(key) * frobenius(part):
             return actual
-        return _filled_like(actual, part)
+        forced = actual.detach().clone()  # a DTensor where `actual` is one
+        local_part(forced).copy_(part)
+        return forced
 
-    def _alike(self, key: TensorKey) -> float:
-        if key.phase == "backward" and self.terms is None:
-            return _ROUNDED
-        return 0.0 if self.terms is not None and key in self.terms else _ALIKE[key.phase]
+    def _largest_error(self, key: TensorKey) -> float:
+        if key.phase == "backward" and self.partial_gradients is None:
+            return _ROUNDING
+        is_partial = self.partial_gradients is not None and key in self.partial_gradients
+        return 0.0 if is_partial else _LARGEST_ERROR[key.phase]
 
 
-def terms_among(passes: Sequence[Activations], expected: Activations) -> frozenset[TensorKey]:
-    """Return the gradients of outputs of which each rank has a term: they add up to what none of them is.
+def _even_part(expected: torch.Tensor, shape: tuple[int, ...], tp: int, tp_rank: int) -> torch.Tensor | None:
+    """Return the whole tensor, or its even cut along the one dim in which the shapes differ; None for another shape."""
+    if tuple(expected.shape) == shape:
+        return expected
+    cut = [dim for dim, size in enumerate(shape) if size != expected.shape[dim]] if len(shape) == expected.dim() else []
+    if len(cut) != 1 or shape[cut[0]] * tp != expected.shape[cut[0]]:
+        return None
+    return expected.narrow(cut[0], tp_rank * shape[cut[0]], shape[cut[0]])
+
+
+def find_partial_gradients(passes: Sequence[Activations], expected: Activations) -> frozenset[TensorKey]:
+    """Return the gradients of outputs of which each rank has a term: their sum is right where none of them is.
 
     Args:
         passes: What each rank recorded where modules kept every gradient that is further off than rounding.
     """
     return frozenset(
         key
-        for key, whole in expected.items()
-        if key.phase == "backward" and key.role == "output" and _are_terms([one.get(key) for one in passes], whole)
+        for key, tensor in expected.items()
+        if key.phase == "backward"
+        and key.role == "output"
+        and _are_terms([activations.get(key) for activations in passes], tensor)
     )
 
 
-def _are_terms(parts: Sequence[torch.Tensor | None], whole: torch.Tensor) -> bool:
-    known = [part for part in parts if part is not None and part.shape == whole.shape]
-    if len(known) < max(2, len(parts)):
+def _are_terms(parts: Sequence[torch.Tensor | None], expected: torch.Tensor) -> bool:
+    full_size = [part for part in parts if part is not None and part.shape == expected.shape]
+    if len(full_size) < max(2, len(parts)):
         return False
-    as_whole = max(frobenius_distance(part, whole) for part in known)
-    return as_whole > _ROUNDED * frobenius(whole) and distance_of_terms(known, whole) < as_whole / 2
-
-
-def _part(whole: torch.Tensor, shape: tuple[int, ...], tp: int, tp_rank: int) -> torch.Tensor | None:
-    """Return the whole, or its even cut along the one dim in which the shapes differ; None for anything else."""
-    if tuple(whole.shape) == shape:
-        return whole
-    cut = [dim for dim, size in enumerate(shape) if size != whole.shape[dim]] if len(shape) == whole.dim() else []
-    if len(cut) != 1 or shape[cut[0]] * tp != whole.shape[cut[0]]:
-        return None
-    return whole.narrow(cut[0], tp_rank * shape[cut[0]], shape[cut[0]])
-
-
-def _filled_like(actual: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of the kind of `actual`, a DTensor, too, that holds `part` on this rank."""
-    filled = actual.detach().clone()
-    local_part(filled).copy_(part)
-    return filled
+    as_replicas = max(frobenius_distance(part, expected) for part in full_size)
+    return as_replicas > _ROUNDING * frobenius(expected) and distance_of_terms(full_size, expected) < as_replicas / 2
 
 
 @dataclass(frozen=True, slots=True)
-class IsolatedPass:
-    """What one rank saw of modules that were run one by one.
+class ForcedPass:
+    """One rank's pass with teacher forcing.
 
     Attributes:
-        step: What entered (inputs, gradients of outputs: as the neighbour gave it) and left every module. Gradients of
+        step: What the neighbours gave each module (inputs, gradients of outputs) and what it returned. Gradients of
             parameters are those of this rank's backward pass, before anything is reduced; there may be none.
-        fed: What entered modules from the reference, in the place of what the neighbour gave.
+        forced: What modules were given from the reference in place of that.
     """
 
     step: Step
-    fed: frozenset[TensorKey]
+    forced: frozenset[TensorKey]
 
 
-def isolated_pass(
+def forced_modules(
     backend: Backend,
     candidate: Candidate,
     batch: Batch,
     first: ReferenceStep,
     rank: RankLike,
-    terms: Collection[TensorKey] | None = None,
-) -> IsolatedPass:
-    """Run every module of the sharded model on its part of what the reference's was fed, forward and backward.
+    partial_gradients: Collection[TensorKey] | None = None,
+) -> ForcedPass:
+    """Run every module of the sharded model on its part of the reference's tensors, forward and backward.
 
     Collective. Weights, their gradients, buffers and generators stay as they are.
 
     Args:
-        first: What the reference made of the first step.
-        terms: Gradients of which each rank has a term: modules keep those. None where it is not known which they are:
+        first: The reference's first step.
+        partial_gradients: Gradients of which each rank has a term: modules keep those. If None, these are unknown:
             modules keep every gradient that is further off than rounding.
 
     Raises:
         BackendError: The backend crashed; with its own message.
     """
     place = rank.topology.coordinate(rank.rank)
-    parts = Parts(first[place["dp"]].activations, rank.topology.tp, place["tp"], terms)
+    parts = ReferenceParts(first[place["dp"]].activations, rank.topology.tp, place["tp"], partial_gradients)
     activations: dict[TensorKey, torch.Tensor] = {}
     gradients: dict[str, torch.Tensor | None] = {}
-    fed: set[TensorKey] = set()
+    forced_inputs: set[TensorKey] = set()
 
-    def instead_of(key: TensorKey, actual: torch.Tensor) -> torch.Tensor:
-        part = parts.instead_of(key, actual)
-        if part is not actual:
-            fed.add(key)
-        return part
+    def forced(key: TensorKey, actual: torch.Tensor) -> torch.Tensor:
+        value = parts.forced_value(key, actual)
+        if value is not actual:
+            forced_inputs.add(key)
+        return value
 
     def keep(key: TensorKey, tensor: torch.Tensor) -> None:
         activations[key] = local_part(tensor).clone()
 
-    def take(made: Gradients) -> None:
-        gradients.update({name: local_part(gradient).clone() for name, gradient in made.items()})
+    def keep_gradients(by_name: Gradients) -> None:
+        gradients.update({name: local_part(gradient).clone() for name, gradient in by_name.items()})
 
     with (
-        blamed_on(backend, "a pass of isolated modules"),
-        untouched(candidate.module),
-        ModuleRecorder(candidate.module, keep),
-        isolated_modules(candidate.module, instead_of),
-        inner_backward(candidate.module, found_loss, take),
+        blame_backend(backend, "a pass with teacher forcing per module"),
+        state_restored(candidate.module),
+        ModuleRecorder(candidate.module, keep, forced),
+        inner_backward(candidate.module, find_loss, keep_gradients),
     ):
-        candidate.forward(copied(batch))
-    return IsolatedPass(Step(activations, gradients, weights={}, gradient_norm=None, loss=nan), frozenset(fed))
+        candidate.forward(copy_batch(batch))
+    return ForcedPass(Step(activations, gradients, weights={}, gradient_norm=None, loss=nan), frozenset(forced_inputs))
 
 
-def isolated_deviations(
-    model: nn.Module,
-    start: tuple[State, State],
-    batches: Sequence[Batch],
-    first: ReferenceStep,
-    *,
-    eps: float,
-    seed: int,
-) -> Deviations:
-    """Run the first step's passes of each DP rank anew from `start`, each module fed what it was fed before.
+def forced_tolerance(reference: Reference, rank: CommunicatingRank, first: ReferenceStep) -> Tolerance:
+    """Measure the tolerance of the first step's pass with teacher forcing per module. Collective."""
 
-    Leaf modules are perturbed by `eps`; every tensor is measured.
-    """
-    parameters, buffers = start
-    set_parameters(model, parameters)
-    generator = torch.Generator().manual_seed(seed)
-    deviations: dict[Hashable, float] = {}
-    for dp_rank, (batch, recorded) in enumerate(zip(batches, first, strict=True)):
-        set_buffers(model, buffers)
-        with (
-            perturbed_leaves(model, eps=eps, generator=generator),
-            ModuleRecorder(model, partial(_measure, deviations, dp_rank, recorded.activations)),
-            isolated_modules(model, Parts(recorded.activations).instead_of),
-            inner_backward(
-                model, found_loss, partial(_measure_gradients, deviations, dp_rank, gradients_alone(recorded))
-            ),
-        ):
-            model(**copied(batch))
-    return deviations
+    def replay(perturbation: Perturbation) -> Deviations:
+        reference.restore()
+        deviations: Deviations = {}
+        for dp_rank, (batch, step) in enumerate(zip(reference.batches[0], first, strict=True)):
+            restore_buffers(reference.model, reference.buffers)
+            expected = step.activations
+            forced = ReferenceParts(expected).forced_value
+
+            def measure_gradients(by_name: Gradients, step: Step = step, dp_rank: int = dp_rank) -> None:
+                deviations.update(named_deviations(by_name, replica_gradients(step), 0, dp_rank, "gradient"))
+
+            with (
+                perturbed_replay(reference.model, perturbation, expected, deviations, 0, dp_rank, forced=forced),
+                inner_backward(reference.model, find_loss, measure_gradients),
+            ):
+                reference.model(**copy_batch(batch))
+        return deviations
+
+    return reference.measure(rank, replay)
 
 
-def gradients_alone(step: Step) -> Mapping[str, torch.Tensor | None]:
-    """Return the gradients that the batch of one DP rank alone makes."""
+def replica_gradients(step: Step) -> Mapping[str, torch.Tensor | None]:
+    """Return the gradients from the batch of this DP rank alone."""
     return step.local_gradients or step.gradients
 
 
-def _measure(
-    deviations: dict[Hashable, float], dp_rank: int, recorded: Activations, key: TensorKey, tensor: torch.Tensor
-) -> None:
-    if key in recorded:
-        deviations[0, dp_rank, key] = frobenius_distance(tensor, recorded[key])
+_NOT_CHECKPOINTED = "compatible with .grad()"  # of torch's reentrant checkpointing, in any version, and DeepSpeed's
 
 
-def _measure_gradients(
-    deviations: dict[Hashable, float], dp_rank: int, expected: Mapping[str, torch.Tensor | None], made: Gradients
-) -> None:
-    for name, gradient in made.items():
-        if (whole := expected.get(name)) is not None:
-            deviations[0, dp_rank, "gradient", name] = frobenius_distance(gradient, whole)
+@contextmanager
+def inner_backward(
+    model: nn.Module, find_loss: Callable[[Any], torch.Tensor | None], receive: Callable[[Gradients], None]
+) -> Iterator[None]:
+    """Run the backward pass of each call of `model` when its forward pass ends, and pass on the parameters' gradients.
 
-
-_ROUNDINGS = 10.0  # a part may round otherwise than in the whole
-
-Remake = Callable[[torch.Tensor], torch.Tensor]
-
-
-def remade(model: nn.Module, state: State, evidence: Evidence) -> dict[TensorKey, tuple[torch.Tensor, ...]]:
-    """Return what leaf modules should have made of the ranks' inputs in the first step, where those were wrong.
-
-    By output, one tensor for each tp_rank. Without modules that are given more than one tensor, or that do not work on
-    a rank's part as on the whole.
-
-    Args:
-        state: Parameters and buffers of `model` before the first step.
+    Autograd is on in the model alone: engines and wrappers around it, which would wait for a backward pass that they
+    start, see outputs without gradients. Nothing is accumulated, and hooks on accumulation are not called: `receive` is
+    called once for a call, with the gradients of this rank's backward pass alone. It is not called where `find_loss`
+    finds no loss in what the model returns, or where the model allows no such pass: reentrant activation checkpointing,
+    reversible layers.
     """
-    made: dict[TensorKey, tuple[torch.Tensor, ...]] = {}
-    with nothing_raised():
-        wrong = list(_wrong_inputs(evidence))
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        torch.set_grad_enabled(True)
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        loss = find_loss(output)
+        gradients = None if loss is None else _gradients(model, loss)
+        torch.set_grad_enabled(False)
+        if gradients is not None:
+            receive(gradients)
+        return map_tensors(torch.Tensor.detach, output)
+
     with torch.no_grad():
-        for key, given in wrong:
-            output = TensorKey("forward", key.module, key.call, "output", "0")
-            remake = None if _is_cut(key.module, evidence) else _remake_of(model, key.module, state)
-            if remake is not None and _works_by_parts(remake, evidence, key, output, given):
-                made[output] = tuple(remake(part) for part in given)
-    return made
-
-
-def _wrong_inputs(evidence: Evidence) -> Iterator[tuple[TensorKey, Sequence[torch.Tensor]]]:
-    """Yield the only inputs of modules that differ from the reference's on some rank, with what each rank gave."""
-    first = evidence.reference[0].activations
-    inputs: dict[tuple[str, int], list[TensorKey]] = {}
-    for key in first:
-        if (key.phase, key.role) == ("forward", "input"):
-            inputs.setdefault((key.module, key.call), []).append(key)
-    for key, *others in inputs.values():
-        given = [one.activations.get(key) for one in evidence.candidate[0]]
-        parts = [part for part in given if part is not None]
-        if others or key.path != "0" or len(parts) < len(given):
-            continue
-        placed = place(first[key].shape, parts)
-        allowed = evidence.tolerance.allowed((0, evidence.dp_rank, key), rounding_error(first[key]))
-        if placed is not None and any(
-            frobenius_distance(part, placed.expected_part(first[key], tp_rank)) > allowed
-            for tp_rank, part in enumerate(parts)
-        ):
-            yield key, parts
-
-
-def _is_cut(name: str, evidence: Evidence) -> bool:
-    """Return whether a rank holds a shard alone of one of a module's own parameters."""
-    return any(not layout.is_replicated for path, layout in evidence.layouts.items() if path.rpartition(".")[0] == name)
-
-
-def _remake_of(model: nn.Module, name: str, state: State) -> Remake | None:
-    """Return what runs a leaf module of the reference as it was at the start."""
-    module = dict(model.named_modules()).get(name)
-    if module is None or next(module.children(), None) is not None:
-        return None
-    prefix = f"{name}." if name else ""
-    own = {path.removeprefix(prefix): tensor for path, tensor in state.items() if path.startswith(prefix)}
-
-    def remake(given: torch.Tensor) -> torch.Tensor:
-        made = functional_call(module, {path: tensor.clone() for path, tensor in own.items()}, (given,))
-        return made if isinstance(made, torch.Tensor) else given.new_empty(0)
-
-    return remake
-
-
-def _works_by_parts(
-    remake: Remake, evidence: Evidence, before: TensorKey, after: TensorKey, given: Sequence[torch.Tensor]
-) -> bool:
-    """Return whether parts of the reference's input give parts of its output."""
-    first = evidence.reference[0].activations
-    made = [one.activations.get(after) for one in evidence.candidate[0]]
-    results = [part for part in made if part is not None]
-    if after not in first or len(results) < len(made):
-        return False
-    entered, left = place(first[before].shape, given), place(first[after].shape, results)
-    if entered is None or left is None:
-        return False
-    allowed = _ROUNDINGS * evidence.tolerance.allowed((0, evidence.dp_rank, after), rounding_error(first[after]))
-    for tp_rank in range(len(results)):
+        handles = [model.register_forward_pre_hook(before, prepend=True), model.register_forward_hook(after)]
         try:
-            part = remake(entered.expected_part(first[before], tp_rank))
-        except Exception:  # whatever a module says that wants the whole, or more than this tensor
-            return False
-        if not frobenius_distance(part, left.expected_part(first[after], tp_rank)) <= allowed:
-            return False
-    return True
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _gradients(model: nn.Module, loss: torch.Tensor) -> Gradients | None:
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        with patch.object(torch.autograd, "backward", _refuse):
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    except _AccumulatesError:
+        return None
+    except RuntimeError as error:
+        if _NOT_CHECKPOINTED in str(error):
+            return None
+        raise
+    return {name: gradient for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+
+
+class _AccumulatesError(Exception):
+    """A layer runs another backward pass inside the backward pass, which accumulates gradients."""
+
+
+def _refuse(*args: Any, **kwargs: Any) -> None:
+    raise _AccumulatesError

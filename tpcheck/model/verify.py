@@ -1,20 +1,26 @@
-"""Verifies a model: of the user's own, or a small one of a family."""
+"""`verify` and `verify_family`: train a sharded model beside the unsharded one and compare them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tpcheck.core.environment import package_versions
-from tpcheck.core.errors import BackendError, RankFailure, TpcheckError
+from tpcheck.core.errors import BackendError, RankFailure, TpcheckError, UsageError
 from tpcheck.core.findings import Verdict
-from tpcheck.core.reproduce import verify_command
 from tpcheck.core.topology import Topology
-from tpcheck.model.arguments import LayoutSource, check_names, custom_backend, default_checks, mapping, require_valid
-from tpcheck.numerics.tolerance import NUM_REPLAYS
+from tpcheck.model.options import (
+    DEFAULTS,
+    FamilyKeywords,
+    OptionKeywords,
+    Request,
+    RunOptions,
+    require_valid,
+    spelled_out,
+)
 from tpcheck.report.report import Report
 from tpcheck.world.attach import attach, is_launched
 from tpcheck.world.preload import ZERO_PRELOAD
@@ -22,104 +28,31 @@ from tpcheck.world.world import spawn
 
 if TYPE_CHECKING:
     from torch import nn
+    from typing_extensions import Unpack
 
     from tpcheck.backends.interface import Backend
-    from tpcheck.families.tokens import Tokens
+    from tpcheck.core.placement import Placement
+    from tpcheck.model.options import BatchSource
     from tpcheck.model.rank_run import RankAnswer
-    from tpcheck.model.request import BatchSource, Request
 
+LayoutSource: TypeAlias = "Mapping[str, Placement] | Callable[[str, tuple[int, ...]], Placement | None] | None"
 
-_TRY_AGAIN = 60.0
+_RETRY_TIMEOUT = 60.0
 _COLLECTIVES_DIFFER = "Detected mismatch between collectives"  # of torch's ProcessGroupWrapper
 
 
-@dataclass(frozen=True, slots=True)
-class Presentation:
-    """What a report says of a run beside its findings."""
-
-    subject: Mapping[str, Any]
-    again: str | None
-
-
-def run(request: Request, topology: Topology, shown: Presentation, timeout: float) -> Report:
-    from tpcheck.model.rank_run import verify_on_rank
-    from tpcheck.numerics.answer import verdict
-
-    start = time.monotonic()
-    try:
-        if is_launched():
-            rank = attach(topology)
-            answers: tuple[RankAnswer, ...] = rank.gather(verify_on_rank(rank, request))
-        else:
-            answers = _spawned_answers(request, topology, timeout)
-    except (RankFailure, BackendError) as failure:
-        return Report(_crashed(failure, shown, time.monotonic() - start))
-    return Report(
-        verdict(
-            [answer.group for answer in answers if answer.group is not None],
-            steps=request.steps,
-            subject=shown.subject,
-            environment=package_versions() | dict(answers[0].versions),
-            again=shown.again,
-            seconds=time.monotonic() - start,
-        )
-    )
-
-
-def _spawned_answers(request: Request, topology: Topology, timeout: float) -> tuple[RankAnswer, ...]:
-    """Run the request on ranks of its own.
-
-    They check every collective for shapes and dtypes that do not match, where others would hang or crash. The check is
-    stricter than gloo, which takes a scalar for a tensor of one element: what it objects to is tried again without it.
-    """
-    from tpcheck.model.rank_run import verify_on_rank
-
-    try:
-        with spawn(topology, timeout=timeout, extra_preload=ZERO_PRELOAD if request.zero_stage else ()) as world:
-            return world.run(verify_on_rank, request)
-    except RankFailure as failure:
-        if _COLLECTIVES_DIFFER not in str(failure.exception):
-            raise
-        try:
-            with spawn(topology, timeout=min(timeout, _TRY_AGAIN), env={"TORCH_DISTRIBUTED_DEBUG": "OFF"}) as world:
-                return world.run(verify_on_rank, request)
-        except RankFailure:
-            raise failure from None
-
-
-def _crashed(failure: RankFailure | BackendError, shown: Presentation, seconds: float) -> Verdict:
-    """Return the verdict `error`, with the backend's own message where a backend raised.
-
-    Raises:
-        TpcheckError: The ranks were asked for something that cannot be done; nothing crashed.
-    """
-    cause = failure.exception if isinstance(failure, RankFailure) else failure
-    if isinstance(cause, TpcheckError) and not isinstance(cause, BackendError):
-        raise cause from failure
-    message = str(cause) if isinstance(cause, BackendError) else str(failure)
-    return Verdict("error", shown.subject, package_versions(), seconds=seconds, message=message)
-
-
-TIMEOUT = 600.0
-
-
+@spelled_out(OptionKeywords)
 def verify(
     build: Callable[[], nn.Module],
     batch: BatchSource = None,
     *,
     topology: Topology,
-    backend: str | Backend = "deepspeed",
-    dtype: str = "float64",
-    steps: int = 2,
-    zero_stage: int = 0,
-    config: Mapping[str, Any] | None = None,
-    checks: Sequence[str] | None = None,
-    seed: int = 0,
-    ignore_plan: bool = False,
-    replays: int = NUM_REPLAYS,
-    timeout: float = TIMEOUT,
+    backend: str | Backend = DEFAULTS.backend,
+    dtype: str = DEFAULTS.dtype,
+    zero_stage: int = DEFAULTS.zero_stage,
     shard: Callable[[nn.Module, Any], nn.Module | None] | None = None,
     layout: LayoutSource = None,
+    **options: Unpack[OptionKeywords],
 ) -> Report:
     """Shard the model that `build` returns, train it beside the unsharded one, and compare.
 
@@ -131,23 +64,11 @@ def verify(
             switched off, on both sides.
         batch: The whole batch as a dict of tensors (cut over DP along the first dim), a callable
             (rank coordinate, step) -> dict, or None for synthetic tokens from `model.config`.
-        topology: Sizes of the parallel axes.
-        backend: What shards the model: `deepspeed`, the name of another installed backend, or an object with the
-            methods of `tpcheck.adapters.Backend`.
-        dtype: `float64` (tells bugs from rounding best), `float32` or `bfloat16`.
-        steps: Training steps; the comparison ends after the first one that differs.
-        zero_stage: ZeRO stage, 0 to 3.
-        config: Backend configuration merged over tpcheck's own; for DeepSpeed, its config dict.
-        checks: Names of the checks to run; None for all but `checkpoint_matches_reference`, which saves the model in
-            each way that the backend has, reads it back, and compares, before the first step and after the last.
-        seed: Seed of weights, batches and replays.
-        ignore_plan: Drop the model's own tp_plan, so that the backend's heuristics shard it.
-        replays: Perturbed replays of the reference that measure what is allowed; fewer are quicker, and may allow less.
-        timeout: Seconds until a run that hangs is ended.
-        shard: Code of your own in place of a backend: called on every rank with the unsharded model and its `Rank`,
-            it shards in place or returns a module whose parameters bear the same names.
+        {options}
+        shard: A function that shards, in place of a backend: called on every rank with the unsharded model and its
+            `Rank`, it shards in place or returns a module whose parameters have the same names.
         layout: For `shard`: `tpcheck.core.placement` placements by pattern of parameter names, or a function
-            (name, shape) -> placement. What it does not name lies whole on every rank; DTensors tell themselves.
+            (name, shape) -> placement. A parameter that it does not name is whole on every rank; DTensors know theirs.
 
     Raises:
         UsageError: An argument is wrong, or the model or batch cannot be used.
@@ -156,52 +77,31 @@ def verify(
         >>> report = tpcheck.verify(build_my_model, topology=tpcheck.Topology(tp=2))  # doctest: +SKIP
         >>> report.raise_if_failed()  # doctest: +SKIP
     """
-    from tpcheck.model.request import Request
-
-    request = Request(
-        build=build,
-        batch=batch,
-        backend=backend if shard is None and layout is None else custom_backend(shard, layout),
-        dtype=dtype,
-        steps=steps,
-        zero_stage=zero_stage,
-        config=mapping("config", config),
-        checks=check_names(checks),
-        seed=seed,
-        ignore_plan=ignore_plan,
-        num_replays=replays,
+    if shard is not None or layout is not None:
+        backend = _custom_backend(shard, layout)
+    run_options = RunOptions.of(
+        topology=topology, backend=backend, dtype=dtype, zero_stage=zero_stage, batch=batch, **options
     )
-    require_valid(request, topology)
-    subject = {"model": getattr(build, "__name__", "model"), **_options(request, topology)}
-    return run(request, topology, Presentation(subject, again=None), timeout)
+    request = Request(build, run_options)
+    require_valid(request)
+    return run(request, {"model": getattr(build, "__name__", "model"), **run_options.subject()}, again=None)
 
 
+@spelled_out(FamilyKeywords)
 def verify_family(
     family: str,
     *,
     topology: Topology,
-    backend: str | Backend = "deepspeed",
-    dtype: str = "float64",
-    steps: int = 2,
-    zero_stage: int = 0,
-    config: Mapping[str, Any] | None = None,
-    checks: Sequence[str] | None = None,
-    seed: int = 0,
-    settings: Mapping[str, Any] | None = None,
-    batch: Tokens | str | None = None,
-    ignore_plan: bool = False,
-    replays: int = NUM_REPLAYS,
-    timeout: float = TIMEOUT,
+    backend: str | Backend = DEFAULTS.backend,
+    dtype: str = DEFAULTS.dtype,
+    zero_stage: int = DEFAULTS.zero_stage,
+    **options: Unpack[FamilyKeywords],
 ) -> Report:
     """Verify a small random model of a transformers model type, such as `llama`.
 
     Args:
         family: A causal language model type of the installed transformers.
-        settings: Changes to the model's configuration, such as `{"qk_layernorm": True}`.
-        batch: What the tokens of a DP rank look like, such as `"3x7,padded,strided"`: three samples of seven tokens,
-            some of them padding, in memory that is not contiguous. None for `"2x16"`.
-
-    The other arguments are those of `verify`.
+        {options}
 
     Raises:
         UsageError: No such family or setting, or an argument is wrong.
@@ -210,44 +110,92 @@ def verify_family(
         >>> report = tpcheck.verify_family("llama", topology=tpcheck.Topology(tp=2))  # doctest: +SKIP
     """
     from tpcheck.families.build import small_model
-    from tpcheck.families.tokens import Tokens
-    from tpcheck.model.request import Request
 
-    tokens = Tokens.parse(batch) if isinstance(batch, str) else batch
-    request = Request(
-        build=partial(small_model, family, mapping("settings", settings)),
-        batch=tokens,
-        backend=backend,
-        dtype=dtype,
-        steps=steps,
-        zero_stage=zero_stage,
-        config=mapping("config", config),
-        checks=check_names(checks),
-        seed=seed,
-        ignore_plan=ignore_plan,
-        num_replays=replays,
-        spread_weights=True,
+    run_options = RunOptions.of(topology=topology, backend=backend, dtype=dtype, zero_stage=zero_stage, **options)
+    request = Request(partial(small_model, family, run_options.settings), run_options, spread_weights=True)
+    require_valid(request)
+    return run(request, run_options.subject(family), again=run_options.command(family))
+
+
+def run(request: Request, subject: Mapping[str, Any], again: str | None) -> Report:
+    """Run the request on the launcher's ranks or on spawned ones, and return the report.
+
+    Args:
+        subject: The subject of the report.
+        again: The command that repeats the run, if there is one.
+    """
+    from tpcheck.model.rank_run import verify_on_rank
+    from tpcheck.numerics.answer import verdict
+
+    start = time.monotonic()
+    try:
+        if is_launched():
+            rank = attach(request.options.topology)
+            answers: tuple[RankAnswer, ...] = rank.gather(verify_on_rank(rank, request))
+        else:
+            answers = _spawned_answers(request)
+    except (RankFailure, BackendError) as failure:
+        return Report(_error_verdict(failure, subject, time.monotonic() - start))
+    return Report(
+        verdict(
+            [answer.group for answer in answers if answer.group is not None],
+            steps=request.options.steps,
+            subject=subject,
+            environment=package_versions() | dict(answers[0].versions),
+            again=again,
+            seconds=time.monotonic() - start,
+        )
     )
-    require_valid(request, topology)
-    subject = {
-        "family": family,
-        **_options(request, topology),
-        "settings": dict(settings or {}),
-        **({} if tokens is None or tokens == Tokens() else {"batch": str(tokens)}),
-    }
-    return run(request, topology, Presentation(subject, again=verify_command(subject)), timeout)
 
 
-def _options(request: Request, topology: Topology) -> dict[str, Any]:
-    return {
-        "backend": request.backend if isinstance(request.backend, str) else request.backend.name,
-        "tp": topology.tp,
-        "dp": topology.dp,
-        "zero": request.zero_stage,
-        "dtype": request.dtype,
-        "steps": request.steps,
-        "seed": request.seed,
-        "config": dict(request.config),
-        "ignore_plan": request.ignore_plan,
-        **({} if request.checks == default_checks() else {"checks": list(request.checks)}),
-    }
+def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
+    """Run the request on spawned ranks.
+
+    torch checks every collective for shapes and dtypes that differ between ranks, where others would hang or crash. The
+    check is stricter than gloo, which accepts a scalar for a tensor of one element: what fails it is run again without.
+    """
+    from tpcheck.model.rank_run import verify_on_rank
+
+    topology, timeout = request.options.topology, request.options.timeout
+    preload = ZERO_PRELOAD if request.options.zero_stage else ()
+    try:
+        with spawn(topology, timeout=timeout, extra_preload=preload) as world:
+            return world.run(verify_on_rank, request)
+    except RankFailure as failure:
+        if _COLLECTIVES_DIFFER not in str(failure.exception):
+            raise
+        try:
+            with spawn(topology, timeout=min(timeout, _RETRY_TIMEOUT), env={"TORCH_DISTRIBUTED_DEBUG": "OFF"}) as world:
+                return world.run(verify_on_rank, request)
+        except RankFailure:
+            raise failure from None
+
+
+def _error_verdict(failure: RankFailure | BackendError, subject: Mapping[str, Any], seconds: float) -> Verdict:
+    """Return the verdict `error`, with the backend's own message where a backend raised.
+
+    Raises:
+        TpcheckError: The ranks were asked for something that cannot be done; nothing crashed.
+    """
+    cause = failure.exception if isinstance(failure, RankFailure) else failure
+    if isinstance(cause, TpcheckError) and not isinstance(cause, BackendError):
+        raise cause from failure
+    message = str(cause) if isinstance(cause, BackendError) else str(failure)
+    return Verdict("error", subject, package_versions(), seconds=seconds, message=message)
+
+
+def _custom_backend(shard: Callable[..., Any] | None, layout: LayoutSource) -> Backend:
+    """Return the backend that shards with the caller's function.
+
+    Raises:
+        UsageError: `shard` or `layout` has the wrong type.
+    """
+    from tpcheck.backends.registry import load_backend
+
+    if not callable(shard):
+        raise UsageError("shard", shard, "a callable (model, rank) that shards in place or returns a module")
+    if layout is not None and not callable(layout) and not isinstance(layout, Mapping):
+        raise UsageError("layout", layout, "a dict of placements by pattern of parameter names, a callable, or None")
+    configured: Any = load_backend("custom")
+    backend: Backend = replace(configured, shard_model=shard, layout=layout)
+    return backend

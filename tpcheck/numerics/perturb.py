@@ -1,90 +1,91 @@
-"""Replays a model under random rounding (Monte Carlo arithmetic at leaf modules), with everything in float64."""
+"""Replays a model under random rounding (Monte Carlo arithmetic at leaf modules) and measures how far tensors move."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
+from tpcheck.numerics.differences import frobenius_distance
+from tpcheck.numerics.evidence import TensorKey
+from tpcheck.numerics.precision import torch_function_disabled
+from tpcheck.numerics.recorder import ForcedValue, ModuleRecorder
 from tpcheck.numerics.tensors import map_tensors
 
-# Methods that ask for float32 by name rather than by a dtype argument.
-_RAISED = {torch.Tensor.float: torch.Tensor.double}
+Deviations = dict[Hashable, float]  # Frobenius distance of each tensor in a replay from the recorded one
 
 
-class _RaiseFloat32(TorchFunctionMode):
-    """Models cast to float32 inside (norms, softmax, rotary tables); the cast would be the largest error of a run."""
+@dataclass(frozen=True, slots=True)
+class Perturbation:
+    """The random rounding of one replay.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func = _RAISED.get(func, func)
-        return func(*(_raised(arg) for arg in args), **{name: _raised(value) for name, value in (kwargs or {}).items()})
-
-
-def _raised(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
-
-
-@contextmanager
-def everything_in_float64(enabled: bool = True) -> Iterator[None]:
-    """Make float64 the default dtype and the answer to every request for float32, while inside.
-
-    Backward passes are covered too: hooks and autograd functions that run in them.
-    """
-    if not enabled:
-        yield
-        return
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _RaiseFloat32() as mode, _on_in_backward(mode):
-            yield
-    finally:
-        torch.set_default_dtype(default)
-
-
-def nothing_raised() -> AbstractContextManager[None]:
-    """Return a context in which requests are answered as they are, at a fifth of the cost of a small tensor's call.
-
-    For what names its dtypes: comparing tensors, and sending them.
-    """
-    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
-    return context
-
-
-@contextmanager
-def _on_in_backward(mode: TorchFunctionMode) -> Iterator[None]:
-    """Keep `mode` on while the autograd engine runs.
-
-    `backward` dispatches to the mode, and a mode is off while it answers; the engine hands the modes that are on when
-    it starts to the hooks that it calls.
-    """
-    run_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
-
-    def with_mode(*args: Any, **kwargs: Any) -> Any:
-        with mode:
-            return run_backward(*args, **kwargs)
-
-    with patch.object(torch.autograd, "_engine_run_backward", with_mode):
-        yield
-
-
-@contextmanager
-def perturbed_leaves(model: nn.Module, *, eps: float, generator: torch.Generator) -> Iterator[None]:
-    """Perturb the output of every leaf module of `model`, forward and backward, while inside.
-
-    Args:
-        model: The model to replay.
-        eps: Relative size of the perturbation: the machine epsilon of the dtype that is used.
+    Attributes:
+        eps: Relative size: the machine epsilon of the dtype that is used, or 0.
         generator: Source of the randomness; equal states give equal replays.
     """
 
+    eps: float
+    generator: torch.Generator
+
+    @classmethod
+    def of_replay(cls, number: int, dtype: torch.dtype, seed: int) -> Perturbation:
+        """Return the perturbation of a replay by its number; replay 0 is not perturbed."""
+        return cls(torch.finfo(dtype).eps if number else 0.0, torch.Generator().manual_seed(seed * 1000 + number))
+
+
+@contextmanager
+def perturbed_replay(
+    model: nn.Module,
+    perturbation: Perturbation,
+    expected: Mapping[TensorKey, torch.Tensor],
+    deviations: Deviations,
+    *place: int,
+    forced: ForcedValue | None = None,
+) -> Iterator[None]:
+    """Perturb every leaf module, and measure how far each recorded tensor of a module moves, while inside.
+
+    Args:
+        expected: The recorded tensors. What a replay makes beside them is not measured.
+        deviations: Receives the distances, by (*place, key).
+        forced: As in `ModuleRecorder`.
+    """
+
+    def measure(key: TensorKey, tensor: torch.Tensor) -> None:
+        if key in expected:
+            with torch_function_disabled():
+                distance = frobenius_distance(tensor, expected[key])
+            deviations.update({(*place, key): distance})
+
+    with perturbed_leaves(model, perturbation), ModuleRecorder(model, measure, forced):
+        yield
+
+
+def named_deviations(
+    actual: Mapping[str, torch.Tensor | None], expected: Mapping[str, torch.Tensor | None], *place: Hashable
+) -> Deviations:
+    """Return how far tensors of the same names are apart, by (*place, name); without those that one side lacks."""
+    present = [name for name in expected if expected[name] is not None and actual.get(name) is not None]
+    return {(*place, name): frobenius_distance(actual[name], expected[name]) for name in present}  # type: ignore[arg-type]
+
+
+def first_moved(deviations: Deviations) -> str | None:
+    """Return the name of the first tensor that moved; None where none did."""
+    for key, deviation in deviations.items():
+        if deviation:
+            return " ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+    return None
+
+
+@contextmanager
+def perturbed_leaves(model: nn.Module, perturbation: Perturbation) -> Iterator[None]:
+    """Perturb the output of every leaf module of `model`, forward and backward, while inside."""
+
     def perturb(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return map_tensors(lambda tensor: _perturbed(tensor, eps, generator), output)
+        return map_tensors(lambda tensor: _perturbed(tensor, perturbation), output)
 
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
     handles = [leaf.register_forward_hook(perturb) for leaf in leaves]
@@ -95,25 +96,26 @@ def perturbed_leaves(model: nn.Module, *, eps: float, generator: torch.Generator
             handle.remove()
 
 
-def _perturbed(tensor: torch.Tensor, eps: float, generator: torch.Generator) -> torch.Tensor:
+def _perturbed(tensor: torch.Tensor, perturbation: Perturbation) -> torch.Tensor:
     if not tensor.is_floating_point():
         return tensor
-    result: torch.Tensor = _Perturb.apply(tensor, eps, generator)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _Perturb.apply(tensor, perturbation)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Perturb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, eps: float, generator: torch.Generator) -> torch.Tensor:
-        ctx.eps, ctx.generator = eps, generator
-        return tensor * _factor(tensor, eps, generator)
+    def forward(ctx: Any, tensor: torch.Tensor, perturbation: Perturbation) -> torch.Tensor:
+        ctx.perturbation = perturbation
+        return tensor * _factor(tensor, perturbation)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return grads[0] * _factor(grads[0], ctx.eps, ctx.generator), None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0] * _factor(grads[0], ctx.perturbation), None
 
 
-def _factor(tensor: torch.Tensor, eps: float, generator: torch.Generator) -> torch.Tensor:
-    with nothing_raised():
+def _factor(tensor: torch.Tensor, perturbation: Perturbation) -> torch.Tensor:
+    eps, generator = perturbation.eps, perturbation.generator
+    with torch_function_disabled():
         uniform = torch.rand(tensor.shape, dtype=torch.float64, device=generator.device, generator=generator)
         return (1 + eps * (2 * uniform - 1)).to(device=tensor.device, dtype=tensor.dtype)

@@ -15,19 +15,27 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tpcheck.numerics.evidence import Collective, Phase, Role, TensorKey
+from tpcheck.numerics.evidence import Collective, Role, TensorKey
 from tpcheck.numerics.tensors import map_tensors, named_tensors
 
 Sink = Callable[[TensorKey, torch.Tensor], None]
+ForcedValue = Callable[[TensorKey, torch.Tensor], torch.Tensor]
 
 
 class ModuleRecorder:
-    """Hands every floating-point tensor that enters or leaves a module to `sink`, in the order of events.
+    """Passes every floating-point tensor that enters or leaves a module to `sink`, in the order of events.
 
     Each module is given views of its inputs, so that the gradient of an input is what this module alone sends back,
-    whoever else uses the tensor; its caller gets copies of its outputs, which it may change in place without undoing
-    the hooks. Gradients are handed over as autograd computes them: the order of backward events is that of the
-    backward pass. A tensor is handed over as it is: a sink that keeps it must copy it.
+    whatever else uses the tensor; its caller gets copies of its outputs, which it may change in place without removing
+    the hooks. Gradients are recorded as autograd computes them: the order of backward events is that of the backward
+    pass. A tensor is passed on without a copy: a sink that keeps it must copy it.
+
+    Args:
+        model: The model to record; hooks are on its modules while inside the context.
+        sink: Called with each tensor.
+        forced: Teacher forcing per module: returns what a module is given in place of a tensor, for its inputs and, in
+            the backward pass, for the gradients of its outputs. What the module sends back still goes to the producer
+            of the tensor that was replaced. `sink` sees that tensor, not the forced one.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -38,11 +46,12 @@ class ModuleRecorder:
         ['model: input 0', '0: input 0', '0: output 0', 'model: output 0']
     """
 
-    def __init__(self, model: nn.Module, sink: Sink) -> None:
+    def __init__(self, model: nn.Module, sink: Sink, forced: ForcedValue | None = None) -> None:
         self._model = model
         self._sink = sink
+        self._forced = forced
         self._calls: Counter[str] = Counter()
-        self._open: dict[str, list[int]] = {}
+        self._open_calls: dict[str, list[int]] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> ModuleRecorder:
@@ -54,7 +63,7 @@ class ModuleRecorder:
     def restart(self) -> None:
         """Count the calls of every module from zero again."""
         self._calls.clear()
-        self._open.clear()
+        self._open_calls.clear()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -69,16 +78,28 @@ class ModuleRecorder:
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             call = self._calls[name]
             self._calls[name] += 1
-            self._open.setdefault(name, []).append(call)
+            self._open_calls.setdefault(name, []).append(call)
             args, kwargs = map_tensors(_view, args), map_tensors(_view, kwargs)
-            self._record(name, call, "input", (*args, kwargs) if kwargs else args)
-            return args, kwargs
+            inputs = (*args, kwargs) if kwargs else args
+            self._record(name, call, "input", inputs)
+            if self._forced is None:
+                return args, kwargs
+            forced = {
+                id(tensor): self._forced_input(tensor, TensorKey("forward", name, call, "input", path))
+                for path, tensor in named_tensors(inputs)
+                if tensor.is_floating_point()
+            }
+
+            def replaced(tensor: torch.Tensor) -> torch.Tensor:
+                return forced.get(id(tensor), tensor)
+
+            return map_tensors(replaced, args), map_tensors(replaced, kwargs)
 
         return hook
 
     def _after(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            calls = self._open.get(name)
+            calls = self._open_calls.get(name)
             if not calls:  # a backend called the hook without its pre-hook
                 return output
             output = map_tensors(_copy, output)
@@ -91,14 +112,41 @@ class ModuleRecorder:
         for path, tensor in named_tensors(value):
             if not tensor.is_floating_point():
                 continue
-            self._sink(_key("forward", name, call, role, path), tensor.detach())
-            if _has_gradient(tensor):  # without autograd, a hook would see what goes to whoever else uses the tensor
-                backward = _key("backward", name, call, role, path)
-                hook = self._gradient_hook(backward)
-                self._handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
+            self._sink(TensorKey("forward", name, call, role, path), tensor.detach())
+            if _has_gradient(tensor):  # without autograd, a hook would see what goes to whatever else uses the tensor
+                self._handles.append(
+                    tensor.register_hook(  # type: ignore[no-untyped-call]
+                        self._gradient_hook(TensorKey("backward", name, call, role, path))
+                    )
+                )
 
-    def _gradient_hook(self, key: TensorKey) -> Callable[[torch.Tensor], None]:
-        return lambda gradient: self._sink(key, gradient.detach())
+    def _gradient_hook(self, key: TensorKey) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        def hook(gradient: torch.Tensor) -> torch.Tensor | None:
+            self._sink(key, gradient.detach())
+            return self._forced(key, gradient) if self._forced is not None and key.role == "output" else None
+
+        return hook
+
+    def _forced_input(self, tensor: torch.Tensor, key: TensorKey) -> torch.Tensor:
+        assert self._forced is not None
+        with torch.no_grad():  # checkpointing counts what autograd keeps
+            forced = self._forced(key, tensor)
+        if forced is tensor or not (tensor.requires_grad and torch.is_grad_enabled()):
+            return forced
+        replacement: torch.Tensor = _Replace.apply(tensor, forced)  # type: ignore[no-untyped-call]
+        return replacement
+
+
+class _Replace(torch.autograd.Function):
+    """Returns `forced` in place of `tensor`, and sends the gradient back to `tensor`."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
+        return forced.clone()  # a module may change what it is given in place, which a view out of here does not allow
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
 
 
 def _view(tensor: torch.Tensor) -> torch.Tensor:
@@ -111,10 +159,6 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def _has_gradient(tensor: torch.Tensor) -> bool:
     return tensor.requires_grad and tensor.is_floating_point() and torch.is_grad_enabled()
-
-
-def _key(phase: Phase, module: str, call: int, role: Role, path: str) -> TensorKey:
-    return TensorKey(phase=phase, module=module, call=call, role=role, path=path)
 
 
 _NAMESPACES = ("c10d", "_c10d_functional")
@@ -135,50 +179,50 @@ _NAMES = {operator: kind for kind, operators in _KINDS.items() for operator in o
 
 @contextmanager
 def logged_collectives(model: nn.Module) -> Iterator[list[Collective]]:
-    """Yield a list that grows by every collective that is issued inside, with the innermost module of `model` at work.
+    """Yield a list that grows by every collective that is issued inside, with the innermost module of `model` running.
 
     Both ways of issuing one are seen: `torch.distributed`, which dispatches to `c10d`, and the functional collectives
-    of DTensor. The tensors of subclasses are left to the subclasses, whose own operators are seen instead.
+    of DTensor. Calls on tensor subclasses are left to the subclasses, whose inner operators are seen instead.
     """
-    inside: list[str] = [""]
+    running: list[str] = [""]
     log: list[Collective] = []
-    handles = [handle for name, module in model.named_modules() for handle in _tracked(name, module, inside)]
+    handles = [handle for name, module in model.named_modules() for handle in _tracked(name, module, running)]
     try:
-        with _Log(inside, log):
+        with _CollectiveLog(running, log):
             yield log
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _tracked(name: str, module: nn.Module, inside: list[str]) -> Iterator[Any]:
+def _tracked(name: str, module: nn.Module, running: list[str]) -> Iterator[Any]:
     def enter(module: nn.Module, args: Any) -> None:
-        inside.append(name)
+        running.append(name)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if inside[-1] == name:
-            inside.pop()
+        if running[-1] == name:
+            running.pop()
 
     yield module.register_forward_pre_hook(enter)
     yield module.register_forward_hook(leave, always_call=True)
 
 
-class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operator; keeps the collectives."""
+class _CollectiveLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operator and logs the collectives."""
 
-    def __init__(self, inside: list[str], log: list[Collective]) -> None:
+    def __init__(self, running: list[str], log: list[Collective]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._inside = inside
+        self._running = running
         self._log = log
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, FakeTensor) for kind in types):  # DTensor works out shapes with them; nothing is sent
+        if any(issubclass(kind, FakeTensor) for kind in types):  # DTensor computes shapes with them; nothing is sent
             return func(*args, **(kwargs or {}))
         if any(issubclass(kind, torch.Tensor) and kind not in _PLAIN for kind in types):
             return NotImplemented
         name = _NAMES.get(func.overloadpacket.__name__.rstrip("_")) if func.namespace in _NAMESPACES else None
         if name is not None:
-            self._log.append(Collective(self._inside[-1], name, _group(args)))
+            self._log.append(Collective(self._running[-1], name, _group(args)))
         return func(*args, **(kwargs or {}))
 
 
@@ -186,7 +230,7 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def _group(args: Any) -> tuple[int, ...]:
-    """Return the global ranks of the group among an operator's arguments; none where it cannot be told."""
+    """Return the global ranks of the group among an operator's arguments; empty where that is unknown."""
     for arg in args:
         if isinstance(arg, torch.ScriptObject) and str(arg._type()).endswith(".ProcessGroup"):
             return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(arg)))

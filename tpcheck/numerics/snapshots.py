@@ -1,4 +1,4 @@
-"""Snapshots of what a model keeps between calls: parameters, and buffers whether or not they are saved with it."""
+"""Copies of a model's parameters and buffers, and how to restore them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from tpcheck.backends.local_part import local_part
 State = Mapping[str, torch.Tensor]
 
 
-def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies of the parameters."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+def copy_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of the parameters; of this rank's part where one is a DTensor."""
+    return {name: local_part(parameter.detach()).clone() for name, parameter in model.named_parameters()}
 
 
-def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies of the buffers; of this rank's part where one is a DTensor."""
+def copy_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of the buffers, also of those that a checkpoint leaves out."""
     return {name: local_part(buffer.detach()).clone() for name, buffer in model.named_buffers()}
 
 
-def set_parameters(model: nn.Module, saved: State) -> None:
-    """Set the parameters back."""
+def restore_parameters(model: nn.Module, saved: State) -> None:
+    """Set the parameters of an unsharded model back."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(saved[name])
 
 
-def set_buffers(model: nn.Module, saved: State) -> None:
+def restore_buffers(model: nn.Module, saved: State) -> None:
     """Set the buffers back, also those that the model has replaced by others since."""
     for name, buffer in saved.items():
         owner, _, attribute = name.rpartition(".")
@@ -38,8 +38,8 @@ def set_buffers(model: nn.Module, saved: State) -> None:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Run without gradients; put buffers, also those that are replaced meanwhile, and random generators back."""
+def state_restored(model: nn.Module) -> Iterator[None]:
+    """Run without gradients; restore buffers, also those that are replaced meanwhile, and random generators."""
     before = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
     with torch.no_grad(), torch.random.fork_rng():
         yield

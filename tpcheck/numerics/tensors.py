@@ -31,7 +31,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     """Return `value` with `function` applied to its tensors, nested in tuples, lists, dicts and model outputs.
 
-    Anything else is returned as it is, and so is what holds nothing that changed.
+    Anything else is returned as it is, and so is a container in which nothing changed.
     """
     if isinstance(value, torch.Tensor):
         return function(value)

@@ -8,7 +8,7 @@ clean margins near 0.1 and no constant per dtype. `docs/margins.json` has 1118 c
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 NUM_REPLAYS = 8
@@ -85,7 +85,7 @@ class Tolerance:
         return self.allowed(key, 2 * self.scalar_eps * abs(expected))
 
 
-def largest_deviations(replays: list[Mapping[Hashable, float]]) -> dict[Hashable, float]:
+def largest_deviations(replays: Iterable[Mapping[Hashable, float]]) -> dict[Hashable, float]:
     """Return the largest deviation of each tensor over several sets of replays."""
     largest: dict[Hashable, float] = {}
     for deviations in replays:

@@ -1,1 +1,1 @@
-"""A run of one's own: recorded in the loop that trains it, and compared with another."""
+"""A training run: recorded in its loop, and compared with another."""

@@ -1,4 +1,4 @@
-"""Records a loop of the user's own, and compares two recordings."""
+"""`record` and `compare_traces`: the trace of a sharded model is compared with that of the unsharded one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tpcheck.numerics.tolerance import NUM_REPLAYS, Tolerance
 from tpcheck.report.report import Report
 from tpcheck.runs.trace import Recorded
 
-# The groups of a user's own loop are what it was recorded with, and nobody tells the norm that it clipped by.
+# A trace holds neither live groups nor the norm that the loop clipped by.
 _CHECKS = tuple(
     name for name in CHECK_NAMES if name not in ("groups_match_topology", "gradient_norm_matches_reference")
 )
@@ -35,91 +35,95 @@ _CHECKS = tuple(
 def compare_recordings(
     candidate: Sequence[Recorded], reference: Sequence[Recorded], *, subject: Mapping[str, Any], again: str | None
 ) -> Verdict:
-    """Return the verdict over all TP groups whose inputs the reference has seen.
+    """Return the verdict over all TP groups that were given the reference's inputs.
 
     Raises:
         UsageError: The traces cannot be compared.
     """
-    whole = reference[0]
-    _require_comparable(candidate, whole)
+    unsharded = reference[0]
+    _require_comparable(candidate, unsharded)
     topology = candidate[0].topology
-    number = min(len(candidate[0].steps), len(whole.steps))
-    updated = [any(one.steps[step].weights for one in (*candidate, whole)) for step in range(number)]
-    ranks_filled = tuple(_with_weights(one, updated) for one in candidate)
-    whole_filled = _with_weights(whole, updated)
+    num_steps = min(len(candidate[0].steps), len(unsharded.steps))
+    updated = [any(rank.steps[step].weights for rank in (*candidate, unsharded)) for step in range(num_steps)]
+    filled_ranks = tuple(_with_weights(rank, updated) for rank in candidate)
+    filled_reference = _with_weights(unsharded, updated)
     answers, missed = [], {}
     for dp_rank, ranks in enumerate(topology.groups("tp")):
-        parts = [candidate[rank] for rank in ranks]
-        if not _same_inputs(parts[0], whole):
-            missed[f"replica {dp_rank}"] = "it was given other inputs than the reference"
+        if not _same_inputs(candidate[ranks[0]], unsharded):
+            missed[f"replica {dp_rank}"] = "its inputs differ from the reference's"
             continue
-        evidence = _evidence(ranks_filled, [ranks_filled[rank] for rank in ranks], whole_filled, dp_rank)
+        evidence = _evidence(filled_ranks, [filled_ranks[rank] for rank in ranks], filled_reference, dp_rank)
         answers.append(full_answer(start_answer(evidence, _CHECKS), evidence, _CHECKS))
-    longer = "candidate" if len(candidate[0].steps) > number else "reference"
-    for step in range(number, max(len(candidate[0].steps), len(whole.steps))):
+    longer = "candidate" if len(candidate[0].steps) > num_steps else "reference"
+    for step in range(num_steps, max(len(candidate[0].steps), len(unsharded.steps))):
         missed[f"step {step}"] = f"only the {longer} was recorded that far"
     if not answers:
         reason = "no replica of the candidate was given the inputs of the reference"
-        return Verdict("skipped", subject, whole.versions, coverage=Coverage(0, len(missed), missed), message=reason)
-    found = verdict(answers, steps=number, subject=subject, environment=whole.versions, again=again, seconds=0.0)
-    coverage = found.coverage
-    both = {**coverage.not_compared, **missed}
-    return replace(found, coverage=Coverage(coverage.compared, coverage.total + len(missed), both))
+        return Verdict(
+            "skipped", subject, unsharded.versions, coverage=Coverage(0, len(missed), missed), message=reason
+        )
+    compared = verdict(
+        answers, steps=num_steps, subject=subject, environment=unsharded.versions, again=again, seconds=0.0
+    )
+    coverage = compared.coverage
+    all_missed = {**coverage.not_compared, **missed}
+    return replace(compared, coverage=Coverage(coverage.compared, coverage.total + len(missed), all_missed))
 
 
-def _require_comparable(candidate: Sequence[Recorded], whole: Recorded) -> None:
-    if whole.deviations is None:
-        raise UsageError("reference", f"tp={whole.topology.tp}", "a trace of the unsharded model, tp=1")
-    if candidate[0].dtype != whole.dtype:
-        raise UsageError("candidate", candidate[0].dtype, f"a trace in the reference's dtype, {whole.dtype}")
+def _require_comparable(candidate: Sequence[Recorded], reference: Recorded) -> None:
+    if reference.deviations is None:
+        raise UsageError("reference", f"tp={reference.topology.tp}", "a trace of the unsharded model, tp=1")
+    if candidate[0].dtype != reference.dtype:
+        raise UsageError("candidate", candidate[0].dtype, f"a trace in the reference's dtype, {reference.dtype}")
 
 
-def _same_inputs(part: Recorded, whole: Recorded) -> bool:
-    for ours, theirs in zip(part.inputs, whole.inputs, strict=False):
-        shared = ours.keys() & theirs.keys()
-        if not shared or not all(torch.equal(ours[name], theirs[name]) for name in shared):
+def _same_inputs(rank: Recorded, reference: Recorded) -> bool:
+    """Return whether every call that both recorded was given equal tensors, of the names that both have."""
+    for actual, expected in zip(rank.inputs, reference.inputs, strict=False):
+        shared = actual.keys() & expected.keys()
+        if not shared or not all(torch.equal(actual[name], expected[name]) for name in shared):
             return False
     return True
 
 
-def _with_weights(one: Recorded, updated: Sequence[bool]) -> Recorded:
+def _with_weights(recorded: Recorded, updated: Sequence[bool]) -> Recorded:
     """Return the recording with weights after each call where any rank, or the reference, took an optimizer step.
 
-    A recording stores the weights of a step only where they changed, so elsewhere they are those from before; what an
-    unchanged weight may differ by is what it could differ by then.
+    A recording stores the weights of a step only where they changed; elsewhere the weights, and how far they may
+    differ, are those of the last step before.
     """
-    weights, steps, last = one.initial, [], -1
-    deviations = dict(one.deviations or {})
-    for number, (step, is_updated) in enumerate(zip(one.steps, updated, strict=False)):
+    weights, steps, last = recorded.initial, [], -1
+    deviations = dict(recorded.deviations or {})
+    for number, (step, is_updated) in enumerate(zip(recorded.steps, updated, strict=False)):
         if step.weights:
             weights, last = step.weights, number
         elif is_updated:
             deviations |= {(number, "weight", name): deviations.get((last, "weight", name), 0.0) for name in weights}
         steps.append(replace(step, weights=weights if is_updated else {}))
-    return replace(one, steps=tuple(steps), deviations=None if one.deviations is None else deviations)
+    return replace(recorded, steps=tuple(steps), deviations=None if recorded.deviations is None else deviations)
 
 
-def _evidence(everyone: Sequence[Recorded], parts: Sequence[Recorded], whole: Recorded, dp_rank: int) -> Evidence:
-    number = min(len(parts[0].steps), len(whole.steps))
-    assert whole.deviations is not None
-    deviations = {_of_replica(key, dp_rank): value for key, value in whole.deviations.items()}
+def _evidence(ranks: Sequence[Recorded], tp_group: Sequence[Recorded], reference: Recorded, dp_rank: int) -> Evidence:
+    num_steps = min(len(tp_group[0].steps), len(reference.steps))
+    assert reference.deviations is not None
+    deviations = {_key_of_replica(key, dp_rank): value for key, value in reference.deviations.items()}
     return Evidence(
-        topology=parts[0].topology,
+        topology=tp_group[0].topology,
         dp_rank=dp_rank,
-        dtype=whole.dtype,
-        initial=whole.initial,
-        initial_parts=tuple(part.initial for part in parts),
-        layouts=_layouts(parts, whole),
-        reference=whole.steps[:number],
-        candidate=tuple(tuple(part.steps[step] for part in parts) for step in range(number)),
-        buffers=whole.buffers,
-        facts=tuple(RankFacts({}, _digests(one, number)) for one in everyone),
-        tolerance=Tolerance(_scalar_eps(whole.dtype), NUM_REPLAYS, deviations),
+        dtype=reference.dtype,
+        initial=reference.initial,
+        initial_parts=tuple(rank.initial for rank in tp_group),
+        layouts=_layouts(tp_group, reference),
+        reference=reference.steps[:num_steps],
+        candidate=tuple(tuple(rank.steps[step] for rank in tp_group) for step in range(num_steps)),
+        buffers=reference.buffers,
+        facts=tuple(RankFacts({}, _digests(rank, num_steps)) for rank in ranks),
+        tolerance=Tolerance(_scalar_eps(reference.dtype), NUM_REPLAYS, deviations),
     )
 
 
-def _of_replica(key: Any, dp_rank: int) -> Any:
-    """Return a deviation's key for another replica: activations and the loss are of one."""
+def _key_of_replica(key: Any, dp_rank: int) -> Any:
+    """Return a deviation's key for another replica; only keys of activations and losses name one."""
     return (key[0], dp_rank, *key[2:]) if key[1] == 0 else key
 
 
@@ -127,30 +131,30 @@ def _scalar_eps(dtype: str) -> float:
     return float(torch.finfo(torch.promote_types(getattr(torch, dtype), torch.float32)).eps)
 
 
-def _digests(one: Recorded, number: int) -> tuple[Mapping[tuple[str, str], str], ...]:
-    return (_digested("parameter", one.initial), *(_of_step(step) for step in one.steps[:number]))
+def _digests(recorded: Recorded, num_steps: int) -> tuple[Mapping[tuple[str, str], str], ...]:
+    return (_digest_all("parameter", recorded.initial), *map(_step_digests, recorded.steps[:num_steps]))
 
 
-def _of_step(step: Step) -> dict[tuple[str, str], str]:
-    return _digested("parameter", step.weights) | _digested("buffer", step.buffers)
+def _step_digests(step: Step) -> dict[tuple[str, str], str]:
+    return _digest_all("parameter", step.weights) | _digest_all("buffer", step.buffers)
 
 
-def _digested(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, str], str]:
+def _digest_all(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, str], str]:
     return {(kind, name): digest(tensor) for name, tensor in tensors.items()}
 
 
-def _layouts(parts: Sequence[Recorded], whole: Recorded) -> dict[str, Layout]:
-    """Return what the layers told, and for the rest what shapes tell: a cut of one dim into parts in their order."""
-    found = dict(parts[0].layouts)
-    for name, tensor in whole.initial.items():
-        if name not in found and all(name in part.initial for part in parts):
-            layout = _by_shape(tuple(tensor.shape), [part.initial[name] for part in parts])
+def _layouts(tp_group: Sequence[Recorded], reference: Recorded) -> dict[str, Layout]:
+    """Return the recorded layouts; of other parameters those that shapes imply: one dim cut in the order of ranks."""
+    layouts = dict(tp_group[0].layouts)
+    for name, tensor in reference.initial.items():
+        if name not in layouts and all(name in rank.initial for rank in tp_group):
+            layout = _layout_from_shapes(tuple(tensor.shape), [rank.initial[name] for rank in tp_group])
             if layout is not None:
-                found[name] = layout
-    return found
+                layouts[name] = layout
+    return layouts
 
 
-def _by_shape(shape: tuple[int, ...], parts: Sequence[torch.Tensor]) -> Layout | None:
+def _layout_from_shapes(shape: tuple[int, ...], parts: Sequence[torch.Tensor]) -> Layout | None:
     placed = place(shape, parts)
     if placed is None:
         return None
@@ -159,7 +163,7 @@ def _by_shape(shape: tuple[int, ...], parts: Sequence[torch.Tensor]) -> Layout |
 
 
 def record(model: Any, path: str | Path, *, topology: Topology | None = None) -> AbstractContextManager[Any]:
-    """Record what `model` computes in a loop of one's own: each call, its backward pass, the weights after its step.
+    """Record what `model` computes in a training loop: each call, its backward pass, the weights after its step.
 
     The trace of the unsharded model is replayed when the context ends, to measure what rounding alone can do to each
     tensor; that of a sharded one (every rank enters the context) is only written.
@@ -167,7 +171,7 @@ def record(model: Any, path: str | Path, *, topology: Topology | None = None) ->
     Args:
         model: A module, or an engine around one. It is called at least once inside.
         path: Folder that is written when the context ends without an error; an older trace there is replaced.
-        topology: Sizes of the axes, where neither DeepSpeed, transformers, accelerate nor Megatron tells.
+        topology: Sizes of the axes; needed unless DeepSpeed, transformers, accelerate or Megatron know them.
 
     Raises:
         UsageError: There is nothing to record, or the model draws random numbers, as dropout does.
@@ -198,16 +202,16 @@ def compare_traces(candidate: str | Path, reference: str | Path) -> Report:
     from tpcheck.runs.trace import read_trace
 
     start = time.monotonic()
-    ours, theirs = read_trace("candidate", candidate), read_trace("reference", reference)
-    topology = ours[0].topology
+    actual, expected = read_trace("candidate", candidate), read_trace("reference", reference)
+    topology = actual[0].topology
     subject = {
         "subject": str(candidate),
         "tp": topology.tp,
         "dp": topology.dp,
-        "dtype": ours[0].dtype,
+        "dtype": actual[0].dtype,
         "reference": str(reference),
     }
     again = compare_command(str(candidate), str(reference))
-    with few_threads(sum(tensor.numel() for tensor in theirs[0].initial.values())):
-        found = compare_recordings(ours, theirs, subject=subject, again=again)
-    return Report(replace(found, seconds=time.monotonic() - start))
+    with few_threads(sum(tensor.numel() for tensor in expected[0].initial.values())):
+        compared = compare_recordings(actual, expected, subject=subject, again=again)
+    return Report(replace(compared, seconds=time.monotonic() - start))

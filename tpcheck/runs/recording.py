@@ -1,4 +1,4 @@
-"""The context in which a user's own loop is recorded, and what is written when it ends."""
+"""The context in which a training loop is recorded, and the trace that is written when it ends."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from torch import nn
 
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import live_groups
+from tpcheck.backends.local_part import local_part
 from tpcheck.backends.registry import layouts_of
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
-from tpcheck.numerics.perturb import everything_in_float64
-from tpcheck.runs.replaying import Call, CallRecorder, deviations_of, local, local_parameters
+from tpcheck.numerics.precision import everything_in_float64
+from tpcheck.numerics.snapshots import copy_parameters
+from tpcheck.numerics.tensors import named_tensors
+from tpcheck.runs.replaying import Call, CallRecorder, measure_deviations
 from tpcheck.runs.trace import Recorded, TraceWriter
 
 
 class Recorder(AbstractContextManager["Recorder"]):
-    """Records every call of a model, its backward pass and optimizer step, and writes them when it ends.
+    """Records every call of a model, its backward pass and optimizer step, and writes them when the context ends.
 
-    Collective over the world at its end, where there is one. Nothing is written if the loop raises.
+    The end is collective over the world. Nothing is written if the loop raises.
     """
 
     def __init__(self, model: Any, path: str | Path, topology: Topology | None = None) -> None:
@@ -39,7 +42,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         if parameter is None:
             raise UsageError("model", type(self._model).__name__, "a model with parameters")
         self._dtype = parameter.dtype
-        self._initial = local_parameters(self._model)
+        self._initial = copy_parameters(self._model)
         self._stack.enter_context(everything_in_float64(self._dtype is torch.float64))
         self._calls = CallRecorder(self._model)
         self._calls.__enter__()
@@ -56,7 +59,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     def _recorded(self, calls: Sequence[Call]) -> Recorded:
         if not calls:
             raise UsageError("model", type(self._model).__name__, "a model that is called inside the context")
-        whole = self._topology.tp == 1
+        is_unsharded = self._topology.tp == 1
         steps = tuple(call.step() for call in calls)
         return Recorded(
             rank=_rank(),
@@ -67,28 +70,26 @@ class Recorder(AbstractContextManager["Recorder"]):
             layouts=self._layouts(),
             steps=steps,
             inputs=tuple(_named_inputs(call.args, call.kwargs) for call in calls),
-            deviations=deviations_of(self._model, calls) if whole else None,
+            deviations=measure_deviations(self._model, calls) if is_unsharded else None,
             versions=package_versions(),
         )
 
     def _layouts(self) -> dict[str, Layout]:
-        """Return what the model's own layers tell; of the rest, shapes will have to tell."""
+        """Return the layouts that the model's layers know; `compare_traces` takes the others from shapes."""
         return {} if self._topology.tp == 1 else dict(layouts_of(self._model))
 
 
 def _named_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    from tpcheck.numerics.tensors import named_tensors
-
-    return {path: local(tensor) for path, tensor in named_tensors((*args, kwargs) if kwargs else args)}
+    return {path: local_part(tensor) for path, tensor in named_tensors((*args, kwargs) if kwargs else args)}
 
 
 def _module(model: Any) -> nn.Module:
-    """Return the model in an engine or DistributedDataParallel: its submodules bear the reference's names."""
+    """Return the model inside an engine or DistributedDataParallel: its submodules have the reference's names."""
     inner = getattr(model, "module", None)
-    found = inner if isinstance(inner, nn.Module) else model
-    if not isinstance(found, nn.Module):
+    module = inner if isinstance(inner, nn.Module) else model
+    if not isinstance(module, nn.Module):
         raise UsageError("model", type(model).__name__, "a torch.nn.Module or an engine around one")
-    return found
+    return module
 
 
 def _topology(model: nn.Module, topology: Topology | None) -> Topology:
@@ -96,7 +97,7 @@ def _topology(model: nn.Module, topology: Topology | None) -> Topology:
 
     if not (dist.is_available() and dist.is_initialized()):
         if topology is not None and topology.world_size > 1:
-            raise UsageError("topology", topology, "Topology(): torch.distributed is not initialised, so this is all")
+            raise UsageError("topology", topology, "Topology(), as torch.distributed is not initialised")
         return Topology()
     if topology is None and dist.get_world_size() == 1:
         return Topology()

@@ -1,26 +1,29 @@
-"""Cuts what a model does in a loop of the user's own into steps, and replays them under perturbed rounding."""
+"""Cuts what a model computes in a training loop into calls, and replays these under perturbed rounding."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
+from tpcheck.backends.local_part import local_part
 from tpcheck.core.errors import UsageError
 from tpcheck.numerics.differences import frobenius, frobenius_distance
 from tpcheck.numerics.evidence import Step, TensorKey
-from tpcheck.numerics.perturb import perturbed_leaves
+from tpcheck.numerics.perturb import Deviations, Perturbation, first_moved, named_deviations, perturbed_replay
 from tpcheck.numerics.recorder import ModuleRecorder
-from tpcheck.numerics.snapshots import State, buffers_of, set_buffers, set_parameters
+from tpcheck.numerics.snapshots import State, copy_buffers, copy_parameters, restore_buffers, restore_parameters
 from tpcheck.numerics.tensors import map_tensors, named_tensors
 from tpcheck.numerics.tolerance import NUM_REPLAYS, largest_deviations
 
+_LOSS = TensorKey("forward", "", 0, "output", "loss")
 _SMALL = 20_000_000  # parameters: below it, threads that wait for one another cost more than they save
 
 
@@ -38,13 +41,15 @@ def few_threads(num_parameters: int) -> Iterator[None]:
 
 @dataclass(slots=True)
 class Call:
-    """One call of the model, and what came of it until the next.
+    """One call of the model, and what followed it until the next.
 
     Attributes:
-        args, kwargs: What it was given, copied.
+        args, kwargs: Copies of its arguments.
         generator: State of the CPU's generator before it.
-        parameters, buffers: Before it.
-        step: What is recorded; its weights are those before the next call, empty where the same.
+        parameters, buffers: The model's state before it.
+        activations, gradients: What the call and its backward pass made.
+        weights: Parameters before the next call; empty if they are the same.
+        buffers_after: Buffers before the next call.
     """
 
     args: tuple[Any, ...]
@@ -59,7 +64,7 @@ class Call:
 
     def step(self) -> Step:
         gradients: Mapping[str, Any] = {name: self.gradients.get(name) for name in self.parameters}
-        loss = self.activations.get(TensorKey("forward", "", 0, "output", "loss"))
+        loss = self.activations.get(_LOSS)
         return Step(
             activations=self.activations,
             gradients=gradients,
@@ -71,7 +76,7 @@ class Call:
 
 
 class CallRecorder:
-    """Records every call of `model` and the backward pass and optimizer step behind it, while it is entered."""
+    """Records every call of `model`, and the backward pass and optimizer step after it, while inside the context."""
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[Call] = []
@@ -82,10 +87,7 @@ class CallRecorder:
         begin = self._model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
         self._stack.callback(begin.remove)
         self._recorder = self._stack.enter_context(ModuleRecorder(self._model, self._keep))
-        for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad:
-                handle = parameter.register_hook(partial(self._keep_gradient, name))  # type: ignore[no-untyped-call]
-                self._stack.callback(handle.remove)
+        self._stack.enter_context(_gradient_hooks(self._model, self._keep_gradient))
         return self
 
     def __exit__(
@@ -99,143 +101,36 @@ class CallRecorder:
         self._recorder.restart()
         self.calls.append(
             Call(
-                args=map_tensors(_copied, args),
-                kwargs=map_tensors(_copied, kwargs),
+                args=map_tensors(_copy, args),
+                kwargs=map_tensors(_copy, kwargs),
                 generator=torch.get_rng_state(),
-                parameters=local_parameters(self._model),
-                buffers=buffers_of(self._model),
+                parameters=copy_parameters(self._model),
+                buffers=copy_buffers(self._model),
             )
         )
 
     def _end(self) -> None:
         if self.calls:
             last = self.calls[-1]
-            weights = local_parameters(self._model)
+            weights = copy_parameters(self._model)
             moved = any(not torch.equal(tensor, last.parameters[name]) for name, tensor in weights.items())
             last.weights = weights if moved else {}
-            last.buffers_after = buffers_of(self._model)
+            last.buffers_after = copy_buffers(self._model)
 
     def _keep(self, key: TensorKey, tensor: torch.Tensor) -> None:
         if self.calls:
-            self.calls[-1].activations[key] = local(tensor).clone()
+            self.calls[-1].activations[key] = local_part(tensor).clone()
 
     def _keep_gradient(self, name: str, gradient: torch.Tensor) -> None:
         if self.calls:
-            before = self.calls[-1].gradients.get(name)
-            own = local(gradient.detach()).clone()
-            self.calls[-1].gradients[name] = own if before is None else before + own
-
-
-def local_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies of the parameters, of DTensors the local shard."""
-    return {name: local(parameter.detach()).clone() for name, parameter in model.named_parameters()}
-
-
-def local(tensor: Any) -> torch.Tensor:
-    """Return what this rank holds of a tensor."""
-    held: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return held
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone()
-
-
-Deviations = Mapping[Hashable, float]
-
-
-def deviations_of(model: nn.Module, calls: Sequence[Call]) -> Deviations:
-    """Return how far each tensor of each call moves under perturbed rounding; the model is left as it was.
-
-    What an optimizer makes of gradients is not replayed: a weight's update is taken to move as much, relatively, as
-    its gradient.
-
-    Raises:
-        UsageError: The model does not compute the same each time from the same inputs and weights.
-    """
-    with _left_as_it_is(model), few_threads(sum(parameter.numel() for parameter in model.parameters())):
-        eps = torch.finfo(next(model.parameters()).dtype).eps
-        still = _replayed(model, calls, eps=0.0, seed=0)
-        moved = next((key for key, deviation in still.items() if deviation), None)
-        if moved is not None:
-            raise UsageError(
-                "model",
-                str(moved),
-                "a model that computes the same each time: switch dropout off, or call model.eval()",
-            )
-        replays = [_replayed(model, calls, eps=eps, seed=seed) for seed in range(1, NUM_REPLAYS + 1)]
-    return largest_deviations(replays)
-
-
-def _replayed(model: nn.Module, calls: Sequence[Call], *, eps: float, seed: int) -> Deviations:
-    deviations: dict[Hashable, float] = {}
-    noise = torch.Generator().manual_seed(seed)
-    for index, call in enumerate(calls):
-        set_parameters(model, call.parameters)
-        set_buffers(model, call.buffers)
-        torch.set_rng_state(call.generator)
-        deviations.update(_measured(index, call, *_replayed_call(model, call, eps, noise)))
-    return deviations
-
-
-def _replayed_call(
-    model: nn.Module, call: Call, eps: float, noise: torch.Generator
-) -> tuple[dict[TensorKey, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return activations and gradients of parameters."""
-    activations: dict[TensorKey, torch.Tensor] = {}
-    gradients: dict[str, torch.Tensor] = {}
-
-    def keep(key: TensorKey, tensor: torch.Tensor) -> None:
-        activations[key] = tensor.clone()
-
-    with (
-        _gradients_into(model, gradients),
-        perturbed_leaves(model, eps=eps, generator=noise),
-        ModuleRecorder(model, keep),
-    ):
-        _run(model, call)
-    return activations, gradients
-
-
-def _run(model: nn.Module, call: Call) -> None:
-    """Call the model, and send the recorded gradients of its outputs back through it."""
-    fresh = [map_tensors(torch.clone, value) for value in (call.args, call.kwargs)]
-    output = model(*fresh[0], **fresh[1])
-    ends = [
-        (tensor, call.activations[key])
-        for path, tensor in named_tensors(output)
-        if (key := TensorKey("backward", "", 0, "output", path)) in call.activations and tensor.requires_grad
-    ]
-    if ends:
-        torch.autograd.backward([tensor for tensor, _ in ends], [gradient for _, gradient in ends])
-
-
-def _measured(
-    index: int, call: Call, activations: Mapping[TensorKey, torch.Tensor], gradients: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[Hashable, float]]:
-    for key, expected in call.activations.items():
-        actual = activations.get(key)
-        yield (index, 0, key), float("inf") if actual is None else frobenius_distance(actual, expected)
-    loss = TensorKey("forward", "", 0, "output", "loss")
-    if loss in activations and loss in call.activations:
-        yield (index, 0, "loss"), frobenius_distance(activations[loss], call.activations[loss])
-    for name, expected in call.gradients.items():
-        if name in gradients:
-            moved = frobenius_distance(gradients[name], expected)
-            yield (index, "gradient", name), moved
-            if name in call.weights:
-                size = frobenius(expected)
-                step = frobenius_distance(call.weights[name], call.parameters[name])
-                yield (index, "weight", name), step * min(1.0, moved / size) if size else step
+            _add(self.calls[-1].gradients, name, gradient)
 
 
 @contextmanager
-def _gradients_into(model: nn.Module, gradients: dict[str, torch.Tensor]) -> Iterator[None]:
-    def keep(name: str, gradient: torch.Tensor) -> None:
-        gradients[name] = gradients[name] + gradient if name in gradients else gradient.detach().clone()
-
+def _gradient_hooks(model: nn.Module, receive: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Pass every gradient that reaches a parameter inside to `receive`, before it is accumulated."""
     handles = [
-        parameter.register_hook(partial(keep, name))  # type: ignore[no-untyped-call]
+        parameter.register_hook(partial(receive, name))  # type: ignore[no-untyped-call]
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]
@@ -246,18 +141,92 @@ def _gradients_into(model: nn.Module, gradients: dict[str, torch.Tensor]) -> Ite
             handle.remove()
 
 
+def _add(gradients: dict[str, torch.Tensor], name: str, gradient: torch.Tensor) -> None:
+    local = local_part(gradient.detach())
+    gradients[name] = gradients[name] + local if name in gradients else local.clone()
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def measure_deviations(model: nn.Module, calls: Sequence[Call]) -> Deviations:
+    """Return how far each tensor of each call moves under perturbed rounding; the model is restored.
+
+    The optimizer is not replayed: a weight's update is assumed to move as much, relatively, as its gradient.
+
+    Raises:
+        UsageError: The model does not compute the same each time from the same inputs and weights.
+    """
+    with _restored(model), few_threads(sum(parameter.numel() for parameter in model.parameters())):
+        dtype = next(model.parameters()).dtype
+        unperturbed = _replay(model, calls, Perturbation.of_replay(0, dtype, seed=0))
+        if (moved := first_moved(unperturbed)) is not None:
+            raise UsageError(
+                "model", moved, "a model that computes the same each time: switch dropout off, or call model.eval()"
+            )
+        numbers = range(1, NUM_REPLAYS + 1)
+        replays = [_replay(model, calls, Perturbation.of_replay(number, dtype, seed=0)) for number in numbers]
+    return largest_deviations(replays)
+
+
+def _replay(model: nn.Module, calls: Sequence[Call], perturbation: Perturbation) -> Deviations:
+    deviations: Deviations = {}
+    for index, call in enumerate(calls):
+        restore_parameters(model, call.parameters)
+        restore_buffers(model, call.buffers)
+        torch.set_rng_state(call.generator)
+        measured: Deviations = {(index, 0, key): inf for key in call.activations}  # until the replay makes the tensor
+        gradients: dict[str, torch.Tensor] = {}
+        with (
+            perturbed_replay(model, perturbation, call.activations, measured, index, 0),
+            _gradient_hooks(model, partial(_add, gradients)),
+        ):
+            _run(model, call)
+        deviations |= measured
+        loss = deviations.get((index, 0, _LOSS))
+        if loss is not None:
+            deviations[index, 0, "loss"] = loss
+        deviations |= named_deviations(gradients, call.gradients, index, "gradient")
+        deviations |= _weight_deviations(index, call, deviations)
+    return deviations
+
+
+def _run(model: nn.Module, call: Call) -> None:
+    """Call the model, and run the backward pass from the recorded gradients of its outputs."""
+    args, kwargs = map_tensors(_copy, call.args), map_tensors(_copy, call.kwargs)
+    ends = [
+        (tensor, call.activations[key])
+        for path, tensor in named_tensors(model(*args, **kwargs))
+        if (key := TensorKey("backward", "", 0, "output", path)) in call.activations and tensor.requires_grad
+    ]
+    if ends:
+        torch.autograd.backward([tensor for tensor, _ in ends], [gradient for _, gradient in ends])
+
+
+def _weight_deviations(index: int, call: Call, deviations: Deviations) -> Deviations:
+    """Return how far updated weights move: the size of the update, times how far the gradient moves relatively."""
+    moved: Deviations = {}
+    for name, gradient in call.gradients.items():
+        distance = deviations.get((index, "gradient", name))
+        if distance is not None and name in call.weights:
+            update, size = frobenius_distance(call.weights[name], call.parameters[name]), frobenius(gradient)
+            moved[index, "weight", name] = update * min(1.0, distance / size) if size else update
+    return moved
+
+
 @contextmanager
-def _left_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Put parameters, gradients, buffers and the generator back."""
-    parameters, buffers, generator = local_parameters(model), buffers_of(model), torch.get_rng_state()
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Restore parameters, gradients, buffers and the generator when the context ends."""
+    parameters, buffers, generator = copy_parameters(model), copy_buffers(model), torch.get_rng_state()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = None
     try:
         yield
     finally:
-        set_parameters(model, parameters)
-        set_buffers(model, buffers)
+        restore_parameters(model, parameters)
+        restore_buffers(model, buffers)
         torch.set_rng_state(generator)
         for name, parameter in model.named_parameters():
             parameter.grad = gradients[name]

@@ -1,4 +1,4 @@
-"""A trace: what one rank has recorded, and its folder on disk, read without unpickling more than tensors and text."""
+"""A trace: the recording of every rank in a folder, read without unpickling anything but tensors and text."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Recorded:
 
     Attributes:
         rank: Its global rank.
-        topology: Of the world that was recorded.
+        topology: Topology of the recorded world.
         dtype: Name of the dtype of the parameters.
         initial: Its parameters before the first step.
         buffers: Names of its buffers.
-        layouts: How its parameters lie over the TP group, as far as their layers tell.
+        layouts: How its parameters lie over the TP group, as far as their layers know.
         steps: One for each call of the model; weights are those after the optimizer's step, empty where there was none.
-        inputs: What the model was given, by step: floating-point and integer tensors by their path.
-        deviations: How far each tensor moves in perturbed replays, where the whole model was at hand to be replayed.
-        versions: Of the packages.
+        inputs: The tensors that the model was given at each step, by their path.
+        deviations: How far each tensor moves in perturbed replays; None for a sharded model.
+        versions: Versions of the packages.
     """
 
     rank: int
@@ -53,7 +53,7 @@ _FORMAT = 1
 
 
 class TraceWriter:
-    """Writes every rank's part into a folder that appears whole, in the place of an older trace."""
+    """Writes every rank's part into a folder that appears complete, in place of an older trace."""
 
     def __init__(self, path: Path) -> None:
         if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or any(path.glob("rank_*.pt")))):
@@ -89,10 +89,11 @@ def read_trace(name: str, path: str | Path) -> tuple[Recorded, ...]:
         raise UsageError(name, str(path), "a folder that tpcheck.record has written")
     try:
         ranks = tuple(_as_recorded(torch.load(file, weights_only=True, map_location="cpu")) for file in files)
-        whole = [one.rank for one in ranks] == list(range(ranks[0].topology.world_size))
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise TpcheckError(f"{path} is no trace that can be read: {str(error).splitlines()[0]}") from error
-    if not whole:
+        is_complete = [recorded.rank for recorded in ranks] == list(range(ranks[0].topology.world_size))
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise TpcheckError(f"{path} is not a readable trace: {reason}") from error
+    if not is_complete:
         raise TpcheckError(f"{path} holds {len(ranks)} of the {ranks[0].topology.world_size} ranks that were recorded")
     return ranks
 
@@ -105,14 +106,14 @@ def _barrier() -> None:
 
 
 def _as_plain(recorded: Recorded) -> dict[str, Any]:
-    """Return tensors by name, and everything else as JSON."""
+    """Return the recording as tensors by name and everything else as JSON."""
     facts = {
         "format": _FORMAT,
         "rank": recorded.rank,
         "topology": recorded.topology.sizes,
         "dtype": recorded.dtype,
         "buffers": recorded.buffers,
-        "layouts": {name: [one.shape, one.local_shapes] for name, one in recorded.layouts.items()},
+        "layouts": {name: [layout.shape, layout.local_shapes] for name, layout in recorded.layouts.items()},
         "losses": [step.loss for step in recorded.steps],
         "deviations": _deviations_as_plain(recorded.deviations),
         "versions": dict(recorded.versions),
@@ -126,12 +127,14 @@ def _as_plain(recorded: Recorded) -> dict[str, Any]:
         }
         for step in recorded.steps
     ]
-    sources = {name: one.source for name, one in recorded.layouts.items()}
+    sources = {name: layout.source for name, layout in recorded.layouts.items()}
     tensors = {"initial": dict(recorded.initial), "steps": steps, "inputs": list(map(dict, recorded.inputs))}
     return {"facts": json.dumps(facts), "sources": sources, **tensors}
 
 
-def _as_recorded(plain: Mapping[str, Any]) -> Recorded:
+def _as_recorded(plain: Any) -> Recorded:
+    if not isinstance(plain, dict):
+        raise TypeError(f"it holds a {type(plain).__name__}, not a dict")
     facts = json.loads(plain["facts"])
     if facts["format"] != _FORMAT:
         raise ValueError(f"its format is {facts['format']}, not {_FORMAT}")
@@ -159,7 +162,7 @@ def _as_recorded(plain: Mapping[str, Any]) -> Recorded:
         layouts=layouts,
         steps=steps,
         inputs=tuple(plain["inputs"]),
-        deviations=_deviations_of_plain(facts["deviations"]),
+        deviations=_deviations_from_plain(facts["deviations"]),
         versions=facts["versions"],
     )
 
@@ -171,7 +174,7 @@ def _deviations_as_plain(deviations: Mapping[Hashable, float] | None) -> list[An
             for key, value in deviations.items()]  # fmt: skip
 
 
-def _deviations_of_plain(plain: list[Any] | None) -> dict[Hashable, float] | None:
+def _deviations_from_plain(plain: list[Any] | None) -> dict[Hashable, float] | None:
     if plain is None:
         return None
     return {tuple(TensorKey(**part) if isinstance(part, dict) else part for part in key): value for key, value in plain}

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tpcheck.core.errors import BackendError, Mismatch, UsageError
 from tpcheck.core.findings import Verdict
 from tpcheck.lab.known import judge, register
-from tpcheck.lab.matrix.cells import Cell, Common, arguments, cells, subject, versions
+from tpcheck.lab.matrix.cells import Cell, cells, versions
 from tpcheck.lab.matrix.report import configuration, unexpected_message
+from tpcheck.model.options import DEFAULTS, FamilyKeywords, RunOptions, spelled_out
 from tpcheck.model.verify import verify_family
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@spelled_out(FamilyKeywords)
 def family_tests(
     families: Sequence[str] | None = None,
     *,
-    backend: str | Sequence[str] = "deepspeed",
-    tp: int | Sequence[int] = 2,
-    dp: int | Sequence[int] = 1,
-    zero: int | Sequence[int] = 0,
-    dtype: str | Sequence[str] = "float64",
-    settings: Mapping[str, Any] | None = None,
-    config: Mapping[str, Any] | None = None,
-    checks: Sequence[str] | None = None,
-    ignore_plan: bool = False,
-    seed: int = 0,
-    timeout: float = 600.0,
+    backend: str | Sequence[str] = str(DEFAULTS.backend),
+    tp: int | Sequence[int] = DEFAULTS.topology.tp,
+    dp: int | Sequence[int] = DEFAULTS.topology.dp,
+    zero: int | Sequence[int] = DEFAULTS.zero_stage,
+    dtype: str | Sequence[str] = DEFAULTS.dtype,
+    **options: Unpack[FamilyKeywords],
 ) -> Callable[[Cell], None]:
     """Return a test with one case for each family and configuration.
 
@@ -45,27 +45,20 @@ def family_tests(
         >>> [mark.name for mark in test_families.pytestmark]
         ['parametrize']
     """
-    common = Common(
-        seed=seed,
-        settings=settings or {},
-        config=config,
-        checks=checks,
-        ignore_plan=ignore_plan,
-        timeout=timeout,
-    )
     made = cells(
         _all_families() if families is None else families,
-        backends=_listed(backend),
+        RunOptions.of(**options),
+        backend=_listed(backend),
         tp=_listed(tp),
         dp=_listed(dp),
         zero=_listed(zero),
-        dtypes=_listed(dtype),
+        dtype=_listed(dtype),
     )
 
-    @pytest.mark.parametrize("cell", [_case(cell, common) for cell in made])
+    @pytest.mark.parametrize("cell", [_case(cell) for cell in made])
     def test_families(cell: Cell) -> None:
         try:
-            report = verify_family(cell.family, **arguments(cell, common))
+            report = verify_family(cell.family, **cell.options.keywords())
         except UsageError as error:
             pytest.skip(str(error))
         row = judge(report.verdict)
@@ -76,10 +69,10 @@ def family_tests(
     return test_families
 
 
-def _case(cell: Cell, common: Common) -> Any:
-    of_cell = subject(cell, common)
+def _case(cell: Cell) -> Any:
+    of_cell = cell.subject
     name = f"{cell.family}-{configuration(of_cell).replace(', ', '-')}"
-    wanted = Verdict("skipped", of_cell, versions(cell.backend))
+    wanted = Verdict("skipped", of_cell, versions(cell.options.backend_name))
     bug = next((bug for bug in register() if bug.concerns(wanted)), None)
     if bug is None:
         return pytest.param(cell, id=name)

@@ -13,7 +13,8 @@ from tpcheck import UsageError
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.families.dimensions import dimensions
 from tpcheck.families.tokens import Tokens
-from tpcheck.lab.fuzz.draws import Bounds, Drawn, family_examples
+from tpcheck.lab.fuzz.draws import Bounds, family_examples
+from tpcheck.model.options import RunOptions
 
 
 class Backend:
@@ -32,9 +33,11 @@ class Backend:
     def shard(self) -> None: ...
 
 
-def examples(bounds: Bounds = Bounds(), **fixed: Any) -> st.SearchStrategy[Drawn]:  # noqa: B008 - immutable
-    backend: Any = Backend()
-    return family_examples("llama", bounds, backend, fixed.get("settings", {}), fixed.get("config", {}))
+BACKEND: Any = Backend()
+
+
+def examples(bounds: Bounds = Bounds(), **fixed: Any) -> st.SearchStrategy[RunOptions]:  # noqa: B008 - immutable
+    return family_examples("llama", bounds, RunOptions(backend=BACKEND, **fixed))
 
 
 quickly = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
@@ -44,18 +47,18 @@ FIXED = examples(settings={"vocab_size": 33}, config={"a": {"b": 7}})
 
 @quickly
 @given(LLAMA)
-def test_drawn_settings_and_options_exist_in_the_family_and_the_backend(drawn: Drawn) -> None:
+def test_what_is_drawn_is_what_the_family_and_the_backend_have(drawn: RunOptions) -> None:
     there = dimensions("llama")
     names = {name for of_role in there.names.values() for name in of_role}
     assert set(drawn.settings) <= names | set(there.switches)
-    assert drawn.zero in (0, 1)
+    assert drawn.zero_stage in (0, 1)
     assert drawn.config in ({}, {"a": {"b": 1}}, {"a": {"c": 2}}, {"a": {"b": 1, "c": 2}})
-    assert drawn.batch is None or str(Tokens.parse(drawn.batch)) == drawn.batch
+    assert drawn.batch is None or isinstance(drawn.batch, Tokens)
 
 
 @quickly
 @given(FIXED)
-def test_fixed_settings_are_not_drawn(drawn: Drawn) -> None:
+def test_what_is_fixed_stays(drawn: RunOptions) -> None:
     assert drawn.settings["vocab_size"] == 33
     assert drawn.config["a"]["b"] == 7
 
@@ -64,7 +67,7 @@ def test_the_smallest_is_a_plain_verification() -> None:
     from hypothesis import find
 
     smallest = find(LLAMA, lambda drawn: True, settings=quickly)
-    assert smallest == Drawn(2, 1, 0, "float64")
+    assert smallest == RunOptions(backend=BACKEND)
 
 
 def test_a_backend_with_none_of_the_stages_lists_its_own() -> None:

@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 
 from tpcheck import UsageError
 from tpcheck.lab.faults.fault import FaultyBackend, Live
-from tpcheck.lab.fuzz.draws import Bounds, Drawn
-from tpcheck.lab.fuzz.family import Common, fuzz_family, outcome_of
+from tpcheck.lab.fuzz.draws import Bounds
+from tpcheck.lab.fuzz.family import fuzz_family, outcome_of
 from tpcheck.lab.fuzz.results import Outcome, SearchResult
 from tpcheck.lab.fuzz.search import Limits
+from tpcheck.model.options import RunOptions
 
 NARROW = Bounds(tp=(2,), dp=(1,), zero=(0,), dtype=("float64",))
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 16}
@@ -30,7 +31,7 @@ def does_nothing(live: Live) -> None: ...
 
 
 def searched(inject: Any, examples: int) -> SearchResult:
-    common = Common(backend=FaultyBackend(inject), steps=1, settings=SMALL)
+    common = RunOptions(backend=FaultyBackend(inject), steps=1, settings=SMALL)
     return fuzz_family("llama", NARROW, common, Limits(examples), lambda outcome, *, shrinking: None)
 
 
@@ -51,9 +52,10 @@ def test_without_the_fault_nothing_is_found() -> None:
 
 
 @pytest.mark.parametrize(("known", "status"), [(False, "failed"), (True, "known")])
-def test_an_upstream_bug_is_known_and_its_command_reproduces_it(known: bool, status: str) -> None:
-    drawn = Drawn(2, 1, 0, "float64", {"qk_layernorm": True, "vocab_size": 20}, {"gradient_clipping": 0.5}, "1x5")
-    outcome = outcome_of("phi", drawn, Common(steps=1, known=known))
+def test_an_upstream_bug_is_known_and_its_command_repeats_it(known: bool, status: str) -> None:
+    settings, config = {"qk_layernorm": True, "vocab_size": 20}, {"gradient_clipping": 0.5}
+    options = RunOptions.of(steps=1, settings=settings, config=config, batch="1x5")
+    outcome = outcome_of("phi", options, known=known)
     assert outcome.status == status
     if known:
         assert outcome.kind == "deepspeed-phi-qk-layernorm"
@@ -65,8 +67,8 @@ def test_an_upstream_bug_is_known_and_its_command_reproduces_it(known: bool, sta
     assert outcome.data.findings[0].check in again.stdout
 
 
-def test_a_configuration_that_the_model_refuses_is_no_finding_and_needs_no_world() -> None:
-    outcome = outcome_of("llama", Drawn(2, 1, 0, "float64", {"num_attention_heads": 3}), Common())
+def test_what_the_model_refuses_is_no_finding_and_needs_no_world() -> None:
+    outcome = outcome_of("llama", RunOptions(settings={"num_attention_heads": 3}))
     assert (outcome.status, outcome.data) == ("refused", None)
     assert "multiple of the number of attention heads" in outcome.reason
 
@@ -91,10 +93,10 @@ def test_a_refusal_is_no_crash(monkeypatch: pytest.MonkeyPatch, message: str, st
 
     verdict = Verdict("error", {"family": "llama", "backend": "deepspeed"}, {}, message=message)
     monkeypatch.setattr(family, "verify_family", lambda *args, **kwargs: Report(verdict))
-    outcome: Outcome = outcome_of("llama", Drawn(2, 1, 0, "float64"), Common())
+    outcome: Outcome = outcome_of("llama", RunOptions())
     assert (outcome.status, outcome.kind) == (status, kind)
 
 
 def test_an_unknown_family_is_bad_usage() -> None:
     with pytest.raises(UsageError, match="did you mean llama"):
-        fuzz_family("lama", NARROW, Common(), Limits(1), lambda outcome, *, shrinking: None)
+        fuzz_family("lama", NARROW, RunOptions(), Limits(1), lambda outcome, *, shrinking: None)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tpcheck.core.findings import Verdict
-from tpcheck.lab.matrix.cells import Common, cells, done_before, subject, versions
+from tpcheck.lab.matrix.cells import cells, done_before, versions
+from tpcheck.model.options import RunOptions
 from tpcheck.report.report import Report
 
 
@@ -18,7 +19,7 @@ from tpcheck.report.report import Report
 def test_a_configuration_that_json_cannot_hold_is_run_again(
     config: dict[str, object], goes_on: bool, tmp_path: Path
 ) -> None:
-    wanted, common = cells(["llama"], backends=["dtensor"]), Common(config=config)
-    verdict = Verdict("passed", subject(wanted[0], common), versions("dtensor"))
+    wanted = cells(["llama"], RunOptions(config=config), backend=["dtensor"])
+    verdict = Verdict("passed", wanted[0].subject, versions("dtensor"))
     (tmp_path / "matrix.json").write_text(Report(verdict).to_json())
-    assert list(done_before(tmp_path / "matrix.json", wanted, common)) == list(wanted) * goes_on
+    assert list(done_before(tmp_path / "matrix.json", wanted)) == list(wanted) * goes_on

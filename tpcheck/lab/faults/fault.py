@@ -12,6 +12,7 @@ from typing import Any
 from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.topology import Topology
+from tpcheck.model.options import DEFAULTS
 
 TP2, TP4, TP2_DP2 = Topology(tp=2), Topology(tp=4), Topology(tp=2, dp=2)
 
@@ -213,7 +214,7 @@ class FaultyBackend:
     """
 
     inject: Callable[[Live], None]
-    backend: str | Backend = "deepspeed"
+    backend: str | Backend = DEFAULTS.backend
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property

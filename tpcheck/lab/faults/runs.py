@@ -15,7 +15,7 @@ from tpcheck.core.errors import Mismatch, UsageError
 from tpcheck.core.findings import Finding
 from tpcheck.core.topology import Topology
 from tpcheck.lab.faults.results import CONTROL, FaultResult
-from tpcheck.model.arguments import DTYPES
+from tpcheck.model.options import DEFAULTS, DTYPES
 from tpcheck.numerics.tolerance import NUM_REPLAYS
 from tpcheck.world.rank import Rank
 from tpcheck.world.world import spawn
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tpcheck.lab.faults.fault import ModelFault
     from tpcheck.report.report import Report
 
-BACKEND = "deepspeed"
+BACKEND = DEFAULTS.backend
 _BATCH_TIMEOUT = 20.0  # seconds that ranks wait for each other at a batch
 
 

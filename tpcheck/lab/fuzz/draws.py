@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tpcheck.core.errors import UsageError
@@ -11,7 +11,7 @@ from tpcheck.core.topology import Topology
 from tpcheck.families.dimensions import Dimensions, dimensions
 from tpcheck.families.settings import overlay
 from tpcheck.families.tokens import Tokens
-from tpcheck.model.arguments import DTYPES, ZERO_STAGES
+from tpcheck.model.options import DTYPES, ZERO_STAGES, RunOptions
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -61,42 +61,31 @@ class Bounds:
         return {name: list(values) for name, values in asdict(self).items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """One configuration: what differs from a plain `tpcheck verify FAMILY`."""
-
-    tp: int
-    dp: int
-    zero: int
-    dtype: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    batch: str | None = None
-
-
-def family_examples(
-    family: str, bounds: Bounds, backend: str | Backend, settings: Mapping[str, Any], config: Mapping[str, Any]
-) -> SearchStrategy[Drawn]:
-    """Return what draws configurations of the family in which the user's settings and configuration are fixed.
+def family_examples(family: str, bounds: Bounds, common: RunOptions) -> SearchStrategy[RunOptions]:
+    """Return what draws options for the family; the settings, the configuration and the rest of `common` are fixed.
 
     Raises:
         UsageError: No such family or setting, or the backend takes none of the ZeRO stages.
     """
     from hypothesis import strategies as st
 
-    there = dimensions(family, settings)
-    options, stages = _taken(backend, bounds.zero, config)
+    there = dimensions(family, common.settings)
+    options, stages = _taken(common.backend, bounds.zero, common.config)
     bounds = replace(bounds, zero=stages)
 
     @st.composite
-    def drawn(draw: DrawFn) -> Drawn:
-        merged = dict(config)
+    def drawn(draw: DrawFn) -> RunOptions:
+        merged = dict(common.config)
         for option in options:
             if draw(st.booleans()):
-                merged = overlay(merged, overlay(option, config))
-        return Drawn(
-            **{name: draw(st.sampled_from(values)) for name, values in bounds.as_dict().items()},
-            settings={**_drawn_settings(draw, there, settings), **settings},
+                merged = overlay(merged, overlay(option, common.config))
+        tp, dp = draw(st.sampled_from(bounds.tp)), draw(st.sampled_from(bounds.dp))
+        return replace(
+            common,
+            topology=Topology(tp=tp, dp=dp),
+            zero_stage=draw(st.sampled_from(bounds.zero)),
+            dtype=draw(st.sampled_from(bounds.dtype)),
+            settings={**_drawn_settings(draw, there, common.settings), **common.settings},
             config=merged,
             batch=_drawn_batch(draw),
         )
@@ -168,7 +157,7 @@ def _heads(draw: DrawFn, there: Dimensions) -> dict[str, int]:
     return {"kv_heads": kv_heads, "heads": heads, "head_dim": head_dim, "hidden": heads * of_model}
 
 
-def _drawn_batch(draw: DrawFn) -> str | None:
+def _drawn_batch(draw: DrawFn) -> Tokens | None:
     from hypothesis import strategies as st
 
     if not draw(st.booleans()):
@@ -179,4 +168,4 @@ def _drawn_batch(draw: DrawFn) -> str | None:
         padded=draw(st.booleans()),
         strided=draw(st.booleans()),
     )
-    return None if tokens == Tokens() else str(tokens)
+    return None if tokens == Tokens() else tokens

@@ -15,7 +15,7 @@ from tpcheck.backends.registry import load_backend
 from tpcheck.core.errors import BackendError, UsageError
 from tpcheck.lab.fuzz.results import INPUT_GRADIENT, MAKING, OUTPUT, Trial
 from tpcheck.numerics.differences import frobenius_distance, rounding_error
-from tpcheck.numerics.perturb import perturbed_leaves
+from tpcheck.numerics.perturb import Perturbation, perturbed_leaves
 from tpcheck.numerics.tolerance import NUM_REPLAYS, Tolerance
 
 Tensors = Mapping[str, torch.Tensor]
@@ -213,9 +213,8 @@ def _run(module: nn.Module, inputs: Tensors) -> dict[str, torch.Tensor]:
 
 def _replays(module: nn.Module, inputs: Tensors) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the results of replays in which the input, the output and their gradients are perturbed by one rounding."""
-    generator = torch.Generator().manual_seed(1)
-    eps = torch.finfo(inputs["gradient"].dtype).eps
-    with perturbed_leaves(nn.Sequential(first := nn.Identity(), module), eps=eps, generator=generator):
+    perturbation = Perturbation(torch.finfo(inputs["gradient"].dtype).eps, torch.Generator().manual_seed(1))
+    with perturbed_leaves(nn.Sequential(first := nn.Identity(), module), perturbation):
         for _ in range(NUM_REPLAYS):
             module.zero_grad()
             leaf = _leaf(inputs["input"])

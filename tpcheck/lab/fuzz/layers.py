@@ -15,6 +15,7 @@ from tpcheck.core.topology import Topology
 from tpcheck.lab.fuzz.judge import crashed_trial, judged_trial
 from tpcheck.lab.fuzz.results import DTYPES, STRIDES, Outcome, SearchResult, Trial
 from tpcheck.lab.fuzz.search import Limits, OnOutcome, require_hypothesis, search
+from tpcheck.model.options import DEFAULTS
 from tpcheck.world.world import World, spawn
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _MOST_DIMS = 3
 class LayerCommon:
     """The options that all trials share; `known` as for families."""
 
-    backend: str | Backend = "deepspeed"
+    backend: str | Backend = DEFAULTS.backend
     tp: tuple[int, ...] = (2, 4)
     dtype: tuple[str, ...] = DTYPES
     known: bool = False
@@ -144,7 +145,7 @@ def trial_command(trial: Trial, backend: str) -> str:
         >>> trial_command(Trial("LinearLayer", bias=True), "deepspeed")
         'tpcheck fuzz --layers --trial \\'{"layer": "LinearLayer", "bias": true}\\''
     """
-    of_backend = [] if backend == "deepspeed" else ["--backend", backend]
+    of_backend = [] if backend == DEFAULTS.backend else ["--backend", backend]
     return shlex.join(["tpcheck", "fuzz", "--layers", *of_backend, "--trial", trial.to_json()])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from math import inf
@@ -16,6 +16,7 @@ from tpcheck.core.environment import package_versions
 from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
 from tpcheck.core.topology import Topology
 from tpcheck.lab.known import JudgedVerdict
+from tpcheck.model.options import DEFAULTS, RunOptions
 from tpcheck.report.data import SCHEMA, as_data
 
 _WORST_FIRST = ("failed", "error", "passed", "skipped")
@@ -52,7 +53,6 @@ def verdict_of(data: Mapping[str, Any]) -> Verdict:
     Raises:
         KeyError: The data is no verdict.
     """
-    coverage = data["coverage"]
     return Verdict(
         verdict=data["verdict"],
         subject=data["subject"],
@@ -62,7 +62,7 @@ def verdict_of(data: Mapping[str, Any]) -> Verdict:
             CheckResult(check["check"], check["compared"], _number(check["worst_margin"]), check["worst_at"])
             for check in data["checks"]
         ),
-        coverage=Coverage(coverage["compared"], coverage["total"], coverage["missed"]),
+        coverage=Coverage(*(data["coverage"][key] for key in ("compared", "total", "missed"))),
         seconds=data["seconds"],
         message=data["message"],
     )
@@ -86,89 +86,40 @@ def _number(value: float | None) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One family in one configuration."""
+    """One family under one choice of options."""
 
     family: str
-    backend: str = "deepspeed"
-    tp: int = 2
-    dp: int = 1
-    zero: int = 0
-    dtype: str = "float64"
+    options: RunOptions = DEFAULTS
 
     @property
-    def topology(self) -> Topology:
-        return Topology(tp=self.tp, dp=self.dp)
-
-
-@dataclass(frozen=True, slots=True)
-class Common:
-    """What all cells of a matrix have in common; see `verify_family`."""
-
-    steps: int = 2
-    seed: int = 0
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    config: Mapping[str, Any] | None = None
-    checks: Sequence[str] | None = None
-    ignore_plan: bool = False
-    timeout: float = 600.0
-    batch: str | None = None
+    def subject(self) -> dict[str, Any]:
+        """What the report of this cell says of the run."""
+        return self.options.subject(self.family)
 
 
 def cells(
     families: Sequence[str],
+    common: RunOptions = DEFAULTS,
     *,
-    backends: Sequence[str] = ("deepspeed",),
-    tp: Sequence[int] = (2,),
-    dp: Sequence[int] = (1,),
-    zero: Sequence[int] = (0,),
-    dtypes: Sequence[str] = ("float64",),
+    backend: Sequence[str] = (str(DEFAULTS.backend),),
+    tp: Sequence[int] = (DEFAULTS.topology.tp,),
+    dp: Sequence[int] = (DEFAULTS.topology.dp,),
+    zero: Sequence[int] = (DEFAULTS.zero_stage,),
+    dtype: Sequence[str] = (DEFAULTS.dtype,),
 ) -> tuple[Cell, ...]:
-    """Return every combination, those of one family together, each once.
+    """Return every combination, those of one family together, each once; the other options are those of `common`.
 
     Raises:
         UsageError: A size is not a positive integer.
     """
-    made = tuple(dict.fromkeys(Cell(*values) for values in product(families, backends, tp, dp, zero, dtypes)))
-    for cell in made:
-        cell.topology  # noqa: B018 - it checks the sizes
-    return made
-
-
-def arguments(cell: Cell, common: Common) -> dict[str, Any]:
-    """Return the keyword arguments of `verify_family` for a cell."""
-    return {
-        "topology": cell.topology,
-        "backend": cell.backend,
-        "dtype": cell.dtype,
-        "zero_stage": cell.zero,
-        "steps": common.steps,
-        "config": common.config,
-        "checks": common.checks,
-        "seed": common.seed,
-        "settings": common.settings,
-        "ignore_plan": common.ignore_plan,
-        "timeout": common.timeout,
-        **({} if common.batch is None else {"batch": common.batch}),
-    }
-
-
-def subject(cell: Cell, common: Common) -> dict[str, Any]:
-    """Return what the report of a cell says of its subject, before there is one."""
-    return {
-        "family": cell.family,
-        "backend": cell.backend,
-        "tp": cell.tp,
-        "dp": cell.dp,
-        "zero": cell.zero,
-        "dtype": cell.dtype,
-        "steps": common.steps,
-        "seed": common.seed,
-        "config": dict(common.config or {}),
-        "ignore_plan": common.ignore_plan,
-        **({"checks": list(common.checks)} if common.checks is not None else {}),
-        "settings": dict(common.settings),
-        **({} if common.batch is None else {"batch": common.batch}),
-    }
+    combinations = product(families, backend, tp, dp, zero, dtype)
+    return tuple(
+        Cell(
+            family,
+            replace(common, backend=name, topology=Topology(tp=tp_size, dp=dp_size), zero_stage=stage, dtype=precision),
+        )
+        for family, name, tp_size, dp_size, stage, precision in dict.fromkeys(combinations)
+    )
 
 
 def versions(backend: str) -> dict[str, str]:
@@ -180,16 +131,16 @@ def versions(backend: str) -> dict[str, str]:
     return found
 
 
-def done_before(path: Path, wanted: Sequence[Cell], common: Common) -> dict[Cell, Verdict]:
+def done_before(path: Path, wanted: Sequence[Cell]) -> dict[Cell, Verdict]:
     """Return the verdicts that a file of an earlier run holds of these cells, with the same options and versions."""
     stored = {_key(verdict.subject): verdict for verdict in stored_verdicts(path)}
-    keys = {cell: _key(subject(cell, common)) for cell in wanted}
+    keys = {cell: _key(cell.subject) for cell in wanted}
     found = {cell: stored[key] for cell, key in keys.items() if key is not None and key in stored}
     return {cell: verdict for cell, verdict in found.items() if _is_current(verdict, cell)}
 
 
 def _is_current(verdict: Verdict, cell: Cell) -> bool:
-    now = versions(cell.backend)
+    now = versions(cell.options.backend_name)
     return all(verdict.environment.get(package) == number for package, number in now.items())
 
 

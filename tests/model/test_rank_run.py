@@ -1,0 +1,32 @@
+"""Calls that ranks make in different orders are compared with their counterparts."""
+
+import torch
+
+from tpcheck.model.rank_run import align_calls, call_digests
+from tpcheck.numerics.evidence import Step, TensorKey
+
+FULL, SLIDING = torch.tensor([1.0]), torch.tensor([2.0])
+
+
+def step_of(*outputs: torch.Tensor) -> Step:
+    keys = [TensorKey("forward", "rotary", call, "output", "0") for call in range(len(outputs))]
+    activations = {**dict(zip(keys, outputs, strict=True)), TensorKey("forward", "once", 0, "output", "0"): FULL}
+    return Step(activations, {}, {}, None, 0.0)
+
+
+def test_calls_are_numbered_as_on_the_first_rank() -> None:
+    first, second = step_of(FULL, SLIDING, FULL), step_of(SLIDING, FULL, FULL)
+    aligned = align_calls(second, call_digests(second), call_digests(first))
+    assert {key: float(tensor) for key, tensor in aligned.activations.items()} == {
+        key: float(tensor) for key, tensor in first.activations.items()
+    }
+
+
+def test_calls_in_the_same_order_keep_their_numbers() -> None:
+    first = step_of(FULL, SLIDING)
+    assert align_calls(first, call_digests(first), call_digests(first)) is first
+
+
+def test_calls_with_different_outputs_keep_their_numbers() -> None:
+    first, second = step_of(FULL, SLIDING), step_of(FULL, FULL)
+    assert align_calls(second, call_digests(second), call_digests(first)) is second

@@ -1,0 +1,130 @@
+"""The reference trains as data parallelism does; its replays are shared between ranks and measure the tolerance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tpcheck import Topology, UsageError
+from tpcheck.backends.interface import TrainingOptions
+from tpcheck.model.options import Request, RunOptions
+from tpcheck.model.reference import Reference, train_recorded
+from tpcheck.numerics.evidence import TensorKey
+
+OPTIONS = TrainingOptions(dtype=torch.float64)
+
+
+class Squares(nn.Module):
+    """A squared error, with a buffer that counts calls and a parameter that one replica alone uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.extra = nn.Linear(3, 1), nn.Parameter(torch.ones(1))
+        self.register_buffer("calls", torch.zeros(()))
+        self.calls: torch.Tensor
+
+    def forward(self, x: torch.Tensor, uses_extra: bool = False) -> torch.Tensor:
+        self.calls += 1
+        output = self.linear(x) * self.extra if uses_extra else self.linear(x)
+        return output.square().mean()
+
+
+def batch(seed: int, **more: Any) -> dict[str, Any]:
+    return {"x": torch.randn(2, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), **more}
+
+
+def model() -> Squares:
+    torch.manual_seed(0)
+    return Squares().double()
+
+
+def test_gradients_are_the_mean_over_dp_ranks() -> None:
+    (step,) = train_recorded(model(), [[batch(1), batch(2, uses_extra=True)]], OPTIONS)
+    first, second = step
+    assert first.gradients is second.gradients
+    for name in ("linear.weight", "linear.bias"):
+        mean = (first.local_gradients[name] + second.local_gradients[name]) / 2
+        torch.testing.assert_close(first.gradients[name], mean)
+    assert first.local_gradients["extra"] is None
+    torch.testing.assert_close(first.gradients["extra"], second.local_gradients["extra"] / 2)
+
+
+def test_one_dp_rank_has_no_gradients_beside_the_mean() -> None:
+    ((step,),) = train_recorded(model(), [[batch(1)]], OPTIONS)
+    assert not step.local_gradients
+    assert step.gradients["extra"] is None
+
+
+def test_buffers_belong_to_each_dp_rank() -> None:
+    steps = train_recorded(model(), [[batch(1), batch(2)], [batch(3), batch(4)]], OPTIONS)
+    assert [[float(of_rank.buffers["calls"]) for of_rank in step] for step in steps] == [[1, 1], [2, 2]]
+
+
+def test_activations_are_recorded_by_step_and_dp_rank() -> None:
+    steps = train_recorded(model(), [[batch(1), batch(2)]], OPTIONS)
+    key = TensorKey("forward", "linear", 0, "input", "0")
+    assert [torch.equal(steps[0][rank].activations[key], batch(rank + 1)["x"]) for rank in (0, 1)] == [True, True]
+
+
+def test_a_loss_that_is_not_finite_is_bad_usage() -> None:
+    broken = model()
+    with torch.no_grad():
+        broken.linear.weight.fill_(torch.inf)
+    with pytest.raises(UsageError, match="a model whose loss is finite"):
+        train_recorded(broken, [[batch(1)]], OPTIONS)
+
+
+class Rank:
+    """A rank that gathers its value alone."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int, topology: Topology) -> None:
+        self.rank, self.topology = rank, topology
+        self.gathered: list[Any] = []
+
+    def group(self, axis: str) -> None: ...
+
+    def gather(self, value: Any) -> tuple[Any, ...]:
+        self.gathered.append(value)
+        return (value,)
+
+
+def reference(build: Any = model, topology: Topology = Topology(tp=2), rank: int = 0) -> tuple[Reference, Rank]:  # noqa: B008 - immutable
+    rank_of_world = Rank(rank, topology)
+    request = Request(build, RunOptions(batch=batch(1), steps=2, replays=3))
+    return Reference.build(request, rank_of_world, OPTIONS), rank_of_world
+
+
+def test_the_tolerance_is_the_largest_deviation_of_the_perturbed_replays() -> None:
+    trained, rank = reference()
+    steps, tolerance = trained.train(rank)
+    unperturbed, measured = rank.gathered
+    assert not any(unperturbed.values())
+    assert tolerance.deviations == measured
+    assert {(0, "gradient", "linear.weight"), (1, "weight", "linear.bias"), (1, "norm")} <= set(measured)
+    assert {(0, 0, "loss"), (1, 0, "buffer", "calls")} <= set(measured)
+    key = TensorKey("backward", "linear", 0, "output", "0")
+    assert 0 < tolerance.deviations[1, 0, key] < 1e-12 * float(steps[1][0].activations[key].norm())
+
+
+def test_ranks_share_the_replays() -> None:
+    seeds: list[int] = []
+    for rank in (0, 1):
+        measured, rank_of_world = reference(rank=rank)
+        measured.measure(rank_of_world, lambda perturbation: seeds.append(perturbation.generator.initial_seed()) or {})
+    assert seeds == [0, 2, 1, 3]
+
+
+class Random(Squares):
+    def forward(self, x: torch.Tensor, uses_extra: bool = False) -> torch.Tensor:
+        return super().forward(x + torch.rand(1, dtype=x.dtype))
+
+
+def test_a_model_that_draws_random_numbers_is_bad_usage() -> None:
+    trained, rank = reference(lambda: Random())
+    with pytest.raises(UsageError, match="computes the same each time"):
+        trained.train(rank)

@@ -1,0 +1,305 @@
+"""The options of a verification: names, defaults, meanings, accepted values, and how subjects and commands spell them.
+
+`verify`, `verify_family`, the command line, the matrix, the fuzzer and `family_tests` take their options from
+`RunOptions`. A new option is a field of it, a key of `OptionKeywords`, and a flag in `tpcheck/cli/verify.py`. Loads no
+torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar
+
+from tpcheck.core.errors import UsageError
+from tpcheck.core.reproduce import verify_command
+from tpcheck.core.topology import Topology
+from tpcheck.families.tokens import Tokens
+from tpcheck.numerics.tolerance import NUM_REPLAYS
+
+if TYPE_CHECKING:
+    from tpcheck.backends.interface import Backend
+
+BatchSource: TypeAlias = "Mapping[str, Any] | Callable[[Mapping[str, int], int], Mapping[str, Any]] | Tokens | None"
+DTYPES = ("float64", "float32", "bfloat16")
+ZERO_STAGES = (0, 1, 2, 3)
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _doc(text: str) -> dict[str, str]:
+    return {"doc": text}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """The options of a verification; the text beside each default is its documentation.
+
+    Example:
+        >>> RunOptions(zero_stage=1).command("llama")
+        'tpcheck verify llama --tp 2 --zero 1'
+    """
+
+    topology: Topology = field(default=Topology(tp=2), metadata=_doc("Sizes of the parallel axes."))
+    backend: str | Backend = field(
+        default="deepspeed",
+        metadata=_doc(
+            "What shards the model: `deepspeed`, the name of another installed backend, or an object with the methods "
+            "of `tpcheck.adapters.Backend`."
+        ),
+    )
+    dtype: str = field(
+        default="float64",
+        metadata=_doc("`float64` (separates bugs from rounding best), `float32` or `bfloat16`."),
+    )
+    steps: int = field(
+        default=2, metadata=_doc("Training steps; the comparison ends after the first one that differs.")
+    )
+    zero_stage: int = field(default=0, metadata=_doc("ZeRO stage, 0 to 3."))
+    config: Mapping[str, Any] = field(
+        default_factory=dict,
+        hash=False,
+        metadata=_doc("Backend configuration merged over tpcheck's own; for DeepSpeed, its config dict."),
+    )
+    checks: tuple[str, ...] | None = field(
+        default=None,
+        metadata=_doc(
+            "Names of the checks to run; None for all but `checkpoint_matches_reference`, which saves the model in "
+            "each way that the backend has, reads it back, and compares, before the first step and after the last."
+        ),
+    )
+    seed: int = field(default=0, metadata=_doc("Seed of weights, batches and replays."))
+    settings: Mapping[str, Any] = field(
+        default_factory=dict,
+        hash=False,
+        metadata=_doc('Changes to the model\'s configuration, such as `{"qk_layernorm": True}`.'),
+    )
+    batch: BatchSource = field(
+        default=None,
+        hash=False,
+        metadata=_doc(
+            'What the tokens of a DP rank look like, such as `"3x7,padded,strided"`: three samples of seven tokens, '
+            'some of them padding, in memory that is not contiguous. None for `"2x16"`.'
+        ),
+    )
+    ignore_plan: bool = field(
+        default=False,
+        metadata=_doc("Drop the model's own tp_plan, so that the backend's heuristics decide what is sharded."),
+    )
+    replays: int = field(
+        default=NUM_REPLAYS,
+        metadata=_doc("Perturbed replays of the reference that measure the allowed error; fewer may allow less."),
+    )
+    timeout: float = field(default=600.0, metadata=_doc("Seconds until a run that hangs is ended."))
+
+    @classmethod
+    def of(cls, **keywords: Any) -> RunOptions:
+        """Return the options that keyword arguments give, each as users write it: None for an empty dict, lists, text.
+
+        Raises:
+            UsageError: A value has the wrong type.
+        """
+        for name in ("config", "settings"):
+            if name in keywords:
+                keywords[name] = _as_dict(name, keywords[name])
+        checks, batch = keywords.get("checks"), keywords.get("batch")
+        if isinstance(checks, str):
+            raise UsageError("checks", checks, "a list of names")
+        keywords["checks"] = None if checks is None else tuple(checks)
+        batch = Tokens.parse(batch) if isinstance(batch, str) else batch
+        keywords["batch"] = None if batch == Tokens() else batch
+        return cls(**keywords)
+
+    @property
+    def backend_name(self) -> str:
+        return self.backend if isinstance(self.backend, str) else self.backend.name
+
+    @property
+    def check_names(self) -> tuple[str, ...]:
+        """The checks to run, the default ones included."""
+        return _default_checks() if self.checks is None else self.checks
+
+    def keywords(self) -> dict[str, Any]:
+        """Return all options as keyword arguments of `verify_family`."""
+        return {option.name: getattr(self, option.name) for option in fields(self)}
+
+    def subject(self, family: str | None = None) -> dict[str, Any]:
+        """Return the subject of a report: the main options, and the others if they differ from their defaults.
+
+        Args:
+            family: The model type; None for a caller's model, whose settings and batch are not options.
+        """
+        values, defaults = self._flags(), DEFAULTS._flags()
+        always = _ALWAYS_IN_SUBJECT if family is None else (*_ALWAYS_IN_SUBJECT, "settings")
+        never = _NEVER_IN_SUBJECT if family is not None else (*_NEVER_IN_SUBJECT, "settings", "batch")
+        changed = [name for name in values if name not in (*always, *never) and values[name] != defaults[name]]
+        return {
+            **({} if family is None else {"family": family}),
+            **{name: values[name] for name in (*always, *changed)},
+        }
+
+    def command(self, family: str) -> str | None:
+        """Return the command that repeats this run; None where JSON cannot hold its settings or configuration."""
+        defaults = {**DEFAULTS.subject(family), "tp": None}  # tp is always given
+        subject = self.subject(family)
+        return verify_command(family, {name: subject[name] for name in subject if subject[name] != defaults.get(name)})
+
+    def _flags(self) -> dict[str, Any]:
+        """Return the options by the names of their flags, in values that JSON holds."""
+        values = self.keywords()
+        topology, zero_stage = values.pop("topology"), values.pop("zero_stage")
+        are_default = self.checks is None or self.checks == _default_checks()
+        return {
+            **values,
+            "backend": self.backend_name,
+            "tp": topology.tp,
+            "dp": topology.dp,
+            "zero": zero_stage,
+            "config": dict(self.config),
+            "settings": dict(self.settings),
+            "checks": None if are_default else list(self.check_names),
+            "batch": str(self.batch) if isinstance(self.batch, Tokens) else None,
+        }
+
+
+DEFAULTS = RunOptions()
+_ALWAYS_IN_SUBJECT = ("backend", "tp", "dp", "zero", "dtype", "steps", "seed", "config", "ignore_plan")
+_NEVER_IN_SUBJECT = ("replays", "timeout")
+
+
+class OptionKeywords(TypedDict, total=False):
+    """The options that `verify`, `verify_family` and `family_tests` share, for type checkers."""
+
+    steps: int
+    config: Mapping[str, Any] | None
+    checks: Sequence[str] | None
+    seed: int
+    ignore_plan: bool
+    replays: int
+    timeout: float
+
+
+class FamilyKeywords(OptionKeywords, total=False):
+    """Those, and the options that only small models of families have."""
+
+    settings: Mapping[str, Any] | None
+    batch: Tokens | str | None
+
+
+def spelled_out(keywords: type) -> Callable[[_F], _F]:
+    """Return a decorator that spells out a function's `**options` in its signature and its docstring.
+
+    Args:
+        keywords: The TypedDict that annotates `**options`. The docstring has `{options}` in the place of their list.
+    """
+
+    def decorate(function: _F) -> _F:
+        signature = _spelled_out(inspect.signature(function), keywords.__annotations__)
+
+        @wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for name in kwargs:
+                if name not in signature.parameters:
+                    raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
+            return function(*args, **kwargs)
+
+        checked.__signature__ = signature  # type: ignore[attr-defined]
+        checked.__doc__ = (function.__doc__ or "").replace("{options}", _documented(signature))
+        return checked  # type: ignore[return-value]
+
+    return decorate
+
+
+def _spelled_out(signature: inspect.Signature, types: Mapping[str, Any]) -> inspect.Signature:
+    """Return the signature with parameters of these types for `**options`, in the order of `RunOptions`."""
+    given = list(signature.parameters.values())
+    keywords = {parameter.name: parameter for parameter in given if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+    options = {}
+    for option in fields(RunOptions):
+        if option.name in keywords:
+            options[option.name] = keywords.pop(option.name)
+        elif option.name in types:
+            default = None if option.default is MISSING else option.default
+            annotation = types[option.name].__forward_arg__
+            options[option.name] = inspect.Parameter(
+                option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+            )
+    positional = [parameter for parameter in given if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    return signature.replace(parameters=[*positional, *options.values(), *keywords.values()])
+
+
+def _documented(signature: inspect.Signature) -> str:
+    """Return the lines of `Args:` for the options of a signature that are keyword-only."""
+    texts = [
+        f"{option.name}: {option.metadata['doc']}"
+        for option in fields(RunOptions)
+        if (given := signature.parameters.get(option.name)) and given.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    return "\n".join(
+        textwrap.fill(text, 120, initial_indent=" " * 8, subsequent_indent=" " * 12) for text in texts
+    ).lstrip()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One verification, as it travels to the ranks.
+
+    Attributes:
+        build: Returns the unsharded model; called on every rank under the same seed.
+        options: Every option of the run.
+        spread_weights: Redraw matrices on a scale that makes every path of the model count.
+    """
+
+    build: Callable[[], Any]
+    options: RunOptions
+    spread_weights: bool = False
+
+
+def require_valid(request: Request) -> None:
+    """Raise UsageError if the model or an option cannot be used, with the accepted values."""
+    from tpcheck.backends.registry import backend_names
+    from tpcheck.numerics.checks import CHECK_NAMES, CHECKPOINT_CHECK
+
+    options = request.options
+    if not isinstance(options.topology, Topology):
+        raise UsageError("topology", options.topology, "a tpcheck.Topology")
+
+    is_module = hasattr(request.build, "named_parameters") and not isinstance(request.build, type)
+    if not callable(request.build) or is_module:  # a module is callable, too
+        raise UsageError(
+            "build", type(request.build).__name__, "a callable that makes and returns the unsharded torch.nn.Module"
+        )
+    if not hasattr(options.backend, "shard") and options.backend not in backend_names():
+        raise UsageError("backend", options.backend, [*backend_names(), "an object like tpcheck.adapters.Backend"])
+    if options.dtype not in DTYPES:
+        raise UsageError("dtype", options.dtype, DTYPES)
+    if options.zero_stage not in ZERO_STAGES:
+        raise UsageError("zero_stage", options.zero_stage, ZERO_STAGES)
+    for name, value, minimum in (
+        ("steps", options.steps, 1),
+        ("seed", options.seed, 0),
+        ("replays", options.replays, 1),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 2**31:
+            raise UsageError(name, value, f"an integer from {minimum} to {2**31 - 1}")
+    if options.batch is not None and not callable(options.batch) and not isinstance(options.batch, (Mapping, Tokens)):
+        raise UsageError("batch", type(options.batch).__name__, "a dict of tensors, a callable or None")
+    known = (*CHECK_NAMES, CHECKPOINT_CHECK)
+    unknown = [name for name in options.check_names if name not in known]
+    if unknown or not options.check_names:
+        raise UsageError("checks", unknown or (), known)
+
+
+def _as_dict(name: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise UsageError(name, value, "a dict, or None")
+    return dict(value or {})
+
+
+def _default_checks() -> tuple[str, ...]:
+    from tpcheck.numerics.checks import CHECK_NAMES
+
+    return CHECK_NAMES

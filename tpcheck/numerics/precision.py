@@ -1,0 +1,71 @@
+"""Computes in float64 everywhere: models and backends that ask for float32 inside are given float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+# Methods that ask for float32 by name rather than by a dtype argument.
+_PROMOTED_METHODS = {torch.Tensor.float: torch.Tensor.double}
+
+
+class _PromoteFloat32(TorchFunctionMode):
+    """Models cast to float32 inside (norms, softmax, rotary tables); the cast would be the largest error of a run."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = _PROMOTED_METHODS.get(func, func)
+        kwargs = {name: _promoted(value) for name, value in (kwargs or {}).items()}
+        return func(*(_promoted(arg) for arg in args), **kwargs)
+
+
+def _promoted(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+@contextmanager
+def everything_in_float64(enabled: bool = True) -> Iterator[None]:
+    """Make float64 the default dtype and the answer to every request for float32, while inside.
+
+    Backward passes are covered too: hooks and autograd functions that run in them.
+    """
+    if not enabled:
+        yield
+        return
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _PromoteFloat32() as mode, _active_in_backward(mode):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def torch_function_disabled() -> AbstractContextManager[None]:
+    """Return a context in which float32 is float32 again, and a call on a small tensor costs a fifth.
+
+    For code that names its dtypes: comparing tensors, and sending them.
+    """
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return context
+
+
+@contextmanager
+def _active_in_backward(mode: TorchFunctionMode) -> Iterator[None]:
+    """Keep `mode` active while the autograd engine runs.
+
+    `backward` dispatches to the mode, and a mode is inactive while it handles a call; the engine passes the modes that
+    are active when it starts on to the hooks that it calls.
+    """
+    run_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+    def with_mode(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return run_backward(*args, **kwargs)
+
+    with patch.object(torch.autograd, "_engine_run_backward", with_mode):
+        yield
