@@ -73,7 +73,7 @@ def test_what_cannot_be_read_is_not_compared_and_not_missing() -> None:
     comparison = compare_checkpoints(actual, WHOLE)
     assert not comparison.findings
     assert (comparison.coverage.compared, comparison.coverage.total) == (1, 2)
-    assert comparison.coverage.missed == {"b of actual": "it is sparse"}
+    assert comparison.coverage.not_compared == {"b of actual": "it is sparse"}
 
 
 def test_replicas_that_differ_are_a_finding() -> None:
@@ -86,7 +86,7 @@ def test_replicas_that_differ_are_a_finding() -> None:
 def test_replicas_of_the_reference_that_differ_are_not_compared() -> None:
     comparison = compare_checkpoints(WHOLE, Tensors({"a": A}, inconsistent_replicas={"b": "ranks 0 and 1 differ"}))
     assert not comparison.findings
-    assert comparison.coverage.missed == {"b of the reference": "ranks 0 and 1 differ"}
+    assert comparison.coverage.not_compared == {"b of the reference": "ranks 0 and 1 differ"}
 
 
 def test_a_tensor_of_another_dtype_is_rounded_or_explained_after_rounding() -> None:

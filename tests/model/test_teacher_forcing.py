@@ -144,7 +144,7 @@ def test_a_small_error_deep_in_a_model_is_found_in_its_module() -> None:
     report = verify_in_bfloat16(scale_an_output)
     first = report.findings[0]
     assert first.where["module"] == WRONG
-    assert "each module fed the reference's inputs" in report.to_text()
+    assert "each module given the reference's inputs" in report.to_text()
     others = {check.check: check.worst_margin for check in report.verdict.checks if check.check != first.check}
     assert max(others.values()) < 1  # the whole pass shows nothing
 
@@ -173,7 +173,7 @@ def test_small_errors_of_a_backward_pass_are_each_found_in_their_module() -> Non
     assert (before.where["module"], before.cause) == ("model.layers.5.self_attn", "gradient_scaled")
     assert weight.where["parameter"] == "model.layers.0.self_attn.q_proj.weight"
     assert weight.cause == "gradient_scaled"
-    assert "each module fed the reference's inputs and output gradients" in report.to_text()
+    assert "each module given the reference's inputs and output gradients" in report.to_text()
 
 
 @pytest.mark.parametrize(("dtype", "reentrant"), [("float32", False), ("float32", True), ("float64", True)])

@@ -33,7 +33,7 @@ def verify(
         DEFAULTS.zero_stage
     ),
     dtype: Annotated[
-        str, typer.Option(metavar="NAME[,..]", help="float64 tells bugs from rounding best.")
+        str, typer.Option(metavar="NAME[,..]", help="float64 separates bugs from rounding best.")
     ] = DEFAULTS.dtype,
     steps: Annotated[int, typer.Option(help="Training steps.")] = DEFAULTS.steps,
     jobs: Annotated[

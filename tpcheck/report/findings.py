@@ -87,7 +87,7 @@ def _where(finding: Finding, subject: Mapping[str, Any]) -> str:
         parts.append(f"first wrong tensor of {evidence['first_of']}")
     if evidence.get("isolated"):
         backward = " and output gradients" if finding.where.get("phase") == "backward" else ""
-        parts.append(f"each module fed the reference's inputs{backward}")
+        parts.append(f"each module given the reference's inputs{backward}")
     elif evidence.get("inputs_agree") is not None:
         parts.append("inputs of the module " + ("agree" if evidence["inputs_agree"] else "differ already"))
     return "; ".join(part for part in parts if part)

@@ -15,8 +15,8 @@ from tpcheck.numerics.evidence import Evidence, Phase, TensorKey
 def first_divergences(events: Sequence[TensorKey], is_wrong: Callable[[TensorKey], bool]) -> list[TensorKey]:
     """Return the wrong events that no wrong event feeds, in order.
 
-    The result of a module (its outputs; backward, the gradients of its inputs) is fed by what goes into it and by all
-    that happens inside. What goes into a module is fed by all that happened before in its parent.
+    The result of a module (its outputs; backward, the gradients of its inputs) depends on what goes into it and on all
+    that happens inside. What goes into a module depends on all that happened before in its parent.
 
     Args:
         events: The events of one phase of one step, in order.
