@@ -152,6 +152,9 @@ def _is_web(link: str | None) -> bool:
     return link is not None and link.startswith("https://")
 
 
+_OPEN_DETAILS = 3  # a page with no more than this many reports shows them opened
+
+
 def tables_html(title: str, subtitle: str, tables: Sequence[Table]) -> str:
     """Return one page that needs no other file: totals, filters, rows whose details open, links to web pages."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -160,9 +163,15 @@ def tables_html(title: str, subtitle: str, tables: Sequence[Table]) -> str:
     templates = Environment(
         loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page = templates.get_template("table.html")
-    return page.render(
-        title=title, subtitle=subtitle, tables=tables, groupby=groupby, group_of=lambda row: row.group, is_web=_is_web
+    details = [row.details for table in tables for row in table.rows if row.details]
+    return templates.get_template("table.html").render(
+        title=title,
+        subtitle=subtitle,
+        tables=tables,
+        groupby=groupby,
+        group_of=lambda row: row.group,
+        is_web=_is_web,
+        is_short=len(details) <= _OPEN_DETAILS,
     )
 
 
