@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tpcheck.core.causes import Cause
 from tpcheck.core.findings import Finding
 from tpcheck.report.findings import finding_lines
 from tpcheck.report.words import as_text
@@ -29,7 +30,7 @@ PIXELS = Finding(
         "also": [],
         "where": "workers",
         "generators": ["worker0.torch"],
-        "advice": "Seed workers by dp_rank, not by rank.",
+        "advice": Cause.RNG_DIFFERS_TORCH.advise({"generators": ["worker0.torch"], "where": "workers"}),
     },
 )
 
@@ -52,7 +53,9 @@ def test_a_mismatch_is_reported_from_the_field_to_the_fix() -> None:
         "  values    0.3137254901960784 on rank 0, 0.0 on rank 1\n"
         "  allowed   0 (this check is exact)\n"
         f"  cause     {line_of_cause()}\n"
-        "  fix       Seed workers by dp_rank, not by rank.\n"
+        "  fix       Seed workers by dp_rank, not by rank: a worker_init_fn that calls "
+        "`torch.manual_seed(seed + dp_rank)`, "
+        "and `generator=torch.Generator().manual_seed(seed + dp_rank)` for the loader.\n"
         "  evidence  where workers, generators [worker0.torch]\n"
     )
 
