@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import tpcheck
 from tpcheck import Topology
-from tpcheck.lab.faults.fault import Live, PlantedBackend
+from tpcheck.lab.faults.fault import FaultyBackend, Live
 from tpcheck.model.recompute import recompute_outputs
 from tpcheck.numerics.evidence import Evidence, Step, TensorKey
 from tpcheck.numerics.tolerance import Tolerance
@@ -106,7 +106,7 @@ def test_four_mistakes_in_one_model_are_four_findings() -> None:
     report = tpcheck.verify_family(
         "llama",
         topology=Topology(tp=2),
-        backend=PlantedBackend(inject_four_mistakes),
+        backend=FaultyBackend(inject_four_mistakes),
         steps=1,
         replays=4,
         timeout=120,

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tpcheck
 from tpcheck import Topology
-from tpcheck.lab.faults.fault import Live, PlantedBackend
+from tpcheck.lab.faults.fault import FaultyBackend, Live
 from tpcheck.model.teacher_forcing import Gradients, ReferenceParts, find_partial_gradients, inner_backward
 from tpcheck.numerics.evidence import TensorKey
 
@@ -130,7 +130,7 @@ def verify_in_bfloat16(inject: Any) -> tpcheck.Report:
     return tpcheck.verify_family(
         "llama",
         topology=Topology(tp=2),
-        backend=PlantedBackend(inject),
+        backend=FaultyBackend(inject),
         dtype="bfloat16",
         zero_stage=1,
         steps=1,
@@ -182,7 +182,7 @@ def test_recomputation_by_checkpointing_is_no_mistake(dtype: str, reentrant: boo
         live.candidate.module.gradient_checkpointing_enable({"use_reentrant": reentrant})
 
     report = tpcheck.verify_family(
-        "llama", topology=Topology(tp=2), backend=PlantedBackend(checkpointed), dtype=dtype, steps=1, timeout=120
+        "llama", topology=Topology(tp=2), backend=FaultyBackend(checkpointed), dtype=dtype, steps=1, timeout=120
     )
     assert report.passed, report
     assert report.verdict.coverage.compared > 0.9 * report.verdict.coverage.total

@@ -12,7 +12,7 @@ import tpcheck
 from tpcheck import Topology, UsageError
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.backends.registry import load_backend
-from tpcheck.lab.faults.fault import Live, PlantedBackend
+from tpcheck.lab.faults.fault import FaultyBackend, Live
 
 COLUMN_THEN_ROW = {
     "tensor_parallel": {
@@ -234,7 +234,7 @@ def change_a_buffer_after_each_step(live: Live) -> None:
 
 
 def test_a_buffer_that_changes_on_every_rank_is_found() -> None:
-    backend = PlantedBackend(change_a_buffer_after_each_step)
+    backend = FaultyBackend(change_a_buffer_after_each_step)
     first, *_ = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=backend, steps=1, replays=2).findings
     assert (first.check, first.where["module"]) == ("updates_match_reference", "model.rotary_emb")
     assert first.margin > 1e3
