@@ -66,7 +66,7 @@ def test_an_intended_cast_and_earlier_steps_are_options(run: Run, reference: Pat
     stale = saved(tmp_path / "stale", old)
     before = saved(tmp_path / "before", {name: tensor + 0.5 for name, tensor in TENSORS.items()})
     result = run("checkpoint", stale, str(reference), "--earlier", before)
-    assert f"stale_weight: the tensor equals {before} to the bit" in result.stdout
+    assert f"stale_weight: the tensor is bitwise equal to {before}" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ PHRASES: dict[str, tuple[Finding, str]] = {
     "bit 0": (finding("bit_flipped", bit=0), "bit_flipped: bit 0 of one element differs"),
     "no details": (finding("tensor_missing"), "tensor_missing: the tensor is absent"),
     "a cause of a third party": (finding("other"), "other"),
-    "no cause": (finding(None), "unknown: no known cause passes its test"),
+    "no cause": (finding(None), "unknown: none of the known causes explains it"),
 }
 
 

@@ -52,7 +52,7 @@ gradient_norm_matches_reference
   where     deepspeed, tp=2, optimizer step 1
   observed  norm 1 and 1.5, expected 1: relative error 5.0e-01 on rank 1
   allowed   1.0e-13 (float64, 8 perturbed replays); margin 5.0e+12
-  cause     unknown: no known cause passes its test
+  cause     unknown: none of the known causes explains it
 """
     )
 
@@ -80,7 +80,7 @@ weights_match_reference  lm_head.weight
   where     deepspeed, tp=2, dp rank 1, before the first step
   observed  1 of 128 elements differs (largest 5.0e-01 at [0, 3]) on ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more
   allowed   0 (this check is exact)
-  cause     unknown: no known cause passes its test
+  cause     unknown: none of the known causes explains it
 """
     )
 
@@ -93,7 +93,7 @@ weights_match_reference  lm_head.weight
   where     deepspeed, tp=2, before the first step
   observed  shape [32, 64], expected [64, 64] at [3]
   allowed   0 (this check is exact)
-  cause     unknown: no known cause passes its test
+  cause     unknown: none of the known causes explains it
   note      rank 0 alone holds it
 """
     )

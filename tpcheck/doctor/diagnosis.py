@@ -83,6 +83,6 @@ def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[Line]:
             yield from labelled("see", advice.link, "dim")
     yield Line()
     if diagnosis.advice:
-        yield plain(words.count(len(diagnosis.advice), "finding"), "bold red")
+        yield plain(words.pluralize(len(diagnosis.advice), "finding"), "bold red")
     else:
         yield plain("no problems", "bold green")

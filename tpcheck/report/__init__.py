@@ -1,6 +1,6 @@
 """Findings and tables as text, JSON, JUnit, Markdown and HTML."""
 
-from tpcheck.report.data import SCHEMA
+from tpcheck.report.json_values import SCHEMA
 from tpcheck.report.junit import as_junit
 from tpcheck.report.report import Report
 

@@ -21,7 +21,7 @@ def amount(finding: Finding) -> str | None:
     evidence = finding.evidence
     differs = evidence.get("differs")
     if finding.check == "batches_differ_across_dp" and differs is None:
-        return f"{words.count(finding.observed, 'sample')} in common, in {evidence.get('order', 'some order')}"
+        return f"{words.pluralize(finding.observed, 'sample')} in common, in {evidence.get('order', 'some order')}"
     if differs == "length":
         return "batches: " + ", ".join(
             f"{count}{'' if name in evidence['ended'] else ' or more'} on {name}"
@@ -43,14 +43,16 @@ def _bits(evidence: Mapping[str, Any]) -> str:
     if "count_total" not in evidence:
         return "differs"
     number, total = evidence["count_differing"], evidence["count_total"]
-    text = f"{number} of {words.count(total, 'element')} {'differs' if number == 1 else 'differ'}"
+    text = f"{number} of {words.pluralize(total, 'element')} {'differs' if number == 1 else 'differ'}"
     if evidence.get("samples_total", 1) == 1:
         return text
-    return f"{text}, in {evidence['samples_differing']} of {words.count(evidence['samples_total'], 'sample')}, first"
+    return (
+        f"{text}, in {evidence['samples_differing']} of {words.pluralize(evidence['samples_total'], 'sample')}, first"
+    )
 
 
 def _by_rank(values: Mapping[str, Any]) -> str:
-    return words.few([f"{_value(value)} on {name}" for name, value in values.items()], _RANKS_SHOWN)
+    return words.join_truncated([f"{_value(value)} on {name}" for name, value in values.items()], _RANKS_SHOWN)
 
 
 def _value(value: Any) -> str:

@@ -1,4 +1,8 @@
-"""What happened to the tensors of a checkpoint, as phrases; tensors with the same explanation are reported together."""
+"""What happened to the tensors of a checkpoint, as phrases; tensors with the same explanation are reported together.
+
+Each cause has a sentence in the catalogue, `core/causes.py`. The causes in `_PHRASES` are phrased here instead, with
+the numbers and names that were found for the tensor.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,8 @@ PHRASED = frozenset(
 """Keys of the evidence that the phrases below use."""
 
 _MAX_NAMES = 3
-# Lengths and places differ by tensor; explanations are the same where these agree.
-_SHARED = ("tp_rank", "tp", "order", "copies", "dtype", "equals", "factor", "runs_over")
+# Findings with equal values of these keys share an explanation; lengths and offsets vary by tensor.
+_GROUP_KEYS = ("tp_rank", "tp", "order", "copies", "dtype", "equals", "factor", "runs_over")
 
 Details = Mapping[str, Any]
 """The evidence of an explanation: the entry "story" of a finding's evidence."""
@@ -35,12 +39,12 @@ def explanation_lines(verdict: Verdict) -> Iterator[Line]:
     for group in groups:
         first = group[0]
         yield Line()
-        count = f"{len(group)} of {words.count(first.evidence.get('count_tensors', len(group)), 'tensor')}: "
+        count = f"{len(group)} of {words.pluralize(first.evidence.get('count_tensors', len(group)), 'tensor')}: "
         saved = ", ".join(part for part in (str(first.where.get("field", "")), words.phase(first.where)) if part)
         head = f"{saved}: {count}" if saved else count
         yield Line(((head, "bold"), (cause(_for_group(group)), "yellow" if first.cause else "")))
         names = [str(finding.where.get("parameter")) for finding in group]
-        yield from labelled("tensors", words.few(names, _MAX_NAMES))
+        yield from labelled("tensors", words.join_truncated(names, _MAX_NAMES))
     yield Line()
     yield plain("The first tensor of each:")
 
@@ -52,7 +56,7 @@ def group_by_explanation(findings: Sequence[Finding]) -> list[list[Finding]]:
         if finding.check == CHECK:
             moment = (finding.where.get(name) for name in ("field", "phase", "step"))
             details = _details(finding)
-            key = (finding.cause, *moment, *(str(details.get(name)) for name in _SHARED))
+            key = (finding.cause, *moment, *(str(details.get(name)) for name in _GROUP_KEYS))
             groups.setdefault(key, []).append(finding)
     return sorted(groups.values(), key=len, reverse=True)
 
@@ -92,7 +96,7 @@ def values(evidence: Mapping[str, Any]) -> str | None:
 def cause(finding: Finding) -> str:
     """Return the cause's slug with a sentence on this tensor, or else the sentence of the catalogue."""
     if finding.cause is None:
-        return "unknown: no known cause passes its test"
+        return words.UNKNOWN_CAUSE
     known = causes.cause_named(finding.cause)
     phrase = _PHRASES.get(known) if known else None
     text = phrase(_details(finding)) if phrase is not None else None
@@ -148,12 +152,13 @@ _PHRASES: Mapping[Cause, Callable[[Details], str | None]] = {
     Cause.VOCAB_OFFSET_WRONG: _boundary,
     Cause.TIED_WEIGHT_UNTIED: _tie,
     Cause.TIED_WEIGHT_DROPPED: _tie,
-    Cause.DTYPE_ROUNDED: _if_known("dtype", "the reference, rounded to {}, equals the tensor to the bit"),
-    Cause.STALE_WEIGHT: _if_known("equals", "the tensor equals {} to the bit"),
-    Cause.TENSOR_OF_ANOTHER_LAYER: _if_known("equals", "the tensor equals {} to the bit"),
+    Cause.DTYPE_ROUNDED: _if_known("dtype", "the tensor is bitwise equal to the reference rounded to {}"),
+    Cause.STALE_WEIGHT: _if_known("equals", "the tensor is bitwise equal to {}"),
+    Cause.TENSOR_OF_ANOTHER_LAYER: _if_known("equals", "the tensor is bitwise equal to {}"),
     Cause.TENSOR_MISSING: _if_known("stands_as", "its bits are there under the name {}"),
     Cause.NOT_SHARDED: _if_known("copies", "the tensor is {} whole copies, concatenated"),
     Cause.BIT_FLIPPED: _if_known("bit", "bit {} of one element differs"),
     Cause.REPLICA_DRIFT: _if_known("ranks", "{}"),
-    Cause.DUPLICATE_REDUCE: _if_known("factor", "the tensor equals the reference times {} to the bit"),
+    Cause.DUPLICATE_REDUCE: _if_known("factor", "the tensor is bitwise equal to the reference times {}"),
 }
+"""The phrases of checkpoints; a cause without one, or without its evidence, has the sentence of `core/causes.py`."""

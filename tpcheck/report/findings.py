@@ -10,7 +10,7 @@ from typing import Any
 from tpcheck.core import causes
 from tpcheck.core.findings import Finding
 from tpcheck.report import batches, checkpoints, words
-from tpcheck.report.data import printable
+from tpcheck.report.json_values import printable
 from tpcheck.report.words import Line, labelled
 
 _ALSO_SHOWN = 8
@@ -52,7 +52,9 @@ def finding_lines(finding: Finding, subject: Mapping[str, Any]) -> Iterator[Line
     if finding.evidence.get("advice"):
         yield from labelled("fix", str(finding.evidence["advice"]), "cyan")
     if finding.evidence.get("also"):
-        yield from labelled("also", words.few([_phrase(entry) for entry in finding.evidence["also"]], _ALSO_SHOWN))
+        yield from labelled(
+            "also", words.join_truncated([_phrase(entry) for entry in finding.evidence["also"]], _ALSO_SHOWN)
+        )
     if finding.evidence.get("note"):
         yield from labelled("note", str(finding.evidence["note"]))
     unphrased = {key: value for key, value in finding.evidence.items() if key not in _PHRASED}
@@ -120,7 +122,7 @@ def _amount(finding: Finding) -> str:
         return f"relative error {words.error(finding.observed)}"
     noun, singular, plural = _COUNTED.get(finding.check, _COUNTED_BY_DEFAULT)
     number, total = evidence.get("count_differing", finding.observed), evidence.get("count_total")
-    counted = words.count(number, noun) if total is None else f"{number:g} of {words.count(total, noun)}"
+    counted = words.pluralize(number, noun) if total is None else f"{number:g} of {words.pluralize(total, noun)}"
     return f"{counted} {singular if number == 1 else plural}"
 
 
@@ -128,7 +130,7 @@ def _allowed(finding: Finding) -> str:
     if not finding.allowed:
         return "0 (this check is exact)"
     dtype, replays = finding.evidence.get("dtype"), finding.evidence.get("replays")
-    source = [*([str(dtype)] if dtype else []), *([words.count(replays, "perturbed replay")] if replays else [])]
+    source = [*([str(dtype)] if dtype else []), *([words.pluralize(replays, "perturbed replay")] if replays else [])]
     return (
         f"{words.error(finding.allowed)}{' (' + ', '.join(source) + ')' if source else ''}; margin {finding.margin:.1e}"
     )
@@ -138,7 +140,7 @@ def _cause(finding: Finding) -> str:
     if is_consequence(finding):
         return f"follows from {finding.evidence['follows_from']}, which failed first"
     if finding.cause is None:
-        return "unknown: no known cause passes its test"
+        return words.UNKNOWN_CAUSE
     if finding.check == checkpoints.CHECK:
         return checkpoints.cause(finding)
     return causes.sentence(finding.cause, finding.evidence.get("cause_error"))
@@ -152,7 +154,7 @@ def _collectives(evidence: Mapping[str, Any]) -> str:
 
 def _counted(collectives: Sequence[Mapping[str, Any]]) -> str:
     counts = Counter((collective["name"], tuple(collective["ranks"])) for collective in collectives)
-    counted = [f"{words.count(count, name)} over {words.ranks(ranks)}" for (name, ranks), count in counts.items()]
+    counted = [f"{words.pluralize(count, name)} over {words.ranks(ranks)}" for (name, ranks), count in counts.items()]
     return ", ".join(counted) or "no collective"
 
 
@@ -161,7 +163,7 @@ def _phrase(entry: Any) -> str:
     if not isinstance(entry, Mapping):
         return str(entry)
     if "replicas" in entry:
-        return "replicas " + words.few([str(replica) for replica in entry["replicas"]], _ALSO_SHOWN)
+        return "replicas " + words.join_truncated([str(replica) for replica in entry["replicas"]], _ALSO_SHOWN)
     return f"{entry['kind']} {entry['name']}" if "kind" in entry else f"{entry['field']} ({entry['differs']})"
 
 

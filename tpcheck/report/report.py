@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from tpcheck.core.errors import BackendError, Mismatch
 from tpcheck.core.findings import Finding, Verdict
 from tpcheck.report import words
-from tpcheck.report.data import as_data
 from tpcheck.report.findings import finding_lines, place
+from tpcheck.report.json_values import verdict_json
 from tpcheck.report.junit import as_junit
 from tpcheck.report.table import Cell, Column, Row, Table, tables_html
 from tpcheck.report.text import FINDINGS_SHOWN, checks_table, head_line, verdict_lines
@@ -54,7 +54,7 @@ class Report:
 
     def to_data(self) -> dict[str, Any]:
         """Return the report as plain JSON values, schema 1."""
-        return as_data(self.verdict)
+        return verdict_json(self.verdict)
 
     def to_json(self) -> str:
         """Return the report as a JSON text, schema 1."""

@@ -106,7 +106,7 @@ def _foot(verdict: Verdict) -> Iterator[Line]:
 
 
 def _coverage(coverage: Coverage) -> Iterator[str]:
-    yield f"{coverage.compared} of {words.count(coverage.total, 'tensor')} compared"
+    yield f"{coverage.compared} of {words.pluralize(coverage.total, 'tensor')} compared"
     missed = sorted(coverage.not_compared.items(), key=lambda item: (item[1], item[0]))
     for reason, group in groupby(missed, key=lambda item: item[1]):
-        yield f"not compared, {reason}: {words.few([name for name, _ in group], _NAMES_SHOWN)}"
+        yield f"not compared, {reason}: {words.join_truncated([name for name, _ in group], _NAMES_SHOWN)}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from tpcheck.report.data import printable
+from tpcheck.report.json_values import printable
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -55,6 +55,7 @@ def as_rich(lines: Iterable[Line]) -> Text:
     return text
 
 
+UNKNOWN_CAUSE = "unknown: none of the known causes explains it"
 _RANKS_SHOWN = 8
 _ENTRIES_SHOWN = 8
 _PHASES = {
@@ -91,7 +92,7 @@ def margin(value: float) -> str:
     return f"{value:.3g}" if value == 0 or 1e-3 <= value < 1e3 else f"{value:.1e}"
 
 
-def count(number: float, noun: str) -> str:
+def pluralize(number: float, noun: str) -> str:
     """Return `1 step` or `2 steps`."""
     return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
 
@@ -102,15 +103,15 @@ def numbers(values: float | Sequence[float]) -> str:
     return " and ".join(dict.fromkeys(f"{value:.6g}" for value in listed))
 
 
-def few(names: Sequence[str], most: int) -> str:
+def join_truncated(names: Sequence[str], limit: int) -> str:
     """Return the first names of a list, and how many more there are."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def ranks(listed: Sequence[int]) -> str:
     """Return `rank 0`, `ranks 0, 1`, or the first few of many."""
-    return ("rank " if len(listed) == 1 else "ranks ") + few([str(rank) for rank in listed], _RANKS_SHOWN)
+    return ("rank " if len(listed) == 1 else "ranks ") + join_truncated([str(rank) for rank in listed], _RANKS_SHOWN)
 
 
 def index(position: Any) -> str:
@@ -143,7 +144,7 @@ def options(subject: Mapping[str, Any]) -> list[str]:
     return [
         *layout(subject),
         *([str(subject["dtype"])] if subject.get("dtype") else []),
-        *([count(subject["steps"], "step")] if isinstance(subject.get("steps"), int) else []),
+        *([pluralize(subject["steps"], "step")] if isinstance(subject.get("steps"), int) else []),
         *([f"seed {subject['seed']}"] if "seed" in subject else []),
         *(_option(key, value) for key, value in (subject.get("settings") or {}).items()),
         *(_option(key, value) for key, value in subject.items() if key not in _SUBJECT_PARTS and value),
@@ -171,7 +172,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, Mapping):
-        return "{" + few([f"{key}: {_plain(inner)}" for key, inner in value.items()], _ENTRIES_SHOWN) + "}"
+        return "{" + join_truncated([f"{key}: {_plain(inner)}" for key, inner in value.items()], _ENTRIES_SHOWN) + "}"
     if isinstance(value, list):
-        return "[" + few([_plain(inner) for inner in value], _ENTRIES_SHOWN) + "]"
+        return "[" + join_truncated([_plain(inner) for inner in value], _ENTRIES_SHOWN) + "]"
     return str(value)

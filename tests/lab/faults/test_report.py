@@ -21,7 +21,7 @@ forward collectives
 layout
   caught  slopes_of_another_rank   2.0e+04    1.5 s  model.norm; bias_added_per_rank; by outputs_match_reference
           place   model.norm, but it is in model.a, model.b, model.c and 1 more
-          cause   bias_added_per_rank, right is head_mapping_wrong or none
+          cause   bias_added_per_rank, expected head_mapping_wrong or none
   missed  quiet                        0.3    0.0 s
           a fault that <b>nobody</b> sees
   error   loud                           0    0.0 s
@@ -39,7 +39,7 @@ alarm   opt tp=2 dp=1 zero=0  seed 0  false positive
   caught    3 of 5 faults
   place     2 of 5 right (40%)
   cause     2 of 5 right (40%)
-  beyond    0 of 1 that need not show at this dtype were caught
+  beyond    also caught 0 of 1 faults too small to require at this dtype
   alarms    1 of 2 clean controls
   margin    2.0e+04 or more for a fault (slopes_of_another_rank)
   noise     3 at most for a clean run (opt tp=2 dp=1 zero=0)
@@ -108,7 +108,7 @@ def test_the_page_escapes_names_and_messages() -> None:
 def test_the_page_shows_what_is_right_where_something_else_was_named() -> None:
     page = faults_html(BAD, {}, 12.0)
     assert "place   model.norm, but it is in model.a, model.b, model.c and 1 more" in page
-    assert "cause   bias_added_per_rank, right is head_mapping_wrong or none" in page
+    assert "cause   bias_added_per_rank, expected head_mapping_wrong or none" in page
     assert page.count('data-expected="false"') == 4
 
 

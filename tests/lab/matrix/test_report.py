@@ -27,7 +27,7 @@ from tpcheck.lab.matrix.report import (
     matrix_lines,
     matrix_markdown,
 )
-from tpcheck.report.data import as_data
+from tpcheck.report.json_values import verdict_json
 from tpcheck.report.table import table_markdown
 from tpcheck.report.words import as_text
 
@@ -129,8 +129,8 @@ def test_text_ends_with_the_unexpected_cells() -> None:
 
 @pytest.mark.parametrize("verdict", [PASSED, FAILED, ERROR, SKIPPED, NOT_SHARDED], ids=label)
 def test_a_verdict_is_equal_after_writing_and_reading(verdict: Verdict) -> None:
-    data = as_data(verdict)
-    assert as_data(verdict_of(json.loads(json.dumps(data)))) == data
+    data = verdict_json(verdict)
+    assert verdict_json(verdict_of(json.loads(json.dumps(data)))) == data
 
 
 def test_a_file_of_verdicts_is_equal_after_writing_and_reading(tmp_path: Path) -> None:
@@ -139,7 +139,9 @@ def test_a_file_of_verdicts_is_equal_after_writing_and_reading(tmp_path: Path) -
     data = json.loads(text)
     assert (data["schema"], data["verdict"], data["pending"]) == (1, "failed", 3)
     assert data["reports"][2]["upstream"] == {"standing": "known", "bug": "a-bug"}
-    assert [as_data(verdict) for verdict in stored_verdicts(tmp_path / "f")] == [as_data(row.verdict) for row in ROWS]
+    assert [verdict_json(verdict) for verdict in stored_verdicts(tmp_path / "f")] == [
+        verdict_json(row.verdict) for row in ROWS
+    ]
 
 
 def test_markdown_lists_what_did_not_pass() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tpcheck.lab.faults.results import LEAST_CAUSES, LEAST_PLACES, FaultResult, Score, by_kind
 from tpcheck.report import words
-from tpcheck.report.data import SCHEMA, plain_json
+from tpcheck.report.json_values import SCHEMA, plain_json
 from tpcheck.report.table import (
     Cell,
     Column,
@@ -112,11 +112,11 @@ def _notes(result: FaultResult, explain: bool) -> Iterator[Line]:
 
 def _corrections(result: FaultResult) -> Iterator[str]:
     if not result.place_is_right:
-        right = words.few(result.true_places, _PLACES_SHOWN)
+        right = words.join_truncated(result.true_places, _PLACES_SHOWN)
         yield f"place   {result.place}, " + (f"but it is in {right}" if right else "but it is elsewhere")
     if not result.cause_is_right:
         right = " or ".join(cause or "none" for cause in result.true_causes)
-        yield f"cause   {result.cause or 'none'}, right is {right}"
+        yield f"cause   {result.cause or 'none'}, expected {right}"
 
 
 def summary(score: Score) -> Sequence[tuple[str, Cell]]:
@@ -126,15 +126,17 @@ def summary(score: Score) -> Sequence[tuple[str, Cell]]:
     if number:
         caught, places, causes = len(score.caught), score.right_places, score.right_causes
         totals = [
-            ("caught", Cell(f"{caught} of {words.count(number, 'fault')}", _good(caught == number))),
+            ("caught", Cell(f"{caught} of {words.pluralize(number, 'fault')}", _good(caught == number))),
             ("place", Cell(_share(places, number), _good(places >= LEAST_PLACES * number))),
             ("cause", Cell(_share(causes, number), _good(causes >= LEAST_CAUSES * number))),
         ]
     if score.hidden:
         caught = sum(result.caught for result in score.hidden)
-        totals.append(("beyond", Cell(f"{caught} of {len(score.hidden)} that need not show at this dtype were caught")))
+        totals.append(
+            ("beyond", Cell(f"also caught {caught} of {len(score.hidden)} faults too small to require at this dtype"))
+        )
     if score.controls:
-        alarms = f"{len(score.false_positives)} of {words.count(len(score.controls), 'clean control')}"
+        alarms = f"{len(score.false_positives)} of {words.pluralize(len(score.controls), 'clean control')}"
         totals.append(("alarms", Cell(alarms, _good(not score.false_positives))))
     if score.least is not None:
         totals.append(("margin", Cell(f"{margin(score.least)} or more for a fault ({score.least.fault})")))

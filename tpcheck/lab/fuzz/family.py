@@ -18,7 +18,7 @@ from tpcheck.lab.known import explained
 from tpcheck.lab.matrix.report import summary_line
 from tpcheck.model.options import RunOptions
 from tpcheck.model.verify import verify_family
-from tpcheck.report.data import printable
+from tpcheck.report.json_values import printable
 
 if TYPE_CHECKING:
     from tpcheck.backends.interface import Backend

@@ -10,8 +10,8 @@ from typing import Any
 from tpcheck.core.findings import Verdict, VerdictName
 from tpcheck.lab.fuzz.results import Outcome, SearchResult, ShrunkFailure
 from tpcheck.report import words
-from tpcheck.report.data import SCHEMA, as_data, plain_json
 from tpcheck.report.findings import finding_lines
+from tpcheck.report.json_values import SCHEMA, plain_json, verdict_json
 from tpcheck.report.table import Cell, Column, Row, Table, table_lines
 from tpcheck.report.text import STYLES
 from tpcheck.report.words import Line, labelled, plain
@@ -45,12 +45,12 @@ def searched_lines(searched: SearchResult) -> Iterator[Line]:
     yield Line()
     yield from labelled("examples", counted(searched))
     for bug, number in searched.reasons("known"):
-        yield from labelled("known", f"{bug} ({words.count(number, 'example')}); tpcheck/lab/known.toml")
+        yield from labelled("known", f"{bug} ({words.pluralize(number, 'example')}); tpcheck/lab/known.toml")
     reasons = searched.reasons("refused")
     for reason, number in reasons[:_REASONS_SHOWN]:
         yield from labelled("refused", f"{number} x {reason}")
     if len(reasons) > _REASONS_SHOWN:
-        yield from labelled("", f"and {words.count(len(reasons) - _REASONS_SHOWN, 'other reason')}")
+        yield from labelled("", f"and {words.pluralize(len(reasons) - _REASONS_SHOWN, 'other reason')}")
     if searched.interrupted:
         yield from labelled("ended", "interrupted: these are the results so far", "yellow")
     yield from labelled("seconds", f"{searched.seconds:.1f}")
@@ -98,7 +98,7 @@ def layers_lines(searches: Sequence[SearchResult]) -> Iterator[Line]:
     if known:
         yield Line()
     for bug, number in known.most_common():
-        yield from labelled("known", f"{bug} ({words.count(number, 'example')}); tpcheck/lab/known.toml")
+        yield from labelled("known", f"{bug} ({words.pluralize(number, 'example')}); tpcheck/lab/known.toml")
     if any(searched.interrupted for searched in searches):
         yield from labelled("ended", "interrupted: these are the results so far", "yellow")
 
@@ -170,5 +170,5 @@ def _found_data(found: ShrunkFailure) -> dict[str, Any]:
         "again": outcome.command,
         "shrunk_from": found.shrunk_from,
         "comes_again": found.is_reproducible,
-        "report": as_data(outcome.data) if isinstance(outcome.data, Verdict) else plain_json(outcome.data),
+        "report": verdict_json(outcome.data) if isinstance(outcome.data, Verdict) else plain_json(outcome.data),
     }

@@ -17,14 +17,14 @@ from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
 from tpcheck.core.topology import Topology
 from tpcheck.lab.known import JudgedVerdict
 from tpcheck.model.options import DEFAULTS, RunOptions
-from tpcheck.report.data import SCHEMA, as_data
+from tpcheck.report.json_values import SCHEMA, verdict_json
 
 _WORST_FIRST = ("failed", "error", "passed", "skipped")
 
 
 def judged_json(judged: JudgedVerdict) -> str:
     """Return one verdict of a matrix as JSON, with its entry in the register of known bugs."""
-    data = as_data(judged.verdict)
+    data = verdict_json(judged.verdict)
     if judged.standing:
         data["upstream"] = {"standing": judged.standing, "bug": judged.bug.name if judged.bug else None}
     return json.dumps(data, indent=1, allow_nan=False)
@@ -48,7 +48,7 @@ def stored_verdicts(path: Path) -> list[Verdict]:
 
 
 def verdict_of(data: Mapping[str, Any]) -> Verdict:
-    """Return the verdict of the data that `as_data` returned.
+    """Return the verdict of the data that `verdict_json` returned.
 
     Raises:
         KeyError: The data is no verdict.

@@ -112,7 +112,7 @@ CYCLE.append(CYCLE)
 
 UNKNOWN_TO_JSON = [
     (ColwiseParallel(), None),  # its text is of torch's version
-    (Plan(), "<tests.report.test_data.Plan object>"),
+    (Plan(), "<tests.report.test_json_values.Plan object>"),
     (torch.bfloat16, "torch.bfloat16"),
     (torch.device("cpu"), "device(cpu)"),
     (torch.tensor([1.0, nan]), [1.0, None]),
@@ -131,9 +131,12 @@ UNKNOWN_TO_JSON = [
     (b"\x00\xff", "b'\\x00\\xff'"),
     (PurePosixPath("runs/a"), "runs/a"),
     (Nested(PurePosixPath("a"), Nested(PurePosixPath("b"), object())), None),
-    (Broken(), "<tests.report.test_data.Broken object>"),
-    ({Broken(): [Broken()]}, {"<tests.report.test_data.Broken object>": ["<tests.report.test_data.Broken object>"]}),
-    (Nested(Path("a"), Broken()), "<tests.report.test_data.Nested object>"),
+    (Broken(), "<tests.report.test_json_values.Broken object>"),
+    (
+        {Broken(): [Broken()]},
+        {"<tests.report.test_json_values.Broken object>": ["<tests.report.test_json_values.Broken object>"]},
+    ),
+    (Nested(Path("a"), Broken()), "<tests.report.test_json_values.Nested object>"),
     (BrokenMapping(a=1), "{'a': 1}"),
     (partial(print, 1), "functools.partial(<built-in function print>, 1)"),
     (lambda: None, "<function <lambda>>"),

@@ -17,7 +17,7 @@ _DEEPEST = 100  # nested containers; deeper ones are left out
 _LARGEST_ARRAY = 64  # elements; larger tensors and arrays are described by shape and dtype
 
 
-def as_data(verdict: Verdict) -> dict[str, Any]:
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
     """Return a verdict as plain JSON values. Infinities and NaN become null."""
     return {
         "schema": SCHEMA,
