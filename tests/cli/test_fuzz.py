@@ -108,7 +108,7 @@ def test_findings_are_written_as_json(run: Run, search: Any, tmp_path: Path) -> 
         (["llama", "--examples", "0"], "examples=0: expected a positive integer"),
         (["llama", "--layers"], "family='llama': expected either a model type of transformers or --layers"),
         (["--examples", "5"], "family='': expected either a model type of transformers or --layers"),
-        (["llama", "--layer", "x"], "layer=['x']: expected --layers beside it"),
+        (["llama", "--layer", "x"], "layer=['x']: expected --layers, which this option needs"),
         (["llama", "--zero", "4"], "zero=4: expected one of 0, 1, 2, 3"),
         (["llama", "--tp", "x"], "tp='x': expected an integer, or several with commas between them"),
         (["--layers", "--trial", "{}"], "trial='layer': expected one of layer, tp"),

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from tpcheck.cli import app
 from tpcheck.cli.terminal import write_atomically
 
 
@@ -63,6 +65,25 @@ except SystemExit as end:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr == "0 []\n"
     assert done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "default"),
+    [
+        ("verify", "as many as fit the cores"),
+        ("verify", "2x16"),
+        ("verify", "all except checkpoint_matches_reference"),
+        ("verify", "with --all"),
+        ("verify", "$GITHUB_STEP_SUMMARY"),
+        ("fuzz", "--known for a family, --no-known for layers"),
+        ("faults", "unless a NAME or a kind is given"),
+        ("faults", "all"),
+    ],
+)
+def test_help_shows_defaults_that_are_no_values(command: str, default: str) -> None:
+    """Rich takes `[default: ...]` in a help text for markup, and leaves it out."""
+    help_text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "250"}).stdout
+    assert f"[default: ({default})]" in help_text
 
 
 @pytest.mark.parametrize(("extra", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tpcheck.cli.options import writable
+from tpcheck.cli.option_values import writable
 from tpcheck.cli.results import Files, write_report
 from tpcheck.cli.terminal import BAD_USAGE, usage_errors
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tpcheck.cli.options import writable
+from tpcheck.cli.option_values import writable
 from tpcheck.cli.results import all_written
 from tpcheck.cli.terminal import (
     BAD_USAGE,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def faults(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME...]", help="Faults to inject. [default: all]")
+        list[str] | None, typer.Argument(metavar="[NAME...]", help="Faults to inject.", show_default="all")
     ] = None,
     kind: Annotated[
         list[str] | None, typer.Option(metavar="K", help="Inject only faults of this kind; repeatable.")
@@ -45,7 +45,7 @@ def faults(
     controls: Annotated[
         bool | None,
         typer.Option(
-            "--controls/--no-controls", help="Also run clean models. [default: unless a NAME or a kind is given]"
+            "--controls/--no-controls", help="Also run clean models.", show_default="unless a NAME or a kind is given"
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Number of concurrent runs, each in its own world.")] = 1,

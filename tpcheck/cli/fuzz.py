@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tpcheck.cli.options import integers, json_object, names, settings, writable
+from tpcheck.cli.option_values import integers, json_object, names, settings, writable
 from tpcheck.cli.results import all_written
 from tpcheck.cli.terminal import BAD_USAGE, INTERRUPTED, note, show, usage_errors, write_atomically
 from tpcheck.core.errors import UsageError
@@ -27,7 +27,7 @@ from tpcheck.lab.fuzz.report import (
     verdict_of,
 )
 from tpcheck.lab.fuzz.results import Outcome, SearchResult, ShrunkFailure
-from tpcheck.model.options import DEFAULTS, RunOptions
+from tpcheck.model.options import DEFAULTS, RunOptions, option_help
 from tpcheck.world.attach import is_launched
 
 if TYPE_CHECKING:
@@ -156,15 +156,13 @@ def fuzz(
     config: Annotated[
         str | None, typer.Option(metavar="JSON|FILE", help="Backend configuration of every example.")
     ] = None,
-    ignore_plan: Annotated[
-        bool, typer.Option("--ignore-plan", help="Drop the model's own tp_plan: the backend's heuristics shard it.")
-    ] = DEFAULTS.ignore_plan,
+    ignore_plan: Annotated[bool, typer.Option("--ignore-plan", help=option_help("ignore_plan"))] = DEFAULTS.ignore_plan,
     known: Annotated[
         bool | None,
         typer.Option(
             "--known/--no-known",
-            help="Do not report registered upstream bugs. [default: --known for a family, --no-known for layers]",
-            show_default=False,
+            help="Do not report registered upstream bugs.",
+            show_default="--known for a family, --no-known for layers",
         ),
     ] = None,
     shrink_seconds: Annotated[float, typer.Option(help="Time limit for shrinking a failure, in seconds.")] = 300,
@@ -230,6 +228,6 @@ def _require_valid(
     if layers == (family is not None):
         raise UsageError("family", family or "", "either a model type of transformers or --layers")
     if not layers and (layer or trial):
-        raise UsageError("layer" if layer else "trial", layer or trial, "--layers beside it")
+        raise UsageError("layer" if layer else "trial", layer or trial, "--layers, which this option needs")
     if is_launched():
         raise UsageError("launcher", "torchrun or srun", "no launcher: each example has a small world of its own")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tpcheck.cli.options import json_object
+from tpcheck.cli.option_values import json_object
 from tpcheck.cli.terminal import show, usage_errors
 from tpcheck.core.topology import Topology
 from tpcheck.families.build import Listed

@@ -2,79 +2,82 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tpcheck.cli.matrix import Matrix, run_matrix
-from tpcheck.cli.options import integers, json_object, names, settings, writable
+from tpcheck.cli.option_values import integers, json_object, names, settings, writable
 from tpcheck.cli.results import Files, summary_path
 from tpcheck.cli.terminal import usage_errors
 from tpcheck.core.errors import UsageError
+from tpcheck.families.tokens import Tokens
 from tpcheck.lab.matrix.cells import Cell, cells
-from tpcheck.model.options import DEFAULTS, RunOptions
+from tpcheck.model.options import DEFAULTS, RunOptions, option_help
 from tpcheck.report.report import Report
+
+_PARSED = {"backend", "dtype", "config", "checks"}
+"""Options whose flag `verify` parses; the flag of every other option gives the value itself."""
 
 
 def verify(
+    context: typer.Context,
     families: Annotated[
         list[str] | None, typer.Argument(metavar="FAMILY...", help="Model types of transformers: llama, qwen3, t5.")
     ] = None,
     all_: Annotated[
         bool, typer.Option("--all", help="Every causal language model type of the installed transformers.")
     ] = False,
-    backend: Annotated[str, typer.Option(metavar="NAME[,..]", help="What shards the model.")] = str(DEFAULTS.backend),
+    backend: Annotated[str, typer.Option(metavar="NAME[,..]", help=option_help("backend"))] = str(DEFAULTS.backend),
     tp: Annotated[str, typer.Option(metavar="N[,..]", help="Ranks of a tensor-parallel group.")] = str(
         DEFAULTS.topology.tp
     ),
     dp: Annotated[str, typer.Option(metavar="N[,..]", help="Data-parallel replicas.")] = str(DEFAULTS.topology.dp),
-    zero: Annotated[str, typer.Option(metavar="N[,..]", help="ZeRO stage of the backend, 0 to 3.")] = str(
-        DEFAULTS.zero_stage
-    ),
-    dtype: Annotated[
-        str, typer.Option(metavar="NAME[,..]", help="float64 separates bugs from rounding best.")
-    ] = DEFAULTS.dtype,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = DEFAULTS.steps,
+    zero: Annotated[str, typer.Option(metavar="N[,..]", help=option_help("zero_stage"))] = str(DEFAULTS.zero_stage),
+    dtype: Annotated[str, typer.Option(metavar="NAME[,..]", help=option_help("dtype"))] = DEFAULTS.dtype,
+    steps: Annotated[int, typer.Option(help=option_help("steps"))] = DEFAULTS.steps,
     jobs: Annotated[
-        int | None, typer.Option(help="Concurrent worlds. [default: as many as fit the cores]", show_default=False)
+        int | None, typer.Option(help="Runs at the same time.", show_default="as many as fit the cores")
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the model's configuration; repeatable."),
     ] = None,
-    config: Annotated[
-        str | None, typer.Option(metavar="JSON|FILE", help="Backend configuration, merged over tpcheck's.")
-    ] = None,
+    config: Annotated[str | None, typer.Option(metavar="JSON|FILE", help=option_help("config"))] = None,
     batch: Annotated[
         str | None,
-        typer.Option(metavar="RxL[,padded][,strided]", help="Samples and tokens that a DP rank sees. [default: 2x16]"),
+        typer.Option(metavar="RxL[,padded][,strided]", help=option_help("batch"), show_default=str(Tokens())),
     ] = None,
-    ignore_plan: Annotated[
-        bool, typer.Option("--ignore-plan", help="Drop the model's own tp_plan: the backend's heuristics shard it.")
-    ] = DEFAULTS.ignore_plan,
+    ignore_plan: Annotated[bool, typer.Option("--ignore-plan", help=option_help("ignore_plan"))] = DEFAULTS.ignore_plan,
     checks: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Run this check alone; repeatable. Without it, all but the saved model's."),
+        typer.Option(
+            metavar="NAME",
+            help="Run only this check; repeatable.",
+            show_default="all except checkpoint_matches_reference",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights, batches and replays.")] = DEFAULTS.seed,
-    timeout: Annotated[float, typer.Option(help="Seconds until a run that hangs is ended.")] = DEFAULTS.timeout,
+    seed: Annotated[int, typer.Option(help=option_help("seed"))] = DEFAULTS.seed,
+    timeout: Annotated[float, typer.Option(help=option_help("timeout"))] = DEFAULTS.timeout,
     known: Annotated[
         bool | None,
         typer.Option(
             "--known/--no-known",
-            help="Compare results with the register of known upstream bugs. [default: with --all]",
-            show_default=False,
+            help="Compare results with the register of known upstream bugs.",
+            show_default="with --all",
         ),
     ] = None,
     json_: Annotated[
-        Path | None, typer.Option("--json", metavar="F", help="Write JSON; a matrix continues the run in F.")
+        Path | None, typer.Option("--json", metavar="F", help="Write results to F as JSON; a matrix resumes from F.")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Run cells again that are in F.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore earlier results in F.")] = False,
     junit: Annotated[Path | None, typer.Option(metavar="F", help="Write the report as JUnit XML.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="F", help="Write an HTML page with every finding.")] = None,
     summary: Annotated[
-        Path | None, typer.Option(metavar="F", help="Append a Markdown table to F. [default: $GITHUB_STEP_SUMMARY]")
+        Path | None,
+        typer.Option(metavar="F", help="Append a Markdown table to F.", show_default="$GITHUB_STEP_SUMMARY"),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show every finding, and the checks that passed.")] = False,
 ) -> None:
@@ -95,23 +98,25 @@ def verify(
     tpcheck verify llama qwen3 --tp 2,4 --dp 1,2 --zero 0,1,2,3
 
     Exit status: 0 passed, 1 findings, 2 bad usage or a report that cannot be written, 3 the system
-    under test crashed. For several cells the first of 2, 1, 3 that applies. With --all (or --known)
-    a known upstream bug is no finding, but a new or missing one is. 130 interrupted.
+    under test crashed. With several cells: 2 if any is bad usage, else 1 if any has findings, else 3 if
+    any crashed. With --all (or --known) a known upstream bug is no finding, but a new or missing one is.
+    130 interrupted.
     """
     with usage_errors():
+        given = {
+            option.name: context.params[option.name]
+            for option in fields(RunOptions)
+            if option.name in context.params and option.name not in _PARSED
+        }
         common = RunOptions.of(
-            steps=steps,
-            seed=seed,
+            **given,
             settings=settings(set_ or []),
             config=json_object("config", config) if config is not None else None,
             checks=checks or None,
-            ignore_plan=ignore_plan,
-            timeout=timeout,
-            batch=batch,
         )
         if jobs is not None and jobs < 1:
             raise UsageError("jobs", jobs, "a positive integer")
-        asked_for = cells(
+        requested_cells = cells(
             _families(families or [], all_),
             common,
             backend=names("backend", backend),
@@ -127,7 +132,7 @@ def verify(
 
         return verify_family(cell.family, **cell.options.keywords())
 
-    matrix = Matrix(asked_for, all_families=all_, with_register=all_ if known is None else known, fresh=fresh)
+    matrix = Matrix(requested_cells, all_families=all_, with_register=all_ if known is None else known, fresh=fresh)
     raise typer.Exit(run_matrix(matrix, verify_one, files, jobs=jobs, verbose=verbose))
 
 

@@ -1,8 +1,8 @@
 """The options of a verification: names, defaults, meanings, accepted values, and how subjects and commands spell them.
 
 `verify`, `verify_family`, the command line, the matrix, the fuzzer and `family_tests` take their options from
-`RunOptions`. A new option is a field of it, a key of `OptionKeywords`, and a flag in `tpcheck/cli/verify.py`. Loads no
-torch.
+`RunOptions`. A new option is a field of it, a key of `OptionKeywords`, which mypy needs, and a flag in
+`tpcheck/cli/verify.py`. Loads no torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _doc(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """The options of a verification; the text beside each default is its documentation.
+    """The options of a verification; the text beside each default is its documentation, the first sentence its help.
 
     Example:
         >>> RunOptions(zero_stage=1).command("llama")
@@ -47,22 +47,22 @@ class RunOptions:
     backend: str | Backend = field(
         default="deepspeed",
         metadata=_doc(
-            "What shards the model: `deepspeed`, the name of another installed backend, or an object with the methods "
+            "What shards the model. `deepspeed`, the name of another installed backend, or an object with the methods "
             "of `tpcheck.adapters.Backend`."
         ),
     )
     dtype: str = field(
         default="float64",
-        metadata=_doc("`float64` (separates bugs from rounding best), `float32` or `bfloat16`."),
+        metadata=_doc("`float64` separates bugs from rounding best. Also `float32` and `bfloat16`."),
     )
     steps: int = field(
-        default=2, metadata=_doc("Training steps; the comparison ends after the first one that differs.")
+        default=2, metadata=_doc("Training steps. The comparison ends after the first one that differs.")
     )
-    zero_stage: int = field(default=0, metadata=_doc("ZeRO stage, 0 to 3."))
+    zero_stage: int = field(default=0, metadata=_doc("ZeRO stage of the backend, 0 to 3."))
     config: Mapping[str, Any] = field(
         default_factory=dict,
         hash=False,
-        metadata=_doc("Backend configuration merged over tpcheck's own; for DeepSpeed, its config dict."),
+        metadata=_doc("Backend configuration, merged over tpcheck's own. For DeepSpeed, its config dict."),
     )
     checks: tuple[str, ...] | None = field(
         default=None,
@@ -81,8 +81,8 @@ class RunOptions:
         default=None,
         hash=False,
         metadata=_doc(
-            'What the tokens of a DP rank look like, such as `"3x7,padded,strided"`: three samples of seven tokens, '
-            'some of them padding, in memory that is not contiguous. None for `"2x16"`.'
+            'Samples and tokens that a DP rank sees. `"3x7,padded,strided"` is three samples of seven tokens, some of '
+            'them padding, in memory that is not contiguous; None is `"2x16"`.'
         ),
     )
     ignore_plan: bool = field(
@@ -166,6 +166,20 @@ class RunOptions:
 
 
 DEFAULTS = RunOptions()
+
+
+def option_help(name: str) -> str:
+    """Return the help of the flag of an option: the first sentence of its documentation.
+
+    Example:
+        >>> option_help("steps")
+        'Training steps.'
+    """
+    texts: dict[str, str] = {option.name: option.metadata["doc"] for option in fields(RunOptions)}
+    first, period, _ = texts[name].replace("`", "").partition(". ")
+    return first + period.rstrip()
+
+
 _ALWAYS_IN_SUBJECT = ("backend", "tp", "dp", "zero", "dtype", "steps", "seed", "config", "ignore_plan")
 _NEVER_IN_SUBJECT = ("replays", "timeout")
 
@@ -183,13 +197,13 @@ class OptionKeywords(TypedDict, total=False):
 
 
 class FamilyKeywords(OptionKeywords, total=False):
-    """Those, and the options that only small models of families have."""
+    """`OptionKeywords`, plus options that apply only to model families."""
 
     settings: Mapping[str, Any] | None
     batch: Tokens | str | None
 
 
-def spelled_out(keywords: type) -> Callable[[_F], _F]:
+def expand_options(keywords: type) -> Callable[[_F], _F]:
     """Return a decorator that spells out a function's `**options` in its signature and its docstring.
 
     Args:
@@ -197,26 +211,28 @@ def spelled_out(keywords: type) -> Callable[[_F], _F]:
     """
 
     def decorate(function: _F) -> _F:
-        signature = _spelled_out(inspect.signature(function), keywords.__annotations__)
+        signature = _expanded_signature(inspect.signature(function), keywords.__annotations__)
 
         @wraps(function)
-        def checked(*args: Any, **kwargs: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
             for name in kwargs:
                 if name not in signature.parameters:
                     raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
             return function(*args, **kwargs)
 
-        checked.__signature__ = signature  # type: ignore[attr-defined]
-        checked.__doc__ = (function.__doc__ or "").replace("{options}", _documented(signature))
-        return checked  # type: ignore[return-value]
+        wrapper.__signature__ = signature  # type: ignore[attr-defined]
+        wrapper.__doc__ = (function.__doc__ or "").replace("{options}", _documented(signature))
+        return wrapper  # type: ignore[return-value]
 
     return decorate
 
 
-def _spelled_out(signature: inspect.Signature, types: Mapping[str, Any]) -> inspect.Signature:
+def _expanded_signature(signature: inspect.Signature, types: Mapping[str, Any]) -> inspect.Signature:
     """Return the signature with parameters of these types for `**options`, in the order of `RunOptions`."""
-    given = list(signature.parameters.values())
-    keywords = {parameter.name: parameter for parameter in given if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+    parameters = list(signature.parameters.values())
+    keywords = {
+        parameter.name: parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
     options = {}
     for option in fields(RunOptions):
         if option.name in keywords:
@@ -227,7 +243,7 @@ def _spelled_out(signature: inspect.Signature, types: Mapping[str, Any]) -> insp
             options[option.name] = inspect.Parameter(
                 option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
             )
-    positional = [parameter for parameter in given if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    positional = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     return signature.replace(parameters=[*positional, *options.values(), *keywords.values()])
 
 
@@ -236,7 +252,7 @@ def _documented(signature: inspect.Signature) -> str:
     texts = [
         f"{option.name}: {option.metadata['doc']}"
         for option in fields(RunOptions)
-        if (given := signature.parameters.get(option.name)) and given.kind is inspect.Parameter.KEYWORD_ONLY
+        if (parameter := signature.parameters.get(option.name)) and parameter.kind is inspect.Parameter.KEYWORD_ONLY
     ]
     return "\n".join(
         textwrap.fill(text, 120, initial_indent=" " * 8, subsequent_indent=" " * 12) for text in texts
@@ -287,10 +303,10 @@ def require_valid(request: Request) -> None:
             raise UsageError(name, value, f"an integer from {minimum} to {2**31 - 1}")
     if options.batch is not None and not callable(options.batch) and not isinstance(options.batch, (Mapping, Tokens)):
         raise UsageError("batch", type(options.batch).__name__, "a dict of tensors, a callable or None")
-    known = (*CHECK_NAMES, CHECKPOINT_CHECK)
-    unknown = [name for name in options.check_names if name not in known]
+    valid_checks = (*CHECK_NAMES, CHECKPOINT_CHECK)
+    unknown = [name for name in options.check_names if name not in valid_checks]
     if unknown or not options.check_names:
-        raise UsageError("checks", unknown or (), known)
+        raise UsageError("checks", unknown or (), valid_checks)
 
 
 def _as_dict(name: str, value: Any) -> dict[str, Any]:

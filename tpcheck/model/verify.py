@@ -18,8 +18,8 @@ from tpcheck.model.options import (
     OptionKeywords,
     Request,
     RunOptions,
+    expand_options,
     require_valid,
-    spelled_out,
 )
 from tpcheck.report.report import Report
 from tpcheck.world.attach import attach, is_launched
@@ -41,7 +41,7 @@ _RETRY_TIMEOUT = 60.0
 _COLLECTIVES_DIFFER = "Detected mismatch between collectives"  # of torch's ProcessGroupWrapper
 
 
-@spelled_out(OptionKeywords)
+@expand_options(OptionKeywords)
 def verify(
     build: Callable[[], nn.Module],
     batch: BatchSource = None,
@@ -67,7 +67,7 @@ def verify(
         {options}
         shard: A function that shards, in place of a backend: called on every rank with the unsharded model and its
             `Rank`, it shards in place or returns a module whose parameters have the same names.
-        layout: For `shard`: `tpcheck.core.placement` placements by pattern of parameter names, or a function
+        layout: For `shard`: `tpcheck.placement` placements by pattern of parameter names, or a function
             (name, shape) -> placement. A parameter that it does not name is whole on every rank; DTensors know theirs.
 
     Raises:
@@ -87,7 +87,7 @@ def verify(
     return run(request, {"model": getattr(build, "__name__", "model"), **run_options.subject()}, again=None)
 
 
-@spelled_out(FamilyKeywords)
+@expand_options(FamilyKeywords)
 def verify_family(
     family: str,
     *,

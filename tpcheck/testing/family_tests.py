@@ -12,14 +12,14 @@ from tpcheck.core.findings import Verdict
 from tpcheck.lab.known import judge, register
 from tpcheck.lab.matrix.cells import Cell, cells, versions
 from tpcheck.lab.matrix.report import configuration, unexpected_message
-from tpcheck.model.options import DEFAULTS, FamilyKeywords, RunOptions, spelled_out
+from tpcheck.model.options import DEFAULTS, FamilyKeywords, RunOptions, expand_options
 from tpcheck.model.verify import verify_family
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@spelled_out(FamilyKeywords)
+@expand_options(FamilyKeywords)
 def family_tests(
     families: Sequence[str] | None = None,
     *,
@@ -45,17 +45,17 @@ def family_tests(
         >>> [mark.name for mark in test_families.pytestmark]
         ['parametrize']
     """
-    made = cells(
+    matrix_cells = cells(
         _all_families() if families is None else families,
         RunOptions.of(**options),
-        backend=_listed(backend),
-        tp=_listed(tp),
-        dp=_listed(dp),
-        zero=_listed(zero),
-        dtype=_listed(dtype),
+        backend=_as_list(backend),
+        tp=_as_list(tp),
+        dp=_as_list(dp),
+        zero=_as_list(zero),
+        dtype=_as_list(dtype),
     )
 
-    @pytest.mark.parametrize("cell", [_case(cell) for cell in made])
+    @pytest.mark.parametrize("cell", [_case(cell) for cell in matrix_cells])
     def test_families(cell: Cell) -> None:
         try:
             report = verify_family(cell.family, **cell.options.keywords())
@@ -70,10 +70,10 @@ def family_tests(
 
 
 def _case(cell: Cell) -> Any:
-    of_cell = cell.subject
-    name = f"{cell.family}-{configuration(of_cell).replace(', ', '-')}"
-    wanted = Verdict("skipped", of_cell, versions(cell.options.backend_name))
-    bug = next((bug for bug in register() if bug.concerns(wanted)), None)
+    subject = cell.subject
+    name = f"{cell.family}-{configuration(subject).replace(', ', '-')}"
+    expected_verdict = Verdict("skipped", subject, versions(cell.options.backend_name))
+    bug = next((bug for bug in register() if bug.concerns(expected_verdict)), None)
     if bug is None:
         return pytest.param(cell, id=name)
     reason = f"{bug.name}: {bug.what}"
@@ -88,5 +88,5 @@ def _all_families() -> tuple[str, ...]:
     return causal_types()
 
 
-def _listed(values: Any) -> list[Any]:
+def _as_list(values: Any) -> list[Any]:
     return [values] if isinstance(values, (str, int)) else list(values)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tpcheck.cli.options import json_object, settings, writable
+from tpcheck.cli.option_values import json_object, settings, writable
 from tpcheck.core.errors import UsageError
 
 
