@@ -83,7 +83,7 @@ def _not_copies(candidate: Candidate, names: Mapping[str, Any]) -> Iterator[str]
     kept = before.detach().clone()
     before.data.add_(1)
     if not torch.equal(candidate.parameter(name), kept):
-        yield f"parameter({name!r}) is no copy"
+        yield f"parameter({name!r}) returns a view: return a clone"
     if type(before) is not torch.Tensor:
         yield f"parameter({name!r}) is a {type(before).__name__}, not a plain tensor"
 
@@ -221,7 +221,9 @@ def backend_conformance(
     for fault, (inject, check) in FAULTS.items():
         report = verified(FaultyBackend(inject, backend))
         if check not in {finding.check for finding in report.findings}:
-            unmet.append(f"{fault} is not found by {check}: the verdict is {report.verdict.verdict}")
+            unmet.append(
+                f"injected fault {fault!r} was not detected by {check}: the verdict is {report.verdict.verdict}"
+            )
     if unmet:
         raise Mismatch(
             "the backend does not conform:\n" + "\n".join(f"  {requirement}" for requirement in unmet), clean

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tpcheck.lab.faults.fault import TP2_DP2, TP4, Draw, Injection, Live, Place, rows_of
+from tpcheck.lab.faults.fault import TP2_DP2, TP4, Draw, Injection, Live, Place, fault_constructor
 from tpcheck.lab.faults.injection import (
     after_backward,
     all_gathered,
@@ -27,7 +27,7 @@ _ROW = ("*.o_proj", "*.down_proj")
 _MATRICES = ("*_proj.weight",)
 _NORMS = ("*.input_layernorm", "*.post_attention_layernorm", "model.norm")
 
-_fault = rows_of("backward", "gradients_match_reference", steps=1)
+_fault = fault_constructor("backward", "gradients_match_reference", steps=1)
 
 
 def _not_reduced(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ FAULTS = (
            "under sequence parallelism a norm keeps the gradient of its rank's part of the sequence, on four ranks",
            _norm_over_a_sequence_shard, "partial_gradient_on_replica",
            link="https://github.com/NVIDIA/TransformerEngine/issues/435", topology=TP4),
-    _fault("gradient_times_tp", "a gradient is summed over ranks that all have the whole of it",
+    _fault("gradient_times_tp", "a gradient is summed over ranks, each of which already holds the full gradient",
            _scaled(lambda live: live.tp, "*.weight"), "gradient_scaled", topology=TP2_DP2, zero_stage=2),
     _fault("gradient_divided_by_tp", "a gradient is averaged over the TP group although it is whole on each rank",
            _scaled(lambda live: 1 / live.tp, "*.weight"), "gradient_scaled", topology=TP4),

@@ -1,4 +1,7 @@
-"""All faults, in the order of their tables, and the clean controls."""
+"""All faults, in the order of their tables, and the clean controls.
+
+A new fault is a row of `FAULTS` in one of these modules; its fields are in `fault.py`, `checkpoint.py`, `data.py`.
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Place:
     modules: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
 
-    def is_right(self, where: Mapping[str, Any]) -> bool:
+    def matches(self, where: Mapping[str, Any]) -> bool:
         """Return whether a finding's `where` points here."""
         if not self.modules and not self.parameters:
             return True
@@ -155,7 +155,7 @@ class ModelFault:
         ignore_plan: Whether the backend's heuristics shard the model.
         steps: Steps to train; 1 where the first step must show it.
         dtypes: The dtypes at which it must show.
-        around: Returns the context in which both sides are trained, such as one with another loss.
+        training_context: Returns the context in which both sides are trained, such as one with another loss.
     """
 
     name: str
@@ -174,7 +174,7 @@ class ModelFault:
     ignore_plan: bool = False
     steps: int = 2
     dtypes: tuple[str, ...] = ("float64", "float32")
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    training_context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def at_seed(self, seed: int) -> ModelFault:
         """Return the fault in the topology that the seed selects: `topology` at seed 0."""
@@ -188,7 +188,7 @@ class ModelFault:
         return self.draw(Draw(generator, tuple(modules), parameters, self.topology))
 
 
-def rows_of(kind: str, *checks: str, **shared: Any) -> Callable[..., ModelFault]:
+def fault_constructor(kind: str, *checks: str, **shared: Any) -> Callable[..., ModelFault]:
     """Return the constructor of the rows of one table: `row(name, what, draw, *causes, **what_differs)`.
 
     Args:
@@ -210,12 +210,12 @@ class FaultyBackend:
     Attributes:
         inject: Injects the fault; may replace `live.candidate`.
         backend: The backend, or its name.
-        around: Returns the context in which both sides are trained; injects nothing.
+        training_context: Returns the context in which both sides are trained; injects nothing.
     """
 
     inject: Callable[[Live], None]
     backend: str | Backend = DEFAULTS.backend
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    training_context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def name(self) -> str:
@@ -229,7 +229,7 @@ class FaultyBackend:
 
     @contextmanager
     def session(self, options: TrainingOptions) -> Iterator[None]:
-        with load_backend(self.backend).session(options), self.around():
+        with load_backend(self.backend).session(options), self.training_context():
             yield
 
     def shard(self, model: Any, rank: RankLike, options: TrainingOptions) -> Candidate:

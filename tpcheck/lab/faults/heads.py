@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4, Draw, Injection, Live, Place, rows_of
+from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4, Draw, Injection, Live, Place, fault_constructor
 from tpcheck.lab.faults.injection import fault_of_the_backend
 
 _ALIBI_LINK = "https://github.com/bigscience-workshop/Megatron-DeepSpeed/issues/227"
 _BLOOM = {"tensor_parallel": {"preset_model": "bloom"}}
 
-_fault = rows_of("layout", "outputs_match_reference", steps=1)
+_fault = fault_constructor("layout", "outputs_match_reference", steps=1)
 
 
 def _alibi_of_other_heads(*, first_everywhere: bool) -> Callable[[Draw], Injection]:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4, Draw, Injection, Live, Place, rows_of
+from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4, Draw, Injection, Live, Place, fault_constructor
 
 _HEAD_DIM = 8  # of the small models
 _COLUMN = ("*.q_proj.weight", "*.gate_proj.weight", "*.up_proj.weight", "lm_head.weight")
@@ -23,7 +23,7 @@ _FLOOR_SETTINGS = {"vocab_size": 131, "intermediate_size": 97}
 
 NewShard = Callable[[Live, list[Tensor], int, int], Tensor]  # all ranks' shards, the dim that is cut, the drawn tp_rank
 
-_fault = rows_of("layout", "weights_match_reference", steps=1)
+_fault = fault_constructor("layout", "weights_match_reference", steps=1)
 
 
 def _reshard(new_shard: NewShard, dim: int, *patterns: str) -> Callable[[Draw], Injection]:
@@ -254,10 +254,10 @@ FAULTS = (
     _fault("embedding_of_another_rank", "the ranks hold each other's shard of a vocabulary-parallel embedding",
            _reshard(_two_swapped, 0, "model.embed_tokens.weight"), "shard_order_swapped", family="qwen3",
            settings=_TIED),
-    _fault("tied_head_of_another_rank", "the head that is tied to the embedding has another rank's shard of its own",
+    _fault("tied_head_of_another_rank", "the head tied to the embedding is a separate tensor with another rank's shard",
            _untied_head, "shard_order_swapped", checks=("outputs_match_reference",), family="qwen3", settings=_TIED),
-    _fault("last_shard_lost", "the last rank holds nothing of a weight, and the others no more than their own",
+    _fault("last_shard_lost", "the last rank's shard of a weight is empty, and no other rank holds its part",
            _last_shard_lost, "shard_missing", checks=("parameters_are_sharded",), topology=TP4),
-    _fault("remainder_lost", "a weight is cut into equal shards, and what is left over is nobody's", _remainder_lost,
+    _fault("remainder_lost", "a weight is cut into equal shards, and no rank holds the remainder", _remainder_lost,
            "wrong_shard_boundary", checks=("parameters_are_sharded",), settings=_FLOOR_SETTINGS),
 )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tpcheck.lab.faults.fault import TP2_DP2, TP4, Draw, Injection, Live, ModelFault, Place, rows_of
+from tpcheck.lab.faults.fault import TP2_DP2, TP4, Draw, Injection, Live, ModelFault, Place, fault_constructor
 from tpcheck.lab.faults.injection import Forward, all_gathered, all_reduced, replace_forward, with_value
 
 _ROW = ("*.o_proj", "*.down_proj")
@@ -17,7 +17,7 @@ _ROW_WITH_BIAS = ("*.self_attn.out_proj", "*.fc2")  # of OPT
 _BIAS_LINK = "https://github.com/huggingface/text-generation-inference/issues/1036"
 _CONTIGUOUS_LINK = "https://github.com/NVIDIA/Megatron-LM/issues/5337"
 
-_fault = rows_of("forward collectives", "outputs_match_reference", steps=1)
+_fault = fault_constructor("forward collectives", "outputs_match_reference", steps=1)
 
 
 def _term(layer: Any, hidden: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def _with_bias(layer: Any, total: Tensor) -> Tensor:
     return total if layer.bias is None else total + layer.bias
 
 
-def _skipped(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
+def _skip_reduce(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
     return _with_bias(layer, _term(layer, hidden))
 
 
@@ -39,16 +39,16 @@ def _kept_on_one_rank(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> T
     return _with_bias(layer, term if live.tp_rank == tp_rank else total)
 
 
-def _twice(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
+def _reduce_twice(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
     once = all_reduced(_term(layer, hidden), layer.mp_group)
     return _with_bias(layer, all_reduced(once, layer.mp_group))
 
 
-def _mean(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
+def _reduce_mean(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
     return _with_bias(layer, all_reduced(_term(layer, hidden), layer.mp_group) / live.tp)
 
 
-def _over_dp(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
+def _reduce_over_dp(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
     return _with_bias(layer, all_reduced(_term(layer, hidden), live.rank.group("dp")))
 
 
@@ -188,10 +188,10 @@ def _head(name: str, what: str, forward: Forward, *causes: str | None, **more: A
 
 
 FAULTS = (
-    _row("row_parallel_reduce_skipped", "a row-parallel layer returns its rank's term instead of the sum", _skipped,
+    _row("row_parallel_reduce_skipped", "a row-parallel layer returns its rank's term instead of the sum", _skip_reduce,
          "missing_reduce"),
     _row("row_parallel_reduce_skipped_beside_bias",
-         "a row-parallel layer with a bias returns its rank's term instead of the sum", _skipped, "missing_reduce",
+         "a row-parallel layer with a bias returns its rank's term instead of the sum", _skip_reduce, "missing_reduce",
          topology=TP4, biased=True),
     _row("row_parallel_term_kept_on_one_rank",
          "one rank continues with its own term, although it took part in the sum", _kept_on_one_rank, "missing_reduce",
@@ -199,13 +199,14 @@ FAULTS = (
     _fault("row_parallel_reduce_skipped_when_recomputed",
            "activation checkpointing computes a row-parallel layer again without the sum", _skipped_when_recomputed,
            "missing_reduce"),
-    _row("row_parallel_reduced_twice", "a row-parallel layer sums its terms twice", _twice, "duplicate_reduce"),
-    _row("row_parallel_reduced_twice_beside_bias", "a row-parallel layer with a bias sums its terms twice", _twice,
-         "duplicate_reduce", topology=TP4, biased=True),
-    _row("row_parallel_mean", "a row-parallel layer averages its terms", _mean, "mean_instead_of_sum", topology=TP4),
-    _row("row_parallel_mean_beside_bias", "a row-parallel layer with a bias averages its terms", _mean,
+    _row("row_parallel_reduced_twice", "a row-parallel layer sums its terms twice", _reduce_twice, "duplicate_reduce"),
+    _row("row_parallel_reduced_twice_beside_bias", "a row-parallel layer with a bias sums its terms twice",
+         _reduce_twice, "duplicate_reduce", topology=TP4, biased=True),
+    _row("row_parallel_mean", "a row-parallel layer averages its terms", _reduce_mean, "mean_instead_of_sum",
+         topology=TP4),
+    _row("row_parallel_mean_beside_bias", "a row-parallel layer with a bias averages its terms", _reduce_mean,
          "mean_instead_of_sum", biased=True),
-    _row("row_parallel_reduced_over_dp", "a row-parallel layer sums over the data-parallel group", _over_dp,
+    _row("row_parallel_reduced_over_dp", "a row-parallel layer sums over the data-parallel group", _reduce_over_dp,
          "wrong_group", topology=TP2_DP2),
     _row("row_parallel_reduced_over_half_of_the_group",
          "a row-parallel layer sums over pairs of ranks where the group has four", _over_pairs, "wrong_group",

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4, Draw, Injection, Live, Place, rows_of
+from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4, Draw, Injection, Live, Place, fault_constructor
 from tpcheck.lab.faults.injection import (
     after_backward,
     after_step,
@@ -24,9 +24,9 @@ _SHARDED = ("*_proj.weight",)
 
 Clip = Callable[..., Tensor]
 
-_of_norm = rows_of(_KIND, "gradient_norm_matches_reference")
-_of_gradients = rows_of(_KIND, "gradients_match_reference")
-_of_updates = rows_of(_KIND, "updates_match_reference")
+_of_norm = fault_constructor(_KIND, "gradient_norm_matches_reference")
+_of_gradients = fault_constructor(_KIND, "gradients_match_reference")
+_of_updates = fault_constructor(_KIND, "updates_match_reference")
 
 
 def _replace_clipping(change: Callable[[Clip], Clip]) -> None:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tpcheck.lab.faults.fault import TP2_DP2, TP4, Draw, Injection, Live, Place, rows_of
+from tpcheck.lab.faults.fault import TP2_DP2, TP4, Draw, Injection, Live, Place, fault_constructor
 from tpcheck.lab.faults.injection import after_step, change_gradient, fault_of_the_backend, wrap_forward
 
 _ROUNDED = ("*.q_proj", "*.o_proj", "*.up_proj", "*.down_proj", "*layernorm", "model.norm")
 
-_fault = rows_of("precision", "outputs_match_reference")
+_fault = fault_constructor("precision", "outputs_match_reference")
 
 
 def _as_bfloat16(tensor: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tpcheck.lab.faults.fault import TP2_DP2, TP4, Draw, Injection, Live, Place, rows_of
+from tpcheck.lab.faults.fault import TP2_DP2, TP4, Draw, Injection, Live, Place, fault_constructor
 from tpcheck.lab.faults.injection import after_step, restore_after_step
 
 _START = ("weights_match_reference", "replicas_agree")
 _NORM = "*norm.weight"
 _ROTARY = "model.rotary_emb"
 
-_fault = rows_of("replicas", "updates_match_reference", "replicas_agree")
+_fault = fault_constructor("replicas", "updates_match_reference", "replicas_agree")
 
 
 def _initialised_per_rank(draw: Draw) -> Injection:

@@ -186,7 +186,7 @@ def run_model_fault(
     report = verify_family(
         fault.family,
         topology=fault.topology,
-        backend=FaultyBackend(injection.inject, around=fault.around),
+        backend=FaultyBackend(injection.inject, training_context=fault.training_context),
         dtype=dtype,
         steps=fault.steps,
         zero_stage=zero_stage_at(dtype, fault.zero_stage),
@@ -203,7 +203,7 @@ def run_model_fault(
         report.findings,
         start,
         true_places=(*place.modules, *place.parameters),
-        place_is_right=lambda first: first.check in fault.checks and place.is_right(first.where),
+        place_is_right=lambda first: first.check in fault.checks and place.matches(first.where),
         cause_is_right=lambda first: first.cause in fault.causes,
         verdict=report.verdict.verdict,
         dtype=dtype,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tpcheck.lab.faults.fault import TP4, Draw, Injection, Live, Place, rows_of
+from tpcheck.lab.faults.fault import TP4, Draw, Injection, Live, Place, fault_constructor
 from tpcheck.lab.faults.injection import all_gathered, all_reduced
 
 _EMBEDDING = "model.embed_tokens"
@@ -20,7 +20,7 @@ _TIED = {"tie_word_embeddings": True}
 _SMOOTHING = 0.1
 _LOG_TP_LINK = "https://github.com/NVIDIA/Megatron-LM/issues/7452"
 
-_fault = rows_of("forward collectives", "outputs_match_reference", family="qwen3", settings=_TIED, steps=1)
+_fault = fault_constructor("forward collectives", "outputs_match_reference", family="qwen3", settings=_TIED, steps=1)
 
 Loss = Callable[[Live, Any, Tensor, Tensor], Tensor]  # the head, the logits of its shard, the shifted labels
 
@@ -144,5 +144,5 @@ FAULTS = (
     _fault("label_smoothing_over_the_local_vocabulary",
            "label smoothing takes the mean over the rank's own vocabulary",
            _replace_loss(_smoothed_over_local_vocabulary), "missing_reduce",
-           link="https://github.com/NVIDIA/Megatron-LM/issues/737", around=_label_smoothing),
+           link="https://github.com/NVIDIA/Megatron-LM/issues/737", training_context=_label_smoothing),
 )  # fmt: skip
