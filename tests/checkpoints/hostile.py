@@ -48,10 +48,10 @@ HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "header: infinity": ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,Infinity]}}', bytes(8), "not a number"),
     "header: a number of 10,000 digits": ('{"a":{"shape":[' + "9" * 10_000 + "]}}", b"", "not valid JSON"),
     "header: a key twice": (
-        '{"a":%s,"a":%s}' % ((json.dumps(entry()),) * 2), bytes(8), "the key 'a' is there twice",
+        '{"a":%s,"a":%s}' % ((json.dumps(entry()),) * 2), bytes(8), "the key 'a' is duplicated",
     ),
     "header: a field twice": (
-        '{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8), "'dtype' is there twice",
+        '{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8), "'dtype' is duplicated",
     ),
     "header: a lone surrogate": ('{"\\ud800":' + json.dumps(entry()) + "}", bytes(8), "is not valid JSON"),
     "header: not UTF-8": (b'{"\xff":1}', b"", "is not valid JSON"),
@@ -215,7 +215,7 @@ INDEXES: dict[str, tuple[Any, str]] = {
     "a weight_map that is a list": ({"weight_map": ["a"]}, "has no weight_map"),
     "an empty weight_map": ({"weight_map": {}}, "has no weight_map"),
     "nested deeply": ('{"a":' * 200_000, "nested too deeply|not valid JSON"),
-    "a tensor twice": ('{"weight_map": {"a": "x", "a": "y"}}', "the key 'a' is there twice"),
+    "a tensor twice": ('{"weight_map": {"a": "x", "a": "y"}}', "the key 'a' is duplicated"),
     "a file that is a number": ({"weight_map": {"a": 3}}, "names a file 3"),
     "a file that is a list": ({"weight_map": {"a": ["x"]}}, "names a file of type list"),
     "an empty name": ({"weight_map": {"a": ""}}, "names a file ''"),
@@ -392,7 +392,7 @@ def _(folder: Path) -> Path:
     return folder
 
 
-@hostile("torch: a record twice", "record 'data/0' is there twice")
+@hostile("torch: a record twice", "record 'data/0' is duplicated")
 def _(folder: Path) -> Path:
     path = write_torch_zip(folder / "model.pt", _state(4, 0, (4,), (1,)), _data())
     with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():

@@ -56,7 +56,7 @@ BAD_METADATA: dict[str, tuple[Callable[[Any], object], str]] = {
     "a missing file": (lambda m: setattr(place(m), "relative_path", "__9_9.distcp"), "__9_9.distcp cannot be opened"),
     "an offset beyond the file": (lambda m: setattr(place(m), "offset", 1 << 40), "bytes, but its chunk of 'a' ends"),
     "a length beyond the file": (lambda m: setattr(place(m), "length", 1 << 40), "bytes, but its chunk of 'a' ends"),
-    "a negative offset": (lambda m: setattr(place(m), "offset", -1), "that is not a part of a file"),
+    "a negative offset": (lambda m: setattr(place(m), "offset", -1), "has an invalid byte range for"),
     "another tensor's chunk": (
         lambda m: vars(place(m)).update(vars(place(m, "b"))),
         r"is \[2\] of torch.float32, but the metadata states \[4, 3\]",

@@ -16,7 +16,7 @@ from tpcheck.checkpoints.formats.json_files import merge_files, parse_json, read
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": 1, "a": 1}', "the key 'a' is there twice"),
+        ('{"a": 1, "a": 1}', "the key 'a' is duplicated"),
         ('{"a": NaN}', "NaN is not a number of JSON"),
         ('{"a": "\\ud800"}', "is not valid JSON"),
         ("[1]", "does not hold a JSON object"),

@@ -80,7 +80,7 @@ def _require_none_refused(path: Path, unpickler: SafeUnpickler) -> None:
 
 
 def _refuse_storage(_: Any) -> Any:
-    raise CheckpointError("it refers to storages")
+    raise CheckpointError("it refers to external storages, which the metadata must not")
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,9 +195,9 @@ def _places(folder: Path, path: Path, storage: Any) -> _Places:
         file, start = _field(path, info, "relative_path"), _field(path, info, "offset")
         nbytes = _field(path, info, "length")
         if not isinstance(name, str) or not (offsets is None or isinstance(offsets, tuple)):
-            raise CheckpointError(f"{path} has an index that is not one of a tensor.")
+            raise CheckpointError(f"{path} has an invalid tensor index.")
         if not all(type(number) is int and 0 <= number < 1 << 62 for number in (start, nbytes)):
-            raise CheckpointError(f"{path} has a place of {shortened(name)} that is not a part of a file.")
+            raise CheckpointError(f"{path} has an invalid byte range for {shortened(name)}.")
         if not isinstance(file, str) or file not in paths:
             paths[file] = inside(folder, file)
         if offsets in places[name]:
@@ -411,7 +411,9 @@ def _prefix(folder: Path, paths: set[Keys]) -> Keys | None:
         nearest = sorted({path[:1] for path in paths if not _is_not_model(path[0])})
     if len(nearest) > 1:
         keys = ", ".join(repr(".".join(prefix)) for prefix in nearest[:5])
-        raise CheckpointError(f"{folder} holds several state dicts, under {keys}.")
+        raise CheckpointError(
+            f"{folder} holds several state dicts, under {keys}; save one of them to its own folder and pass that."
+        )
     return nearest[0] if nearest else None
 
 

@@ -37,7 +37,7 @@ def inside(folder: Path, name: object) -> Path:
     try:
         within = path.parent.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a cycle of links, before Python 3.13
-        raise CheckpointError(f"{folder} names a file {shortened(name)}, which leads nowhere: {error}.") from error
+        raise CheckpointError(f"{folder} names a file {shortened(name)}, which cannot be resolved: {error}.") from error
     if not within:
         raise CheckpointError(f"{folder} names a file {shortened(name)}, whose folder is a link out of it.")
     return path

@@ -53,7 +53,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for key, value in pairs:
         if key in entries:
-            raise ValueError(f"the key {shortened(key)} is there twice")
+            raise ValueError(f"the key {shortened(key)} is duplicated")
         for text in (key, value):
             if isinstance(text, str) and not text.isascii():
                 text.encode()  # raises a ValueError for a lone surrogate, which is not text
@@ -115,6 +115,6 @@ def merge_files(index: Path, files_of: Mapping[str, Path], read: Callable[[Path]
     return tensors
 
 
-def unlisted(index: Path) -> str:
+def not_in_index(index: Path) -> str:
     """Return why a tensor that a file holds and the index does not list is not read."""
     return f"{index.name} does not list it, though one of its files holds it"

@@ -22,10 +22,10 @@ from tpcheck.checkpoints.formats.files import Files, OpenFile, is_folder, names_
 from tpcheck.checkpoints.formats.json_files import (
     MAX_NBYTES,
     merge_files,
+    not_in_index,
     parse_json,
     read_config,
     read_index,
-    unlisted,
 )
 from tpcheck.core.errors import CheckpointError
 
@@ -204,14 +204,14 @@ def _open(path: Path, files: Files) -> FileCheckpoint:
     if path.name.endswith(INDEX_SUFFIX):
         files_of = read_index(path, files)
         entries = merge_files(path, files_of, lambda file: _entries(file, files))
-        entries |= {name: unlisted(path) for name in entries if name not in files_of}
+        entries |= {name: not_in_index(path) for name in entries if name not in files_of}
         description = f"safetensors, {len({*files_of.values()})} files with an index"
     else:
         entries = _entries(path, files)
         description = "safetensors, 1 file"
     tensors = {name: entry for name, entry in entries.items() if isinstance(entry, ContiguousTensor)}
-    unread = {name: entry for name, entry in entries.items() if isinstance(entry, str)}
-    return FileCheckpoint(files, description, tensors, read_config(path.parent, files), unread=unread)
+    unreadable = {name: entry for name, entry in entries.items() if isinstance(entry, str)}
+    return FileCheckpoint(files, description, tensors, read_config(path.parent, files), unread=unreadable)
 
 
 def _entries(path: Path, files: Files) -> dict[str, ContiguousTensor | str]:

@@ -90,7 +90,7 @@ def _entries(file: OpenFile) -> dict[str, zipfile.ZipInfo]:
     for info in infos:
         name = info.orig_filename.partition("/")[2]
         if name in entries:
-            raise CheckpointError(f"record {shortened(name)} is there twice")
+            raise CheckpointError(f"record {shortened(name)} is duplicated")
         entries[name] = info
     return entries
 
@@ -306,7 +306,10 @@ def state_dict(structure: Any, where: object) -> StateDict:
         raise CheckpointError(f"{where} holds no state dict, but {_describe(structure)}.")
     keys = [key for key in KEYS if _holds_tensors(structure.get(key))]
     if len(keys) > 1:
-        raise CheckpointError(f"{where} holds several state dicts, under {', '.join(map(repr, keys))}.")
+        raise CheckpointError(
+            f"{where} holds several state dicts, under {', '.join(map(repr, keys))}; save one of them to its own "
+            "file and pass that."
+        )
     key = keys[0] if keys else None
     entries = structure if key is None else structure[key]
     if not _holds_tensors(entries):

@@ -48,7 +48,7 @@ def test_the_undamaged_checkpoint_is_read(training: Path) -> None:
         ("global_step2", "names 'global_step2', but there is no such folder"),
         ("\0", "is not a file name"),
         ("", "latest is empty"),
-        ("x" * 300, "no such folder|leads nowhere"),
+        ("x" * 300, "no such folder|cannot be resolved"),
         ("x" * 5000, "is not a file name"),
     ],
 )

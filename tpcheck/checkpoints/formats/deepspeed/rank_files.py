@@ -127,7 +127,10 @@ def _grid(path: Path, matches: list[re.Match[str]]) -> Grid:
         row = grid.setdefault(int(match["tp"]), {})
         dp_rank = int(match["dp"] or 0)
         if dp_rank in row:
-            raise CheckpointError(f"{path} holds both {row[dp_rank].name} and {match.string}, of the same rank.")
+            raise CheckpointError(
+                f"{path} holds both {row[dp_rank].name} and {match.string}, of the same rank; keep only one of the "
+                "two files."
+            )
         row[dp_rank] = path / match.string
     num_dp = max((dp_rank for row in grid.values() for dp_rank in row), default=-1) + 1
     all_ranks = ((tp_rank, dp_rank) for tp_rank in range(max(grid, default=-1) + 1) for dp_rank in range(num_dp))
