@@ -58,7 +58,7 @@ def test_the_norm_of_the_users_clipping_is_verified() -> None:
 
 
 def test_a_wrong_layout_is_reported_from_the_ranks() -> None:
-    with pytest.raises(UsageError, match=r"layout\['layers.0.up.weight'\]=Replicate\(\): expected a placement that"):
+    with pytest.raises(UsageError, match=r"layout\['layers.0.up.weight'\]=Replicate\(\): expected a placement under"):
         verified(shard=shard, layout=None)
 
 
@@ -101,11 +101,11 @@ def test_a_parameter_that_the_unsharded_model_lacks_has_no_layout() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (None, r"layout\['up'\]=Replicate\(\): expected a placement that gives rank 1 its shape \(2, 4\) of \(4, 4\)"),
-        ({"up": Shard(1)}, r"its shape \(2, 4\) of \(4, 4\) over tp=2; this one gives \(4, 2\)"),
+        (None, r"layout\['up'\]=Replicate\(\): expected a placement under which rank 1 holds shape \(2, 4\)"),
+        ({"up": Shard(1)}, r"shape \(2, 4\) \(full shape \(4, 4\), tp=2\); yours gives \(4, 2\)"),
         ({"up": Shard(0), "upp": Shard(0)}, r"layout='upp': expected a pattern of parameter names, such as up"),
         ({"up": Shard(2)}, r"expected a dim of \(4, 4\)"),
-        ({"up": Partial()}, r"expected tpcheck.core.placement.Shard or Replicate"),
+        ({"up": Partial()}, r"expected tpcheck.placement.Shard or tpcheck.placement.Replicate"),
         ({"up": Shard(0, blocks=7)}, r"blocks=7: expected a divisor of 4"),
     ],
 )

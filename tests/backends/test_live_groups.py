@@ -52,7 +52,7 @@ def test_wrong_arguments_are_refused(square: World) -> None:
 def test_where_nobody_has_groups_it_says_what_to_give(fresh: World) -> None:
     from tpcheck.backends.live_groups import live_groups
 
-    with pytest.raises(RankFailure, match=r"a TP group \(group=\.\.\., or topology=tpcheck\.Topology"):
+    with pytest.raises(RankFailure, match=r"no framework has created one\. Pass group= or topology=tpcheck\.Topology"):
         fresh.run(lambda rank: live_groups())
 
 

@@ -56,8 +56,8 @@ def layouts_by_pattern(
             raise UsageError(
                 f"layout[{name!r}]",
                 placement,
-                f"a placement that gives rank {rank.rank} its shape {tuple(parameter.shape)} of {shapes[name]} over "
-                f"tp={rank.topology.tp}; this one gives {expected}",
+                f"a placement under which rank {rank.rank} holds shape {tuple(parameter.shape)} (full shape "
+                f"{shapes[name]}, tp={rank.topology.tp}); yours gives {expected}",
             )
     return layouts
 
@@ -69,7 +69,7 @@ def placed_layout(name: str, placement: Placement, shape: Shape, tp: int) -> Lay
         UsageError: The shape has no such dim or blocks, or the placement is `Partial`.
     """
     if not isinstance(placement, (Shard, Replicate)):
-        raise UsageError(f"layout[{name!r}]", placement, "tpcheck.core.placement.Shard or Replicate")
+        raise UsageError(f"layout[{name!r}]", placement, "tpcheck.placement.Shard or tpcheck.placement.Replicate")
     if isinstance(placement, Shard) and not -len(shape) <= placement.dim < len(shape):
         raise UsageError(f"layout[{name!r}]", placement, f"a dim of {shape}")
     return Layout.placed(shape, placement, tp)

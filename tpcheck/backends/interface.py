@@ -173,7 +173,7 @@ class ParallelLayer:
     why_not: str = ""
 
 
-NO_ROW = "tpcheck has no row for it"
+NO_ROW = "tpcheck cannot test this layer yet"
 """`ParallelLayer.why_not` of a layer that the installed version has and the backend's table lacks."""
 
 

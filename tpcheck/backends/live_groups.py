@@ -73,9 +73,11 @@ def live_groups(*, group: Any = None, topology: Topology | None = None, model: A
             tp = tp or (rank,)
             return LiveGroups(rank, tp, dp or _dp_group_for(rank, tp), source)
     raise UsageError(
-        "group", None, "a TP group (group=..., or topology=tpcheck.Topology(tp=..., dp=...)): transformers, DeepSpeed, "
-        "accelerate and Megatron have made none in this process"
-    )  # fmt: skip
+        "group",
+        None,
+        "a TP group: no framework has created one. Pass group= or topology=tpcheck.Topology(tp=..., dp=...), or call "
+        "this after transformers, DeepSpeed, accelerate or Megatron is initialised",
+    )
 
 
 _Ranks = tuple[int, ...]

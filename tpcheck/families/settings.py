@@ -30,9 +30,9 @@ def nest(settings: Mapping[str, object]) -> dict[str, Any]:
         for parent in parents:
             branch = branch.setdefault(parent, {})
             if not isinstance(branch, dict):
-                raise UsageError("set", key, f"either {parent} or what is below it, not both")
+                raise UsageError("set", key, f"either {parent} as a whole, or its fields, not both")
         if isinstance(branch.get(last), dict):
-            raise UsageError("set", key, f"either {last} or what is below it, not both")
+            raise UsageError("set", key, f"either {last} as a whole, or its fields, not both")
         branch[last] = value
     return tree
 

@@ -2,7 +2,8 @@
 
 The comparisons work on placements and numbers and ask for no model type. The few exceptions are here: names by which a
 parameter's role is recognised, and models that arrange a tensor in a way that no general rule reads. A row without
-`names` documents code that applies to every model; that code refers to the row by its constant.
+`names` documents code that applies to every model; that code refers to the row by its constant. It is a row all the
+same, so that everything that is known of particular models, with its source, can be read and tested in one table.
 """
 
 from __future__ import annotations

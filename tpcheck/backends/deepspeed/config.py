@@ -11,8 +11,7 @@ import torch
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.core.errors import UsageError
 
-# Without round_robin_gradients: with it safe_get_full_grad of deepspeed 0.19.8 fails at dp 2, also without TP, and the
-# gradients cannot be read.
+# `round_robin_gradients` is left out: with it, `safe_get_full_grad` of DeepSpeed 0.19.8 fails at dp=2, even without TP.
 CONFIG_VARIANTS: tuple[Mapping[str, Any], ...] = (
     {"tensor_parallel": {"tp_overlap_comm": True}},
     {"gradient_clipping": 0.01},

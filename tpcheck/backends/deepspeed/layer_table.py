@@ -89,7 +89,7 @@ _LAYERS = (
     ParallelLayer("LmHeadLinearAllreduce", why_not=_INFERENCE),
     ParallelLayer("Yuan_LinearLayer", why_not=_YUAN),
     ParallelLayer("Yuan_LinearAllreduce", why_not=_YUAN),
-    ParallelLayer("SubParamColumnParallel", why_not="it is the base of others"),
+    ParallelLayer("SubParamColumnParallel", why_not="abstract base class"),
 )
 
 

@@ -43,7 +43,9 @@ _LAYERS = (
     ParallelLayer("packed_colwise", output="part", shard=_shard_as("packed_colwise"), out_blocks=2),
     ParallelLayer("embedding_rowwise", "embedding", shard=_shard_as("embedding_rowwise")),
     ParallelLayer("embedding_colwise", "embedding", shard=_shard_as("embedding_colwise")),
-    ParallelLayer("packed_rowwise", why_not="the experts that it is for multiply by themselves"),
+    ParallelLayer(
+        "packed_rowwise", why_not="its experts do their own matmul, so there is no plain layer to compare with"
+    ),
     *(
         ParallelLayer(name, why_not=_NO_LAYER)
         for name in (
