@@ -11,7 +11,7 @@ from tpcheck import Topology
 from tpcheck.backends.layout import Layout
 from tpcheck.core.placement import Shard
 from tpcheck.numerics.evidence import Step, TensorKey
-from tpcheck.runs.trace import Recorded
+from tpcheck.runs.trace import RankRecording
 
 OUTPUT = TensorKey("forward", "", 0, "output", "0")
 WEIGHT = torch.arange(8.0, dtype=torch.float64).reshape(4, 2)
@@ -24,7 +24,7 @@ def step(weights: Mapping[str, torch.Tensor]) -> Step:
     )
 
 
-def recorded(rank: int = 0, tp: int = 1, dp: int = 1, **changes: Any) -> Recorded:
+def recorded(rank: int = 0, tp: int = 1, dp: int = 1, **changes: Any) -> RankRecording:
     values: dict[str, Any] = {
         "rank": rank,
         "topology": Topology(tp=tp, dp=dp),
@@ -37,4 +37,4 @@ def recorded(rank: int = 0, tp: int = 1, dp: int = 1, **changes: Any) -> Recorde
         "deviations": {(0, 0, OUTPUT): 0.25, (1, "weight", "weight"): 0.5} if tp == 1 else None,
         "versions": {"torch": "2.13.0"},
     }
-    return Recorded(**{**values, **changes})
+    return RankRecording(**{**values, **changes})

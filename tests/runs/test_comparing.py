@@ -10,10 +10,10 @@ import torch
 from tests.runs.recordings import UPDATED, WEIGHT, recorded, step
 from tpcheck import UsageError
 from tpcheck.runs.comparing import _key_of_replica, _layouts, _same_inputs, _with_weights, compare_recordings
-from tpcheck.runs.trace import Recorded
+from tpcheck.runs.trace import RankRecording
 
 
-def compared(candidate: list[Recorded], reference: Recorded) -> Any:
+def compared(candidate: list[RankRecording], reference: RankRecording) -> Any:
     return compare_recordings(candidate, [reference], subject={}, again=None)
 
 
@@ -36,7 +36,7 @@ def test_a_replica_with_different_inputs_is_missed_coverage() -> None:
 
 def test_a_shorter_recording_is_compared_as_far_as_it_goes() -> None:
     verdict = compared([recorded(steps=recorded().steps[:1])], recorded())
-    assert verdict.coverage.not_compared["step 1"] == "only the reference was recorded that far"
+    assert verdict.coverage.not_compared["step 1"] == "the trace of the candidate has no step 1"
 
 
 def test_the_reference_is_unsharded_and_in_the_same_dtype() -> None:

@@ -61,9 +61,9 @@ def test_a_path_without_a_trace_is_bad_usage(tmp_path: Path) -> None:
 
 def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(UsageError, match="a new folder"):
+    with pytest.raises(UsageError, match="a new path"):
         TraceWriter(tmp_path)
-    with pytest.raises(UsageError, match="a folder in one that exists"):
+    with pytest.raises(UsageError, match="a path whose parent folder exists"):
         TraceWriter(tmp_path / "none" / "x.trace")
 
 

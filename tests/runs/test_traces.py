@@ -128,7 +128,7 @@ def test_a_fault_is_found_where_it_is(
 def test_a_shorter_trace_is_compared_as_far_as_it_goes(two: World, reference: Path, tmp_path: Path) -> None:
     report = compared(two, reference, tmp_path, None, number=1)
     assert report.passed
-    assert report.verdict.coverage.not_compared == {"step 1": "only the reference was recorded that far"}
+    assert report.verdict.coverage.not_compared == {"step 1": "the trace of the candidate has no step 1"}
 
 
 def test_different_inputs_are_not_compared(reference: Path, tmp_path: Path) -> None:
@@ -138,7 +138,10 @@ def test_different_inputs_are_not_compared(reference: Path, tmp_path: Path) -> N
         candidate(input_ids=tokens, labels=tokens).loss.backward()
     report = tpcheck.compare_traces(tmp_path / "candidate.trace", reference)
     assert report.verdict.verdict == "skipped"
-    assert report.verdict.message == "no replica of the candidate was given the inputs of the reference"
+    assert (
+        report.verdict.message
+        == "no replica of the candidate saw the reference's inputs: record both runs on the same batches"
+    )
 
 
 def record_accumulation(path: Path, *, rate: float = 1e-2, steps_after: tuple[int, ...] = (1, 3)) -> Path:
@@ -209,7 +212,7 @@ def test_what_cannot_be_recorded_is_bad_usage(tmp_path: Path) -> None:
         pass
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("keep")
-    with pytest.raises(UsageError, match="a new folder"):
+    with pytest.raises(UsageError, match="a new path"):
         tpcheck.record(quiet, tmp_path / "notes")
 
 

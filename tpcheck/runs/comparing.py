@@ -24,7 +24,7 @@ from tpcheck.numerics.differences import place
 from tpcheck.numerics.evidence import Evidence, RankFacts, Step
 from tpcheck.numerics.tolerance import NUM_REPLAYS, Tolerance
 from tpcheck.report.report import Report
-from tpcheck.runs.trace import Recorded
+from tpcheck.runs.trace import RankRecording
 
 # A trace holds neither live groups nor the norm that the loop clipped by.
 _CHECKS = tuple(
@@ -33,7 +33,11 @@ _CHECKS = tuple(
 
 
 def compare_recordings(
-    candidate: Sequence[Recorded], reference: Sequence[Recorded], *, subject: Mapping[str, Any], again: str | None
+    candidate: Sequence[RankRecording],
+    reference: Sequence[RankRecording],
+    *,
+    subject: Mapping[str, Any],
+    again: str | None,
 ) -> Verdict:
     """Return the verdict over all TP groups that were given the reference's inputs.
 
@@ -54,11 +58,11 @@ def compare_recordings(
             continue
         evidence = _evidence(filled_ranks, [filled_ranks[rank] for rank in ranks], filled_reference, dp_rank)
         answers.append(full_answer(start_answer(evidence, _CHECKS), evidence, _CHECKS))
-    longer = "candidate" if len(candidate[0].steps) > num_steps else "reference"
+    shorter = "reference" if len(candidate[0].steps) > num_steps else "candidate"
     for step in range(num_steps, max(len(candidate[0].steps), len(unsharded.steps))):
-        missed[f"step {step}"] = f"only the {longer} was recorded that far"
+        missed[f"step {step}"] = f"the trace of the {shorter} has no step {step}"
     if not answers:
-        reason = "no replica of the candidate was given the inputs of the reference"
+        reason = "no replica of the candidate saw the reference's inputs: record both runs on the same batches"
         return Verdict(
             "skipped", subject, unsharded.versions, coverage=Coverage(0, len(missed), missed), message=reason
         )
@@ -70,14 +74,14 @@ def compare_recordings(
     return replace(compared, coverage=Coverage(coverage.compared, coverage.total + len(missed), all_missed))
 
 
-def _require_comparable(candidate: Sequence[Recorded], reference: Recorded) -> None:
+def _require_comparable(candidate: Sequence[RankRecording], reference: RankRecording) -> None:
     if reference.deviations is None:
         raise UsageError("reference", f"tp={reference.topology.tp}", "a trace of the unsharded model, tp=1")
     if candidate[0].dtype != reference.dtype:
         raise UsageError("candidate", candidate[0].dtype, f"a trace in the reference's dtype, {reference.dtype}")
 
 
-def _same_inputs(rank: Recorded, reference: Recorded) -> bool:
+def _same_inputs(rank: RankRecording, reference: RankRecording) -> bool:
     """Return whether every call that both recorded was given equal tensors, of the names that both have."""
     for actual, expected in zip(rank.inputs, reference.inputs, strict=False):
         shared = actual.keys() & expected.keys()
@@ -86,7 +90,7 @@ def _same_inputs(rank: Recorded, reference: Recorded) -> bool:
     return True
 
 
-def _with_weights(recorded: Recorded, updated: Sequence[bool]) -> Recorded:
+def _with_weights(recorded: RankRecording, updated: Sequence[bool]) -> RankRecording:
     """Return the recording with weights after each call where any rank, or the reference, took an optimizer step.
 
     A recording stores the weights of a step only where they changed; elsewhere the weights, and how far they may
@@ -103,7 +107,9 @@ def _with_weights(recorded: Recorded, updated: Sequence[bool]) -> Recorded:
     return replace(recorded, steps=tuple(steps), deviations=None if recorded.deviations is None else deviations)
 
 
-def _evidence(ranks: Sequence[Recorded], tp_group: Sequence[Recorded], reference: Recorded, dp_rank: int) -> Evidence:
+def _evidence(
+    ranks: Sequence[RankRecording], tp_group: Sequence[RankRecording], reference: RankRecording, dp_rank: int
+) -> Evidence:
     num_steps = min(len(tp_group[0].steps), len(reference.steps))
     assert reference.deviations is not None
     deviations = {_key_of_replica(key, dp_rank): value for key, value in reference.deviations.items()}
@@ -131,7 +137,7 @@ def _scalar_eps(dtype: str) -> float:
     return float(torch.finfo(torch.promote_types(getattr(torch, dtype), torch.float32)).eps)
 
 
-def _digests(recorded: Recorded, num_steps: int) -> tuple[Mapping[tuple[str, str], str], ...]:
+def _digests(recorded: RankRecording, num_steps: int) -> tuple[Mapping[tuple[str, str], str], ...]:
     return (_digest_all("parameter", recorded.initial), *map(_step_digests, recorded.steps[:num_steps]))
 
 
@@ -143,7 +149,7 @@ def _digest_all(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[st
     return {(kind, name): digest(tensor) for name, tensor in tensors.items()}
 
 
-def _layouts(tp_group: Sequence[Recorded], reference: Recorded) -> dict[str, Layout]:
+def _layouts(tp_group: Sequence[RankRecording], reference: RankRecording) -> dict[str, Layout]:
     """Return the recorded layouts; of other parameters those that shapes imply: one dim cut in the order of ranks."""
     layouts = dict(tp_group[0].layouts)
     for name, tensor in reference.initial.items():

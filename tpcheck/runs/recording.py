@@ -22,7 +22,7 @@ from tpcheck.numerics.precision import everything_in_float64
 from tpcheck.numerics.snapshots import copy_parameters
 from tpcheck.numerics.tensors import named_tensors
 from tpcheck.runs.replaying import Call, CallRecorder, measure_deviations
-from tpcheck.runs.trace import Recorded, TraceWriter
+from tpcheck.runs.trace import RankRecording, TraceWriter
 
 
 class Recorder(AbstractContextManager["Recorder"]):
@@ -56,12 +56,12 @@ class Recorder(AbstractContextManager["Recorder"]):
             if kind is None:
                 self._writer.write(self._recorded(self._calls.calls))
 
-    def _recorded(self, calls: Sequence[Call]) -> Recorded:
+    def _recorded(self, calls: Sequence[Call]) -> RankRecording:
         if not calls:
             raise UsageError("model", type(self._model).__name__, "a model that is called inside the context")
         is_unsharded = self._topology.tp == 1
         steps = tuple(call.step() for call in calls)
-        return Recorded(
+        return RankRecording(
             rank=_rank(),
             topology=self._topology,
             dtype=str(self._dtype).removeprefix("torch."),

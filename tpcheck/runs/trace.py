@@ -21,7 +21,7 @@ Tensor = Any
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
+class RankRecording:
     """One rank's part of a trace.
 
     Attributes:
@@ -53,16 +53,16 @@ _FORMAT = 1
 
 
 class TraceWriter:
-    """Writes every rank's part into a folder that appears complete, in place of an older trace."""
+    """Write all ranks' files to a temporary folder, then rename it over the old trace."""
 
     def __init__(self, path: Path) -> None:
         if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or any(path.glob("rank_*.pt")))):
-            raise UsageError("path", str(path), "a new folder, or that of an older trace, which is replaced")
+            raise UsageError("path", str(path), "a new path, or an existing trace to replace")
         if not path.absolute().parent.is_dir():
-            raise UsageError("path", str(path), "a folder in one that exists")
+            raise UsageError("path", str(path), "a path whose parent folder exists")
         self._path = path
 
-    def write(self, recorded: Recorded) -> None:
+    def write(self, recorded: RankRecording) -> None:
         """Write this rank's part; collective over the world."""
         partial = self._path.with_name(f".{self._path.name}.partial")
         if recorded.rank == 0:
@@ -77,7 +77,7 @@ class TraceWriter:
         _barrier()
 
 
-def read_trace(name: str, path: str | Path) -> tuple[Recorded, ...]:
+def read_trace(name: str, path: str | Path) -> tuple[RankRecording, ...]:
     """Return what every rank recorded.
 
     Raises:
@@ -105,7 +105,7 @@ def _barrier() -> None:
         dist.barrier()
 
 
-def _as_plain(recorded: Recorded) -> dict[str, Any]:
+def _as_plain(recorded: RankRecording) -> dict[str, Any]:
     """Return the recording as tensors by name and everything else as JSON."""
     facts = {
         "format": _FORMAT,
@@ -132,7 +132,7 @@ def _as_plain(recorded: Recorded) -> dict[str, Any]:
     return {"facts": json.dumps(facts), "sources": sources, **tensors}
 
 
-def _as_recorded(plain: Any) -> Recorded:
+def _as_recorded(plain: Any) -> RankRecording:
     if not isinstance(plain, dict):
         raise TypeError(f"it holds a {type(plain).__name__}, not a dict")
     facts = json.loads(plain["facts"])
@@ -153,7 +153,7 @@ def _as_recorded(plain: Any) -> Recorded:
         )
         for step, loss in zip(plain["steps"], facts["losses"], strict=True)
     )
-    return Recorded(
+    return RankRecording(
         rank=facts["rank"],
         topology=Topology(**facts["topology"]),
         dtype=facts["dtype"],
