@@ -74,4 +74,4 @@ def test_a_breakpoint_without_a_terminal_is_refused(tmp_path: Path) -> None:
     script.write_text(_SCRIPT.format(statement="rank.breakpoint()"))
     command = [sys.executable, str(script)]
     done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=60)
-    assert "UsageError: breakpoint='rank 1': expected a terminal to talk on" in done.stderr
+    assert "UsageError: breakpoint='rank 1': expected an interactive terminal for the debugger" in done.stderr

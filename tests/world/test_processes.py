@@ -143,7 +143,7 @@ def test_a_function_that_forks_a_child_which_returns_too_fails() -> None:
 
     with (
         spawn(Topology(tp=2)) as world,
-        pytest.raises(RankFailure, match="forked a child that returned") as caught,
+        pytest.raises(RankFailure, match="a child that the function forked also returned") as caught,
     ):
         run_and_wait(world)
     assert caught.value.first == 1

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def devices() -> tuple[str, ...]:
     return (cores, *(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())))
 
 
-_SHARED_MEMORY = "deepspeed_allreduce_buffer_*"
+_SHM_GLOB = "deepspeed_allreduce_buffer_*"
 
 
 def extension_caches(environment: Mapping[str, str], home: Path) -> tuple[Path, ...]:
@@ -49,7 +50,7 @@ def stale_locks(caches: Iterable[Path], proc: Path = Path("/proc")) -> Iterator[
 
 def leaked_shared_memory(folder: Path = Path("/dev/shm"), proc: Path = Path("/proc")) -> Iterator[Advice]:
     """Yield the shared-memory segments of DeepSpeed's all-reduce that no process maps."""
-    segments = sorted(folder.glob(_SHARED_MEMORY))
+    segments = sorted(folder.glob(_SHM_GLOB))
     mapped = _mapped_files(proc) if segments else frozenset()
     leaked = [segment for segment in segments if str(segment) not in mapped]
     if leaked:
@@ -59,7 +60,7 @@ def leaked_shared_memory(folder: Path = Path("/dev/shm"), proc: Path = Path("/pr
             rule="leaked_shared_memory",
             what=f"{len(leaked)} segments in {folder} ({size:.0f} MiB) belong to no process: DeepSpeed's all-reduce "
             "for CPUs leaks one for each rank of each world",
-            fix=f"rm {paths}" if len(leaked) <= 4 else f"rm {folder}/{_SHARED_MEMORY}",
+            fix=f"rm {paths}" if len(leaked) <= 4 else f"rm {folder}/{_SHM_GLOB}",
         )
 
 
@@ -97,13 +98,26 @@ def _mapped_files(proc: Path) -> frozenset[str]:
 
 
 PACKAGES = ("tpcheck", "torch", "deepspeed", "transformers", "accelerate")
-# The first version without the fault, the fault, and its name.
-_FIXED_IN = {
-    "torch": (
-        ((2, 6), "weights_only=True of torch.load can be bypassed", "CVE-2025-32434"),
-        ((2, 10), "weights_only=True of torch.load can be bypassed", "CVE-2026-24747"),
-    )
-}
+
+
+@dataclass(frozen=True, slots=True)
+class _Cve:
+    """A vulnerability of a package.
+
+    Attributes:
+        fixed_in: The first version without it.
+    """
+
+    name: str
+    package: str
+    fixed_in: tuple[int, ...]
+    what: str
+
+
+_KNOWN_CVES = (
+    _Cve("CVE-2025-32434", "torch", (2, 6), "weights_only=True of torch.load can be bypassed"),
+    _Cve("CVE-2026-24747", "torch", (2, 10), "weights_only=True of torch.load can be bypassed"),
+)
 
 
 def installed_versions() -> dict[str, str | None]:
@@ -113,17 +127,15 @@ def installed_versions() -> dict[str, str | None]:
 
 def bad_versions(versions: Mapping[str, str | None]) -> Iterator[Advice]:
     """Yield the installed versions with a known fault."""
-    for package, faults in _FIXED_IN.items():
-        installed = versions.get(package)
-        for fixed_in, fault, name in faults:
-            if installed and _numbers(installed) < fixed_in:
-                wanted = ".".join(map(str, fixed_in))
-                yield Advice(
-                    rule="bad_version",
-                    what=f"{package} {installed}: {fault} ({name})",
-                    fix=f"pip install '{package}>={wanted}'",
-                    link=f"https://nvd.nist.gov/vuln/detail/{name}",
-                )
+    for cve in _KNOWN_CVES:
+        installed = versions.get(cve.package)
+        if installed and _numbers(installed) < cve.fixed_in:
+            yield Advice(
+                rule="bad_version",
+                what=f"{cve.package} {installed}: {cve.what} ({cve.name})",
+                fix=f"pip install '{cve.package}>={'.'.join(map(str, cve.fixed_in))}'",
+                link=f"https://nvd.nist.gov/vuln/detail/{cve.name}",
+            )
 
 
 def _version(package: str) -> str | None:

@@ -17,8 +17,8 @@ _ATTRIBUTE = "tpcheck_origin"
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """The failed run that an exception in pytest's process stands for, and the rank that decided its verdict."""
+class FailedRun:
+    """The failed run that an exception in pytest's process represents, and the rank that decided its verdict."""
 
     failure: RankFailure
     outcome: RankOutcome
@@ -43,14 +43,14 @@ def exception_of(failure: RankFailure) -> BaseException:
         if error is not None:
             error = error.with_traceback(traceback_through(outcome.details.frames))
     error = failure if error is None else error
-    error.__dict__[_ATTRIBUTE] = Origin(failure, outcome, len(getattr(error, "__notes__", ())))
+    error.__dict__[_ATTRIBUTE] = FailedRun(failure, outcome, len(getattr(error, "__notes__", ())))
     return error
 
 
-def origin_of(error: BaseException) -> Origin | None:
-    """Return the failed run that the exception stands for, None where it was raised in pytest's process."""
+def origin_of(error: BaseException) -> FailedRun | None:
+    """Return the failed run that the exception represents, None where it was raised in pytest's process."""
     origin = error.__dict__.get(_ATTRIBUTE)
-    return origin if isinstance(origin, Origin) else None
+    return origin if isinstance(origin, FailedRun) else None
 
 
 def _deciding_outcome(failure: RankFailure) -> RankOutcome:
@@ -114,7 +114,7 @@ def failure_repr(excinfo: pytest.ExceptionInfo[BaseException], longrepr: Any) ->
 
 
 def _with_rank_sections(error: BaseException, longrepr: Any) -> Any:
-    """Add what each rank showed, where Hypothesis found several failures and raised an exception group."""
+    """Add each rank's report where Hypothesis found several failures and raised an exception group."""
     for member in getattr(error, "exceptions", ()):
         origin = origin_of(member)
         if origin is not None and origin.details is not None and hasattr(longrepr, "addsection"):
@@ -123,7 +123,7 @@ def _with_rank_sections(error: BaseException, longrepr: Any) -> Any:
     return longrepr
 
 
-def _new_notes(error: BaseException, origin: Origin) -> list[str]:
+def _new_notes(error: BaseException, origin: FailedRun) -> list[str]:
     """Return the notes that were added in pytest's process, such as Hypothesis's falsifying example."""
     notes: list[str] = getattr(error, "__notes__", [])
     return notes[origin.num_notes :]
@@ -136,11 +136,11 @@ def _add_notes(longrepr: Any, notes: Iterable[str]) -> None:
     lines += [f"E   {line}" for note in notes for line in note.splitlines()]
 
 
-def _title(origin: Origin) -> str:
+def _title(origin: FailedRun) -> str:
     return f"rank {origin.outcome.rank} of {len(origin.failure.outcomes)} {origin.outcome.state}; other ranks"
 
 
-def _other_ranks(origin: Origin) -> str:
+def _other_ranks(origin: FailedRun) -> str:
     return "\n".join(
         f"rank {outcome.rank}: {one_line(outcome, origin.outcome)}"
         for outcome in origin.failure.outcomes

@@ -138,7 +138,8 @@ def _reported_twice(rank: int, reports: list[RankReport]) -> RankOutcome:
         rank,
         "raised",
         error_type="tpcheck.core.errors.TpcheckError",
-        error=f"the function forked a child that returned from it, too: {len(reports)} report(s), from process {pids}",
+        error=f"a child that the function forked also returned: end it with os._exit. {len(reports)} report(s), from "
+        f"process {pids}",
     )
 
 

@@ -49,7 +49,7 @@ def set_trace(rank: int, options: DebuggerOptions) -> None:
         terminal = open(_TERMINAL, "r+b", buffering=0)  # noqa: PTH123, SIM115 - stays open while the debugger steps
     except OSError as error:
         raise UsageError(
-            "breakpoint", f"rank {rank}", f"a terminal to talk on; {_TERMINAL}: {error.strerror}"
+            "breakpoint", f"rank {rank}", f"an interactive terminal for the debugger; {_TERMINAL}: {error.strerror}"
         ) from None
     import io
 
