@@ -122,4 +122,4 @@ def test_four_mistakes_in_one_model_are_four_findings() -> None:
         ("gradients_match_reference", COLUMN, "missing_reduce"),
         ("gradients_match_reference", WEIGHT, "gradient_scaled"),
     }
-    assert "compared with what its own inputs and weights give" in report.to_text()
+    assert "compared with the output recomputed from its inputs and weights" in report.to_text()

@@ -90,7 +90,7 @@ def test_persistent_buffers_that_consolidation_drops_are_caught() -> None:
 
 
 def test_for_a_run_that_never_sharded_the_doctor_names_the_line_to_add() -> None:
-    """A saved model as large as without TP means that TP never started."""
+    """A saved model as large as without TP means that no parameter was sharded."""
     from tpcheck.doctor.deepspeed import config_advice
 
     (advice,) = config_advice({"gradient_clipping": 1.0, "zero_optimization": {"stage": 1}})

@@ -157,7 +157,8 @@ def test_a_verdict_has_the_findings_the_results_and_the_command() -> None:
     worst = next(result for result in found.checks if result.check == GRADIENTS)
     assert worst.worst_at == f"{UP}, step 0"
     assert worst.worst_margin == pytest.approx(found.findings[0].margin)
-    assert found.coverage.not_compared == {"step 1": "step 0 already differs, so later steps mean nothing"}
+    reason = "step 0 already differs, so differences in later steps would only follow from it"
+    assert found.coverage.not_compared == {"step 1": reason}
     assert found.coverage.total == found.coverage.compared + 1
 
 

@@ -45,7 +45,10 @@ def _seed_generator(kind: str) -> Callable[[Mapping[str, Any], Topology], str]:
 
 def _assign_by_dp_rank(evidence: Mapping[str, Any], topology: Topology) -> str:
     if evidence.get("dispatch_batches") is True:
-        return "Pass dispatch_batches=False and give each replica its samples by dp_rank: now all get one batch."
+        return (
+            "Currently every replica gets the same batch: pass dispatch_batches=False and give each replica its "
+            "samples by dp_rank."
+        )
     if evidence.get("iterable") is True:
         return f"Shard the IterableDataset: sample i belongs to replica i % {topology.dp} == dp_rank."
     return f"Build the sampler with num_replicas={topology.dp}, rank=dp_rank, and one seed on all replicas."
@@ -96,15 +99,15 @@ class Cause(Enum):
         "not_sharded",
         "the parameters have their full shape on every rank",
         "numerics.hypotheses.layout numerics.exact",
-        "Gather only what the plan shards: this parameter is whole on every rank, and its copies were concatenated.",
+        "Gather only what the plan shards: every rank holds the full parameter, and its copies were concatenated.",
     )
     # How DeepSpeed gathers is that of 0.17 to 0.19: facts of its engine.py.
     SHARD_MISSING = (
         "shard_missing",
         "one rank's shard is missing",
         "numerics.hypotheses.layout numerics.exact",
-        "TP shards were not gathered: with DeepSpeed, save engine._consolidated_16bit_state_dict(), called on all "
-        "ranks (save_16bit_model writes TP rank 0's shards below ZeRO 3); transformers: save_pretrained.",
+        "DeepSpeed: call engine._consolidated_16bit_state_dict() on all ranks and save its result; save_16bit_model "
+        "writes only TP rank 0's shards below ZeRO 3. transformers: use save_pretrained.",
     )
     SHARD_REPEATED = (
         "shard_repeated",
@@ -132,7 +135,7 @@ class Cause(Enum):
     )
     HEAD_MAPPING_WRONG = (
         "head_mapping_wrong",
-        "with the heads of another rank the expected tensor comes out{to}",
+        "using another rank's heads reproduces the expected tensor{to}",
         "numerics.hypotheses.layout numerics.hypotheses.weights",
     )
     VOCAB_OFFSET_WRONG = (
@@ -172,7 +175,7 @@ class Cause(Enum):
     )
     BIAS_ADDED_PER_RANK = (
         "bias_added_per_rank",
-        "with the bias added more than once the actual tensor comes out{to}",
+        "adding the bias more than once reproduces the actual tensor{to}",
         "numerics.hypotheses.reductions",
     )
 
@@ -295,19 +298,24 @@ class Cause(Enum):
     )
     SAME_ORDER_DIFFERENT_SEED = (
         "same_order_different_seed",
-        "each rank shuffled with another seed",
+        "each rank shuffled with a different seed",
         "batches",
         "Give the sampler one seed on all ranks: `RandomSampler(dataset, "
         "generator=torch.Generator().manual_seed(seed))`, and the same `set_epoch` on all.",
     )
     PADDING_DIFFERS = (
         "padding_differs",
-        "the same tokens with other padding",
+        "the ranks have the same tokens but different padding",
         "batches",
         "Pad to the same length on all ranks of the TP group (padding='max_length' or one pad_to_multiple_of), on the "
         "same side and with the same token.",
     )
-    ORDER_DIFFERS = ("order_differs", "the same samples in another order", "batches", _sort_listings)
+    ORDER_DIFFERS = (
+        "order_differs",
+        "the ranks have the same samples in a different order",
+        "batches",
+        _sort_listings,
+    )
     UNEVEN_LENGTH = (
         "uneven_length",
         "some ranks have more batches than others",

@@ -255,5 +255,7 @@ def _coverage(answers: Sequence[CheckAnswer], last_step: int, steps: int) -> Cov
         not_compared |= {f"{answer.check}: {moment}{name}": why for name, why in answer.not_compared.items()}
     earlier = "the model at the start" if last_step < 0 else f"step {last_step}"
     for step in range(last_step + 1, steps):
-        not_compared[f"step {step}"] = f"{earlier} already differs, so later steps mean nothing"
+        not_compared[f"step {step}"] = (
+            f"{earlier} already differs, so differences in later steps would only follow from it"
+        )
     return Coverage(compared, compared + len(not_compared), not_compared)

@@ -106,7 +106,7 @@ def test_behind_a_fault_a_weight_gradient_is_compared_with_the_product_of_its_ow
     evidence = with_tensor(RIGHT, "activations", key("block.norm output"), lambda tensor: tensor * 2)
     evidence = with_tensor(evidence, "gradients", UP, lambda gradient: gradient * 2)
     (suspect,) = suspects(evidence)
-    assert suspect.evidence["note"] == "compared with what its own inputs and weights give"
+    assert suspect.evidence["note"] == "compared with the gradient recomputed from its input and output gradient"
     assert the_cause(suspect) is Cause.GRADIENT_SCALED
 
 

@@ -55,7 +55,7 @@ def test_a_weight_without_a_gradient_may_be_decayed() -> None:
     evidence = with_tensor(evidence, "gradients", NORM, lambda gradient: None)
     outcome = updates_match_reference(with_move(evidence, NORM, lambda move: move * 2), 0)
     assert not outcome.suspects
-    assert outcome.not_compared == {NORM: "it has no gradient, and optimizers may decay such a weight or leave it"}
+    assert outcome.not_compared == {NORM: "it has no gradient, and optimizers differ in whether they decay it"}
 
 
 def test_the_worst_weight_comes_first_and_tells_the_share_of_each_term() -> None:

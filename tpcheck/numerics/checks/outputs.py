@@ -118,7 +118,7 @@ def _root_suspect(
     if fused is None:
         details["note"] = f"the input of {root.module} is wrong although everything before it agrees"
         return activation_suspect(evidence, step, activation, _CHECK, details, scope)
-    details["note"] = f"its output agrees block by block, but the input that {root.module} reads from it is wrong"
+    details["note"] = f"its output is right, but {root.module} reads its fused blocks in the wrong order"
     blocks = FusedBlocks(fused.placed.num_blocks, fused.difference.relative)
     suspect = activation_suspect(evidence, step, activation, _CHECK, details, fused.key.module)
     return replace(suspect, fused_blocks=blocks)

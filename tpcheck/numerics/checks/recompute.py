@@ -151,6 +151,13 @@ def parts_of(terms: LinearTerms, shapes: Sequence[Sequence[int]]) -> tuple[torch
     return parts if all(part.shape == tuple(shape) for part, shape in zip(parts, shapes, strict=True)) else None
 
 
+_NOTES: Mapping[Kind, str] = {
+    "activation": "compared with the output recomputed from its inputs and weights",
+    "input_gradient": "compared with the gradient recomputed from its output gradient and weight",
+    "gradient": "compared with the gradient recomputed from its input and output gradient",
+}
+
+
 def compare_with_recomputed(
     evidence: Evidence,
     actual_parts: Sequence[torch.Tensor],
@@ -184,5 +191,5 @@ def compare_with_recomputed(
         actual_parts=actual_parts,
         expected_parts=recomputed,
         is_replicated=is_replicated,
-        details={"inputs_agree": False, "note": "compared with what its own inputs and weights give"},
+        details={"inputs_agree": False, "note": _NOTES[kind]},
     )

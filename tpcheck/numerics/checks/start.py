@@ -39,8 +39,8 @@ def groups_match_topology(evidence: Evidence) -> CheckOutcome:
 
 # Advice for this check alone: the one of the cause is about checkpoints.
 _ADVICE = (
-    'TP never started: add "tensor_parallel": {"autotp_size": N} to the DeepSpeed configuration, or load the model '
-    'with tp_plan="auto" in transformers; what is saved is otherwise as large as without TP.'
+    'No parameter is sharded. Add "tensor_parallel": {"autotp_size": N} to the DeepSpeed configuration, or load the '
+    'model with tp_plan="auto" in transformers; until then every rank trains and saves the full model.'
 )
 
 

@@ -34,7 +34,7 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     differing = [name for name, parameter in compared.items() if not parameter.difference.agrees]
     for name in (name for name in differing if not _has_gradient(evidence, step, name)):
         del compared[name]
-        not_compared[name] = "it has no gradient, and optimizers may decay such a weight or leave it"
+        not_compared[name] = "it has no gradient, and optimizers differ in whether they decay it"
     wrong = [parameter for parameter in compared.values() if not parameter.difference.agrees]
     wrong.sort(key=lambda parameter: -parameter.difference.margin)
     suspects = [_weight_suspect(evidence, step, parameter, len(wrong)) for parameter in wrong]
