@@ -18,7 +18,7 @@ from tpcheck.model.batches import Batch, batch_size, copy_batch, make_batches
 from tpcheck.model.build import build_model, loss_of
 from tpcheck.model.options import Request
 from tpcheck.numerics.evidence import Step, TensorKey
-from tpcheck.numerics.perturb import Deviations, Perturbation, first_moved, named_deviations, perturbed_replay
+from tpcheck.numerics.perturb import Deviations, Perturbation, first_nonzero, named_deviations, perturbed_replay
 from tpcheck.numerics.precision import torch_function_disabled
 from tpcheck.numerics.recorder import ModuleRecorder
 from tpcheck.numerics.snapshots import State, copy_buffers, copy_parameters, restore_buffers, restore_parameters
@@ -88,7 +88,7 @@ class Reference:
 
         measured = self._share_of_replays(rank, replay)
         unperturbed = next(share for share in rank.gather(measured.pop(0, None)) if share is not None)
-        if (moved := first_moved(unperturbed)) is not None:
+        if (moved := first_nonzero(unperturbed)) is not None:
             raise UsageError("build", moved, "a model that computes the same each time from the same weights and batch")
         return steps, self._gather_tolerance(rank, measured)
 

@@ -43,14 +43,14 @@ def perturbed_replay(
     perturbation: Perturbation,
     expected: Mapping[TensorKey, torch.Tensor],
     deviations: Deviations,
-    *place: int,
+    *key_prefix: int,
     forced: ForcedValue | None = None,
 ) -> Iterator[None]:
     """Perturb every leaf module, and measure how far each recorded tensor of a module moves, while inside.
 
     Args:
-        expected: The recorded tensors. What a replay makes beside them is not measured.
-        deviations: Receives the distances, by (*place, key).
+        expected: The recorded tensors. Other tensors of the replay are ignored.
+        deviations: Receives the distances, by (*key_prefix, key).
         forced: As in `ModuleRecorder`.
     """
 
@@ -58,22 +58,22 @@ def perturbed_replay(
         if key in expected:
             with torch_function_disabled():
                 distance = frobenius_distance(tensor, expected[key])
-            deviations.update({(*place, key): distance})
+            deviations.update({(*key_prefix, key): distance})
 
     with perturbed_leaves(model, perturbation), ModuleRecorder(model, measure, forced):
         yield
 
 
 def named_deviations(
-    actual: Mapping[str, torch.Tensor | None], expected: Mapping[str, torch.Tensor | None], *place: Hashable
+    actual: Mapping[str, torch.Tensor | None], expected: Mapping[str, torch.Tensor | None], *key_prefix: Hashable
 ) -> Deviations:
-    """Return how far tensors of the same names are apart, by (*place, name); without those that one side lacks."""
+    """Return how far tensors of the same names are apart, by (*key_prefix, name); without those that one side lacks."""
     present = [name for name in expected if expected[name] is not None and actual.get(name) is not None]
-    return {(*place, name): frobenius_distance(actual[name], expected[name]) for name in present}  # type: ignore[arg-type]
+    return {(*key_prefix, name): frobenius_distance(actual[name], expected[name]) for name in present}  # type: ignore[arg-type]
 
 
-def first_moved(deviations: Deviations) -> str | None:
-    """Return the name of the first tensor that moved; None where none did."""
+def first_nonzero(deviations: Deviations) -> str | None:
+    """Return the name of the first tensor with a deviation; None where all are 0."""
     for key, deviation in deviations.items():
         if deviation:
             return " ".join(map(str, key)) if isinstance(key, tuple) else str(key)

@@ -17,7 +17,7 @@ from tpcheck.backends.local_part import local_part
 from tpcheck.core.errors import UsageError
 from tpcheck.numerics.differences import frobenius, frobenius_distance
 from tpcheck.numerics.evidence import Step, TensorKey
-from tpcheck.numerics.perturb import Deviations, Perturbation, first_moved, named_deviations, perturbed_replay
+from tpcheck.numerics.perturb import Deviations, Perturbation, first_nonzero, named_deviations, perturbed_replay
 from tpcheck.numerics.recorder import ModuleRecorder
 from tpcheck.numerics.snapshots import State, copy_buffers, copy_parameters, restore_buffers, restore_parameters
 from tpcheck.numerics.tensors import map_tensors, named_tensors
@@ -161,7 +161,7 @@ def measure_deviations(model: nn.Module, calls: Sequence[Call]) -> Deviations:
     with _restored(model), few_threads(sum(parameter.numel() for parameter in model.parameters())):
         dtype = next(model.parameters()).dtype
         unperturbed = _replay(model, calls, Perturbation.of_replay(0, dtype, seed=0))
-        if (moved := first_moved(unperturbed)) is not None:
+        if (moved := first_nonzero(unperturbed)) is not None:
             raise UsageError(
                 "model", moved, "a model that computes the same each time: switch dropout off, or call model.eval()"
             )
