@@ -11,7 +11,7 @@ import pytest
 
 import tpcheck
 from tpcheck import Topology
-from tpcheck.core.causes import Cause, sentence
+from tpcheck.core.causes import Cause, cause_text
 
 # The stable slugs of the public contract.
 SLUGS = set(
@@ -62,10 +62,10 @@ def modules_naming(cause: Cause) -> list[str]:
 @pytest.mark.parametrize("cause", Cause)
 def test_the_catalogue_says_where_a_cause_is_tested(cause: Cause) -> None:
     modules = modules_naming(cause)
-    for place in cause.tested_in:
+    for place in cause.diagnosed_in:
         assert any(f"{module}.".startswith(f"{place}.") for module in modules), place
     others = [
-        module for module in modules if not any(f"{module}.".startswith(f"{place}.") for place in cause.tested_in)
+        module for module in modules if not any(f"{module}.".startswith(f"{place}.") for place in cause.diagnosed_in)
     ]
     assert set(others) <= set(PASSES_ON)
 
@@ -77,25 +77,25 @@ def test_advice_is_a_sentence(cause: Cause) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "expected"),
+    ("residual", "expected"),
     [
         (3.9e-16, "missing_reduce: leaving out the reduction over the ranks gives the actual tensor to 3.9e-16"),
         (0.0, "missing_reduce: leaving out the reduction over the ranks gives the actual tensor to the bit"),
         (None, "missing_reduce: leaving out the reduction over the ranks gives the actual tensor"),
     ],
 )
-def test_a_sentence_says_how_exactly_the_test_of_its_cause_held(error: float | None, expected: str) -> None:
-    assert sentence("missing_reduce", error) == expected
+def test_a_sentence_says_how_exactly_the_test_of_its_cause_held(residual: float | None, expected: str) -> None:
+    assert cause_text("missing_reduce", residual) == expected
 
 
 def test_the_sentence_of_a_cause_that_is_no_equality_has_no_error() -> None:
-    assert sentence("gradient_missing", 0.0).endswith("the reference has one")
+    assert cause_text("gradient_missing", 0.0).endswith("the reference has one")
 
 
 @pytest.mark.parametrize("cause", Cause)
 def test_every_sentence_can_be_filled_in(cause: Cause) -> None:
-    assert "{" not in sentence(cause.slug, None)
+    assert "{" not in cause_text(cause.slug, None)
 
 
 def test_a_slug_of_a_third_party_stands_for_itself() -> None:
-    assert sentence("gremlins", None) == "gremlins"
+    assert cause_text("gremlins", None) == "gremlins"

@@ -61,9 +61,9 @@ def test_a_mismatch_is_reported_from_the_field_to_the_fix() -> None:
 
 
 def line_of_cause() -> str:
-    from tpcheck.core.causes import sentence
+    from tpcheck.core.causes import cause_text
 
-    return sentence("rng_differs_torch", None)
+    return cause_text("rng_differs_torch", None)
 
 
 def test_the_mismatch_in_the_readme_is_one_that_reports_make() -> None:

@@ -72,16 +72,17 @@ class Cause(Enum):
 
     Attributes:
         slug: Its stable name, as `Finding.cause` and JSON have it.
-        sentence: What its test has shown. `{to}` is how exactly that held: "equals the expected one to 3.9e-16".
-        tested_in: The modules and packages of `tpcheck` with the tests that name it.
+        sentence: What its test has shown. `cause_text` replaces `{residual}` by " to 3.9e-16" (the relative error that
+            remained), " to the bit" (0) or nothing (unknown): "equals the expected one to 3.9e-16".
+        diagnosed_in: The modules and packages of `tpcheck` with the numerical tests that name it.
 
     The last column is what to change, a sentence or a function of the evidence and the topology: see `advise`.
     """
 
-    def __init__(self, slug: str, sentence: str, tested_in: str, advice: Advice = "") -> None:
+    def __init__(self, slug: str, sentence: str, diagnosed_in: str, advice: Advice = "") -> None:
         self.slug = slug
         self.sentence = sentence
-        self.tested_in = tuple(tested_in.split())
+        self.diagnosed_in = tuple(diagnosed_in.split())
         self._advice = advice
 
     def advise(self, evidence: Mapping[str, Any] | None = None, topology: Topology | None = None) -> str | None:
@@ -111,13 +112,13 @@ class Cause(Enum):
     )
     SHARD_REPEATED = (
         "shard_repeated",
-        "one rank's shard is in every rank's place{to}",
+        "one rank's shard is in every rank's place{residual}",
         "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact",
         "One rank's shard is used for all: gather over the TP group and index by tp_rank.",
     )
     SHARD_ORDER_SWAPPED = (
         "shard_order_swapped",
-        "the shards in another order of ranks equal the expected tensor{to}",
+        "the shards in another order of ranks equal the expected tensor{residual}",
         "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact",
         "Concatenate the shards in the order of tp_rank, not of world rank or of file names.",
     )
@@ -129,24 +130,24 @@ class Cause(Enum):
     )
     WRONG_SHARD_BOUNDARY = (
         "wrong_shard_boundary",
-        "the shards were cut at another boundary{to}",
+        "the shards were cut at another boundary{residual}",
         "numerics.hypotheses.layout numerics.exact",
         "Cut and gather at the same boundaries: ceil-sized chunks on one side and heads on the other do not match.",
     )
     HEAD_MAPPING_WRONG = (
         "head_mapping_wrong",
-        "using another rank's heads reproduces the expected tensor{to}",
+        "using another rank's heads reproduces the expected tensor{residual}",
         "numerics.hypotheses.layout numerics.hypotheses.weights",
     )
     VOCAB_OFFSET_WRONG = (
         "vocab_offset_wrong",
-        "token ids shifted by another rank's vocabulary offset give the actual tensor{to}",
+        "token ids shifted by another rank's vocabulary offset give the actual tensor{residual}",
         "numerics.hypotheses.vocabulary numerics.exact",
         "Remove the padding of the vocabulary from each rank's shard before concatenating them.",
     )
     TENSOR_OF_ANOTHER_LAYER = (
         "tensor_of_another_layer",
-        "the actual tensor equals the expected one of another layer{to}",
+        "the actual tensor equals the expected one of another layer{residual}",
         "numerics.hypotheses.gradients numerics.exact",
         "Renumber the layers: a pipeline stage or a name map counts them from another start.",
     )
@@ -154,35 +155,35 @@ class Cause(Enum):
     # ---- reductions
     MISSING_REDUCE = (
         "missing_reduce",
-        "leaving out the reduction over the ranks gives the actual tensor{to}",
+        "leaving out the reduction over the ranks gives the actual tensor{residual}",
         "numerics.hypotheses.reductions numerics.hypotheses.vocabulary",
     )
     DUPLICATE_REDUCE = (
         "duplicate_reduce",
-        "reducing over the ranks once more gives the actual tensor{to}",
+        "reducing over the ranks once more gives the actual tensor{residual}",
         "numerics.hypotheses.reductions numerics.hypotheses.vocabulary numerics.exact",
         "Do not sum replicas: gather shards, take replicas from one rank.",
     )
     MEAN_INSTEAD_OF_SUM = (
         "mean_instead_of_sum",
-        "a mean over the ranks in place of the sum gives the actual tensor{to}",
+        "a mean over the ranks in place of the sum gives the actual tensor{residual}",
         "numerics.hypotheses.reductions",
     )
     SUM_INSTEAD_OF_MEAN = (
         "sum_instead_of_mean",
-        "a sum over the DP ranks in place of the mean gives the actual tensor{to}",
+        "a sum over the DP ranks in place of the mean gives the actual tensor{residual}",
         "numerics.hypotheses.reductions",
     )
     BIAS_ADDED_PER_RANK = (
         "bias_added_per_rank",
-        "adding the bias more than once reproduces the actual tensor{to}",
+        "adding the bias more than once reproduces the actual tensor{residual}",
         "numerics.hypotheses.reductions",
     )
 
     # ---- gradients, norms, replicas
     PARTIAL_GRADIENT_ON_REPLICA = (
         "partial_gradient_on_replica",
-        "the sum of the ranks' gradients equals the expected one{to}",
+        "the sum of the ranks' gradients equals the expected one{residual}",
         "numerics.hypotheses.reductions",
     )
     GRADIENT_MISSING = (
@@ -192,17 +193,17 @@ class Cause(Enum):
     )
     GRADIENT_SCALED = (
         "gradient_scaled",
-        "the actual gradient equals the expected one times a constant{to}",
+        "the actual gradient equals the expected one times a constant{residual}",
         "numerics.hypotheses.gradients",
     )
     NORM_IS_LOCAL = (
         "norm_is_local",
-        "the norm is that of one rank's own gradients{to}",
+        "the norm is that of one rank's own gradients{residual}",
         "numerics.hypotheses.optimizer",
     )
     NORM_COUNTS_REPLICAS = (
         "norm_counts_replicas",
-        "counting replicated parameters once for each rank gives the actual norm{to}",
+        "counting replicated parameters once for each rank gives the actual norm{residual}",
         "numerics.hypotheses.optimizer",
     )
     REPLICA_DRIFT = (
@@ -227,19 +228,19 @@ class Cause(Enum):
     )
     DTYPE_ROUNDED = (
         "dtype_rounded",
-        "the expected tensor, rounded to a smaller dtype, equals the actual one{to}",
+        "the expected tensor, rounded to a smaller dtype, equals the actual one{residual}",
         "numerics.hypotheses.values numerics.exact checkpoints",
         "Save the fp32 master weights, not the 16-bit copies; pass --dtype if the cast was intended.",
     )
     TRANSPOSED = (
         "transposed",
-        "the transposed tensor equals the expected one{to}",
+        "the transposed tensor equals the expected one{residual}",
         "numerics.exact",
         "Transpose it when saving or loading: nn.Linear has (out, in), Conv1D (in, out).",
     )
     STALE_WEIGHT = (
         "stale_weight",
-        "the actual tensor equals the expected one of an earlier step{to}",
+        "the actual tensor equals the expected one of an earlier step{residual}",
         "numerics.hypotheses.optimizer numerics.exact",
         "Save after the optimizer's step has reached the model: ZeRO gathers the weights last.",
     )
@@ -336,12 +337,12 @@ class Explanation:
 
     Attributes:
         cause: What it is.
-        error: Relative error that remains once the cause is taken into account; 0 where the test is exact.
+        residual: Relative error that remains once the cause is taken into account; 0 where the test is exact.
         evidence: What more the test has shown, by name, JSON-able: which rank, which dim, which permutation.
     """
 
     cause: Cause
-    error: float = 0.0
+    residual: float = 0.0
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -361,8 +362,8 @@ def cause_named(slug: str | None) -> Cause | None:
 _BY_SLUG: Mapping[str, Cause] = {cause.slug: cause for cause in Cause}
 
 
-def sentence(slug: str, error: float | None) -> str:
-    """Return the slug and its sentence; `error` is how exactly the cause's test held, where that is a number."""
-    to = "" if error is None else f" to {error:.1e}" if error else " to the bit"
+def cause_text(slug: str, residual: float | None) -> str:
+    """Return the slug and its sentence, with the residual that the cause's test left; None where it is unknown."""
+    text = "" if residual is None else f" to {residual:.1e}" if residual else " to the bit"
     cause = cause_named(slug)
-    return f"{slug}: {cause.sentence.format(to=to)}" if cause else slug
+    return f"{slug}: {cause.sentence.format(residual=text)}" if cause else slug

@@ -28,11 +28,11 @@ from tpcheck.model.teacher_forcing import (
     forced_tolerance,
     replica_gradients,
 )
-from tpcheck.numerics.answer import GroupAnswer, forbids_training, full_answer, start_answer
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
 from tpcheck.numerics.evidence import Evidence, ForcedModules, RankFacts, Step, TensorKey
 from tpcheck.numerics.precision import everything_in_float64, torch_function_disabled
 from tpcheck.numerics.tolerance import Tolerance
+from tpcheck.numerics.verdict import GroupAnswer, forbids_training, full_answer, start_answer
 
 T = TypeVar("T")
 

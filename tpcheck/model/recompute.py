@@ -12,7 +12,7 @@ from tpcheck.numerics.differences import frobenius_distance, place, rounding_err
 from tpcheck.numerics.evidence import Evidence, TensorKey
 from tpcheck.numerics.precision import torch_function_disabled
 from tpcheck.numerics.snapshots import State
-from tpcheck.numerics.tolerance import RECOMPUTED
+from tpcheck.numerics.tolerance import RECOMPUTED_FACTOR
 
 Compute = Callable[[torch.Tensor], torch.Tensor]
 
@@ -95,7 +95,7 @@ def _works_by_parts(
     placed_inputs, placed_outputs = place(first[before].shape, inputs), place(first[after].shape, outputs)
     if placed_inputs is None or placed_outputs is None:
         return False
-    allowed = RECOMPUTED * evidence.tolerance.allowed((0, evidence.dp_rank, after), rounding_error(first[after]))
+    allowed = RECOMPUTED_FACTOR * evidence.tolerance.allowed((0, evidence.dp_rank, after), rounding_error(first[after]))
     for tp_rank in range(len(outputs)):
         try:
             part = compute(placed_inputs.expected_part(first[before], tp_rank))

@@ -20,10 +20,10 @@ from tpcheck.checkpoints.comparison import compare_checkpoints, open_checkpoint
 from tpcheck.core.errors import TpcheckError
 from tpcheck.core.findings import Finding
 from tpcheck.model.reference import CommunicatingRank
-from tpcheck.numerics.answer import CheckAnswer, GroupAnswer
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
 from tpcheck.numerics.evidence import Evidence
 from tpcheck.numerics.snapshots import restore_buffers
+from tpcheck.numerics.verdict import CheckAnswer, GroupAnswer
 
 Save = Callable[[Path], None]
 

@@ -125,7 +125,7 @@ def run(request: Request, subject: Mapping[str, Any], again: str | None) -> Repo
         again: The command that repeats the run, if there is one.
     """
     from tpcheck.model.rank_run import verify_on_rank
-    from tpcheck.numerics.answer import verdict
+    from tpcheck.numerics.verdict import verdict
 
     start = time.monotonic()
     try:

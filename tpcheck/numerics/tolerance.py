@@ -12,24 +12,24 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 NUM_REPLAYS = 8
-SAFETY = 10.0
+SAFETY_FACTOR = 10.0
 
 # ---- comparisons
 
 # Rounding is measured around the reference's inputs. What is recomputed from a rank's own inputs, or summed in another
-# order, rounds elsewhere: at most as far as is allowed, which is SAFETY times what was measured.
-RECOMPUTED = 10.0
+# order, rounds elsewhere: at most as far as is allowed, which is SAFETY_FACTOR times what was measured.
+RECOMPUTED_FACTOR = 10.0
 
 # ---- causes: share of a difference that may remain where a cause explains it
 
 # In float64 rounding leaves about 1e-12 of a difference that is worth a finding; 1e-3 leaves room for float32, and for
 # differences of 1e-9 that float64 still shows.
-EXACT = 1e-3
+RESIDUAL_EXACT = 1e-3
 # In bfloat16 what remains may be as large as the allowed error: a cause has to explain nine tenths even then.
-NOISY = 0.1
+RESIDUAL_NOISY = 0.1
 # Of a norm or a step that is worked out from weights: a float64 weight rounds by 1e-16 of itself, 1e-10 of a step that
 # moves it by 1e-6. Numbers that agree in six digits are the same number.
-FITTED = 1e-6
+FITTED_RELATIVE_ERROR = 1e-6
 # Distance of equal rows of an embedding: a lookup does not round, but torch.cdist does.
 EQUAL_ROWS = 1e-9
 
@@ -38,7 +38,7 @@ EQUAL_ROWS = 1e-9
 # A float64 ends in the 45 zero bits of a bfloat16 once in 2**45; eight that all do were rounded. Eight zeros in the
 # place of eight other numbers are no accident either.
 LEAST_ELEMENTS = 8
-# Any number is a multiple of any other; a common factor of four holds by chance once in (1 / EXACT)**3.
+# Any number is a multiple of any other; a common factor of four holds by chance once in (1 / RESIDUAL_EXACT)**3.
 LEAST_MULTIPLES = 4
 # Features of a head: fewer are found in another place by chance.
 LEAST_HEAD_SIZE = 4
@@ -75,7 +75,7 @@ class Tolerance:
             rounding: Rounding error of the expected tensor itself, which holds where the replays did not change it: of
                 every element for computed tensors, of one for stored ones (weights).
         """
-        return SAFETY * max(self.deviations.get(key, 0.0), rounding)
+        return SAFETY_FACTOR * max(self.deviations.get(key, 0.0), rounding)
 
     def allowed_scalar(self, key: Hashable, expected: float) -> float:
         """Return the largest error that passes for the loss or the gradient norm.

@@ -100,7 +100,7 @@ def cause(finding: Finding) -> str:
     known = causes.cause_named(finding.cause)
     phrase = _PHRASES.get(known) if known else None
     text = phrase(_details(finding)) if phrase is not None else None
-    return f"{finding.cause}: {text}" if text else causes.sentence(finding.cause, None)
+    return f"{finding.cause}: {text}" if text else causes.cause_text(finding.cause, None)
 
 
 def _shard(details: Details) -> str:

@@ -143,7 +143,7 @@ def _cause(finding: Finding) -> str:
         return words.UNKNOWN_CAUSE
     if finding.check == checkpoints.CHECK:
         return checkpoints.cause(finding)
-    return causes.sentence(finding.cause, finding.evidence.get("cause_error"))
+    return causes.cause_text(finding.cause, finding.evidence.get("cause_error"))
 
 
 def _collectives(evidence: Mapping[str, Any]) -> str:

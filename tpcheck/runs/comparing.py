@@ -18,11 +18,11 @@ from tpcheck.core.findings import Coverage, Verdict
 from tpcheck.core.placement import Replicate, Shard
 from tpcheck.core.reproduce import compare_command
 from tpcheck.core.topology import Topology
-from tpcheck.numerics.answer import full_answer, start_answer, verdict
 from tpcheck.numerics.checks import CHECK_NAMES
 from tpcheck.numerics.differences import place
 from tpcheck.numerics.evidence import Evidence, RankFacts, Step
 from tpcheck.numerics.tolerance import NUM_REPLAYS, Tolerance
+from tpcheck.numerics.verdict import full_answer, start_answer, verdict
 from tpcheck.report.report import Report
 from tpcheck.runs.trace import RankRecording
 

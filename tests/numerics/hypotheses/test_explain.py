@@ -120,7 +120,7 @@ def test_a_cause_is_named_where_its_test_holds(cause: Cause) -> None:
     found = explain(EXAMPLES[cause]())
     assert found is not None
     assert found.cause is cause
-    assert found.error < 1e-2 if cause is Cause.DTYPE_ROUNDED else found.error < 1e-12
+    assert found.residual < 1e-2 if cause is Cause.DTYPE_ROUNDED else found.residual < 1e-12
 
 
 @pytest.mark.parametrize("kind", ["activation", "input_gradient", "gradient", "update"])

@@ -10,17 +10,17 @@ import torch
 
 from tests.numerics.evidence import suspect
 from tpcheck.core.causes import Cause
+from tpcheck.numerics.differences import frobenius_distance
 from tpcheck.numerics.evidence import Suspect
 from tpcheck.numerics.hypotheses.proof import (
     Hypothesis,
-    distance,
-    explains,
+    explanation_if_equal,
+    first_confirmed,
+    largest_residual,
     observed_distance,
-    predicted,
-    remaining,
     wrong_tp_ranks,
 )
-from tpcheck.numerics.tolerance import EXACT, NOISY
+from tpcheck.numerics.tolerance import RESIDUAL_EXACT, RESIDUAL_NOISY
 
 ZEROS, ONES = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
 
@@ -34,22 +34,39 @@ def test_replicas_are_as_far_off_as_the_farthest_and_shards_together() -> None:
 def test_tensors_of_other_shapes_are_as_far_off_as_was_observed() -> None:
     assert observed_distance(suspect("activation", [ONES[:2]], ONES, observed=0.5)) == 1.0
     assert observed_distance(suspect("weight", [ONES[:2]], ONES, observed=2.0, allowed=0.0)) == 0.0  # counts elements
-    assert distance(ONES, ONES[:2]) == inf
+    assert frobenius_distance(ONES, ONES[:2]) == inf
 
 
-@pytest.mark.parametrize(("allowed_error", "share"), [(0.0, EXACT), (1e-4, EXACT), (0.1, 0.05), (10.0, NOISY)])
+@pytest.mark.parametrize(
+    ("allowed_error", "share"), [(0.0, RESIDUAL_EXACT), (1e-4, RESIDUAL_EXACT), (0.1, 0.05), (10.0, RESIDUAL_NOISY)]
+)
 def test_what_may_remain_is_little_of_the_difference_or_what_rounding_does(allowed_error: float, share: float) -> None:
-    assert remaining(suspect("activation", [ONES], ZEROS, allowed_error=allowed_error)) == pytest.approx(2 * share)
+    limit = largest_residual(suspect("activation", [ONES], ZEROS, allowed_error=allowed_error))
+    assert limit == pytest.approx(2 * share)
 
 
 def test_a_cause_explains_what_it_leaves_little_of() -> None:
     wrong = suspect("activation", [ONES * 2], ONES)
-    near, far = ONES * (1 + EXACT / 2), ONES * (1 + EXACT * 2)
-    found = explains(Cause.DUPLICATE_REDUCE, near, ONES, wrong)
+    near, far = ONES * (1 + RESIDUAL_EXACT / 2), ONES * (1 + RESIDUAL_EXACT * 2)
+    found = explanation_if_equal(Cause.DUPLICATE_REDUCE, near, ONES, wrong)
     assert found is not None
-    assert found.error == pytest.approx(EXACT / 2)
-    assert explains(Cause.DUPLICATE_REDUCE, far, ONES, wrong) is None
-    assert explains(Cause.DUPLICATE_REDUCE, near[:2], ONES, wrong) is None
+    assert found.residual == pytest.approx(RESIDUAL_EXACT / 2)
+    assert explanation_if_equal(Cause.DUPLICATE_REDUCE, far, ONES, wrong) is None
+    assert explanation_if_equal(Cause.DUPLICATE_REDUCE, near[:2], ONES, wrong) is None
+
+
+def test_nothing_explains_numbers_that_are_lost() -> None:
+    for lost in (torch.nan, inf):
+        wrong = suspect("activation", [ONES * lost], ONES)
+        assert explanation_if_equal(Cause.DUPLICATE_REDUCE, ONES * lost, ONES, wrong) is None
+        assert explanation_if_equal(Cause.DUPLICATE_REDUCE, ONES, ONES, wrong) is None
+
+
+def test_infinities_of_a_mask_do_not_hide_a_cause() -> None:
+    masked = torch.tensor([1.0, 1.0, 1.0, -inf], dtype=torch.float64)
+    found = explanation_if_equal(Cause.DUPLICATE_REDUCE, masked, masked, suspect("activation", [masked * 2], masked))
+    assert found is not None
+    assert found.residual == 0
 
 
 def test_ranks_are_wrong_beyond_what_may_remain() -> None:
@@ -62,7 +79,7 @@ def one_more(suspect: Suspect) -> Iterator[Hypothesis]:
 
 
 def test_the_first_hypothesis_that_the_wrong_ranks_confirm_is_named() -> None:
-    test = predicted(one_more)
+    test = first_confirmed(one_more)
     for parts in ([ONES * 2, ONES * 2], [ONES, ONES * 2]):
         found = test(suspect("update", parts, ONES))
         assert found is not None

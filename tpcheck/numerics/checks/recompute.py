@@ -12,7 +12,7 @@ from tpcheck.numerics.checks.parameters import ComparedParameter
 from tpcheck.numerics.checks.suspects import tensor_suspect
 from tpcheck.numerics.differences import Difference, frobenius, frobenius_distance, subtract, summarize
 from tpcheck.numerics.evidence import Evidence, Kind, LinearTerms, Suspect, TensorKey
-from tpcheck.numerics.tolerance import RECOMPUTED
+from tpcheck.numerics.tolerance import RECOMPUTED_FACTOR
 
 
 def recompute_linear(evidence: Evidence, step: int, key: TensorKey, allowed: float) -> LinearTerms | None:
@@ -35,7 +35,7 @@ def recompute_linear(evidence: Evidence, step: int, key: TensorKey, allowed: flo
         return None
     wide_bias = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
     product = whole_input.double() @ weight.double().t() + wide_bias
-    if frobenius_distance(product, expected.double()) > RECOMPUTED * allowed:
+    if frobenius_distance(product, expected.double()) > RECOMPUTED_FACTOR * allowed:
         return None
     placement = layout.placement()
     cut_dim = placement.dim if isinstance(placement, Shard) else None
@@ -68,7 +68,7 @@ def recompute_input_gradient(evidence: Evidence, step: int, key: TensorKey, allo
     pairs = [(gradient, part) for gradient, part in zip(gradients, parts, strict=True) if gradient is not None]
     if len(pairs) < len(parts) or any(gradient.shape[-1] != len(part) for gradient, part in (*pairs, (whole, weight))):
         return None
-    if frobenius_distance(whole.double() @ weight.double(), expected.double()) > RECOMPUTED * allowed:
+    if frobenius_distance(whole.double() @ weight.double(), expected.double()) > RECOMPUTED_FACTOR * allowed:
         return None
     terms = tuple(gradient.double() @ part.double() for gradient, part in pairs)
     no_bias = torch.zeros((), dtype=torch.float64)
@@ -88,7 +88,7 @@ def recompute_weight_gradient(
     whole = _gradient_product(evidence.reference[step].activations, input_key, output_key)
     if evidence.topology.dp > 1 or whole is None or whole.shape != parameter.expected.shape:
         return None
-    if frobenius_distance(whole, parameter.expected.double()) > RECOMPUTED * parameter.difference.allowed:
+    if frobenius_distance(whole, parameter.expected.double()) > RECOMPUTED_FACTOR * parameter.difference.allowed:
         return None
     weights = weight_parts(evidence, step, parameter.name)
     products = [_gradient_product(rank.activations, input_key, output_key) for rank in evidence.candidate[step]]
@@ -178,7 +178,7 @@ def compare_with_recomputed(
     size = frobenius(torch.cat([part.reshape(-1) for part in recomputed]))
     growth = max(1.0, size / from_reference.expected_norm if from_reference.expected_norm else 1.0)
     gaps = [subtract(part, right) for part, right in zip(actual_parts, recomputed, strict=True)]
-    difference = summarize(gaps, size, RECOMPUTED * growth * from_reference.allowed, is_replicated=is_replicated)
+    difference = summarize(gaps, size, RECOMPUTED_FACTOR * growth * from_reference.allowed, is_replicated=is_replicated)
     if difference.agrees:
         return None
     return tensor_suspect(

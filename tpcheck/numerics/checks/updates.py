@@ -15,7 +15,7 @@ from tpcheck.numerics.checks.replicas import replicas_differ
 from tpcheck.numerics.checks.suspects import tensor_suspect
 from tpcheck.numerics.differences import Placed, compare_placed, rounding_error, spacing
 from tpcheck.numerics.evidence import CheckOutcome, Evidence, NormFacts, ReplicaFacts, StepFacts, Suspect
-from tpcheck.numerics.tolerance import FITTED
+from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR
 
 _CHECK = "updates_match_reference"
 
@@ -185,7 +185,7 @@ def _shares(terms: Sequence[torch.Tensor], move: torch.Tensor) -> list[float] | 
         return None
     solution = torch.linalg.lstsq(columns / sizes, move[:, None]).solution[:, 0]
     remaining = torch.linalg.vector_norm(columns / sizes @ solution - move)
-    if float(remaining) > FITTED * float(torch.linalg.vector_norm(move)):
+    if float(remaining) > FITTED_RELATIVE_ERROR * float(torch.linalg.vector_norm(move)):
         return None
     return [float(share) for share in solution / sizes]
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from tpcheck.core.causes import Explanation, first_explanation
 from tpcheck.numerics.evidence import Kind, Suspect
 from tpcheck.numerics.hypotheses import gradients, layout, optimizer, reductions, values, vocabulary, weights
-from tpcheck.numerics.hypotheses.proof import Test, predicted
+from tpcheck.numerics.hypotheses.proof import Test, first_confirmed
 
 
 def explain(suspect: Suspect) -> Explanation | None:
@@ -31,7 +31,7 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
         reductions.terms_of_output,
         reductions.times_tp,
         reductions.over_tp,
-        predicted(reductions.linear_hypotheses, vocabulary.embedding_hypotheses, vocabulary.loss_hypotheses),
+        first_confirmed(reductions.linear_hypotheses, vocabulary.embedding_hypotheses, vocabulary.loss_hypotheses),
         reductions.times_tp_on_some,
         reductions.over_tp_on_some,
         layout.heads_moved,
@@ -48,7 +48,7 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
         reductions.where_module_computed_it(reductions.over_tp),
         reductions.where_module_computed_it(reductions.times_tp_on_some),
         reductions.where_module_computed_it(reductions.over_tp_on_some),
-        predicted(reductions.linear_hypotheses),
+        first_confirmed(reductions.linear_hypotheses),
         gradients.multiple,
         values.dtype_rounded,
     ),
@@ -58,7 +58,7 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
         reductions.where_replicas_are_averaged(reductions.times_dp),
         reductions.where_replicas_are_averaged(reductions.over_dp),
         gradients.multiple,
-        predicted(
+        first_confirmed(
             gradients.untied_hypotheses, reductions.averaging_hypotheses, gradients.another_parameters_hypotheses
         ),
         layout.shards_moved,
@@ -66,7 +66,7 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
     ),
     "norm": (optimizer.norm_is_local, optimizer.norm_counts_replicas),
     "update": (
-        predicted(optimizer.step_hypotheses),
+        first_confirmed(optimizer.step_hypotheses),
         values.dtype_rounded,
         optimizer.clipped_by_local_norm,
         optimizer.clipped_by_norm_of_replicas,

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from tpcheck.core.causes import Cause, Explanation
+from tpcheck.numerics.differences import frobenius, frobenius_distance
 from tpcheck.numerics.evidence import Suspect
-from tpcheck.numerics.hypotheses.proof import Hypothesis, norm, remaining, same_shapes
+from tpcheck.numerics.hypotheses.proof import Hypothesis, largest_residual, same_shapes
 from tpcheck.numerics.tolerance import LEAST_MULTIPLES
 
 
@@ -29,15 +30,15 @@ def multiple(suspect: Suspect) -> Explanation | None:
     """Each rank's gradient is the expected one times a constant of its own, which is not 1 on some."""
     if not suspect.actual_parts or not same_shapes(suspect.actual_parts, suspect.expected_parts):
         return None
-    limit = remaining(suspect)
+    limit = largest_residual(suspect)
     factors: list[float] = []
     worst = 0.0
     for part, expected in zip(suspect.actual_parts, suspect.expected_parts, strict=True):
-        actual, wide, size = part.double().reshape(-1), expected.double().reshape(-1), norm(expected)
+        actual, wide, size = part.double().reshape(-1), expected.double().reshape(-1), frobenius(expected)
         if (expected.numel() < LEAST_MULTIPLES and expected.dim()) or not size:
             return None
         factor = float(torch.dot(actual, wide)) / size**2
-        error = norm(actual - factor * wide)
+        error = frobenius_distance(actual, factor * wide)
         if error > limit or not factor:
             return None
         factors.append(factor)

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from tpcheck.core.causes import Cause, Explanation
+from tpcheck.numerics.differences import frobenius_distance
 from tpcheck.numerics.evidence import Suspect
-from tpcheck.numerics.hypotheses.proof import distance, norm, remaining, same_shapes
+from tpcheck.numerics.hypotheses.proof import largest_residual, relative, same_shapes
 from tpcheck.numerics.tolerance import LEAST_HEAD_SIZE
 
 
@@ -33,7 +34,7 @@ def shard_missing(suspect: Suspect) -> Explanation | None:
 
 
 def remainder_lost(suspect: Suspect) -> Explanation | None:
-    """All shards are as long as the whole divided by the number of ranks and rounded down, which leaves a remainder."""
+    """All shards are as long as the full dim over the number of ranks, rounded down, which leaves a remainder."""
     if suspect.shards is None:
         return None
     size, sizes = suspect.shards.size, suspect.shards.shard_sizes
@@ -52,15 +53,16 @@ def shards_moved(suspect: Suspect) -> Explanation | None:
     actual, expected = suspect.actual_parts, suspect.expected_parts
     if len(actual) < 2 or not expected:
         return None
-    limit, tp = remaining(suspect), len(actual)
+    limit, tp = largest_residual(suspect), len(actual)
     if not suspect.is_replicated:
         return _explained_by_order(_order(actual, expected, limit))
     if not same_shapes(actual, expected):
         return None
-    wrong = [(part, whole) for part, whole in zip(actual, expected, strict=True) if distance(part, whole) > limit]
+    pairs = list(zip(actual, expected, strict=True))
+    wrong = [(part, full) for part, full in pairs if frobenius_distance(part, full) > limit]
     for dim in range(actual[0].dim()):
         if all(part.shape[dim] >= tp and part.shape[dim] % tp == 0 for part, _ in wrong):
-            orders = [_order(part.chunk(tp, dim), whole.chunk(tp, dim), limit) for part, whole in wrong]
+            orders = [_order(part.chunk(tp, dim), full.chunk(tp, dim), limit) for part, full in wrong]
             explanation = _explained_by_order(*orders, dim=dim)
             if explanation is not None:
                 return explanation
@@ -68,7 +70,7 @@ def shards_moved(suspect: Suspect) -> Explanation | None:
 
 
 def _explained_by_order(*orders: list[int] | None, dim: int | None = None) -> Explanation | None:
-    """Return the cause that all orders show; an order gives, for each place, the piece that stands there."""
+    """Return the cause that all orders show; an order gives, for each position, the piece that stands there."""
     known = [order for order in orders if order is not None]
     causes = {_cause_of_order(order) for order in known}
     if len(known) < len(orders) or len(causes) != 1 or all(order == sorted(set(order)) for order in known):
@@ -86,11 +88,11 @@ def _cause_of_order(order: Sequence[int]) -> Cause | None:
 
 
 def _order(pieces: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], limit: float) -> list[int] | None:
-    """Return which of the expected pieces each piece is, that of its place first, or None where one is none of them."""
+    """Return which of the expected pieces each piece is, that of its position first; None where one is none of them."""
     order = []
-    for place, piece in enumerate(pieces):
-        sources = sorted(range(len(expected)), key=lambda source: source != place)
-        found = next((source for source in sources if distance(piece, expected[source]) <= limit), None)
+    for position, piece in enumerate(pieces):
+        sources = sorted(range(len(expected)), key=lambda source: source != position)
+        found = next((source for source in sources if frobenius_distance(piece, expected[source]) <= limit), None)
         if found is None:
             return None
         order.append(found)
@@ -105,20 +107,20 @@ def heads_moved(suspect: Suspect) -> Explanation | None:
     """
     if suspect.role != "input" or suspect.expected is None or suspect.is_replicated or not suspect.expected_parts:
         return None
-    actual, expected, whole = suspect.actual_parts, suspect.expected_parts, suspect.expected
+    actual, expected, full = suspect.actual_parts, suspect.expected_parts, suspect.expected
     if not same_shapes(actual, expected):
         return None
-    shapes = zip(whole.shape, *(part.shape for part in actual), strict=True)
+    shapes = zip(full.shape, *(part.shape for part in actual), strict=True)
     cut = [dim for dim, sizes in enumerate(shapes) if len(set(sizes)) > 1]
     if len(cut) != 1:
         return None
-    if cut[0] != whole.dim() - 1:
-        return _pieces_moved(suspect, actual, expected, whole, cut[0], 1)
-    if whole.dim() != 3:
+    if cut[0] != full.dim() - 1:
+        return _pieces_moved(suspect, actual, expected, full, cut[0], 1)
+    if full.dim() != 3:
         return None
     actual, expected = (tuple(part[:, 0] for part in parts) for parts in (actual, expected))
     found = (
-        _pieces_moved(suspect, actual, expected, whole[:, 0], 1, size)
+        _pieces_moved(suspect, actual, expected, full[:, 0], 1, size)
         for size in _head_sizes([part.shape[-1] for part in actual])
     )
     return next((explanation for explanation in found if explanation is not None), None)
@@ -133,26 +135,25 @@ def _pieces_moved(
     suspect: Suspect,
     actual_parts: Sequence[torch.Tensor],
     expected_parts: Sequence[torch.Tensor],
-    whole: torch.Tensor,
+    full: torch.Tensor,
     dim: int,
     size: int,
 ) -> Explanation | None:
     """Name the cause if every piece of `size` along `dim` is one of the expected tensor, and some stand elsewhere."""
-    if whole.shape[dim] % size:
+    if full.shape[dim] % size:
         return None
-    limit = remaining(suspect)
-    known = _pieces(whole, size, dim)
+    limit = largest_residual(suspect)
+    known = _pieces(full, size, dim)
     heads, is_moved, worst = [], False, 0.0
     for actual_part, expected_part in zip(actual_parts, expected_parts, strict=True):
         actual, expected = _pieces(actual_part, size, dim), _pieces(expected_part, size, dim)
         distances, sources = torch.cdist(actual, known, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
-        if bool((distances > limit).any()):
+        if not bool((distances <= limit).all()):
             return None
         is_moved = is_moved or bool(((actual - expected).norm(dim=1) > limit).any())
         worst = max(worst, float(distances.max()))
         heads.append(sources.tolist())
-    error = worst / (norm(whole) or 1.0)
-    return Explanation(Cause.HEAD_MAPPING_WRONG, error, {"heads": heads}) if is_moved else None
+    return Explanation(Cause.HEAD_MAPPING_WRONG, relative(worst, full), {"heads": heads}) if is_moved else None
 
 
 def _pieces(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:

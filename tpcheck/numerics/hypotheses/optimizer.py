@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.numerics.evidence import Suspect
 from tpcheck.numerics.hypotheses.proof import Hypothesis, wrong_tp_ranks
-from tpcheck.numerics.tolerance import EXACT, FITTED
+from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, RESIDUAL_EXACT
 
 
 def norm_is_local(suspect: Suspect) -> Explanation | None:
@@ -27,7 +27,7 @@ def norm_counts_replicas(suspect: Suspect) -> Explanation | None:
 def _norms_equal(cause: Cause, suspect: Suspect, explained: Sequence[float]) -> Explanation | None:
     errors = [min(abs(actual - norm) for norm in explained) for actual in suspect.actual_parts]
     error = max(errors) / suspect.expected if suspect.expected else max(errors)
-    return Explanation(cause, error) if error <= EXACT * suspect.observed else None
+    return Explanation(cause, error) if error <= RESIDUAL_EXACT * suspect.observed else None
 
 
 def clipped_by_local_norm(suspect: Suspect) -> Explanation | None:
@@ -53,7 +53,7 @@ def _clipped_by(
         return None
     pairs = [(implied[tp_rank], explained[tp_rank]) for tp_rank in wrong_tp_ranks(suspect)]
     errors = [abs(actual - norm) / norm if norm else 1.0 for actual, norm in pairs]
-    return Explanation(cause, max(errors)) if errors and max(errors) <= FITTED else None
+    return Explanation(cause, max(errors)) if errors and max(errors) <= FITTED_RELATIVE_ERROR else None
 
 
 def step_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:

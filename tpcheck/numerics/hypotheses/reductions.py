@@ -8,8 +8,16 @@ from itertools import combinations
 import torch
 
 from tpcheck.core.causes import Cause, Explanation
+from tpcheck.numerics.differences import frobenius, frobenius_distance, subtract
 from tpcheck.numerics.evidence import Suspect
-from tpcheck.numerics.hypotheses.proof import Hypothesis, Test, distance, explains, norm, remaining, same_shapes
+from tpcheck.numerics.hypotheses.proof import (
+    Hypothesis,
+    Test,
+    explanation_if_equal,
+    largest_residual,
+    relative,
+    same_shapes,
+)
 from tpcheck.numerics.tolerance import MOST_RANKS_OF_GROUPS
 
 
@@ -28,7 +36,7 @@ def _never_summed(cause: Cause, suspect: Suspect) -> Explanation | None:
     if not suspect.is_replicated or len(suspect.actual_parts) < 2 or suspect.expected is None:
         return None
     total = sum(part.double() for part in suspect.actual_parts)
-    return explains(cause, total, suspect.expected.double(), suspect)
+    return explanation_if_equal(cause, total, suspect.expected.double(), suspect)
 
 
 def terms_of_input_gradient(suspect: Suspect) -> Explanation | None:
@@ -50,17 +58,17 @@ def _terms_by_feature(cause: Cause, suspect: Suspect) -> Explanation | None:
     parts, expected = suspect.actual_parts, suspect.expected
     if not suspect.is_replicated or len(parts) < 2 or any(part.shape != expected.shape for part in parts):
         return None
-    limit = remaining(suspect)
+    limit = largest_residual(suspect)
     wide, *terms = (tensor.double().reshape(tensor.shape or (1,)) for tensor in (expected, *parts))
     wrong = _wrong_features(terms, wide, limit)
     if not bool(wrong.any()):
         return None
     wrong_terms, wrong_expected = [term[..., wrong] for term in terms], wide[..., wrong]
-    error = norm(sum(wrong_terms) - wrong_expected)
-    if error > limit or all(distance(term, wrong_terms[0]) <= limit for term in wrong_terms):
+    error = frobenius_distance(sum(wrong_terms), wrong_expected)
+    if error > limit or all(frobenius_distance(term, wrong_terms[0]) <= limit for term in wrong_terms):
         return None
     evidence = {} if bool(wrong.all()) else {"partial_features": f"{int(wrong.sum())} of {wrong.numel()}"}
-    return Explanation(cause, error / norm(wrong_expected), evidence)
+    return Explanation(cause, relative(error, wrong_expected), evidence)
 
 
 def _wrong_features(terms: Sequence[torch.Tensor], expected: torch.Tensor, limit: float) -> torch.Tensor:
@@ -68,7 +76,7 @@ def _wrong_features(terms: Sequence[torch.Tensor], expected: torch.Tensor, limit
     if expected.dim() < 2:
         return torch.ones(expected.shape, dtype=torch.bool)
     others = tuple(range(expected.dim() - 1))
-    errors = torch.stack([torch.linalg.vector_norm(term - expected, dim=others) for term in terms])
+    errors = torch.stack([torch.linalg.vector_norm(subtract(term, expected), dim=others) for term in terms])
     wrong: torch.Tensor = (errors > limit / expected.shape[-1] ** 0.5).any(dim=0)
     return wrong
 
@@ -84,12 +92,12 @@ def over_tp(suspect: Suspect) -> Explanation | None:
 
 
 def times_tp_on_some(suspect: Suspect) -> Explanation | None:
-    """As `times_tp`, of a whole tensor that every rank should hold and some have right."""
+    """As `times_tp`, of a full tensor that every rank should hold and some have right."""
     return _scaled(Cause.DUPLICATE_REDUCE, _tp(suspect), *_wrong_replicas(suspect), suspect)
 
 
 def over_tp_on_some(suspect: Suspect) -> Explanation | None:
-    """As `over_tp`, of a whole tensor that every rank should hold and some have right."""
+    """As `over_tp`, of a full tensor that every rank should hold and some have right."""
     return _scaled(Cause.MEAN_INSTEAD_OF_SUM, 1 / _tp(suspect), *_wrong_replicas(suspect), suspect)
 
 
@@ -116,9 +124,9 @@ def _wrong_replicas(suspect: Suspect) -> tuple[Parts, Parts]:
     """Return the parts of the ranks that are wrong, and the expected ones; nothing where the ranks hold shards."""
     if not suspect.is_replicated or not same_shapes(suspect.actual_parts, suspect.expected_parts):
         return (), ()
-    limit = remaining(suspect)
+    limit = largest_residual(suspect)
     pairs = zip(suspect.actual_parts, suspect.expected_parts, strict=True)
-    wrong = [(part, expected) for part, expected in pairs if not distance(part, expected) <= limit]
+    wrong = [(part, expected) for part, expected in pairs if not frobenius_distance(part, expected) <= limit]
     return [part for part, _ in wrong], [expected for _, expected in wrong]
 
 
@@ -130,7 +138,7 @@ def _scaled(
     actual, expected = (
         torch.cat([part.double().reshape(-1) for part in parts]) for parts in (actual_parts, expected_parts)
     )
-    return explains(cause, actual / factor, expected, suspect)
+    return explanation_if_equal(cause, actual / factor, expected, suspect)
 
 
 def where_replicas_are_averaged(test: Test) -> Test:
@@ -200,7 +208,7 @@ def _nearest_group(terms: Sequence[torch.Tensor], rank: int, total: torch.Tensor
     """Return the ranks, `rank` and some but not all others, whose terms add up to nearest to `total`."""
     others = [other for other in range(len(terms)) if other != rank]
     groups = [tuple(sorted((rank, *peers))) for size in range(1, len(others)) for peers in combinations(others, size)]
-    return min(groups, key=lambda group: norm(sum(terms[peer] for peer in group) - total))
+    return min(groups, key=lambda group: frobenius(sum(terms[peer] for peer in group) - total))
 
 
 def averaging_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:

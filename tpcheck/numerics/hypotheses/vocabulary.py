@@ -11,7 +11,7 @@ import torch
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.evidence import LossFacts, Suspect
 from tpcheck.numerics.hypotheses.proof import Hypothesis
-from tpcheck.numerics.tolerance import EQUAL_ROWS, FITTED, MOST_OFFSETS
+from tpcheck.numerics.tolerance import EQUAL_ROWS, FITTED_RELATIVE_ERROR, MOST_OFFSETS
 
 
 def embedding_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:
@@ -82,7 +82,7 @@ def loss_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:
         local_log_sums = [float(part.logsumexp(-1).mean()) for part in local_logits]
         predicted = [loss.expected - log_sum + local for local in local_log_sums]
         yield _losses(Cause.MISSING_REDUCE, predicted, lost="sum of exponentials")
-        if abs(sum(loss.actual) - (tp - 1) * log_sum - loss.expected) < abs(loss.expected) * FITTED:
+        if abs(sum(loss.actual) - (tp - 1) * log_sum - loss.expected) < abs(loss.expected) * FITTED_RELATIVE_ERROR:
             yield _losses(Cause.MISSING_REDUCE, loss.actual, lost="logit of the label")
         yield from _smoothed_locally(loss, log_sum, logits, local_logits)
 

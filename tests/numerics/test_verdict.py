@@ -11,7 +11,9 @@ import torch
 from tests.numerics.evidence import BIAS, BUFFER, DOWN, NORM, UP, key, right_evidence, with_digest, with_tensor
 from tpcheck.backends.layout import Layout
 from tpcheck.core.findings import CheckResult, Finding
-from tpcheck.numerics.answer import (
+from tpcheck.numerics.checks import CHECK_NAMES
+from tpcheck.numerics.evidence import Evidence
+from tpcheck.numerics.verdict import (
     CheckAnswer,
     GroupAnswer,
     forbids_training,
@@ -20,8 +22,6 @@ from tpcheck.numerics.answer import (
     start_answer,
     verdict,
 )
-from tpcheck.numerics.checks import CHECK_NAMES
-from tpcheck.numerics.evidence import Evidence
 
 RIGHT = right_evidence()
 WEIGHTS, REPLICAS, OUTPUTS, GRADIENTS = (

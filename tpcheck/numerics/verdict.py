@@ -12,7 +12,7 @@ from tpcheck.numerics.evidence import CheckOutcome, Evidence, Suspect
 from tpcheck.numerics.hypotheses.explain import explain
 
 # Findings of one cause are one mistake where these are the same, too.
-_OF_MISTAKE = ("factors", "rounded_to", "note", "story", "gradient_ratio", "weight_ratio", "momentum_ratio")
+_SAME_MISTAKE_KEYS = ("factors", "rounded_to", "note", "story", "gradient_ratio", "weight_ratio", "momentum_ratio")
 _MOST_UNEXPLAINED = 4  # findings without a cause that are not joined: they may be as many mistakes
 
 
@@ -27,21 +27,21 @@ def group_findings(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     for number, finding in enumerate(findings):
         is_unexplained_gradient = finding.cause is None and finding.where.get("phase") == "backward"
         stays_apart = is_unexplained_gradient and num_unexplained <= _MOST_UNEXPLAINED
-        mistake = number if stays_apart or not _is_of_parameter(finding) else _mistake(finding)
+        mistake = number if stays_apart or not _is_of_parameter(finding) else _mistake_key(finding)
         by_mistake.setdefault(mistake, []).append(finding)
-    return tuple(_joined(of_mistake) for of_mistake in by_mistake.values())
+    return tuple(_merge_findings(of_mistake) for of_mistake in by_mistake.values())
 
 
 def _is_of_parameter(finding: Finding) -> bool:
     return "parameter" in finding.where and "field" not in finding.where
 
 
-def _mistake(finding: Finding) -> Hashable:
-    shown = tuple(str(finding.evidence.get(name)) for name in _OF_MISTAKE) if finding.cause is not None else ()
+def _mistake_key(finding: Finding) -> Hashable:
+    shown = tuple(str(finding.evidence.get(name)) for name in _SAME_MISTAKE_KEYS) if finding.cause is not None else ()
     return finding.check, finding.where.get("phase"), finding.cause, tuple(finding.where.get("ranks", ())), shown
 
 
-def _joined(findings: Sequence[Finding]) -> Finding:
+def _merge_findings(findings: Sequence[Finding]) -> Finding:
     first, *others = findings
     if not others:
         return first
@@ -123,7 +123,7 @@ def _finding(suspect: Suspect) -> Finding:
     explanation = explain(suspect)
     evidence = {**suspect.evidence, **suspect.facts_as_evidence()}
     if explanation is not None:
-        evidence |= {**explanation.evidence, "cause_error": explanation.error}
+        evidence |= {**explanation.evidence, "cause_error": explanation.residual}
     return Finding(
         check=suspect.check,
         where=suspect.where,
@@ -195,7 +195,7 @@ def verdict(
     """Return the verdict over all TP groups, without the steps after the first one at which any group failed."""
     last_step = min(group.last_step for group in groups)
     answers = [answer for group in groups for answer in group.answers if answer.step <= last_step]
-    findings = tuple(replace(finding, again=again) for finding in _merged(answers))
+    findings = tuple(replace(finding, again=again) for finding in _merge_groups(answers))
     return Verdict(
         verdict="failed" if findings else "passed",
         subject=subject,
@@ -207,22 +207,22 @@ def verdict(
     )
 
 
-def _merged(answers: Sequence[CheckAnswer]) -> list[Finding]:
-    """Return the findings in the order of the checks; those of several groups about one place are merged."""
+def _merge_groups(answers: Sequence[CheckAnswer]) -> list[Finding]:
+    """Return the findings in the order of the checks; those of several groups about one tensor are merged."""
     merged: dict[tuple[Any, ...], Finding] = {}
     order = list(dict.fromkeys((answer.step, answer.check) for answer in answers))
     for answer in sorted(answers, key=lambda answer: order.index((answer.step, answer.check))):
         for finding in answer.findings:
-            place = (finding.check, *(str(finding.where.get(key)) for key in _PLACE))
-            known = merged.get(place)
-            merged[place] = finding if known is None else _of_both_groups(known, finding)
+            subject = (finding.check, *(str(finding.where.get(key)) for key in _WHERE_KEYS))
+            known = merged.get(subject)
+            merged[subject] = finding if known is None else _merge_two_groups(known, finding)
     return list(merged.values())
 
 
-_PLACE = ("phase", "step", "module", "parameter", "field")
+_WHERE_KEYS = ("phase", "step", "module", "parameter", "field")
 
 
-def _of_both_groups(first: Finding, second: Finding) -> Finding:
+def _merge_two_groups(first: Finding, second: Finding) -> Finding:
     worse, better = (second, first) if second.margin > first.margin else (first, second)
     ranks = sorted({*first.where.get("ranks", ()), *second.where.get("ranks", ())})
     where = {key: value for key, value in worse.where.items() if key != "dp_rank"}
