@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from tpcheck.numerics.differences import frobenius_distance, place, rounding_error
+from tpcheck.numerics.activation_placement import infer_placement
+from tpcheck.numerics.differences import frobenius_distance, rounding_error
 from tpcheck.numerics.evidence import Evidence, TensorKey
 from tpcheck.numerics.precision import torch_function_disabled
 from tpcheck.numerics.snapshots import State
@@ -49,7 +50,7 @@ def _wrong_inputs(evidence: Evidence) -> Iterator[tuple[TensorKey, Sequence[torc
         parts = _parts(evidence, key)
         if others or key.path != "0" or parts is None:
             continue
-        placed = place(first[key].shape, parts)
+        placed = infer_placement(first[key].shape, parts)
         allowed = evidence.tolerance.allowed((0, evidence.dp_rank, key), rounding_error(first[key]))
         if placed is not None and any(
             frobenius_distance(part, placed.expected_part(first[key], tp_rank)) > allowed
@@ -92,7 +93,8 @@ def _works_by_parts(
     outputs = _parts(evidence, after)
     if after not in first or outputs is None:
         return False
-    placed_inputs, placed_outputs = place(first[before].shape, inputs), place(first[after].shape, outputs)
+    placed_inputs = infer_placement(first[before].shape, inputs)
+    placed_outputs = infer_placement(first[after].shape, outputs)
     if placed_inputs is None or placed_outputs is None:
         return False
     allowed = RECOMPUTED_FACTOR * evidence.tolerance.allowed((0, evidence.dp_rank, after), rounding_error(first[after]))

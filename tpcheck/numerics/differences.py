@@ -1,4 +1,4 @@
-"""The placement of the ranks' parts of a tensor, and how far they are from the expected tensor."""
+"""How far the ranks' parts of a tensor are from the expected tensor."""
 
 from __future__ import annotations
 
@@ -9,67 +9,7 @@ from math import hypot, inf, isfinite, sqrt
 import torch
 
 from tpcheck.backends.layout import Layout
-from tpcheck.core.placement import Placement, Replicate, Shard
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """Each rank's part of a tensor, with the placement that relates it to the whole."""
-
-    placement: Placement
-    parts: tuple[torch.Tensor, ...]
-
-    @property
-    def is_replicated(self) -> bool:
-        """Whether every rank should hold the whole tensor."""
-        return isinstance(self.placement, Replicate)
-
-    @property
-    def num_blocks(self) -> int:
-        """How many blocks the whole has, each of which is cut."""
-        return len(self.placement.sizes) if isinstance(self.placement, Shard) else 1
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether the whole is cut block by block: concatenated in the order of ranks, its parts are not the whole."""
-        return self.num_blocks > 1
-
-    def expected_part(self, whole: torch.Tensor, tp_rank: int) -> torch.Tensor:
-        """Return what `tp_rank` should hold of `whole`."""
-        if not isinstance(self.placement, Shard):
-            return whole
-        dim = self.placement.dim
-        ranges = self.placement.ranges(whole.shape[dim], len(self.parts), tp_rank)
-        return torch.cat([whole.narrow(dim, indices.start, len(indices)) for indices in ranges], dim=dim)
-
-
-def place(whole_shape: Sequence[int], parts: Sequence[torch.Tensor], hint: Placement | None = None) -> Placed | None:
-    """Return the parts with the placement that their shapes show; None where they do not make up the whole.
-
-    Args:
-        whole_shape: Shape of the expected tensor.
-        parts: Each rank's tensor, by tp_rank.
-        hint: Placement of the features in the module's weight: shapes do not show blocks. Ignored where the shapes do
-            not fit it.
-    """
-    shapes = [tuple(part.shape) for part in parts]
-    whole = tuple(whole_shape)
-    if all(shape == whole for shape in shapes):
-        return Placed(Replicate(), tuple(parts))
-    cut = [dim for dim in range(len(whole)) if any(len(s) != len(whole) or s[dim] != whole[dim] for s in shapes)]
-    if len(cut) != 1 or any(len(shape) != len(whole) for shape in shapes):
-        return None
-    dim = cut[0]
-    sizes = tuple(shape[dim] for shape in shapes)
-    if isinstance(hint, Shard) and dim == len(whole) - 1 and _total_sizes(hint) == sizes:
-        return Placed(Shard(dim, hint.blocks, hint.sizes), tuple(parts))
-    if sum(sizes) != whole[dim]:
-        return None
-    return Placed(Shard(dim, sizes=(sizes,)), tuple(parts))
-
-
-def _total_sizes(shard: Shard) -> tuple[int, ...]:
-    return tuple(sum(by_block) for by_block in zip(*shard.sizes, strict=True))
+from tpcheck.numerics.activation_placement import PlacedTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +17,7 @@ class Difference:
     """The result of comparing one tensor, equal or not.
 
     Attributes:
-        error: Frobenius norm of actual - expected over the whole tensor; the worst rank's where it is replicated.
+        error: Frobenius norm of actual - expected over the full tensor; the worst rank's where it is replicated.
         expected_norm: Frobenius norm of the expected tensor.
         allowed: Largest error that passes.
         part_errors: Frobenius norm of each rank's error, by tp_rank.
@@ -129,7 +69,7 @@ class Difference:
         return error / self.expected_norm if self.expected_norm and isfinite(self.expected_norm) else error
 
 
-def compare_placed(placed: Placed, expected: torch.Tensor, allowed: float) -> Difference:
+def compare_placed(placed: PlacedTensor, expected: torch.Tensor, allowed: float) -> Difference:
     """Compare every rank's part with its part of `expected`."""
     gaps = [subtract(part, placed.expected_part(expected, tp_rank)) for tp_rank, part in enumerate(placed.parts)]
     return summarize(gaps, frobenius(expected), allowed, is_replicated=placed.is_replicated)
@@ -210,7 +150,7 @@ def largest_element(gap: torch.Tensor) -> tuple[float, tuple[int, ...]]:
 def compare_parameter(
     layout: Layout, expected: torch.Tensor, parts: Sequence[torch.Tensor], allowed: float
 ) -> Difference:
-    """Compare every rank's shard with the reference's whole tensor; `largest_at` is an index into the whole.
+    """Compare every rank's shard with the reference's parameter; `largest_at` is an index into the full tensor.
 
     Shapes that do not fit the layout make the error infinite.
     """
@@ -228,15 +168,15 @@ def compare_parameter(
 def distance_of_terms(parts: Sequence[torch.Tensor], expected: torch.Tensor) -> float:
     """Return the Frobenius distance of `expected` to the parts, or to their sum in the features where that is nearer.
 
-    Each feature (index of the last dim) is whole on every rank or a term on each: where two branches leave a module,
+    Each feature (index of the last dim) is complete on every rank or a term on each: where two branches leave a module,
     the gradient of one may be reduced and that of the other not yet. A vector is read as one feature, because single
     elements prove nothing.
     """
     total = subtract(torch.stack(list(parts)).sum(dim=0), expected)
     gaps = [total, *(subtract(part, expected) for part in parts)]
     if expected.dim() < 2:
-        as_terms, *as_whole = (torch.tensor(frobenius(gap), dtype=torch.float64) for gap in gaps)
+        as_terms, *as_replicas = (torch.tensor(frobenius(gap), dtype=torch.float64) for gap in gaps)
     else:
         others = tuple(range(expected.dim() - 1))
-        as_terms, *as_whole = (torch.linalg.vector_norm(gap, dim=others) for gap in gaps)
-    return frobenius(torch.minimum(as_terms, torch.stack(as_whole).amax(dim=0)))
+        as_terms, *as_replicas = (torch.linalg.vector_norm(gap, dim=others) for gap in gaps)
+    return frobenius(torch.minimum(as_terms, torch.stack(as_replicas).amax(dim=0)))

@@ -18,8 +18,8 @@ from tpcheck.core.findings import Coverage, Verdict
 from tpcheck.core.placement import Replicate, Shard
 from tpcheck.core.reproduce import compare_command
 from tpcheck.core.topology import Topology
+from tpcheck.numerics.activation_placement import infer_placement
 from tpcheck.numerics.checks import CHECK_NAMES
-from tpcheck.numerics.differences import place
 from tpcheck.numerics.evidence import Evidence, RankFacts, Step
 from tpcheck.numerics.tolerance import NUM_REPLAYS, Tolerance
 from tpcheck.numerics.verdict import full_answer, start_answer, verdict
@@ -161,7 +161,7 @@ def _layouts(tp_group: Sequence[RankRecording], reference: RankRecording) -> dic
 
 
 def _layout_from_shapes(shape: tuple[int, ...], parts: Sequence[torch.Tensor]) -> Layout | None:
-    placed = place(shape, parts)
+    placed = infer_placement(shape, parts)
     if placed is None:
         return None
     assert isinstance(placed.placement, (Shard, Replicate))  # terms of a sum have the whole shape, as replicas have

@@ -82,13 +82,13 @@ def test_parts_are_compared_as_replicas_or_shards_as_their_shapes_show() -> None
     activations = compare_activations(RIGHT, 0, "forward")
     assert not activations.wrong()
     assert not activations.not_compared
-    assert activations.compared[UP].placed.placement == Shard(2, sizes=((4, 4),))
-    assert activations.compared[DOWN].placed.is_replicated
+    assert activations.by_key[UP].placed.placement == Shard(2, sizes=((4, 4),))
+    assert activations.by_key[DOWN].placed.is_replicated
     assert set(activations.margins().values()) == {0.0}
 
 
 def test_phases_are_compared_apart() -> None:
-    assert {key.phase for key in compare_activations(RIGHT, 0, "backward").compared} == {"backward"}
+    assert {key.phase for key in compare_activations(RIGHT, 0, "backward").by_key} == {"backward"}
 
 
 def test_a_wrong_part_is_wrong_at_its_key_alone() -> None:
@@ -133,7 +133,7 @@ def recomputed(change: float) -> Evidence:
 
 
 def test_what_checkpointing_computes_again_is_compared_with_the_first_call() -> None:
-    again = compare_activations(recomputed(0.0), 0, "forward").compared[replace(DOWN, call=1)]
+    again = compare_activations(recomputed(0.0), 0, "forward").by_key[replace(DOWN, call=1)]
     assert again.is_recomputed
     assert again.difference.agrees
     assert [wrong.key.call for wrong in compare_activations(recomputed(1.0), 0, "forward").wrong()] == [1]
@@ -145,7 +145,7 @@ def test_gradients_of_a_second_call_alone_are_those_of_the_first() -> None:
     for rank, part in enumerate(RIGHT.candidate[0]):
         renamed = {replace(key, call=1) if key == gradient else key: part.activations[key] for key in part.activations}
         evidence = with_step(evidence, ranks=[rank], activations=renamed)
-    assert compare_activations(evidence, 0, "backward").compared[gradient].difference.agrees
+    assert compare_activations(evidence, 0, "backward").by_key[gradient].difference.agrees
 
 
 def test_terms_inside_a_module_whose_result_is_right_are_summed_by_their_parent() -> None:
@@ -153,7 +153,7 @@ def test_terms_inside_a_module_whose_result_is_right_are_summed_by_their_parent(
     evidence = with_tensor(evidence, "activations", DOWN, lambda tensor: tensor * 0.75, ranks=[1])
     activations = compare_activations(evidence, 0, "forward")
     assert not activations.wrong()
-    assert activations.compared[DOWN].placed.placement == Partial()
+    assert activations.by_key[DOWN].placed.placement == Partial()
 
 
 def test_a_shard_in_unknown_order_inside_a_right_module_is_not_compared() -> None:
@@ -174,6 +174,6 @@ def test_heads_are_cut_within_each_sample() -> None:
     for rank, rows in enumerate(([0, 1, 4, 5], [2, 3, 6, 7])):
         part = evidence.candidate[0][rank].activations
         evidence = with_step(evidence, ranks=[rank], activations={**part, name: heads[rows]})
-    found = compare_activations(evidence, 0, "forward").compared[name]
+    found = compare_activations(evidence, 0, "forward").by_key[name]
     assert found.difference.agrees
     assert found.placed.num_blocks == 2

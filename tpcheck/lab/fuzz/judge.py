@@ -99,9 +99,10 @@ def crashed_trial(
 
 
 def _difference(tensor: TriedTensor) -> Difference:
-    from tpcheck.numerics.differences import Difference, compare_placed, place
+    from tpcheck.numerics.activation_placement import infer_placement
+    from tpcheck.numerics.differences import Difference, compare_placed
 
-    placed = place(tensor.expected.shape, [tensor.actual])
+    placed = infer_placement(tensor.expected.shape, [tensor.actual])
     if placed is None:
         return Difference.unbounded(tensor.expected, tensor.allowed, 1)
     return compare_placed(placed, tensor.expected, tensor.allowed)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tpcheck.core.placement import Partial, Placement, Shard
-from tpcheck.numerics.differences import Difference, Placed, compare_placed, distance_of_terms, place, rounding_error
+from tpcheck.core.placement import Partial, Shard
+from tpcheck.numerics.activation_placement import PlacedTensor, cut_by_sample, infer_placement, placement_of_features
+from tpcheck.numerics.differences import Difference, compare_placed, distance_of_terms, rounding_error
 from tpcheck.numerics.evidence import Evidence, Phase, TensorKey
 
 
@@ -69,7 +70,7 @@ class ComparedActivation:
 
     key: TensorKey
     expected: Any
-    placed: Placed
+    placed: PlacedTensor
     difference: Difference
     is_recomputed: bool = False
 
@@ -78,14 +79,14 @@ class ComparedActivation:
 class ComparedActivations:
     """All activations of one phase of one step, in the reference's order of events."""
 
-    compared: Mapping[TensorKey, ComparedActivation]
+    by_key: Mapping[TensorKey, ComparedActivation]
     not_compared: Mapping[str, str]
 
     def wrong(self) -> list[ComparedActivation]:
-        return [activation for activation in self.compared.values() if not activation.difference.agrees]
+        return [activation for activation in self.by_key.values() if not activation.difference.agrees]
 
     def margins(self) -> dict[str, float]:
-        return {str(key): activation.difference.margin for key, activation in self.compared.items()}
+        return {str(key): activation.difference.margin for key, activation in self.by_key.items()}
 
 
 def compare_activations(evidence: Evidence, step: int, phase: Phase) -> ComparedActivations:
@@ -105,7 +106,7 @@ def compare_activations(evidence: Evidence, step: int, phase: Phase) -> Compared
         if len(parts) < len(candidates):
             not_compared[str(key)] = "not seen on every rank of the sharded model"
             continue
-        placed = place(expected.shape, parts, _placement_of_features(evidence, key))
+        placed = infer_placement(expected.shape, parts, placement_of_features(evidence, key))
         if placed is None:
             shapes = ", ".join(str(tuple(part.shape)) for part in parts)
             not_compared[str(key)] = f"the ranks' shapes {shapes} do not make up {tuple(expected.shape)}"
@@ -113,17 +114,17 @@ def compare_activations(evidence: Evidence, step: int, phase: Phase) -> Compared
         is_recomputed = key not in reference
         first_call = replace(key, call=0) if is_recomputed else key
         allowed = evidence.tolerance.allowed((step, evidence.dp_rank, first_call), rounding_error(expected))
-        readings = [placed, *_cut_by_sample(placed, expected, batch_size)]
-        differences = [(compare_placed(reading, expected, allowed), reading) for reading in readings]
+        alternatives = [placed, *cut_by_sample(placed, expected, batch_size)]
+        differences = [(compare_placed(each, expected, allowed), each) for each in alternatives]
         difference, placed = min(differences, key=lambda pair: pair[0].error)
         compared[key] = ComparedActivation(key, expected, placed, difference, is_recomputed)
     judged: dict[TensorKey, ComparedActivation] = {}
     for key, activation in compared.items():
-        read = activation if key in evidence.forced_inputs else _reread(compared, activation)
-        if read is None:
+        reinterpreted = activation if key in evidence.forced_inputs else _with_other_placement(compared, activation)
+        if reinterpreted is None:
             not_compared[str(key)] = "shard order unknown: shapes alone do not determine it; the parent module agrees"
         else:
-            judged[key] = read
+            judged[key] = reinterpreted
     return ComparedActivations(judged, not_compared)
 
 
@@ -150,23 +151,6 @@ def _expected_activations(evidence: Evidence, step: int, phase: Phase) -> Iterat
             yield key, reference[first_call]
 
 
-def _cut_by_sample(placed: Placed, expected: Any, batch_size: int) -> Iterator[Placed]:
-    """Yield the parts as heads of each sample, where dim 0 is samples times heads and is cut.
-
-    See `families.special_cases.ALIBI_HEADS_WITHIN_SAMPLES`.
-    """
-    shard, tp = placed.placement, len(placed.parts)
-    if not isinstance(shard, Shard) or shard.dim != 0 or batch_size < 2 or len(expected) % batch_size:
-        return
-    sizes = tuple(len(part) // batch_size for part in placed.parts)
-    if (
-        all(len(part) % batch_size == 0 for part in placed.parts)
-        and sum(sizes) * batch_size == len(expected)
-        and tp > 1
-    ):
-        yield Placed(Shard(0, blocks=(sum(sizes),) * batch_size, sizes=(sizes,) * batch_size), placed.parts)
-
-
 def _modules_called_less(
     reference: Mapping[TensorKey, Any], candidates: Sequence[Mapping[TensorKey, Any]]
 ) -> frozenset[str]:
@@ -181,15 +165,7 @@ def _modules_called_less(
     return frozenset(module for calls in actual for module in expected if 0 < calls[module] < expected[module])
 
 
-def _placement_of_features(evidence: Evidence, key: TensorKey) -> Placement | None:
-    """Return how the module's weight, [out, in], cuts the features of this activation."""
-    layout = evidence.layouts.get(f"{key.module}.weight")
-    placement = layout.placement() if layout is not None else None
-    features = 0 if key.role == "output" else 1
-    return placement if isinstance(placement, Shard) and placement.dim == features else None
-
-
-def _reread(
+def _with_other_placement(
     compared: Mapping[TensorKey, ComparedActivation], activation: ComparedActivation
 ) -> ComparedActivation | None:
     """Return a wrong activation by another placement, where the right result of its parent shows that there is one.
@@ -208,7 +184,7 @@ def _reread(
     if error > activation.difference.allowed:
         return activation
     difference = replace(activation.difference, error=error, part_errors=(0.0,) * len(parts))
-    return replace(activation, placed=Placed(Partial(), parts), difference=difference)
+    return replace(activation, placed=PlacedTensor(Partial(), parts), difference=difference)
 
 
 def _result_of_parent(

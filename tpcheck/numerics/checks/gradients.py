@@ -71,7 +71,7 @@ def _suspects(
         return []
     if compare_activations(evidence, step, "forward").wrong():  # which makes every gradient wrong
         return list(_unlike_recomputed(evidence, step, backward, wrong, known=()))
-    roots = first_divergences(list(backward.compared), wrong_activations.__contains__)
+    roots = first_divergences(list(backward.by_key), wrong_activations.__contains__)
     wrong_downstream = {key.module for key in wrong_activations if key.role == "output"}
     first_wrong = [parameter for parameter in wrong if parameter.module not in wrong_downstream]
     consequences = [parameter.name for parameter in wrong if parameter.module in wrong_downstream]
@@ -103,8 +103,8 @@ def _consequences(evidence: Evidence, step: int, parameters: Mapping[str, Compar
 def _activation_suspect(
     evidence: Evidence, step: int, backward: ComparedActivations, root: TensorKey, details: Mapping[str, Any]
 ) -> Suspect:
-    module = scope_of(root, {key.module for key in backward.compared})
-    activation = backward.compared[root]
+    module = scope_of(root, {key.module for key in backward.by_key})
+    activation = backward.by_key[root]
     terms = recompute_input_gradient(evidence, step, root, activation.difference.allowed)
     suspect = activation_suspect(evidence, step, activation, _CHECK, details, module)
     return replace(suspect, kind="input_gradient", linear=terms)

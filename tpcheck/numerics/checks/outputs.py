@@ -67,7 +67,7 @@ def outputs_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
 
 def _suspects(evidence: Evidence, step: int, activations: ComparedActivations) -> list[Suspect]:
     wrong = {activation.key for activation in activations.wrong()}
-    roots = first_divergences(list(activations.compared), wrong.__contains__)
+    roots = first_divergences(list(activations.by_key), wrong.__contains__)
     suspects = [_root_suspect(evidence, step, activations, root, len(wrong)) for root in roots]
     return [*suspects, *_independent(evidence, step, activations, roots)]
 
@@ -102,11 +102,11 @@ def _where(key: TensorKey, step: int, module: str) -> dict[str, Any]:
 def _root_suspect(
     evidence: Evidence, step: int, activations: ComparedActivations, root: TensorKey, num_wrong: int
 ) -> Suspect:
-    activation = activations.compared[root]
+    activation = activations.by_key[root]
     details: dict[str, Any] = {"first_of": num_wrong, "inputs_agree": True}
     if activation.is_recomputed:
         details["note"] = "right when it is first computed, wrong when activation checkpointing computes it again"
-    scope = scope_of(root, {key.module for key in activations.compared})
+    scope = scope_of(root, {key.module for key in activations.by_key})
     if is_result(root):
         suspect = activation_suspect(evidence, step, activation, _CHECK, details, scope)
         suspect = replace(suspect, collectives=differs_from_sibling_layers(evidence, step, root.module))
@@ -114,7 +114,7 @@ def _root_suspect(
             return replace(suspect, loss=_loss_facts(evidence, step, activations))
         terms = recompute_linear(evidence, step, root, activation.difference.allowed)
         return replace(suspect, linear=terms, embedding=None if terms else _embedding_facts(evidence, step, root))
-    fused = _fused_before(list(activations.compared.values()), root, scope)
+    fused = _fused_before(list(activations.by_key.values()), root, scope)
     if fused is None:
         details["note"] = f"the input of {root.module} is wrong although everything before it agrees"
         return activation_suspect(evidence, step, activation, _CHECK, details, scope)
@@ -180,7 +180,7 @@ def _embedding_facts(evidence: Evidence, step: int, key: TensorKey) -> Embedding
 def _loss_facts(evidence: Evidence, step: int, activations: ComparedActivations) -> LossFacts:
     """Return the losses, and the logits: the last output, right on all ranks, that is cut along its last dim."""
     expected, actual = evidence.reference[step].loss, tuple(rank.loss for rank in evidence.candidate[step])
-    for activation in reversed(list(activations.compared.values())):
+    for activation in reversed(list(activations.by_key.values())):
         logits, placement = activation.expected, activation.placed.placement
         is_right_output = activation.key.role == "output" and activation.difference.agrees
         if is_right_output and logits.dim() == 3 and isinstance(placement, Shard) and placement.dim == 2:

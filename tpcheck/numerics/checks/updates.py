@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from tpcheck.core.placement import Replicate
+from tpcheck.numerics.activation_placement import PlacedTensor
 from tpcheck.numerics.checks.norms import norm_facts
 from tpcheck.numerics.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.numerics.checks.replicas import replicas_differ
 from tpcheck.numerics.checks.suspects import tensor_suspect
-from tpcheck.numerics.differences import Placed, compare_placed, rounding_error, spacing
+from tpcheck.numerics.differences import compare_placed, rounding_error, spacing
 from tpcheck.numerics.evidence import CheckOutcome, Evidence, NormFacts, ReplicaFacts, StepFacts, Suspect
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR
 
@@ -67,7 +68,7 @@ def _compare_buffers(evidence: Evidence, step: int) -> tuple[list[ComparedParame
             not_compared[f"buffer {name}"] = "the sharded model's buffer has another shape"
         else:
             allowed = evidence.tolerance.allowed((step, evidence.dp_rank, "buffer", name), rounding_error(expected))
-            difference = compare_placed(Placed(Replicate(), parts), expected, allowed)
+            difference = compare_placed(PlacedTensor(Replicate(), parts), expected, allowed)
             compared.append(ComparedParameter(name, expected, parts, (expected,) * tp, difference))
     return compared, not_compared
 
