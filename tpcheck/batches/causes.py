@@ -47,8 +47,8 @@ def explain_same_samples(summaries: Sequence[BatchSummary]) -> Explanation | Non
         same = "samples"
     else:
         return None
-    known = context.known("sampler", "num_replicas", "rank", "dispatch_batches", "iterable", "sampler_seed")
-    return Explanation(Cause.DUPLICATE_DP_BATCH, evidence={"same": same} | known)
+    facts = context.loader_facts("sampler", "num_replicas", "rank", "dispatch_batches", "iterable", "sampler_seed")
+    return Explanation(Cause.DUPLICATE_DP_BATCH, evidence={"same": same} | facts)
 
 
 def explain_uneven_length() -> Explanation:
@@ -67,7 +67,7 @@ class _Context:
         """Return one fact of the loader on each rank, None where it is not known."""
         return [getattr(summary.loader, key) for summary in self.summaries]
 
-    def known(self, *keys: str) -> dict[str, Any]:
+    def loader_facts(self, *keys: str) -> dict[str, Any]:
         """Return these facts of the loader, where known: one value where all ranks agree, else one for each rank."""
         facts = {key: self.fact(key) for key in keys}
         return {key: values if _unequal(values) else values[0] for key, values in facts.items() if _any_known(values)}
@@ -129,12 +129,12 @@ def _known_to_differ(values: Sequence[Any]) -> bool:
 def _sharded_by_world_rank(context: _Context) -> Explanation | None:
     """A sampler for different replicas inside one TP group gives its ranks different samples."""
     if context.fact_differs("rank") and not context.indices_agree():
-        evidence = context.known("sampler", "num_replicas", "rank")
+        evidence = context.loader_facts("sampler", "num_replicas", "rank")
         return Explanation(Cause.SAMPLER_SHARDED_BY_WORLD_RANK, evidence=evidence)
     return None
 
 
-def _different_seed(context: _Context) -> Explanation | None:
+def _seeds_differ(context: _Context) -> Explanation | None:
     """The order is shuffled, from seeds or states of a torch generator that differ."""
     if not context.indices_differ() or False in context.fact("shuffle"):
         return None
@@ -142,7 +142,7 @@ def _different_seed(context: _Context) -> Explanation | None:
     drawn = [name for name in context.sampler_generators() if _kind(name) == "torch"]
     if not seeds and not drawn:
         return None
-    evidence = context.known("sampler", *seeds)
+    evidence = context.loader_facts("sampler", *seeds)
     return Explanation(Cause.SAME_ORDER_DIFFERENT_SEED, evidence=evidence | ({"drawn_from": drawn[0]} if drawn else {}))
 
 
@@ -152,10 +152,10 @@ def _sampler_draws(context: _Context) -> Explanation | None:
     if not drawn:
         return None
     evidence = {"where": "the sampler, in the main process", "generators": drawn}
-    return Explanation(_rng_cause(drawn[0]), evidence=evidence | context.known("sampler"))
+    return Explanation(_rng_cause(drawn[0]), evidence=evidence | context.loader_facts("sampler"))
 
 
-def _padding(context: _Context) -> Explanation | None:
+def _padding_differs(context: _Context) -> Explanation | None:
     """All that differs is padding."""
     if context.indices_differ() or not context.contents_agree("unpadded", "unmasked"):
         return None
@@ -166,7 +166,7 @@ def _padding(context: _Context) -> Explanation | None:
     return Explanation(Cause.PADDING_DIFFERS, evidence={"shapes": shapes})
 
 
-def _generators(context: _Context) -> Explanation | None:
+def _generators_differ(context: _Context) -> Explanation | None:
     """A generator was drawn from while the batch was made, and its states on the ranks differed before that."""
     if context.indices_differ() or not context.some_dtype_agrees():
         return None
@@ -179,22 +179,22 @@ def _generators(context: _Context) -> Explanation | None:
     in_workers = generators[0].startswith("worker")
     evidence = {"where": "workers" if in_workers else "the main process", "generators": generators}
     if in_workers:
-        evidence |= context.known("worker_init_fn", "worker_seed")
+        evidence |= context.loader_facts("worker_init_fn", "worker_seed")
     return Explanation(_rng_cause(generators[0]), evidence=evidence)
 
 
-def _order(context: _Context) -> Explanation | None:
+def _order_differs(context: _Context) -> Explanation | None:
     """The samples are the same: by their indices, by their rows, or by the names that the dataset lists."""
     if context.indices_differ():
         same = not _unequal(context.fact("indices_sorted"))
-        return Explanation(Cause.ORDER_DIFFERS, evidence=context.known("sampler", "indices")) if same else None
+        return Explanation(Cause.ORDER_DIFFERS, evidence=context.loader_facts("sampler", "indices")) if same else None
     if context.contents_agree("rows"):
         return Explanation(Cause.ORDER_DIFFERS, evidence={"same_rows_in_another_order": list(context.differing)})
     listings = [summary.loader.listing or {} for summary in context.summaries]
     for attribute in listings[0]:
         in_order, in_sorted_order = zip(*(listing.get(attribute, (None, None)) for listing in listings), strict=True)
         if _known_to_differ(in_order) and not _unequal(in_sorted_order):
-            evidence = {"dataset_lists_in_another_order": attribute} | context.known("dataset", "PYTHONHASHSEED")
+            evidence = {"dataset_lists_in_another_order": attribute} | context.loader_facts("dataset", "PYTHONHASHSEED")
             return Explanation(Cause.ORDER_DIFFERS, evidence=evidence | {"hash_differs": context.fact_differs("hash")})
     return None
 
@@ -202,11 +202,11 @@ def _order(context: _Context) -> Explanation | None:
 # The first test that holds names the cause: where ranks read other samples, what is drawn from them differs, too.
 _TESTS: tuple[Callable[[_Context], Explanation | None], ...] = (
     _sharded_by_world_rank,
-    _different_seed,
+    _seeds_differ,
     _sampler_draws,
-    _padding,
-    _generators,
-    _order,
+    _padding_differs,
+    _generators_differ,
+    _order_differs,
 )
 
 

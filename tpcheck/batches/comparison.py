@@ -18,7 +18,7 @@ class LeafDifference:
     """One leaf that is not the same on all ranks.
 
     Attributes:
-        path: Place in the batch.
+        path: Where it is in the batch.
         differs: The first aspect that differs: whether the leaf is there, its type, dtype, shape, device, or its bits.
         deviating: Ranks that differ from the majority; all of them where there is none.
         reference: The first rank of the majority.
@@ -144,17 +144,17 @@ def batches_agree_within_tp(
         differences: Leaves that differ, the one to report first.
         step: How many batches came before.
         located: What is known of the first difference: `index`, and evidence by name.
-        where: More of the place, such as `dp_rank`.
+        where: More keys of `Finding.where`, such as `dp_rank`.
     """
     if not differences:
         return None
     first, *others = differences
     evidence = dict(located)
     index = evidence.pop("index", None)
-    place = {"step": step, "field": first.path or "(the whole batch)", "ranks": list(first.deviating), **where}
+    where = {"step": step, "field": first.path or "(the whole batch)", "ranks": list(first.deviating), **where}
     return Finding(
         check="batches_agree_within_tp",
-        where=place if index is None else {**place, "index": index},
+        where=where if index is None else {**where, "index": index},
         observed=float(evidence.get("count_differing", len(first.deviating))),
         allowed=0.0,
         evidence={
@@ -200,14 +200,15 @@ def uneven_batches(
 
     Args:
         counts: How many batches each has got, at least.
-        ended: Places of those that have no more.
+        ended: Positions in `counts` of those that have no more.
         axis: `tp` or `dp`.
         step: The step that they do not reach together.
         members: Ranks of each: one for the axis `tp`, those of a TP group for `dp`.
     """
+    # All have a batch, or all have ended; even then counts may differ, where rounds are `every` batches apart.
     if len(ended) in (0, len(counts)) and len(set(counts)) == 1:
         return None
-    names = [f"rank {ranks[0]}" if axis == "tp" else f"replica {place}" for place, ranks in enumerate(members)]
+    names = [f"rank {ranks[0]}" if axis == "tp" else f"replica {number}" for number, ranks in enumerate(members)]
     return Finding(
         check="batches_agree_within_tp" if axis == "tp" else "batches_differ_across_dp",
         where={"step": step, "field": "number of batches", "ranks": _ranks(members, ended or range(len(members)))},
@@ -216,13 +217,13 @@ def uneven_batches(
         evidence={
             "differs": "length",
             "batches": dict(zip(names, counts, strict=True)),
-            "ended": [names[place] for place in ended],
+            "ended": [names[position] for position in ended],
         },
     )
 
 
-def _ranks(members: Sequence[Sequence[int]], places: Iterable[int]) -> list[int]:
-    return sorted(rank for place in places for rank in members[place])
+def _ranks(members: Sequence[Sequence[int]], positions: Iterable[int]) -> list[int]:
+    return sorted(rank for position in positions for rank in members[position])
 
 
 def _by_rank(difference: LeafDifference) -> dict[str, Any]:

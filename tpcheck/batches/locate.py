@@ -15,9 +15,9 @@ from tpcheck.batches.leaves import LeafContent
 from tpcheck.core.digests import flat_bytes
 from tpcheck.world.exchange import Exchange
 
-_BLOCK = 1 << 12  # bytes whose digests are compared first; larger where there would be too many blocks
+_DIGEST_BLOCK_BYTES = 1 << 12  # of the blocks whose digests are compared first; more where there would be too many
 _MAX_BLOCKS = 1 << 16
-_CHUNK = 1 << 22  # bytes sent at once
+_MAX_BYTES_PER_SEND = 1 << 22
 _MAX_TEXT = 80  # characters of a value: an encoded image is a text, too
 
 
@@ -33,7 +33,7 @@ class _Counts:
 def locate(exchange: Exchange, contents: Sequence[LeafContent], difference: LeafDifference) -> dict[str, Any]:
     """Return evidence on a leaf whose bits alone differ; collective. Only the blocks that differ are sent.
 
-    The leaf is read again: where a step has changed it in place since, there may be no difference left.
+    Reads the leaf a second time; if the step changed it in place, the difference may be gone.
     """
     leaf = next((leaf for leaf in contents if leaf.path == difference.path), None)
     if difference.differs != "bits" or leaf is None:
@@ -55,7 +55,7 @@ def locate(exchange: Exchange, contents: Sequence[LeafContent], difference: Leaf
     }
     if not leaf.shape:  # a scalar has neither an index nor samples
         return evidence
-    index = [int(place) for place in torch.unravel_index(torch.tensor(first), leaf.shape)]
+    index = [int(position) for position in torch.unravel_index(torch.tensor(first), leaf.shape)]
     return evidence | {
         "index": index,
         "first_sample": index[0],
@@ -66,7 +66,7 @@ def locate(exchange: Exchange, contents: Sequence[LeafContent], difference: Leaf
 
 def _differing_blocks(exchange: Exchange, flat: torch.Tensor, itemsize: int) -> list[slice]:
     """Return where the bytes differ on some rank, as slices of whole elements, each of which can be sent at once."""
-    size = max(_BLOCK, -(-flat.numel() // _MAX_BLOCKS)) // itemsize * itemsize or itemsize
+    size = max(_DIGEST_BLOCK_BYTES, -(-flat.numel() // _MAX_BLOCKS)) // itemsize * itemsize or itemsize
     digests = b"".join(xxhash.xxh3_64_digest(block.cpu().numpy().data) for block in torch.split(flat, size))
     by_rank = exchange.all_gather_object(digests)
     slices: list[slice] = []
@@ -74,7 +74,7 @@ def _differing_blocks(exchange: Exchange, flat: torch.Tensor, itemsize: int) -> 
         if len({of_rank[8 * number : 8 * number + 8] for of_rank in by_rank}) == 1:
             continue
         start, stop = number * size, min((number + 1) * size, flat.numel())
-        if slices and slices[-1].stop == start and stop - slices[-1].start <= _CHUNK:
+        if slices and slices[-1].stop == start and stop - slices[-1].start <= _MAX_BYTES_PER_SEND:
             start = slices.pop().start
         slices.append(slice(start, stop))
     return slices
@@ -91,11 +91,11 @@ def _compare_blocks(
         actual = flat[block].cpu()
         expected = actual.clone()
         exchange.broadcast(expected, reference)
-        places = (actual.view(-1, size) != expected.view(-1, size)).any(1).nonzero().flatten() + block.start // size
-        if len(places):
-            samples.update((places // row).unique().tolist())
-            first = int(places[0]) if result.first is None else result.first
-            result = replace(result, elements=result.elements + len(places), first=first)
+        positions = (actual.view(-1, size) != expected.view(-1, size)).any(1).nonzero().flatten() + block.start // size
+        if len(positions):
+            samples.update((positions // row).unique().tolist())
+            first = int(positions[0]) if result.first is None else result.first
+            result = replace(result, elements=result.elements + len(positions), first=first)
     return replace(result, samples=len(samples))
 
 
