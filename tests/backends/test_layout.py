@@ -28,7 +28,7 @@ class Cut:
 
     @property
     def layout(self) -> Layout:
-        return Layout.placed(self.shape, self.shard, self.num_ranks)
+        return Layout.from_placement(self.shape, self.shard, self.num_ranks)
 
     @property
     def full(self) -> torch.Tensor:
@@ -80,7 +80,7 @@ def test_the_placement_can_be_read_from_the_layout(cut: Cut) -> None:
 def test_where_ranks_hold_nothing_of_a_block_the_placement_that_is_read_is_equivalent(cut: Cut) -> None:
     placement = cut.layout.placement()
     assert isinstance(placement, Shard)
-    assert torch.equal(Layout.placed(cut.shape, placement, cut.num_ranks).source, cut.layout.source)  # type: ignore[arg-type]
+    assert torch.equal(Layout.from_placement(cut.shape, placement, cut.num_ranks).source, cut.layout.source)  # type: ignore[arg-type]
 
 
 @st.composite
@@ -121,12 +121,13 @@ def test_a_padded_layout_has_no_placement() -> None:
 
 @pytest.mark.parametrize("placement", [Shard(-1), Shard(1)])
 def test_a_negative_dim_counts_from_the_end(placement: Shard) -> None:
-    assert Layout.placed((2, 4), placement, 2).local_shapes == ((2, 2), (2, 2))
+    assert Layout.from_placement((2, 4), placement, 2).local_shapes == ((2, 2), (2, 2))
+    assert Layout.placed == Layout.from_placement  # its name in version 0.1
 
 
 def test_without_sizes_shards_are_the_chunks_of_torch() -> None:
     full = torch.arange(10.0).reshape(5, 2)
-    layout = Layout.placed((5, 2), Shard(0), 3)
+    layout = Layout.from_placement((5, 2), Shard(0), 3)
     assert [layout.local(full, rank).tolist() for rank in range(3)] == [part.tolist() for part in full.chunk(3)]
 
 
@@ -149,4 +150,4 @@ def test_a_layout_that_cuts_more_than_one_dim_has_no_placement(local_shapes: tup
 
 def test_blocks_that_do_not_divide_the_dim_are_refused() -> None:
     with pytest.raises(UsageError, match="blocks=3: expected a divisor of 8"):
-        Layout.placed((8,), Shard(0, blocks=3), 2)
+        Layout.from_placement((8,), Shard(0, blocks=3), 2)

@@ -43,7 +43,9 @@ def right_evidence(*, tp: int = 2, dp: int = 1, steps: int = 1) -> Evidence:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     initial = {NORM: drawn(D), UP: drawn(F, D), DOWN: drawn(D, F), BIAS: drawn(D)}
-    layouts = {name: Layout.placed(initial[name].shape, placement, tp) for name, placement in _PLACEMENTS.items()}
+    layouts = {
+        name: Layout.from_placement(initial[name].shape, placement, tp) for name, placement in _PLACEMENTS.items()
+    }
     reference, weights, momentum = [], initial, dict.fromkeys(initial, torch.zeros((), dtype=torch.float64))
     for _ in range(steps):
         step = _reference_step(weights, drawn(B, L, D), drawn(1))
@@ -77,7 +79,7 @@ def right_evidence(*, tp: int = 2, dp: int = 1, steps: int = 1) -> Evidence:
 
 
 def _reference_step(weights: dict[str, Tensor], hidden_BLD: Tensor, buffer: Tensor) -> Step:
-    """Return one step of the whole block, whose loss is the mean square of its output."""
+    """Return one step of the full block, whose loss is the mean square of its output."""
     parameters = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     hidden_BLD = hidden_BLD.requires_grad_()
     normed_BLD = hidden_BLD * parameters[NORM]
@@ -109,15 +111,15 @@ def _part_of(step: Step, layouts: dict[str, Layout], tp: int, rank: int) -> Step
         each: tensor.chunk(tp, dim=-1)[rank] if f"{each.module} {each.role}" in _CUT_FEATURES else tensor
         for each, tensor in step.activations.items()
     }
-    gradients, weights = (_parameter_parts(whole, layouts, rank) for whole in (step.gradients, step.weights))
+    gradients, weights = (_parameter_parts(full, layouts, rank) for full in (step.gradients, step.weights))
     digests = _digests("gradient", gradients) | _digests("parameter", weights) | {("buffer", BUFFER): "the same"}
     return replace(
         step, activations=activations, gradients=gradients, weights=weights, digests=digests, local_gradients={}
     )
 
 
-def _parameter_parts(whole: Any, layouts: dict[str, Layout], rank: int) -> dict[str, Tensor]:
-    return {name: layouts[name].local(tensor, rank) for name, tensor in whole.items()}
+def _parameter_parts(full: Any, layouts: dict[str, Layout], rank: int) -> dict[str, Tensor]:
+    return {name: layouts[name].local(tensor, rank) for name, tensor in full.items()}
 
 
 def _digests(kind: str, tensors: dict[str, Tensor]) -> dict[tuple[str, str], str]:

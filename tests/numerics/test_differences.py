@@ -70,7 +70,7 @@ def test_a_parameter_is_compared_through_its_layout() -> None:
     assert (found.largest, found.largest_at, found.wrong_tp_ranks()) == (0.5, (1,), (1,))
 
 
-@pytest.mark.parametrize("layout", [Layout.replicated((4,), tp=2), Layout.placed((4,), Shard(0), tp=2)])
+@pytest.mark.parametrize("layout", [Layout.replicated((4,), tp=2), Layout.from_placement((4,), Shard(0), tp=2)])
 def test_shapes_that_do_not_fit_the_layout_make_the_error_infinite(layout: Layout) -> None:
     right = [torch.zeros(shape) for shape in layout.local_shapes]
     assert compare_parameter(layout, torch.zeros(4), [right[0], torch.zeros(3)], 1.0).margin == math.inf

@@ -31,7 +31,7 @@ def recorded(rank: int = 0, tp: int = 1, dp: int = 1, **changes: Any) -> RankRec
         "dtype": "float64",
         "initial": {"weight": WEIGHT},
         "buffers": ("b",),
-        "layouts": {"weight": Layout.placed((4, 2), Shard(0), 2)} if tp == 2 else {},
+        "layouts": {"weight": Layout.from_placement((4, 2), Shard(0), 2)} if tp == 2 else {},
         "steps": (step({}), step({"weight": UPDATED})),
         "inputs": ({"0": torch.ones(2)}, {"0": torch.zeros(2), "1.ids": torch.tensor([3])}),
         "deviations": {(0, 0, OUTPUT): 0.25, (1, "weight", "weight"): 0.5} if tp == 1 else None,

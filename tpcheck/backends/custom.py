@@ -72,7 +72,7 @@ def placed_layout(name: str, placement: Placement, shape: Shape, tp: int) -> Lay
         raise UsageError(f"layout[{name!r}]", placement, "tpcheck.placement.Shard or tpcheck.placement.Replicate")
     if isinstance(placement, Shard) and not -len(shape) <= placement.dim < len(shape):
         raise UsageError(f"layout[{name!r}]", placement, f"a dim of {shape}")
-    return Layout.placed(shape, placement, tp)
+    return Layout.from_placement(shape, placement, tp)
 
 
 def _placement(source: PlacementSource, name: str, shape: Shape) -> Placement:

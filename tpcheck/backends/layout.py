@@ -45,7 +45,7 @@ class Layout:
         return cls(tuple(shape), tuple(tuple(shard.shape) for shard in shards), source)
 
     @classmethod
-    def placed(cls, shape: Sequence[int], placement: Shard | Replicate, tp: int) -> Layout:
+    def from_placement(cls, shape: Sequence[int], placement: Shard | Replicate, tp: int) -> Layout:
         """Return the layout of a tensor with this placement.
 
         Raises:
@@ -60,6 +60,8 @@ class Layout:
             indices = [index for block in placement.ranges(positions.shape[dim], tp, tp_rank) for index in block]
             shards.append(positions.index_select(dim, torch.tensor(indices, dtype=torch.int64)))
         return cls.from_positions(shape, shards)
+
+    placed = from_placement  # its name in version 0.1, which backends of third parties use
 
     @property
     def is_replicated(self) -> bool:
@@ -104,9 +106,9 @@ class Layout:
 
     def _has_placement(self, shard: Shard) -> bool:
         assert self.source is not None
-        placed = Layout.placed(self.shape, shard, len(self.local_shapes))
-        assert placed.source is not None
-        return placed.local_shapes == self.local_shapes and torch.equal(placed.source, self.source.cpu())
+        layout = Layout.from_placement(self.shape, shard, len(self.local_shapes))
+        assert layout.source is not None
+        return layout.local_shapes == self.local_shapes and torch.equal(layout.source, self.source.cpu())
 
 
 def _blocks_of(owners: list[int], dim: int, num_ranks: int) -> Shard:

@@ -164,8 +164,8 @@ def _layout_from_shapes(shape: tuple[int, ...], parts: Sequence[torch.Tensor]) -
     placed = infer_placement(shape, parts)
     if placed is None:
         return None
-    assert isinstance(placed.placement, (Shard, Replicate))  # terms of a sum have the whole shape, as replicas have
-    return Layout.placed(shape, placed.placement, len(parts))
+    assert isinstance(placed.placement, (Shard, Replicate))  # terms of a sum have the full shape, as replicas have
+    return Layout.from_placement(shape, placed.placement, len(parts))
 
 
 def record(model: Any, path: str | Path, *, topology: Topology | None = None) -> AbstractContextManager[Any]:

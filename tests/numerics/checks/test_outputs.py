@@ -83,7 +83,7 @@ def test_an_input_that_is_wrong_though_all_before_agrees_is_laid_to_the_parent()
 
 
 def test_a_fused_output_that_is_read_in_another_order_is_at_fault() -> None:
-    fused = Layout.placed((8, 4), Shard(0, blocks=2), 2)
+    fused = Layout.from_placement((8, 4), Shard(0, blocks=2), 2)
     evidence = replace(with_output(2.0, 2.0), layouts={**RIGHT.layouts, UP: fused})
     blocks = RIGHT.reference[0].activations[key("block.up output")].chunk(4, dim=-1)
     for rank in (0, 1):

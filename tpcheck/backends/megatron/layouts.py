@@ -58,7 +58,7 @@ def _layout(name: str, shard: Any, shape: Shape, tp: int) -> Layout:
     local = tuple(shard.shape)
     cut = [dim for dim, sizes in enumerate(zip(shape, local, strict=False)) if len(set(sizes)) > 1]
     if not cut and len(shape) == len(local):
-        return Layout.placed(shape, Replicate(), tp)
+        return Layout.from_placement(shape, Replicate(), tp)
     if len(shape) != len(local) or len(cut) > 1 or local[cut[0]] * tp != shape[cut[0]]:
         raise UsageError(
             "build",
@@ -66,7 +66,7 @@ def _layout(name: str, shard: Any, shape: Shape, tp: int) -> Layout:
             "a model of the same sizes at every tensor-parallel size: pad the vocabulary for the largest",
         )
     is_marked = getattr(shard, "tensor_model_parallel", False) and shard.partition_dim in cut
-    return Layout.placed(shape, Shard(cut[0], blocks=shard.partition_stride if is_marked else 1), tp)
+    return Layout.from_placement(shape, Shard(cut[0], blocks=shard.partition_stride if is_marked else 1), tp)
 
 
 def fill_shards(sharded: nn.Module, model: nn.Module, layouts: Mapping[str, Layout], rank: RankLike) -> None:
