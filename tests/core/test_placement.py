@@ -77,13 +77,13 @@ def test_local_sizes_are_those_of_the_ranges(cut: Cut) -> None:
 
 @given(CUTS, st.data())
 def test_shard_then_assemble_is_the_identity(cut: Cut, data: st.DataObject) -> None:
-    whole = data.draw(st.lists(st.integers(), min_size=cut.dim_size, max_size=cut.dim_size))
+    full = data.draw(st.lists(st.integers(), min_size=cut.dim_size, max_size=cut.dim_size))
     assembled: list[int | None] = [None] * cut.dim_size
     for rank in range(cut.num_ranks):
-        part = [whole[index] for index in cut.indices(rank)]
+        part = [full[index] for index in cut.indices(rank)]
         for index, value in zip(cut.indices(rank), part, strict=True):
             assembled[index] = value
-    assert assembled == whole
+    assert assembled == full
 
 
 @given(st.integers(0, 40), st.integers(1, 8))

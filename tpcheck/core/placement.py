@@ -12,7 +12,7 @@ from tpcheck.core.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Replicate:
-    """Every rank has the whole tensor."""
+    """Every rank has the full tensor."""
 
 
 @dataclass(frozen=True, slots=True)

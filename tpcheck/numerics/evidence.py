@@ -202,7 +202,7 @@ class LinearTerms:
 
     Attributes:
         by_rank: Each rank's inputs times its weight, without bias, by tp_rank.
-        bias: The whole bias; zero where there is none.
+        bias: The full bias; zero where there is none.
         bias_parts: Each rank's part of it, by tp_rank; empty tensors where there is none.
         are_summed: The weight is cut along the features that are summed over, so that the output is the sum of all.
     """
@@ -414,14 +414,14 @@ class Suspect:
         check, where, observed, allowed, evidence: As in `Finding`.
         kind: What sort of tensor this is.
         role: Whether an activation, or its gradient, is an input or an output of a module.
-        expected: The reference's whole tensor, where there is one.
-        actual: The whole tensor that the ranks' parts make up, where a layout says how.
+        expected: The reference's full tensor, where there is one.
+        actual: The full tensor that the ranks' parts make up, where a layout says how.
         actual_parts: Each rank's part, by tp_rank.
         expected_parts: What each rank's part should be, by tp_rank; empty where it is unknown.
-        is_replicated: Whether every rank should hold the whole tensor.
+        is_replicated: Whether every rank should hold the full tensor.
         allowed_error: Largest absolute Frobenius error that passes.
         num_replicas: Number of data-parallel replicas.
-        others: The reference's other tensors of this kind, by name: the whole, then what each rank should hold of it.
+        others: The reference's other tensors of this kind, by name: the full one, then what each rank should hold.
 
     The other attributes are facts of the module, parameter or step, None where the check does not know them.
     """
@@ -482,7 +482,7 @@ class CheckOutcome:
     not_compared: Mapping[str, str] = field(default_factory=dict)
 
     def with_forced_modules(self, margins: Mapping[str, float], suspects: Iterable[Suspect]) -> CheckOutcome:
-        """Add the results of teacher forcing per module; its suspects take the place of those of the whole pass."""
+        """Add the results of teacher forcing per module; its suspects replace those of the ordinary pass."""
         forced = {f"{name}, with teacher forcing": margin for name, margin in margins.items()}
         replaced = tuple(replace(suspect, evidence={**suspect.evidence, "isolated": True}) for suspect in suspects)
         return replace(self, margins={**self.margins, **forced}, suspects=replaced or self.suspects)

@@ -30,8 +30,8 @@ def test_the_terms_of_a_row_parallel_layer_add_up_to_its_output() -> None:
 
 
 def test_a_whole_input_of_a_row_parallel_layer_is_cut_as_its_weight_is() -> None:
-    whole = RIGHT.reference[0].activations[key("block.down input")]
-    evidence = with_tensor(RIGHT, "activations", key("block.down input"), lambda tensor: whole)
+    full = RIGHT.reference[0].activations[key("block.down input")]
+    evidence = with_tensor(RIGHT, "activations", key("block.down input"), lambda tensor: full)
     cut, given = (recompute_linear(each, 0, key("block.down output"), ALLOWED) for each in (RIGHT, evidence))
     assert cut is not None
     assert given is not None

@@ -60,9 +60,9 @@ EXPECTED = float(torch.nn.functional.cross_entropy(LOGITS.reshape(-1, V), LABELS
 
 def loss_found(actual: Sequence[float], expected: float = EXPECTED) -> Explanation | None:
     parts = [torch.tensor(loss, dtype=torch.float64) for loss in actual]
-    whole = torch.tensor(expected, dtype=torch.float64)
+    full = torch.tensor(expected, dtype=torch.float64)
     facts = LossFacts(expected, tuple(actual), LOGITS, PARTS)
-    return explain(suspect("activation", parts, whole, loss=facts))
+    return explain(suspect("activation", parts, full, loss=facts))
 
 
 def log_sum(logits: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Weights before the first step: their bits show what happened, whole or rank by rank."""
+"""Weights before the first step: their bits show what happened, put together or rank by rank."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ EXPECTED, OTHER = torch.randn(2, 8, 4, generator=CHANCE, dtype=torch.float64)
 SHARDS = EXPECTED.chunk(2)
 
 
-def found(*parts: torch.Tensor, is_whole: bool = True, **fields: Any) -> Explanation | None:
-    whole = torch.cat(parts) if is_whole else None
+def found(*parts: torch.Tensor, is_full: bool = True, **fields: Any) -> Explanation | None:
+    full = torch.cat(parts) if is_full else None
     where = {"parameter": "attn.q_proj.weight"}
     return explain(
-        suspect("weight", parts, EXPECTED, **{"actual": whole, "expected_parts": SHARDS, "where": where, **fields})
+        suspect("weight", parts, EXPECTED, **{"actual": full, "expected_parts": SHARDS, "where": where, **fields})
     )
 
 
@@ -71,9 +71,9 @@ def test_keys_and_values_that_move_beside_right_queries_are_heads(
 )
 def test_the_wrong_shard_of_one_rank_shows_its_cause(part: torch.Tensor, cause: Cause | None) -> None:
     others = {"layers.1.weight": (OTHER, *OTHER.chunk(2))}
-    explanation = found(SHARDS[0], part, is_whole=False, others=others)
+    explanation = found(SHARDS[0], part, is_full=False, others=others)
     assert (explanation.cause if explanation else None) is cause
 
 
 def test_ranks_whose_shards_show_different_causes_have_none() -> None:
-    assert found(SHARDS[0] * 0, SHARDS[1].bfloat16().double(), is_whole=False) is None
+    assert found(SHARDS[0] * 0, SHARDS[1].bfloat16().double(), is_full=False) is None

@@ -35,15 +35,15 @@ def gradients_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
 
     Each gradient that is wrong although its module has the right inputs and output gradients is a finding of its own;
     those that are wrong in consequence are named in the first finding. Where precision is low, each module is also
-    compared on the reference's inputs and output gradients (teacher forcing): those results go before the ones of the
-    whole pass.
+    compared on the reference's inputs and output gradients (teacher forcing): those results go before those
+    of the ordinary pass.
     """
     backward = compare_activations(evidence, step, "backward")
     parameters, not_compared = compare_parameters(
         evidence,
         evidence.reference[step].gradients,
         [rank.gradients for rank in evidence.candidate[step]],
-        lambda name, whole: evidence.tolerance.allowed((step, "gradient", name), rounding_error(whole)),
+        lambda name, expected: evidence.tolerance.allowed((step, "gradient", name), rounding_error(expected)),
     )
     suspects = _suspects(evidence, step, backward, parameters) or _consequences(evidence, step, parameters)
     outcome = CheckOutcome(_margins(backward, parameters), tuple(suspects), {**backward.not_compared, **not_compared})
@@ -145,7 +145,7 @@ def _missing_on(evidence: Evidence, step: int, parameter: ComparedParameter) -> 
     gradients = [rank.gradients.get(parameter.name) for rank in evidence.candidate[step]]
     expected = parameter.expected_parts or (parameter.expected,) * len(gradients)
     pairs = enumerate(zip(gradients, expected, strict=True))
-    return tuple(rank for rank, (part, whole) in pairs if part is None or (not part.any() and bool(whole.any())))
+    return tuple(rank for rank, (part, full) in pairs if part is None or (not part.any() and bool(full.any())))
 
 
 def _parameter_suspect(
@@ -182,8 +182,8 @@ def _lies_as(other: Layout | None, layout: Layout, gradient: torch.Tensor) -> bo
     return other is not None and other.local_shapes == layout.local_shapes and tuple(gradient.shape) == other.shape
 
 
-def _parts(layout: Layout, whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(layout.local(whole, tp_rank) for tp_rank in range(len(layout.local_shapes)))
+def _parts(layout: Layout, full: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(layout.local(full, tp_rank) for tp_rank in range(len(layout.local_shapes)))
 
 
 def _is_reduced_over_tp(evidence: Evidence, step: int) -> bool:
@@ -272,7 +272,9 @@ def _compare_forced_gradients(forced: Evidence) -> dict[str, ComparedParameter]:
         forced,
         expected,
         [rank.gradients for rank in forced.candidate[0]],
-        lambda name, whole: forced.tolerance.allowed((0, forced.dp_rank, "gradient", name), rounding_error(whole)),
+        lambda name, expected: forced.tolerance.allowed(
+            (0, forced.dp_rank, "gradient", name), rounding_error(expected)
+        ),
     )
     return {name: parameter for name, parameter in compared.items() if not _adds_up(forced, parameter)}
 

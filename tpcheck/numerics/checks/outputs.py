@@ -51,7 +51,7 @@ def outputs_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
 
     Modules further on, whose inputs are wrong in consequence, are compared with what their own inputs and weights give,
     so that one fault does not hide another. Where precision is low, each module is also compared on the reference's
-    inputs (teacher forcing): those results go before the ones of the whole pass. Calibrated.
+    inputs (teacher forcing): those results go before those of the ordinary pass. Calibrated.
     """
     activations = compare_activations(evidence, step, "forward")
     suspects = _suspects(evidence, step, activations)

@@ -66,7 +66,7 @@ def compare_parameters(
     """
     compared: dict[str, ComparedParameter] = {}
     not_compared: dict[str, str] = {}
-    for name, whole in expected.items():
+    for name, expected_tensor in expected.items():
         layout = evidence.layouts.get(name)
         if any(name not in tensors for tensors in actual):
             not_compared[name] = "the sharded model has no parameter of this name"
@@ -75,15 +75,17 @@ def compare_parameters(
             not_compared[name] = "its layer cannot gather it, so which part each rank holds is unknown"
             continue
         parts = [tensors[name] for tensors in actual]
-        if whole is None and all(part is None for part in parts):
+        if expected_tensor is None and all(part is None for part in parts):
             continue  # no gradient on either side
-        filled = tuple(
-            initial[name].new_zeros(initial[name].shape) if part is None else part
-            for part, initial in zip(parts, evidence.initial_parts, strict=True)
+        actual_parts = tuple(
+            initial_parts[name].new_zeros(initial_parts[name].shape) if part is None else part
+            for part, initial_parts in zip(parts, evidence.initial_parts, strict=True)
         )
-        target = evidence.initial[name].new_zeros(evidence.initial[name].shape) if whole is None else whole
-        fits = tuple(target.shape) == tuple(layout.shape)
-        expected_parts = tuple(layout.local(target, tp_rank) for tp_rank in range(len(parts))) if fits else ()
-        difference = compare_parameter(layout, target, filled, allowed(name, target))
-        compared[name] = ComparedParameter(name, target, filled, expected_parts, difference)
+        initial = evidence.initial[name]
+        expected_or_zeros = initial.new_zeros(initial.shape) if expected_tensor is None else expected_tensor
+        expected_parts: tuple[Any, ...] = ()
+        if tuple(expected_or_zeros.shape) == tuple(layout.shape):
+            expected_parts = tuple(layout.local(expected_or_zeros, tp_rank) for tp_rank in range(len(parts)))
+        difference = compare_parameter(layout, expected_or_zeros, actual_parts, allowed(name, expected_or_zeros))
+        compared[name] = ComparedParameter(name, expected_or_zeros, actual_parts, expected_parts, difference)
     return compared, not_compared

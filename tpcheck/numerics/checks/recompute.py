@@ -27,14 +27,14 @@ def recompute_linear(evidence: Evidence, step: int, key: TensorKey, allowed: flo
     layout = evidence.layouts.get(name)
     input_key = TensorKey(key.phase, key.module, key.call, "input", "0")
     reference = evidence.reference[step].activations
-    whole_input, expected = reference.get(input_key), reference.get(key)
-    if layout is None or whole_input is None or key.role != "output" or key.phase != "forward":
+    full_input, expected = reference.get(input_key), reference.get(key)
+    if layout is None or full_input is None or key.role != "output" or key.phase != "forward":
         return None
     weight, bias = reference_weight(evidence, step, name), reference_weight(evidence, step, f"{key.module}.bias")
-    if expected is None or weight is None or weight.dim() != 2 or whole_input.shape[-1:] != weight.shape[1:]:
+    if expected is None or weight is None or weight.dim() != 2 or full_input.shape[-1:] != weight.shape[1:]:
         return None
     wide_bias = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
-    product = whole_input.double() @ weight.double().t() + wide_bias
+    product = full_input.double() @ weight.double().t() + wide_bias
     if frobenius_distance(product, expected.double()) > RECOMPUTED_FACTOR * allowed:
         return None
     placement = layout.placement()
@@ -58,17 +58,18 @@ def recompute_input_gradient(evidence: Evidence, step: int, key: TensorKey, allo
     layout = evidence.layouts.get(name)
     placement = layout.placement() if layout is not None else None
     output_key = TensorKey(key.phase, key.module, key.call, "output", "0")
-    whole, expected = (evidence.reference[step].activations.get(each) for each in (output_key, key))
+    full_gradient, expected = (evidence.reference[step].activations.get(each) for each in (output_key, key))
     weight, parts = reference_weight(evidence, step, name), weight_parts(evidence, step, name)
     gradients = [rank.activations.get(output_key) for rank in evidence.candidate[step]]
     if not isinstance(placement, Shard) or placement.dim != 0 or (key.phase, key.role) != ("backward", "input"):
         return None
-    if whole is None or expected is None or weight is None or weight.dim() != 2 or parts is None:
+    if full_gradient is None or expected is None or weight is None or weight.dim() != 2 or parts is None:
         return None
     pairs = [(gradient, part) for gradient, part in zip(gradients, parts, strict=True) if gradient is not None]
-    if len(pairs) < len(parts) or any(gradient.shape[-1] != len(part) for gradient, part in (*pairs, (whole, weight))):
+    products = (*pairs, (full_gradient, weight))
+    if len(pairs) < len(parts) or any(gradient.shape[-1] != len(part) for gradient, part in products):
         return None
-    if frobenius_distance(whole.double() @ weight.double(), expected.double()) > RECOMPUTED_FACTOR * allowed:
+    if frobenius_distance(full_gradient.double() @ weight.double(), expected.double()) > RECOMPUTED_FACTOR * allowed:
         return None
     terms = tuple(gradient.double() @ part.double() for gradient, part in pairs)
     no_bias = torch.zeros((), dtype=torch.float64)
@@ -85,10 +86,13 @@ def recompute_weight_gradient(
     """
     input_key = TensorKey("forward", parameter.module, 0, "input", "0")
     output_key = TensorKey("backward", parameter.module, 0, "output", "0")
-    whole = _gradient_product(evidence.reference[step].activations, input_key, output_key)
-    if evidence.topology.dp > 1 or whole is None or whole.shape != parameter.expected.shape:
+    expected_product = _gradient_product(evidence.reference[step].activations, input_key, output_key)
+    if evidence.topology.dp > 1 or expected_product is None or expected_product.shape != parameter.expected.shape:
         return None
-    if frobenius_distance(whole, parameter.expected.double()) > RECOMPUTED_FACTOR * parameter.difference.allowed:
+    if (
+        frobenius_distance(expected_product, parameter.expected.double())
+        > RECOMPUTED_FACTOR * parameter.difference.allowed
+    ):
         return None
     weights = weight_parts(evidence, step, parameter.name)
     products = [_gradient_product(rank.activations, input_key, output_key) for rank in evidence.candidate[step]]
@@ -121,7 +125,7 @@ def weight_parts(evidence: Evidence, step: int, name: str) -> tuple[Any, ...] | 
 def _products(
     evidence: Evidence, step: int, input_key: TensorKey, name: str, cut_features: Shard | None
 ) -> tuple[torch.Tensor, ...] | None:
-    """Return each rank's input times its weight; a whole input is cut where the weight's input features are."""
+    """Return each rank's input times its weight; a full input is cut where the weight's input features are."""
     weights = weight_parts(evidence, step, name)
     recorded = [rank.activations.get(input_key) for rank in evidence.candidate[step]]
     inputs = [tensor for tensor in recorded if tensor is not None]

@@ -71,11 +71,11 @@ def _is_complete(evidence: Evidence, name: str) -> bool:
 
 def _shard_facts(evidence: Evidence, name: str) -> ShardFacts | None:
     """Return the sizes of a parameter and its shards along the dim that is cut; None where several or none are."""
-    layout, whole = evidence.layouts[name], tuple(evidence.initial[name].shape)
-    for dim, size in enumerate(whole):
+    layout, full_shape = evidence.layouts[name], tuple(evidence.initial[name].shape)
+    for dim, size in enumerate(full_shape):
         shards = tuple(shape[dim] for shape in layout.local_shapes)
         is_cut = all(shard < size for shard in shards)
-        if is_cut and len(layout.shape) == len(whole) and (layout.shape[dim] != size or sum(shards) != size):
+        if is_cut and len(layout.shape) == len(full_shape) and (layout.shape[dim] != size or sum(shards) != size):
             return ShardFacts(dim, size, shards)
     return None
 
@@ -97,7 +97,7 @@ _CHECK = "weights_match_reference"
 def weights_match_reference(evidence: Evidence) -> CheckOutcome:
     """Compare every parameter's shards with the reference's parameter. Exact."""
     compared, not_compared = compare_parameters(
-        evidence, evidence.initial, evidence.initial_parts, lambda name, whole: 0.0
+        evidence, evidence.initial, evidence.initial_parts, lambda name, expected: 0.0
     )
     wrong = [parameter for parameter in compared.values() if not parameter.difference.agrees]
     suspects = tuple(_weight_suspect(evidence, parameter, compared, len(wrong)) for parameter in wrong)

@@ -27,9 +27,9 @@ def tensor_suspect(
     Exact comparisons (nothing allowed) count the elements that differ, calibrated ones give a relative error.
     """
     is_exact = difference.allowed == 0
-    place = {**where, "ranks": evidence.ranks(difference.wrong_tp_ranks())}
+    where = {**where, "ranks": evidence.ranks(difference.wrong_tp_ranks())}
     if evidence.topology.dp > 1:
-        place["dp_rank"] = evidence.dp_rank
+        where["dp_rank"] = evidence.dp_rank
     numbers: dict[str, Any] = {
         "largest": difference.largest,
         "largest_at": list(difference.largest_at),
@@ -42,7 +42,7 @@ def tensor_suspect(
     return Suspect(
         check=check,
         kind=kind,
-        where=place,
+        where=where,
         observed=float(difference.count_differing) if is_exact else difference.relative,
         allowed=0.0 if is_exact else difference.relative_allowed,
         evidence={**numbers, **(details or {})},

@@ -30,7 +30,7 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         evidence,
         evidence.reference[step].weights,
         [rank.weights for rank in evidence.candidate[step]],
-        lambda name, whole: evidence.tolerance.allowed((step, "weight", name), spacing(whole)),
+        lambda name, expected: evidence.tolerance.allowed((step, "weight", name), spacing(expected)),
     )
     differing = [name for name, parameter in compared.items() if not parameter.difference.agrees]
     for name in (name for name in differing if not _has_gradient(evidence, step, name)):

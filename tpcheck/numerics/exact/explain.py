@@ -164,7 +164,7 @@ def _without_numbers(name: str) -> str:
 
 
 def moved_slices(context: Context) -> Explanation | None:
-    """Slices along a dim equal expected ones in other places, or not all of them are there."""
+    """Slices along a dim equal expected ones at other positions, or not all of them are there."""
     for dim in _comparable_dims(context.actual, context.expected):
         actual, expected = (slice_digests(side, dim).tolist() for side in (context.actual, context.expected))
         if len(set(expected)) < 2:

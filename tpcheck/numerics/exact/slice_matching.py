@@ -196,8 +196,8 @@ def _rank_of_chunk(start: int, length: int, total: int) -> tuple[int | None, int
     return None, None
 
 
-def whole_copies(slices: Slices) -> Explanation | None:
-    """Every rank held the whole tensor, and the copies were concatenated."""
+def full_copies(slices: Slices) -> Explanation | None:
+    """Every rank held the full tensor, and the copies were concatenated."""
     copies = [(run.source, run.length) for run in slices.runs]
     if slices.num_actual > slices.num_expected and set(copies) == {(0, slices.num_expected)}:
         return Explanation(Cause.NOT_SHARDED, evidence={"copies": len(copies)})
@@ -246,7 +246,7 @@ def swapped_shards(slices: Slices) -> Explanation | None:
 
 
 def repeated_shards(slices: Slices) -> Explanation | None:
-    """One shard stands in the places of others, too."""
+    """One shard stands at the positions of others, too."""
     if not slices.all_found or slices.num_actual != slices.num_expected:
         return None
     order = _order_of_chunks(slices)
@@ -256,7 +256,7 @@ def repeated_shards(slices: Slices) -> Explanation | None:
 
 
 def _order_of_chunks(slices: Slices) -> list[int] | None:
-    """Return which chunk of the expected tensor stands at each place, or None where the runs are not even chunks."""
+    """Return which chunk of the expected tensor stands at each position, or None where the runs are not even chunks."""
     edges = [number for run in slices.runs for number in (run.start, run.source or 0, run.length)]
     size = reduce(gcd, [slices.num_expected, *edges])
     if not size or slices.num_expected // size > _MAX_SHARDS:
@@ -265,7 +265,7 @@ def _order_of_chunks(slices: Slices) -> list[int] | None:
 
 
 def padding_kept(slices: Slices) -> Explanation | None:
-    """The whole expected tensor is there, in order, with other slices in between or behind."""
+    """The full expected tensor is there, in order, with other slices in between or behind."""
     found = [run for run in slices.runs if run.source is not None]
     in_order = all(
         run.source == start
@@ -296,7 +296,7 @@ def _cause_of_shift(slices: Slices) -> Cause:
 
 TESTS: tuple[Callable[[Slices], Explanation | None], ...] = (
     one_shard,
-    whole_copies,
+    full_copies,
     fused_blocks,
     swapped_shards,
     repeated_shards,

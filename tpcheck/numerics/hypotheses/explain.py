@@ -25,7 +25,7 @@ _COMPUTED: Collection[Kind] = ("activation", "input_gradient", "gradient", "upda
 TESTS: Mapping[Kind, tuple[Test, ...]] = {
     "group": (layout.another_group,),
     "sharding": (layout.not_sharded, layout.shard_missing, layout.remainder_lost),
-    "weight": (weights.whole_weight, weights.each_rank),
+    "weight": (weights.full_weight, weights.each_rank),
     "activation": (
         layout.fused_blocks_interleaved,
         reductions.terms_of_output,

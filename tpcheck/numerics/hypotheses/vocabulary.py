@@ -40,7 +40,7 @@ def _tokens(output: torch.Tensor, table: torch.Tensor) -> torch.Tensor | None:
 
 
 def _suggested_offsets(suspect: Suspect, tokens: torch.Tensor, table: torch.Tensor, starts: Sequence[int]) -> list[int]:
-    """Return by how much the rows that stand in wrong places are off, the most frequent first."""
+    """Return by how much the rows at wrong positions are off, the most frequent first."""
     actual = suspect.actual_parts[0].double().reshape(-1, table.shape[1])
     distances, rows = torch.cdist(actual, table.double()).min(dim=1)
     wrong = (distances <= max(suspect.allowed_error, EQUAL_ROWS)) & (rows != tokens.reshape(-1))
@@ -58,7 +58,7 @@ def _moved_starts(starts: Sequence[int], offset: int) -> Iterator[tuple[int, ...
 
 
 def _lookup(tokens: torch.Tensor, shards: Sequence[torch.Tensor], starts: Sequence[int]) -> torch.Tensor:
-    """Return the sum of the rows that each rank finds, its shard being taken to start at its place in `starts`."""
+    """Return the sum of the rows that each rank finds, its shard being taken to start at its number in `starts`."""
     total = torch.zeros((*tokens.shape, shards[0].shape[1]), dtype=shards[0].dtype)
     for shard, start in zip(shards, starts, strict=True):
         local = tokens - start

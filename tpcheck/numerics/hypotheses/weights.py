@@ -1,4 +1,4 @@
-"""Causes of a weight that is not the reference's before the first step: what its bits show, whole or rank by rank."""
+"""Causes of a weight that differs before the first step: what the bits of the full weight, or of each shard, show."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _OF_ONE_RANK = (
 )
 
 
-def whole_weight(suspect: Suspect) -> Explanation | None:
-    """The bits of the whole weight, put together from the shards, show the cause."""
+def full_weight(suspect: Suspect) -> Explanation | None:
+    """The bits of the full weight, put together from the shards, show the cause."""
     if suspect.actual is None or suspect.expected is None:
         return None
-    others = {name: whole for name, (whole, *_) in suspect.others.items()}
+    others = {name: full for name, (full, *_) in suspect.others.items()}
     found = explain_tensor_in_memory(suspect.parameter or "", suspect.actual, suspect.expected, others)
     return None if found is None or not _is_about_ranks(found, suspect) else _of_parameter(found, suspect)
 
