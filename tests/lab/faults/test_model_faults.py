@@ -60,16 +60,16 @@ def recording(draw: Callable[[Draw], Injection], folder: Path) -> Callable[[Draw
         injection = draw(place)
 
         def inject(live: Live) -> None:
-            from tpcheck.numerics import answer
+            from tpcheck.numerics import verdict
 
-            explain = answer.explain
+            explain = verdict.explain
 
             def recorded(suspect: Suspect) -> Any:
                 number = len(list(folder.iterdir()))
                 (folder / f"{live.rank.rank}-{number:04d}.pickle").write_bytes(pickle.dumps(suspect))
                 return explain(suspect)
 
-            answer.explain = recorded
+            verdict.explain = recorded
             injection.inject(live)
 
         return Injection(inject, injection.place)
