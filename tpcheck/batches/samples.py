@@ -13,7 +13,7 @@ import xxhash
 
 from tpcheck.batches.leaves import LeafContent
 from tpcheck.batches.records import ContentDigests
-from tpcheck.core.digests import digest, flat_bytes, in_memory, keys, mix
+from tpcheck.core.digests import FACTORS, INCREMENT, digest, flat_bytes, in_memory, keys, mix
 
 _MAX_BYTES = 1 << 26  # of one tensor; digested once, when batches differ
 
@@ -83,9 +83,9 @@ _RUN = 8  # adjacent elements: each run costs one cache miss, which is most of t
 _MAX_LOOPED_ROWS = 64  # rows that are digested in a Python loop, 1 microsecond each
 _MAX_LEAVES = 4  # the largest leaves, which are sampled
 _MAX_WORDS = _SAMPLED * 16  # of a row: 16 bytes an element
-_OF_LEAF = (31, 0xBF58476D1CE4E5B9)  # shift and factor of `mix`, from splitmix64
-_OF_ROW = ((29, 0x94D049BB133111EB), (32, 0xBF58476D1CE4E5B9))
-_SPREAD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the runs without a period that data could have
+_OF_LEAF = (31, FACTORS[0])  # shift and factor of `mix`
+_OF_ROW = ((29, FACTORS[1]), (32, FACTORS[0]))
+_SPREAD = INCREMENT  # spreads the runs without a period that data could have
 
 
 @dataclass(frozen=True, slots=True)

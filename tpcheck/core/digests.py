@@ -10,6 +10,9 @@ from typing import Any
 import torch
 import xxhash
 
+# splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014).
+INCREMENT = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
+FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of its mixing function
 _WORDS = 1 << 20  # words of 32 bits that are summed at once on a device: bounds the products to 8 MiB, the keys to 16
 
 
@@ -45,10 +48,14 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=8)  # devices of one process
 def keys(device: torch.device, number: int, stream: int) -> torch.Tensor:
-    """Return `number` odd pseudo-random integers of 64 bits, the same in every process (splitmix64)."""
-    mixed = (torch.arange(number, device=device) + stream * number) * _signed(0x9E3779B97F4A7C15)
-    mixed = mix(mixed, 30, 0xBF58476D1CE4E5B9)
-    return mix(mixed, 27, 0x94D049BB133111EB) | 1
+    """Return `number` odd pseudo-random integers of 64 bits, the same in every process."""
+    return odd_keys(stream * number, number, device)
+
+
+def odd_keys(first: int, number: int, device: torch.device | None = None) -> torch.Tensor:
+    """Return the odd pseudo-random integers of 64 bits of the positions `first`, `first` + 1, ... (splitmix64)."""
+    mixed = torch.arange(first, first + number, device=device) * _signed(INCREMENT)
+    return mix(mix(mixed, 30, FACTORS[0]), 27, FACTORS[1]) | 1
 
 
 def mix(numbers: torch.Tensor, shift: int, factor: int) -> torch.Tensor:
@@ -97,7 +104,11 @@ def _fetch(sums: Sequence[torch.Tensor]) -> Callable[[], list[bytes]]:
 
 
 def in_memory(tensor: torch.Tensor) -> Any:
-    """Return a buffer of the bytes that `flat_bytes` returns, for a tensor on the CPU, without a copy if possible."""
+    """Return a buffer of the bytes that `flat_bytes` returns, for a tensor on the CPU, without a copy if possible.
+
+    The buffer at `data_ptr()` needs no NumPy, and takes 2 us less for each tensor than a view of it (0.6 against 2.5 us
+    for a digest of 64 elements).
+    """
     if type(tensor) is not torch.Tensor or not tensor.is_contiguous() or tensor.is_neg() or tensor.is_conj():
         return flat_bytes(tensor).numpy().data
     size = tensor.nbytes

@@ -15,14 +15,13 @@ from math import gcd, prod
 import torch
 
 from tpcheck.core.causes import Cause, Explanation, first_explanation
+from tpcheck.core.digests import odd_keys
 from tpcheck.numerics.exact.checkpoint_tensor import CheckpointTensor, bit_view
 
 _MAX_RUNS = 4096  # no layout of shards, heads or groups has more
 _MAX_SHARDS = 64  # ranks of the largest TP group; a permutation of more pieces is not one of shards
 _MIN_SHARE_FOUND = 0.5  # share of the slices that must be found again before they show anything
 
-_GOLDEN_RATIO = 0x9E3779B97F4A7C15 - (1 << 64)  # splitmix64's constants
-_FACTORS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
 _BLOCK = 1 << 18  # elements multiplied at once: their 8-byte words and keys stay in the cache
 
 
@@ -44,20 +43,12 @@ def slice_digests(tensor: CheckpointTensor, dim: int) -> torch.Tensor:
             words = piece[start : start + rows_at_once].to(torch.int64)
             if dim == 0:
                 flat = words.reshape(len(words), -1)
-                sums[rows.start + start : rows.start + start + len(words)] = (flat * _keys(0, flat.shape[1])).sum(1)
+                sums[rows.start + start : rows.start + start + len(words)] = (flat * odd_keys(0, flat.shape[1])).sum(1)
             else:
                 flat = words.movedim(dim, 0).reshape(shape[dim], -1)
                 first = (rows.start + start) * numel_per_slice * words.shape[-1]
-                sums += (flat * _keys(first, flat.shape[1])).sum(1)
+                sums += (flat * odd_keys(first, flat.shape[1])).sum(1)
     return sums
-
-
-def _keys(first: int, number: int) -> torch.Tensor:
-    """Return odd pseudo-random keys for the positions `first`, `first` + 1, ..."""
-    mixed = torch.arange(first, first + number) * _GOLDEN_RATIO
-    for shift, factor in _FACTORS:
-        mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return mixed | 1
 
 
 @dataclass(frozen=True, slots=True)
