@@ -145,11 +145,11 @@ def test_data_loader_workers_run_on_ranks() -> None:
         assert world.run(bodies.load_data_with_workers) == (28, 28)
 
 
-def test_extra_preload_is_imported_before_ranks_are_forked() -> None:
+def test_also_is_imported_before_ranks_are_forked() -> None:
     def has(rank: Rank, name: str) -> bool:
         return name in sys.modules
 
-    with spawn(Topology(tp=1), extra_preload=["xml.nosuch", "nosuchmod", "xml.sax.expatreader"]) as world:
+    with spawn(Topology(tp=1), also=["xml.nosuch", "nosuchmod", "xml.sax.expatreader"]) as world:
         assert world.run(has, "xml.sax.expatreader") == (True,)
 
 
@@ -191,7 +191,7 @@ def test_deepspeed_uses_the_default_group(world: World) -> None:
         ({"preload": "torch"}, "preload='torch': expected a sequence of module names, such as [\"torch\"]"),
         ({"preload": ["nosuchmod"]}, "preload='nosuchmod': expected modules that are installed"),
         ({"preload": [1]}, "preload=1: expected names of modules"),
-        ({"extra_preload": ["a b"]}, "extra_preload='a b': expected names of modules"),
+        ({"also": ["a b"]}, "also='a b': expected names of modules"),
         ({"device": "tpu"}, "device='tpu': expected one of cpu, cuda"),
         ({"backend": "mpi"}, "backend='mpi': expected one of gloo, nccl"),
         ({"backend": "nccl", "device": "cpu"}, "backend='nccl': expected gloo: 2 ranks on 0 GPUs"),

@@ -159,7 +159,7 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
     topology, timeout = request.options.topology, request.options.timeout
     preload = ZERO_PRELOAD if request.options.zero_stage else ()
     try:
-        with spawn(topology, timeout=timeout, extra_preload=preload) as world:
+        with spawn(topology, timeout=timeout, also=preload) as world:
             return world.run(verify_on_rank, request)
     except RankFailure as failure:
         if _COLLECTIVES_DIFFER not in str(failure.exception):

@@ -100,7 +100,7 @@ def spawn(
     device: str | None = None,
     backend: str | None = None,
     preload: Sequence[str] | None = None,
-    extra_preload: Sequence[str] = (),
+    also: Sequence[str] = (),
     seed: int | None = None,
     capture: bool = True,
     env: Mapping[str, str] | None = None,
@@ -113,7 +113,7 @@ def spawn(
         device: `cpu`, `cuda`, or None for CUDA where every rank has its own GPU, else CPU.
         backend: `gloo`, `nccl`, or None for NCCL where every rank has its own GPU, else gloo.
         preload: Modules imported before ranks are forked, instead of torch, transformers, deepspeed and pytest.
-        extra_preload: Modules imported after those, where they are installed, when this world starts.
+        also: Modules imported after those, where they are installed, when this world starts.
         seed: Seeds Python, NumPy and torch equally on every rank before each run. None seeds every rank differently:
             equal seeds hide a missing broadcast.
         capture: Keep the output of ranks for `RankFailure` and `World.outcomes`; else it goes to this process's output.
@@ -142,7 +142,7 @@ def spawn(
         device=device,
         backend=backend,
         preload=_checked_preload(preload),
-        extra_preload=_checked_module_names("extra_preload", extra_preload),
+        extra_preload=_checked_module_names("also", also),
         seed=_checked_seed(seed),
         capture=capture,
         env=_checked_env(env),
