@@ -1,8 +1,9 @@
-"""Which part of a tensor is on this rank, for DTensors and plain tensors alike."""
+"""Which part of a tensor is on this rank, for DTensors and plain tensors, and data put back after a gathering."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,3 +45,14 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     full: torch.Tensor = tensor.full_tensor()
     return full
+
+
+@contextmanager
+def restored_data(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Put the data of the parameters back on leaving."""
+    saved = [(parameter, parameter.data) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for parameter, data in saved:
+            parameter.data = data

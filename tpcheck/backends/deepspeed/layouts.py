@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tpcheck.backends.layout import Layout
+from tpcheck.backends.local_part import restored_data
 
 
 def parallel_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -55,7 +55,7 @@ def _layer_layouts(layer: Any, group: Any) -> dict[str, Layout | None]:
     own_shapes = {name: local_shape(parameter) for name, parameter in present.items()}
     dist.all_gather_object(shapes_by_rank, own_shapes, group=group)
     tp_rank = dist.get_rank(group)
-    with _restored_data(*present.values()):
+    with restored_data(present.values()):
         for name, parameter in present.items():
             sizes = [prod(shapes[name]) for shapes in shapes_by_rank]
             start = sum(sizes[:tp_rank])
@@ -76,14 +76,3 @@ def _layer_layouts(layer: Any, group: Any) -> dict[str, Layout | None]:
 def _layout(source: torch.Tensor, local_shapes: tuple[tuple[int, ...], ...]) -> Layout:
     is_replicated = all(shape == tuple(source.shape) for shape in local_shapes)
     return Layout(tuple(source.shape), local_shapes, None if is_replicated else source.reshape(-1).cpu())
-
-
-@contextmanager
-def _restored_data(*parameters: torch.Tensor) -> Iterator[None]:
-    """Put the parameters' data back on leaving."""
-    saved = [parameter.data for parameter in parameters]
-    try:
-        yield
-    finally:
-        for parameter, data in zip(parameters, saved, strict=True):
-            parameter.data = data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tpcheck.backends.checkpoint_format import Extent, ReadOptions
+from tpcheck.backends.local_part import restored_data
 from tpcheck.core.errors import CheckpointError
 
 
@@ -68,7 +69,7 @@ def _gather_layer(name: str, layer: Any) -> list[tuple[torch.Tensor, torch.Tenso
     """Return (parameter, full tensor) for each parameter of the layer; a tied one is found by its identity."""
     parameters = (getattr(layer, "weight", None), getattr(layer, "bias", None))
     present = [parameter for parameter in parameters if parameter is not None]
-    with _unpartitioned(present), _data_restored(present):
+    with _unpartitioned(present), restored_data(present):
         for parameter in present:
             parameter.data = parameter.data.clone()  # gathering may write into it
         try:
@@ -78,16 +79,6 @@ def _gather_layer(name: str, layer: Any) -> list[tuple[torch.Tensor, torch.Tenso
                 f"Layer {name!r} holds a shard of its parameters that DeepSpeed cannot gather."
             ) from error
         return [(parameter, parameter.data.detach().cpu().clone()) for parameter in present]
-
-
-@contextmanager
-def _data_restored(parameters: list[torch.Tensor]) -> Iterator[None]:
-    saved = [parameter.data for parameter in parameters]
-    try:
-        yield
-    finally:
-        for parameter, data in zip(parameters, saved, strict=True):
-            parameter.data = data
 
 
 def _unpartitioned(parameters: list[torch.Tensor]) -> Any:
