@@ -1,180 +1,186 @@
-"""A trace: the recording of every rank in a folder, read without unpickling anything but tensors and text."""
+"""What `record` writes of a run, and how it is read: one folder, for each rank JSON lines and safetensors."""
 
 from __future__ import annotations
 
-import json
-import pickle
-import shutil
-from collections.abc import Hashable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
-from tpcheck.backends.layout import Layout
-from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.topology import Topology
-from tpcheck.numerics.evidence import Step, TensorKey
+from tpcheck.numerics.sketch import Sketch
 
-Tensor = Any
+Kind = Literal["output", "output_gradient", "input", "input_gradient", "gradient", "weight", "master", "state", "buffer"]
 
 
 @dataclass(frozen=True, slots=True)
-class RankRecording:
-    """One rank's part of a trace.
+class Reading:
+    """One way to take a rank's part as part of a whole tensor.
 
     Attributes:
-        rank: Its global rank.
-        topology: Topology of the recorded world.
-        dtype: Name of the dtype of the parameters.
-        initial: Its parameters before the first step.
-        buffers: Names of its buffers.
-        layouts: How its parameters lie over the TP group, as far as their layers know.
-        steps: One for each call of the model; weights are those after the optimizer's step, empty where there was none.
-        inputs: The tensors that the model was given at each step, by their path.
-        deviations: How far each tensor moves in perturbed replays; None for a sharded model.
-        versions: Versions of the packages.
+        label: `layout` where the layout is known (from a backend, or DTensor placements); else a guess that
+            `tpcheck compare` decides by the other run's shapes: `whole`, or `dim N`, an even cut of dim N in the order of ranks.
+        shape: Shape of the whole tensor; -1 for a dim of rows that are keyed by content.
+        piece: Names the elements: equal on ranks that hold the same ones (replicas). Different pieces do not overlap.
+        is_term: The values are a term of a sum over the ranks of the TP group (`Partial`).
+        sketch: Of this rank's elements, at their global indices.
+        deviation: Largest distance of this sketch from that of a perturbed replay; None where none was made.
+    """
+
+    label: str
+    shape: tuple[int, ...]
+    piece: str
+    sketch: Sketch
+    is_term: bool = False
+    deviation: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """One tensor of one step on one rank. What a module does in several micro-batches is summed.
+
+    Attributes:
+        kind: What it is. `weight` is after the optimizer's step (in `RankTrace.initial`: before the first), `gradient`
+            what the optimizer gets, `state` a moment.
+        name: Module, parameter or buffer, without wrappers.
+        part: Place in a module's output (`0`, `logits`), name of an optimizer's state (`exp_avg`); else empty.
+        call: Number of earlier calls of the module in the micro-batch.
+        dtype: Such as `float32`.
+        shape: Of this rank's part.
+        digest: Of the bits of this rank's part, over all micro-batches.
+        readings: One, or several where it is unknown how the part lies in the whole.
+        full: This rank's part itself, where it was recorded with tensors="full"; of several micro-batches a list.
+    """
+
+    kind: Kind
+    name: str
+    part: str
+    call: int
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+    readings: tuple[Reading, ...]
+    full: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What it is called on every rank and in every run."""
+        return (self.kind, self.name, self.part, self.call)
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One tensor that the model was called with.
+
+    Attributes:
+        name: Place in the arguments: `input_ids`, or `0`.
+        dtype: Such as `int64`.
+        shape: Its shape.
+        digest: Of its bits.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """One call of the model.
+
+    Attributes:
+        leaves: The tensors that it was called with.
+        samples: Digest of the content of each sample, by its place in the batch; empty where there is no batch dim.
+        loss: The loss that the model returned; None where it returned none.
+        has_backward: Whether a backward pass followed.
+        is_training: `model.training`.
+        generators: Digests of the states of the generators before the call, by name (`torch`, `cuda`).
+    """
+
+    leaves: tuple[Leaf, ...]
+    samples: tuple[str, ...]
+    loss: float | None
+    has_backward: bool
+    is_training: bool = True
+    generators: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroup:
+    """What an optimizer's step is governed by, for one of its groups.
+
+    Attributes:
+        optimizer: Its class, such as `AdamW`.
+        options: `lr`, `betas`, `weight_decay` and whatever else is a number, text, bool, None or a tuple of these.
+        parameters: Names of its parameters that this rank knows.
+    """
+
+    optimizer: str
+    options: Mapping[str, Any]
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """Everything between two steps of the optimizer, on one rank.
+
+    Attributes:
+        number: Number of optimizer steps that the run took before it, since the recording began.
+        has_update: Whether an optimizer step ended it; False for what is left at the end of the recording.
+        passes: Calls of the model with a backward pass, in order.
+        tensors: In the order of events: outputs, gradients of outputs, gradients, weights, states.
+        groups: Of all optimizers.
+        gradient_norm: 2-norm over this rank's own gradients as the optimizer gets them (a part of the whole norm).
+        told_norm: The norm that the loop or the engine says it clipped by; None where none is known.
+        loss_scale: By which losses are multiplied; 1 without.
+        is_skipped: The optimizer's step was skipped because of infinite gradients.
+        num_evaluations: Calls of the model without a backward pass, which are not recorded.
+    """
+
+    number: int
+    has_update: bool
+    passes: tuple[PassRecord, ...]
+    tensors: tuple[TensorRecord, ...]
+    groups: tuple[ParameterGroup, ...] = ()
+    gradient_norm: float | None = None
+    told_norm: float | None = None
+    loss_scale: float = 1.0
+    is_skipped: bool = False
+    num_evaluations: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RankTrace:
+    """What one rank recorded.
+
+    Attributes:
+        rank: Global.
+        topology: Of the run. TP and DP coordinates of the rank follow from it.
+        tp_group: Global ranks of its TP group, in the order of tp_rank.
+        dp_group: Global ranks of its DP group.
+        dtype: Of the parameters, or of autocast where that is in use.
+        versions: By package.
+        replays: How many perturbed replays each recorded step has.
+        source: What was recorded: `Module`, `DistributedDataParallel`, `DeepSpeedEngine` ...
+        initial: Weights, buffers and optimizer state before the first recorded step.
+        steps: The recorded ones.
+        num_steps: Steps of the optimizer while recording, recorded or not.
+        not_recorded: Why something could not be recorded, by name.
+        is_complete: Whether the context ended; False for a run that was killed.
     """
 
     rank: int
     topology: Topology
+    tp_group: tuple[int, ...]
+    dp_group: tuple[int, ...]
     dtype: str
-    initial: Mapping[str, Tensor]
-    buffers: tuple[str, ...]
-    layouts: Mapping[str, Layout]
-    steps: tuple[Step, ...]
-    inputs: tuple[Mapping[str, Tensor], ...]
-    deviations: Mapping[Hashable, float] | None
     versions: Mapping[str, str]
-
-
-_FORMAT = 1
-
-
-class TraceWriter:
-    """Write all ranks' files to a temporary folder, then rename it over the old trace."""
-
-    def __init__(self, path: Path) -> None:
-        if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or any(path.glob("rank_*.pt")))):
-            raise UsageError("path", str(path), "a new path, or an existing trace to replace")
-        if not path.absolute().parent.is_dir():
-            raise UsageError("path", str(path), "a path whose parent folder exists")
-        self._path = path
-
-    def write(self, recorded: RankRecording) -> None:
-        """Write this rank's part; collective over the world."""
-        partial = self._path.with_name(f".{self._path.name}.partial")
-        if recorded.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        _barrier()
-        torch.save(_as_plain(recorded), partial / f"rank_{recorded.rank:05}.pt")
-        _barrier()
-        if recorded.rank == 0:
-            shutil.rmtree(self._path, ignore_errors=True)
-            partial.rename(self._path)
-        _barrier()
-
-
-def read_trace(name: str, path: str | Path) -> tuple[RankRecording, ...]:
-    """Return what every rank recorded.
-
-    Raises:
-        UsageError: There is no trace at that path.
-        TpcheckError: The trace is damaged or incomplete.
-    """
-    files = sorted(Path(path).glob("rank_*.pt"))
-    if not files:
-        raise UsageError(name, str(path), "a folder that tpcheck.record has written")
-    try:
-        ranks = tuple(_as_recorded(torch.load(file, weights_only=True, map_location="cpu")) for file in files)
-        is_complete = [recorded.rank for recorded in ranks] == list(range(ranks[0].topology.world_size))
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise TpcheckError(f"{path} is not a readable trace: {reason}") from error
-    if not is_complete:
-        raise TpcheckError(f"{path} holds {len(ranks)} of the {ranks[0].topology.world_size} ranks that were recorded")
-    return ranks
-
-
-def _barrier() -> None:
-    from torch import distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-
-
-def _as_plain(recorded: RankRecording) -> dict[str, Any]:
-    """Return the recording as tensors by name and everything else as JSON."""
-    facts = {
-        "format": _FORMAT,
-        "rank": recorded.rank,
-        "topology": recorded.topology.sizes,
-        "dtype": recorded.dtype,
-        "buffers": recorded.buffers,
-        "layouts": {name: [layout.shape, layout.local_shapes] for name, layout in recorded.layouts.items()},
-        "losses": [step.loss for step in recorded.steps],
-        "deviations": _deviations_as_plain(recorded.deviations),
-        "versions": dict(recorded.versions),
-    }
-    steps = [
-        {
-            "activations": {json.dumps(asdict(key)): tensor for key, tensor in step.activations.items()},
-            "gradients": dict(step.gradients),
-            "weights": dict(step.weights),
-            "buffers": dict(step.buffers),
-        }
-        for step in recorded.steps
-    ]
-    sources = {name: layout.source for name, layout in recorded.layouts.items()}
-    tensors = {"initial": dict(recorded.initial), "steps": steps, "inputs": list(map(dict, recorded.inputs))}
-    return {"facts": json.dumps(facts), "sources": sources, **tensors}
-
-
-def _as_recorded(plain: Any) -> RankRecording:
-    if not isinstance(plain, dict):
-        raise TypeError(f"it holds a {type(plain).__name__}, not a dict")
-    facts = json.loads(plain["facts"])
-    if facts["format"] != _FORMAT:
-        raise ValueError(f"its format is {facts['format']}, not {_FORMAT}")
-    layouts = {
-        name: Layout(tuple(shape), tuple(map(tuple, local_shapes)), plain["sources"][name])
-        for name, (shape, local_shapes) in facts["layouts"].items()
-    }
-    steps = tuple(
-        Step(
-            activations={TensorKey(**json.loads(key)): tensor for key, tensor in step["activations"].items()},
-            gradients=step["gradients"],
-            weights=step["weights"],
-            gradient_norm=None,
-            loss=loss,
-            buffers=step["buffers"],
-        )
-        for step, loss in zip(plain["steps"], facts["losses"], strict=True)
-    )
-    return RankRecording(
-        rank=facts["rank"],
-        topology=Topology(**facts["topology"]),
-        dtype=facts["dtype"],
-        initial=plain["initial"],
-        buffers=tuple(facts["buffers"]),
-        layouts=layouts,
-        steps=steps,
-        inputs=tuple(plain["inputs"]),
-        deviations=_deviations_from_plain(facts["deviations"]),
-        versions=facts["versions"],
-    )
-
-
-def _deviations_as_plain(deviations: Mapping[Hashable, float] | None) -> list[Any] | None:
-    if deviations is None:
-        return None
-    return [[[asdict(part) if isinstance(part, TensorKey) else part for part in key], value]  # type: ignore[attr-defined]
-            for key, value in deviations.items()]  # fmt: skip
-
-
-def _deviations_from_plain(plain: list[Any] | None) -> dict[Hashable, float] | None:
-    if plain is None:
-        return None
-    return {tuple(TensorKey(**part) if isinstance(part, dict) else part for part in key): value for key, value in plain}
+    replays: int
+    source: str
+    initial: tuple[TensorRecord, ...]
+    steps: tuple[StepRecord, ...]
+    num_steps: int
+    not_recorded: Mapping[str, str] = field(default_factory=dict)
+    is_complete: bool = True

@@ -1,0 +1,82 @@
+"""What an optimizer gets and holds, by the parameter's name: gradients, weights, masters, moments, rates, norms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from tpcheck.numerics.sketch import GlobalIndex
+from tpcheck.runs.trace import ParameterGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """This rank's elements of one tensor that belongs to a parameter, where they lie: detached, not copied.
+
+    Attributes:
+        kind: As in `TensorRecord`.
+        name: Of the parameter, without wrappers.
+        state: Name of an optimizer's state, such as `exp_avg`; else empty.
+        values: The local elements: of the local shape, or flat where `index.fragment` says which.
+        index: Where they are in the whole tensor; None where the layout is unknown.
+        is_term: The values are a term of a sum over the TP group.
+        scale: What to multiply the values by (1 / loss scale where gradients are still scaled).
+    """
+
+    kind: Literal["gradient", "weight", "master", "state"]
+    name: str
+    state: str
+    values: torch.Tensor
+    index: GlobalIndex | None
+    is_term: bool = False
+    scale: float = 1.0
+
+
+class OptimizerView(Protocol):
+    """One kind of optimizer around one model. Nothing here is collective, except where it says so."""
+
+    @property
+    def stepping(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The torch optimizers whose `step` ends a step of the loop (inside an engine: the inner one)."""
+        ...
+
+    def gradients(self) -> Iterator[Part]:
+        """Yield what the optimizer gets, when called from a hook before its step: reduced, accumulated, clipped."""
+        ...
+
+    def weights(self) -> Iterator[Part]:
+        """Yield every parameter that this rank holds a part of, frozen ones included."""
+        ...
+
+    def states(self) -> Iterator[Part]:
+        """Yield float32 masters (kind `master`) and the tensors of the optimizer's state (kind `state`)."""
+        ...
+
+    def groups(self) -> tuple[ParameterGroup, ...]: ...
+
+    def told_norm(self) -> float | None:
+        """Return the gradient norm that the engine says it clipped by in the last step; None where it tells none."""
+        ...
+
+    def loss_scale(self) -> float: ...
+
+    def not_viewed(self) -> Mapping[str, str]:
+        """Return why something cannot be seen, by parameter or kind."""
+        ...
+
+
+def view_of(model: Any, optimizer: Any = None) -> OptimizerView:
+    """Return the view of the optimizer that trains this model.
+
+    Args:
+        model: A module, a DistributedDataParallel, an FSDP2 or DTensor model, a DeepSpeed engine, a Megatron model.
+        optimizer: A torch optimizer, several, or an engine's or Megatron's; None: the engine's own, or any torch
+            optimizer that is found to step parameters of this model.
+
+    Raises:
+        UsageError: The optimizer has no parameter of this model.
+    """
+    raise NotImplementedError
