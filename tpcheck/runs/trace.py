@@ -11,7 +11,7 @@ import torch
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.sketch import Sketch
 
-Kind = Literal["output", "output_gradient", "input", "input_gradient", "gradient", "weight", "master", "state", "buffer"]
+Kind = Literal["output", "output_gradient", "input", "input_gradient", "gradient", "accumulated", "weight", "master", "state", "buffer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class TensorRecord:
 
     Attributes:
         kind: What it is. `weight` is after the optimizer's step (in `RankTrace.initial`: before the first), `gradient`
-            what the optimizer gets, `state` a moment.
+            what the optimizer gets, `accumulated` the gradient before micro-batch number `part`, `state` a moment.
         name: Module, parameter or buffer, without wrappers.
         part: Place in a module's output (`0`, `logits`), name of an optimizer's state (`exp_avg`); else empty.
         call: Number of earlier calls of the module in the micro-batch.
@@ -137,6 +137,7 @@ class StepRecord:
         loss_scale: By which losses are multiplied; 1 without.
         is_skipped: The optimizer's step was skipped because of infinite gradients.
         num_evaluations: Calls of the model without a backward pass, which are not recorded.
+        inner_dtype: The lowest dtype that was computed in, where replays have shown it; else empty.
     """
 
     number: int
@@ -149,6 +150,7 @@ class StepRecord:
     loss_scale: float = 1.0
     is_skipped: bool = False
     num_evaluations: int = 0
+    inner_dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)
