@@ -150,6 +150,11 @@ class Pass:
         places = ActivationPlaces(BatchShape.of([leaf.detach() for _, leaf in named]), tp, tp_rank)
         return cls(args, kwargs, leaves, places, model.training, generator_digests())
 
+    @classmethod
+    def like(cls, recorded: Pass) -> Pass:
+        """Return the record of a repetition of a call."""
+        return cls((), {}, {}, recorded.places, recorded.is_training, {})
+
     def add(self, key: Key, tensor: torch.Tensor, *, is_full: bool = False) -> None:
         """Add a tensor of this call; one that is there already is added up."""
         places = self.places.places_of_dtensor(tensor) if _is_dtensor(tensor) else self.places.places(tensor)

@@ -121,7 +121,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         starts = exchange_starts(mine, groups.rank, groups.tp)
         self._tp_rank = groups.tp.index(groups.rank)
         self._places = ParameterPlaces(self._tp_rank, starts)
-        self._replays = Replays(self._root, self._view, self._options.replays, len(groups.tp) * len(groups.dp))
+        self._replays = Replays(self._root, self._view, self._options.replays, self._names, groups.tp)
         self._writer = self._stack.enter_context(TraceWriter(self._path, self._header(), starts[0].run))
         handles = [
             self._root.register_forward_pre_hook(eager(self._before_call), with_kwargs=True, prepend=True),
@@ -232,7 +232,7 @@ class Recorder(AbstractContextManager["Recorder"]):
                     self._gradients.append(self._pending(part))
         if is_first and self._replays.number:
             with self._paused():
-                self._replays.run(self._number, [each for each in self._passes if each.has_backward])
+                self._replays.run(self._number, [each for each in self._passes if each.has_backward], self._gradients)
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_paused and self._view.owns(optimizer):
