@@ -8,6 +8,7 @@ from math import prod
 
 import torch
 
+from tpcheck.core.digests import FACTORS, mix, odd_keys
 from tpcheck.core.placement import Shard
 from tpcheck.numerics.sketch import GlobalIndex, RowKeys, row_keys, sample_keys
 
@@ -173,7 +174,18 @@ def _place(
     """Return a place; `columns` are the dims of the whole that follow the keyed rows, `index` that of the last one."""
     shape = (*(-1,) * num_row_dims, *columns)
     if rows is None:
-        whole = GlobalIndex.whole(columns) if index is None else replace(index, shape=columns, indices=(*(None,) * (len(columns) - 1), *index.indices))  # fmt: skip
+        whole = GlobalIndex.whole(columns)
+        if index is not None:
+            whole = replace(whole, indices=(*whole.indices[:-1], *index.indices))
         return Place(label, shape, piece, whole, None, is_term)
-    rows = rows.repeated(prod(columns[:-1]))
+    rows = _repeated(rows, prod(columns[:-1]))
     return Place(label, shape, piece, index or GlobalIndex.whole(columns[-1:]), rows, is_term)
+
+
+def _repeated(rows: RowKeys, number: int) -> RowKeys:
+    """Return the keys of rows of which each is cut into `number` rows, such as the heads of a token."""
+    if number <= 1:
+        return rows
+    of_part = odd_keys(0, number, rows.keys.device)
+    keys = mix(rows.keys[:, None] + of_part[None, :], 30, FACTORS[0])
+    return RowKeys(keys.reshape(-1), rows.tiles.repeat_interleave(number))

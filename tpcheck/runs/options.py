@@ -41,7 +41,9 @@ class RecordOptions:
         if not isinstance(self.replays, int) or isinstance(self.replays, bool) or self.replays < 0:
             raise UsageError("replays", self.replays, "a number of replays, 0 or more")
         if not all(isinstance(pattern, str) for pattern in self._patterns):
-            raise UsageError("modules", self.modules, "a pattern of module names such as 'model.layers.9.*', or several")
+            raise UsageError(
+                "modules", self.modules, "a pattern of module names such as 'model.layers.9.*', or several"
+            )
 
     def is_recorded(self, step: int) -> bool:
         if self.steps is None:

@@ -76,7 +76,7 @@ def exchange_starts(mine: StartOfRank, rank: int, tp_group: Sequence[int]) -> tu
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return (mine,)
-    store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+    store = dist.distributed_c10d._get_default_store()
     number = store.add(f"tpcheck/record/count/{rank}", 1)
     prefix = f"tpcheck/record/{number}"
     store.set(f"{prefix}/{rank}", json.dumps([mine.run, {name: list(each) for name, each in mine.parameters.items()}]))

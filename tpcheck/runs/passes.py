@@ -138,9 +138,7 @@ class Pass:
     before: Any = None
 
     @classmethod
-    def start(
-        cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tp: int, tp_rank: int
-    ) -> Pass:
+    def start(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tp: int, tp_rank: int) -> Pass:
         """Return the record of a call that is about to start."""
         named = [(path, _local(tensor)) for path, tensor in named_tensors((*args, kwargs) if kwargs else args)]
         leaves = {
@@ -182,7 +180,7 @@ class Pass:
 def generator_digests() -> dict[str, str]:
     """Return digests of the states of torch's default generators."""
     states = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states["cuda"] = torch.cuda.get_rng_state()
     return {name: digest(state) for name, state in states.items()}
 
@@ -274,13 +272,13 @@ class ModuleHooks:
 
 
 def eager(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the hook such that torch.compile does not trace it, without loading the compiler where nothing is compiled."""
-    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook  # type: ignore[no-any-return]
+    """Return the hook such that torch.compile does not trace it; load no compiler where nothing is compiled."""
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook  # type: ignore[no-untyped-call]
 
 
 def is_in_backward() -> bool:
     """Return whether autograd is running on this thread, so that a forward pass is a recomputation."""
-    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+    return torch._C._current_graph_task_id() != -1
 
 
 def views_of(output: Any) -> Any:
@@ -307,7 +305,7 @@ def _is_dtensor(tensor: torch.Tensor) -> bool:
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part without any communication; a `Partial` one is a term."""
-    return tensor._local_tensor if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor._local_tensor if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _dtype(tensor: torch.Tensor) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -23,13 +22,13 @@ from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
 from tpcheck.runs.activations import Place
-from tpcheck.runs.options import RecordOptions, Steps
 from tpcheck.runs.optimizer_view import OptimizerView, Part, unwrapped, unwrapped_name, view_of
+from tpcheck.runs.options import RecordOptions, Steps
 from tpcheck.runs.parameters import ParameterPlaces, StartOfRank, exchange_starts
 from tpcheck.runs.passes import ModuleHooks, Pass, PendingTensor, eager, finished, is_in_backward, loss_in, views_of
 from tpcheck.runs.replays import Replays
 from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
-from tpcheck.runs.trace_files import TraceWriter
+from tpcheck.runs.trace_files import TraceWriter, new_run_id, require_writable
 
 # Parameters whose accumulated gradient is also recorded before each further micro-batch: norms and biases, on which
 # reductions at the wrong time show, and which cost nothing.
@@ -91,6 +90,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._groups = _groups(self._root, options.topology)
         self._model = model
         self._path = Path(path)
+        require_writable(self._path)
         self._stack = ExitStack()
         self._hooks: ModuleHooks | None = None
         self._current: Pass | None = None
@@ -115,14 +115,14 @@ class Recorder(AbstractContextManager["Recorder"]):
         }
         weights = {part.name: part for part in self._view.weights()}
         mine = StartOfRank(
-            uuid.uuid4().hex,
+            new_run_id(),
             {name: (tuple(part.values.shape), digest(part.values.detach())) for name, part in weights.items()},
         )
         starts = exchange_starts(mine, groups.rank, groups.tp)
         self._tp_rank = groups.tp.index(groups.rank)
         self._places = ParameterPlaces(self._tp_rank, starts)
         self._replays = Replays(self._root, self._view, self._options.replays, self._names, groups.tp)
-        self._writer = self._stack.enter_context(TraceWriter(self._path, self._header(), starts[0].run))
+        self._writer = TraceWriter(self._path, self._header(), run_id=starts[0].run)
         handles = [
             self._root.register_forward_pre_hook(eager(self._before_call), with_kwargs=True, prepend=True),
             self._root.register_forward_hook(eager(self._after_call), always_call=True),
@@ -145,7 +145,8 @@ class Recorder(AbstractContextManager["Recorder"]):
                     self._write_step(has_update=False)
                 if not self._num_passes:
                     raise UsageError("model", self._source, "a model that is called inside the context, with gradients")
-                self._writer.finish(self._number, {**self._view.not_viewed(), **self._replays.not_measured})
+                not_recorded = {**self._view.not_viewed(), **self._replays.not_measured}
+                self._writer.close(num_steps=self._number, not_recorded=not_recorded)
 
     def _header(self) -> RankTrace:
         groups = self._groups
@@ -279,7 +280,7 @@ class Recorder(AbstractContextManager["Recorder"]):
                 num_evaluations=self._num_evaluations + len(self._passes) - len(passes),
                 inner_dtype=self._replays.inner_dtype,
             )
-            self._writer.write(replace(record, gradient_norm=_norm(record.tensors)))
+            self._writer.write_step(replace(record, gradient_norm=_norm(record.tensors)))
         self._number += has_update
         self._passes, self._gradients, self._accumulated, self._stepped = [], [], [], set()
         self._num_evaluations = 0

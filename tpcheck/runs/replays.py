@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpcheck.core.errors import UsageError
 from tpcheck.numerics.perturb import KeyedPerturbation, perturbed_leaves
-from tpcheck.numerics.sketch import GlobalIndex, PendingSketch, Sketch, fetch_sketches, start_sketch
+from tpcheck.numerics.sketch import GlobalIndex, PendingSketch, Sketch, distance, fetch_sketches, start_sketch
 from tpcheck.numerics.tensors import named_tensors
 from tpcheck.runs.optimizer_view import OptimizerView, Part, unwrapped_name
 from tpcheck.runs.passes import Key, ModuleHooks, Pass, PendingTensor
@@ -55,7 +55,12 @@ class Replays:
     """
 
     def __init__(
-        self, model: nn.Module, view: OptimizerView, number: int, names: Mapping[nn.Module, str], tp_group: Sequence[int]
+        self,
+        model: nn.Module,
+        view: OptimizerView,
+        number: int,
+        names: Mapping[nn.Module, str],
+        tp_group: Sequence[int],
     ) -> None:
         self.number = number
         self.deviations: dict[Key, Sequence[float]] | None = None
@@ -75,11 +80,10 @@ class Replays:
         """Return what a replay has to put back before it calls the model; None where there are no replays."""
         if not self.number:
             return None
-        devices = ["cpu", *(["cuda"] if torch.cuda.is_available() and torch.cuda.is_initialized() else [])]
+        has_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        devices = ["cpu", *(["cuda"] if has_cuda else [])]
         autocast = tuple((each, torch.get_autocast_dtype(each)) for each in devices if torch.is_autocast_enabled(each))
-        return BeforeCall(
-            torch.get_rng_state(), torch.cuda.get_rng_state() if len(devices) > 1 else None, autocast
-        )
+        return BeforeCall(torch.get_rng_state(), torch.cuda.get_rng_state() if has_cuda else None, autocast)
 
     def watch_seeds(self, current: Pass, output: Any) -> None:
         """Keep the gradients that reach the model's outputs from outside."""
@@ -134,13 +138,13 @@ class Replays:
         current: list[Pass | None] = [None]
         sums: dict[str, torch.Tensor] = {}
         with ExitStack() as stack:
-            hooks = ModuleHooks(self._model, self._names, lambda: current[0], lambda: live, is_full=False)
-            stack.callback(hooks.remove)
             if number:
                 stack.enter_context(self._perturbed_weights(perturbation))
-                stack.enter_context(perturbed_leaves(self._model, perturbation))
+                stack.enter_context(perturbed_leaves(self._model, perturbation))  # before the hooks that record
             elif not self.inner_dtype:
                 stack.enter_context(self._dtypes_seen())
+            hooks = ModuleHooks(self._model, self._names, lambda: current[0], lambda: live, is_full=False)
+            stack.callback(hooks.remove)
             for recorded in passes:
                 again = Pass.like(recorded)
                 live.append(again)
@@ -208,7 +212,7 @@ class Replays:
         deviations: dict[Key, Sequence[float]] = {}
         for key, base in unperturbed.items():
             moved = [
-                max((each[key][place].distance(sketch) for each in perturbed if key in each), default=0.0)
+                max((distance(each[key][place], sketch) for each in perturbed if key in each), default=0.0)
                 for place, sketch in enumerate(base)
             ]
             deviations[key] = [distance * shrinking for distance in moved] if key[0] == "gradient" else moved
@@ -272,7 +276,9 @@ class Replays:
                         continue
                     try:
                         moves = _moves(optimizer, group, parameter, inside, self.deviations, self.drift, step)
-                    except Exception as error:  # optimizers of third parties may need more than a parameter and its state
+                    except (
+                        Exception
+                    ) as error:  # optimizers of third parties may need more than a parameter and its state
                         reason = str(error).partition("\n")[0] or type(error).__name__
                         self.not_measured["updates"] = f"{type(optimizer).__name__} cannot repeat its step: {reason}"
                         return
@@ -284,11 +290,14 @@ class Replays:
             if kind == "state":
                 self.drift[(kind, name, state, call)] = (move,)
                 continue
-            keys = [("weight", name, "", 0), *[part_key for part in states if (part_key := _key(part))[:2] == ("master", name)]]
+            keys = [
+                ("weight", name, "", 0),
+                *[part_key for part in states if (part_key := _key(part))[:2] == ("master", name)],
+            ]
             for key in keys:
-                total = self.drift.get(key, (0.0,))[0] + move  # type: ignore[call-overload]
-                self.drift[key] = (total,)  # type: ignore[index]
-                self._last_moves[key] = move  # type: ignore[index]
+                total = self.drift.get(key, (0.0,))[0] + move
+                self.drift[key] = (total,)
+                self._last_moves[key] = move
             weight = weights.get(name)
             if weight is not None and weight.values.dtype.itemsize < 4:
                 self._round_weight(weight)
@@ -312,7 +321,9 @@ class Replays:
     @contextmanager
     def _state_put_back(self) -> Iterator[None]:
         random_state = torch.get_rng_state()
-        cuda_state = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+        cuda_state = (
+            torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+        )
         buffers = [(module, name, each, each.detach().clone()) for module in self._model.modules()
                    for name, each in module._buffers.items() if each is not None]  # fmt: skip
         try:
@@ -323,14 +334,14 @@ class Replays:
                     buffer.copy_(value)
                     module._buffers[name] = buffer
             torch.set_rng_state(random_state)
-            if cuda_state is not None:
-                torch.cuda.set_rng_state_all(cuda_state)
+            if has_cuda:
+                torch.cuda.set_rng_state_all(cuda_states)
 
     def _all_ranks_are_here(self, step: int) -> bool:
         """Return whether every rank of the TP group has come to this step; the same answer on all that have."""
         if len(self._tp_group) == 1:
             return True
-        store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+        store = dist.distributed_c10d._get_default_store()
         key = f"tpcheck/replays/{self._tp_group[0]}/{self._round()}"
         if store.add(f"{key}/here", 1) == len(self._tp_group):
             return bool(store.compare_set(f"{key}/decision", "", "go") == b"go")
@@ -343,7 +354,7 @@ class Replays:
 
     def _round(self) -> int:
         """Return the number of this replay in this process, counted in the store as several recordings may follow."""
-        store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+        store = dist.distributed_c10d._get_default_store()
         return int(store.add(f"tpcheck/replays/rank {dist.get_rank()}", 1))
 
 
@@ -467,7 +478,7 @@ class _LowestDtype(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(issubclass(kind, torch.Tensor) and kind not in (torch.Tensor, nn.Parameter) for kind in types):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
-        for tensor in (result if isinstance(result, (tuple, list)) else (result,)):
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                 if torch.finfo(tensor.dtype).eps > torch.finfo(self._dtype).eps:
                     self._dtype = tensor.dtype
