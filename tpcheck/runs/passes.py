@@ -180,9 +180,14 @@ class Pass:
 def generator_digests() -> dict[str, str]:
     """Return digests of the states of torch's default generators."""
     states = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if uses_cuda():
         states["cuda"] = torch.cuda.get_rng_state()
     return {name: digest(state) for name, state in states.items()}
+
+
+def uses_cuda() -> bool:
+    """Return whether this process has started to use CUDA."""
+    return torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call,no-any-return]
 
 
 class ModuleHooks:

@@ -228,9 +228,9 @@ class Recorder(AbstractContextManager["Recorder"]):
         is_first = not self._gradients
         present = {tensor.key for tensor in self._gradients}
         for part in self._view.gradients():
-            if ("gradient", part.name, "", 0) not in present and self._view.steps(optimizer, part.name):
-                if self._options.has_parameter(part.name):
-                    self._gradients.append(self._pending(part))
+            is_new = ("gradient", part.name, "", 0) not in present and self._view.steps(optimizer, part.name)
+            if is_new and self._options.has_parameter(part.name):
+                self._gradients.append(self._pending(part))
         if is_first and self._replays.number:
             with self._paused():
                 self._replays.run(self._number, [each for each in self._passes if each.has_backward], self._gradients)
@@ -306,9 +306,9 @@ class Recorder(AbstractContextManager["Recorder"]):
         """Return weights and optimizer state; frozen weights and buffers only at the start, or where they changed."""
         pending = []
         with torch.no_grad():
-            for part in (*self._view.weights(), *self._view.states()):
-                if (is_start or self._view.is_trained(part.name)) and self._options.has_parameter(part.name):
-                    pending.append(self._pending(part))
+            parts = (*self._view.weights(), *self._view.states())
+            parts = tuple(part for part in parts if self._options.has_parameter(part.name))
+            pending += [self._pending(part) for part in parts if is_start or self._view.is_trained(part.name)]
             for name, buffer in self._root.named_buffers():
                 name = unwrapped_name(name)
                 if self._options.has_parameter(name):

@@ -1,4 +1,4 @@
-"""Measures what rounding may do to each tensor of a step: its passes, and its update, repeated under random rounding."""
+"""Measures what rounding may do to each tensor of a step: passes and update are repeated under random rounding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tpcheck.numerics.perturb import KeyedPerturbation, perturbed_leaves
 from tpcheck.numerics.sketch import GlobalIndex, PendingSketch, Sketch, distance, fetch_sketches, start_sketch
 from tpcheck.numerics.tensors import named_tensors
 from tpcheck.runs.optimizer_view import OptimizerView, Part, unwrapped_name
-from tpcheck.runs.passes import Key, ModuleHooks, Pass, PendingTensor
+from tpcheck.runs.passes import Key, ModuleHooks, Pass, PendingTensor, uses_cuda
 
 # Ranks reach a step within this time, or replays, in which they communicate, are given up.
 SECONDS_TO_WAIT = 30.0
@@ -80,10 +80,9 @@ class Replays:
         """Return what a replay has to put back before it calls the model; None where there are no replays."""
         if not self.number:
             return None
-        has_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        devices = ["cpu", *(["cuda"] if has_cuda else [])]
+        devices = ["cpu", *(["cuda"] if uses_cuda() else [])]
         autocast = tuple((each, torch.get_autocast_dtype(each)) for each in devices if torch.is_autocast_enabled(each))
-        return BeforeCall(torch.get_rng_state(), torch.cuda.get_rng_state() if has_cuda else None, autocast)
+        return BeforeCall(torch.get_rng_state(), torch.cuda.get_rng_state() if uses_cuda() else None, autocast)
 
     def watch_seeds(self, current: Pass, output: Any) -> None:
         """Keep the gradients that reach the model's outputs from outside."""
@@ -321,9 +320,7 @@ class Replays:
     @contextmanager
     def _state_put_back(self) -> Iterator[None]:
         random_state = torch.get_rng_state()
-        cuda_state = (
-            torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-        )
+        cuda_states = torch.cuda.get_rng_state_all() if uses_cuda() else []
         buffers = [(module, name, each, each.detach().clone()) for module in self._model.modules()
                    for name, each in module._buffers.items() if each is not None]  # fmt: skip
         try:
@@ -334,7 +331,7 @@ class Replays:
                     buffer.copy_(value)
                     module._buffers[name] = buffer
             torch.set_rng_state(random_state)
-            if has_cuda:
+            if cuda_states:
                 torch.cuda.set_rng_state_all(cuda_states)
 
     def _all_ranks_are_here(self, step: int) -> bool:
@@ -399,7 +396,7 @@ def _step_copy(
     assert parameter.grad is not None
     twin = nn.Parameter(parameter.detach().clone())
     gradient = parameter.grad.detach().clone()
-    state = copy.deepcopy({name: value for name, value in optimizer.state.get(parameter, {}).items()})
+    state = copy.deepcopy(dict(optimizer.state.get(parameter, {})))
     slices = {part.name: _slice_in(part.values, parameter.grad) for part in parts}
     for name, at in slices.items():
         flat = _flat(gradient)[at]
@@ -479,7 +476,7 @@ class _LowestDtype(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                if torch.finfo(tensor.dtype).eps > torch.finfo(self._dtype).eps:
-                    self._dtype = tensor.dtype
+            is_real = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+            if is_real and torch.finfo(tensor.dtype).eps > torch.finfo(self._dtype).eps:
+                self._dtype = tensor.dtype
         return result
