@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from tpcheck.backends.layout import Layout
 from tpcheck.core.placement import Shard
 
 SIGN_SETS = 4
@@ -44,6 +46,15 @@ class GlobalIndex:
         indices[dim] = torch.tensor(held, dtype=torch.int64)
         return cls(tuple(shape), tuple(indices))
 
+    @classmethod
+    def from_layout(cls, layout: Layout, tp_rank: int) -> GlobalIndex:
+        """Return the index of one rank's part of a parameter."""
+        raise NotImplementedError
+
+    def piece(self) -> str:
+        """Return a short digest that is equal for two indices of the same elements, and for no others."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, slots=True)
 class RowKeys:
@@ -73,3 +84,73 @@ class Sketch:
     sum_squares: float
     numel: int
     nonfinite: int
+
+    @classmethod
+    def zero(cls) -> Sketch:
+        """Return the sketch of a tensor without elements: what a sum starts with."""
+        raise NotImplementedError
+
+    def __add__(self, other: Sketch) -> Sketch:
+        raise NotImplementedError
+
+    def __sub__(self, other: Sketch) -> Sketch:
+        raise NotImplementedError
+
+    def scaled(self, factor: float) -> Sketch:
+        """Return the sketch of the tensor times `factor`."""
+        raise NotImplementedError
+
+    @property
+    def norm(self) -> float:
+        """Estimate of the tensor's Frobenius norm."""
+        raise NotImplementedError
+
+    def tile_norms(self) -> torch.Tensor:
+        """Return the estimate of each tile's norm, (TILES, TILES)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class PendingSketch:
+    """A sketch that is still on its tensor's device."""
+
+    packed: torch.Tensor
+    numel: int
+
+    def add(self, other: PendingSketch) -> PendingSketch:
+        """Return the sum, on the device."""
+        raise NotImplementedError
+
+
+def sketch(
+    tensor: torch.Tensor, index: GlobalIndex | None = None, *, rows: RowKeys | None = None, scale: float = 1.0
+) -> Sketch:
+    """Return the sketch of `scale` times a tensor."""
+    raise NotImplementedError
+
+
+def start_sketch(
+    tensor: torch.Tensor, index: GlobalIndex | None = None, *, rows: RowKeys | None = None, scale: float = 1.0
+) -> PendingSketch:
+    """Compute a sketch on the tensor's device, without waiting for it."""
+    raise NotImplementedError
+
+
+def fetch_sketches(pending: Sequence[PendingSketch]) -> list[Sketch]:
+    """Copy all sketches to the host at once, and wait for them."""
+    raise NotImplementedError
+
+
+def distance(actual: Sketch, expected: Sketch) -> float:
+    """Estimate the Frobenius norm of the difference of two tensors."""
+    raise NotImplementedError
+
+
+def row_keys(samples: torch.Tensor, length: int) -> RowKeys:
+    """Return the keys of the rows of a [B, length] tensor, row by row, for B samples with these keys."""
+    raise NotImplementedError
+
+
+def sample_keys(leaf: torch.Tensor) -> torch.Tensor:
+    """Return a digest of each sample's content, int64 [B], of a tensor with batch dim; the same on every device."""
+    raise NotImplementedError
