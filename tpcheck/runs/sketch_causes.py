@@ -13,7 +13,7 @@ from tpcheck.core.causes import Cause, Explanation, first_explanation
 from tpcheck.numerics.sketch import Sketch, distance
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, LEAST_MULTIPLES, RESIDUAL_EXACT, RESIDUAL_NOISY
 from tpcheck.runs.comparisons import Comparison, relative
-from tpcheck.runs.wholes import Whole, epsilon, total
+from tpcheck.runs.wholes import Whole, total
 
 OPTIMIZERS_OF_WHOLE_MATRICES = ("muon", "adafactor", "lamb", "shampoo", "soap", "came", "lars")
 """Optimizers whose step on an element depends on the whole matrix: on a shard they compute something else."""
@@ -503,11 +503,10 @@ def sees_one_shard(optimizer: str, actual: Whole) -> Explanation | None:
     return Explanation(Cause.OPTIMIZER_SEES_ONE_SHARD, evidence={"optimizer": optimizer})
 
 
-def is_rounded_from(master: Whole, weight: Whole) -> float | None:
-    """Return the relative distance of weights from their masters where rounding does not explain it; else None."""
-    eps = epsilon(weight.dtype)
-    error = distance(master.sketch, weight.sketch)
-    return relative(error, master.norm) if error > eps * master.norm else None
+def is_rounded_from(master: Sketch, weight: Sketch, tolerance: float) -> float | None:
+    """Return the relative distance of weights from their masters where it is more than `tolerance`; else None."""
+    difference = relative(distance(master, weight), sqrt(master.sum_squares))
+    return difference if difference > tolerance else None
 
 
 _OVER_RANKS: tuple[Test, ...] = (reduced_too_often, averaged_over_tp)
