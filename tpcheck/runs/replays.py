@@ -21,7 +21,8 @@ from tpcheck.core.errors import UsageError
 from tpcheck.numerics.perturb import KeyedPerturbation, perturbed_leaves
 from tpcheck.numerics.sketch import GlobalIndex, PendingSketch, Sketch, distance, fetch_sketches, start_sketch
 from tpcheck.numerics.tensors import named_tensors
-from tpcheck.runs.optimizer_view import OptimizerView, Part, unwrapped_name
+from tpcheck.runs.optimizer_view import OptimizerView, Part
+from tpcheck.runs.optimizers.names import unwrapped_name
 from tpcheck.runs.passes import Key, ModuleHooks, Pass, PendingTensor, uses_cuda
 
 # Ranks reach a step within this time, or replays, in which they communicate, are given up.
@@ -94,8 +95,8 @@ class Replays:
         """Forget the step that was measured last."""
         self.deviations = None
 
-    def run(self, step: int, passes: Sequence[Pass], gradients: Sequence[PendingTensor]) -> None:
-        """Measure the step that the optimizer is about to take.
+    def repeat_passes(self, step: int, passes: Sequence[Pass], gradients: Sequence[PendingTensor]) -> None:
+        """Measure how far the passes of the step that the optimizer is about to take move.
 
         Args:
             step: Its number.
@@ -117,8 +118,7 @@ class Replays:
         except RuntimeError as error:
             self.not_measured["replays"] = f"the passes cannot be repeated: {str(error).partition(chr(10))[0]}"
             return
-        self.deviations = self._deviations(unperturbed, perturbed, passes, gradients)
-        self._measure_updates(step)
+        self.deviations = self._deviations(unperturbed, perturbed, gradients)
 
     @staticmethod
     def _keep_seed(current: Pass, path: str) -> Any:
@@ -204,7 +204,6 @@ class Replays:
         self,
         unperturbed: Mapping[Key, Sequence[Sketch]],
         perturbed: Sequence[Mapping[Key, Sequence[Sketch]]],
-        passes: Sequence[Pass],
         gradients: Sequence[PendingTensor],
     ) -> dict[Key, Sequence[float]]:
         shrinking = self._shrinking(unperturbed, gradients)
@@ -259,30 +258,28 @@ class Replays:
                 for local, value in saved:
                     local.copy_(value)
 
-    def _measure_updates(self, step: int) -> None:
-        """Repeat the optimizer's step on copies of each parameter, with rounding added to what it is given."""
-        assert self.deviations is not None
-        parts = [*self._view.gradients()]
+    def repeat_update(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Measure the optimizer's step on copies of each of its parameters, with rounding in what it is given."""
+        if self.deviations is None:
+            return
+        self._last_step = step
+        parts = [*self._view.gradients(optimizer)]
         states = [*self._view.states()]
         weights = {part.name: part for part in self._view.weights()}
-        for optimizer in self._view.stepping:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is None:
-                        continue
-                    inside = [part for part in parts if _lies_in(part.values, parameter.grad)]
-                    if not inside:
-                        continue
-                    try:
-                        moves = _moves(optimizer, group, parameter, inside, self.deviations, self.drift, step)
-                    except (
-                        Exception
-                    ) as error:  # optimizers of third parties may need more than a parameter and its state
-                        reason = str(error).partition("\n")[0] or type(error).__name__
-                        self.not_measured["updates"] = f"{type(optimizer).__name__} cannot repeat its step: {reason}"
-                        return
-                    self._add_moves(moves, weights, states)
-        self._last_step = step
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                inside = [part for part in parts if _lies_in(part.values, parameter.grad)]
+                if not inside:
+                    continue
+                try:
+                    moves = _moves(optimizer, group, parameter, inside, self.deviations, self.drift, step)
+                except Exception as error:  # optimizers of third parties may need more than a parameter and its state
+                    reason = str(error).partition("\n")[0] or type(error).__name__
+                    self.not_measured["updates"] = f"{type(optimizer).__name__} cannot repeat its step: {reason}"
+                    return
+                self._add_moves(moves, weights, states)
 
     def _add_moves(self, moves: Mapping[Key, float], weights: Mapping[str, Part], states: Sequence[Part]) -> None:
         for (kind, name, state, call), move in moves.items():
