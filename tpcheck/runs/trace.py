@@ -22,7 +22,8 @@ class Reading:
 
     Attributes:
         label: `layout` where the layout is known (from a backend, or DTensor placements); else a guess that
-            `tpcheck compare` decides by the other run's shapes: `whole`, or `dim N`, an even cut of dim N in the order of ranks.
+            `tpcheck compare` decides by the other run's shapes: `whole`, or `dim N`, an even cut of dim N in the order
+            of ranks.
         shape: Shape of the whole tensor; -1 for a dim of rows that are keyed by content.
         piece: Names the elements: equal on ranks that hold the same ones (replicas). Different pieces do not overlap.
         is_term: The values are a term of a sum over the ranks of the TP group (`Partial`).
