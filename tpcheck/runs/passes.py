@@ -187,7 +187,7 @@ def generator_digests() -> dict[str, str]:
 
 def uses_cuda() -> bool:
     """Return whether this process has started to use CUDA."""
-    return torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call,no-any-return]
+    return torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
 
 
 class ModuleHooks:

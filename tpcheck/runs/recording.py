@@ -22,7 +22,8 @@ from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
 from tpcheck.runs.activations import Place
-from tpcheck.runs.optimizer_view import OptimizerView, Part, unwrapped, unwrapped_name, view_of
+from tpcheck.runs.optimizer_view import OptimizerView, Part, view_of
+from tpcheck.runs.optimizers.names import unwrapped, unwrapped_name
 from tpcheck.runs.options import RecordOptions, Steps
 from tpcheck.runs.parameters import ParameterPlaces, StartOfRank, exchange_starts
 from tpcheck.runs.passes import ModuleHooks, Pass, PendingTensor, eager, finished, is_in_backward, loss_in, views_of
@@ -97,7 +98,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._passes: list[Pass] = []
         self._accumulated: list[PendingTensor] = []
         self._gradients: list[PendingTensor] = []
-        self._stepped: set[int] = set()
+        self._has_stepped = False
         self._number = 0
         self._num_passes = 0
         self._num_evaluations = 0
@@ -107,7 +108,8 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     def __enter__(self) -> Recorder:
         groups = self._groups
-        self._view: OptimizerView = view_of(self._model, self._options.optimizer)
+        self._view: OptimizerView = view_of(self._model, self._options.optimizer, groups=groups)
+        self._num_skipped = self._view.num_skipped()
         self._names = {
             module: unwrapped_name(name)
             for name, module in self._root.named_modules()
@@ -204,7 +206,7 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     def _is_discarded(self) -> bool:
         """Return whether gradients of earlier calls were dropped without an optimizer step: a skipped step."""
-        if not any(each.has_backward for each in self._passes) or self._stepped:
+        if not any(each.has_backward for each in self._passes) or self._has_stepped:
             return False
         return self._view.is_discarded()
 
@@ -221,27 +223,25 @@ class Recorder(AbstractContextManager["Recorder"]):
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._is_paused or not self._view.owns(optimizer):
             return
-        if id(optimizer) in self._stepped:
-            self._end_step()
         if not self._is_recording:
             return
         is_first = not self._gradients
-        present = {tensor.key for tensor in self._gradients}
-        for part in self._view.gradients():
-            is_new = ("gradient", part.name, "", 0) not in present and self._view.steps(optimizer, part.name)
-            if is_new and self._options.has_parameter(part.name):
-                self._gradients.append(self._pending(part))
-        if is_first and self._replays.number:
+        parts = self._view.gradients(optimizer)
+        self._gradients += [self._pending(part) for part in parts if self._options.has_parameter(part.name)]
+        if self._replays.number:
             with self._paused():
-                self._replays.run(self._number, [each for each in self._passes if each.has_backward], self._gradients)
+                if is_first:
+                    passes = [each for each in self._passes if each.has_backward]
+                    self._replays.repeat_passes(self._number, passes, self._gradients)
+                self._replays.repeat_update(self._number, optimizer)
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_paused and self._view.owns(optimizer):
-            self._stepped.add(id(optimizer))
+            self._has_stepped = True
 
     def _end_step(self) -> None:
         """End the step if the optimizer has stepped since it began."""
-        if self._stepped:
+        if self._has_stepped:
             self._write_step(has_update=True)
             self._start_step()
 
@@ -267,7 +267,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         """Write the step that is over, if it is one of those that are recorded, and forget it."""
         if self._is_recording:
             passes = [each for each in self._passes if each.has_backward]
-            is_skipped = is_skipped or self._view.was_skipped()
+            is_skipped = is_skipped or self._view.num_skipped() > self._num_skipped
             record = StepRecord(
                 number=self._number,
                 has_update=has_update,
@@ -282,8 +282,9 @@ class Recorder(AbstractContextManager["Recorder"]):
             )
             self._writer.write_step(replace(record, gradient_norm=_norm(record.tensors)))
         self._number += has_update
-        self._passes, self._gradients, self._accumulated, self._stepped = [], [], [], set()
+        self._passes, self._gradients, self._accumulated, self._has_stepped = [], [], [], False
         self._num_evaluations = 0
+        self._num_skipped = self._view.num_skipped()
         self._replays.forget()
 
     def _step_tensors(self, passes: list[Pass]) -> tuple[TensorRecord, ...]:
@@ -306,9 +307,10 @@ class Recorder(AbstractContextManager["Recorder"]):
         """Return weights and optimizer state; frozen weights and buffers only at the start, or where they changed."""
         pending = []
         with torch.no_grad():
-            parts = (*self._view.weights(), *self._view.states())
-            parts = tuple(part for part in parts if self._options.has_parameter(part.name))
-            pending += [self._pending(part) for part in parts if is_start or self._view.is_trained(part.name)]
+            trained = {name for group in self._view.groups() for name in group.parameters}
+            for part in (*self._view.weights(), *self._view.states()):
+                if (is_start or part.name in trained) and self._options.has_parameter(part.name):
+                    pending.append(self._pending(part))  # noqa: PERF401  # a comprehension of five lines
             for name, buffer in self._root.named_buffers():
                 name = unwrapped_name(name)
                 if self._options.has_parameter(name):

@@ -21,7 +21,8 @@ from tpcheck.core.errors import UsageError
 from tpcheck.numerics.perturb import KeyedPerturbation, perturbed_leaves
 from tpcheck.numerics.sketch import GlobalIndex, PendingSketch, Sketch, distance, fetch_sketches, start_sketch
 from tpcheck.numerics.tensors import named_tensors
-from tpcheck.runs.optimizer_view import OptimizerView, Part, unwrapped_name
+from tpcheck.runs.optimizer_view import OptimizerView, Part
+from tpcheck.runs.optimizers.names import unwrapped_name
 from tpcheck.runs.passes import Key, ModuleHooks, Pass, PendingTensor, uses_cuda
 
 # Ranks reach a step within this time, or replays, in which they communicate, are given up.
@@ -94,8 +95,8 @@ class Replays:
         """Forget the step that was measured last."""
         self.deviations = None
 
-    def run(self, step: int, passes: Sequence[Pass], gradients: Sequence[PendingTensor]) -> None:
-        """Measure the step that the optimizer is about to take.
+    def repeat_passes(self, step: int, passes: Sequence[Pass], gradients: Sequence[PendingTensor]) -> None:
+        """Measure how far the passes of the step that the optimizer is about to take move.
 
         Args:
             step: Its number.
@@ -113,12 +114,14 @@ class Replays:
         self._extrapolate_drift(step)
         try:
             with self._state_put_back():
-                unperturbed, *perturbed = [self._repeat(number, step, passes) for number in range(self.number + 1)]
+                outputs: list[dict[str, torch.Tensor]] = [{} for _ in passes]
+                unperturbed, *perturbed = [
+                    self._repeat(number, step, passes, outputs) for number in range(self.number + 1)
+                ]
         except RuntimeError as error:
             self.not_measured["replays"] = f"the passes cannot be repeated: {str(error).partition(chr(10))[0]}"
             return
-        self.deviations = self._deviations(unperturbed, perturbed, passes, gradients)
-        self._measure_updates(step)
+        self.deviations = self._deviations(unperturbed, perturbed, gradients)
 
     @staticmethod
     def _keep_seed(current: Pass, path: str) -> Any:
@@ -130,8 +133,13 @@ class Replays:
 
     # ---- passes
 
-    def _repeat(self, number: int, step: int, passes: Sequence[Pass]) -> dict[Key, list[Sketch]]:
-        """Repeat all passes once and return the sketches of all tensors; the first replay is not perturbed."""
+    def _repeat(
+        self, number: int, step: int, passes: Sequence[Pass], outputs: list[dict[str, torch.Tensor]]
+    ) -> dict[Key, list[Sketch]]:
+        """Repeat all passes once and return the sketches of all tensors.
+
+        The first replay is not perturbed; it leaves the model's outputs in `outputs`.
+        """
         perturbation = KeyedPerturbation(step << 20 | number)
         live: list[Pass] = []
         current: list[Pass | None] = [None]
@@ -144,13 +152,21 @@ class Replays:
                 stack.enter_context(self._dtypes_seen())
             hooks = ModuleHooks(self._model, self._names, lambda: current[0], lambda: live, is_full=False)
             stack.callback(hooks.remove)
-            for recorded in passes:
+            for recorded, unperturbed in zip(passes, outputs, strict=True):
                 again = Pass.like(recorded)
                 live.append(again)
                 current[0] = again
                 output = self._call(recorded)
                 current[0] = None
-                self._backward(output, recorded, sums, perturbation if number else None)
+                results = {path: tensor for path, tensor in named_tensors(output) if path in recorded.seeds}
+                seeds = recorded.seeds
+                if number:
+                    seeds = {
+                        path: self._moved_seed(path, results, unperturbed, recorded, perturbation) for path in results
+                    }
+                else:
+                    unperturbed.update({path: _local(tensor.detach()) for path, tensor in results.items()})
+                self._backward(results, seeds, sums)
         merged: dict[Key, PendingTensor] = {}
         for again in live:
             for key, tensor in again.tensors.items():
@@ -184,15 +200,44 @@ class Replays:
                 stack.enter_context(torch.autocast(device, dtype))
             return self._model(*recorded.args, **recorded.kwargs)
 
+    @staticmethod
+    def _moved_seed(
+        path: str,
+        results: Mapping[str, torch.Tensor],
+        unperturbed: Mapping[str, torch.Tensor],
+        recorded: Pass,
+        perturbation: KeyedPerturbation,
+    ) -> torch.Tensor:
+        """Return the gradient that the loop would send back for this output, were its rounding another.
+
+        What the loop computes of the output is unknown: its gradient moves as far as the output does, relatively. The
+        gradient of a loss is a constant.
+        """
+        seed = recorded.seeds[path]
+        expected = unperturbed[path].double()
+        if expected.dim() == 0:
+            return seed
+        moved = float(torch.linalg.vector_norm(_local(results[path].detach()).double() - expected))
+        norm = float(torch.linalg.vector_norm(expected))
+        if not moved or not norm:
+            return seed
+        seed = seed.clone()
+        local = _local(seed)
+        local += _noise(
+            local,
+            moved / norm * float(torch.linalg.vector_norm(local.double())),
+            perturbation.generator(f"seed {path}", local.device),
+            only_nonzero=True,
+        )
+        return seed
+
     def _backward(
-        self, output: Any, recorded: Pass, sums: dict[str, torch.Tensor], perturbation: KeyedPerturbation | None
+        self, results: Mapping[str, torch.Tensor], seeds: Mapping[str, torch.Tensor], sums: dict[str, torch.Tensor]
     ) -> None:
-        """Send the recorded gradients of the outputs back, without the hooks that reduce or take gradients."""
-        seeded = [(path, tensor) for path, tensor in named_tensors(output) if path in recorded.seeds]
+        """Send gradients of the outputs back, without the hooks that reduce or take gradients of parameters."""
         trained = [(name, each) for name, each in self._model.named_parameters() if each.requires_grad]
-        seeds = [recorded.seeds[path] for path, _ in seeded]
         gradients = torch.autograd.grad(
-            [tensor for _, tensor in seeded], [each for _, each in trained], seeds, allow_unused=True
+            [*results.values()], [each for _, each in trained], [seeds[path] for path in results], allow_unused=True
         )
         for (name, _), gradient in zip(trained, gradients, strict=True):
             if gradient is not None:
@@ -204,7 +249,6 @@ class Replays:
         self,
         unperturbed: Mapping[Key, Sequence[Sketch]],
         perturbed: Sequence[Mapping[Key, Sequence[Sketch]]],
-        passes: Sequence[Pass],
         gradients: Sequence[PendingTensor],
     ) -> dict[Key, Sequence[float]]:
         shrinking = self._shrinking(unperturbed, gradients)
@@ -259,30 +303,28 @@ class Replays:
                 for local, value in saved:
                     local.copy_(value)
 
-    def _measure_updates(self, step: int) -> None:
-        """Repeat the optimizer's step on copies of each parameter, with rounding added to what it is given."""
-        assert self.deviations is not None
-        parts = [*self._view.gradients()]
+    def repeat_update(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Measure the optimizer's step on copies of each of its parameters, with rounding in what it is given."""
+        if self.deviations is None:
+            return
+        self._last_step = step
+        parts = [*self._view.gradients(optimizer)]
         states = [*self._view.states()]
         weights = {part.name: part for part in self._view.weights()}
-        for optimizer in self._view.stepping:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is None:
-                        continue
-                    inside = [part for part in parts if _lies_in(part.values, parameter.grad)]
-                    if not inside:
-                        continue
-                    try:
-                        moves = _moves(optimizer, group, parameter, inside, self.deviations, self.drift, step)
-                    except (
-                        Exception
-                    ) as error:  # optimizers of third parties may need more than a parameter and its state
-                        reason = str(error).partition("\n")[0] or type(error).__name__
-                        self.not_measured["updates"] = f"{type(optimizer).__name__} cannot repeat its step: {reason}"
-                        return
-                    self._add_moves(moves, weights, states)
-        self._last_step = step
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                inside = [part for part in parts if _lies_in(part.values, parameter.grad)]
+                if not inside:
+                    continue
+                try:
+                    moves = _moves(optimizer, group, parameter, inside, self.deviations, self.drift, step)
+                except Exception as error:  # optimizers of third parties may need more than a parameter and its state
+                    reason = str(error).partition("\n")[0] or type(error).__name__
+                    self.not_measured["updates"] = f"{type(optimizer).__name__} cannot repeat its step: {reason}"
+                    return
+                self._add_moves(moves, weights, states)
 
     def _add_moves(self, moves: Mapping[Key, float], weights: Mapping[str, Part], states: Sequence[Part]) -> None:
         for (kind, name, state, call), move in moves.items():
@@ -439,8 +481,12 @@ def _noise(
     return (uniform * (norm * sqrt(3 / max(number, 1)))).to(tensor.dtype)
 
 
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return getattr(tensor, "_local_tensor", tensor)
+
+
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    local = _local(tensor)
     return local.view(-1) if local.is_contiguous() else local.as_strided((local.numel(),), (1,))
 
 
