@@ -299,7 +299,11 @@ class Cause(Enum):
         "some elements are infinite or not a number",
         "numerics.hypotheses.values numerics.exact runs.sketch_causes",
     )
-    ALL_ZERO = ("all_zero", "every wrong element is zero", "numerics.hypotheses.values numerics.exact runs.sketch_causes")
+    ALL_ZERO = (
+        "all_zero",
+        "every wrong element is zero",
+        "numerics.hypotheses.values numerics.exact runs.sketch_causes",
+    )
     BIT_FLIPPED = (
         "bit_flipped",
         "one bit of one element differs",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tpcheck.core.causes import Cause, Explanation
-from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
+from tpcheck.core.findings import CheckResult, Coverage, Verdict
 from tpcheck.core.reproduce import compare_command
 from tpcheck.report.report import Report
 from tpcheck.report.run_page import RunComparison
@@ -21,6 +21,7 @@ from tpcheck.runs.exact_checks import (
     batches_agree,
     draws_random_numbers,
     first_other_bits,
+    generator_states,
     generators_differ,
     groups_agree,
     replicas_agree,
@@ -89,13 +90,12 @@ def compare_traces_with_picture(
     from tpcheck.runs.trace_files import read_trace
 
     start = time.monotonic()
-    runs = [
-        Run.of(_shown(path), read_trace(path, name)) for name, path in (("actual", actual), ("expected", expected))
-    ]
+    actual_run = Run.of(_shown(actual), read_trace(actual, "actual"))
+    expected_run = Run.of(_shown(expected), read_trace(expected, "expected"))
     if not isinstance(names, NameMap):
         is_mapping = isinstance(names, Mapping)
         names = NameMap.of(names if is_mapping else None, () if is_mapping else names or ())  # type: ignore[arg-type]
-    verdict, picture = compare_runs(*runs, names)
+    verdict, picture = compare_runs(actual_run, expected_run, names)
     return Report(replace(verdict, seconds=time.monotonic() - start)), picture
 
 
@@ -129,7 +129,11 @@ class _RunsComparison:
         not_compared: Whole steps and ranks that were not compared, and why.
         notes: What else is to be said beside the verdict.
         before: Weights and states after the last step that both recorded, which is the one before the next, or None.
+        generators: States of both runs' generators before the last call that was compared.
+        last_number: Of the step that `before` follows.
         scale: By how much further than in the replays the runs were apart from the start.
+        num_steps: How many steps were compared.
+        is_same_to_the_bit: Whether the runs are alike, and no bit has differed so far.
     """
 
     actual: Run
@@ -140,6 +144,7 @@ class _RunsComparison:
     notes: list[str] = field(default_factory=list)
     picture: PictureMaker = field(default_factory=PictureMaker)
     before: tuple[Table, Table] = field(default_factory=lambda: ({}, {}))
+    generators: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
     last_number: int = -1
     scale: float = 1.0
     num_steps: int = 0
@@ -161,7 +166,9 @@ class _RunsComparison:
         for run in (self.actual, self.expected):
             if run.missing_ranks:
                 listed = ", ".join(map(str, run.missing_ranks))
-                self.not_compared[f"ranks {listed} of {run.path}"] = "their traces are not in the folders that were given"
+                self.not_compared[f"ranks {listed} of {run.path}"] = (
+                    "their traces are not in the folders that were given"
+                )
         is_given = self.actual.has_other_history or self.expected.has_other_history
         self.last_number = (self.expected.first_number or 0) - 1
         weights = self._weights_at_start(is_given)
@@ -182,7 +189,9 @@ class _RunsComparison:
         comparer.not_compared = {}
         wrong = [each for each in comparisons if each.is_wrong]
         if is_given and wrong:
-            self.scale = max(1.0, *(_in_units_of_rounding(each) for each in wrong if not each.name.endswith("bias")), 1.0)
+            self.scale = max(
+                1.0, *(_in_units_of_rounding(each) for each in wrong if not each.name.endswith("bias")), 1.0
+            )
             note = "the recording begins in the middle of a training: how far the weights were apart is given"
             not_compared |= {each.label: note for each in wrong}
             return Answer.of(WEIGHTS, -1, comparisons, (), not_compared, wrong)
@@ -255,27 +264,25 @@ class _RunsComparison:
             return f"step {number} already differs, so differences in later steps would only follow from it"
         self.last_number = number
         self.before = (context.around.actual_after, context.around.expected_after)
+        self.generators = (generator_states(step.actual)[-1:], generator_states(step.expected)[-1:])
         if not step.shared.is_whole_step and step.expected and any(each.has_update for each in step.actual.values()):
             return f"the parameters were trained on different samples in step {number}, and are different from there on"
         return ""
 
     def _context(self, step: AlignedStep) -> StepContext:
-        tables = [
+        actual, expected = (
             self.comparer.table(run, {rank: record.tensors for rank, record in steps.items()})
             for run, steps in ((self.actual, step.actual), (self.expected, step.expected))
-        ]
+        )
         is_next = step.number == self.last_number + 1
         before = self.before if is_next else ({}, {})
         after = [
             {key: records for key, records in table.items() if key[0] in ("weight", "buffer", "master", "state")}
-            for table in tables
+            for table in (actual, expected)
         ]
         around = BeforeAndAfter(before[0], after[0], before[1], after[1])
-        context = StepContext(self.comparer, step, *tables, around, self.measured, self.scale, is_next)
-        if is_next:
-            return context
-        context = replace(context, scale=max(self.scale, self._scale_of_given(context)))
-        return context
+        context = StepContext(self.comparer, step, actual, expected, around, self.measured, self.scale, is_next)
+        return context if is_next else replace(context, scale=max(self.scale, self._scale_of_given(context)))
 
     def _scale_of_given(self, context: StepContext) -> float:
         """Return how far the weights are apart, in units of what rounding moved them by, after steps not recorded."""
@@ -315,7 +322,11 @@ class _RunsComparison:
 
     def _other_random_numbers(self, context: StepContext) -> bool:
         step = context.step
-        return generators_differ(step) and draws_random_numbers(step.actual) and draws_random_numbers(step.expected)
+        states = [
+            [*before, *generator_states(steps)]
+            for before, steps in zip(self.generators, (step.actual, step.expected), strict=True)
+        ]
+        return generators_differ(step) and all(map(draws_random_numbers, states))
 
     def _in_light_of_bits(self, context: StepContext, answers: Sequence[Answer]) -> list[Answer]:
         """Name the first place where two runs of everything the same have other bits."""
@@ -445,7 +456,9 @@ class _RunsComparison:
             name = "skipped"
             reasons = list(dict.fromkeys(not_compared.values()))
             messages.append("; ".join(reasons[:3]) or "the runs have no step in common")
-        coverage = Coverage(num_compared, num_compared + len(not_compared) - (1 if num_unmeasured else 0) + num_unmeasured, not_compared)
+        coverage = Coverage(
+            num_compared, num_compared + len(not_compared) - (1 if num_unmeasured else 0) + num_unmeasured, not_compared
+        )
         return Verdict(
             name,
             self._subject(),
@@ -513,7 +526,10 @@ def _without_measure(comparisons: Sequence[Comparison]) -> str:
         "tpcheck.record(model, path, replays=2). Until then these are errors, not findings."
     )
     added = added_errors(comparisons)
-    lines = [f"  {label}: relative error {error:.1e}, {factor:.1f} times the largest before it" for label, error, factor in added]
+    lines = [
+        f"  {label}: relative error {error:.1e}, {factor:.1f} times the largest before it"
+        for label, error, factor in added
+    ]
     return "\n".join([text, *(["The outputs and gradients that add most:"] if lines else []), *lines])
 
 

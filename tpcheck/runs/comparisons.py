@@ -347,12 +347,16 @@ class Comparer:
                     "one run has it fused, the other in parts: only norms were compared"
                 )
                 sides = (fused, known[0]) if is_actual else (known[0], fused)
-                yield Comparison(
-                    key, *sides, (abs(fused.norm - norm),), allowed, is_of_norms=True, order=order
-                )
+                yield Comparison(key, *sides, (abs(fused.norm - norm),), allowed, is_of_norms=True, order=order)
 
     def computed(
-        self, actual: Table, expected: Table, kind: str, shared: SharedSamples, scales: tuple[float, float], scale: float
+        self,
+        actual: Table,
+        expected: Table,
+        kind: str,
+        shared: SharedSamples,
+        scales: tuple[float, float],
+        scale: float,
     ) -> list[Comparison]:
         """Compare outputs of modules, or their gradients.
 
@@ -419,9 +423,7 @@ def _of_groups(records: Records, groups: Sequence[Sequence[int]]) -> dict[int, T
     return {rank: records[rank] for group in groups for rank in group if rank in records}
 
 
-def _factors(
-    kind: str, is_keyed: bool, shared: SharedSamples, scales: tuple[float, float]
-) -> tuple[float, float]:
+def _factors(kind: str, is_keyed: bool, shared: SharedSamples, scales: tuple[float, float]) -> tuple[float, float]:
     """Return by what the sums over TP groups of the two runs are multiplied.
 
     Rows of samples that are there more than once count once. A replica's loss is the mean over its samples, so

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.findings import Finding
 from tpcheck.runs.alignment import AlignedStep, Run, begins_with
-from tpcheck.runs.comparisons import Comparer, Comparison, Key, Table, label_of
+from tpcheck.runs.comparisons import Comparer, Key, Table, label_of
 from tpcheck.runs.run_findings import BATCHES, GROUPS, REPLICAS, UPDATES, Answer, exact_finding, stale
 from tpcheck.runs.trace import StepRecord, TensorRecord
 
@@ -60,11 +61,7 @@ def batches_agree(run: Run, step: AlignedStep) -> Answer:
         usual, number = counts.most_common(1)[0]
         deviating = [rank for rank, named in leaves.items() if number == 1 or tuple(named) != usual]
         first = next(iter(leaves.values()))
-        names = {
-            name
-            for named in leaves.values()
-            for name, _ in {*named} ^ {*first}
-        }
+        names = {name for named in leaves.values() for name, _ in {*named} ^ {*first}}
         where = {"step": step.number, "field": ", ".join(sorted(names)), "ranks": sorted(deviating)}
         findings.append(exact_finding(BATCHES, where, len(names), "input"))
     return Answer(BATCHES, step.number, margins, tuple(findings[:1]))
@@ -74,7 +71,12 @@ def batches_agree(run: Run, step: AlignedStep) -> Answer:
 
 
 def replicas_agree(
-    run: Run, table: Table, before: Table, step: int, expected: Answer | None = None, wrong: frozenset[str] = frozenset()
+    run: Run,
+    table: Table,
+    before: Table,
+    step: int,
+    expected: Answer | None = None,
+    wrong: frozenset[str] = frozenset(),
 ) -> Answer:
     """Do ranks that hold the same elements have the same bits?
 
@@ -90,16 +92,16 @@ def replicas_agree(
     for key, records in table.items():
         if key[0] not in ("weight", "buffer", "master", "state"):
             continue
-        for ranks in _replicas_of(run, key, records):
+        for replicas in _replicas_of(run, key, records):
             label = label_of(key)
             margins[label] = 0.0
-            differing = _deviating({rank: records[rank].digest for rank in ranks})
+            differing = _deviating({rank: records[rank].digest for rank in replicas})
             if differing and label not in known:
                 deviating.setdefault(key, []).extend(differing)
     drifted = {label_of(key): "its replicas differ" for key in deviating}
     if not deviating:
         return Answer(REPLICAS, step, margins)
-    order = sorted(deviating, key=lambda key: (("weight", "buffer", "master", "state").index(key[0])))
+    order = sorted(deviating, key=lambda key: ("weight", "buffer", "master", "state").index(key[0]))
     first = order[0]
     ranks = sorted({rank for key in order for rank in deviating[key]})
     were_equal = all(
@@ -190,9 +192,7 @@ def steps_were_taken(
     return Answer(UPDATES, number, margins, (finding,))
 
 
-def _trained(
-    comparer: Comparer, actual: Mapping[int, StepRecord], expected: Mapping[int, StepRecord]
-) -> list[str]:
+def _trained(comparer: Comparer, actual: Mapping[int, StepRecord], expected: Mapping[int, StepRecord]) -> list[str]:
     """Return the parameters that the step trains, by the names of the expected run where it has the step."""
     names = dict.fromkeys(
         comparer.names.renamed(record.name, is_actual=steps is actual)
@@ -227,7 +227,7 @@ def weights_moved(comparer: Comparer, step: int, tables: BeforeAndAfter) -> Answ
     if not unmoved:
         return Answer(UPDATES, step, margins)
     first = next(iter(unmoved))
-    ranks = sorted({rank for idle in unmoved.values() for rank in idle})
+    ranks = sorted({rank for unmoved_on in unmoved.values() for rank in unmoved_on})
     where = {"phase": "update", "step": step, "parameter": first, "ranks": ranks}
     evidence = {"also": [name for name in unmoved if name != first], "first_of": len(unmoved)}
     finding = exact_finding(UPDATES, where, len(unmoved), "parameter", stale(len(unmoved)), evidence)
@@ -345,9 +345,7 @@ def same_inputs(step: AlignedStep) -> bool:
     """Return whether all ranks of two runs alike were called with the same bits, with generators in the same state."""
 
     def inputs(record: StepRecord) -> list[Any]:
-        return [
-            ([(leaf.name, leaf.digest) for leaf in call.leaves], dict(call.generators)) for call in record.passes
-        ]
+        return [([(leaf.name, leaf.digest) for leaf in call.leaves], dict(call.generators)) for call in record.passes]
 
     return step.actual.keys() == step.expected.keys() and all(
         inputs(step.actual[rank]) == inputs(step.expected[rank]) for rank in step.actual
@@ -366,7 +364,6 @@ def first_other_bits(step: AlignedStep) -> tuple[Key, list[int]] | None:
                     if _digest_of(step.actual[other], tensor.key) != _digest_of(step.expected[other], tensor.key)
                 ]
                 return tensor.key, ranks
-        del rank
     return None
 
 
@@ -374,12 +371,15 @@ def _digest_of(record: StepRecord, key: Key) -> str | None:
     return next((tensor.digest for tensor in record.tensors if tensor.key == key), None)
 
 
-def draws_random_numbers(run: Run, steps: Mapping[int, StepRecord]) -> bool:
-    """Return whether the state of a generator changes between the calls of a step, in training."""
-    states = [
-        call.generators for step in steps.values() for call in step.passes if call.is_training and call.generators
-    ]
-    return any(first != second for first, second in zip(states, states[1:], strict=False))
+def generator_states(steps: Mapping[int, StepRecord]) -> tuple[Any, ...]:
+    """Return the states of the first rank's generators before each call of a step in training."""
+    first = next(iter(steps.values()))
+    return tuple(dict(call.generators) for call in first.passes if call.is_training and call.generators)
+
+
+def draws_random_numbers(states: Sequence[Any]) -> bool:
+    """Return whether a generator's state changes from one call of the model to another."""
+    return any(first != second for first, second in pairwise(states))
 
 
 def generators_differ(step: AlignedStep) -> bool:
@@ -391,8 +391,3 @@ def generators_differ(step: AlignedStep) -> bool:
         for name, state in expected.generators.items()
         if name in actual.generators
     )
-
-
-def compared_to_the_bit(comparison: Comparison) -> bool:
-    """Return whether nothing at all differs."""
-    return comparison.error == 0

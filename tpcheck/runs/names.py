@@ -51,11 +51,7 @@ class NameMap:
         """
         actual = tuple((patterns or {}).items())
         for pattern, replacement in actual:
-            try:
-                re.compile(pattern)
-                re.sub(f"(?:{pattern})|", replacement if "\\" not in replacement else "", "")
-            except re.error as error:
-                raise UsageError("map", f"{pattern}={replacement}", f"a regular expression ({error})") from error
+            _substitute(pattern, replacement, "")
         for name in ready:
             if name not in READY_MAPS:
                 raise UsageError("map", name, f"REGEX=REPLACEMENT or one of {', '.join(READY_MAPS)}")
@@ -76,16 +72,22 @@ class NameMap:
         if key not in self._cache:
             new_name = name
             for pattern, replacement in (*self.both, *(self.actual if is_actual else ())):
-                try:
-                    new_name = re.sub(pattern, replacement, new_name)
-                except (re.error, IndexError) as error:
-                    raise UsageError("map", f"{pattern}={replacement}", f"a valid replacement ({error})") from error
+                new_name = _substitute(pattern, replacement, new_name)
             self._cache[key] = new_name
         return self._cache[key]
 
     def fused_from(self, name: str) -> tuple[str, ...]:
         """Return the names of the parts of a fused parameter or module; empty where it is none."""
         return next((parts for fusion in self.fusions if (parts := fusion.parts_of(name))), ())
+
+
+def _substitute(pattern: str, replacement: str, name: str) -> str:
+    try:
+        return re.sub(pattern, replacement, name)
+    except (re.error, IndexError) as error:
+        raise UsageError(
+            "map", f"{pattern}={replacement}", f"a pattern and a replacement of `re.sub` ({error})"
+        ) from error
 
 
 def parse_maps(values: Sequence[str]) -> NameMap:

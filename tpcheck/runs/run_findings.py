@@ -149,9 +149,9 @@ def place_of(comparison: Comparison, step: int, phase: str) -> dict[str, Any]:
 
 def where_in_tensor(comparison: Comparison) -> dict[str, Any]:
     """Return the rows and the columns in which nearly all of the difference lies, where these are a part of all."""
-    worst = max(
-        zip(comparison.actual.variants, comparison.errors, strict=True), key=lambda of_variant: of_variant[1]
-    )[0]
+    worst = max(zip(comparison.actual.variants, comparison.errors, strict=True), key=lambda of_variant: of_variant[1])[
+        0
+    ]
     shape = comparison.expected.shape
     if comparison.is_of_norms or not shape or worst.sketch.numel < TILES:
         return {}

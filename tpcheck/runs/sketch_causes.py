@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import hypot, inf, isfinite, sqrt
 from typing import Any
 
@@ -281,9 +282,7 @@ def last_micro_batch_only(suspect: Suspect) -> Explanation | None:
     if not terms:
         return None
     for factor in (1.0, float(len(terms))):
-        found = _if_predicted(
-            Cause.LAST_MICRO_BATCH_ONLY, suspect, terms[-1].scaled(factor), micro_batches=len(terms)
-        )
+        found = _if_predicted(Cause.LAST_MICRO_BATCH_ONLY, suspect, terms[-1].scaled(factor), micro_batches=len(terms))
         if found:
             return found
     return None
@@ -323,7 +322,7 @@ def _terms_of_micro_batches(suspect: Suspect) -> list[Sketch]:
     if not kept:
         return []
     sums = [*kept, suspect.comparison.expected.sketch]
-    return [sums[0], *(later - earlier for earlier, later in zip(sums, sums[1:], strict=False))]
+    return [sums[0], *(later - earlier for earlier, later in pairwise(sums))]
 
 
 # ---- scales
@@ -393,7 +392,11 @@ def shard_of_one_rank_on_all(suspect: Suspect) -> Explanation | None:
     ):
         return None
     is_sharded = actual.is_sharded_over_tp
-    return Explanation(Cause.SHARD_REPEATED, evidence={"ranks_with_equal_shards": list(actual.ranks)}) if is_sharded else None
+    return (
+        Explanation(Cause.SHARD_REPEATED, evidence={"ranks_with_equal_shards": list(actual.ranks)})
+        if is_sharded
+        else None
+    )
 
 
 def shards_in_another_order(suspect: Suspect) -> Explanation | None:
@@ -430,7 +433,9 @@ class NormsOfRanks:
     replicated: float
 
 
-def explain_norm(used: Sequence[float], norms: NormsOfRanks, tolerance: float = FITTED_RELATIVE_ERROR) -> Explanation | None:
+def explain_norm(
+    used: Sequence[float], norms: NormsOfRanks, tolerance: float = FITTED_RELATIVE_ERROR
+) -> Explanation | None:
     """Return by which wrong norm gradients were clipped.
 
     Args:
@@ -478,7 +483,7 @@ def clip_factors(comparison: Comparison) -> dict[int, float] | None:
         return None
     pieces = actual.pieces
     if len(pieces) == 1:
-        factors = {}
+        factors: dict[int, float] = {}
         for variant, error in zip(actual.variants, comparison.errors, strict=True):
             factor = 1.0 if error <= limit else share_of(variant.sketch, expected.sketch)
             if not factor or distance(variant.sketch, expected.sketch.scaled(factor)) > limit:

@@ -109,7 +109,7 @@ class StepContext:
         return MicroBatches(actual, wholes)
 
     def _same_micro_batches(self) -> bool:
-        """Return whether the expected run's ranks were given as many micro-batches, all alike or unreduced till then."""
+        """Return whether what the expected run accumulated is the whole of each micro-batch: it has no replicas."""
         return self.comparer.expected.dp == 1
 
 
@@ -226,7 +226,7 @@ def gradients_match(context: StepContext) -> Answer:
             name: reason for name, reason in context.comparer.not_compared.items() if name not in missing.names
         }
         findings += missing.findings
-    wrong = [each for each in wrong_places(comparisons)]
+    wrong = wrong_places(comparisons)
     left_out: list[Comparison] = []
     factor = _common_factor(wrong_backward, backward)
     if factor is not None and comparisons and not wrong:
@@ -399,9 +399,7 @@ def norm_matches(context: StepContext, gradients: Answer) -> Answer:
     if not told:
         return Answer(NORM, number, not_compared={"gradient norm": "the actual run tells no norm that it clips by"})
     own = hypot(*(each.actual.norm for each in comparisons))
-    told_e = next(
-        (step.told_norm for step in context.step.expected.values() if step.told_norm is not None), None
-    )
+    told_e = next((step.told_norm for step in context.step.expected.values() if step.told_norm is not None), None)
     eps = max([epsilon(each.actual.dtype) for each in comparisons] or [epsilon("float32")])
     eps = max(eps, epsilon("float32"))
     is_complete = bool(comparisons) and not any(label.startswith("gradient of") for label in gradients.not_compared)
@@ -428,7 +426,9 @@ def norm_matches(context: StepContext, gradients: Answer) -> Answer:
     explanation = None
     if norms is not None and norms.whole and all(rank in told for rank in group):
         before = expected / norms.whole  # by which clipping made them smaller
-        explanation = explain_norm([told[rank] / before for rank in group], norms, max(10 * eps, allowed / expected / 10))
+        explanation = explain_norm(
+            [told[rank] / before for rank in group], norms, max(10 * eps, allowed / expected / 10)
+        )
     evidence = {
         "norm_actual": [told[rank] for rank in sorted(told)],
         "norm_expected": expected,
@@ -475,7 +475,10 @@ def updates_match(context: StepContext, gradients: Answer) -> Answer:
     )
     not_compared = dict(comparer.not_compared)
     if not context.is_update_judged:
-        given = {each.label: "weights before the step were not recorded, so what is different is given" for each in comparisons}
+        given = {
+            each.label: "weights before the step were not recorded, so what is different is given"
+            for each in comparisons
+        }
         return Answer.of(UPDATES, number, comparisons, moved.findings, {**not_compared, **given}, comparisons)
     has_gradient = {each.name for each in gradients.comparisons if each.kind == "gradient"}
     wrong = wrong_places(comparisons)
@@ -592,9 +595,7 @@ def stale_masters(table: Table, name: str) -> Explanation | None:
         ]
         if not all(sides):
             continue
-        pieces = [
-            {part.piece: part.sketch for part in parts_of(records, label).values()} for records in sides
-        ]
+        pieces = [{part.piece: part.sketch for part in parts_of(records, label).values()} for records in sides]
         whole_master, whole_weight = (total(each.values()) for each in pieces)
         if whole_master.numel != whole_weight.numel or not whole_master.sum_squares:
             return None
@@ -647,7 +648,10 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
     comparisons = comparer.stored(around.actual_after, around.expected_after, ("state", "master"), scale=context.scale)
     not_compared = dict(comparer.not_compared)
     if not context.is_update_judged:
-        given = {each.label: "states before the step were not recorded, so what is different is given" for each in comparisons}
+        given = {
+            each.label: "states before the step were not recorded, so what is different is given"
+            for each in comparisons
+        }
         return Answer.of(STATES, number, comparisons, (), {**not_compared, **given}, comparisons)
     findings = []
     wrong = wrong_places(comparisons)
@@ -662,4 +666,3 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
             explanation = next((found for test in tests if (found := test()) is not None), None)
         findings.append(finding_at(STATES, number, each, explanation, context.measured))
     return Answer.of(STATES, number, comparisons, joined(findings), not_compared)
-
