@@ -12,6 +12,7 @@ from tpcheck.report import words
 from tpcheck.report.findings import finding_lines, place
 from tpcheck.report.json_values import verdict_json
 from tpcheck.report.junit import as_junit
+from tpcheck.report.run_page import RunComparison
 from tpcheck.report.table import Cell, Column, Row, Table, tables_html
 from tpcheck.report.text import FINDINGS_SHOWN, checks_table, head_line, verdict_lines
 from tpcheck.report.words import as_rich, as_text
@@ -38,6 +39,7 @@ class Report:
     """
 
     verdict: Verdict
+    picture: RunComparison | None = None  # of two recorded runs
 
     @property
     def passed(self) -> bool:
