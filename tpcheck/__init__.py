@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tpcheck.model.verify import verify_family as verify_family
     from tpcheck.report import Report as Report
     from tpcheck.runs.comparing import compare_traces as compare_traces
-    from tpcheck.runs.comparing import record as record
+    from tpcheck.runs.recording import record as record
     from tpcheck.world import Rank as Rank
     from tpcheck.world import World as World
     from tpcheck.world import attach as attach
@@ -54,7 +54,7 @@ _HOME = {
     "attach": "world",
     "check_batch": "batches.loader",
     "compare_traces": "runs.comparing",
-    "record": "runs.comparing",
+    "record": "runs.recording",
     "spawn": "world",
     "verify": "model.verify",
     "verify_checkpoint": "checkpoints.verify",
