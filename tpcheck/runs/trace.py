@@ -11,7 +11,9 @@ import torch
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.sketch import Sketch
 
-Kind = Literal["output", "output_gradient", "input", "input_gradient", "gradient", "weight", "master", "state", "buffer"]
+Kind = Literal[
+    "output", "output_gradient", "input", "input_gradient", "gradient", "weight", "master", "state", "buffer"
+]
 
 
 @dataclass(frozen=True, slots=True)
