@@ -463,6 +463,22 @@ def test_nothing_waits_for_a_device(shape, dtype):
         start_sketch(tensor, GlobalIndex.shard((shape[0], 3 * shape[1]), Shard(1), 3, 0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64, torch.int64])
+@pytest.mark.parametrize("shape", [(64, 48), (30, 7), (5, 30, 77), (300,), (), (0, 3)])
+def test_a_device_computes_the_same(monkeypatch, shape, dtype):
+    """Here the CPU takes a device's way."""
+    tensor = (10 * normal(shape)).to(dtype)
+    if tensor.numel() > 20 and dtype != torch.int64:
+        tensor.view(-1)[[3, 17, 19]] = math.nan
+    rows = row_keys(torch.arange(shape[0]), 1) if shape else None
+    expected, expected_rows = sketch(tensor), sketch(tensor, rows=rows)
+    monkeypatch.setattr("tpcheck.numerics.sketch.is_host", lambda device: False)
+    for actual, wanted in ((sketch(tensor), expected), (sketch(tensor, rows=rows), expected_rows)):
+        assert distance(actual, wanted) <= (1e-6 if dtype == torch.bfloat16 else 1e-14) * wanted.norm
+        assert actual.sum_squares == pytest.approx(wanted.sum_squares, rel=1e-6)
+        assert (actual.numel, actual.nonfinite) == (wanted.numel, wanted.nonfinite)
+
+
 # ---- pieces
 
 

@@ -326,3 +326,82 @@ def test_fsdp2_over_tp(tp_rank: Rank, is_odd: bool) -> None:
     assert_whole(tp_rank, steps, expected)
     norms = [part for part in steps[0] if part.index is None and part.values.dim()]
     assert all(part.index_in_shard is not None for part in norms)
+
+
+# --- DeepSpeed
+
+
+def deepspeed_engine(rank: Rank, model: nn.Module, make: Callable[[Any], Any], config: dict[str, Any]) -> Any:
+    import deepspeed
+
+    from tpcheck.backends.deepspeed.config import merged
+
+    defaults = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "tensor_parallel": {"autotp_size": rank.topology.tp, "partition_config": PARTITION},
+        "steps_per_print": 1_000_000,
+    }
+    optimizer = make([parameter for parameter in model.parameters() if parameter.requires_grad])
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=merged(defaults, config))[0]
+
+
+PARTITION = {
+    "use_default_specs": False,
+    "layer_specs": [
+        {"patterns": [r".*\.up\.weight$"], "partition_type": "column"},
+        {"patterns": [r".*\.down\.weight$"], "partition_type": "row"},
+        {"patterns": [r".*(norm|head|embed)\.weight$"], "partition_type": "skip"},
+    ],
+}
+
+
+def zero(stage: int, **changes: Any) -> dict[str, Any]:
+    persistence = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    return {"zero_optimization": {"stage": stage, **persistence, **changes}}
+
+
+def two_groups(parameters: Any) -> torch.optim.Optimizer:
+    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+    vectors = [parameter for parameter in parameters if parameter.dim() == 1]
+    groups = [{"params": matrices, "lr": 0.02}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+
+
+def train_engine(engine: Any, dp_rank: int, step: int) -> None:
+    engine.backward(engine(batch(dp_rank, step)))
+    engine.step()
+
+
+@pytest.mark.tpcheck(tp=2, dp=2)
+@pytest.mark.parametrize(
+    ("config", "make"),
+    [
+        (zero(0), adamw),
+        (zero(1), two_groups),
+        (zero(1, round_robin_gradients=True), adamw),
+        (zero(2), two_groups),
+        (zero(3), two_groups),
+        (zero(3, sub_group_size=200), adamw),
+    ],
+    ids=["0", "1, two groups", "1, round robin", "2, two groups", "3, two groups", "3, sub-groups"],
+)
+def test_a_deepspeed_engine(tp_rank: Rank, config: dict[str, Any], make: Callable[[Any], Any]) -> None:
+    pytest.importorskip("deepspeed")
+    from tpcheck.backends.deepspeed.backend import _float64_allowed
+    from tpcheck.numerics.precision import everything_in_float64
+
+    clip = 0.5
+    expected = expected_steps(tp_rank, built(), lambda parameters: make(list(parameters)), clip=clip)
+    model = built()
+    with _float64_allowed(), everything_in_float64():
+        engine = deepspeed_engine(tp_rank, model, make, {**config, "gradient_clipping": clip})
+        view = view_of(engine)
+        steps = steps_of(view, lambda step: train_engine(engine, tp_rank.dp_rank, step))
+    assert_whole(tp_rank, steps, expected)
+    names = [group.parameters for group in view.groups()]
+    assert sorted(name for group in names for name in group) == sorted({part.name for part in expected[0]})
+    assert view.num_skipped() == 0
+    assert not view.not_viewed()

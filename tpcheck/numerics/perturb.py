@@ -15,7 +15,7 @@ from torch import nn
 from tpcheck.numerics.differences import frobenius_distance
 from tpcheck.numerics.evidence import TensorKey
 from tpcheck.numerics.precision import torch_function_disabled
-from tpcheck.numerics.recorder import ForcedValue, ModuleRecorder
+from tpcheck.numerics.recorder import ForcedValue, ModuleRecorder, eager
 from tpcheck.numerics.tensors import map_tensors
 
 Deviations = dict[Hashable, float]  # Frobenius distance of each tensor in a replay from the recorded one
@@ -124,7 +124,7 @@ def perturbed_leaves(model: nn.Module, perturbation: _Rounding) -> Iterator[None
             calls[name] += 1
             return map_tensors(lambda tensor: _perturbed(tensor, perturbation, place), output)
 
-        return perturb
+        return eager(perturb)
 
     leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
     handles = [leaf.register_forward_hook(perturb_outputs_of(name)) for name, leaf in leaves]

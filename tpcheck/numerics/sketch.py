@@ -28,9 +28,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 import torch
 
@@ -176,11 +178,13 @@ def start_sketch(
         >>> distance(sketch(whole[:2], top) + sketch(whole[2:], bottom), sketch(whole))
         0.0
     """
-    with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+    with torch.no_grad(), _without_autocast(tensor.device.type):
         values = tensor.detach()
         numel = values.numel() - (0 if index is None else _num_padding(index))
         if values.is_complex():
-            values = torch.view_as_real(values.resolve_conj()).flatten(-2 if values.dim() else 0)
+            values = torch.view_as_real(values.resolve_conj())
+            if rows is None or index is not None:
+                values = values.flatten(-2 if values.dim() > 1 else 0)
             index = None if index is None else _as_real(index)
         sums = _Sums(values.device, _product_dtype(values))
         if rows is not None:
@@ -263,7 +267,7 @@ class _Sums:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype  # of products
-        self.block = _BLOCK if device.type == "cpu" else _DEVICE_BLOCK
+        self.block = _BLOCK if is_host(device) else _DEVICE_BLOCK
         self.tiles = torch.zeros(SIGN_SETS, TILES, TILES, dtype=torch.float64, device=device)
         self.sum_squares: torch.Tensor | float = 0.0
         self.nonfinite: torch.Tensor | int = 0
@@ -274,7 +278,7 @@ class _Sums:
 
         On the CPU it is overwritten by the next call.
         """
-        if self.device.type == "cpu":
+        if is_host(self.device):
             if self.scratch.numel() < values.numel():
                 self.scratch = torch.empty(values.numel(), dtype=self.dtype, device="cpu")
             flat = self.scratch[: values.numel()]
@@ -297,7 +301,7 @@ class _Sums:
 
     def packed(self, scale: float) -> torch.Tensor:
         counts = [self.sum_squares, self.nonfinite]
-        if self.device.type == "cpu":
+        if is_host(self.device):
             tail = torch.tensor(counts, dtype=torch.float64, device="cpu")
         else:
             tail = torch.stack([torch.as_tensor(count, dtype=torch.float64, device=self.device) for count in counts])
@@ -377,7 +381,7 @@ def _add_keyed_rows(sums: _Sums, values: torch.Tensor, index: GlobalIndex | None
     if not values.numel():
         return
     keys, tiles = rows.keys.to(sums.device), rows.tiles.to(sums.device)
-    runs = _runs(tiles) if sums.device.type == "cpu" else ()
+    runs = _runs(tiles) if is_host(sums.device) else ()
     axis = _Axis(_signs(keys, torch.float64), tiles, runs)
     _add_block(sums, values.reshape(-1, width), axis, _flat_columns(index, sums))
 
@@ -387,7 +391,7 @@ def _add_block(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) -
     tiles = sums.tiles
     if 1 <= matrix.stride(0) < matrix.stride(1):
         matrix, rows, columns, tiles = matrix.T, columns, rows, tiles.transpose(1, 2)
-    if sums.device.type == "cpu" and rows.has_long_runs:
+    if is_host(sums.device) and rows.has_long_runs:
         tiles += _rows_first(sums, matrix, rows, columns)
     else:
         tiles += _columns_first(sums, matrix, rows, columns)
@@ -585,10 +589,20 @@ def _require_shape(values: torch.Tensor, index: GlobalIndex) -> None:
         )
 
 
+def is_host(device: torch.device) -> bool:
+    """Return whether numbers may be looked at: on another device that waits until all before is done."""
+    return device.type == "cpu"
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    is_available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if is_available else nullcontext()
+
+
 def _product_dtype(values: torch.Tensor) -> torch.dtype:
     """Return the dtype of products. A matrix unit that rounds float32 to TF32 does not round what was bfloat16."""
     is_half = values.is_floating_point() and values.element_size() <= 2
-    return torch.float32 if is_half and values.device.type != "cpu" else torch.float64
+    return torch.float32 if is_half and not is_host(values.device) else torch.float64
 
 
 def _text(values: torch.Tensor) -> str:

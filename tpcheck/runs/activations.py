@@ -88,6 +88,10 @@ class ActivationPlaces:
             index = GlobalIndex.shard(whole[-1:], Shard(-1), self.tp, self.tp_rank)
             piece = f"dim -1 {self.tp_rank}/{self.tp}"
             places.append(_place("dim -1", piece, whole, index, rows, num_row_dims))
+        if self.tp > 1 and rows is not None and len(columns) > 1:  # heads, after the samples
+            dim, whole = f"dim {num_row_dims}", (columns[0] * self.tp, *columns[1:])
+            piece = f"{dim} {self.tp_rank}/{self.tp}"
+            places.append(_place(dim, piece, whole, None, rows, num_row_dims, part=(self.tp, self.tp_rank)))
         return tuple(places)
 
     def places_of_dtensor(self, tensor: torch.Tensor) -> tuple[Place, ...]:
@@ -170,22 +174,31 @@ def _place(
     num_row_dims: int,
     *,
     is_term: bool = False,
+    part: tuple[int, int] = (1, 0),
 ) -> Place:
-    """Return a place; `columns` are the dims of the whole that follow the keyed rows, `index` that of the last one."""
+    """Return a place.
+
+    Args:
+        columns: The dims of the whole that follow the keyed rows; all but the last are taken as rows, too.
+        index: Of the last dim.
+        part: Into how many parts the first of `columns` is cut, and which one this is.
+    """
     shape = (*(-1,) * num_row_dims, *columns)
     if rows is None:
         whole = GlobalIndex.whole(columns)
         if index is not None:
             whole = replace(whole, indices=(*whole.indices[:-1], *index.indices))
         return Place(label, shape, piece, whole, None, is_term)
-    rows = _repeated(rows, prod(columns[:-1]))
+    num_parts, number = part
+    size = prod(columns[:-1]) // num_parts
+    rows = _repeated(rows, number * size, size)
     return Place(label, shape, piece, index or GlobalIndex.whole(columns[-1:]), rows, is_term)
 
 
-def _repeated(rows: RowKeys, number: int) -> RowKeys:
-    """Return the keys of rows of which each is cut into `number` rows, such as the heads of a token."""
-    if number <= 1:
+def _repeated(rows: RowKeys, first: int, number: int) -> RowKeys:
+    """Return the keys of rows of which each is cut into rows, such as the heads of a token, `number` from `first`."""
+    if (first, number) == (0, 1):
         return rows
-    of_part = odd_keys(0, number, rows.keys.device)
+    of_part = odd_keys(first, number, rows.keys.device)
     keys = mix(rows.keys[:, None] + of_part[None, :], 30, FACTORS[0])
     return RowKeys(keys.reshape(-1), rows.tiles.repeat_interleave(number))

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from tpcheck.backends.live_groups import LiveGroups
+from tpcheck.core.errors import UsageError
 from tpcheck.numerics.sketch import GlobalIndex
 from tpcheck.runs.trace import ParameterGroup
 
@@ -120,6 +121,12 @@ def view_of(model: Any, optimizer: Any = None, *, groups: LiveGroups | None = No
     Raises:
         UsageError: The optimizer has no parameter of this model.
     """
+    from tpcheck.runs.optimizers.deepspeed import DeepSpeedView, engine_in, engine_optimizer_in, is_partitioned
+    from tpcheck.runs.optimizers.names import unwrapped
     from tpcheck.runs.optimizers.plain import TorchView
 
+    if engine_in(model) is not None or engine_optimizer_in(optimizer) is not None:
+        return DeepSpeedView(model, optimizer, groups)
+    if any(is_partitioned(parameter) for parameter in unwrapped(model).parameters()):
+        raise UsageError("model", type(model).__name__, "the DeepSpeed engine: ZeRO steps partitions of its parameters")
     return TorchView(model, optimizer, groups)

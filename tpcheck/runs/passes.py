@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import xxhash
 from torch import nn
 
 from tpcheck.core.digests import digest, start_digests
+from tpcheck.numerics.recorder import eager
 from tpcheck.numerics.sketch import PendingSketch, fetch_sketches, start_sketch
 from tpcheck.numerics.tensors import map_tensors, named_tensors
 from tpcheck.runs.activations import ActivationPlaces, BatchShape, Place
@@ -274,11 +274,6 @@ class ModuleHooks:
 
         tensor.register_hook(eager(hook))  # type: ignore[no-untyped-call]
         return True
-
-
-def eager(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the hook such that torch.compile does not trace it; load no compiler where nothing is compiled."""
-    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook  # type: ignore[no-untyped-call]
 
 
 def is_in_backward() -> bool:

@@ -21,12 +21,13 @@ from tpcheck.core.digests import digest
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
+from tpcheck.numerics.recorder import eager
 from tpcheck.runs.activations import Place
 from tpcheck.runs.optimizer_view import OptimizerView, Part, view_of
 from tpcheck.runs.optimizers.names import unwrapped, unwrapped_name
 from tpcheck.runs.options import RecordOptions, Steps
 from tpcheck.runs.parameters import ParameterPlaces, StartOfRank, exchange_starts
-from tpcheck.runs.passes import ModuleHooks, Pass, PendingTensor, eager, finished, is_in_backward, loss_in, views_of
+from tpcheck.runs.passes import ModuleHooks, Pass, PendingTensor, finished, is_in_backward, loss_in, views_of
 from tpcheck.runs.replays import Replays
 from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
 from tpcheck.runs.trace_files import TraceWriter, new_run_id, require_writable

@@ -72,6 +72,7 @@ class Replays:
         self._view = view
         self._names = names
         self._tp_group = tuple(tp_group)
+        self._twins: dict[str, nn.Parameter] | None = None
         self._last_step = -1
         self._last_moves: dict[Key, float] = {}
         if number and (reason := view.supports_replays()):
@@ -114,10 +115,7 @@ class Replays:
         self._extrapolate_drift(step)
         try:
             with self._state_put_back():
-                outputs: list[dict[str, torch.Tensor]] = [{} for _ in passes]
-                unperturbed, *perturbed = [
-                    self._repeat(number, step, passes, outputs) for number in range(self.number + 1)
-                ]
+                unperturbed, *perturbed = self._repeat_all(step, passes)
         except RuntimeError as error:
             self.not_measured["replays"] = f"the passes cannot be repeated: {str(error).partition(chr(10))[0]}"
             return
@@ -133,6 +131,40 @@ class Replays:
 
     # ---- passes
 
+    def _repeat_all(self, step: int, passes: Sequence[Pass]) -> list[dict[Key, list[Sketch]]]:
+        outputs: list[dict[str, torch.Tensor]] = [{} for _ in passes]
+        try:
+            return [self._repeat(number, step, passes, outputs) for number in range(self.number + 1)]
+        except RuntimeError:
+            if self._twins is not None:
+                raise
+        # Reentrant checkpointing refuses torch.autograd.grad: gradients are then gathered by parameters that share
+        # their memory with the model's, and have none of the hooks.
+        self._twins = {
+            name: nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            for name, parameter in self._model.named_parameters()
+        }
+        return self._repeat_all(step, passes)
+
+    @contextmanager
+    def _twins_in_place(self) -> Iterator[None]:
+        """Let the model compute with the parameters that share the memory of its own, if there are any."""
+        own = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        places = [
+            (module, attribute, parameter)
+            for module in self._model.modules()
+            for attribute, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        try:
+            if self._twins is not None:
+                for module, attribute, parameter in places:
+                    module._parameters[attribute] = self._twins[own[id(parameter)]]
+            yield
+        finally:
+            for module, attribute, parameter in places:
+                module._parameters[attribute] = parameter
+
     def _repeat(
         self, number: int, step: int, passes: Sequence[Pass], outputs: list[dict[str, torch.Tensor]]
     ) -> dict[Key, list[Sketch]]:
@@ -145,6 +177,7 @@ class Replays:
         current: list[Pass | None] = [None]
         sums: dict[str, torch.Tensor] = {}
         with ExitStack() as stack:
+            stack.enter_context(self._twins_in_place())
             if number:
                 stack.enter_context(self._perturbed_weights(perturbation))
                 stack.enter_context(perturbed_leaves(self._model, perturbation))  # before the hooks that record
@@ -235,10 +268,19 @@ class Replays:
         self, results: Mapping[str, torch.Tensor], seeds: Mapping[str, torch.Tensor], sums: dict[str, torch.Tensor]
     ) -> None:
         """Send gradients of the outputs back, without the hooks that reduce or take gradients of parameters."""
-        trained = [(name, each) for name, each in self._model.named_parameters() if each.requires_grad]
-        gradients = torch.autograd.grad(
-            [*results.values()], [each for _, each in trained], [seeds[path] for path in results], allow_unused=True
-        )
+        ordered = [seeds[path] for path in results]
+        gradients: Sequence[torch.Tensor | None]
+        if self._twins is not None:
+            trained = [(name, twin) for name, twin in self._twins.items() if twin.requires_grad]
+            torch.autograd.backward([*results.values()], ordered)
+            gradients = [twin.grad for _, twin in trained]
+            for _, twin in trained:
+                twin.grad = None
+        else:
+            trained = [(name, each) for name, each in self._model.named_parameters() if each.requires_grad]
+            gradients = torch.autograd.grad(
+                [*results.values()], [each for _, each in trained], ordered, allow_unused=True
+            )
         for (name, _), gradient in zip(trained, gradients, strict=True):
             if gradient is not None:
                 local = getattr(gradient, "_local_tensor", gradient).detach()
