@@ -265,9 +265,7 @@ class Training:
         self.start()
         self.wrapped: Any = self.wrap(self.model)
         self.optimizers = self.make_optimizers()
-        self.schedulers = [
-            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)) for optimizer in self.optimizers
-        ]
+        self.schedulers = [self.make_scheduler(optimizer) for optimizer in self.optimizers if self.is_scheduled]
         torch.manual_seed(7)
         with self.run.record(self.wrapped, self.recorded_optimizer()):
             for step in range(self.steps):
@@ -327,6 +325,9 @@ class Training:
     def make_optimizer(self, parameters: Any) -> torch.optim.Optimizer:
         return getattr(torch.optim, self.optimizer)(parameters, **dict(self.optimizer_options))  # type: ignore[no-any-return]
 
+    def make_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
     def recorded_optimizer(self) -> Any:
         return self.optimizers[0] if len(self.optimizers) == 1 else self.optimizers
 
@@ -354,7 +355,7 @@ class Training:
         return list(zip(tokens.chunk(count), labels.chunk(count), strict=True))[self.run.dp_rank :: self.run.dp]
 
     def divisor(self, step: int) -> float:
-        """Return by what the sum of a micro-batch's losses is divided, so that the replicas' mean is the global mean."""
+        """Return by what a micro-batch's sum of losses is divided, for the replicas' mean to be the global mean."""
         labels = self.labels(self.tokens(step))
         return float((labels != IGNORED).sum()) / self.run.dp
 
@@ -430,9 +431,8 @@ class Training:
         self.schedule()
 
     def schedule(self) -> None:
-        if self.is_scheduled:
-            for scheduler in self.schedulers:
-                scheduler.step()
+        for scheduler in self.schedulers:
+            scheduler.step()
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:

@@ -76,7 +76,7 @@ class Side:
     """
 
     training: type[TrainingLike]
-    topology: Topology = Topology()
+    topology: Topology
     options: tuple[tuple[str, Any], ...] = ()
     record: tuple[tuple[str, Any], ...] = (("replays", 2),)
 

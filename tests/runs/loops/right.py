@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 
+from tests.runs.loops import huggingface
 from tests.runs.loops import right_by_hand as by_hand
+from tests.runs.loops.engines import DeepSpeed
 from tests.runs.loops.hand_written import Training
+from tests.runs.loops.huggingface import CausalTraining, DTensorTp, TransformersTp
 from tests.runs.loops.loop import Loop, Side, TrainingLike
+from tests.runs.loops.megatron_models import Megatron
 from tpcheck import Topology
 
 ALONE, TP2, TP4, DP2, TP2_DP2 = Topology(), Topology(tp=2), Topology(tp=4), Topology(dp=2), Topology(tp=2, dp=2)
@@ -105,4 +109,71 @@ BY_HAND = (
     right("nn.Sequential without ranks", by_hand.SequentialModel, ALONE, replays=0, agreement=0.0),
 )
 
-LOOPS = BY_HAND
+TRANSFORMERS = (
+    right("transformers' TP: llama, SGD", TransformersTp),
+    right("transformers' TP: llama, momentum, clipping, accumulation", TransformersTp, accumulate=2, clip=0.1, **momentum),
+    right("transformers' TP: llama with tied embeddings", TransformersTp, tied=True),
+    right("transformers' TP: llama in float32, AdamW", TransformersTp, dtype=torch.float32, agreement=1e-3, **adamw),
+    right("transformers' TP: qwen3, SGD", TransformersTp, family="qwen3"),
+    right("transformers' TP: qwen3 in float32, AdamW", TransformersTp, family="qwen3", dtype=torch.float32, agreement=1e-3, **adamw),
+    right("transformers' TP: qwen3, gradients reduced at once, two micro-batches", huggingface.HeadNormsReducedAtOnce, accumulate=2),
+    right("transformers' TP: generation in between", huggingface.Generating, accumulate=2),
+    right("transformers' TP: compiled layers", TransformersTp, compiled=True),
+    right("transformers' TP: sdpa against eager", TransformersTp, dtype=torch.float32, agreement=1e-5, attention="sdpa", expected_options={"attention": "eager"}),
+    right("transformers' TP: autocast", huggingface.TransformersTpAutocast, dtype=torch.float32, agreement=None),
+    right("transformers' TP: bfloat16", TransformersTp, dtype=torch.bfloat16, agreement=None),
+    right("transformers' TP: four shards against two", TransformersTp, TP4, expected_topology=TP2, family="qwen3", kv_heads=4),
+    right("transformers' TP over FSDP2", TransformersTp, TP2_DP2, accumulate=2),
+    right("PEFT adapters over transformers' TP", huggingface.Adapters, **momentum),
+    right("PEFT adapters on one process against itself", huggingface.Adapters, ALONE, replays=0, agreement=0.0),
+)
+
+TORCH = (
+    right("DTensor plan: llama", DTensorTp),
+    right("DTensor plan: sequence parallelism", huggingface.DTensorSequence, accumulate=2),
+    right("FSDP2", DTensorTp, DP2, accumulate=2, **momentum),
+    right("FSDP2 over a DTensor plan, each replica its half", DTensorTp, TP2_DP2, accumulate=2, **momentum),
+    right("FSDP2 over a DTensor plan, each replica the whole batch", huggingface.WholeBatchOnEachReplica, TP2_DP2),
+    right("accelerate over replicas", huggingface.WithAccelerate, DP2, accumulate=2, clip=0.1),
+)
+
+
+def deepspeed(
+    name: str, topology: Topology, dtype: torch.dtype = torch.float64, clip: float = 1.0, **options: Any
+) -> Loop:
+    """Return a row of an engine; what is expected is a plain loop, in bfloat16 an engine of one process without ZeRO."""
+    expected = DeepSpeed if dtype is torch.bfloat16 else CausalTraining
+    plain = {key: value for key, value in options.items() if key != "zero"}
+    agreement = {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype)
+    record = (("replays", 2),)
+    common = {**plain, **adamw, "dtype": dtype, "clip": clip}
+    return Loop(
+        f"DeepSpeed: {name}",
+        Side(DeepSpeed, topology, tuple({**common, **options}.items()), record),
+        Side(expected, ALONE, tuple(common.items()), record),
+        agreement=agreement,
+    )
+
+
+DEEPSPEED = (
+    deepspeed("float64", TP2),
+    deepspeed("float64, two micro-batches", TP2, accumulate=2),
+    deepspeed("float64 over replicas", TP2_DP2),
+    deepspeed("float64, ZeRO 1, two micro-batches, over replicas", TP2_DP2, zero=1, accumulate=2),
+    deepspeed("float64, ZeRO 2, four micro-batches, over replicas", TP2_DP2, zero=2, accumulate=4),
+    deepspeed("float64, ZeRO 3, two micro-batches, over replicas", TP2_DP2, zero=3, accumulate=2),
+    deepspeed("float64, ZeRO 3", TP2, zero=3),
+    deepspeed("float32, ZeRO 1", TP2, torch.float32, zero=1),
+    deepspeed("float32, ZeRO 3 over replicas", TP2_DP2, torch.float32, zero=3, accumulate=2),
+    deepspeed("bfloat16, ZeRO 1", TP2, torch.bfloat16, zero=1),
+    deepspeed("bfloat16, ZeRO 2, two micro-batches, over replicas", TP2_DP2, torch.bfloat16, zero=2, accumulate=2),
+    deepspeed("bfloat16, ZeRO 3 over replicas", TP2_DP2, torch.bfloat16, zero=3),
+)
+
+MEGATRON = (
+    right("Megatron", Megatron, **momentum),
+    right("Megatron, sequence parallelism", Megatron, sequence=True),
+    right("Megatron, sequence parallelism over replicas, accumulation, AdamW", Megatron, TP2_DP2, sequence=True, accumulate=2, agreement=1e-9, **adamw),
+)
+
+LOOPS = (*BY_HAND, *TRANSFORMERS, *TORCH, *DEEPSPEED, *MEGATRON)
