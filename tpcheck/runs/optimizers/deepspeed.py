@@ -13,7 +13,8 @@ boundary alone, on gradients that are accumulated, reduced over DP, unscaled and
 - Without ZeRO in float32: on the parameters, as torch does.
 
 Weights are copied from what was stepped, and gathered over DP, after that call. Parameters that got no gradient are
-stepped with zeros, except in the last case. Unscaling uses the loss scale that `_update_scale` has just set, so the gradients of a step at which a dynamic scale grows are divided by the new one.
+stepped with zeros, except in the last case. Unscaling uses the loss scale that `_update_scale` has just set: at a step
+at which a dynamic scale grows, gradients are divided by the new scale.
 """
 
 from __future__ import annotations
