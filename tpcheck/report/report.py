@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,7 @@ from tpcheck.core.findings import Finding, Verdict
 from tpcheck.report import words
 from tpcheck.report.findings import finding_lines, place
 from tpcheck.report.json_values import verdict_json
-from tpcheck.report.junit import as_junit
-from tpcheck.report.table import Cell, Column, Row, Table, tables_html
+from tpcheck.report.table import Case, Cell, Column, Outcome, Row, Table, junit_xml, tables_html
 from tpcheck.report.text import FINDINGS_SHOWN, checks_table, head_line, verdict_lines
 from tpcheck.report.words import as_rich, as_text
 
@@ -106,3 +106,30 @@ class Report:
 
     def __rich__(self) -> Text:
         return as_rich(verdict_lines(self.verdict))
+
+
+def as_junit(verdicts: Iterable[Verdict]) -> str:
+    """Return an XML document that CI servers read: one suite for each subject, one test case for each check."""
+    return junit_xml(
+        (" ".join([words.name(verdict.subject), *words.layout(verdict.subject)]), verdict.seconds, [*_cases(verdict)])
+        for verdict in verdicts
+    )
+
+
+def _cases(verdict: Verdict) -> Iterator[Case]:
+    if verdict.verdict in ("error", "skipped"):
+        outcome: Outcome = "error" if verdict.verdict == "error" else "skipped"
+        first_line = next(iter((verdict.message or verdict.verdict).strip().splitlines()), verdict.verdict)
+        yield Case(outcome, outcome, first_line, as_text(verdict_lines(verdict)), verdict.seconds)
+        return
+    compared = {check.check: check.compared for check in verdict.checks}
+    for check in dict.fromkeys([*compared, *(finding.check for finding in verdict.findings)]):
+        findings = [finding for finding in verdict.findings if finding.check == check]
+        if findings:
+            rest = f" and {len(findings) - 1} more" if len(findings) > 1 else ""
+            details = "\n".join(as_text(finding_lines(finding, verdict.subject)) for finding in findings)
+            yield Case(check, "failure", f"{place(findings[0])}{rest}", details)
+        elif compared[check]:
+            yield Case(check)
+        else:
+            yield Case(check, "skipped", "nothing to compare")

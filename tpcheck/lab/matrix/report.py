@@ -16,7 +16,7 @@ from tpcheck.lab.known import JudgedVerdict, KnownBug, judge, register
 from tpcheck.lab.matrix.cells import stored_verdicts
 from tpcheck.report import words
 from tpcheck.report.findings import place
-from tpcheck.report.junit import as_junit
+from tpcheck.report.report import as_junit
 from tpcheck.report.table import (
     Cell,
     Column,
