@@ -111,26 +111,17 @@ class Journal:
         self._verdicts: set[str] = set()
         self.error: TpcheckError | None = None
 
-    def write_each(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
-        """Yield each outcome after it was written."""
-        for outcome in outcomes:
-            self.add(outcome)
-            yield outcome
-
     def add(self, outcome: Outcome) -> None:
         """Write an outcome. A file that cannot be written does not end the run; `error` is reported at the end."""
+        if self._path is None:
+            return
         verdict = outcome.report.verdict
         self._reports[outcome.cell] = judged_json(judge(verdict))
         self._verdicts.add(verdict.verdict)
-        self.write()
-
-    def write(self) -> None:
-        if self._path is None:
-            return
         reports = [self._reports[cell] for cell in self._cells if cell in self._reports]
+        self.error = None
         try:
             write_atomically(self._path, whole_json(reports, self._verdicts, len(self._cells) - len(reports)))
-            self.error = None
         except TpcheckError as error:
             self.error = error
 
@@ -175,7 +166,8 @@ def run_matrix(matrix: Matrix, verify: Verify, files: Files, *, jobs: int | None
     todo = [cell for cell in matrix.cells if cell not in outcomes]
     running = run_all(todo, verify, _num_workers(jobs, todo), skips=matrix.skips)
     try:
-        for outcome in journal.write_each(_with_progress(running, matrix, todo)):
+        for outcome in _with_progress(running, matrix, todo):
+            journal.add(outcome)
             outcomes[outcome.cell] = outcome
     except KeyboardInterrupt:
         if matrix.is_single or not is_reporting_rank():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tpcheck.cli.terminal import note, show, write_atomically
+from tpcheck.cli.terminal import note, reporting_write_errors, show, write_atomically
 from tpcheck.core.errors import TpcheckError
 from tpcheck.lab.known import JudgedVerdict
 from tpcheck.lab.matrix.report import matrix_html, matrix_junit, matrix_lines, matrix_markdown, standing_lines
@@ -29,11 +29,8 @@ def append(path: Path, text: str) -> None:
     Raises:
         TpcheckError: It could not be written.
     """
-    try:
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-    except OSError as error:
-        raise TpcheckError(f"{path} cannot be written: {error.strerror or error}") from error
+    with reporting_write_errors(str(path)), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,38 +54,32 @@ def write_results(rows: Sequence[JudgedVerdict], files: Files, *, verbose: bool,
     Args:
         with_register: Whether findings that the register of known bugs expects are left out.
     """
-    writes = [lambda: show(_lines(rows, verbose, with_register))]
-    if files.json and len(rows) == 1:
-        json, text = files.json, Report(rows[0].verdict).to_json()
-        writes.append(lambda: write_atomically(json, text))
-    if files.junit:
-        junit = files.junit
-        writes.append(lambda: write_atomically(junit, matrix_junit(rows)))
-    if files.html:
-        html = files.html
-        writes.append(lambda: write_atomically(html, matrix_html(rows)))
-    if files.summary:
-        summary = files.summary
-        writes.append(lambda: append(summary, matrix_markdown(rows)))
-    return all_written(writes)
+    is_written = write_all(
+        _lines(rows, verbose, with_register),
+        (files.json if len(rows) == 1 else None, Report(rows[0].verdict).to_json),
+        (files.junit, lambda: matrix_junit(rows)),
+        (files.html, lambda: matrix_html(rows)),
+    )
+    is_appended = files.summary is None or _succeeds(partial(append, files.summary, matrix_markdown(rows)))
+    return is_written and is_appended
 
 
 def write_report(report: Report, files: Files, *, verbose: bool) -> bool:
     """Show one report and write its files; return whether everything could be written."""
-    writes = [lambda: show(verdict_lines(report.verdict, findings_shown=None if verbose else FINDINGS_SHOWN))]
-    texts = (files.json, report.to_json), (files.junit, report.to_junit), (files.html, report.to_html)
-    writes += [partial(_write, path, to_text) for path, to_text in texts if path is not None]
-    return all_written(writes)
+    lines = verdict_lines(report.verdict, findings_shown=None if verbose else FINDINGS_SHOWN)
+    return write_all(lines, (files.json, report.to_json), (files.junit, report.to_junit), (files.html, report.to_html))
 
 
-def _write(path: Path, to_text: Callable[[], str]) -> None:
-    write_atomically(path, to_text())
-
-
-def all_written(writes: Sequence[Callable[[], None]]) -> bool:
-    """Call every function, also after one has failed, and return whether all succeeded."""
+def write_all(lines: Iterable[Line], *files: tuple[Path | None, Callable[[], str]]) -> bool:
+    """Show the lines and write each text that has a path, also after one has failed; return whether all succeeded."""
+    writes = [partial(show, lines), *(partial(_write, *file) for file in files)]
     succeeded = [_succeeds(write) for write in writes]
     return all(succeeded)
+
+
+def _write(path: Path | None, to_text: Callable[[], str]) -> None:
+    if path is not None:
+        write_atomically(path, to_text())
 
 
 def _succeeds(write: Callable[[], None]) -> bool:

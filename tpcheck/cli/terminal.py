@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -49,7 +51,7 @@ def show(lines: Iterable[Line]) -> None:
         BrokenPipeError: The reader of the output has closed it.
     """
     console = Console()
-    with _reporting_write_errors("standard output"):
+    with reporting_write_errors("standard output"):
         try:
             if console.is_terminal:
                 console.print(as_rich(lines), soft_wrap=True)
@@ -86,7 +88,7 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         TpcheckError: It could not be written.
     """
-    with _reporting_write_errors(str(path)):
+    with reporting_write_errors(str(path)):
         if is_special(path):
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
         else:
@@ -118,7 +120,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _reporting_write_errors(target: str) -> Iterator[None]:
+def reporting_write_errors(target: str) -> Iterator[None]:
     """Turn an OSError into a TpcheckError that names what could not be written."""
     try:
         yield
@@ -149,31 +151,31 @@ def with_progress(
     results: Iterable[Result], total: int, *, name: Callable[[Result], str], line: Callable[[Result], str]
 ) -> Iterator[Result]:
     """Yield the results; show a progress bar on a terminal, and a line for each result elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    with progress_bar("starting", total, MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()) as update:
         for result in results:
-            note(line(result))
-            yield result
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("starting", total=total)
-        for result in results:
-            progress.update(task, advance=1, description=name(result))
+            if update is None:
+                note(line(result))
+            else:
+                update(advance=1, description=name(result))
             yield result
 
 
 @contextmanager
 def bytes_bar(description: str) -> Iterator[Callable[[int, int], None] | None]:
     """Yield a function that shows the bytes done on a terminal, or None where there is no terminal."""
+    with progress_bar(description, None, DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as update:
+        yield None if update is None else lambda done, total: update(completed=done, total=total)
+
+
+@contextmanager
+def progress_bar(description: str, total: int | None, *columns: ProgressColumn) -> Iterator[Callable[..., None] | None]:
+    """Yield what updates a progress bar with these columns (`rich.progress.Progress.update`), None without terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with Progress(TextColumn("{task.description}"), BarColumn(), *columns, console=console, transient=True) as progress:
+        yield partial(progress.update, progress.add_task(description, total=total))
 
 
 def run_concurrently(jobs: Sequence[Callable[[], Result]], num_workers: int) -> Iterator[Result]:
