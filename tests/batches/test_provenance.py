@@ -116,10 +116,11 @@ def test_a_pickled_or_copied_loader_has_no_hooks() -> None:
 def test_hooks_are_removed() -> None:
     loader = DataLoader(Samples(), batch_size=2)
     before = dict(vars(loader))
-    with LoaderObserver(loader):
-        assert loader.collate_fn is not before["collate_fn"]
-        assert isinstance(loader.batch_sampler, torch.utils.data.BatchSampler)
-        assert len(loader) == 5
+    observer = LoaderObserver(loader)
+    assert loader.collate_fn is not before["collate_fn"]
+    assert isinstance(loader.batch_sampler, torch.utils.data.BatchSampler)
+    assert len(loader) == 5
+    observer.remove()
     assert vars(loader) == before
 
 

@@ -139,12 +139,6 @@ class LoaderObserver:
             vars(self._torch_loader).update(self._originals)
         self._originals = {}
 
-    def __enter__(self) -> LoaderObserver:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
     def _install(self, loader: DataLoader[Any]) -> dict[str, Any]:
         reporter = Reporter(self._reports.sender if self._reports else None, self._log.batch_made)
         # DataLoader.__setattr__ refuses a new sampler once the loader is initialised.
