@@ -6,13 +6,13 @@ import io
 import os
 import queue
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
+from uuid import uuid4
 
 import typer
 from rich.console import Console
@@ -101,22 +101,14 @@ def is_special(path: Path) -> bool:
 
 
 def _replace(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile(
-        "w",
-        encoding="utf-8",
-        errors="backslashreplace",  # names of files need not be valid UTF-8
-        dir=path.absolute().parent,
-        prefix=f".{path.name}.",
-        delete=False,
-    ) as temporary:
-        try:
-            temporary.write(text)
-            temporary.close()
-            Path(temporary.name).chmod(0o666 & ~_umask())
-            Path(temporary.name).replace(path)
-        except BaseException:
-            Path(temporary.name).unlink(missing_ok=True)
-            raise
+    temporary = path.absolute().with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:  # names of files may be no UTF-8
+            file.write(text)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -136,12 +128,6 @@ def _drop_unwritten_output() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 Result = TypeVar("Result")

@@ -12,7 +12,7 @@ from tpcheck.core.findings import Finding, Verdict
 from tpcheck.report import words
 from tpcheck.report.findings import finding_lines, place
 from tpcheck.report.json_values import verdict_json
-from tpcheck.report.table import Case, Cell, Column, Outcome, Row, Table, junit_xml, tables_html
+from tpcheck.report.table import Cell, Column, Outcome, Row, Table, junit_xml, tables_html
 from tpcheck.report.text import FINDINGS_SHOWN, checks_table, head_line, verdict_lines
 from tpcheck.report.words import as_rich, as_text
 
@@ -116,11 +116,12 @@ def as_junit(verdicts: Iterable[Verdict]) -> str:
     )
 
 
-def _cases(verdict: Verdict) -> Iterator[Case]:
+def _cases(verdict: Verdict) -> Iterator[Row]:
     if verdict.verdict in ("error", "skipped"):
         outcome: Outcome = "error" if verdict.verdict == "error" else "skipped"
         first_line = next(iter((verdict.message or verdict.verdict).strip().splitlines()), verdict.verdict)
-        yield Case(outcome, outcome, first_line, as_text(verdict_lines(verdict)), verdict.seconds)
+        details = as_text(verdict_lines(verdict))
+        yield Row(name=outcome, outcome=outcome, message=first_line, details=details, seconds=verdict.seconds)
         return
     compared = {check.check: check.compared for check in verdict.checks}
     for check in dict.fromkeys([*compared, *(finding.check for finding in verdict.findings)]):
@@ -128,8 +129,8 @@ def _cases(verdict: Verdict) -> Iterator[Case]:
         if findings:
             rest = f" and {len(findings) - 1} more" if len(findings) > 1 else ""
             details = "\n".join(as_text(finding_lines(finding, verdict.subject)) for finding in findings)
-            yield Case(check, "failure", f"{place(findings[0])}{rest}", details)
+            yield Row(name=check, outcome="failure", message=f"{place(findings[0])}{rest}", details=details)
         elif compared[check]:
-            yield Case(check)
+            yield Row(name=check)
         else:
-            yield Case(check, "skipped", "nothing to compare")
+            yield Row(name=check, outcome="skipped", message="nothing to compare")
