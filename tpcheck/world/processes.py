@@ -361,10 +361,9 @@ def load_results(reports: tuple[RankReport, ...], outcomes: tuple[RankOutcome, .
         try:
             results.append(loads(result.pickled))
         except Exception as error:
-            what = f"a {result.type_name} that does not unpickle here: {type(error).__name__}: {error}"
-            failed = replace(
-                outcomes[rank], state="raised", error_type="TypeError", error=f"rank {rank} returned {what}"
-            )
+            why = f"{type(error).__name__}: {error}"
+            reason = f"rank {rank} returned a {result.type_name} that does not unpickle here: {why}"
+            failed = replace(outcomes[rank], state="raised", error_type="TypeError", error=reason)
             outcomes = (*outcomes[:rank], failed, *outcomes[rank + 1 :])
             text = failure_text(outcomes, first=rank, timeout=None)
             raise RankFailure(text, first=rank, outcomes=outcomes) from error
