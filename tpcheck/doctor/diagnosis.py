@@ -163,23 +163,10 @@ def _mapped_files(proc: Path) -> frozenset[str]:
 PACKAGES = ("tpcheck", "torch", "deepspeed", "transformers", "accelerate")
 
 
-@dataclass(frozen=True, slots=True)
-class _Cve:
-    """A vulnerability of a package.
-
-    Attributes:
-        fixed_in: The first version without it.
-    """
-
-    name: str
-    package: str
-    fixed_in: tuple[int, ...]
-    what: str
-
-
+# Vulnerabilities: name, package, the first version without it, what it is.
 _KNOWN_CVES = (
-    _Cve("CVE-2025-32434", "torch", (2, 6), "weights_only=True of torch.load can be bypassed"),
-    _Cve("CVE-2026-24747", "torch", (2, 10), "weights_only=True of torch.load can be bypassed"),
+    ("CVE-2025-32434", "torch", (2, 6), "weights_only=True of torch.load can be bypassed"),
+    ("CVE-2026-24747", "torch", (2, 10), "weights_only=True of torch.load can be bypassed"),
 )
 
 
@@ -190,14 +177,14 @@ def installed_versions() -> dict[str, str | None]:
 
 def bad_versions(versions: Mapping[str, str | None]) -> Iterator[Advice]:
     """Yield the installed versions with a known fault."""
-    for cve in _KNOWN_CVES:
-        installed = versions.get(cve.package)
-        if installed and Version(installed).release < cve.fixed_in:
+    for name, package, fixed_in, what in _KNOWN_CVES:
+        installed = versions.get(package)
+        if installed and Version(installed).release < fixed_in:
             yield Advice(
                 rule="bad_version",
-                what=f"{cve.package} {installed}: {cve.what} ({cve.name})",
-                fix=f"pip install '{cve.package}>={'.'.join(map(str, cve.fixed_in))}'",
-                link=f"https://nvd.nist.gov/vuln/detail/{cve.name}",
+                what=f"{package} {installed}: {what} ({name})",
+                fix=f"pip install '{package}>={'.'.join(map(str, fixed_in))}'",
+                link=f"https://nvd.nist.gov/vuln/detail/{name}",
             )
 
 
