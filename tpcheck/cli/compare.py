@@ -8,8 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from tpcheck.cli.option_values import writable
-from tpcheck.cli.results import Files, write_report
-from tpcheck.cli.terminal import BAD_USAGE, bytes_bar, usage_errors
+from tpcheck.cli.terminal import BAD_USAGE, Files, bytes_bar, usage_errors, write_report
 from tpcheck.report.report import Report
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the report as JSON.")]

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpcheck.cli.option_values import writable
-from tpcheck.cli.results import write_all
 from tpcheck.cli.terminal import (
     BAD_USAGE,
     INTERRUPTED,
@@ -21,6 +20,7 @@ from tpcheck.cli.terminal import (
     show,
     usage_errors,
     with_progress,
+    write_all,
 )
 from tpcheck.core.errors import UsageError
 from tpcheck.lab.faults.report import fault_lines, fault_list, faults_html, faults_json, faults_junit, progress_line

@@ -12,8 +12,7 @@ import typer
 from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 
 from tpcheck.cli.option_values import integers, json_object, names, settings, writable
-from tpcheck.cli.results import write_all
-from tpcheck.cli.terminal import BAD_USAGE, INTERRUPTED, note, progress_bar, usage_errors
+from tpcheck.cli.terminal import BAD_USAGE, INTERRUPTED, note, progress_bar, usage_errors, write_all
 from tpcheck.core.errors import UsageError
 from tpcheck.lab.fuzz.report import (
     layers_data,

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -29,6 +30,7 @@ from rich.progress import (
 )
 
 from tpcheck.core.errors import TpcheckError
+from tpcheck.report.report import FINDINGS_SHOWN, Report, verdict_lines
 from tpcheck.report.words import Line, as_rich, as_text
 from tpcheck.world.attach import is_launched
 
@@ -128,6 +130,59 @@ def _drop_unwritten_output() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The files to write, in addition to standard output.
+
+    Attributes:
+        json: One report; the file of a matrix is written while it runs.
+        summary: Markdown, appended to the file, as GitHub's step summary needs it.
+    """
+
+    json: Path | None = None
+    junit: Path | None = None
+    html: Path | None = None
+    summary: Path | None = None
+
+
+def write_report(report: Report, files: Files, *, verbose: bool) -> bool:
+    """Show one report and write its files; return whether everything could be written."""
+    lines = verdict_lines(report.verdict, findings_shown=None if verbose else FINDINGS_SHOWN)
+    return write_all(lines, (files.json, report.to_json), (files.junit, report.to_junit), (files.html, report.to_html))
+
+
+def write_all(lines: Iterable[Line], *files: tuple[Path | None, Callable[[], str]]) -> bool:
+    """Show the lines and write each text that has a path, also after one has failed; return whether all succeeded."""
+    writes = [partial(show, lines), *(partial(_write, *file) for file in files)]
+    succeeded = [succeeds(write) for write in writes]
+    return all(succeeded)
+
+
+def _write(path: Path | None, to_text: Callable[[], str]) -> None:
+    if path is not None:
+        write_atomically(path, to_text())
+
+
+def succeeds(write: Callable[[], None]) -> bool:
+    """Call the function, and return whether it raised no TpcheckError; show the error."""
+    try:
+        write()
+    except TpcheckError as error:
+        note(f"tpcheck: {error}")
+        return False
+    return True
+
+
+def append(path: Path, text: str) -> None:
+    """Append text to a file.
+
+    Raises:
+        TpcheckError: It could not be written.
+    """
+    with reporting_write_errors(str(path)), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
 
 
 Result = TypeVar("Result")

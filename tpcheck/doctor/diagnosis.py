@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 from packaging.version import Version
 
 from tpcheck.core.environment import num_cores
@@ -97,10 +98,10 @@ def extension_caches(environment: Mapping[str, str], home: Path) -> tuple[Path, 
     return (*([Path(chosen)] if chosen else []), cache / "torch_extensions")
 
 
-def stale_locks(caches: Iterable[Path], proc: Path = Path("/proc")) -> Iterator[Advice]:
+def stale_locks(caches: Iterable[Path]) -> Iterator[Advice]:
     """Yield the locks of builds that no process holds open: torch silently waits for them for ever."""
     locks = sorted({lock for cache in caches for lock in _locks(cache)})
-    open_files = _open_files(proc) if locks else frozenset()
+    open_files = _open_files() if locks else set()
     for lock in locks:
         if str(lock.resolve()) not in open_files:
             yield Advice(
@@ -140,15 +141,13 @@ def _size(segment: Path) -> int:
     return 0
 
 
-def _open_files(proc: Path) -> frozenset[str]:
+def _open_files() -> set[str]:
     """Return every file that a process of this user has open."""
     paths = set()
-    for folder in proc.glob("[0-9]*/fd"):
-        with suppress(OSError):  # another user's process, or one that has just ended
-            for descriptor in folder.iterdir():
-                with suppress(OSError):
-                    paths.add(str(descriptor.readlink()))
-    return frozenset(paths)
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # another user's process, or one that has just ended
+            paths |= {file.path for file in process.open_files()}
+    return paths
 
 
 def _mapped_files(proc: Path) -> frozenset[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import reduce
 from importlib import import_module
-from types import CodeType, TracebackType
+from types import TracebackType
 from typing import Any, Literal
 
 from tpcheck.world.channel import dumps_or_none, loads_or_none
@@ -196,24 +196,15 @@ def traceback_through(frames: Iterable[FrameLocation]) -> TracebackType | None:
     """
     traceback: TracebackType | None = None
     for frame in reversed(tuple(frames)):
-        traceback = _prepend(frame, traceback)
+        code = compile("raise LookupError", frame.filename, "exec")
+        code = code.replace(co_name=frame.function, co_firstlineno=frame.lineno)
+        try:
+            exec(code, {"__name__": "__tpcheck_rank__", "__file__": frame.filename})
+        except LookupError as error:
+            raised_at = error.__traceback__.tb_next if error.__traceback__ is not None else None
+            if raised_at is not None:
+                traceback = TracebackType(traceback, raised_at.tb_frame, raised_at.tb_lasti, frame.lineno)
     return traceback
-
-
-def _prepend(frame: FrameLocation, rest: TracebackType | None) -> TracebackType | None:
-    try:
-        exec(_raising_code(frame), {"__name__": "__tpcheck_rank__", "__file__": frame.filename})
-    except LookupError:
-        here = sys.exc_info()[2]
-        raised_at = here.tb_next if here is not None else None
-        if raised_at is not None:
-            return TracebackType(rest, raised_at.tb_frame, raised_at.tb_lasti, frame.lineno)
-    return rest
-
-
-def _raising_code(frame: FrameLocation) -> CodeType:
-    code = compile("raise LookupError", frame.filename, "exec")
-    return code.replace(co_name=frame.function, co_firstlineno=frame.lineno)
 
 
 def current_filters() -> tuple[WarningFilter, ...]:

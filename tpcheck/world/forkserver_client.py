@@ -75,9 +75,8 @@ class ForkserverClient:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._ready: messages.ForkserverReady | None = None
         arguments = json.dumps([server_socket.fileno(), sys.path, preload])
-        flags: list[str] = getattr(
-            subprocess, "_args_from_interpreter_flags", list
-        )()  # as multiprocessing passes them on
+        # As multiprocessing passes them on.
+        flags: list[str] = getattr(subprocess, "_args_from_interpreter_flags", list)()
         self._process = subprocess.Popen(
             [sys.executable, *flags, "-c", _BOOT, arguments],
             pass_fds=[server_socket.fileno()],

@@ -12,8 +12,8 @@ from tpcheck.lab.fuzz.results import Outcome, SearchResult, ShrunkFailure
 from tpcheck.report import words
 from tpcheck.report.findings import finding_lines
 from tpcheck.report.json_values import SCHEMA, plain_json, verdict_json
+from tpcheck.report.report import STYLES
 from tpcheck.report.table import Cell, Column, Row, Table, table_lines
-from tpcheck.report.text import STYLES
 from tpcheck.report.words import Line, labelled, plain
 
 _REASONS_SHOWN = 5

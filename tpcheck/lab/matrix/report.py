@@ -16,7 +16,7 @@ from tpcheck.lab.known import JudgedVerdict, KnownBug, judge, register
 from tpcheck.lab.matrix.cells import stored_verdicts
 from tpcheck.report import words
 from tpcheck.report.findings import place
-from tpcheck.report.report import as_junit
+from tpcheck.report.report import STYLES, as_junit, verdict_lines
 from tpcheck.report.table import (
     Cell,
     Column,
@@ -29,7 +29,6 @@ from tpcheck.report.table import (
     table_markdown,
     tables_html,
 )
-from tpcheck.report.text import STYLES, verdict_lines
 from tpcheck.report.words import Line, as_text, labelled, plain
 
 NOT_SHARDED = "not sharded"
