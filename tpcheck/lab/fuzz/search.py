@@ -10,12 +10,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import TpcheckError
 from tpcheck.lab.fuzz.results import Outcome, SearchResult, ShrunkFailure
 
 if TYPE_CHECKING:
     from hypothesis import settings
     from hypothesis.strategies import SearchStrategy
+
+    from tpcheck.backends.interface import Backend
 
 Example = TypeVar("Example")
 SHRINK_SECONDS = 300.0
@@ -79,6 +82,13 @@ def require_hypothesis() -> None:
         import hypothesis  # noqa: F401
     except ImportError as error:
         raise TpcheckError("fuzz needs hypothesis: pip install 'tpcheck[fuzz]'") from error
+
+
+def versions_with(backend: str | Backend) -> dict[str, str]:
+    """Return the versions by package that a search with this backend depends on."""
+    from tpcheck.backends.registry import load_backend
+
+    return {**package_versions(), **load_backend(backend).versions()}
 
 
 class _Failure(Exception):

@@ -10,9 +10,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tpcheck.checkpoints.formats.deepspeed.chunks import LayoutError, StridedPiece, cut_into_pieces
-from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import MergedTensor, Shard
-from tpcheck.checkpoints.formats.deepspeed.rank_files import is_size, is_sizes, mapping
+from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import (
+    LayoutError,
+    MergedTensor,
+    Shard,
+    StridedPiece,
+    cut_into_pieces,
+)
+from tpcheck.checkpoints.formats.deepspeed.rank_files import mapping
+from tpcheck.checkpoints.formats.files import is_size, is_sizes
 
 AFFINE_VERSION = 1
 """Version of `affine_map`, written since DeepSpeed 0.19.7; the keys of a later one may mean something else."""

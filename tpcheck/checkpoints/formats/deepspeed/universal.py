@@ -14,11 +14,19 @@ from typing import Any
 
 from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import MergedTensor, Segment, Shard
-from tpcheck.checkpoints.formats.deepspeed.rank_files import is_sizes, mapping, sequence, step_folder
+from tpcheck.checkpoints.formats.deepspeed.rank_files import mapping, sequence, step_folder
 from tpcheck.checkpoints.formats.deepspeed.rank_state import CLASSES, load_states
 from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint, TensorInFiles
-from tpcheck.checkpoints.formats.files import Files, inside, is_folder, is_present, names_in, shortened
-from tpcheck.checkpoints.formats.json_files import read_config
+from tpcheck.checkpoints.formats.files import (
+    Files,
+    inside,
+    is_folder,
+    is_present,
+    is_sizes,
+    names_in,
+    read_config,
+    shortened,
+)
 from tpcheck.checkpoints.formats.storage_view import StorageView
 from tpcheck.checkpoints.formats.torch_files import load
 from tpcheck.core.errors import CheckpointError
