@@ -22,8 +22,7 @@ from tpcheck.core.environment import num_cores
 from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.findings import Verdict
 from tpcheck.lab.known import JudgedVerdict, judge
-from tpcheck.lab.matrix.cells import Cell, done_before, judged_json, versions, whole_json
-from tpcheck.lab.matrix.report import progress_line
+from tpcheck.lab.matrix import Cell, done_before, judged_json, progress_line, versions, whole_json
 from tpcheck.report.report import Report
 from tpcheck.world.attach import is_launched
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tpcheck.cli.terminal import note, show, write_atomically
 from tpcheck.core.errors import TpcheckError
 from tpcheck.lab.known import JudgedVerdict
-from tpcheck.lab.matrix.report import matrix_html, matrix_junit, matrix_lines, matrix_markdown, standing_lines
+from tpcheck.lab.matrix import matrix_html, matrix_junit, matrix_lines, matrix_markdown, standing_lines
 from tpcheck.report.report import Report
 from tpcheck.report.text import FINDINGS_SHOWN, verdict_lines
 from tpcheck.report.words import Line

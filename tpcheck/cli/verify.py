@@ -14,7 +14,7 @@ from tpcheck.cli.results import Files, summary_path
 from tpcheck.cli.terminal import usage_errors
 from tpcheck.core.errors import UsageError
 from tpcheck.families.tokens import Tokens
-from tpcheck.lab.matrix.cells import Cell, cells
+from tpcheck.lab.matrix import Cell, cells
 from tpcheck.model.options import DEFAULTS, RunOptions, option_help
 from tpcheck.report.report import Report
 

@@ -10,8 +10,7 @@ import pytest
 from tpcheck.core.errors import BackendError, Mismatch, UsageError
 from tpcheck.core.findings import Verdict
 from tpcheck.lab.known import judge, register
-from tpcheck.lab.matrix.cells import Cell, cells, versions
-from tpcheck.lab.matrix.report import configuration, unexpected_message
+from tpcheck.lab.matrix import Cell, cells, configuration, unexpected_message, versions
 from tpcheck.model.options import DEFAULTS, FamilyKeywords, RunOptions, expand_options
 from tpcheck.model.verify import verify_family
 

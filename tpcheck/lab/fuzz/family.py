@@ -24,7 +24,7 @@ from tpcheck.families.tokens import Tokens
 from tpcheck.lab.fuzz.results import REFUSALS, Outcome, SearchResult, crash_kind, in_general
 from tpcheck.lab.fuzz.search import Limits, OnOutcome, require_hypothesis, search, versions_with
 from tpcheck.lab.known import explained
-from tpcheck.lab.matrix.report import summary_line
+from tpcheck.lab.matrix import summary_line
 from tpcheck.model.options import DTYPES, ZERO_STAGES, RunOptions
 from tpcheck.model.verify import verify_family
 from tpcheck.report.json_values import printable
