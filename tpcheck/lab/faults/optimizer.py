@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -47,16 +48,14 @@ def _norm_not_reduced_under_zero(live: Live) -> None:
     live.candidate.engine.optimizer._model_parallel_all_reduce = lambda tensor, op: None
 
 
-def _norm_counts_replicas(live: Live) -> None:
-    from deepspeed.runtime import utils
+def _norm_counts_replicas(module: str) -> Callable[[Live], None]:
+    """Make a module of deepspeed.runtime take every parameter for a sharded one."""
 
-    utils.is_model_parallel_parameter = lambda parameter: True
+    def inject(live: Live) -> None:
+        owner: Any = import_module(f"deepspeed.runtime.{module}")
+        owner.is_model_parallel_parameter = lambda parameter: True
 
-
-def _norm_counts_replicas_under_zero(live: Live) -> None:
-    from deepspeed.runtime.zero import stage_1_and_2
-
-    stage_1_and_2.is_model_parallel_parameter = lambda parameter: True
+    return inject
 
 
 def _clipped_by(factor: Callable[[Sequence[Tensor], float], float]) -> Callable[[Live], None]:
@@ -210,11 +209,11 @@ FAULTS = (
     _of_norm("norm_not_reduced_under_zero", "under ZeRO the norm is not summed over the TP group",
              whole_run(_norm_not_reduced_under_zero), "norm_is_local", topology=TP2_DP2, zero_stage=2),
     _of_norm("norm_counts_replicas", "replicated parameters are counted once for each rank in the norm",
-             whole_run(_norm_counts_replicas), "norm_counts_replicas",
+             whole_run(_norm_counts_replicas("utils")), "norm_counts_replicas",
              link="https://github.com/NVIDIA-NeMo/RL/pull/3788", topology=TP4),
     _of_norm("norm_counts_replicas_under_zero",
              "under ZeRO replicated parameters are counted once for each rank in the norm",
-             whole_run(_norm_counts_replicas_under_zero), "norm_counts_replicas",
+             whole_run(_norm_counts_replicas("zero.stage_1_and_2")), "norm_counts_replicas",
              link="https://github.com/ROCm/TransformerEngine/pull/715", topology=TP2_DP2, zero_stage=1),
     _of_norm("clipped_per_rank", "the norm is right, but each rank clips by that of its own gradients",
              whole_run(_clipped_by(_by_local_norm)), "norm_is_local", checks=("updates_match_reference",)),

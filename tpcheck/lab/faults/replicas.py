@@ -84,24 +84,19 @@ def _drift_after_step_two(draw: Draw) -> Injection:
     return Injection(inject, Place(parameters=(name,)))
 
 
-def _update_skipped_for_a_parameter(draw: Draw) -> Injection:
-    name, wrong = draw.parameter("*_proj.weight", _NORM), draw.tp_rank()
+def _update_skipped(draw_names: Callable[[Draw], tuple[str, ...]]) -> Callable[[Draw], Injection]:
+    """Return a draw of a rank that does not step these parameters."""
 
-    def inject(live: Live) -> None:
-        if live.tp_rank == wrong:
-            restore_after_step(live, (name,))
+    def draw_rank(draw: Draw) -> Injection:
+        names, wrong = draw_names(draw), draw.tp_rank()
 
-    return Injection(inject, Place(parameters=(name,)))
+        def inject(live: Live) -> None:
+            if live.tp_rank == wrong:
+                restore_after_step(live, names)
 
+        return Injection(inject, Place(parameters=names))
 
-def _update_skipped_on_a_rank(draw: Draw) -> Injection:
-    wrong, names = draw.tp_rank(), tuple(draw.parameters)
-
-    def inject(live: Live) -> None:
-        if live.tp_rank == wrong:
-            restore_after_step(live, names)
-
-    return Injection(inject, Place(parameters=names))
+    return draw_rank
 
 
 def _update_skipped_on_a_replica(draw: Draw) -> Injection:
@@ -126,9 +121,9 @@ FAULTS = (
     _fault("buffer_drifts_on_one_rank", "a buffer moves by 1e-7 a step on one rank", _buffer_drifts, "replica_drift",
            topology=TP4),
     _fault("update_of_a_parameter_skipped_on_one_rank", "one rank does not step one of its parameters",
-           _update_skipped_for_a_parameter, "stale_weight"),
-    _fault("update_skipped_on_one_rank", "one rank of the TP group does not step", _update_skipped_on_a_rank,
-           "stale_weight", topology=TP4),
+           _update_skipped(lambda draw: (draw.parameter("*_proj.weight", _NORM),)), "stale_weight"),
+    _fault("update_skipped_on_one_rank", "one rank of the TP group does not step",
+           _update_skipped(lambda draw: tuple(draw.parameters)), "stale_weight", topology=TP4),
     _fault("update_skipped_on_one_replica",
            "a data-parallel replica keeps the weights of a partition that others have stepped",
            _update_skipped_on_a_replica, "stale_weight", topology=TP2_DP2, zero_stage=1),

@@ -202,11 +202,11 @@ class TransposedLinear(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
-def _run(module: nn.Module, inputs: Tensors) -> dict[str, torch.Tensor]:
-    """Return the results of a forward and backward pass of the plain layer."""
+def _run(module: nn.Module, inputs: Tensors, before: nn.Module | None = None) -> dict[str, torch.Tensor]:
+    """Return the results of a forward and backward pass of the plain layer, perhaps behind another module."""
     module.zero_grad()
     leaf = _leaf(inputs["input"])
-    output = module(leaf)
+    output = module(leaf if before is None else before(leaf))
     output.backward(inputs["gradient"])
     return _results(module, leaf, output)
 
@@ -216,11 +216,7 @@ def _replays(module: nn.Module, inputs: Tensors) -> Iterator[dict[str, torch.Ten
     perturbation = Perturbation(torch.finfo(inputs["gradient"].dtype).eps, torch.Generator().manual_seed(1))
     with perturbed_leaves(nn.Sequential(first := nn.Identity(), module), perturbation):
         for _ in range(NUM_REPLAYS):
-            module.zero_grad()
-            leaf = _leaf(inputs["input"])
-            output = module(first(leaf))
-            output.backward(inputs["gradient"])
-            yield _results(module, leaf, output)
+            yield _run(module, inputs, first)
 
 
 def _inputs(layer: ParallelLayer, trial: Trial) -> dict[str, torch.Tensor]:

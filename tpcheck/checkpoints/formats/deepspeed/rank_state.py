@@ -239,7 +239,9 @@ def read_rank_state(
     paths = folder.models[tp_rank]
     state = load_states(paths[0], files, options)
     module, unread = _module(paths[0], state)
-    partitions = _partitions(folder, tp_rank, files, options)
+    optimizer_paths = folder.optimizers.get(tp_rank, {})
+    optimizers = {rank: load_states(path, files, options) for rank, path in optimizer_paths.items()}
+    partitions = Partitions(optimizers, optimizer_paths) if optimizers else None
     if partitions is None and folder.partitioned:
         raise CheckpointError(
             f"{folder.path} is of ZeRO 3, but the optimizer states that hold its weights are missing."
@@ -248,7 +250,8 @@ def read_rank_state(
     if folder.partitioned and mapping(state.get("frozen_param_shapes")):
         states = {rank: state if rank == 0 else load_states(path, files, options) for rank, path in paths.items()}
         masters |= frozen_shards(paths[0], states)
-    shared = {**shared, **_names(state.get("shared_params"))}
+    pairs = mapping(state.get("shared_params")).items()
+    shared = {**shared, **{new: old for new, old in pairs if isinstance(new, str) and isinstance(old, str)}}
     ties = {**_tied_by_storage(module), **shared}
     buffers = frozenset(name for name in sequence(state.get("buffer_names")) if isinstance(name, str))
     # Under ZeRO 3 the parameters of the module are placeholders without elements.
@@ -266,7 +269,7 @@ def read_rank_state(
         shards=shards,
         rounded={name: module[name] for name in masters if name in module and name not in placeholders},
         stage=None if partitions is None else partitions.stage,
-        num_dp=len(folder.optimizers.get(tp_rank, ())) or 1,
+        num_dp=len(optimizers) or 1,
         ties=ties,
         shared=shared,
         buffers=buffers,
@@ -301,13 +304,6 @@ def _module(path: Path, state: Mapping[Any, Any]) -> tuple[dict[str, Shard], dic
     return shards, unread
 
 
-def _partitions(folder: TrainingFolder, tp_rank: int, files: Files, options: ReadOptions) -> Partitions | None:
-    paths = folder.optimizers.get(tp_rank)
-    if not paths:
-        return None
-    return Partitions({rank: load_states(path, files, options) for rank, path in paths.items()}, paths)
-
-
 def _tied_by_storage(module: Mapping[str, Shard]) -> dict[str, str]:
     """Return the first name for each further name of the same view of the same storage."""
     first: dict[StorageView, str] = {}
@@ -319,7 +315,3 @@ def _tied_by_storage(module: Mapping[str, Shard]) -> dict[str, str]:
                 ties[name] = first[tensor]
             first.setdefault(tensor, name)
     return ties
-
-
-def _names(value: Any) -> dict[str, str]:
-    return {new: old for new, old in mapping(value).items() if isinstance(new, str) and isinstance(old, str)}
