@@ -95,15 +95,8 @@ def verdict_of(data: Mapping[str, Any]) -> Verdict:
 
 
 def _finding(data: Mapping[str, Any]) -> Finding:
-    return Finding(
-        check=data["check"],
-        where=data["where"],
-        observed=_number(data["observed"]),
-        allowed=_number(data["allowed"]),
-        cause=data["cause"],
-        evidence=data["evidence"],
-        again=data["again"],
-    )
+    same = {name: data[name] for name in ("check", "where", "cause", "evidence", "again")}
+    return Finding(observed=_number(data["observed"]), allowed=_number(data["allowed"]), **same)
 
 
 def _number(value: float | None) -> float:

@@ -84,7 +84,16 @@ class OpenFile:
         """Return exactly these bytes."""
         self._require_range(offset, nbytes)
         buffer = bytearray(nbytes)
-        self._fill(memoryview(buffer), offset)
+        target, done = memoryview(buffer), 0
+        with self._reading() as descriptor:
+            while done < nbytes:
+                try:
+                    count = os.preadv(descriptor, [target[done:]], offset + done)
+                except OSError as error:
+                    raise CheckpointError(f"{self.path} cannot be read: {_reason(error)}.") from error
+                if not count:
+                    raise CheckpointError(f"{self.path} was truncated while it was read.")
+                done += count
         return buffer
 
     def read_tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -110,18 +119,6 @@ class OpenFile:
             raise CheckpointError(
                 f"{self.path} has {self.size} bytes, so {shortened(nbytes)} from {shortened(offset)} cannot be read."
             )
-
-    def _fill(self, target: memoryview, offset: int) -> None:
-        done = 0
-        with self._reading() as descriptor:
-            while done < len(target):
-                try:
-                    count = os.preadv(descriptor, [target[done:]], offset + done)
-                except OSError as error:
-                    raise CheckpointError(f"{self.path} cannot be read: {_reason(error)}.") from error
-                if not count:
-                    raise CheckpointError(f"{self.path} was truncated while it was read.")
-                done += count
 
     @contextmanager
     def _reading(self) -> Iterator[int]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4, Draw, Injection, Live, Place, fault_constructor
+from tpcheck.lab.faults.injection import inject_always
 
 _HEAD_DIM = 8  # of the small models
 _COLUMN = ("*.q_proj.weight", "*.gate_proj.weight", "*.up_proj.weight", "lm_head.weight")
@@ -156,14 +157,11 @@ def _keys_and_values_of_another_rank(draw: Draw) -> Injection:
     return Injection(inject, Place(parameters=names))
 
 
-def _untied_head(draw: Draw) -> Injection:
-    def inject(live: Live) -> None:
-        head = live.module("lm_head")
-        shards: list[Any] = [None] * live.tp
-        dist.all_gather_object(shards, head.weight.detach(), group=live.tp_group)
-        head.weight = nn.Parameter(shards[(live.tp_rank + 1) % live.tp].clone())
-
-    return Injection(inject, Place(modules=("lm_head",)))
+def _untie_head(live: Live) -> None:
+    head = live.module("lm_head")
+    shards: list[Any] = [None] * live.tp
+    dist.all_gather_object(shards, head.weight.detach(), group=live.tp_group)
+    head.weight = nn.Parameter(shards[(live.tp_rank + 1) % live.tp].clone())
 
 
 def _last_shard_lost(draw: Draw) -> Injection:
@@ -249,7 +247,8 @@ FAULTS = (
            _reshard(_two_swapped, 0, "model.embed_tokens.weight"), "shard_order_swapped", family="qwen3",
            settings=_TIED),
     _fault("tied_head_of_another_rank", "the head tied to the embedding is a separate tensor with another rank's shard",
-           _untied_head, "shard_order_swapped", checks=("outputs_match_reference",), family="qwen3", settings=_TIED),
+           inject_always(_untie_head, modules=("lm_head",)), "shard_order_swapped",
+           checks=("outputs_match_reference",), family="qwen3", settings=_TIED),
     _fault("last_shard_lost", "the last rank's shard of a weight is empty, and no other rank holds its part",
            _last_shard_lost, "shard_missing", checks=("parameters_are_sharded",), topology=TP4),
     _fault("remainder_lost", "a weight is cut into equal shards, and no rank holds the remainder", _remainder_lost,

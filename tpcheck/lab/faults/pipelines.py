@@ -28,14 +28,18 @@ LENGTH = 16
 FIRST_RANDOM = 2  # sample
 
 
-class Images(Dataset[Any]):
+class Samples(Dataset[Any]):
+    """A data set of `LENGTH` samples."""
+
+    def __len__(self) -> int:
+        return LENGTH
+
+
+class Images(Samples):
     """Images with a random brightness."""
 
     def __init__(self, draw: RandomNumber | None = None) -> None:
         self.draw = draw
-
-    def __len__(self) -> int:
-        return LENGTH
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         image_CHW = torch.arange(12, dtype=torch.float32).reshape(3, 2, 2) + index
@@ -52,14 +56,11 @@ class OwnGenerator(Images):
         super().__init__(lambda: float(self.rng.random()))
 
 
-class Altered(Dataset[Any]):
+class Altered(Samples):
     """Samples of another data set, changed from the third batch on."""
 
     def __init__(self, inner: Dataset[Any], alter: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         self.inner, self.alter = inner, alter
-
-    def __len__(self) -> int:
-        return LENGTH
 
     def __getitem__(self, index: int) -> Any:
         sample = self.inner[index]
@@ -80,30 +81,20 @@ class Named(Dataset[Any]):
 
 
 class Numbers(IterableDataset[Any]):
-    """A stream that every rank reads from its beginning."""
+    """A stream that is split over the replicas; one replica reads all of it."""
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return iter(torch.arange(LENGTH * 2).reshape(-1, 2))
-
-
-class Sharded(IterableDataset[Any]):
-    """A stream that is split over the replicas."""
-
-    def __init__(self, replicas: int, replica: int) -> None:
+    def __init__(self, replicas: int = 1, replica: int = 0) -> None:
         self.replicas, self.replica = replicas, replica
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(torch.arange(LENGTH * 2).reshape(-1, 2)[self.replica :: self.replicas])
 
 
-class Multimodal(Dataset[Any]):
+class Multimodal(Samples):
     """Nested samples: crops of an image, their boxes, and text."""
 
     def __init__(self, draw: RandomNumber | None = None) -> None:
         self.draw = draw
-
-    def __len__(self) -> int:
-        return LENGTH
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         left = 0.0 if self.draw is None or index < 2 * FIRST_RANDOM else self.draw()
@@ -111,11 +102,8 @@ class Multimodal(Dataset[Any]):
         return {"images": crops, "text": f"picture {index}", "meta": {"source": None, "score": np.float32(index)}}
 
 
-class Sentences(Dataset[Any]):
+class Sentences(Samples):
     """Token ids, three for the first batch and then more."""
-
-    def __len__(self) -> int:
-        return LENGTH
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return {"input_ids": [5 + (index + place) % 20 for place in range(3 if index < 2 * FIRST_RANDOM else 5)]}
@@ -263,12 +251,12 @@ def accelerated_images(rank: PlacedRank, device_specific: bool | None = None, **
 
 def accelerated_stream(rank: PlacedRank, sharded: bool = False) -> Batches:
     """Return a stream that accelerate has prepared; by default it dispatches the batches of every IterableDataset."""
-    dataset = Sharded(rank.topology.dp, rank.dp_rank) if sharded else Numbers()
+    dataset = Numbers(rank.topology.dp, rank.dp_rank) if sharded else Numbers()
     return accelerated(rank, dataset, shuffle=False, dispatch_batches=False if sharded else None)
 
 
 def stream(rank: PlacedRank, sharded: bool) -> Batches:
-    return DataLoader(Sharded(rank.topology.dp, rank.dp_rank) if sharded else Numbers(), batch_size=2)
+    return DataLoader(Numbers(rank.topology.dp, rank.dp_rank) if sharded else Numbers(), batch_size=2)
 
 
 def same_for_all(rank: PlacedRank) -> Batches:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tpcheck.lab.faults.fault import TP2_DP2, TP4, Draw, Injection, Live, Place, fault_constructor
-from tpcheck.lab.faults.injection import after_step, restore_after_step
+from tpcheck.lab.faults.injection import after_step, restore_after_step, wrap_forward
 
 _START = ("weights_match_reference", "replicas_agree")
 _NORM = "*norm.weight"
@@ -39,21 +39,10 @@ def _replicas_initialised_apart(draw: Draw) -> Injection:
     return Injection(inject, Place(parameters=(name,)))
 
 
-def _dropout_in_a_replicated_region(draw: Draw) -> Injection:
-    name, seed = draw.module("*.mlp", "*.self_attn.o_proj"), draw.random.randrange(2**31)
-
-    def inject(live: Live) -> None:
-        module = live.module(name)
-        right = module.forward
-
-        def forward(hidden: Tensor) -> Tensor:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed + live.tp_rank)
-                return functional.dropout(right(hidden), 0.1)
-
-        module.forward = forward
-
-    return Injection(inject, Place(modules=(name,)))
+def _dropout_by_rank(live: Live, tp_rank: int, forward: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(live.tp_rank)
+        return functional.dropout(forward(hidden), 0.1)
 
 
 def _drift(live: Live, tp_rank: int, tensor: Callable[[], Tensor], is_due: Callable[[int], bool]) -> None:
@@ -117,7 +106,7 @@ FAULTS = (
            _replicas_initialised_apart, None, checks=_START, topology=TP2_DP2),
     _fault("dropout_in_a_replicated_region",
            "each rank draws its own dropout mask over an activation that all of them hold",
-           _dropout_in_a_replicated_region, None, checks=("outputs_match_reference",)),
+           wrap_forward(_dropout_by_rank, "*.mlp", "*.self_attn.o_proj"), None, checks=("outputs_match_reference",)),
     _fault("buffer_drifts_on_one_rank", "a buffer moves by 1e-7 a step on one rank", _buffer_drifts, "replica_drift",
            topology=TP4),
     _fault("update_of_a_parameter_skipped_on_one_rank", "one rank does not step one of its parameters",

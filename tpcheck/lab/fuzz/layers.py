@@ -97,13 +97,13 @@ def try_one(trial: Trial, common: LayerCommon) -> Outcome:
         return worlds.outcome(trial)
 
 
-class Worlds:
+class Worlds(ExitStack):
     """One world for each TP size, kept for all trials."""
 
     def __init__(self, common: LayerCommon, versions: Mapping[str, str]) -> None:
+        super().__init__()
         self._common = common
         self._versions = versions
-        self._stack = ExitStack()
         self._worlds: dict[int, World] = {}
 
     def outcome(self, trial: Trial) -> Outcome:
@@ -152,14 +152,8 @@ class Worlds:
 
     def _world(self, tp: int) -> World:
         if tp not in self._worlds:
-            self._worlds[tp] = self._stack.enter_context(spawn(Topology(tp=tp), timeout=self._common.timeout))
+            self._worlds[tp] = self.enter_context(spawn(Topology(tp=tp), timeout=self._common.timeout))
         return self._worlds[tp]
-
-    def __enter__(self) -> Worlds:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
 
 
 def trials(layer: ParallelLayer, table: LayerTable, common: LayerCommon) -> SearchStrategy[Trial]:
