@@ -28,7 +28,7 @@ from tpcheck.model.options import DEFAULTS, RunOptions, option_help
 from tpcheck.world.attach import is_launched
 
 if TYPE_CHECKING:
-    from tpcheck.lab.fuzz.draws import Bounds
+    from tpcheck.lab.fuzz.family import Bounds
     from tpcheck.lab.fuzz.layers import LayerCommon
     from tpcheck.lab.fuzz.search import Limits
 
@@ -181,7 +181,7 @@ def fuzz(
         )
         sizes = {"tp": integers("tp", tp), "dp": integers("dp", dp), "zero": integers("zero", zero)}
 
-        from tpcheck.lab.fuzz.draws import Bounds  # loads torch, which --help need not wait for
+        from tpcheck.lab.fuzz.family import Bounds  # loads torch, which --help need not wait for
         from tpcheck.lab.fuzz.search import Limits
 
         bounds = Bounds.of(dtype=names("dtype", dtype), **sizes)

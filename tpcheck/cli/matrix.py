@@ -25,14 +25,18 @@ from tpcheck.core.environment import num_cores
 from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.findings import Verdict
 from tpcheck.lab.known import JudgedVerdict, judge
-from tpcheck.lab.matrix.cells import Cell, done_before, judged_json, versions, whole_json
-from tpcheck.lab.matrix.report import (
+from tpcheck.lab.matrix import (
+    Cell,
+    done_before,
+    judged_json,
     matrix_html,
     matrix_junit,
     matrix_lines,
     matrix_markdown,
     progress_line,
     standing_lines,
+    versions,
+    whole_json,
 )
 from tpcheck.report.report import FINDINGS_SHOWN, Report, verdict_lines
 from tpcheck.report.words import Line

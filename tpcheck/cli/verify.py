@@ -14,7 +14,7 @@ from tpcheck.cli.option_values import integers, json_object, names, settings, wr
 from tpcheck.cli.terminal import Files, usage_errors
 from tpcheck.core.errors import UsageError
 from tpcheck.families.tokens import Tokens
-from tpcheck.lab.matrix.cells import Cell, cells
+from tpcheck.lab.matrix import Cell, cells
 from tpcheck.model.options import DEFAULTS, RunOptions, option_help
 from tpcheck.report.report import Report
 
