@@ -89,7 +89,7 @@ def marks_agree(rank: Rank) -> bool:
     """Return whether the layouts of a live model are those that its candidate has from the unsharded shapes."""
     from tpcheck.backends.interface import TrainingOptions
     from tpcheck.backends.megatron.backend import MegatronBackend
-    from tpcheck.backends.megatron.groups import groups_of_topology, use_groups
+    from tpcheck.backends.megatron.session import groups_of_topology, use_groups
     from tpcheck.backends.registry import layouts_of
 
     backend, options = MegatronBackend(), TrainingOptions(dtype=torch.float32, rebuild=models.build)

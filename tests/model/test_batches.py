@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from tpcheck import UsageError
-from tpcheck.families.tokens import Tokens
 from tpcheck.model.batches import Batch, batch_size, copy_batch, make_batches
-from tpcheck.model.options import BatchSource, RunOptions
+from tpcheck.model.options import BatchSource, RunOptions, Tokens
 
 MODEL: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=9))
 

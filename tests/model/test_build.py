@@ -12,7 +12,7 @@ from torch import nn
 from tpcheck import UsageError
 from tpcheck.model.build import build_model, find_loss, loss_of, require_equal_models
 from tpcheck.model.options import Request, RunOptions
-from tpcheck.numerics.snapshots import copy_parameters
+from tpcheck.numerics.tensors import copy_parameters
 
 
 class Small(nn.Module):

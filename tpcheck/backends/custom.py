@@ -16,8 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tpcheck.backends.dtensor.backend import require_unsharded
-from tpcheck.backends.dtensor.candidate import DTensorCandidate
-from tpcheck.backends.dtensor.layouts import is_over
+from tpcheck.backends.dtensor.candidate import DTensorCandidate, is_over
 from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.sgd import Clip, Sgd

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from tpcheck.core.errors import UsageError
-from tpcheck.families.tokens import Tokens
-from tpcheck.model.options import RunOptions
+from tpcheck.model.options import RunOptions, Tokens
 
 Batch = dict[str, Any]
 

@@ -18,7 +18,7 @@ from tpcheck.model.batches import Batch, copy_batch
 from tpcheck.model.build import loss_of
 from tpcheck.numerics.evidence import Step, TensorKey
 from tpcheck.numerics.recorder import ModuleRecorder, logged_collectives
-from tpcheck.numerics.snapshots import copy_buffers
+from tpcheck.numerics.tensors import copy_buffers
 
 
 @dataclass(frozen=True, slots=True)

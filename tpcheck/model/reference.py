@@ -21,7 +21,7 @@ from tpcheck.numerics.evidence import Step, TensorKey
 from tpcheck.numerics.perturb import Deviations, Perturbation, first_nonzero, named_deviations, perturbed_replay
 from tpcheck.numerics.precision import torch_function_disabled
 from tpcheck.numerics.recorder import ModuleRecorder
-from tpcheck.numerics.snapshots import State, copy_buffers, copy_parameters, restore_buffers, restore_parameters
+from tpcheck.numerics.tensors import State, copy_buffers, copy_parameters, restore_buffers, restore_parameters
 from tpcheck.numerics.tolerance import Tolerance, largest_deviations
 
 ReferenceStep = tuple[Step, ...]  # by DP rank; what is common to all ranks is the same object in each

@@ -22,7 +22,7 @@ from tpcheck.core.findings import Finding
 from tpcheck.model.reference import CommunicatingRank
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
 from tpcheck.numerics.evidence import Evidence
-from tpcheck.numerics.snapshots import restore_buffers
+from tpcheck.numerics.tensors import restore_buffers
 from tpcheck.numerics.verdict import CheckAnswer, GroupAnswer
 
 Save = Callable[[Path], None]

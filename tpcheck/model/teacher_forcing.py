@@ -22,8 +22,7 @@ from tpcheck.numerics.differences import distance_of_terms, frobenius, frobenius
 from tpcheck.numerics.evidence import Step, TensorKey
 from tpcheck.numerics.perturb import Deviations, Perturbation, named_deviations, perturbed_replay
 from tpcheck.numerics.recorder import ModuleRecorder
-from tpcheck.numerics.snapshots import restore_buffers, state_restored
-from tpcheck.numerics.tensors import map_tensors
+from tpcheck.numerics.tensors import map_tensors, restore_buffers, state_restored
 from tpcheck.numerics.tolerance import Tolerance
 
 Activations = Mapping[TensorKey, torch.Tensor]

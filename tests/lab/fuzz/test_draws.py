@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from tpcheck import UsageError
 from tpcheck.backends.interface import TrainingOptions
-from tpcheck.families.dimensions import dimensions
-from tpcheck.families.tokens import Tokens
+from tpcheck.families.build import dimensions
 from tpcheck.lab.fuzz.draws import Bounds, family_examples
-from tpcheck.model.options import RunOptions
+from tpcheck.model.options import RunOptions, Tokens
 
 
 class Backend:

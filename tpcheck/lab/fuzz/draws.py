@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
-from tpcheck.families.dimensions import Dimensions, dimensions
+from tpcheck.families.build import Dimensions, dimensions
 from tpcheck.families.settings import overlay
-from tpcheck.families.tokens import Tokens
-from tpcheck.model.options import DTYPES, ZERO_STAGES, RunOptions
+from tpcheck.model.options import DTYPES, ZERO_STAGES, RunOptions, Tokens
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy

@@ -18,12 +18,12 @@ from tpcheck.numerics.checks.activations import (
     scope_of,
 )
 from tpcheck.numerics.checks.outputs import activation_suspect
-from tpcheck.numerics.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.numerics.checks.recompute import (
     compare_with_recomputed,
     recompute_input_gradient,
     recompute_weight_gradient,
 )
+from tpcheck.numerics.checks.suspects import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.numerics.differences import distance_of_terms, rounding_error
 from tpcheck.numerics.evidence import CheckOutcome, Evidence, GradientFacts, Suspect, TensorKey
 

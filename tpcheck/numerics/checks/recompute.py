@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from tpcheck.core.placement import Shard
-from tpcheck.numerics.checks.parameters import ComparedParameter
-from tpcheck.numerics.checks.suspects import tensor_suspect
+from tpcheck.numerics.checks.suspects import ComparedParameter, tensor_suspect
 from tpcheck.numerics.differences import Difference, frobenius, frobenius_distance, subtract, summarize
 from tpcheck.numerics.evidence import Evidence, Kind, LinearTerms, Suspect, TensorKey
 from tpcheck.numerics.tolerance import RECOMPUTED_FACTOR
