@@ -80,7 +80,8 @@ def _draw_tokens(model: nn.Module, tokens: Tokens, generator: torch.Generator) -
         mask_BL = _attention_mask(tokens, generator)
         batch["labels"].masked_fill_(mask_BL == 0, -100)  # the ignore_index of cross_entropy
         batch["attention_mask"] = mask_BL
-    return {name: _strided(tensor) if tokens.strided else tensor for name, tensor in batch.items()}
+    # equal values in memory that is not contiguous
+    return {name: tensor.t().contiguous().t() if tokens.strided else tensor for name, tensor in batch.items()}
 
 
 def _attention_mask(tokens: Tokens, generator: torch.Generator) -> torch.Tensor:
@@ -89,8 +90,3 @@ def _attention_mask(tokens: Tokens, generator: torch.Generator) -> torch.Tensor:
     lengths_B = torch.randint(shortest, tokens.length + 1, (tokens.rows,), generator=generator)
     lengths_B[0] = tokens.length
     return (torch.arange(tokens.length) < lengths_B[:, None]).long()
-
-
-def _strided(tensor_BL: torch.Tensor) -> torch.Tensor:
-    """Return equal values in memory that is not contiguous."""
-    return tensor_BL.t().contiguous().t()

@@ -72,7 +72,7 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
         if not any(rank.gather(answer is not None and forbids_training(answer))):
             saves = CHECKPOINT_CHECK in checks
             saved = [verify_saved(rank, candidate, reference.model, step=-1)] if saves else []
-            full = _train_both(rank, request, reference, _Sharded(backend, candidate, start), evidence)
+            full = _train_both(rank, request, reference, backend, candidate, start, evidence)
             if full is not None and answer is not None:
                 with torch_function_disabled():
                     answer = full_answer(answer, full, checks)
@@ -95,28 +95,22 @@ def _training_options(request: Request, device: torch.device) -> TrainingOptions
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Sharded:
-    backend: Backend
-    candidate: Candidate
-    start: CandidateStart
-
-
 def _train_both(
     rank: CommunicatingRank,
     request: Request,
     reference: Reference,
-    sharded: _Sharded,
+    backend: Backend,
+    candidate: Candidate,
+    start: CandidateStart,
     evidence: Evidence | None,
 ) -> Evidence | None:
     """Train both sides; return `evidence` with their steps, on the first rank of each TP group. Collective."""
-    backend, candidate = sharded.backend, sharded.candidate
     batches = [by_dp_rank[_dp_rank(rank)] for by_dp_rank in reference.batches]
     steps, tolerance = reference.train(rank)
     forces = request.options.dtype != "float64"  # whose rounding hides nothing
     module_tolerance = forced_tolerance(reference, rank, steps[0]) if forces else None
     forced = _forced_pass(backend, candidate, batches[0], steps[0], rank) if forces else None
-    candidate_steps = train(backend, candidate, tuple(sharded.start.weights), batches)
+    candidate_steps = train(backend, candidate, tuple(start.weights), batches)
     full = _step_evidence(rank, evidence, steps, tolerance, candidate_steps)
     if forced is not None and module_tolerance is not None:
         full = _with_forced(full, rank, forced, module_tolerance)

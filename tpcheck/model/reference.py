@@ -198,12 +198,7 @@ def _step(
 def _mean(by_dp_rank: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """Return the mean over the DP ranks; one that has no gradient counts as zeros."""
     present = [gradient for gradient in by_dp_rank if gradient is not None]
-    if not present:
-        return None
-    total = present[0].clone()
-    for gradient in present[1:]:
-        total += gradient
-    return total.div_(len(by_dp_rank))
+    return sum(present[1:], present[0]) / len(by_dp_rank) if present else None
 
 
 def _replay_training(

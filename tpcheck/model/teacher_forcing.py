@@ -237,7 +237,7 @@ def inner_backward(
 def _gradients(model: nn.Module, loss: torch.Tensor) -> Gradients | None:
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
-        with patch.object(torch.autograd, "backward", _refuse):
+        with patch.object(torch.autograd, "backward", side_effect=_AccumulatesError):
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     except _AccumulatesError:
         return None
@@ -250,7 +250,3 @@ def _gradients(model: nn.Module, loss: torch.Tensor) -> Gradients | None:
 
 class _AccumulatesError(Exception):
     """A layer runs another backward pass inside the backward pass, which accumulates gradients."""
-
-
-def _refuse(*args: Any, **kwargs: Any) -> None:
-    raise _AccumulatesError

@@ -13,7 +13,7 @@ from tests.numerics.evidence import BIAS, BUFFER, DOWN, NORM, UP, right_evidence
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.checks.updates import gradient_norm_matches_reference, norm_facts, updates_match_reference
 from tpcheck.numerics.evidence import Evidence, Suspect
-from tpcheck.numerics.hypotheses.explain import explain
+from tpcheck.numerics.hypotheses import explain
 
 RIGHT = right_evidence()
 EXPECTED = RIGHT.reference[0].gradient_norm or 0.0

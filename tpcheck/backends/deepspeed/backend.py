@@ -13,9 +13,8 @@ from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToMo
 from packaging.version import Version
 from torch import nn
 
-from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate
+from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate, parallel_layers, parameter_layouts
 from tpcheck.backends.deepspeed.config import CONFIG_VARIANTS, deepspeed_config, resolved
-from tpcheck.backends.deepspeed.layouts import parallel_layers, parameter_layouts
 from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions
 from tpcheck.backends.layout import Layout
 

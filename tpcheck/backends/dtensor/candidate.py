@@ -177,21 +177,13 @@ class DTensorCandidate:
         reduce_gradients: ReduceGradients | None = None,
         context: MakeContext = nullcontext,
     ) -> None:
-        self._module = module
+        self.module = module
+        self.optimizer = sgd.optimizer  # an injected fault may change it
         self._rank = rank
         self._sgd = sgd
         self._reduce_gradients = reduce_gradients
         self._context = context
         self._norm: float | None = None
-
-    @property
-    def module(self) -> nn.Module:
-        return self._module
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer that steps; an injected fault may change it."""
-        return self._sgd.optimizer
 
     def group_ranks(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
         by_axis: dict[str, dict[tuple[int, ...], None]] = {}
@@ -217,13 +209,13 @@ class DTensorCandidate:
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
         with self._context():
-            return self._module(**batch)
+            return self.module(**batch)
 
     def backward(self, loss: torch.Tensor) -> None:
         with self._context():
             loss.backward()  # type: ignore[no-untyped-call]
         if self._reduce_gradients is not None:
-            self._reduce_gradients(list(self._module.parameters()))
+            self._reduce_gradients(list(self.module.parameters()))
 
     def step(self) -> None:
         self._norm = self._sgd.step()
@@ -232,4 +224,4 @@ class DTensorCandidate:
         return self._norm
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self._module.named_parameters(remove_duplicate=False))
+        return dict(self.module.named_parameters(remove_duplicate=False))

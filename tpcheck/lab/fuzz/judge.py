@@ -113,7 +113,7 @@ def _cause(name: str, tensors: Sequence[TriedTensor], worst: Difference) -> str 
     import torch
 
     from tpcheck.numerics.evidence import Kind, Suspect
-    from tpcheck.numerics.hypotheses.explain import explain
+    from tpcheck.numerics.hypotheses import explain
 
     if any(tensor.actual.shape != tensor.expected.shape for tensor in tensors):
         return None

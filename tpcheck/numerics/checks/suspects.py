@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from tpcheck.numerics.differences import Difference, compare_parameter
@@ -54,6 +55,48 @@ def tensor_suspect(
         allowed_error=difference.allowed,
         num_replicas=evidence.topology.dp,
     )
+
+
+def compare_scalar(
+    evidence: Evidence,
+    name: str,
+    actual: Sequence[float],
+    expected: float,
+    allowed: float,
+    *,
+    check: str,
+    kind: Kind,
+    where: Mapping[str, Any],
+) -> tuple[float, Suspect | None]:
+    """Return the margin of a number that every rank has, such as the loss, and the suspect where it is wrong.
+
+    Args:
+        name: Its name in the evidence of the suspect.
+    """
+    errors = [abs(number - expected) if number == number else inf for number in actual]
+    margin = max(errors) / allowed if allowed else (inf if max(errors) else 0.0)
+    if max(errors) <= allowed:
+        return margin, None
+    wrong = tuple(tp_rank for tp_rank, error in enumerate(errors) if error > allowed)
+    size = abs(expected) or 1.0
+    suspect = Suspect(
+        check=check,
+        kind=kind,
+        where={**where, "ranks": evidence.ranks(wrong)},
+        observed=max(errors) / size,
+        allowed=allowed / size,
+        evidence={
+            f"{name}_actual": list(actual),
+            f"{name}_expected": expected,
+            "dtype": evidence.dtype,
+            "replays": evidence.tolerance.num_replays,
+        },
+        expected=expected,
+        actual_parts=tuple(actual),
+        is_replicated=True,
+        allowed_error=allowed,
+    )
+    return margin, suspect
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +173,7 @@ def compare_parameters(
         expected_or_zeros = initial.new_zeros(initial.shape) if expected_tensor is None else expected_tensor
         expected_parts: tuple[Any, ...] = ()
         if tuple(expected_or_zeros.shape) == tuple(layout.shape):
-            expected_parts = tuple(layout.local(expected_or_zeros, tp_rank) for tp_rank in range(len(parts)))
+            expected_parts = layout.parts(expected_or_zeros)
         difference = compare_parameter(layout, expected_or_zeros, actual_parts, allowed(name, expected_or_zeros))
         compared[name] = ComparedParameter(name, expected_or_zeros, actual_parts, expected_parts, difference)
     return compared, not_compared

@@ -15,8 +15,8 @@ from tpcheck.numerics.hypotheses.proof import (
     Test,
     explanation_if_equal,
     largest_residual,
+    paired_parts,
     relative,
-    same_shapes,
 )
 from tpcheck.numerics.tolerance import MOST_RANKS_OF_GROUPS
 
@@ -122,10 +122,7 @@ Parts = Sequence[torch.Tensor]
 
 def _wrong_replicas(suspect: Suspect) -> tuple[Parts, Parts]:
     """Return the parts of the ranks that are wrong, and the expected ones; nothing where the ranks hold shards."""
-    if not suspect.is_replicated or not same_shapes(suspect.actual_parts, suspect.expected_parts):
-        return (), ()
-    limit = largest_residual(suspect)
-    pairs = zip(suspect.actual_parts, suspect.expected_parts, strict=True)
+    limit, pairs = largest_residual(suspect), paired_parts(suspect) if suspect.is_replicated else []
     wrong = [(part, expected) for part, expected in pairs if not frobenius_distance(part, expected) <= limit]
     return [part for part, _ in wrong], [expected for _, expected in wrong]
 
