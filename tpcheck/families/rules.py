@@ -89,7 +89,8 @@ def small_settings(
         is_decoder: Whether to build an encoder as a decoder, which makes it a causal language model.
     """
     small: dict[str, Any] = {name: size for name, size in SIZES.items() if is_size(defaults.get(name))}
-    small |= {name: 0.0 for name, value in defaults.items() if _is_dropout(name) and isinstance(value, float)}
+    dropouts = [name for name in defaults if "drop" in name or "jitter" in name]
+    small |= {name: 0.0 for name in dropouts if isinstance(defaults[name], float)}
     small |= {name: size for name, size in _UNSET.items() if name in defaults and defaults[name] is None}
     small |= {name: min(1, defaults[name]) for name in _LEADING_LAYERS if is_size(defaults.get(name))}
     small |= _tokens(defaults)
@@ -134,7 +135,9 @@ def _layers(defaults: Mapping[str, Any], wanted: int | None) -> dict[str, Any]:
     per_layer = {
         key: value
         for key, value in defaults.items()
-        if isinstance(value, (list, tuple)) and len(value) == defaults[name] > 1 and not _are_indices(value)
+        if isinstance(value, (list, tuple))
+        and len(value) == defaults[name] > 1
+        and list(value) != list(range(len(value)))  # indices of layers (`moe_layers`), which the type derives again
     }
     kept = layers_to_keep(per_layer, wanted)
     return {name: len(kept)} | {
@@ -155,17 +158,8 @@ def _tokens(defaults: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _are_indices(values: Sequence[object]) -> bool:
-    """Return whether a list contains indices of layers (`moe_layers`), which the type derives again."""
-    return list(values) == list(range(len(values)))
-
-
 def is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_dropout(name: str) -> bool:
-    return any(part in name for part in ("dropout", "drop", "pdrop", "jitter"))
 
 
 _GEMMA4 = {"global_head_dim": 16}  # heads of full attention are wider, by a setting that is no attribute

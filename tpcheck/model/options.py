@@ -147,7 +147,10 @@ class RunOptions:
         """
         for name in ("config", "settings"):
             if name in keywords:
-                keywords[name] = _as_dict(name, keywords[name])
+                value = keywords[name]
+                if value is not None and not isinstance(value, Mapping):
+                    raise UsageError(name, value, "a dict, or None")
+                keywords[name] = dict(value or {})
         checks, batch = keywords.get("checks"), keywords.get("batch")
         if isinstance(checks, str):
             raise UsageError("checks", checks, "a list of names")
@@ -350,12 +353,6 @@ def require_valid(request: Request) -> None:
     unknown = [name for name in options.check_names if name not in valid_checks]
     if unknown or not options.check_names:
         raise UsageError("checks", unknown or (), valid_checks)
-
-
-def _as_dict(name: str, value: Any) -> dict[str, Any]:
-    if value is not None and not isinstance(value, Mapping):
-        raise UsageError(name, value, "a dict, or None")
-    return dict(value or {})
 
 
 def _default_checks() -> tuple[str, ...]:

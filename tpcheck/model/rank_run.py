@@ -14,8 +14,7 @@ import torch.distributed as dist
 from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.digests import digest
-from tpcheck.model.batches import Batch
-from tpcheck.model.build import build_model, require_equal_models
+from tpcheck.model.build import Batch, build_model, require_equal_models
 from tpcheck.model.candidate import CandidateStart, shard, train
 from tpcheck.model.options import Request
 from tpcheck.model.recompute import recompute_outputs
@@ -123,10 +122,14 @@ def _forced_pass(
     """Run the modules with teacher forcing, once to find the partial gradients, and again with these known."""
     trial = forced_modules(backend, candidate, batch, first, rank)
     by_tp_rank = _gather_to_first(trial.step.activations, rank)
-    partial_gradients = None
-    if by_tp_rank is not None:
-        partial_gradients = find_partial_gradients(by_tp_rank, first[_dp_rank(rank)].activations)
-    return forced_modules(backend, candidate, batch, first, rank, _broadcast_from_first(partial_gradients, rank))
+    partial_gradients = [
+        None if by_tp_rank is None else find_partial_gradients(by_tp_rank, first[_dp_rank(rank)].activations)
+    ]
+    if rank.topology.tp > 1:
+        dist.broadcast_object_list(
+            partial_gradients, src=rank.topology.peers(rank.rank, "tp")[0], group=rank.group("tp")
+        )
+    return forced_modules(backend, candidate, batch, first, rank, partial_gradients[0])
 
 
 def _start_evidence(
@@ -252,12 +255,3 @@ def _gather_to_first(value: T, rank: RankLike) -> list[T] | None:
     with torch_function_disabled():
         dist.gather_object(value, values, dst=group[0], group=rank.group("tp"))
     return values
-
-
-def _broadcast_from_first(value: T | None, rank: RankLike) -> T | None:
-    """Return the first rank's value on every rank of a TP group."""
-    group = rank.topology.peers(rank.rank, "tp")
-    values = [value]
-    if len(group) > 1:
-        dist.broadcast_object_list(values, src=group[0], group=rank.group("tp"))
-    return values[0]

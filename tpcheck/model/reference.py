@@ -14,8 +14,7 @@ from torch import nn
 from tpcheck.backends.interface import RankLike, TrainingOptions
 from tpcheck.backends.sgd import Sgd, clip_gradients
 from tpcheck.core.errors import UsageError
-from tpcheck.model.batches import Batch, batch_size, copy_batch, make_batches
-from tpcheck.model.build import build_model, loss_of
+from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of, make_batches
 from tpcheck.model.options import Request
 from tpcheck.numerics.evidence import Step, TensorKey
 from tpcheck.numerics.perturb import Deviations, Perturbation, first_nonzero, named_deviations, perturbed_replay

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import megatron.core
@@ -103,13 +103,6 @@ def sgd_for(model: nn.Module, options: TrainingOptions) -> Sgd:
     return Sgd(parameters, options, clip)
 
 
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """The configuration that tpcheck draws synthetic batches from."""
-
-    vocab_size: int
-
-
 class TokenLoss(nn.Module):
     """A `GPTModel` that returns the mean of its losses of all tokens.
 
@@ -123,7 +116,7 @@ class TokenLoss(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.config = Vocabulary(model.vocab_size)
+        self.config = SimpleNamespace(vocab_size=model.vocab_size)  # that synthetic batches are drawn from
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)

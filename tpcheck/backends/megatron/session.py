@@ -22,13 +22,21 @@ Groups = Mapping[str, Any]  # the globals of parallel_state
 
 
 def groups_of_topology(topology: Topology) -> Groups:
-    """Make the groups of a topology. Collective over the world."""
-    return _initialised_globals(topology.tp)
+    """Initialise a copy of the module for a topology and return its globals. Collective over the world."""
+    spec = parallel_state.__spec__
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.initialize_model_parallel(tensor_model_parallel_size=topology.tp, create_gloo_process_groups=False)
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name.startswith("_") and not name.startswith("__") and not callable(value)
+    }
 
 
 def groups_of_one_rank() -> Groups:
     """Make groups that hold this rank alone, whichever group a model asks for. Collective over the world."""
-    state = _initialised_globals(1)
+    state = groups_of_topology(Topology())
     single = state["_TENSOR_MODEL_PARALLEL_GROUP"]
     return {name: _replaced(value, single) for name, value in state.items()}
 
@@ -40,19 +48,6 @@ def _replaced(value: Any, single: dist.ProcessGroup) -> Any:
     if isinstance(value, list) and all(isinstance(rank, int) for rank in value):
         return dist.get_process_group_ranks(single)
     return value
-
-
-def _initialised_globals(tp: int) -> Groups:
-    """Initialise a copy of the module and return its globals."""
-    spec = parallel_state.__spec__
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.initialize_model_parallel(tensor_model_parallel_size=tp, create_gloo_process_groups=False)
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if name.startswith("_") and not name.startswith("__") and not callable(value)
-    }
 
 
 @contextmanager

@@ -48,7 +48,12 @@ class TransformersBackend:
             )
         if BEFORE_TP_SIZE:
             return resolved_before_tp_size(options)
-        require_known_fields(options.config)
+        known = [field.name for field in fields(DistributedConfig)]
+        for name in options.config:
+            if name not in known:
+                raise UsageError("config", name, known)
+        if options.config.get("pp_size") not in (None, 1):
+            raise UsageError("config.pp_size", options.config["pp_size"], "1: pipelines are not verified")
         return options
 
     def layer_table(self) -> LayerTable:
@@ -66,20 +71,6 @@ class TransformersBackend:
         sharded = save_and_load(model, options.dtype, distributed_config=config)
         sync_replicated_parameters(sharded)
         return TransformersCandidate(sharded, rank, Sgd(list(sharded.parameters()), options, clip_by_mesh))
-
-
-def require_known_fields(config: Mapping[str, Any]) -> None:
-    """Check the fields of the user's `DistributedConfig` before a model is sharded.
-
-    Raises:
-        UsageError: `DistributedConfig` has no such field, or the field asks for pipeline parallelism.
-    """
-    known = [field.name for field in fields(DistributedConfig)]
-    for name in config:
-        if name not in known:
-            raise UsageError("config", name, known)
-    if config.get("pp_size") not in (None, 1):
-        raise UsageError("config.pp_size", config["pp_size"], "1: pipelines are not verified")
 
 
 def distributed_config(config: Mapping[str, Any], topology: Topology) -> DistributedConfig:
