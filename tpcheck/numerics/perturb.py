@@ -84,8 +84,11 @@ def first_nonzero(deviations: Deviations) -> str | None:
 def perturbed_leaves(model: nn.Module, perturbation: Perturbation) -> Iterator[None]:
     """Perturb the output of every leaf module of `model`, forward and backward, while inside."""
 
+    def perturb_tensor(tensor: torch.Tensor) -> Any:
+        return _Perturb.apply(tensor, perturbation) if tensor.is_floating_point() else tensor  # type: ignore[no-untyped-call]
+
     def perturb(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return map_tensors(lambda tensor: _perturbed(tensor, perturbation), output)
+        return map_tensors(perturb_tensor, output)
 
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
     handles = [leaf.register_forward_hook(perturb) for leaf in leaves]
@@ -94,13 +97,6 @@ def perturbed_leaves(model: nn.Module, perturbation: Perturbation) -> Iterator[N
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _perturbed(tensor: torch.Tensor, perturbation: Perturbation) -> torch.Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    result: torch.Tensor = _Perturb.apply(tensor, perturbation)  # type: ignore[no-untyped-call]
-    return result
 
 
 class _Perturb(torch.autograd.Function):

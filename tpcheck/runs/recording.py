@@ -19,8 +19,7 @@ from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.precision import everything_in_float64
-from tpcheck.numerics.snapshots import copy_parameters
-from tpcheck.numerics.tensors import named_tensors
+from tpcheck.numerics.tensors import copy_parameters, named_tensors
 from tpcheck.runs.replaying import Call, CallRecorder, measure_deviations
 from tpcheck.runs.trace import RankRecording, TraceWriter
 

@@ -19,8 +19,15 @@ from tpcheck.numerics.differences import frobenius, frobenius_distance
 from tpcheck.numerics.evidence import Step, TensorKey
 from tpcheck.numerics.perturb import Deviations, Perturbation, first_nonzero, named_deviations, perturbed_replay
 from tpcheck.numerics.recorder import ModuleRecorder
-from tpcheck.numerics.snapshots import State, copy_buffers, copy_parameters, restore_buffers, restore_parameters
-from tpcheck.numerics.tensors import map_tensors, named_tensors
+from tpcheck.numerics.tensors import (
+    State,
+    copy_buffers,
+    copy_parameters,
+    map_tensors,
+    named_tensors,
+    restore_buffers,
+    restore_parameters,
+)
 from tpcheck.numerics.tolerance import NUM_REPLAYS, largest_deviations
 
 _LOSS = TensorKey("forward", "", 0, "output", "loss")
