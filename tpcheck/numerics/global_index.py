@@ -125,7 +125,7 @@ def _canonical(index: GlobalIndex) -> tuple[Any, ...]:
         return _canonical_product(index.shape, chosen, is_empty=start == stop)
     if index.positions is None and index.local_shape == index.shape and all(part is None for part in index.indices):
         return ("range", start, stop)
-    positions = index.positions_of(start, stop).unique()
+    positions = index.positions_of(start, stop).unique()  # type: ignore[no-untyped-call]
     positions = positions[positions != PADDING]
     if not len(positions):
         return ("range", 0, 0)

@@ -215,7 +215,16 @@ class _RunsComparison:
             ) or list(self.actual.members)
             where = {"phase": "start", "parameter": first, "ranks": ranks}
             evidence = {"also": others, "first_of": len(others) + 1}
-            findings.append(exact_finding(STATES, where, len(others) + 1, "parameter", explanations[0], evidence))
+            findings.append(
+                exact_finding(
+                    STATES,
+                    where,
+                    len(others) + 1,
+                    ("parameter", "has a wrong state", "have a wrong state"),
+                    explanations[0],
+                    evidence,
+                )
+            )
         return Answer(STATES, -1, margins, tuple(findings))
 
     # ---- steps
@@ -366,7 +375,7 @@ class _RunsComparison:
         )
         check = OUTPUTS if key[0] == "output" else GRADIENTS
         error = {} if worst is None else {"relative_error": worst}
-        finding = exact_finding(check, where, others, "tensor", explanation, error)
+        finding = exact_finding(check, where, others, ("tensor", "differs", "differ"), explanation, error)
         return [
             replace(answer, findings=(finding,) if answer.check == check else ())
             if answer.check != REPLICAS
@@ -415,7 +424,9 @@ class _RunsComparison:
             where["parameter"] = names[0]
         evidence = {"steps_taken": {str(rank): count for rank, count in taken.items()}, "also": names[1:]}
         explanation = Explanation(Cause.STALE_WEIGHT, evidence={"note": "these ranks took fewer steps than others"})
-        finding = exact_finding(UPDATES, where, len(fewer), "rank", explanation, evidence)
+        finding = exact_finding(
+            UPDATES, where, len(fewer), ("rank", "took fewer steps", "took fewer steps"), explanation, evidence
+        )
         self._add([Answer(UPDATES, number, findings=(finding,))])
 
     # ---- the verdict
