@@ -215,12 +215,13 @@ class _RunsComparison:
             ) or list(self.actual.members)
             where = {"phase": "start", "parameter": first, "ranks": ranks}
             evidence = {"also": others, "first_of": len(others) + 1}
+            counted = ("parameter", "has a wrong state", "have a wrong state")
             findings.append(
                 exact_finding(
                     STATES,
                     where,
                     len(others) + 1,
-                    ("parameter", "has a wrong state", "have a wrong state"),
+                    counted,
                     explanations[0],
                     evidence,
                 )

@@ -41,6 +41,7 @@ class Suspect:
         comparison: The tensor of both runs.
         tp, dp: Of the actual run.
         num_passes: Micro-batches of the actual run.
+        is_first: No tensor of the phase comes before it: what is wrong came from outside the model.
         micro_batches: Of the parameter whose gradient this is.
     """
 
@@ -48,6 +49,7 @@ class Suspect:
     tp: int = 1
     dp: int = 1
     num_passes: int = 1
+    is_first: bool = False
     micro_batches: MicroBatches = MicroBatches()
 
 
@@ -210,6 +212,11 @@ def _unreduced_micro_batches(suspect: Suspect) -> list[int]:
     return sorted(found)
 
 
+def scaled_from_outside(suspect: Suspect) -> Explanation | None:
+    """The first gradient of the backward pass is the expected one times a constant: the loss was scaled."""
+    return scaled(suspect) if suspect.is_first else None
+
+
 def reduced_too_often(suspect: Suspect) -> Explanation | None:
     """Every rank's tensor is the expected one times the number of TP ranks."""
     return _times(Cause.DUPLICATE_REDUCE, suspect, float(suspect.tp), "tp")
@@ -228,16 +235,6 @@ def summed_over_dp(suspect: Suspect) -> Explanation | None:
 def averaged_over_dp(suspect: Suspect) -> Explanation | None:
     """Every rank's gradient is the expected one over the number of DP ranks: it was averaged twice."""
     return _times(Cause.MEAN_INSTEAD_OF_SUM, suspect, 1 / suspect.dp, "dp")
-
-
-def summed_over_micro_batches(suspect: Suspect) -> Explanation | None:
-    """Every rank's gradient is the expected one times the number of micro-batches."""
-    return _times(Cause.SUM_INSTEAD_OF_MEAN, suspect, float(suspect.num_passes), "micro-batches")
-
-
-def averaged_over_micro_batches(suspect: Suspect) -> Explanation | None:
-    """Every rank's gradient is the expected one over the number of micro-batches."""
-    return _times(Cause.MEAN_INSTEAD_OF_SUM, suspect, 1 / suspect.num_passes, "micro-batches")
 
 
 # ---- accumulation
@@ -342,7 +339,16 @@ def scaled(suspect: Suspect) -> Explanation | None:
             return None
         factors.append(factor)
         worst = max(worst, relative(remaining, expected.norm))
-    return Explanation(Cause.GRADIENT_SCALED, worst, {"factors": _digits(dict.fromkeys(factors))})
+    distinct = _digits(dict.fromkeys(factors))
+    numbers = {"micro-batches": suspect.num_passes, "TP ranks": suspect.tp, "replicas": suspect.dp}
+    known = [
+        f"{of} the number of {what}"
+        for what, number in numbers.items()
+        for of, multiple in (("is", number), ("is 1 over", 1 / number))
+        if number > 1 and len(distinct) == 1 and _is_near(distinct[0], multiple)
+    ]
+    note = {"note": "the factor " + " and ".join(known)} if known else {}
+    return Explanation(Cause.GRADIENT_SCALED, worst, {"factors": distinct, **note})
 
 
 def share_of(actual: Sketch, expected: Sketch) -> float:
@@ -518,7 +524,15 @@ _OVER_RANKS: tuple[Test, ...] = (reduced_too_often, averaged_over_tp)
 
 TESTS: Mapping[str, tuple[Test, ...]] = {
     "output": (not_finite, terms_over_tp, *_OVER_RANKS, shard_of_one_rank_on_all, shards_in_another_order, all_zero),
-    "output_gradient": (not_finite, terms_over_tp, *_OVER_RANKS, mean_of_local_means, gradient_vanished, scaled),
+    "output_gradient": (
+        not_finite,
+        terms_over_tp,
+        mean_of_local_means,
+        gradient_vanished,
+        scaled_from_outside,
+        *_OVER_RANKS,
+        scaled,
+    ),
     "gradient": (
         not_finite,
         gradient_vanished,
@@ -529,8 +543,6 @@ TESTS: Mapping[str, tuple[Test, ...]] = {
         mean_of_local_means,
         summed_over_dp,
         averaged_over_dp,
-        summed_over_micro_batches,
-        averaged_over_micro_batches,
         *_OVER_RANKS,
         scaled,
         shard_of_one_rank_on_all,
