@@ -199,7 +199,6 @@ class ModuleHooks:
 
     def __init__(
         self,
-        model: nn.Module,
         names: Mapping[nn.Module, str],
         current: Callable[[], Pass | None],
         live: Callable[[], Sequence[Pass]],

@@ -134,7 +134,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         ]
         for handle in handles:
             self._stack.callback(handle.remove)
-        self._stack.callback(self._stop_recording)
+        self._stack.callback(self._hook_modules, False)
+        self._hook_modules(self._options.is_recorded(0))
         self._start_step()
         return self
 
@@ -239,6 +240,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_paused and self._view.owns(optimizer):
             self._has_stepped = True
+            self._hook_modules(self._options.is_recorded(self._number + 1))
 
     def _end_step(self) -> None:
         """End the step if the optimizer has stepped since it began."""
@@ -248,19 +250,13 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     def _start_step(self) -> None:
         self._is_recording = self._options.is_recorded(self._number)
-        if self._is_recording and self._hooks is None:
-            self._hooks = ModuleHooks(
-                self._root,
-                self._names,
-                lambda: self._current,
-                lambda: self._passes,
-                is_full=self._options.tensors == "full",
-            )
-        elif not self._is_recording:
-            self._stop_recording()
 
-    def _stop_recording(self) -> None:
-        if self._hooks is not None:
+    def _hook_modules(self, is_recorded: bool) -> None:
+        """Put hooks on modules, or take them off: not inside a call, for which torch has already looked them up."""
+        if is_recorded and self._hooks is None:
+            is_full = self._options.tensors == "full"
+            self._hooks = ModuleHooks(self._names, lambda: self._current, lambda: self._passes, is_full=is_full)
+        elif not is_recorded and self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
 

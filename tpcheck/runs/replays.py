@@ -183,7 +183,7 @@ class Replays:
                 stack.enter_context(perturbed_leaves(self._model, perturbation))  # before the hooks that record
             elif not self.inner_dtype:
                 stack.enter_context(self._dtypes_seen())
-            hooks = ModuleHooks(self._model, self._names, lambda: current[0], lambda: live, is_full=False)
+            hooks = ModuleHooks(self._names, lambda: current[0], lambda: live, is_full=False)
             stack.callback(hooks.remove)
             for recorded, unperturbed in zip(passes, outputs, strict=True):
                 again = Pass.like(recorded)
