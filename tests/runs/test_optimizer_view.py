@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -405,3 +407,107 @@ def test_a_deepspeed_engine(tp_rank: Rank, config: dict[str, Any], make: Callabl
     assert sorted(name for group in names for name in group) == sorted({part.name for part in expected[0]})
     assert view.num_skipped() == 0
     assert not view.not_viewed()
+
+
+ACCUMULATE = {"gradient_accumulation_steps": 2, "gradient_clipping": 0.5}
+BF16 = {**ACCUMULATE, "bf16": {"enabled": True}}
+FP16 = {**ACCUMULATE, "fp16": {"enabled": True, "loss_scale": 128.0}}
+FLOAT32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
+FUSED = "fused"
+
+
+@pytest.mark.tpcheck(tp=2, dp=2)
+@pytest.mark.parametrize(
+    ("config", "how"),
+    [
+        ({**BF16, **zero(0)}, ""),
+        ({**BF16, **zero(1), **FLOAT32_ACCUMULATION}, ""),
+        ({**BF16, **zero(2)}, ""),
+        ({**BF16, **zero(3)}, ""),
+        ({**FP16, **zero(0)}, ""),
+        ({**FP16, **zero(0)}, FUSED),
+        ({**FP16, **zero(2)}, ""),
+    ],
+    ids=["bf16 0", "bf16 1, float32 accumulation", "bf16 2", "bf16 3", "fp16 0", "fp16 0, fused", "fp16 2"],
+)
+def test_a_deepspeed_engine_with_masters(tp_rank: Rank, config: dict[str, Any], how: str) -> None:
+    """AdamW of the gradients, from the states before the step, gives the masters after it; these give the weights."""
+    pytest.importorskip("deepspeed")
+    dtype = torch.bfloat16 if "bf16" in config else torch.float16
+    clip = config["gradient_clipping"]
+    with low_precision_allowed(how):
+        engine = deepspeed_engine(tp_rank, built().to(dtype), adamw, config)
+        view = view_of(engine)
+        assert view.weights_follow_the_hook
+        before = assembled(tp_rank, list(view.states()))
+        for step in range(2):
+            (parts,) = steps_of(view, lambda step: train_accumulated(engine, tp_rank.dp_rank, step), 1)
+            after = assembled(tp_rank, parts)
+            assert_step_of_adamw(before, after, dtype)
+            before = after
+        gradients = {name: tensor for (kind, name, _), tensor in after.items() if kind == "gradient"}
+        norm = torch.stack([tensor.norm() for tensor in gradients.values()]).norm()
+        told = view.told_norm()
+        assert told is not None
+        if told > clip * view.loss_scale():
+            assert float(norm) == pytest.approx(clip, rel=0.3)  # clipped by the norm of one TP rank at ZeRO 0
+    assert view.loss_scale() == (128.0 if "fp16" in config else 1.0)
+
+
+def train_accumulated(engine: Any, dp_rank: int, step: int) -> None:
+    for micro_batch in range(2):
+        train_engine(engine, dp_rank, 2 * step + micro_batch)
+
+
+def assert_step_of_adamw(before: dict[Any, torch.Tensor], after: dict[Any, torch.Tensor], dtype: torch.dtype) -> None:
+    names = [name for kind, name, _ in after if kind == "weight"]
+    assert len(names) == len(set(names)) == 14
+    for name in names:
+        master, gradient = after["master", name, ""], after["gradient", name, ""]
+        start = before["master", name, ""]
+        state = {key: before.get(("state", name, key), torch.zeros(())) for key in ("step", "exp_avg", "exp_avg_sq")}
+        count = float(state["step"]) + 1
+        average = 0.9 * state["exp_avg"] + 0.1 * gradient
+        square = 0.999 * state["exp_avg_sq"] + 0.001 * gradient**2
+        update = (average / (1 - 0.9**count)) / ((square / (1 - 0.999**count)).sqrt() + 1e-8)
+        expected = start * (1 - 0.01 * 0.1) - 0.01 * update
+        assert float(after["state", name, "step"]) == count
+        torch.testing.assert_close(after["state", name, "exp_avg"], average, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(master, expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(after["weight", name, ""], master.to(dtype).double())
+
+
+@contextmanager
+def low_precision_allowed(how: str) -> Iterator[None]:
+    """Let DeepSpeed train in float16 on any CPU; take AdamW for its FusedAdam, which has to be compiled."""
+    import deepspeed
+    from deepspeed.runtime import engine
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(deepspeed.get_accelerator(), "is_fp16_supported", lambda: True))
+        if how == FUSED:
+            stack.enter_context(patch.object(engine, "FusedAdam", torch.optim.AdamW))
+        yield
+
+
+@pytest.mark.tpcheck(tp=2)
+def test_a_step_that_deepspeed_skips_is_counted(tp_rank: Rank) -> None:
+    pytest.importorskip("deepspeed")
+    config = {**zero(1), "fp16": {"enabled": True, "initial_scale_power": 40, "hysteresis": 1}}
+    with low_precision_allowed(""):
+        engine = deepspeed_engine(tp_rank, built().half(), adamw, config)
+        view = view_of(engine)
+        (parts,) = steps_of(view, lambda step: train_engine(engine, 0, step), 1)
+    assert view.num_skipped() == 1
+    assert {part.kind for part in parts} == {"weight", "master"}
+
+
+@pytest.mark.tpcheck(tp=1, dp=2)
+def test_the_module_of_an_engine_needs_its_optimizer(tp_rank: Rank) -> None:
+    pytest.importorskip("deepspeed")
+    engine = deepspeed_engine(tp_rank, built().float(), adamw, zero(1))
+    with pytest.raises(UsageError, match="the DeepSpeed engine"):
+        view_of(engine.module)
+    view = view_of(engine.module, engine.optimizer)
+    assert view.stepping == (engine.optimizer.optimizer,)
+    assert len(list(view.weights())) == 14

@@ -379,7 +379,7 @@ def _add_keyed_rows(sums: _Sums, values: torch.Tensor, index: GlobalIndex | None
         raise UsageError("rows", f"{len(rows.keys)} keys", f"one for each row of a tensor of shape {_text(values)}")
     index = _shared(index) if index is not None else _whole(tuple(values.shape[depth:]) or (1,))
     width = prod(index.local_shape)
-    if index.fragment is not None or width * len(rows.keys) != values.numel():
+    if index.fragment is not None or _num_padding(index) or width * len(rows.keys) != values.numel():
         raise UsageError("index", index.local_shape, f"the dims beyond the rows of a tensor of shape {_text(values)}")
     if not values.numel():
         return

@@ -96,7 +96,8 @@ class DeepSpeedView(TorchView):
             else:
                 for slice_ in self._zero3_slices([parameter]):
                     flat = partition.detach().reshape(-1)[: slice_.numel]
-                    yield self._fragment("weight", name, "", flat, slice_.first)
+                    if (part := self._fragment("weight", name, "", flat, slice_.first)) is not None:
+                        yield part
 
     def accumulated(self) -> Iterator[Part]:
         """Yield gradients only where they accumulate in `.grad`: ZeRO takes them away as they come."""
