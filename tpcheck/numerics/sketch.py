@@ -68,6 +68,7 @@ _BLOCK, _DEVICE_BLOCK = 1 << 18, 1 << 24
 _CHUNK = 1 << 16  # elements whose signs are hashed one by one: bounds what is kept for a vector to 5 MiB
 # Thin products of fewer rows than this cost more to start than to compute (measured: 4 to 16 are alike).
 _SHORT_RUN = 8
+_SMALL = 1 << 16  # elements: below, one product over all rows costs less than sixteen (measured: 0.15 against 0.3 ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +395,7 @@ def _add_block(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) -
     tiles = sums.tiles
     if 1 <= matrix.stride(0) < matrix.stride(1):
         matrix, rows, columns, tiles = matrix.T, columns, rows, tiles.transpose(1, 2)
-    if is_host(sums.device) and rows.has_long_runs:
+    if is_host(sums.device) and rows.has_long_runs and matrix.numel() > _SMALL:
         tiles += _rows_first(sums, matrix, rows, columns)
     else:
         tiles += _columns_first(sums, matrix, rows, columns)
