@@ -1,4 +1,4 @@
-"""Many verdicts as text, JSON, Markdown and an HTML page."""
+"""Many verdicts as text, JSON, Markdown and an HTML page; a matrix goes on with those of the same subject."""
 
 from __future__ import annotations
 
@@ -15,19 +15,27 @@ import pytest
 from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED, SUBJECT
 from tpcheck.core.findings import CheckResult, Finding, Verdict
 from tpcheck.lab.known import JudgedVerdict, KnownBug
-from tpcheck.lab.matrix.cells import judged_json, stored_verdicts, verdict_of, whole_json
-from tpcheck.lab.matrix.report import (
+from tpcheck.lab.matrix import (
     LABELS,
     SIGNS,
+    cells,
     counts,
+    done_before,
     families_table,
+    judged_json,
     label,
     matrix_html,
     matrix_junit,
     matrix_lines,
     matrix_markdown,
+    stored_verdicts,
+    verdict_of,
+    versions,
+    whole_json,
 )
+from tpcheck.model.options import RunOptions
 from tpcheck.report.json_values import verdict_json
+from tpcheck.report.report import Report
 from tpcheck.report.table import table_markdown
 from tpcheck.report.words import as_text
 
@@ -163,3 +171,16 @@ def test_junit_skips_known_bugs_and_fails_bugs_that_are_gone() -> None:
     text = matrix_junit(ROWS)
     assert 'skipped message="known upstream bug a-bug: It &lt;says&gt; no."' in text
     assert 'failure message="mamba (deepspeed, tp=2) passed' in text
+
+
+@pytest.mark.parametrize(
+    ("config", "goes_on"),
+    [({"plan": {"a": [1, 2.5]}}, True), ({"plan": {"a": object()}}, False), ({"plan": {("a", 1): "colwise"}}, False)],
+)
+def test_a_configuration_that_json_cannot_hold_is_run_again(
+    config: dict[str, object], goes_on: bool, tmp_path: Path
+) -> None:
+    wanted = cells(["llama"], RunOptions(config=config), backend=["dtensor"])
+    verdict = Verdict("passed", wanted[0].subject, versions("dtensor"))
+    (tmp_path / "matrix.json").write_text(Report(verdict).to_json())
+    assert list(done_before(tmp_path / "matrix.json", wanted)) == list(wanted) * goes_on

@@ -21,7 +21,7 @@ def train(rank: Rank, *, seeded: bool, workers: int = 0) -> tuple[Any, int, str]
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
     from lightning.pytorch.strategies import ModelParallelStrategy
 
-    from tpcheck.batches.lightning import LightningCallback
+    from tpcheck.trainer.lightning import LightningCallback
 
     class Brightness(pl.LightningModule):
         def __init__(self) -> None:

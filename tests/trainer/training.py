@@ -9,8 +9,7 @@ from typing import Any
 
 import tpcheck
 from tpcheck import Finding, Rank
-from tpcheck.lab.faults.datasets import Sentences
-from tpcheck.lab.faults.pipelines import a_tokenizer
+from tpcheck.lab.faults.pipelines import Sentences, a_tokenizer
 
 SIZES = {
     "vocab_size": 32,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.batches.hooks.training import save_model, train
+from tests.trainer.training import save_model, train
 from tpcheck import Topology, World, spawn
 
 TP, TP_DP = Topology(tp=2), Topology(tp=2, dp=2)

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tpcheck.backends.checkpoint_format import ReadOptions
-from tpcheck.checkpoints.formats.deepspeed.join_zero_partitions import Partitions, frozen_shards
 from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import Shard
+from tpcheck.checkpoints.formats.deepspeed.rank_state import Partitions, frozen_shards
 from tpcheck.checkpoints.formats.files import Files
 from tpcheck.checkpoints.formats.torch_files import load
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,8 +12,14 @@ import torch
 from torch import nn
 
 import tpcheck
-from tpcheck import Rank, UsageError, World
+from tpcheck import Rank, Topology, UsageError, World, spawn
 from tpcheck.lab.faults.pipelines import augmented
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[World]:
+    with spawn(Topology(tp=2), timeout=60) as world:
+        yield world
 
 
 class Brightness(nn.Module):
@@ -98,3 +107,8 @@ def test_hooks_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_anything_but_a_model_raises() -> None:
     with pytest.raises(UsageError, match=r"engine_or_model='list': expected a torch.nn.Module"):
         tpcheck.watch_model([])  # type: ignore[arg-type]
+
+
+def test_it_needs_no_transformers() -> None:
+    program = "import sys; sys.modules['transformers'] = None; from tpcheck import watch_model"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,24 +1,37 @@
-"""Many verdicts as one table, and the page of families in the documentation."""
+"""Many verifications as one matrix: its cells, the file of their verdicts, and the table beside the known bugs.
+
+Loads no torch.
+"""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from itertools import product
+from math import inf
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 from tpcheck.core.causes import Cause
+from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
-from tpcheck.core.findings import Finding, Verdict
+from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
+from tpcheck.core.topology import Topology
 from tpcheck.lab.known import JudgedVerdict, KnownBug, judge, register
-from tpcheck.lab.matrix.cells import stored_verdicts
+from tpcheck.model.options import DEFAULTS, RunOptions
 from tpcheck.report import words
 from tpcheck.report.findings import place
-from tpcheck.report.junit import as_junit
+from tpcheck.report.json_values import SCHEMA, verdict_json
+from tpcheck.report.report import STYLES, as_junit, verdict_lines
 from tpcheck.report.table import (
-    Cell,
+    Cell as TableCell,
+)
+from tpcheck.report.table import (
     Column,
     Outcome,
     Row,
@@ -29,8 +42,136 @@ from tpcheck.report.table import (
     table_markdown,
     tables_html,
 )
-from tpcheck.report.text import STYLES, verdict_lines
 from tpcheck.report.words import Line, as_text, labelled, plain
+
+_WORST_FIRST = ("failed", "error", "passed", "skipped")
+
+
+def judged_json(judged: JudgedVerdict) -> str:
+    """Return one verdict of a matrix as JSON, with its entry in the register of known bugs."""
+    data = verdict_json(judged.verdict)
+    if judged.standing:
+        data["upstream"] = {"standing": judged.standing, "bug": judged.bug.name if judged.bug else None}
+    return json.dumps(data, indent=1, allow_nan=False)
+
+
+def whole_json(reports: Iterable[str], verdicts: Iterable[str], pending: int) -> str:
+    """Return the text of a file of verdicts; `pending` counts those that are still missing."""
+    reached = set(verdicts)
+    worst = next((name for name in _WORST_FIRST if name in reached), "skipped")
+    head = f'"schema": {SCHEMA},\n"verdict": "{worst}",\n"pending": {pending},\n'
+    return "{\n" + head + '"reports": [\n' + ",\n".join(reports) + "\n]}\n"
+
+
+def stored_verdicts(path: Path) -> list[Verdict]:
+    """Return the verdicts in a file; none if the file does not exist or is no report."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return [verdict_of(report) for report in data.get("reports", [data])]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return []
+
+
+def verdict_of(data: Mapping[str, Any]) -> Verdict:
+    """Return the verdict of the data that `verdict_json` returned.
+
+    Raises:
+        KeyError: The data is no verdict.
+    """
+    return Verdict(
+        verdict=data["verdict"],
+        subject=data["subject"],
+        environment=data["environment"],
+        findings=tuple(_finding(finding) for finding in data["findings"]),
+        checks=tuple(
+            CheckResult(check["check"], check["compared"], _number(check["worst_margin"]), check["worst_at"])
+            for check in data["checks"]
+        ),
+        coverage=Coverage(*(data["coverage"][key] for key in ("compared", "total", "missed"))),
+        seconds=data["seconds"],
+        message=data["message"],
+    )
+
+
+def _finding(data: Mapping[str, Any]) -> Finding:
+    same = {name: data[name] for name in ("check", "where", "cause", "evidence", "again")}
+    return Finding(observed=_number(data["observed"]), allowed=_number(data["allowed"]), **same)
+
+
+def _number(value: float | None) -> float:
+    return inf if value is None else value
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One family under one choice of options."""
+
+    family: str
+    options: RunOptions = DEFAULTS
+
+    @property
+    def subject(self) -> dict[str, Any]:
+        """What the report of this cell says of the run."""
+        return self.options.subject(self.family)
+
+
+def cells(
+    families: Sequence[str],
+    common: RunOptions = DEFAULTS,
+    *,
+    backend: Sequence[str] = (str(DEFAULTS.backend),),
+    tp: Sequence[int] = (DEFAULTS.topology.tp,),
+    dp: Sequence[int] = (DEFAULTS.topology.dp,),
+    zero: Sequence[int] = (DEFAULTS.zero_stage,),
+    dtype: Sequence[str] = (DEFAULTS.dtype,),
+) -> tuple[Cell, ...]:
+    """Return every combination, those of one family together, each once; the other options are those of `common`.
+
+    Raises:
+        UsageError: A size is not a positive integer.
+    """
+    combinations = product(families, backend, tp, dp, zero, dtype)
+    return tuple(
+        Cell(
+            family,
+            replace(common, backend=name, topology=Topology(tp=tp_size, dp=dp_size), zero_stage=stage, dtype=precision),
+        )
+        for family, name, tp_size, dp_size, stage, precision in dict.fromkeys(combinations)
+    )
+
+
+def versions(backend: str) -> dict[str, str]:
+    """Return the versions that a run with this backend depends on, without importing it."""
+    found = package_versions()
+    for package in (backend, backend.partition("-")[0]):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def done_before(path: Path, wanted: Sequence[Cell]) -> dict[Cell, Verdict]:
+    """Return the verdicts that a file of an earlier run holds of these cells, with the same options and versions."""
+    stored = {_key(verdict.subject): verdict for verdict in stored_verdicts(path)}
+    keys = {cell: _key(cell.subject) for cell in wanted}
+    found = {cell: stored[key] for cell, key in keys.items() if key is not None and key in stored}
+    return {cell: verdict for cell, verdict in found.items() if _is_current(verdict, cell)}
+
+
+def _is_current(verdict: Verdict, cell: Cell) -> bool:
+    now = versions(cell.options.backend_name)
+    return all(verdict.environment.get(package) == number for package, number in now.items())
+
+
+def _key(of: Mapping[str, Any]) -> str | None:
+    """Return a key that equal subjects share.
+
+    None for a subject with an object: a report contains only its text, which does not identify it.
+    """
+    try:
+        return json.dumps(of, sort_keys=True)
+    except (TypeError, ValueError, RecursionError):
+        return None
+
 
 NOT_SHARDED = "not sharded"
 LABELS = ("passed", "failed", NOT_SHARDED, "error", "skipped")
@@ -75,7 +216,7 @@ def progress_line(row: JudgedVerdict, subjects: Iterable[Mapping[str, Any]]) -> 
     """Return the line of one cell, aligned with those of all `subjects`."""
     placeholders = [JudgedVerdict(Verdict("passed", subject, {})) for subject in subjects]
     table = _table(placeholders)
-    of_row = _row(row, with_configuration=any(cells.cells[1].text for cells in table.rows))
+    of_row = _row(row, with_configuration=any(other.cells[1].text for other in table.rows))
     return row_line(of_row, _COLUMNS, Table(_COLUMNS, (of_row, *table.rows)).widths)
 
 
@@ -90,12 +231,12 @@ def _row(row: JudgedVerdict, *, with_configuration: bool = True, details: bool =
     report = as_text([*verdict_lines(verdict), *standing_lines(row)]) if details else ""
     return Row(
         cells=(
-            Cell(words.name(verdict.subject)),
-            Cell(configuration(verdict.subject) if with_configuration else ""),
-            Cell(f"{SIGNS[text]} {text}" if details else text, _LABEL_STYLES[text]),
-            Cell(f"{verdict.seconds:.1f} s"),
-            Cell(summary_line(verdict)),
-            Cell(_standing(row), _STANDING_STYLES[row.standing]),
+            TableCell(words.name(verdict.subject)),
+            TableCell(configuration(verdict.subject) if with_configuration else ""),
+            TableCell(f"{SIGNS[text]} {text}" if details else text, _LABEL_STYLES[text]),
+            TableCell(f"{verdict.seconds:.1f} s"),
+            TableCell(summary_line(verdict)),
+            TableCell(_standing(row), _STANDING_STYLES[row.standing]),
         ),
         outcome=_OUTCOMES.get(verdict.verdict, "passed"),
         details=report,
@@ -164,14 +305,14 @@ def matrix_markdown(rows: Sequence[JudgedVerdict]) -> str:
     if listed:
         columns = Column("family"), Column("configuration"), Column("verdict"), Column("summary")
         lines += ["", *table_markdown(Table(columns, tuple(map(_markdown_row, listed))))]
-    return "\n".join([*lines, "", versions(rows), ""]) + "\n"
+    return "\n".join([*lines, "", versions_line(rows), ""]) + "\n"
 
 
 def _markdown_row(row: JudgedVerdict) -> Row:
     subject, text = row.verdict.subject, label(row.verdict)
     verdict = f"{SIGNS[text]} {text}" + (f", {row.standing}" if row.standing else "")
     texts = words.name(subject), configuration(subject), verdict, summary_line(row.verdict)
-    return Row(tuple(map(Cell, texts)))
+    return Row(tuple(map(TableCell, texts)))
 
 
 def families_table(rows: Sequence[JudgedVerdict]) -> Table:
@@ -183,13 +324,13 @@ def families_table(rows: Sequence[JudgedVerdict]) -> Table:
     return Table(
         (Column("family"), *map(Column, columns)),
         tuple(
-            Row((Cell(family), *(Cell(_short(cells.get(column))) for column in columns)))
-            for family, cells in by_family.items()
+            Row((TableCell(family), *(TableCell(_short(verdicts.get(column))) for column in columns)))
+            for family, verdicts in by_family.items()
         ),
     )
 
 
-def versions(rows: Sequence[JudgedVerdict]) -> str:
+def versions_line(rows: Sequence[JudgedVerdict]) -> str:
     """Return the versions of all rows in a line: `torch 2.13.0, transformers 5.23.0`."""
     by_package: dict[str, set[str]] = {}
     for row in rows:
@@ -216,7 +357,7 @@ def matrix_html(rows: Sequence[JudgedVerdict]) -> str:
     """Return a page with a row for each cell, whose report opens, and filters."""
     unexpected = sum(row.standing in ("new", "gone") for row in rows)
     seconds = sum(row.verdict.seconds for row in rows)
-    subtitle = f"{versions(rows)}; {seconds:.0f} seconds of runs"
+    subtitle = f"{versions_line(rows)}; {seconds:.0f} seconds of runs"
     if unexpected:
         subtitle += f"; {unexpected} unexpected according to the register of known bugs"
     return tables_html(f"tpcheck: {counts(rows)}", subtitle, [_table(rows, details=True)])
@@ -256,7 +397,7 @@ def families_page(path: Path) -> Iterator[Line]:
 def _page(rows: Sequence[JudgedVerdict]) -> Iterator[str]:
     yield from ["# What works, by family", ""]
     yield "Made with `tpcheck families --table matrix.json` from the file of `tpcheck verify --all --json matrix.json`"
-    yield from [f"({versions(rows)}).", ""]
+    yield from [f"({versions_line(rows)}).", ""]
     for name in dict.fromkeys(configuration(row.verdict.subject) for row in rows if row.verdict.subject.get("tp")):
         in_configuration = [row for row in rows if configuration(row.verdict.subject) == name]
         yield f"- {name}: {len(in_configuration)} families, {counts(in_configuration)}"
