@@ -193,7 +193,8 @@ def uses_cuda() -> bool:
 class ModuleHooks:
     """Hooks on the modules of a model, which pass what they return, and its gradient, to the current pass.
 
-    What a module returns is not replaced and not copied. Under activation checkpointing, the first computation gives
+    The model itself has none: whoever calls it hands its output over, which has to be seen after all other hooks. What
+    a module returns is not replaced and not copied. Under activation checkpointing, the first computation gives
     the outputs; where that had no autograd graph, the recomputation gives the gradients.
     """
 
@@ -209,7 +210,10 @@ class ModuleHooks:
         self._live = live
         self._is_full = is_full
         self._handles: list[Any] = []
+        self._records_root = "" in names.values()
         for module, name in names.items():
+            if not name:
+                continue
             before, after = (eager(hook) for hook in (self._before(name), self._after(name)))
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after))
@@ -241,16 +245,23 @@ class ModuleHooks:
             current = self._current()
             if current is None or not current.open_calls.get(name):
                 return
-            call = current.open_calls[name].pop()
-            has_graph = False
-            for path, tensor in named_tensors(output):
-                if tensor.is_floating_point():
-                    current.add(("output", name, path, call), tensor.detach(), is_full=self._is_full)
-                    has_graph |= self._watch_gradient(current, ("output_gradient", name, path, call), tensor)
-            if not has_graph:
-                current.unmatched.setdefault(name, []).append(call)
+            self._add_output(current, name, current.open_calls[name].pop(), output)
 
         return hook
+
+    def add_root_output(self, current: Pass, output: Any) -> None:
+        """Record what the model itself returns."""
+        if self._records_root:
+            self._add_output(current, "", 0, output)
+
+    def _add_output(self, current: Pass, name: str, call: int, output: Any) -> None:
+        has_graph = False
+        for path, tensor in named_tensors(output):
+            if tensor.is_floating_point():
+                current.add(("output", name, path, call), tensor.detach(), is_full=self._is_full)
+                has_graph |= self._watch_gradient(current, ("output_gradient", name, path, call), tensor)
+        if not has_graph:
+            current.unmatched.setdefault(name, []).append(call)
 
     def _after_recomputation(self, name: str, output: Any) -> None:
         """Watch the gradients of a recomputed output: of the latest call without any, as backward goes back in time."""

@@ -198,6 +198,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         current, self._current = self._current, self._current if self._inside else None
         if current is None or self._inside:
             return None
+        if self._hooks is not None:
+            self._hooks.add_root_output(current, output)
         current.loss = loss_in(output)
         if not self._replays.number:
             current.args, current.kwargs = (), {}  # not to keep a batch alive

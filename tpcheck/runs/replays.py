@@ -190,6 +190,7 @@ class Replays:
                 live.append(again)
                 current[0] = again
                 output = self._call(recorded)
+                hooks.add_root_output(again, output)
                 current[0] = None
                 results = {path: tensor for path, tensor in named_tensors(output) if path in recorded.seeds}
                 seeds = recorded.seeds
