@@ -597,7 +597,7 @@ def test_an_optimizer_of_megatron(tp_rank: Rank, dtype: torch.dtype, distributed
             plain.step()
 
         expected = steps_of(reference_view, reference_step)
-    rtol = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 0.2}[dtype]
+    rtol = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 0.2}[dtype]  # losses are of float32
     assert view.weights_follow_the_hook == (dtype is not torch.float64)
     masters = {part.name for part in steps[0] if part.kind == "master"}
     assert bool(masters) == (dtype is torch.bfloat16)
