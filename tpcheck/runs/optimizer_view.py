@@ -30,7 +30,7 @@ class Part:
             the values are in this TP rank's tensor, which may be the whole one. `index` is then None.
     """
 
-    kind: Literal["gradient", "weight", "master", "state"]
+    kind: Literal["gradient", "accumulated", "weight", "master", "state"]
     name: str
     state: str
     values: torch.Tensor
@@ -79,6 +79,18 @@ class OptimizerView(Protocol):
         ...
 
     def groups(self) -> tuple[ParameterGroup, ...]: ...
+
+    def accumulated(self) -> Iterator[Part]:
+        """Yield the gradients that are accumulated between two micro-batches; nothing where they cannot be seen."""
+        ...
+
+    def is_discarded(self) -> bool:
+        """Return whether gradients of earlier backward passes are gone without a step: a scaler has skipped it."""
+        ...
+
+    def supports_replays(self) -> str:
+        """Return why the model cannot be called outside the loop (ZeRO 3, FSDP2); empty where it can."""
+        ...
 
     def told_norm(self) -> float | None:
         """Return the gradient norm that the engine says it clipped by in the last step; None where it tells none."""

@@ -13,8 +13,8 @@ boundary alone, on gradients that are accumulated, reduced over DP, unscaled and
 - Without ZeRO in float32: on the parameters, as torch does.
 
 Weights are copied from what was stepped, and gathered over DP, after that call. Parameters that got no gradient are
-stepped with zeros, except in the last case. Unscaling uses the loss scale that `_update_scale` has just set: at a step
-at which a dynamic scale grows, gradients are divided by the new scale.
+stepped with zeros, except in the last case. Unscaling uses the loss scale that `_update_scale` has just set, so the
+gradients of a step at which a dynamic scale grows are divided by the new one.
 """
 
 from __future__ import annotations
@@ -96,7 +96,20 @@ class DeepSpeedView(TorchView):
             else:
                 for slice_ in self._zero3_slices([parameter]):
                     flat = partition.detach().reshape(-1)[: slice_.numel]
-                    yield self._fragment("weight", name, "", flat, slice_.first)
+                    if (part := self._fragment("weight", name, "", flat, slice_.first)) is not None:
+                        yield part
+
+    def accumulated(self) -> Iterator[Part]:
+        """Yield gradients only where they accumulate in `.grad`: ZeRO takes them away as they come."""
+        if isinstance(self.engine_optimizer, torch.optim.Optimizer):
+            yield from super().accumulated()
+
+    def is_discarded(self) -> bool:
+        return False  # the engine decides which steps are skipped, and counts them
+
+    def supports_replays(self) -> str:
+        has_partitions = any(hasattr(parameter, "ds_tensor") for parameter in self._parameters.values())
+        return "ZeRO 3 gathers parameters only inside its own hooks" if has_partitions else super().supports_replays()
 
     def told_norm(self) -> float | None:
         """Return the norm that was clipped by.

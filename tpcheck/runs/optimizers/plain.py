@@ -19,7 +19,7 @@ from tpcheck.runs.optimizers.indices import fragment_of, index_of_dtensor, is_dt
 from tpcheck.runs.optimizers.names import unwrapped, unwrapped_names
 from tpcheck.runs.trace import ParameterGroup
 
-_Kind = Literal["gradient", "weight", "master", "state"]
+_Kind = Literal["gradient", "accumulated", "weight", "master", "state"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class TorchView:
     weights_follow_the_hook = False
 
     def __init__(self, model: Any, optimizer: Any, groups: LiveGroups | None) -> None:
-        module = unwrapped(model)
+        module = self._module = unwrapped(model)
         self._groups_of_ranks = groups if groups is not None else _found_groups(module)
         names = unwrapped_names(name for name, _ in module.named_parameters(remove_duplicate=False))
         # A tied parameter has the first of its names.
@@ -144,6 +144,20 @@ class TorchView:
             ParameterGroup(type(group.optimizer).__name__, _plain_options(group.options), group.names)
             for group in self._groups()
         )
+
+    def accumulated(self) -> Iterator[Part]:
+        for name, parameter in self._parameters.items():
+            gradient = gradient_of(parameter)
+            if gradient is not None:
+                yield self._part("accumulated", name, "", gradient)
+
+    def is_discarded(self) -> bool:
+        gradients = [gradient_of(parameter) for parameter in self._parameters.values() if parameter.requires_grad]
+        return not any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+
+    def supports_replays(self) -> str:
+        is_fsdp = any(hasattr(module, "_get_fsdp_state") for module in self._module.modules())
+        return "FSDP2 gathers parameters only inside its own hooks" if is_fsdp else ""
 
     def told_norm(self) -> float | None:
         return None
