@@ -249,9 +249,9 @@ class TorchView:
 
 
 def gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the gradient that an optimizer steps by."""
-    gradient: torch.Tensor | None = tensor.grad
-    return gradient
+    """Return the gradient that an optimizer steps by; Megatron gives Transformer Engine's one of another dtype."""
+    gradient: torch.Tensor | None = getattr(tensor, "decoupled_grad", None)
+    return tensor.grad if gradient is None else gradient
 
 
 def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
