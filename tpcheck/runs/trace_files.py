@@ -146,7 +146,7 @@ def require_writable(path: str | Path) -> None:
         existing = next((parent for parent in folder.absolute().parents if parent.exists()), None)
         if existing is None or not existing.is_dir() or not os.access(existing, os.W_OK):
             raise UsageError("path", str(path), "a path in a folder that can be written to") from None
-        if os.path.lexists(folder):  # a link to nowhere
+        if folder.is_symlink() and not folder.exists():  # a link to nowhere; another rank may make the folder meanwhile
             raise UsageError("path", str(path), accepted) from None
         return
     except OSError:
