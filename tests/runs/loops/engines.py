@@ -14,7 +14,7 @@ from tpcheck.backends.interface import TrainingOptions
 
 
 class DeepSpeed(CausalTraining):
-    """An engine's loop: `backward` and `step` for each micro-batch; at one process too, where `reference` is False.
+    """An engine's loop: `backward` and `step` for each micro-batch.
 
     Attributes:
         configured: `gradient_accumulation_steps` of the engine; None for what the loop does.
@@ -73,14 +73,3 @@ class DeepSpeed(CausalTraining):
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero == 3):
                 weights[name] = parameter.detach().clone()
         return weights
-
-
-class StepAfterAllBackwards(DeepSpeed):
-    """All backward passes, then one step, while the engine is configured for one micro-batch a step."""
-
-    configured = 1
-
-    def train_step(self, step: int) -> None:
-        for tokens, labels in self.micro_batches(step):
-            self.engine.backward(self.loss(tokens, labels) / self.accumulate)
-        self.engine.step()

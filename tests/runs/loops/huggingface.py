@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class CausalTraining(Training):
 
     def unsharded(self) -> Any:
         """Return the model of one process."""
-        torch.manual_seed(self.seed)
+        torch.manual_seed(self.model_seed)
         config, model_class = self.config_and_class()
         model = model_class(config)
         with torch.no_grad():
@@ -64,7 +64,12 @@ class CausalTraining(Training):
         return model.to(self.dtype)
 
     def config_and_class(self) -> tuple[Any, Any]:
-        options = {**SIZES, "num_key_value_heads": self.kv_heads, "num_hidden_layers": self.layers, "tie_word_embeddings": self.tied}
+        options = {
+            **SIZES,
+            "num_key_value_heads": self.kv_heads,
+            "num_hidden_layers": self.layers,
+            "tie_word_embeddings": self.tied,
+        }
         options["attn_implementation"] = self.attention
         if self.family == "qwen3":
             from transformers import Qwen3Config, Qwen3ForCausalLM

@@ -34,7 +34,7 @@ class Megatron(Training):
     def build_gpt(self) -> nn.Module:
         from tests.backends.megatron_models import gpt
 
-        torch.manual_seed(self.seed)
+        torch.manual_seed(self.model_seed)
         model = gpt(hidden_dropout=0.0, attention_dropout=0.0)
         with torch.no_grad():
             for parameter in model.parameters():
