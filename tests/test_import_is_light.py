@@ -27,7 +27,7 @@ def loaded_by(statement: str) -> set[str]:
         "import tpcheck.families, tpcheck.families.rules, tpcheck.families.overrides, tpcheck.families.settings",
         "import tpcheck.core.findings, tpcheck.core.causes, tpcheck.numerics.evidence",
         "import tpcheck.report",
-        "import tpcheck.doctor",
+        "import tpcheck.doctor.diagnosis",
         "from tpcheck import Topology, UsageError, Report, Finding, RankFailure",
         "from tpcheck import spawn, attach, World, Rank",
     ],

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tpcheck.batches.loader import check_batch as check_batch
     from tpcheck.batches.loader import watch as watch
-    from tpcheck.batches.model_hook import TpcheckCallback as TpcheckCallback
-    from tpcheck.batches.model_hook import watch_model as watch_model
     from tpcheck.checkpoints.verify import verify_checkpoint as verify_checkpoint
     from tpcheck.core.errors import BackendError as BackendError
     from tpcheck.core.errors import BatchMismatch as BatchMismatch
@@ -29,7 +27,9 @@ if TYPE_CHECKING:
     from tpcheck.model.verify import verify_family as verify_family
     from tpcheck.report import Report as Report
     from tpcheck.runs.comparing import compare_traces as compare_traces
-    from tpcheck.runs.comparing import record as record
+    from tpcheck.runs.recording import record as record
+    from tpcheck.trainer.callback import TpcheckCallback as TpcheckCallback
+    from tpcheck.trainer.model import watch_model as watch_model
     from tpcheck.world import Rank as Rank
     from tpcheck.world import World as World
     from tpcheck.world import attach as attach
@@ -46,7 +46,7 @@ _HOME = {
     "RankOutcome": "core.errors",
     "Report": "report",
     "Topology": "core.topology",
-    "TpcheckCallback": "batches.model_hook",
+    "TpcheckCallback": "trainer.callback",
     "TpcheckError": "core.errors",
     "UnevenBatches": "core.errors",
     "UsageError": "core.errors",
@@ -54,13 +54,13 @@ _HOME = {
     "attach": "world",
     "check_batch": "batches.loader",
     "compare_traces": "runs.comparing",
-    "record": "runs.comparing",
+    "record": "runs.recording",
     "spawn": "world",
     "verify": "model.verify",
     "verify_checkpoint": "checkpoints.verify",
     "verify_family": "model.verify",
     "watch": "batches.loader",
-    "watch_model": "batches.model_hook",
+    "watch_model": "trainer.model",
 }
 
 __all__ = sorted(_HOME)  # the table above is the one list of names

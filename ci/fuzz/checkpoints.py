@@ -17,8 +17,7 @@ with atheris.instrument_imports(include=["tpcheck.checkpoints", "zipfile", "pick
     from tpcheck.backends.checkpoint_format import ReadOptions
     from tpcheck.checkpoints.formats.peft import PeftFormat
     from tpcheck.checkpoints.formats.pytorch_files import PytorchFormat
-    from tpcheck.checkpoints.formats.safetensors_files import SafetensorsFormat
-    from tpcheck.checkpoints.formats.transformers_shards import TransformersShardsFormat
+    from tpcheck.checkpoints.formats.safetensors_files import SafetensorsFormat, TransformersShardsFormat
     from tpcheck.core.errors import CheckpointError
 
 import torch

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tpcheck import Topology
-from tpcheck.batches.causes import explain_difference, explain_same_samples, explain_uneven_length, with_cause
+from tpcheck.batches.causes import explain_difference, explain_same_samples, with_cause
 from tpcheck.batches.records import BatchSummary, ContentDigests, Leaf, LoaderFacts
-from tpcheck.core.causes import Explanation
+from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.findings import Finding
 
 TOPOLOGY = Topology(tp=2, dp=2)
@@ -221,7 +221,7 @@ def test_different_samples_on_replicas_are_not_explained() -> None:
 def test_a_finding_gets_the_evidence_and_the_advice_of_its_cause() -> None:
     finding = Finding("batches_agree_within_tp", {"step": 3}, 1.0, 0.0, evidence={"differs": "length"})
     assert with_cause(finding, None, TOPOLOGY) == finding
-    explained_finding = with_cause(finding, explain_uneven_length(), TOPOLOGY)
+    explained_finding = with_cause(finding, Explanation(Cause.UNEVEN_LENGTH), TOPOLOGY)
     assert explained_finding.cause == "uneven_length"
     assert explained_finding.evidence["differs"] == "length"
     assert explained_finding.evidence["advice"].startswith("Give every rank of a TP group the same samples")

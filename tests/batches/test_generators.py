@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tpcheck.batches.generators import GeneratorStates, changed_generators, rng_digests, rng_states
+from tpcheck.batches.generators import GeneratorStates, changed_generators, rng_states
 from tpcheck.batches.sampling import SamplerLog
 
 
@@ -40,20 +40,20 @@ class Images:
     ],
 )
 def test_a_draw_changes_only_the_digest_of_its_generator(draw: Callable[[], object], name: str) -> None:
-    before = rng_digests()
-    assert rng_digests() == before
+    before = dict(rng_states())
+    assert dict(rng_states()) == before
     draw()
-    assert changed_generators(before, rng_digests()) == (name,)
+    assert changed_generators(before, dict(rng_states())) == (name,)
 
 
 def test_generators_in_a_dataset_are_named_by_their_attributes() -> None:
     images = Images()
-    before = rng_digests(dataset=images)
+    before = dict(rng_states(dataset=images))
     images.random.random()
     images.transform.rng.random()
     images.transform.legacy.random()
     torch.rand(1, generator=images.transform.generator)
-    assert changed_generators(before, rng_digests(dataset=images)) == (
+    assert changed_generators(before, dict(rng_states(dataset=images))) == (
         "python:dataset.random",
         "numpy:dataset.transform.rng",
         "numpy:dataset.transform.legacy",
@@ -64,20 +64,20 @@ def test_generators_in_a_dataset_are_named_by_their_attributes() -> None:
 def test_equal_seeds_have_equal_digests_in_any_process() -> None:
     seed = "random.seed(3); numpy.random.seed(3); torch.manual_seed(3)"
     program = (
-        f"import random, numpy, torch; from tpcheck.batches.generators import rng_digests; {seed};"
-        "print(sorted(rng_digests().items()))"
+        f"import random, numpy, torch; from tpcheck.batches.generators import rng_states; {seed};"
+        "print(sorted(rng_states().items()))"
     )
     printed = subprocess.check_output([sys.executable, "-c", program], text=True)
     exec(seed, {"random": random, "numpy": np, "torch": torch})
-    assert printed == f"{sorted(rng_digests().items())}\n"
+    assert printed == f"{sorted(rng_states().items())}\n"
 
 
 def test_the_second_of_two_normal_numbers_that_numpy_makes_is_a_draw() -> None:
     np.random.seed(0)
     np.random.standard_normal()  # makes two
-    before = rng_digests()
+    before = dict(rng_states())
     np.random.standard_normal()
-    assert changed_generators(before, rng_digests()) == ("numpy",)
+    assert changed_generators(before, dict(rng_states())) == ("numpy",)
 
 
 def test_a_generator_that_replaces_pythons_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,12 +116,12 @@ def draw_from_all() -> None:
 
 
 def test_states_are_those_of_the_moment_they_were_read() -> None:
-    before, digests = rng_states(), rng_digests()
+    before, digests = rng_states(), dict(rng_states())
     draw_from_all()
     assert dict(before) == digests
     assert (
         set(changed_generators(before, rng_states()))
-        == set(changed_generators(digests, rng_digests()))
+        == set(changed_generators(digests, dict(rng_states())))
         == {"python", "numpy", "torch"}
     )
 
@@ -142,7 +142,7 @@ def test_of_batches_requested_far_ahead_only_digests_are_kept() -> None:
     log.start_epoch()
     expected = []
     for number in range(20):
-        expected.append(rng_digests())
+        expected.append(dict(rng_states()))
         log.add([number], GeneratorStates(), (), rng_states())
         draw_from_all()
     assert [each.rng.raw("torch") is None for each in log.pending] == [False] * 16 + [True] * 4

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tpcheck.batches.leaves import DigestedBatch, leaves_of
+from tpcheck.batches.leaves import DigestedBatch
 
 Point = namedtuple("Point", "x y")
 
@@ -32,7 +32,7 @@ def same(a: Any, b: Any) -> bool:
 
 def test_leaves_are_in_the_order_of_the_structure() -> None:
     batch = {"b": [torch.zeros(2), Sample(torch.ones(1), 3)], "a": UserDict({1: Point(1, "x")}), "c": Custom()}
-    assert [leaf.path for leaf in leaves_of(batch)] == (
+    assert [leaf.path for leaf in DigestedBatch(batch).leaves] == (
         ["", "b", "b.0", "b.1", "b.1.image", "b.1.label", "a", "a.[1]", "a.[1].x", "a.[1].y", "c", "c.inner"]
     )
 
@@ -103,19 +103,19 @@ def test_a_nan_with_other_bits_differs() -> None:
 def test_the_batches_of_transformers_have_leaves() -> None:
     transformers = pytest.importorskip("transformers")
     for kind in (transformers.BatchEncoding, transformers.BatchFeature):
-        paths = [leaf.path for leaf in leaves_of(kind({"input_ids": torch.zeros(1, 2)}))]
+        paths = [leaf.path for leaf in DigestedBatch(kind({"input_ids": torch.zeros(1, 2)})).leaves]
         assert paths == ["", "input_ids"]
 
 
 def test_an_object_without_parts_is_identified_by_its_type() -> None:
-    (leaf,) = leaves_of(lambda: None)
+    (leaf,) = DigestedBatch(lambda: None).leaves
     assert (leaf.kind, leaf.dtype) == ("opaque", "function")
 
 
 def test_a_batch_that_contains_itself_ends() -> None:
     batch: dict[str, Any] = {}
     batch["self"] = batch
-    assert len(leaves_of(batch)) == 33
+    assert len(DigestedBatch(batch).leaves) == 33
 
 
 def test_keys_that_are_removed_later_stay_in_the_digested_batch() -> None:

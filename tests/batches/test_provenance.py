@@ -116,10 +116,11 @@ def test_a_pickled_or_copied_loader_has_no_hooks() -> None:
 def test_hooks_are_removed() -> None:
     loader = DataLoader(Samples(), batch_size=2)
     before = dict(vars(loader))
-    with LoaderObserver(loader):
-        assert loader.collate_fn is not before["collate_fn"]
-        assert isinstance(loader.batch_sampler, torch.utils.data.BatchSampler)
-        assert len(loader) == 5
+    observer = LoaderObserver(loader)
+    assert loader.collate_fn is not before["collate_fn"]
+    assert isinstance(loader.batch_sampler, torch.utils.data.BatchSampler)
+    assert len(loader) == 5
+    observer.remove()
     assert vars(loader) == before
 
 
@@ -307,8 +308,8 @@ class ListTypes(Dataset[bool]):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_dataset_gets_plain_lists_of_indices(workers: int) -> None:
     loader = DataLoader(ListTypes(), batch_size=2, num_workers=workers)
-    with LoaderObserver(loader):
-        assert all(batch.all() for batch in loader)
+    LoaderObserver(loader)
+    assert all(batch.all() for batch in loader)
 
 
 def test_the_indices_of_batches_that_arrive_in_any_order_are_unknown() -> None:

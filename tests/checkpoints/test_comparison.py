@@ -3,50 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.checkpoints.reading import State
+from tests.numerics.exact.tensors import Tensors
 from tpcheck import CheckpointError, UsageError
 from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.comparison import Comparison, compare_checkpoints, map_in_threads, open_checkpoint
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """A checkpoint of tensors in memory, with anything that a format may add."""
-
-    tensors: State
-    description: str = "tensors"
-    config: Mapping[str, Any] = field(default_factory=dict)
-    ties: tuple[frozenset[str], ...] = ()
-    unread: Mapping[str, str] = field(default_factory=dict)
-    inconsistent_replicas: Mapping[str, str] = field(default_factory=dict)
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-    def read(self, name: str, rows: range) -> torch.Tensor:
-        return self.tensors[name][rows.start : rows.stop] if self.tensors[name].dim() else self.tensors[name]
-
-    def extent(self, name: str) -> None:
-        return None
-
-    def require_unchanged(self) -> None: ...
-
-    def close(self) -> None: ...
-
 
 A, B = torch.arange(6.0).reshape(3, 2), torch.arange(4.0)
 WHOLE = Tensors({"a": A, "b": B})

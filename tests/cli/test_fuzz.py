@@ -13,7 +13,7 @@ import pytest
 from tests.lab.fuzz.fuzz_examples import ERROR, FAILED, INTERRUPTED, LAYER, NOT_TRIED, PASSED, REFUSED
 from tpcheck.core.errors import TpcheckError
 from tpcheck.lab.fuzz import family, layers
-from tpcheck.lab.fuzz.draws import Bounds
+from tpcheck.lab.fuzz.family import Bounds
 from tpcheck.lab.fuzz.layers import LayerCommon
 from tpcheck.lab.fuzz.results import Outcome, SearchResult
 from tpcheck.lab.fuzz.search import Limits

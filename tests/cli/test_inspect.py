@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import tpcheck.doctor.diagnosis
-from tpcheck.doctor.advice import Advice
+from tpcheck.doctor.deepspeed import Advice
 from tpcheck.doctor.diagnosis import Diagnosis
 
 Run = Callable[..., Any]

@@ -15,7 +15,7 @@ from tests.report.examples import ERROR, FAILED, PASSED
 from tpcheck.core.errors import UsageError
 from tpcheck.lab import known
 from tpcheck.lab.known import KnownBug
-from tpcheck.lab.matrix.cells import cells, stored_verdicts
+from tpcheck.lab.matrix import cells, stored_verdicts
 from tpcheck.model.options import RunOptions
 from tpcheck.report.report import Report
 
@@ -143,7 +143,7 @@ def test_cells_with_other_options_run_again(run: Run, tmp_path: Path, change: li
 def test_cells_with_other_versions_run_again(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "matrix.json"
     run("verify", "a", "b", "--json", str(file), verify_family=verify_family)
-    monkeypatch.setattr("tpcheck.lab.matrix.cells.package_versions", lambda: {"torch": "9.9"})
+    monkeypatch.setattr("tpcheck.lab.matrix.package_versions", lambda: {"torch": "9.9"})
     assert "already" not in run("verify", "a", "b", "--json", str(file), verify_family=verify_family).stderr
 
 

@@ -21,7 +21,10 @@ SLUGS = set(
     vocab_offset_wrong norm_counts_replicas norm_is_local tied_weight_untied tied_weight_dropped dtype_rounded
     transposed stale_weight tensor_of_another_layer tensor_missing tensor_unexpected bit_flipped not_finite all_zero
     rng_differs_torch rng_differs_numpy rng_differs_python rng_differs_cuda sampler_sharded_by_world_rank
-    same_order_different_seed padding_differs order_differs uneven_length duplicate_dp_batch""".split()
+    same_order_different_seed padding_differs order_differs uneven_length duplicate_dp_batch
+    reduced_after_accumulation last_micro_batch_only micro_batch_unreduced mean_of_local_means optimizer_sees_one_shard
+    optimizer_state_of_another_rank masters_stale norm_leaves_out_shards norm_averaged_over_ranks norm_summed_over_ranks
+    options_differ nondeterminism""".split()
 )
 
 
@@ -53,7 +56,7 @@ def modules_naming(cause: Cause) -> list[str]:
     name = re.compile(rf"\bCause\.{cause.name}\b|Cause\[f?.{cause.name.rpartition('_')[0]}_\{{")
     return [
         ".".join(file.relative_to(root).with_suffix("").parts)
-        for folder in ("numerics", "batches", "checkpoints")
+        for folder in ("numerics", "batches", "checkpoints", "runs")
         for file in sorted((root / folder).rglob("*.py"))
         if name.search(file.read_text())
     ]

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tpcheck.doctor.diagnosis import diagnose
-from tpcheck.doctor.machine import extension_caches, leaked_shared_memory, stale_locks
+from tpcheck.doctor.diagnosis import diagnose, extension_caches, leaked_shared_memory, stale_locks
 
 
 def test_a_lock_that_no_process_holds_is_stale(tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ import traceback
 
 import pytest
 
-from tpcheck.pytest_plugin.exceptions import pickle_exception, traceback_through, unpickle_exception
-from tpcheck.pytest_plugin.messages import FrameLocation
+from tpcheck.pytest_plugin.messages import FrameLocation, pickle_exception, traceback_through, unpickle_exception
 
 
 class TwoArguments(Exception):

@@ -7,9 +7,8 @@ from typing import Literal
 import pytest
 
 from tpcheck import RankFailure, RankOutcome
-from tpcheck.pytest_plugin.exceptions import pickle_exception
 from tpcheck.pytest_plugin.failure_report import captured_sections, exception_of, origin_of
-from tpcheck.pytest_plugin.messages import BodyFailed
+from tpcheck.pytest_plugin.messages import BodyFailed, pickle_exception
 
 
 def raised(

@@ -8,7 +8,7 @@ import pytest
 
 from tpcheck import Topology, UsageError, spawn
 from tpcheck.pytest_plugin.options import Options, preload_of, world_factory
-from tpcheck.world.preload import DEFAULT_PRELOAD
+from tpcheck.world.forkserver_client import DEFAULT_PRELOAD
 
 OPTIONS = Options(timeout=60.0, device="cpu", backend=None, fresh=False, preload=(), capture=True)
 

@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 
-from tpcheck.pytest_plugin.messages import RankWarning
-from tpcheck.pytest_plugin.warning_filters import (
+from tpcheck.pytest_plugin.messages import (
+    RankWarning,
     as_rank_warnings,
     current_filters,
     recorded_warnings,

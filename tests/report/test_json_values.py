@@ -19,8 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel
 from tests.report.examples import ERROR, FAILED, GRADIENT, OUTPUT, PASSED, SKIPPED
 from tpcheck.core.findings import Verdict
 from tpcheck.lab.known import JudgedVerdict
-from tpcheck.lab.matrix.cells import judged_json
-from tpcheck.lab.matrix.report import matrix_html, matrix_junit, matrix_lines, matrix_markdown
+from tpcheck.lab.matrix import judged_json, matrix_html, matrix_junit, matrix_lines, matrix_markdown
 from tpcheck.report.report import Report
 from tpcheck.report.words import as_text
 

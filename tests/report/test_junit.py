@@ -6,8 +6,7 @@ from dataclasses import replace
 from xml.etree import ElementTree as ET
 
 from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED
-from tpcheck.report.junit import as_junit
-from tpcheck.report.report import Report
+from tpcheck.report.report import Report, as_junit
 
 
 def cases(document: str) -> dict[str, list[str]]:

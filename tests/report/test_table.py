@@ -6,7 +6,6 @@ import json
 from xml.etree import ElementTree as ET
 
 from tpcheck.report.table import (
-    Case,
     Cell,
     Column,
     Row,
@@ -89,7 +88,7 @@ def test_junit_has_a_suite_for_each_group() -> None:
 
 
 def test_junit_replaces_characters_that_xml_cannot_represent() -> None:
-    document = junit_xml([("suite\a", 0.0, [Case("case", "error", "a \x1b[0m message")])])
+    document = junit_xml([("suite\a", 0.0, [Row(name="case", outcome="error", message="a \x1b[0m message")])])
     assert "\x1b" not in document
     assert ET.fromstring(document)[0].get("name") == "suite?"
 

@@ -10,7 +10,7 @@ MODULE = """
     from dataclasses import replace
 
     from tests.report.examples import ERROR, FAILED, PASSED
-    from tpcheck.lab.matrix.cells import Cell
+    from tpcheck.lab.matrix import Cell
     from tpcheck.core.errors import UsageError
     from tpcheck.lab import known
     from tpcheck.lab.known import KnownBug

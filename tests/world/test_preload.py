@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tpcheck.world.preload import import_all
+from tpcheck.world.forkserver import import_all
 
 
 def test_modules_that_fail_to_import_are_returned_and_missing_packages_are_not(

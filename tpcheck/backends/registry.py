@@ -56,13 +56,19 @@ def layouts_of(model: nn.Module) -> dict[str, Layout]:
     Asks only the backends that bear the name of a package (`deepspeed`) that one of the model's modules comes from.
     Collective over the TP group.
     """
-    packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
     layouts: dict[str, Layout] = {}
-    for name, entry in sorted(_entries(BACKENDS).items()):
-        if name in packages:
-            backend = _instance("backend", entry)
-            layouts |= backend.layouts_of(model) if isinstance(backend, ReadsLayouts) else {}
+    for reader in layout_readers(model).values():
+        layouts |= reader.layouts_of(model)
     return layouts
+
+
+def layout_readers(model: nn.Module) -> dict[str, ReadsLayouts]:
+    """Return the backends that can read layouts, by the name of the package that the model has modules from."""
+    packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    named = {
+        name: _instance("backend", entry) for name, entry in sorted(_entries(BACKENDS).items()) if name in packages
+    }
+    return {name: backend for name, backend in named.items() if isinstance(backend, ReadsLayouts)}
 
 
 def _instance(kind: str, entry: EntryPoint) -> Any:

@@ -51,11 +51,6 @@ def explain_same_samples(summaries: Sequence[BatchSummary]) -> Explanation | Non
     return Explanation(Cause.DUPLICATE_DP_BATCH, evidence={"same": same} | facts)
 
 
-def explain_uneven_length() -> Explanation:
-    """Return why ranks end at different times. Ranks that have left answer no more, so nothing else is known."""
-    return Explanation(Cause.UNEVEN_LENGTH)
-
-
 @dataclass(frozen=True, slots=True)
 class _Context:
     """What the tests look at; the arguments of `explain_difference`."""
@@ -70,7 +65,8 @@ class _Context:
     def loader_facts(self, *keys: str) -> dict[str, Any]:
         """Return these facts of the loader, where known: one value where all ranks agree, else one for each rank."""
         facts = {key: self.fact(key) for key in keys}
-        return {key: values if _unequal(values) else values[0] for key, values in facts.items() if _any_known(values)}
+        known = {key: values for key, values in facts.items() if any(value is not None for value in values)}
+        return {key: values if _unequal(values) else values[0] for key, values in known.items()}
 
     def fact_differs(self, key: str) -> bool:
         """Return whether every rank knows this fact of its loader, and not all the same."""
@@ -112,10 +108,6 @@ class _Context:
             if None not in leaves and len(types) == 1:
                 return True
         return False
-
-
-def _any_known(values: Sequence[Any]) -> bool:
-    return any(value is not None for value in values)
 
 
 def _unequal(values: Sequence[Any]) -> bool:

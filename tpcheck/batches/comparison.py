@@ -137,7 +137,7 @@ def _is_container_size(difference: LeafDifference) -> bool:
 
 def batches_agree_within_tp(
     differences: Sequence[LeafDifference], *, step: int, located: Mapping[str, Any], where: Mapping[str, Any]
-) -> Finding | None:
+) -> Finding:
     """Return how one step's batch differs in one TP group. Exact.
 
     Args:
@@ -146,8 +146,6 @@ def batches_agree_within_tp(
         located: What is known of the first difference: `index`, and evidence by name.
         where: More keys of `Finding.where`, such as `dp_rank`.
     """
-    if not differences:
-        return None
     first, *others = differences
     evidence = dict(located)
     index = evidence.pop("index", None)
@@ -168,7 +166,7 @@ def batches_agree_within_tp(
 
 def batches_differ_across_dp(
     same: Sequence[SameSamples], *, field: str, step: int, replicas: Sequence[Sequence[int]]
-) -> Finding | None:
+) -> Finding:
     """Return which replicas train on the same samples at one step. Exact.
 
     Args:
@@ -177,8 +175,6 @@ def batches_differ_across_dp(
         step: How many batches came before.
         replicas: Ranks of each.
     """
-    if not same:
-        return None
     largest = max(same, key=lambda each: len(each.replicas))
     return Finding(
         check="batches_differ_across_dp",

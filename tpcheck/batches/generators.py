@@ -50,18 +50,6 @@ class GeneratorStates(Mapping[str, str]):
         return None if isinstance(raw, str) else raw
 
 
-def rng_digests(**owners: Any) -> dict[str, str]:
-    """Return a digest of each generator's state, by name, as `rng_states` does.
-
-    Example:
-        >>> before = rng_digests()
-        >>> drawn = random.random()
-        >>> sorted(changed_generators(before, rng_digests()))
-        ['python']
-    """
-    return dict(rng_states(**owners))
-
-
 # Takes 43 us (NumPy 30, Python 12, torch 1), more with cold caches; three times a batch of a DataLoader, else twice. In
 # one run on 2 busy cores, 2 ranks and 0.75 MiB, `watch` took 1.03 ms a batch, and 0.69 ms with states read from memory
 # by ctypes (of a DataLoader 1.10 and 0.83): 1.0 % of a step of 100 ms for 0.7 %.
@@ -73,6 +61,12 @@ def rng_states(**owners: Any) -> GeneratorStates:
     Args:
         owners: Objects that may have generators of their own, such as a dataset. The generator
             `dataset.transform.rng` of NumPy is named `numpy:dataset.transform.rng`.
+
+    Example:
+        >>> before = rng_states()
+        >>> drawn = random.random()
+        >>> changed_generators(before, rng_states())
+        ('python',)
     """
     raw: dict[str, Any] = {"python": random.getstate(), "torch": _bytes(torch.default_generator.get_state())}
     if "numpy.random" in sys.modules:

@@ -67,11 +67,7 @@ def as_tensor(leaf: LeafContent) -> torch.Tensor | None:
 
 
 def _leaves(value: Any, path: str, depth: int) -> Iterator[LeafContent]:
-    if type(value) is dict and depth < _MAX_DEPTH:  # first, since most batches are dicts
-        yield LeafContent(path, "value", "dict", (len(value),))
-        for key, child in value.items():
-            yield from _leaves(child, _join(path, key if isinstance(key, str) else f"[{key!r}]"), depth + 1)
-    elif isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor):
         yield from _of_tensor(value, path)
     elif _is_array(value):
         yield from _of_array(value, path, depth)
@@ -177,6 +173,11 @@ class DigestedBatch:
 
     Attributes:
         contents: Every leaf with its content, in the order of the structure.
+
+    Example:
+        >>> batch = DigestedBatch({"ids": torch.zeros(2, 3), "text": ["a"]})
+        >>> [(leaf.path, leaf.dtype, leaf.shape) for leaf in batch.leaves]
+        [('', 'dict', (2,)), ('ids', 'torch.float32', (2, 3)), ('text', 'list', (1,)), ('text.0', 'str', ())]
     """
 
     def __init__(self, batch: Any) -> None:
@@ -204,13 +205,3 @@ class DigestedBatch:
         of_tensors = iter(self._digests())
         for leaf in self.contents:
             yield leaf, xxhash.xxh3_128_digest(leaf.text) if leaf.tensor is None else next(of_tensors)
-
-
-def leaves_of(batch: Any) -> tuple[Leaf, ...]:
-    """Return every leaf of a batch, in the order of its structure.
-
-    Example:
-        >>> [(leaf.path, leaf.dtype, leaf.shape) for leaf in leaves_of({"ids": torch.zeros(2, 3), "text": ["a"]})]
-        [('', 'dict', (2,)), ('ids', 'torch.float32', (2, 3)), ('text', 'list', (1,)), ('text.0', 'str', ())]
-    """
-    return DigestedBatch(batch).leaves

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from tpcheck.batches.options import WatchArguments, WatchOptions, takes_watch_options
-from tpcheck.batches.peers import find_peers
 from tpcheck.batches.provenance import LoaderObserver
-from tpcheck.batches.rounds import AXES, EqualSamples, RankBatch, Status, compare
+from tpcheck.batches.rounds import AXES, EqualSamples, RankBatch, Status, compare, find_peers
 from tpcheck.batches.watcher import Watcher
 from tpcheck.core.errors import UsageError
 from tpcheck.core.findings import Finding

@@ -124,9 +124,14 @@ class LoaderObserver:
         if provenance is None:
             provenance = BatchProvenance(rng=self._before, find_drawn=self._drawn_here())
         elif self._observes_outside:
-            provenance.find_drawn = partial(
-                _union, provenance.find_drawn, self._drawn_here(), frozenset(provenance.sampler_drew)
-            )
+            drawn_by_loader, sampler_drew = provenance.find_drawn, provenance.sampler_drew
+            drawn_here = self._drawn_here()
+
+            def find_drawn() -> tuple[str, ...]:
+                drawn = drawn_by_loader()
+                return drawn + tuple(set(drawn_here()) - {*drawn, *sampler_drew})
+
+            provenance.find_drawn = find_drawn
             provenance.rng = self._before | provenance.rng
         provenance.number = self._number
         self._number += 1
@@ -138,12 +143,6 @@ class LoaderObserver:
         if self._torch_loader is not None:
             vars(self._torch_loader).update(self._originals)
         self._originals = {}
-
-    def __enter__(self) -> LoaderObserver:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
 
     def _install(self, loader: DataLoader[Any]) -> dict[str, Any]:
         reporter = Reporter(self._reports.sender if self._reports else None, self._log.batch_made)
@@ -174,8 +173,19 @@ class LoaderObserver:
         return None
 
     def _drawn_here(self) -> Callable[[], tuple[str, ...]]:
-        """Return a function that names the generators of this process that moved since `before_batch`."""
-        return partial(_drawn_between, self._before, rng_states(), starts=not self._number)
+        """Return a function that names the generators of this process that moved since `before_batch`.
+
+        It leaves out the seeds that a starting loader draws.
+        """
+        before, after, starts = self._before, rng_states(), not self._number
+
+        def find_drawn() -> tuple[str, ...]:
+            drawn = changed_generators(before, after)
+            if starts and "torch" in drawn and _only_seeds_drawn(before.raw("torch"), after.raw("torch")):
+                return tuple(name for name in drawn if name != "torch")
+            return drawn
+
+        return find_drawn
 
 
 def _add_worker(provenance: BatchProvenance, number: int, num_workers: int, reports: WorkerReports) -> None:
@@ -192,23 +202,6 @@ def _is_library_loader(loader: Any) -> bool:
     """Return whether only torch and accelerate handle the batches once they are collated."""
     module = getattr(type(loader).__iter__, "__module__", "") if hasattr(type(loader), "__iter__") else ""
     return module.partition(".")[0] in ("torch", "accelerate")
-
-
-def _union(
-    drawn_by_loader: Callable[[], tuple[str, ...]],
-    drawn_here: Callable[[], tuple[str, ...]],
-    sampler_drew: frozenset[str],
-) -> tuple[str, ...]:
-    drawn = drawn_by_loader()
-    return drawn + tuple(set(drawn_here()) - {*drawn, *sampler_drew})
-
-
-def _drawn_between(before: GeneratorStates, after: GeneratorStates, *, starts: bool) -> tuple[str, ...]:
-    """Return what was drawn from, leaving out the seeds that a starting loader draws."""
-    drawn = changed_generators(before, after)
-    if starts and "torch" in drawn and _only_seeds_drawn(before.raw("torch"), after.raw("torch")):
-        return tuple(name for name in drawn if name != "torch")
-    return drawn
 
 
 def _only_seeds_drawn(before: bytes | None, after: bytes | None) -> bool:

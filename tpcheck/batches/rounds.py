@@ -1,4 +1,4 @@
-"""One round of comparing: every rank sends what it has, and all come to the same outcome."""
+"""The ranks whose batches are compared, and one round: each sends what it has, and all come to the same outcome."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import distributed as dist
 
-from tpcheck.batches.causes import explain_difference, explain_same_samples, explain_uneven_length, with_cause
+from tpcheck.backends.live_groups import LiveGroups, live_groups
+from tpcheck.batches.causes import explain_difference, explain_same_samples, with_cause
 from tpcheck.batches.comparison import (
     LeafDifference,
     batches_agree_within_tp,
@@ -22,15 +25,77 @@ from tpcheck.batches.comparison import (
 )
 from tpcheck.batches.leaves import DigestedBatch, LeafContent, as_tensor
 from tpcheck.batches.locate import locate
-from tpcheck.batches.peers import Peers
 from tpcheck.batches.records import BatchSummary, ContentDigests
 from tpcheck.batches.samples import content_digests, sampled_rows, samples_of
 from tpcheck.batches.sampling import BatchProvenance
+from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.errors import RankFailure, RankOutcome
 from tpcheck.core.findings import Finding
 from tpcheck.core.topology import Topology
+from tpcheck.world.exchange import Exchange
 
 AXES = frozenset({"tp", "dp"})
+# Connections live as long as torch's default group: a loop may call `check_batch` at every step.
+_peers: WeakKeyDictionary[Any, dict[Any, Peers]] = WeakKeyDictionary()
+# A rank that hangs keeps its TP group waiting, and that group the other replicas: its own group is to report it first.
+_EXTRA_TIMEOUT_ACROSS_DP = 3.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """This rank's place and the connections to its peers.
+
+    Attributes:
+        groups: The ranks, and where the groups come from.
+        tp, dp: Exchange with the ranks of the TP group, and with this rank's counterparts in the other replicas.
+        replicas: TP group of each of those counterparts, in their order.
+    """
+
+    groups: LiveGroups
+    tp: Exchange
+    dp: Exchange
+    replicas: tuple[tuple[int, ...], ...]
+
+    def exchange(self, axis: str) -> Exchange:
+        """Return the exchange over `tp` or `dp`."""
+        return self.tp if axis == "tp" else self.dp
+
+    def members(self, axis: str) -> tuple[tuple[int, ...], ...]:
+        """Return the ranks behind each message of an exchange: one rank over `tp`, its TP group over `dp`."""
+        return tuple((rank,) for rank in self.tp.ranks) if axis == "tp" else self.replicas
+
+    def abort(self, failure: RankFailure) -> None:
+        """Make every rank that waits for this one raise the failure."""
+        self.tp.abort(failure)
+        self.dp.abort(failure)
+
+
+def find_peers(
+    *, group: Any = None, topology: Topology | None = None, model: Any = None, timeout: float, shared: bool = True
+) -> Peers:
+    """Return the peers that `live_groups` finds. The first time, collective over them.
+
+    Args:
+        group, topology, model: As in `live_groups`.
+        timeout: Seconds that ranks wait for each other.
+        shared: Use connections that others use, too; a thread of its own must not.
+
+    Raises:
+        UsageError: There are none; see `live_groups`.
+        RankFailure: One of them does not come.
+    """
+    groups = live_groups(group=group, topology=topology, model=model)
+    cache = _peers.setdefault(dist.group.WORLD, {})
+    key = (groups.tp, groups.dp, timeout)
+    peers = cache.get(key) if shared else None
+    if peers is None or peers.tp.broken or peers.dp.broken:
+        tp = Exchange(groups.tp, axis="tp", timeout=timeout)
+        dp = Exchange(groups.dp, axis="dp", timeout=timeout + _EXTRA_TIMEOUT_ACROSS_DP)
+        tp.also_aborted_by, dp.also_aborted_by = (dp,), (tp,)
+        peers = Peers(groups, tp, dp, dp.all_gather_object(groups.tp))
+        if shared:
+            cache[key] = peers
+    return replace(peers, groups=groups)
 
 
 class Status(IntEnum):
@@ -315,7 +380,7 @@ def _uneven(messages: Sequence[RoundMessage], axis: str, step: int, members: Seq
     finding = uneven_batches(counts, ended=ended, axis=axis, step=step, members=members)
     if finding is None:
         return Outcome()
-    finding = with_cause(finding, explain_uneven_length(), Topology())
+    finding = with_cause(finding, Explanation(Cause.UNEVEN_LENGTH), Topology())  # ranks that have left answer no more
     return Outcome((finding,), uneven=AXES if axis == "tp" else frozenset({"dp"}))
 
 
@@ -331,7 +396,6 @@ def _find_difference(peers: Peers, batch: RankBatch) -> Outcome:
     dp_ranks = peers.groups.dp
     where = {"dp_rank": dp_ranks.index(peers.groups.rank)} if len(dp_ranks) > 1 else {}
     finding = batches_agree_within_tp(differences, step=batch.step, located=located, where=where)
-    assert finding is not None
     explanation = explain_difference(
         [replace(summary, contents=digests) for summary, digests in zip(summaries.values(), contents, strict=True)],
         [difference.path for difference in differences],
@@ -361,7 +425,6 @@ def _find_equal_samples(peers: Peers, batch: RankBatch, equal_samples: EqualSamp
         return None
     summaries = exchange.all_gather_object(batch.summary())
     finding = batches_differ_across_dp(same, field=first.field, step=batch.step, replicas=peers.replicas)
-    assert finding is not None
     explanation = explain_same_samples(
         [replace(summaries[replica], rows=samples[replica].rows) for replica in same[0].replicas]
     )

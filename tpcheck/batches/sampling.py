@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from tpcheck.batches.generators import GeneratorStates, changed_generators, rng_digests, rng_states, with_generators_of
+from tpcheck.batches.generators import GeneratorStates, changed_generators, rng_states, with_generators_of
 from tpcheck.batches.records import LoaderFacts
 
 _PIPE_BUF = 4096  # bytes: POSIX guarantees 512; Linux writes up to 4096 at once
@@ -133,7 +133,7 @@ class Reporter:
         info = get_worker_info()
         if self._sender is None or info is None:
             return
-        states = rng_digests(dataset=info.dataset)
+        states = dict(rng_states(dataset=info.dataset))
         report = {
             "worker": info.id, "pid": os.getpid(), "seed": info.seed, "number": self._number, "states": states
         }  # fmt: skip
@@ -144,9 +144,6 @@ class Reporter:
 
     def __getstate__(self) -> dict[str, Any]:  # for a spawned worker
         return {"_sender": self._sender, "_made_here": None, "_number": 0}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
 
 
 class _ReportingFunction:

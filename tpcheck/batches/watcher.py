@@ -12,8 +12,17 @@ from functools import partial
 from typing import Any
 
 from tpcheck.batches.options import OnMismatch, WatchOptions
-from tpcheck.batches.peers import Peers, find_peers
-from tpcheck.batches.rounds import AXES, EqualSamples, Outcome, RankBatch, Status, compare, outcome_after_leaving
+from tpcheck.batches.rounds import (
+    AXES,
+    EqualSamples,
+    Outcome,
+    Peers,
+    RankBatch,
+    Status,
+    compare,
+    find_peers,
+    outcome_after_leaving,
+)
 from tpcheck.batches.sampling import BatchProvenance
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import BatchMismatch, Mismatch, RankFailure, UnevenBatches

@@ -78,12 +78,9 @@ class _Renaming:
 def _renamings(actual: Sequence[str], expected: Sequence[str]) -> Iterator[_Renaming]:
     unwrap_actual, unwrap_expected = _unwrapping(actual), _unwrapping(expected)
     words = (*_unwrapped("actual", actual, unwrap_actual), *_unwrapped("the reference", expected, unwrap_expected))
-    yield _Renaming(_unchanged, _unchanged)
+    yield _Renaming(_chain(), _chain())
     yield _Renaming(unwrap_actual, unwrap_expected, words)
-    actual_names, expected_names = (
-        [unwrap_actual(name) for name in actual],
-        [unwrap_expected(name) for name in expected],
-    )
+    actual_names, expected_names = list(map(unwrap_actual, actual)), list(map(unwrap_expected, expected))
     for prefix in _prefixes(actual_names, frozenset(expected_names)):
         ignored = f"names of actual carry the prefix {prefix!r}"
         yield _Renaming(_chain(unwrap_actual, _without_prefix(prefix)), unwrap_expected, (*words, ignored))
@@ -117,10 +114,6 @@ def _unwrapped(side: str, names: Sequence[str], rename: Rename) -> Iterator[str]
     if changed:
         example = f"{changed[0]!r} as {rename(changed[0])!r}"
         yield f"{len(changed)} names of {side} are read without what a wrapper inserted, such as {example}"
-
-
-def _unchanged(name: str) -> str:
-    return name
 
 
 def _chain(*changes: Rename) -> Rename:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tpcheck.cli.checkpoint import checkpoint
-from tpcheck.cli.compare import compare
+from tpcheck.cli.compare import checkpoint, compare
 from tpcheck.cli.faults import faults
 from tpcheck.cli.fuzz import fuzz
 from tpcheck.cli.inspect import doctor, families, topology

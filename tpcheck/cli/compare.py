@@ -1,23 +1,72 @@
-"""`tpcheck compare CANDIDATE.trace REFERENCE.trace`"""
+"""`tpcheck checkpoint ACTUAL REFERENCE` and `tpcheck compare CANDIDATE.trace REFERENCE.trace`: files that runs left."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from tpcheck.cli.option_values import writable
-from tpcheck.cli.results import Files, write_report
-from tpcheck.cli.terminal import BAD_USAGE, usage_errors
+from tpcheck.cli.terminal import BAD_USAGE, Files, bytes_bar, usage_errors, write_report
+from tpcheck.report.report import Report
+
+Json = Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the report as JSON.")]
+Junit = Annotated[Path | None, typer.Option(metavar="F", help="Write the report as JUnit XML.")]
+Html = Annotated[Path | None, typer.Option(metavar="F", help="Write the report as an HTML page.")]
+
+
+def checkpoint(
+    actual: Annotated[str, typer.Argument(help="The checkpoint to verify: a file or a folder.")],
+    reference: Annotated[str, typer.Argument(help="The checkpoint that it should equal.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="An intended cast: round the reference to this dtype first, such as bfloat16.")
+    ] = None,
+    earlier: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="A checkpoint of an earlier step, to recognise stale weights; repeatable."),
+    ] = None,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle", help="Unpickle arbitrary classes in a separate process. This runs code from the file."
+        ),
+    ] = False,
+    json_: Json = None,
+    junit: Junit = None,
+    html: Html = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show every finding.")] = False,
+) -> None:
+    """Compare a checkpoint bitwise with a reference, and explain each tensor that differs.
+
+    Formats are recognised: safetensors, transformers' shards, pytorch_model.bin, torch DCP, DeepSpeed
+    training and universal checkpoints, PEFT adapters, Megatron torch_dist. Shards of TP and ZeRO ranks are
+    merged first.
+
+    \b
+    tpcheck checkpoint saved/ reference/
+    tpcheck checkpoint saved/global_step2 model.safetensors
+    tpcheck checkpoint saved/ reference/ --dtype bfloat16 --json report.json
+
+    Exit status: 0 equal, 1 findings, 2 bad usage, a damaged file, or nothing to compare.
+    """
+    with usage_errors():
+        files = Files(writable("json", json_), writable("junit", junit), writable("html", html))
+        from tpcheck.checkpoints.verify import verify_checkpoint  # loads torch
+
+        with bytes_bar("compare") as progress:
+            report = verify_checkpoint(
+                actual, reference, dtype=dtype, earlier=earlier or (), allow_pickle=allow_pickle, progress=progress
+            )
+    _end(report, files, verbose=verbose)
 
 
 def compare(
     candidate: Annotated[str, typer.Argument(metavar="CANDIDATE.trace", help="The trace of the sharded model.")],
     reference: Annotated[str, typer.Argument(metavar="REFERENCE.trace", help="The trace of the unsharded model.")],
-    json_: Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the report as JSON.")] = None,
-    junit: Annotated[Path | None, typer.Option(metavar="F", help="Write the report as JUnit XML.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="F", help="Write the report as an HTML page.")] = None,
+    json_: Json = None,
+    junit: Junit = None,
+    html: Html = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show every finding, and the checks that passed.")] = False,
 ) -> None:
     """Compare two traces that `tpcheck.record` has written in your training loop.
@@ -32,6 +81,11 @@ def compare(
         from tpcheck.runs.comparing import compare_traces  # loads torch
 
         report = compare_traces(candidate, reference)
+    _end(report, files, verbose=verbose)
+
+
+def _end(report: Report, files: Files, *, verbose: bool) -> NoReturn:
+    """Write the report, and exit: 0 passed, 1 findings, 2 nothing compared or not written."""
     is_written = write_report(report, files, verbose=verbose)
     status = {"passed": 0, "failed": 1}.get(report.verdict.verdict, BAD_USAGE)
     raise typer.Exit(status if is_written else BAD_USAGE)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpcheck.cli.option_values import writable
-from tpcheck.cli.results import all_written
 from tpcheck.cli.terminal import (
     BAD_USAGE,
     INTERRUPTED,
@@ -21,7 +20,7 @@ from tpcheck.cli.terminal import (
     show,
     usage_errors,
     with_progress,
-    write_atomically,
+    write_all,
 )
 from tpcheck.core.errors import UsageError
 from tpcheck.lab.faults.report import fault_lines, fault_list, faults_html, faults_json, faults_junit, progress_line
@@ -89,14 +88,13 @@ def faults(
     results, is_complete = _run(runs, jobs)
     score, seconds = Score.of(results), time.monotonic() - start
     environment = _versions()
-    writes = [lambda: show(fault_lines(score, seconds))]
-    if json_:
-        writes.append(lambda: write_atomically(json_, faults_json(score, environment, seconds)))
-    if html:
-        writes.append(lambda: write_atomically(html, faults_html(score, environment, seconds)))
-    if junit:
-        writes.append(lambda: write_atomically(junit, faults_junit(score)))
-    if not all_written(writes):
+    is_written = write_all(
+        fault_lines(score, seconds),
+        (json_, lambda: faults_json(score, environment, seconds)),
+        (html, lambda: faults_html(score, environment, seconds)),
+        (junit, lambda: faults_junit(score)),
+    )
+    if not is_written:
         raise typer.Exit(BAD_USAGE)
     raise typer.Exit((0 if score.is_good else 1) if is_complete else INTERRUPTED)
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 
 from tpcheck.cli.option_values import integers, json_object, names, settings, writable
-from tpcheck.cli.results import all_written
-from tpcheck.cli.terminal import BAD_USAGE, INTERRUPTED, note, show, usage_errors, write_atomically
+from tpcheck.cli.terminal import BAD_USAGE, INTERRUPTED, note, progress_bar, usage_errors, write_all
 from tpcheck.core.errors import UsageError
 from tpcheck.lab.fuzz.report import (
     layers_data,
@@ -31,7 +28,8 @@ from tpcheck.model.options import DEFAULTS, RunOptions, option_help
 from tpcheck.world.attach import is_launched
 
 if TYPE_CHECKING:
-    from tpcheck.lab.fuzz.draws import Bounds
+    from tpcheck.lab.fuzz.family import Bounds
+    from tpcheck.lab.fuzz.layers import LayerCommon
     from tpcheck.lab.fuzz.search import Limits
 
 
@@ -41,39 +39,20 @@ def progress_of(total: int) -> Iterator[Callable[..., None]]:
 
     Meanwhile standard output goes to standard error: DeepSpeed prints when it is imported.
     """
-    with redirect_stdout(sys.stderr), _progress(total) as on_outcome:
-        yield on_outcome
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[..., None]]:
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda outcome, *, shrinking: note(str(outcome_line(outcome, shrinking=shrinking)))
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting", total=total)
+    columns = MofNCompleteColumn(), TimeElapsedColumn()
+    with redirect_stdout(sys.stderr), progress_bar("starting", total, *columns) as update:
 
         def on_outcome(outcome: Outcome, *, shrinking: bool) -> None:
-            ran = int(not shrinking and outcome.status != "refused")
-            progress.update(task, advance=ran, description="shrinking" if shrinking else outcome.status)
+            if update is None:
+                note(str(outcome_line(outcome, shrinking=shrinking)))
+            else:
+                ran = int(not shrinking and outcome.status != "refused")
+                update(advance=ran, description="shrinking" if shrinking else outcome.status)
 
         yield on_outcome
 
 
 _STATUS = {"passed": 0, "failed": 1, "skipped": BAD_USAGE, "error": 3}
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSelection:
-    """The layers to try: those with these names, or all; or one trial."""
-
-    backend: str
-    names: Sequence[str]
-    trial: str | None
-    known: bool
-    timeout: float
 
 
 def run_family(
@@ -84,29 +63,27 @@ def run_family(
 
     with progress_of(limits.examples) as on_outcome:
         searched = fuzz_family(family, bounds, common, limits, on_outcome, known=known)
-    writes = [lambda: show(searched_lines(searched))]
-    if json_path:
-        writes.append(lambda: write_atomically(json_path, searched_json(searched_data(searched))))
-    return exit_status([searched]) if all_written(writes) else BAD_USAGE
+    is_written = write_all(searched_lines(searched), (json_path, lambda: searched_json(searched_data(searched))))
+    return exit_status([searched]) if is_written else BAD_USAGE
 
 
-def run_layers(wanted: LayerSelection, bounds: Bounds, limits: Limits, json_path: Path | None) -> int:
-    """Search layers one by one, and return the exit status."""
-    from tpcheck.lab.fuzz.layers import LayerCommon, fuzz_layers, read_trial, try_one
+def run_layers(
+    names: Sequence[str], trial_json: str | None, common: LayerCommon, limits: Limits, json_path: Path | None
+) -> int:
+    """Search layers one by one (those of these names, or all), or run one trial; return the exit status."""
+    from tpcheck.lab.fuzz.layers import fuzz_layers, read_trial, try_one
 
-    common = LayerCommon(wanted.backend, bounds.tp, bounds.dtype, wanted.known, wanted.timeout)
-    if wanted.trial is not None:
-        trial = read_trial(wanted.trial)
+    if trial_json is not None:
+        trial = read_trial(trial_json)
         with progress_of(1):
             outcome = try_one(trial, common)
-        searched = [_of_one(outcome, {"layer": trial.layer, "backend": wanted.backend})]
+        found = (ShrunkFailure(outcome, outcome, outcome.command),) if outcome.is_bad else ()
+        searched = [SearchResult({"layer": trial.layer, "backend": common.backend}, (outcome,), found)]
     else:
         with progress_of(limits.examples) as on_outcome:
-            searched = list(fuzz_layers(wanted.names, common, limits, on_outcome))
-    writes = [lambda: show(layers_lines(searched))]
-    if json_path:
-        writes.append(lambda: write_atomically(json_path, searched_json(layers_data(searched))))
-    return exit_status(searched) if all_written(writes) else BAD_USAGE
+            searched = list(fuzz_layers(names, common, limits, on_outcome))
+    is_written = write_all(layers_lines(searched), (json_path, lambda: searched_json(layers_data(searched))))
+    return exit_status(searched) if is_written else BAD_USAGE
 
 
 def exit_status(searched: Sequence[SearchResult]) -> int:
@@ -114,11 +91,6 @@ def exit_status(searched: Sequence[SearchResult]) -> int:
     status = _STATUS[verdict_of(searched)]
     interrupted = any(search.interrupted for search in searched)
     return INTERRUPTED if interrupted and status in (0, BAD_USAGE) else status
-
-
-def _of_one(outcome: Outcome, subject: dict[str, str]) -> SearchResult:
-    found = (ShrunkFailure(outcome, outcome, outcome.command),) if outcome.is_bad else ()
-    return SearchResult(subject, (outcome,), found)
 
 
 def fuzz(
@@ -209,14 +181,16 @@ def fuzz(
         )
         sizes = {"tp": integers("tp", tp), "dp": integers("dp", dp), "zero": integers("zero", zero)}
 
-        from tpcheck.lab.fuzz.draws import Bounds  # loads torch, which --help need not wait for
+        from tpcheck.lab.fuzz.family import Bounds  # loads torch, which --help need not wait for
         from tpcheck.lab.fuzz.search import Limits
 
         bounds = Bounds.of(dtype=names("dtype", dtype), **sizes)
         limits = Limits(examples, seed, shrink_seconds)
         if family is None:
-            wanted = LayerSelection(backend, layer or [], trial, known=bool(known), timeout=timeout)
-            raise typer.Exit(run_layers(wanted, bounds, limits, json_))
+            from tpcheck.lab.fuzz.layers import LayerCommon
+
+            of_layers = LayerCommon(backend, bounds.tp, bounds.dtype, bool(known), timeout)
+            raise typer.Exit(run_layers(layer or [], trial, of_layers, limits, json_))
         raise typer.Exit(run_family(family, bounds, common, limits, json_, known=known is not False))
 
 

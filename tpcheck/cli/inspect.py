@@ -72,7 +72,7 @@ def families(
     tpcheck families --table matrix.json
     """
     if table is not None:
-        from tpcheck.lab.matrix.report import families_page
+        from tpcheck.lab.matrix import families_page
 
         with usage_errors():
             show(families_page(table))

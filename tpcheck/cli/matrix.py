@@ -8,23 +8,38 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from tpcheck.cli.results import Files, write_results
 from tpcheck.cli.terminal import (
     BAD_USAGE,
     INTERRUPTED,
+    Files,
+    append,
     is_reporting_rank,
     note,
     run_concurrently,
+    succeeds,
     with_progress,
+    write_all,
     write_atomically,
 )
 from tpcheck.core.environment import num_cores
 from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.findings import Verdict
 from tpcheck.lab.known import JudgedVerdict, judge
-from tpcheck.lab.matrix.cells import Cell, done_before, judged_json, versions, whole_json
-from tpcheck.lab.matrix.report import progress_line
-from tpcheck.report.report import Report
+from tpcheck.lab.matrix import (
+    Cell,
+    done_before,
+    judged_json,
+    matrix_html,
+    matrix_junit,
+    matrix_lines,
+    matrix_markdown,
+    progress_line,
+    standing_lines,
+    versions,
+    whole_json,
+)
+from tpcheck.report.report import FINDINGS_SHOWN, Report, verdict_lines
+from tpcheck.report.words import Line
 from tpcheck.world.attach import is_launched
 
 Verify = Callable[[Cell], Report]
@@ -111,26 +126,17 @@ class Journal:
         self._verdicts: set[str] = set()
         self.error: TpcheckError | None = None
 
-    def write_each(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
-        """Yield each outcome after it was written."""
-        for outcome in outcomes:
-            self.add(outcome)
-            yield outcome
-
     def add(self, outcome: Outcome) -> None:
         """Write an outcome. A file that cannot be written does not end the run; `error` is reported at the end."""
+        if self._path is None:
+            return
         verdict = outcome.report.verdict
         self._reports[outcome.cell] = judged_json(judge(verdict))
         self._verdicts.add(verdict.verdict)
-        self.write()
-
-    def write(self) -> None:
-        if self._path is None:
-            return
         reports = [self._reports[cell] for cell in self._cells if cell in self._reports]
+        self.error = None
         try:
             write_atomically(self._path, whole_json(reports, self._verdicts, len(self._cells) - len(reports)))
-            self.error = None
         except TpcheckError as error:
             self.error = error
 
@@ -142,7 +148,7 @@ class Matrix:
     Attributes:
         cells: Every cell.
         all_families: The families were not named, so one that cannot be built is skipped.
-        with_register: Results are with_register against the register of known upstream bugs.
+        with_register: Results are compared with the register of known upstream bugs.
         fresh: What a file of an earlier run holds is run again.
     """
 
@@ -175,7 +181,8 @@ def run_matrix(matrix: Matrix, verify: Verify, files: Files, *, jobs: int | None
     todo = [cell for cell in matrix.cells if cell not in outcomes]
     running = run_all(todo, verify, _num_workers(jobs, todo), skips=matrix.skips)
     try:
-        for outcome in journal.write_each(_with_progress(running, matrix, todo)):
+        for outcome in _with_progress(running, matrix, todo):
+            journal.add(outcome)
             outcomes[outcome.cell] = outcome
     except KeyboardInterrupt:
         if matrix.is_single or not is_reporting_rank():
@@ -194,12 +201,43 @@ def _finished(outcomes: list[Outcome], matrix: Matrix, files: Files, journal: Jo
     if matrix.is_single and (outcomes[0].bad_usage or outcomes[0].refused):
         note(f"tpcheck: {outcomes[0].report.verdict.message}")
         return status
-    is_written = write_results(rows, files, verbose=verbose, with_register=matrix.with_register)
+    is_written = _write_results(rows, files, verbose=verbose, with_register=matrix.with_register)
     if journal.error is not None:
         note(f"tpcheck: {journal.error}")
     elif all(outcome.refused for outcome in outcomes):
         note("tpcheck: nothing could be run")
     return status if is_written and journal.error is None else BAD_USAGE
+
+
+def _write_results(rows: Sequence[JudgedVerdict], files: Files, *, verbose: bool, with_register: bool) -> bool:
+    """Show the rows and write the files; return whether everything could be written.
+
+    Args:
+        with_register: Whether findings that the register of known bugs expects are left out.
+    """
+    is_written = write_all(
+        _lines(rows, verbose, with_register),
+        (files.json if len(rows) == 1 else None, Report(rows[0].verdict).to_json),
+        (files.junit, lambda: matrix_junit(rows)),
+        (files.html, lambda: matrix_html(rows)),
+    )
+    is_appended = files.summary is None or succeeds(partial(append, files.summary, matrix_markdown(rows)))
+    return is_written and is_appended
+
+
+def _lines(rows: Sequence[JudgedVerdict], verbose: bool, with_register: bool) -> Iterator[Line]:
+    """Yield a single report in full; of several, the unexpected ones (with `verbose` all) and the table."""
+    several = len(rows) > 1
+    for row in rows:
+        is_unexpected = row.verdict.verdict in ("failed", "error") and not (with_register and row.standing == "known")
+        if verbose or not several or is_unexpected:
+            yield from verdict_lines(row.verdict, findings_shown=None if verbose else FINDINGS_SHOWN)
+            if several:
+                yield Line()
+    if several:
+        yield from matrix_lines(rows)
+    elif rows[0].standing:
+        yield from standing_lines(rows[0])
 
 
 def _earlier(matrix: Matrix, files: Files) -> list[Outcome]:

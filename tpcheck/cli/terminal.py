@@ -6,12 +6,14 @@ import io
 import os
 import queue
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
+from uuid import uuid4
 
 import typer
 from rich.console import Console
@@ -20,6 +22,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -27,6 +30,7 @@ from rich.progress import (
 )
 
 from tpcheck.core.errors import TpcheckError
+from tpcheck.report.report import FINDINGS_SHOWN, Report, verdict_lines
 from tpcheck.report.words import Line, as_rich, as_text
 from tpcheck.world.attach import is_launched
 
@@ -49,7 +53,7 @@ def show(lines: Iterable[Line]) -> None:
         BrokenPipeError: The reader of the output has closed it.
     """
     console = Console()
-    with _reporting_write_errors("standard output"):
+    with reporting_write_errors("standard output"):
         try:
             if console.is_terminal:
                 console.print(as_rich(lines), soft_wrap=True)
@@ -86,7 +90,7 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         TpcheckError: It could not be written.
     """
-    with _reporting_write_errors(str(path)):
+    with reporting_write_errors(str(path)):
         if is_special(path):
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
         else:
@@ -99,26 +103,18 @@ def is_special(path: Path) -> bool:
 
 
 def _replace(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile(
-        "w",
-        encoding="utf-8",
-        errors="backslashreplace",  # names of files need not be valid UTF-8
-        dir=path.absolute().parent,
-        prefix=f".{path.name}.",
-        delete=False,
-    ) as temporary:
-        try:
-            temporary.write(text)
-            temporary.close()
-            Path(temporary.name).chmod(0o666 & ~_umask())
-            Path(temporary.name).replace(path)
-        except BaseException:
-            Path(temporary.name).unlink(missing_ok=True)
-            raise
+    temporary = path.absolute().with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:  # names of files may be no UTF-8
+            file.write(text)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
-def _reporting_write_errors(target: str) -> Iterator[None]:
+def reporting_write_errors(target: str) -> Iterator[None]:
     """Turn an OSError into a TpcheckError that names what could not be written."""
     try:
         yield
@@ -136,10 +132,57 @@ def _drop_unwritten_output() -> None:
         os.close(nowhere)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The files to write, in addition to standard output.
+
+    Attributes:
+        json: One report; the file of a matrix is written while it runs.
+        summary: Markdown, appended to the file, as GitHub's step summary needs it.
+    """
+
+    json: Path | None = None
+    junit: Path | None = None
+    html: Path | None = None
+    summary: Path | None = None
+
+
+def write_report(report: Report, files: Files, *, verbose: bool) -> bool:
+    """Show one report and write its files; return whether everything could be written."""
+    lines = verdict_lines(report.verdict, findings_shown=None if verbose else FINDINGS_SHOWN)
+    return write_all(lines, (files.json, report.to_json), (files.junit, report.to_junit), (files.html, report.to_html))
+
+
+def write_all(lines: Iterable[Line], *files: tuple[Path | None, Callable[[], str]]) -> bool:
+    """Show the lines and write each text that has a path, also after one has failed; return whether all succeeded."""
+    writes = [partial(show, lines), *(partial(_write, *file) for file in files)]
+    succeeded = [succeeds(write) for write in writes]
+    return all(succeeded)
+
+
+def _write(path: Path | None, to_text: Callable[[], str]) -> None:
+    if path is not None:
+        write_atomically(path, to_text())
+
+
+def succeeds(write: Callable[[], None]) -> bool:
+    """Call the function, and return whether it raised no TpcheckError; show the error."""
+    try:
+        write()
+    except TpcheckError as error:
+        note(f"tpcheck: {error}")
+        return False
+    return True
+
+
+def append(path: Path, text: str) -> None:
+    """Append text to a file.
+
+    Raises:
+        TpcheckError: It could not be written.
+    """
+    with reporting_write_errors(str(path)), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
 
 
 Result = TypeVar("Result")
@@ -149,31 +192,31 @@ def with_progress(
     results: Iterable[Result], total: int, *, name: Callable[[Result], str], line: Callable[[Result], str]
 ) -> Iterator[Result]:
     """Yield the results; show a progress bar on a terminal, and a line for each result elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    with progress_bar("starting", total, MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()) as update:
         for result in results:
-            note(line(result))
-            yield result
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("starting", total=total)
-        for result in results:
-            progress.update(task, advance=1, description=name(result))
+            if update is None:
+                note(line(result))
+            else:
+                update(advance=1, description=name(result))
             yield result
 
 
 @contextmanager
 def bytes_bar(description: str) -> Iterator[Callable[[int, int], None] | None]:
     """Yield a function that shows the bytes done on a terminal, or None where there is no terminal."""
+    with progress_bar(description, None, DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as update:
+        yield None if update is None else lambda done, total: update(completed=done, total=total)
+
+
+@contextmanager
+def progress_bar(description: str, total: int | None, *columns: ProgressColumn) -> Iterator[Callable[..., None] | None]:
+    """Yield what updates a progress bar with these columns (`rich.progress.Progress.update`), None without terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with Progress(TextColumn("{task.description}"), BarColumn(), *columns, console=console, transient=True) as progress:
+        yield partial(progress.update, progress.add_task(description, total=total))
 
 
 def run_concurrently(jobs: Sequence[Callable[[], Result]], num_workers: int) -> Iterator[Result]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +11,10 @@ import typer
 
 from tpcheck.cli.matrix import Matrix, run_matrix
 from tpcheck.cli.option_values import integers, json_object, names, settings, writable
-from tpcheck.cli.results import Files, summary_path
-from tpcheck.cli.terminal import usage_errors
+from tpcheck.cli.terminal import Files, usage_errors
 from tpcheck.core.errors import UsageError
 from tpcheck.families.tokens import Tokens
-from tpcheck.lab.matrix.cells import Cell, cells
+from tpcheck.lab.matrix import Cell, cells
 from tpcheck.model.options import DEFAULTS, RunOptions, option_help
 from tpcheck.report.report import Report
 
@@ -125,7 +125,9 @@ def verify(
             zero=integers("zero", zero),
             dtype=names("dtype", dtype),
         )
-        files = Files(writable("json", json_), writable("junit", junit), writable("html", html), summary_path(summary))
+        github = os.environ.get("GITHUB_STEP_SUMMARY")
+        summary = summary or (Path(github) if github else None)
+        files = Files(writable("json", json_), writable("junit", junit), writable("html", html), summary)
 
     def verify_one(cell: Cell) -> Report:
         from tpcheck.model.verify import verify_family  # loads torch, which --help and bad usage need not wait for

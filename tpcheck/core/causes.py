@@ -113,13 +113,13 @@ class Cause(Enum):
     SHARD_REPEATED = (
         "shard_repeated",
         "one rank's shard is in every rank's place{residual}",
-        "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact",
+        "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact runs.sketch_causes",
         "One rank's shard is used for all: gather over the TP group and index by tp_rank.",
     )
     SHARD_ORDER_SWAPPED = (
         "shard_order_swapped",
         "the shards in another order of ranks equal the expected tensor{residual}",
-        "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact",
+        "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact runs.sketch_causes",
         "Concatenate the shards in the order of tp_rank, not of world rank or of file names.",
     )
     FUSED_BLOCKS_INTERLEAVED = (
@@ -156,23 +156,23 @@ class Cause(Enum):
     MISSING_REDUCE = (
         "missing_reduce",
         "leaving out the reduction over the ranks gives the actual tensor{residual}",
-        "numerics.hypotheses.reductions numerics.hypotheses.vocabulary",
+        "numerics.hypotheses.reductions numerics.hypotheses.vocabulary runs.sketch_causes",
     )
     DUPLICATE_REDUCE = (
         "duplicate_reduce",
         "reducing over the ranks once more gives the actual tensor{residual}",
-        "numerics.hypotheses.reductions numerics.hypotheses.vocabulary numerics.exact",
+        "numerics.hypotheses.reductions numerics.hypotheses.vocabulary numerics.exact runs.sketch_causes",
         "Do not sum replicas: gather shards, take replicas from one rank.",
     )
     MEAN_INSTEAD_OF_SUM = (
         "mean_instead_of_sum",
         "a mean over the ranks in place of the sum gives the actual tensor{residual}",
-        "numerics.hypotheses.reductions",
+        "numerics.hypotheses.reductions runs.sketch_causes",
     )
     SUM_INSTEAD_OF_MEAN = (
         "sum_instead_of_mean",
         "a sum over the DP ranks in place of the mean gives the actual tensor{residual}",
-        "numerics.hypotheses.reductions",
+        "numerics.hypotheses.reductions runs.sketch_causes",
     )
     BIAS_ADDED_PER_RANK = (
         "bias_added_per_rank",
@@ -180,46 +180,130 @@ class Cause(Enum):
         "numerics.hypotheses.reductions",
     )
 
+    REDUCED_AFTER_ACCUMULATION = (
+        "reduced_after_accumulation",
+        "reducing the accumulated gradient again at each micro-batch gives the actual one{residual}",
+        "runs.sketch_causes",
+        "Reduce each micro-batch's own gradient (a hook on the incoming gradient), or the accumulated one once, before "
+        "the optimizer's step: a post-accumulate-grad hook sees what was reduced before.",
+    )
+    LAST_MICRO_BATCH_ONLY = (
+        "last_micro_batch_only",
+        "the gradient is that of the last micro-batch alone{residual}",
+        "runs.sketch_causes",
+        "Accumulate before the step: with DeepSpeed set gradient_accumulation_steps to the number of backward calls.",
+    )
+    MICRO_BATCH_UNREDUCED = (
+        "micro_batch_unreduced",
+        "the gradients of some micro-batches were not reduced over the replicas, those of others were",
+        "runs.sketch_causes",
+        "Reduce once after the last backward pass; a no_sync context must not enclose that pass.",
+    )
+    MEAN_OF_LOCAL_MEANS = (
+        "mean_of_local_means",
+        "micro-batches or replicas with unlike numbers of tokens were weighted alike",
+        "runs.sketch_causes",
+        "Divide the sum of the losses by the number of labels of the whole step (num_items_in_batch), not each by its "
+        "own.",
+    )
+
     # ---- gradients, norms, replicas
     PARTIAL_GRADIENT_ON_REPLICA = (
         "partial_gradient_on_replica",
         "the sum of the ranks' gradients equals the expected one{residual}",
-        "numerics.hypotheses.reductions",
+        "numerics.hypotheses.reductions runs.sketch_causes",
     )
     GRADIENT_MISSING = (
         "gradient_missing",
         "the parameter has no gradient on these ranks, the reference has one",
-        "numerics.hypotheses.gradients",
+        "numerics.hypotheses.gradients runs.sketch_causes runs.step_checks",
     )
     GRADIENT_SCALED = (
         "gradient_scaled",
         "the actual gradient equals the expected one times a constant{residual}",
-        "numerics.hypotheses.gradients",
+        "numerics.hypotheses.gradients runs.sketch_causes",
     )
     NORM_IS_LOCAL = (
         "norm_is_local",
         "the norm is that of one rank's own gradients{residual}",
-        "numerics.hypotheses.optimizer",
+        "numerics.hypotheses.optimizer runs.sketch_causes",
     )
     NORM_COUNTS_REPLICAS = (
         "norm_counts_replicas",
         "counting replicated parameters once for each rank gives the actual norm{residual}",
-        "numerics.hypotheses.optimizer",
+        "numerics.hypotheses.optimizer runs.sketch_causes",
+    )
+    NORM_LEAVES_OUT_SHARDS = (
+        "norm_leaves_out_shards",
+        "the norm of some ranks' or parameters' gradients alone is the actual one{residual}",
+        "runs.sketch_causes",
+        "Sum the squares of all shards over the TP group, and count replicated parameters once.",
+    )
+    NORM_AVERAGED_OVER_RANKS = (
+        "norm_averaged_over_ranks",
+        "averaging the ranks' norms gives the actual norm{residual}",
+        "runs.sketch_causes",
+        "Sum the squares of the norms over the ranks, then take the root.",
+    )
+    NORM_SUMMED_OVER_RANKS = (
+        "norm_summed_over_ranks",
+        "adding up the ranks' norms gives the actual norm{residual}",
+        "runs.sketch_causes",
+        "Sum the squares of the norms over the ranks, then take the root.",
     )
     REPLICA_DRIFT = (
         "replica_drift",
         "the replicas were equal and have drifted apart",
-        "numerics.hypotheses.optimizer checkpoints",
+        "numerics.hypotheses.optimizer checkpoints runs.exact_checks runs.step_checks",
         "Find out why the replicas drift apart with `tpcheck verify`: every rank updates its copy by itself.",
+    )
+
+    # ---- optimizers
+    OPTIONS_DIFFER = (
+        "options_differ",
+        "the optimizers were given other options",
+        "runs.exact_checks runs.step_checks",
+        "Give both runs the same learning rate, schedule and options, or compare runs that have them.",
+    )
+    OPTIMIZER_SEES_ONE_SHARD = (
+        "optimizer_sees_one_shard",
+        "the gradients agree, and an optimizer whose step depends on the whole matrix was given each rank's shard",
+        "runs.sketch_causes",
+        "Gather the matrix before the step, as distributed versions of this optimizer do.",
+    )
+    OPTIMIZER_STATE_OF_ANOTHER_RANK = (
+        "optimizer_state_of_another_rank",
+        "ranks with different shards held the same optimizer state",
+        "runs.step_checks",
+        "Save and load optimizer state for each rank: a file for each TP rank, not one for all.",
+    )
+    MASTERS_STALE = (
+        "masters_stale",
+        "the weights are not the optimizer's master weights, rounded",
+        "runs.step_checks",
+        "After loading weights refresh the masters (DeepSpeed: refresh_fp32_params; load both, or neither).",
+    )
+
+    # ---- runs
+    NONDETERMINISM = (
+        "nondeterminism",
+        "two runs alike in versions, topology, weights, inputs and generators part here: a computation of this module "
+        "is not deterministic, or its code or settings are not the same. It is no question of sharding",
+        "runs.comparing",
+        "Run again with torch.use_deterministic_algorithms(True), or look at what changed in this module.",
     )
 
     # ---- values
     NOT_FINITE = (
         "not_finite",
         "some elements are infinite or not a number",
-        "numerics.hypotheses.values numerics.exact",
+        "numerics.hypotheses.values numerics.exact runs.sketch_causes",
     )
-    ALL_ZERO = ("all_zero", "every wrong element is zero", "numerics.hypotheses.values numerics.exact")
+    ALL_ZERO = (
+        "all_zero",
+        "every wrong element is zero",
+        "numerics.hypotheses.values numerics.exact runs.sketch_causes",
+    )
     BIT_FLIPPED = (
         "bit_flipped",
         "one bit of one element differs",
@@ -241,7 +325,7 @@ class Cause(Enum):
     STALE_WEIGHT = (
         "stale_weight",
         "the actual tensor equals the expected one of an earlier step{residual}",
-        "numerics.hypotheses.optimizer numerics.exact",
+        "numerics.hypotheses.optimizer numerics.exact runs.exact_checks runs.run_findings",
         "Save after the optimizer's step has reached the model: ZeRO gathers the weights last.",
     )
 

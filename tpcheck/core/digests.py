@@ -54,8 +54,12 @@ def keys(device: torch.device, number: int, stream: int) -> torch.Tensor:
 
 def odd_keys(first: int, number: int, device: torch.device | None = None) -> torch.Tensor:
     """Return the odd pseudo-random integers of 64 bits of the positions `first`, `first` + 1, ... (splitmix64)."""
-    mixed = torch.arange(first, first + number, device=device) * _signed(INCREMENT)
-    return mix(mix(mixed, 30, FACTORS[0]), 27, FACTORS[1]) | 1
+    return splitmix(torch.arange(first, first + number, device=device)) | 1
+
+
+def splitmix(numbers: torch.Tensor) -> torch.Tensor:
+    """Return a pseudo-random integer of 64 bits for each integer (splitmix64); use the high bits, which mix best."""
+    return mix(mix(numbers * _signed(INCREMENT), 30, FACTORS[0]), 27, FACTORS[1])
 
 
 def mix(numbers: torch.Tensor, shift: int, factor: int) -> torch.Tensor:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from tpcheck.doctor.advice import Advice
-
 KNOWN_KEYS = frozenset(
     """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
     steps_per_print dump_state disable_python_gc disable_allgather communication_data_type
@@ -22,9 +20,24 @@ KNOWN_KEYS = frozenset(
     sparse_attention sparse_gradients nebula eigenvalue progressive_layer_drop""".split()
 )
 PRESETS = frozenset("llama bloom chatglm mixtral deepseek_v2 qwen2 phi3".split())
-
-
 Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A problem that a rule found.
+
+    Attributes:
+        rule: Name of the rule.
+        what: The problem and its consequence.
+        fix: What to do: a line to add, a command; None for a problem without a fix.
+        link: Where to read more.
+    """
+
+    rule: str
+    what: str
+    fix: str | None = None
+    link: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,76 +99,71 @@ def section(config: Config, name: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def clipping_is_on_unless_set(config: Config) -> Iterator[Advice]:
+Problems = Iterator[tuple[str, str | None]]
+"""What the problem is, and what to do about it."""
+
+
+def clipping_is_on_unless_set(config: Config) -> Problems:
     """Without `gradient_clipping` DeepSpeed clips."""
     if "gradient_clipping" not in config:
-        yield Advice(
-            rule="clipping_is_on_unless_set",
-            what="gradient_clipping is not set: DeepSpeed clips gradients to a norm of 1.0",
-            fix='add "gradient_clipping": 0.0 to disable clipping, or set the intended norm',
+        yield (
+            "gradient_clipping is not set: DeepSpeed clips gradients to a norm of 1.0",
+            'add "gradient_clipping": 0.0 to disable clipping, or set the intended norm',
         )
 
 
-def tensor_parallelism_is_off(config: Config) -> Iterator[Advice]:
+def tensor_parallelism_is_off(config: Config) -> Problems:
     """Without a TP size above 1 nothing is sharded, whatever else the section sets."""
-    size = section(config, "tensor_parallel").get("autotp_size")
-    if num_tp(config) > 1:
-        return
-    state = "is not set" if size is None else f"is {size}"
-    yield Advice(
-        rule="tensor_parallelism_is_off",
-        what=f"tensor_parallel.autotp_size {state}: no parameter will be sharded, and checkpoints are as large as "
-        "without TP, unless deepspeed.tp_model_init shards the model",
-        fix='add "tensor_parallel": {"autotp_size": 2}',
-    )
+    if num_tp(config) == 1:
+        size = section(config, "tensor_parallel").get("autotp_size")
+        state = "is not set" if size is None else f"is {size}"
+        yield (
+            f"tensor_parallel.autotp_size {state}: no parameter will be sharded, and checkpoints are as large as "
+            "without TP, unless deepspeed.tp_model_init shards the model",
+            'add "tensor_parallel": {"autotp_size": 2}',
+        )
 
 
-def saved_model_is_one_shard(config: Config) -> Iterator[Advice]:
+def saved_model_is_one_shard(config: Config) -> Problems:
     """`save_16bit_model` writes the shards of TP rank 0."""
     size, stage = num_tp(config), zero_stage(config)
     if size > 1 and stage < 3:
-        yield Advice(
-            rule="saved_model_is_one_shard",
-            what=f"with autotp_size {size} and ZeRO {stage}, engine.save_16bit_model silently writes TP rank 0's "
+        yield (
+            f"with autotp_size {size} and ZeRO {stage}, engine.save_16bit_model silently writes TP rank 0's "
             "shards as if they were the model",
-            fix="call engine._consolidated_16bit_state_dict() on all ranks, and save rank 0's result with the buffers",
+            "call engine._consolidated_16bit_state_dict() on all ranks, and save rank 0's result with the buffers",
         )
 
 
-def unknown_keys_are_ignored(config: Config) -> Iterator[Advice]:
+def unknown_keys_are_ignored(config: Config) -> Problems:
     """A key that DeepSpeed does not read at the top of the configuration has no effect."""
     for key in config:
         if key not in KNOWN_KEYS:
             near = get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.7)
-            yield Advice(
-                rule="unknown_keys_are_ignored",
-                what=f"{key} is no key of DeepSpeed's configuration: DeepSpeed ignores it silently",
-                fix=f"did you mean {near[0]}?" if near else None,
-            )
+            what = f"{key} is no key of DeepSpeed's configuration: DeepSpeed ignores it silently"
+            yield what, f"did you mean {near[0]}?" if near else None
 
 
-def preset_is_unknown(config: Config) -> Iterator[Advice]:
+def preset_is_unknown(config: Config) -> Problems:
     """DeepSpeed ignores an unknown preset silently."""
     preset = section(config, "tensor_parallel").get("preset_model")
     if isinstance(preset, str) and preset.lower() not in PRESETS:
         near = get_close_matches(preset.lower(), PRESETS, n=1, cutoff=0.5)
-        yield Advice(
-            rule="preset_is_unknown",
-            what=f"preset_model {preset!r} does not exist: DeepSpeed ignores it silently",
-            fix=f"did you mean {near[0]}?" if near else f"one of {', '.join(sorted(PRESETS))}",
+        yield (
+            f"preset_model {preset!r} does not exist: DeepSpeed ignores it silently",
+            f"did you mean {near[0]}?" if near else f"one of {', '.join(sorted(PRESETS))}",
         )
 
 
-def preset_comes_before_the_model_s_plan(config: Config) -> Iterator[Advice]:
+def preset_comes_before_the_model_s_plan(config: Config) -> Problems:
     """A preset replaces the model's tp_plan."""
     preset = section(config, "tensor_parallel").get("preset_model")
     if isinstance(preset, str) and preset.lower() in PRESETS:
         # Measured with deepspeed 0.19.8 at tp 2: the logits are off by 7 %.
         wrong = "; with bloom each rank then silently has wrong ALiBi slopes" if preset.lower() == "bloom" else ""
-        yield Advice(
-            rule="preset_comes_before_the_model_s_plan",
-            what=f"preset_model {preset!r} replaces the model's tp_plan{wrong}",
-            fix="remove preset_model if the model has a tp_plan; tpcheck verify shows which of the two is right",
+        yield (
+            f"preset_model {preset!r} replaces the model's tp_plan{wrong}",
+            "remove preset_model if the model has a tp_plan; tpcheck verify shows which of the two is right",
         )
 
 
@@ -172,4 +180,5 @@ RULES = (
 def config_advice(config: Config) -> Iterator[Advice]:
     """Yield the advice of every rule on a configuration."""
     for rule in RULES:
-        yield from rule(config)
+        for what, fix in rule(config):
+            yield Advice(rule.__name__, what, fix)

@@ -1,23 +1,20 @@
-"""The diagnosis of this machine and of a DeepSpeed configuration, and its text."""
+"""The diagnosis of this machine (devices, versions, leftovers of killed runs) and of a DeepSpeed configuration."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tpcheck.doctor.advice import Advice
-from tpcheck.doctor.deepspeed import Saved, config_advice, what_is_saved
-from tpcheck.doctor.machine import (
-    bad_versions,
-    devices,
-    extension_caches,
-    installed_versions,
-    leaked_shared_memory,
-    stale_locks,
-)
+import psutil  # type: ignore[import-untyped]
+from packaging.version import Version
+
+from tpcheck.core.environment import num_cores
+from tpcheck.doctor.deepspeed import Advice, Saved, config_advice, what_is_saved
 from tpcheck.report import words
 from tpcheck.report.table import Cell, Column, Row, Table, table_lines
 from tpcheck.report.words import Line, labelled, plain
@@ -40,20 +37,13 @@ class Diagnosis:
     saved: tuple[Saved, ...] = ()
 
 
-def _home() -> Path:
-    """Return the home directory; without one the relative path `~`, as torch does."""
-    try:
-        return Path.home()
-    except RuntimeError:  # no HOME, and no line in /etc/passwd, as under `docker run --user 12345`
-        return Path("~")
-
-
 def diagnose(config: Mapping[str, Any] | None = None) -> Diagnosis:
     """Return the problems of this machine and of a DeepSpeed configuration."""
     versions = installed_versions()
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 - without a home it stays `~`, as in torch; Path.home raises
     advice = (
         *bad_versions(versions),
-        *stale_locks(extension_caches(os.environ, _home())),
+        *stale_locks(extension_caches(os.environ, home)),
         *leaked_shared_memory(),
         *(config_advice(config) if config is not None else ()),
     )
@@ -86,3 +76,119 @@ def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[Line]:
         yield plain(words.pluralize(len(diagnosis.advice), "finding"), "bold red")
     else:
         yield plain("no problems", "bold green")
+
+
+def devices() -> tuple[str, ...]:
+    """Return the processors and accelerators as text. Imports torch."""
+    cores = f"{num_cores()} CPU cores"
+    try:
+        import torch
+    except ImportError:
+        return (cores,)
+    return (cores, *(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())))
+
+
+_SHM_GLOB = "deepspeed_allreduce_buffer_*"
+
+
+def extension_caches(environment: Mapping[str, str], home: Path) -> tuple[Path, ...]:
+    """Return the folders in which torch builds extensions: TORCH_EXTENSIONS_DIR and the default."""
+    chosen = environment.get("TORCH_EXTENSIONS_DIR")
+    cache = Path(environment.get("XDG_CACHE_HOME") or home / ".cache")
+    return (*([Path(chosen)] if chosen else []), cache / "torch_extensions")
+
+
+def stale_locks(caches: Iterable[Path]) -> Iterator[Advice]:
+    """Yield the locks of builds that no process holds open: torch silently waits for them for ever."""
+    locks = sorted({lock for cache in caches for lock in _locks(cache)})
+    open_files = _open_files() if locks else set()
+    for lock in locks:
+        if str(lock.resolve()) not in open_files:
+            yield Advice(
+                rule="stale_lock",
+                what=f"{lock} is left over from a killed build: the next build of {lock.parent.name} will hang",
+                fix=f"rm {lock}",
+                link="https://github.com/pytorch/pytorch/blob/main/torch/utils/file_baton.py",
+            )
+
+
+def leaked_shared_memory(folder: Path = Path("/dev/shm"), proc: Path = Path("/proc")) -> Iterator[Advice]:
+    """Yield the shared-memory segments of DeepSpeed's all-reduce that no process maps."""
+    segments = sorted(folder.glob(_SHM_GLOB))
+    mapped = _mapped_files(proc) if segments else frozenset()
+    leaked = [segment for segment in segments if str(segment) not in mapped]
+    if leaked:
+        size = sum(_size(segment) for segment in leaked) / 2**20
+        paths = " ".join(str(segment) for segment in leaked)
+        yield Advice(
+            rule="leaked_shared_memory",
+            what=f"{len(leaked)} segments in {folder} ({size:.0f} MiB) belong to no process: DeepSpeed's all-reduce "
+            "for CPUs leaks one for each rank of each world",
+            fix=f"rm {paths}" if len(leaked) <= 4 else f"rm {folder}/{_SHM_GLOB}",
+        )
+
+
+def _locks(cache: Path) -> list[Path]:
+    """Return the locks in a cache; none if it is not readable, such as /root for another user of a container."""
+    with suppress(OSError):
+        return [lock for lock in cache.glob("**/lock") if lock.is_file()]
+    return []
+
+
+def _size(segment: Path) -> int:
+    with suppress(FileNotFoundError):  # its world has just removed it
+        return segment.stat().st_blocks * 512
+    return 0
+
+
+def _open_files() -> set[str]:
+    """Return every file that a process of this user has open."""
+    paths = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # another user's process, or one that has just ended
+            paths |= {file.path for file in process.open_files()}
+    return paths
+
+
+def _mapped_files(proc: Path) -> frozenset[str]:
+    """Return every file that a process of this user has mapped."""
+    paths = set()
+    for maps in proc.glob("[0-9]*/maps"):
+        with suppress(OSError):
+            paths |= {line.split(maxsplit=5)[-1] for line in os.fsdecode(maps.read_bytes()).splitlines() if "/" in line}
+    return frozenset(paths)
+
+
+PACKAGES = ("tpcheck", "torch", "deepspeed", "transformers", "accelerate")
+
+
+# Vulnerabilities: name, package, the first version without it, what it is.
+_KNOWN_CVES = (
+    ("CVE-2025-32434", "torch", (2, 6), "weights_only=True of torch.load can be bypassed"),
+    ("CVE-2026-24747", "torch", (2, 10), "weights_only=True of torch.load can be bypassed"),
+)
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Return the version of each package of interest, None where it is not installed."""
+    return {package: _version(package) for package in PACKAGES}
+
+
+def bad_versions(versions: Mapping[str, str | None]) -> Iterator[Advice]:
+    """Yield the installed versions with a known fault."""
+    for name, package, fixed_in, what in _KNOWN_CVES:
+        installed = versions.get(package)
+        if installed and Version(installed).release < fixed_in:
+            yield Advice(
+                rule="bad_version",
+                what=f"{package} {installed}: {what} ({name})",
+                fix=f"pip install '{package}>={'.'.join(map(str, fixed_in))}'",
+                link=f"https://nvd.nist.gov/vuln/detail/{name}",
+            )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

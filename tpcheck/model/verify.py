@@ -23,7 +23,7 @@ from tpcheck.model.options import (
 )
 from tpcheck.report.report import Report
 from tpcheck.world.attach import attach, is_launched
-from tpcheck.world.preload import ZERO_PRELOAD
+from tpcheck.world.forkserver_client import ZERO_PRELOAD
 from tpcheck.world.world import spawn
 
 if TYPE_CHECKING:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import xxhash
 from torch import nn
 
 from tpcheck.numerics.differences import frobenius_distance
 from tpcheck.numerics.evidence import TensorKey
 from tpcheck.numerics.precision import torch_function_disabled
-from tpcheck.numerics.recorder import ForcedValue, ModuleRecorder
+from tpcheck.numerics.recorder import ForcedValue, ModuleRecorder, eager
 from tpcheck.numerics.tensors import map_tensors
 
 Deviations = dict[Hashable, float]  # Frobenius distance of each tensor in a replay from the recorded one
@@ -35,6 +37,33 @@ class Perturbation:
     def of_replay(cls, number: int, dtype: torch.dtype, seed: int) -> Perturbation:
         """Return the perturbation of a replay by its number; replay 0 is not perturbed."""
         return cls(torch.finfo(dtype).eps if number else 0.0, torch.Generator().manual_seed(seed * 1000 + number))
+
+    def factor(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
+        """Return what to multiply the output of a module, or its gradient, with. It depends on the draws before."""
+        return random_factor(tensor, self.eps, self.generator)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyedPerturbation:
+    """The random rounding of one replay on several ranks: equal for equal places, whatever a rank draws elsewhere.
+
+    So the copies of a replicated tensor stay equal, also where ranks hold shards of different sizes. The relative size
+    is the machine epsilon of each tensor's own dtype.
+
+    Attributes:
+        seed: Equal seeds give equal replays.
+    """
+
+    seed: int
+
+    def factor(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
+        """Return what to multiply the output of a module, or its gradient, with."""
+        return random_factor(tensor, torch.finfo(tensor.dtype).eps, self.generator(place, tensor.device))
+
+    def generator(self, place: str, device: torch.device) -> torch.Generator:
+        """Return a generator for a place: a module with the number of its call, or a parameter."""
+        seed = xxhash.xxh3_64_intdigest(place.encode(), seed=self.seed & (1 << 63) - 1)
+        return torch.Generator(device).manual_seed(seed >> 1)
 
 
 @contextmanager
@@ -80,15 +109,25 @@ def first_nonzero(deviations: Deviations) -> str | None:
     return None
 
 
+class _Rounding(Protocol):
+    def factor(self, tensor: torch.Tensor, place: str) -> torch.Tensor: ...
+
+
 @contextmanager
-def perturbed_leaves(model: nn.Module, perturbation: Perturbation) -> Iterator[None]:
+def perturbed_leaves(model: nn.Module, perturbation: _Rounding) -> Iterator[None]:
     """Perturb the output of every leaf module of `model`, forward and backward, while inside."""
+    calls: Counter[str] = Counter()
 
-    def perturb(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return map_tensors(lambda tensor: _perturbed(tensor, perturbation), output)
+    def perturb_outputs_of(name: str) -> Callable[..., Any]:
+        def perturb(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            place = f"{name} call {calls[name]}"
+            calls[name] += 1
+            return map_tensors(lambda tensor: _perturbed(tensor, perturbation, place), output)
 
-    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
-    handles = [leaf.register_forward_hook(perturb) for leaf in leaves]
+        return eager(perturb)
+
+    leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
+    handles = [leaf.register_forward_hook(perturb_outputs_of(name)) for name, leaf in leaves]
     try:
         yield
     finally:
@@ -96,26 +135,43 @@ def perturbed_leaves(model: nn.Module, perturbation: Perturbation) -> Iterator[N
             handle.remove()
 
 
-def _perturbed(tensor: torch.Tensor, perturbation: Perturbation) -> torch.Tensor:
+def _perturbed(tensor: torch.Tensor, perturbation: _Rounding, place: str) -> torch.Tensor:
     if not tensor.is_floating_point():
         return tensor
-    result: torch.Tensor = _Perturb.apply(tensor, perturbation)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _Perturb.apply(tensor, perturbation, place)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Perturb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, perturbation: Perturbation) -> torch.Tensor:
-        ctx.perturbation = perturbation
-        return tensor * _factor(tensor, perturbation)
+    def forward(ctx: Any, tensor: torch.Tensor, perturbation: _Rounding, place: str) -> torch.Tensor:
+        ctx.perturbation, ctx.place = perturbation, place
+        return _multiplied(tensor, perturbation, place)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0] * _factor(grads[0], ctx.perturbation), None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _multiplied(grads[0], ctx.perturbation, f"gradient of {ctx.place}"), None, None
 
 
-def _factor(tensor: torch.Tensor, perturbation: Perturbation) -> torch.Tensor:
-    eps, generator = perturbation.eps, perturbation.generator
+def _multiplied(tensor: torch.Tensor, perturbation: _Rounding, place: str) -> torch.Tensor:
+    placements = getattr(tensor, "placements", None)
+    if placements is None:
+        return tensor * perturbation.factor(tensor, place)
+    from torch.distributed.tensor import DTensor
+
+    local = tensor._local_tensor  # type: ignore[attr-defined]
+    return DTensor.from_local(
+        local * perturbation.factor(local, place),
+        tensor.device_mesh,  # type: ignore[attr-defined]
+        placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
+def random_factor(tensor: torch.Tensor, eps: float, generator: torch.Generator) -> torch.Tensor:
+    """Return 1 + eps * U(-1, 1) for each element of `tensor`."""
     with torch_function_disabled():
         uniform = torch.rand(tensor.shape, dtype=torch.float64, device=generator.device, generator=generator)
         return (1 + eps * (2 * uniform - 1)).to(device=tensor.device, dtype=tensor.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -135,6 +136,11 @@ class ModuleRecorder:
             return forced
         replacement: torch.Tensor = _Replace.apply(tensor, forced)  # type: ignore[no-untyped-call]
         return replacement
+
+
+def eager(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the hook such that torch.compile does not trace it; load no compiler where nothing is compiled."""
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook  # type: ignore[no-untyped-call]
 
 
 class _Replace(torch.autograd.Function):

@@ -20,6 +20,14 @@ SAFETY_FACTOR = 10.0
 # order, rounds elsewhere: at most as far as is allowed, which is SAFETY_FACTOR times what was measured.
 RECOMPUTED_FACTOR = 10.0
 
+# Of runs that are compared by their traces: a dtype whose epsilon is larger is one of 16 bits.
+LOW_PRECISION = 1e-4
+# In such a dtype noise grows over the layers until ten times of it hide a mistake of some percent in one module. The
+# distance of two right runs is 0.2 to 1.0 times the largest deviation of a replay, at every module alike: one that is
+# five times as far off, in units of its deviation, as any before it has added more than rounding.
+LOCAL_FACTOR = 5.0
+TYPICAL_NOISE = 0.5
+
 # ---- causes: share of a difference that may remain where a cause explains it
 
 # In float64 rounding leaves about 1e-12 of a difference that is worth a finding; 1e-3 leaves room for float32, and for

@@ -20,9 +20,15 @@ from tpcheck.pytest_plugin.fixtures import (
     pickled_settings,
     test_reference,
 )
-from tpcheck.pytest_plugin.messages import BodyCall, BodyFailed, BodyPassed, Placeholder
+from tpcheck.pytest_plugin.messages import (
+    BodyCall,
+    BodyFailed,
+    BodyPassed,
+    Placeholder,
+    current_filters,
+    reissue_warnings,
+)
 from tpcheck.pytest_plugin.run_on_rank import prepare, run_body
-from tpcheck.pytest_plugin.warning_filters import current_filters, reissue_warnings
 from tpcheck.world.channel import dumps
 from tpcheck.world.world import World
 

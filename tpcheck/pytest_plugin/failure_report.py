@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from tpcheck.core.errors import RankFailure, RankOutcome
-from tpcheck.pytest_plugin.exceptions import traceback_through, unpickle_exception
-from tpcheck.pytest_plugin.messages import BodyFailed
+from tpcheck.pytest_plugin.messages import BodyFailed, traceback_through, unpickle_exception
 from tpcheck.world.failures import one_line
 
 _ATTRIBUTE = "tpcheck_origin"
@@ -108,7 +107,7 @@ def failure_repr(excinfo: pytest.ExceptionInfo[BaseException], longrepr: Any) ->
     if origin.details is None:  # a rank died or hung
         return excinfo.getrepr(style="value")
     rank_longrepr = origin.details.longrepr
-    _add_notes(rank_longrepr, _new_notes(error, origin))
+    _add_notes(rank_longrepr, error, origin)
     rank_longrepr.addsection(_title(origin), _other_ranks(origin))
     return rank_longrepr
 
@@ -118,19 +117,14 @@ def _with_rank_sections(error: BaseException, longrepr: Any) -> Any:
     for member in getattr(error, "exceptions", ()):
         origin = origin_of(member)
         if origin is not None and origin.details is not None and hasattr(longrepr, "addsection"):
-            _add_notes(origin.details.longrepr, _new_notes(member, origin))
+            _add_notes(origin.details.longrepr, member, origin)
             longrepr.addsection(_title(origin), f"{origin.details.longrepr}\n{_other_ranks(origin)}")
     return longrepr
 
 
-def _new_notes(error: BaseException, origin: FailedRun) -> list[str]:
-    """Return the notes that were added in pytest's process, such as Hypothesis's falsifying example."""
-    notes: list[str] = getattr(error, "__notes__", [])
-    return notes[origin.num_notes :]
-
-
-def _add_notes(longrepr: Any, notes: Iterable[str]) -> None:
-    """Add notes where pytest shows them: below the message of the exception."""
+def _add_notes(longrepr: Any, error: BaseException, origin: FailedRun) -> None:
+    """Add the notes of pytest's process, such as Hypothesis's falsifying example, below the message as pytest does."""
+    notes: list[str] = getattr(error, "__notes__", [])[origin.num_notes :]
     entries = longrepr.reprtraceback.reprentries
     lines: list[str] = getattr(entries[-1], "lines", []) if entries else []
     lines += [f"E   {line}" for note in notes for line in note.splitlines()]

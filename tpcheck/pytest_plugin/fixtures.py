@@ -33,20 +33,17 @@ _pickled_key = pytest.StashKey[bytes]()
 def pickled_settings(config: pytest.Config) -> bytes:
     """Return the pickled `PytestSettings` of the session, always the same bytes."""
     if _pickled_key not in config.stash:
-        config.stash[_pickled_key] = dumps(_settings(config))
+        terminal = config.pluginmanager.get_plugin("terminalreporter")
+        settings = PytestSettings(
+            rootpath=str(config.rootpath),
+            invocation_dir=str(config.invocation_params.dir),
+            options={name: value for name, value in vars(config.option).items() if _is_plain(value)},
+            ini=_ini(config),
+            rewritten=_rewritten(config),
+            has_markup=terminal is not None and bool(terminal._tw.hasmarkup),
+        )
+        config.stash[_pickled_key] = dumps(settings)
     return config.stash[_pickled_key]
-
-
-def _settings(config: pytest.Config) -> PytestSettings:
-    terminal = config.pluginmanager.get_plugin("terminalreporter")
-    return PytestSettings(
-        rootpath=str(config.rootpath),
-        invocation_dir=str(config.invocation_params.dir),
-        options={name: value for name, value in vars(config.option).items() if _is_plain(value)},
-        ini=_ini(config),
-        rewritten=_rewritten(config),
-        has_markup=terminal is not None and bool(terminal._tw.hasmarkup),
-    )
 
 
 def _ini(config: pytest.Config) -> dict[str, Any]:

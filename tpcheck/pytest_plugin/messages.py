@@ -1,10 +1,19 @@
-"""What pytest's process and the ranks send to each other about one test."""
+"""What pytest's process and the ranks send each other about one test: the call, its outcome, exceptions, warnings."""
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import reduce
+from importlib import import_module
+from types import TracebackType
 from typing import Any, Literal
+
+from tpcheck.world.channel import dumps_or_none, loads_or_none
 
 
 class Placeholder(Enum):
@@ -142,3 +151,114 @@ class BodyFailed:
     exception: bytes
     frames: tuple[FrameLocation, ...]
     warnings: tuple[RankWarning, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _ExceptionParts:
+    """An exception that does not pickle, such as one whose constructor takes more than its `args`."""
+
+    cls: type[BaseException]
+    args: tuple[Any, ...]
+    attributes: dict[str, Any]
+
+    def rebuild(self) -> BaseException:
+        error: BaseException = self.cls.__new__(self.cls, *self.args)
+        error.args = self.args
+        vars(error).update(self.attributes)
+        return error
+
+
+def pickle_exception(error: BaseException) -> bytes:
+    """Return the exception as bytes; arguments that do not pickle become their `repr`, such attributes are dropped."""
+    pickled = dumps_or_none(error)
+    if pickled is not None:
+        return pickled
+    args = tuple(arg if dumps_or_none(arg) is not None else repr(arg) for arg in error.args)
+    attributes = {name: value for name, value in vars(error).items() if dumps_or_none(value) is not None}
+    return dumps_or_none(_ExceptionParts(type(error), args, attributes)) or b""
+
+
+def unpickle_exception(pickled: bytes) -> BaseException | None:
+    """Return the exception, None where its type does not load in this process."""
+    loaded = loads_or_none(pickled)
+    try:
+        error = loaded.rebuild() if isinstance(loaded, _ExceptionParts) else loaded
+    except Exception:
+        return None
+    return error if isinstance(error, BaseException) else None
+
+
+def traceback_through(frames: Iterable[FrameLocation]) -> TracebackType | None:
+    """Return a traceback through these frames, outermost first.
+
+    Hypothesis distinguishes failures by type and innermost line. If every failure were raised at the same line of
+    tpcheck, two bugs would be one to it, and shrinking would move from one to the other.
+    """
+    traceback: TracebackType | None = None
+    for frame in reversed(tuple(frames)):
+        code = compile("raise LookupError", frame.filename, "exec")
+        code = code.replace(co_name=frame.function, co_firstlineno=frame.lineno)
+        try:
+            exec(code, {"__name__": "__tpcheck_rank__", "__file__": frame.filename})
+        except LookupError as error:
+            raised_at = error.__traceback__.tb_next if error.__traceback__ is not None else None
+            if raised_at is not None:
+                traceback = TracebackType(traceback, raised_at.tb_frame, raised_at.tb_lasti, frame.lineno)
+    return traceback
+
+
+def current_filters() -> tuple[WarningFilter, ...]:
+    """Return the filters in effect: while a test runs, those of pytest, its options and marks."""
+    return tuple(
+        WarningFilter(action, _pattern(message), (category.__module__, category.__qualname__), _pattern(module), lineno)
+        for action, message, category, module, lineno in warnings.filters
+        if isinstance(category, type)  # a tuple only where code appended to the list itself
+    )
+
+
+@contextmanager
+def recorded_warnings(filters: Iterable[WarningFilter]) -> Iterator[list[warnings.WarningMessage]]:
+    """Apply the filters, and record the warnings that pass them."""
+    with warnings.catch_warnings(record=True) as log:
+        warnings.resetwarnings()
+        for entry in filters:
+            category = _category(entry.category, may_import=True)
+            if category is not None:
+                action: Any = entry.action  # a Literal to mypy, a str in `warnings.filters`
+                warnings.filterwarnings(action, entry.message, category, entry.module, entry.lineno, append=True)
+        yield log
+
+
+def as_rank_warnings(log: Iterable[warnings.WarningMessage]) -> tuple[RankWarning, ...]:
+    return tuple(
+        RankWarning(
+            (entry.category.__module__, entry.category.__qualname__), str(entry.message), entry.filename, entry.lineno
+        )
+        for entry in log
+    )
+
+
+def reissue_warnings(rank_warnings: Iterable[RankWarning]) -> None:
+    """Issue the warnings of ranks in this process, each once however many ranks issued it."""
+    for warning in dict.fromkeys(rank_warnings):
+        category = _category(warning.category, may_import=False)
+        text = warning.message if category else f"{warning.category[1]}: {warning.message}"
+        warnings.warn_explicit(text, category or UserWarning, warning.filename, warning.lineno)
+
+
+def _category(name: tuple[str, str], *, may_import: bool) -> type[Warning] | None:
+    """Return the class; pytest's process imports no module (torch, say) to find the class of a warning."""
+    module, qualname = name
+    try:
+        holder = import_module(module) if may_import else sys.modules[module]
+        category = reduce(getattr, qualname.split("."), holder)
+    except Exception:
+        return None
+    return category if isinstance(category, type) and issubclass(category, Warning) else None
+
+
+def _pattern(pattern: Any) -> str:
+    """Return the regular expression as text; `warnings.filters` contains None, a string or a compiled pattern."""
+    if pattern is None:
+        return ""
+    return pattern if isinstance(pattern, str) else str(pattern.pattern)

@@ -11,8 +11,9 @@ import pytest
 
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
-from tpcheck.world.preload import DEFAULT_PRELOAD
-from tpcheck.world.world import World, spawn
+from tpcheck.world.forkserver_client import DEFAULT_PRELOAD
+from tpcheck.world.groups import BACKENDS
+from tpcheck.world.world import DEVICES, World, spawn
 
 _MARKER = (
     "tpcheck(tp=, dp=, timeout=, device=, backend=, seed=): run the test's body on every rank of a world of this "
@@ -50,10 +51,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SECONDS",
         help="limit for the body of a marked test, 0 for none (default: 60); the marker overrides it",
     )
-    group.addoption("--tpcheck-device", choices=("cpu", "cuda"), help="device of the ranks; the marker overrides it")
-    group.addoption(
-        "--tpcheck-backend", choices=("gloo", "nccl"), help="backend of process groups; the marker overrides it"
-    )
+    group.addoption("--tpcheck-device", choices=DEVICES, help="device of the ranks; the marker overrides it")
+    group.addoption("--tpcheck-backend", choices=BACKENDS, help="backend of process groups; the marker overrides it")
     group.addoption(
         "--tpcheck-fresh",
         action="store_true",
@@ -95,8 +94,8 @@ def options_of(config: pytest.Config) -> Options:
     fresh = config.getoption("tpcheck_fresh")
     return Options(
         timeout=timeout or None,
-        device=_choice(config, "tpcheck_device", ("cpu", "cuda")),
-        backend=_choice(config, "tpcheck_backend", ("gloo", "nccl")),
+        device=_choice(config, "tpcheck_device", DEVICES),
+        backend=_choice(config, "tpcheck_backend", BACKENDS),
         fresh=config.getini("tpcheck_fresh") if fresh is None else fresh,
         preload=tuple(config.getini("tpcheck_preload")),
         capture=config.getoption("capture") != "no",

@@ -17,7 +17,6 @@ from _pytest.assertion.rewrite import AssertionRewritingHook
 from _pytest.config import Config, PytestPluginManager, create_terminal_writer
 from _pytest.python import importtestmodule
 
-from tpcheck.pytest_plugin.exceptions import pickle_exception
 from tpcheck.pytest_plugin.messages import (
     BodyCall,
     BodyFailed,
@@ -27,8 +26,10 @@ from tpcheck.pytest_plugin.messages import (
     Placeholder,
     PytestSettings,
     RankWarning,
+    as_rank_warnings,
+    pickle_exception,
+    recorded_warnings,
 )
-from tpcheck.pytest_plugin.warning_filters import as_rank_warnings, recorded_warnings
 from tpcheck.world.channel import loads
 from tpcheck.world.failures import is_communication
 from tpcheck.world.rank import Rank
@@ -51,7 +52,7 @@ def rank_config(pickled: bytes) -> pytest.Config:
         install_importhook(config)
         _mark_for_rewriting(settings.rewritten)
     if config.getoption("runxfail"):
-        pytest.xfail = _no_xfail  # type: ignore[assignment]  # as pytest_configure does
+        pytest.xfail = lambda *_, **__: None  # type: ignore[assignment]  # as pytest_configure does
     _explain_comparisons(config)
     return config
 
@@ -103,10 +104,6 @@ def _explain_comparisons(config: Config) -> None:
     around_a_test = pytest_runtest_protocol(SimpleNamespace(ihook=config.hook, config=config))  # type: ignore[arg-type]
     next(around_a_test)
     config.add_cleanup(around_a_test.close)  # a reference: garbage collection of it removes the hook
-
-
-def _no_xfail(*_args: object, **_kwargs: object) -> None:
-    """Do nothing, under --runxfail."""
 
 
 def body_failed(

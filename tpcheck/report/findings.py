@@ -9,11 +9,12 @@ from typing import Any
 
 from tpcheck.core import causes
 from tpcheck.core.findings import Finding
-from tpcheck.report import batches, checkpoints, words
+from tpcheck.report import checkpoints, words
 from tpcheck.report.json_values import printable
 from tpcheck.report.words import Line, labelled
 
 _ALSO_SHOWN = 8
+_RANKS_SHOWN = 4  # with their values
 # The noun that an exact check counts, and its verb.
 _COUNTED = {
     "groups_match_topology": ("group", "differs", "differ"),
@@ -27,7 +28,8 @@ _PHRASED = {
     *("note", "follows_from", "advice"),
     *("collectives", "collectives_expected", "collectives_as_in"),
     *("shape_actual", "shape_expected", "count_differing", "count_total", "norm_actual", "norm_expected"),
-    *batches.PHRASED,
+    *("differs", "by_rank", "missing_on", "values", "first_sample", "samples_differing", "samples_total"),
+    *("batches", "ended", "replicas", "order"),
     *checkpoints.PHRASED,
 }
 
@@ -41,7 +43,7 @@ def finding_lines(finding: Finding, subject: Mapping[str, Any]) -> Iterator[Line
         yield from labelled("where", where)
     yield from labelled("observed", _observed(finding))
     if finding.evidence.get("values"):
-        yield from labelled("values", batches.values(finding.evidence))
+        yield from labelled("values", _by_rank(finding.evidence["values"]))
     stored = checkpoints.values(finding.evidence)
     if stored is not None:
         yield from labelled("values", stored)
@@ -110,7 +112,7 @@ def _observed(finding: Finding) -> str:
 
 def _amount(finding: Finding) -> str:
     evidence = finding.evidence
-    special = batches.amount(finding) or checkpoints.amount(finding)
+    special = _batch_amount(finding) or checkpoints.amount(finding)
     if special is not None:
         return special
     if "shape_actual" in evidence and evidence["shape_actual"] != evidence.get("shape_expected"):
@@ -124,6 +126,44 @@ def _amount(finding: Finding) -> str:
     number, total = evidence.get("count_differing", finding.observed), evidence.get("count_total")
     counted = words.pluralize(number, noun) if total is None else f"{number:g} of {words.pluralize(total, noun)}"
     return f"{counted} {singular if number == 1 else plural}"
+
+
+def _batch_amount(finding: Finding) -> str | None:
+    """Return what differs and by how much, or None for a finding that is not about batches."""
+    evidence = finding.evidence
+    differs = evidence.get("differs")
+    if finding.check == "batches_differ_across_dp" and differs is None:
+        return f"{words.pluralize(finding.observed, 'sample')} in common, in {evidence.get('order', 'some order')}"
+    if differs == "length":
+        return "batches: " + ", ".join(
+            f"{count}{'' if name in evidence['ended'] else ' or more'} on {name}"
+            for name, count in evidence["batches"].items()
+        )
+    if differs == "structure":
+        return f"missing on {words.ranks(evidence['missing_on'])}; differs"
+    if differs in ("type", "dtype", "shape", "device"):
+        return f"{differs} {_by_rank(evidence['by_rank'])}; differs"
+    return _bits(evidence) if differs == "bits" else None
+
+
+def _bits(evidence: Mapping[str, Any]) -> str:
+    if "count_total" not in evidence:
+        return "differs"
+    number, total = evidence["count_differing"], evidence["count_total"]
+    text = f"{number} of {words.pluralize(total, 'element')} {'differs' if number == 1 else 'differ'}"
+    if evidence.get("samples_total", 1) == 1:
+        return text
+    return (
+        f"{text}, in {evidence['samples_differing']} of {words.pluralize(evidence['samples_total'], 'sample')}, first"
+    )
+
+
+def _by_rank(values: Mapping[str, Any]) -> str:
+    return words.join_truncated([f"{_value(value)} on {name}" for name, value in values.items()], _RANKS_SHOWN)
+
+
+def _value(value: Any) -> str:
+    return str(list(value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def _allowed(finding: Finding) -> str:

@@ -9,9 +9,11 @@ from math import isfinite, prod
 from pathlib import PurePath
 from typing import Any
 
-from tpcheck.core.findings import Finding, Verdict
+from tpcheck.core.findings import CheckResult, Finding, Verdict
 
 SCHEMA = 1
+_FINDING_KEYS = ("check", "where", "observed", "allowed", "margin", "cause", "evidence", "again")
+_CHECK_KEYS = ("check", "compared", "worst_margin", "worst_at")
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _DEEPEST = 100  # nested containers; deeper ones are left out
 _LARGEST_ARRAY = 64  # elements; larger tensors and arrays are described by shape and dtype
@@ -24,16 +26,8 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
         "verdict": verdict.verdict,
         "subject": plain_json(verdict.subject),
         "environment": plain_json(verdict.environment),
-        "findings": [_finding(finding) for finding in verdict.findings],
-        "checks": [
-            {
-                "check": check.check,
-                "compared": check.compared,
-                "worst_margin": plain_json(check.worst_margin),
-                "worst_at": check.worst_at,
-            }
-            for check in verdict.checks
-        ],
+        "findings": [_fields(finding, _FINDING_KEYS) for finding in verdict.findings],
+        "checks": [_fields(check, _CHECK_KEYS) for check in verdict.checks],
         "coverage": {
             "compared": verdict.coverage.compared,
             "total": verdict.coverage.total,
@@ -44,17 +38,8 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _finding(finding: Finding) -> dict[str, Any]:
-    return {
-        "check": finding.check,
-        "where": plain_json(finding.where),
-        "observed": plain_json(finding.observed),
-        "allowed": plain_json(finding.allowed),
-        "margin": plain_json(finding.margin),
-        "cause": finding.cause,
-        "evidence": plain_json(finding.evidence),
-        "again": finding.again,
-    }
+def _fields(record: Finding | CheckResult, keys: Sequence[str]) -> dict[str, Any]:
+    return {key: plain_json(getattr(record, key)) for key in keys}
 
 
 def plain_json(value: Any) -> Any:

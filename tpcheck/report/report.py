@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from tpcheck.core.errors import BackendError, Mismatch
-from tpcheck.core.findings import Finding, Verdict
-from tpcheck.report import words
-from tpcheck.report.findings import finding_lines, place
+from tpcheck.core.findings import Coverage, Finding, Verdict
+from tpcheck.report import checkpoints, words
+from tpcheck.report.findings import finding_lines, is_consequence, place
 from tpcheck.report.json_values import verdict_json
-from tpcheck.report.junit import as_junit
-from tpcheck.report.table import Cell, Column, Row, Table, tables_html
-from tpcheck.report.text import FINDINGS_SHOWN, checks_table, head_line, verdict_lines
-from tpcheck.report.words import as_rich, as_text
+from tpcheck.report.table import Cell, Column, Outcome, Row, Table, junit_xml, table_lines, tables_html
+from tpcheck.report.words import Line, as_rich, as_text, labelled, plain
 
 if TYPE_CHECKING:
     from rich.text import Text
+
+
+FINDINGS_SHOWN = 5
+_NAMES_SHOWN = 3
+STYLES = {"passed": "bold green", "failed": "bold red", "error": "bold magenta", "skipped": "bold yellow"}
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours of a backend's message, which an issue cannot show
+_MESSAGE_HEADS = {"error": "The system under test crashed. Its own message:", "skipped": "Nothing was run:"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +77,7 @@ class Report:
         verdict = self.verdict
         versions = ", ".join(f"{package} {version}" for package, version in sorted(verdict.environment.items()))
         subtitle = "; ".join(part for part in (verdict.message, versions, f"{verdict.seconds:.1f} seconds") if part)
-        return tables_html(str(head_line(verdict)), subtitle, [self._findings_table(), checks_table(verdict)])
+        return tables_html(str(_head_line(verdict)), subtitle, [self._findings_table(), _checks_table(verdict)])
 
     def _findings_table(self) -> Table:
         columns = Column("check"), Column("where"), Column("margin", right=True), Column("cause")
@@ -106,3 +114,124 @@ class Report:
 
     def __rich__(self) -> Text:
         return as_rich(verdict_lines(self.verdict))
+
+
+def verdict_lines(verdict: Verdict, *, findings_shown: int | None = FINDINGS_SHOWN) -> Iterator[Line]:
+    """Yield the lines of a verdict; `findings_shown` None shows all of them."""
+    yield _head_line(verdict)
+    if verdict.message:
+        yield from _message(verdict)
+    yield from checkpoints.explanation_lines(verdict)
+    shown = _most_severe(verdict.findings, findings_shown)
+    for finding in shown:
+        yield Line()
+        yield from finding_lines(finding, verdict.subject)
+    rest = len(verdict.findings) - len(shown)
+    if rest:
+        yield Line()
+        yield plain(f"and {rest} more; --json has them all", "dim")
+    if verdict.checks:
+        yield Line()
+        yield from table_lines(_checks_table(verdict))
+    yield Line()
+    yield from _foot(verdict)
+
+
+def _head_line(verdict: Verdict) -> Line:
+    """Return the verdict, the subject and its options."""
+    options = ", ".join(words.options(verdict.subject))
+    return Line(
+        (
+            (verdict.verdict, STYLES[verdict.verdict]),
+            (f"  {words.name(verdict.subject)}", "bold"),
+            (f"  {options}", ""),
+        )
+    )
+
+
+def _message(verdict: Verdict) -> Iterator[Line]:
+    yield Line()
+    yield plain(_MESSAGE_HEADS.get(verdict.verdict, "Note:"))
+    for line in _ANSI.sub("", verdict.message or "").strip("\n").splitlines():
+        yield plain(f"  {line}")
+
+
+def _most_severe(findings: Sequence[Finding], number: int | None) -> list[Finding]:
+    """Return at most `number` findings: before others the first of each check, last those that follow from another."""
+    stories = checkpoints.group_by_explanation(findings)
+    of_stories = {id(group[0]) for group in stories}
+    number = len(stories) if stories and number is not None else number
+    seen: set[str] = set()
+    ranks = []
+    for finding in findings:
+        repeated = finding.check in seen and id(finding) not in of_stories
+        ranks.append((is_consequence(finding), repeated))
+        seen.add(finding.check)
+    order = sorted(range(len(findings)), key=lambda index: ranks[index])
+    return [findings[index] for index in sorted(order[:number])]
+
+
+def _checks_table(verdict: Verdict) -> Table:
+    """Return the table of every check that ran."""
+    columns = ("check", False), ("verdict", False), ("compared", True), ("worst margin", True), ("at", False)
+    rows = []
+    for check in verdict.checks:
+        margins = [finding.margin for finding in verdict.findings if finding.check == check.check]
+        name, style = ("failed", "red") if margins else ("passed", "green")
+        if not check.compared and not margins:
+            name, style = "nothing", "yellow"  # a check with nothing to compare has not passed
+        margin = words.margin(max(check.worst_margin, *margins, 0.0)) if check.compared else ""
+        cells = (
+            Cell(check.check),
+            Cell(name, style),
+            Cell(f"{check.compared}"),
+            Cell(margin),
+            Cell(check.worst_at or ""),
+        )
+        outcome: Outcome = "failure" if margins else "passed" if check.compared else "skipped"
+        rows.append(Row(cells, outcome=outcome, is_expected=not margins))
+    return Table(tuple(Column(*column) for column in columns), tuple(rows), title="Checks", has_heading=True, indent=2)
+
+
+def _foot(verdict: Verdict) -> Iterator[Line]:
+    if verdict.coverage.total:
+        yield from labelled("coverage", "\n".join(_coverage(verdict.coverage)))
+    versions = ", ".join(f"{package} {version}" for package, version in sorted(verdict.environment.items()))
+    if versions:
+        yield from labelled("versions", versions)
+    yield from labelled("seconds", f"{verdict.seconds:.1f}")
+
+
+def _coverage(coverage: Coverage) -> Iterator[str]:
+    yield f"{coverage.compared} of {words.pluralize(coverage.total, 'tensor')} compared"
+    missed = sorted(coverage.not_compared.items(), key=lambda item: (item[1], item[0]))
+    for reason, group in groupby(missed, key=lambda item: item[1]):
+        yield f"not compared, {reason}: {words.join_truncated([name for name, _ in group], _NAMES_SHOWN)}"
+
+
+def as_junit(verdicts: Iterable[Verdict]) -> str:
+    """Return an XML document that CI servers read: one suite for each subject, one test case for each check."""
+    return junit_xml(
+        (" ".join([words.name(verdict.subject), *words.layout(verdict.subject)]), verdict.seconds, [*_cases(verdict)])
+        for verdict in verdicts
+    )
+
+
+def _cases(verdict: Verdict) -> Iterator[Row]:
+    if verdict.verdict in ("error", "skipped"):
+        outcome: Outcome = "error" if verdict.verdict == "error" else "skipped"
+        first_line = next(iter((verdict.message or verdict.verdict).strip().splitlines()), verdict.verdict)
+        details = as_text(verdict_lines(verdict))
+        yield Row(name=outcome, outcome=outcome, message=first_line, details=details, seconds=verdict.seconds)
+        return
+    compared = {check.check: check.compared for check in verdict.checks}
+    for check in dict.fromkeys([*compared, *(finding.check for finding in verdict.findings)]):
+        findings = [finding for finding in verdict.findings if finding.check == check]
+        if findings:
+            rest = f" and {len(findings) - 1} more" if len(findings) > 1 else ""
+            details = "\n".join(as_text(finding_lines(finding, verdict.subject)) for finding in findings)
+            yield Row(name=check, outcome="failure", message=f"{place(findings[0])}{rest}", details=details)
+        elif compared[check]:
+            yield Row(name=check)
+        else:
+            yield Row(name=check, outcome="skipped", message="nothing to compare")

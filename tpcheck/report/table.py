@@ -46,25 +46,25 @@ class Row:
     """One row.
 
     Attributes:
-        cells: One for each column.
+        cells: One for each column; none where it is a case of JUnit alone.
         name: Its name in JUnit.
         group: The heading that it is listed under; rows of one group are adjacent.
         notes: Lines below the row.
         outcome: How it counts in JUnit, and in the filter of the page.
         message: Why it has not passed.
         details: A longer text that the page shows on demand.
-        seconds: Wall time.
+        seconds: Wall time, where it is known.
         is_expected: Whether the page may hide it.
     """
 
-    cells: tuple[Cell, ...]
+    cells: tuple[Cell, ...] = ()
     name: str = ""
     group: str = ""
     notes: tuple[Line, ...] = ()
     outcome: Outcome = "passed"
     message: str = ""
     details: str = ""
-    seconds: float = 0.0
+    seconds: float | None = None
     is_expected: bool = True
 
 
@@ -179,19 +179,8 @@ def tables_html(title: str, subtitle: str, tables: Sequence[Table]) -> str:
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One test case of JUnit; `message` and `text` say why it has not passed."""
-
-    name: str
-    outcome: Outcome = "passed"
-    message: str = ""
-    text: str = ""
-    seconds: float | None = None
-
-
-def junit_xml(suites: Iterable[tuple[str, float, Sequence[Case]]], name: str = "tpcheck") -> str:
-    """Return an XML document that CI servers read, of suites: their name, their seconds, their cases."""
+def junit_xml(suites: Iterable[tuple[str, float, Sequence[Row]]], name: str = "tpcheck") -> str:
+    """Return an XML document that CI servers read, of suites: their name, their seconds, a row for each case."""
     root = ET.Element("testsuites", name=name)
     for suite_name, seconds, cases in suites:
         counts = {
@@ -212,7 +201,7 @@ def junit_xml(suites: Iterable[tuple[str, float, Sequence[Case]]], name: str = "
             if case.seconds is not None:
                 element.set("time", f"{case.seconds:.3f}")
             if case.outcome != "passed":
-                ET.SubElement(element, case.outcome, message=_xml(case.message)).text = _xml(case.text) or None
+                ET.SubElement(element, case.outcome, message=_xml(case.message)).text = _xml(case.details) or None
     ET.indent(root)
     return ET.tostring(root, encoding="unicode", xml_declaration=False) + "\n"
 
@@ -221,10 +210,10 @@ def _xml(text: str) -> str:
     return _NOT_XML.sub("?", text)
 
 
-def table_suites(table: Table) -> Iterator[tuple[str, float, Sequence[Case]]]:
+def table_suites(table: Table) -> Iterator[tuple[str, float, Sequence[Row]]]:
     """Yield the groups of a table as suites of JUnit, with a case for each row."""
     for group, rows in groupby(table.rows, key=lambda row: row.group):
-        cases = [Case(row.name, row.outcome, row.message, row.details, row.seconds) for row in rows]
+        cases = list(rows)
         yield group, sum(case.seconds or 0.0 for case in cases), cases
 
 

@@ -64,20 +64,10 @@ _PHASES = {
     "update": "optimizer step {step}",
     "saved": "saved after step {step}",
 }
-_SUBJECT_PARTS = (
-    "family",
-    "model",
-    "subject",
-    "backend",
-    "tp",
-    "dp",
-    "zero",
-    "zero_stage",
-    "dtype",
-    "steps",
-    "seed",
-    "settings",
-)
+_SUBJECT_PARTS = {
+    *("family", "model", "subject", "backend", "tp", "dp"),
+    *("zero", "zero_stage", "dtype", "steps", "seed", "settings"),
+}
 
 
 def error(value: float) -> str:

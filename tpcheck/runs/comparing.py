@@ -1,223 +1,544 @@
-"""`record` and `compare_traces`: the trace of a sharded model is compared with that of the unsharded one."""
+"""`compare_traces`: where two recorded runs first part, and whether that is rounding or a mistake."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tpcheck.backends.layout import Layout
-from tpcheck.core.digests import digest
-from tpcheck.core.errors import UsageError
-from tpcheck.core.findings import Coverage, Verdict
-from tpcheck.core.placement import Replicate, Shard
+from tpcheck.core.causes import Cause, Explanation
+from tpcheck.core.findings import CheckResult, Coverage, Verdict
 from tpcheck.core.reproduce import compare_command
-from tpcheck.core.topology import Topology
-from tpcheck.numerics.activation_placement import infer_placement
-from tpcheck.numerics.checks import CHECK_NAMES
-from tpcheck.numerics.evidence import Evidence, RankFacts, Step
-from tpcheck.numerics.tolerance import NUM_REPLAYS, Tolerance
-from tpcheck.numerics.verdict import full_answer, start_answer, verdict
 from tpcheck.report.report import Report
-from tpcheck.runs.trace import RankRecording
-
-# A trace holds neither live groups nor the norm that the loop clipped by.
-_CHECKS = tuple(
-    name for name in CHECK_NAMES if name not in ("groups_match_topology", "gradient_norm_matches_reference")
+from tpcheck.report.run_page import RunComparison
+from tpcheck.runs.alignment import AlignedStep, Run, aligned_steps
+from tpcheck.runs.comparisons import Comparer, Comparison, Table, label_of
+from tpcheck.runs.exact_checks import (
+    BeforeAndAfter,
+    are_alike,
+    batches_agree,
+    draws_random_numbers,
+    first_other_bits,
+    generator_states,
+    generators_differ,
+    groups_agree,
+    replicas_agree,
+    same_inputs,
+    same_start,
+    steps_were_taken,
 )
+from tpcheck.runs.names import NameMap
+from tpcheck.runs.picture import PictureMaker
+from tpcheck.runs.run_findings import (
+    OUTPUTS,
+    REPLICAS,
+    STATES,
+    WEIGHTS,
+    Answer,
+    Measured,
+    exact_finding,
+    finding_at,
+    joined,
+)
+from tpcheck.runs.sketch_causes import Suspect, explain
+from tpcheck.runs.step_checks import (
+    StepContext,
+    gradients_match,
+    norm_matches,
+    outputs_match,
+    repeated_state,
+    stale_masters,
+    states_match,
+    updates_match,
+)
+from tpcheck.runs.trace import RankTrace
+from tpcheck.runs.wholes import epsilon
+
+Paths = str | Path | Sequence[str | Path]
+_MOST_ERRORS_LISTED = 8
+
+
+def compare_traces(actual: Paths, expected: Paths, *, names: Mapping[str, str] | Sequence[str] | None = None) -> Report:
+    """Compare the trace of one run with that of another: any topology, dtype, engine or version.
+
+    Steps are paired by number, samples by content, modules and parameters by name. What rounding may do was measured
+    where one of the runs was recorded with `replays`; without, only exact checks are decided.
+
+    Args:
+        actual: Folder of the run that is judged; several where nodes do not share a disk.
+        expected: Folder of the run that it should equal.
+        names: Patterns and replacements that turn names of the actual run into those of the expected one, and names of
+            ready maps: `{"^net[.]": "model."}`, `["hf-megatron"]`.
+
+    Raises:
+        UsageError: There is no trace at a path, a rank's is missing, or a pattern is wrong.
+        TpcheckError: A trace is damaged.
+
+    Example:
+        >>> tpcheck.compare_traces("tp2.trace", "tp1.trace").raise_if_failed()  # doctest: +SKIP
+    """
+    report, _ = compare_traces_with_picture(actual, expected, names=names)
+    return report
+
+
+def compare_traces_with_picture(
+    actual: Paths, expected: Paths, *, names: Mapping[str, str] | Sequence[str] | NameMap | None = None
+) -> tuple[Report, RunComparison]:
+    """Compare two traces as `compare_traces` does, and return the picture beside the report."""
+    from tpcheck.runs.trace_files import read_trace
+
+    start = time.monotonic()
+    actual_run = Run.of(_shown(actual), read_trace(actual, "actual"))
+    expected_run = Run.of(_shown(expected), read_trace(expected, "expected"))
+    if not isinstance(names, NameMap):
+        is_mapping = isinstance(names, Mapping)
+        names = NameMap.of(names if is_mapping else None, () if is_mapping else names or ())  # type: ignore[arg-type]
+    verdict, picture = compare_runs(actual_run, expected_run, names)
+    return Report(replace(verdict, seconds=time.monotonic() - start)), picture
+
+
+def _shown(path: Paths) -> str:
+    return str(path) if isinstance(path, (str, Path)) else ",".join(map(str, path))
 
 
 def compare_recordings(
-    candidate: Sequence[RankRecording],
-    reference: Sequence[RankRecording],
-    *,
-    subject: Mapping[str, Any],
-    again: str | None,
-) -> Verdict:
-    """Return the verdict over all TP groups that were given the reference's inputs.
+    actual: Sequence[RankTrace], expected: Sequence[RankTrace], names: NameMap | None = None
+) -> Report:
+    """Compare runs whose traces were read, or made by hand."""
+    return Report(compare_runs(Run.of("actual", actual), Run.of("expected", expected), names or NameMap())[0])
 
-    Raises:
-        UsageError: The traces cannot be compared.
+
+def compare_runs(actual: Run, expected: Run, names: NameMap) -> tuple[Verdict, RunComparison]:
+    """Return the verdict, and the picture of all errors."""
+    comparison = _RunsComparison(actual, expected, Comparer(actual, expected, names))
+    comparison.compare_start()
+    comparison.compare_steps()
+    return comparison.verdict(), comparison.picture.picture()
+
+
+@dataclass(slots=True)
+class _RunsComparison:
+    """Compares step after step, until one has findings.
+
+    Attributes:
+        actual, expected: The runs.
+        comparer: Pairs and compares their tensors.
+        answers: Of all checks so far.
+        not_compared: Whole steps and ranks that were not compared, and why.
+        notes: What else is to be said beside the verdict.
+        before: Weights and states after the last step that both recorded, which is the one before the next, or None.
+        generators: States of both runs' generators before the last call that was compared.
+        last_number: Of the step that `before` follows.
+        scale: By how much further than in the replays the runs were apart from the start.
+        num_steps: How many steps were compared.
+        is_same_to_the_bit: Whether the runs are alike, and no bit has differed so far.
     """
-    unsharded = reference[0]
-    _require_comparable(candidate, unsharded)
-    topology = candidate[0].topology
-    num_steps = min(len(candidate[0].steps), len(unsharded.steps))
-    updated = [any(rank.steps[step].weights for rank in (*candidate, unsharded)) for step in range(num_steps)]
-    filled_ranks = tuple(_with_weights(rank, updated) for rank in candidate)
-    filled_reference = _with_weights(unsharded, updated)
-    answers, missed = [], {}
-    for dp_rank, ranks in enumerate(topology.groups("tp")):
-        if not _same_inputs(candidate[ranks[0]], unsharded):
-            missed[f"replica {dp_rank}"] = "its inputs differ from the reference's"
-            continue
-        evidence = _evidence(filled_ranks, [filled_ranks[rank] for rank in ranks], filled_reference, dp_rank)
-        answers.append(full_answer(start_answer(evidence, _CHECKS), evidence, _CHECKS))
-    shorter = "reference" if len(candidate[0].steps) > num_steps else "candidate"
-    for step in range(num_steps, max(len(candidate[0].steps), len(unsharded.steps))):
-        missed[f"step {step}"] = f"the trace of the {shorter} has no step {step}"
-    if not answers:
-        reason = "no replica of the candidate saw the reference's inputs: record both runs on the same batches"
-        return Verdict(
-            "skipped", subject, unsharded.versions, coverage=Coverage(0, len(missed), missed), message=reason
+
+    actual: Run
+    expected: Run
+    comparer: Comparer
+    answers: list[Answer] = field(default_factory=list)
+    not_compared: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    picture: PictureMaker = field(default_factory=PictureMaker)
+    before: tuple[Table, Table] = field(default_factory=lambda: ({}, {}))
+    generators: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
+    last_number: int = -1
+    scale: float = 1.0
+    num_steps: int = 0
+    is_same_to_the_bit: bool = False
+
+    @property
+    def measured(self) -> Measured:
+        dtypes = (self.actual.first.dtype, self.expected.first.dtype)
+        return Measured(max(dtypes, key=epsilon), max(self.actual.replays, self.expected.replays))
+
+    # ---- the start
+
+    def compare_start(self) -> None:
+        tables = tuple(
+            self.comparer.table(run, {rank: run.ranks[rank].initial for rank in run.members})
+            for run in (self.actual, self.expected)
         )
-    compared = verdict(
-        answers, steps=num_steps, subject=subject, environment=unsharded.versions, again=again, seconds=0.0
+        self.before = (tables[0], tables[1])
+        for run in (self.actual, self.expected):
+            if run.missing_ranks:
+                listed = ", ".join(map(str, run.missing_ranks))
+                self.not_compared[f"ranks {listed} of {run.path}"] = (
+                    "their traces are not in the folders that were given"
+                )
+        is_given = self.actual.has_other_history or self.expected.has_other_history
+        self.last_number = (self.expected.first_number or 0) - 1
+        weights = self._weights_at_start(is_given)
+        answers = [groups_agree(self.actual), weights, self._states_at_start(is_given)]
+        expected = replicas_agree(self.expected, tables[1], {}, -1)
+        answers.append(replicas_agree(self.actual, tables[0], {}, -1, expected))
+        self._add(answers)
+        self.is_same_to_the_bit = are_alike(self.actual, self.expected) and same_start(self.actual, self.expected)
+
+    def _weights_at_start(self, is_given: bool) -> Answer:
+        """Compare the weights before the first step: to the rounding of the sketches' sums, for no step has moved them.
+
+        A recording that begins in the middle of a training has the differences of all steps before: they are given.
+        """
+        comparer = self.comparer
+        comparisons = comparer.initial(*self.before, ("weight", "buffer"))
+        not_compared = dict(comparer.not_compared)
+        comparer.not_compared = {}
+        wrong = [each for each in comparisons if each.is_wrong]
+        if is_given and wrong:
+            self.scale = max(
+                1.0, *(_in_units_of_rounding(each) for each in wrong if not each.name.endswith("bias")), 1.0
+            )
+            note = "the recording begins in the middle of a training: how far the weights were apart is given"
+            not_compared |= {each.label: note for each in wrong}
+            return Answer.of(WEIGHTS, -1, comparisons, (), not_compared, wrong)
+        findings = [
+            finding_at(WEIGHTS, -1, each, explain(Suspect(each, self.actual.tp, self.actual.dp)), self.measured)
+            for each in wrong
+        ]
+        return Answer.of(WEIGHTS, -1, comparisons, joined(findings), not_compared)
+
+    def _states_at_start(self, is_given: bool) -> Answer:
+        """Look for states that were loaded wrongly: of another rank, or masters that are not the weights."""
+        table = self.before[0]
+        findings, margins = [], {}
+        found: dict[str, list[Explanation]] = {}
+        kept: dict[str, list[str]] = {}
+        for name in dict.fromkeys(key[1] for key in table if key[0] in ("state", "master")):
+            margins[f"state of {name}"] = 0.0
+            for explanation in (repeated_state(table, self.actual, name), stale_masters(table, name)):
+                if explanation is not None:
+                    expected = (
+                        repeated_state(self.before[1], self.expected, name),
+                        stale_masters(self.before[1], name),
+                    )
+                    if not any(each is not None and each.cause is explanation.cause for each in expected):
+                        found.setdefault(explanation.cause.slug, []).append(explanation)
+                        kept.setdefault(explanation.cause.slug, []).append(name)
+        for slug, explanations in found.items():
+            first, *others = kept[slug]
+            ranks = sorted(
+                {int(rank) for each in explanations for rank in each.evidence.get("state_of_rank", {})}
+            ) or list(self.actual.members)
+            where = {"phase": "start", "parameter": first, "ranks": ranks}
+            evidence = {"also": others, "first_of": len(others) + 1}
+            findings.append(exact_finding(STATES, where, len(others) + 1, "parameter", explanations[0], evidence))
+        return Answer(STATES, -1, margins, tuple(findings))
+
+    # ---- steps
+
+    def compare_steps(self) -> None:
+        if any(answer.findings for answer in self.answers):
+            self._leave_out_steps("the runs already differ before the first step, so later differences only follow")
+            return
+        self._note_unshared_steps()
+        for step in aligned_steps(self.actual, self.expected):
+            self.num_steps += 1
+            reason = self._compare_step(step)
+            if reason:
+                self._leave_out_steps(reason, after=step.number)
+                return
+        self._compare_left_over()
+
+    def _compare_step(self, step: AlignedStep) -> str:
+        """Compare one step; return why later ones mean nothing, or an empty text."""
+        number = step.number
+        taken = steps_were_taken(self.comparer, step.actual, step.expected, number, self.before[0])
+        if taken.findings:
+            self._add([batches_agree(self.actual, step), taken])
+            return f"step {number} already differs, so differences in later steps would only follow from it"
+        context = self._context(step)
+        batches = batches_agree(self.actual, step)
+        if step.note:
+            self.not_compared[f"step {number}" if step.shared is None else f"parameters of step {number}"] = step.note
+        self.picture.add_losses(step)
+        if step.shared is None:
+            self._add([batches])
+            return f"the runs were given different samples in step {number}, and are different from there on"
+        answers = [batches, *self._answers(context)]
+        self._add(self._in_light_of_bits(context, answers))
+        if any(answer.findings for answer in self.answers):
+            return f"step {number} already differs, so differences in later steps would only follow from it"
+        self.last_number = number
+        self.before = (context.around.actual_after, context.around.expected_after)
+        self.generators = (generator_states(step.actual)[-1:], generator_states(step.expected)[-1:])
+        if not step.shared.is_whole_step and step.expected and any(each.has_update for each in step.actual.values()):
+            return f"the parameters were trained on different samples in step {number}, and are different from there on"
+        return ""
+
+    def _context(self, step: AlignedStep) -> StepContext:
+        actual, expected = (
+            self.comparer.table(run, {rank: record.tensors for rank, record in steps.items()})
+            for run, steps in ((self.actual, step.actual), (self.expected, step.expected))
+        )
+        is_next = step.number == self.last_number + 1
+        before = self.before if is_next else ({}, {})
+        after = [
+            {key: records for key, records in table.items() if key[0] in ("weight", "buffer", "master", "state")}
+            for table in (actual, expected)
+        ]
+        around = BeforeAndAfter(before[0], after[0], before[1], after[1])
+        context = StepContext(self.comparer, step, actual, expected, around, self.measured, self.scale, is_next)
+        return context if is_next else replace(context, scale=max(self.scale, self._scale_of_given(context)))
+
+    def _scale_of_given(self, context: StepContext) -> float:
+        """Return how far the weights are apart, in units of what rounding moved them by, after steps not recorded."""
+        comparisons = self.comparer.stored(context.around.actual_after, context.around.expected_after, ("weight",))
+        self.comparer.not_compared = {}
+        scales = [
+            each.error / (each.allowed or each.error)
+            for each in comparisons
+            if each.error and not each.name.endswith("bias")
+        ]
+        return max(1.0, *scales, 1.0)
+
+    def _answers(self, context: StepContext) -> Iterator[Answer]:
+        number = context.number
+        outputs = outputs_match(context)
+        if outputs.findings and self._other_random_numbers(context):
+            reason = "the runs drew other random numbers in this step (dropout), so outputs are not the same"
+            yield Answer(OUTPUTS, number, not_compared={"outputs": reason, "gradients": reason})
+            return
+        yield outputs
+        gradients = gradients_match(context)
+        yield gradients
+        if context.step.shared is None or not context.step.shared.is_whole_step:
+            return
+        yield norm_matches(context, gradients)
+        yield updates_match(context, gradients)
+        yield states_match(context, gradients)
+        wrong = frozenset(
+            name
+            for finding in gradients.findings
+            for name in (finding.where.get("parameter", ""), *map(str, finding.evidence.get("also", ())))
+        )
+        expected = replicas_agree(self.expected, context.around.expected_after, context.around.expected_before, number)
+        yield replicas_agree(
+            self.actual, context.around.actual_after, context.around.actual_before, number, expected, wrong
+        )
+
+    def _other_random_numbers(self, context: StepContext) -> bool:
+        step = context.step
+        states = [
+            [*before, *generator_states(steps)]
+            for before, steps in zip(self.generators, (step.actual, step.expected), strict=True)
+        ]
+        return generators_differ(step) and all(map(draws_random_numbers, states))
+
+    def _in_light_of_bits(self, context: StepContext, answers: Sequence[Answer]) -> list[Answer]:
+        """Name the first place where two runs of everything the same have other bits."""
+        answers = list(answers)
+        if not self.is_same_to_the_bit:
+            return answers
+        step = context.step
+        if not same_inputs(step):
+            self.is_same_to_the_bit = False
+            return answers
+        found = first_other_bits(step)
+        if found is None:
+            return answers
+        self.is_same_to_the_bit = False
+        key, ranks = found
+        place = key[1] or "the model"
+        explanation = Explanation(Cause.NONDETERMINISM)
+        judged = [each for answer in answers for each in answer.comparisons if each.allowed is not None]
+        first_findings = [finding for answer in answers for finding in answer.findings]
+        if key[0] not in ("output", "output_gradient"):
+            return answers
+        if judged and not first_findings:
+            self.notes.append(
+                f"{label_of(key)} in step {step.number} is the first tensor whose bits differ, although the runs are "
+                f"alike in versions, topology, weights, inputs and generators: {place} is not deterministic. What "
+                "differs is no more than rounding."
+            )
+            return answers
+        others = sum(
+            1
+            for rank in step.actual
+            for actual in step.actual[rank].tensors
+            if any(e.key == actual.key and e.digest != actual.digest for e in step.expected[rank].tensors)
+        )
+        where = {
+            "phase": "forward" if key[0] == "output" else "backward",
+            "step": step.number,
+            "module": key[1],
+            "field": label_of(key),
+            "ranks": ranks,
+        }
+        worst = next(
+            (each.relative for answer in answers for each in answer.comparisons if each.key[:2] == key[:2]), None
+        )
+        check = OUTPUTS if key[0] == "output" else "gradients_match_reference"
+        error = {} if worst is None else {"relative_error": worst}
+        finding = exact_finding(check, where, others, "tensor", explanation, error)
+        return [
+            replace(answer, findings=(finding,) if answer.check == check else ())
+            if answer.check != REPLICAS
+            else answer
+            for answer in answers
+        ]
+
+    # ---- what only one run has
+
+    def _note_unshared_steps(self) -> None:
+        numbers_a, numbers_e = set(self.actual.numbers), set(self.expected.numbers)
+        for numbers, other in ((numbers_a - numbers_e, "expected"), (numbers_e - numbers_a, "actual")):
+            for number in sorted(numbers):
+                self.not_compared[f"step {number}"] = f"the {other} run has no such step"
+
+    def _leave_out_steps(self, reason: str, after: int = -2) -> None:
+        for number in self.expected.numbers:
+            if number > after and number in self.actual.numbers:
+                self.not_compared[f"step {number}"] = reason
+
+    def _compare_left_over(self) -> None:
+        """Ask whether ranks ended their recording with fewer steps than others took."""
+        complete = [rank for rank in self.actual.members if self.actual.ranks[rank].is_complete]
+        taken = {rank: self.actual.ranks[rank].num_steps for rank in complete}
+        if len(set(taken.values())) < 2:
+            return
+        most = max(taken.values())
+        fewer = [rank for rank, number in taken.items() if number < most]
+        number = min(taken.values())
+        steps = self.actual.steps(number)
+        if number in self.expected.numbers and number in self.actual.numbers and steps:
+            return  # compared as a step
+        where = {"phase": "update", "step": number, "ranks": fewer}
+        names = list(dict.fromkeys(record.name for record in self.actual.first.initial if record.kind == "weight"))
+        if names:
+            where["parameter"] = names[0]
+        evidence = {"steps_taken": {str(rank): count for rank, count in taken.items()}, "also": names[1:]}
+        explanation = Explanation(Cause.STALE_WEIGHT, evidence={"note": "these ranks took fewer steps than others"})
+        finding = exact_finding("updates_match_reference", where, len(fewer), "rank", explanation, evidence)
+        self._add([Answer("updates_match_reference", number, findings=(finding,))])
+
+    # ---- the verdict
+
+    def _add(self, answers: Sequence[Answer]) -> None:
+        answers = list(answers)
+        first = next((answer.check for answer in answers if answer.findings), None)
+        for answer in answers:
+            findings = tuple(
+                replace(finding, evidence={**finding.evidence, "follows_from": first})
+                if finding.cause is None and answer.check != first
+                else finding
+                for finding in answer.findings
+            )
+            self.picture.add_answers([answer])
+            # Sketches are not kept: a run may have thousands of steps.
+            kept = tuple(each for each in answer.comparisons if each.allowed is None and each.error)
+            errors = tuple(replace_sketches(each) for each in kept)
+            self.answers.append(replace(answer, findings=findings, comparisons=errors))
+
+    def verdict(self) -> Verdict:
+        actual, expected = self.actual, self.expected
+        again = compare_command(actual.path, expected.path)
+        findings = tuple(replace(finding, again=again) for answer in self.answers for finding in answer.findings)
+        not_compared = dict(self.not_compared)
+        for answer in self.answers:
+            moment = "" if answer.step < 0 else f"step {answer.step}: "
+            not_compared |= {f"{answer.check}: {moment}{name}": why for name, why in answer.not_compared.items()}
+        unmeasured = [each for answer in self.answers for each in answer.comparisons]
+        num_unmeasured = len(unmeasured)
+        num_compared = sum(len(answer.margins) for answer in self.answers)
+        messages = list(self.notes)
+        name: Any = "failed" if findings else "passed"
+        num_tensors = sum(1 for answer in self.answers if answer.step >= 0 for _ in answer.margins)
+        if num_unmeasured:
+            reason = "no replay measured what rounding does to it"
+            not_compared[f"{num_unmeasured} tensors"] = reason
+            messages.append(_without_measure(unmeasured))
+            name = "failed" if findings else "skipped"
+        elif not findings and not num_tensors:
+            name = "skipped"
+            reasons = list(dict.fromkeys(not_compared.values()))
+            messages.append("; ".join(reasons[:3]) or "the runs have no step in common")
+        coverage = Coverage(
+            num_compared, num_compared + len(not_compared) - (1 if num_unmeasured else 0) + num_unmeasured, not_compared
+        )
+        return Verdict(
+            name,
+            self._subject(),
+            actual.first.versions,
+            findings=findings,
+            checks=self._results(),
+            coverage=coverage,
+            message="\n".join(messages) or None,
+        )
+
+    def _subject(self) -> dict[str, Any]:
+        actual, expected = self.actual, self.expected
+        differing = {
+            package: f"{version} (expected run: {expected.first.versions[package]})"
+            for package, version in actual.first.versions.items()
+            if expected.first.versions.get(package, version) != version
+        }
+        return {
+            "subject": actual.path,
+            "tp": actual.tp,
+            "dp": actual.first.topology.dp,
+            "dtype": actual.first.dtype,
+            "steps": self.num_steps,
+            "expected": expected.path,
+            "expected_tp": expected.tp,
+            "expected_dp": expected.first.topology.dp,
+            "expected_dtype": expected.first.dtype,
+            "replays": self.measured.replays,
+            **({"versions_differ": differing} if differing else {}),
+        }
+
+    def _results(self) -> tuple[CheckResult, ...]:
+        results: dict[str, CheckResult] = {}
+        for answer in self.answers:
+            known = results.get(answer.check, CheckResult(answer.check, 0, 0.0))
+            compared = known.compared + len(answer.margins)
+            worst = max(answer.margins, key=answer.margins.__getitem__, default=None)
+            if worst is not None and answer.margins[worst] > known.worst_margin:
+                at = worst if answer.step < 0 else f"{worst}, step {answer.step}"
+                results[answer.check] = CheckResult(answer.check, compared, answer.margins[worst], at)
+            else:
+                results[answer.check] = replace(known, compared=compared)
+        return tuple(results.values())
+
+
+def replace_sketches(comparison: Comparison) -> Comparison:
+    """Return the comparison without its ranks' parts, which are large."""
+    return replace(
+        comparison,
+        actual=replace(comparison.actual, parts={}),
+        expected=replace(comparison.expected, parts={}),
     )
-    coverage = compared.coverage
-    all_missed = {**coverage.not_compared, **missed}
-    return replace(compared, coverage=Coverage(coverage.compared, coverage.total + len(missed), all_missed))
 
 
-def _require_comparable(candidate: Sequence[RankRecording], reference: RankRecording) -> None:
-    if reference.deviations is None:
-        raise UsageError("reference", f"tp={reference.topology.tp}", "a trace of the unsharded model, tp=1")
-    if candidate[0].dtype != reference.dtype:
-        raise UsageError("candidate", candidate[0].dtype, f"a trace in the reference's dtype, {reference.dtype}")
+def _in_units_of_rounding(comparison: Comparison) -> float:
+    """Return how far weights are apart, in units of what a replay multiplies modules' outputs by."""
+    eps = max(epsilon(comparison.actual.dtype), epsilon(comparison.expected.dtype))
+    return comparison.relative / eps * 3**0.5 if eps else 1.0
 
 
-def _same_inputs(rank: RankRecording, reference: RankRecording) -> bool:
-    """Return whether every call that both recorded was given equal tensors, of the names that both have."""
-    for actual, expected in zip(rank.inputs, reference.inputs, strict=False):
-        shared = actual.keys() & expected.keys()
-        if not shared or not all(torch.equal(actual[name], expected[name]) for name in shared):
-            return False
-    return True
-
-
-def _with_weights(recorded: RankRecording, updated: Sequence[bool]) -> RankRecording:
-    """Return the recording with weights after each call where any rank, or the reference, took an optimizer step.
-
-    A recording stores the weights of a step only where they changed; elsewhere the weights, and how far they may
-    differ, are those of the last step before.
-    """
-    weights, steps, last = recorded.initial, [], -1
-    deviations = dict(recorded.deviations or {})
-    for number, (step, is_updated) in enumerate(zip(recorded.steps, updated, strict=False)):
-        if step.weights:
-            weights, last = step.weights, number
-        elif is_updated:
-            deviations |= {(number, "weight", name): deviations.get((last, "weight", name), 0.0) for name in weights}
-        steps.append(replace(step, weights=weights if is_updated else {}))
-    return replace(recorded, steps=tuple(steps), deviations=None if recorded.deviations is None else deviations)
-
-
-def _evidence(
-    ranks: Sequence[RankRecording], tp_group: Sequence[RankRecording], reference: RankRecording, dp_rank: int
-) -> Evidence:
-    num_steps = min(len(tp_group[0].steps), len(reference.steps))
-    assert reference.deviations is not None
-    deviations = {_key_of_replica(key, dp_rank): value for key, value in reference.deviations.items()}
-    return Evidence(
-        topology=tp_group[0].topology,
-        dp_rank=dp_rank,
-        dtype=reference.dtype,
-        initial=reference.initial,
-        initial_parts=tuple(rank.initial for rank in tp_group),
-        layouts=_layouts(tp_group, reference),
-        reference=reference.steps[:num_steps],
-        candidate=tuple(tuple(rank.steps[step] for rank in tp_group) for step in range(num_steps)),
-        buffers=reference.buffers,
-        facts=tuple(RankFacts({}, _digests(rank, num_steps)) for rank in ranks),
-        tolerance=Tolerance(_scalar_eps(reference.dtype), NUM_REPLAYS, deviations),
+def _without_measure(comparisons: Sequence[Comparison]) -> str:
+    """Return what is to be said where no replay was made: what to add, and which modules add most to the error."""
+    text = (
+        "Nothing measured what rounding may do: record one of the two runs again with replays, as in "
+        "tpcheck.record(model, path, replays=2). Until then these are errors, not findings."
     )
+    added = added_errors(comparisons)
+    lines = [
+        f"  {label}: relative error {error:.1e}, {factor:.1f} times the largest before it"
+        for label, error, factor in added
+    ]
+    return "\n".join([text, *(["The outputs and gradients that add most:"] if lines else []), *lines])
 
 
-def _key_of_replica(key: Any, dp_rank: int) -> Any:
-    """Return a deviation's key for another replica; only keys of activations and losses name one."""
-    return (key[0], dp_rank, *key[2:]) if key[1] == 0 else key
-
-
-def _scalar_eps(dtype: str) -> float:
-    return float(torch.finfo(torch.promote_types(getattr(torch, dtype), torch.float32)).eps)
-
-
-def _digests(recorded: RankRecording, num_steps: int) -> tuple[Mapping[tuple[str, str], str], ...]:
-    return (_digest_all("parameter", recorded.initial), *map(_step_digests, recorded.steps[:num_steps]))
-
-
-def _step_digests(step: Step) -> dict[tuple[str, str], str]:
-    return _digest_all("parameter", step.weights) | _digest_all("buffer", step.buffers)
-
-
-def _digest_all(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, str], str]:
-    return {(kind, name): digest(tensor) for name, tensor in tensors.items()}
-
-
-def _layouts(tp_group: Sequence[RankRecording], reference: RankRecording) -> dict[str, Layout]:
-    """Return the recorded layouts; of other parameters those that shapes imply: one dim cut in the order of ranks."""
-    layouts = dict(tp_group[0].layouts)
-    for name, tensor in reference.initial.items():
-        if name not in layouts and all(name in rank.initial for rank in tp_group):
-            layout = _layout_from_shapes(tuple(tensor.shape), [rank.initial[name] for rank in tp_group])
-            if layout is not None:
-                layouts[name] = layout
-    return layouts
-
-
-def _layout_from_shapes(shape: tuple[int, ...], parts: Sequence[torch.Tensor]) -> Layout | None:
-    placed = infer_placement(shape, parts)
-    if placed is None:
-        return None
-    assert isinstance(placed.placement, (Shard, Replicate))  # terms of a sum have the full shape, as replicas have
-    return Layout.from_placement(shape, placed.placement, len(parts))
-
-
-def record(model: Any, path: str | Path, *, topology: Topology | None = None) -> AbstractContextManager[Any]:
-    """Record what `model` computes in a training loop: each call, its backward pass, the weights after its step.
-
-    The trace of the unsharded model is replayed when the context ends, to measure what rounding alone can do to each
-    tensor; that of a sharded one (every rank enters the context) is only written.
-
-    Args:
-        model: A module, or an engine around one. It is called at least once inside.
-        path: Folder that is written when the context ends without an error; an older trace there is replaced.
-        topology: Sizes of the axes; needed unless DeepSpeed, transformers, accelerate or Megatron know them.
-
-    Raises:
-        UsageError: There is nothing to record, or the model draws random numbers, as dropout does.
-
-    Example:
-        >>> with tpcheck.record(model, "reference.trace"):  # doctest: +SKIP
-        ...     model(**batch).loss.backward()
-        ...     optimizer.step()
-    """
-    from tpcheck.runs.recording import Recorder
-
-    return Recorder(model, path, topology)
-
-
-def compare_traces(candidate: str | Path, reference: str | Path) -> Report:
-    """Compare the trace of a sharded model with that of the unsharded one.
-
-    Both must start from the same weights and be given the same inputs.
-
-    Raises:
-        UsageError: There is no trace at a path, or they cannot be compared.
-        TpcheckError: A trace is damaged or incomplete.
-
-    Example:
-        >>> compare_traces("candidate.trace", "reference.trace").raise_if_failed()  # doctest: +SKIP
-    """
-    from tpcheck.runs.replaying import few_threads
-    from tpcheck.runs.trace import read_trace
-
-    start = time.monotonic()
-    actual, expected = read_trace("candidate", candidate), read_trace("reference", reference)
-    topology = actual[0].topology
-    subject = {
-        "subject": str(candidate),
-        "tp": topology.tp,
-        "dp": topology.dp,
-        "dtype": actual[0].dtype,
-        "reference": str(reference),
-    }
-    again = compare_command(str(candidate), str(reference))
-    with few_threads(sum(tensor.numel() for tensor in expected[0].initial.values())):
-        compared = compare_recordings(actual, expected, subject=subject, again=again)
-    return Report(replace(compared, seconds=time.monotonic() - start))
+def added_errors(comparisons: Sequence[Comparison]) -> list[tuple[str, float, float]]:
+    """Return the tensors that add most to the error: label, relative error, and that over the largest before it."""
+    found, before = [], 0.0
+    for comparison in comparisons:
+        error = comparison.relative
+        if error > before > 0 or (error and not before):
+            found.append((comparison.label, error, error / before if before else 1.0))
+        before = max(before, error)
+    return sorted(found, key=lambda each: -each[2])[:_MOST_ERRORS_LISTED]

@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from tpcheck.backends.live_groups import LiveGroups
+from tpcheck.core.errors import UsageError
 from tpcheck.numerics.sketch import GlobalIndex
 from tpcheck.runs.trace import ParameterGroup
 
@@ -24,27 +26,48 @@ class Part:
         index: Where they are in the whole tensor; None where the layout is unknown.
         is_term: The values are a term of a sum over the TP group.
         scale: What to multiply the values by (1 / loss scale where gradients are still scaled).
+        index_in_shard: Where the tensor is partitioned over DP (ZeRO, FSDP2) and its layout over TP is unknown: where
+            the values are in this TP rank's tensor, which may be the whole one. `index` is then None.
     """
 
-    kind: Literal["gradient", "weight", "master", "state"]
+    kind: Literal["gradient", "accumulated", "weight", "master", "state"]
     name: str
     state: str
     values: torch.Tensor
     index: GlobalIndex | None
     is_term: bool = False
     scale: float = 1.0
+    index_in_shard: GlobalIndex | None = None
 
 
 class OptimizerView(Protocol):
-    """One kind of optimizer around one model. Nothing here is collective, except where it says so."""
+    """One kind of optimizer around one model. Nothing here is collective."""
 
     @property
     def stepping(self) -> tuple[torch.optim.Optimizer, ...]:
         """The torch optimizers whose `step` ends a step of the loop (inside an engine: the inner one)."""
         ...
 
-    def gradients(self) -> Iterator[Part]:
-        """Yield what the optimizer gets, when called from a hook before its step: reduced, accumulated, clipped."""
+    @property
+    def weights_follow_the_hook(self) -> bool:
+        """Whether the model's weights change after the torch optimizer's step has ended.
+
+        DeepSpeed and Megatron copy masters to weights, and gather these, after their inner optimizer's post hooks. Such
+        weights are read when the model is called next, or the recording ends.
+        """
+        ...
+
+    def owns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether this optimizer steps parameters of the model. One that does is in `stepping` from then on."""
+        ...
+
+    def gradients(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[Part]:
+        """Yield what the optimizer gets, when called from a hook before its step: reduced, accumulated, clipped.
+
+        Args:
+            optimizer: Only what this one is about to step. ZeRO steps its inner optimizer several times in one step of
+                the loop, each time with other parameters (one group at stages 1 and 2, one sub-group at stage 3).
+        """
         ...
 
     def weights(self) -> Iterator[Part]:
@@ -57,26 +80,53 @@ class OptimizerView(Protocol):
 
     def groups(self) -> tuple[ParameterGroup, ...]: ...
 
+    def accumulated(self) -> Iterator[Part]:
+        """Yield the gradients that are accumulated between two micro-batches; nothing where they cannot be seen."""
+        ...
+
+    def is_discarded(self) -> bool:
+        """Return whether gradients of earlier backward passes are gone without a step: a scaler has skipped it."""
+        ...
+
+    def supports_replays(self) -> str:
+        """Return why the model cannot be called outside the loop (ZeRO 3, FSDP2); empty where it can."""
+        ...
+
     def told_norm(self) -> float | None:
         """Return the gradient norm that the engine says it clipped by in the last step; None where it tells none."""
         ...
 
     def loss_scale(self) -> float: ...
 
+    def num_skipped(self) -> int:
+        """Return how many steps the engine has skipped because of infinite gradients; no hook is called for these."""
+        ...
+
     def not_viewed(self) -> Mapping[str, str]:
         """Return why something cannot be seen, by parameter or kind."""
         ...
 
 
-def view_of(model: Any, optimizer: Any = None) -> OptimizerView:
+def view_of(model: Any, optimizer: Any = None, *, groups: LiveGroups | None = None) -> OptimizerView:
     """Return the view of the optimizer that trains this model.
+
+    Collective over the TP group where layouts have to be read from layers of DeepSpeed.
 
     Args:
         model: A module, a DistributedDataParallel, an FSDP2 or DTensor model, a DeepSpeed engine, a Megatron model.
         optimizer: A torch optimizer, several, or an engine's or Megatron's; None: the engine's own, or any torch
             optimizer that is found to step parameters of this model.
+        groups: The groups of this rank; by default those that a library made.
 
     Raises:
         UsageError: The optimizer has no parameter of this model.
     """
-    raise NotImplementedError
+    from tpcheck.runs.optimizers.deepspeed import DeepSpeedView, engine_in, engine_optimizer_in, is_partitioned
+    from tpcheck.runs.optimizers.names import unwrapped
+    from tpcheck.runs.optimizers.plain import TorchView
+
+    if engine_in(model) is not None or engine_optimizer_in(optimizer) is not None:
+        return DeepSpeedView(model, optimizer, groups)
+    if any(is_partitioned(parameter) for parameter in unwrapped(model).parameters()):
+        raise UsageError("model", type(model).__name__, "the DeepSpeed engine: ZeRO steps partitions of its parameters")
+    return TorchView(model, optimizer, groups)

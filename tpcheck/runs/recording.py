@@ -1,3 +1,350 @@
-"""The context in which a training loop is recorded."""
+"""`record`: the steps of a training loop, written as they happen."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from math import sqrt
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from tpcheck.backends.live_groups import LiveGroups, live_groups
+from tpcheck.backends.local_part import local_part
+from tpcheck.core.digests import digest
+from tpcheck.core.environment import package_versions
+from tpcheck.core.errors import UsageError
+from tpcheck.core.topology import Topology
+from tpcheck.numerics.recorder import eager
+from tpcheck.runs.activations import Place
+from tpcheck.runs.optimizer_view import OptimizerView, Part, view_of
+from tpcheck.runs.optimizers.names import unwrapped, unwrapped_name
+from tpcheck.runs.options import RecordOptions, Steps
+from tpcheck.runs.parameters import ParameterPlaces, StartOfRank, exchange_starts
+from tpcheck.runs.passes import ModuleHooks, Pass, PendingTensor, finished, is_in_backward, loss_in, views_of
+from tpcheck.runs.replays import Replays
+from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
+from tpcheck.runs.trace_files import TraceWriter, new_run_id, require_writable
+
+# Parameters whose accumulated gradient is also recorded before each further micro-batch: norms and biases, on which
+# reductions at the wrong time show, and which cost nothing.
+MOST_ELEMENTS_ACCUMULATED = 1 << 16
+
+
+def record(
+    model: Any,
+    path: str | Path,
+    *,
+    optimizer: Any = None,
+    topology: Topology | None = None,
+    steps: Steps = None,
+    modules: str | tuple[str, ...] | list[str] = "*",
+    tensors: Literal["sketch", "full"] = "sketch",
+    replays: int = 0,
+) -> AbstractContextManager[Any]:
+    """Record what a training loop computes in each step, in a few kilobytes for each tensor.
+
+    A step is what lies between two steps of the optimizer, however many micro-batches that are. Recorded are the
+    outputs of every module and their gradients, the gradients as the optimizer gets them, weights, optimizer state, the
+    gradient norm and the learning rates. `tpcheck.compare_traces` then compares any two runs. The loop computes the
+    same numbers with and without it.
+
+    Args:
+        model: A module, or what wraps it: an engine, DistributedDataParallel. Every rank enters the context.
+        path: Folder for the trace; an older trace there is replaced.
+        optimizer: The optimizer, or several; None for the engine's own, or whichever steps parameters of the model.
+        topology: Sizes of the axes; needed unless DeepSpeed, transformers, accelerate or Megatron know them.
+        steps: Which steps to record, counted from 0 as the context is entered, such as `range(0, 1000, 100)`, or a
+            function of the number; None for all. Other steps cost nothing.
+        modules: Which modules to record, such as `"model.layers.17.*"`, or several patterns.
+        tensors: `"full"` keeps the tensors themselves beside their sketches.
+        replays: How often each recorded step is repeated under random rounding, which measures what noise may do.
+            One of two runs that are compared needs some; 2 or more are advised.
+
+    Raises:
+        UsageError: An argument is wrong, or replays are not possible with this model.
+
+    Example:
+        >>> with tpcheck.record(model, "tp2.trace", optimizer=optimizer, replays=2):  # doctest: +SKIP
+        ...     for batch in loader:
+        ...         model(**batch).loss.backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+    """
+    return Recorder(model, path, RecordOptions(optimizer, topology, steps, modules, tensors, replays))
+
+
+class Recorder(AbstractContextManager["Recorder"]):
+    """Records the steps of a loop while inside. No rank waits for another, except on entering and in replays."""
+
+    def __init__(self, model: Any, path: str | Path, options: RecordOptions) -> None:
+        self._options = options
+        self._root = unwrapped(model)
+        if not any(True for _ in self._root.parameters()):
+            raise UsageError("model", type(model).__name__, "a model with parameters")
+        self._source = type(model).__name__
+        self._groups = _groups(self._root, options.topology)
+        self._model = model
+        self._path = Path(path)
+        require_writable(self._path)
+        self._stack = ExitStack()
+        self._hooks: ModuleHooks | None = None
+        self._current: Pass | None = None
+        self._passes: list[Pass] = []
+        self._accumulated: list[PendingTensor] = []
+        self._gradients: list[PendingTensor] = []
+        self._has_stepped = False
+        self._number = 0
+        self._num_passes = 0
+        self._num_evaluations = 0
+        self._is_recording = False
+        self._is_paused = False
+        self._inside = 0
+
+    def __enter__(self) -> Recorder:
+        groups = self._groups
+        self._view: OptimizerView = view_of(self._model, self._options.optimizer, groups=groups)
+        self._num_skipped = self._view.num_skipped()
+        self._names = {
+            module: unwrapped_name(name)
+            for name, module in self._root.named_modules()
+            if self._options.has_module(unwrapped_name(name))
+        }
+        weights = {part.name: part for part in self._view.weights()}
+        mine = StartOfRank(
+            new_run_id(),
+            {name: (tuple(part.values.shape), digest(part.values.detach())) for name, part in weights.items()},
+        )
+        starts = exchange_starts(mine, groups.rank, groups.tp)
+        self._tp_rank = groups.tp.index(groups.rank)
+        self._places = ParameterPlaces(self._tp_rank, starts)
+        self._replays = Replays(self._root, self._view, self._options.replays, self._names, groups.tp)
+        self._writer = TraceWriter(self._path, self._header(), run_id=starts[0].run)
+        handles = [
+            self._root.register_forward_pre_hook(eager(self._before_call), with_kwargs=True, prepend=True),
+            self._root.register_forward_hook(eager(self._after_call), always_call=True),
+            register_optimizer_step_pre_hook(self._before_optimizer),
+            register_optimizer_step_post_hook(self._after_optimizer),
+        ]
+        for handle in handles:
+            self._stack.callback(handle.remove)
+        self._stack.callback(self._stop_recording)
+        self._start_step()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._stack:
+            if kind is None:
+                self._end_step()
+                if any(each.has_backward for each in self._passes):
+                    self._write_step(has_update=False)
+                if not self._num_passes:
+                    raise UsageError("model", self._source, "a model that is called inside the context, with gradients")
+                not_recorded = {**self._view.not_viewed(), **self._replays.not_measured}
+                self._writer.close(num_steps=self._number, not_recorded=not_recorded)
+
+    def _header(self) -> RankTrace:
+        groups = self._groups
+        parameter = next(self._root.parameters())
+        return RankTrace(
+            rank=groups.rank,
+            topology=groups.topology,
+            tp_group=groups.tp,
+            dp_group=groups.dp,
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            versions=package_versions(),
+            replays=self._options.replays,
+            source=self._source,
+            initial=self._state_tensors(is_start=True),
+            steps=(),
+            num_steps=0,
+        )
+
+    # ---- calls of the model
+
+    def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_paused or is_in_backward():
+            return
+        self._inside += 1
+        if self._inside > 1:
+            return
+        if not torch.is_grad_enabled():
+            self._num_evaluations += 1
+            return
+        self._end_step()
+        if self._is_discarded():
+            self._write_step(has_update=False, is_skipped=True)
+            self._start_step()
+        self._num_passes += 1
+        if self._is_recording:
+            self._record_accumulated()
+            self._current = Pass.start(self._root, args, kwargs, len(self._groups.tp), self._tp_rank)
+            self._current.before = self._replays.before_call()
+            self._passes.append(self._current)
+
+    def _after_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._is_paused or is_in_backward() or not self._inside:
+            return None
+        self._inside -= 1
+        current, self._current = self._current, self._current if self._inside else None
+        if current is None or self._inside:
+            return None
+        current.loss = loss_in(output)
+        if not self._replays.number:
+            current.args, current.kwargs = (), {}  # not to keep a batch alive
+            return None
+        output = views_of(output)
+        self._replays.watch_seeds(current, output)
+        return output
+
+    def _is_discarded(self) -> bool:
+        """Return whether gradients of earlier calls were dropped without an optimizer step: a skipped step."""
+        if not any(each.has_backward for each in self._passes) or self._has_stepped:
+            return False
+        return self._view.is_discarded()
+
+    def _record_accumulated(self) -> None:
+        number = len(self._passes)
+        if not any(each.has_backward for each in self._passes):
+            return
+        for part in self._view.accumulated():
+            if part.values.numel() <= MOST_ELEMENTS_ACCUMULATED and self._options.has_parameter(part.name):
+                self._accumulated.append(self._pending(part, kind="accumulated", part_name=str(number)))
+
+    # ---- steps of the optimizer
+
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._is_paused or not self._view.owns(optimizer):
+            return
+        if not self._is_recording:
+            return
+        is_first = not self._gradients
+        parts = self._view.gradients(optimizer)
+        self._gradients += [self._pending(part) for part in parts if self._options.has_parameter(part.name)]
+        if self._replays.number:
+            with self._paused():
+                if is_first:
+                    passes = [each for each in self._passes if each.has_backward]
+                    self._replays.repeat_passes(self._number, passes, self._gradients)
+                self._replays.repeat_update(self._number, optimizer)
+
+    def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._is_paused and self._view.owns(optimizer):
+            self._has_stepped = True
+
+    def _end_step(self) -> None:
+        """End the step if the optimizer has stepped since it began."""
+        if self._has_stepped:
+            self._write_step(has_update=True)
+            self._start_step()
+
+    def _start_step(self) -> None:
+        self._is_recording = self._options.is_recorded(self._number)
+        if self._is_recording and self._hooks is None:
+            self._hooks = ModuleHooks(
+                self._root,
+                self._names,
+                lambda: self._current,
+                lambda: self._passes,
+                is_full=self._options.tensors == "full",
+            )
+        elif not self._is_recording:
+            self._stop_recording()
+
+    def _stop_recording(self) -> None:
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+
+    def _write_step(self, *, has_update: bool, is_skipped: bool = False) -> None:
+        """Write the step that is over, if it is one of those that are recorded, and forget it."""
+        if self._is_recording:
+            passes = [each for each in self._passes if each.has_backward]
+            is_skipped = is_skipped or self._view.num_skipped() > self._num_skipped
+            record = StepRecord(
+                number=self._number,
+                has_update=has_update,
+                passes=tuple(each.record() for each in passes),
+                tensors=(*self._step_tensors(passes), *self._state_tensors()),
+                groups=self._view.groups(),
+                told_norm=self._view.told_norm() if has_update else None,
+                loss_scale=self._view.loss_scale(),
+                is_skipped=is_skipped,
+                num_evaluations=self._num_evaluations + len(self._passes) - len(passes),
+                inner_dtype=self._replays.inner_dtype,
+            )
+            self._writer.write_step(replace(record, gradient_norm=_norm(record.tensors)))
+        self._number += has_update
+        self._passes, self._gradients, self._accumulated, self._has_stepped = [], [], [], False
+        self._num_evaluations = 0
+        self._num_skipped = self._view.num_skipped()
+        self._replays.forget()
+
+    def _step_tensors(self, passes: list[Pass]) -> tuple[TensorRecord, ...]:
+        merged: dict[Any, PendingTensor] = {}
+        for each in passes:
+            for key, tensor in each.tensors.items():
+                if key in merged:
+                    merged[key].add(tensor)
+                else:
+                    merged[key] = tensor
+        outputs = [tensor for tensor in merged.values() if not tensor.key[0].endswith("gradient")]
+        backward = [tensor for tensor in merged.values() if tensor.key[0].endswith("gradient")]
+        return finished(
+            [*outputs, *backward, *self._accumulated, *self._gradients],
+            num_passes=len(passes),
+            deviations=self._replays.deviations,
+        )
+
+    def _state_tensors(self, *, is_start: bool = False) -> tuple[TensorRecord, ...]:
+        """Return weights and optimizer state; frozen weights and buffers only at the start, or where they changed."""
+        pending = []
+        with torch.no_grad():
+            trained = {name for group in self._view.groups() for name in group.parameters}
+            for part in (*self._view.weights(), *self._view.states()):
+                if (is_start or part.name in trained) and self._options.has_parameter(part.name):
+                    pending.append(self._pending(part))  # noqa: PERF401  # a comprehension of five lines
+            for name, buffer in self._root.named_buffers():
+                name = unwrapped_name(name)
+                if self._options.has_parameter(name):
+                    values = local_part(buffer)
+                    places = self._places.places(name, None, values, is_term=False)
+                    pending.append(PendingTensor.of(("buffer", name, "", 0), values, places))
+        return finished(pending, deviations={} if is_start else self._replays.drift)
+
+    def _pending(self, part: Part, *, kind: Any = None, part_name: str = "") -> PendingTensor:
+        places: tuple[Place, ...] = self._places.places(part.name, part.index, part.values, is_term=part.is_term)
+        key = (kind or part.kind, part.name, part_name or part.state, 0)
+        is_full = self._options.tensors == "full"
+        return PendingTensor.of(key, part.values.detach(), places, scale=part.scale, is_full=is_full)
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+
+def _groups(model: nn.Module, topology: Topology | None) -> LiveGroups:
+    if not (dist.is_available() and dist.is_initialized()):
+        if topology is not None and topology.world_size > 1:
+            raise UsageError("topology", topology, "Topology(), as torch.distributed is not initialised")
+        return LiveGroups(0, (0,), (0,), "a process alone")
+    if topology is None and dist.get_world_size() == 1:
+        return LiveGroups(0, (0,), (0,), "a process alone")
+    return live_groups(topology=topology, model=model)
+
+
+def _norm(tensors: tuple[TensorRecord, ...]) -> float | None:
+    squares = [each.readings[0].sketch.sum_squares for each in tensors if each.kind == "gradient" and each.readings]
+    return sqrt(sum(squares)) if squares else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,7 +11,18 @@ import torch
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.sketch import Sketch
 
-Kind = Literal["output", "output_gradient", "input", "input_gradient", "gradient", "weight", "master", "state", "buffer"]
+Kind = Literal[
+    "output",
+    "output_gradient",
+    "input",
+    "input_gradient",
+    "gradient",
+    "accumulated",
+    "weight",
+    "master",
+    "state",
+    "buffer",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +31,8 @@ class Reading:
 
     Attributes:
         label: `layout` where the layout is known (from a backend, or DTensor placements); else a guess that
-            `tpcheck compare` decides by the other run's shapes: `whole`, or `dim N`, an even cut of dim N in the order of ranks.
+            `tpcheck compare` decides by the other run's shapes: `whole`, or `dim N`, a cut of dim N in the order of
+            ranks.
         shape: Shape of the whole tensor; -1 for a dim of rows that are keyed by content.
         piece: Names the elements: equal on ranks that hold the same ones (replicas). Different pieces do not overlap.
         is_term: The values are a term of a sum over the ranks of the TP group (`Partial`).
@@ -42,7 +54,7 @@ class TensorRecord:
 
     Attributes:
         kind: What it is. `weight` is after the optimizer's step (in `RankTrace.initial`: before the first), `gradient`
-            what the optimizer gets, `state` a moment.
+            what the optimizer gets, `accumulated` the gradient before micro-batch number `part`, `state` a moment.
         name: Module, parameter or buffer, without wrappers.
         part: Place in a module's output (`0`, `logits`), name of an optimizer's state (`exp_avg`); else empty.
         call: Number of earlier calls of the module in the micro-batch.
@@ -61,7 +73,7 @@ class TensorRecord:
     shape: tuple[int, ...]
     digest: str
     readings: tuple[Reading, ...]
-    full: tuple[torch.Tensor, ...] = ()
+    full: Sequence[torch.Tensor] = ()
 
     @property
     def key(self) -> tuple[str, str, str, int]:
@@ -137,6 +149,7 @@ class StepRecord:
         loss_scale: By which losses are multiplied; 1 without.
         is_skipped: The optimizer's step was skipped because of infinite gradients.
         num_evaluations: Calls of the model without a backward pass, which are not recorded.
+        inner_dtype: The lowest dtype that was computed in, where replays have shown it; else empty.
     """
 
     number: int
@@ -149,6 +162,7 @@ class StepRecord:
     loss_scale: float = 1.0
     is_skipped: bool = False
     num_evaluations: int = 0
+    inner_dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +179,7 @@ class RankTrace:
         replays: How many perturbed replays each recorded step has.
         source: What was recorded: `Module`, `DistributedDataParallel`, `DeepSpeedEngine` ...
         initial: Weights, buffers and optimizer state before the first recorded step.
-        steps: The recorded ones.
+        steps: The recorded ones; of a trace that was read, each is read when it is asked for.
         num_steps: Steps of the optimizer while recording, recorded or not.
         not_recorded: Why something could not be recorded, by name.
         is_complete: Whether the context ended; False for a run that was killed.
@@ -180,7 +194,7 @@ class RankTrace:
     replays: int
     source: str
     initial: tuple[TensorRecord, ...]
-    steps: tuple[StepRecord, ...]
+    steps: Sequence[StepRecord]
     num_steps: int
     not_recorded: Mapping[str, str] = field(default_factory=dict)
     is_complete: bool = True

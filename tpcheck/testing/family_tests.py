@@ -9,9 +9,9 @@ import pytest
 
 from tpcheck.core.errors import BackendError, Mismatch, UsageError
 from tpcheck.core.findings import Verdict
+from tpcheck.families.build import causal_types
 from tpcheck.lab.known import judge, register
-from tpcheck.lab.matrix.cells import Cell, cells, versions
-from tpcheck.lab.matrix.report import configuration, unexpected_message
+from tpcheck.lab.matrix import Cell, cells, configuration, unexpected_message, versions
 from tpcheck.model.options import DEFAULTS, FamilyKeywords, RunOptions, expand_options
 from tpcheck.model.verify import verify_family
 
@@ -46,7 +46,7 @@ def family_tests(
         ['parametrize']
     """
     matrix_cells = cells(
-        _all_families() if families is None else families,
+        causal_types() if families is None else families,
         RunOptions.of(**options),
         backend=_as_list(backend),
         tp=_as_list(tp),
@@ -80,12 +80,6 @@ def _case(cell: Cell) -> Any:
     return pytest.param(
         cell, id=name, marks=pytest.mark.xfail(reason=reason, raises=(Mismatch, BackendError), strict=True)
     )
-
-
-def _all_families() -> tuple[str, ...]:
-    from tpcheck.families.build import causal_types
-
-    return causal_types()
 
 
 def _as_list(values: Any) -> list[Any]:

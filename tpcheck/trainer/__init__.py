@@ -1,1 +1,1 @@
-"""Documented import path of the hooks for training loops; they live in `tpcheck.batches`. Loads no torch."""
+"""`tpcheck.watch` inside the loops of others: transformers' Trainer, Lightning, any model. Loads no torch."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
@@ -20,14 +19,6 @@ _LAUNCHERS = (  # the variables of rank, world size and local rank
 )
 
 
-class LaunchedRank(NamedTuple):
-    """The place of a process in the world of its launcher."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-
-
 def attach(topology: Topology, *, device: str | None = None, backend: str | None = None) -> Rank:
     """Return the `Rank` of this process; initialise the default process group unless the caller has.
 
@@ -39,19 +30,17 @@ def attach(topology: Topology, *, device: str | None = None, backend: str | None
     Raises:
         UsageError: No launcher has set its variables, or its world size differs.
     """
-    launched = launched_rank(os.environ)
-    if launched.world_size != topology.world_size:
-        raise UsageError(
-            "topology", topology, f"a topology of {launched.world_size} ranks, as many as the launcher has started"
-        )
+    rank, world_size, local_rank = launched_rank(os.environ)
+    if world_size != topology.world_size:
+        raise UsageError("topology", topology, f"a topology of {world_size} ranks, as many as the launcher has started")
     deepspeed_shm_comm.disable()
     import torch
     from torch import distributed as dist
 
-    num_local = _number(os.environ, "LOCAL_WORLD_SIZE", default=launched.world_size)
+    num_local = _number(os.environ, "LOCAL_WORLD_SIZE", default=world_size)
     num_gpus = torch.cuda.device_count() if device != "cpu" else 0
     kind = device or ("cuda" if num_gpus >= num_local else "cpu")
-    rank_device = device_of(launched.local_rank, kind=kind, num_gpus=max(1, num_gpus))
+    rank_device = device_of(local_rank, kind=kind, num_gpus=max(1, num_gpus))
     if kind == "cuda":
         torch.cuda.set_device(torch.device(rank_device))
     if not dist.is_initialized():
@@ -59,10 +48,10 @@ def attach(topology: Topology, *, device: str | None = None, backend: str | None
             if name not in os.environ:
                 raise UsageError(name, None, "the address of rank 0; set it beside the launcher's variables")
         group = choose_backend(backend, kind=kind, num_gpus=num_gpus, num_ranks=num_local)
-        dist.init_process_group(group_backend(group), rank=launched.rank, world_size=launched.world_size)
+        dist.init_process_group(group_backend(group), rank=rank, world_size=world_size)
         if group == "gloo":
             atexit.register(_destroy_process_group)
-    return Rank(launched.rank, topology, device=rank_device)
+    return Rank(rank, topology, device=rank_device)
 
 
 def is_launched() -> bool:
@@ -83,13 +72,11 @@ def _destroy_process_group() -> None:
         dist.destroy_process_group()
 
 
-def launched_rank(environ: Mapping[str, str]) -> LaunchedRank:
-    """Return the place that the variables of a launcher give this process."""
+def launched_rank(environ: Mapping[str, str]) -> tuple[int, int, int]:
+    """Return the rank, world size and local rank that the variables of a launcher give this process."""
     for rank, world_size, local_rank in _LAUNCHERS:
         if rank in environ and world_size in environ:
-            return LaunchedRank(
-                _number(environ, rank), _number(environ, world_size), _number(environ, local_rank, default=0)
-            )
+            return _number(environ, rank), _number(environ, world_size), _number(environ, local_rank, default=0)
     raise UsageError(
         "environment",
         "no RANK or SLURM_PROCID",

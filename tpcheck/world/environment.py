@@ -68,13 +68,6 @@ def visible_gpus(environ: Mapping[str, str]) -> int:
     return len([name for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")])
 
 
-def replace_environ(environ: Mapping[str, str]) -> None:
-    """Replace the content of `os.environ`."""
-    for name in set(os.environ) - set(environ):
-        del os.environ[name]
-    os.environ.update(environ)
-
-
 def _defaults(scratch: str) -> dict[str, str]:
     """Return the variables that the user's environment overrides."""
     return {

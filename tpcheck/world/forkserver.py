@@ -19,11 +19,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from tpcheck.world import deepspeed_shm_comm, messages, preload, rank_main
+from tpcheck.world import deepspeed_shm_comm, messages, rank_main
 from tpcheck.world.channel import Channel
 from tpcheck.world.environment import WORLD_FOLDER_VARIABLE
 
@@ -42,7 +44,7 @@ def main(descriptor: int, preload_names: Sequence[str]) -> None:
         os.setpgid(0, 0)  # Ctrl-C is for the controller, which ends the ranks in order
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     controller = Channel(socket.socket(fileno=descriptor))
-    import_errors = preload.import_all(preload_names)
+    import_errors = import_all(preload_names)
     deepspeed_shm_comm.disable()
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
@@ -57,6 +59,23 @@ def main(descriptor: int, preload_names: Sequence[str]) -> None:
         _Forkserver(controller).serve()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def import_all(names: Sequence[str]) -> dict[str, str]:
+    """Import the modules that are installed; return those that fail to import, each with its error.
+
+    A rank that needs such a module imports it again and fails with the error in its own traceback.
+    """
+    import_errors: dict[str, str] = {}
+    for name in names:
+        package = name.partition(".")[0]
+        if package not in sys.modules and find_spec(package) is None:
+            continue
+        try:
+            import_module(name)
+        except Exception as error:
+            import_errors[name] = f"{type(error).__name__}: {error}"
+    return import_errors
 
 
 def _folder_for_sockets(folder: str) -> str:
@@ -109,7 +128,7 @@ class _Forkserver:
             self._end(world)
 
     def _open(self, request: messages.OpenWorld, descriptor: int) -> None:
-        preload.import_all(request.extra_preload)
+        import_all(request.extra_preload)
         world = _World(Channel(socket.socket(fileno=descriptor)), request)
         self._worlds.append(world)
         self._selector.register(world.channel, selectors.EVENT_READ, world)
@@ -222,11 +241,10 @@ _HUGE_PAGE = 2 << 20  # of x86-64, and of arm64 with 4 KiB pages; the kernel dec
 
 def _collapse_into_huge_pages() -> None:
     """Ask the kernel to collapse every large anonymous region."""
-    madvise = ctypes.CDLL(None).madvise
     for start, end in _anonymous_regions():
         first = -(-start // _HUGE_PAGE) * _HUGE_PAGE
         if (size := end // _HUGE_PAGE * _HUGE_PAGE - first) > 0:
-            madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_COLLAPSE)
+            _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_COLLAPSE)
 
 
 def _anonymous_regions() -> Iterator[tuple[int, int]]:

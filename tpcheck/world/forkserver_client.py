@@ -22,7 +22,27 @@ from tpcheck.core.errors import TpcheckError
 from tpcheck.world import messages
 from tpcheck.world.channel import Channel
 from tpcheck.world.environment import forkserver_environ
-from tpcheck.world.preload import DEFAULT_PRELOAD
+
+# What the forkserver imports once, so that no rank has to. Packages that import lazily are named by the submodules that
+# ranks reach within their first second.
+DEFAULT_PRELOAD: tuple[str, ...] = (
+    "torch",
+    "torch.distributed",
+    "torch.distributed.tensor",
+    "torch.utils.data",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "deepspeed.runtime.engine",
+    "deepspeed.module_inject.auto_tp",
+    "cloudpickle",
+    "pytest",
+    "hypothesis",
+    "tpcheck.pytest_plugin.preload",
+)
+
+# Imported by every rank of a DeepSpeed engine with ZeRO: the decorators of an optimizer load TorchInductor.
+ZERO_PRELOAD: tuple[str, ...] = ("deepspeed.runtime.zero.muon.muon_optimizer",)
 
 _START_LIMIT_S = 600.0  # imports from a cold disk, on a machine that runs other tests
 _BOOT = "import json, sys; d, path, names = json.loads(sys.argv[1]); sys.path[:] = path; \
@@ -55,9 +75,8 @@ class ForkserverClient:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._ready: messages.ForkserverReady | None = None
         arguments = json.dumps([server_socket.fileno(), sys.path, preload])
-        flags: list[str] = getattr(
-            subprocess, "_args_from_interpreter_flags", list
-        )()  # as multiprocessing passes them on
+        # As multiprocessing passes them on.
+        flags: list[str] = getattr(subprocess, "_args_from_interpreter_flags", list)()
         self._process = subprocess.Popen(
             [sys.executable, *flags, "-c", _BOOT, arguments],
             pass_fds=[server_socket.fileno()],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from importlib import import_module
 from itertools import count
@@ -52,13 +52,6 @@ def file_store(scratch: Path, name: str, world_size: int) -> Store:
 
 def use_file_store_for_env_rendezvous(scratch: Path) -> None:
     """Make `init_process_group()` and other `env://` rendezvous of code under test use this world's file store."""
-    rendezvous = import_module("torch.distributed.rendezvous")  # torch.distributed.rendezvous is also a function
-    handlers: dict[str, Any] | None = getattr(rendezvous, "_rendezvous_handlers", None)
-    if handlers is not None:  # a private name: without it env:// works over MASTER_PORT
-        handlers["env"] = _env_handler(scratch)
-
-
-def _env_handler(scratch: Path) -> Callable[..., Iterator[tuple[Store, int, int]]]:
     attempts = count()
 
     def handler(url: str, timeout: timedelta = NO_TIMEOUT, **_: Any) -> Iterator[tuple[Store, int, int]]:
@@ -69,22 +62,13 @@ def _env_handler(scratch: Path) -> Callable[..., Iterator[tuple[Store, int, int]
         yield env_store, rank, world_size
         raise RuntimeError("Unable to perform rerendezvous using env:// method")  # as torch does
 
-    return handler
+    rendezvous = import_module("torch.distributed.rendezvous")  # torch.distributed.rendezvous is also a function
+    handlers: dict[str, Any] | None = getattr(rendezvous, "_rendezvous_handlers", None)
+    if handlers is not None:  # a private name: without it env:// works over MASTER_PORT
+        handlers["env"] = handler
 
 
 BACKENDS = ("gloo", "nccl")
-
-
-def init_default_group(store: Store, *, rank: int, world_size: int, device: str, backend: str) -> None:
-    """Initialise torch's default process group; on GPUs it takes CPU tensors as well."""
-    import torch
-
-    if device.startswith("cuda"):
-        torch.cuda.set_device(torch.device(device))
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-    torch.distributed.init_process_group(
-        group_backend(backend), store=store, rank=rank, world_size=world_size, timeout=NO_TIMEOUT
-    )
 
 
 def group_backend(backend: str) -> str:

@@ -1,12 +1,19 @@
-"""The messages that controller, forkserver and ranks send to each other."""
+"""The messages that controller, forkserver and ranks send each other.
+
+from            to            over its channel of    message
+controller      forkserver    the forkserver         OpenWorld
+forkserver      controller    the forkserver         ForkserverReady
+controller      forkserver    a world                ForkRank, SignalRanks, EndWorld
+forkserver      controller    a world                RankForked, RankExited, WorldEnded
+controller      rank          a rank                 RunFunction, Exit
+rank            controller    a rank                 RankReport, Debugging, ReadyToExit
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from tpcheck.core.topology import Topology
-
-# controller -> forkserver, over the forkserver's own channel
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +31,6 @@ class OpenWorld:
     extra_preload: tuple[str, ...]
 
 
-# forkserver -> controller, over the forkserver's own channel
-
-
 @dataclass(frozen=True, slots=True)
 class ForkserverReady:
     """The imports are done.
@@ -41,9 +45,6 @@ class ForkserverReady:
     num_gpus: int
     import_errors: dict[str, str]
     scratch: str
-
-
-# controller -> forkserver, over a world's channel
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +75,6 @@ class EndWorld:
     """Kill every rank, wait for it, remove what it left behind; answered by `WorldEnded`."""
 
 
-# forkserver -> controller, over a world's channel
-
-
 @dataclass(frozen=True, slots=True)
 class RankForked:
     rank: int
@@ -96,9 +94,6 @@ class WorldEnded:
     """No process or file of this world is left."""
 
 
-# controller -> rank
-
-
 @dataclass(frozen=True, slots=True)
 class RunFunction:
     """Call the pickled `(fn, args, kwargs)`."""
@@ -110,9 +105,6 @@ class RunFunction:
 @dataclass(frozen=True, slots=True)
 class Exit:
     """Flush and answer `ReadyToExit`; exit at the second `Exit`, when every rank is ready."""
-
-
-# rank -> controller
 
 
 @dataclass(frozen=True, slots=True)

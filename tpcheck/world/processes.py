@@ -354,20 +354,17 @@ def load_results(reports: tuple[RankReport, ...], outcomes: tuple[RankOutcome, .
     Raises:
         RankFailure: A result does not load in this process, although it pickled on its rank.
     """
-    return tuple(
-        _load_result(report.outcome, rank, outcomes)
-        for rank, report in enumerate(reports)
-        if isinstance(report.outcome, messages.SerializedResult)
-    )
-
-
-def _load_result(result: messages.SerializedResult, rank: int, outcomes: tuple[RankOutcome, ...]) -> Any:
-    try:
-        return loads(result.pickled)
-    except Exception as error:
-        reason = (
-            f"rank {rank} returned a {result.type_name} that does not unpickle here: {type(error).__name__}: {error}"
-        )
-        failed = replace(outcomes[rank], state="raised", error_type="TypeError", error=reason)
-        outcomes = (*outcomes[:rank], failed, *outcomes[rank + 1 :])
-        raise RankFailure(failure_text(outcomes, first=rank, timeout=None), first=rank, outcomes=outcomes) from error
+    results = []
+    for rank, report in enumerate(reports):
+        result = report.outcome
+        assert isinstance(result, messages.SerializedResult)  # a run in which a rank raises has no results
+        try:
+            results.append(loads(result.pickled))
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            reason = f"rank {rank} returned a {result.type_name} that does not unpickle here: {why}"
+            failed = replace(outcomes[rank], state="raised", error_type="TypeError", error=reason)
+            outcomes = (*outcomes[:rank], failed, *outcomes[rank + 1 :])
+            text = failure_text(outcomes, first=rank, timeout=None)
+            raise RankFailure(text, first=rank, outcomes=outcomes) from error
+    return tuple(results)

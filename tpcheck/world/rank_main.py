@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tpcheck.world import environment, groups, messages, output
+from tpcheck.world import groups, messages, output
 from tpcheck.world.channel import Channel, dumps, loads
 from tpcheck.world.failures import serialized_exception
 from tpcheck.world.rank import DebuggerOptions, Rank, set_trace
@@ -63,26 +63,16 @@ def _set_up_process(request: messages.ForkRank, stdout: int, stderr: int, stack_
         stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]  # text files, before code under test runs
     output.dump_on_signal(stack_file)
     os.chdir(request.cwd)
-    environment.replace_environ(request.environ)
+    os.environ.clear()
+    os.environ.update(request.environ)
     sys.argv[:] = request.argv
     sys.path[:] = request.sys_path
-    _forget_missing_import_folders()
-    _use_scratch_for_multiprocessing(request.scratch)
-
-
-def _use_scratch_for_multiprocessing(scratch: str) -> None:
-    """Make multiprocessing create its sockets (data loader workers pass tensors through them) in the world's folder.
-
-    It removes them at exit, which ranks skip; other temporary files follow the TMPDIR of the rank.
-    """
-    tempfile.tempdir = None  # cached by the forkserver, from another environment
-    multiprocessing.process.current_process()._config["tempdir"] = scratch  # type: ignore[attr-defined]
-
-
-def _forget_missing_import_folders() -> None:
-    """Let imports see folders that did not exist when the forkserver looked; existing ones are checked by mtime."""
+    # Let imports see folders that did not exist when the forkserver looked; existing ones are checked by mtime.
     for folder in [path for path, finder in sys.path_importer_cache.items() if finder is None]:
         del sys.path_importer_cache[folder]
+    tempfile.tempdir = None  # cached by the forkserver, from another environment
+    # Data loader workers pass tensors through sockets, which multiprocessing removes at exit, and ranks skip that.
+    multiprocessing.process.current_process()._config["tempdir"] = request.scratch  # type: ignore[attr-defined]
 
 
 class _RankServer:
@@ -117,15 +107,17 @@ class _RankServer:
         torch.set_num_threads(1)
         set_debug_level_from_env()  # the forkserver read TORCH_DISTRIBUTED_DEBUG from another environment
         disable_ddp_logger_under_detail()
-        request = self._request
-        scratch = Path(request.scratch)
+        scratch, world_size = Path(self._request.scratch), self._request.topology.world_size
         groups.use_file_store_for_env_rendezvous(scratch)
-        groups.init_default_group(
-            groups.file_store(scratch, "default", request.topology.world_size),
-            rank=request.rank,
-            world_size=request.topology.world_size,
-            device=request.device,
-            backend=request.backend,
+        if self._request.device.startswith("cuda"):
+            torch.cuda.set_device(torch.device(self._request.device))
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.distributed.init_process_group(
+            groups.group_backend(self._request.backend),  # on GPUs it takes CPU tensors as well
+            store=groups.file_store(scratch, "default", world_size),
+            rank=self._request.rank,
+            world_size=world_size,
+            timeout=groups.NO_TIMEOUT,
         )
         self._default_group = torch.distributed.group.WORLD
 

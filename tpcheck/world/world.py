@@ -16,9 +16,8 @@ from tpcheck.core.topology import Topology
 from tpcheck.world import messages
 from tpcheck.world.channel import dumps
 from tpcheck.world.environment import rank_environ, visible_gpus
-from tpcheck.world.forkserver_client import ForkserverClient, get_forkserver
+from tpcheck.world.forkserver_client import DEFAULT_PRELOAD, ForkserverClient, get_forkserver
 from tpcheck.world.groups import choose_backend, device_of, reserve_port
-from tpcheck.world.preload import DEFAULT_PRELOAD
 from tpcheck.world.processes import WorldProcesses, load_results
 
 _MAX_SEED = 2**64 - 1  # the largest that torch.manual_seed takes
@@ -160,6 +159,7 @@ class World:
         timeout: Seconds that one run may take; can be set between runs.
         device: `cpu` or `cuda`.
         backend: `gloo` or `nccl`.
+        outcomes: How each rank ended the last run, and what it printed; empty before the first run.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class World:
         self._capture = capture
         self._env = env
         self._processes: WorldProcesses | None = None
-        self._outcomes: tuple[RankOutcome, ...] = ()
+        self.outcomes: tuple[RankOutcome, ...] = ()
         self._closed = False
 
     def run(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -207,11 +207,11 @@ class World:
             if self._processes is None:
                 self._processes = self._start()
             reports = self._processes.run(call, seed=self._seed, timeout=self.timeout)
-            self._outcomes = self._processes.outcomes()
-            return load_results(reports, self._outcomes)
+            self.outcomes = self._processes.outcomes()
+            return load_results(reports, self.outcomes)
         except BaseException as error:  # Ctrl-C included
             if isinstance(error, RankFailure):
-                self._outcomes = error.outcomes
+                self.outcomes = error.outcomes
             self._end()
             raise
 
@@ -222,11 +222,6 @@ class World:
     @timeout.setter
     def timeout(self, timeout: float | None) -> None:
         self._timeout = _checked_timeout(timeout)
-
-    @property
-    def outcomes(self) -> tuple[RankOutcome, ...]:
-        """How each rank ended the last run, and what it printed; empty before the first run."""
-        return self._outcomes
 
     def close(self) -> None:
         """End every rank, and wait until no process or file of this world is left. A second call does nothing.

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from tpcheck import Rank
-from tpcheck.lab.faults.datasets import LENGTH, Named
-from tpcheck.lab.faults.pipelines import Batches, by_replica
+from tpcheck.lab.faults.pipelines import LENGTH, Batches, Named, by_replica
 
 
 def from_a_set(rank: Rank, ordered: bool) -> Batches:

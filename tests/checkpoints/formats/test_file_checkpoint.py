@@ -54,13 +54,13 @@ CHUNKS: dict[str, tuple[list[Chunk], str]] = {
 @pytest.mark.parametrize("name", CHUNKS)
 def test_chunks_that_are_not_a_tensor_are_refused(name: str) -> None:
     chunks, message = CHUNKS[name]
-    with pytest.raises(CheckpointError, match=message):
-        tensor_from_chunks(chunks)
+    with pytest.raises(CheckpointError, match=f"^Tensor 'a' in folder has .*{message.removeprefix('has ')}.*\\.$"):
+        tensor_from_chunks("a", "folder", chunks)
 
 
 def test_empty_chunks_are_ignored() -> None:
-    assert tensor_from_chunks([chunk((0, 0), 2, 3), chunk((2, 0), 0, 3)]).shape == (2, 3)
-    assert tensor_from_chunks([chunk((0, 0), 0, 3)]).shape == (0, 3)
+    assert tensor_from_chunks("a", "folder", [chunk((0, 0), 2, 3), chunk((2, 0), 0, 3)]).shape == (2, 3)
+    assert tensor_from_chunks("a", "folder", [chunk((0, 0), 0, 3)]).shape == (0, 3)
 
 
 @given(data=st.data())
@@ -72,7 +72,7 @@ def test_any_rows_of_any_grid_of_chunks_are_read(data: st.DataObject) -> None:
         for top, bottom in zip(cuts[0], cuts[0][1:], strict=False)
         for left, right in zip(cuts[1], cuts[1][1:], strict=False)
     ]
-    tensor: ChunkedTensor = tensor_from_chunks(data.draw(st.permutations(chunks)))
+    tensor: ChunkedTensor = tensor_from_chunks("a", "folder", data.draw(st.permutations(chunks)))
     start = data.draw(st.integers(0, len(full)))
     stop = data.draw(st.integers(start, len(full)))
     assert torch.equal(tensor.read(Files(), range(start, stop)), full[start:stop])

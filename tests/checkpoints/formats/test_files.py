@@ -1,17 +1,23 @@
-"""Only files inside the folder are opened, and a file that changes is an error."""
+"""Only files inside the folder are opened, and a file that changes is an error.
+
+JSON of a checkpoint is an object without repeated keys; an index names files in its folder.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 
 from tpcheck.checkpoints.formats import files as files_module
-from tpcheck.checkpoints.formats.files import Files, inside
+from tpcheck.checkpoints.formats.files import Files, inside, merge_files, parse_json, read_config, read_index, read_json
 from tpcheck.core.errors import CheckpointError
 
 
@@ -171,3 +177,63 @@ def test_closing_removes_scratch_folders_and_descriptors(tmp_path):
     files.close()
     assert not scratch.exists()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "a": 1}', "the key 'a' is duplicated"),
+        ('{"a": NaN}', "NaN is not a number of JSON"),
+        ('{"a": "\\ud800"}', "is not valid JSON"),
+        ("[1]", "does not hold a JSON object"),
+        ("{", "is not valid JSON"),
+        ('{"a":' * 100_000, "nested too deeply|not valid JSON"),
+    ],
+)
+def test_strict_json_is_refused(text: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"It .*({message})"):
+        parse_json(text.encode(), "It", strict=True)
+
+
+def test_a_configuration_may_hold_infinities_and_be_absent(tmp_path: Path, files: Files) -> None:
+    assert read_config(tmp_path, files) == {}
+    (tmp_path / "config.json").write_text('{"limit": Infinity, "limit": Infinity}')
+    assert read_config(tmp_path, files) == {"limit": float("inf")}
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "MAX_JSON_NBYTES", 3)
+    (tmp_path / "a.json").write_text("{   }")
+    with pytest.raises(CheckpointError, match="has 5 bytes, which is more than"):
+        read_json(tmp_path / "a.json", files)
+
+
+def test_an_index_gives_the_path_of_each_tensor(tmp_path: Path, files: Files) -> None:
+    (tmp_path / "x.bin").touch()
+    (tmp_path / "index.json").write_text(json.dumps({"weight_map": {"a": "x.bin", "b": "x.bin"}}))
+    assert read_index(tmp_path / "index.json", files) == {"a": tmp_path / "x.bin", "b": tmp_path / "x.bin"}
+
+
+X, Y = Path("x"), Path("y")
+
+
+@dataclass(frozen=True)
+class Contents:
+    tensors: Mapping[str, int]
+    unread: Mapping[str, str] = field(default_factory=dict)
+
+
+def test_files_are_merged_and_tensors_that_the_index_does_not_list_are_not_read() -> None:
+    contents = {X: Contents({"a": 1, "c": 3}), Y: Contents({"b": 2}, {"d": "is sparse", "e": "is sparse"})}
+    tensors, unread = merge_files(Path("index"), {"a": X, "b": Y, "d": Y}, contents.__getitem__)
+    assert tensors == {"a": 1, "b": 2}
+    not_listed = "index does not list it, though one of its files holds it"
+    assert unread == {"c": not_listed, "d": "is sparse", "e": not_listed}
+
+
+def test_files_that_contradict_the_index_or_each_other_are_refused() -> None:
+    index = {"a": X, "b": Y}
+    with pytest.raises(CheckpointError, match="Tensor 'a' is both in x and in y"):
+        merge_files(Path("index"), index, {X: Contents({"a": 1}), Y: Contents({"b": 2}, {"a": ""})}.__getitem__)
+    with pytest.raises(CheckpointError, match="index says that tensor 'b' is in y, which lacks it"):
+        merge_files(Path("index"), index, {X: Contents({"a": 1, "b": 2}), Y: Contents({})}.__getitem__)

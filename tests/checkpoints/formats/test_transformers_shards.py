@@ -105,7 +105,7 @@ def test_shards_of_two_checkpoints_are_refused(shards):
         ({"a": [2, -1]}, "offsets that are not 2 indices"),
         ({"a": [2, True]}, "offsets that are not 2 indices"),
         ({"a": [2, 1.0]}, "offsets that are not 2 indices"),
-        ({"a": [1 << 60, 0]}, "offsets that are not 2 indices"),
+        ({"a": [1 << 62, 0]}, "offsets that are not 2 indices"),
         ({"a": [1, 0]}, "chunks that overlap"),
         ({"a": [1 << 40, 0]}, "leave out"),
     ],

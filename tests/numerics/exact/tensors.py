@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -10,12 +12,20 @@ from tpcheck.backends.checkpoint_format import Extent
 from tpcheck.numerics.exact.checkpoint_tensor import CheckpointTensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tensors:
-    """A checkpoint of tensors in memory, some of which lie in files, too."""
+    """A checkpoint of tensors in memory, some of which lie in files, too, with anything that a format may add."""
 
-    tensors: dict[str, torch.Tensor]
-    extents: dict[str, Extent] = field(default_factory=dict)
+    tensors: Mapping[str, torch.Tensor]
+    extents: Mapping[str, Extent] = field(default_factory=dict)
+    description: str = "tensors"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    ties: tuple[frozenset[str], ...] = ()
+    unread: Mapping[str, str] = field(default_factory=dict)
+    inconsistent_replicas: Mapping[str, str] = field(default_factory=dict)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].shape)
@@ -29,6 +39,10 @@ class Tensors:
     def extent(self, name: str) -> Extent | None:
         return self.extents.get(name)
 
+    def require_unchanged(self) -> None: ...
+
+    def close(self) -> None: ...
+
 
 def stored(tensor: torch.Tensor, cast: torch.dtype | None = None) -> CheckpointTensor:
-    return CheckpointTensor(Tensors({"a": tensor}), "a", cast)  # type: ignore[arg-type]
+    return CheckpointTensor(Tensors({"a": tensor}), "a", cast)

@@ -18,7 +18,7 @@ from tpcheck.numerics.exact.checkpoint_tensor import BitComparer, CheckpointTens
 def in_file(path: Path, tensor: torch.Tensor, offset: int = 0) -> CheckpointTensor:
     path.write_bytes(bytes(offset) + tensor.numpy().tobytes())
     checkpoint = Tensors({"a": tensor}, {"a": Extent(path, offset, tensor.nbytes)})
-    return CheckpointTensor(checkpoint, "a")  # type: ignore[arg-type]
+    return CheckpointTensor(checkpoint, "a")
 
 
 def test_pieces_cover_all_rows_and_hold_one_at_least(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,7 @@ import torch
 
 from tpcheck.backends.checkpoint_format import Extent, ReadOptions
 from tpcheck.checkpoints.formats.file_checkpoint import Chunk, ChunkedTensor, FileCheckpoint, tensor_from_chunks
-from tpcheck.checkpoints.formats.files import Files, OpenFile, inside, is_folder, is_present, shortened
-from tpcheck.checkpoints.formats.json_files import read_config
+from tpcheck.checkpoints.formats.files import Files, OpenFile, inside, is_folder, is_present, read_config, shortened
 from tpcheck.checkpoints.formats.storage_view import StorageView
 from tpcheck.checkpoints.formats.torch_files import KEYS, RefusedError, read_structure
 from tpcheck.checkpoints.formats.unpickler import PickledObject, SafeUnpickler, Stream
@@ -84,31 +83,80 @@ def _refuse_storage(_: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkPlace:
+class Place:
     """Where a chunk of a tensor was saved: as a whole file of `torch.save` within another file.
 
     Attributes:
-        offsets: Indices at which the chunk starts in the tensor.
-        sizes: Its shape.
         path: The file.
         start: Position of its first byte there.
         nbytes: Length of the file of `torch.save`.
+        is_compressed: Whether an extension of torch.distributed.checkpoint compressed it.
     """
 
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
     path: Path
     start: int
     nbytes: int
+    is_compressed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LazyChunk:
+    """A chunk whose table of contents is read when its elements are: a model may have 100,000 of them."""
+
+    name: str
+    dtype: torch.dtype
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    place: Place
+
+    def extent(self) -> Extent | None:
+        return None
+
+    def read(self, files: Files, rows: range) -> torch.Tensor:
+        return self.open(files).read(files, rows)
+
+    def open(self, files: Files) -> StorageView:
+        """Return the chunk as a view of the file.
+
+        Raises:
+            CheckpointError: The file does not hold the tensor that the metadata describes.
+        """
+        file = files.open(self.place.path)
+        where = f"The chunk of {shortened(self.name)} at byte {self.place.start} of {self.place.path}"
+        try:
+            tensor = read_structure(_FilePart(file, self.place.start, self.place.nbytes))
+        except (CheckpointError, RefusedError) as error:
+            raise CheckpointError(f"{where} is not a tensor that torch saved, or it is damaged.") from error
+        if not isinstance(tensor, StorageView) or (tensor.shape, tensor.dtype) != (self.shape, self.dtype):
+            kind = f"{list(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, StorageView) else "not a tensor"
+            raise CheckpointError(f"{where} is {kind}, but the metadata states {list(self.shape)} of {self.dtype}.")
+        if tensor.storage.offset is None:
+            raise CheckpointError(f"{where} has no elements.")
+        return replace(tensor, storage=replace(tensor.storage, offset=tensor.storage.offset + self.place.start))
+
+
+class _FilePart(OpenFile):
+    """A part of an open file, which reads as a file."""
+
+    __slots__ = ("_file", "_start")
+
+    def __init__(self, file: OpenFile, start: int, nbytes: int) -> None:
+        self.path, self.size = file.path, nbytes
+        self._file, self._start = file, start
+        self._descriptor = None
+
+    def read(self, offset: int, nbytes: int) -> bytearray:
+        self._require_range(offset, nbytes)
+        return self._file.read(self._start + offset, nbytes)
 
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """A tensor by the metadata."""
+    """A tensor by the metadata, whose chunks may overlap or leave a gap."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    chunks: tuple[ChunkPlace, ...]
+    chunks: tuple[LazyChunk, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +189,7 @@ def read_metadata(folder: Path, files: Files, options: ReadOptions) -> Metadata:
     for name, entry in entries.items():
         if not isinstance(name, str) or not name.isprintable():
             raise CheckpointError(f"{path} has an entry with a name that is not text: {shortened(name)}.")
-        compressed = any(place.compressed for place in places.get(name, {}).values())
+        compressed = any(place.is_compressed for place in places.get(name, {}).values())
         if _kind(entry) == "BytesStorageMetadata":
             others[name] = "is a pickled object, not a tensor"
         elif _kind(entry) != "TensorStorageMetadata":
@@ -153,18 +201,10 @@ def read_metadata(folder: Path, files: Files, options: ReadOptions) -> Metadata:
     return Metadata(tensors, others, dict(_keys(_optional(metadata, "planner_data"))))
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    path: Path
-    start: int
-    nbytes: int
-    compressed: bool
+_Places = dict[str, dict[tuple[int, ...] | None, Place]]
 
 
-_Places = dict[str, dict[tuple[int, ...] | None, _Place]]
-
-
-def _tensor(path: Path, name: str, entry: Any, places: Mapping[tuple[int, ...] | None, _Place]) -> SavedTensor:
+def _tensor(path: Path, name: str, entry: Any, places: Mapping[tuple[int, ...] | None, Place]) -> SavedTensor:
     shape = _sizes(path, name, _field(path, entry, "size"))
     properties = _field(path, entry, "properties")
     state = properties.state if isinstance(properties, PickledObject) else None
@@ -183,7 +223,7 @@ def _tensor(path: Path, name: str, entry: Any, places: Mapping[tuple[int, ...] |
         place = places.get(offsets, places.get(None))
         if place is None:
             raise CheckpointError(f"{path} does not state the file of the chunk of {shortened(name)} at {offsets}.")
-        chunks.append(ChunkPlace(offsets, sizes, place.path, place.start, place.nbytes))
+        chunks.append(LazyChunk(name, dtype, offsets, sizes, place))
     return SavedTensor(shape, dtype, tuple(chunks))
 
 
@@ -202,7 +242,7 @@ def _places(folder: Path, path: Path, storage: Any) -> _Places:
             paths[file] = inside(folder, file)
         if offsets in places[name]:
             raise CheckpointError(f"{path} has two places for the same chunk of {shortened(name)}.")
-        places[name][offsets] = _Place(paths[file], start, nbytes, bool(_optional(info, "transform_descriptors")))
+        places[name][offsets] = Place(paths[file], start, nbytes, bool(_optional(info, "transform_descriptors")))
     return places
 
 
@@ -257,7 +297,7 @@ def read_chunks(folder: Path, name: str, saved: SavedTensor, files: Files) -> Ch
     Raises:
         CheckpointError: They overlap, leave a gap, or reach beyond their file.
     """
-    for place in saved.chunks:
+    for place in (chunk.place for chunk in saved.chunks):
         size, end = files.open(place.path).size, place.start + place.nbytes
         if end > size:
             raise CheckpointError(
@@ -265,11 +305,7 @@ def read_chunks(folder: Path, name: str, saved: SavedTensor, files: Files) -> Ch
             )
     if not saved.chunks:
         raise CheckpointError(f"{folder} holds no chunk of {shortened(name)}.")
-    chunks = [Chunk(place.offsets, LazyChunk(name, saved.dtype, place)) for place in saved.chunks]
-    try:
-        tensor = tensor_from_chunks(chunks)
-    except CheckpointError as error:
-        raise CheckpointError(f"Tensor {shortened(name)} in {folder} {error}.") from error
+    tensor = tensor_from_chunks(name, folder, [Chunk(chunk.offsets, chunk) for chunk in saved.chunks])
     if tensor.shape != saved.shape:
         raise CheckpointError(
             f"{folder} holds chunks of {shortened(name)} that make up the shape {list(tensor.shape)} in place of "
@@ -277,61 +313,8 @@ def read_chunks(folder: Path, name: str, saved: SavedTensor, files: Files) -> Ch
         )
     if len(saved.chunks) > 1:
         return tensor
-    only = LazyChunk(name, saved.dtype, saved.chunks[0]).open(files)  # so that it has an extent
+    only = saved.chunks[0].open(files)  # so that it has an extent
     return replace(tensor, chunks=(Chunk(saved.chunks[0].offsets, only),))
-
-
-@dataclass(frozen=True, slots=True)
-class LazyChunk:
-    """A chunk whose table of contents is read when its elements are: a model may have 100,000 of them."""
-
-    name: str
-    dtype: torch.dtype
-    place: ChunkPlace
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.place.sizes
-
-    def extent(self) -> Extent | None:
-        return None
-
-    def read(self, files: Files, rows: range) -> torch.Tensor:
-        return self.open(files).read(files, rows)
-
-    def open(self, files: Files) -> StorageView:
-        """Return the chunk as a view of the file.
-
-        Raises:
-            CheckpointError: The file does not hold the tensor that the metadata describes.
-        """
-        file = files.open(self.place.path)
-        where = f"The chunk of {shortened(self.name)} at byte {self.place.start} of {self.place.path}"
-        try:
-            tensor = read_structure(_FilePart(file, self.place.start, self.place.nbytes))
-        except (CheckpointError, RefusedError) as error:
-            raise CheckpointError(f"{where} is not a tensor that torch saved, or it is damaged.") from error
-        if not isinstance(tensor, StorageView) or (tensor.shape, tensor.dtype) != (self.shape, self.dtype):
-            kind = f"{list(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, StorageView) else "not a tensor"
-            raise CheckpointError(f"{where} is {kind}, but the metadata states {list(self.shape)} of {self.dtype}.")
-        if tensor.storage.offset is None:
-            raise CheckpointError(f"{where} has no elements.")
-        return replace(tensor, storage=replace(tensor.storage, offset=tensor.storage.offset + self.place.start))
-
-
-class _FilePart(OpenFile):
-    """A part of an open file, which reads as a file."""
-
-    __slots__ = ("_file", "_start")
-
-    def __init__(self, file: OpenFile, start: int, nbytes: int) -> None:
-        self.path, self.size = file.path, nbytes
-        self._file, self._start = file, start
-        self._descriptor = None
-
-    def read(self, offset: int, nbytes: int) -> bytearray:
-        self._require_range(offset, nbytes)
-        return self._file.read(self._start + offset, nbytes)
 
 
 NOT_THE_MODEL = ("optim", "lr_scheduler", "scheduler", "dataloader", "train_state", "rng", "ema")
@@ -356,33 +339,21 @@ class DcpFormat:
 
 def _open(folder: Path, files: Files, options: ReadOptions) -> FileCheckpoint:
     saved = read_metadata(folder, files, options)
-    model = model_names(folder, saved)
+    new_names, part = _model_names(folder, saved)
     tensors: dict[str, ChunkedTensor] = {
         new: read_chunks(folder, old, saved.tensors[old], files)
-        for old, new in model.names.items()
+        for old, new in new_names.items()
         if old in saved.tensors
     }
-    unread = {new: saved.others[old] for old, new in model.names.items() if old in saved.others}
-    num_files = len({chunk.path for old in model.names if old in saved.tensors for chunk in saved.tensors[old].chunks})
-    description = f"torch.distributed.checkpoint, {num_files} files{model.description}"
+    unread = {new: saved.others[old] for old, new in new_names.items() if old in saved.others}
+    model = [saved.tensors[old] for old in new_names if old in saved.tensors]
+    num_files = len({chunk.place.path for tensor in model for chunk in tensor.chunks})
+    description = f"torch.distributed.checkpoint, {num_files} files{part}"
     return FileCheckpoint(files, description, tensors, read_config(folder, files), unread=unread)
 
 
-@dataclass(frozen=True, slots=True)
-class ModelNames:
-    """The part of a saved state dict that is the model.
-
-    Attributes:
-        names: The name in the model for each name in the checkpoint.
-        description: Which part it is, where it is not all.
-    """
-
-    names: Mapping[str, str]
-    description: str
-
-
-def model_names(folder: Path, saved: Metadata) -> ModelNames:
-    """Find the model in a state dict that may also hold an optimizer.
+def _model_names(folder: Path, saved: Metadata) -> tuple[Mapping[str, str], str]:
+    """Return the name in the model for each saved name of it, and which part of the state dict it is, if not all.
 
     Raises:
         CheckpointError: Several entries could be the model.
@@ -393,13 +364,13 @@ def model_names(folder: Path, saved: Metadata) -> ModelNames:
         names = {name: name for name, path in keys.items() if len(path) == 1 and not _is_not_model(path[0])}
         left_out = sorted({path[0] for name, path in keys.items() if name not in names})
         without = f", without {', '.join(map(repr, left_out[:5]))}" if left_out else ""
-        return ModelNames(names, without if any(name in saved.tensors for name in names) else "")
+        return names, without if any(name in saved.tensors for name in names) else ""
     names = {
         name: ".".join(path[len(prefix) :])
         for name, path in keys.items()
         if path[: len(prefix)] == prefix and len(path) > len(prefix)
     }
-    return ModelNames(names, f", under {'.'.join(prefix)!r}" if prefix else "")
+    return names, f", under {'.'.join(prefix)!r}" if prefix else ""
 
 
 def _prefix(folder: Path, paths: set[Keys]) -> Keys | None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from tpcheck.backends.checkpoint_format import Extent
-from tpcheck.checkpoints.formats.files import Files
+from tpcheck.checkpoints.formats.files import Files, shortened
 from tpcheck.core.errors import CheckpointError
 
 
@@ -124,25 +124,28 @@ class ChunkedTensor:
         return tensor
 
 
-def tensor_from_chunks(chunks: Sequence[Chunk]) -> ChunkedTensor:
+def tensor_from_chunks(name: str, where: object, chunks: Sequence[Chunk]) -> ChunkedTensor:
     """Return the tensor that the chunks make up.
 
     It is as large as the chunks reach, since nothing else states its shape: without its last chunk it is smaller.
 
+    Args:
+        name: The name of the tensor, for error messages.
+        where: The files that hold the chunks, for error messages.
+
     Raises:
-        CheckpointError: The chunks overlap, leave a gap, or do not fit each other. The message is the end of a sentence
-            that starts with the tensor's name.
+        CheckpointError: The chunks overlap, leave a gap, or do not fit each other.
     """
-    first = chunks[0].tensor
+    tensor, first = f"Tensor {shortened(name)} in {where}", chunks[0].tensor
     if any(len(chunk.tensor.shape) != len(first.shape) or chunk.tensor.dtype != first.dtype for chunk in chunks):
-        raise CheckpointError("has chunks of different dtypes or numbers of dimensions")
+        raise CheckpointError(f"{tensor} has chunks of different dtypes or numbers of dimensions.")
     shape = tuple(max(ends) for ends in zip(*(chunk.ends for chunk in chunks), strict=True))
     filled = [chunk for chunk in chunks if prod(chunk.tensor.shape)] or list(chunks[:1])
     if _any_overlap(filled):
-        raise CheckpointError("has chunks that overlap")
+        raise CheckpointError(f"{tensor} has chunks that overlap.")
     missing = prod(shape) - sum(prod(chunk.tensor.shape) for chunk in filled)
     if missing:
-        raise CheckpointError(f"has chunks that leave out {missing} of its {prod(shape)} elements")
+        raise CheckpointError(f"{tensor} has chunks that leave out {missing} of its {prod(shape)} elements.")
     return ChunkedTensor(shape, first.dtype, tuple(filled))
 
 

@@ -1,16 +1,17 @@
-"""Open the files of a checkpoint, which may be damaged, hostile, or change while they are read."""
+"""Open the files of a checkpoint, its JSON and its index; they may be damaged, hostile, or change meanwhile."""
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import torch
 
@@ -18,6 +19,12 @@ from tpcheck.core.errors import CheckpointError
 
 MAX_DESCRIPTORS = 256
 """Files that one checkpoint keeps open: a quarter of the usual limit; further files are opened for each read."""
+
+
+MAX_JSON_NBYTES = 32 << 20
+"""The table of 250,000 tensors; the objects that Python makes of it stay below 1 GB whatever it holds."""
+
+T_co = TypeVar("T_co", covariant=True)
 
 
 def inside(folder: Path, name: object) -> Path:
@@ -49,6 +56,15 @@ def shortened(value: object, limit: int = 120) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
+def is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def is_sizes(value: Any) -> TypeGuard[Sequence[int]]:
+    """Return whether the value is a shape, or another short sequence of sizes."""
+    return isinstance(value, (list, tuple)) and len(value) <= 64 and all(map(is_size, value))
+
+
 class OpenFile:
     """One regular file, as it was when it was opened."""
 
@@ -68,7 +84,16 @@ class OpenFile:
         """Return exactly these bytes."""
         self._require_range(offset, nbytes)
         buffer = bytearray(nbytes)
-        self._fill(memoryview(buffer), offset)
+        target, done = memoryview(buffer), 0
+        with self._reading() as descriptor:
+            while done < nbytes:
+                try:
+                    count = os.preadv(descriptor, [target[done:]], offset + done)
+                except OSError as error:
+                    raise CheckpointError(f"{self.path} cannot be read: {_reason(error)}.") from error
+                if not count:
+                    raise CheckpointError(f"{self.path} was truncated while it was read.")
+                done += count
         return buffer
 
     def read_tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -94,18 +119,6 @@ class OpenFile:
             raise CheckpointError(
                 f"{self.path} has {self.size} bytes, so {shortened(nbytes)} from {shortened(offset)} cannot be read."
             )
-
-    def _fill(self, target: memoryview, offset: int) -> None:
-        done = 0
-        with self._reading() as descriptor:
-            while done < len(target):
-                try:
-                    count = os.preadv(descriptor, [target[done:]], offset + done)
-                except OSError as error:
-                    raise CheckpointError(f"{self.path} cannot be read: {_reason(error)}.") from error
-                if not count:
-                    raise CheckpointError(f"{self.path} was truncated while it was read.")
-                done += count
 
     @contextmanager
     def _reading(self) -> Iterator[int]:
@@ -226,3 +239,120 @@ def names_in(folder: Path) -> list[str]:
         return sorted(path.name for path in folder.iterdir())
     except OSError:
         return []
+
+
+def read_json(path: Path, files: Files, *, strict: bool = True) -> dict[str, Any]:
+    """Return the object in a JSON file; see `parse_json`.
+
+    Raises:
+        CheckpointError: The file holds anything else.
+    """
+    file = files.open(path)
+    if file.size > MAX_JSON_NBYTES:
+        raise CheckpointError(f"{path} has {file.size} bytes, which is more than a JSON file of a checkpoint needs.")
+    return parse_json(file.read(0, file.size), str(path), strict=strict)
+
+
+def read_config(folder: Path, files: Files, name: str = "config.json") -> dict[str, Any]:
+    """Return the model's configuration, which may hold infinities as Mamba's does; empty where there is none."""
+    return read_json(folder / name, files, strict=False) if is_present(folder / name) else {}
+
+
+def parse_json(data: bytes | bytearray, where: str, *, strict: bool) -> dict[str, Any]:
+    """Return the JSON object; if strict, refuse repeated keys, infinities and NaN.
+
+    Args:
+        where: What holds the data, for error messages.
+    """
+    try:
+        hooks: dict[str, Any] = {"object_pairs_hook": _unique, "parse_constant": _refuse} if strict else {}
+        value = json.loads(data.decode("utf-8"), **hooks)
+    except RecursionError:
+        raise CheckpointError(f"{where} is nested too deeply to be JSON of a checkpoint.") from None
+    except (ValueError, MemoryError) as error:
+        raise CheckpointError(f"{where} is not valid JSON: {shortened(str(error))}.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} does not hold a JSON object.")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in entries:
+            raise ValueError(f"the key {shortened(key)} is duplicated")
+        for text in (key, value):
+            if isinstance(text, str) and not text.isascii():
+                text.encode()  # raises a ValueError for a lone surrogate, which is not text
+        entries[key] = value
+    return entries
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not a number of JSON")
+
+
+def read_index(path: Path, files: Files) -> dict[str, Path]:
+    """Return the file of each tensor.
+
+    Raises:
+        CheckpointError: The index is damaged, or names what is not a file in its folder.
+    """
+    weight_map = read_json(path, files).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} names no tensors: it has no weight_map.")
+    paths: dict[str, Path] = {}
+    for name in weight_map.values():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path} names a file {shortened(name)}, which is not a file name.")
+        if name not in paths:
+            paths[name] = inside(path.parent, name)
+            if not is_present(paths[name]):
+                raise CheckpointError(f"{path} names {shortened(name)}, which is missing.")
+    return {tensor: paths[name] for tensor, name in weight_map.items()}
+
+
+class FileContents(Protocol[T_co]):
+    """The tensors of one file, and the reason for each that cannot be read."""
+
+    @property
+    def tensors(self) -> Mapping[str, T_co]: ...
+
+    @property
+    def unread(self) -> Mapping[str, str]: ...
+
+
+def merge_files(
+    index: Path, files_of: Mapping[str, Path], read: Callable[[Path], FileContents[T_co]]
+) -> tuple[Mapping[str, T_co], Mapping[str, str]]:
+    """Return the tensors of all files, and the reason for each that cannot be read or that the index does not list.
+
+    Args:
+        index: The index, for error messages.
+        files_of: The file of each tensor, by the index.
+        read: Returns the contents of one file.
+
+    Raises:
+        CheckpointError: A file does not hold what the index says, or two files hold the same tensor.
+    """
+    tensors: dict[str, T_co] = {}
+    unread: dict[str, str] = {}
+    path_of: dict[str, Path] = {}
+    for path in dict.fromkeys(files_of.values()):
+        contents = read(path)
+        for name in (*contents.tensors, *contents.unread):
+            if name in path_of:
+                raise CheckpointError(
+                    f"Tensor {shortened(name)} is both in {path_of[name].name} and in {path.name}: "
+                    "the files hold shards of one model, or two versions of it."
+                )
+            path_of[name] = path
+        tensors |= contents.tensors
+        unread |= contents.unread
+    for name, path in files_of.items():
+        if path_of.get(name) != path:
+            raise CheckpointError(f"{index} says that tensor {shortened(name)} is in {path.name}, which lacks it.")
+    for name in path_of.keys() - files_of.keys():
+        tensors.pop(name, None)
+        unread[name] = f"{index.name} does not list it, though one of its files holds it"
+    return tensors, unread

@@ -12,8 +12,7 @@ from typing import Any
 from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats.dcp import METADATA, read_chunks, read_metadata
 from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint
-from tpcheck.checkpoints.formats.files import Files, inside, is_folder, is_present, shortened
-from tpcheck.checkpoints.formats.json_files import read_config, read_json
+from tpcheck.checkpoints.formats.files import Files, inside, is_folder, is_present, read_config, read_json, shortened
 from tpcheck.core.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -8,8 +8,7 @@ from typing import Any
 from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats import torch_files
 from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint
-from tpcheck.checkpoints.formats.files import Files, is_folder, names_in
-from tpcheck.checkpoints.formats.json_files import read_config
+from tpcheck.checkpoints.formats.files import Files, is_folder, names_in, read_config
 from tpcheck.checkpoints.formats.safetensors_files import read_header
 from tpcheck.checkpoints.formats.torch_files import state_dict, ties
 

@@ -9,10 +9,15 @@ from typing import Any
 from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats import torch_files
 from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint
-from tpcheck.checkpoints.formats.files import Files, is_folder, names_in
-from tpcheck.checkpoints.formats.json_files import merge_files, not_in_index, read_config, read_index
-from tpcheck.checkpoints.formats.storage_view import StorageView
-from tpcheck.checkpoints.formats.torch_files import state_dict, ties
+from tpcheck.checkpoints.formats.files import (
+    Files,
+    is_folder,
+    merge_files,
+    names_in,
+    read_config,
+    read_index,
+)
+from tpcheck.checkpoints.formats.torch_files import StateDict, state_dict, ties
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 INDEX_SUFFIX = ".bin.index.json"
@@ -39,24 +44,18 @@ class PytorchFormat:
 
 
 def _open(path: Path, files: Files, options: ReadOptions) -> FileCheckpoint:
+    def read(file: Path) -> StateDict:
+        return state_dict(torch_files.load(file, files, options), file)
+
     if path.name.endswith(INDEX_SUFFIX):
         files_of = read_index(path, files)
-        entries = merge_files(path, files_of, lambda file: _entries(file, files, options))
-        entries |= {name: not_in_index(path) for name in entries if name not in files_of}
+        tensors, unread = merge_files(path, files_of, read)
         description = f"PyTorch, {len({*files_of.values()})} files with an index"
     else:
-        state = state_dict(torch_files.load(path, files, options), path)
-        entries = {**state.tensors, **state.unread}
+        state = read(path)
+        tensors, unread = state.tensors, state.unread
         description = "PyTorch, 1 file" + (f", under {state.key!r}" if state.key else "")
-    tensors = {name: entry for name, entry in entries.items() if isinstance(entry, StorageView)}
-    unreadable = {name: entry for name, entry in entries.items() if isinstance(entry, str)}
-    return FileCheckpoint(files, description, tensors, read_config(path.parent, files), ties(tensors), unreadable)
-
-
-def _entries(path: Path, files: Files, options: ReadOptions) -> dict[str, StorageView | str]:
-    """Return each tensor of a file, or the reason why it cannot be read."""
-    state = state_dict(torch_files.load(path, files, options), path)
-    return {**state.tensors, **state.unread}
+    return FileCheckpoint(files, description, tensors, read_config(path.parent, files), ties(tensors), unread)
 
 
 def _main_file(path: Path) -> Path | None:

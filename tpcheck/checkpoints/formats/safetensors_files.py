@@ -1,4 +1,4 @@
-"""Checkpoints in safetensors: one file, or several with an index.
+"""Checkpoints in safetensors: one file, several with an index, or each rank's own shards.
 
 The header is read here, since the library does not state where a tensor lies in the file and maps the whole file: one
 that is truncated meanwhile would end the process with SIGBUS.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -17,15 +18,24 @@ from typing import Any
 import torch
 
 from tpcheck.backends.checkpoint_format import Extent, ReadOptions
-from tpcheck.checkpoints.formats.file_checkpoint import ContiguousTensor, FileCheckpoint
-from tpcheck.checkpoints.formats.files import Files, OpenFile, is_folder, names_in, shortened
-from tpcheck.checkpoints.formats.json_files import (
-    MAX_NBYTES,
+from tpcheck.checkpoints.formats.file_checkpoint import (
+    Chunk,
+    ContiguousTensor,
+    FileCheckpoint,
+    tensor_from_chunks,
+)
+from tpcheck.checkpoints.formats.files import (
+    MAX_JSON_NBYTES,
+    Files,
+    OpenFile,
+    is_folder,
+    is_sizes,
     merge_files,
-    not_in_index,
+    names_in,
     parse_json,
     read_config,
     read_index,
+    shortened,
 )
 from tpcheck.core.errors import CheckpointError
 
@@ -86,7 +96,7 @@ def read_header(file: OpenFile) -> Header:
             f"{file.path} is truncated or not a safetensors file: its header should have {length} bytes, "
             f"but the whole file has {file.size}."
         )
-    if length > MAX_NBYTES:
+    if length > MAX_JSON_NBYTES:
         raise CheckpointError(f"{file.path} has a header of {length} bytes, which is more than any model needs.")
     data = file.read(8, length)
     if not data.startswith(b"{"):
@@ -122,9 +132,9 @@ def _parse_entry(file: OpenFile, name: str, entry: Any, start: int) -> _Entry:
     if not isinstance(entry, dict) or {*entry} != {"dtype", "shape", "data_offsets"}:
         raise _damaged(file, name, "is not described by dtype, shape and data_offsets")
     shape, offsets, kind = entry["shape"], entry["data_offsets"], entry["dtype"]
-    if not _are_sizes(shape) or prod(size for size in shape if size) >= 1 << 60:
+    if not is_sizes(shape) or prod(size for size in shape if size) >= 1 << 60:
         raise _damaged(file, name, f"has the shape {_as_text(shape)}")
-    if not _are_sizes(offsets) or len(offsets) != 2:
+    if not is_sizes(offsets) or len(offsets) != 2:
         raise _damaged(file, name, f"has the offsets {_as_text(offsets)}")
     begin, end = offsets
     if not begin <= end <= file.size - start:
@@ -163,12 +173,6 @@ def _bits(kind: str) -> int | None:
     return _BITS.get(kind) or _BITS.get(kind.partition("_")[0]) or int(kind[1:])
 
 
-def _are_sizes(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) > 64:
-        return False
-    return all(type(size) is int and 0 <= size < 1 << 62 for size in value)
-
-
 def _damaged(file: OpenFile, name: str, problem: str) -> CheckpointError:
     return CheckpointError(f"{file.path} is damaged: tensor {shortened(name)} {problem}.")
 
@@ -181,7 +185,7 @@ def _as_text(value: Any) -> str:
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 OTHER_FORMATS = re.compile(r"shard-\d+-model-.*|adapter_model\..*")
-"""Files of `transformers_shards` and `peft`."""
+"""Files of `TransformersShardsFormat` and `PeftFormat`."""
 
 
 class SafetensorsFormat:
@@ -203,21 +207,12 @@ class SafetensorsFormat:
 def _open(path: Path, files: Files) -> FileCheckpoint:
     if path.name.endswith(INDEX_SUFFIX):
         files_of = read_index(path, files)
-        entries = merge_files(path, files_of, lambda file: _entries(file, files))
-        entries |= {name: not_in_index(path) for name in entries if name not in files_of}
+        tensors, unread = merge_files(path, files_of, lambda file: read_header(files.open(file)))
         description = f"safetensors, {len({*files_of.values()})} files with an index"
     else:
-        entries = _entries(path, files)
-        description = "safetensors, 1 file"
-    tensors = {name: entry for name, entry in entries.items() if isinstance(entry, ContiguousTensor)}
-    unreadable = {name: entry for name, entry in entries.items() if isinstance(entry, str)}
-    return FileCheckpoint(files, description, tensors, read_config(path.parent, files), unread=unreadable)
-
-
-def _entries(path: Path, files: Files) -> dict[str, ContiguousTensor | str]:
-    """Return each tensor of a file, or the reason why it cannot be read."""
-    header = read_header(files.open(path))
-    return {**header.tensors, **header.unread}
+        header = read_header(files.open(path))
+        tensors, unread, description = header.tensors, header.unread, "safetensors, 1 file"
+    return FileCheckpoint(files, description, tensors, read_config(path.parent, files), unread=unread)
 
 
 def _model_files(names: list[str]) -> list[str]:
@@ -242,3 +237,69 @@ def _main_file(source: Path) -> Path:
             break
     several = "indexes" if indexes else "safetensors files and no index"
     raise CheckpointError(f"{source} holds {len(indexes or single)} {several}, so the model is ambiguous.")
+
+
+SHARD = re.compile(r"shard-(\d{5})-model-(\d{5})-of-(\d{5})\.safetensors")
+SHARDING = "DCP_SHARDING_INFO"
+
+
+class TransformersShardsFormat:
+    """Opens a folder of `shard-*.safetensors`: `save_pretrained(..., distributed_checkpoint=True)` of transformers.
+
+    Every file holds its rank's chunk of a tensor under the tensor's name, and in its metadata the place of the chunk
+    (torch/distributed/checkpoint/_hf_utils.py). Nothing but the chunks states the shape of a tensor.
+    """
+
+    name = "transformers-shards"
+    precedence = 50  # below safetensors: a model that was consolidated beside its shards is read in place of them
+
+    def recognises(self, source: Any) -> bool:
+        return is_folder(source) and any(map(SHARD.fullmatch, names_in(source)))
+
+    def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
+        with Files() as files:
+            return _open_shards(source, files)
+
+
+def _open_shards(folder: Path, files: Files) -> FileCheckpoint:
+    matches = [match for match in map(SHARD.fullmatch, names_in(folder)) if match]
+    if len({match[3] for match in matches}) > 1:
+        raise CheckpointError(
+            f"{folder} holds shards of several checkpoints: their names state different numbers of files."
+        )
+    chunks: dict[str, list[Chunk]] = defaultdict(list)
+    unread: dict[str, str] = {}
+    for match in matches:
+        path = folder / match.string
+        header = read_header(files.open(path))
+        unread.update(header.unread)
+        offsets = _offsets(path, header)
+        for name, tensor in header.tensors.items():
+            if name not in offsets:
+                raise CheckpointError(f"{path} does not state the offsets of its chunk of tensor {shortened(name)}.")
+            chunks[name].append(Chunk(_checked_offsets(path, name, offsets[name], len(tensor.shape)), tensor))
+    missing = _missing_shards(matches)
+    tensors = {name: tensor_from_chunks(name, f"{folder}{missing}", parts) for name, parts in chunks.items()}
+    description = f"transformers shards, {len(matches)} files{missing}"
+    return FileCheckpoint(files, description, tensors, read_config(folder, files), unread=unread)
+
+
+def _missing_shards(matches: list[re.Match[str]]) -> str:
+    """Return which shards are missing, in words: they are numbered from 1, and a rank without tensors writes none."""
+    present = {int(match[1]) for match in matches}
+    missing = [str(shard) for shard in range(1, max(present)) if shard not in present]
+    return f" (without shard {', '.join(missing[:5])})" if missing else ""
+
+
+def _offsets(path: Path, header: Header) -> Mapping[str, Any]:
+    text = header.metadata.get(SHARDING)
+    if text is None:
+        raise CheckpointError(f"{path} does not state the offsets of its chunks: its metadata has no {SHARDING}.")
+    return parse_json(text.encode(), f"{SHARDING} of {path}", strict=True)
+
+
+def _checked_offsets(path: Path, name: str, entry: Any, dims: int) -> tuple[int, ...]:
+    offsets = entry.get("saved_offsets") if isinstance(entry, dict) else None
+    if not is_sizes(offsets) or len(offsets) != dims:
+        raise CheckpointError(f"{path} gives tensor {shortened(name)} offsets that are not {dims} indices.")
+    return tuple(offsets)

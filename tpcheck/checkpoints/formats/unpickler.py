@@ -101,10 +101,6 @@ STORAGE_DTYPES = {
 }
 
 
-def _tensor(storage: Storage, start: int, size: Any, stride: Any, *_: Any) -> StorageView:
-    return storage_view(storage, start, size, stride)
-
-
 def _tensor_v2(
     storage: Storage, start: int, size: Any, stride: Any, _grad: Any = False, _hooks: Any = None, metadata: Any = None
 ) -> StorageView | PickledObject:
@@ -157,7 +153,7 @@ def hashable(key: Any) -> Any:
 
 
 CALLS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor": _tensor_v2,
     "torch._utils._rebuild_tensor_v2": _tensor_v2,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": _parameter,

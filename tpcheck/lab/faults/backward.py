@@ -17,6 +17,7 @@ from tpcheck.lab.faults.injection import (
     all_reduced,
     change_gradient,
     fault_of_the_backend,
+    inject_always,
     replace_forward,
     with_backward,
     wrap_forward,
@@ -135,14 +136,10 @@ def _frozen(draw: Draw) -> Injection:
     return Injection(lambda live: live.parameter(name).requires_grad_(False), Place(parameters=(name,)))
 
 
-def _untied(draw: Draw) -> Injection:
+def _untie(live: Live) -> None:
     """Make a parameter for each name of a tied weight."""
-
-    def inject(live: Live) -> None:
-        head = live.module("lm_head")
-        head.weight = nn.Parameter(head.weight.detach().clone())
-
-    return Injection(inject, Place(parameters=("model.embed_tokens.weight",)))
+    head = live.module("lm_head")
+    head.weight = nn.Parameter(head.weight.detach().clone())
 
 
 def _swapped(draw: Draw) -> Injection:
@@ -228,6 +225,7 @@ FAULTS = (
     _fault("gradient_of_the_next_rank", "each rank has the gradient of the next rank's shard",
            change_gradient(_of_the_next_rank, *_MATRICES), "shard_order_swapped", family="qwen2", topology=TP4),
     _fault("tied_weight_trained_apart",
-           "a tied weight became two parameters, equal at first, each with a gradient of its own", _untied,
-           "tied_weight_untied", family="qwen2", settings={"tie_word_embeddings": True}),
+           "a tied weight became two parameters, equal at first, each with a gradient of its own",
+           inject_always(_untie, parameters=("model.embed_tokens.weight",)), "tied_weight_untied", family="qwen2",
+           settings={"tie_word_embeddings": True}),
 )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 from tpcheck.core.topology import Topology
 from tpcheck.lab.faults import pipelines
-from tpcheck.lab.faults.datasets import FIRST_RANDOM
+from tpcheck.lab.faults.pipelines import FIRST_RANDOM
 
 TP = Topology(tp=2)
 TP_DP = Topology(tp=2, dp=2)

@@ -45,26 +45,23 @@ class Live:
 
     Attributes:
         candidate: The model that trains (`tpcheck.adapters.Candidate`); DeepSpeed's has an `engine`.
-        rank: This rank (`tpcheck.backends.interface.RankLike`).
+        rank: This rank.
     """
 
     candidate: Any
-    rank: Any
+    rank: RankLike
 
     @property
     def tp(self) -> int:
-        size: int = self.rank.topology.tp
-        return size
+        return self.rank.topology.tp
 
     @property
     def tp_rank(self) -> int:
-        place: int = self.rank.topology.coordinate(self.rank.rank)["tp"]
-        return place
+        return self.rank.topology.coordinate(self.rank.rank)["tp"]
 
     @property
     def dp_rank(self) -> int:
-        place: int = self.rank.topology.coordinate(self.rank.rank)["dp"]
-        return place
+        return self.rank.topology.coordinate(self.rank.rank)["dp"]
 
     @property
     def tp_group(self) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4, Draw, Injection, Live, Place, fault_constructor
-from tpcheck.lab.faults.injection import fault_of_the_backend
+from tpcheck.lab.faults.injection import fault_of_the_backend, inject_always, wrap_forward
 
 _ALIBI_LINK = "https://github.com/bigscience-workshop/Megatron-DeepSpeed/issues/227"
 _BLOOM = {"tensor_parallel": {"preset_model": "bloom"}}
@@ -20,42 +20,30 @@ _fault = fault_constructor("layout", "outputs_match_reference", steps=1)
 
 
 def _alibi_of_other_heads(*, first_everywhere: bool) -> Callable[[Draw], Injection]:
-    def draw_model(draw: Draw) -> Injection:
-        def inject(live: Live) -> None:
-            model = live.module("transformer")
-            build = model.build_alibi_tensor
-            source = 0 if first_everywhere else (live.tp_rank + 1) % live.tp
+    def inject(live: Live) -> None:
+        model = live.module("transformer")
+        build = model.build_alibi_tensor
+        source = 0 if first_everywhere else (live.tp_rank + 1) % live.tp
 
-            def slopes_of(mask: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
-                whole = build(mask, num_heads * live.tp, dtype)
-                by_sample = whole.reshape(len(mask), live.tp, num_heads, *whole.shape[1:])
-                slopes: Tensor = by_sample[:, source].reshape(-1, *whole.shape[1:])
-                return slopes
+        def slopes_of(mask: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+            whole = build(mask, num_heads * live.tp, dtype)
+            by_sample = whole.reshape(len(mask), live.tp, num_heads, *whole.shape[1:])
+            slopes: Tensor = by_sample[:, source].reshape(-1, *whole.shape[1:])
+            return slopes
 
-            model.build_alibi_tensor = slopes_of
+        model.build_alibi_tensor = slopes_of
 
-        return Injection(inject, Place(modules=("transformer",)))
-
-    return draw_model
+    return inject_always(inject, modules=("transformer",))
 
 
 def _rotary(change: Callable[[Live, Tensor], Tensor]) -> Callable[[Draw], Injection]:
-    def draw_rank(draw: Draw) -> Injection:
-        tp_rank = draw.tp_rank()
+    """Return a draw of a rank whose rotary tables are changed."""
 
-        def inject(live: Live) -> None:
-            rotary = live.module("model.rotary_emb")
-            right = rotary.forward
+    def changed(live: Live, tp_rank: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        tables = forward(*args, **kwargs)
+        return tuple(change(live, table) for table in tables) if live.tp_rank == tp_rank else tables
 
-            def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-                tables: tuple[Tensor, ...] = right(*args, **kwargs)
-                return tuple(change(live, table) for table in tables) if live.tp_rank == tp_rank else tables
-
-            rotary.forward = forward
-
-        return Injection(inject, Place(modules=("model.rotary_emb",)))
-
-    return draw_rank
+    return wrap_forward(changed, "model.rotary_emb")
 
 
 def _positions_in_another_order(live: Live, table: Tensor) -> Tensor:
@@ -102,7 +90,6 @@ FAULTS = (
     _fault("keys_tiled_over_queries",
            "keys and values are tiled over the queries of a group where they should be repeated", _keys_tiled,
            "head_mapping_wrong", topologies=(TP2, TP2_DP2)),
-    # four ranks have one head of keys each
     _fault("rotary_table_in_another_order", "one rank's rotary table has the positions in the order of other ranks",
            _rotary(_positions_in_another_order), "shard_order_swapped"),
     _fault("rotary_table_of_later_positions", "one rank's rotary table starts a few positions late",

@@ -65,9 +65,9 @@ def change_gradient(change: Callable[[Live, int, Tensor], Tensor], *patterns: st
     return draw_parameter
 
 
-def whole_run(inject: Callable[[Live], None]) -> Callable[[Draw], Injection]:
-    """Return a draw that always injects the same fault, one of the whole run."""
-    return lambda draw: Injection(inject, Place())
+def inject_always(inject: Callable[[Live], None], **place: tuple[str, ...]) -> Callable[[Draw], Injection]:
+    """Return a draw that always injects the same fault, at `Place(**place)`: by default one of the whole run."""
+    return lambda draw: Injection(inject, Place(**place))
 
 
 def fault_of_the_backend(*patterns: str) -> Callable[[Draw], Injection]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4, Draw, Injection, Live, Place, fault_constructor
+from tpcheck.lab.faults.injection import inject_always
 
 _HEAD_DIM = 8  # of the small models
 _COLUMN = ("*.q_proj.weight", "*.gate_proj.weight", "*.up_proj.weight", "lm_head.weight")
@@ -97,29 +98,27 @@ def _whole_transposed(live: Live, shards: list[Tensor], dim: int, tp_rank: int) 
     return torch.cat(shards, dim).t().chunk(live.tp, dim)[live.tp_rank]
 
 
-def _shard_transposed(live: Live, shards: list[Tensor], dim: int, tp_rank: int) -> Tensor:
-    local = shards[live.tp_rank]
-    return local.t() if live.tp_rank == tp_rank else local
+def _change(change: Callable[[Tensor], Tensor]) -> NewShard:
+    """Return what changes the shard of every rank."""
+    return lambda live, shards, dim, tp_rank: change(shards[live.tp_rank])
 
 
-def _rounded(live: Live, shards: list[Tensor], dim: int, tp_rank: int) -> Tensor:
-    local = shards[live.tp_rank]
-    return local.to(torch.bfloat16).to(local.dtype)
+def _change_on_one_rank(change: Callable[[Tensor], Tensor]) -> NewShard:
+    """Return what changes the shard of the rank that was drawn."""
+
+    def new_shard(live: Live, shards: list[Tensor], dim: int, tp_rank: int) -> Tensor:
+        shard = shards[live.tp_rank]
+        return change(shard) if live.tp_rank == tp_rank else shard
+
+    return new_shard
 
 
-def _rounded_on_one_rank(live: Live, shards: list[Tensor], dim: int, tp_rank: int) -> Tensor:
-    return _rounded(live, shards, dim, tp_rank) if live.tp_rank == tp_rank else shards[live.tp_rank]
+def _rounded(shard: Tensor) -> Tensor:
+    return shard.to(torch.bfloat16).to(shard.dtype)
 
 
-def _not_loaded(live: Live, shards: list[Tensor], dim: int, tp_rank: int) -> Tensor:
-    local = shards[live.tp_rank]
-    before = torch.randn(local.shape, generator=torch.Generator().manual_seed(tp_rank), dtype=local.dtype)
-    return before * 0.02 if live.tp_rank == tp_rank else local
-
-
-def _zero_on_one_rank(live: Live, shards: list[Tensor], dim: int, tp_rank: int) -> Tensor:
-    local = shards[live.tp_rank]
-    return torch.zeros_like(local) if live.tp_rank == tp_rank else local
+def _as_before_loading(shard: Tensor) -> Tensor:
+    return torch.randn(shard.shape, generator=torch.Generator().manual_seed(0), dtype=shard.dtype) * 0.02
 
 
 def _bit_flipped_on_one_rank(draw: Draw) -> Injection:
@@ -132,11 +131,6 @@ def _bit_flipped_on_one_rank(draw: Draw) -> Injection:
             bits[len(bits) // 2] ^= 1 << bit
 
     return Injection(inject, Place(parameters=(name,)))
-
-
-def _uninitialised_on_one_rank(live: Live, shards: list[Tensor], dim: int, tp_rank: int) -> Tensor:
-    local = shards[live.tp_rank]
-    return torch.full_like(local, float("nan")) if live.tp_rank == tp_rank else local
 
 
 def _of_another_layer(*, everywhere: bool) -> Callable[[Draw], Injection]:
@@ -163,14 +157,11 @@ def _keys_and_values_of_another_rank(draw: Draw) -> Injection:
     return Injection(inject, Place(parameters=names))
 
 
-def _untied_head(draw: Draw) -> Injection:
-    def inject(live: Live) -> None:
-        head = live.module("lm_head")
-        shards: list[Any] = [None] * live.tp
-        dist.all_gather_object(shards, head.weight.detach(), group=live.tp_group)
-        head.weight = nn.Parameter(shards[(live.tp_rank + 1) % live.tp].clone())
-
-    return Injection(inject, Place(modules=("lm_head",)))
+def _untie_head(live: Live) -> None:
+    head = live.module("lm_head")
+    shards: list[Any] = [None] * live.tp
+    dist.all_gather_object(shards, head.weight.detach(), group=live.tp_group)
+    head.weight = nn.Parameter(shards[(live.tp_rank + 1) % live.tp].clone())
 
 
 def _last_shard_lost(draw: Draw) -> Injection:
@@ -234,28 +225,30 @@ FAULTS = (
            _reshard(_whole_transposed, 0, "*.q_proj.weight"), "transposed"),
     # of four, shards are not square
     _fault("shard_transposed", "one rank holds its shard transposed",
-           _reshard(_shard_transposed, 1, "*.down_proj.weight"), "transposed", topologies=(TP2, TP2_DP2)),
-    # of four, shards are not square
+           _reshard(_change_on_one_rank(Tensor.t), 1, "*.down_proj.weight"), "transposed", topologies=(TP2, TP2_DP2)),
     _fault("weight_of_another_layer", "a weight is that of the next layer", _of_another_layer(everywhere=True),
            "tensor_of_another_layer"),
     _fault("shard_of_another_layer", "one rank's shard is that of the next layer", _of_another_layer(everywhere=False),
            "tensor_of_another_layer", topology=TP4),
-    _fault("weight_rounded_to_bfloat16", "a weight has gone through bfloat16", _reshard(_rounded, 0, *_ANY),
+    _fault("weight_rounded_to_bfloat16", "a weight has gone through bfloat16", _reshard(_change(_rounded), 0, *_ANY),
            "dtype_rounded"),
     _fault("shard_rounded_to_bfloat16", "one rank's shard has gone through bfloat16",
-           _reshard(_rounded_on_one_rank, 1, *_ROW), "dtype_rounded", topology=TP4),
+           _reshard(_change_on_one_rank(_rounded), 1, *_ROW), "dtype_rounded", topology=TP4),
     _fault("shard_never_loaded", "one rank's shard has the values from before the weights were loaded",
-           _reshard(_not_loaded, 0, *_ANY), None),
-    _fault("shard_zero", "one rank's shard is zero", _reshard(_zero_on_one_rank, 1, *_ROW), "all_zero"),
+           _reshard(_change_on_one_rank(_as_before_loading), 0, *_ANY), None),
+    _fault("shard_zero", "one rank's shard is zero",
+           _reshard(_change_on_one_rank(torch.zeros_like), 1, *_ROW), "all_zero"),
     _fault("shard_uninitialised", "one rank's shard is uninitialised memory",
-           _reshard(_uninitialised_on_one_rank, 0, *_COLUMN), "not_finite"),
+           _reshard(_change_on_one_rank(lambda shard: torch.full_like(shard, float("nan"))), 0, *_COLUMN),
+           "not_finite"),
     _fault("bit_of_a_replica_flipped", "one bit of a norm's weight differs on one rank", _bit_flipped_on_one_rank,
            "bit_flipped", family="starcoder2"),
     _fault("embedding_of_another_rank", "the ranks hold each other's shard of a vocabulary-parallel embedding",
            _reshard(_two_swapped, 0, "model.embed_tokens.weight"), "shard_order_swapped", family="qwen3",
            settings=_TIED),
     _fault("tied_head_of_another_rank", "the head tied to the embedding is a separate tensor with another rank's shard",
-           _untied_head, "shard_order_swapped", checks=("outputs_match_reference",), family="qwen3", settings=_TIED),
+           inject_always(_untie_head, modules=("lm_head",)), "shard_order_swapped",
+           checks=("outputs_match_reference",), family="qwen3", settings=_TIED),
     _fault("last_shard_lost", "the last rank's shard of a weight is empty, and no other rank holds its part",
            _last_shard_lost, "shard_missing", checks=("parameters_are_sharded",), topology=TP4),
     _fault("remainder_lost", "a weight is cut into equal shards, and no rank holds the remainder", _remainder_lost,

@@ -29,74 +29,66 @@ def _with_bias(layer: Any, total: Tensor) -> Tensor:
     return total if layer.bias is None else total + layer.bias
 
 
-def _skip_reduce(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
-    return _with_bias(layer, _term(layer, hidden))
+def _skip_reduce(live: Live, layer: Any, tp_rank: int, term: Tensor) -> Tensor:
+    return term
 
 
-def _kept_on_one_rank(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
-    term = _term(layer, hidden)
+def _reduce_twice(live: Live, layer: Any, tp_rank: int, term: Tensor) -> Tensor:
+    return all_reduced(all_reduced(term, layer.mp_group), layer.mp_group)
+
+
+def _reduce_mean(live: Live, layer: Any, tp_rank: int, term: Tensor) -> Tensor:
+    return all_reduced(term, layer.mp_group) / live.tp
+
+
+def _kept_on_one_rank(live: Live, layer: Any, tp_rank: int, term: Tensor) -> Tensor:
     total = all_reduced(term, layer.mp_group)
-    return _with_bias(layer, term if live.tp_rank == tp_rank else total)
+    return term if live.tp_rank == tp_rank else total
 
 
-def _reduce_twice(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
-    once = all_reduced(_term(layer, hidden), layer.mp_group)
-    return _with_bias(layer, all_reduced(once, layer.mp_group))
-
-
-def _reduce_mean(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
-    return _with_bias(layer, all_reduced(_term(layer, hidden), layer.mp_group) / live.tp)
-
-
-def _reduce_over_dp(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
-    return _with_bias(layer, all_reduced(_term(layer, hidden), live.rank.group("dp")))
-
-
-def _over_pairs(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
+def _over_pairs(live: Live, layer: Any, tp_rank: int, term: Tensor) -> Tensor:
     """Sum over half of the group, as a group for nodes of two GPUs would: the terms of ranks 0, 1 and of 2, 3."""
-    terms = all_gathered(_term(layer, hidden), layer.mp_group)
+    terms = all_gathered(term, layer.mp_group)
     first = live.tp_rank // 2 * 2
-    return _with_bias(layer, with_value(_term(layer, hidden), terms[first] + terms[first + 1]))
+    return with_value(term, terms[first] + terms[first + 1])
 
 
-def _lost_where_not_contiguous(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
-    term = _term(layer, hidden).transpose(0, 1).contiguous().transpose(0, 1)
-    all_reduced(term.contiguous(), layer.mp_group)
-    return _with_bias(layer, term)
+def _lost_where_not_contiguous(live: Live, layer: Any, tp_rank: int, term: Tensor) -> Tensor:
+    strided = term.transpose(0, 1).contiguous().transpose(0, 1)
+    all_reduced(strided.contiguous(), layer.mp_group)
+    return strided
 
 
-def _gathered_for_reduced(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
-    term = _term(layer, hidden)
+def _gathered_for_reduced(live: Live, layer: Any, tp_rank: int, term: Tensor) -> Tensor:
     gathered = torch.cat(all_gathered(term, layer.mp_group), dim=-1)
-    return _with_bias(layer, with_value(term, gathered[..., : term.shape[-1]]))
+    return with_value(term, gathered[..., : term.shape[-1]])
 
 
-def _scattered_in_another_order(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
+def _scattered_in_another_order(live: Live, layer: Any, tp_rank: int, term: Tensor) -> Tensor:
     """Reduce-scatter over the sequence, then all-gather, in the reverse order of ranks."""
-    total = all_reduced(_term(layer, hidden), layer.mp_group)
-    return _with_bias(layer, torch.cat(total.chunk(live.tp, dim=1)[::-1], dim=1))
+    return torch.cat(all_reduced(term, layer.mp_group).chunk(live.tp, dim=1)[::-1], dim=1)
 
 
-def _scattered_and_not_gathered(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
+def _scattered_and_not_gathered(live: Live, layer: Any, tp_rank: int, term: Tensor) -> Tensor:
     """Reduce-scatter over the sequence, and repeat the rank's own part in place of the others."""
-    total = all_reduced(_term(layer, hidden), layer.mp_group)
-    local = total.chunk(live.tp, dim=1)[live.tp_rank]
-    return _with_bias(layer, torch.cat([local] * live.tp, dim=1))
+    local = all_reduced(term, layer.mp_group).chunk(live.tp, dim=1)[live.tp_rank]
+    return torch.cat([local] * live.tp, dim=1)
 
 
-def _not_waited_for(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
+def _not_waited_for(live: Live, layer: Any, tp_rank: int, term: Tensor) -> Tensor:
     """Read a buffer during its reduction: on one rank the last rows are still the rank's own terms."""
-    term = _term(layer, hidden)
     total = all_reduced(term, layer.mp_group)
     arrived = torch.zeros(term.shape[1], 1, dtype=torch.bool)
     arrived[: term.shape[1] // 3] = True
-    return _with_bias(layer, torch.where(arrived, total, term) if live.tp_rank == tp_rank else total)
+    return torch.where(arrived, total, term) if live.tp_rank == tp_rank else total
 
 
-def _in_bfloat16(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
-    term = _term(layer, hidden)
-    rounded = all_reduced(term.to(torch.bfloat16), layer.mp_group).to(term.dtype)
-    return _with_bias(layer, with_value(term, rounded))
+def _in_bfloat16(live: Live, layer: Any, tp_rank: int, term: Tensor) -> Tensor:
+    return with_value(term, all_reduced(term.to(torch.bfloat16), layer.mp_group).to(term.dtype))
+
+
+def _reduce_over_dp(live: Live, layer: Any, tp_rank: int, term: Tensor) -> Tensor:
+    return all_reduced(term, live.rank.group("dp"))
 
 
 def _bias_before_reduce(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
@@ -142,9 +134,18 @@ def _group_is_dp(draw: Draw) -> Injection:
     return Injection(inject, Place())
 
 
-def _row(name: str, what: str, forward: Forward, *causes: str | None, biased: bool = False, **more: Any) -> ModelFault:
+def _row(name: str, what: str, total: Forward, *causes: str | None, biased: bool = False, **more: Any) -> ModelFault:
+    """Return a fault in the sum of a row-parallel layer: `total(live, layer, tp_rank, term)` in place of it."""
+
+    def forward(live: Live, layer: Any, tp_rank: int, hidden: Tensor) -> Tensor:
+        return _with_bias(layer, total(live, layer, tp_rank, _term(layer, hidden)))
+
     patterns, family = (_ROW_WITH_BIAS, "opt") if biased else (_ROW, "llama")
     return _fault(name, what, replace_forward(forward, *patterns), *causes, family=family, **more)
+
+
+def _bias(name: str, what: str, forward: Forward, *causes: str | None, **more: Any) -> ModelFault:
+    return _fault(name, what, replace_forward(forward, *_ROW_WITH_BIAS), *causes, family="opt", **more)
 
 
 def _columns(layer: Any, hidden: Tensor) -> Tensor:
@@ -209,8 +210,8 @@ FAULTS = (
     _row("row_parallel_reduced_over_dp", "a row-parallel layer sums over the data-parallel group", _reduce_over_dp,
          "wrong_group", topology=TP2_DP2),
     _row("row_parallel_reduced_over_half_of_the_group",
-         "a row-parallel layer sums over pairs of ranks where the group has four", _over_pairs, "wrong_group",
-         topology=TP4),
+         "a row-parallel layer sums over pairs of ranks where the group has four", _over_pairs,
+         "wrong_group", topology=TP4),
     _fault("tp_group_of_a_layer_is_the_dp_group",
            "a layer is given the data-parallel group for its tensor-parallel one", _group_is_dp, "wrong_group",
            checks=("groups_match_topology",), topology=TP2_DP2),
@@ -228,13 +229,13 @@ FAULTS = (
     _row("reduce_not_waited_for", "one rank reads the sum before all of it has arrived", _not_waited_for,
          "missing_reduce"),
     _row("reduced_in_bfloat16", "the terms are rounded to bfloat16 to be summed", _in_bfloat16, "dtype_rounded"),
-    _row("bias_added_before_the_sum", "a row-parallel layer adds its bias on every rank before the sum",
-         _bias_before_reduce, "bias_added_per_rank", biased=True, link=_BIAS_LINK),
-    _row("bias_added_by_all_ranks_but_the_first",
-         "a row-parallel layer adds its bias on the wrong side of a test for rank 0", _bias_on_the_wrong_ranks,
-         "bias_added_per_rank", topology=TP4, biased=True),
-    _row("bias_added_on_one_rank_after_the_sum", "one rank alone has the bias of a row-parallel layer",
-         _bias_after_reduce_on_one_rank, None, biased=True),
+    _bias("bias_added_before_the_sum", "a row-parallel layer adds its bias on every rank before the sum",
+          _bias_before_reduce, "bias_added_per_rank", link=_BIAS_LINK),
+    _bias("bias_added_by_all_ranks_but_the_first",
+          "a row-parallel layer adds its bias on the wrong side of a test for rank 0", _bias_on_the_wrong_ranks,
+          "bias_added_per_rank", topology=TP4),
+    _bias("bias_added_on_one_rank_after_the_sum", "one rank alone has the bias of a row-parallel layer",
+          _bias_after_reduce_on_one_rank, None),
     _head("columns_gathered_in_another_order", "a column-parallel layer gathers its output in another order of ranks",
           _gathered_in_another_order, "shard_order_swapped", topology=TP4),
     _head("columns_not_gathered",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from tpcheck.lab.faults.injection import (
     after_step,
     all_gathered,
     before_step,
+    inject_always,
     restore_after_step,
-    whole_run,
 )
 
 _KIND = "norm and optimizer"
@@ -47,16 +48,14 @@ def _norm_not_reduced_under_zero(live: Live) -> None:
     live.candidate.engine.optimizer._model_parallel_all_reduce = lambda tensor, op: None
 
 
-def _norm_counts_replicas(live: Live) -> None:
-    from deepspeed.runtime import utils
+def _norm_counts_replicas(module: str) -> Callable[[Live], None]:
+    """Make a module of deepspeed.runtime take every parameter for a sharded one."""
 
-    utils.is_model_parallel_parameter = lambda parameter: True
+    def inject(live: Live) -> None:
+        owner: Any = import_module(f"deepspeed.runtime.{module}")
+        owner.is_model_parallel_parameter = lambda parameter: True
 
-
-def _norm_counts_replicas_under_zero(live: Live) -> None:
-    from deepspeed.runtime.zero import stage_1_and_2
-
-    stage_1_and_2.is_model_parallel_parameter = lambda parameter: True
+    return inject
 
 
 def _clipped_by(factor: Callable[[Sequence[Tensor], float], float]) -> Callable[[Live], None]:
@@ -205,43 +204,43 @@ def _left_out_of_the_optimizer(draw: Draw) -> Injection:
 
 FAULTS = (
     _of_norm("norm_of_own_gradients", "each rank clips by the norm of its own gradients",
-             whole_run(_norm_of_local_gradients), "norm_is_local",
+             inject_always(_norm_of_local_gradients), "norm_is_local",
              link="https://github.com/deepspeedai/DeepSpeed/pull/5411"),
     _of_norm("norm_not_reduced_under_zero", "under ZeRO the norm is not summed over the TP group",
-             whole_run(_norm_not_reduced_under_zero), "norm_is_local", topology=TP2_DP2, zero_stage=2),
+             inject_always(_norm_not_reduced_under_zero), "norm_is_local", topology=TP2_DP2, zero_stage=2),
     _of_norm("norm_counts_replicas", "replicated parameters are counted once for each rank in the norm",
-             whole_run(_norm_counts_replicas), "norm_counts_replicas",
+             inject_always(_norm_counts_replicas("utils")), "norm_counts_replicas",
              link="https://github.com/NVIDIA-NeMo/RL/pull/3788", topology=TP4),
     _of_norm("norm_counts_replicas_under_zero",
              "under ZeRO replicated parameters are counted once for each rank in the norm",
-             whole_run(_norm_counts_replicas_under_zero), "norm_counts_replicas",
+             inject_always(_norm_counts_replicas("zero.stage_1_and_2")), "norm_counts_replicas",
              link="https://github.com/ROCm/TransformerEngine/pull/715", topology=TP2_DP2, zero_stage=1),
     _of_norm("clipped_per_rank", "the norm is right, but each rank clips by that of its own gradients",
-             whole_run(_clipped_by(_by_local_norm)), "norm_is_local", checks=("updates_match_reference",)),
+             inject_always(_clipped_by(_by_local_norm)), "norm_is_local", checks=("updates_match_reference",)),
     _of_norm("never_clipped", "the norm is right, but no gradient is clipped",
-             whole_run(_clipped_by(lambda gradients, max_norm: 1.0)), None, checks=("updates_match_reference",),
+             inject_always(_clipped_by(lambda gradients, max_norm: 1.0)), None, checks=("updates_match_reference",),
              link="https://github.com/huggingface/transformers/pull/46113"),
     _of_gradients("data_parallel_mean_skipped", "gradients are not averaged over data parallelism",
-                  whole_run(_never_averaged), "missing_reduce", topology=TP2_DP2),
+                  inject_always(_never_averaged), "missing_reduce", topology=TP2_DP2),
     _of_gradients("data_parallel_mean_over_the_tp_group",
                   "gradients are averaged over the TP group in place of the data-parallel one",
-                  whole_run(_averaged_over_tp), "wrong_group", topology=TP2_DP2),
+                  inject_always(_averaged_over_tp), "wrong_group", topology=TP2_DP2),
     _of_gradients("data_parallel_sum_for_mean", "gradients are summed over data parallelism instead of averaged",
-                  whole_run(_average_times(1)), "sum_instead_of_mean", topology=TP2_DP2),
+                  inject_always(_average_times(1)), "sum_instead_of_mean", topology=TP2_DP2),
     _of_gradients("gradients_averaged_over_all_ranks", "gradients are averaged over all ranks, those of TP included",
-                  whole_run(_averaged_over_all_ranks), "wrong_group", family="gemma3_text", topology=TP2_DP2),
+                  inject_always(_averaged_over_all_ranks), "wrong_group", family="gemma3_text", topology=TP2_DP2),
     _of_gradients("data_parallel_mean_twice", "gradients are divided by the number of replicas twice",
-                  whole_run(_average_times(-1)), "mean_instead_of_sum", topology=TP2_DP2),
-    _of_gradients("loss_times_tp", "the loss is scaled by the number of TP ranks", whole_run(_loss_scaled),
+                  inject_always(_average_times(-1)), "mean_instead_of_sum", topology=TP2_DP2),
+    _of_gradients("loss_times_tp", "the loss is scaled by the number of TP ranks", inject_always(_loss_scaled),
                   "gradient_scaled", topology=TP4),
     _of_gradients("loss_times_tp_under_zero_3", "the loss is scaled by the number of TP ranks, under ZeRO 3",
-                  whole_run(_loss_scaled), "gradient_scaled", topology=TP2_DP2, zero_stage=3),
+                  inject_always(_loss_scaled), "gradient_scaled", topology=TP2_DP2, zero_stage=3),
     # twice is also what a sum over two replicas gives
     _of_gradients("micro_batch_counted_twice", "gradient accumulation counts a micro-batch twice",
-                  whole_run(_micro_batch_counted_twice), "gradient_scaled", topologies=(TP2, TP4)),
+                  inject_always(_micro_batch_counted_twice), "gradient_scaled", topologies=(TP2, TP4)),
     # twice is also what a sum over two replicas gives
     _of_gradients("gradients_of_the_last_step_kept",
-                  "gradients are not cleared before the next step accumulates its own", whole_run(_gradients_kept),
+                  "gradients are not cleared before the next step accumulates its own", inject_always(_gradients_kept),
                   None),
     _of_updates("learning_rate_of_shards", "sharded parameters step with another learning rate",
                 _other_settings(*_SHARDED, lr=1.5), None),

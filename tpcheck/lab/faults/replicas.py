@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tpcheck.lab.faults.fault import TP2_DP2, TP4, Draw, Injection, Live, Place, fault_constructor
-from tpcheck.lab.faults.injection import after_step, restore_after_step
+from tpcheck.lab.faults.injection import after_step, restore_after_step, wrap_forward
 
 _START = ("weights_match_reference", "replicas_agree")
 _NORM = "*norm.weight"
@@ -39,21 +39,10 @@ def _replicas_initialised_apart(draw: Draw) -> Injection:
     return Injection(inject, Place(parameters=(name,)))
 
 
-def _dropout_in_a_replicated_region(draw: Draw) -> Injection:
-    name, seed = draw.module("*.mlp", "*.self_attn.o_proj"), draw.random.randrange(2**31)
-
-    def inject(live: Live) -> None:
-        module = live.module(name)
-        right = module.forward
-
-        def forward(hidden: Tensor) -> Tensor:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed + live.tp_rank)
-                return functional.dropout(right(hidden), 0.1)
-
-        module.forward = forward
-
-    return Injection(inject, Place(modules=(name,)))
+def _dropout_by_rank(live: Live, tp_rank: int, forward: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(live.tp_rank)
+        return functional.dropout(forward(hidden), 0.1)
 
 
 def _drift(live: Live, tp_rank: int, tensor: Callable[[], Tensor], is_due: Callable[[int], bool]) -> None:
@@ -84,24 +73,19 @@ def _drift_after_step_two(draw: Draw) -> Injection:
     return Injection(inject, Place(parameters=(name,)))
 
 
-def _update_skipped_for_a_parameter(draw: Draw) -> Injection:
-    name, wrong = draw.parameter("*_proj.weight", _NORM), draw.tp_rank()
+def _update_skipped(draw_names: Callable[[Draw], tuple[str, ...]]) -> Callable[[Draw], Injection]:
+    """Return a draw of a rank that does not step these parameters."""
 
-    def inject(live: Live) -> None:
-        if live.tp_rank == wrong:
-            restore_after_step(live, (name,))
+    def draw_rank(draw: Draw) -> Injection:
+        names, wrong = draw_names(draw), draw.tp_rank()
 
-    return Injection(inject, Place(parameters=(name,)))
+        def inject(live: Live) -> None:
+            if live.tp_rank == wrong:
+                restore_after_step(live, names)
 
+        return Injection(inject, Place(parameters=names))
 
-def _update_skipped_on_a_rank(draw: Draw) -> Injection:
-    wrong, names = draw.tp_rank(), tuple(draw.parameters)
-
-    def inject(live: Live) -> None:
-        if live.tp_rank == wrong:
-            restore_after_step(live, names)
-
-    return Injection(inject, Place(parameters=names))
+    return draw_rank
 
 
 def _update_skipped_on_a_replica(draw: Draw) -> Injection:
@@ -122,13 +106,13 @@ FAULTS = (
            _replicas_initialised_apart, None, checks=_START, topology=TP2_DP2),
     _fault("dropout_in_a_replicated_region",
            "each rank draws its own dropout mask over an activation that all of them hold",
-           _dropout_in_a_replicated_region, None, checks=("outputs_match_reference",)),
+           wrap_forward(_dropout_by_rank, "*.mlp", "*.self_attn.o_proj"), None, checks=("outputs_match_reference",)),
     _fault("buffer_drifts_on_one_rank", "a buffer moves by 1e-7 a step on one rank", _buffer_drifts, "replica_drift",
            topology=TP4),
     _fault("update_of_a_parameter_skipped_on_one_rank", "one rank does not step one of its parameters",
-           _update_skipped_for_a_parameter, "stale_weight"),
-    _fault("update_skipped_on_one_rank", "one rank of the TP group does not step", _update_skipped_on_a_rank,
-           "stale_weight", topology=TP4),
+           _update_skipped(lambda draw: (draw.parameter("*_proj.weight", _NORM),)), "stale_weight"),
+    _fault("update_skipped_on_one_rank", "one rank of the TP group does not step",
+           _update_skipped(lambda draw: tuple(draw.parameters)), "stale_weight", topology=TP4),
     _fault("update_skipped_on_one_replica",
            "a data-parallel replica keeps the weights of a partition that others have stepped",
            _update_skipped_on_a_replica, "stale_weight", topology=TP2_DP2, zero_stage=1),

@@ -7,7 +7,7 @@ from dataclasses import fields
 from math import inf
 from typing import Any
 
-from tpcheck.lab.faults.results import LEAST_CAUSES, LEAST_PLACES, FaultResult, Score, by_kind
+from tpcheck.lab.faults.results import LEAST_CAUSES, LEAST_PLACES, FaultResult, Score
 from tpcheck.report import words
 from tpcheck.report.json_values import SCHEMA, plain_json
 from tpcheck.report.table import (
@@ -72,9 +72,10 @@ def fault_list(faults: Iterable[tuple[str, str, str]]) -> Iterator[Line]:
     return table_lines(Table((Column("fault"), Column("what")), tuple(rows), indent=2))
 
 
-def _grouped(results: Sequence[FaultResult]) -> Iterator[FaultResult]:
-    for of_kind in by_kind(results).values():
-        yield from of_kind
+def _grouped(results: Sequence[FaultResult]) -> list[FaultResult]:
+    """Return the results by kind, in the order of their first results."""
+    kinds = list(dict.fromkeys(result.kind for result in results))
+    return sorted(results, key=lambda result: kinds.index(result.kind))
 
 
 def _row(result: FaultResult, *, explain: bool = False) -> Row:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 CONTROL = "clean control"
@@ -134,11 +134,3 @@ class Score:
             and self.right_causes >= LEAST_CAUSES * number
             and not self.false_positives
         )
-
-
-def by_kind(rows: Sequence[FaultResult]) -> dict[str, list[FaultResult]]:
-    """Return the results by kind, in the order of their first results."""
-    kinds: dict[str, list[FaultResult]] = {}
-    for row in rows:
-        kinds.setdefault(row.kind, []).append(row)
-    return kinds

@@ -1,44 +1,55 @@
-"""Runs of faults and clean controls: which there are, and how each is run. Loads torch when a run is built."""
+"""Runs of faults and clean controls: which there are, and how each is run."""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from tpcheck.backends.registry import load_backend
+from tpcheck.batches.loader import watch
+from tpcheck.checkpoints.verify import verify_checkpoint
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import Mismatch, UsageError
 from tpcheck.core.findings import Finding
 from tpcheck.core.topology import Topology
+from tpcheck.families.build import small_model
+from tpcheck.families.settings import unknown
+from tpcheck.lab.faults.checkpoint import CheckpointFault
+from tpcheck.lab.faults.corpus import (
+    CHECKPOINT_FAULTS,
+    DATA_FAULTS,
+    FAULTS,
+    Control,
+    Fault,
+    quick_controls,
+    zero_stage_at,
+)
+from tpcheck.lab.faults.damage import Damage
+from tpcheck.lab.faults.data import Build, DataFault
+from tpcheck.lab.faults.fault import FaultyBackend, ModelFault
 from tpcheck.lab.faults.results import CONTROL, FaultResult
 from tpcheck.model.options import DEFAULTS, DTYPES
+from tpcheck.model.verify import verify_family
 from tpcheck.numerics.tolerance import NUM_REPLAYS
+from tpcheck.report.report import Report
 from tpcheck.world.rank import Rank
 from tpcheck.world.world import spawn
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from tpcheck.lab.faults.checkpoint import CheckpointFault
-    from tpcheck.lab.faults.corpus import Control, Fault
-    from tpcheck.lab.faults.damage import Damage
-    from tpcheck.lab.faults.data import Build, DataFault
-    from tpcheck.lab.faults.fault import ModelFault
-    from tpcheck.report.report import Report
-
-BACKEND = DEFAULTS.backend
+_TIMEOUT = 120.0  # seconds of a world
 _BATCH_TIMEOUT = 20.0  # seconds that ranks wait for each other at a batch
 
 
 def versions() -> Mapping[str, str]:
     """Return the versions of the packages that faults are injected into."""
-    from tpcheck.backends.registry import load_backend
-
-    return package_versions() | dict(load_backend(BACKEND).versions())
+    return package_versions() | dict(load_backend(DEFAULTS.backend).versions())
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +63,14 @@ class FaultRun:
     function: Callable[[], FaultResult]
 
     def run(self) -> FaultResult:
-        """Return the result; an exception becomes a result, too."""
+        """Return the result with its seed and time; an exception becomes a result, too."""
         start = time.monotonic()
         try:
-            return self.function()
+            result = self.function()
         except Exception as error:
-            return FaultResult(
-                self.name,
-                self.kind,
-                self.what,
-                "error",
-                seed=self.seed,
-                seconds=time.monotonic() - start,
-                message=f"{type(error).__name__}: {error}",
-            )
+            message = f"{type(error).__name__}: {error}"
+            result = FaultResult(self.name, self.kind, self.what, "error", message=message)
+        return replace(result, seed=self.seed, seconds=time.monotonic() - start)
 
 
 def fault_runs(
@@ -84,8 +89,6 @@ def fault_runs(
 
 def control_runs(*, dtype: str = "float64", seeds: Iterable[int] = (0,)) -> Iterator[FaultRun]:
     """Yield clean runs: every family, every layout, every fixed pipeline, and every kind of saved model."""
-    from tpcheck.lab.faults.corpus import CHECKPOINT_FAULTS, DATA_FAULTS, quick_controls
-
     saved = {(fault.family, *fault.settings.items()): fault for fault in CHECKPOINT_FAULTS}
     for seed in seeds:
         yield from (model_control(control, dtype, seed) for control in quick_controls())
@@ -98,8 +101,7 @@ def control_runs(*, dtype: str = "float64", seeds: Iterable[int] = (0,)) -> Iter
 
 def model_control(control: Control, dtype: str, seed: int) -> FaultRun:
     """Return the run of a clean model."""
-    run = partial(run_control, control.family, control.topology, zero_stage=control.zero_stage, dtype=dtype, seed=seed)
-    return _control(control.family, seed, run)
+    return _control(control.family, seed, partial(run_control, control, dtype=dtype, seed=seed))
 
 
 def _control(name: str, seed: int, run: Callable[[], FaultResult]) -> FaultRun:
@@ -107,9 +109,6 @@ def _control(name: str, seed: int, run: Callable[[], FaultResult]) -> FaultRun:
 
 
 def _fault_run(fault: Fault, dtype: str, seed: int) -> FaultRun:
-    from tpcheck.lab.faults.data import DataFault
-    from tpcheck.lab.faults.fault import ModelFault
-
     if isinstance(fault, ModelFault):
         run = partial(run_model_fault, fault, dtype=dtype, seed=seed)
     elif isinstance(fault, DataFault):
@@ -120,9 +119,6 @@ def _fault_run(fault: Fault, dtype: str, seed: int) -> FaultRun:
 
 
 def _selected(names: Sequence[str], kinds: Sequence[str]) -> list[Fault]:
-    from tpcheck.families.settings import unknown
-    from tpcheck.lab.faults.corpus import FAULTS
-
     known_names, known_kinds = [fault.name for fault in FAULTS], list(dict.fromkeys(fault.kind for fault in FAULTS))
     for name in names:
         if name not in known_names:
@@ -136,7 +132,6 @@ def _selected(names: Sequence[str], kinds: Sequence[str]) -> list[Fault]:
 def _result(
     fault: Fault,
     findings: Sequence[Finding],
-    start: float,
     *,
     true_places: Sequence[str],
     place_is_right: Callable[[Finding], bool],
@@ -157,7 +152,6 @@ def _result(
         true_causes=fault.causes,
         cause_is_right=first is not None and cause_is_right(first),
         link=fault.link,
-        seconds=time.monotonic() - start,
         **{"margin": 0.0 if first is None else first.margin, **more},
     )
 
@@ -170,19 +164,13 @@ def _place(finding: Finding) -> str:
 
 
 def run_model_fault(
-    fault: ModelFault, *, dtype: str = "float64", seed: int = 0, replays: int = NUM_REPLAYS, timeout: float = 120.0
+    fault: ModelFault, *, dtype: str = "float64", seed: int = 0, replays: int = NUM_REPLAYS
 ) -> FaultResult:
     """Inject one fault into a small model, verify the model, and compare the first finding with the truth."""
-    from tpcheck.families.build import small_model
-    from tpcheck.lab.faults.corpus import zero_stage_at
-    from tpcheck.lab.faults.fault import FaultyBackend
-    from tpcheck.model.verify import verify_family
-
     fault = fault.at_seed(seed)
     model = small_model(fault.family, fault.settings)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     injection = fault.injection([name for name, _ in model.named_modules()], shapes, seed)
-    start = time.monotonic()
     report = verify_family(
         fault.family,
         topology=fault.topology,
@@ -195,44 +183,34 @@ def run_model_fault(
         settings=fault.settings,
         ignore_plan=fault.ignore_plan,
         replays=replays,
-        timeout=timeout,
+        timeout=_TIMEOUT,
     )
     place = injection.place
     return _result(
         fault,
         report.findings,
-        start,
         true_places=(*place.modules, *place.parameters),
         place_is_right=lambda first: first.check in fault.checks and place.matches(first.where),
         cause_is_right=lambda first: first.cause in fault.causes,
         verdict=report.verdict.verdict,
         dtype=dtype,
-        seed=seed,
         message=report.verdict.message,
         must_show=dtype in fault.dtypes,
         **({} if report.findings else {"margin": _worst_margin(report)}),
     )
 
 
-def run_control(
-    family: str, topology: Topology, *, zero_stage: int = 0, dtype: str = "float64", seed: int = 0
-) -> FaultResult:
+def run_control(control: Control, *, dtype: str = "float64", seed: int = 0) -> FaultResult:
     """Verify a small model without an injected fault."""
-    from tpcheck.lab.faults.corpus import zero_stage_at
-    from tpcheck.model.verify import verify_family
-
-    start = time.monotonic()
-    zero_stage = zero_stage_at(dtype, zero_stage)
-    report = verify_family(family, topology=topology, dtype=dtype, zero_stage=zero_stage, seed=seed)
+    topology, zero_stage = control.topology, zero_stage_at(dtype, control.zero_stage)
+    report = verify_family(control.family, topology=topology, dtype=dtype, zero_stage=zero_stage, seed=seed)
     return FaultResult(
-        fault=f"{family} tp={topology.tp} dp={topology.dp} zero={zero_stage}",
+        fault=f"{control.family} tp={topology.tp} dp={topology.dp} zero={zero_stage}",
         kind=CONTROL,
         what="no fault is injected",
         verdict=report.verdict.verdict,
         margin=_worst_margin(report),
         dtype=dtype,
-        seed=seed,
-        seconds=time.monotonic() - start,
         message=report.verdict.message,
     )
 
@@ -243,7 +221,6 @@ def _worst_margin(report: Report) -> float:
 
 def run_checkpoint_fault(fault: CheckpointFault, *, seed: int = 0) -> FaultResult:
     """Damage one tensor of a saved model, drawn by the seed, and verify the checkpoint."""
-    start = time.monotonic()
     tensors = drawn_tensors(fault.family, fault.settings, 2 * seed)
     earlier = drawn_tensors(fault.family, fault.settings, 2 * seed + 1)
     damage = fault.drawn(tensors, earlier, seed)
@@ -252,20 +229,17 @@ def run_checkpoint_fault(fault: CheckpointFault, *, seed: int = 0) -> FaultResul
     return _result(
         fault,
         findings,
-        start,
         true_places=tuple(damage.changed),
         place_is_right=lambda first: all(finding.where.get("parameter") in damage.changed for finding in findings),
         cause_is_right=lambda first: all(_is_explained(finding, fault, damage) for finding in findings),
         verdict=report.verdict.verdict,
         dtype="any",
-        seed=seed,
         message=report.verdict.message,
     )
 
 
 def run_saved_control(family: str, settings: Mapping[str, Any], *, seed: int = 0) -> FaultResult:
     """Verify an undamaged checkpoint."""
-    start = time.monotonic()
     tensors = drawn_tensors(family, settings, 2 * seed)
     report = _verified(tensors, tensors, drawn_tensors(family, settings, 2 * seed + 1))
     return FaultResult(
@@ -274,8 +248,6 @@ def run_saved_control(family: str, settings: Mapping[str, Any], *, seed: int = 0
         what="the checkpoint is undamaged",
         verdict=report.verdict.verdict,
         dtype="any",
-        seed=seed,
-        seconds=time.monotonic() - start,
         message=report.verdict.message,
     )
 
@@ -285,10 +257,6 @@ def drawn_tensors(family: str, settings: Mapping[str, Any], seed: int) -> dict[s
 
     Constants are drawn, too: equal tensors could not be told apart.
     """
-    import torch
-
-    from tpcheck.families.build import small_model
-
     generator = torch.Generator().manual_seed(seed)
     by_storage: dict[int, Tensor] = {}
     tensors: dict[str, Tensor] = {}
@@ -300,8 +268,6 @@ def drawn_tensors(family: str, settings: Mapping[str, Any], seed: int) -> dict[s
 
 
 def _verified(actual: Mapping[str, Tensor], reference: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> Report:
-    from tpcheck.checkpoints.verify import verify_checkpoint
-
     with tempfile.TemporaryDirectory(prefix="tpcheck-faults-") as folder:
         saved, before = Path(folder, "saved.safetensors"), Path(folder, "before.safetensors")
         _save(actual, saved)
@@ -325,15 +291,13 @@ def _is_explained(finding: Finding, fault: CheckpointFault, damage: Damage) -> b
     return finding.cause in fault.causes and all(story.get(key) == value for key, value in damage.story.items())
 
 
-def run_data_fault(fault: DataFault, *, seed: int = 0, timeout: float = 120.0) -> FaultResult:
+def run_data_fault(fault: DataFault, *, seed: int = 0) -> FaultResult:
     """Iterate a faulty pipeline on every rank of a topology in which it shows, selected by the seed."""
-    start = time.monotonic()
     topology = fault.worlds[seed % len(fault.worlds)]
-    findings = _watch_in_world(fault.build, topology, dropout=True, timeout=timeout)
+    findings = _watch_in_world(fault.build, topology, dropout=True)
     return _result(
         fault,
         findings,
-        start,
         true_places=() if fault.leaf is None else (fault.leaf,),
         place_is_right=lambda first: first.check in fault.checks and fault.is_right_place(first.where, topology),
         cause_is_right=lambda first: (
@@ -342,16 +306,14 @@ def run_data_fault(fault: DataFault, *, seed: int = 0, timeout: float = 120.0) -
         ),
         verdict="failed" if findings else "passed",
         dtype="any",
-        seed=seed,
     )
 
 
-def run_data_control(fault: DataFault, *, seed: int = 0, timeout: float = 120.0) -> FaultResult:
+def run_data_control(fault: DataFault, *, seed: int = 0) -> FaultResult:
     """Iterate the fixed pipeline of a fault."""
     assert fault.fixed is not None
-    start = time.monotonic()
     topology = fault.fixed_worlds[seed % len(fault.fixed_worlds)]
-    findings = _watch_in_world(fault.fixed, topology, dropout=fault.fixed_dropout, timeout=timeout)
+    findings = _watch_in_world(fault.fixed, topology, dropout=fault.fixed_dropout)
     return FaultResult(
         fault=f"{fault.name}, fixed",
         kind=CONTROL,
@@ -359,23 +321,17 @@ def run_data_control(fault: DataFault, *, seed: int = 0, timeout: float = 120.0)
         verdict="failed" if findings else "passed",
         margin=max((finding.margin for finding in findings), default=0.0),
         dtype="any",
-        seed=seed,
-        seconds=time.monotonic() - start,
     )
 
 
-def _watch_in_world(build: Build, topology: Topology, *, dropout: bool, timeout: float) -> tuple[Finding, ...]:
-    with spawn(topology, timeout=timeout, env={"TPCHECK": "1"}) as world:  # a user may have set TPCHECK=0
+def _watch_in_world(build: Build, topology: Topology, *, dropout: bool) -> tuple[Finding, ...]:
+    with spawn(topology, timeout=_TIMEOUT, env={"TPCHECK": "1"}) as world:  # a user may have set TPCHECK=0
         findings: tuple[Finding, ...] = world.run(_watch, build, dropout)[0]
         return findings
 
 
 def _watch(rank: Rank, build: Build, dropout: bool) -> tuple[Finding, ...]:
     """Iterate a watched pipeline; dropout draws different numbers on every rank, as a training step may."""
-    import torch
-
-    from tpcheck.batches.loader import watch
-
     loader = watch(
         build(rank),
         topology=rank.topology,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tpcheck.lab.faults.fault import TP4, Draw, Injection, Live, Place, fault_constructor
-from tpcheck.lab.faults.injection import all_gathered, all_reduced
+from tpcheck.lab.faults.injection import all_gathered, all_reduced, inject_always, replace_forward
 
 _EMBEDDING = "model.embed_tokens"
 _TIED = {"tie_word_embeddings": True}
@@ -55,35 +55,23 @@ def _padded(live: Live, tp_rank: int) -> int:
     return start
 
 
-def _not_masked(draw: Draw) -> Injection:
+def _not_masked(live: Live, layer: Any, tp_rank: int, tokens: Tensor) -> Tensor:
     """Look up tokens of other ranks' shards in the first row, and leave that in the sum."""
-
-    def inject(live: Live) -> None:
-        layer = live.module(_EMBEDDING)
-
-        def forward(tokens: Tensor) -> Tensor:
-            outside = (tokens < layer.vocab_start_index) | (tokens >= layer.vocab_end_index)
-            local = (tokens - layer.vocab_start_index).masked_fill(outside, 0)
-            return all_reduced(functional.embedding(local, layer.weight), layer.mp_group)
-
-        layer.forward = forward
-
-    return Injection(inject, Place(modules=(_EMBEDDING,)))
+    outside = (tokens < layer.vocab_start_index) | (tokens >= layer.vocab_end_index)
+    local = (tokens - layer.vocab_start_index).masked_fill(outside, 0)
+    return all_reduced(functional.embedding(local, layer.weight), layer.mp_group)
 
 
 def _replace_loss(loss: Loss) -> Callable[[Draw], Injection]:
-    def draw_rank(draw: Draw) -> Injection:
-        def inject(live: Live) -> None:
-            head = live.module("lm_head")
+    def inject(live: Live) -> None:
+        head = live.module("lm_head")
 
-            def of_model(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                return loss(live, head, logits[:, :-1], labels[:, 1:])
+        def of_model(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return loss(live, head, logits[:, :-1], labels[:, 1:])
 
-            live.candidate.module.loss_function = of_model
+        live.candidate.module.loss_function = of_model
 
-        return Injection(inject, Place())
-
-    return draw_rank
+    return inject_always(inject)
 
 
 def _label_logit(head: Any, logits: Tensor, labels: Tensor) -> Tensor:
@@ -132,7 +120,8 @@ FAULTS = (
     _fault("vocabulary_cut_as_if_padded", "the embedding's shards start where a padded vocabulary would be cut",
            _moved(_padded), "vocab_offset_wrong", settings={**_TIED, "vocab_size": 131}),
     _fault("tokens_of_other_ranks_not_masked",
-           "tokens of other ranks' shards are looked up in the first row and summed", _not_masked, None),
+           "tokens of other ranks' shards are looked up in the first row and summed",
+           replace_forward(_not_masked, _EMBEDDING), None),
     _fault("loss_of_gathered_logits",
            "a vocabulary-parallel loss is handed the logits of all ranks, and counts each tp times",
            _replace_loss(_of_gathered_logits), "duplicate_reduce", link=_LOG_TP_LINK),

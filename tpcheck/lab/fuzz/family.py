@@ -1,27 +1,170 @@
-"""Searches one family for a configuration in which the sharded model differs from the unsharded one."""
+"""Searches one family for a configuration in which the sharded model differs from the unsharded one.
+
+Configurations have uneven sizes, switches, and options that must not change the result.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from tpcheck.core.environment import package_versions
+import torch
+
+from tpcheck.backends.interface import Backend, HasConfigVariants, TrainingOptions
+from tpcheck.backends.registry import load_backend
 from tpcheck.core.errors import UsageError
 from tpcheck.core.findings import Verdict
+from tpcheck.core.topology import Topology
 from tpcheck.families.build import small_model
-from tpcheck.lab.fuzz.draws import Bounds, family_examples
-from tpcheck.lab.fuzz.judge import REFUSALS, TELLING, in_general
-from tpcheck.lab.fuzz.results import Outcome, SearchResult
-from tpcheck.lab.fuzz.search import Limits, OnOutcome, require_hypothesis, search
+from tpcheck.families.dimensions import Dimensions, dimensions
+from tpcheck.families.settings import overlay
+from tpcheck.families.tokens import Tokens
+from tpcheck.lab.fuzz.results import REFUSALS, Outcome, SearchResult, crash_kind, in_general
+from tpcheck.lab.fuzz.search import Limits, OnOutcome, require_hypothesis, search, versions_with
 from tpcheck.lab.known import explained
-from tpcheck.lab.matrix.report import summary_line
-from tpcheck.model.options import RunOptions
+from tpcheck.lab.matrix import summary_line
+from tpcheck.model.options import DTYPES, ZERO_STAGES, RunOptions
 from tpcheck.model.verify import verify_family
 from tpcheck.report.json_values import printable
 
 if TYPE_CHECKING:
-    from tpcheck.backends.interface import Backend
+    from hypothesis.strategies import DrawFn, SearchStrategy
+
+# Small and uneven: a wrong boundary shows with 3 heads on 2 ranks, and a size of 4096 shows no more than one of 12.
+_MOST_KV_HEADS = 4
+_MOST_GROUPS = 3
+_MOST_HALF_HEAD_DIM = 6  # rotary embeddings cut a head in two halves, so its size is even
+_MOST_WIDTH_OF_HEAD = 12
+_MOST_INTERMEDIATE = 70
+_MOST_LAYERS = 3
+_EXPERTS = (2, 6)  # of which two process a token
+_MOST_VOCABULARY = 150
+_MOST_ROWS = 3
+_LENGTHS = (2, 20)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The values to draw for each option; a failure shrinks towards the first."""
+
+    tp: tuple[int, ...] = (2, 4)
+    dp: tuple[int, ...] = (1, 2)
+    zero: tuple[int, ...] = ZERO_STAGES
+    dtype: tuple[str, ...] = DTYPES
+
+    @classmethod
+    def of(cls, *, tp: Sequence[int], dp: Sequence[int], zero: Sequence[int], dtype: Sequence[str]) -> Bounds:
+        """Return bounds of values that `verify` accepts.
+
+        Raises:
+            UsageError: A value is invalid.
+        """
+        for size in (*tp, *dp):
+            Topology(tp=size)
+        for stage in zero:
+            if stage not in ZERO_STAGES:
+                raise UsageError("zero", stage, ZERO_STAGES)
+        for name in dtype:
+            if name not in DTYPES:
+                raise UsageError("dtype", name, DTYPES)
+        return cls(tuple(tp), tuple(dp), tuple(zero), tuple(dtype))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: list(values) for name, values in asdict(self).items()}
+
+
+def family_examples(family: str, bounds: Bounds, common: RunOptions) -> SearchStrategy[RunOptions]:
+    """Return what draws options for the family; the settings, the configuration and the rest of `common` are fixed.
+
+    Raises:
+        UsageError: No such family or setting, or the backend takes none of the ZeRO stages.
+    """
+    from hypothesis import strategies as st
+
+    there = dimensions(family, common.settings)
+    backend = load_backend(common.backend)
+    variants = backend.config_variants() if isinstance(backend, HasConfigVariants) else ()
+    refusals = {stage: _refusal(backend, stage, common.config) for stage in bounds.zero}
+    stages = [stage for stage, refusal in refusals.items() if refusal is None]
+    for refusal in refusals.values():
+        if refusal is not None and not stages:
+            raise refusal
+
+    @st.composite
+    def drawn(draw: DrawFn) -> RunOptions:
+        merged = dict(common.config)
+        for variant in variants:
+            if draw(st.booleans()):
+                merged = overlay(merged, overlay(variant, common.config))
+        tp, dp = draw(st.sampled_from(bounds.tp)), draw(st.sampled_from(bounds.dp))
+        return replace(
+            common,
+            topology=Topology(tp=tp, dp=dp),
+            zero_stage=draw(st.sampled_from(stages)),
+            dtype=draw(st.sampled_from(bounds.dtype)),
+            settings={**_drawn_settings(draw, there, common.settings), **common.settings},
+            config=merged,
+            batch=_drawn_batch(draw),
+        )
+
+    return drawn()
+
+
+def _refusal(backend: Backend, stage: int, config: Mapping[str, Any]) -> UsageError | None:
+    try:
+        backend.resolved(TrainingOptions(dtype=torch.float64, zero_stage=stage, config=config))
+    except UsageError as error:
+        return error
+    return None
+
+
+def _drawn_settings(draw: DrawFn, there: Dimensions, fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """Draw sizes and switches; each may keep its default, which is what it shrinks to."""
+    from hypothesis import strategies as st
+
+    free = {role for role, names in there.names.items() if not set(names) & set(fixed)}
+    sizes: dict[str, int] = {}
+    if draw(st.booleans()):
+        sizes |= {role: size for role, size in _heads(draw, there).items() if role in free}
+    ranges = {
+        "intermediate": (1, _MOST_INTERMEDIATE),
+        "layers": (1, _MOST_LAYERS),
+        "experts": _EXPERTS,
+        "vocabulary": (max(2, there.least_vocabulary), _MOST_VOCABULARY),
+    }
+    for role, (least, most) in ranges.items():
+        if role in free and draw(st.booleans()):
+            sizes[role] = draw(st.integers(least, most))
+    switches = {name: not value for name, value in there.switches.items() if name not in fixed}
+    return there.settings(sizes) | {name: value for name, value in switches.items() if draw(st.booleans())}
+
+
+def _heads(draw: DrawFn, there: Dimensions) -> dict[str, int]:
+    """Draw consistent sizes of attention: heads share key heads evenly, and make up the hidden size."""
+    from hypothesis import strategies as st
+
+    kv_heads = draw(st.integers(1, _MOST_KV_HEADS))
+    heads = kv_heads * draw(st.integers(1, _MOST_GROUPS))
+    head_dim = 2 * draw(st.integers(1, _MOST_HALF_HEAD_DIM))
+    of_model = draw(st.integers(1, _MOST_WIDTH_OF_HEAD)) if "head_dim" in there.names else head_dim
+    return {"kv_heads": kv_heads, "heads": heads, "head_dim": head_dim, "hidden": heads * of_model}
+
+
+def _drawn_batch(draw: DrawFn) -> Tokens | None:
+    from hypothesis import strategies as st
+
+    if not draw(st.booleans()):
+        return None
+    tokens = Tokens(
+        rows=draw(st.integers(1, _MOST_ROWS)),
+        length=draw(st.integers(*_LENGTHS)),
+        padded=draw(st.booleans()),
+        strided=draw(st.booleans()),
+    )
+    return None if tokens == Tokens() else tokens
+
 
 # The message of a `BackendError`: the phase and the exception.
 _BLAMED = re.compile(r"^[^,\n]+, (?P<phase>[^:\n]+): (?P<error>\w+): (?P<text>.*)", re.DOTALL)
@@ -49,7 +192,7 @@ def fuzz_family(
 
     searched = search(examples, run, limits, on_outcome)
     asked = {"family": family, "backend": common.backend_name, "examples": limits.examples, "seed": limits.seed}
-    return replace(searched, subject={**asked, **bounds.as_dict()}, environment=_versions(common.backend))
+    return replace(searched, subject={**asked, **bounds.as_dict()}, environment=versions_with(common.backend))
 
 
 def outcome_of(family: str, options: RunOptions, *, known: bool = True) -> Outcome:
@@ -62,13 +205,11 @@ def outcome_of(family: str, options: RunOptions, *, known: bool = True) -> Outco
         return Outcome("refused", reason=in_general(str(error)), command=command)
     if verdict.verdict not in ("failed", "error"):
         return Outcome("passed", command=command)
-    verdict = replace(verdict, environment={**_versions(options.backend), **verdict.environment})
+    verdict = replace(verdict, environment={**versions_with(options.backend), **verdict.environment})
     if known and (bug := explained(verdict)):
         return Outcome("known", bug.name, bug.what, command, verdict)
-    return _failed(verdict, command) if verdict.verdict == "failed" else _crashed(verdict, command)
-
-
-def _failed(verdict: Verdict, command: str) -> Outcome:
+    if verdict.verdict == "error":
+        return _crashed(verdict, command)
     return Outcome("failed", f"failed {verdict.findings[0].check}", summary_line(verdict), command, verdict)
 
 
@@ -79,11 +220,5 @@ def _crashed(verdict: Verdict, command: str) -> Outcome:
         return Outcome("error", "error of a rank", summary_line(verdict), command, verdict)
     if blamed["phase"] == _REFUSING and blamed["error"] in REFUSALS:
         return Outcome("refused", reason=in_general(verdict.message or ""), command=command)
-    kind = f"error {blamed['phase']} {blamed['error']} {in_general(blamed['text'])[:TELLING]}"
+    kind = crash_kind(f"error {blamed['phase']} {blamed['error']}", blamed["text"])
     return Outcome("error", kind, summary_line(verdict), command, verdict)
-
-
-def _versions(backend: str | Backend) -> dict[str, str]:
-    from tpcheck.backends.registry import load_backend
-
-    return {**package_versions(), **load_backend(backend).versions()}

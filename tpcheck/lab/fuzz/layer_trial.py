@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,36 +28,11 @@ def laid_out(tensor: torch.Tensor, strides: str) -> torch.Tensor:
         >>> laid_out(torch.zeros(2, 3), "transposed").stride()
         (1, 2)
     """
-    return _LAID_OUT[strides](tensor)
-
-
-def _transposed(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2) if tensor.dim() > 1 else _sliced(tensor)
-
-
-def _sliced(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.repeat_interleave(2, dim=-1)[..., ::2]
-
-
-def _expanded(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the first element expanded to the whole shape; all elements must be equal."""
-    return tensor.reshape(-1)[:1].reshape((1,) * tensor.dim()).expand(tensor.shape) if tensor.numel() else tensor
-
-
-_LAID_OUT: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "contiguous": torch.Tensor.contiguous,
-    "transposed": _transposed,
-    "sliced": _sliced,
-    "expanded": _expanded,
-}
-
-
-def with_numbered_weights(module: nn.Module) -> nn.Module:
-    """Set every element of every parameter to its position; exact in float64."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.arange(parameter.numel(), dtype=torch.float64).reshape(parameter.shape))
-    return module
+    if strides == "expanded" and tensor.numel():  # all elements are equal
+        return tensor.reshape(-1)[:1].reshape((1,) * tensor.dim()).expand(tensor.shape)
+    if strides == "transposed" and tensor.dim() > 1:
+        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return tensor.repeat_interleave(2, dim=-1)[..., ::2] if strides in ("sliced", "transposed") else tensor.contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +177,11 @@ class TransposedLinear(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
-def _run(module: nn.Module, inputs: Tensors) -> dict[str, torch.Tensor]:
-    """Return the results of a forward and backward pass of the plain layer."""
+def _run(module: nn.Module, inputs: Tensors, before: nn.Module | None = None) -> dict[str, torch.Tensor]:
+    """Return the results of a forward and backward pass of the plain layer, perhaps behind another module."""
     module.zero_grad()
     leaf = _leaf(inputs["input"])
-    output = module(leaf)
+    output = module(leaf if before is None else before(leaf))
     output.backward(inputs["gradient"])
     return _results(module, leaf, output)
 
@@ -216,11 +191,7 @@ def _replays(module: nn.Module, inputs: Tensors) -> Iterator[dict[str, torch.Ten
     perturbation = Perturbation(torch.finfo(inputs["gradient"].dtype).eps, torch.Generator().manual_seed(1))
     with perturbed_leaves(nn.Sequential(first := nn.Identity(), module), perturbation):
         for _ in range(NUM_REPLAYS):
-            module.zero_grad()
-            leaf = _leaf(inputs["input"])
-            output = module(first(leaf))
-            output.backward(inputs["gradient"])
-            yield _results(module, leaf, output)
+            yield _run(module, inputs, first)
 
 
 def _inputs(layer: ParallelLayer, trial: Trial) -> dict[str, torch.Tensor]:
@@ -245,7 +216,10 @@ def _drawn(shape: tuple[int, ...], dtype: torch.dtype, strides: str, generator: 
 
 def _local_parts(layer: ParallelLayer, trial: Trial, rank: RankLike) -> LocalParts:
     """Shard a copy with numbered weights, and read which numbers this rank holds."""
-    twin = with_numbered_weights(plain_layer(layer, trial).to(torch.float64))
+    twin = plain_layer(layer, trial).to(torch.float64)
+    with torch.no_grad():
+        for parameter in twin.parameters():  # each element is its position: exact in float64
+            parameter.copy_(torch.arange(parameter.numel(), dtype=torch.float64).reshape(parameter.shape))
     shapes = {name: tuple(parameter.shape) for name, parameter in twin.named_parameters()}
     sharded = _sharded(layer, twin, rank)
     positions = {name: local_part(parameter.detach()).to(torch.int64) for name, parameter in sharded.named_parameters()}

@@ -12,8 +12,8 @@ from tpcheck.lab.fuzz.results import Outcome, SearchResult, ShrunkFailure
 from tpcheck.report import words
 from tpcheck.report.findings import finding_lines
 from tpcheck.report.json_values import SCHEMA, plain_json, verdict_json
+from tpcheck.report.report import STYLES
 from tpcheck.report.table import Cell, Column, Row, Table, table_lines
-from tpcheck.report.text import STYLES
 from tpcheck.report.words import Line, labelled, plain
 
 _REASONS_SHOWN = 5
@@ -38,14 +38,14 @@ def outcome_line(outcome: Outcome, *, shrinking: bool = False) -> Line:
 
 def searched_lines(searched: SearchResult) -> Iterator[Line]:
     """Yield the smallest example of each failure, and what the search covered."""
-    yield Line(((searched.verdict, STYLES[searched.verdict]), (f"  {_name(searched.subject)}", "bold")))
+    name = f"  {searched.subject.get('family')}  {searched.subject.get('backend')}"
+    yield Line(((searched.verdict, STYLES[searched.verdict]), (name, "bold")))
     for found in searched.found:
         yield Line()
         yield from _found_lines(found, cut_short=searched.cut_short)
     yield Line()
     yield from labelled("examples", counted(searched))
-    for bug, number in searched.reasons("known"):
-        yield from labelled("known", f"{bug} ({words.pluralize(number, 'example')}); tpcheck/lab/known.toml")
+    yield from _known_lines([searched])
     reasons = searched.reasons("refused")
     for reason, number in reasons[:_REASONS_SHOWN]:
         yield from labelled("refused", f"{number} x {reason}")
@@ -92,15 +92,19 @@ def layers_lines(searches: Sequence[SearchResult]) -> Iterator[Line]:
         for found in searched.found:
             yield Line()
             yield from _found_lines(found, cut_short=searched.cut_short)
+    if any(searched.count("known") for searched in searches):
+        yield Line()
+    yield from _known_lines(searches)
+    if any(searched.interrupted for searched in searches):
+        yield from labelled("ended", "interrupted: these are the results so far", "yellow")
+
+
+def _known_lines(searches: Sequence[SearchResult]) -> Iterator[Line]:
     known: Counter[str] = Counter()
     for searched in searches:
         known.update(dict(searched.reasons("known")))
-    if known:
-        yield Line()
     for bug, number in known.most_common():
         yield from labelled("known", f"{bug} ({words.pluralize(number, 'example')}); tpcheck/lab/known.toml")
-    if any(searched.interrupted for searched in searches):
-        yield from labelled("ended", "interrupted: these are the results so far", "yellow")
 
 
 def layers_data(searches: Sequence[SearchResult]) -> dict[str, Any]:
@@ -133,10 +137,6 @@ def _layer_row(searched: SearchResult) -> Row:
     text = searched.reasons("refused")[0][0] if was_refused else counted(searched)
     layer = str(searched.subject.get("layer"))
     return Row((Cell(searched.verdict, STYLES[searched.verdict]), Cell(layer, "bold"), Cell(text)))
-
-
-def _name(subject: Mapping[str, Any]) -> str:
-    return f"{subject.get('family')}  {subject.get('backend')}"
 
 
 def _found_lines(found: ShrunkFailure, *, cut_short: bool) -> Iterator[Line]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -82,6 +83,28 @@ class Trial:
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+REFUSALS = ("AssertionError", "NotImplementedError", "ValueError")
+"""The exceptions of a deliberate refusal; any other exception is a crash."""
+
+_MESSAGE_OF_KIND = 60  # characters of a message that distinguish one kind of crash from another
+
+
+def in_general(message: str) -> str:
+    """Return the first line of a message with its numbers replaced by N, to count similar messages together.
+
+    Example:
+        >>> in_general("shape [3, 4] is invalid\\n at line 7")
+        'shape [N, N] is invalid'
+    """
+    line = next((line.strip() for line in message.splitlines() if line.strip()), "")
+    return re.sub(r"\d+", "N", line)
+
+
+def crash_kind(where: str, message: str) -> str:
+    """Return the kind of failure that a crash is: its place and the start of its message, in general."""
+    return f"{where} {in_general(message)[:_MESSAGE_OF_KIND]}"
 
 
 Status = Literal["passed", "refused", "known", "failed", "error"]

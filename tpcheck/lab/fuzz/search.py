@@ -10,12 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import TpcheckError
 from tpcheck.lab.fuzz.results import Outcome, SearchResult, ShrunkFailure
 
 if TYPE_CHECKING:
-    from hypothesis import settings
     from hypothesis.strategies import SearchStrategy
+
+    from tpcheck.backends.interface import Backend
 
 Example = TypeVar("Example")
 SHRINK_SECONDS = 300.0
@@ -79,6 +81,13 @@ def require_hypothesis() -> None:
         import hypothesis  # noqa: F401
     except ImportError as error:
         raise TpcheckError("fuzz needs hypothesis: pip install 'tpcheck[fuzz]'") from error
+
+
+def versions_with(backend: str | Backend) -> dict[str, str]:
+    """Return the versions by package that a search with this backend depends on."""
+    from tpcheck.backends.registry import load_backend
+
+    return {**package_versions(), **load_backend(backend).versions()}
 
 
 class _Failure(Exception):
@@ -168,12 +177,22 @@ class _Runs(Generic[Example]):
 
 def _first_failure(examples: SearchStrategy[Example], runs: _Runs[Example], *, seed: int) -> _Failure | None:
     """Draw until an example fails in a kind that is not ignored, and return its smallest example."""
-    import hypothesis
+    from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+    from hypothesis import seed as with_seed
     from hypothesis.errors import Unsatisfiable
 
-    @hypothesis.seed(seed)
-    @_settings(runs.num_left)
-    @hypothesis.given(examples)
+    @with_seed(seed)
+    @settings(
+        max_examples=runs.num_left,
+        phases=(Phase.generate, Phase.shrink),
+        database=None,
+        deadline=None,
+        print_blob=False,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+        verbosity=Verbosity.quiet,
+    )
+    @given(examples)
     def test(example: Example) -> None:
         runs.test(example)
 
@@ -185,21 +204,6 @@ def _first_failure(examples: SearchStrategy[Example], runs: _Runs[Example], *, s
     except Unsatisfiable:  # all were refused
         return None
     return None
-
-
-def _settings(num_examples: int) -> settings:
-    from hypothesis import HealthCheck, Phase, Verbosity, settings
-
-    return settings(
-        max_examples=num_examples,
-        phases=(Phase.generate, Phase.shrink),
-        database=None,
-        deadline=None,
-        print_blob=False,
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-        verbosity=Verbosity.quiet,
-    )
 
 
 @contextmanager

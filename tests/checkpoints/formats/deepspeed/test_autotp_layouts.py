@@ -14,8 +14,13 @@ from hypothesis import strategies as st
 from tests.checkpoints.reading import same_bits
 from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats.deepspeed.autotp_layouts import AutoTPLayouts
-from tpcheck.checkpoints.formats.deepspeed.chunks import LayoutError, ShardChunk, require_tiling
-from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import MergedTensor, Shard
+from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import (
+    LayoutError,
+    MergedTensor,
+    Shard,
+    ShardChunk,
+    require_tiling,
+)
 from tpcheck.checkpoints.formats.files import Files
 from tpcheck.checkpoints.formats.torch_files import load
 

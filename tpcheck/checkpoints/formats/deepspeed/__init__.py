@@ -1,7 +1,7 @@
 """DeepSpeed's training checkpoints and its universal ones.
 
-`training.py` opens a training checkpoint: `rank_files.py` finds the files of each rank, `rank_state.py` reads them,
-`join_zero_partitions.py` joins the partitions of the data-parallel ranks into one TP rank's shards, `autotp_layouts.py`
-reads how AutoTP cut each parameter, and `merge_tp_shards.py` merges the shards of the TP ranks, by the integers of
-`chunks.py`. `universal.py` opens what `ds_to_universal` wrote.
+`training.py` opens a training checkpoint: `rank_files.py` finds the files of each rank, `rank_state.py` reads them and
+joins the partitions of the data-parallel ranks into one TP rank's shards, `autotp_layouts.py` reads how AutoTP cut each
+parameter, and `merge_tp_shards.py` merges the shards of the TP ranks. `universal.py` opens the result of
+`ds_to_universal`.
 """

@@ -10,9 +10,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tpcheck.checkpoints.formats.deepspeed.chunks import LayoutError, StridedPiece, cut_into_pieces
-from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import MergedTensor, Shard
-from tpcheck.checkpoints.formats.deepspeed.rank_files import is_size, is_sizes, mapping
+from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import (
+    LayoutError,
+    MergedTensor,
+    Shard,
+    StridedPiece,
+    cut_into_pieces,
+)
+from tpcheck.checkpoints.formats.deepspeed.rank_files import mapping, sequence
+from tpcheck.checkpoints.formats.files import is_size, is_sizes
 
 AFFINE_VERSION = 1
 """Version of `affine_map`, written since DeepSpeed 0.19.7; the keys of a later one may mean something else."""
@@ -24,18 +30,15 @@ class AutoTPLayouts:
     """The layouts that a file states; an empty mapping states none."""
 
     def __init__(self, info: Mapping[str, Any]) -> None:
-        maps = info.get("affine_map")
-        known = isinstance(maps, Mapping) and maps.get("version") == AFFINE_VERSION
-        self._maps = mapping(maps.get("params")) if isinstance(maps, Mapping) and known else {}
+        maps = mapping(info.get("affine_map"))
+        self._maps = mapping(maps.get("params")) if maps.get("version") == AFFINE_VERSION else {}
         self._unsupported = mapping(info.get("autotp_unsupported_parameter_patterns"))
         self._replicated = _names(info.get("tp_replicated_parameter_patterns"))
         self._by_row = _names(info.get("parameter_with_row_parallelism_patterns"))
         self._widths = mapping(info.get("sub_param_shard_widths"))
-        blocks = info.get("parameter_with_sub_params")
         self._block_dims = {
             name: block.get("partition_dim")
-            for block in (blocks if isinstance(blocks, list) else ())
-            if isinstance(block, Mapping)
+            for block in map(mapping, sequence(info.get("parameter_with_sub_params")))
             for name in _names(block.get("patterns"))
         }
         # Where a file lists replicated parameters, those not mentioned in it are cut along dim 0 (ds_to_universal).
@@ -103,8 +106,7 @@ def _by_map(entry: Any, shards: Sequence[Shard]) -> MergedTensor:
 
 
 def _pieces(entry: Mapping[Any, Any], rank: int, shard: Shard) -> list[StridedPiece]:
-    entries = entry.get("pieces")
-    pieces = [_piece(mapping(piece)) for piece in (entries if isinstance(entries, list) else ())]
+    pieces = [_piece(mapping(piece)) for piece in sequence(entry.get("pieces"))]
     numel = sum(piece.numel for piece in pieces)
     if numel != shard.numel:
         raise LayoutError(f"rank {rank} holds {shard.numel} elements, but its pieces have {numel}")
@@ -129,9 +131,7 @@ def _require_shapes(shards: Sequence[Shard], shapes: Shapes) -> None:
 
 
 def _names(value: Any) -> frozenset[str]:
-    return (
-        frozenset(name for name in value if isinstance(name, str)) if isinstance(value, (list, tuple)) else frozenset()
-    )
+    return frozenset(name for name in sequence(value) if isinstance(name, str))
 
 
 def _sizes(value: Any) -> tuple[int, ...]:

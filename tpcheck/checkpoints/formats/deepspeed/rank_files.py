@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tpcheck.checkpoints.formats.files import Files, inside, is_folder, is_present, names_in, shortened
 from tpcheck.core.errors import CheckpointError
 
@@ -22,17 +20,6 @@ def mapping(value: Any) -> Mapping[Any, Any]:
 def sequence(value: Any) -> Sequence[Any]:
     """Return the value if it is a list or tuple, else an empty one."""
     return value if isinstance(value, (list, tuple)) else ()
-
-
-def is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 62
-
-
-def is_sizes(value: Any) -> bool:
-    """Return whether the value is a shape, or another short sequence of sizes."""
-    if not isinstance(value, (list, tuple, torch.Size)) or not all(map(is_size, value)):
-        return False
-    return len(value) <= 64
 
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<tp>\d+)_model_states\.pt")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.formats.deepspeed.autotp_layouts import AutoTPLayouts
-from tpcheck.checkpoints.formats.deepspeed.chunks import LayoutError
-from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import MergedTensor, Shard, same_bits
+from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import LayoutError, MergedTensor, Shard, same_bits
 from tpcheck.checkpoints.formats.deepspeed.rank_files import (
     TrainingFolder,
     looks_like_training,
@@ -19,8 +17,7 @@ from tpcheck.checkpoints.formats.deepspeed.rank_files import (
 )
 from tpcheck.checkpoints.formats.deepspeed.rank_state import RankState, read_rank_state
 from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint
-from tpcheck.checkpoints.formats.files import Files, is_folder, shortened
-from tpcheck.checkpoints.formats.json_files import read_config
+from tpcheck.checkpoints.formats.files import Files, is_folder, read_config, shortened
 from tpcheck.core.errors import CheckpointError
 
 _COMPARED = 1024
@@ -71,12 +68,16 @@ def _open(root: Path, folder: TrainingFolder, files: Files, options: ReadOptions
     _require_one_save(states)
     layouts = AutoTPLayouts(states[0].info)
     ties = _ties(states)
-    merged: dict[str, MergedTensor | _InconsistentReplicas | _Unreadable] = {}
-    for names in _tied_names(states, ties):
-        merged.update(dict.fromkeys(names, _merge(names, states, layouts, files)))
-    tensors = {name: tensor for name, tensor in merged.items() if isinstance(tensor, MergedTensor)}
+    tensors: dict[str, MergedTensor] = {}
     unread = dict.fromkeys(folder.experts, "the files of experts are not read")
-    unread |= {name: tensor.reason for name, tensor in merged.items() if isinstance(tensor, _Unreadable)}
+    inconsistent: dict[str, str] = {}
+    for names in _tied_names(states, ties):
+        merged = _merge(names, states, layouts, files)
+        if isinstance(merged, MergedTensor):
+            tensors |= dict.fromkeys(names, merged)
+        else:
+            problems = inconsistent if isinstance(merged, _InconsistentReplicas) else unread
+            problems |= dict.fromkeys(names, str(merged))
     return FileCheckpoint(
         files,
         _description(states) + _note_on_rounding(states, files),
@@ -84,30 +85,18 @@ def _open(root: Path, folder: TrainingFolder, files: Files, options: ReadOptions
         read_config(root, files),
         ties=tuple(tied for tied in ties if tied <= tensors.keys()),
         unread=unread,
-        inconsistent_replicas={
-            name: tensor.reason for name, tensor in merged.items() if isinstance(tensor, _InconsistentReplicas)
-        },
+        inconsistent_replicas=inconsistent,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _InconsistentReplicas:
-    """A replicated tensor whose copies differ; the reason names two ranks."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Unreadable:
-    """A tensor that cannot be merged."""
-
-    reason: str
+class _InconsistentReplicas(Exception):
+    """The copies of a replicated tensor differ; the message names two ranks."""
 
 
 def _merge(
     names: Sequence[str], states: Sequence[RankState], layouts: AutoTPLayouts, files: Files
-) -> MergedTensor | _InconsistentReplicas | _Unreadable:
-    """Merge the shards of the tensor that has these tied names."""
+) -> MergedTensor | _InconsistentReplicas | LayoutError:
+    """Merge the shards of the tensor that has these tied names, or return why they cannot be merged."""
     try:
         shards = [_shard(names, state) for state in states]
         dtypes = {shard.dtype for shard in shards if shard.numel}
@@ -118,14 +107,14 @@ def _merge(
         stated = next((tensor for tensor in merged if tensor is not None), None)
         tensor = stated or _replicated(shards)
     except LayoutError as error:
-        return _Unreadable(str(error))
+        return error
     differing = tensor.differing_ranks(files)
     if not differing:
         return tensor
     reason = f"mp ranks {differing[0]} and {differing[1]} hold different copies of it"
     if stated or not is_parameter:
         return _InconsistentReplicas(reason)
-    return _Unreadable(f"{reason}, and the files do not state how it was cut")
+    return LayoutError(f"{reason}, and the files do not state how it was cut")
 
 
 def _shard(names: Sequence[str], state: RankState) -> Shard:

@@ -7,18 +7,26 @@ shapes that the conversion of ZeRO 3 without tensor parallelism leaves out (deep
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from tpcheck.backends.checkpoint_format import ReadOptions
-from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import MergedTensor, Segment, Shard
-from tpcheck.checkpoints.formats.deepspeed.rank_files import is_sizes, mapping, sequence, step_folder
+from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import MergedTensor, Shard
+from tpcheck.checkpoints.formats.deepspeed.rank_files import mapping, sequence, step_folder
 from tpcheck.checkpoints.formats.deepspeed.rank_state import CLASSES, load_states
 from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint, TensorInFiles
-from tpcheck.checkpoints.formats.files import Files, inside, is_folder, is_present, names_in, shortened
-from tpcheck.checkpoints.formats.json_files import read_config
+from tpcheck.checkpoints.formats.files import (
+    Files,
+    inside,
+    is_folder,
+    is_present,
+    is_sizes,
+    names_in,
+    read_config,
+    shortened,
+)
 from tpcheck.checkpoints.formats.storage_view import StorageView
 from tpcheck.checkpoints.formats.torch_files import load
 from tpcheck.core.errors import CheckpointError
@@ -107,7 +115,7 @@ def _parameter(folder: Path, name: str, states: _States, files: Files, options: 
         raise CheckpointError(
             f"{path} has {prod(tensor.shape)} elements, but the model states state the shape {list(shape)}."
         )
-    return MergedTensor.replicated([Shard(shape, tensor.dtype, (Segment(tensor, 0, prod(shape)),))])
+    return MergedTensor.replicated([replace(Shard.of(tensor), shape=shape)])
 
 
 def _states(folder: Path, files: Files, options: ReadOptions) -> _States:

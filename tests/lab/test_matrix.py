@@ -1,0 +1,186 @@
+"""Many verdicts as text, JSON, Markdown and an HTML page; a matrix goes on with those of the same subject."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED, SUBJECT
+from tpcheck.core.findings import CheckResult, Finding, Verdict
+from tpcheck.lab.known import JudgedVerdict, KnownBug
+from tpcheck.lab.matrix import (
+    LABELS,
+    SIGNS,
+    cells,
+    counts,
+    done_before,
+    families_table,
+    judged_json,
+    label,
+    matrix_html,
+    matrix_junit,
+    matrix_lines,
+    matrix_markdown,
+    stored_verdicts,
+    verdict_of,
+    versions,
+    whole_json,
+)
+from tpcheck.model.options import RunOptions
+from tpcheck.report.json_values import verdict_json
+from tpcheck.report.report import Report
+from tpcheck.report.table import table_markdown
+from tpcheck.report.words import as_text
+
+NOT_SHARDED = replace(
+    PASSED,
+    verdict="failed",
+    subject={**SUBJECT, "family": "lfm2", "backend": "other"},
+    findings=(Finding("parameters_are_sharded", {"phase": "start"}, 1.0, 0.0, cause="not_sharded"),),
+    checks=(CheckResult("parameters_are_sharded", 1, 0.0),),
+)
+BUG = KnownBug("a-bug", ("phi3",), "deepspeed", {}, "error", "It <says> no.", "tpcheck verify phi3", link="https://x.y")
+EVIL = replace(ERROR, subject={**SUBJECT, "family": "<script>alert(1)</script>"}, message="</pre><script>alert(2)")
+ROWS = (
+    JudgedVerdict(PASSED),
+    JudgedVerdict(replace(FAILED, subject=SUBJECT | {"family": "phi"}), "new"),
+    JudgedVerdict(ERROR, "known", BUG),
+    JudgedVerdict(NOT_SHARDED),
+    JudgedVerdict(SKIPPED),
+    JudgedVerdict(replace(PASSED, subject=SUBJECT | {"family": "mamba"}), "gone", BUG),
+    JudgedVerdict(EVIL),
+)
+
+
+class Page(HTMLParser):
+    """Counts what a page holds, and checks that every element is closed in turn."""
+
+    VOID = ("meta", "input", "br", "link", "img")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[dict[str, str | None]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes.append({"": tag, **dict(attrs)})
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_has_a_row_for_each_verdict_and_its_report() -> None:
+    page = Page(matrix_html(ROWS))
+    assert page.open == []
+    assert page.tags["details"] == page.tags["pre"] == len(ROWS)
+    outcomes = Counter(tag["data-outcome"] for tag in page.attributes if "data-outcome" in tag)
+    assert outcomes == {"passed": 2, "failure": 2, "error": 2, "skipped": 1}
+    assert sum(tag.get("data-expected") == "false" for tag in page.attributes) == 4
+
+
+def test_the_page_needs_no_other_file_and_escapes_what_it_shows() -> None:
+    text = matrix_html(ROWS)
+    page = Page(text)
+    assert page.tags["script"] == 1
+    assert not [tag for tag in page.attributes if "src" in tag or "href" in tag]
+    assert "alert(1)</script>" not in text
+    assert "&lt;script&gt;alert(2)" in text
+
+
+def test_verdicts_differ_without_colours() -> None:
+    text = matrix_html(ROWS)
+    assert all(f"{SIGNS[name]} {name}" in text for name in LABELS)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium")
+def test_a_browser_filters_the_page(tmp_path: Path) -> None:
+    act = """<script>
+    document.querySelector("input[value=passed]").click();
+    const rows = [...document.querySelectorAll("tr[data-outcome]:not([hidden])")];
+    document.title = rows.map(row => row.dataset.outcome).join();
+    </script></body>"""
+    (tmp_path / "page.html").write_text(matrix_html(ROWS).replace("</body>", act))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"--user-data-dir={tmp_path}/u"]
+    done = subprocess.run([*command, f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120)
+    assert "<title>failure,error,failure,skipped,error</title>" in done.stdout
+
+
+def test_a_model_that_the_backend_left_whole_is_not_sharded() -> None:
+    assert label(NOT_SHARDED) == "not sharded"
+    assert counts(ROWS) == "2 passed, 1 failed, 1 not sharded, 2 error (1 known), 1 skipped"
+
+
+def test_text_ends_with_the_unexpected_cells() -> None:
+    text = as_text(matrix_lines(ROWS))
+    assert [line.split() for line in text.splitlines() if line.startswith("phi3")] == [
+        "phi3 deepspeed, tp=2 error 3.0 s ValueError: style known: a-bug".split()
+    ]
+    assert text.endswith(
+        "  new       phi (deepspeed, tp=2): failed, and no entry of tpcheck/lab/known.toml describes this\n"
+        "  gone      mamba (deepspeed, tp=2) passed, but a-bug is registered for these versions: It <says> no. "
+        "If it is fixed, limit its versions in tpcheck/lab/known.toml.\n"
+    )
+
+
+@pytest.mark.parametrize("verdict", [PASSED, FAILED, ERROR, SKIPPED, NOT_SHARDED], ids=label)
+def test_a_verdict_is_equal_after_writing_and_reading(verdict: Verdict) -> None:
+    data = verdict_json(verdict)
+    assert verdict_json(verdict_of(json.loads(json.dumps(data)))) == data
+
+
+def test_a_file_of_verdicts_is_equal_after_writing_and_reading(tmp_path: Path) -> None:
+    text = whole_json([judged_json(row) for row in ROWS], [row.verdict.verdict for row in ROWS], pending=3)
+    (tmp_path / "f").write_text(text)
+    data = json.loads(text)
+    assert (data["schema"], data["verdict"], data["pending"]) == (1, "failed", 3)
+    assert data["reports"][2]["upstream"] == {"standing": "known", "bug": "a-bug"}
+    assert [verdict_json(verdict) for verdict in stored_verdicts(tmp_path / "f")] == [
+        verdict_json(row.verdict) for row in ROWS
+    ]
+
+
+def test_markdown_lists_what_did_not_pass() -> None:
+    text = matrix_markdown(ROWS)
+    assert "- **gone** mamba (deepspeed, tp=2) passed" in text
+    assert "| phi3 | deepspeed, tp=2 | ! error, known | ValueError: style |" in text
+    assert "| qwen3 |" not in text
+    assert "<script>" not in text
+
+
+def test_the_table_has_a_column_for_each_configuration() -> None:
+    lines = list(table_markdown(families_table(ROWS)))
+    assert lines[0] == "| family | deepspeed, tp=2 | other, tp=2 |"
+    assert "| lfm2 |  | ∅ not sharded: not_sharded |" in lines
+    assert "| phi3 | ! error (a-bug) |  |" in lines
+
+
+def test_junit_skips_known_bugs_and_fails_bugs_that_are_gone() -> None:
+    text = matrix_junit(ROWS)
+    assert 'skipped message="known upstream bug a-bug: It &lt;says&gt; no."' in text
+    assert 'failure message="mamba (deepspeed, tp=2) passed' in text
+
+
+@pytest.mark.parametrize(
+    ("config", "goes_on"),
+    [({"plan": {"a": [1, 2.5]}}, True), ({"plan": {"a": object()}}, False), ({"plan": {("a", 1): "colwise"}}, False)],
+)
+def test_a_configuration_that_json_cannot_hold_is_run_again(
+    config: dict[str, object], goes_on: bool, tmp_path: Path
+) -> None:
+    wanted = cells(["llama"], RunOptions(config=config), backend=["dtensor"])
+    verdict = Verdict("passed", wanted[0].subject, versions("dtensor"))
+    (tmp_path / "matrix.json").write_text(Report(verdict).to_json())
+    assert list(done_before(tmp_path / "matrix.json", wanted)) == list(wanted) * goes_on

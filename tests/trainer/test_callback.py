@@ -1,0 +1,81 @@
+"""transformers' Trainer with the callback: the findings and their causes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.training import save_model, train
+from tpcheck import Topology, World, spawn
+
+TP, TP_DP = Topology(tp=2), Topology(tp=2, dp=2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    save_model(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.fixture
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    """DeepSpeed and accelerate keep state in the process, so each test has a new world."""
+    with spawn(request.param, timeout=120) as world:
+        yield world
+
+
+@pytest.mark.parametrize("world", [TP], indirect=True, ids=str)
+def test_the_trainer_seeds_workers_by_world_rank(world: World, folder: str) -> None:
+    findings, steps = world.run(train, folder, deepspeed=True, workers=1)[0]
+    first = findings[0]
+    assert (steps, first.cause, first.where["field"]) == (0, "rng_differs_torch", "input_ids")
+    assert first.evidence["where"] == "workers"
+    assert first.evidence["worker_init_fn"] == [
+        f"transformers.trainer_utils.seed_worker(num_workers=1, rank={rank})" for rank in (0, 1)
+    ]
+    assert first.evidence["advice"].startswith("Seed workers by dp_rank")
+
+
+@pytest.mark.parametrize("world", [TP_DP], indirect=True, ids=str)
+def test_workers_seeded_by_dp_rank_get_equal_batches(world: World, folder: str) -> None:
+    assert world.run(train, folder, deepspeed=True, workers=1, seed_workers_by_dp_rank=True)[0] == ([], 4)
+
+
+@pytest.mark.parametrize("world", [TP], indirect=True, ids=str)
+def test_workers_of_a_model_that_transformers_shards_are_seeded_by_world_rank(world: World, folder: str) -> None:
+    findings, steps = world.run(train, folder, deepspeed=False, workers=1)[0]
+    assert (steps, findings[0].cause, findings[0].evidence["where"]) == (0, "rng_differs_torch", "workers")
+
+
+@pytest.mark.parametrize("world", [TP], indirect=True, ids=str)
+def test_a_model_that_transformers_shards_gets_equal_batches_without_workers(world: World, folder: str) -> None:
+    assert world.run(train, folder, deepspeed=False)[0] == ([], 4)
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint of step 3."""
+    path = tmp_path_factory.mktemp("run")
+    save_model(path)
+    with spawn(TP, timeout=120) as world:
+        assert world.run(train, str(path), deepspeed=True, steps=3, save_steps=3)[0] == ([], 3)
+    return path
+
+
+@pytest.mark.parametrize("world", [TP], indirect=True, ids=str)
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_run_that_resumes_without_one_ranks_generators_is_found(
+    world: World, saved_run: Path, tmp_path: Path, missing: bool
+) -> None:
+    copy = Path(shutil.copytree(saved_run, tmp_path / "run"))
+    if missing:
+        (copy / "out" / "checkpoint-3" / "rng_state_1.pth").unlink()
+    findings, steps = world.run(train, str(copy), deepspeed=True, steps=6, save_steps=3, resume=True)[0]
+    if missing:
+        assert 3 <= steps < 6  # the first batches are drawn before the generators are restored
+        assert (findings[0].cause, findings[0].evidence["where"]) == ("rng_differs_torch", "the main process")
+    else:
+        assert (findings, steps) == ([], 6)

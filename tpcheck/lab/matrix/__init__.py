@@ -1,1 +1,0 @@
-"""Many verifications as one table, compared with the register of known bugs."""

@@ -1,0 +1,204 @@
+"""How a module's output lies in the whole one: rows keyed by the content of samples, columns by the rank's shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+
+from tpcheck.core.digests import FACTORS, mix, odd_keys
+from tpcheck.core.placement import Shard
+from tpcheck.numerics.sketch import GlobalIndex, RowKeys, row_keys, sample_keys
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One way in which a local tensor may lie in the whole; `Reading` keeps it.
+
+    Attributes:
+        label: As in `Reading`.
+        shape: Of the whole tensor; -1 for a dim of rows that are keyed by content.
+        piece: Names the elements, among the ranks of a TP group.
+        index: Of the columns, or of all dims where rows are not keyed.
+        rows: Keys of the rows; None where they are not keyed.
+        is_term: The values are a term of a sum over the TP group.
+    """
+
+    label: str
+    shape: tuple[int, ...]
+    piece: str
+    index: GlobalIndex
+    rows: RowKeys | None = None
+    is_term: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """What a model was called with: how many samples, of how many positions.
+
+    Attributes:
+        samples: One key for each sample, int64; None where the call has no batch dim.
+        length: Positions of each sample, such as tokens; None where samples have none.
+    """
+
+    samples: torch.Tensor | None = None
+    length: int | None = None
+
+    @classmethod
+    def of(cls, leaves: Iterable[torch.Tensor]) -> BatchShape:
+        """Return the shape of the batch that these tensors make.
+
+        The first integer tensor of two dims or more holds tokens; without one, the first tensor with any dim
+        holds samples, whose second dim is positions if there is a third.
+        """
+        tensors = [leaf for leaf in leaves if leaf.dim()]
+        tokens = next((leaf for leaf in tensors if leaf.dim() >= 2 and not _is_real(leaf)), None)
+        if tokens is not None:
+            return cls(sample_keys(tokens), tokens.shape[1])
+        if not tensors:
+            return cls()
+        return cls(sample_keys(tensors[0]), tensors[0].shape[1] if tensors[0].dim() >= 3 else None)
+
+
+def _is_real(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool
+
+
+@dataclass(slots=True)
+class ActivationPlaces:
+    """Finds the places of the outputs of one call of a model, for one rank of a TP group."""
+
+    batch: BatchShape
+    tp: int
+    tp_rank: int
+    _rows: dict[tuple[str, int, int], RowKeys] = field(default_factory=dict)
+    _is_sequence_first: bool = False
+
+    def places(self, tensor: torch.Tensor) -> tuple[Place, ...]:
+        """Return every way in which a plain local tensor may lie in the whole; the first takes it as all of it."""
+        rows, num_row_dims, is_slice = self._keyed_rows(tuple(tensor.shape))
+        columns = tuple(tensor.shape[num_row_dims:])
+        if is_slice:
+            return (_place("sequence", f"sequence {self.tp_rank}/{self.tp}", columns, None, rows, num_row_dims),)
+        places = [_place("whole", "all", columns, None, rows, num_row_dims)]
+        if self.tp > 1 and columns and columns[-1]:
+            whole = (*columns[:-1], columns[-1] * self.tp)
+            index = GlobalIndex.shard(whole[-1:], Shard(-1), self.tp, self.tp_rank)
+            piece = f"dim -1 {self.tp_rank}/{self.tp}"
+            places.append(_place("dim -1", piece, whole, index, rows, num_row_dims))
+        if self.tp > 1 and rows is not None and len(columns) > 1:  # heads, after the samples
+            dim, whole = f"dim {num_row_dims}", (columns[0] * self.tp, *columns[1:])
+            piece = f"{dim} {self.tp_rank}/{self.tp}"
+            places.append(_place(dim, piece, whole, None, rows, num_row_dims, part=(self.tp, self.tp_rank)))
+        return tuple(places)
+
+    def places_of_dtensor(self, tensor: torch.Tensor) -> tuple[Place, ...]:
+        """Return the one place of a DTensor, which its placements tell; empty where they cut other dims than these."""
+        sizes = tensor.device_mesh.shape  # type: ignore[attr-defined]
+        placements = [
+            placement
+            for placement, size in zip(tensor.placements, sizes, strict=True)  # type: ignore[attr-defined]
+            if size > 1
+        ]
+        if len(placements) > 1:
+            return ()
+        local: torch.Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+        rows, num_row_dims, is_slice = self._keyed_rows(tuple(local.shape))
+        columns = tuple(local.shape[num_row_dims:])
+        placement = placements[0] if placements else None
+        if placement is None or not placement.is_shard():
+            is_term = placement is not None and placement.is_partial()
+            return (_place("layout", "all", columns, None, rows, num_row_dims, is_term=is_term),)
+        dim = placement.dim % tensor.dim()
+        piece = f"dim {dim} {self.tp_rank}/{self.tp}"
+        if dim < num_row_dims:
+            return (_place("layout", piece, columns, None, rows, num_row_dims),) if is_slice else ()
+        if dim != tensor.dim() - 1:
+            return ()
+        whole = tuple(tensor.shape[num_row_dims:])
+        index = GlobalIndex.shard(whole[-1:], Shard(-1), self.tp, self.tp_rank)
+        return (_place("layout", piece, whole, index, rows, num_row_dims),)
+
+    def _keyed_rows(self, shape: tuple[int, ...]) -> tuple[RowKeys | None, int, bool]:
+        """Return the keys of the rows, how many leading dims are rows, and whether they are this rank's positions.
+
+        Where a shape can be read in two ways, samples come first, as in torch's modules with `batch_first`.
+        """
+        samples, length = self.batch.samples, self.batch.length
+        if samples is None or not shape:
+            return None, 0, False
+        number = len(samples)
+        if length is not None:
+            local = length // self.tp if length % self.tp == 0 else length
+            for positions, is_slice in ((length, False), (local, True)):
+                if is_slice and local == length:
+                    break
+                if shape[:2] == (number, positions):
+                    return self._cached("samples", positions, is_slice), 2, is_slice
+                if shape[:2] == (positions, number):
+                    self._is_sequence_first = True
+                    return self._cached("positions", positions, is_slice), 2, is_slice
+                if shape[0] == number * positions:
+                    order = "positions" if self._is_sequence_first else "samples"
+                    return self._cached(order, positions, is_slice), 1, is_slice
+        if shape[0] == number:
+            return self._cached("samples", 1, False), 1, False
+        return None, 0, False
+
+    def _cached(self, order: str, positions: int, is_slice: bool) -> RowKeys:
+        """Return the keys of rows in an order: sample by sample, or position by position."""
+        key = (order, positions, int(is_slice))
+        if key not in self._rows:
+            self._rows[key] = self._make_rows(order, positions, is_slice)
+        return self._rows[key]
+
+    def _make_rows(self, order: str, positions: int, is_slice: bool) -> RowKeys:
+        assert self.batch.samples is not None
+        number = len(self.batch.samples)
+        whole = row_keys(self.batch.samples, self.batch.length if is_slice and self.batch.length else positions)
+        first = positions * self.tp_rank if is_slice else 0
+        keys, tiles = (each.reshape(number, -1)[:, first : first + positions] for each in (whole.keys, whole.tiles))
+        if order == "positions":
+            keys, tiles = keys.T, tiles.T
+        return RowKeys(keys.reshape(-1).contiguous(), tiles.reshape(-1).contiguous())
+
+
+def _place(
+    label: str,
+    piece: str,
+    columns: tuple[int, ...],
+    index: GlobalIndex | None,
+    rows: RowKeys | None,
+    num_row_dims: int,
+    *,
+    is_term: bool = False,
+    part: tuple[int, int] = (1, 0),
+) -> Place:
+    """Return a place.
+
+    Args:
+        columns: The dims of the whole that follow the keyed rows; all but the last are taken as rows, too.
+        index: Of the last dim.
+        part: Into how many parts the first of `columns` is cut, and which one this is.
+    """
+    shape = (*(-1,) * num_row_dims, *columns)
+    if rows is None:
+        whole = GlobalIndex.whole(columns)
+        if index is not None:
+            whole = replace(whole, indices=(*whole.indices[:-1], *index.indices))
+        return Place(label, shape, piece, whole, None, is_term)
+    num_parts, number = part
+    size = prod(columns[:-1]) // num_parts
+    rows = _repeated(rows, number * size, size)
+    return Place(label, shape, piece, index or GlobalIndex.whole(columns[-1:]), rows, is_term)
+
+
+def _repeated(rows: RowKeys, first: int, number: int) -> RowKeys:
+    """Return the keys of rows of which each is cut into rows, such as the heads of a token, `number` from `first`."""
+    if (first, number) == (0, 1):
+        return rows
+    of_part = odd_keys(first, number, rows.keys.device)
+    keys = mix(rows.keys[:, None] + of_part[None, :], 30, FACTORS[0])
+    return RowKeys(keys.reshape(-1), rows.tiles.repeat_interleave(number))

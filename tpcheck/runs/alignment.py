@@ -1,0 +1,210 @@
+"""What two runs have in common: steps by number, and in each the replicas that were given the same samples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from itertools import product
+from math import gcd
+
+from tpcheck.core.errors import UsageError
+from tpcheck.runs.trace import PassRecord, RankTrace, StepRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The traces of all ranks of one run.
+
+    Attributes:
+        path: Where they were read from, for messages.
+        ranks: By global rank.
+        replicas: Global ranks of each TP group whose ranks are all there, by dp_rank.
+        positions: For each rank, where in its `steps` the step of a number is.
+    """
+
+    path: str
+    ranks: Mapping[int, RankTrace]
+    replicas: tuple[tuple[int, ...], ...]
+    positions: Mapping[int, Mapping[int, int]] = field(repr=False)
+
+    @classmethod
+    def of(cls, path: str, traces: Sequence[RankTrace]) -> Run:
+        """Return the run of these traces.
+
+        Raises:
+            UsageError: There is no trace, or no TP group is complete.
+        """
+        ranks = {trace.rank: trace for trace in sorted(traces, key=lambda trace: trace.rank)}
+        groups = sorted({trace.tp_group or (trace.rank,) for trace in ranks.values()})
+        replicas = tuple(group for group in groups if all(rank in ranks for rank in group))
+        if not replicas:
+            raise UsageError("path", path, "the traces of all ranks of a TP group; give the folders of all nodes")
+        positions = {
+            rank: {step.number: position for position, step in enumerate(trace.steps)} for rank, trace in ranks.items()
+        }
+        return cls(path, ranks, replicas, positions)
+
+    @property
+    def first(self) -> RankTrace:
+        return self.ranks[self.replicas[0][0]]
+
+    @property
+    def tp(self) -> int:
+        return len(self.replicas[0])
+
+    @property
+    def dp(self) -> int:
+        return len(self.replicas)
+
+    @property
+    def missing_ranks(self) -> tuple[int, ...]:
+        """Ranks of the world whose traces are not there."""
+        return tuple(rank for rank in range(self.first.topology.world_size) if rank not in self.ranks)
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Ranks of all complete TP groups."""
+        return tuple(rank for group in self.replicas for rank in group)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Numbers of the steps that any rank recorded."""
+        return tuple(sorted({number for rank in self.members for number in self.positions[rank]}))
+
+    @property
+    def first_number(self) -> int | None:
+        return min(self.numbers, default=None)
+
+    def steps(self, number: int) -> dict[int, StepRecord]:
+        """Return the step of this number, by rank; without the ranks that have none."""
+        return {
+            rank: self.ranks[rank].steps[self.positions[rank][number]]
+            for rank in self.members
+            if number in self.positions[rank]
+        }
+
+    @property
+    def replays(self) -> int:
+        return max(trace.replays for trace in self.ranks.values())
+
+    @property
+    def has_other_history(self) -> bool:
+        """Whether the recording begins in the middle of a training."""
+        return any(record.kind in ("state", "master") for record in self.first.initial) or bool(self.first_number)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSamples:
+    """The replicas of a step that both runs gave the same samples.
+
+    Attributes:
+        actual, expected: Their dp_ranks.
+        is_whole_step: All replicas of both runs: then parameters' gradients are comparable, too.
+        actual_copies, expected_copies: How often each sample was seen, in lowest terms.
+    """
+
+    actual: tuple[int, ...]
+    expected: tuple[int, ...]
+    is_whole_step: bool
+    actual_copies: int = 1
+    expected_copies: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class AlignedStep:
+    """One step that both runs recorded.
+
+    Attributes:
+        number: Of the step.
+        actual, expected: By rank.
+        shared: None where no replica was given the same samples.
+        note: What about the samples differs, for coverage; empty where they are the same.
+    """
+
+    number: int
+    actual: Mapping[int, StepRecord]
+    expected: Mapping[int, StepRecord]
+    shared: SharedSamples | None
+    note: str = ""
+
+
+def aligned_steps(actual: Run, expected: Run) -> Iterator[AlignedStep]:
+    """Yield the steps that both runs recorded, in their order."""
+    for number in sorted({*actual.numbers} & {*expected.numbers}):
+        steps_a, steps_e = actual.steps(number), expected.steps(number)
+        shared, note = shared_samples(
+            [samples_of(steps_a, group) for group in actual.replicas],
+            [samples_of(steps_e, group) for group in expected.replicas],
+        )
+        yield AlignedStep(number, steps_a, steps_e, shared, note)
+
+
+def samples_of(steps: Mapping[int, StepRecord], group: Sequence[int]) -> Counter[str]:
+    """Return the samples of a step that one TP group was given, with how often."""
+    step = next((steps[rank] for rank in group if rank in steps), None)
+    return Counter() if step is None else Counter(sample for each in step.passes for sample in pass_samples(each))
+
+
+def pass_samples(call: PassRecord) -> tuple[str, ...]:
+    """Return what names the samples of a call: their digests, or one name for all where there is no batch dim."""
+    return call.samples or (" ".join(sorted(f"{leaf.name} {leaf.digest}" for leaf in call.leaves)),)
+
+
+def shared_samples(
+    actual: Sequence[Counter[str]], expected: Sequence[Counter[str]]
+) -> tuple[SharedSamples | None, str]:
+    """Return the replicas with the same samples, and what is to be said of the others.
+
+    How samples are dealt over replicas and micro-batches does not matter.
+    """
+    all_a, all_e = tuple(range(len(actual))), tuple(range(len(expected)))
+    copies = proportion(_total(actual), _total(expected))
+    if copies is not None:
+        return SharedSamples(all_a, all_e, True, *copies), ""
+    for replica in all_a:
+        copies = proportion(actual[replica], _total(expected))
+        if copies is not None:
+            return SharedSamples((replica,), all_e, False, *copies), _only(f"replica {replica} of the actual run")
+    for replica in all_e:
+        copies = proportion(_total(actual), expected[replica])
+        if copies is not None:
+            return SharedSamples(all_a, (replica,), False, *copies), _only(f"replica {replica} of the expected run")
+    pairs: dict[int, int] = {}
+    for replica_a, replica_e in product(all_a, all_e):
+        if replica_a not in pairs and replica_e not in pairs.values() and actual[replica_a] == expected[replica_e]:
+            pairs[replica_a] = replica_e
+    if pairs:
+        names = ", ".join(map(str, pairs))
+        return SharedSamples(tuple(pairs), tuple(pairs.values()), False), _only(f"replicas {names} of the actual run")
+    common = len(_total(actual) & _total(expected))
+    if not common:
+        return None, "the runs were given different samples"
+    return None, f"the runs share {common} of {len(_total(expected))} samples, but no replica has the same ones"
+
+
+def _only(which: str) -> str:
+    return f"only {which} was given the samples of the other run, so parameters were trained on different ones"
+
+
+def _total(replicas: Sequence[Counter[str]]) -> Counter[str]:
+    return sum(replicas, Counter())
+
+
+def proportion(actual: Counter[str], expected: Counter[str]) -> tuple[int, int] | None:
+    """Return how many copies each side has of the same samples; None where they are not the same."""
+    if not actual or actual.keys() != expected.keys():
+        return None
+    factor_a, factor_e = reduce(gcd, actual.values()), reduce(gcd, expected.values())
+    is_same = all(count // factor_a == expected[sample] // factor_e for sample, count in actual.items())
+    if not is_same:
+        return None
+    common = gcd(factor_a, factor_e)
+    return factor_a // common, factor_e // common
+
+
+def begins_with(leftover: StepRecord, expected: Mapping[int, StepRecord], replicas: Sequence[Sequence[int]]) -> bool:
+    """Return whether the calls that no optimizer step followed begin with samples of a step of the other run."""
+    samples = _total([samples_of(expected, group) for group in replicas])
+    return bool(leftover.passes) and all(sample in samples for sample in pass_samples(leftover.passes[0]))

@@ -1,0 +1,1 @@
+"""How each kind of optimizer holds what it steps: torch's own, DeepSpeed's, Megatron's."""

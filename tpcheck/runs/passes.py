@@ -1,0 +1,312 @@
+"""Records one step of a loop: what every module computes in each call of the model, summed as sketches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from tpcheck.core.digests import digest, start_digests
+from tpcheck.numerics.recorder import eager
+from tpcheck.numerics.sketch import PendingSketch, fetch_sketches, start_sketch
+from tpcheck.numerics.tensors import map_tensors, named_tensors
+from tpcheck.runs.activations import ActivationPlaces, BatchShape, Place
+from tpcheck.runs.trace import Kind, Leaf, PassRecord, Reading, TensorRecord
+
+Key = tuple[Kind, str, str, int]  # kind, name, part, call: as `TensorRecord.key`
+
+
+@dataclass(slots=True)
+class PendingTensor:
+    """A tensor of a step whose sketches are still on its device; terms of several micro-batches are added.
+
+    Attributes:
+        key: As `TensorRecord.key`.
+        dtype, shape: Of the local part.
+        places: How it may lie in the whole.
+        sketches: One for each place.
+        digests: Functions that wait for the digest of each term.
+        full: Copies of the terms, where whole tensors are kept.
+    """
+
+    key: Key
+    dtype: str
+    shape: tuple[int, ...]
+    places: tuple[Place, ...]
+    sketches: list[PendingSketch]
+    digests: list[Callable[[], Sequence[bytes]]]
+    full: list[torch.Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, key: Key, tensor: torch.Tensor, places: tuple[Place, ...], *, scale: float = 1.0, is_full: bool = False
+    ) -> PendingTensor:
+        """Start the sketches and the digest of a plain local tensor."""
+        return cls(
+            key,
+            _dtype(tensor),
+            tuple(tensor.shape),
+            places,
+            [start_sketch(tensor, place.index, rows=place.rows, scale=scale) for place in places],
+            [start_digests([tensor])],
+            [tensor.detach().to("cpu", copy=True)] if is_full else [],
+        )
+
+    def add(self, term: PendingTensor) -> None:
+        """Add the same tensor of another micro-batch, or of another backward pass."""
+        self.digests += term.digests
+        self.full += term.full
+        if [place.shape for place in self.places] != [place.shape for place in term.places]:
+            self.places, self.sketches = (), []
+            return
+        self.sketches = [mine.add(other) for mine, other in zip(self.sketches, term.sketches, strict=True)]
+
+    def digest(self) -> str:
+        return xxhash.xxh3_128_hexdigest(b"".join(bits for wait in self.digests for bits in wait()))
+
+
+def finished(
+    tensors: Iterable[PendingTensor],
+    *,
+    num_passes: int = 1,
+    deviations: Mapping[Key, Sequence[float]] | None = None,
+) -> tuple[TensorRecord, ...]:
+    """Wait for all sketches at once and return the records.
+
+    Args:
+        tensors: In the order of events.
+        num_passes: Outputs whose rows are not those of samples are averaged over so many micro-batches.
+        deviations: For each place of a tensor, how far rounding moves it.
+    """
+    pending = list(tensors)
+    sketches = iter(fetch_sketches([sketch for tensor in pending for sketch in tensor.sketches]))
+    records = []
+    for tensor in pending:
+        measured = (deviations or {}).get(tensor.key)
+        readings = []
+        for number, place in enumerate(tensor.places):
+            sketch = next(sketches)
+            if num_passes > 1 and place.rows is None and tensor.key[0] == "output":
+                sketch = sketch.scaled(1 / num_passes)
+            deviation = None if measured is None else measured[min(number, len(measured) - 1)]
+            readings.append(Reading(place.label, place.shape, place.piece, sketch, place.is_term, deviation))
+        records.append(
+            TensorRecord(
+                *tensor.key, tensor.dtype, tensor.shape, tensor.digest(), tuple(readings), full=tuple(tensor.full)
+            )
+        )
+    return tuple(records)
+
+
+@dataclass(slots=True, eq=False)
+class Pass:
+    """One call of the model, with what it computed so far.
+
+    Attributes:
+        args, kwargs: What the model was called with.
+        leaves: Their tensors, by place in the arguments: dtype, shape, and a function that waits for the digest.
+        places: Finds how outputs lie in the whole.
+        is_training: `model.training`.
+        generators: Digests of the states of the generators before the call.
+        tensors: What was computed, by key.
+        loss: The loss that the model returned, still on its device.
+        has_backward: Whether a backward pass has reached any output.
+        calls: Number of calls of each module.
+        unmatched: For modules whose outputs had no autograd graph: calls that a recomputation may still follow.
+        seeds: Gradients that reached the model's own outputs from outside, by path; for replays.
+        before: Whatever a replay needs of the time before the call.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaves: dict[str, tuple[str, tuple[int, ...], Callable[[], Sequence[bytes]]]]
+    places: ActivationPlaces
+    is_training: bool
+    generators: Mapping[str, str]
+    tensors: dict[Key, PendingTensor] = field(default_factory=dict)
+    loss: torch.Tensor | None = None
+    has_backward: bool = False
+    calls: Counter[str] = field(default_factory=Counter)
+    open_calls: dict[str, list[int]] = field(default_factory=dict)
+    unmatched: dict[str, list[int]] = field(default_factory=dict)
+    seeds: dict[str, torch.Tensor] = field(default_factory=dict)
+    before: Any = None
+
+    @classmethod
+    def start(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tp: int, tp_rank: int) -> Pass:
+        """Return the record of a call that is about to start."""
+        named = [(path, _local(tensor)) for path, tensor in named_tensors((*args, kwargs) if kwargs else args)]
+        leaves = {
+            path.removeprefix(f"{len(args)}."): (_dtype(leaf), tuple(leaf.shape), start_digests([leaf.detach()]))
+            for path, leaf in named
+        }
+        places = ActivationPlaces(BatchShape.of([leaf.detach() for _, leaf in named]), tp, tp_rank)
+        return cls(args, kwargs, leaves, places, model.training, generator_digests())
+
+    @classmethod
+    def like(cls, recorded: Pass) -> Pass:
+        """Return the record of a repetition of a call."""
+        return cls((), {}, {}, recorded.places, recorded.is_training, {})
+
+    def add(self, key: Key, tensor: torch.Tensor, *, is_full: bool = False) -> None:
+        """Add a tensor of this call; one that is there already is added up."""
+        places = self.places.places_of_dtensor(tensor) if _is_dtensor(tensor) else self.places.places(tensor)
+        pending = PendingTensor.of(key, _local(tensor), places, is_full=is_full)
+        if key in self.tensors:
+            self.tensors[key].add(pending)
+        else:
+            self.tensors[key] = pending
+
+    def record(self) -> PassRecord:
+        samples = self.places.batch.samples
+        return PassRecord(
+            tuple(
+                Leaf(name, dtype, shape, xxhash.xxh3_128_hexdigest(f"{dtype} {shape}".encode() + wait()[0]))
+                for name, (dtype, shape, wait) in self.leaves.items()
+            ),
+            () if samples is None else tuple(f"{key & (1 << 64) - 1:016x}" for key in samples.tolist()),
+            None if self.loss is None else float(self.loss),
+            self.has_backward,
+            self.is_training,
+            self.generators,
+        )
+
+
+def generator_digests() -> dict[str, str]:
+    """Return digests of the states of torch's default generators."""
+    states = {"torch": torch.get_rng_state()}
+    if uses_cuda():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {name: digest(state) for name, state in states.items()}
+
+
+def uses_cuda() -> bool:
+    """Return whether this process has started to use CUDA."""
+    return torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+
+
+class ModuleHooks:
+    """Hooks on the modules of a model, which pass what they return, and its gradient, to the current pass.
+
+    What a module returns is not replaced and not copied. Under activation checkpointing, the first computation gives
+    the outputs; where that had no autograd graph, the recomputation gives the gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Mapping[nn.Module, str],
+        current: Callable[[], Pass | None],
+        live: Callable[[], Sequence[Pass]],
+        *,
+        is_full: bool,
+    ) -> None:
+        self._current = current
+        self._live = live
+        self._is_full = is_full
+        self._handles: list[Any] = []
+        for module, name in names.items():
+            before, after = (eager(hook) for hook in (self._before(name), self._after(name)))
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(after))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _before(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if is_in_backward() or (current := self._current()) is None:
+                return
+            call = current.calls[name]
+            current.calls[name] += 1
+            current.open_calls.setdefault(name, []).append(call)
+            if self._is_full:
+                for path, tensor in named_tensors((*args, kwargs) if kwargs else args):
+                    if tensor.is_floating_point():
+                        current.add(("input", name, path, call), tensor.detach(), is_full=True)
+
+        return hook
+
+    def _after(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if is_in_backward():
+                self._after_recomputation(name, output)
+                return
+            current = self._current()
+            if current is None or not current.open_calls.get(name):
+                return
+            call = current.open_calls[name].pop()
+            has_graph = False
+            for path, tensor in named_tensors(output):
+                if tensor.is_floating_point():
+                    current.add(("output", name, path, call), tensor.detach(), is_full=self._is_full)
+                    has_graph |= self._watch_gradient(current, ("output_gradient", name, path, call), tensor)
+            if not has_graph:
+                current.unmatched.setdefault(name, []).append(call)
+
+        return hook
+
+    def _after_recomputation(self, name: str, output: Any) -> None:
+        """Watch the gradients of a recomputed output: of the latest call without any, as backward goes back in time."""
+        for candidate in reversed(self._live()):
+            if candidate.unmatched.get(name):
+                call = candidate.unmatched[name].pop()
+                for path, tensor in named_tensors(output):
+                    if tensor.is_floating_point():
+                        self._watch_gradient(candidate, ("output_gradient", name, path, call), tensor)
+                return
+
+    def _watch_gradient(self, owner: Pass, key: Key, tensor: torch.Tensor) -> bool:
+        if not (tensor.requires_grad and torch.is_grad_enabled()):
+            return False
+
+        def hook(gradient: torch.Tensor) -> None:
+            owner.has_backward = True
+            if owner in self._live():
+                owner.add(key, gradient.detach(), is_full=self._is_full)
+
+        tensor.register_hook(eager(hook))  # type: ignore[no-untyped-call]
+        return True
+
+
+def is_in_backward() -> bool:
+    """Return whether autograd is running on this thread, so that a forward pass is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def views_of(output: Any) -> Any:
+    """Return views of a model's outputs: their gradients are those that come from outside the model alone."""
+    return map_tensors(lambda tensor: tensor.view_as(tensor) if tensor.requires_grad else tensor, output)
+
+
+def loss_in(output: Any) -> torch.Tensor | None:
+    """Return the loss among a model's outputs: a scalar output, or the one called `loss`; None where there is none."""
+    loss = output if isinstance(output, torch.Tensor) else None
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif not isinstance(output, torch.Tensor):
+        loss = getattr(output, "loss", None)
+        if loss is None and isinstance(output, tuple) and output:
+            loss = output[0]
+    is_loss = isinstance(loss, torch.Tensor) and loss.dim() == 0 and loss.is_floating_point()
+    return _local(loss.detach()) if is_loss and loss is not None else None
+
+
+def _is_dtensor(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "placements")
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part without any communication; a `Partial` one is a term."""
+    return tensor._local_tensor if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

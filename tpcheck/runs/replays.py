@@ -1,0 +1,570 @@
+"""Measures what rounding may do to each tensor of a step: passes and update are repeated under random rounding."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from inspect import unwrap
+from math import sqrt
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tpcheck.core.errors import UsageError
+from tpcheck.numerics.perturb import KeyedPerturbation, perturbed_leaves
+from tpcheck.numerics.sketch import GlobalIndex, PendingSketch, Sketch, distance, fetch_sketches, start_sketch
+from tpcheck.numerics.tensors import named_tensors
+from tpcheck.runs.optimizer_view import OptimizerView, Part
+from tpcheck.runs.optimizers.names import unwrapped_name
+from tpcheck.runs.passes import Key, ModuleHooks, Pass, PendingTensor, uses_cuda
+
+# Ranks reach a step within this time, or replays, in which they communicate, are given up.
+SECONDS_TO_WAIT = 30.0
+# A repeated pass that is off by more than this, and by more than ten times what perturbation does, is another pass:
+# something that it depends on has changed since.
+UNFAITHFUL = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class BeforeCall:
+    """What a call of the model depends on beside its arguments and weights."""
+
+    random_state: torch.Tensor
+    cuda_state: torch.Tensor | None
+    autocast: tuple[tuple[str, torch.dtype], ...]
+
+
+class Replays:
+    """Repeats the passes of a step before the optimizer's step, and the step itself on copies.
+
+    Gradients, buffers, generators and weights are as before afterwards. Ranks of a TP group repeat together: one that
+    does not come is waited for once.
+
+    Attributes:
+        number: How many perturbed replays.
+        deviations: For the tensors of the last step, how far they moved: one number for each place.
+        drift: For weights, masters and states, what rounding adds up to since the recording began.
+        inner_dtype: The lowest dtype that the passes compute in; empty where that is unknown.
+        not_measured: Why something was not measured, by name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        view: OptimizerView,
+        number: int,
+        names: Mapping[nn.Module, str],
+        tp_group: Sequence[int],
+    ) -> None:
+        self.number = number
+        self.deviations: dict[Key, Sequence[float]] | None = None
+        self.drift: dict[Key, Sequence[float]] = {}
+        self.inner_dtype = ""
+        self.not_measured: dict[str, str] = {}
+        self._model = model
+        self._view = view
+        self._names = names
+        self._tp_group = tuple(tp_group)
+        self._twins: dict[str, nn.Parameter] | None = None
+        self._last_step = -1
+        self._last_moves: dict[Key, float] = {}
+        if number and (reason := view.supports_replays()):
+            raise UsageError("replays", number, f"0 with this model: {reason}. Record the other run with replays")
+
+    def before_call(self) -> BeforeCall | None:
+        """Return what a replay has to put back before it calls the model; None where there are no replays."""
+        if not self.number:
+            return None
+        devices = ["cpu", *(["cuda"] if uses_cuda() else [])]
+        autocast = tuple((each, torch.get_autocast_dtype(each)) for each in devices if torch.is_autocast_enabled(each))
+        return BeforeCall(torch.get_rng_state(), torch.cuda.get_rng_state() if uses_cuda() else None, autocast)
+
+    def watch_seeds(self, current: Pass, output: Any) -> None:
+        """Keep the gradients that reach the model's outputs from outside."""
+        for path, tensor in named_tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._keep_seed(current, path))  # type: ignore[no-untyped-call]
+
+    def forget(self) -> None:
+        """Forget the step that was measured last."""
+        self.deviations = None
+
+    def repeat_passes(self, step: int, passes: Sequence[Pass], gradients: Sequence[PendingTensor]) -> None:
+        """Measure how far the passes of the step that the optimizer is about to take move.
+
+        Args:
+            step: Its number.
+            passes: Its micro-batches, with the gradients of their outputs.
+            gradients: What the optimizer gets.
+        """
+        if "replays" in self.not_measured or not passes:
+            return
+        if not self._all_ranks_are_here(step):
+            self.not_measured["replays"] = (
+                f"a rank of the TP group {list(self._tp_group)} did not reach the optimizer's step {step} within "
+                f"{SECONDS_TO_WAIT:.0f} s: nothing was measured from there on"
+            )
+            return
+        self._extrapolate_drift(step)
+        try:
+            with self._state_put_back():
+                unperturbed, *perturbed = self._repeat_all(step, passes)
+        except RuntimeError as error:
+            self.not_measured["replays"] = f"the passes cannot be repeated: {str(error).partition(chr(10))[0]}"
+            return
+        self.deviations = self._deviations(unperturbed, perturbed, gradients)
+
+    @staticmethod
+    def _keep_seed(current: Pass, path: str) -> Any:
+        def keep(gradient: torch.Tensor) -> None:
+            known = current.seeds.get(path)
+            current.seeds[path] = gradient.detach().clone() if known is None else known + gradient.detach()
+
+        return keep
+
+    # ---- passes
+
+    def _repeat_all(self, step: int, passes: Sequence[Pass]) -> list[dict[Key, list[Sketch]]]:
+        outputs: list[dict[str, torch.Tensor]] = [{} for _ in passes]
+        try:
+            return [self._repeat(number, step, passes, outputs) for number in range(self.number + 1)]
+        except RuntimeError:
+            if self._twins is not None:
+                raise
+        # Reentrant checkpointing refuses torch.autograd.grad: gradients are then gathered by parameters that share
+        # their memory with the model's, and have none of the hooks.
+        self._twins = {
+            name: nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            for name, parameter in self._model.named_parameters()
+        }
+        return self._repeat_all(step, passes)
+
+    @contextmanager
+    def _twins_in_place(self) -> Iterator[None]:
+        """Let the model compute with the parameters that share the memory of its own, if there are any."""
+        own = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        places = [
+            (module, attribute, parameter)
+            for module in self._model.modules()
+            for attribute, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        try:
+            if self._twins is not None:
+                for module, attribute, parameter in places:
+                    module._parameters[attribute] = self._twins[own[id(parameter)]]
+            yield
+        finally:
+            for module, attribute, parameter in places:
+                module._parameters[attribute] = parameter
+
+    def _repeat(
+        self, number: int, step: int, passes: Sequence[Pass], outputs: list[dict[str, torch.Tensor]]
+    ) -> dict[Key, list[Sketch]]:
+        """Repeat all passes once and return the sketches of all tensors.
+
+        The first replay is not perturbed; it leaves the model's outputs in `outputs`.
+        """
+        perturbation = KeyedPerturbation(step << 20 | number)
+        live: list[Pass] = []
+        current: list[Pass | None] = [None]
+        sums: dict[str, torch.Tensor] = {}
+        with ExitStack() as stack:
+            stack.enter_context(self._twins_in_place())
+            if number:
+                stack.enter_context(self._perturbed_weights(perturbation))
+                stack.enter_context(perturbed_leaves(self._model, perturbation))  # before the hooks that record
+            elif not self.inner_dtype:
+                stack.enter_context(self._dtypes_seen())
+            hooks = ModuleHooks(self._model, self._names, lambda: current[0], lambda: live, is_full=False)
+            stack.callback(hooks.remove)
+            for recorded, unperturbed in zip(passes, outputs, strict=True):
+                again = Pass.like(recorded)
+                live.append(again)
+                current[0] = again
+                output = self._call(recorded)
+                current[0] = None
+                results = {path: tensor for path, tensor in named_tensors(output) if path in recorded.seeds}
+                seeds = recorded.seeds
+                if number:
+                    seeds = {
+                        path: self._moved_seed(path, results, unperturbed, recorded, perturbation) for path in results
+                    }
+                else:
+                    unperturbed.update({path: _local(tensor.detach()) for path, tensor in results.items()})
+                self._backward(results, seeds, sums)
+        merged: dict[Key, PendingTensor] = {}
+        for again in live:
+            for key, tensor in again.tensors.items():
+                if key in merged:
+                    merged[key].add(tensor)
+                else:
+                    merged[key] = tensor
+        keys = list(merged)
+        sketches: list[PendingSketch] = [sketch for key in keys for sketch in merged[key].sketches]
+        names = list(sums)
+        sketches += [start_sketch(sums[name], GlobalIndex.whole(tuple(sums[name].shape))) for name in names]
+        fetched = iter(fetch_sketches(sketches))
+        result = {key: [next(fetched) for _ in merged[key].sketches] for key in keys}
+        for key in keys:
+            if key[0] == "output" and len(passes) > 1:
+                result[key] = [
+                    sketch if place.rows is not None else sketch.scaled(1 / len(passes))
+                    for sketch, place in zip(result[key], merged[key].places, strict=True)
+                ]
+        result.update({("gradient", name, "", 0): [next(fetched)] for name in names})
+        return result
+
+    def _call(self, recorded: Pass) -> Any:
+        before: BeforeCall = recorded.before
+        torch.set_rng_state(before.random_state)
+        if before.cuda_state is not None:
+            torch.cuda.set_rng_state(before.cuda_state)
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            for device, dtype in before.autocast:
+                stack.enter_context(torch.autocast(device, dtype))
+            return self._model(*recorded.args, **recorded.kwargs)
+
+    @staticmethod
+    def _moved_seed(
+        path: str,
+        results: Mapping[str, torch.Tensor],
+        unperturbed: Mapping[str, torch.Tensor],
+        recorded: Pass,
+        perturbation: KeyedPerturbation,
+    ) -> torch.Tensor:
+        """Return the gradient that the loop would send back for this output, were its rounding another.
+
+        What the loop computes of the output is unknown: its gradient moves as far as the output does, relatively. The
+        gradient of a loss is a constant.
+        """
+        seed = recorded.seeds[path]
+        expected = unperturbed[path].double()
+        if expected.dim() == 0:
+            return seed
+        moved = float(torch.linalg.vector_norm(_local(results[path].detach()).double() - expected))
+        norm = float(torch.linalg.vector_norm(expected))
+        if not moved or not norm:
+            return seed
+        seed = seed.clone()
+        local = _local(seed)
+        local += _noise(
+            local,
+            moved / norm * float(torch.linalg.vector_norm(local.double())),
+            perturbation.generator(f"seed {path}", local.device),
+            only_nonzero=True,
+        )
+        return seed
+
+    def _backward(
+        self, results: Mapping[str, torch.Tensor], seeds: Mapping[str, torch.Tensor], sums: dict[str, torch.Tensor]
+    ) -> None:
+        """Send gradients of the outputs back, without the hooks that reduce or take gradients of parameters."""
+        ordered = [seeds[path] for path in results]
+        gradients: Sequence[torch.Tensor | None]
+        if self._twins is not None:
+            trained = [(name, twin) for name, twin in self._twins.items() if twin.requires_grad]
+            torch.autograd.backward([*results.values()], ordered)
+            gradients = [twin.grad for _, twin in trained]
+            for _, twin in trained:
+                twin.grad = None
+        else:
+            trained = [(name, each) for name, each in self._model.named_parameters() if each.requires_grad]
+            gradients = torch.autograd.grad(
+                [*results.values()], [each for _, each in trained], ordered, allow_unused=True
+            )
+        for (name, _), gradient in zip(trained, gradients, strict=True):
+            if gradient is not None:
+                local = getattr(gradient, "_local_tensor", gradient).detach()
+                name = unwrapped_name(name)
+                sums[name] = sums[name] + local if name in sums else local
+
+    def _deviations(
+        self,
+        unperturbed: Mapping[Key, Sequence[Sketch]],
+        perturbed: Sequence[Mapping[Key, Sequence[Sketch]]],
+        gradients: Sequence[PendingTensor],
+    ) -> dict[Key, Sequence[float]]:
+        shrinking = self._shrinking(unperturbed, gradients)
+        deviations: dict[Key, Sequence[float]] = {}
+        for key, base in unperturbed.items():
+            moved = [
+                max((distance(each[key][place], sketch) for each in perturbed if key in each), default=0.0)
+                for place, sketch in enumerate(base)
+            ]
+            deviations[key] = [distance * shrinking for distance in moved] if key[0] == "gradient" else moved
+        return deviations
+
+    @staticmethod
+    def _shrinking(unperturbed: Mapping[Key, Sequence[Sketch]], gradients: Sequence[PendingTensor]) -> float:
+        """Return by how much clipping and unscaling make gradients smaller, from the norms before and after.
+
+        Twice that: the mean over data parallelism makes them smaller, too, and their rounding less so.
+        """
+        before = sum(sketches[0].sum_squares for key, sketches in unperturbed.items() if key[0] == "gradient")
+        sketches = fetch_sketches([tensor.sketches[0] for tensor in gradients if tensor.sketches])
+        after = sum(sketch.sum_squares for sketch in sketches)
+        return min(1.0, 2 * sqrt(after / before)) if before else 1.0
+
+    @contextmanager
+    def _dtypes_seen(self) -> Iterator[None]:
+        """Note the lowest floating-point dtype that is computed in, for a model in float64."""
+        if any(parameter.dtype is not torch.float64 for parameter in self._model.parameters()):
+            yield
+            return
+        with _LowestDtype() as seen:
+            yield
+        self.inner_dtype = seen.name
+
+    # ---- weights and optimizer state
+
+    @contextmanager
+    def _perturbed_weights(self, perturbation: KeyedPerturbation) -> Iterator[None]:
+        """Move each weight at random as far as rounding has moved it since the recording began."""
+        saved = []
+        with torch.no_grad():
+            for name, parameter in self._model.named_parameters():
+                drift = self.drift.get(("weight", unwrapped_name(name), "", 0), (0.0,))[0]
+                local = getattr(parameter, "_local_tensor", parameter).data
+                if drift and local.numel():
+                    saved.append((local, local.clone()))
+                    generator = perturbation.generator(name, local.device)
+                    local += _noise(local, drift, generator)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for local, value in saved:
+                    local.copy_(value)
+
+    def repeat_update(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Measure the optimizer's step on copies of each of its parameters, with rounding in what it is given."""
+        if self.deviations is None:
+            return
+        self._last_step = step
+        parts = [*self._view.gradients(optimizer)]
+        states = [*self._view.states()]
+        weights = {part.name: part for part in self._view.weights()}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                inside = [part for part in parts if _lies_in(part.values, parameter.grad)]
+                if not inside:
+                    continue
+                try:
+                    moves = _moves(optimizer, group, parameter, inside, self.deviations, self.drift, step)
+                except Exception as error:  # optimizers of third parties may need more than a parameter and its state
+                    reason = str(error).partition("\n")[0] or type(error).__name__
+                    self.not_measured["updates"] = f"{type(optimizer).__name__} cannot repeat its step: {reason}"
+                    return
+                self._add_moves(moves, weights, states)
+
+    def _add_moves(self, moves: Mapping[Key, float], weights: Mapping[str, Part], states: Sequence[Part]) -> None:
+        for (kind, name, state, call), move in moves.items():
+            if kind == "state":
+                self.drift[(kind, name, state, call)] = (move,)
+                continue
+            keys = [
+                ("weight", name, "", 0),
+                *[part_key for part in states if (part_key := _key(part))[:2] == ("master", name)],
+            ]
+            for key in keys:
+                total = self.drift.get(key, (0.0,))[0] + move
+                self.drift[key] = (total,)
+                self._last_moves[key] = move
+            weight = weights.get(name)
+            if weight is not None and weight.values.dtype.itemsize < 4:
+                self._round_weight(weight)
+
+    def _round_weight(self, weight: Part) -> None:
+        """Add that a weight of 16 bits, rounded from a master, goes to the next number for a share of its elements."""
+        key: Key = ("weight", weight.name, "", 0)
+        ulp = torch.finfo(weight.values.dtype).eps * float(torch.linalg.vector_norm(weight.values.float()))
+        drift = self.drift[key][0]
+        if ulp:
+            self.drift[key] = (max(drift, ulp * sqrt(min(1.0, drift / ulp))),)
+
+    def _extrapolate_drift(self, step: int) -> None:
+        """Add what the steps in between, that were not recorded, do at the rate of the last recorded one."""
+        missing = step - self._last_step - 1
+        for key, move in self._last_moves.items():
+            self.drift[key] = (self.drift[key][0] + missing * move,)
+
+    # ---- the state of the loop
+
+    @contextmanager
+    def _state_put_back(self) -> Iterator[None]:
+        random_state = torch.get_rng_state()
+        cuda_states = torch.cuda.get_rng_state_all() if uses_cuda() else []
+        buffers = [(module, name, each, each.detach().clone()) for module in self._model.modules()
+                   for name, each in module._buffers.items() if each is not None]  # fmt: skip
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for module, name, buffer, value in buffers:
+                    buffer.copy_(value)
+                    module._buffers[name] = buffer
+            torch.set_rng_state(random_state)
+            if cuda_states:
+                torch.cuda.set_rng_state_all(cuda_states)
+
+    def _all_ranks_are_here(self, step: int) -> bool:
+        """Return whether every rank of the TP group has come to this step; the same answer on all that have."""
+        if len(self._tp_group) == 1:
+            return True
+        store = dist.distributed_c10d._get_default_store()
+        key = f"tpcheck/replays/{self._tp_group[0]}/{self._round()}"
+        if store.add(f"{key}/here", 1) == len(self._tp_group):
+            return bool(store.compare_set(f"{key}/decision", "", "go") == b"go")
+        deadline = time.monotonic() + SECONDS_TO_WAIT
+        while time.monotonic() < deadline:
+            if store.check([f"{key}/decision"]):
+                return bool(store.get(f"{key}/decision") == b"go")
+            time.sleep(0.001)
+        return bool(store.compare_set(f"{key}/decision", "", "stop") == b"go")
+
+    def _round(self) -> int:
+        """Return the number of this replay in this process, counted in the store as several recordings may follow."""
+        store = dist.distributed_c10d._get_default_store()
+        return int(store.add(f"tpcheck/replays/rank {dist.get_rank()}", 1))
+
+
+def _moves(
+    optimizer: torch.optim.Optimizer,
+    group: Mapping[str, Any],
+    parameter: torch.Tensor,
+    parts: Sequence[Part],
+    deviations: Mapping[Key, Sequence[float]],
+    drift: Mapping[Key, Sequence[float]],
+    step: int,
+) -> dict[Key, float]:
+    """Return how far rounding moves what one parameter of the optimizer becomes in its next step, by part.
+
+    The step is taken three times on copies: as it is, with rounding in the gradient, with rounding in the state.
+    """
+    generator = torch.Generator(parameter.device).manual_seed(step)
+    exact = _step_copy(optimizer, group, parameter, parts, {}, {}, generator)
+    given = {part.name: deviations.get(("gradient", part.name, "", 0), (0.0,))[0] for part in parts}
+    from_gradient = _step_copy(optimizer, group, parameter, parts, given, {}, generator)
+    from_state = _step_copy(optimizer, group, parameter, parts, {}, drift, generator)
+    moves: dict[Key, float] = {}
+    for key, expected in exact.items():
+        moves[key] = sum(
+            float(torch.linalg.vector_norm((actual[key] - expected).double())) for actual in (from_gradient, from_state)
+        )
+        if key[0] == "weight":
+            moves[key] += torch.finfo(expected.dtype).eps / 2 * float(torch.linalg.vector_norm(expected.double()))
+    return moves
+
+
+def _step_copy(
+    optimizer: torch.optim.Optimizer,
+    group: Mapping[str, Any],
+    parameter: torch.Tensor,
+    parts: Sequence[Part],
+    gradient_noise: Mapping[str, float],
+    state_noise: Mapping[Key, Sequence[float]],
+    generator: torch.Generator,
+) -> dict[Key, torch.Tensor]:
+    """Take the optimizer's step on a copy of one parameter and return the new values of each part and its states."""
+    assert parameter.grad is not None
+    twin = nn.Parameter(parameter.detach().clone())
+    gradient = parameter.grad.detach().clone()
+    state = copy.deepcopy(dict(optimizer.state.get(parameter, {})))
+    slices = {part.name: _slice_in(part.values, parameter.grad) for part in parts}
+    for name, at in slices.items():
+        flat = _flat(gradient)[at]
+        if gradient_noise.get(name):
+            flat += _noise(flat, gradient_noise[name], generator, only_nonzero=True)
+        for key, value in state.items():
+            amount = state_noise.get(("state", name, key, 0), (0.0,))[0]
+            if amount and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                of_part = _flat(value)[at]
+                is_positive = bool((of_part >= 0).all())
+                of_part += _noise(of_part, amount, generator, only_nonzero=True)
+                if is_positive:
+                    of_part.abs_()
+    twin.grad = gradient
+    clone = copy.copy(optimizer)
+    clone.param_groups = [{**group, "params": [twin]}]
+    clone.state = defaultdict(dict, {twin: state} if state else {})
+    clone._optimizer_step_pre_hooks, clone._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    with torch.no_grad():
+        unwrap(type(optimizer).step)(clone)
+    result: dict[Key, torch.Tensor] = {}
+    for name, at in slices.items():
+        result[("weight", name, "", 0)] = _flat(twin.detach())[at]
+        for key, value in clone.state[twin].items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                result[("state", name, key, 0)] = _flat(value.detach())[at]
+    return result
+
+
+def _noise(
+    tensor: torch.Tensor, norm: float, generator: torch.Generator, *, only_nonzero: bool = False
+) -> torch.Tensor:
+    """Return uniform noise of about this Frobenius norm; with `only_nonzero` only where the tensor is not zero."""
+    uniform = torch.rand(tensor.shape, dtype=torch.float64, device=tensor.device, generator=generator) * 2 - 1
+    number = tensor.numel()
+    if only_nonzero:
+        mask = tensor != 0
+        uniform *= mask
+        number = int(mask.sum())
+    return (uniform * (norm * sqrt(3 / max(number, 1)))).to(tensor.dtype)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    local = _local(tensor)
+    return local.view(-1) if local.is_contiguous() else local.as_strided((local.numel(),), (1,))
+
+
+def _lies_in(values: torch.Tensor, gradient: torch.Tensor) -> bool:
+    local = getattr(gradient, "_local_tensor", gradient)
+    start = local.data_ptr()
+    return bool(values.numel() and start <= values.data_ptr() < start + max(local.nbytes, 1))
+
+
+def _slice_in(values: torch.Tensor, gradient: torch.Tensor) -> slice:
+    local = getattr(gradient, "_local_tensor", gradient)
+    first = (values.data_ptr() - local.data_ptr()) // local.element_size()
+    return slice(first, first + values.numel())
+
+
+def _key(part: Part) -> Key:
+    return (part.kind, part.name, part.state, 0)
+
+
+class _LowestDtype(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operator and keeps the lowest floating-point dtype that one returned."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._dtype = torch.float64
+
+    @property
+    def name(self) -> str:
+        return "" if self._dtype is torch.float64 else str(self._dtype).removeprefix("torch.")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, torch.Tensor) and kind not in (torch.Tensor, nn.Parameter) for kind in types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            is_real = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+            if is_real and torch.finfo(tensor.dtype).eps > torch.finfo(self._dtype).eps:
+                self._dtype = tensor.dtype
+        return result

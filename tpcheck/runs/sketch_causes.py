@@ -1,0 +1,543 @@
+"""Causes that sums and scalars show: each test asks a question of sketches, and names a cause where it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import hypot, inf, isfinite, sqrt
+from typing import Any
+
+import torch
+
+from tpcheck.core.causes import Cause, Explanation, first_explanation
+from tpcheck.numerics.sketch import Sketch, distance
+from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, LEAST_MULTIPLES, RESIDUAL_EXACT, RESIDUAL_NOISY
+from tpcheck.runs.comparisons import Comparison, relative
+from tpcheck.runs.wholes import Whole, total
+
+OPTIMIZERS_OF_WHOLE_MATRICES = ("muon", "adafactor", "lamb", "shampoo", "soap", "came", "lars")
+"""Optimizers whose step on an element depends on the whole matrix: on a shard they compute something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatches:
+    """Gradients of one parameter as they stood before each later micro-batch of the step.
+
+    Attributes:
+        actual: For each rank, after the first micro-batch, after the second ...; without the last.
+        expected: Of the expected run's whole; empty where it had one micro-batch, or other ones.
+    """
+
+    actual: Mapping[int, tuple[Sketch, ...]] = field(default_factory=dict)
+    expected: tuple[Sketch, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A tensor that is wrong, with what tests need to know beside it.
+
+    Attributes:
+        comparison: The tensor of both runs.
+        tp, dp: Of the actual run.
+        num_passes: Micro-batches of the actual run.
+        micro_batches: Of the parameter whose gradient this is.
+    """
+
+    comparison: Comparison
+    tp: int = 1
+    dp: int = 1
+    num_passes: int = 1
+    micro_batches: MicroBatches = MicroBatches()
+
+
+Test = Callable[[Suspect], Explanation | None]
+
+
+def explain(suspect: Suspect) -> Explanation | None:
+    """Return the first cause whose test holds, or None where none does."""
+    return first_explanation(suspect, TESTS.get(suspect.comparison.kind, (not_finite, all_zero)))
+
+
+def largest_residual(comparison: Comparison) -> float:
+    """Return the largest error that may remain where a cause explains the tensor; -inf where nothing can be shown."""
+    observed = max(comparison.errors)
+    if not 0 < observed < inf or comparison.is_of_norms:
+        return -inf
+    return max(RESIDUAL_EXACT * observed, min(comparison.allowed or 0.0, RESIDUAL_NOISY * observed))
+
+
+# ---- values
+
+
+def not_finite(suspect: Suspect) -> Explanation | None:
+    """Infinities or NaN that the expected tensor does not have."""
+    actual, expected = suspect.comparison.actual, suspect.comparison.expected.sketch
+    numbers = {variant.sketch.nonfinite for variant in actual.variants}
+    if max(numbers) <= expected.nonfinite:
+        return None
+    return Explanation(Cause.NOT_FINITE, evidence={"elements_not_finite": max(numbers)})
+
+
+def all_zero(suspect: Suspect) -> Explanation | None:
+    """Every element is zero on the wrong ranks, and not in the expected run."""
+    return _if_zero(Cause.ALL_ZERO, suspect)
+
+
+def gradient_vanished(suspect: Suspect) -> Explanation | None:
+    """No gradient comes back on the wrong ranks."""
+    return _if_zero(Cause.GRADIENT_MISSING, suspect)
+
+
+def _if_zero(cause: Cause, suspect: Suspect) -> Explanation | None:
+    comparison = suspect.comparison
+    if comparison.expected.sketch.sum_squares == 0 or comparison.is_of_norms:
+        return None
+    ranks = sorted(
+        rank
+        for rank, part in comparison.actual.parts.items()
+        if part.sketch.sum_squares == 0 and not part.sketch.nonfinite
+    )
+    others_are_right = all(
+        error <= (comparison.allowed or 0.0)
+        for variant, error in zip(comparison.actual.variants, comparison.errors, strict=True)
+        if not set(variant.ranks) & set(ranks)
+    )
+    is_all = len(ranks) == len(comparison.actual.parts)
+    if not ranks or not (is_all or (others_are_right and len(comparison.actual.pieces) == 1)):
+        return None
+    return Explanation(cause, evidence={"zero_on_ranks": ranks})
+
+
+# ---- predictions: what each rank would have under a mistake
+
+
+def predicts(suspect: Suspect, predicted: Sketch) -> float | None:
+    """Return the relative error that remains if every wrong variant is `predicted`; None where one is not."""
+    comparison, limit = suspect.comparison, largest_residual(suspect.comparison)
+    worst, any_is_predicted = 0.0, False
+    for variant, error in zip(comparison.actual.variants, comparison.errors, strict=True):
+        remaining = distance(variant.sketch, predicted)
+        if min(error, remaining) > limit:
+            return None
+        if remaining < error:
+            any_is_predicted = True
+            worst = max(worst, relative(remaining, predicted.norm))
+    return worst if any_is_predicted else None
+
+
+def _if_predicted(cause: Cause, suspect: Suspect, predicted: Sketch, **evidence: Any) -> Explanation | None:
+    residual = predicts(suspect, predicted)
+    return None if residual is None else Explanation(cause, residual, evidence)
+
+
+def _times(cause: Cause, suspect: Suspect, factor: float, over: str) -> Explanation | None:
+    if factor == 1:
+        return None
+    expected = suspect.comparison.expected.sketch
+    return _if_predicted(cause, suspect, expected.scaled(factor), factor=factor, reduced_over=over)
+
+
+def terms_over_tp(suspect: Suspect) -> Explanation | None:
+    """The TP ranks hold terms whose sum is the expected output."""
+    return _terms(Cause.MISSING_REDUCE, suspect)
+
+
+def partial_on_replica(suspect: Suspect) -> Explanation | None:
+    """The TP ranks hold terms of the gradient of a replicated parameter."""
+    return _terms(Cause.PARTIAL_GRADIENT_ON_REPLICA, suspect)
+
+
+def _terms(cause: Cause, suspect: Suspect) -> Explanation | None:
+    comparison = suspect.comparison
+    actual = comparison.actual
+    if not actual.is_replicated_over_tp or actual.is_bitwise_replicated:
+        return None
+    sums = [_sum_of(actual, group) for group in actual.groups]
+    if comparison.kind in ("output", "output_gradient"):
+        sums = [total(sums).scaled(actual.factor)]
+    limit = largest_residual(comparison)
+    errors = [distance(each, comparison.expected.sketch) for each in sums]
+    mean_error = distance(total(sums).scaled(1 / len(sums)), comparison.expected.sketch)
+    if min(max(errors), mean_error) > limit:
+        return None
+    evidence = {} if max(errors) <= limit else {"note": "the replicas over DP were not averaged, either"}
+    return Explanation(cause, relative(min(max(errors), mean_error), comparison.expected.norm), evidence)
+
+
+def _sum_of(whole: Whole, group: Sequence[int]) -> Sketch:
+    return total(whole.parts[rank].sketch for rank in group if rank in whole.parts)
+
+
+def terms_over_dp(suspect: Suspect) -> Explanation | None:
+    """Replicas over DP hold their own gradients: the mean, or the sum, over them is the expected one."""
+    comparison = suspect.comparison
+    by_group = [whole for whole in comparison.actual.by_group() if whole is not None]
+    if len(by_group) < max(2, suspect.dp):
+        return None
+    limit = largest_residual(comparison)
+    if max(distance(whole, by_group[0]) for whole in by_group) <= limit:
+        return None
+    summed = total(by_group)
+    for factor in (1 / len(by_group), 1.0):
+        error = distance(summed.scaled(factor), comparison.expected.sketch)
+        if error <= limit:
+            residual = relative(error, comparison.expected.norm)
+            unreduced = _unreduced_micro_batches(suspect)
+            if unreduced:
+                return Explanation(Cause.MICRO_BATCH_UNREDUCED, residual, {"micro_batches": unreduced})
+            return Explanation(Cause.MISSING_REDUCE, residual, {"reduced_over": "dp"})
+    return None
+
+
+def _unreduced_micro_batches(suspect: Suspect) -> list[int]:
+    """Return the micro-batches after which replicas held different gradients, and the rest is the same on all."""
+    parts, kept = suspect.comparison.actual.parts, suspect.micro_batches.actual
+    by_piece = suspect.comparison.actual.pieces
+    limit = largest_residual(suspect.comparison)
+    found = set()
+    for ranks in by_piece.values():
+        known = [rank for rank in ranks if kept.get(rank)]
+        if len(known) < 2:
+            continue
+        first, *others = known
+        for number in range(min(len(kept[rank]) for rank in known)):
+            rest = parts[first].sketch - kept[first][number]
+            differ = any(distance(kept[rank][number], kept[first][number]) > limit for rank in others)
+            same = all(distance(parts[rank].sketch - kept[rank][number], rest) <= limit for rank in others)
+            if differ and same and rest.norm > limit:
+                found.add(number)
+    return sorted(found)
+
+
+def reduced_too_often(suspect: Suspect) -> Explanation | None:
+    """Every rank's tensor is the expected one times the number of TP ranks."""
+    return _times(Cause.DUPLICATE_REDUCE, suspect, float(suspect.tp), "tp")
+
+
+def averaged_over_tp(suspect: Suspect) -> Explanation | None:
+    """Every rank's tensor is the expected one over the number of TP ranks."""
+    return _times(Cause.MEAN_INSTEAD_OF_SUM, suspect, 1 / suspect.tp, "tp")
+
+
+def summed_over_dp(suspect: Suspect) -> Explanation | None:
+    """Every rank's gradient is the expected one times the number of DP ranks."""
+    return _times(Cause.SUM_INSTEAD_OF_MEAN, suspect, float(suspect.dp), "dp")
+
+
+def averaged_over_dp(suspect: Suspect) -> Explanation | None:
+    """Every rank's gradient is the expected one over the number of DP ranks: it was averaged twice."""
+    return _times(Cause.MEAN_INSTEAD_OF_SUM, suspect, 1 / suspect.dp, "dp")
+
+
+def summed_over_micro_batches(suspect: Suspect) -> Explanation | None:
+    """Every rank's gradient is the expected one times the number of micro-batches."""
+    return _times(Cause.SUM_INSTEAD_OF_MEAN, suspect, float(suspect.num_passes), "micro-batches")
+
+
+def averaged_over_micro_batches(suspect: Suspect) -> Explanation | None:
+    """Every rank's gradient is the expected one over the number of micro-batches."""
+    return _times(Cause.MEAN_INSTEAD_OF_SUM, suspect, 1 / suspect.num_passes, "micro-batches")
+
+
+# ---- accumulation
+
+
+def reduced_after_accumulation(suspect: Suspect) -> Explanation | None:
+    """What was reduced after earlier micro-batches was reduced again after each later one.
+
+    With A(j) the gradient as it stood after micro-batch j, and n ranks, A(j) = n A(j-1) + S(j): what is too much at
+    the end is (n - 1) times the sum of all earlier A. With the expected run's S(j), it is the sum of n**(k-j) S(j).
+    """
+    comparison = suspect.comparison
+    expected = comparison.expected.sketch
+    for ranks in dict.fromkeys((suspect.tp, suspect.dp, suspect.tp * suspect.dp)):
+        if ranks < 2:
+            continue
+        over = "tp" if ranks == suspect.tp else "dp" if ranks == suspect.dp else "tp and dp"
+        evidence = {"equals": f"{ranks} times what was accumulated before, at each micro-batch", "reduced_over": over}
+        kept = suspect.micro_batches.actual
+        first = next((kept[rank] for rank in comparison.actual.parts if kept.get(rank)), ())
+        if first and comparison.actual.is_replicated_over_tp:
+            found = _if_predicted(
+                Cause.REDUCED_AFTER_ACCUMULATION,
+                suspect,
+                expected + total(first).scaled(ranks - 1.0),
+                **evidence,
+            )
+            if found:
+                return found
+        terms = _terms_of_micro_batches(suspect)
+        if terms:
+            predicted = total(term.scaled(float(ranks) ** (len(terms) - 1 - j)) for j, term in enumerate(terms))
+            found = _if_predicted(Cause.REDUCED_AFTER_ACCUMULATION, suspect, predicted, **evidence)
+            if found:
+                return found
+    return None
+
+
+def last_micro_batch_only(suspect: Suspect) -> Explanation | None:
+    """The gradient is that of the last micro-batch alone, or that over the number of micro-batches."""
+    terms = _terms_of_micro_batches(suspect)
+    if not terms:
+        return None
+    for factor in (1.0, float(len(terms))):
+        found = _if_predicted(Cause.LAST_MICRO_BATCH_ONLY, suspect, terms[-1].scaled(factor), micro_batches=len(terms))
+        if found:
+            return found
+    return None
+
+
+def mean_of_local_means(suspect: Suspect) -> Explanation | None:
+    """Micro-batches, or replicas, with unlike numbers of tokens were weighted alike.
+
+    If micro-batch j has n(j) of N tokens, the expected gradient is the sum of S(j) = n(j)/N M(j), the actual one that
+    of M(j)/k = N/(k n(j)) S(j): the inverses of its shares of the S(j) add up to k, because all n(j) add up to N. For
+    replicas, the expected gradient is the sum of n(d)/N times theirs: its shares add up to 1, and are not all alike.
+    """
+    terms = _terms_of_micro_batches(suspect)
+    comparison = suspect.comparison
+    if len(terms) > 1 and len(comparison.actual.variants) == 1:
+        shares = fit(comparison.actual.sketch, terms, largest_residual(comparison))
+        if shares and all(share > 0 for share in shares) and _is_near(sum(1 / share for share in shares), len(terms)):
+            found = [1 / share / len(terms) for share in shares]
+            if not all(_is_near(share, 1) for share in shares):
+                return Explanation(Cause.MEAN_OF_LOCAL_MEANS, evidence={"share_of_tokens": _digits(found)})
+    if comparison.kind != "output_gradient" or suspect.dp < 2:
+        return None
+    groups = [group for group in comparison.actual.by_group() if group is not None]
+    if len(groups) != suspect.dp:
+        return None
+    # The actual one is `factor` times the sum of all groups: 1 / dp of each replica's own.
+    own = [group.scaled(comparison.actual.factor * suspect.dp) for group in groups]
+    shares = fit(comparison.expected.sketch, own, largest_residual(comparison))
+    if not shares or not all(share > 0 for share in shares) or not _is_near(sum(shares), 1):
+        return None
+    return Explanation(Cause.MEAN_OF_LOCAL_MEANS, evidence={"share_of_tokens": _digits(shares)})
+
+
+def _terms_of_micro_batches(suspect: Suspect) -> list[Sketch]:
+    """Return the expected gradient of each micro-batch; nothing where the expected run did not keep them."""
+    kept = suspect.micro_batches.expected
+    if not kept:
+        return []
+    sums = [*kept, suspect.comparison.expected.sketch]
+    return [sums[0], *(later - earlier for earlier, later in pairwise(sums))]
+
+
+# ---- scales
+
+
+def scaled(suspect: Suspect) -> Explanation | None:
+    """Each rank's gradient is the expected one times a constant of its own."""
+    comparison = suspect.comparison
+    limit, expected = largest_residual(comparison), comparison.expected.sketch
+    if limit < 0 or (expected.numel < LEAST_MULTIPLES and comparison.expected.shape):
+        return None
+    factors, worst = [], 0.0
+    for variant, error in zip(comparison.actual.variants, comparison.errors, strict=True):
+        factor = 1.0 if error <= limit else share_of(variant.sketch, expected)
+        remaining = distance(variant.sketch, expected.scaled(factor))
+        if not factor or remaining > limit:
+            return None
+        factors.append(factor)
+        worst = max(worst, relative(remaining, expected.norm))
+    return Explanation(Cause.GRADIENT_SCALED, worst, {"factors": _digits(dict.fromkeys(factors))})
+
+
+def share_of(actual: Sketch, expected: Sketch) -> float:
+    """Return the multiple of `expected` that is nearest to `actual`; 0 where there is none."""
+    size = float((expected.tiles**2).sum())
+    return float((actual.tiles * expected.tiles).sum()) / size if size else 0.0
+
+
+def fit(sketch: Sketch, terms: Sequence[Sketch], limit: float) -> list[float]:
+    """Return the shares of the terms whose sum is the tensor, but for an error of at most `limit`; else nothing."""
+    if limit < 0 or sketch.numel < LEAST_MULTIPLES * len(terms):
+        return []
+    columns = torch.stack([term.tiles.reshape(-1) for term in terms], dim=1)
+    sizes = torch.linalg.vector_norm(columns, dim=0)
+    if not bool((sizes > 0).all()):
+        return []
+    solution = torch.linalg.lstsq(columns / sizes, sketch.tiles.reshape(-1, 1), driver="gelsd").solution[:, 0] / sizes
+    shares = [float(share) for share in solution]
+    nearest = total(term.scaled(share) for term, share in zip(terms, shares, strict=True))
+    return shares if all(map(isfinite, shares)) and distance(sketch, nearest) <= limit else []
+
+
+def _is_near(actual: float, expected: float) -> bool:
+    return abs(actual - expected) <= RESIDUAL_EXACT * abs(expected)
+
+
+def _digits(values: Any) -> list[float]:
+    return [float(f"{value:.6g}") for value in values]
+
+
+# ---- shards
+
+
+def shard_of_one_rank_on_all(suspect: Suspect) -> Explanation | None:
+    """The TP ranks hold the same bits where they should hold different elements."""
+    actual = suspect.comparison.actual
+    for group in actual.groups:
+        parts = [actual.parts[rank] for rank in group if rank in actual.parts]
+        digests = {part.digest for part in parts}
+        if len({part.piece for part in parts}) < 2 or len(digests) > 1 or not parts[0].sketch.sum_squares:
+            return None
+    expected = suspect.comparison.expected
+    if any(
+        len({expected.parts[rank].digest for rank in group if rank in expected.parts}) == 1 and len(group) > 1
+        for group in expected.groups
+        if expected.is_sharded_over_tp
+    ):
+        return None
+    is_sharded = actual.is_sharded_over_tp
+    return (
+        Explanation(Cause.SHARD_REPEATED, evidence={"ranks_with_equal_shards": list(actual.ranks)})
+        if is_sharded
+        else None
+    )
+
+
+def shards_in_another_order(suspect: Suspect) -> Explanation | None:
+    """The actual run's shards are the expected run's to the bit, on other ranks."""
+    actual, expected = suspect.comparison.actual, suspect.comparison.expected
+    pieces_a = {piece: actual.parts[ranks[0]].digest for piece, ranks in actual.pieces.items()}
+    pieces_e = {piece: expected.parts[ranks[0]].digest for piece, ranks in expected.pieces.items()}
+    if len(pieces_a) < 2 or pieces_a.keys() != pieces_e.keys() or pieces_a == pieces_e:
+        return None
+    if sorted(pieces_a.values()) != sorted(pieces_e.values()):
+        return None
+    owner = {bits: expected.pieces[piece][0] for piece, bits in pieces_e.items()}
+    moved = {str(actual.pieces[piece][0]): owner[bits] for piece, bits in pieces_a.items() if pieces_e[piece] != bits}
+    return Explanation(Cause.SHARD_ORDER_SWAPPED, evidence={"rank_holds_shard_of": moved})
+
+
+# ---- norms
+
+
+@dataclass(frozen=True, slots=True)
+class NormsOfRanks:
+    """Norms of a run's gradients, as its ranks hold them.
+
+    Attributes:
+        whole: Over every element once.
+        of_ranks: Over all that each rank of a TP group holds.
+        sharded_of_ranks: Over each rank's shards alone.
+        replicated: Over what all of them hold.
+    """
+
+    whole: float
+    of_ranks: tuple[float, ...]
+    sharded_of_ranks: tuple[float, ...]
+    replicated: float
+
+
+def explain_norm(
+    used: Sequence[float], norms: NormsOfRanks, tolerance: float = FITTED_RELATIVE_ERROR
+) -> Explanation | None:
+    """Return by which wrong norm gradients were clipped.
+
+    Args:
+        used: The norm that each rank of the TP group used, in the unit of `norms`.
+        norms: Of the gradients that these ranks hold.
+        tolerance: Relative error up to which two norms are the same.
+    """
+    tp = len(norms.of_ranks)
+    if tp < 2 or len(used) != tp:
+        return None
+
+    def all_are(candidates: Sequence[float]) -> float | None:
+        errors = [abs(actual - norm) / norm if norm else inf for actual, norm in zip(used, candidates, strict=True)]
+        return max(errors) if max(errors) <= tolerance else None
+
+    shards = hypot(*norms.sharded_of_ranks)
+    hypotheses: list[tuple[Cause, Sequence[float], str]] = [
+        (Cause.NORM_IS_LOCAL, norms.of_ranks, "each rank's norm is that of its own gradients"),
+        (Cause.NORM_IS_LOCAL, norms.sharded_of_ranks, "each rank's norm is that of its own shards"),
+        (Cause.NORM_COUNTS_REPLICAS, (hypot(*norms.of_ranks),) * tp, ""),
+        *(
+            (Cause.NORM_LEAVES_OUT_SHARDS, (norm,) * tp, f"it is that of tp rank {number} alone")
+            for number, norm in enumerate(norms.of_ranks)
+        ),
+        (Cause.NORM_LEAVES_OUT_SHARDS, (norms.replicated,) * tp, "it is that of replicated parameters alone"),
+        (Cause.NORM_LEAVES_OUT_SHARDS, (shards,) * tp, "it leaves out replicated parameters"),
+        (Cause.NORM_AVERAGED_OVER_RANKS, (sum(norms.of_ranks) / tp,) * tp, "the mean of the ranks' norms"),
+        (Cause.NORM_AVERAGED_OVER_RANKS, (hypot(*norms.of_ranks) / sqrt(tp),) * tp, "the mean of their squares"),
+        (Cause.NORM_SUMMED_OVER_RANKS, (sum(norms.of_ranks),) * tp, "the sum of the ranks' norms"),
+    ]
+    for cause, candidates, note in hypotheses:
+        error = all_are(candidates)
+        if error is not None:
+            return Explanation(cause, error, {"note": note} if note else {})
+    return None
+
+
+def clip_factors(comparison: Comparison) -> dict[int, float] | None:
+    """Return by which factor each rank's part of a gradient differs from its part of the expected one.
+
+    The expected whole is fitted by the pieces that the actual ranks hold; None where it is no such sum.
+    """
+    actual, expected, limit = comparison.actual, comparison.expected, largest_residual(comparison)
+    if limit < 0:
+        return None
+    pieces = actual.pieces
+    if len(pieces) == 1:
+        factors: dict[int, float] = {}
+        for variant, error in zip(actual.variants, comparison.errors, strict=True):
+            factor = 1.0 if error <= limit else share_of(variant.sketch, expected.sketch)
+            if not factor or distance(variant.sketch, expected.sketch.scaled(factor)) > limit:
+                return None
+            factors |= dict.fromkeys(variant.ranks, factor)
+        return factors
+    terms = [actual.parts[ranks[0]].sketch for ranks in pieces.values()]
+    shares = fit(expected.sketch, terms, limit)
+    if not shares or not all(shares):
+        return None
+    return {rank: 1 / share for share, ranks in zip(shares, pieces.values(), strict=True) for rank in ranks}
+
+
+# ---- updates
+
+
+def sees_one_shard(optimizer: str, actual: Whole) -> Explanation | None:
+    """Return the cause where an optimizer of whole matrices stepped on shards, and gradients were right."""
+    is_of_matrices = any(name in optimizer.lower() for name in OPTIMIZERS_OF_WHOLE_MATRICES)
+    if not is_of_matrices or not actual.is_sharded_over_tp:
+        return None
+    return Explanation(Cause.OPTIMIZER_SEES_ONE_SHARD, evidence={"optimizer": optimizer})
+
+
+def is_rounded_from(master: Sketch, weight: Sketch, tolerance: float) -> float | None:
+    """Return the relative distance of weights from their masters where it is more than `tolerance`; else None."""
+    difference = relative(distance(master, weight), sqrt(master.sum_squares))
+    return difference if difference > tolerance else None
+
+
+_OVER_RANKS: tuple[Test, ...] = (reduced_too_often, averaged_over_tp)
+
+TESTS: Mapping[str, tuple[Test, ...]] = {
+    "output": (not_finite, terms_over_tp, *_OVER_RANKS, shard_of_one_rank_on_all, shards_in_another_order, all_zero),
+    "output_gradient": (not_finite, terms_over_tp, *_OVER_RANKS, mean_of_local_means, gradient_vanished, scaled),
+    "gradient": (
+        not_finite,
+        gradient_vanished,
+        partial_on_replica,
+        terms_over_dp,
+        reduced_after_accumulation,
+        last_micro_batch_only,
+        mean_of_local_means,
+        summed_over_dp,
+        averaged_over_dp,
+        summed_over_micro_batches,
+        averaged_over_micro_batches,
+        *_OVER_RANKS,
+        scaled,
+        shard_of_one_rank_on_all,
+        shards_in_another_order,
+    ),
+    "weight": (not_finite, shard_of_one_rank_on_all, shards_in_another_order, all_zero),
+    "master": (not_finite, shard_of_one_rank_on_all, shards_in_another_order, all_zero),
+    "state": (not_finite, shard_of_one_rank_on_all, shards_in_another_order, all_zero),
+    "buffer": (not_finite, all_zero),
+}

@@ -1,0 +1,668 @@
+"""Checks of one step by what rounding may do: outputs, gradients, the norm, updates, optimizer states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import hypot, sqrt
+from typing import Any
+
+from tpcheck.core.causes import Cause, Explanation
+from tpcheck.core.findings import Finding
+from tpcheck.numerics.sketch import Sketch
+from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, LOCAL_FACTOR, LOW_PRECISION, SAFETY_FACTOR, TYPICAL_NOISE
+from tpcheck.runs.alignment import AlignedStep, Run
+from tpcheck.runs.comparisons import Comparer, Comparison, Table, margin
+from tpcheck.runs.exact_checks import (
+    BeforeAndAfter,
+    differing_options,
+    optimizer_of,
+    options_as_evidence,
+    options_finding,
+    weights_moved,
+)
+from tpcheck.runs.run_findings import (
+    GRADIENTS,
+    NORM,
+    OUTPUTS,
+    STATES,
+    UPDATES,
+    Answer,
+    Measured,
+    finding_at,
+    joined,
+)
+from tpcheck.runs.sketch_causes import (
+    MicroBatches,
+    NormsOfRanks,
+    Suspect,
+    clip_factors,
+    explain,
+    explain_norm,
+    is_rounded_from,
+    sees_one_shard,
+    share_of,
+)
+from tpcheck.runs.wholes import epsilon, parts_of, total
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """One step of both runs, ready to be compared.
+
+    Attributes:
+        comparer: Compares tensors.
+        step: The step.
+        actual, expected: Its tensors by key.
+        around: Weights and states before and after it.
+        measured: What findings say of how they were made.
+        scale: By how much further than in the replays the runs were apart before the step.
+        is_update_judged: Whether weights and states before the step were judged, so that those after it can be.
+    """
+
+    comparer: Comparer
+    step: AlignedStep
+    actual: Table
+    expected: Table
+    around: BeforeAndAfter
+    measured: Measured
+    scale: float = 1.0
+    is_update_judged: bool = True
+
+    @property
+    def number(self) -> int:
+        return self.step.number
+
+    @property
+    def run(self) -> Run:
+        return self.comparer.actual
+
+    @property
+    def num_passes(self) -> int:
+        return max(len(step.passes) for step in self.step.actual.values())
+
+    def suspect(self, comparison: Comparison) -> Suspect:
+        """Return a wrong tensor with what the tests of causes need to know."""
+        return Suspect(comparison, self.run.tp, self.run.dp, self.num_passes, self._micro_batches(comparison))
+
+    def _micro_batches(self, comparison: Comparison) -> MicroBatches:
+        if comparison.kind != "gradient":
+            return MicroBatches()
+        sides: list[dict[int, tuple[Sketch, ...]]] = []
+        for table, label in ((self.actual, comparison.actual.label), (self.expected, comparison.expected.label)):
+            kept: dict[int, list[Sketch]] = {}
+            keys = [key for key in table if key[:2] == ("accumulated", comparison.name)]
+            for key in sorted(keys, key=lambda key: int(key[2]) if key[2].isdigit() else 0):
+                for rank, record in table[key].items():
+                    if any(reading.label == label for reading in record.readings):
+                        kept.setdefault(rank, []).append(parts_of({rank: record}, label)[rank].sketch)
+            sides.append({rank: tuple(sketches) for rank, sketches in kept.items()})
+        actual, expected = sides
+        pieces = comparison.expected.pieces
+        holders = [ranks[0] for ranks in pieces.values()]
+        wholes: tuple[Sketch, ...] = ()
+        is_reduced = comparison.expected.is_bitwise_replicated or len(comparison.expected.parts) == 1
+        if expected and is_reduced and all(rank in expected for rank in holders) and self._same_micro_batches():
+            number = min(len(expected[rank]) for rank in holders)
+            wholes = tuple(total(expected[rank][each] for rank in holders) for each in range(number))
+        return MicroBatches(actual, wholes)
+
+    def _same_micro_batches(self) -> bool:
+        """Return whether what the expected run accumulated is the whole of each micro-batch: it has no replicas."""
+        return self.comparer.expected.dp == 1
+
+
+def loss_scales(step: AlignedStep) -> tuple[float, float]:
+    """Return by what the losses of the two runs are multiplied."""
+    return next(iter(step.actual.values())).loss_scale, next(iter(step.expected.values())).loss_scale
+
+
+# ---- outputs and their gradients
+
+
+def outputs_match(context: StepContext) -> Answer:
+    """Compare the outputs of all modules, the loss among them."""
+    comparisons, not_compared = _computed(context, "output")
+    wrong = wrong_places(comparisons)
+    findings = _first_place(context, OUTPUTS, comparisons, wrong)
+    return Answer.of(OUTPUTS, context.number, comparisons, findings, not_compared)
+
+
+def _computed(context: StepContext, kind: str) -> tuple[list[Comparison], dict[str, str]]:
+    comparer, shared = context.comparer, context.step.shared
+    if shared is None:
+        return [], {}
+    comparer.not_compared = {}
+    comparisons = comparer.computed(
+        context.actual, context.expected, kind, shared, loss_scales(context.step), context.scale
+    )
+    return comparisons, comparer.not_compared
+
+
+def wrong_places(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the tensors that are wrong, in the order of events.
+
+    In low precision noise grows with depth, so that what rounding may do to a module at the end hides a mistake in it.
+    There a tensor is wrong, too, where it is much further off, in units of its own noise, than all before it.
+    """
+    wrong = []
+    before = TYPICAL_NOISE
+    for comparison in comparisons:
+        deviation = comparison.deviation
+        is_local = False
+        if deviation and comparison.allowed is not None and _is_low(comparison):
+            ratio = comparison.error / deviation
+            is_local = ratio > LOCAL_FACTOR * before and comparison.error > _own_rounding(comparison)
+            before = max(before, min(ratio, SAFETY_FACTOR))
+        if comparison.is_wrong or is_local:
+            allowed = min(comparison.allowed or 0.0, LOCAL_FACTOR * before * (deviation or 0.0))
+            wrong.append(replace(comparison, allowed=allowed) if is_local and not comparison.is_wrong else comparison)
+    return wrong
+
+
+def _is_low(comparison: Comparison) -> bool:
+    return max(epsilon(comparison.actual.dtype), epsilon(comparison.expected.dtype)) > LOW_PRECISION
+
+
+def _own_rounding(comparison: Comparison) -> float:
+    return comparison.expected.norm * max(epsilon(comparison.actual.dtype), epsilon(comparison.expected.dtype))
+
+
+def _first_place(
+    context: StepContext, check: str, comparisons: Sequence[Comparison], wrong: Sequence[Comparison]
+) -> list[Finding]:
+    """Return the finding at the first wrong place, which lists what is wrong after it."""
+    if not wrong:
+        return []
+    first = unreduced_before(comparisons, wrong[0]) or wrong[0]
+    explanation = explain(context.suspect(first))
+    if first is not wrong[0]:
+        first = replace(first, terms_error=None)  # as replicas, which they were taken for by what follows
+    followers = list(dict.fromkeys(each.name or "the model" for each in wrong if each.name != first.name))
+    evidence: dict[str, Any] = {"first_of": len(wrong), **({"followed_by": followers} if followers else {})}
+    if explanation is None:
+        evidence["note"] = _line_for_full_tensors(context, first.name)
+    return [finding_at(check, context.number, first, explanation, context.measured, evidence=evidence)]
+
+
+def unreduced_before(comparisons: Sequence[Comparison], wrong: Comparison) -> Comparison | None:
+    """Return the terms of a sum that nothing reduced before a wrong tensor: nothing after them, up to it, is right."""
+    candidate = None
+    for comparison in comparisons:
+        if comparison.key == wrong.key:
+            return candidate
+        if comparison.is_reduced_later:
+            candidate = candidate or comparison
+        elif not comparison.is_wrong:
+            candidate = None
+    return None
+
+
+def _line_for_full_tensors(context: StepContext, name: str) -> str:
+    module = name or "*"
+    pattern = module if module == "*" else f"{module}*"
+    return (
+        "sketches alone show no cause: record both runs again with "
+        f'tpcheck.record(model, path, steps=[{context.number}], modules="{pattern}", tensors="full", replays=2)'
+    )
+
+
+# ---- gradients
+
+
+def gradients_match(context: StepContext) -> Answer:
+    """Compare gradients of outputs, then of parameters as the optimizer gets them."""
+    number = context.number
+    backward, not_compared = _computed(context, "output_gradient")
+    wrong_backward = wrong_places(backward)
+    comparisons: list[Comparison] = []
+    findings: list[Finding] = []
+    if context.step.shared is not None and context.step.shared.is_whole_step:
+        context.comparer.not_compared = {}
+        comparisons = context.comparer.stored(context.actual, context.expected, ("gradient",), scale=context.scale)
+        missing = _missing_gradients(context)
+        not_compared |= {
+            name: reason for name, reason in context.comparer.not_compared.items() if name not in missing.names
+        }
+        findings += missing.findings
+    wrong = wrong_places(comparisons)
+    left_out: list[Comparison] = []
+    factor = _common_factor(wrong_backward, backward)
+    if factor is not None and comparisons and not wrong:
+        left_out, wrong_backward = wrong_backward, []
+        not_compared |= {
+            each.label: f"all are {factor:.6g} times the other run's, and the parameters' gradients agree: the loss is "
+            "scaled in another place"
+            for each in left_out
+        }
+    if wrong_backward:
+        at_outputs = _first_place(context, GRADIENTS, backward, wrong_backward)
+        names = [each.name for each in wrong]
+        findings += [replace(each, evidence={**each.evidence, "parameters": names}) for each in at_outputs]
+    elif wrong:
+        findings += _wrong_gradients(context, wrong, comparisons)
+    return Answer.of(GRADIENTS, number, [*backward, *comparisons], joined(findings), not_compared, left_out)
+
+
+def _common_factor(wrong: Sequence[Comparison], comparisons: Sequence[Comparison]) -> float | None:
+    """Return the factor by which all gradients of outputs differ; None where they differ otherwise, or some agree."""
+    if not wrong or len(wrong) < sum(1 for each in comparisons if each.expected.norm):
+        return None
+    factors = []
+    for each in wrong:
+        explanation = explain_scale(each)
+        if explanation is None:
+            return None
+        factors.append(explanation)
+    return factors[0] if max(factors) - min(factors) <= 1e-2 * abs(factors[0]) else None
+
+
+def explain_scale(comparison: Comparison) -> float | None:
+    """Return the one factor by which a tensor differs from the expected one, where nothing else does."""
+    factors = clip_factors(comparison)
+    if factors is None or max(factors.values()) - min(factors.values()) > 1e-2 * abs(max(factors.values())):
+        return None
+    return next(iter(factors.values()))
+
+
+def _wrong_gradients(
+    context: StepContext, wrong: Sequence[Comparison], comparisons: Sequence[Comparison]
+) -> list[Finding]:
+    """Return findings at parameters whose gradients are wrong although all gradients of outputs are right."""
+    clipped = _clipped_otherwise(context, wrong, comparisons)
+    findings = []
+    for each in wrong:
+        explanation = clipped or explain(context.suspect(each))
+        evidence = {} if explanation else {"note": _line_for_full_tensors(context, each.name.rpartition(".")[0])}
+        findings.append(finding_at(GRADIENTS, context.number, each, explanation, context.measured, evidence=evidence))
+    return findings
+
+
+@dataclass(frozen=True, slots=True)
+class _Missing:
+    findings: list[Finding] = field(default_factory=list)
+    names: frozenset[str] = frozenset()
+
+
+def _missing_gradients(context: StepContext) -> _Missing:
+    """Find parameters without a gradient on ranks that hold them, where the expected run has one."""
+    holders: dict[str, dict[int, str]] = {}
+    for key, records in context.actual.items():
+        if key[0] in ("gradient", "weight"):
+            holders.setdefault(key[0] + key[1], {}).update(
+                {rank: record.readings[0].piece for rank, record in records.items() if record.readings}
+            )
+    weights = {key[1] for key in context.actual if key[0] == "weight"}
+    is_partitioned = any(
+        holders.get("weight" + name, {}).get(rank, piece) != piece
+        for name in weights
+        for rank, piece in holders.get("gradient" + name, {}).items()
+    )
+    findings, labels = [], set()
+    for key, records_e in context.expected.items():
+        if key[0] != "gradient" or key[1] not in weights or is_partitioned:
+            continue
+        size = sum(reading.sketch.sum_squares for record in records_e.values() for reading in record.readings[:1])
+        lacking = sorted(set(holders["weight" + key[1]]) - set(holders.get("gradient" + key[1], {})))
+        if not size or not lacking or _is_dp_partition(context.run, lacking):
+            continue
+        labels.add(f"gradient of {key[1]}")
+        findings.append(
+            Finding(
+                GRADIENTS,
+                {"phase": "backward", "step": context.number, "parameter": key[1], "ranks": lacking},
+                observed=float(len(lacking)),
+                allowed=0.0,
+                cause=Cause.GRADIENT_MISSING.slug,
+                evidence={"counted": "rank", "missing_on_ranks": lacking},
+            )
+        )
+    return _Missing(findings, frozenset(labels))
+
+
+def _is_dp_partition(run: Run, lacking: Sequence[int]) -> bool:
+    """Return whether some replica has the gradient on all of its ranks: it may be that replica's partition (ZeRO)."""
+    return run.dp > 1 and any(not set(group) & set(lacking) for group in run.replicas)
+
+
+# ---- norms and clipping
+
+
+def _clipped_otherwise(
+    context: StepContext, wrong: Sequence[Comparison], comparisons: Sequence[Comparison]
+) -> Explanation | None:
+    """Return by which norm each rank clipped, where all gradients differ by one factor a rank."""
+    group = context.run.replicas[0]
+    if len(group) < 2 or len(wrong) < max(1, len([each for each in comparisons if each.expected.norm]) // 2):
+        return None
+    factors: dict[int, list[float]] = {}
+    for each in wrong:
+        of_each = clip_factors(each)
+        if of_each is None:
+            return None
+        for rank, factor in of_each.items():
+            factors.setdefault(rank, []).append(factor)
+    noise = max(FITTED_RELATIVE_ERROR, 100 * max(epsilon(each.expected.dtype) for each in wrong))
+    if any(max(of_rank) - min(of_rank) > 1e-3 * abs(of_rank[0]) for of_rank in factors.values()):
+        return None
+    if not all(rank in factors for rank in group):
+        return None
+    # Every rank multiplied its gradients by c / N(rank), where the expected run multiplied them by c / N and has norm c
+    # now. So the norm that a rank used, times that multiplier, is c: N(rank) is compared in units of clipped gradients.
+    norms = norms_of_ranks(context, comparisons, group)
+    if norms is None:
+        return None
+    clipped_to = hypot(*(each.expected.norm for each in comparisons))
+    used = [clipped_to] * len(group)
+    explanation = explain_norm(used, norms, noise)
+    if explanation is None:
+        return None
+    shown = {str(rank): float(f"{factors[rank][0]:.6g}") for rank in group}
+    return replace(explanation, evidence={**explanation.evidence, "factor_of_rank": shown, "clipped_to": clipped_to})
+
+
+def norms_of_ranks(
+    context: StepContext, comparisons: Sequence[Comparison], group: Sequence[int]
+) -> NormsOfRanks | None:
+    """Return the norms of the actual run's gradients; None where a tensor's pieces are not those of one TP group."""
+    whole, shards, replicated = 0.0, dict.fromkeys(group, 0.0), dict.fromkeys(group, 0.0)
+    for each in comparisons:
+        parts = each.actual.parts
+        if each.is_of_norms or not all(rank in parts for rank in group):
+            return None
+        whole += each.actual.sketch.sum_squares
+        is_replicated = len({parts[rank].piece for rank in group}) == 1
+        for rank in group:
+            (replicated if is_replicated else shards)[rank] += parts[rank].sketch.sum_squares
+    return NormsOfRanks(
+        sqrt(whole),
+        tuple(sqrt(shards[rank] + replicated[rank]) for rank in group),
+        tuple(sqrt(shards[rank]) for rank in group),
+        sqrt(max(replicated.values(), default=0.0)),
+    )
+
+
+def norm_matches(context: StepContext, gradients: Answer) -> Answer:
+    """Is the norm that the loop says it clipped by that of all gradients?
+
+    Clipped gradients are smaller than that norm: then it is compared with the norm that the other run tells.
+    """
+    number = context.number
+    comparisons = [each for each in gradients.comparisons if each.kind == "gradient"]
+    told = {rank: step.told_norm for rank, step in context.step.actual.items() if step.told_norm is not None}
+    clipping = [finding for finding in gradients.findings if finding.cause in _NORM_CAUSES]
+    if clipping:
+        first = clipping[0]
+        where = {"phase": "update", "step": number, "ranks": first.where.get("ranks", [])}
+        return Answer(NORM, number, findings=(replace(first, check=NORM, where=where),))
+    if not told:
+        return Answer(NORM, number, not_compared={"gradient norm": "the actual run tells no norm that it clips by"})
+    own = hypot(*(each.actual.norm for each in comparisons))
+    told_e = next((step.told_norm for step in context.step.expected.values() if step.told_norm is not None), None)
+    eps = max([epsilon(each.actual.dtype) for each in comparisons] or [epsilon("float32")])
+    eps = max(eps, epsilon("float32"))
+    is_complete = bool(comparisons) and not any(label.startswith("gradient of") for label in gradients.not_compared)
+    expected = told_e
+    if expected is None:
+        if not is_complete:
+            reason = "the expected run tells no norm, and not all gradients were compared"
+            return Answer(NORM, number, not_compared={"gradient norm": reason})
+        if all(norm > own * (1 + SAFETY_FACTOR * eps) for norm in told.values()):
+            reason = "gradients are clipped, and the expected run tells no norm"
+            return Answer(NORM, number, not_compared={"gradient norm": reason})
+        expected = own
+    deviations = [each.deviation or 0.0 for each in comparisons] if told_e is not None else []
+    unclipped = told_e / own if told_e is not None and own else 1.0
+    allowed = SAFETY_FACTOR * max(2 * eps * expected, hypot(*deviations) * max(1.0, unclipped))
+    wrong = {rank: norm for rank, norm in told.items() if not abs(norm - expected) <= allowed}
+    error = max(abs(norm - expected) for norm in told.values())
+    margins = {"gradient norm": margin(error, allowed)}
+    is_measured = told_e is None or bool(context.measured.replays)
+    if not wrong or not is_measured:
+        return Answer(NORM, number, margins if is_measured else {})
+    group = context.run.replicas[0]
+    norms = norms_of_ranks(context, comparisons, group) if is_complete else None
+    explanation = None
+    if norms is not None and norms.whole and all(rank in told for rank in group):
+        before = expected / norms.whole  # by which clipping made them smaller
+        explanation = explain_norm(
+            [told[rank] / before for rank in group], norms, max(10 * eps, allowed / expected / 10)
+        )
+    evidence = {
+        "norm_actual": [told[rank] for rank in sorted(told)],
+        "norm_expected": expected,
+        "dtype": context.measured.dtype,
+        **({"note": explanation.evidence["note"]} if explanation and "note" in explanation.evidence else {}),
+    }
+    relative_error = error / expected if expected else error
+    finding = Finding(
+        NORM,
+        {"phase": "update", "step": number, "ranks": sorted(wrong)},
+        relative_error,
+        allowed / expected if expected else allowed,
+        explanation.cause.slug if explanation else None,
+        evidence,
+    )
+    return Answer(NORM, number, margins, (finding,))
+
+
+_NORM_CAUSES = {
+    cause.slug
+    for cause in (
+        Cause.NORM_IS_LOCAL,
+        Cause.NORM_COUNTS_REPLICAS,
+        Cause.NORM_LEAVES_OUT_SHARDS,
+        Cause.NORM_AVERAGED_OVER_RANKS,
+        Cause.NORM_SUMMED_OVER_RANKS,
+    )
+}
+
+
+# ---- updates
+
+
+def updates_match(context: StepContext, gradients: Answer) -> Answer:
+    """Compare weights and buffers after the step."""
+    number, comparer = context.number, context.comparer
+    comparer.not_compared = {}
+    differing = differing_options(comparer, context.step)
+    if not all(step.has_update for step in (*context.step.actual.values(), *context.step.expected.values())):
+        return Answer(UPDATES, number, not_compared={"weights": "no optimizer step followed these calls"})
+    moved = weights_moved(comparer, number, context.around)
+    comparisons = comparer.stored(
+        context.around.actual_after, context.around.expected_after, ("weight", "buffer"), scale=context.scale
+    )
+    not_compared = dict(comparer.not_compared)
+    if not context.is_update_judged:
+        given = {
+            each.label: "weights before the step were not recorded, so what is different is given"
+            for each in comparisons
+        }
+        return Answer.of(UPDATES, number, comparisons, moved.findings, {**not_compared, **given}, comparisons)
+    has_gradient = {each.name for each in gradients.comparisons if each.kind == "gradient"}
+    wrong = wrong_places(comparisons)
+    undecayed = [each for each in wrong if each.kind == "weight" and has_gradient and each.name not in has_gradient]
+    for each in undecayed:
+        if not any(label.endswith(each.name) for label in gradients.not_compared):
+            not_compared[each.label] = "it has no gradient, and optimizers differ in whether they decay it"
+    wrong = [each for each in wrong if each not in undecayed]
+    findings = list(moved.findings)
+    stale_names = {name for each in findings for name in (each.where["parameter"], *each.evidence["also"])}
+    explained_otherwise = [each for each in wrong if each.name not in stale_names]
+    gradients_agree = not gradients.findings
+    for each in explained_otherwise:
+        explanation, evidence = _explain_update(context, each, differing, gradients_agree)
+        findings.append(finding_at(UPDATES, number, each, explanation, context.measured, evidence=evidence))
+    findings = joined(findings)
+    if differing and not findings and not context.measured.replays and gradients_agree:
+        findings = [options_finding(number, differing)]
+    elif differing and not findings:
+        not_compared[f"options of {next(iter(differing))}"] = (
+            f"the optimizers' options differ ({_phrase(differing)}), and the updates agree"
+        )
+    answer = Answer.of(UPDATES, number, comparisons, findings, not_compared, undecayed)
+    return replace(answer, margins={**answer.margins, **moved.margins})
+
+
+def _phrase(differing: Mapping[str, Mapping[str, Any]]) -> str:
+    options = next(iter(differing.values()))
+    return ", ".join(f"{name} {actual} and {expected}" for name, (actual, expected) in options.items())
+
+
+def _explain_update(
+    context: StepContext, comparison: Comparison, differing: Mapping[str, Mapping[str, Any]], gradients_agree: bool
+) -> tuple[Explanation | None, dict[str, Any]]:
+    """Return the cause of a wrong weight, and what its move is beside the expected one."""
+    evidence: dict[str, Any] = {"inputs_agree": None}
+    ratio = _update_ratio(context, comparison)
+    if ratio is not None:
+        evidence["update_ratio"] = float(f"{ratio:.6g}")
+    of_parameter = differing.get(comparison.name)
+    explanation = explain(context.suspect(comparison))
+    if explanation is not None or not gradients_agree or comparison.kind != "weight":
+        return explanation, evidence
+    if of_parameter:
+        shown = options_as_evidence({comparison.name: of_parameter})
+        return Explanation(Cause.OPTIONS_DIFFER, evidence=shown), evidence
+    optimizer = optimizer_of(context.comparer, context.step.actual, comparison.name)
+    for test in (
+        partial(_masters_were_stale, context, comparison),
+        partial(sees_one_shard, optimizer, comparison.actual),
+        partial(state_of_another_rank, context, comparison.name),
+        partial(_replicas_drifted, context, comparison),
+    ):
+        found = test()
+        if found is not None:
+            return found, evidence
+    if optimizer:
+        evidence["optimizer"] = optimizer
+    return None, evidence
+
+
+def _before(context: StepContext, comparison: Comparison) -> tuple[Sketch, Sketch] | None:
+    """Return the weights of both runs before the step; None where they were not recorded."""
+    found = []
+    sides = (
+        (context.around.actual_before, comparison.actual),
+        (context.around.expected_before, comparison.expected),
+    )
+    for table, whole in sides:
+        records = table.get(("weight", comparison.name, "", 0), {})
+        known = {
+            rank: record
+            for rank, record in records.items()
+            if any(reading.label == whole.label for reading in record.readings)
+        }
+        if not known:
+            return None
+        pieces = {part.piece: part.sketch for part in parts_of(known, whole.label).values()}
+        found.append(total(pieces.values()))
+    return found[0], found[1]
+
+
+def _update_ratio(context: StepContext, comparison: Comparison) -> float | None:
+    """Return the share of the expected move that the weight moved by; None where there is no move."""
+    before = _before(context, comparison) if comparison.kind == "weight" and not comparison.is_of_norms else None
+    if before is None:
+        return None
+    worst = max(zip(comparison.errors, comparison.actual.variants, strict=True), key=lambda each: each[0])[1]
+    return share_of(worst.sketch - before[0], comparison.expected.sketch - before[1]) or None
+
+
+def _masters_were_stale(context: StepContext, comparison: Comparison) -> Explanation | None:
+    """The weights before the step were not the masters that the step was taken on."""
+    records = {
+        key: of_ranks
+        for key, of_ranks in context.around.actual_before.items()
+        if key[0] == "master" and key[1] == comparison.name
+    }
+    return stale_masters(context.around.actual_before, comparison.name) if records else None
+
+
+def stale_masters(table: Table, name: str) -> Explanation | None:
+    """Return the cause where a parameter's weights are not its masters, rounded, on ranks that hold both."""
+    masters = next((records for key, records in table.items() if key[:2] == ("master", name)), {})
+    weights = table.get(("weight", name, "", 0), {})
+    for label in ("layout", "whole", "dim 0", "dim 1"):
+        sides = [
+            {
+                rank: record
+                for rank, record in records.items()
+                if any(reading.label == label for reading in record.readings)
+            }
+            for records in (masters, weights)
+        ]
+        if not all(sides):
+            continue
+        pieces = [{part.piece: part.sketch for part in parts_of(records, label).values()} for records in sides]
+        whole_master, whole_weight = (total(each.values()) for each in pieces)
+        if whole_master.numel != whole_weight.numel or not whole_master.sum_squares:
+            return None
+        eps = max(epsilon(next(iter(weights.values())).dtype), epsilon("float32"))
+        difference = is_rounded_from(whole_master, whole_weight, SAFETY_FACTOR * eps)
+        if difference is None:
+            return None
+        return Explanation(Cause.MASTERS_STALE, evidence={"masters_and_weights_differ_by": difference})
+    return None
+
+
+def state_of_another_rank(context: StepContext, name: str) -> Explanation | None:
+    """Ranks with different shards had the same optimizer state before the step, and not in the expected run."""
+    return repeated_state(context.around.actual_before, context.run, name)
+
+
+def repeated_state(table: Table, run: Run, name: str) -> Explanation | None:
+    """Return the cause where different shards of a TP group have states with the same bits, which are not zero."""
+    for key, records in table.items():
+        if key[0] != "state" or key[1] != name:
+            continue
+        for group in run.replicas:
+            seen: dict[str, tuple[int, str]] = {}
+            for rank in (rank for rank in group if rank in records and records[rank].readings):
+                record, reading = records[rank], records[rank].readings[-1]
+                if record.readings[-1].sketch.numel < 2 or not reading.sketch.sum_squares:
+                    continue
+                first, piece = seen.setdefault(record.digest, (rank, reading.piece))
+                if piece != reading.piece:
+                    evidence = {"state": key[2], "state_of_rank": {str(rank): first}}
+                    return Explanation(Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK, evidence=evidence)
+    return None
+
+
+def _replicas_drifted(context: StepContext, comparison: Comparison) -> Explanation | None:
+    """Some replicas are right and others are wrong, although their gradients agree."""
+    allowed = comparison.allowed or 0.0
+    right = [error <= allowed for error in comparison.errors]
+    return Explanation(Cause.REPLICA_DRIFT) if any(right) and not all(right) else None
+
+
+# ---- optimizer states
+
+
+def states_match(context: StepContext, gradients: Answer) -> Answer:
+    """Compare moments and masters after the step."""
+    number, comparer = context.number, context.comparer
+    comparer.not_compared = {}
+    around = context.around
+    comparisons = comparer.stored(around.actual_after, around.expected_after, ("state", "master"), scale=context.scale)
+    not_compared = dict(comparer.not_compared)
+    if not context.is_update_judged:
+        given = {
+            each.label: "states before the step were not recorded, so what is different is given"
+            for each in comparisons
+        }
+        return Answer.of(STATES, number, comparisons, (), {**not_compared, **given}, comparisons)
+    findings = []
+    wrong = wrong_places(comparisons)
+    for each in wrong:
+        explanation = explain(context.suspect(each))
+        if explanation is None and not gradients.findings:
+            tests: tuple[Callable[[], Explanation | None], ...] = (
+                partial(state_of_another_rank, context, each.name),
+                partial(stale_masters, around.actual_after, each.name),
+                partial(_replicas_drifted, context, each),
+            )
+            explanation = next((found for test in tests if (found := test()) is not None), None)
+        findings.append(finding_at(STATES, number, each, explanation, context.measured))
+    return Answer.of(STATES, number, comparisons, joined(findings), not_compared)
