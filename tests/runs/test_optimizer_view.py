@@ -536,12 +536,12 @@ def test_an_optimizer_of_megatron(tp_rank: Rank, dtype: torch.dtype, distributed
     pytest.importorskip("megatron.core")
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from tpcheck.backends.megatron.groups import groups_of_topology, use_groups
+    from tpcheck.backends.megatron.layouts import fill_shards, parameter_layouts
 
     from tests.backends.megatron_models import gpt, tokens
     from tpcheck.backends.megatron.backend import MegatronBackend, TokenLoss
     from tpcheck.backends.megatron.config import configured, transformer_config
-    from tpcheck.backends.megatron.groups import groups_of_topology, use_groups
-    from tpcheck.backends.megatron.layouts import fill_shards, parameter_layouts
 
     def build() -> nn.Module:
         return TokenLoss(gpt(hidden_dropout=0.0, attention_dropout=0.0))
