@@ -13,7 +13,7 @@ from torch import nn
 
 from tpcheck.core.digests import digest, start_digests
 from tpcheck.numerics.recorder import eager
-from tpcheck.numerics.sketch import PendingSketch, fetch_sketches, start_sketch
+from tpcheck.numerics.sketch import GlobalIndex, PendingSketch, fetch_sketches, start_sketch
 from tpcheck.numerics.tensors import map_tensors, named_tensors
 from tpcheck.runs.activations import ActivationPlaces, BatchShape, Place
 from tpcheck.runs.trace import Kind, Leaf, PassRecord, Reading, TensorRecord
@@ -56,6 +56,12 @@ class PendingTensor:
             [start_digests([tensor])],
             [tensor.detach().to("cpu", copy=True)] if is_full else [],
         )
+
+    @classmethod
+    def whole(cls, key: Key, tensor: torch.Tensor) -> PendingTensor:
+        """Start the sketch of a tensor that is taken as it is, wherever it lies in the whole."""
+        shape = tuple(tensor.shape)
+        return cls.of(key, tensor, (Place("whole", shape, "all", GlobalIndex.whole(shape)),))
 
     def add(self, term: PendingTensor) -> None:
         """Add the same tensor of another micro-batch, or of another backward pass."""
@@ -175,6 +181,18 @@ class Pass:
             self.is_training,
             self.generators,
         )
+
+
+def merged(passes: Iterable[Pass]) -> list[PendingTensor]:
+    """Return the tensors of all micro-batches, summed by key, in the order of events: first outputs, then gradients."""
+    sums: dict[Key, PendingTensor] = {}
+    for each in passes:
+        for key, tensor in each.tensors.items():
+            if key in sums:
+                sums[key].add(tensor)
+            else:
+                sums[key] = tensor
+    return sorted(sums.values(), key=lambda tensor: tensor.key[0].endswith("gradient"))
 
 
 def generator_digests() -> dict[str, str]:

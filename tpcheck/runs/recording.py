@@ -27,7 +27,7 @@ from tpcheck.runs.optimizer_view import OptimizerView, Part, view_of
 from tpcheck.runs.optimizers.names import unwrapped, unwrapped_name
 from tpcheck.runs.options import RecordOptions, Steps
 from tpcheck.runs.parameters import ParameterPlaces, StartOfRank, exchange_starts
-from tpcheck.runs.passes import ModuleHooks, Pass, PendingTensor, finished, is_in_backward, loss_in, views_of
+from tpcheck.runs.passes import ModuleHooks, Pass, PendingTensor, finished, is_in_backward, loss_in, merged, views_of
 from tpcheck.runs.replays import Replays
 from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
 from tpcheck.runs.trace_files import TraceWriter, new_run_id, require_writable
@@ -287,17 +287,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._replays.forget()
 
     def _step_tensors(self, passes: list[Pass]) -> tuple[TensorRecord, ...]:
-        merged: dict[Any, PendingTensor] = {}
-        for each in passes:
-            for key, tensor in each.tensors.items():
-                if key in merged:
-                    merged[key].add(tensor)
-                else:
-                    merged[key] = tensor
-        outputs = [tensor for tensor in merged.values() if not tensor.key[0].endswith("gradient")]
-        backward = [tensor for tensor in merged.values() if tensor.key[0].endswith("gradient")]
         return finished(
-            [*outputs, *backward, *self._accumulated, *self._gradients],
+            [*merged(passes), *self._accumulated, *self._gradients],
             num_passes=len(passes),
             deviations=self._replays.deviations,
         )
@@ -316,7 +307,7 @@ class Recorder(AbstractContextManager["Recorder"]):
                     values = local_part(buffer)
                     places = self._places.places(name, None, values, is_term=False)
                     pending.append(PendingTensor.of(("buffer", name, "", 0), values, places))
-        return finished(pending, deviations={} if is_start else self._replays.drift)
+        return finished(pending, deviations={} if is_start else self._replays.drift | (self._replays.deviations or {}))
 
     def _pending(self, part: Part, *, kind: Any = None, part_name: str = "") -> PendingTensor:
         places: tuple[Place, ...] = self._places.places(part.name, part.index, part.values, is_term=part.is_term)
