@@ -156,8 +156,7 @@ class TorchView:
         return not any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
     def supports_replays(self) -> str:
-        is_fsdp = any(hasattr(module, "_get_fsdp_state") for module in self._module.modules())
-        return "FSDP2 gathers parameters only inside its own hooks" if is_fsdp else ""
+        return ""
 
     def told_norm(self) -> float | None:
         return None
@@ -249,9 +248,9 @@ class TorchView:
 
 
 def gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the gradient that an optimizer steps by."""
-    gradient: torch.Tensor | None = tensor.grad
-    return gradient
+    """Return the gradient that an optimizer steps by; Megatron gives Transformer Engine's one of another dtype."""
+    gradient: torch.Tensor | None = getattr(tensor, "decoupled_grad", None)
+    return tensor.grad if gradient is None else gradient
 
 
 def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
