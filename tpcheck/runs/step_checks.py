@@ -674,8 +674,12 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
         return Answer.of(STATES, number, comparisons, (), {**not_compared, **given}, comparisons)
     findings = []
     wrong = wrong_places(comparisons)
+    differing = differing_options(comparer, context.step)
     for each in wrong:
         explanation = explain(context.suspect(each))
+        if explanation is None and not gradients.findings and each.name in differing:
+            shown = options_as_evidence({each.name: differing[each.name]})
+            explanation = Explanation(Cause.OPTIONS_DIFFER, evidence=shown)
         if explanation is None and not gradients.findings:
             tests: tuple[Callable[[], Explanation | None], ...] = (
                 partial(state_of_another_rank, context, each.name),
