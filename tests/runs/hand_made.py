@@ -85,6 +85,7 @@ class Options:
         generators: States of the generators: `same` on both sides, or another text for those of one that draws.
         rename: Gives the names.
         batch_seed: Of the samples.
+        biases: Modules with a bias, which is replicated and has no gradient.
         noise_of_replays: Relative deviation; None for what the dtype has.
     """
 
@@ -111,6 +112,7 @@ class Options:
     generators: str = "same"
     rename: Callable[[str], str] = field(default=lambda name: name)
     batch_seed: int = 0
+    biases: Sequence[str] = ()
 
 
 def run(**options: Any) -> tuple[RankTrace, ...]:
@@ -144,6 +146,11 @@ def initial_weights(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tenso
     }
 
 
+def bias() -> torch.Tensor:
+    """Return the bias of modules that have one."""
+    return torch.linspace(0.5, 1.5, WIDTH, dtype=torch.float64)
+
+
 def micro_batch_gradients(step: int, passes: int, name: str) -> list[torch.Tensor]:
     """Return the whole gradient of each micro-batch; they add up to that of the step."""
     whole = wholes(step)["gradient", name]
@@ -158,6 +165,7 @@ def _rank(rank: int, topology: Topology, options: Options) -> RankTrace:
     weights = initial_weights(options.dtype)
     moments = {name: weight.flip(0) for name, weight in weights.items()}
     at_start = {("weight", name): weight for name, weight in weights.items()}
+    at_start |= {("weight", f"{module}.bias"): bias() for module in options.biases}
     if options.initial_moments:
         at_start |= {("state", name): moment for name, moment in moments.items()}
     if options.masters:
@@ -213,7 +221,7 @@ class _Maker:
         passes = tuple(
             PassRecord(
                 (Leaf("input_ids", "int64", tuple(some.shape), _digest(samples[some])),),
-                tuple(f"{key:x}" for key in keys[some].tolist()),
+                tuple(f"{key & (1 << 64) - 1:016x}" for key in keys[some].tolist()),
                 loss=1.0,
                 has_backward=True,
                 generators={"torch": f"{options.generators} {number}" if options.generators != "same" else "same"},
@@ -267,7 +275,7 @@ class _Maker:
             values = values.tensor_split(self.topology.dp)[self.dp_rank]
         if kind == "output_gradient" and name:
             values = values * (self.topology.dp if not options.same_batch else 1)
-        dim = OUTPUTS[name] if is_activation else WEIGHTS[name]
+        dim = OUTPUTS[name] if is_activation else WEIGHTS.get(name)
         local = values if dim is None else values.chunk(self.topology.tp, dim)[self.tp_rank]
         if options.edit is not None:
             place = Place(self.rank, self.tp_rank, self.dp_rank, step, kind, name, part, whole)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs.hand_made import WEIGHTS, Edit, Place, micro_batch_gradients, run, wholes
+from tests.runs.hand_made import WEIGHTS, Edit, Place, bias, micro_batch_gradients, run, wholes
 from tpcheck.core.findings import Finding
 from tpcheck.report.report import Report
 from tpcheck.runs.alignment import Run
@@ -165,6 +165,25 @@ def test_a_wrong_output_has_a_cause_only_where_it_is_shown(change: Any, cause: s
     finding = the_finding(compared(run(tp=2, edit=edit("output", "layers.0.down", change))))
     assert (finding.check, finding.cause) == ("outputs_match_reference", cause)
     assert cause is not None or 'modules="layers.0.down*", tensors="full"' in finding.evidence["note"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cause"),
+    [
+        (lambda place, whole, bias: as_terms(place, whole - bias) + bias, "missing_reduce"),
+        (lambda place, whole, bias: whole + bias, "bias_added_per_rank"),
+        (lambda place, whole, bias: 2 * (whole - bias) + bias, "duplicate_reduce"),
+        (lambda place, whole, bias: (whole - bias) / 2 + bias, "mean_instead_of_sum"),
+        (lambda place, whole, bias: whole + 2.2 * bias.flip(0), None),
+        (lambda place, whole, bias: whole + 3 * bias, None),
+    ],
+)
+def test_wrong_sums_are_told_by_the_bias_that_they_leave_in_every_row(wrong: Any, cause: str | None) -> None:
+    def with_bias(place: Place, local: torch.Tensor) -> torch.Tensor:
+        return wrong(place, local, bias()) if (place.kind, place.name) == ("output", "head") else local
+
+    finding = the_finding(compared(run(tp=2, biases=("head",), edit=with_bias), run(rounding=1.0, biases=("head",))))
+    assert (finding.where["module"], finding.cause) == ("head", cause)
 
 
 def test_an_output_that_is_wrong_on_one_rank_names_it() -> None:

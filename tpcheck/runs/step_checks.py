@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import hypot, sqrt
+from math import hypot, prod, sqrt
 from typing import Any
+
+import torch
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.findings import Finding
-from tpcheck.numerics.sketch import Sketch
+from tpcheck.numerics.sketch import GlobalIndex, Sketch, row_keys, sketch
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, LOCAL_FACTOR, LOW_PRECISION, SAFETY_FACTOR, TYPICAL_NOISE
 from tpcheck.runs.alignment import AlignedStep, Run
 from tpcheck.runs.comparisons import Comparer, Comparison, Table, margin
@@ -96,8 +98,42 @@ class StepContext:
 
     def suspect(self, comparison: Comparison, *, is_first: bool = False) -> Suspect:
         """Return a wrong tensor with what the tests of causes need to know."""
-        kept = self._micro_batches(comparison)
-        return Suspect(comparison, self.run.tp, self.run.dp, self.num_passes, is_first, kept)
+        return Suspect(
+            comparison,
+            self.run.tp,
+            self.run.dp,
+            self.num_passes,
+            is_first,
+            self._micro_batches(comparison),
+            self._ones(comparison),
+            self._bias_norm(comparison),
+        )
+
+    def _ones(self, comparison: Comparison) -> Sketch | None:
+        """Return a column of ones with the rows of an output; None where its rows are not those of all samples."""
+        shape, shared = comparison.expected.shape, self.step.shared
+        if comparison.kind != "output" or -1 not in shape or shared is None or not shared.is_whole_step:
+            return None
+        steps, run = self.step.expected, self.comparer.expected
+        names = [name for group in run.replicas for call in steps[group[0]].passes for name in call.samples]
+        names = list(dict.fromkeys(names))
+        width = prod(size for size in shape if size != -1)
+        num_rows = comparison.expected.sketch.numel // (width * shared.expected_copies)
+        try:
+            samples = torch.tensor([_signed(int(name, 16)) for name in names], dtype=torch.int64)
+        except ValueError:
+            return None
+        if not names or num_rows % len(names):
+            return None
+        rows = row_keys(samples, num_rows // len(names))
+        return sketch(torch.ones(num_rows, 1, dtype=torch.float64), GlobalIndex.whole((1,)), rows=rows)
+
+    def _bias_norm(self, comparison: Comparison) -> float:
+        records = self.around.expected_before.get(("weight", f"{comparison.name}.bias", "", 0), {})
+        squares = {
+            reading.piece: reading.sketch.sum_squares for record in records.values() for reading in record.readings[:1]
+        }
+        return sqrt(sum(squares.values()))
 
     def _micro_batches(self, comparison: Comparison) -> MicroBatches:
         if comparison.kind != "gradient":
@@ -124,6 +160,11 @@ class StepContext:
     def _same_micro_batches(self) -> bool:
         """Return whether what the expected run accumulated is the whole of each micro-batch: it has no replicas."""
         return self.comparer.expected.dp == 1
+
+
+def _signed(word: int) -> int:
+    """Return a 64-bit word as a signed integer."""
+    return word - (1 << 64) if word >> 63 else word
 
 
 def loss_scales(step: AlignedStep) -> tuple[float, float]:
