@@ -317,6 +317,9 @@ class _RunsComparison:
         yield gradients
         if context.step.shared is None or not context.step.shared.is_whole_step:
             return
+        if gradients.is_given:
+            self.scale = max(self.scale, self._scale_of_given(context))
+            context = replace(context, scale=self.scale, is_update_judged=False)
         yield norm_matches(context, gradients)
         yield updates_match(context, gradients)
         yield states_match(context, gradients)

@@ -39,6 +39,7 @@ class Answer:
         findings: What failed, the first in the order of events.
         not_compared: Why something could not be compared, by name.
         comparisons: What was compared, for a picture; those without an allowed error, too.
+        is_given: Whether the weights after the step differ by something that is not judged.
     """
 
     check: str
@@ -47,6 +48,7 @@ class Answer:
     findings: tuple[Finding, ...] = ()
     not_compared: Mapping[str, str] = field(default_factory=dict)
     comparisons: tuple[Comparison, ...] = ()
+    is_given: bool = False
 
     @classmethod
     def of(

@@ -542,6 +542,18 @@ def explain_norm(
     return None
 
 
+NORM_CAUSES = {
+    cause.slug
+    for cause in (
+        Cause.NORM_IS_LOCAL,
+        Cause.NORM_COUNTS_REPLICAS,
+        Cause.NORM_LEAVES_OUT_SHARDS,
+        Cause.NORM_AVERAGED_OVER_RANKS,
+        Cause.NORM_SUMMED_OVER_RANKS,
+    )
+}
+
+
 def clip_factors(comparison: Comparison) -> dict[int, float] | None:
     """Return by which factor each rank's part of a gradient differs from its part of the expected one.
 

@@ -36,6 +36,7 @@ from tpcheck.runs.run_findings import (
     joined,
 )
 from tpcheck.runs.sketch_causes import (
+    NORM_CAUSES,
     MicroBatches,
     NormsOfRanks,
     Suspect,
@@ -296,13 +297,34 @@ def gradients_match(context: StepContext) -> Answer:
             "scaled in another place"
             for each in left_out
         }
+    rounded = _factor_of_float32(wrong, comparisons)
+    if rounded is not None:
+        left_out, wrong = [*left_out, *wrong], []
+        not_compared["factor of all gradients"] = (
+            f"all are {rounded!r} times the other run's, as clipping by a norm in float32 rounds: weights and states are "
+            "as far apart as that makes them"
+        )
     if wrong_backward:
         at_outputs = _first_place(context, GRADIENTS, backward, wrong_backward)
         names = [each.name for each in wrong]
         findings += [replace(each, evidence={**each.evidence, "parameters": names}) for each in at_outputs]
     elif wrong:
         findings += _wrong_gradients(context, wrong, comparisons)
-    return Answer.of(GRADIENTS, number, [*backward, *comparisons], joined(findings), not_compared, left_out)
+    answer = Answer.of(GRADIENTS, number, [*backward, *comparisons], joined(findings), not_compared, left_out)
+    return replace(answer, is_given=rounded is not None)
+
+
+def _factor_of_float32(wrong: Sequence[Comparison], comparisons: Sequence[Comparison]) -> float | None:
+    """Return the factor by which all gradients in float64 differ, where a norm in float32 rounds by as much."""
+    if not wrong or len(wrong) < sum(1 for each in comparisons if each.expected.norm):
+        return None
+    factors = [explain_scale(each) for each in wrong if each.expected.dtype == "float64"]
+    known = [factor for factor in factors if factor is not None]
+    if len(known) < len(wrong):
+        return None
+    limit = SAFETY_FACTOR * epsilon("float32")
+    is_near = all(abs(factor - 1) <= limit and abs(factor - known[0]) <= 1e-2 * abs(known[0] - 1) for factor in known)
+    return known[0] if is_near else None
 
 
 def _common_factor(wrong: Sequence[Comparison], comparisons: Sequence[Comparison]) -> float | None:
@@ -451,13 +473,13 @@ def norm_matches(context: StepContext, gradients: Answer) -> Answer:
     number = context.number
     comparisons = [each for each in gradients.comparisons if each.kind == "gradient"]
     told = {rank: step.told_norm for rank, step in context.step.actual.items() if step.told_norm is not None}
-    clipping = [finding for finding in gradients.findings if finding.cause in _NORM_CAUSES]
+    clipping = [finding for finding in gradients.findings if finding.cause in NORM_CAUSES]
     if clipping:
         first = clipping[0]
         where = {"phase": "update", "step": number, "ranks": first.where.get("ranks", [])}
         return Answer(NORM, number, findings=(replace(first, check=NORM, where=where),))
     if not told:
-        return Answer(NORM, number, not_compared={"gradient norm": "the actual run tells no norm that it clips by"})
+        return Answer(NORM, number, not_compared={"gradient norm": "the norm that the actual run clips by is unknown"})
     own = hypot(*(each.actual.norm for each in comparisons))
     told_e = next((step.told_norm for step in context.step.expected.values() if step.told_norm is not None), None)
     eps = max([epsilon(each.actual.dtype) for each in comparisons] or [epsilon("float32")])
@@ -466,10 +488,10 @@ def norm_matches(context: StepContext, gradients: Answer) -> Answer:
     expected = told_e
     if expected is None:
         if not is_complete:
-            reason = "the expected run tells no norm, and not all gradients were compared"
+            reason = "the norm that the expected run clips by is unknown, and not all gradients were compared"
             return Answer(NORM, number, not_compared={"gradient norm": reason})
         if all(norm > own * (1 + SAFETY_FACTOR * eps) for norm in told.values()):
-            reason = "gradients are clipped, and the expected run tells no norm"
+            reason = "gradients are clipped, and the norm that the expected run clips by is unknown"
             return Answer(NORM, number, not_compared={"gradient norm": reason})
         expected = own
     deviations = [each.deviation or 0.0 for each in comparisons] if told_e is not None else []
@@ -505,18 +527,6 @@ def norm_matches(context: StepContext, gradients: Answer) -> Answer:
         evidence,
     )
     return Answer(NORM, number, margins, (finding,))
-
-
-_NORM_CAUSES = {
-    cause.slug
-    for cause in (
-        Cause.NORM_IS_LOCAL,
-        Cause.NORM_COUNTS_REPLICAS,
-        Cause.NORM_LEAVES_OUT_SHARDS,
-        Cause.NORM_AVERAGED_OVER_RANKS,
-        Cause.NORM_SUMMED_OVER_RANKS,
-    )
-}
 
 
 # ---- updates
