@@ -50,11 +50,17 @@ def train(model: nn.Module, optimizer: Any, dp_ranks: Any, step: int, *, clip: f
     optimizer.zero_grad()
 
 
-def expected_steps(rank: Rank, model: nn.Module, make: Callable[[Any], Any] = adamw, **how: Any) -> list[Parts]:
+def expected_steps(
+    rank: Rank,
+    model: nn.Module,
+    make: Callable[[Any], Any] = adamw,
+    train_step: Callable[..., None] = train,
+    **how: Any,
+) -> list[Parts]:
     """Return the steps of an unsharded run on the batches of all replicas."""
     optimizer = make(model.parameters())
     view = view_of(model, optimizer, groups=alone())
-    return steps_of(view, lambda step: train(model, optimizer, range(rank.topology.dp), step, **how))
+    return steps_of(view, lambda step: train_step(model, optimizer, range(rank.topology.dp), step, **how))
 
 
 def alone() -> Any:
@@ -332,6 +338,55 @@ def test_fsdp2_over_tp(tp_rank: Rank, is_odd: bool) -> None:
     assert all(part.index_in_shard is not None for part in norms)
 
 
+@pytest.mark.tpcheck(tp=2)
+def test_transformers_tp(tp_rank: Rank) -> None:
+    """The gradient of the embedding is a whole one, its weight a shard."""
+    pytest.importorskip("transformers.distributed")
+    from tpcheck.backends.transformers.backend import distributed_config, save_and_load, sync_replicated_parameters
+
+    expected = expected_steps(tp_rank, llama(), train_step=train_on_labels)
+    config = distributed_config({}, tp_rank.topology)
+    model = save_and_load(llama(), torch.float64, distributed_config=config)
+    sync_replicated_parameters(model)
+    optimizer = adamw(model.parameters())
+    view = view_of(model, optimizer)
+    steps = steps_of(view, lambda step: train_on_labels(model, optimizer, [0], step))
+    assert_whole(tp_rank, steps, expected)
+    embedding = [part for part in steps[0] if part.name == "model.embed_tokens.weight" and not part.state]
+    rows = {part.kind: part.values.shape[0] for part in embedding}
+    assert rows == {"gradient": hand_made.VOCABULARY, "weight": hand_made.VOCABULARY // 2}
+
+
+def llama() -> nn.Module:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=hand_made.VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).double()
+
+
+def train_on_labels(model: nn.Module, optimizer: Any, dp_ranks: Any, step: int) -> None:
+    for dp_rank in dp_ranks:
+        (model(input_ids=batch(dp_rank, step), labels=batch(dp_rank, step)).loss / len(dp_ranks)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.tpcheck(dp=2)
+def test_an_optimizer_that_accelerate_prepared(tp_rank: Rank) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    expected = expected_steps(tp_rank, built())
+    model = built()
+    model, optimizer = accelerate.Accelerator(cpu=True).prepare(model, adamw(model.parameters()))
+    view = view_of(model, optimizer)
+    assert view.stepping == (optimizer.optimizer,)
+    steps = steps_of(view, lambda step: train(model, optimizer, [tp_rank.dp_rank], step))
+    assert_whole(tp_rank, steps, expected)
+
+
 # --- DeepSpeed
 
 
@@ -536,12 +591,11 @@ def test_an_optimizer_of_megatron(tp_rank: Rank, dtype: torch.dtype, distributed
     pytest.importorskip("megatron.core")
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from tpcheck.backends.megatron.groups import groups_of_topology, use_groups
-    from tpcheck.backends.megatron.layouts import fill_shards, parameter_layouts
 
     from tests.backends.megatron_models import gpt, tokens
-    from tpcheck.backends.megatron.backend import MegatronBackend, TokenLoss
+    from tpcheck.backends.megatron.backend import MegatronBackend, TokenLoss, fill_shards, parameter_layouts
     from tpcheck.backends.megatron.config import configured, transformer_config
+    from tpcheck.backends.megatron.session import groups_of_topology, use_groups
 
     def build() -> nn.Module:
         return TokenLoss(gpt(hidden_dropout=0.0, attention_dropout=0.0))

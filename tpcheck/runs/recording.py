@@ -310,7 +310,9 @@ class Recorder(AbstractContextManager["Recorder"]):
         return finished(pending, deviations={} if is_start else self._replays.drift | (self._replays.deviations or {}))
 
     def _pending(self, part: Part, *, kind: Any = None, part_name: str = "") -> PendingTensor:
-        places: tuple[Place, ...] = self._places.places(part.name, part.index, part.values, is_term=part.is_term)
+        places: tuple[Place, ...] = self._places.places(
+            part.name, part.index, part.values, is_term=part.is_term, index_in_shard=part.index_in_shard
+        )
         key = (kind or part.kind, part.name, part_name or part.state, 0)
         is_full = self._options.tensors == "full"
         return PendingTensor.of(key, part.values.detach(), places, scale=part.scale, is_full=is_full)
