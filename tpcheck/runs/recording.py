@@ -182,6 +182,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             return
         self._end_step()
         if self._is_discarded():
+            self._repeat_passes()
             self._write_step(has_update=False, is_skipped=True)
             self._start_step()
         self._num_passes += 1
@@ -232,12 +233,17 @@ class Recorder(AbstractContextManager["Recorder"]):
         is_first = not self._gradients
         parts = self._view.gradients(optimizer)
         self._gradients += [self._pending(part) for part in parts if self._options.has_parameter(part.name)]
+        if is_first:
+            self._repeat_passes()
         if self._replays.number:
             with self._paused():
-                if is_first:
-                    passes = [each for each in self._passes if each.has_backward]
-                    self._replays.repeat_passes(self._number, passes, self._gradients)
                 self._replays.repeat_update(self._number, optimizer)
+
+    def _repeat_passes(self) -> None:
+        if self._is_recording and self._replays.number:
+            with self._paused():
+                passes = [each for each in self._passes if each.has_backward]
+                self._replays.repeat_passes(self._number, passes, self._gradients)
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_paused and self._view.owns(optimizer):
