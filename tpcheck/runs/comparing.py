@@ -215,12 +215,13 @@ class _RunsComparison:
             ) or list(self.actual.members)
             where = {"phase": "start", "parameter": first, "ranks": ranks}
             evidence = {"also": others, "first_of": len(others) + 1}
+            counted = ("parameter", "has a wrong state", "have a wrong state")
             findings.append(
                 exact_finding(
                     STATES,
                     where,
                     len(others) + 1,
-                    ("parameter", "has a wrong state", "have a wrong state"),
+                    counted,
                     explanations[0],
                     evidence,
                 )
@@ -265,7 +266,10 @@ class _RunsComparison:
         if any(answer.findings for answer in self.answers):
             return f"step {number} already differs, so differences in later steps would only follow from it"
         self.last_number = number
-        self.before = (context.around.actual_after, context.around.expected_after)
+        self.before = (
+            {**context.around.actual_before, **context.around.actual_after},
+            {**context.around.expected_before, **context.around.expected_after},
+        )
         self.generators = (generator_states(step.actual)[-1:], generator_states(step.expected)[-1:])
         if not step.shared.is_whole_step and step.expected and any(each.has_update for each in step.actual.values()):
             return f"the parameters were trained on different samples in step {number}, and are different from there on"

@@ -29,7 +29,7 @@ from tpcheck.runs.options import RecordOptions, Steps
 from tpcheck.runs.parameters import ParameterPlaces, StartOfRank, exchange_starts
 from tpcheck.runs.passes import ModuleHooks, Pass, PendingTensor, finished, is_in_backward, loss_in, merged, views_of
 from tpcheck.runs.replays import Replays
-from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
+from tpcheck.runs.trace import ParameterGroup, RankTrace, StepRecord, TensorRecord
 from tpcheck.runs.trace_files import TraceWriter, new_run_id, require_writable
 
 # Parameters whose accumulated gradient is also recorded before each further micro-batch: norms and biases, on which
@@ -100,6 +100,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._accumulated: list[PendingTensor] = []
         self._gradients: list[PendingTensor] = []
         self._has_stepped = False
+        self._options_of_step: tuple[ParameterGroup, ...] = ()
         self._number = 0
         self._num_passes = 0
         self._num_evaluations = 0
@@ -231,6 +232,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         if not self._is_recording:
             return
         is_first = not self._gradients
+        if is_first:
+            self._options_of_step = self._view.groups()  # a scheduler changes them after the step
         parts = self._view.gradients(optimizer)
         self._gradients += [self._pending(part) for part in parts if self._options.has_parameter(part.name)]
         if is_first:
@@ -278,7 +281,7 @@ class Recorder(AbstractContextManager["Recorder"]):
                 has_update=has_update,
                 passes=tuple(each.record() for each in passes),
                 tensors=(*self._step_tensors(passes), *self._state_tensors()),
-                groups=self._view.groups(),
+                groups=self._options_of_step if has_update else self._view.groups(),
                 told_norm=self._view.told_norm() if has_update else None,
                 loss_scale=self._view.loss_scale(),
                 is_skipped=is_skipped,

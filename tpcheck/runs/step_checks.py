@@ -94,9 +94,10 @@ class StepContext:
         )
         return actual, expected
 
-    def suspect(self, comparison: Comparison) -> Suspect:
+    def suspect(self, comparison: Comparison, *, is_first: bool = False) -> Suspect:
         """Return a wrong tensor with what the tests of causes need to know."""
-        return Suspect(comparison, self.run.tp, self.run.dp, self.num_passes, self._micro_batches(comparison))
+        kept = self._micro_batches(comparison)
+        return Suspect(comparison, self.run.tp, self.run.dp, self.num_passes, is_first, kept)
 
     def _micro_batches(self, comparison: Comparison) -> MicroBatches:
         if comparison.kind != "gradient":
@@ -194,7 +195,7 @@ def _first_place(
     if not wrong:
         return []
     first = unreduced_before(comparisons, wrong[0]) or wrong[0]
-    explanation = explain(context.suspect(first))
+    explanation = explain(context.suspect(first, is_first=first.key == comparisons[0].key))
     if first is not wrong[0]:
         first = replace(first, terms_error=None)  # as replicas, which they were taken for by what follows
     followers = list(dict.fromkeys(each.name or "the model" for each in wrong if each.name != first.name))
@@ -673,8 +674,12 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
         return Answer.of(STATES, number, comparisons, (), {**not_compared, **given}, comparisons)
     findings = []
     wrong = wrong_places(comparisons)
+    differing = differing_options(comparer, context.step)
     for each in wrong:
         explanation = explain(context.suspect(each))
+        if explanation is None and not gradients.findings and each.name in differing:
+            shown = options_as_evidence({each.name: differing[each.name]})
+            explanation = Explanation(Cause.OPTIONS_DIFFER, evidence=shown)
         if explanation is None and not gradients.findings:
             tests: tuple[Callable[[], Explanation | None], ...] = (
                 partial(state_of_another_rank, context, each.name),
