@@ -24,7 +24,7 @@ def loaded_by(statement: str) -> set[str]:
         "import tpcheck",
         "import tpcheck.pytest_plugin",
         "import tpcheck.cli",
-        "import tpcheck.families, tpcheck.families.rules, tpcheck.families.overrides, tpcheck.families.settings",
+        "import tpcheck.families, tpcheck.families.rules, tpcheck.families.settings",
         "import tpcheck.core.findings, tpcheck.core.causes, tpcheck.numerics.evidence",
         "import tpcheck.report",
         "import tpcheck.doctor.diagnosis",

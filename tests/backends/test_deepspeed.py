@@ -127,7 +127,7 @@ class GatheringLayer(nn.Module):
 
 
 def gathered_layouts(rank: Rank) -> dict[str, Any]:
-    from tpcheck.backends.deepspeed.layouts import parameter_layouts
+    from tpcheck.backends.deepspeed.candidate import parameter_layouts
 
     columns = 1 + rank.rank  # uneven: one column on the first rank, two on the second
     model = nn.Module()

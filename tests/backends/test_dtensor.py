@@ -15,8 +15,7 @@ import tpcheck
 from tests.backends.hand_made import Model, tokens
 from tpcheck import Rank, Topology, UsageError
 from tpcheck.backends.dtensor.backend import DTensorBackend, model_tp_plan, restore_tied_embeddings, styles
-from tpcheck.backends.dtensor.candidate import clip_by_mesh
-from tpcheck.backends.dtensor.layouts import mesh_groups, parameter_layouts
+from tpcheck.backends.dtensor.candidate import clip_by_mesh, mesh_groups, parameter_layouts
 from tpcheck.backends.interface import TrainingOptions
 
 TP = Topology(tp=2)

@@ -67,7 +67,7 @@ def fsdp_over_tp(rank: Rank) -> dict[str, Any]:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    from tpcheck.backends.dtensor.layouts import parameter_layouts, tp_shard
+    from tpcheck.backends.dtensor.candidate import parameter_layouts, tp_shard
 
     model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 6, bias=False))
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_layouts_of_fsdp_over_tp_assemble_the_full_parameter(world: World) -> No
 def partial_parameter(rank: Rank) -> tuple[Any, torch.Tensor]:
     from torch.distributed.tensor import DTensor, Partial
 
-    from tpcheck.backends.dtensor.layouts import parameter_layouts, tp_shard
+    from tpcheck.backends.dtensor.candidate import parameter_layouts, tp_shard
 
     parameter = DTensor.from_local(FULL, mesh_of(rank)["tp"], [Partial()], run_check=False)
     found = parameter_layouts({"weight": parameter}, rank.topology, rank.group("tp"))
@@ -121,7 +121,7 @@ def gradient_of_other_placements(rank: Rank) -> tuple[torch.Tensor, torch.Tensor
     """Return the TP shards of gradients that are a sum, and replicated, where the parameter is sharded by rows."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-    from tpcheck.backends.dtensor.layouts import tp_shard
+    from tpcheck.backends.dtensor.candidate import tp_shard
 
     mesh = mesh_of(rank)["tp"]
     parameter = distribute_tensor(FULL, mesh, [Shard(0)])

@@ -89,7 +89,7 @@ def marks_agree(rank: Rank) -> bool:
     """Return whether the layouts of a live model are those that its candidate has from the unsharded shapes."""
     from tpcheck.backends.interface import TrainingOptions
     from tpcheck.backends.megatron.backend import MegatronBackend
-    from tpcheck.backends.megatron.groups import groups_of_topology, use_groups
+    from tpcheck.backends.megatron.session import groups_of_topology, use_groups
     from tpcheck.backends.registry import layouts_of
 
     backend, options = MegatronBackend(), TrainingOptions(dtype=torch.float32, rebuild=models.build)
@@ -108,7 +108,7 @@ def test_the_layouts_of_a_live_model_follow_from_its_marks(world: World) -> None
 
 
 def test_the_partition_stride_is_the_number_of_blocks() -> None:
-    from tpcheck.backends.megatron.layouts import parameter_layouts
+    from tpcheck.backends.megatron.backend import parameter_layouts
 
     sharded = nn.Linear(4, 6)
     for name, value in {"tensor_model_parallel": True, "partition_dim": 0, "partition_stride": 3}.items():
@@ -126,7 +126,7 @@ def test_the_partition_stride_is_the_number_of_blocks() -> None:
     ],
 )
 def test_a_model_whose_parameters_depend_on_the_tensor_parallel_size_is_refused(model: nn.Module, message: str) -> None:
-    from tpcheck.backends.megatron.layouts import parameter_layouts
+    from tpcheck.backends.megatron.backend import parameter_layouts
 
     with pytest.raises(UsageError, match=message):
         parameter_layouts(nn.Linear(4, 6), model, tp=2)

@@ -10,9 +10,15 @@ from torch import nn
 import tpcheck
 from tpcheck import Topology, UsageError
 from tpcheck.backends.interface import TrainingOptions
-from tpcheck.backends.transformers import before_tp_size
-from tpcheck.backends.transformers.backend import TransformersBackend, distributed_config
-from tpcheck.backends.transformers.loading import copy_unsaved_settings, save_and_load
+from tpcheck.backends.transformers.backend import (
+    BEFORE_TP_SIZE,
+    TransformersBackend,
+    copy_unsaved_settings,
+    distributed_config,
+    layout_of,
+    resolved_before_tp_size,
+    save_and_load,
+)
 
 verified = partial(tpcheck.verify_family, backend="transformers", timeout=180)
 TP = Topology(tp=2)
@@ -97,7 +103,7 @@ def test_options_that_transformers_lacks_are_refused(options: dict[str, Any], me
         TransformersBackend().resolved(TrainingOptions(dtype=torch.float64, **options))
 
 
-@pytest.mark.skipif(before_tp_size.IS_INSTALLED, reason="DistributedConfig has no tp_size")
+@pytest.mark.skipif(BEFORE_TP_SIZE, reason="DistributedConfig has no tp_size")
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -111,7 +117,7 @@ def test_sizes_that_contradict_the_topology_are_refused(config: dict[str, Any], 
         distributed_config(config, Topology(tp=2, dp=4))
 
 
-@pytest.mark.skipif(before_tp_size.IS_INSTALLED, reason="DistributedConfig has no tp_size")
+@pytest.mark.skipif(BEFORE_TP_SIZE, reason="DistributedConfig has no tp_size")
 def test_the_sizes_of_the_axes_follow_from_the_topology() -> None:
     config = distributed_config({"dp_replicate_size": 2}, Topology(tp=2, dp=4))
     assert (config.tp_size, config.fsdp_size, config.dp_replicate_size) == (2, 2, 2)
@@ -133,13 +139,13 @@ def test_a_model_of_another_library_is_refused() -> None:
 
 def test_older_versions_take_a_plan_and_do_not_clip() -> None:
     options = TrainingOptions(dtype=torch.float32, config={"tp_plan": "auto"})
-    assert before_tp_size.resolved(options).max_grad_norm == 0.0
+    assert resolved_before_tp_size(options).max_grad_norm == 0.0
     with pytest.raises(UsageError, match="config='ep_size': expected one of tp_plan"):
-        before_tp_size.resolved(TrainingOptions(dtype=torch.float32, config={"ep_size": 2}))
+        resolved_before_tp_size(TrainingOptions(dtype=torch.float32, config={"ep_size": 2}))
 
 
 def test_older_versions_read_layouts_from_positions() -> None:
     shards = [torch.tensor([[0, 1], [4, 5]]), torch.tensor([[2, 3], [6, 7]])]
-    layout = before_tp_size.layout_of((4, 2), shards)
+    layout = layout_of((4, 2), shards)
     assert layout.assemble(shards).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert before_tp_size.layout_of((2, 2), shards).is_replicated
+    assert layout_of((2, 2), shards).is_replicated

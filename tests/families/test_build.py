@@ -1,4 +1,4 @@
-"""Small models are built, trainable in float64, and cut evenly by tp 2 and tp 4."""
+"""Every causal model type of transformers builds small, and its dimensions can be varied."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import pytest
 
 from tpcheck.core.errors import UsageError
 from tpcheck.families import known
-from tpcheck.families.overrides import OVERRIDES
+from tpcheck.families.build import causal_types, dimensions, small_config, small_model
+from tpcheck.families.rules import OVERRIDES
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from tpcheck.families.build import causal_types, small_config, small_model  # noqa: E402 - needs both
 
 # Why each is not built, of the 189 types of transformers 5.23.
 UNBUILDABLE = {
@@ -117,3 +117,25 @@ def test_settings_that_cannot_be_built_give_the_family_s_own_reason() -> None:
 
 def test_every_override_is_of_a_type_that_transformers_has() -> None:
     assert set(OVERRIDES) <= set(causal_types())
+
+
+def test_a_role_has_the_names_that_the_family_gives_it() -> None:
+    assert dimensions("gpt2").names["heads"] == ("n_head",)
+    assert dimensions("gemma3").names["heads"] == ("text_config.num_attention_heads",)
+    assert set(dimensions("opt").names["hidden"]) == {"hidden_size", "word_embed_proj_dim"}
+
+
+def test_switches_are_those_that_the_family_declares() -> None:
+    assert dimensions("llama").switches == {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
+    assert "qk_layernorm" in dimensions("phi").switches
+
+
+def test_every_special_token_is_in_the_smallest_vocabulary() -> None:
+    assert dimensions("llama").least_vocabulary == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "gemma3"])
+def test_drawn_sizes_reach_the_configuration(family: str) -> None:
+    drawn = dimensions(family).settings({"layers": 3, "vocabulary": 33})
+    text = small_config(family, drawn).get_text_config()
+    assert (text.num_hidden_layers, text.vocab_size) == (3, 33)

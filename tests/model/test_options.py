@@ -1,4 +1,4 @@
-"""The options of a verification are written once: everything else is derived from `RunOptions`."""
+"""The options of a run, and the form of batches among them, are written once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tpcheck import Topology, UsageError, verify, verify_family
-from tpcheck.families.tokens import Tokens
-from tpcheck.model.options import DEFAULTS, FamilyKeywords, Request, RunOptions, require_valid
+from tpcheck.model.options import DEFAULTS, FamilyKeywords, Request, RunOptions, Tokens, require_valid
 
 EXPLICIT = {"topology", "backend", "dtype", "zero_stage"}
 
@@ -119,3 +120,14 @@ def test_a_value_that_is_not_accepted_is_bad_usage(change: dict[str, Any]) -> No
     with pytest.raises(UsageError):
         require_valid(Request(lambda: None, replace(DEFAULTS, **change)))
     require_valid(Request(lambda: None, DEFAULTS))
+
+
+@given(st.builds(Tokens, st.integers(1, 99), st.integers(1, 99), st.booleans(), st.booleans()))
+def test_parsing_the_text_form_returns_the_same_form(tokens: Tokens) -> None:
+    assert Tokens.parse(str(tokens)) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "3", "x7", "0x7", "3x-1", "3x7,wide", "3x7,padded,padded", "3 x y"])
+def test_any_other_text_is_bad_usage(text: str) -> None:
+    with pytest.raises(UsageError, match="ROWSxLENGTH"):
+        Tokens.parse(text)

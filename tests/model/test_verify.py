@@ -224,13 +224,13 @@ def test_the_configured_norm_is_the_references_too() -> None:
 
 
 def change_a_buffer_after_each_step(live: Live) -> None:
-    step = live.candidate._engine.step
+    step = live.candidate.engine.step
 
     def changing() -> None:
         step()
         live.module("model.rotary_emb").original_inv_freq.mul_(1 + 1e-9)
 
-    live.candidate._engine.step = changing
+    live.candidate.engine.step = changing
 
 
 def test_a_buffer_that_changes_on_every_rank_is_found() -> None:

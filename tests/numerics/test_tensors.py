@@ -1,12 +1,21 @@
-"""Tensors are found in nested values, and mapped there."""
+"""Tensors are found and replaced inside nested values; what is copied of a model can be put back."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from tpcheck.numerics.tensors import map_tensors, named_tensors
+from tpcheck.numerics.tensors import (
+    copy_buffers,
+    copy_parameters,
+    map_tensors,
+    named_tensors,
+    restore_buffers,
+    restore_parameters,
+    state_restored,
+)
 
 
 @dataclass
@@ -33,3 +42,41 @@ def test_tensors_are_mapped_in_a_copy() -> None:
 def test_a_dict_in_which_nothing_changes_is_returned_itself() -> None:
     value = {"a": torch.ones(1), "b": None}
     assert map_tensors(lambda tensor: tensor, value) is value
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("latest", torch.zeros(2))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        self.calls += 1  # in place
+        self.latest = values + torch.rand(2)  # another tensor
+        return self.latest
+
+
+def test_buffers_and_generators_are_restored_after_a_pass() -> None:
+    model = nn.Sequential(Counting())
+    calls, latest, generator = model[0].calls, model[0].latest, torch.get_rng_state()
+    with state_restored(model):
+        assert model(torch.ones(2)).any()
+    assert model[0].calls is calls
+    assert model[0].latest is latest
+    assert not calls.any()
+    assert not latest.any()
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_parameters_and_replaced_buffers_are_restored_from_copies() -> None:
+    model = nn.Sequential(Counting(), nn.Linear(2, 2))
+    parameters, buffers = copy_parameters(model), copy_buffers(model)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model(torch.ones(2))
+    with torch.no_grad():
+        model[1].weight += 1
+    restore_parameters(model, parameters)
+    restore_buffers(model, buffers)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    model(torch.ones(2))
+    assert not any(tensor.any() for tensor in buffers.values())  # the copies stay as they are

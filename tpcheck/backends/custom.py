@@ -16,8 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tpcheck.backends.dtensor.backend import require_unsharded
-from tpcheck.backends.dtensor.candidate import DTensorCandidate
-from tpcheck.backends.dtensor.layouts import is_over
+from tpcheck.backends.dtensor.candidate import DTensorCandidate, is_over
 from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.sgd import Clip, Sgd
@@ -42,52 +41,36 @@ def layouts_by_pattern(
     Raises:
         UsageError: A placement does not fit the shapes, or a pattern matches no parameter.
     """
-    if isinstance(source, Mapping):
-        _require_used(source, parameters)
+    for pattern in source if isinstance(source, Mapping) else ():
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise UsageError("layout", pattern, f"a pattern of parameter names, such as {next(iter(parameters), '*')}")
     tp_rank = rank.topology.coordinate(rank.rank)["tp"]
     layouts = {}
     for name, parameter in parameters.items():
         if name not in shapes or isinstance(parameter.data, DTensor):
             continue
-        placement = _placement(source, name, shapes[name])
-        layouts[name] = placed_layout(name, placement, shapes[name], rank.topology.tp)
+        shape, placement = shapes[name], _placement(source, name, shapes[name])
+        if not isinstance(placement, (Shard, Replicate)):
+            raise UsageError(f"layout[{name!r}]", placement, "tpcheck.placement.Shard or tpcheck.placement.Replicate")
+        if isinstance(placement, Shard) and not -len(shape) <= placement.dim < len(shape):
+            raise UsageError(f"layout[{name!r}]", placement, f"a dim of {shape}")
+        layouts[name] = Layout.from_placement(shape, placement, rank.topology.tp)
         expected = layouts[name].local_shapes[tp_rank]
         if tuple(parameter.shape) != expected:
             raise UsageError(
                 f"layout[{name!r}]",
                 placement,
                 f"a placement under which rank {rank.rank} holds shape {tuple(parameter.shape)} (full shape "
-                f"{shapes[name]}, tp={rank.topology.tp}); yours gives {expected}",
+                f"{shape}, tp={rank.topology.tp}); yours gives {expected}",
             )
     return layouts
-
-
-def placed_layout(name: str, placement: Placement, shape: Shape, tp: int) -> Layout:
-    """Return the layout of a parameter with this placement.
-
-    Raises:
-        UsageError: The shape has no such dim or blocks, or the placement is `Partial`.
-    """
-    if not isinstance(placement, (Shard, Replicate)):
-        raise UsageError(f"layout[{name!r}]", placement, "tpcheck.placement.Shard or tpcheck.placement.Replicate")
-    if isinstance(placement, Shard) and not -len(shape) <= placement.dim < len(shape):
-        raise UsageError(f"layout[{name!r}]", placement, f"a dim of {shape}")
-    return Layout.from_placement(shape, placement, tp)
 
 
 def _placement(source: PlacementSource, name: str, shape: Shape) -> Placement:
     if callable(source):
         return source(name, shape) or Replicate()
-    for pattern, placement in (source or {}).items():
-        if fnmatchcase(name, pattern):
-            return placement
-    return Replicate()
-
-
-def _require_used(source: Mapping[str, Placement], parameters: Mapping[str, torch.Tensor]) -> None:
-    for pattern in source:
-        if not any(fnmatchcase(name, pattern) for name in parameters):
-            raise UsageError("layout", pattern, f"a pattern of parameter names, such as {next(iter(parameters), '*')}")
+    matching = (placement for pattern, placement in (source or {}).items() if fnmatchcase(name, pattern))
+    return next(matching, Replicate())
 
 
 ShardModel = Callable[[nn.Module, Any], nn.Module | None]  # model, rank -> the sharded model, or None for the same

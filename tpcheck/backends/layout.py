@@ -84,6 +84,10 @@ class Layout:
         start = sum(sizes[:tp_rank])
         return elements[start : start + sizes[tp_rank]].reshape(self.local_shapes[tp_rank])
 
+    def parts(self, full: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the shard of `full` on every rank, by tp_rank."""
+        return tuple(self.local(full, tp_rank) for tp_rank in range(len(self.local_shapes)))
+
     def placement(self) -> Placement | None:
         """Return this layout as a placement, or None where it does not cut one dim into blocks."""
         if self.source is None:

@@ -36,7 +36,10 @@ class Sgd:
 
     def __init__(self, parameters: Parameters, options: TrainingOptions, clip: Clip | None) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self._masters = [_master(parameter) for parameter in self._parameters]
+        self._masters = [
+            parameter.detach().to(torch.float32) if parameter.dtype in LOW_PRECISION else parameter
+            for parameter in self._parameters
+        ]
         self._clip = clip
         self._max_norm = options.max_grad_norm
         self.optimizer = torch.optim.SGD(
@@ -60,7 +63,3 @@ class Sgd:
                 if master is not parameter:
                     parameter.copy_(master)
         return norm
-
-
-def _master(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach().to(torch.float32) if parameter.dtype in LOW_PRECISION else parameter

@@ -20,8 +20,12 @@ from tpcheck.core.environment import num_cores
 from tpcheck.core.errors import CheckpointError, UsageError
 from tpcheck.core.findings import Coverage, Finding
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
-from tpcheck.numerics.exact.checkpoint_tensor import BitComparer, CheckpointTensor
-from tpcheck.numerics.exact.element_difference import ElementDifference, element_difference
+from tpcheck.numerics.exact.checkpoint_tensor import (
+    BitComparer,
+    CheckpointTensor,
+    ElementDifference,
+    element_difference,
+)
 from tpcheck.numerics.exact.explain import Context, explain_tensor
 
 

@@ -13,9 +13,8 @@ from tpcheck.cli.matrix import Matrix, run_matrix
 from tpcheck.cli.option_values import integers, json_object, names, settings, writable
 from tpcheck.cli.terminal import Files, usage_errors
 from tpcheck.core.errors import UsageError
-from tpcheck.families.tokens import Tokens
 from tpcheck.lab.matrix import Cell, cells
-from tpcheck.model.options import DEFAULTS, RunOptions, option_help
+from tpcheck.model.options import DEFAULTS, RunOptions, Tokens, option_help
 from tpcheck.report.report import Report
 
 _PARSED = {"backend", "dtype", "config", "checks"}

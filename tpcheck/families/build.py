@@ -1,4 +1,4 @@
-"""Small models and configurations of every model type of transformers."""
+"""Small models of every model type of transformers, their configurations, and the sizes that can be varied."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tpcheck.core.errors import TpcheckError, UsageError
-from tpcheck.families.overrides import OVERRIDES
-from tpcheck.families.rules import layer_count_name, small_settings
-from tpcheck.families.settings import attributes, canonical, nest, overlay, unknown
+from tpcheck.families.rules import OVERRIDES, ROLES, SPECIAL_TOKENS, is_size, layer_count_name, small_settings
+from tpcheck.families.settings import attributes, canonical, declared, nest, overlay, unknown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -175,3 +174,57 @@ def listed() -> tuple[Listed, ...]:
 def _has_plan(config_class: type) -> bool:
     nested = getattr(config_class, "sub_configs", {}).get("text_config")
     return any(getattr(config, "base_model_tp_plan", None) for config in (config_class, nested))
+
+
+# Switches without effect on a training step: caches of generation, and the kind of model.
+_OTHER_SWITCHES = ("use_cache", "is_decoder", "is_encoder_decoder", "add_cross_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Dimensions:
+    """The sizes and switches of one family.
+
+    Attributes:
+        names: Names of the settings of each role that the family has: `heads`, `kv_heads`, `head_dim`, `hidden`,
+            `intermediate`, `layers`, `experts`, `vocabulary`.
+        switches: Boolean settings and their values.
+        least_vocabulary: The smallest vocabulary that contains every special token.
+    """
+
+    names: Mapping[str, tuple[str, ...]]
+    switches: Mapping[str, bool]
+    least_vocabulary: int
+
+    def settings(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return the settings that give each role its size."""
+        return {name: size for role, size in sizes.items() for name in self.names.get(role, ())}
+
+
+def dimensions(family: str, settings: Mapping[str, object] | None = None) -> Dimensions:
+    """Return the dimensions of a family with these settings.
+
+    Raises:
+        UsageError: No such family or setting.
+    """
+    config = small_config(family, settings)
+    text = config.get_text_config()
+    path = next((f"{name}." for name in config.sub_configs if getattr(config, name, None) is text), "")
+    known = attributes(text)
+    names: dict[str, tuple[str, ...]] = {}
+    for name, role in ROLES.items():
+        if is_size(known.get(name)):
+            names[role] = (*names.get(role, ()), path + name)
+    tokens = [token for name in SPECIAL_TOKENS if isinstance(token := known.get(name), int)]
+    return Dimensions(names, _switches(type(text), known, path), least_vocabulary=1 + max(tokens, default=0))
+
+
+def _switches(config_class: type, known: Mapping[str, Any], path: str) -> dict[str, bool]:
+    """Return the switches that the type declares itself; those of every type concern generation and output."""
+    from transformers import PreTrainedConfig
+
+    of_every_type = declared(PreTrainedConfig)
+    return {
+        path + name: value
+        for name, value in known.items()
+        if isinstance(value, bool) and name[0] != "_" and name not in of_every_type and name not in _OTHER_SWITCHES
+    }

@@ -1,4 +1,4 @@
-"""Rules by attribute name that turn the defaults of a model type into a small configuration. No torch."""
+"""Rules by attribute name that make the defaults of a model type a small configuration, and exceptions. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VOCABULARY = 128
 POSITIONS = 64
 WINDOW = 8  # shorter than the sequences, so that a sliding window has an effect
 
-# A role, its small size, and the attributes with that role. `families/dimensions.py` draws sizes by role; attributes
+# A role, its small size, and the attributes with that role. `families/build.py` draws sizes by role; attributes
 # without one follow from others, or belong to one kind of layer.
 _ROLES: tuple[tuple[str, int, str], ...] = (
     ("hidden", HIDDEN, "hidden_size hidden_size_global d_model n_embd emb_dim dim_model embedding_size"),
@@ -67,7 +67,7 @@ ROLES: dict[str, str] = {name: role for role, _, names in _ROLES for name in nam
 _UNSET = {"head_dim": HEAD_DIM, "num_key_value_heads": KV_HEADS}
 # Attributes that count the first, dense layers; one such layer is enough.
 _LEADING_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-_SPECIAL_TOKENS = (
+SPECIAL_TOKENS = (
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
@@ -88,10 +88,11 @@ def small_settings(
         layers: Number of layers; by default one of every kind, and at least two.
         is_decoder: Whether to build an encoder as a decoder, which makes it a causal language model.
     """
-    small: dict[str, Any] = {name: size for name, size in SIZES.items() if _is_size(defaults.get(name))}
-    small |= {name: 0.0 for name, value in defaults.items() if _is_dropout(name) and isinstance(value, float)}
+    small: dict[str, Any] = {name: size for name, size in SIZES.items() if is_size(defaults.get(name))}
+    dropouts = [name for name in defaults if "drop" in name or "jitter" in name]
+    small |= {name: 0.0 for name in dropouts if isinstance(defaults[name], float)}
     small |= {name: size for name, size in _UNSET.items() if name in defaults and defaults[name] is None}
-    small |= {name: min(1, defaults[name]) for name in _LEADING_LAYERS if _is_size(defaults.get(name))}
+    small |= {name: min(1, defaults[name]) for name in _LEADING_LAYERS if is_size(defaults.get(name))}
     small |= _tokens(defaults)
     small |= _layers(defaults, layers)
     if small.get("kv_lora_rank"):  # MLA projects keys and values for every head
@@ -124,7 +125,7 @@ def layers_to_keep(per_layer: Mapping[str, Sequence[Any]], wanted: int | None = 
 
 def layer_count_name(defaults: Mapping[str, Any]) -> str | None:
     """Return the attribute that counts the layers of a configuration, if it has one."""
-    return next((name for name in _LAYER_COUNTS if _is_size(defaults.get(name))), None)
+    return next((name for name in _LAYER_COUNTS if is_size(defaults.get(name))), None)
 
 
 def _layers(defaults: Mapping[str, Any], wanted: int | None) -> dict[str, Any]:
@@ -134,7 +135,9 @@ def _layers(defaults: Mapping[str, Any], wanted: int | None) -> dict[str, Any]:
     per_layer = {
         key: value
         for key, value in defaults.items()
-        if isinstance(value, (list, tuple)) and len(value) == defaults[name] > 1 and not _are_indices(value)
+        if isinstance(value, (list, tuple))
+        and len(value) == defaults[name] > 1
+        and list(value) != list(range(len(value)))  # indices of layers (`moe_layers`), which the type derives again
     }
     kept = layers_to_keep(per_layer, wanted)
     return {name: len(kept)} | {
@@ -146,23 +149,98 @@ def _tokens(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return special tokens inside the small vocabulary; tokens of images and audio stay outside of it."""
     return {
         name: place
-        for place, name in enumerate(_SPECIAL_TOKENS)
+        for place, name in enumerate(SPECIAL_TOKENS)
         if isinstance(defaults.get(name), int) and defaults[name] >= VOCABULARY
     } | {
         name: [place]
-        for place, name in enumerate(_SPECIAL_TOKENS)
+        for place, name in enumerate(SPECIAL_TOKENS)
         if isinstance(defaults.get(name), list) and max(defaults[name], default=0) >= VOCABULARY
     }
 
 
-def _are_indices(values: Sequence[object]) -> bool:
-    """Return whether a list contains indices of layers (`moe_layers`), which the type derives again."""
-    return list(values) == list(range(len(values)))
-
-
-def _is_size(value: object) -> bool:
+def is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_dropout(name: str) -> bool:
-    return any(part in name for part in ("dropout", "drop", "pdrop", "jitter"))
+_GEMMA4 = {"global_head_dim": 16}  # heads of full attention are wider, by a setting that is no attribute
+_DOTS3_NOTE = {  # layers with a sliding window have heads of their own, by settings that are no attributes
+    "head_dim": 16,
+    "num_key_value_heads": 8,
+    "swa_num_attention_heads": 8,
+    "swa_num_key_value_heads": 8,
+    "swa_q_lora_rank": 32,
+    "swa_kv_lora_rank": 32,
+    "swa_head_dim": 16,
+    "swa_qk_nope_head_dim": 8,
+    "swa_v_head_dim": 8,
+}
+_QWEN4_EXP = {  # the indexer and the n-gram tables are unset by default
+    "indexer_n_heads": 8,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+    "hc_lowrank": 16,
+    "ngram_vocab_size_base": 128,
+    "split_ngram_parts": 4,
+}
+
+# Exceptions to the rules: one row for each model type, with its reason.
+OVERRIDES: Mapping[str, Mapping[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},  # Mamba layers alone by default
+    "big_bird": {"attention_type": "original_full"},  # sparse attention looks at random blocks
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},  # read by the model, absent from its defaults
+    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},  # no number of experts by default
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dots3_note": {
+        "text_config": _DOTS3_NOTE,
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
+    "dots3_note_text": _DOTS3_NOTE,
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "flint": {"mlp_only_layers": [0]},
+    "gemma3n_text": {  # the last layers read the keys and values of earlier ones of the same kind
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0],
+    },
+    "gemma4": {"text_config": _GEMMA4},
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified": {"text_config": _GEMMA4},
+    "gemma4_unified_text": _GEMMA4,
+    "git": {"num_image_with_embedding": 0},  # else logits are cut by the tokens of an image that a text has not
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},  # the per-layer list is derived from it
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},  # Mamba layers alone by default
+    "jamba": {  # layers follow from periods: Mamba, Mamba with experts, attention, Mamba with experts
+        "num_hidden_layers": 4,
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},  # attention alone by default
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},  # no layer types by default
+    "mamba2": {"head_dim": 16},  # heads make up the expanded width
+    "longcat_flash": {"zero_expert_num": 4},
+    "qwen4_exp": {"text_config": _QWEN4_EXP},
+    "qwen4_exp_text": _QWEN4_EXP,
+    "recurrent_gemma": {"num_hidden_layers": 3},  # recurrent, recurrent, attention
+    "reformer": {  # as a decoder; positions over two axes would fix the length of the sequence
+        "is_decoder": True,
+        "axial_pos_embds": False,
+        "attn_layers": ["local", "lsh"],
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+        "num_buckets": 4,
+        "hash_seed": 0,  # else each call hashes by another draw
+    },
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {  # attention is twice as wide as the model; two hybrid layers share their weights
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 16,
+    },
+    "zaya": {"num_experts_per_tok": 1},  # the only number that it supports
+}

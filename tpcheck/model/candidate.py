@@ -14,11 +14,10 @@ from tpcheck.backends.layout import Layout
 from tpcheck.backends.local_part import full_tensor, local_part
 from tpcheck.core.digests import digest
 from tpcheck.core.errors import BackendError, TpcheckError
-from tpcheck.model.batches import Batch, copy_batch
-from tpcheck.model.build import loss_of
+from tpcheck.model.build import Batch, copy_batch, loss_of
 from tpcheck.numerics.evidence import Step, TensorKey
 from tpcheck.numerics.recorder import ModuleRecorder, logged_collectives
-from tpcheck.numerics.snapshots import copy_buffers
+from tpcheck.numerics.tensors import copy_buffers
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,54 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar
 from tpcheck.core.errors import UsageError
 from tpcheck.core.reproduce import verify_command
 from tpcheck.core.topology import Topology
-from tpcheck.families.tokens import Tokens
 from tpcheck.numerics.tolerance import NUM_REPLAYS
 
 if TYPE_CHECKING:
     from tpcheck.backends.interface import Backend
+
+_BATCH_FORM = "ROWSxLENGTH, optionally followed by ,padded or ,strided"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The form of synthetic batches.
+
+    Attributes:
+        rows: Samples that each DP rank sees in a step.
+        length: Tokens of a sample.
+        padded: Whether some samples are shorter: an attention mask and the labels exclude the padding.
+        strided: Whether tokens and labels are views that are not contiguous, as after `tensor.t()`.
+
+    Example:
+        >>> Tokens.parse("3x7,padded")
+        Tokens(rows=3, length=7, padded=True, strided=False)
+        >>> str(Tokens(2, 16, strided=True))
+        '2x16,strided'
+    """
+
+    rows: int = 2
+    length: int = 16
+    padded: bool = False
+    strided: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Tokens:
+        """Return the form that a text such as `3x7,padded,strided` describes.
+
+        Raises:
+            UsageError: The text has another form.
+        """
+        sizes, *flags = (part.strip() for part in text.split(","))
+        rows, _, length = sizes.partition("x")
+        known = set(flags) <= {"padded", "strided"} and len(set(flags)) == len(flags)
+        if not (known and rows.isdecimal() and length.isdecimal() and int(rows) and int(length)):
+            raise UsageError("batch", text, _BATCH_FORM)
+        return cls(int(rows), int(length), padded="padded" in flags, strided="strided" in flags)
+
+    def __str__(self) -> str:
+        flags = [name for name in ("padded", "strided") if getattr(self, name)]
+        return ",".join([f"{self.rows}x{self.length}", *flags])
+
 
 BatchSource: TypeAlias = "Mapping[str, Any] | Callable[[Mapping[str, int], int], Mapping[str, Any]] | Tokens | None"
 DTYPES = ("float64", "float32", "bfloat16")
@@ -104,7 +147,10 @@ class RunOptions:
         """
         for name in ("config", "settings"):
             if name in keywords:
-                keywords[name] = _as_dict(name, keywords[name])
+                value = keywords[name]
+                if value is not None and not isinstance(value, Mapping):
+                    raise UsageError(name, value, "a dict, or None")
+                keywords[name] = dict(value or {})
         checks, batch = keywords.get("checks"), keywords.get("batch")
         if isinstance(checks, str):
             raise UsageError("checks", checks, "a list of names")
@@ -307,12 +353,6 @@ def require_valid(request: Request) -> None:
     unknown = [name for name in options.check_names if name not in valid_checks]
     if unknown or not options.check_names:
         raise UsageError("checks", unknown or (), valid_checks)
-
-
-def _as_dict(name: str, value: Any) -> dict[str, Any]:
-    if value is not None and not isinstance(value, Mapping):
-        raise UsageError(name, value, "a dict, or None")
-    return dict(value or {})
 
 
 def _default_checks() -> tuple[str, ...]:

@@ -14,8 +14,7 @@ import torch.distributed as dist
 from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.digests import digest
-from tpcheck.model.batches import Batch
-from tpcheck.model.build import build_model, require_equal_models
+from tpcheck.model.build import Batch, build_model, require_equal_models
 from tpcheck.model.candidate import CandidateStart, shard, train
 from tpcheck.model.options import Request
 from tpcheck.model.recompute import recompute_outputs
@@ -72,7 +71,7 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
         if not any(rank.gather(answer is not None and forbids_training(answer))):
             saves = CHECKPOINT_CHECK in checks
             saved = [verify_saved(rank, candidate, reference.model, step=-1)] if saves else []
-            full = _train_both(rank, request, reference, _Sharded(backend, candidate, start), evidence)
+            full = _train_both(rank, request, reference, backend, candidate, start, evidence)
             if full is not None and answer is not None:
                 with torch_function_disabled():
                     answer = full_answer(answer, full, checks)
@@ -95,28 +94,22 @@ def _training_options(request: Request, device: torch.device) -> TrainingOptions
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Sharded:
-    backend: Backend
-    candidate: Candidate
-    start: CandidateStart
-
-
 def _train_both(
     rank: CommunicatingRank,
     request: Request,
     reference: Reference,
-    sharded: _Sharded,
+    backend: Backend,
+    candidate: Candidate,
+    start: CandidateStart,
     evidence: Evidence | None,
 ) -> Evidence | None:
     """Train both sides; return `evidence` with their steps, on the first rank of each TP group. Collective."""
-    backend, candidate = sharded.backend, sharded.candidate
     batches = [by_dp_rank[_dp_rank(rank)] for by_dp_rank in reference.batches]
     steps, tolerance = reference.train(rank)
     forces = request.options.dtype != "float64"  # whose rounding hides nothing
     module_tolerance = forced_tolerance(reference, rank, steps[0]) if forces else None
     forced = _forced_pass(backend, candidate, batches[0], steps[0], rank) if forces else None
-    candidate_steps = train(backend, candidate, tuple(sharded.start.weights), batches)
+    candidate_steps = train(backend, candidate, tuple(start.weights), batches)
     full = _step_evidence(rank, evidence, steps, tolerance, candidate_steps)
     if forced is not None and module_tolerance is not None:
         full = _with_forced(full, rank, forced, module_tolerance)
@@ -129,10 +122,14 @@ def _forced_pass(
     """Run the modules with teacher forcing, once to find the partial gradients, and again with these known."""
     trial = forced_modules(backend, candidate, batch, first, rank)
     by_tp_rank = _gather_to_first(trial.step.activations, rank)
-    partial_gradients = None
-    if by_tp_rank is not None:
-        partial_gradients = find_partial_gradients(by_tp_rank, first[_dp_rank(rank)].activations)
-    return forced_modules(backend, candidate, batch, first, rank, _broadcast_from_first(partial_gradients, rank))
+    partial_gradients = [
+        None if by_tp_rank is None else find_partial_gradients(by_tp_rank, first[_dp_rank(rank)].activations)
+    ]
+    if rank.topology.tp > 1:
+        dist.broadcast_object_list(
+            partial_gradients, src=rank.topology.peers(rank.rank, "tp")[0], group=rank.group("tp")
+        )
+    return forced_modules(backend, candidate, batch, first, rank, partial_gradients[0])
 
 
 def _start_evidence(
@@ -258,12 +255,3 @@ def _gather_to_first(value: T, rank: RankLike) -> list[T] | None:
     with torch_function_disabled():
         dist.gather_object(value, values, dst=group[0], group=rank.group("tp"))
     return values
-
-
-def _broadcast_from_first(value: T | None, rank: RankLike) -> T | None:
-    """Return the first rank's value on every rank of a TP group."""
-    group = rank.topology.peers(rank.rank, "tp")
-    values = [value]
-    if len(group) > 1:
-        dist.broadcast_object_list(values, src=group[0], group=rank.group("tp"))
-    return values[0]

@@ -12,7 +12,7 @@ from tpcheck.numerics.activation_placement import infer_placement
 from tpcheck.numerics.differences import frobenius_distance, rounding_error
 from tpcheck.numerics.evidence import Evidence, TensorKey
 from tpcheck.numerics.precision import torch_function_disabled
-from tpcheck.numerics.snapshots import State
+from tpcheck.numerics.tensors import State
 from tpcheck.numerics.tolerance import RECOMPUTED_FACTOR
 
 Compute = Callable[[torch.Tensor], torch.Tensor]

@@ -14,14 +14,13 @@ from torch import nn
 from tpcheck.backends.interface import RankLike, TrainingOptions
 from tpcheck.backends.sgd import Sgd, clip_gradients
 from tpcheck.core.errors import UsageError
-from tpcheck.model.batches import Batch, batch_size, copy_batch, make_batches
-from tpcheck.model.build import build_model, loss_of
+from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of, make_batches
 from tpcheck.model.options import Request
 from tpcheck.numerics.evidence import Step, TensorKey
 from tpcheck.numerics.perturb import Deviations, Perturbation, first_nonzero, named_deviations, perturbed_replay
 from tpcheck.numerics.precision import torch_function_disabled
 from tpcheck.numerics.recorder import ModuleRecorder
-from tpcheck.numerics.snapshots import State, copy_buffers, copy_parameters, restore_buffers, restore_parameters
+from tpcheck.numerics.tensors import State, copy_buffers, copy_parameters, restore_buffers, restore_parameters
 from tpcheck.numerics.tolerance import Tolerance, largest_deviations
 
 ReferenceStep = tuple[Step, ...]  # by DP rank; what is common to all ranks is the same object in each
@@ -198,12 +197,7 @@ def _step(
 def _mean(by_dp_rank: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """Return the mean over the DP ranks; one that has no gradient counts as zeros."""
     present = [gradient for gradient in by_dp_rank if gradient is not None]
-    if not present:
-        return None
-    total = present[0].clone()
-    for gradient in present[1:]:
-        total += gradient
-    return total.div_(len(by_dp_rank))
+    return sum(present[1:], present[0]) / len(by_dp_rank) if present else None
 
 
 def _replay_training(

@@ -22,7 +22,7 @@ from tpcheck.core.findings import Finding
 from tpcheck.model.reference import CommunicatingRank
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
 from tpcheck.numerics.evidence import Evidence
-from tpcheck.numerics.snapshots import restore_buffers
+from tpcheck.numerics.tensors import restore_buffers
 from tpcheck.numerics.verdict import CheckAnswer, GroupAnswer
 
 Save = Callable[[Path], None]
@@ -125,7 +125,8 @@ def _add_way(answer: CheckAnswer, way: str, folder: Path, expected: nn.Module, f
     if not any(folder.iterdir()):
         return replace(answer, not_compared={**answer.not_compared, way: "it wrote nothing"})
     try:
-        findings, margins, missed = _compare(_checkpoint_in(folder), expected)
+        universal = folder / "universal"  # a conversion leaves its source beside it
+        findings, margins, missed = _compare(universal if universal.is_dir() else folder, expected)
     except TpcheckError as error:
         return replace(answer, not_compared={**answer.not_compared, way: f"what it wrote cannot be read: {error}"})
     phase: dict[str, Any] = {"phase": "start"} if answer.step < 0 else {"phase": "saved", "step": answer.step}
@@ -138,19 +139,14 @@ def _add_way(answer: CheckAnswer, way: str, folder: Path, expected: nn.Module, f
     )
 
 
-def _checkpoint_in(folder: Path) -> Path:
-    """Return the folder of the checkpoint itself: a conversion leaves its source beside it."""
-    universal = folder / "universal"
-    return universal if universal.is_dir() else folder
-
-
 def _compare(folder: Path, expected: nn.Module) -> tuple[tuple[Finding, ...], Mapping[str, float], Mapping[str, str]]:
     """Compare bitwise. Master weights of a higher precision are rounded to the model's dtype first."""
     dtype = next(parameter.dtype for parameter in expected.parameters())
     reference = open_checkpoint("reference", expected, ReadOptions())
     actual = open_checkpoint("actual", folder, ReadOptions())
     try:
-        has_masters = any(_is_wider(actual.dtype(name), dtype) for name in actual.names())
+        saved = [actual.dtype(name) for name in actual.names()]
+        has_masters = any(each.is_floating_point and each.itemsize > dtype.itemsize for each in saved)
         comparison = compare_checkpoints(actual, reference, actual_cast=dtype if has_masters else None)
         wrong = {finding.where["parameter"] for finding in comparison.findings}
         margins = {name: inf if name in wrong else 0.0 for name in reference.names()}
@@ -158,7 +154,3 @@ def _compare(folder: Path, expected: nn.Module) -> tuple[tuple[Finding, ...], Ma
         actual.close()
         reference.close()
     return comparison.findings, margins, comparison.coverage.not_compared
-
-
-def _is_wider(dtype: torch.dtype, than: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype.itemsize > than.itemsize

@@ -14,16 +14,14 @@ from torch import nn
 
 from tpcheck.backends.interface import Backend, Candidate, RankLike
 from tpcheck.backends.local_part import local_part
-from tpcheck.model.batches import Batch, copy_batch
-from tpcheck.model.build import find_loss
+from tpcheck.model.build import Batch, copy_batch, find_loss
 from tpcheck.model.candidate import blame_backend
 from tpcheck.model.reference import CommunicatingRank, Reference, ReferenceStep
 from tpcheck.numerics.differences import distance_of_terms, frobenius, frobenius_distance
 from tpcheck.numerics.evidence import Step, TensorKey
 from tpcheck.numerics.perturb import Deviations, Perturbation, named_deviations, perturbed_replay
 from tpcheck.numerics.recorder import ModuleRecorder
-from tpcheck.numerics.snapshots import restore_buffers, state_restored
-from tpcheck.numerics.tensors import map_tensors
+from tpcheck.numerics.tensors import map_tensors, restore_buffers, state_restored
 from tpcheck.numerics.tolerance import Tolerance
 
 Activations = Mapping[TensorKey, torch.Tensor]
@@ -238,7 +236,7 @@ def inner_backward(
 def _gradients(model: nn.Module, loss: torch.Tensor) -> Gradients | None:
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
-        with patch.object(torch.autograd, "backward", _refuse):
+        with patch.object(torch.autograd, "backward", side_effect=_AccumulatesError):
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     except _AccumulatesError:
         return None
@@ -251,7 +249,3 @@ def _gradients(model: nn.Module, loss: torch.Tensor) -> Gradients | None:
 
 class _AccumulatesError(Exception):
     """A layer runs another backward pass inside the backward pass, which accumulates gradients."""
-
-
-def _refuse(*args: Any, **kwargs: Any) -> None:
-    raise _AccumulatesError

@@ -65,7 +65,7 @@ def infer_placement(
         return None
     dim = cut[0]
     sizes = tuple(shape[dim] for shape in shapes)
-    if isinstance(hint, Shard) and dim == len(full) - 1 and _total_sizes(hint) == sizes:
+    if isinstance(hint, Shard) and dim == len(full) - 1 and tuple(map(sum, zip(*hint.sizes, strict=True))) == sizes:
         return PlacedTensor(Shard(dim, hint.blocks, hint.sizes), tuple(parts))
     if sum(sizes) != full[dim]:
         return None
@@ -95,7 +95,3 @@ def cut_by_sample(placed: PlacedTensor, expected: torch.Tensor, batch_size: int)
         and tp > 1
     ):
         yield PlacedTensor(Shard(0, blocks=(sum(sizes),) * batch_size, sizes=(sizes,) * batch_size), placed.parts)
-
-
-def _total_sizes(shard: Shard) -> tuple[int, ...]:
-    return tuple(sum(by_block) for by_block in zip(*shard.sizes, strict=True))

@@ -161,7 +161,7 @@ def compare_parameter(
         gaps = [subtract(part, expected) for part in parts]
         return summarize(gaps, frobenius(expected), allowed, is_replicated=True)
     gap = subtract(layout.assemble(parts), expected)
-    errors = tuple(frobenius(layout.local(gap, tp_rank)) for tp_rank in range(len(parts)))
+    errors = tuple(map(frobenius, layout.parts(gap)))
     return replace(summarize([gap], frobenius(expected), allowed, is_replicated=False), part_errors=errors)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from tpcheck.core.topology import Topology
+from tpcheck.numerics.tolerance import Tolerance
 
 Phase = Literal["forward", "backward"]
 Role = Literal["input", "output"]
@@ -84,17 +85,6 @@ class Step:
     collectives: tuple[Collective, ...] = ()
 
 
-class Allowance(Protocol):
-    """Allowed errors by tensor; `tpcheck.numerics.tolerance.Tolerance` implements it."""
-
-    @property
-    def num_replays(self) -> int: ...
-
-    def allowed(self, key: Hashable, rounding: float) -> float: ...
-
-    def allowed_scalar(self, key: Hashable, expected: float) -> float: ...
-
-
 @dataclass(frozen=True, slots=True)
 class RankFacts:
     """Facts of one rank, small enough to be gathered from every rank of the world.
@@ -123,7 +113,7 @@ class ForcedModules:
     reference: Step
     candidate: tuple[Step, ...]
     forced_inputs: frozenset[TensorKey]
-    tolerance: Allowance
+    tolerance: Tolerance
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +148,7 @@ class Evidence:
     candidate: tuple[tuple[Step, ...], ...]
     buffers: tuple[str, ...]
     facts: tuple[RankFacts, ...]
-    tolerance: Allowance
+    tolerance: Tolerance
     forced_modules: ForcedModules | None = None
     recomputed: Mapping[TensorKey, tuple[Tensor, ...]] = field(default_factory=dict)
     forced_inputs: frozenset[TensorKey] = frozenset()

@@ -9,7 +9,7 @@ from typing import Any
 from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
 from tpcheck.numerics.checks import START_CHECKS, STEP_CHECKS
 from tpcheck.numerics.evidence import CheckOutcome, Evidence, Suspect
-from tpcheck.numerics.hypotheses.explain import explain
+from tpcheck.numerics.hypotheses import explain
 
 # Findings of one cause are one mistake where these are the same, too.
 _SAME_MISTAKE_KEYS = ("factors", "rounded_to", "note", "story", "gradient_ratio", "weight_ratio", "momentum_ratio")

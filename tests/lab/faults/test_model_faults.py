@@ -14,7 +14,7 @@ from tpcheck.lab.faults.corpus import MODEL_FAULTS
 from tpcheck.lab.faults.fault import Draw, Injection, Live, ModelFault
 from tpcheck.lab.faults.runs import run_model_fault
 from tpcheck.numerics.evidence import Suspect
-from tpcheck.numerics.hypotheses.explain import applicable
+from tpcheck.numerics.hypotheses import applicable
 
 LEAST_MARGIN = 1e3  # of a fault in float64
 REPLAYS = 2  # faults stand far above the noise of any number of replays

@@ -16,13 +16,12 @@ from typer.testing import CliRunner
 
 from tpcheck import UsageError
 from tpcheck.backends.interface import TrainingOptions
-from tpcheck.families.dimensions import dimensions
-from tpcheck.families.tokens import Tokens
+from tpcheck.families.build import dimensions
 from tpcheck.lab.faults.fault import FaultyBackend, Live
 from tpcheck.lab.fuzz.family import Bounds, family_examples, fuzz_family, outcome_of
 from tpcheck.lab.fuzz.results import Outcome, SearchResult
 from tpcheck.lab.fuzz.search import Limits
-from tpcheck.model.options import RunOptions
+from tpcheck.model.options import RunOptions, Tokens
 
 NARROW = Bounds(tp=(2,), dp=(1,), zero=(0,), dtype=("float64",))
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 16}

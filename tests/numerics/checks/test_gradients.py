@@ -12,7 +12,7 @@ from tests.numerics.evidence import BIAS, DOWN, NORM, UP, key, right_evidence, w
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.checks.gradients import gradients_match_reference
 from tpcheck.numerics.evidence import Evidence, ForcedModules, Suspect
-from tpcheck.numerics.hypotheses.explain import explain
+from tpcheck.numerics.hypotheses import explain
 from tpcheck.numerics.tolerance import Tolerance
 
 RIGHT = right_evidence()

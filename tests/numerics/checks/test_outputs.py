@@ -15,7 +15,7 @@ from tpcheck.core.causes import Cause
 from tpcheck.core.placement import Shard
 from tpcheck.numerics.checks.outputs import differs_from_sibling_layers, outputs_match_reference
 from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, Suspect, TensorKey
-from tpcheck.numerics.hypotheses.explain import explain
+from tpcheck.numerics.hypotheses import explain
 from tpcheck.numerics.tolerance import Tolerance
 
 RIGHT = right_evidence()

@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 
 from tests.numerics.evidence import BIAS, DOWN, NORM, UP, key, right_evidence, with_step, with_tensor
-from tpcheck.numerics.checks.parameters import ComparedParameter, compare_parameters
 from tpcheck.numerics.checks.recompute import (
     parts_of,
     recompute_input_gradient,
     recompute_linear,
     recompute_weight_gradient,
 )
+from tpcheck.numerics.checks.suspects import ComparedParameter, compare_parameters
 
 RIGHT = right_evidence()
 ALLOWED = 1e-12

@@ -8,7 +8,7 @@ from tests.numerics.evidence import BIAS, BUFFER, NORM, UP, right_evidence, with
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.checks.replicas import replicas_agree_after, replicas_agree_at_start
 from tpcheck.numerics.evidence import Suspect
-from tpcheck.numerics.hypotheses.explain import explain
+from tpcheck.numerics.hypotheses import explain
 
 RIGHT, RIGHT_DP = right_evidence(), right_evidence(dp=2)
 

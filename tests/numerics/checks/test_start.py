@@ -12,7 +12,7 @@ from tpcheck.core.causes import Cause
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.checks.start import groups_match_topology, parameters_are_sharded, weights_match_reference
 from tpcheck.numerics.evidence import Evidence, ShardFacts, SiblingWeights
-from tpcheck.numerics.hypotheses.explain import explain
+from tpcheck.numerics.hypotheses import explain
 
 RIGHT = right_evidence()
 

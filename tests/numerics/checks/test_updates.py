@@ -1,19 +1,72 @@
-"""Weights and buffers after an optimizer step, with what the step is made up of."""
+"""Weights and buffers after a step are compared, and each rank's gradient norm."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import hypot, inf, nan
 
 import pytest
 import torch
 
 from tests.numerics.evidence import BIAS, BUFFER, DOWN, NORM, UP, right_evidence, with_digest, with_step, with_tensor
 from tpcheck.core.causes import Cause
-from tpcheck.numerics.checks.norms import norm_facts
-from tpcheck.numerics.checks.updates import updates_match_reference
+from tpcheck.numerics.checks.updates import gradient_norm_matches_reference, norm_facts, updates_match_reference
 from tpcheck.numerics.evidence import Evidence, Suspect
-from tpcheck.numerics.hypotheses.explain import explain
+from tpcheck.numerics.hypotheses import explain
+
+RIGHT = right_evidence()
+EXPECTED = RIGHT.reference[0].gradient_norm or 0.0
+
+
+def test_equal_norms_agree() -> None:
+    outcome = gradient_norm_matches_reference(RIGHT, 0)
+    assert outcome.margins == {"gradient norm": 0.0}
+    assert not outcome.suspects
+
+
+def test_a_norm_that_the_backend_does_not_report_is_not_compared() -> None:
+    outcome = gradient_norm_matches_reference(with_step(RIGHT, ranks=[1], gradient_norm=None), 0)
+    assert list(outcome.not_compared) == ["gradient norm"]
+
+
+def test_the_ranks_with_a_wrong_norm_are_named() -> None:
+    (suspect,) = gradient_norm_matches_reference(with_step(RIGHT, ranks=[1], gradient_norm=2 * EXPECTED), 0).suspects
+    assert suspect.where == {"phase": "update", "step": 0, "ranks": [1]}
+    assert suspect.observed == pytest.approx(1.0)
+    assert suspect.evidence["norm_actual"] == [EXPECTED, 2 * EXPECTED]
+    assert set(suspect.facts_as_evidence()) == {
+        "norm_of_each_rank_alone", "norm_of_each_ranks_shards", "norm_with_replicas_counted"
+    }  # fmt: skip
+
+
+def test_a_norm_that_is_not_a_number_is_infinitely_wrong() -> None:
+    outcome = gradient_norm_matches_reference(with_step(RIGHT, gradient_norm=nan), 0)
+    assert outcome.margins == {"gradient norm": inf}
+
+
+def test_the_usual_wrong_norms_are_those_of_shards_and_replicas() -> None:
+    facts = norm_facts(RIGHT, 0)
+    sizes = [{name: float(tensor.norm()) for name, tensor in rank.gradients.items()} for rank in RIGHT.candidate[0]]
+    assert facts.of_ranks_shards == pytest.approx([hypot(size[UP], size[DOWN]) for size in sizes])
+    assert facts.of_ranks == pytest.approx([hypot(*size.values()) for size in sizes])
+    assert facts.counting_replicas == pytest.approx(hypot(EXPECTED, sizes[0][NORM], sizes[0][BIAS]))
+
+
+@pytest.mark.parametrize(
+    ("norm", "cause"), [("of_ranks", Cause.NORM_IS_LOCAL), ("counting_replicas", Cause.NORM_COUNTS_REPLICAS)]
+)
+def test_a_usual_wrong_norm_is_explained(norm: str, cause: Cause) -> None:
+    facts, evidence = norm_facts(RIGHT, 0), RIGHT
+    for rank in (0, 1):
+        value = getattr(facts, norm)
+        evidence = with_step(evidence, ranks=[rank], gradient_norm=value if isinstance(value, float) else value[rank])
+    (suspect,) = gradient_norm_matches_reference(evidence, 0).suspects
+    found = explain(suspect)
+    assert found is not None
+    assert found.cause is cause
+    assert explain(replace(suspect, norms=None)) is None
+
 
 RIGHT, TWO_STEPS = right_evidence(), right_evidence(steps=2)
 

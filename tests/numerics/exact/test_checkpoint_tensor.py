@@ -1,8 +1,9 @@
-"""Tensors are read in pieces of whole rows, and two are equal only if every bit is."""
+"""Tensors are read in pieces, compared bit by bit, in files and in memory, and their differing elements are found."""
 
 from __future__ import annotations
 
 import os
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,14 @@ from tests.numerics.exact.tensors import Tensors, stored
 from tpcheck import CheckpointError
 from tpcheck.backends.checkpoint_format import Extent
 from tpcheck.numerics.exact import checkpoint_tensor
-from tpcheck.numerics.exact.checkpoint_tensor import BitComparer, CheckpointTensor, bit_view, is_constant
+from tpcheck.numerics.exact.checkpoint_tensor import (
+    BitComparer,
+    CheckpointTensor,
+    ElementDifference,
+    bit_view,
+    element_difference,
+    is_constant,
+)
 
 
 def in_file(path: Path, tensor: torch.Tensor, offset: int = 0) -> CheckpointTensor:
@@ -95,3 +103,59 @@ def test_a_file_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
 )
 def test_a_constant_tensor_has_the_same_bits_everywhere(tensor: torch.Tensor, expected: bool) -> None:
     assert is_constant(stored(tensor)) == expected
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> ElementDifference | None:
+    return element_difference(stored(actual), stored(expected))
+
+
+def changed(tensor: torch.Tensor, **values: float) -> torch.Tensor:
+    """Return a copy with other values at flat indices: `i3=0.0`."""
+    copy = tensor.clone()
+    for index, value in values.items():
+        copy.view(-1)[int(index[1:])] = value
+    return copy
+
+
+def test_equal_tensors_have_none() -> None:
+    assert difference(torch.tensor([nan, 1.0]), torch.tensor([nan, 1.0])) is None
+    assert difference(torch.ones(0), torch.ones(0)) is None
+
+
+@pytest.mark.parametrize("piece", [8, 1 << 20])
+def test_it_is_the_same_over_one_piece_and_many(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_tensor, "PIECE", piece)
+    expected = torch.arange(1.0, 13.0).reshape(6, 2)
+    found = difference(changed(expected, i3=0.0, i8=20.0, i9=nan), expected)
+    assert found is not None
+    assert (found.count, found.total, found.rows) == (3, 12, range(1, 5))
+    assert (found.first, found.actual, found.expected) == ((1, 1), 0.0, 4.0)
+    assert (found.largest, found.largest_at) == (inf, (4, 1))
+    assert (found.count_zero, found.count_not_finite) == (1, 1)
+    assert found.count_flipped is not None
+
+
+def test_flipped_bits_are_counted_where_few_elements_differ() -> None:
+    expected = torch.zeros(20, dtype=torch.int16)
+    assert difference(changed(expected, i0=1, i1=-1), expected).count_flipped == 17  # type: ignore[union-attr]
+    assert difference(expected + 1, expected).count_flipped is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.bfloat16, torch.float64, torch.complex64, torch.int64])
+def test_every_dtype_has_a_largest_difference(dtype: torch.dtype) -> None:
+    found = difference(torch.tensor([1, 4]).to(dtype), torch.tensor([1, 2]).to(dtype))
+    assert found is not None
+    assert (found.count, found.largest, found.first) == (1, 2.0, (1,))
+
+
+def test_values_are_compared_where_dtypes_differ() -> None:
+    assert difference(torch.tensor([1.0, 2.0]).half(), torch.tensor([1.0, 2.0])) is None
+    found = difference(torch.tensor([1.0, 2.0]).half(), torch.tensor([1.0, 2.001]))
+    assert found is not None
+    assert (found.count, found.first, found.count_flipped) == (1, (1,), None)
+
+
+def test_a_scalar_has_the_empty_index() -> None:
+    found = difference(torch.tensor(1.0), torch.tensor(2.0))
+    assert found is not None
+    assert (found.first, found.rows, found.largest) == ((), range(1), 1.0)

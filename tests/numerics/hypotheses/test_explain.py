@@ -24,7 +24,7 @@ from tpcheck.numerics.evidence import (
     StepFacts,
     Suspect,
 )
-from tpcheck.numerics.hypotheses.explain import TESTS, explain
+from tpcheck.numerics.hypotheses import TESTS, explain
 
 CHANCE = torch.Generator().manual_seed(0)
 EXPECTED, OTHER = torch.randn(2, 4, 8, generator=CHANCE, dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 from tests.numerics.evidence import suspect
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.evidence import ShardFacts
-from tpcheck.numerics.hypotheses.explain import explain
+from tpcheck.numerics.hypotheses import explain
 
 B, L, D = 2, 4, 16
 EXPECTED = torch.randn(B, L, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

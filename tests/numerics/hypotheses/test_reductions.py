@@ -10,7 +10,7 @@ import torch
 from tests.numerics.evidence import suspect
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.evidence import GradientFacts, LinearTerms
-from tpcheck.numerics.hypotheses.explain import explain
+from tpcheck.numerics.hypotheses import explain
 
 CHANCE = torch.Generator().manual_seed(0)
 EXPECTED = torch.randn(4, 8, generator=CHANCE, dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 from tests.numerics.evidence import suspect
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.numerics.evidence import EmbeddingFacts, LossFacts
-from tpcheck.numerics.hypotheses.explain import explain
+from tpcheck.numerics.hypotheses import explain
 
 CHANCE = torch.Generator().manual_seed(0)
 B, L, V, D = 2, 5, 12, 3

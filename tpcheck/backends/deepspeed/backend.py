@@ -13,9 +13,8 @@ from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToMo
 from packaging.version import Version
 from torch import nn
 
-from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate
+from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate, parallel_layers, parameter_layouts
 from tpcheck.backends.deepspeed.config import CONFIG_VARIANTS, deepspeed_config, resolved
-from tpcheck.backends.deepspeed.layouts import parallel_layers, parameter_layouts
 from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions
 from tpcheck.backends.layout import Layout
 
@@ -24,20 +23,12 @@ from tpcheck.backends.layout import Layout
 def without_plan(model: nn.Module) -> Iterator[None]:
     """Hide the tp_plans of `model`, its submodules, their classes and configurations, so that heuristics shard it."""
     with ExitStack() as stack:
-        for owner, name in _plans(model):
-            stack.enter_context(patch.object(owner, name, None))
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            for owner, name in ((module, "_tp_plan"), (type(module), "_tp_plan"), (config, "base_model_tp_plan")):
+                if getattr(owner, name, None) is not None:
+                    stack.enter_context(patch.object(owner, name, None))
         yield
-
-
-def _plans(model: nn.Module) -> list[tuple[Any, str]]:
-    """Return (owner, attribute) of every tp_plan, each once."""
-    plans: dict[tuple[int, str], tuple[Any, str]] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        for owner, name in ((module, "_tp_plan"), (type(module), "_tp_plan"), (config, "base_model_tp_plan")):
-            if getattr(owner, name, None) is not None:
-                plans[id(owner), name] = (owner, name)
-    return list(plans.values())
 
 
 class DeepSpeedBackend:

@@ -1,4 +1,4 @@
-"""A DeepSpeed engine as a candidate: its parameters and gradients by name, the norm of a step, its ways to save."""
+"""A DeepSpeed engine as a candidate: layouts and gradients of its parameters, the norm of a step, its ways to save."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,10 +18,75 @@ from deepspeed.runtime import engine as engine_module
 from deepspeed.utils import groups, safe_get_full_grad
 from torch import nn
 
-from tpcheck.backends.deepspeed.layouts import local_shape, parallel_layers, parameter_layouts
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import distinct_ranks
+from tpcheck.backends.local_part import restored_data
 from tpcheck.core.topology import Topology
+
+
+def parallel_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield (name, layer) for each layer that DeepSpeed has replaced by a tensor-parallel one."""
+    for name, module in model.named_modules():
+        if hasattr(module, "gather_params") and hasattr(module, "mp_group"):
+            yield name, module
+
+
+def parameter_layouts(model: nn.Module, group: Any) -> dict[str, Layout]:
+    """Return the layout of every parameter except those that their layer cannot gather. Collective over the TP group.
+
+    Each layer gathers, through its own `gather_params`, a shard whose values are their positions: the result is the
+    layout, whatever the layer does inside.
+    """
+    tp = dist.get_world_size(group)
+    layouts = {
+        name: Layout.replicated(local_shape(parameter), tp)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    for prefix, layer in parallel_layers(model):
+        for name, layout in _layer_layouts(layer, group).items():
+            full_name = f"{prefix}.{name}" if prefix else name
+            if layout is None:
+                del layouts[full_name]
+            else:
+                layouts[full_name] = layout
+    return layouts
+
+
+def local_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of this rank's TP shard, which ZeRO-3 keeps in `ds_shape` while it partitions the data."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _layer_layouts(layer: Any, group: Any) -> dict[str, Layout | None]:
+    """Return the layouts of a layer's weight and bias, None where the layer cannot gather them."""
+    parameters = {name: getattr(layer, name, None) for name in ("weight", "bias")}
+    present = {name: parameter for name, parameter in parameters.items() if parameter is not None}
+    shapes_by_rank: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size(group))]
+    own_shapes = {name: local_shape(parameter) for name, parameter in present.items()}
+    dist.all_gather_object(shapes_by_rank, own_shapes, group=group)
+    tp_rank = dist.get_rank(group)
+    with restored_data(present.values()):
+        for name, parameter in present.items():
+            sizes = [prod(shapes[name]) for shapes in shapes_by_rank]
+            start = sum(sizes[:tp_rank])
+            # float64, since the data of a parameter must be floating point: exact below 2**53 elements
+            positions = torch.arange(start, start + sizes[tp_rank], dtype=torch.float64, device=parameter.device)
+            parameter.data = positions.reshape(own_shapes[name])
+        try:
+            layer.gather_params(list(present.values()))  # before 0.19 a None in the place of a bias crashes
+        except RuntimeError:  # fused blocks that interleave: DeepSpeed trains them but no rank can reassemble them
+            return dict.fromkeys(present)
+        gathered = {name: parameter.data.clone() for name, parameter in present.items()}
+    return {
+        name: _layout(source.to(torch.int64), tuple(shapes[name] for shapes in shapes_by_rank))
+        for name, source in gathered.items()
+    }
+
+
+def _layout(source: torch.Tensor, local_shapes: tuple[tuple[int, ...], ...]) -> Layout:
+    is_replicated = all(shape == tuple(source.shape) for shape in local_shapes)
+    return Layout(tuple(source.shape), local_shapes, None if is_replicated else source.reshape(-1).cpu())
+
 
 _WEIGHTS = "pytorch_model.bin"
 
@@ -29,25 +95,17 @@ def ways_to_save(engine: Any) -> Mapping[str, Callable[[Path], None]]:
     """Return the ways to save by the names that users know; each is collective over the world."""
     gathers = engine.autotp_size() > 1 or engine.zero_optimization_partition_weights()
     return {
-        "save_16bit_model": partial(_save_16bit_model, engine),
+        "save_16bit_model": lambda folder: engine.save_16bit_model(str(folder), save_filename=_WEIGHTS),
         **({"consolidated state dict": partial(_save_consolidated, engine)} if gathers else {}),
-        "save_checkpoint": partial(_save_checkpoint, engine),
+        "save_checkpoint": lambda folder: engine.save_checkpoint(str(folder)),
         **({"universal checkpoint": partial(_save_universal, engine)} if engine.zero_optimization() else {}),
     }
-
-
-def _save_16bit_model(engine: Any, folder: Path) -> None:
-    engine.save_16bit_model(str(folder), save_filename=_WEIGHTS)
 
 
 def _save_consolidated(engine: Any, folder: Path) -> None:
     state = engine._consolidated_16bit_state_dict()
     if dist.get_rank() == 0:
         torch.save(dict(state), folder / _WEIGHTS)
-
-
-def _save_checkpoint(engine: Any, folder: Path) -> None:
-    engine.save_checkpoint(str(folder))
 
 
 def _save_universal(engine: Any, folder: Path) -> None:
@@ -59,20 +117,10 @@ def _save_universal(engine: Any, folder: Path) -> None:
 
         for file in (training / "step").glob("*_optim_states.pt"):
             _add_adam_state(file)
-        ds_to_universal.main(_conversion(training / "step", universal))
-
-
-def _conversion(training: Path, universal: Path) -> Namespace:
-    """Return the arguments of ds_to_universal, as its command line parses them."""
-    return Namespace(
-        input_folder=str(training),
-        output_folder=str(universal),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=False,
-    )
+        folders = {"input_folder": str(training / "step"), "output_folder": str(universal)}
+        workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+        flags = {"keep_temp_folder": False, "strict": True, "inject_missing_state": False}
+        ds_to_universal.main(Namespace(**folders, **workers, **flags))  # as its command line parses them
 
 
 def _add_adam_state(file: Path) -> None:
@@ -92,22 +140,13 @@ class DeepSpeedCandidate:
     """Implements `adapters.Candidate` over a DeepSpeed engine."""
 
     def __init__(self, engine: Any, topology: Topology) -> None:
-        self._engine = engine
+        self.engine = engine
+        self.module: nn.Module = engine.module
         self._topology = topology
         self._norm: float | None = None
 
-    @property
-    def engine(self) -> Any:
-        """The DeepSpeed engine."""
-        return self._engine
-
-    @property
-    def module(self) -> nn.Module:
-        module: nn.Module = self._engine.module
-        return module
-
     def group_ranks(self) -> dict[str, tuple[tuple[int, ...], ...]]:
-        dp = {"dp": distinct_ranks([self._engine.seq_data_parallel_group])}
+        dp = {"dp": distinct_ranks([self.engine.seq_data_parallel_group])}
         if self._topology.tp == 1:  # DeepSpeed makes no TP group
             return dp
         layer_groups = [layer.mp_group for _, layer in parallel_layers(self.module) if layer.mp_group is not None]
@@ -131,22 +170,22 @@ class DeepSpeedCandidate:
         return None if gradient is None else gradient.detach().clone()
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
-        return self._engine(**batch)
+        return self.engine(**batch)
 
     def backward(self, loss: torch.Tensor) -> None:
-        self._engine.backward(loss)
+        self.engine.backward(loss)
 
     def step(self) -> None:
         with _observed_clipping() as norms:
-            self._engine.step()
-        norm = norms[-1] if norms else self._engine.get_global_grad_norm()
+            self.engine.step()
+        norm = norms[-1] if norms else self.engine.get_global_grad_norm()
         self._norm = None if norm is None else float(norm)
 
     def gradient_norm(self) -> float | None:
         return self._norm
 
     def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
-        return ways_to_save(self._engine)
+        return ways_to_save(self.engine)
 
 
 @contextmanager

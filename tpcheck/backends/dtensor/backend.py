@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -72,15 +72,10 @@ def styles(plan: Mapping[str, Any]) -> dict[str, ParallelStyle]:
     Raises:
         UsageError: torch has no style of that name.
     """
-    return {pattern: _style(pattern, style) for pattern, style in plan.items()}
-
-
-def _style(pattern: str, style: Any) -> ParallelStyle:
-    if isinstance(style, ParallelStyle):
-        return style
-    if style not in _STYLES:
-        raise UsageError(f"config.plan[{pattern!r}]", style, [*_STYLES, "a torch ParallelStyle"])
-    return _STYLES[style]()
+    for pattern, style in plan.items():
+        if not isinstance(style, ParallelStyle) and style not in _STYLES:
+            raise UsageError(f"config.plan[{pattern!r}]", style, [*_STYLES, "a torch ParallelStyle"])
+    return {pattern: _STYLES[style]() if isinstance(style, str) else style for pattern, style in plan.items()}
 
 
 class TorchCheckpointCandidate(DTensorCandidate):
@@ -136,8 +131,9 @@ class DTensorBackend:
             parallelize_module(model, mesh["tp"], styles(plan), src_data_rank=None)
             restore_tied_embeddings(model)
         if rank.topology.dp > 1:
-            for layer in _layers(model):
-                fully_shard(layer, mesh=mesh["dp"])
+            for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+                for layer in layers:
+                    fully_shard(layer, mesh=mesh["dp"])
             fully_shard(model, mesh=mesh["dp"])
         context = loss_parallel if options.config.get("loss_parallel") else nullcontext
         sgd = Sgd(list(model.parameters()), options, clip_by_mesh)
@@ -167,12 +163,6 @@ def model_tp_plan(model: nn.Module) -> Mapping[str, Any]:
     if not plan:
         raise UsageError("config.plan", None, f"a dict of styles by module pattern: {type(model).__name__} has no plan")
     return plan
-
-
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            yield from module
 
 
 def restore_tied_embeddings(model: nn.Module) -> None:

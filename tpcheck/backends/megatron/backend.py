@@ -1,16 +1,17 @@
-"""Shards a model as Megatron does: it is built a second time, under the process groups of the topology."""
+"""Shards a model as Megatron does, built a second time under the process groups of the topology, and trains it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import megatron.core
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
@@ -19,7 +20,7 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions
 from tpcheck.backends.layout import Layout
-from tpcheck.backends.megatron.candidate import MegatronCandidate
+from tpcheck.backends.live_groups import distinct_ranks
 from tpcheck.backends.megatron.config import (
     configured,
     megatron_config,
@@ -27,11 +28,17 @@ from tpcheck.backends.megatron.config import (
     require_supported,
     transformer_config,
 )
-from tpcheck.backends.megatron.groups import destroy_new_groups, groups_of_one_rank, groups_of_topology, use_groups
-from tpcheck.backends.megatron.layouts import fill_shards, layouts_by_marks, parameter_layouts
-from tpcheck.backends.megatron.without_cuda import runs_anywhere
+from tpcheck.backends.megatron.session import (
+    Groups,
+    destroy_new_groups,
+    groups_of_one_rank,
+    groups_of_topology,
+    runs_anywhere,
+    use_groups,
+)
 from tpcheck.backends.sgd import Sgd
 from tpcheck.core.errors import UsageError
+from tpcheck.core.placement import Replicate, Shard
 
 
 class MegatronBackend:
@@ -96,13 +103,6 @@ def sgd_for(model: nn.Module, options: TrainingOptions) -> Sgd:
     return Sgd(parameters, options, clip)
 
 
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """The configuration that tpcheck draws synthetic batches from."""
-
-    vocab_size: int
-
-
 class TokenLoss(nn.Module):
     """A `GPTModel` that returns the mean of its losses of all tokens.
 
@@ -116,9 +116,124 @@ class TokenLoss(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.config = Vocabulary(model.vocab_size)
+        self.config = SimpleNamespace(vocab_size=model.vocab_size)  # that synthetic batches are drawn from
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         losses: torch.Tensor = self.model(input_ids, positions, None, labels=labels)
         return losses.mean()
+
+
+class MegatronCandidate:
+    """Implements `adapters.Candidate` by what Megatron leaves in `main_grad`."""
+
+    def __init__(self, ddp: Any, groups: Groups, layouts: Mapping[str, Layout], sgd: Sgd) -> None:
+        self.module: nn.Module = ddp.module
+        self.optimizer = sgd.optimizer  # an injected fault may change it
+        self._ddp = ddp
+        self._groups = groups
+        self._layouts = layouts
+        self._sgd = sgd
+        self._norm: float | None = None
+        self._parameters: dict[str, nn.Parameter] = dict(self.module.named_parameters(remove_duplicate=False))
+
+    def group_ranks(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
+        used = [getattr(module, "tp_group", None) for module in self.module.modules()]
+        of_layers = [group for group in used if isinstance(group, dist.ProcessGroup)]
+        with use_groups(self._groups):
+            tp = [parallel_state.get_tensor_model_parallel_group(), *of_layers]
+            dp = [parallel_state.get_data_parallel_group(), self._ddp.dp_group]
+        return {"tp": distinct_ranks(tp), "dp": distinct_ranks(dp)}
+
+    def layouts(self) -> Mapping[str, Layout]:
+        return self._layouts
+
+    def parameter(self, name: str) -> torch.Tensor:
+        return self._parameters[name].detach().clone()
+
+    def gradient(self, name: str) -> torch.Tensor | None:
+        gradient: torch.Tensor | None = getattr(self._parameters[name], "main_grad", None)
+        return None if gradient is None else gradient.detach().clone()
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        with use_groups(self._groups):
+            return self._ddp(**batch)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        with use_groups(self._groups):
+            loss.backward()  # type: ignore[no-untyped-call]
+            finalize_model_grads([self._ddp])
+
+    def step(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = getattr(parameter, "main_grad", None)
+        with use_groups(self._groups):
+            self._norm = self._sgd.step()
+        self._ddp.zero_grad_buffer()
+
+    def gradient_norm(self) -> float | None:
+        return self._norm
+
+
+Shape = tuple[int, ...]
+
+
+def parameter_layouts(sharded: nn.Module, model: nn.Module, tp: int) -> dict[str, Layout]:
+    """Return the layout of each parameter of `model` over the TP group that `sharded` was built for.
+
+    Raises:
+        UsageError: The two are not the same model at two tensor-parallel sizes.
+    """
+    shards = dict(sharded.named_parameters(remove_duplicate=False))
+    full = dict(model.named_parameters(remove_duplicate=False))
+    if shards.keys() != full.keys():
+        names = ", ".join(sorted(shards.keys() ^ full.keys()))
+        raise UsageError("build", names, "a model with the same parameters at every tensor-parallel size")
+    return {name: _layout(name, shard, tuple(full[name].shape), tp) for name, shard in shards.items()}
+
+
+def layouts_by_marks(model: nn.Module) -> dict[str, Layout]:
+    """Return the layouts of a live model that Megatron built in another program, without its unsharded shapes."""
+    if not parallel_state.model_parallel_is_initialized():
+        return {}
+    tp = dist.get_world_size(parallel_state.get_tensor_model_parallel_group())
+    layouts = {}
+    parameters: Iterable[tuple[str, Any]] = model.named_parameters(remove_duplicate=False)
+    for name, parameter in parameters:
+        shape = list(parameter.shape)
+        if getattr(parameter, "tensor_model_parallel", False):
+            shape[parameter.partition_dim] *= tp
+        layouts[name] = _layout(name, parameter, tuple(shape), tp)
+    return layouts
+
+
+def _layout(name: str, shard: Any, shape: Shape, tp: int) -> Layout:
+    """Return the layout of one parameter: cut along the dim that is smaller, in as many blocks as its stride.
+
+    The gate and up projections of `linear_fc1` are one parameter of stride 2.
+
+    Raises:
+        UsageError: `tp` shards do not make up the full shape.
+    """
+    local = tuple(shard.shape)
+    cut = [dim for dim, sizes in enumerate(zip(shape, local, strict=False)) if len(set(sizes)) > 1]
+    if not cut and len(shape) == len(local):
+        return Layout.from_placement(shape, Replicate(), tp)
+    if len(shape) != len(local) or len(cut) > 1 or local[cut[0]] * tp != shape[cut[0]]:
+        raise UsageError(
+            "build",
+            f"{name} of shape {shape} unsharded and {local} at tp={tp}",
+            "a model of the same sizes at every tensor-parallel size: pad the vocabulary for the largest",
+        )
+    is_marked = getattr(shard, "tensor_model_parallel", False) and shard.partition_dim in cut
+    return Layout.from_placement(shape, Shard(cut[0], blocks=shard.partition_stride if is_marked else 1), tp)
+
+
+def fill_shards(sharded: nn.Module, model: nn.Module, layouts: Mapping[str, Layout], rank: RankLike) -> None:
+    """Copy this rank's part of the parameters of `model` to `sharded`."""
+    tp_rank = rank.topology.coordinate(rank.rank)["tp"]
+    full = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, parameter in sharded.named_parameters(remove_duplicate=False):
+            parameter.copy_(layouts[name].local(full[name], tp_rank))
+            parameter.requires_grad_(full[name].requires_grad)

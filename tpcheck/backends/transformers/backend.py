@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
+import copy
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,19 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from tpcheck.backends.dtensor.candidate import DTensorCandidate, clip_by_mesh
 from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions
+from tpcheck.backends.layout import Layout
 from tpcheck.backends.sgd import Sgd
-from tpcheck.backends.transformers import before_tp_size
-from tpcheck.backends.transformers.loading import save_and_load
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
+
+# Versions before `DistributedConfig` had a `tp_size`: `tp_plan="auto"`, whose shards may be plain tensors.
+BEFORE_TP_SIZE = "tp_size" not in {field.name for field in fields(DistributedConfig)}
+_SETTINGS_BEFORE_TP_SIZE = ("tp_plan",)
 
 
 class TransformersBackend:
@@ -39,9 +46,14 @@ class TransformersBackend:
             raise UsageError(
                 "ignore_plan", True, "False: transformers has no heuristics; give a plan of your own as config.tp_plan"
             )
-        if before_tp_size.IS_INSTALLED:
-            return before_tp_size.resolved(options)
-        require_known_fields(options.config)
+        if BEFORE_TP_SIZE:
+            return resolved_before_tp_size(options)
+        known = [field.name for field in fields(DistributedConfig)]
+        for name in options.config:
+            if name not in known:
+                raise UsageError("config", name, known)
+        if options.config.get("pp_size") not in (None, 1):
+            raise UsageError("config.pp_size", options.config["pp_size"], "1: pipelines are not verified")
         return options
 
     def layer_table(self) -> LayerTable:
@@ -53,26 +65,12 @@ class TransformersBackend:
         return nullcontext()
 
     def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
-        if before_tp_size.IS_INSTALLED:
-            return before_tp_size.shard(model, rank, options)
+        if BEFORE_TP_SIZE:
+            return _shard_before_tp_size(model, rank, options)
         config = distributed_config(options.config, rank.topology)
         sharded = save_and_load(model, options.dtype, distributed_config=config)
         sync_replicated_parameters(sharded)
         return TransformersCandidate(sharded, rank, Sgd(list(sharded.parameters()), options, clip_by_mesh))
-
-
-def require_known_fields(config: Mapping[str, Any]) -> None:
-    """Check the fields of the user's `DistributedConfig` before a model is sharded.
-
-    Raises:
-        UsageError: `DistributedConfig` has no such field, or the field asks for pipeline parallelism.
-    """
-    known = [field.name for field in fields(DistributedConfig)]
-    for name in config:
-        if name not in known:
-            raise UsageError("config", name, known)
-    if config.get("pp_size") not in (None, 1):
-        raise UsageError("config.pp_size", config["pp_size"], "1: pipelines are not verified")
 
 
 def distributed_config(config: Mapping[str, Any], topology: Topology) -> DistributedConfig:
@@ -123,3 +121,133 @@ class TransformersCandidate(DTensorCandidate):
                 str(folder), distributed_checkpoint=True
             ),
         }
+
+
+def save_and_load(model: nn.Module, dtype: torch.dtype, **how: Any) -> PreTrainedModel:
+    """Return the model as `from_pretrained(folder, **how)` shards it. Collective over the world.
+
+    Raises:
+        UsageError: The model is not a `PreTrainedModel`.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError("build", type(model).__name__, "a transformers.PreTrainedModel: transformers loads it")
+    with _shared_folder() as folder:
+        model.save_pretrained(folder)  # only the first rank writes
+        if dist.is_initialized():
+            dist.barrier()
+        sharded: PreTrainedModel = type(model).from_pretrained(
+            folder, config=copy.deepcopy(model.config), dtype=dtype, **how
+        )
+    copy_unsaved_settings(model, sharded)
+    return sharded
+
+
+@contextmanager
+def _shared_folder() -> Iterator[str]:
+    """Make a folder that every rank on this machine reads, and remove it once all of them have left the context."""
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    names = [tempfile.mkdtemp(prefix="tpcheck-loaded-") if is_first else ""]
+    try:
+        if dist.is_initialized():
+            dist.broadcast_object_list(names)
+        yield names[0]
+        if dist.is_initialized():
+            dist.barrier()
+    finally:
+        if is_first:
+            shutil.rmtree(names[0], ignore_errors=True)
+
+
+def copy_unsaved_settings(model: nn.Module, sharded: nn.Module) -> None:
+    """Copy what files do not carry: training mode, frozen parameters, and dropout that was switched off."""
+    sharded.train(model.training)
+    modules = dict(model.named_modules())
+    for name, module in sharded.named_modules():
+        for setting, value in vars(modules[name]).items() if name in modules else ():
+            if isinstance(value, float) and not value and getattr(module, setting, None):
+                setattr(module, setting, value)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for name, parameter in sharded.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+
+
+def resolved_before_tp_size(options: TrainingOptions) -> TrainingOptions:
+    """Return the options without clipping: torch cannot tell that a plain tensor is a shard, so its norm is local.
+
+    Raises:
+        UsageError: A setting that this version does not take.
+    """
+    for name in options.config:
+        if name not in _SETTINGS_BEFORE_TP_SIZE:
+            raise UsageError("config", name, _SETTINGS_BEFORE_TP_SIZE)
+    return replace(options, max_grad_norm=0.0)
+
+
+def _shard_before_tp_size(model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
+    """Return the model as `from_pretrained(tp_plan="auto")` shards it. Collective over the world.
+
+    Raises:
+        UsageError: There is more than one DP rank.
+    """
+    topology = rank.topology
+    if topology.dp > 1:
+        raise UsageError("dp", topology.dp, "1: this version of transformers shards over tp alone")
+    plan = {"tp_plan": options.config.get("tp_plan", "auto"), "tp_size": topology.tp}
+    sharded = save_and_load(model, options.dtype, **plan)
+    if all(isinstance(parameter.data, DTensor) for parameter in sharded.parameters()):
+        layouts: dict[str, Layout] = {}
+    else:
+        layouts = _layouts_of_plain_tensors(model, save_and_load(_with_positions(model), torch.float64, **plan), rank)
+    return _PlainShardsCandidate(sharded, rank, Sgd(list(sharded.parameters()), options, None), layouts)
+
+
+class _PlainShardsCandidate(DTensorCandidate):
+    """A model whose shards may be plain tensors, with their layouts."""
+
+    def __init__(self, module: nn.Module, rank: RankLike, sgd: Sgd, layouts: Mapping[str, Layout]) -> None:
+        super().__init__(module, rank, sgd)
+        self._layouts = layouts
+        self._named = super()._parameters()  # a row-parallel layer hides its bias in the first forward pass
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return self._named
+
+    def group_ranks(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
+        mesh: Any = self.module._device_mesh
+        return {"tp": (tuple(dist.get_process_group_ranks(mesh.get_group())),)}
+
+    def layouts(self) -> Mapping[str, Layout]:
+        return {**super().layouts(), **self._layouts}
+
+
+def _with_positions(model: nn.Module) -> nn.Module:
+    """Return a copy whose parameters hold the flat position of each of their elements, exact in float64."""
+    twin = copy.deepcopy(model).to(torch.float64)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.copy_(torch.arange(parameter.numel(), dtype=torch.float64).reshape(parameter.shape))
+    return twin
+
+
+def _layouts_of_plain_tensors(model: nn.Module, twin: nn.Module, rank: RankLike) -> dict[str, Layout]:
+    """Return the layouts of plain tensors from the positions in the sharded twin, whatever the plan's styles do.
+
+    Collective over TP.
+    """
+    shards = {
+        name: parameter.detach().to(torch.int64)
+        for name, parameter in twin.named_parameters(remove_duplicate=False)
+        if not isinstance(parameter.data, DTensor)
+    }
+    by_rank: list[dict[str, torch.Tensor]] = [{}] * rank.topology.tp
+    dist.all_gather_object(by_rank, shards, group=rank.group("tp"))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return {name: layout_of(shapes[name], [rank[name] for rank in by_rank]) for name in shards if name in shapes}
+
+
+def layout_of(shape: tuple[int, ...], shards: list[torch.Tensor]) -> Layout:
+    """Return the layout of shards that hold positions; replicated where every shard has the full shape."""
+    if all(tuple(shard.shape) == shape for shard in shards):
+        return Layout.replicated(shape, len(shards))
+    return Layout.from_positions(shape, shards)

@@ -49,16 +49,8 @@ _LAYERS = (
     *(
         ParallelLayer(name, why_not=_NO_LAYER)
         for name in (
-            "all_reduce",
-            "ep_dispatch_experts",
-            "grouped_gemm",
-            "local_params",
-            "mla_kv_a_proj",
-            "moe_identity_expert",
-            "moe_tp_experts",
-            "replicate",
-            "replicated_with_grad_allreduce",
-            "sequence_parallel",
-        )
+            "all_reduce ep_dispatch_experts grouped_gemm local_params mla_kv_a_proj moe_identity_expert "
+            "moe_tp_experts replicate replicated_with_grad_allreduce sequence_parallel"
+        ).split()
     ),
 )

@@ -17,15 +17,13 @@ from tpcheck.backends.registry import load_backend
 from tpcheck.core.errors import UsageError
 from tpcheck.core.findings import Verdict
 from tpcheck.core.topology import Topology
-from tpcheck.families.build import small_model
-from tpcheck.families.dimensions import Dimensions, dimensions
+from tpcheck.families.build import Dimensions, dimensions, small_model
 from tpcheck.families.settings import overlay
-from tpcheck.families.tokens import Tokens
 from tpcheck.lab.fuzz.results import REFUSALS, Outcome, SearchResult, crash_kind, in_general
 from tpcheck.lab.fuzz.search import Limits, OnOutcome, require_hypothesis, search, versions_with
 from tpcheck.lab.known import explained
 from tpcheck.lab.matrix import summary_line
-from tpcheck.model.options import DTYPES, ZERO_STAGES, RunOptions
+from tpcheck.model.options import DTYPES, ZERO_STAGES, RunOptions, Tokens
 from tpcheck.model.verify import verify_family
 from tpcheck.report.json_values import printable
 

@@ -34,7 +34,7 @@ from tpcheck.model.options import DEFAULTS
 from tpcheck.numerics.activation_placement import infer_placement
 from tpcheck.numerics.differences import Difference, compare_placed
 from tpcheck.numerics.evidence import Kind, Suspect
-from tpcheck.numerics.hypotheses.explain import explain
+from tpcheck.numerics.hypotheses import explain
 from tpcheck.report import words
 from tpcheck.world.world import World, spawn
 

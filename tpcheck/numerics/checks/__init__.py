@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tpcheck.numerics.checks.gradients import gradients_match_reference
-from tpcheck.numerics.checks.norms import gradient_norm_matches_reference
 from tpcheck.numerics.checks.outputs import outputs_match_reference
 from tpcheck.numerics.checks.replicas import replicas_agree_after, replicas_agree_at_start
 from tpcheck.numerics.checks.start import groups_match_topology, parameters_are_sharded, weights_match_reference
-from tpcheck.numerics.checks.updates import updates_match_reference
+from tpcheck.numerics.checks.updates import gradient_norm_matches_reference, updates_match_reference
 from tpcheck.numerics.evidence import CheckOutcome, Evidence
 
 __all__ = ["CHECKPOINT_CHECK", "CHECK_NAMES", "START_CHECKS", "STEP_CHECKS", "CheckOutcome"]

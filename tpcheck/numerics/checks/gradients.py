@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from tpcheck.backends.layout import Layout
 from tpcheck.numerics.checks.activations import (
     ComparedActivation,
     ComparedActivations,
@@ -18,12 +17,12 @@ from tpcheck.numerics.checks.activations import (
     scope_of,
 )
 from tpcheck.numerics.checks.outputs import activation_suspect
-from tpcheck.numerics.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.numerics.checks.recompute import (
     compare_with_recomputed,
     recompute_input_gradient,
     recompute_weight_gradient,
 )
+from tpcheck.numerics.checks.suspects import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.numerics.differences import distance_of_terms, rounding_error
 from tpcheck.numerics.evidence import CheckOutcome, Evidence, GradientFacts, Suspect, TensorKey
 
@@ -163,7 +162,7 @@ def _with_facts(evidence: Evidence, step: int, parameter: ComparedParameter, sus
     reference, candidate = evidence.reference[step], evidence.candidate[step]
     local, layout = reference.local_gradients.get(parameter.name), evidence.layouts[parameter.name]
     facts = GradientFacts(
-        local_parts=() if local is None else _parts(layout, local),
+        local_parts=() if local is None else layout.parts(local),
         is_reduced_over_tp=_is_reduced_over_tp(evidence, step),
         untied={
             name: tuple(rank.gradients.get(name) for rank in candidate)
@@ -171,19 +170,14 @@ def _with_facts(evidence: Evidence, step: int, parameter: ComparedParameter, sus
         },
     )
     others = {
-        name: (gradient, *_parts(evidence.layouts[name], gradient))
+        name: (gradient, *other.parts(gradient))
         for name, gradient in reference.gradients.items()
-        if gradient is not None and name != parameter.name and _lies_as(evidence.layouts.get(name), layout, gradient)
+        if name != parameter.name
+        and gradient is not None
+        and (other := evidence.layouts.get(name)) is not None
+        and (other.shape, other.local_shapes) == (tuple(gradient.shape), layout.local_shapes)
     }
     return replace(suspect, gradient=facts, others=others)
-
-
-def _lies_as(other: Layout | None, layout: Layout, gradient: torch.Tensor) -> bool:
-    return other is not None and other.local_shapes == layout.local_shapes and tuple(gradient.shape) == other.shape
-
-
-def _parts(layout: Layout, full: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(layout.local(full, tp_rank) for tp_rank in range(len(layout.local_shapes)))
 
 
 def _is_reduced_over_tp(evidence: Evidence, step: int) -> bool:
@@ -276,10 +270,9 @@ def _compare_forced_gradients(forced: Evidence) -> dict[str, ComparedParameter]:
             (0, forced.dp_rank, "gradient", name), rounding_error(expected)
         ),
     )
-    return {name: parameter for name, parameter in compared.items() if not _adds_up(forced, parameter)}
-
-
-def _adds_up(forced: Evidence, parameter: ComparedParameter) -> bool:
-    if parameter.difference.agrees or not forced.layouts[parameter.name].is_replicated:
-        return False
-    return distance_of_terms(parameter.actual_parts, parameter.expected) <= parameter.difference.allowed
+    for name, parameter in list(compared.items()):
+        difference = parameter.difference
+        may_be_terms = forced.layouts[name].is_replicated and not difference.agrees
+        if may_be_terms and distance_of_terms(parameter.actual_parts, parameter.expected) <= difference.allowed:
+            del compared[name]
+    return compared

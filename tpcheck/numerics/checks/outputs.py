@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import inf
 from typing import Any
 
 import torch
@@ -25,10 +24,9 @@ from tpcheck.numerics.checks.recompute import (
     compare_with_recomputed,
     parts_of,
     recompute_linear,
-    reference_weight,
     weight_parts,
 )
-from tpcheck.numerics.checks.suspects import tensor_suspect
+from tpcheck.numerics.checks.suspects import compare_scalar, tensor_suspect
 from tpcheck.numerics.evidence import (
     CheckOutcome,
     Collective,
@@ -171,7 +169,7 @@ def _embedding_facts(evidence: Evidence, step: int, key: TensorKey) -> Embedding
     name = f"{key.module}.weight"
     layout = evidence.layouts.get(name)
     placement = layout.placement() if layout is not None else None
-    table, shards = reference_weight(evidence, step, name), weight_parts(evidence, step, name)
+    table, shards = evidence.weights_before(step).get(name), weight_parts(evidence, step, name)
     if not isinstance(placement, Shard) or placement.dim != 0 or table is None or shards is None:
         return None
     return EmbeddingFacts(table, shards)
@@ -221,29 +219,18 @@ def _compare_loss(evidence: Evidence, step: int, activations: ComparedActivation
     expected = evidence.reference[step].loss
     losses = [rank.loss for rank in evidence.candidate[step]]
     allowed = evidence.tolerance.allowed_scalar((step, evidence.dp_rank, "loss"), expected)
-    errors = [abs(loss - expected) if loss == loss else inf for loss in losses]
-    margin = max(errors) / allowed if allowed else (inf if max(errors) else 0.0)
-    if margin <= 1:
+    where = {"phase": "forward", "step": step, "field": "loss"}
+    margin, suspect = compare_scalar(
+        evidence, "loss", losses, expected, allowed, check=_CHECK, kind="activation", where=where
+    )
+    if suspect is None:
         return margin, []
-    wrong = tuple(tp_rank for tp_rank, error in enumerate(errors) if error > allowed)
-    expected_loss = torch.tensor(expected, dtype=torch.float64)
-    suspect = Suspect(
-        check=_CHECK,
-        kind="activation",
-        where={"phase": "forward", "step": step, "field": "loss", "ranks": evidence.ranks(wrong)},
-        observed=max(errors) / abs(expected) if expected else max(errors),
-        allowed=allowed / abs(expected) if expected else allowed,
-        evidence={
-            "loss_actual": losses,
-            "loss_expected": expected,
-            "dtype": evidence.dtype,
-            "replays": evidence.tolerance.num_replays,
-        },
+    expected_loss, *actual = (torch.tensor(loss, dtype=torch.float64) for loss in (expected, *losses))
+    suspect = replace(
+        suspect,
         expected=expected_loss,
-        actual_parts=tuple(torch.tensor(loss, dtype=torch.float64) for loss in losses),
+        actual_parts=tuple(actual),
         expected_parts=(expected_loss,) * len(losses),
-        is_replicated=True,
-        allowed_error=allowed,
         loss=_loss_facts(evidence, step, activations),
     )
     return margin, [suspect]

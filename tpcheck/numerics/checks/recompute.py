@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from tpcheck.core.placement import Shard
-from tpcheck.numerics.checks.parameters import ComparedParameter
-from tpcheck.numerics.checks.suspects import tensor_suspect
+from tpcheck.numerics.checks.suspects import ComparedParameter, tensor_suspect
 from tpcheck.numerics.differences import Difference, frobenius, frobenius_distance, subtract, summarize
 from tpcheck.numerics.evidence import Evidence, Kind, LinearTerms, Suspect, TensorKey
 from tpcheck.numerics.tolerance import RECOMPUTED_FACTOR
@@ -30,7 +29,7 @@ def recompute_linear(evidence: Evidence, step: int, key: TensorKey, allowed: flo
     full_input, expected = reference.get(input_key), reference.get(key)
     if layout is None or full_input is None or key.role != "output" or key.phase != "forward":
         return None
-    weight, bias = reference_weight(evidence, step, name), reference_weight(evidence, step, f"{key.module}.bias")
+    weight, bias = (evidence.weights_before(step).get(each) for each in (name, f"{key.module}.bias"))
     if expected is None or weight is None or weight.dim() != 2 or full_input.shape[-1:] != weight.shape[1:]:
         return None
     wide_bias = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
@@ -59,7 +58,7 @@ def recompute_input_gradient(evidence: Evidence, step: int, key: TensorKey, allo
     placement = layout.placement() if layout is not None else None
     output_key = TensorKey(key.phase, key.module, key.call, "output", "0")
     full_gradient, expected = (evidence.reference[step].activations.get(each) for each in (output_key, key))
-    weight, parts = reference_weight(evidence, step, name), weight_parts(evidence, step, name)
+    weight, parts = evidence.weights_before(step).get(name), weight_parts(evidence, step, name)
     gradients = [rank.activations.get(output_key) for rank in evidence.candidate[step]]
     if not isinstance(placement, Shard) or placement.dim != 0 or (key.phase, key.role) != ("backward", "input"):
         return None
@@ -109,11 +108,6 @@ def _gradient_product(
         return None
     product: torch.Tensor = gradients.double().flatten(0, -2).t() @ inputs.double().flatten(0, -2)
     return product
-
-
-def reference_weight(evidence: Evidence, step: int, name: str) -> Any:
-    """Return the reference's parameter during `step`, or None where it has none of this name."""
-    return evidence.weights_before(step).get(name)
 
 
 def weight_parts(evidence: Evidence, step: int, name: str) -> tuple[Any, ...] | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
-from tpcheck.numerics.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
+from tpcheck.numerics.checks.suspects import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.numerics.evidence import CheckOutcome, Evidence, ShardFacts, SiblingWeights, Suspect
 
 

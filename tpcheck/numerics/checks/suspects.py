@@ -1,11 +1,13 @@
-"""Turns the difference of a tensor into a suspect."""
+"""Compares a tensor of every parameter with the reference's, and turns the difference of any tensor into a suspect."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
 from typing import Any
 
-from tpcheck.numerics.differences import Difference
+from tpcheck.numerics.differences import Difference, compare_parameter
 from tpcheck.numerics.evidence import Evidence, Kind, Suspect
 
 
@@ -53,3 +55,125 @@ def tensor_suspect(
         allowed_error=difference.allowed,
         num_replicas=evidence.topology.dp,
     )
+
+
+def compare_scalar(
+    evidence: Evidence,
+    name: str,
+    actual: Sequence[float],
+    expected: float,
+    allowed: float,
+    *,
+    check: str,
+    kind: Kind,
+    where: Mapping[str, Any],
+) -> tuple[float, Suspect | None]:
+    """Return the margin of a number that every rank has, such as the loss, and the suspect where it is wrong.
+
+    Args:
+        name: Its name in the evidence of the suspect.
+    """
+    errors = [abs(number - expected) if number == number else inf for number in actual]
+    margin = max(errors) / allowed if allowed else (inf if max(errors) else 0.0)
+    if max(errors) <= allowed:
+        return margin, None
+    wrong = tuple(tp_rank for tp_rank, error in enumerate(errors) if error > allowed)
+    size = abs(expected) or 1.0
+    suspect = Suspect(
+        check=check,
+        kind=kind,
+        where={**where, "ranks": evidence.ranks(wrong)},
+        observed=max(errors) / size,
+        allowed=allowed / size,
+        evidence={
+            f"{name}_actual": list(actual),
+            f"{name}_expected": expected,
+            "dtype": evidence.dtype,
+            "replays": evidence.tolerance.num_replays,
+        },
+        expected=expected,
+        actual_parts=tuple(actual),
+        is_replicated=True,
+        allowed_error=allowed,
+    )
+    return margin, suspect
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedParameter:
+    """One tensor of a parameter on both sides, with its difference."""
+
+    name: str
+    expected: Any
+    actual_parts: tuple[Any, ...]
+    expected_parts: tuple[Any, ...]
+    difference: Difference
+
+    @property
+    def module(self) -> str:
+        """Name of the module that has the parameter."""
+        return self.name.rpartition(".")[0]
+
+
+def parameter_suspect(
+    evidence: Evidence,
+    parameter: ComparedParameter,
+    *,
+    check: str,
+    kind: Kind,
+    where: Mapping[str, Any],
+    details: Mapping[str, Any],
+) -> Suspect:
+    """Return the suspect for one parameter's tensor; `where` has the phase and the step."""
+    return tensor_suspect(
+        evidence,
+        parameter.difference,
+        check=check,
+        kind=kind,
+        where={**where, "module": parameter.module, "parameter": parameter.name},
+        expected=parameter.expected,
+        actual_parts=parameter.actual_parts,
+        expected_parts=parameter.expected_parts,
+        is_replicated=evidence.layouts[parameter.name].is_replicated,
+        details=details,
+    )
+
+
+def compare_parameters(
+    evidence: Evidence,
+    expected: Mapping[str, Any],
+    actual: Sequence[Mapping[str, Any]],
+    allowed: Callable[[str, Any], float],
+) -> tuple[dict[str, ComparedParameter], dict[str, str]]:
+    """Return the comparisons, and why the other parameters could not be compared, by name.
+
+    Args:
+        expected: The reference's tensors; None stands for zeros (no gradient).
+        actual: Each rank's tensors, by tp_rank; None likewise.
+        allowed: Gives the largest Frobenius error that passes for a name and its expected tensor.
+    """
+    compared: dict[str, ComparedParameter] = {}
+    not_compared: dict[str, str] = {}
+    for name, expected_tensor in expected.items():
+        layout = evidence.layouts.get(name)
+        if any(name not in tensors for tensors in actual):
+            not_compared[name] = "the sharded model has no parameter of this name"
+            continue
+        if layout is None:
+            not_compared[name] = "its layer cannot gather it, so which part each rank holds is unknown"
+            continue
+        parts = [tensors[name] for tensors in actual]
+        if expected_tensor is None and all(part is None for part in parts):
+            continue  # no gradient on either side
+        actual_parts = tuple(
+            initial_parts[name].new_zeros(initial_parts[name].shape) if part is None else part
+            for part, initial_parts in zip(parts, evidence.initial_parts, strict=True)
+        )
+        initial = evidence.initial[name]
+        expected_or_zeros = initial.new_zeros(initial.shape) if expected_tensor is None else expected_tensor
+        expected_parts: tuple[Any, ...] = ()
+        if tuple(expected_or_zeros.shape) == tuple(layout.shape):
+            expected_parts = layout.parts(expected_or_zeros)
+        difference = compare_parameter(layout, expected_or_zeros, actual_parts, allowed(name, expected_or_zeros))
+        compared[name] = ComparedParameter(name, expected_or_zeros, actual_parts, expected_parts, difference)
+    return compared, not_compared

@@ -1,22 +1,63 @@
-"""Are the weights and buffers after an optimizer step the reference's?"""
+"""Are the weights and buffers after an optimizer step the reference's, and the norm that clipping uses?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import hypot
 from typing import Any
 
 import torch
 
 from tpcheck.core.placement import Replicate
 from tpcheck.numerics.activation_placement import PlacedTensor
-from tpcheck.numerics.checks.norms import norm_facts
-from tpcheck.numerics.checks.parameters import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.numerics.checks.replicas import replicas_differ
-from tpcheck.numerics.checks.suspects import tensor_suspect
-from tpcheck.numerics.differences import compare_placed, rounding_error, spacing
+from tpcheck.numerics.checks.suspects import (
+    ComparedParameter,
+    compare_parameters,
+    compare_scalar,
+    parameter_suspect,
+    tensor_suspect,
+)
+from tpcheck.numerics.differences import compare_placed, frobenius, rounding_error, spacing
 from tpcheck.numerics.evidence import CheckOutcome, Evidence, NormFacts, ReplicaFacts, StepFacts, Suspect
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR
+
+
+def gradient_norm_matches_reference(evidence: Evidence, step: int) -> CheckOutcome:
+    """Compare each rank's gradient norm of `step`. Calibrated."""
+    expected = evidence.reference[step].gradient_norm
+    actual = [part.gradient_norm for part in evidence.candidate[step]]
+    name = "gradient norm"
+    if expected is None or any(norm is None for norm in actual):
+        return CheckOutcome(not_compared={name: "the backend does not report the norm that it clips by"})
+    allowed = evidence.tolerance.allowed_scalar((step, "norm"), expected)
+    where = {"phase": "update", "step": step}
+    norms = [norm for norm in actual if norm is not None]
+    margin, suspect = compare_scalar(
+        evidence, "norm", norms, expected, allowed, check="gradient_norm_matches_reference", kind="norm", where=where
+    )
+    suspects = () if suspect is None else (replace(suspect, norms=norm_facts(evidence, step)),)
+    return CheckOutcome({name: margin}, suspects)
+
+
+def norm_facts(evidence: Evidence, step: int) -> NormFacts:
+    """Return the norms of the candidate's gradients, summed up in the usual wrong ways."""
+    sharded, replicated = [], []
+    for rank in evidence.candidate[step]:
+        sizes = {
+            name: frobenius(gradient)
+            for name, gradient in rank.gradients.items()
+            if gradient is not None and name in evidence.layouts
+        }
+        sharded.append(hypot(*(size for name, size in sizes.items() if not evidence.layouts[name].is_replicated)))
+        replicated.append(hypot(*(size for name, size in sizes.items() if evidence.layouts[name].is_replicated)))
+    return NormFacts(
+        of_ranks=tuple(map(hypot, sharded, replicated)),
+        of_ranks_shards=tuple(sharded),
+        counting_replicas=hypot(*sharded, *replicated),
+    )
+
 
 _CHECK = "updates_match_reference"
 
@@ -126,20 +167,19 @@ _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 def _step_facts(evidence: Evidence, step: int, name: str) -> StepFacts:
     """Return how the step on a parameter is made up of its terms; what is no such sum has no ratios and no momentum."""
-    layout, tp = evidence.layouts[name], len(evidence.candidate[step])
+    layout = evidence.layouts[name]
     before, after = evidence.weights_before(step)[name], evidence.reference[step].weights[name]
     terms = _terms_of_step(evidence, step, name, before)
     facts = StepFacts(ratios=_ratios(evidence, step, name, before, terms))
     if tuple(before.shape) != tuple(layout.shape) or torch.equal(after, before):
         return facts
-    facts = replace(facts, before=tuple(layout.local(before, tp_rank) for tp_rank in range(tp)))
+    facts = replace(facts, before=layout.parts(before))
     if len(terms) < len(_TERMS) or layout.is_replicated or len(set(layout.local_shapes)) > 1:
         return facts
     shares = _shares([term.double().reshape(-1) for term in terms], (after - before).double().reshape(-1))
     if shares is None:
         return facts
-    moves = tuple(layout.local(terms[-1], tp_rank) for tp_rank in range(tp))
-    return replace(facts, momentum_parts=moves, momentum_share=shares[-1])
+    return replace(facts, momentum_parts=layout.parts(terms[-1]), momentum_share=shares[-1])
 
 
 def _terms_of_step(evidence: Evidence, step: int, name: str, before: torch.Tensor) -> list[torch.Tensor]:

@@ -12,8 +12,14 @@ import torch
 from tpcheck.backends.checkpoint_format import Checkpoint
 from tpcheck.core.causes import Cause, Explanation, first_explanation
 from tpcheck.families.special_cases import FUSED_PARAMETER, VOCABULARY_PARAMETER
-from tpcheck.numerics.exact.checkpoint_tensor import BitComparer, CheckpointTensor, bit_view, is_constant
-from tpcheck.numerics.exact.element_difference import ElementDifference, element_difference
+from tpcheck.numerics.exact.checkpoint_tensor import (
+    BitComparer,
+    CheckpointTensor,
+    ElementDifference,
+    bit_view,
+    element_difference,
+    is_constant,
+)
 from tpcheck.numerics.exact.slice_matching import Slices, explain_slices, find_runs, slice_digests
 
 _NARROWER = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -94,19 +100,15 @@ def dtype_rounded(context: Context) -> Explanation | None:
     if difference is None or not expected.dtype.is_floating_point:
         return None
     for dtype in _NARROWER:
-        if dtype.itemsize < expected.dtype.itemsize and _is_rounded(context, difference.rows, dtype):
+        if dtype.itemsize < expected.dtype.itemsize and all(
+            torch.equal(
+                bit_view(context.actual.read(piece)), bit_view(expected.read(piece).to(dtype).to(expected.dtype))
+            )
+            for piece in expected.pieces(difference.rows)
+        ):
             evidence = {"dtype": str(dtype).removeprefix("torch."), **_rows(difference)}
             return Explanation(Cause.DTYPE_ROUNDED, evidence=evidence)
     return None
-
-
-def _is_rounded(context: Context, rows: range, dtype: torch.dtype) -> bool:
-    for piece in context.expected.pieces(rows):
-        expected = context.expected.read(piece)
-        rounded = expected.to(dtype).to(expected.dtype)
-        if not torch.equal(bit_view(context.actual.read(piece)), bit_view(rounded)):
-            return False
-    return True
 
 
 def duplicate_reduce(context: Context) -> Explanation | None:

@@ -1,7 +1,82 @@
 """Turns the facts of a suspect into the cause that explains it: each is named only where its own numerical test holds.
 
-`explain` has the table of tests by kind of tensor. A test is a function of a `Suspect`, the tensors and typed facts
-that a check hands over: it returns an `Explanation` where the statement in its docstring holds, else None. `proof` has
-how much of a difference may remain. A hypothesis predicts what each rank holds under a mistake; `first_confirmed` tests
+`TESTS` is the table of tests by kind of tensor. A test is a function of a `Suspect`, the tensors and typed facts that a
+check hands over: it returns an `Explanation` where the statement in its docstring holds, else None. `proof` has how
+much of a difference may remain. A hypothesis predicts what each rank holds under a mistake; `first_confirmed` tests
 such predictions.
 """
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from tpcheck.core.causes import Explanation, first_explanation
+from tpcheck.numerics.evidence import Kind, Suspect
+from tpcheck.numerics.hypotheses import gradients, layout, optimizer, reductions, values, vocabulary, weights
+from tpcheck.numerics.hypotheses.proof import Test, first_confirmed
+
+
+def explain(suspect: Suspect) -> Explanation | None:
+    """Return the first cause whose test holds, or None where none does."""
+    return first_explanation(suspect, applicable(suspect))
+
+
+def applicable(suspect: Suspect) -> tuple[Test, ...]:
+    """Return the tests for a suspect, in order."""
+    return (values.not_finite,) if suspect.kind in _COMPUTED and values.loses_numbers(suspect) else TESTS[suspect.kind]
+
+
+_COMPUTED: Collection[Kind] = ("activation", "input_gradient", "gradient", "update")  # weights are compared by bits
+
+TESTS: Mapping[Kind, tuple[Test, ...]] = {
+    "group": (layout.another_group,),
+    "sharding": (layout.not_sharded, layout.shard_missing, layout.remainder_lost),
+    "weight": (weights.full_weight, weights.each_rank),
+    "activation": (
+        layout.fused_blocks_interleaved,
+        reductions.terms_of_output,
+        reductions.times_tp,
+        reductions.over_tp,
+        first_confirmed(reductions.linear_hypotheses, vocabulary.embedding_hypotheses, vocabulary.loss_hypotheses),
+        reductions.times_tp_on_some,
+        reductions.over_tp_on_some,
+        layout.heads_moved,
+        layout.shards_moved,
+        values.all_zero,
+        values.dtype_rounded,
+        reductions.times_dp,
+        reductions.issued_over_another_group,
+    ),
+    "input_gradient": (
+        gradients.vanished,
+        reductions.terms_of_input_gradient,
+        reductions.where_module_computed_it(reductions.times_tp),
+        reductions.where_module_computed_it(reductions.over_tp),
+        reductions.where_module_computed_it(reductions.times_tp_on_some),
+        reductions.where_module_computed_it(reductions.over_tp_on_some),
+        first_confirmed(reductions.linear_hypotheses),
+        gradients.multiple,
+        values.dtype_rounded,
+    ),
+    "gradient": (
+        gradients.missing,
+        reductions.terms_of_parameter_gradient,
+        reductions.where_replicas_are_averaged(reductions.times_dp),
+        reductions.where_replicas_are_averaged(reductions.over_dp),
+        gradients.multiple,
+        first_confirmed(
+            gradients.untied_hypotheses, reductions.averaging_hypotheses, gradients.another_parameters_hypotheses
+        ),
+        layout.shards_moved,
+        values.dtype_rounded,
+    ),
+    "norm": (optimizer.norm_is_local, optimizer.norm_counts_replicas),
+    "update": (
+        first_confirmed(optimizer.step_hypotheses),
+        values.dtype_rounded,
+        optimizer.clipped_by_local_norm,
+        optimizer.clipped_by_norm_of_replicas,
+        optimizer.replicas_drift_in_step,
+    ),
+    "replica": (reductions.terms_of_replicas, optimizer.replicas_drift),
+}

@@ -66,6 +66,13 @@ def same_shapes(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
     return [part.shape for part in actual] == [part.shape for part in expected]
 
 
+def paired_parts(suspect: Suspect) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return each rank's part and the expected one, by tp_rank; nothing where their shapes are not the same."""
+    if not same_shapes(suspect.actual_parts, suspect.expected_parts):
+        return []
+    return list(zip(suspect.actual_parts, suspect.expected_parts, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
     """What each rank would hold under a mistake.

@@ -15,8 +15,8 @@ from tpcheck.numerics.hypotheses.proof import (
     Test,
     explanation_if_equal,
     largest_residual,
+    paired_parts,
     relative,
-    same_shapes,
 )
 from tpcheck.numerics.tolerance import MOST_RANKS_OF_GROUPS
 
@@ -83,34 +83,32 @@ def _wrong_features(terms: Sequence[torch.Tensor], expected: torch.Tensor, limit
 
 def times_tp(suspect: Suspect) -> Explanation | None:
     """Every rank's part is the expected one times the number of TP ranks."""
-    return _scaled(Cause.DUPLICATE_REDUCE, _tp(suspect), suspect.actual_parts, suspect.expected_parts, suspect)
+    return _scaled(Cause.DUPLICATE_REDUCE, _tp(suspect), suspect)
 
 
 def over_tp(suspect: Suspect) -> Explanation | None:
     """Every rank's part is the expected one over the number of TP ranks."""
-    return _scaled(Cause.MEAN_INSTEAD_OF_SUM, 1 / _tp(suspect), suspect.actual_parts, suspect.expected_parts, suspect)
+    return _scaled(Cause.MEAN_INSTEAD_OF_SUM, 1 / _tp(suspect), suspect)
 
 
 def times_tp_on_some(suspect: Suspect) -> Explanation | None:
     """As `times_tp`, of a full tensor that every rank should hold and some have right."""
-    return _scaled(Cause.DUPLICATE_REDUCE, _tp(suspect), *_wrong_replicas(suspect), suspect)
+    return _scaled(Cause.DUPLICATE_REDUCE, _tp(suspect), suspect, _wrong_replicas(suspect))
 
 
 def over_tp_on_some(suspect: Suspect) -> Explanation | None:
     """As `over_tp`, of a full tensor that every rank should hold and some have right."""
-    return _scaled(Cause.MEAN_INSTEAD_OF_SUM, 1 / _tp(suspect), *_wrong_replicas(suspect), suspect)
+    return _scaled(Cause.MEAN_INSTEAD_OF_SUM, 1 / _tp(suspect), suspect, _wrong_replicas(suspect))
 
 
 def times_dp(suspect: Suspect) -> Explanation | None:
     """Every rank's part is the expected one times the number of DP replicas."""
-    factor = suspect.num_replicas
-    return _scaled(Cause.SUM_INSTEAD_OF_MEAN, factor, suspect.actual_parts, suspect.expected_parts, suspect)
+    return _scaled(Cause.SUM_INSTEAD_OF_MEAN, suspect.num_replicas, suspect)
 
 
 def over_dp(suspect: Suspect) -> Explanation | None:
     """Every rank's part is the expected one over the number of DP replicas."""
-    factor = 1 / suspect.num_replicas
-    return _scaled(Cause.MEAN_INSTEAD_OF_SUM, factor, suspect.actual_parts, suspect.expected_parts, suspect)
+    return _scaled(Cause.MEAN_INSTEAD_OF_SUM, 1 / suspect.num_replicas, suspect)
 
 
 def _tp(suspect: Suspect) -> int:
@@ -122,17 +120,14 @@ Parts = Sequence[torch.Tensor]
 
 def _wrong_replicas(suspect: Suspect) -> tuple[Parts, Parts]:
     """Return the parts of the ranks that are wrong, and the expected ones; nothing where the ranks hold shards."""
-    if not suspect.is_replicated or not same_shapes(suspect.actual_parts, suspect.expected_parts):
-        return (), ()
-    limit = largest_residual(suspect)
-    pairs = zip(suspect.actual_parts, suspect.expected_parts, strict=True)
+    limit, pairs = largest_residual(suspect), paired_parts(suspect) if suspect.is_replicated else []
     wrong = [(part, expected) for part, expected in pairs if not frobenius_distance(part, expected) <= limit]
     return [part for part, _ in wrong], [expected for _, expected in wrong]
 
 
-def _scaled(
-    cause: Cause, factor: float, actual_parts: Parts, expected_parts: Parts, suspect: Suspect
-) -> Explanation | None:
+def _scaled(cause: Cause, factor: float, suspect: Suspect, of: tuple[Parts, Parts] | None = None) -> Explanation | None:
+    """Return the cause if the parts, all ranks' unless `of` has some, are the expected ones times a factor."""
+    actual_parts, expected_parts = of or (suspect.actual_parts, suspect.expected_parts)
     if factor == 1 or not expected_parts:
         return None
     actual, expected = (

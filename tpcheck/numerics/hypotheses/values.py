@@ -9,7 +9,7 @@ import torch
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.numerics.differences import frobenius, frobenius_distance
 from tpcheck.numerics.evidence import Suspect
-from tpcheck.numerics.hypotheses.proof import largest_residual, observed_distance, same_shapes
+from tpcheck.numerics.hypotheses.proof import largest_residual, observed_distance, paired_parts
 from tpcheck.numerics.tolerance import LEAST_ELEMENTS, LOWER_DTYPE_ROUNDINGS, RESIDUAL_EXACT
 
 _LOWER = (torch.bfloat16, torch.float16, torch.float32)  # the coarsest first
@@ -20,7 +20,7 @@ def loses_numbers(suspect: Suspect) -> bool:
 
     Such elements make every distance infinite, so that no comparison with one proves a cause.
     """
-    return any(bool((~part.isfinite() & expected.isfinite()).any()) for part, expected in _pairs(suspect))
+    return any(bool((~part.isfinite() & expected.isfinite()).any()) for part, expected in paired_parts(suspect))
 
 
 def not_finite(suspect: Suspect) -> Explanation | None:
@@ -39,15 +39,9 @@ def _wrong_elements(suspect: Suspect) -> torch.Tensor:
     """Return the elements, over all ranks, that are off by more than is allowed for the full tensor."""
     wrong = [
         part[~((part.double() - expected.double()).abs() <= suspect.allowed_error)].reshape(-1)
-        for part, expected in _pairs(suspect)
+        for part, expected in paired_parts(suspect)
     ]
     return torch.cat(wrong) if wrong else torch.empty(0)
-
-
-def _pairs(suspect: Suspect) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    if not same_shapes(suspect.actual_parts, suspect.expected_parts):
-        return []
-    return list(zip(suspect.actual_parts, suspect.expected_parts, strict=True))
 
 
 def dtype_rounded(suspect: Suspect) -> Explanation | None:
@@ -56,7 +50,7 @@ def dtype_rounded(suspect: Suspect) -> Explanation | None:
     The expected ones are not: values that are exact in any dtype (zeros, ones) prove nothing.
     """
     limit = max(suspect.allowed_error, RESIDUAL_EXACT * largest_residual(suspect))
-    wrong = [(part, expected) for part, expected in _pairs(suspect) if frobenius_distance(part, expected) > limit]
+    wrong = [(part, expected) for part, expected in paired_parts(suspect) if frobenius_distance(part, expected) > limit]
     if not wrong or any(part.numel() < LEAST_ELEMENTS or not part.is_floating_point() for part, _ in wrong):
         return None
     own_eps = torch.finfo(wrong[0][0].dtype).eps

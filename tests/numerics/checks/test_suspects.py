@@ -1,11 +1,11 @@
-"""Parameters are compared through their layouts; the reasons are given for those that cannot be."""
+"""Every parameter is compared or says why not."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from tests.numerics.evidence import BIAS, DOWN, NORM, UP, right_evidence
-from tpcheck.numerics.checks.parameters import compare_parameters
+from tpcheck.numerics.checks.suspects import compare_parameters
 
 RIGHT = right_evidence()
 
