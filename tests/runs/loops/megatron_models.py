@@ -60,9 +60,6 @@ class Megatron(Training):
     def tokens(self, step: int) -> torch.Tensor:
         return super().tokens(step) % VOCABULARY
 
-    def divisor(self, step: int) -> float:
-        return float(self.accumulate)
-
     def loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         return self.wrapped(tokens, positions, None, labels=labels).mean()  # type: ignore[no-any-return]
