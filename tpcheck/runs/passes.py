@@ -295,9 +295,9 @@ class ModuleHooks:
         if not (tensor.requires_grad and torch.is_grad_enabled()):
             return False
 
-        def hook(gradient: torch.Tensor) -> None:
+        def hook(gradient: torch.Tensor | None) -> None:
             owner.has_backward = True
-            if owner in self._live():
+            if gradient is not None and owner in self._live():  # compiled code sends none where nothing comes back
                 owner.add(key, gradient.detach(), is_full=self._is_full)
 
         tensor.register_hook(eager(hook))  # type: ignore[no-untyped-call]
