@@ -39,7 +39,15 @@ def groups_agree(run: Run) -> Answer:
         ranks = [rank for of_axis, rank in wrong if of_axis == axis]
         listed = {str(rank): list(run.ranks[rank].tp_group) for rank in ranks} if axis == "tp" else {}
         where = {"phase": "start", "field": f"{axis} group", "ranks": ranks}
-        findings.append(exact_finding(GROUPS, where, len(ranks), "group", evidence={"groups": listed}))
+        findings.append(
+            exact_finding(
+                GROUPS,
+                where,
+                len(ranks),
+                ("rank", "names another group", "name other groups"),
+                evidence={"groups": listed},
+            )
+        )
     return Answer(GROUPS, -1, margins, tuple(findings))
 
 
@@ -63,7 +71,7 @@ def batches_agree(run: Run, step: AlignedStep) -> Answer:
         first = next(iter(leaves.values()))
         names = {name for named in leaves.values() for name, _ in {*named} ^ {*first}}
         where = {"step": step.number, "field": ", ".join(sorted(names)), "ranks": sorted(deviating)}
-        findings.append(exact_finding(BATCHES, where, len(names), "input"))
+        findings.append(exact_finding(BATCHES, where, len(names), ("input", "differs", "differ")))
     return Answer(BATCHES, step.number, margins, tuple(findings[:1]))
 
 
@@ -122,7 +130,7 @@ def replicas_agree(
         "count_differing": len(order),
         "also": [{"kind": key[0], "name": key[1]} for key in order if key[1] != first[1]],
     }
-    finding = exact_finding(REPLICAS, where, len(order), "tensor", cause, evidence)
+    finding = exact_finding(REPLICAS, where, len(order), ("tensor", "differs", "differ"), cause, evidence)
     return Answer(REPLICAS, step, margins, (finding,), drifted if expected is None else {})
 
 
@@ -163,11 +171,7 @@ def steps_were_taken(
         before: Weights of the actual run before it.
     """
     run = comparer.actual
-    idle = [
-        rank
-        for rank in run.members
-        if rank in actual and not actual[rank].has_update and not actual[rank].is_skipped and actual[rank].passes
-    ]
+    idle = [rank for rank in run.members if rank in actual and not actual[rank].has_update and actual[rank].passes]
     other_ranks_step = any(step.has_update for step in actual.values())
     expected_steps = bool(expected) and all(step.has_update for step in expected.values())
     is_same_batch = expected_steps and any(
@@ -185,10 +189,11 @@ def steps_were_taken(
         "calls_without_step": {str(rank): len(actual[rank].passes) for rank in idle},
         "steps_taken": {str(rank): run.ranks[rank].num_steps for rank in run.members},
     }
-    explanation = Explanation(
-        Cause.STALE_WEIGHT, evidence={"note": "no optimizer step followed these calls of the model on these ranks"}
-    )
-    finding = exact_finding(UPDATES, where, len(idle), "rank", explanation, evidence)
+    skipped = [rank for rank in idle if actual[rank].is_skipped]
+    note = "no optimizer step followed these calls of the model on these ranks"
+    note += f"; their gradients were dropped on ranks {', '.join(map(str, skipped))}" if skipped else ""
+    explanation = Explanation(Cause.STALE_WEIGHT, evidence={"note": note})
+    finding = exact_finding(UPDATES, where, len(idle), ("rank", "took no step", "took no step"), explanation, evidence)
     return Answer(UPDATES, number, margins, (finding,))
 
 
@@ -210,19 +215,27 @@ def _trained(comparer: Comparer, actual: Mapping[int, StepRecord], expected: Map
     return list(names)
 
 
-def weights_moved(comparer: Comparer, step: int, tables: BeforeAndAfter) -> Answer:
-    """Did every weight that the expected run's step moved move on every rank?"""
+def weights_moved(step: int, tables: BeforeAndAfter, actual: Table) -> Answer:
+    """Did every weight that the expected run's step moved move on every rank?
+
+    Args:
+        actual: The actual run's gradients: a shard without any, such as rows of tokens that no sample has, stays.
+    """
     unmoved: dict[str, list[int]] = {}
     margins = {}
-    for key, records in tables.actual_after.items():
-        before, after_e, before_e = (
-            table.get(key) for table in (tables.actual_before, tables.expected_after, tables.expected_before)
-        )
-        if key[0] != "weight" or not (before and after_e and before_e) or not _is_moved(before_e, after_e):
+    for key, after_e in tables.expected_after.items():
+        before, before_e = tables.actual_before.get(key), tables.expected_before.get(key)
+        if key[0] != "weight" or not (before and before_e) or not _is_moved(before_e, after_e):
+            continue
+        records = tables.actual_after.get(key)
+        if records is None:  # weights that no optimizer has are not recorded again
+            margins[f"{label_of(key)} moves"] = 0.0
+            unmoved[key[1]] = sorted(before)
             continue
         margins[f"{label_of(key)} moves"] = 0.0
         idle = [rank for rank, record in records.items() if rank in before and before[rank].digest == record.digest]
-        if idle and not _is_sharded_elsewhere(records, idle):
+        idle = [rank for rank in idle if _has_gradient(actual.get(("gradient", key[1], "", 0), {}), records, rank)]
+        if idle:
             unmoved[key[1]] = idle
     if not unmoved:
         return Answer(UPDATES, step, margins)
@@ -230,7 +243,9 @@ def weights_moved(comparer: Comparer, step: int, tables: BeforeAndAfter) -> Answ
     ranks = sorted({rank for unmoved_on in unmoved.values() for rank in unmoved_on})
     where = {"phase": "update", "step": step, "parameter": first, "ranks": ranks}
     evidence = {"also": [name for name in unmoved if name != first], "first_of": len(unmoved)}
-    finding = exact_finding(UPDATES, where, len(unmoved), "parameter", stale(len(unmoved)), evidence)
+    finding = exact_finding(
+        UPDATES, where, len(unmoved), ("parameter", "did not move", "did not move"), stale(len(unmoved)), evidence
+    )
     return Answer(UPDATES, step, margins, (finding,))
 
 
@@ -244,11 +259,16 @@ def _is_moved(before: Mapping[int, TensorRecord], after: Mapping[int, TensorReco
     return True
 
 
-def _is_sharded_elsewhere(records: Mapping[int, TensorRecord], idle: Sequence[int]) -> bool:
-    """Return whether the ranks' shards may be rows that no sample reached: some shards of a tensor stay, some move."""
-    pieces = {rank: record.readings[0].piece if record.readings else "" for rank, record in records.items()}
-    moved = {pieces[rank] for rank in records if rank not in idle}
-    return not any(pieces[rank] in moved for rank in idle) and bool(moved) and len(set(pieces.values())) > 1
+def _has_gradient(gradients: Mapping[int, TensorRecord], weights: Mapping[int, TensorRecord], rank: int) -> bool:
+    """Return whether a rank's part of a weight has a gradient other than zero, as its own or a replica's shows."""
+    pieces = {rank: record.readings[0].piece for rank, record in weights.items() if record.readings}
+    known = [
+        reading.sketch.sum_squares > 0
+        for other, record in gradients.items()
+        for reading in record.readings[:1]
+        if other == rank or pieces.get(other) == pieces.get(rank)
+    ]
+    return any(known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +335,14 @@ def options_finding(step: int, differing: Mapping[str, Mapping[str, Any]]) -> Fi
     first, *others = differing
     where = {"phase": "update", "step": step, "parameter": first}
     evidence = {**options_as_evidence(differing), "also": others, "first_of": len(differing)}
-    return exact_finding(UPDATES, where, len(differing), "parameter", Explanation(Cause.OPTIONS_DIFFER), evidence)
+    return exact_finding(
+        UPDATES,
+        where,
+        len(differing),
+        ("parameter", "has other options", "have other options"),
+        Explanation(Cause.OPTIONS_DIFFER),
+        evidence,
+    )
 
 
 # ---- bits of two runs alike

@@ -111,12 +111,17 @@ def exact_finding(
     check: str,
     where: Mapping[str, Any],
     count: float,
-    counted: str,
+    counted: tuple[str, str, str],
     explanation: Explanation | None = None,
     evidence: Mapping[str, Any] | None = None,
 ) -> Finding:
-    """Return the finding of an exact check: so many things, called `counted`, are wrong."""
-    return Finding(check, where, float(count), 0.0, **explained(explanation, {"counted": counted, **(evidence or {})}))
+    """Return the finding of an exact check: so many things are wrong.
+
+    Args:
+        counted: What is counted and what is wrong with one and with several: `("rank", "differs", "differ")`.
+    """
+    shown = {"counted": list(counted), **(evidence or {})}
+    return Finding(check, where, float(count), 0.0, **explained(explanation, shown))
 
 
 def explained(explanation: Explanation | None, evidence: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +158,7 @@ def where_in_tensor(comparison: Comparison) -> dict[str, Any]:
         0
     ]
     shape = comparison.expected.shape
-    if comparison.is_of_norms or not shape or worst.sketch.numel < TILES:
+    if comparison.is_of_norms or len(shape) < 2 or worst.sketch.numel < TILES:
         return {}
     energy = (worst.sketch - comparison.expected.sketch).tile_norms() ** 2
     whole = float(energy.sum())
@@ -161,7 +166,7 @@ def where_in_tensor(comparison: Comparison) -> dict[str, Any]:
         return {}
     found = {}
     keyed = shape[0] == -1
-    sizes = {"rows": 0 if keyed or len(shape) < 2 else prod(shape[:-1]), "columns": shape[-1]}
+    sizes = {"rows": 0 if keyed else prod(shape[:-1]), "columns": shape[-1]}
     for axis, (name, size) in enumerate(sizes.items()):
         if size < TILES:
             continue

@@ -164,8 +164,7 @@ class TorchView:
         return not any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
     def supports_replays(self) -> str:
-        is_fsdp = any(hasattr(module, "_get_fsdp_state") for module in self._module.modules())
-        return "FSDP2 gathers parameters only inside its own hooks" if is_fsdp else ""
+        return ""
 
     def told_norm(self) -> float | None:
         return None
