@@ -34,5 +34,7 @@ for micro_batches in (1, 2, 3):
         if "q_norm" in name or "k_norm" in name:
             off[name] = float((parameter.grad - expected[name]).norm() / expected[name].norm())
     if dist.get_rank() == 0:
-        print(f"{micro_batches} micro-batches: " + ", ".join(f"{name} off by {error:.0%}" for name, error in off.items()))
+        print(
+            f"{micro_batches} micro-batches: " + ", ".join(f"{name} off by {error:.0%}" for name, error in off.items())
+        )
 dist.destroy_process_group()

@@ -368,10 +368,8 @@ class Replays:
             if kind == "state":
                 self.drift[(kind, name, state, call)] = (move,)
                 continue
-            keys = [
-                ("weight", name, "", 0),
-                *[("master", name, "", 0) for part in states if (part.kind, part.name) == ("master", name)],
-            ]
+            keys: list[Key] = [("weight", name, "", 0)]
+            keys += [("master", name, "", 0) for part in states if (part.kind, part.name) == ("master", name)]
             for key in keys:
                 total = self.drift.get(key, (0.0,))[0] + move
                 self.drift[key] = (total,)

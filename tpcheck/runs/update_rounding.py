@@ -117,7 +117,7 @@ def noise(tensor: torch.Tensor, norm: float, generator: torch.Generator, *, like
     """Return uniform noise of about this Frobenius norm.
 
     Args:
-        like_nonzero: None where the tensor is zero by its structure: in rows of zeros, and where many elements are zero.
+        like_nonzero: None where the tensor is zero by its structure: in rows of zeros, and where many elements are 0.
     """
     uniform = torch.rand(tensor.shape, dtype=torch.float64, device=tensor.device, generator=generator) * 2 - 1
     number = tensor.numel()
