@@ -177,7 +177,7 @@ class Cause(Enum):
     BIAS_ADDED_PER_RANK = (
         "bias_added_per_rank",
         "adding the bias more than once reproduces the actual tensor{residual}",
-        "numerics.hypotheses.reductions",
+        "numerics.hypotheses.reductions runs.sketch_causes",
     )
 
     REDUCED_AFTER_ACCUMULATION = (

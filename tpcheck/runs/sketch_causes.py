@@ -12,7 +12,13 @@ import torch
 
 from tpcheck.core.causes import Cause, Explanation, first_explanation
 from tpcheck.numerics.sketch import Sketch, distance
-from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, LEAST_MULTIPLES, RESIDUAL_EXACT, RESIDUAL_NOISY
+from tpcheck.numerics.tolerance import (
+    FITTED_RELATIVE_ERROR,
+    LEAST_MULTIPLES,
+    RESIDUAL_EXACT,
+    RESIDUAL_NOISY,
+    SPREAD_OF_ONE_ROW,
+)
 from tpcheck.runs.comparisons import Comparison, relative
 from tpcheck.runs.wholes import Whole, total
 
@@ -43,6 +49,8 @@ class Suspect:
         num_passes: Micro-batches of the actual run.
         is_first: No tensor of the phase comes before it: what is wrong came from outside the model.
         micro_batches: Of the parameter whose gradient this is.
+        ones: A column of ones with the rows of this output, which tells tensors that are the same in every row.
+        bias_norm: Norm of the bias of the module whose output this is; 0 where it has none.
     """
 
     comparison: Comparison
@@ -51,6 +59,8 @@ class Suspect:
     num_passes: int = 1
     is_first: bool = False
     micro_batches: MicroBatches = MicroBatches()
+    ones: Sketch | None = None
+    bias_norm: float = 0.0
 
 
 Test = Callable[[Suspect], Explanation | None]
@@ -143,6 +153,48 @@ def _times(cause: Cause, suspect: Suspect, factor: float, over: str) -> Explanat
 def terms_over_tp(suspect: Suspect) -> Explanation | None:
     """The TP ranks hold terms whose sum is the expected output."""
     return _terms(Cause.MISSING_REDUCE, suspect)
+
+
+def summed_with_bias(suspect: Suspect) -> Explanation | None:
+    """The output of a module with a bias, y = x W + b, was summed over TP ranks in a wrong way, before b or with it.
+
+    Each mistake leaves a known multiple of b in every row of a combination of the actual and the expected output.
+    """
+    comparison, tp = suspect.comparison, suspect.tp
+    actual, expected = comparison.actual, comparison.expected.sketch
+    if suspect.ones is None or not suspect.bias_norm or tp < 2 or largest_residual(comparison) < 0:
+        return None
+    if not actual.is_replicated_over_tp:
+        return None
+    summed, first = actual.sum_over_tp(), actual.sketch
+    is_same_on_all = actual.is_bitwise_replicated
+    hypotheses = (
+        (Cause.MISSING_REDUCE, not is_same_on_all, summed - expected, tp - 1.0),  # sum over ranks of x W + b
+        (Cause.BIAS_ADDED_PER_RANK, is_same_on_all, first - expected, tp - 1.0),  # x W + tp b
+        (Cause.DUPLICATE_REDUCE, is_same_on_all, expected.scaled(tp) - first, tp - 1.0),  # tp x W + b
+        (Cause.MEAN_INSTEAD_OF_SUM, is_same_on_all, first.scaled(tp) - expected, tp - 1.0),  # x W / tp + b
+    )
+    for cause, applies, left, number in hypotheses:
+        norm = norm_of_equal_rows(left, suspect.ones, RESIDUAL_EXACT * left.norm) if applies else None
+        if norm is not None and abs(norm / (number * suspect.bias_norm) - 1) <= SPREAD_OF_ONE_ROW:
+            return Explanation(cause, evidence={"note": "what is left is the same in every row, as a bias is"})
+    return None
+
+
+def norm_of_equal_rows(sketch: Sketch, ones: Sketch, limit: float) -> float | None:
+    """Return the norm of a row of a tensor whose rows are all the same; None where they are not.
+
+    For each set of signs, the tiles of such a tensor are those of a column of ones times those of the row.
+    """
+    column = ones.tiles.sum(dim=2)  # the one column is in one tile
+    sizes = column.square().sum(dim=1)
+    if not bool((sizes > 0).all()):
+        return None
+    row = torch.einsum("si,sij->sj", column, sketch.tiles) / sizes[:, None]
+    left = sketch.tiles - column[:, :, None] * row[:, None, :]
+    if sqrt(float(left.square().sum(dim=(1, 2)).mean())) > limit:
+        return None
+    return sqrt(float(row.square().sum(dim=1).mean()))
 
 
 def partial_on_replica(suspect: Suspect) -> Explanation | None:
@@ -534,7 +586,15 @@ def is_rounded_from(master: Sketch, weight: Sketch, tolerance: float) -> float |
 _OVER_RANKS: tuple[Test, ...] = (reduced_too_often, averaged_over_tp)
 
 TESTS: Mapping[str, tuple[Test, ...]] = {
-    "output": (not_finite, terms_over_tp, *_OVER_RANKS, shard_of_one_rank_on_all, shards_in_another_order, all_zero),
+    "output": (
+        not_finite,
+        summed_with_bias,
+        terms_over_tp,
+        *_OVER_RANKS,
+        shard_of_one_rank_on_all,
+        shards_in_another_order,
+        all_zero,
+    ),
     "output_gradient": (
         not_finite,
         terms_over_tp,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import hypot, sqrt
+from math import hypot, prod, sqrt
 from typing import Any
+
+import torch
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.findings import Finding
-from tpcheck.numerics.sketch import Sketch
+from tpcheck.numerics.sketch import GlobalIndex, Sketch, row_keys, sketch
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, LOCAL_FACTOR, LOW_PRECISION, SAFETY_FACTOR, TYPICAL_NOISE
 from tpcheck.runs.alignment import AlignedStep, Run
 from tpcheck.runs.comparisons import Comparer, Comparison, Table, margin
@@ -44,7 +46,7 @@ from tpcheck.runs.sketch_causes import (
     sees_one_shard,
     share_of,
 )
-from tpcheck.runs.wholes import epsilon, parts_of, total
+from tpcheck.runs.wholes import epsilon, parts_of, reading_of, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +98,42 @@ class StepContext:
 
     def suspect(self, comparison: Comparison, *, is_first: bool = False) -> Suspect:
         """Return a wrong tensor with what the tests of causes need to know."""
-        kept = self._micro_batches(comparison)
-        return Suspect(comparison, self.run.tp, self.run.dp, self.num_passes, is_first, kept)
+        return Suspect(
+            comparison,
+            self.run.tp,
+            self.run.dp,
+            self.num_passes,
+            is_first,
+            self._micro_batches(comparison),
+            self._ones(comparison),
+            self._bias_norm(comparison),
+        )
+
+    def _ones(self, comparison: Comparison) -> Sketch | None:
+        """Return a column of ones with the rows of an output; None where its rows are not those of all samples."""
+        shape, shared = comparison.expected.shape, self.step.shared
+        if comparison.kind != "output" or -1 not in shape or shared is None or not shared.is_whole_step:
+            return None
+        steps, run = self.step.expected, self.comparer.expected
+        names = [name for group in run.replicas for call in steps[group[0]].passes for name in call.samples]
+        names = list(dict.fromkeys(names))
+        width = prod(size for size in shape if size != -1)
+        num_rows = comparison.expected.sketch.numel // (width * shared.expected_copies)
+        try:
+            samples = torch.tensor([_signed(int(name, 16)) for name in names], dtype=torch.int64)
+        except ValueError:
+            return None
+        if not names or num_rows % len(names):
+            return None
+        rows = row_keys(samples, num_rows // len(names))
+        return sketch(torch.ones(num_rows, 1, dtype=torch.float64), GlobalIndex.whole((1,)), rows=rows)
+
+    def _bias_norm(self, comparison: Comparison) -> float:
+        records = self.around.expected_before.get(("weight", f"{comparison.name}.bias", "", 0), {})
+        squares = {
+            reading.piece: reading.sketch.sum_squares for record in records.values() for reading in record.readings[:1]
+        }
+        return sqrt(sum(squares.values()))
 
     def _micro_batches(self, comparison: Comparison) -> MicroBatches:
         if comparison.kind != "gradient":
@@ -124,6 +160,11 @@ class StepContext:
     def _same_micro_batches(self) -> bool:
         """Return whether what the expected run accumulated is the whole of each micro-batch: it has no replicas."""
         return self.comparer.expected.dp == 1
+
+
+def _signed(word: int) -> int:
+    """Return a 64-bit word as a signed integer."""
+    return word - (1 << 64) if word >> 63 else word
 
 
 def loss_scales(step: AlignedStep) -> tuple[float, float]:
@@ -596,51 +637,50 @@ def _masters_were_stale(context: StepContext, comparison: Comparison) -> Explana
         for key, of_ranks in context.around.actual_before.items()
         if key[0] == "master" and key[1] == comparison.name
     }
-    return stale_masters(context.around.actual_before, comparison.name) if records else None
+    return stale_masters(context.around.actual_before, comparison.name, comparison.actual.label) if records else None
 
 
-def stale_masters(table: Table, name: str) -> Explanation | None:
-    """Return the cause where a parameter's weights are not its masters, rounded, on ranks that hold both."""
+def stale_masters(table: Table, name: str, label: str) -> Explanation | None:
+    """Return the cause where a parameter's weights, read as `label`, are not its masters, rounded."""
     masters = next((records for key, records in table.items() if key[:2] == ("master", name)), {})
     weights = table.get(("weight", name, "", 0), {})
-    for label in ("layout", "whole", "dim 0", "dim 1"):
-        sides = [
-            {
-                rank: record
-                for rank, record in records.items()
-                if any(reading.label == label for reading in record.readings)
-            }
-            for records in (masters, weights)
-        ]
-        if not all(sides):
-            continue
-        pieces = [{part.piece: part.sketch for part in parts_of(records, label).values()} for records in sides]
-        whole_master, whole_weight = (total(each.values()) for each in pieces)
-        if whole_master.numel != whole_weight.numel or not whole_master.sum_squares:
-            return None
-        eps = max(epsilon(next(iter(weights.values())).dtype), epsilon("float32"))
-        difference = is_rounded_from(whole_master, whole_weight, SAFETY_FACTOR * eps)
-        if difference is None:
-            return None
-        return Explanation(Cause.MASTERS_STALE, evidence={"masters_and_weights_differ_by": difference})
-    return None
+    sides = [
+        {rank: record for rank, record in records.items() if any(reading.label == label for reading in record.readings)}
+        for records in (masters, weights)
+    ]
+    if not all(sides):
+        return None
+    pieces = [{part.piece: part.sketch for part in parts_of(records, label).values()} for records in sides]
+    whole_master, whole_weight = (total(each.values()) for each in pieces)
+    if whole_master.numel != whole_weight.numel or not whole_master.sum_squares:
+        return None
+    eps = max(epsilon(next(iter(weights.values())).dtype), epsilon("float32"))
+    difference = is_rounded_from(whole_master, whole_weight, SAFETY_FACTOR * eps)
+    if difference is None:
+        return None
+    return Explanation(Cause.MASTERS_STALE, evidence={"masters_and_weights_differ_by": difference})
 
 
 def state_of_another_rank(context: StepContext, name: str) -> Explanation | None:
     """Ranks with different shards had the same optimizer state before the step, and not in the expected run."""
-    return repeated_state(context.around.actual_before, context.run, name)
+    label = context.comparer.readings.get(name, ("", ""))[0]
+    return repeated_state(context.around.actual_before, context.run, name, label)
 
 
-def repeated_state(table: Table, run: Run, name: str) -> Explanation | None:
-    """Return the cause where different shards of a TP group have states with the same bits, which are not zero."""
+def repeated_state(table: Table, run: Run, name: str, label: str) -> Explanation | None:
+    """Return the cause where different shards of a TP group have states with the same bits, which are not zero.
+
+    Args:
+        label: The reading under which the parameter is compared.
+    """
     for key, records in table.items():
         if key[0] != "state" or key[1] != name:
             continue
         for group in run.replicas:
             seen: dict[str, tuple[int, str]] = {}
-            for rank in (rank for rank in group if rank in records and records[rank].readings):
-                record, reading = records[rank], records[rank].readings[-1]
-                if record.readings[-1].sketch.numel < 2 or not reading.sketch.sum_squares:
+            for rank in (rank for rank in group if rank in records):
+                record, reading = records[rank], reading_of(records[rank], label)
+                if reading is None or reading.sketch.numel < 2 or not reading.sketch.sum_squares:
                     continue
                 first, piece = seen.setdefault(record.digest, (rank, reading.piece))
                 if piece != reading.piece:
@@ -683,7 +723,7 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
         if explanation is None and not gradients.findings:
             tests: tuple[Callable[[], Explanation | None], ...] = (
                 partial(state_of_another_rank, context, each.name),
-                partial(stale_masters, around.actual_after, each.name),
+                partial(stale_masters, around.actual_after, each.name, each.actual.label),
                 partial(_replicas_drifted, context, each),
             )
             explanation = next((found for test in tests if (found := test()) is not None), None)
