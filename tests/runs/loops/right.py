@@ -211,9 +211,9 @@ def deepspeed(
 
 
 DEEPSPEED = (
-    deepspeed("float64", TP2),
-    deepspeed("float64, two micro-batches", TP2, accumulate=2),
-    deepspeed("float64 over replicas", TP2_DP2),
+    deepspeed("float64", TP2, clip=0.0),
+    deepspeed("float64, two micro-batches", TP2, clip=0.0, accumulate=2),
+    deepspeed("float64 over replicas", TP2_DP2, clip=0.0),
     deepspeed("float64, ZeRO 1, two micro-batches, over replicas", TP2_DP2, zero=1, accumulate=2),
     deepspeed("float64, ZeRO 2, four micro-batches, over replicas", TP2_DP2, zero=2, accumulate=4),
     deepspeed("float64, ZeRO 3, two micro-batches, over replicas", TP2_DP2, zero=3, accumulate=2),
