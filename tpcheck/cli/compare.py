@@ -1,4 +1,4 @@
-"""`tpcheck checkpoint ACTUAL REFERENCE` and `tpcheck compare CANDIDATE.trace REFERENCE.trace`: files that runs left."""
+"""`tpcheck checkpoint ACTUAL REFERENCE` and `tpcheck compare ACTUAL.trace EXPECTED.trace`: files that runs left."""
 
 from __future__ import annotations
 
@@ -62,25 +62,55 @@ def checkpoint(
 
 
 def compare(
-    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE.trace", help="The trace of the sharded model.")],
-    reference: Annotated[str, typer.Argument(metavar="REFERENCE.trace", help="The trace of the unsharded model.")],
+    actual: Annotated[str, typer.Argument(metavar="ACTUAL.trace", help="The trace of the run that is judged.")],
+    expected: Annotated[str, typer.Argument(metavar="EXPECTED.trace", help="The trace that it should equal.")],
+    more_actual: Annotated[
+        list[str] | None,
+        typer.Option("--actual", metavar="FOLDER", help="ACTUAL's folder on another node; repeatable."),
+    ] = None,
+    more_expected: Annotated[
+        list[str] | None,
+        typer.Option("--expected", metavar="FOLDER", help="EXPECTED's folder on another node; repeatable."),
+    ] = None,
+    map_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            metavar="REGEX=REPLACEMENT",
+            help="Rename ACTUAL's modules and parameters, or name a ready map: hf-megatron; repeatable.",
+        ),
+    ] = None,
     json_: Json = None,
     junit: Junit = None,
     html: Html = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show every finding, and the checks that passed.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show every finding.")] = False,
 ) -> None:
-    """Compare two traces that `tpcheck.record` has written in your training loop.
+    """Find where two training runs first part, and whether that is rounding or a mistake.
+
+    Any two that `tpcheck.record` has written: tp 1 and tp 2, tp 2 and tp 8, two versions, two dtypes, two frameworks,
+    a run and itself. Record at least one of them with replays=2, which measures what rounding may do:
 
     \b
-    tpcheck compare candidate.trace reference.trace
+    with tpcheck.record(model, "tp2.trace", optimizer=optimizer, replays=2):
+        train()
 
-    Exit status: 0 they agree, 1 findings, 2 bad usage, a damaged trace, or nothing to compare.
+    \b
+    tpcheck compare tp2.trace tp1.trace
+    tpcheck compare tp2.trace tp1.trace --html runs.html
+    tpcheck compare node0.trace,node1.trace tp1.trace
+    tpcheck compare mine.trace theirs.trace --map '^net[.]=model.'
+    tpcheck compare megatron.trace llama.trace --map hf-megatron
+
+    Exit status: 0 they agree, 1 findings, 2 bad usage, a damaged trace, or nothing that can be decided.
     """
     with usage_errors():
         files = Files(writable("json", json_), writable("junit", junit), writable("html", html))
         from tpcheck.runs.comparing import compare_traces  # loads torch
+        from tpcheck.runs.names import parse_maps
 
-        report = compare_traces(candidate, reference)
+        report = compare_traces(
+            _folders(actual, more_actual), _folders(expected, more_expected), names=parse_maps(map_ or [])
+        )
     _end(report, files, verbose=verbose)
 
 
@@ -89,3 +119,9 @@ def _end(report: Report, files: Files, *, verbose: bool) -> NoReturn:
     is_written = write_report(report, files, verbose=verbose)
     status = {"passed": 0, "failed": 1}.get(report.verdict.verdict, BAD_USAGE)
     raise typer.Exit(status if is_written else BAD_USAGE)
+
+
+def _folders(path: str, more: list[str] | None) -> list[str]:
+    """Return the folders: a path that exists is one, even with a comma in its name."""
+    first = [path] if Path(path).exists() else [part for part in path.split(",") if part]
+    return [*first, *(more or [])]

@@ -14,6 +14,7 @@ from tpcheck.core.findings import Coverage, Finding, Verdict
 from tpcheck.report import checkpoints, words
 from tpcheck.report.findings import finding_lines, is_consequence, place
 from tpcheck.report.json_values import verdict_json
+from tpcheck.report.run_page import RunComparison
 from tpcheck.report.table import Cell, Column, Outcome, Row, Table, junit_xml, table_lines, tables_html
 from tpcheck.report.words import Line, as_rich, as_text, labelled, plain
 
@@ -46,6 +47,7 @@ class Report:
     """
 
     verdict: Verdict
+    picture: RunComparison | None = None  # of two recorded runs
 
     @property
     def passed(self) -> bool:

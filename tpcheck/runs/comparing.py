@@ -6,13 +6,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.findings import CheckResult, Coverage, Verdict
 from tpcheck.core.reproduce import compare_command
 from tpcheck.report.report import Report
-from tpcheck.report.run_page import RunComparison
 from tpcheck.runs.alignment import AlignedStep, Run, aligned_steps
 from tpcheck.runs.comparisons import Comparer, Comparison, Table, label_of
 from tpcheck.runs.exact_checks import (
@@ -32,9 +31,11 @@ from tpcheck.runs.exact_checks import (
 from tpcheck.runs.names import NameMap
 from tpcheck.runs.picture import PictureMaker
 from tpcheck.runs.run_findings import (
+    GRADIENTS,
     OUTPUTS,
     REPLICAS,
     STATES,
+    UPDATES,
     WEIGHTS,
     Answer,
     Measured,
@@ -53,14 +54,15 @@ from tpcheck.runs.step_checks import (
     states_match,
     updates_match,
 )
-from tpcheck.runs.trace import RankTrace
 from tpcheck.runs.wholes import epsilon
 
-Paths = str | Path | Sequence[str | Path]
+Paths: TypeAlias = str | Path | Sequence[str | Path]
+Names: TypeAlias = Mapping[str, str] | Sequence[str] | NameMap | None
 _MOST_ERRORS_LISTED = 8
+_CALIBRATED = (OUTPUTS, GRADIENTS, UPDATES, STATES)
 
 
-def compare_traces(actual: Paths, expected: Paths, *, names: Mapping[str, str] | Sequence[str] | None = None) -> Report:
+def compare_traces(actual: Paths, expected: Paths, *, names: Names = None) -> Report:
     """Compare the trace of one run with that of another: any topology, dtype, engine or version.
 
     Steps are paired by number, samples by content, modules and parameters by name. What rounding may do was measured
@@ -79,43 +81,31 @@ def compare_traces(actual: Paths, expected: Paths, *, names: Mapping[str, str] |
     Example:
         >>> tpcheck.compare_traces("tp2.trace", "tp1.trace").raise_if_failed()  # doctest: +SKIP
     """
-    report, _ = compare_traces_with_picture(actual, expected, names=names)
-    return report
-
-
-def compare_traces_with_picture(
-    actual: Paths, expected: Paths, *, names: Mapping[str, str] | Sequence[str] | NameMap | None = None
-) -> tuple[Report, RunComparison]:
-    """Compare two traces as `compare_traces` does, and return the picture beside the report."""
     from tpcheck.runs.trace_files import read_trace
 
     start = time.monotonic()
     actual_run = Run.of(_shown(actual), read_trace(actual, "actual"))
     expected_run = Run.of(_shown(expected), read_trace(expected, "expected"))
-    if not isinstance(names, NameMap):
-        is_mapping = isinstance(names, Mapping)
-        names = NameMap.of(names if is_mapping else None, () if is_mapping else names or ())  # type: ignore[arg-type]
-    verdict, picture = compare_runs(actual_run, expected_run, names)
-    return Report(replace(verdict, seconds=time.monotonic() - start)), picture
+    report = compare_runs(actual_run, expected_run, _name_map(names))
+    return replace(report, verdict=replace(report.verdict, seconds=time.monotonic() - start))
+
+
+def _name_map(names: Names) -> NameMap:
+    if isinstance(names, NameMap):
+        return names
+    return NameMap.of(names) if isinstance(names, Mapping) else NameMap.of(ready=names or ())
 
 
 def _shown(path: Paths) -> str:
     return str(path) if isinstance(path, (str, Path)) else ",".join(map(str, path))
 
 
-def compare_recordings(
-    actual: Sequence[RankTrace], expected: Sequence[RankTrace], names: NameMap | None = None
-) -> Report:
-    """Compare runs whose traces were read, or made by hand."""
-    return Report(compare_runs(Run.of("actual", actual), Run.of("expected", expected), names or NameMap())[0])
-
-
-def compare_runs(actual: Run, expected: Run, names: NameMap) -> tuple[Verdict, RunComparison]:
-    """Return the verdict, and the picture of all errors."""
-    comparison = _RunsComparison(actual, expected, Comparer(actual, expected, names))
+def compare_runs(actual: Run, expected: Run, names: NameMap | None = None) -> Report:
+    """Compare two runs whose traces were read; the report holds the picture of all errors."""
+    comparison = _RunsComparison(actual, expected, Comparer(actual, expected, names or NameMap()))
     comparison.compare_start()
     comparison.compare_steps()
-    return comparison.verdict(), comparison.picture.picture()
+    return Report(comparison.verdict(), comparison.picture.picture())
 
 
 @dataclass(slots=True)
@@ -231,6 +221,9 @@ class _RunsComparison:
     # ---- steps
 
     def compare_steps(self) -> None:
+        if not self.comparer.readings:
+            self._leave_out_steps(self._no_common_names())
+            return
         if any(answer.findings for answer in self.answers):
             self._leave_out_steps("the runs already differ before the first step, so later differences only follow")
             return
@@ -371,7 +364,7 @@ class _RunsComparison:
         worst = next(
             (each.relative for answer in answers for each in answer.comparisons if each.key[:2] == key[:2]), None
         )
-        check = OUTPUTS if key[0] == "output" else "gradients_match_reference"
+        check = OUTPUTS if key[0] == "output" else GRADIENTS
         error = {} if worst is None else {"relative_error": worst}
         finding = exact_finding(check, where, others, "tensor", explanation, error)
         return [
@@ -388,6 +381,16 @@ class _RunsComparison:
         for numbers, other in ((numbers_a - numbers_e, "expected"), (numbers_e - numbers_a, "actual")):
             for number in sorted(numbers):
                 self.not_compared[f"step {number}"] = f"the {other} run has no such step"
+
+    def _no_common_names(self) -> str:
+        names = [
+            next((record.name for record in run.first.initial if record.kind == "weight"), "none")
+            for run in (self.actual, self.expected)
+        ]
+        return (
+            f"no parameter has the same name in both runs (the first ones are {names[0]} and {names[1]}): give a "
+            "pattern with --map 'REGEX=REPLACEMENT', or names= of compare_traces"
+        )
 
     def _leave_out_steps(self, reason: str, after: int = -2) -> None:
         for number in self.expected.numbers:
@@ -412,8 +415,8 @@ class _RunsComparison:
             where["parameter"] = names[0]
         evidence = {"steps_taken": {str(rank): count for rank, count in taken.items()}, "also": names[1:]}
         explanation = Explanation(Cause.STALE_WEIGHT, evidence={"note": "these ranks took fewer steps than others"})
-        finding = exact_finding("updates_match_reference", where, len(fewer), "rank", explanation, evidence)
-        self._add([Answer("updates_match_reference", number, findings=(finding,))])
+        finding = exact_finding(UPDATES, where, len(fewer), "rank", explanation, evidence)
+        self._add([Answer(UPDATES, number, findings=(finding,))])
 
     # ---- the verdict
 
@@ -446,7 +449,7 @@ class _RunsComparison:
         num_compared = sum(len(answer.margins) for answer in self.answers)
         messages = list(self.notes)
         name: Any = "failed" if findings else "passed"
-        num_tensors = sum(1 for answer in self.answers if answer.step >= 0 for _ in answer.margins)
+        num_tensors = sum(len(answer.margins) for answer in self.answers if answer.check in _CALIBRATED)
         if num_unmeasured:
             reason = "no replay measured what rounding does to it"
             not_compared[f"{num_unmeasured} tensors"] = reason
@@ -454,8 +457,8 @@ class _RunsComparison:
             name = "failed" if findings else "skipped"
         elif not findings and not num_tensors:
             name = "skipped"
-            reasons = list(dict.fromkeys(not_compared.values()))
-            messages.append("; ".join(reasons[:3]) or "the runs have no step in common")
+            reasons = list(dict.fromkeys(self.not_compared.values())) or list(dict.fromkeys(not_compared.values()))
+            messages.append("\n".join(reasons[:3]) or "the runs have no step in common")
         coverage = Coverage(
             num_compared, num_compared + len(not_compared) - (1 if num_unmeasured else 0) + num_unmeasured, not_compared
         )

@@ -210,8 +210,12 @@ def _trained(comparer: Comparer, actual: Mapping[int, StepRecord], expected: Map
     return list(names)
 
 
-def weights_moved(comparer: Comparer, step: int, tables: BeforeAndAfter) -> Answer:
-    """Did every weight that the expected run's step moved move on every rank?"""
+def weights_moved(step: int, tables: BeforeAndAfter, actual: Table) -> Answer:
+    """Did every weight that the expected run's step moved move on every rank?
+
+    Args:
+        actual: The actual run's gradients: a shard without any, such as rows of tokens that no sample has, stays.
+    """
     unmoved: dict[str, list[int]] = {}
     margins = {}
     for key, records in tables.actual_after.items():
@@ -222,7 +226,8 @@ def weights_moved(comparer: Comparer, step: int, tables: BeforeAndAfter) -> Answ
             continue
         margins[f"{label_of(key)} moves"] = 0.0
         idle = [rank for rank, record in records.items() if rank in before and before[rank].digest == record.digest]
-        if idle and not _is_sharded_elsewhere(records, idle):
+        idle = [rank for rank in idle if _has_gradient(actual.get(("gradient", key[1], "", 0), {}), records, rank)]
+        if idle:
             unmoved[key[1]] = idle
     if not unmoved:
         return Answer(UPDATES, step, margins)
@@ -244,11 +249,16 @@ def _is_moved(before: Mapping[int, TensorRecord], after: Mapping[int, TensorReco
     return True
 
 
-def _is_sharded_elsewhere(records: Mapping[int, TensorRecord], idle: Sequence[int]) -> bool:
-    """Return whether the ranks' shards may be rows that no sample reached: some shards of a tensor stay, some move."""
-    pieces = {rank: record.readings[0].piece if record.readings else "" for rank, record in records.items()}
-    moved = {pieces[rank] for rank in records if rank not in idle}
-    return not any(pieces[rank] in moved for rank in idle) and bool(moved) and len(set(pieces.values())) > 1
+def _has_gradient(gradients: Mapping[int, TensorRecord], weights: Mapping[int, TensorRecord], rank: int) -> bool:
+    """Return whether a rank's part of a weight has a gradient other than zero, as its own or a replica's shows."""
+    pieces = {rank: record.readings[0].piece for rank, record in weights.items() if record.readings}
+    known = [
+        reading.sketch.sum_squares > 0
+        for other, record in gradients.items()
+        for reading in record.readings[:1]
+        if other == rank or pieces.get(other) == pieces.get(rank)
+    ]
+    return any(known)
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,7 +153,7 @@ def where_in_tensor(comparison: Comparison) -> dict[str, Any]:
         0
     ]
     shape = comparison.expected.shape
-    if comparison.is_of_norms or not shape or worst.sketch.numel < TILES:
+    if comparison.is_of_norms or len(shape) < 2 or worst.sketch.numel < TILES:
         return {}
     energy = (worst.sketch - comparison.expected.sketch).tile_norms() ** 2
     whole = float(energy.sum())
@@ -161,7 +161,7 @@ def where_in_tensor(comparison: Comparison) -> dict[str, Any]:
         return {}
     found = {}
     keyed = shape[0] == -1
-    sizes = {"rows": 0 if keyed or len(shape) < 2 else prod(shape[:-1]), "columns": shape[-1]}
+    sizes = {"rows": 0 if keyed else prod(shape[:-1]), "columns": shape[-1]}
     for axis, (name, size) in enumerate(sizes.items()):
         if size < TILES:
             continue

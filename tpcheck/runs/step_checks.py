@@ -469,7 +469,7 @@ def updates_match(context: StepContext, gradients: Answer) -> Answer:
     differing = differing_options(comparer, context.step)
     if not all(step.has_update for step in (*context.step.actual.values(), *context.step.expected.values())):
         return Answer(UPDATES, number, not_compared={"weights": "no optimizer step followed these calls"})
-    moved = weights_moved(comparer, number, context.around)
+    moved = weights_moved(number, context.around, context.actual)
     comparisons = comparer.stored(
         context.around.actual_after, context.around.expected_after, ("weight", "buffer"), scale=context.scale
     )
@@ -514,7 +514,7 @@ def _explain_update(
     context: StepContext, comparison: Comparison, differing: Mapping[str, Mapping[str, Any]], gradients_agree: bool
 ) -> tuple[Explanation | None, dict[str, Any]]:
     """Return the cause of a wrong weight, and what its move is beside the expected one."""
-    evidence: dict[str, Any] = {"inputs_agree": None}
+    evidence: dict[str, Any] = {}
     ratio = _update_ratio(context, comparison)
     if ratio is not None:
         evidence["update_ratio"] = float(f"{ratio:.6g}")

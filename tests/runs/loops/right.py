@@ -1,0 +1,181 @@
+"""Right training loops: `tpcheck compare` must pass each of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.runs.loops import huggingface
+from tests.runs.loops import right_by_hand as by_hand
+from tests.runs.loops.engines import DeepSpeed
+from tests.runs.loops.hand_written import Training
+from tests.runs.loops.huggingface import CausalTraining, DTensorTp, TransformersTp
+from tests.runs.loops.loop import Loop, Side, TrainingLike
+from tests.runs.loops.megatron_models import Megatron
+from tpcheck import Topology
+
+ALONE, TP2, TP4, DP2, TP2_DP2 = Topology(), Topology(tp=2), Topology(tp=4), Topology(dp=2), Topology(tp=2, dp=2)
+
+
+def right(
+    name: str,
+    training: type[TrainingLike],
+    topology: Topology = TP2,
+    *,
+    expected: type[TrainingLike] | None = None,
+    expected_topology: Topology = ALONE,
+    expected_options: dict[str, Any] | None = None,
+    replays: int = 2,
+    agreement: float | None = 1e-12,
+    xfail: str | None = None,
+    **options: Any,
+) -> Loop:
+    """Return a row: the same training on one process is what is expected, unless something else is given."""
+    record = (("replays", replays),)
+    other = {**options, **(expected_options or {})}
+    return Loop(
+        name,
+        Side(training, topology, tuple(options.items()), record),
+        Side(expected or training, expected_topology, tuple(other.items()), record),
+        agreement=agreement,
+        xfail=xfail,
+    )
+
+
+adamw: dict[str, Any] = {"optimizer": "AdamW", "optimizer_options": (("lr", 1e-2),)}
+momentum: dict[str, Any] = {"optimizer_options": (("lr", 0.1), ("momentum", 0.9), ("weight_decay", 0.01))}
+
+BY_HAND = (
+    right("SGD", Training),
+    right("momentum and weight decay", Training, steps=3, **momentum),
+    right("four micro-batches against one", Training, accumulate=4, expected_options={"accumulate": 1}),
+    right("four micro-batches on both sides", Training, accumulate=4),
+    right("AdamW for 15 steps", Training, steps=15, agreement=1e-9, **adamw),
+    right("SGD with a rate of 0.5 for 40 steps", Training, steps=40, optimizer_options=(("lr", 0.5),), agreement=1e-9),
+    right("AdamW in float32", Training, steps=3, dtype=torch.float32, agreement=1e-3, **adamw),
+    right("parameter groups", by_hand.ParameterGroups, steps=3, agreement=1e-9),
+    right("several optimizers with schedules", by_hand.SeveralOptimizers, steps=3, agreement=1e-9),
+    right("Adagrad with a schedule", Training, steps=3, optimizer="Adagrad", is_scheduled=True, agreement=1e-9),
+    right("clipping", Training, clip=0.01, accumulate=2, steps=3),
+    right("clipping with AdamW over replicas", Training, TP2_DP2, clip=0.01, accumulate=2, agreement=1e-9, **adamw),
+    right("GradScaler", by_hand.WithGradScaler, steps=3, dtype=torch.float32, agreement=1e-5, clip=0.01),
+    right("GradScaler against none", by_hand.WithGradScaler, expected=Training, dtype=torch.float32, agreement=1e-5),
+    right("GradScaler that skips a step", by_hand.WithGradScalerAndOverflow, dtype=torch.float32, agreement=1e-5),
+    right("loss scale", Training, loss_scale=1024.0),
+    right("loss scale against none", Training, loss_scale=1024.0, expected_options={"loss_scale": 1.0}),
+    right("autocast to bfloat16", by_hand.Autocast, steps=3, agreement=None),
+    right(
+        "autocast to bfloat16 against float32", by_hand.Autocast, expected=Training, dtype=torch.float32, agreement=None
+    ),
+    right("bfloat16", Training, dtype=torch.bfloat16, steps=3, agreement=None),
+    right("evaluation and generation in between", by_hand.Evaluated, accumulate=2),
+    right("evaluation on one side", by_hand.Evaluated, expected=Training, accumulate=2, steps=3),
+    right("steps left out", by_hand.SkipsSteps),
+    right("frozen and unused parameters", by_hand.FrozenAndUnused, **momentum),
+    right("pairs of calls with one loss", by_hand.Pairs, accumulate=2),
+    right("shared submodules", Training, passes=2, accumulate=2),
+    right("reentrant checkpointing", Training, checkpointing="reentrant"),
+    right("checkpointing that is not reentrant", Training, checkpointing="non_reentrant"),
+    right(
+        "checkpointing against none", Training, checkpointing="non_reentrant", expected_options={"checkpointing": ""}
+    ),
+    right("compiled layers", Training, compiled=True),
+    right("compiled layers against eager ones", Training, compiled=True, expected_options={"compiled": False}),
+    right("dropout by the same generators", Training, dropout=0.2, steps=3),
+    right("column-parallel layers in a ModuleDict", by_hand.InModuleDict),
+    right("vocabulary-parallel loss", Training, vocabulary_parallel=True, masked=True),
+    right("labels that are ignored, over micro-batches", Training, masked=True, accumulate=4),
+    right("labels that are ignored, over replicas", Training, TP2_DP2, masked=True, accumulate=2),
+    right("sequence parallelism, three steps of AdamW", Training, sequence=True, steps=3, agreement=1e-9, **adamw),
+    right("sequence parallelism, accumulation", Training, TP2, sequence=True, accumulate=4, clip=0.01),
+    right("sequence parallelism, gradients summed after one micro-batch", by_hand.HooksAfterAccumulation),
+    right("sequence parallelism, gradients summed before the step", by_hand.SumsBeforeTheStep, accumulate=2),
+    right("sequence parallelism over replicas", Training, TP2_DP2, sequence=True, accumulate=2, **momentum),
+    right("tensor and data parallelism", Training, TP2_DP2, accumulate=2),
+    right("DistributedDataParallel", by_hand.ByDdp, DP2, **momentum),
+    right("DistributedDataParallel, no_sync", by_hand.ByDdp, DP2, accumulate=4, **momentum),
+    right("DistributedDataParallel over tensor parallelism", by_hand.ByDdp, TP2_DP2, accumulate=2),
+    right("two replicas against one", Training, DP2, expected_options={"accumulate": 2}),
+    right("other order of samples", by_hand.OtherOrderOfSamples, expected=Training),
+    right("recording that begins later", by_hand.FirstStepsUnrecorded, steps=3, agreement=1e-9, **adamw),
+    right("four shards", Training, TP4, accumulate=2),
+    right("two shards against four", Training, TP2, expected_topology=TP4),
+    right("four shards against two, sequence parallelism", Training, TP4, expected_topology=TP2, sequence=True),
+    right(
+        "two shards against the same two", Training, TP2, expected_topology=TP2, replays=0, agreement=0.0, **momentum
+    ),
+    right("replicas of shards against shards", Training, TP2_DP2, expected_topology=TP2, accumulate=2),
+    right("nn.Sequential without ranks", by_hand.SequentialModel, ALONE, replays=0, agreement=0.0),
+)
+
+TRANSFORMERS = (
+    right("transformers' TP: llama, SGD", TransformersTp),
+    right("transformers' TP: llama, momentum, clipping, accumulation", TransformersTp, accumulate=2, clip=0.1, **momentum),
+    right("transformers' TP: llama with tied embeddings", TransformersTp, tied=True),
+    right("transformers' TP: llama in float32, AdamW", TransformersTp, dtype=torch.float32, agreement=1e-3, **adamw),
+    right("transformers' TP: qwen3, SGD", TransformersTp, family="qwen3"),
+    right("transformers' TP: qwen3 in float32, AdamW", TransformersTp, family="qwen3", dtype=torch.float32, agreement=1e-3, **adamw),
+    right("transformers' TP: qwen3, gradients reduced at once, two micro-batches", huggingface.HeadNormsReducedAtOnce, accumulate=2),
+    right("transformers' TP: generation in between", huggingface.Generating, accumulate=2),
+    right("transformers' TP: compiled layers", TransformersTp, compiled=True),
+    right("transformers' TP: sdpa against eager", TransformersTp, dtype=torch.float32, agreement=1e-5, attention="sdpa", expected_options={"attention": "eager"}),
+    right("transformers' TP: autocast", huggingface.TransformersTpAutocast, dtype=torch.float32, agreement=None),
+    right("transformers' TP: bfloat16", TransformersTp, dtype=torch.bfloat16, agreement=None),
+    right("transformers' TP: four shards against two", TransformersTp, TP4, expected_topology=TP2, family="qwen3", kv_heads=4),
+    right("transformers' TP over FSDP2", TransformersTp, TP2_DP2, accumulate=2),
+    right("PEFT adapters over transformers' TP", huggingface.Adapters, **momentum),
+    right("PEFT adapters on one process against itself", huggingface.Adapters, ALONE, replays=0, agreement=0.0),
+)
+
+TORCH = (
+    right("DTensor plan: llama", DTensorTp),
+    right("DTensor plan: sequence parallelism", huggingface.DTensorSequence, accumulate=2),
+    right("FSDP2", DTensorTp, DP2, accumulate=2, **momentum),
+    right("FSDP2 over a DTensor plan, each replica its half", DTensorTp, TP2_DP2, accumulate=2, **momentum),
+    right("FSDP2 over a DTensor plan, each replica the whole batch", huggingface.WholeBatchOnEachReplica, TP2_DP2),
+    right("accelerate over replicas", huggingface.WithAccelerate, DP2, accumulate=2, clip=0.1),
+)
+
+
+def deepspeed(
+    name: str, topology: Topology, dtype: torch.dtype = torch.float64, clip: float = 1.0, **options: Any
+) -> Loop:
+    """Return a row of an engine: in float32 against a plain loop, else against an engine of one process.
+
+    In float64 DeepSpeed reduces gradients in float32 and keeps float32 masters, so a plain loop differs by 1e-8.
+    """
+    record = (("replays", 2),)
+    common = {**options, **adamw, "dtype": dtype, "clip": clip}
+    plain = {key: value for key, value in common.items() if key != "zero"}
+    expected = Side(DeepSpeed, ALONE, tuple(common.items()), record)
+    if dtype is torch.float32:
+        expected = Side(CausalTraining, ALONE, tuple(plain.items()), record)
+    agreement = {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype)
+    return Loop(
+        f"DeepSpeed: {name}", Side(DeepSpeed, topology, tuple(common.items()), record), expected, agreement=agreement
+    )
+
+
+DEEPSPEED = (
+    deepspeed("float64", TP2),
+    deepspeed("float64, two micro-batches", TP2, accumulate=2),
+    deepspeed("float64 over replicas", TP2_DP2),
+    deepspeed("float64, ZeRO 1, two micro-batches, over replicas", TP2_DP2, zero=1, accumulate=2),
+    deepspeed("float64, ZeRO 2, four micro-batches, over replicas", TP2_DP2, zero=2, accumulate=4),
+    deepspeed("float64, ZeRO 3, two micro-batches, over replicas", TP2_DP2, zero=3, accumulate=2),
+    deepspeed("float64, ZeRO 3", TP2, zero=3),
+    deepspeed("float32, ZeRO 1", TP2, torch.float32, zero=1),
+    deepspeed("float32, ZeRO 3 over replicas", TP2_DP2, torch.float32, zero=3, accumulate=2),
+    deepspeed("bfloat16, ZeRO 1", TP2, torch.bfloat16, zero=1),
+    deepspeed("bfloat16, ZeRO 2, two micro-batches, over replicas", TP2_DP2, torch.bfloat16, zero=2, accumulate=2),
+    deepspeed("bfloat16, ZeRO 3 over replicas", TP2_DP2, torch.bfloat16, zero=3),
+)
+
+MEGATRON = (
+    right("Megatron", Megatron, dtype=torch.float32, agreement=1e-5, **momentum),
+    right("Megatron, sequence parallelism", Megatron, dtype=torch.float32, agreement=1e-5, sequence=True),
+    right("Megatron, sequence parallelism over replicas, accumulation, AdamW", Megatron, TP2_DP2, sequence=True, accumulate=2, dtype=torch.float32, agreement=1e-3, **adamw),
+)
+
+LOOPS = (*BY_HAND, *TRANSFORMERS, *TORCH, *DEEPSPEED, *MEGATRON)
