@@ -251,6 +251,7 @@ class Training:
     compiled = False
     reverse_samples = False
     seed = 0
+    model_seed = 0
 
     def __init__(self, run: Run, **options: Any) -> None:
         self.run = run
@@ -275,7 +276,7 @@ class Training:
     # -- before the loop
 
     def build(self) -> nn.Module:
-        model = build_model(self.dtype, blocks=self.blocks, dropout=self.dropout, seed=self.seed)
+        model = build_model(self.dtype, blocks=self.blocks, dropout=self.dropout, seed=self.model_seed)
         model.passes, model.checkpointing = self.passes, self.checkpointing
         if self.run.tp > 1:
             self.shard(model)

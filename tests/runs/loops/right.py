@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.runs.loops import huggingface
+from tests.runs.loops import faults, huggingface
 from tests.runs.loops import right_by_hand as by_hand
 from tests.runs.loops.engines import DeepSpeed
 from tests.runs.loops.hand_written import Training
@@ -111,18 +111,55 @@ BY_HAND = (
 
 TRANSFORMERS = (
     right("transformers' TP: llama, SGD", TransformersTp),
-    right("transformers' TP: llama, momentum, clipping, accumulation", TransformersTp, accumulate=2, clip=0.1, **momentum),
+    right(
+        "transformers' TP: llama, momentum, clipping, accumulation", TransformersTp, accumulate=2, clip=0.1, **momentum
+    ),
     right("transformers' TP: llama with tied embeddings", TransformersTp, tied=True),
     right("transformers' TP: llama in float32, AdamW", TransformersTp, dtype=torch.float32, agreement=1e-3, **adamw),
     right("transformers' TP: qwen3, SGD", TransformersTp, family="qwen3"),
-    right("transformers' TP: qwen3 in float32, AdamW", TransformersTp, family="qwen3", dtype=torch.float32, agreement=1e-3, **adamw),
-    right("transformers' TP: qwen3, gradients reduced at once, two micro-batches", huggingface.HeadNormsReducedAtOnce, accumulate=2),
+    right(
+        "transformers' TP: qwen3 in float32, AdamW",
+        TransformersTp,
+        family="qwen3",
+        dtype=torch.float32,
+        agreement=1e-3,
+        **adamw,
+    ),
+    right(
+        "transformers' TP: qwen3, gradients reduced at once, two micro-batches",
+        huggingface.HeadNormsReducedAtOnce,
+        accumulate=2,
+    ),
     right("transformers' TP: generation in between", huggingface.Generating, accumulate=2),
     right("transformers' TP: compiled layers", TransformersTp, compiled=True),
-    right("transformers' TP: sdpa against eager", TransformersTp, dtype=torch.float32, agreement=1e-5, attention="sdpa", expected_options={"attention": "eager"}),
+    right(
+        "transformers' TP: sdpa against eager",
+        TransformersTp,
+        dtype=torch.float32,
+        agreement=1e-5,
+        attention="sdpa",
+        expected_options={"attention": "eager"},
+    ),
     right("transformers' TP: autocast", huggingface.TransformersTpAutocast, dtype=torch.float32, agreement=None),
     right("transformers' TP: bfloat16", TransformersTp, dtype=torch.bfloat16, agreement=None),
-    right("transformers' TP: four shards against two", TransformersTp, TP4, expected_topology=TP2, family="qwen3", kv_heads=4),
+    right(
+        "transformers' TP: four shards against two",
+        TransformersTp,
+        TP4,
+        expected_topology=TP2,
+        family="qwen3",
+        kv_heads=4,
+    ),
+    *(
+        right(
+            f"transformers' TP: 12 layers in bfloat16, seed {seed}",
+            faults.NoProjectionOff,
+            model_seed=seed,
+            seed=seed,
+            agreement=None,
+        )
+        for seed in range(3)
+    ),
     right("transformers' TP over FSDP2", TransformersTp, TP2_DP2, accumulate=2),
     right("PEFT adapters over transformers' TP", huggingface.Adapters, **momentum),
     right("PEFT adapters on one process against itself", huggingface.Adapters, ALONE, replays=0, agreement=0.0),
@@ -175,7 +212,16 @@ DEEPSPEED = (
 MEGATRON = (
     right("Megatron", Megatron, dtype=torch.float32, agreement=1e-5, **momentum),
     right("Megatron, sequence parallelism", Megatron, dtype=torch.float32, agreement=1e-5, sequence=True),
-    right("Megatron, sequence parallelism over replicas, accumulation, AdamW", Megatron, TP2_DP2, sequence=True, accumulate=2, dtype=torch.float32, agreement=1e-3, **adamw),
+    right(
+        "Megatron, sequence parallelism over replicas, accumulation, AdamW",
+        Megatron,
+        TP2_DP2,
+        sequence=True,
+        accumulate=2,
+        dtype=torch.float32,
+        agreement=1e-3,
+        **adamw,
+    ),
 )
 
 LOOPS = (*BY_HAND, *TRANSFORMERS, *TORCH, *DEEPSPEED, *MEGATRON)

@@ -215,7 +215,7 @@ class SequentialModel(Training):
     accumulate = 2
 
     def build(self) -> nn.Module:
-        torch.manual_seed(self.seed)
+        torch.manual_seed(self.model_seed)
         return nn.Sequential(
             nn.Embedding(32, 16), nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 32)
         ).to(self.dtype)

@@ -1,0 +1,74 @@
+"""Runs loops on real ranks, records them, and compares the traces; worlds and expected traces serve many loops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tpcheck
+from tests.runs.loops.loop import Loop, Side, Weights, disagreement, train
+from tpcheck import Report, Topology, World
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What came of a loop.
+
+    Attributes:
+        report: Of its trace against the expected one.
+        difference: Of the weights at the end, without tpcheck.
+    """
+
+    report: Report
+    difference: float
+
+
+@dataclass
+class LoopRunner:
+    """Keeps a world for each topology, and the trace of each expected side."""
+
+    folder: Path
+    stack: ExitStack
+    worlds: dict[Topology, World] = field(default_factory=dict)
+    expected: dict[Side, tuple[Path, Sequence[Weights]]] = field(default_factory=dict)
+
+    def compare(self, loop: Loop) -> Compared:
+        if loop.expected not in self.expected:
+            path = self.folder / f"expected-{len(self.expected)}.trace"
+            self.expected[loop.expected] = path, self.run(loop.expected, path)
+        expected_path, expected_weights = self.expected[loop.expected]
+        actual_path = self.folder / "actual.trace"
+        actual_weights = self.run(loop.actual, actual_path)
+        difference = disagreement(actual_weights, expected_weights, loop)
+        return Compared(tpcheck.compare_traces(actual_path, expected_path), difference)
+
+    def run(self, side: Side, path: Path | None) -> Sequence[Weights]:
+        if side.topology not in self.worlds:
+            self.worlds[side.topology] = self.stack.enter_context(tpcheck.spawn(side.topology, timeout=120))
+        weights: Sequence[Weights] = self.worlds[side.topology].run(train, side, path)
+        return weights
+
+
+@contextmanager
+def loop_runner(folder: Path) -> Iterator[LoopRunner]:
+    with ExitStack() as stack:
+        yield LoopRunner(folder, stack)
+
+
+def as_parameters(loops: Sequence[Loop]) -> list[Any]:
+    """Return the parameter of a test for each loop, named after it; it must fail where the row says so."""
+    names = [loop.name for loop in loops]
+    assert len(set(names)) == len(names), "two loops of one name"
+    return [
+        pytest.param(
+            loop,
+            id=loop.name,
+            marks=[pytest.mark.xfail(reason=loop.xfail, strict=True)] if loop.xfail is not None else [],
+        )
+        for loop in loops
+    ]
