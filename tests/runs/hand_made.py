@@ -239,7 +239,9 @@ class _Maker:
         part = {"state": "exp_avg"}.get(kind, "loss" if name == "" else part)
         values = whole
         if options.rounding and step >= 0:
-            generator = torch.Generator().manual_seed(xxhash.xxh32_intdigest(f"{step} {kind} {name}".encode()) + options.seed)
+            generator = torch.Generator().manual_seed(
+                xxhash.xxh32_intdigest(f"{step} {kind} {name}".encode()) + options.seed
+            )
             noise = torch.rand(whole.shape, generator=generator, dtype=torch.float64) * 2 - 1
             eps = torch.finfo(options.dtype).eps
             values = (whole.double() * (1 + options.rounding * eps * noise)).to(options.dtype)

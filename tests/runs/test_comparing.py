@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from tests.runs.hand_made import run
 
+from tests.runs.hand_made import run
 from tpcheck.report.report import Report
 from tpcheck.runs.comparing import compare_recordings
 

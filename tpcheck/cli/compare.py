@@ -114,14 +114,14 @@ def compare(
     _end(report, files, verbose=verbose)
 
 
+def _folders(path: str, more: list[str] | None) -> list[str]:
+    """Return the folders: a path that exists is one, even with a comma in its name."""
+    first = [path] if Path(path).exists() else [part for part in path.split(",") if part]
+    return [*first, *(more or [])]
+
+
 def _end(report: Report, files: Files, *, verbose: bool) -> NoReturn:
     """Write the report, and exit: 0 passed, 1 findings, 2 nothing compared or not written."""
     is_written = write_report(report, files, verbose=verbose)
     status = {"passed": 0, "failed": 1}.get(report.verdict.verdict, BAD_USAGE)
     raise typer.Exit(status if is_written else BAD_USAGE)
-
-
-def _folders(path: str, more: list[str] | None) -> list[str]:
-    """Return the folders: a path that exists is one, even with a comma in its name."""
-    first = [path] if Path(path).exists() else [part for part in path.split(",") if part]
-    return [*first, *(more or [])]

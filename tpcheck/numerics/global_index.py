@@ -120,16 +120,16 @@ def _canonical(index: GlobalIndex) -> tuple[Any, ...]:
     start, stop = index.present
     if index.positions is None and (stop - start == prod(index.local_shape) or start == stop):
         chosen: list[torch.Tensor | None] = [
-            indices if indices is None else indices.cpu().unique() for indices in index.indices
+            indices if indices is None else torch.unique(indices.cpu()) for indices in index.indices
         ]
         return _canonical_product(index.shape, chosen, is_empty=start == stop)
     if index.positions is None and index.local_shape == index.shape and all(part is None for part in index.indices):
         return ("range", start, stop)
-    positions = index.positions_of(start, stop).unique()  # type: ignore[no-untyped-call]
+    positions = torch.unique(index.positions_of(start, stop))
     positions = positions[positions != PADDING]
     if not len(positions):
         return ("range", 0, 0)
-    by_dim = [part.unique() for part in torch.unravel_index(positions, index.shape)]
+    by_dim = [torch.unique(part) for part in torch.unravel_index(positions, index.shape)]
     if prod(map(len, by_dim)) == len(positions):
         return _canonical_product(index.shape, list(by_dim), is_empty=False)
     first, last = int(positions[0]), int(positions[-1])

@@ -14,14 +14,15 @@ cov(|A'r|^2, |B'r|^2) <= 2 |AA'| |BB'| <= 2 e_A e_B, likewise for columns; for o
 most 9 e_A^2, its variance 8 e_A^2 = (4 + 2 + 2) e_A^2; tiles that share no band are independent. So:
 
 - rank one, spread evenly over the tiles (the worst of what is spread): standard deviation 0.26 e, 13 % of the norm;
-- one tile alone of rank one: 1.41 e; dense differences without structure: 0.3 % of e;
-- one element: exact; one row or column: at most 0.18 e, if spread evenly along it; vectors: at most 0.05 e.
+- one tile alone of rank one: 1.41 e; dense differences without structure: 0.04 e, 2 % of the norm;
+- one element: exact; one row or column, spread evenly along it: 0.18 e; a vector, spread evenly: 0.04 e.
 
 The signs of a product have heavier tails than independent ones; raise SIGN_SETS where a verdict hangs on one tile.
 
-What it costs: one pass. 2048 x 4096 on one core: 5 ms in float32, where a sum takes 0.7 and a 4096 x 4096 linear layer
-of that input 920. Products and sums are float64 (on a device, float32 for bfloat16 and float16), so that the sketch of
-a float32 tensor is exact to 1e-15 of its norm. Nothing is random and no order varies: the same tensor, the same sketch.
+What it costs: one pass. 2048 x 4096 on one core: 7 ms in float32 and in bfloat16, where a sum takes 0.7 and a linear
+layer of that input, 4096 x 4096, takes 650 in float32. Products and sums are float64 (on a device, float32 for bfloat16
+and float16), so that the sketch of a float32 tensor is exact to 1e-15 of its norm. Nothing is random and no order
+varies: the same tensor, the same sketch.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from math import prod
 from typing import Any
 
 import torch
+import xxhash
 
 from tpcheck.core.digests import odd_keys, splitmix
 from tpcheck.core.errors import UsageError
@@ -66,6 +68,7 @@ _BLOCK, _DEVICE_BLOCK = 1 << 18, 1 << 24
 _CHUNK = 1 << 16  # elements whose signs are hashed one by one: bounds what is kept for a vector to 5 MiB
 # Thin products of fewer rows than this cost more to start than to compute (measured: 4 to 16 are alike).
 _SHORT_RUN = 8
+_SMALL = 1 << 16  # elements: below, one product over all rows costs less than sixteen (measured: 0.15 against 0.3 ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +176,7 @@ def start_sketch(
         UsageError: The tensor does not have the shape that the index or the rows say.
 
     Example:
+        >>> from tpcheck.core.placement import Shard
         >>> whole = torch.arange(12.0).reshape(4, 3)
         >>> top, bottom = (GlobalIndex.shard((4, 3), Shard(0), 2, rank) for rank in range(2))
         >>> distance(sketch(whole[:2], top) + sketch(whole[2:], bottom), sketch(whole))
@@ -190,7 +194,7 @@ def start_sketch(
         if rows is not None:
             _add_keyed_rows(sums, values, index, rows)
         else:
-            index = index or _whole(tuple(values.shape))
+            index = _shared(index) if index is not None else _whole(tuple(values.shape))
             _require_shape(values, index)
             if index.positions is None and len(index.shape) > 1:
                 _add_matrix(sums, values, index)
@@ -374,9 +378,9 @@ def _add_keyed_rows(sums: _Sums, values: torch.Tensor, index: GlobalIndex | None
         depth = values.dim() - len(index.local_shape)
     if depth is None or depth < 0 or prod(values.shape[:depth]) != len(rows.keys):
         raise UsageError("rows", f"{len(rows.keys)} keys", f"one for each row of a tensor of shape {_text(values)}")
-    index = index or _whole(tuple(values.shape[depth:]) or (1,))
+    index = _shared(index) if index is not None else _whole(tuple(values.shape[depth:]) or (1,))
     width = prod(index.local_shape)
-    if index.fragment is not None or width * len(rows.keys) != values.numel():
+    if index.fragment is not None or _num_padding(index) or width * len(rows.keys) != values.numel():
         raise UsageError("index", index.local_shape, f"the dims beyond the rows of a tensor of shape {_text(values)}")
     if not values.numel():
         return
@@ -391,7 +395,7 @@ def _add_block(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) -
     tiles = sums.tiles
     if 1 <= matrix.stride(0) < matrix.stride(1):
         matrix, rows, columns, tiles = matrix.T, columns, rows, tiles.transpose(1, 2)
-    if is_host(sums.device) and rows.has_long_runs:
+    if is_host(sums.device) and rows.has_long_runs and matrix.numel() > _SMALL:
         tiles += _rows_first(sums, matrix, rows, columns)
     else:
         tiles += _columns_first(sums, matrix, rows, columns)
@@ -506,7 +510,7 @@ def _axes(index: GlobalIndex, sums: _Sums) -> tuple[_Axis, _Axis]:
     if kept not in index.derived:
         leading = GlobalIndex(index.shape[:-1], index.indices[:-1])
         numbers = leading.positions_of(0, prod(leading.local_shape))
-        rows = _axis(numbers, prod(index.shape[:-1]), _ROWS, sums.device)
+        rows = _axis(_Numbers(numbers), prod(index.shape[:-1]), _ROWS, sums.device)
         index.derived[kept] = (rows, _flat_columns(GlobalIndex(index.shape[-1:], index.indices[-1:]), sums))
     axes: tuple[_Axis, _Axis] = index.derived[kept]
     return axes
@@ -516,12 +520,28 @@ def _flat_columns(index: GlobalIndex, sums: _Sums) -> _Axis:
     kept = ("columns", sums.device)
     if kept not in index.derived:
         numbers = index.positions_of(0, prod(index.local_shape))
-        index.derived[kept] = _axis(numbers, prod(index.shape), _COLUMNS, sums.device)
+        index.derived[kept] = _axis(_Numbers(numbers), prod(index.shape), _COLUMNS, sums.device)
     axis: _Axis = index.derived[kept]
     return axis
 
 
-def _axis(numbers: torch.Tensor, size: int, stream: int, device: torch.device) -> _Axis:
+class _Numbers:
+    """Numbers of rows or columns, as a key: layers have the same ones, and share what is hashed from them."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self.numbers = numbers
+        self.digest = xxhash.xxh3_128_digest(numbers.numpy().data)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Numbers) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+@lru_cache(maxsize=256)
+def _axis(key: _Numbers, size: int, stream: int, device: torch.device) -> _Axis:
+    numbers = key.numbers
     tiles = numbers * TILES // max(size, 1)
     return _Axis(_signs(numbers + stream, torch.float64).to(device), tiles.to(device), _runs(tiles))
 
@@ -550,6 +570,12 @@ def _tile_of_run(tiles: tuple[int, ...], device: torch.device) -> torch.Tensor:
 @lru_cache(maxsize=1024)  # shapes of a model's tensors
 def _whole(shape: tuple[int, ...]) -> GlobalIndex:
     return GlobalIndex.whole(shape)
+
+
+def _shared(index: GlobalIndex) -> GlobalIndex:
+    """Return one index for all whole tensors of a shape, so that what is derived from it is kept once."""
+    is_whole = index.fragment is None and index.positions is None and all(part is None for part in index.indices)
+    return _whole(index.shape) if is_whole else index
 
 
 def _as_real(index: GlobalIndex) -> GlobalIndex:

@@ -25,7 +25,7 @@ _COUNTED_BY_DEFAULT = ("element", "differs", "differ")
 # Evidence that the lines below phrase; other evidence is shown by key.
 _PHRASED = {
     *("largest", "largest_at", "replays", "dtype", "first_of", "inputs_agree", "isolated", "cause_error", "also"),
-    *("note", "follows_from", "advice"),
+    *("note", "follows_from", "advice", "counted"),
     *("collectives", "collectives_expected", "collectives_as_in"),
     *("shape_actual", "shape_expected", "count_differing", "count_total", "norm_actual", "norm_expected"),
     *("differs", "by_rank", "missing_on", "values", "first_sample", "samples_differing", "samples_total"),
@@ -122,7 +122,7 @@ def _amount(finding: Finding) -> str:
         return f"{norms}: relative error {words.error(finding.observed)}"
     if finding.allowed:
         return f"relative error {words.error(finding.observed)}"
-    noun, singular, plural = _COUNTED.get(finding.check, _COUNTED_BY_DEFAULT)
+    noun, singular, plural = evidence.get("counted") or _COUNTED.get(finding.check, _COUNTED_BY_DEFAULT)
     number, total = evidence.get("count_differing", finding.observed), evidence.get("count_total")
     counted = words.pluralize(number, noun) if total is None else f"{number:g} of {words.pluralize(total, noun)}"
     return f"{counted} {singular if number == 1 else plural}"

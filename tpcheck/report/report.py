@@ -27,6 +27,7 @@ _NAMES_SHOWN = 3
 STYLES = {"passed": "bold green", "failed": "bold red", "error": "bold magenta", "skipped": "bold yellow"}
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours of a backend's message, which an issue cannot show
 _MESSAGE_HEADS = {"error": "The system under test crashed. Its own message:", "skipped": "Nothing was run:"}
+_UNDECIDED_HEAD = "Nothing is claimed:"  # of what was compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,8 @@ def _head_line(verdict: Verdict) -> Line:
 
 def _message(verdict: Verdict) -> Iterator[Line]:
     yield Line()
-    yield plain(_MESSAGE_HEADS.get(verdict.verdict, "Note:"))
+    is_undecided = verdict.verdict == "skipped" and bool(verdict.checks)
+    yield plain(_UNDECIDED_HEAD if is_undecided else _MESSAGE_HEADS.get(verdict.verdict, "Note:"))
     for line in _ANSI.sub("", verdict.message or "").strip("\n").splitlines():
         yield plain(f"  {line}")
 

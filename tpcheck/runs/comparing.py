@@ -215,7 +215,17 @@ class _RunsComparison:
             ) or list(self.actual.members)
             where = {"phase": "start", "parameter": first, "ranks": ranks}
             evidence = {"also": others, "first_of": len(others) + 1}
-            findings.append(exact_finding(STATES, where, len(others) + 1, "parameter", explanations[0], evidence))
+            counted = ("parameter", "has a wrong state", "have a wrong state")
+            findings.append(
+                exact_finding(
+                    STATES,
+                    where,
+                    len(others) + 1,
+                    counted,
+                    explanations[0],
+                    evidence,
+                )
+            )
         return Answer(STATES, -1, margins, tuple(findings))
 
     # ---- steps
@@ -256,7 +266,10 @@ class _RunsComparison:
         if any(answer.findings for answer in self.answers):
             return f"step {number} already differs, so differences in later steps would only follow from it"
         self.last_number = number
-        self.before = (context.around.actual_after, context.around.expected_after)
+        self.before = (
+            {**context.around.actual_before, **context.around.actual_after},
+            {**context.around.expected_before, **context.around.expected_after},
+        )
         self.generators = (generator_states(step.actual)[-1:], generator_states(step.expected)[-1:])
         if not step.shared.is_whole_step and step.expected and any(each.has_update for each in step.actual.values()):
             return f"the parameters were trained on different samples in step {number}, and are different from there on"
@@ -366,7 +379,7 @@ class _RunsComparison:
         )
         check = OUTPUTS if key[0] == "output" else GRADIENTS
         error = {} if worst is None else {"relative_error": worst}
-        finding = exact_finding(check, where, others, "tensor", explanation, error)
+        finding = exact_finding(check, where, others, ("tensor", "differs", "differ"), explanation, error)
         return [
             replace(answer, findings=(finding,) if answer.check == check else ())
             if answer.check != REPLICAS
@@ -415,7 +428,9 @@ class _RunsComparison:
             where["parameter"] = names[0]
         evidence = {"steps_taken": {str(rank): count for rank, count in taken.items()}, "also": names[1:]}
         explanation = Explanation(Cause.STALE_WEIGHT, evidence={"note": "these ranks took fewer steps than others"})
-        finding = exact_finding(UPDATES, where, len(fewer), "rank", explanation, evidence)
+        finding = exact_finding(
+            UPDATES, where, len(fewer), ("rank", "took fewer steps", "took fewer steps"), explanation, evidence
+        )
         self._add([Answer(UPDATES, number, findings=(finding,))])
 
     # ---- the verdict

@@ -357,13 +357,18 @@ class Comparer:
         shared: SharedSamples,
         scales: tuple[float, float],
         scale: float,
+        num_calls: tuple[int, int],
     ) -> list[Comparison]:
         """Compare outputs of modules, or their gradients.
+
+        What has no rows of samples, such as a loss, is a mean or a sum over the calls of a step, which nothing tells:
+        it is compared where both runs made as many.
 
         Args:
             shared: The replicas that both runs gave the same samples.
             scales: The loss scales of the two runs.
             scale: By how much further than in the replays the runs were apart before the step.
+            num_calls: How often the models of both runs were called in the step, by all of these replicas.
         """
         groups_a = [self.actual.replicas[replica] for replica in shared.actual]
         groups_e = [self.expected.replicas[replica] for replica in shared.expected]
@@ -391,6 +396,9 @@ class Comparer:
                 self._note(key, found.reason)
                 continue
             is_keyed = -1 in dict(labels(records_a))[found.actual]
+            if not is_keyed and num_calls[0] != num_calls[1]:
+                self._note(key, "it has no rows of samples, and the models were called another number of times")
+                continue
             factors = _factors(kind, is_keyed, shared, scales)
             whole_a = computed(records_a, found.actual, groups_a, factors[0])
             whole_e = computed(records_e, found.expected, groups_e, factors[1])

@@ -39,7 +39,15 @@ def groups_agree(run: Run) -> Answer:
         ranks = [rank for of_axis, rank in wrong if of_axis == axis]
         listed = {str(rank): list(run.ranks[rank].tp_group) for rank in ranks} if axis == "tp" else {}
         where = {"phase": "start", "field": f"{axis} group", "ranks": ranks}
-        findings.append(exact_finding(GROUPS, where, len(ranks), "group", evidence={"groups": listed}))
+        findings.append(
+            exact_finding(
+                GROUPS,
+                where,
+                len(ranks),
+                ("rank", "names another group", "name other groups"),
+                evidence={"groups": listed},
+            )
+        )
     return Answer(GROUPS, -1, margins, tuple(findings))
 
 
@@ -63,7 +71,7 @@ def batches_agree(run: Run, step: AlignedStep) -> Answer:
         first = next(iter(leaves.values()))
         names = {name for named in leaves.values() for name, _ in {*named} ^ {*first}}
         where = {"step": step.number, "field": ", ".join(sorted(names)), "ranks": sorted(deviating)}
-        findings.append(exact_finding(BATCHES, where, len(names), "input"))
+        findings.append(exact_finding(BATCHES, where, len(names), ("input", "differs", "differ")))
     return Answer(BATCHES, step.number, margins, tuple(findings[:1]))
 
 
@@ -122,7 +130,7 @@ def replicas_agree(
         "count_differing": len(order),
         "also": [{"kind": key[0], "name": key[1]} for key in order if key[1] != first[1]],
     }
-    finding = exact_finding(REPLICAS, where, len(order), "tensor", cause, evidence)
+    finding = exact_finding(REPLICAS, where, len(order), ("tensor", "differs", "differ"), cause, evidence)
     return Answer(REPLICAS, step, margins, (finding,), drifted if expected is None else {})
 
 
@@ -163,11 +171,7 @@ def steps_were_taken(
         before: Weights of the actual run before it.
     """
     run = comparer.actual
-    idle = [
-        rank
-        for rank in run.members
-        if rank in actual and not actual[rank].has_update and not actual[rank].is_skipped and actual[rank].passes
-    ]
+    idle = [rank for rank in run.members if rank in actual and not actual[rank].has_update and actual[rank].passes]
     other_ranks_step = any(step.has_update for step in actual.values())
     expected_steps = bool(expected) and all(step.has_update for step in expected.values())
     is_same_batch = expected_steps and any(
@@ -185,10 +189,11 @@ def steps_were_taken(
         "calls_without_step": {str(rank): len(actual[rank].passes) for rank in idle},
         "steps_taken": {str(rank): run.ranks[rank].num_steps for rank in run.members},
     }
-    explanation = Explanation(
-        Cause.STALE_WEIGHT, evidence={"note": "no optimizer step followed these calls of the model on these ranks"}
-    )
-    finding = exact_finding(UPDATES, where, len(idle), "rank", explanation, evidence)
+    skipped = [rank for rank in idle if actual[rank].is_skipped]
+    note = "no optimizer step followed these calls of the model on these ranks"
+    note += f"; their gradients were dropped on ranks {', '.join(map(str, skipped))}" if skipped else ""
+    explanation = Explanation(Cause.STALE_WEIGHT, evidence={"note": note})
+    finding = exact_finding(UPDATES, where, len(idle), ("rank", "took no step", "took no step"), explanation, evidence)
     return Answer(UPDATES, number, margins, (finding,))
 
 
@@ -218,11 +223,14 @@ def weights_moved(step: int, tables: BeforeAndAfter, actual: Table) -> Answer:
     """
     unmoved: dict[str, list[int]] = {}
     margins = {}
-    for key, records in tables.actual_after.items():
-        before, after_e, before_e = (
-            table.get(key) for table in (tables.actual_before, tables.expected_after, tables.expected_before)
-        )
-        if key[0] != "weight" or not (before and after_e and before_e) or not _is_moved(before_e, after_e):
+    for key, after_e in tables.expected_after.items():
+        before, before_e = tables.actual_before.get(key), tables.expected_before.get(key)
+        if key[0] != "weight" or not (before and before_e) or not _is_moved(before_e, after_e):
+            continue
+        records = tables.actual_after.get(key)
+        if records is None:  # weights that no optimizer has are not recorded again
+            margins[f"{label_of(key)} moves"] = 0.0
+            unmoved[key[1]] = sorted(before)
             continue
         margins[f"{label_of(key)} moves"] = 0.0
         idle = [rank for rank, record in records.items() if rank in before and before[rank].digest == record.digest]
@@ -235,7 +243,9 @@ def weights_moved(step: int, tables: BeforeAndAfter, actual: Table) -> Answer:
     ranks = sorted({rank for unmoved_on in unmoved.values() for rank in unmoved_on})
     where = {"phase": "update", "step": step, "parameter": first, "ranks": ranks}
     evidence = {"also": [name for name in unmoved if name != first], "first_of": len(unmoved)}
-    finding = exact_finding(UPDATES, where, len(unmoved), "parameter", stale(len(unmoved)), evidence)
+    finding = exact_finding(
+        UPDATES, where, len(unmoved), ("parameter", "did not move", "did not move"), stale(len(unmoved)), evidence
+    )
     return Answer(UPDATES, step, margins, (finding,))
 
 
@@ -325,7 +335,14 @@ def options_finding(step: int, differing: Mapping[str, Mapping[str, Any]]) -> Fi
     first, *others = differing
     where = {"phase": "update", "step": step, "parameter": first}
     evidence = {**options_as_evidence(differing), "also": others, "first_of": len(differing)}
-    return exact_finding(UPDATES, where, len(differing), "parameter", Explanation(Cause.OPTIONS_DIFFER), evidence)
+    return exact_finding(
+        UPDATES,
+        where,
+        len(differing),
+        ("parameter", "has other options", "have other options"),
+        Explanation(Cause.OPTIONS_DIFFER),
+        evidence,
+    )
 
 
 # ---- bits of two runs alike

@@ -122,11 +122,17 @@ def view_of(model: Any, optimizer: Any = None, *, groups: LiveGroups | None = No
         UsageError: The optimizer has no parameter of this model.
     """
     from tpcheck.runs.optimizers.deepspeed import DeepSpeedView, engine_in, engine_optimizer_in, is_partitioned
+    from tpcheck.runs.optimizers.megatron import MegatronView, is_copied, megatron_optimizers_in
     from tpcheck.runs.optimizers.names import unwrapped
     from tpcheck.runs.optimizers.plain import TorchView
 
     if engine_in(model) is not None or engine_optimizer_in(optimizer) is not None:
         return DeepSpeedView(model, optimizer, groups)
-    if any(is_partitioned(parameter) for parameter in unwrapped(model).parameters()):
+    if megatron_optimizers_in(optimizer):
+        return MegatronView(model, optimizer, groups)
+    parameters = list(unwrapped(model).parameters())
+    if any(map(is_partitioned, parameters)):
         raise UsageError("model", type(model).__name__, "the DeepSpeed engine: ZeRO steps partitions of its parameters")
+    if optimizer is None and any(map(is_copied, parameters)):
+        raise UsageError("optimizer", None, "Megatron's optimizer, which steps copies of the model's parameters")
     return TorchView(model, optimizer, groups)

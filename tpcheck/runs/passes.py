@@ -13,7 +13,7 @@ from torch import nn
 
 from tpcheck.core.digests import digest, start_digests
 from tpcheck.numerics.recorder import eager
-from tpcheck.numerics.sketch import PendingSketch, fetch_sketches, start_sketch
+from tpcheck.numerics.sketch import GlobalIndex, PendingSketch, fetch_sketches, start_sketch
 from tpcheck.numerics.tensors import map_tensors, named_tensors
 from tpcheck.runs.activations import ActivationPlaces, BatchShape, Place
 from tpcheck.runs.trace import Kind, Leaf, PassRecord, Reading, TensorRecord
@@ -56,6 +56,12 @@ class PendingTensor:
             [start_digests([tensor])],
             [tensor.detach().to("cpu", copy=True)] if is_full else [],
         )
+
+    @classmethod
+    def whole(cls, key: Key, tensor: torch.Tensor) -> PendingTensor:
+        """Start the sketch of a tensor that is taken as it is, wherever it lies in the whole."""
+        shape = tuple(tensor.shape)
+        return cls.of(key, tensor, (Place("whole", shape, "all", GlobalIndex.whole(shape)),))
 
     def add(self, term: PendingTensor) -> None:
         """Add the same tensor of another micro-batch, or of another backward pass."""
@@ -177,6 +183,18 @@ class Pass:
         )
 
 
+def merged(passes: Iterable[Pass]) -> list[PendingTensor]:
+    """Return the tensors of all micro-batches, summed by key, in the order of events: first outputs, then gradients."""
+    sums: dict[Key, PendingTensor] = {}
+    for each in passes:
+        for key, tensor in each.tensors.items():
+            if key in sums:
+                sums[key].add(tensor)
+            else:
+                sums[key] = tensor
+    return sorted(sums.values(), key=lambda tensor: tensor.key[0].endswith("gradient"))
+
+
 def generator_digests() -> dict[str, str]:
     """Return digests of the states of torch's default generators."""
     states = {"torch": torch.get_rng_state()}
@@ -193,13 +211,13 @@ def uses_cuda() -> bool:
 class ModuleHooks:
     """Hooks on the modules of a model, which pass what they return, and its gradient, to the current pass.
 
-    What a module returns is not replaced and not copied. Under activation checkpointing, the first computation gives
+    The model itself has none: whoever calls it hands its output over, which has to be seen after all other hooks. What
+    a module returns is not replaced and not copied. Under activation checkpointing, the first computation gives
     the outputs; where that had no autograd graph, the recomputation gives the gradients.
     """
 
     def __init__(
         self,
-        model: nn.Module,
         names: Mapping[nn.Module, str],
         current: Callable[[], Pass | None],
         live: Callable[[], Sequence[Pass]],
@@ -210,7 +228,10 @@ class ModuleHooks:
         self._live = live
         self._is_full = is_full
         self._handles: list[Any] = []
+        self._records_root = "" in names.values()
         for module, name in names.items():
+            if not name:
+                continue
             before, after = (eager(hook) for hook in (self._before(name), self._after(name)))
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after))
@@ -242,16 +263,23 @@ class ModuleHooks:
             current = self._current()
             if current is None or not current.open_calls.get(name):
                 return
-            call = current.open_calls[name].pop()
-            has_graph = False
-            for path, tensor in named_tensors(output):
-                if tensor.is_floating_point():
-                    current.add(("output", name, path, call), tensor.detach(), is_full=self._is_full)
-                    has_graph |= self._watch_gradient(current, ("output_gradient", name, path, call), tensor)
-            if not has_graph:
-                current.unmatched.setdefault(name, []).append(call)
+            self._add_output(current, name, current.open_calls[name].pop(), output)
 
         return hook
+
+    def add_root_output(self, current: Pass, output: Any) -> None:
+        """Record what the model itself returns."""
+        if self._records_root:
+            self._add_output(current, "", 0, output)
+
+    def _add_output(self, current: Pass, name: str, call: int, output: Any) -> None:
+        has_graph = False
+        for path, tensor in named_tensors(output):
+            if tensor.is_floating_point():
+                current.add(("output", name, path, call), tensor.detach(), is_full=self._is_full)
+                has_graph |= self._watch_gradient(current, ("output_gradient", name, path, call), tensor)
+        if not has_graph:
+            current.unmatched.setdefault(name, []).append(call)
 
     def _after_recomputation(self, name: str, output: Any) -> None:
         """Watch the gradients of a recomputed output: of the latest call without any, as backward goes back in time."""
@@ -267,9 +295,9 @@ class ModuleHooks:
         if not (tensor.requires_grad and torch.is_grad_enabled()):
             return False
 
-        def hook(gradient: torch.Tensor) -> None:
+        def hook(gradient: torch.Tensor | None) -> None:
             owner.has_backward = True
-            if owner in self._live():
+            if gradient is not None and owner in self._live():  # compiled code sends none where nothing comes back
                 owner.add(key, gradient.detach(), is_full=self._is_full)
 
         tensor.register_hook(eager(hook))  # type: ignore[no-untyped-call]

@@ -27,9 +27,9 @@ from tpcheck.runs.optimizer_view import OptimizerView, Part, view_of
 from tpcheck.runs.optimizers.names import unwrapped, unwrapped_name
 from tpcheck.runs.options import RecordOptions, Steps
 from tpcheck.runs.parameters import ParameterPlaces, StartOfRank, exchange_starts
-from tpcheck.runs.passes import ModuleHooks, Pass, PendingTensor, finished, is_in_backward, loss_in, views_of
+from tpcheck.runs.passes import ModuleHooks, Pass, PendingTensor, finished, is_in_backward, loss_in, merged, views_of
 from tpcheck.runs.replays import Replays
-from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
+from tpcheck.runs.trace import ParameterGroup, RankTrace, StepRecord, TensorRecord
 from tpcheck.runs.trace_files import TraceWriter, new_run_id, require_writable
 
 # Parameters whose accumulated gradient is also recorded before each further micro-batch: norms and biases, on which
@@ -100,6 +100,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._accumulated: list[PendingTensor] = []
         self._gradients: list[PendingTensor] = []
         self._has_stepped = False
+        self._options_of_step: tuple[ParameterGroup, ...] = ()
         self._number = 0
         self._num_passes = 0
         self._num_evaluations = 0
@@ -134,7 +135,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         ]
         for handle in handles:
             self._stack.callback(handle.remove)
-        self._stack.callback(self._stop_recording)
+        self._stack.callback(self._hook_modules, False)
+        self._hook_modules(self._options.is_recorded(0))
         self._start_step()
         return self
 
@@ -181,6 +183,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             return
         self._end_step()
         if self._is_discarded():
+            self._repeat_passes()
             self._write_step(has_update=False, is_skipped=True)
             self._start_step()
         self._num_passes += 1
@@ -197,6 +200,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         current, self._current = self._current, self._current if self._inside else None
         if current is None or self._inside:
             return None
+        if self._hooks is not None:
+            self._hooks.add_root_output(current, output)
         current.loss = loss_in(output)
         if not self._replays.number:
             current.args, current.kwargs = (), {}  # not to keep a batch alive
@@ -227,18 +232,26 @@ class Recorder(AbstractContextManager["Recorder"]):
         if not self._is_recording:
             return
         is_first = not self._gradients
+        if is_first:
+            self._options_of_step = self._view.groups()  # a scheduler changes them after the step
         parts = self._view.gradients(optimizer)
         self._gradients += [self._pending(part) for part in parts if self._options.has_parameter(part.name)]
+        if is_first:
+            self._repeat_passes()
         if self._replays.number:
             with self._paused():
-                if is_first:
-                    passes = [each for each in self._passes if each.has_backward]
-                    self._replays.repeat_passes(self._number, passes, self._gradients)
                 self._replays.repeat_update(self._number, optimizer)
+
+    def _repeat_passes(self) -> None:
+        if self._is_recording and self._replays.number:
+            with self._paused():
+                passes = [each for each in self._passes if each.has_backward]
+                self._replays.repeat_passes(self._number, passes, self._gradients)
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_paused and self._view.owns(optimizer):
             self._has_stepped = True
+            self._hook_modules(self._options.is_recorded(self._number + 1))
 
     def _end_step(self) -> None:
         """End the step if the optimizer has stepped since it began."""
@@ -248,19 +261,13 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     def _start_step(self) -> None:
         self._is_recording = self._options.is_recorded(self._number)
-        if self._is_recording and self._hooks is None:
-            self._hooks = ModuleHooks(
-                self._root,
-                self._names,
-                lambda: self._current,
-                lambda: self._passes,
-                is_full=self._options.tensors == "full",
-            )
-        elif not self._is_recording:
-            self._stop_recording()
 
-    def _stop_recording(self) -> None:
-        if self._hooks is not None:
+    def _hook_modules(self, is_recorded: bool) -> None:
+        """Put hooks on modules, or take them off: not inside a call, for which torch has already looked them up."""
+        if is_recorded and self._hooks is None:
+            is_full = self._options.tensors == "full"
+            self._hooks = ModuleHooks(self._names, lambda: self._current, lambda: self._passes, is_full=is_full)
+        elif not is_recorded and self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
 
@@ -274,7 +281,7 @@ class Recorder(AbstractContextManager["Recorder"]):
                 has_update=has_update,
                 passes=tuple(each.record() for each in passes),
                 tensors=(*self._step_tensors(passes), *self._state_tensors()),
-                groups=self._view.groups(),
+                groups=self._options_of_step if has_update else self._view.groups(),
                 told_norm=self._view.told_norm() if has_update else None,
                 loss_scale=self._view.loss_scale(),
                 is_skipped=is_skipped,
@@ -289,17 +296,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._replays.forget()
 
     def _step_tensors(self, passes: list[Pass]) -> tuple[TensorRecord, ...]:
-        merged: dict[Any, PendingTensor] = {}
-        for each in passes:
-            for key, tensor in each.tensors.items():
-                if key in merged:
-                    merged[key].add(tensor)
-                else:
-                    merged[key] = tensor
-        outputs = [tensor for tensor in merged.values() if not tensor.key[0].endswith("gradient")]
-        backward = [tensor for tensor in merged.values() if tensor.key[0].endswith("gradient")]
         return finished(
-            [*outputs, *backward, *self._accumulated, *self._gradients],
+            [*merged(passes), *self._accumulated, *self._gradients],
             num_passes=len(passes),
             deviations=self._replays.deviations,
         )
@@ -318,10 +316,12 @@ class Recorder(AbstractContextManager["Recorder"]):
                     values = local_part(buffer)
                     places = self._places.places(name, None, values, is_term=False)
                     pending.append(PendingTensor.of(("buffer", name, "", 0), values, places))
-        return finished(pending, deviations={} if is_start else self._replays.drift)
+        return finished(pending, deviations={} if is_start else self._replays.drift | (self._replays.deviations or {}))
 
     def _pending(self, part: Part, *, kind: Any = None, part_name: str = "") -> PendingTensor:
-        places: tuple[Place, ...] = self._places.places(part.name, part.index, part.values, is_term=part.is_term)
+        places: tuple[Place, ...] = self._places.places(
+            part.name, part.index, part.values, is_term=part.is_term, index_in_shard=part.index_in_shard
+        )
         key = (kind or part.kind, part.name, part_name or part.state, 0)
         is_full = self._options.tensors == "full"
         return PendingTensor.of(key, part.values.detach(), places, scale=part.scale, is_full=is_full)

@@ -17,13 +17,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tpcheck.core.errors import UsageError
 from tpcheck.numerics.perturb import KeyedPerturbation, perturbed_leaves
-from tpcheck.numerics.sketch import GlobalIndex, PendingSketch, Sketch, distance, fetch_sketches, start_sketch
+from tpcheck.numerics.sketch import Sketch, distance, fetch_sketches
 from tpcheck.numerics.tensors import named_tensors
 from tpcheck.runs.optimizer_view import OptimizerView, Part
 from tpcheck.runs.optimizers.names import unwrapped_name
-from tpcheck.runs.passes import Key, ModuleHooks, Pass, PendingTensor, uses_cuda
+from tpcheck.runs.passes import Key, ModuleHooks, Pass, PendingTensor, finished, merged, uses_cuda
 
 # Ranks reach a step within this time, or replays, in which they communicate, are given up.
 SECONDS_TO_WAIT = 30.0
@@ -49,7 +48,7 @@ class Replays:
 
     Attributes:
         number: How many perturbed replays.
-        deviations: For the tensors of the last step, how far they moved: one number for each place.
+        deviations: For the tensors of the last step, how far they moved: one number for each place. Of buffers, too.
         drift: For weights, masters and states, what rounding adds up to since the recording began.
         inner_dtype: The lowest dtype that the passes compute in; empty where that is unknown.
         not_measured: Why something was not measured, by name.
@@ -71,12 +70,17 @@ class Replays:
         self._model = model
         self._view = view
         self._names = names
-        self._tp_group = tuple(tp_group)
+        self._together = tuple(tp_group)
         self._twins: dict[str, nn.Parameter] | None = None
         self._last_step = -1
         self._last_moves: dict[Key, float] = {}
+        # FSDP2 gathers parameters in its hooks, and reduces gradients as they are accumulated.
+        self._accumulates = any(hasattr(module, "_get_fsdp_state") for module in model.modules())
         if number and (reason := view.supports_replays()):
-            raise UsageError("replays", number, f"0 with this model: {reason}. Record the other run with replays")
+            self.not_measured["replays"] = f"{reason}: record the run that this one is compared with with replays"
+            self.number = 0
+        if self._accumulates:
+            self._together = tuple(range(dist.get_world_size()))
 
     def before_call(self) -> BeforeCall | None:
         """Return what a replay has to put back before it calls the model; None where there are no replays."""
@@ -108,14 +112,13 @@ class Replays:
             return
         if not self._all_ranks_are_here(step):
             self.not_measured["replays"] = (
-                f"a rank of the TP group {list(self._tp_group)} did not reach the optimizer's step {step} within "
+                f"one of the ranks {list(self._together)} did not reach the optimizer's step {step} within "
                 f"{SECONDS_TO_WAIT:.0f} s: nothing was measured from there on"
             )
             return
         self._extrapolate_drift(step)
         try:
-            with self._state_put_back():
-                unperturbed, *perturbed = self._repeat_all(step, passes)
+            unperturbed, *perturbed = self._repeat_all(step, passes)
         except RuntimeError as error:
             self.not_measured["replays"] = f"the passes cannot be repeated: {str(error).partition(chr(10))[0]}"
             return
@@ -177,19 +180,21 @@ class Replays:
         current: list[Pass | None] = [None]
         sums: dict[str, torch.Tensor] = {}
         with ExitStack() as stack:
+            stack.enter_context(self._state_put_back())
             stack.enter_context(self._twins_in_place())
             if number:
                 stack.enter_context(self._perturbed_weights(perturbation))
                 stack.enter_context(perturbed_leaves(self._model, perturbation))  # before the hooks that record
             elif not self.inner_dtype:
                 stack.enter_context(self._dtypes_seen())
-            hooks = ModuleHooks(self._model, self._names, lambda: current[0], lambda: live, is_full=False)
+            hooks = ModuleHooks(self._names, lambda: current[0], lambda: live, is_full=False)
             stack.callback(hooks.remove)
             for recorded, unperturbed in zip(passes, outputs, strict=True):
                 again = Pass.like(recorded)
                 live.append(again)
                 current[0] = again
                 output = self._call(recorded)
+                hooks.add_root_output(again, output)
                 current[0] = None
                 results = {path: tensor for path, tensor in named_tensors(output) if path in recorded.seeds}
                 seeds = recorded.seeds
@@ -200,27 +205,13 @@ class Replays:
                 else:
                     unperturbed.update({path: _local(tensor.detach()) for path, tensor in results.items()})
                 self._backward(results, seeds, sums)
-        merged: dict[Key, PendingTensor] = {}
-        for again in live:
-            for key, tensor in again.tensors.items():
-                if key in merged:
-                    merged[key].add(tensor)
-                else:
-                    merged[key] = tensor
-        keys = list(merged)
-        sketches: list[PendingSketch] = [sketch for key in keys for sketch in merged[key].sketches]
-        names = list(sums)
-        sketches += [start_sketch(sums[name], GlobalIndex.whole(tuple(sums[name].shape))) for name in names]
-        fetched = iter(fetch_sketches(sketches))
-        result = {key: [next(fetched) for _ in merged[key].sketches] for key in keys}
-        for key in keys:
-            if key[0] == "output" and len(passes) > 1:
-                result[key] = [
-                    sketch if place.rows is not None else sketch.scaled(1 / len(passes))
-                    for sketch, place in zip(result[key], merged[key].places, strict=True)
-                ]
-        result.update({("gradient", name, "", 0): [next(fetched)] for name in names})
-        return result
+            gradients = [PendingTensor.whole(("gradient", name, "", 0), value) for name, value in sums.items()]
+            buffers = [
+                PendingTensor.whole(("buffer", unwrapped_name(name), "", 0), _local(buffer))
+                for name, buffer in self._model.named_buffers()
+            ]
+        records = finished([*merged(live), *gradients, *buffers], num_passes=len(passes))
+        return {record.key: [reading.sketch for reading in record.readings] for record in records}
 
     def _call(self, recorded: Pass) -> Any:
         before: BeforeCall = recorded.before
@@ -270,7 +261,13 @@ class Replays:
         """Send gradients of the outputs back, without the hooks that reduce or take gradients of parameters."""
         ordered = [seeds[path] for path in results]
         gradients: Sequence[torch.Tensor | None]
-        if self._twins is not None:
+        if self._accumulates:
+            parameters = [(name, each) for name, each in self._model.named_parameters() if each.requires_grad]
+            with _gradients_set_aside([each for _, each in parameters]):
+                torch.autograd.backward([*results.values()], ordered)
+                trained = [(name, each) for name, each in parameters]
+                gradients = [each.grad for _, each in trained]
+        elif self._twins is not None:
             trained = [(name, twin) for name, twin in self._twins.items() if twin.requires_grad]
             torch.autograd.backward([*results.values()], ordered)
             gradients = [twin.grad for _, twin in trained]
@@ -419,12 +416,12 @@ class Replays:
                 torch.cuda.set_rng_state_all(cuda_states)
 
     def _all_ranks_are_here(self, step: int) -> bool:
-        """Return whether every rank of the TP group has come to this step; the same answer on all that have."""
-        if len(self._tp_group) == 1:
+        """Return whether all ranks that repeat together have come to this step; the same answer on all that have."""
+        if len(self._together) == 1:
             return True
         store = dist.distributed_c10d._get_default_store()
-        key = f"tpcheck/replays/{self._tp_group[0]}/{self._round()}"
-        if store.add(f"{key}/here", 1) == len(self._tp_group):
+        key = f"tpcheck/replays/{self._together[0]}/{self._round()}"
+        if store.add(f"{key}/here", 1) == len(self._together):
             return bool(store.compare_set(f"{key}/decision", "", "go") == b"go")
         deadline = time.monotonic() + SECONDS_TO_WAIT
         while time.monotonic() < deadline:
@@ -521,6 +518,19 @@ def _noise(
         uniform *= mask
         number = int(mask.sum())
     return (uniform * (norm * sqrt(3 / max(number, 1)))).to(tensor.dtype)
+
+
+@contextmanager
+def _gradients_set_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let gradients accumulate from nothing, and put those back that were there."""
+    saved = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, saved, strict=True):
+            parameter.grad = gradient
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -111,12 +111,17 @@ def exact_finding(
     check: str,
     where: Mapping[str, Any],
     count: float,
-    counted: str,
+    counted: tuple[str, str, str],
     explanation: Explanation | None = None,
     evidence: Mapping[str, Any] | None = None,
 ) -> Finding:
-    """Return the finding of an exact check: so many things, called `counted`, are wrong."""
-    return Finding(check, where, float(count), 0.0, **explained(explanation, {"counted": counted, **(evidence or {})}))
+    """Return the finding of an exact check: so many things are wrong.
+
+    Args:
+        counted: What is counted and what is wrong with one and with several: `("rank", "differs", "differ")`.
+    """
+    shown = {"counted": list(counted), **(evidence or {})}
+    return Finding(check, where, float(count), 0.0, **explained(explanation, shown))
 
 
 def explained(explanation: Explanation | None, evidence: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Suspect:
         comparison: The tensor of both runs.
         tp, dp: Of the actual run.
         num_passes: Micro-batches of the actual run.
+        is_first: No tensor of the phase comes before it: what is wrong came from outside the model.
         micro_batches: Of the parameter whose gradient this is.
     """
 
@@ -48,6 +49,7 @@ class Suspect:
     tp: int = 1
     dp: int = 1
     num_passes: int = 1
+    is_first: bool = False
     micro_batches: MicroBatches = MicroBatches()
 
 
@@ -183,31 +185,47 @@ def terms_over_dp(suspect: Suspect) -> Explanation | None:
         error = distance(summed.scaled(factor), comparison.expected.sketch)
         if error <= limit:
             residual = relative(error, comparison.expected.norm)
-            unreduced = _unreduced_micro_batches(suspect)
-            if unreduced:
-                return Explanation(Cause.MICRO_BATCH_UNREDUCED, residual, {"micro_batches": unreduced})
             return Explanation(Cause.MISSING_REDUCE, residual, {"reduced_over": "dp"})
     return None
 
 
-def _unreduced_micro_batches(suspect: Suspect) -> list[int]:
-    """Return the micro-batches after which replicas held different gradients, and the rest is the same on all."""
-    parts, kept = suspect.comparison.actual.parts, suspect.micro_batches.actual
-    by_piece = suspect.comparison.actual.pieces
-    limit = largest_residual(suspect.comparison)
-    found = set()
-    for ranks in by_piece.values():
-        known = [rank for rank in ranks if kept.get(rank)]
-        if len(known) < 2:
-            continue
-        first, *others = known
-        for number in range(min(len(kept[rank]) for rank in known)):
-            rest = parts[first].sketch - kept[first][number]
-            differ = any(distance(kept[rank][number], kept[first][number]) > limit for rank in others)
-            same = all(distance(parts[rank].sketch - kept[rank][number], rest) <= limit for rank in others)
-            if differ and same and rest.norm > limit:
-                found.add(number)
-    return sorted(found)
+def unreduced_micro_batch(suspect: Suspect) -> Explanation | None:
+    """What some micro-batches added is the same on all ranks, what others added are the ranks' own terms.
+
+    The terms' sum over the TP ranks of a replicated parameter, or their mean over the replicas, gives the expected one.
+    """
+    actual, kept = suspect.comparison.actual, suspect.micro_batches.actual
+    limit, expected = largest_residual(suspect.comparison), suspect.comparison.expected
+    by_rank = {rank: [*kept[rank], actual.parts[rank].sketch] for rank in actual.parts if kept.get(rank)}
+    if limit < 0 or len({len(sums) for sums in by_rank.values()}) != 1 or len(by_rank) < len(actual.parts):
+        return None
+    holders: list[tuple[str, list[list[Sketch]]]] = []
+    if actual.is_replicated_over_tp:
+        holders.append(("tp", [by_rank[rank] for rank in actual.groups[0]]))
+    pieces = set(actual.pieces)
+    if suspect.dp > 1 and all({actual.parts[rank].piece for rank in group} == pieces for group in actual.groups):
+        owners = [{actual.parts[rank].piece: rank for rank in group}.values() for group in actual.groups]
+        wholes = [[total(each) for each in zip(*(by_rank[rank] for rank in ranks), strict=True)] for ranks in owners]
+        holders.append(("dp", wholes))
+    for over, sums_of_holders in holders:
+        steps = [[sums[0], *(b - a for a, b in pairwise(sums))] for sums in sums_of_holders]
+        unreduced, combined = [], []
+        for number, terms in enumerate(zip(*steps, strict=True)):
+            if max(distance(term, terms[0]) for term in terms) <= limit:
+                combined.append(terms[0])
+            else:
+                unreduced.append(number)
+                combined.append(total(terms).scaled(1.0 if over == "tp" else 1 / len(terms)))
+        error = distance(total(combined), expected.sketch)
+        if unreduced and len(unreduced) < len(combined) and error <= limit:
+            evidence = {"micro_batches": unreduced, "reduced_over": over}
+            return Explanation(Cause.MICRO_BATCH_UNREDUCED, relative(error, expected.norm), evidence)
+    return None
+
+
+def scaled_from_outside(suspect: Suspect) -> Explanation | None:
+    """The first gradient of the backward pass is the expected one times a constant: the loss was scaled."""
+    return scaled(suspect) if suspect.is_first else None
 
 
 def reduced_too_often(suspect: Suspect) -> Explanation | None:
@@ -228,16 +246,6 @@ def summed_over_dp(suspect: Suspect) -> Explanation | None:
 def averaged_over_dp(suspect: Suspect) -> Explanation | None:
     """Every rank's gradient is the expected one over the number of DP ranks: it was averaged twice."""
     return _times(Cause.MEAN_INSTEAD_OF_SUM, suspect, 1 / suspect.dp, "dp")
-
-
-def summed_over_micro_batches(suspect: Suspect) -> Explanation | None:
-    """Every rank's gradient is the expected one times the number of micro-batches."""
-    return _times(Cause.SUM_INSTEAD_OF_MEAN, suspect, float(suspect.num_passes), "micro-batches")
-
-
-def averaged_over_micro_batches(suspect: Suspect) -> Explanation | None:
-    """Every rank's gradient is the expected one over the number of micro-batches."""
-    return _times(Cause.MEAN_INSTEAD_OF_SUM, suspect, 1 / suspect.num_passes, "micro-batches")
 
 
 # ---- accumulation
@@ -342,7 +350,16 @@ def scaled(suspect: Suspect) -> Explanation | None:
             return None
         factors.append(factor)
         worst = max(worst, relative(remaining, expected.norm))
-    return Explanation(Cause.GRADIENT_SCALED, worst, {"factors": _digits(dict.fromkeys(factors))})
+    distinct = _digits(dict.fromkeys(factors))
+    numbers = {"micro-batches": suspect.num_passes, "TP ranks": suspect.tp, "replicas": suspect.dp}
+    known = [
+        f"{of} the number of {what}"
+        for what, number in numbers.items()
+        for of, multiple in (("is", number), ("is 1 over", 1 / number))
+        if number > 1 and len(distinct) == 1 and _is_near(distinct[0], multiple)
+    ]
+    note = {"note": "the factor " + " and ".join(known)} if known else {}
+    return Explanation(Cause.GRADIENT_SCALED, worst, {"factors": distinct, **note})
 
 
 def share_of(actual: Sketch, expected: Sketch) -> float:
@@ -518,10 +535,19 @@ _OVER_RANKS: tuple[Test, ...] = (reduced_too_often, averaged_over_tp)
 
 TESTS: Mapping[str, tuple[Test, ...]] = {
     "output": (not_finite, terms_over_tp, *_OVER_RANKS, shard_of_one_rank_on_all, shards_in_another_order, all_zero),
-    "output_gradient": (not_finite, terms_over_tp, *_OVER_RANKS, mean_of_local_means, gradient_vanished, scaled),
+    "output_gradient": (
+        not_finite,
+        terms_over_tp,
+        mean_of_local_means,
+        gradient_vanished,
+        scaled_from_outside,
+        *_OVER_RANKS,
+        scaled,
+    ),
     "gradient": (
         not_finite,
         gradient_vanished,
+        unreduced_micro_batch,
         partial_on_replica,
         terms_over_dp,
         reduced_after_accumulation,
@@ -529,8 +555,6 @@ TESTS: Mapping[str, tuple[Test, ...]] = {
         mean_of_local_means,
         summed_over_dp,
         averaged_over_dp,
-        summed_over_micro_batches,
-        averaged_over_micro_batches,
         *_OVER_RANKS,
         scaled,
         shard_of_one_rank_on_all,

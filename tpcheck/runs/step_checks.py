@@ -82,9 +82,22 @@ class StepContext:
     def num_passes(self) -> int:
         return max(len(step.passes) for step in self.step.actual.values())
 
-    def suspect(self, comparison: Comparison) -> Suspect:
+    @property
+    def num_calls(self) -> tuple[int, int]:
+        """How often the models were called in this step, by the replicas that both runs gave the same samples."""
+        shared, sides = self.step.shared, ((self.run, self.step.actual), (self.comparer.expected, self.step.expected))
+        if shared is None:
+            return 0, 0
+        actual, expected = (
+            sum(len(steps[run.replicas[replica][0]].passes) for replica in replicas)
+            for (run, steps), replicas in zip(sides, (shared.actual, shared.expected), strict=True)
+        )
+        return actual, expected
+
+    def suspect(self, comparison: Comparison, *, is_first: bool = False) -> Suspect:
         """Return a wrong tensor with what the tests of causes need to know."""
-        return Suspect(comparison, self.run.tp, self.run.dp, self.num_passes, self._micro_batches(comparison))
+        kept = self._micro_batches(comparison)
+        return Suspect(comparison, self.run.tp, self.run.dp, self.num_passes, is_first, kept)
 
     def _micro_batches(self, comparison: Comparison) -> MicroBatches:
         if comparison.kind != "gradient":
@@ -135,7 +148,13 @@ def _computed(context: StepContext, kind: str) -> tuple[list[Comparison], dict[s
         return [], {}
     comparer.not_compared = {}
     comparisons = comparer.computed(
-        context.actual, context.expected, kind, shared, loss_scales(context.step), context.scale
+        context.actual,
+        context.expected,
+        kind,
+        shared,
+        loss_scales(context.step),
+        context.scale,
+        context.num_calls,
     )
     return comparisons, comparer.not_compared
 
@@ -176,7 +195,7 @@ def _first_place(
     if not wrong:
         return []
     first = unreduced_before(comparisons, wrong[0]) or wrong[0]
-    explanation = explain(context.suspect(first))
+    explanation = explain(context.suspect(first, is_first=first.key == comparisons[0].key))
     if first is not wrong[0]:
         first = replace(first, terms_error=None)  # as replicas, which they were taken for by what follows
     followers = list(dict.fromkeys(each.name or "the model" for each in wrong if each.name != first.name))
@@ -315,7 +334,7 @@ def _missing_gradients(context: StepContext) -> _Missing:
                 observed=float(len(lacking)),
                 allowed=0.0,
                 cause=Cause.GRADIENT_MISSING.slug,
-                evidence={"counted": "rank", "missing_on_ranks": lacking},
+                evidence={"counted": ["rank", "has no gradient", "have no gradient"], "missing_on_ranks": lacking},
             )
         )
     return _Missing(findings, frozenset(labels))
@@ -655,8 +674,12 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
         return Answer.of(STATES, number, comparisons, (), {**not_compared, **given}, comparisons)
     findings = []
     wrong = wrong_places(comparisons)
+    differing = differing_options(comparer, context.step)
     for each in wrong:
         explanation = explain(context.suspect(each))
+        if explanation is None and not gradients.findings and each.name in differing:
+            shown = options_as_evidence({each.name: differing[each.name]})
+            explanation = Explanation(Cause.OPTIONS_DIFFER, evidence=shown)
         if explanation is None and not gradients.findings:
             tests: tuple[Callable[[], Explanation | None], ...] = (
                 partial(state_of_another_rank, context, each.name),

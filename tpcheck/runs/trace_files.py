@@ -31,6 +31,7 @@ MOST_RANKS = 1 << 16
 KEPT_STEPS = 2  # of each rank, read last: neighbours are compared with each other
 
 _NAME = re.compile(r"rank_(\d{5,8})\.(jsonl|initial\.safetensors|step_\d{8}\.safetensors)(\.tmp)?", re.ASCII)
+_NUMBER = re.compile(rb'\{"step":\{"number":(\d{1,18}),')  # a second one in the same line is refused
 _AT_THE_END = ("steps", "num_steps", "not_recorded", "is_complete")
 
 
@@ -145,7 +146,7 @@ def require_writable(path: str | Path) -> None:
         existing = next((parent for parent in folder.absolute().parents if parent.exists()), None)
         if existing is None or not existing.is_dir() or not os.access(existing, os.W_OK):
             raise UsageError("path", str(path), "a path in a folder that can be written to") from None
-        if os.path.lexists(folder):  # a link to nowhere
+        if folder.is_symlink() and not folder.exists():  # a link to nowhere; another rank may make the folder meanwhile
             raise UsageError("path", str(path), accepted) from None
         return
     except OSError:
@@ -170,7 +171,9 @@ def _step_path(folder: Path, rank: int, number: int) -> Path:
 
 
 def read_trace(path: str | Path | Sequence[str | Path], name: str = "path") -> tuple[RankTrace, ...]:
-    """Return what every rank recorded, by rank; each step is read, and checked, when it is asked for.
+    """Return what each rank recorded that is there, by rank; each step is read, and checked, when it is asked for.
+
+    Ranks may be missing: those of nodes whose folders are not given, and those that ended before they began.
 
     Args:
         path: The folder, or those of several nodes without a shared disk.
@@ -178,7 +181,7 @@ def read_trace(path: str | Path | Sequence[str | Path], name: str = "path") -> t
 
     Raises:
         UsageError: There is no trace.
-        TpcheckError: The trace is damaged, incomplete, hostile or of another version; so do its steps raise.
+        TpcheckError: The trace is damaged, hostile or of another version; so do its steps raise.
     """
     folders = [Path(folder) for folder in ([path] if isinstance(path, (str, Path)) else path)]
     if not folders:
@@ -188,7 +191,11 @@ def read_trace(path: str | Path | Sequence[str | Path], name: str = "path") -> t
         for rank in _ranks_in(folder, name):
             if rank in headers:
                 raise TpcheckError(f"{folder} and {headers[rank].folder} both hold rank {rank}")
-            headers[rank] = _read_header(folder, rank)
+            header = _read_header(folder, rank)
+            if header is not None:
+                headers[rank] = header
+    if not headers:
+        raise TpcheckError(f"{' and '.join(map(str, folders))}: every rank ended before it recorded anything")
     first = headers[min(headers)]
     for header in headers.values():
         if header.run != first.run or header.facts["topology"] != first.facts["topology"]:
@@ -196,14 +203,12 @@ def read_trace(path: str | Path | Sequence[str | Path], name: str = "path") -> t
                 f"{_lines_path(header.folder, header.facts['rank'])} and "
                 f"{_lines_path(first.folder, first.facts['rank'])} are of two runs: record again, to a new path"
             )
-    world_size = first.facts["topology"].world_size
-    missing = [rank for rank in range(world_size) if rank not in headers]
-    if missing:
-        raise TpcheckError(
-            f"{' and '.join(map(str, folders))}: {len(headers)} of {world_size} ranks are there, rank {missing[0]} is "
-            "not; where nodes share no disk, give the folders of all nodes"
-        )
-    return tuple(_read_rank(headers[rank]) for rank in range(world_size))
+    return tuple(_read_rank(headers[rank]) for rank in sorted(headers))
+
+
+def numbers_of(steps: Sequence[StepRecord]) -> tuple[int, ...]:
+    """Return the number of each step; of a trace that was read, without reading the steps."""
+    return steps.numbers() if isinstance(steps, StoredSteps) else tuple(step.number for step in steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,11 +244,11 @@ def _ranks_in(folder: Path, name: str) -> list[int]:
     return sorted(ranks)
 
 
-def _read_header(folder: Path, rank: int) -> _Header:
+def _read_header(folder: Path, rank: int) -> _Header | None:
     path = _lines_path(folder, rank)
     starts = _line_starts(path)
     if len(starts) < 2:
-        raise TpcheckError(f"{path} is empty: rank {rank} ended before it recorded anything")
+        return None
     with _locating(path, 0):
         line = _read_line(path, starts, 0)
         if line.get("format") != FORMAT:
@@ -332,6 +337,16 @@ class StoredSteps(Sequence[StepRecord]):
             self._kept[number] = self._read(number)
         self._kept.move_to_end(number)
         return self._kept[number]
+
+    def numbers(self) -> tuple[int, ...]:
+        """Return the number of each step, from the start of its line."""
+        with open_regular(_lines_path(self._folder, self._rank)) as file:
+            return tuple(self._number_at(file, number) for number in self._numbers)
+
+    def _number_at(self, file: BinaryIO, number: int) -> int:
+        file.seek(self._starts[number])
+        match = _NUMBER.match(file.read(64))
+        return int(match[1]) if match else self[self._numbers.index(number)].number
 
     def _read(self, number: int) -> StepRecord:
         path = _lines_path(self._folder, self._rank)

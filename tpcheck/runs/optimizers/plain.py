@@ -86,6 +86,7 @@ class TorchView:
         read = read_indices(module, self._groups_of_ranks)
         self._indices = {names[name]: index for name, index in read.items()}
         self._dtensor_indices: dict[Any, GlobalIndex | None] = {}
+        self._fragments: dict[tuple[str, int, int], GlobalIndex] = {}
         self._not_viewed: dict[str, str] = {}
         self._wrappers = _as_sequence(optimizer)
         self._is_given = optimizer is not None
@@ -156,8 +157,7 @@ class TorchView:
         return not any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
     def supports_replays(self) -> str:
-        is_fsdp = any(hasattr(module, "_get_fsdp_state") for module in self._module.modules())
-        return "FSDP2 gathers parameters only inside its own hooks" if is_fsdp else ""
+        return ""
 
     def told_norm(self) -> float | None:
         return None
@@ -191,9 +191,7 @@ class TorchView:
                 yield self._part(kind, slice_.name, state, tensor)
             else:
                 flat = tensor.detach().reshape(-1)[slice_.start : slice_.start + slice_.numel]
-                part = self._fragment(kind, slice_.name, state, flat, slice_.first)
-                if part is not None:
-                    yield part
+                yield self._fragment(kind, slice_.name, state, flat, slice_.first)
 
     def _part(self, kind: _Kind, name: str, state: str, tensor: torch.Tensor) -> Part:
         """Return the part that a tensor of the local shape, a DTensor, or a statistic of another shape is."""
@@ -231,16 +229,18 @@ class TorchView:
         groups = self._groups_of_ranks
         return groups is None or set(groups.tp) <= set(mesh.mesh.flatten().tolist())
 
-    def _fragment(self, kind: _Kind, name: str, state: str, flat: torch.Tensor, first: int) -> Part | None:
+    def _fragment(self, kind: _Kind, name: str, state: str, flat: torch.Tensor, first: int) -> Part:
         """Return the part that elements of a flattened parameter are, from the one numbered `first`."""
         shape, index = self.local_shape(name), self._indices.get(name)
         numel = len(flat)
         if numel == prod(shape):
             return Part(kind, name, state, flat.reshape(shape), index)
+        key = (name, first, numel)
+        if key not in self._fragments:  # what is derived from an index is kept with it
+            self._fragments[key] = fragment_of(index or GlobalIndex.whole(shape), first, first + numel)
         if index is not None:
-            return Part(kind, name, state, flat, fragment_of(index, first, first + numel))
-        in_shard = fragment_of(GlobalIndex.whole(shape), first, first + numel)
-        return Part(kind, name, state, flat, None, index_in_shard=in_shard)
+            return Part(kind, name, state, flat, self._fragments[key])
+        return Part(kind, name, state, flat, None, index_in_shard=self._fragments[key])
 
     def local_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape that this TP rank's shard of a parameter has where it is not partitioned over DP."""
@@ -249,9 +249,9 @@ class TorchView:
 
 
 def gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the gradient that an optimizer steps by."""
-    gradient: torch.Tensor | None = tensor.grad
-    return gradient
+    """Return the gradient that an optimizer steps by; Megatron gives Transformer Engine's one of another dtype."""
+    gradient: torch.Tensor | None = getattr(tensor, "decoupled_grad", None)
+    return tensor.grad if gradient is None else gradient
 
 
 def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:

@@ -1,0 +1,350 @@
+"""A loop is recorded step by step, as its optimizer takes them, and computes the same numbers as without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+import tpcheck
+from tpcheck import UsageError
+from tpcheck.numerics.sketch import distance, sketch
+from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
+from tpcheck.runs.trace_files import read_trace
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.norm(self.linear(hidden)).tanh()
+
+
+class Model(nn.Module):
+    """Embedding, two blocks, head; `checkpointing` as `use_reentrant`."""
+
+    def __init__(self, *, checkpointing: bool | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(8) for _ in range(2))
+        self.head = nn.Linear(8, 20)
+        self.unused = nn.Linear(2, 2)
+        self.checkpointing = checkpointing
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.dropout(self.embedding(tokens))
+        for block in self.blocks:
+            if self.checkpointing is None:
+                hidden = block(hidden)
+            else:
+                hidden = checkpoint(block, hidden, use_reentrant=self.checkpointing)
+        return self.head(hidden)
+
+
+def model(**options: Any) -> Model:
+    torch.manual_seed(0)
+    return Model(**options).double()
+
+
+def tokens(seed: int, samples: int = 4) -> torch.Tensor:
+    return torch.randint(0, 20, (samples, 6), generator=torch.Generator().manual_seed(seed))
+
+
+def train(trained: nn.Module, *, steps: int = 2, accumulate: int = 1, optimizer: Any = None) -> None:
+    optimizer = optimizer or torch.optim.AdamW(trained.parameters(), lr=0.01)
+    for step in range(steps):
+        for micro_batch in range(accumulate):
+            batch = tokens(step * 10 + micro_batch)
+            loss: torch.Tensor = cross_entropy(trained(batch).flatten(0, 1), batch.flatten()) / accumulate
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Callable[..., RankTrace]:
+    def record(trained: nn.Module, *, loop: Callable[[nn.Module], Any] = train, **options: Any) -> RankTrace:
+        with tpcheck.record(trained, tmp_path / "run.trace", **options):
+            loop(trained)
+        [trace] = read_trace(tmp_path / "run.trace")
+        return trace
+
+    return record
+
+
+def tensors(step: StepRecord, kind: str) -> dict[tuple[str, str], TensorRecord]:
+    return {(tensor.name, tensor.part): tensor for tensor in step.tensors if tensor.kind == kind}
+
+
+def of(record: TensorRecord) -> Any:
+    return record.readings[0].sketch
+
+
+def deviation(record: TensorRecord) -> float:
+    value = record.readings[0].deviation
+    assert value is not None
+    return value
+
+
+# ---- the loop is left as it is
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpointing": True}, {"checkpointing": False}, {"dropout": 0.3}])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_recorded_loop_computes_the_same_bits(options: dict[str, Any], recorded: Any) -> None:
+    plain = model(**options)
+    torch.manual_seed(1)
+    train(plain, accumulate=2)
+    watched = model(**options)
+    torch.manual_seed(1)
+    recorded(watched, loop=lambda trained: train(trained, accumulate=2), replays=2)
+    for expected, actual in zip(plain.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_no_hook_is_left_behind(recorded: Any) -> None:
+    trained = model()
+    recorded(trained)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in trained.modules())
+
+
+def test_a_loop_that_raises_leaves_the_steps_before(tmp_path: Path) -> None:
+    def loop() -> None:
+        trained = model()
+        with tpcheck.record(trained, tmp_path / "run.trace"):
+            train(trained, steps=2)
+            trained(tokens(0))
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        loop()
+    [trace] = read_trace(tmp_path / "run.trace")
+    assert (len(trace.steps), trace.is_complete) == (2, False)
+
+
+# ---- steps
+
+
+def test_a_step_ends_with_the_optimizers_step(recorded: Any) -> None:
+    trace = recorded(model(), loop=lambda trained: train(trained, steps=3, accumulate=2))
+    assert [(step.number, step.has_update, len(step.passes)) for step in trace.steps] == [
+        (0, True, 2), (1, True, 2), (2, True, 2)
+    ]  # fmt: skip
+    assert (trace.num_steps, trace.is_complete) == (3, True)
+
+
+def test_two_optimizers_end_one_step(recorded: Any) -> None:
+    def loop(trained: nn.Module) -> None:
+        first, *others = trained.parameters()
+        optimizers = torch.optim.SGD([first], lr=0.1), torch.optim.AdamW(others)
+        for _ in range(2):
+            trained(tokens(0)).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    trace = recorded(model(), loop=loop)
+    assert [step.number for step in trace.steps] == [0, 1]
+    assert {group.optimizer for group in trace.steps[0].groups} == {"SGD", "AdamW"}
+    assert len(tensors(trace.steps[0], "gradient")) == len(tensors(trace.steps[0], "weight")) - 2  # unused
+
+
+def test_passes_without_an_optimizer_step_are_recorded_as_such(recorded: Any) -> None:
+    [step] = recorded(model(), loop=lambda trained: trained(tokens(0)).sum().backward()).steps
+    assert (step.has_update, len(step.passes)) == (False, 1)
+
+
+def test_a_step_that_a_scaler_skips_is_no_step(recorded: Any) -> None:
+    def loop(trained: nn.Module) -> None:
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        for step in range(2):
+            (trained(tokens(step)).sum() * (float("inf") if step == 0 else 1)).backward()
+            if step:
+                optimizer.step()
+            optimizer.zero_grad()
+
+    first, second = recorded(model(), loop=loop).steps
+    assert (first.is_skipped, first.has_update, len(first.passes)) == (True, False, 1)
+    assert (second.is_skipped, second.has_update, len(second.passes)) == (False, True, 1)
+
+
+def test_evaluations_are_not_recorded(recorded: Any) -> None:
+    def loop(trained: nn.Module) -> None:
+        train(trained, steps=1)
+        with torch.no_grad():
+            trained(tokens(5))
+        trained(tokens(6))  # with a graph, but without a backward pass
+        train(trained, steps=1)
+
+    first, second = recorded(model(), loop=loop).steps
+    assert (len(first.passes), len(second.passes)) == (1, 1)
+    assert first.num_evaluations + second.num_evaluations == 2
+
+
+def test_only_the_steps_that_are_asked_for_are_recorded(recorded: Any) -> None:
+    for steps in (range(1, 6, 2), lambda number: number % 2 == 1):
+        trace = recorded(model(), loop=lambda trained: train(trained, steps=5), steps=steps)
+        assert ([step.number for step in trace.steps], trace.num_steps) == ([1, 3], 5)
+
+
+def test_only_the_modules_that_are_asked_for_are_recorded(recorded: Any) -> None:
+    step = recorded(model(), modules="blocks.1.*").steps[0]
+    assert {name for name, _ in tensors(step, "output")} == {"blocks.1", "blocks.1.linear", "blocks.1.norm"}
+    assert {name for name, _ in tensors(step, "gradient")} == {
+        f"blocks.1.{each}" for each in ("linear.weight", "linear.bias", "norm.weight", "norm.bias")
+    }
+
+
+# ---- what is recorded
+
+
+def test_gradients_are_those_that_the_optimizer_gets(recorded: Any) -> None:
+    trained, gradients = model(), {}
+
+    def loop(trained: nn.Module) -> None:
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        for seed in (0, 1):
+            trained(tokens(seed)).square().mean().backward()
+        nn.utils.clip_grad_norm_(trained.parameters(), 0.01)
+        gradients.update(
+            {name: each.grad.clone() for name, each in trained.named_parameters() if each.grad is not None}
+        )
+        optimizer.step()
+
+    [step] = recorded(trained, loop=loop).steps
+    found = tensors(step, "gradient")
+    assert {name for name, _ in found} == gradients.keys()
+    for (name, _), record in found.items():
+        assert distance(of(record), sketch(gradients[name])) < 1e-15
+    assert step.gradient_norm == pytest.approx(0.01)
+
+
+def test_weights_are_those_after_the_step(recorded: Any) -> None:
+    trained = model()
+    before = {name: each.detach().clone() for name, each in trained.named_parameters()}
+    trace = recorded(trained)
+    initial = {record.name: record for record in trace.initial if record.kind == "weight"}
+    for name, weight in trained.named_parameters():
+        assert distance(of(initial[name]), sketch(before[name])) == 0
+        assert distance(of(tensors(trace.steps[-1], "weight")[name, ""]), sketch(weight)) == 0
+
+
+def test_moments_and_rates_are_recorded(recorded: Any) -> None:
+    step = recorded(model()).steps[-1]
+    states = tensors(step, "state")
+    assert {part for _, part in states} == {"step", "exp_avg", "exp_avg_sq"}
+    assert of(states["head.weight", "step"]).sum_squares == 4
+    assert step.groups[0].options["lr"] == 0.01
+
+
+def test_gradients_that_are_accumulated_so_far_are_recorded(recorded: Any) -> None:
+    step = recorded(model(), loop=lambda trained: train(trained, steps=1, accumulate=3)).steps[0]
+    assert {part for _, part in tensors(step, "accumulated")} == {"1", "2"}
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_checkpointing_changes_nothing_that_is_recorded(checkpointing: bool, recorded: Any) -> None:
+    expected, actual = (recorded(model(checkpointing=each)).steps[1] for each in (None, checkpointing))
+    assert {record.key for record in actual.tensors} == {record.key for record in expected.tensors}
+    for record, other in zip(actual.tensors, expected.tensors, strict=True):
+        assert distance(of(record), of(other)) <= 1e-12
+
+
+def test_a_module_that_is_called_twice_is_recorded_twice(recorded: Any) -> None:
+    def loop(trained: nn.Module) -> None:
+        twice = nn.Sequential(trained, nn.Flatten(0, 1), *[shared := nn.Linear(20, 20).double(), shared])
+        with tpcheck.record(twice, path):
+            twice(tokens(0)).sum().backward()
+
+    path = recorded.__closure__[0].cell_contents / "twice.trace"
+    loop(model())
+    [step] = read_trace(path)[0].steps
+    assert {record.call for record in step.tensors if record.name == "2" and record.kind == "output"} == {0, 1}
+
+
+# ---- replays
+
+
+def test_replays_measure_how_far_rounding_moves_each_tensor(recorded: Any) -> None:
+    step = recorded(model(), replays=2).steps[-1]
+    for kind in ("output", "output_gradient", "gradient", "weight"):
+        for record in tensors(step, kind).values():
+            if not record.name.startswith("unused"):
+                assert 0 < deviation(record) < 1e-12 * of(record).norm + 1e-15, record.key
+    assert all(record.readings[0].deviation is None for record in recorded(model()).steps[-1].tensors)
+
+
+def test_what_rounding_does_to_weights_adds_up_over_steps(recorded: Any) -> None:
+    trace = recorded(model(), loop=lambda trained: train(trained, steps=6), replays=2)
+    drift = [deviation(tensors(step, "weight")["head.weight", ""]) for step in trace.steps]
+    assert drift == sorted(drift)
+    assert drift[-1] > 3 * drift[0]
+
+
+def test_the_lowest_dtype_inside_is_noted(recorded: Any) -> None:
+    class Casts(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).float().double()
+
+    def loop(trained: nn.Module) -> None:
+        trained(torch.ones(2, 3, dtype=torch.float64)).sum().backward()
+        torch.optim.SGD(trained.parameters(), lr=0.1).step()
+
+    assert recorded(Casts(3, 3).double(), loop=loop, replays=1).steps[0].inner_dtype == "float32"
+    assert recorded(nn.Linear(3, 3).double(), loop=loop, replays=1).steps[0].inner_dtype == ""
+
+
+def test_autocast_is_repeated_in_bfloat16(recorded: Any) -> None:
+    def loop(trained: nn.Module) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = trained(tokens(0)).square().mean()
+        loss.backward()
+        torch.optim.SGD(trained.parameters(), lr=0.1).step()
+
+    head = tensors(recorded(model().float(), loop=loop, replays=2).steps[0], "output")["head", "0"]
+    assert head.dtype == "bfloat16"
+    assert 1e-4 < deviation(head) / of(head).norm < 0.1
+
+
+# ---- bad usage
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"replays": -1}, "a number of replays"),
+        ({"tensors": "whole"}, "'sketch' or 'full'"),
+        ({"steps": 7}, "a range or another container"),
+        ({"modules": [1]}, "a pattern of module names"),
+        ({"topology": tpcheck.Topology(tp=2)}, "as torch.distributed is not initialised"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_loop(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        tpcheck.record(model(), tmp_path / "run.trace", **options)
+
+
+def test_a_model_without_parameters_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a model with parameters"):
+        tpcheck.record(nn.ReLU(), tmp_path / "run.trace")
+
+
+def test_a_model_that_is_never_called_is_bad_usage(recorded: Any) -> None:
+    with pytest.raises(UsageError, match="a model that is called inside the context"):
+        recorded(model(), loop=lambda trained: None)
+
+
+def test_an_optimizer_of_another_model_is_refused(recorded: Any) -> None:
+    with pytest.raises(UsageError, match="an optimizer of this model's parameters"):
+        recorded(model(), optimizer=torch.optim.SGD(model().parameters(), lr=0.1))
