@@ -77,8 +77,15 @@ class Options:
         told_norm: By rank, what the engine tells.
         rates: Learning rate by step.
         optimizer: Class.
-        changes: Replaces fields of a rank's step.
-        moments: Whether there is optimizer state.
+        moments, initial_moments: Whether there is optimizer state; before the first step, too.
+        masters: Whether there are master weights.
+        change: Returns what a rank has instead of a step; None where it has none.
+        seed: Of the rounding.
+        accumulated: Whether gradients before each further micro-batch were kept.
+        generators: States of the generators: `same` on both sides, or another text for those of one that draws.
+        rename: Gives the names.
+        batch_seed: Of the samples.
+        noise_of_replays: Relative deviation; None for what the dtype has.
     """
 
     tp: int = 1
@@ -96,6 +103,9 @@ class Options:
     optimizer: str = "SGD"
     change: Callable[[int, StepRecord], StepRecord | None] | None = None
     moments: bool = False
+    initial_moments: bool = False
+    masters: bool = False
+    noise_of_replays: float | None = None
     seed: int = 0
     accumulated: bool = False
     generators: str = "same"
@@ -146,8 +156,13 @@ def _rank(rank: int, topology: Topology, options: Options) -> RankTrace:
     position = topology.coordinate(rank)
     maker = _Maker(rank, position["tp"], position["dp"], topology, options)
     weights = initial_weights(options.dtype)
-    moments = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    initial = maker.records(-1, {("weight", name): weight for name, weight in weights.items()})
+    moments = {name: weight.flip(0) for name, weight in weights.items()}
+    at_start = {("weight", name): weight for name, weight in weights.items()}
+    if options.initial_moments:
+        at_start |= {("state", name): moment for name, moment in moments.items()}
+    if options.masters:
+        at_start |= {("master", name): weight for name, weight in weights.items()}
+    initial = maker.records(-1, at_start)
     steps = []
     for number in range(options.steps):
         tensors = wholes(number, options.dtype)
@@ -157,6 +172,8 @@ def _rank(rank: int, topology: Topology, options: Options) -> RankTrace:
         tensors |= {("weight", name): weight for name, weight in weights.items()}
         if options.moments:
             tensors |= {("state", name): moment for name, moment in moments.items()}
+        if options.masters:
+            tensors |= {("master", name): weight for name, weight in weights.items()}
         step = maker.step(number, tensors, gradients)
         if options.change is not None:
             changed = options.change(rank, step)
@@ -259,7 +276,7 @@ class _Maker:
                 return None
             local = edited
         readings = self._of_activation(step, name, local) if is_activation else self._of_parameter(dim, whole, local)
-        deviation = 2e-16 * 2**30 if options.dtype is torch.bfloat16 else 1e-15
+        deviation = options.noise_of_replays or 1e-15
         size = float(torch.linalg.vector_norm(whole.double()))
         measured = deviation * size * (self.topology.dp if kind == "output_gradient" else 1)
         if options.replays and step >= 0:

@@ -199,15 +199,19 @@ class _RunsComparison:
         kept: dict[str, list[str]] = {}
         for name in dict.fromkeys(key[1] for key in table if key[0] in ("state", "master")):
             margins[f"state of {name}"] = 0.0
-            for explanation in (repeated_state(table, self.actual, name), stale_masters(table, name)):
-                if explanation is not None:
-                    expected = (
-                        repeated_state(self.before[1], self.expected, name),
-                        stale_masters(self.before[1], name),
-                    )
-                    if not any(each is not None and each.cause is explanation.cause for each in expected):
-                        found.setdefault(explanation.cause.slug, []).append(explanation)
-                        kept.setdefault(explanation.cause.slug, []).append(name)
+            label_a, label_e = self.comparer.readings.get(name, ("", ""))
+            expected = (
+                repeated_state(self.before[1], self.expected, name, label_e),
+                stale_masters(self.before[1], name, label_e),
+            )
+            known = {each.cause for each in expected if each is not None}
+            for explanation in (
+                repeated_state(table, self.actual, name, label_a),
+                stale_masters(table, name, label_a),
+            ):
+                if explanation is not None and explanation.cause not in known:
+                    found.setdefault(explanation.cause.slug, []).append(explanation)
+                    kept.setdefault(explanation.cause.slug, []).append(name)
         for slug, explanations in found.items():
             first, *others = kept[slug]
             ranks = sorted(

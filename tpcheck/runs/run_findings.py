@@ -188,9 +188,19 @@ def joined(findings: Sequence[Finding]) -> list[Finding]:
         by_cause.setdefault((finding.check, finding.where.get("phase"), finding.cause), []).append(finding)
     merged = []
     for first, *others in by_cause.values():
-        names = [str(finding.where.get("parameter") or finding.where.get("module")) for finding in others]
         own = first.where.get("parameter") or first.where.get("module")
-        names = [name for name in dict.fromkeys(names) if name != own]
+        listed = [
+            *first.evidence.get("also", ()),
+            *(
+                name
+                for finding in others
+                for name in (
+                    finding.where.get("parameter") or finding.where.get("module"),
+                    *finding.evidence.get("also", ()),
+                )
+            ),
+        ]
+        names = [name for name in dict.fromkeys(listed) if name != own]
         ranks = sorted({rank for finding in (first, *others) for rank in finding.where.get("ranks", ())})
         also = {"also": names} if names else {}
         merged.append(
@@ -200,7 +210,7 @@ def joined(findings: Sequence[Finding]) -> list[Finding]:
                 first.observed,
                 first.allowed,
                 first.cause,
-                {**first.evidence, "first_of": len(others) + 1, **also},
+                {**first.evidence, "first_of": len(names) + 1, **also},
             )
         )
     return merged

@@ -44,7 +44,7 @@ from tpcheck.runs.sketch_causes import (
     sees_one_shard,
     share_of,
 )
-from tpcheck.runs.wholes import epsilon, parts_of, total
+from tpcheck.runs.wholes import epsilon, parts_of, reading_of, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -596,51 +596,50 @@ def _masters_were_stale(context: StepContext, comparison: Comparison) -> Explana
         for key, of_ranks in context.around.actual_before.items()
         if key[0] == "master" and key[1] == comparison.name
     }
-    return stale_masters(context.around.actual_before, comparison.name) if records else None
+    return stale_masters(context.around.actual_before, comparison.name, comparison.actual.label) if records else None
 
 
-def stale_masters(table: Table, name: str) -> Explanation | None:
-    """Return the cause where a parameter's weights are not its masters, rounded, on ranks that hold both."""
+def stale_masters(table: Table, name: str, label: str) -> Explanation | None:
+    """Return the cause where a parameter's weights, read as `label`, are not its masters, rounded."""
     masters = next((records for key, records in table.items() if key[:2] == ("master", name)), {})
     weights = table.get(("weight", name, "", 0), {})
-    for label in ("layout", "whole", "dim 0", "dim 1"):
-        sides = [
-            {
-                rank: record
-                for rank, record in records.items()
-                if any(reading.label == label for reading in record.readings)
-            }
-            for records in (masters, weights)
-        ]
-        if not all(sides):
-            continue
-        pieces = [{part.piece: part.sketch for part in parts_of(records, label).values()} for records in sides]
-        whole_master, whole_weight = (total(each.values()) for each in pieces)
-        if whole_master.numel != whole_weight.numel or not whole_master.sum_squares:
-            return None
-        eps = max(epsilon(next(iter(weights.values())).dtype), epsilon("float32"))
-        difference = is_rounded_from(whole_master, whole_weight, SAFETY_FACTOR * eps)
-        if difference is None:
-            return None
-        return Explanation(Cause.MASTERS_STALE, evidence={"masters_and_weights_differ_by": difference})
-    return None
+    sides = [
+        {rank: record for rank, record in records.items() if any(reading.label == label for reading in record.readings)}
+        for records in (masters, weights)
+    ]
+    if not all(sides):
+        return None
+    pieces = [{part.piece: part.sketch for part in parts_of(records, label).values()} for records in sides]
+    whole_master, whole_weight = (total(each.values()) for each in pieces)
+    if whole_master.numel != whole_weight.numel or not whole_master.sum_squares:
+        return None
+    eps = max(epsilon(next(iter(weights.values())).dtype), epsilon("float32"))
+    difference = is_rounded_from(whole_master, whole_weight, SAFETY_FACTOR * eps)
+    if difference is None:
+        return None
+    return Explanation(Cause.MASTERS_STALE, evidence={"masters_and_weights_differ_by": difference})
 
 
 def state_of_another_rank(context: StepContext, name: str) -> Explanation | None:
     """Ranks with different shards had the same optimizer state before the step, and not in the expected run."""
-    return repeated_state(context.around.actual_before, context.run, name)
+    label = context.comparer.readings.get(name, ("", ""))[0]
+    return repeated_state(context.around.actual_before, context.run, name, label)
 
 
-def repeated_state(table: Table, run: Run, name: str) -> Explanation | None:
-    """Return the cause where different shards of a TP group have states with the same bits, which are not zero."""
+def repeated_state(table: Table, run: Run, name: str, label: str) -> Explanation | None:
+    """Return the cause where different shards of a TP group have states with the same bits, which are not zero.
+
+    Args:
+        label: The reading under which the parameter is compared.
+    """
     for key, records in table.items():
         if key[0] != "state" or key[1] != name:
             continue
         for group in run.replicas:
             seen: dict[str, tuple[int, str]] = {}
-            for rank in (rank for rank in group if rank in records and records[rank].readings):
-                record, reading = records[rank], records[rank].readings[-1]
-                if record.readings[-1].sketch.numel < 2 or not reading.sketch.sum_squares:
+            for rank in (rank for rank in group if rank in records):
+                record, reading = records[rank], reading_of(records[rank], label)
+                if reading is None or reading.sketch.numel < 2 or not reading.sketch.sum_squares:
                     continue
                 first, piece = seen.setdefault(record.digest, (rank, reading.piece))
                 if piece != reading.piece:
@@ -683,7 +682,7 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
         if explanation is None and not gradients.findings:
             tests: tuple[Callable[[], Explanation | None], ...] = (
                 partial(state_of_another_rank, context, each.name),
-                partial(stale_masters, around.actual_after, each.name),
+                partial(stale_masters, around.actual_after, each.name, each.actual.label),
                 partial(_replicas_drifted, context, each),
             )
             explanation = next((found for test in tests if (found := test()) is not None), None)
