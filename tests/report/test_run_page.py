@@ -316,7 +316,7 @@ def test_of_many_tensors_the_worst_of_each_few_neighbours_are_drawn_and_the_char
 
 
 def test_a_page_of_a_thousand_modules_and_a_hundred_steps_stays_below_five_megabytes() -> None:
-    name = "model.layers.17.self_attention.<query & key>." + "x" * 200
+    name = "model.layers.17.self_attention." + '"' * 200  # each takes six characters
     right = point(name=name)
     points = [replace(right, step=step) for step in range(100) for _ in range(1000)]
     wrong = point(70, name=name, error=0.1)

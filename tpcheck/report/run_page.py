@@ -394,7 +394,7 @@ def _is_at(point: TensorPoint, finding: Finding) -> bool:
     phases = {("backward", True): ("gradient",), ("update", True): ("update", "state")}
     is_of_phase = point.phase in phases.get((str(phase), parameter is not None), (phase,))
     # A buffer's finding has its module.
-    return is_of_phase and name is not None and (point.name == name or point.label == where.get("field"))
+    return is_of_phase and (point.name == name or point.label == where.get("field"))
 
 
 def _title(point: TensorPoint) -> str:
