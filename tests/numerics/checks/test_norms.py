@@ -27,8 +27,28 @@ def test_a_norm_that_the_backend_does_not_report_is_not_compared() -> None:
     assert list(outcome.not_compared) == ["gradient norm"]
 
 
+def test_nothing_is_compared_with_a_reference_that_does_not_clip() -> None:
+    reference = (replace(RIGHT.reference[0], gradient_norm=None),)
+    outcome = gradient_norm_matches_reference(replace(RIGHT, reference=reference), 0)
+    assert list(outcome.not_compared) == ["gradient norm"]
+
+
+def test_a_norm_of_zero_agrees_with_zero_alone() -> None:
+    evidence = replace(RIGHT, reference=(replace(RIGHT.reference[0], gradient_norm=0.0),))
+    outcome = gradient_norm_matches_reference(with_step(evidence, gradient_norm=0.0), 0)
+    assert (outcome.margins, outcome.suspects) == ({"gradient norm": 0.0}, ())
+    wrong = with_step(with_step(evidence, gradient_norm=0.0), ranks=[1], gradient_norm=0.5)
+    outcome = gradient_norm_matches_reference(wrong, 0)
+    assert outcome.margins == {"gradient norm": inf}
+    (suspect,) = outcome.suspects
+    assert (suspect.where["ranks"], suspect.observed, suspect.allowed) == ([1], 0.5, 0.0)
+
+
 def test_the_ranks_with_a_wrong_norm_are_named() -> None:
-    (suspect,) = gradient_norm_matches_reference(with_step(RIGHT, ranks=[1], gradient_norm=2 * EXPECTED), 0).suspects
+    outcome = gradient_norm_matches_reference(with_step(RIGHT, ranks=[1], gradient_norm=2 * EXPECTED), 0)
+    (suspect,) = outcome.suspects
+    assert suspect.allowed == pytest.approx(20 * 2.0**-52)
+    assert outcome.margins["gradient norm"] == pytest.approx(suspect.observed / suspect.allowed)
     assert suspect.where == {"phase": "update", "step": 0, "ranks": [1]}
     assert suspect.observed == pytest.approx(1.0)
     assert suspect.evidence["norm_actual"] == [EXPECTED, 2 * EXPECTED]
@@ -48,6 +68,13 @@ def test_the_usual_wrong_norms_are_those_of_shards_and_replicas() -> None:
     assert facts.of_ranks_shards == pytest.approx([hypot(size[UP], size[DOWN]) for size in sizes])
     assert facts.of_ranks == pytest.approx([hypot(*size.values()) for size in sizes])
     assert facts.counting_replicas == pytest.approx(hypot(EXPECTED, sizes[0][NORM], sizes[0][BIAS]))
+
+
+def test_missing_and_unknown_gradients_have_no_norm() -> None:
+    gradients = {**RIGHT.candidate[0][0].gradients, NORM: None, "head.weight": RIGHT.initial[UP]}
+    facts = norm_facts(with_step(RIGHT, ranks=[0], gradients=gradients), 0)
+    sizes = {name: float(tensor.norm()) for name, tensor in RIGHT.candidate[0][0].gradients.items()}
+    assert facts.of_ranks[0] == pytest.approx(hypot(sizes[UP], sizes[DOWN], sizes[BIAS]))
 
 
 @pytest.mark.parametrize(
