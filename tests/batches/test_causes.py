@@ -245,6 +245,28 @@ def test_other_samples_are_not_explained_by_their_padding() -> None:
     assert cause_of(two_ranks(*OTHER_INDICES, contents=ContentDigests(rows="", unpadded="same"))) is None
 
 
+def test_padding_has_to_explain_every_leaf_that_differs() -> None:
+    digests = ContentDigests(rows="", unpadded="same")
+    summaries = [
+        BatchSummary(
+            leaves=(a_leaf(f"{rank}"), Leaf("ids", "tensor", "torch.int64", (rank,), "cpu", f"{rank}")),
+            contents={"pixels": digests, "ids": ContentDigests(rows=f"of {rank}", unpadded=f"of {rank}")},
+        )
+        for rank in range(2)
+    ]
+    explanation = explained(summaries)
+    assert explanation is not None
+    assert explanation.evidence == {"shapes": {"pixels": [[2, 8], [2, 8]]}}
+    assert explain_difference(summaries, ("pixels", "ids")) is None
+
+
+def test_many_indices_are_compared_by_their_digest() -> None:
+    summaries = two_ranks(
+        {"indices_digest": "a", "indices_sorted": "s"}, {"indices_digest": "b", "indices_sorted": "s"}
+    )
+    assert cause_of(summaries) == "order_differs"
+
+
 def test_nothing_known_explains_nothing() -> None:
     assert cause_of(two_ranks()) is None
 
