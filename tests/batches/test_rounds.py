@@ -233,6 +233,29 @@ def test_ranks_of_a_tp_group_find_what_differs_and_where() -> None:
     assert not outcome.uneven
 
 
+@pytest.mark.parametrize("mask", [True, False])
+def test_tokens_that_differ_in_padding_alone_are_explained(mask: bool) -> None:
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    padded = torch.cat([tokens, torch.zeros(2, 2, dtype=torch.int64)], dim=1)
+    if mask:  # the padding is of several values
+        padded[0, 3:] = torch.tensor([7, 8])
+    batches = [{"ids": tokens, "name": "a"}, {"ids": padded, "name": "a"}]
+    if mask:
+        for batch in batches:
+            batch["attention_mask"] = (torch.arange(cast(torch.Tensor, batch["ids"]).shape[1]) < 3).long().expand(2, -1)
+    ranks = [RankBatch(Status.BATCH, step=2, count=2, batch=batch) for batch in batches]
+    (finding,) = the_outcome(Topology(tp=2), *ranks).findings
+    assert (finding.cause, finding.where["field"]) == ("padding_differs", "ids")
+
+
+def test_tensors_of_different_dims_are_not_explained_by_padding() -> None:
+    batches = [{"ids": torch.zeros(2, 3)}, {"ids": torch.zeros(2, 3, 1)}, {}]
+    ranks = [RankBatch(Status.BATCH, step=2, count=2, batch=batch) for batch in batches]
+    (finding,) = the_outcome(Topology(tp=3), *ranks).findings
+    assert finding.cause is None
+    assert finding.evidence["also"] == [{"field": "ids", "differs": "shape"}]
+
+
 def test_ranks_whose_loaders_have_ended_together_find_nothing() -> None:
     assert the_outcome(Topology(tp=2), without_batch(Status.ENDED), without_batch(Status.ENDED)) == Outcome()
 
