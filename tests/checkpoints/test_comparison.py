@@ -27,6 +27,7 @@ class Tensors:
     ties: tuple[frozenset[str], ...] = ()
     unread: Mapping[str, str] = field(default_factory=dict)
     inconsistent_replicas: Mapping[str, str] = field(default_factory=dict)
+    has_changed: bool = False
 
     def names(self) -> tuple[str, ...]:
         return tuple(self.tensors)
@@ -43,7 +44,9 @@ class Tensors:
     def extent(self, name: str) -> None:
         return None
 
-    def require_unchanged(self) -> None: ...
+    def require_unchanged(self) -> None:
+        if self.has_changed:
+            raise CheckpointError(f"{self.description} changed while they were read.")
 
     def close(self) -> None: ...
 
@@ -60,6 +63,14 @@ def test_equal_checkpoints_have_no_findings() -> None:
     comparison = compare_checkpoints(WHOLE, WHOLE)
     assert not comparison.findings
     assert (comparison.coverage.compared, comparison.coverage.total) == (2, 2)
+
+
+@pytest.mark.parametrize("which", ["actual", "expected", "earlier"])
+def test_a_checkpoint_that_changes_while_it_is_compared_is_an_error(which: str) -> None:
+    changed = replace(WHOLE, has_changed=True)
+    sides = {side: changed if side == which else WHOLE for side in ("actual", "expected", "earlier")}
+    with pytest.raises(CheckpointError, match="changed while they were read"):
+        compare_checkpoints(sides["actual"], sides["expected"], earlier={"step 1": sides["earlier"]})
 
 
 def test_progress_ends_with_all_bytes() -> None:
