@@ -87,6 +87,11 @@ def test_what_cannot_be_read_is_not_compared_and_not_missing() -> None:
     assert comparison.coverage.not_compared == {"b of actual": "it is sparse"}
 
 
+def test_tensors_that_only_one_side_has_are_findings() -> None:
+    assert found(compare_checkpoints(Tensors({"a": A}), WHOLE)) == {"b": "tensor_missing"}
+    assert found(compare_checkpoints(WHOLE, Tensors({"a": A}))) == {"b": "tensor_unexpected"}
+
+
 def test_replicas_that_differ_are_a_finding() -> None:
     actual = Tensors({"a": A}, inconsistent_replicas={"b": "ranks 0 and 1 differ", "optimizer": "ranks differ"})
     comparison = compare_checkpoints(actual, WHOLE)
