@@ -57,6 +57,7 @@ def test_a_weight_without_a_gradient_may_be_decayed() -> None:
     outcome = updates_match_reference(with_move(evidence, NORM, lambda move: move * 2), 0)
     assert not outcome.suspects
     assert outcome.not_compared == {NORM: "it has no gradient, and optimizers differ in whether they decay it"}
+    assert NORM in updates_match_reference(evidence, 0).margins  # where it is equal
 
 
 @pytest.mark.parametrize("nothing", [lambda gradient: None, torch.zeros_like])
