@@ -53,7 +53,7 @@ def test_the_exported_names_are_the_public_contract() -> None:
         *("watch", "check_batch", "watch_model", "TpcheckCallback"),
         *("TpcheckError", "UsageError", "Mismatch", "BatchMismatch", "UnevenBatches"),
         *("RankFailure", "RankOutcome", "BackendError", "CheckpointError", "verify_checkpoint"),
-        *("record", "compare_traces"),
+        *("record", "compare_traces", "guard"),
     }
     assert set(tpcheck.__all__) == contract
 

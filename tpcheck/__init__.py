@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tpcheck.model.verify import verify_family as verify_family
     from tpcheck.report import Report as Report
     from tpcheck.runs.comparing import compare_traces as compare_traces
+    from tpcheck.runs.guard import guard as guard
     from tpcheck.runs.recording import record as record
     from tpcheck.trainer.callback import TpcheckCallback as TpcheckCallback
     from tpcheck.trainer.model import watch_model as watch_model
@@ -54,6 +55,7 @@ _HOME = {
     "attach": "world",
     "check_batch": "batches.loader",
     "compare_traces": "runs.comparing",
+    "guard": "runs.guard",
     "record": "runs.recording",
     "spawn": "world",
     "verify": "model.verify",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -506,6 +507,11 @@ def test_a_device_computes_the_same(monkeypatch, shape, dtype):
 )
 def test_indices_of_the_same_elements_are_one_piece(first, second):
     assert first.piece() == second.piece()
+
+
+def test_a_fragment_of_an_index_that_was_named_before_is_another_piece():
+    index = GlobalIndex.whole((4, 3))
+    assert index.piece() != replace(index, fragment=(0, 6)).piece()
 
 
 def test_indices_of_other_elements_are_other_pieces():

@@ -254,7 +254,7 @@ class Cause(Enum):
     REPLICA_DRIFT = (
         "replica_drift",
         "the replicas were equal and have drifted apart",
-        "numerics.hypotheses.optimizer checkpoints runs.exact_checks runs.step_checks",
+        "numerics.hypotheses.optimizer checkpoints runs.exact_checks runs.guard_findings runs.step_checks",
         "Find out why the replicas drift apart with `tpcheck verify`: every rank updates its copy by itself.",
     )
 
@@ -297,7 +297,7 @@ class Cause(Enum):
     NOT_FINITE = (
         "not_finite",
         "some elements are infinite or not a number",
-        "numerics.hypotheses.values numerics.exact runs.sketch_causes",
+        "numerics.hypotheses.values numerics.exact runs.guard_findings runs.sketch_causes",
     )
     ALL_ZERO = (
         "all_zero",

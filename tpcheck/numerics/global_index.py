@@ -35,7 +35,7 @@ class GlobalIndex:
     indices: tuple[torch.Tensor | None, ...]
     fragment: tuple[int, int] | None = None
     positions: torch.Tensor | None = None
-    derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    derived: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> GlobalIndex:

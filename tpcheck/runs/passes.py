@@ -146,7 +146,7 @@ class Pass:
     @classmethod
     def start(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tp: int, tp_rank: int) -> Pass:
         """Return the record of a call that is about to start."""
-        named = [(path, _local(tensor)) for path, tensor in named_tensors((*args, kwargs) if kwargs else args)]
+        named = [(path, local_values(tensor)) for path, tensor in named_tensors((*args, kwargs) if kwargs else args)]
         leaves = {
             path.removeprefix(f"{len(args)}."): (_dtype(leaf), tuple(leaf.shape), start_digests([leaf.detach()]))
             for path, leaf in named
@@ -162,7 +162,7 @@ class Pass:
     def add(self, key: Key, tensor: torch.Tensor, *, is_full: bool = False) -> None:
         """Add a tensor of this call; one that is there already is added up."""
         places = self.places.places_of_dtensor(tensor) if _is_dtensor(tensor) else self.places.places(tensor)
-        pending = PendingTensor.of(key, _local(tensor), places, is_full=is_full)
+        pending = PendingTensor.of(key, local_values(tensor), places, is_full=is_full)
         if key in self.tensors:
             self.tensors[key].add(pending)
         else:
@@ -295,9 +295,9 @@ class ModuleHooks:
         if not (tensor.requires_grad and torch.is_grad_enabled()):
             return False
 
-        def hook(gradient: torch.Tensor) -> None:
+        def hook(gradient: torch.Tensor | None) -> None:
             owner.has_backward = True
-            if owner in self._live():
+            if gradient is not None and owner in self._live():  # compiled code sends none where nothing comes back
                 owner.add(key, gradient.detach(), is_full=self._is_full)
 
         tensor.register_hook(eager(hook))  # type: ignore[no-untyped-call]
@@ -324,14 +324,14 @@ def loss_in(output: Any) -> torch.Tensor | None:
         if loss is None and isinstance(output, tuple) and output:
             loss = output[0]
     is_loss = isinstance(loss, torch.Tensor) and loss.dim() == 0 and loss.is_floating_point()
-    return _local(loss.detach()) if is_loss and loss is not None else None
+    return local_values(loss.detach()) if is_loss and loss is not None else None
 
 
 def _is_dtensor(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "placements")
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local_values(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part without any communication; a `Partial` one is a term."""
     return tensor._local_tensor if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from inspect import unwrap
 from math import sqrt
 from typing import Any
 
@@ -22,7 +19,8 @@ from tpcheck.numerics.sketch import Sketch, distance, fetch_sketches
 from tpcheck.numerics.tensors import named_tensors
 from tpcheck.runs.optimizer_view import OptimizerView, Part
 from tpcheck.runs.optimizers.names import unwrapped_name
-from tpcheck.runs.passes import Key, ModuleHooks, Pass, PendingTensor, finished, merged, uses_cuda
+from tpcheck.runs.passes import Key, ModuleHooks, Pass, PendingTensor, finished, local_values, merged, uses_cuda
+from tpcheck.runs.update_rounding import lies_in, moves_of_update, noise
 
 # Ranks reach a step within this time, or replays, in which they communicate, are given up.
 SECONDS_TO_WAIT = 30.0
@@ -203,11 +201,11 @@ class Replays:
                         path: self._moved_seed(path, results, unperturbed, recorded, perturbation) for path in results
                     }
                 else:
-                    unperturbed.update({path: _local(tensor.detach()) for path, tensor in results.items()})
+                    unperturbed.update({path: local_values(tensor.detach()) for path, tensor in results.items()})
                 self._backward(results, seeds, sums)
             gradients = [PendingTensor.whole(("gradient", name, "", 0), value) for name, value in sums.items()]
             buffers = [
-                PendingTensor.whole(("buffer", unwrapped_name(name), "", 0), _local(buffer))
+                PendingTensor.whole(("buffer", unwrapped_name(name), "", 0), local_values(buffer))
                 for name, buffer in self._model.named_buffers()
             ]
         records = finished([*merged(live), *gradients, *buffers], num_passes=len(passes))
@@ -241,17 +239,17 @@ class Replays:
         expected = unperturbed[path].double()
         if expected.dim() == 0:
             return seed
-        moved = float(torch.linalg.vector_norm(_local(results[path].detach()).double() - expected))
+        moved = float(torch.linalg.vector_norm(local_values(results[path].detach()).double() - expected))
         norm = float(torch.linalg.vector_norm(expected))
         if not moved or not norm:
             return seed
         seed = seed.clone()
-        local = _local(seed)
-        local += _noise(
+        local = local_values(seed)
+        local += noise(
             local,
             moved / norm * float(torch.linalg.vector_norm(local.double())),
             perturbation.generator(f"seed {path}", local.device),
-            only_nonzero=True,
+            like_nonzero=True,
         )
         return seed
 
@@ -334,7 +332,7 @@ class Replays:
                 if drift and local.numel():
                     saved.append((local, local.clone()))
                     generator = perturbation.generator(name, local.device)
-                    local += _noise(local, drift, generator)
+                    local += noise(local, drift, generator)
         try:
             yield
         finally:
@@ -354,11 +352,11 @@ class Replays:
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                inside = [part for part in parts if _lies_in(part.values, parameter.grad)]
+                inside = [part for part in parts if lies_in(part.values, parameter.grad)]
                 if not inside:
                     continue
                 try:
-                    moves = _moves(optimizer, group, parameter, inside, self.deviations, self.drift, step)
+                    moves = moves_of_update(optimizer, group, parameter, inside, self.deviations, self.drift, step)
                 except Exception as error:  # optimizers of third parties may need more than a parameter and its state
                     reason = str(error).partition("\n")[0] or type(error).__name__
                     self.not_measured["updates"] = f"{type(optimizer).__name__} cannot repeat its step: {reason}"
@@ -370,10 +368,8 @@ class Replays:
             if kind == "state":
                 self.drift[(kind, name, state, call)] = (move,)
                 continue
-            keys = [
-                ("weight", name, "", 0),
-                *[part_key for part in states if (part_key := _key(part))[:2] == ("master", name)],
-            ]
+            keys: list[Key] = [("weight", name, "", 0)]
+            keys += [("master", name, "", 0) for part in states if (part.kind, part.name) == ("master", name)]
             for key in keys:
                 total = self.drift.get(key, (0.0,))[0] + move
                 self.drift[key] = (total,)
@@ -436,90 +432,6 @@ class Replays:
         return int(store.add(f"tpcheck/replays/rank {dist.get_rank()}", 1))
 
 
-def _moves(
-    optimizer: torch.optim.Optimizer,
-    group: Mapping[str, Any],
-    parameter: torch.Tensor,
-    parts: Sequence[Part],
-    deviations: Mapping[Key, Sequence[float]],
-    drift: Mapping[Key, Sequence[float]],
-    step: int,
-) -> dict[Key, float]:
-    """Return how far rounding moves what one parameter of the optimizer becomes in its next step, by part.
-
-    The step is taken three times on copies: as it is, with rounding in the gradient, with rounding in the state.
-    """
-    generator = torch.Generator(parameter.device).manual_seed(step)
-    exact = _step_copy(optimizer, group, parameter, parts, {}, {}, generator)
-    given = {part.name: deviations.get(("gradient", part.name, "", 0), (0.0,))[0] for part in parts}
-    from_gradient = _step_copy(optimizer, group, parameter, parts, given, {}, generator)
-    from_state = _step_copy(optimizer, group, parameter, parts, {}, drift, generator)
-    moves: dict[Key, float] = {}
-    for key, expected in exact.items():
-        moves[key] = sum(
-            float(torch.linalg.vector_norm((actual[key] - expected).double())) for actual in (from_gradient, from_state)
-        )
-        if key[0] == "weight":
-            moves[key] += torch.finfo(expected.dtype).eps / 2 * float(torch.linalg.vector_norm(expected.double()))
-    return moves
-
-
-def _step_copy(
-    optimizer: torch.optim.Optimizer,
-    group: Mapping[str, Any],
-    parameter: torch.Tensor,
-    parts: Sequence[Part],
-    gradient_noise: Mapping[str, float],
-    state_noise: Mapping[Key, Sequence[float]],
-    generator: torch.Generator,
-) -> dict[Key, torch.Tensor]:
-    """Take the optimizer's step on a copy of one parameter and return the new values of each part and its states."""
-    assert parameter.grad is not None
-    twin = nn.Parameter(parameter.detach().clone())
-    gradient = parameter.grad.detach().clone()
-    state = copy.deepcopy(dict(optimizer.state.get(parameter, {})))
-    slices = {part.name: _slice_in(part.values, parameter.grad) for part in parts}
-    for name, at in slices.items():
-        flat = _flat(gradient)[at]
-        if gradient_noise.get(name):
-            flat += _noise(flat, gradient_noise[name], generator, only_nonzero=True)
-        for key, value in state.items():
-            amount = state_noise.get(("state", name, key, 0), (0.0,))[0]
-            if amount and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                of_part = _flat(value)[at]
-                is_positive = bool((of_part >= 0).all())
-                of_part += _noise(of_part, amount, generator, only_nonzero=True)
-                if is_positive:
-                    of_part.abs_()
-    twin.grad = gradient
-    clone = copy.copy(optimizer)
-    clone.param_groups = [{**group, "params": [twin]}]
-    clone.state = defaultdict(dict, {twin: state} if state else {})
-    clone._optimizer_step_pre_hooks, clone._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-    with torch.no_grad():
-        unwrap(type(optimizer).step)(clone)
-    result: dict[Key, torch.Tensor] = {}
-    for name, at in slices.items():
-        result[("weight", name, "", 0)] = _flat(twin.detach())[at]
-        for key, value in clone.state[twin].items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                result[("state", name, key, 0)] = _flat(value.detach())[at]
-    return result
-
-
-def _noise(
-    tensor: torch.Tensor, norm: float, generator: torch.Generator, *, only_nonzero: bool = False
-) -> torch.Tensor:
-    """Return uniform noise of about this Frobenius norm; with `only_nonzero` only where the tensor is not zero."""
-    uniform = torch.rand(tensor.shape, dtype=torch.float64, device=tensor.device, generator=generator) * 2 - 1
-    number = tensor.numel()
-    if only_nonzero:
-        mask = tensor != 0
-        uniform *= mask
-        number = int(mask.sum())
-    return (uniform * (norm * sqrt(3 / max(number, 1)))).to(tensor.dtype)
-
-
 @contextmanager
 def _gradients_set_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let gradients accumulate from nothing, and put those back that were there."""
@@ -531,31 +443,6 @@ def _gradients_set_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, gradient in zip(parameters, saved, strict=True):
             parameter.grad = gradient
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return getattr(tensor, "_local_tensor", tensor)
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    local = _local(tensor)
-    return local.view(-1) if local.is_contiguous() else local.as_strided((local.numel(),), (1,))
-
-
-def _lies_in(values: torch.Tensor, gradient: torch.Tensor) -> bool:
-    local = getattr(gradient, "_local_tensor", gradient)
-    start = local.data_ptr()
-    return bool(values.numel() and start <= values.data_ptr() < start + max(local.nbytes, 1))
-
-
-def _slice_in(values: torch.Tensor, gradient: torch.Tensor) -> slice:
-    local = getattr(gradient, "_local_tensor", gradient)
-    first = (values.data_ptr() - local.data_ptr()) // local.element_size()
-    return slice(first, first + values.numel())
-
-
-def _key(part: Part) -> Key:
-    return (part.kind, part.name, part.state, 0)
 
 
 class _LowestDtype(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -301,8 +301,8 @@ def gradients_match(context: StepContext) -> Answer:
     if rounded is not None:
         left_out, wrong = [*left_out, *wrong], []
         not_compared["factor of all gradients"] = (
-            f"all are {rounded!r} times the other run's, as clipping by a norm in float32 rounds: weights and states are "
-            "as far apart as that makes them"
+            f"all are {rounded!r} times the other run's, as clipping by a norm in float32 rounds: how far weights and "
+            "states are apart after it is given"
         )
     if wrong_backward:
         at_outputs = _first_place(context, GRADIENTS, backward, wrong_backward)

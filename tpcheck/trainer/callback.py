@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from tpcheck.batches.options import WatchArguments, takes_watch_options
-from tpcheck.trainer.model import ModelWatch, watch_model
+from tpcheck.core.errors import TpcheckError, UsageError
+from tpcheck.runs.guard import guard as guard_model
+from tpcheck.runs.recording import record as record_model
+from tpcheck.trainer.model import watch_model
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing since Python 3.11
@@ -16,31 +22,69 @@ if TYPE_CHECKING:
 class TpcheckCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Compares what the ranks of each TP group train on, labels included, at each forward pass.
 
+    The Trainer tells no callback of an error, so hooks stay on the model where a training raises. They are removed as
+    the next one begins, with the callback, or by `close()`. What a trace has until then can be read.
+
     Args:
-        options: As in `tpcheck.watch`.
+        record: Path of a trace of the training, or a dict of the arguments of `tpcheck.record` with its `path`.
+        guard: Compare replicas after every so many steps, as `tpcheck.guard` does, or a dict of its arguments.
+        options: As in `tpcheck.watch`; `topology` counts for `record` and `guard`, too.
 
     Raises:
         UsageError: When training begins: an argument or a setting is wrong.
 
     Example:
-        >>> trainer = Trainer(model, args, callbacks=[tpcheck.TpcheckCallback()])  # doctest: +SKIP
+        >>> trainer = Trainer(model, args, callbacks=[tpcheck.TpcheckCallback(guard=100)])  # doctest: +SKIP
     """
 
     @takes_watch_options
-    def __init__(self, **options: Unpack[WatchArguments]) -> None:
+    def __init__(
+        self,
+        *,
+        record: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        guard: int | Mapping[str, Any] | None = None,
+        **options: Unpack[WatchArguments],
+    ) -> None:
+        if isinstance(record, Mapping) and "path" not in record:
+            raise UsageError("record", dict(record), "a path, or a dict of the arguments of tpcheck.record with `path`")
+        self._record = record
+        self._guard = guard
         self._options = options
-        self._watch: ModelWatch | None = None
+        self._stack = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the hook on the model, and observe the loader that the Trainer is about to iterate."""
-        self._remove()  # of an earlier training that ended in an error
-        self._watch = watch_model(kwargs["model"], loader=kwargs.get("train_dataloader"), **self._options)
+        """Put the hooks on the model, and observe the loader that the Trainer is about to iterate."""
+        self.close()  # of an earlier training that ended in an error
+        model = kwargs["model"]
+        watch = watch_model(model, loader=kwargs.get("train_dataloader"), **self._options)
+        with ExitStack() as stack:
+            stack.callback(watch.remove)
+            for context in self._contexts(model, kwargs.get("optimizer")):
+                stack.enter_context(context)
+            self._stack = stack.pop_all()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remove the hook."""
-        self._remove()
+        """Remove the hooks, and write the end of the trace."""
+        self._stack.close()
 
-    def _remove(self) -> None:
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.remove()
+    def close(self) -> None:
+        """Remove the hooks of a training that has raised; its last, unfinished step is not written."""
+        stack, self._stack = self._stack, ExitStack()
+        error = TpcheckError("the training has ended in an error")
+        stack.__exit__(type(error), error, None)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_stack"):
+            self.close()
+
+    def _contexts(self, model: Any, optimizer: Any) -> list[AbstractContextManager[Any]]:
+        """Return what is entered for the time of a training. The guard's hook is to run first, so it comes last."""
+        common = {"optimizer": optimizer, "topology": self._options.get("topology")}
+        contexts: list[AbstractContextManager[Any]] = []
+        if self._record is not None:
+            given = dict(self._record) if isinstance(self._record, Mapping) else {"path": self._record}
+            contexts.append(record_model(model, **{**common, **given}))
+        if self._guard is not None:
+            given = dict(self._guard) if isinstance(self._guard, Mapping) else {"every": self._guard}
+            contexts.append(guard_model(model, **{**common, **given}))
+        return contexts

@@ -112,6 +112,10 @@ class PeerSockets:
                 if sock.recv(1, socket.MSG_PEEK) == _ABORT:
                     _receive_message(rank, sock, 0, lambda: None)
 
+    def lost_ranks(self) -> tuple[int, ...]:
+        """Return the peers that have closed their connections and left no message; do not wait."""
+        return tuple(rank for rank, sock in self._sockets.items() if _is_closed(sock))
+
     def close(self) -> None:
         _close(tuple(self._sockets.values()))
 
@@ -206,6 +210,15 @@ def _available_data(sock: socket.socket, size: int) -> bytes | None:
         return b""
 
 
+def _is_closed(sock: socket.socket) -> bool:
+    try:
+        return sock.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
 def _host() -> tuple[str, str] | None:
     """Return what processes share that can connect by abstract sockets: a boot and a network namespace."""
     with suppress(OSError):
@@ -238,9 +251,12 @@ class Exchange:
         name: The group in messages: `TP group (0, 1)`.
         broken: A rank has failed; no method can be called any more.
         also_aborted_by: Exchanges whose aborts end the waiting of this one, too.
+        purpose: What the ranks do, for messages.
     """
 
-    def __init__(self, ranks: Sequence[int], *, axis: str, timeout: float) -> None:
+    def __init__(
+        self, ranks: Sequence[int], *, axis: str, timeout: float, purpose: str = "compared their batches"
+    ) -> None:
         from torch import distributed as dist
         from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
@@ -248,6 +264,7 @@ class Exchange:
         self.name = f"{axis.upper()} group ({', '.join(map(str, self.ranks))})"
         self.broken = False
         self.also_aborted_by: tuple[Exchange, ...] = ()
+        self.purpose = purpose
         self._timeout = timeout
         self._pending: Callable[[], tuple[bytes, ...]] | None = None
         self._peer_sockets: PeerSockets | None = None
@@ -339,6 +356,13 @@ class Exchange:
         except RuntimeError:  # the store is not reachable
             return
 
+    def lost_ranks(self) -> tuple[int, ...]:
+        """Return the ranks that have closed their connections, as their death does; do not wait.
+
+        Nothing is known of ranks on other machines.
+        """
+        return () if self._peer_sockets is None else self._peer_sockets.lost_ranks()
+
     def _send(self, message: bytes) -> Callable[[], tuple[bytes, ...]]:
         """Send a message, and return a function that waits for those of the other ranks."""
         if self._peer_sockets is not None:
@@ -411,7 +435,7 @@ class Exchange:
         who = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing)) if missing else "a rank"
         what = f"did not respond within {self._timeout:g} s" if timed_out else "closed its connection"
         failure = RankFailure(
-            f"{who} of {self.name} {what} while the ranks compared their batches",
+            f"{who} of {self.name} {what} while the ranks {self.purpose}",
             first=missing[0] if missing else -1,
             outcomes=tuple(RankOutcome(rank, "hung" if timed_out else "died") for rank in missing),
         )
