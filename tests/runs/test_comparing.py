@@ -17,7 +17,7 @@ from tpcheck.report.report import Report
 from tpcheck.runs.alignment import Run
 from tpcheck.runs.comparing import compare_runs
 from tpcheck.runs.names import NameMap
-from tpcheck.runs.trace import RankTrace, StepRecord
+from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
 
 NORM, UP, DOWN = "layers.0.norm.weight", "layers.0.up.weight", "layers.0.down.weight"
 Traces = tuple[RankTrace, ...]
@@ -139,6 +139,36 @@ def test_a_run_that_was_killed_is_compared_up_to_its_last_step() -> None:
     report = compared(killed)
     require_passed(report)
     assert report.verdict.coverage.not_compared["step 1"] == "the actual run has no such step"
+
+
+def test_shards_in_another_order_are_no_mistake_where_what_follows_is_right() -> None:
+    """A fused layer: each rank holds its part of the first half, then of the second."""
+
+    def fused(place: Place, local: torch.Tensor) -> torch.Tensor:
+        if (place.kind, place.name) != ("output", "layers.0.up"):
+            return local
+        return torch.cat([half.chunk(2, -1)[place.tp_rank] for half in place.whole.chunk(2, -1)], -1)
+
+    report = compared(run(tp=2, edit=fused))
+    require_passed(report)
+    assert any("another order" in reason for reason in report.verdict.coverage.not_compared.values())
+    after = edit("output", "layers.0.down", plus(0.1))
+    assert the_finding(compared(run(tp=2, edit=both(fused, after)))).where["module"] == "layers.0.up"
+
+
+def test_terms_of_a_gradient_that_are_known_to_be_some_are_added_up() -> None:
+    def partial(rank: int, step: StepRecord) -> StepRecord:
+        def as_term(record: TensorRecord) -> TensorRecord:
+            is_meant = (record.kind, record.name) == ("gradient", NORM)
+            readings = tuple(replace(reading, is_term=True) for reading in record.readings)
+            return replace(record, readings=readings) if is_meant else record
+
+        return replace(step, tensors=tuple(map(as_term, step.tensors)))
+
+    def terms(place: Place, local: torch.Tensor) -> torch.Tensor:
+        return as_terms(place, local) if (place.kind, place.name) == ("gradient", NORM) else local
+
+    require_passed(compared(run(tp=2, edit=terms, change=partial)))
 
 
 # ---- outputs

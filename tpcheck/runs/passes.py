@@ -292,8 +292,8 @@ class ModuleHooks:
                 return
 
     def _watch_gradient(self, owner: Pass, key: Key, tensor: torch.Tensor) -> bool:
-        if not (tensor.requires_grad and torch.is_grad_enabled()):
-            return False
+        if not (tensor.requires_grad and torch.is_grad_enabled()) or tensor.is_leaf:
+            return False  # a leaf is a parameter that is handed on (Megatron's biases): its hook would outlive the call
 
         def hook(gradient: torch.Tensor | None) -> None:
             owner.has_backward = True

@@ -180,8 +180,27 @@ def outputs_match(context: StepContext) -> Answer:
     """Compare the outputs of all modules, the loss among them."""
     comparisons, not_compared = _computed(context, "output")
     wrong = wrong_places(comparisons)
-    findings = _first_place(context, OUTPUTS, comparisons, wrong)
-    return Answer.of(OUTPUTS, context.number, comparisons, findings, not_compared)
+    permuted = [each for each in wrong if may_be_permuted(each, comparisons)]
+    not_compared |= {each.label: _PERMUTED for each in permuted}
+    findings = _first_place(context, OUTPUTS, comparisons, [each for each in wrong if each not in permuted])
+    return Answer.of(OUTPUTS, context.number, comparisons, findings, not_compared, permuted)
+
+
+_PERMUTED = "its columns lie in another order over the ranks (a fused layer), as its norm and what follows from it show"
+
+
+def may_be_permuted(comparison: Comparison, comparisons: Sequence[Comparison]) -> bool:
+    """Return whether the ranks' shards of a wrong tensor are guessed to be in order, and only that guess is wrong.
+
+    The norm is the expected one, and the tensors of the module around it, and the next one, are right.
+    """
+    actual, expected = comparison.actual, comparison.expected
+    is_guess = "dim" in actual.label or "dim" in expected.label
+    if not is_guess or comparison.allowed is None or abs(actual.norm - expected.norm) > comparison.allowed:
+        return False
+    position = [each.key for each in comparisons].index(comparison.key)
+    following = [each for each in comparisons[position + 1 :] if "dim" not in each.actual.label]
+    return bool(following) and not following[0].is_wrong
 
 
 def _computed(context: StepContext, kind: str) -> tuple[list[Comparison], dict[str, str]]:
@@ -277,6 +296,9 @@ def gradients_match(context: StepContext) -> Answer:
     number = context.number
     backward, not_compared = _computed(context, "output_gradient")
     wrong_backward = wrong_places(backward)
+    permuted = [each for each in wrong_backward if may_be_permuted(each, backward)]
+    not_compared |= {each.label: _PERMUTED for each in permuted}
+    wrong_backward = [each for each in wrong_backward if each not in permuted]
     comparisons: list[Comparison] = []
     findings: list[Finding] = []
     if context.step.shared is not None and context.step.shared.is_whole_step:
@@ -288,10 +310,10 @@ def gradients_match(context: StepContext) -> Answer:
         }
         findings += missing.findings
     wrong = wrong_places(comparisons)
-    left_out: list[Comparison] = []
+    left_out = permuted
     factor = _common_factor(wrong_backward, backward)
     if factor is not None and comparisons and not wrong:
-        left_out, wrong_backward = wrong_backward, []
+        left_out, wrong_backward = [*permuted, *wrong_backward], []
         not_compared |= {
             each.label: f"all are {factor:.6g} times the other run's, and the parameters' gradients agree: the loss is "
             "scaled in another place"
