@@ -23,7 +23,7 @@ from tests.runs.loops.loop import Loop
 from tests.runs.loops.right import DEEPSPEED
 from tpcheck import Topology, UsageError, World, spawn
 from tpcheck.backends.live_groups import LiveGroups
-from tpcheck.runs.guard import Schedule, log_line
+from tpcheck.runs.guard import Schedule, coverage_line, log_line
 from tpcheck.runs.guard_rounds import Outcome
 
 TP, TP_DP = Topology(tp=2), Topology(tp=2, dp=2)
@@ -243,15 +243,25 @@ def test_without_a_callable_each_check_is_a_line_of_the_log(caplog: pytest.LogCa
             optimizer.zero_grad()
     assert caplog.messages == [
         "step 0: this rank has no replicas; loss scale 1, lr 0.5",
+        "guard: 0 tensors of this rank are compared; 4 are on no other rank (shards, partitions) or not known to be",
         "step 1: this rank has no replicas; gradient norm 1.73205, loss scale 1, lr 0.5",
     ]
 
 
 def test_the_line_names_groups_and_counts_tensors() -> None:
-    outcome = Outcome(100, 100, 1.25, (), (), 291, {})
+    outcome = Outcome(100, 100, 1.25, (), (), 291, 7, {})
     line = log_line(outcome, LiveGroups(0, (0, 1), (0, 2), "topology"), 1.25, 1.0, [0.001, 0.001])
     assert line == (
         "step 100: 291 tensors agree in TP group (0, 1) and DP group (0, 2); gradient norm 1.25, loss scale 1, lr 0.001"
+    )
+
+
+def test_what_is_not_compared_is_said_with_its_reason() -> None:
+    outcome = Outcome(1, 1, None, (), (), 20, 4, {})
+    line = coverage_line(outcome, {"up.weight": "unknown", "down.weight": "unknown", "experts.0": "of an expert"})
+    assert line == (
+        "guard: 20 tensors of this rank are compared; 4 are on no other rank (shards, partitions) or not known to be; "
+        "up.weight, down.weight: unknown; experts.0: of an expert"
     )
 
 
