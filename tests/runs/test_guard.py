@@ -108,7 +108,7 @@ def test_a_number_that_differs_is_named_first_with_its_values(
 
 def test_a_batch_that_differs_is_named(pair: World) -> None:
     result = same_on_all(pair.run(train, guarded.OtherBatch, {}))
-    assert (result[0].check, result[0].where["field"]) == ("batches_agree_within_tp", "0, 1")
+    assert (result[0].check, result[0].where["field"]) == ("batches_agree_within_tp", "input_ids, labels")
     assert (result[0].where["step"], result[0].where["ranks"]) == (WRONG, [0, 1])
 
 

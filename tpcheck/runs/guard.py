@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 import warnings
@@ -338,7 +339,17 @@ class Guard(AbstractContextManager["Guard"]):
                 yield _Tensor(("buffer", unwrapped_name(name), ""), values, None, "local", frozenset({"tp"}))
 
     def _leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[_Tensor]:
-        for path, values in named_tensors({**{str(place): value for place, value in enumerate(args)}, **kwargs}):
+        """Yield what the model is called with, by the names of its arguments."""
+        positional = [
+            parameter.name
+            for parameter in inspect.signature(self._root.forward).parameters.values()
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ]
+        named = {
+            **{positional[place] if place < len(positional) else str(place): value for place, value in enumerate(args)},
+            **kwargs,
+        }
+        for path, values in named_tensors(named):
             if _is_strided(values) and not hasattr(values, "placements"):
                 yield _Tensor((BATCH, path, ""), values, "", "", frozenset({"tp"}))
 
