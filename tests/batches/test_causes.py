@@ -43,6 +43,13 @@ def two_ranks(
     ]
 
 
+def of_ranks(*facts: dict[str, Any]) -> list[BatchSummary]:
+    """Summaries of any number of ranks, whose one leaf differs."""
+    return [
+        BatchSummary(leaves=(a_leaf(f"bits of {rank}"),), loader=LoaderFacts(**fact)) for rank, fact in enumerate(facts)
+    ]
+
+
 def explained(summaries: list[BatchSummary]) -> Any:
     return explain_difference(summaries, ("pixels",))
 
@@ -64,6 +71,22 @@ def test_a_generator_is_named_if_it_was_drawn_from_in_different_states() -> None
     assert explanation.cause.slug == "rng_differs_numpy"
     assert explanation.evidence == {"where": "the main process", "generators": ["numpy"]}
     assert "np.random.seed(seed + dp_rank)" in advice_of(explanation)
+
+
+def test_facts_of_workers_are_no_evidence_on_the_main_process() -> None:
+    summaries = two_ranks(rng=OTHER_STATES, drew=("numpy",), worker_init_fn="seed_worker", **SAME_INDICES)
+    assert "worker_init_fn" not in explained(summaries).evidence
+
+
+def test_generators_of_workers_are_named_before_those_of_the_main_process() -> None:
+    rng = tuple({"numpy": state, "worker0.python": state} for state in "ab")
+    explanation = explained(two_ranks(rng=rng, drew=("numpy", "worker0.python"), **SAME_INDICES))
+    assert explanation.cause.slug == "rng_differs_python"
+    assert explanation.evidence["generators"] == ["worker0.python", "numpy"]
+
+
+def test_a_generator_that_a_rank_does_not_report_explains_nothing() -> None:
+    assert cause_of(two_ranks(rng=({"numpy": "a"}, {}), drew=("numpy",), **SAME_INDICES)) is None
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "python", "cuda"])
@@ -116,6 +139,17 @@ def test_an_iterable_dataset_sharded_by_world_rank_is_named() -> None:
     assert cause_of(two_ranks({"rank": 0}, {"rank": 1}, num_replicas=4)) == "sampler_sharded_by_world_rank"
 
 
+def test_a_sampler_for_world_ranks_that_gives_the_same_indices_explains_nothing() -> None:
+    assert cause_of(two_ranks({"rank": 0}, {"rank": 1}, num_replicas=4, **SAME_INDICES)) is None
+
+
+def test_a_fact_that_only_some_ranks_know_explains_nothing_and_is_evidence() -> None:
+    assert cause_of(of_ranks({"rank": 0}, {})) is None
+    explanation = explained(of_ranks({"rank": 0, "num_replicas": 4}, {"rank": 0}, {"rank": 1}))
+    assert explanation.cause.slug == "sampler_sharded_by_world_rank"
+    assert explanation.evidence == {"num_replicas": [4, None, None], "rank": [0, 0, 1]}
+
+
 OTHER_INDICES = ({"indices": (0, 3), "indices_sorted": "03"}, {"indices": (2, 1), "indices_sorted": "12"})
 SHUFFLED_INDICES = ({"indices": (0, 3), "indices_sorted": "03"}, {"indices": (3, 0), "indices_sorted": "03"})
 
@@ -135,6 +169,10 @@ def test_a_seed_without_shuffling_explains_nothing() -> None:
     assert cause_of(summaries) is None
 
 
+def test_different_seeds_that_give_the_same_indices_explain_nothing() -> None:
+    assert cause_of(two_ranks({"sampler_seed": 0}, {"sampler_seed": 1}, **SAME_INDICES)) is None
+
+
 def test_a_sampler_seeded_from_a_torch_generator_in_different_states_has_a_different_seed() -> None:
     by_rank = (indices | {"sampler_rng": {"torch": str(rank)}} for rank, indices in enumerate(OTHER_INDICES))
     explanation = explained(two_ranks(*by_rank, sampler_drew=("torch",), sampler="RandomSampler"))
@@ -145,6 +183,11 @@ def test_a_sampler_seeded_from_a_torch_generator_in_different_states_has_a_diffe
 def test_a_sampler_that_draws_from_pythons_generator_names_that_generator() -> None:
     by_rank = (indices | {"sampler_rng": {"python": str(rank)}} for rank, indices in enumerate(OTHER_INDICES))
     assert cause_of(two_ranks(*by_rank, sampler_drew=("python",))) == "rng_differs_python"
+
+
+def test_a_sampler_that_draws_from_pythons_generator_and_gives_the_same_indices_explains_nothing() -> None:
+    by_rank = ({"sampler_rng": {"python": str(rank)}} for rank in range(2))
+    assert cause_of(two_ranks(*by_rank, sampler_drew=("python",), **SAME_INDICES)) is None
 
 
 def test_an_augmentation_does_not_explain_other_samples() -> None:
@@ -169,6 +212,19 @@ def test_files_listed_in_another_order_are_named() -> None:
     assert "sorted(os.listdir" in advice_of(explanation)
 
 
+@pytest.mark.parametrize(
+    "listings",
+    [
+        [("ab", "sorted"), ("ab", "sorted")],  # in the same order
+        [("ab", "sorted"), ("ac", "others")],  # other files
+        [("ab", "sorted"), (None, "sorted")],  # in an order that one rank does not know
+    ],
+)
+def test_other_listings_of_files_explain_nothing(listings: list[tuple[str | None, str]]) -> None:
+    by_rank = ({"listing": {"files": listing}} for listing in listings)
+    assert cause_of(two_ranks(*by_rank, **SAME_INDICES)) is None
+
+
 def test_the_order_of_a_set_of_words_advises_a_hash_seed() -> None:
     by_rank = ({"listing": {"words": ("ab", "all")}, "hash": "1"}, {"listing": {"words": ("ba", "all")}, "hash": "2"})
     assert "PYTHONHASHSEED" in advice_of(explained(two_ranks(*by_rank, **SAME_INDICES)))
@@ -183,6 +239,32 @@ def test_different_padding_of_the_same_tokens_is_named(same: dict[str, str]) -> 
     explanation = explained(two_ranks(contents=ContentDigests(rows="", **same), **SAME_INDICES))
     assert explanation.cause.slug == "padding_differs"
     assert explanation.evidence == {"shapes": {"pixels": [[2, 8], [2, 8]]}}
+
+
+def test_other_samples_are_not_explained_by_their_padding() -> None:
+    assert cause_of(two_ranks(*OTHER_INDICES, contents=ContentDigests(rows="", unpadded="same"))) is None
+
+
+def test_padding_has_to_explain_every_leaf_that_differs() -> None:
+    digests = ContentDigests(rows="", unpadded="same")
+    summaries = [
+        BatchSummary(
+            leaves=(a_leaf(f"{rank}"), Leaf("ids", "tensor", "torch.int64", (rank,), "cpu", f"{rank}")),
+            contents={"pixels": digests, "ids": ContentDigests(rows=f"of {rank}", unpadded=f"of {rank}")},
+        )
+        for rank in range(2)
+    ]
+    explanation = explained(summaries)
+    assert explanation is not None
+    assert explanation.evidence == {"shapes": {"pixels": [[2, 8], [2, 8]]}}
+    assert explain_difference(summaries, ("pixels", "ids")) is None
+
+
+def test_many_indices_are_compared_by_their_digest() -> None:
+    summaries = two_ranks(
+        {"indices_digest": "a", "indices_sorted": "s"}, {"indices_digest": "b", "indices_sorted": "s"}
+    )
+    assert cause_of(summaries) == "order_differs"
 
 
 def test_nothing_known_explains_nothing() -> None:
@@ -212,6 +294,17 @@ def test_the_same_samples_on_replicas_are_named() -> None:
     explanation = explain_same_samples(summaries)
     assert explanation is not None
     assert (explanation.cause.slug, explanation.evidence["same"]) == ("duplicate_dp_batch", "samples")
+
+
+def test_two_of_three_replicas_may_have_the_same_batch_or_samples() -> None:
+    equal, other = BatchSummary(leaves=(a_leaf("same"),)), BatchSummary(leaves=(a_leaf("other"),))
+    explanation = explain_same_samples([equal, other, equal])
+    assert explanation is not None
+    assert explanation.evidence["same"] == "whole batch"
+    rows = [BatchSummary(leaves=(a_leaf(bits),), rows=(bits, "x")[: 1 + (bits != "b")]) for bits in "abc"]
+    explanation = explain_same_samples(rows)
+    assert explanation is not None
+    assert explanation.evidence["same"] == "samples"
 
 
 def test_different_samples_on_replicas_are_not_explained() -> None:

@@ -29,6 +29,14 @@ def test_equal_checkpoints_have_no_findings() -> None:
     assert (comparison.coverage.compared, comparison.coverage.total) == (2, 2)
 
 
+@pytest.mark.parametrize("which", ["actual", "expected", "earlier"])
+def test_a_checkpoint_that_changes_while_it_is_compared_is_an_error(which: str) -> None:
+    changed = replace(WHOLE, has_changed=True)
+    sides = {side: changed if side == which else WHOLE for side in ("actual", "expected", "earlier")}
+    with pytest.raises(CheckpointError, match="changed while they were read"):
+        compare_checkpoints(sides["actual"], sides["expected"], earlier={"step 1": sides["earlier"]})
+
+
 def test_progress_ends_with_all_bytes() -> None:
     calls: list[tuple[int, int]] = []
     compare_checkpoints(WHOLE, WHOLE, progress=lambda done, total: calls.append((done, total)))
@@ -41,6 +49,11 @@ def test_what_cannot_be_read_is_not_compared_and_not_missing() -> None:
     assert not comparison.findings
     assert (comparison.coverage.compared, comparison.coverage.total) == (1, 2)
     assert comparison.coverage.not_compared == {"b of actual": "it is sparse"}
+
+
+def test_tensors_that_only_one_side_has_are_findings() -> None:
+    assert found(compare_checkpoints(Tensors({"a": A}), WHOLE)) == {"b": "tensor_missing"}
+    assert found(compare_checkpoints(WHOLE, Tensors({"a": A}))) == {"b": "tensor_unexpected"}
 
 
 def test_replicas_that_differ_are_a_finding() -> None:
@@ -67,6 +80,42 @@ def test_a_tensor_of_another_dtype_is_rounded_or_explained_after_rounding() -> N
     shard = compare_checkpoints(Tensors({"a": fine.tensors["a"][:2].half(), "b": B}), fine)
     assert found(shard) == {"a": "shard_missing"}
     assert found(compare_checkpoints(Tensors({"a": A + 0.5, "b": B}), Tensors({"a": A.int(), "b": B}))) == {"a": None}
+
+
+def test_a_finding_names_shapes_and_dtypes_that_differ() -> None:
+    (finding,) = compare_checkpoints(Tensors({"a": A[:2].half(), "b": B}), WHOLE).findings
+    expected = {
+        "shape_actual": [2, 2], "shape_expected": [3, 2], "dtype_actual": "float16", "dtype_expected": "float32",
+        "same_values": False,
+    }  # fmt: skip
+    assert expected.items() <= finding.evidence.items()
+    assert finding.observed == 6
+    (finding,) = compare_checkpoints(Tensors({"a": A + 0.37, "b": B}), WHOLE).findings
+    assert not {"shape_actual", "dtype_actual", "same_values", "actual_name", "story"} & finding.evidence.keys()
+
+
+def test_a_finding_has_the_advice_and_the_evidence_of_its_cause() -> None:
+    (finding,) = compare_checkpoints(Tensors({"a": A, "b": B * 2}), WHOLE).findings
+    assert finding.cause == "duplicate_reduce"
+    assert finding.evidence["story"] == {"factor": 2, "rows": [1, 4]}
+    assert finding.evidence["advice"]
+
+
+def test_complex_values_are_shown_as_text() -> None:
+    (finding,) = compare_checkpoints(Tensors({"a": A + 1j}), Tensors({"a": A + 2j})).findings
+    assert (finding.evidence["actual"], finding.evidence["expected"]) == ("1j", "2j")
+
+
+def test_a_tensor_that_one_side_lacks_names_the_side_that_has_it() -> None:
+    (missing,) = compare_checkpoints(Tensors({"a": A}), WHOLE).findings
+    (unexpected,) = compare_checkpoints(WHOLE, Tensors({"a": A})).findings
+    assert (missing.evidence["only_in"], unexpected.evidence["only_in"]) == ("reference", "actual")
+
+
+def test_a_tie_to_a_tensor_that_differs_too_is_no_explanation() -> None:
+    tied = Tensors({"a": A, "b": A}, ties=(frozenset({"a", "b"}),))
+    differing = Tensors({"a": A + 0.37, "b": A + 0.73})
+    assert found(compare_checkpoints(differing, tied)) == {"a": None, "b": None}
 
 
 def test_a_tied_weight_that_differs_from_its_partner_is_untied() -> None:

@@ -11,6 +11,7 @@ from tpcheck.backends.layout import Layout
 from tpcheck.core.placement import Shard
 from tpcheck.numerics.activation_placement import infer_placement
 from tpcheck.numerics.differences import (
+    Difference,
     compare_parameter,
     compare_placed,
     distance_of_terms,
@@ -109,3 +110,47 @@ def test_a_vector_is_complete_or_a_sum_as_one() -> None:
     halves = [torch.tensor([1.0, 0.0, 3.0]), torch.tensor([0.0, 2.0, 3.0])]
     assert distance_of_terms(halves, torch.tensor([1.0, 2.0, 6.0])) == 0
     assert distance_of_terms(halves, torch.tensor([1.0, 2.0, 3.0])) > 1
+
+
+def difference(error: float, *part_errors: float, allowed: float = 1.0, norm: float = 2.0) -> Difference:
+    return Difference(error, norm, allowed, part_errors, 0.0, (), 1)
+
+
+def test_the_wrong_ranks_are_those_beyond_what_is_allowed_or_all_that_differ_where_none_is() -> None:
+    assert difference(3.0, 0.5, 3.0, 0.0).wrong_tp_ranks() == (1,)
+    assert difference(1.2, 0.9, 0.0, 0.8).wrong_tp_ranks() == (0, 2)
+
+
+def test_errors_are_relative_to_a_norm_that_is_a_number_above_zero() -> None:
+    assert (difference(3.0).relative, difference(3.0).relative_allowed) == (1.5, 0.5)
+    assert difference(3.0, norm=0.0).relative == 3.0
+    assert difference(3.0, norm=math.inf).relative == 3.0
+
+
+def test_the_margin_is_zero_where_nothing_differs_and_infinite_where_nothing_is_allowed() -> None:
+    assert difference(3.0, allowed=2.0).margin == 1.5
+    assert difference(0.0, allowed=0.0).margin == 0.0
+    assert difference(3.0, allowed=0.0).margin == math.inf
+
+
+def test_integers_and_masks_do_not_round() -> None:
+    assert rounding_error(torch.ones(3, dtype=torch.int64)) == 0
+    assert spacing(torch.ones(3, dtype=torch.int64)) == 0
+    assert spacing(torch.full((3,), math.inf)) == 0
+    assert rounding_error(torch.empty(0)) == 0
+
+
+def test_a_single_element_rounds_twice_and_complex_ones_round_too() -> None:
+    eps = torch.finfo(torch.float64).eps
+    assert rounding_error(torch.tensor([3.0], dtype=torch.float64)) == 6 * eps
+    assert rounding_error(torch.tensor([3.0, 4.0], dtype=torch.float64)) == pytest.approx(5 * eps / math.sqrt(3))
+    pair = torch.tensor([3.0 + 4.0j, 0.0], dtype=torch.complex128)
+    assert rounding_error(pair) == pytest.approx(5 * eps / math.sqrt(3))
+    assert frobenius_distance(pair, pair * 2) == 5.0
+
+
+def test_replicas_of_a_parameter_are_as_far_off_as_the_farthest() -> None:
+    layout, full = Layout.replicated((2, 12), 2), FULL
+    found = compare_parameter(layout, full, [full + 1, full + 2], 1.0)
+    assert found.error == pytest.approx(2 * math.sqrt(24))
+    assert found.part_errors == pytest.approx((math.sqrt(24), 2 * math.sqrt(24)))

@@ -168,6 +168,47 @@ def test_a_run_without_findings_passes() -> None:
     assert CheckResult(WEIGHTS, 4, 0.0) in found.checks
 
 
+def test_what_was_not_compared_is_covered_by_its_check_and_step() -> None:
+    missing = {"a": "it is sparse"}
+    start, step = (CheckAnswer(WEIGHTS, number, {"b": 0.0}, (), missing) for number in (-1, 0))
+    coverage = the_verdict(GroupAnswer((start, step), last_step=0)).coverage
+    assert coverage.not_compared == {f"{WEIGHTS}: a": "it is sparse", f"{WEIGHTS}: step 0: a": "it is sparse"}
+    assert (coverage.compared, coverage.total) == (2, 4)
+
+
+def test_a_model_that_differs_at_the_start_is_given_as_the_reason() -> None:
+    reasons = the_verdict(GroupAnswer((CheckAnswer(WEIGHTS, -1, {}, (), {}),))).coverage.not_compared
+    assert list(reasons) == ["step 0"]
+    assert reasons["step 0"].startswith("the model at the start already differs")
+
+
+def test_a_finding_has_its_cause_with_the_evidence_and_the_error() -> None:
+    evidence = with_tensor(RIGHT, "gradients", UP, lambda gradient: gradient * 2)
+    (found,) = (each for answer in answer_of(evidence).answers for each in answer.findings)
+    assert found.cause == "gradient_scaled"
+    assert found.evidence["factors"] == [2.0, 2.0]
+    assert found.evidence["cause_error"] < 1e-12
+    unknown = with_tensor(RIGHT, "gradients", UP, torch.rand_like)
+    (found,) = (each for answer in answer_of(unknown).answers for each in answer.findings)
+    assert found.cause is None
+    assert "cause_error" not in found.evidence
+
+
+@pytest.mark.parametrize("margins", [(2.0, 3.0), (3.0, 2.0)])
+def test_of_findings_of_several_groups_the_worse_is_shown(margins: tuple[float, float]) -> None:
+    groups = (
+        GroupAnswer((CheckAnswer(GRADIENTS, 0, {}, (finding_of_margin(margin, rank),), {}),), last_step=0)
+        for rank, margin in enumerate(margins)
+    )
+    (found,) = the_verdict(*groups).findings
+    assert (found.margin, found.where["ranks"]) == (3.0, [0, 1])
+    assert "also" not in found.evidence
+
+
+def finding_of_margin(margin: float, rank: int) -> Finding:
+    return Finding(GRADIENTS, {"phase": "backward", "parameter": "a", "ranks": [rank]}, margin, 1.0)
+
+
 def test_what_several_groups_find_in_one_place_is_one_finding_of_all_their_ranks() -> None:
     def of_group(rank: int, observed: float, *also: str) -> GroupAnswer:
         where = {"ranks": [rank], "dp_rank": rank}

@@ -8,11 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from tests.backends import hand_made
 from tpcheck import Rank
+from tpcheck.backends.live_groups import LiveGroups, live_groups
 from tpcheck.numerics.sketch import GlobalIndex
-from tpcheck.runs.optimizer_view import OptimizerView, Part
+from tpcheck.runs.optimizer_view import OptimizerView, Part, view_of
 
 Key = tuple[str, str, str]  # kind, parameter, state
 Parts = list[Part]
@@ -120,3 +123,57 @@ def assert_same(
         assert actual[key].shape == tensor.shape, (key, actual[key].shape, tensor.shape)
         error = (actual[key] - tensor).norm() / tensor.norm().clamp(min=atol)
         assert error <= rtol or (actual[key] - tensor).abs().max() <= atol, (key, float(error))
+
+
+def built(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = hand_made.Model().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.rand_like(parameter))
+    return model
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+
+
+def batch(dp_rank: int, step: int) -> torch.Tensor:
+    return hand_made.tokens({"dp": dp_rank}, step)["tokens"]
+
+
+def train(model: nn.Module, optimizer: Any, dp_ranks: Any, step: int, *, clip: float = 0.0) -> None:
+    """Take a step on the mean of the replicas' losses."""
+    for dp_rank in dp_ranks:
+        (model(batch(dp_rank, step)) / len(dp_ranks)).backward()
+    if clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def expected_steps(
+    rank: Rank,
+    model: nn.Module,
+    make: Callable[[Any], Any] = adamw,
+    train_step: Callable[..., None] = train,
+    **how: Any,
+) -> list[Parts]:
+    """Return the steps of an unsharded run on the batches of all replicas."""
+    optimizer = make(model.parameters())
+    view = view_of(model, optimizer, groups=alone())
+    return steps_of(view, lambda step: train_step(model, optimizer, range(rank.topology.dp), step, **how))
+
+
+def alone() -> LiveGroups:
+    return LiveGroups(0, (0,), (0,), "one rank")
+
+
+def groups_of(rank: Rank) -> LiveGroups:
+    return live_groups(topology=rank.topology)
+
+
+def assert_whole(rank: Rank, steps: list[Parts], expected: list[Parts], layouts: Any = None, **how: Any) -> None:
+    for parts, unsharded in zip(steps, expected, strict=True):
+        whole = {(part.kind, part.name, part.state): part.values.double() for part in unsharded}
+        assert_same(assembled(rank, parts, layouts), whole, **how)

@@ -77,8 +77,16 @@ class Options:
         told_norm: By rank, what the engine tells.
         rates: Learning rate by step.
         optimizer: Class.
-        changes: Replaces fields of a rank's step.
-        moments: Whether there is optimizer state.
+        moments, initial_moments: Whether there is optimizer state; before the first step, too.
+        masters: Whether there are master weights.
+        change: Returns what a rank has instead of a step; None where it has none.
+        seed: Of the rounding.
+        accumulated: Whether gradients before each further micro-batch were kept.
+        generators: States of the generators: `same` on both sides, or another text for those of one that draws.
+        rename: Gives the names.
+        batch_seed: Of the samples.
+        biases: Modules with a bias, which is replicated and has no gradient.
+        noise_of_replays: Relative deviation; None for what the dtype has.
     """
 
     tp: int = 1
@@ -96,11 +104,15 @@ class Options:
     optimizer: str = "SGD"
     change: Callable[[int, StepRecord], StepRecord | None] | None = None
     moments: bool = False
+    initial_moments: bool = False
+    masters: bool = False
+    noise_of_replays: float | None = None
     seed: int = 0
     accumulated: bool = False
     generators: str = "same"
     rename: Callable[[str], str] = field(default=lambda name: name)
     batch_seed: int = 0
+    biases: Sequence[str] = ()
 
 
 def run(**options: Any) -> tuple[RankTrace, ...]:
@@ -134,6 +146,11 @@ def initial_weights(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tenso
     }
 
 
+def bias() -> torch.Tensor:
+    """Return the bias of modules that have one."""
+    return torch.linspace(0.5, 1.5, WIDTH, dtype=torch.float64)
+
+
 def micro_batch_gradients(step: int, passes: int, name: str) -> list[torch.Tensor]:
     """Return the whole gradient of each micro-batch; they add up to that of the step."""
     whole = wholes(step)["gradient", name]
@@ -146,8 +163,14 @@ def _rank(rank: int, topology: Topology, options: Options) -> RankTrace:
     position = topology.coordinate(rank)
     maker = _Maker(rank, position["tp"], position["dp"], topology, options)
     weights = initial_weights(options.dtype)
-    moments = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    initial = maker.records(-1, {("weight", name): weight for name, weight in weights.items()})
+    moments = {name: weight.flip(0) for name, weight in weights.items()}
+    at_start = {("weight", name): weight for name, weight in weights.items()}
+    at_start |= {("weight", f"{module}.bias"): bias() for module in options.biases}
+    if options.initial_moments:
+        at_start |= {("state", name): moment for name, moment in moments.items()}
+    if options.masters:
+        at_start |= {("master", name): weight for name, weight in weights.items()}
+    initial = maker.records(-1, at_start)
     steps = []
     for number in range(options.steps):
         tensors = wholes(number, options.dtype)
@@ -157,6 +180,8 @@ def _rank(rank: int, topology: Topology, options: Options) -> RankTrace:
         tensors |= {("weight", name): weight for name, weight in weights.items()}
         if options.moments:
             tensors |= {("state", name): moment for name, moment in moments.items()}
+        if options.masters:
+            tensors |= {("master", name): weight for name, weight in weights.items()}
         step = maker.step(number, tensors, gradients)
         if options.change is not None:
             changed = options.change(rank, step)
@@ -196,7 +221,7 @@ class _Maker:
         passes = tuple(
             PassRecord(
                 (Leaf("input_ids", "int64", tuple(some.shape), _digest(samples[some])),),
-                tuple(f"{key:x}" for key in keys[some].tolist()),
+                tuple(f"{key & (1 << 64) - 1:016x}" for key in keys[some].tolist()),
                 loss=1.0,
                 has_backward=True,
                 generators={"torch": f"{options.generators} {number}" if options.generators != "same" else "same"},
@@ -250,7 +275,7 @@ class _Maker:
             values = values.tensor_split(self.topology.dp)[self.dp_rank]
         if kind == "output_gradient" and name:
             values = values * (self.topology.dp if not options.same_batch else 1)
-        dim = OUTPUTS[name] if is_activation else WEIGHTS[name]
+        dim = OUTPUTS[name] if is_activation else WEIGHTS.get(name)
         local = values if dim is None else values.chunk(self.topology.tp, dim)[self.tp_rank]
         if options.edit is not None:
             place = Place(self.rank, self.tp_rank, self.dp_rank, step, kind, name, part, whole)
@@ -259,7 +284,7 @@ class _Maker:
                 return None
             local = edited
         readings = self._of_activation(step, name, local) if is_activation else self._of_parameter(dim, whole, local)
-        deviation = 2e-16 * 2**30 if options.dtype is torch.bfloat16 else 1e-15
+        deviation = options.noise_of_replays or 1e-15
         size = float(torch.linalg.vector_norm(whole.double()))
         measured = deviation * size * (self.topology.dp if kind == "output_gradient" else 1)
         if options.replays and step >= 0:

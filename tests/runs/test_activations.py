@@ -71,6 +71,11 @@ def test_heads_add_up() -> None:
     assert_equal(total(scores_BHTT.chunk(2, 1), "dim 1"), whole(scores_BHTT))
 
 
+def test_one_head_for_each_rank_adds_up() -> None:
+    keys_BTHD = torch.randn(3, 4, 2, 5, dtype=torch.float64)
+    assert_equal(total(keys_BTHD.chunk(2, 2), "dim 2"), whole(keys_BTHD))
+
+
 def test_the_order_of_dims_does_not_matter() -> None:
     assert_equal(whole(HIDDEN_BTH.transpose(0, 1)), whole())
     assert_equal(whole(HIDDEN_BTH.flatten(0, 1)), whole())

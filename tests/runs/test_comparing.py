@@ -2,23 +2,602 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from math import hypot, sqrt
+from typing import Any
+
 import pytest
+import torch
 
-from tests.runs.hand_made import run
+from tests.runs.hand_made import WEIGHTS, Edit, Place, bias, micro_batch_gradients, run, wholes
+from tpcheck.core.findings import Finding
 from tpcheck.report.report import Report
-from tpcheck.runs.comparing import compare_recordings
+from tpcheck.runs.alignment import Run
+from tpcheck.runs.comparing import compare_runs
+from tpcheck.runs.names import NameMap
+from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
+
+NORM, UP, DOWN = "layers.0.norm.weight", "layers.0.up.weight", "layers.0.down.weight"
+Traces = tuple[RankTrace, ...]
 
 
-def report_of(**options: object) -> Report:
-    return compare_recordings(run(**options), run(rounding=1.0, seed=5))
+def compared(actual: Traces, expected: Traces | None = None, names: NameMap | None = None) -> Report:
+    return compare_runs(Run.of("actual", actual), Run.of("expected", expected or unsharded()), names)
+
+
+@cache
+def unsharded() -> Traces:
+    return run(rounding=1.0, seed=5)
+
+
+@cache
+def unsharded_in_three_micro_batches() -> Traces:
+    return run(rounding=1.0, seed=5, passes=3, accumulated=True)
 
 
 def require_passed(report: Report) -> None:
     assert report.passed, report.to_text(findings=None)
 
 
-@pytest.mark.parametrize("dp", [1, 2])
-@pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("layouts", [True, False])
+def the_finding(report: Report) -> Finding:
+    """Return the first finding; what follows from it names it."""
+    first, *others = report.findings
+    assert all(other.cause is not None or other.evidence["follows_from"] == first.check for other in others)
+    return first
+
+
+def edit(
+    kind: str, name: str, change: Callable[[Place, torch.Tensor], torch.Tensor | None], *, step: int = 0, rank: int = -1
+) -> Edit:
+    """Return an edit of one tensor, on all ranks or on one."""
+
+    def edited(place: Place, local: torch.Tensor) -> torch.Tensor | None:
+        is_meant = (place.kind, place.name, place.step) == (kind, name, step) and rank in (-1, place.rank)
+        return change(place, local) if is_meant else local
+
+    return edited
+
+
+def both(first: Edit, second: Edit) -> Edit:
+    def edited(place: Place, local: torch.Tensor) -> torch.Tensor | None:
+        changed = first(place, local)
+        return changed if changed is None else second(place, changed)
+
+    return edited
+
+
+def times(factor: float) -> Callable[[Place, torch.Tensor], torch.Tensor]:
+    return lambda place, local: factor * local
+
+
+def plus(amount: float) -> Callable[[Place, torch.Tensor], torch.Tensor]:
+    return lambda place, local: local + amount
+
+
+def as_terms(place: Place, local: torch.Tensor) -> torch.Tensor:
+    """Return what two TP ranks hold where nothing added up their terms."""
+    term = torch.randn(local.shape, generator=torch.Generator().manual_seed(3), dtype=local.dtype)
+    return term if place.tp_rank == 0 else local - term
+
+
+def local_part(place: Place, whole: torch.Tensor, tp: int = 2) -> torch.Tensor:
+    dim = WEIGHTS[place.name]
+    return whole if dim is None else whole.chunk(tp, dim)[place.tp_rank]
+
+
+# ---- right runs
+
+
+@pytest.mark.parametrize("layouts", [True, False], ids=["known layouts", "unknown layouts"])
+@pytest.mark.parametrize(("tp", "dp"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)])
 def test_a_right_run_passes_at_any_topology(tp: int, dp: int, layouts: bool) -> None:
-    require_passed(report_of(tp=tp, dp=dp, layouts=layouts))
+    report = compared(run(tp=tp, dp=dp, layouts=layouts))
+    require_passed(report)
+    assert report.verdict.coverage.compared > 60
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected"),
+    [
+        ({"tp": 2}, {"tp": 4}),
+        ({"tp": 2, "dp": 2}, {"dp": 4}),
+        ({"tp": 2, "layouts": False}, {"tp": 2, "layouts": False}),
+        ({"tp": 2, "dp": 2, "same_batch": True}, {}),
+        ({"tp": 2, "passes": 2}, {"passes": 4}),
+        ({"tp": 2, "moments": True}, {"moments": True}),
+    ],
+    ids=[
+        "two shards and four",
+        "two shards of two replicas and four replicas",
+        "two shards twice, of unknown layouts",
+        "two replicas that both have the whole batch",
+        "two micro-batches and four",
+        "moments",
+    ],
+)
+def test_two_right_runs_agree(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    require_passed(compared(run(**actual), run(rounding=1.0, seed=5, **expected)))
+
+
+def test_outputs_may_be_terms_where_what_follows_is_right() -> None:
+    require_passed(compared(run(tp=2, edit=edit("output", "layers.0.down", as_terms))))
+
+
+def test_a_loss_that_is_scaled_elsewhere_is_no_mistake_where_parameters_gradients_agree() -> None:
+    def scaled(place: Place, local: torch.Tensor) -> torch.Tensor:
+        return 3 * local if place.kind == "output_gradient" else local
+
+    report = compared(run(tp=2, edit=scaled))
+    require_passed(report)
+    assert any("all are 3 times" in reason for reason in report.verdict.coverage.not_compared.values())
+
+
+def test_a_run_that_was_killed_is_compared_up_to_its_last_step() -> None:
+    killed = tuple(replace(rank, is_complete=False, steps=rank.steps[:1], num_steps=1) for rank in run(tp=2))
+    report = compared(killed)
+    require_passed(report)
+    assert report.verdict.coverage.not_compared["step 1"] == "the actual run has no such step"
+
+
+def test_shards_in_another_order_are_no_mistake_where_what_follows_is_right() -> None:
+    """A fused layer: each rank holds its part of the first half, then of the second."""
+
+    def fused(place: Place, local: torch.Tensor) -> torch.Tensor:
+        if (place.kind, place.name) != ("output", "layers.0.up"):
+            return local
+        return torch.cat([half.chunk(2, -1)[place.tp_rank] for half in place.whole.chunk(2, -1)], -1)
+
+    report = compared(run(tp=2, edit=fused))
+    require_passed(report)
+    assert any("another order" in reason for reason in report.verdict.coverage.not_compared.values())
+    after = edit("output", "layers.0.down", plus(0.1))
+    assert the_finding(compared(run(tp=2, edit=both(fused, after)))).where["module"] == "layers.0.up"
+
+
+def test_terms_of_a_gradient_that_are_known_to_be_some_are_added_up() -> None:
+    def partial(rank: int, step: StepRecord) -> StepRecord:
+        def as_term(record: TensorRecord) -> TensorRecord:
+            is_meant = (record.kind, record.name) == ("gradient", NORM)
+            readings = tuple(replace(reading, is_term=True) for reading in record.readings)
+            return replace(record, readings=readings) if is_meant else record
+
+        return replace(step, tensors=tuple(map(as_term, step.tensors)))
+
+    def terms(place: Place, local: torch.Tensor) -> torch.Tensor:
+        return as_terms(place, local) if (place.kind, place.name) == ("gradient", NORM) else local
+
+    require_passed(compared(run(tp=2, edit=terms, change=partial)))
+
+
+# ---- outputs
+
+
+def test_a_sum_that_is_never_reduced_is_found_where_it_should_have_been() -> None:
+    after = both(edit("output", "layers.0", plus(1.0)), edit("output", "head", plus(1.0)))
+    finding = the_finding(compared(run(tp=2, edit=both(edit("output", "layers.0.down", as_terms), after))))
+    assert (finding.cause, finding.where["module"]) == ("missing_reduce", "layers.0.down")
+    assert finding.evidence["followed_by"] == ["layers.0", "head"]
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (times(2.0), "duplicate_reduce"),
+        (times(0.5), "mean_instead_of_sum"),
+        (times(0.0), "all_zero"),
+        (times(float("nan")), "not_finite"),
+        (plus(0.1), None),
+    ],
+)
+def test_a_wrong_output_has_a_cause_only_where_it_is_shown(change: Any, cause: str | None) -> None:
+    finding = the_finding(compared(run(tp=2, edit=edit("output", "layers.0.down", change))))
+    assert (finding.check, finding.cause) == ("outputs_match_reference", cause)
+    assert cause is not None or 'modules="layers.0.down*", tensors="full"' in finding.evidence["note"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cause"),
+    [
+        (lambda place, whole, bias: as_terms(place, whole - bias) + bias, "missing_reduce"),
+        (lambda place, whole, bias: whole + bias, "bias_added_per_rank"),
+        (lambda place, whole, bias: 2 * (whole - bias) + bias, "duplicate_reduce"),
+        (lambda place, whole, bias: (whole - bias) / 2 + bias, "mean_instead_of_sum"),
+        (lambda place, whole, bias: whole + 2.2 * bias.flip(0), None),
+        (lambda place, whole, bias: whole + 3 * bias, None),
+    ],
+)
+def test_wrong_sums_are_told_by_the_bias_that_they_leave_in_every_row(wrong: Any, cause: str | None) -> None:
+    def with_bias(place: Place, local: torch.Tensor) -> torch.Tensor:
+        return wrong(place, local, bias()) if (place.kind, place.name) == ("output", "head") else local
+
+    finding = the_finding(compared(run(tp=2, biases=("head",), edit=with_bias), run(rounding=1.0, biases=("head",))))
+    assert (finding.where["module"], finding.cause) == ("head", cause)
+
+
+def test_an_output_that_is_wrong_on_one_rank_names_it() -> None:
+    finding = the_finding(compared(run(tp=2, edit=edit("output", "layers.0.up", plus(0.1), rank=1))))
+    assert finding.where["ranks"] == [1]
+    assert finding.evidence["differs_in_columns"] == "16 to 31 of 32"
+
+
+# ---- gradients
+
+
+def test_a_gradient_that_was_not_summed_over_tp_is_a_partial_gradient() -> None:
+    finding = the_finding(compared(run(tp=2, edit=edit("gradient", NORM, as_terms))))
+    assert (finding.cause, finding.where["parameter"]) == ("partial_gradient_on_replica", NORM)
+    assert finding.where["ranks"] == [0, 1]
+
+
+def test_a_gradient_that_was_summed_twice_over_tp_is_named() -> None:
+    assert the_finding(compared(run(tp=2, edit=edit("gradient", NORM, times(2.0))))).cause == "duplicate_reduce"
+
+
+def test_gradients_that_were_summed_over_replicas_are_named_together() -> None:
+    def summed(place: Place, local: torch.Tensor) -> torch.Tensor:
+        return 2 * local if place.kind == "gradient" else local
+
+    finding = the_finding(compared(run(tp=2, dp=2, edit=summed)))
+    assert finding.cause == "sum_instead_of_mean"
+    assert [finding.where["parameter"], *finding.evidence["also"]] == list(WEIGHTS)
+
+
+def test_gradients_of_replicas_that_were_not_averaged_lack_a_reduction() -> None:
+    def own(place: Place, local: torch.Tensor) -> torch.Tensor:
+        return local + (0.3 if place.dp_rank else -0.3)
+
+    finding = the_finding(compared(run(tp=2, dp=2, edit=edit("gradient", DOWN, own))))
+    assert (finding.cause, finding.evidence["reduced_over"]) == ("missing_reduce", "dp")
+
+
+def test_a_gradient_that_one_rank_lacks_is_missing_there() -> None:
+    finding = the_finding(compared(run(tp=2, edit=edit("gradient", UP, lambda place, local: None, rank=1))))
+    assert (finding.cause, finding.where["parameter"], finding.where["ranks"]) == ("gradient_missing", UP, [1])
+
+
+def test_a_gradient_times_a_constant_is_scaled() -> None:
+    finding = the_finding(compared(run(tp=2, edit=edit("gradient", UP, times(1.7)))))
+    assert (finding.cause, finding.evidence["factors"]) == ("gradient_scaled", [1.7])
+
+
+def test_a_gradient_that_is_wrong_on_one_rank_names_it() -> None:
+    finding = the_finding(compared(run(tp=2, edit=edit("gradient", UP, plus(0.1), rank=1))))
+    assert (finding.cause, finding.where["ranks"]) == (None, [1])
+    assert finding.evidence["differs_in_rows"] == "16 to 31 of 32"
+
+
+# ---- micro-batches
+
+
+def of_gradients(change: Callable[[Place, list[torch.Tensor]], torch.Tensor], passes: int, name: str = "") -> Edit:
+    """Return an edit of gradients by those of the micro-batches."""
+
+    def edited(place: Place, local: torch.Tensor) -> torch.Tensor:
+        if place.kind not in ("gradient", "accumulated") or (name and place.name != name):
+            return local
+        return local_part(place, change(place, micro_batch_gradients(place.step, passes, place.name)))
+
+    return edited
+
+
+def reduced_again(place: Place, terms: list[torch.Tensor]) -> torch.Tensor:
+    """Return the gradient of a hook that sums the accumulated gradient over two ranks at each micro-batch."""
+    number = len(terms) if place.kind == "gradient" else int(place.part)
+    reduced = terms[0]
+    for term in terms[1:number]:
+        reduced = 2 * reduced + term
+    return reduced
+
+
+def test_accumulated_gradients_that_were_reduced_again_are_named_by_what_either_run_kept() -> None:
+    kept = run(tp=2, passes=3, accumulated=True, edit=of_gradients(reduced_again, 3, NORM))
+    not_kept = run(tp=2, passes=3, edit=of_gradients(reduced_again, 3, NORM))
+    for report in (compared(kept), compared(not_kept, unsharded_in_three_micro_batches())):
+        finding = the_finding(report)
+        assert (finding.cause, finding.where["parameter"]) == ("reduced_after_accumulation", NORM)
+        assert "also" not in finding.evidence
+
+
+def test_the_gradient_of_the_last_micro_batch_alone_is_named() -> None:
+    actual = run(tp=2, passes=3, edit=of_gradients(lambda place, terms: terms[-1], 3))
+    assert the_finding(compared(actual, unsharded_in_three_micro_batches())).cause == "last_micro_batch_only"
+
+
+def test_micro_batches_weighted_alike_have_the_mean_of_local_means() -> None:
+    shares = (0.5, 0.3, 0.2)
+
+    def weighted(place: Place, terms: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([term / (3 * share) for term, share in zip(terms, shares, strict=True)]).sum(0)
+
+    actual = run(tp=2, passes=3, edit=of_gradients(weighted, 3))
+    finding = the_finding(compared(actual, unsharded_in_three_micro_batches()))
+    assert finding.cause == "mean_of_local_means"
+    assert finding.evidence["share_of_tokens"] == pytest.approx(shares)
+
+
+def test_replicas_weighted_alike_have_the_mean_of_local_means() -> None:
+    def own_mean(place: Place, local: torch.Tensor) -> torch.Tensor:
+        is_of_samples = place.kind == "output_gradient" and bool(place.name)
+        return local / 2 / (0.3, 0.7)[place.dp_rank] if is_of_samples else local
+
+    finding = the_finding(compared(run(tp=2, dp=2, edit=own_mean)))
+    assert (finding.cause, finding.where["module"]) == ("mean_of_local_means", "head")
+    assert finding.evidence["share_of_tokens"] == pytest.approx([0.3, 0.7])
+
+
+@pytest.mark.parametrize("over", ["dp", "tp"])
+def test_a_micro_batch_that_was_not_reduced_is_named(over: str) -> None:
+    def unreduced_first(place: Place, terms: list[torch.Tensor]) -> torch.Tensor:
+        rank = place.dp_rank if over == "dp" else place.tp_rank
+        own = terms[0] + (0.3 if rank else -0.3) if over == "dp" else terms[0] * (0.3 if rank else 0.7)
+        return own + terms[1] if place.kind == "gradient" else own
+
+    name = DOWN if over == "dp" else NORM
+    actual = run(
+        tp=2, dp=2 if over == "dp" else 1, passes=2, accumulated=True, edit=of_gradients(unreduced_first, 2, name)
+    )
+    finding = the_finding(compared(actual))
+    assert finding.cause == "micro_batch_unreduced"
+    assert (finding.evidence["micro_batches"], finding.evidence["reduced_over"]) == ([0], over)
+
+
+# ---- norms
+
+
+def norms_of_ranks(step: int = 0) -> list[float]:
+    """Return the norm of the gradients that each of two TP ranks holds."""
+    gradients = {name: wholes(step)["gradient", name] for name in WEIGHTS}
+    parts = [
+        [whole if WEIGHTS[name] is None else whole.chunk(2, WEIGHTS[name])[rank] for name, whole in gradients.items()]
+        for rank in (0, 1)
+    ]
+    return [hypot(*(float(part.norm()) for part in of_rank)) for of_rank in parts]
+
+
+def whole_norm(step: int = 0) -> float:
+    return hypot(*(float(wholes(step)["gradient", name].norm()) for name in WEIGHTS))
+
+
+def clipped_by(norm_of: Callable[[Place], float]) -> Edit:
+    def edited(place: Place, local: torch.Tensor) -> torch.Tensor:
+        return local / norm_of(place) if place.kind == "gradient" else local
+
+    return edited
+
+
+WRONG_NORMS: Mapping[str, Callable[[list[float], int], float]] = {
+    "norm_is_local": lambda norms, tp_rank: norms[tp_rank],
+    "norm_counts_replicas": lambda norms, tp_rank: hypot(*norms),
+    "norm_leaves_out_shards": lambda norms, tp_rank: norms[0],
+    "norm_averaged_over_ranks": lambda norms, tp_rank: sum(norms) / 2,
+    "norm_summed_over_ranks": lambda norms, tp_rank: sum(norms),
+}
+
+
+@pytest.mark.parametrize("cause", WRONG_NORMS)
+def test_clipping_by_a_wrong_norm_is_named(cause: str) -> None:
+    used = WRONG_NORMS[cause]
+    expected = run(rounding=1.0, edit=clipped_by(lambda place: whole_norm(place.step)))
+    actual = run(tp=2, edit=clipped_by(lambda place: used(norms_of_ranks(place.step), place.tp_rank)))
+    report = compared(actual, expected)
+    assert {finding.check for finding in report.findings if finding.cause == cause} == {
+        "gradients_match_reference",
+        "gradient_norm_matches_reference",
+    }
+
+
+def test_clipping_by_the_norm_of_all_gradients_passes() -> None:
+    by_norm = clipped_by(lambda place: whole_norm(place.step))
+    require_passed(compared(run(tp=2, edit=by_norm), run(rounding=1.0, edit=by_norm)))
+
+
+@pytest.mark.parametrize("cause", WRONG_NORMS)
+def test_a_norm_that_the_engine_tells_is_compared_with_that_of_all_gradients(cause: str) -> None:
+    told = WRONG_NORMS[cause]
+    expected = run(rounding=1.0, steps=1, told_norm=lambda rank, gradients: whole_norm())
+    actual = run(tp=2, steps=1, told_norm=lambda rank, gradients: told(norms_of_ranks(), rank))
+    finding = the_finding(compared(actual, expected))
+    assert (finding.check, finding.cause) == ("gradient_norm_matches_reference", cause)
+
+
+def test_a_norm_smaller_than_that_of_the_gradients_is_wrong_whatever_the_other_run_tells() -> None:
+    actual = run(tp=2, steps=1, told_norm=lambda rank, gradients: norms_of_ranks()[rank])
+    assert the_finding(compared(actual)).cause == "norm_is_local"
+
+
+# ---- the start
+
+
+def test_weights_that_differ_at_the_start_are_found_before_any_step() -> None:
+    report = compared(run(tp=2, edit=edit("weight", UP, times(1.0001), step=-1)))
+    finding = the_finding(report)
+    assert (finding.check, finding.where["parameter"]) == ("weights_match_reference", UP)
+    assert "step 0" in report.verdict.coverage.not_compared
+
+
+def test_one_ranks_shard_on_all_ranks_is_named() -> None:
+    repeated = edit("weight", DOWN, lambda place, local: place.whole.chunk(2, 1)[0], step=-1)
+    assert the_finding(compared(run(tp=2, edit=repeated))).cause == "shard_repeated"
+
+
+def test_shards_on_each_others_ranks_are_named() -> None:
+    swapped = edit("weight", DOWN, lambda place, local: place.whole.chunk(2, 1)[1 - place.tp_rank], step=-1)
+    finding = the_finding(compared(run(tp=2, edit=swapped), run(tp=2)))
+    assert (finding.cause, finding.evidence["rank_holds_shard_of"]) == ("shard_order_swapped", {"0": 1, "1": 0})
+
+
+# ---- updates
+
+
+def with_steps(change: Callable[[int, StepRecord], StepRecord | None]) -> Traces:
+    return run(tp=2, change=change)
+
+
+@pytest.mark.parametrize(
+    ("change", "ranks", "step"),
+    [
+        (lambda rank, step: replace(step, has_update=False) if step.number == 0 else None, [0, 1], 0),
+        (lambda rank, step: step if step.number == 0 else replace(step, has_update=False), [0, 1], 1),
+        (
+            lambda rank, step: step if rank == 0 else replace(step, has_update=False) if not step.number else None,
+            [1],
+            0,
+        ),
+    ],
+    ids=["never", "not the last one", "one rank never"],
+)
+def test_a_step_that_was_not_taken_leaves_weights_stale(change: Any, ranks: list[int], step: int) -> None:
+    finding = the_finding(compared(with_steps(change)))
+    assert (finding.check, finding.cause) == ("updates_match_reference", "stale_weight")
+    assert (finding.where["ranks"], finding.where["step"]) == (ranks, step)
+    assert [finding.where["parameter"], *finding.evidence["also"]] == list(WEIGHTS)
+
+
+def test_weights_that_one_rank_did_not_update_are_stale_there() -> None:
+    before: dict[tuple[int, str], torch.Tensor] = {}
+
+    def stale(place: Place, local: torch.Tensor) -> torch.Tensor:
+        if place.kind == "weight" and place.rank == 1:
+            return before.setdefault((place.rank, place.name), local)
+        return local
+
+    finding = the_finding(compared(run(tp=2, edit=stale)))
+    assert (finding.cause, finding.where["ranks"], finding.evidence["first_of"]) == ("stale_weight", [1], 5)
+
+
+def test_another_learning_rate_is_in_the_finding() -> None:
+    finding = the_finding(compared(run(tp=2, rates=(0.101,) * 2)))
+    assert (finding.check, finding.cause) == ("updates_match_reference", "options_differ")
+    assert (finding.evidence["lr_actual"], finding.evidence["lr_expected"]) == (0.101, 0.1)
+    assert finding.evidence["update_ratio"] == pytest.approx(1.01, rel=1e-4)
+
+
+def test_an_optimizer_of_matrices_on_shards_is_named() -> None:
+    for optimizer, cause in (("Muon", "optimizer_sees_one_shard"), ("SGD", None)):
+        actual = run(tp=2, optimizer=optimizer, edit=edit("weight", UP, plus(0.01)))
+        assert the_finding(compared(actual)).cause == cause
+
+
+def test_a_replica_that_drifts_is_named_with_its_weight() -> None:
+    report = compared(run(tp=2, edit=edit("weight", NORM, plus(0.01), rank=1)))
+    assert [(finding.check, finding.cause) for finding in report.findings] == [
+        ("updates_match_reference", "replica_drift"),
+        ("replicas_agree", "replica_drift"),
+    ]
+
+
+def test_moments_of_another_rank_are_named_before_the_step() -> None:
+    repeated = edit("state", UP, lambda place, local: place.whole.chunk(2, 0)[0], step=-1)
+    moments = {"moments": True, "initial_moments": True}
+    finding = the_finding(compared(run(tp=2, edit=repeated, **moments), run(rounding=1.0, **moments)))
+    assert (finding.check, finding.cause) == ("optimizer_state_matches_reference", "optimizer_state_of_another_rank")
+    assert (finding.where["parameter"], finding.where["ranks"]) == (UP, [1])
+
+
+def test_masters_that_are_not_the_weights_are_stale() -> None:
+    def older(place: Place, local: torch.Tensor) -> torch.Tensor:
+        return local + 0.1 if place.kind == "master" and place.step < 0 else local
+
+    finding = the_finding(compared(run(tp=2, masters=True, edit=older), run(rounding=1.0, masters=True)))
+    assert (finding.check, finding.cause) == ("optimizer_state_matches_reference", "masters_stale")
+
+
+# ---- what cannot be compared
+
+
+def test_runs_on_other_samples_are_not_compared() -> None:
+    report = compared(run(tp=2, batch_seed=9))
+    assert report.verdict.verdict == "skipped"
+    assert "different samples" in str(report.verdict.message)
+
+
+def test_runs_without_a_common_name_are_not_compared() -> None:
+    actual = run(tp=2, rename=lambda name: f"net.{name}" if name else "")
+    assert "--map" in str(compared(actual).verdict.message)
+    require_passed(compared(actual, names=NameMap.of({"^net[.]": ""})))
+
+
+def test_a_replica_whose_trace_is_missing_is_in_the_coverage() -> None:
+    actual = tuple(rank for rank in run(tp=2, dp=2, same_batch=True) if rank.rank != 3)
+    report = compared(actual)
+    require_passed(report)
+    assert "ranks 3 of actual" in report.verdict.coverage.not_compared
+
+
+def test_only_the_replica_that_has_the_samples_of_the_other_run_is_compared() -> None:
+    one, other = run(dp=2, same_batch=True), run(dp=2, same_batch=True, batch_seed=3)
+    mixed = (one[0], replace(other[1], initial=one[1].initial))
+    report = compared(mixed)
+    require_passed(report)
+    assert any("only replica 0" in reason for reason in report.verdict.coverage.not_compared.values())
+    assert not any(check.check == "updates_match_reference" and check.compared for check in report.verdict.checks)
+
+
+# ---- without replays
+
+
+def test_nothing_is_claimed_without_replays() -> None:
+    report = compared(run(tp=2, replays=0), run(rounding=1.0, replays=0))
+    assert report.verdict.verdict == "skipped"
+    assert "replays=2" in str(report.verdict.message)
+
+
+def test_runs_that_are_equal_to_the_bit_pass_without_replays() -> None:
+    require_passed(compared(run(tp=2, replays=0), run(tp=2, replays=0)))
+
+
+def test_other_options_are_found_without_replays() -> None:
+    finding = the_finding(compared(run(tp=2, replays=0, rates=(0.101,) * 2), run(replays=0)))
+    assert (finding.cause, finding.evidence["lr_actual"]) == ("options_differ", 0.101)
+
+
+# ---- two runs alike
+
+
+@pytest.mark.parametrize("replays", [0, 2])
+def test_two_runs_alike_that_part_are_nondeterministic(replays: int) -> None:
+    actual = run(tp=2, replays=replays, edit=edit("output", "layers.0.up", plus(1e-3)))
+    finding = the_finding(compared(actual, run(tp=2, replays=replays)))
+    assert (finding.cause, finding.where["module"]) == ("nondeterminism", "layers.0.up")
+
+
+def test_two_runs_alike_that_part_by_rounding_pass_and_say_so() -> None:
+    report = compared(run(tp=2, rounding=1.0), run(tp=2))
+    require_passed(report)
+    assert "embed is not deterministic" in str(report.verdict.message)
+
+
+def test_other_random_numbers_are_no_mistake() -> None:
+    actual = run(tp=2, steps=2, generators="actual", edit=edit("output", "layers.0.up", plus(0.1), step=1))
+    report = compared(actual, run(rounding=1.0, generators="expected"))
+    require_passed(report)
+    assert any("random numbers" in reason for reason in report.verdict.coverage.not_compared.values())
+
+
+# ---- low precision
+
+
+def test_a_module_in_low_precision_is_judged_by_what_it_adds() -> None:
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "noise_of_replays": 0.02}
+    expected = run(rounding=1.0, seed=5, **options)
+    require_passed(compared(run(tp=2, rounding=1.0, seed=9, **options), expected))
+    off = edit("output", "layers.0.down", times(1.08))
+    finding = the_finding(compared(run(tp=2, rounding=1.0, seed=9, edit=off, **options), expected))
+    assert finding.where["module"] == "layers.0.down"
+
+
+# ---- the picture
+
+
+def test_the_picture_has_a_point_for_each_tensor_and_the_tiles_of_the_worst() -> None:
+    picture = compared(run(tp=2, edit=edit("gradient", UP, plus(0.1), rank=1))).picture
+    assert picture is not None
+    assert {point.phase for point in picture.points} == {"start", "forward", "backward", "gradient", "update"}
+    wrong = [point for point in picture.points if point.is_wrong and point.phase == "gradient"]
+    assert [point.name for point in wrong] == [UP]
+    worst = next(each for each in picture.tile_maps if each.label == f"gradient of {UP}")
+    assert [(shard.ranks, shard.first_row, shard.last_row) for shard in worst.shards] == [((0,), 0, 7), ((1,), 8, 15)]
+    assert max(worst.relative_errors[0]) < 1e-12 < max(worst.relative_errors[15])
+    assert sqrt(sum(error**2 for row in worst.relative_errors for error in row)) > 1e-3

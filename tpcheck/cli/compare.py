@@ -98,7 +98,7 @@ def compare(
     tpcheck compare tp2.trace tp1.trace
     tpcheck compare tp2.trace tp1.trace --html runs.html
     tpcheck compare node0.trace,node1.trace tp1.trace
-    tpcheck compare mine.trace theirs.trace --map '^net[.]=model.'
+    tpcheck compare new.trace old.trace --map '^net[.]=model.'
     tpcheck compare megatron.trace llama.trace --map hf-megatron
 
     Exit status: 0 they agree, 1 findings, 2 bad usage, a damaged trace, or nothing that can be decided.

@@ -177,7 +177,7 @@ class Cause(Enum):
     BIAS_ADDED_PER_RANK = (
         "bias_added_per_rank",
         "adding the bias more than once reproduces the actual tensor{residual}",
-        "numerics.hypotheses.reductions",
+        "numerics.hypotheses.reductions runs.sketch_causes",
     )
 
     REDUCED_AFTER_ACCUMULATION = (
@@ -325,7 +325,7 @@ class Cause(Enum):
     STALE_WEIGHT = (
         "stale_weight",
         "the actual tensor equals the expected one of an earlier step{residual}",
-        "numerics.hypotheses.optimizer numerics.exact runs.exact_checks runs.run_findings",
+        "numerics.hypotheses.optimizer numerics.exact runs.exact_checks runs.run_findings runs.comparing",
         "Save after the optimizer's step has reached the model: ZeRO gathers the weights last.",
     )
 

@@ -53,6 +53,10 @@ LEAST_HEAD_SIZE = 4
 # Roundings to a lower dtype, in its epsilon and for each rank: of what goes in, and of the result.
 LOWER_DTYPE_ROUNDINGS = 4.0
 
+# Of the norm of one row from its sketch: four sets of signs in 16 tiles leave a standard deviation of 9 % (the variance
+# of a square is 2/64 of its own); three of them, and a little for rows that are not spread evenly.
+SPREAD_OF_ONE_ROW = 0.35
+
 # ---- causes: how far to search
 
 # Ranks among whose subsets a wrong group is looked for: 2**5 subsets for each of six ranks.

@@ -14,7 +14,7 @@ from tpcheck.core.findings import Coverage, Finding, Verdict
 from tpcheck.report import checkpoints, words
 from tpcheck.report.findings import finding_lines, is_consequence, place
 from tpcheck.report.json_values import verdict_json
-from tpcheck.report.run_page import RunComparison
+from tpcheck.report.run_page import RunComparison, picture_json, run_page
 from tpcheck.report.table import Cell, Column, Outcome, Row, Table, junit_xml, table_lines, tables_html
 from tpcheck.report.words import Line, as_rich, as_text, labelled, plain
 
@@ -65,7 +65,8 @@ class Report:
 
     def to_data(self) -> dict[str, Any]:
         """Return the report as plain JSON values, schema 1."""
-        return verdict_json(self.verdict)
+        data = verdict_json(self.verdict)
+        return data if self.picture is None else {**data, "picture": picture_json(self.verdict, self.picture)}
 
     def to_json(self) -> str:
         """Return the report as a JSON text, schema 1."""
@@ -78,6 +79,8 @@ class Report:
     def to_html(self) -> str:
         """Return one HTML page with every finding and every check; it needs no other file."""
         verdict = self.verdict
+        if self.picture is not None:
+            return run_page(verdict, self.picture, _checks_table(verdict))
         versions = ", ".join(f"{package} {version}" for package, version in sorted(verdict.environment.items()))
         subtitle = "; ".join(part for part in (verdict.message, versions, f"{verdict.seconds:.1f} seconds") if part)
         return tables_html(str(_head_line(verdict)), subtitle, [self._findings_table(), _checks_table(verdict)])

@@ -1,9 +1,24 @@
-"""What a page about two compared runs draws: errors along the depth of the model, and tiles of the worst tensors."""
+"""The page about two compared runs: errors along the depth of the model, tiles of the worst tensors, findings.
+
+It needs no other file and no network. Its size is bounded whatever the size of the runs: it says what it leaves out.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import groupby
+from math import inf, isfinite, prod
+from typing import Any, Literal
+
+from tpcheck.core.findings import Coverage, Finding, Verdict
+from tpcheck.report import words
+from tpcheck.report.charts import SHADES, LogScale, Mark, Outline, Tick, heat_map, legend_keys, scatter, shortened
+from tpcheck.report.findings import finding_lines, is_consequence, place
+from tpcheck.report.json_values import plain_json
+from tpcheck.report.table import Table, render
+from tpcheck.report.words import as_text
 
 PicturePhase = Literal["start", "forward", "backward", "gradient", "update", "state"]
 
@@ -81,3 +96,526 @@ class RunComparison:
     points: tuple[TensorPoint, ...] = ()
     tile_maps: tuple[TileMap, ...] = ()
     losses: tuple[tuple[int, float, float], ...] = ()
+
+
+# ---- what is drawn
+
+MOST_MARKS = 400  # in one chart: of more neighbours the worst is drawn
+MOST_STEPS = 24  # drawn tensor by tensor
+MOST_CHARACTERS = 3_000_000  # of all steps' charts; with twelve heat maps and the rest a page stays below 5 MB
+_MOST_OPENED, _MOST_FINDINGS, _LONGEST_FINDING = 5, 35, 12_000
+_MOST_WORST = 12  # tensors in the table of a step
+_MOST_REASONS, _MOST_NAMES = 40, 20  # of what was not compared
+
+PHASES: Mapping[PicturePhase, str] = {
+    "start": "Weights before the first step",
+    "forward": "Forward: outputs of modules",
+    "backward": "Backward: gradients of outputs",
+    "gradient": "Gradients of parameters, as the optimizer gets them",
+    "update": "Weights after the step",
+    "state": "Optimizer state after the step",
+}
+_SHORT: Mapping[PicturePhase, str] = {
+    "start": "start",
+    "forward": "forward",
+    "backward": "backward",
+    "gradient": "gradients",
+    "update": "weights",
+    "state": "optimizer state",
+}
+_LAYER = re.compile(r"^(.*?[^.]*\.\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class StepDrawing:
+    """One step of the page: its charts, and its worst tensors as a table.
+
+    Attributes:
+        number: Of the step; -1 before the first.
+        heading: Such as `Step 2: loss 3.51, expected 3.52`.
+        charts: Title, remark and SVG of each phase.
+        worst: Rows of the table: tensor, phase, error, allowed, margin.
+        is_first_wrong: Whether the first finding is of this step.
+    """
+
+    number: int
+    heading: str
+    charts: tuple[tuple[str, str, str], ...]
+    worst: tuple[tuple[str, str, str, str, str], ...]
+    is_first_wrong: bool
+
+    @property
+    def characters(self) -> int:
+        return sum(len(svg) for _, _, svg in self.charts)
+
+
+def run_page(verdict: Verdict, picture: RunComparison, checks: Table) -> str:
+    """Return the page of a comparison."""
+    first = _first_finding(verdict)
+    steps, left_out = _drawn_steps(picture, first)
+    shown = [finding for finding in verdict.findings if not is_consequence(finding)][:_MOST_OPENED]
+    shown = shown or list(verdict.findings[:1])
+    others = [finding for finding in verdict.findings if not any(finding is each for each in shown)]
+    tile_maps = [_drawn_tiles(tile_map) for tile_map in picture.tile_maps]
+    return render(
+        "run_page.html",
+        title=shortened(f"{verdict.verdict}: {verdict.subject.get('subject')}, {_expected(verdict)}", 300),
+        verdict=verdict.verdict,
+        summary=_summary(verdict, picture, first),
+        runs=_runs(verdict.subject),
+        message=(verdict.message or "").strip()[:_LONGEST_FINDING],
+        overview=_overview(picture),
+        steps=steps,
+        keys=legend_keys(),
+        selected=next((step.number for step in steps if step.is_first_wrong), steps[-1].number if steps else 0),
+        left_out=left_out,
+        tile_maps=tile_maps,
+        shades=range(1, SHADES + 1),
+        findings=[_finding_text(finding, verdict) for finding in shown],
+        other_findings=[_finding_text(finding, verdict) for finding in others[:_MOST_FINDINGS]],
+        more_findings=max(0, len(others) - _MOST_FINDINGS),
+        checks=checks,
+        coverage=f"{verdict.coverage.compared} of {words.pluralize(verdict.coverage.total, 'tensor')} compared",
+        not_compared=list(_not_compared(verdict.coverage)),
+        environment=verdict.environment,
+        seconds=f"{verdict.seconds:.1f}",
+    )
+
+
+def picture_json(verdict: Verdict, picture: RunComparison) -> dict[str, Any]:
+    """Return what the page draws as plain JSON values: all losses and tile maps, and the points of the drawn steps."""
+    steps, _ = _drawn_steps(picture, _first_finding(verdict))
+    drawn = {step.number for step in steps}
+    of_steps = [[point for point in picture.points if point.step == number] for number in sorted(drawn)]
+    points = [point for of_step in of_steps for of_phase in _by_phase(of_step) for point in thinned(of_phase)]
+    return {
+        "points_total": len(picture.points),
+        "points": [_plain(point) for point in points],
+        "tile_maps": [
+            {**_plain(tile_map), "shards": [_plain(shard) for shard in tile_map.shards]}
+            for tile_map in picture.tile_maps
+        ],
+        "losses": plain_json(picture.losses),
+    }
+
+
+def _plain(record: TensorPoint | TileMap | ShardOfTiles) -> dict[str, Any]:
+    return {name: plain_json(getattr(record, name)) for name in record.__slots__}
+
+
+def _expected(verdict: Verdict) -> str:
+    return f"against {verdict.subject['expected']}" if verdict.subject.get("expected") else "two runs"
+
+
+def _runs(subject: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return what is known of both runs: a label, the actual run's, the expected one's."""
+    rows = [("trace", "subject", "expected"), ("tensor-parallel ranks", "tp", "expected_tp")]
+    rows += [("data-parallel ranks", "dp", "expected_dp"), ("dtype", "dtype", "expected_dtype")]
+    shown = [(label, *(shortened(str(subject.get(key, "")), 300) for key in keys)) for label, *keys in rows]
+    for package, version in (subject.get("versions_differ") or {}).items():
+        actual, _, expected = str(version).partition(" (expected run: ")
+        shown.append((shortened(str(package)), shortened(actual), shortened(expected.removesuffix(")"))))
+    return [row for row in shown if row[1] or row[2]]  # type: ignore[misc]
+
+
+def _summary(verdict: Verdict, picture: RunComparison, first: Finding | None) -> str:
+    steps, replays = verdict.subject.get("steps"), verdict.subject.get("replays")
+    counted = f"{words.pluralize(steps, 'step')} compared" if isinstance(steps, int) else ""
+    measured = f"what rounding does was measured by {words.pluralize(replays, 'replay')}" if replays else ""
+    of_run = "; ".join(part for part in (counted, measured) if part)
+    if first is not None:
+        at = ", ".join(part for part in (words.phase(first.where), _ranks(first.where.get("ranks"))) if part)
+        cause = f"; likely cause: {first.cause}" if first.cause else ""
+        head = f"First wrong place: {shortened(place(first))}" + (f" ({at})" if at else "") + cause
+    elif verdict.verdict == "passed":
+        worst = max((_margin(point) for point in picture.points if point.relative_allowed is not None), default=0.0)
+        head = f"Nothing is further off than rounding explains: the worst margin is {words.margin(worst)}"
+    else:
+        head = {"skipped": "Nothing was decided", "error": "The comparison ended with an error"}.get(
+            verdict.verdict, ""
+        )
+    return ". ".join(part for part in (head, f"{of_run[:1].upper()}{of_run[1:]}" if of_run else "") if part) + "."
+
+
+def _ranks(ranks: Any) -> str:
+    return words.ranks(ranks) if ranks else ""
+
+
+def _first_finding(verdict: Verdict) -> Finding | None:
+    """Return the finding that others follow from: the first that is no consequence."""
+    return next((each for each in verdict.findings if not is_consequence(each)), None) or next(
+        iter(verdict.findings), None
+    )
+
+
+def _finding_text(finding: Finding, verdict: Verdict) -> str:
+    text = as_text(finding_lines(finding, verdict.subject))
+    return text if len(text) <= _LONGEST_FINDING else text[:_LONGEST_FINDING] + "… (--json has all of it)"
+
+
+def _not_compared(coverage: Coverage) -> Iterator[tuple[str, str]]:
+    """Yield each reason why something was not compared, with the names of what was not."""
+    missed = sorted(coverage.not_compared.items(), key=lambda item: (item[1], item[0]))
+    groups = [(why, [shortened(name) for name, _ in group]) for why, group in groupby(missed, key=lambda item: item[1])]
+    for why, names in groups[:_MOST_REASONS]:
+        yield shortened(why, 600), words.join_truncated(names, _MOST_NAMES)
+    if len(groups) > _MOST_REASONS:
+        yield f"{len(groups) - _MOST_REASONS} more reasons", "--json has them"
+
+
+# ---- steps
+
+
+def _drawn_steps(picture: RunComparison, first: Finding | None) -> tuple[list[StepDrawing], str]:
+    """Return the steps that are drawn in their order, and a sentence on those that are not."""
+    chosen = _chosen_steps(picture, first)
+    scales = _scales([point for _, points in chosen for point in points])
+    losses = {step: (actual, expected) for step, actual, expected in picture.losses}
+    drawn: list[StepDrawing] = []
+    characters = 0
+    for number, points in chosen:
+        step = _drawn_step(number, points, scales, losses.get(number), first)
+        if drawn and characters + step.characters > MOST_CHARACTERS:
+            break
+        characters += step.characters
+        drawn.append(step)
+    total = len({point.step for point in picture.points})
+    left_out = ""
+    if len(drawn) < total:
+        left_out = (
+            f"{len(drawn)} of {total} steps are drawn tensor by tensor: the first wrong one, the first, the last, and "
+            "those with the largest errors. The chart above has all of them."
+        )
+    return sorted(drawn, key=lambda step: step.number), left_out
+
+
+def _chosen_steps(picture: RunComparison, first: Finding | None) -> list[tuple[int, list[TensorPoint]]]:
+    """Return the steps that are worth drawing with their points, the most telling first."""
+    by_step: dict[int, list[TensorPoint]] = {}
+    for point in picture.points:
+        by_step.setdefault(point.step, []).append(point)
+    if not by_step:
+        return []
+    wrong_step = None if first is None else first.where.get("step", -1)
+    ends = (min(by_step), min((step for step in by_step if step >= 0), default=-1), max(by_step))
+
+    def importance(step: int) -> tuple[bool, bool, bool, tuple[bool, float, float]]:
+        points = by_step[step]
+        return step == wrong_step, any(point.is_wrong for point in points), step in ends, max(map(_severity, points))
+
+    return [(step, by_step[step]) for step in sorted(by_step, key=importance, reverse=True)[:MOST_STEPS]]
+
+
+def _by_phase(points: Sequence[TensorPoint]) -> Iterator[list[TensorPoint]]:
+    for phase in PHASES:
+        of_phase = [point for point in points if point.phase == phase]
+        if of_phase:
+            yield of_phase
+
+
+def _drawn_step(
+    number: int,
+    points: Sequence[TensorPoint],
+    scales: Mapping[PicturePhase, LogScale],
+    losses: tuple[float, float] | None,
+    first: Finding | None,
+) -> StepDrawing:
+    is_of_step = first is not None and first.where.get("step", -1) == number
+    charts = tuple(
+        _chart(of_phase, scales[of_phase[0].phase], first if is_of_step else None) for of_phase in _by_phase(points)
+    )
+    worst = sorted(points, key=_severity, reverse=True)[:_MOST_WORST]
+    rows = tuple(
+        (
+            shortened(point.label),
+            _SHORT[point.phase],
+            words.error(point.relative_error),
+            "not measured" if point.relative_allowed is None else words.error(point.relative_allowed),
+            "" if point.relative_allowed is None else words.margin(_margin(point)),
+        )
+        for point in worst
+    )
+    loss = f": loss {losses[0]:.6g}, expected {losses[1]:.6g}" if losses else ""
+    heading = "Before the first step" if number < 0 else f"Step {number}{loss}"
+    return StepDrawing(number, heading, charts, rows, is_of_step)
+
+
+def _chart(points: Sequence[TensorPoint], scale: LogScale, first: Finding | None) -> tuple[str, str, str]:
+    """Return the title, the remark and the SVG of one phase."""
+    pointed = next((point for point in points if first is not None and _is_at(point, first)), None)
+    drawn = thinned(points, pointed)
+    marks = [
+        Mark(index, point.relative_error, _title(point), _look(point, pointed), point.relative_allowed)
+        for index, point in enumerate(drawn)
+    ]
+    counted = words.pluralize(len(points), "tensor")
+    num_wrong = sum(point.is_wrong or point is pointed for point in points)
+    remark = f"{counted}, {num_wrong} wrong" if num_wrong else counted
+    if len(drawn) < len(points):
+        remark += f"; {len(drawn)} drawn, the worst of each {-(-len(points) // MOST_MARKS)} neighbours"
+    if pointed is not None and not pointed.is_wrong and first is not None and first.allowed:
+        remark += "; the first wrong one by what it adds to the error of its inputs"
+    phase = PHASES[points[0].phase]
+    worst = max(points, key=_severity)
+    text = f"{phase}: {remark}. Largest: {_title(worst)}."
+    if pointed is not None:
+        text += f" First wrong: {_title(pointed)}."
+    svg = scatter(
+        marks,
+        scale,
+        length=len(marks),
+        ticks=list(_layer_ticks(drawn)),
+        text=text,
+        pointed=None if pointed is None else (drawn.index(pointed), pointed.name),
+    )
+    return phase, remark, svg
+
+
+def thinned(points: Sequence[TensorPoint], kept: TensorPoint | None = None) -> list[TensorPoint]:
+    """Return the points, or of each few neighbours the worst where there are more than a chart can show."""
+    size = -(-len(points) // MOST_MARKS)
+    if size <= 1:
+        return list(points)
+    groups = (points[start : start + size] for start in range(0, len(points), size))
+    return [kept if kept is not None and kept in group else max(group, key=_severity) for group in groups]
+
+
+def _look(point: TensorPoint, pointed: TensorPoint | None) -> str:
+    if point.is_wrong or point is pointed:
+        return "wrong"
+    return "within" if point.relative_allowed is not None or point.relative_error == 0 else "unmeasured"
+
+
+def _is_at(point: TensorPoint, finding: Finding) -> bool:
+    """Return whether a finding is about this tensor."""
+    where = finding.where
+    parameter, module, phase = where.get("parameter"), where.get("module"), where.get("phase")
+    name = module if parameter is None else parameter
+    phases = {("backward", True): ("gradient",), ("update", True): ("update", "state")}
+    is_of_phase = point.phase in phases.get((str(phase), parameter is not None), (phase,))
+    # A buffer's finding has its module.
+    return is_of_phase and (point.name == name or point.label == where.get("field"))
+
+
+def _title(point: TensorPoint) -> str:
+    text = f"{shortened(point.label)}: error {words.error(point.relative_error)}"
+    if point.relative_allowed is None:
+        return f"{text}, allowed: not measured" if point.relative_error else f"{text}, equal"
+    return f"{text}, allowed {words.error(point.relative_allowed)}, margin {words.margin(_margin(point))}"
+
+
+def _margin(point: TensorPoint) -> float:
+    if point.relative_error == 0 or point.relative_allowed is None:
+        return 0.0
+    return point.relative_error / point.relative_allowed if point.relative_allowed else inf
+
+
+def _severity(point: TensorPoint) -> tuple[bool, float, float]:
+    """Return how bad an error is, for sorting; NaN is as bad as an infinity."""
+    error = point.relative_error if isfinite(point.relative_error) else inf
+    margin = _margin(point)
+    return point.is_wrong, margin if margin == margin else inf, error
+
+
+def _scales(points: Iterable[TensorPoint]) -> dict[PicturePhase, LogScale]:
+    """Return the scale of each phase, the same in all steps."""
+    by_phase: dict[PicturePhase, list[TensorPoint]] = {}
+    for point in points:
+        by_phase.setdefault(point.phase, []).append(point)
+    return {
+        phase: LogScale.of([p.relative_error for p in listed], [p.relative_allowed or 0.0 for p in listed])
+        for phase, listed in by_phase.items()
+    }
+
+
+def _layer_ticks(points: Sequence[TensorPoint]) -> Iterator[Tick]:
+    """Yield where a layer begins, by the first number in the names: `layers.0`, then `1`, `2`; and other names."""
+    before, stem_before = "", ""
+    for index, point in enumerate(points):
+        found = _LAYER.match(point.name)
+        name = found.group(1) if found else point.name
+        if name == before:
+            continue
+        before = name
+        if found is None:
+            yield Tick(index, ".".join(name.removesuffix(".weight").split(".")[-2:]), is_main=False)
+            continue
+        stem, _, number = name.rpartition(".")
+        yield Tick(index, number if stem == stem_before else ".".join(name.split(".")[-2:]))
+        stem_before = stem
+
+
+# ---- all steps at once
+
+
+def _overview(picture: RunComparison) -> tuple[str, list[tuple[str, str]]] | None:
+    """Return a chart of the worst tensor of each step and phase, and its legend; None for a single step."""
+    by_phase_and_step: dict[tuple[PicturePhase, int], list[TensorPoint]] = {}
+    for point in picture.points:
+        if point.step >= 0:
+            by_phase_and_step.setdefault((point.phase, point.step), []).append(point)
+    worst = {key: max(points, key=_severity) for key, points in by_phase_and_step.items()}
+    steps = sorted({step for _, step in worst})
+    if len(steps) < 2:
+        return None
+    is_measured = any(point.relative_allowed is not None for point in worst.values())
+    of_value = _margin if is_measured else _error
+    size = -(-len(steps) // (MOST_MARKS // 2))
+    groups = [steps[start : start + size] for start in range(0, len(steps), size)]
+    marks = []
+    legend = []
+    for number, phase in enumerate(_SHORT):
+        listed = [[worst[phase, step] for step in group if (phase, step) in worst] for group in groups]
+        if not any(listed):
+            continue
+        legend.append((f"series-{number}", _SHORT[phase]))
+        for index, points in enumerate(listed):
+            if points:
+                point = max(points, key=_severity)
+                title = f"step {point.step}, {_SHORT[phase]}: {_title(point)}"
+                marks.append(Mark(index, of_value(point), title, f"series-{number}"))
+    ticks = [Tick(index, str(group[0])) for index, group in enumerate(groups)]
+    what = "error divided by the allowed one" if is_measured else "relative error"
+    worst_mark = max(marks, key=lambda mark: mark.value)
+    svg = scatter(
+        marks,
+        LogScale.of([mark.value for mark in marks], [1.0] if is_measured else []),
+        length=len(groups),
+        ticks=ticks,
+        text=f"The largest {what} of each of {len(steps)} steps, by phase. The largest of all: {worst_mark.title}.",
+        line_at=1.0 if is_measured else None,
+    )
+    return svg, [("", f"for each step the largest {what}"), *legend]
+
+
+def _error(point: TensorPoint) -> float:
+    return point.relative_error
+
+
+# ---- tiles
+
+_EDGE = 16  # tiles along each side of a map
+_LONGEST_LABEL = 10  # of a shard, beside the map
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One tile that is drawn: its place in the map, and what it holds."""
+
+    row: int
+    column: int
+    holds: str
+
+
+def _drawn_tiles(tile_map: TileMap) -> tuple[str, str, str]:
+    """Return the title, the caption and the SVG of a heat map."""
+    tiles = _tiles(tile_map)
+    errors = [[tile_map.relative_errors[tile.row][tile.column] for tile in row] for row in tiles]
+    outlines = _outlines(tile_map, tiles)
+    titles = [
+        [
+            f"{tile.holds}{_held_by(row, column, outlines)}: error {words.error(errors[row][column])}"
+            for column, tile in enumerate(listed)
+        ]
+        for row, listed in enumerate(tiles)
+    ]
+    everything = (0, len(tiles) - 1, 0, len(tiles[0]) - 1)
+    is_cut = any(
+        (line.first_row, line.last_row, line.first_column, line.last_column) != everything for line in outlines
+    )
+    largest = max(
+        ((error if isfinite(error) else inf, title) for of_row in zip(errors, titles, strict=True)
+         for error, title in zip(*of_row, strict=True)),
+        key=lambda each: each[0],
+    )[1]  # fmt: skip
+    ranks = [line.label for line in outlines]
+    held = f"cut into the shards of {', '.join(ranks[:_EDGE])}" if is_cut else f"held whole by {' and '.join(ranks)}"
+    step = "before the first step" if tile_map.step < 0 else f"step {tile_map.step}"
+    title = f"{shortened(tile_map.label)}, {step}"
+    caption = "; ".join([_shape(tile_map.shape), f"largest error in {largest}", *([held] if ranks else [])])
+    svg = heat_map(errors, titles, outlines if is_cut else [], f"Error over the tiles of {title}: {caption}.")
+    return title, caption, svg
+
+
+def _shape(shape: Sequence[int]) -> str:
+    if shape[:1] == (-1,):
+        return f"positions of samples down, {shape[-1]} columns across"
+    if len(shape) < 2:
+        return f"{words.pluralize(shape[0] if shape else 1, 'element')}, row by row"
+    return f"{' x '.join(map(str, shape))}, rows down, columns across"
+
+
+def _tiles(tile_map: TileMap) -> list[list[Tile]]:
+    """Return the tiles that hold elements: rows are all dims but the last; a vector fills the tiles row by row."""
+    shape = tile_map.shape
+    if len(shape) < 2:
+        spans = _spans("elements", shape[0] if shape else 1, _EDGE**2)
+        tiles = [Tile(*divmod(tile, _EDGE), holds) for tile, holds in spans]
+        return [tiles[start : start + _EDGE] for start in range(0, len(tiles), _EDGE)]
+    rows = _positions(tile_map) if shape[0] == -1 else _spans("rows", prod(shape[:-1]))
+    columns = _spans("columns", shape[-1])
+    return [[Tile(row, column, f"{of_row}, {of_column}") for column, of_column in columns] for row, of_row in rows]
+
+
+def _spans(noun: str, size: int, number: int = _EDGE) -> list[tuple[int, str]]:
+    """Return the tiles along an axis that hold something, each with the indices in it."""
+    spans = []
+    for tile in range(number):
+        first, end = -(-tile * size // number), -(-(tile + 1) * size // number)
+        if end > first:
+            spans.append((tile, f"{noun} {first} to {end - 1}" if end - first > 1 else f"{noun[:-1]} {first}"))
+    return spans or [(0, noun)]
+
+
+def _positions(tile_map: TileMap) -> list[tuple[int, str]]:
+    """Return the tiles of positions, whose number the shape does not tell; short samples leave tiles between empty."""
+    held = {row for row, errors in enumerate(tile_map.relative_errors) if any(errors)}
+    drawn: Sequence[int] = range(_EDGE)
+    for size in range(_EDGE - 1, 3, -1):
+        tiles = [tile for tile, _ in _spans("positions", size)]
+        if len(held) > size // 2 and held.issubset(tiles):
+            drawn = tiles
+    return [(tile, f"positions from {tile}/{_EDGE} of the sample on") for tile in drawn]
+
+
+def _outlines(tile_map: TileMap, tiles: Sequence[Sequence[Tile]]) -> list[Outline]:
+    """Return the shards among the tiles that are drawn; those in the same tiles as one."""
+    if tiles[0][-1].row != tiles[0][0].row:  # a vector so short that tiles between are empty
+        return []
+    rows, columns = [row[0].row for row in tiles], [tile.column for tile in tiles[0]]
+    ranks: dict[tuple[int, int, int, int], list[int]] = {}
+    for shard in tile_map.shards:
+        span = (
+            *_within(shard.first_row, shard.last_row, rows),
+            *_within(shard.first_column, shard.last_column, columns),
+        )
+        ranks.setdefault(span, []).extend(shard.ranks)
+    # Tiles at the edge may be zero on all ranks: what is not cut along an axis reaches from edge to edge.
+    row_spans, column_spans = {span[:2] for span in ranks}, {span[2:] for span in ranks}
+    return [
+        Outline(
+            *(span[:2] if len(row_spans) > 1 else (0, len(rows) - 1)),
+            *(span[2:] if len(column_spans) > 1 else (0, len(columns) - 1)),
+            _short_ranks(sorted(set(listed))),
+        )
+        for span, listed in ranks.items()
+    ]
+
+
+def _within(first: int, last: int, tiles: Sequence[int]) -> tuple[int, int]:
+    inside = [index for index, tile in enumerate(tiles) if first <= tile <= last]
+    return (inside[0], inside[-1]) if inside else (0, len(tiles) - 1)
+
+
+def _short_ranks(ranks: Sequence[int]) -> str:
+    text = words.ranks(ranks)
+    return text if len(text) <= _LONGEST_LABEL else f"{ranks[0]} to {ranks[-1]}"
+
+
+def _held_by(row: int, column: int, outlines: Sequence[Outline]) -> str:
+    labels = [
+        line.label
+        for line in outlines
+        if line.first_row <= row <= line.last_row and line.first_column <= column <= line.last_column
+    ]
+    return f" ({', '.join(labels)})" if labels else ""

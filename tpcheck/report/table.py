@@ -6,12 +6,16 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree as ET
 
 from tpcheck.report.words import Line, labelled, plain
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 GAP = "  "  # between columns
 Outcome = Literal["passed", "failure", "error", "skipped"]  # as JUnit names them
@@ -157,14 +161,9 @@ _OPEN_DETAILS = 3  # a page with no more than this many reports shows them opene
 
 def tables_html(title: str, subtitle: str, tables: Sequence[Table]) -> str:
     """Return one page that needs no other file: totals, filters, rows whose details open, links to web pages."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    folder = FileSystemLoader(Path(__file__).parent)
-    templates = Environment(
-        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     details = [row.details for table in tables for row in table.rows if row.details]
-    return templates.get_template("table.html").render(
+    return render(
+        "table.html",
         title=title,
         subtitle=subtitle,
         tables=tables,
@@ -173,6 +172,20 @@ def tables_html(title: str, subtitle: str, tables: Sequence[Table]) -> str:
         is_web=_is_web,
         is_short=len(details) <= _OPEN_DETAILS,
     )
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page from a template of this folder; what is not marked as safe is escaped."""
+    text: str = _templates().get_template(template).render(**values)
+    return text.encode("utf-8", "replace").decode()  # names may hold halves of surrogate pairs, which no file can
+
+
+@cache
+def _templates() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folder = FileSystemLoader(Path(__file__).parent)
+    return Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 # XML 1.0 cannot represent other control characters, such as the colours in a backend's message.

@@ -191,14 +191,13 @@ def _place(
         return Place(label, shape, piece, whole, None, is_term)
     num_parts, number = part
     size = prod(columns[:-1]) // num_parts
-    rows = _repeated(rows, number * size, size)
+    if size * num_parts > 1:
+        rows = _cut(rows, number * size, size)
     return Place(label, shape, piece, index or GlobalIndex.whole(columns[-1:]), rows, is_term)
 
 
-def _repeated(rows: RowKeys, first: int, number: int) -> RowKeys:
+def _cut(rows: RowKeys, first: int, number: int) -> RowKeys:
     """Return the keys of rows of which each is cut into rows, such as the heads of a token, `number` from `first`."""
-    if (first, number) == (0, 1):
-        return rows
     of_part = odd_keys(first, number, rows.keys.device)
     keys = mix(rows.keys[:, None] + of_part[None, :], 30, FACTORS[0])
     return RowKeys(keys.reshape(-1), rows.tiles.repeat_interleave(number))

@@ -21,13 +21,14 @@ class Run:
         path: Where they were read from, for messages.
         ranks: By global rank.
         replicas: Global ranks of each TP group whose ranks are all there, by dp_rank.
-        positions: For each rank, where in its `steps` the step of a number is.
+        positions: For each rank, where in its `steps` the records of a number are: several where the optimizer skipped
+            a step, which was then taken on other samples.
     """
 
     path: str
     ranks: Mapping[int, RankTrace]
     replicas: tuple[tuple[int, ...], ...]
-    positions: Mapping[int, Mapping[int, int]] = field(repr=False)
+    positions: Mapping[int, Mapping[int, tuple[int, ...]]] = field(repr=False)
 
     @classmethod
     def of(cls, path: str, traces: Sequence[RankTrace]) -> Run:
@@ -41,9 +42,11 @@ class Run:
         replicas = tuple(group for group in groups if all(rank in ranks for rank in group))
         if not replicas:
             raise UsageError("path", path, "the traces of all ranks of a TP group; give the folders of all nodes")
-        positions = {
-            rank: {step.number: position for position, step in enumerate(trace.steps)} for rank, trace in ranks.items()
-        }
+        positions: dict[int, dict[int, tuple[int, ...]]] = {}
+        for rank, trace in ranks.items():
+            of_rank = positions.setdefault(rank, {})
+            for position, step in enumerate(trace.steps):
+                of_rank[step.number] = (*of_rank.get(step.number, ()), position)
         return cls(path, ranks, replicas, positions)
 
     @property
@@ -77,13 +80,26 @@ class Run:
     def first_number(self) -> int | None:
         return min(self.numbers, default=None)
 
-    def steps(self, number: int) -> dict[int, StepRecord]:
-        """Return the step of this number, by rank; without the ranks that have none."""
-        return {
-            rank: self.ranks[rank].steps[self.positions[rank][number]]
-            for rank in self.members
-            if number in self.positions[rank]
-        }
+    def steps(
+        self, number: int, other: Run | None = None, expected: Mapping[int, StepRecord] | None = None
+    ) -> dict[int, StepRecord]:
+        """Return the step of this number, by rank; without the ranks that have none.
+
+        Of several records that of the update is returned; where another run's is given, that of its samples.
+        """
+        steps = {}
+        for rank in self.members:
+            records = [self.ranks[rank].steps[position] for position in self.positions[rank].get(number, ())]
+            if not records:
+                continue
+            of_samples = [
+                record
+                for record in records
+                if other is not None and expected and len(records) > 1 and begins_with(record, expected, other.replicas)
+            ]
+            updates = [record for record in of_samples or records if record.has_update]
+            steps[rank] = (updates or of_samples or records)[0]
+        return steps
 
     @property
     def replays(self) -> int:
@@ -133,7 +149,8 @@ class AlignedStep:
 def aligned_steps(actual: Run, expected: Run) -> Iterator[AlignedStep]:
     """Yield the steps that both runs recorded, in their order."""
     for number in sorted({*actual.numbers} & {*expected.numbers}):
-        steps_a, steps_e = actual.steps(number), expected.steps(number)
+        steps_e = expected.steps(number)
+        steps_a = actual.steps(number, expected, steps_e)
         shared, note = shared_samples(
             [samples_of(steps_a, group) for group in actual.replicas],
             [samples_of(steps_e, group) for group in expected.replicas],

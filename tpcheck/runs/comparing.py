@@ -199,15 +199,19 @@ class _RunsComparison:
         kept: dict[str, list[str]] = {}
         for name in dict.fromkeys(key[1] for key in table if key[0] in ("state", "master")):
             margins[f"state of {name}"] = 0.0
-            for explanation in (repeated_state(table, self.actual, name), stale_masters(table, name)):
-                if explanation is not None:
-                    expected = (
-                        repeated_state(self.before[1], self.expected, name),
-                        stale_masters(self.before[1], name),
-                    )
-                    if not any(each is not None and each.cause is explanation.cause for each in expected):
-                        found.setdefault(explanation.cause.slug, []).append(explanation)
-                        kept.setdefault(explanation.cause.slug, []).append(name)
+            label_a, label_e = self.comparer.readings.get(name, ("", ""))
+            expected = (
+                repeated_state(self.before[1], self.expected, name, label_e),
+                stale_masters(self.before[1], name, label_e),
+            )
+            known = {each.cause for each in expected if each is not None}
+            for explanation in (
+                repeated_state(table, self.actual, name, label_a),
+                stale_masters(table, name, label_a),
+            ):
+                if explanation is not None and explanation.cause not in known:
+                    found.setdefault(explanation.cause.slug, []).append(explanation)
+                    kept.setdefault(explanation.cause.slug, []).append(name)
         for slug, explanations in found.items():
             first, *others = kept[slug]
             ranks = sorted(
@@ -215,12 +219,13 @@ class _RunsComparison:
             ) or list(self.actual.members)
             where = {"phase": "start", "parameter": first, "ranks": ranks}
             evidence = {"also": others, "first_of": len(others) + 1}
+            counted = ("parameter", "has a wrong state", "have a wrong state")
             findings.append(
                 exact_finding(
                     STATES,
                     where,
                     len(others) + 1,
-                    ("parameter", "has a wrong state", "have a wrong state"),
+                    counted,
                     explanations[0],
                     evidence,
                 )
@@ -265,7 +270,10 @@ class _RunsComparison:
         if any(answer.findings for answer in self.answers):
             return f"step {number} already differs, so differences in later steps would only follow from it"
         self.last_number = number
-        self.before = (context.around.actual_after, context.around.expected_after)
+        self.before = (
+            {**context.around.actual_before, **context.around.actual_after},
+            {**context.around.expected_before, **context.around.expected_after},
+        )
         self.generators = (generator_states(step.actual)[-1:], generator_states(step.expected)[-1:])
         if not step.shared.is_whole_step and step.expected and any(each.has_update for each in step.actual.values()):
             return f"the parameters were trained on different samples in step {number}, and are different from there on"
@@ -309,6 +317,9 @@ class _RunsComparison:
         yield gradients
         if context.step.shared is None or not context.step.shared.is_whole_step:
             return
+        if gradients.is_given:
+            self.scale = max(self.scale, self._scale_of_given(context))
+            context = replace(context, scale=self.scale, is_update_judged=False)
         yield norm_matches(context, gradients)
         yield updates_match(context, gradients)
         yield states_match(context, gradients)

@@ -171,11 +171,7 @@ def steps_were_taken(
         before: Weights of the actual run before it.
     """
     run = comparer.actual
-    idle = [
-        rank
-        for rank in run.members
-        if rank in actual and not actual[rank].has_update and not actual[rank].is_skipped and actual[rank].passes
-    ]
+    idle = [rank for rank in run.members if rank in actual and not actual[rank].has_update and actual[rank].passes]
     other_ranks_step = any(step.has_update for step in actual.values())
     expected_steps = bool(expected) and all(step.has_update for step in expected.values())
     is_same_batch = expected_steps and any(
@@ -193,9 +189,10 @@ def steps_were_taken(
         "calls_without_step": {str(rank): len(actual[rank].passes) for rank in idle},
         "steps_taken": {str(rank): run.ranks[rank].num_steps for rank in run.members},
     }
-    explanation = Explanation(
-        Cause.STALE_WEIGHT, evidence={"note": "no optimizer step followed these calls of the model on these ranks"}
-    )
+    skipped = [rank for rank in idle if actual[rank].is_skipped]
+    note = "no optimizer step followed these calls of the model on these ranks"
+    note += f"; their gradients were dropped on ranks {', '.join(map(str, skipped))}" if skipped else ""
+    explanation = Explanation(Cause.STALE_WEIGHT, evidence={"note": note})
     finding = exact_finding(UPDATES, where, len(idle), ("rank", "took no step", "took no step"), explanation, evidence)
     return Answer(UPDATES, number, margins, (finding,))
 
@@ -226,11 +223,14 @@ def weights_moved(step: int, tables: BeforeAndAfter, actual: Table) -> Answer:
     """
     unmoved: dict[str, list[int]] = {}
     margins = {}
-    for key, records in tables.actual_after.items():
-        before, after_e, before_e = (
-            table.get(key) for table in (tables.actual_before, tables.expected_after, tables.expected_before)
-        )
-        if key[0] != "weight" or not (before and after_e and before_e) or not _is_moved(before_e, after_e):
+    for key, after_e in tables.expected_after.items():
+        before, before_e = tables.actual_before.get(key), tables.expected_before.get(key)
+        if key[0] != "weight" or not (before and before_e) or not _is_moved(before_e, after_e):
+            continue
+        records = tables.actual_after.get(key)
+        if records is None:  # weights that no optimizer has are not recorded again
+            margins[f"{label_of(key)} moves"] = 0.0
+            unmoved[key[1]] = sorted(before)
             continue
         margins[f"{label_of(key)} moves"] = 0.0
         idle = [rank for rank, record in records.items() if rank in before and before[rank].digest == record.digest]

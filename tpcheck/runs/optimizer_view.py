@@ -99,7 +99,10 @@ class OptimizerView(Protocol):
     def loss_scale(self) -> float: ...
 
     def num_skipped(self) -> int:
-        """Return how many steps the engine has skipped because of infinite gradients; no hook is called for these."""
+        """Return how many steps were skipped because of infinite gradients.
+
+        No hook is called for those that an engine skips, but it is for a fused optimizer under a GradScaler.
+        """
         ...
 
     def not_viewed(self) -> Mapping[str, str]:
@@ -122,9 +125,14 @@ def view_of(model: Any, optimizer: Any = None, *, groups: LiveGroups | None = No
         UsageError: The optimizer has no parameter of this model.
     """
     from tpcheck.runs.optimizers.deepspeed import DeepSpeedView, engine_in, engine_optimizer_in, is_partitioned
-    from tpcheck.runs.optimizers.megatron import MegatronView, is_copied, megatron_optimizers_in
+    from tpcheck.runs.optimizers.megatron import (
+        MegatronView,
+        has_distributed_optimizer,
+        is_copied,
+        megatron_optimizers_in,
+    )
     from tpcheck.runs.optimizers.names import unwrapped
-    from tpcheck.runs.optimizers.plain import TorchView
+    from tpcheck.runs.optimizers.plain import TorchView, modules_of
 
     if engine_in(model) is not None or engine_optimizer_in(optimizer) is not None:
         return DeepSpeedView(model, optimizer, groups)
@@ -133,6 +141,8 @@ def view_of(model: Any, optimizer: Any = None, *, groups: LiveGroups | None = No
     parameters = list(unwrapped(model).parameters())
     if any(map(is_partitioned, parameters)):
         raise UsageError("model", type(model).__name__, "the DeepSpeed engine: ZeRO steps partitions of its parameters")
-    if optimizer is None and any(map(is_copied, parameters)):
+    if optimizer is None and (
+        any(map(is_copied, parameters)) or any(map(has_distributed_optimizer, modules_of(model)))
+    ):
         raise UsageError("optimizer", None, "Megatron's optimizer, which steps copies of the model's parameters")
     return TorchView(model, optimizer, groups)

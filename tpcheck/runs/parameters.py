@@ -39,13 +39,23 @@ class ParameterPlaces:
     tp_rank: int
     ranks: tuple[StartOfRank, ...]
 
-    def places(self, name: str, index: GlobalIndex | None, values: torch.Tensor, *, is_term: bool) -> tuple[Place, ...]:
+    def places(
+        self,
+        name: str,
+        index: GlobalIndex | None,
+        values: torch.Tensor,
+        *,
+        is_term: bool,
+        index_in_shard: GlobalIndex | None = None,
+    ) -> tuple[Place, ...]:
         """Return the place of a part; where its layout is unknown, every cut of one dim that the shapes allow.
 
         Parts that all ranks held alike at the start are replicas.
         """
         if index is not None:
             return (Place("layout", index.shape, index.piece(), index, is_term=is_term),)
+        if index_in_shard is not None:
+            return self._places_of_partition(name, index_in_shard)
         local = tuple(values.shape)
         told = [rank.parameters.get(name) for rank in self.ranks]
         known = [each for each in told if each is not None]
@@ -64,9 +74,31 @@ class ParameterPlaces:
             places.append(self._place("whole", GlobalIndex.whole(local)))
         return tuple(places)
 
+    def _places_of_partition(self, name: str, in_shard: GlobalIndex) -> tuple[Place, ...]:
+        """Return the places of a part of this TP rank's tensor that is partitioned over DP (FSDP2, ZeRO)."""
+        whole = self._place("whole", in_shard)
+        told = [rank.parameters.get(name) for rank in self.ranks]
+        if None in told or len(set(told)) == 1:
+            return (whole,)
+        cuts = [
+            self._place(f"dim {dim}", index_over_tp(in_shard, dim, len(self.ranks), self.tp_rank))
+            for dim in range(len(in_shard.shape))
+        ]
+        return (*cuts, whole)
+
     @staticmethod
     def _place(label: str, index: GlobalIndex) -> Place:
         return Place(label, index.shape, index.piece(), index)
+
+
+def index_over_tp(in_shard: GlobalIndex, dim: int, tp: int, tp_rank: int) -> GlobalIndex:
+    """Return where elements of a TP rank's tensor are in the whole one, of which each rank has as much of `dim`."""
+    size = in_shard.shape[dim]
+    shape = (*in_shard.shape[:dim], tp * size, *in_shard.shape[dim + 1 :])
+    local = in_shard.indices[dim]
+    indices = list(in_shard.indices)
+    indices[dim] = tp_rank * size + (torch.arange(size, device="cpu") if local is None else local)
+    return GlobalIndex(shape, tuple(indices), fragment=in_shard.fragment)
 
 
 def exchange_starts(mine: StartOfRank, rank: int, tp_group: Sequence[int]) -> tuple[StartOfRank, ...]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from tpcheck.core.digests import digest, start_digests
 from tpcheck.numerics.recorder import eager
-from tpcheck.numerics.sketch import PendingSketch, fetch_sketches, start_sketch
+from tpcheck.numerics.sketch import GlobalIndex, PendingSketch, fetch_sketches, start_sketch
 from tpcheck.numerics.tensors import map_tensors, named_tensors
 from tpcheck.runs.activations import ActivationPlaces, BatchShape, Place
 from tpcheck.runs.trace import Kind, Leaf, PassRecord, Reading, TensorRecord
@@ -56,6 +56,12 @@ class PendingTensor:
             [start_digests([tensor])],
             [tensor.detach().to("cpu", copy=True)] if is_full else [],
         )
+
+    @classmethod
+    def whole(cls, key: Key, tensor: torch.Tensor) -> PendingTensor:
+        """Start the sketch of a tensor that is taken as it is, wherever it lies in the whole."""
+        shape = tuple(tensor.shape)
+        return cls.of(key, tensor, (Place("whole", shape, "all", GlobalIndex.whole(shape)),))
 
     def add(self, term: PendingTensor) -> None:
         """Add the same tensor of another micro-batch, or of another backward pass."""
@@ -140,7 +146,7 @@ class Pass:
     @classmethod
     def start(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tp: int, tp_rank: int) -> Pass:
         """Return the record of a call that is about to start."""
-        named = [(path, _local(tensor)) for path, tensor in named_tensors((*args, kwargs) if kwargs else args)]
+        named = [(path, local_values(tensor)) for path, tensor in named_tensors((*args, kwargs) if kwargs else args)]
         leaves = {
             path.removeprefix(f"{len(args)}."): (_dtype(leaf), tuple(leaf.shape), start_digests([leaf.detach()]))
             for path, leaf in named
@@ -156,7 +162,7 @@ class Pass:
     def add(self, key: Key, tensor: torch.Tensor, *, is_full: bool = False) -> None:
         """Add a tensor of this call; one that is there already is added up."""
         places = self.places.places_of_dtensor(tensor) if _is_dtensor(tensor) else self.places.places(tensor)
-        pending = PendingTensor.of(key, _local(tensor), places, is_full=is_full)
+        pending = PendingTensor.of(key, local_values(tensor), places, is_full=is_full)
         if key in self.tensors:
             self.tensors[key].add(pending)
         else:
@@ -175,6 +181,18 @@ class Pass:
             self.is_training,
             self.generators,
         )
+
+
+def merged(passes: Iterable[Pass]) -> list[PendingTensor]:
+    """Return the tensors of all micro-batches, summed by key, in the order of events: first outputs, then gradients."""
+    sums: dict[Key, PendingTensor] = {}
+    for each in passes:
+        for key, tensor in each.tensors.items():
+            if key in sums:
+                sums[key].add(tensor)
+            else:
+                sums[key] = tensor
+    return sorted(sums.values(), key=lambda tensor: tensor.key[0].endswith("gradient"))
 
 
 def generator_digests() -> dict[str, str]:
@@ -274,12 +292,12 @@ class ModuleHooks:
                 return
 
     def _watch_gradient(self, owner: Pass, key: Key, tensor: torch.Tensor) -> bool:
-        if not (tensor.requires_grad and torch.is_grad_enabled()):
-            return False
+        if not (tensor.requires_grad and torch.is_grad_enabled()) or tensor.is_leaf:
+            return False  # a leaf is a parameter that is handed on (Megatron's biases): its hook would outlive the call
 
-        def hook(gradient: torch.Tensor) -> None:
+        def hook(gradient: torch.Tensor | None) -> None:
             owner.has_backward = True
-            if owner in self._live():
+            if gradient is not None and owner in self._live():  # compiled code sends none where nothing comes back
                 owner.add(key, gradient.detach(), is_full=self._is_full)
 
         tensor.register_hook(eager(hook))  # type: ignore[no-untyped-call]
@@ -306,14 +324,14 @@ def loss_in(output: Any) -> torch.Tensor | None:
         if loss is None and isinstance(output, tuple) and output:
             loss = output[0]
     is_loss = isinstance(loss, torch.Tensor) and loss.dim() == 0 and loss.is_floating_point()
-    return _local(loss.detach()) if is_loss and loss is not None else None
+    return local_values(loss.detach()) if is_loss and loss is not None else None
 
 
 def _is_dtensor(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "placements")
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local_values(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part without any communication; a `Partial` one is a term."""
     return tensor._local_tensor if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 

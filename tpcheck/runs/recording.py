@@ -27,9 +27,19 @@ from tpcheck.runs.optimizer_view import OptimizerView, Part, view_of
 from tpcheck.runs.optimizers.names import unwrapped, unwrapped_name
 from tpcheck.runs.options import RecordOptions, Steps
 from tpcheck.runs.parameters import ParameterPlaces, StartOfRank, exchange_starts
-from tpcheck.runs.passes import ModuleHooks, Pass, PendingTensor, finished, is_in_backward, loss_in, views_of
+from tpcheck.runs.passes import (
+    Key,
+    ModuleHooks,
+    Pass,
+    PendingTensor,
+    finished,
+    is_in_backward,
+    loss_in,
+    merged,
+    views_of,
+)
 from tpcheck.runs.replays import Replays
-from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
+from tpcheck.runs.trace import ParameterGroup, RankTrace, StepRecord, TensorRecord
 from tpcheck.runs.trace_files import TraceWriter, new_run_id, require_writable
 
 # Parameters whose accumulated gradient is also recorded before each further micro-batch: norms and biases, on which
@@ -98,8 +108,9 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._current: Pass | None = None
         self._passes: list[Pass] = []
         self._accumulated: list[PendingTensor] = []
-        self._gradients: list[PendingTensor] = []
+        self._gradients: dict[Key, PendingTensor] = {}
         self._has_stepped = False
+        self._options_of_step: dict[tuple[str, ...], ParameterGroup] = {}
         self._number = 0
         self._num_passes = 0
         self._num_evaluations = 0
@@ -182,6 +193,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             return
         self._end_step()
         if self._is_discarded():
+            self._repeat_passes()
             self._write_step(has_update=False, is_skipped=True)
             self._start_step()
         self._num_passes += 1
@@ -230,14 +242,23 @@ class Recorder(AbstractContextManager["Recorder"]):
         if not self._is_recording:
             return
         is_first = not self._gradients
-        parts = self._view.gradients(optimizer)
-        self._gradients += [self._pending(part) for part in parts if self._options.has_parameter(part.name)]
+        for group in self._view.groups():  # now, as a scheduler changes them after the step
+            self._options_of_step.setdefault(group.parameters, group)
+        for part in self._view.gradients(optimizer):
+            if self._options.has_parameter(part.name):
+                pending = self._pending(part)
+                self._gradients[pending.key] = pending
+        if is_first:
+            self._repeat_passes()
         if self._replays.number:
             with self._paused():
-                if is_first:
-                    passes = [each for each in self._passes if each.has_backward]
-                    self._replays.repeat_passes(self._number, passes, self._gradients)
                 self._replays.repeat_update(self._number, optimizer)
+
+    def _repeat_passes(self) -> None:
+        if self._is_recording and self._replays.number:
+            with self._paused():
+                passes = [each for each in self._passes if each.has_backward]
+                self._replays.repeat_passes(self._number, passes, [*self._gradients.values()])
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_paused and self._view.owns(optimizer):
@@ -272,7 +293,7 @@ class Recorder(AbstractContextManager["Recorder"]):
                 has_update=has_update,
                 passes=tuple(each.record() for each in passes),
                 tensors=(*self._step_tensors(passes), *self._state_tensors()),
-                groups=self._view.groups(),
+                groups=tuple(self._options_of_step.values()) if has_update else self._view.groups(),
                 told_norm=self._view.told_norm() if has_update else None,
                 loss_scale=self._view.loss_scale(),
                 is_skipped=is_skipped,
@@ -281,23 +302,15 @@ class Recorder(AbstractContextManager["Recorder"]):
             )
             self._writer.write_step(replace(record, gradient_norm=_norm(record.tensors)))
         self._number += has_update
-        self._passes, self._gradients, self._accumulated, self._has_stepped = [], [], [], False
+        self._passes, self._accumulated, self._has_stepped = [], [], False
+        self._gradients, self._options_of_step = {}, {}
         self._num_evaluations = 0
         self._num_skipped = self._view.num_skipped()
         self._replays.forget()
 
     def _step_tensors(self, passes: list[Pass]) -> tuple[TensorRecord, ...]:
-        merged: dict[Any, PendingTensor] = {}
-        for each in passes:
-            for key, tensor in each.tensors.items():
-                if key in merged:
-                    merged[key].add(tensor)
-                else:
-                    merged[key] = tensor
-        outputs = [tensor for tensor in merged.values() if not tensor.key[0].endswith("gradient")]
-        backward = [tensor for tensor in merged.values() if tensor.key[0].endswith("gradient")]
         return finished(
-            [*outputs, *backward, *self._accumulated, *self._gradients],
+            [*merged(passes), *self._accumulated, *self._gradients.values()],
             num_passes=len(passes),
             deviations=self._replays.deviations,
         )
@@ -316,10 +329,12 @@ class Recorder(AbstractContextManager["Recorder"]):
                     values = local_part(buffer)
                     places = self._places.places(name, None, values, is_term=False)
                     pending.append(PendingTensor.of(("buffer", name, "", 0), values, places))
-        return finished(pending, deviations={} if is_start else self._replays.drift)
+        return finished(pending, deviations={} if is_start else self._replays.drift | (self._replays.deviations or {}))
 
     def _pending(self, part: Part, *, kind: Any = None, part_name: str = "") -> PendingTensor:
-        places: tuple[Place, ...] = self._places.places(part.name, part.index, part.values, is_term=part.is_term)
+        places: tuple[Place, ...] = self._places.places(
+            part.name, part.index, part.values, is_term=part.is_term, index_in_shard=part.index_in_shard
+        )
         key = (kind or part.kind, part.name, part_name or part.state, 0)
         is_full = self._options.tensors == "full"
         return PendingTensor.of(key, part.values.detach(), places, scale=part.scale, is_full=is_full)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from inspect import unwrap
 from math import sqrt
 from typing import Any
 
@@ -17,13 +14,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tpcheck.core.errors import UsageError
 from tpcheck.numerics.perturb import KeyedPerturbation, perturbed_leaves
-from tpcheck.numerics.sketch import GlobalIndex, PendingSketch, Sketch, distance, fetch_sketches, start_sketch
+from tpcheck.numerics.sketch import Sketch, distance, fetch_sketches
 from tpcheck.numerics.tensors import named_tensors
 from tpcheck.runs.optimizer_view import OptimizerView, Part
 from tpcheck.runs.optimizers.names import unwrapped_name
-from tpcheck.runs.passes import Key, ModuleHooks, Pass, PendingTensor, uses_cuda
+from tpcheck.runs.passes import Key, ModuleHooks, Pass, PendingTensor, finished, local_values, merged, uses_cuda
+from tpcheck.runs.update_rounding import lies_in, moves_of_update, noise
 
 # Ranks reach a step within this time, or replays, in which they communicate, are given up.
 SECONDS_TO_WAIT = 30.0
@@ -49,7 +46,7 @@ class Replays:
 
     Attributes:
         number: How many perturbed replays.
-        deviations: For the tensors of the last step, how far they moved: one number for each place.
+        deviations: For the tensors of the last step, how far they moved: one number for each place. Of buffers, too.
         drift: For weights, masters and states, what rounding adds up to since the recording began.
         inner_dtype: The lowest dtype that the passes compute in; empty where that is unknown.
         not_measured: Why something was not measured, by name.
@@ -71,12 +68,17 @@ class Replays:
         self._model = model
         self._view = view
         self._names = names
-        self._tp_group = tuple(tp_group)
+        self._together = tuple(tp_group)
         self._twins: dict[str, nn.Parameter] | None = None
         self._last_step = -1
         self._last_moves: dict[Key, float] = {}
+        # FSDP2 gathers parameters in its hooks, and reduces gradients as they are accumulated.
+        self._accumulates = any(hasattr(module, "_get_fsdp_state") for module in model.modules())
         if number and (reason := view.supports_replays()):
-            raise UsageError("replays", number, f"0 with this model: {reason}. Record the other run with replays")
+            self.not_measured["replays"] = f"{reason}: record the run that this one is compared with with replays"
+            self.number = 0
+        if self._accumulates:
+            self._together = tuple(range(dist.get_world_size()))
 
     def before_call(self) -> BeforeCall | None:
         """Return what a replay has to put back before it calls the model; None where there are no replays."""
@@ -108,14 +110,13 @@ class Replays:
             return
         if not self._all_ranks_are_here(step):
             self.not_measured["replays"] = (
-                f"a rank of the TP group {list(self._tp_group)} did not reach the optimizer's step {step} within "
+                f"one of the ranks {list(self._together)} did not reach the optimizer's step {step} within "
                 f"{SECONDS_TO_WAIT:.0f} s: nothing was measured from there on"
             )
             return
         self._extrapolate_drift(step)
         try:
-            with self._state_put_back():
-                unperturbed, *perturbed = self._repeat_all(step, passes)
+            unperturbed, *perturbed = self._repeat_all(step, passes)
         except RuntimeError as error:
             self.not_measured["replays"] = f"the passes cannot be repeated: {str(error).partition(chr(10))[0]}"
             return
@@ -177,6 +178,7 @@ class Replays:
         current: list[Pass | None] = [None]
         sums: dict[str, torch.Tensor] = {}
         with ExitStack() as stack:
+            stack.enter_context(self._state_put_back())
             stack.enter_context(self._twins_in_place())
             if number:
                 stack.enter_context(self._perturbed_weights(perturbation))
@@ -199,29 +201,15 @@ class Replays:
                         path: self._moved_seed(path, results, unperturbed, recorded, perturbation) for path in results
                     }
                 else:
-                    unperturbed.update({path: _local(tensor.detach()) for path, tensor in results.items()})
+                    unperturbed.update({path: local_values(tensor.detach()) for path, tensor in results.items()})
                 self._backward(results, seeds, sums)
-        merged: dict[Key, PendingTensor] = {}
-        for again in live:
-            for key, tensor in again.tensors.items():
-                if key in merged:
-                    merged[key].add(tensor)
-                else:
-                    merged[key] = tensor
-        keys = list(merged)
-        sketches: list[PendingSketch] = [sketch for key in keys for sketch in merged[key].sketches]
-        names = list(sums)
-        sketches += [start_sketch(sums[name], GlobalIndex.whole(tuple(sums[name].shape))) for name in names]
-        fetched = iter(fetch_sketches(sketches))
-        result = {key: [next(fetched) for _ in merged[key].sketches] for key in keys}
-        for key in keys:
-            if key[0] == "output" and len(passes) > 1:
-                result[key] = [
-                    sketch if place.rows is not None else sketch.scaled(1 / len(passes))
-                    for sketch, place in zip(result[key], merged[key].places, strict=True)
-                ]
-        result.update({("gradient", name, "", 0): [next(fetched)] for name in names})
-        return result
+            gradients = [PendingTensor.whole(("gradient", name, "", 0), value) for name, value in sums.items()]
+            buffers = [
+                PendingTensor.whole(("buffer", unwrapped_name(name), "", 0), local_values(buffer))
+                for name, buffer in self._model.named_buffers()
+            ]
+        records = finished([*merged(live), *gradients, *buffers], num_passes=len(passes))
+        return {record.key: [reading.sketch for reading in record.readings] for record in records}
 
     def _call(self, recorded: Pass) -> Any:
         before: BeforeCall = recorded.before
@@ -251,17 +239,17 @@ class Replays:
         expected = unperturbed[path].double()
         if expected.dim() == 0:
             return seed
-        moved = float(torch.linalg.vector_norm(_local(results[path].detach()).double() - expected))
+        moved = float(torch.linalg.vector_norm(local_values(results[path].detach()).double() - expected))
         norm = float(torch.linalg.vector_norm(expected))
         if not moved or not norm:
             return seed
         seed = seed.clone()
-        local = _local(seed)
-        local += _noise(
+        local = local_values(seed)
+        local += noise(
             local,
             moved / norm * float(torch.linalg.vector_norm(local.double())),
             perturbation.generator(f"seed {path}", local.device),
-            only_nonzero=True,
+            like_nonzero=True,
         )
         return seed
 
@@ -271,7 +259,13 @@ class Replays:
         """Send gradients of the outputs back, without the hooks that reduce or take gradients of parameters."""
         ordered = [seeds[path] for path in results]
         gradients: Sequence[torch.Tensor | None]
-        if self._twins is not None:
+        if self._accumulates:
+            parameters = [(name, each) for name, each in self._model.named_parameters() if each.requires_grad]
+            with _gradients_set_aside([each for _, each in parameters]):
+                torch.autograd.backward([*results.values()], ordered)
+                trained = [(name, each) for name, each in parameters]
+                gradients = [each.grad for _, each in trained]
+        elif self._twins is not None:
             trained = [(name, twin) for name, twin in self._twins.items() if twin.requires_grad]
             torch.autograd.backward([*results.values()], ordered)
             gradients = [twin.grad for _, twin in trained]
@@ -338,7 +332,7 @@ class Replays:
                 if drift and local.numel():
                     saved.append((local, local.clone()))
                     generator = perturbation.generator(name, local.device)
-                    local += _noise(local, drift, generator)
+                    local += noise(local, drift, generator)
         try:
             yield
         finally:
@@ -358,11 +352,11 @@ class Replays:
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                inside = [part for part in parts if _lies_in(part.values, parameter.grad)]
+                inside = [part for part in parts if lies_in(part.values, parameter.grad)]
                 if not inside:
                     continue
                 try:
-                    moves = _moves(optimizer, group, parameter, inside, self.deviations, self.drift, step)
+                    moves = moves_of_update(optimizer, group, parameter, inside, self.deviations, self.drift, step)
                 except Exception as error:  # optimizers of third parties may need more than a parameter and its state
                     reason = str(error).partition("\n")[0] or type(error).__name__
                     self.not_measured["updates"] = f"{type(optimizer).__name__} cannot repeat its step: {reason}"
@@ -374,10 +368,8 @@ class Replays:
             if kind == "state":
                 self.drift[(kind, name, state, call)] = (move,)
                 continue
-            keys = [
-                ("weight", name, "", 0),
-                *[part_key for part in states if (part_key := _key(part))[:2] == ("master", name)],
-            ]
+            keys: list[Key] = [("weight", name, "", 0)]
+            keys += [("master", name, "", 0) for part in states if (part.kind, part.name) == ("master", name)]
             for key in keys:
                 total = self.drift.get(key, (0.0,))[0] + move
                 self.drift[key] = (total,)
@@ -420,12 +412,12 @@ class Replays:
                 torch.cuda.set_rng_state_all(cuda_states)
 
     def _all_ranks_are_here(self, step: int) -> bool:
-        """Return whether every rank of the TP group has come to this step; the same answer on all that have."""
-        if len(self._tp_group) == 1:
+        """Return whether all ranks that repeat together have come to this step; the same answer on all that have."""
+        if len(self._together) == 1:
             return True
         store = dist.distributed_c10d._get_default_store()
-        key = f"tpcheck/replays/{self._tp_group[0]}/{self._round()}"
-        if store.add(f"{key}/here", 1) == len(self._tp_group):
+        key = f"tpcheck/replays/{self._together[0]}/{self._round()}"
+        if store.add(f"{key}/here", 1) == len(self._together):
             return bool(store.compare_set(f"{key}/decision", "", "go") == b"go")
         deadline = time.monotonic() + SECONDS_TO_WAIT
         while time.monotonic() < deadline:
@@ -440,113 +432,17 @@ class Replays:
         return int(store.add(f"tpcheck/replays/rank {dist.get_rank()}", 1))
 
 
-def _moves(
-    optimizer: torch.optim.Optimizer,
-    group: Mapping[str, Any],
-    parameter: torch.Tensor,
-    parts: Sequence[Part],
-    deviations: Mapping[Key, Sequence[float]],
-    drift: Mapping[Key, Sequence[float]],
-    step: int,
-) -> dict[Key, float]:
-    """Return how far rounding moves what one parameter of the optimizer becomes in its next step, by part.
-
-    The step is taken three times on copies: as it is, with rounding in the gradient, with rounding in the state.
-    """
-    generator = torch.Generator(parameter.device).manual_seed(step)
-    exact = _step_copy(optimizer, group, parameter, parts, {}, {}, generator)
-    given = {part.name: deviations.get(("gradient", part.name, "", 0), (0.0,))[0] for part in parts}
-    from_gradient = _step_copy(optimizer, group, parameter, parts, given, {}, generator)
-    from_state = _step_copy(optimizer, group, parameter, parts, {}, drift, generator)
-    moves: dict[Key, float] = {}
-    for key, expected in exact.items():
-        moves[key] = sum(
-            float(torch.linalg.vector_norm((actual[key] - expected).double())) for actual in (from_gradient, from_state)
-        )
-        if key[0] == "weight":
-            moves[key] += torch.finfo(expected.dtype).eps / 2 * float(torch.linalg.vector_norm(expected.double()))
-    return moves
-
-
-def _step_copy(
-    optimizer: torch.optim.Optimizer,
-    group: Mapping[str, Any],
-    parameter: torch.Tensor,
-    parts: Sequence[Part],
-    gradient_noise: Mapping[str, float],
-    state_noise: Mapping[Key, Sequence[float]],
-    generator: torch.Generator,
-) -> dict[Key, torch.Tensor]:
-    """Take the optimizer's step on a copy of one parameter and return the new values of each part and its states."""
-    assert parameter.grad is not None
-    twin = nn.Parameter(parameter.detach().clone())
-    gradient = parameter.grad.detach().clone()
-    state = copy.deepcopy(dict(optimizer.state.get(parameter, {})))
-    slices = {part.name: _slice_in(part.values, parameter.grad) for part in parts}
-    for name, at in slices.items():
-        flat = _flat(gradient)[at]
-        if gradient_noise.get(name):
-            flat += _noise(flat, gradient_noise[name], generator, only_nonzero=True)
-        for key, value in state.items():
-            amount = state_noise.get(("state", name, key, 0), (0.0,))[0]
-            if amount and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                of_part = _flat(value)[at]
-                is_positive = bool((of_part >= 0).all())
-                of_part += _noise(of_part, amount, generator, only_nonzero=True)
-                if is_positive:
-                    of_part.abs_()
-    twin.grad = gradient
-    clone = copy.copy(optimizer)
-    clone.param_groups = [{**group, "params": [twin]}]
-    clone.state = defaultdict(dict, {twin: state} if state else {})
-    clone._optimizer_step_pre_hooks, clone._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-    with torch.no_grad():
-        unwrap(type(optimizer).step)(clone)
-    result: dict[Key, torch.Tensor] = {}
-    for name, at in slices.items():
-        result[("weight", name, "", 0)] = _flat(twin.detach())[at]
-        for key, value in clone.state[twin].items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                result[("state", name, key, 0)] = _flat(value.detach())[at]
-    return result
-
-
-def _noise(
-    tensor: torch.Tensor, norm: float, generator: torch.Generator, *, only_nonzero: bool = False
-) -> torch.Tensor:
-    """Return uniform noise of about this Frobenius norm; with `only_nonzero` only where the tensor is not zero."""
-    uniform = torch.rand(tensor.shape, dtype=torch.float64, device=tensor.device, generator=generator) * 2 - 1
-    number = tensor.numel()
-    if only_nonzero:
-        mask = tensor != 0
-        uniform *= mask
-        number = int(mask.sum())
-    return (uniform * (norm * sqrt(3 / max(number, 1)))).to(tensor.dtype)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return getattr(tensor, "_local_tensor", tensor)
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    local = _local(tensor)
-    return local.view(-1) if local.is_contiguous() else local.as_strided((local.numel(),), (1,))
-
-
-def _lies_in(values: torch.Tensor, gradient: torch.Tensor) -> bool:
-    local = getattr(gradient, "_local_tensor", gradient)
-    start = local.data_ptr()
-    return bool(values.numel() and start <= values.data_ptr() < start + max(local.nbytes, 1))
-
-
-def _slice_in(values: torch.Tensor, gradient: torch.Tensor) -> slice:
-    local = getattr(gradient, "_local_tensor", gradient)
-    first = (values.data_ptr() - local.data_ptr()) // local.element_size()
-    return slice(first, first + values.numel())
-
-
-def _key(part: Part) -> Key:
-    return (part.kind, part.name, part.state, 0)
+@contextmanager
+def _gradients_set_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let gradients accumulate from nothing, and put those back that were there."""
+    saved = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, saved, strict=True):
+            parameter.grad = gradient
 
 
 class _LowestDtype(TorchDispatchMode):  # type: ignore[no-untyped-call]

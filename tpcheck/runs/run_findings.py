@@ -39,6 +39,7 @@ class Answer:
         findings: What failed, the first in the order of events.
         not_compared: Why something could not be compared, by name.
         comparisons: What was compared, for a picture; those without an allowed error, too.
+        is_given: Whether the weights after the step differ by something that is not judged.
     """
 
     check: str
@@ -47,6 +48,7 @@ class Answer:
     findings: tuple[Finding, ...] = ()
     not_compared: Mapping[str, str] = field(default_factory=dict)
     comparisons: tuple[Comparison, ...] = ()
+    is_given: bool = False
 
     @classmethod
     def of(
@@ -188,9 +190,19 @@ def joined(findings: Sequence[Finding]) -> list[Finding]:
         by_cause.setdefault((finding.check, finding.where.get("phase"), finding.cause), []).append(finding)
     merged = []
     for first, *others in by_cause.values():
-        names = [str(finding.where.get("parameter") or finding.where.get("module")) for finding in others]
         own = first.where.get("parameter") or first.where.get("module")
-        names = [name for name in dict.fromkeys(names) if name != own]
+        listed = [
+            *first.evidence.get("also", ()),
+            *(
+                name
+                for finding in others
+                for name in (
+                    finding.where.get("parameter") or finding.where.get("module"),
+                    *finding.evidence.get("also", ()),
+                )
+            ),
+        ]
+        names = [name for name in dict.fromkeys(listed) if name != own]
         ranks = sorted({rank for finding in (first, *others) for rank in finding.where.get("ranks", ())})
         also = {"also": names} if names else {}
         merged.append(
@@ -200,7 +212,7 @@ def joined(findings: Sequence[Finding]) -> list[Finding]:
                 first.observed,
                 first.allowed,
                 first.cause,
-                {**first.evidence, "first_of": len(others) + 1, **also},
+                {**first.evidence, "first_of": len(names) + 1, **also},
             )
         )
     return merged

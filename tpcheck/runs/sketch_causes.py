@@ -12,7 +12,13 @@ import torch
 
 from tpcheck.core.causes import Cause, Explanation, first_explanation
 from tpcheck.numerics.sketch import Sketch, distance
-from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, LEAST_MULTIPLES, RESIDUAL_EXACT, RESIDUAL_NOISY
+from tpcheck.numerics.tolerance import (
+    FITTED_RELATIVE_ERROR,
+    LEAST_MULTIPLES,
+    RESIDUAL_EXACT,
+    RESIDUAL_NOISY,
+    SPREAD_OF_ONE_ROW,
+)
 from tpcheck.runs.comparisons import Comparison, relative
 from tpcheck.runs.wholes import Whole, total
 
@@ -41,14 +47,20 @@ class Suspect:
         comparison: The tensor of both runs.
         tp, dp: Of the actual run.
         num_passes: Micro-batches of the actual run.
+        is_first: No tensor of the phase comes before it: what is wrong came from outside the model.
         micro_batches: Of the parameter whose gradient this is.
+        ones: A column of ones with the rows of this output, which tells tensors that are the same in every row.
+        bias_norm: Norm of the bias of the module whose output this is; 0 where it has none.
     """
 
     comparison: Comparison
     tp: int = 1
     dp: int = 1
     num_passes: int = 1
+    is_first: bool = False
     micro_batches: MicroBatches = MicroBatches()
+    ones: Sketch | None = None
+    bias_norm: float = 0.0
 
 
 Test = Callable[[Suspect], Explanation | None]
@@ -143,6 +155,48 @@ def terms_over_tp(suspect: Suspect) -> Explanation | None:
     return _terms(Cause.MISSING_REDUCE, suspect)
 
 
+def summed_with_bias(suspect: Suspect) -> Explanation | None:
+    """The output of a module with a bias, y = x W + b, was summed over TP ranks in a wrong way, before b or with it.
+
+    Each mistake leaves a known multiple of b in every row of a combination of the actual and the expected output.
+    """
+    comparison, tp = suspect.comparison, suspect.tp
+    actual, expected = comparison.actual, comparison.expected.sketch
+    if suspect.ones is None or not suspect.bias_norm or tp < 2 or largest_residual(comparison) < 0:
+        return None
+    if not actual.is_replicated_over_tp:
+        return None
+    summed, first = actual.sum_over_tp(), actual.sketch
+    is_same_on_all = actual.is_bitwise_replicated
+    hypotheses = (
+        (Cause.MISSING_REDUCE, not is_same_on_all, summed - expected, tp - 1.0),  # sum over ranks of x W + b
+        (Cause.BIAS_ADDED_PER_RANK, is_same_on_all, first - expected, tp - 1.0),  # x W + tp b
+        (Cause.DUPLICATE_REDUCE, is_same_on_all, expected.scaled(tp) - first, tp - 1.0),  # tp x W + b
+        (Cause.MEAN_INSTEAD_OF_SUM, is_same_on_all, first.scaled(tp) - expected, tp - 1.0),  # x W / tp + b
+    )
+    for cause, applies, left, number in hypotheses:
+        norm = norm_of_equal_rows(left, suspect.ones, RESIDUAL_EXACT * left.norm) if applies else None
+        if norm is not None and abs(norm / (number * suspect.bias_norm) - 1) <= SPREAD_OF_ONE_ROW:
+            return Explanation(cause, evidence={"note": "what is left is the same in every row, as a bias is"})
+    return None
+
+
+def norm_of_equal_rows(sketch: Sketch, ones: Sketch, limit: float) -> float | None:
+    """Return the norm of a row of a tensor whose rows are all the same; None where they are not.
+
+    For each set of signs, the tiles of such a tensor are those of a column of ones times those of the row.
+    """
+    column = ones.tiles.sum(dim=2)  # the one column is in one tile
+    sizes = column.square().sum(dim=1)
+    if not bool((sizes > 0).all()):
+        return None
+    row = torch.einsum("si,sij->sj", column, sketch.tiles) / sizes[:, None]
+    left = sketch.tiles - column[:, :, None] * row[:, None, :]
+    if sqrt(float(left.square().sum(dim=(1, 2)).mean())) > limit:
+        return None
+    return sqrt(float(row.square().sum(dim=1).mean()))
+
+
 def partial_on_replica(suspect: Suspect) -> Explanation | None:
     """The TP ranks hold terms of the gradient of a replicated parameter."""
     return _terms(Cause.PARTIAL_GRADIENT_ON_REPLICA, suspect)
@@ -183,31 +237,47 @@ def terms_over_dp(suspect: Suspect) -> Explanation | None:
         error = distance(summed.scaled(factor), comparison.expected.sketch)
         if error <= limit:
             residual = relative(error, comparison.expected.norm)
-            unreduced = _unreduced_micro_batches(suspect)
-            if unreduced:
-                return Explanation(Cause.MICRO_BATCH_UNREDUCED, residual, {"micro_batches": unreduced})
             return Explanation(Cause.MISSING_REDUCE, residual, {"reduced_over": "dp"})
     return None
 
 
-def _unreduced_micro_batches(suspect: Suspect) -> list[int]:
-    """Return the micro-batches after which replicas held different gradients, and the rest is the same on all."""
-    parts, kept = suspect.comparison.actual.parts, suspect.micro_batches.actual
-    by_piece = suspect.comparison.actual.pieces
-    limit = largest_residual(suspect.comparison)
-    found = set()
-    for ranks in by_piece.values():
-        known = [rank for rank in ranks if kept.get(rank)]
-        if len(known) < 2:
-            continue
-        first, *others = known
-        for number in range(min(len(kept[rank]) for rank in known)):
-            rest = parts[first].sketch - kept[first][number]
-            differ = any(distance(kept[rank][number], kept[first][number]) > limit for rank in others)
-            same = all(distance(parts[rank].sketch - kept[rank][number], rest) <= limit for rank in others)
-            if differ and same and rest.norm > limit:
-                found.add(number)
-    return sorted(found)
+def unreduced_micro_batch(suspect: Suspect) -> Explanation | None:
+    """What some micro-batches added is the same on all ranks, what others added are the ranks' own terms.
+
+    The terms' sum over the TP ranks of a replicated parameter, or their mean over the replicas, gives the expected one.
+    """
+    actual, kept = suspect.comparison.actual, suspect.micro_batches.actual
+    limit, expected = largest_residual(suspect.comparison), suspect.comparison.expected
+    by_rank = {rank: [*kept[rank], actual.parts[rank].sketch] for rank in actual.parts if kept.get(rank)}
+    if limit < 0 or len({len(sums) for sums in by_rank.values()}) != 1 or len(by_rank) < len(actual.parts):
+        return None
+    holders: list[tuple[str, list[list[Sketch]]]] = []
+    if actual.is_replicated_over_tp:
+        holders.append(("tp", [by_rank[rank] for rank in actual.groups[0]]))
+    pieces = set(actual.pieces)
+    if suspect.dp > 1 and all({actual.parts[rank].piece for rank in group} == pieces for group in actual.groups):
+        owners = [{actual.parts[rank].piece: rank for rank in group}.values() for group in actual.groups]
+        wholes = [[total(each) for each in zip(*(by_rank[rank] for rank in ranks), strict=True)] for ranks in owners]
+        holders.append(("dp", wholes))
+    for over, sums_of_holders in holders:
+        steps = [[sums[0], *(b - a for a, b in pairwise(sums))] for sums in sums_of_holders]
+        unreduced, combined = [], []
+        for number, terms in enumerate(zip(*steps, strict=True)):
+            if max(distance(term, terms[0]) for term in terms) <= limit:
+                combined.append(terms[0])
+            else:
+                unreduced.append(number)
+                combined.append(total(terms).scaled(1.0 if over == "tp" else 1 / len(terms)))
+        error = distance(total(combined), expected.sketch)
+        if unreduced and len(unreduced) < len(combined) and error <= limit:
+            evidence = {"micro_batches": unreduced, "reduced_over": over}
+            return Explanation(Cause.MICRO_BATCH_UNREDUCED, relative(error, expected.norm), evidence)
+    return None
+
+
+def scaled_from_outside(suspect: Suspect) -> Explanation | None:
+    """The first gradient of the backward pass is the expected one times a constant: the loss was scaled."""
+    return scaled(suspect) if suspect.is_first else None
 
 
 def reduced_too_often(suspect: Suspect) -> Explanation | None:
@@ -228,16 +298,6 @@ def summed_over_dp(suspect: Suspect) -> Explanation | None:
 def averaged_over_dp(suspect: Suspect) -> Explanation | None:
     """Every rank's gradient is the expected one over the number of DP ranks: it was averaged twice."""
     return _times(Cause.MEAN_INSTEAD_OF_SUM, suspect, 1 / suspect.dp, "dp")
-
-
-def summed_over_micro_batches(suspect: Suspect) -> Explanation | None:
-    """Every rank's gradient is the expected one times the number of micro-batches."""
-    return _times(Cause.SUM_INSTEAD_OF_MEAN, suspect, float(suspect.num_passes), "micro-batches")
-
-
-def averaged_over_micro_batches(suspect: Suspect) -> Explanation | None:
-    """Every rank's gradient is the expected one over the number of micro-batches."""
-    return _times(Cause.MEAN_INSTEAD_OF_SUM, suspect, 1 / suspect.num_passes, "micro-batches")
 
 
 # ---- accumulation
@@ -342,7 +402,16 @@ def scaled(suspect: Suspect) -> Explanation | None:
             return None
         factors.append(factor)
         worst = max(worst, relative(remaining, expected.norm))
-    return Explanation(Cause.GRADIENT_SCALED, worst, {"factors": _digits(dict.fromkeys(factors))})
+    distinct = _digits(dict.fromkeys(factors))
+    numbers = {"micro-batches": suspect.num_passes, "TP ranks": suspect.tp, "replicas": suspect.dp}
+    known = [
+        f"{of} the number of {what}"
+        for what, number in numbers.items()
+        for of, multiple in (("is", number), ("is 1 over", 1 / number))
+        if number > 1 and len(distinct) == 1 and _is_near(distinct[0], multiple)
+    ]
+    note = {"note": "the factor " + " and ".join(known)} if known else {}
+    return Explanation(Cause.GRADIENT_SCALED, worst, {"factors": distinct, **note})
 
 
 def share_of(actual: Sketch, expected: Sketch) -> float:
@@ -473,6 +542,18 @@ def explain_norm(
     return None
 
 
+NORM_CAUSES = {
+    cause.slug
+    for cause in (
+        Cause.NORM_IS_LOCAL,
+        Cause.NORM_COUNTS_REPLICAS,
+        Cause.NORM_LEAVES_OUT_SHARDS,
+        Cause.NORM_AVERAGED_OVER_RANKS,
+        Cause.NORM_SUMMED_OVER_RANKS,
+    )
+}
+
+
 def clip_factors(comparison: Comparison) -> dict[int, float] | None:
     """Return by which factor each rank's part of a gradient differs from its part of the expected one.
 
@@ -517,11 +598,28 @@ def is_rounded_from(master: Sketch, weight: Sketch, tolerance: float) -> float |
 _OVER_RANKS: tuple[Test, ...] = (reduced_too_often, averaged_over_tp)
 
 TESTS: Mapping[str, tuple[Test, ...]] = {
-    "output": (not_finite, terms_over_tp, *_OVER_RANKS, shard_of_one_rank_on_all, shards_in_another_order, all_zero),
-    "output_gradient": (not_finite, terms_over_tp, *_OVER_RANKS, mean_of_local_means, gradient_vanished, scaled),
+    "output": (
+        not_finite,
+        summed_with_bias,
+        terms_over_tp,
+        *_OVER_RANKS,
+        shard_of_one_rank_on_all,
+        shards_in_another_order,
+        all_zero,
+    ),
+    "output_gradient": (
+        not_finite,
+        terms_over_tp,
+        mean_of_local_means,
+        gradient_vanished,
+        scaled_from_outside,
+        *_OVER_RANKS,
+        scaled,
+    ),
     "gradient": (
         not_finite,
         gradient_vanished,
+        unreduced_micro_batch,
         partial_on_replica,
         terms_over_dp,
         reduced_after_accumulation,
@@ -529,8 +627,6 @@ TESTS: Mapping[str, tuple[Test, ...]] = {
         mean_of_local_means,
         summed_over_dp,
         averaged_over_dp,
-        summed_over_micro_batches,
-        averaged_over_micro_batches,
         *_OVER_RANKS,
         scaled,
         shard_of_one_rank_on_all,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import hypot, sqrt
+from math import hypot, prod, sqrt
 from typing import Any
+
+import torch
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.findings import Finding
-from tpcheck.numerics.sketch import Sketch
+from tpcheck.numerics.sketch import GlobalIndex, Sketch, row_keys, sketch
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, LOCAL_FACTOR, LOW_PRECISION, SAFETY_FACTOR, TYPICAL_NOISE
 from tpcheck.runs.alignment import AlignedStep, Run
 from tpcheck.runs.comparisons import Comparer, Comparison, Table, margin
@@ -34,6 +36,7 @@ from tpcheck.runs.run_findings import (
     joined,
 )
 from tpcheck.runs.sketch_causes import (
+    NORM_CAUSES,
     MicroBatches,
     NormsOfRanks,
     Suspect,
@@ -44,7 +47,7 @@ from tpcheck.runs.sketch_causes import (
     sees_one_shard,
     share_of,
 )
-from tpcheck.runs.wholes import epsilon, parts_of, total
+from tpcheck.runs.wholes import epsilon, parts_of, reading_of, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +97,44 @@ class StepContext:
         )
         return actual, expected
 
-    def suspect(self, comparison: Comparison) -> Suspect:
+    def suspect(self, comparison: Comparison, *, is_first: bool = False) -> Suspect:
         """Return a wrong tensor with what the tests of causes need to know."""
-        return Suspect(comparison, self.run.tp, self.run.dp, self.num_passes, self._micro_batches(comparison))
+        return Suspect(
+            comparison,
+            self.run.tp,
+            self.run.dp,
+            self.num_passes,
+            is_first,
+            self._micro_batches(comparison),
+            self._ones(comparison),
+            self._bias_norm(comparison),
+        )
+
+    def _ones(self, comparison: Comparison) -> Sketch | None:
+        """Return a column of ones with the rows of an output; None where its rows are not those of all samples."""
+        shape, shared = comparison.expected.shape, self.step.shared
+        if comparison.kind != "output" or -1 not in shape or shared is None or not shared.is_whole_step:
+            return None
+        steps, run = self.step.expected, self.comparer.expected
+        names = [name for group in run.replicas for call in steps[group[0]].passes for name in call.samples]
+        names = list(dict.fromkeys(names))
+        width = prod(size for size in shape if size != -1)
+        num_rows = comparison.expected.sketch.numel // (width * shared.expected_copies)
+        try:
+            samples = torch.tensor([_signed(int(name, 16)) for name in names], dtype=torch.int64)
+        except ValueError:
+            return None
+        if not names or num_rows % len(names):
+            return None
+        rows = row_keys(samples, num_rows // len(names))
+        return sketch(torch.ones(num_rows, 1, dtype=torch.float64), GlobalIndex.whole((1,)), rows=rows)
+
+    def _bias_norm(self, comparison: Comparison) -> float:
+        records = self.around.expected_before.get(("weight", f"{comparison.name}.bias", "", 0), {})
+        squares = {
+            reading.piece: reading.sketch.sum_squares for record in records.values() for reading in record.readings[:1]
+        }
+        return sqrt(sum(squares.values()))
 
     def _micro_batches(self, comparison: Comparison) -> MicroBatches:
         if comparison.kind != "gradient":
@@ -125,6 +163,11 @@ class StepContext:
         return self.comparer.expected.dp == 1
 
 
+def _signed(word: int) -> int:
+    """Return a 64-bit word as a signed integer."""
+    return word - (1 << 64) if word >> 63 else word
+
+
 def loss_scales(step: AlignedStep) -> tuple[float, float]:
     """Return by what the losses of the two runs are multiplied."""
     return next(iter(step.actual.values())).loss_scale, next(iter(step.expected.values())).loss_scale
@@ -137,8 +180,27 @@ def outputs_match(context: StepContext) -> Answer:
     """Compare the outputs of all modules, the loss among them."""
     comparisons, not_compared = _computed(context, "output")
     wrong = wrong_places(comparisons)
-    findings = _first_place(context, OUTPUTS, comparisons, wrong)
-    return Answer.of(OUTPUTS, context.number, comparisons, findings, not_compared)
+    permuted = [each for each in wrong if may_be_permuted(each, comparisons)]
+    not_compared |= {each.label: _PERMUTED for each in permuted}
+    findings = _first_place(context, OUTPUTS, comparisons, [each for each in wrong if each not in permuted])
+    return Answer.of(OUTPUTS, context.number, comparisons, findings, not_compared, permuted)
+
+
+_PERMUTED = "its columns lie in another order over the ranks (a fused layer), as its norm and what follows from it show"
+
+
+def may_be_permuted(comparison: Comparison, comparisons: Sequence[Comparison]) -> bool:
+    """Return whether the ranks' shards of a wrong tensor are guessed to be in order, and only that guess is wrong.
+
+    The norm is the expected one, and the tensors of the module around it, and the next one, are right.
+    """
+    actual, expected = comparison.actual, comparison.expected
+    is_guess = "dim" in actual.label or "dim" in expected.label
+    if not is_guess or comparison.allowed is None or abs(actual.norm - expected.norm) > comparison.allowed:
+        return False
+    position = [each.key for each in comparisons].index(comparison.key)
+    following = [each for each in comparisons[position + 1 :] if "dim" not in each.actual.label]
+    return bool(following) and not following[0].is_wrong
 
 
 def _computed(context: StepContext, kind: str) -> tuple[list[Comparison], dict[str, str]]:
@@ -194,7 +256,7 @@ def _first_place(
     if not wrong:
         return []
     first = unreduced_before(comparisons, wrong[0]) or wrong[0]
-    explanation = explain(context.suspect(first))
+    explanation = explain(context.suspect(first, is_first=first.key == comparisons[0].key))
     if first is not wrong[0]:
         first = replace(first, terms_error=None)  # as replicas, which they were taken for by what follows
     followers = list(dict.fromkeys(each.name or "the model" for each in wrong if each.name != first.name))
@@ -234,6 +296,9 @@ def gradients_match(context: StepContext) -> Answer:
     number = context.number
     backward, not_compared = _computed(context, "output_gradient")
     wrong_backward = wrong_places(backward)
+    permuted = [each for each in wrong_backward if may_be_permuted(each, backward)]
+    not_compared |= {each.label: _PERMUTED for each in permuted}
+    wrong_backward = [each for each in wrong_backward if each not in permuted]
     comparisons: list[Comparison] = []
     findings: list[Finding] = []
     if context.step.shared is not None and context.step.shared.is_whole_step:
@@ -245,22 +310,43 @@ def gradients_match(context: StepContext) -> Answer:
         }
         findings += missing.findings
     wrong = wrong_places(comparisons)
-    left_out: list[Comparison] = []
+    left_out = permuted
     factor = _common_factor(wrong_backward, backward)
     if factor is not None and comparisons and not wrong:
-        left_out, wrong_backward = wrong_backward, []
+        left_out, wrong_backward = [*permuted, *wrong_backward], []
         not_compared |= {
             each.label: f"all are {factor:.6g} times the other run's, and the parameters' gradients agree: the loss is "
             "scaled in another place"
             for each in left_out
         }
+    rounded = _factor_of_float32(wrong, comparisons)
+    if rounded is not None:
+        left_out, wrong = [*left_out, *wrong], []
+        not_compared["factor of all gradients"] = (
+            f"all are {rounded!r} times the other run's, as clipping by a norm in float32 rounds: how far weights and "
+            "states are apart after it is given"
+        )
     if wrong_backward:
         at_outputs = _first_place(context, GRADIENTS, backward, wrong_backward)
         names = [each.name for each in wrong]
         findings += [replace(each, evidence={**each.evidence, "parameters": names}) for each in at_outputs]
     elif wrong:
         findings += _wrong_gradients(context, wrong, comparisons)
-    return Answer.of(GRADIENTS, number, [*backward, *comparisons], joined(findings), not_compared, left_out)
+    answer = Answer.of(GRADIENTS, number, [*backward, *comparisons], joined(findings), not_compared, left_out)
+    return replace(answer, is_given=rounded is not None)
+
+
+def _factor_of_float32(wrong: Sequence[Comparison], comparisons: Sequence[Comparison]) -> float | None:
+    """Return the factor by which all gradients in float64 differ, where a norm in float32 rounds by as much."""
+    if not wrong or len(wrong) < sum(1 for each in comparisons if each.expected.norm):
+        return None
+    factors = [explain_scale(each) for each in wrong if each.expected.dtype == "float64"]
+    known = [factor for factor in factors if factor is not None]
+    if len(known) < len(wrong):
+        return None
+    limit = SAFETY_FACTOR * epsilon("float32")
+    is_near = all(abs(factor - 1) <= limit and abs(factor - known[0]) <= 1e-2 * abs(known[0] - 1) for factor in known)
+    return known[0] if is_near else None
 
 
 def _common_factor(wrong: Sequence[Comparison], comparisons: Sequence[Comparison]) -> float | None:
@@ -409,13 +495,13 @@ def norm_matches(context: StepContext, gradients: Answer) -> Answer:
     number = context.number
     comparisons = [each for each in gradients.comparisons if each.kind == "gradient"]
     told = {rank: step.told_norm for rank, step in context.step.actual.items() if step.told_norm is not None}
-    clipping = [finding for finding in gradients.findings if finding.cause in _NORM_CAUSES]
+    clipping = [finding for finding in gradients.findings if finding.cause in NORM_CAUSES]
     if clipping:
         first = clipping[0]
         where = {"phase": "update", "step": number, "ranks": first.where.get("ranks", [])}
         return Answer(NORM, number, findings=(replace(first, check=NORM, where=where),))
     if not told:
-        return Answer(NORM, number, not_compared={"gradient norm": "the actual run tells no norm that it clips by"})
+        return Answer(NORM, number, not_compared={"gradient norm": "the norm that the actual run clips by is unknown"})
     own = hypot(*(each.actual.norm for each in comparisons))
     told_e = next((step.told_norm for step in context.step.expected.values() if step.told_norm is not None), None)
     eps = max([epsilon(each.actual.dtype) for each in comparisons] or [epsilon("float32")])
@@ -424,10 +510,10 @@ def norm_matches(context: StepContext, gradients: Answer) -> Answer:
     expected = told_e
     if expected is None:
         if not is_complete:
-            reason = "the expected run tells no norm, and not all gradients were compared"
+            reason = "the norm that the expected run clips by is unknown, and not all gradients were compared"
             return Answer(NORM, number, not_compared={"gradient norm": reason})
         if all(norm > own * (1 + SAFETY_FACTOR * eps) for norm in told.values()):
-            reason = "gradients are clipped, and the expected run tells no norm"
+            reason = "gradients are clipped, and the norm that the expected run clips by is unknown"
             return Answer(NORM, number, not_compared={"gradient norm": reason})
         expected = own
     deviations = [each.deviation or 0.0 for each in comparisons] if told_e is not None else []
@@ -463,18 +549,6 @@ def norm_matches(context: StepContext, gradients: Answer) -> Answer:
         evidence,
     )
     return Answer(NORM, number, margins, (finding,))
-
-
-_NORM_CAUSES = {
-    cause.slug
-    for cause in (
-        Cause.NORM_IS_LOCAL,
-        Cause.NORM_COUNTS_REPLICAS,
-        Cause.NORM_LEAVES_OUT_SHARDS,
-        Cause.NORM_AVERAGED_OVER_RANKS,
-        Cause.NORM_SUMMED_OVER_RANKS,
-    )
-}
 
 
 # ---- updates
@@ -595,51 +669,50 @@ def _masters_were_stale(context: StepContext, comparison: Comparison) -> Explana
         for key, of_ranks in context.around.actual_before.items()
         if key[0] == "master" and key[1] == comparison.name
     }
-    return stale_masters(context.around.actual_before, comparison.name) if records else None
+    return stale_masters(context.around.actual_before, comparison.name, comparison.actual.label) if records else None
 
 
-def stale_masters(table: Table, name: str) -> Explanation | None:
-    """Return the cause where a parameter's weights are not its masters, rounded, on ranks that hold both."""
+def stale_masters(table: Table, name: str, label: str) -> Explanation | None:
+    """Return the cause where a parameter's weights, read as `label`, are not its masters, rounded."""
     masters = next((records for key, records in table.items() if key[:2] == ("master", name)), {})
     weights = table.get(("weight", name, "", 0), {})
-    for label in ("layout", "whole", "dim 0", "dim 1"):
-        sides = [
-            {
-                rank: record
-                for rank, record in records.items()
-                if any(reading.label == label for reading in record.readings)
-            }
-            for records in (masters, weights)
-        ]
-        if not all(sides):
-            continue
-        pieces = [{part.piece: part.sketch for part in parts_of(records, label).values()} for records in sides]
-        whole_master, whole_weight = (total(each.values()) for each in pieces)
-        if whole_master.numel != whole_weight.numel or not whole_master.sum_squares:
-            return None
-        eps = max(epsilon(next(iter(weights.values())).dtype), epsilon("float32"))
-        difference = is_rounded_from(whole_master, whole_weight, SAFETY_FACTOR * eps)
-        if difference is None:
-            return None
-        return Explanation(Cause.MASTERS_STALE, evidence={"masters_and_weights_differ_by": difference})
-    return None
+    sides = [
+        {rank: record for rank, record in records.items() if any(reading.label == label for reading in record.readings)}
+        for records in (masters, weights)
+    ]
+    if not all(sides):
+        return None
+    pieces = [{part.piece: part.sketch for part in parts_of(records, label).values()} for records in sides]
+    whole_master, whole_weight = (total(each.values()) for each in pieces)
+    if whole_master.numel != whole_weight.numel or not whole_master.sum_squares:
+        return None
+    eps = max(epsilon(next(iter(weights.values())).dtype), epsilon("float32"))
+    difference = is_rounded_from(whole_master, whole_weight, SAFETY_FACTOR * eps)
+    if difference is None:
+        return None
+    return Explanation(Cause.MASTERS_STALE, evidence={"masters_and_weights_differ_by": difference})
 
 
 def state_of_another_rank(context: StepContext, name: str) -> Explanation | None:
     """Ranks with different shards had the same optimizer state before the step, and not in the expected run."""
-    return repeated_state(context.around.actual_before, context.run, name)
+    label = context.comparer.readings.get(name, ("", ""))[0]
+    return repeated_state(context.around.actual_before, context.run, name, label)
 
 
-def repeated_state(table: Table, run: Run, name: str) -> Explanation | None:
-    """Return the cause where different shards of a TP group have states with the same bits, which are not zero."""
+def repeated_state(table: Table, run: Run, name: str, label: str) -> Explanation | None:
+    """Return the cause where different shards of a TP group have states with the same bits, which are not zero.
+
+    Args:
+        label: The reading under which the parameter is compared.
+    """
     for key, records in table.items():
         if key[0] != "state" or key[1] != name:
             continue
         for group in run.replicas:
             seen: dict[str, tuple[int, str]] = {}
-            for rank in (rank for rank in group if rank in records and records[rank].readings):
-                record, reading = records[rank], records[rank].readings[-1]
-                if record.readings[-1].sketch.numel < 2 or not reading.sketch.sum_squares:
+            for rank in (rank for rank in group if rank in records):
+                record, reading = records[rank], reading_of(records[rank], label)
+                if reading is None or reading.sketch.numel < 2 or not reading.sketch.sum_squares:
                     continue
                 first, piece = seen.setdefault(record.digest, (rank, reading.piece))
                 if piece != reading.piece:
@@ -673,12 +746,16 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
         return Answer.of(STATES, number, comparisons, (), {**not_compared, **given}, comparisons)
     findings = []
     wrong = wrong_places(comparisons)
+    differing = differing_options(comparer, context.step)
     for each in wrong:
         explanation = explain(context.suspect(each))
+        if explanation is None and not gradients.findings and each.name in differing:
+            shown = options_as_evidence({each.name: differing[each.name]})
+            explanation = Explanation(Cause.OPTIONS_DIFFER, evidence=shown)
         if explanation is None and not gradients.findings:
             tests: tuple[Callable[[], Explanation | None], ...] = (
                 partial(state_of_another_rank, context, each.name),
-                partial(stale_masters, around.actual_after, each.name),
+                partial(stale_masters, around.actual_after, each.name, each.actual.label),
                 partial(_replicas_drifted, context, each),
             )
             explanation = next((found for test in tests if (found := test()) is not None), None)

@@ -76,7 +76,7 @@ class TensorRecord:
     full: Sequence[torch.Tensor] = ()
 
     @property
-    def key(self) -> tuple[str, str, str, int]:
+    def key(self) -> tuple[Kind, str, str, int]:
         """What it is called on every rank and in every run."""
         return (self.kind, self.name, self.part, self.call)
 

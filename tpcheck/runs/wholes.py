@@ -148,13 +148,31 @@ def reading_of(record: TensorRecord, label: str) -> Reading | None:
 
 
 def stored(records: Records, label: str, groups: Sequence[Sequence[int]]) -> Whole:
-    """Return a tensor of which ranks with the same piece are replicas, over TP and DP: a parameter's."""
+    """Return a tensor of which ranks with the same piece are replicas, over TP and DP: a parameter's.
+
+    Terms that are known to be some (a `Partial` DTensor) are added up over each TP group: the optimizer does that.
+    """
     parts = parts_of(records, label)
+    if all(part.is_term for part in parts.values()):
+        parts = _added_up(parts, groups)
     base, variants = _replicas(parts)
     deviations: dict[str, float | None] = {}
     for part in parts.values():
         deviations[part.piece] = _larger(deviations.get(part.piece), part.deviation)
     return _whole(records, label, groups, parts, base, variants, _hypot(deviations.values()))
+
+
+def _added_up(parts: Mapping[int, Part], groups: Sequence[Sequence[int]]) -> dict[int, Part]:
+    """Return for each rank the sum of the terms that the ranks of its TP group hold of the same elements."""
+    sums = {}
+    for group in groups:
+        for rank in group:
+            if rank in parts:
+                terms = [parts[peer] for peer in group if peer in parts and parts[peer].piece == parts[rank].piece]
+                digests = " ".join(term.digest for term in terms)
+                deviation = _hypot(term.deviation for term in terms)
+                sums[rank] = Part(parts[rank].piece, total(term.sketch for term in terms), digests, deviation)
+    return sums
 
 
 def computed(records: Records, label: str, groups: Sequence[Sequence[int]], factor: float) -> Whole:

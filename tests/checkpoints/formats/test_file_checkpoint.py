@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpcheck import CheckpointError
-from tpcheck.checkpoints.formats.file_checkpoint import Chunk, ChunkedTensor, tensor_from_chunks
+from tpcheck.checkpoints.formats.file_checkpoint import Chunk, ChunkedTensor, FileCheckpoint, tensor_from_chunks
 from tpcheck.checkpoints.formats.files import Files
 
 
@@ -56,6 +57,16 @@ def test_chunks_that_are_not_a_tensor_are_refused(name: str) -> None:
     chunks, message = CHUNKS[name]
     with pytest.raises(CheckpointError, match=f"^Tensor 'a' in folder has .*{message.removeprefix('has ')}.*\\.$"):
         tensor_from_chunks("a", "folder", chunks)
+
+
+def test_a_checkpoint_whose_file_changes_after_it_was_opened_is_an_error(tmp_path: Path, files: Files) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    files.open(tmp_path / "a")
+    checkpoint = FileCheckpoint(files, "a file", {}, {})
+    checkpoint.require_unchanged()
+    (tmp_path / "a").write_bytes(b"12")
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        checkpoint.require_unchanged()
 
 
 def test_empty_chunks_are_ignored() -> None:

@@ -214,6 +214,22 @@ def test_an_index_gives_the_path_of_each_tensor(tmp_path: Path, files: Files) ->
     assert read_index(tmp_path / "index.json", files) == {"a": tmp_path / "x.bin", "b": tmp_path / "x.bin"}
 
 
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "x.bin", "b": "y.bin"}, r"names 'y\.bin', which is missing"),
+        ({"a": 3}, "which is not a file name"),
+        ({}, "has no weight_map"),
+        (None, "has no weight_map"),
+    ],
+)
+def test_an_index_names_files_that_exist(tmp_path: Path, files: Files, weight_map: object, message: str) -> None:
+    (tmp_path / "x.bin").touch()
+    (tmp_path / "index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=message):
+        read_index(tmp_path / "index.json", files)
+
+
 X, Y = Path("x"), Path("y")
 
 

@@ -86,6 +86,15 @@ def test_several_files_are_read_by_their_index(indexed):
     assert open_source(indexed).description == "PyTorch, 2 files with an index"
 
 
+def test_files_that_contradict_the_index_are_refused(indexed):
+    torch.save({"a.weight": STATE["a.weight"]}, indexed / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(CheckpointError, match=r"'a\.weight' is both in pytorch_model-00001"):
+        open_source(indexed)
+    torch.save({"steps": STATE["steps"]}, indexed / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(CheckpointError, match=r"'a\.bias' is in pytorch_model-00002-of-00002\.bin, which lacks it"):
+        open_source(indexed)
+
+
 def test_a_pickled_module_is_read_only_if_pickles_are_allowed(tmp_path):
     model = nn.Linear(3, 2)
     torch.save({"model": model, "args": SimpleNamespace(lr=1)}, tmp_path / "a.pt")

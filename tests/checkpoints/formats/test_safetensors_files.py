@@ -120,6 +120,19 @@ def test_a_tensor_that_the_index_forgets_is_unread(sharded):
     assert "does not list it" in checkpoint.unread["model.norm.weight"]
 
 
+def test_files_that_contradict_the_index_are_refused(tmp_path):
+    for name, tensor in (("x", "a"), ("y", "b")):
+        save_file({tensor: torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"'b' is in x\.safetensors, which lacks it"):
+        open_source(tmp_path)
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "y.safetensors")
+    index.write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"'a' is both in x\.safetensors and in y\.safetensors"):
+        open_source(tmp_path)
+
+
 def test_a_wrong_total_size_is_ignored(sharded):
     path = sharded[0] / "model.safetensors.index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "metadata": {"total_size": -1}}))

@@ -9,6 +9,7 @@ import torch
 
 from tests.numerics.evidence import key as key_of
 from tests.numerics.evidence import right_evidence, with_step, with_tensor
+from tpcheck.backends.layout import Layout
 from tpcheck.core.placement import Partial, Shard
 from tpcheck.numerics.checks.activations import compare_activations, first_divergences, scope_of
 from tpcheck.numerics.evidence import Evidence, TensorKey
@@ -163,6 +164,78 @@ def test_a_shard_in_unknown_order_inside_a_right_module_is_not_compared() -> Non
     assert list(activations.not_compared) == ["block.up: output 0"]
     forced = replace(evidence, forced_inputs=frozenset([UP]))  # then the right result of the parent says nothing of it
     assert [wrong.key for wrong in compare_activations(forced, 0, "forward").wrong()] == [UP]
+
+
+@pytest.mark.parametrize("change", ["flip", "terms"])
+def test_inside_a_module_whose_result_is_wrong_nothing_is_reinterpreted(change: str) -> None:
+    name = UP if change == "flip" else DOWN
+    evidence = with_tensor(RIGHT, "activations", key_of("block output"), lambda tensor: tensor + 1)
+    for rank, share in enumerate((0.25, 0.75)):
+        evidence = with_tensor(
+            evidence, "activations", name,
+            lambda tensor, share=share: tensor.flip(-1) if change == "flip" else tensor * share, ranks=[rank],
+        )  # fmt: skip
+    activations = compare_activations(evidence, 0, "forward")
+    assert [wrong.key for wrong in activations.wrong()] == [name, key_of("block output")]
+    assert not activations.not_compared
+
+
+def test_fused_blocks_inside_a_right_module_are_wrong_nevertheless() -> None:
+    evidence = replace(RIGHT, layouts={**RIGHT.layouts, "block.up.weight": Layout.from_placement((8, 4), FUSED, 2)})
+    assert [wrong.key for wrong in compare_activations(evidence, 0, "forward").wrong()] == [UP]
+
+
+FUSED = Shard(0, blocks=2)
+
+
+def test_a_second_call_is_not_judged_by_the_first_result_of_its_parent() -> None:
+    evidence = RIGHT
+    for rank, part in enumerate(RIGHT.candidate[0]):
+        second = {replace(UP, call=1): part.activations[UP].flip(-1)}
+        evidence = with_step(evidence, ranks=[rank], activations={**part.activations, **second})
+    assert [wrong.key for wrong in compare_activations(evidence, 0, "forward").wrong()] == [replace(UP, call=1)]
+
+
+def test_a_second_call_may_round_as_the_first() -> None:
+    tolerance = replace(RIGHT.tolerance, deviations={(0, 0, DOWN): 1.0})
+    assert not compare_activations(replace(recomputed(1.0), tolerance=tolerance), 0, "forward").wrong()
+
+
+def test_two_calls_of_the_reference_are_compared_with_one_each() -> None:
+    second = replace(DOWN, call=1)
+    reference = {**RIGHT.reference[0].activations, second: RIGHT.reference[0].activations[DOWN] + 1}
+    evidence = replace(recomputed(1.0), reference=(replace(RIGHT.reference[0], activations=reference),))
+    evidence = with_calls_of(evidence, "block.down", 1)
+    activations = compare_activations(evidence, 0, "forward")
+    assert activations.by_key[second].difference.agrees
+    assert not activations.by_key[second].is_recomputed
+
+
+def with_calls_of(evidence: Evidence, module: str, call: int) -> Evidence:
+    """Return the evidence in which every rank records the inputs of this call, too."""
+    first = TensorKey("forward", module, 0, "input", "0")
+    for rank, part in enumerate(evidence.candidate[0]):
+        more = {replace(first, call=call): part.activations[first]}
+        evidence = with_step(evidence, ranks=[rank], activations={**part.activations, **more})
+    return evidence
+
+
+def test_calls_that_the_reference_does_not_make_are_not_compared() -> None:
+    evidence, unknown = RIGHT, TensorKey("forward", "other", 1, "output", "0")
+    for rank, part in enumerate(RIGHT.candidate[0]):
+        more = {replace(DOWN, call=2): part.activations[DOWN] + 1, unknown: part.activations[DOWN]}
+        evidence = with_step(evidence, ranks=[rank], activations={**part.activations, **more})
+    assert (
+        compare_activations(evidence, 0, "forward").by_key.keys()
+        == compare_activations(RIGHT, 0, "forward").by_key.keys()
+    )
+
+
+def test_an_output_of_a_second_call_alone_is_not_that_of_the_first() -> None:
+    part = RIGHT.candidate[0][1].activations
+    renamed = {replace(key, call=1) if key == DOWN else key: part[key] for key in part}
+    activations = compare_activations(with_step(RIGHT, ranks=[1], activations=renamed), 0, "forward")
+    assert activations.not_compared["block.down: output 0"] == "not seen on every rank of the sharded model"
 
 
 def test_heads_are_cut_within_each_sample() -> None:

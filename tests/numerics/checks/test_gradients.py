@@ -16,6 +16,7 @@ from tpcheck.numerics.hypotheses import explain
 from tpcheck.numerics.tolerance import Tolerance
 
 RIGHT = right_evidence()
+NAMES = tuple(f"{each.module} {each.role}" for each in RIGHT.reference[0].activations if each.phase == "forward")
 
 
 def suspects(evidence: Evidence, step: int = 0) -> tuple[Suspect, ...]:
@@ -43,6 +44,8 @@ def test_a_scaled_gradient_is_a_suspect_of_its_own() -> None:
         "phase": "backward", "step": 0, "module": "block.up", "parameter": UP, "ranks": [0, 1]
     }  # fmt: skip
     assert suspect.evidence["inputs_agree"] is True
+    assert suspect.evidence["first_of"] == 1
+    assert not suspect.gradient.is_every_parameter
     assert the_cause(suspect) is Cause.GRADIENT_SCALED
 
 
@@ -77,6 +80,37 @@ def test_missing_gradients_are_laid_to_where_the_backward_pass_ends() -> None:
     assert suspect.evidence["note"] == "no gradient comes back to the output of block.up"
 
 
+def test_an_output_that_no_rank_has_is_no_end_of_the_backward_pass() -> None:
+    evidence = with_gradient(UP, lambda gradient: None)
+    for rank in (0, 1):
+        seen = evidence.candidate[0][rank].activations
+        kept = {each: seen[each] for each in seen if each != key("block.up output")}
+        evidence = with_step(evidence, ranks=[rank], activations=kept)
+    (suspect,) = suspects(evidence)
+    assert "note" not in suspect.evidence
+    assert suspect.parameter == UP
+
+
+def test_the_backward_pass_ends_where_it_ends_on_any_rank() -> None:
+    evidence = with_gradient(UP, lambda gradient: None, 1)
+    seen = evidence.candidate[0][1].activations
+    kept = {each: seen[each] for each in seen if each != key("block.up output", "backward")}
+    (suspect,) = suspects(with_step(evidence, ranks=[1], activations=kept))
+    assert suspect.evidence["note"] == "no gradient comes back to the output of block.up"
+    assert (suspect.parameter, suspect.where["ranks"]) == (UP, [1])
+
+
+def test_of_several_missing_gradients_one_of_the_module_where_the_backward_pass_ends_comes_first() -> None:
+    evidence = with_tensor(with_gradient(NORM, lambda gradient: None), "gradients", UP, lambda gradient: None)
+    for rank in (0, 1):
+        seen = evidence.candidate[0][rank].activations
+        kept = {each: seen[each] for each in seen if each != key("block.up output", "backward")}
+        evidence = with_step(evidence, ranks=[rank], activations=kept)
+    (suspect,) = suspects(evidence)
+    assert suspect.where == {"phase": "backward", "step": 0, "module": "block.up", "ranks": [0, 1]}
+    assert suspect.evidence["also"] == [NORM]
+
+
 def test_the_first_wrong_activation_gradient_is_a_suspect_that_names_its_consequences() -> None:
     name = key("block.up input", "backward")
     evidence = RIGHT
@@ -91,6 +125,62 @@ def test_the_first_wrong_activation_gradient_is_a_suspect_that_names_its_consequ
     assert suspect.linear is not None
     torch.testing.assert_close(suspect.linear.total, RIGHT.reference[0].activations[name])
     assert the_cause(suspect) is Cause.DUPLICATE_REDUCE
+
+
+def with_wrong_backward(*names: str) -> Evidence:
+    """Return evidence in which these gradients of activations are twice what they should be."""
+    evidence = RIGHT
+    for name in names:
+        evidence = with_tensor(evidence, "activations", key(name, "backward"), lambda tensor: tensor * 2)
+    return evidence
+
+
+BEFORE_UP = ("block.up input", "block.norm output", "block.norm input", "block input")
+
+
+def test_a_wrong_gradient_of_a_module_whose_output_gradient_is_right_is_no_consequence() -> None:
+    evidence = with_wrong_backward(*BEFORE_UP)
+    for name in (NORM, DOWN):
+        evidence = with_tensor(evidence, "gradients", name, lambda gradient: gradient * 2)
+    up, down = suspects(evidence)
+    assert (up.where["module"], up.evidence["also"]) == ("block.up", [NORM])
+    assert down.parameter == DOWN
+    assert up.evidence["first_of"] == down.evidence["first_of"] == 6
+
+
+def test_a_wrong_gradient_of_a_module_whose_input_gradient_alone_is_wrong_is_no_consequence() -> None:
+    evidence = with_tensor(with_wrong_backward(*BEFORE_UP), "gradients", UP, lambda gradient: gradient * 2)
+    assert [suspect.where["module"] for suspect in suspects(evidence)] == ["block.up", "block.up"]
+
+
+def test_behind_a_fault_an_input_gradient_is_compared_with_the_sum_of_its_own_terms() -> None:
+    """The loss is off by two from the start, and the column-parallel layer forgets to sum up."""
+    evidence = with_wrong_backward(*NAMES)
+    terms = [
+        2 * rank.activations[key("block.up output", "backward")] @ part[UP]
+        for rank, part in zip(RIGHT.candidate[0], RIGHT.initial_parts, strict=True)
+    ]
+    for rank, term in enumerate(terms):
+        evidence = with_tensor(
+            evidence, "activations", key("block.up input", "backward"), lambda _, term=term: term, ranks=[rank]
+        )
+    first, up = suspects(evidence)
+    assert first.where["module"] == ""
+    assert up.where == {
+        "phase": "backward", "step": 0, "module": "block.up", "field": "input 0", "ranks": [0, 1]
+    }  # fmt: skip
+    assert up.role == "input"
+    assert up.evidence["note"] == "compared with the gradient recomputed from its output gradient and weight"
+    assert the_cause(up) is Cause.MISSING_REDUCE
+
+
+def test_behind_a_fault_gradients_that_their_own_tensors_give_are_not_suspects() -> None:
+    evidence = with_wrong_backward(*NAMES)
+    for name in (NORM, UP, DOWN, BIAS):
+        evidence = with_tensor(evidence, "gradients", name, lambda gradient: gradient * 2)
+    (suspect,) = suspects(evidence)
+    assert suspect.evidence["also"] == [NORM, UP, DOWN, BIAS]
+    assert not suspect.gradient.is_every_parameter
 
 
 def test_gradients_that_are_wrong_because_outputs_are_give_one_suspect() -> None:
@@ -150,6 +240,25 @@ def test_a_mean_over_the_tp_group_is_a_wrong_group(note: str) -> None:
     assert (found.cause, found.evidence["note"]) == (Cause.WRONG_GROUP, note)
 
 
+def test_gradients_of_zeros_are_no_mean_over_the_tp_group() -> None:
+    evidence = with_tensor(with_gradient(UP, torch.zeros_like), "gradients", DOWN, torch.zeros_like)
+    (suspect,) = suspects(evidence)
+    assert not suspect.gradient.is_reduced_over_tp
+
+
+def test_gradients_that_are_equal_on_some_ranks_are_no_mean_over_the_tp_group() -> None:
+    evidence = right_evidence(tp=4)
+    for name in (UP, DOWN):
+        evidence = with_tensor(evidence, "gradients", name, torch.ones_like, ranks=[0, 1, 2])
+    assert not any(suspect.gradient.is_reduced_over_tp for suspect in suspects(evidence))
+
+
+@pytest.mark.parametrize("name", [UP, DOWN])
+def test_one_sharded_gradient_that_is_equal_on_all_ranks_is_no_mean_over_the_tp_group(name: str) -> None:
+    (suspect,) = suspects(with_gradient(name, lambda gradient: torch.ones_like(gradient)))
+    assert not suspect.gradient.is_reduced_over_tp
+
+
 def test_a_weight_that_only_the_reference_ties_is_untied() -> None:
     head = torch.ones(4, dtype=torch.float64)
     evidence = with_gradient(NORM, lambda gradient: gradient - head)
@@ -179,6 +288,19 @@ def test_under_teacher_forcing_terms_that_add_up_are_not_wrong() -> None:
     evidence = forced(RIGHT, NORM, lambda gradient: gradient / 2)
     assert not suspects(evidence)
     assert [suspect.parameter for suspect in suspects(forced(RIGHT, NORM, lambda gradient: gradient / 3))] == [NORM]
+
+
+def test_under_teacher_forcing_gradients_of_other_shapes_are_not_compared() -> None:
+    outcome = gradients_match_reference(forced(RIGHT, UP, lambda gradient: gradient[:1]), 0)
+    assert not outcome.suspects
+    assert f"{UP}, with teacher forcing" not in outcome.margins
+    assert f"{DOWN}, with teacher forcing" in outcome.margins
+
+
+def test_only_the_first_step_is_repeated_under_teacher_forcing() -> None:
+    evidence = replace(right_evidence(steps=2), forced_modules=forced(RIGHT, UP, torch.zeros_like).forced_modules)
+    assert suspects(evidence, 0)
+    assert not suspects(evidence, 1)
 
 
 def test_teacher_forcing_says_nothing_of_gradients_where_an_output_is_wrong() -> None:

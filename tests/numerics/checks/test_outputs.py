@@ -12,7 +12,7 @@ import torch
 from tests.numerics.evidence import BIAS, DOWN, UP, key, right_evidence, with_step, with_tensor
 from tpcheck.backends.layout import Layout
 from tpcheck.core.causes import Cause
-from tpcheck.core.placement import Shard
+from tpcheck.core.placement import Placement, Replicate, Shard
 from tpcheck.numerics.checks.outputs import differs_from_sibling_layers, outputs_match_reference
 from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, Suspect, TensorKey
 from tpcheck.numerics.hypotheses import explain
@@ -129,6 +129,23 @@ def test_a_leaf_behind_a_fault_is_compared_with_what_the_reference_recomputes() 
     assert "block.norm" in names
 
 
+def test_recomputed_leaves_are_those_of_the_first_step_and_of_the_shapes_on_the_ranks() -> None:
+    wrong = {name: (lambda tensor: tensor * 3) for name in ("block input", "block.norm input", "block.norm output")}
+    evidence = right_evidence(steps=2)
+    for name, change in wrong.items():
+        for step in (0, 1):
+            evidence = with_tensor(evidence, "activations", key(name), change, step=step)
+    right = tuple(rank.activations[key("block.norm output")] for rank in evidence.candidate[0])
+
+    def modules(step: int, *parts: torch.Tensor) -> list[str]:
+        compared = replace(evidence, recomputed={key("block.norm output"): parts})
+        return [suspect.where["module"] for suspect in outputs_match_reference(compared, step).suspects]
+
+    assert "block.norm" in modules(0, *(part * 2 for part in right))
+    assert "block.norm" not in modules(0, *(part[:1] * 2 for part in right))
+    assert "block.norm" not in modules(1, *(part * 2 for part in right))
+
+
 @pytest.mark.parametrize(("loss", "margin"), [(nan, inf), (1.0, None)])
 def test_a_wrong_loss_alone_is_a_suspect(loss: float, margin: float | None) -> None:
     outcome = outputs_match_reference(with_step(RIGHT, ranks=[1], loss=loss), 0)
@@ -153,6 +170,140 @@ def test_the_loss_is_handed_over_with_the_logits_where_they_are_cut() -> None:
     assert [tuple(part.shape) for part in suspect.loss.logits_parts] == [(2, 3, 4), (2, 3, 4)]
 
 
+def with_activation(evidence: Evidence, name: TensorKey, expected: torch.Tensor, *parts: torch.Tensor) -> Evidence:
+    """Return the evidence with one more activation, recorded last."""
+    step = evidence.reference[0]
+    reference = replace(step, activations={**step.activations, name: expected})
+    evidence = replace(evidence, reference=(reference, *evidence.reference[1:]))
+    for rank, part in enumerate(parts):
+        seen = evidence.candidate[0][rank].activations
+        evidence = with_step(evidence, ranks=[rank], activations={**seen, name: part})
+    return evidence
+
+
+def output_of(module: str) -> TensorKey:
+    return TensorKey("forward", module, 0, "output", "0")
+
+
+LOGITS = torch.arange(1.0, 49.0, dtype=torch.float64).reshape(2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        with_activation(RIGHT, output_of("head"), LOGITS, LOGITS, LOGITS),  # on every rank
+        with_activation(RIGHT, output_of("head"), LOGITS, *LOGITS.chunk(2, dim=1)),  # cut along the sequence
+        with_activation(RIGHT, output_of("head"), LOGITS[0], *LOGITS[0].chunk(2, dim=1)),  # of two dims
+        with_activation(RIGHT, output_of("head"), LOGITS, *(2 * LOGITS).chunk(2, dim=2)),  # wrong
+        with_activation(RIGHT, replace(output_of("head"), role="input"), LOGITS, *LOGITS.chunk(2, dim=2)),
+    ],
+)
+def test_other_activations_are_no_logits_that_are_cut(evidence: Evidence) -> None:
+    step = evidence.reference[0]
+    kept = {each: step.activations[each] for each in step.activations if each.module in ("", "head")}
+    evidence = replace(evidence, reference=(replace(step, activations=kept),))
+    *_, suspect = outputs_match_reference(with_step(evidence, loss=7.0), 0).suspects
+    assert suspect.loss is None or suspect.loss.logits is None
+
+
+def test_a_loss_of_zero_agrees_with_zero_alone() -> None:
+    evidence = replace(RIGHT, reference=(replace(RIGHT.reference[0], loss=0.0),))
+    right = outputs_match_reference(with_step(evidence, loss=0.0), 0)
+    assert (right.margins["loss"], right.suspects) == (0.0, ())
+    wrong = outputs_match_reference(with_step(with_step(evidence, loss=0.0), ranks=[1], loss=0.5), 0)
+    assert wrong.margins["loss"] == inf
+    (suspect,) = wrong.suspects
+    assert (suspect.where["ranks"], suspect.observed, suspect.allowed) == ([1], 0.5, 0.0)
+
+
+def test_the_errors_of_a_loss_are_relative() -> None:
+    expected = RIGHT.reference[0].loss
+    outcome = outputs_match_reference(with_step(RIGHT, ranks=[1], loss=1.5 * expected), 0)
+    (suspect,) = outcome.suspects
+    assert suspect.observed == pytest.approx(0.5)
+    assert suspect.allowed == pytest.approx(20 * 2.0**-52)
+    assert outcome.margins["loss"] == pytest.approx(suspect.observed / suspect.allowed)
+
+
+def test_a_loss_that_rounds_otherwise_agrees() -> None:
+    expected = RIGHT.reference[0].loss
+    assert not outputs_match_reference(with_step(RIGHT, loss=expected * (1 + 15 * 2.0**-52)), 0).suspects
+    assert outputs_match_reference(with_step(RIGHT, loss=expected * (1 + 30 * 2.0**-52)), 0).suspects
+
+
+@pytest.mark.parametrize(
+    ("module", "expected", "has_facts"),
+    [("", torch.tensor(3.0), True), ("", torch.ones(2), False), ("head", torch.tensor(3.0), False)],
+)
+def test_a_scalar_that_the_model_returns_is_its_loss(module: str, expected: torch.Tensor, has_facts: bool) -> None:
+    evidence = with_activation(RIGHT, output_of(module), expected, expected * 2, expected * 2)
+    (suspect,) = outputs_match_reference(evidence, 0).suspects
+    assert (suspect.loss is not None) is has_facts
+
+
+def test_what_checkpointing_computes_wrongly_a_second_time_is_noted() -> None:
+    note = "right when it is first computed, wrong when activation checkpointing computes it again"
+    evidence = RIGHT
+    for rank in (0, 1):
+        seen = evidence.candidate[0][rank].activations
+        second = {replace(OUTPUT, call=1): seen[OUTPUT] * 2}
+        evidence = with_step(evidence, ranks=[rank], activations={**seen, **second})
+    (suspect,) = outputs_match_reference(evidence, 0).suspects
+    assert suspect.evidence["note"] == note
+    (suspect,) = outputs_match_reference(with_output(1.0, 1.5), 0).suspects
+    assert "note" not in suspect.evidence
+
+
+TABLE = torch.arange(12.0, dtype=torch.float64).reshape(6, 2)
+
+
+def of_embedding(placement: Placement, *parts: torch.Tensor) -> Evidence:
+    """Return evidence of an embedding whose output is wrong."""
+    rows = TABLE[[1, 4]]
+    layouts = {**RIGHT.layouts, "embed.weight": Layout.from_placement((6, 2), placement, 2)}
+    pairs = zip(RIGHT.initial_parts, parts, strict=False)
+    evidence = replace(
+        RIGHT,
+        initial={**RIGHT.initial, "embed.weight": TABLE},
+        layouts=layouts,
+        initial_parts=tuple({**given, "embed.weight": part} for given, part in pairs) if parts else RIGHT.initial_parts,
+    )
+    return with_activation(evidence, output_of("embed"), rows, rows + 1, rows + 1)
+
+
+def test_the_table_of_an_embedding_is_handed_over_where_its_rows_are_cut() -> None:
+    (suspect,) = outputs_match_reference(of_embedding(Shard(0), *TABLE.chunk(2)), 0).suspects
+    assert suspect.linear is None
+    assert suspect.embedding is not None
+    assert torch.equal(suspect.embedding.table, TABLE)
+    assert [tuple(shard.shape) for shard in suspect.embedding.shards] == [(3, 2), (3, 2)]
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        of_embedding(Shard(1), *TABLE.chunk(2, dim=1)),
+        of_embedding(Replicate(), TABLE, TABLE),
+        of_embedding(Shard(0)),  # the ranks have no such weight
+        replace(of_embedding(Shard(0), *TABLE.chunk(2)), layouts=RIGHT.layouts),
+        replace(of_embedding(Shard(0), *TABLE.chunk(2)), initial=RIGHT.initial),
+    ],
+)
+def test_other_tables_are_not_handed_over(evidence: Evidence) -> None:
+    (suspect,) = outputs_match_reference(evidence, 0).suspects
+    assert suspect.embedding is None
+
+
+def test_a_linear_module_is_no_embedding() -> None:
+    evidence = RIGHT
+    for name in ("block.up output", "block output"):
+        evidence = with_tensor(evidence, "activations", key(name), lambda tensor: tensor * 2)
+    (suspect,) = outputs_match_reference(evidence, 0).suspects
+    assert suspect.where["module"] == "block.up"
+    assert suspect.linear is not None
+    assert suspect.embedding is None
+
+
 def forced(evidence: Evidence, **outputs: Any) -> Evidence:
     """Return the evidence with a right step under teacher forcing, but for these outputs."""
     steps = [replace(rank, activations={**rank.activations, **outputs.get("wrong", {})}) for rank in RIGHT.candidate[0]]
@@ -174,6 +325,13 @@ def test_what_teacher_forcing_does_not_show_the_whole_pass_still_does() -> None:
     outcome = outputs_match_reference(forced(with_output(1.5, 1.5)), 0)
     assert [suspect.where["module"] for suspect in outcome.suspects] == ["block.down"]
     assert "isolated" not in outcome.suspects[0].evidence
+
+
+def test_only_the_first_step_is_repeated_under_teacher_forcing() -> None:
+    norm = key("block.norm output")
+    evidence = forced(right_evidence(steps=2), wrong={norm: RIGHT.reference[0].activations[norm] * 2})
+    assert outputs_match_reference(evidence, 0).suspects
+    assert not outputs_match_reference(evidence, 1).suspects
 
 
 def of_layers(*issued: tuple[Collective, ...]) -> Evidence:
@@ -202,6 +360,24 @@ def test_a_layer_that_issues_no_collective_differs_from_its_siblings() -> None:
         "collectives_expected": [{"name": "all_reduce", "ranks": [0, 1]}],
         "collectives_as_in": "in layers.0.down",
     }
+
+
+def test_a_layer_has_no_vote_on_itself() -> None:
+    keys = [TensorKey("forward", f"layers.{number}.down", 0, "output", "0") for number in range(2)]
+    evidence = of_layers(reductions(1), reductions(1))
+    evidence = replace(evidence, reference=(replace(evidence.reference[0], activations=dict.fromkeys(keys)),))
+    found = differs_from_sibling_layers(evidence, 0, "layers.0.down")
+    assert found is not None
+    assert (found.issued, found.as_in) == ((), "in layers.1.down")
+
+
+def test_the_sibling_that_is_named_issues_the_collectives_of_most() -> None:
+    found = differs_from_sibling_layers(of_layers(reductions(2, 3), reductions(2, 3)), 0, "layers.1.down")
+    assert found is not None
+    assert found.as_in == "in layers.2.down"
+    found = differs_from_sibling_layers(of_layers(reductions(0, 2, 3), reductions(2, 3)), 0, "layers.1.down")
+    assert found is not None
+    assert found.as_in == "in layers.0.down"
 
 
 def test_a_module_without_siblings_is_compared_between_the_ranks() -> None:

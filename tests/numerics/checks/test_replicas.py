@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from tests.numerics.evidence import BIAS, BUFFER, NORM, UP, right_evidence, with_digest, with_tensor
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.checks.replicas import replicas_agree_after, replicas_agree_at_start
@@ -72,3 +74,27 @@ def test_gradients_that_differ_are_explained_by_their_tensors() -> None:
     (suspect,) = replicas_agree_after(evidence, 0).suspects
     assert suspect.where["field"] == f"gradient {NORM} over tp"
     assert the_cause(suspect) is Cause.PARTIAL_GRADIENT_ON_REPLICA
+
+
+def test_a_gradient_that_differs_over_dp_or_in_another_replica_is_not_compared_with_the_expected_one() -> None:
+    for ranks in ([2], [2, 3]):
+        evidence = with_digest(RIGHT_DP, ("gradient", NORM), ranks, moment=1)
+        for suspect in replicas_agree_after(evidence, 0).suspects:
+            assert suspect.expected is None
+            assert not suspect.actual_parts
+    (suspect,) = replicas_agree_after(with_digest(RIGHT, ("gradient", NORM), [1], moment=1), 0).suspects
+    assert torch.equal(suspect.expected, RIGHT.reference[0].gradients[NORM])
+    assert len(suspect.actual_parts) == 2
+
+
+def test_a_parameter_that_differs_with_its_gradient_has_no_expected_one() -> None:
+    (suspect,) = replicas_agree_after(with_digest(RIGHT, ("parameter", NORM), [1], moment=1), 0).suspects
+    assert suspect.expected is None
+
+
+def test_a_parameter_of_unknown_layout_is_no_replica_over_tp() -> None:
+    facts = tuple(
+        replace(each, digests=({**each.digests[0], ("parameter", "other"): str(rank)}, *each.digests[1:]))
+        for rank, each in enumerate(RIGHT.facts)
+    )
+    assert not replicas_agree_at_start(replace(RIGHT, facts=facts)).suspects

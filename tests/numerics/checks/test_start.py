@@ -9,6 +9,7 @@ import torch
 from tests.numerics.evidence import BIAS, DOWN, NORM, UP, right_evidence
 from tpcheck.backends.layout import Layout
 from tpcheck.core.causes import Cause
+from tpcheck.core.placement import Shard
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.checks.start import groups_match_topology, parameters_are_sharded, weights_match_reference
 from tpcheck.numerics.evidence import Evidence, ShardFacts, SiblingWeights
@@ -91,3 +92,47 @@ def test_wrong_and_right_siblings_are_told_apart() -> None:
     norm, _ = weights_match_reference(evidence).suspects
     assert norm.siblings == SiblingWeights(wrong=(UP,), right=(DOWN, BIAS))
     assert norm.facts_as_evidence() == {"beside_it": {"wrong": [UP], "right": [DOWN, BIAS]}}
+
+
+def of_layout(layout: Layout) -> tuple[str | None, ShardFacts | None]:
+    """Return the parameter that is incomplete with this layout of UP, and the sizes of its shards."""
+    suspects = parameters_are_sharded(replace(RIGHT, layouts={**RIGHT.layouts, UP: layout})).suspects
+    return (suspects[0].parameter, suspects[0].shards) if suspects else (None, None)
+
+
+def test_shards_of_another_shape_than_the_parameter_are_incomplete() -> None:
+    assert of_layout(Layout.from_placement((8, 4), Shard(1), 2)) == (None, None)
+    assert of_layout(Layout.from_placement((4, 8), Shard(0), 2)) == (UP, ShardFacts(0, 8, (2, 2)))
+    assert of_layout(Layout.from_placement((10, 4), Shard(0), 2)) == (UP, ShardFacts(0, 8, (5, 5)))
+    assert of_layout(Layout.from_placement((8, 4, 1), Shard(0), 2)) == (UP, None)
+
+
+def test_parameters_of_unknown_layout_are_not_counted() -> None:
+    layouts = {name: RIGHT.layouts[name] for name in (NORM, DOWN, BIAS)}
+    assert list(parameters_are_sharded(replace(RIGHT, layouts=layouts)).margins) == [NORM, DOWN, BIAS]
+
+
+def test_a_weight_is_assembled_where_its_shards_have_the_right_shapes() -> None:
+    short = with_weight(RIGHT, UP, *(part[UP][:3] for part in RIGHT.initial_parts))
+    (suspect,) = weights_match_reference(short).suspects
+    assert suspect.actual is None
+    replicated = with_weight(RIGHT, NORM, *(part[NORM] + 1 for part in RIGHT.initial_parts))
+    (suspect,) = weights_match_reference(replicated).suspects
+    assert suspect.actual is None
+
+
+def test_siblings_are_parameters_of_modules_of_one_parent() -> None:
+    other = {"other.up.weight": torch.ones(2, dtype=torch.float64)}
+    evidence = replace(
+        RIGHT,
+        initial={**RIGHT.initial, **other},
+        layouts={**RIGHT.layouts, "other.up.weight": Layout.replicated((2,), 2)},
+        initial_parts=tuple({**parts, **other} for parts in RIGHT.initial_parts),
+    )
+    evidence = with_weight(evidence, UP, *(part[UP] + 1 for part in RIGHT.initial_parts))
+    evidence = with_weight(evidence, NORM, *(part[NORM] + 1 for part in RIGHT.initial_parts))
+    norm, _ = weights_match_reference(evidence).suspects
+    assert norm.siblings == SiblingWeights(wrong=(UP,), right=(DOWN, BIAS))
+    for name in (DOWN, BIAS):
+        evidence = with_weight(evidence, name, *(part[name] + 1 for part in RIGHT.initial_parts))
+    assert all(suspect.siblings is None for suspect in weights_match_reference(evidence).suspects)

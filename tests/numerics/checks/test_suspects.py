@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from tests.numerics.evidence import BIAS, DOWN, NORM, UP, right_evidence
 from tpcheck.numerics.checks.suspects import compare_parameters
 
@@ -40,3 +42,29 @@ def test_reasons_name_what_is_lacking() -> None:
         UP: "its layer cannot gather it, so which part each rank holds is unknown",
         DOWN: "the sharded model has no parameter of this name",
     }
+
+
+def test_a_gradient_that_only_the_ranks_have_is_compared_with_zeros() -> None:
+    gradients = [rank.gradients for rank in RIGHT.candidate[0]]
+    compared, _ = compare_parameters(RIGHT, {UP: None}, gradients, lambda name, expected: 1e-9)
+    assert not compared[UP].difference.agrees
+    assert compared[UP].expected.shape == RIGHT.initial[UP].shape
+    assert not compared[UP].expected.any()
+    some = [{UP: None}, gradients[1]]
+    assert compare_parameters(RIGHT, {UP: None}, some, lambda *_: 1e-9)[0][UP].difference.wrong_tp_ranks() == (1,)
+
+
+def test_a_parameter_that_one_rank_lacks_is_not_compared() -> None:
+    parts = [RIGHT.initial_parts[0], {}]
+    compared, not_compared = compare_parameters(RIGHT, {UP: RIGHT.initial[UP]}, parts, lambda *_: 0.0)
+    assert not compared
+    assert not_compared == {UP: "the sharded model has no parameter of this name"}
+
+
+def test_each_rank_is_compared_with_its_part_of_a_tensor_of_the_shape_of_the_layout() -> None:
+    expected = RIGHT.initial[UP]
+    compared, _ = compare_parameters(RIGHT, {UP: expected}, RIGHT.initial_parts, lambda *_: 0.0)
+    assert all(torch.equal(*pair) for pair in zip(compared[UP].expected_parts, expected.chunk(2), strict=True))
+    compared, _ = compare_parameters(RIGHT, {UP: expected[:6]}, RIGHT.initial_parts, lambda *_: 0.0)
+    assert compared[UP].expected_parts == ()
+    assert not compared[UP].difference.agrees

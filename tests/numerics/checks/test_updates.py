@@ -11,11 +11,17 @@ import torch
 
 from tests.numerics.evidence import BIAS, BUFFER, DOWN, NORM, UP, right_evidence, with_digest, with_step, with_tensor
 from tpcheck.core.causes import Cause
-from tpcheck.numerics.checks.updates import gradient_norm_matches_reference, norm_facts, updates_match_reference
+from tpcheck.numerics.checks.updates import (
+    _shares,
+    gradient_norm_matches_reference,
+    norm_facts,
+    updates_match_reference,
+)
 from tpcheck.numerics.evidence import Evidence, Suspect
 from tpcheck.numerics.hypotheses import explain
 
-RIGHT = right_evidence()
+Change = Callable[[torch.Tensor], torch.Tensor | None]
+RIGHT, TWO_STEPS = right_evidence(), right_evidence(steps=2)
 EXPECTED = RIGHT.reference[0].gradient_norm or 0.0
 
 
@@ -30,8 +36,28 @@ def test_a_norm_that_the_backend_does_not_report_is_not_compared() -> None:
     assert list(outcome.not_compared) == ["gradient norm"]
 
 
+def test_nothing_is_compared_with_a_reference_that_does_not_clip() -> None:
+    reference = (replace(RIGHT.reference[0], gradient_norm=None),)
+    outcome = gradient_norm_matches_reference(replace(RIGHT, reference=reference), 0)
+    assert list(outcome.not_compared) == ["gradient norm"]
+
+
+def test_a_norm_of_zero_agrees_with_zero_alone() -> None:
+    evidence = replace(RIGHT, reference=(replace(RIGHT.reference[0], gradient_norm=0.0),))
+    outcome = gradient_norm_matches_reference(with_step(evidence, gradient_norm=0.0), 0)
+    assert (outcome.margins, outcome.suspects) == ({"gradient norm": 0.0}, ())
+    wrong = with_step(with_step(evidence, gradient_norm=0.0), ranks=[1], gradient_norm=0.5)
+    outcome = gradient_norm_matches_reference(wrong, 0)
+    assert outcome.margins == {"gradient norm": inf}
+    (suspect,) = outcome.suspects
+    assert (suspect.where["ranks"], suspect.observed, suspect.allowed) == ([1], 0.5, 0.0)
+
+
 def test_the_ranks_with_a_wrong_norm_are_named() -> None:
-    (suspect,) = gradient_norm_matches_reference(with_step(RIGHT, ranks=[1], gradient_norm=2 * EXPECTED), 0).suspects
+    outcome = gradient_norm_matches_reference(with_step(RIGHT, ranks=[1], gradient_norm=2 * EXPECTED), 0)
+    (suspect,) = outcome.suspects
+    assert suspect.allowed == pytest.approx(20 * 2.0**-52)
+    assert outcome.margins["gradient norm"] == pytest.approx(suspect.observed / suspect.allowed)
     assert suspect.where == {"phase": "update", "step": 0, "ranks": [1]}
     assert suspect.observed == pytest.approx(1.0)
     assert suspect.evidence["norm_actual"] == [EXPECTED, 2 * EXPECTED]
@@ -53,6 +79,13 @@ def test_the_usual_wrong_norms_are_those_of_shards_and_replicas() -> None:
     assert facts.counting_replicas == pytest.approx(hypot(EXPECTED, sizes[0][NORM], sizes[0][BIAS]))
 
 
+def test_missing_and_unknown_gradients_have_no_norm() -> None:
+    gradients = {**RIGHT.candidate[0][0].gradients, NORM: None, "head.weight": RIGHT.initial[UP]}
+    facts = norm_facts(with_step(RIGHT, ranks=[0], gradients=gradients), 0)
+    sizes = {name: float(tensor.norm()) for name, tensor in RIGHT.candidate[0][0].gradients.items()}
+    assert facts.of_ranks[0] == pytest.approx(hypot(sizes[UP], sizes[DOWN], sizes[BIAS]))
+
+
 @pytest.mark.parametrize(
     ("norm", "cause"), [("of_ranks", Cause.NORM_IS_LOCAL), ("counting_replicas", Cause.NORM_COUNTS_REPLICAS)]
 )
@@ -66,9 +99,6 @@ def test_a_usual_wrong_norm_is_explained(norm: str, cause: Cause) -> None:
     assert found is not None
     assert found.cause is cause
     assert explain(replace(suspect, norms=None)) is None
-
-
-RIGHT, TWO_STEPS = right_evidence(), right_evidence(steps=2)
 
 
 def the_cause(suspect: Suspect) -> Cause | None:
@@ -109,6 +139,101 @@ def test_a_weight_without_a_gradient_may_be_decayed() -> None:
     outcome = updates_match_reference(with_move(evidence, NORM, lambda move: move * 2), 0)
     assert not outcome.suspects
     assert outcome.not_compared == {NORM: "it has no gradient, and optimizers differ in whether they decay it"}
+    assert NORM in updates_match_reference(evidence, 0).margins  # where it is equal
+
+
+@pytest.mark.parametrize("nothing", [lambda gradient: None, torch.zeros_like])
+def test_a_weight_that_only_the_reference_has_a_gradient_for_is_compared(nothing: Change) -> None:
+    evidence = with_tensor(with_move(RIGHT, UP, torch.zeros_like), "gradients", UP, nothing)
+    (suspect,) = updates_match_reference(evidence, 0).suspects
+    assert suspect.parameter == UP
+
+
+@pytest.mark.parametrize(("zeros", "is_compared"), [(True, False), (False, True)])
+def test_a_weight_that_one_rank_has_a_gradient_for_is_compared(zeros: bool, is_compared: bool) -> None:
+    step = RIGHT.reference[0]
+    evidence = replace(RIGHT, reference=(replace(step, gradients={**step.gradients, UP: None}),))
+    evidence = with_tensor(evidence, "gradients", UP, lambda gradient: None, ranks=[0])
+    if zeros:
+        evidence = with_tensor(evidence, "gradients", UP, torch.zeros_like, ranks=[1])
+    outcome = updates_match_reference(with_move(evidence, UP, lambda move: move * 2), 0)
+    assert [suspect.parameter for suspect in outcome.suspects] == [UP] * is_compared
+    assert (UP in outcome.margins) is is_compared
+
+
+def test_the_worst_weight_comes_first_whatever_its_place_in_the_model() -> None:
+    evidence = with_move(with_move(RIGHT, DOWN, lambda move: move * 3), UP, lambda move: move * 1.01)
+    suspects = updates_match_reference(evidence, 0).suspects
+    assert [suspect.parameter for suspect in suspects] == [DOWN, UP]
+    assert all(suspect.evidence["first_of"] == 2 for suspect in suspects)
+
+
+def test_a_weight_that_the_reference_does_not_move_is_noted() -> None:
+    step = RIGHT.reference[0]
+    evidence = replace(RIGHT, reference=(replace(step, weights={**step.weights, UP: RIGHT.initial[UP]}),))
+    suspect, *_ = updates_match_reference(evidence, 0).suspects
+    assert suspect.evidence["note"] == "the reference's weight is the same as before this step"
+    assert not suspect.step.before
+    moved, *_ = updates_match_reference(with_move(RIGHT, UP, lambda move: move * 2), 0).suspects
+    assert "note" not in moved.evidence
+    assert [tuple(part.shape) for part in moved.step.before] == [(4, 4), (4, 4)]
+
+
+def test_a_step_after_calls_without_one_has_their_gradients_too() -> None:
+    first, second = TWO_STEPS.reference
+    total = first.gradients[UP] + second.gradients[UP]
+    weights = {**TWO_STEPS.initial, UP: TWO_STEPS.initial[UP] - total / 8}
+    evidence = replace(TWO_STEPS, reference=(replace(first, weights={}), replace(second, weights=weights)))
+    for rank, parts in enumerate(evidence.initial_parts):
+        after = {**parts, UP: parts[UP] - evidence.layouts[UP].local(total, rank) / 4}
+        evidence = with_step(evidence, step=1, ranks=[rank], weights=after)
+        evidence = with_step(evidence, step=0, ranks=[rank], weights={})
+    suspects = updates_match_reference(evidence, 1).suspects
+    (suspect,) = (each for each in suspects if each.parameter == UP)
+    assert suspect.step.ratios["gradient"] == pytest.approx((2.0, 2.0))
+    assert "momentum" not in suspect.step.ratios
+
+
+def test_without_clipping_a_step_has_no_ratios() -> None:
+    evidence = replace(RIGHT, reference=(replace(RIGHT.reference[0], gradient_norm=None),))
+    (suspect,) = updates_match_reference(with_move(evidence, UP, lambda move: move * 2), 0).suspects
+    assert (suspect.step.ratios, suspect.norms) == ({}, None)
+
+
+def test_the_norm_that_a_step_implies_is_exact() -> None:
+    norm = RIGHT.reference[0].gradient_norm or 0.0
+    (suspect,) = updates_match_reference(
+        with_move(RIGHT, UP, lambda move: move * (norm + 1e-6) / (2 * norm + 1e-6)), 0
+    ).suspects
+    assert suspect.norms is not None
+    assert suspect.norms.implied == pytest.approx((2 * norm, 2 * norm), rel=1e-9)
+
+
+def test_a_step_that_is_not_taken_implies_no_norm() -> None:
+    (suspect,) = updates_match_reference(with_move(RIGHT, UP, torch.zeros_like), 0).suspects
+    assert suspect.norms is None
+
+
+MOVE_TERMS = [torch.arange(1.0, 9.0), torch.arange(8.0) ** 2]
+
+
+def test_the_shares_of_the_terms_in_a_move_are_found() -> None:
+    move = 3 * MOVE_TERMS[0] - 0.5 * MOVE_TERMS[1]
+    assert _shares(MOVE_TERMS, move) == pytest.approx([3.0, -0.5], rel=1e-4)
+    assert _shares([MOVE_TERMS[0][:5]], MOVE_TERMS[0][:5] * 2) == pytest.approx([2.0])
+
+
+@pytest.mark.parametrize(
+    ("terms", "move"),
+    [
+        (MOVE_TERMS, MOVE_TERMS[0] + torch.tensor([0, 0, 0, 0.1, 0, 0, 0, 0])),  # no sum of the terms
+        ([MOVE_TERMS[0], torch.zeros(8)], MOVE_TERMS[0]),
+        (MOVE_TERMS, torch.full((8,), torch.inf)),
+        ([term[:4] for term in MOVE_TERMS], MOVE_TERMS[0][:4]),  # few numbers are a sum of any others
+    ],
+)
+def test_a_move_that_is_no_sum_of_the_terms_has_no_shares(terms: list[torch.Tensor], move: torch.Tensor) -> None:
+    assert _shares([term.double() for term in terms], move.double()) is None
 
 
 def test_the_worst_weight_comes_first_and_tells_the_share_of_each_term() -> None:
@@ -159,6 +284,37 @@ def test_replicas_that_the_step_drives_apart_have_drifted() -> None:
         assert the_cause(suspect) is None  # something else told them apart before
 
 
+@pytest.mark.parametrize("name", [NORM, UP])
+def test_the_momentum_is_handed_over_where_it_may_be_that_of_another_shard(name: str) -> None:
+    evidence = with_move(TWO_STEPS, name, lambda move: move * 2, step=1)
+    (suspect,) = updates_match_reference(evidence, 1).suspects
+    assert len(suspect.step.momentum_parts) == (2 if name == UP else 0)
+    (suspect,) = updates_match_reference(with_move(RIGHT, name, lambda move: move * 2), 0).suspects
+    assert not suspect.step.momentum_parts  # a first step has none
+
+
+def test_shards_of_different_values_are_no_replicas_that_differ() -> None:
+    (suspect,) = updates_match_reference(with_move(RIGHT, UP, lambda move: move * 2), 0).suspects
+    assert not suspect.replicas.differed_at_start
+    assert not suspect.replicas.gradients_differ
+
+
+def test_replicas_are_compared_at_the_moment_of_the_step() -> None:
+    evidence = with_move(right_evidence(dp=2, steps=2), UP, lambda move: move * 2)
+    for item in (("parameter", UP), ("gradient", UP)):
+        (suspect,) = updates_match_reference(with_digest(evidence, item, [2], moment=2), 0).suspects
+        assert not suspect.replicas.differ_over_dp
+        assert not suspect.replicas.gradients_differ
+    (suspect,) = updates_match_reference(with_digest(evidence, ("gradient", UP), [2], moment=1), 0).suspects
+    assert suspect.replicas.gradients_differ
+
+
+def test_buffers_of_replicas_over_dp_may_differ() -> None:
+    evidence = with_tensor(right_evidence(dp=2), "buffers", BUFFER, lambda buffer: buffer + 1)
+    (suspect,) = updates_match_reference(with_digest(evidence, ("buffer", BUFFER), [2, 3], moment=1), 0).suspects
+    assert not suspect.replicas.differ_over_dp
+
+
 def test_replicas_over_dp_that_differ_are_marked() -> None:
     evidence = with_tensor(right_evidence(dp=2), "weights", UP, lambda weight: weight + 1e-7)
     (suspect,) = updates_match_reference(with_digest(evidence, ("parameter", UP), [2], moment=1), 0).suspects
@@ -184,3 +340,10 @@ def test_buffers_are_compared_and_drift() -> None:
 )
 def test_buffers_that_cannot_be_compared_say_why(buffers: dict[str, torch.Tensor], reason: str) -> None:
     assert updates_match_reference(with_step(RIGHT, buffers=buffers), 0).not_compared == {f"buffer {BUFFER}": reason}
+
+
+def test_a_buffer_of_another_shape_on_one_rank_is_not_compared() -> None:
+    evidence = with_tensor(RIGHT, "buffers", BUFFER, lambda buffer: torch.ones(2), ranks=[1])
+    assert updates_match_reference(evidence, 0).not_compared == {
+        f"buffer {BUFFER}": "the sharded model's buffer has another shape"
+    }

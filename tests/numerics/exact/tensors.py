@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tpcheck import CheckpointError
 from tpcheck.backends.checkpoint_format import Extent
 from tpcheck.numerics.exact.checkpoint_tensor import CheckpointTensor
 
@@ -23,6 +24,7 @@ class Tensors:
     ties: tuple[frozenset[str], ...] = ()
     unread: Mapping[str, str] = field(default_factory=dict)
     inconsistent_replicas: Mapping[str, str] = field(default_factory=dict)
+    has_changed: bool = False
 
     def names(self) -> tuple[str, ...]:
         return tuple(self.tensors)
@@ -39,7 +41,9 @@ class Tensors:
     def extent(self, name: str) -> Extent | None:
         return self.extents.get(name)
 
-    def require_unchanged(self) -> None: ...
+    def require_unchanged(self) -> None:
+        if self.has_changed:
+            raise CheckpointError(f"{self.description} changed while they were read.")
 
     def close(self) -> None: ...
 

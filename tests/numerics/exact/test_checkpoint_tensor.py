@@ -159,3 +159,45 @@ def test_a_scalar_has_the_empty_index() -> None:
     found = difference(torch.tensor(1.0), torch.tensor(2.0))
     assert found is not None
     assert (found.first, found.rows, found.largest) == ((), range(1), 1.0)
+
+
+def test_the_largest_difference_of_all_pieces_is_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_tensor, "PIECE", 8)
+    expected = torch.arange(1.0, 13.0).reshape(6, 2)
+    found = difference(changed(expected, i1=100.0, i9=20.0), expected)
+    assert found is not None
+    assert (found.largest, found.largest_at) == (98.0, (0, 1))
+
+
+@pytest.mark.parametrize(("count", "flipped"), [(16, 16), (17, None)])
+def test_flipped_bits_of_few_elements_are_counted_over_all_pieces(
+    count: int, flipped: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_tensor, "PIECE", 8)
+    expected = torch.zeros(20, dtype=torch.int16)
+    found = difference(changed(expected, **{f"i{index}": 1 for index in range(count)}), expected)
+    assert found is not None
+    assert (found.count, found.count_flipped) == (count, flipped)
+
+
+def test_unsigned_and_boolean_values_do_not_wrap() -> None:
+    found = difference(torch.tensor([1, 0], dtype=torch.uint8), torch.tensor([3, 0], dtype=torch.uint8))
+    assert found is not None
+    assert (found.largest, found.actual) == (2.0, 1)
+    found = difference(torch.tensor([False]), torch.tensor([True]))
+    assert found is not None
+    assert (found.largest, found.actual, found.expected) == (1.0, False, True)
+
+
+def test_small_differences_of_float64_are_exact() -> None:
+    found = difference(torch.tensor([1.0 + 1e-12]).double() + 1e-12, torch.tensor([1.0]).double())
+    assert found is not None
+    assert found.largest == pytest.approx(1e-12, rel=1e-3)
+
+
+def test_complex_values_are_compared_where_dtypes_differ() -> None:
+    expected = torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex128)
+    assert difference(expected.to(torch.complex64), expected) is None
+    found = difference((expected + torch.tensor([0, 1j])).to(torch.complex64), expected)
+    assert found is not None
+    assert (found.first, found.largest) == ((1,), 1.0)

@@ -104,3 +104,45 @@ def test_the_usual_names_of_a_vocabulary_are_known(name: str, cause: Cause) -> N
 
 def test_all_equal_slices_show_nothing() -> None:
     assert explain_tensor_in_memory(NAME, torch.ones(4, 2), torch.ones(8, 2), {}) is None
+
+
+def cause_of(actual: torch.Tensor, expected: torch.Tensor = EXPECTED, name: str = NAME, **others: Any) -> Cause | None:
+    explanation = explain_tensor_in_memory(name, actual, expected, {}, **others)
+    return explanation.cause if explanation else None
+
+
+def test_one_element_of_a_column_that_is_a_multiple_has_no_cause() -> None:
+    expected = EXPECTED[:, :1].contiguous()
+    changed = expected.clone()
+    changed[3] *= 3
+    assert cause_of(changed, expected) is None
+    assert cause_of(expected * 2, expected) is Cause.DUPLICATE_REDUCE
+
+
+def test_a_tensor_times_minus_one_or_in_the_place_of_zeros_is_not_added_up() -> None:
+    assert cause_of(-EXPECTED) is None
+    assert cause_of(EXPECTED, EXPECTED * 0) is None
+    assert cause_of(EXPECTED * 1.5) is None
+
+
+def test_only_matrices_are_transposed() -> None:
+    assert cause_of(OTHER.T.contiguous()) is None
+    assert cause_of(EXPECTED[:, :1].T.contiguous(), EXPECTED[:, :1]) is not Cause.TRANSPOSED
+    assert cause_of(torch.empty(0, 6)) is None
+    assert cause_of(EXPECTED[:4, :3]) is None  # both dims are shorter
+    assert cause_of(EXPECTED.reshape(8, 6, 1)) is None
+
+
+@pytest.mark.parametrize("earlier", [EXPECTED[:4] + 1, (EXPECTED + 1).double(), EXPECTED - 1])
+def test_an_earlier_step_of_another_kind_is_not_stale(earlier: torch.Tensor) -> None:
+    assert cause_of(with_rows(EXPECTED[2:4] + 1), earlier={"step 1": earlier}) is None
+
+
+@pytest.mark.parametrize("other", [OTHER.double(), OTHER.reshape(6, 8), OTHER[:4]])
+def test_a_layer_of_another_shape_or_dtype_is_not_this_one(other: torch.Tensor) -> None:
+    assert explain_tensor_in_memory(NAME, OTHER, EXPECTED, {OTHER_NAME: other}) is None
+
+
+def test_columns_are_no_tokens() -> None:
+    wider = torch.cat([EXPECTED, OTHER[:, :1]], dim=1)
+    assert cause_of(wider, name="lm_head.weight") is Cause.WRONG_SHARD_BOUNDARY

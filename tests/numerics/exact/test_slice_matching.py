@@ -103,6 +103,22 @@ CASES: dict[str, tuple[list[int], Cause | None, dict[str, Any]]] = {
         Cause.WRONG_SHARD_BOUNDARY,
         {"first_wrong": 8, "holds": 7, "shift": 1},
     ),
+    "five slices of two places": (
+        [0, 1, 8, 9, 10],
+        Cause.WRONG_SHARD_BOUNDARY,
+        {"first_wrong": 2, "holds": 8, "shift": -6},
+    ),
+    "of two fused blocks those of different ranks": (
+        [0, 1, 2, 3, 12, 13, 14, 15],
+        Cause.WRONG_SHARD_BOUNDARY,
+        {"first_wrong": 4, "holds": 12, "shift": -8},
+    ),
+    "a shard with another slice": ([*WHOLE[:7], NEW], None, {}),
+    "another slice at the end": ([*WHOLE[:15], NEW], None, {}),
+    "one and a half copies": (WHOLE + WHOLE[:8], None, {}),
+    "swapped, one of them twice": (FOUR[1] + FOUR[0] + FOUR[0] + FOUR[3], None, {}),
+    "repeated, beside other slices": (FOUR[0] + FOUR[0] + FOUR[2] + [NEW] * 4, None, {}),
+    "swapped around padding": (WHOLE[8:] + [NEW] * 2 + WHOLE[:8], None, {}),
     "mostly other slices": ([0, 1] + [NEW] * 14, None, {}),
 }
 
@@ -120,6 +136,24 @@ def test_of_a_vocabulary_a_shift_is_an_offset() -> None:
         explanation = explain_slices(Slices(find_runs(actual, WHOLE), len(actual), 16, is_vocabulary=True))
         assert explanation is not None
         assert explanation.cause == Cause.VOCAB_OFFSET_WRONG
+
+
+def test_tokens_may_be_offset_in_any_order() -> None:
+    actual = WHOLE[8:] + [NEW] * 2 + WHOLE[:8]
+    explanation = explain_slices(Slices(find_runs(actual, WHOLE), len(actual), 16, is_vocabulary=True))
+    assert explanation is not None
+    assert explanation.cause == Cause.VOCAB_OFFSET_WRONG
+    assert explanation.evidence == {"first_wrong": 0, "holds": 8, "shift": -8}
+
+
+def test_without_runs_or_slices_nothing_is_shown() -> None:
+    assert explain_slices(Slices((), 16, 16)) is None
+    assert explain_slices(Slices(find_runs([NEW] * 16, WHOLE), 16, 16)) is None
+
+
+def test_a_slice_that_stands_at_several_places_is_its_own_before_a_later_one() -> None:
+    assert find_runs([1, 7, 7, 2], [7, 7, 7, 2]) == (Run(0, 1, None), Run(1, 3, 1))
+    assert find_runs([7, 3, 7], [0, 7, 3, 1, 7]) == (Run(0, 2, 1), Run(2, 1, 4))
 
 
 def test_four_chunks_with_the_middle_ones_exchanged_are_fused_blocks_only_by_name() -> None:

@@ -11,6 +11,7 @@ from tests.numerics.evidence import suspect
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.evidence import GradientFacts
 from tpcheck.numerics.hypotheses import explain
+from tpcheck.numerics.hypotheses.gradients import multiple
 
 CHANCE = torch.Generator().manual_seed(0)
 EXPECTED, OTHER = torch.randn(2, 4, 8, generator=CHANCE, dtype=torch.float64)
@@ -44,6 +45,33 @@ def test_a_gradient_that_never_comes_back_is_missing() -> None:
     assert the_cause("input_gradient", (nothing, nothing)) is Cause.GRADIENT_MISSING
     assert the_cause("input_gradient", (nothing, OTHER)) is None
     assert the_cause("gradient", (nothing, nothing), gradient=GradientFacts(missing_on=(1,))) is Cause.GRADIENT_MISSING
+
+
+def test_zeros_in_the_place_of_zeros_or_of_nothing_known_are_not_missing() -> None:
+    nothing = torch.zeros_like(EXPECTED)
+    assert the_cause("input_gradient", (nothing, nothing), nothing) is None
+    assert explain(suspect("input_gradient", (nothing, nothing), None, expected_parts=(EXPECTED, EXPECTED))) is None
+    assert explain(suspect("input_gradient", (), EXPECTED)) is None
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ((EXPECTED[:2] * 2,) * 2, EXPECTED),  # of another shape
+        ((), EXPECTED),
+        ((EXPECTED * 2, EXPECTED * 0), EXPECTED),  # a gradient times nothing
+        ((EXPECTED, EXPECTED), EXPECTED * 0),  # a multiple of nothing
+        ((EXPECTED * 2, EXPECTED * 2 + OTHER), EXPECTED),
+    ],
+)
+def test_what_is_no_multiple_is_not_scaled(parts: tuple[torch.Tensor, ...], expected: torch.Tensor) -> None:
+    assert multiple(suspect("gradient", parts, expected)) is None
+
+
+def test_a_common_factor_of_four_numbers_is_no_accident() -> None:
+    four = torch.arange(1.0, 5.0, dtype=torch.float64)
+    assert the_cause("gradient", (four * 3, four), four) is Cause.GRADIENT_SCALED
+    assert the_cause("gradient", (four[:3] * 3, four[:3]), four[:3]) is None
 
 
 def test_a_tied_gradient_is_taken_off_where_it_has_the_same_shape() -> None:

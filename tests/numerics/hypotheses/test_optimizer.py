@@ -46,6 +46,27 @@ def test_a_step_shows_the_norm_that_it_was_clipped_by(implied: tuple[float, ...]
     assert the_cause("update", [EXPECTED * 1.1] * 2, norms=replace(NORMS, implied=implied)) is cause
 
 
+def test_without_the_usual_wrong_norms_there_is_no_cause() -> None:
+    assert the_cause("norm", (3.0, 3.0), 5.0, observed=0.2) is None
+    assert the_cause("update", [EXPECTED * 1.1] * 2) is None
+
+
+def test_norms_where_none_is_expected_are_compared_as_they_are() -> None:
+    assert the_cause("norm", (3.0, 4.0), 0.0, observed=3.0, norms=NORMS) is Cause.NORM_IS_LOCAL
+    assert the_cause("norm", (3.1, 4.0), 0.0, observed=3.0, norms=NORMS) is None
+
+
+def test_norms_agree_with_a_wrong_one_far_closer_than_with_the_right_one() -> None:
+    assert the_cause("norm", (6.0009, 6.0), 5.0, observed=0.2, norms=NORMS) is Cause.NORM_COUNTS_REPLICAS
+    assert the_cause("norm", (6.002, 6.0), 5.0, observed=0.2, norms=NORMS) is None
+
+
+@pytest.mark.parametrize(("error", "cause"), [(0.9e-6, Cause.NORM_IS_LOCAL), (2e-6, None)])
+def test_a_norm_that_a_step_implies_agrees_in_six_digits(error: float, cause: Cause | None) -> None:
+    norms = replace(NORMS, implied=(3.0 * (1 + error), 4.0))
+    assert the_cause("update", [EXPECTED * 1.1] * 2, norms=norms) is cause
+
+
 def test_only_the_wrong_ranks_show_their_norm() -> None:
     norms = replace(NORMS, implied=(5.5, 4.0))
     parts = (HALVES[0], HALVES[1] * 1.1)

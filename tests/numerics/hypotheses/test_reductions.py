@@ -9,7 +9,7 @@ import torch
 
 from tests.numerics.evidence import suspect
 from tpcheck.core.causes import Cause
-from tpcheck.numerics.evidence import GradientFacts, LinearTerms
+from tpcheck.numerics.evidence import GradientFacts, LinearTerms, SiblingCollectives
 from tpcheck.numerics.hypotheses import explain
 
 CHANCE = torch.Generator().manual_seed(0)
@@ -42,6 +42,30 @@ def test_no_cause_is_better_than_a_wrong_one(kind: str, parts: tuple[torch.Tenso
 def test_shards_are_no_terms() -> None:
     parts = tuple(half * 0.5 + 0.1 for half in HALVES)
     assert the_cause("gradient", parts, expected_parts=HALVES) is None
+
+
+def test_replicas_without_an_expected_gradient_have_drifted() -> None:
+    assert the_cause("replica", TERMS, None) is Cause.REPLICA_DRIFT
+
+
+def test_gradients_that_are_partial_in_all_features_do_not_count_them() -> None:
+    found = explain(suspect("gradient", TERMS, EXPECTED))
+    assert found is not None
+    assert found.evidence == {}
+
+
+def test_the_gradient_of_one_replica_alone_lacks_the_mean() -> None:
+    local = EXPECTED.flip(0)
+    facts = GradientFacts(local_parts=(local, local))
+    assert the_cause("gradient", (local, local), gradient=facts) is Cause.MISSING_REDUCE
+    assert the_cause("gradient", (local, local)) is None
+
+
+@pytest.mark.parametrize("name", ["all_gather", "all_reduce"])
+def test_only_the_same_collectives_are_issued_over_another_group(name: str) -> None:
+    collectives = SiblingCollectives(((name, (0, 2)),), (("all_reduce", (0, 1)),), "in layers.1")
+    found = the_cause("activation", (EXPECTED + 1, EXPECTED + 2), collectives=collectives)
+    assert found is (Cause.WRONG_GROUP if name == "all_reduce" else None)
 
 
 def test_terms_of_a_vector_add_up_as_a_whole() -> None:
@@ -139,6 +163,23 @@ def test_a_sum_over_some_ranks_is_a_wrong_group() -> None:
     assert found is not None
     assert found.cause is Cause.WRONG_GROUP
     assert found.evidence == {"summed_over_tp_ranks": [list(pair) for pair in pairs]}
+
+
+def test_what_the_terms_do_not_give_has_no_cause() -> None:
+    for tp in (2, 3):
+        parts = tuple(EXPECTED + torch.randn(4, 8, generator=CHANCE, dtype=torch.float64) for _ in range(tp))
+        assert the_cause("activation", parts, linear=linear(tp)) is None
+
+
+def test_groups_of_many_ranks_are_not_searched() -> None:
+    facts = linear(7)
+    parts = (facts.by_rank[0] + facts.by_rank[1] + facts.bias,) * 2 + (EXPECTED,) * 5
+    assert the_cause("activation", parts, linear=facts) is None
+
+
+def test_parts_of_another_shape_than_the_terms_show_nothing() -> None:
+    shards = tuple(half + 1 for half in HALVES)
+    assert the_cause("activation", shards, expected_parts=HALVES, linear=linear(2)) is None
 
 
 def test_terms_of_a_layer_that_sums_nothing_show_nothing() -> None:

@@ -37,6 +37,33 @@ def test_few_zeros_prove_nothing() -> None:
     zeros = EXPECTED.clone()
     zeros[0, :7] = 0.0
     assert the_cause((EXPECTED, zeros)) is None
+    zeros[0, :8] = 0.0
+    assert the_cause((EXPECTED, zeros)) is Cause.ALL_ZERO
+
+
+def test_infinities_beside_other_wrong_elements_have_no_cause() -> None:
+    nans = EXPECTED.clone()
+    nans[0, 1], nans[0, 2] = torch.nan, 7.0
+    assert the_cause((nans, EXPECTED)) is None
+
+
+def test_parts_of_other_shapes_have_no_values_to_compare() -> None:
+    assert the_cause((EXPECTED[:2] * torch.nan,) * 2) is None
+    assert the_cause((EXPECTED[:2] * 0,) * 2) is None
+    assert the_cause((rounded(EXPECTED[:2]),) * 2, observed=1e-3) is None
+
+
+def test_few_elements_or_integers_are_not_rounded() -> None:
+    assert the_cause((rounded(EXPECTED[0, :7]),) * 2, EXPECTED[0, :7], observed=1e-3) is None
+    assert the_cause((rounded(EXPECTED[0, :8]),) * 2, EXPECTED[0, :8], observed=1e-3) is Cause.DTYPE_ROUNDED
+    integers = torch.arange(1000, 1016).reshape(2, 8)
+    assert the_cause((integers.bfloat16().long(),) * 2, integers, observed=1e-3) is None
+
+
+def test_a_tensor_is_not_rounded_to_its_own_dtype() -> None:
+    expected = EXPECTED.float()
+    assert the_cause((expected * (1 + 1e-6),) * 2, expected, observed=1e-6) is None
+    assert the_cause((rounded(expected),) * 2, expected, observed=1e-3) is Cause.DTYPE_ROUNDED
 
 
 def test_infinities_that_are_expected_are_no_loss_of_numbers() -> None:

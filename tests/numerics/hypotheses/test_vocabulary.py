@@ -52,6 +52,30 @@ def test_what_is_no_plain_lookup_has_no_cause() -> None:
     assert explain(suspect("activation", [output + 1] * 2, output, embedding=facts)) is None
 
 
+def test_only_replicas_of_rows_of_the_table_are_a_lookup() -> None:
+    facts, output = EmbeddingFacts(TABLE, TABLE.chunk(2)), lookup(0, 7)
+    wide = torch.cat([TABLE[TOKENS]] * 2, dim=-1)
+    assert explain(suspect("activation", [torch.cat([output] * 2, dim=-1)] * 2, wide, embedding=facts)) is None
+    parts = {"expected_parts": (TABLE[TOKENS],) * 2, "is_replicated": False}
+    assert explain(suspect("activation", [output] * 2, TABLE[TOKENS], embedding=facts, **parts)) is None
+
+
+def test_each_rank_may_take_its_rows_to_start_earlier_by_as_much_more() -> None:
+    shards, starts = TABLE.chunk(4), (0, 2, 4, 6)
+    predicted = sum(
+        (
+            torch.where(((start <= TOKENS) & (start + 3 > TOKENS))[..., None], shard[(TOKENS - start).clamp(0, 2)], 0)
+            for shard, start in zip(shards, starts, strict=True)
+        ),
+        torch.zeros(B, L, D, dtype=torch.float64),
+    )
+    explanation = explain(
+        suspect("activation", [predicted] * 4, TABLE[TOKENS], embedding=EmbeddingFacts(TABLE, shards))
+    )
+    assert explanation is not None
+    assert explanation.evidence == {"starts": [0, 2, 4, 6], "right": [0, 3, 6, 9]}
+
+
 LOGITS = torch.randn(B, L, V, generator=CHANCE, dtype=torch.float64)
 LABELS = TOKENS
 PARTS = LOGITS.chunk(2, dim=-1)
@@ -97,3 +121,12 @@ def test_label_smoothing_over_the_local_vocabulary_is_worked_out_from_the_losses
 
 def test_another_loss_has_no_cause() -> None:
     assert loss_found([EXPECTED + 0.1, EXPECTED + 0.2]) is None
+    losses = [torch.tensor(EXPECTED + 0.1, dtype=torch.float64)] * 2
+    facts = LossFacts(EXPECTED, (EXPECTED + 0.1,) * 2)  # without logits
+    assert explain(suspect("activation", losses, torch.tensor(EXPECTED, dtype=torch.float64), loss=facts)) is None
+
+
+def test_a_loss_over_logits_that_are_gathered_already_is_reduced_once_more() -> None:
+    explanation = loss_found([EXPECTED + float(torch.tensor(2.0).double().log())] * 2)
+    assert explanation is not None
+    assert explanation.cause is Cause.DUPLICATE_REDUCE

@@ -37,7 +37,8 @@ class DeepSpeed(CausalTraining):
         return self.engine
 
     def after_initialize(self) -> None:
-        """Do something to the engine before the loop."""
+        if self.dtype is torch.float64:
+            self.engine.communication_data_type = torch.float64  # float32 by default
 
     def config(self) -> dict[str, Any]:
         config: dict[str, Any] = {

@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from tests.runs.loops.engines import DeepSpeed
 from tests.runs.loops.hand_written import (
-    IGNORED,
     CopyToRanks,
     RowParallel,
     SumOverRanks,
+    TokenLoss,
     Training,
     VocabularyParallelLoss,
 )
@@ -53,8 +53,8 @@ class ParameterMissingFromTheOptimizer(Training):
 
 
 class NotDividedByMicroBatches(Training):
-    def divisor(self, step: int) -> float:
-        return super().divisor(step) / self.accumulate
+    def share(self, step: int) -> float:
+        return super().share(step) * self.accumulate
 
 
 class ForgetsZeroGrad(Training):
@@ -152,7 +152,7 @@ class ClipsBeforeUnscaling(Training):
     def train_step(self, step: int) -> None:
         for number, (tokens, labels) in enumerate(self.micro_batches(step)):
             self.micro_batch = number
-            self.backward(self.loss(tokens, labels) / self.divisor(step))
+            self.backward(self.loss(tokens, labels) * self.share(step))
         self.reduce_gradients()
         self.clip_gradients()
         self.unscale()
@@ -380,7 +380,7 @@ class VocabularyTraining(Training):
     vocabulary_parallel = True
     loss_type = VocabularyParallelLoss
 
-    def vocabulary_loss(self) -> nn.Module:
+    def vocabulary_loss(self) -> TokenLoss:
         return self.loss_type(self.run)
 
 
@@ -404,12 +404,6 @@ class MeanOfLocalMeans(Training):
     """Each replica divides by its own number of labels."""
 
     masked = True
-
-    def loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        losses = super().loss(tokens, labels)
-        if self.run.dp == 1:
-            return losses
-        return losses / (labels != IGNORED).sum() * self.divisor(0)
 
 
 # ---- replicas
@@ -519,6 +513,7 @@ class StaleMasters(DeepSpeed):
         return model  # type: ignore[no-any-return]
 
     def after_initialize(self) -> None:
+        super().after_initialize()
         if self.is_late:
             scale_weights(self.engine.module)
 

@@ -162,7 +162,7 @@ class TokenModel(nn.Module):
         self.head: nn.Module = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.passes, self.checkpointing = 1, ""
         self.sequence_group: Any = None
-        self.loss: nn.Module = TokenLoss()
+        self.loss = TokenLoss()
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         hidden_BLD = self.embedding(input_ids)
@@ -184,16 +184,24 @@ class TokenModel(nn.Module):
 
 
 class TokenLoss(nn.Module):
-    """Cross entropy, summed over the labels that are not ignored."""
+    """Cross entropy over the labels that are not ignored.
+
+    Attributes:
+        reduction: `mean` or `sum`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduction = "mean"
 
     def forward(self, logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(
-            logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORED, reduction="sum"
+            logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORED, reduction=self.reduction
         )
 
 
-class VocabularyParallelLoss(nn.Module):
-    """Cross entropy of logits whose vocabulary is cut over the TP group, summed over the labels."""
+class VocabularyParallelLoss(TokenLoss):
+    """Cross entropy of logits whose vocabulary is cut over the TP group."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -208,7 +216,8 @@ class VocabularyParallelLoss(nn.Module):
         picked_BL = shifted_BLV.gather(-1, local_BL.clamp(0, logits_BLV.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
         target_BL = self.sum_targets(torch.where(is_here_BL, picked_BL, 0.0))
         total_BL = self.sum_exponentials(shifted_BLV.exp().sum(-1))
-        return torch.where(labels_BL == IGNORED, 0.0, total_BL.log() - target_BL).sum()
+        loss = torch.where(labels_BL == IGNORED, 0.0, total_BL.log() - target_BL).sum()
+        return loss / (labels_BL != IGNORED).sum() if self.reduction == "mean" else loss
 
     def sum_targets(self, target_BL: torch.Tensor) -> torch.Tensor:
         return SumOverRanks.apply(target_BL, self.group)
@@ -245,6 +254,7 @@ class Training:
     sequence = False
     vocabulary_parallel = False
     masked = False
+    reduction = "mean"
     dropout = 0.0
     passes = 1
     checkpointing = ""
@@ -280,6 +290,7 @@ class Training:
         model.passes, model.checkpointing = self.passes, self.checkpointing
         if self.run.tp > 1:
             self.shard(model)
+        model.loss.reduction = self.reduction
         if self.compiled:
             for block in model.blocks:
                 block.compile(backend="aot_eager")
@@ -301,7 +312,7 @@ class Training:
     def row_parallel(self, linear: Any) -> nn.Module:
         return RowParallel(linear, self.run, sequence=self.sequence)
 
-    def vocabulary_loss(self) -> nn.Module:
+    def vocabulary_loss(self) -> TokenLoss:
         return VocabularyParallelLoss(self.run)
 
     def hook_gradient(self, name: str, parameter: torch.Tensor) -> None:
@@ -355,17 +366,18 @@ class Training:
         count = self.run.dp * self.accumulate
         return list(zip(tokens.chunk(count), labels.chunk(count), strict=True))[self.run.dp_rank :: self.run.dp]
 
-    def divisor(self, step: int) -> float:
-        """Return by what a micro-batch's sum of losses is divided, for the replicas' mean to be the global mean."""
-        labels = self.labels(self.tokens(step))
-        return float((labels != IGNORED).sum()) / self.run.dp
+    def share(self, step: int) -> float:
+        """Return by what a micro-batch's loss is multiplied, for the replicas' mean to be the mean over all labels."""
+        if self.reduction == "mean":
+            return 1 / self.accumulate
+        return self.run.dp / float((self.labels(self.tokens(step)) != IGNORED).sum())
 
     # -- one step
 
     def train_step(self, step: int) -> None:
         for number, (tokens, labels) in enumerate(self.micro_batches(step)):
             self.micro_batch = number
-            self.backward(self.loss(tokens, labels) / self.divisor(step))
+            self.backward(self.loss(tokens, labels) * self.share(step))
         self.reduce_gradients()
         self.unscale()
         self.clip_gradients()

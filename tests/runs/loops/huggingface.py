@@ -61,7 +61,9 @@ class CausalTraining(Training):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * self.deviation)
-        return model.to(self.dtype)
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(self.dtype)  # buffers stay float32, as from_pretrained leaves them
+        return model
 
     def config_and_class(self) -> tuple[Any, Any]:
         options = {
@@ -85,9 +87,6 @@ class CausalTraining(Training):
 
     def labels(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens
-
-    def divisor(self, step: int) -> float:
-        return float(self.accumulate)
 
     def loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with self.precision():

@@ -21,7 +21,7 @@ class Megatron(Training):
         from tpcheck.backends.interface import TrainingOptions
         from tpcheck.backends.megatron import MegatronBackend
         from tpcheck.backends.megatron.config import configured
-        from tpcheck.backends.megatron.groups import groups_of_topology, use_groups
+        from tpcheck.backends.megatron.session import groups_of_topology, use_groups
 
         settings = {"sequence_parallel": True} if self.sequence and self.run.tp > 1 else {}
         with ExitStack() as stack:
@@ -42,7 +42,7 @@ class Megatron(Training):
         return model.to(self.dtype)  # type: ignore[no-any-return]
 
     def build(self) -> nn.Module:
-        from tpcheck.backends.megatron.layouts import fill_shards, parameter_layouts
+        from tpcheck.backends.megatron.backend import fill_shards, parameter_layouts
 
         sharded = self.build_gpt()
         self.layouts = parameter_layouts(sharded, self.unsharded, self.run.tp)
@@ -59,9 +59,6 @@ class Megatron(Training):
 
     def tokens(self, step: int) -> torch.Tensor:
         return super().tokens(step) % VOCABULARY
-
-    def divisor(self, step: int) -> float:
-        return float(self.accumulate)
 
     def loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)

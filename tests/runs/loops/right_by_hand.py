@@ -126,7 +126,7 @@ class Pairs(Training):
     def loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         chosen = self.wrapped(tokens, labels)
         rejected = self.wrapped(tokens, (labels + 5) % labels.max())
-        return -functional.logsigmoid(0.1 * (rejected - chosen)) * 10
+        return -functional.logsigmoid(rejected - chosen)
 
 
 class ByDdp(Training):
@@ -221,4 +221,4 @@ class SequentialModel(Training):
         ).to(self.dtype)
 
     def loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(self.wrapped(tokens).flatten(0, 1), labels.flatten(), reduction="sum")
+        return functional.cross_entropy(self.wrapped(tokens).flatten(0, 1), labels.flatten())

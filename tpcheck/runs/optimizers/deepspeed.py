@@ -96,8 +96,7 @@ class DeepSpeedView(TorchView):
             else:
                 for slice_ in self._zero3_slices([parameter]):
                     flat = partition.detach().reshape(-1)[: slice_.numel]
-                    if (part := self._fragment("weight", name, "", flat, slice_.first)) is not None:
-                        yield part
+                    yield self._fragment("weight", name, "", flat, slice_.first)
 
     def accumulated(self) -> Iterator[Part]:
         """Yield gradients only where they accumulate in `.grad`: ZeRO takes them away as they come."""

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import LiveGroups
 from tpcheck.backends.registry import layout_readers
-from tpcheck.core.placement import Replicate, Shard
 from tpcheck.numerics.sketch import GlobalIndex
 
 
@@ -69,26 +67,10 @@ def _chunk(indices: torch.Tensor, split_factor: int, num_ranks: int, rank: int) 
     return torch.cat([chunk[rank] for chunk in chunks if rank < len(chunk)] or [indices[:0]])
 
 
-def index_of_layout(layout: Layout, tp_rank: int) -> GlobalIndex:
-    """Return which elements the shard of this TP rank holds."""
-    placement = layout.placement()
-    if isinstance(placement, Replicate):
-        return GlobalIndex.whole(layout.shape)
-    if isinstance(placement, Shard):
-        return GlobalIndex.shard(layout.shape, placement, len(layout.local_shapes), tp_rank)
-    assert layout.source is not None
-    sizes = [prod(shape) for shape in layout.local_shapes]
-    positions = torch.full((sum(sizes),), -1, dtype=torch.int64)
-    positions[layout.source] = torch.arange(len(layout.source))
-    start = sum(sizes[:tp_rank])
-    unused = (None,) * len(layout.shape)
-    return GlobalIndex(layout.shape, unused, positions=positions[start : start + sizes[tp_rank]])
-
-
 def fragment_of(index: GlobalIndex, first: int, end: int) -> GlobalIndex:
     """Return the index of the elements from `first` to `end` (exclusive) of the flattened local tensor."""
     positions = None if index.positions is None else index.positions[first:end]
-    return replace(index, fragment=(first, end), positions=positions)
+    return replace(index, fragment=(first, end), positions=positions, derived={})
 
 
 def read_indices(model: nn.Module, groups: LiveGroups | None) -> dict[str, GlobalIndex | None]:
@@ -111,7 +93,7 @@ def read_indices(model: nn.Module, groups: LiveGroups | None) -> dict[str, Globa
             if is_dtensor(parameter):
                 continue
             if groups is not None and name in layouts:
-                indices[full_name] = index_of_layout(layouts[name], groups.tp.index(groups.rank))
+                indices[full_name] = GlobalIndex.from_layout(layouts[name], groups.tp.index(groups.rank))
             elif readers and reader is None:  # the backend replaces the layers that it shards; the others are whole
                 indices[full_name] = GlobalIndex.whole(_local_shape(parameter))
             else:

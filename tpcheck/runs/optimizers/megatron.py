@@ -41,6 +41,11 @@ def is_copied(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "main_param")
 
 
+def has_distributed_optimizer(module: Any) -> bool:
+    """Return whether this is Megatron's DistributedDataParallel with gradients that are sharded over DP."""
+    return bool(getattr(getattr(module, "ddp_config", None), "use_distributed_optimizer", False))
+
+
 class MegatronView(TorchView):
     """Megatron's optimizers around the parameters of a module."""
 

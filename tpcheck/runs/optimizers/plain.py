@@ -78,6 +78,10 @@ class TorchView:
 
     def __init__(self, model: Any, optimizer: Any, groups: LiveGroups | None) -> None:
         module = self._module = unwrapped(model)
+        if any(type(each).__name__ == "FullyShardedDataParallel" for each in modules_of(model)):
+            raise UsageError(
+                "model", "FullyShardedDataParallel", "fully_shard (FSDP2), whose parameters keep their shapes"
+            )
         self._groups_of_ranks = groups if groups is not None else _found_groups(module)
         names = unwrapped_names(name for name, _ in module.named_parameters(remove_duplicate=False))
         # A tied parameter has the first of its names.
@@ -86,7 +90,9 @@ class TorchView:
         read = read_indices(module, self._groups_of_ranks)
         self._indices = {names[name]: index for name, index in read.items()}
         self._dtensor_indices: dict[Any, GlobalIndex | None] = {}
+        self._fragments: dict[tuple[str, int, int], GlobalIndex] = {}
         self._not_viewed: dict[str, str] = {}
+        self._num_skipped = 0
         self._wrappers = _as_sequence(optimizer)
         self._is_given = optimizer is not None
         self._optimizers = [torch_optimizer(wrapper) for wrapper in self._wrappers]
@@ -100,7 +106,7 @@ class TorchView:
     def owns(self, optimizer: torch.optim.Optimizer) -> bool:
         if any(optimizer is known for known in self.stepping):
             return True
-        if self._is_given:
+        if self._is_given or torch_optimizer(optimizer) is not optimizer:  # a wrapper, whose inner one steps
             return False
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         if not any(id(parameter) in self._names for parameter in parameters):
@@ -114,6 +120,8 @@ class TorchView:
             if optimizer is None
             else {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
         )
+        if optimizer is not None and _has_found_inf(optimizer):
+            self._num_skipped += 1
         for group in self._groups():
             if optimizer is not None and group.optimizer is not optimizer:
                 continue
@@ -156,8 +164,7 @@ class TorchView:
         return not any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
     def supports_replays(self) -> str:
-        is_fsdp = any(hasattr(module, "_get_fsdp_state") for module in self._module.modules())
-        return "FSDP2 gathers parameters only inside its own hooks" if is_fsdp else ""
+        return ""
 
     def told_norm(self) -> float | None:
         return None
@@ -168,7 +175,8 @@ class TorchView:
         return float(scalers[0].get_scale()) if scalers else 1.0
 
     def num_skipped(self) -> int:
-        return 0
+        """Return how often a fused optimizer was called with infinite gradients: its kernel then does nothing."""
+        return self._num_skipped
 
     def not_viewed(self) -> Mapping[str, str]:
         return self._not_viewed
@@ -191,9 +199,7 @@ class TorchView:
                 yield self._part(kind, slice_.name, state, tensor)
             else:
                 flat = tensor.detach().reshape(-1)[slice_.start : slice_.start + slice_.numel]
-                part = self._fragment(kind, slice_.name, state, flat, slice_.first)
-                if part is not None:
-                    yield part
+                yield self._fragment(kind, slice_.name, state, flat, slice_.first)
 
     def _part(self, kind: _Kind, name: str, state: str, tensor: torch.Tensor) -> Part:
         """Return the part that a tensor of the local shape, a DTensor, or a statistic of another shape is."""
@@ -231,21 +237,32 @@ class TorchView:
         groups = self._groups_of_ranks
         return groups is None or set(groups.tp) <= set(mesh.mesh.flatten().tolist())
 
-    def _fragment(self, kind: _Kind, name: str, state: str, flat: torch.Tensor, first: int) -> Part | None:
+    def _fragment(self, kind: _Kind, name: str, state: str, flat: torch.Tensor, first: int) -> Part:
         """Return the part that elements of a flattened parameter are, from the one numbered `first`."""
         shape, index = self.local_shape(name), self._indices.get(name)
         numel = len(flat)
         if numel == prod(shape):
             return Part(kind, name, state, flat.reshape(shape), index)
+        key = (name, first, numel)
+        if key not in self._fragments:  # what is derived from an index is kept with it
+            self._fragments[key] = fragment_of(index or GlobalIndex.whole(shape), first, first + numel)
         if index is not None:
-            return Part(kind, name, state, flat, fragment_of(index, first, first + numel))
-        in_shard = fragment_of(GlobalIndex.whole(shape), first, first + numel)
-        return Part(kind, name, state, flat, None, index_in_shard=in_shard)
+            return Part(kind, name, state, flat, self._fragments[key])
+        return Part(kind, name, state, flat, None, index_in_shard=self._fragments[key])
 
     def local_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape that this TP rank's shard of a parameter has where it is not partitioned over DP."""
         parameter = self._parameters[name]
         return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def modules_of(model: Any) -> Iterator[Any]:
+    """Yield the wrappers of a model, outermost first, and its modules."""
+    while model is not None and not isinstance(model, torch.nn.Module):
+        yield model
+        model = getattr(model, "module", None)
+    if model is not None:
+        yield from model.modules()
 
 
 def gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -255,13 +272,13 @@ def gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the torch optimizer inside wrappers, such as accelerate's `AcceleratedOptimizer`.
+    """Return the torch optimizer inside wrappers, such as accelerate's, or torch's ZeroRedundancyOptimizer (`optim`).
 
     Raises:
         UsageError: There is none.
     """
     inner = optimizer
-    while (wrapped := getattr(inner, "optimizer", None)) is not None:
+    while (wrapped := getattr(inner, "optimizer", None) or getattr(inner, "optim", None)) is not None:
         inner = wrapped
     if not isinstance(inner, torch.optim.Optimizer):
         raise UsageError("optimizer", type(optimizer).__name__, "a torch optimizer, several, or an engine's")
@@ -292,6 +309,12 @@ def _remaining_scale(optimizer: torch.optim.Optimizer) -> float:
     """
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else 1.0 / float(scale)
+
+
+def _has_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a GradScaler has told a fused optimizer that its gradients are infinite."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
 
 
 def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
