@@ -46,6 +46,7 @@ from tpcheck.runs.run_findings import (
 from tpcheck.runs.sketch_causes import Suspect, explain
 from tpcheck.runs.step_checks import (
     StepContext,
+    doubtful_losses,
     gradients_match,
     norm_matches,
     outputs_match,
@@ -312,8 +313,9 @@ class _RunsComparison:
             reason = "the runs drew other random numbers in this step (dropout), so outputs are not the same"
             yield Answer(OUTPUTS, number, not_compared={"outputs": reason, "gradients": reason})
             return
-        yield outputs
         gradients = gradients_match(context)
+        is_loss_wrong = gradients.findings and not outputs.findings and self.comparer.doubtful
+        yield doubtful_losses(context, outputs) if is_loss_wrong else outputs
         yield gradients
         if context.step.shared is None or not context.step.shared.is_whole_step:
             return
@@ -460,7 +462,7 @@ class _RunsComparison:
 
     def verdict(self) -> Verdict:
         actual, expected = self.actual, self.expected
-        again = compare_command(actual.path, expected.path)
+        again = compare_command(actual.path, expected.path, self.comparer.names.texts)
         findings = tuple(replace(finding, again=again) for answer in self.answers for finding in answer.findings)
         not_compared = dict(self.not_compared)
         for answer in self.answers:

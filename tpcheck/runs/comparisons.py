@@ -225,6 +225,8 @@ class Comparer:
         names: How names of one run become those of the other.
         readings: Labels under which each parameter's weights agreed before the first step.
         not_compared: Why a tensor was not compared, by label.
+        doubtful: Losses that agree neither as means nor as sums over the calls, of runs with other numbers of calls: a
+            mistake only where gradients are wrong, too.
     """
 
     actual: Run
@@ -232,6 +234,7 @@ class Comparer:
     names: NameMap
     readings: dict[str, tuple[str, str]] = field(default_factory=dict)
     not_compared: dict[str, str] = field(default_factory=dict)
+    doubtful: list[Comparison] = field(default_factory=list)
 
     def table(self, run: Run, records_by_rank: Mapping[int, Sequence[TensorRecord]]) -> Table:
         """Return the records of all ranks by key, in the order of events."""
@@ -395,16 +398,29 @@ class Comparer:
             if not found.actual:
                 self._note(key, found.reason)
                 continue
-            is_keyed = -1 in dict(labels(records_a))[found.actual]
-            if not is_keyed and num_calls[0] != num_calls[1]:
+            whole_shape = dict(labels(records_a))[found.actual]
+            is_keyed = -1 in whole_shape
+            is_doubtful = not is_keyed and num_calls[0] != num_calls[1]
+            if is_doubtful:
                 self._note(key, "it has no rows of samples, and the models were called another number of times")
-                continue
+                if kind != "output" or whole_shape:
+                    continue
             factors = _factors(kind, is_keyed, shared, scales)
             whole_a = computed(records_a, found.actual, groups_a, factors[0])
             whole_e = computed(records_e, found.expected, groups_e, factors[1])
             allowed = allowed_error(whole_a, whole_e, is_stored=False, scale=scale)
-            compared.append(compare(key, whole_a, whole_e, allowed, order))
+            comparison = compare(key, whole_a, whole_e, allowed, order)
+            if not is_doubtful:
+                compared.append(comparison)
+            elif comparison.is_wrong and not _are_sums(comparison, num_calls):
+                self.doubtful.append(comparison)
         return compared
+
+
+def _are_sums(comparison: Comparison, num_calls: tuple[int, int]) -> bool:
+    """Return whether numbers that differ as means over the calls agree as sums."""
+    actual, expected = comparison.actual.sketch.scaled(num_calls[0]), comparison.expected.sketch.scaled(num_calls[1])
+    return distance(actual, expected) <= (comparison.allowed or 0.0) * num_calls[1]
 
 
 def label_of(key: Key) -> str:
