@@ -406,8 +406,9 @@ class Comparer:
                 if kind != "output" or whole_shape:
                     continue
             factors = _factors(kind, is_keyed, shared, scales)
-            whole_a = computed(records_a, found.actual, groups_a, factors[0])
-            whole_e = computed(records_e, found.expected, groups_e, factors[1])
+            copies = (copies_a, copies_e) if is_keyed else (len(groups_a), len(groups_e))
+            whole_a = computed(records_a, found.actual, groups_a, factors[0], copies[0])
+            whole_e = computed(records_e, found.expected, groups_e, factors[1], copies[1])
             allowed = allowed_error(whole_a, whole_e, is_stored=False, scale=scale)
             comparison = compare(key, whole_a, whole_e, allowed, order)
             if not is_doubtful:
