@@ -55,6 +55,7 @@ from tpcheck.runs.step_checks import (
     states_match,
     updates_match,
 )
+from tpcheck.runs.trace import StepRecord
 from tpcheck.runs.wholes import epsilon
 
 Paths: TypeAlias = str | Path | Sequence[str | Path]
@@ -285,6 +286,7 @@ class _RunsComparison:
             self.comparer.table(run, {rank: record.tensors for rank, record in steps.items()})
             for run, steps in ((self.actual, step.actual), (self.expected, step.expected))
         )
+        self.comparer.eps = (lowest_epsilon(step.actual), lowest_epsilon(step.expected))
         is_next = step.number == self.last_number + 1
         before = self.before if is_next else ({}, {})
         after = [
@@ -529,6 +531,13 @@ class _RunsComparison:
             else:
                 results[answer.check] = replace(known, compared=compared)
         return tuple(results.values())
+
+
+def lowest_epsilon(steps: Mapping[int, StepRecord]) -> float:
+    """Return the machine epsilon of the lowest dtype that a step was computed in, as under autocast."""
+    step = next(iter(steps.values()))
+    dtypes = {record.dtype for record in step.tensors if record.kind in ("output", "weight")} | {step.inner_dtype}
+    return max(epsilon(dtype) for dtype in dtypes)
 
 
 def replace_sketches(comparison: Comparison) -> Comparison:
