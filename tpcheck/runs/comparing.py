@@ -479,7 +479,7 @@ class _RunsComparison:
         if num_unmeasured:
             reason = "no replay measured what rounding does to it"
             not_compared[f"{num_unmeasured} tensors"] = reason
-            messages.append(_without_measure(unmeasured))
+            messages.append(_without_measure(unmeasured, self._run_to_measure()))
             name = "failed" if findings else "skipped"
         elif not findings and not num_tensors:
             name = "skipped"
@@ -497,6 +497,13 @@ class _RunsComparison:
             coverage=coverage,
             message="\n".join(messages) or None,
         )
+
+    def _run_to_measure(self) -> str:
+        """Return which run needs replays: the one that computes in the lower dtype."""
+        actual, expected = self.comparer.eps
+        if actual == expected:
+            return "one of the two runs"
+        return f"the {'actual' if actual > expected else 'expected'} run, which computes in the lower precision,"
 
     def _subject(self) -> dict[str, Any]:
         actual, expected = self.actual, self.expected
@@ -555,10 +562,10 @@ def _in_units_of_rounding(comparison: Comparison) -> float:
     return comparison.relative / eps * 3**0.5 if eps else 1.0
 
 
-def _without_measure(comparisons: Sequence[Comparison]) -> str:
+def _without_measure(comparisons: Sequence[Comparison], which: str) -> str:
     """Return what is to be said where no replay was made: what to add, and which modules add most to the error."""
     text = (
-        "Nothing measured what rounding may do: record one of the two runs again with replays, as in "
+        f"Nothing measured what rounding may do: record {which} again with replays, as in "
         "tpcheck.record(model, path, replays=2). Until then these are errors, not findings."
     )
     added = added_errors(comparisons)
