@@ -78,7 +78,7 @@ class Side:
     training: type[TrainingLike]
     topology: Topology
     options: tuple[tuple[str, Any], ...] = ()
-    record: tuple[tuple[str, Any], ...] = (("replays", 2),)
+    record: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,13 +40,15 @@ def wrong(
     xfail: str | None = None,
     **options: Any,
 ) -> Loop:
-    """Return a row: `expected` is the loop without the fault, and has the same options unless others are given."""
-    record = (("replays", replays),)
+    """Return a row: `expected` is the loop without the fault, and has the same options unless others are given.
+
+    Replays are made in the expected run: in the other, ranks that part would wait for each other.
+    """
     other = {**options, **(expected_options or {})}
     return Loop(
         name,
-        Side(training, topology, tuple(options.items()), record),
-        Side(expected, expected_topology, tuple(other.items()), record),
+        Side(training, topology, tuple(options.items())),
+        Side(expected, expected_topology, tuple(other.items()), (("replays", replays),)),
         Wrong(
             (checks,) if isinstance(checks, str) else checks,
             names or ("*",),
