@@ -81,7 +81,12 @@ BY_HAND = (
     right("loss scale against none", Training, loss_scale=1024.0, expected_options={"loss_scale": 1.0}),
     right("autocast to bfloat16", by_hand.Autocast, steps=3, agreement=None),
     right(
-        "autocast to bfloat16 against float32", by_hand.Autocast, expected=Training, dtype=torch.float32, agreement=None
+        "autocast to bfloat16 against float32",
+        by_hand.Autocast,
+        expected=Training,
+        replayed="actual",
+        dtype=torch.float32,
+        agreement=None,
     ),
     right("bfloat16", Training, dtype=torch.bfloat16, steps=3, agreement=None),
     right("evaluation and generation in between", by_hand.Evaluated, accumulate=2),

@@ -424,9 +424,10 @@ COLLECTIVES = (
     wrong(
         "loss over a wrong group",
         faults.TrainsLossOverWorld,
-        OUTPUTS,
+        (OUTPUTS, GRADIENTS),
         "loss",
         "",
+        "head",
         step=0,
         topology=TP2_DP2,
         vocabulary_parallel=True,
@@ -451,7 +452,7 @@ COLLECTIVES = (
 )
 
 REPLICATED = (
-    wrong("a norm drifts", faults.NormDrifts, REPLICAS, "blocks.1.norm.weight", cause="replica_drift", step=1, steps=3),
+    wrong("a norm drifts", faults.NormDrifts, REPLICAS, "blocks.1.norm.weight", cause="replica_drift", steps=3),
     wrong(
         "gradient hook missing on one norm",
         faults.HookMissing,
@@ -512,7 +513,7 @@ OTHERS = (
         faults.NondeterministicModule,
         OUTPUTS,
         "blocks.1.up",
-        evidence=("nondeterminis",),
+        cause="nondeterminism",
         topology=TP2,
         expected=faults.Deterministic,
         expected_topology=TP2,

@@ -70,7 +70,7 @@ def _chunk(indices: torch.Tensor, split_factor: int, num_ranks: int, rank: int) 
 def fragment_of(index: GlobalIndex, first: int, end: int) -> GlobalIndex:
     """Return the index of the elements from `first` to `end` (exclusive) of the flattened local tensor."""
     positions = None if index.positions is None else index.positions[first:end]
-    return replace(index, fragment=(first, end), positions=positions, derived={})
+    return replace(index, fragment=(first, end), positions=positions)
 
 
 def read_indices(model: nn.Module, groups: LiveGroups | None) -> dict[str, GlobalIndex | None]:
