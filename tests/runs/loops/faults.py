@@ -534,7 +534,6 @@ class OneProjectionOff(TransformersTp):
 
     layers = 12
     dtype = torch.bfloat16
-    deviation = 0.02
     steps = 1
     off = True
 

@@ -81,12 +81,21 @@ BY_HAND = (
     right("loss scale against none", Training, loss_scale=1024.0, expected_options={"loss_scale": 1.0}),
     right("autocast to bfloat16", by_hand.Autocast, steps=3, agreement=None),
     right(
-        "autocast to bfloat16 against float32", by_hand.Autocast, expected=Training, dtype=torch.float32, agreement=None
+        "autocast to bfloat16 against float32",
+        by_hand.Autocast,
+        expected=Training,
+        replayed="actual",
+        dtype=torch.float32,
+        agreement=None,
     ),
     right("bfloat16", Training, dtype=torch.bfloat16, steps=3, agreement=None),
     right("evaluation and generation in between", by_hand.Evaluated, accumulate=2),
     right("evaluation on one side", by_hand.Evaluated, expected=Training, accumulate=2, steps=3),
-    right("steps left out", by_hand.SkipsSteps),
+    right(
+        "steps left out",
+        by_hand.SkipsSteps,
+        xfail="passes whose gradients were cleared without a step are counted to the next step",
+    ),
     right("frozen and unused parameters", by_hand.FrozenAndUnused, **momentum),
     right("pairs of calls with one loss", by_hand.Pairs, accumulate=2),
     right("shared submodules", Training, passes=2, accumulate=2),
@@ -182,7 +191,12 @@ TRANSFORMERS = (
 
 TORCH = (
     right("DTensor plan: llama", DTensorTp),
-    right("DTensor plan: sequence parallelism", huggingface.DTensorSequence, accumulate=2),
+    right(
+        "DTensor plan: sequence parallelism",
+        huggingface.DTensorSequence,
+        accumulate=2,
+        xfail="a Partial gradient of a norm is read as replicas",
+    ),
     right("FSDP2", DTensorTp, DP2, accumulate=2, **momentum),
     right("FSDP2 over a DTensor plan, each replica its half", DTensorTp, TP2_DP2, accumulate=2, **momentum),
     right("FSDP2 over a DTensor plan, each replica the whole batch", huggingface.WholeBatchOnEachReplica, TP2_DP2),
@@ -226,8 +240,22 @@ DEEPSPEED = (
 )
 
 MEGATRON = (
-    right("Megatron", Megatron, dtype=torch.float32, agreement=1e-5, **momentum),
-    right("Megatron, sequence parallelism", Megatron, dtype=torch.float32, agreement=1e-5, sequence=True),
+    right(
+        "Megatron",
+        Megatron,
+        dtype=torch.float32,
+        agreement=1e-5,
+        **momentum,
+        xfail="the output of fused gate and up projections is read as one block",
+    ),
+    right(
+        "Megatron, sequence parallelism",
+        Megatron,
+        dtype=torch.float32,
+        agreement=1e-5,
+        sequence=True,
+        xfail="outputs of local positions first, [L / tp, B, D], are read as whole",
+    ),
     right(
         "Megatron, sequence parallelism over replicas, accumulation, AdamW",
         Megatron,
@@ -237,6 +265,7 @@ MEGATRON = (
         dtype=torch.float32,
         agreement=1e-3,
         **adamw,
+        xfail="outputs of local positions first, [L / tp, B, D], are read as whole",
     ),
 )
 
