@@ -507,6 +507,22 @@ def test_masters_that_are_not_the_weights_are_stale() -> None:
 # ---- what cannot be compared
 
 
+def test_calls_that_no_step_followed_on_either_side_do_not_undo_the_verdict() -> None:
+    def left_over(rank: int, step: StepRecord) -> StepRecord:
+        if step.number == 0:
+            return step
+        tensors = tuple(
+            replace(record, readings=tuple(replace(reading, deviation=None) for reading in record.readings))
+            for record in step.tensors
+            if record.kind == "output"
+        )
+        return replace(step, has_update=False, tensors=tensors)
+
+    report = compared(run(tp=2, change=left_over), run(rounding=1.0, change=left_over))
+    require_passed(report)
+    assert any("no optimizer step followed" in reason for reason in report.verdict.coverage.not_compared.values())
+
+
 def test_runs_on_other_samples_are_not_compared() -> None:
     report = compared(run(tp=2, batch_seed=9))
     assert report.verdict.verdict == "skipped"

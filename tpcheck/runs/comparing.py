@@ -268,6 +268,8 @@ class _RunsComparison:
             self._add([batches])
             return f"the runs were given different samples in step {number}, and are different from there on"
         answers = [batches, *self._answers(context)]
+        if not any(record.has_update for record in (*step.actual.values(), *step.expected.values())):
+            answers = list(map(_without_unmeasured, answers))
         self._add(self._in_light_of_bits(context, answers))
         if any(answer.findings for answer in self.answers):
             return f"step {number} already differs, so differences in later steps would only follow from it"
@@ -538,6 +540,17 @@ class _RunsComparison:
             else:
                 results[answer.check] = replace(known, compared=compared)
         return tuple(results.values())
+
+
+def _without_unmeasured(answer: Answer) -> Answer:
+    """Return the answer about calls that no step followed: replays measure steps, so they are judged where they can."""
+    unmeasured = [each for each in answer.comparisons if each.allowed is None]
+    if not unmeasured:
+        return answer
+    reason = "no optimizer step followed these calls, so no replay measured what rounding does to them"
+    measured = tuple(each for each in answer.comparisons if each.allowed is not None)
+    not_compared = {**answer.not_compared, **{each.label: reason for each in unmeasured if each.error}}
+    return replace(answer, comparisons=measured, not_compared=not_compared)
 
 
 def lowest_epsilon(steps: Mapping[int, StepRecord]) -> float:
