@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import tpcheck
 from tests.trainer.training import save_model, train
-from tpcheck import Topology, World, spawn
+from tpcheck import Topology, UsageError, World, spawn
 
 TP, TP_DP = Topology(tp=2), Topology(tp=2, dp=2)
 
@@ -79,3 +82,70 @@ def test_a_run_that_resumes_without_one_ranks_generators_is_found(
         assert (findings[0].cause, findings[0].evidence["where"]) == ("rng_differs_torch", "the main process")
     else:
         assert (findings, steps) == ([], 6)
+
+
+# ---- record and guard
+
+
+@pytest.mark.parametrize("world", [TP], indirect=True, ids=str)
+@pytest.mark.parametrize("deepspeed", [True, False])
+def test_a_training_is_recorded_and_guarded(world: World, folder: str, deepspeed: bool) -> None:
+    trace = f"{folder}/run.trace"
+    options = {"record": {"path": trace, "replays": 0}, "guard": 2}
+    assert world.run(train, folder, deepspeed=deepspeed, callback_options=options)[0] == ([], 4)
+    report = tpcheck.compare_traces(trace, trace)
+    assert report.verdict.coverage.compared, report.to_text()
+    assert report.passed, report.to_text()
+
+
+def begin(callback: tpcheck.TpcheckCallback, steps: int) -> nn.Module:
+    """Take steps as the Trainer would, without its end."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
+    for _ in range(steps):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.fixture
+def without_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process has no groups whose batches could be compared."""
+    monkeypatch.setenv("TPCHECK", "0")
+
+
+@pytest.mark.usefixtures("without_batches")
+def test_the_end_of_a_training_ends_its_trace(tmp_path: Path) -> None:
+    logged: list[dict[str, float]] = []
+    trace = tmp_path / "run.trace"
+    callback = tpcheck.TpcheckCallback(record=trace, guard={"every": 2, "log": logged.append})
+    model = begin(callback, steps=3)
+    callback.on_train_end(None, None, None)
+    assert not model._forward_pre_hooks
+    assert [entry["step"] for entry in logged] == [0, 1, 2]
+    assert tpcheck.compare_traces(trace, trace).passed
+
+
+@pytest.mark.usefixtures("without_batches")
+def test_a_training_that_raises_leaves_a_trace_that_reads_and_no_hooks_once_another_begins(tmp_path: Path) -> None:
+    trace = tmp_path / "run.trace"
+    callback = tpcheck.TpcheckCallback(record=trace, guard=1)
+    model = begin(callback, steps=3)
+    begin(callback, steps=0)
+    assert not model._forward_pre_hooks
+    callback.close()
+
+
+@pytest.mark.usefixtures("without_batches")
+def test_a_callback_that_is_dropped_removes_its_hooks(tmp_path: Path) -> None:
+    trace = tmp_path / "run.trace"
+    model = begin(tpcheck.TpcheckCallback(record=trace, guard=1), steps=3)
+    assert not model._forward_pre_hooks
+    assert tpcheck.compare_traces(trace, trace).passed  # up to its last whole step
+
+
+def test_a_record_without_a_path_is_refused() -> None:
+    with pytest.raises(UsageError, match="with `path`"):
+        tpcheck.TpcheckCallback(record={"steps": [0]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def train(
     steps: int = 4,
     save_steps: int | None = None,
     resume: bool = False,
+    callback_options: Mapping[str, Any] | None = None,
 ) -> tuple[list[Finding], int]:
     """Train with masked tokens; return the callback's findings, and how many steps were taken."""
     import torch
@@ -65,7 +67,7 @@ def train(
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM.from_pretrained(folder, **({} if deepspeed else native_sharding(rank)))
     collator = DataCollatorForLanguageModeling(a_tokenizer(), mlm_probability=0.5)
-    callback = tpcheck.TpcheckCallback(timeout=30)
+    callback = tpcheck.TpcheckCallback(timeout=30, **(callback_options or {}))
     trainer = Trainer(model, args, train_dataset=Sentences(), data_collator=collator, callbacks=[callback])
     if seed_workers_by_dp_rank:
         seed_workers(trainer, rank)

@@ -44,9 +44,14 @@ def checkpoint_command(
     return shlex.join(["tpcheck", "checkpoint", *paths, *options])
 
 
-def compare_command(actual: str, expected: str) -> str:
-    """Return the command that compares two traces."""
-    return shlex.join(["tpcheck", "compare", actual, expected])
+def compare_command(actual: str, expected: str, maps: Sequence[str] = ()) -> str:
+    """Return the command that compares two traces, with the maps of names that were used.
+
+    Example:
+        >>> compare_command("a.trace", "b.trace", ["hf-megatron"])
+        'tpcheck compare a.trace b.trace --map hf-megatron'
+    """
+    return shlex.join(["tpcheck", "compare", actual, expected, *_flag("map", list(maps))])
 
 
 def _flag(name: str, value: Any) -> list[str]:

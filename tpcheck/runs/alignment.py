@@ -11,6 +11,8 @@ from math import gcd
 
 from tpcheck.core.errors import UsageError
 from tpcheck.runs.trace import PassRecord, RankTrace, StepRecord
+from tpcheck.runs.trace_files import numbers_of
+from tpcheck.runs.wholes import epsilon
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +47,20 @@ class Run:
         positions: dict[int, dict[int, tuple[int, ...]]] = {}
         for rank, trace in ranks.items():
             of_rank = positions.setdefault(rank, {})
-            for position, step in enumerate(trace.steps):
-                of_rank[step.number] = (*of_rank.get(step.number, ()), position)
+            for position, number in enumerate(numbers_of(trace.steps)):
+                of_rank[number] = (*of_rank.get(number, ()), position)
         return cls(path, ranks, replicas, positions)
 
     @property
     def first(self) -> RankTrace:
         return self.ranks[self.replicas[0][0]]
+
+    @property
+    def epsilon(self) -> float:
+        """Machine epsilon of the lowest dtype that it computes in: of its parameters, or of autocast."""
+        steps = self.first.steps
+        dtypes = (self.first.dtype, *([steps[0].autocast] if len(steps) and steps[0].autocast else []))
+        return max(epsilon(dtype) for dtype in dtypes)
 
     @property
     def tp(self) -> int:

@@ -46,6 +46,7 @@ from tpcheck.runs.run_findings import (
 from tpcheck.runs.sketch_causes import Suspect, explain
 from tpcheck.runs.step_checks import (
     StepContext,
+    doubtful_losses,
     gradients_match,
     norm_matches,
     outputs_match,
@@ -54,6 +55,7 @@ from tpcheck.runs.step_checks import (
     states_match,
     updates_match,
 )
+from tpcheck.runs.trace import StepRecord
 from tpcheck.runs.wholes import epsilon
 
 Paths: TypeAlias = str | Path | Sequence[str | Path]
@@ -284,6 +286,7 @@ class _RunsComparison:
             self.comparer.table(run, {rank: record.tensors for rank, record in steps.items()})
             for run, steps in ((self.actual, step.actual), (self.expected, step.expected))
         )
+        self.comparer.eps = (lowest_epsilon(step.actual), lowest_epsilon(step.expected))
         is_next = step.number == self.last_number + 1
         before = self.before if is_next else ({}, {})
         after = [
@@ -312,8 +315,9 @@ class _RunsComparison:
             reason = "the runs drew other random numbers in this step (dropout), so outputs are not the same"
             yield Answer(OUTPUTS, number, not_compared={"outputs": reason, "gradients": reason})
             return
-        yield outputs
         gradients = gradients_match(context)
+        is_loss_wrong = gradients.findings and not outputs.findings and self.comparer.doubtful
+        yield doubtful_losses(context, outputs) if is_loss_wrong else outputs
         yield gradients
         if context.step.shared is None or not context.step.shared.is_whole_step:
             return
@@ -460,7 +464,7 @@ class _RunsComparison:
 
     def verdict(self) -> Verdict:
         actual, expected = self.actual, self.expected
-        again = compare_command(actual.path, expected.path)
+        again = compare_command(actual.path, expected.path, self.comparer.names.texts)
         findings = tuple(replace(finding, again=again) for answer in self.answers for finding in answer.findings)
         not_compared = dict(self.not_compared)
         for answer in self.answers:
@@ -475,7 +479,7 @@ class _RunsComparison:
         if num_unmeasured:
             reason = "no replay measured what rounding does to it"
             not_compared[f"{num_unmeasured} tensors"] = reason
-            messages.append(_without_measure(unmeasured))
+            messages.append(_without_measure(unmeasured, self._run_to_measure()))
             name = "failed" if findings else "skipped"
         elif not findings and not num_tensors:
             name = "skipped"
@@ -493,6 +497,13 @@ class _RunsComparison:
             coverage=coverage,
             message="\n".join(messages) or None,
         )
+
+    def _run_to_measure(self) -> str:
+        """Return which run needs replays: the one that computes in the lower dtype."""
+        actual, expected = self.comparer.eps
+        if actual == expected:
+            return "one of the two runs"
+        return f"the {'actual' if actual > expected else 'expected'} run, which computes in the lower precision,"
 
     def _subject(self) -> dict[str, Any]:
         actual, expected = self.actual, self.expected
@@ -529,6 +540,13 @@ class _RunsComparison:
         return tuple(results.values())
 
 
+def lowest_epsilon(steps: Mapping[int, StepRecord]) -> float:
+    """Return the machine epsilon of the lowest dtype that a step was computed in, as under autocast."""
+    step = next(iter(steps.values()))
+    dtypes = {record.dtype for record in step.tensors if record.kind in ("output", "weight")} | {step.inner_dtype}
+    return max(epsilon(dtype) for dtype in dtypes)
+
+
 def replace_sketches(comparison: Comparison) -> Comparison:
     """Return the comparison without its ranks' parts, which are large."""
     return replace(
@@ -544,10 +562,10 @@ def _in_units_of_rounding(comparison: Comparison) -> float:
     return comparison.relative / eps * 3**0.5 if eps else 1.0
 
 
-def _without_measure(comparisons: Sequence[Comparison]) -> str:
+def _without_measure(comparisons: Sequence[Comparison], which: str) -> str:
     """Return what is to be said where no replay was made: what to add, and which modules add most to the error."""
     text = (
-        "Nothing measured what rounding may do: record one of the two runs again with replays, as in "
+        f"Nothing measured what rounding may do: record {which} again with replays, as in "
         "tpcheck.record(model, path, replays=2). Until then these are errors, not findings."
     )
     added = added_errors(comparisons)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import hypot, inf, isfinite, sqrt
 from typing import Literal
@@ -45,6 +45,7 @@ class Comparison:
         terms_error: Distance of the sum over TP ranks, where the ranks' parts may be terms; None where they may not.
         is_of_norms: The norms alone are compared.
         order: Place in the order of events.
+        deviation: By which rounding moves the tensor; None where no replay measured it.
     """
 
     key: Key
@@ -55,6 +56,7 @@ class Comparison:
     terms_error: float | None = None
     is_of_norms: bool = False
     order: int = 0
+    deviation: float | None = None
 
     @property
     def kind(self) -> str:
@@ -113,11 +115,6 @@ class Comparison:
     def relative_allowed(self) -> float:
         return relative(self.allowed or 0.0, self.expected.norm)
 
-    @property
-    def deviation(self) -> float | None:
-        """By which rounding moves the tensor, in either run."""
-        return larger_deviation(self.actual, self.expected)
-
     def wrong_ranks(self) -> tuple[int, ...]:
         """Return the ranks whose part is wrong; all of them where that cannot be told."""
         allowed = self.allowed or 0.0
@@ -163,10 +160,15 @@ def relative(error: float, norm: float) -> float:
     return error / norm if norm and isfinite(norm) else error
 
 
-def larger_deviation(actual: Whole, expected: Whole) -> float | None:
-    """Return the larger of the deviations; where one run's dtype is lower, its own, or None."""
-    if epsilon(actual.dtype) != epsilon(expected.dtype):
-        return max((actual, expected), key=lambda whole: epsilon(whole.dtype)).deviation
+def larger_deviation(actual: Whole, expected: Whole, eps: tuple[float, float] = (0.0, 0.0)) -> float | None:
+    """Return the larger of the deviations; where one run computes in a lower dtype, its own, or None.
+
+    Args:
+        eps: Machine epsilons of the lowest dtypes that the two runs compute in.
+    """
+    eps_a, eps_e = max(eps[0], epsilon(actual.dtype)), max(eps[1], epsilon(expected.dtype))
+    if eps_a != eps_e:
+        return actual.deviation if eps_a > eps_e else expected.deviation
     known = [whole.deviation for whole in (actual, expected) if whole.deviation is not None]
     return max(known, default=None)
 
@@ -192,13 +194,15 @@ def rounding(whole: Whole, *, is_stored: bool, eps: float) -> float:
     return whole.norm * eps * share if isfinite(whole.norm) else 0.0
 
 
-def allowed_error(actual: Whole, expected: Whole, *, is_stored: bool, scale: float = 1.0) -> float | None:
+def allowed_error(
+    actual: Whole, expected: Whole, deviation: float | None, *, is_stored: bool, scale: float = 1.0
+) -> float | None:
     """Return the largest error that passes; None where no replay measured what rounding does.
 
     Args:
+        deviation: By which rounding moves the tensor.
         scale: By how much further than in the replays the runs were apart before the step.
     """
-    deviation = larger_deviation(actual, expected)
     if deviation is None:
         return None
     eps = max(epsilon(actual.dtype), epsilon(expected.dtype))
@@ -225,6 +229,9 @@ class Comparer:
         names: How names of one run become those of the other.
         readings: Labels under which each parameter's weights agreed before the first step.
         not_compared: Why a tensor was not compared, by label.
+        doubtful: Losses that agree neither as means nor as sums over the calls, of runs with other numbers of calls: a
+            mistake only where gradients are wrong, too.
+        eps: Machine epsilons of the lowest dtypes that the two runs compute in, in the step that is compared.
     """
 
     actual: Run
@@ -232,13 +239,18 @@ class Comparer:
     names: NameMap
     readings: dict[str, tuple[str, str]] = field(default_factory=dict)
     not_compared: dict[str, str] = field(default_factory=dict)
+    doubtful: list[Comparison] = field(default_factory=list)
+    eps: tuple[float, float] = (0.0, 0.0)
 
     def table(self, run: Run, records_by_rank: Mapping[int, Sequence[TensorRecord]]) -> Table:
         """Return the records of all ranks by key, in the order of events."""
         is_actual = run is self.actual
+        is_finer = run.epsilon < max(self.actual.epsilon, self.expected.epsilon)
         table: dict[Key, dict[int, TensorRecord]] = {}
         for rank, records in records_by_rank.items():
             for record in records:
+                if is_finer:  # its rounding is less than the other run's
+                    record = replace(record, readings=tuple(replace(each, deviation=None) for each in record.readings))
                 name = self.names.renamed(record.name, is_actual=is_actual)
                 table.setdefault((record.kind, name, record.part, record.call), {})[rank] = record
         return table
@@ -288,8 +300,9 @@ class Comparer:
                 continue
             whole_a = stored(records_a, found.actual, self.actual.replicas)
             whole_e = stored(records_e, found.expected, self.expected.replicas)
-            allowed = allowed_error(whole_a, whole_e, is_stored=key[0] != "gradient", scale=scale)
-            compared.append(compare(key, whole_a, whole_e, allowed, order))
+            deviation = larger_deviation(whole_a, whole_e, self.eps)
+            allowed = allowed_error(whole_a, whole_e, deviation, is_stored=key[0] != "gradient", scale=scale)
+            compared.append(compare(key, whole_a, whole_e, allowed, order, deviation))
         compared += self._fused(actual, expected, kinds, len(compared))
         return compared
 
@@ -339,7 +352,10 @@ class Comparer:
                     continue
                 known = [part for part in parts_of if part is not None]
                 norm = hypot(*(part.norm for part in known))
-                pairs = [allowed_error(fused, part, is_stored=True) for part in known]
+                pairs = [
+                    allowed_error(fused, part, larger_deviation(fused, part, self.eps), is_stored=True)
+                    for part in known
+                ]
                 allowed = hypot(*(pair for pair in pairs if pair is not None)) if None not in pairs else None
                 for name in (label_of(each) for each in (key, *keys)):
                     self.not_compared.pop(name, None)
@@ -395,16 +411,31 @@ class Comparer:
             if not found.actual:
                 self._note(key, found.reason)
                 continue
-            is_keyed = -1 in dict(labels(records_a))[found.actual]
-            if not is_keyed and num_calls[0] != num_calls[1]:
+            whole_shape = dict(labels(records_a))[found.actual]
+            is_keyed = -1 in whole_shape
+            is_doubtful = not is_keyed and num_calls[0] != num_calls[1]
+            if is_doubtful:
                 self._note(key, "it has no rows of samples, and the models were called another number of times")
-                continue
+                if kind != "output" or whole_shape:
+                    continue
             factors = _factors(kind, is_keyed, shared, scales)
-            whole_a = computed(records_a, found.actual, groups_a, factors[0])
-            whole_e = computed(records_e, found.expected, groups_e, factors[1])
-            allowed = allowed_error(whole_a, whole_e, is_stored=False, scale=scale)
-            compared.append(compare(key, whole_a, whole_e, allowed, order))
+            copies = (copies_a, copies_e) if is_keyed else (len(groups_a), len(groups_e))
+            whole_a = computed(records_a, found.actual, groups_a, factors[0], copies[0])
+            whole_e = computed(records_e, found.expected, groups_e, factors[1], copies[1])
+            deviation = larger_deviation(whole_a, whole_e, self.eps)
+            allowed = allowed_error(whole_a, whole_e, deviation, is_stored=False, scale=scale)
+            comparison = compare(key, whole_a, whole_e, allowed, order, deviation)
+            if not is_doubtful:
+                compared.append(comparison)
+            elif comparison.is_wrong and not _are_sums(comparison, num_calls):
+                self.doubtful.append(comparison)
         return compared
+
+
+def _are_sums(comparison: Comparison, num_calls: tuple[int, int]) -> bool:
+    """Return whether numbers that differ as means over the calls agree as sums."""
+    actual, expected = comparison.actual.sketch.scaled(num_calls[0]), comparison.expected.sketch.scaled(num_calls[1])
+    return distance(actual, expected) <= (comparison.allowed or 0.0) * num_calls[1]
 
 
 def label_of(key: Key) -> str:
@@ -414,7 +445,14 @@ def label_of(key: Key) -> str:
     return text + (f" {part}" if part else "") + (f", call {call}" if call else "")
 
 
-def compare(key: Key, actual: Whole, expected: Whole, allowed: float | None, order: int = 0) -> Comparison:
+def compare(
+    key: Key,
+    actual: Whole,
+    expected: Whole,
+    allowed: float | None,
+    order: int = 0,
+    deviation: float | None = None,
+) -> Comparison:
     """Return the comparison of two wholes; an infinity or NaN on one side alone is an infinite error."""
     errors = tuple(
         inf if variant.sketch.nonfinite != expected.sketch.nonfinite else distance(variant.sketch, expected.sketch)
@@ -424,7 +462,7 @@ def compare(key: Key, actual: Whole, expected: Whole, allowed: float | None, ord
     may_be_terms = len(actual.variants) > 1 or any(part.is_term for part in actual.parts.values())
     if actual.is_replicated_over_tp and may_be_terms and not expected.sketch.nonfinite and key[0] in ACTIVATIONS:
         terms_error = distance(actual.sum_over_tp(), expected.sketch)
-    return Comparison(key, actual, expected, errors, allowed, terms_error, order=order)
+    return Comparison(key, actual, expected, errors, allowed, terms_error, order=order, deviation=deviation)
 
 
 def _of_groups(records: Records, groups: Sequence[Sequence[int]]) -> dict[int, TensorRecord]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 import warnings
@@ -27,6 +28,7 @@ from tpcheck.core.topology import Topology
 from tpcheck.numerics.recorder import eager
 from tpcheck.numerics.sketch import GlobalIndex
 from tpcheck.numerics.tensors import named_tensors
+from tpcheck.report import words
 from tpcheck.report.report import Report
 from tpcheck.runs.guard_findings import (
     BATCH,
@@ -209,6 +211,7 @@ class Guard(AbstractContextManager["Guard"]):
         self._pieces: dict[tuple[str, Any, Any], str] = {}
         self._right_at: dict[Label, int] = {}
         self._warned: set[Label] = set()
+        self._has_told_coverage = False
         self._experts = frozenset(
             unwrapped_name(name)
             for name, parameter in self._root.named_parameters()
@@ -336,7 +339,17 @@ class Guard(AbstractContextManager["Guard"]):
                 yield _Tensor(("buffer", unwrapped_name(name), ""), values, None, "local", frozenset({"tp"}))
 
     def _leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[_Tensor]:
-        for path, values in named_tensors({**{str(place): value for place, value in enumerate(args)}, **kwargs}):
+        """Yield what the model is called with, by the names of its arguments."""
+        positional = [
+            parameter.name
+            for parameter in inspect.signature(self._root.forward).parameters.values()
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ]
+        named = {
+            **{positional[place] if place < len(positional) else str(place): value for place, value in enumerate(args)},
+            **kwargs,
+        }
+        for path, values in named_tensors(named):
             if _is_strided(values) and not hasattr(values, "placements"):
                 yield _Tensor((BATCH, path, ""), values, "", "", frozenset({"tp"}))
 
@@ -410,6 +423,9 @@ class Guard(AbstractContextManager["Guard"]):
     def _write_log(self, outcome: Outcome, seconds: float, *, is_right: bool) -> None:
         if self._groups.rank != 0:
             return
+        if outcome.steps and not self._has_told_coverage:
+            self._has_told_coverage = True
+            _log.info("%s", coverage_line(outcome, self._not_compared))
         told = self._view.told_norm() if self._steps else None
         norm = outcome.norm if told is None else told
         rates = [group.options["lr"] for group in self._view.groups() if "lr" in group.options]
@@ -504,6 +520,19 @@ def log_line(
         *([f"lr {', '.join(dict.fromkeys(f'{float(rate):g}' for rate in rates))}"] if rates else []),
     ]
     return f"step {outcome.steps}: {compared}; {', '.join(numbers)}"
+
+
+def coverage_line(outcome: Outcome, not_compared: Mapping[str, str]) -> str:
+    """Return the line that says once what is compared and what is not."""
+    names: dict[str, list[str]] = {}
+    for name, reason in not_compared.items():
+        names.setdefault(reason, []).append(name)
+    parts = [
+        f"{outcome.num_tensors} tensors of this rank are compared",
+        f"{outcome.num_alone} are on no other rank (shards, partitions) or not known to be",
+        *(f"{words.join_truncated(of_reason, 3)}: {reason}" for reason, of_reason in names.items()),
+    ]
+    return "guard: " + "; ".join(parts)
 
 
 def _groups_of(model: Any, root: nn.Module, topology: Topology | None) -> LiveGroups:

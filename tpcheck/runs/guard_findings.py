@@ -84,7 +84,7 @@ def _number_finding(difference: Difference, step: int) -> Finding:
     where = {"step": step, "field": described(difference.label), "ranks": list(difference.ranks)}
     values = {f"rank {rank}": value for rank, value in sorted(difference.values.items())}
     evidence = {"values": values, **_since(difference, step)}
-    return exact_finding(REPLICAS, where, len(difference.ranks), ("rank", "differs", "differ"), None, evidence)
+    return exact_finding(REPLICAS, where, 1, ("number", "differs", "differ"), None, evidence)
 
 
 def _tensors_finding(found: Sequence[Difference], ranks: tuple[int, ...], step: int) -> Finding:

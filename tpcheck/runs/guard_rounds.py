@@ -75,7 +75,7 @@ _STATUS = struct.Struct("<QqqdB7x")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of a check, equal on every rank of the grid but for `num_tensors`.
+    """The result of a check, equal on every rank of the grid but for the numbers of tensors.
 
     Attributes:
         steps, calls_at_step: As of `Status`, of all ranks.
@@ -83,6 +83,7 @@ class Outcome:
         differences: What differs, on which ranks.
         not_finite: Gradients that are not.
         num_tensors: How many tensors this rank shares with others.
+        num_alone: How many it shares with none: shards, and partitions of ZeRO.
         not_compared: Why tensors are not, by name.
     """
 
@@ -92,6 +93,7 @@ class Outcome:
     differences: tuple[Difference, ...]
     not_finite: tuple[NotFinite, ...]
     num_tensors: int
+    num_alone: int
     not_compared: Mapping[str, str]
 
 
@@ -156,13 +158,16 @@ class Rounds:
         if world.flags & (_DIFFERS | _NOT_FINITE):
             found, all_not_finite = self._find(held, differing, not_finite, right_at)
         norm = None if isnan(world.squares) else sqrt(world.squares)
+        num_shared = self._num_shared(held)
+        num_tensors = sum(item.label[0] in TENSORS for item in items)
         return Outcome(
             world.steps,
             world.calls_at_step,
             norm,
             found,
             all_not_finite,
-            self._num_shared(held),
+            num_shared,
+            num_tensors - num_shared,
             self._not_compared(votes),
         )
 

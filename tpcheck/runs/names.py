@@ -35,11 +35,13 @@ class NameMap:
         actual: Patterns and replacements, as for `re.sub`, for names of the run that is judged, in their order.
         both: The same for names of both runs.
         fusions: What one run may have fused.
+        texts: As `--map` takes them.
     """
 
     actual: tuple[tuple[str, str], ...] = ()
     both: tuple[tuple[str, str], ...] = ()
     fusions: tuple[Fusion, ...] = ()
+    texts: tuple[str, ...] = ()
     _cache: dict[tuple[bool, str], str] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -60,6 +62,7 @@ class NameMap:
             actual,
             tuple(pair for each in maps for pair in each.both),
             tuple(fusion for each in maps for fusion in each.fusions),
+            (*(f"{pattern}={replacement}" for pattern, replacement in actual), *ready),
         )
 
     def renamed(self, name: str, *, is_actual: bool) -> str:

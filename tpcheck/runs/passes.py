@@ -119,6 +119,7 @@ class Pass:
         places: Finds how outputs lie in the whole.
         is_training: `model.training`.
         generators: Digests of the states of the generators before the call.
+        autocast: The dtype of autocast on the model's device; empty without.
         tensors: What was computed, by key.
         loss: The loss that the model returned, still on its device.
         has_backward: Whether a backward pass has reached any output.
@@ -134,6 +135,7 @@ class Pass:
     places: ActivationPlaces
     is_training: bool
     generators: Mapping[str, str]
+    autocast: str = ""
     tensors: dict[Key, PendingTensor] = field(default_factory=dict)
     loss: torch.Tensor | None = None
     has_backward: bool = False
@@ -152,7 +154,10 @@ class Pass:
             for path, leaf in named
         }
         places = ActivationPlaces(BatchShape.of([leaf.detach() for _, leaf in named]), tp, tp_rank)
-        return cls(args, kwargs, leaves, places, model.training, generator_digests())
+        device = next(model.parameters()).device.type
+        autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
+        autocast = autocast.removeprefix("torch.")
+        return cls(args, kwargs, leaves, places, model.training, generator_digests(), autocast)
 
     @classmethod
     def like(cls, recorded: Pass) -> Pass:

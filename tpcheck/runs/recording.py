@@ -157,7 +157,10 @@ class Recorder(AbstractContextManager["Recorder"]):
             if kind is None:
                 self._end_step()
                 if any(each.has_backward for each in self._passes):
+                    self._repeat_passes()
                     self._write_step(has_update=False)
+                else:
+                    self._replays.decline()
                 if not self._num_passes:
                     raise UsageError("model", self._source, "a model that is called inside the context, with gradients")
                 not_recorded = {**self._view.not_viewed(), **self._replays.not_measured}
@@ -298,7 +301,7 @@ class Recorder(AbstractContextManager["Recorder"]):
                 loss_scale=self._view.loss_scale(),
                 is_skipped=is_skipped,
                 num_evaluations=self._num_evaluations + len(self._passes) - len(passes),
-                inner_dtype=self._replays.inner_dtype,
+                autocast=next((each.autocast for each in passes if each.autocast), ""),
             )
             self._writer.write_step(replace(record, gradient_norm=_norm(record.tensors)))
         self._number += has_update

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Any
 
 import torch
@@ -292,11 +292,20 @@ class Replays:
         deviations: dict[Key, Sequence[float]] = {}
         for key, base in unperturbed.items():
             moved = [
-                max((distance(each[key][place], sketch) for each in perturbed if key in each), default=0.0)
+                max([self._flips(sketch), *(distance(each[key][place], sketch) for each in perturbed if key in each)])
                 for place, sketch in enumerate(base)
             ]
             deviations[key] = [distance * shrinking for distance in moved] if key[0] == "gradient" else moved
         return deviations
+
+    def _flips(self, sketch: Sketch) -> float:
+        """Return what one element adds that rounds the other way in a lower dtype inside (norms that cast to float32).
+
+        Rounding in float64 makes that happen once in a billion casts: a replay does not show it.
+        """
+        if not self.inner_dtype or not sketch.numel or not isfinite(sketch.sum_squares):
+            return 0.0
+        return torch.finfo(getattr(torch, self.inner_dtype)).eps * sqrt(sketch.sum_squares / sketch.numel)
 
     @staticmethod
     def _shrinking(unperturbed: Mapping[Key, Sequence[Sketch]], gradients: Sequence[PendingTensor]) -> float:
@@ -415,8 +424,7 @@ class Replays:
         """Return whether all ranks that repeat together have come to this step; the same answer on all that have."""
         if len(self._together) == 1:
             return True
-        store = dist.distributed_c10d._get_default_store()
-        key = f"tpcheck/replays/{self._together[0]}/{self._round()}"
+        store, key = self._next_round()
         if store.add(f"{key}/here", 1) == len(self._together):
             return bool(store.compare_set(f"{key}/decision", "", "go") == b"go")
         deadline = time.monotonic() + SECONDS_TO_WAIT
@@ -426,10 +434,17 @@ class Replays:
             time.sleep(0.001)
         return bool(store.compare_set(f"{key}/decision", "", "stop") == b"go")
 
-    def _round(self) -> int:
-        """Return the number of this replay in this process, counted in the store as several recordings may follow."""
+    def decline(self) -> None:
+        """Let the ranks that want to repeat passes at the end of the recording do without: this rank has none."""
+        if self.number and len(self._together) > 1 and "replays" not in self.not_measured:
+            store, key = self._next_round()
+            store.compare_set(f"{key}/decision", "", "stop")
+
+    def _next_round(self) -> tuple[Any, str]:
+        """Return the store, and the prefix of this replay's keys; rounds are counted in it, as recordings may follow."""
         store = dist.distributed_c10d._get_default_store()
-        return int(store.add(f"tpcheck/replays/rank {dist.get_rank()}", 1))
+        number = store.add(f"tpcheck/replays/rank {dist.get_rank()}", 1)
+        return store, f"tpcheck/replays/{self._together[0]}/{number}"
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from tpcheck.core.findings import Finding
 from tpcheck.numerics.sketch import GlobalIndex, Sketch, row_keys, sketch
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, LOCAL_FACTOR, LOW_PRECISION, SAFETY_FACTOR, TYPICAL_NOISE
 from tpcheck.runs.alignment import AlignedStep, Run
-from tpcheck.runs.comparisons import Comparer, Comparison, Table, margin
+from tpcheck.runs.comparisons import Comparer, Comparison, Table, label_of, margin
 from tpcheck.runs.exact_checks import (
     BeforeAndAfter,
     differing_options,
@@ -178,12 +178,22 @@ def loss_scales(step: AlignedStep) -> tuple[float, float]:
 
 def outputs_match(context: StepContext) -> Answer:
     """Compare the outputs of all modules, the loss among them."""
+    context.comparer.doubtful = []
     comparisons, not_compared = _computed(context, "output")
     wrong = wrong_places(comparisons)
     permuted = [each for each in wrong if may_be_permuted(each, comparisons)]
     not_compared |= {each.label: _PERMUTED for each in permuted}
     findings = _first_place(context, OUTPUTS, comparisons, [each for each in wrong if each not in permuted])
     return Answer.of(OUTPUTS, context.number, comparisons, findings, not_compared, permuted)
+
+
+def doubtful_losses(context: StepContext, outputs: Answer) -> Answer:
+    """Return the answer about outputs where gradients are wrong, too: with the losses that are wrong however read."""
+    doubtful = context.comparer.doubtful
+    findings = _first_place(context, OUTPUTS, doubtful, doubtful)
+    labels = {label_of(each.key) for each in doubtful}
+    not_compared = {name: reason for name, reason in outputs.not_compared.items() if name not in labels}
+    return replace(outputs, findings=tuple(findings), not_compared=not_compared)
 
 
 _PERMUTED = "its columns lie in another order over the ranks (a fused layer), as its norm and what follows from it show"

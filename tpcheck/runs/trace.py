@@ -149,7 +149,7 @@ class StepRecord:
         loss_scale: By which losses are multiplied; 1 without.
         is_skipped: The optimizer's step was skipped because of infinite gradients.
         num_evaluations: Calls of the model without a backward pass, which are not recorded.
-        inner_dtype: The lowest dtype that was computed in, where replays have shown it; else empty.
+        autocast: The dtype of autocast in its passes; empty without.
     """
 
     number: int
@@ -162,7 +162,7 @@ class StepRecord:
     loss_scale: float = 1.0
     is_skipped: bool = False
     num_evaluations: int = 0
-    inner_dtype: str = ""
+    autocast: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,7 @@ class Whole:
         groups: The TP groups whose parts these are.
         deviation: By which rounding moves the whole; None where that was not measured.
         factor: By what sums over the ranks were multiplied.
+        copies: How often each element was added up.
     """
 
     label: str
@@ -68,6 +69,7 @@ class Whole:
     groups: tuple[tuple[int, ...], ...]
     deviation: float | None
     factor: float = 1.0
+    copies: int = 1
 
     @property
     def sketch(self) -> Sketch:
@@ -80,8 +82,8 @@ class Whole:
 
     @property
     def norm(self) -> float:
-        """Its Frobenius norm: exact for a parameter's tensor, an estimate for a sum over replicas."""
-        return sqrt(max(0.0, self.sketch.sum_squares)) if self.factor == 1.0 else self.sketch.norm
+        """Its Frobenius norm, exact: squares add up over rows, and over copies as often as there are some."""
+        return sqrt(max(0.0, self.sketch.sum_squares * self.copies))
 
     @property
     def pieces(self) -> dict[str, tuple[int, ...]]:
@@ -175,8 +177,8 @@ def _added_up(parts: Mapping[int, Part], groups: Sequence[Sequence[int]]) -> dic
     return sums
 
 
-def computed(records: Records, label: str, groups: Sequence[Sequence[int]], factor: float) -> Whole:
-    """Return a tensor that is a sum over TP groups, each of which has other samples, times `factor`."""
+def computed(records: Records, label: str, groups: Sequence[Sequence[int]], factor: float, copies: int = 1) -> Whole:
+    """Return a tensor that is a sum over TP groups, times `factor`; each sample is there `copies` times."""
     parts = parts_of(records, label)
     bases, variants_of, deviations_of = [], [], []
     for group in groups:
@@ -195,7 +197,7 @@ def computed(records: Records, label: str, groups: Sequence[Sequence[int]], fact
     ]
     deviation = _hypot(deviations_of)
     scaled = None if deviation is None else deviation * factor
-    return _whole(records, label, groups, parts, total(bases).scaled(factor), variants, scaled, factor)
+    return _whole(records, label, groups, parts, total(bases).scaled(factor), variants, scaled, factor, copies)
 
 
 def parts_of(records: Records, label: str) -> dict[int, Part]:
@@ -233,6 +235,7 @@ def _whole(
     variants: Sequence[Variant],
     deviation: float | None,
     factor: float = 1.0,
+    copies: int = 1,
 ) -> Whole:
     first = next(iter(records.values()))
     reading = reading_of(first, label)
@@ -248,6 +251,7 @@ def _whole(
         tuple(map(tuple, groups)),
         deviation,
         factor,
+        copies,
     )
 
 

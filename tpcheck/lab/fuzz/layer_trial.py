@@ -30,9 +30,9 @@ def laid_out(tensor: torch.Tensor, strides: str) -> torch.Tensor:
     """
     if strides == "expanded" and tensor.numel():  # all elements are equal
         return tensor.reshape(-1)[:1].reshape((1,) * tensor.dim()).expand(tensor.shape)
-    if strides == "transposed" and tensor.dim() > 1:
-        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
-    return tensor.repeat_interleave(2, dim=-1)[..., ::2] if strides in ("sliced", "transposed") else tensor.contiguous()
+    if strides == "transposed":  # a vector has no other dim
+        return tensor.mT.contiguous().mT if tensor.dim() > 1 else laid_out(tensor, "sliced")
+    return tensor.repeat_interleave(2, dim=-1)[..., ::2] if strides == "sliced" else tensor.contiguous()
 
 
 @dataclass(frozen=True, slots=True)
