@@ -12,7 +12,6 @@ from math import gcd
 from tpcheck.core.errors import UsageError
 from tpcheck.runs.trace import PassRecord, RankTrace, StepRecord
 from tpcheck.runs.trace_files import numbers_of
-from tpcheck.runs.wholes import epsilon
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +53,6 @@ class Run:
     @property
     def first(self) -> RankTrace:
         return self.ranks[self.replicas[0][0]]
-
-    @property
-    def epsilon(self) -> float:
-        """Machine epsilon of the lowest dtype that it computes in: of its parameters, or of autocast."""
-        steps = self.first.steps
-        dtypes = (self.first.dtype, *([steps[0].autocast] if len(steps) and steps[0].autocast else []))
-        return max(epsilon(dtype) for dtype in dtypes)
 
     @property
     def tp(self) -> int:

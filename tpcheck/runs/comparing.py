@@ -543,7 +543,7 @@ class _RunsComparison:
 def lowest_epsilon(steps: Mapping[int, StepRecord]) -> float:
     """Return the machine epsilon of the lowest dtype that a step was computed in, as under autocast."""
     step = next(iter(steps.values()))
-    dtypes = {record.dtype for record in step.tensors if record.kind in ("output", "weight")} | {step.inner_dtype}
+    dtypes = {record.dtype for record in step.tensors if record.kind in ("output", "weight")} | {step.autocast}
     return max(epsilon(dtype) for dtype in dtypes)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from math import hypot, inf, isfinite, sqrt
 from typing import Literal
@@ -245,12 +245,9 @@ class Comparer:
     def table(self, run: Run, records_by_rank: Mapping[int, Sequence[TensorRecord]]) -> Table:
         """Return the records of all ranks by key, in the order of events."""
         is_actual = run is self.actual
-        is_finer = run.epsilon < max(self.actual.epsilon, self.expected.epsilon)
         table: dict[Key, dict[int, TensorRecord]] = {}
         for rank, records in records_by_rank.items():
             for record in records:
-                if is_finer:  # its rounding is less than the other run's
-                    record = replace(record, readings=tuple(replace(each, deviation=None) for each in record.readings))
                 name = self.names.renamed(record.name, is_actual=is_actual)
                 table.setdefault((record.kind, name, record.part, record.call), {})[rank] = record
         return table

@@ -441,7 +441,7 @@ class Replays:
             store.compare_set(f"{key}/decision", "", "stop")
 
     def _next_round(self) -> tuple[Any, str]:
-        """Return the store, and the prefix of this replay's keys; rounds are counted in it, as recordings may follow."""
+        """Return the store, and the prefix of this replay's keys; rounds are counted there: recordings may follow."""
         store = dist.distributed_c10d._get_default_store()
         number = store.add(f"tpcheck/replays/rank {dist.get_rank()}", 1)
         return store, f"tpcheck/replays/{self._together[0]}/{number}"
