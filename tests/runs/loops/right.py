@@ -191,12 +191,7 @@ TRANSFORMERS = (
 
 TORCH = (
     right("DTensor plan: llama", DTensorTp),
-    right(
-        "DTensor plan: sequence parallelism",
-        huggingface.DTensorSequence,
-        accumulate=2,
-        xfail="a Partial gradient of a norm is read as replicas",
-    ),
+    right("DTensor plan: sequence parallelism", huggingface.DTensorSequence, accumulate=2),
     right("FSDP2", DTensorTp, DP2, accumulate=2, **momentum),
     right("FSDP2 over a DTensor plan, each replica its half", DTensorTp, TP2_DP2, accumulate=2, **momentum),
     right("FSDP2 over a DTensor plan, each replica the whole batch", huggingface.WholeBatchOnEachReplica, TP2_DP2),
@@ -240,14 +235,7 @@ DEEPSPEED = (
 )
 
 MEGATRON = (
-    right(
-        "Megatron",
-        Megatron,
-        dtype=torch.float32,
-        agreement=1e-5,
-        **momentum,
-        xfail="the output of fused gate and up projections is read as one block",
-    ),
+    right("Megatron", Megatron, dtype=torch.float32, agreement=1e-5, **momentum),
     right(
         "Megatron, sequence parallelism",
         Megatron,

@@ -194,7 +194,7 @@ LIVE = (
             agreement=1e-5,
             zero=zero,
             accumulate=2,
-            xfail="caught, but last_micro_batch_only is not named: the engine empties gradients between its backward passes",
+            xfail="caught, but last_micro_batch_only is not named: the engine keeps no gradient between passes",
         )
         for zero in (1, 2)
     ),
