@@ -73,8 +73,8 @@ class ActivationPlaces:
     batch: BatchShape
     tp: int
     tp_rank: int
+    is_sequence_first: bool = False  # positions come before samples, as in Megatron
     _rows: dict[tuple[str, int, int], RowKeys] = field(default_factory=dict)
-    _is_sequence_first: bool = False
 
     def places(self, tensor: torch.Tensor) -> tuple[Place, ...]:
         """Return every way in which a plain local tensor may lie in the whole; the first takes it as all of it."""
@@ -135,13 +135,14 @@ class ActivationPlaces:
             for positions, is_slice in ((length, False), (local, True)):
                 if is_slice and local == length:
                     break
-                if shape[:2] == (number, positions):
+                is_ambiguous = number == positions and self.is_sequence_first
+                if shape[:2] == (number, positions) and not is_ambiguous:
                     return self._cached("samples", positions, is_slice), 2, is_slice
                 if shape[:2] == (positions, number):
-                    self._is_sequence_first = True
+                    self.is_sequence_first = True
                     return self._cached("positions", positions, is_slice), 2, is_slice
                 if shape[0] == number * positions:
-                    order = "positions" if self._is_sequence_first else "samples"
+                    order = "positions" if self.is_sequence_first else "samples"
                     return self._cached(order, positions, is_slice), 1, is_slice
         if shape[0] == number:
             return self._cached("samples", 1, False), 1, False

@@ -153,7 +153,9 @@ class Pass:
             path.removeprefix(f"{len(args)}."): (_dtype(leaf), tuple(leaf.shape), start_digests([leaf.detach()]))
             for path, leaf in named
         }
-        places = ActivationPlaces(BatchShape.of([leaf.detach() for _, leaf in named]), tp, tp_rank)
+        is_sequence_first = any(type(module).__module__.startswith("megatron.core.") for module in model.modules())
+        batch = BatchShape.of([leaf.detach() for _, leaf in named])
+        places = ActivationPlaces(batch, tp, tp_rank, is_sequence_first=is_sequence_first)
         device = next(model.parameters()).device.type
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
         autocast = autocast.removeprefix("torch.")

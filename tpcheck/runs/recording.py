@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from math import sqrt
@@ -34,6 +34,7 @@ from tpcheck.runs.passes import (
     PendingTensor,
     finished,
     is_in_backward,
+    local_values,
     loss_in,
     merged,
     views_of,
@@ -108,6 +109,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._current: Pass | None = None
         self._passes: list[Pass] = []
         self._accumulated: list[PendingTensor] = []
+        self._sums: dict[str, torch.Tensor] = {}
+        self._sum_hooks: list[Any] = []
         self._gradients: dict[Key, PendingTensor] = {}
         self._has_stepped = False
         self._options_of_step: dict[tuple[str, ...], ParameterGroup] = {}
@@ -233,9 +236,26 @@ class Recorder(AbstractContextManager["Recorder"]):
         number = len(self._passes)
         if not any(each.has_backward for each in self._passes):
             return
-        for part in self._view.accumulated():
+        parts = list(self._view.accumulated()) or self._accumulated_by_hooks()
+        for part in parts:
             if part.values.numel() <= MOST_ELEMENTS_ACCUMULATED and self._options.has_parameter(part.name):
                 self._accumulated.append(self._pending(part, kind="accumulated", part_name=str(number)))
+
+    def _accumulated_by_hooks(self) -> list[Part]:
+        """Return the sums of what came back to small parameters, where an engine takes gradients away as they come."""
+        return [
+            replace(part, kind="accumulated", values=self._sums[part.name])
+            for part in self._view.weights()
+            if part.name in self._sums and self._sums[part.name].shape == part.values.shape
+        ]
+
+    def _sum_gradient(self, name: str) -> Callable[[torch.Tensor], None]:
+        def hook(gradient: torch.Tensor) -> None:
+            if not self._is_paused and self._is_recording:
+                local = local_values(gradient.detach())
+                self._sums[name] = self._sums[name] + local if name in self._sums else local.clone()
+
+        return hook
 
     # ---- steps of the optimizer
 
@@ -282,9 +302,18 @@ class Recorder(AbstractContextManager["Recorder"]):
         if is_recorded and self._hooks is None:
             is_full = self._options.tensors == "full"
             self._hooks = ModuleHooks(self._names, lambda: self._current, lambda: self._passes, is_full=is_full)
+            for name, parameter in self._root.named_parameters():
+                name = unwrapped_name(name)
+                is_small = 0 < parameter.numel() <= MOST_ELEMENTS_ACCUMULATED and parameter.requires_grad
+                if is_small and self._view.weights_follow_the_hook and self._options.has_parameter(name):
+                    handle: Any = parameter.register_hook(self._sum_gradient(name))  # type: ignore[no-untyped-call]
+                    self._sum_hooks.append(handle)
         elif not is_recorded and self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
+            for handle in self._sum_hooks:
+                handle.remove()
+            self._sum_hooks.clear()
 
     def _write_step(self, *, has_update: bool, is_skipped: bool = False) -> None:
         """Write the step that is over, if it is one of those that are recorded, and forget it."""
@@ -306,7 +335,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             self._writer.write_step(replace(record, gradient_norm=_norm(record.tensors)))
         self._number += has_update
         self._passes, self._accumulated, self._has_stepped = [], [], False
-        self._gradients, self._options_of_step = {}, {}
+        self._gradients, self._options_of_step, self._sums = {}, {}, {}
         self._num_evaluations = 0
         self._num_skipped = self._view.num_skipped()
         self._replays.forget()
