@@ -33,11 +33,17 @@ def test_a_good_configuration_has_no_problems() -> None:
         ({"tensor_parallel": None}, "tensor_parallelism_is_off"),
         ({"tensor_parallel": {"autotp_size": 2, "preset_model": "lama"}}, "preset_is_unknown"),
         ({"tensor_parallel": {"autotp_size": 2, "preset_model": "bloom"}}, "preset_comes_before_the_model_s_plan"),
-        ({"zero_optimization": {"stage": 1}}, "saved_model_is_one_shard"),
+        ({"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 4}, "saved_model_is_one_shard"),
     ],
 )
 def test_a_rule_reports_its_configuration(change: dict[str, Any], rule: str) -> None:
     assert rules(GOOD | change) == [rule]
+
+
+@pytest.mark.parametrize(("stage", "is_said"), [(0, False), (1, True), (2, True), (3, False)])
+def test_at_zero_1_and_2_configured_for_one_backward_pass_only_the_last_counts(stage: int, is_said: bool) -> None:
+    found = rules(GOOD | {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": 1})
+    assert ("only_the_last_backward_pass_counts" in found) is is_said
 
 
 def test_clipping_that_is_not_set_is_on() -> None:
@@ -60,6 +66,7 @@ def test_every_rule_is_named_after_its_function() -> None:
         for advice in (
             *config_advice(everything),
             *config_advice({"tensor_parallel": {"preset_model": "phi3", "autotp_size": 2}}),
+            *config_advice({"zero_optimization": {"stage": 1}}),
         )
     }
     assert seen == {rule.__name__ for rule in RULES}

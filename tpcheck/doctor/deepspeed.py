@@ -135,6 +135,21 @@ def saved_model_is_one_shard(config: Config) -> Problems:
         )
 
 
+def only_the_last_backward_pass_counts(config: Config) -> Problems:
+    """ZeRO 1 and 2 start to accumulate anew at each backward pass at which they expect to step.
+
+    Measured with deepspeed 0.19.8, two backward passes and one step: ZeRO 1 and 2 apply the gradients of the last pass
+    alone (to 4e-8), ZeRO 0 and 3 the sum of both.
+    """
+    stage, passes = zero_stage(config), config.get("gradient_accumulation_steps", 1)
+    if stage in (1, 2) and passes == 1:
+        yield (
+            "with gradient_accumulation_steps 1, a loop with several backward passes before each engine.step() trains "
+            f"on the last one alone at ZeRO {stage} (on their sum at ZeRO 0 and 3)",
+            "set gradient_accumulation_steps to the number of backward passes, and call engine.step() after each",
+        )
+
+
 def unknown_keys_are_ignored(config: Config) -> Problems:
     """A key that DeepSpeed does not read at the top of the configuration has no effect."""
     for key in config:
@@ -174,6 +189,7 @@ RULES = (
     preset_comes_before_the_model_s_plan,
     clipping_is_on_unless_set,
     saved_model_is_one_shard,
+    only_the_last_backward_pass_counts,
 )
 
 
