@@ -138,7 +138,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         starts = exchange_starts(mine, groups.rank, groups.tp)
         self._tp_rank = groups.tp.index(groups.rank)
         self._places = ParameterPlaces(self._tp_rank, starts)
-        self._replays = Replays(self._root, self._view, self._options.replays, self._names, groups.tp)
+        self._replays = Replays(self._root, self._view, self._options.replays, self._names, groups.tp, starts[0].run)
         self._writer = TraceWriter(self._path, self._header(), run_id=starts[0].run)
         handles = [
             self._root.register_forward_pre_hook(eager(self._before_call), with_kwargs=True, prepend=True),

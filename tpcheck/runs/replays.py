@@ -59,6 +59,7 @@ class Replays:
         number: int,
         names: Mapping[nn.Module, str],
         tp_group: Sequence[int],
+        run: str,
     ) -> None:
         self.number = number
         self.deviations: dict[Key, Sequence[float]] | None = None
@@ -69,6 +70,8 @@ class Replays:
         self._view = view
         self._names = names
         self._together = tuple(tp_group)
+        self._run = run
+        self._rounds = 0
         self._twins: dict[str, nn.Parameter] | None = None
         self._last_step = -1
         self._last_moves: dict[Key, float] = {}
@@ -441,10 +444,10 @@ class Replays:
             store.compare_set(f"{key}/decision", "", "stop")
 
     def _next_round(self) -> tuple[Any, str]:
-        """Return the store, and the prefix of this replay's keys; rounds are counted there: recordings may follow."""
+        """Return the store, and the prefix of this replay's keys."""
+        self._rounds += 1
         store = dist.distributed_c10d._get_default_store()
-        number = store.add(f"tpcheck/replays/rank {dist.get_rank()}", 1)
-        return store, f"tpcheck/replays/{self._together[0]}/{number}"
+        return store, f"tpcheck/replays/{self._run}/{self._together[0]}/{self._rounds}"
 
 
 @contextmanager
