@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+import tpcheck
 from tpcheck.core.errors import UsageError
 from tpcheck.runs.names import NameMap, parse_maps
 
@@ -54,3 +55,9 @@ def test_a_map_that_is_none_is_refused_with_what_is_accepted(value: str) -> None
 
 def test_without_patterns_names_stay() -> None:
     assert NameMap().renamed("model.norm.weight", is_actual=True) == "model.norm.weight"
+
+
+@pytest.mark.parametrize("names", [3, "hf-megatron"])
+def test_names_that_are_no_map_are_refused(names: object) -> None:
+    with pytest.raises(UsageError, match="names of ready maps"):
+        tpcheck.compare_traces("a", "b", names=names)  # type: ignore[arg-type]

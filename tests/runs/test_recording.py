@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 import tpcheck
-from tpcheck import UsageError
+from tpcheck import Rank, RankFailure, UsageError, spawn
 from tpcheck.numerics.sketch import distance, sketch
 from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
 from tpcheck.runs.trace_files import read_trace
@@ -331,7 +331,14 @@ def test_autocast_is_repeated_in_bfloat16(recorded: Any) -> None:
         ({"replays": -1}, "a number of replays"),
         ({"tensors": "whole"}, "'sketch' or 'full'"),
         ({"steps": 7}, "a range or another container"),
+        ({"steps": "all"}, "a range or another container"),
+        ({"steps": []}, "at least one step"),
+        ({"steps": {-1}}, "at least one step"),
         ({"modules": [1]}, "a pattern of module names"),
+        ({"modules": None}, "a pattern of module names"),
+        ({"modules": []}, "a pattern of module names"),
+        ({"modules": "layers.*"}, "a pattern that matches modules of Model"),
+        ({"topology": 2}, r"a tpcheck\.Topology"),
         ({"topology": tpcheck.Topology(tp=2)}, "as torch.distributed is not initialised"),
     ],
 )
@@ -353,3 +360,76 @@ def test_a_model_that_is_never_called_is_bad_usage(recorded: Any) -> None:
 def test_an_optimizer_of_another_model_is_refused(recorded: Any) -> None:
     with pytest.raises(UsageError, match="an optimizer of this model's parameters"):
         recorded(model(), optimizer=torch.optim.SGD(model().parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("path", [None, 3, "a\0b"])
+def test_a_path_that_is_none_is_refused(path: Any) -> None:
+    with pytest.raises(UsageError, match=r"path=.*expected a new path"):
+        tpcheck.record(model(), path)
+
+
+def test_a_frozen_model_is_bad_usage(recorded: Any) -> None:
+    with pytest.raises(UsageError, match="with gradients"):
+        recorded(model().requires_grad_(False), loop=lambda trained: trained(tokens(0)))
+
+
+def test_an_empty_batch_is_recorded(recorded: Any) -> None:
+    trained = model()
+    trace = recorded(trained, loop=lambda trained: trained(tokens(0, samples=0)).sum().backward(), replays=1)
+    assert next(tensor.shape for tensor in trace.steps[0].tensors if tensor.kind == "output") == (0, 6, 8)
+
+
+def test_a_model_is_recorded_once_at_a_time(tmp_path: Path) -> None:
+    trained = model()
+    inner = tpcheck.record(trained.blocks, tmp_path / "inner.trace")
+    with tpcheck.record(trained, tmp_path / "run.trace"):
+        with pytest.raises(UsageError, match=r"no other tpcheck\.record records a part"):
+            inner.__enter__()
+        train(trained)
+    with tpcheck.record(trained.blocks, tmp_path / "inner.trace"):
+        train(trained)
+
+
+def test_a_context_that_is_entered_again_counts_from_0(tmp_path: Path) -> None:
+    trained = model()
+    context = tpcheck.record(trained, tmp_path / "run.trace")
+    for _ in range(2):
+        with context:
+            train(trained)
+    [trace] = read_trace(tmp_path / "run.trace")
+    assert [step.number for step in trace.steps] == [0, 1]
+
+
+def test_a_guard_does_not_count_replays(tmp_path: Path) -> None:
+    trained, logged = model(), list[dict[str, float]]()
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=0.01)
+    with (
+        tpcheck.record(trained, tmp_path / "run.trace", optimizer=optimizer, replays=2),
+        tpcheck.guard(trained, optimizer=optimizer, every=2, log=logged.append),
+    ):
+        train(trained, steps=5, optimizer=optimizer)
+    assert [numbers["step"] for numbers in logged] == [0, 1, 2, 4]
+
+
+@pytest.mark.tpcheck(dp=2)
+def test_a_distributed_data_parallel_needs_no_topology_and_may_leave_outputs_unused(
+    tp_rank: Rank, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    class Pair(Model):
+        def forward(self, tokens: torch.Tensor) -> Any:
+            logits = super().forward(tokens)
+            return logits, logits.sum()
+
+    torch.manual_seed(0)
+    trained = nn.parallel.DistributedDataParallel(Pair().double(), find_unused_parameters=True)
+    with tpcheck.record(trained, tmp_path_factory.mktemp("ddp") / "run.trace", replays=1):
+        trained(tokens(tp_rank.dp_rank))[1].backward()
+
+
+def test_a_model_that_no_library_shards_needs_a_topology(tmp_path: Path) -> None:
+    with spawn(tpcheck.Topology(dp=2)) as world, pytest.raises(RankFailure, match=r"topology=None.*no framework"):
+        world.run(record_without_topology, str(tmp_path / "run.trace"))
+
+
+def record_without_topology(rank: Rank, path: str) -> None:
+    tpcheck.record(model(), path)

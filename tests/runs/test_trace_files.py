@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -546,3 +547,18 @@ def test_a_header_that_lies_about_its_tensors_is_refused(tmp_path):
     path.write_bytes((1 << 63).to_bytes(8, "little") + data[8:])
     with pytest.raises(TpcheckError, match="has a header of 9223372036854775808 bytes"):
         read_all(tmp_path)
+
+
+def test_tiles_that_are_not_numbers_are_refused(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "rank_00000.step_00000000.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-8] + struct.pack("<d", math.nan))
+    with pytest.raises(TpcheckError, match="elements that are not numbers"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize("path", [None, [], [None], 3])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(UsageError, match="the folder of a trace, or those of several nodes"):
+        read_trace(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,13 +111,6 @@ def begin(callback: tpcheck.TpcheckCallback, steps: int) -> nn.Module:
     return model
 
 
-@pytest.fixture
-def without_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process has no groups whose batches could be compared."""
-    monkeypatch.setenv("TPCHECK", "0")
-
-
-@pytest.mark.usefixtures("without_batches")
 def test_the_end_of_a_training_ends_its_trace(tmp_path: Path) -> None:
     logged: list[dict[str, float]] = []
     trace = tmp_path / "run.trace"
@@ -128,7 +122,6 @@ def test_the_end_of_a_training_ends_its_trace(tmp_path: Path) -> None:
     assert tpcheck.compare_traces(trace, trace).passed
 
 
-@pytest.mark.usefixtures("without_batches")
 def test_a_training_that_raises_leaves_a_trace_that_reads_and_no_hooks_once_another_begins(tmp_path: Path) -> None:
     trace = tmp_path / "run.trace"
     callback = tpcheck.TpcheckCallback(record=trace, guard=1)
@@ -138,7 +131,6 @@ def test_a_training_that_raises_leaves_a_trace_that_reads_and_no_hooks_once_anot
     callback.close()
 
 
-@pytest.mark.usefixtures("without_batches")
 def test_a_callback_that_is_dropped_removes_its_hooks(tmp_path: Path) -> None:
     trace = tmp_path / "run.trace"
     model = begin(tpcheck.TpcheckCallback(record=trace, guard=1), steps=3)
@@ -149,3 +141,15 @@ def test_a_callback_that_is_dropped_removes_its_hooks(tmp_path: Path) -> None:
 def test_a_record_without_a_path_is_refused() -> None:
     with pytest.raises(UsageError, match="with `path`"):
         tpcheck.TpcheckCallback(record={"steps": [0]})
+
+
+@pytest.mark.parametrize("record", [3, {}, {"path": "x", "model": None}, {"path": "x", "pth": "y"}])
+def test_a_record_that_is_wrong_is_refused_before_the_training(record: Any) -> None:
+    with pytest.raises(UsageError, match=r"record=.*a path, or a dict"):
+        tpcheck.TpcheckCallback(record=record)
+
+
+@pytest.mark.parametrize("guard", [0, True, "100", {"evry": 2}])
+def test_a_guard_that_is_wrong_is_refused_before_the_training(guard: Any) -> None:
+    with pytest.raises(UsageError, match=r"guard=.*a positive number of steps, or a dict"):
+        tpcheck.TpcheckCallback(guard=guard)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tpcheck import Rank, RankFailure, Topology, World, spawn
-from tpcheck.world.exchange import PeerAborted, PeerLost, PeerSockets
+from tpcheck.world.exchange import Exchange, PeerAborted, PeerLost, PeerSockets
 
 
 @pytest.fixture(scope="module")
@@ -253,3 +253,24 @@ def test_send_does_not_wait_for_a_rank_that_reads_nothing(socket_pair: tuple[Pee
     start = time.monotonic()
     peers.send(bytes(1 << 22))
     assert time.monotonic() - start < 2
+
+
+class LateWork:
+    """Is done just after the first look."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def wait(self, timeout: object) -> None:
+        self.looks += 1
+        if self.looks == 1:
+            raise RuntimeError("Timed out waiting 300ms for recv operation to complete")
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def test_work_that_is_done_just_after_the_last_look_is_no_failure() -> None:
+    work = LateWork()
+    Exchange((0,), axis="tp", timeout=1)._wait_for_gloo(work)
+    assert work.looks == 2

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
@@ -78,6 +79,44 @@ def live_groups(*, group: Any = None, topology: Topology | None = None, model: A
         "a TP group: no framework has created one. Pass group= or topology=tpcheck.Topology(tp=..., dp=...), or call "
         "this after transformers, DeepSpeed, accelerate or Megatron is initialised",
     )
+
+
+def groups_of_run(model: Any, root: nn.Module, topology: Topology | None) -> LiveGroups:
+    """Return the groups of this rank; without any known TP group, the DP group of a DistributedDataParallel.
+
+    Raises:
+        UsageError: The topology does not fit, or there is neither a TP group nor a DistributedDataParallel.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        if topology is not None and topology.world_size > 1:
+            raise UsageError("topology", topology, "Topology(), as torch.distributed is not initialised")
+        return LiveGroups(0, (0,), (0,), "a process alone")
+    if topology is None and dist.get_world_size() == 1:
+        return LiveGroups(dist.get_rank(), (0,), (0,), "a process alone")
+    try:
+        return live_groups(topology=topology, model=root)
+    except UsageError:
+        if topology is not None:
+            raise
+        ddp = _distributed_data_parallel(model)
+        if ddp is None:
+            raise UsageError(
+                "topology",
+                None,
+                "tpcheck.Topology(tp=..., dp=...): no framework has created a TP group, or not yet, and the model is "
+                "no DistributedDataParallel",
+            ) from None
+        rank = dist.get_rank()
+        ranks = tuple(sorted(dist.get_process_group_ranks(ddp.process_group)))
+        return LiveGroups(rank, (rank,), ranks, "DistributedDataParallel")
+
+
+def _distributed_data_parallel(model: Any) -> Any:
+    while model is not None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            return model
+        model = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+    return None
 
 
 _Ranks = tuple[int, ...]

@@ -158,9 +158,10 @@ class ActivationPlaces:
     def _make_rows(self, order: str, positions: int, is_slice: bool) -> RowKeys:
         assert self.batch.samples is not None
         number = len(self.batch.samples)
-        whole = row_keys(self.batch.samples, self.batch.length if is_slice and self.batch.length else positions)
+        length = self.batch.length if is_slice and self.batch.length else positions
+        whole = row_keys(self.batch.samples, length)
         first = positions * self.tp_rank if is_slice else 0
-        keys, tiles = (each.reshape(number, -1)[:, first : first + positions] for each in (whole.keys, whole.tiles))
+        keys, tiles = (each.reshape(number, length)[:, first : first + positions] for each in (whole.keys, whole.tiles))
         if order == "positions":
             keys, tiles = keys.T, tiles.T
         return RowKeys(keys.reshape(-1).contiguous(), tiles.reshape(-1).contiguous())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tpcheck.core.causes import Cause, Explanation
+from tpcheck.core.errors import UsageError
 from tpcheck.core.findings import CheckResult, Coverage, Verdict
 from tpcheck.core.reproduce import compare_command
 from tpcheck.report.report import Report
@@ -86,15 +87,17 @@ def compare_traces(actual: Paths, expected: Paths, *, names: Names = None) -> Re
     from tpcheck.runs.trace_files import read_trace
 
     start = time.monotonic()
-    actual_run = Run.of(_shown(actual), read_trace(actual, "actual"))
-    expected_run = Run.of(_shown(expected), read_trace(expected, "expected"))
-    report = compare_runs(actual_run, expected_run, _name_map(names))
+    name_map = _name_map(names)
+    actual_ranks, expected_ranks = read_trace(actual, "actual"), read_trace(expected, "expected")
+    report = compare_runs(Run.of(_shown(actual), actual_ranks), Run.of(_shown(expected), expected_ranks), name_map)
     return replace(report, verdict=replace(report.verdict, seconds=time.monotonic() - start))
 
 
 def _name_map(names: Names) -> NameMap:
     if isinstance(names, NameMap):
         return names
+    if not isinstance(names, (Mapping, Sequence, type(None))) or isinstance(names, str):
+        raise UsageError("names", names, "patterns with their replacements, or a list of names of ready maps")
     return NameMap.of(names) if isinstance(names, Mapping) else NameMap.of(ready=names or ())
 
 

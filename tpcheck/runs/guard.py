@@ -14,12 +14,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import xxhash
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from tpcheck.backends.live_groups import LiveGroups, live_groups
+from tpcheck.backends.live_groups import LiveGroups, groups_of_run
 from tpcheck.core.digests import start_digests
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import Mismatch, RankFailure, RankOutcome, UsageError
@@ -43,7 +42,7 @@ from tpcheck.runs.guard_findings import (
 from tpcheck.runs.guard_rounds import Outcome, Rounds
 from tpcheck.runs.optimizer_view import OptimizerView, Part, view_of
 from tpcheck.runs.optimizers.names import unwrapped, unwrapped_name
-from tpcheck.runs.passes import is_in_backward
+from tpcheck.runs.passes import is_in_backward, is_repeated_call
 from tpcheck.runs.replica_digests import Item, Label, Vote
 from tpcheck.runs.run_findings import BATCHES, REPLICAS
 
@@ -199,7 +198,7 @@ class Guard(AbstractContextManager["Guard"]):
         self._options = options
         self._root = unwrapped(model)
         self._name = type(self._root).__name__
-        self._groups = _groups_of(model, self._root, options.topology)
+        self._groups = groups_of_run(model, self._root, options.topology)
         self._view: OptimizerView = view_of(model, optimizer, groups=self._groups)
         self._rounds = Rounds(self._groups, timeout=options.timeout)
         self._schedule = Schedule(options.every)
@@ -249,7 +248,7 @@ class Guard(AbstractContextManager["Guard"]):
     # ---- hooks
 
     def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._handles or not torch.is_grad_enabled() or is_in_backward():
+        if not self._handles or not torch.is_grad_enabled() or is_in_backward() or is_repeated_call():
             return
         if self._has_stepped:
             self._has_stepped = False
@@ -533,33 +532,6 @@ def coverage_line(outcome: Outcome, not_compared: Mapping[str, str]) -> str:
         *(f"{words.join_truncated(of_reason, 3)}: {reason}" for reason, of_reason in names.items()),
     ]
     return "guard: " + "; ".join(parts)
-
-
-def _groups_of(model: Any, root: nn.Module, topology: Topology | None) -> LiveGroups:
-    """Return the groups of this rank; without any known TP group, the DP group of a DistributedDataParallel."""
-    if not (dist.is_available() and dist.is_initialized()):
-        if topology is not None and topology.world_size > 1:
-            raise UsageError("topology", topology, "Topology(), as torch.distributed is not initialised")
-        return LiveGroups(0, (0,), (0,), "a process alone")
-    if topology is None and dist.get_world_size() == 1:
-        return LiveGroups(dist.get_rank(), (0,), (0,), "a process alone")
-    try:
-        return live_groups(topology=topology, model=root)
-    except UsageError:
-        ddp = _distributed_data_parallel(model)
-        if topology is not None or ddp is None:
-            raise
-        rank = dist.get_rank()
-        ranks = tuple(sorted(dist.get_process_group_ranks(ddp.process_group)))
-        return LiveGroups(rank, (rank,), ranks, "DistributedDataParallel")
-
-
-def _distributed_data_parallel(model: Any) -> Any:
-    while model is not None:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            return model
-        model = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-    return None
 
 
 def _clips(view: OptimizerView) -> bool:

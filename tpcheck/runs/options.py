@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -34,13 +34,19 @@ class RecordOptions:
     replays: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.steps is None or callable(self.steps) or hasattr(self.steps, "__contains__")):
+        is_container = hasattr(self.steps, "__contains__") and not isinstance(self.steps, (str, bytes))
+        if not (self.steps is None or callable(self.steps) or is_container):
             raise UsageError("steps", self.steps, "a range or another container of step numbers, a function, or None")
+        if isinstance(self.steps, (Sequence, Set)) and not any(_is_number(step) for step in self.steps):
+            raise UsageError("steps", self.steps, "at least one step, counted from 0")
+        if self.topology is not None and not isinstance(self.topology, Topology):
+            raise UsageError("topology", self.topology, "a tpcheck.Topology, or None")
         if self.tensors not in ("sketch", "full"):
             raise UsageError("tensors", self.tensors, "'sketch' or 'full'")
-        if not isinstance(self.replays, int) or isinstance(self.replays, bool) or self.replays < 0:
+        if not _is_number(self.replays):
             raise UsageError("replays", self.replays, "a number of replays, 0 or more")
-        if not all(isinstance(pattern, str) for pattern in self._patterns):
+        is_several = isinstance(self.modules, (str, Sequence)) and len(self.modules) > 0
+        if not (is_several and all(isinstance(pattern, str) for pattern in self._patterns)):
             raise UsageError(
                 "modules", self.modules, "a pattern of module names such as 'model.layers.9.*', or several"
             )
@@ -61,3 +67,7 @@ class RecordOptions:
     @property
     def _patterns(self) -> tuple[str, ...]:
         return (self.modules,) if isinstance(self.modules, str) else tuple(self.modules)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,8 @@ from tpcheck.runs.activations import ActivationPlaces, BatchShape, Place
 from tpcheck.runs.trace import Kind, Leaf, PassRecord, Reading, TensorRecord
 
 Key = tuple[Kind, str, str, int]  # kind, name, part, call: as `TensorRecord.key`
+
+_is_repeating: ContextVar[bool] = ContextVar("is_repeating", default=False)
 
 
 @dataclass(slots=True)
@@ -314,6 +318,21 @@ class ModuleHooks:
 def is_in_backward() -> bool:
     """Return whether autograd is running on this thread, so that a forward pass is a recomputation."""
     return torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def repeating_calls() -> Iterator[None]:
+    """Mark the calls of the model inside as replays, which the loop has not made."""
+    token = _is_repeating.set(True)
+    try:
+        yield
+    finally:
+        _is_repeating.reset(token)
+
+
+def is_repeated_call() -> bool:
+    """Return whether this call of a model is a replay by `record`."""
+    return _is_repeating.get()
 
 
 def views_of(output: Any) -> Any:

@@ -9,13 +9,13 @@ from math import sqrt
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from tpcheck.backends.live_groups import LiveGroups, live_groups
+from tpcheck.backends.live_groups import groups_of_run
 from tpcheck.backends.local_part import local_part
 from tpcheck.core.digests import digest
 from tpcheck.core.environment import package_versions
@@ -37,6 +37,7 @@ from tpcheck.runs.passes import (
     local_values,
     loss_in,
     merged,
+    repeating_calls,
     views_of,
 )
 from tpcheck.runs.replays import Replays
@@ -46,6 +47,9 @@ from tpcheck.runs.trace_files import TraceWriter, new_run_id, require_writable
 # Parameters whose accumulated gradient is also recorded before each further micro-batch: norms and biases, on which
 # reductions at the wrong time show, and which cost nothing.
 MOST_ELEMENTS_ACCUMULATED = 1 << 16
+
+# Modules that are being recorded. The replays of one recorder are calls that another one would take for the loop's.
+_recorded: WeakSet[nn.Module] = WeakSet()
 
 
 def record(
@@ -100,11 +104,17 @@ class Recorder(AbstractContextManager["Recorder"]):
         if not any(True for _ in self._root.parameters()):
             raise UsageError("model", type(model).__name__, "a model with parameters")
         self._source = type(model).__name__
-        self._groups = _groups(self._root, options.topology)
+        if not any(options.has_module(unwrapped_name(name)) for name, _ in self._root.named_modules()):
+            raise UsageError("modules", options.modules, f"a pattern that matches modules of {self._source}")
+        self._groups = groups_of_run(model, self._root, options.topology)
         self._model = model
+        require_writable(path)
         self._path = Path(path)
-        require_writable(self._path)
         self._stack = ExitStack()
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget what an earlier time inside the context has left."""
         self._hooks: ModuleHooks | None = None
         self._current: Pass | None = None
         self._passes: list[Pass] = []
@@ -115,13 +125,17 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._has_stepped = False
         self._options_of_step: dict[tuple[str, ...], ParameterGroup] = {}
         self._number = 0
-        self._num_passes = 0
+        self._num_written = 0
         self._num_evaluations = 0
         self._is_recording = False
         self._is_paused = False
         self._inside = 0
 
     def __enter__(self) -> Recorder:
+        self._reset()
+        modules = [*self._root.modules()]
+        if any(module in _recorded for module in modules):
+            raise UsageError("model", self._source, "a model of which no other tpcheck.record records a part")
         groups = self._groups
         self._view: OptimizerView = view_of(self._model, self._options.optimizer, groups=groups)
         self._num_skipped = self._view.num_skipped()
@@ -140,6 +154,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._places = ParameterPlaces(self._tp_rank, starts)
         self._replays = Replays(self._root, self._view, self._options.replays, self._names, groups.tp, starts[0].run)
         self._writer = TraceWriter(self._path, self._header(), run_id=starts[0].run)
+        _recorded.update(modules)
+        self._stack.callback(_recorded.difference_update, modules)
         handles = [
             self._root.register_forward_pre_hook(eager(self._before_call), with_kwargs=True, prepend=True),
             self._root.register_forward_hook(eager(self._after_call), always_call=True),
@@ -164,7 +180,7 @@ class Recorder(AbstractContextManager["Recorder"]):
                     self._write_step(has_update=False)
                 else:
                     self._replays.decline()
-                if not self._num_passes:
+                if not (self._number or self._num_written):
                     raise UsageError("model", self._source, "a model that is called inside the context, with gradients")
                 not_recorded = {**self._view.not_viewed(), **self._replays.not_measured}
                 self._writer.close(num_steps=self._number, not_recorded=not_recorded)
@@ -202,7 +218,6 @@ class Recorder(AbstractContextManager["Recorder"]):
             self._repeat_passes()
             self._write_step(has_update=False, is_skipped=True)
             self._start_step()
-        self._num_passes += 1
         if self._is_recording:
             self._record_accumulated()
             self._current = Pass.start(self._root, args, kwargs, len(self._groups.tp), self._tp_rank)
@@ -333,6 +348,7 @@ class Recorder(AbstractContextManager["Recorder"]):
                 autocast=next((each.autocast for each in passes if each.autocast), ""),
             )
             self._writer.write_step(replace(record, gradient_norm=_norm(record.tensors)))
+            self._num_written += 1
         self._number += has_update
         self._passes, self._accumulated, self._has_stepped = [], [], False
         self._gradients, self._options_of_step, self._sums = {}, {}, {}
@@ -375,19 +391,10 @@ class Recorder(AbstractContextManager["Recorder"]):
     def _paused(self) -> Iterator[None]:
         self._is_paused = True
         try:
-            yield
+            with repeating_calls():
+                yield
         finally:
             self._is_paused = False
-
-
-def _groups(model: nn.Module, topology: Topology | None) -> LiveGroups:
-    if not (dist.is_available() and dist.is_initialized()):
-        if topology is not None and topology.world_size > 1:
-            raise UsageError("topology", topology, "Topology(), as torch.distributed is not initialised")
-        return LiveGroups(0, (0,), (0,), "a process alone")
-    if topology is None and dist.get_world_size() == 1:
-        return LiveGroups(0, (0,), (0,), "a process alone")
-    return live_groups(topology=topology, model=model)
 
 
 def _norm(tensors: tuple[TensorRecord, ...]) -> float | None:

@@ -127,7 +127,9 @@ class Replays:
 
     @staticmethod
     def _keep_seed(current: Pass, path: str) -> Any:
-        def keep(gradient: torch.Tensor) -> None:
+        def keep(gradient: torch.Tensor | None) -> None:
+            if gradient is None:  # of an output that the loss does not use, in a DistributedDataParallel
+                return
             known = current.seeds.get(path)
             current.seeds[path] = gradient.detach().clone() if known is None else known + gradient.detach()
 

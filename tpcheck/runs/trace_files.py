@@ -137,8 +137,10 @@ def require_writable(path: str | Path) -> None:
     Raises:
         UsageError: The path is a file, or a folder with other files than those of a trace.
     """
-    folder = Path(path)
     accepted = "a new path, or a folder with nothing but an older trace to replace"
+    if not isinstance(path, (str, os.PathLike)) or "\0" in os.fsdecode(path):
+        raise UsageError("path", path, accepted)
+    folder = Path(path)
     try:
         with os.scandir(folder) as entries:
             is_trace = all(_NAME.fullmatch(entry.name) and not entry.is_dir(follow_symlinks=False) for entry in entries)
@@ -183,9 +185,10 @@ def read_trace(path: str | Path | Sequence[str | Path], name: str = "path") -> t
         UsageError: There is no trace.
         TpcheckError: The trace is damaged, hostile or of another version; so do its steps raise.
     """
-    folders = [Path(folder) for folder in ([path] if isinstance(path, (str, Path)) else path)]
-    if not folders:
+    paths = list(path) if isinstance(path, Sequence) and not isinstance(path, (str, bytes)) else [path]
+    if not paths or not all(isinstance(each, (str, os.PathLike)) for each in paths):
         raise UsageError(name, path, "the folder of a trace, or those of several nodes")
+    folders = [Path(folder) for folder in paths]
     headers: dict[int, _Header] = {}
     for folder in folders:
         for rank in _ranks_in(folder, name):

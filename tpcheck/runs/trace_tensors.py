@@ -158,7 +158,10 @@ class StoredTensors:
                     wanted = torch.float32 if is_low_precision else torch.float64
                     if entry.dtype != wanted or entry.shape[1:] != (SIGN_SETS, TILES, TILES):
                         raise Malformed(f"{name} has the shape {entry.shape}: not sketches of this version of tpcheck")
-                    self._tiles[is_low_precision] = iter(entry.read(file).to(torch.float64))
+                    tiles = entry.read(file).to(torch.float64)
+                    if tiles.isnan().any():
+                        raise Malformed(f"{TILES_BY_PRECISION[is_low_precision]} has elements that are not numbers")
+                    self._tiles[is_low_precision] = iter(tiles)
         self._num_stored = len(self._entries)
 
     def next_tiles(self, *, is_low_precision: bool) -> torch.Tensor:

@@ -14,6 +14,7 @@ from tpcheck.batches.options import WatchArguments, WatchOptions, takes_watch_op
 from tpcheck.batches.provenance import LoaderObserver
 from tpcheck.batches.watcher import Watcher
 from tpcheck.core.errors import UsageError
+from tpcheck.runs.passes import is_repeated_call
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing since Python 3.11
@@ -83,7 +84,7 @@ class ModelWatch:
         self.remove()
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.watcher is not None and module.training and torch.is_grad_enabled():
+        if self.watcher is not None and module.training and torch.is_grad_enabled() and not is_repeated_call():
             provenance = None if self._observer is None else self._observer.after_batch()
             self.watcher.check(self._batch(args, kwargs), provenance)
 

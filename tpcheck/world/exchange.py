@@ -407,6 +407,8 @@ class Exchange:
         """Wait for the work, and look every 0.3 s whether another rank has aborted."""
         deadline = time.monotonic() + self._timeout
         while (error := _gloo_error(work)) is not None:
+            if work.is_completed() and (error := _gloo_error(work)) is None:
+                return  # it was done just after the last look
             if work.is_completed() or time.monotonic() > deadline:
                 self._fail(error)
             self._raise_if_any_aborted()
