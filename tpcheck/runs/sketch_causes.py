@@ -252,11 +252,12 @@ def unreduced_micro_batch(suspect: Suspect) -> Explanation | None:
     if limit < 0 or len({len(sums) for sums in by_rank.values()}) != 1 or len(by_rank) < len(actual.parts):
         return None
     holders: list[tuple[str, list[list[Sketch]]]] = []
-    if actual.is_replicated_over_tp:
-        holders.append(("tp", [by_rank[rank] for rank in actual.groups[0]]))
+    held = [[rank for rank in group if rank in by_rank] for group in actual.groups]  # ZeRO: not all ranks have a part
+    if actual.is_replicated_over_tp and len(held[0]) == len(actual.groups[0]):
+        holders.append(("tp", [by_rank[rank] for rank in held[0]]))
     pieces = set(actual.pieces)
-    if suspect.dp > 1 and all({actual.parts[rank].piece for rank in group} == pieces for group in actual.groups):
-        owners = [{actual.parts[rank].piece: rank for rank in group}.values() for group in actual.groups]
+    if suspect.dp > 1 and all({actual.parts[rank].piece for rank in ranks} == pieces for ranks in held):
+        owners = [{actual.parts[rank].piece: rank for rank in ranks}.values() for ranks in held]
         wholes = [[total(each) for each in zip(*(by_rank[rank] for rank in ranks), strict=True)] for ranks in owners]
         holders.append(("dp", wholes))
     for over, sums_of_holders in holders:
