@@ -628,7 +628,7 @@ def test_a_module_in_low_precision_is_judged_by_what_it_adds() -> None:
 
 def test_noise_that_grows_alike_over_modules_in_low_precision_passes() -> None:
     options: dict[str, Any] = {"dtype": torch.bfloat16, "noise_of_replays": 0.02}
-    sizes = {name: 0.01 * 1.25**number for number, name in enumerate(OUTPUTS)}
+    sizes = {name: 0.01 * 1.2**number for number, name in enumerate(OUTPUTS)}
 
     def noisy(place: Place, local: torch.Tensor) -> torch.Tensor:
         if place.kind != "output" or not place.name:

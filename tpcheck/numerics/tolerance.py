@@ -29,8 +29,8 @@ LOW_PRECISION = 1e-4
 LOCAL_FACTOR = 2.5
 TYPICAL_NOISE = 0.5
 NUM_NEIGHBOURS = 16
-# Gradients of parameters have few elements (norms, biases), and move less alike.
-LOCAL_FACTOR_OF_PARAMETERS = 5.0
+# Gradients move less alike; those of parameters may have few elements (norms, biases).
+LOCAL_FACTOR_OF_GRADIENTS = 5.0
 
 # ---- causes: share of a difference that may remain where a cause explains it
 

@@ -8,7 +8,7 @@ from statistics import median
 
 from tpcheck.numerics.tolerance import (
     LOCAL_FACTOR,
-    LOCAL_FACTOR_OF_PARAMETERS,
+    LOCAL_FACTOR_OF_GRADIENTS,
     LOW_PRECISION,
     NUM_NEIGHBOURS,
     TYPICAL_NOISE,
@@ -50,5 +50,6 @@ def _noise(comparison: Comparison) -> float:
 
 def _share_of_noise(comparison: Comparison, before: Sequence[float]) -> float:
     if comparison.kind in ACTIVATIONS:
-        return LOCAL_FACTOR * max(TYPICAL_NOISE, median(before[-NUM_NEIGHBOURS:] or [0.0]))
-    return LOCAL_FACTOR_OF_PARAMETERS * max(TYPICAL_NOISE, *before, 0.0)
+        factor = LOCAL_FACTOR if comparison.kind == "output" else LOCAL_FACTOR_OF_GRADIENTS
+        return factor * max(TYPICAL_NOISE, median(before[-NUM_NEIGHBOURS:] or [0.0]))
+    return LOCAL_FACTOR_OF_GRADIENTS * max(TYPICAL_NOISE, *before, 0.0)
