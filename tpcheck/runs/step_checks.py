@@ -13,7 +13,7 @@ import torch
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.findings import Finding
 from tpcheck.numerics.sketch import GlobalIndex, Sketch, row_keys, sketch
-from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, SAFETY_FACTOR
+from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, SAFETY_FACTOR, TYPICAL_NOISE
 from tpcheck.runs.alignment import AlignedStep, Run
 from tpcheck.runs.comparisons import Comparer, Comparison, Table, label_of, margin
 from tpcheck.runs.exact_checks import (
@@ -63,6 +63,7 @@ class StepContext:
         measured: What findings say of how they were made.
         scale: By how much further than in the replays the runs were apart before the step.
         is_update_judged: Whether weights and states before the step were judged, so that those after it can be.
+        typical_noise: How far apart tensors of 16 bits may be expected to be, in units of what rounding moves them by.
     """
 
     comparer: Comparer
@@ -73,6 +74,7 @@ class StepContext:
     measured: Measured
     scale: float = 1.0
     is_update_judged: bool = True
+    typical_noise: float = TYPICAL_NOISE
 
     @property
     def number(self) -> int:
@@ -200,7 +202,7 @@ def outputs_match(context: StepContext) -> Answer:
     """Compare the outputs of all modules, the loss among them."""
     context.comparer.doubtful = []
     comparisons, not_compared = _computed(context, "output")
-    comparisons = judged_among_neighbours(comparisons)
+    comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
     permuted = [each for each in wrong if may_be_permuted(each, comparisons)]
     not_compared |= {each.label: _PERMUTED for each in permuted}
@@ -297,7 +299,7 @@ def gradients_match(context: StepContext) -> Answer:
     """Compare gradients of outputs, then of parameters as the optimizer gets them."""
     number = context.number
     backward, not_compared = _computed(context, "output_gradient")
-    backward = judged_among_neighbours(backward)
+    backward = judged_among_neighbours(backward, context.typical_noise)
     wrong_backward = [each for each in backward if each.is_wrong]
     permuted = [each for each in wrong_backward if may_be_permuted(each, backward)]
     not_compared |= {each.label: _PERMUTED for each in permuted}
@@ -312,7 +314,7 @@ def gradients_match(context: StepContext) -> Answer:
             name: reason for name, reason in context.comparer.not_compared.items() if name not in missing.names
         }
         findings += missing.findings
-    comparisons = judged_among_neighbours(comparisons)
+    comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
     left_out = permuted
     factor = _common_factor(wrong_backward, backward)
@@ -577,7 +579,7 @@ def updates_match(context: StepContext, gradients: Answer) -> Answer:
         }
         return Answer.of(UPDATES, number, comparisons, moved.findings, {**not_compared, **given}, comparisons)
     has_gradient = {each.name for each in gradients.comparisons if each.kind == "gradient"}
-    comparisons = judged_among_neighbours(comparisons)
+    comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
     undecayed = [each for each in wrong if each.kind == "weight" and has_gradient and each.name not in has_gradient]
     for each in undecayed:
@@ -750,7 +752,7 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
         }
         return Answer.of(STATES, number, comparisons, (), {**not_compared, **given}, comparisons)
     findings = []
-    comparisons = judged_among_neighbours(comparisons)
+    comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
     differing = differing_options(comparer, context.step)
     for each in wrong:

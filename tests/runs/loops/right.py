@@ -251,4 +251,18 @@ MEGATRON = (
     ),
 )
 
-LOOPS = (*BY_HAND, *TRANSFORMERS, *TORCH, *DEEPSPEED, *MEGATRON)
+# Noise of 16 bits grows over many layers.
+DEEP = tuple(
+    right(
+        f"transformers: 12 layers in bfloat16, seed {seed}",
+        TransformersTp,
+        dtype=torch.bfloat16,
+        layers=12,
+        steps=1,
+        model_seed=seed,
+        agreement=None,
+    )
+    for seed in range(3)
+)
+
+LOOPS = (*BY_HAND, *TRANSFORMERS, *TORCH, *DEEPSPEED, *MEGATRON, *DEEP)

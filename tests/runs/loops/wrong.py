@@ -196,25 +196,21 @@ LIVE = (
         )
         for zero in (1, 2)
     ),
-    wrong(
-        "one output projection of 12 layers 8 % off, in bfloat16",
-        faults.OneProjectionOff,
-        OUTPUTS,
-        "model.layers.9.self_attn.o_proj",
-        step=0,
-        expected=faults.NoProjectionOff,
-        agreement=None,
-    ),
-    wrong(
-        "one output projection of 12 layers 8 % off, in bfloat16, against four shards",
-        faults.OneProjectionOff,
-        OUTPUTS,
-        "model.layers.9.self_attn.o_proj",
-        step=0,
-        expected=faults.NoProjectionOff,
-        expected_topology=TP4,
-        kv_heads=4,
-        agreement=None,
+    *(
+        wrong(
+            f"one output projection of 12 layers 8 % off, in bfloat16, against {text}, seed {seed}",
+            faults.OneProjectionOff,
+            OUTPUTS,
+            "model.layers.9.self_attn.o_proj",
+            step=0,
+            expected=faults.NoProjectionOff,
+            expected_topology=topology,
+            kv_heads=kv_heads,
+            model_seed=seed,
+            agreement=None,
+        )
+        for seed in range(3)
+        for text, topology, kv_heads in (("one rank", ALONE, 2), ("four shards", TP4, 4))
     ),
 )
 
