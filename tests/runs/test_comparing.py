@@ -317,6 +317,16 @@ def test_a_cause_is_found_where_one_replica_alone_holds_a_gradient() -> None:
     assert the_finding(compared(actual, expected)).cause == "last_micro_batch_only"
 
 
+def test_terms_are_found_where_one_replica_alone_holds_a_gradient() -> None:
+    def terms_on_one_replica(place: Place, local: torch.Tensor) -> torch.Tensor | None:
+        if (place.kind, place.name) != ("gradient", NORM):
+            return local
+        return local * (0.3 if place.tp_rank else 0.7) if place.dp_rank else None
+
+    finding = the_finding(compared(run(tp=2, dp=2, edit=terms_on_one_replica)))
+    assert (finding.cause, finding.where["parameter"]) == ("partial_gradient_on_replica", NORM)
+
+
 def test_what_each_replica_of_the_expected_run_accumulated_is_averaged() -> None:
     def own(place: Place, local: torch.Tensor) -> torch.Tensor:
         return local + (0.3 if place.dp_rank else -0.3) if place.kind == "accumulated" else local

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.runs.loops.loop import Loop
-from tests.runs.loops.right import LOOPS
+from tests.runs.loops.right import LOOPS, SELDOM
 from tests.runs.loops.worlds import LoopRunner, as_parameters, loop_runner
 
 
@@ -15,7 +15,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopRunner]:
         yield made
 
 
-@pytest.mark.parametrize("loop", as_parameters(LOOPS))
+@pytest.mark.parametrize("loop", as_parameters(LOOPS, SELDOM))
 def test_a_right_loop_passes(runner: LoopRunner, loop: Loop) -> None:
     compared = runner.compare(loop)
     if loop.agreement is not None:

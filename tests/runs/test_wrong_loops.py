@@ -6,7 +6,7 @@ import pytest
 
 from tests.runs.loops.loop import Loop, complaints
 from tests.runs.loops.worlds import LoopRunner, as_parameters, loop_runner
-from tests.runs.loops.wrong import LOOPS
+from tests.runs.loops.wrong import LOOPS, SELDOM
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopRunner]:
         yield made
 
 
-@pytest.mark.parametrize("loop", as_parameters(LOOPS))
+@pytest.mark.parametrize("loop", as_parameters(LOOPS, SELDOM))
 def test_a_wrong_loop_is_caught_placed_and_named(runner: LoopRunner, loop: Loop) -> None:
     compared = runner.compare(loop)
     if loop.agreement is not None:

@@ -55,10 +55,11 @@ def batches_agree(run: Run, step: AlignedStep) -> Answer:
     """Was each TP group called with the same tensors on all of its ranks? Not asked where no rank's are."""
     margins, findings = {}, []
     for group in run.replicas if run.tp > 1 else ():
+        records = [(rank, step.actual[rank]) for rank in group if rank in step.actual]
         leaves = {
-            rank: [(leaf.name, leaf.digest) for call in step.actual[rank].passes for leaf in call.leaves]
-            for rank in group
-            if rank in step.actual and step.actual[rank].has_update == step.actual[group[0]].has_update
+            rank: [(leaf.name, leaf.digest) for call in record.passes for leaf in call.leaves]
+            for rank, record in records
+            if record.has_update == records[0][1].has_update
         }
         if len(leaves) < 2:
             continue

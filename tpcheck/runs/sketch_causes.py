@@ -207,20 +207,32 @@ def _terms(cause: Cause, suspect: Suspect) -> Explanation | None:
     actual = comparison.actual
     if not actual.is_replicated_over_tp or actual.is_bitwise_replicated:
         return None
-    sums = [_sum_of(actual, group) for group in actual.groups]
-    if comparison.kind in ("output", "output_gradient"):
-        sums = [total(sums).scaled(actual.factor)]
+    sums, mean = _sums_over_tp(actual, are_replicas=comparison.kind not in ("output", "output_gradient"))
     limit = largest_residual(comparison)
     errors = [distance(each, comparison.expected.sketch) for each in sums]
-    mean_error = distance(total(sums).scaled(1 / len(sums)), comparison.expected.sketch)
+    mean_error = distance(mean, comparison.expected.sketch)
     if min(max(errors), mean_error) > limit:
         return None
     evidence = {} if max(errors) <= limit else {"note": "the replicas over DP were not averaged, either"}
     return Explanation(cause, relative(min(max(errors), mean_error), comparison.expected.norm), evidence)
 
 
-def _sum_of(whole: Whole, group: Sequence[int]) -> Sketch:
-    return total(whole.parts[rank].sketch for rank in group if rank in whole.parts)
+def _sums_over_tp(whole: Whole, *, are_replicas: bool) -> tuple[list[Sketch], Sketch]:
+    """Return the wholes that sums over the ranks of TP groups make, and their mean.
+
+    Groups that hold the same piece are replicas, those of other pieces (ZeRO) add up; of activations all add up.
+    """
+    sums: dict[str, list[Sketch]] = {}
+    for group in whole.groups:
+        held = [whole.parts[rank] for rank in group if rank in whole.parts]
+        if held:
+            sums.setdefault(held[0].piece, []).append(total(part.sketch for part in held))
+    if not are_replicas:
+        summed = total(each for of_piece in sums.values() for each in of_piece).scaled(whole.factor)
+        return [summed], summed
+    number = max(map(len, sums.values()))
+    wholes = [total(of_piece[min(each, len(of_piece) - 1)] for of_piece in sums.values()) for each in range(number)]
+    return wholes, total(total(of_piece).scaled(1 / len(of_piece)) for of_piece in sums.values())
 
 
 def terms_over_dp(suspect: Suspect) -> Explanation | None:

@@ -251,18 +251,47 @@ MEGATRON = (
     ),
 )
 
-# Noise of 16 bits grows over many layers.
-DEEP = tuple(
-    right(
-        f"transformers: 12 layers in bfloat16, seed {seed}",
-        TransformersTp,
-        dtype=torch.bfloat16,
-        layers=12,
-        steps=1,
-        model_seed=seed,
-        agreement=None,
-    )
-    for seed in range(3)
-)
+LOOPS = (*BY_HAND, *TRANSFORMERS, *TORCH, *DEEPSPEED, *MEGATRON)
 
-LOOPS = (*BY_HAND, *TRANSFORMERS, *TORCH, *DEEPSPEED, *MEGATRON, *DEEP)
+# Variants of other rows, which `ci/loops` runs, and the suite does not.
+SELDOM = frozenset(
+    {
+        "four micro-batches on both sides",
+        "SGD with a rate of 0.5 for 40 steps",
+        "parameter groups",
+        "Adagrad with a schedule",
+        "GradScaler",
+        "loss scale",
+        "autocast to bfloat16 against float32",
+        "evaluation on one side",
+        "checkpointing against none",
+        "compiled layers against eager ones",
+        "labels that are ignored, over micro-batches",
+        "sequence parallelism, three steps of AdamW",
+        "sequence parallelism, gradients summed after one micro-batch",
+        "DistributedDataParallel, no_sync",
+        "DistributedDataParallel over tensor parallelism",
+        "four shards",
+        "four shards against two, sequence parallelism",
+        "replicas of shards against shards",
+        "transformers' TP: llama with tied embeddings",
+        "transformers' TP: qwen3 in float32, AdamW",
+        "transformers' TP: generation in between",
+        "transformers' TP: sdpa against eager",
+        "transformers' TP: autocast",
+        "transformers' TP: bfloat16",
+        "transformers' TP: four shards against two",
+        "transformers' TP: 12 layers in bfloat16, seed 1",
+        "transformers' TP: 12 layers in bfloat16, seed 2",
+        "PEFT adapters on one process against itself",
+        "FSDP2",
+        "FSDP2 over a DTensor plan, each replica the whole batch",
+        "DeepSpeed: float64 over replicas",
+        "DeepSpeed: float64, ZeRO 2, four micro-batches, over replicas",
+        "DeepSpeed: float64, ZeRO 3",
+        "DeepSpeed: float32, ZeRO 1",
+        "DeepSpeed: bfloat16, ZeRO 1",
+        "DeepSpeed: bfloat16, ZeRO 3 over replicas",
+        "Megatron, sequence parallelism over replicas, accumulation, AdamW",
+    }
+)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,8 +61,12 @@ def loop_runner(folder: Path) -> Iterator[LoopRunner]:
         yield LoopRunner(folder, stack)
 
 
-def as_parameters(loops: Sequence[Loop]) -> list[Any]:
-    """Return the parameter of a test for each loop, named after it; it must fail where the row says so."""
+def as_parameters(loops: Sequence[Loop], seldom: Collection[str]) -> list[Any]:
+    """Return the parameter of a test for each loop, named after it; it must fail where the row says so.
+
+    Args:
+        seldom: Names of the rows that are left out, unless TPCHECK_LOOPS is `all`.
+    """
     names = [loop.name for loop in loops]
     assert len(set(names)) == len(names), "two loops of one name"
     return [
@@ -71,4 +76,5 @@ def as_parameters(loops: Sequence[Loop]) -> list[Any]:
             marks=[pytest.mark.xfail(reason=loop.xfail, strict=True)] if loop.xfail is not None else [],
         )
         for loop in loops
+        if loop.name not in seldom or os.environ.get("TPCHECK_LOOPS") == "all"
     ]

@@ -538,3 +538,21 @@ OTHERS = (
 )
 
 LOOPS = (*STEPS, *ACCUMULATION, *LIVE, *LOSS_SCALE, *NORMS, *OPTIMIZERS, *COLLECTIVES, *REPLICATED, *OTHERS)
+
+# Variants of other rows, which `ci/loops` runs, and the suite does not.
+SELDOM = frozenset(
+    {
+        "loss not divided by the number of micro-batches, over replicas",
+        "transformers' hooks at 4 micro-batches",
+        "DeepSpeed ZeRO 2: two backward passes, configured for one",
+        "one output projection of 12 layers 8 % off, in bfloat16, against four shards, seed 1",
+        "one output projection of 12 layers 8 % off, in bfloat16, against four shards, seed 2",
+        "Adafactor on shards",
+        "other eps",
+        "momentum on one side",
+        "gradient hook missing on one norm, over replicas",
+        "replicas' gradients not reduced",
+        "bias added by each rank",
+        "loss whose gradient is summed over ranks",
+    }
+)
