@@ -11,7 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs.hand_made import OUTPUTS, WEIGHTS, Edit, Place, bias, micro_batch_gradients, run, wholes
+from tests.runs.hand_made import (
+    BATCH,
+    LENGTH,
+    OUTPUTS,
+    WEIGHTS,
+    WIDTH,
+    Edit,
+    Place,
+    bias,
+    micro_batch_gradients,
+    run,
+    wholes,
+)
 from tpcheck.core.findings import Finding
 from tpcheck.report.report import Report
 from tpcheck.runs.alignment import Run
@@ -315,6 +327,29 @@ def test_a_cause_is_found_where_one_replica_alone_holds_a_gradient() -> None:
     actual = run(tp=2, dp=2, passes=2, accumulated=True, edit=partitioned)
     expected = run(rounding=1.0, seed=5, passes=2, accumulated=True)
     assert the_finding(compared(actual, expected)).cause == "last_micro_batch_only"
+
+
+def of_cross_entropy(*, is_lost: bool) -> Edit:
+    """Return an edit: a cut output gets the gradient of a cross entropy, (P - Y) / n, or -Y / n."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(BATCH, LENGTH, WIDTH, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, WIDTH, (BATCH, LENGTH), generator=generator)
+    right = logits.softmax(-1) * (not is_lost) - torch.nn.functional.one_hot(labels, WIDTH)
+
+    def edited(place: Place, local: torch.Tensor) -> torch.Tensor:
+        if (place.kind, place.name) != ("output_gradient", "layers.0.up"):
+            return local
+        return right.split(local.shape[-1], -1)[place.tp_rank] / (BATCH * LENGTH)
+
+    return edited
+
+
+def test_the_gradient_of_labels_alone_is_that_of_a_sum_without_backward() -> None:
+    expected = run(edit=of_cross_entropy(is_lost=False))
+    require_passed(compared(run(tp=2, edit=of_cross_entropy(is_lost=False)), expected))
+    finding = the_finding(compared(run(tp=2, edit=of_cross_entropy(is_lost=True)), expected))
+    assert finding.cause == "collective_without_backward"
+    assert finding.evidence["labels"] == BATCH * LENGTH
 
 
 def test_terms_are_found_where_one_replica_alone_holds_a_gradient() -> None:

@@ -17,13 +17,16 @@ from tpcheck.numerics.tolerance import (
     LEAST_MULTIPLES,
     RESIDUAL_EXACT,
     RESIDUAL_NOISY,
+    SAFETY_FACTOR,
     SPREAD_OF_ONE_ROW,
 )
 from tpcheck.runs.comparisons import Comparison, relative
-from tpcheck.runs.wholes import Whole, total
+from tpcheck.runs.wholes import Whole, epsilon, total
 
 OPTIMIZERS_OF_WHOLE_MATRICES = ("muon", "adafactor", "lamb", "shampoo", "soap", "came", "lars")
 """Optimizers whose step on an element depends on the whole matrix: on a shard they compute something else."""
+# A sum of squares is close to an integer, or to one over it, by chance as seldom as this.
+_CHANCE_OF_INTEGER = 1e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +288,36 @@ def unreduced_micro_batch(suspect: Suspect) -> Explanation | None:
         if unreduced and len(unreduced) < len(combined) and error <= limit:
             evidence = {"micro_batches": unreduced, "reduced_over": over}
             return Explanation(Cause.MICRO_BATCH_UNREDUCED, relative(error, expected.norm), evidence)
+    return None
+
+
+def labels_alone(suspect: Suspect) -> Explanation | None:
+    """The gradient of a cross entropy over a cut vocabulary lacks the part of the sum of exponentials.
+
+    With probabilities P, labels Y and n labels, the expected gradient is (P - Y) / n, the actual one -Y / n: its
+    squares add up to 1 / n, or to n where losses are summed. What is missing, P / n, has rows of positive numbers with
+    a sum of 1 / n: their squares add up to at most 1 / n, and to at least 1 / (n V), with V columns.
+    """
+    comparison = suspect.comparison
+    actual, expected = comparison.actual, comparison.expected
+    limit = largest_residual(comparison)
+    is_cut = actual.is_sharded_over_tp and actual.label != "sequence"
+    if limit < 0 or not is_cut or len(actual.variants) > 1 or len(expected.shape) < 2:
+        return None
+    squares, width = actual.norm**2, expected.shape[-1]
+    num_rows = expected.sketch.numel // width // expected.copies
+    tolerance = SAFETY_FACTOR * max(epsilon(actual.dtype), epsilon("float64") * num_rows)
+    for number in (1 / squares, squares) if squares else ():
+        labels = round(number)
+        if not 1 <= labels <= num_rows or abs(number / labels - 1) > tolerance:
+            continue
+        if tolerance * labels > _CHANCE_OF_INTEGER and labels != num_rows:
+            continue
+        missing = comparison.error**2 / squares  # of P / n to Y / n
+        spread = 1 + FITTED_RELATIVE_ERROR
+        if 1 / (width * spread) <= missing <= spread and share_of(actual.sketch, expected.sketch) > 0:
+            evidence = {"labels": labels, "sum_of_squares": squares}
+            return Explanation(Cause.COLLECTIVE_WITHOUT_BACKWARD, evidence=evidence)
     return None
 
 
@@ -626,6 +659,7 @@ TESTS: Mapping[str, tuple[Test, ...]] = {
         mean_of_local_means,
         gradient_vanished,
         scaled_from_outside,
+        labels_alone,
         *_OVER_RANKS,
         scaled,
     ),

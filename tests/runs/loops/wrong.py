@@ -413,7 +413,6 @@ COLLECTIVES = (
         cause="collective_without_backward",
         step=0,
         vocabulary_parallel=True,
-        xfail="caught at the head, but collective_without_backward is not named",
     ),
     wrong(
         "loss of the mean over ranks", faults.TrainsLossOverMean, OUTPUTS, "loss", "", step=0, vocabulary_parallel=True
