@@ -20,6 +20,7 @@ from tests.runs.hand_made import (
     Edit,
     Place,
     bias,
+    initial_weights,
     micro_batch_gradients,
     run,
     wholes,
@@ -669,6 +670,16 @@ def test_a_module_in_low_precision_is_judged_by_what_it_adds() -> None:
     finding = the_finding(compared(run(tp=2, rounding=1.0, seed=9, edit=off, **options), expected))
     assert finding.where["module"] == "layers.0.down"
     assert finding.margin > 1
+
+
+def test_a_step_that_rounds_to_nothing_in_low_precision_is_not_stale() -> None:
+    def unmoved(place: Place, local: torch.Tensor) -> torch.Tensor:
+        is_norm = (place.kind, place.name) == ("weight", NORM)
+        return initial_weights(torch.bfloat16)[NORM] if is_norm else local
+
+    options: dict[str, Any] = {"noise_of_replays": 0.1, "rates": (1e-4,) * 2}
+    expected = run(dtype=torch.float32, rates=options["rates"])
+    require_passed(compared(run(tp=2, dtype=torch.bfloat16, edit=unmoved, **options), expected))
 
 
 def test_noise_that_grows_alike_over_modules_in_low_precision_passes() -> None:
