@@ -26,6 +26,10 @@ def whole(tensor: torch.Tensor = HIDDEN_BTH) -> Sketch:
     return sketched(tensor, places(tensor)[0])
 
 
+def whole_of(tensor: torch.Tensor, tokens: torch.Tensor) -> Sketch:
+    return sketched(tensor, places(tensor, tokens=tokens)[0])
+
+
 def total(parts: Sequence[torch.Tensor], label: str) -> Sketch:
     """Return the sum of the ranks' sketches, each read as a shard of this label."""
     result = Sketch.zero()
@@ -87,6 +91,15 @@ def test_tokens_that_are_flattened_position_by_position_are_recognised_after_one
     finder.places(sequence_first)
     flat = sequence_first.flatten(0, 1)
     assert_equal(sketched(flat, finder.places(flat)[0]), whole())
+
+
+def test_what_lies_as_the_arguments_is_read_so_in_a_model_that_puts_positions_first() -> None:
+    tokens = TOKENS[:, :3]  # as many samples as positions: the shape does not tell
+    hidden = HIDDEN_BTH[:, :3]
+    finder = ActivationPlaces(BatchShape.of([tokens]), 1, 0, is_sequence_first=True)
+    expected = whole_of(hidden, tokens)
+    assert_equal(sketched(hidden.transpose(0, 1), finder.places(hidden.transpose(0, 1))[0]), expected)
+    assert_equal(sketched(hidden, finder.places(hidden, lies_as_inputs=True)[0]), expected)
 
 
 def test_samples_add_up_over_micro_batches_in_any_order() -> None:

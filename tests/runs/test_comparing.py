@@ -11,7 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs.hand_made import WEIGHTS, Edit, Place, bias, micro_batch_gradients, run, wholes
+from tests.runs.hand_made import (
+    BATCH,
+    LENGTH,
+    OUTPUTS,
+    WEIGHTS,
+    WIDTH,
+    Edit,
+    Place,
+    bias,
+    initial_weights,
+    micro_batch_gradients,
+    run,
+    wholes,
+)
 from tpcheck.core.findings import Finding
 from tpcheck.report.report import Report
 from tpcheck.runs.alignment import Run
@@ -303,6 +316,60 @@ def test_accumulated_gradients_that_were_reduced_again_are_named_by_what_either_
 def test_the_gradient_of_the_last_micro_batch_alone_is_named() -> None:
     actual = run(tp=2, passes=3, edit=of_gradients(lambda place, terms: terms[-1], 3))
     assert the_finding(compared(actual, unsharded_in_three_micro_batches())).cause == "last_micro_batch_only"
+
+
+def test_a_cause_is_found_where_one_replica_alone_holds_a_gradient() -> None:
+    last = of_gradients(lambda place, terms: terms[-1 if place.kind == "gradient" else 0], 2)
+
+    def partitioned(place: Place, local: torch.Tensor) -> torch.Tensor | None:
+        is_elsewhere = place.kind == "gradient" and place.dp_rank == (place.name == NORM)
+        return None if is_elsewhere else last(place, local)
+
+    actual = run(tp=2, dp=2, passes=2, accumulated=True, edit=partitioned)
+    expected = run(rounding=1.0, seed=5, passes=2, accumulated=True)
+    assert the_finding(compared(actual, expected)).cause == "last_micro_batch_only"
+
+
+def of_cross_entropy(*, is_lost: bool) -> Edit:
+    """Return an edit: a cut output gets the gradient of a cross entropy, (P - Y) / n, or -Y / n."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(BATCH, LENGTH, WIDTH, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, WIDTH, (BATCH, LENGTH), generator=generator)
+    right = logits.softmax(-1) * (not is_lost) - torch.nn.functional.one_hot(labels, WIDTH)
+
+    def edited(place: Place, local: torch.Tensor) -> torch.Tensor:
+        if (place.kind, place.name) != ("output_gradient", "layers.0.up"):
+            return local
+        return right.split(local.shape[-1], -1)[place.tp_rank] / (BATCH * LENGTH)
+
+    return edited
+
+
+def test_the_gradient_of_labels_alone_is_that_of_a_sum_without_backward() -> None:
+    expected = run(edit=of_cross_entropy(is_lost=False))
+    require_passed(compared(run(tp=2, edit=of_cross_entropy(is_lost=False)), expected))
+    finding = the_finding(compared(run(tp=2, edit=of_cross_entropy(is_lost=True)), expected))
+    assert finding.cause == "collective_without_backward"
+    assert finding.evidence["labels"] == BATCH * LENGTH
+
+
+def test_terms_are_found_where_one_replica_alone_holds_a_gradient() -> None:
+    def terms_on_one_replica(place: Place, local: torch.Tensor) -> torch.Tensor | None:
+        if (place.kind, place.name) != ("gradient", NORM):
+            return local
+        return local * (0.3 if place.tp_rank else 0.7) if place.dp_rank else None
+
+    finding = the_finding(compared(run(tp=2, dp=2, edit=terms_on_one_replica)))
+    assert (finding.cause, finding.where["parameter"]) == ("partial_gradient_on_replica", NORM)
+
+
+def test_what_each_replica_of_the_expected_run_accumulated_is_averaged() -> None:
+    def own(place: Place, local: torch.Tensor) -> torch.Tensor:
+        return local + (0.3 if place.dp_rank else -0.3) if place.kind == "accumulated" else local
+
+    expected = run(tp=2, dp=2, passes=2, accumulated=True, edit=own)
+    actual = run(tp=2, passes=2, edit=of_gradients(lambda place, terms: terms[-1], 2))
+    assert the_finding(compared(actual, expected)).cause == "last_micro_batch_only"
 
 
 def test_micro_batches_weighted_alike_have_the_mean_of_local_means() -> None:
@@ -602,9 +669,47 @@ def test_a_module_in_low_precision_is_judged_by_what_it_adds() -> None:
     off = edit("output", "layers.0.down", times(1.08))
     finding = the_finding(compared(run(tp=2, rounding=1.0, seed=9, edit=off, **options), expected))
     assert finding.where["module"] == "layers.0.down"
+    assert finding.margin > 1
+
+
+def test_a_step_that_rounds_to_nothing_in_low_precision_is_not_stale() -> None:
+    def unmoved(place: Place, local: torch.Tensor) -> torch.Tensor:
+        is_norm = (place.kind, place.name) == ("weight", NORM)
+        return initial_weights(torch.bfloat16)[NORM] if is_norm else local
+
+    options: dict[str, Any] = {"noise_of_replays": 0.1, "rates": (1e-4,) * 2}
+    expected = run(dtype=torch.float32, rates=options["rates"])
+    require_passed(compared(run(tp=2, dtype=torch.bfloat16, edit=unmoved, **options), expected))
+
+
+def test_noise_that_grows_alike_over_modules_in_low_precision_passes() -> None:
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "noise_of_replays": 0.02}
+    sizes = {name: 0.01 * 1.2**number for number, name in enumerate(OUTPUTS)}
+
+    def noisy(place: Place, local: torch.Tensor) -> torch.Tensor:
+        if place.kind != "output" or not place.name:
+            return local
+        generator = torch.Generator().manual_seed(len(place.name))
+        return local + sizes[place.name] * torch.randn(local.shape, generator=generator).to(local.dtype)
+
+    require_passed(compared(run(tp=2, edit=noisy, **options), run(**options)))
 
 
 # ---- the picture
+
+
+def test_what_is_given_is_not_drawn_as_wrong() -> None:
+    def without_step_1(rank: int, step: StepRecord) -> StepRecord | None:
+        return None if step.number == 1 else step
+
+    options: dict[str, Any] = {"steps": 3, "change": without_step_1}
+    actual = run(edit=edit("weight", NORM, times(1.1), step=2), **options)
+    report = compared(actual, run(rounding=1.0, seed=5, **options))
+    require_passed(report)
+    assert report.picture is not None
+    [point] = [each for each in report.picture.points if (each.step, each.label) == (2, NORM)]
+    assert point.relative_error > 0.05
+    assert not point.is_wrong
 
 
 def test_the_picture_has_a_point_for_each_tensor_and_the_tiles_of_the_worst() -> None:

@@ -218,6 +218,14 @@ class Cause(Enum):
         "the parameter has no gradient on these ranks, the reference has one",
         "numerics.hypotheses.gradients runs.sketch_causes runs.step_checks",
     )
+    COLLECTIVE_WITHOUT_BACKWARD = (
+        "collective_without_backward",
+        "the gradient is that of the labels' logits alone: none comes back through the sum of exponentials over the "
+        "vocabulary, whose parts the ranks have",
+        "runs.sketch_causes",
+        "torch.distributed.all_reduce is no autograd operation: put it into a torch.autograd.Function whose backward "
+        "returns the gradient as it is.",
+    )
     GRADIENT_SCALED = (
         "gradient_scaled",
         "the actual gradient equals the expected one times a constant{residual}",

@@ -76,9 +76,13 @@ class ActivationPlaces:
     is_sequence_first: bool = False  # positions come before samples, as in Megatron
     _rows: dict[tuple[str, int, int], RowKeys] = field(default_factory=dict)
 
-    def places(self, tensor: torch.Tensor) -> tuple[Place, ...]:
-        """Return every way in which a plain local tensor may lie in the whole; the first takes it as all of it."""
-        rows, num_row_dims, is_slice = self._keyed_rows(tuple(tensor.shape))
+    def places(self, tensor: torch.Tensor, *, lies_as_inputs: bool = False) -> tuple[Place, ...]:
+        """Return every way in which a plain local tensor may lie in the whole; the first takes it as all of it.
+
+        Args:
+            lies_as_inputs: Samples and positions are in the order of the model's arguments, whatever it does inside.
+        """
+        rows, num_row_dims, is_slice = self._keyed_rows(tuple(tensor.shape), lies_as_inputs)
         columns = tuple(tensor.shape[num_row_dims:])
         if is_slice:
             return (_place("sequence", f"sequence {self.tp_rank}/{self.tp}", columns, None, rows, num_row_dims),)
@@ -94,7 +98,7 @@ class ActivationPlaces:
             places.append(_place(dim, piece, whole, None, rows, num_row_dims, part=(self.tp, self.tp_rank)))
         return tuple(places)
 
-    def places_of_dtensor(self, tensor: torch.Tensor) -> tuple[Place, ...]:
+    def places_of_dtensor(self, tensor: torch.Tensor, *, lies_as_inputs: bool = False) -> tuple[Place, ...]:
         """Return the one place of a DTensor, which its placements tell; empty where they cut other dims than these."""
         sizes = tensor.device_mesh.shape  # type: ignore[attr-defined]
         placements = [
@@ -105,7 +109,7 @@ class ActivationPlaces:
         if len(placements) > 1:
             return ()
         local: torch.Tensor = tensor._local_tensor  # type: ignore[attr-defined]
-        rows, num_row_dims, is_slice = self._keyed_rows(tuple(local.shape))
+        rows, num_row_dims, is_slice = self._keyed_rows(tuple(local.shape), lies_as_inputs)
         columns = tuple(local.shape[num_row_dims:])
         placement = placements[0] if placements else None
         if placement is None or not placement.is_shard():
@@ -121,7 +125,7 @@ class ActivationPlaces:
         index = GlobalIndex.shard(whole[-1:], Shard(-1), self.tp, self.tp_rank)
         return (_place("layout", piece, whole, index, rows, num_row_dims),)
 
-    def _keyed_rows(self, shape: tuple[int, ...]) -> tuple[RowKeys | None, int, bool]:
+    def _keyed_rows(self, shape: tuple[int, ...], lies_as_inputs: bool) -> tuple[RowKeys | None, int, bool]:
         """Return the keys of the rows, how many leading dims are rows, and whether they are this rank's positions.
 
         Where a shape can be read in two ways, samples come first, as in torch's modules with `batch_first`.
@@ -135,7 +139,7 @@ class ActivationPlaces:
             for positions, is_slice in ((length, False), (local, True)):
                 if is_slice and local == length:
                     break
-                is_ambiguous = number == positions and self.is_sequence_first
+                is_ambiguous = number == positions and self.is_sequence_first and not lies_as_inputs
                 if shape[:2] == (number, positions) and not is_ambiguous:
                     return self._cached("samples", positions, is_slice), 2, is_slice
                 if shape[:2] == (positions, number):

@@ -29,6 +29,7 @@ from tpcheck.runs.exact_checks import (
     same_start,
     steps_were_taken,
 )
+from tpcheck.runs.low_precision import noise_of_weights
 from tpcheck.runs.names import NameMap
 from tpcheck.runs.picture import PictureMaker
 from tpcheck.runs.run_findings import (
@@ -299,7 +300,8 @@ class _RunsComparison:
             for table in (actual, expected)
         ]
         around = BeforeAndAfter(before[0], after[0], before[1], after[1])
-        context = StepContext(self.comparer, step, actual, expected, around, self.measured, self.scale, is_next)
+        noise = noise_of_weights(self.comparer, *before, self.scale)
+        context = StepContext(self.comparer, step, actual, expected, around, self.measured, self.scale, is_next, noise)
         return context if is_next else replace(context, scale=max(self.scale, self._scale_of_given(context)))
 
     def _scale_of_given(self, context: StepContext) -> float:

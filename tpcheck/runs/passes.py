@@ -129,6 +129,7 @@ class Pass:
         has_backward: Whether a backward pass has reached any output.
         calls: Number of calls of each module.
         unmatched: For modules whose outputs had no autograd graph: calls that a recomputation may still follow.
+        from_indices: Leaf modules that were called with indices: their outputs lie as the model's arguments do.
         seeds: Gradients that reached the model's own outputs from outside, by path; for replays.
         before: Whatever a replay needs of the time before the call.
     """
@@ -146,6 +147,7 @@ class Pass:
     calls: Counter[str] = field(default_factory=Counter)
     open_calls: dict[str, list[int]] = field(default_factory=dict)
     unmatched: dict[str, list[int]] = field(default_factory=dict)
+    from_indices: set[str] = field(default_factory=set)
     seeds: dict[str, torch.Tensor] = field(default_factory=dict)
     before: Any = None
 
@@ -172,7 +174,8 @@ class Pass:
 
     def add(self, key: Key, tensor: torch.Tensor, *, is_full: bool = False) -> None:
         """Add a tensor of this call; one that is there already is added up."""
-        places = self.places.places_of_dtensor(tensor) if _is_dtensor(tensor) else self.places.places(tensor)
+        find = self.places.places_of_dtensor if _is_dtensor(tensor) else self.places.places
+        places = find(tensor, lies_as_inputs=not key[1] or key[1] in self.from_indices)
         pending = PendingTensor.of(key, local_values(tensor), places, is_full=is_full)
         if key in self.tensors:
             self.tensors[key].add(pending)
@@ -259,6 +262,8 @@ class ModuleHooks:
             call = current.calls[name]
             current.calls[name] += 1
             current.open_calls.setdefault(name, []).append(call)
+            if _is_called_with_indices(module, args):
+                current.from_indices.add(name)
             if self._is_full:
                 for path, tensor in named_tensors((*args, kwargs) if kwargs else args):
                     if tensor.is_floating_point():
@@ -313,6 +318,13 @@ class ModuleHooks:
 
         tensor.register_hook(eager(hook))  # type: ignore[no-untyped-call]
         return True
+
+
+def _is_called_with_indices(module: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Return whether a module without children is called with integers, as embeddings are."""
+    first = args[0] if args else None
+    is_integer = isinstance(first, torch.Tensor) and not first.is_floating_point() and not first.is_complex()
+    return is_integer and next(module.children(), None) is None
 
 
 def is_in_backward() -> bool:

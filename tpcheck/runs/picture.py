@@ -44,7 +44,7 @@ class PictureMaker:
                         comparison.label,
                         comparison.relative,
                         None if comparison.allowed is None else comparison.relative_allowed,
-                        comparison.is_wrong,
+                        comparison.is_wrong and comparison.label in answer.margins,  # others were left out
                     )
                 )
             self._add_maps(answer)

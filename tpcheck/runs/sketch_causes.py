@@ -17,13 +17,16 @@ from tpcheck.numerics.tolerance import (
     LEAST_MULTIPLES,
     RESIDUAL_EXACT,
     RESIDUAL_NOISY,
+    SAFETY_FACTOR,
     SPREAD_OF_ONE_ROW,
 )
 from tpcheck.runs.comparisons import Comparison, relative
-from tpcheck.runs.wholes import Whole, total
+from tpcheck.runs.wholes import Whole, epsilon, total
 
 OPTIMIZERS_OF_WHOLE_MATRICES = ("muon", "adafactor", "lamb", "shampoo", "soap", "came", "lars")
 """Optimizers whose step on an element depends on the whole matrix: on a shard they compute something else."""
+# A sum of squares is close to an integer, or to one over it, by chance as seldom as this.
+_CHANCE_OF_INTEGER = 1e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,20 +210,32 @@ def _terms(cause: Cause, suspect: Suspect) -> Explanation | None:
     actual = comparison.actual
     if not actual.is_replicated_over_tp or actual.is_bitwise_replicated:
         return None
-    sums = [_sum_of(actual, group) for group in actual.groups]
-    if comparison.kind in ("output", "output_gradient"):
-        sums = [total(sums).scaled(actual.factor)]
+    sums, mean = _sums_over_tp(actual, are_replicas=comparison.kind not in ("output", "output_gradient"))
     limit = largest_residual(comparison)
     errors = [distance(each, comparison.expected.sketch) for each in sums]
-    mean_error = distance(total(sums).scaled(1 / len(sums)), comparison.expected.sketch)
+    mean_error = distance(mean, comparison.expected.sketch)
     if min(max(errors), mean_error) > limit:
         return None
     evidence = {} if max(errors) <= limit else {"note": "the replicas over DP were not averaged, either"}
     return Explanation(cause, relative(min(max(errors), mean_error), comparison.expected.norm), evidence)
 
 
-def _sum_of(whole: Whole, group: Sequence[int]) -> Sketch:
-    return total(whole.parts[rank].sketch for rank in group if rank in whole.parts)
+def _sums_over_tp(whole: Whole, *, are_replicas: bool) -> tuple[list[Sketch], Sketch]:
+    """Return the wholes that sums over the ranks of TP groups make, and their mean.
+
+    Groups that hold the same piece are replicas, those of other pieces (ZeRO) add up; of activations all add up.
+    """
+    sums: dict[str, list[Sketch]] = {}
+    for group in whole.groups:
+        held = [whole.parts[rank] for rank in group if rank in whole.parts]
+        if held:
+            sums.setdefault(held[0].piece, []).append(total(part.sketch for part in held))
+    if not are_replicas:
+        summed = total(each for of_piece in sums.values() for each in of_piece).scaled(whole.factor)
+        return [summed], summed
+    number = max(map(len, sums.values()))
+    wholes = [total(of_piece[min(each, len(of_piece) - 1)] for of_piece in sums.values()) for each in range(number)]
+    return wholes, total(total(of_piece).scaled(1 / len(of_piece)) for of_piece in sums.values())
 
 
 def terms_over_dp(suspect: Suspect) -> Explanation | None:
@@ -252,11 +267,12 @@ def unreduced_micro_batch(suspect: Suspect) -> Explanation | None:
     if limit < 0 or len({len(sums) for sums in by_rank.values()}) != 1 or len(by_rank) < len(actual.parts):
         return None
     holders: list[tuple[str, list[list[Sketch]]]] = []
-    if actual.is_replicated_over_tp:
-        holders.append(("tp", [by_rank[rank] for rank in actual.groups[0]]))
+    held = [[rank for rank in group if rank in by_rank] for group in actual.groups]  # ZeRO: not all ranks have a part
+    if actual.is_replicated_over_tp and len(held[0]) == len(actual.groups[0]):
+        holders.append(("tp", [by_rank[rank] for rank in held[0]]))
     pieces = set(actual.pieces)
-    if suspect.dp > 1 and all({actual.parts[rank].piece for rank in group} == pieces for group in actual.groups):
-        owners = [{actual.parts[rank].piece: rank for rank in group}.values() for group in actual.groups]
+    if suspect.dp > 1 and all({actual.parts[rank].piece for rank in ranks} == pieces for ranks in held):
+        owners = [{actual.parts[rank].piece: rank for rank in ranks}.values() for ranks in held]
         wholes = [[total(each) for each in zip(*(by_rank[rank] for rank in ranks), strict=True)] for ranks in owners]
         holders.append(("dp", wholes))
     for over, sums_of_holders in holders:
@@ -272,6 +288,36 @@ def unreduced_micro_batch(suspect: Suspect) -> Explanation | None:
         if unreduced and len(unreduced) < len(combined) and error <= limit:
             evidence = {"micro_batches": unreduced, "reduced_over": over}
             return Explanation(Cause.MICRO_BATCH_UNREDUCED, relative(error, expected.norm), evidence)
+    return None
+
+
+def labels_alone(suspect: Suspect) -> Explanation | None:
+    """The gradient of a cross entropy over a cut vocabulary lacks the part of the sum of exponentials.
+
+    With probabilities P, labels Y and n labels, the expected gradient is (P - Y) / n, the actual one -Y / n: its
+    squares add up to 1 / n, or to n where losses are summed. What is missing, P / n, has rows of positive numbers with
+    a sum of 1 / n: their squares add up to at most 1 / n, and to at least 1 / (n V), with V columns.
+    """
+    comparison = suspect.comparison
+    actual, expected = comparison.actual, comparison.expected
+    limit = largest_residual(comparison)
+    is_cut = actual.is_sharded_over_tp and actual.label != "sequence"
+    if limit < 0 or not is_cut or len(actual.variants) > 1 or len(expected.shape) < 2:
+        return None
+    squares, width = actual.norm**2, expected.shape[-1]
+    num_rows = expected.sketch.numel // width // expected.copies
+    tolerance = SAFETY_FACTOR * max(epsilon(actual.dtype), epsilon("float64") * num_rows)
+    for number in (1 / squares, squares) if squares else ():
+        labels = round(number)
+        if not 1 <= labels <= num_rows or abs(number / labels - 1) > tolerance:
+            continue
+        if tolerance * labels > _CHANCE_OF_INTEGER and labels != num_rows:
+            continue
+        missing = comparison.error**2 / squares  # of P / n to Y / n
+        spread = 1 + FITTED_RELATIVE_ERROR
+        if 1 / (width * spread) <= missing <= spread and share_of(actual.sketch, expected.sketch) > 0:
+            evidence = {"labels": labels, "sum_of_squares": squares}
+            return Explanation(Cause.COLLECTIVE_WITHOUT_BACKWARD, evidence=evidence)
     return None
 
 
@@ -613,6 +659,7 @@ TESTS: Mapping[str, tuple[Test, ...]] = {
         mean_of_local_means,
         gradient_vanished,
         scaled_from_outside,
+        labels_alone,
         *_OVER_RANKS,
         scaled,
     ),

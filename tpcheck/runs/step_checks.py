@@ -13,7 +13,7 @@ import torch
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.findings import Finding
 from tpcheck.numerics.sketch import GlobalIndex, Sketch, row_keys, sketch
-from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, LOCAL_FACTOR, LOW_PRECISION, SAFETY_FACTOR, TYPICAL_NOISE
+from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, SAFETY_FACTOR, TYPICAL_NOISE
 from tpcheck.runs.alignment import AlignedStep, Run
 from tpcheck.runs.comparisons import Comparer, Comparison, Table, label_of, margin
 from tpcheck.runs.exact_checks import (
@@ -24,6 +24,7 @@ from tpcheck.runs.exact_checks import (
     options_finding,
     weights_moved,
 )
+from tpcheck.runs.low_precision import judged_among_neighbours
 from tpcheck.runs.run_findings import (
     GRADIENTS,
     NORM,
@@ -47,7 +48,7 @@ from tpcheck.runs.sketch_causes import (
     sees_one_shard,
     share_of,
 )
-from tpcheck.runs.wholes import epsilon, parts_of, reading_of, total
+from tpcheck.runs.wholes import Part, epsilon, parts_of, reading_of, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class StepContext:
         measured: What findings say of how they were made.
         scale: By how much further than in the replays the runs were apart before the step.
         is_update_judged: Whether weights and states before the step were judged, so that those after it can be.
+        typical_noise: How far apart tensors of 16 bits may be expected to be, in units of what rounding moves them by.
     """
 
     comparer: Comparer
@@ -72,6 +74,7 @@ class StepContext:
     measured: Measured
     scale: float = 1.0
     is_update_judged: bool = True
+    typical_noise: float = TYPICAL_NOISE
 
     @property
     def number(self) -> int:
@@ -139,28 +142,47 @@ class StepContext:
     def _micro_batches(self, comparison: Comparison) -> MicroBatches:
         if comparison.kind != "gradient":
             return MicroBatches()
-        sides: list[dict[int, tuple[Sketch, ...]]] = []
-        for table, label in ((self.actual, comparison.actual.label), (self.expected, comparison.expected.label)):
-            kept: dict[int, list[Sketch]] = {}
-            keys = [key for key in table if key[:2] == ("accumulated", comparison.name)]
-            for key in sorted(keys, key=lambda key: int(key[2]) if key[2].isdigit() else 0):
-                for rank, record in table[key].items():
-                    if any(reading.label == label for reading in record.readings):
-                        kept.setdefault(rank, []).append(parts_of({rank: record}, label)[rank].sketch)
-            sides.append({rank: tuple(sketches) for rank, sketches in kept.items()})
-        actual, expected = sides
-        pieces = comparison.expected.pieces
-        holders = [ranks[0] for ranks in pieces.values()]
-        wholes: tuple[Sketch, ...] = ()
-        is_reduced = comparison.expected.is_bitwise_replicated or len(comparison.expected.parts) == 1
-        if expected and is_reduced and all(rank in expected for rank in holders) and self._same_micro_batches():
-            number = min(len(expected[rank]) for rank in holders)
-            wholes = tuple(total(expected[rank][each] for rank in holders) for each in range(number))
-        return MicroBatches(actual, wholes)
+        actual = _accumulated(self.actual, comparison.name, comparison.actual.label)
+        expected = _accumulated(self.expected, comparison.name, comparison.expected.label)
+        kept: dict[int, list[Sketch]] = {}
+        for parts in actual:
+            for rank, part in parts.items():
+                kept.setdefault(rank, []).append(part.sketch)
+        wholes: list[Sketch] = []
+        is_reduced = len(comparison.expected.variants) == 1
+        for parts in expected if is_reduced else ():
+            whole = mean_over_replicas(parts, self.comparer.expected.replicas)
+            if whole is None or whole.numel != comparison.expected.sketch.numel * self.comparer.expected.dp:
+                wholes.clear()
+                break
+            wholes.append(whole)
+        return MicroBatches({rank: tuple(sketches) for rank, sketches in kept.items()}, tuple(wholes))
 
-    def _same_micro_batches(self) -> bool:
-        """Return whether what the expected run accumulated is the whole of each micro-batch: it has no replicas."""
-        return self.comparer.expected.dp == 1
+
+def _accumulated(table: Table, name: str, label: str) -> list[dict[int, Part]]:
+    """Return the ranks' gradients of a parameter as they stood before the second micro-batch, the third ..."""
+    keys = [key for key in table if key[:2] == ("accumulated", name)]
+    found = []
+    for key in sorted(keys, key=lambda key: int(key[2]) if key[2].isdigit() else 0):
+        read = {rank: record for rank, record in table[key].items() if reading_of(record, label) is not None}
+        found.append(parts_of(read, label))
+    return found
+
+
+def mean_over_replicas(parts: Mapping[int, Part], replicas: Sequence[Sequence[int]]) -> Sketch | None:
+    """Return the mean of the wholes that the replicas hold, each its own or all the mean already.
+
+    None where a replica has none, or its ranks hold other bits of the same elements.
+    """
+    wholes = []
+    for group in replicas:
+        pieces: dict[str, Part] = {}
+        for rank in group:
+            part = parts.get(rank)
+            if part is None or pieces.setdefault(part.piece, part).digest != part.digest:
+                return None
+        wholes.append(total(part.sketch for part in pieces.values()))
+    return total(wholes).scaled(1 / len(wholes))
 
 
 def _signed(word: int) -> int:
@@ -180,7 +202,8 @@ def outputs_match(context: StepContext) -> Answer:
     """Compare the outputs of all modules, the loss among them."""
     context.comparer.doubtful = []
     comparisons, not_compared = _computed(context, "output")
-    wrong = wrong_places(comparisons)
+    comparisons = judged_among_neighbours(comparisons, context.typical_noise)
+    wrong = [each for each in comparisons if each.is_wrong]
     permuted = [each for each in wrong if may_be_permuted(each, comparisons)]
     not_compared |= {each.label: _PERMUTED for each in permuted}
     findings = _first_place(context, OUTPUTS, comparisons, [each for each in wrong if each not in permuted])
@@ -230,35 +253,6 @@ def _computed(context: StepContext, kind: str) -> tuple[list[Comparison], dict[s
     return comparisons, comparer.not_compared
 
 
-def wrong_places(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Return the tensors that are wrong, in the order of events.
-
-    In low precision noise grows with depth, so that what rounding may do to a module at the end hides a mistake in it.
-    There a tensor is wrong, too, where it is much further off, in units of its own noise, than all before it.
-    """
-    wrong = []
-    before = TYPICAL_NOISE
-    for comparison in comparisons:
-        deviation = comparison.deviation
-        is_local = False
-        if deviation and comparison.allowed is not None and _is_low(comparison):
-            ratio = comparison.error / deviation
-            is_local = ratio > LOCAL_FACTOR * before and comparison.error > _own_rounding(comparison)
-            before = max(before, min(ratio, SAFETY_FACTOR))
-        if comparison.is_wrong or is_local:
-            allowed = min(comparison.allowed or 0.0, LOCAL_FACTOR * before * (deviation or 0.0))
-            wrong.append(replace(comparison, allowed=allowed) if is_local and not comparison.is_wrong else comparison)
-    return wrong
-
-
-def _is_low(comparison: Comparison) -> bool:
-    return max(epsilon(comparison.actual.dtype), epsilon(comparison.expected.dtype)) > LOW_PRECISION
-
-
-def _own_rounding(comparison: Comparison) -> float:
-    return comparison.expected.norm * max(epsilon(comparison.actual.dtype), epsilon(comparison.expected.dtype))
-
-
 def _first_place(
     context: StepContext, check: str, comparisons: Sequence[Comparison], wrong: Sequence[Comparison]
 ) -> list[Finding]:
@@ -305,7 +299,8 @@ def gradients_match(context: StepContext) -> Answer:
     """Compare gradients of outputs, then of parameters as the optimizer gets them."""
     number = context.number
     backward, not_compared = _computed(context, "output_gradient")
-    wrong_backward = wrong_places(backward)
+    backward = judged_among_neighbours(backward, context.typical_noise)
+    wrong_backward = [each for each in backward if each.is_wrong]
     permuted = [each for each in wrong_backward if may_be_permuted(each, backward)]
     not_compared |= {each.label: _PERMUTED for each in permuted}
     wrong_backward = [each for each in wrong_backward if each not in permuted]
@@ -319,7 +314,8 @@ def gradients_match(context: StepContext) -> Answer:
             name: reason for name, reason in context.comparer.not_compared.items() if name not in missing.names
         }
         findings += missing.findings
-    wrong = wrong_places(comparisons)
+    comparisons = judged_among_neighbours(comparisons, context.typical_noise)
+    wrong = [each for each in comparisons if each.is_wrong]
     left_out = permuted
     factor = _common_factor(wrong_backward, backward)
     if factor is not None and comparisons and not wrong:
@@ -583,7 +579,8 @@ def updates_match(context: StepContext, gradients: Answer) -> Answer:
         }
         return Answer.of(UPDATES, number, comparisons, moved.findings, {**not_compared, **given}, comparisons)
     has_gradient = {each.name for each in gradients.comparisons if each.kind == "gradient"}
-    wrong = wrong_places(comparisons)
+    comparisons = judged_among_neighbours(comparisons, context.typical_noise)
+    wrong = [each for each in comparisons if each.is_wrong]
     undecayed = [each for each in wrong if each.kind == "weight" and has_gradient and each.name not in has_gradient]
     for each in undecayed:
         if not any(label.endswith(each.name) for label in gradients.not_compared):
@@ -755,7 +752,8 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
         }
         return Answer.of(STATES, number, comparisons, (), {**not_compared, **given}, comparisons)
     findings = []
-    wrong = wrong_places(comparisons)
+    comparisons = judged_among_neighbours(comparisons, context.typical_noise)
+    wrong = [each for each in comparisons if each.is_wrong]
     differing = differing_options(comparer, context.step)
     for each in wrong:
         explanation = explain(context.suspect(each))

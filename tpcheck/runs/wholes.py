@@ -95,9 +95,9 @@ class Whole:
 
     @property
     def is_replicated_over_tp(self) -> bool:
-        """Whether the ranks of each TP group hold the same elements, and are more than one."""
+        """Whether the ranks of each TP group hold the same elements, if any (ZeRO), and are more than one."""
         return all(
-            len({self.parts[rank].piece for rank in group if rank in self.parts}) == 1 for group in self.groups
+            len({self.parts[rank].piece for rank in group if rank in self.parts}) <= 1 for group in self.groups
         ) and any(len(group) > 1 for group in self.groups)
 
     @property

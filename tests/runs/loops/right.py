@@ -238,7 +238,6 @@ MEGATRON = (
         dtype=torch.float32,
         agreement=1e-5,
         sequence=True,
-        xfail="outputs of local positions first, [L / tp, B, D], are read as whole",
     ),
     right(
         "Megatron, sequence parallelism over replicas, accumulation, AdamW",

@@ -179,7 +179,6 @@ LIVE = (
         sequence=True,
         dtype=torch.float32,
         agreement=1e-5,
-        xfail="outputs of local positions first, [L / tp, B, D], are read as whole",
     ),
     *(
         wrong(
@@ -194,30 +193,24 @@ LIVE = (
             agreement=1e-5,
             zero=zero,
             accumulate=2,
-            xfail="caught, but last_micro_batch_only is not named: the engine keeps no gradient between passes",
         )
         for zero in (1, 2)
     ),
-    wrong(
-        "one output projection of 12 layers 8 % off, in bfloat16",
-        faults.OneProjectionOff,
-        OUTPUTS,
-        "model.layers.9.self_attn.o_proj",
-        step=0,
-        expected=faults.NoProjectionOff,
-        agreement=None,
-        xfail="the allowance of an output in layer 9 is 20 %",
-    ),
-    wrong(
-        "one output projection of 12 layers 8 % off, in bfloat16, against four shards",
-        faults.OneProjectionOff,
-        OUTPUTS,
-        "model.layers.9.self_attn.o_proj",
-        step=0,
-        expected=faults.NoProjectionOff,
-        expected_topology=TP4,
-        kv_heads=4,
-        agreement=None,
+    *(
+        wrong(
+            f"one output projection of 12 layers 8 % off, in bfloat16, against {text}, seed {seed}",
+            faults.OneProjectionOff,
+            OUTPUTS,
+            "model.layers.9.self_attn.o_proj",
+            step=0,
+            expected=faults.NoProjectionOff,
+            expected_topology=topology,
+            kv_heads=kv_heads,
+            model_seed=seed,
+            agreement=None,
+        )
+        for seed in range(3)
+        for text, topology, kv_heads in (("one rank", ALONE, 2), ("four shards", TP4, 4))
     ),
 )
 
@@ -420,7 +413,6 @@ COLLECTIVES = (
         cause="collective_without_backward",
         step=0,
         vocabulary_parallel=True,
-        xfail="caught at the head, but collective_without_backward is not named",
     ),
     wrong(
         "loss of the mean over ranks", faults.TrainsLossOverMean, OUTPUTS, "loss", "", step=0, vocabulary_parallel=True
@@ -552,7 +544,8 @@ SELDOM = frozenset(
         "loss not divided by the number of micro-batches, over replicas",
         "transformers' hooks at 4 micro-batches",
         "DeepSpeed ZeRO 2: two backward passes, configured for one",
-        "one output projection of 12 layers 8 % off, in bfloat16, against four shards",
+        "one output projection of 12 layers 8 % off, in bfloat16, against four shards, seed 1",
+        "one output projection of 12 layers 8 % off, in bfloat16, against four shards, seed 2",
         "Adafactor on shards",
         "other eps",
         "momentum on one side",

@@ -1,0 +1,67 @@
+"""In 16 bits, how far a module may be off is read from the modules before it: noise grows over the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median
+
+from tpcheck.numerics.tolerance import (
+    LOCAL_FACTOR,
+    LOCAL_FACTOR_OF_GRADIENTS,
+    LOW_PRECISION,
+    NUM_NEIGHBOURS,
+    SAFETY_FACTOR,
+    TYPICAL_NOISE,
+)
+from tpcheck.runs.comparisons import ACTIVATIONS, Comparer, Comparison, Table
+from tpcheck.runs.wholes import epsilon
+
+
+def judged_among_neighbours(comparisons: Sequence[Comparison], typical: float = TYPICAL_NOISE) -> list[Comparison]:
+    """Return the comparisons with what is allowed each in light of those before it, in the order of events.
+
+    Ten times what rounding may do to a module at the end hides a mistake of some percent in it. But how far two runs
+    are apart, in units of what a replay moved a tensor by, is alike from module to module: one that is much further
+    off than those before it has added what its inputs do not explain.
+
+    Args:
+        typical: How far apart, in these units, may be expected whatever came before.
+    """
+    judged: list[Comparison] = []
+    ratios: list[float] = []
+    for comparison in comparisons:
+        noise = _noise(comparison)
+        if noise:
+            share = _share_of_noise(comparison, ratios, typical)
+            comparison = replace(comparison, allowed=min(SAFETY_FACTOR, share) * noise)
+            if not comparison.is_wrong:
+                ratios.append(comparison.error / noise)
+        judged.append(comparison)
+    return judged
+
+
+def noise_of_weights(comparer: Comparer, actual: Table, expected: Table, scale: float) -> float:
+    """Return how far apart 16-bit weights are before a step, in units of what rounding moved them by.
+
+    Args:
+        scale: By how much further than in the replays the runs were apart.
+    """
+    if max(comparer.eps) <= LOW_PRECISION:
+        return TYPICAL_NOISE
+    compared = replace(comparer, not_compared={}).stored(actual, expected, ("weight",), scale=scale)
+    ratios = [each.error / noise for each in compared if (noise := _noise(each))]
+    return max([TYPICAL_NOISE, *ratios])
+
+
+def _noise(comparison: Comparison) -> float:
+    """Return by how much rounding moves a tensor of 16 bits; 0 for others, or where no replay measured it."""
+    eps = max(epsilon(comparison.actual.dtype), epsilon(comparison.expected.dtype))
+    return (comparison.allowed or 0.0) / SAFETY_FACTOR if eps > LOW_PRECISION else 0.0
+
+
+def _share_of_noise(comparison: Comparison, before: Sequence[float], typical: float) -> float:
+    if comparison.kind in ACTIVATIONS:
+        factor = LOCAL_FACTOR if comparison.kind == "output" else LOCAL_FACTOR_OF_GRADIENTS
+        return factor * max(typical, median(before[-NUM_NEIGHBOURS:] or [0.0]))
+    return LOCAL_FACTOR_OF_GRADIENTS * max(typical, *before, 0.0)
