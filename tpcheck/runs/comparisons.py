@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import hypot, inf, isfinite, sqrt
+from math import hypot, inf, isfinite, isnan, sqrt
 from typing import Literal
 
 from tpcheck.numerics.sketch import distance
@@ -452,8 +452,9 @@ def compare(
 ) -> Comparison:
     """Return the comparison of two wholes; an infinity or NaN on one side alone is an infinite error."""
     errors = tuple(
-        inf if variant.sketch.nonfinite != expected.sketch.nonfinite else distance(variant.sketch, expected.sketch)
+        inf if variant.sketch.nonfinite != expected.sketch.nonfinite or isnan(gap) else gap
         for variant in actual.variants
+        for gap in [distance(variant.sketch, expected.sketch)]
     )
     terms_error = None
     may_be_terms = len(actual.variants) > 1 or any(part.is_term for part in actual.parts.values())
