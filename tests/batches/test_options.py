@@ -103,7 +103,8 @@ NAMES = [field.name for field in fields(WatchOptions)]
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.__name__)
 def test_every_hook_shows_the_options_by_name(hook: Callable[..., Any]) -> None:
     parameters = inspect.signature(hook).parameters.values()
-    keywords = [each for each in parameters if each.kind is each.KEYWORD_ONLY and each.name != "loader"]
+    others = ("loader", "record", "guard")
+    keywords = [each for each in parameters if each.kind is each.KEYWORD_ONLY and each.name not in others]
     assert [each.name for each in keywords] == NAMES == list(WatchArguments.__annotations__)
     assert {each.default for each in keywords} == {None}
 
