@@ -93,7 +93,7 @@ def test_for_a_run_that_never_sharded_the_doctor_names_the_line_to_add() -> None
     """A saved model as large as without TP means that no parameter was sharded."""
     from tpcheck.doctor.deepspeed import config_advice
 
-    (advice,) = config_advice({"gradient_clipping": 1.0, "zero_optimization": {"stage": 1}})
+    (advice,) = config_advice({"gradient_clipping": 1.0, "zero_optimization": {"stage": 3}})
     assert advice.rule == "tensor_parallelism_is_off"
     assert advice.fix == 'add "tensor_parallel": {"autotp_size": 2}'
     report = tpcheck.verify_family(

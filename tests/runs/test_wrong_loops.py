@@ -7,6 +7,7 @@ import pytest
 from tests.runs.loops.loop import Loop, complaints
 from tests.runs.loops.worlds import LoopRunner, as_parameters, loop_runner
 from tests.runs.loops.wrong import LOOPS, SELDOM
+from tpcheck.core.causes import Cause
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +28,8 @@ def test_a_wrong_loop_is_caught_placed_and_named(runner: LoopRunner, loop: Loop)
 
 def test_the_table_of_wrong_loops_is_long_enough() -> None:
     assert len(LOOPS) >= 30
+
+
+def test_every_cause_that_only_runs_have_is_named_of_a_loop() -> None:
+    of_runs = {cause.slug for cause in Cause if all(module.startswith("runs.") for module in cause.diagnosed_in)}
+    assert of_runs <= {loop.wrong.cause for loop in LOOPS if loop.wrong is not None}
