@@ -50,16 +50,16 @@ class ParameterPlaces:
     ) -> tuple[Place, ...]:
         """Return the place of a part; where its layout is unknown, every cut of one dim that the shapes allow.
 
-        Parts that all ranks held alike at the start are replicas.
+        Parts that were equal on all ranks at the start are replicas.
         """
         if index is not None:
             return (Place("layout", index.shape, index.piece(), index, is_term=is_term),)
         if index_in_shard is not None:
             return self._places_of_partition(name, index_in_shard)
         local = tuple(values.shape)
-        told = [rank.parameters.get(name) for rank in self.ranks]
-        known = [each for each in told if each is not None]
-        if len(known) < len(told) or known[self.tp_rank][0] != local or len(set(known)) == 1:
+        of_ranks = [rank.parameters.get(name) for rank in self.ranks]
+        known = [each for each in of_ranks if each is not None]
+        if len(known) < len(of_ranks) or known[self.tp_rank][0] != local or len(set(known)) == 1:
             return (self._place("whole", GlobalIndex.whole(local)),)
         shapes = [shape for shape, _ in known]
         places = []
@@ -77,8 +77,8 @@ class ParameterPlaces:
     def _places_of_partition(self, name: str, in_shard: GlobalIndex) -> tuple[Place, ...]:
         """Return the places of a part of this TP rank's tensor that is partitioned over DP (FSDP2, ZeRO)."""
         whole = self._place("whole", in_shard)
-        told = [rank.parameters.get(name) for rank in self.ranks]
-        if None in told or len(set(told)) == 1:
+        of_ranks = [rank.parameters.get(name) for rank in self.ranks]
+        if None in of_ranks or len(set(of_ranks)) == 1:
             return (whole,)
         cuts = [
             self._place(f"dim {dim}", index_over_tp(in_shard, dim, len(self.ranks), self.tp_rank))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import isfinite, sqrt
@@ -24,9 +24,6 @@ from tpcheck.runs.update_rounding import lies_in, moves_of_update, noise
 
 # Ranks reach a step within this time, or replays, in which they communicate, are given up.
 SECONDS_TO_WAIT = 30.0
-# A repeated pass that is off by more than this, and by more than ten times what perturbation does, is another pass:
-# something that it depends on has changed since.
-UNFAITHFUL = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,26 +261,17 @@ class Replays:
         """Send gradients of the outputs back, without the hooks that reduce or take gradients of parameters."""
         ordered = [seeds[path] for path in results]
         gradients: Sequence[torch.Tensor | None]
-        if self._accumulates:
-            parameters = [(name, each) for name, each in self._model.named_parameters() if each.requires_grad]
-            with _gradients_set_aside([each for _, each in parameters]):
+        named = self._model.named_parameters() if self._twins is None else self._twins.items()
+        trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+        if self._accumulates or self._twins is not None:
+            with _gradients_set_aside([*trained.values()]):
                 torch.autograd.backward([*results.values()], ordered)
-                trained = [(name, each) for name, each in parameters]
-                gradients = [each.grad for _, each in trained]
-        elif self._twins is not None:
-            trained = [(name, twin) for name, twin in self._twins.items() if twin.requires_grad]
-            torch.autograd.backward([*results.values()], ordered)
-            gradients = [twin.grad for _, twin in trained]
-            for _, twin in trained:
-                twin.grad = None
+                gradients = [parameter.grad for parameter in trained.values()]
         else:
-            trained = [(name, each) for name, each in self._model.named_parameters() if each.requires_grad]
-            gradients = torch.autograd.grad(
-                [*results.values()], [each for _, each in trained], ordered, allow_unused=True
-            )
-        for (name, _), gradient in zip(trained, gradients, strict=True):
+            gradients = torch.autograd.grad([*results.values()], [*trained.values()], ordered, allow_unused=True)
+        for name, gradient in zip(trained, gradients, strict=True):
             if gradient is not None:
-                local = getattr(gradient, "_local_tensor", gradient).detach()
+                local = local_values(gradient).detach()
                 name = unwrapped_name(name)
                 sums[name] = sums[name] + local if name in sums else local
 
@@ -342,7 +330,7 @@ class Replays:
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
                 drift = self.drift.get(("weight", unwrapped_name(name), "", 0), (0.0,))[0]
-                local = getattr(parameter, "_local_tensor", parameter).data
+                local = local_values(parameter).data
                 if drift and local.numel():
                     saved.append((local, local.clone()))
                     generator = perturbation.generator(name, local.device)
@@ -360,7 +348,7 @@ class Replays:
             return
         self._last_step = step
         parts = [*self._view.gradients(optimizer)]
-        states = [*self._view.states()]
+        masters = {part.name for part in self._view.states() if part.kind == "master"}
         weights = {part.name: part for part in self._view.weights()}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -375,16 +363,15 @@ class Replays:
                     reason = str(error).partition("\n")[0] or type(error).__name__
                     self.not_measured["updates"] = f"{type(optimizer).__name__} cannot repeat its step: {reason}"
                     return
-                self._add_moves(moves, weights, states)
+                self._add_moves(moves, weights, masters)
 
-    def _add_moves(self, moves: Mapping[Key, float], weights: Mapping[str, Part], states: Sequence[Part]) -> None:
+    def _add_moves(self, moves: Mapping[Key, float], weights: Mapping[str, Part], masters: Collection[str]) -> None:
         for (kind, name, state, call), move in moves.items():
             if kind == "state":
                 self.drift[(kind, name, state, call)] = (move,)
                 continue
-            keys: list[Key] = [("weight", name, "", 0)]
-            keys += [("master", name, "", 0) for part in states if (part.kind, part.name) == ("master", name)]
-            for key in keys:
+            keys: tuple[Key, ...] = (("weight", name, "", 0), ("master", name, "", 0))
+            for key in keys if name in masters else keys[:1]:
                 total = self.drift.get(key, (0.0,))[0] + move
                 self.drift[key] = (total,)
                 self._last_moves[key] = move

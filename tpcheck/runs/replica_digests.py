@@ -136,9 +136,9 @@ def decide_replicas(votes: Sequence[Mapping[str, Vote]]) -> dict[str, bool | Non
     """
     decided: dict[str, bool | None] = {}
     for name in {name: None for of_rank in votes for name in of_rank}:
-        told = [of_rank.get(name) for of_rank in votes]
-        known = [vote for vote in told if vote is not None]
-        if len(known) < len(told):
+        of_ranks = [of_rank.get(name) for of_rank in votes]
+        known = [vote for vote in of_ranks if vote is not None]
+        if len(known) < len(of_ranks):
             decided[name] = False
         elif all(vote.is_whole for vote in known):
             decided[name] = True
