@@ -74,7 +74,7 @@ class Options:
         rounding: Random relative error of everything, in epsilons.
         layouts: Whether the layouts of parameters are known.
         same_batch: Both replicas are given the whole batch.
-        told_norm: By rank, what the engine tells.
+        reported_norm: By rank, what the engine tells.
         rates: Learning rate by step.
         optimizer: Class.
         moments, initial_moments: Whether there is optimizer state; before the first step, too.
@@ -99,7 +99,7 @@ class Options:
     rounding: float = 0.0
     layouts: bool = True
     same_batch: bool = False
-    told_norm: Callable[[int, Mapping[str, torch.Tensor]], float] | None = None
+    reported_norm: Callable[[int, Mapping[str, torch.Tensor]], float] | None = None
     rates: Sequence[float] = (RATE,) * 20
     optimizer: str = "SGD"
     change: Callable[[int, StepRecord], StepRecord | None] | None = None
@@ -229,10 +229,10 @@ class _Maker:
             for some in torch.arange(len(samples)).tensor_split(options.passes)
         )
         records = self.records(number, tensors)
-        told = options.told_norm(self.rank, gradients) if options.told_norm else None
+        reported = options.reported_norm(self.rank, gradients) if options.reported_norm else None
         names = tuple(options.rename(name) for name in WEIGHTS)
         group = ParameterGroup(options.optimizer, {"lr": options.rates[number], "momentum": 0.0}, names)
-        return StepRecord(number, True, passes, records, (group,), told_norm=told)
+        return StepRecord(number, True, passes, records, (group,), reported_norm=reported)
 
     def records(self, step: int, tensors: Mapping[Key, torch.Tensor]) -> tuple[TensorRecord, ...]:
         made = []

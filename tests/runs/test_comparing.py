@@ -462,15 +462,15 @@ def test_clipping_by_the_norm_of_all_gradients_passes() -> None:
 
 @pytest.mark.parametrize("cause", WRONG_NORMS)
 def test_a_norm_that_the_engine_tells_is_compared_with_that_of_all_gradients(cause: str) -> None:
-    told = WRONG_NORMS[cause]
-    expected = run(rounding=1.0, steps=1, told_norm=lambda rank, gradients: whole_norm())
-    actual = run(tp=2, steps=1, told_norm=lambda rank, gradients: told(norms_of_ranks(), rank))
+    reported = WRONG_NORMS[cause]
+    expected = run(rounding=1.0, steps=1, reported_norm=lambda rank, gradients: whole_norm())
+    actual = run(tp=2, steps=1, reported_norm=lambda rank, gradients: reported(norms_of_ranks(), rank))
     finding = the_finding(compared(actual, expected))
     assert (finding.check, finding.cause) == ("gradient_norm_matches_reference", cause)
 
 
 def test_a_norm_smaller_than_that_of_the_gradients_is_wrong_whatever_the_other_run_tells() -> None:
-    actual = run(tp=2, steps=1, told_norm=lambda rank, gradients: norms_of_ranks()[rank])
+    actual = run(tp=2, steps=1, reported_norm=lambda rank, gradients: norms_of_ranks()[rank])
     assert the_finding(compared(actual)).cause == "norm_is_local"
 
 

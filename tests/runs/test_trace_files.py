@@ -124,10 +124,12 @@ def test_full_tensors_of_every_dtype_come_back(tmp_path):
 
 def test_numbers_that_are_not_finite_come_back(tmp_path):
     writer = TraceWriter(tmp_path, header(), run_id=RUN)
-    writer.write_step(dataclasses.replace(step(0), gradient_norm=math.nan, told_norm=-math.inf, loss_scale=math.inf))
+    writer.write_step(
+        dataclasses.replace(step(0), gradient_norm=math.nan, reported_norm=-math.inf, loss_scale=math.inf)
+    )
     found = read_trace(tmp_path)[0].steps[0]
     assert math.isnan(found.gradient_norm)
-    assert (found.told_norm, found.loss_scale) == (-math.inf, math.inf)
+    assert (found.reported_norm, found.loss_scale) == (-math.inf, math.inf)
 
 
 def test_names_and_reasons_are_written_so_that_a_terminal_can_show_them(tmp_path):

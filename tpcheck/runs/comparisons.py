@@ -116,7 +116,7 @@ class Comparison:
         return relative(self.allowed or 0.0, self.expected.norm)
 
     def wrong_ranks(self) -> tuple[int, ...]:
-        """Return the ranks whose part is wrong; all of them where that cannot be told."""
+        """Return the ranks whose part is wrong; all of them where that is unknown."""
         allowed = self.allowed or 0.0
         ranks = [
             rank
@@ -275,8 +275,8 @@ class Comparer:
         def of_call(table: Table) -> list[Key]:
             return [each for each in table if (each[0], each[1], each[3]) == (kind, name, call)]
 
-        alike = of_call(expected)
-        return alike[0] if len(alike) == 1 and len(of_call(actual)) == 1 else None
+        candidates = of_call(expected)
+        return candidates[0] if len(candidates) == 1 and len(of_call(actual)) == 1 else None
 
     def _note(self, key: Key, reason: str) -> None:
         self.not_compared[label_of(key)] = reason

@@ -30,8 +30,8 @@ def groups_agree(run: Run) -> Answer:
             group = trace.tp_group if axis == "tp" else trace.dp_group
             margins[f"{axis} group of rank {rank}"] = 0.0
             others = [run.ranks[peer] for peer in group if peer in run.ranks]
-            theirs = [other.tp_group if axis == "tp" else other.dp_group for other in others]
-            if group and (rank not in group or any(other != group for other in theirs)):
+            groups = [other.tp_group if axis == "tp" else other.dp_group for other in others]
+            if group and (rank not in group or any(other != group for other in groups)):
                 wrong.append((axis, rank))
     findings = []
     if wrong:
@@ -297,10 +297,10 @@ def differing_options(comparer: Comparer, step: AlignedStep) -> dict[str, dict[s
     )
     differing: dict[str, dict[str, Any]] = {}
     for name, options in actual.items():
-        theirs = expected.get(name, {})
-        for option in options.keys() & theirs.keys() - _IMPLEMENTATION:
-            if _plain(options[option]) != _plain(theirs[option]):
-                differing.setdefault(name, {})[option] = (options[option], theirs[option])
+        expected_options = expected.get(name, {})
+        for option in options.keys() & expected_options.keys() - _IMPLEMENTATION:
+            if _plain(options[option]) != _plain(expected_options[option]):
+                differing.setdefault(name, {})[option] = (options[option], expected_options[option])
     return differing
 
 
@@ -351,7 +351,7 @@ def options_finding(step: int, differing: Mapping[str, Mapping[str, Any]]) -> Fi
     )
 
 
-# ---- bits of two runs alike
+# ---- bits of two equal runs
 
 
 def are_alike(actual: Run, expected: Run) -> bool:

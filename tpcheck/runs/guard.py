@@ -356,7 +356,7 @@ class Guard(AbstractContextManager["Guard"]):
         yield Item.number(STEPS, "", self._steps)
         yield Item.number(SKIPPED, "", self._view.num_skipped())
         yield Item.number(LOSS_SCALE, "", self._view.loss_scale())
-        norm = self._view.told_norm()
+        norm = self._view.reported_norm()
         if norm is not None and _clips(self._view):
             yield Item.number(NORM, "", norm)
         for number, group in enumerate(self._view.groups()):
@@ -425,8 +425,8 @@ class Guard(AbstractContextManager["Guard"]):
         if outcome.steps and not self._has_told_coverage:
             self._has_told_coverage = True
             _log.info("%s", coverage_line(outcome, self._not_compared))
-        told = self._view.told_norm() if self._steps else None
-        norm = outcome.norm if told is None else told
+        reported = self._view.reported_norm() if self._steps else None
+        norm = outcome.norm if reported is None else reported
         rates = [group.options["lr"] for group in self._view.groups() if "lr" in group.options]
         if self._options.log is not None:
             numbers: dict[str, float] = {

@@ -92,7 +92,7 @@ class OptimizerView(Protocol):
         """Return why the model cannot be called outside the loop (ZeRO 3, FSDP2); empty where it can."""
         ...
 
-    def told_norm(self) -> float | None:
+    def reported_norm(self) -> float | None:
         """Return the gradient norm that the engine says it clipped by in the last step; None where it tells none."""
         ...
 

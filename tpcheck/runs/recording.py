@@ -341,7 +341,7 @@ class Recorder(AbstractContextManager["Recorder"]):
                 passes=tuple(each.record() for each in passes),
                 tensors=(*self._step_tensors(passes), *self._state_tensors()),
                 groups=tuple(self._options_of_step.values()) if has_update else self._view.groups(),
-                told_norm=self._view.told_norm() if has_update else None,
+                reported_norm=self._view.reported_norm() if has_update else None,
                 loss_scale=self._view.loss_scale(),
                 is_skipped=is_skipped,
                 num_evaluations=self._num_evaluations + len(self._passes) - len(passes),

@@ -500,16 +500,20 @@ def norm_matches(context: StepContext, gradients: Answer) -> Answer:
     """
     number = context.number
     comparisons = [each for each in gradients.comparisons if each.kind == "gradient"]
-    told = {rank: step.told_norm for rank, step in context.step.actual.items() if step.told_norm is not None}
+    reported = {
+        rank: step.reported_norm for rank, step in context.step.actual.items() if step.reported_norm is not None
+    }
     clipping = [finding for finding in gradients.findings if finding.cause in NORM_CAUSES]
     if clipping:
         first = clipping[0]
         where = {"phase": "update", "step": number, "ranks": first.where.get("ranks", [])}
         return Answer(NORM, number, findings=(replace(first, check=NORM, where=where),))
-    if not told:
+    if not reported:
         return Answer(NORM, number, not_compared={"gradient norm": "the norm that the actual run clips by is unknown"})
     own = hypot(*(each.actual.norm for each in comparisons))
-    told_e = next((step.told_norm for step in context.step.expected.values() if step.told_norm is not None), None)
+    told_e = next(
+        (step.reported_norm for step in context.step.expected.values() if step.reported_norm is not None), None
+    )
     eps = max([epsilon(each.actual.dtype) for each in comparisons] or [epsilon("float32")])
     eps = max(eps, epsilon("float32"))
     is_complete = bool(comparisons) and not any(label.startswith("gradient of") for label in gradients.not_compared)
@@ -518,15 +522,15 @@ def norm_matches(context: StepContext, gradients: Answer) -> Answer:
         if not is_complete:
             reason = "the norm that the expected run clips by is unknown, and not all gradients were compared"
             return Answer(NORM, number, not_compared={"gradient norm": reason})
-        if all(norm > own * (1 + SAFETY_FACTOR * eps) for norm in told.values()):
+        if all(norm > own * (1 + SAFETY_FACTOR * eps) for norm in reported.values()):
             reason = "gradients are clipped, and the norm that the expected run clips by is unknown"
             return Answer(NORM, number, not_compared={"gradient norm": reason})
         expected = own
     deviations = [each.deviation or 0.0 for each in comparisons] if told_e is not None else []
     unclipped = told_e / own if told_e is not None and own else 1.0
     allowed = SAFETY_FACTOR * max(2 * eps * expected, hypot(*deviations) * max(1.0, unclipped))
-    wrong = {rank: norm for rank, norm in told.items() if not abs(norm - expected) <= allowed}
-    error = max(abs(norm - expected) for norm in told.values())
+    wrong = {rank: norm for rank, norm in reported.items() if not abs(norm - expected) <= allowed}
+    error = max(abs(norm - expected) for norm in reported.values())
     margins = {"gradient norm": margin(error, allowed)}
     is_measured = told_e is None or bool(context.measured.replays)
     if not wrong or not is_measured:
@@ -534,13 +538,13 @@ def norm_matches(context: StepContext, gradients: Answer) -> Answer:
     group = context.run.replicas[0]
     norms = norms_of_ranks(context, comparisons, group) if is_complete else None
     explanation = None
-    if norms is not None and norms.whole and all(rank in told for rank in group):
+    if norms is not None and norms.whole and all(rank in reported for rank in group):
         before = expected / norms.whole  # by which clipping made them smaller
         explanation = explain_norm(
-            [told[rank] / before for rank in group], norms, max(10 * eps, allowed / expected / 10)
+            [reported[rank] / before for rank in group], norms, max(10 * eps, allowed / expected / 10)
         )
     evidence = {
-        "norm_actual": [told[rank] for rank in sorted(told)],
+        "norm_actual": [reported[rank] for rank in sorted(reported)],
         "norm_expected": expected,
         "dtype": context.measured.dtype,
         **({"note": explanation.evidence["note"]} if explanation and "note" in explanation.evidence else {}),

@@ -145,7 +145,7 @@ class StepRecord:
         tensors: In the order of events: outputs, gradients of outputs, gradients, weights, states.
         groups: Of all optimizers.
         gradient_norm: 2-norm over this rank's own gradients as the optimizer gets them (a part of the whole norm).
-        told_norm: The norm that the loop or the engine says it clipped by; None where none is known.
+        reported_norm: The norm that the loop or the engine says it clipped by; None where none is known.
         loss_scale: By which losses are multiplied; 1 without.
         is_skipped: The optimizer's step was skipped because of infinite gradients.
         num_evaluations: Calls of the model without a backward pass, which are not recorded.
@@ -158,7 +158,7 @@ class StepRecord:
     tensors: tuple[TensorRecord, ...]
     groups: tuple[ParameterGroup, ...] = ()
     gradient_norm: float | None = None
-    told_norm: float | None = None
+    reported_norm: float | None = None
     loss_scale: float = 1.0
     is_skipped: bool = False
     num_evaluations: int = 0

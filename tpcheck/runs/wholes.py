@@ -140,8 +140,8 @@ def labels(records: Records) -> list[tuple[str, tuple[int, ...]]]:
     first, *others = records.values()
     shared = [(reading.label, reading.shape) for reading in first.readings]
     for record in others:
-        theirs = {(reading.label, reading.shape) for reading in record.readings}
-        shared = [each for each in shared if each in theirs]
+        labels = {(reading.label, reading.shape) for reading in record.readings}
+        shared = [each for each in shared if each in labels]
     return shared
 
 

@@ -110,7 +110,7 @@ class DeepSpeedView(TorchView):
         has_partitions = any(hasattr(parameter, "ds_tensor") for parameter in self._parameters.values())
         return "ZeRO 3 gathers parameters only inside its own hooks" if has_partitions else super().supports_replays()
 
-    def told_norm(self) -> float | None:
+    def reported_norm(self) -> float | None:
         """Return the norm that was clipped by.
 
         Without ZeRO in float32 the engine discards it. FP16_UnfusedOptimizer tells the norm of gradients that are still

@@ -166,7 +166,7 @@ class TorchView:
     def supports_replays(self) -> str:
         return ""
 
-    def told_norm(self) -> float | None:
+    def reported_norm(self) -> float | None:
         return None
 
     def loss_scale(self) -> float:
@@ -312,7 +312,7 @@ def _remaining_scale(optimizer: torch.optim.Optimizer) -> float:
 
 
 def _has_found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether a GradScaler has told a fused optimizer that its gradients are infinite."""
+    """Return whether a GradScaler has found the gradients of a fused optimizer infinite."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
 
