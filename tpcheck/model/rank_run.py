@@ -64,7 +64,7 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
         reference = Reference.build(request, rank, options)
         twin = build_model(request, rank.device)
         require_equal_models(twin, reference.model, reference.state)
-        candidate, start = shard(backend, twin, tuple(reference.parameters), rank, reference.options)
+        candidate, start = shard(backend, twin, reference.parameters, rank, reference.options)
         evidence = _start_evidence(rank, request, reference, start)
         with torch_function_disabled():
             answer = None if evidence is None else start_answer(evidence, checks)
@@ -155,6 +155,7 @@ def _start_evidence(
         initial=reference.parameters,
         initial_parts=tuple(of_rank.weights for of_rank in by_tp_rank),
         layouts=start.layouts,
+        lost=start.lost,
         reference=(),
         candidate=(),
         buffers=tuple(reference.buffers),

@@ -136,6 +136,7 @@ class Evidence:
         recomputed: Outputs of leaf modules of the reference, recomputed from the candidate's inputs where those are
             wrong in the first step, by tp_rank.
         forced_inputs: Inputs that do not come from the module before, so that results around them say nothing of them.
+        lost: The reference's parameters whose values the sharded model holds under no name.
     """
 
     topology: Topology
@@ -152,6 +153,7 @@ class Evidence:
     forced_modules: ForcedModules | None = None
     recomputed: Mapping[TensorKey, tuple[Tensor, ...]] = field(default_factory=dict)
     forced_inputs: frozenset[TensorKey] = frozenset()
+    lost: tuple[str, ...] = ()
 
     def of_forced_modules(self) -> Evidence | None:
         """Return the step with teacher forcing as evidence of a first step; None where there is none."""
@@ -393,7 +395,7 @@ class SiblingWeights:
         return {"beside_it": {"wrong": list(self.wrong), "right": list(self.right)}}
 
 
-Kind = Literal["activation", "input_gradient", "gradient", "weight", "update", "norm", "replica", "group", "sharding"]
+Kind = Literal["activation", "input_gradient", "gradient", "weight", "update", "norm", "replica", "group", "sharding", "lost"]
 
 
 @dataclass(frozen=True, slots=True)

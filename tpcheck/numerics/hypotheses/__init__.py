@@ -30,6 +30,7 @@ _COMPUTED: Collection[Kind] = ("activation", "input_gradient", "gradient", "upda
 
 TESTS: Mapping[Kind, tuple[Test, ...]] = {
     "group": (layout.another_group,),
+    "lost": (layout.parameters_lost,),
     "sharding": (layout.not_sharded, layout.shard_missing, layout.remainder_lost),
     "weight": (weights.full_weight, weights.each_rank),
     "activation": (
