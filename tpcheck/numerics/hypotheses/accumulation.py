@@ -11,19 +11,33 @@ from tpcheck.core.causes import Cause, Explanation
 from tpcheck.numerics.differences import frobenius_distance
 from tpcheck.numerics.evidence import LabelCounts, Suspect
 from tpcheck.numerics.hypotheses.proof import Hypothesis, explanation_if_equal, largest_residual
-from tpcheck.numerics.tolerance import MOST_MICRO_BATCHES
+from tpcheck.numerics.tolerance import MOST_MICRO_BATCHES, RESIDUAL_EXACT
 
 Parts = tuple[torch.Tensor, ...]
 
 
 def gradient_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:
     """Yield the gradient where micro-batches are lost, reduced too often or not, or losses divided otherwise."""
-    yield from _last_micro_batch(suspect)
-    yield from _reduced_again(suspect)
-    yield from _unreduced_over_dp(suspect)
+    if not _are_multiples(suspect.gradient.micro_mean):
+        yield from _last_micro_batch(suspect)
+        yield from _reduced_again(suspect)
+        yield from _unreduced_over_dp(suspect)
     if suspect.gradient.otherwise_normalised and suspect.labels is not None:
         labels = suspect.labels.step
         yield Hypothesis(_cause_of(labels), suspect.gradient.otherwise_normalised, _evidence(labels))
+
+
+def _are_multiples(terms: Sequence[Parts]) -> bool:
+    """Return whether micro-batches add multiples of one gradient, so that no sum shows which of them it is of."""
+    if len(terms) < 2:
+        return True
+    first, *others = (torch.cat([part.double().reshape(-1) for part in parts]) for parts in terms)
+    size = float(first.square().sum())
+    factors = [float(torch.dot(first, other)) / size if size else 0.0 for other in others]
+    return all(
+        frobenius_distance(other, factor * first) <= RESIDUAL_EXACT * float(torch.linalg.vector_norm(other))
+        for other, factor in zip(others, factors, strict=True)
+    )
 
 
 def _last_micro_batch(suspect: Suspect) -> Iterator[Hypothesis]:
