@@ -108,6 +108,7 @@ def _disable_dropout(model: nn.Module) -> None:
 
 
 Batch = dict[str, Any]
+_FAR_APART = 0x9E3779B1  # 2**32 over the golden ratio: multiples of it are far from each other modulo 2**32
 
 
 def make_batches(
@@ -164,7 +165,8 @@ def _batch(options: RunOptions, model: nn.Module, place: _Place, device: torch.d
         batch = {name: _rows(options.batch, name, place) for name in options.batch}
     else:
         seed = (options.seed * 1000 + place.step) * 1000 + place.dp_rank
-        generator = torch.Generator().manual_seed(seed + place.micro_batch * 2**40)
+        # torch seeds with the low 32 bits alone
+        generator = torch.Generator().manual_seed(seed + place.micro_batch * _FAR_APART)
         batch = _draw_tokens(model, options.batch or Tokens(), generator)
         if options.loss == "token_mean":
             _ignore_prompts(batch["labels"], generator)
