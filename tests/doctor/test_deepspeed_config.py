@@ -69,6 +69,7 @@ def test_every_rule_is_named_after_its_function() -> None:
             *config_advice(everything),
             *config_advice({"tensor_parallel": {"preset_model": "phi3", "autotp_size": 2}}),
             *config_advice({"zero_optimization": {"stage": 1}}),
+            *config_advice({"tensor_parallel": {"autotp_size": 2}, "optimizer": {"type": "Muon"}}),
         )
     }
     assert seen == {rule.__name__ for rule in RULES}

@@ -96,6 +96,6 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
         optimizer.clipped_by_norm_of_replicas,
         optimizer.replicas_drift_in_step,
     ),
-    "state": (optimizer.state_of_another_rank, gradients.multiple, values.dtype_rounded),
+    "state": (optimizer.state_of_another_rank, values.all_zero, gradients.multiple, values.dtype_rounded),
     "replica": (reductions.terms_of_replicas, optimizer.replicas_drift),
 }

@@ -9,7 +9,7 @@ import torch
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.numerics.differences import frobenius_distance
-from tpcheck.numerics.evidence import LabelCounts, Suspect
+from tpcheck.numerics.evidence import LabelCounts, LabelFacts, Suspect
 from tpcheck.numerics.hypotheses.proof import Hypothesis, explanation_if_equal, largest_residual
 from tpcheck.numerics.tolerance import MOST_MICRO_BATCHES, RESIDUAL_EXACT
 
@@ -122,16 +122,28 @@ def loss_divided_otherwise(suspect: Suspect) -> Explanation | None:
     if facts is None or not facts.step.differ or expected is None or torch.as_tensor(expected).numel() != 1:
         return None
     weight = facts.step.weight(facts.dp_rank, facts.micro_batch)
-    if not weight or weight == 1:
+    if not weight:
         return None
-    number = sum(map(len, facts.step.counts))
-    factors = (1 / weight,) if facts.step.loss == "token_mean" else (weight, weight / number)
-    for factor in factors:
+    for factor, divided_by in _factors(facts, weight):
         predicted = torch.as_tensor(expected, dtype=torch.float64).reshape(()) * factor
         errors = [frobenius_distance(part.double().reshape(()), predicted) for part in suspect.actual_parts]
         if errors and max(errors) <= largest_residual(suspect):
-            return Explanation(_cause_of(facts.step), max(errors) / abs(float(predicted)), _evidence(facts.step))
+            evidence = _evidence(facts.step) | divided_by
+            return Explanation(_cause_of(facts.step), max(errors) / abs(float(predicted)), evidence)
     return None
+
+
+def _factors(facts: LabelFacts, weight: float) -> Iterator[tuple[float, dict[str, object]]]:
+    """Yield what the expected loss is multiplied by under each other way to divide."""
+    step = facts.step
+    if step.loss == "token_mean":
+        yield 1 / weight, {}
+        replica = sum(step.counts[facts.dp_rank])
+        if replica:
+            yield step.total / len(step.counts) / replica, {"divided_by": "the number of labels of each replica"}
+    else:
+        yield weight, {}
+        yield weight / sum(map(len, step.counts)), {}
 
 
 def _cause_of(labels: LabelCounts) -> Cause:
