@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from tpcheck.model.teacher_forcing import (
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
 from tpcheck.numerics.evidence import Evidence, ForcedModules, RankFacts, Step, TensorKey
 from tpcheck.numerics.precision import everything_in_float64, torch_function_disabled
+from tpcheck.numerics.tensors import pickled
 from tpcheck.numerics.tolerance import Tolerance
 from tpcheck.numerics.verdict import GroupAnswer, forbids_training, full_answer, start_answer
 
@@ -266,7 +268,7 @@ def _gather_to_first(value: T, rank: RankLike) -> list[T] | None:
     group = rank.topology.peers(rank.rank, "tp")
     if len(group) == 1:
         return [value]
-    values: list[Any] | None = [None] * len(group) if rank.rank == group[0] else None
+    pickles: list[Any] | None = [None] * len(group) if rank.rank == group[0] else None
     with torch_function_disabled():
-        dist.gather_object(value, values, dst=group[0], group=rank.group("tp"))
-    return values
+        dist.gather_object(pickled(value), pickles, dst=group[0], group=rank.group("tp"))
+        return None if pickles is None else [pickle.loads(of_rank) for of_rank in pickles]

@@ -289,6 +289,7 @@ SELDOM = frozenset(
         "transformers' TP: llama with tied embeddings",
         "transformers' TP: qwen3 in float32, AdamW",
         "transformers' TP: generation in between",
+        "transformers' TP: compiled layers",
         "transformers' TP: sdpa against eager",
         "transformers' TP: autocast",
         "transformers' TP: bfloat16",

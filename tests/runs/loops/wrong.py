@@ -545,6 +545,7 @@ SELDOM = frozenset(
         "loss not divided by the number of micro-batches, over replicas",
         "transformers' hooks at 4 micro-batches",
         "DeepSpeed ZeRO 2: two backward passes, configured for one",
+        "one output projection of 12 layers 8 % off, in bfloat16, against four shards, seed 0",
         "one output projection of 12 layers 8 % off, in bfloat16, against four shards, seed 1",
         "one output projection of 12 layers 8 % off, in bfloat16, against four shards, seed 2",
         "one output projection of 12 layers 8 % off, in bfloat16, against one rank, seed 1",
