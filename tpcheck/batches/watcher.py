@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from tpcheck.batches.options import OnMismatch, WatchOptions
+from tpcheck.batches.repeats import SampleMemory
 from tpcheck.batches.rounds import (
     AXES,
     EqualSamples,
@@ -50,16 +51,22 @@ class Watcher:
         options: What to do when, and with findings.
         model: The model that the batches are for, where it is known: it may know its groups.
         name: What is watched, for reports.
+        repeats_calls: As in `SampleMemory`: what is watched is calls of a model, not a loader.
     """
 
-    def __init__(self, options: WatchOptions, *, model: Any = None, name: str = "batches") -> None:
+    def __init__(
+        self, options: WatchOptions, *, model: Any = None, name: str = "batches", repeats_calls: bool = False
+    ) -> None:
         self.options = options
+        self._repeats_calls = repeats_calls
         self._model = model
         self._name = name
         self._peers: Peers | None = None
         self._epoch = _Epoch()
         self._step = 0  # batches before this one, over all epochs
         self._equal_samples = None if options.across_dp == "ignore" else EqualSamples()
+        self._remembers = options.over_steps != "ignore"
+        self._memory = self._new_memory()
         self._warned: set[tuple[str, str]] = set()
         self._running: Future[Outcome] | None = None
         self._pending_mismatch: Mismatch | None = None
@@ -97,6 +104,7 @@ class Watcher:
         for axis in ("tp", "dp"):
             self._handle(outcome_after_leaving(self.peers, axis, self._step))
         self._epoch = _Epoch()
+        self._memory = self._new_memory()
 
     def check(self, batch: Any, provenance: BatchProvenance | None = None) -> None:
         """Compare this rank's batch with those of its peers.
@@ -108,6 +116,8 @@ class Watcher:
         """
         epoch, step = self._epoch, self._step
         self.settle()
+        if provenance is not None and provenance.number == 0 and epoch.count:  # an epoch that no `start` has announced
+            self._memory = self._new_memory()
         if step % self.options.every == 0 and epoch.axes and not epoch.is_over:
             compares_samples = self._equal_samples is not None and "dp" in epoch.axes and len(self.peers.dp.ranks) > 1
             rank_batch = RankBatch(
@@ -117,6 +127,7 @@ class Watcher:
                 batch=batch,
                 provenance=provenance,
                 with_rows=compares_samples,
+                memory=self._memory,
             )
             self._run_round(rank_batch, overlap=self.options.overlap)
         epoch.count += 1
@@ -162,12 +173,16 @@ class Watcher:
         if running is not None:
             self._handle(self._result(running.result))
 
+    def _new_memory(self) -> SampleMemory | None:
+        return SampleMemory(repeats_calls=self._repeats_calls) if self._remembers else None
+
     def _run_last_round(self, status: Status, error: BaseException | None = None) -> None:
         epoch = self._epoch
         self.settle()
         if not epoch.is_over and epoch.axes:
             epoch.is_over = True
-            self._run_round(RankBatch(status, step=self._step, count=epoch.count, error=error), overlap=False)
+            batch = RankBatch(status, step=self._step, count=epoch.count, memory=self._memory, error=error)
+            self._run_round(batch, overlap=False)
 
     def _run_round(self, batch: RankBatch, *, overlap: bool) -> None:
         run = partial(compare, self.peers, batch, axes=self._epoch.axes, equal_samples=self._equal_samples)
@@ -192,9 +207,13 @@ class Watcher:
         if outcome.failure is not None:
             epoch.is_over = True
             raise outcome.failure
-        within = [finding for finding in outcome.findings if finding.check == "batches_agree_within_tp"]
-        across = [finding for finding in outcome.findings if finding.check != "batches_agree_within_tp"]
-        for findings, mode in ((within, self.options.on_mismatch), (across, self.options.across_dp)):
+        options = self.options
+        for check, mode in (
+            ("batches_agree_within_tp", options.on_mismatch),
+            ("batches_differ_across_dp", options.across_dp),
+            ("samples_come_once", options.over_steps),
+        ):
+            findings = [finding for finding in outcome.findings if finding.check == check]
             if findings and mode != "ignore":
                 self._report(findings, mode)
 
@@ -212,6 +231,8 @@ class Watcher:
             self._warned |= places
             if any(check == "batches_differ_across_dp" for check, _ in places):
                 self._equal_samples = None
+            if any(check == "samples_come_once" for check, _ in places):
+                self._remembers, self._memory = False, None
             warnings.warn(report.to_text(), stacklevel=2)
 
 

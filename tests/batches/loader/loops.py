@@ -53,7 +53,7 @@ def run_loop(
     reports: list[Any] = []
     if options.get("on_mismatch") == "call":
         options["on_mismatch"] = reports.append
-    options = {"topology": rank.topology, "across_dp": "raise", "timeout": 20.0, **options}
+    options = {"topology": rank.topology, "across_dp": "raise", "over_steps": "raise", "timeout": 20.0, **options}
     start, result = time.monotonic(), LoopResult(0, 0.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
