@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tpcheck.backends.live_groups import LiveGroups
 from tpcheck.batches.records import BatchSummary, LoaderFacts
 from tpcheck.batches.repeats import Gap, Repeat
 from tpcheck.core.causes import Cause, Explanation, first_explanation
@@ -13,11 +14,19 @@ from tpcheck.core.findings import Finding
 from tpcheck.core.topology import Topology
 
 
-def with_cause(finding: Finding, explanation: Explanation | None, topology: Topology) -> Finding:
-    """Return the finding with a cause, its evidence and its advice; as it is where there is no explanation."""
+def with_cause(finding: Finding, explanation: Explanation | None, groups: LiveGroups | None) -> Finding:
+    """Return the finding with a cause, its evidence and its advice; as it is where there is no explanation.
+
+    Args:
+        finding: Of a check.
+        explanation: Its cause.
+        groups: They say where to get the `dp_rank` that an advice speaks of.
+    """
     if explanation is None:
         return finding
-    advice = explanation.cause.advise(explanation.evidence, topology)
+    advice = explanation.cause.advise(explanation.evidence, Topology() if groups is None else groups.topology)
+    if advice is not None and "dp_rank" in advice and groups is not None and groups.dp_rank:
+        advice = f"{advice} Here dp_rank is {groups.dp_rank}."
     evidence = {**finding.evidence, **explanation.evidence, "advice": advice}
     return replace(finding, cause=explanation.cause.slug, evidence=evidence)
 

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import distributed as dist
 
-from tpcheck.backends.live_groups import LiveGroups, live_groups
+from tpcheck.backends.live_groups import ALONE, LiveGroups, groups_of_batches
 from tpcheck.batches.causes import explain_difference, explain_once, explain_same_samples, with_cause
 from tpcheck.batches.comparison import (
     LeafDifference,
@@ -63,6 +63,21 @@ class Peers:
         """Return the exchange over `tp` or `dp`."""
         return self.tp if axis == "tp" else self.dp
 
+    def printing_rank(self, finding: Finding) -> int:
+        """Return the first rank of the group that a finding concerns: it prints the report.
+
+        Where some ranks have no more batches, one that has: the others may have left their loops.
+        """
+        ranks = set(finding.where.get("ranks", ()))
+        concerned = [
+            rank
+            for group in self.replicas
+            if finding.check == "batches_differ_across_dp" or ranks & set(group)
+            for rank in group
+        ]
+        still_there = [rank for rank in concerned if rank not in ranks]
+        return min((finding.evidence.get("differs") == "length" and still_there) or concerned, default=0)
+
     def members(self, axis: str) -> tuple[tuple[int, ...], ...]:
         """Return the ranks behind each message of an exchange: one rank over `tp`, its TP group over `dp`."""
         return tuple((rank,) for rank in self.tp.ranks) if axis == "tp" else self.replicas
@@ -76,18 +91,22 @@ class Peers:
 def find_peers(
     *, group: Any = None, topology: Topology | None = None, model: Any = None, timeout: float, shared: bool = True
 ) -> Peers:
-    """Return the peers that `live_groups` finds. The first time, collective over them.
+    """Return the peers that `groups_of_batches` finds. The first time, collective over them.
 
     Args:
-        group, topology, model: As in `live_groups`.
+        group, topology, model: As in `groups_of_batches`.
         timeout: Seconds that ranks wait for each other.
         shared: Use connections that others use, too; a thread of its own must not.
 
     Raises:
-        UsageError: There are none; see `live_groups`.
+        UsageError: See `groups_of_batches`.
         RankFailure: One of them does not come.
     """
-    groups = live_groups(group=group, topology=topology, model=model)
+    groups = groups_of_batches(group=group, topology=topology, model=model)
+    if groups.source == ALONE:
+        return Peers(
+            groups, Exchange((0,), axis="tp", timeout=timeout), Exchange((0,), axis="dp", timeout=timeout), ((0,),)
+        )
     cache = _peers.setdefault(dist.group.WORLD, {})
     key = (groups.tp, groups.dp, timeout)
     peers = cache.get(key) if shared else None
@@ -418,7 +437,7 @@ def _uneven(messages: Sequence[RoundMessage], axis: str, step: int, members: Seq
     finding = uneven_batches(counts, ended=ended, axis=axis, step=step, members=members)
     if finding is None:
         return Outcome()
-    finding = with_cause(finding, Explanation(Cause.UNEVEN_LENGTH), Topology())  # ranks that have left answer no more
+    finding = with_cause(finding, Explanation(Cause.UNEVEN_LENGTH), None)  # ranks that have left answer no more
     return Outcome((finding,), uneven=AXES if axis == "tp" else frozenset({"dp"}))
 
 
@@ -439,7 +458,7 @@ def _find_difference(peers: Peers, batch: RankBatch) -> Outcome:
         [difference.path for difference in differences],
         exchange.ranks,
     )
-    return Outcome((with_cause(finding, explanation, peers.groups.topology),))
+    return Outcome((with_cause(finding, explanation, peers.groups),))
 
 
 def _contents(tensors: Mapping[str, torch.Tensor], differences: Sequence[LeafDifference]) -> dict[str, ContentDigests]:
@@ -467,7 +486,7 @@ def _find_equal_samples(peers: Peers, batch: RankBatch, equal_samples: EqualSamp
     explanation = explain_same_samples(
         [replace(summaries[replica], rows=samples[replica].rows) for replica in same[0].replicas]
     )
-    return with_cause(finding, explanation, peers.groups.topology)
+    return with_cause(finding, explanation, peers.groups)
 
 
 def _gather_noticed(peers: Peers, batch: RankBatch, axes: frozenset[str]) -> Outcome:
@@ -476,7 +495,7 @@ def _gather_noticed(peers: Peers, batch: RankBatch, axes: frozenset[str]) -> Out
     own: Finding | None = None
     if batch.noticed is not None and batch.memory is not None:
         own = samples_come_once(batch.noticed, ranks=groups.tp)
-        own = with_cause(own, explain_once(batch.noticed, batch.memory.loader), groups.topology)
+        own = with_cause(own, explain_once(batch.noticed, batch.memory.loader), groups)
     findings = peers.dp.all_gather_object(own) if "dp" in axes else (own,)
     outcome = Outcome(tuple(finding for finding in findings if finding is not None))
     # Ranks of one TP group have the same batches, and have noticed the same, unless one of them began later.
