@@ -59,7 +59,7 @@ def explained(summaries: list[BatchSummary]) -> Any:
 
 
 def advice_of(explanation: Explanation) -> str:
-    return explanation.cause.advise(explanation.evidence, TOPOLOGY) or ""
+    return explanation.cause.advise(explanation.evidence, GROUPS.topology) or ""
 
 
 def cause_of(summaries: list[BatchSummary]) -> str | None:

@@ -250,6 +250,8 @@ class Guard(AbstractContextManager["Guard"]):
         if max(len(self._groups.tp), len(self._groups.dp)) == 1:
             return f"guard: looked at {words.pluralize(self._num_checks, 'step')}; no replicas to compare, all finite"
         checks = words.pluralize(self._num_checks, "check")
+        if not self._num_compared:
+            return f"guard: no tensor of rank 0 is known to be on another rank; nothing was compared at {checks}"
         return f"guard: {words.pluralize(self._num_compared, 'tensor')} of rank 0 compared at {checks}; no difference"
 
     def __exit__(
