@@ -55,9 +55,26 @@ def _assign_by_dp_rank(evidence: Mapping[str, Any], topology: Topology) -> str:
 
 
 def _shard_by_dp_rank(evidence: Mapping[str, Any], topology: Topology) -> str:
+    if evidence.get("iterable") is True:
+        return (
+            f"Give every rank of a TP group the same samples of the IterableDataset: sample i belongs to replica "
+            f"i % {topology.dp} == dp_rank."
+        )
     return (
         f"Build the sampler with num_replicas={topology.dp} and rank=dp_rank; with accelerate, prepare the loader "
         "after the engine's device mesh exists (`prepare`, not `prepare_data_loader` before it)."
+    )
+
+
+def _give_once(evidence: Mapping[str, Any], topology: Topology) -> str:
+    if evidence.get("workers"):
+        return (
+            "Split the stream over the workers: in `__iter__` of the IterableDataset, let "
+            "`info = torch.utils.data.get_worker_info()`, and yield sample i where `i % info.num_workers == info.id`."
+        )
+    return (
+        "Look where the loader goes back: a state that is restored twice or from before the last batches, a buffer "
+        'that is not emptied. Where the samples are to come again, pass over_steps="ignore".'
     )
 
 
@@ -427,6 +444,19 @@ class Cause(Enum):
         "data-parallel replicas train on the same samples",
         "batches",
         _assign_by_dp_rank,
+    )
+    SAMPLES_REPEATED = (
+        "samples_repeated",
+        "the rank was given samples again that it had in this epoch",
+        "batches",
+        _give_once,
+    )
+    SAMPLES_SKIPPED = (
+        "samples_skipped",
+        "the sampler left out whole batches of an order that is not shuffled",
+        "batches",
+        "Where a run resumes, skip what was trained on once: with the loader's or the sampler's state, or with "
+        "skip_first_batches, not both.",
     )
 
 
