@@ -374,9 +374,9 @@ class _RunsComparison:
             return answers
         if judged and not first_findings:
             self.notes.append(
-                f"{label_of(key)} in step {step.number} is the first tensor whose bits differ, although the runs are "
-                f"alike in versions, topology, weights, inputs and generators: {place} is not deterministic. What "
-                "differs is no more than rounding."
+                f"{label_of(key)} in step {step.number} is the first tensor whose bits differ, although both runs "
+                f"have the same versions, topology, weights, inputs and generators: {place} is not deterministic. "
+                "What differs is no more than rounding."
             )
             return answers
         others = sum(

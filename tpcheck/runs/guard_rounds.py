@@ -272,7 +272,7 @@ class Rounds:
             return {}
         reasons = {
             False: "its layout over TP is unknown and its ranks began with different bits: taken as shards",
-            None: "its layout over TP is unknown and its elements are all equal: replicas and shards look alike",
+            None: "its layout over TP is unknown and its elements are all equal: shards of it would be equal, too",
         }
         undecided_or_shards = {name: self.is_replica(name) for name in votes}
         return {name: reasons[known] for name, known in undecided_or_shards.items() if not known}
