@@ -295,8 +295,8 @@ class Cause(Enum):
     # ---- runs
     NONDETERMINISM = (
         "nondeterminism",
-        "two runs with the same versions, topology, weights, inputs and generators part here: a computation of this module "
-        "is not deterministic, or its code or settings are not the same. It is no question of sharding",
+        "two runs with the same versions, topology, weights, inputs and generators part here: a computation of this "
+        "module is not deterministic, or its code or settings are not the same. It is no question of sharding",
         "runs.comparing",
         "Run again with torch.use_deterministic_algorithms(True), or look at what changed in this module.",
     )
