@@ -246,6 +246,8 @@ class Scale(torch.nn.Module):
 
 
 class PartialGradientOfACustomNorm(PartialGradientOfANorm):
+    """No norm's gradient is summed over the ranks, which have other positions."""
+
     def build(self) -> Any:
         model = super().build()
         for block in model.blocks:

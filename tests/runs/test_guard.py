@@ -129,7 +129,7 @@ def test_a_gradient_that_is_never_reduced_is_found_after_the_first_step(pair: Wo
 @pytest.mark.parametrize(
     ("training", "parameter"),
     [
-        (guarded.PartialGradientOfACustomNorm, NORM),
+        (guarded.PartialGradientOfACustomNorm, "blocks.0.norm.weight"),
         (guarded.NudgesACustomScale, "blocks.1.norm.1.weight"),
     ],
     ids=["a norm on each rank's positions", "a scale of what all ranks have"],

@@ -87,7 +87,7 @@ def divides_by_a_statistic(given: torch.Tensor, output: torch.Tensor) -> bool:
     """
     if given.shape != output.shape or output.shape[-1] < _NARROWEST or not given.is_floating_point():
         return False
-    before, after = (each.reshape(-1, each.shape[-1])[:_MOST_ROWS].double() for each in (given, output))
+    before, after = (each.reshape(-1, each.shape[-1])[:_MOST_ROWS].detach().double() for each in (given, output))
     if bool(after.mean(-1).abs().max() <= _EQUAL_ROWS * after.abs().max()):
         before = before - before.mean(-1, keepdim=True)
     squares_before, squares_after = before.square().mean(-1), after.square().mean(-1)
