@@ -218,7 +218,7 @@ class Cause(Enum):
     )
     MEAN_OF_LOCAL_MEANS = (
         "mean_of_local_means",
-        "micro-batches or replicas with unlike numbers of tokens were weighted alike",
+        "micro-batches or replicas with different numbers of tokens were given equal weights",
         "numerics.hypotheses.accumulation runs.sketch_causes",
         "Divide the sum of the losses by the number of labels of the whole step (num_items_in_batch), not each by its "
         "own.",
@@ -319,8 +319,8 @@ class Cause(Enum):
     # ---- runs
     NONDETERMINISM = (
         "nondeterminism",
-        "two runs alike in versions, topology, weights, inputs and generators part here: a computation of this module "
-        "is not deterministic, or its code or settings are not the same. It is no question of sharding",
+        "two runs with the same versions, topology, weights, inputs and generators part here: a computation of this "
+        "module is not deterministic, or its code or settings are not the same. It is no question of sharding",
         "runs.comparing",
         "Run again with torch.use_deterministic_algorithms(True), or look at what changed in this module.",
     )

@@ -165,6 +165,9 @@ class _RunsComparison:
                 self.not_compared[f"ranks {listed} of {run.path}"] = (
                     "their traces are not in the folders that were given"
                 )
+            for rank in run.members:
+                for name, reason in run.ranks[rank].not_recorded.items():
+                    self.not_compared.setdefault(f"{name} of {run.path}", reason)
         is_given = self.actual.has_other_history or self.expected.has_other_history
         self.last_number = (self.expected.first_number or 0) - 1
         weights = self._weights_at_start(is_given)
@@ -374,9 +377,9 @@ class _RunsComparison:
             return answers
         if judged and not first_findings:
             self.notes.append(
-                f"{label_of(key)} in step {step.number} is the first tensor whose bits differ, although the runs are "
-                f"alike in versions, topology, weights, inputs and generators: {place} is not deterministic. What "
-                "differs is no more than rounding."
+                f"{label_of(key)} in step {step.number} is the first tensor whose bits differ, although both runs "
+                f"have the same versions, topology, weights, inputs and generators: {place} is not deterministic. "
+                "What differs is no more than rounding."
             )
             return answers
         others = sum(
@@ -486,7 +489,7 @@ class _RunsComparison:
         if num_unmeasured:
             reason = "no replay measured what rounding does to it"
             not_compared[f"{num_unmeasured} tensors"] = reason
-            messages.append(_without_measure(unmeasured, self._run_to_measure()))
+            messages.append(_without_measure(unmeasured, self._run_to_measure(), self._why_not_measured()))
             name = "failed" if findings else "skipped"
         elif not findings and not num_tensors:
             name = "skipped"
@@ -504,6 +507,12 @@ class _RunsComparison:
             coverage=coverage,
             message="\n".join(messages) or None,
         )
+
+    def _why_not_measured(self) -> str:
+        """Return what a recording with replays says of why they measured nothing; empty where there were none."""
+        ranks = [*self.actual.ranks.values(), *self.expected.ranks.values()]
+        reasons = [why for each in ranks for name, why in each.not_recorded.items() if name.startswith("replays")]
+        return reasons[0] if reasons else ""
 
     def _run_to_measure(self) -> str:
         """Return which run needs replays: the one that computes in the lower dtype."""
@@ -580,10 +589,15 @@ def _in_units_of_rounding(comparison: Comparison) -> float:
     return comparison.relative / eps * 3**0.5 if eps else 1.0
 
 
-def _without_measure(comparisons: Sequence[Comparison], which: str) -> str:
-    """Return what is to be said where no replay was made: what to add, and which modules add most to the error."""
+def _without_measure(comparisons: Sequence[Comparison], which: str, why: str = "") -> str:
+    """Return what is to be said where no replay measured rounding: what to add, and which modules add most to it.
+
+    Args:
+        which: The run that needs replays.
+        why: Why replays that were made have measured nothing.
+    """
     text = (
-        f"Nothing measured what rounding may do: record {which} again with replays, as in "
+        f"{why or 'Nothing measured what rounding may do'}: record {which} again with replays, as in "
         "tpcheck.record(model, path, replays=2). Until then these are errors, not findings."
     )
     added = added_errors(comparisons)

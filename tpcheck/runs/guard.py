@@ -40,6 +40,7 @@ from tpcheck.runs.guard_findings import (
     STEPS,
     findings_of,
 )
+from tpcheck.runs.guard_layouts import FirstOutputs
 from tpcheck.runs.guard_rounds import Outcome, Rounds
 from tpcheck.runs.optimizer_view import OptimizerView, Part, view_of
 from tpcheck.runs.optimizers.names import unwrapped, unwrapped_name
@@ -217,6 +218,8 @@ class Guard(AbstractContextManager["Guard"]):
         self._num_compared = 0
         self._num_findings = 0
         self._has_told_coverage = False
+        self._has_told_of_log = False
+        self._first_outputs: FirstOutputs | None = None
         self._experts = frozenset(
             unwrapped_name(name)
             for name, parameter in self._root.named_parameters()
@@ -241,6 +244,8 @@ class Guard(AbstractContextManager["Guard"]):
         handles, self._handles = self._handles, []
         for handle in handles:
             handle.remove()
+        if self._first_outputs is not None:
+            self._first_outputs.remove()
         self._gradients = None
         if handles and self._groups.rank == 0 and not self._num_findings:
             say(self._conclusion())
@@ -271,8 +276,12 @@ class Guard(AbstractContextManager["Guard"]):
             self._has_stepped = False
             self._steps += 1
             self._calls_at_step = self._calls
+        if self._first_outputs is not None:
+            self._first_outputs.remove()
         if self._calls >= self._schedule.next_call:
             self._check(args, kwargs)
+        if self._calls == 0:
+            self._see_first_outputs()
         self._calls += 1
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -336,6 +345,12 @@ class Guard(AbstractContextManager["Guard"]):
             items = [replace(item, dp_piece=item.dp_piece + age, tp_piece=item.tp_piece and item.tp_piece + age)
                      if item.label[0] == "gradient" else item for item in items]  # fmt: skip
         return items, self._votes(tensors, {item.label: item.digest for item in items}), squares
+
+    def _see_first_outputs(self) -> None:
+        """Look at what modules with vectors of unknown layout and equal elements return in the call that begins."""
+        undecided = self._rounds.undecided()
+        if undecided:
+            self._first_outputs = FirstOutputs(self._root, undecided)
 
     def _placed(self, parts: Iterable[Part]) -> Iterator[_Tensor]:
         for part in parts:
@@ -422,8 +437,10 @@ class Guard(AbstractContextManager["Guard"]):
             if tensor.tp_piece is None and kind in ("weight", "buffer"):
                 known = self._rounds.is_replica(name)
                 is_constant = known is None and _is_constant(tensor.values)
-                is_whole = kind == "weight" and (tensor.values.dim() == 0 or name in self._norms)
-                votes[name] = Vote(digests[tensor.label], is_constant, is_whole)
+                seen = None if self._first_outputs is None else self._first_outputs.seen.get(name)
+                is_norm = name in self._norms or (seen is not None and seen.is_norm)
+                is_whole = kind == "weight" and (tensor.values.dim() == 0 or is_norm)
+                votes[name] = Vote(digests[tensor.label], is_constant, is_whole, seen.digest if seen else "")
         return votes
 
     def _piece(self, name: str, index: GlobalIndex | None, within: str = "") -> str | None:
@@ -459,10 +476,26 @@ class Guard(AbstractContextManager["Guard"]):
             }
             numbers |= {} if norm is None else {"gradient_norm": norm}
             numbers |= {} if not rates else {"learning_rate": float(rates[0])}
-            self._options.log(numbers)
+            self._call_log(numbers)
             return
         if is_right:
             _log.info("%s", log_line(outcome, self._groups, norm, self._view.loss_scale(), rates))
+
+    def _call_log(self, numbers: dict[str, float]) -> None:
+        """Call what the user gave as `log`: where it raises, rank 0 alone would leave the loop while others wait."""
+        assert self._options.log is not None
+        try:
+            self._options.log(numbers)
+        except Exception as error:
+            if self._has_told_of_log:
+                return
+            self._has_told_of_log = True
+            what = f"{type(error).__name__}: {error}".strip().rstrip(":")
+            text = f"the log= callable of tpcheck.guard raised {what}. The guard goes on, and says so once"
+            try:
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            except Warning:  # where warnings are errors
+                _log.warning("%s", text)
 
     def _report(self, outcome: Outcome, labels: set[Label]) -> None:
         findings = findings_of(outcome.differences, outcome.not_finite, outcome.steps)
