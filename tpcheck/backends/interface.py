@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tpcheck.backends.layout import Layout
+from tpcheck.core.clipping import TORCH_EPSILON, Clipping
 from tpcheck.core.topology import Topology
 
 
@@ -39,6 +40,8 @@ class TrainingOptions:
         zero_stage: ZeRO stage of the backend, 0 to 3.
         learning_rate, momentum, weight_decay: Of `torch.optim.SGD`.
         max_grad_norm: Gradients are clipped to this norm; 0 switches clipping off.
+        clip_epsilon, clip_scales_up: The convention by which the reference clips: see `clipping`. The candidate's own
+            is read off its first steps.
         batch_size: Samples that each DP rank sees in a step.
         config: The user's configuration of the backend, merged over tpcheck's.
         ignore_plan: Drop the model's tp_plan, so that the backend's heuristics shard it.
@@ -55,6 +58,13 @@ class TrainingOptions:
     config: Mapping[str, Any] = field(default_factory=dict)
     ignore_plan: bool = False
     rebuild: Callable[[], nn.Module] | None = None
+    clip_epsilon: float = TORCH_EPSILON
+    clip_scales_up: bool = False
+
+    @property
+    def clipping(self) -> Clipping:
+        """How the reference clips."""
+        return Clipping(self.max_grad_norm, self.clip_epsilon, self.clip_scales_up)
 
 
 class Candidate(Protocol):

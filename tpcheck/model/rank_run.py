@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
 from tpcheck.backends.registry import load_backend
+from tpcheck.core.clipping import Clipping
 from tpcheck.core.digests import digest
 from tpcheck.model.build import Batch, build_model, require_equal_models
 from tpcheck.model.candidate import CandidateStart, shard, train
@@ -28,12 +29,16 @@ from tpcheck.model.teacher_forcing import (
     replica_gradients,
 )
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
+from tpcheck.numerics.checks.clipping import observed_clipping
 from tpcheck.numerics.evidence import Evidence, ForcedModules, RankFacts, Step, TensorKey
 from tpcheck.numerics.precision import everything_in_float64, torch_function_disabled
 from tpcheck.numerics.tolerance import Tolerance
 from tpcheck.numerics.verdict import GroupAnswer, forbids_training, full_answer, start_answer
 
 T = TypeVar("T")
+
+# An epsilon, and whether small gradients are scaled up: a step may show one of them, and a later one the other.
+_PARTS_OF_CONVENTION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +116,26 @@ def _train_both(
     forced = _forced_pass(backend, candidate, batches[0], steps[0], rank) if forces else None
     candidate_steps = train(backend, candidate, tuple(start.weights), batches)
     full = _step_evidence(rank, evidence, steps, tolerance, candidate_steps)
+    for _ in range(_PARTS_OF_CONVENTION):
+        clipping = _observed_clipping(rank, full)
+        if clipping is None:
+            break
+        reference, steps, tolerance = reference.train_clipping_as(clipping, rank)
+        if full is not None:
+            of_group = tuple(step[full.dp_rank] for step in steps)
+            full = replace(full, reference=of_group, tolerance=tolerance, clipping=clipping)
     if forced is not None and module_tolerance is not None:
         full = _with_forced(full, rank, forced, module_tolerance)
     return None if full is None else replace(full, recomputed=recompute_outputs(reference.model, reference.state, full))
+
+
+def _observed_clipping(rank: CommunicatingRank, full: Evidence | None) -> Clipping | None:
+    """Return the convention by which all TP groups clip; None where that is the reference's, or differs. Collective."""
+    with torch_function_disabled():
+        observed = None if full is None else (full.clipping, observed_clipping(full))
+    known = {pair for pair in rank.gather(observed) if pair is not None}
+    assumed, clipping = known.pop() if len(known) == 1 else (None, None)
+    return None if clipping == assumed else clipping
 
 
 def _forced_pass(
@@ -152,6 +174,7 @@ def _start_evidence(
         buffers=tuple(reference.buffers),
         facts=facts,
         tolerance=Tolerance(0.0, request.options.replays, {}),
+        clipping=reference.options.clipping,
     )
 
 
