@@ -49,8 +49,9 @@ class TrainingOptions:
         accumulate: Micro-batches whose gradients a step accumulates.
         loss: `mean` or `token_mean`: how the losses of a step become one.
         attention: Attention of the candidate; None for the model's own.
-        checkpointing: Recompute the candidate's activations in the backward pass.
-        compile: Compile the candidate.
+        experts: How the candidate computes its experts; None for the model's own.
+        checkpointing, reentrant: Recompute the candidate's activations in the backward pass, re-entering autograd.
+        compile, compile_layers: Compile the candidate whole, or each of its layers.
         lora: Rank of the model's LoRA adapters; 0 for none.
         loop: `plain`, or `trainer` for transformers' Trainer.
         rebuild: Builds the same model a second time, for backends whose models are sharded while they are built.
@@ -69,8 +70,11 @@ class TrainingOptions:
     accumulate: int = 1
     loss: str = "mean"
     attention: str | None = None
+    experts: str | None = None
     checkpointing: bool = False
+    reentrant: bool = False
     compile: bool = False
+    compile_layers: bool = False
     lora: int = 0
     loop: str = "plain"
     rebuild: Callable[[], nn.Module] | None = None

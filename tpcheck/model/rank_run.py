@@ -17,6 +17,7 @@ from tpcheck.core.clipping import Clipping
 from tpcheck.core.digests import digest
 from tpcheck.model.build import Batch, build_model, require_equal_models
 from tpcheck.model.candidate import CandidateStart, shard, train
+from tpcheck.model.implementations import num_compiled_graphs, require_compiled
 from tpcheck.model.options import Request
 from tpcheck.model.recompute import recompute_outputs
 from tpcheck.model.reference import CommunicatingRank, Reference, ReferenceStep
@@ -99,8 +100,11 @@ def _training_options(request: Request, device: torch.device) -> TrainingOptions
         accumulate=options.accumulate,
         loss=options.loss,
         attention=options.attention,
+        experts=options.experts,
         checkpointing=options.checkpointing,
+        reentrant=options.reentrant,
         compile=options.compile,
+        compile_layers=options.compile_layers,
         lora=options.lora,
         loop=options.loop,
         rebuild=partial(build_model, request, device),
@@ -122,7 +126,9 @@ def _train_both(
     forces = request.options.dtype != "float64"  # whose rounding hides nothing
     module_tolerance = forced_tolerance(reference, rank, steps[0]) if forces else None
     forced = _forced_pass(backend, candidate, batches[0], steps[0], rank) if forces else None
+    num_graphs = num_compiled_graphs()
     candidate_steps = train(backend, candidate, tuple(start.weights), batches)
+    require_compiled(reference.options, num_compiled_graphs() - num_graphs)
     full = _step_evidence(rank, evidence, steps, tolerance, candidate_steps)
     for _ in range(_PARTS_OF_CONVENTION):
         clipping = _observed_clipping(rank, full)
