@@ -258,30 +258,75 @@ class Cause(Enum):
     NORM_IS_LOCAL = (
         "norm_is_local",
         "the norm is that of one rank's own gradients{residual}",
-        "numerics.hypotheses.optimizer runs.sketch_causes",
+        "numerics.norms",
+        "Sum the squares of all shards over the TP group, and count replicated parameters once.",
     )
     NORM_COUNTS_REPLICAS = (
         "norm_counts_replicas",
         "counting replicated parameters once for each rank gives the actual norm{residual}",
-        "numerics.hypotheses.optimizer runs.sketch_causes",
+        "numerics.norms",
+        "Add the squares of replicated parameters on one rank of the TP group alone, those of shards on all.",
     )
     NORM_LEAVES_OUT_SHARDS = (
         "norm_leaves_out_shards",
         "the norm of some ranks' or parameters' gradients alone is the actual one{residual}",
-        "runs.sketch_causes",
+        "numerics.norms",
         "Sum the squares of all shards over the TP group, and count replicated parameters once.",
     )
     NORM_AVERAGED_OVER_RANKS = (
         "norm_averaged_over_ranks",
         "averaging the ranks' norms gives the actual norm{residual}",
-        "runs.sketch_causes",
+        "numerics.norms",
         "Sum the squares of the norms over the ranks, then take the root.",
     )
     NORM_SUMMED_OVER_RANKS = (
         "norm_summed_over_ranks",
         "adding up the ranks' norms gives the actual norm{residual}",
-        "runs.sketch_causes",
+        "numerics.norms",
         "Sum the squares of the norms over the ranks, then take the root.",
+    )
+    NORM_OF_WRONG_ORDER = (
+        "norm_of_wrong_order",
+        "a norm of another order than 2 is the actual one{residual}",
+        "numerics.norms",
+        "Clip by the 2-norm: the root of the sum of the squares of all elements, or of the parameters' 2-norms.",
+    )
+    NORM_WITHOUT_ROOT = (
+        "norm_without_root",
+        "the square of the expected norm is the actual one{residual}",
+        "numerics.norms",
+        "Take the root of the sum of squares, once, after it was summed over the TP group.",
+    )
+    NORM_BEFORE_UNSCALING = (
+        "norm_before_unscaling",
+        "the norm is that of gradients that were not yet divided by a factor{residual}",
+        "numerics.norms",
+        "Take the norm after gradients were divided by the loss scale, the micro-batches and the replicas, and before "
+        "they are clipped.",
+    )
+    NORM_AFTER_CLIPPING = (
+        "norm_after_clipping",
+        "the norm is that of the gradients after they were clipped{residual}",
+        "numerics.norms",
+        "Report the norm that clipping returns; one taken from the gradients after it is the largest norm allowed.",
+    )
+    REPORTED_NORM_WRONG = (
+        "reported_norm_wrong",
+        "the step was clipped by the right norm, only what is reported is wrong",
+        "numerics.hypotheses.optimizer",
+        "Report the norm that the gradients were clipped by.",
+    )
+    CLIPPED_PER_GROUP = (
+        "clipped_per_group",
+        "groups of parameters were clipped each by the norm of its own gradients{residual}",
+        "numerics.hypotheses.optimizer",
+        "Clip all parameters in one call, by the norm of all gradients.",
+    )
+    CLIP_EPSILON_DIFFERS = (
+        "clip_epsilon_differs",
+        "the right norm and another epsilon, added to it before the division, give this step{residual}",
+        "numerics.hypotheses.optimizer",
+        "Add no more than 1e-6 to the norm, as torch.nn.utils.clip_grad_norm_ does: more changes the step.",
     )
     REPLICA_DRIFT = (
         "replica_drift",
