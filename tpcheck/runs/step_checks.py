@@ -15,7 +15,7 @@ from tpcheck.core.findings import Finding
 from tpcheck.numerics.sketch import GlobalIndex, Sketch, row_keys, sketch
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, SAFETY_FACTOR, TYPICAL_NOISE
 from tpcheck.runs.alignment import AlignedStep, Run
-from tpcheck.runs.comparisons import Comparer, Comparison, Table, label_of, margin
+from tpcheck.runs.comparisons import ACTIVATIONS, Comparer, Comparison, Table, label_of, margin
 from tpcheck.runs.exact_checks import (
     BeforeAndAfter,
     differing_options,
@@ -24,6 +24,7 @@ from tpcheck.runs.exact_checks import (
     options_finding,
     weights_moved,
 )
+from tpcheck.runs.full_tensors import FullTensors, explain_in_full
 from tpcheck.runs.low_precision import judged_among_neighbours
 from tpcheck.runs.run_findings import (
     GRADIENTS,
@@ -111,6 +112,37 @@ class StepContext:
             self._micro_batches(comparison),
             self._ones(comparison),
             self._bias_norm(comparison),
+        )
+
+    def explain(
+        self, comparison: Comparison, comparisons: Sequence[Comparison], *, is_first: bool = False
+    ) -> Explanation | None:
+        """Return the cause that sketches show, else the one that whole tensors show where both runs kept them."""
+        explanation = explain(self.suspect(comparison, is_first=is_first))
+        return explanation or explain_in_full(self.full, comparison, comparisons)
+
+    @property
+    def full(self) -> FullTensors:
+        around = self.around
+        return FullTensors(
+            self.comparer,
+            self.actual,
+            self.expected,
+            around.actual_before,
+            around.expected_before,
+            self.step,
+            loss_scales(self.step),
+        )
+
+    def note_without_cause(self, comparison: Comparison) -> str:
+        """Return what to record where nothing showed a cause; or that whole tensors did not, either."""
+        name = comparison.name if comparison.kind in ACTIVATIONS else comparison.name.rpartition(".")[0]
+        if self.full.has(comparison.key):
+            return "neither sketches nor the whole tensors of this step show a known cause"
+        pattern = f"{name}*" if name else "*"
+        return (
+            "sketches alone show no cause: record both runs again with "
+            f'tpcheck.record(model, path, steps=[{self.number}], modules="{pattern}", tensors="full", replays=2)'
         )
 
     def _ones(self, comparison: Comparison) -> Sketch | None:
@@ -260,13 +292,13 @@ def _first_place(
     if not wrong:
         return []
     first = unreduced_before(comparisons, wrong[0]) or wrong[0]
-    explanation = explain(context.suspect(first, is_first=first.key == comparisons[0].key))
+    explanation = context.explain(first, comparisons, is_first=first.key == comparisons[0].key)
     if first is not wrong[0]:
         first = replace(first, terms_error=None)  # as replicas, which they were taken for by what follows
     followers = list(dict.fromkeys(each.name or "the model" for each in wrong if each.name != first.name))
     evidence: dict[str, Any] = {"first_of": len(wrong), **({"followed_by": followers} if followers else {})}
     if explanation is None:
-        evidence["note"] = _line_for_full_tensors(context, first.name)
+        evidence["note"] = context.note_without_cause(first)
     return [finding_at(check, context.number, first, explanation, context.measured, evidence=evidence)]
 
 
@@ -281,15 +313,6 @@ def unreduced_before(comparisons: Sequence[Comparison], wrong: Comparison) -> Co
         elif not comparison.is_wrong:
             candidate = None
     return None
-
-
-def _line_for_full_tensors(context: StepContext, name: str) -> str:
-    module = name or "*"
-    pattern = module if module == "*" else f"{module}*"
-    return (
-        "sketches alone show no cause: record both runs again with "
-        f'tpcheck.record(model, path, steps=[{context.number}], modules="{pattern}", tensors="full", replays=2)'
-    )
 
 
 # ---- gradients
@@ -383,8 +406,8 @@ def _wrong_gradients(
     clipped = _clipped_otherwise(context, wrong, comparisons)
     findings = []
     for each in wrong:
-        explanation = clipped or explain(context.suspect(each))
-        evidence = {} if explanation else {"note": _line_for_full_tensors(context, each.name.rpartition(".")[0])}
+        explanation = clipped or context.explain(each, comparisons)
+        evidence = {} if explanation else {"note": context.note_without_cause(each)}
         findings.append(finding_at(GRADIENTS, context.number, each, explanation, context.measured, evidence=evidence))
     return findings
 
@@ -622,7 +645,7 @@ def _explain_update(
     if ratio is not None:
         evidence["update_ratio"] = float(f"{ratio:.6g}")
     of_parameter = differing.get(comparison.name)
-    explanation = explain(context.suspect(comparison))
+    explanation = context.explain(comparison, (comparison,))
     if explanation is not None or not gradients_agree or comparison.kind != "weight":
         return explanation, evidence
     if of_parameter:
