@@ -9,7 +9,6 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
@@ -86,22 +85,51 @@ class Row(Parallel):
         if "half_reduced" in self.faults:  # the last samples are left as each rank has them
             product = functional.linear(hidden, self.weight)
             return torch.cat([self.sum(product[:-1]), product[-1:]]) + self.bias
+        if "row_detached" in self.faults:
+            return self.sum(functional.linear(hidden, self.weight).detach()) + self.bias
         bias = self.bias if "bias_on_each_rank" in self.faults else 0.0
         product = functional.linear(hidden, self.weight)
         return self.sum(product + bias) + (0.0 if "bias_on_each_rank" in self.faults else self.bias)
+
+
+class WidthNorm(Parallel):
+    """Divides by the root mean square over all features, of which each rank has some."""
+
+    def forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        squares_BL1 = hidden_BLD.square().sum(-1, keepdim=True)
+        return hidden_BLD * (self.added_up(squares_BL1) / WIDTH + 1e-6).rsqrt()
+
+    def added_up(self, squares_BL1: torch.Tensor) -> torch.Tensor:
+        if "statistic_detached" in self.faults:
+            return self.sum(squares_BL1.detach())
+        summed_BL1 = self.sum(squares_BL1)
+        return summed_BL1 if "statistic_of_own_terms" in self.faults else self.copy(summed_BL1)
+
+
+class Mixer(Parallel):
+    """Two matrices in one module."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], rank: Any, faults: Collection[str]) -> None:
+        super().__init__(rank, faults)
+        self.inner, self.outer = (nn.Parameter(self.cut(weights[f"mix_{name}"], dim)) for dim, name in enumerate("io"))
+
+    def forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        is_plain = "mixer_sums_without_backward" in self.faults
+        given_BLD = hidden_BLD if is_plain else self.copy(hidden_BLD)
+        return self.sum(functional.linear(functional.linear(given_BLD, self.inner).relu(), self.outer))
 
 
 class Attention(Parallel):
     def __init__(self, weights: dict[str, torch.Tensor], rank: Any, faults: Collection[str]) -> None:
         super().__init__(rank, faults)
         self.q, self.k, self.v = (Column(weights[name], rank, ()) for name in "qkv")
+        self.q_norm = WidthNorm(rank, faults)
         self.o = Row(weights["o"], weights["o_bias"], rank, ())
 
     def forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         size = WIDTH // HEADS
-        q_BHLD, k_BKLD, v_BKLD = (
-            each(hidden_BLD).unflatten(-1, (-1, size)).transpose(1, 2) for each in (self.q, self.k, self.v)
-        )
+        projected = self.q_norm(self.q(hidden_BLD)), self.k(hidden_BLD), self.v(hidden_BLD)
+        q_BHLD, k_BKLD, v_BKLD = (each.unflatten(-1, (-1, size)).transpose(1, 2) for each in projected)
         times = HEADS // KV_HEADS
         if "kv_heads_repeated_in_turn" in self.faults:
             k_BHLD, v_BHLD = (each.repeat(1, times, 1, 1) for each in (k_BKLD, v_BKLD))
@@ -117,11 +145,13 @@ class Layer(Parallel):
         self.attention = Attention(weights, rank, faults)
         self.gate_up = Column(weights["gate_up"], rank, faults, blocks=2)
         self.down = Row(weights["down"], weights["down_bias"], rank, faults)
+        self.mixer = Mixer(weights, rank, faults)
 
     def forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         hidden_BLD = hidden_BLD + self.attention(hidden_BLD)
         gate_BLF, up_BLF = self.gate_up(hidden_BLD).chunk(2, -1)
-        return hidden_BLD + self.down(functional.silu(gate_BLF) * up_BLF)
+        hidden_BLD = hidden_BLD + self.down(functional.silu(gate_BLF) * up_BLF)
+        return hidden_BLD + self.mixer(hidden_BLD)
 
 
 class Decoder(Parallel):
@@ -145,6 +175,8 @@ class Decoder(Parallel):
                 "gate_up": random(2 * INNER, WIDTH),
                 "down": random(WIDTH, INNER),
                 "down_bias": random(WIDTH),
+                "mix_i": random(WIDTH, WIDTH),
+                "mix_o": random(WIDTH, WIDTH),
             }
             return Layer(weights, rank, faults if number else ())
 

@@ -125,7 +125,7 @@ class Cause(Enum):
     FUSED_BLOCKS_INTERLEAVED = (
         "fused_blocks_interleaved",
         "fused blocks (QKV, gate and up) are cut in one order and read in another",
-        "numerics.hypotheses.layout numerics.exact",
+        "numerics.hypotheses.layout numerics.exact runs.full_causes",
         "Gather block by block (Q, K, V; gate, up): split each rank's part into blocks first.",
     )
     WRONG_SHARD_BOUNDARY = (
@@ -220,11 +220,11 @@ class Cause(Enum):
     )
     COLLECTIVE_WITHOUT_BACKWARD = (
         "collective_without_backward",
-        "the gradient is that of the labels' logits alone: none comes back through the sum of exponentials over the "
-        "vocabulary, whose parts the ranks have",
-        "runs.sketch_causes",
-        "torch.distributed.all_reduce is no autograd operation: put it into a torch.autograd.Function whose backward "
-        "returns the gradient as it is.",
+        "the gradient lacks what should come back through a sum over the ranks in the forward pass: a rank has its own "
+        "term alone, or none{residual}",
+        "runs.sketch_causes runs.backward_sums runs.full_causes",
+        "torch.distributed.all_reduce is no autograd operation: put it into a torch.autograd.Function, whose backward "
+        "returns the gradient as it is where every rank has all of it, and sums it where each has a term.",
     )
     GRADIENT_SCALED = (
         "gradient_scaled",
@@ -282,13 +282,13 @@ class Cause(Enum):
     OPTIMIZER_STATE_OF_ANOTHER_RANK = (
         "optimizer_state_of_another_rank",
         "ranks with different shards held the same optimizer state",
-        "runs.step_checks",
+        "runs.state_causes",
         "Save and load optimizer state for each rank: a file for each TP rank, not one for all.",
     )
     MASTERS_STALE = (
         "masters_stale",
         "the weights are not the optimizer's master weights, rounded",
-        "runs.step_checks",
+        "runs.state_causes",
         "After loading weights refresh the masters (DeepSpeed: refresh_fp32_params; load both, or neither).",
     )
 
@@ -310,7 +310,7 @@ class Cause(Enum):
     ALL_ZERO = (
         "all_zero",
         "every wrong element is zero",
-        "numerics.hypotheses.values numerics.exact runs.sketch_causes",
+        "numerics.hypotheses.values numerics.exact runs.sketch_causes runs.state_causes",
     )
     BIT_FLIPPED = (
         "bit_flipped",
@@ -333,7 +333,8 @@ class Cause(Enum):
     STALE_WEIGHT = (
         "stale_weight",
         "the actual tensor equals the expected one of an earlier step{residual}",
-        "numerics.hypotheses.optimizer numerics.exact runs.exact_checks runs.run_findings runs.comparing",
+        "numerics.hypotheses.optimizer numerics.exact runs.exact_checks runs.run_findings runs.comparing "
+        "runs.state_causes",
         "Save after the optimizer's step has reached the model: ZeRO gathers the weights last.",
     )
 

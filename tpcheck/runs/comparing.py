@@ -45,16 +45,16 @@ from tpcheck.runs.run_findings import (
     exact_finding,
     finding_at,
     joined,
+    names_in,
 )
 from tpcheck.runs.sketch_causes import Suspect, explain
+from tpcheck.runs.state_causes import repeated_state, stale_masters
 from tpcheck.runs.step_checks import (
     StepContext,
     doubtful_losses,
     gradients_match,
     norm_matches,
     outputs_match,
-    repeated_state,
-    stale_masters,
     states_match,
     updates_match,
 )
@@ -348,13 +348,10 @@ class _RunsComparison:
             self.scale = max(self.scale, self._scale_of_given(context))
             context = replace(context, scale=self.scale, is_update_judged=False)
         yield norm_matches(context, gradients)
-        yield updates_match(context, gradients)
-        yield states_match(context, gradients)
-        wrong = frozenset(
-            name
-            for finding in gradients.findings
-            for name in (finding.where.get("parameter", ""), *map(str, finding.evidence.get("also", ())))
-        )
+        of_step = [updates_match(context, gradients), states_match(context, gradients)]
+        yield from of_step
+        everything = bool(outputs.findings) or any("module" in finding.where for finding in gradients.findings)
+        wrong = None if everything else names_in(answer.findings for answer in (gradients, *of_step))
         expected = replicas_agree(self.expected, context.around.expected_after, context.around.expected_before, number)
         yield replicas_agree(
             self.actual, context.around.actual_after, context.around.actual_before, number, expected, wrong
@@ -483,9 +480,7 @@ class _RunsComparison:
         first = next((answer.check for answer in answers if answer.findings), None)
         for answer in answers:
             findings = tuple(
-                replace(finding, evidence={**finding.evidence, "follows_from": first})
-                if finding.cause is None and answer.check != first
-                else finding
+                _following(finding, first) if finding.cause is None and answer.check != first else finding
                 for finding in answer.findings
             )
             self.picture.add_answers([answer])
@@ -570,6 +565,12 @@ class _RunsComparison:
             else:
                 results[answer.check] = replace(known, compared=compared)
         return tuple(results.values())
+
+
+def _following(finding: Finding, first: str | None) -> Finding:
+    """Return a finding without a cause as one that follows from the first check's, and advises nothing more."""
+    evidence = {name: value for name, value in finding.evidence.items() if name != "note"}
+    return replace(finding, evidence={**evidence, "follows_from": first})
 
 
 def may_lie_in_another_order(comparison: Comparison, explanation: Explanation | None) -> bool:

@@ -9,7 +9,7 @@ S: samples, L: positions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from statistics import mean
 
@@ -30,6 +30,7 @@ from tpcheck.numerics.hypotheses import explain
 from tpcheck.numerics.tolerance import SAFETY_FACTOR, Tolerance
 from tpcheck.runs.alignment import AlignedStep
 from tpcheck.runs.comparisons import Comparer, Comparison, Key, Table
+from tpcheck.runs.full_causes import halves_read_in_another_order, statistic_without_backward
 from tpcheck.runs.trace import PassRecord, Reading, TensorRecord
 from tpcheck.runs.wholes import Records, epsilon, reading_of
 
@@ -54,6 +55,7 @@ class FullTensors:
         actual_before, expected_before: Those with the weights before the step.
         step: Both runs' records of the step.
         scales: By what the losses of the two runs are multiplied.
+        gathered: Evidence by the kind of the wrong tensor and the replica, once it was asked for.
     """
 
     comparer: Comparer
@@ -63,6 +65,7 @@ class FullTensors:
     expected_before: Table
     step: AlignedStep | None = None
     scales: tuple[float, float] = (1.0, 1.0)
+    gathered: dict[tuple[str, int], Evidence] = field(default_factory=dict)
 
     def has(self, key: Key) -> bool:
         """Return whether both runs kept this tensor whole, on all ranks."""
@@ -82,10 +85,28 @@ def explain_in_full(full: FullTensors, comparison: Comparison, comparisons: Sequ
     """
     if not full.has(comparison.key) or comparison.is_of_norms:
         return None
-    evidence = _Builder(full, comparison, comparisons).evidence()
+    builder = _Builder(full, comparison, comparisons)
+    key = (comparison.kind, builder.dp_rank)
+    evidence = full.gathered.get(key)
     if evidence is None:
-        return None
-    return next((found for suspect in _suspects(evidence, comparison, full) if (found := explain(suspect))), None)
+        evidence = builder.evidence()
+        if not builder.is_of_one_module:
+            full.gathered[key] = evidence
+    found = _of_runs(evidence, comparison)
+    return found or next(
+        (found for suspect in _suspects(evidence, comparison, full) if (found := explain(suspect))), None
+    )
+
+
+def _of_runs(evidence: Evidence, comparison: Comparison) -> Explanation | None:
+    """Return the causes that have no hypothesis of `verify`."""
+    allowed = comparison.allowed or 0.0
+    if comparison.kind == "output":
+        return halves_read_in_another_order(evidence, allowed)
+    if comparison.kind == "output_gradient":
+        _, module, path, call = comparison.key
+        return statistic_without_backward(evidence, TensorKey("backward", module, call, "output", path), allowed)
+    return None
 
 
 def _suspects(evidence: Evidence, comparison: Comparison, full: FullTensors) -> Iterator[Suspect]:
@@ -139,12 +160,17 @@ class _Builder:
         shared = full.step.shared if full.step is not None else None
         replicas = shared.actual if shared is not None else tuple(range(actual.dp))
         wrong = set(comparison.wrong_ranks())
-        self._dp_rank = next((each for each in replicas if wrong & set(actual.replicas[each])), replicas[0])
-        self._group = actual.replicas[self._dp_rank]
+        self.dp_rank = next((each for each in replicas if wrong & set(actual.replicas[each])), replicas[0])
+        self._group = actual.replicas[self.dp_rank]
         self._groups_e = [expected.replicas[each] for each in (shared.expected if shared else range(expected.dp))]
         self._num_replicas = len(replicas)
+        self._has_activations = comparison.kind != "weight"
 
-    def evidence(self) -> Evidence | None:
+    @property
+    def is_of_one_module(self) -> bool:
+        return bool(self._scope)
+
+    def evidence(self) -> Evidence:
         full = self._full
         layouts = self._layouts()
         before_e, before = self._parameters(full.expected_before, full.actual_before, "weight", layouts)
@@ -152,7 +178,7 @@ class _Builder:
         if full.step is not None:
             weights_e, weights = self._parameters(full.expected, full.actual, "weight", layouts)
             gradients_e, gradients = self._parameters(full.expected, full.actual, "gradient", layouts)
-            activations_e, activations = self._activations()
+            activations_e, activations = self._activations() if self._has_activations else ({}, [{} for _ in ranks])
             loss_e, losses = self._losses()
             step = Step(activations_e, gradients_e, weights_e, None, loss_e)
             ranks = [
@@ -163,7 +189,7 @@ class _Builder:
         dtype = max(dtypes, key=epsilon)
         return Evidence(
             topology=Topology(tp=len(self._group), dp=full.comparer.actual.dp),
-            dp_rank=self._dp_rank,
+            dp_rank=self.dp_rank,
             dtype=dtype,
             initial=before_e,
             initial_parts=before,
@@ -232,7 +258,7 @@ class _Builder:
 
     def _activations(
         self,
-    ) -> tuple[dict[TensorKey, torch.Tensor], tuple[dict[TensorKey, torch.Tensor], ...]]:
+    ) -> tuple[dict[TensorKey, torch.Tensor], Sequence[dict[TensorKey, torch.Tensor]]]:
         step, full = self._full.step, self._full
         assert step is not None
         wholes: dict[TensorKey, torch.Tensor] = {}
@@ -324,11 +350,11 @@ class _Builder:
             known = self._allowed.get((kind, key.module, key.path, key.call))
             if known is not None and known.allowed is not None:
                 share = self._num_replicas if key.phase == "backward" else 1.0
-                deviations[0, self._dp_rank, key] = known.allowed * share / SAFETY_FACTOR
+                deviations[0, self.dp_rank, key] = known.allowed * share / SAFETY_FACTOR
                 if key.module == "" and tensor.dim() == 0:
-                    deviations[0, self._dp_rank, "loss"] = known.allowed / SAFETY_FACTOR
+                    deviations[0, self.dp_rank, "loss"] = known.allowed / SAFETY_FACTOR
             else:
-                deviations[0, self._dp_rank, key] = typical * float(torch.linalg.vector_norm(tensor.double()))
+                deviations[0, self.dp_rank, key] = typical * float(torch.linalg.vector_norm(tensor.double()))
         for each in self._allowed.values():
             if each.kind in ("gradient", "weight") and each.allowed is not None:
                 deviations[0, each.kind, each.name] = each.allowed / SAFETY_FACTOR

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,9 +13,20 @@ import torch
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.findings import Finding
+from tpcheck.numerics.evidence import Evidence
 from tpcheck.numerics.sketch import GlobalIndex, Sketch, row_keys, sketch
-from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, SAFETY_FACTOR, TYPICAL_NOISE
+from tpcheck.numerics.tolerance import (
+    FITTED_RELATIVE_ERROR,
+    SAFETY_FACTOR,
+    TYPICAL_NOISE,
+)
 from tpcheck.runs.alignment import AlignedStep, Run
+from tpcheck.runs.backward_sums import (
+    at_sums_without_backward,
+    feeding_module,
+    is_summed_inside,
+    residuals_before,
+)
 from tpcheck.runs.comparisons import ACTIVATIONS, Comparer, Comparison, Table, label_of, margin
 from tpcheck.runs.exact_checks import (
     BeforeAndAfter,
@@ -45,10 +57,10 @@ from tpcheck.runs.sketch_causes import (
     clip_factors,
     explain,
     explain_norm,
-    is_rounded_from,
     sees_one_shard,
     share_of,
 )
+from tpcheck.runs.state_causes import replaced_state, stale_masters
 from tpcheck.runs.wholes import Part, epsilon, parts_of, reading_of, total
 
 
@@ -64,6 +76,7 @@ class StepContext:
         measured: What findings say of how they were made.
         scale: By how much further than in the replays the runs were apart before the step.
         is_update_judged: Whether weights and states before the step were judged, so that those after it can be.
+        gathered: Whole tensors that were read to find causes.
         typical_noise: How far apart tensors of 16 bits may be expected to be, in units of what rounding moves them by.
     """
 
@@ -76,6 +89,7 @@ class StepContext:
     scale: float = 1.0
     is_update_judged: bool = True
     typical_noise: float = TYPICAL_NOISE
+    gathered: dict[tuple[str, int], Evidence] = field(default_factory=dict)
 
     @property
     def number(self) -> int:
@@ -101,24 +115,35 @@ class StepContext:
         )
         return actual, expected
 
-    def suspect(self, comparison: Comparison, *, is_first: bool = False) -> Suspect:
-        """Return a wrong tensor with what the tests of causes need to know."""
-        return Suspect(
+    def suspect(self, comparison: Comparison, comparisons: Sequence[Comparison] = ()) -> Suspect:
+        """Return a wrong tensor with what the tests of causes need to know.
+
+        Args:
+            comparisons: All tensors of the phase, in the order of events.
+        """
+        suspect = Suspect(
             comparison,
             self.run.tp,
             self.run.dp,
             self.num_passes,
-            is_first,
-            self._micro_batches(comparison),
-            self._ones(comparison),
-            self._bias_norm(comparison),
+            is_first=bool(comparisons) and comparison.key == comparisons[0].key,
+            micro_batches=self._micro_batches(comparison),
+            ones=self._ones(comparison),
+            bias_norm=self._bias_norm(comparison),
         )
+        if comparison.kind != "output_gradient" or not comparisons:
+            return suspect
+        feeding = feeding_module(comparisons, comparison)
+        is_summed = (
+            feeding is not None
+            and feeding.actual.is_replicated_over_tp
+            and is_summed_inside(feeding.name, self.actual, self.run)
+        )
+        return replace(suspect, residuals=residuals_before(comparisons, comparison), is_summed_inside=is_summed)
 
-    def explain(
-        self, comparison: Comparison, comparisons: Sequence[Comparison], *, is_first: bool = False
-    ) -> Explanation | None:
+    def explain(self, comparison: Comparison, comparisons: Sequence[Comparison]) -> Explanation | None:
         """Return the cause that sketches show, else the one that whole tensors show where both runs kept them."""
-        explanation = explain(self.suspect(comparison, is_first=is_first))
+        explanation = explain(self.suspect(comparison, comparisons))
         return explanation or explain_in_full(self.full, comparison, comparisons)
 
     @property
@@ -132,6 +157,7 @@ class StepContext:
             around.expected_before,
             self.step,
             loss_scales(self.step),
+            self.gathered,
         )
 
     def note_without_cause(self, comparison: Comparison) -> str:
@@ -236,7 +262,7 @@ def outputs_match(context: StepContext) -> Answer:
     comparisons, not_compared = _computed(context, "output")
     comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
-    permuted = [each for each in wrong if may_be_permuted(each, comparisons)]
+    permuted = permuted_among(wrong, comparisons)
     not_compared |= {each.label: _PERMUTED for each in permuted}
     findings = _first_place(context, OUTPUTS, comparisons, [each for each in wrong if each not in permuted])
     return Answer.of(OUTPUTS, context.number, comparisons, findings, not_compared, permuted)
@@ -254,14 +280,38 @@ def doubtful_losses(context: StepContext, outputs: Answer) -> Answer:
 _PERMUTED = "its columns lie in another order over the ranks (a fused layer), as its norm and what follows from it show"
 
 
+def permuted_among(wrong: Sequence[Comparison], comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the wrong tensors of which only the guessed order of the ranks' shards is wrong.
+
+    Where that is shown of a module, it holds for modules whose names differ in numbers alone.
+    """
+    shown = [each for each in wrong if may_be_permuted(each, comparisons)]
+    patterns = {_without_numbers(each) for each in shown}
+    return [each for each in wrong if keeps_norm(each) and _without_numbers(each) in patterns]
+
+
+def _without_numbers(comparison: Comparison) -> tuple[str, str]:
+    return re.sub(r"\d+", "#", comparison.name), comparison.part
+
+
+def keeps_norm(comparison: Comparison) -> bool:
+    """Return whether how the ranks' shards lie in the whole is guessed, and the norm is the expected one."""
+    actual, expected = comparison.actual, comparison.expected
+    is_guess = "dim" in actual.label or "dim" in expected.label
+    return is_guess and comparison.allowed is not None and abs(actual.norm - expected.norm) <= comparison.allowed
+
+
+def has_doubtful_order(comparer: Comparer, comparison: Comparison) -> bool:
+    """Return whether a module's weights lie in another order than shapes suggest, which its output may follow."""
+    return keeps_norm(comparison) and any(name.rpartition(".")[0] == comparison.name for name in comparer.permuted)
+
+
 def may_be_permuted(comparison: Comparison, comparisons: Sequence[Comparison]) -> bool:
     """Return whether the ranks' shards of a wrong tensor are guessed to be in order, and only that guess is wrong.
 
     The norm is the expected one, and the tensors of the module around it, and the next one, are right.
     """
-    actual, expected = comparison.actual, comparison.expected
-    is_guess = "dim" in actual.label or "dim" in expected.label
-    if not is_guess or comparison.allowed is None or abs(actual.norm - expected.norm) > comparison.allowed:
+    if not keeps_norm(comparison):
         return False
     position = [each.key for each in comparisons].index(comparison.key)
     following = [each for each in comparisons[position + 1 :] if "dim" not in each.actual.label]
@@ -292,7 +342,12 @@ def _first_place(
     if not wrong:
         return []
     first = unreduced_before(comparisons, wrong[0]) or wrong[0]
-    explanation = context.explain(first, comparisons, is_first=first.key == comparisons[0].key)
+    explanation = context.explain(first, comparisons)
+    if explanation is None and has_doubtful_order(context.comparer, first):
+        following = next((each for each in wrong if each.name != first.name), None)
+        found = None if following is None else context.explain(following, comparisons)
+        if following is not None and found is not None:  # then the order is that of a fused layer
+            first, explanation = following, found
     if first is not wrong[0]:
         first = replace(first, terms_error=None)  # as replicas, which they were taken for by what follows
     followers = list(dict.fromkeys(each.name or "the model" for each in wrong if each.name != first.name))
@@ -324,7 +379,7 @@ def gradients_match(context: StepContext) -> Answer:
     backward, not_compared = _computed(context, "output_gradient")
     backward = judged_among_neighbours(backward, context.typical_noise)
     wrong_backward = [each for each in backward if each.is_wrong]
-    permuted = [each for each in wrong_backward if may_be_permuted(each, backward)]
+    permuted = permuted_among(wrong_backward, backward)
     not_compared |= {each.label: _PERMUTED for each in permuted}
     wrong_backward = [each for each in wrong_backward if each not in permuted]
     comparisons: list[Comparison] = []
@@ -336,7 +391,7 @@ def gradients_match(context: StepContext) -> Answer:
         not_compared |= {
             name: reason for name, reason in context.comparer.not_compared.items() if name not in missing.names
         }
-        findings += missing.findings
+        findings += at_sums_without_backward(missing.findings, backward, context.around.actual_after, context.run)
     comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
     left_out = permuted
@@ -357,8 +412,10 @@ def gradients_match(context: StepContext) -> Answer:
         )
     if wrong_backward:
         at_outputs = _first_place(context, GRADIENTS, backward, wrong_backward)
-        names = [each.name for each in wrong]
-        findings += [replace(each, evidence={**each.evidence, "parameters": names}) for each in at_outputs]
+        shown: dict[str, Any] = {"parameters": [each.name for each in wrong]}
+        if any(each.cause == Cause.COLLECTIVE_WITHOUT_BACKWARD.slug for each in findings):
+            shown |= {"follows_from": GRADIENTS, "note": "the branch whose gradients are missing is missing here, too"}
+        findings += [replace(each, evidence={**each.evidence, **shown}) for each in at_outputs]
     elif wrong:
         findings += _wrong_gradients(context, wrong, comparisons)
     answer = Answer.of(GRADIENTS, number, [*backward, *comparisons], joined(findings), not_compared, left_out)
@@ -532,7 +589,10 @@ def norm_matches(context: StepContext, gradients: Answer) -> Answer:
         where = {"phase": "update", "step": number, "ranks": first.where.get("ranks", [])}
         return Answer(NORM, number, findings=(replace(first, check=NORM, where=where),))
     if not reported:
-        return Answer(NORM, number, not_compared={"gradient norm": "the norm that the actual run clips by is unknown"})
+        reason = (
+            "the actual run reports no norm that it clips by: its gradients are compared as they are after clipping"
+        )
+        return Answer(NORM, -1, not_compared={"gradient norm": reason})  # once for all steps
     own = hypot(*(each.actual.norm for each in comparisons))
     told_e = next(
         (step.reported_norm for step in context.step.expected.values() if step.reported_norm is not None), None
@@ -645,7 +705,9 @@ def _explain_update(
     if ratio is not None:
         evidence["update_ratio"] = float(f"{ratio:.6g}")
     of_parameter = differing.get(comparison.name)
-    explanation = context.explain(comparison, (comparison,))
+    explanation = explain(context.suspect(comparison))
+    if explanation is None and gradients_agree:
+        explanation = explain_in_full(context.full, comparison, (comparison,))
     if explanation is not None or not gradients_agree or comparison.kind != "weight":
         return explanation, evidence
     if of_parameter:
@@ -653,9 +715,9 @@ def _explain_update(
         return Explanation(Cause.OPTIONS_DIFFER, evidence=shown), evidence
     optimizer = optimizer_of(context.comparer, context.step.actual, comparison.name)
     for test in (
-        partial(_masters_were_stale, context, comparison),
+        partial(stale_masters, context.around.actual_before, comparison.name, comparison.actual.label),
         partial(sees_one_shard, optimizer, comparison.actual),
-        partial(state_of_another_rank, context, comparison.name),
+        partial(replaced_state, context.comparer, context.step, context.around, comparison.name),
         partial(_replicas_drifted, context, comparison),
     ):
         found = test()
@@ -696,65 +758,6 @@ def _update_ratio(context: StepContext, comparison: Comparison) -> float | None:
     return share_of(worst.sketch - before[0], comparison.expected.sketch - before[1]) or None
 
 
-def _masters_were_stale(context: StepContext, comparison: Comparison) -> Explanation | None:
-    """The weights before the step were not the masters that the step was taken on."""
-    records = {
-        key: of_ranks
-        for key, of_ranks in context.around.actual_before.items()
-        if key[0] == "master" and key[1] == comparison.name
-    }
-    return stale_masters(context.around.actual_before, comparison.name, comparison.actual.label) if records else None
-
-
-def stale_masters(table: Table, name: str, label: str) -> Explanation | None:
-    """Return the cause where a parameter's weights, read as `label`, are not its masters, rounded."""
-    masters = next((records for key, records in table.items() if key[:2] == ("master", name)), {})
-    weights = table.get(("weight", name, "", 0), {})
-    sides = [
-        {rank: record for rank, record in records.items() if any(reading.label == label for reading in record.readings)}
-        for records in (masters, weights)
-    ]
-    if not all(sides):
-        return None
-    pieces = [{part.piece: part.sketch for part in parts_of(records, label).values()} for records in sides]
-    whole_master, whole_weight = (total(each.values()) for each in pieces)
-    if whole_master.numel != whole_weight.numel or not whole_master.sum_squares:
-        return None
-    eps = max(epsilon(next(iter(weights.values())).dtype), epsilon("float32"))
-    difference = is_rounded_from(whole_master, whole_weight, SAFETY_FACTOR * eps)
-    if difference is None:
-        return None
-    return Explanation(Cause.MASTERS_STALE, evidence={"masters_and_weights_differ_by": difference})
-
-
-def state_of_another_rank(context: StepContext, name: str) -> Explanation | None:
-    """Ranks with different shards had the same optimizer state before the step, and not in the expected run."""
-    label = context.comparer.readings.get(name, ("", ""))[0]
-    return repeated_state(context.around.actual_before, context.run, name, label)
-
-
-def repeated_state(table: Table, run: Run, name: str, label: str) -> Explanation | None:
-    """Return the cause where different shards of a TP group have states with the same bits, which are not zero.
-
-    Args:
-        label: The reading under which the parameter is compared.
-    """
-    for key, records in table.items():
-        if key[0] != "state" or key[1] != name:
-            continue
-        for group in run.replicas:
-            seen: dict[str, tuple[int, str]] = {}
-            for rank in (rank for rank in group if rank in records):
-                record, reading = records[rank], reading_of(records[rank], label)
-                if reading is None or reading.sketch.numel < 2 or not reading.sketch.sum_squares:
-                    continue
-                first, piece = seen.setdefault(record.digest, (rank, reading.piece))
-                if piece != reading.piece:
-                    evidence = {"state": key[2], "state_of_rank": {str(rank): first}}
-                    return Explanation(Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK, evidence=evidence)
-    return None
-
-
 def _replicas_drifted(context: StepContext, comparison: Comparison) -> Explanation | None:
     """Some replicas are right and others are wrong, although their gradients agree."""
     allowed = comparison.allowed or 0.0
@@ -789,7 +792,7 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
             explanation = Explanation(Cause.OPTIONS_DIFFER, evidence=shown)
         if explanation is None and not gradients.findings:
             tests: tuple[Callable[[], Explanation | None], ...] = (
-                partial(state_of_another_rank, context, each.name),
+                partial(replaced_state, comparer, context.step, around, each.name),
                 partial(stale_masters, around.actual_after, each.name, each.actual.label),
                 partial(_replicas_drifted, context, each),
             )
