@@ -734,6 +734,6 @@ TESTS: Mapping[str, tuple[Test, ...]] = {
     ),
     "weight": (not_finite, shard_of_one_rank_on_all, shards_in_another_order, all_zero),
     "master": (not_finite, shard_of_one_rank_on_all, shards_in_another_order, all_zero),
-    "state": (not_finite, shard_of_one_rank_on_all, shards_in_another_order, all_zero),
+    "state": (not_finite, shards_in_another_order, all_zero),  # of another rank: `state_causes`
     "buffer": (not_finite, all_zero),
 }
