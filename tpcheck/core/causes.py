@@ -285,6 +285,12 @@ class Cause(Enum):
         "runs.state_causes",
         "Save and load optimizer state for each rank: a file for each TP rank, not one for all.",
     )
+    OPTIMIZER_STATE_LOST = (
+        "optimizer_state_lost",
+        "a moment was zero before this step, and not in the expected run",
+        "runs.state_causes",
+        "Load the optimizer's state together with the weights, and build no new optimizer in the middle of a training.",
+    )
     MASTERS_STALE = (
         "masters_stale",
         "the weights are not the optimizer's master weights, rounded",
@@ -310,7 +316,7 @@ class Cause(Enum):
     ALL_ZERO = (
         "all_zero",
         "every wrong element is zero",
-        "numerics.hypotheses.values numerics.exact runs.sketch_causes runs.state_causes",
+        "numerics.hypotheses.values numerics.exact runs.sketch_causes",
     )
     BIT_FLIPPED = (
         "bit_flipped",

@@ -29,6 +29,11 @@ LOW_PRECISION = 1e-4
 LOCAL_FACTOR = 2.5
 TYPICAL_NOISE = 0.5
 NUM_NEIGHBOURS = 16
+# Of two right runs of mixtral (4 layers of width 32, 128 tokens) one or two tokens in a layer go to other experts: 97
+# to 99 % of the squared difference of the experts' output lies in one of 16 tiles of rows. Of a projection that is
+# 8 % off a tile has less than a fifth.
+FEW_ROWS = 2
+SHARE_OF_FEW_ROWS = 0.9
 # Gradients move less alike; those of parameters may have few elements (norms, biases).
 LOCAL_FACTOR_OF_GRADIENTS = 5.0
 

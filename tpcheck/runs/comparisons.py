@@ -230,6 +230,7 @@ class Comparer:
         readings: Labels under which each parameter's weights agreed before the first step.
         permuted: Parameters whose elements seem to lie in another order over the ranks than their shapes suggest, as
             those of fused layers: their norms alone are compared.
+        rerouted: Modules that send tokens elsewhere than in the other run in the step that is compared.
         not_compared: Why a tensor was not compared, by label.
         doubtful: Losses that agree neither as means nor as sums over the calls, of runs with other numbers of calls: a
             mistake only where gradients are wrong, too.
@@ -241,6 +242,7 @@ class Comparer:
     names: NameMap
     readings: dict[str, tuple[str, str]] = field(default_factory=dict)
     permuted: set[str] = field(default_factory=set)
+    rerouted: set[str] = field(default_factory=set)
     not_compared: dict[str, str] = field(default_factory=dict)
     doubtful: list[Comparison] = field(default_factory=list)
     eps: tuple[float, float] = (0.0, 0.0)
@@ -431,6 +433,11 @@ class Comparer:
             elif comparison.is_wrong and not _are_sums(comparison, num_calls):
                 self.doubtful.append(comparison)
         return compared
+
+
+def among_rerouted(comparer: Comparer, wrong: Sequence[Comparison]) -> list[Comparison]:
+    """Return the tensors of parameters in modules that send tokens elsewhere than in the other run."""
+    return [each for each in wrong if any(each.name.startswith(f"{module}.") for module in comparer.rerouted)]
 
 
 def of_norms(comparison: Comparison) -> Comparison:

@@ -82,7 +82,7 @@ def stale_or_lost(
         return Explanation(Cause.STALE_WEIGHT, evidence={"state": state, "note": text})
     for decay in decays:
         if distance(after, after_e - before_e.scaled(decay)) <= limit:
-            return Explanation(Cause.ALL_ZERO, evidence={"state": state, "note": f"{state} was zero before this step"})
+            return Explanation(Cause.OPTIMIZER_STATE_LOST, evidence={"state": state})
     return None
 
 

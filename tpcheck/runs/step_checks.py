@@ -27,7 +27,7 @@ from tpcheck.runs.backward_sums import (
     is_summed_inside,
     residuals_before,
 )
-from tpcheck.runs.comparisons import ACTIVATIONS, Comparer, Comparison, Table, label_of, margin
+from tpcheck.runs.comparisons import ACTIVATIONS, Comparer, Comparison, Table, among_rerouted, label_of, margin
 from tpcheck.runs.exact_checks import (
     BeforeAndAfter,
     differing_options,
@@ -37,7 +37,7 @@ from tpcheck.runs.exact_checks import (
     weights_moved,
 )
 from tpcheck.runs.full_tensors import FullTensors, explain_in_full
-from tpcheck.runs.low_precision import judged_among_neighbours
+from tpcheck.runs.low_precision import judged_among_neighbours, rerouted_among
 from tpcheck.runs.run_findings import (
     GRADIENTS,
     NORM,
@@ -258,14 +258,13 @@ def loss_scales(step: AlignedStep) -> tuple[float, float]:
 
 def outputs_match(context: StepContext) -> Answer:
     """Compare the outputs of all modules, the loss among them."""
-    context.comparer.doubtful = []
+    context.comparer.doubtful, context.comparer.rerouted = [], set()
     comparisons, not_compared = _computed(context, "output")
     comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
-    permuted = permuted_among(wrong, comparisons)
-    not_compared |= {each.label: _PERMUTED for each in permuted}
-    findings = _first_place(context, OUTPUTS, comparisons, [each for each in wrong if each not in permuted])
-    return Answer.of(OUTPUTS, context.number, comparisons, findings, not_compared, permuted)
+    left_out, reasons = not_judged(context.comparer, wrong, comparisons)
+    findings = _first_place(context, OUTPUTS, comparisons, [each for each in wrong if each not in left_out])
+    return Answer.of(OUTPUTS, context.number, comparisons, findings, not_compared | reasons, left_out)
 
 
 def doubtful_losses(context: StepContext, outputs: Answer) -> Answer:
@@ -278,6 +277,23 @@ def doubtful_losses(context: StepContext, outputs: Answer) -> Answer:
 
 
 _PERMUTED = "its columns lie in another order over the ranks (a fused layer), as its norm and what follows from it show"
+
+
+_REROUTED = (
+    "it differs in a few rows, as where rounding to 16 bits sends tokens to other experts, and what follows is right"
+)
+
+
+def not_judged(
+    comparer: Comparer, wrong: Sequence[Comparison], comparisons: Sequence[Comparison]
+) -> tuple[list[Comparison], dict[str, str]]:
+    """Return the wrong tensors that are no mistakes, and why, by label."""
+    permuted = permuted_among(wrong, comparisons)
+    keys = {each.key for each in permuted}
+    rerouted = rerouted_among([each for each in comparisons if each.key not in keys])
+    comparer.rerouted |= {each.name for each in rerouted if each.name}
+    reasons = {each.label: _PERMUTED for each in permuted} | {each.label: _REROUTED for each in rerouted}
+    return [*permuted, *rerouted], reasons
 
 
 def permuted_among(wrong: Sequence[Comparison], comparisons: Sequence[Comparison]) -> list[Comparison]:
@@ -379,9 +395,9 @@ def gradients_match(context: StepContext) -> Answer:
     backward, not_compared = _computed(context, "output_gradient")
     backward = judged_among_neighbours(backward, context.typical_noise)
     wrong_backward = [each for each in backward if each.is_wrong]
-    permuted = permuted_among(wrong_backward, backward)
-    not_compared |= {each.label: _PERMUTED for each in permuted}
-    wrong_backward = [each for each in wrong_backward if each not in permuted]
+    left_out, reasons = not_judged(context.comparer, wrong_backward, backward)
+    not_compared |= reasons
+    wrong_backward = [each for each in wrong_backward if each not in left_out]
     comparisons: list[Comparison] = []
     findings: list[Finding] = []
     if context.step.shared is not None and context.step.shared.is_whole_step:
@@ -394,14 +410,18 @@ def gradients_match(context: StepContext) -> Answer:
         findings += at_sums_without_backward(missing.findings, backward, context.around.actual_after, context.run)
     comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
-    left_out = permuted
+    rerouted = among_rerouted(context.comparer, wrong)
+    left_out = [*left_out, *rerouted]
+    not_compared |= {each.label: _REROUTED for each in rerouted}
+    wrong = [each for each in wrong if each not in rerouted]
     factor = _common_factor(wrong_backward, backward)
     if factor is not None and comparisons and not wrong:
-        left_out, wrong_backward = [*permuted, *wrong_backward], []
+        scaled_together, wrong_backward = wrong_backward, []
+        left_out = [*left_out, *scaled_together]
         not_compared |= {
             each.label: f"all are {factor:.6g} times the other run's, and the parameters' gradients agree: the loss is "
             "scaled in another place"
-            for each in left_out
+            for each in scaled_together
         }
     rounded = _factor_of_float32(wrong, comparisons)
     if rounded is not None:
@@ -668,6 +688,9 @@ def updates_match(context: StepContext, gradients: Answer) -> Answer:
     has_gradient = {each.name for each in gradients.comparisons if each.kind == "gradient"}
     comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
+    rerouted = among_rerouted(comparer, wrong)
+    not_compared |= {each.label: _REROUTED for each in rerouted}
+    wrong = [each for each in wrong if each not in rerouted]
     undecayed = [each for each in wrong if each.kind == "weight" and has_gradient and each.name not in has_gradient]
     for each in undecayed:
         if not any(label.endswith(each.name) for label in gradients.not_compared):
@@ -687,7 +710,7 @@ def updates_match(context: StepContext, gradients: Answer) -> Answer:
         not_compared[f"options of {next(iter(differing))}"] = (
             f"the optimizers' options differ ({_phrase(differing)}), and the updates agree"
         )
-    answer = Answer.of(UPDATES, number, comparisons, findings, not_compared, undecayed)
+    answer = Answer.of(UPDATES, number, comparisons, findings, not_compared, [*undecayed, *rerouted])
     return replace(answer, margins={**answer.margins, **moved.margins})
 
 
@@ -784,6 +807,9 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
     findings = []
     comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
+    rerouted = among_rerouted(comparer, wrong)
+    not_compared |= {each.label: _REROUTED for each in rerouted}
+    wrong = [each for each in wrong if each not in rerouted]
     differing = differing_options(comparer, context.step)
     for each in wrong:
         explanation = explain(context.suspect(each))
@@ -798,4 +824,4 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
             )
             explanation = next((found for test in tests if (found := test()) is not None), None)
         findings.append(finding_at(STATES, number, each, explanation, context.measured))
-    return Answer.of(STATES, number, comparisons, joined(findings), not_compared)
+    return Answer.of(STATES, number, comparisons, joined(findings), not_compared, rerouted)

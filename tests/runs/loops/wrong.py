@@ -218,7 +218,25 @@ scaled: dict[str, Any] = {"loss_scale": 1024.0}
 
 LOSS_SCALE = (
     wrong("unscaled twice", faults.UnscalesTwice, GRADIENTS, cause="gradient_scaled", step=0, **scaled),
-    wrong("not unscaled on one rank", faults.NotUnscaledOnOneRank, (GRADIENTS, REPLICAS), ranks=(1,), step=0, **scaled),
+    wrong(
+        "not unscaled on one rank",
+        faults.NotUnscaledOnOneRank,
+        GRADIENTS,
+        cause="gradient_scaled",
+        ranks=(1,),
+        step=0,
+        **scaled,
+    ),
+    wrong(
+        "hooks that halve gradients, dropped on one rank",
+        faults.HooksDroppedOnOneRank,
+        GRADIENTS,
+        cause="gradient_scaled",
+        ranks=(1,),
+        step=0,
+        every_name=frozenset({"blocks.1.norm.weight", "blocks.1.up.weight"}),
+        expected=faults.HalvedByHooks,
+    ),
     wrong(
         "gradient scalers that part",
         faults.ScalersPart,
@@ -260,12 +278,32 @@ OPTIMIZERS = (
         "one rank's scheduler ahead",
         faults.OneRankAhead,
         UPDATES,
+        cause="options_differ",
         ranks=(1,),
         step=1,
         evidence=("lr",),
         is_scheduled=True,
     ),
-    wrong("scheduler off by one", faults.ScheduleOffByOne, UPDATES, step=0, evidence=("lr",), is_scheduled=True),
+    wrong(
+        "scheduler off by one",
+        faults.ScheduleOffByOne,
+        UPDATES,
+        cause="options_differ",
+        step=0,
+        evidence=("lr",),
+        is_scheduled=True,
+    ),
+    wrong(
+        "learning rate in a tensor, 1 % higher",
+        Training,
+        UPDATES,
+        cause="options_differ",
+        step=0,
+        evidence=("lr_actual", "0.01009"),
+        optimizer="AdamW",
+        optimizer_options=(("lr", torch.tensor(0.0101)), ("foreach", False)),
+        expected_options={"optimizer_options": (("lr", torch.tensor(0.01)), ("foreach", False))},
+    ),
     wrong(
         "learning rate 1 % higher",
         Training,
@@ -327,7 +365,30 @@ OPTIMIZERS = (
         expected=faults.OwnMoments,
         **adamw,
     ),
-    wrong("moments lost", faults.MomentsLost, (STATES, UPDATES), expected=faults.OwnMoments, **adamw),
+    wrong(
+        "moments of another rank in the middle",
+        faults.MomentsTakenInTheMiddle,
+        STATES,
+        "*.up.*",
+        "*.down.weight",
+        cause="optimizer_state_of_another_rank",
+        ranks=(1,),
+        step=1,
+        steps=3,
+        expected=Training,
+        **adamw,
+    ),
+    wrong(
+        "moments zeroed in the middle",
+        faults.MomentsZeroedInTheMiddle,
+        (STATES, UPDATES),
+        cause="optimizer_state_lost",
+        step=1,
+        steps=2,
+        expected=Training,
+        **adamw,
+    ),
+    wrong("moments lost", faults.MomentsLost, (STATES, UPDATES), cause="all_zero", expected=faults.OwnMoments, **adamw),
     wrong("step count off by one", faults.StepCountOff, (STATES, UPDATES), expected=faults.OwnMoments, **adamw),
     wrong(
         "Muon on shards",
@@ -449,7 +510,7 @@ COLLECTIVES = (
 )
 
 REPLICATED = (
-    wrong("a norm drifts", faults.NormDrifts, REPLICAS, "blocks.1.norm.weight", cause="replica_drift", steps=3),
+    wrong("a norm drifts", faults.NormDrifts, UPDATES, "blocks.1.norm.weight", cause="replica_drift", steps=3),
     wrong(
         "gradient hook missing on one norm",
         faults.HookMissing,
@@ -555,6 +616,8 @@ SELDOM = frozenset(
         "gradient hook missing on one norm, over replicas",
         "replicas' gradients not reduced",
         "bias added by each rank",
+        "moments zeroed in the middle",
+        "learning rate in a tensor, 1 % higher",
         "loss whose gradient is summed over ranks",
     }
 )
