@@ -116,6 +116,8 @@ class Loop:
         agreement: Largest relative error, without tpcheck, of a right loop's weights at its end; 0 for equal bits, None
             where it has no meaning. A wrong loop's weights part by more, unless this is None.
         xfail: Why it does not pass yet.
+        names: Of ready maps of names between the two runs.
+        skip: Why it cannot run on this machine; None where it can.
     """
 
     name: str
@@ -124,6 +126,8 @@ class Loop:
     wrong: Wrong | None = None
     agreement: float | None = 1e-12
     xfail: str | None = None
+    names: tuple[str, ...] = ()
+    skip: str | None = None
 
 
 def train(rank: Rank, side: Side, path: Path | None) -> Weights:
