@@ -635,6 +635,39 @@ def test_a_norm_that_nothing_reports_is_one_line() -> None:
     ]
 
 
+def fused_by_blocks(place: Place, local: torch.Tensor) -> torch.Tensor:
+    """Return each rank's part of a layer whose two halves are cut one by one."""
+    if "up" not in place.name or place.kind == "state":
+        return local
+    dim = -1 if "output" in place.kind else 0
+    whole = place.whole
+    return torch.cat([half.chunk(2, dim)[place.tp_rank] for half in whole.chunk(2, dim)], dim)
+
+
+def test_weights_cut_block_by_block_are_no_mistake_where_outputs_are_right() -> None:
+    report = compared(run(tp=2, layouts=False, edit=fused_by_blocks))
+    require_passed(report)
+    assert any("a fused layer" in reason for reason in report.verdict.coverage.not_compared.values())
+
+
+def test_weights_in_another_order_are_a_mistake_where_the_output_of_their_module_is_wrong() -> None:
+    wrong = both(fused_by_blocks, edit("output", "layers.0.up", plus(0.1)))
+    first = compared(run(tp=2, layouts=False, edit=wrong)).findings[0]
+    assert (first.check, first.where["parameter"]) == ("weights_match_reference", UP)
+    later = both(fused_by_blocks, edit("output", "layers.0", plus(0.1)))
+    finding = the_finding(compared(run(tp=2, layouts=False, edit=later)))
+    assert finding.where["module"] == "layers.0"
+
+
+def test_what_a_run_could_not_record_is_in_the_coverage() -> None:
+    reason = "its passes cannot be repeated"
+    traces = tuple(replace(rank, not_recorded={"replays": reason, "state of x": "gone"}) for rank in run(tp=2))
+    not_compared = compared(traces).verdict.coverage.not_compared
+    assert not_compared["state of x of actual"] == "gone"
+    assert "replays of actual" not in not_compared  # the other run has some
+    assert compared(traces, traces).verdict.coverage.not_compared["replays of actual"] == reason
+
+
 def test_moments_of_another_rank_are_named_before_the_step() -> None:
     repeated = edit("state", UP, lambda place, local: place.whole.chunk(2, 0)[0], step=-1)
     moments = {"moments": True, "initial_moments": True}
@@ -785,6 +818,24 @@ def test_a_module_in_low_precision_is_judged_by_what_it_adds() -> None:
     finding = the_finding(compared(run(tp=2, rounding=1.0, seed=9, edit=off, **options), expected))
     assert finding.where["module"] == "layers.0.down"
     assert finding.margin > 1
+
+
+def test_tokens_that_rounding_sends_to_other_experts_are_no_mistake_where_what_follows_is_right() -> None:
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "noise_of_replays": 0.005, "steps": 1}
+
+    def rerouted(place: Place, local: torch.Tensor) -> torch.Tensor:
+        if (place.kind, place.name) == ("output", "layers.0.down"):
+            return local + 2.0 * (torch.arange(BATCH * LENGTH) == 5).reshape(BATCH, LENGTH, 1).to(local.dtype)
+        return local + 0.1 if (place.kind, place.name) == ("gradient", DOWN) else local
+
+    report = compared(run(tp=2, edit=rerouted, **options), run(**options))
+    require_passed(report)
+    told = [name for name, why in report.verdict.coverage.not_compared.items() if "other experts" in why]
+    assert [name.rpartition(": ")[2] for name in told] == ["output of layers.0.down 0"[:-2], f"gradient of {DOWN}"]
+    followed = both(rerouted, edit("output", "layers.0", plus(0.1)))
+    assert the_finding(compared(run(tp=2, edit=followed, **options), run(**options))).where["module"] == "layers.0.down"
+    exact = {**options, "dtype": torch.float32}
+    assert the_finding(compared(run(tp=2, edit=rerouted, **exact), run(**exact))).where["module"] == "layers.0.down"
 
 
 def test_a_step_that_rounds_to_nothing_in_low_precision_is_not_stale() -> None:

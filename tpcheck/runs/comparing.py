@@ -168,6 +168,10 @@ class _RunsComparison:
                 self.not_compared[f"ranks {listed} of {run.path}"] = (
                     "their traces are not in the folders that were given"
                 )
+        for run, other in ((self.actual, self.expected), (self.expected, self.actual)):
+            for name, reason in run.not_recorded.items():
+                if name != "replays" or not other.is_replayed:
+                    self.not_compared[f"{name} of {run.path}"] = reason
         is_given = self.actual.has_other_history or self.expected.has_other_history
         self.last_number = (self.expected.first_number or 0) - 1
         weights = self._weights_at_start(is_given)

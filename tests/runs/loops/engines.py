@@ -53,6 +53,8 @@ class DeepSpeed(CausalTraining):
         }
         if self.dtype is torch.bfloat16:
             config["bf16"] = {"enabled": True}
+        if self.dtype is torch.float16:
+            config["fp16"] = {"enabled": True, "initial_scale_power": 8}
         return config
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:

@@ -205,6 +205,9 @@ def mkldnn_has_float16() -> bool:
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
+WITHOUT_FLOAT16 = None if mkldnn_has_float16() else "this CPU has no float16 in oneDNN"
+
+
 def deepspeed(
     name: str, topology: Topology, dtype: torch.dtype = torch.float64, clip: float = 1.0, **options: Any
 ) -> Loop:
@@ -220,8 +223,13 @@ def deepspeed(
     if dtype is torch.float32:
         expected = Side(CausalTraining, ALONE, tuple(plain.items()), replayed)
     agreement = {torch.float64: 1e-9 if not options.get("zero") else 1e-6, torch.float32: 1e-3}.get(dtype)
+    skip = WITHOUT_FLOAT16 if dtype is torch.float16 else None
     return Loop(
-        f"DeepSpeed: {name}", Side(DeepSpeed, topology, tuple(common.items()), record), expected, agreement=agreement
+        f"DeepSpeed: {name}",
+        Side(DeepSpeed, topology, tuple(common.items()), record),
+        expected,
+        agreement=agreement,
+        skip=skip,
     )
 
 
@@ -257,6 +265,7 @@ DEEPSPEED = (
     deepspeed("bfloat16, ZeRO 1", TP2, torch.bfloat16, zero=1),
     deepspeed("bfloat16, ZeRO 2, two micro-batches, over replicas", TP2_DP2, torch.bfloat16, zero=2, accumulate=2),
     deepspeed("bfloat16, ZeRO 3 over replicas", TP2_DP2, torch.bfloat16, zero=3),
+    deepspeed("float16, ZeRO 1", TP2, torch.float16, zero=1),
 )
 
 MEGATRON = (
@@ -302,8 +311,6 @@ TRAINERS = (
     ),
 )
 
-WITHOUT_FLOAT16 = None if mkldnn_has_float16() else "this CPU has no float16 in oneDNN"
-
 FLOAT16 = (
     right(
         "autocast to float16 with GradScaler",
@@ -334,6 +341,13 @@ SELDOM = frozenset(
         "transformers' TP: llama, momentum, clipping, accumulation",
         "transformers' TP: llama in float32, AdamW",
         "DeepSpeed: float64, two micro-batches",
+        "DeepSpeed: float64, ZeRO 0, clipping",
+        "DeepSpeed: float32, ZeRO 0, clipping, over replicas",
+        "DeepSpeed: float32, ZeRO 3 over replicas",
+        "DeepSpeed: float16, ZeRO 1",
+        "DeepSpeed against a plain loop: float64, ZeRO 1, clipping",
+        "autocast to float16 with GradScaler",
+        "transformers' TP: compiled layers",
         "DeepSpeed: float64, ZeRO 1, two micro-batches, over replicas",
         "Megatron",
         "GradScaler",

@@ -647,6 +647,8 @@ SELDOM = frozenset(
         "replicas' gradients not reduced",
         "bias added by each rank",
         "moments zeroed in the middle",
+        "step count off by one",
+        "one rank's scheduler ahead",
         "learning rate in a tensor, 1 % higher",
         "loss whose gradient is summed over ranks",
     }
