@@ -117,7 +117,6 @@ class Loop:
             where it has no meaning. A wrong loop's weights part by more, unless this is None.
         xfail: Why it does not pass yet.
         names: Of ready maps of names between the two runs.
-        skip: Why it cannot run on this machine; None where it can.
     """
 
     name: str
@@ -127,7 +126,6 @@ class Loop:
     agreement: float | None = 1e-12
     xfail: str | None = None
     names: tuple[str, ...] = ()
-    skip: str | None = None
 
 
 def train(rank: Rank, side: Side, path: Path | None) -> Weights:

@@ -33,7 +33,6 @@ def right(
     agreement: float | None = 1e-12,
     xfail: str | None = None,
     names: tuple[str, ...] = (),
-    skip: str | None = None,
     **options: Any,
 ) -> Loop:
     """Return a row: the same training on one process is what is expected, unless something else is given.
@@ -53,7 +52,6 @@ def right(
         agreement=agreement,
         xfail=xfail,
         names=names,
-        skip=skip,
     )
 
 
@@ -201,13 +199,6 @@ TORCH = (
 )
 
 
-def mkldnn_has_float16() -> bool:
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported())
-
-
-WITHOUT_FLOAT16 = None if mkldnn_has_float16() else "this CPU has no float16 in oneDNN"
-
-
 def deepspeed(
     name: str, topology: Topology, dtype: torch.dtype = torch.float64, clip: float = 1.0, **options: Any
 ) -> Loop:
@@ -223,13 +214,11 @@ def deepspeed(
     if dtype is torch.float32:
         expected = Side(CausalTraining, ALONE, tuple(plain.items()), replayed)
     agreement = {torch.float64: 1e-9 if not options.get("zero") else 1e-6, torch.float32: 1e-3}.get(dtype)
-    skip = WITHOUT_FLOAT16 if dtype is torch.float16 else None
     return Loop(
         f"DeepSpeed: {name}",
         Side(DeepSpeed, topology, tuple(common.items()), record),
         expected,
         agreement=agreement,
-        skip=skip,
     )
 
 
@@ -317,7 +306,6 @@ FLOAT16 = (
         by_hand.AutocastFloat16,
         steps=3,
         agreement=None,
-        skip=WITHOUT_FLOAT16,
     ),
     right("a compiled model under transformers' TP", huggingface.CompiledModel, accumulate=2),
 )

@@ -73,10 +73,7 @@ def as_parameters(loops: Sequence[Loop], seldom: Collection[str]) -> list[Any]:
         pytest.param(
             loop,
             id=loop.name,
-            marks=[
-                *([pytest.mark.xfail(reason=loop.xfail, strict=True)] if loop.xfail is not None else []),
-                *([pytest.mark.skip(reason=loop.skip)] if loop.skip is not None else []),
-            ],
+            marks=[pytest.mark.xfail(reason=loop.xfail, strict=True)] if loop.xfail is not None else [],
         )
         for loop in loops
         if loop.name not in seldom or os.environ.get("TPCHECK_LOOPS") == "all"
