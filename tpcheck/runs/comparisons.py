@@ -435,9 +435,9 @@ class Comparer:
         return compared
 
 
-def among_rerouted(comparer: Comparer, wrong: Sequence[Comparison]) -> list[Comparison]:
+def among_rerouted(comparer: Comparer, comparisons: Sequence[Comparison]) -> list[Comparison]:
     """Return the tensors of parameters in modules that send tokens elsewhere than in the other run."""
-    return [each for each in wrong if any(each.name.startswith(f"{module}.") for module in comparer.rerouted)]
+    return [each for each in comparisons if any(each.name.startswith(f"{module}.") for module in comparer.rerouted)]
 
 
 def of_norms(comparison: Comparison) -> Comparison:

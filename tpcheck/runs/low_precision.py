@@ -11,6 +11,7 @@ from tpcheck.numerics.tolerance import (
     LOCAL_FACTOR,
     LOCAL_FACTOR_OF_GRADIENTS,
     LOW_PRECISION,
+    NEAR_LIMIT,
     NUM_NEIGHBOURS,
     SAFETY_FACTOR,
     SHARE_OF_FEW_ROWS,
@@ -44,7 +45,7 @@ def judged_among_neighbours(comparisons: Sequence[Comparison], typical: float = 
 
 
 def rerouted_among(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Return the wrong tensors of 16 bits whose difference lies in a few rows, where what follows is right.
+    """Return the tensors of 16 bits that are wrong, or nearly so, in a few rows, where what follows is right.
 
     Near a tie, rounding decides to which experts a router sends a token: then its row is another one altogether, and
     tensors whose rows are in the order of experts are moved. A mistake is in most rows, or shows in what follows.
@@ -53,16 +54,20 @@ def rerouted_among(comparisons: Sequence[Comparison]) -> list[Comparison]:
     run: list[Comparison] = []
     for comparison in comparisons:
         is_keyed = -1 in comparison.expected.shape
-        if not comparison.is_wrong and (is_keyed or not run):
-            if any(map(_differs_in_few_rows, run)):
-                found += run
-            run = []
-        elif comparison.is_wrong:
-            is_local = _noise(comparison) > 0 and (not is_keyed or _differs_in_few_rows(comparison))
-            if not is_local:
-                return found  # a mistake: what follows from it is none of these
+        is_local = _noise(comparison) > 0 and (not is_keyed or _differs_in_few_rows(comparison))
+        if is_local and is_near_limit(comparison):
             run.append(comparison)
+        elif comparison.is_wrong:
+            return found  # a mistake: what follows from it is none of these
+        elif is_keyed or not run:
+            found += run if any(map(_differs_in_few_rows, run)) else []
+            run = []
     return found
+
+
+def is_near_limit(comparison: Comparison) -> bool:
+    """Return whether the error is wrong, or not far from it."""
+    return comparison.margin > NEAR_LIMIT
 
 
 def _differs_in_few_rows(comparison: Comparison) -> bool:

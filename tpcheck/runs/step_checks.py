@@ -37,7 +37,7 @@ from tpcheck.runs.exact_checks import (
     weights_moved,
 )
 from tpcheck.runs.full_tensors import FullTensors, explain_in_full
-from tpcheck.runs.low_precision import judged_among_neighbours, rerouted_among
+from tpcheck.runs.low_precision import is_near_limit, judged_among_neighbours, rerouted_among
 from tpcheck.runs.run_findings import (
     GRADIENTS,
     NORM,
@@ -410,7 +410,7 @@ def gradients_match(context: StepContext) -> Answer:
         findings += at_sums_without_backward(missing.findings, backward, context.around.actual_after, context.run)
     comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
-    rerouted = among_rerouted(context.comparer, wrong)
+    rerouted = among_rerouted(context.comparer, [each for each in comparisons if is_near_limit(each)])
     left_out = [*left_out, *rerouted]
     not_compared |= {each.label: _REROUTED for each in rerouted}
     wrong = [each for each in wrong if each not in rerouted]
@@ -688,7 +688,7 @@ def updates_match(context: StepContext, gradients: Answer) -> Answer:
     has_gradient = {each.name for each in gradients.comparisons if each.kind == "gradient"}
     comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
-    rerouted = among_rerouted(comparer, wrong)
+    rerouted = among_rerouted(comparer, [each for each in comparisons if is_near_limit(each)])
     not_compared |= {each.label: _REROUTED for each in rerouted}
     wrong = [each for each in wrong if each not in rerouted]
     undecayed = [each for each in wrong if each.kind == "weight" and has_gradient and each.name not in has_gradient]
@@ -807,7 +807,7 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
     findings = []
     comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
-    rerouted = among_rerouted(comparer, wrong)
+    rerouted = among_rerouted(comparer, [each for each in comparisons if is_near_limit(each)])
     not_compared |= {each.label: _REROUTED for each in rerouted}
     wrong = [each for each in wrong if each not in rerouted]
     differing = differing_options(comparer, context.step)
