@@ -29,6 +29,7 @@ from tpcheck.runs.exact_checks import (
     same_start,
     steps_were_taken,
 )
+from tpcheck.runs.full_causes import CAUSES_OF_ORDER
 from tpcheck.runs.full_tensors import FullTensors, explain_in_full
 from tpcheck.runs.low_precision import noise_of_weights
 from tpcheck.runs.names import NameMap
@@ -584,11 +585,7 @@ def may_lie_in_another_order(comparison: Comparison, explanation: Explanation | 
     """
     actual, expected = comparison.actual, comparison.expected
     is_guess = "dim" in actual.label or "dim" in expected.label
-    is_about_order = explanation is None or explanation.cause in (
-        Cause.FUSED_BLOCKS_INTERLEAVED,
-        Cause.SHARD_ORDER_SWAPPED,
-        Cause.HEAD_MAPPING_WRONG,
-    )
+    is_about_order = explanation is None or explanation.cause in CAUSES_OF_ORDER
     return is_guess and is_about_order and abs(actual.norm - expected.norm) <= (comparison.allowed or 0.0)
 
 

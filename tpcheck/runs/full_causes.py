@@ -12,6 +12,9 @@ from tpcheck.numerics.differences import frobenius, frobenius_distance, rounding
 from tpcheck.numerics.evidence import Evidence, TensorKey
 from tpcheck.numerics.tolerance import LEAST_MULTIPLES, RESIDUAL_EXACT, RESIDUAL_NOISY, SAFETY_FACTOR
 
+CAUSES_OF_ORDER = (Cause.FUSED_BLOCKS_INTERLEAVED, Cause.SHARD_ORDER_SWAPPED, Cause.HEAD_MAPPING_WRONG)
+"""Those by which a weight has the right elements in another order over the ranks."""
+
 
 def _largest_residual(observed: float, allowed: float) -> float:
     return max(RESIDUAL_EXACT * observed, min(allowed, RESIDUAL_NOISY * observed))

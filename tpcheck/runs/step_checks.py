@@ -433,7 +433,7 @@ def gradients_match(context: StepContext) -> Answer:
     if wrong_backward:
         at_outputs = _first_place(context, GRADIENTS, backward, wrong_backward)
         shown: dict[str, Any] = {"parameters": [each.name for each in wrong]}
-        if any(each.cause == Cause.COLLECTIVE_WITHOUT_BACKWARD.slug for each in findings):
+        if any("sum_in" in each.evidence for each in findings):
             shown |= {"follows_from": GRADIENTS, "note": "the branch whose gradients are missing is missing here, too"}
         findings += [replace(each, evidence={**each.evidence, **shown}) for each in at_outputs]
     elif wrong:
