@@ -142,7 +142,7 @@ class Cause(Enum):
     FUSED_BLOCKS_INTERLEAVED = (
         "fused_blocks_interleaved",
         "fused blocks (QKV, gate and up) are cut in one order and read in another",
-        "numerics.hypotheses.layout numerics.exact",
+        "numerics.hypotheses.layout numerics.exact runs.full_causes",
         "Gather block by block (Q, K, V; gate, up): split each rank's part into blocks first.",
     )
     WRONG_SHARD_BOUNDARY = (
@@ -244,11 +244,11 @@ class Cause(Enum):
     )
     COLLECTIVE_WITHOUT_BACKWARD = (
         "collective_without_backward",
-        "the gradient is that of the labels' logits alone: none comes back through the sum of exponentials over the "
-        "vocabulary, whose parts the ranks have",
-        "runs.sketch_causes",
-        "torch.distributed.all_reduce is no autograd operation: put it into a torch.autograd.Function whose backward "
-        "returns the gradient as it is.",
+        "the gradient lacks what should come back through a sum over the ranks in the forward pass: a rank has its own "
+        "term alone, or none{residual}",
+        "runs.sketch_causes runs.backward_sums runs.full_causes",
+        "torch.distributed.all_reduce is no autograd operation: put it into a torch.autograd.Function, whose backward "
+        "returns the gradient as it is where every rank has all of it, and sums it where each has a term.",
     )
     GRADIENT_SCALED = (
         "gradient_scaled",
@@ -351,13 +351,19 @@ class Cause(Enum):
     OPTIMIZER_STATE_OF_ANOTHER_RANK = (
         "optimizer_state_of_another_rank",
         "ranks with different shards held the same optimizer state",
-        "numerics.hypotheses.optimizer runs.step_checks",
+        "numerics.hypotheses.optimizer runs.state_causes",
         "Save and load optimizer state for each rank: a file for each TP rank, not one for all.",
+    )
+    OPTIMIZER_STATE_LOST = (
+        "optimizer_state_lost",
+        "a moment was zero before this step, and not in the expected run",
+        "runs.state_causes",
+        "Load the optimizer's state together with the weights, and build no new optimizer in the middle of a training.",
     )
     MASTERS_STALE = (
         "masters_stale",
         "the weights are not the optimizer's master weights, rounded",
-        "runs.step_checks",
+        "runs.state_causes",
         "After loading weights refresh the masters (DeepSpeed: refresh_fp32_params; load both, or neither).",
     )
 
@@ -402,7 +408,8 @@ class Cause(Enum):
     STALE_WEIGHT = (
         "stale_weight",
         "the actual tensor equals the expected one of an earlier step{residual}",
-        "numerics.hypotheses.optimizer numerics.exact runs.exact_checks runs.run_findings runs.comparing",
+        "numerics.hypotheses.optimizer numerics.exact runs.exact_checks runs.run_findings runs.comparing "
+        "runs.state_causes",
         "Save after the optimizer's step has reached the model: ZeRO gathers the weights last.",
     )
 
