@@ -191,7 +191,7 @@ def compare_checkpoints(
     wrong = [pair for pair in pairs if pair.expected.name not in equal]
     replicas = actual.inconsistent_replicas
     findings = [_inconsistent(name, replicas[name]) for name in expected.names() if name in replicas]
-    findings += _findings(wrong, expected, earlier or {}, dict(_tied_partners(expected, equal)))
+    findings += explained_findings(wrong, expected, earlier or {}, dict(_tied_partners(expected, equal)))
     # What cannot be read is there, so it is neither missing nor unexpected.
     unreadable = {*actual.unread, *expected.unread, *actual.inconsistent_replicas, *expected.inconsistent_replicas}
     unmatched = [name for name in unmatched_names(actual, expected, matching, cast) if name.name not in unreadable]
@@ -201,14 +201,15 @@ def compare_checkpoints(
     count = {"count_tensors": len(expected.names())}
     return Comparison(
         tuple(replace(finding, evidence={**finding.evidence, **count}) for finding in findings),
-        _coverage(actual, expected, unmatched),
+        _coverage(actual, expected, unmatched, matching.left_out),
         matching.renamed,
     )
 
 
-def _findings(
+def explained_findings(
     pairs: Sequence[TensorPair], reference: Checkpoint, earlier: Mapping[str, Checkpoint], tied_to: Mapping[str, str]
 ) -> list[Finding]:
+    """Return a finding for each of the pairs, which are known to differ, with its explanation."""
     with BitComparer() as comparer:
 
         def finding(pair: TensorPair) -> Finding:
@@ -260,7 +261,8 @@ def _finding(pair: TensorPair, difference: ElementDifference | None, explanation
             "largest_at": list(difference.largest_at),
         }
     if explanation is not None:
-        evidence |= {"story": dict(explanation.evidence), "advice": explanation.cause.advise()}
+        facts = {**explanation.evidence, "parameter": expected.name}
+        evidence |= {"story": dict(explanation.evidence), "advice": explanation.cause.advise(facts)}
     observed = float(difference.count if difference is not None else max(1, expected.numel))
     cause = explanation.cause.slug if explanation else None
     return Finding(CHECKPOINT_CHECK, where, observed, 0.0, cause, evidence)
@@ -268,7 +270,7 @@ def _finding(pair: TensorPair, difference: ElementDifference | None, explanation
 
 def _unmatched(name: UnmatchedName) -> Finding:
     side = "actual" if name.cause in (Cause.TENSOR_UNEXPECTED, Cause.TIED_WEIGHT_UNTIED) else "reference"
-    evidence = {"only_in": side, "story": dict(name.evidence), "advice": name.cause.advise()}
+    evidence = {"only_in": side, "story": dict(name.evidence), "advice": name.cause.advise(name.evidence)}
     return Finding(CHECKPOINT_CHECK, {"parameter": name.name}, 1.0, 0.0, name.cause.slug, evidence)
 
 
@@ -277,11 +279,14 @@ def _inconsistent(name: str, reason: str) -> Finding:
     return Finding(CHECKPOINT_CHECK, {"parameter": name}, 1.0, 0.0, Cause.REPLICA_DRIFT.slug, evidence)
 
 
-def _coverage(actual: Checkpoint, expected: Checkpoint, unmatched: Sequence[UnmatchedName]) -> Coverage:
+def _coverage(
+    actual: Checkpoint, expected: Checkpoint, unmatched: Sequence[UnmatchedName], left_out: Mapping[str, str]
+) -> Coverage:
     """Return how many of the reference's tensors were compared; a tie that is stored once counts as compared."""
     missed = {f"{name} of actual": why for name, why in actual.unread.items()}
     not_read = (*expected.unread.items(), *expected.inconsistent_replicas.items())
     missed |= {f"{name} of the reference": why for name, why in not_read}
+    missed |= left_out
     names = frozenset(expected.names())
     without_counterpart = {name.name for name in unmatched} | set(actual.unread)
     return Coverage(

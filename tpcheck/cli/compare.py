@@ -32,6 +32,10 @@ def checkpoint(
             "--allow-pickle", help="Unpickle arbitrary classes in a separate process. This runs code from the file."
         ),
     ] = False,
+    weights_only: Annotated[
+        bool,
+        typer.Option("--weights-only", help="Leave out the states of optimizer, scheduler, scaler and generators."),
+    ] = False,
     json_: Json = None,
     junit: Junit = None,
     html: Html = None,
@@ -41,7 +45,7 @@ def checkpoint(
 
     Formats are recognised: safetensors, transformers' shards, pytorch_model.bin, torch DCP, DeepSpeed
     training and universal checkpoints, PEFT adapters, Megatron torch_dist. Shards of TP and ZeRO ranks are
-    merged first.
+    merged first. Optimizer, scheduler, scaler and generators are compared where both sides have them.
 
     \b
     tpcheck checkpoint saved/ reference/
@@ -56,7 +60,13 @@ def checkpoint(
 
         with bytes_bar("compare") as progress:
             report = verify_checkpoint(
-                actual, reference, dtype=dtype, earlier=earlier or (), allow_pickle=allow_pickle, progress=progress
+                actual,
+                reference,
+                dtype=dtype,
+                earlier=earlier or (),
+                allow_pickle=allow_pickle,
+                weights_only=weights_only,
+                progress=progress,
             )
     _end(report, files, verbose=verbose)
 

@@ -55,6 +55,7 @@ _COLUMNS = ("*.down_proj.weight",)
 _SQUARE = ("*.o_proj.weight",)
 _EMBEDDING = ("*.embed_tokens.weight",)
 _QKV, _GATE_UP = ("*.qkv_proj.weight",), ("*.gate_up_proj.weight",)
+_ROTATED = ("*.k_proj.weight",)
 _BIAS, _EXPERTS = ("*.q_proj.bias",), ("*.experts.down_proj",)
 
 
@@ -71,6 +72,7 @@ _MODEL_OF: Mapping[tuple[str, ...], tuple[str, Mapping[str, Any]]] = {
     _GATE_UP: _FUSED_MODEL,
     _BIAS: ("qwen2", {}),
     _EXPERTS: ("mixtral", {}),
+    ("*.experts.gate_up_proj",): ("mixtral", {}),
 }
 _GITHUB = "https://github.com/"
 
@@ -119,6 +121,34 @@ FAULTS = (
            "deepspeedai/DeepSpeed/pull/3844"),
     _fault("groups_of_queries", "groups of (queries, key, value) are read as blocks", _QKV,
            damage.groups_of_queries, "fused_blocks_interleaved"),
+    _fault("gate_and_up_exchanged", "up is saved before the gate in a fused weight", _GATE_UP,
+           damage.permuted(lambda size: [1, 0]), "gate_up_exchanged"),
+    _fault("gate_and_up_exchanged_on_one_rank", "one of two ranks has up before the gate", _GATE_UP,
+           damage.permuted(lambda size: [0, 3, 2, 1], tp_rank=1, tp=2), "gate_up_exchanged"),
+    _fault("gate_and_up_of_experts_exchanged", "up is before the gate in the weights of all experts",
+           ("*.experts.gate_up_proj",), damage.permuted(lambda size: [1, 0], dim=1), "gate_up_exchanged"),
+    _fault("names_of_gate_and_up_exchanged", "the gate is saved under the name of up, and up under the gate's",
+           ("*.gate_proj.weight",), damage.exchanged("gate_proj", "up_proj"), "gate_up_exchanged"),
+    _fault("gate_and_up_of_one_rank_exchanged", "one of two ranks saves its rows of gate and up as the other's",
+           ("*.gate_proj.weight",), damage.exchanged("gate_proj", "up_proj", 2), "gate_up_exchanged"),
+    _fault("keys_for_values", "keys and values of a fused weight are exchanged, or those of one rank", _QKV,
+           damage.keys_for_values, "key_value_exchanged"),
+    _fault("names_of_keys_and_values_exchanged", "keys are saved as values and values as keys",
+           ("*.k_proj.weight",), damage.exchanged("k_proj", "v_proj"), "key_value_exchanged"),
+    _fault("keys_and_values_of_one_rank_exchanged", "one of two ranks saves its keys as values, values as keys",
+           ("*.k_proj.weight",), damage.exchanged("k_proj", "v_proj", 2), "key_value_exchanged"),
+    _fault("rotary_rows_of_heads_of_8", "the rows of each head are in the other order of rotary embeddings", _ROTATED,
+           damage.half_split(8), "rotary_layout"),
+    CheckpointFault("saved_rotary_rows_of_heads_of_64", "the same for heads of 64 rows", _ROTATED,
+                    damage.half_split(64), ("rotary_layout",), settings={"head_dim": 64}),
+    CheckpointFault("saved_rotary_rows_of_heads_of_128", "the same for heads of 128 rows", _ROTATED,
+                    damage.half_split(128), ("rotary_layout",), settings={"head_dim": 128}),
+    CheckpointFault("saved_rotary_rows_in_part", "the same where half of each head is rotated", _ROTATED,
+                    damage.half_split(64, rotated=32), ("rotary_layout",), settings={"head_dim": 64}),
+    _fault("norm_minus_one", "a norm's weight is saved minus 1, as models that multiply by 1 + w have it",
+           ("*norm.weight",), damage.plain(lambda weight: weight - 1, constant=-1.0), "offset_by_constant"),
+    _fault("norm_plus_epsilon", "a norm's weight has a constant added to it", ("*norm.weight",),
+           damage.plain(lambda weight: weight + 0.25), "offset_by_constant"),
     _fault("head_twice", "a head is saved on both sides of a boundary", _ROWS,
            damage.at_a_boundary(lambda rows, cut: torch.cat([rows[: cut + 8], rows[cut:]]), first_wrong=8),
            "wrong_shard_boundary"),
