@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,6 +14,8 @@ from tpcheck.lab.faults import damage
 from tpcheck.lab.faults.damage import Damage, Harm, Target, Tensors
 
 _CHECK = "checkpoint_matches_reference"
+
+SavedAs = Literal["safetensors", "trainer", "dcp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class CheckpointFault:
         settings: Settings of the model.
         link: An upstream issue that reports such a bug.
         kind, checks: `checkpoint` and its check.
+        saved_as: What the tensors are saved as: the model alone as `safetensors`; with the moments of an optimizer,
+            named `PARAMETER exp_avg`, as the Trainer's files or in DCP.
     """
 
     name: str
@@ -42,6 +46,7 @@ class CheckpointFault:
     link: str | None = None
     kind: str = "checkpoint"
     checks: tuple[str, ...] = (_CHECK,)
+    saved_as: SavedAs = "safetensors"
 
     def drawn(self, tensors: Tensors, earlier: Tensors, seed: int) -> Damage:
         """Return the damage to one of the tensors; equal seeds draw equal damage."""
@@ -210,6 +215,19 @@ FAULTS = (
     _fault("every_tensor_of_one_rank", "every tensor is that of one rank", _ROWS,
            damage.every_tensor_of_one_rank, "shard_missing",
            "deepspeedai/DeepSpeed/issues/3607"),
+    CheckpointFault("saved_optimizer_of_one_rank", "the optimizer's file is that of one rank, beside whole weights",
+                    ("*.q_proj.weight exp_avg",), damage.moments_of_one_rank, ("optimizer_state_of_another_rank",),
+                    saved_as="trainer"),
+    CheckpointFault("saved_moments_of_one_rank_for_all", "a moment has one rank's shard in every place, the weight not",
+                    ("*.q_proj.weight exp_avg",), damage.reordered(damage.one_everywhere),
+                    ("optimizer_state_of_another_rank",), saved_as="dcp"),
+    CheckpointFault("saved_moments_of_two_ranks_swapped", "two ranks' moments are exchanged, the weights not",
+                    ("*.down_proj.weight exp_avg",), damage.reordered(lambda _: [1, 0], dim=1),
+                    ("optimizer_state_of_another_rank",), saved_as="trainer"),
+    CheckpointFault("saved_moment_never_filled", "a moment is zero after the step", ("*.up_proj.weight exp_avg",),
+                    damage.plain(torch.zeros_like), ("all_zero",), saved_as="dcp"),
+    CheckpointFault("saved_moment_dropped", "a moment is not saved", ("*.up_proj.weight exp_avg",),
+                    damage.plain(lambda moment: None), ("tensor_missing",), saved_as="dcp"),
     CheckpointFault("saved_untied", "a tie is broken: both names are saved, with other values", _EMBEDDING,
                     damage.untied, ("tied_weight_untied",), settings={"tie_word_embeddings": True},
                     link=f"{_GITHUB}NVIDIA-NeMo/Automodel/issues/2571"),

@@ -274,6 +274,22 @@ def one_rank_of_the_step_before(target: Target) -> Damage:
     return Damage({target.name: torch.cat([target.tensor[:half], target.earlier[target.name][half:]])})
 
 
+def moments_of_one_rank(target: Target) -> Damage:
+    """Replace the moments of all layers that a TP plan cuts by one rank's chunk."""
+    tp_rank = target.generator.randrange(2)
+    dims = {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), 0),
+        **dict.fromkeys(("o_proj", "down_proj"), 1),
+    }
+    changed = {
+        name: tensor.chunk(2, dims[layer])[tp_rank].clone()
+        for name, tensor in target.tensors.items()
+        for layer in dims
+        if name.endswith(f".{layer}.weight exp_avg")
+    }
+    return Damage(changed, {"tp": 2})
+
+
 def every_tensor_of_one_rank(target: Target) -> Damage:
     """Replace every tensor by one rank's chunk."""
     tp_rank = target.generator.randrange(2)
