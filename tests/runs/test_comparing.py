@@ -26,10 +26,10 @@ from tests.runs.hand_made import (
     wholes,
 )
 from tpcheck.core.findings import Finding
+from tpcheck.core.name_maps import NameMap
 from tpcheck.report.report import Report
 from tpcheck.runs.alignment import Run
 from tpcheck.runs.comparing import compare_runs
-from tpcheck.runs.names import NameMap
 from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
 
 NORM, UP, DOWN = "layers.0.norm.weight", "layers.0.up.weight", "layers.0.down.weight"

@@ -14,11 +14,13 @@ import torch
 
 from tpcheck.backends.checkpoint_format import Checkpoint, ReadOptions
 from tpcheck.backends.registry import checkpoint_formats
+from tpcheck.checkpoints.mapped import renamed
 from tpcheck.checkpoints.names import UnmatchedName, read_with_best_names, unmatched_names
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.environment import num_cores
 from tpcheck.core.errors import CheckpointError, UsageError
 from tpcheck.core.findings import Coverage, Finding
+from tpcheck.core.name_maps import NameMap
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
 from tpcheck.numerics.exact.checkpoint_tensor import (
     BitComparer,
@@ -167,6 +169,7 @@ def compare_checkpoints(
     cast: torch.dtype | None = None,
     actual_cast: torch.dtype | None = None,
     earlier: Mapping[str, Checkpoint] | None = None,
+    names: NameMap | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare every tensor to the bit.
@@ -175,11 +178,16 @@ def compare_checkpoints(
         cast: The dtype that floating point values of `expected` are rounded to first: an intended cast.
         actual_cast: The same for `actual`, which may hold master weights of higher precision.
         earlier: Checkpoints of earlier steps, with the names of `expected`, to recognise weights that were not updated.
+        names: Renames tensors before they are matched.
         progress: Called with the number of bytes compared so far and the total.
 
     Raises:
         CheckpointError: A file does not hold what it should.
     """
+    if names is not None:
+        actual, expected = renamed(actual, names, is_actual=True), renamed(expected, names, is_actual=False)
+        steps = (earlier or {}).items()
+        earlier = {step: renamed(checkpoint, names, is_actual=False) for step, checkpoint in steps}
     actual, expected, matching = read_with_best_names(actual, expected)
     pairs = [
         TensorPair(CheckpointTensor(actual, actual_name, actual_cast), CheckpointTensor(expected, name, cast))

@@ -13,6 +13,7 @@ import torch
 
 from tpcheck.backends.checkpoint_format import Checkpoint, RenamedWhenSaved
 from tpcheck.checkpoints.adapters import AdapterNames, adapter_readings
+from tpcheck.checkpoints.mapped import fused_alike
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.exact.checkpoint_tensor import BitComparer, CheckpointTensor, is_constant
 
@@ -150,6 +151,7 @@ def read_with_best_names(actual: Checkpoint, expected: Checkpoint) -> tuple[Chec
     if not matching.missing and not matching.unexpected:
         return actual, expected, matching
     readings = [(actual, expected, matching), *_as_saved(actual, expected), *_with_adapters(actual, expected)]
+    readings += _fused(actual, expected)
     return min(readings, key=lambda reading: len(reading[2].missing) + len(reading[2].unexpected))
 
 
@@ -161,6 +163,14 @@ def _as_saved(actual: Checkpoint, expected: Checkpoint) -> Iterator[tuple[Checkp
             matching = match_names(pair[0].names(), pair[1].names())
             renamed = (*matching.renamed, f"{side} is read as its library saves it")
             yield *pair, replace(matching, renamed=renamed)
+
+
+def _fused(actual: Checkpoint, expected: Checkpoint) -> Iterator[tuple[Checkpoint, Checkpoint, Matching]]:
+    sides = fused_alike(actual, expected)
+    if sides is not None:
+        matching = match_names(sides[0].names(), sides[1].names())
+        words = (*matching.renamed, "Q, K and V, gate and up are compared together, as one side keeps them")
+        yield *sides, replace(matching, renamed=words)
 
 
 def _with_adapters(actual: Checkpoint, expected: Checkpoint) -> Iterator[tuple[Checkpoint, Checkpoint, Matching]]:

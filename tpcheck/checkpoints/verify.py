@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
 from tpcheck.core.findings import CheckResult, Coverage, Verdict
+from tpcheck.core.name_maps import NameMap, Names
 from tpcheck.core.reproduce import checkpoint_command
 from tpcheck.report.report import Report
 
@@ -33,6 +34,7 @@ def verify_checkpoint(
     earlier: Sequence[Any] = (),
     allow_pickle: bool = False,
     weights_only: bool = False,
+    names: Names = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Compare a checkpoint with a reference: names, shapes, dtypes, buffers, ties, and every bit.
@@ -50,6 +52,8 @@ def verify_checkpoint(
         earlier: Checkpoints of earlier steps, to recognise weights that were not updated since.
         allow_pickle: Unpickle classes that are not known to be harmless, in a separate process.
         weights_only: Compare the model alone.
+        names: Patterns and replacements that turn names of `actual` into those of `reference`, or names of ready
+            maps, as for `compare_traces`.
         progress: Called with the number of bytes compared so far and the total.
 
     Raises:
@@ -69,6 +73,7 @@ def verify_checkpoint(
 
     start = time.monotonic()
     cast = _cast(dtype)
+    name_map = NameMap.from_argument(names)
     options = ReadOptions(allow_pickle=allow_pickle)
     with ExitStack() as stack:
 
@@ -81,7 +86,12 @@ def verify_checkpoint(
         expected_checkpoint = open_until_end("reference", reference)
         steps = {_name(source, number): open_until_end("earlier", source) for number, source in enumerate(earlier)}
         comparison = compare_checkpoints(
-            actual_checkpoint, expected_checkpoint, cast=cast, earlier=steps, progress=progress
+            actual_checkpoint,
+            expected_checkpoint,
+            cast=cast,
+            earlier=steps,
+            names=name_map if name_map.texts else None,
+            progress=progress,
         )
         if not weights_only:
             wrong = {str(finding.where.get("parameter")) for finding in comparison.findings}
@@ -92,10 +102,16 @@ def verify_checkpoint(
             "reference": f"{_name(reference)} ({expected_checkpoint.description})",
             **({"dtype": str(cast).removeprefix("torch.")} if cast is not None else {}),
             **({"weights_only": True} if weights_only else {}),
+            **({"map": list(name_map.texts)} if name_map.texts else {}),
             "names": list(comparison.renamed),
         }
     command = checkpoint_command(
-        _paths(actual, reference), subject.get("dtype"), _paths(*earlier), allow_pickle, weights_only=weights_only
+        _paths(actual, reference),
+        subject.get("dtype"),
+        _paths(*earlier),
+        allow_pickle,
+        weights_only=weights_only,
+        maps=name_map.texts,
     )
     return Report(_verdict(comparison, subject, command, time.monotonic() - start))
 

@@ -36,6 +36,14 @@ def checkpoint(
         bool,
         typer.Option("--weights-only", help="Leave out the states of optimizer, scheduler, scaler and generators."),
     ] = False,
+    map_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            metavar="REGEX=REPLACEMENT",
+            help="Rename ACTUAL's tensors, or name a ready map: hf-megatron; repeatable.",
+        ),
+    ] = None,
     json_: Json = None,
     junit: Junit = None,
     html: Html = None,
@@ -51,12 +59,14 @@ def checkpoint(
     tpcheck checkpoint saved/ reference/
     tpcheck checkpoint saved/global_step2 model.safetensors
     tpcheck checkpoint saved/ reference/ --dtype bfloat16 --json report.json
+    tpcheck checkpoint iter_0000010/ llama/ --map hf-megatron
 
     Exit status: 0 equal, 1 findings, 2 bad usage, a damaged file, or nothing to compare.
     """
     with usage_errors():
         files = Files(writable("json", json_), writable("junit", junit), writable("html", html))
         from tpcheck.checkpoints.verify import verify_checkpoint  # loads torch
+        from tpcheck.core.name_maps import parse_maps
 
         with bytes_bar("compare") as progress:
             report = verify_checkpoint(
@@ -66,6 +76,7 @@ def checkpoint(
                 earlier=earlier or (),
                 allow_pickle=allow_pickle,
                 weights_only=weights_only,
+                names=parse_maps(map_ or []),
                 progress=progress,
             )
     _end(report, files, verbose=verbose)
@@ -115,8 +126,8 @@ def compare(
     """
     with usage_errors():
         files = Files(writable("json", json_), writable("junit", junit), writable("html", html))
+        from tpcheck.core.name_maps import parse_maps
         from tpcheck.runs.comparing import compare_traces  # loads torch
-        from tpcheck.runs.names import parse_maps
 
         report = compare_traces(
             _folders(actual, more_actual), _folders(expected, more_expected), names=parse_maps(map_ or [])
