@@ -26,7 +26,8 @@ SLUGS = set(
     optimizer_state_of_another_rank optimizer_state_lost masters_stale
     norm_leaves_out_shards norm_averaged_over_ranks norm_summed_over_ranks
     options_differ nondeterminism collective_without_backward norm_of_wrong_order norm_without_root
-    norm_before_unscaling norm_after_clipping reported_norm_wrong clipped_per_group clip_epsilon_differs""".split()
+    norm_before_unscaling norm_after_clipping reported_norm_wrong clipped_per_group clip_epsilon_differs
+    gate_up_exchanged key_value_exchanged rotary_layout offset_by_constant""".split()
 )
 
 

@@ -5,6 +5,7 @@ A cause is named only where its own numerical test holds. No torch here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -76,6 +77,19 @@ def _give_once(evidence: Mapping[str, Any], topology: Topology) -> str:
         "Look where the loader goes back: a state that is restored twice or from before the last batches, a buffer "
         'that is not emptied. Where the samples are to come again, pass over_steps="ignore".'
     )
+
+
+def _assign_by_name(evidence: Mapping[str, Any], topology: Topology) -> str:
+    name, other = (re.sub(r"\d+", "#", str(evidence.get(key, ""))) for key in ("parameter", "equals"))
+    if name == other or not evidence.get("parameter"):
+        return "Renumber the layers: a pipeline stage or a name map counts them from another start."
+    return "Correct the name map: it gives this parameter the tensor of another one."
+
+
+def _save_or_rename(evidence: Mapping[str, Any], topology: Topology) -> str:
+    if evidence.get("stands_as"):
+        return "Rename it when saving or loading; to compare all the same, pass --map 'REGEX=REPLACEMENT'."
+    return "Save it: persistent buffers and frozen parameters belong to the model, too."
 
 
 def _sort_listings(evidence: Mapping[str, Any], topology: Topology) -> str:
@@ -166,7 +180,29 @@ class Cause(Enum):
         "tensor_of_another_layer",
         "the actual tensor equals the expected one of another layer{residual}",
         "numerics.hypotheses.gradients numerics.exact",
-        "Renumber the layers: a pipeline stage or a name map counts them from another start.",
+        _assign_by_name,
+    )
+    GATE_UP_EXCHANGED = (
+        "gate_up_exchanged",
+        "the gate's rows are in the place of up's, and up's in the place of the gate's",
+        "numerics.exact",
+        "Keep the order of gate and up: gate (w1) first, then up (w3), each under its own name, in the converter, the "
+        "name map and where fused weights are cut.",
+    )
+    KEY_VALUE_EXCHANGED = (
+        "key_value_exchanged",
+        "the rows of the keys are in the place of the values', and the other way round",
+        "numerics.exact",
+        "Keep the order of Q, K, V, each under its own name, in the converter, the name map and where fused weights "
+        "are cut.",
+    )
+    ROTARY_LAYOUT = (
+        "rotary_layout",
+        "within each head, the rows are in the other order of rotary embeddings (pairs next to each other, or half a "
+        "head apart)",
+        "numerics.exact",
+        "Reorder the rows of queries and keys head by head when converting, as `permute` in transformers' "
+        "convert_llama_weights_to_hf.py does, or set the model's rotary embedding to the checkpoint's convention.",
     )
 
     # ---- reductions
@@ -339,7 +375,7 @@ class Cause(Enum):
     OPTIONS_DIFFER = (
         "options_differ",
         "the optimizers were given other options",
-        "runs.exact_checks runs.step_checks",
+        "runs.exact_checks runs.step_checks checkpoints",
         "Give both runs the same learning rate, schedule and options, or compare runs that have them.",
     )
     OPTIMIZER_SEES_ONE_SHARD = (
@@ -351,7 +387,7 @@ class Cause(Enum):
     OPTIMIZER_STATE_OF_ANOTHER_RANK = (
         "optimizer_state_of_another_rank",
         "ranks with different shards held the same optimizer state",
-        "numerics.hypotheses.optimizer runs.state_causes",
+        "numerics.hypotheses.optimizer runs.state_causes checkpoints",
         "Save and load optimizer state for each rank: a file for each TP rank, not one for all.",
     )
     OPTIMIZER_STATE_LOST = (
@@ -377,6 +413,13 @@ class Cause(Enum):
     )
 
     # ---- values
+    OFFSET_BY_CONSTANT = (
+        "offset_by_constant",
+        "every element is the expected one plus a constant",
+        "numerics.exact",
+        "Convert the convention of the norm: some models multiply by w, others (Gemma, Megatron with "
+        "layernorm_zero_centered_gamma) by 1 + w. Add or subtract the constant when converting, once.",
+    )
     NOT_FINITE = (
         "not_finite",
         "some elements are infinite or not a number",
@@ -418,7 +461,7 @@ class Cause(Enum):
         "tensor_missing",
         "the tensor is absent",
         "checkpoints",
-        "Save it: persistent buffers and frozen parameters belong to the model, too.",
+        _save_or_rename,
     )
     TENSOR_UNEXPECTED = ("tensor_unexpected", "the reference has no such tensor", "checkpoints")
     TIED_WEIGHT_DROPPED = (

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tpcheck.core.causes import Cause, Explanation
-from tpcheck.core.errors import UsageError
 from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
+from tpcheck.core.name_maps import NameMap, Names
 from tpcheck.core.reproduce import compare_command
 from tpcheck.report.report import Report
 from tpcheck.runs.alignment import AlignedStep, Run, aligned_steps
@@ -32,7 +32,6 @@ from tpcheck.runs.exact_checks import (
 from tpcheck.runs.full_causes import CAUSES_OF_ORDER
 from tpcheck.runs.full_tensors import FullTensors, explain_in_full
 from tpcheck.runs.low_precision import noise_of_weights
-from tpcheck.runs.names import NameMap
 from tpcheck.runs.picture import PictureMaker
 from tpcheck.runs.run_findings import (
     GRADIENTS,
@@ -63,7 +62,6 @@ from tpcheck.runs.trace import StepRecord
 from tpcheck.runs.wholes import epsilon
 
 Paths: TypeAlias = str | Path | Sequence[str | Path]
-Names: TypeAlias = Mapping[str, str] | Sequence[str] | NameMap | None
 _MOST_ERRORS_LISTED = 8
 _CALIBRATED = (OUTPUTS, GRADIENTS, UPDATES, STATES)
 
@@ -90,18 +88,10 @@ def compare_traces(actual: Paths, expected: Paths, *, names: Names = None) -> Re
     from tpcheck.runs.trace_files import read_trace
 
     start = time.monotonic()
-    name_map = _name_map(names)
+    name_map = NameMap.from_argument(names)
     actual_ranks, expected_ranks = read_trace(actual, "actual"), read_trace(expected, "expected")
     report = compare_runs(Run.of(_shown(actual), actual_ranks), Run.of(_shown(expected), expected_ranks), name_map)
     return replace(report, verdict=replace(report.verdict, seconds=time.monotonic() - start))
-
-
-def _name_map(names: Names) -> NameMap:
-    if isinstance(names, NameMap):
-        return names
-    if not isinstance(names, (Mapping, Sequence, type(None))) or isinstance(names, str):
-        raise UsageError("names", names, "patterns with their replacements, or a list of names of ready maps")
-    return NameMap.of(names) if isinstance(names, Mapping) else NameMap.of(ready=names or ())
 
 
 def _shown(path: Paths) -> str:
