@@ -159,13 +159,15 @@ EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
 }
 
 
-# Of causes that only runs have, tests/runs/test_wrong_loops.py has the loops.
-OF_RUNS = {cause for cause in Cause if all(module.startswith("runs.") for module in cause.diagnosed_in)}
+# Of causes that only runs have, tests/runs/test_wrong_loops.py has the loops; of those of checkpoints alone,
+# tests/numerics/exact and tests/checkpoints have the tests.
+ELSEWHERE = ("runs.", "numerics.exact", "checkpoints")
+OF_OTHERS = {cause for cause in Cause if all(module.startswith(ELSEWHERE) for module in cause.diagnosed_in)}
 
 
 @pytest.mark.parametrize(
     "cause",
-    [cause for cause in Cause if cause.slug not in OF_BATCHES and cause not in OF_NAMES and cause not in OF_RUNS],
+    [cause for cause in Cause if cause.slug not in OF_BATCHES and cause not in OF_NAMES and cause not in OF_OTHERS],
 )
 def test_a_cause_is_named_where_its_test_holds(cause: Cause) -> None:
     """A new cause needs an example here."""
