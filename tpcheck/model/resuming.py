@@ -1,0 +1,269 @@
+"""Trains, saves, ends the world, goes on from what was saved in new processes, and compares with the training that was
+not interrupted."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpcheck.backends.interface import Candidate, ResumesTraining, TrainingOptions, WayToResume
+from tpcheck.backends.local_part import local_part
+from tpcheck.backends.registry import load_backend
+from tpcheck.core.errors import BackendError, RankFailure, TpcheckError
+from tpcheck.core.topology import Topology
+from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of, make_batches
+from tpcheck.model.candidate import blame_backend
+from tpcheck.model.options import Request
+from tpcheck.model.rank_run import training_options
+from tpcheck.model.reference import CommunicatingRank, Reference
+from tpcheck.numerics.checks.resume import (
+    RESUME_CHECK,
+    STEPS_TAKEN,
+    ResumedTraining,
+    ResumeOutcome,
+    SavedTraining,
+    compare_other_topology,
+    compare_same_topology,
+)
+from tpcheck.numerics.precision import everything_in_float64
+from tpcheck.numerics.tolerance import Tolerance
+from tpcheck.numerics.training_state import StateKey, StateTensor, TrainingState
+from tpcheck.numerics.verdict import CheckAnswer
+from tpcheck.runs.optimizer_view import view_of
+from tpcheck.world.world import spawn
+
+_OTHER_SEED = 1_000_003  # added to the seed of the model that loads, whose own weights must not be the right ones
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """What the controller has to know of a way to resume: `WayToResume` without its functions."""
+
+    config: Mapping[str, Any]
+    any_topology: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _FirstWorld:
+    """One rank's part of the training that is not interrupted.
+
+    Attributes:
+        training: What it holds, when it saves and later; None where the backend has no way to resume.
+        ways: The ways that saved without an error.
+        failures: Why others did not, by way.
+        tolerance: What rounding does to the training, for comparison at another topology.
+    """
+
+    training: SavedTraining | None = None
+    ways: Mapping[str, _Way] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
+    tolerance: Tolerance | None = None
+
+
+def verify_resume(request: Request) -> CheckAnswer:
+    """Compare the training that goes on from each way to save with the one that was not interrupted.
+
+    Spawns a world that trains and saves, and then one for each way, at the same topology and, where the way allows it,
+    at others.
+
+    Raises:
+        RankFailure: A rank died or raised something that is no error of a way to save or load.
+    """
+    steps = max(2, request.options.steps)
+    request = replace(request, options=replace(request.options, steps=steps))
+    num_before = steps // 2
+    answer = CheckAnswer(RESUME_CHECK, -1, {}, (), {})
+    folder = Path(tempfile.mkdtemp(prefix="tpcheck-resume-"))
+    try:
+        with spawn(request.options.topology, timeout=request.options.timeout) as world:
+            first: tuple[_FirstWorld, ...] = world.run(_train_and_save, request, folder, num_before)
+        expected = [rank.training for rank in first if rank.training is not None]
+        if not expected:
+            return replace(answer, not_compared={"resume": "the backend offers no way to save a training and go on"})
+        answer = replace(answer, not_compared=dict(first[0].failures))
+        for number, (way, facts) in enumerate(first[0].ways.items()):
+            for variant in _variants(request, facts):
+                label = way if variant.options.topology == request.options.topology else f"{way}, {_sizes(variant)}"
+                outcome = _resume(label, variant, request, folder / str(number), way, facts, num_before, first)
+                answer = _add(answer, outcome)
+        return answer
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _variants(request: Request, way: _Way) -> list[Request]:
+    """Return the request, and those at other topologies and ZeRO stages at which this way can be loaded."""
+    options = request.options
+    variants = [options]
+    if way.any_topology:
+        topology = options.topology
+        if topology.tp > 1:
+            variants.append(replace(options, topology=Topology(tp=topology.tp // 2, dp=topology.dp)))
+        if options.zero_stage in (1, 2):
+            variants.append(replace(options, zero_stage=3 - options.zero_stage))
+    return [replace(request, options=variant) for variant in variants]
+
+
+def _sizes(request: Request) -> str:
+    options = request.options
+    return f"at tp {options.topology.tp}, dp {options.topology.dp}, ZeRO {options.zero_stage}"
+
+
+def _add(answer: CheckAnswer, outcome: ResumeOutcome) -> CheckAnswer:
+    return replace(
+        answer,
+        margins={**answer.margins, **outcome.margins},
+        findings=(*answer.findings, *outcome.findings),
+        not_compared={**answer.not_compared, **outcome.not_compared},
+    )
+
+
+def _resume(
+    label: str,
+    variant: Request,
+    request: Request,
+    folder: Path,
+    way: str,
+    facts: _Way,
+    num_before: int,
+    first: Sequence[_FirstWorld],
+) -> ResumeOutcome:
+    """Go on in new processes, and compare."""
+    options = variant.options
+    config = _merged(options.config, facts.config)
+    variant = replace(variant, options=replace(options, config=config))
+    try:
+        with spawn(options.topology, timeout=options.timeout) as world:
+            actual: tuple[ResumedTraining | str, ...] = world.run(
+                _load_and_train, variant, folder, way, num_before, request.options.topology.dp
+            )
+    except (RankFailure, BackendError) as failure:
+        cause = failure.exception if isinstance(failure, RankFailure) else failure
+        if not isinstance(cause, BackendError):
+            raise
+        return ResumeOutcome(not_compared={label: str(cause)})
+    expected = [rank.training for rank in first if rank.training is not None]
+    resumed = [rank for rank in actual if isinstance(rank, ResumedTraining)]
+    if len(resumed) < len(actual):
+        reason = next(rank for rank in actual if isinstance(rank, str))
+        return ResumeOutcome(not_compared={label: reason})
+    if options.topology == request.options.topology and options.zero_stage == request.options.zero_stage:
+        return compare_same_topology(label, num_before, expected, resumed)
+    assert first[0].tolerance is not None
+    return compare_other_topology(label, num_before, expected, resumed, first[0].tolerance)
+
+
+def _merged(config: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    return {**config, **{key: {**config.get(key, {}), **value} for key, value in over.items()}}
+
+
+# ---- on the ranks
+
+
+def _train_and_save(rank: CommunicatingRank, request: Request, folder: Path, num_before: int) -> _FirstWorld:
+    """Train, save in every way, train on. Collective over the world."""
+    backend = load_backend(request.options.backend)
+    options = backend.resolved(training_options(request, rank.device))
+    with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
+        reference = Reference.build(request, rank, options)
+        with blame_backend(backend, "sharding the model"):
+            candidate = backend.shard(build_model(request, rank.device), rank, reference.options)
+        if not isinstance(candidate, ResumesTraining):
+            return _FirstWorld()
+        view = view_of(*candidate.trained())
+        batches = [by_dp_rank[rank.topology.coordinate(rank.rank)["dp"]] for by_dp_rank in reference.batches]
+        loss = None
+        for batch in batches[:num_before]:
+            loss = _train_step(candidate, batch)
+        saved = _read_state(candidate, view, loss)
+        ways, failures = {}, {}
+        for number, (way, how) in enumerate(candidate.ways_to_resume().items()):
+            failure = _save(rank, how, folder / str(number))
+            if failure is None:
+                ways[way] = _Way(how.config, how.any_topology)
+            else:
+                failures[way] = f"saving raises {failure}"
+        after = tuple(
+            _read_state(candidate, view, _train_step(candidate, batch)) for batch in batches[num_before:]
+        )
+        tolerance = reference.train(rank)[1] if any(way.any_topology for way in ways.values()) else None
+        return _FirstWorld(SavedTraining(saved, after), ways, failures, tolerance)
+
+
+def _save(rank: CommunicatingRank, way: WayToResume, folder: Path) -> str | None:
+    """Save into a new folder; return the first error that a rank raised."""
+    if rank.rank == 0:
+        folder.mkdir()
+    rank.gather(None)
+    failure = None
+    try:
+        way.save(folder)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    return next((of_rank for of_rank in rank.gather(failure) if of_rank is not None), None)
+
+
+def _load_and_train(
+    rank: CommunicatingRank, request: Request, folder: Path, way: str, num_before: int, num_replicas: int
+) -> ResumedTraining | str:
+    """Load into a model with other weights and train on; return why that is impossible. Collective over the world.
+
+    Args:
+        num_replicas: DP ranks of the training that was saved, whose batches are dealt anew.
+    """
+    backend = load_backend(request.options.backend)
+    options = backend.resolved(training_options(request, rank.device))
+    with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
+        unlike = replace(request, options=replace(request.options, seed=request.options.seed + _OTHER_SEED))
+        model = build_model(unlike, rank.device)
+        all_batches = make_batches(request.options, model, num_replicas, rank.device)
+        batches = [by_dp_rank[rank.topology.coordinate(rank.rank)["dp"]] for by_dp_rank in all_batches]
+        options = replace(options, batch_size=batch_size(batches[0]))
+        with blame_backend(backend, "sharding the model"):
+            candidate = backend.shard(model, rank, options)
+        assert isinstance(candidate, ResumesTraining)
+        view = view_of(*candidate.trained())
+        fresh = _read_state(candidate, view)
+        failure = None
+        try:
+            candidate.ways_to_resume()[way].load(folder)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        failures = [of_rank for of_rank in rank.gather(failure) if of_rank is not None]
+        if failures:
+            return f"loading raises {failures[0]}"
+        loaded = _read_state(candidate, view)
+        after = []
+        for number in range(len(batches) - num_before):
+            next_step = int(candidate.counters().get(STEPS_TAKEN, num_before + number))
+            after.append(_read_state(candidate, view, _train_step(candidate, batches[next_step % len(batches)])))
+        return ResumedTraining(fresh, loaded, tuple(after))
+
+
+def _train_step(candidate: Candidate, batch: Batch) -> float:
+    loss = loss_of(candidate.forward(copy_batch(batch)))
+    candidate.backward(loss)
+    candidate.step()
+    return float(local_part(loss.detach()))
+
+
+def _read_state(candidate: Any, view: Any, loss: float | None = None) -> TrainingState:
+    """Copy what this rank holds. Not collective."""
+    tensors = {
+        StateKey(part.kind, part.name, part.state): StateTensor(part.values.detach().cpu().clone(), part.index)
+        for part in (*view.weights(), *view.states())
+    }
+    for name, buffer in candidate.module.named_buffers():
+        tensors[StateKey("buffer", name)] = StateTensor(local_part(buffer).detach().cpu().clone(), None)
+    numbers = {
+        f"{option} of parameter group {number}": value
+        for number, group in enumerate(view.groups())
+        for option, value in group.options.items()
+    }
+    return TrainingState(tensors, {**numbers, "loss scale": view.loss_scale(), **candidate.counters()}, loss)
