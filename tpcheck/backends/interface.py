@@ -42,6 +42,14 @@ class TrainingOptions:
         batch_size: Samples that each DP rank sees in a step.
         config: The user's configuration of the backend, merged over tpcheck's.
         ignore_plan: Drop the model's tp_plan, so that the backend's heuristics shard it.
+        optimizer: A name in torch.optim, a dict with `type` and `params`, or a callable (parameters) -> Optimizer.
+        accumulate: Micro-batches whose gradients a step accumulates.
+        loss: `mean` or `token_mean`: how the losses of a step become one.
+        attention: Attention of the candidate; None for the model's own.
+        checkpointing: Recompute the candidate's activations in the backward pass.
+        compile: Compile the candidate.
+        lora: Rank of the model's LoRA adapters; 0 for none.
+        loop: `plain`, or `trainer` for transformers' Trainer.
         rebuild: Builds the same model a second time, for backends whose models are sharded while they are built.
     """
 
@@ -54,6 +62,14 @@ class TrainingOptions:
     batch_size: int = 2
     config: Mapping[str, Any] = field(default_factory=dict)
     ignore_plan: bool = False
+    optimizer: str | Mapping[str, Any] | Callable[..., torch.optim.Optimizer] = "sgd"
+    accumulate: int = 1
+    loss: str = "mean"
+    attention: str | None = None
+    checkpointing: bool = False
+    compile: bool = False
+    lora: int = 0
+    loop: str = "plain"
     rebuild: Callable[[], nn.Module] | None = None
 
 

@@ -91,6 +91,14 @@ def training_options(request: Request, device: torch.device) -> TrainingOptions:
         zero_stage=options.zero_stage,
         config=options.config,
         ignore_plan=options.ignore_plan,
+        optimizer=options.optimizer,
+        accumulate=options.accumulate,
+        loss=options.loss,
+        attention=options.attention,
+        checkpointing=options.checkpointing,
+        compile=options.compile,
+        lora=options.lora,
+        loop=options.loop,
         rebuild=partial(build_model, request, device),
     )
 
