@@ -3,7 +3,10 @@ not interrupted."""
 
 from __future__ import annotations
 
+import hashlib
+import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +18,7 @@ import torch
 from tpcheck.backends.interface import Candidate, ResumesTraining, TrainingOptions, WayToResume
 from tpcheck.backends.local_part import local_part
 from tpcheck.backends.registry import load_backend
+from tpcheck.core.digests import digest
 from tpcheck.core.errors import BackendError, RankFailure, TpcheckError
 from tpcheck.core.topology import Topology
 from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of, make_batches
@@ -31,6 +35,7 @@ from tpcheck.numerics.checks.resume import (
     compare_other_topology,
     compare_same_topology,
 )
+from tpcheck.numerics.global_index import GlobalIndex
 from tpcheck.numerics.precision import everything_in_float64
 from tpcheck.numerics.tolerance import Tolerance
 from tpcheck.numerics.training_state import StateKey, StateTensor, TrainingState
@@ -95,6 +100,12 @@ def verify_resume(request: Request) -> CheckAnswer:
         return answer
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def cannot_resume() -> CheckAnswer:
+    """Return the answer on the ranks of a launcher, which cannot end and start anew."""
+    reason = "the launcher's ranks cannot end and start anew: run the command without torchrun or srun"
+    return CheckAnswer(RESUME_CHECK, -1, {}, (), {"resume": reason})
 
 
 def _variants(request: Request, way: _Way) -> list[Request]:
@@ -176,12 +187,12 @@ def _train_and_save(rank: CommunicatingRank, request: Request, folder: Path, num
             candidate = backend.shard(build_model(request, rank.device), rank, reference.options)
         if not isinstance(candidate, ResumesTraining):
             return _FirstWorld()
-        view = view_of(*candidate.trained())
+        view, indices = view_of(*candidate.trained()), _indices_of(candidate, rank)
         batches = [by_dp_rank[rank.topology.coordinate(rank.rank)["dp"]] for by_dp_rank in reference.batches]
         loss = None
         for batch in batches[:num_before]:
             loss = _train_step(candidate, batch)
-        saved = _read_state(candidate, view, loss)
+        saved = _read_state(candidate, view, indices, loss)
         ways, failures = {}, {}
         for number, (way, how) in enumerate(candidate.ways_to_resume().items()):
             failure = _save(rank, how, folder / str(number))
@@ -190,7 +201,7 @@ def _train_and_save(rank: CommunicatingRank, request: Request, folder: Path, num
             else:
                 failures[way] = f"saving raises {failure}"
         after = tuple(
-            _read_state(candidate, view, _train_step(candidate, batch)) for batch in batches[num_before:]
+            _read_state(candidate, view, indices, _train_step(candidate, batch)) for batch in batches[num_before:]
         )
         tolerance = reference.train(rank)[1] if any(way.any_topology for way in ways.values()) else None
         return _FirstWorld(SavedTraining(saved, after), ways, failures, tolerance)
@@ -228,8 +239,8 @@ def _load_and_train(
         with blame_backend(backend, "sharding the model"):
             candidate = backend.shard(model, rank, options)
         assert isinstance(candidate, ResumesTraining)
-        view = view_of(*candidate.trained())
-        fresh = _read_state(candidate, view)
+        view, indices = view_of(*candidate.trained()), _indices_of(candidate, rank)
+        fresh = _read_state(candidate, view, indices)
         failure = None
         try:
             candidate.ways_to_resume()[way].load(folder)
@@ -238,12 +249,21 @@ def _load_and_train(
         failures = [of_rank for of_rank in rank.gather(failure) if of_rank is not None]
         if failures:
             return f"loading raises {failures[0]}"
-        loaded = _read_state(candidate, view)
+        loaded = _read_state(candidate, view, indices)
         after = []
         for number in range(len(batches) - num_before):
             next_step = int(candidate.counters().get(STEPS_TAKEN, num_before + number))
-            after.append(_read_state(candidate, view, _train_step(candidate, batches[next_step % len(batches)])))
+            after.append(_read_state(candidate, view, indices, _train_step(candidate, batches[next_step % len(batches)])))
         return ResumedTraining(fresh, loaded, tuple(after))
+
+
+_Indices = Mapping[str, GlobalIndex]  # by parameter: which elements this TP rank holds
+
+
+def _indices_of(candidate: Candidate, rank: CommunicatingRank) -> _Indices:
+    """Return which elements this rank holds of each parameter. Collective over the TP group."""
+    tp_rank = rank.topology.coordinate(rank.rank)["tp"]
+    return {name: GlobalIndex.from_layout(layout, tp_rank) for name, layout in candidate.layouts().items()}
 
 
 def _train_step(candidate: Candidate, batch: Batch) -> float:
@@ -253,12 +273,15 @@ def _train_step(candidate: Candidate, batch: Batch) -> float:
     return float(local_part(loss.detach()))
 
 
-def _read_state(candidate: Any, view: Any, loss: float | None = None) -> TrainingState:
+def _read_state(candidate: Any, view: Any, indices: _Indices, loss: float | None = None) -> TrainingState:
     """Copy what this rank holds. Not collective."""
-    tensors = {
-        StateKey(part.kind, part.name, part.state): StateTensor(part.values.detach().cpu().clone(), part.index)
-        for part in (*view.weights(), *view.states())
-    }
+    tensors = {}
+    for part in (*view.weights(), *view.states()):
+        index = part.index
+        if index is None and part.name in indices and part.values.shape == indices[part.name].local_shape:
+            index = indices[part.name]
+        copy = part.values.detach().cpu().clone()
+        tensors[StateKey(part.kind, part.name, part.state)] = StateTensor(copy, index)
     for name, buffer in candidate.module.named_buffers():
         tensors[StateKey("buffer", name)] = StateTensor(local_part(buffer).detach().cpu().clone(), None)
     numbers = {
@@ -266,4 +289,18 @@ def _read_state(candidate: Any, view: Any, loss: float | None = None) -> Trainin
         for number, group in enumerate(view.groups())
         for option, value in group.options.items()
     }
-    return TrainingState(tensors, {**numbers, "loss scale": view.loss_scale(), **candidate.counters()}, loss)
+    numbers |= {"loss scale": view.loss_scale(), **candidate.counters()}
+    return TrainingState(tensors, numbers, _generators(), loss)
+
+
+def _generators() -> dict[str, str]:
+    """Return digests of the states of this process's generators."""
+    states = {"torch generator": torch.get_rng_state(), "python generator": repr(random.getstate())}
+    if "numpy" in sys.modules:
+        states["numpy generator"] = repr(sys.modules["numpy"].random.get_state(legacy=True))
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda generator"] = torch.cuda.get_rng_state()
+    return {
+        name: digest(state) if isinstance(state, torch.Tensor) else hashlib.sha256(state.encode()).hexdigest()
+        for name, state in states.items()
+    }

@@ -52,11 +52,13 @@ class TrainingState:
     Attributes:
         tensors: By name.
         numbers: Rates, betas and counters, by name.
+        generators: Digests of the states of random generators, by name.
         loss: Of the step before; None before the first.
     """
 
     tensors: Mapping[StateKey, StateTensor]
     numbers: Mapping[str, Any]
+    generators: Mapping[str, str]
     loss: float | None = None
 
 

@@ -101,7 +101,11 @@ def compare_same_topology(
             compared = [
                 *_compare_tensors(rank, of_rank, expected_of_rank, saved, fresh),
                 *_compare_numbers(rank, of_rank, expected_of_rank),
+                *([] if fresh is None else _compare_generators(rank, of_rank, saved, fresh)),
             ]
+            outcome.not_compared.update(
+                {} if fresh is None else {f"{way}: {name}": _NOT_SAVED for name in _not_loaded(of_rank, fresh)}
+            )
             for label, difference in compared:
                 outcome.margins[f"{way}: {_when(moment)}: {label}, rank {rank}"] = 0.0 if difference is None else inf
             differences += [difference for _, difference in compared if difference is not None]
@@ -133,7 +137,7 @@ def compare_other_topology(
         for key in sorted(held, key=lambda key: (key.kind, key.name, key.state)):
             label = f"{key.name} {key.what}"
             if key not in expected_wholes or (key not in wholes and any(key in state.tensors for state in actual_states)):
-                outcome.not_compared[f"{way}: {_when(moment)}: {label}"] = "no rank knows which elements it holds"
+                outcome.not_compared[f"{way}: {label}"] = "no rank knows which elements it holds"
                 continue
             if moment[0] == "loaded":
                 difference = _compare_bits(None, key, wholes.get(key), expected_wholes[key])
@@ -320,6 +324,42 @@ def _compare_numbers(
 
 
 _COUNTED = ("number", "differs", "differ")
+
+
+# ---- generators
+
+_NOT_SAVED = "loading leaves it as it is: whatever draws from it, such as dropout, goes on with other numbers"
+
+
+def _not_loaded(actual: TrainingState, fresh: TrainingState) -> list[str]:
+    """Return the generators that loading has left alone."""
+    return [name for name, state in actual.generators.items() if fresh.generators.get(name) == state]
+
+
+def _compare_generators(
+    rank: int, actual: TrainingState, saved: Sequence[TrainingState], fresh: TrainingState
+) -> Iterator[tuple[str, _Difference | None]]:
+    """Compare the states of the generators that loading has set."""
+    not_loaded = _not_loaded(actual, fresh)
+    for name, state in actual.generators.items():
+        if name in not_loaded or name not in saved[rank].generators:
+            continue
+        difference = None
+        if state != saved[rank].generators[name]:
+            same = [other for other, of_rank in enumerate(saved) if of_rank.generators.get(name) == state]
+            evidence = {"counted": ("generator", "differs", "differ")}
+            if same:
+                evidence |= {"equals_rank": same[0], "note": f"it is in the state that rank {same[0]} saved"}
+            difference = _Difference(name, None, rank, 1.0, 0.0, evidence, _GENERATOR_CAUSES.get(name))
+        yield name, difference
+
+
+_GENERATOR_CAUSES = {
+    "torch generator": Cause.RNG_DIFFERS_TORCH,
+    "numpy generator": Cause.RNG_DIFFERS_NUMPY,
+    "python generator": Cause.RNG_DIFFERS_PYTHON,
+    "cuda generator": Cause.RNG_DIFFERS_CUDA,
+}
 
 
 # ---- findings
