@@ -149,9 +149,9 @@ class RunOptions:
     checks: tuple[str, ...] | None = field(
         default=None,
         metadata=_doc(
-            "Names of the checks to run, or `all`. None for all but two: `checkpoint_matches_reference` saves the model "
-            "in each way that the backend has, reads it back, and compares, before the first step and after the last; "
-            "`resume_matches_uninterrupted` saves the training, goes on from it in new processes, and compares."
+            "Names of the checks to run, or `all`. None for all but two: `checkpoint_matches_reference` saves the "
+            "model in each way that the backend has, reads it back, and compares, before the first step and after the "
+            "last; `resume_matches_uninterrupted` saves the training, goes on from it in new processes, and compares."
         ),
     )
     seed: int = field(default=0, metadata=_doc("Seed of weights, batches and replays."))

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-from tpcheck.backends.interface import Candidate, ResumesTraining, TrainingOptions, WayToResume
+from tpcheck.backends.interface import Candidate, ResumesTraining, WayToResume
 from tpcheck.backends.local_part import local_part
 from tpcheck.backends.registry import load_backend
-from tpcheck.core.digests import digest
-from tpcheck.core.errors import BackendError, RankFailure, TpcheckError
+from tpcheck.core.errors import BackendError, RankFailure
 from tpcheck.core.topology import Topology
 from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of, make_batches
 from tpcheck.model.candidate import blame_backend
@@ -36,11 +35,11 @@ from tpcheck.numerics.checks.resume import (
     compare_same_topology,
 )
 from tpcheck.numerics.global_index import GlobalIndex
+from tpcheck.numerics.optimizer_view import view_of
 from tpcheck.numerics.precision import everything_in_float64
 from tpcheck.numerics.tolerance import Tolerance
 from tpcheck.numerics.training_state import StateKey, StateTensor, TrainingState
 from tpcheck.numerics.verdict import CheckAnswer
-from tpcheck.runs.optimizer_view import view_of
 from tpcheck.world.world import spawn
 
 _OTHER_SEED = 1_000_003  # added to the seed of the model that loads, whose own weights must not be the right ones
@@ -253,7 +252,9 @@ def _load_and_train(
         after = []
         for number in range(len(batches) - num_before):
             next_step = int(candidate.counters().get(STEPS_TAKEN, num_before + number))
-            after.append(_read_state(candidate, view, indices, _train_step(candidate, batches[next_step % len(batches)])))
+            after.append(
+                _read_state(candidate, view, indices, _train_step(candidate, batches[next_step % len(batches)]))
+            )
         return ResumedTraining(fresh, loaded, tuple(after))
 
 
@@ -295,12 +296,9 @@ def _read_state(candidate: Any, view: Any, indices: _Indices, loss: float | None
 
 def _generators() -> dict[str, str]:
     """Return digests of the states of this process's generators."""
-    states = {"torch generator": torch.get_rng_state(), "python generator": repr(random.getstate())}
+    states: dict[str, Any] = {"torch generator": torch.get_rng_state().tolist(), "python generator": random.getstate()}
     if "numpy" in sys.modules:
-        states["numpy generator"] = repr(sys.modules["numpy"].random.get_state(legacy=True))
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda generator"] = torch.cuda.get_rng_state()
-    return {
-        name: digest(state) if isinstance(state, torch.Tensor) else hashlib.sha256(state.encode()).hexdigest()
-        for name, state in states.items()
-    }
+        states["numpy generator"] = sys.modules["numpy"].random.get_state(legacy=True)
+    if torch.cuda.is_available():
+        states["cuda generator"] = torch.cuda.get_rng_state().tolist()
+    return {name: hashlib.sha256(repr(state).encode()).hexdigest() for name, state in states.items()}

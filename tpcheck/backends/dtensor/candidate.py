@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -248,11 +249,11 @@ class DTensorCandidate:
 
 def _save_training(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     model_state, optimizer_state = get_state_dict(module, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    dcp_save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
 
 
 def _load_training(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     model_state, optimizer_state = get_state_dict(module, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    dcp_load(state, checkpoint_id=folder)
     set_state_dict(module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

@@ -7,7 +7,7 @@ loaded, and within the measured noise after further steps.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
@@ -136,7 +136,9 @@ def compare_other_topology(
         differences = list(_compare_numbers(None, actual_states[0], expected_states[0], ignored=_OF_TOPOLOGY))
         for key in sorted(held, key=lambda key: (key.kind, key.name, key.state)):
             label = f"{key.name} {key.what}"
-            if key not in expected_wholes or (key not in wholes and any(key in state.tensors for state in actual_states)):
+            if key not in expected_wholes or (
+                key not in wholes and any(key in state.tensors for state in actual_states)
+            ):
                 outcome.not_compared[f"{way}: {label}"] = "no rank knows which elements it holds"
                 continue
             if moment[0] == "loaded":
@@ -192,10 +194,10 @@ def _compare_tensors(
         found = actual.tensors.get(key)
         difference = _compare_bits(rank, key, None if found is None else found.values, tensor.values)
         if difference is not None and found is not None:
-            cause = _cause(key, found.values, tensor.values, rank, expected, saved, fresh)
-            if cause is not None:
-                named, evidence = cause
-                difference = _with_cause(difference, named, evidence)
+            explained = _explain(_WrongTensor(key, found.values, rank, expected, saved, fresh))
+            if explained is not None:
+                cause, evidence = explained
+                difference = replace(difference, evidence={**difference.evidence, **evidence}, cause=cause)
         yield f"{key.name} {key.what}", difference
     for key in actual.tensors:
         if key not in expected.tensors:
@@ -206,36 +208,24 @@ def _compare_tensors(
             )
 
 
-def _with_cause(difference: _Difference, cause: Cause, evidence: Mapping[str, Any]) -> _Difference:
-    return _Difference(
-        difference.what,
-        difference.name,
-        difference.rank,
-        difference.observed,
-        difference.allowed,
-        {**difference.evidence, **evidence},
-        cause,
-    )
-
-
 def _compare_bits(
     rank: int | None, key: StateKey, actual: torch.Tensor | None, expected: torch.Tensor
 ) -> _Difference | None:
     if actual is None:
         return _Difference(key.what, key.name, rank, float(expected.numel()), 0.0, {}, Cause.TENSOR_MISSING)
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        evidence = {
+        shapes = {
             "shape_actual": list(actual.shape),
             "shape_expected": list(expected.shape),
             "dtype_actual": str(actual.dtype).removeprefix("torch."),
             "dtype_expected": str(expected.dtype).removeprefix("torch."),
         }
-        return _Difference(key.what, key.name, rank, float(expected.numel()), 0.0, evidence)
+        return _Difference(key.what, key.name, rank, float(expected.numel()), 0.0, shapes)
     if same_bits(actual, expected):
         return None
     differing = ~((actual == expected) | ((actual != actual) & (expected != expected)))
     count = int(differing.sum()) or 1  # zeros of unlike signs
-    evidence = {"count_differing": count, "count_total": expected.numel()}
+    evidence: dict[str, Any] = {"count_differing": count, "count_total": expected.numel()}
     return _Difference(key.what, key.name, rank, float(count), 0.0, evidence)
 
 
@@ -261,45 +251,81 @@ def _compare_calibrated(
 # ---- causes
 
 
-def _cause(
-    key: StateKey,
-    actual: torch.Tensor,
-    expected: torch.Tensor,
-    rank: int,
-    state: TrainingState,
-    saved: Sequence[TrainingState],
-    fresh: TrainingState | None,
-) -> tuple[Cause, Mapping[str, Any]] | None:
-    """Return what the bits of a wrong tensor show, with its evidence.
+@dataclass(frozen=True, slots=True)
+class _WrongTensor:
+    """A tensor that is not what it should be, and what it can be compared with.
 
-    Args:
-        state: What this rank should hold.
+    Attributes:
+        key: Its name.
+        values: What this rank holds.
+        rank: The rank.
+        expected: All that this rank should hold.
         saved: What each rank held when it was saved.
         fresh: What this rank held before it loaded; None after further steps.
     """
-    if actual.numel() < LEAST_ELEMENTS:
+
+    key: StateKey
+    values: torch.Tensor
+    rank: int
+    expected: TrainingState
+    saved: Sequence[TrainingState]
+    fresh: TrainingState | None
+
+
+_Explained = tuple[Cause, Mapping[str, Any]]
+
+
+def _explain(wrong: _WrongTensor) -> _Explained | None:
+    """Return the first cause that the bits show, with its evidence."""
+    if wrong.values.numel() < LEAST_ELEMENTS:
         return None
-    if actual.is_floating_point() and not bool(actual.isfinite().any()):
+    return next((explained for test in _TESTS if (explained := test(wrong)) is not None), None)
+
+
+def _no_numbers(wrong: _WrongTensor) -> _Explained | None:
+    if wrong.values.is_floating_point() and not bool(wrong.values.isfinite().any()):
         return Cause.NOT_FINITE, {}
-    if not bool(actual.any()):
-        return Cause.ALL_ZERO, {}
-    if fresh is not None and key in fresh.tensors and same_bits(actual, fresh.tensors[key].values):
-        note = "it is what the new process held before it loaded"
-        return (Cause.MASTERS_STALE if key.kind == "master" else Cause.STALE_WEIGHT), {"note": note}
-    for other, of_rank in enumerate(saved):
-        if other != rank and key in of_rank.tensors and same_bits(actual, of_rank.tensors[key].values):
-            cause = Cause.SHARD_REPEATED if key.kind in ("weight", "buffer") else Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK
+    return None if bool(wrong.values.any()) else (Cause.ALL_ZERO, {})
+
+
+def _not_loaded_at_all(wrong: _WrongTensor) -> _Explained | None:
+    before = None if wrong.fresh is None else wrong.fresh.tensors.get(wrong.key)
+    if before is None or not same_bits(wrong.values, before.values):
+        return None
+    note = "it is what the new process held before it loaded"
+    return (Cause.MASTERS_STALE if wrong.key.kind == "master" else Cause.STALE_WEIGHT), {"note": note}
+
+
+def _of_another_rank(wrong: _WrongTensor) -> _Explained | None:
+    for other, state in enumerate(wrong.saved):
+        tensor = state.tensors.get(wrong.key)
+        if other != wrong.rank and tensor is not None and same_bits(wrong.values, tensor.values):
+            is_of_model = wrong.key.kind in ("weight", "buffer")
+            cause = Cause.SHARD_REPEATED if is_of_model else Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK
             return cause, {"equals_rank": other, "note": f"it is what rank {other} saved"}
-    weight = state.tensors.get(StateKey("weight", key.name))
-    if key.kind == "master" and weight is not None and weight.values.numel() == actual.numel():
-        if same_bits(actual.reshape(-1), weight.values.reshape(-1).to(actual.dtype)):
-            note = "it is the weight of the lower dtype: what the master holds beyond it is lost"
-            return Cause.DTYPE_ROUNDED, {"rounded_to": str(weight.values.dtype).removeprefix("torch."), "note": note}
-    for other_key, tensor in state.tensors.items():
-        same_kind = (other_key.kind, other_key.state) == (key.kind, key.state)
-        if same_kind and other_key != key and same_bits(actual, tensor.values):
-            return Cause.TENSOR_OF_ANOTHER_LAYER, {"equals": other_key.name}
     return None
+
+
+def _master_of_rounded_weight(wrong: _WrongTensor) -> _Explained | None:
+    weight = wrong.expected.tensors.get(StateKey("weight", wrong.key.name))
+    if wrong.key.kind != "master" or weight is None or weight.values.dtype == wrong.values.dtype:
+        return None
+    if not same_bits(wrong.values.reshape(-1), weight.values.reshape(-1).to(wrong.values.dtype)):
+        return None
+    rounded_to = str(weight.values.dtype).removeprefix("torch.")
+    note = f"it is made from the {rounded_to} weight: what the master held beyond it is lost"
+    return Cause.DTYPE_ROUNDED, {"rounded_to": rounded_to, "note": note}
+
+
+def _of_another_parameter(wrong: _WrongTensor) -> _Explained | None:
+    for key, tensor in wrong.expected.tensors.items():
+        same_kind = (key.kind, key.state) == (wrong.key.kind, wrong.key.state)
+        if same_kind and key != wrong.key and same_bits(wrong.values, tensor.values):
+            return Cause.TENSOR_OF_ANOTHER_LAYER, {"equals": key.name}
+    return None
+
+
+_TESTS = (_no_numbers, _not_loaded_at_all, _of_another_rank, _master_of_rounded_weight, _of_another_parameter)
 
 
 # ---- numbers
@@ -347,7 +373,7 @@ def _compare_generators(
         difference = None
         if state != saved[rank].generators[name]:
             same = [other for other, of_rank in enumerate(saved) if of_rank.generators.get(name) == state]
-            evidence = {"counted": ("generator", "differs", "differ")}
+            evidence: dict[str, Any] = {"counted": ("generator", "differs", "differ")}
             if same:
                 evidence |= {"equals_rank": same[0], "note": f"it is in the state that rank {same[0]} saved"}
             difference = _Difference(name, None, rank, 1.0, 0.0, evidence, _GENERATOR_CAUSES.get(name))
