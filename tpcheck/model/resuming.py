@@ -20,7 +20,7 @@ from tpcheck.backends.local_part import local_part
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.errors import BackendError, RankFailure
 from tpcheck.core.topology import Topology
-from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of, make_batches
+from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of
 from tpcheck.model.candidate import blame_backend
 from tpcheck.model.options import Request
 from tpcheck.model.rank_run import training_options
@@ -62,9 +62,11 @@ class _FirstWorld:
         ways: The ways that saved without an error.
         failures: Why others did not, by way.
         tolerance: What rounding does to the training, for comparison at another topology.
+        batches: This DP rank's, batches[step][micro_batch].
     """
 
     training: SavedTraining | None = None
+    batches: Sequence[Sequence[Batch]] = ()
     ways: Mapping[str, _Way] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
     tolerance: Tolerance | None = None
@@ -150,8 +152,9 @@ def _resume(
     variant = replace(variant, options=replace(options, config=config))
     try:
         with spawn(options.topology, timeout=options.timeout) as world:
+            batches = [rank.batches for rank in first[:: request.options.topology.tp]]
             actual: tuple[ResumedTraining | str, ...] = world.run(
-                _load_and_train, variant, folder, way, num_before, request.options.topology.dp
+                _load_and_train, variant, folder, way, num_before, batches
             )
     except (RankFailure, BackendError) as failure:
         cause = failure.exception if isinstance(failure, RankFailure) else failure
@@ -187,10 +190,10 @@ def _train_and_save(rank: CommunicatingRank, request: Request, folder: Path, num
         if not isinstance(candidate, ResumesTraining):
             return _FirstWorld()
         view, indices = view_of(*candidate.trained()), _indices_of(candidate, rank)
-        batches = [by_dp_rank[rank.topology.coordinate(rank.rank)["dp"]] for by_dp_rank in reference.batches]
+        batches = [step[rank.topology.coordinate(rank.rank)["dp"]] for step in reference.batches]
         loss = None
-        for batch in batches[:num_before]:
-            loss = _train_step(candidate, batch)
+        for micro_batches in batches[:num_before]:
+            loss = _train_step(candidate, micro_batches)
         saved = _read_state(candidate, view, indices, loss)
         ways, failures = {}, {}
         for number, (way, how) in enumerate(candidate.ways_to_resume().items()):
@@ -200,10 +203,11 @@ def _train_and_save(rank: CommunicatingRank, request: Request, folder: Path, num
             else:
                 failures[way] = f"saving raises {failure}"
         after = tuple(
-            _read_state(candidate, view, indices, _train_step(candidate, batch)) for batch in batches[num_before:]
+            _read_state(candidate, view, indices, _train_step(candidate, micro_batches))
+            for micro_batches in batches[num_before:]
         )
         tolerance = reference.train(rank)[1] if any(way.any_topology for way in ways.values()) else None
-        return _FirstWorld(SavedTraining(saved, after), ways, failures, tolerance)
+        return _FirstWorld(SavedTraining(saved, after), batches, ways, failures, tolerance)
 
 
 def _save(rank: CommunicatingRank, way: WayToResume, folder: Path) -> str | None:
@@ -220,21 +224,25 @@ def _save(rank: CommunicatingRank, way: WayToResume, folder: Path) -> str | None
 
 
 def _load_and_train(
-    rank: CommunicatingRank, request: Request, folder: Path, way: str, num_before: int, num_replicas: int
+    rank: CommunicatingRank,
+    request: Request,
+    folder: Path,
+    way: str,
+    num_before: int,
+    batches_by_dp_rank: Sequence[Sequence[Sequence[Batch]]],
 ) -> ResumedTraining | str:
     """Load into a model with other weights and train on; return why that is impossible. Collective over the world.
 
     Args:
-        num_replicas: DP ranks of the training that was saved, whose batches are dealt anew.
+        batches_by_dp_rank: What both trainings are given: batches[dp_rank][step][micro_batch].
     """
     backend = load_backend(request.options.backend)
     options = backend.resolved(training_options(request, rank.device))
     with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
         unlike = replace(request, options=replace(request.options, seed=request.options.seed + _OTHER_SEED))
         model = build_model(unlike, rank.device)
-        all_batches = make_batches(request.options, model, num_replicas, rank.device)
-        batches = [by_dp_rank[rank.topology.coordinate(rank.rank)["dp"]] for by_dp_rank in all_batches]
-        options = replace(options, batch_size=batch_size(batches[0]))
+        batches = batches_by_dp_rank[rank.topology.coordinate(rank.rank)["dp"]]
+        options = replace(options, batch_size=batch_size(batches[0][0]))
         with blame_backend(backend, "sharding the model"):
             candidate = backend.shard(model, rank, options)
         assert isinstance(candidate, ResumesTraining)
@@ -267,20 +275,27 @@ def _indices_of(candidate: Candidate, rank: CommunicatingRank) -> _Indices:
     return {name: GlobalIndex.from_layout(layout, tp_rank) for name, layout in candidate.layouts().items()}
 
 
-def _train_step(candidate: Candidate, batch: Batch) -> float:
-    loss = loss_of(candidate.forward(copy_batch(batch)))
-    candidate.backward(loss)
+def _train_step(candidate: Candidate, micro_batches: Sequence[Batch]) -> float:
+    """Train a step; return the sum of the losses of this rank."""
+    total = 0.0
+    for batch in micro_batches:
+        loss = loss_of(candidate.forward(copy_batch(batch)))
+        candidate.backward(loss)
+        total += float(local_part(loss.detach()))
     candidate.step()
-    return float(local_part(loss.detach()))
+    return total
 
 
 def _read_state(candidate: Any, view: Any, indices: _Indices, loss: float | None = None) -> TrainingState:
     """Copy what this rank holds. Not collective."""
     tensors = {}
     for part in (*view.weights(), *view.states()):
-        index = part.index
-        if index is None and part.name in indices and part.values.shape == indices[part.name].local_shape:
-            index = indices[part.name]
+        index, of_shard = part.index, indices.get(part.name)
+        if index is None and of_shard is not None:
+            if part.values.shape == of_shard.local_shape:
+                index = of_shard
+            elif part.index_in_shard is not None and of_shard.local_shape == of_shard.shape:
+                index = part.index_in_shard  # of a whole tensor
         copy = part.values.detach().cpu().clone()
         tensors[StateKey(part.kind, part.name, part.state)] = StateTensor(copy, index)
     for name, buffer in candidate.module.named_buffers():
