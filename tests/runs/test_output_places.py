@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from tpcheck.core.placement import Shard
+from tpcheck.numerics.optimizer_view import Part
 from tpcheck.numerics.sketch import GlobalIndex
 from tpcheck.runs.activations import ActivationPlaces, BatchShape
-from tpcheck.runs.optimizer_view import Part
 from tpcheck.runs.output_places import Output, OutputPlaces, is_uniform
 
 TOKENS = torch.arange(12).reshape(3, 4)

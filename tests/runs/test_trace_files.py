@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.topology import Topology
+from tpcheck.numerics.optimizer_view import ParameterGroup
 from tpcheck.numerics.sketch import GlobalIndex, distance, sketch
-from tpcheck.runs.trace import Leaf, ParameterGroup, PassRecord, RankTrace, Reading, StepRecord, TensorRecord
+from tpcheck.runs.trace import Leaf, PassRecord, RankTrace, Reading, StepRecord, TensorRecord
 from tpcheck.runs.trace_files import LONGEST_LINE, TraceWriter, new_run_id, numbers_of, read_trace, require_writable
 
 RUN = "a" * 32

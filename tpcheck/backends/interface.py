@@ -146,6 +146,37 @@ class SavesCheckpoints(Protocol):
         """Return the public ways to save the model, by name. Each writes into an empty folder, collectively."""
 
 
+@dataclass(frozen=True, slots=True)
+class WayToResume:
+    """A public way to save a training and to go on from it.
+
+    Attributes:
+        save: Writes everything into an empty folder. Collective over the world.
+        load: Reads it into a new candidate. Collective over the world.
+        config: Backend configuration that the candidate which loads is made with, merged over that of the run.
+        any_topology: Whether what it wrote can be loaded at other sizes of the axes and at another ZeRO stage.
+    """
+
+    save: Callable[[Path], None]
+    load: Callable[[Path], None]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    any_topology: bool = False
+
+
+@runtime_checkable
+class ResumesTraining(Protocol):
+    """A candidate whose training can be saved and resumed."""
+
+    def ways_to_resume(self) -> Mapping[str, WayToResume]:
+        """Return the public ways to save a training with its optimizer, by name."""
+
+    def trained(self) -> tuple[Any, Any]:
+        """Return the module or engine that is trained, and its optimizer; None for that of an engine."""
+
+    def counters(self) -> Mapping[str, Any]:
+        """Return what the library counts, such as `steps taken`, by name. `steps taken` chooses the next batch."""
+
+
 @runtime_checkable
 class ReadsLayouts(Protocol):
     """A backend that can read the layouts of a live model which somebody else's program has sharded."""

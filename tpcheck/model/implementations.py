@@ -110,7 +110,9 @@ def _checkpoint(model: Any, *, reentrant: bool) -> None:
     enable: Callable[..., None] | None = getattr(model, "activation_checkpointing_enable", None)
     enable = enable or getattr(model, "gradient_checkpointing_enable", None)
     if enable is None:
-        raise UsageError("checkpointing", True, "False: only models of transformers take this option; yours decides by itself")
+        raise UsageError(
+            "checkpointing", True, "False: transformers' models alone take this option; yours decides by itself"
+        )
     try:
         enable({"use_reentrant": reentrant})
     except ValueError as error:

@@ -68,7 +68,7 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
         BackendError: The backend crashed.
     """
     backend, checks = load_backend(request.options.backend), request.options.check_names
-    options = backend.resolved(_training_options(request, rank.device))
+    options = backend.resolved(training_options(request, rank.device))
     with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
         reference = Reference.build(request, rank, options)
         twin = build_model(request, rank.device)
@@ -92,7 +92,8 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
     return RankAnswer(answer, backend.versions())
 
 
-def _training_options(request: Request, device: torch.device) -> TrainingOptions:
+def training_options(request: Request, device: torch.device) -> TrainingOptions:
+    """Return how both sides train."""
     options = request.options
     return TrainingOptions(
         dtype=getattr(torch, options.dtype),

@@ -25,6 +25,8 @@ from tpcheck.core.errors import Mismatch, RankFailure, RankOutcome, UsageError
 from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
 from tpcheck.core.notices import NO_TP, say
 from tpcheck.core.topology import Topology
+from tpcheck.numerics.optimizer_view import OptimizerView, Part, view_of
+from tpcheck.numerics.optimizers.names import unwrapped, unwrapped_name
 from tpcheck.numerics.recorder import eager
 from tpcheck.numerics.sketch import GlobalIndex
 from tpcheck.numerics.tensors import named_tensors
@@ -42,8 +44,6 @@ from tpcheck.runs.guard_findings import (
 )
 from tpcheck.runs.guard_layouts import FirstOutputs
 from tpcheck.runs.guard_rounds import Outcome, Rounds
-from tpcheck.runs.optimizer_view import OptimizerView, Part, view_of
-from tpcheck.runs.optimizers.names import unwrapped, unwrapped_name
 from tpcheck.runs.passes import is_in_backward, is_repeated_call
 from tpcheck.runs.replica_digests import Item, Label, Vote
 from tpcheck.runs.run_findings import BATCHES, REPLICAS

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from tpcheck.core.digests import digest
+from tpcheck.numerics.optimizers.names import unwrapped_name
 from tpcheck.numerics.recorder import eager
 from tpcheck.numerics.tensors import named_tensors
-from tpcheck.runs.optimizers.names import unwrapped_name
 
 # Mean squares of rows that a norm returns, relatively: equal but for its epsilon and for rounding to bfloat16, 2^-9 of
 # each element. Those of rows that vary do so by sqrt(2 / width), 2 % at a width of 4096, and over some rows by more.

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tpcheck.numerics.optimizer_view import Part
 from tpcheck.numerics.sketch import GlobalIndex
 from tpcheck.runs.activations import Place
-from tpcheck.runs.optimizer_view import Part
 
 OutputKey = tuple[str, str, int]  # module, path in its output, call
 

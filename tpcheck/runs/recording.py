@@ -22,10 +22,10 @@ from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
 from tpcheck.core.notices import NO_TP
 from tpcheck.core.topology import Topology
+from tpcheck.numerics.optimizer_view import OptimizerView, ParameterGroup, Part, view_of
+from tpcheck.numerics.optimizers.names import unwrapped, unwrapped_name
 from tpcheck.numerics.recorder import eager
 from tpcheck.runs.activations import Place
-from tpcheck.runs.optimizer_view import OptimizerView, Part, view_of
-from tpcheck.runs.optimizers.names import unwrapped, unwrapped_name
 from tpcheck.runs.options import RecordOptions, Steps
 from tpcheck.runs.output_places import OutputPlaces
 from tpcheck.runs.parameters import ParameterPlaces, StartOfRank, exchange_starts
@@ -44,7 +44,7 @@ from tpcheck.runs.passes import (
     views_of,
 )
 from tpcheck.runs.replays import Replays
-from tpcheck.runs.trace import ParameterGroup, RankTrace, StepRecord, TensorRecord
+from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
 from tpcheck.runs.trace_files import TraceWriter, new_run_id, require_writable
 
 # Parameters whose accumulated gradient is also recorded before each further micro-batch: norms and biases, on which

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tpcheck.numerics.optimizer_view import OptimizerView, Part
+from tpcheck.numerics.optimizers.names import unwrapped_name
 from tpcheck.numerics.perturb import KeyedPerturbation, perturbed_leaves
 from tpcheck.numerics.sketch import Sketch, distance, fetch_sketches
 from tpcheck.numerics.tensors import named_tensors
 from tpcheck.numerics.tolerance import SAFETY_FACTOR
-from tpcheck.runs.optimizer_view import OptimizerView, Part
-from tpcheck.runs.optimizers.names import unwrapped_name
 from tpcheck.runs.passes import (
     Key,
     ModuleHooks,
