@@ -43,13 +43,13 @@ _ADVICE = (
     'model with tp_plan="auto" in transformers; until then every rank trains and saves the full model.'
 )
 _ADVICE_LOST = (
-    "The library has replaced the layers that held them by layers of its own, which know nothing of them. For adapters: "
-    "shard the model first, and add them to the sharded model; or leave these layers out of the plan."
+    "The library has replaced the layers that held them by layers of its own, which know nothing of them. For "
+    "adapters: shard the model first, and add them to the sharded model; or leave these layers out of the plan."
 )
 
 
 def parameters_are_sharded(evidence: Evidence) -> CheckOutcome:
-    """Check that no parameter is lost, that some are smaller on each rank, and that shards make up full shapes. Exact."""
+    """Check that no parameter is lost, some are smaller on each rank, and all shards make up full shapes. Exact."""
     if evidence.lost:
         return _parameters_lost(evidence)
     if evidence.topology.tp == 1:
