@@ -66,7 +66,7 @@ def train(rank: Rank, training: Any, options: Mapping[str, Any], *, calls_back: 
         try:
             made.train()
         except tpcheck.Mismatch as mismatch:
-            result.findings, result.text = list(mismatch.report.findings), str(mismatch)
+            result.findings, result.text = list(mismatch.report.findings), mismatch.report.to_text()
         except tpcheck.RankFailure as failure:
             result.failure = str(failure)
     result.warned = [str(warning.message) for warning in caught if "replicas_agree" in str(warning.message)]

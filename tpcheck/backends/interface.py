@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tpcheck.backends.layout import Layout
+from tpcheck.core.clipping import TORCH_EPSILON, Clipping
 from tpcheck.core.topology import Topology
 
 
@@ -32,16 +33,28 @@ class RankLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrainingOptions:
-    """How both sides train: SGD with momentum and weight decay, whose step shows a wrong scale of the gradient.
+    """How both sides train: by default SGD with momentum and weight decay, whose step shows a wrong gradient scale.
 
     Attributes:
         dtype: Dtype of the model's weights and arithmetic.
         zero_stage: ZeRO stage of the backend, 0 to 3.
         learning_rate, momentum, weight_decay: Of `torch.optim.SGD`.
         max_grad_norm: Gradients are clipped to this norm; 0 switches clipping off.
+        clip_epsilon, clip_scales_up: The convention by which the reference clips: see `clipping`. The candidate's own
+            is read off its first steps.
         batch_size: Samples that each DP rank sees in a step.
         config: The user's configuration of the backend, merged over tpcheck's.
         ignore_plan: Drop the model's tp_plan, so that the backend's heuristics shard it.
+        optimizer: A name in torch.optim, a dict with `type` and `params`, or a callable (parameters) -> Optimizer.
+        schedule: Makes the scheduler of the learning rate, whose `step` follows the optimizer's; None for none.
+        accumulate: Micro-batches whose gradients a step accumulates.
+        loss: `mean` or `token_mean`: how the losses of a step become one.
+        attention: Attention of the candidate; None for the model's own.
+        experts: How the candidate computes its experts; None for the model's own.
+        checkpointing, reentrant: Recompute the candidate's activations in the backward pass, re-entering autograd.
+        compile, compile_layers: Compile the candidate whole, or each of its layers.
+        lora: Rank of the model's LoRA adapters; 0 for none.
+        loop: `plain`, or `trainer` for transformers' Trainer.
         rebuild: Builds the same model a second time, for backends whose models are sharded while they are built.
     """
 
@@ -54,7 +67,26 @@ class TrainingOptions:
     batch_size: int = 2
     config: Mapping[str, Any] = field(default_factory=dict)
     ignore_plan: bool = False
+    optimizer: str | Mapping[str, Any] | Callable[..., torch.optim.Optimizer] = "sgd"
+    schedule: Callable[[torch.optim.Optimizer], Any] | None = None
+    accumulate: int = 1
+    loss: str = "mean"
+    attention: str | None = None
+    experts: str | None = None
+    checkpointing: bool = False
+    reentrant: bool = False
+    compile: bool = False
+    compile_layers: bool = False
+    lora: int = 0
+    loop: str = "plain"
     rebuild: Callable[[], nn.Module] | None = None
+    clip_epsilon: float = TORCH_EPSILON
+    clip_scales_up: bool = False
+
+    @property
+    def clipping(self) -> Clipping:
+        """How the reference clips."""
+        return Clipping(self.max_grad_norm, self.clip_epsilon, self.clip_scales_up)
 
 
 class Candidate(Protocol):
@@ -77,19 +109,33 @@ class Candidate(Protocol):
         """Return a copy of this rank's TP shard, gathered over DP. Collective over the DP group."""
 
     def gradient(self, name: str) -> torch.Tensor | None:
-        """Return a copy of the gradient of this rank's TP shard, averaged over DP. Collective over the DP group."""
+        """Return a copy of the gradient of this rank's TP shard, averaged over DP and over the micro-batches.
+
+        Collective over the DP group.
+        """
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
         """Run the model on this rank's batch and return its output."""
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Run the backward pass; `gradient` is valid from here to `step`."""
+        """Run the backward pass of a micro-batch; `gradient` is valid from the last one of a step to `step`."""
 
     def step(self) -> None:
         """Clip the gradients and step the optimizer."""
 
     def gradient_norm(self) -> float | None:
         """Return the norm that the last step clipped by, or None where the backend does not report it."""
+
+
+@runtime_checkable
+class HoldsOptimizerState(Protocol):
+    """A candidate that can tell what its optimizer holds."""
+
+    def optimizer_state(self, name: str) -> Mapping[str, torch.Tensor]:
+        """Return copies of the moments, and of the float32 `master`, of this rank's TP shard of a parameter.
+
+        Each has the shape of the shard, gathered over DP. Collective over the DP group.
+        """
 
 
 @runtime_checkable

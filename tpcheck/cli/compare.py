@@ -32,6 +32,18 @@ def checkpoint(
             "--allow-pickle", help="Unpickle arbitrary classes in a separate process. This runs code from the file."
         ),
     ] = False,
+    weights_only: Annotated[
+        bool,
+        typer.Option("--weights-only", help="Leave out the states of optimizer, scheduler, scaler and generators."),
+    ] = False,
+    map_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            metavar="REGEX=REPLACEMENT",
+            help="Rename ACTUAL's tensors, or name a ready map: hf-megatron; repeatable.",
+        ),
+    ] = None,
     json_: Json = None,
     junit: Junit = None,
     html: Html = None,
@@ -41,22 +53,31 @@ def checkpoint(
 
     Formats are recognised: safetensors, transformers' shards, pytorch_model.bin, torch DCP, DeepSpeed
     training and universal checkpoints, PEFT adapters, Megatron torch_dist. Shards of TP and ZeRO ranks are
-    merged first.
+    merged first. Optimizer, scheduler, scaler and generators are compared where both sides have them.
 
     \b
     tpcheck checkpoint saved/ reference/
     tpcheck checkpoint saved/global_step2 model.safetensors
     tpcheck checkpoint saved/ reference/ --dtype bfloat16 --json report.json
+    tpcheck checkpoint iter_0000010/ llama/ --map hf-megatron
 
     Exit status: 0 equal, 1 findings, 2 bad usage, a damaged file, or nothing to compare.
     """
     with usage_errors():
         files = Files(writable("json", json_), writable("junit", junit), writable("html", html))
         from tpcheck.checkpoints.verify import verify_checkpoint  # loads torch
+        from tpcheck.core.name_maps import parse_maps
 
         with bytes_bar("compare") as progress:
             report = verify_checkpoint(
-                actual, reference, dtype=dtype, earlier=earlier or (), allow_pickle=allow_pickle, progress=progress
+                actual,
+                reference,
+                dtype=dtype,
+                earlier=earlier or (),
+                allow_pickle=allow_pickle,
+                weights_only=weights_only,
+                names=parse_maps(map_ or []),
+                progress=progress,
             )
     _end(report, files, verbose=verbose)
 
@@ -108,8 +129,8 @@ def compare(
     """
     with usage_errors():
         files = Files(writable("json", json_), writable("junit", junit), writable("html", html))
+        from tpcheck.core.name_maps import parse_maps
         from tpcheck.runs.comparing import compare_traces  # loads torch
-        from tpcheck.runs.names import parse_maps
 
         report = compare_traces(
             _folders(actual, more_actual), _folders(expected, more_expected), names=parse_maps(map_ or [])

@@ -51,20 +51,26 @@ class ModuleRecorder:
         self._model = model
         self._sink = sink
         self._forced = forced
+        self._micro_batch = 0
         self._calls: Counter[str] = Counter()
         self._open_calls: dict[str, list[int]] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> ModuleRecorder:
-        for name, module in self._model.named_modules():
-            self._handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._after(name)))
+        for name, module in not_inside_compiled(self._model):
+            self._handles.append(module.register_forward_pre_hook(eager(self._before(name)), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(eager(self._after(name))))
         return self
 
     def restart(self) -> None:
         """Count the calls of every module from zero again."""
         self._calls.clear()
         self._open_calls.clear()
+
+    def begin_micro_batch(self, number: int) -> None:
+        """Record what follows as that of the micro-batch with this number in the step."""
+        self._micro_batch = number
+        self.restart()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -86,7 +92,9 @@ class ModuleRecorder:
             if self._forced is None:
                 return args, kwargs
             forced = {
-                id(tensor): self._forced_input(tensor, TensorKey("forward", name, call, "input", path))
+                id(tensor): self._forced_input(
+                    tensor, TensorKey("forward", name, call, "input", path, self._micro_batch)
+                )
                 for path, tensor in named_tensors(inputs)
                 if tensor.is_floating_point()
             }
@@ -113,11 +121,11 @@ class ModuleRecorder:
         for path, tensor in named_tensors(value):
             if not tensor.is_floating_point():
                 continue
-            self._sink(TensorKey("forward", name, call, role, path), tensor.detach())
+            self._sink(TensorKey("forward", name, call, role, path, self._micro_batch), tensor.detach())
             if _has_gradient(tensor):  # without autograd, a hook would see what goes to whatever else uses the tensor
                 self._handles.append(
                     tensor.register_hook(  # type: ignore[no-untyped-call]
-                        self._gradient_hook(TensorKey("backward", name, call, role, path))
+                        self._gradient_hook(TensorKey("backward", name, call, role, path, self._micro_batch))
                     )
                 )
 
@@ -136,6 +144,28 @@ class ModuleRecorder:
             return forced
         replacement: torch.Tensor = _Replace.apply(tensor, forced)  # type: ignore[no-untyped-call]
         return replacement
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module was compiled, by `module.compile()` or `torch.compile(module)`."""
+    return getattr(module, "_compiled_call_impl", None) is not None or isinstance(
+        module, getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
+    )
+
+
+def not_inside_compiled(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, module) for all modules but those inside a compiled one, where a hook would break its graph."""
+    seen: set[nn.Module] = set()
+
+    def outside(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        if module in seen:
+            return
+        seen.add(module)
+        yield name, module
+        for child_name, child in () if is_compiled(module) else module.named_children():
+            yield from outside(child, f"{name}.{child_name}" if name else child_name)
+
+    yield from outside(model, "")
 
 
 def eager(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,11 +217,15 @@ _NAMES = {operator: kind for kind, operators in _KINDS.items() for operator in o
 def logged_collectives(model: nn.Module) -> Iterator[list[Collective]]:
     """Yield a list that grows by every collective that is issued inside, with the innermost module of `model` running.
 
-    Both ways of issuing one are seen: `torch.distributed`, which dispatches to `c10d`, and the functional collectives
-    of DTensor. Calls on tensor subclasses are left to the subclasses, whose inner operators are seen instead.
+    Nothing is logged where a module is compiled. Both ways of issuing a collective are seen: `torch.distributed`, which
+    dispatches to `c10d`, and the functional collectives of DTensor. Calls on tensor subclasses are left to the
+    subclasses, whose inner operators are seen instead.
     """
     running: list[str] = [""]
     log: list[Collective] = []
+    if any(map(is_compiled, model.modules())):  # torch compiles nothing where a dispatch mode is active
+        yield log
+        return
     handles = [handle for name, module in model.named_modules() for handle in _tracked(name, module, running)]
     try:
         with _CollectiveLog(running, log):

@@ -59,7 +59,7 @@ class PendingTensor:
             places,
             [start_sketch(tensor, place.index, rows=place.rows, scale=scale) for place in places],
             [start_digests([tensor])],
-            [tensor.detach().to("cpu", copy=True)] if is_full else [],
+            [(tensor.detach() * scale if scale != 1.0 else tensor.detach()).to("cpu", copy=True)] if is_full else [],
         )
 
     @classmethod

@@ -20,6 +20,7 @@ from tpcheck.backends.local_part import local_part
 from tpcheck.core.digests import digest
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
+from tpcheck.core.notices import NO_TP
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.recorder import eager
 from tpcheck.runs.activations import Place
@@ -109,6 +110,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         if not any(options.has_module(unwrapped_name(name)) for name, _ in self._root.named_modules()):
             raise UsageError("modules", options.modules, f"a pattern that matches modules of {self._source}")
         self._groups = groups_of_run(model, self._root, options.topology)
+        if self._groups.rank == 0 and self._groups.notice is not None:
+            NO_TP.say(self._groups.notice)
         self._model = model
         require_writable(path)
         self._path = Path(path)

@@ -400,6 +400,11 @@ class Replays:
         shrinking = self._shrinking(unperturbed, gradients)
         deviations: dict[Key, Sequence[float]] = {}
         for key, base in unperturbed.items():
+            if perturbed and not any(key in each for each in perturbed):
+                # Of an output that its module uses itself, a replay perturbs a copy, through which no gradient comes.
+                largest = _largest_relative_move(key[0], unperturbed, perturbed)
+                deviations[key] = [largest * sqrt(sketch.sum_squares) for sketch in base]
+                continue
             moved = [
                 max([self._flips(sketch), *(distance(each[key][place], sketch) for each in perturbed if key in each)])
                 for place, sketch in enumerate(base)
@@ -557,6 +562,19 @@ class Replays:
 
 def _relative(other: OtherBits) -> float:
     return other.gap / other.norm if other.norm else other.gap
+
+
+def _largest_relative_move(
+    kind: str, unperturbed: Mapping[Key, Sequence[Sketch]], perturbed: Sequence[Mapping[Key, Sequence[Sketch]]]
+) -> float:
+    """Return how far tensors of a kind moved at most, in units of their norms."""
+    moves = [
+        distance(each[key][0], base[0]) / sqrt(base[0].sum_squares)
+        for key, base in unperturbed.items()
+        for each in perturbed
+        if key[0] == kind and key in each and base and each[key] and base[0].sum_squares
+    ]
+    return max((move for move in moves if isfinite(move)), default=0.0)
 
 
 @contextmanager

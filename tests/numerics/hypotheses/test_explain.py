@@ -10,14 +10,17 @@ import torch
 
 from tests.batches.test_causes import CAUSES as OF_BATCHES
 from tests.numerics.evidence import suspect
+from tests.numerics.norms import CLIPPING, NORMS, REPLICATED, SHARDED, clipped_alike, facts
+from tests.numerics.norms import step as clipped_step
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.evidence import (
     EmbeddingFacts,
     FusedBlocks,
     GradientFacts,
+    LabelCounts,
+    LabelFacts,
     LinearTerms,
     LossFacts,
-    NormFacts,
     ShardFacts,
     SiblingCollectives,
     SiblingWeights,
@@ -30,7 +33,9 @@ CHANCE = torch.Generator().manual_seed(0)
 EXPECTED, OTHER = torch.randn(2, 4, 8, generator=CHANCE, dtype=torch.float64)
 HALVES = EXPECTED.chunk(2, dim=1)
 TERMS = (EXPECTED * 0.3 + 0.1, EXPECTED * 0.7 - 0.1)
-NORMS = NormFacts(of_ranks=(3.0, 4.0), of_ranks_shards=(2.0, 2.0), counting_replicas=6.0)
+FIRST, LAST = EXPECTED - OTHER, OTHER  # what two micro-batches add
+MICRO = GradientFacts(micro_mean=((FIRST,) * 2, (LAST,) * 2), micro_local=((FIRST + 1,) * 2, (LAST - 1,) * 2))
+LOSS = torch.tensor(3.0, dtype=torch.float64)
 BIAS = torch.ones(8, dtype=torch.float64)
 
 # Causes of names in a checkpoint: `tests/checkpoints` has their tests.
@@ -59,6 +64,12 @@ def lookup() -> Suspect:
     table = torch.randn(8, 3, generator=CHANCE, dtype=torch.float64)
     rows = torch.where(tokens > 4, tokens - 1, tokens)
     return suspect("activation", [table[rows]] * 2, table[tokens], embedding=EmbeddingFacts(table, table.chunk(2)))
+
+
+def norm(*reported: float, **fields: object) -> Suspect:
+    """Return a suspect of a norm that ranks report, one number for each or one for both."""
+    of_ranks = reported * (2 // len(reported))
+    return suspect("norm", of_ranks, NORMS.whole, norms=facts(*of_ranks, **fields))
 
 
 EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
@@ -94,13 +105,47 @@ EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
         EXPECTED,
         linear=LinearTerms((EXPECTED * 0.5, EXPECTED * 0.5 - BIAS), BIAS, (BIAS, BIAS), are_summed=True),
     ),
+    Cause.REDUCED_AFTER_ACCUMULATION: lambda: suspect("gradient", [2 * FIRST + LAST] * 2, EXPECTED, gradient=MICRO),
+    Cause.LAST_MICRO_BATCH_ONLY: lambda: suspect("gradient", [LAST] * 2, EXPECTED, gradient=MICRO),
+    Cause.MICRO_BATCH_UNREDUCED: lambda: suspect(
+        "gradient", [FIRST + 1 + LAST] * 2, EXPECTED, gradient=MICRO, num_replicas=2
+    ),
+    Cause.MEAN_OF_LOCAL_MEANS: lambda: suspect(
+        "activation", [4 * LOSS] * 2, LOSS, labels=LabelFacts(LabelCounts(((2,), (14,)), "token_mean"), 0, 0)
+    ),
+    Cause.TOKEN_MEAN_INSTEAD_OF_MEAN: lambda: suspect(
+        "activation", [1.75 * LOSS] * 2, LOSS, labels=LabelFacts(LabelCounts(((2,), (14,))), 1, 0)
+    ),
+    Cause.OPTIMIZER_SEES_ONE_SHARD: lambda: suspect(
+        "update", HALVES[::-1], EXPECTED, expected_parts=HALVES, step=StepFacts(on_shards=HALVES[::-1])
+    ),
+    Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK: lambda: suspect(
+        "state", [HALVES[0]] * 2, EXPECTED, expected_parts=HALVES, is_replicated=False
+    ),
     Cause.PARTIAL_GRADIENT_ON_REPLICA: lambda: suspect("gradient", TERMS, EXPECTED),
     Cause.GRADIENT_MISSING: lambda: suspect(
         "gradient", [EXPECTED * 0] * 2, EXPECTED, gradient=GradientFacts(missing_on=(0, 1))
     ),
     Cause.GRADIENT_SCALED: lambda: suspect("gradient", [EXPECTED, EXPECTED * 1.7], EXPECTED),
-    Cause.NORM_IS_LOCAL: lambda: suspect("norm", (3.0, 4.0), 5.0, observed=0.4, norms=NORMS),
-    Cause.NORM_COUNTS_REPLICAS: lambda: suspect("norm", (6.0, 6.0), 5.0, observed=0.2, norms=NORMS),
+    Cause.NORM_IS_LOCAL: lambda: norm(*NORMS.of_ranks),
+    Cause.NORM_COUNTS_REPLICAS: lambda: norm(NORMS.counting_replicas),
+    Cause.NORM_LEAVES_OUT_SHARDS: lambda: norm(NORMS.of_ranks[0]),
+    Cause.NORM_AVERAGED_OVER_RANKS: lambda: norm(sum(NORMS.of_ranks) / 2),
+    Cause.NORM_SUMMED_OVER_RANKS: lambda: norm(sum(NORMS.of_ranks)),
+    Cause.NORM_OF_WRONG_ORDER: lambda: norm(NORMS.whole_of_order(1.0)),
+    Cause.NORM_WITHOUT_ROOT: lambda: norm(NORMS.whole**2),
+    Cause.NORM_BEFORE_UNSCALING: lambda: norm(NORMS.whole * 1024),
+    Cause.NORM_AFTER_CLIPPING: lambda: norm(NORMS.whole * CLIPPING.factor(NORMS.whole)),
+    Cause.REPORTED_NORM_WRONG: lambda: norm(NORMS.whole * 1.1, step=clipped_alike(NORMS.whole)),
+    Cause.CLIPPED_PER_GROUP: lambda: norm(
+        NORMS.norm_of(SHARDED),
+        step=clipped_step(
+            {name: CLIPPING.factor(NORMS.norm_of(group)) for group in (SHARDED, REPLICATED) for name in group}
+        ),
+    ),
+    Cause.CLIP_EPSILON_DIFFERS: lambda: suspect(
+        "update", [EXPECTED * 1.1] * 2, EXPECTED, norms=facts(implied=(NORMS.whole + 0.01 - CLIPPING.epsilon,) * 2)
+    ),
     Cause.REPLICA_DRIFT: lambda: suspect("update", [EXPECTED, EXPECTED + 1e-7], EXPECTED),
     Cause.NOT_FINITE: lambda: suspect("activation", [EXPECTED, EXPECTED * torch.nan], EXPECTED),
     Cause.ALL_ZERO: lambda: suspect("activation", [EXPECTED, EXPECTED * (BIAS.cumsum(0) > 4)], EXPECTED),
