@@ -108,12 +108,15 @@ def compare(
 ) -> None:
     """Find where two training runs first part, and whether that is rounding or a mistake.
 
-    Any two that `tpcheck.record` has written: tp 1 and tp 2, tp 2 and tp 8, two versions, two dtypes, two frameworks,
-    a run and itself. Record at least one of them with replays=2, which measures what rounding may do:
+    Any two: tp 1 and tp 2, two versions, dtypes or frameworks, a run and itself.
+    Each rank of a training script records; replays=2, in at least one of the two,
+    measures what rounding may do:
 
     \b
-    with tpcheck.record(model, "tp2.trace", optimizer=optimizer, replays=2):
-        train()
+        with tpcheck.record(model, "tp2.trace", optimizer=optimizer, replays=2):
+            train()
+
+    Then compare what was recorded:
 
     \b
     tpcheck compare tp2.trace tp1.trace

@@ -173,7 +173,19 @@ def layout(subject: Mapping[str, Any]) -> list[str]:
     ]
 
 
-_TRAINING = ("optimizer", "accumulate", "loss", "attention", "checkpointing", "compile", "lora", "loop")
+_TRAINING = (
+    "optimizer",
+    "accumulate",
+    "loss",
+    "attention",
+    "experts",
+    "checkpointing",
+    "reentrant",
+    "compile",
+    "compile_layers",
+    "lora",
+    "loop",
+)
 
 
 def training(subject: Mapping[str, Any]) -> list[str]:

@@ -387,6 +387,7 @@ def _watch(rank: Rank, build: Build, dropout: bool) -> tuple[Finding, ...]:
         every=1,
         on_mismatch="raise",
         across_dp="raise",
+        over_steps="raise",
         overlap=False,
         timeout=_BATCH_TIMEOUT,
     )
