@@ -27,7 +27,8 @@ SLUGS = set(
     norm_leaves_out_shards norm_averaged_over_ranks norm_summed_over_ranks
     options_differ nondeterminism collective_without_backward norm_of_wrong_order norm_without_root
     norm_before_unscaling norm_after_clipping reported_norm_wrong clipped_per_group clip_epsilon_differs
-    gate_up_exchanged key_value_exchanged rotary_layout offset_by_constant""".split()
+    gate_up_exchanged key_value_exchanged rotary_layout offset_by_constant token_mean_instead_of_mean samples_repeated
+    samples_skipped""".split()
 )
 
 
@@ -50,7 +51,7 @@ def test_a_slug_is_spelled_once_in_the_source() -> None:
 
 
 # They pass explanations on, or arrange tests: no test of theirs names a cause.
-PASSES_ON = ("numerics.hypotheses", "numerics.hypotheses.weights", "runs.full_causes")
+PASSES_ON = ("numerics.hypotheses", "numerics.hypotheses.weights", "runs.full_causes", "checkpoints.states")
 
 
 def modules_naming(cause: Cause) -> list[str]:
