@@ -25,7 +25,9 @@ SLUGS = set(
     reduced_after_accumulation last_micro_batch_only micro_batch_unreduced mean_of_local_means optimizer_sees_one_shard
     optimizer_state_of_another_rank optimizer_state_lost masters_stale
     norm_leaves_out_shards norm_averaged_over_ranks norm_summed_over_ranks
-    options_differ nondeterminism collective_without_backward""".split()
+    options_differ nondeterminism collective_without_backward norm_of_wrong_order norm_without_root
+    norm_before_unscaling norm_after_clipping reported_norm_wrong clipped_per_group clip_epsilon_differs
+    gate_up_exchanged key_value_exchanged rotary_layout offset_by_constant""".split()
 )
 
 

@@ -27,11 +27,11 @@ from tests.runs.hand_made import (
 )
 from tpcheck.core.causes import Cause
 from tpcheck.core.findings import Finding
+from tpcheck.core.name_maps import NameMap
 from tpcheck.numerics.sketch import sketch
 from tpcheck.report.report import Report
 from tpcheck.runs.alignment import Run
 from tpcheck.runs.comparing import compare_runs
-from tpcheck.runs.names import NameMap
 from tpcheck.runs.state_causes import stale_or_lost
 from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
 

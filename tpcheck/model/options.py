@@ -72,6 +72,8 @@ DTYPES = ("float64", "float32", "bfloat16")
 ZERO_STAGES = (0, 1, 2, 3)
 LOSSES = ("mean", "token_mean")
 LOOPS = ("plain", "trainer")
+ATTENTIONS = ("eager", "sdpa", "flex_attention")
+EXPERTS = ("eager", "grouped_mm", "batched_mm")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -130,10 +132,20 @@ class RunOptions:
         default=None,
         metadata=_doc("Attention of the sharded model: `eager`, `sdpa`, `flex_attention`. None for the model's own."),
     )
+    experts: str | None = field(
+        default=None,
+        metadata=_doc("Experts of the sharded model: `eager`, `grouped_mm`, `batched_mm`. None for the model's own."),
+    )
     checkpointing: bool = field(
         default=False, metadata=_doc("Recompute activations of the sharded model in the backward pass.")
     )
+    reentrant: bool = field(
+        default=False, metadata=_doc("Recompute them by re-entering autograd, torch's older way (`use_reentrant`).")
+    )
     compile: bool = field(default=False, metadata=_doc("Compile the sharded model with torch.compile."))
+    compile_layers: bool = field(
+        default=False, metadata=_doc("Compile each layer of the sharded model by itself, in place of the whole.")
+    )
     lora: int = field(
         default=0, metadata=_doc("Rank of LoRA adapters on a family's linear layers, trained alone; 0 for none.")
     )
@@ -278,8 +290,11 @@ class OptionKeywords(TypedDict, total=False):
     accumulate: int
     loss: str
     attention: str | None
+    experts: str | None
     checkpointing: bool
+    reentrant: bool
     compile: bool
+    compile_layers: bool
     loop: str
     config: Mapping[str, Any] | None
     checks: Sequence[str] | None
@@ -410,9 +425,7 @@ def _require_training(options: RunOptions) -> None:
     if options.loss not in LOSSES:
         raise UsageError("loss", options.loss, LOSSES)
     _require_optimizer(options.optimizer)
-    _require_attention(options)
-    _require_checkpointing(options)
-    _require_compile(options)
+    _require_implementations(options)
     _require_lora(options)
     _require_loop(options)
 
@@ -427,22 +440,18 @@ def _require_optimizer(optimizer: OptimizerSource) -> None:
         raise UsageError("optimizer", optimizer, accepted)
 
 
+def _require_implementations(options: RunOptions) -> None:
+    for name, accepted in (("attention", ATTENTIONS), ("experts", EXPERTS)):
+        if getattr(options, name) not in (None, *accepted):
+            raise UsageError(name, getattr(options, name), (None, *accepted))
+    for name in ("checkpointing", "reentrant", "compile", "compile_layers"):
+        if not isinstance(getattr(options, name), bool):
+            raise UsageError(name, getattr(options, name), (False, True))
+    if options.reentrant and not options.checkpointing:
+        raise UsageError("reentrant", True, "False without checkpointing")
+
+
 # ---- options that are not available yet: each is refused in one place
-
-
-def _require_attention(options: RunOptions) -> None:
-    if options.attention is not None:
-        raise UsageError("attention", options.attention, "None: other implementations are not available yet")
-
-
-def _require_checkpointing(options: RunOptions) -> None:
-    if options.checkpointing is not False:
-        raise UsageError("checkpointing", options.checkpointing, "False: it is not available yet")
-
-
-def _require_compile(options: RunOptions) -> None:
-    if options.compile is not False:
-        raise UsageError("compile", options.compile, "False: it is not available yet")
 
 
 def _require_lora(options: RunOptions) -> None:

@@ -154,10 +154,11 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
     torch checks every collective for shapes and dtypes that differ between ranks, where others would hang or crash. The
     check is stricter than gloo, which accepts a scalar for a tensor of one element: what fails it is run again without.
     """
+    from tpcheck.backends.registry import modules_of
     from tpcheck.model.rank_run import verify_on_rank
 
     topology, timeout = request.options.topology, request.options.timeout
-    preload = ZERO_PRELOAD if request.options.zero_stage else ()
+    preload = (*modules_of(request.options.backend_name), *(ZERO_PRELOAD if request.options.zero_stage else ()))
     try:
         with spawn(topology, timeout=timeout, also=preload) as world:
             return world.run(verify_on_rank, request)

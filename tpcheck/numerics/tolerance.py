@@ -50,6 +50,9 @@ RESIDUAL_NOISY = 0.1
 # Of a norm or a step that is worked out from weights: a float64 weight rounds by 1e-16 of itself, 1e-10 of a step that
 # moves it by 1e-6. Numbers that agree in six digits are the same number.
 FITTED_RELATIVE_ERROR = 1e-6
+# Of the factor by which a float64 step shows gradients to be clipped: a weight rounds by 1e-13 of a step that moves it
+# by 1e-3. The 1e-6 that torch adds to a norm of 1 is a thousand times as much.
+ACCURACY_OF_FACTORS = 1e-9
 # Distance of equal rows of an embedding: a lookup does not round, but torch.cdist does.
 EQUAL_ROWS = 1e-9
 
@@ -70,6 +73,15 @@ LOWER_DTYPE_ROUNDINGS = 4.0
 SPREAD_OF_ONE_ROW = 0.35
 
 # ---- causes: how far to search
+
+# Sets of parameters that a norm may leave out, of a square within a tenth of what is missing, say how many fit by
+# chance: their number times the share of that window that counts as equal. One time in a hundred is too often.
+WINDOW_OF_CHANCE = 0.1
+MOST_CHANCE = 0.01
+# Parameters among which three are looked for: 120**3 / 6 sums, of which bisection leaves the last factor out.
+MOST_NAMES_IN_TRIPLES = 120
+# Parameters that are too small to show by what they were clipped: 2**8 subsets for each group.
+MOST_UNKNOWN_FACTORS = 8
 
 # Ranks among whose subsets a wrong group is looked for: 2**5 subsets for each of six ranks.
 MOST_RANKS_OF_GROUPS = 6

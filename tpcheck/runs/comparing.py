@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tpcheck.core.causes import Cause, Explanation
-from tpcheck.core.errors import UsageError
 from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
+from tpcheck.core.name_maps import NameMap, Names
 from tpcheck.core.reproduce import compare_command
 from tpcheck.report.report import Report
 from tpcheck.runs.alignment import AlignedStep, Run, aligned_steps
@@ -32,7 +32,6 @@ from tpcheck.runs.exact_checks import (
 from tpcheck.runs.full_causes import CAUSES_OF_ORDER
 from tpcheck.runs.full_tensors import FullTensors, explain_in_full
 from tpcheck.runs.low_precision import noise_of_weights
-from tpcheck.runs.names import NameMap
 from tpcheck.runs.picture import PictureMaker
 from tpcheck.runs.run_findings import (
     GRADIENTS,
@@ -63,7 +62,6 @@ from tpcheck.runs.trace import StepRecord
 from tpcheck.runs.wholes import epsilon
 
 Paths: TypeAlias = str | Path | Sequence[str | Path]
-Names: TypeAlias = Mapping[str, str] | Sequence[str] | NameMap | None
 _MOST_ERRORS_LISTED = 8
 _CALIBRATED = (OUTPUTS, GRADIENTS, UPDATES, STATES)
 
@@ -90,18 +88,10 @@ def compare_traces(actual: Paths, expected: Paths, *, names: Names = None) -> Re
     from tpcheck.runs.trace_files import read_trace
 
     start = time.monotonic()
-    name_map = _name_map(names)
+    name_map = NameMap.from_argument(names)
     actual_ranks, expected_ranks = read_trace(actual, "actual"), read_trace(expected, "expected")
     report = compare_runs(Run.of(_shown(actual), actual_ranks), Run.of(_shown(expected), expected_ranks), name_map)
     return replace(report, verdict=replace(report.verdict, seconds=time.monotonic() - start))
-
-
-def _name_map(names: Names) -> NameMap:
-    if isinstance(names, NameMap):
-        return names
-    if not isinstance(names, (Mapping, Sequence, type(None))) or isinstance(names, str):
-        raise UsageError("names", names, "patterns with their replacements, or a list of names of ready maps")
-    return NameMap.of(names) if isinstance(names, Mapping) else NameMap.of(ready=names or ())
 
 
 def _shown(path: Paths) -> str:
@@ -401,9 +391,9 @@ class _RunsComparison:
             return answers
         if judged and not first_findings:
             self.notes.append(
-                f"{label_of(key)} in step {step.number} is the first tensor whose bits differ, although the runs are "
-                f"alike in versions, topology, weights, inputs and generators: {place} is not deterministic. What "
-                "differs is no more than rounding."
+                f"{label_of(key)} in step {step.number} is the first tensor whose bits differ, although both runs "
+                f"have the same versions, topology, weights, inputs and generators: {place} is not deterministic. "
+                "What differs is no more than rounding."
             )
             return answers
         others = sum(
@@ -511,7 +501,7 @@ class _RunsComparison:
         if num_unmeasured:
             reason = "no replay measured what rounding does to it"
             not_compared[f"{num_unmeasured} tensors"] = reason
-            messages.append(_without_measure(unmeasured, self._run_to_measure()))
+            messages.append(_without_measure(unmeasured, self._run_to_measure(), self._why_not_measured()))
             name = "failed" if findings else "skipped"
         elif not findings and not num_tensors:
             name = "skipped"
@@ -529,6 +519,12 @@ class _RunsComparison:
             coverage=coverage,
             message="\n".join(messages) or None,
         )
+
+    def _why_not_measured(self) -> str:
+        """Return what a recording with replays says of why they measured nothing; empty where there were none."""
+        ranks = [*self.actual.ranks.values(), *self.expected.ranks.values()]
+        reasons = [why for each in ranks for name, why in each.not_recorded.items() if name.startswith("replays")]
+        return reasons[0] if reasons else ""
 
     def _run_to_measure(self) -> str:
         """Return which run needs replays: the one that computes in the lower dtype."""
@@ -622,10 +618,15 @@ def _in_units_of_rounding(comparison: Comparison) -> float:
     return comparison.relative / eps * 3**0.5 if eps else 1.0
 
 
-def _without_measure(comparisons: Sequence[Comparison], which: str) -> str:
-    """Return what is to be said where no replay was made: what to add, and which modules add most to the error."""
+def _without_measure(comparisons: Sequence[Comparison], which: str, why: str = "") -> str:
+    """Return what is to be said where no replay measured rounding: what to add, and which modules add most to it.
+
+    Args:
+        which: The run that needs replays.
+        why: Why replays that were made have measured nothing.
+    """
     text = (
-        f"Nothing measured what rounding may do: record {which} again with replays, as in "
+        f"{why or 'Nothing measured what rounding may do'}: record {which} again with replays, as in "
         "tpcheck.record(model, path, replays=2). Until then these are errors, not findings."
     )
     added = added_errors(comparisons)

@@ -8,10 +8,10 @@ from functools import partial
 from math import hypot, inf, isfinite, isnan, sqrt
 from typing import Literal
 
+from tpcheck.core.name_maps import NameMap
 from tpcheck.numerics.sketch import distance
 from tpcheck.numerics.tolerance import SAFETY_FACTOR
 from tpcheck.runs.alignment import Run, SharedSamples
-from tpcheck.runs.names import NameMap
 from tpcheck.runs.trace import TensorRecord
 from tpcheck.runs.wholes import (
     Pairing,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import hypot, inf, isfinite, sqrt
+from math import inf, isfinite, sqrt
 from typing import Any
 
 import torch
@@ -581,75 +581,6 @@ def shards_in_another_order(suspect: Suspect) -> Explanation | None:
 
 
 # ---- norms
-
-
-@dataclass(frozen=True, slots=True)
-class NormsOfRanks:
-    """Norms of a run's gradients, as its ranks hold them.
-
-    Attributes:
-        whole: Over every element once.
-        of_ranks: Over all that each rank of a TP group holds.
-        sharded_of_ranks: Over each rank's shards alone.
-        replicated: Over what all of them hold.
-    """
-
-    whole: float
-    of_ranks: tuple[float, ...]
-    sharded_of_ranks: tuple[float, ...]
-    replicated: float
-
-
-def explain_norm(
-    used: Sequence[float], norms: NormsOfRanks, tolerance: float = FITTED_RELATIVE_ERROR
-) -> Explanation | None:
-    """Return by which wrong norm gradients were clipped.
-
-    Args:
-        used: The norm that each rank of the TP group used, in the unit of `norms`.
-        norms: Of the gradients that these ranks hold.
-        tolerance: Relative error up to which two norms are the same.
-    """
-    tp = len(norms.of_ranks)
-    if tp < 2 or len(used) != tp:
-        return None
-
-    def all_are(candidates: Sequence[float]) -> float | None:
-        errors = [abs(actual - norm) / norm if norm else inf for actual, norm in zip(used, candidates, strict=True)]
-        return max(errors) if max(errors) <= tolerance else None
-
-    shards = hypot(*norms.sharded_of_ranks)
-    hypotheses: list[tuple[Cause, Sequence[float], str]] = [
-        (Cause.NORM_IS_LOCAL, norms.of_ranks, "each rank's norm is that of its own gradients"),
-        (Cause.NORM_IS_LOCAL, norms.sharded_of_ranks, "each rank's norm is that of its own shards"),
-        (Cause.NORM_COUNTS_REPLICAS, (hypot(*norms.of_ranks),) * tp, ""),
-        *(
-            (Cause.NORM_LEAVES_OUT_SHARDS, (norm,) * tp, f"it is that of tp rank {number} alone")
-            for number, norm in enumerate(norms.of_ranks)
-        ),
-        (Cause.NORM_LEAVES_OUT_SHARDS, (norms.replicated,) * tp, "it is that of replicated parameters alone"),
-        (Cause.NORM_LEAVES_OUT_SHARDS, (shards,) * tp, "it leaves out replicated parameters"),
-        (Cause.NORM_AVERAGED_OVER_RANKS, (sum(norms.of_ranks) / tp,) * tp, "the mean of the ranks' norms"),
-        (Cause.NORM_AVERAGED_OVER_RANKS, (hypot(*norms.of_ranks) / sqrt(tp),) * tp, "the mean of their squares"),
-        (Cause.NORM_SUMMED_OVER_RANKS, (sum(norms.of_ranks),) * tp, "the sum of the ranks' norms"),
-    ]
-    for cause, candidates, note in hypotheses:
-        error = all_are(candidates)
-        if error is not None:
-            return Explanation(cause, error, {"note": note} if note else {})
-    return None
-
-
-NORM_CAUSES = {
-    cause.slug
-    for cause in (
-        Cause.NORM_IS_LOCAL,
-        Cause.NORM_COUNTS_REPLICAS,
-        Cause.NORM_LEAVES_OUT_SHARDS,
-        Cause.NORM_AVERAGED_OVER_RANKS,
-        Cause.NORM_SUMMED_OVER_RANKS,
-    )
-}
 
 
 def clip_factors(comparison: Comparison) -> dict[int, float] | None:

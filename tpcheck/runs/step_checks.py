@@ -14,6 +14,7 @@ import torch
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.findings import Finding
 from tpcheck.numerics.evidence import Evidence
+from tpcheck.numerics.norms import NORM_CAUSES, GradientNorms, Matches, ObservedNorm, explain_norm
 from tpcheck.numerics.sketch import GlobalIndex, Sketch, row_keys, sketch
 from tpcheck.numerics.tolerance import (
     FITTED_RELATIVE_ERROR,
@@ -50,13 +51,10 @@ from tpcheck.runs.run_findings import (
     joined,
 )
 from tpcheck.runs.sketch_causes import (
-    NORM_CAUSES,
     MicroBatches,
-    NormsOfRanks,
     Suspect,
     clip_factors,
     explain,
-    explain_norm,
     sees_one_shard,
     share_of,
 )
@@ -564,8 +562,8 @@ def _clipped_otherwise(
     if norms is None:
         return None
     clipped_to = hypot(*(each.expected.norm for each in comparisons))
-    used = [clipped_to] * len(group)
-    explanation = explain_norm(used, norms, noise)
+    observed = ObservedNorm((clipped_to,) * len(group), norms.whole, noise, noise, unit=0.0)
+    explanation = explain_norm(observed, norms).explanation
     if explanation is None:
         return None
     shown = {str(rank): float(f"{factors[rank][0]:.6g}") for rank in group}
@@ -574,23 +572,22 @@ def _clipped_otherwise(
 
 def norms_of_ranks(
     context: StepContext, comparisons: Sequence[Comparison], group: Sequence[int]
-) -> NormsOfRanks | None:
+) -> GradientNorms | None:
     """Return the norms of the actual run's gradients; None where a tensor's pieces are not those of one TP group."""
-    whole, shards, replicated = 0.0, dict.fromkeys(group, 0.0), dict.fromkeys(group, 0.0)
+    by_rank: dict[int, dict[str, float]] = {rank: {} for rank in group}
+    replicated = set()
     for each in comparisons:
         parts = each.actual.parts
         if each.is_of_norms or not all(rank in parts for rank in group):
             return None
-        whole += each.actual.sketch.sum_squares
-        is_replicated = len({parts[rank].piece for rank in group}) == 1
+        if len({parts[rank].piece for rank in group}) == 1:
+            replicated.add(each.name)
         for rank in group:
-            (replicated if is_replicated else shards)[rank] += parts[rank].sketch.sum_squares
-    return NormsOfRanks(
-        sqrt(whole),
-        tuple(sqrt(shards[rank] + replicated[rank]) for rank in group),
-        tuple(sqrt(shards[rank]) for rank in group),
-        sqrt(max(replicated.values(), default=0.0)),
-    )
+            by_rank[rank][each.name] = sqrt(parts[rank].sketch.sum_squares)
+    vectors = frozenset(each.name for each in comparisons if len(each.expected.shape) < 2)
+    matrices = frozenset(each.name for each in comparisons) - vectors
+    kinds = {"every vector": vectors, "every matrix": matrices}
+    return GradientNorms(tuple(by_rank[rank] for rank in group), frozenset(replicated), kinds=kinds)
 
 
 def norm_matches(context: StepContext, gradients: Answer) -> Answer:
@@ -640,17 +637,21 @@ def norm_matches(context: StepContext, gradients: Answer) -> Answer:
         return Answer(NORM, number, margins if is_measured else {})
     group = context.run.replicas[0]
     norms = norms_of_ranks(context, comparisons, group) if is_complete else None
-    explanation = None
+    matches = Matches()
     if norms is not None and norms.whole and all(rank in reported for rank in group):
         before = expected / norms.whole  # by which clipping made them smaller
-        explanation = explain_norm(
-            [reported[rank] / before for rank in group], norms, max(10 * eps, allowed / expected / 10)
+        noise = max(10 * eps, allowed / expected / 10)
+        used = tuple(reported[rank] / before for rank in group)
+        matches = explain_norm(
+            ObservedNorm(used, norms.whole, noise, noise, scales=_scales(context), unit=before), norms
         )
+    explanation = matches.explanation
     evidence = {
         "norm_actual": [reported[rank] for rank in sorted(reported)],
         "norm_expected": expected,
         "dtype": context.measured.dtype,
-        **({"note": explanation.evidence["note"]} if explanation and "note" in explanation.evidence else {}),
+        **({"norm_could_be": list(matches.could_be)} if matches.could_be else {}),
+        **(explanation.evidence if explanation else {}),
     }
     relative_error = error / expected if expected else error
     finding = Finding(
@@ -662,6 +663,16 @@ def norm_matches(context: StepContext, gradients: Answer) -> Answer:
         evidence,
     )
     return Answer(NORM, number, margins, (finding,))
+
+
+def _scales(context: StepContext) -> dict[str, float]:
+    """Return by what gradients are multiplied before they are unscaled."""
+    known = {
+        "the number of micro-batches": float(context.num_passes),
+        "the number of replicas": float(context.run.dp),
+        "the loss scale": loss_scales(context.step)[0],
+    }
+    return {what: scale for what, scale in known.items() if scale > 1}
 
 
 # ---- updates

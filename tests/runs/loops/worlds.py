@@ -14,6 +14,7 @@ import pytest
 import tpcheck
 from tests.runs.loops.loop import Loop, Side, Weights, disagreement, train
 from tpcheck import Report, Topology, World
+from tpcheck.world.forkserver_client import ZERO_PRELOAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,9 @@ class LoopRunner:
 
     def run(self, side: Side, path: Path | None) -> Sequence[Weights]:
         if side.topology not in self.worlds:
-            self.worlds[side.topology] = self.stack.enter_context(tpcheck.spawn(side.topology, timeout=120))
+            self.worlds[side.topology] = self.stack.enter_context(
+                tpcheck.spawn(side.topology, timeout=120, also=ZERO_PRELOAD)
+            )
         weights: Sequence[Weights] = self.worlds[side.topology].run(train, side, path)
         return weights
 

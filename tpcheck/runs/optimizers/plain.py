@@ -219,8 +219,10 @@ class TorchView:
         index = self._dtensor_indices[key]
         partial = [dim for dim, placement in enumerate(tensor.placements) if placement.is_partial()]
         means = [dim for dim in partial if getattr(tensor.placements[dim], "reduce_op", "sum") == "avg"]
-        with torch.no_grad():
-            values = tensor.to_local()
+        values = tensor._local_tensor
+        if type(values) not in (torch.Tensor, torch.nn.Parameter):  # on its way from a collective
+            with torch.no_grad():
+                values = tensor.to_local()
         return Part(
             kind,
             name,
