@@ -47,12 +47,15 @@ def judged_among_neighbours(comparisons: Sequence[Comparison], typical: float = 
     return judged
 
 
-def rerouted_among(comparisons: Sequence[Comparison]) -> list[Comparison]:
+def rerouted_among(comparisons: Sequence[Comparison], *, is_known: bool = False) -> list[Comparison]:
     """Return the tensors of 16 bits that are wrong, or nearly so, in a few rows, where what follows is right.
 
     Near a tie, rounding decides to which experts a router sends a token: then its row is another one altogether, and
     tensors whose rows are in the order of experts are moved. A mistake is in most rows, or shows in what follows; as it
     may be at few positions of all samples, which make a tile of rows, too, a router has to be beside it.
+
+    Args:
+        is_known: Tokens went to other experts in the forward pass of this step.
     """
     routed = {each.name.rpartition(".")[0] for each in comparisons if each.name.rpartition(".")[2] in ROUTERS}
     found: list[Comparison] = []
@@ -65,7 +68,7 @@ def rerouted_among(comparisons: Sequence[Comparison]) -> list[Comparison]:
         elif comparison.is_wrong:
             return found  # a mistake: what follows from it is none of these
         elif is_keyed or not run:
-            beside = [each for each in (*run, comparison) if _is_inside(each, routed)] if run else []
+            beside = [each for each in (*run, comparison) if is_known or _is_inside(each, routed)] if run else []
             if any(map(_differs_in_few_rows, beside)):
                 found += run
             run = []
