@@ -34,7 +34,7 @@ NUM_NEIGHBOURS = 16
 # Of two right runs of mixtral (128 tokens) one to four tokens in a layer go to other experts: of one token 97 to 99 %
 # of the squared difference of the experts' output lies in one of 16 tiles of rows. An error of all rows has a quarter
 # in four of them.
-FEW_ROWS = 4
+FEW_ROWS = 0.25  # of the tiles that have rows
 SHARE_OF_FEW_ROWS = 0.9
 NEAR_LIMIT = 0.5  # errors that are nearer to the allowed one are not judged by chance alone
 # Gradients move less alike; those of parameters may have few elements (norms, biases).

@@ -93,7 +93,8 @@ def _differs_in_few_rows(comparison: Comparison) -> bool:
     ):
         return False
     by_row = ((comparison.actual.sketch - comparison.expected.sketch).tile_norms() ** 2).sum(dim=1)
-    largest = by_row.sort(descending=True).values[:FEW_ROWS]
+    num_tiles = int((comparison.expected.sketch.tile_norms().sum(dim=1) > 0).sum())
+    largest = by_row.sort(descending=True).values[: max(1, int(num_tiles * FEW_ROWS))]
     return float(largest.sum()) >= SHARE_OF_FEW_ROWS * float(by_row.sum()) > 0
 
 
