@@ -202,12 +202,15 @@ def _known_preset(config: Config) -> str | None:
 
 
 def norm_of_bfloat16_is_local(config: Config) -> Problems:
-    """Measured with deepspeed 0.19.8: at ZeRO 0 in bfloat16 each TP rank clips by the norm of its own shards."""
+    """At ZeRO 0 in bfloat16 the norm that clips is that of one TP rank's shards.
+
+    Measured with deepspeed 0.19.8: docs/upstream/deepspeed_bf16_norm.py.
+    """
     is_bfloat16 = any(section(config, name).get("enabled") is True for name in ("bf16", "bfloat16"))
     if is_bfloat16 and num_tp(config) > 1 and zero_stage(config) == 0 and config.get("gradient_clipping", 1.0):
         yield (
-            f"with bf16, autotp_size {num_tp(config)} and ZeRO 0, each TP rank clips by the norm of its own shards: "
-            "replicated parameters silently part",
+            f"with bf16, autotp_size {num_tp(config)} and ZeRO 0, gradients are clipped by the norm of one TP rank's "
+            "shards: too little, and differently at each TP size",
             'set "zero_optimization": {"stage": 1}, or "gradient_clipping": 0.0',
         )
 
