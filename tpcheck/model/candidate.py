@@ -84,10 +84,16 @@ def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: i
         activations[key] = local_part(tensor).clone()
 
     with ModuleRecorder(candidate.module, keep):
-        with blame_backend(backend, f"forward of step {index}"), logged_collectives(candidate.module) as collectives:
+        with (
+            blame_backend(backend, f"forward of step {index}"),
+            logged_collectives(candidate.module, "forward", lambda: len(activations)) as collectives,
+        ):
             output = candidate.forward(copy_batch(batch))
         loss = loss_of(output)
-        with blame_backend(backend, f"backward of step {index}"):
+        with (
+            blame_backend(backend, f"backward of step {index}"),
+            logged_collectives(candidate.module, "backward", lambda: len(activations)) as backward_collectives,
+        ):
             candidate.backward(loss)
     with blame_backend(backend, f"step {index}"):
         gradients = {name: candidate.gradient(name) for name in names}
@@ -104,7 +110,7 @@ def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: i
         float(full_tensor(loss.detach())),
         buffers=copy_buffers(candidate.module),
         digests=digests,
-        collectives=tuple(collectives),
+        collectives=(*collectives, *backward_collectives),
     )
 
 

@@ -16,6 +16,7 @@ from tpcheck.backends.sgd import Sgd, clip_gradients
 from tpcheck.core.errors import UsageError
 from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of, make_batches
 from tpcheck.model.options import Request
+from tpcheck.numerics.data_flow import DataFlow
 from tpcheck.numerics.evidence import Step, TensorKey
 from tpcheck.numerics.perturb import Deviations, Perturbation, first_nonzero, named_deviations, perturbed_replay
 from tpcheck.numerics.precision import torch_function_disabled
@@ -144,14 +145,19 @@ def train_recorded(
 ) -> list[ReferenceStep]:
     """Train, and return each step with a copy of every activation."""
     activations: dict[tuple[int, int], dict[TensorKey, torch.Tensor]] = {}
+    flows: dict[tuple[int, int], DataFlow] = {}
 
     def recording(step: int, dp_rank: int) -> ModuleRecorder:
         kept = activations.setdefault((step, dp_rank), {})
-        return ModuleRecorder(model, lambda key, tensor: kept.__setitem__(key, tensor.clone()))
+        flow = flows.setdefault((step, dp_rank), DataFlow())
+        return ModuleRecorder(model, lambda key, tensor: kept.__setitem__(key, tensor.clone()), flow=flow)
 
     steps = train(model, batches, options, recording)
     return [
-        tuple(replace(of_rank, activations=activations[index, dp_rank]) for dp_rank, of_rank in enumerate(step))
+        tuple(
+            replace(of_rank, activations=activations[index, dp_rank], sources=flows[index, dp_rank].sources)
+            for dp_rank, of_rank in enumerate(step)
+        )
         for index, step in enumerate(steps)
     ]
 

@@ -50,11 +50,15 @@ class Collective:
         module: The innermost module whose forward issued it.
         name: As in `torch.distributed`, such as `all_reduce`.
         ranks: Global ranks of its group; empty where they are unknown.
+        phase: Of the pass that issued it. The module of one in the backward pass is unknown, and empty.
+        position: How many inputs and outputs of modules the rank had recorded before.
     """
 
     module: str
     name: str
     ranks: tuple[int, ...]
+    phase: Phase = "forward"
+    position: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,9 @@ class Step:
         local_gradients: Gradient of each parameter from this DP rank's batch alone; empty for a candidate, and where
             there is one DP rank.
         digests: Digest of the bits of each parameter, gradient and buffer, by (kind, name).
-        collectives: Those of the forward pass, in order; the reference has none.
+        collectives: Those of the forward and the backward pass, in order; the reference has none.
+        sources: For each activation of the forward pass those nearest before it that it is computed from, as autograd
+            knows it; empty for a candidate, and where there are no gradients.
     """
 
     activations: Mapping[TensorKey, Tensor]
@@ -83,6 +89,7 @@ class Step:
     local_gradients: Mapping[str, Tensor | None] = field(default_factory=dict)
     digests: Mapping[tuple[str, str], str] = field(default_factory=dict)
     collectives: tuple[Collective, ...] = ()
+    sources: Mapping[TensorKey, tuple[TensorKey, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

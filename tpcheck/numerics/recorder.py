@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tpcheck.numerics.evidence import Collective, Role, TensorKey
+from tpcheck.numerics.data_flow import DataFlow
+from tpcheck.numerics.evidence import Collective, Phase, Role, TensorKey
 from tpcheck.numerics.tensors import map_tensors, named_tensors
 
 Sink = Callable[[TensorKey, torch.Tensor], None]
@@ -37,6 +38,7 @@ class ModuleRecorder:
         forced: Teacher forcing per module: returns what a module is given in place of a tensor, for its inputs and, in
             the backward pass, for the gradients of its outputs. What the module sends back still goes to the producer
             of the tensor that was replaced. `sink` sees that tensor, not the forced one.
+        flow: Collects what is computed from what.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -47,10 +49,13 @@ class ModuleRecorder:
         ['model: input 0', '0: input 0', '0: output 0', 'model: output 0']
     """
 
-    def __init__(self, model: nn.Module, sink: Sink, forced: ForcedValue | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, sink: Sink, forced: ForcedValue | None = None, flow: DataFlow | None = None
+    ) -> None:
         self._model = model
         self._sink = sink
         self._forced = forced
+        self._flow = flow
         self._calls: Counter[str] = Counter()
         self._open_calls: dict[str, list[int]] = {}
         self._handles: list[Any] = []
@@ -114,6 +119,8 @@ class ModuleRecorder:
             if not tensor.is_floating_point():
                 continue
             self._sink(TensorKey("forward", name, call, role, path), tensor.detach())
+            if self._flow is not None:
+                self._flow.add(TensorKey("forward", name, call, role, path), tensor)
             if _has_gradient(tensor):  # without autograd, a hook would see what goes to whatever else uses the tensor
                 self._handles.append(
                     tensor.register_hook(  # type: ignore[no-untyped-call]
@@ -184,17 +191,23 @@ _NAMES = {operator: kind for kind, operators in _KINDS.items() for operator in o
 
 
 @contextmanager
-def logged_collectives(model: nn.Module) -> Iterator[list[Collective]]:
+def logged_collectives(
+    model: nn.Module, phase: Phase = "forward", position: Callable[[], int] = int
+) -> Iterator[list[Collective]]:
     """Yield a list that grows by every collective that is issued inside, with the innermost module of `model` running.
 
     Both ways of issuing one are seen: `torch.distributed`, which dispatches to `c10d`, and the functional collectives
     of DTensor. Calls on tensor subclasses are left to the subclasses, whose inner operators are seen instead.
+
+    Args:
+        phase: What runs inside. In the backward pass no module runs.
+        position: Returns how many activations are recorded.
     """
     running: list[str] = [""]
     log: list[Collective] = []
     handles = [handle for name, module in model.named_modules() for handle in _tracked(name, module, running)]
     try:
-        with _CollectiveLog(running, log):
+        with _CollectiveLog(lambda name, ranks: log.append(Collective(running[-1], name, ranks, phase, position()))):
             yield log
     finally:
         for handle in handles:
@@ -216,9 +229,8 @@ def _tracked(name: str, module: nn.Module, running: list[str]) -> Iterator[Any]:
 class _CollectiveLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator and logs the collectives."""
 
-    def __init__(self, running: list[str], log: list[Collective]) -> None:
+    def __init__(self, log: Callable[[str, tuple[int, ...]], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._running = running
         self._log = log
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -228,7 +240,7 @@ class _CollectiveLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return NotImplemented
         name = _NAMES.get(func.overloadpacket.__name__.rstrip("_")) if func.namespace in _NAMESPACES else None
         if name is not None:
-            self._log.append(Collective(self._running[-1], name, _group(args)))
+            self._log(name, _group(args))
         return func(*args, **(kwargs or {}))
 
 

@@ -13,7 +13,6 @@ from tpcheck.numerics.checks.activations import (
     ComparedActivations,
     compare_activations,
     first_divergences,
-    is_inside,
     scope_of,
 )
 from tpcheck.numerics.checks.outputs import activation_suspect
@@ -23,6 +22,7 @@ from tpcheck.numerics.checks.recompute import (
     recompute_weight_gradient,
 )
 from tpcheck.numerics.checks.suspects import ComparedParameter, compare_parameters, parameter_suspect
+from tpcheck.numerics.data_flow import is_exchanged_behind, is_inside
 from tpcheck.numerics.differences import distance_of_terms, rounding_error
 from tpcheck.numerics.evidence import CheckOutcome, Evidence, GradientFacts, Suspect, TensorKey
 
@@ -226,6 +226,7 @@ def _input_gradient_suspect(evidence: Evidence, step: int, activation: ComparedA
         kind="input_gradient",
         where={"phase": "backward", "step": step, "module": key.module, "field": f"{key.role} {key.path}"},
         is_replicated=True,
+        terms=terms.by_rank if is_exchanged_behind(evidence, step, key) else (),
     )
     if suspect is not None:
         yield replace(suspect, role=key.role, linear=terms)

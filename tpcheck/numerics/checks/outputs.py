@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from tpcheck.core.placement import Shard
+from tpcheck.core.topology import Topology
 from tpcheck.numerics.checks.activations import (
     ComparedActivation,
     ComparedActivations,
     compare_activations,
     first_divergences,
-    is_inside,
-    is_result,
     scope_of,
 )
 from tpcheck.numerics.checks.recompute import (
@@ -27,6 +26,7 @@ from tpcheck.numerics.checks.recompute import (
     weight_parts,
 )
 from tpcheck.numerics.checks.suspects import compare_scalar, tensor_suspect
+from tpcheck.numerics.data_flow import is_exchanged_behind, is_inside, is_result
 from tpcheck.numerics.evidence import (
     CheckOutcome,
     Collective,
@@ -41,7 +41,7 @@ from tpcheck.numerics.evidence import (
 
 _CHECK = "outputs_match_reference"
 
-Issued = tuple[tuple[str, tuple[int, ...]], ...]  # (name, global ranks) in order
+Issued = tuple[tuple[str, tuple[int, ...] | str], ...]  # (name, global ranks or axis) in order
 
 
 def outputs_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
@@ -137,26 +137,39 @@ def _fused_before(events: Sequence[ComparedActivation], root: TensorKey, scope: 
 def differs_from_sibling_layers(evidence: Evidence, step: int, module: str) -> SiblingCollectives | None:
     """Return a module's collectives where they are not those that most of its sibling layers issued.
 
-    The names of siblings differ in numbers alone. A module without siblings is compared between the ranks.
+    The names of siblings differ in numbers alone. A module without siblings is compared between the ranks, each of which
+    has groups of its own over the same axis.
     """
-    by_rank = [_by_module(rank.collectives) for rank in evidence.candidate[step]]
+    by_rank = [
+        _by_module(recorded.collectives, evidence.topology, rank)
+        for rank, recorded in zip(evidence.tp_group, evidence.candidate[step], strict=True)
+    ]
     issued = [collectives.get(module, ()) for collectives in by_rank]
     names = {key.module for key in evidence.reference[step].activations}
     pattern = _without_numbers(module)
     siblings = sorted(name for name in names if name != module and _without_numbers(name) == pattern)
     votes = Counter(collectives.get(name, ()) for name in siblings for collectives in by_rank)
     expected = (votes or Counter(issued)).most_common(1)[0][0]
-    different = next((collectives for collectives in issued if collectives != expected), None)
+    by_global_rank = zip(evidence.tp_group, issued, strict=True)
+    rank, different = next((pair for pair in by_global_rank if pair[1] != expected), (0, None))
     if different is None:
         return None
     such = (name for name in siblings if any(collectives.get(name, ()) == expected for collectives in by_rank))
-    return SiblingCollectives(different, expected, f"in {next(such)}" if votes else "on the other ranks")
+    issued_over, expected_over = (
+        tuple((name, evidence.topology.peers(rank, over) if isinstance(over, str) else over) for name, over in side)
+        for side in (different, expected)
+    )
+    return SiblingCollectives(issued_over, expected_over, f"in {next(such)}" if votes else "on the other ranks")
 
 
-def _by_module(collectives: tuple[Collective, ...]) -> Mapping[str, Issued]:
+def _by_module(collectives: Sequence[Collective], topology: Topology, rank: int) -> Mapping[str, Issued]:
+    """Return what each module issued in the forward pass."""
+    axes = {topology.peers(rank, axis): axis for axis in ("dp", "tp")}
     issued: dict[str, Issued] = {}
-    for collective in collectives:
-        issued[collective.module] = (*issued.get(collective.module, ()), (collective.name, collective.ranks))
+    for each in collectives:
+        if each.phase == "forward":
+            over = axes.get(tuple(sorted(each.ranks)), each.ranks)
+            issued[each.module] = (*issued.get(each.module, ()), (each.name, over))
     return issued
 
 
@@ -209,6 +222,7 @@ def _independent(
             kind="activation",
             where=_where(key, step, key.module),
             is_replicated=placed.is_replicated,
+            terms=terms.by_rank if terms is not None and is_exchanged_behind(evidence, step, key) else (),
         )
         if suspect is not None:
             collectives = differs_from_sibling_layers(evidence, step, key.module)
