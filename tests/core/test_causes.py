@@ -24,7 +24,7 @@ SLUGS = set(
     same_order_different_seed padding_differs order_differs uneven_length duplicate_dp_batch
     reduced_after_accumulation last_micro_batch_only micro_batch_unreduced mean_of_local_means optimizer_sees_one_shard
     optimizer_state_of_another_rank masters_stale norm_leaves_out_shards norm_averaged_over_ranks norm_summed_over_ranks
-    options_differ nondeterminism collective_without_backward""".split()
+    options_differ nondeterminism collective_without_backward use_of_module_lost statistic_over_one_shard""".split()
 )
 
 

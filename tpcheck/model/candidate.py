@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +12,9 @@ from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOpt
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.local_part import full_tensor, local_part
 from tpcheck.core.digests import digest
-from tpcheck.core.errors import BackendError, TpcheckError
+from tpcheck.model.blame import blame_backend
 from tpcheck.model.build import Batch, copy_batch, loss_of
-from tpcheck.numerics.evidence import Step, TensorKey
+from tpcheck.numerics.evidence import Collective, Step, TensorKey
 from tpcheck.numerics.recorder import ModuleRecorder, logged_collectives
 from tpcheck.numerics.tensors import copy_buffers
 
@@ -68,16 +67,25 @@ def _ties(model: nn.Module) -> dict[str, str]:
     return {name: first for first, *others in names_by_id.values() for name in others}
 
 
-def train(backend: Backend, candidate: Candidate, names: Sequence[str], batches: Sequence[Batch]) -> tuple[Step, ...]:
+def train(
+    backend: Backend, candidate: Candidate, names: Sequence[str], batches: Sequence[Batch], log: list[Collective]
+) -> tuple[Step, ...]:
     """Train on this DP rank's batches; return copies of every tensor that is compared.
+
+    Args:
+        names: Of parameters.
+        log: Grows by every collective of every step, which a crash leaves there.
 
     Raises:
         BackendError: The backend crashed; with its own message and where it happened.
     """
-    return tuple(_step(backend, candidate, names, index, batch) for index, batch in enumerate(batches))
+    return tuple(_step(backend, candidate, names, index, batch, log) for index, batch in enumerate(batches))
 
 
-def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: int, batch: Batch) -> Step:
+def _step(
+    backend: Backend, candidate: Candidate, names: Sequence[str], index: int, batch: Batch, log: list[Collective]
+) -> Step:
+    first = len(log)
     activations: dict[TensorKey, torch.Tensor] = {}
 
     def keep(key: TensorKey, tensor: torch.Tensor) -> None:
@@ -86,13 +94,13 @@ def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: i
     with ModuleRecorder(candidate.module, keep):
         with (
             blame_backend(backend, f"forward of step {index}"),
-            logged_collectives(candidate.module, "forward", lambda: len(activations)) as collectives,
+            logged_collectives(candidate.module, log, "forward", lambda: len(activations)),
         ):
             output = candidate.forward(copy_batch(batch))
         loss = loss_of(output)
         with (
             blame_backend(backend, f"backward of step {index}"),
-            logged_collectives(candidate.module, "backward", lambda: len(activations)) as backward_collectives,
+            logged_collectives(candidate.module, log, "backward", lambda: len(activations)),
         ):
             candidate.backward(loss)
     with blame_backend(backend, f"step {index}"):
@@ -110,7 +118,7 @@ def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: i
         float(full_tensor(loss.detach())),
         buffers=copy_buffers(candidate.module),
         digests=digests,
-        collectives=(*collectives, *backward_collectives),
+        collectives=tuple(log[first:]),
     )
 
 
@@ -120,14 +128,3 @@ def _digests(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, 
 
 def _buffer_digests(module: nn.Module) -> dict[tuple[str, str], str]:
     return _digests("buffer", {name: local_part(buffer) for name, buffer in module.named_buffers()})
-
-
-@contextmanager
-def blame_backend(backend: Backend, phase: str) -> Iterator[None]:
-    """Raise errors from inside as BackendError, with the phase in which the backend failed."""
-    try:
-        yield
-    except TpcheckError:
-        raise
-    except Exception as error:
-        raise BackendError(f"{backend.name}, {phase}: {type(error).__name__}: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -14,10 +15,11 @@ import torch.distributed as dist
 from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.digests import digest
+from tpcheck.model.blame import internal_error, is_of_tpcheck, issued_by, naming_indivisible_sizes
 from tpcheck.model.build import Batch, build_model, require_equal_models
 from tpcheck.model.candidate import CandidateStart, shard, train
 from tpcheck.model.options import Request
-from tpcheck.model.recompute import recompute_outputs
+from tpcheck.model.recompute import compute_alone, recompute_outputs
 from tpcheck.model.reference import CommunicatingRank, Reference, ReferenceStep
 from tpcheck.model.saving import add_saved, load_gathered, verify_saved
 from tpcheck.model.teacher_forcing import (
@@ -28,7 +30,7 @@ from tpcheck.model.teacher_forcing import (
     replica_gradients,
 )
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
-from tpcheck.numerics.evidence import Evidence, ForcedModules, RankFacts, Step, TensorKey
+from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, RankFacts, Step, TensorKey
 from tpcheck.numerics.precision import everything_in_float64, torch_function_disabled
 from tpcheck.numerics.tolerance import Tolerance
 from tpcheck.numerics.verdict import GroupAnswer, forbids_training, full_answer, start_answer
@@ -58,20 +60,36 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
         UsageError: The model or the batch cannot be used.
         BackendError: The backend crashed.
     """
+    log: list[Collective] = []
+    try:
+        return _verify(rank, request, log)
+    except Exception as error:
+        if is_of_tpcheck(error):
+            raise internal_error(error) from error
+        with suppress(Exception):  # some exceptions have no attributes of one's own
+            error.tpcheck_details = issued_by(log, rank.topology, rank.rank)  # type: ignore[attr-defined]
+        raise
+
+
+def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) -> RankAnswer:
+    """Do as `verify_on_rank`; add to `log` every collective of the candidate's steps."""
     backend, checks = load_backend(request.options.backend), request.options.check_names
     options = backend.resolved(_training_options(request, rank.device))
     with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
         reference = Reference.build(request, rank, options)
         twin = build_model(request, rank.device)
         require_equal_models(twin, reference.model, reference.state)
-        candidate, start = shard(backend, twin, tuple(reference.parameters), rank, reference.options)
+        config, tp = getattr(reference.model, "config", None), rank.topology.tp
+        with naming_indivisible_sizes(config, tp):
+            candidate, start = shard(backend, twin, tuple(reference.parameters), rank, reference.options)
         evidence = _start_evidence(rank, request, reference, start)
         with torch_function_disabled():
             answer = None if evidence is None else start_answer(evidence, checks)
         if not any(rank.gather(answer is not None and forbids_training(answer))):
             saves = CHECKPOINT_CHECK in checks
             saved = [verify_saved(rank, candidate, reference.model, step=-1)] if saves else []
-            full = _train_both(rank, request, reference, backend, candidate, start, evidence)
+            with naming_indivisible_sizes(config, tp):
+                full = _train_both(rank, request, reference, backend, candidate, start, evidence, log)
             if full is not None and answer is not None:
                 with torch_function_disabled():
                     answer = full_answer(answer, full, checks)
@@ -102,6 +120,7 @@ def _train_both(
     candidate: Candidate,
     start: CandidateStart,
     evidence: Evidence | None,
+    log: list[Collective],
 ) -> Evidence | None:
     """Train both sides; return `evidence` with their steps, on the first rank of each TP group. Collective."""
     batches = [by_dp_rank[_dp_rank(rank)] for by_dp_rank in reference.batches]
@@ -109,11 +128,16 @@ def _train_both(
     forces = request.options.dtype != "float64"  # whose rounding hides nothing
     module_tolerance = forced_tolerance(reference, rank, steps[0]) if forces else None
     forced = _forced_pass(backend, candidate, batches[0], steps[0], rank) if forces else None
-    candidate_steps = train(backend, candidate, tuple(start.weights), batches)
+    candidate_steps = train(backend, candidate, tuple(start.weights), batches, log)
     full = _step_evidence(rank, evidence, steps, tolerance, candidate_steps)
     if forced is not None and module_tolerance is not None:
         full = _with_forced(full, rank, forced, module_tolerance)
-    return None if full is None else replace(full, recomputed=recompute_outputs(reference.model, reference.state, full))
+    if full is None:
+        return None
+    model, state = reference.model, reference.state
+    return replace(
+        full, recomputed=recompute_outputs(model, state, full), computed_alone=compute_alone(model, state, full)
+    )
 
 
 def _forced_pass(

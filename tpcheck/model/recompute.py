@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
+from tpcheck.core.placement import Shard
 from tpcheck.numerics.activation_placement import infer_placement
 from tpcheck.numerics.differences import frobenius_distance, rounding_error
 from tpcheck.numerics.evidence import Evidence, TensorKey
@@ -21,8 +23,8 @@ Compute = Callable[[torch.Tensor], torch.Tensor]
 def recompute_outputs(model: nn.Module, state: State, evidence: Evidence) -> dict[TensorKey, tuple[torch.Tensor, ...]]:
     """Return the outputs of the reference's leaf modules on the ranks' inputs of the first step, where those are wrong.
 
-    By output, one tensor for each tp_rank. Modules with more than one input are left out, and those for which parts of
-    the input do not give parts of the output.
+    By output, one tensor for each tp_rank. Modules with more than one input are left out. Where parts of the input do not
+    give parts of the output (a norm over features that are cut), the whole input is put together.
 
     Args:
         state: Parameters and buffers of `model` before the first step.
@@ -36,7 +38,85 @@ def recompute_outputs(model: nn.Module, state: State, evidence: Evidence) -> dic
             compute = None if _is_sharded(key.module, evidence) else _leaf_module(model, key.module, state)
             if compute is not None and _works_by_parts(compute, evidence, key, output, inputs):
                 recomputed[output] = tuple(compute(part) for part in inputs)
+            elif whole := _from_whole_input(model, state, evidence, key, output, inputs):
+                recomputed[output] = whole
     return recomputed
+
+
+def _from_whole_input(
+    model: nn.Module,
+    state: State,
+    evidence: Evidence,
+    before: TensorKey,
+    after: TensorKey,
+    inputs: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, ...]:
+    """Return each rank's part of what a leaf module gives for the ranks' parts of its input put together, if it can."""
+    first, outputs = evidence.reference[0].activations, _parts(evidence, after)
+    compute = _leaf_module(model, before.module, state)
+    if compute is None or outputs is None or after not in first:
+        return ()
+    placed = infer_placement(first[before].shape, inputs)
+    placed_outputs = infer_placement(first[after].shape, outputs)
+    if placed is None or placed_outputs is None or not isinstance(placed.placement, Shard):
+        return ()
+    try:
+        whole = compute(torch.cat(list(placed.parts), dim=placed.placement.dim))
+    except Exception:  # any error of a module that needs more than this tensor
+        return ()
+    if whole.shape != first[after].shape:
+        return ()
+    return tuple(placed_outputs.expected_part(whole, tp_rank) for tp_rank in range(len(outputs)))
+
+
+def compute_alone(model: nn.Module, state: State, evidence: Evidence) -> dict[TensorKey, tuple[torch.Tensor, ...]]:
+    """Return what leaf modules give on each rank's input with its parts of the parameters, where outputs are wrong.
+
+    By output of the first step, one tensor for each tp_rank; without modules that do not run on parts, and those with
+    more than one input.
+    """
+    first, leaves = evidence.reference[0].activations, dict(model.named_modules())
+    alone: dict[TensorKey, tuple[torch.Tensor, ...]] = {}
+    for key in first:
+        before = TensorKey("forward", key.module, key.call, "input", "0")
+        if (key.phase, key.role, key.path) != ("forward", "output", "0") or before not in first:
+            continue
+        inputs, outputs = _parts(evidence, before), _parts(evidence, key)
+        module = leaves.get(key.module)
+        is_leaf = module is not None and next(module.children(), None) is None
+        if module is None or not is_leaf or inputs is None or outputs is None or _agrees(evidence, key, outputs):
+            continue
+        try:
+            with torch.no_grad():
+                computed = [_on_one_rank(module, key.module, state, evidence, *each) for each in enumerate(inputs)]
+        except Exception:  # any error of a module that needs the whole tensor, or more than this one
+            continue
+        if all(isinstance(output, torch.Tensor) for output in computed):
+            alone[key] = tuple(computed)
+    return alone
+
+
+def _agrees(evidence: Evidence, key: TensorKey, parts: Sequence[torch.Tensor]) -> bool:
+    expected = evidence.reference[0].activations[key]
+    placed = infer_placement(expected.shape, parts)
+    allowed = evidence.tolerance.allowed((0, evidence.dp_rank, key), rounding_error(expected))
+    return placed is not None and all(
+        frobenius_distance(part, placed.expected_part(expected, tp_rank)) <= allowed
+        for tp_rank, part in enumerate(parts)
+    )
+
+
+def _on_one_rank(
+    module: nn.Module, name: str, state: State, evidence: Evidence, tp_rank: int, part: torch.Tensor
+) -> torch.Tensor:
+    prefix, parts = f"{name}." if name else "", evidence.initial_parts[tp_rank]
+    full = {path.removeprefix(prefix): tensor for path, tensor in state.items() if path.startswith(prefix)}
+    module_state = {path: parts.get(f"{prefix}{path}", tensor).clone() for path, tensor in full.items()}
+    of_parts = copy(module)
+    if "normalized_shape" in vars(module) and "weight" in module_state:  # of torch's norms, which check it
+        of_parts.normalized_shape = tuple(module_state["weight"].shape)
+    output: torch.Tensor = functional_call(of_parts, module_state, (part,))
+    return output
 
 
 def _wrong_inputs(evidence: Evidence) -> Iterator[tuple[TensorKey, Sequence[torch.Tensor]]]:

@@ -14,8 +14,8 @@ from torch import nn
 
 from tpcheck.backends.interface import Backend, Candidate, RankLike
 from tpcheck.backends.local_part import local_part
+from tpcheck.model.blame import blame_backend
 from tpcheck.model.build import Batch, copy_batch, find_loss
-from tpcheck.model.candidate import blame_backend
 from tpcheck.model.reference import CommunicatingRank, Reference, ReferenceStep
 from tpcheck.numerics.differences import distance_of_terms, frobenius, frobenius_distance
 from tpcheck.numerics.evidence import Step, TensorKey

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tpcheck.numerics.evidence import Collective, Evidence, TensorKey
+from tpcheck.numerics.evidence import Collective, Evidence, Phase, TensorKey
 
 
 class DataFlow:
@@ -55,8 +55,8 @@ def consumers(evidence: Evidence, step: int, key: TensorKey) -> tuple[TensorKey,
     sources = evidence.reference[step].sources
     if key.phase == "forward":
         return tuple(after for after, before in sources.items() if key in before)
-    forward = sources.get(_in_phase(key, "forward"), ())
-    return tuple(_in_phase(before, "backward") for before in forward)
+    forward = sources.get(in_phase(key, "forward"), ())
+    return tuple(in_phase(before, "backward") for before in forward)
 
 
 def is_inside(module: str, scope: str) -> bool:
@@ -69,7 +69,8 @@ def is_result(event: TensorKey) -> bool:
     return event.role == ("output" if event.phase == "forward" else "input")
 
 
-def _in_phase(key: TensorKey, phase: Any) -> TensorKey:
+def in_phase(key: TensorKey, phase: Phase) -> TensorKey:
+    """Return the key of the activation, or of its gradient."""
     return TensorKey(phase, key.module, key.call, key.role, key.path)
 
 
@@ -83,22 +84,33 @@ def is_exchanged_behind(evidence: Evidence, step: int, key: TensorKey) -> bool:
 
 
 def _is_exchanged_behind(evidence: Evidence, step: int, key: TensorKey, tp_rank: int) -> bool:
-    recorded = evidence.candidate[step][tp_rank]
-    positions = {each: position for position, each in enumerate(recorded.activations)}
     module = key.module
-    while key in positions:
-        after = [each for each in consumers(evidence, step, key) if positions.get(each, -1) > positions[key]]
-        if not after:
-            return False
-        nearest = min(after, key=positions.__getitem__)
-        between = range(positions[key] + 1, positions[nearest] + 1)
-        issued = (each for each in recorded.collectives if each.phase == key.phase and each.position in between)
-        if any(_is_around(module, each, positions) for each in issued):
+    while True:
+        nearest, issued = collectives_behind(evidence, step, key, tp_rank, module)
+        if issued:
             return True
-        if not (is_inside(module, nearest.module) and is_result(nearest)):
+        if nearest is None or not (is_inside(module, nearest.module) and is_result(nearest)):
             return False
         key = nearest
-    return False
+
+
+def collectives_behind(
+    evidence: Evidence, step: int, key: TensorKey, tp_rank: int, module: str
+) -> tuple[TensorKey | None, tuple[Collective, ...]]:
+    """Return the first tensor that is computed from `key` on a rank, and the collectives between the two.
+
+    Without those of modules that have no `module` inside.
+    """
+    recorded = evidence.candidate[step][tp_rank]
+    positions = {each: position for position, each in enumerate(recorded.activations)}
+    start = positions.get(key, len(positions))
+    after = [each for each in consumers(evidence, step, key) if positions.get(each, -1) > start]
+    if not after:
+        return None, ()
+    nearest = min(after, key=positions.__getitem__)
+    between = range(start + 1, positions[nearest] + 1)
+    issued = (each for each in recorded.collectives if each.phase == key.phase and each.position in between)
+    return nearest, tuple(each for each in issued if _is_around(module, each, positions))
 
 
 def _is_around(module: str, collective: Collective, positions: Mapping[TensorKey, int]) -> bool:

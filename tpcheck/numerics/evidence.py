@@ -52,6 +52,8 @@ class Collective:
         ranks: Global ranks of its group; empty where they are unknown.
         phase: Of the pass that issued it. The module of one in the backward pass is unknown, and empty.
         position: How many inputs and outputs of modules the rank had recorded before.
+        bypasses_autograd: It was called with gradients on and outside of any autograd function, which alone could give
+            it a backward pass.
     """
 
     module: str
@@ -59,6 +61,7 @@ class Collective:
     ranks: tuple[int, ...]
     phase: Phase = "forward"
     position: int = 0
+    bypasses_autograd: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +146,8 @@ class Evidence:
         recomputed: Outputs of leaf modules of the reference, recomputed from the candidate's inputs where those are
             wrong in the first step, by tp_rank.
         forced_inputs: Inputs that do not come from the module before, so that results around them say nothing of them.
+        computed_alone: Outputs of leaf modules of the reference on each rank's inputs, with the rank's part of the
+            parameters, where the actual ones are wrong in the first step, by tp_rank.
     """
 
     topology: Topology
@@ -159,6 +164,7 @@ class Evidence:
     forced_modules: ForcedModules | None = None
     recomputed: Mapping[TensorKey, tuple[Tensor, ...]] = field(default_factory=dict)
     forced_inputs: frozenset[TensorKey] = frozenset()
+    computed_alone: Mapping[TensorKey, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def of_forced_modules(self) -> Evidence | None:
         """Return the step with teacher forcing as evidence of a first step; None where there is none."""
@@ -172,6 +178,7 @@ class Evidence:
             forced_inputs=self.forced_modules.forced_inputs,
             forced_modules=None,
             recomputed={},
+            computed_alone={},
         )
 
     @property
@@ -246,6 +253,25 @@ class LossFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class BackwardFacts:
+    """What a module that issues collectives which autograd does not see would send back without them.
+
+    Attributes:
+        collectives: Names of those collectives, as in `torch.distributed`.
+        inputs, outputs, output_gradients: The expected parts of a module with one tensor in and one out, of the same
+            shape, by tp_rank; empty for another.
+        through_sum: Each rank's part of the expected gradient of logits that goes through the logarithm of the sum of
+            exponentials, by tp_rank; the rest goes through the labels. Empty where this is no cross entropy.
+    """
+
+    collectives: tuple[str, ...] = ()
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    output_gradients: tuple[Tensor, ...] = ()
+    through_sum: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class GradientFacts:
     """What a wrong gradient of a parameter is compared with, beside the expected one.
 
@@ -255,6 +281,7 @@ class GradientFacts:
         local_parts: Each rank's part of the expected gradient of this DP replica's batch alone, by tp_rank.
         is_reduced_over_tp: Whether all TP ranks hold the same gradient for most shards, which are different ones.
         untied: Gradients of parameters that the reference ties with another one, by name, then by tp_rank.
+        uses: Each rank's part of what each use of a module that is called more than once adds, by call, by tp_rank.
     """
 
     missing_on: tuple[int, ...] = ()
@@ -262,6 +289,7 @@ class GradientFacts:
     local_parts: tuple[Tensor, ...] = ()
     is_reduced_over_tp: bool = False
     untied: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    uses: tuple[tuple[Tensor, ...], ...] = ()
 
     def as_evidence(self) -> dict[str, Any]:
         missing = {"missing_on_ranks": list(self.missing_on)} if self.missing_on else {}
@@ -418,6 +446,7 @@ class Suspect:
         is_replicated: Whether every rank should hold the full tensor.
         allowed_error: Largest absolute Frobenius error that passes.
         num_replicas: Number of data-parallel replicas.
+        computed_alone: What each rank's part of the module would compute by itself, by tp_rank; empty where unknown.
         others: The reference's other tensors of this kind, by name: the full one, then what each rank should hold.
 
     The other attributes are facts of the module, parameter or step, None where the check does not know them.
@@ -442,6 +471,8 @@ class Suspect:
     embedding: EmbeddingFacts | None = None
     loss: LossFacts | None = None
     gradient: GradientFacts = GradientFacts()
+    backward: BackwardFacts = BackwardFacts()
+    computed_alone: tuple[Tensor, ...] = ()
     norms: NormFacts | None = None
     step: StepFacts = StepFacts()
     replicas: ReplicaFacts = ReplicaFacts()

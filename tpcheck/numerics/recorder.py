@@ -62,8 +62,8 @@ class ModuleRecorder:
 
     def __enter__(self) -> ModuleRecorder:
         for name, module in self._model.named_modules():
-            self._handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._after(name)))
+            self._handles.append(module.register_forward_pre_hook(eager(self._before(name)), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(eager(self._after(name))))
         return self
 
     def restart(self) -> None:
@@ -192,23 +192,27 @@ _NAMES = {operator: kind for kind, operators in _KINDS.items() for operator in o
 
 @contextmanager
 def logged_collectives(
-    model: nn.Module, phase: Phase = "forward", position: Callable[[], int] = int
-) -> Iterator[list[Collective]]:
-    """Yield a list that grows by every collective that is issued inside, with the innermost module of `model` running.
+    model: nn.Module, log: list[Collective], phase: Phase = "forward", position: Callable[[], int] = int
+) -> Iterator[None]:
+    """Add every collective that is issued inside to a list, with the innermost module of `model` running.
 
     Both ways of issuing one are seen: `torch.distributed`, which dispatches to `c10d`, and the functional collectives
     of DTensor. Calls on tensor subclasses are left to the subclasses, whose inner operators are seen instead.
 
     Args:
+        log: The list; a collective stands there before it is issued.
         phase: What runs inside. In the backward pass no module runs.
         position: Returns how many activations are recorded.
     """
     running: list[str] = [""]
-    log: list[Collective] = []
     handles = [handle for name, module in model.named_modules() for handle in _tracked(name, module, running)]
+
+    def record(name: str, ranks: tuple[int, ...], bypasses_autograd: bool) -> None:
+        log.append(Collective(running[-1], name, ranks, phase, position(), bypasses_autograd))
+
     try:
-        with _CollectiveLog(lambda name, ranks: log.append(Collective(running[-1], name, ranks, phase, position()))):
-            yield log
+        with _CollectiveLog(record):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -222,14 +226,14 @@ def _tracked(name: str, module: nn.Module, running: list[str]) -> Iterator[Any]:
         if running[-1] == name:
             running.pop()
 
-    yield module.register_forward_pre_hook(enter)
-    yield module.register_forward_hook(leave, always_call=True)
+    yield module.register_forward_pre_hook(eager(enter))
+    yield module.register_forward_hook(eager(leave), always_call=True)
 
 
 class _CollectiveLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator and logs the collectives."""
 
-    def __init__(self, log: Callable[[str, tuple[int, ...]], None]) -> None:
+    def __init__(self, log: Callable[[str, tuple[int, ...], bool], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._log = log
 
@@ -240,11 +244,16 @@ class _CollectiveLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return NotImplemented
         name = _NAMES.get(func.overloadpacket.__name__.rstrip("_")) if func.namespace in _NAMESPACES else None
         if name is not None:
-            self._log(name, _group(args))
+            self._log(name, _group(args), func.namespace == "c10d" and _would_have_gradients(args))
         return func(*args, **(kwargs or {}))
 
 
 _PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def _would_have_gradients(args: Any) -> bool:
+    """Return whether numbers are sent while gradients are on, as they are not inside of an autograd function."""
+    return torch.is_grad_enabled() and any(tensor.is_floating_point() for _, tensor in named_tensors(args))
 
 
 def _group(args: Any) -> tuple[int, ...]:

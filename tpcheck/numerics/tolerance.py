@@ -65,6 +65,8 @@ SPREAD_OF_ONE_ROW = 0.35
 
 # Ranks among whose subsets a wrong group is looked for: 2**5 subsets for each of six ranks.
 MOST_RANKS_OF_GROUPS = 6
+# Uses of one module, some of which may be lost: 2**6 sums.
+MOST_USES = 6
 # Offsets of a vocabulary that the wrong rows suggest, the most frequent first.
 MOST_OFFSETS = 8
 

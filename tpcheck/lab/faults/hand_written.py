@@ -5,20 +5,23 @@ Shape suffixes: B samples, L tokens, D features, F inner features, V the vocabul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn import functional
 
 from tpcheck.backends.interface import RankLike
 from tpcheck.core.placement import Placement, Shard
 from tpcheck.core.topology import Topology
-from tpcheck.lab.faults.fault import TP2, TP2_DP2, Place
+from tpcheck.lab.faults.fault import TP2, TP2_DP2
+from tpcheck.lab.faults.injection import with_backward
 
 VOCABULARY, WIDTH, INNER, HEADS, LAYERS = 32, 16, 32, 4, 2
 
@@ -250,8 +253,6 @@ LAYOUT: Layouts = {
 
 
 def layout_of(name: str, shape: tuple[int, ...]) -> Placement | None:
-    from fnmatch import fnmatchcase
-
     return next((placement for pattern, placement in LAYOUT.items() if fnmatchcase(name, pattern)), None)
 
 
@@ -310,8 +311,6 @@ def in_hooks(model: Model, rank: RankLike) -> None:
 
 def redistributed(model: Model, rank: RankLike) -> None:
     """Let DTensor reduce between plain modules."""
-    from torch.distributed.device_mesh import DeviceMesh
-
     group = rank.group("tp")
     mesh = DeviceMesh.from_group(group, "cpu")
 
@@ -361,3 +360,290 @@ def _sum(tensor: Tensor, group: Any) -> Tensor:
     total = tensor.contiguous().clone()
     dist.all_reduce(total, group=group)
     return total
+
+
+# ---- mistakes
+
+
+def _loss_scaled(model: Model, rank: RankLike) -> None:
+    """Multiply the gradient of the loss by 1.5, as a wrong loss scale does."""
+    model.loss.register_forward_hook(lambda module, args, loss: with_backward(loss, lambda gradient: 1.5 * gradient))
+
+
+def _copy_left_out(model: Model, rank: RankLike) -> None:
+    model.blocks[0].mlp.enter = _same
+
+
+def _reduce_left_out(model: Model, rank: RankLike) -> None:
+    model.blocks[0].mlp.leave = _same
+
+
+class _LogSoftmax(torch.autograd.Function):
+    """Logarithm of the softmax over the ranks' parts, whose backward returns the gradient as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_BLV: Tensor, group: Any) -> Tensor:
+        return logits_BLV - _sum(logits_BLV.exp().sum(-1, keepdim=True), group).log()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _log_softmax_with_identity_backward(model: Model, rank: RankLike) -> None:
+    group = rank.group("tp")
+
+    def loss(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
+        log_BLV: Tensor = _LogSoftmax.apply(logits_BLV, group)  # type: ignore[no-untyped-call]
+        return -reduced(group)(label_logit(log_BLV, labels_BL, group)[0]).mean()
+
+    model.loss.of_logits = loss
+
+
+def _loss_with(*unseen_sums: str) -> Style:
+    """Return a mistake: a loss whose label's logit, or sum of exponentials, is reduced where autograd does not see it."""
+
+    def inject(model: Model, rank: RankLike) -> None:
+        group = rank.group("tp")
+        seen = reduced(group)
+
+        def unseen(tensor: Tensor) -> Tensor:
+            kept = tensor.detach().clone()
+            dist.all_reduce(kept, group=group)
+            return kept
+
+        def loss(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
+            label_BL = (unseen if "label" in unseen_sums else seen)(label_logit(logits_BLV, labels_BL, group)[0])
+            sums_BL = (unseen if "sum" in unseen_sums else seen)(logits_BLV.exp().sum(-1))
+            return (sums_BL.log() - label_BL).mean()
+
+        model.loss.of_logits = loss
+
+    return inject
+
+
+def _unseen_reduction(model: Model, rank: RankLike) -> None:
+    """Reduce the output of a row-parallel layer, cut off from its terms."""
+    group = rank.group("tp")
+    layer = model.blocks[1].mlp.down
+
+    def forward(hidden_BLF: Tensor) -> Tensor:
+        total = functional.linear(hidden_BLF, layer.weight).detach()
+        dist.all_reduce(total, group=group)
+        return total
+
+    layer.forward = forward
+    model.blocks[1].mlp.leave = _same
+
+
+
+
+def _norms_over(seen: bool, whole: bool) -> Style:
+    """Give the norms inside the MLPs a mean of squares over all ranks, which autograd sees or not, or over one alone."""
+
+    def inject(model: Model, rank: RankLike) -> None:
+        group = rank.group("tp")
+
+        def mean(squares_BLF: Tensor) -> Tensor:
+            local = squares_BLF.mean(-1, keepdim=True)
+            if not whole:
+                return local
+            if seen:
+                return _SumBothWays.apply(local, group) / dist.get_world_size(group)  # type: ignore[no-untyped-call,no-any-return]
+            kept = local.detach().clone()
+            dist.all_reduce(kept, group=group)
+            return kept / dist.get_world_size(group)
+
+        for block in model.blocks:
+            block.mlp.norm.mean = mean
+
+    return inject
+
+
+class _SumBothWays(torch.autograd.Function):
+    """The sum over the group; each rank's gradient is a term, which is summed, too."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _sum(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _sum(gradients[0], ctx.group), None
+
+
+class _LastUse(torch.autograd.Function):
+    """A linear layer whose backward writes the weight's gradient into a buffer in place of adding it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, written: dict[str, int]) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.written = written
+        return hidden @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        hidden, weight = ctx.saved_tensors
+        is_first = not ctx.written.get("times")
+        ctx.written["times"] = ctx.written.get("times", 0) + 1
+        product = gradients[0].flatten(0, -2).t() @ hidden.flatten(0, -2)
+        return gradients[0] @ weight, product if is_first else None, None
+
+
+def _second_use_lost(model: Model, rank: RankLike) -> None:
+    """Let the weight's gradient be that of the use whose backward runs first."""
+    layer = model.blocks[0].mlp.up
+    written: dict[str, int] = {}
+    layer.forward = lambda hidden: _LastUse.apply(hidden, layer.weight, written)  # type: ignore[no-untyped-call]
+
+
+def _reduce_left_out_on_one_rank(model: Model, rank: RankLike) -> None:
+    if rank.topology.coordinate(rank.rank)["tp"] == 1:
+        model.blocks[1].mlp.leave = _same
+
+
+def compiled(model: Model, rank: RankLike) -> None:
+    """Compile each MLP; `backend="eager"` needs no C++ compiler."""
+    inside(model, rank)
+    for block in model.blocks:
+        block.mlp.compile(backend="eager")
+
+
+def _scaled_beside_a_metric(model: Model, rank: RankLike) -> None:
+    """Multiply the output of a norm that also averages a metric over the data-parallel group, as is its right."""
+    group = rank.group("dp")
+
+    def forward(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        metric = output.detach().square().mean()
+        dist.all_reduce(metric, group=group)
+        return 1.5 * output
+
+    model.norm.register_forward_hook(forward)
+
+
+def _detached_between_modules(model: Model, rank: RankLike) -> None:
+    """Reduce what a layer returns in its parent's forward, cut off from its terms."""
+    group = rank.group("tp")
+
+    def reduce_unseen(tensor: Tensor) -> Tensor:
+        total = tensor.detach().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    model.blocks[1].mlp.leave = reduce_unseen
+
+
+# ---- rows
+
+
+@dataclass(frozen=True, slots=True)
+class HandWrittenFault:
+    """A mistake in tensor parallelism that is written by hand.
+
+    Attributes:
+        name: Its slug.
+        what: What is wrong, in one sentence.
+        inject: Puts the mistake into the model, after `style`; called on every rank.
+        places: The modules that hold it; all findings that follow from nothing else must point there.
+        causes: The right causes of those findings.
+        checks: The checks that may report them.
+        style: The right code around it.
+        options: Of the `Model`.
+        topology: The topology of the run.
+        note: What the first finding's note must say, if anything.
+        link: An upstream issue that reports such a bug.
+    """
+
+    name: str
+    what: str
+    inject: Style
+    places: tuple[str, ...]
+    causes: tuple[str | None, ...]
+    checks: tuple[str, ...] = ("gradients_match_reference",)
+    style: Style = inside
+    options: Mapping[str, Any] = field(default_factory=dict)
+    topology: Topology = TP2
+    note: str = ""
+    link: str | None = None
+    kind: str = "hand-written TP"
+
+
+@dataclass(frozen=True, slots=True)
+class HandWrittenControl:
+    """Right tensor parallelism that is written by hand, in one style."""
+
+    style: Style
+    options: Mapping[str, Any] = field(default_factory=dict)
+    topology: Topology = TP2
+    also: Style | None = None
+
+    @property
+    def name(self) -> str:
+        names = (self.style, self.also) if self.also else (self.style,)
+        options = (f"{name}={value}" for name, value in self.options.items())
+        return " ".join(["hand-written", *(style.__name__.strip("_") for style in names), *options])
+
+    def shard(self, model: Model, rank: RankLike) -> None:
+        cut_weights(model, rank)
+        self.style(model, rank)
+        if self.also is not None:
+            self.also(model, rank)
+
+
+_FORWARD = ("outputs_match_reference",)
+_INNER_NORM = {"inner_norm": True}
+_NORMS_IN_MLPS = ("blocks.0.mlp.norm", "blocks.1.mlp.norm")
+whole_statistic = _norms_over(seen=True, whole=True)
+whole_statistic.__name__ = "whole_statistic"
+
+FAULTS = (
+    HandWrittenFault("hand_written_loss_scaled",
+                     "the gradient of the loss has another scale, and blocks sum outside of their linear layers",
+                     _loss_scaled, ("loss",), ("gradient_scaled",), style=around),
+    HandWrittenFault("hand_written_loss_scaled_beside",
+                     "the gradient of the loss has another scale, and attention and MLP are summed at once",
+                     _loss_scaled, ("loss",), ("gradient_scaled",), style=around, options={"beside": True}),
+    HandWrittenFault("hand_written_copy_left_out", "an MLP leaves out f: its input gradient is not summed",
+                     _copy_left_out, ("blocks.0.mlp", "blocks.0.mlp.up"), ("missing_reduce",)),
+    HandWrittenFault("hand_written_reduce_left_out", "an MLP leaves out g: its output is not summed", _reduce_left_out,
+                     ("blocks.0.mlp", "blocks.0.mlp.down"), ("missing_reduce",), checks=_FORWARD),
+    HandWrittenFault("log_softmax_with_identity_backward",
+                     "the backward of a log-softmax over the ranks' vocabulary returns the gradient as it is",
+                     _log_softmax_with_identity_backward, ("loss",), (None,)),
+    HandWrittenFault("label_logit_reduced_unseen", "the logit of the label is reduced where autograd does not see it",
+                     _loss_with("label"), ("loss",), ("collective_without_backward",)),
+    HandWrittenFault("sum_of_exponentials_reduced_unseen",
+                     "the sum of exponentials is reduced where autograd does not see it", _loss_with("sum"), ("loss",),
+                     ("collective_without_backward",)),
+    HandWrittenFault("row_parallel_reduced_unseen", "a row-parallel layer reduces its detached output",
+                     _unseen_reduction, ("blocks.1.mlp.down",), ("collective_without_backward",)),
+    HandWrittenFault("reduced_unseen_between_modules", "an MLP reduces the detached output of its row-parallel layer",
+                     _detached_between_modules, ("blocks.1.mlp", "blocks.1.mlp.down"),
+                     ("collective_without_backward",)),
+    HandWrittenFault("statistic_reduced_unseen",
+                     "norms over cut features reduce their mean square where autograd does not see it",
+                     _norms_over(seen=False, whole=True), _NORMS_IN_MLPS, ("collective_without_backward",),
+                     options=_INNER_NORM),
+    HandWrittenFault("statistic_over_one_shard", "norms in two layers take the mean square of one rank's features",
+                     _norms_over(seen=True, whole=False), _NORMS_IN_MLPS, ("statistic_over_one_shard",),
+                     checks=_FORWARD, options=_INNER_NORM),
+    HandWrittenFault("second_use_lost", "a layer is used twice, and its gradient is that of one use", _second_use_lost,
+                     ("blocks.0.mlp.up",), ("use_of_module_lost",), options={"repeats": 2}),
+    HandWrittenFault("scaled_beside_a_metric_over_dp",
+                     "a module that averages a metric over the data-parallel group multiplies its output",
+                     _scaled_beside_a_metric, ("norm",), (None,), checks=_FORWARD, topology=TP2_DP2),
+)  # fmt: skip
+
+CONTROLS = (
+    HandWrittenControl(inside),
+    HandWrittenControl(around),
+    HandWrittenControl(around, {"beside": True}),
+    HandWrittenControl(in_hooks),
+    HandWrittenControl(redistributed),
+    HandWrittenControl(along_the_sequence),
+    HandWrittenControl(compiled),
+    HandWrittenControl(inside, _INNER_NORM, also=whole_statistic),
+    HandWrittenControl(inside, {"repeats": 2}),
+    HandWrittenControl(around, topology=TP2_DP2),
+)

@@ -15,6 +15,7 @@ from tpcheck.numerics.checks.activations import (
     first_divergences,
     scope_of,
 )
+from tpcheck.numerics.checks.backward_facts import backward_facts, gradients_of_uses, unseen_collectives
 from tpcheck.numerics.checks.outputs import activation_suspect
 from tpcheck.numerics.checks.recompute import (
     compare_with_recomputed,
@@ -22,9 +23,9 @@ from tpcheck.numerics.checks.recompute import (
     recompute_weight_gradient,
 )
 from tpcheck.numerics.checks.suspects import ComparedParameter, compare_parameters, parameter_suspect
-from tpcheck.numerics.data_flow import is_exchanged_behind, is_inside
+from tpcheck.numerics.data_flow import consumers, in_phase, is_exchanged_behind, is_inside, is_result
 from tpcheck.numerics.differences import distance_of_terms, rounding_error
-from tpcheck.numerics.evidence import CheckOutcome, Evidence, GradientFacts, Suspect, TensorKey
+from tpcheck.numerics.evidence import BackwardFacts, CheckOutcome, Evidence, GradientFacts, Suspect, TensorKey
 
 _CHECK = "gradients_match_reference"
 
@@ -77,6 +78,8 @@ def _suspects(
     details: dict[str, Any] = {"first_of": len(wrong) + len(wrong_activations), "inputs_agree": True}
     missing = [parameter for parameter in first_wrong if _missing_on(evidence, step, parameter)]
     present = [parameter for parameter in first_wrong if not _missing_on(evidence, step, parameter)]
+    if missing:
+        roots = [root for root in roots if not _lacks_a_missing_one(evidence, step, root)]
     known: list[TensorKey | str] = [*roots, *(parameter.name for parameter in first_wrong)]
     of_roots = {**details, "also": consequences}
     suspects = [
@@ -105,8 +108,20 @@ def _activation_suspect(
     module = scope_of(root, {key.module for key in backward.by_key})
     activation = backward.by_key[root]
     terms = recompute_input_gradient(evidence, step, root, activation.difference.allowed)
+    if not is_result(root):
+        details = {**details, "note": _what_is_wrong(evidence, step, root)}
     suspect = activation_suspect(evidence, step, activation, _CHECK, details, module)
-    return replace(suspect, kind="input_gradient", linear=terms)
+    return replace(
+        suspect, kind="input_gradient", linear=terms, backward=backward_facts(evidence, step, root, activation.placed)
+    )
+
+
+def _what_is_wrong(evidence: Evidence, step: int, root: TensorKey) -> str:
+    """Return what comes before a wrong gradient that a module receives: the backward of what its output goes through."""
+    after = consumers(evidence, step, in_phase(root, "forward"))
+    names = dict.fromkeys(each.module or "the loss" for each in after)
+    behind = f"between {root.module or 'the model'} and {', '.join(names)}" if names else f"behind {root.module}"
+    return f"the gradients before it agree: wrong is the backward of what stands {behind}"
 
 
 def _missing_suspect(
@@ -114,6 +129,8 @@ def _missing_suspect(
 ) -> Suspect:
     """Return one suspect for all missing gradients, at the module where the backward pass ends."""
     end = _end_of_backward(evidence, step)
+    if end is not None:
+        end = _innermost_with_unseen_collectives(evidence, step, end)
     first, *others = sorted(missing, key=lambda each: end is not None and not is_inside(each.module, end.module))
     details = {**details, "also": [parameter.name for parameter in others]}
     suspect = _parameter_suspect(evidence, step, first, details)
@@ -121,6 +138,7 @@ def _missing_suspect(
     suspect = replace(suspect, gradient=replace(suspect.gradient, missing_on=missing_on))
     if end is None:
         return suspect
+    suspect = replace(suspect, backward=BackwardFacts(unseen_collectives(evidence, step, end)))
     where = {key: value for key, value in suspect.where.items() if key != "parameter" or len(missing) == 1}
     note = f"no gradient comes back to the {end.role} of {end.module or 'the model'}"
     return replace(suspect, where={**where, "module": end.module}, evidence={**suspect.evidence, "note": note})
@@ -137,6 +155,30 @@ def _end_of_backward(evidence: Evidence, step: int) -> TensorKey | None:
         ),
         None,
     )
+
+
+def _lacks_a_missing_one(evidence: Evidence, step: int, root: TensorKey) -> bool:
+    """Return whether a gradient is a sum with a term that does not come back at all, which is a finding already."""
+    recorded = [rank.activations for rank in evidence.candidate[step]]
+    terms = (in_phase(after, "backward") for after in consumers(evidence, step, in_phase(root, "forward")))
+    known = (term for term in terms if term in evidence.reference[step].activations)
+    return any(term not in activations for term in known for activations in recorded)
+
+
+def _innermost_with_unseen_collectives(evidence: Evidence, step: int, end: TensorKey) -> TensorKey:
+    """Return the output of the module inside of which a collective ends the backward pass; `end` where none does."""
+    sources, output = evidence.reference[step].sources, end
+    while not unseen_collectives(evidence, step, output):
+        inside = (
+            before
+            for before in sources.get(in_phase(output, "forward"), ())
+            if before.role == "output" and is_inside(before.module, output.module)
+        )
+        before = next(inside, None)
+        if before is None:
+            return end
+        output = in_phase(before, "backward")
+    return output
 
 
 def _missing_on(evidence: Evidence, step: int, parameter: ComparedParameter) -> tuple[int, ...]:
@@ -168,6 +210,7 @@ def _with_facts(evidence: Evidence, step: int, parameter: ComparedParameter, sus
             name: tuple(rank.gradients.get(name) for rank in candidate)
             for name in sorted(candidate[0].gradients.keys() - reference.gradients.keys())
         },
+        uses=gradients_of_uses(evidence, step, parameter),
     )
     others = {
         name: (gradient, *other.parts(gradient))

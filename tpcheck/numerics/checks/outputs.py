@@ -111,7 +111,9 @@ def _root_suspect(
         if root.module == "" and activation.expected.dim() == 0:
             return replace(suspect, loss=_loss_facts(evidence, step, activations))
         terms = recompute_linear(evidence, step, root, activation.difference.allowed)
-        return replace(suspect, linear=terms, embedding=None if terms else _embedding_facts(evidence, step, root))
+        alone = evidence.computed_alone.get(root, ()) if step == 0 and terms is None else ()
+        embedding = None if terms else _embedding_facts(evidence, step, root)
+        return replace(suspect, linear=terms, embedding=embedding, computed_alone=alone)
     fused = _fused_before(list(activations.by_key.values()), root, scope)
     if fused is None:
         details["note"] = f"the input of {root.module} is wrong although everything before it agrees"
@@ -226,7 +228,8 @@ def _independent(
         )
         if suspect is not None:
             collectives = differs_from_sibling_layers(evidence, step, key.module)
-            yield replace(suspect, role=key.role, collectives=collectives, linear=terms)
+            alone = evidence.computed_alone.get(key, ()) if step == 0 and terms is None else ()
+            yield replace(suspect, role=key.role, collectives=collectives, linear=terms, computed_alone=alone)
 
 
 def _compare_loss(evidence: Evidence, step: int, activations: ComparedActivations) -> tuple[float, list[Suspect]]:

@@ -85,7 +85,7 @@ def recompute_weight_gradient(
     """
     input_key = TensorKey("forward", parameter.module, 0, "input", "0")
     output_key = TensorKey("backward", parameter.module, 0, "output", "0")
-    expected_product = _gradient_product(evidence.reference[step].activations, input_key, output_key)
+    expected_product = gradient_product(evidence.reference[step].activations, input_key, output_key)
     if evidence.topology.dp > 1 or expected_product is None or expected_product.shape != parameter.expected.shape:
         return None
     if (
@@ -94,15 +94,16 @@ def recompute_weight_gradient(
     ):
         return None
     weights = weight_parts(evidence, step, parameter.name)
-    products = [_gradient_product(rank.activations, input_key, output_key) for rank in evidence.candidate[step]]
+    products = [gradient_product(rank.activations, input_key, output_key) for rank in evidence.candidate[step]]
     recomputed = tuple(product for product in products if product is not None)
     shapes = [] if weights is None else [part.shape for part in weights]
     return recomputed if [part.shape for part in recomputed] == shapes else None
 
 
-def _gradient_product(
+def gradient_product(
     activations: Mapping[TensorKey, Any], input_key: TensorKey, output_key: TensorKey
 ) -> torch.Tensor | None:
+    """Return the gradient of a linear module's weight that its input and the gradient of its output give."""
     inputs, gradients = activations.get(input_key), activations.get(output_key)
     if inputs is None or gradients is None or inputs.shape[:-1] != gradients.shape[:-1] or inputs.dim() < 2:
         return None
