@@ -268,7 +268,7 @@ class Cause(Enum):
     )
     STATISTIC_OVER_ONE_SHARD = (
         "statistic_over_one_shard",
-        "each rank's part alone gives the actual tensor: a mean, a maximum or a top-k is taken over one shard{residual}",
+        "each rank's part alone gives the actual tensor{residual}: a mean, maximum or top-k is taken over one shard",
         "numerics.hypotheses.parts_of_sums",
         "Reduce the statistic over the TP group (the sum of squares and the count, the maximum and the sum of "
         "exponentials), or gather the features before it.",

@@ -24,12 +24,13 @@ _TPCHECK, _TORCH = Path(tpcheck.__file__).parent, Path(torch.__file__).parent
 _UNDER_TEST = (_TPCHECK / "backends", _TPCHECK / "lab")
 # From here torch calls a module, or an operation of the graph: what follows is the model's.
 _CALLS_THE_MODEL = (_TORCH / "nn" / "modules", _TORCH / "autograd", _TORCH / "_dynamo")
+_STANDARD_LIBRARY = Path(traceback.__file__).parent
 _PASSES_ON = ("__torch_function__", "__torch_dispatch__")  # every operation of the model goes through these
 
 
 @contextmanager
 def blame_backend(backend: Backend, phase: str) -> Iterator[None]:
-    """Raise errors from inside as BackendError, with the phase in which the backend failed; tpcheck's as InternalError."""
+    """Raise errors from inside as BackendError, with the phase; tpcheck's own as InternalError."""
     try:
         yield
     except TpcheckError:
@@ -41,7 +42,7 @@ def blame_backend(backend: Backend, phase: str) -> Iterator[None]:
 
 
 def is_of_tpcheck(error: BaseException) -> bool:
-    """Return whether tpcheck raised an error, by the innermost frames: torch and others raise for whoever called them."""
+    """Return whether tpcheck raised an error, by the innermost frames: torch raises for whoever called it."""
     if isinstance(error, (TpcheckError, MemoryError, torch.OutOfMemoryError)) or is_communication(error):
         return False
     for path, function in reversed(list(_frames(error.__traceback__))):
@@ -51,12 +52,15 @@ def is_of_tpcheck(error: BaseException) -> bool:
             return False
         if path.is_relative_to(_TPCHECK):
             return True
-        if not path.is_relative_to(_TORCH) and path.exists() and not path.is_relative_to(_STANDARD_LIBRARY):
+        if not path.is_relative_to(_TORCH) and path.exists() and not _is_of_python(path):
             return False
     return False
 
 
-_STANDARD_LIBRARY = Path(traceback.__file__).parent
+def _is_of_python(path: Path) -> bool:
+    """Return whether a file is of the standard library, in whose folder packages may be installed, too."""
+    is_installed = not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+    return path.is_relative_to(_STANDARD_LIBRARY) and not is_installed
 
 
 def _frames(trace: TracebackType | None) -> Iterator[tuple[Path, str]]:

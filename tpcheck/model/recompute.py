@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,8 +24,8 @@ Compute = Callable[[torch.Tensor], torch.Tensor]
 def recompute_outputs(model: nn.Module, state: State, evidence: Evidence) -> dict[TensorKey, tuple[torch.Tensor, ...]]:
     """Return the outputs of the reference's leaf modules on the ranks' inputs of the first step, where those are wrong.
 
-    By output, one tensor for each tp_rank. Modules with more than one input are left out. Where parts of the input do not
-    give parts of the output (a norm over features that are cut), the whole input is put together.
+    By output, one tensor for each tp_rank. Modules with more than one input are left out. Where parts of the input do
+    not give parts of the output (a norm over features that are cut), the whole input is put together.
 
     Args:
         state: Parameters and buffers of `model` before the first step.
@@ -59,6 +60,8 @@ def _from_whole_input(
     placed = infer_placement(first[before].shape, inputs)
     placed_outputs = infer_placement(first[after].shape, outputs)
     if placed is None or placed_outputs is None or not isinstance(placed.placement, Shard):
+        return ()
+    if not _is_cut_in_order(before.module, evidence):
         return ()
     try:
         whole = compute(torch.cat(list(placed.parts), dim=placed.placement.dim))
@@ -112,7 +115,7 @@ def _on_one_rank(
     prefix, parts = f"{name}." if name else "", evidence.initial_parts[tp_rank]
     full = {path.removeprefix(prefix): tensor for path, tensor in state.items() if path.startswith(prefix)}
     module_state = {path: parts.get(f"{prefix}{path}", tensor).clone() for path, tensor in full.items()}
-    of_parts = copy(module)
+    of_parts: Any = copy(module)
     if "normalized_shape" in vars(module) and "weight" in module_state:  # of torch's norms, which check it
         of_parts.normalized_shape = tuple(module_state["weight"].shape)
     output: torch.Tensor = functional_call(of_parts, module_state, (part,))
@@ -148,6 +151,16 @@ def _parts(evidence: Evidence, key: TensorKey) -> list[torch.Tensor] | None:
 def _is_sharded(name: str, evidence: Evidence) -> bool:
     """Return whether a parameter of the module itself is sharded."""
     return any(not layout.is_replicated for path, layout in evidence.layouts.items() if path.rpartition(".")[0] == name)
+
+
+def _is_cut_in_order(name: str, evidence: Evidence) -> bool:
+    """Return whether parts of the module's features, one rank's after the other's, are the whole: no fused blocks."""
+    cut = [
+        layout.placement()
+        for path, layout in evidence.layouts.items()
+        if path.rpartition(".")[0] == name and not layout.is_replicated
+    ]
+    return all(isinstance(placement, Shard) and len(placement.sizes) <= 1 for placement in cut)
 
 
 def _leaf_module(model: nn.Module, name: str, state: State) -> Compute | None:

@@ -176,8 +176,10 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
             raise failure from None
 
 
-def _error_verdict(failure: RankFailure | BackendError | InternalError, subject: Mapping[str, Any], seconds: float) -> Verdict:
-    """Return the verdict `error`, with the backend's own message where a backend raised, or the traceback where tpcheck did.
+def _error_verdict(
+    failure: RankFailure | BackendError | InternalError, subject: Mapping[str, Any], seconds: float
+) -> Verdict:
+    """Return the verdict `error`, with the message of a backend that raised, or the traceback where tpcheck did.
 
     Raises:
         TpcheckError: The ranks were asked for something that cannot be done; nothing crashed.

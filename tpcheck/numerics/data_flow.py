@@ -75,10 +75,10 @@ def in_phase(key: TensorKey, phase: Phase) -> TensorKey:
 
 
 def is_exchanged_behind(evidence: Evidence, step: int, key: TensorKey) -> bool:
-    """Return whether every rank issues a collective between `key` and what is computed from it, outside of other modules.
+    """Return whether every rank issues a collective between `key` and what is computed from it, not in other modules.
 
-    What a module returns may be the result of the modules around it, too: then the collective may come after them. False
-    where it is unknown what is computed from it.
+    What a module returns may be the result of the modules around it, too: then the collective may come after them.
+    False where it is unknown what is computed from it.
     """
     return all(_is_exchanged_behind(evidence, step, key, rank) for rank in range(len(evidence.candidate[step])))
 

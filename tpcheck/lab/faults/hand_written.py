@@ -61,10 +61,10 @@ class Attention(_Part):
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
         hidden_BLD = self.enter(hidden_BLD)
-        heads = (
+        q, k, v = (
             layer(hidden_BLD).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )
-        mixed = functional.scaled_dot_product_attention(*heads, is_causal=True)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.leave(self.o(mixed.transpose(1, 2).flatten(-2)))
 
 
@@ -120,6 +120,12 @@ class Model(nn.Module):
         self.repeats = repeats
         self.start: Function = _same
         self.enter: Function = _same
+
+    def block(self, number: int) -> Any:
+        return self.blocks[number]
+
+    def all_blocks(self) -> list[Any]:
+        return list(self.blocks)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         hidden_BLD = self.start(self.embedding(input_ids))
@@ -205,11 +211,11 @@ def _own_part_of_sum(tensor: Tensor, group: Any, dim: int) -> Tensor:
 
 
 def copied(group: Any) -> Function:
-    return lambda tensor: _Copy.apply(tensor, group)  # type: ignore[no-untyped-call,no-any-return]
+    return lambda tensor: _Copy.apply(tensor, group)  # type: ignore[no-untyped-call]
 
 
 def reduced(group: Any) -> Function:
-    return lambda tensor: _Reduce.apply(tensor, group)  # type: ignore[no-untyped-call,no-any-return]
+    return lambda tensor: _Reduce.apply(tensor, group)  # type: ignore[no-untyped-call]
 
 
 class _VocabularyParallelLoss(torch.autograd.Function):
@@ -271,12 +277,14 @@ Style = Callable[[Model, RankLike], None]  # puts the collectives of right tenso
 
 
 def _parts(model: Model) -> list[_Part]:
-    return [part for block in model.blocks for part in (block.attention, block.mlp)]
+    return [part for block in model.all_blocks() for part in (block.attention, block.mlp)]
 
 
 def _whole_vocabulary(model: Model, group: Any) -> None:
     """Compute the loss over the ranks' parts of the vocabulary."""
-    model.loss.of_logits = lambda logits, labels: _VocabularyParallelLoss.apply(logits, labels, group)
+    model.loss.of_logits = lambda logits, labels: _VocabularyParallelLoss.apply(  # type: ignore[no-untyped-call]
+        logits, labels, group
+    )
 
 
 def inside(model: Model, rank: RankLike) -> None:
@@ -291,7 +299,7 @@ def inside(model: Model, rank: RankLike) -> None:
 def around(model: Model, rank: RankLike) -> None:
     """Call f and g in the forward of each block, around attention and MLP."""
     group = rank.group("tp")
-    for block in model.blocks:
+    for block in model.all_blocks():
         block.enter, block.leave = copied(group), reduced(group)
     model.enter = copied(group)
     _whole_vocabulary(model, group)
@@ -329,7 +337,6 @@ def redistributed(model: Model, rank: RankLike) -> None:
 def along_the_sequence(model: Model, rank: RankLike) -> None:
     """Cut the sequence between attention and MLP: gather before column-, reduce-scatter after row-parallel layers."""
     group = rank.group("tp")
-    tp, tp_rank = rank.topology.tp, rank.topology.coordinate(rank.rank)["tp"]
     for part in _parts(model):
         part.enter = lambda tensor: _Gather.apply(tensor, group, 1)  # type: ignore[no-untyped-call]
         part.leave = lambda tensor: _ReduceScatter.apply(tensor, group, 1)  # type: ignore[no-untyped-call]
@@ -337,7 +344,7 @@ def along_the_sequence(model: Model, rank: RankLike) -> None:
     model.enter = lambda tensor: _Gather.apply(tensor, group, 1)  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            parameter.register_hook(lambda gradient: _sum(gradient, group))
+            parameter.register_hook(lambda gradient: _sum(gradient, group))  # type: ignore[no-untyped-call]
     _whole_vocabulary(model, group)
 
 
@@ -371,11 +378,11 @@ def _loss_scaled(model: Model, rank: RankLike) -> None:
 
 
 def _copy_left_out(model: Model, rank: RankLike) -> None:
-    model.blocks[0].mlp.enter = _same
+    model.block(0).mlp.enter = _same
 
 
 def _reduce_left_out(model: Model, rank: RankLike) -> None:
-    model.blocks[0].mlp.leave = _same
+    model.block(0).mlp.leave = _same
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -401,7 +408,7 @@ def _log_softmax_with_identity_backward(model: Model, rank: RankLike) -> None:
 
 
 def _loss_with(*unseen_sums: str) -> Style:
-    """Return a mistake: a loss whose label's logit, or sum of exponentials, is reduced where autograd does not see it."""
+    """Return a mistake: a loss whose label's logit, or sum of exponentials, is reduced unseen by autograd."""
 
     def inject(model: Model, rank: RankLike) -> None:
         group = rank.group("tp")
@@ -425,7 +432,7 @@ def _loss_with(*unseen_sums: str) -> Style:
 def _unseen_reduction(model: Model, rank: RankLike) -> None:
     """Reduce the output of a row-parallel layer, cut off from its terms."""
     group = rank.group("tp")
-    layer = model.blocks[1].mlp.down
+    layer = model.block(1).mlp.down
 
     def forward(hidden_BLF: Tensor) -> Tensor:
         total = functional.linear(hidden_BLF, layer.weight).detach()
@@ -433,13 +440,11 @@ def _unseen_reduction(model: Model, rank: RankLike) -> None:
         return total
 
     layer.forward = forward
-    model.blocks[1].mlp.leave = _same
-
-
+    model.block(1).mlp.leave = _same
 
 
 def _norms_over(seen: bool, whole: bool) -> Style:
-    """Give the norms inside the MLPs a mean of squares over all ranks, which autograd sees or not, or over one alone."""
+    """Give the norms inside the MLPs a mean of squares over all ranks, seen by autograd or not, or over one."""
 
     def inject(model: Model, rank: RankLike) -> None:
         group = rank.group("tp")
@@ -454,7 +459,7 @@ def _norms_over(seen: bool, whole: bool) -> Style:
             dist.all_reduce(kept, group=group)
             return kept / dist.get_world_size(group)
 
-        for block in model.blocks:
+        for block in model.all_blocks():
             block.mlp.norm.mean = mean
 
     return inject
@@ -493,20 +498,20 @@ class _LastUse(torch.autograd.Function):
 
 def _second_use_lost(model: Model, rank: RankLike) -> None:
     """Let the weight's gradient be that of the use whose backward runs first."""
-    layer = model.blocks[0].mlp.up
+    layer = model.block(0).mlp.up
     written: dict[str, int] = {}
     layer.forward = lambda hidden: _LastUse.apply(hidden, layer.weight, written)  # type: ignore[no-untyped-call]
 
 
 def _reduce_left_out_on_one_rank(model: Model, rank: RankLike) -> None:
     if rank.topology.coordinate(rank.rank)["tp"] == 1:
-        model.blocks[1].mlp.leave = _same
+        model.block(1).mlp.leave = _same
 
 
 def compiled(model: Model, rank: RankLike) -> None:
     """Compile each MLP; `backend="eager"` needs no C++ compiler."""
     inside(model, rank)
-    for block in model.blocks:
+    for block in model.all_blocks():
         block.mlp.compile(backend="eager")
 
 
@@ -531,7 +536,7 @@ def _detached_between_modules(model: Model, rank: RankLike) -> None:
         dist.all_reduce(total, group=group)
         return total
 
-    model.blocks[1].mlp.leave = reduce_unseen
+    model.block(1).mlp.leave = reduce_unseen
 
 
 # ---- rows

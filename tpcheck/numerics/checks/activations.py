@@ -165,8 +165,8 @@ def _with_other_placement(
 
     A module may leave its reduction to what comes after it (experts, an input gradient): the ranks' terms must add up,
     in all features or in some (`families.special_cases.MLA_SHARED_ROTARY_KEY`), and what is computed from them must be
-    right. Or, where the result of its parent is right, it may keep its shard in an order that shapes do not show: return
-    None, the activation cannot be compared.
+    right. Or, where the result of its parent is right, it may keep its shard in an order that shapes do not show:
+    return None, the activation cannot be compared.
     """
     if activation.difference.agrees:
         return activation

@@ -1,8 +1,9 @@
-"""What is known of a wrong gradient besides the expected one: collectives that autograd does not see, uses of a module."""
+"""What is known of a wrong gradient: collectives that autograd does not see, what each use of a module adds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,13 +38,14 @@ def backward_facts(evidence: Evidence, step: int, key: TensorKey, placed: Placed
     collectives = unseen_collectives(evidence, step, key)
     if not collectives:
         return BackwardFacts()
+    facts, tp = BackwardFacts(collectives), len(placed.parts)
+    if is_result(key):
+        inputs, outputs, output_gradients = _one_in_one_out(evidence, step, key)
+        facts = replace(facts, inputs=inputs, outputs=outputs, output_gradients=output_gradients)
     through_sum = _through_sum(evidence.reference[step].activations, key)
-    parts = () if through_sum is None else placed.parts
-    return BackwardFacts(
-        collectives,
-        *(_one_in_one_out(evidence, step, key) if is_result(key) else ((), (), ())),
-        through_sum=tuple(placed.expected_part(through_sum, tp_rank) for tp_rank in range(len(parts))),
-    )
+    if through_sum is None:
+        return facts
+    return replace(facts, through_sum=tuple(placed.expected_part(through_sum, tp_rank) for tp_rank in range(tp)))
 
 
 def _one_in_one_out(evidence: Evidence, step: int, key: TensorKey) -> tuple[tuple[Any, ...], ...]:
@@ -56,14 +58,14 @@ def _one_in_one_out(evidence: Evidence, step: int, key: TensorKey) -> tuple[tupl
     shapes = [[getattr(part, "shape", None) for part in of_key] for of_key in recorded]
     if None in shapes[0] or any(other != shapes[0] for other in shapes):
         return (), (), ()
-    return tuple(tuple(part.double() for part in of_key) for of_key in recorded)
+    return tuple(tuple(part.double() for part in of_key if part is not None) for of_key in recorded)
 
 
 def _through_sum(reference: Activations, key: TensorKey) -> torch.Tensor | None:
     """Return the part of the gradient of logits that goes through the logarithm of the sum of exponentials.
 
-    Of a cross entropy that is the softmax times the weight of the position; the rest is constant but for the label. None
-    where the gradient has another form.
+    Of a cross entropy that is the softmax times the weight of the position; the rest is constant but for the label.
+    None where the gradient has another form.
     """
     gradient, logits = reference.get(key), reference.get(in_phase(key, "forward"))
     if gradient is None or logits is None or logits.dim() < 2 or logits.shape[-1] < 4:
@@ -88,7 +90,9 @@ def gradients_of_uses(
     """
     reference = evidence.reference[step].activations
     output = TensorKey("backward", parameter.module, 0, "output", "0")
-    calls = sorted(key.call for key in reference if (key.phase, key.module, key.role) == ("backward", output.module, "output"))
+    calls = sorted(
+        key.call for key in reference if (key.phase, key.module, key.role) == ("backward", output.module, "output")
+    )
     layout = evidence.layouts.get(parameter.name)
     if not 1 < len(calls) <= MOST_USES or evidence.topology.dp > 1 or layout is None:
         return ()
@@ -103,7 +107,10 @@ def gradients_of_uses(
 
 def _gradient_of_use(evidence: Evidence, step: int, parameter: ComparedParameter, call: int) -> torch.Tensor | None:
     reference, module = evidence.reference[step].activations, parameter.module
-    inputs, outputs = (TensorKey("forward", module, call, role, "0") for role in ("input", "output"))  # type: ignore[arg-type]
+    inputs, outputs = (
+        TensorKey("forward", module, call, "input", "0"),
+        TensorKey("forward", module, call, "output", "0"),
+    )
     if parameter.expected.dim() == 2:
         return gradient_product(reference, inputs, in_phase(outputs, "backward"))
     output, gradient = reference.get(outputs), reference.get(in_phase(outputs, "backward"))
@@ -111,10 +118,10 @@ def _gradient_of_use(evidence: Evidence, step: int, parameter: ComparedParameter
         return None
     weights = evidence.weights_before(step)
     weight, bias = (weights.get(f"{module}.{name}") for name in ("weight", "bias"))
-    rows = gradient.double().flatten(0, -2)
+    rows: torch.Tensor = gradient.double().flatten(0, -2)
     if parameter.name.endswith(".bias"):
         return rows.sum(dim=0)
     if weight is None or output.shape[-1:] != weight.shape or not bool(weight.all()):
         return None
-    normed = (output.double() - (0 if bias is None else bias.double())) / weight.double()
+    normed: torch.Tensor = (output.double() - (0 if bias is None else bias.double())) / weight.double()
     return (rows * normed.flatten(0, -2)).sum(dim=0)

@@ -117,7 +117,7 @@ def _activation_suspect(
 
 
 def _what_is_wrong(evidence: Evidence, step: int, root: TensorKey) -> str:
-    """Return what comes before a wrong gradient that a module receives: the backward of what its output goes through."""
+    """Return what is behind a wrong gradient that a module receives: the backward of what its output goes through."""
     after = consumers(evidence, step, in_phase(root, "forward"))
     names = dict.fromkeys(each.module or "the loss" for each in after)
     behind = f"between {root.module or 'the model'} and {', '.join(names)}" if names else f"behind {root.module}"

@@ -139,8 +139,8 @@ def _fused_before(events: Sequence[ComparedActivation], root: TensorKey, scope: 
 def differs_from_sibling_layers(evidence: Evidence, step: int, module: str) -> SiblingCollectives | None:
     """Return a module's collectives where they are not those that most of its sibling layers issued.
 
-    The names of siblings differ in numbers alone. A module without siblings is compared between the ranks, each of which
-    has groups of its own over the same axis.
+    The names of siblings differ in numbers alone. A module without siblings is compared between the ranks, which have
+    groups of their own over the same axis.
     """
     by_rank = [
         _by_module(recorded.collectives, evidence.topology, rank)

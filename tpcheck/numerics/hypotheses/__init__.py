@@ -12,7 +12,16 @@ from collections.abc import Collection, Mapping
 
 from tpcheck.core.causes import Explanation, first_explanation
 from tpcheck.numerics.evidence import Kind, Suspect
-from tpcheck.numerics.hypotheses import gradients, layout, optimizer, parts_of_sums, reductions, values, vocabulary, weights
+from tpcheck.numerics.hypotheses import (
+    gradients,
+    layout,
+    optimizer,
+    parts_of_sums,
+    reductions,
+    values,
+    vocabulary,
+    weights,
+)
 from tpcheck.numerics.hypotheses.proof import Test, first_confirmed
 
 

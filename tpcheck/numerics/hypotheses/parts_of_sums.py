@@ -1,4 +1,4 @@
-"""Causes of sums over the ranks inside a module: one that no gradient comes back through, one over a rank's part alone."""
+"""Causes of sums inside a module: one that no gradient comes back through, one over a rank's part, one of uses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def no_gradient_comes_back(suspect: Suspect) -> Explanation | None:
 
 
 def gradient_without_the_sums(suspect: Suspect) -> Iterator[Hypothesis]:
-    """Yield what comes back through a module besides the sums over the ranks that it issued where autograd sees none."""
+    """Yield what comes back through a module besides the sums over ranks that it issued where autograd sees none."""
     if not suspect.backward.collectives:
         return
     through_sum, expected = suspect.backward.through_sum, suspect.expected_parts
@@ -39,11 +39,13 @@ def _with_constant_statistics(suspect: Suspect) -> Iterator[Hypothesis]:
     """Yield the gradient of a module whose output is its input times, or over, a statistic of a row, held constant.
 
     Of a norm the output is the input times a constant of the row and a weight; of a softmax it is the exponentials over
-    their sum, and its derivative with that sum held constant is the output itself. What remains of the expected gradient
-    comes back through the statistic, of which each rank has a share: a rank may have its own share alone.
+    their sum, and its derivative with that sum held constant is the output itself. What remains of the expected
+    gradient comes back through the statistic, of which each rank has a share: a rank may have its own share alone.
     """
     facts = suspect.backward
     rows = list(zip(facts.inputs, facts.outputs, facts.output_gradients, strict=True))
+    if not rows:
+        return
     shares = _shares_of_rows([(output * gradient).sum(-1, keepdim=True) for _, output, gradient in rows])
     for constant in (
         [gradient * torch.where(inputs == 0, 0, output / inputs) for inputs, output, gradient in rows],
@@ -56,7 +58,9 @@ def _with_constant_statistics(suspect: Suspect) -> Iterator[Hypothesis]:
 
 def _shares_of_rows(terms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return each rank's term over the sum of all; 0 where that is 0."""
-    total = sum(terms)
+    if len({term.shape for term in terms}) > 1 or not terms:
+        return []
+    total = torch.stack(list(terms)).sum(dim=0)
     return [torch.where(total == 0, 0, term / total) for term in terms]
 
 
