@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,7 +121,7 @@ def unlike(*by_rank: tuple[Collective, ...]) -> str | None:
     over_tp = tuple(range(len(by_rank)))
     return first_unlike(
         {
-            rank: issued_by([Collective(each.module, each.name, over_tp) for each in issued], topology, rank)
+            rank: issued_by([replace(each, ranks=over_tp) for each in issued], topology, rank)
             for rank, issued in enumerate(by_rank)
         }
     )
@@ -135,6 +136,19 @@ def test_a_collective_that_a_rank_leaves_out_is_named_with_its_module_and_the_ot
     left_out = "rank 1 did not issue the all_reduce over tp in the forward of down that rank 0 issued"
     assert unlike((UP, DOWN, LOSS), (UP, LOSS)) == left_out
     assert unlike((UP, DOWN), (UP,)) == left_out
+
+
+def test_a_rank_that_is_further_than_one_that_waits_has_left_something_out() -> None:
+    assert unlike((UP, DOWN), (UP, replace(LOSS, position=5))) == (
+        "rank 1 did not issue the all_reduce over tp in the forward of down that rank 0 issued, and went on to an "
+        "all_gather over tp in the forward of the model"
+    )
+
+
+def test_it_is_the_same_on_the_first_rank() -> None:
+    found = unlike((UP, replace(LOSS, position=5)), (UP, DOWN))
+    assert found is not None
+    assert found.startswith("rank 0 did not issue the all_reduce over tp in the forward of down that rank 1 issued")
 
 
 def test_of_several_ranks_most_are_right() -> None:
@@ -154,7 +168,7 @@ def test_collectives_of_the_backward_pass_have_no_module_and_groups_their_axis()
     topology = Topology(tp=2, dp=2)
     over_dp = Collective("", "all_reduce", (1, 3), phase="backward")
     other = Collective("x", "all_reduce", (0, 3))
-    assert issued_by([over_dp, other], topology, 1) == (
-        ("all_reduce", "dp", "the backward pass"),
-        ("all_reduce", "ranks [0, 3]", "the forward of x"),
-    )
+    assert [str(each) for each in issued_by([over_dp, other], topology, 1)] == [
+        "all_reduce over dp in the backward pass",
+        "all_reduce over ranks [0, 3] in the forward of x",
+    ]

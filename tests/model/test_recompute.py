@@ -107,7 +107,13 @@ def test_what_agrees_and_what_does_not_run_on_a_part_is_not_computed_alone() -> 
     right = nn.SiLU()(TOKENS)
     assert not computed_alone(nn.SiLU(), [TOKENS[:, :2], TOKENS[:, 2:]], [right[:, :2], right[:, 2:]])
     assert not computed_alone(nn.Linear(4, 4), HALVES, HALVES)
-    assert not computed_alone(nn.Sequential(nn.SiLU()), HALVES, HALVES)
+    assert not computed_alone(nn.Sequential(nn.SiLU()), HALVES, HALVES)  # whose input is wrong, too
+
+
+def test_a_module_around_others_is_computed_alone_where_its_input_agrees() -> None:
+    halves = list(TOKENS.chunk(2, dim=1))
+    (alone,) = computed_alone(nn.Sequential(nn.Softmax(dim=-1)), halves, halves).values()
+    assert all(map(torch.equal, alone, [half.softmax(dim=-1) for half in halves]))
 
 
 def test_a_module_with_a_sharded_parameter_is_not_recomputed() -> None:

@@ -6,6 +6,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -85,7 +86,6 @@ _SIZES = {
     "num_local_experts": "experts",
     "num_experts": "experts",
     "n_routed_experts": "experts",
-    "hidden_size": "features (hidden_size)",
     "vocab_size": "tokens of the vocabulary",
 }
 
@@ -112,14 +112,37 @@ def naming_indivisible_sizes(config: Any, tp: int) -> Iterator[None]:
 
 # ---- ranks that issue other collectives than the others
 
-Issued = tuple[tuple[str, str, str], ...]  # what, over which axis, in which module
+
+@dataclass(frozen=True, slots=True)
+class IssuedCollective:
+    """A collective in a form that is the same on ranks that do the same.
+
+    Attributes:
+        name: As in `torch.distributed`.
+        over: The axis of its group, or its ranks.
+        place: The module whose forward issued it, or the backward pass, as a phrase.
+        position: How far the rank had come: how many activations it had recorded.
+    """
+
+    name: str
+    over: str
+    place: str
+    position: int = field(default=0, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.name} over {self.over} in {self.place}"
+
+
+Issued = tuple[IssuedCollective, ...]
 
 
 def issued_by(collectives: Sequence[Collective], topology: Topology, rank: int) -> Issued:
-    """Return a rank's collectives in a form that is the same on ranks that do the same."""
+    """Return a rank's collectives, comparable between ranks."""
     axes = {topology.peers(rank, axis): axis for axis in ("dp", "tp")}
     return tuple(
-        (each.name, axes.get(tuple(sorted(each.ranks)), f"ranks {list(each.ranks)}"), _place(each))
+        IssuedCollective(
+            each.name, axes.get(tuple(sorted(each.ranks)), f"ranks {list(each.ranks)}"), _place(each), each.position
+        )
         for each in collectives
     )
 
@@ -133,10 +156,11 @@ def _place(collective: Collective) -> str:
 def first_unlike(issued_by_rank: Mapping[int, Issued]) -> str | None:
     """Return a sentence on the first collective that some ranks issue and others do not, if there is one.
 
-    What most ranks issue is taken for right; of two ranks, that which issues one more.
+    What most ranks issue is taken for right; of two ranks, that which issues one more, or is not as far and waits.
 
     Example:
-        >>> down, loss = ("all_reduce", "tp", "the forward of down"), ("all_reduce", "tp", "the forward of the model")
+        >>> down = IssuedCollective("all_reduce", "tp", "the forward of down")
+        >>> loss = IssuedCollective("all_reduce", "tp", "the forward of the model")
         >>> first_unlike({0: (down, loss), 1: (loss,)})
         'rank 1 did not issue the all_reduce over tp in the forward of down that rank 0 issued'
     """
@@ -147,10 +171,11 @@ def first_unlike(issued_by_rank: Mapping[int, Issued]) -> str | None:
             continue
         counts = Counter(entries.values())
 
-        def weight(rank: int, counts: Counter[Any] = counts, entries: Any = entries) -> tuple[int, int, int]:
-            return counts[entries[rank]], len(issued_by_rank[rank]), -rank
-
-        right = max(issued_by_rank, key=weight)
+        order = {
+            rank: (counts[entry], len(issued_by_rank[rank]), -entry[0].position if entry else 0, -rank)
+            for rank, entry in entries.items()
+        }
+        right = max(order, key=order.__getitem__)
         wrong = [rank for rank in issued_by_rank if entries[rank] != entries[right]]
         alike = [rank for rank in issued_by_rank if entries[rank] == entries[right]]
         return _unlike(number, right, wrong, alike, issued_by_rank)
@@ -163,15 +188,13 @@ def _unlike(
     expected, actual = issued_by_rank[right][number:], issued_by_rank[wrong[0]][number:]
     who, others = _ranks(wrong), _ranks(alike)
     if not expected or actual[1:2] == expected[:1]:  # one more than the others
-        return f"{who} issued {_phrase(actual[0])}, which {others} did not issue"
+        return f"{who} issued an {actual[0]}, which {others} did not issue"
+    left_out = f"{who} did not issue the {expected[0]} that {others} issued"
     if not actual or actual[:1] == expected[1:2]:
-        return f"{who} did not issue the {_phrase(expected[0], article=False)} that {others} issued"
-    return f"{who} issued {_phrase(actual[0])} where {others} issued {_phrase(expected[0])}"
-
-
-def _phrase(entry: tuple[str, str, str], *, article: bool = True) -> str:
-    name, over, place = entry
-    return f"{'an ' if article else ''}{name} over {over} in {place}"
+        return left_out
+    if actual[0].position > expected[0].position:  # the others still wait
+        return f"{left_out}, and went on to an {actual[0]}"
+    return f"{who} issued an {actual[0]} where {others} issued an {expected[0]}"
 
 
 def _ranks(ranks: Sequence[int]) -> str:

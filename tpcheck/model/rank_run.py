@@ -127,7 +127,7 @@ def _train_both(
     steps, tolerance = reference.train(rank)
     forces = request.options.dtype != "float64"  # whose rounding hides nothing
     module_tolerance = forced_tolerance(reference, rank, steps[0]) if forces else None
-    forced = _forced_pass(backend, candidate, batches[0], steps[0], rank) if forces else None
+    forced = _forced_pass(backend, candidate, batches[0], steps[0], rank, log) if forces else None
     candidate_steps = train(backend, candidate, tuple(start.weights), batches, log)
     full = _step_evidence(rank, evidence, steps, tolerance, candidate_steps)
     if forced is not None and module_tolerance is not None:
@@ -141,10 +141,15 @@ def _train_both(
 
 
 def _forced_pass(
-    backend: Backend, candidate: Candidate, batch: Batch, first: ReferenceStep, rank: RankLike
+    backend: Backend,
+    candidate: Candidate,
+    batch: Batch,
+    first: ReferenceStep,
+    rank: RankLike,
+    log: list[Collective],
 ) -> ForcedPass:
     """Run the modules with teacher forcing, once to find the partial gradients, and again with these known."""
-    trial = forced_modules(backend, candidate, batch, first, rank)
+    trial = forced_modules(backend, candidate, batch, first, rank, log=log)
     by_tp_rank = _gather_to_first(trial.step.activations, rank)
     partial_gradients = [
         None if by_tp_rank is None else find_partial_gradients(by_tp_rank, first[_dp_rank(rank)].activations)
@@ -153,7 +158,7 @@ def _forced_pass(
         dist.broadcast_object_list(
             partial_gradients, src=rank.topology.peers(rank.rank, "tp")[0], group=rank.group("tp")
         )
-    return forced_modules(backend, candidate, batch, first, rank, partial_gradients[0])
+    return forced_modules(backend, candidate, batch, first, rank, partial_gradients[0], log=log)
 
 
 def _start_evidence(

@@ -12,10 +12,11 @@ from torch.func import functional_call
 
 from tpcheck.core.placement import Shard
 from tpcheck.numerics.activation_placement import infer_placement
+from tpcheck.numerics.data_flow import is_inside
 from tpcheck.numerics.differences import frobenius_distance, rounding_error
 from tpcheck.numerics.evidence import Evidence, TensorKey
 from tpcheck.numerics.precision import torch_function_disabled
-from tpcheck.numerics.tensors import State
+from tpcheck.numerics.tensors import State, named_tensors
 from tpcheck.numerics.tolerance import RECOMPUTED_FACTOR
 
 Compute = Callable[[torch.Tensor], torch.Tensor]
@@ -73,34 +74,36 @@ def _from_whole_input(
 
 
 def compute_alone(model: nn.Module, state: State, evidence: Evidence) -> dict[TensorKey, tuple[torch.Tensor, ...]]:
-    """Return what leaf modules give on each rank's input with its parts of the parameters, where outputs are wrong.
+    """Return what modules give on each rank's input with its parts of the parameters, where outputs are wrong.
 
-    By output of the first step, one tensor for each tp_rank; without modules that do not run on parts, and those with
-    more than one input.
+    By output of the first step, one tensor for each tp_rank; without modules that do not run on parts, those with more
+    than one input, and those with modules inside, unless their inputs and all inside agree.
     """
-    first, leaves = evidence.reference[0].activations, dict(model.named_modules())
+    first, modules = evidence.reference[0].activations, dict(model.named_modules())
+    wrong = {key for key in first if key.phase == "forward" and not _agrees(evidence, key)}
     alone: dict[TensorKey, tuple[torch.Tensor, ...]] = {}
     for key in first:
         before = TensorKey("forward", key.module, key.call, "input", "0")
-        if (key.phase, key.role, key.path) != ("forward", "output", "0") or before not in first:
+        inputs, module = _parts(evidence, before), modules.get(key.module)
+        if key not in wrong or key.role != "output" or module is None or before not in first or inputs is None:
             continue
-        inputs, outputs = _parts(evidence, before), _parts(evidence, key)
-        module = leaves.get(key.module)
-        is_leaf = module is not None and next(module.children(), None) is None
-        if module is None or not is_leaf or inputs is None or outputs is None or _agrees(evidence, key, outputs):
+        inside = any(other.module != key.module and is_inside(other.module, key.module) for other in wrong)
+        if next(module.children(), None) is not None and (inside or before in wrong):
             continue
         try:
             with torch.no_grad():
-                computed = [_on_one_rank(module, key.module, state, evidence, *each) for each in enumerate(inputs)]
+                computed = [_on_one_rank(module, key, state, evidence, *each) for each in enumerate(inputs)]
         except Exception:  # any error of a module that needs the whole tensor, or more than this one
             continue
-        if all(isinstance(output, torch.Tensor) for output in computed):
-            alone[key] = tuple(computed)
+        alone[key] = tuple(computed)
     return alone
 
 
-def _agrees(evidence: Evidence, key: TensorKey, parts: Sequence[torch.Tensor]) -> bool:
-    expected = evidence.reference[0].activations[key]
+def _agrees(evidence: Evidence, key: TensorKey) -> bool:
+    """Return whether the ranks' parts of a tensor of the first step are the reference's; also where a rank lacks it."""
+    expected, parts = evidence.reference[0].activations[key], _parts(evidence, key)
+    if parts is None:
+        return True
     placed = infer_placement(expected.shape, parts)
     allowed = evidence.tolerance.allowed((0, evidence.dp_rank, key), rounding_error(expected))
     return placed is not None and all(
@@ -110,16 +113,16 @@ def _agrees(evidence: Evidence, key: TensorKey, parts: Sequence[torch.Tensor]) -
 
 
 def _on_one_rank(
-    module: nn.Module, name: str, state: State, evidence: Evidence, tp_rank: int, part: torch.Tensor
+    module: nn.Module, key: TensorKey, state: State, evidence: Evidence, tp_rank: int, part: torch.Tensor
 ) -> torch.Tensor:
-    prefix, parts = f"{name}." if name else "", evidence.initial_parts[tp_rank]
+    """Return the output `key` of a module on one rank's input, with that rank's parts of the parameters."""
+    prefix, parts = f"{key.module}." if key.module else "", evidence.initial_parts[tp_rank]
     full = {path.removeprefix(prefix): tensor for path, tensor in state.items() if path.startswith(prefix)}
     module_state = {path: parts.get(f"{prefix}{path}", tensor).clone() for path, tensor in full.items()}
     of_parts: Any = copy(module)
     if "normalized_shape" in vars(module) and "weight" in module_state:  # of torch's norms, which check it
         of_parts.normalized_shape = tuple(module_state["weight"].shape)
-    output: torch.Tensor = functional_call(of_parts, module_state, (part,))
-    return output
+    return dict(named_tensors(functional_call(of_parts, module_state, (part,))))[key.path]
 
 
 def _wrong_inputs(evidence: Evidence) -> Iterator[tuple[TensorKey, Sequence[torch.Tensor]]]:

@@ -18,9 +18,9 @@ from tpcheck.model.blame import blame_backend
 from tpcheck.model.build import Batch, copy_batch, find_loss
 from tpcheck.model.reference import CommunicatingRank, Reference, ReferenceStep
 from tpcheck.numerics.differences import distance_of_terms, frobenius, frobenius_distance
-from tpcheck.numerics.evidence import Step, TensorKey
+from tpcheck.numerics.evidence import Collective, Step, TensorKey
 from tpcheck.numerics.perturb import Deviations, Perturbation, named_deviations, perturbed_replay
-from tpcheck.numerics.recorder import ModuleRecorder
+from tpcheck.numerics.recorder import ModuleRecorder, logged_collectives
 from tpcheck.numerics.tensors import map_tensors, restore_buffers, state_restored
 from tpcheck.numerics.tolerance import Tolerance
 
@@ -127,6 +127,8 @@ def forced_modules(
     first: ReferenceStep,
     rank: RankLike,
     partial_gradients: Collection[TensorKey] | None = None,
+    *,
+    log: list[Collective],
 ) -> ForcedPass:
     """Run every module of the sharded model on its part of the reference's tensors, forward and backward.
 
@@ -136,6 +138,7 @@ def forced_modules(
         first: The reference's first step.
         partial_gradients: Gradients of which each rank has a term: modules keep those. If None, these are unknown:
             modules keep every gradient that is further off than rounding.
+        log: Grows by every collective, which a crash leaves there.
 
     Raises:
         BackendError: The backend crashed; with its own message.
@@ -160,6 +163,7 @@ def forced_modules(
 
     with (
         blame_backend(backend, "a pass with teacher forcing per module"),
+        logged_collectives(candidate.module, log),
         state_restored(candidate.module),
         ModuleRecorder(candidate.module, keep, forced),
         inner_backward(candidate.module, find_loss, keep_gradients),

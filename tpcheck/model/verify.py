@@ -167,8 +167,10 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
         if _COLLECTIVES_DIFFER not in str(failure.exception):
             raise
         issued = {outcome.rank: outcome.details for outcome in failure.outcomes if outcome.details is not None}
-        if (unlike := first_unlike(issued)) is not None:
-            raise BackendError(f"{unlike}.\ntorch's message: {failure.exception}") from failure
+        for group in topology.groups("tp"):
+            unlike = first_unlike({rank: issued[rank] for rank in group if rank in issued})
+            if unlike is not None:
+                raise BackendError(f"{unlike}.\ntorch's message: {failure.exception}") from failure
         try:
             with spawn(topology, timeout=min(timeout, _RETRY_TIMEOUT), env={"TORCH_DISTRIBUTED_DEBUG": "OFF"}) as world:
                 return world.run(verify_on_rank, request)

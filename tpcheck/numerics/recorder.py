@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import DebugLevel, get_debug_level
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -196,6 +197,9 @@ def logged_collectives(
 ) -> Iterator[None]:
     """Add every collective that is issued inside to a list, with the innermost module of `model` running.
 
+    At the end, ranks that have issued a collective over a group wait for the others of it: where torch checks what
+    ranks issue (TORCH_DISTRIBUTED_DEBUG=DETAIL), a rank that has left one out fails here with those that wait for it.
+
     Both ways of issuing one are seen: `torch.distributed`, which dispatches to `c10d`, and the functional collectives
     of DTensor. Calls on tensor subclasses are left to the subclasses, whose inner operators are seen instead.
 
@@ -207,7 +211,11 @@ def logged_collectives(
     running: list[str] = [""]
     handles = [handle for name, module in model.named_modules() for handle in _tracked(name, module, running)]
 
-    def record(name: str, ranks: tuple[int, ...], bypasses_autograd: bool) -> None:
+    groups: dict[tuple[int, ...], Any] = {}
+
+    def record(name: str, group: dist.ProcessGroup | None, bypasses_autograd: bool) -> None:
+        ranks = () if group is None else tuple(dist.get_process_group_ranks(group))
+        groups.setdefault(ranks, group)
         log.append(Collective(running[-1], name, ranks, phase, position(), bypasses_autograd))
 
     try:
@@ -216,6 +224,10 @@ def logged_collectives(
     finally:
         for handle in handles:
             handle.remove()
+    if groups and get_debug_level() is DebugLevel.DETAIL:
+        for _, group in sorted(groups.items()):
+            if group is not None:
+                dist.barrier(group)
 
 
 def _tracked(name: str, module: nn.Module, running: list[str]) -> Iterator[Any]:
@@ -233,7 +245,7 @@ def _tracked(name: str, module: nn.Module, running: list[str]) -> Iterator[Any]:
 class _CollectiveLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator and logs the collectives."""
 
-    def __init__(self, log: Callable[[str, tuple[int, ...], bool], None]) -> None:
+    def __init__(self, log: Callable[[str, dist.ProcessGroup | None, bool], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._log = log
 
@@ -256,14 +268,15 @@ def _would_have_gradients(args: Any) -> bool:
     return torch.is_grad_enabled() and any(tensor.is_floating_point() for _, tensor in named_tensors(args))
 
 
-def _group(args: Any) -> tuple[int, ...]:
-    """Return the global ranks of the group among an operator's arguments; empty where that is unknown."""
+def _group(args: Any) -> dist.ProcessGroup | None:
+    """Return the group among an operator's arguments; None where that is unknown."""
     for arg in args:
         if isinstance(arg, torch.ScriptObject) and str(arg._type()).endswith(".ProcessGroup"):
-            return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(arg)))
+            return dist.ProcessGroup.unbox(arg)
     resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
     names = [arg for arg in args if isinstance(arg, str)]  # functional collectives name their group last
     try:
-        return tuple(dist.get_process_group_ranks(resolve(names[-1]))) if names else ()
+        group: dist.ProcessGroup | None = resolve(names[-1]) if names else None
     except (RuntimeError, ValueError):
-        return ()
+        return None
+    return group

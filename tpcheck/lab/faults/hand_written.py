@@ -503,7 +503,8 @@ def _second_use_lost(model: Model, rank: RankLike) -> None:
     layer.forward = lambda hidden: _LastUse.apply(hidden, layer.weight, written)  # type: ignore[no-untyped-call]
 
 
-def _reduce_left_out_on_one_rank(model: Model, rank: RankLike) -> None:
+def reduce_left_out_on_one_rank(model: Model, rank: RankLike) -> None:
+    """Leave the others waiting: no comparison shows that, torch's check of collectives does."""
     if rank.topology.coordinate(rank.rank)["tp"] == 1:
         model.block(1).mlp.leave = _same
 

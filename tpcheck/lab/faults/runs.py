@@ -238,7 +238,7 @@ def run_hand_written_fault(
         world: A world of the fault's topology, in place of a new one.
     """
     control = HandWrittenControl(fault.style, fault.options, fault.topology, also=fault.inject)
-    report = _verify_hand_written(control, dtype, seed, replays, world)
+    report = verify_hand_written(control, dtype=dtype, seed=seed, replays=replays, world=world)
     findings = [finding for finding in report.findings if "follows_from" not in finding.evidence]
     first = [finding for finding in findings if finding.check in fault.checks]
     return _result(
@@ -265,7 +265,7 @@ def run_hand_written_control(
     control: HandWrittenControl, *, replays: int = NUM_REPLAYS, world: World | None = None
 ) -> FaultResult:
     """Verify right tensor parallelism that is written by hand."""
-    report = _verify_hand_written(control, "float64", 0, replays, world)
+    report = verify_hand_written(control, replays=replays, world=world)
     return FaultResult(
         fault=control.name,
         kind=CONTROL,
@@ -276,9 +276,15 @@ def run_hand_written_control(
     )
 
 
-def _verify_hand_written(
-    control: HandWrittenControl, dtype: str, seed: int, replays: int, world: World | None
+def verify_hand_written(
+    control: HandWrittenControl,
+    *,
+    dtype: str = "float64",
+    seed: int = 0,
+    replays: int = NUM_REPLAYS,
+    world: World | None = None,
 ) -> Report:
+    """Verify the small model under tensor parallelism that is written by hand."""
     backend: Any = replace(load_backend("custom"), shard_model=control.shard, layout=layout_of)  # type: ignore[type-var]
     options = RunOptions.of(
         topology=control.topology,
