@@ -114,7 +114,8 @@ MODEL: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=9))
 
 
 def made(batch: BatchSource, dp: int = 1, steps: int = 1, **options: Any) -> list[list[Batch]]:
-    return make_batches(RunOptions(batch=batch, steps=steps, **options), MODEL, dp, torch.device("cpu"))
+    made = make_batches(RunOptions(batch=batch, steps=steps, **options), MODEL, dp, torch.device("cpu"))
+    return [[micro_batches[0] for micro_batches in step] for step in made]
 
 
 def test_the_default_batch_is_contiguous_and_without_padding() -> None:

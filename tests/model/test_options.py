@@ -25,13 +25,13 @@ def test_keywords_for_type_checkers_name_every_option() -> None:
     [
         (
             verify,
-            "build batch topology backend dtype steps zero_stage config checks seed ignore_plan replays timeout "
-            "shard layout",
+            "build batch topology backend dtype steps zero_stage optimizer accumulate loss attention checkpointing "
+            "compile loop config checks seed ignore_plan replays timeout shard layout",
         ),
         (
             verify_family,
-            "family topology backend dtype steps zero_stage config checks seed settings batch ignore_plan replays "
-            "timeout",
+            "family topology backend dtype steps zero_stage optimizer accumulate loss attention checkpointing compile "
+            "lora loop config checks seed settings batch ignore_plan replays timeout",
         ),
     ],
 )
@@ -61,15 +61,20 @@ def test_every_option_but_replays_and_timeout_reaches_the_subject_and_the_comman
     options = RunOptions.of(
         topology=Topology(tp=4, dp=2), backend="dtensor", dtype="float32", steps=3, zero_stage=1, config={"a": 1},
         checks=["replicas_agree"], seed=7, settings={"b": True}, batch="1x4", ignore_plan=True, replays=3, timeout=9,
+        optimizer={"type": "AdamW"}, accumulate=2, loss="token_mean", attention="sdpa", checkpointing=True,
+        compile=True, lora=4, loop="trainer",
     )  # fmt: skip
     assert options.subject("llama") == {
         "family": "llama", "backend": "dtensor", "tp": 4, "dp": 2, "zero": 1, "dtype": "float32", "steps": 3,
         "seed": 7, "config": {"a": 1}, "ignore_plan": True, "settings": {"b": True}, "checks": ["replicas_agree"],
-        "batch": "1x4",
+        "batch": "1x4", "optimizer": {"type": "AdamW"}, "accumulate": 2, "loss": "token_mean", "attention": "sdpa",
+        "checkpointing": True, "compile": True, "lora": 4, "loop": "trainer",
     }  # fmt: skip
     assert options.command("llama") == (
         "tpcheck verify llama --backend dtensor --tp 4 --dp 2 --zero 1 --dtype float32 --steps 3 --seed 7 "
-        "--config '{\"a\": 1}' --ignore-plan --set b=true --checks replicas_agree --batch 1x4"
+        '--config \'{"a": 1}\' --ignore-plan --set b=true --optimizer \'{"type": "AdamW"}\' --accumulate 2 '
+        "--loss token_mean --attention sdpa --checkpointing --compile --lora 4 --loop trainer --checks replicas_agree "
+        "--batch 1x4"
     )
 
 
@@ -84,6 +89,11 @@ def test_defaults_are_left_out_of_the_command_and_kept_in_the_subject() -> None:
 def test_the_subject_of_a_callers_model_has_no_settings_and_no_batch() -> None:
     options = RunOptions(batch={"x": object()}, settings={"a": 1})
     assert set(options.subject()) == {*DEFAULTS.subject("llama")} - {"family", "settings"}
+
+
+def test_no_command_repeats_an_optimizer_that_a_function_makes() -> None:
+    options = RunOptions(optimizer=list)
+    assert options.command("llama") is None
 
 
 def test_a_batch_in_words_is_parsed_and_the_default_one_is_none() -> None:

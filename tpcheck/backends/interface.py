@@ -32,7 +32,7 @@ class RankLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrainingOptions:
-    """How both sides train: SGD with momentum and weight decay, whose step shows a wrong scale of the gradient.
+    """How both sides train: by default SGD with momentum and weight decay, whose step shows a wrong gradient scale.
 
     Attributes:
         dtype: Dtype of the model's weights and arithmetic.
@@ -42,6 +42,15 @@ class TrainingOptions:
         batch_size: Samples that each DP rank sees in a step.
         config: The user's configuration of the backend, merged over tpcheck's.
         ignore_plan: Drop the model's tp_plan, so that the backend's heuristics shard it.
+        optimizer: A name in torch.optim, a dict with `type` and `params`, or a callable (parameters) -> Optimizer.
+        schedule: Makes the scheduler of the learning rate, whose `step` follows the optimizer's; None for none.
+        accumulate: Micro-batches whose gradients a step accumulates.
+        loss: `mean` or `token_mean`: how the losses of a step become one.
+        attention: Attention of the candidate; None for the model's own.
+        checkpointing: Recompute the candidate's activations in the backward pass.
+        compile: Compile the candidate.
+        lora: Rank of the model's LoRA adapters; 0 for none.
+        loop: `plain`, or `trainer` for transformers' Trainer.
         rebuild: Builds the same model a second time, for backends whose models are sharded while they are built.
     """
 
@@ -54,6 +63,15 @@ class TrainingOptions:
     batch_size: int = 2
     config: Mapping[str, Any] = field(default_factory=dict)
     ignore_plan: bool = False
+    optimizer: str | Mapping[str, Any] | Callable[..., torch.optim.Optimizer] = "sgd"
+    schedule: Callable[[torch.optim.Optimizer], Any] | None = None
+    accumulate: int = 1
+    loss: str = "mean"
+    attention: str | None = None
+    checkpointing: bool = False
+    compile: bool = False
+    lora: int = 0
+    loop: str = "plain"
     rebuild: Callable[[], nn.Module] | None = None
 
 
@@ -77,19 +95,33 @@ class Candidate(Protocol):
         """Return a copy of this rank's TP shard, gathered over DP. Collective over the DP group."""
 
     def gradient(self, name: str) -> torch.Tensor | None:
-        """Return a copy of the gradient of this rank's TP shard, averaged over DP. Collective over the DP group."""
+        """Return a copy of the gradient of this rank's TP shard, averaged over DP and over the micro-batches.
+
+        Collective over the DP group.
+        """
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
         """Run the model on this rank's batch and return its output."""
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Run the backward pass; `gradient` is valid from here to `step`."""
+        """Run the backward pass of a micro-batch; `gradient` is valid from the last one of a step to `step`."""
 
     def step(self) -> None:
         """Clip the gradients and step the optimizer."""
 
     def gradient_norm(self) -> float | None:
         """Return the norm that the last step clipped by, or None where the backend does not report it."""
+
+
+@runtime_checkable
+class HoldsOptimizerState(Protocol):
+    """A candidate that can tell what its optimizer holds."""
+
+    def optimizer_state(self, name: str) -> Mapping[str, torch.Tensor]:
+        """Return copies of the moments, and of the float32 `master`, of this rank's TP shard of a parameter.
+
+        Each has the shape of the shard, gathered over DP. Collective over the DP group.
+        """
 
 
 @runtime_checkable

@@ -54,6 +54,17 @@ def json_object(name: str, source: str) -> dict[str, Any]:
     return parsed
 
 
+def name_or_object(name: str, source: str) -> str | dict[str, Any]:
+    """Return a name as it is, and the JSON object that `source` is, or that stands in the file of this name.
+
+    Example:
+        >>> name_or_object("optimizer", "adamw"), name_or_object("optimizer", '{"type": "AdamW"}')
+        ('adamw', {'type': 'AdamW'})
+    """
+    is_name = source.replace("_", "").isalnum()
+    return source if is_name else json_object(name, source)
+
+
 def _read(name: str, source: str) -> str:
     try:
         return Path(source).read_text(encoding="utf-8")

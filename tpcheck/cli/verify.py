@@ -10,14 +10,14 @@ from typing import Annotated
 import typer
 
 from tpcheck.cli.matrix import Matrix, run_matrix
-from tpcheck.cli.option_values import integers, json_object, names, settings, writable
+from tpcheck.cli.option_values import integers, json_object, name_or_object, names, settings, writable
 from tpcheck.cli.terminal import Files, usage_errors
 from tpcheck.core.errors import UsageError
 from tpcheck.lab.matrix import Cell, cells
 from tpcheck.model.options import DEFAULTS, RunOptions, Tokens, option_help
 from tpcheck.report.report import Report
 
-_PARSED = {"backend", "dtype", "config", "checks"}
+_PARSED = {"backend", "dtype", "optimizer", "config", "checks"}
 """Options whose flag `verify` parses; the flag of every other option gives the value itself."""
 
 
@@ -37,6 +37,20 @@ def verify(
     zero: Annotated[str, typer.Option(metavar="N[,..]", help=option_help("zero_stage"))] = str(DEFAULTS.zero_stage),
     dtype: Annotated[str, typer.Option(metavar="NAME[,..]", help=option_help("dtype"))] = DEFAULTS.dtype,
     steps: Annotated[int, typer.Option(help=option_help("steps"))] = DEFAULTS.steps,
+    optimizer: Annotated[str, typer.Option(metavar="NAME|JSON|FILE", help=option_help("optimizer"))] = str(
+        DEFAULTS.optimizer
+    ),
+    accumulate: Annotated[int, typer.Option(help=option_help("accumulate"))] = DEFAULTS.accumulate,
+    loss: Annotated[str, typer.Option(metavar="mean|token_mean", help=option_help("loss"))] = DEFAULTS.loss,
+    attention: Annotated[
+        str | None, typer.Option(metavar="NAME", help=option_help("attention"), show_default="the model's own")
+    ] = DEFAULTS.attention,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help=option_help("checkpointing"))
+    ] = DEFAULTS.checkpointing,
+    compile_: Annotated[bool, typer.Option("--compile", help=option_help("compile"))] = DEFAULTS.compile,
+    lora: Annotated[int, typer.Option(metavar="R", help=option_help("lora"))] = DEFAULTS.lora,
+    loop: Annotated[str, typer.Option(metavar="plain|trainer", help=option_help("loop"))] = DEFAULTS.loop,
     jobs: Annotated[
         int | None, typer.Option(help="Runs at the same time.", show_default="as many as fit the cores")
     ] = None,
@@ -109,6 +123,8 @@ def verify(
         }
         common = RunOptions.of(
             **given,
+            compile=compile_,
+            optimizer=name_or_object("optimizer", optimizer),
             settings=settings(set_ or []),
             config=json_object("config", config) if config is not None else None,
             checks=checks or None,

@@ -183,28 +183,35 @@ class Cause(Enum):
     REDUCED_AFTER_ACCUMULATION = (
         "reduced_after_accumulation",
         "reducing the accumulated gradient again at each micro-batch gives the actual one{residual}",
-        "runs.sketch_causes",
+        "numerics.hypotheses.accumulation runs.sketch_causes",
         "Reduce each micro-batch's own gradient (a hook on the incoming gradient), or the accumulated one once, before "
         "the optimizer's step: a post-accumulate-grad hook sees what was reduced before.",
     )
     LAST_MICRO_BATCH_ONLY = (
         "last_micro_batch_only",
         "the gradient is that of the last micro-batch alone{residual}",
-        "runs.sketch_causes",
+        "numerics.hypotheses.accumulation runs.sketch_causes",
         "Accumulate before the step: with DeepSpeed set gradient_accumulation_steps to the number of backward calls.",
     )
     MICRO_BATCH_UNREDUCED = (
         "micro_batch_unreduced",
-        "the gradients of some micro-batches were not reduced over the replicas, those of others were",
-        "runs.sketch_causes",
+        "the gradients of some micro-batches were not reduced over the ranks, those of others were{residual}",
+        "numerics.hypotheses.accumulation runs.sketch_causes",
         "Reduce once after the last backward pass; a no_sync context must not enclose that pass.",
     )
     MEAN_OF_LOCAL_MEANS = (
         "mean_of_local_means",
         "micro-batches or replicas with unlike numbers of tokens were weighted alike",
-        "runs.sketch_causes",
+        "numerics.hypotheses.accumulation runs.sketch_causes",
         "Divide the sum of the losses by the number of labels of the whole step (num_items_in_batch), not each by its "
         "own.",
+    )
+
+    TOKEN_MEAN_INSTEAD_OF_MEAN = (
+        "token_mean_instead_of_mean",
+        "the loss is divided by the number of labels of the whole step, the reference's by that of each micro-batch",
+        "numerics.hypotheses.accumulation",
+        'Verify with loss="token_mean" if the mean over all labels of the step is what you mean.',
     )
 
     # ---- gradients, norms, replicas
@@ -290,13 +297,13 @@ class Cause(Enum):
     OPTIMIZER_SEES_ONE_SHARD = (
         "optimizer_sees_one_shard",
         "the gradients agree, and an optimizer whose step depends on the whole matrix was given each rank's shard",
-        "runs.sketch_causes",
+        "numerics.hypotheses.optimizer runs.sketch_causes",
         "Gather the matrix before the step, as distributed versions of this optimizer do.",
     )
     OPTIMIZER_STATE_OF_ANOTHER_RANK = (
         "optimizer_state_of_another_rank",
         "ranks with different shards held the same optimizer state",
-        "runs.step_checks",
+        "numerics.hypotheses.optimizer runs.step_checks",
         "Save and load optimizer state for each rank: a file for each TP rank, not one for all.",
     )
     MASTERS_STALE = (

@@ -58,8 +58,10 @@ def _flag(name: str, value: Any) -> list[str]:
     """Return the words of an option: none for None and False, a bare flag for True, a flag for each item of a list.
 
     Raises:
-        TypeError: The value is a mapping that JSON cannot hold.
+        TypeError: The value is a mapping that JSON cannot hold, or a function.
     """
+    if callable(value):
+        raise TypeError(type(value).__name__)
     flag = f"--{name.replace('_', '-')}"
     if value is None or isinstance(value, bool):
         return [flag] if value else []

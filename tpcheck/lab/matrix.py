@@ -263,7 +263,8 @@ def label(verdict: Verdict) -> str:
 def configuration(subject: Mapping[str, Any]) -> str:
     """Return the options in which cells of one family differ: `deepspeed, tp=2, zero=1`."""
     dtype = subject.get("dtype", "float64")
-    return ", ".join([*words.layout(subject), *([str(dtype)] if dtype != "float64" else [])])
+    parts = [*words.layout(subject), *([str(dtype)] if dtype != "float64" else []), *words.training(subject)]
+    return ", ".join(parts)
 
 
 def summary_line(verdict: Verdict) -> str:

@@ -14,7 +14,9 @@ from tpcheck.backends.local_part import full_tensor, local_part
 from tpcheck.core.digests import digest
 from tpcheck.model.blame import blame_backend
 from tpcheck.model.build import Batch, copy_batch, loss_of
+from tpcheck.model.optimizer_state import candidate_state
 from tpcheck.numerics.evidence import Collective, Step, TensorKey
+from tpcheck.numerics.precision import reduced_precision_raised
 from tpcheck.numerics.recorder import ModuleRecorder, logged_collectives
 from tpcheck.numerics.tensors import copy_buffers
 
@@ -68,9 +70,13 @@ def _ties(model: nn.Module) -> dict[str, str]:
 
 
 def train(
-    backend: Backend, candidate: Candidate, names: Sequence[str], batches: Sequence[Batch], log: list[Collective]
+    backend: Backend,
+    candidate: Candidate,
+    names: Sequence[str],
+    batches: Sequence[Sequence[Batch]],
+    log: list[Collective],
 ) -> tuple[Step, ...]:
-    """Train on this DP rank's batches; return copies of every tensor that is compared.
+    """Train on this DP rank's batches, batches[step][micro_batch]; return copies of every tensor that is compared.
 
     Args:
         names: Of parameters.
@@ -79,11 +85,16 @@ def train(
     Raises:
         BackendError: The backend crashed; with its own message and where it happened.
     """
-    return tuple(_step(backend, candidate, names, index, batch, log) for index, batch in enumerate(batches))
+    return tuple(_step(backend, candidate, names, index, of_step, log) for index, of_step in enumerate(batches))
 
 
 def _step(
-    backend: Backend, candidate: Candidate, names: Sequence[str], index: int, batch: Batch, log: list[Collective]
+    backend: Backend,
+    candidate: Candidate,
+    names: Sequence[str],
+    index: int,
+    micro_batches: Sequence[Batch],
+    log: list[Collective],
 ) -> Step:
     first = len(log)
     activations: dict[TensorKey, torch.Tensor] = {}
@@ -91,23 +102,29 @@ def _step(
     def keep(key: TensorKey, tensor: torch.Tensor) -> None:
         activations[key] = local_part(tensor).clone()
 
-    with ModuleRecorder(candidate.module, keep):
-        with (
-            blame_backend(backend, f"forward of step {index}"),
-            logged_collectives(candidate.module, log, "forward", lambda: len(activations)),
-        ):
-            output = candidate.forward(copy_batch(batch))
-        loss = loss_of(output)
-        with (
-            blame_backend(backend, f"backward of step {index}"),
-            logged_collectives(candidate.module, log, "backward", lambda: len(activations)),
-        ):
-            candidate.backward(loss)
-    with blame_backend(backend, f"step {index}"):
+    losses: list[torch.Tensor] = []
+    with ModuleRecorder(candidate.module, keep) as recorder:
+        for number, batch in enumerate(micro_batches):
+            recorder.begin_micro_batch(number)
+            of_step = f"of step {index}" + (f", micro-batch {number}" if number else "")
+            with (
+                blame_backend(backend, f"forward {of_step}"),
+                logged_collectives(candidate.module, log, "forward", number, lambda: len(activations)),
+            ):
+                output = candidate.forward(copy_batch(batch))
+            loss = loss_of(output)
+            with (
+                blame_backend(backend, f"backward {of_step}"),
+                logged_collectives(candidate.module, log, "backward", number, lambda: len(activations)),
+            ):
+                candidate.backward(loss)
+            losses.append(loss.detach())
+    with blame_backend(backend, f"step {index}"), reduced_precision_raised(losses[0].dtype is torch.float64):
         gradients = {name: candidate.gradient(name) for name in names}
         candidate.step()
         weights = {name: candidate.parameter(name) for name in names}
         norm = candidate.gradient_norm()
+        state = candidate_state(candidate, names)
     present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
     digests = _digests("gradient", present) | _digests("parameter", weights) | _buffer_digests(candidate.module)
     return Step(
@@ -115,8 +132,9 @@ def _step(
         gradients,
         weights,
         norm,
-        float(full_tensor(loss.detach())),
+        sum(float(full_tensor(loss)) for loss in losses) / len(losses),
         buffers=copy_buffers(candidate.module),
+        optimizer_state=state,
         digests=digests,
         collectives=tuple(log[first:]),
     )

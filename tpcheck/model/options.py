@@ -66,9 +66,12 @@ class Tokens:
         return ",".join([f"{self.rows}x{self.length}", *flags])
 
 
+OptimizerSource: TypeAlias = "str | Mapping[str, Any] | Callable[..., Any]"
 BatchSource: TypeAlias = "Mapping[str, Any] | Callable[[Mapping[str, int], int], Mapping[str, Any]] | Tokens | None"
 DTYPES = ("float64", "float32", "bfloat16")
 ZERO_STAGES = (0, 1, 2, 3)
+LOSSES = ("mean", "token_mean")
+LOOPS = ("plain", "trainer")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -102,6 +105,42 @@ class RunOptions:
         default=2, metadata=_doc("Training steps. The comparison ends after the first one that differs.")
     )
     zero_stage: int = field(default=0, metadata=_doc("ZeRO stage of the backend, 0 to 3."))
+    optimizer: OptimizerSource = field(
+        default="sgd",
+        hash=False,
+        metadata=_doc(
+            'The optimizer of both sides: a class of torch.optim by name, in any case, or `{"type": "AdamW", "params": '
+            "{...}}` as DeepSpeed writes it. Also a callable (parameters) -> torch.optim.Optimizer. SGD (with momentum "
+            "and weight decay) is the default because a wrong scale of the gradient is invisible to Adam."
+        ),
+    )
+    accumulate: int = field(
+        default=1,
+        metadata=_doc("Micro-batches whose gradients each step accumulates; `batch` gives one micro-batch at a time."),
+    )
+    loss: str = field(
+        default="mean",
+        metadata=_doc(
+            "How the losses of a step become one. `mean`: the mean over replicas and micro-batches of what the model "
+            "returns. `token_mean`: the sum over all labels of the step divided by their number; a model whose forward "
+            "takes `num_items_in_batch` is given that number."
+        ),
+    )
+    attention: str | None = field(
+        default=None,
+        metadata=_doc("Attention of the sharded model: `eager`, `sdpa`, `flex_attention`. None for the model's own."),
+    )
+    checkpointing: bool = field(
+        default=False, metadata=_doc("Recompute activations of the sharded model in the backward pass.")
+    )
+    compile: bool = field(default=False, metadata=_doc("Compile the sharded model with torch.compile."))
+    lora: int = field(
+        default=0, metadata=_doc("Rank of LoRA adapters on a family's linear layers, trained alone; 0 for none.")
+    )
+    loop: str = field(
+        default="plain",
+        metadata=_doc("What drives the steps. `plain` for a loop of one's own, `trainer` for transformers' Trainer."),
+    )
     config: Mapping[str, Any] = field(
         default_factory=dict,
         hash=False,
@@ -204,6 +243,7 @@ class RunOptions:
             "tp": topology.tp,
             "dp": topology.dp,
             "zero": zero_stage,
+            "optimizer": dict(self.optimizer) if isinstance(self.optimizer, Mapping) else self.optimizer,
             "config": dict(self.config),
             "settings": dict(self.settings),
             "checks": None if are_default else list(self.check_names),
@@ -234,6 +274,13 @@ class OptionKeywords(TypedDict, total=False):
     """The options that `verify`, `verify_family` and `family_tests` share, for type checkers."""
 
     steps: int
+    optimizer: OptimizerSource
+    accumulate: int
+    loss: str
+    attention: str | None
+    checkpointing: bool
+    compile: bool
+    loop: str
     config: Mapping[str, Any] | None
     checks: Sequence[str] | None
     seed: int
@@ -247,6 +294,7 @@ class FamilyKeywords(OptionKeywords, total=False):
 
     settings: Mapping[str, Any] | None
     batch: Tokens | str | None
+    lora: int
 
 
 def expand_options(keywords: type) -> Callable[[_F], _F]:
@@ -344,15 +392,69 @@ def require_valid(request: Request) -> None:
         ("steps", options.steps, 1),
         ("seed", options.seed, 0),
         ("replays", options.replays, 1),
+        ("accumulate", options.accumulate, 1),
+        ("lora", options.lora, 0),
     ):
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 2**31:
             raise UsageError(name, value, f"an integer from {minimum} to {2**31 - 1}")
     if options.batch is not None and not callable(options.batch) and not isinstance(options.batch, (Mapping, Tokens)):
         raise UsageError("batch", type(options.batch).__name__, "a dict of tensors, a callable or None")
+    _require_training(options)
     valid_checks = (*CHECK_NAMES, CHECKPOINT_CHECK)
     unknown = [name for name in options.check_names if name not in valid_checks]
     if unknown or not options.check_names:
         raise UsageError("checks", unknown or (), valid_checks)
+
+
+def _require_training(options: RunOptions) -> None:
+    if options.loss not in LOSSES:
+        raise UsageError("loss", options.loss, LOSSES)
+    _require_optimizer(options.optimizer)
+    _require_attention(options)
+    _require_checkpointing(options)
+    _require_compile(options)
+    _require_lora(options)
+    _require_loop(options)
+
+
+def _require_optimizer(optimizer: OptimizerSource) -> None:
+    if isinstance(optimizer, Mapping):
+        name, params = optimizer.get("type"), optimizer.get("params", {})
+        if not isinstance(name, str) or not isinstance(params, Mapping) or not set(optimizer) <= {"type", "params"}:
+            raise UsageError("optimizer", dict(optimizer), '{"type": NAME, "params": {...}}')
+    elif not isinstance(optimizer, str) and not callable(optimizer):
+        accepted = "a name in torch.optim, a dict with type and params, or a callable (parameters) -> Optimizer"
+        raise UsageError("optimizer", optimizer, accepted)
+
+
+# ---- options that are not available yet: each is refused in one place
+
+
+def _require_attention(options: RunOptions) -> None:
+    if options.attention is not None:
+        raise UsageError("attention", options.attention, "None: other implementations are not available yet")
+
+
+def _require_checkpointing(options: RunOptions) -> None:
+    if options.checkpointing is not False:
+        raise UsageError("checkpointing", options.checkpointing, "False: it is not available yet")
+
+
+def _require_compile(options: RunOptions) -> None:
+    if options.compile is not False:
+        raise UsageError("compile", options.compile, "False: it is not available yet")
+
+
+def _require_lora(options: RunOptions) -> None:
+    if options.lora:
+        raise UsageError("lora", options.lora, "0: adapters are not available yet")
+
+
+def _require_loop(options: RunOptions) -> None:
+    if options.loop not in LOOPS:
+        raise UsageError("loop", options.loop, LOOPS)
+    if options.loop != "plain":
+        raise UsageError("loop", options.loop, "plain: transformers' Trainer is not available yet")
 
 
 def _default_checks() -> tuple[str, ...]:

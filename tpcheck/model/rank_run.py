@@ -18,6 +18,7 @@ from tpcheck.core.digests import digest
 from tpcheck.model.blame import internal_error, is_of_tpcheck, issued_by, naming_indivisible_sizes
 from tpcheck.model.build import Batch, build_model, require_equal_models
 from tpcheck.model.candidate import CandidateStart, shard, train
+from tpcheck.model.on_shards import steps_on_shards
 from tpcheck.model.options import Request
 from tpcheck.model.recompute import compute_alone, recompute_outputs
 from tpcheck.model.reference import CommunicatingRank, Reference, ReferenceStep
@@ -108,6 +109,14 @@ def _training_options(request: Request, device: torch.device) -> TrainingOptions
         zero_stage=options.zero_stage,
         config=options.config,
         ignore_plan=options.ignore_plan,
+        optimizer=options.optimizer,
+        accumulate=options.accumulate,
+        loss=options.loss,
+        attention=options.attention,
+        checkpointing=options.checkpointing,
+        compile=options.compile,
+        lora=options.lora,
+        loop=options.loop,
         rebuild=partial(build_model, request, device),
     )
 
@@ -123,17 +132,18 @@ def _train_both(
     log: list[Collective],
 ) -> Evidence | None:
     """Train both sides; return `evidence` with their steps, on the first rank of each TP group. Collective."""
-    batches = [by_dp_rank[_dp_rank(rank)] for by_dp_rank in reference.batches]
+    batches = [step[_dp_rank(rank)] for step in reference.batches]
     steps, tolerance = reference.train(rank)
     forces = request.options.dtype != "float64"  # whose rounding hides nothing
     module_tolerance = forced_tolerance(reference, rank, steps[0]) if forces else None
-    forced = _forced_pass(backend, candidate, batches[0], steps[0], rank, log) if forces else None
+    forced = _forced_pass(backend, candidate, batches[0][0], steps[0], rank, log) if forces else None
     candidate_steps = train(backend, candidate, tuple(start.weights), batches, log)
     full = _step_evidence(rank, evidence, steps, tolerance, candidate_steps)
     if forced is not None and module_tolerance is not None:
         full = _with_forced(full, rank, forced, module_tolerance)
     if full is None:
         return None
+    full = replace(full, on_shards=steps_on_shards(reference.options, full))
     model, state = reference.model, reference.state
     return replace(
         full, recomputed=recompute_outputs(model, state, full), computed_alone=compute_alone(model, state, full)
@@ -181,6 +191,7 @@ def _start_evidence(
         buffers=tuple(reference.buffers),
         facts=facts,
         tolerance=Tolerance(0.0, request.options.replays, {}),
+        labels=reference.labels,
     )
 
 
@@ -226,7 +237,8 @@ def _with_forced(full: Evidence | None, rank: RankLike, forced: ForcedPass, tole
     return replace(full, forced_modules=forced_step)
 
 
-CallDigests = Mapping[str, tuple[str, ...]]  # module -> digest of the outputs of each of its calls, in order
+# (module, micro-batch) -> digest of the outputs of each of its calls, in order
+CallDigests = Mapping[tuple[str, int], tuple[str, ...]]
 
 
 def call_digests(step: Step) -> CallDigests:
@@ -235,11 +247,11 @@ def call_digests(step: Step) -> CallDigests:
     Args:
         step: A step of the reference, which is bitwise the same on every rank except for the order of calls.
     """
-    digests: dict[str, dict[int, str]] = defaultdict(lambda: defaultdict(str))
+    digests: dict[tuple[str, int], dict[int, str]] = defaultdict(lambda: defaultdict(str))
     for key, tensor in step.activations.items():
         if (key.phase, key.role) == ("forward", "output"):
-            digests[key.module][key.call] += digest(tensor)
-    return {module: tuple(calls.values()) for module, calls in digests.items() if len(calls) > 1}
+            digests[key.module, key.micro_batch][key.call] += digest(tensor)
+    return {place: tuple(calls.values()) for place, calls in digests.items() if len(calls) > 1}
 
 
 def align_calls(step: Step, calls: CallDigests, first: CallDigests) -> Step:
@@ -250,15 +262,16 @@ def align_calls(step: Step, calls: CallDigests, first: CallDigests) -> Step:
         first: The first rank's calls.
     """
     numbers = {
-        module: _numbers(digests, first[module])
-        for module, digests in calls.items()
-        if sorted(digests) == sorted(first.get(module, ()))
+        place: _numbers(digests, first[place])
+        for place, digests in calls.items()
+        if sorted(digests) == sorted(first.get(place, ()))
     }
     if all(number == list(range(len(number))) for number in numbers.values()):
         return step
 
     def aligned(key: TensorKey) -> TensorKey:
-        return replace(key, call=numbers[key.module][key.call]) if key.module in numbers else key
+        known = numbers.get((key.module, key.micro_batch))
+        return key if known is None else replace(key, call=known[key.call])
 
     return replace(step, activations={aligned(key): tensor for key, tensor in step.activations.items()})
 

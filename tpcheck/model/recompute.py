@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def recompute_outputs(model: nn.Module, state: State, evidence: Evidence) -> dic
         wrong = list(_wrong_inputs(evidence))
     with torch.no_grad():
         for key, inputs in wrong:
-            output = TensorKey("forward", key.module, key.call, "output", "0")
+            output = replace(key, role="output")
             compute = None if _is_sharded(key.module, evidence) else _leaf_module(model, key.module, state)
             if compute is not None and _works_by_parts(compute, evidence, key, output, inputs):
                 recomputed[output] = tuple(compute(part) for part in inputs)
@@ -83,7 +84,7 @@ def compute_alone(model: nn.Module, state: State, evidence: Evidence) -> dict[Te
     wrong = {key for key in first if key.phase == "forward" and not _agrees(evidence, key)}
     alone: dict[TensorKey, tuple[torch.Tensor, ...]] = {}
     for key in first:
-        before = TensorKey("forward", key.module, key.call, "input", "0")
+        before = replace(key, role="input", path="0")
         inputs, module = _parts(evidence, before), modules.get(key.module)
         if key not in wrong or key.role != "output" or module is None or before not in first or inputs is None:
             continue
@@ -128,10 +129,10 @@ def _on_one_rank(
 def _wrong_inputs(evidence: Evidence) -> Iterator[tuple[TensorKey, Sequence[torch.Tensor]]]:
     """Yield the single inputs of modules that differ from the reference's on some rank, with each rank's part."""
     first = evidence.reference[0].activations
-    inputs: dict[tuple[str, int], list[TensorKey]] = {}
+    inputs: dict[tuple[str, int, int], list[TensorKey]] = {}
     for key in first:
         if (key.phase, key.role) == ("forward", "input"):
-            inputs.setdefault((key.module, key.call), []).append(key)
+            inputs.setdefault((key.module, key.call, key.micro_batch), []).append(key)
     for key, *others in inputs.values():
         parts = _parts(evidence, key)
         if others or key.path != "0" or parts is None:

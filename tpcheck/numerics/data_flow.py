@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def is_result(event: TensorKey) -> bool:
 
 def in_phase(key: TensorKey, phase: Phase) -> TensorKey:
     """Return the key of the activation, or of its gradient."""
-    return TensorKey(phase, key.module, key.call, key.role, key.path)
+    return replace(key, phase=phase)
 
 
 def is_exchanged_behind(evidence: Evidence, step: int, key: TensorKey) -> bool:
@@ -126,7 +127,7 @@ def _running(collective: Collective, positions: Mapping[TensorKey, int]) -> Coll
     for key, position in positions.items():
         if key.phase == collective.phase:
             if is_result(key) and position >= collective.position:
-                returned.add((key.module, key.call))
+                returned.add((key.module, key.call, key.micro_batch))
             elif not is_result(key) and position < collective.position:
-                received.add((key.module, key.call))
-    return {module for module, _ in received & returned}
+                received.add((key.module, key.call, key.micro_batch))
+    return {module for module, *_ in received & returned}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -69,3 +69,16 @@ def _active_in_backward(mode: TorchFunctionMode) -> Iterator[None]:
 
     with patch.object(torch.autograd, "_engine_run_backward", with_mode):
         yield
+
+
+class _RaiseReducedPrecision(TorchFunctionMode):
+    """Muon iterates in bfloat16: where a matrix is cut differently, rounding there would be as large as its step."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = torch.Tensor.double if func is torch.Tensor.bfloat16 else func
+        return func(*args, **(kwargs or {}))
+
+
+def reduced_precision_raised(enabled: bool = True) -> AbstractContextManager[Any]:
+    """Return a context, for an optimizer's step, in which requests for bfloat16 are given float64."""
+    return _RaiseReducedPrecision() if enabled else nullcontext()

@@ -57,6 +57,7 @@ class ModuleRecorder:
         self._sink = sink
         self._forced = forced
         self._flow = flow
+        self._micro_batch = 0
         self._calls: Counter[str] = Counter()
         self._open_calls: dict[str, list[int]] = {}
         self._handles: list[Any] = []
@@ -71,6 +72,11 @@ class ModuleRecorder:
         """Count the calls of every module from zero again."""
         self._calls.clear()
         self._open_calls.clear()
+
+    def begin_micro_batch(self, number: int) -> None:
+        """Record what follows as that of the micro-batch with this number in the step."""
+        self._micro_batch = number
+        self.restart()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -92,7 +98,9 @@ class ModuleRecorder:
             if self._forced is None:
                 return args, kwargs
             forced = {
-                id(tensor): self._forced_input(tensor, TensorKey("forward", name, call, "input", path))
+                id(tensor): self._forced_input(
+                    tensor, TensorKey("forward", name, call, "input", path, self._micro_batch)
+                )
                 for path, tensor in named_tensors(inputs)
                 if tensor.is_floating_point()
             }
@@ -119,13 +127,14 @@ class ModuleRecorder:
         for path, tensor in named_tensors(value):
             if not tensor.is_floating_point():
                 continue
-            self._sink(TensorKey("forward", name, call, role, path), tensor.detach())
+            forward = TensorKey("forward", name, call, role, path, self._micro_batch)
+            self._sink(forward, tensor.detach())
             if self._flow is not None:
-                self._flow.add(TensorKey("forward", name, call, role, path), tensor)
+                self._flow.add(forward, tensor)
             if _has_gradient(tensor):  # without autograd, a hook would see what goes to whatever else uses the tensor
                 self._handles.append(
                     tensor.register_hook(  # type: ignore[no-untyped-call]
-                        self._gradient_hook(TensorKey("backward", name, call, role, path))
+                        self._gradient_hook(TensorKey("backward", name, call, role, path, self._micro_batch))
                     )
                 )
 
@@ -193,7 +202,11 @@ _NAMES = {operator: kind for kind, operators in _KINDS.items() for operator in o
 
 @contextmanager
 def logged_collectives(
-    model: nn.Module, log: list[Collective], phase: Phase = "forward", position: Callable[[], int] = int
+    model: nn.Module,
+    log: list[Collective],
+    phase: Phase = "forward",
+    micro_batch: int = 0,
+    position: Callable[[], int] = int,
 ) -> Iterator[None]:
     """Add every collective that is issued inside to a list, with the innermost module of `model` running.
 
@@ -206,6 +219,7 @@ def logged_collectives(
     Args:
         log: The list; a collective stands there before it is issued.
         phase: What runs inside. In the backward pass no module runs.
+        micro_batch: Number of the micro-batch.
         position: Returns how many activations are recorded.
     """
     running: list[str] = [""]
@@ -216,7 +230,7 @@ def logged_collectives(
     def record(name: str, group: dist.ProcessGroup | None, bypasses_autograd: bool) -> None:
         ranks = () if group is None else tuple(dist.get_process_group_ranks(group))
         groups.setdefault(ranks, group)
-        log.append(Collective(running[-1], name, ranks, phase, position(), bypasses_autograd))
+        log.append(Collective(running[-1], name, ranks, phase, micro_batch, position(), bypasses_autograd))
 
     try:
         with _CollectiveLog(record):

@@ -67,6 +67,8 @@ SPREAD_OF_ONE_ROW = 0.35
 MOST_RANKS_OF_GROUPS = 6
 # Uses of one module, some of which may be lost: 2**6 sums.
 MOST_USES = 6
+# Micro-batches of which any may be unreduced: 2**8 subsets; of more, one alone.
+MOST_MICRO_BATCHES = 8
 # Offsets of a vocabulary that the wrong rows suggest, the most frequent first.
 MOST_OFFSETS = 8
 

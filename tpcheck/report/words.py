@@ -129,6 +129,14 @@ def layout(subject: Mapping[str, Any]) -> list[str]:
     ]
 
 
+_TRAINING = ("optimizer", "accumulate", "loss", "attention", "checkpointing", "compile", "lora", "loop")
+
+
+def training(subject: Mapping[str, Any]) -> list[str]:
+    """Return how the run trains where that is not the default: `optimizer=adamw`, `accumulate=2`."""
+    return [_option(key, subject[key]) for key in _TRAINING if subject.get(key)]
+
+
 def options(subject: Mapping[str, Any]) -> list[str]:
     """Return every option of the subject that is set, the common ones first."""
     return [

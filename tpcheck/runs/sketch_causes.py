@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tpcheck.core.causes import Cause, Explanation, first_explanation
+from tpcheck.core.optimizers import OPTIMIZERS_OF_WHOLE_MATRICES
 from tpcheck.numerics.sketch import Sketch, distance
 from tpcheck.numerics.tolerance import (
     FITTED_RELATIVE_ERROR,
@@ -23,8 +24,6 @@ from tpcheck.numerics.tolerance import (
 from tpcheck.runs.comparisons import Comparison, relative
 from tpcheck.runs.wholes import Whole, epsilon, total
 
-OPTIMIZERS_OF_WHOLE_MATRICES = ("muon", "adafactor", "lamb", "shampoo", "soap", "came", "lars")
-"""Optimizers whose step on an element depends on the whole matrix: on a shard they compute something else."""
 # A sum of squares is close to an integer, or to one over it, by chance as seldom as this.
 _CHANCE_OF_INTEGER = 1e-2
 

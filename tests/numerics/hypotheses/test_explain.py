@@ -12,9 +12,12 @@ from tests.batches.test_causes import CAUSES as OF_BATCHES
 from tests.numerics.evidence import suspect
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.evidence import (
+    BackwardFacts,
     EmbeddingFacts,
     FusedBlocks,
     GradientFacts,
+    LabelCounts,
+    LabelFacts,
     LinearTerms,
     LossFacts,
     NormFacts,
@@ -31,6 +34,9 @@ EXPECTED, OTHER = torch.randn(2, 4, 8, generator=CHANCE, dtype=torch.float64)
 HALVES = EXPECTED.chunk(2, dim=1)
 TERMS = (EXPECTED * 0.3 + 0.1, EXPECTED * 0.7 - 0.1)
 NORMS = NormFacts(of_ranks=(3.0, 4.0), of_ranks_shards=(2.0, 2.0), counting_replicas=6.0)
+FIRST, LAST = EXPECTED - OTHER, OTHER  # what two micro-batches add
+MICRO = GradientFacts(micro_mean=((FIRST,) * 2, (LAST,) * 2), micro_local=((FIRST + 1,) * 2, (LAST - 1,) * 2))
+LOSS = torch.tensor(3.0, dtype=torch.float64)
 BIAS = torch.ones(8, dtype=torch.float64)
 
 # Causes of names in a checkpoint: `tests/checkpoints` has their tests.
@@ -94,9 +100,39 @@ EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
         EXPECTED,
         linear=LinearTerms((EXPECTED * 0.5, EXPECTED * 0.5 - BIAS), BIAS, (BIAS, BIAS), are_summed=True),
     ),
+    Cause.REDUCED_AFTER_ACCUMULATION: lambda: suspect("gradient", [2 * FIRST + LAST] * 2, EXPECTED, gradient=MICRO),
+    Cause.LAST_MICRO_BATCH_ONLY: lambda: suspect("gradient", [LAST] * 2, EXPECTED, gradient=MICRO),
+    Cause.MICRO_BATCH_UNREDUCED: lambda: suspect(
+        "gradient", [FIRST + 1 + LAST] * 2, EXPECTED, gradient=MICRO, num_replicas=2
+    ),
+    Cause.MEAN_OF_LOCAL_MEANS: lambda: suspect(
+        "activation", [4 * LOSS] * 2, LOSS, labels=LabelFacts(LabelCounts(((2,), (14,)), "token_mean"), 0, 0)
+    ),
+    Cause.TOKEN_MEAN_INSTEAD_OF_MEAN: lambda: suspect(
+        "activation", [1.75 * LOSS] * 2, LOSS, labels=LabelFacts(LabelCounts(((2,), (14,))), 1, 0)
+    ),
+    Cause.OPTIMIZER_SEES_ONE_SHARD: lambda: suspect(
+        "update", HALVES[::-1], EXPECTED, expected_parts=HALVES, step=StepFacts(on_shards=HALVES[::-1])
+    ),
+    Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK: lambda: suspect(
+        "state", [HALVES[0]] * 2, EXPECTED, expected_parts=HALVES, is_replicated=False
+    ),
     Cause.PARTIAL_GRADIENT_ON_REPLICA: lambda: suspect("gradient", TERMS, EXPECTED),
     Cause.GRADIENT_MISSING: lambda: suspect(
         "gradient", [EXPECTED * 0] * 2, EXPECTED, gradient=GradientFacts(missing_on=(0, 1))
+    ),
+    Cause.COLLECTIVE_WITHOUT_BACKWARD: lambda: suspect(
+        "gradient",
+        [EXPECTED * 0] * 2,
+        EXPECTED,
+        gradient=GradientFacts(missing_on=(0, 1)),
+        backward=BackwardFacts(("all_reduce",)),
+    ),
+    Cause.USE_OF_MODULE_LOST: lambda: suspect(
+        "gradient", [FIRST] * 2, EXPECTED, gradient=GradientFacts(uses=((FIRST,) * 2, (LAST,) * 2))
+    ),
+    Cause.STATISTIC_OVER_ONE_SHARD: lambda: suspect(
+        "activation", [OTHER, OTHER + 1], EXPECTED, computed_alone=(OTHER, OTHER + 1)
     ),
     Cause.GRADIENT_SCALED: lambda: suspect("gradient", [EXPECTED, EXPECTED * 1.7], EXPECTED),
     Cause.NORM_IS_LOCAL: lambda: suspect("norm", (3.0, 4.0), 5.0, observed=0.4, norms=NORMS),

@@ -164,8 +164,10 @@ class DTensorCandidate:
         module: The sharded model.
         rank: The rank that it runs on.
         sgd: Steps its parameters.
-        reduce_gradients: Called once after each backward pass with the parameters, to reduce what autograd does not.
+        reduce_gradients: Called after the last backward pass of a step with the parameters, to reduce what autograd
+            does not.
         context: Makes the context in which forward and backward run.
+        accumulate: Micro-batches of a step.
     """
 
     def __init__(
@@ -176,6 +178,7 @@ class DTensorCandidate:
         *,
         reduce_gradients: ReduceGradients | None = None,
         context: MakeContext = nullcontext,
+        accumulate: int = 1,
     ) -> None:
         self.module = module
         self.optimizer = sgd.optimizer  # an injected fault may change it
@@ -184,6 +187,8 @@ class DTensorCandidate:
         self._reduce_gradients = reduce_gradients
         self._context = context
         self._norm: float | None = None
+        self._accumulate = accumulate
+        self._num_backward = 0
 
     def group_ranks(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
         by_axis: dict[str, dict[tuple[int, ...], None]] = {}
@@ -212,9 +217,10 @@ class DTensorCandidate:
             return self.module(**batch)
 
     def backward(self, loss: torch.Tensor) -> None:
+        self._num_backward += 1
         with self._context():
-            loss.backward()  # type: ignore[no-untyped-call]
-        if self._reduce_gradients is not None:
+            (loss / self._accumulate if self._accumulate > 1 else loss).backward()  # type: ignore[no-untyped-call]
+        if self._reduce_gradients is not None and self._num_backward % self._accumulate == 0:
             self._reduce_gradients(list(self.module.parameters()))
 
     def step(self) -> None:
@@ -222,6 +228,11 @@ class DTensorCandidate:
 
     def gradient_norm(self) -> float | None:
         return self._norm
+
+    def optimizer_state(self, name: str) -> Mapping[str, torch.Tensor]:
+        parameter = self._parameters()[name]
+        states = self._sgd.state(parameter)
+        return {state: tp_shard(value, parameter.data, self._rank.topology) for state, value in states.items()}
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.module.named_parameters(remove_duplicate=False))

@@ -187,6 +187,7 @@ def run_model_fault(
         seed=seed,
         settings=fault.settings,
         ignore_plan=fault.ignore_plan,
+        **fault.options,
         replays=replays,
         timeout=_TIMEOUT,
     )
@@ -208,9 +209,12 @@ def run_model_fault(
 def run_control(control: Control, *, dtype: str = "float64", seed: int = 0) -> FaultResult:
     """Verify a small model without an injected fault."""
     topology, zero_stage = control.topology, zero_stage_at(dtype, control.zero_stage)
-    report = verify_family(control.family, topology=topology, dtype=dtype, zero_stage=zero_stage, seed=seed)
+    report = verify_family(
+        control.family, topology=topology, dtype=dtype, zero_stage=zero_stage, seed=seed, **control.options
+    )
+    options = "".join(f" {name}={value}" for name, value in control.options.items())
     return FaultResult(
-        fault=f"{control.family} tp={topology.tp} dp={topology.dp} zero={zero_stage}",
+        fault=f"{control.family} tp={topology.tp} dp={topology.dp} zero={zero_stage}{options}",
         kind=CONTROL,
         what="no fault is injected",
         verdict=report.verdict.verdict,

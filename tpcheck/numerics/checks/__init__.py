@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tpcheck.numerics.checks.gradients import gradients_match_reference
+from tpcheck.numerics.checks.optimizer_state import optimizer_state_matches_reference
 from tpcheck.numerics.checks.outputs import outputs_match_reference
 from tpcheck.numerics.checks.replicas import replicas_agree_after, replicas_agree_at_start
 from tpcheck.numerics.checks.start import groups_match_topology, parameters_are_sharded, weights_match_reference
@@ -25,6 +26,7 @@ STEP_CHECKS: dict[str, Callable[[Evidence, int], CheckOutcome]] = {
     "gradients_match_reference": gradients_match_reference,
     "gradient_norm_matches_reference": gradient_norm_matches_reference,
     "updates_match_reference": updates_match_reference,
+    "optimizer_state_matches_reference": optimizer_state_matches_reference,
     "replicas_agree": replicas_agree_after,
 }
 

@@ -50,10 +50,8 @@ def backward_facts(evidence: Evidence, step: int, key: TensorKey, placed: Placed
 
 def _one_in_one_out(evidence: Evidence, step: int, key: TensorKey) -> tuple[tuple[Any, ...], ...]:
     """Return each rank's input, output and output gradient of a module that has one of each, all of one shape."""
-    keys = [
-        TensorKey(phase, key.module, key.call, role, "0")  # type: ignore[arg-type]
-        for phase, role in (("forward", "input"), ("forward", "output"), ("backward", "output"))
-    ]
+    inputs, outputs = (replace(key, phase="forward", role=role, path="0") for role in ("input", "output"))
+    keys = [inputs, outputs, in_phase(outputs, "backward")]
     recorded = [[rank.activations.get(each) for rank in evidence.candidate[step]] for each in keys]
     shapes = [[getattr(part, "shape", None) for part in of_key] for of_key in recorded]
     if None in shapes[0] or any(other != shapes[0] for other in shapes):
@@ -86,7 +84,8 @@ def gradients_of_uses(
 ) -> tuple[tuple[torch.Tensor, ...], ...]:
     """Return each rank's part of what each call of a parameter's module adds to its gradient, where there are several.
 
-    Known for linear modules, and for weights and biases of norms and the like. Over DP no rank has the inputs of all.
+    Known for linear modules, and for weights and biases of norms and the like, in steps of one micro-batch. Over DP no
+    rank has the inputs of all.
     """
     reference = evidence.reference[step].activations
     output = TensorKey("backward", parameter.module, 0, "output", "0")
@@ -94,6 +93,8 @@ def gradients_of_uses(
         key.call for key in reference if (key.phase, key.module, key.role) == ("backward", output.module, "output")
     )
     layout = evidence.layouts.get(parameter.name)
+    if len(evidence.reference[step].micro_gradients) > 1:
+        return ()
     if not 1 < len(calls) <= MOST_USES or evidence.topology.dp > 1 or layout is None:
         return ()
     uses = [_gradient_of_use(evidence, step, parameter, call) for call in calls]

@@ -137,13 +137,18 @@ def _weight_suspect(evidence: Evidence, step: int, parameter: ComparedParameter,
         details["note"] = "the reference's weight is the same as before this step"
     where = {"phase": "update", "step": step}
     suspect = parameter_suspect(evidence, parameter, check=_CHECK, kind="update", where=where, details=details)
-    facts = _step_facts(evidence, step, name)
+    facts = replace(_step_facts(evidence, step, name), on_shards=_on_shards(evidence, step, name))
     return replace(
         suspect,
         step=facts,
         norms=_norm_facts(evidence, step, facts.ratios.get("gradient", ())) if facts.ratios else None,
         replicas=_replica_facts(evidence, step, "parameter", name),
     )
+
+
+def _on_shards(evidence: Evidence, step: int, name: str) -> tuple[torch.Tensor, ...]:
+    by_rank = evidence.on_shards[step] if evidence.on_shards else ()
+    return tuple(weights[name] for weights in by_rank if name in weights)
 
 
 def _replica_facts(evidence: Evidence, step: int, kind: str, name: str) -> ReplicaFacts:
