@@ -228,10 +228,12 @@ def _with_forced(full: Evidence | None, rank: RankLike, forced: ForcedPass, tole
     if full is None or by_tp_rank is None:
         return full
     first = full.reference[0]
+    on_all = frozenset.intersection(*(of_rank.forced for of_rank in by_tp_rank))
     forced_step = ForcedModules(
         reference=replace(first, gradients=replica_gradients(first), local_gradients={}),
         candidate=tuple(of_rank.step for of_rank in by_tp_rank),
-        forced_inputs=frozenset.intersection(*(of_rank.forced for of_rank in by_tp_rank)),
+        forced_inputs=on_all,
+        forced_on_some=frozenset.union(*(of_rank.forced for of_rank in by_tp_rank)) - on_all,
         tolerance=tolerance,
     )
     return replace(full, forced_modules=forced_step)

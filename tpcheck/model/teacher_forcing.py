@@ -148,6 +148,7 @@ def forced_modules(
     activations: dict[TensorKey, torch.Tensor] = {}
     gradients: dict[str, torch.Tensor | None] = {}
     forced_inputs: set[TensorKey] = set()
+    first_collective = len(log)
 
     def forced(key: TensorKey, actual: torch.Tensor) -> torch.Tensor:
         value = parts.forced_value(key, actual)
@@ -163,13 +164,22 @@ def forced_modules(
 
     with (
         blame_backend(backend, "a pass with teacher forcing per module"),
-        logged_collectives(candidate.module, log),
+        logged_collectives(candidate.module, log, position=lambda: len(activations)),
         state_restored(candidate.module),
         ModuleRecorder(candidate.module, keep, forced),
         inner_backward(candidate.module, _share_of_loss(first), keep_gradients),
     ):
         candidate.forward(copy_batch(batch))
-    return ForcedPass(Step(activations, gradients, weights={}, gradient_norm=None, loss=nan), frozenset(forced_inputs))
+    collectives = tuple(_in_its_phase(each, list(activations)) for each in log[first_collective:])
+    step = Step(activations, gradients, weights={}, gradient_norm=None, loss=nan, collectives=collectives)
+    return ForcedPass(step, frozenset(forced_inputs))
+
+
+def _in_its_phase(collective: Collective, recorded: Sequence[TensorKey]) -> Collective:
+    """Return a collective of a pass whose backward pass runs inside the forward of the model."""
+    before = recorded[collective.position - 1] if collective.position else None
+    is_backward = before is not None and before.phase == "backward"
+    return replace(collective, phase="backward", module="") if is_backward else collective
 
 
 def forced_tolerance(reference: Reference, rank: CommunicatingRank, first: ReferenceStep) -> Tolerance:

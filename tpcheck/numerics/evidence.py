@@ -178,12 +178,14 @@ class ForcedModules:
             parameters from each rank's backward pass, before any reduction.
         forced_inputs: Inputs (and output gradients) that were replaced by the reference's on every rank.
         tolerance: Allowed errors, from replays of the reference with the same forced inputs.
+        forced_on_some: Inputs (and output gradients) that were replaced on some ranks, and kept on others.
     """
 
     reference: Step
     candidate: tuple[Step, ...]
     forced_inputs: frozenset[TensorKey]
     tolerance: Tolerance
+    forced_on_some: frozenset[TensorKey] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +208,7 @@ class Evidence:
         recomputed: Outputs of leaf modules of the reference, recomputed from the candidate's inputs where those are
             wrong in the first step, by tp_rank.
         forced_inputs: Inputs that do not come from the module before, so that results around them say nothing of them.
+        forced_on_some: Such inputs, on some ranks alone: nothing is recomputed from them.
         computed_alone: Outputs of leaf modules of the reference on each rank's inputs, with the rank's part of the
             parameters, where the actual ones are wrong in the first step, by tp_rank.
         labels: The labels of each step; empty where they cannot be counted.
@@ -227,6 +230,7 @@ class Evidence:
     forced_modules: ForcedModules | None = None
     recomputed: Mapping[TensorKey, tuple[Tensor, ...]] = field(default_factory=dict)
     forced_inputs: frozenset[TensorKey] = frozenset()
+    forced_on_some: frozenset[TensorKey] = frozenset()
     computed_alone: Mapping[TensorKey, tuple[Tensor, ...]] = field(default_factory=dict)
     labels: tuple[LabelCounts, ...] = ()
     on_shards: tuple[tuple[Mapping[str, Tensor], ...], ...] = ()
@@ -241,6 +245,7 @@ class Evidence:
             candidate=(self.forced_modules.candidate,),
             tolerance=self.forced_modules.tolerance,
             forced_inputs=self.forced_modules.forced_inputs,
+            forced_on_some=self.forced_modules.forced_on_some,
             forced_modules=None,
             recomputed={},
             computed_alone={},

@@ -76,7 +76,8 @@ def _through_sum(reference: Activations, key: TensorKey) -> torch.Tensor | None:
     )
     weight = (centred * centred_gradient).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True)
     remaining = frobenius_distance(weight * centred, centred_gradient)
-    return weight * softmax if remaining <= FITTED_RELATIVE_ERROR * frobenius(wide) else None
+    limit = max(FITTED_RELATIVE_ERROR, RECOMPUTED_FACTOR * torch.finfo(gradient.dtype).eps)
+    return weight * softmax if remaining <= limit * frobenius(wide) else None
 
 
 def gradients_of_uses(

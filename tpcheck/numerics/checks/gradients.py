@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def gradients_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     )
     suspects = _suspects(evidence, step, backward, parameters) or _consequences(evidence, step, parameters)
     outcome = CheckOutcome(_margins(backward, parameters), tuple(suspects), {**backward.not_compared, **not_compared})
-    forced = None if step else evidence.of_forced_modules()
+    forced = None if step or any(suspect.gradient.missing_on for suspect in suspects) else evidence.of_forced_modules()
     if forced is None or compare_activations(forced, 0, "forward").wrong():  # then its gradients are wrong, too
         return outcome
     backward, parameters = compare_activations(forced, 0, "backward"), _compare_forced_gradients(forced)
@@ -292,7 +293,8 @@ def _input_gradient_suspect(evidence: Evidence, step: int, activation: ComparedA
         kind="input_gradient",
         where={"phase": "backward", "step": step, "module": key.module, "field": f"{key.role} {key.path}"},
         is_replicated=True,
-        terms=terms.by_rank if is_exchanged_behind(evidence, step, key) else (),
+        terms=terms.by_rank,
+        are_summed_later=partial(is_exchanged_behind, evidence, step, key),
     )
     if suspect is not None:
         yield replace(suspect, role=key.role, linear=terms)

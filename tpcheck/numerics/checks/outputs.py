@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -232,7 +233,8 @@ def _independent(
             kind="activation",
             where=_where(key, step, key.module),
             is_replicated=placed.is_replicated,
-            terms=terms.by_rank if terms is not None and is_exchanged_behind(evidence, step, key) else (),
+            terms=() if terms is None else terms.by_rank,
+            are_summed_later=partial(is_exchanged_behind, evidence, step, key),
         )
         if suspect is not None:
             collectives = differs_from_sibling_layers(evidence, step, key.module)
