@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import tpcheck
-from tests.backends.hand_made import LAYOUT, Model, shard, shard_without_reduce, tokens
+from tests.backends.hand_made import HIDDEN, LAYOUT, WIDTH, Model, shard, shard_without_reduce, tokens
 from tpcheck import Topology, UsageError
 from tpcheck.backends.custom import CustomBackend, layouts_by_pattern
 from tpcheck.core.placement import Partial, Placement, Replicate, Shard
@@ -55,6 +56,38 @@ def test_the_norm_of_the_users_clipping_is_verified() -> None:
     backend = CustomBackend(shard, LAYOUT, clip_gradients=torch.nn.utils.clip_grad_norm_)
     first = verified(backend=backend).findings[0]
     assert (first.check, first.cause) == ("gradient_norm_matches_reference", "norm_is_local")
+
+
+def clip_without_epsilon(parameters: list[torch.Tensor], max_norm: float, *, epsilon: float = 0.0) -> float:
+    """Clip by the norm over the two ranks: of the parameters only the up and down projections are cut."""
+    squares = torch.stack([parameter.grad.square().sum() for parameter in parameters])  # type: ignore[union-attr]
+    is_sharded = torch.tensor([parameter.shape in SHARDS for parameter in parameters])
+    total = squares[is_sharded].sum()
+    dist.all_reduce(total)
+    norm = float((total + squares[~is_sharded].sum()).sqrt())
+    for parameter in parameters:
+        parameter.grad.mul_(min(1.0, max_norm / (norm + epsilon)))  # type: ignore[union-attr]
+    return norm
+
+
+SHARDS = {(HIDDEN // 2, WIDTH), (HIDDEN // 2,), (WIDTH, HIDDEN // 2)}
+
+
+def test_clipping_of_ones_own_need_not_add_what_torch_adds_to_the_norm() -> None:
+    report = verified(backend=CustomBackend(shard, LAYOUT, clip_gradients=clip_without_epsilon))
+    assert report.passed, report
+
+
+def test_an_epsilon_that_changes_the_step_is_found() -> None:
+    clip = partial(clip_without_epsilon, epsilon=0.1)
+    report = verified(backend=CustomBackend(shard, LAYOUT, clip_gradients=clip))
+    first = report.findings[0]
+    assert (first.check, first.cause, first.evidence["epsilon"]) == (
+        "updates_match_reference",
+        "clip_epsilon_differs",
+        pytest.approx(0.1),
+    )
+    assert len(report.findings) == 1
 
 
 def test_a_wrong_layout_is_reported_from_the_ranks() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tpcheck.backends.layout import Layout
+from tpcheck.core.clipping import Clipping
 from tpcheck.core.digests import digest
 from tpcheck.core.placement import Replicate, Shard
 from tpcheck.core.topology import Topology
@@ -26,6 +27,7 @@ NORM, UP, DOWN, BIAS = "block.norm.weight", "block.up.weight", "block.down.weigh
 BUFFER = "block.scale"
 _PLACEMENTS = {NORM: Replicate(), UP: Shard(0), DOWN: Shard(1), BIAS: Replicate()}
 _CUT_FEATURES = ("block.up output", "block.down input")
+CLIPPING = Clipping(0.01)  # of which the learning rate is a multiple: every gradient is larger
 _MOMENTUM, _LEARNING_RATE = 0.5, 0.125
 
 
@@ -75,6 +77,7 @@ def right_evidence(*, tp: int = 2, dp: int = 1, steps: int = 1) -> Evidence:
             for rank in range(topology.world_size)
         ),
         tolerance=Tolerance(2.0**-52, 8, {}),
+        clipping=CLIPPING,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tpcheck.backends.layout import Layout
+from tpcheck.core.clipping import TORCH_EPSILON, Clipping
 from tpcheck.core.topology import Topology
 
 
@@ -39,6 +40,8 @@ class TrainingOptions:
         zero_stage: ZeRO stage of the backend, 0 to 3.
         learning_rate, momentum, weight_decay: Of `torch.optim.SGD`.
         max_grad_norm: Gradients are clipped to this norm; 0 switches clipping off.
+        clip_epsilon, clip_scales_up: The convention by which the reference clips: see `clipping`. The candidate's own
+            is read off its first steps.
         batch_size: Samples that each DP rank sees in a step.
         config: The user's configuration of the backend, merged over tpcheck's.
         ignore_plan: Drop the model's tp_plan, so that the backend's heuristics shard it.
@@ -47,8 +50,9 @@ class TrainingOptions:
         accumulate: Micro-batches whose gradients a step accumulates.
         loss: `mean` or `token_mean`: how the losses of a step become one.
         attention: Attention of the candidate; None for the model's own.
-        checkpointing: Recompute the candidate's activations in the backward pass.
-        compile: Compile the candidate.
+        experts: How the candidate computes its experts; None for the model's own.
+        checkpointing, reentrant: Recompute the candidate's activations in the backward pass, re-entering autograd.
+        compile, compile_layers: Compile the candidate whole, or each of its layers.
         lora: Rank of the model's LoRA adapters; 0 for none.
         loop: `plain`, or `trainer` for transformers' Trainer.
         rebuild: Builds the same model a second time, for backends whose models are sharded while they are built.
@@ -68,11 +72,21 @@ class TrainingOptions:
     accumulate: int = 1
     loss: str = "mean"
     attention: str | None = None
+    experts: str | None = None
     checkpointing: bool = False
+    reentrant: bool = False
     compile: bool = False
+    compile_layers: bool = False
     lora: int = 0
     loop: str = "plain"
     rebuild: Callable[[], nn.Module] | None = None
+    clip_epsilon: float = TORCH_EPSILON
+    clip_scales_up: bool = False
+
+    @property
+    def clipping(self) -> Clipping:
+        """How the reference clips."""
+        return Clipping(self.max_grad_norm, self.clip_epsilon, self.clip_scales_up)
 
 
 class Candidate(Protocol):
@@ -130,6 +144,37 @@ class SavesCheckpoints(Protocol):
 
     def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
         """Return the public ways to save the model, by name. Each writes into an empty folder, collectively."""
+
+
+@dataclass(frozen=True, slots=True)
+class WayToResume:
+    """A public way to save a training and to go on from it.
+
+    Attributes:
+        save: Writes everything into an empty folder. Collective over the world.
+        load: Reads it into a new candidate. Collective over the world.
+        config: Backend configuration that the candidate which loads is made with, merged over that of the run.
+        any_topology: Whether what it wrote can be loaded at other sizes of the axes and at another ZeRO stage.
+    """
+
+    save: Callable[[Path], None]
+    load: Callable[[Path], None]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    any_topology: bool = False
+
+
+@runtime_checkable
+class ResumesTraining(Protocol):
+    """A candidate whose training can be saved and resumed."""
+
+    def ways_to_resume(self) -> Mapping[str, WayToResume]:
+        """Return the public ways to save a training with its optimizer, by name."""
+
+    def trained(self) -> tuple[Any, Any]:
+        """Return the module or engine that is trained, and its optimizer; None for that of an engine."""
+
+    def counters(self) -> Mapping[str, Any]:
+        """Return what the library counts, such as `steps taken`, by name. `steps taken` chooses the next batch."""
 
 
 @runtime_checkable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.backends.local_part import full_tensor
 from tpcheck.backends.optimizer import make_optimizer
+from tpcheck.core.clipping import NO_CLIPPING, Clipping
 
 Parameters = Sequence[torch.Tensor]
 Clip = Callable[[Parameters, float], Any]  # parameters, largest norm -> the norm before clipping
@@ -24,6 +26,22 @@ def clip_gradients(parameters: Parameters, max_norm: float) -> float:
     if max_norm > 0:
         clip_grads_with_norm_(parameters, max_norm, norm)
     return float(full_tensor(norm))
+
+
+def clip_by_convention(clipping: Clipping) -> Clip:
+    """Return what clips as `clipping` says: torch's own where that is its convention."""
+    if replace(clipping, max_norm=0.0) == NO_CLIPPING:
+        return clip_gradients
+
+    def clip(parameters: Parameters, max_norm: float) -> float:
+        norm = clip_gradients(parameters, 0.0)
+        factor = replace(clipping, max_norm=max_norm).factor(norm)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        return norm
+
+    return clip
 
 
 class Sgd:

@@ -45,10 +45,17 @@ def verify(
     attention: Annotated[
         str | None, typer.Option(metavar="NAME", help=option_help("attention"), show_default="the model's own")
     ] = DEFAULTS.attention,
+    experts: Annotated[
+        str | None, typer.Option(metavar="NAME", help=option_help("experts"), show_default="the model's own")
+    ] = DEFAULTS.experts,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help=option_help("checkpointing"))
     ] = DEFAULTS.checkpointing,
+    reentrant: Annotated[bool, typer.Option("--reentrant", help=option_help("reentrant"))] = DEFAULTS.reentrant,
     compile_: Annotated[bool, typer.Option("--compile", help=option_help("compile"))] = DEFAULTS.compile,
+    compile_layers: Annotated[
+        bool, typer.Option("--compile-layers", help=option_help("compile_layers"))
+    ] = DEFAULTS.compile_layers,
     lora: Annotated[int, typer.Option(metavar="R", help=option_help("lora"))] = DEFAULTS.lora,
     loop: Annotated[str, typer.Option(metavar="plain|trainer", help=option_help("loop"))] = DEFAULTS.loop,
     jobs: Annotated[

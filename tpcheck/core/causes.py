@@ -5,6 +5,7 @@ A cause is named only where its own numerical test holds. No torch here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -55,10 +56,40 @@ def _assign_by_dp_rank(evidence: Mapping[str, Any], topology: Topology) -> str:
 
 
 def _shard_by_dp_rank(evidence: Mapping[str, Any], topology: Topology) -> str:
+    if evidence.get("iterable") is True:
+        return (
+            f"Give every rank of a TP group the same samples of the IterableDataset: sample i belongs to replica "
+            f"i % {topology.dp} == dp_rank."
+        )
     return (
         f"Build the sampler with num_replicas={topology.dp} and rank=dp_rank; with accelerate, prepare the loader "
         "after the engine's device mesh exists (`prepare`, not `prepare_data_loader` before it)."
     )
+
+
+def _give_once(evidence: Mapping[str, Any], topology: Topology) -> str:
+    if evidence.get("workers"):
+        return (
+            "Split the stream over the workers: in `__iter__` of the IterableDataset, let "
+            "`info = torch.utils.data.get_worker_info()`, and yield sample i where `i % info.num_workers == info.id`."
+        )
+    return (
+        "Look where the loader goes back: a state that is restored twice or from before the last batches, a buffer "
+        'that is not emptied. Where the samples are to come again, pass over_steps="ignore".'
+    )
+
+
+def _assign_by_name(evidence: Mapping[str, Any], topology: Topology) -> str:
+    name, other = (re.sub(r"\d+", "#", str(evidence.get(key, ""))) for key in ("parameter", "equals"))
+    if name == other or not evidence.get("parameter"):
+        return "Renumber the layers: a pipeline stage or a name map counts them from another start."
+    return "Correct the name map: it gives this parameter the tensor of another one."
+
+
+def _save_or_rename(evidence: Mapping[str, Any], topology: Topology) -> str:
+    if evidence.get("stands_as"):
+        return "Rename it when saving or loading; to compare all the same, pass --map 'REGEX=REPLACEMENT'."
+    return "Save it: persistent buffers and frozen parameters belong to the model, too."
 
 
 def _sort_listings(evidence: Mapping[str, Any], topology: Topology) -> str:
@@ -125,7 +156,7 @@ class Cause(Enum):
     FUSED_BLOCKS_INTERLEAVED = (
         "fused_blocks_interleaved",
         "fused blocks (QKV, gate and up) are cut in one order and read in another",
-        "numerics.hypotheses.layout numerics.exact",
+        "numerics.hypotheses.layout numerics.exact runs.full_causes",
         "Gather block by block (Q, K, V; gate, up): split each rank's part into blocks first.",
     )
     WRONG_SHARD_BOUNDARY = (
@@ -149,7 +180,29 @@ class Cause(Enum):
         "tensor_of_another_layer",
         "the actual tensor equals the expected one of another layer{residual}",
         "numerics.hypotheses.gradients numerics.exact",
-        "Renumber the layers: a pipeline stage or a name map counts them from another start.",
+        _assign_by_name,
+    )
+    GATE_UP_EXCHANGED = (
+        "gate_up_exchanged",
+        "the gate's rows are in the place of up's, and up's in the place of the gate's",
+        "numerics.exact",
+        "Keep the order of gate and up: gate (w1) first, then up (w3), each under its own name, in the converter, the "
+        "name map and where fused weights are cut.",
+    )
+    KEY_VALUE_EXCHANGED = (
+        "key_value_exchanged",
+        "the rows of the keys are in the place of the values', and the other way round",
+        "numerics.exact",
+        "Keep the order of Q, K, V, each under its own name, in the converter, the name map and where fused weights "
+        "are cut.",
+    )
+    ROTARY_LAYOUT = (
+        "rotary_layout",
+        "within each head, the rows are in the other order of rotary embeddings (pairs next to each other, or half a "
+        "head apart)",
+        "numerics.exact",
+        "Reorder the rows of queries and keys head by head when converting, as `permute` in transformers' "
+        "convert_llama_weights_to_hf.py does, or set the model's rotary embedding to the checkpoint's convention.",
     )
 
     # ---- reductions
@@ -201,7 +254,7 @@ class Cause(Enum):
     )
     MEAN_OF_LOCAL_MEANS = (
         "mean_of_local_means",
-        "micro-batches or replicas with unlike numbers of tokens were weighted alike",
+        "micro-batches or replicas with different numbers of tokens were given equal weights",
         "numerics.hypotheses.accumulation runs.sketch_causes",
         "Divide the sum of the losses by the number of labels of the whole step (num_items_in_batch), not each by its "
         "own.",
@@ -229,7 +282,7 @@ class Cause(Enum):
         "collective_without_backward",
         "the gradient lacks what should come back through a sum over the ranks in the forward pass: a rank has its own "
         "term alone, or none{residual}",
-        "numerics.hypotheses.parts_of_sums runs.sketch_causes",
+        "numerics.hypotheses.parts_of_sums runs.sketch_causes runs.backward_sums runs.full_causes",
         "torch.distributed.all_reduce is no autograd operation: put it into a torch.autograd.Function, whose backward "
         "returns the gradient as it is where every rank has all of it, and sums it where each has a term.",
     )
@@ -248,29 +301,31 @@ class Cause(Enum):
     NORM_IS_LOCAL = (
         "norm_is_local",
         "the norm is that of one rank's own gradients{residual}",
-        "numerics.hypotheses.optimizer runs.sketch_causes",
+        "numerics.norms",
+        "Sum the squares of all shards over the TP group, and count replicated parameters once.",
     )
     NORM_COUNTS_REPLICAS = (
         "norm_counts_replicas",
         "counting replicated parameters once for each rank gives the actual norm{residual}",
-        "numerics.hypotheses.optimizer runs.sketch_causes",
+        "numerics.norms",
+        "Add the squares of replicated parameters on one rank of the TP group alone, those of shards on all.",
     )
     NORM_LEAVES_OUT_SHARDS = (
         "norm_leaves_out_shards",
         "the norm of some ranks' or parameters' gradients alone is the actual one{residual}",
-        "runs.sketch_causes",
+        "numerics.norms",
         "Sum the squares of all shards over the TP group, and count replicated parameters once.",
     )
     NORM_AVERAGED_OVER_RANKS = (
         "norm_averaged_over_ranks",
         "averaging the ranks' norms gives the actual norm{residual}",
-        "runs.sketch_causes",
+        "numerics.norms",
         "Sum the squares of the norms over the ranks, then take the root.",
     )
     NORM_SUMMED_OVER_RANKS = (
         "norm_summed_over_ranks",
         "adding up the ranks' norms gives the actual norm{residual}",
-        "runs.sketch_causes",
+        "numerics.norms",
         "Sum the squares of the norms over the ranks, then take the root.",
     )
     STATISTIC_OVER_ONE_SHARD = (
@@ -279,6 +334,49 @@ class Cause(Enum):
         "numerics.hypotheses.parts_of_sums",
         "Reduce the statistic over the TP group (the sum of squares and the count, the maximum and the sum of "
         "exponentials), or gather the features before it.",
+    )
+    NORM_OF_WRONG_ORDER = (
+        "norm_of_wrong_order",
+        "a norm of another order than 2 is the actual one{residual}",
+        "numerics.norms",
+        "Clip by the 2-norm: the root of the sum of the squares of all elements, or of the parameters' 2-norms.",
+    )
+    NORM_WITHOUT_ROOT = (
+        "norm_without_root",
+        "the square of the expected norm is the actual one{residual}",
+        "numerics.norms",
+        "Take the root of the sum of squares, once, after it was summed over the TP group.",
+    )
+    NORM_BEFORE_UNSCALING = (
+        "norm_before_unscaling",
+        "the norm is that of gradients that were not yet divided by a factor{residual}",
+        "numerics.norms",
+        "Take the norm after gradients were divided by the loss scale, the micro-batches and the replicas, and before "
+        "they are clipped.",
+    )
+    NORM_AFTER_CLIPPING = (
+        "norm_after_clipping",
+        "the norm is that of the gradients after they were clipped{residual}",
+        "numerics.norms",
+        "Report the norm that clipping returns; one taken from the gradients after it is the largest norm allowed.",
+    )
+    REPORTED_NORM_WRONG = (
+        "reported_norm_wrong",
+        "the step was clipped by the right norm, only what is reported is wrong",
+        "numerics.hypotheses.optimizer",
+        "Report the norm that the gradients were clipped by.",
+    )
+    CLIPPED_PER_GROUP = (
+        "clipped_per_group",
+        "groups of parameters were clipped each by the norm of its own gradients{residual}",
+        "numerics.hypotheses.optimizer",
+        "Clip all parameters in one call, by the norm of all gradients.",
+    )
+    CLIP_EPSILON_DIFFERS = (
+        "clip_epsilon_differs",
+        "the right norm and another epsilon, added to it before the division, give this step{residual}",
+        "numerics.hypotheses.optimizer",
+        "Add no more than 1e-6 to the norm, as torch.nn.utils.clip_grad_norm_ does: more changes the step.",
     )
     REPLICA_DRIFT = (
         "replica_drift",
@@ -291,7 +389,7 @@ class Cause(Enum):
     OPTIONS_DIFFER = (
         "options_differ",
         "the optimizers were given other options",
-        "runs.exact_checks runs.step_checks",
+        "runs.exact_checks runs.step_checks checkpoints",
         "Give both runs the same learning rate, schedule and options, or compare runs that have them.",
     )
     OPTIMIZER_SEES_ONE_SHARD = (
@@ -303,26 +401,39 @@ class Cause(Enum):
     OPTIMIZER_STATE_OF_ANOTHER_RANK = (
         "optimizer_state_of_another_rank",
         "ranks with different shards held the same optimizer state",
-        "numerics.hypotheses.optimizer runs.step_checks",
+        "numerics.hypotheses.optimizer runs.state_causes checkpoints",
         "Save and load optimizer state for each rank: a file for each TP rank, not one for all.",
+    )
+    OPTIMIZER_STATE_LOST = (
+        "optimizer_state_lost",
+        "a moment was zero before this step, and not in the expected run",
+        "runs.state_causes",
+        "Load the optimizer's state together with the weights, and build no new optimizer in the middle of a training.",
     )
     MASTERS_STALE = (
         "masters_stale",
         "the weights are not the optimizer's master weights, rounded",
-        "runs.step_checks",
+        "runs.state_causes",
         "After loading weights refresh the masters (DeepSpeed: refresh_fp32_params; load both, or neither).",
     )
 
     # ---- runs
     NONDETERMINISM = (
         "nondeterminism",
-        "two runs alike in versions, topology, weights, inputs and generators part here: a computation of this module "
-        "is not deterministic, or its code or settings are not the same. It is no question of sharding",
+        "two runs with the same versions, topology, weights, inputs and generators part here: a computation of this "
+        "module is not deterministic, or its code or settings are not the same. It is no question of sharding",
         "runs.comparing",
         "Run again with torch.use_deterministic_algorithms(True), or look at what changed in this module.",
     )
 
     # ---- values
+    OFFSET_BY_CONSTANT = (
+        "offset_by_constant",
+        "every element is the expected one plus a constant",
+        "numerics.exact",
+        "Convert the convention of the norm: some models multiply by w, others (Gemma, Megatron with "
+        "layernorm_zero_centered_gamma) by 1 + w. Add or subtract the constant when converting, once.",
+    )
     NOT_FINITE = (
         "not_finite",
         "some elements are infinite or not a number",
@@ -354,7 +465,8 @@ class Cause(Enum):
     STALE_WEIGHT = (
         "stale_weight",
         "the actual tensor equals the expected one of an earlier step{residual}",
-        "numerics.hypotheses.optimizer numerics.exact runs.exact_checks runs.run_findings runs.comparing",
+        "numerics.hypotheses.optimizer numerics.exact runs.exact_checks runs.run_findings runs.comparing "
+        "runs.state_causes",
         "Save after the optimizer's step has reached the model: ZeRO gathers the weights last.",
     )
 
@@ -363,7 +475,7 @@ class Cause(Enum):
         "tensor_missing",
         "the tensor is absent",
         "checkpoints",
-        "Save it: persistent buffers and frozen parameters belong to the model, too.",
+        _save_or_rename,
     )
     TENSOR_UNEXPECTED = ("tensor_unexpected", "the reference has no such tensor", "checkpoints")
     TIED_WEIGHT_DROPPED = (
@@ -441,6 +553,19 @@ class Cause(Enum):
         "data-parallel replicas train on the same samples",
         "batches",
         _assign_by_dp_rank,
+    )
+    SAMPLES_REPEATED = (
+        "samples_repeated",
+        "the rank was given samples again that it had in this epoch",
+        "batches",
+        _give_once,
+    )
+    SAMPLES_SKIPPED = (
+        "samples_skipped",
+        "the sampler left out whole batches of an order that is not shuffled",
+        "batches",
+        "Where a run resumes, skip what was trained on once: with the loader's or the sampler's state, or with "
+        "skip_first_batches, not both.",
     )
 
 

@@ -14,10 +14,11 @@ from tpcheck.backends.local_part import full_tensor, local_part
 from tpcheck.core.digests import digest
 from tpcheck.model.blame import blame_backend
 from tpcheck.model.build import Batch, copy_batch, loss_of
+from tpcheck.model.implementations import compiled_modules, replace_implementations
 from tpcheck.model.optimizer_state import candidate_state
 from tpcheck.numerics.evidence import Collective, Step, TensorKey
 from tpcheck.numerics.precision import reduced_precision_raised
-from tpcheck.numerics.recorder import ModuleRecorder, logged_collectives
+from tpcheck.numerics.recorder import ModuleRecorder, is_compiled, logged_collectives
 from tpcheck.numerics.tensors import copy_buffers
 
 
@@ -52,13 +53,17 @@ def shard(
     with blame_backend(backend, "sharding the model"):
         ties = _ties(model)
         candidate = backend.shard(model, rank, options)
+        replace_implementations(candidate.module, options)
         parameters = dict(candidate.module.named_parameters(remove_duplicate=False))
         untied = [
             name for name, first in ties.items() if name in parameters and parameters[name] is not parameters.get(first)
         ]
         weights = {name: candidate.parameter(name) for name in (*names, *untied) if name in parameters}
         digests = _digests("parameter", weights) | _buffer_digests(candidate.module)
-        return candidate, CandidateStart(weights, digests, candidate.layouts(), candidate.group_ranks())
+        start = CandidateStart(weights, digests, candidate.layouts(), candidate.group_ranks())
+        for module in compiled_modules(candidate.module, options).values():
+            module.compile()
+        return candidate, start
 
 
 def _ties(model: nn.Module) -> dict[str, str]:
@@ -137,6 +142,7 @@ def _step(
         optimizer_state=state,
         digests=digests,
         collectives=tuple(log[first:]),
+        logs_collectives=not any(map(is_compiled, candidate.module.modules())),
     )
 
 

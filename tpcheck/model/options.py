@@ -72,6 +72,8 @@ DTYPES = ("float64", "float32", "bfloat16")
 ZERO_STAGES = (0, 1, 2, 3)
 LOSSES = ("mean", "token_mean")
 LOOPS = ("plain", "trainer")
+ATTENTIONS = ("eager", "sdpa", "flex_attention")
+EXPERTS = ("eager", "grouped_mm", "batched_mm")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -130,10 +132,20 @@ class RunOptions:
         default=None,
         metadata=_doc("Attention of the sharded model: `eager`, `sdpa`, `flex_attention`. None for the model's own."),
     )
+    experts: str | None = field(
+        default=None,
+        metadata=_doc("Experts of the sharded model: `eager`, `grouped_mm`, `batched_mm`. None for the model's own."),
+    )
     checkpointing: bool = field(
         default=False, metadata=_doc("Recompute activations of the sharded model in the backward pass.")
     )
+    reentrant: bool = field(
+        default=False, metadata=_doc("Recompute them by re-entering autograd, torch's older way (`use_reentrant`).")
+    )
     compile: bool = field(default=False, metadata=_doc("Compile the sharded model with torch.compile."))
+    compile_layers: bool = field(
+        default=False, metadata=_doc("Compile each layer of the sharded model by itself, in place of the whole.")
+    )
     lora: int = field(
         default=0, metadata=_doc("Rank of LoRA adapters on a family's linear layers, trained alone; 0 for none.")
     )
@@ -149,8 +161,9 @@ class RunOptions:
     checks: tuple[str, ...] | None = field(
         default=None,
         metadata=_doc(
-            "Names of the checks to run; None for all but `checkpoint_matches_reference`, which saves the model in "
-            "each way that the backend has, reads it back, and compares, before the first step and after the last."
+            "Names of the checks to run, or `all`. None for all but two: `checkpoint_matches_reference` saves the "
+            "model in each way that the backend has, reads it back, and compares, before the first step and after the "
+            "last; `resume_matches_uninterrupted` saves the training, goes on from it in new processes, and compares."
         ),
     )
     seed: int = field(default=0, metadata=_doc("Seed of weights, batches and replays."))
@@ -205,7 +218,9 @@ class RunOptions:
     @property
     def check_names(self) -> tuple[str, ...]:
         """The checks to run, the default ones included."""
-        return _default_checks() if self.checks is None else self.checks
+        if self.checks is None:
+            return _default_checks()
+        return _all_checks() if self.checks == ("all",) else self.checks
 
     def keywords(self) -> dict[str, Any]:
         """Return all options as keyword arguments of `verify_family`."""
@@ -246,7 +261,7 @@ class RunOptions:
             "optimizer": dict(self.optimizer) if isinstance(self.optimizer, Mapping) else self.optimizer,
             "config": dict(self.config),
             "settings": dict(self.settings),
-            "checks": None if are_default else list(self.check_names),
+            "checks": None if are_default else list(self.checks or ()),
             "batch": str(self.batch) if isinstance(self.batch, Tokens) else None,
         }
 
@@ -278,8 +293,11 @@ class OptionKeywords(TypedDict, total=False):
     accumulate: int
     loss: str
     attention: str | None
+    experts: str | None
     checkpointing: bool
+    reentrant: bool
     compile: bool
+    compile_layers: bool
     loop: str
     config: Mapping[str, Any] | None
     checks: Sequence[str] | None
@@ -371,7 +389,7 @@ class Request:
 def require_valid(request: Request) -> None:
     """Raise UsageError if the model or an option cannot be used, with the accepted values."""
     from tpcheck.backends.registry import backend_names
-    from tpcheck.numerics.checks import CHECK_NAMES, CHECKPOINT_CHECK
+    from tpcheck.numerics.checks import CHECK_NAMES, ON_REQUEST
 
     options = request.options
     if not isinstance(options.topology, Topology):
@@ -400,19 +418,17 @@ def require_valid(request: Request) -> None:
     if options.batch is not None and not callable(options.batch) and not isinstance(options.batch, (Mapping, Tokens)):
         raise UsageError("batch", type(options.batch).__name__, "a dict of tensors, a callable or None")
     _require_training(options)
-    valid_checks = (*CHECK_NAMES, CHECKPOINT_CHECK)
+    valid_checks = (*CHECK_NAMES, *ON_REQUEST)
     unknown = [name for name in options.check_names if name not in valid_checks]
     if unknown or not options.check_names:
-        raise UsageError("checks", unknown or (), valid_checks)
+        raise UsageError("checks", unknown or (), ("all", *valid_checks))
 
 
 def _require_training(options: RunOptions) -> None:
     if options.loss not in LOSSES:
         raise UsageError("loss", options.loss, LOSSES)
     _require_optimizer(options.optimizer)
-    _require_attention(options)
-    _require_checkpointing(options)
-    _require_compile(options)
+    _require_implementations(options)
     _require_lora(options)
     _require_loop(options)
 
@@ -427,22 +443,18 @@ def _require_optimizer(optimizer: OptimizerSource) -> None:
         raise UsageError("optimizer", optimizer, accepted)
 
 
+def _require_implementations(options: RunOptions) -> None:
+    for name, accepted in (("attention", ATTENTIONS), ("experts", EXPERTS)):
+        if getattr(options, name) not in (None, *accepted):
+            raise UsageError(name, getattr(options, name), (None, *accepted))
+    for name in ("checkpointing", "reentrant", "compile", "compile_layers"):
+        if not isinstance(getattr(options, name), bool):
+            raise UsageError(name, getattr(options, name), (False, True))
+    if options.reentrant and not options.checkpointing:
+        raise UsageError("reentrant", True, "False without checkpointing")
+
+
 # ---- options that are not available yet: each is refused in one place
-
-
-def _require_attention(options: RunOptions) -> None:
-    if options.attention is not None:
-        raise UsageError("attention", options.attention, "None: other implementations are not available yet")
-
-
-def _require_checkpointing(options: RunOptions) -> None:
-    if options.checkpointing is not False:
-        raise UsageError("checkpointing", options.checkpointing, "False: it is not available yet")
-
-
-def _require_compile(options: RunOptions) -> None:
-    if options.compile is not False:
-        raise UsageError("compile", options.compile, "False: it is not available yet")
 
 
 def _require_lora(options: RunOptions) -> None:
@@ -455,6 +467,12 @@ def _require_loop(options: RunOptions) -> None:
         raise UsageError("loop", options.loop, LOOPS)
     if options.loop != "plain":
         raise UsageError("loop", options.loop, "plain: transformers' Trainer is not available yet")
+
+
+def _all_checks() -> tuple[str, ...]:
+    from tpcheck.numerics.checks import CHECK_NAMES, ON_REQUEST
+
+    return (*CHECK_NAMES, *ON_REQUEST)
 
 
 def _default_checks() -> tuple[str, ...]:

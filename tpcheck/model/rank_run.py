@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,10 +15,12 @@ import torch.distributed as dist
 
 from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
 from tpcheck.backends.registry import load_backend
+from tpcheck.core.clipping import Clipping
 from tpcheck.core.digests import digest
 from tpcheck.model.blame import internal_error, is_of_tpcheck, issued_by, naming_indivisible_sizes
 from tpcheck.model.build import Batch, build_model, require_equal_models
 from tpcheck.model.candidate import CandidateStart, shard, train
+from tpcheck.model.implementations import num_compiled_graphs, require_compiled
 from tpcheck.model.on_shards import steps_on_shards
 from tpcheck.model.options import Request
 from tpcheck.model.recompute import compute_alone, recompute_outputs
@@ -31,12 +34,17 @@ from tpcheck.model.teacher_forcing import (
     replica_gradients,
 )
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
+from tpcheck.numerics.checks.clipping import observed_clipping
 from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, RankFacts, Step, TensorKey
 from tpcheck.numerics.precision import everything_in_float64, torch_function_disabled
+from tpcheck.numerics.tensors import pickled
 from tpcheck.numerics.tolerance import Tolerance
 from tpcheck.numerics.verdict import GroupAnswer, forbids_training, full_answer, start_answer
 
 T = TypeVar("T")
+
+# An epsilon, and whether small gradients are scaled up: a step may show one of them, and a later one the other.
+_PARTS_OF_CONVENTION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,7 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
 def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) -> RankAnswer:
     """Do as `verify_on_rank`; add to `log` every collective of the candidate's steps."""
     backend, checks = load_backend(request.options.backend), request.options.check_names
-    options = backend.resolved(_training_options(request, rank.device))
+    options = backend.resolved(training_options(request, rank.device))
     with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
         reference = Reference.build(request, rank, options)
         twin = build_model(request, rank.device)
@@ -102,7 +110,8 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
     return RankAnswer(answer, backend.versions())
 
 
-def _training_options(request: Request, device: torch.device) -> TrainingOptions:
+def training_options(request: Request, device: torch.device) -> TrainingOptions:
+    """Return how both sides train."""
     options = request.options
     return TrainingOptions(
         dtype=getattr(torch, options.dtype),
@@ -113,8 +122,11 @@ def _training_options(request: Request, device: torch.device) -> TrainingOptions
         accumulate=options.accumulate,
         loss=options.loss,
         attention=options.attention,
+        experts=options.experts,
         checkpointing=options.checkpointing,
+        reentrant=options.reentrant,
         compile=options.compile,
+        compile_layers=options.compile_layers,
         lora=options.lora,
         loop=options.loop,
         rebuild=partial(build_model, request, device),
@@ -137,8 +149,18 @@ def _train_both(
     forces = request.options.dtype != "float64"  # whose rounding hides nothing
     module_tolerance = forced_tolerance(reference, rank, steps[0]) if forces else None
     forced = _forced_pass(backend, candidate, batches[0][0], steps[0], rank, log) if forces else None
+    num_graphs = num_compiled_graphs()
     candidate_steps = train(backend, candidate, tuple(start.weights), batches, log)
+    require_compiled(reference.options, num_compiled_graphs() - num_graphs)
     full = _step_evidence(rank, evidence, steps, tolerance, candidate_steps)
+    for _ in range(_PARTS_OF_CONVENTION):
+        clipping = _observed_clipping(rank, full)
+        if clipping is None:
+            break
+        reference, steps, tolerance = reference.train_clipping_as(clipping, rank)
+        if full is not None:
+            of_group = tuple(step[full.dp_rank] for step in steps)
+            full = replace(full, reference=of_group, tolerance=tolerance, clipping=clipping)
     if forced is not None and module_tolerance is not None:
         full = _with_forced(full, rank, forced, module_tolerance)
     if full is None:
@@ -148,6 +170,15 @@ def _train_both(
     return replace(
         full, recomputed=recompute_outputs(model, state, full), computed_alone=compute_alone(model, state, full)
     )
+
+
+def _observed_clipping(rank: CommunicatingRank, full: Evidence | None) -> Clipping | None:
+    """Return the convention by which all TP groups clip; None where that is the reference's, or differs. Collective."""
+    with torch_function_disabled():
+        observed = None if full is None else (full.clipping, observed_clipping(full))
+    known = {pair for pair in rank.gather(observed) if pair is not None}
+    assumed, clipping = known.pop() if len(known) == 1 else (None, None)
+    return None if clipping == assumed else clipping
 
 
 def _forced_pass(
@@ -192,6 +223,7 @@ def _start_evidence(
         facts=facts,
         tolerance=Tolerance(0.0, request.options.replays, {}),
         labels=reference.labels,
+        clipping=reference.options.clipping,
     )
 
 
@@ -295,7 +327,7 @@ def _gather_to_first(value: T, rank: RankLike) -> list[T] | None:
     group = rank.topology.peers(rank.rank, "tp")
     if len(group) == 1:
         return [value]
-    values: list[Any] | None = [None] * len(group) if rank.rank == group[0] else None
+    pickles: list[Any] | None = [None] * len(group) if rank.rank == group[0] else None
     with torch_function_disabled():
-        dist.gather_object(value, values, dst=group[0], group=rank.group("tp"))
-    return values
+        dist.gather_object(pickled(value), pickles, dst=group[0], group=rank.group("tp"))
+        return None if pickles is None else [pickle.loads(of_rank) for of_rank in pickles]

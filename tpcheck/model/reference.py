@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from tpcheck.backends.interface import RankLike, TrainingOptions
-from tpcheck.backends.sgd import Sgd, clip_gradients
+from tpcheck.backends.sgd import Sgd, clip_by_convention
+from tpcheck.core.clipping import Clipping
 from tpcheck.core.errors import UsageError
 from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of, make_batches
 from tpcheck.model.labels import (
@@ -119,6 +120,15 @@ class Reference:
             raise UsageError("build", moved, "a model that computes the same each time from the same weights and batch")
         return steps, self._gather_tolerance(rank, measured)
 
+    def train_clipping_as(
+        self, clipping: Clipping, rank: CommunicatingRank
+    ) -> tuple[Reference, list[ReferenceStep], Tolerance]:
+        """Train once more by another convention; return the reference that does, too. Collective."""
+        options = replace(self.options, clip_epsilon=clipping.epsilon, clip_scales_up=clipping.scales_up)
+        reference = replace(self, options=options)
+        reference.restore()
+        return (reference, *reference.train(rank))
+
     def measure(self, rank: CommunicatingRank, replay: Callable[[Perturbation], Deviations]) -> Tolerance:
         """Return the tolerance for what `replay` measures on this model; the ranks share the replays. Collective."""
         return self._gather_tolerance(rank, self._share_of_replays(rank, replay))
@@ -183,7 +193,7 @@ def train(
         UsageError: The loss is not finite, or there is none.
     """
     weighing = weighing or Weighing()
-    optimizer = Sgd(list(model.parameters()), options, clip_gradients)
+    optimizer = Sgd(list(model.parameters()), options, clip_by_convention(options.clipping))
     buffers: list[State] = [copy_buffers(model)] * len(batches[0])
     steps = []
     for index, by_dp_rank in enumerate(batches):

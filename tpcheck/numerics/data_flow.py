@@ -79,12 +79,14 @@ def is_exchanged_behind(evidence: Evidence, step: int, key: TensorKey) -> bool:
     """Return whether every rank issues a collective between `key` and what is computed from it, not in other modules.
 
     What a module returns may be the result of the modules around it, too: then the collective may come after them.
-    False where it is unknown what is computed from it.
+    False where it is unknown what is computed from it, True where collectives are unknown.
     """
     return all(_is_exchanged_behind(evidence, step, key, rank) for rank in range(len(evidence.candidate[step])))
 
 
 def _is_exchanged_behind(evidence: Evidence, step: int, key: TensorKey, tp_rank: int) -> bool:
+    if not evidence.candidate[step][tp_rank].logs_collectives:
+        return True
     module = key.module
     while True:
         nearest, issued = collectives_behind(evidence, step, key, tp_rank, module)

@@ -8,8 +8,10 @@ from functools import reduce
 from operator import add
 from typing import Any, Literal
 
+from tpcheck.core.clipping import NO_CLIPPING, Clipping
 from tpcheck.core.topology import Topology
-from tpcheck.numerics.tolerance import Tolerance
+from tpcheck.numerics.norms import ClippedStep, GradientNorms, ObservedNorm
+from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, RESIDUAL_EXACT, Tolerance
 
 Phase = Literal["forward", "backward"]
 Role = Literal["input", "output"]
@@ -100,6 +102,7 @@ class Step:
         optimizer_state: Moments and float32 masters by (state, parameter).
         digests: Digest of the bits of each parameter, gradient and buffer, by (kind, name).
         collectives: Those of the forward and the backward pass, in order; the reference has none.
+        logs_collectives: Whether they are known: not those of a compiled model.
         sources: For each activation of the forward pass those nearest before it that it is computed from, as autograd
             knows it; empty for a candidate, and where there are no gradients.
     """
@@ -116,6 +119,7 @@ class Step:
     optimizer_state: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
     digests: Mapping[tuple[str, str], str] = field(default_factory=dict)
     collectives: tuple[Collective, ...] = ()
+    logs_collectives: bool = True
     sources: Mapping[TensorKey, tuple[TensorKey, ...]] = field(default_factory=dict)
 
 
@@ -214,6 +218,7 @@ class Evidence:
         labels: The labels of each step; empty where they cannot be counted.
         on_shards: Each rank's parameters after each step if the optimizer is given shards alone, by step, then by
             tp_rank: what an optimizer whose step on an element depends on the whole matrix must not compute.
+        clipping: How the reference clips.
     """
 
     topology: Topology
@@ -234,6 +239,7 @@ class Evidence:
     computed_alone: Mapping[TensorKey, tuple[Tensor, ...]] = field(default_factory=dict)
     labels: tuple[LabelCounts, ...] = ()
     on_shards: tuple[tuple[Mapping[str, Tensor], ...], ...] = ()
+    clipping: Clipping = NO_CLIPPING
 
     def of_forced_modules(self) -> Evidence | None:
         """Return the step with teacher forcing as evidence of a first step; None where there is none."""
@@ -374,26 +380,56 @@ class GradientFacts:
 
 @dataclass(frozen=True, slots=True)
 class NormFacts:
-    """Norms of the candidate's gradients, summed up in the usual wrong ways.
+    """Norms of the candidate's gradients, and by which the step was clipped.
 
     Attributes:
-        of_ranks: Over each rank's gradients alone, by tp_rank.
-        of_ranks_shards: Over the gradients of each rank's sharded parameters alone, by tp_rank.
-        counting_replicas: Over all ranks, with replicated parameters counted once for each rank.
-        implied: The norm by which each rank's step was clipped, by tp_rank; empty where it is unknown.
+        norms: Of each parameter on each rank.
+        expected: The reference's norm.
+        reported: The norm that each rank reports, by tp_rank; empty where the backend reports none.
+        implied: The norm by which each rank's step on this parameter was clipped, by tp_rank; empty where unknown.
+        step: By what the gradients of all parameters were multiplied; None where it is unknown.
+        scales: Numbers by which gradients are multiplied before they are unscaled, by what they are.
+        noise: Relative error by which two computations of one norm differ.
     """
 
-    of_ranks: tuple[float, ...]
-    of_ranks_shards: tuple[float, ...]
-    counting_replicas: float
+    norms: GradientNorms
+    expected: float
+    reported: tuple[float, ...] = ()
     implied: tuple[float, ...] = ()
+    step: ClippedStep | None = None
+    scales: Mapping[str, float] = field(default_factory=dict)
+    noise: float = FITTED_RELATIVE_ERROR
+
+    @property
+    def clipping(self) -> Clipping:
+        return NO_CLIPPING if self.step is None else self.step.clipping
+
+    @property
+    def clips_otherwise_than_reported(self) -> bool:
+        """Whether the norms that the ranks report would have given another step than the right norm."""
+        expected = self.clipping.factor(self.expected)
+        return any(abs(self.clipping.factor(norm) - expected) > RESIDUAL_EXACT * expected for norm in self.reported)
+
+    @property
+    def of_reported(self) -> ObservedNorm:
+        """What the ranks report, as a norm to be explained."""
+        return self._observed(self.reported, noise=self.noise)
+
+    @property
+    def of_implied(self) -> ObservedNorm:
+        """The norm that the step on this parameter was clipped by, as one to be explained."""
+        return self._observed(self.implied, noise=FITTED_RELATIVE_ERROR, least=self.clipping.max_norm)
+
+    def _observed(self, used: tuple[float, ...], *, noise: float, least: float = 0.0) -> ObservedNorm:
+        tolerance = max(FITTED_RELATIVE_ERROR, self.noise)
+        return ObservedNorm(used, self.expected, noise, tolerance, least, self.scales, self.clipping)
 
     def as_evidence(self) -> dict[str, Any]:
         return {
             **({"norm_implied": list(self.implied)} if self.implied else {}),
-            "norm_of_each_rank_alone": list(self.of_ranks),
-            "norm_of_each_ranks_shards": list(self.of_ranks_shards),
-            "norm_with_replicas_counted": self.counting_replicas,
+            "norm_of_each_rank_alone": list(self.norms.of_ranks),
+            "norm_of_each_ranks_shards": list(self.norms.of_ranks_shards),
+            "norm_with_replicas_counted": self.norms.counting_replicas,
         }
 
 

@@ -12,19 +12,19 @@ from torch.overrides import TorchFunctionMode
 
 # Methods that ask for float32 by name rather than by a dtype argument.
 _PROMOTED_METHODS = {torch.Tensor.float: torch.Tensor.double}
+_FLOAT32, _FLOAT64 = torch.float32, torch.float64
 
 
 class _PromoteFloat32(TorchFunctionMode):
     """Models cast to float32 inside (norms, softmax, rotary tables); the cast would be the largest error of a run."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Called for every operation and attribute of every tensor: no call that can be left out.
         func = _PROMOTED_METHODS.get(func, func)
-        kwargs = {name: _promoted(value) for name, value in (kwargs or {}).items()}
-        return func(*(_promoted(arg) for arg in args), **kwargs)
-
-
-def _promoted(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
+        args = [_FLOAT64 if arg is _FLOAT32 else arg for arg in args]
+        if not kwargs:
+            return func(*args)
+        return func(*args, **{name: _FLOAT64 if value is _FLOAT32 else value for name, value in kwargs.items()})
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class ModuleRecorder:
         self._handles: list[Any] = []
 
     def __enter__(self) -> ModuleRecorder:
-        for name, module in self._model.named_modules():
+        for name, module in not_inside_compiled(self._model):
             self._handles.append(module.register_forward_pre_hook(eager(self._before(name)), with_kwargs=True))
             self._handles.append(module.register_forward_hook(eager(self._after(name))))
         return self
@@ -155,6 +155,28 @@ class ModuleRecorder:
         return replacement
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module was compiled, by `module.compile()` or `torch.compile(module)`."""
+    return getattr(module, "_compiled_call_impl", None) is not None or isinstance(
+        module, getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
+    )
+
+
+def not_inside_compiled(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, module) for all modules but those inside a compiled one, where a hook would break its graph."""
+    seen: set[nn.Module] = set()
+
+    def outside(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        if module in seen:
+            return
+        seen.add(module)
+        yield name, module
+        for child_name, child in () if is_compiled(module) else module.named_children():
+            yield from outside(child, f"{name}.{child_name}" if name else child_name)
+
+    yield from outside(model, "")
+
+
 def eager(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Return the hook such that torch.compile does not trace it; load no compiler where nothing is compiled."""
     return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook  # type: ignore[no-untyped-call]
@@ -213,8 +235,9 @@ def logged_collectives(
     At the end, ranks that have issued a collective over a group wait for the others of it: where torch checks what
     ranks issue (TORCH_DISTRIBUTED_DEBUG=DETAIL), a rank that has left one out fails here with those that wait for it.
 
-    Both ways of issuing one are seen: `torch.distributed`, which dispatches to `c10d`, and the functional collectives
-    of DTensor. Calls on tensor subclasses are left to the subclasses, whose inner operators are seen instead.
+    Nothing is logged where a module is compiled. Both ways of issuing a collective are seen: `torch.distributed`, which
+    dispatches to `c10d`, and the functional collectives of DTensor. Calls on tensor subclasses are left to the
+    subclasses, whose inner operators are seen instead.
 
     Args:
         log: The list; a collective stands there before it is issued.
@@ -223,6 +246,9 @@ def logged_collectives(
         position: Returns how many activations are recorded.
     """
     running: list[str] = [""]
+    if any(map(is_compiled, model.modules())):  # torch compiles nothing where a dispatch mode is active
+        yield
+        return
     handles = [handle for name, module in model.named_modules() for handle in _tracked(name, module, running)]
 
     groups: dict[tuple[int, ...], Any] = {}

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import hypot, inf, nan
 
 import pytest
 import torch
 
-from tests.numerics.evidence import BIAS, BUFFER, DOWN, NORM, UP, right_evidence, with_digest, with_step, with_tensor
-from tpcheck.core.causes import Cause
-from tpcheck.numerics.checks.updates import (
-    _shares,
-    gradient_norm_matches_reference,
-    norm_facts,
-    updates_match_reference,
+from tests.numerics.evidence import (
+    BIAS,
+    BUFFER,
+    CLIPPING,
+    DOWN,
+    NORM,
+    UP,
+    right_evidence,
+    with_digest,
+    with_step,
+    with_tensor,
 )
+from tpcheck.core.causes import Cause
+from tpcheck.core.clipping import Clipping
+from tpcheck.numerics.checks.clipping import gradient_norms, norm_facts, observed_clipping, shares_of
+from tpcheck.numerics.checks.updates import gradient_norm_matches_reference, updates_match_reference
 from tpcheck.numerics.evidence import Evidence, Suspect
 from tpcheck.numerics.hypotheses import explain
 
@@ -72,7 +80,7 @@ def test_a_norm_that_is_not_a_number_is_infinitely_wrong() -> None:
 
 
 def test_the_usual_wrong_norms_are_those_of_shards_and_replicas() -> None:
-    facts = norm_facts(RIGHT, 0)
+    facts = gradient_norms(RIGHT, 0)
     sizes = [{name: float(tensor.norm()) for name, tensor in rank.gradients.items()} for rank in RIGHT.candidate[0]]
     assert facts.of_ranks_shards == pytest.approx([hypot(size[UP], size[DOWN]) for size in sizes])
     assert facts.of_ranks == pytest.approx([hypot(*size.values()) for size in sizes])
@@ -81,7 +89,7 @@ def test_the_usual_wrong_norms_are_those_of_shards_and_replicas() -> None:
 
 def test_missing_and_unknown_gradients_have_no_norm() -> None:
     gradients = {**RIGHT.candidate[0][0].gradients, NORM: None, "head.weight": RIGHT.initial[UP]}
-    facts = norm_facts(with_step(RIGHT, ranks=[0], gradients=gradients), 0)
+    facts = gradient_norms(with_step(RIGHT, ranks=[0], gradients=gradients), 0)
     sizes = {name: float(tensor.norm()) for name, tensor in RIGHT.candidate[0][0].gradients.items()}
     assert facts.of_ranks[0] == pytest.approx(hypot(sizes[UP], sizes[DOWN], sizes[BIAS]))
 
@@ -90,7 +98,7 @@ def test_missing_and_unknown_gradients_have_no_norm() -> None:
     ("norm", "cause"), [("of_ranks", Cause.NORM_IS_LOCAL), ("counting_replicas", Cause.NORM_COUNTS_REPLICAS)]
 )
 def test_a_usual_wrong_norm_is_explained(norm: str, cause: Cause) -> None:
-    facts, evidence = norm_facts(RIGHT, 0), RIGHT
+    facts, evidence = gradient_norms(RIGHT, 0), RIGHT
     for rank in (0, 1):
         value = getattr(facts, norm)
         evidence = with_step(evidence, ranks=[rank], gradient_norm=value if isinstance(value, float) else value[rank])
@@ -219,8 +227,8 @@ MOVE_TERMS = [torch.arange(1.0, 9.0), torch.arange(8.0) ** 2]
 
 def test_the_shares_of_the_terms_in_a_move_are_found() -> None:
     move = 3 * MOVE_TERMS[0] - 0.5 * MOVE_TERMS[1]
-    assert _shares(MOVE_TERMS, move) == pytest.approx([3.0, -0.5], rel=1e-4)
-    assert _shares([MOVE_TERMS[0][:5]], MOVE_TERMS[0][:5] * 2) == pytest.approx([2.0])
+    assert shares_of(MOVE_TERMS, move) == pytest.approx([3.0, -0.5], rel=1e-4)
+    assert shares_of([MOVE_TERMS[0][:5]], MOVE_TERMS[0][:5] * 2) == pytest.approx([2.0])
 
 
 @pytest.mark.parametrize(
@@ -232,8 +240,8 @@ def test_the_shares_of_the_terms_in_a_move_are_found() -> None:
         ([term[:4] for term in MOVE_TERMS], MOVE_TERMS[0][:4]),  # few numbers are a sum of any others
     ],
 )
-def test_a_move_that_is_no_sum_of_the_terms_has_no_shares(terms: list[torch.Tensor], move: torch.Tensor) -> None:
-    assert _shares([term.double() for term in terms], move.double()) is None
+def test_a_move_that_is_no_sum_of_the_terms_has_noshares_of(terms: list[torch.Tensor], move: torch.Tensor) -> None:
+    assert shares_of([term.double() for term in terms], move.double()) is None
 
 
 def test_the_worst_weight_comes_first_and_tells_the_share_of_each_term() -> None:
@@ -252,7 +260,7 @@ def test_a_step_that_is_not_taken_leaves_a_stale_weight() -> None:
 
 @pytest.mark.parametrize("cause", [Cause.NORM_IS_LOCAL, Cause.NORM_COUNTS_REPLICAS])
 def test_a_step_that_another_norm_clips_is_explained(cause: Cause) -> None:
-    norm, facts, evidence = RIGHT.reference[0].gradient_norm or 0.0, norm_facts(RIGHT, 0), RIGHT
+    norm, facts, evidence = RIGHT.reference[0].gradient_norm or 0.0, gradient_norms(RIGHT, 0), RIGHT
     for rank in (0, 1):
         used = facts.of_ranks[rank] if cause is Cause.NORM_IS_LOCAL else facts.counting_replicas
         evidence = with_move(evidence, UP, lambda move, by=(norm + 1e-6) / (used + 1e-6): move * by, rank)
@@ -347,3 +355,117 @@ def test_a_buffer_of_another_shape_on_one_rank_is_not_compared() -> None:
     assert updates_match_reference(evidence, 0).not_compared == {
         f"buffer {BUFFER}": "the sharded model's buffer has another shape"
     }
+
+
+# ---- clipping
+
+
+def clipped_by(evidence: Evidence, norm: float, *, factor: float | None = None, names: Sequence[str] = ()) -> Evidence:
+    """Return the evidence with the gradients of a step clipped by another norm, or multiplied by another factor."""
+    change = (factor or CLIPPING.factor(norm)) / CLIPPING.factor(EXPECTED)
+    for name in names or (NORM, UP, DOWN, BIAS):
+        evidence = with_move(evidence, name, lambda move: move * change)
+    return evidence
+
+
+def test_a_wrong_norm_by_which_nothing_was_clipped_says_so() -> None:
+    evidence = with_step(RIGHT, gradient_norm=1.2345 * EXPECTED)
+    (suspect,) = gradient_norm_matches_reference(evidence, 0).suspects
+    assert suspect.evidence["clipped_by"] == "the right norm: only what is reported is wrong"
+    assert the_cause(suspect) is Cause.REPORTED_NORM_WRONG
+    doubled = with_step(RIGHT, gradient_norm=gradient_norms(RIGHT, 0).counting_replicas)
+    (suspect,) = gradient_norm_matches_reference(doubled, 0).suspects
+    assert suspect.evidence["clipped_by"] == "the right norm: only what is reported is wrong"
+    assert the_cause(suspect) is Cause.NORM_COUNTS_REPLICAS
+
+
+@pytest.mark.parametrize(
+    ("factor", "by"),
+    [(1.2345, "the norm that is reported"), (1.5, "another norm than the right one and the one that is reported")],
+)
+def test_a_wrong_norm_says_by_what_gradients_were_clipped(factor: float, by: str) -> None:
+    evidence = with_step(clipped_by(RIGHT, factor * EXPECTED), gradient_norm=1.2345 * EXPECTED)
+    (suspect,) = gradient_norm_matches_reference(evidence, 0).suspects
+    assert suspect.evidence["clipped_by"] == by
+    assert the_cause(suspect) is None
+
+
+def test_a_wrong_norm_that_clips_no_otherwise_says_nothing_of_the_step() -> None:
+    evidence = replace(with_step(RIGHT, gradient_norm=1.2345 * EXPECTED), clipping=Clipping(100.0))
+    (suspect,) = gradient_norm_matches_reference(evidence, 0).suspects
+    assert "clipped_by" not in suspect.evidence
+    assert the_cause(suspect) is None
+
+
+def test_a_wrong_step_beside_the_right_norm_says_so() -> None:
+    suspect, *_ = updates_match_reference(clipped_by(RIGHT, gradient_norms(RIGHT, 0).of_ranks[0]), 0).suspects
+    assert suspect.evidence["reported"] == "the right norm: only the step is clipped by another one"
+    assert the_cause(suspect) is Cause.NORM_LEAVES_OUT_SHARDS
+
+
+def test_a_parameter_that_the_norm_of_a_step_counts_on_one_rank_alone_is_found() -> None:
+    squares = gradient_norms(RIGHT, 0).squares
+    suspect, *_ = updates_match_reference(clipped_by(RIGHT, (EXPECTED**2 - squares[UP][1]) ** 0.5), 0).suspects
+    found = explain(suspect)
+    assert found is not None
+    assert (found.cause, found.evidence["parameters"], found.evidence["of_tp_ranks"]) == (
+        Cause.NORM_LEAVES_OUT_SHARDS,
+        [UP],
+        [1],
+    )
+
+
+def test_groups_that_are_clipped_each_by_its_own_norm_are_found() -> None:
+    norms, evidence = gradient_norms(RIGHT, 0), RIGHT
+    groups = ([UP, NORM], [DOWN, BIAS])
+    for names in groups:
+        evidence = clipped_by(evidence, norms.norm_of(names), names=names)
+    suspects = updates_match_reference(evidence, 0).suspects
+    assert {the_cause(suspect) for suspect in suspects} == {Cause.CLIPPED_PER_GROUP}
+    reported = with_step(evidence, gradient_norm=norms.norm_of(groups[1]))
+    (suspect,) = gradient_norm_matches_reference(reported, 0).suspects
+    found = explain(suspect)
+    assert found is not None
+    assert (found.cause, found.evidence["parameters"]) == (Cause.CLIPPED_PER_GROUP, sorted(groups[1]))
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "cause"), [(1e-2, Cause.CLIP_EPSILON_DIFFERS), (1e-4, Cause.CLIP_EPSILON_DIFFERS), (0.0123, None)]
+)
+def test_an_epsilon_that_changes_the_step_is_named(epsilon: float, cause: Cause | None) -> None:
+    evidence = clipped_by(RIGHT, 0.0, factor=CLIPPING.max_norm / (EXPECTED + epsilon))
+    assert observed_clipping(evidence) == CLIPPING
+    suspect, *_ = updates_match_reference(evidence, 0).suspects
+    assert the_cause(suspect) is cause
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-8, 1e-5])
+def test_the_epsilon_of_a_convention_is_read_off_the_step(epsilon: float) -> None:
+    evidence = clipped_by(RIGHT, 0.0, factor=CLIPPING.max_norm / (EXPECTED + epsilon))
+    assert observed_clipping(evidence) == replace(CLIPPING, epsilon=epsilon)
+
+
+def test_gradients_that_are_scaled_up_are_read_off_the_step() -> None:
+    large = Clipping(2 * EXPECTED)
+    evidence = replace(RIGHT, clipping=large)
+    assert observed_clipping(evidence) == large
+    scaled = clipped_by(
+        evidence, 0.0, factor=CLIPPING.factor(EXPECTED) * replace(large, scales_up=True).factor(EXPECTED)
+    )
+    assert observed_clipping(scaled) == replace(large, scales_up=True)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_step_that_no_convention_gives_changes_none(step: int) -> None:
+    assert observed_clipping(TWO_STEPS) == CLIPPING
+    wrong = with_move(TWO_STEPS, UP, lambda move: move * 1.00001, step=step)
+    assert observed_clipping(wrong) == CLIPPING
+    assert observed_clipping(replace(clipped_by(RIGHT, 2 * EXPECTED), clipping=CLIPPING)) == CLIPPING
+
+
+def test_without_clipping_there_is_no_convention() -> None:
+    assert observed_clipping(replace(RIGHT, clipping=Clipping())) == Clipping()
+
+
+def test_facts_of_a_norm_need_one() -> None:
+    assert norm_facts(replace(RIGHT, reference=(replace(RIGHT.reference[0], gradient_norm=None),)), 0) is None

@@ -10,6 +10,8 @@ import torch
 
 from tests.batches.test_causes import CAUSES as OF_BATCHES
 from tests.numerics.evidence import suspect
+from tests.numerics.norms import CLIPPING, NORMS, REPLICATED, SHARDED, clipped_alike, facts
+from tests.numerics.norms import step as clipped_step
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.evidence import (
     BackwardFacts,
@@ -20,7 +22,6 @@ from tpcheck.numerics.evidence import (
     LabelFacts,
     LinearTerms,
     LossFacts,
-    NormFacts,
     ShardFacts,
     SiblingCollectives,
     SiblingWeights,
@@ -33,7 +34,6 @@ CHANCE = torch.Generator().manual_seed(0)
 EXPECTED, OTHER = torch.randn(2, 4, 8, generator=CHANCE, dtype=torch.float64)
 HALVES = EXPECTED.chunk(2, dim=1)
 TERMS = (EXPECTED * 0.3 + 0.1, EXPECTED * 0.7 - 0.1)
-NORMS = NormFacts(of_ranks=(3.0, 4.0), of_ranks_shards=(2.0, 2.0), counting_replicas=6.0)
 FIRST, LAST = EXPECTED - OTHER, OTHER  # what two micro-batches add
 MICRO = GradientFacts(micro_mean=((FIRST,) * 2, (LAST,) * 2), micro_local=((FIRST + 1,) * 2, (LAST - 1,) * 2))
 LOSS = torch.tensor(3.0, dtype=torch.float64)
@@ -65,6 +65,12 @@ def lookup() -> Suspect:
     table = torch.randn(8, 3, generator=CHANCE, dtype=torch.float64)
     rows = torch.where(tokens > 4, tokens - 1, tokens)
     return suspect("activation", [table[rows]] * 2, table[tokens], embedding=EmbeddingFacts(table, table.chunk(2)))
+
+
+def norm(*reported: float, **fields: object) -> Suspect:
+    """Return a suspect of a norm that ranks report, one number for each or one for both."""
+    of_ranks = reported * (2 // len(reported))
+    return suspect("norm", of_ranks, NORMS.whole, norms=facts(*of_ranks, **fields))
 
 
 EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
@@ -135,8 +141,25 @@ EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
         "activation", [OTHER, OTHER + 1], EXPECTED, computed_alone=(OTHER, OTHER + 1)
     ),
     Cause.GRADIENT_SCALED: lambda: suspect("gradient", [EXPECTED, EXPECTED * 1.7], EXPECTED),
-    Cause.NORM_IS_LOCAL: lambda: suspect("norm", (3.0, 4.0), 5.0, observed=0.4, norms=NORMS),
-    Cause.NORM_COUNTS_REPLICAS: lambda: suspect("norm", (6.0, 6.0), 5.0, observed=0.2, norms=NORMS),
+    Cause.NORM_IS_LOCAL: lambda: norm(*NORMS.of_ranks),
+    Cause.NORM_COUNTS_REPLICAS: lambda: norm(NORMS.counting_replicas),
+    Cause.NORM_LEAVES_OUT_SHARDS: lambda: norm(NORMS.of_ranks[0]),
+    Cause.NORM_AVERAGED_OVER_RANKS: lambda: norm(sum(NORMS.of_ranks) / 2),
+    Cause.NORM_SUMMED_OVER_RANKS: lambda: norm(sum(NORMS.of_ranks)),
+    Cause.NORM_OF_WRONG_ORDER: lambda: norm(NORMS.whole_of_order(1.0)),
+    Cause.NORM_WITHOUT_ROOT: lambda: norm(NORMS.whole**2),
+    Cause.NORM_BEFORE_UNSCALING: lambda: norm(NORMS.whole * 1024),
+    Cause.NORM_AFTER_CLIPPING: lambda: norm(NORMS.whole * CLIPPING.factor(NORMS.whole)),
+    Cause.REPORTED_NORM_WRONG: lambda: norm(NORMS.whole * 1.1, step=clipped_alike(NORMS.whole)),
+    Cause.CLIPPED_PER_GROUP: lambda: norm(
+        NORMS.norm_of(SHARDED),
+        step=clipped_step(
+            {name: CLIPPING.factor(NORMS.norm_of(group)) for group in (SHARDED, REPLICATED) for name in group}
+        ),
+    ),
+    Cause.CLIP_EPSILON_DIFFERS: lambda: suspect(
+        "update", [EXPECTED * 1.1] * 2, EXPECTED, norms=facts(implied=(NORMS.whole + 0.01 - CLIPPING.epsilon,) * 2)
+    ),
     Cause.REPLICA_DRIFT: lambda: suspect("update", [EXPECTED, EXPECTED + 1e-7], EXPECTED),
     Cause.NOT_FINITE: lambda: suspect("activation", [EXPECTED, EXPECTED * torch.nan], EXPECTED),
     Cause.ALL_ZERO: lambda: suspect("activation", [EXPECTED, EXPECTED * (BIAS.cumsum(0) > 4)], EXPECTED),
@@ -150,13 +173,15 @@ EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
 }
 
 
-# Of causes that only runs have, tests/runs/test_wrong_loops.py has the loops.
-OF_RUNS = {cause for cause in Cause if all(module.startswith("runs.") for module in cause.diagnosed_in)}
+# Of causes that only runs have, tests/runs/test_wrong_loops.py has the loops; of those of checkpoints alone,
+# tests/numerics/exact and tests/checkpoints have the tests.
+ELSEWHERE = ("runs.", "numerics.exact", "checkpoints")
+OF_OTHERS = {cause for cause in Cause if all(module.startswith(ELSEWHERE) for module in cause.diagnosed_in)}
 
 
 @pytest.mark.parametrize(
     "cause",
-    [cause for cause in Cause if cause.slug not in OF_BATCHES and cause not in OF_NAMES and cause not in OF_RUNS],
+    [cause for cause in Cause if cause.slug not in OF_BATCHES and cause not in OF_NAMES and cause not in OF_OTHERS],
 )
 def test_a_cause_is_named_where_its_test_holds(cause: Cause) -> None:
     """A new cause needs an example here."""

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from tests.numerics.evidence import suspect
+from tests.numerics.norms import CLIPPING, NORMS, REPLICATED, SHARDED, clipped_alike, facts, step
 from tpcheck.core.causes import Cause
-from tpcheck.numerics.evidence import NormFacts, ReplicaFacts, StepFacts
+from tpcheck.numerics.evidence import ReplicaFacts, StepFacts
 from tpcheck.numerics.hypotheses import explain
 
 CHANCE = torch.Generator().manual_seed(0)
 EXPECTED, OTHER = torch.randn(2, 4, 8, generator=CHANCE, dtype=torch.float64)
 HALVES = EXPECTED.chunk(2, dim=1)
-NORMS = NormFacts(of_ranks=(3.0, 4.0), of_ranks_shards=(2.0, 2.5), counting_replicas=6.0)
 
 
 def the_cause(kind: Any, parts: Any, expected: Any = EXPECTED, **fields: Any) -> Cause | None:
@@ -24,53 +24,77 @@ def the_cause(kind: Any, parts: Any, expected: Any = EXPECTED, **fields: Any) ->
     return found.cause if found else None
 
 
-@pytest.mark.parametrize(
-    ("norms", "cause"),
-    [
-        ((3.0, 3.0), Cause.NORM_IS_LOCAL),
-        ((3.0, 4.0), Cause.NORM_IS_LOCAL),
-        ((2.0, 2.5), Cause.NORM_IS_LOCAL),
-        ((6.0, 6.0), Cause.NORM_COUNTS_REPLICAS),
-        ((5.5, 5.5), None),
-    ],
-)
-def test_the_usual_wrong_norms_are_recognised(norms: tuple[float, ...], cause: Cause | None) -> None:
-    assert the_cause("norm", norms, 5.0, observed=0.2, norms=NORMS) is cause
+def of_norm(*reported: float, **fields: Any) -> Cause | None:
+    return the_cause("norm", reported, NORMS.whole, norms=facts(*reported, **fields))
 
 
-@pytest.mark.parametrize(
-    ("implied", "cause"),
-    [((3.0, 4.0), Cause.NORM_IS_LOCAL), ((6.0, 6.0), Cause.NORM_COUNTS_REPLICAS), ((5.5, 5.5), None), ((), None)],
-)
-def test_a_step_shows_the_norm_that_it_was_clipped_by(implied: tuple[float, ...], cause: Cause | None) -> None:
-    assert the_cause("update", [EXPECTED * 1.1] * 2, norms=replace(NORMS, implied=implied)) is cause
+def of_step(*implied: float, parts: Any = (EXPECTED * 1.1,) * 2, norms: Any = NORMS, **fields: Any) -> Cause | None:
+    clipped = clipped_alike(norms.whole)
+    return the_cause("update", parts, norms=facts(implied=implied, norms=norms, step=clipped), **fields)
 
 
-def test_without_the_usual_wrong_norms_there_is_no_cause() -> None:
-    assert the_cause("norm", (3.0, 3.0), 5.0, observed=0.2) is None
-    assert the_cause("update", [EXPECTED * 1.1] * 2) is None
+def test_a_wrong_norm_is_recognised() -> None:
+    assert of_norm(*NORMS.of_ranks) is Cause.NORM_IS_LOCAL
+    assert of_norm(*(NORMS.counting_replicas,) * 2) is Cause.NORM_COUNTS_REPLICAS
+    assert of_norm(*(NORMS.whole * 1.1,) * 2) is None
+    assert the_cause("norm", NORMS.of_ranks, NORMS.whole) is None  # without facts
 
 
-def test_norms_where_none_is_expected_are_compared_as_they_are() -> None:
-    assert the_cause("norm", (3.0, 4.0), 0.0, observed=3.0, norms=NORMS) is Cause.NORM_IS_LOCAL
-    assert the_cause("norm", (3.1, 4.0), 0.0, observed=3.0, norms=NORMS) is None
-
-
-def test_norms_agree_with_a_wrong_one_far_closer_than_with_the_right_one() -> None:
-    assert the_cause("norm", (6.0009, 6.0), 5.0, observed=0.2, norms=NORMS) is Cause.NORM_COUNTS_REPLICAS
-    assert the_cause("norm", (6.002, 6.0), 5.0, observed=0.2, norms=NORMS) is None
+def test_a_step_shows_the_norm_that_it_was_clipped_by() -> None:
+    assert of_step(*NORMS.of_ranks) is Cause.NORM_IS_LOCAL
+    assert of_step(*(NORMS.counting_replicas,) * 2) is Cause.NORM_COUNTS_REPLICAS
+    assert of_step(*(NORMS.whole * 1.1,) * 2) is None
+    assert of_step() is None
 
 
 @pytest.mark.parametrize(("error", "cause"), [(0.9e-6, Cause.NORM_IS_LOCAL), (2e-6, None)])
 def test_a_norm_that_a_step_implies_agrees_in_six_digits(error: float, cause: Cause | None) -> None:
-    norms = replace(NORMS, implied=(3.0 * (1 + error), 4.0))
-    assert the_cause("update", [EXPECTED * 1.1] * 2, norms=norms) is cause
+    first, second = NORMS.of_ranks
+    assert of_step(first * (1 + error), second) is cause
 
 
 def test_only_the_wrong_ranks_show_their_norm() -> None:
-    norms = replace(NORMS, implied=(5.5, 4.0))
     parts = (HALVES[0], HALVES[1] * 1.1)
-    assert the_cause("update", parts, expected_parts=HALVES, norms=norms) is Cause.NORM_IS_LOCAL
+    assert of_step(NORMS.whole, NORMS.of_ranks[1], parts=parts, expected_parts=HALVES) is Cause.NORM_IS_LOCAL
+
+
+def test_norms_too_small_to_clip_look_alike() -> None:
+    """A rank whose own norm is below the largest one allowed clips nothing: the norm that its step implies is that."""
+    small = tuple(
+        {name: norm * (0.05 if rank else 1.0) for name, norm in each.items()} for rank, each in enumerate(NORMS.by_rank)
+    )
+    norms = replace(NORMS, by_rank=small)
+    assert norms.of_ranks[1] < CLIPPING.max_norm
+    assert of_step(norms.of_ranks[0], CLIPPING.max_norm, norms=norms) is Cause.NORM_IS_LOCAL
+    assert of_step(CLIPPING.max_norm, CLIPPING.max_norm, norms=norms) is None  # nothing was clipped at all
+
+
+def test_what_is_reported_is_wrong_alone_where_the_step_is_right() -> None:
+    other, right = NORMS.whole * 1.1, clipped_alike(NORMS.whole)
+    assert of_norm(other, other, step=right) is Cause.REPORTED_NORM_WRONG
+    assert of_norm(other, other, step=clipped_alike(other)) is None
+    assert of_norm(*NORMS.of_ranks, step=right) is Cause.NORM_IS_LOCAL
+    ambiguous = (NORMS.whole * 2,) * 2
+    assert of_norm(*ambiguous, step=right, scales={"the number of replicas": 2.0}) is None
+
+
+def test_the_norm_of_one_group_is_that_of_groups_that_were_clipped() -> None:
+    by_group = step({name: CLIPPING.factor(NORMS.norm_of(group)) for group in (SHARDED, REPLICATED) for name in group})
+    of_group = NORMS.norm_of(REPLICATED)
+    assert of_norm(of_group, of_group, step=by_group) is Cause.CLIPPED_PER_GROUP
+    assert of_norm(of_group, of_group) is Cause.NORM_LEAVES_OUT_SHARDS
+    wrong = facts(implied=(of_group,) * 2, step=by_group)
+    assert the_cause("update", [EXPECTED * 1.1] * 2, norms=wrong) is Cause.CLIPPED_PER_GROUP
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "cause"),
+    [(1e-3, Cause.CLIP_EPSILON_DIFFERS), (0.1, Cause.CLIP_EPSILON_DIFFERS), (0.0021, None), (-0.1, None)],
+)
+def test_an_epsilon_that_is_a_power_of_ten_is_named(epsilon: float, cause: Cause | None) -> None:
+    """The norm that a step implies is one to which torch's epsilon was added."""
+    norm = NORMS.whole + epsilon - CLIPPING.epsilon
+    assert of_step(norm, norm) is cause
 
 
 @pytest.mark.parametrize("parts", [(OTHER, OTHER), (OTHER, EXPECTED)])

@@ -23,6 +23,7 @@ from deepspeed.utils import (
 )
 from torch import nn
 
+from tpcheck.backends.interface import WayToResume
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import distinct_ranks
 from tpcheck.backends.local_part import restored_data
@@ -92,6 +93,37 @@ def _layer_layouts(layer: Any, group: Any) -> dict[str, Layout | None]:
 def _layout(source: torch.Tensor, local_shapes: tuple[tuple[int, ...], ...]) -> Layout:
     is_replicated = all(shape == tuple(source.shape) for shape in local_shapes)
     return Layout(tuple(source.shape), local_shapes, None if is_replicated else source.reshape(-1).cpu())
+
+
+def ways_to_resume(engine: Any) -> Mapping[str, WayToResume]:
+    """Return the ways to save a training and go on from it, by the names that users know."""
+    ways = {"save_checkpoint": WayToResume(partial(_save_training, engine), partial(_load_training, engine))}
+    if engine.zero_optimization() and "adam" in type(_inner_optimizer(engine)).__name__.lower():
+        ways["universal checkpoint"] = WayToResume(
+            partial(_save_universal, engine),
+            partial(_load_training, engine, tag="universal"),
+            config={"checkpoint": {"load_universal": True}},
+            any_topology=True,
+        )  # ds_to_universal converts only Adam's states
+    return ways
+
+
+def _inner_optimizer(engine: Any) -> Any:
+    """Return the torch optimizer inside DeepSpeed's."""
+    optimizer = engine.optimizer
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    return optimizer
+
+
+def _save_training(engine: Any, folder: Path) -> None:
+    engine.save_checkpoint(str(folder))
+
+
+def _load_training(engine: Any, folder: Path, tag: str | None = None) -> None:
+    path, _ = engine.load_checkpoint(str(folder), tag=tag)
+    if path is None:
+        raise RuntimeError("load_checkpoint returned no path: it has loaded nothing")
 
 
 _WEIGHTS = "pytorch_model.bin"
@@ -200,6 +232,15 @@ class DeepSpeedCandidate:
 
     def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
         return ways_to_save(self.engine)
+
+    def ways_to_resume(self) -> Mapping[str, WayToResume]:
+        return ways_to_resume(self.engine)
+
+    def trained(self) -> tuple[Any, Any]:
+        return self.engine, None
+
+    def counters(self) -> Mapping[str, Any]:
+        return {"steps taken": self.engine.global_steps, "steps skipped": self.engine.skipped_steps}
 
 
 def optimizer_state(engine: Any, parameter: torch.Tensor) -> dict[str, torch.Tensor]:

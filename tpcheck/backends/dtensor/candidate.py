@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from tpcheck.backends.interface import RankLike
+from tpcheck.backends.interface import RankLike, WayToResume
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import DP_DIM_NAMES
 from tpcheck.backends.local_part import full_tensor, local_part, reduced
@@ -229,6 +234,21 @@ class DTensorCandidate:
     def gradient_norm(self) -> float | None:
         return self._norm
 
+    def ways_to_resume(self) -> Mapping[str, WayToResume]:
+        return {
+            "torch.distributed.checkpoint": WayToResume(
+                partial(_save_training, self.module, self.optimizer),
+                partial(_load_training, self.module, self.optimizer),
+                any_topology=True,
+            )
+        }
+
+    def trained(self) -> tuple[Any, Any]:
+        return self.module, self.optimizer
+
+    def counters(self) -> Mapping[str, Any]:
+        return {}
+
     def optimizer_state(self, name: str) -> Mapping[str, torch.Tensor]:
         parameter = self._parameters()[name]
         states = self._sgd.state(parameter)
@@ -236,3 +256,15 @@ class DTensorCandidate:
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.module.named_parameters(remove_duplicate=False))
+
+
+def _save_training(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    model_state, optimizer_state = get_state_dict(module, optimizer)
+    dcp_save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+
+
+def _load_training(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    model_state, optimizer_state = get_state_dict(module, optimizer)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    dcp_load(state, checkpoint_id=folder)
+    set_state_dict(module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

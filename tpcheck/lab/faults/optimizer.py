@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
+from math import sqrt
 from typing import Any
 
 import torch
@@ -80,6 +81,105 @@ def _clipped_by(factor: Callable[[Sequence[Tensor], float], float]) -> Callable[
 def _by_local_norm(gradients: Sequence[Tensor], max_norm: float) -> float:
     norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
     return min(1.0, max_norm / (float(torch.linalg.vector_norm(norms)) + 1e-6))  # as torch clips
+
+
+Norm = Callable[[Live, Sequence[Any]], float]  # of parameters with gradients, before clipping
+
+
+def _clip_by(norm: Norm, reported: Norm | None = None) -> Callable[[Live], None]:
+    """Clip by a norm, and report it or another one."""
+
+    def inject(live: Live) -> None:
+        def clipped(parameters: Iterable[Any], max_norm: float, **options: Any) -> Tensor:
+            listed = [parameter for parameter in parameters if parameter.grad is not None]
+            found = norm(live, listed)
+            told = found if reported is None else reported(live, listed)
+            for parameter in listed:
+                parameter.grad.mul_(min(1.0, max_norm / (found + 1e-6)))
+            return torch.tensor(told)
+
+        _replace_clipping(lambda clip: clipped)
+
+    return inject
+
+
+def _is_sharded(parameter: Any) -> bool:
+    return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def _squares(live: Live, parameters: Sequence[Any], left_out: Any = None) -> tuple[float, float]:
+    """Return the sums of squares of this rank's shards, without one on all ranks but the first, and of the replicas."""
+    sharded = replicated = 0.0
+    for parameter in parameters:
+        square = float(parameter.grad.square().sum())
+        if not _is_sharded(parameter):
+            replicated += square
+        elif parameter is not left_out or live.tp_rank == 0:
+            sharded += square
+    return sharded, replicated
+
+
+def _over_tp(live: Live, number: float) -> float:
+    total = torch.tensor(number)
+    dist.all_reduce(total, group=live.tp_group)
+    return float(total)
+
+
+def _right_norm(live: Live, parameters: Sequence[Any]) -> float:
+    sharded, replicated = _squares(live, parameters)
+    return sqrt(_over_tp(live, sharded) + replicated)
+
+
+def _norm_after_clipping(live: Live, parameters: Sequence[Any]) -> float:
+    norm = _right_norm(live, parameters)
+    return norm * min(1.0, 1.0 / (norm + 1e-6))
+
+
+def _smoothed_norm(live: Live, parameters: Sequence[Any]) -> float:
+    return 0.9137 * _right_norm(live, parameters)
+
+
+def _norm_and_epsilon(live: Live, parameters: Sequence[Any]) -> float:
+    return 0.01 + _right_norm(live, parameters)
+
+
+def _one_shard_counted_on_the_first_rank(draw: Draw) -> Injection:
+    name = draw.parameter(*_SHARDED)
+
+    def norm(live: Live, parameters: Sequence[Any]) -> float:
+        sharded, replicated = _squares(live, parameters, left_out=live.parameter(name))
+        return sqrt(_over_tp(live, sharded) + replicated)
+
+    return Injection(_clip_by(norm), Place())
+
+
+def _sum_of_norms(live: Live, parameters: Sequence[Any]) -> float:
+    return _over_tp(live, sqrt(sum(_squares(live, parameters))))
+
+
+def _mean_of_norms(live: Live, parameters: Sequence[Any]) -> float:
+    return _sum_of_norms(live, parameters) / live.tp
+
+
+def _sum_of_absolute_values(live: Live, parameters: Sequence[Any]) -> float:
+    sums = {parameter: float(parameter.grad.abs().sum()) for parameter in parameters}
+    sharded = sum(each for parameter, each in sums.items() if _is_sharded(parameter))
+    return _over_tp(live, sharded) + sum(sums.values()) - sharded
+
+
+def _clipped_by_groups(live: Live) -> None:
+    """Clip sharded and replicated parameters each by their own norm, and report the right one."""
+
+    def clipped(parameters: Iterable[Any], max_norm: float, **options: Any) -> Tensor:
+        listed = [parameter for parameter in parameters if parameter.grad is not None]
+        whole = _right_norm(live, listed)
+        groups = [[parameter for parameter in listed if _is_sharded(parameter) is wanted] for wanted in (True, False)]
+        for group, norm in [(group, _right_norm(live, group)) for group in groups]:
+            for parameter in group:
+                parameter.grad.mul_(min(1.0, max_norm / (norm + 1e-6)))
+        return torch.tensor(whole)
+
+    _replace_clipping(lambda clip: clipped)
 
 
 def _replace_averaging(live: Live, change: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
@@ -221,6 +321,29 @@ FAULTS = (
     _of_norm("never_clipped", "the norm is right, but no gradient is clipped",
              inject_always(_clipped_by(lambda gradients, max_norm: 1.0)), None, checks=("updates_match_reference",),
              link="https://github.com/huggingface/transformers/pull/46113"),
+    _of_norm("norm_counts_a_shard_on_one_rank", "one sharded parameter is counted on the first TP rank alone",
+             _one_shard_counted_on_the_first_rank, "norm_leaves_out_shards"),
+    _of_norm("norm_is_the_mean_of_ranks", "the norm is the mean of the TP ranks' norms",
+             inject_always(_clip_by(_mean_of_norms)), "norm_averaged_over_ranks"),
+    _of_norm("norm_is_the_sum_of_ranks", "the norm is the sum of the TP ranks' norms",
+             inject_always(_clip_by(_sum_of_norms)), "norm_summed_over_ranks"),
+    _of_norm("norm_of_order_one", "the norm is the sum of absolute values",
+             inject_always(_clip_by(_sum_of_absolute_values)), "norm_of_wrong_order"),
+    _of_norm("norm_without_root", "the norm is the sum of squares",
+             inject_always(_clip_by(lambda live, parameters: _right_norm(live, parameters) ** 2)),
+             "norm_without_root"),
+    _of_norm("norm_before_unscaling", "the norm is taken while gradients are multiplied by the loss scale",
+             inject_always(_clip_by(lambda live, parameters: 1024 * _right_norm(live, parameters))),
+             "norm_before_unscaling"),
+    _of_norm("norm_after_clipping", "the step is right; the norm that is reported is that of the clipped gradients",
+             inject_always(_clip_by(_right_norm, _norm_after_clipping)), "norm_after_clipping"),
+    _of_norm("norm_smoothed_in_the_report", "the step is right; the norm that is reported is a running mean",
+             inject_always(_clip_by(_right_norm, _smoothed_norm)), "reported_norm_wrong"),
+    _of_norm("clipped_by_groups", "the norm is right, but sharded and replicated parameters are clipped apart",
+             inject_always(_clipped_by_groups), "clipped_per_group", checks=("updates_match_reference",)),
+    _of_norm("clip_epsilon", "the norm is right, but 0.01 is added to it before gradients are divided by it",
+             inject_always(_clip_by(_norm_and_epsilon, _right_norm)), "clip_epsilon_differs",
+             checks=("updates_match_reference",)),
     _of_gradients("data_parallel_mean_skipped", "gradients are not averaged over data parallelism",
                   inject_always(_never_averaged), "missing_reduce", topology=TP2_DP2),
     _of_gradients("data_parallel_mean_over_the_tp_group",

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import hypot
 from typing import Any
 
 import torch
 
 from tpcheck.core.placement import Replicate
 from tpcheck.numerics.activation_placement import PlacedTensor
+from tpcheck.numerics.checks.clipping import (
+    TERMS,
+    clipped_step,
+    implied_norms,
+    norm_facts,
+    shares_of,
+    shares_of_terms,
+    terms_of_step,
+)
 from tpcheck.numerics.checks.replicas import replicas_differ
 from tpcheck.numerics.checks.suspects import (
     ComparedParameter,
@@ -19,9 +27,10 @@ from tpcheck.numerics.checks.suspects import (
     parameter_suspect,
     tensor_suspect,
 )
-from tpcheck.numerics.differences import compare_placed, frobenius, rounding_error, spacing
+from tpcheck.numerics.differences import compare_placed, rounding_error, spacing
 from tpcheck.numerics.evidence import CheckOutcome, Evidence, NormFacts, ReplicaFacts, StepFacts, Suspect
-from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR
+from tpcheck.numerics.norms import ClippedStep, explain_norm
+from tpcheck.numerics.tolerance import RESIDUAL_EXACT
 
 
 def gradient_norm_matches_reference(evidence: Evidence, step: int) -> CheckOutcome:
@@ -37,25 +46,40 @@ def gradient_norm_matches_reference(evidence: Evidence, step: int) -> CheckOutco
     margin, suspect = compare_scalar(
         evidence, "norm", norms, expected, allowed, check="gradient_norm_matches_reference", kind="norm", where=where
     )
-    suspects = () if suspect is None else (replace(suspect, norms=norm_facts(evidence, step)),)
-    return CheckOutcome({name: margin}, suspects)
+    if suspect is None:
+        return CheckOutcome({name: margin})
+    facts = norm_facts(evidence, step, clipped_step(evidence, step, _shares_of_all(evidence, step)))
+    if facts is not None:
+        suspect = replace(suspect, norms=facts, evidence={**suspect.evidence, **_norm_evidence(facts)})
+    return CheckOutcome({name: margin}, (suspect,))
 
 
-def norm_facts(evidence: Evidence, step: int) -> NormFacts:
-    """Return the norms of the candidate's gradients, summed up in the usual wrong ways."""
-    sharded, replicated = [], []
-    for rank in evidence.candidate[step]:
-        sizes = {
-            name: frobenius(gradient)
-            for name, gradient in rank.gradients.items()
-            if gradient is not None and name in evidence.layouts
-        }
-        sharded.append(hypot(*(size for name, size in sizes.items() if not evidence.layouts[name].is_replicated)))
-        replicated.append(hypot(*(size for name, size in sizes.items() if evidence.layouts[name].is_replicated)))
-    return NormFacts(
-        of_ranks=tuple(map(hypot, sharded, replicated)),
-        of_ranks_shards=tuple(sharded),
-        counting_replicas=hypot(*sharded, *replicated),
+def _shares_of_all(evidence: Evidence, step: int) -> dict[str, dict[str, tuple[float, ...]]]:
+    """Return the shares of the terms in the step of every parameter; nothing where no step was taken."""
+    names = [name for name in evidence.reference[step].weights if name in evidence.layouts]
+    return {name: shares_of_terms(evidence, step, name) for name in names}
+
+
+def _norm_evidence(facts: NormFacts) -> dict[str, Any]:
+    """Return what a wrong norm could be, where several mistakes give it, and by what the step was clipped instead."""
+    could_be = explain_norm(facts.of_reported, facts.norms).could_be
+    evidence: dict[str, Any] = {"norm_could_be": list(could_be)} if could_be else {}
+    if facts.step is not None and facts.clips_otherwise_than_reported:
+        if facts.step.is_right:
+            evidence["clipped_by"] = "the right norm: only what is reported is wrong"
+        elif _is_clipped_by(facts.step, facts.reported):
+            evidence["clipped_by"] = "the norm that is reported"
+        elif facts.step.factors:
+            evidence["clipped_by"] = "another norm than the right one and the one that is reported"
+    return evidence
+
+
+def _is_clipped_by(step: ClippedStep, norms: Sequence[float]) -> bool:
+    expected = [step.clipping.factor(norm) for norm in norms]
+    return bool(step.factors) and all(
+        abs(actual - factor) <= RESIDUAL_EXACT * factor
+        for of_ranks in step.factors.values()
+        for actual, factor in zip(of_ranks, expected, strict=True)
     )
 
 
@@ -79,7 +103,7 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         not_compared[name] = "it has no gradient, and optimizers differ in whether they decay it"
     wrong = [parameter for parameter in compared.values() if not parameter.difference.agrees]
     wrong.sort(key=lambda parameter: -parameter.difference.margin)
-    suspects = [_weight_suspect(evidence, step, parameter, len(wrong)) for parameter in wrong]
+    suspects = _weight_suspects(evidence, step, wrong) if wrong else []
     buffers, buffers_not_compared = _compare_buffers(evidence, step)
     suspects.extend(_buffer_suspect(evidence, step, buffer) for buffer in buffers if not buffer.difference.agrees)
     margins = {name: parameter.difference.margin for name, parameter in compared.items()}
@@ -130,20 +154,33 @@ def _buffer_suspect(evidence: Evidence, step: int, buffer: ComparedParameter) ->
     return replace(suspect, replicas=_replica_facts(evidence, step, "buffer", buffer.name))
 
 
-def _weight_suspect(evidence: Evidence, step: int, parameter: ComparedParameter, num_wrong: int) -> Suspect:
-    name = parameter.name
-    details: dict[str, Any] = {"first_of": num_wrong}
-    if torch.equal(parameter.expected, evidence.weights_before(step)[name]):
-        details["note"] = "the reference's weight is the same as before this step"
-    where = {"phase": "update", "step": step}
-    suspect = parameter_suspect(evidence, parameter, check=_CHECK, kind="update", where=where, details=details)
-    facts = replace(_step_facts(evidence, step, name), on_shards=_on_shards(evidence, step, name))
-    return replace(
-        suspect,
-        step=facts,
-        norms=_norm_facts(evidence, step, facts.ratios.get("gradient", ())) if facts.ratios else None,
-        replicas=_replica_facts(evidence, step, "parameter", name),
-    )
+def _weight_suspects(evidence: Evidence, step: int, wrong: Sequence[ComparedParameter]) -> list[Suspect]:
+    shares = _shares_of_all(evidence, step)
+    clipped = clipped_step(evidence, step, shares)
+    norms = norm_facts(evidence, step, clipped)
+    suspects: list[Suspect] = []
+    for parameter in wrong:
+        name = parameter.name
+        details: dict[str, Any] = {"first_of": len(wrong)}
+        implied = implied_norms(clipped, name)
+        is_unknown = bool(clipped.factors) and name not in clipped.factors
+        of_parameter = replace(norms, implied=implied) if norms is not None and (implied or is_unknown) else None
+        if of_parameter is not None and not suspects:
+            details |= _step_evidence(of_parameter)
+        if torch.equal(parameter.expected, evidence.weights_before(step)[name]):
+            details["note"] = "the reference's weight is the same as before this step"
+        where = {"phase": "update", "step": step}
+        suspect = parameter_suspect(evidence, parameter, check=_CHECK, kind="update", where=where, details=details)
+        facts = _step_facts(evidence, step, name, shares.get(name, {}))
+        suspects.append(
+            replace(
+                suspect,
+                step=replace(facts, on_shards=_on_shards(evidence, step, name)),
+                norms=of_parameter,
+                replicas=_replica_facts(evidence, step, "parameter", name),
+            )
+        )
+    return suspects
 
 
 def _on_shards(evidence: Evidence, step: int, name: str) -> tuple[torch.Tensor, ...]:
@@ -166,80 +203,28 @@ def _replica_facts(evidence: Evidence, step: int, kind: str, name: str) -> Repli
     )
 
 
-_TERMS = ("gradient", "weight", "momentum")  # an optimizer step (SGD) is a sum of these
-_CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
-
-
-def _step_facts(evidence: Evidence, step: int, name: str) -> StepFacts:
+def _step_facts(evidence: Evidence, step: int, name: str, ratios: Mapping[str, tuple[float, ...]]) -> StepFacts:
     """Return how the step on a parameter is made up of its terms; what is no such sum has no ratios and no momentum."""
     layout = evidence.layouts[name]
     before, after = evidence.weights_before(step)[name], evidence.reference[step].weights[name]
-    terms = _terms_of_step(evidence, step, name, before)
-    facts = StepFacts(ratios=_ratios(evidence, step, name, before, terms))
+    facts = StepFacts(ratios=ratios)
     if tuple(before.shape) != tuple(layout.shape) or torch.equal(after, before):
         return facts
     facts = replace(facts, before=layout.parts(before))
-    if len(terms) < len(_TERMS) or layout.is_replicated or len(set(layout.local_shapes)) > 1:
+    terms = terms_of_step(evidence, step, name)
+    if len(terms) < len(TERMS) or layout.is_replicated or len(set(layout.local_shapes)) > 1:
         return facts
-    shares = _shares([term.double().reshape(-1) for term in terms], (after - before).double().reshape(-1))
+    shares = shares_of([term.double().reshape(-1) for term in terms], (after - before).double().reshape(-1))
     if shares is None:
         return facts
     return replace(facts, momentum_parts=layout.parts(terms[-1]), momentum_share=shares[-1])
 
 
-def _terms_of_step(evidence: Evidence, step: int, name: str, before: torch.Tensor) -> list[torch.Tensor]:
-    """Return the accumulated gradient, the weight and the step before, where there is one; nothing without gradient."""
-    updated = [number for number in range(step) if evidence.reference[number].weights]
-    accumulated = evidence.reference[updated[-1] + 1 if updated else 0 : step + 1]
-    gradients = [gradient for earlier in accumulated if (gradient := earlier.gradients[name]) is not None]
-    if not gradients:
-        return []
-    momentum = [before - evidence.weights_before(updated[-1])[name]] if updated else []
-    return [torch.stack(gradients).sum(dim=0), before, *momentum]
-
-
-def _ratios(
-    evidence: Evidence, step: int, name: str, before: torch.Tensor, terms: Sequence[torch.Tensor]
-) -> dict[str, tuple[float, ...]]:
-    """Return for each term its share in every rank's step over its share in the expected one."""
-    layout = evidence.layouts[name]
-    if not terms or evidence.reference[step].gradient_norm is None:
-        return {}
-    ratios: list[dict[str, float]] = []
-    for tp_rank, rank in enumerate(evidence.candidate[step]):
-        local = [layout.local(term, tp_rank).double().reshape(-1) for term in terms]
-        start = layout.local(before, tp_rank).double().reshape(-1)
-        after = layout.local(evidence.reference[step].weights[name], tp_rank).double().reshape(-1)
-        actual = rank.weights[name].double().reshape(-1)
-        expected_shares, shares = (
-            _shares(local, end - start) if end.shape == start.shape else None for end in (after, actual)
-        )
-        if expected_shares is None or shares is None:
-            return {}
-        of_terms = zip(_TERMS, expected_shares, shares, strict=False)  # a first step has no momentum
-        ratios.append({term: share / expected for term, expected, share in of_terms if expected})
-    return {term: tuple(ratio[term] for ratio in ratios) for term in _TERMS if all(term in ratio for ratio in ratios)}
-
-
-def _shares(terms: Sequence[torch.Tensor], move: torch.Tensor) -> list[float] | None:
-    """Return the share of each term in the move, or None where the move is no such sum."""
-    if move.numel() <= 2 * len(terms) or not bool(move.isfinite().all()):
-        return None
-    columns = torch.stack(list(terms), dim=1)
-    sizes = torch.linalg.vector_norm(columns, dim=0)
-    if not bool(torch.all(sizes > 0)):
-        return None
-    solution = torch.linalg.lstsq(columns / sizes, move[:, None]).solution[:, 0]
-    remaining = torch.linalg.vector_norm(columns / sizes @ solution - move)
-    if float(remaining) > FITTED_RELATIVE_ERROR * float(torch.linalg.vector_norm(move)):
-        return None
-    return [float(share) for share in solution / sizes]
-
-
-def _norm_facts(evidence: Evidence, step: int, gradient_ratios: Sequence[float]) -> NormFacts | None:
-    """Return the norms, with those by which each rank's gradients were clipped, as the ratios imply."""
-    expected = evidence.reference[step].gradient_norm
-    if expected is None or not gradient_ratios or not all(gradient_ratios):
-        return None
-    implied = tuple((expected + _CLIP_EPSILON) / ratio - _CLIP_EPSILON for ratio in gradient_ratios)
-    return replace(norm_facts(evidence, step), implied=implied)
+def _step_evidence(facts: NormFacts) -> dict[str, Any]:
+    """Return what the norm of a step could be, where several mistakes give it, and whether the right one is told."""
+    could_be = explain_norm(facts.of_implied, facts.norms).could_be
+    is_reported = facts.reported and all(abs(norm - facts.expected) <= facts.noise * norm for norm in facts.reported)
+    return {
+        **({"norm_could_be": list(could_be)} if could_be else {}),
+        **({"reported": "the right norm: only the step is clipped by another one"} if is_reported else {}),
+    }

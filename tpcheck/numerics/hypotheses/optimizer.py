@@ -2,59 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
+from math import log10
 
 from tpcheck.core.causes import Cause, Explanation
+from tpcheck.core.clipping import EPSILONS
 from tpcheck.numerics.differences import frobenius_distance
 from tpcheck.numerics.evidence import Suspect
 from tpcheck.numerics.hypotheses.proof import Hypothesis, largest_residual, same_shapes, wrong_tp_ranks
+from tpcheck.numerics.norms import explain_norm, groups_with_own_norm
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, RESIDUAL_EXACT
 
 
-def norm_is_local(suspect: Suspect) -> Explanation | None:
-    """Every rank's norm is that of the gradients of one rank alone, or of its shards alone."""
-    if suspect.norms is None:
+def wrong_norm(suspect: Suspect) -> Explanation | None:
+    """The ranks' norms are summed up in one of the usual wrong ways."""
+    return None if suspect.norms is None else explain_norm(suspect.norms.of_reported, suspect.norms.norms).explanation
+
+
+def norm_of_one_group(suspect: Suspect) -> Explanation | None:
+    """Groups of parameters are clipped each by its own norm, and the norm that is reported is that of one of them."""
+    facts = suspect.norms
+    if facts is None or facts.step is None:
         return None
-    return _norms_equal(Cause.NORM_IS_LOCAL, suspect, (*suspect.norms.of_ranks, *suspect.norms.of_ranks_shards))
+    for names, norm in groups_with_own_norm(facts.step, facts.norms):
+        error = facts.of_reported.error_of((norm,) * facts.norms.tp, FITTED_RELATIVE_ERROR)
+        if error is not None:
+            note = "it is the norm of one group"
+            return Explanation(Cause.CLIPPED_PER_GROUP, error, {"note": note, "parameters": sorted(names)})
+    return None
 
 
-def norm_counts_replicas(suspect: Suspect) -> Explanation | None:
-    """Every rank's norm is that of all gradients with those of replicated parameters counted once for each rank."""
-    if suspect.norms is None:
+def only_the_report_is_wrong(suspect: Suspect) -> Explanation | None:
+    """No usual mistake gives what is reported, and every gradient was clipped by the right norm, not by that one."""
+    facts = suspect.norms
+    if facts is None or not facts.clips_otherwise_than_reported or facts.step is None or not facts.step.is_right:
         return None
-    return _norms_equal(Cause.NORM_COUNTS_REPLICAS, suspect, (suspect.norms.counting_replicas,))
+    return None if explain_norm(facts.of_reported, facts.norms).could_be else Explanation(Cause.REPORTED_NORM_WRONG)
 
 
-def _norms_equal(cause: Cause, suspect: Suspect, explained: Sequence[float]) -> Explanation | None:
-    errors = [min(abs(actual - norm) for norm in explained) for actual in suspect.actual_parts]
-    error = max(errors) / suspect.expected if suspect.expected else max(errors)
-    return Explanation(cause, error) if error <= RESIDUAL_EXACT * suspect.observed else None
-
-
-def clipped_by_local_norm(suspect: Suspect) -> Explanation | None:
-    """The step of each wrong rank is that of gradients clipped by the norm of this rank's gradients alone."""
-    if suspect.norms is None:
+def clipped_by_groups(suspect: Suspect) -> Explanation | None:
+    """Each group of parameters is clipped by the norm of its own gradients."""
+    facts = suspect.norms
+    if facts is None or facts.step is None:
         return None
-    return _clipped_by(Cause.NORM_IS_LOCAL, suspect, suspect.norms.implied, suspect.norms.of_ranks)
-
-
-def clipped_by_norm_of_replicas(suspect: Suspect) -> Explanation | None:
-    """The step of each wrong rank is that of gradients clipped by a norm that counts replicas once for each rank."""
-    norms = suspect.norms
-    if norms is None:
+    groups = groups_with_own_norm(facts.step, facts.norms)
+    if not groups:
         return None
-    counted = (norms.counting_replicas,) * len(norms.implied)
-    return _clipped_by(Cause.NORM_COUNTS_REPLICAS, suspect, norms.implied, counted)
+    evidence = {"norm_of_group": [norm for _, norm in groups], "groups": [sorted(names) for names, _ in groups]}
+    return Explanation(Cause.CLIPPED_PER_GROUP, evidence=evidence)
 
 
-def _clipped_by(
-    cause: Cause, suspect: Suspect, implied: Sequence[float], explained: Sequence[float]
-) -> Explanation | None:
-    if not implied:
+def clipped_with_another_epsilon(suspect: Suspect) -> Explanation | None:
+    """The step is that of gradients clipped by the right norm plus a power of ten."""
+    facts = suspect.norms
+    if facts is None or not facts.implied or facts.clipping.max_norm <= 0:
         return None
-    pairs = [(implied[tp_rank], explained[tp_rank]) for tp_rank in wrong_tp_ranks(suspect)]
-    errors = [abs(actual - norm) / norm if norm else 1.0 for actual, norm in pairs]
-    return Explanation(cause, max(errors)) if errors and max(errors) <= FITTED_RELATIVE_ERROR else None
+    epsilons = [norm + facts.clipping.epsilon - facts.expected for norm in facts.implied]
+    nearest = 10.0 ** round(log10(epsilons[0])) if epsilons[0] > 0 else 0.0
+    errors = [abs(epsilon - nearest) for epsilon in epsilons]
+    if nearest <= EPSILONS[-1] or max(errors) > min(FITTED_RELATIVE_ERROR * facts.expected, RESIDUAL_EXACT * nearest):
+        return None
+    return Explanation(Cause.CLIP_EPSILON_DIFFERS, max(errors) / facts.expected, {"epsilon": nearest})
+
+
+def clipped_by_another_norm(suspect: Suspect) -> Explanation | None:
+    """The step of each wrong rank is that of gradients clipped by a norm that is summed up in a usual wrong way."""
+    facts = suspect.norms
+    if facts is None or not facts.implied:
+        return None
+    wrong = wrong_tp_ranks(suspect)
+    if wrong and len(wrong) < len(facts.implied):  # each may have a norm of its own; the right ones say nothing of it
+        own = (norm if rank in wrong else facts.norms.of_ranks[rank] for rank, norm in enumerate(facts.implied))
+        facts = replace(facts, implied=tuple(own))
+    search = facts.step is not None and facts.step.is_uniform
+    return explain_norm(facts.of_implied, facts.norms, search=search).explanation
 
 
 def step_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:

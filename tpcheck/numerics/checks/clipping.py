@@ -1,0 +1,185 @@
+"""What each rank's gradients and steps say of norms: norms by parameter, and by what every gradient was multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import inf
+from statistics import median
+
+import torch
+
+from tpcheck.core.clipping import EPSILONS, Clipping
+from tpcheck.numerics.differences import frobenius
+from tpcheck.numerics.evidence import Evidence, NormFacts
+from tpcheck.numerics.norms import ClippedStep, GradientNorms
+from tpcheck.numerics.tolerance import (
+    ACCURACY_OF_FACTORS,
+    FITTED_RELATIVE_ERROR,
+    RECOMPUTED_FACTOR,
+    RESIDUAL_EXACT,
+)
+
+# The terms that an optimizer step (SGD) is a sum of.
+TERMS = ("gradient", "weight", "momentum")
+
+
+def gradient_norms(evidence: Evidence, step: int) -> GradientNorms:
+    """Return the norms of the candidate's gradients of `step`."""
+    by_rank, sums, largest = [], [], []
+    for rank in evidence.candidate[step]:
+        gradients = {
+            name: gradient
+            for name, gradient in rank.gradients.items()
+            if gradient is not None and name in evidence.layouts
+        }
+        by_rank.append({name: frobenius(gradient) for name, gradient in gradients.items()})
+        sums.append({name: float(gradient.double().abs().sum()) for name, gradient in gradients.items()})
+        largest.append({name: float(gradient.abs().max()) for name, gradient in gradients.items() if gradient.numel()})
+    vectors = frozenset(name for name, layout in evidence.layouts.items() if len(layout.shape) < 2)
+    return GradientNorms(
+        tuple(by_rank),
+        frozenset(name for name, layout in evidence.layouts.items() if layout.is_replicated),
+        {1.0: tuple(sums), inf: tuple(largest)},
+        {"every vector": vectors, "every matrix": frozenset(evidence.layouts) - vectors},
+    )
+
+
+def norm_facts(evidence: Evidence, step: int, clipped: ClippedStep | None = None) -> NormFacts | None:
+    """Return what a wrong norm, or a wrong step, is compared with; None where the reference has no norm."""
+    expected = evidence.reference[step].gradient_norm
+    if expected is None:
+        return None
+    reported = [rank.gradient_norm for rank in evidence.candidate[step]]
+    known = tuple(norm for norm in reported if norm is not None)
+    noise = RECOMPUTED_FACTOR * evidence.tolerance.allowed_scalar((step, "norm"), expected)
+    return NormFacts(
+        norms=gradient_norms(evidence, step),
+        expected=expected,
+        reported=known if len(known) == len(reported) else (),
+        step=clipped,
+        scales=_scales(evidence),
+        noise=noise / expected if expected else FITTED_RELATIVE_ERROR,
+    )
+
+
+def _scales(evidence: Evidence) -> dict[str, float]:
+    dp = evidence.topology.dp
+    return {"the number of replicas": float(dp)} if dp > 1 else {}
+
+
+def clipped_step(evidence: Evidence, step: int, shares: Mapping[str, Mapping[str, tuple[float, ...]]]) -> ClippedStep:
+    """Return by what the gradients of `step` were multiplied.
+
+    Args:
+        shares: For each parameter the share of each term in every rank's step over its share in the expected one.
+    """
+    clipping = evidence.clipping
+    expected = clipping.factor(evidence.reference[step].gradient_norm or 0.0)
+    factors = {
+        name: tuple(expected * ratio for ratio in of_terms[TERMS[0]])
+        for name, of_terms in shares.items()
+        if TERMS[0] in of_terms
+    }
+    return ClippedStep(factors, clipping, expected)
+
+
+def implied_norms(clipped: ClippedStep, name: str) -> tuple[float, ...]:
+    """Return the norm by which each rank's gradient of a parameter was clipped; nothing where that is unknown."""
+    factors = clipped.factors.get(name, ())
+    if clipped.clipping.max_norm <= 0 or not factors or not all(factor > 0 for factor in factors):
+        return ()
+    return tuple(map(clipped.clipping.norm, factors))
+
+
+def observed_clipping(evidence: Evidence) -> Clipping:
+    """Return the convention by which the candidate clips, read off its steps; the reference's where no other fits.
+
+    Conventions differ in what is added to the norm, and in whether gradients of a small norm are scaled up. The first
+    step that is not clipped as the reference's tells: those after it were not taken from the same weights.
+    """
+    assumed = evidence.clipping
+    steps = [number for number, each in enumerate(evidence.reference) if each.weights and each.gradient_norm]
+    for step in steps if assumed.max_norm > 0 else ():
+        sizes = {
+            name: frobenius(gradient)
+            for name, gradient in evidence.reference[step].gradients.items()
+            if gradient is not None and name in evidence.layouts
+        }
+        largest = max(sizes, key=sizes.__getitem__, default="")
+        if not _fits(_factors(evidence, step, [largest] if largest else []), evidence, step, assumed):
+            return _fitting(_factors(evidence, step, sizes), evidence, step)
+    return assumed
+
+
+def _factors(evidence: Evidence, step: int, names: Iterable[str]) -> list[float]:
+    shares = {name: shares_of_terms(evidence, step, name) for name in names}
+    return [factor for of_ranks in clipped_step(evidence, step, shares).factors.values() for factor in of_ranks]
+
+
+def _fits(factors: Iterable[float], evidence: Evidence, step: int, clipping: Clipping) -> bool:
+    """Return whether all factors are those of a convention, as far as steps of this dtype show them."""
+    expected = clipping.factor(evidence.reference[step].gradient_norm or 0.0)
+    accuracy = ACCURACY_OF_FACTORS if evidence.dtype == "float64" else RESIDUAL_EXACT
+    return all(abs(factor - expected) <= accuracy * expected for factor in factors)
+
+
+def _fitting(factors: Sequence[float], evidence: Evidence, step: int) -> Clipping:
+    assumed, norm = evidence.clipping, evidence.reference[step].gradient_norm or 0.0
+    factor = median(factors) if factors else 0.0
+    if factor <= 0:
+        return assumed
+    clipping = replace(assumed, scales_up=assumed.scales_up or (norm < assumed.max_norm and factor > 1))
+    if evidence.dtype == "float64":
+        epsilon = assumed.max_norm / factor - norm
+        clipping = replace(clipping, epsilon=min(EPSILONS, key=lambda each: abs(each - epsilon)))
+    return clipping if _fits(factors, evidence, step, clipping) else assumed
+
+
+def terms_of_step(evidence: Evidence, step: int, name: str) -> list[torch.Tensor]:
+    """Return the accumulated gradient, the weight and the step before, where there is one; nothing without gradient."""
+    before = evidence.weights_before(step)[name]
+    updated = [number for number in range(step) if evidence.reference[number].weights]
+    accumulated = evidence.reference[updated[-1] + 1 if updated else 0 : step + 1]
+    gradients = [gradient for earlier in accumulated if (gradient := earlier.gradients[name]) is not None]
+    if not gradients:
+        return []
+    momentum = [before - evidence.weights_before(updated[-1])[name]] if updated else []
+    return [torch.stack(gradients).sum(dim=0), before, *momentum]
+
+
+def shares_of_terms(evidence: Evidence, step: int, name: str) -> dict[str, tuple[float, ...]]:
+    """Return for each term its share in every rank's step on a parameter over its share in the expected one."""
+    layout, before = evidence.layouts[name], evidence.weights_before(step)[name]
+    terms = terms_of_step(evidence, step, name)
+    if not terms or evidence.reference[step].gradient_norm is None:
+        return {}
+    ratios: list[dict[str, float]] = []
+    for tp_rank, rank in enumerate(evidence.candidate[step]):
+        local = [layout.local(term, tp_rank).double().reshape(-1) for term in terms]
+        start = layout.local(before, tp_rank).double().reshape(-1)
+        after = layout.local(evidence.reference[step].weights[name], tp_rank).double().reshape(-1)
+        actual = rank.weights[name].double().reshape(-1) if name in rank.weights else start[:0]
+        expected_shares, shares = (
+            shares_of(local, end - start) if end.shape == start.shape else None for end in (after, actual)
+        )
+        if expected_shares is None or shares is None:
+            return {}
+        of_terms = zip(TERMS, expected_shares, shares, strict=False)  # a first step has no momentum
+        ratios.append({term: share / expected for term, expected, share in of_terms if expected})
+    return {term: tuple(ratio[term] for ratio in ratios) for term in TERMS if all(term in ratio for ratio in ratios)}
+
+
+def shares_of(terms: Sequence[torch.Tensor], move: torch.Tensor) -> list[float] | None:
+    """Return the share of each term in the move, or None where the move is no such sum."""
+    if move.numel() <= 2 * len(terms) or not bool(move.isfinite().all()):
+        return None
+    columns = torch.stack(list(terms), dim=1)
+    sizes = torch.linalg.vector_norm(columns, dim=0)
+    if not bool(torch.all(sizes > 0)):
+        return None
+    solution = torch.linalg.lstsq(columns / sizes, move[:, None]).solution[:, 0]
+    remaining = torch.linalg.vector_norm(columns / sizes @ solution - move)
+    if float(remaining) > FITTED_RELATIVE_ERROR * float(torch.linalg.vector_norm(move)):
+        return None
+    return [float(share) for share in solution / sizes]
