@@ -85,6 +85,8 @@ MOST_UNKNOWN_FACTORS = 8
 
 # Ranks among whose subsets a wrong group is looked for: 2**5 subsets for each of six ranks.
 MOST_RANKS_OF_GROUPS = 6
+# Uses of one module, some of which may be lost: 2**6 sums.
+MOST_USES = 6
 # Micro-batches of which any may be unreduced: 2**8 subsets; of more, one alone.
 MOST_MICRO_BATCHES = 8
 # Offsets of a vocabulary that the wrong rows suggest, the most frequent first.

@@ -14,6 +14,7 @@ from tests.numerics.norms import CLIPPING, NORMS, REPLICATED, SHARDED, clipped_a
 from tests.numerics.norms import step as clipped_step
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.evidence import (
+    BackwardFacts,
     EmbeddingFacts,
     FusedBlocks,
     GradientFacts,
@@ -126,6 +127,19 @@ EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
     Cause.PARTIAL_GRADIENT_ON_REPLICA: lambda: suspect("gradient", TERMS, EXPECTED),
     Cause.GRADIENT_MISSING: lambda: suspect(
         "gradient", [EXPECTED * 0] * 2, EXPECTED, gradient=GradientFacts(missing_on=(0, 1))
+    ),
+    Cause.COLLECTIVE_WITHOUT_BACKWARD: lambda: suspect(
+        "gradient",
+        [EXPECTED * 0] * 2,
+        EXPECTED,
+        gradient=GradientFacts(missing_on=(0, 1)),
+        backward=BackwardFacts(("all_reduce",)),
+    ),
+    Cause.USE_OF_MODULE_LOST: lambda: suspect(
+        "gradient", [FIRST] * 2, EXPECTED, gradient=GradientFacts(uses=((FIRST,) * 2, (LAST,) * 2))
+    ),
+    Cause.STATISTIC_OVER_ONE_SHARD: lambda: suspect(
+        "activation", [OTHER, OTHER + 1], EXPECTED, computed_alone=(OTHER, OTHER + 1)
     ),
     Cause.GRADIENT_SCALED: lambda: suspect("gradient", [EXPECTED, EXPECTED * 1.7], EXPECTED),
     Cause.NORM_IS_LOCAL: lambda: norm(*NORMS.of_ranks),
