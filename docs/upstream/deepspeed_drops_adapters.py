@@ -28,8 +28,9 @@ trainable = [parameter for parameter in model.parameters() if parameter.requires
 settings = {"train_micro_batch_size_per_gpu": 2, "tensor_parallel": {"autotp_size": 2}}
 sgd = torch.optim.SGD(trainable, lr=0.1)
 engine = deepspeed.initialize(model=model, optimizer=sgd, config={**settings, "zero_allow_untested_optimizer": True})[0]
+engine.eval()
 with torch.no_grad():
-    loss_of_engine = engine.eval()(tokens, labels=tokens).loss
+    loss_of_engine = engine(tokens, labels=tokens).loss
 left = [name for name, _ in engine.module.named_parameters() if "lora" in name]
 print(
     f"rank {torch.distributed.get_rank()}: loss {loss:.6f} with adapters, {loss_of_base:.6f} without, "

@@ -11,8 +11,9 @@ from torch.nn import functional
 
 import tpcheck
 from tpcheck import Topology
+from tpcheck.core.placement import Shard
 from tpcheck.lab.faults.fault import FaultyBackend, Live
-from tpcheck.model.recompute import recompute_outputs
+from tpcheck.model.recompute import compute_alone, recompute_outputs
 from tpcheck.numerics.evidence import Evidence, Step, TensorKey
 from tpcheck.numerics.tolerance import Tolerance
 
@@ -31,6 +32,16 @@ def recomputed(
     norm: nn.Module, inputs: list[torch.Tensor], outputs: list[torch.Tensor] | None = None, **more: Any
 ) -> dict[TensorKey, tuple[torch.Tensor, ...]]:
     """Recompute a model of one module whose input on each rank is given; the reference's is `TOKENS`."""
+    return recompute_outputs(*of_module(norm, inputs, outputs, **more))
+
+
+def computed_alone(norm: nn.Module, *args: Any, **more: Any) -> dict[TensorKey, tuple[torch.Tensor, ...]]:
+    return compute_alone(*of_module(norm, *args, **more))
+
+
+def of_module(
+    norm: nn.Module, inputs: list[torch.Tensor], outputs: list[torch.Tensor] | None = None, **more: Any
+) -> tuple[nn.Module, dict[str, torch.Tensor], Evidence]:
     model = Model(norm)
     state = dict(model.state_dict())
     activations = {INPUT: TOKENS, OUTPUT: norm(TOKENS).detach(), **more.get("reference", {})}
@@ -40,7 +51,7 @@ def recomputed(
         dp_rank=0,
         dtype="float64",
         initial={},
-        initial_parts=(),
+        initial_parts=tuple(more.get("parts", [{}] * len(inputs))),
         layouts=more.get("layouts", {}),
         reference=(Step(activations, {}, {}, None, 0.0),),
         candidate=(tuple(Step({INPUT: i, OUTPUT: o}, {}, {}, None, 0.0) for i, o in zip(inputs, parts, strict=True)),),
@@ -48,7 +59,7 @@ def recomputed(
         facts=(),
         tolerance=Tolerance(0.0, 1, {}),
     )
-    return recompute_outputs(model, state, evidence)
+    return model, state, evidence
 
 
 def test_a_module_is_recomputed_on_each_ranks_wrong_input() -> None:
@@ -67,10 +78,42 @@ def test_an_elementwise_module_is_recomputed_on_shards() -> None:
     assert torch.equal(torch.cat(outputs, dim=1), functional.silu(WRONG))
 
 
-def test_a_module_that_needs_the_whole_input_is_not_recomputed_on_shards() -> None:
-    halves = [WRONG[:, :2], WRONG[:, 2:]]
-    assert not recomputed(nn.Softmax(dim=-1), halves)
-    assert not recomputed(nn.LayerNorm(4), halves, halves)  # it raises
+HALVES = [WRONG[:, :2], WRONG[:, 2:]]
+
+
+def test_a_module_that_needs_the_whole_input_is_recomputed_on_the_shards_put_together() -> None:
+    (outputs,) = recomputed(nn.Softmax(dim=-1), HALVES).values()
+    assert torch.equal(torch.cat(outputs, dim=1), WRONG.softmax(dim=-1))
+    (outputs,) = recomputed(nn.LayerNorm(4), HALVES, HALVES).values()
+    assert torch.equal(torch.cat(outputs, dim=1), functional.layer_norm(WRONG, (4,)))
+
+
+def test_shards_whose_order_is_unknown_are_not_put_together() -> None:
+    fused = SimpleNamespace(is_replicated=False, placement=lambda: Shard(0, sizes=((1, 1), (1, 1))))
+    assert not recomputed(nn.LayerNorm(4), HALVES, HALVES, layouts={"norm.weight": fused})
+
+
+def test_each_rank_alone_computes_on_its_input_with_its_part_of_the_parameters() -> None:
+    norm = nn.LayerNorm(4).double()
+    weight = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    norm.weight.data.copy_(weight)
+    parts = [{"norm.weight": part, "norm.bias": torch.zeros(2, dtype=torch.float64)} for part in weight.chunk(2)]
+    (alone,) = computed_alone(norm, HALVES, HALVES, parts=parts).values()
+    for output, half, part in zip(alone, HALVES, weight.chunk(2), strict=True):
+        assert torch.equal(output, functional.layer_norm(half, (2,)) * part)
+
+
+def test_what_agrees_and_what_does_not_run_on_a_part_is_not_computed_alone() -> None:
+    right = nn.SiLU()(TOKENS)
+    assert not computed_alone(nn.SiLU(), [TOKENS[:, :2], TOKENS[:, 2:]], [right[:, :2], right[:, 2:]])
+    assert not computed_alone(nn.Linear(4, 4), HALVES, HALVES)
+    assert not computed_alone(nn.Sequential(nn.SiLU()), HALVES, HALVES)  # whose input is wrong, too
+
+
+def test_a_module_around_others_is_computed_alone_where_its_input_agrees() -> None:
+    halves = list(TOKENS.chunk(2, dim=1))
+    (alone,) = computed_alone(nn.Sequential(nn.Softmax(dim=-1)), halves, halves).values()
+    assert all(map(torch.equal, alone, [half.softmax(dim=-1) for half in halves]))
 
 
 def test_a_module_with_a_sharded_parameter_is_not_recomputed() -> None:

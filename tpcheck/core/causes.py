@@ -282,9 +282,16 @@ class Cause(Enum):
         "collective_without_backward",
         "the gradient lacks what should come back through a sum over the ranks in the forward pass: a rank has its own "
         "term alone, or none{residual}",
-        "runs.sketch_causes runs.backward_sums runs.full_causes",
+        "numerics.hypotheses.parts_of_sums runs.sketch_causes runs.backward_sums runs.full_causes",
         "torch.distributed.all_reduce is no autograd operation: put it into a torch.autograd.Function, whose backward "
         "returns the gradient as it is where every rank has all of it, and sums it where each has a term.",
+    )
+    USE_OF_MODULE_LOST = (
+        "use_of_module_lost",
+        "the gradient without that of some uses of a module that is used several times is the actual one{residual}",
+        "numerics.hypotheses.parts_of_sums",
+        "Add the gradients of all uses before one is reduced or written: a hook on accumulation, or a backward that "
+        "writes to .grad or main_grad, must add to what is there.",
     )
     GRADIENT_SCALED = (
         "gradient_scaled",
@@ -320,6 +327,13 @@ class Cause(Enum):
         "adding up the ranks' norms gives the actual norm{residual}",
         "numerics.norms",
         "Sum the squares of the norms over the ranks, then take the root.",
+    )
+    STATISTIC_OVER_ONE_SHARD = (
+        "statistic_over_one_shard",
+        "each rank's part alone gives the actual tensor{residual}: a mean, maximum or top-k is taken over one shard",
+        "numerics.hypotheses.parts_of_sums",
+        "Reduce the statistic over the TP group (the sum of squares and the count, the maximum and the sum of "
+        "exponentials), or gather the features before it.",
     )
     NORM_OF_WRONG_ORDER = (
         "norm_of_wrong_order",

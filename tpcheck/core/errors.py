@@ -54,6 +54,10 @@ class BackendError(TpcheckError):
     """The system under test crashed: a verdict of `error`, never a mismatch."""
 
 
+class InternalError(TpcheckError):
+    """tpcheck itself failed, not the system under test; the message has the traceback."""
+
+
 class CheckpointError(TpcheckError):
     """A checkpoint cannot be read: damaged, incomplete, hostile or of unknown format. The message says why."""
 

@@ -75,19 +75,22 @@ class CheckResult:
     worst_at: str | None = None
 
 
+INTERNAL_ERROR = "tpcheck itself failed, not the system under test. Please report it with this traceback:"
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The outcome of one run over one subject.
 
     Attributes:
-        verdict: `passed`, `failed` (findings), `error` (the system under test crashed) or `skipped`.
+        verdict: `passed`, `failed` (findings), `error` (the system under test crashed, or tpcheck did) or `skipped`.
         subject: Family, backend, topology, dtype and options of the run.
         environment: Versions by package name.
         findings: Failed checks, the most telling first.
         checks: Every check that ran.
         coverage: How much was compared.
         seconds: Wall time.
-        message: The backend's own message for `error`, the reason for `skipped`.
+        message: The backend's own message for `error`, or `INTERNAL_ERROR` and a traceback; the reason for `skipped`.
     """
 
     verdict: VerdictName
@@ -98,3 +101,8 @@ class Verdict:
     coverage: Coverage = field(default_factory=Coverage)
     seconds: float = 0.0
     message: str | None = None
+
+    @property
+    def is_internal_error(self) -> bool:
+        """Whether tpcheck itself failed."""
+        return (self.message or "").startswith(INTERNAL_ERROR)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +12,13 @@ from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOpt
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.local_part import full_tensor, local_part
 from tpcheck.core.digests import digest
-from tpcheck.core.errors import BackendError, TpcheckError
+from tpcheck.model.blame import blame_backend
 from tpcheck.model.build import Batch, copy_batch, loss_of
 from tpcheck.model.implementations import compiled_modules, replace_implementations
 from tpcheck.model.optimizer_state import candidate_state
 from tpcheck.numerics.evidence import Collective, Step, TensorKey
 from tpcheck.numerics.precision import reduced_precision_raised
-from tpcheck.numerics.recorder import ModuleRecorder, logged_collectives
+from tpcheck.numerics.recorder import ModuleRecorder, is_compiled, logged_collectives
 from tpcheck.numerics.tensors import copy_buffers
 
 
@@ -119,37 +118,55 @@ def _ties(model: nn.Module) -> dict[str, str]:
 
 
 def train(
-    backend: Backend, candidate: Candidate, names: Sequence[str], batches: Sequence[Sequence[Batch]]
+    backend: Backend,
+    candidate: Candidate,
+    names: Sequence[str],
+    batches: Sequence[Sequence[Batch]],
+    log: list[Collective],
 ) -> tuple[Step, ...]:
     """Train on this DP rank's batches, batches[step][micro_batch]; return copies of every tensor that is compared.
+
+    Args:
+        names: Of parameters.
+        log: Grows by every collective of every step, which a crash leaves there.
 
     Raises:
         BackendError: The backend crashed; with its own message and where it happened.
     """
-    return tuple(_step(backend, candidate, names, index, of_step) for index, of_step in enumerate(batches))
+    return tuple(_step(backend, candidate, names, index, of_step, log) for index, of_step in enumerate(batches))
 
 
 def _step(
-    backend: Backend, candidate: Candidate, names: Sequence[str], index: int, micro_batches: Sequence[Batch]
+    backend: Backend,
+    candidate: Candidate,
+    names: Sequence[str],
+    index: int,
+    micro_batches: Sequence[Batch],
+    log: list[Collective],
 ) -> Step:
+    first = len(log)
     activations: dict[TensorKey, torch.Tensor] = {}
 
     def keep(key: TensorKey, tensor: torch.Tensor) -> None:
         activations[key] = local_part(tensor).clone()
 
     losses: list[torch.Tensor] = []
-    collectives: list[Collective] = []
     with ModuleRecorder(candidate.module, keep) as recorder:
         for number, batch in enumerate(micro_batches):
             recorder.begin_micro_batch(number)
             of_step = f"of step {index}" + (f", micro-batch {number}" if number else "")
-            with blame_backend(backend, f"forward {of_step}"), logged_collectives(candidate.module) as issued:
+            with (
+                blame_backend(backend, f"forward {of_step}"),
+                logged_collectives(candidate.module, log, "forward", number, lambda: len(activations)),
+            ):
                 output = candidate.forward(copy_batch(batch))
             loss = loss_of(output)
-            with blame_backend(backend, f"backward {of_step}"):
+            with (
+                blame_backend(backend, f"backward {of_step}"),
+                logged_collectives(candidate.module, log, "backward", number, lambda: len(activations)),
+            ):
                 candidate.backward(loss)
             losses.append(loss.detach())
-            collectives.extend(issued if not number else ())
     with blame_backend(backend, f"step {index}"), reduced_precision_raised(losses[0].dtype is torch.float64):
         gradients = {name: candidate.gradient(name) for name in names}
         candidate.step()
@@ -167,7 +184,8 @@ def _step(
         buffers=copy_buffers(candidate.module),
         optimizer_state=state,
         digests=digests,
-        collectives=tuple(collectives),
+        collectives=tuple(log[first:]),
+        logs_collectives=not any(map(is_compiled, candidate.module.modules())),
     )
 
 
@@ -177,14 +195,3 @@ def _digests(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, 
 
 def _buffer_digests(module: nn.Module) -> dict[tuple[str, str], str]:
     return _digests("buffer", {name: local_part(buffer) for name, buffer in module.named_buffers()})
-
-
-@contextmanager
-def blame_backend(backend: Backend, phase: str) -> Iterator[None]:
-    """Raise errors from inside as BackendError, with the phase in which the backend failed."""
-    try:
-        yield
-    except TpcheckError:
-        raise
-    except Exception as error:
-        raise BackendError(f"{backend.name}, {phase}: {type(error).__name__}: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -16,12 +17,13 @@ from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOpt
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.clipping import Clipping
 from tpcheck.core.digests import digest
+from tpcheck.model.blame import internal_error, is_of_tpcheck, issued_by, naming_indivisible_sizes
 from tpcheck.model.build import Batch, build_model, require_equal_models
 from tpcheck.model.candidate import CandidateStart, shard, train
 from tpcheck.model.implementations import num_compiled_graphs, require_compiled
 from tpcheck.model.on_shards import steps_on_shards
 from tpcheck.model.options import Request
-from tpcheck.model.recompute import recompute_outputs
+from tpcheck.model.recompute import compute_alone, recompute_outputs
 from tpcheck.model.reference import CommunicatingRank, Reference, ReferenceStep
 from tpcheck.model.saving import add_saved, load_gathered, verify_saved
 from tpcheck.model.teacher_forcing import (
@@ -33,7 +35,7 @@ from tpcheck.model.teacher_forcing import (
 )
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
 from tpcheck.numerics.checks.clipping import observed_clipping
-from tpcheck.numerics.evidence import Evidence, ForcedModules, RankFacts, Step, TensorKey
+from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, RankFacts, Step, TensorKey
 from tpcheck.numerics.precision import everything_in_float64, torch_function_disabled
 from tpcheck.numerics.tensors import pickled
 from tpcheck.numerics.tolerance import Tolerance
@@ -67,20 +69,36 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
         UsageError: The model or the batch cannot be used.
         BackendError: The backend crashed.
     """
+    log: list[Collective] = []
+    try:
+        return _verify(rank, request, log)
+    except Exception as error:
+        if is_of_tpcheck(error):
+            raise internal_error(error) from error
+        with suppress(Exception):  # some exceptions have no attributes of one's own
+            error.tpcheck_details = issued_by(log, rank.topology, rank.rank)  # type: ignore[attr-defined]
+        raise
+
+
+def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) -> RankAnswer:
+    """Do as `verify_on_rank`; add to `log` every collective of the candidate's steps."""
     backend, checks = load_backend(request.options.backend), request.options.check_names
     options = backend.resolved(training_options(request, rank.device))
     with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
         reference = Reference.build(request, rank, options)
         twin = build_model(request, rank.device)
         require_equal_models(twin, reference.model, reference.state)
-        candidate, start = shard(backend, twin, reference.parameters, rank, reference.options)
+        config, tp = getattr(reference.model, "config", None), rank.topology.tp
+        with naming_indivisible_sizes(config, tp):
+            candidate, start = shard(backend, twin, reference.parameters, rank, reference.options)
         evidence = _start_evidence(rank, request, reference, start)
         with torch_function_disabled():
             answer = None if evidence is None else start_answer(evidence, checks)
         if not any(rank.gather(answer is not None and forbids_training(answer))):
             saves = CHECKPOINT_CHECK in checks
             saved = [verify_saved(rank, candidate, reference.model, step=-1)] if saves else []
-            full = _train_both(rank, request, reference, backend, candidate, start, evidence)
+            with naming_indivisible_sizes(config, tp):
+                full = _train_both(rank, request, reference, backend, candidate, start, evidence, log)
             if full is not None and answer is not None:
                 with torch_function_disabled():
                     answer = full_answer(answer, full, checks)
@@ -123,15 +141,16 @@ def _train_both(
     candidate: Candidate,
     start: CandidateStart,
     evidence: Evidence | None,
+    log: list[Collective],
 ) -> Evidence | None:
     """Train both sides; return `evidence` with their steps, on the first rank of each TP group. Collective."""
     batches = [step[_dp_rank(rank)] for step in reference.batches]
     steps, tolerance = reference.train(rank)
     forces = request.options.dtype != "float64"  # whose rounding hides nothing
     module_tolerance = forced_tolerance(reference, rank, steps[0]) if forces else None
-    forced = _forced_pass(backend, candidate, batches[0][0], steps[0], rank) if forces else None
+    forced = _forced_pass(backend, candidate, batches[0][0], steps[0], rank, log) if forces else None
     num_graphs = num_compiled_graphs()
-    candidate_steps = train(backend, candidate, tuple(start.weights), batches)
+    candidate_steps = train(backend, candidate, tuple(start.weights), batches, log)
     require_compiled(reference.options, num_compiled_graphs() - num_graphs)
     full = _step_evidence(rank, evidence, steps, tolerance, candidate_steps)
     for _ in range(_PARTS_OF_CONVENTION):
@@ -147,7 +166,10 @@ def _train_both(
     if full is None:
         return None
     full = replace(full, on_shards=steps_on_shards(reference.options, full))
-    return replace(full, recomputed=recompute_outputs(reference.model, reference.state, full))
+    model, state = reference.model, reference.state
+    return replace(
+        full, recomputed=recompute_outputs(model, state, full), computed_alone=compute_alone(model, state, full)
+    )
 
 
 def _observed_clipping(rank: CommunicatingRank, full: Evidence | None) -> Clipping | None:
@@ -160,10 +182,15 @@ def _observed_clipping(rank: CommunicatingRank, full: Evidence | None) -> Clippi
 
 
 def _forced_pass(
-    backend: Backend, candidate: Candidate, batch: Batch, first: ReferenceStep, rank: RankLike
+    backend: Backend,
+    candidate: Candidate,
+    batch: Batch,
+    first: ReferenceStep,
+    rank: RankLike,
+    log: list[Collective],
 ) -> ForcedPass:
     """Run the modules with teacher forcing, once to find the partial gradients, and again with these known."""
-    trial = forced_modules(backend, candidate, batch, first, rank)
+    trial = forced_modules(backend, candidate, batch, first, rank, log=log)
     by_tp_rank = _gather_to_first(trial.step.activations, rank)
     partial_gradients = [
         None if by_tp_rank is None else find_partial_gradients(by_tp_rank, first[_dp_rank(rank)].activations)
@@ -172,7 +199,7 @@ def _forced_pass(
         dist.broadcast_object_list(
             partial_gradients, src=rank.topology.peers(rank.rank, "tp")[0], group=rank.group("tp")
         )
-    return forced_modules(backend, candidate, batch, first, rank, partial_gradients[0])
+    return forced_modules(backend, candidate, batch, first, rank, partial_gradients[0], log=log)
 
 
 def _start_evidence(
@@ -234,10 +261,12 @@ def _with_forced(full: Evidence | None, rank: RankLike, forced: ForcedPass, tole
     if full is None or by_tp_rank is None:
         return full
     first = full.reference[0]
+    on_all = frozenset.intersection(*(of_rank.forced for of_rank in by_tp_rank))
     forced_step = ForcedModules(
         reference=replace(first, gradients=replica_gradients(first), local_gradients={}),
         candidate=tuple(of_rank.step for of_rank in by_tp_rank),
-        forced_inputs=frozenset.intersection(*(of_rank.forced for of_rank in by_tp_rank)),
+        forced_inputs=on_all,
+        forced_on_some=frozenset.union(*(of_rank.forced for of_rank in by_tp_rank)) - on_all,
         tolerance=tolerance,
     )
     return replace(full, forced_modules=forced_step)

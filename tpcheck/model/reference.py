@@ -27,6 +27,7 @@ from tpcheck.model.labels import (
 )
 from tpcheck.model.optimizer_state import optimizer_state
 from tpcheck.model.options import Request
+from tpcheck.numerics.data_flow import DataFlow
 from tpcheck.numerics.differences import frobenius_distance
 from tpcheck.numerics.evidence import LabelCounts, MicroBatchGradients, Step, TensorKey
 from tpcheck.numerics.perturb import Deviations, Perturbation, first_nonzero, named_deviations, perturbed_replay
@@ -225,16 +226,21 @@ def train_recorded(
 ) -> list[ReferenceStep]:
     """Train, and return each step with a copy of every activation."""
     activations: dict[tuple[int, int], dict[TensorKey, torch.Tensor]] = {}
+    flows: dict[tuple[int, int], DataFlow] = {}
 
     def recording(step: int, dp_rank: int, micro_batch: int) -> ModuleRecorder:
         kept = activations.setdefault((step, dp_rank), {})
-        recorder = ModuleRecorder(model, lambda key, tensor: kept.__setitem__(key, tensor.clone()))
+        flow = flows.setdefault((step, dp_rank), DataFlow())
+        recorder = ModuleRecorder(model, lambda key, tensor: kept.__setitem__(key, tensor.clone()), flow=flow)
         recorder.begin_micro_batch(micro_batch)
         return recorder
 
     steps = train(model, batches, options, recording, weighing)
     return [
-        tuple(replace(of_rank, activations=activations[index, dp_rank]) for dp_rank, of_rank in enumerate(step))
+        tuple(
+            replace(of_rank, activations=activations[index, dp_rank], sources=flows[index, dp_rank].sources)
+            for dp_rank, of_rank in enumerate(step)
+        )
         for index, step in enumerate(steps)
     ]
 

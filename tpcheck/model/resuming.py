@@ -20,8 +20,8 @@ from tpcheck.backends.local_part import local_part
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.errors import BackendError, RankFailure
 from tpcheck.core.topology import Topology
+from tpcheck.model.blame import blame_backend
 from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of
-from tpcheck.model.candidate import blame_backend
 from tpcheck.model.options import Request
 from tpcheck.model.rank_run import training_options
 from tpcheck.model.reference import CommunicatingRank, Reference

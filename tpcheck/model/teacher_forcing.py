@@ -14,13 +14,13 @@ from torch import nn
 
 from tpcheck.backends.interface import Backend, Candidate, RankLike
 from tpcheck.backends.local_part import local_part
+from tpcheck.model.blame import blame_backend
 from tpcheck.model.build import Batch, copy_batch, find_loss
-from tpcheck.model.candidate import blame_backend
 from tpcheck.model.reference import CommunicatingRank, Reference, ReferenceStep
 from tpcheck.numerics.differences import distance_of_terms, frobenius, frobenius_distance
-from tpcheck.numerics.evidence import Step, TensorKey
+from tpcheck.numerics.evidence import Collective, Step, TensorKey
 from tpcheck.numerics.perturb import Deviations, Perturbation, named_deviations, perturbed_replay
-from tpcheck.numerics.recorder import ModuleRecorder
+from tpcheck.numerics.recorder import ModuleRecorder, logged_collectives
 from tpcheck.numerics.tensors import map_tensors, restore_buffers, state_restored
 from tpcheck.numerics.tolerance import Tolerance
 
@@ -127,6 +127,8 @@ def forced_modules(
     first: ReferenceStep,
     rank: RankLike,
     partial_gradients: Collection[TensorKey] | None = None,
+    *,
+    log: list[Collective],
 ) -> ForcedPass:
     """Run every module of the sharded model on its part of the reference's tensors, forward and backward.
 
@@ -136,6 +138,7 @@ def forced_modules(
         first: The reference's first step.
         partial_gradients: Gradients of which each rank has a term: modules keep those. If None, these are unknown:
             modules keep every gradient that is further off than rounding.
+        log: Grows by every collective, which a crash leaves there.
 
     Raises:
         BackendError: The backend crashed; with its own message.
@@ -145,6 +148,7 @@ def forced_modules(
     activations: dict[TensorKey, torch.Tensor] = {}
     gradients: dict[str, torch.Tensor | None] = {}
     forced_inputs: set[TensorKey] = set()
+    first_collective = len(log)
 
     def forced(key: TensorKey, actual: torch.Tensor) -> torch.Tensor:
         value = parts.forced_value(key, actual)
@@ -160,12 +164,22 @@ def forced_modules(
 
     with (
         blame_backend(backend, "a pass with teacher forcing per module"),
+        logged_collectives(candidate.module, log, position=lambda: len(activations)),
         state_restored(candidate.module),
         ModuleRecorder(candidate.module, keep, forced),
         inner_backward(candidate.module, _share_of_loss(first), keep_gradients),
     ):
         candidate.forward(copy_batch(batch))
-    return ForcedPass(Step(activations, gradients, weights={}, gradient_norm=None, loss=nan), frozenset(forced_inputs))
+    collectives = tuple(_in_its_phase(each, list(activations)) for each in log[first_collective:])
+    step = Step(activations, gradients, weights={}, gradient_norm=None, loss=nan, collectives=collectives)
+    return ForcedPass(step, frozenset(forced_inputs))
+
+
+def _in_its_phase(collective: Collective, recorded: Sequence[TensorKey]) -> Collective:
+    """Return a collective of a pass whose backward pass runs inside the forward of the model."""
+    before = recorded[collective.position - 1] if collective.position else None
+    is_backward = before is not None and before.phase == "backward"
+    return replace(collective, phase="backward", module="") if is_backward else collective
 
 
 def forced_tolerance(reference: Reference, rank: CommunicatingRank, first: ReferenceStep) -> Tolerance:

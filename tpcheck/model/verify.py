@@ -9,8 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tpcheck.core.environment import package_versions
-from tpcheck.core.errors import BackendError, RankFailure, TpcheckError, UsageError
-from tpcheck.core.findings import Verdict
+from tpcheck.core.errors import BackendError, InternalError, RankFailure, TpcheckError, UsageError
+from tpcheck.core.findings import INTERNAL_ERROR, Verdict
 from tpcheck.core.topology import Topology
 from tpcheck.model.options import (
     DEFAULTS,
@@ -24,7 +24,7 @@ from tpcheck.model.options import (
 from tpcheck.report.report import Report
 from tpcheck.world.attach import attach, is_launched
 from tpcheck.world.forkserver_client import ZERO_PRELOAD
-from tpcheck.world.world import spawn
+from tpcheck.world.world import World, spawn
 
 if TYPE_CHECKING:
     from torch import nn
@@ -120,12 +120,13 @@ def verify_family(
     return run(request, run_options.subject(family), again=run_options.command(family))
 
 
-def run(request: Request, subject: Mapping[str, Any], again: str | None) -> Report:
+def run(request: Request, subject: Mapping[str, Any], again: str | None, world: World | None = None) -> Report:
     """Run the request on the launcher's ranks or on spawned ones, and return the report.
 
     Args:
         subject: The subject of the report.
         again: The command that repeats the run, if there is one.
+        world: A world of the request's topology, in place of a new one.
     """
     from tpcheck.model.rank_run import verify_on_rank
     from tpcheck.model.resuming import cannot_resume, verify_resume
@@ -138,12 +139,12 @@ def run(request: Request, subject: Mapping[str, Any], again: str | None) -> Repo
             rank = attach(request.options.topology)
             answers: tuple[RankAnswer, ...] = rank.gather(verify_on_rank(rank, request))
         else:
-            answers = _spawned_answers(request)
+            answers = _spawned_answers(request) if world is None else world.run(verify_on_rank, request)
         groups = [answer.group for answer in answers if answer.group is not None]
         if RESUME_CHECK in request.options.check_names and not any(map(forbids_training, groups)):
             resumed = cannot_resume() if is_launched() else verify_resume(request)
             groups[0] = replace(groups[0], answers=(*groups[0].answers, resumed))
-    except (RankFailure, BackendError) as failure:
+    except (RankFailure, BackendError, InternalError) as failure:
         return Report(_error_verdict(failure, subject, time.monotonic() - start))
     return Report(
         verdict(
@@ -164,6 +165,7 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
     check is stricter than gloo, which accepts a scalar for a tensor of one element: what fails it is run again without.
     """
     from tpcheck.backends.registry import modules_of
+    from tpcheck.model.blame import first_unlike
     from tpcheck.model.rank_run import verify_on_rank
 
     topology, timeout = request.options.topology, request.options.timeout
@@ -174,6 +176,11 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
     except RankFailure as failure:
         if _COLLECTIVES_DIFFER not in str(failure.exception):
             raise
+        issued = {outcome.rank: outcome.details for outcome in failure.outcomes if outcome.details is not None}
+        for group in topology.groups("tp"):
+            unlike = first_unlike({rank: issued[rank] for rank in group if rank in issued})
+            if unlike is not None:
+                raise BackendError(f"{unlike}.\ntorch's message: {failure.exception}") from failure
         try:
             with spawn(topology, timeout=min(timeout, _RETRY_TIMEOUT), env={"TORCH_DISTRIBUTED_DEBUG": "OFF"}) as world:
                 return world.run(verify_on_rank, request)
@@ -181,13 +188,18 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
             raise failure from None
 
 
-def _error_verdict(failure: RankFailure | BackendError, subject: Mapping[str, Any], seconds: float) -> Verdict:
-    """Return the verdict `error`, with the backend's own message where a backend raised.
+def _error_verdict(
+    failure: RankFailure | BackendError | InternalError, subject: Mapping[str, Any], seconds: float
+) -> Verdict:
+    """Return the verdict `error`, with the message of a backend that raised, or the traceback where tpcheck did.
 
     Raises:
         TpcheckError: The ranks were asked for something that cannot be done; nothing crashed.
     """
     cause = failure.exception if isinstance(failure, RankFailure) else failure
+    if isinstance(cause, InternalError):
+        message = f"{INTERNAL_ERROR}\n{cause}"
+        return Verdict("error", subject, package_versions(), seconds=seconds, message=message)
     if isinstance(cause, TpcheckError) and not isinstance(cause, BackendError):
         raise cause from failure
     message = str(cause) if isinstance(cause, BackendError) else str(failure)

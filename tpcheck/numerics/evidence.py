@@ -55,11 +55,19 @@ class Collective:
         module: The innermost module whose forward issued it.
         name: As in `torch.distributed`, such as `all_reduce`.
         ranks: Global ranks of its group; empty where they are unknown.
+        phase, micro_batch: Of the pass that issued it. The module of one in the backward pass is unknown, and empty.
+        position: How many inputs and outputs of modules the rank had recorded before.
+        bypasses_autograd: It was called with gradients on and outside of any autograd function, which alone could give
+            it a backward pass.
     """
 
     module: str
     name: str
     ranks: tuple[int, ...]
+    phase: Phase = "forward"
+    micro_batch: int = 0
+    position: int = 0
+    bypasses_autograd: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +101,10 @@ class Step:
             step, or by each micro-batch's own. Empty where both are the same.
         optimizer_state: Moments and float32 masters by (state, parameter).
         digests: Digest of the bits of each parameter, gradient and buffer, by (kind, name).
-        collectives: Those of the forward pass, in order; the reference has none.
+        collectives: Those of the forward and the backward pass, in order; the reference has none.
+        logs_collectives: Whether they are known: not those of a compiled model.
+        sources: For each activation of the forward pass those nearest before it that it is computed from, as autograd
+            knows it; empty for a candidate, and where there are no gradients.
     """
 
     activations: Mapping[TensorKey, Tensor]
@@ -108,6 +119,8 @@ class Step:
     optimizer_state: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
     digests: Mapping[tuple[str, str], str] = field(default_factory=dict)
     collectives: tuple[Collective, ...] = ()
+    logs_collectives: bool = True
+    sources: Mapping[TensorKey, tuple[TensorKey, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +182,14 @@ class ForcedModules:
             parameters from each rank's backward pass, before any reduction.
         forced_inputs: Inputs (and output gradients) that were replaced by the reference's on every rank.
         tolerance: Allowed errors, from replays of the reference with the same forced inputs.
+        forced_on_some: Inputs (and output gradients) that were replaced on some ranks, and kept on others.
     """
 
     reference: Step
     candidate: tuple[Step, ...]
     forced_inputs: frozenset[TensorKey]
     tolerance: Tolerance
+    forced_on_some: frozenset[TensorKey] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +213,9 @@ class Evidence:
             wrong in the first step, by tp_rank.
         forced_inputs: Inputs that do not come from the module before, so that results around them say nothing of them.
         lost: The reference's parameters whose values the sharded model holds under no name.
+        forced_on_some: Such inputs, on some ranks alone: nothing is recomputed from them.
+        computed_alone: Outputs of leaf modules of the reference on each rank's inputs, with the rank's part of the
+            parameters, where the actual ones are wrong in the first step, by tp_rank.
         labels: The labels of each step; empty where they cannot be counted.
         on_shards: Each rank's parameters after each step if the optimizer is given shards alone, by step, then by
             tp_rank: what an optimizer whose step on an element depends on the whole matrix must not compute.
@@ -219,6 +237,8 @@ class Evidence:
     recomputed: Mapping[TensorKey, tuple[Tensor, ...]] = field(default_factory=dict)
     forced_inputs: frozenset[TensorKey] = frozenset()
     lost: tuple[str, ...] = ()
+    forced_on_some: frozenset[TensorKey] = frozenset()
+    computed_alone: Mapping[TensorKey, tuple[Tensor, ...]] = field(default_factory=dict)
     labels: tuple[LabelCounts, ...] = ()
     on_shards: tuple[tuple[Mapping[str, Tensor], ...], ...] = ()
     clipping: Clipping = NO_CLIPPING
@@ -233,8 +253,10 @@ class Evidence:
             candidate=(self.forced_modules.candidate,),
             tolerance=self.forced_modules.tolerance,
             forced_inputs=self.forced_modules.forced_inputs,
+            forced_on_some=self.forced_modules.forced_on_some,
             forced_modules=None,
             recomputed={},
+            computed_alone={},
         )
 
     @property
@@ -309,6 +331,25 @@ class LossFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class BackwardFacts:
+    """What a module that issues collectives which autograd does not see would send back without them.
+
+    Attributes:
+        collectives: Names of those collectives, as in `torch.distributed`.
+        inputs, outputs, output_gradients: The expected parts of a module with one tensor in and one out, of the same
+            shape, by tp_rank; empty for another.
+        through_sum: Each rank's part of the expected gradient of logits that goes through the logarithm of the sum of
+            exponentials, by tp_rank; the rest goes through the labels. Empty where this is no cross entropy.
+    """
+
+    collectives: tuple[str, ...] = ()
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    output_gradients: tuple[Tensor, ...] = ()
+    through_sum: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class GradientFacts:
     """What a wrong gradient of a parameter is compared with, beside the expected one.
 
@@ -318,6 +359,7 @@ class GradientFacts:
         local_parts: Each rank's part of the expected gradient of this DP replica's batch alone, by tp_rank.
         is_reduced_over_tp: Whether all TP ranks hold the same gradient for most shards, which are different ones.
         untied: Gradients of parameters that the reference ties with another one, by name, then by tp_rank.
+        uses: Each rank's part of what each use of a module that is called more than once adds, by call, by tp_rank.
         micro_mean, micro_local: Each rank's part of what each micro-batch adds to the expected gradient, by
             micro-batch, then by tp_rank: averaged over DP, and of this DP rank alone.
         otherwise_normalised: Each rank's part of the gradient of the loss divided the other way, by tp_rank.
@@ -328,6 +370,7 @@ class GradientFacts:
     local_parts: tuple[Tensor, ...] = ()
     is_reduced_over_tp: bool = False
     untied: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    uses: tuple[tuple[Tensor, ...], ...] = ()
     micro_mean: tuple[tuple[Tensor, ...], ...] = ()
     micro_local: tuple[tuple[Tensor, ...], ...] = ()
     otherwise_normalised: tuple[Tensor, ...] = ()
@@ -531,6 +574,7 @@ class Suspect:
         is_replicated: Whether every rank should hold the full tensor.
         allowed_error: Largest absolute Frobenius error that passes.
         num_replicas: Number of data-parallel replicas.
+        computed_alone: What each rank's part of the module would compute by itself, by tp_rank; empty where unknown.
         others: The reference's other tensors of this kind, by name: the full one, then what each rank should hold.
 
     The other attributes are facts of the module, parameter or step, None where the check does not know them.
@@ -556,6 +600,8 @@ class Suspect:
     loss: LossFacts | None = None
     labels: LabelFacts | None = None
     gradient: GradientFacts = GradientFacts()
+    backward: BackwardFacts = BackwardFacts()
+    computed_alone: tuple[Tensor, ...] = ()
     norms: NormFacts | None = None
     step: StepFacts = StepFacts()
     replicas: ReplicaFacts = ReplicaFacts()

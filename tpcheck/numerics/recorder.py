@@ -12,11 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import DebugLevel, get_debug_level
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tpcheck.numerics.evidence import Collective, Role, TensorKey
+from tpcheck.numerics.data_flow import DataFlow
+from tpcheck.numerics.evidence import Collective, Phase, Role, TensorKey
 from tpcheck.numerics.tensors import map_tensors, named_tensors
 
 Sink = Callable[[TensorKey, torch.Tensor], None]
@@ -37,6 +39,7 @@ class ModuleRecorder:
         forced: Teacher forcing per module: returns what a module is given in place of a tensor, for its inputs and, in
             the backward pass, for the gradients of its outputs. What the module sends back still goes to the producer
             of the tensor that was replaced. `sink` sees that tensor, not the forced one.
+        flow: Collects what is computed from what.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -47,10 +50,13 @@ class ModuleRecorder:
         ['model: input 0', '0: input 0', '0: output 0', 'model: output 0']
     """
 
-    def __init__(self, model: nn.Module, sink: Sink, forced: ForcedValue | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, sink: Sink, forced: ForcedValue | None = None, flow: DataFlow | None = None
+    ) -> None:
         self._model = model
         self._sink = sink
         self._forced = forced
+        self._flow = flow
         self._micro_batch = 0
         self._calls: Counter[str] = Counter()
         self._open_calls: dict[str, list[int]] = {}
@@ -121,7 +127,10 @@ class ModuleRecorder:
         for path, tensor in named_tensors(value):
             if not tensor.is_floating_point():
                 continue
-            self._sink(TensorKey("forward", name, call, role, path, self._micro_batch), tensor.detach())
+            forward = TensorKey("forward", name, call, role, path, self._micro_batch)
+            self._sink(forward, tensor.detach())
+            if self._flow is not None:
+                self._flow.add(forward, tensor)
             if _has_gradient(tensor):  # without autograd, a hook would see what goes to whatever else uses the tensor
                 self._handles.append(
                     tensor.register_hook(  # type: ignore[no-untyped-call]
@@ -214,25 +223,51 @@ _NAMES = {operator: kind for kind, operators in _KINDS.items() for operator in o
 
 
 @contextmanager
-def logged_collectives(model: nn.Module) -> Iterator[list[Collective]]:
-    """Yield a list that grows by every collective that is issued inside, with the innermost module of `model` running.
+def logged_collectives(
+    model: nn.Module,
+    log: list[Collective],
+    phase: Phase = "forward",
+    micro_batch: int = 0,
+    position: Callable[[], int] = int,
+) -> Iterator[None]:
+    """Add every collective that is issued inside to a list, with the innermost module of `model` running.
+
+    At the end, ranks that have issued a collective over a group wait for the others of it: where torch checks what
+    ranks issue (TORCH_DISTRIBUTED_DEBUG=DETAIL), a rank that has left one out fails here with those that wait for it.
 
     Nothing is logged where a module is compiled. Both ways of issuing a collective are seen: `torch.distributed`, which
     dispatches to `c10d`, and the functional collectives of DTensor. Calls on tensor subclasses are left to the
     subclasses, whose inner operators are seen instead.
+
+    Args:
+        log: The list; a collective stands there before it is issued.
+        phase: What runs inside. In the backward pass no module runs.
+        micro_batch: Number of the micro-batch.
+        position: Returns how many activations are recorded.
     """
     running: list[str] = [""]
-    log: list[Collective] = []
     if any(map(is_compiled, model.modules())):  # torch compiles nothing where a dispatch mode is active
-        yield log
+        yield
         return
     handles = [handle for name, module in model.named_modules() for handle in _tracked(name, module, running)]
+
+    groups: dict[tuple[int, ...], Any] = {}
+
+    def record(name: str, group: dist.ProcessGroup | None, bypasses_autograd: bool) -> None:
+        ranks = () if group is None else tuple(dist.get_process_group_ranks(group))
+        groups.setdefault(ranks, group)
+        log.append(Collective(running[-1], name, ranks, phase, micro_batch, position(), bypasses_autograd))
+
     try:
-        with _CollectiveLog(running, log):
-            yield log
+        with _CollectiveLog(record):
+            yield
     finally:
         for handle in handles:
             handle.remove()
+    if groups and get_debug_level() is DebugLevel.DETAIL:
+        for _, group in sorted(groups.items()):
+            if group is not None:
+                dist.barrier(group)
 
 
 def _tracked(name: str, module: nn.Module, running: list[str]) -> Iterator[Any]:
@@ -243,16 +278,15 @@ def _tracked(name: str, module: nn.Module, running: list[str]) -> Iterator[Any]:
         if running[-1] == name:
             running.pop()
 
-    yield module.register_forward_pre_hook(enter)
-    yield module.register_forward_hook(leave, always_call=True)
+    yield module.register_forward_pre_hook(eager(enter))
+    yield module.register_forward_hook(eager(leave), always_call=True)
 
 
 class _CollectiveLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator and logs the collectives."""
 
-    def __init__(self, running: list[str], log: list[Collective]) -> None:
+    def __init__(self, log: Callable[[str, dist.ProcessGroup | None, bool], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._running = running
         self._log = log
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -262,21 +296,27 @@ class _CollectiveLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return NotImplemented
         name = _NAMES.get(func.overloadpacket.__name__.rstrip("_")) if func.namespace in _NAMESPACES else None
         if name is not None:
-            self._log.append(Collective(self._running[-1], name, _group(args)))
+            self._log(name, _group(args), func.namespace == "c10d" and _would_have_gradients(args))
         return func(*args, **(kwargs or {}))
 
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
-def _group(args: Any) -> tuple[int, ...]:
-    """Return the global ranks of the group among an operator's arguments; empty where that is unknown."""
+def _would_have_gradients(args: Any) -> bool:
+    """Return whether numbers are sent while gradients are on, as they are not inside of an autograd function."""
+    return torch.is_grad_enabled() and any(tensor.is_floating_point() for _, tensor in named_tensors(args))
+
+
+def _group(args: Any) -> dist.ProcessGroup | None:
+    """Return the group among an operator's arguments; None where that is unknown."""
     for arg in args:
         if isinstance(arg, torch.ScriptObject) and str(arg._type()).endswith(".ProcessGroup"):
-            return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(arg)))
+            return dist.ProcessGroup.unbox(arg)
     resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
     names = [arg for arg in args if isinstance(arg, str)]  # functional collectives name their group last
     try:
-        return tuple(dist.get_process_group_ranks(resolve(names[-1]))) if names else ()
+        group: dist.ProcessGroup | None = resolve(names[-1]) if names else None
     except (RuntimeError, ValueError):
-        return ()
+        return None
+    return group

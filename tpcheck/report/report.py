@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from tpcheck.core.errors import BackendError, Mismatch
+from tpcheck.core.errors import BackendError, InternalError, Mismatch
 from tpcheck.core.findings import Coverage, Finding, Verdict
 from tpcheck.report import checkpoints, words
 from tpcheck.report.findings import finding_lines, is_consequence, place
@@ -122,11 +122,12 @@ class Report:
         Raises:
             Mismatch: A check failed.
             BackendError: The system under test crashed.
+            InternalError: tpcheck itself failed.
         """
         if self.verdict.verdict == "failed":
             raise Mismatch(self.to_text(), self)
         if self.verdict.verdict == "error":
-            raise BackendError(self.to_text())
+            raise (InternalError if self.verdict.is_internal_error else BackendError)(self.to_text())
 
     def __str__(self) -> str:
         return self.to_text()
@@ -171,8 +172,12 @@ def _head_line(verdict: Verdict) -> Line:
 def _message(verdict: Verdict) -> Iterator[Line]:
     yield Line()
     is_undecided = verdict.verdict == "skipped" and bool(verdict.checks)
-    yield plain(_UNDECIDED_HEAD if is_undecided else _MESSAGE_HEADS.get(verdict.verdict, "Note:"))
-    for line in _ANSI.sub("", verdict.message or "").strip("\n").splitlines():
+    lines = _ANSI.sub("", verdict.message or "").strip("\n").splitlines()
+    if verdict.is_internal_error:
+        yield plain(lines.pop(0))
+    else:
+        yield plain(_UNDECIDED_HEAD if is_undecided else _MESSAGE_HEADS.get(verdict.verdict, "Note:"))
+    for line in lines:
         yield plain(f"  {line}")
 
 

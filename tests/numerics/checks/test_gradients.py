@@ -11,7 +11,7 @@ import torch
 from tests.numerics.evidence import BIAS, DOWN, NORM, UP, key, right_evidence, with_step, with_tensor
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.checks.gradients import gradients_match_reference
-from tpcheck.numerics.evidence import Evidence, ForcedModules, Suspect
+from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, Suspect
 from tpcheck.numerics.hypotheses import explain
 from tpcheck.numerics.tolerance import Tolerance
 
@@ -312,3 +312,60 @@ def test_teacher_forcing_says_nothing_of_gradients_where_an_output_is_wrong() ->
         for step, wrong in zip(evidence.forced_modules.candidate, outputs, strict=True)
     )
     assert not suspects(replace(evidence, forced_modules=replace(evidence.forced_modules, candidate=steps)))
+
+
+UP_INPUT = key("block.up input", "backward")
+SOURCES = {key("block.up input"): (key("block.norm output"),)}
+TERMS = (0.25, 0.75)
+
+
+def hand_written(*, scale: float = 1.0, norm: float = 1.0, reduced: bool = True) -> Evidence:
+    """Return evidence of a root that sums the input gradient of `up`, of which each rank has a term, before it.
+
+    Args:
+        scale: Of every gradient.
+        norm: Of that of the norm's output, besides.
+        reduced: Whether a collective is issued between the two.
+    """
+    hidden = key("block input", "backward")
+    activations = {each: tensor for each, tensor in RIGHT.reference[0].activations.items() if each != hidden}
+    reference = replace(RIGHT.reference[0], activations=activations, sources=SOURCES)
+    evidence = replace(RIGHT, reference=(reference,))
+    for rank, term in enumerate(TERMS):
+        seen = {each: tensor for each, tensor in RIGHT.candidate[0][rank].activations.items() if each != hidden}
+        seen = {each: tensor * (scale if each.phase == "backward" else 1) for each, tensor in seen.items()}
+        total, normed = seen[UP_INPUT], key("block.norm output", "backward")
+        gradient, weight = seen[key("block.up output", "backward")], RIGHT.initial_parts[rank][UP]
+        seen |= {UP_INPUT: gradient @ weight if scale != 1 else total * term, normed: seen[normed] * norm}
+        position = list(seen).index(UP_INPUT) + 1
+        issued = Collective("", "all_reduce", (0, 1), phase="backward", position=position)
+        evidence = with_step(evidence, ranks=[rank], activations=seen, collectives=(issued,) if reduced else ())
+    return evidence
+
+
+def wrong_modules(evidence: Evidence) -> list[str]:
+    return [suspect.where["module"] for suspect in suspects(evidence) if suspect.kind == "input_gradient"]
+
+
+def test_terms_that_are_summed_between_modules_are_right() -> None:
+    assert not suspects(hand_written())
+
+
+def test_terms_behind_which_the_gradient_is_wrong_are_not() -> None:
+    assert wrong_modules(hand_written(norm=2.0)) == ["block.up"]
+
+
+def test_behind_another_mistake_terms_are_right_where_something_is_exchanged() -> None:
+    assert wrong_modules(hand_written(scale=1.5)) == [""]
+    assert wrong_modules(hand_written(scale=1.5, reduced=False)) == ["", "block.up"]
+
+
+def test_a_wrong_gradient_that_a_module_receives_is_laid_to_what_stands_behind_it() -> None:
+    sources = {key("block output"): (key("block.down output"),)}
+    evidence = replace(RIGHT, reference=(replace(RIGHT.reference[0], sources=sources),))
+    output = key("block.down output", "backward")
+    evidence = with_tensor(evidence, "activations", output, lambda gradient: gradient * 1.5)
+    (suspect,) = (each for each in suspects(evidence) if each.kind == "input_gradient")
+    assert suspect.evidence["note"] == (
+        "the gradients before it agree: wrong is the backward of what stands between block.down and block"
+    )

@@ -13,6 +13,7 @@ from tests.numerics.evidence import BIAS, DOWN, UP, key, right_evidence, with_st
 from tpcheck.backends.layout import Layout
 from tpcheck.core.causes import Cause
 from tpcheck.core.placement import Placement, Replicate, Shard
+from tpcheck.core.topology import Topology
 from tpcheck.numerics.checks.outputs import differs_from_sibling_layers, outputs_match_reference
 from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, Suspect, TensorKey
 from tpcheck.numerics.hypotheses import explain
@@ -335,11 +336,11 @@ def test_only_the_first_step_is_repeated_under_teacher_forcing() -> None:
 
 
 def of_layers(*issued: tuple[Collective, ...]) -> Evidence:
-    """Return evidence of four layers and two ranks that issue these collectives."""
+    """Return evidence of four layers and ranks that issue these collectives."""
     keys = [TensorKey("forward", f"layers.{number}.down", 0, "output", "0") for number in range(4)]
     step = replace(RIGHT.reference[0], activations=dict.fromkeys(keys))
     candidate = tuple(replace(step, collectives=collectives) for collectives in issued)
-    return replace(RIGHT, reference=(step,), candidate=(candidate,))
+    return replace(RIGHT, topology=Topology(tp=len(issued)), reference=(step,), candidate=(candidate,))
 
 
 def reductions(*layers: int, ranks: tuple[int, ...] = (0, 1)) -> tuple[Collective, ...]:
@@ -385,3 +386,14 @@ def test_a_module_without_siblings_is_compared_between_the_ranks() -> None:
     found = differs_from_sibling_layers(of_layers(head, head, ()), 0, "head")
     assert found is not None
     assert (found.issued, found.as_in) == ((), "on the other ranks")
+
+
+def test_ranks_whose_groups_are_of_one_axis_issue_the_same_collectives() -> None:
+    """Over DP the ranks of a TP group have groups of their own: 0 and 2, 1 and 3."""
+    over_dp = [(Collective("head", "all_reduce", ranks),) for ranks in ((0, 2), (1, 3))]
+    evidence = replace(of_layers(*over_dp), topology=Topology(tp=2, dp=2))
+    assert differs_from_sibling_layers(evidence, 0, "head") is None
+    elsewhere = replace(of_layers(over_dp[0], ()), topology=Topology(tp=2, dp=2))
+    found = differs_from_sibling_layers(elsewhere, 0, "head")
+    assert found is not None
+    assert (found.issued, found.expected) == ((), (("all_reduce", (1, 3)),))

@@ -14,6 +14,7 @@ from tests.numerics.norms import CLIPPING, NORMS, REPLICATED, SHARDED, clipped_a
 from tests.numerics.norms import step as clipped_step
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.evidence import (
+    BackwardFacts,
     EmbeddingFacts,
     FusedBlocks,
     GradientFacts,
@@ -31,6 +32,7 @@ from tpcheck.numerics.hypotheses import TESTS, explain
 
 CHANCE = torch.Generator().manual_seed(0)
 EXPECTED, OTHER = torch.randn(2, 4, 8, generator=CHANCE, dtype=torch.float64)
+HEADS = torch.cat([EXPECTED, OTHER])
 HALVES = EXPECTED.chunk(2, dim=1)
 TERMS = (EXPECTED * 0.3 + 0.1, EXPECTED * 0.7 - 0.1)
 FIRST, LAST = EXPECTED - OTHER, OTHER  # what two micro-batches add
@@ -126,6 +128,19 @@ EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
     Cause.GRADIENT_MISSING: lambda: suspect(
         "gradient", [EXPECTED * 0] * 2, EXPECTED, gradient=GradientFacts(missing_on=(0, 1))
     ),
+    Cause.COLLECTIVE_WITHOUT_BACKWARD: lambda: suspect(
+        "gradient",
+        [EXPECTED * 0] * 2,
+        EXPECTED,
+        gradient=GradientFacts(missing_on=(0, 1)),
+        backward=BackwardFacts(("all_reduce",)),
+    ),
+    Cause.USE_OF_MODULE_LOST: lambda: suspect(
+        "gradient", [FIRST] * 2, EXPECTED, gradient=GradientFacts(uses=((FIRST,) * 2, (LAST,) * 2))
+    ),
+    Cause.STATISTIC_OVER_ONE_SHARD: lambda: suspect(
+        "activation", [OTHER, OTHER + 1], EXPECTED, computed_alone=(OTHER, OTHER + 1)
+    ),
     Cause.GRADIENT_SCALED: lambda: suspect("gradient", [EXPECTED, EXPECTED * 1.7], EXPECTED),
     Cause.NORM_IS_LOCAL: lambda: norm(*NORMS.of_ranks),
     Cause.NORM_COUNTS_REPLICAS: lambda: norm(NORMS.counting_replicas),
@@ -152,6 +167,12 @@ EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
     Cause.BIT_FLIPPED: lambda: weight(flipped()),
     Cause.DTYPE_ROUNDED: lambda: suspect("activation", [EXPECTED.bfloat16().double()] * 2, EXPECTED, observed=1e-3),
     Cause.TRANSPOSED: lambda: weight(EXPECTED[:, :4].t().contiguous(), EXPECTED[:, :4].contiguous()),
+    Cause.GATE_UP_EXCHANGED: lambda: weight(
+        EXPECTED.roll(len(EXPECTED) // 2, 0), where={"parameter": "mlp.gate_up.weight"}
+    ),
+    Cause.KEY_VALUE_EXCHANGED: lambda: weight(EXPECTED[[0, 1, 3, 2]], where={"parameter": "attn.qkv.weight"}),
+    Cause.ROTARY_LAYOUT: lambda: weight(HEADS.reshape(2, 2, 2, -1).transpose(1, 2).reshape_as(HEADS), HEADS),
+    Cause.OFFSET_BY_CONSTANT: lambda: weight(EXPECTED[:, 0] - 1, EXPECTED[:, 0]),
     Cause.STALE_WEIGHT: lambda: suspect("update", [OTHER, EXPECTED], EXPECTED, step=StepFacts(before=(OTHER, OTHER))),
     Cause.TIED_WEIGHT_UNTIED: lambda: suspect(
         "gradient", [EXPECTED - OTHER] * 2, EXPECTED, gradient=GradientFacts(untied={"head": (OTHER, OTHER)})

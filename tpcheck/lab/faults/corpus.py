@@ -14,6 +14,7 @@ from tpcheck.lab.faults import (
     backward,
     checkpoint,
     data,
+    hand_written,
     heads,
     layout,
     linear,
@@ -26,6 +27,7 @@ from tpcheck.lab.faults import (
 from tpcheck.lab.faults.checkpoint import CheckpointFault
 from tpcheck.lab.faults.data import DataFault
 from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4, ModelFault
+from tpcheck.lab.faults.hand_written import HandWrittenFault
 
 MODEL_FAULTS: tuple[ModelFault, ...] = (
     *linear.FAULTS,
@@ -40,9 +42,10 @@ MODEL_FAULTS: tuple[ModelFault, ...] = (
 )
 CHECKPOINT_FAULTS: tuple[CheckpointFault, ...] = checkpoint.FAULTS
 DATA_FAULTS: tuple[DataFault, ...] = data.FAULTS
+HAND_WRITTEN_FAULTS: tuple[HandWrittenFault, ...] = hand_written.FAULTS
 
-Fault = ModelFault | CheckpointFault | DataFault
-FAULTS: tuple[Fault, ...] = (*MODEL_FAULTS, *DATA_FAULTS, *CHECKPOINT_FAULTS)
+Fault = ModelFault | HandWrittenFault | CheckpointFault | DataFault
+FAULTS: tuple[Fault, ...] = (*MODEL_FAULTS, *HAND_WRITTEN_FAULTS, *DATA_FAULTS, *CHECKPOINT_FAULTS)
 
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "opt", "gpt_neox", "starcoder2")

@@ -37,13 +37,15 @@ from tpcheck.lab.faults.corpus import (
 from tpcheck.lab.faults.damage import Damage
 from tpcheck.lab.faults.data import Build, DataFault
 from tpcheck.lab.faults.fault import FaultyBackend, ModelFault
+from tpcheck.lab.faults.hand_written import CONTROLS, HandWrittenControl, HandWrittenFault, Model, layout_of
+from tpcheck.lab.faults.hand_written import batch as hand_written_batch
 from tpcheck.lab.faults.results import CONTROL, FaultResult
-from tpcheck.model.options import DEFAULTS, DTYPES
-from tpcheck.model.verify import verify_family
+from tpcheck.model.options import DEFAULTS, DTYPES, Request, RunOptions
+from tpcheck.model.verify import run, verify_family
 from tpcheck.numerics.tolerance import NUM_REPLAYS
 from tpcheck.report.report import Report
 from tpcheck.world.rank import Rank
-from tpcheck.world.world import spawn
+from tpcheck.world.world import World, spawn
 
 _TIMEOUT = 120.0  # seconds of a world
 _BATCH_TIMEOUT = 20.0  # seconds that ranks wait for each other at a batch
@@ -93,6 +95,7 @@ def control_runs(*, dtype: str = "float64", seeds: Iterable[int] = (0,)) -> Iter
     """Yield clean runs: every family, every layout, every fixed pipeline, and every kind of saved model."""
     saved = {(fault.family, fault.saved_as, *fault.settings.items()): fault for fault in CHECKPOINT_FAULTS}
     for seed in seeds:
+        yield from (_control(each.name, seed, partial(run_hand_written_control, each)) for each in CONTROLS)
         yield from (model_control(control, dtype, seed) for control in quick_controls())
         for pipeline in DATA_FAULTS:
             if pipeline.fixed is not None:
@@ -114,6 +117,8 @@ def _control(name: str, seed: int, run: Callable[[], FaultResult]) -> FaultRun:
 def _fault_run(fault: Fault, dtype: str, seed: int) -> FaultRun:
     if isinstance(fault, ModelFault):
         run = partial(run_model_fault, fault, dtype=dtype, seed=seed)
+    elif isinstance(fault, HandWrittenFault):
+        run = partial(run_hand_written_fault, fault, dtype=dtype, seed=seed)
     elif isinstance(fault, DataFault):
         run = partial(run_data_fault, fault, seed=seed)
     else:
@@ -224,6 +229,82 @@ def run_control(control: Control, *, dtype: str = "float64", seed: int = 0) -> F
 
 def _worst_margin(report: Report) -> float:
     return max((check.worst_margin for check in report.verdict.checks), default=0.0)
+
+
+def run_hand_written_fault(
+    fault: HandWrittenFault,
+    *,
+    dtype: str = "float64",
+    seed: int = 0,
+    replays: int = NUM_REPLAYS,
+    world: World | None = None,
+) -> FaultResult:
+    """Verify hand-written tensor parallelism with a mistake; what follows from nothing else is the mistake alone.
+
+    Args:
+        world: A world of the fault's topology, in place of a new one.
+    """
+    control = HandWrittenControl(fault.style, fault.options, fault.topology, also=fault.inject)
+    report = verify_hand_written(control, dtype=dtype, seed=seed, replays=replays, world=world)
+    findings = [finding for finding in report.findings if "follows_from" not in finding.evidence]
+    first = [finding for finding in findings if finding.check in fault.checks]
+    return _result(
+        fault,
+        first or findings,
+        true_places=fault.places,
+        place_is_right=lambda _: (
+            all(finding.where.get("module") in fault.places for finding in first)
+            and all(finding.check in (*fault.checks, *_LATER) for finding in findings)
+            and fault.note in str(first[0].evidence.get("note", ""))
+        ),
+        cause_is_right=lambda _: all(finding.cause in fault.causes for finding in first),
+        verdict=report.verdict.verdict,
+        dtype=dtype,
+        message=report.verdict.message,
+        **({} if findings else {"margin": _worst_margin(report)}),
+    )
+
+
+_LATER = ("gradients_match_reference", "gradient_norm_matches_reference", "updates_match_reference", "replicas_agree")
+
+
+def run_hand_written_control(
+    control: HandWrittenControl, *, replays: int = NUM_REPLAYS, world: World | None = None
+) -> FaultResult:
+    """Verify right tensor parallelism that is written by hand."""
+    report = verify_hand_written(control, replays=replays, world=world)
+    return FaultResult(
+        fault=control.name,
+        kind=CONTROL,
+        what="no mistake is made",
+        verdict=report.verdict.verdict,
+        margin=_worst_margin(report),
+        message=report.verdict.message,
+    )
+
+
+def verify_hand_written(
+    control: HandWrittenControl,
+    *,
+    dtype: str = "float64",
+    seed: int = 0,
+    replays: int = NUM_REPLAYS,
+    world: World | None = None,
+) -> Report:
+    """Verify the small model under tensor parallelism that is written by hand."""
+    backend: Any = replace(load_backend("custom"), shard_model=control.shard, layout=layout_of)  # type: ignore[type-var]
+    options = RunOptions.of(
+        topology=control.topology,
+        backend=backend,
+        dtype=dtype,
+        zero_stage=0,
+        batch=hand_written_batch,
+        steps=1,
+        seed=seed,
+        replays=replays,
+        timeout=_TIMEOUT,
+    )
+    return run(Request(partial(Model, **control.options), options), {"model": control.name}, again=None, world=world)
 
 
 def run_checkpoint_fault(fault: CheckpointFault, *, seed: int = 0) -> FaultResult:

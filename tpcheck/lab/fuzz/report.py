@@ -144,7 +144,8 @@ def _found_lines(found: ShrunkFailure, *, cut_short: bool) -> Iterator[Line]:
     if isinstance(outcome.data, Verdict) and outcome.data.findings:
         yield from finding_lines(outcome.data.findings[0], outcome.data.subject)
     elif isinstance(outcome.data, Verdict):
-        yield plain("The system under test crashed. Its own message:", STYLES["error"])
+        if not outcome.data.is_internal_error:
+            yield plain("The system under test crashed. Its own message:", STYLES["error"])
         yield from (
             plain(f"  {line}") for line in (outcome.data.message or "").strip().splitlines()[:_SHOWN_OF_MESSAGE]
         )

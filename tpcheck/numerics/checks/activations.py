@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 from tpcheck.core.placement import Partial, Shard
 from tpcheck.numerics.activation_placement import PlacedTensor, cut_by_sample, infer_placement, placement_of_features
+from tpcheck.numerics.data_flow import consumers, is_inside, is_result
 from tpcheck.numerics.differences import Difference, compare_placed, distance_of_terms, rounding_error
 from tpcheck.numerics.evidence import Evidence, Phase, TensorKey
 
@@ -48,16 +50,6 @@ def scope_of(event: TensorKey, called: Collection[str]) -> str:
         if module in called:
             break
     return module
-
-
-def is_inside(module: str, scope: str) -> bool:
-    """Return whether `module` is `scope` or one of its submodules."""
-    return not scope or module == scope or module.startswith(f"{scope}.")
-
-
-def is_result(event: TensorKey) -> bool:
-    """Return whether the module computes the event, rather than receives it."""
-    return event.role == ("output" if event.phase == "forward" else "input")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +112,8 @@ def compare_activations(evidence: Evidence, step: int, phase: Phase) -> Compared
         compared[key] = ComparedActivation(key, expected, placed, difference, is_recomputed)
     judged: dict[TensorKey, ComparedActivation] = {}
     for key, activation in compared.items():
-        reinterpreted = activation if key in evidence.forced_inputs else _with_other_placement(compared, activation)
+        known = key in evidence.forced_inputs
+        reinterpreted = activation if known else _with_other_placement(evidence, step, compared, activation)
         if reinterpreted is None:
             not_compared[str(key)] = "shard order unknown: shapes alone do not determine it; the parent module agrees"
         else:
@@ -166,25 +159,53 @@ def _modules_called_less(
 
 
 def _with_other_placement(
-    compared: Mapping[TensorKey, ComparedActivation], activation: ComparedActivation
+    evidence: Evidence, step: int, compared: Mapping[TensorKey, ComparedActivation], activation: ComparedActivation
 ) -> ComparedActivation | None:
-    """Return a wrong activation by another placement, where the right result of its parent shows that there is one.
+    """Return a wrong activation by another placement, where a right result shows that there is one.
 
-    A module may leave its reduction to its parent (experts, an input gradient): the ranks' terms must add up, in all
-    features or in some (`families.special_cases.MLA_SHARED_ROTARY_KEY`). Or it may keep its shard in an
-    order that shapes do not show: return None, the activation cannot be compared.
+    A module may leave its reduction to what comes after it (experts, an input gradient): the ranks' terms must add up,
+    in all features or in some (`families.special_cases.MLA_SHARED_ROTARY_KEY`), and what is computed from them must be
+    right. Or, where the result of its parent is right, it may keep its shard in an order that shapes do not show:
+    return None, the activation cannot be compared.
     """
-    result = None if activation.difference.agrees else _result_of_parent(compared, activation)
-    if result is None or not result.difference.agrees:
+    if activation.difference.agrees:
         return activation
+    result = _result_of_parent(compared, activation)
+    parent_is_right = result is not None and result.difference.agrees
     if isinstance(activation.placed.placement, Shard):
-        return activation if activation.placed.is_fused else None
-    parts = activation.placed.parts
-    error = distance_of_terms(parts, activation.expected)
-    if error > activation.difference.allowed:
+        return activation if activation.placed.is_fused or not parent_is_right else None
+    terms = _as_terms(activation)
+    if terms is None or not (parent_is_right or _are_summed_later(evidence, step, compared, activation.key)):
         return activation
+    return terms
+
+
+def _as_terms(activation: ComparedActivation) -> ComparedActivation | None:
+    """Return an activation whose full parts add up to the expected one as `Partial`; None for another."""
+    parts = activation.placed.parts
+    error = distance_of_terms(parts, activation.expected) if activation.placed.is_replicated else inf
+    if error > activation.difference.allowed:
+        return None
     difference = replace(activation.difference, error=error, part_errors=(0.0,) * len(parts))
     return replace(activation, placed=PlacedTensor(Partial(), parts), difference=difference)
+
+
+def _are_summed_later(
+    evidence: Evidence, step: int, compared: Mapping[TensorKey, ComparedActivation], key: TensorKey
+) -> bool:
+    """Return whether something that is computed from terms of a sum is right: then the terms were summed before.
+
+    It may be terms itself, such as what the parent of a row-parallel layer returns.
+    """
+    for after in consumers(evidence, step, key):
+        activation = compared.get(after)
+        if activation is None:
+            continue
+        if activation.difference.agrees:
+            return True
+        if _as_terms(activation) is not None and _are_summed_later(evidence, step, compared, after):
+            return True
+    return False
 
 
 def _result_of_parent(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from tpcheck.numerics.checks.activations import (
     ComparedActivations,
     compare_activations,
     first_divergences,
-    is_inside,
     scope_of,
 )
+from tpcheck.numerics.checks.backward_facts import backward_facts, gradients_of_uses, unseen_collectives
 from tpcheck.numerics.checks.outputs import activation_suspect
 from tpcheck.numerics.checks.recompute import (
     compare_with_recomputed,
@@ -23,8 +24,17 @@ from tpcheck.numerics.checks.recompute import (
     recompute_weight_gradient,
 )
 from tpcheck.numerics.checks.suspects import ComparedParameter, compare_parameters, parameter_suspect
+from tpcheck.numerics.data_flow import consumers, in_phase, is_exchanged_behind, is_inside, is_result
 from tpcheck.numerics.differences import distance_of_terms, rounding_error
-from tpcheck.numerics.evidence import CheckOutcome, Evidence, GradientFacts, LabelFacts, Suspect, TensorKey
+from tpcheck.numerics.evidence import (
+    BackwardFacts,
+    CheckOutcome,
+    Evidence,
+    GradientFacts,
+    LabelFacts,
+    Suspect,
+    TensorKey,
+)
 
 _CHECK = "gradients_match_reference"
 
@@ -46,7 +56,7 @@ def gradients_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     )
     suspects = _suspects(evidence, step, backward, parameters) or _consequences(evidence, step, parameters)
     outcome = CheckOutcome(_margins(backward, parameters), tuple(suspects), {**backward.not_compared, **not_compared})
-    forced = None if step else evidence.of_forced_modules()
+    forced = None if step or any(suspect.gradient.missing_on for suspect in suspects) else evidence.of_forced_modules()
     if forced is None or compare_activations(forced, 0, "forward").wrong():  # then its gradients are wrong, too
         return outcome
     backward, parameters = compare_activations(forced, 0, "backward"), _compare_forced_gradients(forced)
@@ -77,6 +87,8 @@ def _suspects(
     details: dict[str, Any] = {"first_of": len(wrong) + len(wrong_activations), "inputs_agree": True}
     missing = [parameter for parameter in first_wrong if _missing_on(evidence, step, parameter)]
     present = [parameter for parameter in first_wrong if not _missing_on(evidence, step, parameter)]
+    if missing:
+        roots = [root for root in roots if not _lacks_a_missing_one(evidence, step, root)]
     known: list[TensorKey | str] = [*roots, *(parameter.name for parameter in first_wrong)]
     of_roots = {**details, "also": consequences}
     suspects = [
@@ -105,8 +117,20 @@ def _activation_suspect(
     module = scope_of(root, {key.module for key in backward.by_key})
     activation = backward.by_key[root]
     terms = recompute_input_gradient(evidence, step, root, activation.difference.allowed)
+    if not is_result(root):
+        details = {**details, "note": _what_is_wrong(evidence, step, root)}
     suspect = activation_suspect(evidence, step, activation, _CHECK, details, module)
-    return replace(suspect, kind="input_gradient", linear=terms)
+    return replace(
+        suspect, kind="input_gradient", linear=terms, backward=backward_facts(evidence, step, root, activation.placed)
+    )
+
+
+def _what_is_wrong(evidence: Evidence, step: int, root: TensorKey) -> str:
+    """Return what is behind a wrong gradient that a module receives: the backward of what its output goes through."""
+    after = consumers(evidence, step, in_phase(root, "forward"))
+    names = dict.fromkeys(each.module or "the loss" for each in after)
+    behind = f"between {root.module or 'the model'} and {', '.join(names)}" if names else f"behind {root.module}"
+    return f"the gradients before it agree: wrong is the backward of what stands {behind}"
 
 
 def _missing_suspect(
@@ -114,6 +138,8 @@ def _missing_suspect(
 ) -> Suspect:
     """Return one suspect for all missing gradients, at the module where the backward pass ends."""
     end = _end_of_backward(evidence, step)
+    if end is not None:
+        end = _innermost_with_unseen_collectives(evidence, step, end)
     first, *others = sorted(missing, key=lambda each: end is not None and not is_inside(each.module, end.module))
     details = {**details, "also": [parameter.name for parameter in others]}
     suspect = _parameter_suspect(evidence, step, first, details)
@@ -121,6 +147,7 @@ def _missing_suspect(
     suspect = replace(suspect, gradient=replace(suspect.gradient, missing_on=missing_on))
     if end is None:
         return suspect
+    suspect = replace(suspect, backward=BackwardFacts(unseen_collectives(evidence, step, end)))
     where = {key: value for key, value in suspect.where.items() if key != "parameter" or len(missing) == 1}
     note = f"no gradient comes back to the {end.role} of {end.module or 'the model'}"
     return replace(suspect, where={**where, "module": end.module}, evidence={**suspect.evidence, "note": note})
@@ -137,6 +164,30 @@ def _end_of_backward(evidence: Evidence, step: int) -> TensorKey | None:
         ),
         None,
     )
+
+
+def _lacks_a_missing_one(evidence: Evidence, step: int, root: TensorKey) -> bool:
+    """Return whether a gradient is a sum with a term that does not come back at all, which is a finding already."""
+    recorded = [rank.activations for rank in evidence.candidate[step]]
+    terms = (in_phase(after, "backward") for after in consumers(evidence, step, in_phase(root, "forward")))
+    known = (term for term in terms if term in evidence.reference[step].activations)
+    return any(term not in activations for term in known for activations in recorded)
+
+
+def _innermost_with_unseen_collectives(evidence: Evidence, step: int, end: TensorKey) -> TensorKey:
+    """Return the output of the module inside of which a collective ends the backward pass; `end` where none does."""
+    sources, output = evidence.reference[step].sources, end
+    while not unseen_collectives(evidence, step, output):
+        inside = (
+            before
+            for before in sources.get(in_phase(output, "forward"), ())
+            if before.role == "output" and is_inside(before.module, output.module)
+        )
+        before = next(inside, None)
+        if before is None:
+            return end
+        output = in_phase(before, "backward")
+    return output
 
 
 def _missing_on(evidence: Evidence, step: int, parameter: ComparedParameter) -> tuple[int, ...]:
@@ -174,6 +225,7 @@ def _with_facts(evidence: Evidence, step: int, parameter: ComparedParameter, sus
             name: tuple(rank.gradients.get(name) for rank in candidate)
             for name in sorted(candidate[0].gradients.keys() - reference.gradients.keys())
         },
+        uses=gradients_of_uses(evidence, step, parameter),
     )
     others = {
         name: (gradient, *other.parts(gradient))
@@ -241,6 +293,8 @@ def _input_gradient_suspect(evidence: Evidence, step: int, activation: ComparedA
         kind="input_gradient",
         where={"phase": "backward", "step": step, "module": key.module, "field": f"{key.role} {key.path}"},
         is_replicated=True,
+        terms=terms.by_rank,
+        are_summed_later=partial(is_exchanged_behind, evidence, step, key),
     )
     if suspect is not None:
         yield replace(suspect, role=key.role, linear=terms)

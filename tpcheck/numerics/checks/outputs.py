@@ -6,18 +6,18 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from tpcheck.core.placement import Shard
+from tpcheck.core.topology import Topology
 from tpcheck.numerics.checks.activations import (
     ComparedActivation,
     ComparedActivations,
     compare_activations,
     first_divergences,
-    is_inside,
-    is_result,
     scope_of,
 )
 from tpcheck.numerics.checks.recompute import (
@@ -27,6 +27,7 @@ from tpcheck.numerics.checks.recompute import (
     weight_parts,
 )
 from tpcheck.numerics.checks.suspects import compare_scalar, tensor_suspect
+from tpcheck.numerics.data_flow import is_exchanged_behind, is_inside, is_result
 from tpcheck.numerics.evidence import (
     CheckOutcome,
     Collective,
@@ -42,7 +43,7 @@ from tpcheck.numerics.evidence import (
 
 _CHECK = "outputs_match_reference"
 
-Issued = tuple[tuple[str, tuple[int, ...]], ...]  # (name, global ranks) in order
+Issued = tuple[tuple[str, tuple[int, ...] | str], ...]  # (name, global ranks or axis) in order
 
 
 def outputs_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
@@ -119,7 +120,9 @@ def _root_suspect(
         if root.module == "" and activation.expected.dim() == 0:
             return replace(suspect, loss=_loss_facts(evidence, step, activations))
         terms = recompute_linear(evidence, step, root, activation.difference.allowed)
-        return replace(suspect, linear=terms, embedding=None if terms else _embedding_facts(evidence, step, root))
+        alone = evidence.computed_alone.get(root, ()) if step == 0 and terms is None else ()
+        embedding = None if terms else _embedding_facts(evidence, step, root)
+        return replace(suspect, linear=terms, embedding=embedding, computed_alone=alone)
     fused = _fused_before(list(activations.by_key.values()), root, scope)
     if fused is None:
         details["note"] = f"the input of {root.module} is wrong although everything before it agrees"
@@ -145,26 +148,39 @@ def _fused_before(events: Sequence[ComparedActivation], root: TensorKey, scope: 
 def differs_from_sibling_layers(evidence: Evidence, step: int, module: str) -> SiblingCollectives | None:
     """Return a module's collectives where they are not those that most of its sibling layers issued.
 
-    The names of siblings differ in numbers alone. A module without siblings is compared between the ranks.
+    The names of siblings differ in numbers alone. A module without siblings is compared between the ranks, which have
+    groups of their own over the same axis.
     """
-    by_rank = [_by_module(rank.collectives) for rank in evidence.candidate[step]]
+    by_rank = [
+        _by_module(recorded.collectives, evidence.topology, rank)
+        for rank, recorded in zip(evidence.tp_group, evidence.candidate[step], strict=True)
+    ]
     issued = [collectives.get(module, ()) for collectives in by_rank]
     names = {key.module for key in evidence.reference[step].activations}
     pattern = _without_numbers(module)
     siblings = sorted(name for name in names if name != module and _without_numbers(name) == pattern)
     votes = Counter(collectives.get(name, ()) for name in siblings for collectives in by_rank)
     expected = (votes or Counter(issued)).most_common(1)[0][0]
-    different = next((collectives for collectives in issued if collectives != expected), None)
+    by_global_rank = zip(evidence.tp_group, issued, strict=True)
+    rank, different = next((pair for pair in by_global_rank if pair[1] != expected), (0, None))
     if different is None:
         return None
     such = (name for name in siblings if any(collectives.get(name, ()) == expected for collectives in by_rank))
-    return SiblingCollectives(different, expected, f"in {next(such)}" if votes else "on the other ranks")
+    issued_over, expected_over = (
+        tuple((name, evidence.topology.peers(rank, over) if isinstance(over, str) else over) for name, over in side)
+        for side in (different, expected)
+    )
+    return SiblingCollectives(issued_over, expected_over, f"in {next(such)}" if votes else "on the other ranks")
 
 
-def _by_module(collectives: tuple[Collective, ...]) -> Mapping[str, Issued]:
+def _by_module(collectives: Sequence[Collective], topology: Topology, rank: int) -> Mapping[str, Issued]:
+    """Return what each module issued in the forward pass."""
+    axes = {topology.peers(rank, axis): axis for axis in ("dp", "tp")}
     issued: dict[str, Issued] = {}
-    for collective in collectives:
-        issued[collective.module] = (*issued.get(collective.module, ()), (collective.name, collective.ranks))
+    for each in collectives:
+        if each.phase == "forward" and not each.micro_batch:
+            over = axes.get(tuple(sorted(each.ranks)), each.ranks)
+            issued[each.module] = (*issued.get(each.module, ()), (each.name, over))
     return issued
 
 
@@ -217,10 +233,13 @@ def _independent(
             kind="activation",
             where=_where(key, step, key.module),
             is_replicated=placed.is_replicated,
+            terms=() if terms is None else terms.by_rank,
+            are_summed_later=partial(is_exchanged_behind, evidence, step, key),
         )
         if suspect is not None:
             collectives = differs_from_sibling_layers(evidence, step, key.module)
-            yield replace(suspect, role=key.role, collectives=collectives, linear=terms)
+            alone = evidence.computed_alone.get(key, ()) if step == 0 and terms is None else ()
+            yield replace(suspect, role=key.role, collectives=collectives, linear=terms, computed_alone=alone)
 
 
 def _compare_loss(evidence: Evidence, step: int, activations: ComparedActivations) -> tuple[float, list[Suspect]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tpcheck.core.placement import Shard
+from tpcheck.numerics.activation_placement import infer_placement
 from tpcheck.numerics.checks.suspects import ComparedParameter, tensor_suspect
 from tpcheck.numerics.differences import Difference, frobenius, frobenius_distance, subtract, summarize
 from tpcheck.numerics.evidence import Evidence, Kind, LinearTerms, Suspect, TensorKey
@@ -60,7 +61,7 @@ def recompute_input_gradient(evidence: Evidence, step: int, key: TensorKey, allo
     output_key = replace(key, role="output", path="0")
     full_gradient, expected = (evidence.reference[step].activations.get(each) for each in (output_key, key))
     weight, parts = evidence.weights_before(step).get(name), weight_parts(evidence, step, name)
-    gradients = [rank.activations.get(output_key) for rank in evidence.candidate[step]]
+    gradients = [given.get(output_key) for given in _given(evidence, step, output_key)]
     if not isinstance(placement, Shard) or placement.dim != 0 or (key.phase, key.role) != ("backward", "input"):
         return None
     if full_gradient is None or expected is None or weight is None or weight.dim() != 2 or parts is None:
@@ -95,8 +96,9 @@ def recompute_weight_gradient(
     ):
         return None
     weights = weight_parts(evidence, step, parameter.name)
+    keys = [key for number in range(num_micro_batches) for key in _keys_of_product(parameter.module, number)]
     products = [
-        _gradient_product(rank.activations, parameter.module, num_micro_batches) for rank in evidence.candidate[step]
+        _gradient_product(given, parameter.module, num_micro_batches) for given in _given(evidence, step, *keys)
     ]
     recomputed = tuple(product for product in products if product is not None)
     shapes = [] if weights is None else [part.shape for part in weights]
@@ -105,16 +107,41 @@ def recompute_weight_gradient(
 
 def _gradient_product(activations: Mapping[TensorKey, Any], module: str, num_micro_batches: int) -> torch.Tensor | None:
     """Return the sum over the micro-batches of what inputs and output gradients of a linear module give."""
-    products = [_product_of_micro_batch(activations, module, number) for number in range(num_micro_batches)]
+    products = [gradient_product(activations, *_keys_of_product(module, number)) for number in range(num_micro_batches)]
     known = [product for product in products if product is not None]
     if len(known) < len(products) or len({product.shape for product in known}) > 1:
         return None
     return torch.stack(known).sum(dim=0)
 
 
-def _product_of_micro_batch(activations: Mapping[TensorKey, Any], module: str, micro_batch: int) -> torch.Tensor | None:
+def _keys_of_product(module: str, micro_batch: int) -> tuple[TensorKey, TensorKey]:
+    """Return the keys of the input and of the gradient of the output."""
     input_key = TensorKey("forward", module, 0, "input", "0", micro_batch)
-    output_key = TensorKey("backward", module, 0, "output", "0", micro_batch)
+    return input_key, replace(input_key, phase="backward", role="output")
+
+
+def _given(evidence: Evidence, step: int, *keys: TensorKey) -> list[dict[TensorKey, torch.Tensor]]:
+    """Return what modules were given on each rank: what was recorded, or the reference's part where it was forced."""
+    given: list[dict[TensorKey, torch.Tensor]] = [{} for _ in evidence.candidate[step]]
+    for key in keys:
+        if key in evidence.forced_on_some:
+            continue
+        recorded = [rank.activations.get(key) for rank in evidence.candidate[step]]
+        parts, expected = [part for part in recorded if part is not None], evidence.reference[step].activations.get(key)
+        if key in evidence.forced_inputs and expected is not None and len(parts) == len(recorded):
+            placed = infer_placement(expected.shape, parts)
+            if placed is not None:
+                recorded = [placed.expected_part(expected, tp_rank) for tp_rank in range(len(parts))]
+        for of_rank, part in zip(given, recorded, strict=True):
+            if part is not None:
+                of_rank[key] = part
+    return given
+
+
+def gradient_product(
+    activations: Mapping[TensorKey, Any], input_key: TensorKey, output_key: TensorKey
+) -> torch.Tensor | None:
+    """Return the gradient of a linear module's weight that its input and the gradient of its output give."""
     inputs, gradients = activations.get(input_key), activations.get(output_key)
     if inputs is None or gradients is None or inputs.shape[:-1] != gradients.shape[:-1] or inputs.dim() < 2:
         return None
@@ -133,7 +160,7 @@ def _products(
 ) -> tuple[torch.Tensor, ...] | None:
     """Return each rank's input times its weight; a full input is cut where the weight's input features are."""
     weights = weight_parts(evidence, step, name)
-    recorded = [rank.activations.get(input_key) for rank in evidence.candidate[step]]
+    recorded = [given.get(input_key) for given in _given(evidence, step, input_key)]
     inputs = [tensor for tensor in recorded if tensor is not None]
     if weights is None or len(inputs) < len(recorded):
         return None
@@ -178,18 +205,21 @@ def compare_with_recomputed(
     kind: Kind,
     where: Mapping[str, Any],
     is_replicated: bool,
+    terms: Sequence[torch.Tensor] = (),
+    are_summed_later: Callable[[], bool] = lambda: False,
 ) -> Suspect | None:
     """Return the suspect for parts that the ranks' inputs and weights do not give; None where they do.
 
     Args:
         recomputed: What those give, one tensor for each part.
         from_reference: How far the parts are from the reference's.
+        terms: What the ranks may have in place of that, if `are_summed_later()`.
     """
     size = frobenius(torch.cat([part.reshape(-1) for part in recomputed]))
     growth = max(1.0, size / from_reference.expected_norm if from_reference.expected_norm else 1.0)
     gaps = [subtract(part, right) for part, right in zip(actual_parts, recomputed, strict=True)]
     difference = summarize(gaps, size, RECOMPUTED_FACTOR * growth * from_reference.allowed, is_replicated=is_replicated)
-    if difference.agrees:
+    if difference.agrees or (_equal(actual_parts, terms, difference.allowed) and are_summed_later()):
         return None
     return tensor_suspect(
         evidence,
@@ -202,4 +232,10 @@ def compare_with_recomputed(
         expected_parts=recomputed,
         is_replicated=is_replicated,
         details={"inputs_agree": False, "note": _NOTES[kind]},
+    )
+
+
+def _equal(parts: Sequence[torch.Tensor], others: Sequence[torch.Tensor], allowed: float) -> bool:
+    return len(parts) == len(others) and all(
+        frobenius_distance(part, other) <= allowed for part, other in zip(parts, others, strict=True)
     )

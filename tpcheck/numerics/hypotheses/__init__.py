@@ -17,6 +17,7 @@ from tpcheck.numerics.hypotheses import (
     gradients,
     layout,
     optimizer,
+    parts_of_sums,
     reductions,
     values,
     vocabulary,
@@ -57,6 +58,7 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
         first_confirmed(reductions.linear_hypotheses, vocabulary.embedding_hypotheses, vocabulary.loss_hypotheses),
         reductions.times_tp_on_some,
         reductions.over_tp_on_some,
+        parts_of_sums.statistic_over_one_shard,
         layout.heads_moved,
         layout.shards_moved,
         values.all_zero,
@@ -65,6 +67,7 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
         reductions.issued_over_another_group,
     ),
     "input_gradient": (
+        parts_of_sums.no_gradient_comes_back,
         gradients.vanished,
         reductions.terms_of_input_gradient,
         reductions.where_module_computed_it(reductions.times_tp),
@@ -72,16 +75,19 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
         reductions.where_module_computed_it(reductions.times_tp_on_some),
         reductions.where_module_computed_it(reductions.over_tp_on_some),
         first_confirmed(reductions.linear_hypotheses),
+        parts_of_sums.without_the_sums,
         gradients.multiple,
         values.dtype_rounded,
     ),
     "gradient": (
+        parts_of_sums.no_gradient_comes_back,
         gradients.missing,
         reductions.terms_of_parameter_gradient,
         first_confirmed(accumulation.gradient_hypotheses),
         accumulation.unreduced_over_tp,
         reductions.where_replicas_are_averaged(reductions.times_dp),
         reductions.where_replicas_are_averaged(reductions.over_dp),
+        first_confirmed(parts_of_sums.lost_uses),
         gradients.multiple,
         first_confirmed(
             gradients.untied_hypotheses, reductions.averaging_hypotheses, gradients.another_parameters_hypotheses

@@ -1,0 +1,70 @@
+"""Tensor parallelism that is written by hand: right code of every style passes, mistakes are found alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tpcheck import Topology
+from tpcheck.lab.faults.hand_written import (
+    CONTROLS,
+    FAULTS,
+    HandWrittenControl,
+    HandWrittenFault,
+    inside,
+    reduce_left_out_on_one_rank,
+)
+from tpcheck.lab.faults.runs import run_hand_written_control, run_hand_written_fault, verify_hand_written
+from tpcheck.world.world import World, spawn
+
+REPLAYS = 2  # mistakes stand far above the noise of any number of replays
+LEAST_MARGIN = 1e3
+
+
+@pytest.fixture(scope="module")
+def worlds() -> Iterator[dict[Topology, World]]:
+    """Yield a world of each topology, which serves all rows: a row alone takes less time than its world."""
+    opened: dict[Topology, World] = {}
+    try:
+        for topology in dict.fromkeys(row.topology for row in (*FAULTS, *CONTROLS)):
+            opened[topology] = spawn(topology, timeout=120).__enter__()
+        yield opened
+    finally:
+        for world in opened.values():
+            world.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: control.name)
+def test_right_code_passes(control: HandWrittenControl, worlds: dict[Topology, World]) -> None:
+    result = run_hand_written_control(control, world=worlds[control.topology])
+    assert result.verdict == "passed", result.message
+    assert result.margin < 0.5
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_mistake_is_found_alone(fault: HandWrittenFault, worlds: dict[Topology, World]) -> None:
+    result = run_hand_written_fault(fault, replays=REPLAYS, world=worlds[fault.topology])
+    assert result.caught, result.message
+    assert result.place_is_right, (result.place, result.true_places, result.checks)
+    assert result.cause_is_right, (result.cause, result.true_causes)
+    assert result.margin > LEAST_MARGIN
+
+
+def test_a_rank_that_leaves_out_a_reduction_is_named_with_what_the_others_issued() -> None:
+    """At once, from a world of its own, whose timeout is far longer."""
+    control = HandWrittenControl(inside, also=reduce_left_out_on_one_rank)
+    result = run_hand_written_control(control, replays=REPLAYS)
+    assert result.verdict == "error"
+    assert str(result.message).startswith(
+        "rank 1 did not issue the all_reduce over tp in the forward of blocks.1.mlp that rank 0 issued, and went on to "
+        "an all_reduce over tp in the forward of loss."
+    )
+
+
+def test_both_norms_over_one_shard_are_found(worlds: dict[Topology, World]) -> None:
+    fault = next(fault for fault in FAULTS if fault.name == "statistic_over_one_shard")
+    report = verify_hand_written(
+        HandWrittenControl(fault.style, fault.options, also=fault.inject), world=worlds[fault.topology]
+    )
+    assert [finding.where["module"] for finding in report.findings if finding.cause in fault.causes] == [*fault.places]

@@ -1,0 +1,174 @@
+"""Whose error it is; sizes that a TP group does not divide; ranks that issue other collectives than the others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tpcheck.core.errors import BackendError, InternalError, UsageError
+from tpcheck.core.topology import Topology
+from tpcheck.model.blame import (
+    blame_backend,
+    first_unlike,
+    indivisible_sizes,
+    is_of_tpcheck,
+    issued_by,
+    naming_indivisible_sizes,
+)
+from tpcheck.numerics.evidence import Collective
+from tpcheck.numerics.precision import everything_in_float64
+from tpcheck.numerics.recorder import ModuleRecorder
+
+BACKEND: Any = SimpleNamespace(name="custom")
+
+
+def broken(tensor: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("the model is wrong")
+
+
+class Broken(nn.Module):
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        return broken(tensor)
+
+
+def raised(run: Callable[[], Any]) -> Exception:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        run()
+    return caught.value
+
+
+def run_blamed(model: nn.Module, tensor: torch.Tensor) -> None:
+    with blame_backend(BACKEND, "forward of step 0"), ModuleRecorder(model, lambda key, tensor: None):
+        model(tensor)
+
+
+def test_an_error_of_a_model_is_its_own_also_where_torch_raises_it() -> None:
+    assert not is_of_tpcheck(raised(lambda: Broken()(torch.ones(1))))
+    assert not is_of_tpcheck(raised(lambda: nn.Sequential(nn.Linear(2, 2))(torch.ones(3))))
+
+
+def test_an_operation_that_fails_under_a_mode_of_tpcheck_is_the_models() -> None:
+    with everything_in_float64():
+        assert not is_of_tpcheck(raised(lambda: nn.Linear(2, 2)(torch.ones(3))))
+
+
+def test_what_tpcheck_raises_on_purpose_and_lost_connections_are_no_bugs() -> None:
+    assert not is_of_tpcheck(UsageError("tp", 0, "more"))
+    assert not is_of_tpcheck(RuntimeError("Connection closed by peer"))
+    assert not is_of_tpcheck(MemoryError())
+
+
+def test_a_crash_of_the_backend_names_its_phase() -> None:
+    error = raised(lambda: run_blamed(Broken(), torch.ones(1)))
+    assert isinstance(error, BackendError)
+    assert str(error) == "custom, forward of step 0: RuntimeError: the model is wrong"
+
+
+def test_a_crash_of_a_hook_is_an_internal_error_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tpcheck.numerics.recorder.named_tensors", None)
+    model = nn.Sequential(nn.Linear(2, 2))
+    error = raised(lambda: run_blamed(model, torch.ones(1, 2)))
+    assert isinstance(error, InternalError)
+    assert re.search(r"(?s)recorder\.py.*'NoneType' object is not callable", str(error))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tp", "text"),
+    [
+        ({"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 64}, 4, "2 key-value heads over 4 ranks"),
+        (
+            {"num_attention_heads": 8, "num_local_experts": 4},
+            3,
+            "8 attention heads over 3 ranks, 4 experts over 3 ranks",
+        ),
+        ({"num_attention_heads": 8, "num_key_value_heads": None}, 2, ""),
+    ],
+)
+def test_sizes_that_ranks_do_not_divide_are_named(sizes: dict[str, Any], tp: int, text: str) -> None:
+    assert indivisible_sizes(SimpleNamespace(**sizes), tp) == text
+
+
+def test_sizes_of_the_language_model_of_a_composite_are_taken() -> None:
+    text = SimpleNamespace(num_key_value_heads=2)
+    assert indivisible_sizes(SimpleNamespace(get_text_config=lambda: text), 4) == "2 key-value heads over 4 ranks"
+    assert indivisible_sizes(None, 4) == ""
+
+
+def test_a_crash_names_the_sizes_and_keeps_the_backends_message() -> None:
+    config = SimpleNamespace(num_key_value_heads=2)
+    with (
+        pytest.raises(BackendError, match=r"shape '\[2, 16, -1, 8\]'.*\nNot divisible: 2 key-value heads over 4 ranks"),
+        naming_indivisible_sizes(config, 4),
+    ):
+        raise BackendError("dtensor, forward of step 0: RuntimeError: shape '[2, 16, -1, 8]' is invalid")
+    with pytest.raises(BackendError, match=r"^boom$"), naming_indivisible_sizes(config, 2):
+        raise BackendError("boom")
+
+
+UP, DOWN = Collective("up", "all_reduce", (0, 1)), Collective("down", "all_reduce", (0, 1))
+LOSS = Collective("", "all_gather", (0, 1))
+
+
+def unlike(*by_rank: tuple[Collective, ...]) -> str | None:
+    topology = Topology(tp=len(by_rank))
+    over_tp = tuple(range(len(by_rank)))
+    return first_unlike(
+        {
+            rank: issued_by([replace(each, ranks=over_tp) for each in issued], topology, rank)
+            for rank, issued in enumerate(by_rank)
+        }
+    )
+
+
+def test_ranks_that_issue_the_same_are_alike() -> None:
+    assert unlike((UP, DOWN), (UP, DOWN)) is None
+    assert first_unlike({}) is None
+
+
+def test_a_collective_that_a_rank_leaves_out_is_named_with_its_module_and_the_others() -> None:
+    left_out = "rank 1 did not issue the all_reduce over tp in the forward of down that rank 0 issued"
+    assert unlike((UP, DOWN, LOSS), (UP, LOSS)) == left_out
+    assert unlike((UP, DOWN), (UP,)) == left_out
+
+
+def test_a_rank_that_is_further_than_one_that_waits_has_left_something_out() -> None:
+    assert unlike((UP, DOWN), (UP, replace(LOSS, position=5))) == (
+        "rank 1 did not issue the all_reduce over tp in the forward of down that rank 0 issued, and went on to an "
+        "all_gather over tp in the forward of the model"
+    )
+
+
+def test_it_is_the_same_on_the_first_rank() -> None:
+    found = unlike((UP, replace(LOSS, position=5)), (UP, DOWN))
+    assert found is not None
+    assert found.startswith("rank 0 did not issue the all_reduce over tp in the forward of down that rank 1 issued")
+
+
+def test_of_several_ranks_most_are_right() -> None:
+    assert unlike((UP, LOSS), (UP, DOWN, LOSS), (UP, LOSS)) == (
+        "rank 1 issued an all_reduce over tp in the forward of down, which ranks 0, 2 did not issue"
+    )
+
+
+def test_another_collective_in_the_place_of_one_is_named_beside_it() -> None:
+    assert unlike((UP, DOWN), (UP, LOSS)) == (
+        "rank 1 issued an all_gather over tp in the forward of the model where rank 0 issued an all_reduce over tp in "
+        "the forward of down"
+    )
+
+
+def test_collectives_of_the_backward_pass_have_no_module_and_groups_their_axis() -> None:
+    topology = Topology(tp=2, dp=2)
+    over_dp = Collective("", "all_reduce", (1, 3), phase="backward")
+    other = Collective("x", "all_reduce", (0, 3))
+    assert [str(each) for each in issued_by([over_dp, other], topology, 1)] == [
+        "all_reduce over dp in the backward pass",
+        "all_reduce over ranks [0, 3] in the forward of x",
+    ]

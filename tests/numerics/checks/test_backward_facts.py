@@ -1,0 +1,124 @@
+"""Facts of wrong gradients: collectives that autograd does not see, and what each use of a module adds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.numerics.evidence import BIAS, DOWN, NORM, UP, key, right_evidence, with_step
+from tpcheck.core.placement import Shard
+from tpcheck.numerics.activation_placement import PlacedTensor
+from tpcheck.numerics.checks.backward_facts import backward_facts, gradients_of_uses, unseen_collectives
+from tpcheck.numerics.checks.suspects import ComparedParameter
+from tpcheck.numerics.differences import Difference
+from tpcheck.numerics.evidence import Collective, Evidence, TensorKey
+
+RIGHT = right_evidence()
+
+
+def issued(*collectives: Collective, ranks: tuple[int, ...] = (0, 1)) -> Evidence:
+    return with_step(RIGHT, ranks=ranks, collectives=collectives)
+
+
+def unseen(module: str, **more: object) -> Collective:
+    return replace(Collective(module, "all_reduce", (0, 1)), **{"bypasses_autograd": True, **more})  # type: ignore[arg-type]
+
+
+INPUT, OUTPUT = key("block.down input", "backward"), key("block.down output", "backward")
+
+
+def test_a_modules_own_collectives_count_on_every_rank_where_autograd_does_not_see_them() -> None:
+    assert unseen_collectives(issued(unseen("block.down")), 0, INPUT) == ("all_reduce",)
+    assert unseen_collectives(issued(unseen("block.down"), ranks=(0,)), 0, INPUT) == ()
+    assert unseen_collectives(issued(unseen("block.down", bypasses_autograd=False)), 0, INPUT) == ()
+    assert unseen_collectives(issued(unseen("block.up")), 0, INPUT) == ()
+    assert unseen_collectives(issued(unseen("block.down", phase="backward")), 0, INPUT) == ()
+
+
+def test_what_stands_behind_a_module_counts_for_the_gradient_that_it_receives() -> None:
+    activations = list(RIGHT.reference[0].activations)
+    behind = unseen("block", position=activations.index(key("block.down output")) + 1)
+    evidence = issued(behind)
+    sources = {key("block output"): (key("block.down output"),)}
+    evidence = replace(evidence, reference=(replace(evidence.reference[0], sources=sources),))
+    assert unseen_collectives(evidence, 0, OUTPUT) == ("all_reduce",)
+    assert unseen_collectives(evidence, 0, INPUT) == ()
+
+
+def with_logits(gradient: torch.Tensor, logits: torch.Tensor) -> Evidence:
+    """Return evidence of a loss that issues an unseen collective, of logits whose halves the ranks have."""
+    forward, backward = (TensorKey(phase, "loss", 0, "input", "0") for phase in ("forward", "backward"))  # type: ignore[arg-type]
+    evidence = issued(unseen("loss"))
+    step = replace(evidence.reference[0], activations={forward: logits, backward: gradient})
+    return replace(evidence, reference=(step,))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_part_of_a_cross_entropys_gradient_through_the_sum_is_known(smoothing: float) -> None:
+    logits = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.tensor([[0, 5, -100], [1, 2, 6]])  # one position does not count
+    torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=-100, label_smoothing=smoothing
+    ).backward()
+    assert logits.grad is not None
+    evidence = with_logits(logits.grad, logits.detach())
+    placed = PlacedTensor(Shard(2, sizes=((4, 4),)), logits.grad.chunk(2, dim=-1))
+    facts = backward_facts(evidence, 0, TensorKey("backward", "loss", 0, "input", "0"), placed)
+    expected = logits.detach().softmax(-1) / 5 * (labels >= 0)[..., None]
+    torch.testing.assert_close(torch.cat(facts.through_sum, dim=-1), expected)
+
+
+def test_another_gradient_has_no_such_part() -> None:
+    logits = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    placed = PlacedTensor(Shard(2, sizes=((4, 4),)), logits.chunk(2, dim=-1))
+    facts = backward_facts(with_logits(logits**3, logits), 0, TensorKey("backward", "loss", 0, "input", "0"), placed)
+    assert facts.collectives == ("all_reduce",)
+    assert facts.through_sum == ()
+
+
+def used_twice(name: str) -> tuple[Evidence, ComparedParameter]:
+    """Return evidence in which the module of a parameter is called a second time, with other tensors."""
+    reference, module = RIGHT.reference[0], name.rpartition(".")[0]
+    other = right_evidence(steps=2).reference[1]
+    second = {replace(each, call=1): other.activations[each] for each in reference.activations if each.module == module}
+    weight = RIGHT.initial[f"{module}.weight"]
+    if module == "block.norm":  # computed with the weight of the first step
+        hidden = other.activations[key("block.norm input")]
+        second[replace(key("block.norm output"), call=1)] = hidden * weight
+    gradient = reference.gradients[name] + contribution(other.activations, name)
+    step = replace(
+        reference, activations={**reference.activations, **second}, gradients={**reference.gradients, name: gradient}
+    )
+    difference = Difference(0.0, 1.0, 1e-12, (0.0, 0.0), 0.0, (), 0)
+    parts = RIGHT.layouts[name].parts(gradient)
+    return replace(RIGHT, reference=(step,)), ComparedParameter(name, gradient, parts, parts, difference)
+
+
+def contribution(activations: dict[TensorKey, torch.Tensor], name: str) -> torch.Tensor:
+    module = name.rpartition(".")[0]
+    hidden, gradient = activations[key(f"{module} input")], activations[key(f"{module} output", "backward")]
+    if name == BIAS:
+        return gradient.sum(dim=(0, 1))
+    if name == NORM:
+        return (gradient * hidden).sum(dim=(0, 1))
+    return gradient.flatten(0, 1).t() @ hidden.flatten(0, 1)
+
+
+@pytest.mark.parametrize("name", [UP, DOWN, NORM, BIAS])
+def test_what_each_use_adds_is_known(name: str) -> None:
+    evidence, parameter = used_twice(name)
+    uses = gradients_of_uses(evidence, 0, parameter)
+    assert len(uses) == 2
+    layout = RIGHT.layouts[name]
+    for parts, expected in zip(uses[0], layout.parts(RIGHT.reference[0].gradients[name]), strict=True):
+        torch.testing.assert_close(parts, expected)
+
+
+def test_uses_that_do_not_add_up_and_those_over_dp_are_unknown() -> None:
+    evidence, parameter = used_twice(UP)
+    assert gradients_of_uses(evidence, 0, replace(parameter, expected=parameter.expected * 2)) == ()
+    over_dp = replace(evidence, topology=right_evidence(dp=2).topology)
+    assert gradients_of_uses(over_dp, 0, parameter) == ()
+    assert gradients_of_uses(RIGHT, 0, parameter) == ()  # called once

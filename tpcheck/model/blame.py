@@ -1,0 +1,201 @@
+"""Whose error it is: that of the system under test, or of tpcheck's own hooks and checks, which run inside it."""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+import tpcheck
+from tpcheck.backends.interface import Backend
+from tpcheck.core.errors import BackendError, InternalError, TpcheckError
+from tpcheck.core.topology import Topology
+from tpcheck.numerics.evidence import Collective
+from tpcheck.world.failures import is_communication
+
+_TPCHECK, _TORCH = Path(tpcheck.__file__).parent, Path(torch.__file__).parent
+# Backends call the libraries that are under test, and faults are bugs on purpose.
+_UNDER_TEST = (_TPCHECK / "backends", _TPCHECK / "lab")
+# From here torch calls a module, or an operation of the graph: what follows is the model's.
+_CALLS_THE_MODEL = (_TORCH / "nn" / "modules", _TORCH / "autograd", _TORCH / "_dynamo")
+_STANDARD_LIBRARY = Path(traceback.__file__).parent
+_PASSES_ON = ("__torch_function__", "__torch_dispatch__")  # every operation of the model goes through these
+
+
+@contextmanager
+def blame_backend(backend: Backend, phase: str) -> Iterator[None]:
+    """Raise errors from inside as BackendError, with the phase; tpcheck's own as InternalError."""
+    try:
+        yield
+    except TpcheckError:
+        raise
+    except Exception as error:
+        if is_of_tpcheck(error):
+            raise internal_error(error) from error
+        raise BackendError(f"{backend.name}, {phase}: {type(error).__name__}: {error}") from error
+
+
+def is_of_tpcheck(error: BaseException) -> bool:
+    """Return whether tpcheck raised an error, by the innermost frames: torch raises for whoever called it."""
+    if isinstance(error, (TpcheckError, MemoryError, torch.OutOfMemoryError)) or is_communication(error):
+        return False
+    for path, function in reversed(list(_frames(error.__traceback__))):
+        if function in _PASSES_ON:
+            continue
+        if any(path.is_relative_to(folder) for folder in (*_UNDER_TEST, *_CALLS_THE_MODEL)):
+            return False
+        if path.is_relative_to(_TPCHECK):
+            return True
+        if not path.is_relative_to(_TORCH) and path.exists() and not _is_of_python(path):
+            return False
+    return False
+
+
+def _is_of_python(path: Path) -> bool:
+    """Return whether a file is of the standard library, in whose folder packages may be installed, too."""
+    is_installed = not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+    return path.is_relative_to(_STANDARD_LIBRARY) and not is_installed
+
+
+def _frames(trace: TracebackType | None) -> Iterator[tuple[Path, str]]:
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        yield Path(code.co_filename), code.co_name
+        trace = trace.tb_next
+
+
+def internal_error(error: BaseException) -> InternalError:
+    """Return the error that says so, with the traceback."""
+    return InternalError("".join(traceback.format_exception(error)).rstrip())
+
+
+# ---- sizes that the TP group does not divide
+
+_SIZES = {
+    "num_attention_heads": "attention heads",
+    "num_key_value_heads": "key-value heads",
+    "intermediate_size": "neurons of the MLP (intermediate_size)",
+    "moe_intermediate_size": "neurons of an expert (moe_intermediate_size)",
+    "num_local_experts": "experts",
+    "num_experts": "experts",
+    "n_routed_experts": "experts",
+    "vocab_size": "tokens of the vocabulary",
+}
+
+
+def indivisible_sizes(config: Any, tp: int) -> str:
+    """Return the sizes of a transformers configuration that cannot be cut evenly: `2 key-value heads over 4 ranks`."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    sizes = ((getattr(text, name, None), noun) for name, noun in _SIZES.items())
+    uneven = (f"{size} {noun} over {tp} ranks" for size, noun in sizes if isinstance(size, int) and size % tp)
+    return ", ".join(dict.fromkeys(uneven))
+
+
+@contextmanager
+def naming_indivisible_sizes(config: Any, tp: int) -> Iterator[None]:
+    """Add the sizes that the TP group does not divide to the message of a backend that crashes."""
+    try:
+        yield
+    except BackendError as error:
+        uneven = indivisible_sizes(config, tp)
+        if not uneven:
+            raise
+        raise BackendError(f"{error}\nNot divisible: {uneven}. Choose a tp that divides these.") from error
+
+
+# ---- ranks that issue other collectives than the others
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedCollective:
+    """A collective in a form that is the same on ranks that do the same.
+
+    Attributes:
+        name: As in `torch.distributed`.
+        over: The axis of its group, or its ranks.
+        place: The module whose forward issued it, or the backward pass, as a phrase.
+        position: How far the rank had come: how many activations it had recorded.
+    """
+
+    name: str
+    over: str
+    place: str
+    position: int = field(default=0, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.name} over {self.over} in {self.place}"
+
+
+Issued = tuple[IssuedCollective, ...]
+
+
+def issued_by(collectives: Sequence[Collective], topology: Topology, rank: int) -> Issued:
+    """Return a rank's collectives, comparable between ranks."""
+    axes = {topology.peers(rank, axis): axis for axis in ("dp", "tp")}
+    return tuple(
+        IssuedCollective(
+            each.name, axes.get(tuple(sorted(each.ranks)), f"ranks {list(each.ranks)}"), _place(each), each.position
+        )
+        for each in collectives
+    )
+
+
+def _place(collective: Collective) -> str:
+    if collective.phase == "backward":
+        return "the backward pass"
+    return f"the forward of {collective.module or 'the model'}"
+
+
+def first_unlike(issued_by_rank: Mapping[int, Issued]) -> str | None:
+    """Return a sentence on the first collective that some ranks issue and others do not, if there is one.
+
+    What most ranks issue is taken for right; of two ranks, that which issues one more, or is not as far and waits.
+
+    Example:
+        >>> down = IssuedCollective("all_reduce", "tp", "the forward of down")
+        >>> loss = IssuedCollective("all_reduce", "tp", "the forward of the model")
+        >>> first_unlike({0: (down, loss), 1: (loss,)})
+        'rank 1 did not issue the all_reduce over tp in the forward of down that rank 0 issued'
+    """
+    longest = max(map(len, issued_by_rank.values()), default=0)
+    for number in range(longest):
+        entries = {rank: issued[number : number + 1] for rank, issued in issued_by_rank.items()}
+        if len(set(entries.values())) == 1:
+            continue
+        counts = Counter(entries.values())
+
+        order = {
+            rank: (counts[entry], len(issued_by_rank[rank]), -entry[0].position if entry else 0, -rank)
+            for rank, entry in entries.items()
+        }
+        right = max(order, key=order.__getitem__)
+        wrong = [rank for rank in issued_by_rank if entries[rank] != entries[right]]
+        alike = [rank for rank in issued_by_rank if entries[rank] == entries[right]]
+        return _unlike(number, right, wrong, alike, issued_by_rank)
+    return None
+
+
+def _unlike(
+    number: int, right: int, wrong: Sequence[int], alike: Sequence[int], issued_by_rank: Mapping[int, Issued]
+) -> str:
+    expected, actual = issued_by_rank[right][number:], issued_by_rank[wrong[0]][number:]
+    who, others = _ranks(wrong), _ranks(alike)
+    if not expected or actual[1:2] == expected[:1]:  # one more than the others
+        return f"{who} issued an {actual[0]}, which {others} did not issue"
+    left_out = f"{who} did not issue the {expected[0]} that {others} issued"
+    if not actual or actual[:1] == expected[1:2]:
+        return left_out
+    if actual[0].position > expected[0].position:  # the others still wait
+        return f"{left_out}, and went on to an {actual[0]}"
+    return f"{who} issued an {actual[0]} where {others} issued an {expected[0]}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -1,0 +1,89 @@
+"""Causes of sums inside a module: one that no gradient comes back through, one over a rank's part, one of uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from tpcheck.core.causes import Cause, Explanation
+from tpcheck.numerics.evidence import Suspect
+from tpcheck.numerics.hypotheses.proof import Hypothesis, first_confirmed
+
+
+def no_gradient_comes_back(suspect: Suspect) -> Explanation | None:
+    """No gradient comes back on any rank through a module that issued a collective which autograd does not see."""
+    if not suspect.backward.collectives:
+        return None
+    if suspect.kind == "gradient":
+        is_lost = len(suspect.gradient.missing_on) == len(suspect.actual_parts)
+    else:
+        is_lost = suspect.expected is not None and bool(suspect.expected.any())
+        is_lost = is_lost and not any(bool(part.any()) for part in suspect.actual_parts)
+    return Explanation(Cause.COLLECTIVE_WITHOUT_BACKWARD) if is_lost else None
+
+
+def gradient_without_the_sums(suspect: Suspect) -> Iterator[Hypothesis]:
+    """Yield what comes back through a module besides the sums over ranks that it issued where autograd sees none."""
+    if not suspect.backward.collectives:
+        return
+    through_sum, expected = suspect.backward.through_sum, suspect.expected_parts
+    if through_sum:
+        through_labels = [whole - part for whole, part in zip(expected, through_sum, strict=True)]
+        yield _without(through_sum, "labels' logits")
+        yield _without(through_labels, "sum of exponentials")
+    yield from _with_constant_statistics(suspect)
+
+
+def _with_constant_statistics(suspect: Suspect) -> Iterator[Hypothesis]:
+    """Yield the gradient of a module whose output is its input times, or over, a statistic of a row, held constant.
+
+    Of a norm the output is the input times a constant of the row and a weight; of a softmax it is the exponentials over
+    their sum, and its derivative with that sum held constant is the output itself. What remains of the expected
+    gradient comes back through the statistic, of which each rank has a share: a rank may have its own share alone.
+    """
+    facts = suspect.backward
+    rows = list(zip(facts.inputs, facts.outputs, facts.output_gradients, strict=True))
+    if not rows:
+        return
+    shares = _shares_of_rows([(output * gradient).sum(-1, keepdim=True) for _, output, gradient in rows])
+    for constant in (
+        [gradient * torch.where(inputs == 0, 0, output / inputs) for inputs, output, gradient in rows],
+        [gradient * output for _, output, gradient in rows],
+    ):
+        yield _without(constant, "statistic")
+        through = zip(constant, suspect.expected_parts, shares, strict=False)
+        yield _without([part + share * (whole - part) for part, whole, share in through], "other ranks' share")
+
+
+def _shares_of_rows(terms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return each rank's term over the sum of all; 0 where that is 0."""
+    if len({term.shape for term in terms}) > 1 or not terms:
+        return []
+    total = torch.stack(list(terms)).sum(dim=0)
+    return [torch.where(total == 0, 0, term / total) for term in terms]
+
+
+def _without(parts: Sequence[torch.Tensor], lost: str) -> Hypothesis:
+    return Hypothesis(Cause.COLLECTIVE_WITHOUT_BACKWARD, tuple(parts), {"lost": lost})
+
+
+without_the_sums = first_confirmed(gradient_without_the_sums)
+
+
+def _alone(suspect: Suspect) -> Iterator[Hypothesis]:
+    if suspect.computed_alone:
+        yield Hypothesis(Cause.STATISTIC_OVER_ONE_SHARD, suspect.computed_alone)
+
+
+statistic_over_one_shard = first_confirmed(_alone)
+
+
+def lost_uses(suspect: Suspect) -> Iterator[Hypothesis]:
+    """Yield the gradient without that of some uses of a module that is called more than once."""
+    uses = suspect.gradient.uses
+    for number in range(1, 2 ** len(uses) - 1):
+        lost = [call for call in range(len(uses)) if number >> call & 1]
+        kept = [parts for call, parts in enumerate(uses) if call not in lost]
+        predicted = tuple(torch.stack(of_rank).sum(dim=0) for of_rank in zip(*kept, strict=True))
+        yield Hypothesis(Cause.USE_OF_MODULE_LOST, predicted, {"uses": len(uses), "lost_uses": lost})
