@@ -1,4 +1,4 @@
-"""A LoRA adapter on a row-parallel layer (o_proj, down_proj) fails in the forward pass; on column-parallel ones it runs.
+"""A LoRA adapter on a row-parallel layer (o_proj, down_proj) fails in the forward pass; on other layers it runs.
 
 torchrun --nproc-per-node 2 docs/upstream/transformers_rowwise_adapter.py
 Seen with peft 0.21.2, transformers 5.23.0, torch 2.13.0: peft makes `lora_A` with the width of this rank's shard, and

@@ -62,7 +62,7 @@ def shard(
         ]
         weights = {name: candidate.parameter(name) for name in (*expected, *untied) if name in parameters}
         digests = _digests("parameter", weights) | _buffer_digests(candidate.module)
-        lost = _lost(candidate, parameters, expected, rank.topology.tp)
+        lost = lost_parameters(candidate, parameters, expected, rank.topology.tp)
         start = CandidateStart(weights, digests, candidate.layouts(), candidate.group_ranks(), lost)
         for module in compiled_modules(candidate.module, options).values():
             module.compile()
@@ -73,7 +73,7 @@ _SEQUENCE = 4
 """Elements in a row that are looked for together: four of bfloat16 are equal by chance once in 2**32 or so."""
 
 
-def _lost(
+def lost_parameters(
     candidate: Candidate, names: Collection[str], expected: Mapping[str, torch.Tensor], tp: int
 ) -> tuple[str, ...]:
     """Return the reference's parameters whose values the sharded model holds under no name.
