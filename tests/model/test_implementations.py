@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 import tpcheck
+from tests.backends import hand_made
 from tpcheck import Topology, UsageError
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.families.build import small_model
-from tpcheck.model.implementations import compiled_modules, replace_implementations, require_compiled
+from tpcheck.model.implementations import compiled_modules, replace_implementations, require_compiled, run_eagerly
 from tpcheck.model.options import DEFAULTS, Request, require_valid
 from tpcheck.numerics.recorder import ModuleRecorder
 
@@ -97,6 +98,20 @@ def test_the_outermost_layers_are_compiled_or_the_model() -> None:
         compiled_modules(Block(), replace(OPTIONS, compile_layers=True))
 
 
+def test_a_model_that_compiles_itself_runs_eagerly_as_the_reference() -> None:
+    model = Model()
+    hidden = torch.randn(3, 2)
+    expected = model(hidden)
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("compiled")
+
+    model.layers[0].compile(backend=never)
+    model.layers[1].inner = torch.compile(model.layers[1].inner, backend=never)  # type: ignore[union-attr]
+    run_eagerly(model)
+    assert torch.equal(model(hidden), expected)
+
+
 def test_a_run_that_compiled_nothing_is_refused() -> None:
     require_compiled(OPTIONS, 0)
     require_compiled(replace(OPTIONS, compile=True), 1)
@@ -117,6 +132,31 @@ def test_what_goes_into_and_out_of_a_compiled_layer_is_recorded() -> None:
     assert not [name for name in seen if "inner" in name]
     for name in ("layers.0: input 0", "layers.1: output 0", "layers.0: gradient of output 0", "model: output 0"):
         assert name in seen
+
+
+class Compiled(hand_made.Model):
+    """Compiles its own layers, in both of torch's ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0].compile(backend="aot_eager")
+        self.head = torch.compile(self.head, backend="aot_eager")  # type: ignore[assignment]
+
+
+def test_a_model_that_compiles_its_own_layers_is_verified() -> None:
+    report = tpcheck.verify(
+        Compiled,
+        hand_made.tokens,
+        topology=Topology(tp=2),
+        shard=hand_made.shard,
+        layout=hand_made.LAYOUT,
+        steps=1,
+        replays=1,
+    )
+    assert report.passed, report
+    reason = "not seen on every rank of the sharded model"
+    not_compared = report.verdict.coverage.not_compared
+    assert {name.partition("layers.0.")[1] for name, why in not_compared.items() if why == reason} == {"layers.0."}
 
 
 @pytest.mark.parametrize(

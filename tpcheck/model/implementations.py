@@ -13,6 +13,7 @@ from torch import nn
 
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.core.errors import UsageError
+from tpcheck.numerics.recorder import is_compiled
 
 EAGER = "eager"
 _OF_A_TRANSFORMERS_MODEL = "None: only a model of transformers can be given another one; yours has its own"
@@ -61,6 +62,16 @@ def compiled_modules(model: nn.Module, options: TrainingOptions) -> dict[str, nn
     if not outermost:
         raise UsageError("compile_layers", True, "False: this model has no nn.ModuleList of layers; compile it whole")
     return outermost
+
+
+def run_eagerly(model: nn.Module) -> None:
+    """Undo the compiling of a model that compiles itself, so that it can stand for the eager reference."""
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if is_compiled(module):
+            module._compiled_call_impl = None
+            if (original := getattr(module, "_orig_mod", None)) is not None:
+                module.__dict__["forward"] = original.__call__
 
 
 def num_compiled_graphs() -> int:

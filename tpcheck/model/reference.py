@@ -16,6 +16,7 @@ from tpcheck.backends.sgd import Sgd, clip_by_convention
 from tpcheck.core.clipping import Clipping
 from tpcheck.core.errors import UsageError
 from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of, make_batches
+from tpcheck.model.implementations import run_eagerly
 from tpcheck.model.options import Request
 from tpcheck.numerics.evidence import Step, TensorKey
 from tpcheck.numerics.perturb import Deviations, Perturbation, first_nonzero, named_deviations, perturbed_replay
@@ -59,6 +60,7 @@ class Reference:
     @classmethod
     def build(cls, request: Request, rank: RankLike, options: TrainingOptions) -> Reference:
         model = build_model(request, rank.device)
+        run_eagerly(model)
         data = make_batches(request.options, model, rank.topology.dp, rank.device)
         return cls(
             model=model,
