@@ -56,6 +56,34 @@ def test_where_nobody_has_groups_it_says_what_to_give(fresh: World) -> None:
         fresh.run(lambda rank: live_groups())
 
 
+def test_where_nobody_has_groups_all_ranks_are_taken_as_replicas(fresh: World) -> None:
+    from tpcheck.backends.live_groups import groups_of_batches
+
+    found = fresh.run(lambda rank: groups_of_batches())
+    assert places(found) == tuple(((rank,), (0, 1, 2, 3)) for rank in range(4))
+    assert "pass group= or topology=" in str(found[0].notice)
+
+
+def run_without_groups(rank: Rank, shift: int) -> LiveGroups:
+    """Ask for the groups of a run whose weights are equal on all ranks, or not."""
+    import torch
+    from torch import nn
+
+    from tpcheck.backends.live_groups import groups_of_run
+
+    model = nn.Linear(2, 1)
+    with torch.no_grad():
+        model.weight.fill_(shift * rank.rank)
+        model.bias.fill_(0)
+    return groups_of_run(model, model, None)
+
+
+def test_ranks_of_a_run_that_hold_equal_weights_are_replicas_and_others_may_be_shards(fresh: World) -> None:
+    assert places(fresh.run(run_without_groups, 0))[3] == ((3,), (0, 1, 2, 3))
+    with pytest.raises(RankFailure, match="its weights differ between the ranks"):
+        fresh.run(run_without_groups, 1)
+
+
 def test_the_mesh_on_a_model_of_transformers(fresh: World) -> None:
     def find(rank: Rank) -> LiveGroups:
         from torch import nn
@@ -71,6 +99,8 @@ def test_the_mesh_on_a_model_of_transformers(fresh: World) -> None:
     found = fresh.run(find)
     assert places(found) == EXPECTED
     assert found[0].source == "the device mesh on the model"
+    assert found[0].dp_rank == 'model._device_mesh["fsdp"].get_local_rank()'
+    assert found[0].notice is None
 
 
 def test_the_groups_of_deepspeed(fresh: World) -> None:
@@ -103,6 +133,7 @@ def test_the_mesh_of_accelerate(fresh: World) -> None:
     found = fresh.run(find)
     assert places(found) == EXPECTED
     assert found[0].source == "accelerate's device mesh"
+    assert found[0].dp_rank == 'AcceleratorState().device_mesh["dp_shard"].get_local_rank()'
 
 
 def test_a_group_alone_takes_its_replicas_from_the_library_that_has_them(fresh: World) -> None:

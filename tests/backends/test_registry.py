@@ -36,6 +36,16 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_entries", lambda group: entries)
 
 
+def test_modules_of_this_packages_backends_alone_are_known() -> None:
+    assert registry.modules_of("dtensor") == ("tpcheck.backends.dtensor",)
+    assert registry.modules_of("nosuch") == ()
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_module_of_another_packages_backend_is_left_to_the_ranks() -> None:
+    assert registry.modules_of("absent") == ()
+
+
 def test_installed_backends_are_found_by_entry_point() -> None:
     assert {"custom", "deepspeed", "deepspeed-tp-model-init", "dtensor", "transformers"} <= set(backend_names())
 

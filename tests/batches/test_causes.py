@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tpcheck import Topology
-from tpcheck.batches.causes import explain_difference, explain_same_samples, with_cause
+from tpcheck.backends.live_groups import LiveGroups
+from tpcheck.batches.causes import explain_difference, explain_once, explain_same_samples, with_cause
+from tpcheck.batches.comparison import samples_come_once
 from tpcheck.batches.records import BatchSummary, ContentDigests, Leaf, LoaderFacts
+from tpcheck.batches.repeats import Gap, Repeat
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.findings import Finding
 
-TOPOLOGY = Topology(tp=2, dp=2)
+GROUPS = LiveGroups(0, (0, 1), (0, 2), "topology")
 CAUSES = set(
     """rng_differs_torch rng_differs_numpy rng_differs_python rng_differs_cuda sampler_sharded_by_world_rank
-    same_order_different_seed padding_differs order_differs uneven_length duplicate_dp_batch""".split()
+    same_order_different_seed padding_differs order_differs uneven_length duplicate_dp_batch samples_repeated
+    samples_skipped""".split()
 )
 SAME_INDICES = {"indices": (4, 5), "indices_sorted": "45"}
 
@@ -55,7 +59,7 @@ def explained(summaries: list[BatchSummary]) -> Any:
 
 
 def advice_of(explanation: Explanation) -> str:
-    return explanation.cause.advise(explanation.evidence, TOPOLOGY) or ""
+    return explanation.cause.advise(explanation.evidence, GROUPS.topology) or ""
 
 
 def cause_of(summaries: list[BatchSummary]) -> str | None:
@@ -313,11 +317,68 @@ def test_different_samples_on_replicas_are_not_explained() -> None:
 
 def test_a_finding_gets_the_evidence_and_the_advice_of_its_cause() -> None:
     finding = Finding("batches_agree_within_tp", {"step": 3}, 1.0, 0.0, evidence={"differs": "length"})
-    assert with_cause(finding, None, TOPOLOGY) == finding
-    explained_finding = with_cause(finding, Explanation(Cause.UNEVEN_LENGTH), TOPOLOGY)
+    assert with_cause(finding, None, GROUPS) == finding
+    explained_finding = with_cause(finding, Explanation(Cause.UNEVEN_LENGTH), GROUPS)
     assert explained_finding.cause == "uneven_length"
     assert explained_finding.evidence["differs"] == "length"
     assert explained_finding.evidence["advice"].startswith("Give every rank of a TP group the same samples")
+
+
+@pytest.mark.parametrize(("dp_rank", "end"), [("groups.get_data_parallel_rank()", True), ("", False)])
+def test_an_advice_on_dp_rank_says_where_to_get_it(dp_rank: str, end: bool) -> None:
+    finding = Finding("batches_agree_within_tp", {"step": 3}, 1.0, 0.0)
+    explanation = Explanation(Cause.RNG_DIFFERS_NUMPY, evidence={"where": "workers", "generators": ["worker0.numpy"]})
+    advice = with_cause(finding, explanation, replace(GROUPS, dp_rank=dp_rank)).evidence["advice"]
+    assert advice.endswith(f" Here dp_rank is {dp_rank}.") is end
+
+
+def of_stream(rank: int, numbers: dict[str, int] | None = None, **facts: Any) -> BatchSummary:
+    loader = LoaderFacts(dataset="Stream", iterable=True, numbers=numbers, **facts)
+    return BatchSummary(leaves=(a_leaf(str(rank)),), rows=(2 * rank, 2 * rank + 1), loader=loader)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "reads_rank", "is_named"),
+    [
+        (({"dataset.r": 2, "dataset.n": 4}, {"dataset.r": 3, "dataset.n": 4}), False, True),
+        (({"dataset.r": 0, "dataset.n": 2}, {"dataset.r": 1, "dataset.n": 2}), False, True),  # by tp_rank
+        (({"dataset.c.rank": 2, "dataset.c.size": 4}, {"dataset.c.rank": 3, "dataset.c.size": 4}), False, True),
+        (({"dataset.seed": 2, "dataset.n": 4}, {"dataset.seed": 3, "dataset.n": 4}), False, False),
+        (({"dataset.r": 2}, {"dataset.r": 3}), False, False),  # no count
+        (({"dataset.r": 2, "dataset.n": 4}, {"dataset.r": 2, "dataset.n": 4}), False, False),
+        (({"dataset.r": 5, "dataset.n": 9}, {"dataset.r": 7, "dataset.n": 9}), False, False),
+        (({}, {}), True, True),
+    ],
+)
+def test_a_stream_that_is_split_by_rank_counts_by_it(
+    numbers: tuple[dict[str, int], dict[str, int]], reads_rank: bool, is_named: bool
+) -> None:
+    summaries = [of_stream(rank, of_rank, reads_rank=reads_rank) for rank, of_rank in enumerate(numbers)]
+    explanation = explain_difference(summaries, ["pixels"], ranks=(2, 3))
+    assert (explanation is not None and explanation.cause is Cause.SAMPLER_SHARDED_BY_WORLD_RANK) is is_named
+
+
+def test_streams_that_have_samples_in_common_are_not_split_by_rank() -> None:
+    numbers = [{"dataset.r": rank, "dataset.n": 2} for rank in range(2)]
+    summaries = [replace(of_stream(rank, numbers[rank]), rows=(rank, rank + 1)) for rank in range(2)]
+    assert explain_difference(summaries, ["pixels"], ranks=(0, 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("noticed", "cause", "start"),
+    [
+        (Repeat(7, 5, 8), "samples_repeated", "Look where the loader goes back"),
+        (Repeat(1, 0, 8, workers=(0, 1)), "samples_repeated", "Split the stream over the workers"),
+        (Gap(7, 2, 36, 28), "samples_skipped", "Where a run resumes, skip what was trained on once"),
+    ],
+)
+def test_samples_that_come_again_or_are_left_out_have_their_advice(
+    noticed: Repeat | Gap, cause: str, start: str
+) -> None:
+    finding = samples_come_once(noticed, ranks=(0, 1))
+    explained = with_cause(finding, explain_once(noticed, LoaderFacts(sampler="Own")), GROUPS)
+    assert (explained.check, explained.cause, explained.where["step"]) == ("samples_come_once", cause, noticed.step)
+    assert explained.evidence["advice"].startswith(start)
 
 
 def test_every_cause_is_in_the_documentation() -> None:

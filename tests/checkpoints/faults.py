@@ -25,6 +25,13 @@ def reference(tied: bool = False) -> Tensors:
         "model.embed_tokens.weight": drawn(96, 32),
         f"{LAYERS}.0.self_attn.q_proj.weight": drawn(64, 32),
         f"{LAYERS}.1.self_attn.q_proj.weight": drawn(64, 32),
+        f"{LAYERS}.0.self_attn.k_proj.weight": drawn(256, 32),
+        f"{LAYERS}.0.self_attn.v_proj.weight": drawn(256, 32),
+        f"{LAYERS}.0.mlp.gate_proj.weight": drawn(128, 32),
+        f"{LAYERS}.0.mlp.up_proj.weight": drawn(128, 32),
+        f"{LAYERS}.1.mlp.up_proj.weight": drawn(128, 32),
+        f"{LAYERS}.0.mlp.experts.gate_up_proj": drawn(4, 32, 16),
+        "model.norm.weight": drawn(32),
         f"{LAYERS}.0.mlp.down_proj.weight": drawn(32, 64),
         f"{LAYERS}.0.self_attn.qkv_proj.weight": drawn(96, 32),
         f"{LAYERS}.0.mlp.gate_up_proj.weight": drawn(128, 32),
@@ -50,7 +57,7 @@ def drawn(fault: CheckpointFault, seed: int) -> Damage:
 
 
 FAULTS = (
-    *OF_MODELS,
+    *(fault for fault in OF_MODELS if fault.saved_as == "safetensors"),
     CheckpointFault(  # no language model of transformers saves an integer
         "bit_of_an_integer", "one bit of a counter", ("*.count",), plain(lambda count: count ^ 4, bit=2),
         ("bit_flipped",),

@@ -31,16 +31,19 @@ def test_a_correct_family_passes_and_reports_what_was_compared(tmp_path: Path) -
     assert set(report["environment"]) >= {"torch", "deepspeed", "transformers"}
 
 
-def test_a_wrong_family_fails_with_a_command_that_reproduces_it(tmp_path: Path) -> None:
-    done = tpcheck(*"verify phi --tp 2 --set qk_layernorm=true --json report.json".split(), cwd=tmp_path)
-    assert done.returncode == 1, done.stdout + done.stderr
+def test_a_wrong_family_fails_with_a_command_that_reproduces_it(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(*"verify phi --tp 2 --set qk_layernorm=true --json report.json".split())
+    assert done.exit_code == 1, done.output
     first = json.loads((tmp_path / "report.json").read_text())["findings"][0]
     assert first["check"] == "gradients_match_reference"
     assert first["margin"] > 1e3
     assert f"  again     {first['again']}\n" in done.stdout
     program, *arguments = shlex.split(first["again"])
-    rerun = tpcheck(*arguments, "--json", "again.json", cwd=tmp_path)
-    assert (program, rerun.returncode) == ("tpcheck", 1)
+    rerun = run(*arguments, "--json", "again.json")
+    assert (program, rerun.exit_code) == ("tpcheck", 1)
     assert json.loads((tmp_path / "again.json").read_text())["findings"][0] == first
 
 

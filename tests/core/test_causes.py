@@ -23,9 +23,12 @@ SLUGS = set(
     rng_differs_torch rng_differs_numpy rng_differs_python rng_differs_cuda sampler_sharded_by_world_rank
     same_order_different_seed padding_differs order_differs uneven_length duplicate_dp_batch
     reduced_after_accumulation last_micro_batch_only micro_batch_unreduced mean_of_local_means optimizer_sees_one_shard
-    optimizer_state_of_another_rank masters_stale norm_leaves_out_shards norm_averaged_over_ranks norm_summed_over_ranks
+    optimizer_state_of_another_rank optimizer_state_lost masters_stale
+    norm_leaves_out_shards norm_averaged_over_ranks norm_summed_over_ranks
     options_differ nondeterminism collective_without_backward norm_of_wrong_order norm_without_root
-    norm_before_unscaling norm_after_clipping reported_norm_wrong clipped_per_group clip_epsilon_differs""".split()
+    norm_before_unscaling norm_after_clipping reported_norm_wrong clipped_per_group clip_epsilon_differs
+    gate_up_exchanged key_value_exchanged rotary_layout offset_by_constant
+    token_mean_instead_of_mean samples_repeated samples_skipped""".split()
 )
 
 
@@ -48,7 +51,7 @@ def test_a_slug_is_spelled_once_in_the_source() -> None:
 
 
 # They pass explanations on, or arrange tests: no test of theirs names a cause.
-PASSES_ON = ("numerics.hypotheses", "numerics.hypotheses.weights")
+PASSES_ON = ("numerics.hypotheses", "numerics.hypotheses.weights", "runs.full_causes", "checkpoints.states")
 
 
 def modules_naming(cause: Cause) -> list[str]:

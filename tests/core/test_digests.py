@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tpcheck.core.digests import _sums, digest, flat_bytes, splitmix, start_digests
+from tpcheck.core.digests import _sums, digest, flat_bytes, splitmix, start_digests, start_row_digests
 
 
 def test_equal_bits_have_equal_digests() -> None:
@@ -67,3 +67,24 @@ def test_splitmix_has_the_high_bits_of_the_published_generator() -> None:
     first_outputs = (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F)  # of seed 0
     mixed = splitmix(torch.tensor([1, 2, 3])).tolist()
     assert [number >> 33 & 0x7FFFFFFF for number in mixed] == [output >> 33 for output in first_outputs]
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_digests_of_rows_are_those_of_their_bits(rows: int) -> None:
+    """Few rows are digested in a loop, many are summed as on a device."""
+    tensors = [
+        torch.randn(rows, 5),
+        torch.arange(rows),
+        torch.rand(rows, 3).to(torch.bfloat16),
+        torch.rand(5, rows).t(),
+    ]
+    order = torch.randperm(rows)
+    for tensor, digests, permuted in zip(
+        tensors,
+        start_row_digests(tensors, rows)(),
+        start_row_digests([tensor[order] for tensor in tensors], rows)(),
+        strict=True,
+    ):
+        of_rows = [digests[start : start + 16] for start in range(0, len(digests), 16)]
+        assert len(set(of_rows)) == len({tuple(row.flatten().tolist()) for row in tensor})
+        assert [of_rows[place] for place in order.tolist()] == [permuted[16 * n : 16 * n + 16] for n in range(rows)]

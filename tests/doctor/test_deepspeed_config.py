@@ -34,6 +34,8 @@ def test_a_good_configuration_has_no_problems() -> None:
         ({"tensor_parallel": {"autotp_size": 2, "preset_model": "lama"}}, "preset_is_unknown"),
         ({"tensor_parallel": {"autotp_size": 2, "preset_model": "bloom"}}, "preset_comes_before_the_model_s_plan"),
         ({"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 4}, "saved_model_is_one_shard"),
+        ({"optimizer": {"type": "Muon", "params": {"lr": 0.02}}}, "optimizer_sees_one_shard"),
+        ({"optimizer": {"type": "OneBitLamb"}}, "optimizer_sees_one_shard"),
     ],
 )
 def test_a_rule_reports_its_configuration(change: dict[str, Any], rule: str) -> None:
@@ -67,6 +69,7 @@ def test_every_rule_is_named_after_its_function() -> None:
             *config_advice(everything),
             *config_advice({"tensor_parallel": {"preset_model": "phi3", "autotp_size": 2}}),
             *config_advice({"zero_optimization": {"stage": 1}}),
+            *config_advice({"tensor_parallel": {"autotp_size": 2}, "optimizer": {"type": "Muon"}}),
         )
     }
     assert seen == {rule.__name__ for rule in RULES}

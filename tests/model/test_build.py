@@ -114,7 +114,8 @@ MODEL: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=9))
 
 
 def made(batch: BatchSource, dp: int = 1, steps: int = 1, **options: Any) -> list[list[Batch]]:
-    return make_batches(RunOptions(batch=batch, steps=steps, **options), MODEL, dp, torch.device("cpu"))
+    made = make_batches(RunOptions(batch=batch, steps=steps, **options), MODEL, dp, torch.device("cpu"))
+    return [[micro_batches[0] for micro_batches in step] for step in made]
 
 
 def test_the_default_batch_is_contiguous_and_without_padding() -> None:
@@ -153,6 +154,31 @@ def test_a_whole_batch_is_divided_among_the_dp_ranks() -> None:
     assert torch.equal(torch.cat([first["x"], second["x"]]), source["x"])
     assert torch.equal(first["weight"], source["weight"])
     assert first["note"] == second["note"] == "text"
+
+
+def micro_batches(batch: BatchSource, accumulate: int, dp: int = 1, **options: Any) -> list[list[Batch]]:
+    """Return the micro-batches of one step, by DP rank."""
+    (step,) = make_batches(RunOptions(batch=batch, steps=1, **options), MODEL, dp, torch.device("cpu"), accumulate)
+    return step
+
+
+def test_a_whole_batch_is_divided_among_the_micro_batches_of_each_dp_rank() -> None:
+    step = micro_batches({"x": torch.arange(8)}, 2, dp=2)
+    assert [[batch["x"].tolist() for batch in of_rank] for of_rank in step] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+    with pytest.raises(UsageError, match="a first dim that dp=2 times accumulate=3 divides"):
+        micro_batches({"x": torch.arange(8)}, 3, dp=2)
+
+
+def test_a_callable_is_told_which_micro_batch_it_makes() -> None:
+    (of_rank,) = micro_batches(lambda coordinate, step: {"x": torch.tensor([coordinate["micro_batch"]])}, 3)
+    assert [batch["x"].item() for batch in of_rank] == [0, 1, 2]
+
+
+def test_micro_batches_have_other_tokens_and_for_a_mean_over_labels_unlike_numbers_of_them() -> None:
+    (of_rank,) = micro_batches(None, 4, loss="token_mean")
+    assert len({tuple(batch["input_ids"].flatten().tolist()) for batch in of_rank}) == 4
+    assert len({int((batch["labels"] != -100).sum()) for batch in of_rank}) > 1
+    assert all((batch["labels"][:, -2:] != -100).all() for batch in of_rank)
 
 
 def test_a_batch_that_cannot_be_divided_is_bad_usage() -> None:

@@ -114,8 +114,8 @@ class OnAnotherAccelerator(DeepSpeedBackend):
             yield
 
 
-# a CPU supports float16 with AVX512-FP16
-@pytest.mark.parametrize(("zero_stage", "fp16"), [(0, True), (1, True), (2, True), (3, True), (1, False), (3, False)])
+# A CPU supports float16 with AVX512-FP16. DeepSpeed asks for it at stage 3 alone.
+@pytest.mark.parametrize(("zero_stage", "fp16"), [(1, True), (3, True), (3, False)])
 def test_float64_passes_whether_or_not_the_accelerator_supports_float16(zero_stage: int, fp16: bool) -> None:
     backend = OnAnotherAccelerator(is_fp16_supported=fp16, is_bf16_supported=True)
     assert_clean(verified("qwen2", zero_stage=zero_stage, backend=backend, steps=1))
@@ -126,8 +126,7 @@ def test_float64_passes_on_an_accelerator_of_float32_alone() -> None:
     assert_clean(verified("qwen2", zero_stage=3, backend=backend, steps=1))
 
 
-@pytest.mark.parametrize("fp16", [True, False], ids=["fp16", "no_fp16"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "fp16"), [("float32", False), ("bfloat16", True)])
 def test_zero_3_in_lower_precision_does_not_depend_on_float16(dtype: str, fp16: bool) -> None:
     backend = OnAnotherAccelerator(is_fp16_supported=fp16, is_bf16_supported=True)
     report = verified("qwen3", dtype=dtype, zero_stage=3, backend=backend, steps=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def model() -> Squares:
 
 
 def test_gradients_are_the_mean_over_dp_ranks() -> None:
-    (step,) = train_recorded(model(), [[batch(1), batch(2, uses_extra=True)]], OPTIONS)
+    (step,) = train_recorded(model(), [[[batch(1)], [batch(2, uses_extra=True)]]], OPTIONS)
     first, second = step
     assert first.gradients is second.gradients
     for name in ("linear.weight", "linear.bias"):
@@ -53,18 +54,18 @@ def test_gradients_are_the_mean_over_dp_ranks() -> None:
 
 
 def test_one_dp_rank_has_no_gradients_beside_the_mean() -> None:
-    ((step,),) = train_recorded(model(), [[batch(1)]], OPTIONS)
+    ((step,),) = train_recorded(model(), [[[batch(1)]]], OPTIONS)
     assert not step.local_gradients
     assert step.gradients["extra"] is None
 
 
 def test_buffers_belong_to_each_dp_rank() -> None:
-    steps = train_recorded(model(), [[batch(1), batch(2)], [batch(3), batch(4)]], OPTIONS)
+    steps = train_recorded(model(), [[[batch(1)], [batch(2)]], [[batch(3)], [batch(4)]]], OPTIONS)
     assert [[float(of_rank.buffers["calls"]) for of_rank in step] for step in steps] == [[1, 1], [2, 2]]
 
 
 def test_activations_are_recorded_by_step_and_dp_rank() -> None:
-    steps = train_recorded(model(), [[batch(1), batch(2)]], OPTIONS)
+    steps = train_recorded(model(), [[[batch(1)], [batch(2)]]], OPTIONS)
     key = TensorKey("forward", "linear", 0, "input", "0")
     assert [torch.equal(steps[0][rank].activations[key], batch(rank + 1)["x"]) for rank in (0, 1)] == [True, True]
 
@@ -74,7 +75,25 @@ def test_a_loss_that_is_not_finite_is_bad_usage() -> None:
     with torch.no_grad():
         broken.linear.weight.fill_(torch.inf)
     with pytest.raises(UsageError, match="a model whose loss is finite"):
-        train_recorded(broken, [[batch(1)]], OPTIONS)
+        train_recorded(broken, [[[batch(1)]]], OPTIONS)
+
+
+def test_a_step_of_two_micro_batches_is_that_of_their_mean() -> None:
+    ((step,),) = train_recorded(model(), [[[batch(1), batch(2)]]], OPTIONS)
+    ((first, second),) = train_recorded(model(), [[[batch(1)], [batch(2)]]], OPTIONS)
+    torch.testing.assert_close(step.gradients["linear.weight"], first.gradients["linear.weight"])
+    for number, alone in enumerate((first, second)):
+        share = step.micro_gradients[number].mean["linear.weight"]
+        torch.testing.assert_close(share, alone.local_gradients["linear.weight"] / 2)
+    assert step.loss == pytest.approx((first.loss + second.loss) / 2)
+    key = TensorKey("forward", "linear", 0, "input", "0", micro_batch=1)
+    assert torch.equal(step.activations[key], batch(2)["x"])
+
+
+def test_the_optimizers_state_is_kept_by_parameter() -> None:
+    ((step,),) = train_recorded(model(), [[[batch(1)]]], replace(OPTIONS, optimizer="adamw"))
+    assert {name for name, _ in step.optimizer_state} == {"exp_avg", "exp_avg_sq"}
+    assert ("exp_avg", "extra") not in step.optimizer_state  # which got no gradient
 
 
 class Rank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from tpcheck.numerics.tensors import (
     copy_parameters,
     map_tensors,
     named_tensors,
+    pickled,
     restore_buffers,
     restore_parameters,
     state_restored,
@@ -42,6 +44,31 @@ def test_tensors_are_mapped_in_a_copy() -> None:
 def test_a_dict_in_which_nothing_changes_is_returned_itself() -> None:
     value = {"a": torch.ones(1), "b": None}
     assert map_tensors(lambda tensor: tensor, value) is value
+
+
+def test_every_kind_of_tensor_is_pickled_with_its_values() -> None:
+    drawn = torch.randn(3, 4)
+    tensors = {
+        **{str(dtype): drawn.to(dtype) for dtype in (torch.float64, torch.bfloat16, torch.int64, torch.bool)},
+        "complex": drawn.to(torch.complex64),
+        "transposed": drawn.t(),
+        "negative": torch.complex(drawn, drawn).conj().imag,
+        "part": drawn[:, 1:3],
+        "one": torch.tensor(2.0),
+        "none": torch.empty(0, 3),
+        "parameter": nn.Parameter(drawn),
+        "trains": drawn.clone().requires_grad_(),
+    }
+    for name, tensor in pickle.loads(pickled(tensors)).items():
+        assert torch.equal(tensor, tensors[name]), name
+        assert (type(tensor), tensor.dtype, tensor.requires_grad) == (
+            type(tensors[name]), tensors[name].dtype, tensors[name].requires_grad
+        )  # fmt: skip
+
+
+def test_unpickled_tensors_can_be_written() -> None:
+    (tensor,) = pickle.loads(pickled([torch.ones(2)]))
+    assert tensor.add_(1).tolist() == [2, 2]
 
 
 class Counting(nn.Module):

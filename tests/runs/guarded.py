@@ -66,7 +66,7 @@ def train(rank: Rank, training: Any, options: Mapping[str, Any], *, calls_back: 
         try:
             made.train()
         except tpcheck.Mismatch as mismatch:
-            result.findings, result.text = list(mismatch.report.findings), str(mismatch)
+            result.findings, result.text = list(mismatch.report.findings), mismatch.report.to_text()
         except tpcheck.RankFailure as failure:
             result.failure = str(failure)
     result.warned = [str(warning.message) for warning in caught if "replicas_agree" in str(warning.message)]
@@ -223,3 +223,57 @@ def die_in_a_loop(every: int, victim: int) -> None:
     except tpcheck.RankFailure as failure:
         write("END", failure.first, failure)
         os._exit(0)
+
+
+class RootMeanSquareNorm(torch.nn.Module):
+    """A norm that no backend knows, with a weight of ones."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(width, dtype=torch.float64))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+
+
+class Scale(torch.nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(width, dtype=torch.float64))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.weight * hidden
+
+
+class PartialGradientOfACustomNorm(PartialGradientOfANorm):
+    """No norm's gradient is summed over the ranks, which have other positions."""
+
+    def build(self) -> Any:
+        model = super().build()
+        for block in model.blocks:
+            block.norm = RootMeanSquareNorm(block.norm.weight.numel())
+        return model
+
+
+class NudgesACustomScale(Counted):
+    """A vector of ones on a replicated activation, which one rank moves after its first step."""
+
+    def build(self) -> Any:
+        model = super().build()
+        model.blocks[1].norm = torch.nn.Sequential(model.blocks[1].norm, Scale(model.blocks[1].norm.weight.numel()))
+        return model
+
+    def after_step(self, step: int) -> None:
+        if step == 0 and self.is_at_fault:
+            with torch.no_grad():
+                self.parameters()["blocks.1.norm.1.weight"][0] += 1e-9
+
+
+class ScalesShards(Counted):
+    """A vector of ones on each rank's columns: its shards begin with equal bits, and part."""
+
+    def build(self) -> Any:
+        model = super().build()
+        for block in model.blocks:
+            block.up = torch.nn.Sequential(block.up, Scale(block.up.weight.shape[0]))
+        return model

@@ -25,11 +25,14 @@ from tests.runs.hand_made import (
     run,
     wholes,
 )
+from tpcheck.core.causes import Cause
 from tpcheck.core.findings import Finding
+from tpcheck.core.name_maps import NameMap
+from tpcheck.numerics.sketch import sketch
 from tpcheck.report.report import Report
 from tpcheck.runs.alignment import Run
 from tpcheck.runs.comparing import compare_runs
-from tpcheck.runs.names import NameMap
+from tpcheck.runs.state_causes import stale_or_lost
 from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
 
 NORM, UP, DOWN = "layers.0.norm.weight", "layers.0.up.weight", "layers.0.down.weight"
@@ -275,6 +278,15 @@ def test_a_gradient_times_a_constant_is_scaled() -> None:
     assert (finding.cause, finding.evidence["factors"]) == ("gradient_scaled", [1.7])
 
 
+@pytest.mark.parametrize(("name", "rank"), [(NORM, 1), (UP, 1), (DOWN, 0)], ids=["replica", "column", "row"])
+@pytest.mark.parametrize("factor", [2.0, 0.5, 3.0])
+def test_a_gradient_that_is_scaled_on_one_rank_alone_was_not_reduced_too_often(
+    name: str, rank: int, factor: float
+) -> None:
+    finding = the_finding(compared(run(tp=2, edit=edit("gradient", name, times(factor), rank=rank))))
+    assert (finding.cause, finding.where["ranks"]) == ("gradient_scaled", [rank])
+
+
 def test_a_gradient_that_is_wrong_on_one_rank_names_it() -> None:
     finding = the_finding(compared(run(tp=2, edit=edit("gradient", UP, plus(0.1), rank=1))))
     assert (finding.cause, finding.where["ranks"]) == (None, [1])
@@ -351,6 +363,39 @@ def test_the_gradient_of_labels_alone_is_that_of_a_sum_without_backward() -> Non
     finding = the_finding(compared(run(tp=2, edit=of_cross_entropy(is_lost=True)), expected))
     assert finding.cause == "collective_without_backward"
     assert finding.evidence["labels"] == BATCH * LENGTH
+
+
+@pytest.mark.parametrize("is_cut_inside", [True, False])
+def test_own_terms_beside_a_residual_are_those_of_a_sum_without_backward(is_cut_inside: bool) -> None:
+    """The block adds a branch to what it is given: what `down` gets is the block's gradient and the branch's."""
+    name = "layers.0.down"
+
+    def terms(place: Place, local: torch.Tensor) -> torch.Tensor:
+        if (place.kind, place.name) != ("output_gradient", name):
+            return local
+        residual = wholes(place.step)["output_gradient", "layers.0"]
+        branch = local - residual
+        term = torch.randn(local.shape, generator=torch.Generator().manual_seed(3), dtype=local.dtype)
+        return residual + (term if place.tp_rank == 0 else branch - term)
+
+    rename = {"layers.0.up.weight": "layers.0.weight"} if is_cut_inside else {}
+    names = {"rename": lambda name: rename.get(name, name)}
+    finding = the_finding(compared(run(tp=2, edit=terms, **names), run(rounding=1.0, seed=5, **names)))
+    assert finding.where["module"] == name
+    assert finding.cause == ("collective_without_backward" if is_cut_inside else "missing_reduce")
+    assert finding.evidence["beside_gradient_of"] == "layers.0"
+
+
+def test_gradients_that_end_at_a_sum_are_those_of_a_sum_without_backward() -> None:
+    def ended(place: Place, local: torch.Tensor) -> torch.Tensor | None:
+        is_behind = place.kind == "gradient" and place.name in (UP, DOWN)
+        return None if is_behind else local
+
+    finding = the_finding(compared(run(tp=2, edit=ended)))
+    assert (finding.cause, finding.where["parameter"]) == ("collective_without_backward", DOWN)
+    assert finding.evidence["also"] == [UP]
+    one_rank = edit("gradient", DOWN, lambda place, local: None, rank=1)
+    assert the_finding(compared(run(tp=2, edit=one_rank))).cause == "gradient_missing"
 
 
 def test_terms_are_found_where_one_replica_alone_holds_a_gradient() -> None:
@@ -551,8 +596,76 @@ def test_a_replica_that_drifts_is_named_with_its_weight() -> None:
     report = compared(run(tp=2, edit=edit("weight", NORM, plus(0.01), rank=1)))
     assert [(finding.check, finding.cause) for finding in report.findings] == [
         ("updates_match_reference", "replica_drift"),
-        ("replicas_agree", "replica_drift"),
+        ("replicas_agree", None),
     ]
+    assert report.findings[1].evidence["follows_from"] == "updates_match_reference"
+
+
+def test_replicas_that_drift_beside_a_finding_are_named_alone() -> None:
+    drift = edit("state", NORM, times(1 + 1e-15), rank=1)  # bits, and no more than rounding
+    wrong = edit("gradient", UP, plus(0.1))
+    moments = {"moments": True}
+    report = compared(run(tp=2, edit=both(wrong, drift), **moments), run(rounding=1.0, seed=5, **moments))
+    last = report.findings[-1]
+    assert (last.check, last.cause, last.where["parameter"]) == ("replicas_agree", "replica_drift", NORM)
+
+
+def test_what_follows_names_each_parameter_once_and_advises_nothing() -> None:
+    def drift(place: Place, local: torch.Tensor) -> torch.Tensor:
+        is_meant = place.kind in ("weight", "state", "master") and place.step == 0 and place.rank == 1
+        return local + 0.01 if is_meant and "norm" not in place.name else local
+
+    options = {"moments": True, "masters": True, "dp": 2}
+    report = compared(run(edit=drift, **options), run(rounding=1.0, seed=5, **options))
+    for finding in report.findings:
+        also = [entry if isinstance(entry, str) else entry["name"] for entry in finding.evidence.get("also", ())]
+        assert len({*also}) == len(also)
+    wrong = both(edit("output", "layers.0.down", plus(0.1)), edit("gradient", UP, plus(0.1)))
+    report = compared(run(tp=2, edit=wrong))
+    assert len(report.findings) > 1
+    assert ['tensors="full"' in str(finding.evidence.get("note")) for finding in report.findings] == [
+        number == 0 for number in range(len(report.findings))
+    ]
+
+
+def test_a_norm_that_nothing_reports_is_one_line() -> None:
+    lines = compared(run(tp=2, steps=2)).verdict.coverage.not_compared
+    assert [name for name in lines if "norm" in name.partition(":")[0]] == [
+        "gradient_norm_matches_reference: gradient norm"
+    ]
+
+
+def fused_by_blocks(place: Place, local: torch.Tensor) -> torch.Tensor:
+    """Return each rank's part of a layer whose two halves are cut one by one."""
+    if "up" not in place.name or place.kind == "state":
+        return local
+    dim = -1 if "output" in place.kind else 0
+    whole = place.whole
+    return torch.cat([half.chunk(2, dim)[place.tp_rank] for half in whole.chunk(2, dim)], dim)
+
+
+def test_weights_cut_block_by_block_are_no_mistake_where_outputs_are_right() -> None:
+    report = compared(run(tp=2, layouts=False, edit=fused_by_blocks))
+    require_passed(report)
+    assert any("a fused layer" in reason for reason in report.verdict.coverage.not_compared.values())
+
+
+def test_weights_in_another_order_are_a_mistake_where_the_output_of_their_module_is_wrong() -> None:
+    wrong = both(fused_by_blocks, edit("output", "layers.0.up", plus(0.1)))
+    first = compared(run(tp=2, layouts=False, edit=wrong)).findings[0]
+    assert (first.check, first.where["parameter"]) == ("weights_match_reference", UP)
+    later = both(fused_by_blocks, edit("output", "layers.0", plus(0.1)))
+    finding = the_finding(compared(run(tp=2, layouts=False, edit=later)))
+    assert finding.where["module"] == "layers.0"
+
+
+def test_what_a_run_could_not_record_is_in_the_coverage() -> None:
+    reason = "its passes cannot be repeated"
+    traces = tuple(replace(rank, not_recorded={"replays": reason, "state of x": "gone"}) for rank in run(tp=2))
+    not_compared = compared(traces).verdict.coverage.not_compared
+    assert not_compared["state of x of actual"] == "gone"
+    assert "replays of actual" not in not_compared  # the other run has some
+    assert compared(traces, traces).verdict.coverage.not_compared["replays of actual"] == reason
 
 
 def test_moments_of_another_rank_are_named_before_the_step() -> None:
@@ -561,6 +674,41 @@ def test_moments_of_another_rank_are_named_before_the_step() -> None:
     finding = the_finding(compared(run(tp=2, edit=repeated, **moments), run(rounding=1.0, **moments)))
     assert (finding.check, finding.cause) == ("optimizer_state_matches_reference", "optimizer_state_of_another_rank")
     assert (finding.where["parameter"], finding.where["ranks"]) == (UP, [1])
+
+
+def test_moments_of_another_rank_are_named_after_a_step_in_the_middle() -> None:
+    repeated = edit("state", UP, lambda place, local: place.whole.chunk(2, 0)[0], step=1)
+    finding = the_finding(compared(run(tp=2, edit=repeated, moments=True), run(rounding=1.0, moments=True)))
+    assert (finding.check, finding.cause) == ("optimizer_state_matches_reference", "optimizer_state_of_another_rank")
+    assert (finding.where["parameter"], finding.where["step"]) == (UP, 1)
+
+
+def test_moments_of_the_step_before_are_stale_and_zeros_are_named() -> None:
+    before: dict[tuple[int, str], torch.Tensor] = {}
+
+    def stale(place: Place, local: torch.Tensor) -> torch.Tensor:
+        if (place.kind, place.name) != ("state", UP):
+            return local
+        return (
+            local if place.step == 0 and before.setdefault((place.rank, UP), local) is local else before[place.rank, UP]
+        )
+
+    for change, cause in ((stale, "stale_weight"), (edit("state", UP, times(0.0), step=1), "all_zero")):
+        finding = the_finding(compared(run(tp=2, edit=change, moments=True), run(rounding=1.0, moments=True)))
+        assert (finding.check, finding.cause) == ("optimizer_state_matches_reference", cause)
+        assert (finding.where["parameter"], finding.where["step"]) == (UP, 1)
+
+
+def test_a_moment_that_was_zero_before_its_step_is_worked_out_from_the_decay() -> None:
+    torch.manual_seed(0)
+    before, gradient = (torch.randn(32, 32, dtype=torch.float64) for _ in range(2))
+    after = 0.9 * before + 0.1 * gradient
+    sketches = [sketch(tensor) for tensor in (0.1 * gradient, after, before)]
+    found = stale_or_lost("exp_avg", *sketches, (0.9, 0.999))
+    assert found is not None
+    assert found.cause is Cause.OPTIMIZER_STATE_LOST
+    assert stale_or_lost("exp_avg", *sketches, (0.5, 0.999)) is None
+    assert stale_or_lost("exp_avg", sketch(after + 0.1), *sketches[1:], (0.9,)) is None
 
 
 def test_masters_that_are_not_the_weights_are_stale() -> None:
@@ -670,6 +818,24 @@ def test_a_module_in_low_precision_is_judged_by_what_it_adds() -> None:
     finding = the_finding(compared(run(tp=2, rounding=1.0, seed=9, edit=off, **options), expected))
     assert finding.where["module"] == "layers.0.down"
     assert finding.margin > 1
+
+
+def test_tokens_that_rounding_sends_to_other_experts_are_no_mistake_where_what_follows_is_right() -> None:
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "noise_of_replays": 0.005, "steps": 1}
+
+    def rerouted(place: Place, local: torch.Tensor) -> torch.Tensor:
+        if (place.kind, place.name) == ("output", "layers.0.down"):
+            return local + 2.0 * (torch.arange(BATCH * LENGTH) == 5).reshape(BATCH, LENGTH, 1).to(local.dtype)
+        return local + 0.1 if (place.kind, place.name) == ("gradient", DOWN) else local
+
+    report = compared(run(tp=2, edit=rerouted, **options), run(**options))
+    require_passed(report)
+    told = [name for name, why in report.verdict.coverage.not_compared.items() if "other experts" in why]
+    assert [name.rpartition(": ")[2] for name in told] == ["output of layers.0.down 0"[:-2], f"gradient of {DOWN}"]
+    followed = both(rerouted, edit("output", "layers.0", plus(0.1)))
+    assert the_finding(compared(run(tp=2, edit=followed, **options), run(**options))).where["module"] == "layers.0.down"
+    exact = {**options, "dtype": torch.float32}
+    assert the_finding(compared(run(tp=2, edit=rerouted, **exact), run(**exact))).where["module"] == "layers.0.down"
 
 
 def test_a_step_that_rounds_to_nothing_in_low_precision_is_not_stale() -> None:

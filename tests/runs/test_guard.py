@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,22 @@ def test_a_gradient_that_is_never_reduced_is_found_after_the_first_step(pair: Wo
     assert {entry["name"].split()[0] for entry in result[0].evidence["also"]} == {NORM}
 
 
+@pytest.mark.parametrize(
+    ("training", "parameter"),
+    [
+        (guarded.PartialGradientOfACustomNorm, "blocks.0.norm.weight"),
+        (guarded.NudgesACustomScale, "blocks.1.norm.1.weight"),
+    ],
+    ids=["a norm on each rank's positions", "a scale of what all ranks have"],
+)
+def test_ones_that_part_at_the_first_step_are_found_where_no_backend_knows_them(
+    pair: World, training: Any, parameter: str
+) -> None:
+    result = same_on_all(pair.run(train, training, {}, every=100))
+    assert (result.calls, result[0].where["parameter"], result[0].where["step"]) == (1, parameter, 1)
+    assert result[0].cause == "replica_drift"
+
+
 def test_a_warning_comes_once_for_each_tensor(pair: World) -> None:
     result = same_on_all(pair.run(train, guarded.RaisesTheRate, {"steps": 9}, on_mismatch="warn"))
     assert result.calls == 9
@@ -151,11 +168,20 @@ def test_a_callable_gets_every_report(pair: World) -> None:
         (Counted, {}),
         (Counted, {"accumulate": 3}),
         (guarded.ZeroBiases, {}),
+        (guarded.ScalesShards, {}),
         (by_hand.Evaluated, {"steps": 4, "accumulate": 2}),
         (by_hand.WithGradScalerAndOverflow, {"steps": 5}),
         (by_hand.Autocast, {"steps": 3}),
     ],
-    ids=["plain", "accumulation", "biases of zeros", "evaluation", "a scaler that skips a step", "autocast"],
+    ids=[
+        "plain",
+        "accumulation",
+        "biases of zeros",
+        "ones on shards",
+        "evaluation",
+        "a scaler that skips a step",
+        "autocast",
+    ],
 )
 def test_a_right_loop_over_tp_is_not_disturbed(pair: World, training: Any, options: dict[str, Any]) -> None:
     for result in pair.run(train, training, {"accumulate": 1, **options}):
@@ -273,6 +299,32 @@ def test_a_gradient_that_is_not_finite_is_named_on_one_process() -> None:
         optimizer.step()
         with pytest.raises(tpcheck.Mismatch, match=r"gradients_are_finite  weight[^*]+infinite or NaN"):
             model(inputs)
+
+
+def test_a_log_that_raises_is_said_once_and_the_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    calls = []
+
+    def log(numbers: Any) -> None:
+        calls.append(numbers["step"])
+        raise ConnectionError("the tracker is gone")
+
+    def train(steps: int) -> None:
+        with tpcheck.guard(model, every=1, log=log):
+            for _ in range(steps):
+                model(torch.ones(1, 2)).sum().backward()
+                optimizer.step()
+
+    with pytest.warns(
+        RuntimeWarning, match="log= .* raised ConnectionError: the tracker is gone. The guard goes on"
+    ) as said:
+        train(3)
+    assert (calls, len(said)) == ([0, 1, 2], 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(2)
+    assert "the tracker is gone" in caplog.text
 
 
 def test_nothing_is_left_of_a_guard_that_was_removed() -> None:

@@ -433,3 +433,101 @@ def test_a_model_that_no_library_shards_needs_a_topology(tmp_path: Path) -> None
 
 def record_without_topology(rank: Rank, path: str) -> None:
     tpcheck.record(model(), path)
+
+
+# ---- replays that are not the recorded pass
+
+
+class Counts(nn.Module):
+    """Returns what it is given, times a number that grows with each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return hidden * (1 + 1e-3 * self.calls)
+
+
+class KeepsAnAverage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.average += hidden.detach().abs().mean()
+        return hidden + self.average
+
+
+class OwnNoise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + 1e-6 * torch.rand(hidden.shape, generator=self.generator, dtype=hidden.dtype)
+
+
+class AddsInAnyOrder(nn.Module):
+    """Sums in another order in each call, as atomics do on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        parts = [hidden * 0.1, hidden * 0.7, hidden * 0.3]
+        parts = parts[self.calls % 3 :] + parts[: self.calls % 3]
+        return (parts[0] + parts[1]) + parts[2]
+
+
+OTHER_PASSES = "replays that are not the recorded pass"
+
+
+@pytest.mark.parametrize("module", [Counts, KeepsAnAverage, OwnNoise])
+def test_a_replay_that_is_not_the_recorded_pass_measures_nothing_and_says_so(module: Any, recorded: Any) -> None:
+    trained = model()
+    trained.blocks[1].norm = nn.Sequential(trained.blocks[1].norm, module())
+    trace = recorded(trained, replays=2)
+    assert list(trace.not_recorded) == [OTHER_PASSES]
+    assert trace.not_recorded[OTHER_PASSES].startswith("output of blocks.1.norm.1: a replay with the same arguments")
+    assert "in 2 steps, the first of which is 0" in trace.not_recorded[OTHER_PASSES]
+    assert {reading.deviation for step in trace.steps for each in step.tensors for reading in each.readings} == {None}
+
+
+def test_a_tensor_of_a_closure_that_changes_after_the_call_is_noticed(recorded: Any) -> None:
+    trained = model()
+    scale = torch.ones((), dtype=torch.float64)
+    trained.blocks[0].norm.register_forward_hook(lambda module, args, output: output * scale)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+
+    def loop(trained: nn.Module) -> None:
+        for step in range(3):
+            trained(tokens(step)).square().mean().backward()
+            scale.mul_(1.5 if step == 1 else 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    trace = recorded(trained, loop=loop, replays=1, optimizer=optimizer)
+    assert "output of blocks.0" in trace.not_recorded[OTHER_PASSES]
+    assert trace.not_recorded[OTHER_PASSES].endswith("in step 1")
+    measured = [step.tensors[0].readings[0].deviation is not None for step in trace.steps]
+    assert measured == [True, False, True]
+
+
+def test_sums_in_any_order_are_named_nondeterminism_and_are_part_of_what_is_measured(recorded: Any) -> None:
+    trained = model()
+    trained.blocks[1].norm = nn.Sequential(trained.blocks[1].norm, AddsInAnyOrder())
+    trace = recorded(trained, replays=2)
+    assert list(trace.not_recorded) == ["bits that repeat"]
+    assert "output of blocks.1.norm.1 is not deterministic" in trace.not_recorded["bits that repeat"]
+    assert all(deviation(each) > 0 for each in tensors(trace.steps[0], "gradient").values())
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpointing": True}, {"checkpointing": False}, {"dropout": 0.3}])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_replay_of_a_right_loop_is_the_recorded_pass(options: dict[str, Any], recorded: Any) -> None:
+    trace = recorded(model(**options), loop=lambda trained: train(trained, accumulate=2), replays=1)
+    assert trace.not_recorded == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -59,6 +60,13 @@ def test_each_set_of_ranks_that_share_items_has_one_digest() -> None:
     joined = [shared.joined_digests(held) for held in (own, {1: b"a", 2: b"X"}, {1: b"a", 3: b"c"}, {1: b"a"})]
     assert {len(each) for each in joined} == {48}
     assert shared.differing(joined) == {(0, 1)}
+
+
+def test_equal_elements_are_replicas_where_their_module_returned_the_same_on_all_ranks() -> None:
+    ones = Vote(b"ones", is_constant=True, is_whole=False)
+    outputs = {"same": ("a", "a"), "other": ("a", "b"), "unknown": ("", ""), "on one rank": ("a", "")}
+    votes = [{name: replace(ones, output=said[rank]) for name, said in outputs.items()} for rank in range(2)]
+    assert decide_replicas(votes) == {"same": True, "other": None, "unknown": None, "on one rank": None}
 
 
 def test_a_partition_that_no_other_rank_holds_is_not_compared() -> None:

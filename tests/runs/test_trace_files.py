@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.topology import Topology
+from tpcheck.numerics.optimizer_view import ParameterGroup
 from tpcheck.numerics.sketch import GlobalIndex, distance, sketch
-from tpcheck.runs.trace import Leaf, ParameterGroup, PassRecord, RankTrace, Reading, StepRecord, TensorRecord
+from tpcheck.runs.trace import Leaf, PassRecord, RankTrace, Reading, StepRecord, TensorRecord
 from tpcheck.runs.trace_files import LONGEST_LINE, TraceWriter, new_run_id, numbers_of, read_trace, require_writable
 
 RUN = "a" * 32
@@ -169,6 +170,23 @@ def test_steps_are_read_one_by_one(tmp_path):
         steps[3]
     with pytest.raises(IndexError):
         steps[9]
+
+
+def write_steps(path: Path, steps: list[StepRecord]) -> RankTrace:
+    writer = TraceWriter(path, header(), run_id=RUN)
+    for each in steps:
+        writer.write_step(each)
+    writer.close(num_steps=len(steps))
+    return read_trace(path)[0]
+
+
+def test_a_step_that_is_there_twice_is_refused_in_a_sentence(tmp_path):
+    skipped = dataclasses.replace(step(1), has_update=False)  # then the optimizer's step of that number
+    assert numbers_of(write_steps(tmp_path / "right", [step(0), skipped, step(1)]).steps) == (0, 1, 1)
+    for name, numbers, line in (("twice", [0, 1, 1], 4), ("back", [1, 0], 3)):
+        trace = write_steps(tmp_path / name, [step(number) for number in numbers])
+        with pytest.raises(TpcheckError, match=rf"line {line}: it is step .* a rank takes each step once"):
+            numbers_of(trace.steps)
 
 
 def test_numbers_of_steps_are_known_without_reading_them(tmp_path):
@@ -339,7 +357,7 @@ def tampered(*path: object, value: object):
 
 TENSOR = (1, "step", "tensors", 0)
 TAMPERED = {
-    "format": (tampered(0, "format", value=1), "line 1: it is of format '1', not 2: record again with this version"),
+    "format": (tampered(0, "format", value=1), "line 1: it is of format '1', not 3: record again with this version"),
     "no format": (tampered(0, value={"run": "x"}), "line 1: it is of format"),
     "run": (tampered(0, "run", value="../x"), "line 1: it has no identifier"),
     "rank": (tampered(0, "trace", "rank", value=3), "line 1: it is of rank 3"),
@@ -544,7 +562,7 @@ def test_a_header_that_lies_about_its_tensors_is_refused(tmp_path):
     for lie in lies:
         text = json.dumps(lie).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-        with pytest.raises(TpcheckError, match=r"step_00000000\.safetensors is damaged: it"):
+        with pytest.raises(TpcheckError, match=r"step_00000000\.safetensors: it"):
             read_all(tmp_path)
     path.write_bytes((1 << 63).to_bytes(8, "little") + data[8:])
     with pytest.raises(TpcheckError, match="has a header of 9223372036854775808 bytes"):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import pytest
 
-from tests.texts.texts import GOLDEN, texts
+from tests.texts import texts as collector
+from tests.texts.texts import GOLDEN
+
+texts = cache(collector.texts)  # reads the whole source
 
 # Words of this project alone, and what to say instead.
 PRIVATE = {

@@ -81,11 +81,11 @@ def survivors(pids: list[int], *, within_s: float = 5) -> list[str]:
     return [_description(pid) for pid in running]
 
 
-def test_60_worlds_leave_nothing(world_tmp: Path) -> None:
+def test_20_worlds_leave_nothing(world_tmp: Path) -> None:
     with spawn(Topology(tp=2)) as world:
         world.run(bodies.all_reduce)  # starts the forkserver, which keeps running
     before = leftovers(world_tmp)
-    for number in range(60):
+    for number in range(20):
         with spawn(Topology(tp=2)) as world:
             if number % 5 == 4:
                 with pytest.raises(RankFailure):

@@ -153,6 +153,13 @@ def test_also_is_imported_before_ranks_are_forked() -> None:
         assert world.run(has, "xml.sax.expatreader") == (True,)
 
 
+def test_ranks_have_what_the_controller_has_imported_of_this_package() -> None:
+    import tpcheck.lab.known
+
+    with spawn(Topology(tp=1)) as world:
+        assert world.run(lambda rank, name: name in sys.modules, tpcheck.lab.known.__name__) == (True,)
+
+
 @pytest.mark.parametrize("preload", [None, ("torch",)], ids=["preloaded", "imported by the rank"])
 def test_deepspeed_has_no_shared_memory_all_reduce(preload: tuple[str, ...] | None) -> None:
     pytest.importorskip("deepspeed")

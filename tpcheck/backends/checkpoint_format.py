@@ -91,6 +91,48 @@ class RenamedWhenSaved(Protocol):
         """Return the model as its library saves it, or None where that is the same."""
 
 
+@runtime_checkable
+class MergesAdapters(Protocol):
+    """A live model that may hold adapters beside its base weights."""
+
+    def merged(self) -> Checkpoint | None:
+        """Return the base model with its active adapters merged into copies of its weights; None where it cannot be."""
+
+
+Value = bool | int | float | str | None
+
+STEP = " step"
+"""What the names of step counts, of single parameters or of groups of them, end with in `TrainingStates.values`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingStates:
+    """What a run saved beside the model's weights, to go on from there.
+
+    Attributes:
+        tensors: The optimizer's tensors, named `PARAMETER KIND` (`model.norm.weight exp_avg`), each whole; generators
+            and other tensors, named by where they are in the files.
+        values: Numbers and texts by name: learning rates, step counts, the scheduler's fields, digests of objects.
+        partial: Names of tensors of which the files hold one rank's shard alone, with the shape of the whole.
+    """
+
+    tensors: Checkpoint
+    values: Mapping[str, Value]
+    partial: Mapping[str, tuple[int, ...]]
+
+
+@runtime_checkable
+class HoldsTrainingStates(Protocol):
+    """A checkpoint that may hold the states of the optimizer, the scheduler and the generators, too."""
+
+    def training_states(self) -> TrainingStates | None:
+        """Return them, or None where there are none; the tensors are closed with the checkpoint.
+
+        Raises:
+            CheckpointError: Their files are damaged, hostile or incomplete, in one sentence.
+        """
+
+
 class CheckpointFormat(Protocol):
     """Opens checkpoints of one format."""
 

@@ -86,8 +86,8 @@ class CustomBackend:
             whose parameters have the same names.
         layout: Placements by pattern of parameter names, or a function (name, shape) -> placement. A parameter that
             matches no pattern is replicated; parameters that are DTensors need none.
-        reduce_gradients: Called after each backward pass with the model and the rank. Without it, gradients that no
-            DTensor reduces are averaged over the DP group.
+        reduce_gradients: Called after the last backward pass of a step with the model and the rank. Without it,
+            gradients that no DTensor reduces are averaged over the DP group.
         clip_gradients: Called before each step with (parameters, largest norm); returns the norm, which is verified.
             Without it neither side clips.
         ways_to_save: Functions (model, folder) that save the model, by name; collective over the world.
@@ -125,16 +125,22 @@ class CustomBackend:
             raise UsageError("shard", type(returned).__name__, "a callable that returns a torch.nn.Module, or None")
         sgd = Sgd(list(sharded.parameters()), options, self.clip_gradients)
         candidate = _SavingCandidate if self.ways_to_save else _CustomCandidate
-        return candidate(sharded, rank, sgd, self, shapes)
+        return candidate(sharded, rank, sgd, self, shapes, options.accumulate)
 
 
 class _CustomCandidate(DTensorCandidate):
     """A model whose layouts come from the user's placements, or from its DTensors."""
 
     def __init__(
-        self, module: nn.Module, rank: RankLike, sgd: Sgd, backend: CustomBackend, shapes: Mapping[str, Shape]
+        self,
+        module: nn.Module,
+        rank: RankLike,
+        sgd: Sgd,
+        backend: CustomBackend,
+        shapes: Mapping[str, Shape],
+        accumulate: int,
     ) -> None:
-        super().__init__(module, rank, sgd, reduce_gradients=self._reduce)
+        super().__init__(module, rank, sgd, reduce_gradients=self._reduce, accumulate=accumulate)
         self._backend = backend
         self._shapes = shapes
 

@@ -33,7 +33,7 @@ class RankLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrainingOptions:
-    """How both sides train: SGD with momentum and weight decay, whose step shows a wrong scale of the gradient.
+    """How both sides train: by default SGD with momentum and weight decay, whose step shows a wrong gradient scale.
 
     Attributes:
         dtype: Dtype of the model's weights and arithmetic.
@@ -46,6 +46,7 @@ class TrainingOptions:
         config: The user's configuration of the backend, merged over tpcheck's.
         ignore_plan: Drop the model's tp_plan, so that the backend's heuristics shard it.
         optimizer: A name in torch.optim, a dict with `type` and `params`, or a callable (parameters) -> Optimizer.
+        schedule: Makes the scheduler of the learning rate, whose `step` follows the optimizer's; None for none.
         accumulate: Micro-batches whose gradients a step accumulates.
         loss: `mean` or `token_mean`: how the losses of a step become one.
         attention: Attention of the candidate; None for the model's own.
@@ -67,6 +68,7 @@ class TrainingOptions:
     config: Mapping[str, Any] = field(default_factory=dict)
     ignore_plan: bool = False
     optimizer: str | Mapping[str, Any] | Callable[..., torch.optim.Optimizer] = "sgd"
+    schedule: Callable[[torch.optim.Optimizer], Any] | None = None
     accumulate: int = 1
     loss: str = "mean"
     attention: str | None = None
@@ -107,13 +109,16 @@ class Candidate(Protocol):
         """Return a copy of this rank's TP shard, gathered over DP. Collective over the DP group."""
 
     def gradient(self, name: str) -> torch.Tensor | None:
-        """Return a copy of the gradient of this rank's TP shard, averaged over DP. Collective over the DP group."""
+        """Return a copy of the gradient of this rank's TP shard, averaged over DP and over the micro-batches.
+
+        Collective over the DP group.
+        """
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
         """Run the model on this rank's batch and return its output."""
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Run the backward pass; `gradient` is valid from here to `step`."""
+        """Run the backward pass of a micro-batch; `gradient` is valid from the last one of a step to `step`."""
 
     def step(self) -> None:
         """Clip the gradients and step the optimizer."""
@@ -123,11 +128,53 @@ class Candidate(Protocol):
 
 
 @runtime_checkable
+class HoldsOptimizerState(Protocol):
+    """A candidate that can tell what its optimizer holds."""
+
+    def optimizer_state(self, name: str) -> Mapping[str, torch.Tensor]:
+        """Return copies of the moments, and of the float32 `master`, of this rank's TP shard of a parameter.
+
+        Each has the shape of the shard, gathered over DP. Collective over the DP group.
+        """
+
+
+@runtime_checkable
 class SavesCheckpoints(Protocol):
     """A candidate whose saved checkpoints can be verified."""
 
     def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
         """Return the public ways to save the model, by name. Each writes into an empty folder, collectively."""
+
+
+@dataclass(frozen=True, slots=True)
+class WayToResume:
+    """A public way to save a training and to go on from it.
+
+    Attributes:
+        save: Writes everything into an empty folder. Collective over the world.
+        load: Reads it into a new candidate. Collective over the world.
+        config: Backend configuration that the candidate which loads is made with, merged over that of the run.
+        any_topology: Whether what it wrote can be loaded at other sizes of the axes and at another ZeRO stage.
+    """
+
+    save: Callable[[Path], None]
+    load: Callable[[Path], None]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    any_topology: bool = False
+
+
+@runtime_checkable
+class ResumesTraining(Protocol):
+    """A candidate whose training can be saved and resumed."""
+
+    def ways_to_resume(self) -> Mapping[str, WayToResume]:
+        """Return the public ways to save a training with its optimizer, by name."""
+
+    def trained(self) -> tuple[Any, Any]:
+        """Return the module or engine that is trained, and its optimizer; None for that of an engine."""
+
+    def counters(self) -> Mapping[str, Any]:
+        """Return what the library counts, such as `steps taken`, by name. `steps taken` chooses the next batch."""
 
 
 @runtime_checkable

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
+from tpcheck.core.digests import digest
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
 
@@ -29,16 +32,95 @@ class LiveGroups:
         tp: Global ranks of its TP group, itself included.
         dp: Global ranks of its DP group; itself alone where no DP group is known.
         source: The argument or library that they come from.
+        dp_rank: The expression that gives `dp_rank` under this source.
     """
 
     rank: int
     tp: tuple[int, ...]
     dp: tuple[int, ...]
     source: str
+    dp_rank: str = ""
+
+    @property
+    def library(self) -> str:
+        """The source as a user calls it."""
+        return _LIBRARIES.get(self.source, self.source)
+
+    @property
+    def notice(self) -> str | None:
+        """What a run without TP is told once: what still has a meaning."""
+        if len(self.tp) > 1:
+            return None
+        if len(self.dp) == 1:
+            return "this process has no other rank to compare with (no TP, no DP)"
+        text = f"there is no TP here: ranks {_listed(self.dp)} are data-parallel replicas ({self.library})"
+        assumed = "; where TP is your own, pass group= or topology=tpcheck.Topology(tp=..., dp=...)"
+        return text + (assumed if self.source == NO_LIBRARY else "")
 
     @property
     def topology(self) -> Topology:
         return Topology(tp=len(self.tp), dp=len(self.dp))
+
+
+ALONE = "a process alone"
+NO_LIBRARY = "no library has created a TP group"
+_LIBRARIES = {
+    "the device mesh on the model": "the model's device mesh",
+    "deepspeed.utils.groups": "DeepSpeed",
+    "megatron.core.parallel_state": "Megatron",
+}
+
+
+def _listed(ranks: tuple[int, ...]) -> str:
+    return ", ".join(map(str, ranks)) if len(ranks) <= 8 else f"{ranks[0]}, {ranks[1]}, ..., {ranks[-1]}"
+
+
+def groups_of_batches(*, group: Any = None, topology: Topology | None = None, model: Any = None) -> LiveGroups:
+    """Return the groups whose batches are compared. A run without TP has them, too.
+
+    In a process alone they are this rank; in a world whose libraries know no TP group, all ranks are replicas.
+
+    Args:
+        group, topology, model: As in `live_groups`.
+
+    Raises:
+        UsageError: An argument does not fit, or the launcher has started several ranks and torch.distributed is not
+            initialised.
+    """
+    if _is_alone(group, topology):
+        return LiveGroups(0, (0,), (0,), ALONE, "0")
+    try:
+        return live_groups(group=group, topology=topology, model=model)
+    except UsageError:
+        if group is not None or topology is not None or not dist.is_initialized():
+            raise
+        ddp = _distributed_data_parallel(model)
+        if ddp is not None:
+            return _replicas(dist.get_process_group_ranks(ddp.process_group), "DistributedDataParallel")
+        return _replicas(range(dist.get_world_size()), NO_LIBRARY)
+
+
+def has_tp_library(model: Any) -> bool:
+    """Return whether a library knows the groups of the model; torch.distributed is initialised."""
+    try:
+        live_groups(model=model)
+    except UsageError:
+        return False
+    return True
+
+
+def _replicas(ranks: Iterable[int], source: str) -> LiveGroups:
+    rank = dist.get_rank()
+    return LiveGroups(rank, (rank,), tuple(sorted(ranks)), source, "torch.distributed.get_rank()")
+
+
+def _is_alone(group: Any, topology: Topology | None) -> bool:
+    """Return whether there is one rank; a launcher that has started more says so in WORLD_SIZE."""
+    if group is not None or (topology is not None and topology.world_size > 1):
+        return False
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size() == 1
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def live_groups(*, group: Any = None, topology: Topology | None = None, model: Any = None) -> LiveGroups:
@@ -72,7 +154,7 @@ def live_groups(*, group: Any = None, topology: Topology | None = None, model: A
         if groups is not None:
             tp, dp = groups
             tp = tp or (rank,)
-            return LiveGroups(rank, tp, dp or _dp_group_for(rank, tp), source)
+            return LiveGroups(rank, tp, dp or _dp_group_for(rank, tp), source, _dp_rank(source, model, len(tp)))
     raise UsageError(
         "group",
         None,
@@ -82,33 +164,43 @@ def live_groups(*, group: Any = None, topology: Topology | None = None, model: A
 
 
 def groups_of_run(model: Any, root: nn.Module, topology: Topology | None) -> LiveGroups:
-    """Return the groups of this rank; without any known TP group, the DP group of a DistributedDataParallel.
+    """Return the groups of this rank. Without any known TP group, ranks are replicas where their weights are equal.
 
     Raises:
-        UsageError: The topology does not fit, or there is neither a TP group nor a DistributedDataParallel.
+        UsageError: The topology does not fit; or no library knows a TP group, and weights differ between the ranks.
     """
     if not (dist.is_available() and dist.is_initialized()):
         if topology is not None and topology.world_size > 1:
             raise UsageError("topology", topology, "Topology(), as torch.distributed is not initialised")
-        return LiveGroups(0, (0,), (0,), "a process alone")
+        return LiveGroups(0, (0,), (0,), ALONE)
     if topology is None and dist.get_world_size() == 1:
-        return LiveGroups(dist.get_rank(), (0,), (0,), "a process alone")
+        return LiveGroups(dist.get_rank(), (0,), (0,), ALONE)
     try:
         return live_groups(topology=topology, model=root)
     except UsageError:
         if topology is not None:
             raise
         ddp = _distributed_data_parallel(model)
-        if ddp is None:
-            raise UsageError(
-                "topology",
-                None,
-                "tpcheck.Topology(tp=..., dp=...): no framework has created a TP group, or not yet, and the model is "
-                "no DistributedDataParallel",
-            ) from None
-        rank = dist.get_rank()
-        ranks = tuple(sorted(dist.get_process_group_ranks(ddp.process_group)))
-        return LiveGroups(rank, (rank,), ranks, "DistributedDataParallel")
+        if ddp is not None:
+            return _replicas(dist.get_process_group_ranks(ddp.process_group), "DistributedDataParallel")
+        if _weights_agree(root):
+            return _replicas(range(dist.get_world_size()), NO_LIBRARY)
+        raise UsageError(
+            "topology",
+            None,
+            "tpcheck.Topology(tp=..., dp=...): no framework has created a TP group, or not yet, the model is no "
+            "DistributedDataParallel, and its weights differ between the ranks",
+        ) from None
+
+
+def _weights_agree(root: nn.Module) -> bool:
+    """Return whether all ranks hold the same weights, as replicas do before they train. Collective over all ranks."""
+    weights = {name: parameter.detach() for name, parameter in root.named_parameters()}
+    is_plain = all(type(values) is torch.Tensor and not values.is_meta for values in weights.values())
+    own = {name: digest(values) for name, values in weights.items()} if is_plain else None
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, own)
+    return is_plain and all(of_rank == own for of_rank in by_rank)
 
 
 def _distributed_data_parallel(model: Any) -> Any:
@@ -130,11 +222,14 @@ def _from_arguments(rank: int, group: Any, topology: Topology | None) -> LiveGro
         tp, dp = topology.peers(rank, "tp"), topology.peers(rank, "dp")
         if group is not None and _ranks(group) != tp:
             raise UsageError("group", _ranks(group), f"the TP group of rank {rank} in the topology: {tp}")
-        return LiveGroups(rank, tp, dp, "the arguments group and topology" if group is not None else "topology")
+        source = "the arguments group and topology" if group is not None else "topology"
+        return LiveGroups(rank, tp, dp, source, 'topology.coordinate(torch.distributed.get_rank())["dp"]')
     if not hasattr(group, "get_group") and not isinstance(group, dist.ProcessGroup):
         raise UsageError("group", group, "a torch ProcessGroup that this rank is in, or a DeviceMesh of one dim")
     tp = _ranks(group)
-    return LiveGroups(rank, tp, _dp_group_for(rank, tp), "the argument group")
+    is_innermost = tp == tuple(range(tp[0], tp[0] + len(tp))) and tp[0] % len(tp) == 0
+    dp_rank = f"torch.distributed.get_rank() // {len(tp)}" if is_innermost else ""
+    return LiveGroups(rank, tp, _dp_group_for(rank, tp), "the argument group", dp_rank)
 
 
 def _dp_group_for(rank: int, tp: _Ranks) -> _Ranks:
@@ -194,6 +289,29 @@ _SOURCES: tuple[tuple[str, Callable[[Any], _Groups | None]], ...] = (
     ("accelerate's device mesh", _from_accelerate),
     ("megatron.core.parallel_state", _from_megatron),
 )
+
+
+def _dp_rank(source: str, model: Any, tp: int) -> str:
+    """Return the expression for `dp_rank` where a library has the groups."""
+    if source == "deepspeed.utils.groups":
+        return "deepspeed.utils.groups.get_data_parallel_rank()"
+    if source == "megatron.core.parallel_state":
+        return "megatron.core.parallel_state.get_data_parallel_rank()"
+    if source == "accelerate's device mesh":
+        shared = sys.modules["accelerate.state"].AcceleratorState._shared_state
+        name = "device_mesh" if shared.get("device_mesh") is not None else "ds_device_mesh"
+        mesh, code = shared.get(name), f"AcceleratorState().{name}"
+    else:
+        inner, mesh, code = model, None, "model"
+        while inner is not None and mesh is None:
+            attribute = next((name for name in ("_device_mesh", "device_mesh") if getattr(inner, name, None)), None)
+            mesh = None if attribute is None else getattr(inner, attribute)
+            code = f"model.{attribute}"
+            inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
+    names = [name for name in getattr(mesh, "mesh_dim_names", None) or () if name in DP_DIM_NAMES]
+    if len(names) == 1:
+        return f'{code}["{names[0]}"].get_local_rank()'
+    return "0, as there is one replica" if not names and dist.get_world_size() == tp else ""
 
 
 def _from_mesh(mesh: Any) -> _Groups | None:

@@ -38,6 +38,16 @@ def load_backend(backend: str | Backend) -> Backend:
     return loaded
 
 
+def modules_of(backend: str) -> tuple[str, ...]:
+    """Return the modules that ranks import to load a backend, if it is one of this package.
+
+    Those of others may run tensor operations when they are imported, which must not happen before ranks are forked.
+    """
+    entry = _entries(BACKENDS).get(backend)
+    own = __name__.partition(".")[0]
+    return (entry.module,) if entry is not None and entry.module.partition(".")[0] == own else ()
+
+
 def checkpoint_formats() -> tuple[CheckpointFormat, ...]:
     """Return all installed checkpoint formats, those of the highest precedence first.
 

@@ -1,8 +1,8 @@
-"""SGD on the weights, or on float32 masters of low-precision weights: the reference's, and that of most backends."""
+"""An optimizer of the weights, or of float32 masters of low-precision weights: the reference's, and most backends'."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.backends.local_part import full_tensor
+from tpcheck.backends.optimizer import make_optimizer
 from tpcheck.core.clipping import NO_CLIPPING, Clipping
 
 Parameters = Sequence[torch.Tensor]
@@ -48,7 +49,7 @@ class Sgd:
 
     Args:
         parameters: What it steps; any may be a DTensor, and those that need no gradient are left alone.
-        options: Learning rate, momentum, weight decay and the largest norm.
+        options: The optimizer (SGD by default), its schedule, and the largest norm.
         clip: Clips the gradients of the masters and returns their norm. None: no clipping, and no norm.
     """
 
@@ -60,13 +61,8 @@ class Sgd:
         ]
         self._clip = clip
         self._max_norm = options.max_grad_norm
-        self.optimizer = torch.optim.SGD(
-            self._masters,
-            lr=options.learning_rate,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-            foreach=False,  # its kernels refuse a mixture of DTensors and plain tensors
-        )
+        self.optimizer = make_optimizer(options, self._masters)
+        self._schedule = None if options.schedule is None else options.schedule(self.optimizer)
 
     def step(self) -> float | None:
         """Clip, take one step from the parameters' gradients, clear them, and return the norm before clipping."""
@@ -75,9 +71,30 @@ class Sgd:
                 master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
         norm = None if self._clip is None else float(self._clip(self._masters, self._max_norm))
         self.optimizer.step()
+        if self._schedule is not None:
+            self._schedule.step()
         with torch.no_grad():
             for parameter, master in zip(self._parameters, self._masters, strict=True):
                 parameter.grad = None
                 if master is not parameter:
                     parameter.copy_(master)
         return norm
+
+    def state(self, parameter: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Return what has an element for each of the parameter's: moments, and `master` where there is one."""
+        master = next(
+            (master for known, master in zip(self._parameters, self._masters, strict=True) if known is parameter), None
+        )
+        if master is None:
+            return {}
+        states = {} if master is parameter else {"master": master.detach()}
+        return {**states, **states_like(master, self.optimizer)}
+
+
+def states_like(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return the optimizer's states of a parameter that have its shape: no step counts, no factors of a moment."""
+    return {
+        name: value.detach()
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.dim()
+    }

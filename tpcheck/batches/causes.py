@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tpcheck.batches.records import BatchSummary
+from tpcheck.backends.live_groups import LiveGroups
+from tpcheck.batches.records import BatchSummary, LoaderFacts
+from tpcheck.batches.repeats import Gap, Repeat
 from tpcheck.core.causes import Cause, Explanation, first_explanation
 from tpcheck.core.findings import Finding
 from tpcheck.core.topology import Topology
 
 
-def with_cause(finding: Finding, explanation: Explanation | None, topology: Topology) -> Finding:
-    """Return the finding with a cause, its evidence and its advice; as it is where there is no explanation."""
+def with_cause(finding: Finding, explanation: Explanation | None, groups: LiveGroups | None) -> Finding:
+    """Return the finding with a cause, its evidence and its advice; as it is where there is no explanation.
+
+    Args:
+        finding: Of a check.
+        explanation: Its cause.
+        groups: They say where to get the `dp_rank` that an advice speaks of.
+    """
     if explanation is None:
         return finding
-    advice = explanation.cause.advise(explanation.evidence, topology)
+    advice = explanation.cause.advise(explanation.evidence, Topology() if groups is None else groups.topology)
+    if advice is not None and "dp_rank" in advice and groups is not None and groups.dp_rank:
+        advice = f"{advice} Here dp_rank is {groups.dp_rank}."
     evidence = {**finding.evidence, **explanation.evidence, "advice": advice}
     return replace(finding, cause=explanation.cause.slug, evidence=evidence)
 
 
-def explain_difference(summaries: Sequence[BatchSummary], differing: Sequence[str]) -> Explanation | None:
+def explain_difference(
+    summaries: Sequence[BatchSummary], differing: Sequence[str], ranks: Sequence[int] = ()
+) -> Explanation | None:
     """Return why the batches of a TP group differ, or None where no test holds.
 
     Args:
         summaries: One for each rank.
         differing: Paths of the leaves that differ.
+        ranks: Their global ranks.
     """
-    return first_explanation(_Context(summaries, differing), _TESTS)
+    return first_explanation(_Context(summaries, differing, ranks), _TESTS)
 
 
 def explain_same_samples(summaries: Sequence[BatchSummary]) -> Explanation | None:
@@ -51,12 +64,23 @@ def explain_same_samples(summaries: Sequence[BatchSummary]) -> Explanation | Non
     return Explanation(Cause.DUPLICATE_DP_BATCH, evidence={"same": same} | facts)
 
 
+def explain_once(noticed: Repeat | Gap, loader: LoaderFacts) -> Explanation:
+    """Return why samples came again or were left out: the tests are those of `tpcheck.batches.repeats`."""
+    known = {"sampler": loader.sampler, "dataset": loader.dataset}
+    evidence: dict[str, Any] = {name: value for name, value in known.items() if value and not value.startswith("_")}
+    cause = Cause.SAMPLES_SKIPPED if isinstance(noticed, Gap) else Cause.SAMPLES_REPEATED
+    if isinstance(noticed, Repeat) and noticed.workers:
+        evidence["workers"] = list(noticed.workers)
+    return Explanation(cause, evidence=evidence)
+
+
 @dataclass(frozen=True, slots=True)
 class _Context:
     """What the tests look at; the arguments of `explain_difference`."""
 
     summaries: Sequence[BatchSummary]
     differing: Sequence[str] = ()
+    ranks: Sequence[int] = ()
 
     def fact(self, key: str) -> list[Any]:
         """Return one fact of the loader on each rank, None where it is not known."""
@@ -191,6 +215,37 @@ def _order_differs(context: _Context) -> Explanation | None:
     return None
 
 
+def _read_by_world_rank(context: _Context) -> Explanation | None:
+    """The ranks have no sample in common, and what gives them counts by rank: an attribute, or the method itself."""
+    rows = [set(summary.rows) for summary in context.summaries]
+    if not all(rows) or any(rows[a] & rows[b] for a in range(len(rows)) for b in range(a)):
+        return None
+    evidence = context.loader_facts("dataset", "iterable")
+    for name, count_name in _rank_and_count(context):
+        by_rank = [(summary.loader.numbers or {})[name] for summary in context.summaries]
+        count = (context.summaries[0].loader.numbers or {})[count_name]
+        found = {"attribute": name, "rank": by_rank, "num_replicas": count}
+        return Explanation(Cause.SAMPLER_SHARDED_BY_WORLD_RANK, evidence=evidence | found)
+    if all(context.fact("reads_rank")):
+        return Explanation(Cause.SAMPLER_SHARDED_BY_WORLD_RANK, evidence=evidence | {"reads": "world rank and size"})
+    return None
+
+
+def _rank_and_count(context: _Context) -> Iterator[tuple[str, str]]:
+    """Yield the names of numbers that are the ranks (of the world, or of the TP group), each with that of a count."""
+    numbers = [summary.loader.numbers or {} for summary in context.summaries]
+    for name in numbers[0]:
+        values = [of_rank.get(name) for of_rank in numbers]
+        if values not in ([*context.ranks], [*range(len(numbers))]) or "seed" in name:
+            continue
+        owner = name.rpartition(".")[0]
+        for other in numbers[0]:
+            count = numbers[0][other]
+            same = all(of_rank.get(other) == count for of_rank in numbers)
+            if same and other.rpartition(".")[0] == owner and count > max(filter(None, values), default=0):
+                yield name, other
+
+
 # The first test that holds names the cause: where ranks read other samples, what is drawn from them differs, too.
 _TESTS: tuple[Callable[[_Context], Explanation | None], ...] = (
     _sharded_by_world_rank,
@@ -199,6 +254,7 @@ _TESTS: tuple[Callable[[_Context], Explanation | None], ...] = (
     _padding_differs,
     _generators_differ,
     _order_differs,
+    _read_by_world_rank,
 )
 
 

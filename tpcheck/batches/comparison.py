@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tpcheck.batches.records import BatchSummary, Leaf
+from tpcheck.batches.repeats import Gap, Repeat
 from tpcheck.core.findings import Finding
 
 Aspect = Literal["structure", "type", "dtype", "shape", "device", "bits"]
@@ -85,13 +86,13 @@ def deviating_ranks(values: Mapping[int, Hashable]) -> tuple[tuple[int, ...], in
     return deviating, min(rank for rank in values if rank not in deviating)
 
 
-def same_samples(rows: Mapping[int, Sequence[str]]) -> tuple[SameSamples, ...]:
+def same_samples(rows: Mapping[int, Sequence[int]]) -> tuple[SameSamples, ...]:
     """Return the sets of replicas whose batches have exactly the same samples, in any order.
 
     Args:
         rows: Digest of each sample, by number of the replica.
     """
-    by_samples: dict[tuple[str, ...], list[int]] = {}
+    by_samples: dict[tuple[int, ...], list[int]] = {}
     for replica, digests in rows.items():
         if digests:
             by_samples.setdefault(tuple(sorted(digests)), []).append(replica)
@@ -187,6 +188,20 @@ def batches_differ_across_dp(
             "also": [{"replicas": list(each.replicas)} for each in same if each is not largest],
         },
     )
+
+
+def samples_come_once(noticed: Repeat | Gap, *, ranks: Sequence[int]) -> Finding:
+    """Return which batch has samples that its rank had in this epoch, or comes behind samples that were left out."""
+    where = {"step": noticed.step, "field": "samples", "ranks": list(ranks)}
+    if isinstance(noticed, Gap):
+        evidence: dict[str, Any] = {
+            "batches_left_out": noticed.num_batches,
+            "first_index": noticed.first_index,
+            "expected_index": noticed.expected_index,
+        }
+        return Finding("samples_come_once", where, float(noticed.num_batches), 0.0, evidence=evidence)
+    evidence = {"repeats_step": noticed.of_step, "equal": noticed.read}
+    return Finding("samples_come_once", where, float(noticed.num_samples), 0.0, evidence=evidence)
 
 
 def uneven_batches(

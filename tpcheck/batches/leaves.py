@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -19,8 +19,9 @@ import torch
 import xxhash
 
 from tpcheck.batches.records import Leaf, LeafKind
-from tpcheck.core.digests import start_digests
+from tpcheck.core.digests import FACTORS, mix, start_digests, start_row_digests
 
+_MAX_LOOPED_SAMPLES = 256  # 0.6 us each
 _MAX_DEPTH = 32  # levels of nesting; a batch that contains itself ends here
 # Types whose `repr` identifies a value, and is the same in every process.
 _IDENTIFIED_BY_REPR = (
@@ -64,6 +65,21 @@ def as_tensor(leaf: LeafContent) -> torch.Tensor | None:
         return torch.from_numpy(leaf.tensor.numpy().view(leaf.dtype).reshape(leaf.shape))
     except TypeError:  # text, structured and other dtypes that torch does not have
         return None
+
+
+def num_samples(leaves: Sequence[LeafContent]) -> int:
+    """Return how many rows the largest leaf has, a row for each sample; 0 where there is none."""
+    sizes = [(leaf.tensor.nbytes, leaf.shape[0]) for leaf in leaves if leaf.tensor is not None and _has_rows(leaf)]
+    return max(sizes, key=lambda size: size[0])[1] if sizes else 0
+
+
+def has_a_row_for_each(leaf: LeafContent, num_samples: int) -> bool:
+    """Return whether the leaf is a tensor or an array with one row for each of so many samples."""
+    return bool(num_samples) and _has_rows(leaf) and leaf.shape[0] == num_samples
+
+
+def _has_rows(leaf: LeafContent) -> bool:
+    return leaf.tensor is not None and bool(leaf.shape) and leaf.tensor.numel() > 0 and not leaf.tensor.is_meta
 
 
 def _leaves(value: Any, path: str, depth: int) -> Iterator[LeafContent]:
@@ -171,8 +187,11 @@ class DigestedBatch:
     A cache of the structure of the batch before saved 10 of 26 us for 4 tensors (130 of 190 us for 45 leaves in nested
     dicts, caches cold): 0.01 to 0.13 % of a step of 100 ms, for 90 lines.
 
+    Tensors with a row for each sample are digested row by row, in the same pass over their memory.
+
     Attributes:
         contents: Every leaf with its content, in the order of the structure.
+        num_samples: How many samples there are; 0 where no leaf has rows.
 
     Example:
         >>> batch = DigestedBatch({"ids": torch.zeros(2, 3), "text": ["a"]})
@@ -182,7 +201,11 @@ class DigestedBatch:
 
     def __init__(self, batch: Any) -> None:
         self.contents = leaf_contents(batch)
-        self._digests = start_digests([leaf.tensor for leaf in self.contents if leaf.tensor is not None])
+        self.num_samples = num_samples(self.contents)
+        self._in_rows = [has_a_row_for_each(leaf, self.num_samples) for leaf in self.contents]
+        pairs = [pair for pair in zip(self.contents, self._in_rows, strict=True) if pair[0].tensor is not None]
+        self._rows = start_row_digests([leaf.tensor for leaf, in_rows in pairs if in_rows], self.num_samples)  # type: ignore[misc]
+        self._digests = start_digests([leaf.tensor for leaf, in_rows in pairs if not in_rows])  # type: ignore[misc]
 
     @cached_property
     def fingerprint(self) -> bytes:
@@ -201,7 +224,33 @@ class DigestedBatch:
             for leaf, digest in self._with_digests()
         )
 
+    @cached_property
+    def samples(self) -> tuple[int, ...]:
+        """An integer of 64 bits for each sample, over all leaves with a row for each: equal samples have equal ones."""
+        leaves = [leaf for leaf, in_rows in zip(self.contents, self._in_rows, strict=True) if in_rows]
+        by_path = sorted(zip(leaves, self._row_digests, strict=True), key=lambda pair: pair[0].path)
+        described = "\0".join(f"{leaf.path}\0{leaf.dtype}\0{leaf.shape[1:]}" for leaf, _ in by_path)
+        head = xxhash.xxh3_64_digest(described.encode())
+        rows = [digests for _, digests in by_path]
+        if self.num_samples <= _MAX_LOOPED_SAMPLES:
+            return tuple(
+                xxhash.xxh3_64_intdigest(b"".join([head, *(of_leaf[start : start + 16] for of_leaf in rows)]))
+                for start in range(0, 16 * self.num_samples, 16)
+            )
+        words = torch.cat([torch.frombuffer(bytearray(of_leaf), dtype=torch.int64).view(-1, 2) for of_leaf in rows], 1)
+        total = torch.full((self.num_samples,), int.from_bytes(head, "little", signed=True))
+        for column in words.unbind(1):
+            total = mix(total ^ column, 31, FACTORS[1])
+        return tuple([number & (1 << 64) - 1 for number in total.tolist()])
+
+    @cached_property
+    def _row_digests(self) -> Sequence[bytes]:
+        return self._rows()
+
     def _with_digests(self) -> Iterator[tuple[LeafContent, bytes]]:
-        of_tensors = iter(self._digests())
-        for leaf in self.contents:
-            yield leaf, xxhash.xxh3_128_digest(leaf.text) if leaf.tensor is None else next(of_tensors)
+        in_rows, whole = iter(self._row_digests), iter(self._digests())
+        for leaf, has_rows in zip(self.contents, self._in_rows, strict=True):
+            if leaf.tensor is None:
+                yield leaf, xxhash.xxh3_128_digest(leaf.text)
+            else:
+                yield leaf, xxhash.xxh3_128_digest(next(in_rows)) if has_rows else next(whole)

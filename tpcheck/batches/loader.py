@@ -55,7 +55,8 @@ def watch(loader: Iterable[Any], **options: Unpack[WatchArguments]) -> WatchedLo
 
     Args:
         loader: Any iterable of batches.
-        options: `group`, `topology`, `every`, `on_mismatch`, `across_dp`, `overlap`, `timeout`: those of
+        options: `group`, `topology`, `every`, `on_mismatch`, `across_dp`, `over_steps`, `overlap`, `timeout`: those
+            of
             `tpcheck.batches.options.WatchOptions`, which documents them and where their defaults come from.
 
     Raises:

@@ -35,6 +35,8 @@ class WatchOptions:
         on_mismatch: What to do when the batches of a TP group differ or end at different times: `raise` on every rank,
             `warn` once for each field, or a callable that takes the report.
         across_dp: What to do when replicas train on the same samples: `raise`, `warn` or `ignore`.
+        over_steps: What to do when a rank gets samples again, or leaves some out, within one epoch: `warn`, `raise` or
+            `ignore`.
         overlap: Compare while the step runs, and report one step later.
         timeout: Seconds that ranks wait for each other at a batch. A rank that dies or raises is reported at once.
 
@@ -47,6 +49,7 @@ class WatchOptions:
     every: int = 1
     on_mismatch: OnMismatch = "raise"
     across_dp: str = "warn"
+    over_steps: str = "warn"
     overlap: bool = False
     # As long as a checkpoint that one rank saves between two batches may take. DeepSpeed waits 10 minutes, transformers
     # 2 hours.
@@ -59,6 +62,8 @@ class WatchOptions:
             raise UsageError("on_mismatch", self.on_mismatch, "raise, warn, or a callable that takes the report")
         if self.across_dp not in ("raise", "warn", "ignore"):
             raise UsageError("across_dp", self.across_dp, ("raise", "warn", "ignore"))
+        if self.over_steps not in ("raise", "warn", "ignore"):
+            raise UsageError("over_steps", self.over_steps, ("raise", "warn", "ignore"))
         if not isinstance(self.overlap, bool):
             raise UsageError("overlap", self.overlap, (True, False))
         if not isinstance(self.timeout, (int, float)) or isinstance(self.timeout, bool) or not self.timeout > 0:
@@ -94,6 +99,7 @@ class WatchArguments(TypedDict, total=False):
     every: int | None
     on_mismatch: OnMismatch | None
     across_dp: str | None
+    over_steps: str | None
     overlap: bool | None
     timeout: float | None
 

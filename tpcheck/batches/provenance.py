@@ -168,7 +168,9 @@ class LoaderObserver:
             if number < num_dropped:
                 continue
             if self._reports is not None and self._torch_loader is not None:
-                _add_worker(provenance, number, self._torch_loader.num_workers, self._reports)
+                is_stream = isinstance(self._torch_loader.dataset, IterableDataset)
+                num_workers = self._torch_loader.num_workers
+                _add_worker(provenance, number, num_workers, self._reports, is_stream=is_stream)
             return provenance
         return None
 
@@ -188,9 +190,13 @@ class LoaderObserver:
         return find_drawn
 
 
-def _add_worker(provenance: BatchProvenance, number: int, num_workers: int, reports: WorkerReports) -> None:
-    """Add what the worker that made the batch reports; torch deals batches to workers in turn."""
+def _add_worker(
+    provenance: BatchProvenance, number: int, num_workers: int, reports: WorkerReports, *, is_stream: bool
+) -> None:
+    """Add which worker made the batch, and what it reports; torch deals batches to workers in turn."""
     worker = number % num_workers
+    if is_stream and num_workers > 1:
+        provenance.stream_worker = (worker, num_workers)
     states = reports.states_around(worker, number // num_workers)
     if states is not None:
         before, after, provenance.worker_seed = states
@@ -217,6 +223,7 @@ def _only_seeds_drawn(before: bytes | None, after: bytes | None) -> bool:
     return False
 
 
+_MAX_ATTRIBUTES = 32  # of one object that are looked at
 _MAX_INDICES = 64  # sample indices of a batch that are sent one by one; more are sent as a digest
 _MAX_NAMES = 1_000_000  # entries of a dataset's listing
 
@@ -230,6 +237,7 @@ def loader_facts(loader: Any, provenance: BatchProvenance) -> LoaderFacts:
     source = inner if inner is not None else loader
     return LoaderFacts(
         **_dataset_facts(source) | _sampler_facts(source) | _index_facts(provenance),
+        numbers=_numbers(loader, source) or None,
         dispatch_batches=_is_dispatcher(loader),
         worker_init_fn=None if inner is None or not inner.num_workers else _function_name(inner.worker_init_fn),
         PYTHONHASHSEED=os.environ.get("PYTHONHASHSEED", "unset"),
@@ -259,6 +267,7 @@ def _dataset_facts(loader: Any) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "dataset": type(chain[-1]).__name__,
         "iterable": isinstance(chain[0], IterableDataset),
+        "reads_rank": any(_reads_rank(dataset) for dataset in chain),
     }
     shard = next((dataset for dataset in chain if hasattr(dataset, "process_index")), None)  # IterableDatasetShard
     if shard is not None:
@@ -294,6 +303,8 @@ def _sampler_facts(loader: Any) -> dict[str, Any]:
     facts: dict[str, Any] = {"sampler": type(innermost).__name__}
     for sampler in chain:
         facts |= _replica_of(sampler)
+        if getattr(sampler, "replacement", None) is True:
+            facts["replacement"] = True
     for fact, names in _SAMPLER_FACTS.items():
         value = next((value for name in names if _is_plain(value := getattr(innermost, name, None))), None)
         if value is not None:
@@ -311,6 +322,39 @@ def _replica_of(sampler: Any) -> dict[str, Any]:
         if isinstance(replicas, int) and isinstance(rank, int) and replicas > 1:
             return {"num_replicas": replicas, "rank": rank}
     return {}
+
+
+_RANK_NAMES = {"get_rank", "RANK", "LOCAL_RANK", "get_local_rank"}
+_WORLD_SIZE_NAMES = {"get_world_size", "WORLD_SIZE"}
+
+
+def _reads_rank(dataset: Any) -> bool:
+    """Return whether the method that gives samples names the world rank and size, as `dist.get_rank()` does."""
+    codes = [
+        getattr(getattr(type(dataset), method, None), "__code__", None)
+        for method in ("__iter__", "__getitem__", "__len__")
+    ]
+    names = {name for code in codes if code is not None for name in (*code.co_names, *map(str, code.co_consts))}
+    return bool(names & _RANK_NAMES and names & _WORLD_SIZE_NAMES)
+
+
+def _numbers(loader: Any, source: Any) -> dict[str, int]:
+    """Return the integers in attributes of the dataset, the samplers and the loader, and of objects in them."""
+    objects = {"loader": [loader], "dataset": _chain(getattr(source, "dataset", None), _INNER_DATASET)}
+    objects["sampler"] = _samplers(source)
+    numbers: dict[str, int] = {}
+    for kind, chain in objects.items():
+        for value in chain:
+            if type(value).__module__.startswith("torch.utils.data.dataloader"):
+                continue
+            for name, attribute in [*_attributes(value).items()][:_MAX_ATTRIBUTES]:
+                if type(attribute) is int:
+                    numbers[f"{kind}.{name}"] = attribute
+                inner = {} if isinstance(attribute, torch.nn.Module) else _attributes(attribute)
+                for inner_name, each in [*inner.items()][:_MAX_ATTRIBUTES]:
+                    if type(each) is int:
+                        numbers[f"{kind}.{name}.{inner_name}"] = each
+    return numbers
 
 
 def _function_name(function: Any) -> str | None:

@@ -57,7 +57,10 @@ class LoaderFacts:
         iterable: Whether the dataset is an IterableDataset.
         num_replicas, rank: For which of how many replicas the sampler (or accelerate's shard of a stream) is.
         shuffle, sampler_seed, epoch: Of the sampler.
+        replacement: Whether the sampler draws with replacement.
         generator_seed: Of the sampler's torch generator.
+        numbers: Integers in attributes of dataset, samplers and loader, such as `dataset.rank`.
+        reads_rank: Whether the dataset asks for the world rank and the world size while it is read.
         dispatch_batches: Whether accelerate reads batches on one process for all.
         worker_init_fn: Name and arguments.
         PYTHONHASHSEED: Of the environment.
@@ -77,7 +80,10 @@ class LoaderFacts:
     shuffle: Any = None
     sampler_seed: Any = None
     epoch: Any = None
+    replacement: bool | None = None
     generator_seed: int | None = None
+    numbers: Mapping[str, int] | None = None
+    reads_rank: bool | None = None
     dispatch_batches: bool | None = None
     worker_init_fn: str | None = None
     PYTHONHASHSEED: str | None = None
@@ -98,7 +104,7 @@ class BatchSummary:
 
     Attributes:
         leaves: Every leaf, in the order of the structure.
-        rows: Digests of the samples, where replicas are compared.
+        rows: Digests of the samples.
         contents: By path, of the leaves that differ.
         rng: Digest of the state of each random generator before the batch was made, by name: `python`, `numpy`,
             `torch`, `cuda`, and `worker3.python` and so on for those of a loader's workers.
@@ -106,7 +112,7 @@ class BatchSummary:
     """
 
     leaves: tuple[Leaf, ...] = ()
-    rows: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
     contents: Mapping[str, ContentDigests] = field(default_factory=dict)
     rng: Mapping[str, str] = field(default_factory=dict)
     loader: LoaderFacts = field(default_factory=LoaderFacts)

@@ -7,26 +7,29 @@ import traceback
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import distributed as dist
 
-from tpcheck.backends.live_groups import LiveGroups, live_groups
-from tpcheck.batches.causes import explain_difference, explain_same_samples, with_cause
+from tpcheck.backends.live_groups import ALONE, LiveGroups, groups_of_batches
+from tpcheck.batches.causes import explain_difference, explain_once, explain_same_samples, with_cause
 from tpcheck.batches.comparison import (
     LeafDifference,
     batches_agree_within_tp,
     batches_differ_across_dp,
     leaf_differences,
     same_samples,
+    samples_come_once,
     uneven_batches,
 )
 from tpcheck.batches.leaves import DigestedBatch, LeafContent, as_tensor
 from tpcheck.batches.locate import locate
 from tpcheck.batches.records import BatchSummary, ContentDigests
-from tpcheck.batches.samples import content_digests, sampled_rows, samples_of
+from tpcheck.batches.repeats import Gap, Repeat, SampleMemory
+from tpcheck.batches.samples import Samples, any_order, content_digests, samples_of
 from tpcheck.batches.sampling import BatchProvenance
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.errors import RankFailure, RankOutcome
@@ -60,6 +63,21 @@ class Peers:
         """Return the exchange over `tp` or `dp`."""
         return self.tp if axis == "tp" else self.dp
 
+    def printing_rank(self, finding: Finding) -> int:
+        """Return the first rank of the group that a finding concerns: it prints the report.
+
+        Where some ranks have no more batches, one that has: the others may have left their loops.
+        """
+        ranks = set(finding.where.get("ranks", ()))
+        concerned = [
+            rank
+            for group in self.replicas
+            if finding.check == "batches_differ_across_dp" or ranks & set(group)
+            for rank in group
+        ]
+        still_there = [rank for rank in concerned if rank not in ranks]
+        return min((finding.evidence.get("differs") == "length" and still_there) or concerned, default=0)
+
     def members(self, axis: str) -> tuple[tuple[int, ...], ...]:
         """Return the ranks behind each message of an exchange: one rank over `tp`, its TP group over `dp`."""
         return tuple((rank,) for rank in self.tp.ranks) if axis == "tp" else self.replicas
@@ -73,18 +91,22 @@ class Peers:
 def find_peers(
     *, group: Any = None, topology: Topology | None = None, model: Any = None, timeout: float, shared: bool = True
 ) -> Peers:
-    """Return the peers that `live_groups` finds. The first time, collective over them.
+    """Return the peers that `groups_of_batches` finds. The first time, collective over them.
 
     Args:
-        group, topology, model: As in `live_groups`.
+        group, topology, model: As in `groups_of_batches`.
         timeout: Seconds that ranks wait for each other.
         shared: Use connections that others use, too; a thread of its own must not.
 
     Raises:
-        UsageError: There are none; see `live_groups`.
+        UsageError: See `groups_of_batches`.
         RankFailure: One of them does not come.
     """
-    groups = live_groups(group=group, topology=topology, model=model)
+    groups = groups_of_batches(group=group, topology=topology, model=model)
+    if groups.source == ALONE:
+        return Peers(
+            groups, Exchange((0,), axis="tp", timeout=timeout), Exchange((0,), axis="dp", timeout=timeout), ((0,),)
+        )
     cache = _peers.setdefault(dist.group.WORLD, {})
     key = (groups.tp, groups.dp, timeout)
     peers = cache.get(key) if shared else None
@@ -114,26 +136,29 @@ class RoundMessage:
 
     Attributes:
         digest: Of all leaves.
-        rows: Of sampled rows, None where the batch has no rows.
+        rows: Of the samples in any order, None where the batch has no rows.
         count: How many batches the rank has got before this round.
         status: What it has.
+        noticed: Whether samples have come again, or have been left out, on this rank or another one of its TP group.
     """
 
     digest: bytes
     rows: bytes | None
     count: int
     status: Status
+    noticed: bool = False
 
     def pack(self) -> bytes:
-        return _FORMAT.pack(self.digest, self.rows or b"", self.count, self.status, self.rows is not None)
+        has_rows = self.rows is not None
+        return _FORMAT.pack(self.digest, self.rows or b"", self.count, self.status, has_rows, self.noticed)
 
     @classmethod
     def unpack(cls, message: bytes) -> RoundMessage:
-        digest, rows, count, status, has_rows = _FORMAT.unpack(message)
-        return cls(digest, rows if has_rows else None, count, Status(status))
+        digest, rows, count, status, has_rows, noticed = _FORMAT.unpack(message)
+        return cls(digest, rows if has_rows else None, count, Status(status), noticed)
 
 
-_FORMAT = struct.Struct("<16s16sqB?6x")
+_FORMAT = struct.Struct("<16s16sqB??5x")
 
 
 class RankBatch:
@@ -148,34 +173,51 @@ class RankBatch:
         batch: Any = None,
         provenance: BatchProvenance | None = None,
         with_rows: bool = False,
+        memory: SampleMemory | None = None,
         error: BaseException | None = None,
     ) -> None:
         self.status, self.step, self.count = status, step, count
         self.error = None if error is None else LoaderError.of(error)
         self._provenance = provenance or BatchProvenance()
         self._batch = DigestedBatch(batch) if status is Status.BATCH else None
-        self._rows = sampled_rows(self.contents) if with_rows else None
+        self._with_rows = with_rows
+        self.memory = memory
 
     @property
     def contents(self) -> list[LeafContent]:
         return [] if self._batch is None else self._batch.contents
 
-    def message(self, status: Status | None = None) -> RoundMessage:
+    @cached_property
+    def noticed(self) -> Repeat | Gap | None:
+        """What the memory of this rank's samples makes of the batch, or of the end of the epoch."""
+        if self.memory is None:
+            return None
+        if self._batch is not None:
+            return self.memory.add(self._batch.samples, self._provenance, self.step)
+        return self.memory.end() if self.status is Status.ENDED else None
+
+    def message(self, status: Status | None = None, *, noticed: bool = False) -> RoundMessage:
         """Return what is sent at every step."""
         return RoundMessage(
             digest=b"" if self._batch is None else self._batch.fingerprint,
-            rows=None if self._rows is None else self._rows(),
+            rows=any_order(self._batch.samples) if self._batch is not None and self._with_rows else None,
             count=self.count,
             status=self.status if status is None else status,
+            noticed=noticed or self.noticed is not None,
         )
 
     def summary(self) -> BatchSummary:
         """Return what is sent when something is wrong."""
         return BatchSummary(
             leaves=() if self._batch is None else self._batch.leaves,
+            rows=() if self._batch is None else self._batch.samples,
             rng=dict(self._provenance.rng),
             loader=self._provenance.loader_facts(),
         )
+
+    def samples(self) -> Samples:
+        """Return the samples, and how much they say; read from the batch once more."""
+        return Samples("", (), 0.0) if self._batch is None else samples_of(self._batch)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors by path, and the arrays whose dtype torch has."""
@@ -204,11 +246,13 @@ class Outcome:
         findings: What is wrong.
         failure: A rank's loader raised.
         uneven: Axes over which ranks have different numbers of batches: they are not compared any more in this epoch.
+        noticed: Whether the samples of some rank have come again, or have been left out: to be gathered.
     """
 
     findings: tuple[Finding, ...] = ()
     failure: RankFailure | None = None
     uneven: frozenset[str] = frozenset()
+    noticed: bool = False
 
     @property
     def is_clean(self) -> bool:
@@ -229,7 +273,7 @@ class EqualSamples:
         self._is_new = True
 
     def may_exist(self, rows: tuple[bytes | None, ...]) -> bool:
-        """Return whether the sampled rows of some replicas are equal in this round."""
+        """Return whether the samples of some replicas are equal in this round."""
         self._is_new, self._rows = rows != self._rows, rows
         known = [digest for digest in rows if digest is not None]
         equal = len(set(known)) < len(known)
@@ -238,7 +282,7 @@ class EqualSamples:
         return equal
 
     def are_beyond_chance(self, bits: float | None) -> bool:
-        """Add the bits of this round's equal samples, None where all bytes are compared and no samples are equal."""
+        """Add the bits of this round's equal samples, None where no samples are equal."""
         if bits is None:
             self.bits = 0.0
         elif self._is_new:  # a batch that is the same at every step is no further evidence
@@ -259,8 +303,10 @@ def compare(peers: Peers, batch: RankBatch, *, axes: frozenset[str], equal_sampl
         RankFailure: A rank has gone.
     """
     try:
-        outcome = _compare_within_tp(peers, batch) if "tp" in axes else Outcome()
-        return _compare_across_dp(peers, batch, outcome, equal_samples) if "dp" in axes else outcome
+        outcome = _compare_within_tp(peers, batch) if "tp" in axes else Outcome(noticed=batch.noticed is not None)
+        if "dp" in axes:
+            outcome = _compare_across_dp(peers, batch, outcome, equal_samples)
+        return _gather_noticed(peers, batch, axes) if outcome.is_clean and outcome.noticed else outcome
     except RankFailure as failure:
         peers.abort(failure)
         raise
@@ -278,11 +324,13 @@ def _compare_within_tp(peers: Peers, batch: RankBatch) -> Outcome:
     exchange = peers.tp
     if len(exchange.ranks) == 1:
         errors = {} if batch.error is None else {exchange.ranks[0]: batch.error}
-        return Outcome(failure=loader_failure(errors, batch.count) if errors else None)
+        return Outcome(
+            failure=loader_failure(errors, batch.count) if errors else None, noticed=batch.noticed is not None
+        )
     packed = batch.message().pack()
     received = exchange.all_gather(packed)
     if received.count(packed) == len(received) and batch.status is Status.BATCH:
-        return Outcome()
+        return Outcome(noticed=batch.noticed is not None)
     messages = [RoundMessage.unpack(message) for message in received]
     statuses = {message.status for message in messages}
     if Status.FAILED in statuses:
@@ -291,7 +339,13 @@ def _compare_within_tp(peers: Peers, batch: RankBatch) -> Outcome:
         errors = {} if left else dict(zip(exchange.ranks, exchange.all_gather_object(batch.error), strict=True))
         return Outcome(failure=loader_failure(errors, batch.count))
     outcome = outcome_within_tp(messages, step=batch.step, members=peers.members("tp"))
-    return _find_difference(peers, batch) if outcome is None else outcome
+    if outcome is None:
+        return _find_difference(peers, batch)
+    return replace(outcome, noticed=_all_answer(messages) and any(message.noticed for message in messages))
+
+
+def _all_answer(messages: Sequence[RoundMessage]) -> bool:
+    return all(message.status in (Status.BATCH, Status.ENDED) for message in messages)
 
 
 def outcome_within_tp(
@@ -316,20 +370,23 @@ def _compare_across_dp(peers: Peers, batch: RankBatch, outcome: Outcome, equal_s
     if len(exchange.ranks) == 1:
         return outcome
     status = Status.FAILED if outcome.failure else Status.WRONG if outcome.findings else batch.status
-    messages = [RoundMessage.unpack(message) for message in exchange.all_gather(batch.message(status).pack())]
+    own = batch.message(status, noticed=outcome.noticed)
+    messages = [RoundMessage.unpack(message) for message in exchange.all_gather(own.pack())]
+    noticed = _all_answer(messages) and any(message.noticed for message in messages)
     action = action_across_dp({message.status for message in messages}, outcome)
     if action == "keep":
         return outcome
     if action == "compare samples":
         rows = tuple(message.rows for message in messages)
         if equal_samples is None or not equal_samples.may_exist(rows):
-            return outcome
+            return replace(outcome, noticed=noticed)
         finding = _find_equal_samples(peers, batch, equal_samples)
         result = Outcome() if finding is None else Outcome((finding,))
     elif action == "merge":
         result = merge_outcomes(exchange.all_gather_object(outcome))
     else:
         result = _uneven(messages, "dp", batch.step, peers.replicas)
+    result = replace(result, noticed=noticed)
     if result.is_clean or not outcome.is_clean:
         return result
     # Every DP group sees a part of what is wrong, so the ranks of each TP group all come here.
@@ -380,7 +437,7 @@ def _uneven(messages: Sequence[RoundMessage], axis: str, step: int, members: Seq
     finding = uneven_batches(counts, ended=ended, axis=axis, step=step, members=members)
     if finding is None:
         return Outcome()
-    finding = with_cause(finding, Explanation(Cause.UNEVEN_LENGTH), Topology())  # ranks that have left answer no more
+    finding = with_cause(finding, Explanation(Cause.UNEVEN_LENGTH), None)  # ranks that have left answer no more
     return Outcome((finding,), uneven=AXES if axis == "tp" else frozenset({"dp"}))
 
 
@@ -399,8 +456,9 @@ def _find_difference(peers: Peers, batch: RankBatch) -> Outcome:
     explanation = explain_difference(
         [replace(summary, contents=digests) for summary, digests in zip(summaries.values(), contents, strict=True)],
         [difference.path for difference in differences],
+        exchange.ranks,
     )
-    return Outcome((with_cause(finding, explanation, peers.groups.topology),))
+    return Outcome((with_cause(finding, explanation, peers.groups),))
 
 
 def _contents(tensors: Mapping[str, torch.Tensor], differences: Sequence[LeafDifference]) -> dict[str, ContentDigests]:
@@ -418,7 +476,7 @@ def _smallest_shape(difference: LeafDifference) -> tuple[int, ...]:
 def _find_equal_samples(peers: Peers, batch: RankBatch, equal_samples: EqualSamples) -> Finding | None:
     """Compare all bytes of the replicas' samples, and return a finding once they cannot be equal by chance."""
     exchange = peers.dp
-    samples = exchange.all_gather_object(samples_of(batch.contents))
+    samples = exchange.all_gather_object(batch.samples())
     same = same_samples({replica: each.rows for replica, each in enumerate(samples)})
     first = samples[same[0].replicas[0]] if same else None
     if not equal_samples.are_beyond_chance(None if first is None else first.bits) or first is None:
@@ -428,7 +486,20 @@ def _find_equal_samples(peers: Peers, batch: RankBatch, equal_samples: EqualSamp
     explanation = explain_same_samples(
         [replace(summaries[replica], rows=samples[replica].rows) for replica in same[0].replicas]
     )
-    return with_cause(finding, explanation, peers.groups.topology)
+    return with_cause(finding, explanation, peers.groups)
+
+
+def _gather_noticed(peers: Peers, batch: RankBatch, axes: frozenset[str]) -> Outcome:
+    """Return what the ranks have noticed of their own samples; some rank has."""
+    groups = peers.groups
+    own: Finding | None = None
+    if batch.noticed is not None and batch.memory is not None:
+        own = samples_come_once(batch.noticed, ranks=groups.tp)
+        own = with_cause(own, explain_once(batch.noticed, batch.memory.loader), groups)
+    findings = peers.dp.all_gather_object(own) if "dp" in axes else (own,)
+    outcome = Outcome(tuple(finding for finding in findings if finding is not None))
+    # Ranks of one TP group have the same batches, and have noticed the same, unless one of them began later.
+    return max(peers.tp.all_gather_object(outcome), key=lambda each: len(each.findings)) if "tp" in axes else outcome
 
 
 def loader_failure(errors: Mapping[int, LoaderError | None], count: int) -> RankFailure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import log2
@@ -11,9 +11,9 @@ from math import log2
 import torch
 import xxhash
 
-from tpcheck.batches.leaves import LeafContent
+from tpcheck.batches.leaves import DigestedBatch, LeafContent, has_a_row_for_each
 from tpcheck.batches.records import ContentDigests
-from tpcheck.core.digests import FACTORS, INCREMENT, digest, flat_bytes, in_memory, keys, mix
+from tpcheck.core.digests import INCREMENT, digest, flat_bytes
 
 _MAX_BYTES = 1 << 26  # of one tensor; digested once, when batches differ
 
@@ -78,103 +78,44 @@ def _unmasked(tensor: torch.Tensor, mask: torch.Tensor) -> str:
     return xxhash.xxh3_128_hexdigest("".join(digest(row) for row in rows).encode())
 
 
-_SAMPLED = 32  # elements of each row, in runs that are spread over it
-_RUN = 8  # adjacent elements: each run costs one cache miss, which is most of the time of sampling
-_MAX_LOOPED_ROWS = 64  # rows that are digested in a Python loop, 1 microsecond each
-_MAX_LEAVES = 4  # the largest leaves, which are sampled
-_MAX_WORDS = _SAMPLED * 16  # of a row: 16 bytes an element
-_OF_LEAF = (31, FACTORS[0])  # shift and factor of `mix`
-_OF_ROW = ((29, FACTORS[1]), (32, FACTORS[0]))
+_SAMPLED = 32  # elements of each row whose entropy is measured, in runs that are spread over it
+_RUN = 8  # adjacent elements
 _SPREAD = INCREMENT  # spreads the runs without a period that data could have
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """The samples of one batch, all of their bytes digested.
+    """The samples of one batch.
 
     Attributes:
         field: Path of the leaf that identifies samples best.
-        rows: Digest of each sample over all leaves that have one row for each.
+        rows: Of each sample, over all leaves that have one row for each: `DigestedBatch.samples`.
         bits: How improbable it is that different samples have these digests, in bits; 0 where all rows are equal.
     """
 
     field: str
-    rows: tuple[str, ...]
+    rows: tuple[int, ...]
     bits: float
 
 
-def sampled_rows(leaves: Sequence[LeafContent]) -> Callable[[], bytes] | None:
-    """Start computing 16 bytes that are equal for the same samples in any order, and return what waits for them.
-
-    Only some elements of each row of the largest leaves are read, so batches of different samples may have equal bytes.
-    Returns None for a batch without rows.
-    """
-    largest = _with_rows(leaves)[:_MAX_LEAVES]
-    if not largest:
-        return None
-    num_rows, device = largest[0][0].shape[0], largest[0][1].device
-    tensors = [tensor for _, tensor in largest if tensor.device == device]
-    if device.type == "cpu" and num_rows <= _MAX_LOOPED_ROWS:
-        digest = _looped_sum(tensors, num_rows)
-        return lambda: digest
-    sums = _sums([_in_rows(tensor, num_rows) for tensor in tensors])
-    return lambda: sums.cpu().numpy().tobytes()
+def any_order(samples: Sequence[int]) -> bytes | None:
+    """Return 16 bytes that are equal for the same samples in any order, None where there are none."""
+    return (sum(samples) & (1 << 128) - 1).to_bytes(16, "little") if samples else None
 
 
-def samples_of(leaves: Sequence[LeafContent]) -> Samples:
-    """Return the samples of a batch; reads all of it, row by row."""
-    by_path = sorted(_with_rows(leaves), key=lambda pair: pair[0].path)
-    if not by_path:
+def samples_of(batch: DigestedBatch) -> Samples:
+    """Return the samples of a batch, and how much they say."""
+    in_rows = [leaf for leaf in batch.contents if has_a_row_for_each(leaf, batch.num_samples)]
+    if not in_rows:
         return Samples("", (), 0.0)
-    in_rows = [(leaf, _in_rows(tensor, leaf.shape[0])) for leaf, tensor in by_path]
-    states = [xxhash.xxh3_128() for _ in range(len(in_rows[0][1]))]
-    for leaf, rows in in_rows:
-        for state, row in zip(states, rows, strict=True):
-            state.update(f"{leaf.path} {leaf.dtype} {leaf.shape[1:]} ".encode())
-            state.update(flat_bytes(row).cpu().numpy().data)
-    bits = {leaf.path: _bits(rows) for leaf, rows in in_rows}
+    bits = {leaf.path: _bits(_in_rows(leaf, batch.num_samples)) for leaf in sorted(in_rows, key=lambda leaf: leaf.path)}
     field = max(bits, key=lambda path: bits[path])
-    return Samples(field, tuple(state.hexdigest() for state in states), sum(bits.values()))
+    return Samples(field, batch.samples, sum(bits.values()))
 
 
-def _with_rows(leaves: Sequence[LeafContent]) -> list[tuple[LeafContent, torch.Tensor]]:
-    """Return the leaves with as many rows as the largest has, which comes first."""
-    pairs = [(leaf, leaf.tensor) for leaf in leaves if leaf.tensor is not None and leaf.shape]
-    pairs = [(leaf, tensor) for leaf, tensor in pairs if tensor.numel() and not tensor.is_meta]
-    pairs.sort(key=lambda pair: -pair[1].nbytes)
-    return [pair for pair in pairs if pair[0].shape[0] == pairs[0][0].shape[0]]
-
-
-def _in_rows(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
-    return tensor.detach().reshape(num_rows, -1)
-
-
-def _looped_sum(tensors: Sequence[torch.Tensor], num_rows: int) -> bytes:
-    """Return the sum of the digests of a few rows: 16 us, 28 with cold caches; `_sums` takes 97 and 153 (4 tensors)."""
-    runs: list[tuple[memoryview, int, int, int]] = []  # bytes, bytes of a row, start and end of a run in it
-    for tensor in tensors:
-        data = memoryview(in_memory(tensor)).cast("B")
-        row = len(data) // num_rows
-        element = tensor.element_size()
-        if row <= _SAMPLED * element:
-            runs.append((data, row, 0, row))
-        else:
-            runs += [(data, row, start * element, (start + _RUN) * element) for start in _starts(row // element)]
-    total = 0
-    for number in range(num_rows):
-        sampled = [data[number * row + start : number * row + stop] for data, row, start, stop in runs]
-        total += xxhash.xxh3_128_intdigest(b"".join(sampled))
-    return (total & (1 << 128) - 1).to_bytes(16, "little")
-
-
-def _sums(leaves: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return two int64 on the tensors' device."""
-    total = torch.zeros((), dtype=torch.int64, device=leaves[0].device)
-    for number, rows in enumerate(leaves):
-        sampled = _sampled_words(rows)
-        words = sampled * keys(rows.device, _MAX_WORDS, number)[: sampled.shape[1]]
-        total = total + mix(words.sum(1), *_OF_LEAF)
-    return torch.stack([mix(total, *of_row).sum() for of_row in _OF_ROW])
+def _in_rows(leaf: LeafContent, num_rows: int) -> torch.Tensor:
+    assert leaf.tensor is not None
+    return leaf.tensor.detach().reshape(num_rows, -1)
 
 
 def _sampled_words(rows: torch.Tensor) -> torch.Tensor:
@@ -191,13 +132,9 @@ def _sampled_words(rows: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def _places(size: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor([start + place for start in _starts(size) for place in range(_RUN)]).to(device)
-
-
-@lru_cache(maxsize=64)
-def _starts(size: int) -> tuple[int, ...]:
-    """Return where the runs start in a row of this many elements."""
-    return tuple((number * _SPREAD % (1 << 64)) * (size - _RUN) >> 64 for number in range(_SAMPLED // _RUN))
+    """Return where the sampled elements of a row of this many are."""
+    starts = [(number * _SPREAD % (1 << 64)) * (size - _RUN) >> 64 for number in range(_SAMPLED // _RUN)]
+    return torch.tensor([start + place for start in starts for place in range(_RUN)]).to(device)
 
 
 def _bits(rows: torch.Tensor) -> float:

@@ -41,6 +41,7 @@ class BatchProvenance:
         sampler_rng: States before the sampler drew its order, at the start of the epoch.
         sampler_drew: Generators that moved inside the sampler since then.
         worker_seed: Seed that torch gave to the worker that made the batch.
+        stream_worker: Of an IterableDataset with several workers: the worker that made the batch, and their number.
         is_requested: Whether the samples of these indices were read or sent to a worker. A batch that was not was
             skipped, as by accelerate's SkipBatchSampler.
         loader_facts: Returns what is known of the loader and of this batch; called when ranks differ.
@@ -53,6 +54,7 @@ class BatchProvenance:
     sampler_rng: GeneratorStates = field(default_factory=GeneratorStates)
     sampler_drew: tuple[str, ...] = ()
     worker_seed: int | None = None
+    stream_worker: tuple[int, int] | None = None
     is_requested: bool = False
     loader_facts: Callable[[], LoaderFacts] = LoaderFacts
 

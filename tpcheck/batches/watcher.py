@@ -7,11 +7,13 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import finalize
 
 from tpcheck.batches.options import OnMismatch, WatchOptions
+from tpcheck.batches.repeats import SampleMemory
 from tpcheck.batches.rounds import (
     AXES,
     EqualSamples,
@@ -27,9 +29,11 @@ from tpcheck.batches.sampling import BatchProvenance
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import BatchMismatch, Mismatch, RankFailure, UnevenBatches
 from tpcheck.core.findings import CheckResult, Finding, Verdict
+from tpcheck.core.notices import NO_TP, say
 from tpcheck.report.report import Report
 
 _log = logging.getLogger("tpcheck")
+_GROUPS_SHOWN = 8
 
 
 @dataclass
@@ -50,19 +54,28 @@ class Watcher:
         options: What to do when, and with findings.
         model: The model that the batches are for, where it is known: it may know its groups.
         name: What is watched, for reports.
+        repeats_calls: As in `SampleMemory`: what is watched is calls of a model, not a loader.
     """
 
-    def __init__(self, options: WatchOptions, *, model: Any = None, name: str = "batches") -> None:
+    def __init__(
+        self, options: WatchOptions, *, model: Any = None, name: str = "batches", repeats_calls: bool = False
+    ) -> None:
         self.options = options
+        self._repeats_calls = repeats_calls
         self._model = model
         self._name = name
         self._peers: Peers | None = None
         self._epoch = _Epoch()
         self._step = 0  # batches before this one, over all epochs
         self._equal_samples = None if options.across_dp == "ignore" else EqualSamples()
+        self._remembers = options.over_steps != "ignore"
+        self._memory = self._new_memory()
         self._warned: set[tuple[str, str]] = set()
         self._running: Future[Outcome] | None = None
         self._pending_mismatch: Mismatch | None = None
+        self._tally = _Tally(self._remembers, self._equal_samples is not None)
+        # At the end of the process where nobody calls `conclude`: nothing shows that a loader is not iterated again.
+        self._conclusion = finalize(self, _conclude, self._tally)
 
     @property
     def peers(self) -> Peers:
@@ -75,7 +88,11 @@ class Watcher:
                 timeout=self.options.timeout,
                 shared=not self.options.overlap,
             )
+            groups = self._peers.groups
             _log.info("tpcheck compares batches: %s", self.source)
+            self._tally.peers = self._peers
+            if groups.notice is not None and groups.rank == 0:
+                NO_TP.say(groups.notice)
         return self._peers
 
     @property
@@ -83,6 +100,10 @@ class Watcher:
         """Which groups are used, and where they come from."""
         peers = self.peers
         return f"{peers.tp.name}, {peers.dp.name}, from {peers.groups.source}"
+
+    def conclude(self) -> None:
+        """Write on rank 0 what was compared; once."""
+        self._conclusion()
 
     def start(self) -> None:
         """Begin a pass over the batches.
@@ -97,6 +118,7 @@ class Watcher:
         for axis in ("tp", "dp"):
             self._handle(outcome_after_leaving(self.peers, axis, self._step))
         self._epoch = _Epoch()
+        self._memory = self._new_memory()
 
     def check(self, batch: Any, provenance: BatchProvenance | None = None) -> None:
         """Compare this rank's batch with those of its peers.
@@ -108,6 +130,8 @@ class Watcher:
         """
         epoch, step = self._epoch, self._step
         self.settle()
+        if provenance is not None and provenance.number == 0 and epoch.count:  # an epoch that no `start` has announced
+            self._memory = self._new_memory()
         if step % self.options.every == 0 and epoch.axes and not epoch.is_over:
             compares_samples = self._equal_samples is not None and "dp" in epoch.axes and len(self.peers.dp.ranks) > 1
             rank_batch = RankBatch(
@@ -117,8 +141,10 @@ class Watcher:
                 batch=batch,
                 provenance=provenance,
                 with_rows=compares_samples,
+                memory=self._memory,
             )
             self._run_round(rank_batch, overlap=self.options.overlap)
+            self._tally.compared += 1
         epoch.count += 1
         self._step += 1
 
@@ -162,12 +188,16 @@ class Watcher:
         if running is not None:
             self._handle(self._result(running.result))
 
+    def _new_memory(self) -> SampleMemory | None:
+        return SampleMemory(repeats_calls=self._repeats_calls) if self._remembers else None
+
     def _run_last_round(self, status: Status, error: BaseException | None = None) -> None:
         epoch = self._epoch
         self.settle()
         if not epoch.is_over and epoch.axes:
             epoch.is_over = True
-            self._run_round(RankBatch(status, step=self._step, count=epoch.count, error=error), overlap=False)
+            batch = RankBatch(status, step=self._step, count=epoch.count, memory=self._memory, error=error)
+            self._run_round(batch, overlap=False)
 
     def _run_round(self, batch: RankBatch, *, overlap: bool) -> None:
         run = partial(compare, self.peers, batch, axes=self._epoch.axes, equal_samples=self._equal_samples)
@@ -192,18 +222,29 @@ class Watcher:
         if outcome.failure is not None:
             epoch.is_over = True
             raise outcome.failure
-        within = [finding for finding in outcome.findings if finding.check == "batches_agree_within_tp"]
-        across = [finding for finding in outcome.findings if finding.check != "batches_agree_within_tp"]
-        for findings, mode in ((within, self.options.on_mismatch), (across, self.options.across_dp)):
+        options = self.options
+        for check, mode in (
+            ("batches_agree_within_tp", options.on_mismatch),
+            ("batches_differ_across_dp", options.across_dp),
+            ("samples_come_once", options.over_steps),
+        ):
+            findings = [finding for finding in outcome.findings if finding.check == check]
             if findings and mode != "ignore":
                 self._report(findings, mode)
 
     def _report(self, findings: list[Finding], mode: OnMismatch) -> None:
-        report = _report_of(findings, self.peers, name=self._name)
+        peers = self.peers
+        self._tally.findings += len(findings)
+        if mode != "raise":
+            findings = [_with_note_on_deepspeed(finding, peers) for finding in findings]
+        report = _report_of(findings, peers, name=self._name)
+        printing_rank = peers.printing_rank(findings[0])
+        is_printed_here = peers.groups.rank == printing_rank
+        text = report.to_text() if is_printed_here else report.to_line(printed_on=printing_rank)
         if mode == "raise":
             self._epoch.is_over = True
             uneven = findings[0].evidence.get("differs") == "length"
-            raise (UnevenBatches if uneven else BatchMismatch)(report.to_text(), report)
+            raise (UnevenBatches if uneven else BatchMismatch)(text, report)
         if callable(mode):
             mode(report)
             return
@@ -212,7 +253,72 @@ class Watcher:
             self._warned |= places
             if any(check == "batches_differ_across_dp" for check, _ in places):
                 self._equal_samples = None
-            warnings.warn(report.to_text(), stacklevel=2)
+            if any(check == "samples_come_once" for check, _ in places):
+                self._remembers, self._memory = False, None
+            warnings.warn(text, stacklevel=2)
+
+
+@dataclass
+class _Tally:
+    """What a watcher has done, for its last line. It outlives the watcher.
+
+    Attributes:
+        remembers: Whether samples that come again are looked for.
+        compares_replicas: Whether replicas' samples are compared.
+        peers: Who was compared; None before the first batch.
+        compared: How many batches were.
+        findings: How many findings there were.
+    """
+
+    remembers: bool
+    compares_replicas: bool
+    peers: Peers | None = None
+    compared: int = 0
+    findings: int = 0
+
+    def conclusion(self) -> str:
+        """Return `1,200 batches compared within TP groups (0, 1) (2, 3), from DeepSpeed; no difference`."""
+        assert self.peers is not None
+        groups, tp_groups = self.peers.groups, self.peers.replicas
+        number = f"{self.compared:,} {'batch' if self.compared == 1 else 'batches'}"
+        if len(groups.tp) > 1:
+            more = len(tp_groups) - _GROUPS_SHOWN
+            listed = " ".join(map(str, tp_groups[:_GROUPS_SHOWN])) + (f" and {more} more" if more > 0 else "")
+            kind = "group" if len(tp_groups) == 1 else "groups"
+            what, result = f"compared within TP {kind} {listed}, from {groups.library}", "no difference"
+        elif len(groups.dp) > 1:
+            what = f"compared across {len(groups.dp)} data-parallel replicas ({groups.library})"
+            result = "no samples in common" if self.compares_replicas else "as many on each"
+        else:
+            what = "of a process alone; no other rank to compare with"
+            result = "no samples came again" if self.remembers else "nothing was compared"
+        found = {0: result, 1: "1 finding, reported above"}.get(
+            self.findings, f"{self.findings} findings, reported above"
+        )
+        return f"{number} {what}; {found}"
+
+
+def _conclude(tally: _Tally) -> None:
+    if tally.peers is not None and tally.peers.groups.rank == 0:
+        say(tally.conclusion())
+
+
+def _with_note_on_deepspeed(finding: Finding, peers: Peers) -> Finding:
+    """Add that DeepSpeed's own check of the first batch ends the run, where the loop is to go on.
+
+    `DeepSpeedEngine._configure_tensor_parallel_states` puts it on the module as a hook, and keeps the handle
+    (deepspeed/runtime/engine.py, 0.17 to 0.19); it removes itself after the first batch that agrees.
+    """
+    is_deepspeed = peers.groups.source == "deepspeed.utils.groups" and len(peers.tp.ranks) > 1
+    differs = finding.check == "batches_agree_within_tp" and finding.evidence.get("differs") != "length"
+    if not (is_deepspeed and differs and finding.where.get("step") == 0):
+        return finding
+    note = (
+        "DeepSpeed compares the first batch itself, and ends the run in the forward pass (AssertionError: Data "
+        "inconsistency within the TP group). To go on, call engine.first_dataloader_check.remove() before the first "
+        "forward pass, on every rank."
+    )
+    return replace(finding, evidence={**finding.evidence, "note": note})
 
 
 def _report_of(findings: Sequence[Finding], peers: Peers, *, name: str) -> Report:

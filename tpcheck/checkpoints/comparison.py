@@ -14,11 +14,13 @@ import torch
 
 from tpcheck.backends.checkpoint_format import Checkpoint, ReadOptions
 from tpcheck.backends.registry import checkpoint_formats
+from tpcheck.checkpoints.mapped import renamed
 from tpcheck.checkpoints.names import UnmatchedName, read_with_best_names, unmatched_names
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.environment import num_cores
 from tpcheck.core.errors import CheckpointError, UsageError
 from tpcheck.core.findings import Coverage, Finding
+from tpcheck.core.name_maps import NameMap
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
 from tpcheck.numerics.exact.checkpoint_tensor import (
     BitComparer,
@@ -167,6 +169,7 @@ def compare_checkpoints(
     cast: torch.dtype | None = None,
     actual_cast: torch.dtype | None = None,
     earlier: Mapping[str, Checkpoint] | None = None,
+    names: NameMap | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare every tensor to the bit.
@@ -175,11 +178,16 @@ def compare_checkpoints(
         cast: The dtype that floating point values of `expected` are rounded to first: an intended cast.
         actual_cast: The same for `actual`, which may hold master weights of higher precision.
         earlier: Checkpoints of earlier steps, with the names of `expected`, to recognise weights that were not updated.
+        names: Renames tensors before they are matched.
         progress: Called with the number of bytes compared so far and the total.
 
     Raises:
         CheckpointError: A file does not hold what it should.
     """
+    if names is not None:
+        actual, expected = renamed(actual, names, is_actual=True), renamed(expected, names, is_actual=False)
+        steps = (earlier or {}).items()
+        earlier = {step: renamed(checkpoint, names, is_actual=False) for step, checkpoint in steps}
     actual, expected, matching = read_with_best_names(actual, expected)
     pairs = [
         TensorPair(CheckpointTensor(actual, actual_name, actual_cast), CheckpointTensor(expected, name, cast))
@@ -191,7 +199,7 @@ def compare_checkpoints(
     wrong = [pair for pair in pairs if pair.expected.name not in equal]
     replicas = actual.inconsistent_replicas
     findings = [_inconsistent(name, replicas[name]) for name in expected.names() if name in replicas]
-    findings += _findings(wrong, expected, earlier or {}, dict(_tied_partners(expected, equal)))
+    findings += explained_findings(wrong, expected, earlier or {}, dict(_tied_partners(expected, equal)))
     # What cannot be read is there, so it is neither missing nor unexpected.
     unreadable = {*actual.unread, *expected.unread, *actual.inconsistent_replicas, *expected.inconsistent_replicas}
     unmatched = [name for name in unmatched_names(actual, expected, matching, cast) if name.name not in unreadable]
@@ -201,14 +209,15 @@ def compare_checkpoints(
     count = {"count_tensors": len(expected.names())}
     return Comparison(
         tuple(replace(finding, evidence={**finding.evidence, **count}) for finding in findings),
-        _coverage(actual, expected, unmatched),
+        _coverage(actual, expected, unmatched, matching.left_out),
         matching.renamed,
     )
 
 
-def _findings(
+def explained_findings(
     pairs: Sequence[TensorPair], reference: Checkpoint, earlier: Mapping[str, Checkpoint], tied_to: Mapping[str, str]
 ) -> list[Finding]:
+    """Return a finding for each of the pairs, which are known to differ, with its explanation."""
     with BitComparer() as comparer:
 
         def finding(pair: TensorPair) -> Finding:
@@ -260,7 +269,8 @@ def _finding(pair: TensorPair, difference: ElementDifference | None, explanation
             "largest_at": list(difference.largest_at),
         }
     if explanation is not None:
-        evidence |= {"story": dict(explanation.evidence), "advice": explanation.cause.advise()}
+        facts = {**explanation.evidence, "parameter": expected.name}
+        evidence |= {"story": dict(explanation.evidence), "advice": explanation.cause.advise(facts)}
     observed = float(difference.count if difference is not None else max(1, expected.numel))
     cause = explanation.cause.slug if explanation else None
     return Finding(CHECKPOINT_CHECK, where, observed, 0.0, cause, evidence)
@@ -268,7 +278,7 @@ def _finding(pair: TensorPair, difference: ElementDifference | None, explanation
 
 def _unmatched(name: UnmatchedName) -> Finding:
     side = "actual" if name.cause in (Cause.TENSOR_UNEXPECTED, Cause.TIED_WEIGHT_UNTIED) else "reference"
-    evidence = {"only_in": side, "story": dict(name.evidence), "advice": name.cause.advise()}
+    evidence = {"only_in": side, "story": dict(name.evidence), "advice": name.cause.advise(name.evidence)}
     return Finding(CHECKPOINT_CHECK, {"parameter": name.name}, 1.0, 0.0, name.cause.slug, evidence)
 
 
@@ -277,11 +287,14 @@ def _inconsistent(name: str, reason: str) -> Finding:
     return Finding(CHECKPOINT_CHECK, {"parameter": name}, 1.0, 0.0, Cause.REPLICA_DRIFT.slug, evidence)
 
 
-def _coverage(actual: Checkpoint, expected: Checkpoint, unmatched: Sequence[UnmatchedName]) -> Coverage:
+def _coverage(
+    actual: Checkpoint, expected: Checkpoint, unmatched: Sequence[UnmatchedName], left_out: Mapping[str, str]
+) -> Coverage:
     """Return how many of the reference's tensors were compared; a tie that is stored once counts as compared."""
     missed = {f"{name} of actual": why for name, why in actual.unread.items()}
     not_read = (*expected.unread.items(), *expected.inconsistent_replicas.items())
     missed |= {f"{name} of the reference": why for name, why in not_read}
+    missed |= left_out
     names = frozenset(expected.names())
     without_counterpart = {name.name for name in unmatched} | set(actual.unread)
     return Coverage(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from tpcheck.backends.checkpoint_format import Checkpoint, RenamedWhenSaved
+from tpcheck.checkpoints.adapters import AdapterNames, adapter_readings
+from tpcheck.checkpoints.mapped import fused_alike
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.exact.checkpoint_tensor import BitComparer, CheckpointTensor, is_constant
 
@@ -34,12 +37,14 @@ class Matching:
         missing: Expected names without an actual one.
         unexpected: Actual names without an expected one.
         renamed: Which parts of names were ignored, in words; empty where names are equal.
+        left_out: What one side holds beside what is compared, and why it is not.
     """
 
     actual_of: Mapping[str, str]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     renamed: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def match_names(actual: Sequence[str], expected: Sequence[str]) -> Matching:
@@ -106,6 +111,10 @@ def _unwrapping(names: Sequence[str]) -> Rename:
     changes = [_without_part(part) for part in _WRAPPERS if any(part in name for name in names)]
     if any(name.endswith(tuple(_SUFFIXES)) for name in names):
         changes.append(_with_torch_suffix)
+    of_adapter = AdapterNames.of(names).of_adapter
+    if len(of_adapter) == 1 and not of_adapter.keys() & {""}:
+        new_names = {old: new for new, old in next(iter(of_adapter.values())).items()}
+        changes.insert(0, lambda name: new_names.get(name, name))
     return _chain(*changes)
 
 
@@ -141,7 +150,8 @@ def read_with_best_names(actual: Checkpoint, expected: Checkpoint) -> tuple[Chec
     matching = match_names(actual.names(), expected.names())
     if not matching.missing and not matching.unexpected:
         return actual, expected, matching
-    readings = [(actual, expected, matching), *_as_saved(actual, expected)]
+    readings = [(actual, expected, matching), *_as_saved(actual, expected), *_with_adapters(actual, expected)]
+    readings += _fused(actual, expected)
     return min(readings, key=lambda reading: len(reading[2].missing) + len(reading[2].unexpected))
 
 
@@ -153,6 +163,25 @@ def _as_saved(actual: Checkpoint, expected: Checkpoint) -> Iterator[tuple[Checkp
             matching = match_names(pair[0].names(), pair[1].names())
             renamed = (*matching.renamed, f"{side} is read as its library saves it")
             yield *pair, replace(matching, renamed=renamed)
+
+
+def _fused(actual: Checkpoint, expected: Checkpoint) -> Iterator[tuple[Checkpoint, Checkpoint, Matching]]:
+    sides = fused_alike(actual, expected)
+    if sides is not None:
+        matching = match_names(sides[0].names(), sides[1].names())
+        words = (*matching.renamed, "Q, K and V, gate and up are compared together, as one side keeps them")
+        yield *sides, replace(matching, renamed=words)
+
+
+def _with_adapters(actual: Checkpoint, expected: Checkpoint) -> Iterator[tuple[Checkpoint, Checkpoint, Matching]]:
+    for reading in adapter_readings(actual, expected):
+        matching = match_names(reading.actual.names(), reading.expected.names())
+        renamed = (*matching.renamed, reading.words)
+        yield (
+            reading.actual,
+            reading.expected,
+            replace(matching, renamed=renamed, left_out=reading.left_out),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +209,13 @@ def unmatched_names(
     """
     with BitComparer() as comparer:
         names = _Names(actual, expected, matching, cast, comparer)
-        missing = [unmatched for name in matching.missing if (unmatched := names.missing(name))]
-        renamed = {unmatched.evidence.get("stands_as") for unmatched in missing}
+        renamed: set[str] = set()
+        missing = []
+        for name in matching.missing:
+            unmatched = names.missing(name, renamed)
+            if unmatched is not None:
+                missing.append(unmatched)
+                renamed |= {unmatched.evidence.get("stands_as", name)}
         unexpected = [
             unmatched for name in matching.unexpected if name not in renamed and (unmatched := names.unexpected(name))
         ]
@@ -198,8 +232,12 @@ class _Names:
     cast: torch.dtype | None
     comparer: BitComparer
 
-    def missing(self, name: str) -> UnmatchedName | None:
-        """Explain an expected name that the actual checkpoint lacks; None where a tied name stands for it."""
+    def missing(self, name: str, taken: Set[str]) -> UnmatchedName | None:
+        """Explain an expected name that the actual checkpoint lacks; None where a tied name stands for it.
+
+        Args:
+            taken: Names of the actual checkpoint that stand for other expected ones.
+        """
         tied = frozenset(other for tie in self.expected.ties if name in tie for other in tie if other != name)
         stored = next((other for other in tied if other in self.matching.actual_of), None)
         if tied:
@@ -211,7 +249,9 @@ class _Names:
         if twin is not None:
             return UnmatchedName(name, Cause.TIED_WEIGHT_DROPPED, {"equals": twin})
         tensor = CheckpointTensor(self.expected, name, self.cast)
-        other_name = self._equal_tensor(tensor, self.actual, self.matching.unexpected)
+        candidates = [other for other in self.matching.unexpected if other not in taken]
+        candidates.sort(key=lambda other: _numbers(other) != _numbers(name))  # the same layer and expert first
+        other_name = self._equal_tensor(tensor, self.actual, candidates)
         return UnmatchedName(name, Cause.TENSOR_MISSING, {"stands_as": other_name} if other_name else {})
 
     def unexpected(self, name: str) -> UnmatchedName | None:
@@ -244,6 +284,10 @@ class _Names:
             if same_kind and self.comparer.equal(tensor, other):
                 return None if is_constant(tensor) else name
         return None
+
+
+def _numbers(name: str) -> list[str]:
+    return re.findall(r"\d+", name)
 
 
 def _ties_embeddings(checkpoint: Checkpoint) -> bool:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
-from tpcheck.core.findings import CheckResult, Verdict
+from tpcheck.core.findings import CheckResult, Coverage, Verdict
+from tpcheck.core.name_maps import NameMap, Names
 from tpcheck.core.reproduce import checkpoint_command
 from tpcheck.report.report import Report
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from tpcheck.backends.checkpoint_format import Checkpoint
     from tpcheck.checkpoints.comparison import Comparison
+    from tpcheck.checkpoints.states import StatesComparison
 
 CASTS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
 
@@ -31,11 +33,15 @@ def verify_checkpoint(
     dtype: str | torch.dtype | None = None,
     earlier: Sequence[Any] = (),
     allow_pickle: bool = False,
+    weights_only: bool = False,
+    names: Names = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Compare a checkpoint with a reference: names, shapes, dtypes, buffers, ties, and every bit.
 
-    The parts that several ranks saved are put together first. Memory stays below a gigabyte whatever the size.
+    The parts that several ranks saved are put together first. Where both sides hold the states of the optimizer, the
+    scheduler, the loss scaler and the generators, those are compared, too. Memory stays below a gigabyte whatever the
+    size.
 
     Args:
         actual: A file or folder of any installed format (safetensors, transformers' shards, pytorch_model.bin, torch
@@ -45,6 +51,9 @@ def verify_checkpoint(
         dtype: An intended cast: floating point values of the reference are rounded to it before they are compared.
         earlier: Checkpoints of earlier steps, to recognise weights that were not updated since.
         allow_pickle: Unpickle classes that are not known to be harmless, in a separate process.
+        weights_only: Compare the model alone.
+        names: Patterns and replacements that turn names of `actual` into those of `reference`, or names of ready
+            maps, as for `compare_traces`.
         progress: Called with the number of bytes compared so far and the total.
 
     Raises:
@@ -60,9 +69,11 @@ def verify_checkpoint(
     """
     from tpcheck.backends.checkpoint_format import ReadOptions
     from tpcheck.checkpoints.comparison import compare_checkpoints, open_checkpoint
+    from tpcheck.checkpoints.states import compare_states
 
     start = time.monotonic()
     cast = _cast(dtype)
+    name_map = NameMap.from_argument(names)
     options = ReadOptions(allow_pickle=allow_pickle)
     with ExitStack() as stack:
 
@@ -75,16 +86,33 @@ def verify_checkpoint(
         expected_checkpoint = open_until_end("reference", reference)
         steps = {_name(source, number): open_until_end("earlier", source) for number, source in enumerate(earlier)}
         comparison = compare_checkpoints(
-            actual_checkpoint, expected_checkpoint, cast=cast, earlier=steps, progress=progress
+            actual_checkpoint,
+            expected_checkpoint,
+            cast=cast,
+            earlier=steps,
+            names=name_map if name_map.texts else None,
+            progress=progress,
         )
+        if not weights_only:
+            wrong = {str(finding.where.get("parameter")) for finding in comparison.findings}
+            comparison = _with_states(comparison, compare_states(actual_checkpoint, expected_checkpoint, wrong))
         subject: dict[str, Any] = {
             "subject": _name(actual),
             "actual": actual_checkpoint.description,
             "reference": f"{_name(reference)} ({expected_checkpoint.description})",
             **({"dtype": str(cast).removeprefix("torch.")} if cast is not None else {}),
+            **({"weights_only": True} if weights_only else {}),
+            **({"map": list(name_map.texts)} if name_map.texts else {}),
             "names": list(comparison.renamed),
         }
-    command = checkpoint_command(_paths(actual, reference), subject.get("dtype"), _paths(*earlier), allow_pickle)
+    command = checkpoint_command(
+        _paths(actual, reference),
+        subject.get("dtype"),
+        _paths(*earlier),
+        allow_pickle,
+        weights_only=weights_only,
+        maps=name_map.texts,
+    )
     return Report(_verdict(comparison, subject, command, time.monotonic() - start))
 
 
@@ -103,6 +131,19 @@ def _verdict(comparison: Comparison, subject: dict[str, Any], command: str | Non
         coverage=comparison.coverage,
         seconds=seconds,
         message="no tensor could be compared" if skipped else None,
+    )
+
+
+def _with_states(comparison: Comparison, states: StatesComparison) -> Comparison:
+    coverage = comparison.coverage
+    return replace(
+        comparison,
+        findings=(*comparison.findings, *states.findings),
+        coverage=Coverage(
+            coverage.compared + states.compared,
+            coverage.total + states.total,
+            {**coverage.not_compared, **states.not_compared},
+        ),
     )
 
 

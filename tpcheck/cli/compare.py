@@ -32,6 +32,18 @@ def checkpoint(
             "--allow-pickle", help="Unpickle arbitrary classes in a separate process. This runs code from the file."
         ),
     ] = False,
+    weights_only: Annotated[
+        bool,
+        typer.Option("--weights-only", help="Leave out the states of optimizer, scheduler, scaler and generators."),
+    ] = False,
+    map_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            metavar="REGEX=REPLACEMENT",
+            help="Rename ACTUAL's tensors, or name a ready map: hf-megatron; repeatable.",
+        ),
+    ] = None,
     json_: Json = None,
     junit: Junit = None,
     html: Html = None,
@@ -41,22 +53,31 @@ def checkpoint(
 
     Formats are recognised: safetensors, transformers' shards, pytorch_model.bin, torch DCP, DeepSpeed
     training and universal checkpoints, PEFT adapters, Megatron torch_dist. Shards of TP and ZeRO ranks are
-    merged first.
+    merged first. Optimizer, scheduler, scaler and generators are compared where both sides have them.
 
     \b
     tpcheck checkpoint saved/ reference/
     tpcheck checkpoint saved/global_step2 model.safetensors
     tpcheck checkpoint saved/ reference/ --dtype bfloat16 --json report.json
+    tpcheck checkpoint iter_0000010/ llama/ --map hf-megatron
 
     Exit status: 0 equal, 1 findings, 2 bad usage, a damaged file, or nothing to compare.
     """
     with usage_errors():
         files = Files(writable("json", json_), writable("junit", junit), writable("html", html))
         from tpcheck.checkpoints.verify import verify_checkpoint  # loads torch
+        from tpcheck.core.name_maps import parse_maps
 
         with bytes_bar("compare") as progress:
             report = verify_checkpoint(
-                actual, reference, dtype=dtype, earlier=earlier or (), allow_pickle=allow_pickle, progress=progress
+                actual,
+                reference,
+                dtype=dtype,
+                earlier=earlier or (),
+                allow_pickle=allow_pickle,
+                weights_only=weights_only,
+                names=parse_maps(map_ or []),
+                progress=progress,
             )
     _end(report, files, verbose=verbose)
 
@@ -87,12 +108,15 @@ def compare(
 ) -> None:
     """Find where two training runs first part, and whether that is rounding or a mistake.
 
-    Any two that `tpcheck.record` has written: tp 1 and tp 2, tp 2 and tp 8, two versions, two dtypes, two frameworks,
-    a run and itself. Record at least one of them with replays=2, which measures what rounding may do:
+    Any two: tp 1 and tp 2, two versions, dtypes or frameworks, a run and itself.
+    Each rank of a training script records; replays=2, in at least one of the two,
+    measures what rounding may do:
 
     \b
-    with tpcheck.record(model, "tp2.trace", optimizer=optimizer, replays=2):
-        train()
+        with tpcheck.record(model, "tp2.trace", optimizer=optimizer, replays=2):
+            train()
+
+    Then compare what was recorded:
 
     \b
     tpcheck compare tp2.trace tp1.trace
@@ -105,8 +129,8 @@ def compare(
     """
     with usage_errors():
         files = Files(writable("json", json_), writable("junit", junit), writable("html", html))
+        from tpcheck.core.name_maps import parse_maps
         from tpcheck.runs.comparing import compare_traces  # loads torch
-        from tpcheck.runs.names import parse_maps
 
         report = compare_traces(
             _folders(actual, more_actual), _folders(expected, more_expected), names=parse_maps(map_ or [])

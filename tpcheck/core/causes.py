@@ -5,6 +5,7 @@ A cause is named only where its own numerical test holds. No torch here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -55,10 +56,40 @@ def _assign_by_dp_rank(evidence: Mapping[str, Any], topology: Topology) -> str:
 
 
 def _shard_by_dp_rank(evidence: Mapping[str, Any], topology: Topology) -> str:
+    if evidence.get("iterable") is True:
+        return (
+            f"Give every rank of a TP group the same samples of the IterableDataset: sample i belongs to replica "
+            f"i % {topology.dp} == dp_rank."
+        )
     return (
         f"Build the sampler with num_replicas={topology.dp} and rank=dp_rank; with accelerate, prepare the loader "
         "after the engine's device mesh exists (`prepare`, not `prepare_data_loader` before it)."
     )
+
+
+def _give_once(evidence: Mapping[str, Any], topology: Topology) -> str:
+    if evidence.get("workers"):
+        return (
+            "Split the stream over the workers: in `__iter__` of the IterableDataset, let "
+            "`info = torch.utils.data.get_worker_info()`, and yield sample i where `i % info.num_workers == info.id`."
+        )
+    return (
+        "Look where the loader goes back: a state that is restored twice or from before the last batches, a buffer "
+        'that is not emptied. Where the samples are to come again, pass over_steps="ignore".'
+    )
+
+
+def _assign_by_name(evidence: Mapping[str, Any], topology: Topology) -> str:
+    name, other = (re.sub(r"\d+", "#", str(evidence.get(key, ""))) for key in ("parameter", "equals"))
+    if name == other or not evidence.get("parameter"):
+        return "Renumber the layers: a pipeline stage or a name map counts them from another start."
+    return "Correct the name map: it gives this parameter the tensor of another one."
+
+
+def _save_or_rename(evidence: Mapping[str, Any], topology: Topology) -> str:
+    if evidence.get("stands_as"):
+        return "Rename it when saving or loading; to compare all the same, pass --map 'REGEX=REPLACEMENT'."
+    return "Save it: persistent buffers and frozen parameters belong to the model, too."
 
 
 def _sort_listings(evidence: Mapping[str, Any], topology: Topology) -> str:
@@ -125,7 +156,7 @@ class Cause(Enum):
     FUSED_BLOCKS_INTERLEAVED = (
         "fused_blocks_interleaved",
         "fused blocks (QKV, gate and up) are cut in one order and read in another",
-        "numerics.hypotheses.layout numerics.exact",
+        "numerics.hypotheses.layout numerics.exact runs.full_causes",
         "Gather block by block (Q, K, V; gate, up): split each rank's part into blocks first.",
     )
     WRONG_SHARD_BOUNDARY = (
@@ -149,7 +180,29 @@ class Cause(Enum):
         "tensor_of_another_layer",
         "the actual tensor equals the expected one of another layer{residual}",
         "numerics.hypotheses.gradients numerics.exact",
-        "Renumber the layers: a pipeline stage or a name map counts them from another start.",
+        _assign_by_name,
+    )
+    GATE_UP_EXCHANGED = (
+        "gate_up_exchanged",
+        "the gate's rows are in the place of up's, and up's in the place of the gate's",
+        "numerics.exact",
+        "Keep the order of gate and up: gate (w1) first, then up (w3), each under its own name, in the converter, the "
+        "name map and where fused weights are cut.",
+    )
+    KEY_VALUE_EXCHANGED = (
+        "key_value_exchanged",
+        "the rows of the keys are in the place of the values', and the other way round",
+        "numerics.exact",
+        "Keep the order of Q, K, V, each under its own name, in the converter, the name map and where fused weights "
+        "are cut.",
+    )
+    ROTARY_LAYOUT = (
+        "rotary_layout",
+        "within each head, the rows are in the other order of rotary embeddings (pairs next to each other, or half a "
+        "head apart)",
+        "numerics.exact",
+        "Reorder the rows of queries and keys head by head when converting, as `permute` in transformers' "
+        "convert_llama_weights_to_hf.py does, or set the model's rotary embedding to the checkpoint's convention.",
     )
 
     # ---- reductions
@@ -183,28 +236,35 @@ class Cause(Enum):
     REDUCED_AFTER_ACCUMULATION = (
         "reduced_after_accumulation",
         "reducing the accumulated gradient again at each micro-batch gives the actual one{residual}",
-        "runs.sketch_causes",
+        "numerics.hypotheses.accumulation runs.sketch_causes",
         "Reduce each micro-batch's own gradient (a hook on the incoming gradient), or the accumulated one once, before "
         "the optimizer's step: a post-accumulate-grad hook sees what was reduced before.",
     )
     LAST_MICRO_BATCH_ONLY = (
         "last_micro_batch_only",
         "the gradient is that of the last micro-batch alone{residual}",
-        "runs.sketch_causes",
+        "numerics.hypotheses.accumulation runs.sketch_causes",
         "Accumulate before the step: with DeepSpeed set gradient_accumulation_steps to the number of backward calls.",
     )
     MICRO_BATCH_UNREDUCED = (
         "micro_batch_unreduced",
-        "the gradients of some micro-batches were not reduced over the replicas, those of others were",
-        "runs.sketch_causes",
+        "the gradients of some micro-batches were not reduced over the ranks, those of others were{residual}",
+        "numerics.hypotheses.accumulation runs.sketch_causes",
         "Reduce once after the last backward pass; a no_sync context must not enclose that pass.",
     )
     MEAN_OF_LOCAL_MEANS = (
         "mean_of_local_means",
-        "micro-batches or replicas with unlike numbers of tokens were weighted alike",
-        "runs.sketch_causes",
+        "micro-batches or replicas with different numbers of tokens were given equal weights",
+        "numerics.hypotheses.accumulation runs.sketch_causes",
         "Divide the sum of the losses by the number of labels of the whole step (num_items_in_batch), not each by its "
         "own.",
+    )
+
+    TOKEN_MEAN_INSTEAD_OF_MEAN = (
+        "token_mean_instead_of_mean",
+        "the loss is divided by the number of labels of the whole step, the reference's by that of each micro-batch",
+        "numerics.hypotheses.accumulation",
+        'Verify with loss="token_mean" if the mean over all labels of the step is what you mean.',
     )
 
     # ---- gradients, norms, replicas
@@ -220,11 +280,11 @@ class Cause(Enum):
     )
     COLLECTIVE_WITHOUT_BACKWARD = (
         "collective_without_backward",
-        "the gradient is that of the labels' logits alone: none comes back through the sum of exponentials over the "
-        "vocabulary, whose parts the ranks have",
-        "runs.sketch_causes",
-        "torch.distributed.all_reduce is no autograd operation: put it into a torch.autograd.Function whose backward "
-        "returns the gradient as it is.",
+        "the gradient lacks what should come back through a sum over the ranks in the forward pass: a rank has its own "
+        "term alone, or none{residual}",
+        "runs.sketch_causes runs.backward_sums runs.full_causes",
+        "torch.distributed.all_reduce is no autograd operation: put it into a torch.autograd.Function, whose backward "
+        "returns the gradient as it is where every rank has all of it, and sums it where each has a term.",
     )
     GRADIENT_SCALED = (
         "gradient_scaled",
@@ -315,38 +375,51 @@ class Cause(Enum):
     OPTIONS_DIFFER = (
         "options_differ",
         "the optimizers were given other options",
-        "runs.exact_checks runs.step_checks",
+        "runs.exact_checks runs.step_checks checkpoints",
         "Give both runs the same learning rate, schedule and options, or compare runs that have them.",
     )
     OPTIMIZER_SEES_ONE_SHARD = (
         "optimizer_sees_one_shard",
         "the gradients agree, and an optimizer whose step depends on the whole matrix was given each rank's shard",
-        "runs.sketch_causes",
+        "numerics.hypotheses.optimizer runs.sketch_causes",
         "Gather the matrix before the step, as distributed versions of this optimizer do.",
     )
     OPTIMIZER_STATE_OF_ANOTHER_RANK = (
         "optimizer_state_of_another_rank",
         "ranks with different shards held the same optimizer state",
-        "runs.step_checks",
+        "numerics.hypotheses.optimizer runs.state_causes checkpoints",
         "Save and load optimizer state for each rank: a file for each TP rank, not one for all.",
+    )
+    OPTIMIZER_STATE_LOST = (
+        "optimizer_state_lost",
+        "a moment was zero before this step, and not in the expected run",
+        "runs.state_causes",
+        "Load the optimizer's state together with the weights, and build no new optimizer in the middle of a training.",
     )
     MASTERS_STALE = (
         "masters_stale",
         "the weights are not the optimizer's master weights, rounded",
-        "runs.step_checks",
+        "runs.state_causes",
         "After loading weights refresh the masters (DeepSpeed: refresh_fp32_params; load both, or neither).",
     )
 
     # ---- runs
     NONDETERMINISM = (
         "nondeterminism",
-        "two runs alike in versions, topology, weights, inputs and generators part here: a computation of this module "
-        "is not deterministic, or its code or settings are not the same. It is no question of sharding",
+        "two runs with the same versions, topology, weights, inputs and generators part here: a computation of this "
+        "module is not deterministic, or its code or settings are not the same. It is no question of sharding",
         "runs.comparing",
         "Run again with torch.use_deterministic_algorithms(True), or look at what changed in this module.",
     )
 
     # ---- values
+    OFFSET_BY_CONSTANT = (
+        "offset_by_constant",
+        "every element is the expected one plus a constant",
+        "numerics.exact",
+        "Convert the convention of the norm: some models multiply by w, others (Gemma, Megatron with "
+        "layernorm_zero_centered_gamma) by 1 + w. Add or subtract the constant when converting, once.",
+    )
     NOT_FINITE = (
         "not_finite",
         "some elements are infinite or not a number",
@@ -378,7 +451,8 @@ class Cause(Enum):
     STALE_WEIGHT = (
         "stale_weight",
         "the actual tensor equals the expected one of an earlier step{residual}",
-        "numerics.hypotheses.optimizer numerics.exact runs.exact_checks runs.run_findings runs.comparing",
+        "numerics.hypotheses.optimizer numerics.exact runs.exact_checks runs.run_findings runs.comparing "
+        "runs.state_causes",
         "Save after the optimizer's step has reached the model: ZeRO gathers the weights last.",
     )
 
@@ -387,7 +461,7 @@ class Cause(Enum):
         "tensor_missing",
         "the tensor is absent",
         "checkpoints",
-        "Save it: persistent buffers and frozen parameters belong to the model, too.",
+        _save_or_rename,
     )
     TENSOR_UNEXPECTED = ("tensor_unexpected", "the reference has no such tensor", "checkpoints")
     TIED_WEIGHT_DROPPED = (
@@ -465,6 +539,19 @@ class Cause(Enum):
         "data-parallel replicas train on the same samples",
         "batches",
         _assign_by_dp_rank,
+    )
+    SAMPLES_REPEATED = (
+        "samples_repeated",
+        "the rank was given samples again that it had in this epoch",
+        "batches",
+        _give_once,
+    )
+    SAMPLES_SKIPPED = (
+        "samples_skipped",
+        "the sampler left out whole batches of an order that is not shuffled",
+        "batches",
+        "Where a run resumes, skip what was trained on once: with the loader's or the sampler's state, or with "
+        "skip_first_batches, not both.",
     )
 
 

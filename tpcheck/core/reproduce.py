@@ -30,7 +30,13 @@ def verify_command(family: str, options: Mapping[str, Any]) -> str | None:
 
 
 def checkpoint_command(
-    paths: Sequence[str] | None, dtype: str | None, earlier: Sequence[str] | None, allow_pickle: bool
+    paths: Sequence[str] | None,
+    dtype: str | None,
+    earlier: Sequence[str] | None,
+    allow_pickle: bool,
+    *,
+    weights_only: bool = False,
+    maps: Sequence[str] = (),
 ) -> str | None:
     """Return `tpcheck checkpoint ACTUAL REFERENCE ...`, or None where something compared was no file or folder.
 
@@ -41,6 +47,7 @@ def checkpoint_command(
     if paths is None or earlier is None:
         return None
     options = [*_flag("dtype", dtype), *_flag("earlier", earlier), *_flag("allow_pickle", allow_pickle)]
+    options += [*_flag("weights_only", weights_only), *_flag("map", list(maps))]
     return shlex.join(["tpcheck", "checkpoint", *paths, *options])
 
 

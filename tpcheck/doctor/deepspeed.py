@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from tpcheck.core.optimizers import needs_whole_matrices
+
 KNOWN_KEYS = frozenset(
     """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
     steps_per_print dump_state disable_python_gc disable_allgather communication_data_type
@@ -150,6 +152,17 @@ def only_the_last_backward_pass_counts(config: Config) -> Problems:
         )
 
 
+def optimizer_sees_one_shard(config: Config) -> Problems:
+    """AutoTP hands the optimizer each rank's shards: one whose step depends on the whole matrix computes another."""
+    name, size = section(config, "optimizer").get("type"), num_tp(config)
+    if isinstance(name, str) and size > 1 and needs_whole_matrices(name):
+        yield (
+            f"optimizer {name} computes its step from a whole matrix, and with autotp_size {size} DeepSpeed gives it "
+            "each rank's shard: it trains otherwise than without TP, silently",
+            "use an optimizer that steps each element by itself, such as AdamW",
+        )
+
+
 def unknown_keys_are_ignored(config: Config) -> Problems:
     """A key that DeepSpeed does not read at the top of the configuration has no effect."""
     for key in config:
@@ -190,6 +203,7 @@ RULES = (
     clipping_is_on_unless_set,
     saved_model_is_one_shard,
     only_the_last_backward_pass_counts,
+    optimizer_sees_one_shard,
 )
 
 

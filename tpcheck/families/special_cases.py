@@ -55,6 +55,33 @@ FUSED_PARAMETER = SpecialCase(
     "https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/transformer/mlp.py",
     names=re.compile(r"qkv|query_key_value|c_attn|kv_proj|kv_a|gate_up|gate_and_up|in_proj|wi\b|w13|linear_fc1|Wqkv"),
 )
+FUSED_GATE_AND_UP = SpecialCase(
+    models="phi3, glm4 and mixtral's experts (gate_up_proj), vLLM (w13)",
+    reason="The parameter is the gate's rows, then those of up: halves in another order are gate and up exchanged. "
+    "Names that ungated models share (Megatron's linear_fc1, t5's wi) are left out: there, halves are shards.",
+    source=f"{_MODELS}/phi3/modeling_phi3.py, {_MODELS}/mixtral/modeling_mixtral.py",
+    names=re.compile(r"gate_up|up_gate|gate_and_up|(^|[._])w13([._]|$)"),
+)
+FUSED_KEY_AND_VALUE = SpecialCase(
+    models="phi3 (qkv_proj), bloom, falcon and gpt_neox (query_key_value), gpt2 (c_attn), modernbert (Wqkv), Megatron "
+    "(linear_qkv), torch.nn.MultiheadAttention (in_proj_weight)",
+    reason="The parameter ends with the rows of keys, then values, as a whole or in each group of heads.",
+    source=f"{_MODELS}/phi3/modeling_phi3.py, {_MODELS}/gpt_neox/modeling_gpt_neox.py",
+    names=re.compile(r"qkv|query_key_value|c_attn|in_proj_(weight|bias)|(^|[._])kv_proj", re.IGNORECASE),
+)
+ROTATED_PARAMETER = SpecialCase(
+    models="llama (q_proj, k_proj), qwen3 (q_norm, k_norm), bert-like models (query, key), Meta's Llama (wq, wk), "
+    "fused ones",
+    reason="Rotary embeddings turn pairs of features: (0, 1), (2, 3), ... in one convention, (0, n/2), "
+    "(1, n/2 + 1), ... in the other. Converters reorder the rows of each head; an order like that in any other "
+    "parameter has another reason.",
+    source="permute in https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/llama/"
+    "convert_llama_weights_to_hf.py",
+    names=re.compile(
+        r"(^|[._])(q|k|v|query|key|value|wq|wk|wv)([._]|$)|qkv|query_key_value|c_attn|in_proj_|kv_a|q_a|q_b",
+        re.IGNORECASE,
+    ),
+)
 KEY_OR_VALUE_PROJECTION = SpecialCase(
     models="llama (k_proj, v_proj), bert (key, value), distilbert (k_lin, v_lin), t5 (k, v)",
     reason="With fewer key-value heads than query heads, keys and values may go to wrong ranks while the queries are "

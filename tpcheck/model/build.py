@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -107,17 +108,38 @@ def _disable_dropout(model: nn.Module) -> None:
 
 
 Batch = dict[str, Any]
+_FAR_APART = 0x9E3779B1  # 2**32 over the golden ratio: multiples of it are far from each other modulo 2**32
 
 
-def make_batches(options: RunOptions, model: nn.Module, dp: int, device: torch.device) -> list[list[Batch]]:
-    """Return the batch of every step and DP rank, as batches[step][dp_rank].
+def make_batches(
+    options: RunOptions, model: nn.Module, dp: int, device: torch.device, accumulate: int = 1
+) -> list[list[list[Batch]]]:
+    """Return the micro-batches of every step and DP rank, as batches[step][dp_rank][micro_batch].
 
     Raises:
         UsageError: The batch cannot be divided among the DP ranks, or the model has no vocabulary to draw tokens from.
     """
     return [
-        [_batch(options, model, step, dp_rank, dp, device) for dp_rank in range(dp)] for step in range(options.steps)
+        [
+            [
+                _batch(options, model, _Place(step, dp_rank, number, dp, accumulate), device)
+                for number in range(accumulate)
+            ]
+            for dp_rank in range(dp)
+        ]
+        for step in range(options.steps)
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a micro-batch belongs, and how many DP ranks and micro-batches of a step there are."""
+
+    step: int
+    dp_rank: int
+    micro_batch: int
+    dp: int
+    accumulate: int
 
 
 def copy_batch(batch: Mapping[str, Any]) -> Batch:
@@ -133,16 +155,21 @@ def batch_size(batch: Mapping[str, Any]) -> int:
     return next((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), 1)
 
 
-def _batch(options: RunOptions, model: nn.Module, step: int, dp_rank: int, dp: int, device: torch.device) -> Batch:
+def _batch(options: RunOptions, model: nn.Module, place: _Place, device: torch.device) -> Batch:
     if callable(options.batch):
-        batch = options.batch({"dp": dp_rank, "tp": 0}, step)
+        more = {"micro_batch": place.micro_batch} if place.accumulate > 1 else {}
+        batch = options.batch({"dp": place.dp_rank, "tp": 0, **more}, place.step)
         if not isinstance(batch, Mapping):
             raise UsageError("batch", type(batch).__name__, "a callable that returns a dict of tensors")
     elif isinstance(options.batch, Mapping):
-        batch = {name: _rows(options.batch, name, dp_rank, dp) for name in options.batch}
+        batch = {name: _rows(options.batch, name, place) for name in options.batch}
     else:
-        generator = torch.Generator().manual_seed((options.seed * 1000 + step) * 1000 + dp_rank)
+        seed = (options.seed * 1000 + place.step) * 1000 + place.dp_rank
+        # torch seeds with the low 32 bits alone
+        generator = torch.Generator().manual_seed(seed + place.micro_batch * _FAR_APART)
         batch = _draw_tokens(model, options.batch or Tokens(), generator)
+        if options.loss == "token_mean":
+            _ignore_prompts(batch["labels"], generator)
     return {name: _cast(value, device, getattr(torch, options.dtype)) for name, value in batch.items()}
 
 
@@ -153,14 +180,16 @@ def _cast(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return value.to(device, dtype if value.is_floating_point() else None)
 
 
-def _rows(batch: Mapping[str, Any], name: str, dp_rank: int, dp: int) -> Any:
-    """Return the DP rank's samples of one entry of the whole batch, or the entry itself if it is not per sample."""
+def _rows(batch: Mapping[str, Any], name: str, place: _Place) -> Any:
+    """Return a micro-batch's samples of one entry of the whole batch, or the entry itself if it is not per sample."""
     value, size = batch[name], batch_size(batch)
     if not isinstance(value, torch.Tensor) or not value.dim() or len(value) != size:
         return value
-    if size % dp:
-        raise UsageError(f"batch[{name!r}].shape", tuple(value.shape), f"a first dim that dp={dp} divides")
-    return value.chunk(dp)[dp_rank]
+    number = place.dp * place.accumulate
+    if size % number:
+        by = f"dp={place.dp}" + (f" times accumulate={place.accumulate}" if place.accumulate > 1 else "")
+        raise UsageError(f"batch[{name!r}].shape", tuple(value.shape), f"a first dim that {by} divides")
+    return value.chunk(number)[place.dp_rank * place.accumulate + place.micro_batch]
 
 
 def _draw_tokens(model: nn.Module, tokens: Tokens, generator: torch.Generator) -> Batch:
@@ -177,6 +206,13 @@ def _draw_tokens(model: nn.Module, tokens: Tokens, generator: torch.Generator) -
         batch["attention_mask"] = mask_BL
     # equal values in memory that is not contiguous
     return {name: tensor.t().contiguous().t() if tokens.strided else tensor for name, tensor in batch.items()}
+
+
+def _ignore_prompts(labels_BL: torch.Tensor, generator: torch.Generator) -> None:
+    """Leave out the labels of a prompt of random length, so that micro-batches have unlike numbers of labels."""
+    length = labels_BL.shape[1]
+    prompts_B = torch.randint(0, max(1, length - 2), (len(labels_BL),), generator=generator)
+    labels_BL.masked_fill_(torch.arange(length) < prompts_B[:, None], -100)
 
 
 def _attention_mask(tokens: Tokens, generator: torch.Generator) -> torch.Tensor:

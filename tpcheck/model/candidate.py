@@ -16,7 +16,9 @@ from tpcheck.core.digests import digest
 from tpcheck.core.errors import BackendError, TpcheckError
 from tpcheck.model.build import Batch, copy_batch, loss_of
 from tpcheck.model.implementations import compiled_modules, replace_implementations
-from tpcheck.numerics.evidence import Step, TensorKey
+from tpcheck.model.optimizer_state import candidate_state
+from tpcheck.numerics.evidence import Collective, Step, TensorKey
+from tpcheck.numerics.precision import reduced_precision_raised
 from tpcheck.numerics.recorder import ModuleRecorder, logged_collectives
 from tpcheck.numerics.tensors import copy_buffers
 
@@ -73,32 +75,44 @@ def _ties(model: nn.Module) -> dict[str, str]:
     return {name: first for first, *others in names_by_id.values() for name in others}
 
 
-def train(backend: Backend, candidate: Candidate, names: Sequence[str], batches: Sequence[Batch]) -> tuple[Step, ...]:
-    """Train on this DP rank's batches; return copies of every tensor that is compared.
+def train(
+    backend: Backend, candidate: Candidate, names: Sequence[str], batches: Sequence[Sequence[Batch]]
+) -> tuple[Step, ...]:
+    """Train on this DP rank's batches, batches[step][micro_batch]; return copies of every tensor that is compared.
 
     Raises:
         BackendError: The backend crashed; with its own message and where it happened.
     """
-    return tuple(_step(backend, candidate, names, index, batch) for index, batch in enumerate(batches))
+    return tuple(_step(backend, candidate, names, index, of_step) for index, of_step in enumerate(batches))
 
 
-def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: int, batch: Batch) -> Step:
+def _step(
+    backend: Backend, candidate: Candidate, names: Sequence[str], index: int, micro_batches: Sequence[Batch]
+) -> Step:
     activations: dict[TensorKey, torch.Tensor] = {}
 
     def keep(key: TensorKey, tensor: torch.Tensor) -> None:
         activations[key] = local_part(tensor).clone()
 
-    with ModuleRecorder(candidate.module, keep):
-        with blame_backend(backend, f"forward of step {index}"), logged_collectives(candidate.module) as collectives:
-            output = candidate.forward(copy_batch(batch))
-        loss = loss_of(output)
-        with blame_backend(backend, f"backward of step {index}"):
-            candidate.backward(loss)
-    with blame_backend(backend, f"step {index}"):
+    losses: list[torch.Tensor] = []
+    collectives: list[Collective] = []
+    with ModuleRecorder(candidate.module, keep) as recorder:
+        for number, batch in enumerate(micro_batches):
+            recorder.begin_micro_batch(number)
+            of_step = f"of step {index}" + (f", micro-batch {number}" if number else "")
+            with blame_backend(backend, f"forward {of_step}"), logged_collectives(candidate.module) as issued:
+                output = candidate.forward(copy_batch(batch))
+            loss = loss_of(output)
+            with blame_backend(backend, f"backward {of_step}"):
+                candidate.backward(loss)
+            losses.append(loss.detach())
+            collectives.extend(issued if not number else ())
+    with blame_backend(backend, f"step {index}"), reduced_precision_raised(losses[0].dtype is torch.float64):
         gradients = {name: candidate.gradient(name) for name in names}
         candidate.step()
         weights = {name: candidate.parameter(name) for name in names}
         norm = candidate.gradient_norm()
+        state = candidate_state(candidate, names)
     present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
     digests = _digests("gradient", present) | _digests("parameter", weights) | _buffer_digests(candidate.module)
     return Step(
@@ -106,8 +120,9 @@ def _step(backend: Backend, candidate: Candidate, names: Sequence[str], index: i
         gradients,
         weights,
         norm,
-        float(full_tensor(loss.detach())),
+        sum(float(full_tensor(loss)) for loss in losses) / len(losses),
         buffers=copy_buffers(candidate.module),
+        optimizer_state=state,
         digests=digests,
         collectives=tuple(collectives),
     )

@@ -121,7 +121,9 @@ def _checkpoint(model: Any, *, reentrant: bool) -> None:
     enable: Callable[..., None] | None = getattr(model, "activation_checkpointing_enable", None)
     enable = enable or getattr(model, "gradient_checkpointing_enable", None)
     if enable is None:
-        raise UsageError("checkpointing", True, "False: only a model of transformers can be told to; yours decides")
+        raise UsageError(
+            "checkpointing", True, "False: transformers' models alone take this option; yours decides by itself"
+        )
     try:
         enable({"use_reentrant": reentrant})
     except ValueError as error:

@@ -161,8 +161,9 @@ class RunOptions:
     checks: tuple[str, ...] | None = field(
         default=None,
         metadata=_doc(
-            "Names of the checks to run; None for all but `checkpoint_matches_reference`, which saves the model in "
-            "each way that the backend has, reads it back, and compares, before the first step and after the last."
+            "Names of the checks to run, or `all`. None for all but two: `checkpoint_matches_reference` saves the "
+            "model in each way that the backend has, reads it back, and compares, before the first step and after the "
+            "last; `resume_matches_uninterrupted` saves the training, goes on from it in new processes, and compares."
         ),
     )
     seed: int = field(default=0, metadata=_doc("Seed of weights, batches and replays."))
@@ -217,7 +218,9 @@ class RunOptions:
     @property
     def check_names(self) -> tuple[str, ...]:
         """The checks to run, the default ones included."""
-        return _default_checks() if self.checks is None else self.checks
+        if self.checks is None:
+            return _default_checks()
+        return _all_checks() if self.checks == ("all",) else self.checks
 
     def keywords(self) -> dict[str, Any]:
         """Return all options as keyword arguments of `verify_family`."""
@@ -258,7 +261,7 @@ class RunOptions:
             "optimizer": dict(self.optimizer) if isinstance(self.optimizer, Mapping) else self.optimizer,
             "config": dict(self.config),
             "settings": dict(self.settings),
-            "checks": None if are_default else list(self.check_names),
+            "checks": None if are_default else list(self.checks or ()),
             "batch": str(self.batch) if isinstance(self.batch, Tokens) else None,
         }
 
@@ -386,7 +389,7 @@ class Request:
 def require_valid(request: Request) -> None:
     """Raise UsageError if the model or an option cannot be used, with the accepted values."""
     from tpcheck.backends.registry import backend_names
-    from tpcheck.numerics.checks import CHECK_NAMES, CHECKPOINT_CHECK
+    from tpcheck.numerics.checks import CHECK_NAMES, ON_REQUEST
 
     options = request.options
     if not isinstance(options.topology, Topology):
@@ -415,10 +418,10 @@ def require_valid(request: Request) -> None:
     if options.batch is not None and not callable(options.batch) and not isinstance(options.batch, (Mapping, Tokens)):
         raise UsageError("batch", type(options.batch).__name__, "a dict of tensors, a callable or None")
     _require_training(options)
-    valid_checks = (*CHECK_NAMES, CHECKPOINT_CHECK)
+    valid_checks = (*CHECK_NAMES, *ON_REQUEST)
     unknown = [name for name in options.check_names if name not in valid_checks]
     if unknown or not options.check_names:
-        raise UsageError("checks", unknown or (), valid_checks)
+        raise UsageError("checks", unknown or (), ("all", *valid_checks))
 
 
 def _require_training(options: RunOptions) -> None:
@@ -464,6 +467,12 @@ def _require_loop(options: RunOptions) -> None:
         raise UsageError("loop", options.loop, LOOPS)
     if options.loop != "plain":
         raise UsageError("loop", options.loop, "plain: transformers' Trainer is not available yet")
+
+
+def _all_checks() -> tuple[str, ...]:
+    from tpcheck.numerics.checks import CHECK_NAMES, ON_REQUEST
+
+    return (*CHECK_NAMES, *ON_REQUEST)
 
 
 def _default_checks() -> tuple[str, ...]:

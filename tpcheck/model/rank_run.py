@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from tpcheck.core.digests import digest
 from tpcheck.model.build import Batch, build_model, require_equal_models
 from tpcheck.model.candidate import CandidateStart, shard, train
 from tpcheck.model.implementations import num_compiled_graphs, require_compiled
+from tpcheck.model.on_shards import steps_on_shards
 from tpcheck.model.options import Request
 from tpcheck.model.recompute import recompute_outputs
 from tpcheck.model.reference import CommunicatingRank, Reference, ReferenceStep
@@ -33,6 +35,7 @@ from tpcheck.numerics.checks import CHECKPOINT_CHECK
 from tpcheck.numerics.checks.clipping import observed_clipping
 from tpcheck.numerics.evidence import Evidence, ForcedModules, RankFacts, Step, TensorKey
 from tpcheck.numerics.precision import everything_in_float64, torch_function_disabled
+from tpcheck.numerics.tensors import pickled
 from tpcheck.numerics.tolerance import Tolerance
 from tpcheck.numerics.verdict import GroupAnswer, forbids_training, full_answer, start_answer
 
@@ -65,7 +68,7 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
         BackendError: The backend crashed.
     """
     backend, checks = load_backend(request.options.backend), request.options.check_names
-    options = backend.resolved(_training_options(request, rank.device))
+    options = backend.resolved(training_options(request, rank.device))
     with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
         reference = Reference.build(request, rank, options)
         twin = build_model(request, rank.device)
@@ -89,7 +92,8 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
     return RankAnswer(answer, backend.versions())
 
 
-def _training_options(request: Request, device: torch.device) -> TrainingOptions:
+def training_options(request: Request, device: torch.device) -> TrainingOptions:
+    """Return how both sides train."""
     options = request.options
     return TrainingOptions(
         dtype=getattr(torch, options.dtype),
@@ -121,11 +125,11 @@ def _train_both(
     evidence: Evidence | None,
 ) -> Evidence | None:
     """Train both sides; return `evidence` with their steps, on the first rank of each TP group. Collective."""
-    batches = [by_dp_rank[_dp_rank(rank)] for by_dp_rank in reference.batches]
+    batches = [step[_dp_rank(rank)] for step in reference.batches]
     steps, tolerance = reference.train(rank)
     forces = request.options.dtype != "float64"  # whose rounding hides nothing
     module_tolerance = forced_tolerance(reference, rank, steps[0]) if forces else None
-    forced = _forced_pass(backend, candidate, batches[0], steps[0], rank) if forces else None
+    forced = _forced_pass(backend, candidate, batches[0][0], steps[0], rank) if forces else None
     num_graphs = num_compiled_graphs()
     candidate_steps = train(backend, candidate, tuple(start.weights), batches)
     require_compiled(reference.options, num_compiled_graphs() - num_graphs)
@@ -140,7 +144,10 @@ def _train_both(
             full = replace(full, reference=of_group, tolerance=tolerance, clipping=clipping)
     if forced is not None and module_tolerance is not None:
         full = _with_forced(full, rank, forced, module_tolerance)
-    return None if full is None else replace(full, recomputed=recompute_outputs(reference.model, reference.state, full))
+    if full is None:
+        return None
+    full = replace(full, on_shards=steps_on_shards(reference.options, full))
+    return replace(full, recomputed=recompute_outputs(reference.model, reference.state, full))
 
 
 def _observed_clipping(rank: CommunicatingRank, full: Evidence | None) -> Clipping | None:
@@ -188,6 +195,7 @@ def _start_evidence(
         buffers=tuple(reference.buffers),
         facts=facts,
         tolerance=Tolerance(0.0, request.options.replays, {}),
+        labels=reference.labels,
         clipping=reference.options.clipping,
     )
 
@@ -234,7 +242,8 @@ def _with_forced(full: Evidence | None, rank: RankLike, forced: ForcedPass, tole
     return replace(full, forced_modules=forced_step)
 
 
-CallDigests = Mapping[str, tuple[str, ...]]  # module -> digest of the outputs of each of its calls, in order
+# (module, micro-batch) -> digest of the outputs of each of its calls, in order
+CallDigests = Mapping[tuple[str, int], tuple[str, ...]]
 
 
 def call_digests(step: Step) -> CallDigests:
@@ -243,11 +252,11 @@ def call_digests(step: Step) -> CallDigests:
     Args:
         step: A step of the reference, which is bitwise the same on every rank except for the order of calls.
     """
-    digests: dict[str, dict[int, str]] = defaultdict(lambda: defaultdict(str))
+    digests: dict[tuple[str, int], dict[int, str]] = defaultdict(lambda: defaultdict(str))
     for key, tensor in step.activations.items():
         if (key.phase, key.role) == ("forward", "output"):
-            digests[key.module][key.call] += digest(tensor)
-    return {module: tuple(calls.values()) for module, calls in digests.items() if len(calls) > 1}
+            digests[key.module, key.micro_batch][key.call] += digest(tensor)
+    return {place: tuple(calls.values()) for place, calls in digests.items() if len(calls) > 1}
 
 
 def align_calls(step: Step, calls: CallDigests, first: CallDigests) -> Step:
@@ -258,15 +267,16 @@ def align_calls(step: Step, calls: CallDigests, first: CallDigests) -> Step:
         first: The first rank's calls.
     """
     numbers = {
-        module: _numbers(digests, first[module])
-        for module, digests in calls.items()
-        if sorted(digests) == sorted(first.get(module, ()))
+        place: _numbers(digests, first[place])
+        for place, digests in calls.items()
+        if sorted(digests) == sorted(first.get(place, ()))
     }
     if all(number == list(range(len(number))) for number in numbers.values()):
         return step
 
     def aligned(key: TensorKey) -> TensorKey:
-        return replace(key, call=numbers[key.module][key.call]) if key.module in numbers else key
+        known = numbers.get((key.module, key.micro_batch))
+        return key if known is None else replace(key, call=known[key.call])
 
     return replace(step, activations={aligned(key): tensor for key, tensor in step.activations.items()})
 
@@ -288,7 +298,7 @@ def _gather_to_first(value: T, rank: RankLike) -> list[T] | None:
     group = rank.topology.peers(rank.rank, "tp")
     if len(group) == 1:
         return [value]
-    values: list[Any] | None = [None] * len(group) if rank.rank == group[0] else None
+    pickles: list[Any] | None = [None] * len(group) if rank.rank == group[0] else None
     with torch_function_disabled():
-        dist.gather_object(value, values, dst=group[0], group=rank.group("tp"))
-    return values
+        dist.gather_object(pickled(value), pickles, dst=group[0], group=rank.group("tp"))
+        return None if pickles is None else [pickle.loads(of_rank) for of_rank in pickles]

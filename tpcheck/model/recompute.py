@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ def recompute_outputs(model: nn.Module, state: State, evidence: Evidence) -> dic
         wrong = list(_wrong_inputs(evidence))
     with torch.no_grad():
         for key, inputs in wrong:
-            output = TensorKey("forward", key.module, key.call, "output", "0")
+            output = replace(key, role="output")
             compute = None if _is_sharded(key.module, evidence) else _leaf_module(model, key.module, state)
             if compute is not None and _works_by_parts(compute, evidence, key, output, inputs):
                 recomputed[output] = tuple(compute(part) for part in inputs)
@@ -42,10 +43,10 @@ def recompute_outputs(model: nn.Module, state: State, evidence: Evidence) -> dic
 def _wrong_inputs(evidence: Evidence) -> Iterator[tuple[TensorKey, Sequence[torch.Tensor]]]:
     """Yield the single inputs of modules that differ from the reference's on some rank, with each rank's part."""
     first = evidence.reference[0].activations
-    inputs: dict[tuple[str, int], list[TensorKey]] = {}
+    inputs: dict[tuple[str, int, int], list[TensorKey]] = {}
     for key in first:
         if (key.phase, key.role) == ("forward", "input"):
-            inputs.setdefault((key.module, key.call), []).append(key)
+            inputs.setdefault((key.module, key.call, key.micro_batch), []).append(key)
     for key, *others in inputs.values():
         parts = _parts(evidence, key)
         if others or key.path != "0" or parts is None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, Protocol
@@ -17,17 +17,28 @@ from tpcheck.core.clipping import Clipping
 from tpcheck.core.errors import UsageError
 from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of, make_batches
 from tpcheck.model.implementations import run_eagerly
+from tpcheck.model.labels import (
+    label_counts,
+    labels_name,
+    loss_module,
+    loss_times,
+    takes_count,
+    with_a_label,
+    with_counts,
+)
+from tpcheck.model.optimizer_state import optimizer_state
 from tpcheck.model.options import Request
-from tpcheck.numerics.evidence import Step, TensorKey
+from tpcheck.numerics.differences import frobenius_distance
+from tpcheck.numerics.evidence import LabelCounts, MicroBatchGradients, Step, TensorKey
 from tpcheck.numerics.perturb import Deviations, Perturbation, first_nonzero, named_deviations, perturbed_replay
-from tpcheck.numerics.precision import torch_function_disabled
+from tpcheck.numerics.precision import reduced_precision_raised, torch_function_disabled
 from tpcheck.numerics.recorder import ModuleRecorder
 from tpcheck.numerics.tensors import State, copy_buffers, copy_parameters, restore_buffers, restore_parameters
 from tpcheck.numerics.tolerance import Tolerance, largest_deviations
 
 ReferenceStep = tuple[Step, ...]  # by DP rank; what is common to all ranks is the same object in each
 Gradients = dict[str, torch.Tensor | None]
-Recording = Callable[[int, int], AbstractContextManager[Any]]  # step, dp_rank -> a context for one pass
+Recording = Callable[[int, int, int], AbstractContextManager[Any]]  # step, dp_rank, micro-batch -> of one pass
 
 
 class CommunicatingRank(RankLike, Protocol):
@@ -42,7 +53,8 @@ class Reference:
 
     Attributes:
         model: The model itself.
-        batches: What both sides are trained on: batches[step][dp_rank].
+        batches: What both sides are trained on: batches[step][dp_rank][micro_batch].
+        weighing: How its losses are weighted.
         options: How both sides train.
         parameters, buffers: What both sides start from.
         replays: How many perturbed replays measure the tolerance.
@@ -50,7 +62,8 @@ class Reference:
     """
 
     model: nn.Module
-    batches: list[list[Batch]]
+    batches: list[list[list[Batch]]]
+    weighing: Weighing
     options: TrainingOptions
     parameters: State
     buffers: State
@@ -61,16 +74,30 @@ class Reference:
     def build(cls, request: Request, rank: RankLike, options: TrainingOptions) -> Reference:
         model = build_model(request, rank.device)
         run_eagerly(model)
-        data = make_batches(request.options, model, rank.topology.dp, rank.device)
+        data = make_batches(request.options, model, rank.topology.dp, rank.device, options.accumulate)
+        labels = label_counts(model, data, options.loss)
+        if options.loss == "token_mean" and takes_count(model, data[0][0][0]):
+            data = with_counts(model, data, labels)
+            weighing = Weighing(labels)
+        elif options.loss == "token_mean":
+            weighing = Weighing(labels, loss_module(model, data[0][0][0]))
+        else:
+            weighing = Weighing(labels)
         return cls(
             model=model,
             batches=data,
-            options=replace(options, batch_size=batch_size(data[0][0])),
+            weighing=weighing,
+            options=replace(options, batch_size=batch_size(data[0][0][0])),
             parameters=copy_parameters(model),
             buffers=copy_buffers(model),
             replays=request.options.replays,
             seed=request.options.seed,
         )
+
+    @property
+    def labels(self) -> tuple[LabelCounts, ...]:
+        """The labels of each step; empty where they cannot be counted."""
+        return self.weighing.labels
 
     @property
     def state(self) -> State:
@@ -82,11 +109,11 @@ class Reference:
         Raises:
             UsageError: The model does not compute the same each time.
         """
-        steps = train_recorded(self.model, self.batches, self.options)
+        steps = train_recorded(self.model, self.batches, self.options, self.weighing)
 
         def replay(perturbation: Perturbation) -> Deviations:
             self.restore()
-            return _replay_training(self.model, self.batches, self.options, steps, perturbation)
+            return _replay_training(self, steps, perturbation)
 
         measured = self._share_of_replays(rank, replay)
         unperturbed = next(share for share in rank.gather(measured.pop(0, None)) if share is not None)
@@ -123,54 +150,101 @@ class Reference:
         return Tolerance(scalar_eps, self.replays, largest_deviations(by_rank))
 
 
+@dataclass(frozen=True, slots=True)
+class Weighing:
+    """How the losses of micro-batches are weighted.
+
+    Attributes:
+        labels: The labels of each step; empty where they cannot be counted.
+        module: The module whose loss is multiplied by its share of the labels. None where none is: all count alike, or
+            the model divides by the number that it is given.
+    """
+
+    labels: tuple[LabelCounts, ...] = ()
+    module: str | None = None
+
+    @contextmanager
+    def applied(self, model: nn.Module, batch: Batch, step: int, dp_rank: int, micro_batch: int) -> Iterator[Batch]:
+        """Weigh the loss of a micro-batch while inside; yield what the model is called with."""
+        if self.module is None:
+            yield batch
+            return
+        of_step = self.labels[step]
+        name = labels_name(batch)
+        if not of_step.counts[dp_rank][micro_batch] and name is not None:
+            batch = with_a_label(batch, name)
+        with loss_times(model, of_step.weight(dp_rank, micro_batch), self.module):
+            yield batch
+
+
 def train(
-    model: nn.Module, batches: Sequence[Sequence[Batch]], options: TrainingOptions, recording: Recording
+    model: nn.Module,
+    batches: Sequence[Sequence[Sequence[Batch]]],
+    options: TrainingOptions,
+    recording: Recording,
+    weighing: Weighing | None = None,
 ) -> list[ReferenceStep]:
-    """Train on the batches of all DP ranks and return each step, without activations.
+    """Train on the micro-batches of all DP ranks and return each step, without activations.
 
     Args:
-        batches: batches[step][dp_rank].
-        recording: Returns the context for the forward and backward pass of a (step, dp_rank).
+        batches: batches[step][dp_rank][micro_batch].
+        recording: Returns the context for the forward and backward pass of a (step, dp_rank, micro_batch).
 
     Raises:
         UsageError: The loss is not finite, or there is none.
     """
+    weighing = weighing or Weighing()
     optimizer = Sgd(list(model.parameters()), options, clip_by_convention(options.clipping))
     buffers: list[State] = [copy_buffers(model)] * len(batches[0])
     steps = []
     for index, by_dp_rank in enumerate(batches):
         losses: list[float] = []
-        gradients: list[Gradients] = []
-        for dp_rank, batch in enumerate(by_dp_rank):
+        gradients: list[list[Gradients]] = []
+        for dp_rank, micro_batches in enumerate(by_dp_rank):
             restore_buffers(model, buffers[dp_rank])
-            with recording(index, dp_rank):
-                losses.append(_forward_and_backward(model, batch))
+            of_rank: list[Gradients] = []
+            loss = 0.0
+            for number, batch in enumerate(micro_batches):
+                with (
+                    weighing.applied(model, batch, index, dp_rank, number) as weighed,
+                    recording(index, dp_rank, number),
+                ):
+                    loss += _forward_and_backward(model, weighed, len(micro_batches)) / len(micro_batches)
+                of_rank.append(_pop_gradients(model))
+            losses.append(loss)
             buffers[dp_rank] = copy_buffers(model)
-            gradients.append(_pop_gradients(model))
-        steps.append(_step(model, optimizer, losses, buffers, gradients))
+            gradients.append(of_rank)
+        labels = weighing.labels[index] if weighing.labels else None
+        steps.append(_step(model, optimizer, losses, buffers, gradients, labels))
     return steps
 
 
 def train_recorded(
-    model: nn.Module, batches: Sequence[Sequence[Batch]], options: TrainingOptions
+    model: nn.Module,
+    batches: Sequence[Sequence[Sequence[Batch]]],
+    options: TrainingOptions,
+    weighing: Weighing | None = None,
 ) -> list[ReferenceStep]:
     """Train, and return each step with a copy of every activation."""
     activations: dict[tuple[int, int], dict[TensorKey, torch.Tensor]] = {}
 
-    def recording(step: int, dp_rank: int) -> ModuleRecorder:
+    def recording(step: int, dp_rank: int, micro_batch: int) -> ModuleRecorder:
         kept = activations.setdefault((step, dp_rank), {})
-        return ModuleRecorder(model, lambda key, tensor: kept.__setitem__(key, tensor.clone()))
+        recorder = ModuleRecorder(model, lambda key, tensor: kept.__setitem__(key, tensor.clone()))
+        recorder.begin_micro_batch(micro_batch)
+        return recorder
 
-    steps = train(model, batches, options, recording)
+    steps = train(model, batches, options, recording, weighing)
     return [
         tuple(replace(of_rank, activations=activations[index, dp_rank]) for dp_rank, of_rank in enumerate(step))
         for index, step in enumerate(steps)
     ]
 
 
-def _forward_and_backward(model: nn.Module, batch: Batch) -> float:
+def _forward_and_backward(model: nn.Module, batch: Batch, num_micro_batches: int) -> float:
+    """Return the loss; its gradients are those of its share, as trainers divide it by the number of micro-batches."""
     loss = loss_of(model(**copy_batch(batch)))
-    loss.backward()  # type: ignore[no-untyped-call]
+    (loss / num_micro_batches if num_micro_batches > 1 else loss).backward()  # type: ignore[no-untyped-call]
     if not isfinite(value := float(loss.detach())):
         raise UsageError("build", f"loss {value}", "a model whose loss is finite: nothing can be compared with it")
     return value
@@ -189,21 +263,72 @@ def _step(
     optimizer: Sgd,
     losses: Sequence[float],
     buffers: Sequence[State],
-    gradients_by_dp_rank: Sequence[Gradients],
+    shares: Sequence[Sequence[Gradients]],
+    labels: LabelCounts | None,
 ) -> ReferenceStep:
+    """Take one step with the gradients of each micro-batch, shares[dp_rank][micro_batch]."""
+    number = len(shares[0])
+    totals = [_sum(of_rank) for of_rank in shares]
+    names = [name for name, _ in model.named_parameters()]
     for name, parameter in model.named_parameters():
-        parameter.grad = _mean([gradients[name] for gradients in gradients_by_dp_rank])
+        parameter.grad = _mean([gradients[name] for gradients in totals])
     gradients = {
         name: None if parameter.grad is None else parameter.grad.detach().clone()
         for name, parameter in model.named_parameters()
     }
-    norm = optimizer.step()
+    with reduced_precision_raised(next(model.parameters()).dtype is torch.float64):
+        norm = optimizer.step()
     weights = copy_parameters(model)
+    state = optimizer_state(model, optimizer)
     has_replicas = len(losses) > 1
+    means = [{name: _mean([of_rank[micro][name] for of_rank in shares]) for name in names} for micro in range(number)]
+    otherwise = _otherwise_normalised(shares, labels)
     return tuple(
-        Step({}, gradients, weights, norm, loss, buffers=after, local_gradients=of_rank if has_replicas else {})
-        for loss, after, of_rank in zip(losses, buffers, gradients_by_dp_rank, strict=True)
+        Step(
+            {},
+            gradients,
+            weights,
+            norm,
+            loss,
+            buffers=after,
+            local_gradients=total if has_replicas else {},
+            micro_gradients=tuple(map(MicroBatchGradients, means, of_rank)) if number > 1 else (),
+            otherwise_normalised=otherwise,
+            optimizer_state=state,
+        )
+        for loss, after, total, of_rank in zip(losses, buffers, totals, shares, strict=True)
     )
+
+
+def _otherwise_normalised(shares: Sequence[Sequence[Gradients]], labels: LabelCounts | None) -> Gradients:
+    """Return the gradient of the loss divided the other way: by all labels of the step, or by each one's own count."""
+    if labels is None or not labels.differ:
+        return {}
+    weights = [
+        [labels.weight(dp_rank, micro) for micro in range(len(of_rank))] for dp_rank, of_rank in enumerate(shares)
+    ]
+    if labels.loss == "token_mean" and not all(map(all, weights)):
+        return {}  # a mean over no labels does not exist
+    factors = [[1 / weight if labels.loss == "token_mean" else weight for weight in of_rank] for of_rank in weights]
+    totals = [
+        _sum([_scaled(each, factor) for each, factor in zip(of_rank, of_factors, strict=True)])
+        for of_rank, of_factors in zip(shares, factors, strict=True)
+    ]
+    return {name: _mean([total[name] for total in totals]) for name in totals[0]}
+
+
+def _scaled(gradients: Gradients, factor: float) -> Gradients:
+    if factor == 1:
+        return gradients
+    return {name: None if gradient is None else gradient * factor for name, gradient in gradients.items()}
+
+
+def _sum(gradients: Sequence[Gradients]) -> Gradients:
+    """Return the sum of gradients by name; None where none has one."""
+    if len(gradients) == 1:
+        return gradients[0]
+    present = {name: [each[name] for each in gradients if each[name] is not None] for name in gradients[0]}
+    return {name: sum(terms[1:], terms[0]) if terms else None for name, terms in present.items()}  # type: ignore[type-var]
 
 
 def _mean(by_dp_rank: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
@@ -212,21 +337,16 @@ def _mean(by_dp_rank: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     return sum(present[1:], present[0]) / len(by_dp_rank) if present else None
 
 
-def _replay_training(
-    model: nn.Module,
-    batches: Sequence[Sequence[Batch]],
-    options: TrainingOptions,
-    expected: Sequence[ReferenceStep],
-    perturbation: Perturbation,
-) -> Deviations:
+def _replay_training(reference: Reference, expected: Sequence[ReferenceStep], perturbation: Perturbation) -> Deviations:
     """Train once more under random rounding, and return how far every tensor moved."""
+    model = reference.model
     deviations: Deviations = {}
 
-    def recording(step: int, dp_rank: int) -> AbstractContextManager[None]:
+    def recording(step: int, dp_rank: int, micro_batch: int) -> AbstractContextManager[None]:
         activations = expected[step][dp_rank].activations
-        return perturbed_replay(model, perturbation, activations, deviations, step, dp_rank)
+        return perturbed_replay(model, perturbation, activations, deviations, step, dp_rank, micro_batch=micro_batch)
 
-    steps = train(model, batches, options, recording)
+    steps = train(model, reference.batches, reference.options, recording, reference.weighing)
     with torch_function_disabled():
         for index, (step, expected_step) in enumerate(zip(steps, expected, strict=True)):
             deviations |= _step_deviations(index, step, expected_step)
@@ -238,6 +358,8 @@ def _step_deviations(index: int, step: ReferenceStep, expected: ReferenceStep) -
     """Return how far gradients, weights, losses and buffers moved."""
     deviations: dict[Hashable, float] = named_deviations(step[0].gradients, expected[0].gradients, index, "gradient")
     deviations |= named_deviations(step[0].weights, expected[0].weights, index, "weight")
+    states = (step[0].optimizer_state, expected[0].optimizer_state)
+    deviations |= {(index, "state", *key): frobenius_distance(states[0][key], states[1][key]) for key in states[1]}
     for dp_rank, (of_rank, expected_of_rank) in enumerate(zip(step, expected, strict=True)):
         deviations[index, dp_rank, "loss"] = abs(of_rank.loss - expected_of_rank.loss)
         deviations |= named_deviations(of_rank.buffers, expected_of_rank.buffers, index, dp_rank, "buffer")

@@ -162,7 +162,7 @@ def forced_modules(
         blame_backend(backend, "a pass with teacher forcing per module"),
         state_restored(candidate.module),
         ModuleRecorder(candidate.module, keep, forced),
-        inner_backward(candidate.module, find_loss, keep_gradients),
+        inner_backward(candidate.module, _share_of_loss(first), keep_gradients),
     ):
         candidate.forward(copy_batch(batch))
     return ForcedPass(Step(activations, gradients, weights={}, gradient_norm=None, loss=nan), frozenset(forced_inputs))
@@ -174,7 +174,8 @@ def forced_tolerance(reference: Reference, rank: CommunicatingRank, first: Refer
     def replay(perturbation: Perturbation) -> Deviations:
         reference.restore()
         deviations: Deviations = {}
-        for dp_rank, (batch, step) in enumerate(zip(reference.batches[0], first, strict=True)):
+        batches = [micro_batches[0] for micro_batches in reference.batches[0]]
+        for dp_rank, (batch, step) in enumerate(zip(batches, first, strict=True)):
             restore_buffers(reference.model, reference.buffers)
             expected = step.activations
             forced = ReferenceParts(expected).forced_value
@@ -183,18 +184,32 @@ def forced_tolerance(reference: Reference, rank: CommunicatingRank, first: Refer
                 deviations.update(named_deviations(by_name, replica_gradients(step), 0, dp_rank, "gradient"))
 
             with (
+                reference.weighing.applied(reference.model, batch, 0, dp_rank, 0) as weighed,
                 perturbed_replay(reference.model, perturbation, expected, deviations, 0, dp_rank, forced=forced),
-                inner_backward(reference.model, find_loss, measure_gradients),
+                inner_backward(reference.model, _share_of_loss(first), measure_gradients),
             ):
-                reference.model(**copy_batch(batch))
+                reference.model(**copy_batch(weighed))
         return deviations
 
     return reference.measure(rank, replay)
 
 
 def replica_gradients(step: Step) -> Mapping[str, torch.Tensor | None]:
-    """Return the gradients from the batch of this DP rank alone."""
+    """Return the gradients from the batch of this DP rank alone, from its first micro-batch where it has several."""
+    if step.micro_gradients:
+        return step.micro_gradients[0].local
     return step.local_gradients or step.gradients
+
+
+def _share_of_loss(first: ReferenceStep) -> Callable[[Any], torch.Tensor | None]:
+    """Return what finds the loss of a micro-batch, divided by their number as in the reference's step."""
+    number = max(1, len(first[0].micro_gradients))
+
+    def share(output: Any) -> torch.Tensor | None:
+        loss = find_loss(output)
+        return loss if loss is None or number == 1 else loss / number
+
+    return share
 
 
 _NOT_CHECKPOINTED = "compatible with .grad()"  # of torch's reentrant checkpointing, in any version, and DeepSpeed's

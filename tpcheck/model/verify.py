@@ -125,7 +125,9 @@ def run(request: Request, subject: Mapping[str, Any], again: str | None) -> Repo
         again: The command that repeats the run, if there is one.
     """
     from tpcheck.model.rank_run import verify_on_rank
-    from tpcheck.numerics.verdict import verdict
+    from tpcheck.model.resuming import cannot_resume, verify_resume
+    from tpcheck.numerics.checks import RESUME_CHECK
+    from tpcheck.numerics.verdict import forbids_training, verdict
 
     start = time.monotonic()
     try:
@@ -134,11 +136,15 @@ def run(request: Request, subject: Mapping[str, Any], again: str | None) -> Repo
             answers: tuple[RankAnswer, ...] = rank.gather(verify_on_rank(rank, request))
         else:
             answers = _spawned_answers(request)
+        groups = [answer.group for answer in answers if answer.group is not None]
+        if RESUME_CHECK in request.options.check_names and not any(map(forbids_training, groups)):
+            resumed = cannot_resume() if is_launched() else verify_resume(request)
+            groups[0] = replace(groups[0], answers=(*groups[0].answers, resumed))
     except (RankFailure, BackendError) as failure:
         return Report(_error_verdict(failure, subject, time.monotonic() - start))
     return Report(
         verdict(
-            [answer.group for answer in answers if answer.group is not None],
+            groups,
             steps=request.options.steps,
             subject=subject,
             environment=package_versions() | dict(answers[0].versions),
@@ -154,10 +160,11 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
     torch checks every collective for shapes and dtypes that differ between ranks, where others would hang or crash. The
     check is stricter than gloo, which accepts a scalar for a tensor of one element: what fails it is run again without.
     """
+    from tpcheck.backends.registry import modules_of
     from tpcheck.model.rank_run import verify_on_rank
 
     topology, timeout = request.options.topology, request.options.timeout
-    preload = ZERO_PRELOAD if request.options.zero_stage else ()
+    preload = (*modules_of(request.options.backend_name), *(ZERO_PRELOAD if request.options.zero_stage else ()))
     try:
         with spawn(topology, timeout=timeout, also=preload) as world:
             return world.run(verify_on_rank, request)

@@ -143,8 +143,12 @@ def largest_element(gap: torch.Tensor) -> tuple[float, tuple[int, ...]]:
     """Return the largest absolute element and its index; 0 and no index for an empty tensor."""
     if not gap.numel():
         return 0.0, ()
-    flat = gap.abs().argmax()
-    return float(gap.reshape(-1)[flat].abs()), tuple(int(index) for index in torch.unravel_index(flat, gap.shape))
+    flat = int(gap.abs().argmax())
+    largest, index = abs(float(gap.reshape(-1)[flat])), []
+    for size in reversed(gap.shape):
+        flat, position = divmod(flat, size)
+        index.append(position)
+    return largest, tuple(reversed(index))
 
 
 def compare_parameter(

@@ -27,6 +27,7 @@ class TensorKey:
         call: Number of earlier calls of this module in this step.
         role: Whether the tensor is an input or an output of the module.
         path: Place in the module's arguments or outputs, such as `0` or `logits`.
+        micro_batch: Number of the micro-batch in its step; calls are counted from 0 in each.
     """
 
     phase: Phase
@@ -34,11 +35,13 @@ class TensorKey:
     call: int
     role: Role
     path: str
+    micro_batch: int = 0
 
     def __str__(self) -> str:
         call = f" call {self.call}" if self.call else ""
         what = "gradient of " if self.phase == "backward" else ""
-        return f"{self.module or 'model'}{call}: {what}{self.role} {self.path}"
+        micro_batch = f", micro-batch {self.micro_batch}" if self.micro_batch else ""
+        return f"{self.module or 'model'}{call}: {what}{self.role} {self.path}{micro_batch}"
 
 
 Tensor = Any  # a torch.Tensor; this layer does not import torch
@@ -60,6 +63,19 @@ class Collective:
 
 
 @dataclass(frozen=True, slots=True)
+class MicroBatchGradients:
+    """What one micro-batch adds to the gradients of a step, which are the sum over its micro-batches.
+
+    Attributes:
+        mean: The mean over the DP ranks.
+        local: From this DP rank's micro-batch alone.
+    """
+
+    mean: Mapping[str, Tensor | None]
+    local: Mapping[str, Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One training step, of one rank of the candidate or of the reference for one DP rank.
 
@@ -69,9 +85,13 @@ class Step:
         weights: Each parameter after the optimizer's step; empty where no optimizer step followed.
         buffers: Each buffer after this DP rank's batch.
         gradient_norm: The norm that clipping used; None where it is unknown.
-        loss: The loss of this DP rank's batch.
+        loss: The loss of this DP rank's batch; the mean over its micro-batches.
         local_gradients: Gradient of each parameter from this DP rank's batch alone; empty for a candidate, and where
             there is one DP rank.
+        micro_gradients: The reference's, by micro-batch; empty where a step has one.
+        otherwise_normalised: Gradient of each parameter under the other way to divide the loss: by the labels of the
+            step, or by each micro-batch's own. Empty where both are the same.
+        optimizer_state: Moments and float32 masters by (state, parameter).
         digests: Digest of the bits of each parameter, gradient and buffer, by (kind, name).
         collectives: Those of the forward pass, in order; the reference has none.
     """
@@ -83,6 +103,9 @@ class Step:
     loss: float
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     local_gradients: Mapping[str, Tensor | None] = field(default_factory=dict)
+    micro_gradients: tuple[MicroBatchGradients, ...] = ()
+    otherwise_normalised: Mapping[str, Tensor | None] = field(default_factory=dict)
+    optimizer_state: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
     digests: Mapping[tuple[str, str], str] = field(default_factory=dict)
     collectives: tuple[Collective, ...] = ()
 
@@ -98,6 +121,42 @@ class RankFacts:
 
     group_ranks: Mapping[str, tuple[tuple[int, ...], ...]]
     digests: tuple[Mapping[tuple[str, str], str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelCounts:
+    """How many labels the losses of one step are means of, and by which number the reference divides.
+
+    Attributes:
+        counts: By DP rank, then by micro-batch.
+        loss: `mean` where the reference divides each micro-batch's sum by its own count; `token_mean` where it divides
+            all sums by the count of the step.
+    """
+
+    counts: tuple[tuple[int, ...], ...]
+    loss: str = "mean"
+
+    @property
+    def total(self) -> int:
+        return sum(map(sum, self.counts))
+
+    def weight(self, dp_rank: int, micro_batch: int) -> float:
+        """Return what a micro-batch's own mean is multiplied by to make the mean over all of them one over labels."""
+        return self.counts[dp_rank][micro_batch] * sum(map(len, self.counts)) / self.total
+
+    @property
+    def differ(self) -> bool:
+        """Whether micro-batches have unlike numbers of labels, so that the two ways to divide are not the same."""
+        return len({count for of_rank in self.counts for count in of_rank}) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class LabelFacts:
+    """The labels behind a wrong loss: of the step, and which micro-batch it is of."""
+
+    step: LabelCounts
+    dp_rank: int
+    micro_batch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +197,9 @@ class Evidence:
         recomputed: Outputs of leaf modules of the reference, recomputed from the candidate's inputs where those are
             wrong in the first step, by tp_rank.
         forced_inputs: Inputs that do not come from the module before, so that results around them say nothing of them.
+        labels: The labels of each step; empty where they cannot be counted.
+        on_shards: Each rank's parameters after each step if the optimizer is given shards alone, by step, then by
+            tp_rank: what an optimizer whose step on an element depends on the whole matrix must not compute.
         clipping: How the reference clips.
     """
 
@@ -155,6 +217,8 @@ class Evidence:
     forced_modules: ForcedModules | None = None
     recomputed: Mapping[TensorKey, tuple[Tensor, ...]] = field(default_factory=dict)
     forced_inputs: frozenset[TensorKey] = frozenset()
+    labels: tuple[LabelCounts, ...] = ()
+    on_shards: tuple[tuple[Mapping[str, Tensor], ...], ...] = ()
     clipping: Clipping = NO_CLIPPING
 
     def of_forced_modules(self) -> Evidence | None:
@@ -252,6 +316,9 @@ class GradientFacts:
         local_parts: Each rank's part of the expected gradient of this DP replica's batch alone, by tp_rank.
         is_reduced_over_tp: Whether all TP ranks hold the same gradient for most shards, which are different ones.
         untied: Gradients of parameters that the reference ties with another one, by name, then by tp_rank.
+        micro_mean, micro_local: Each rank's part of what each micro-batch adds to the expected gradient, by
+            micro-batch, then by tp_rank: averaged over DP, and of this DP rank alone.
+        otherwise_normalised: Each rank's part of the gradient of the loss divided the other way, by tp_rank.
     """
 
     missing_on: tuple[int, ...] = ()
@@ -259,6 +326,9 @@ class GradientFacts:
     local_parts: tuple[Tensor, ...] = ()
     is_reduced_over_tp: bool = False
     untied: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    micro_mean: tuple[tuple[Tensor, ...], ...] = ()
+    micro_local: tuple[tuple[Tensor, ...], ...] = ()
+    otherwise_normalised: tuple[Tensor, ...] = ()
 
     def as_evidence(self) -> dict[str, Any]:
         missing = {"missing_on_ranks": list(self.missing_on)} if self.missing_on else {}
@@ -330,12 +400,14 @@ class StepFacts:
             momentum, or the parts cannot be exchanged.
         momentum_share: Share of that move in the expected move of this step.
         ratios: For each term of the step (gradient, weight, momentum) its share on each rank over the expected share.
+        on_shards: Each rank's weight after the step if the optimizer is given its shards alone; empty where unknown.
     """
 
     before: tuple[Tensor, ...] = ()
     momentum_parts: tuple[Tensor, ...] = ()
     momentum_share: float = 0.0
     ratios: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    on_shards: tuple[Tensor, ...] = ()
 
     def as_evidence(self) -> dict[str, Any]:
         return {f"{term}_ratio": [float(f"{ratio:.6g}") for ratio in ratios] for term, ratios in self.ratios.items()}
@@ -427,7 +499,9 @@ class SiblingWeights:
         return {"beside_it": {"wrong": list(self.wrong), "right": list(self.right)}}
 
 
-Kind = Literal["activation", "input_gradient", "gradient", "weight", "update", "norm", "replica", "group", "sharding"]
+Kind = Literal[
+    "activation", "input_gradient", "gradient", "weight", "update", "norm", "replica", "group", "sharding", "state"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,6 +542,7 @@ class Suspect:
     linear: LinearTerms | None = None
     embedding: EmbeddingFacts | None = None
     loss: LossFacts | None = None
+    labels: LabelFacts | None = None
     gradient: GradientFacts = GradientFacts()
     norms: NormFacts | None = None
     step: StepFacts = StepFacts()

@@ -74,6 +74,7 @@ def perturbed_replay(
     deviations: Deviations,
     *key_prefix: int,
     forced: ForcedValue | None = None,
+    micro_batch: int = 0,
 ) -> Iterator[None]:
     """Perturb every leaf module, and measure how far each recorded tensor of a module moves, while inside.
 
@@ -89,7 +90,9 @@ def perturbed_replay(
                 distance = frobenius_distance(tensor, expected[key])
             deviations.update({(*key_prefix, key): distance})
 
-    with perturbed_leaves(model, perturbation), ModuleRecorder(model, measure, forced):
+    recorder = ModuleRecorder(model, measure, forced)
+    recorder.begin_micro_batch(micro_batch)
+    with perturbed_leaves(model, perturbation), recorder:
         yield
 
 

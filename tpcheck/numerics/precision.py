@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -12,19 +12,19 @@ from torch.overrides import TorchFunctionMode
 
 # Methods that ask for float32 by name rather than by a dtype argument.
 _PROMOTED_METHODS = {torch.Tensor.float: torch.Tensor.double}
+_FLOAT32, _FLOAT64 = torch.float32, torch.float64
 
 
 class _PromoteFloat32(TorchFunctionMode):
     """Models cast to float32 inside (norms, softmax, rotary tables); the cast would be the largest error of a run."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Called for every operation and attribute of every tensor: no call that can be left out.
         func = _PROMOTED_METHODS.get(func, func)
-        kwargs = {name: _promoted(value) for name, value in (kwargs or {}).items()}
-        return func(*(_promoted(arg) for arg in args), **kwargs)
-
-
-def _promoted(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
+        args = [_FLOAT64 if arg is _FLOAT32 else arg for arg in args]
+        if not kwargs:
+            return func(*args)
+        return func(*args, **{name: _FLOAT64 if value is _FLOAT32 else value for name, value in kwargs.items()})
 
 
 @contextmanager
@@ -69,3 +69,16 @@ def _active_in_backward(mode: TorchFunctionMode) -> Iterator[None]:
 
     with patch.object(torch.autograd, "_engine_run_backward", with_mode):
         yield
+
+
+class _RaiseReducedPrecision(TorchFunctionMode):
+    """Muon iterates in bfloat16: where a matrix is cut differently, rounding there would be as large as its step."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = torch.Tensor.double if func is torch.Tensor.bfloat16 else func
+        return func(*args, **(kwargs or {}))
+
+
+def reduced_precision_raised(enabled: bool = True) -> AbstractContextManager[Any]:
+    """Return a context, for an optimizer's step, in which requests for bfloat16 are given float64."""
+    return _RaiseReducedPrecision() if enabled else nullcontext()

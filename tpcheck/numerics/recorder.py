@@ -51,6 +51,7 @@ class ModuleRecorder:
         self._model = model
         self._sink = sink
         self._forced = forced
+        self._micro_batch = 0
         self._calls: Counter[str] = Counter()
         self._open_calls: dict[str, list[int]] = {}
         self._handles: list[Any] = []
@@ -65,6 +66,11 @@ class ModuleRecorder:
         """Count the calls of every module from zero again."""
         self._calls.clear()
         self._open_calls.clear()
+
+    def begin_micro_batch(self, number: int) -> None:
+        """Record what follows as that of the micro-batch with this number in the step."""
+        self._micro_batch = number
+        self.restart()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -86,7 +92,9 @@ class ModuleRecorder:
             if self._forced is None:
                 return args, kwargs
             forced = {
-                id(tensor): self._forced_input(tensor, TensorKey("forward", name, call, "input", path))
+                id(tensor): self._forced_input(
+                    tensor, TensorKey("forward", name, call, "input", path, self._micro_batch)
+                )
                 for path, tensor in named_tensors(inputs)
                 if tensor.is_floating_point()
             }
@@ -113,11 +121,11 @@ class ModuleRecorder:
         for path, tensor in named_tensors(value):
             if not tensor.is_floating_point():
                 continue
-            self._sink(TensorKey("forward", name, call, role, path), tensor.detach())
+            self._sink(TensorKey("forward", name, call, role, path, self._micro_batch), tensor.detach())
             if _has_gradient(tensor):  # without autograd, a hook would see what goes to whatever else uses the tensor
                 self._handles.append(
                     tensor.register_hook(  # type: ignore[no-untyped-call]
-                        self._gradient_hook(TensorKey("backward", name, call, role, path))
+                        self._gradient_hook(TensorKey("backward", name, call, role, path, self._micro_batch))
                     )
                 )
 

@@ -28,7 +28,7 @@ varies: the same tensor, the same sketch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -403,17 +403,50 @@ def _add_block(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) -
 
 def _rows_first(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) -> torch.Tensor:
     width = matrix.shape[1]
-    height = max(1, sums.block // width)
-    by_tile = torch.zeros(TILES, SIGN_SETS, width, dtype=torch.float64, device=sums.device)
-    for tile, first, last in rows.runs:
-        for start in range(first, last, height):
-            stop = min(start + height, last)
-            by_tile[tile].addmm_(rows.signs[:, start:stop], sums.clean(matrix[start:stop]))
+    by_tile = None
+    batches = [*_batches(rows.runs, max(1, sums.block // width))]
+    for tiles, start, stop in batches:
+        block = sums.clean(matrix[start:stop])
+        signs = rows.signs[:, start:stop].reshape(SIGN_SETS, len(tiles), -1).transpose(0, 1)
+        is_all = len(batches) == 1 and tiles == (*range(TILES),)
+        if by_tile is None and not is_all:
+            by_tile = torch.zeros(TILES, SIGN_SETS, width, dtype=torch.float64, device=sums.device)
+        if by_tile is None:
+            by_tile = torch.bmm(signs, block.view(TILES, -1, width))
+        elif tiles == (*range(tiles[0], tiles[-1] + 1),):
+            by_tile[tiles[0] : tiles[-1] + 1].baddbmm_(signs, block.view(len(tiles), -1, width))
+        else:
+            products = torch.bmm(signs, block.view(len(tiles), -1, width))
+            by_tile.index_add_(0, torch.tensor(tiles, device=sums.device), products)
+    assert by_tile is not None
+    num_runs = len(columns.runs)
+    if len({stop - start for _, start, stop in columns.runs}) == 1:
+        values = by_tile.view(TILES, SIGN_SETS * num_runs, -1).transpose(0, 1)
+        by_run = torch.bmm(values, columns.signs.reshape(SIGN_SETS * num_runs, -1, 1))
+        by_run = by_run.view(SIGN_SETS, num_runs, TILES).transpose(1, 2)
+        return by_run @ _tile_of_run(tuple(tile for tile, _, _ in columns.runs), sums.device)
     by_tile *= columns.signs
-    tiles = torch.zeros_like(sums.tiles)
+    tiles_sums = torch.zeros_like(sums.tiles)
     for tile, start, stop in columns.runs:
-        tiles[:, :, tile] += by_tile[:, :, start:stop].sum(-1).T
-    return tiles
+        tiles_sums[:, :, tile] += by_tile[:, :, start:stop].sum(-1).T
+    return tiles_sums
+
+
+def _batches(runs: Sequence[tuple[int, int, int]], most: int) -> Iterator[tuple[tuple[int, ...], int, int]]:
+    """Yield tiles, first and end of runs: neighbours of one length together, longer ones in pieces of `most` rows."""
+    number = 0
+    while number < len(runs):
+        tile, first, last = runs[number]
+        length = last - first
+        if length > most:
+            yield from (((tile,), start, min(start + most, last)) for start in range(first, last, most))
+            number += 1
+            continue
+        following = runs[number : number + most // length]
+        lengths = [end - start for _, start, end in following]
+        together = following[: next((n for n, each in enumerate(lengths) if each != length), len(lengths))]
+        yield tuple(run[0] for run in together), first, together[-1][2]
+        number += len(together)
 
 
 def _columns_first(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) -> torch.Tensor:

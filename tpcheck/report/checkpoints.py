@@ -18,14 +18,18 @@ from tpcheck.report.words import Line, labelled, plain
 
 CHECK = "checkpoint_matches_reference"
 PHRASED = frozenset(
-    {"count_tensors"}
+    {"count_tensors", "states"}
     | {"dtype_actual", "dtype_expected", "same_values", "actual", "expected", "only_in", "story", "actual_name"}
 )
 """Keys of the evidence that the phrases below use."""
 
 _MAX_NAMES = 3
-# Findings with equal values of these keys share an explanation; lengths and offsets vary by tensor.
-_GROUP_KEYS = ("tp_rank", "tp", "order", "copies", "dtype", "equals", "factor", "runs_over")
+_MAX_PATTERNS = 6  # of names that differ in numbers alone
+# Findings with equal values of these keys share an explanation; lengths, offsets and names vary by tensor.
+_GROUP_KEYS = ("tp_rank", "tp", "order", "copies", "dtype", "factor", "runs_over", "constant")
+# Other tensors of the model that an explanation names, by what they are to the tensor.
+_OTHER_NAMES = {"equals": "is", "stands_as": "stands as", "partner": "and"}
+_EARLIER = Cause.STALE_WEIGHT.slug  # what such a tensor equals is a checkpoint
 
 Details = Mapping[str, Any]
 """The evidence of an explanation: the entry "story" of a finding's evidence."""
@@ -39,14 +43,47 @@ def explanation_lines(verdict: Verdict) -> Iterator[Line]:
     for group in groups:
         first = group[0]
         yield Line()
-        count = f"{len(group)} of {words.pluralize(first.evidence.get('count_tensors', len(group)), 'tensor')}: "
+        is_state = "states" in first.evidence
         saved = ", ".join(part for part in (str(first.where.get("field", "")), words.phase(first.where)) if part)
+        saved = "training states" if is_state else saved
+        total = first.evidence.get("count_tensors", len(group))
+        is_extra = first.evidence.get("only_in") == "actual"  # not one of the reference's
+        of_total = "" if is_extra or len(group) > total else f"{len(group)} of "
+        if "counted" in first.evidence:  # values, not tensors
+            verb = "differs" if len(group) == 1 else "differ"
+            known = f": {cause(first)}" if first.cause else ""
+            yield Line(((f"{saved}: {words.pluralize(len(group), 'value')} {verb}{known}", "bold"),))
+            yield from labelled("values", _values(group))
+            continue
+        count = f"{of_total}{words.pluralize(total if of_total else len(group), 'tensor')}: "
         head = f"{saved}: {count}" if saved else count
         yield Line(((head, "bold"), (cause(_for_group(group)), "yellow" if first.cause else "")))
-        names = [str(finding.where.get("parameter")) for finding in group]
-        yield from labelled("tensors", words.join_truncated(names, _MAX_NAMES))
+        yield from labelled("tensors", _names(group))
     yield Line()
     yield plain("The first tensor of each:")
+
+
+def _names(group: Sequence[Finding]) -> str:
+    """Return the tensors of a group, each with the other tensor that its explanation names."""
+    names = list(dict.fromkeys(map(_name, group)))
+    if len(names) <= _MAX_NAMES:
+        return ", ".join(names)
+    return words.join_truncated(words.compact_names(names), _MAX_PATTERNS)
+
+
+def _values(group: Sequence[Finding]) -> str:
+    texts = [f"{finding.where['field']} {values(finding.evidence)}" for finding in group]
+    return "; ".join(texts[:_MAX_PATTERNS]) + (
+        f" and {len(texts) - _MAX_PATTERNS} more" if texts[_MAX_PATTERNS:] else ""
+    )
+
+
+def _name(finding: Finding) -> str:
+    name, details = str(finding.where.get("parameter", "")), _details(finding)
+    if "states" in finding.evidence:
+        name = f"{name} {finding.where['field']}".strip()
+    other = None if finding.cause == _EARLIER else next((key for key in _OTHER_NAMES if details.get(key)), None)
+    return name if other is None else f"{name} {_OTHER_NAMES[other]} {details[other]}"
 
 
 def group_by_explanation(findings: Sequence[Finding]) -> list[list[Finding]]:
@@ -54,9 +91,20 @@ def group_by_explanation(findings: Sequence[Finding]) -> list[list[Finding]]:
     groups: dict[tuple[Any, ...], list[Finding]] = {}
     for finding in findings:
         if finding.check == CHECK:
-            moment = (finding.where.get(name) for name in ("field", "phase", "step"))
+            is_state = "states" in finding.evidence  # its field is the kind of state
+            moment = (
+                is_state,
+                *(finding.where.get(key) for key in ("phase", "step", *(() if is_state else ("field",)))),
+            )
             details = _details(finding)
-            key = (finding.cause, *moment, *(str(details.get(name)) for name in _GROUP_KEYS))
+            named = "stands_as" in details, details.get("equals") if finding.cause == _EARLIER else None
+            key = (
+                finding.cause,
+                "counted" in finding.evidence,
+                *moment,
+                *named,
+                *(str(details.get(name)) for name in _GROUP_KEYS),
+            )
             groups.setdefault(key, []).append(finding)
     return sorted(groups.values(), key=len, reverse=True)
 
@@ -66,11 +114,16 @@ def _details(finding: Finding) -> Details:
 
 
 def _for_group(group: Sequence[Finding]) -> Finding:
-    """Return the first finding, without the dim where the group has several."""
+    """Return the first finding, without what is not the same for the whole group."""
     first = group[0]
-    if len({_details(finding).get("dim") for finding in group}) == 1:
-        return first
-    return replace(first, evidence={**first.evidence, "story": {**_details(first), "dim": None}})
+    common = {
+        key: value
+        for key, value in _details(first).items()
+        if all(_details(finding).get(key) == value for finding in group)
+    }
+    if "stands_as" in _details(first) and "stands_as" not in common:
+        common["varies"] = "stands_as"
+    return replace(first, evidence={**first.evidence, "story": common})
 
 
 def amount(finding: Finding) -> str | None:
@@ -99,20 +152,25 @@ def cause(finding: Finding) -> str:
         return words.UNKNOWN_CAUSE
     known = causes.cause_named(finding.cause)
     phrase = _PHRASES.get(known) if known else None
-    text = phrase(_details(finding)) if phrase is not None else None
+    try:
+        text = phrase(_details(finding)) if phrase is not None else None
+    except KeyError:  # it varies within the group
+        text = None
     return f"{finding.cause}: {text}" if text else causes.cause_text(finding.cause, None)
 
 
 def _shard(details: Details) -> str:
     dim = _along_dim(details)
     if details.get("tp_rank") is None:
-        return f"the tensor is a slice of the reference{dim}, from index {details.get('from')}"
+        start = f", from index {details['from']}" if "from" in details else ""
+        return f"the tensor is a slice of the reference{dim}{start}"
     blocks = f", of each of the blocks of {details['blocks']}" if details.get("blocks") else ""
     return f"the tensor is TP rank {details['tp_rank']}'s slice of the reference{dim}, of {details['tp']} ranks{blocks}"
 
 
 def _order(details: Details) -> str:
-    return f"the tensor holds the reference's shards {details.get('order') or details.get('from')}{_along_dim(details)}"
+    order = details["order"] if "order" in details else details["from"]
+    return f"the tensor holds the reference's shards {order}{_along_dim(details)}"
 
 
 def _fused(details: Details) -> str:
@@ -129,6 +187,34 @@ def _boundary(details: Details) -> str:
     return f"index {details['first_wrong']}{_along_dim(details)} holds the reference's {details['holds']}"
 
 
+def _of_another_rank(details: Details) -> str | None:
+    if "shape_shard" in details:
+        return f"one rank's shard {details['shape_shard']} of {details['shape_whole']} is saved for all ranks"
+    if "order" in details:
+        return f"the ranks have the states of {details['order']}{_along_dim(details)}"
+    return f"one rank's states are saved for all{_along_dim(details)}"
+
+
+def _exchanged(details: Details) -> str | None:
+    if "partner" in details:
+        return f"the tensor holds what belongs to {details['partner']}, which holds what belongs to it"
+    rank = f" in the part of TP rank {details['tp_rank']} of {details['tp']}" if "tp_rank" in details else ""
+    return f"the two matrices are in each other's place{_along_dim(details)}{rank}" if "distance" in details else None
+
+
+def _rotary(details: Details) -> str:
+    orders = {"half-split": "half a head apart", "interleaved": "next to each other"}
+    actual = orders.pop(details["order"])
+    (expected,) = orders.values()
+    size = f" ({details['rotary_dim']} rows of each head)" if "rotary_dim" in details else ""
+    return f"pairs of rotated rows are {actual}, those of the reference {expected}{size}"
+
+
+def _offset(details: Details) -> str:
+    constant = details["constant"]
+    return f"the tensor is the reference {'plus' if constant > 0 else 'minus'} {abs(constant):.6g}"
+
+
 def _along_dim(details: Details) -> str:
     return "" if details.get("dim") is None else f" along dim {details['dim']}"
 
@@ -137,6 +223,12 @@ def _tie(details: Details) -> str | None:
     partner = details.get("tied_with") or details.get("equals")
     names = partner if isinstance(partner, str) else ", ".join(partner or ())
     return f"the reference ties it with {names}" if names else None
+
+
+def _renamed(details: Details) -> str | None:
+    if details.get("stands_as"):
+        return f"its bits are there under the name {details['stands_as']}"
+    return "its bits are there under another name" if "varies" in details else None
 
 
 def _if_known(key: str, phrase: str) -> Callable[[Details], str | None]:
@@ -152,10 +244,15 @@ _PHRASES: Mapping[Cause, Callable[[Details], str | None]] = {
     Cause.VOCAB_OFFSET_WRONG: _boundary,
     Cause.TIED_WEIGHT_UNTIED: _tie,
     Cause.TIED_WEIGHT_DROPPED: _tie,
+    Cause.GATE_UP_EXCHANGED: _exchanged,
+    Cause.KEY_VALUE_EXCHANGED: _exchanged,
+    Cause.ROTARY_LAYOUT: _rotary,
+    Cause.OFFSET_BY_CONSTANT: _offset,
+    Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK: _of_another_rank,
     Cause.DTYPE_ROUNDED: _if_known("dtype", "the tensor is bitwise equal to the reference rounded to {}"),
     Cause.STALE_WEIGHT: _if_known("equals", "the tensor is bitwise equal to {}"),
     Cause.TENSOR_OF_ANOTHER_LAYER: _if_known("equals", "the tensor is bitwise equal to {}"),
-    Cause.TENSOR_MISSING: _if_known("stands_as", "its bits are there under the name {}"),
+    Cause.TENSOR_MISSING: _renamed,
     Cause.NOT_SHARDED: _if_known("copies", "the tensor is {} whole copies, concatenated"),
     Cause.BIT_FLIPPED: _if_known("bit", "bit {} of one element differs"),
     Cause.REPLICA_DRIFT: _if_known("ranks", "{}"),

@@ -29,7 +29,7 @@ _PHRASED = {
     *("collectives", "collectives_expected", "collectives_as_in"),
     *("shape_actual", "shape_expected", "count_differing", "count_total", "norm_actual", "norm_expected"),
     *("differs", "by_rank", "missing_on", "values", "first_sample", "samples_differing", "samples_total"),
-    *("batches", "ended", "replicas", "order"),
+    *("batches", "ended", "replicas", "order", "repeats_step", "equal", "batches_left_out"),
     *checkpoints.PHRASED,
 }
 
@@ -134,6 +134,8 @@ def _batch_amount(finding: Finding) -> str | None:
     differs = evidence.get("differs")
     if finding.check == "batches_differ_across_dp" and differs is None:
         return f"{words.pluralize(finding.observed, 'sample')} in common, in {evidence.get('order', 'some order')}"
+    if finding.check == "samples_come_once":
+        return _samples_amount(finding)
     if differs == "length":
         return "batches: " + ", ".join(
             f"{count}{'' if name in evidence['ended'] else ' or more'} on {name}"
@@ -144,6 +146,17 @@ def _batch_amount(finding: Finding) -> str | None:
     if differs in ("type", "dtype", "shape", "device"):
         return f"{differs} {_by_rank(evidence['by_rank'])}; differs"
     return _bits(evidence) if differs == "bits" else None
+
+
+def _samples_amount(finding: Finding) -> str:
+    evidence, step = finding.evidence, finding.where["step"]
+    if "repeats_step" not in evidence:
+        number = evidence["batches_left_out"]
+        return f"{'1 batch' if number == 1 else f'{number} batches'} left out before batch {step}"
+    indices = "" if evidence.get("equal") == "contents" else f" (by {evidence['equal']})"
+    return (
+        f"batch {step} repeats batch {evidence['repeats_step']}: {words.pluralize(finding.observed, 'sample')}{indices}"
+    )
 
 
 def _bits(evidence: Mapping[str, Any]) -> str:

@@ -63,6 +63,19 @@ class Report:
         """Return plain text for an issue, with at most `findings` findings; None shows all."""
         return as_text(verdict_lines(self.verdict, findings_shown=findings))
 
+    def to_line(self, *, printed_on: int) -> str:
+        """Return the first finding in one line, for a rank that leaves the whole report to another one."""
+        first = self.findings[0]
+        step, ranks = first.where.get("step"), first.where.get("ranks")
+        parts = [
+            f"{first.check} {place(first)}".strip(),
+            *([] if step is None else [f"at step {step}"]),
+            *([] if not ranks else [f"on {words.ranks(ranks)}"]),
+            f"({first.cause or 'cause unknown'})",
+        ]
+        more = "" if len(self.findings) == 1 else f", and {len(self.findings) - 1} more"
+        return f"tpcheck: {' '.join(parts)}{more}; rank {printed_on} prints the report"
+
     def to_data(self) -> dict[str, Any]:
         """Return the report as plain JSON values, schema 1."""
         data = verdict_json(self.verdict)

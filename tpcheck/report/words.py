@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from itertools import zip_longest
+from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
 from tpcheck.report.json_values import printable
@@ -97,6 +99,48 @@ def join_truncated(names: Sequence[str], limit: int) -> str:
     """Return the first names of a list, and how many more there are."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def compact_names(names: Sequence[str]) -> list[str]:
+    """Return one text for all names that differ in numbers alone.
+
+    Example:
+        >>> compact_names(["layers.0.up", "layers.1.up", "norm", "layers.2.up"])
+        ['layers.{0-2}.up', 'norm']
+    """
+    numbers_of: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
+    for name in names:
+        parts = re.split(r"(\d+)", name)
+        numbers_of.setdefault(tuple(parts[::2]), []).append(tuple(map(int, parts[1::2])))
+    return [text for pattern, rows in numbers_of.items() for text in _with_ranges(pattern, rows)]
+
+
+def _with_ranges(pattern: Sequence[str], rows: Sequence[tuple[int, ...]]) -> list[str]:
+    """Return the names with these numbers as one, or each where the numbers are not all combinations of ranges."""
+    columns = list(zip(*rows, strict=True))
+    distinct = {columns.index(column): dict.fromkeys(column) for column in columns}  # equal ones vary together
+    follows_first = all(len(dict.fromkeys(zip(columns[0], column, strict=True))) == len(rows) for column in columns)
+    is_complete = prod(len(values) for values in distinct.values()) == len(rows)
+    if len(rows) < 2:
+        return [_filled(pattern, map(str, row)) for row in rows]
+    if not is_complete and not (follows_first and len({*columns[0]}) == len(rows)):
+        by_first = {value: [row for row in rows if row[0] == value] for value in dict.fromkeys(columns[0])}
+        if 1 < len(by_first) < len(rows):
+            return [text for part in by_first.values() for text in _with_ranges(pattern, part)]
+        return [_filled(pattern, map(str, row)) for row in rows]
+    return [_filled(pattern, [_range(list(dict.fromkeys(column))) for column in columns])]
+
+
+def _filled(pattern: Sequence[str], values: Iterable[str]) -> str:
+    return "".join(text + value for text, value in zip_longest(pattern, values, fillvalue=""))
+
+
+def _range(values: Sequence[int]) -> str:
+    if len(values) == 1:
+        return str(values[0])
+    is_range = list(values) == list(range(values[0], values[0] + len(values)))
+    listed = f"{values[0]}-{values[-1]}" if is_range else ",".join(map(str, values[:_RANKS_SHOWN]))
+    return "{" + listed + (",..." if not is_range and len(values) > _RANKS_SHOWN else "") + "}"
 
 
 def ranks(listed: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -76,20 +77,27 @@ class ActivationPlaces:
     is_sequence_first: bool = False  # positions come before samples, as in Megatron
     _rows: dict[tuple[str, int, int], RowKeys] = field(default_factory=dict)
 
-    def places(self, tensor: torch.Tensor, *, lies_as_inputs: bool = False) -> tuple[Place, ...]:
+    def places(
+        self, tensor: torch.Tensor, *, lies_as_inputs: bool = False, known: GlobalIndex | None = None
+    ) -> tuple[Place, ...]:
         """Return every way in which a plain local tensor may lie in the whole; the first takes it as all of it.
 
         Args:
             lies_as_inputs: Samples and positions are in the order of the model's arguments, whatever it does inside.
+            known: Which elements of the whole last dim these are, where that is known.
         """
         rows, num_row_dims, is_slice = self._keyed_rows(tuple(tensor.shape), lies_as_inputs)
         columns = tuple(tensor.shape[num_row_dims:])
         if is_slice:
             return (_place("sequence", f"sequence {self.tp_rank}/{self.tp}", columns, None, rows, num_row_dims),)
         places = [_place("whole", "all", columns, None, rows, num_row_dims)]
+        if known is not None and len(columns) == 1:
+            if known.indices[0] is None:
+                return (places[0],)
+            return (_place("layout", known.piece(), known.shape, known, rows, num_row_dims),)
         if self.tp > 1 and columns and columns[-1]:
             whole = (*columns[:-1], columns[-1] * self.tp)
-            index = GlobalIndex.shard(whole[-1:], Shard(-1), self.tp, self.tp_rank)
+            index = _shard_of_columns(whole[-1], self.tp, self.tp_rank)
             piece = f"dim -1 {self.tp_rank}/{self.tp}"
             places.append(_place("dim -1", piece, whole, index, rows, num_row_dims))
         if self.tp > 1 and rows is not None and len(columns) > 1:  # heads, after the samples
@@ -169,6 +177,11 @@ class ActivationPlaces:
         if order == "positions":
             keys, tiles = keys.T, tiles.T
         return RowKeys(keys.reshape(-1).contiguous(), tiles.reshape(-1).contiguous())
+
+
+@lru_cache(maxsize=256)  # widths of a model's activations; what is derived from an index is kept with it
+def _shard_of_columns(width: int, tp: int, tp_rank: int) -> GlobalIndex:
+    return GlobalIndex.shard((width,), Shard(-1), tp, tp_rank)
 
 
 def _place(

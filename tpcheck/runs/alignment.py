@@ -107,6 +107,15 @@ class Run:
         return max(trace.replays for trace in self.ranks.values())
 
     @property
+    def not_recorded(self) -> dict[str, str]:
+        """Why something could not be recorded on some rank, by name."""
+        return {name: reason for trace in self.ranks.values() for name, reason in trace.not_recorded.items()}
+
+    @property
+    def is_replayed(self) -> bool:
+        return bool(self.replays) and "replays" not in self.not_recorded
+
+    @property
     def has_other_history(self) -> bool:
         """Whether the recording begins in the middle of a training."""
         return any(record.kind in ("state", "master") for record in self.first.initial) or bool(self.first_number)

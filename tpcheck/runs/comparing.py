@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tpcheck.core.causes import Cause, Explanation
-from tpcheck.core.errors import UsageError
-from tpcheck.core.findings import CheckResult, Coverage, Verdict
+from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
+from tpcheck.core.name_maps import NameMap, Names
 from tpcheck.core.reproduce import compare_command
 from tpcheck.report.report import Report
 from tpcheck.runs.alignment import AlignedStep, Run, aligned_steps
@@ -29,8 +29,9 @@ from tpcheck.runs.exact_checks import (
     same_start,
     steps_were_taken,
 )
+from tpcheck.runs.full_causes import CAUSES_OF_ORDER
+from tpcheck.runs.full_tensors import FullTensors, explain_in_full
 from tpcheck.runs.low_precision import noise_of_weights
-from tpcheck.runs.names import NameMap
 from tpcheck.runs.picture import PictureMaker
 from tpcheck.runs.run_findings import (
     GRADIENTS,
@@ -44,16 +45,16 @@ from tpcheck.runs.run_findings import (
     exact_finding,
     finding_at,
     joined,
+    names_in,
 )
 from tpcheck.runs.sketch_causes import Suspect, explain
+from tpcheck.runs.state_causes import repeated_state, stale_masters
 from tpcheck.runs.step_checks import (
     StepContext,
     doubtful_losses,
     gradients_match,
     norm_matches,
     outputs_match,
-    repeated_state,
-    stale_masters,
     states_match,
     updates_match,
 )
@@ -61,7 +62,6 @@ from tpcheck.runs.trace import StepRecord
 from tpcheck.runs.wholes import epsilon
 
 Paths: TypeAlias = str | Path | Sequence[str | Path]
-Names: TypeAlias = Mapping[str, str] | Sequence[str] | NameMap | None
 _MOST_ERRORS_LISTED = 8
 _CALIBRATED = (OUTPUTS, GRADIENTS, UPDATES, STATES)
 
@@ -88,18 +88,10 @@ def compare_traces(actual: Paths, expected: Paths, *, names: Names = None) -> Re
     from tpcheck.runs.trace_files import read_trace
 
     start = time.monotonic()
-    name_map = _name_map(names)
+    name_map = NameMap.from_argument(names)
     actual_ranks, expected_ranks = read_trace(actual, "actual"), read_trace(expected, "expected")
     report = compare_runs(Run.of(_shown(actual), actual_ranks), Run.of(_shown(expected), expected_ranks), name_map)
     return replace(report, verdict=replace(report.verdict, seconds=time.monotonic() - start))
-
-
-def _name_map(names: Names) -> NameMap:
-    if isinstance(names, NameMap):
-        return names
-    if not isinstance(names, (Mapping, Sequence, type(None))) or isinstance(names, str):
-        raise UsageError("names", names, "patterns with their replacements, or a list of names of ready maps")
-    return NameMap.of(names) if isinstance(names, Mapping) else NameMap.of(ready=names or ())
 
 
 def _shown(path: Paths) -> str:
@@ -125,6 +117,7 @@ class _RunsComparison:
         not_compared: Whole steps and ranks that were not compared, and why.
         notes: What else is to be said beside the verdict.
         before: Weights and states after the last step that both recorded, which is the one before the next, or None.
+        doubtful_weights: Findings about weights at the start that hold only if the outputs of their modules are wrong.
         generators: States of both runs' generators before the last call that was compared.
         last_number: Of the step that `before` follows.
         scale: By how much further than in the replays the runs were apart from the start.
@@ -140,6 +133,7 @@ class _RunsComparison:
     notes: list[str] = field(default_factory=list)
     picture: PictureMaker = field(default_factory=PictureMaker)
     before: tuple[Table, Table] = field(default_factory=lambda: ({}, {}))
+    doubtful_weights: list[Finding] = field(default_factory=list)
     generators: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
     last_number: int = -1
     scale: float = 1.0
@@ -165,6 +159,10 @@ class _RunsComparison:
                 self.not_compared[f"ranks {listed} of {run.path}"] = (
                     "their traces are not in the folders that were given"
                 )
+        for run, other in ((self.actual, self.expected), (self.expected, self.actual)):
+            for name, reason in run.not_recorded.items():
+                if name != "replays" or not other.is_replayed:
+                    self.not_compared[f"{name} of {run.path}"] = reason
         is_given = self.actual.has_other_history or self.expected.has_other_history
         self.last_number = (self.expected.first_number or 0) - 1
         weights = self._weights_at_start(is_given)
@@ -191,11 +189,23 @@ class _RunsComparison:
             note = "the recording begins in the middle of a training: how far the weights were apart is given"
             not_compared |= {each.label: note for each in wrong}
             return Answer.of(WEIGHTS, -1, comparisons, (), not_compared, wrong)
-        findings = [
-            finding_at(WEIGHTS, -1, each, explain(Suspect(each, self.actual.tp, self.actual.dp)), self.measured)
-            for each in wrong
-        ]
-        return Answer.of(WEIGHTS, -1, comparisons, joined(findings), not_compared)
+        full = FullTensors(comparer, *self.before, *self.before)
+        findings = []
+        for each in wrong:
+            explanation = explain(Suspect(each, self.actual.tp, self.actual.dp))
+            explanation = explanation or explain_in_full(full, each, comparisons)
+            finding = finding_at(WEIGHTS, -1, each, explanation, self.measured)
+            if not may_lie_in_another_order(each, explanation):
+                findings.append(finding)
+                continue
+            self.doubtful_weights.append(finding)
+            comparer.permuted.add(each.name)
+            not_compared[f"elements of {each.label}"] = (
+                "they lie in another order over the ranks than the shapes suggest (a fused layer): the norms alone of "
+                "this parameter, its gradients and its states are compared"
+            )
+        left_out = [each for each in wrong if each.name in comparer.permuted]
+        return Answer.of(WEIGHTS, -1, comparisons, joined(findings), not_compared, left_out)
 
     def _states_at_start(self, is_given: bool) -> Answer:
         """Look for states that were loaded wrongly: of another rank, or masters that are not the weights."""
@@ -322,6 +332,7 @@ class _RunsComparison:
             reason = "the runs drew other random numbers in this step (dropout), so outputs are not the same"
             yield Answer(OUTPUTS, number, not_compared={"outputs": reason, "gradients": reason})
             return
+        yield from self._judged_weights(outputs)
         gradients = gradients_match(context)
         is_loss_wrong = gradients.findings and not outputs.findings and self.comparer.doubtful
         yield doubtful_losses(context, outputs) if is_loss_wrong else outputs
@@ -332,17 +343,23 @@ class _RunsComparison:
             self.scale = max(self.scale, self._scale_of_given(context))
             context = replace(context, scale=self.scale, is_update_judged=False)
         yield norm_matches(context, gradients)
-        yield updates_match(context, gradients)
-        yield states_match(context, gradients)
-        wrong = frozenset(
-            name
-            for finding in gradients.findings
-            for name in (finding.where.get("parameter", ""), *map(str, finding.evidence.get("also", ())))
-        )
+        of_step = [updates_match(context, gradients), states_match(context, gradients)]
+        yield from of_step
+        everything = bool(outputs.findings) or any("module" in finding.where for finding in gradients.findings)
+        wrong = None if everything else names_in(answer.findings for answer in (gradients, *of_step))
         expected = replicas_agree(self.expected, context.around.expected_after, context.around.expected_before, number)
         yield replicas_agree(
             self.actual, context.around.actual_after, context.around.actual_before, number, expected, wrong
         )
+
+    def _judged_weights(self, outputs: Answer) -> Iterator[Answer]:
+        """Yield the doubtful weights of the module whose output is the first wrong one; the others are right."""
+        places = {finding.where["module"] for finding in outputs.findings}
+        wrong = [each for each in self.doubtful_weights if each.where["parameter"].rpartition(".")[0] in places]
+        if outputs.margins:
+            self.doubtful_weights = []
+        if wrong:
+            yield Answer(WEIGHTS, -1, findings=tuple(joined(wrong)))
 
     def _other_random_numbers(self, context: StepContext) -> bool:
         step = context.step
@@ -374,9 +391,9 @@ class _RunsComparison:
             return answers
         if judged and not first_findings:
             self.notes.append(
-                f"{label_of(key)} in step {step.number} is the first tensor whose bits differ, although the runs are "
-                f"alike in versions, topology, weights, inputs and generators: {place} is not deterministic. What "
-                "differs is no more than rounding."
+                f"{label_of(key)} in step {step.number} is the first tensor whose bits differ, although both runs "
+                f"have the same versions, topology, weights, inputs and generators: {place} is not deterministic. "
+                "What differs is no more than rounding."
             )
             return answers
         others = sum(
@@ -458,9 +475,7 @@ class _RunsComparison:
         first = next((answer.check for answer in answers if answer.findings), None)
         for answer in answers:
             findings = tuple(
-                replace(finding, evidence={**finding.evidence, "follows_from": first})
-                if finding.cause is None and answer.check != first
-                else finding
+                _following(finding, first) if finding.cause is None and answer.check != first else finding
                 for finding in answer.findings
             )
             self.picture.add_answers([answer])
@@ -486,7 +501,7 @@ class _RunsComparison:
         if num_unmeasured:
             reason = "no replay measured what rounding does to it"
             not_compared[f"{num_unmeasured} tensors"] = reason
-            messages.append(_without_measure(unmeasured, self._run_to_measure()))
+            messages.append(_without_measure(unmeasured, self._run_to_measure(), self._why_not_measured()))
             name = "failed" if findings else "skipped"
         elif not findings and not num_tensors:
             name = "skipped"
@@ -504,6 +519,12 @@ class _RunsComparison:
             coverage=coverage,
             message="\n".join(messages) or None,
         )
+
+    def _why_not_measured(self) -> str:
+        """Return what a recording with replays says of why they measured nothing; empty where there were none."""
+        ranks = [*self.actual.ranks.values(), *self.expected.ranks.values()]
+        reasons = [why for each in ranks for name, why in each.not_recorded.items() if name.startswith("replays")]
+        return reasons[0] if reasons else ""
 
     def _run_to_measure(self) -> str:
         """Return which run needs replays: the one that computes in the lower dtype."""
@@ -547,6 +568,23 @@ class _RunsComparison:
         return tuple(results.values())
 
 
+def _following(finding: Finding, first: str | None) -> Finding:
+    """Return a finding without a cause as one that follows from the first check's, and advises nothing more."""
+    evidence = {name: value for name, value in finding.evidence.items() if name != "note"}
+    return replace(finding, evidence={**evidence, "follows_from": first})
+
+
+def may_lie_in_another_order(comparison: Comparison, explanation: Explanation | None) -> bool:
+    """Return whether a weight's cut was guessed from shapes, and only the order of its elements may be another one.
+
+    Fused layers (Q, K and V; gate and up) are cut block by block. Whether that is a mistake, the outputs tell.
+    """
+    actual, expected = comparison.actual, comparison.expected
+    is_guess = "dim" in actual.label or "dim" in expected.label
+    is_about_order = explanation is None or explanation.cause in CAUSES_OF_ORDER
+    return is_guess and is_about_order and abs(actual.norm - expected.norm) <= (comparison.allowed or 0.0)
+
+
 def _without_unmeasured(answer: Answer) -> Answer:
     """Return the answer about calls that no step followed: replays measure steps, so they are judged where they can."""
     unmeasured = [each for each in answer.comparisons if each.allowed is None]
@@ -580,10 +618,15 @@ def _in_units_of_rounding(comparison: Comparison) -> float:
     return comparison.relative / eps * 3**0.5 if eps else 1.0
 
 
-def _without_measure(comparisons: Sequence[Comparison], which: str) -> str:
-    """Return what is to be said where no replay was made: what to add, and which modules add most to the error."""
+def _without_measure(comparisons: Sequence[Comparison], which: str, why: str = "") -> str:
+    """Return what is to be said where no replay measured rounding: what to add, and which modules add most to it.
+
+    Args:
+        which: The run that needs replays.
+        why: Why replays that were made have measured nothing.
+    """
     text = (
-        f"Nothing measured what rounding may do: record {which} again with replays, as in "
+        f"{why or 'Nothing measured what rounding may do'}: record {which} again with replays, as in "
         "tpcheck.record(model, path, replays=2). Until then these are errors, not findings."
     )
     added = added_errors(comparisons)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import hypot, inf, isfinite, isnan, sqrt
 from typing import Literal
 
+from tpcheck.core.name_maps import NameMap
 from tpcheck.numerics.sketch import distance
 from tpcheck.numerics.tolerance import SAFETY_FACTOR
 from tpcheck.runs.alignment import Run, SharedSamples
-from tpcheck.runs.names import NameMap
 from tpcheck.runs.trace import TensorRecord
 from tpcheck.runs.wholes import (
     Pairing,
@@ -228,6 +228,9 @@ class Comparer:
         actual, expected: The runs.
         names: How names of one run become those of the other.
         readings: Labels under which each parameter's weights agreed before the first step.
+        permuted: Parameters whose elements seem to lie in another order over the ranks than their shapes suggest, as
+            those of fused layers: their norms alone are compared.
+        rerouted: Modules that send tokens elsewhere than in the other run in the step that is compared.
         not_compared: Why a tensor was not compared, by label.
         doubtful: Losses that agree neither as means nor as sums over the calls, of runs with other numbers of calls: a
             mistake only where gradients are wrong, too.
@@ -238,6 +241,8 @@ class Comparer:
     expected: Run
     names: NameMap
     readings: dict[str, tuple[str, str]] = field(default_factory=dict)
+    permuted: set[str] = field(default_factory=set)
+    rerouted: set[str] = field(default_factory=set)
     not_compared: dict[str, str] = field(default_factory=dict)
     doubtful: list[Comparison] = field(default_factory=list)
     eps: tuple[float, float] = (0.0, 0.0)
@@ -299,7 +304,8 @@ class Comparer:
             whole_e = stored(records_e, found.expected, self.expected.replicas)
             deviation = larger_deviation(whole_a, whole_e, self.eps)
             allowed = allowed_error(whole_a, whole_e, deviation, is_stored=key[0] != "gradient", scale=scale)
-            compared.append(compare(key, whole_a, whole_e, allowed, order, deviation))
+            comparison = compare(key, whole_a, whole_e, allowed, order, deviation)
+            compared.append(of_norms(comparison) if key[1] in self.permuted else comparison)
         compared += self._fused(actual, expected, kinds, len(compared))
         return compared
 
@@ -427,6 +433,17 @@ class Comparer:
             elif comparison.is_wrong and not _are_sums(comparison, num_calls):
                 self.doubtful.append(comparison)
         return compared
+
+
+def among_rerouted(comparer: Comparer, comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the tensors of parameters in modules that send tokens elsewhere than in the other run."""
+    return [each for each in comparisons if any(each.name.startswith(f"{module}.") for module in comparer.rerouted)]
+
+
+def of_norms(comparison: Comparison) -> Comparison:
+    """Return the comparison of the norms alone, of a tensor whose elements lie in an unknown order."""
+    actual, expected = comparison.actual, comparison.expected
+    return replace(comparison, errors=(abs(actual.norm - expected.norm),), is_of_norms=True)
 
 
 def _are_sums(comparison: Comparison, num_calls: tuple[int, int]) -> bool:

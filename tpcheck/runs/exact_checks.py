@@ -85,7 +85,7 @@ def replicas_agree(
     before: Table,
     step: int,
     expected: Answer | None = None,
-    wrong: frozenset[str] = frozenset(),
+    wrong: frozenset[str] | None = frozenset(),
 ) -> Answer:
     """Do ranks that hold the same elements have the same bits?
 
@@ -93,7 +93,7 @@ def replicas_agree(
         table: Of this step, or of the start.
         before: Of the time before the step.
         expected: The answer for the expected run: what drifts there, too, is not asked for.
-        wrong: Parameters whose gradients are wrong, which accounts for their replicas.
+        wrong: Parameters that findings of this step are about, which accounts for their replicas; None for all.
     """
     margins: dict[str, float] = {}
     deviating: dict[Key, list[int]] = {}
@@ -110,7 +110,9 @@ def replicas_agree(
     drifted = {label_of(key): "its replicas differ" for key in deviating}
     if not deviating:
         return Answer(REPLICAS, step, margins)
-    order = sorted(deviating, key=lambda key: ("weight", "buffer", "master", "state").index(key[0]))
+    by_kind = sorted(deviating, key=lambda key: ("weight", "buffer", "master", "state").index(key[0]))
+    alone = [key for key in by_kind if wrong is not None and key[1] not in wrong]
+    order = alone or by_kind
     first = order[0]
     ranks = sorted({rank for key in order for rank in deviating[key]})
     were_equal = all(
@@ -119,17 +121,17 @@ def replicas_agree(
         if key in before
         for ranks_of in _replicas_of(run, key, before[key])
     )
-    is_known = any(key[1] in wrong for key in order)
-    cause = Explanation(Cause.REPLICA_DRIFT) if step >= 0 and were_equal and not is_known else None
+    cause = Explanation(Cause.REPLICA_DRIFT) if step >= 0 and were_equal and alone else None
     where = {
         **({"phase": "update", "step": step} if step >= 0 else {"phase": "start"}),
         **({"parameter": first[1]} if first[0] != "buffer" else {"module": first[1].rpartition(".")[0]}),
         "field": label_of(first),
         "ranks": ranks,
     }
+    others = {key[1]: key[0] for key in reversed(order) if key[1] != first[1]}  # the first kind of each name
     evidence: dict[str, Any] = {
         "count_differing": len(order),
-        "also": [{"kind": key[0], "name": key[1]} for key in order if key[1] != first[1]],
+        "also": [{"kind": kind, "name": name} for name, kind in reversed(others.items())],
     }
     finding = exact_finding(REPLICAS, where, len(order), ("tensor", "differs", "differ"), cause, evidence)
     return Answer(REPLICAS, step, margins, (finding,), drifted if expected is None else {})
@@ -293,7 +295,8 @@ class BeforeAndAfter:
 def differing_options(comparer: Comparer, step: AlignedStep) -> dict[str, dict[str, Any]]:
     """Return the options in which the optimizers differ, for each parameter: both values, by option."""
     actual, expected = (
-        _options(comparer, steps, is_actual) for steps, is_actual in ((step.actual, True), (step.expected, False))
+        options_of(comparer, steps, is_actual=is_actual)
+        for steps, is_actual in ((step.actual, True), (step.expected, False))
     )
     differing: dict[str, dict[str, Any]] = {}
     for name, options in actual.items():
@@ -304,7 +307,8 @@ def differing_options(comparer: Comparer, step: AlignedStep) -> dict[str, dict[s
     return differing
 
 
-def _options(comparer: Comparer, steps: Mapping[int, StepRecord], is_actual: bool) -> dict[str, Mapping[str, Any]]:
+def options_of(comparer: Comparer, steps: Mapping[int, StepRecord], *, is_actual: bool) -> dict[str, Mapping[str, Any]]:
+    """Return the options of the optimizers of a step by the parameter that they step."""
     return {
         comparer.names.renamed(name, is_actual=is_actual): group.options
         for step in steps.values()

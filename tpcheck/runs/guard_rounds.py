@@ -135,7 +135,7 @@ class Rounds:
             RankFailure: A rank has died, or does not come.
         """
         not_finite = [label[1] for label, square in squares.items() if not isfinite(square)]
-        wants_decision = steps > 0 and self._is_undecided and self._num_decisions < _MOST_DECISIONS_AFTER_STEPS
+        wants_decision = steps > 0 and bool(self.undecided()) and self._num_decisions < _MOST_DECISIONS_AFTER_STEPS
         while True:
             held = self._held(items)
             status = Status(
@@ -175,9 +175,9 @@ class Rounds:
         """Return whether all TP ranks hold the same elements of a tensor of unknown layout; None while undecided."""
         return self._tp_replicas.get(name)
 
-    @property
-    def _is_undecided(self) -> bool:
-        return any(is_replica is None for is_replica in self._tp_replicas.values())
+    def undecided(self) -> frozenset[str]:
+        """Return the names of tensors of which nobody knows yet whether TP ranks hold the same elements."""
+        return frozenset(name for name, is_replica in self._tp_replicas.items() if is_replica is None)
 
     def _held(self, items: Sequence[Item]) -> dict[str, dict[int, Item]]:
         """Return the items by identity, for each axis."""
@@ -272,7 +272,7 @@ class Rounds:
             return {}
         reasons = {
             False: "its layout over TP is unknown and its ranks began with different bits: taken as shards",
-            None: "its layout over TP is unknown and its elements are all equal: replicas and shards look alike",
+            None: "its layout over TP is unknown and its elements are all equal: shards of it would be equal, too",
         }
         undecided_or_shards = {name: self.is_replica(name) for name in votes}
         return {name: reasons[known] for name, known in undecided_or_shards.items() if not known}

@@ -7,11 +7,14 @@ from dataclasses import replace
 from statistics import median
 
 from tpcheck.numerics.tolerance import (
+    FEW_ROWS,
     LOCAL_FACTOR,
     LOCAL_FACTOR_OF_GRADIENTS,
     LOW_PRECISION,
+    NEAR_LIMIT,
     NUM_NEIGHBOURS,
     SAFETY_FACTOR,
+    SHARE_OF_FEW_ROWS,
     TYPICAL_NOISE,
 )
 from tpcheck.runs.comparisons import ACTIVATIONS, Comparer, Comparison, Table
@@ -39,6 +42,44 @@ def judged_among_neighbours(comparisons: Sequence[Comparison], typical: float = 
                 ratios.append(comparison.error / noise)
         judged.append(comparison)
     return judged
+
+
+def rerouted_among(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the tensors of 16 bits that are wrong, or nearly so, in a few rows, where what follows is right.
+
+    Near a tie, rounding decides to which experts a router sends a token: then its row is another one altogether, and
+    tensors whose rows are in the order of experts are moved. A mistake is in most rows, or shows in what follows.
+    """
+    found: list[Comparison] = []
+    run: list[Comparison] = []
+    for comparison in comparisons:
+        is_keyed = -1 in comparison.expected.shape
+        is_local = _noise(comparison) > 0 and (not is_keyed or _differs_in_few_rows(comparison))
+        if is_local and is_near_limit(comparison):
+            run.append(comparison)
+        elif comparison.is_wrong:
+            return found  # a mistake: what follows from it is none of these
+        elif is_keyed or not run:
+            found += run if any(map(_differs_in_few_rows, run)) else []
+            run = []
+    return found
+
+
+def is_near_limit(comparison: Comparison) -> bool:
+    """Return whether the error is wrong, or not far from it."""
+    return comparison.margin > NEAR_LIMIT
+
+
+def _differs_in_few_rows(comparison: Comparison) -> bool:
+    if (
+        -1 not in comparison.expected.shape
+        or comparison.is_of_norms
+        or comparison.actual.dtype != comparison.expected.dtype
+    ):
+        return False
+    by_row = ((comparison.actual.sketch - comparison.expected.sketch).tile_norms() ** 2).sum(dim=1)
+    largest = by_row.sort(descending=True).values[:FEW_ROWS]
+    return float(largest.sum()) >= SHARE_OF_FEW_ROWS * float(by_row.sum()) > 0
 
 
 def noise_of_weights(comparer: Comparer, actual: Table, expected: Table, scale: float) -> float:

@@ -18,6 +18,7 @@ from tpcheck.numerics.recorder import eager
 from tpcheck.numerics.sketch import GlobalIndex, PendingSketch, fetch_sketches, start_sketch
 from tpcheck.numerics.tensors import map_tensors, named_tensors
 from tpcheck.runs.activations import ActivationPlaces, BatchShape, Place
+from tpcheck.runs.output_places import Output, OutputKey, OutputPlaces, is_uniform
 from tpcheck.runs.trace import Kind, Leaf, PassRecord, Reading, TensorRecord
 
 Key = tuple[Kind, str, str, int]  # kind, name, part, call: as `TensorRecord.key`
@@ -58,7 +59,7 @@ class PendingTensor:
             places,
             [start_sketch(tensor, place.index, rows=place.rows, scale=scale) for place in places],
             [start_digests([tensor])],
-            [tensor.detach().to("cpu", copy=True)] if is_full else [],
+            [(tensor.detach() * scale if scale != 1.0 else tensor.detach()).to("cpu", copy=True)] if is_full else [],
         )
 
     @classmethod
@@ -132,6 +133,9 @@ class Pass:
         from_indices: Leaf modules that were called with indices: their outputs lie as the model's arguments do.
         seeds: Gradients that reached the model's own outputs from outside, by path; for replays.
         before: Whatever a replay needs of the time before the call.
+        decided: Which of several places of an output are kept; None keeps all.
+        outputs: Where each output that is no DTensor lies, with its shape: its gradient lies there, too.
+        uniform: For outputs with several places that may be replicas, whether they are uniform along a cut.
     """
 
     args: tuple[Any, ...]
@@ -150,9 +154,20 @@ class Pass:
     from_indices: set[str] = field(default_factory=set)
     seeds: dict[str, torch.Tensor] = field(default_factory=dict)
     before: Any = None
+    decided: OutputPlaces | None = None
+    outputs: dict[OutputKey, tuple[torch.Size, tuple[Place, ...]]] = field(default_factory=dict)
+    uniform: dict[OutputKey, bool] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tp: int, tp_rank: int) -> Pass:
+    def start(
+        cls,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tp: int,
+        tp_rank: int,
+        decided: OutputPlaces | None = None,
+    ) -> Pass:
         """Return the record of a call that is about to start."""
         named = [(path, local_values(tensor)) for path, tensor in named_tensors((*args, kwargs) if kwargs else args)]
         leaves = {
@@ -165,22 +180,41 @@ class Pass:
         device = next(model.parameters()).device.type
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
         autocast = autocast.removeprefix("torch.")
-        return cls(args, kwargs, leaves, places, model.training, generator_digests(), autocast)
+        return cls(args, kwargs, leaves, places, model.training, generator_digests(), autocast, decided=decided)
 
     @classmethod
     def like(cls, recorded: Pass) -> Pass:
         """Return the record of a repetition of a call."""
-        return cls((), {}, {}, recorded.places, recorded.is_training, {})
+        return cls((), {}, {}, recorded.places, recorded.is_training, {}, decided=recorded.decided)
 
-    def add(self, key: Key, tensor: torch.Tensor, *, is_full: bool = False) -> None:
-        """Add a tensor of this call; one that is there already is added up."""
-        find = self.places.places_of_dtensor if _is_dtensor(tensor) else self.places.places
-        places = find(tensor, lies_as_inputs=not key[1] or key[1] in self.from_indices)
+    def add(self, key: Key, tensor: torch.Tensor, *, columns: GlobalIndex | None = None, is_full: bool = False) -> None:
+        """Add a tensor of this call; one that is there already is added up.
+
+        Args:
+            columns: Which of the whole output's columns it has, where that is known.
+        """
+        places = self._places_of(key, tensor, columns)
         pending = PendingTensor.of(key, local_values(tensor), places, is_full=is_full)
         if key in self.tensors:
             self.tensors[key].add(pending)
         else:
             self.tensors[key] = pending
+
+    def _places_of(self, key: Key, tensor: torch.Tensor, columns: GlobalIndex | None) -> tuple[Place, ...]:
+        kind, output = key[0], key[1:]
+        lies_as_inputs = not key[1] or key[1] in self.from_indices
+        if _is_dtensor(tensor):
+            return self.places.places_of_dtensor(tensor, lies_as_inputs=lies_as_inputs)
+        if kind == "output_gradient" and output in self.outputs and self.outputs[output][0] == tensor.shape:
+            return self.outputs[output][1]
+        places = self.places.places(tensor, lies_as_inputs=lies_as_inputs, known=columns)
+        if kind == "output":
+            if len(places) > 1 and self.decided is not None and self.decided.may_be_replicated(output):
+                is_open = self.decided.is_open(output)
+                self.uniform[output] = is_open and (self.uniform.get(output, False) or is_uniform(tensor, places))
+                places = self.decided.kept(output, places)
+            self.outputs[output] = (tensor.shape, places)
+        return places
 
     def record(self) -> PassRecord:
         samples = self.places.batch.samples
@@ -207,6 +241,26 @@ def merged(passes: Iterable[Pass]) -> list[PendingTensor]:
             else:
                 sums[key] = tensor
     return sorted(sums.values(), key=lambda tensor: tensor.key[0].endswith("gradient"))
+
+
+def joined_digests(passes: Sequence[Pass]) -> dict[Key, str]:
+    """Return the digests that the records of these micro-batches will have, in the order of events of each."""
+    waiting: dict[Key, list[Callable[[], Sequence[bytes]]]] = {}
+    for each in passes:
+        for key, tensor in each.tensors.items():
+            waiting.setdefault(key, []).extend(tensor.digests)
+    return {
+        key: xxhash.xxh3_128_hexdigest(b"".join(bits for wait in waits for bits in wait()))
+        for key, waits in waiting.items()
+    }
+
+
+def replica_candidates(passes: Sequence[Pass]) -> dict[OutputKey, Output]:
+    """Return the outputs of these micro-batches that may be replicas over TP, for `OutputPlaces.post`."""
+    keys = dict.fromkeys(key for each in passes for key in each.uniform)
+    found = {key: any(each.uniform.get(key, False) for each in passes) for key in keys}
+    digests = {key[1:]: digest for key, digest in joined_digests(passes).items() if key[0] == "output"}
+    return {key: Output(digests[key], uniform) for key, uniform in found.items()}
 
 
 def generator_digests() -> dict[str, str]:
@@ -279,7 +333,7 @@ class ModuleHooks:
             current = self._current()
             if current is None or not current.open_calls.get(name):
                 return
-            self._add_output(current, name, current.open_calls[name].pop(), output)
+            self._add_output(current, name, current.open_calls[name].pop(), output, (module, args))
 
         return hook
 
@@ -288,11 +342,26 @@ class ModuleHooks:
         if self._records_root:
             self._add_output(current, "", 0, output)
 
-    def _add_output(self, current: Pass, name: str, call: int, output: Any) -> None:
+    def _add_output(
+        self,
+        current: Pass,
+        name: str,
+        call: int,
+        output: Any,
+        called: tuple[nn.Module, tuple[Any, ...]] | None = None,
+    ) -> None:
+        """Record an output and watch its gradient.
+
+        Args:
+            called: Which module returned it, and what it was given.
+        """
         has_graph = False
         for path, tensor in named_tensors(output):
             if tensor.is_floating_point():
-                current.add(("output", name, path, call), tensor.detach(), is_full=self._is_full)
+                columns = None
+                if called is not None and current.decided is not None and tensor.dim():
+                    columns = current.decided.columns(called[0], name, called[1], tensor)
+                current.add(("output", name, path, call), tensor.detach(), columns=columns, is_full=self._is_full)
                 has_graph |= self._watch_gradient(current, ("output_gradient", name, path, call), tensor)
         if not has_graph:
             current.unmatched.setdefault(name, []).append(call)

@@ -20,12 +20,14 @@ from tpcheck.backends.local_part import local_part
 from tpcheck.core.digests import digest
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
+from tpcheck.core.notices import NO_TP
 from tpcheck.core.topology import Topology
+from tpcheck.numerics.optimizer_view import OptimizerView, ParameterGroup, Part, view_of
+from tpcheck.numerics.optimizers.names import unwrapped, unwrapped_name
 from tpcheck.numerics.recorder import eager
 from tpcheck.runs.activations import Place
-from tpcheck.runs.optimizer_view import OptimizerView, Part, view_of
-from tpcheck.runs.optimizers.names import unwrapped, unwrapped_name
 from tpcheck.runs.options import RecordOptions, Steps
+from tpcheck.runs.output_places import OutputPlaces
 from tpcheck.runs.parameters import ParameterPlaces, StartOfRank, exchange_starts
 from tpcheck.runs.passes import (
     Key,
@@ -38,10 +40,11 @@ from tpcheck.runs.passes import (
     loss_in,
     merged,
     repeating_calls,
+    replica_candidates,
     views_of,
 )
 from tpcheck.runs.replays import Replays
-from tpcheck.runs.trace import ParameterGroup, RankTrace, StepRecord, TensorRecord
+from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
 from tpcheck.runs.trace_files import TraceWriter, new_run_id, require_writable
 
 # Parameters whose accumulated gradient is also recorded before each further micro-batch: norms and biases, on which
@@ -107,6 +110,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         if not any(options.has_module(unwrapped_name(name)) for name, _ in self._root.named_modules()):
             raise UsageError("modules", options.modules, f"a pattern that matches modules of {self._source}")
         self._groups = groups_of_run(model, self._root, options.topology)
+        if self._groups.rank == 0 and self._groups.notice is not None:
+            NO_TP.say(self._groups.notice)
         self._model = model
         require_writable(path)
         self._path = Path(path)
@@ -152,6 +157,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         starts = exchange_starts(mine, groups.rank, groups.tp)
         self._tp_rank = groups.tp.index(groups.rank)
         self._places = ParameterPlaces(self._tp_rank, starts)
+        self._outputs = OutputPlaces(weights, groups.tp, self._tp_rank, starts[0].run)
         self._replays = Replays(self._root, self._view, self._options.replays, self._names, groups.tp, starts[0].run)
         self._writer = TraceWriter(self._path, self._header(), run_id=starts[0].run)
         _recorded.update(modules)
@@ -182,7 +188,7 @@ class Recorder(AbstractContextManager["Recorder"]):
                     self._replays.decline()
                 if not (self._number or self._num_written):
                     raise UsageError("model", self._source, "a model that is called inside the context, with gradients")
-                not_recorded = {**self._view.not_viewed(), **self._replays.not_measured}
+                not_recorded = {**self._view.not_viewed(), **self._replays.not_measured, **self._outputs.changed()}
                 self._writer.close(num_steps=self._number, not_recorded=not_recorded)
 
     def _header(self) -> RankTrace:
@@ -220,7 +226,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             self._start_step()
         if self._is_recording:
             self._record_accumulated()
-            self._current = Pass.start(self._root, args, kwargs, len(self._groups.tp), self._tp_rank)
+            self._current = Pass.start(self._root, args, kwargs, len(self._groups.tp), self._tp_rank, self._outputs)
             self._current.before = self._replays.before_call()
             self._passes.append(self._current)
 
@@ -287,6 +293,7 @@ class Recorder(AbstractContextManager["Recorder"]):
                 pending = self._pending(part)
                 self._gradients[pending.key] = pending
         if is_first:
+            self._outputs.post(self._number, replica_candidates(self._passes))
             self._repeat_passes()
         if self._replays.number:
             with self._paused():
@@ -310,6 +317,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             self._start_step()
 
     def _start_step(self) -> None:
+        self._outputs.learn()
         self._is_recording = self._options.is_recorded(self._number)
 
     def _hook_modules(self, is_recorded: bool) -> None:
@@ -377,7 +385,9 @@ class Recorder(AbstractContextManager["Recorder"]):
                     values = local_part(buffer)
                     places = self._places.places(name, None, values, is_term=False)
                     pending.append(PendingTensor.of(("buffer", name, "", 0), values, places))
-        return finished(pending, deviations={} if is_start else self._replays.drift | (self._replays.deviations or {}))
+        is_measured = not is_start and self._replays.deviations is not None
+        deviations = self._replays.drift | (self._replays.deviations or {}) if is_measured else {}
+        return finished(pending, deviations=deviations)
 
     def _pending(self, part: Part, *, kind: Any = None, part_name: str = "") -> PendingTensor:
         places: tuple[Place, ...] = self._places.places(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import inf, isfinite, isnan, sqrt
 from typing import Any
 
 import torch
@@ -14,16 +14,64 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tpcheck.numerics.optimizer_view import OptimizerView, Part
+from tpcheck.numerics.optimizers.names import unwrapped_name
 from tpcheck.numerics.perturb import KeyedPerturbation, perturbed_leaves
 from tpcheck.numerics.sketch import Sketch, distance, fetch_sketches
 from tpcheck.numerics.tensors import named_tensors
-from tpcheck.runs.optimizer_view import OptimizerView, Part
-from tpcheck.runs.optimizers.names import unwrapped_name
-from tpcheck.runs.passes import Key, ModuleHooks, Pass, PendingTensor, finished, local_values, merged, uses_cuda
+from tpcheck.numerics.tolerance import SAFETY_FACTOR
+from tpcheck.runs.passes import (
+    Key,
+    ModuleHooks,
+    Pass,
+    PendingTensor,
+    finished,
+    joined_digests,
+    local_values,
+    merged,
+    uses_cuda,
+)
 from tpcheck.runs.update_rounding import lies_in, moves_of_update, noise
+from tpcheck.runs.wholes import epsilon, total
 
 # Ranks reach a step within this time, or replays, in which they communicate, are given up.
 SECONDS_TO_WAIT = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Repetition:
+    """What one replay of the passes of a step has computed.
+
+    Attributes:
+        sketches: By key, one for each place.
+        digests: Of outputs and their gradients; empty for a perturbed replay.
+    """
+
+    sketches: Mapping[Key, Sequence[Sketch]]
+    digests: Mapping[Key, str]
+
+
+@dataclass(frozen=True, slots=True)
+class OtherBits:
+    """A tensor of the recorded pass that a replay under the same arguments, weights and generators has not repeated.
+
+    Attributes:
+        key: Its key.
+        gap: Frobenius distance of the two.
+        norm: Of the recorded one.
+        rounding: Norm of what rounding each of its elements once does.
+    """
+
+    key: Key
+    gap: float
+    norm: float
+    rounding: float
+
+    @property
+    def label(self) -> str:
+        kind, name, part, call = self.key
+        what = f"{kind.replace('_', ' ')} of {name or 'the model'}" + (f" {part}" if part not in ("", "0") else "")
+        return what + (f", call {call}" if call else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +120,8 @@ class Replays:
         self._twins: dict[str, nn.Parameter] | None = None
         self._last_step = -1
         self._last_moves: dict[Key, float] = {}
+        self._other_passes: list[int] = []
+        self._first_other: OtherBits | None = None
         # FSDP2 gathers parameters in its hooks, and reduces gradients as they are accumulated.
         self._accumulates = any(hasattr(module, "_get_fsdp_state") for module in model.modules())
         if number and (reason := view.supports_replays()):
@@ -120,7 +170,72 @@ class Replays:
         except RuntimeError as error:
             self.not_measured["replays"] = f"the passes cannot be repeated: {str(error).partition(chr(10))[0]}"
             return
-        self.deviations = self._deviations(unperturbed, perturbed, gradients)
+        deviations = self._deviations(unperturbed.sketches, [each.sketches for each in perturbed], gradients)
+        different = self._other_bits(passes, unperturbed)
+        if not different:
+            self.deviations = deviations
+        elif self._is_rounding(different, deviations):
+            self._note_nondeterminism(step, different[0])
+            gaps = {each.key: each.gap for each in different}
+            self.deviations = {
+                key: [max(moved, gaps.get(key, 0.0)) for moved in of_places] for key, of_places in deviations.items()
+            }
+        else:
+            self._note_other_passes(step, different[0])
+
+    # ---- whether a replay is the recorded pass
+
+    def _other_bits(self, passes: Sequence[Pass], unperturbed: Repetition) -> list[OtherBits]:
+        """Return what the replay without perturbation computed otherwise than the loop, in the order of events."""
+        recorded = joined_digests(passes)
+        keys = [key for key, bits in recorded.items() if unperturbed.digests.get(key, bits) != bits]
+        keys.sort(key=lambda key: key[0] != "output")  # all forward passes come before what follows from them
+        different = []
+        for key in keys:
+            terms = [each.tensors[key] for each in passes if key in each.tensors]
+            if not all(term.sketches for term in terms):
+                different.append(OtherBits(key, inf, 1.0, 0.0))
+                continue
+            first = total(fetch_sketches([term.sketches[0] for term in terms]))
+            if key[0] == "output" and terms[0].places[0].rows is None:
+                first = first.scaled(1 / len(passes))
+            gap, norm = distance(first, unperturbed.sketches[key][0]), sqrt(max(first.sum_squares, 0.0))
+            eps = max(epsilon(terms[0].dtype), epsilon(self.inner_dtype))
+            different.append(OtherBits(key, inf if isnan(gap) else gap, norm, eps * norm))
+        return different
+
+    @staticmethod
+    def _is_rounding(different: Sequence[OtherBits], deviations: Mapping[Key, Sequence[float]]) -> bool:
+        """Return whether a replay differs by rounding alone, as where sums are taken in another order each time.
+
+        What was given to the first tensor that differs was equal to the bit. What comes after it may be off by what
+        rounding does there. A replay whose perturbed repetitions move for another reason would not pass at the first.
+        """
+        first, *others = different
+        return first.gap <= SAFETY_FACTOR * first.rounding and all(
+            each.gap <= SAFETY_FACTOR * max(each.rounding, deviations[each.key][0]) for each in others
+        )
+
+    def _note_nondeterminism(self, step: int, first: OtherBits) -> None:
+        self.not_measured.setdefault(
+            "bits that repeat",
+            f"{first.label} is not deterministic: a replay of step {step} without perturbation has rounded otherwise "
+            f"(relative difference {_relative(first):.1e}); that is part of what is allowed",
+        )
+
+    def _note_other_passes(self, step: int, first: OtherBits) -> None:
+        self._other_passes.append(step)
+        number = len(self._other_passes)
+        which = f"step {step}" if number == 1 else f"{number} steps, the first of which is {self._other_passes[0]}"
+        if number == 1:
+            self._first_other = first
+        first = self._first_other or first
+        self.not_measured["replays that are not the recorded pass"] = (
+            f"{first.label}: a replay with the same arguments, weights and states of torch's generators gives another "
+            f"(relative difference {_relative(first):.1e}), so it depends on something that has changed since (a "
+            "buffer, a counter, random numbers that are not torch's, a tensor that a closure holds), and nothing "
+            f"measured what rounding may do in {which}"
+        )
 
     @staticmethod
     def _keep_seed(current: Pass, path: str) -> Any:
@@ -134,7 +249,7 @@ class Replays:
 
     # ---- passes
 
-    def _repeat_all(self, step: int, passes: Sequence[Pass]) -> list[dict[Key, list[Sketch]]]:
+    def _repeat_all(self, step: int, passes: Sequence[Pass]) -> list[Repetition]:
         outputs: list[dict[str, torch.Tensor]] = [{} for _ in passes]
         try:
             return [self._repeat(number, step, passes, outputs) for number in range(self.number + 1)]
@@ -170,7 +285,7 @@ class Replays:
 
     def _repeat(
         self, number: int, step: int, passes: Sequence[Pass], outputs: list[dict[str, torch.Tensor]]
-    ) -> dict[Key, list[Sketch]]:
+    ) -> Repetition:
         """Repeat all passes once and return the sketches of all tensors.
 
         The first replay is not perturbed; it leaves the model's outputs in `outputs`.
@@ -210,8 +325,9 @@ class Replays:
                 PendingTensor.whole(("buffer", unwrapped_name(name), "", 0), local_values(buffer))
                 for name, buffer in self._model.named_buffers()
             ]
+        digests = {} if number else joined_digests(live)
         records = finished([*merged(live), *gradients, *buffers], num_passes=len(passes))
-        return {record.key: [reading.sketch for reading in record.readings] for record in records}
+        return Repetition({record.key: [each.sketch for each in record.readings] for record in records}, digests)
 
     def _call(self, recorded: Pass) -> Any:
         before: BeforeCall = recorded.before
@@ -284,6 +400,11 @@ class Replays:
         shrinking = self._shrinking(unperturbed, gradients)
         deviations: dict[Key, Sequence[float]] = {}
         for key, base in unperturbed.items():
+            if perturbed and not any(key in each for each in perturbed):
+                # Of an output that its module uses itself, a replay perturbs a copy, through which no gradient comes.
+                largest = _largest_relative_move(key[0], unperturbed, perturbed)
+                deviations[key] = [largest * sqrt(sketch.sum_squares) for sketch in base]
+                continue
             moved = [
                 max([self._flips(sketch), *(distance(each[key][place], sketch) for each in perturbed if key in each)])
                 for place, sketch in enumerate(base)
@@ -437,6 +558,23 @@ class Replays:
         self._rounds += 1
         store = dist.distributed_c10d._get_default_store()
         return store, f"tpcheck/replays/{self._run}/{self._together[0]}/{self._rounds}"
+
+
+def _relative(other: OtherBits) -> float:
+    return other.gap / other.norm if other.norm else other.gap
+
+
+def _largest_relative_move(
+    kind: str, unperturbed: Mapping[Key, Sequence[Sketch]], perturbed: Sequence[Mapping[Key, Sequence[Sketch]]]
+) -> float:
+    """Return how far tensors of a kind moved at most, in units of their norms."""
+    moves = [
+        distance(each[key][0], base[0]) / sqrt(base[0].sum_squares)
+        for key, base in unperturbed.items()
+        for each in perturbed
+        if key[0] == kind and key in each and base and each[key] and base[0].sum_squares
+    ]
+    return max((move for move in moves if isfinite(move)), default=0.0)
 
 
 @contextmanager

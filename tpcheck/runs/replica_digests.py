@@ -121,18 +121,22 @@ class Vote:
     Attributes:
         digest: Of its bits.
         is_constant: All elements are equal, as those of biases and norm weights that were just initialised.
-        is_whole: It cannot be a shard: a scalar, or a weight of torch's norms, whose statistics are over all of a dim.
+        is_whole: It cannot be a shard: a scalar, or a weight of a norm, whose statistics are over all of a dim.
+        output: Digest of what its module returned in the first call, where each column of that goes with one of its
+            elements; empty where that is unknown, or where shards of the output may be equal.
     """
 
     digest: bytes
     is_constant: bool
     is_whole: bool
+    output: str = ""
 
 
 def decide_replicas(votes: Sequence[Mapping[str, Vote]]) -> dict[str, bool | None]:
     """Return by name whether the ranks hold the same elements; None where that cannot be decided yet.
 
-    Equal bits mean replicas, unless all elements are equal: the shards of a bias of zeros are equal, too.
+    Equal bits mean replicas, unless all elements are equal: the shards of a bias of zeros are equal, too. A vector
+    whose module returned the same on all ranks, a column for each of its elements, is a replica even so.
     """
     decided: dict[str, bool | None] = {}
     for name in {name: None for of_rank in votes for name in of_rank}:
@@ -140,7 +144,7 @@ def decide_replicas(votes: Sequence[Mapping[str, Vote]]) -> dict[str, bool | Non
         known = [vote for vote in of_ranks if vote is not None]
         if len(known) < len(of_ranks):
             decided[name] = False
-        elif all(vote.is_whole for vote in known):
+        elif all(vote.is_whole for vote in known) or (known[0].output and len({vote.output for vote in known}) == 1):
             decided[name] = True
         elif len({vote.digest for vote in known}) > 1:
             decided[name] = False

@@ -218,6 +218,16 @@ def joined(findings: Sequence[Finding]) -> list[Finding]:
     return merged
 
 
+def names_in(findings_of_checks: Iterable[Iterable[Finding]]) -> frozenset[str]:
+    """Return the parameters that findings are about."""
+    return frozenset(
+        name
+        for findings in findings_of_checks
+        for finding in findings
+        for name in (str(finding.where.get("parameter", "")), *map(str, finding.evidence.get("also", ())))
+    )
+
+
 def stale(count: int) -> Explanation:
     """Return the cause of weights that an optimizer's step left as they were."""
     return Explanation(

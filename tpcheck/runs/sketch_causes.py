@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tpcheck.core.causes import Cause, Explanation, first_explanation
+from tpcheck.core.optimizers import OPTIMIZERS_OF_WHOLE_MATRICES
 from tpcheck.numerics.sketch import Sketch, distance
 from tpcheck.numerics.tolerance import (
     FITTED_RELATIVE_ERROR,
@@ -23,8 +24,6 @@ from tpcheck.numerics.tolerance import (
 from tpcheck.runs.comparisons import Comparison, relative
 from tpcheck.runs.wholes import Whole, epsilon, total
 
-OPTIMIZERS_OF_WHOLE_MATRICES = ("muon", "adafactor", "lamb", "shampoo", "soap", "came", "lars")
-"""Optimizers whose step on an element depends on the whole matrix: on a shard they compute something else."""
 # A sum of squares is close to an integer, or to one over it, by chance as seldom as this.
 _CHANCE_OF_INTEGER = 1e-2
 
@@ -52,6 +51,8 @@ class Suspect:
         num_passes: Micro-batches of the actual run.
         is_first: No tensor of the phase comes before it: what is wrong came from outside the model.
         micro_batches: Of the parameter whose gradient this is.
+        residuals: Right gradients that reach this one unchanged beside a branch, by the module whose output's they are.
+        is_summed_inside: The module that this gradient comes from adds up its output over the TP ranks in its forward.
         ones: A column of ones with the rows of this output, which tells tensors that are the same in every row.
         bias_norm: Norm of the bias of the module whose output this is; 0 where it has none.
     """
@@ -62,6 +63,8 @@ class Suspect:
     num_passes: int = 1
     is_first: bool = False
     micro_batches: MicroBatches = MicroBatches()
+    residuals: Mapping[str, Sketch] = field(default_factory=dict)
+    is_summed_inside: bool = False
     ones: Sketch | None = None
     bias_norm: float = 0.0
 
@@ -141,21 +144,49 @@ def predicts(suspect: Suspect, predicted: Sketch) -> float | None:
     return worst if any_is_predicted else None
 
 
+def are_some_right(comparison: Comparison) -> bool:
+    """Return whether the tensor is right on some ranks that hold it."""
+    return min(comparison.errors) <= max(largest_residual(comparison), 0.0)
+
+
 def _if_predicted(cause: Cause, suspect: Suspect, predicted: Sketch, **evidence: Any) -> Explanation | None:
     residual = predicts(suspect, predicted)
     return None if residual is None else Explanation(cause, residual, evidence)
 
 
 def _times(cause: Cause, suspect: Suspect, factor: float, over: str) -> Explanation | None:
-    if factor == 1:
+    """Return the cause of a reduction once too often, or of a mean: of gradients it leaves no replica right."""
+    comparison = suspect.comparison
+    if factor == 1 or (comparison.kind != "output" and are_some_right(comparison)):
         return None
-    expected = suspect.comparison.expected.sketch
+    expected = comparison.expected.sketch
     return _if_predicted(cause, suspect, expected.scaled(factor), factor=factor, reduced_over=over)
 
 
 def terms_over_tp(suspect: Suspect) -> Explanation | None:
     """The TP ranks hold terms whose sum is the expected output."""
     return _terms(Cause.MISSING_REDUCE, suspect)
+
+
+def own_terms(suspect: Suspect) -> Explanation | None:
+    """Each rank's gradient is its own term of a sum over the TP ranks, on top of what all of them have.
+
+    With terms t(r) and a residual R beside the branch, ranks hold R + t(r), and R + the sum of all t is expected: the
+    sum of what n ranks hold, without (n - 1) R.
+    """
+    comparison = suspect.comparison
+    actual = comparison.actual
+    if not actual.is_replicated_over_tp or actual.is_bitwise_replicated or largest_residual(comparison) < 0:
+        return None
+    cause = Cause.COLLECTIVE_WITHOUT_BACKWARD if suspect.is_summed_inside else Cause.MISSING_REDUCE
+    summed, limit = actual.sum_over_tp(), largest_residual(comparison)
+    for name, residual in {"": Sketch.zero(), **suspect.residuals}.items():
+        corrected = summed - residual.scaled(suspect.tp - 1.0) if name else summed
+        error = distance(corrected, comparison.expected.sketch)
+        if error <= limit:
+            beside = {"beside_gradient_of": name} if name else {}
+            return Explanation(cause, relative(error, comparison.expected.norm), {"reduced_over": "tp", **beside})
+    return None
 
 
 def summed_with_bias(suspect: Suspect) -> Explanation | None:
@@ -440,6 +471,27 @@ def scaled(suspect: Suspect) -> Explanation | None:
     limit, expected = largest_residual(comparison), comparison.expected.sketch
     if limit < 0 or (expected.numel < LEAST_MULTIPLES and comparison.expected.shape):
         return None
+    if len(comparison.actual.variants) == 1 and len(comparison.actual.pieces) > 1:
+        return scaled_shards(comparison) or scaled_alike(suspect)
+    return scaled_alike(suspect)
+
+
+def scaled_shards(comparison: Comparison) -> Explanation | None:
+    """Some ranks' shards are the expected ones times a constant each, those of the others are right."""
+    factors = clip_factors(comparison)
+    if factors is None:
+        return None
+    wrong = {rank: factor for rank, factor in factors.items() if not _is_near(factor, 1)}
+    if not wrong or (len(wrong) == len(factors) and _is_near(min(wrong.values()), max(wrong.values()))):
+        return None
+    shown = dict(zip(map(str, wrong), _digits(wrong.values()), strict=True))
+    return Explanation(Cause.GRADIENT_SCALED, evidence={"factor_of_rank": shown})
+
+
+def scaled_alike(suspect: Suspect) -> Explanation | None:
+    """Each replica's gradient is the expected one times a constant."""
+    comparison = suspect.comparison
+    limit, expected = largest_residual(comparison), comparison.expected.sketch
     factors, worst = [], 0.0
     for variant, error in zip(comparison.actual.variants, comparison.errors, strict=True):
         factor = 1.0 if error <= limit else share_of(variant.sketch, expected)
@@ -586,7 +638,7 @@ TESTS: Mapping[str, tuple[Test, ...]] = {
     ),
     "output_gradient": (
         not_finite,
-        terms_over_tp,
+        own_terms,
         mean_of_local_means,
         gradient_vanished,
         scaled_from_outside,
@@ -612,6 +664,6 @@ TESTS: Mapping[str, tuple[Test, ...]] = {
     ),
     "weight": (not_finite, shard_of_one_rank_on_all, shards_in_another_order, all_zero),
     "master": (not_finite, shard_of_one_rank_on_all, shards_in_another_order, all_zero),
-    "state": (not_finite, shard_of_one_rank_on_all, shards_in_another_order, all_zero),
+    "state": (not_finite, shards_in_another_order, all_zero),  # of another rank: `state_causes`
     "buffer": (not_finite, all_zero),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,11 +13,22 @@ import torch
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.findings import Finding
+from tpcheck.numerics.evidence import Evidence
 from tpcheck.numerics.norms import NORM_CAUSES, GradientNorms, Matches, ObservedNorm, explain_norm
 from tpcheck.numerics.sketch import GlobalIndex, Sketch, row_keys, sketch
-from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, SAFETY_FACTOR, TYPICAL_NOISE
+from tpcheck.numerics.tolerance import (
+    FITTED_RELATIVE_ERROR,
+    SAFETY_FACTOR,
+    TYPICAL_NOISE,
+)
 from tpcheck.runs.alignment import AlignedStep, Run
-from tpcheck.runs.comparisons import Comparer, Comparison, Table, label_of, margin
+from tpcheck.runs.backward_sums import (
+    at_sums_without_backward,
+    feeding_module,
+    is_summed_inside,
+    residuals_before,
+)
+from tpcheck.runs.comparisons import ACTIVATIONS, Comparer, Comparison, Table, among_rerouted, label_of, margin
 from tpcheck.runs.exact_checks import (
     BeforeAndAfter,
     differing_options,
@@ -25,7 +37,8 @@ from tpcheck.runs.exact_checks import (
     options_finding,
     weights_moved,
 )
-from tpcheck.runs.low_precision import judged_among_neighbours
+from tpcheck.runs.full_tensors import FullTensors, explain_in_full
+from tpcheck.runs.low_precision import is_near_limit, judged_among_neighbours, rerouted_among
 from tpcheck.runs.run_findings import (
     GRADIENTS,
     NORM,
@@ -42,10 +55,10 @@ from tpcheck.runs.sketch_causes import (
     Suspect,
     clip_factors,
     explain,
-    is_rounded_from,
     sees_one_shard,
     share_of,
 )
+from tpcheck.runs.state_causes import replaced_state, stale_masters
 from tpcheck.runs.wholes import Part, epsilon, parts_of, reading_of, total
 
 
@@ -61,6 +74,7 @@ class StepContext:
         measured: What findings say of how they were made.
         scale: By how much further than in the replays the runs were apart before the step.
         is_update_judged: Whether weights and states before the step were judged, so that those after it can be.
+        gathered: Whole tensors that were read to find causes.
         typical_noise: How far apart tensors of 16 bits may be expected to be, in units of what rounding moves them by.
     """
 
@@ -73,6 +87,7 @@ class StepContext:
     scale: float = 1.0
     is_update_judged: bool = True
     typical_noise: float = TYPICAL_NOISE
+    gathered: dict[tuple[str, int], Evidence] = field(default_factory=dict)
 
     @property
     def number(self) -> int:
@@ -98,17 +113,60 @@ class StepContext:
         )
         return actual, expected
 
-    def suspect(self, comparison: Comparison, *, is_first: bool = False) -> Suspect:
-        """Return a wrong tensor with what the tests of causes need to know."""
-        return Suspect(
+    def suspect(self, comparison: Comparison, comparisons: Sequence[Comparison] = ()) -> Suspect:
+        """Return a wrong tensor with what the tests of causes need to know.
+
+        Args:
+            comparisons: All tensors of the phase, in the order of events.
+        """
+        suspect = Suspect(
             comparison,
             self.run.tp,
             self.run.dp,
             self.num_passes,
-            is_first,
-            self._micro_batches(comparison),
-            self._ones(comparison),
-            self._bias_norm(comparison),
+            is_first=bool(comparisons) and comparison.key == comparisons[0].key,
+            micro_batches=self._micro_batches(comparison),
+            ones=self._ones(comparison),
+            bias_norm=self._bias_norm(comparison),
+        )
+        if comparison.kind != "output_gradient" or not comparisons:
+            return suspect
+        feeding = feeding_module(comparisons, comparison)
+        is_summed = (
+            feeding is not None
+            and feeding.actual.is_replicated_over_tp
+            and is_summed_inside(feeding.name, self.actual, self.run)
+        )
+        return replace(suspect, residuals=residuals_before(comparisons, comparison), is_summed_inside=is_summed)
+
+    def explain(self, comparison: Comparison, comparisons: Sequence[Comparison]) -> Explanation | None:
+        """Return the cause that sketches show, else the one that whole tensors show where both runs kept them."""
+        explanation = explain(self.suspect(comparison, comparisons))
+        return explanation or explain_in_full(self.full, comparison, comparisons)
+
+    @property
+    def full(self) -> FullTensors:
+        around = self.around
+        return FullTensors(
+            self.comparer,
+            self.actual,
+            self.expected,
+            around.actual_before,
+            around.expected_before,
+            self.step,
+            loss_scales(self.step),
+            self.gathered,
+        )
+
+    def note_without_cause(self, comparison: Comparison) -> str:
+        """Return what to record where nothing showed a cause; or that whole tensors did not, either."""
+        name = comparison.name if comparison.kind in ACTIVATIONS else comparison.name.rpartition(".")[0]
+        if self.full.has(comparison.key):
+            return "neither sketches nor the whole tensors of this step show a known cause"
+        pattern = f"{name}*" if name else "*"
+        return (
+            "sketches alone show no cause: record both runs again with "
+            f'tpcheck.record(model, path, steps=[{self.number}], modules="{pattern}", tensors="full", replays=2)'
         )
 
     def _ones(self, comparison: Comparison) -> Sketch | None:
@@ -198,14 +256,13 @@ def loss_scales(step: AlignedStep) -> tuple[float, float]:
 
 def outputs_match(context: StepContext) -> Answer:
     """Compare the outputs of all modules, the loss among them."""
-    context.comparer.doubtful = []
+    context.comparer.doubtful, context.comparer.rerouted = [], set()
     comparisons, not_compared = _computed(context, "output")
     comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
-    permuted = [each for each in wrong if may_be_permuted(each, comparisons)]
-    not_compared |= {each.label: _PERMUTED for each in permuted}
-    findings = _first_place(context, OUTPUTS, comparisons, [each for each in wrong if each not in permuted])
-    return Answer.of(OUTPUTS, context.number, comparisons, findings, not_compared, permuted)
+    left_out, reasons = not_judged(context.comparer, wrong, comparisons)
+    findings = _first_place(context, OUTPUTS, comparisons, [each for each in wrong if each not in left_out])
+    return Answer.of(OUTPUTS, context.number, comparisons, findings, not_compared | reasons, left_out)
 
 
 def doubtful_losses(context: StepContext, outputs: Answer) -> Answer:
@@ -220,14 +277,55 @@ def doubtful_losses(context: StepContext, outputs: Answer) -> Answer:
 _PERMUTED = "its columns lie in another order over the ranks (a fused layer), as its norm and what follows from it show"
 
 
+_REROUTED = (
+    "it differs in a few rows, as where rounding to 16 bits sends tokens to other experts, and what follows is right"
+)
+
+
+def not_judged(
+    comparer: Comparer, wrong: Sequence[Comparison], comparisons: Sequence[Comparison]
+) -> tuple[list[Comparison], dict[str, str]]:
+    """Return the wrong tensors that are no mistakes, and why, by label."""
+    permuted = permuted_among(wrong, comparisons)
+    keys = {each.key for each in permuted}
+    rerouted = rerouted_among([each for each in comparisons if each.key not in keys])
+    comparer.rerouted |= {each.name for each in rerouted if each.name}
+    reasons = {each.label: _PERMUTED for each in permuted} | {each.label: _REROUTED for each in rerouted}
+    return [*permuted, *rerouted], reasons
+
+
+def permuted_among(wrong: Sequence[Comparison], comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the wrong tensors of which only the guessed order of the ranks' shards is wrong.
+
+    Where that is shown of a module, it holds for modules whose names differ in numbers alone.
+    """
+    shown = [each for each in wrong if may_be_permuted(each, comparisons)]
+    patterns = {_without_numbers(each) for each in shown}
+    return [each for each in wrong if keeps_norm(each) and _without_numbers(each) in patterns]
+
+
+def _without_numbers(comparison: Comparison) -> tuple[str, str]:
+    return re.sub(r"\d+", "#", comparison.name), comparison.part
+
+
+def keeps_norm(comparison: Comparison) -> bool:
+    """Return whether how the ranks' shards lie in the whole is guessed, and the norm is the expected one."""
+    actual, expected = comparison.actual, comparison.expected
+    is_guess = "dim" in actual.label or "dim" in expected.label
+    return is_guess and comparison.allowed is not None and abs(actual.norm - expected.norm) <= comparison.allowed
+
+
+def has_doubtful_order(comparer: Comparer, comparison: Comparison) -> bool:
+    """Return whether a module's weights lie in another order than shapes suggest, which its output may follow."""
+    return keeps_norm(comparison) and any(name.rpartition(".")[0] == comparison.name for name in comparer.permuted)
+
+
 def may_be_permuted(comparison: Comparison, comparisons: Sequence[Comparison]) -> bool:
     """Return whether the ranks' shards of a wrong tensor are guessed to be in order, and only that guess is wrong.
 
     The norm is the expected one, and the tensors of the module around it, and the next one, are right.
     """
-    actual, expected = comparison.actual, comparison.expected
-    is_guess = "dim" in actual.label or "dim" in expected.label
-    if not is_guess or comparison.allowed is None or abs(actual.norm - expected.norm) > comparison.allowed:
+    if not keeps_norm(comparison):
         return False
     position = [each.key for each in comparisons].index(comparison.key)
     following = [each for each in comparisons[position + 1 :] if "dim" not in each.actual.label]
@@ -258,13 +356,18 @@ def _first_place(
     if not wrong:
         return []
     first = unreduced_before(comparisons, wrong[0]) or wrong[0]
-    explanation = explain(context.suspect(first, is_first=first.key == comparisons[0].key))
+    explanation = context.explain(first, comparisons)
+    if explanation is None and has_doubtful_order(context.comparer, first):
+        following = next((each for each in wrong if each.name != first.name), None)
+        found = None if following is None else context.explain(following, comparisons)
+        if following is not None and found is not None:  # then the order is that of a fused layer
+            first, explanation = following, found
     if first is not wrong[0]:
         first = replace(first, terms_error=None)  # as replicas, which they were taken for by what follows
     followers = list(dict.fromkeys(each.name or "the model" for each in wrong if each.name != first.name))
     evidence: dict[str, Any] = {"first_of": len(wrong), **({"followed_by": followers} if followers else {})}
     if explanation is None:
-        evidence["note"] = _line_for_full_tensors(context, first.name)
+        evidence["note"] = context.note_without_cause(first)
     return [finding_at(check, context.number, first, explanation, context.measured, evidence=evidence)]
 
 
@@ -281,15 +384,6 @@ def unreduced_before(comparisons: Sequence[Comparison], wrong: Comparison) -> Co
     return None
 
 
-def _line_for_full_tensors(context: StepContext, name: str) -> str:
-    module = name or "*"
-    pattern = module if module == "*" else f"{module}*"
-    return (
-        "sketches alone show no cause: record both runs again with "
-        f'tpcheck.record(model, path, steps=[{context.number}], modules="{pattern}", tensors="full", replays=2)'
-    )
-
-
 # ---- gradients
 
 
@@ -299,9 +393,9 @@ def gradients_match(context: StepContext) -> Answer:
     backward, not_compared = _computed(context, "output_gradient")
     backward = judged_among_neighbours(backward, context.typical_noise)
     wrong_backward = [each for each in backward if each.is_wrong]
-    permuted = [each for each in wrong_backward if may_be_permuted(each, backward)]
-    not_compared |= {each.label: _PERMUTED for each in permuted}
-    wrong_backward = [each for each in wrong_backward if each not in permuted]
+    left_out, reasons = not_judged(context.comparer, wrong_backward, backward)
+    not_compared |= reasons
+    wrong_backward = [each for each in wrong_backward if each not in left_out]
     comparisons: list[Comparison] = []
     findings: list[Finding] = []
     if context.step.shared is not None and context.step.shared.is_whole_step:
@@ -311,17 +405,21 @@ def gradients_match(context: StepContext) -> Answer:
         not_compared |= {
             name: reason for name, reason in context.comparer.not_compared.items() if name not in missing.names
         }
-        findings += missing.findings
+        findings += at_sums_without_backward(missing.findings, backward, context.around.actual_after, context.run)
     comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
-    left_out = permuted
+    rerouted = among_rerouted(context.comparer, [each for each in comparisons if is_near_limit(each)])
+    left_out = [*left_out, *rerouted]
+    not_compared |= {each.label: _REROUTED for each in rerouted}
+    wrong = [each for each in wrong if each not in rerouted]
     factor = _common_factor(wrong_backward, backward)
     if factor is not None and comparisons and not wrong:
-        left_out, wrong_backward = [*permuted, *wrong_backward], []
+        scaled_together, wrong_backward = wrong_backward, []
+        left_out = [*left_out, *scaled_together]
         not_compared |= {
             each.label: f"all are {factor:.6g} times the other run's, and the parameters' gradients agree: the loss is "
             "scaled in another place"
-            for each in left_out
+            for each in scaled_together
         }
     rounded = _factor_of_float32(wrong, comparisons)
     if rounded is not None:
@@ -332,8 +430,10 @@ def gradients_match(context: StepContext) -> Answer:
         )
     if wrong_backward:
         at_outputs = _first_place(context, GRADIENTS, backward, wrong_backward)
-        names = [each.name for each in wrong]
-        findings += [replace(each, evidence={**each.evidence, "parameters": names}) for each in at_outputs]
+        shown: dict[str, Any] = {"parameters": [each.name for each in wrong]}
+        if any("sum_in" in each.evidence for each in findings):
+            shown |= {"follows_from": GRADIENTS, "note": "the branch whose gradients are missing is missing here, too"}
+        findings += [replace(each, evidence={**each.evidence, **shown}) for each in at_outputs]
     elif wrong:
         findings += _wrong_gradients(context, wrong, comparisons)
     answer = Answer.of(GRADIENTS, number, [*backward, *comparisons], joined(findings), not_compared, left_out)
@@ -381,8 +481,8 @@ def _wrong_gradients(
     clipped = _clipped_otherwise(context, wrong, comparisons)
     findings = []
     for each in wrong:
-        explanation = clipped or explain(context.suspect(each))
-        evidence = {} if explanation else {"note": _line_for_full_tensors(context, each.name.rpartition(".")[0])}
+        explanation = clipped or context.explain(each, comparisons)
+        evidence = {} if explanation else {"note": context.note_without_cause(each)}
         findings.append(finding_at(GRADIENTS, context.number, each, explanation, context.measured, evidence=evidence))
     return findings
 
@@ -506,7 +606,10 @@ def norm_matches(context: StepContext, gradients: Answer) -> Answer:
         where = {"phase": "update", "step": number, "ranks": first.where.get("ranks", [])}
         return Answer(NORM, number, findings=(replace(first, check=NORM, where=where),))
     if not reported:
-        return Answer(NORM, number, not_compared={"gradient norm": "the norm that the actual run clips by is unknown"})
+        reason = (
+            "the actual run reports no norm that it clips by: its gradients are compared as they are after clipping"
+        )
+        return Answer(NORM, -1, not_compared={"gradient norm": reason})  # once for all steps
     own = hypot(*(each.actual.norm for each in comparisons))
     told_e = next(
         (step.reported_norm for step in context.step.expected.values() if step.reported_norm is not None), None
@@ -596,6 +699,9 @@ def updates_match(context: StepContext, gradients: Answer) -> Answer:
     has_gradient = {each.name for each in gradients.comparisons if each.kind == "gradient"}
     comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
+    rerouted = among_rerouted(comparer, [each for each in comparisons if is_near_limit(each)])
+    not_compared |= {each.label: _REROUTED for each in rerouted}
+    wrong = [each for each in wrong if each not in rerouted]
     undecayed = [each for each in wrong if each.kind == "weight" and has_gradient and each.name not in has_gradient]
     for each in undecayed:
         if not any(label.endswith(each.name) for label in gradients.not_compared):
@@ -615,7 +721,7 @@ def updates_match(context: StepContext, gradients: Answer) -> Answer:
         not_compared[f"options of {next(iter(differing))}"] = (
             f"the optimizers' options differ ({_phrase(differing)}), and the updates agree"
         )
-    answer = Answer.of(UPDATES, number, comparisons, findings, not_compared, undecayed)
+    answer = Answer.of(UPDATES, number, comparisons, findings, not_compared, [*undecayed, *rerouted])
     return replace(answer, margins={**answer.margins, **moved.margins})
 
 
@@ -634,6 +740,8 @@ def _explain_update(
         evidence["update_ratio"] = float(f"{ratio:.6g}")
     of_parameter = differing.get(comparison.name)
     explanation = explain(context.suspect(comparison))
+    if explanation is None and gradients_agree:
+        explanation = explain_in_full(context.full, comparison, (comparison,))
     if explanation is not None or not gradients_agree or comparison.kind != "weight":
         return explanation, evidence
     if of_parameter:
@@ -641,9 +749,9 @@ def _explain_update(
         return Explanation(Cause.OPTIONS_DIFFER, evidence=shown), evidence
     optimizer = optimizer_of(context.comparer, context.step.actual, comparison.name)
     for test in (
-        partial(_masters_were_stale, context, comparison),
+        partial(stale_masters, context.around.actual_before, comparison.name, comparison.actual.label),
         partial(sees_one_shard, optimizer, comparison.actual),
-        partial(state_of_another_rank, context, comparison.name),
+        partial(replaced_state, context.comparer, context.step, context.around, comparison.name),
         partial(_replicas_drifted, context, comparison),
     ):
         found = test()
@@ -684,65 +792,6 @@ def _update_ratio(context: StepContext, comparison: Comparison) -> float | None:
     return share_of(worst.sketch - before[0], comparison.expected.sketch - before[1]) or None
 
 
-def _masters_were_stale(context: StepContext, comparison: Comparison) -> Explanation | None:
-    """The weights before the step were not the masters that the step was taken on."""
-    records = {
-        key: of_ranks
-        for key, of_ranks in context.around.actual_before.items()
-        if key[0] == "master" and key[1] == comparison.name
-    }
-    return stale_masters(context.around.actual_before, comparison.name, comparison.actual.label) if records else None
-
-
-def stale_masters(table: Table, name: str, label: str) -> Explanation | None:
-    """Return the cause where a parameter's weights, read as `label`, are not its masters, rounded."""
-    masters = next((records for key, records in table.items() if key[:2] == ("master", name)), {})
-    weights = table.get(("weight", name, "", 0), {})
-    sides = [
-        {rank: record for rank, record in records.items() if any(reading.label == label for reading in record.readings)}
-        for records in (masters, weights)
-    ]
-    if not all(sides):
-        return None
-    pieces = [{part.piece: part.sketch for part in parts_of(records, label).values()} for records in sides]
-    whole_master, whole_weight = (total(each.values()) for each in pieces)
-    if whole_master.numel != whole_weight.numel or not whole_master.sum_squares:
-        return None
-    eps = max(epsilon(next(iter(weights.values())).dtype), epsilon("float32"))
-    difference = is_rounded_from(whole_master, whole_weight, SAFETY_FACTOR * eps)
-    if difference is None:
-        return None
-    return Explanation(Cause.MASTERS_STALE, evidence={"masters_and_weights_differ_by": difference})
-
-
-def state_of_another_rank(context: StepContext, name: str) -> Explanation | None:
-    """Ranks with different shards had the same optimizer state before the step, and not in the expected run."""
-    label = context.comparer.readings.get(name, ("", ""))[0]
-    return repeated_state(context.around.actual_before, context.run, name, label)
-
-
-def repeated_state(table: Table, run: Run, name: str, label: str) -> Explanation | None:
-    """Return the cause where different shards of a TP group have states with the same bits, which are not zero.
-
-    Args:
-        label: The reading under which the parameter is compared.
-    """
-    for key, records in table.items():
-        if key[0] != "state" or key[1] != name:
-            continue
-        for group in run.replicas:
-            seen: dict[str, tuple[int, str]] = {}
-            for rank in (rank for rank in group if rank in records):
-                record, reading = records[rank], reading_of(records[rank], label)
-                if reading is None or reading.sketch.numel < 2 or not reading.sketch.sum_squares:
-                    continue
-                first, piece = seen.setdefault(record.digest, (rank, reading.piece))
-                if piece != reading.piece:
-                    evidence = {"state": key[2], "state_of_rank": {str(rank): first}}
-                    return Explanation(Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK, evidence=evidence)
-    return None
-
-
 def _replicas_drifted(context: StepContext, comparison: Comparison) -> Explanation | None:
     """Some replicas are right and others are wrong, although their gradients agree."""
     allowed = comparison.allowed or 0.0
@@ -769,6 +818,9 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
     findings = []
     comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
+    rerouted = among_rerouted(comparer, [each for each in comparisons if is_near_limit(each)])
+    not_compared |= {each.label: _REROUTED for each in rerouted}
+    wrong = [each for each in wrong if each not in rerouted]
     differing = differing_options(comparer, context.step)
     for each in wrong:
         explanation = explain(context.suspect(each))
@@ -777,10 +829,10 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
             explanation = Explanation(Cause.OPTIONS_DIFFER, evidence=shown)
         if explanation is None and not gradients.findings:
             tests: tuple[Callable[[], Explanation | None], ...] = (
-                partial(state_of_another_rank, context, each.name),
+                partial(replaced_state, comparer, context.step, around, each.name),
                 partial(stale_masters, around.actual_after, each.name, each.actual.label),
                 partial(_replicas_drifted, context, each),
             )
             explanation = next((found for test in tests if (found := test()) is not None), None)
         findings.append(finding_at(STATES, number, each, explanation, context.measured))
-    return Answer.of(STATES, number, comparisons, joined(findings), not_compared)
+    return Answer.of(STATES, number, comparisons, joined(findings), not_compared, rerouted)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from tpcheck.core.topology import Topology
+from tpcheck.numerics.optimizer_view import ParameterGroup
 from tpcheck.numerics.sketch import Sketch
 
 Kind = Literal[
@@ -117,21 +118,6 @@ class PassRecord:
     has_backward: bool
     is_training: bool = True
     generators: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class ParameterGroup:
-    """What an optimizer's step is governed by, for one of its groups.
-
-    Attributes:
-        optimizer: Its class, such as `AdamW`.
-        options: `lr`, `betas`, `weight_decay` and whatever else is a number, text, bool, None or a tuple of these.
-        parameters: Names of its parameters that this rank knows.
-    """
-
-    optimizer: str
-    options: Mapping[str, Any]
-    parameters: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

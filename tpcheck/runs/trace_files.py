@@ -22,16 +22,17 @@ from typing import Any, BinaryIO, overload
 from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.runs.trace import RankTrace, StepRecord
 from tpcheck.runs.trace_json import Malformed, as_line, decoder_of, parse_line, to_plain, to_plain_fields
-from tpcheck.runs.trace_tensors import NO_TENSORS, StoredTensors, TensorsToWrite, open_regular, read_exactly
+from tpcheck.runs.trace_tensors import NO_TENSORS, StoredTensors, TensorsToWrite, open_regular, read_exactly, reading
 
-FORMAT = 2  # 1 was a pickle for each rank
+FORMAT = 3  # 1 was a pickle for each rank; 2 kept sketches of float32 tensors in float64
 LONGEST_LINE = 32 << 20
 """70,000 tensors of a step; the objects that Python makes of it stay below 1 GB whatever it holds."""
 MOST_RANKS = 1 << 16
 KEPT_STEPS = 2  # of each rank, read last: neighbours are compared with each other
 
 _NAME = re.compile(r"rank_(\d{5,8})\.(jsonl|initial\.safetensors|step_\d{8}\.safetensors)(\.tmp)?", re.ASCII)
-_NUMBER = re.compile(rb'\{"step":\{"number":(\d{1,18}),')  # a second one in the same line is refused
+# A second number in the same line is refused.
+_HEAD = re.compile(rb'\{"step":\{"number":(\d{1,18}),"has_update":(true|false),')
 _AT_THE_END = ("steps", "num_steps", "not_recorded", "is_complete")
 
 
@@ -252,7 +253,7 @@ def _read_header(folder: Path, rank: int) -> _Header | None:
     starts = _line_starts(path)
     if len(starts) < 2:
         return None
-    with _locating(path, 0):
+    with reading(path, 1):
         line = _read_line(path, starts, 0)
         if line.get("format") != FORMAT:
             raise Malformed(
@@ -290,7 +291,7 @@ def _read_rank(header: _Header) -> RankTrace:
     num_lines = len(header.starts) - 1
     end = None
     if num_lines > 1:
-        with _locating(path, num_lines - 1):
+        with reading(path, num_lines):
             line = _read_line(path, header.starts, num_lines - 1)
             if "end" in line:
                 _require_keys(line, {"end"})
@@ -342,24 +343,48 @@ class StoredSteps(Sequence[StepRecord]):
         return self._kept[number]
 
     def numbers(self) -> tuple[int, ...]:
-        """Return the number of each step, from the start of its line."""
-        with open_regular(_lines_path(self._folder, self._rank)) as file:
-            return tuple(self._number_at(file, number) for number in self._numbers)
+        """Return the number of each step, from the start of its line.
 
-    def _number_at(self, file: BinaryIO, number: int) -> int:
+        Raises:
+            TpcheckError: Two steps have one number, though the first of them ended with an update.
+        """
+        path = _lines_path(self._folder, self._rank)
+        with open_regular(path) as file:
+            heads = {number: self._head_at(file, number) for number in self._numbers}
+        before = -1, False
+        for number in sorted(heads):
+            step, is_over = before
+            if heads[number][0] < step + is_over:
+                raise TpcheckError(
+                    f"{path}, line {_line_of(number)}: it is step {heads[number][0]}, and a line before it is of step "
+                    f"{step}: a rank takes each step once; record again, to a new path"
+                )
+            before = heads[number]
+        return tuple(step for step, _ in heads.values())
+
+    def _head_at(self, file: BinaryIO, number: int) -> tuple[int, bool]:
+        """Return the number of a step, and whether an update ended it."""
         file.seek(self._starts[number])
-        match = _NUMBER.match(file.read(64))
-        return int(match[1]) if match else self[self._numbers.index(number)].number
+        match = _HEAD.match(file.read(64))
+        if match:
+            return int(match[1]), match[2] == b"true"
+        step = self[self._numbers.index(number)]
+        return step.number, step.has_update
 
     def _read(self, number: int) -> StepRecord:
         path = _lines_path(self._folder, self._rank)
-        with _locating(path, number + 1):  # behind the header
+        with reading(path, _line_of(number)):
             line = _read_line(path, self._starts, number)
             _require_keys(line, {"step"})
             tensors = StoredTensors(_step_path(self._folder, self._rank, number))
             step: StepRecord = decoder_of(StepRecord)(line["step"], tensors)
             tensors.require_all_used()
             return step
+
+
+def _line_of(step: int) -> int:
+    """Return the line of the n-th recorded step: steps come behind the header, and lines are counted from 1."""
+    return step + 2
 
 
 def _line_starts(path: Path) -> array[int]:
@@ -383,17 +408,6 @@ def _read_line(path: Path, starts: array[int], number: int) -> dict[str, Any]:
         raise Malformed("is too long")
     with open_regular(path) as file:
         return parse_line(bytes(read_exactly(file, starts[number], starts[number + 1] - starts[number])))
-
-
-@contextmanager
-def _locating(path: Path, number: int) -> Iterator[None]:
-    try:
-        yield
-    except Malformed as malformed:
-        raise TpcheckError(f"{path}, line {number + 1}: {malformed}") from None
-    except (OSError, MemoryError, RecursionError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise TpcheckError(f"{path}, line {number + 1}: it cannot be read: {reason}") from None
 
 
 def _require_keys(line: Mapping[str, Any], keys: set[str]) -> None:

@@ -24,7 +24,7 @@ from tpcheck.numerics.sketch import SIGN_SETS, TILES
 from tpcheck.runs.trace_json import Malformed, parse_line
 
 LONGEST_HEADER = 32 << 20
-TILES_BY_PRECISION = {False: "tiles_float64", True: "tiles_float32"}
+TILES_NAMES = {False: "tiles_float64", True: "tiles_float32"}
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -50,8 +50,8 @@ class TensorsToWrite:
         self._tiles: dict[bool, list[torch.Tensor]] = {False: [], True: []}
         self._full: list[torch.Tensor] = []
 
-    def put_tiles(self, tiles: torch.Tensor, *, is_low_precision: bool) -> None:
-        self._tiles[is_low_precision].append(tiles)
+    def put_tiles(self, tiles: torch.Tensor, *, as_float32: bool) -> None:
+        self._tiles[as_float32].append(tiles)
 
     def put_full(self, tensor: torch.Tensor) -> None:
         self._full.append(tensor)
@@ -59,10 +59,12 @@ class TensorsToWrite:
     def write(self, path: Path) -> None:
         """Write the file under a temporary name, then rename it."""
         tensors = {}
-        for is_low_precision, dtype in ((False, torch.float64), (True, torch.float32)):
-            if self._tiles[is_low_precision]:
-                stacked = torch.stack(self._tiles[is_low_precision]).to(dtype)
-                tensors[TILES_BY_PRECISION[is_low_precision]] = stacked
+        for as_float32, dtype in ((False, torch.float64), (True, torch.float32)):
+            if self._tiles[as_float32]:
+                stacked = torch.stack(self._tiles[as_float32])
+                largest = torch.finfo(dtype).max  # an infinity minus itself would be no number
+                stacked = stacked.clamp(-largest, largest).to(dtype)
+                tensors[TILES_NAMES[as_float32]] = stacked
         for number, tensor in enumerate(self._full):
             stored = tensor.detach()
             # safetensors has no complex128, and an unknown dtype is kept as its bytes would not be: as float64
@@ -114,6 +116,23 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         raise TpcheckError(f"{path} cannot be read: {reason}") from None
 
 
+@contextmanager
+def reading(path: Path, line: int | None = None) -> Iterator[None]:
+    """Say in one sentence what is wrong with a file, or with a line of it, while it is read.
+
+    Raises:
+        TpcheckError: It is damaged, or cannot be read.
+    """
+    place = str(path) if line is None else f"{path}, line {line}"
+    try:
+        yield
+    except Malformed as malformed:
+        raise TpcheckError(f"{place}: {malformed}") from None
+    except (OSError, MemoryError, RuntimeError) as error:  # RecursionError is a RuntimeError
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise TpcheckError(f"{place}: it cannot be read: {reason}") from None
+
+
 def read_exactly(file: BinaryIO, start: int, length: int) -> bytearray:
     """Return bytes of a file.
 
@@ -132,7 +151,7 @@ def read_exactly(file: BinaryIO, start: int, length: int) -> bytearray:
 class NoTensors:
     """A `TensorSource` for lines that have none."""
 
-    def next_tiles(self, *, is_low_precision: bool) -> torch.Tensor:
+    def next_tiles(self, *, as_float32: bool) -> torch.Tensor:
         raise Malformed("has a sketch")
 
     def next_full(self, number: int, dtype: str) -> Sequence[torch.Tensor]:
@@ -150,22 +169,22 @@ class StoredTensors:
         self._entries: dict[str, _Entry] = {}
         self._tiles: dict[bool, Iterator[torch.Tensor]] = {False: iter(()), True: iter(())}
         self._num_full = 0
-        with open_regular(path) as file, _naming(path):
+        with open_regular(path) as file, reading(path):
             self._entries = _read_header(file)
-            for is_low_precision, name in TILES_BY_PRECISION.items():
+            for as_float32, name in TILES_NAMES.items():
                 if name in self._entries:
                     entry = self._entries.pop(name)
-                    wanted = torch.float32 if is_low_precision else torch.float64
+                    wanted = torch.float32 if as_float32 else torch.float64
                     if entry.dtype != wanted or entry.shape[1:] != (SIGN_SETS, TILES, TILES):
                         raise Malformed(f"{name} has the shape {entry.shape}: not sketches of this version of tpcheck")
                     tiles = entry.read(file).to(torch.float64)
                     if tiles.isnan().any():
-                        raise Malformed(f"{TILES_BY_PRECISION[is_low_precision]} has elements that are not numbers")
-                    self._tiles[is_low_precision] = iter(tiles)
+                        raise Malformed(f"{TILES_NAMES[as_float32]} has elements that are not numbers")
+                    self._tiles[as_float32] = iter(tiles)
         self._num_stored = len(self._entries)
 
-    def next_tiles(self, *, is_low_precision: bool) -> torch.Tensor:
-        tiles = next(self._tiles[is_low_precision], None)
+    def next_tiles(self, *, as_float32: bool) -> torch.Tensor:
+        tiles = next(self._tiles[as_float32], None)
         if tiles is None:
             raise Malformed(f"has no tiles: there are too few in {self._path.name}")
         return tiles
@@ -211,7 +230,7 @@ class FullTensors(Sequence[torch.Tensor]):
         if isinstance(index, slice):
             return FullTensors(self._path, self._entries[index], self._dtype)
         entry = self._entries[index]
-        with open_regular(self._path) as file, _naming(self._path):
+        with open_regular(self._path) as file, reading(self._path):
             tensor = entry.read(file)
         if self._dtype == "complex128" and tensor.shape[-1:] == (2,) and tensor.dtype == torch.float64:
             return torch.view_as_complex(tensor)
@@ -232,17 +251,6 @@ class _Entry:
         if not data:
             return torch.zeros(self.shape, dtype=self.dtype)
         return torch.frombuffer(data, dtype=self.dtype).reshape(self.shape)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except Malformed as malformed:
-        raise TpcheckError(f"{path} is damaged: {malformed}") from None
-    except (OSError, MemoryError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise TpcheckError(f"{path} cannot be read: {reason}") from None
 
 
 def _read_header(file: BinaryIO) -> dict[str, _Entry]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpcheck.runs.optimizer_view import Part
+from tpcheck.numerics.optimizer_view import Part
 from tpcheck.runs.passes import Key, local_values
 
 # Draws of what rounding does to a gradient. Where an optimizer divides by roots of small numbers, as Adam does, a few

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from tpcheck.backends.live_groups import live_groups
+from tpcheck.backends.live_groups import has_tp_library
 from tpcheck.batches.options import WatchArguments, takes_watch_options
 from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.topology import Topology
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class TpcheckCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Compares what the ranks of each TP group train on, labels included, at each forward pass.
 
-    A process alone can `record` and `guard`; batches are then not compared.
+    In a process alone, and in data parallelism without TP, it does what still has a meaning: `record` and `guard`, and
+    replicas must get different samples.
 
     The Trainer tells no callback of an error, so hooks stay on the model where a training raises. They are removed as
     the next one begins, with the callback, or by `close()`. What a trace has until then can be read.
@@ -69,11 +70,9 @@ class TpcheckCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         options = self._options
         if (self._record is not None or self._guard is not None) and _has_only_replicas(model):
             options = {"topology": Topology(dp=dist.get_world_size())} | options
-        is_alone = not (dist.is_available() and dist.is_initialized())
         with ExitStack() as stack:
-            if not is_alone or (self._record is None and self._guard is None):
-                watch = watch_model(model, loader=kwargs.get("train_dataloader"), **options)
-                stack.callback(watch.remove)
+            watch = watch_model(model, loader=kwargs.get("train_dataloader"), **options)
+            stack.callback(watch.remove)
             for context in self._contexts(model, kwargs.get("optimizer"), options.get("topology")):
                 stack.enter_context(context)
             self._stack = stack.pop_all()
@@ -112,10 +111,4 @@ def _arguments_of(function: Any) -> set[str]:
 
 def _has_only_replicas(model: Any) -> bool:
     """Return whether no library knows groups, so that the Trainer gives each rank other samples: all are replicas."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    try:
-        live_groups(model=model)
-    except UsageError:
-        return True
-    return False
+    return dist.is_available() and dist.is_initialized() and not has_tp_library(model)

@@ -79,4 +79,7 @@ class LightningCallback(Callback):  # type: ignore[misc]  # lightning is untyped
         for _, observer in observers:
             observer.remove()
         if watcher is not None:
-            watcher.leave()
+            try:
+                watcher.leave()
+            finally:
+                watcher.conclude()

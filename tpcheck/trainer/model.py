@@ -61,7 +61,7 @@ class ModelWatch:
         if options is None:
             return
         inner = _unwrapped(model)
-        self.watcher = Watcher(options, model=inner, name=f"batches of {type(inner).__name__}")
+        self.watcher = Watcher(options, model=model, name=f"batches of {type(inner).__name__}", repeats_calls=True)
         self._forward_signature = inspect.signature(inner.forward)
         self._observer = LoaderObserver(loader) if loader is not None else None
         # The first hook: DeepSpeed's own check ends the run at the first batch, and does not report what differs.
@@ -75,7 +75,10 @@ class ModelWatch:
         hook.remove()
         if self._observer is not None:
             self._observer.remove()
-        self.watcher.leave()  # last: it raises what `overlap` has found
+        try:
+            self.watcher.leave()  # last: it raises what `overlap` has found
+        finally:
+            self.watcher.conclude()
 
     def __enter__(self) -> ModelWatch:
         return self

@@ -49,16 +49,24 @@ def main(descriptor: int, preload_names: Sequence[str]) -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    gc.collect()
-    gc.freeze()
     gc.disable()  # a collection would write to, and so copy, the pages that all ranks share
-    _collapse_into_huge_pages()
+    _share_with_ranks()
     scratch = tempfile.mkdtemp(prefix="tpcheck-", dir=_folder_for_sockets(tempfile.gettempdir()))
     try:
         controller.send(messages.ForkserverReady(_num_gpus(), import_errors, scratch))
         _Forkserver(controller).serve()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _share_with_ranks() -> None:
+    """Make what is imported cheap for ranks: their collections pass over it, and forks copy less of the page table.
+
+    Each collection of a rank takes 0.07 s where TorchInductor is imported and not frozen.
+    """
+    gc.collect()
+    gc.freeze()
+    _collapse_into_huge_pages()
 
 
 def import_all(names: Sequence[str]) -> dict[str, str]:
@@ -128,7 +136,10 @@ class _Forkserver:
             self._end(world)
 
     def _open(self, request: messages.OpenWorld, descriptor: int) -> None:
+        num_imported = len(sys.modules)
         import_all(request.extra_preload)
+        if len(sys.modules) > num_imported:
+            _share_with_ranks()
         world = _World(Channel(socket.socket(fileno=descriptor)), request)
         self._worlds.append(world)
         self._selector.register(world.channel, selectors.EVENT_READ, world)

@@ -35,6 +35,7 @@ DEFAULT_PRELOAD: tuple[str, ...] = (
     "transformers.models.llama.modeling_llama",
     "deepspeed.runtime.engine",
     "deepspeed.module_inject.auto_tp",
+    "deepspeed.module_inject.auto_ep_layer",
     "cloudpickle",
     "pytest",
     "hypothesis",

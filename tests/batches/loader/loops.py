@@ -20,7 +20,8 @@ class LoopResult:
     batches: int
     seconds: float
     error: str | None = None
-    text: str = ""
+    text: str = ""  # of the report, where the error has one
+    printed: str = ""  # of the error that has a report
     findings: tuple[Any, ...] = ()
     warned: tuple[str, ...] = ()
     reports: int = 0
@@ -53,7 +54,7 @@ def run_loop(
     reports: list[Any] = []
     if options.get("on_mismatch") == "call":
         options["on_mismatch"] = reports.append
-    options = {"topology": rank.topology, "across_dp": "raise", "timeout": 20.0, **options}
+    options = {"topology": rank.topology, "across_dp": "raise", "over_steps": "raise", "timeout": 20.0, **options}
     start, result = time.monotonic(), LoopResult(0, 0.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -64,7 +65,9 @@ def run_loop(
                     result.batches += 1
         except Exception as error:
             result.error, result.text = type(error).__name__, str(error)
-            result.findings = getattr(getattr(error, "report", None), "findings", ())
+            if isinstance(error, tpcheck.Mismatch):
+                result.printed, result.text = result.text, error.report.to_text()
+                result.findings = error.report.findings
     result.seconds = time.monotonic() - start
     result.warned = tuple(
         str(each.message) for each in caught if "tpcheck" in str(each.message) or "batches" in str(each.message)

@@ -173,9 +173,13 @@ def test_with_every_2_every_other_batch_is_compared(pair: World) -> None:
 
 
 def test_warn_warns_once_for_each_field_and_goes_on(pair: World) -> None:
-    for result in pair.run(run_loop, other_labels_from_the_second_batch, on_mismatch="warn"):
+    results = pair.run(run_loop, other_labels_from_the_second_batch, on_mismatch="warn")
+    for result in results:
         assert (result.error, result.batches, len(result.warned)) == (None, 4, 1)
-        assert "batches_agree_within_tp  labels" in result.warned[0]
+    assert "batches_agree_within_tp  labels\n  where" in results[0].warned[0]
+    assert results[1].warned[0] == (
+        "tpcheck: batches_agree_within_tp labels at step 1 on ranks 0, 1 (cause unknown); rank 0 prints the report"
+    )
 
 
 def test_a_callable_gets_every_report(pair: World) -> None:

@@ -74,7 +74,17 @@ def test_wrong_arguments_raise_at_once(options: dict[str, Any], message: str) ->
         tpcheck.watch(3)  # type: ignore[arg-type]
 
 
-def test_without_a_process_group_the_first_batch_says_what_to_do() -> None:
+def test_a_process_alone_gets_its_batches() -> None:
+    batches = [{"ids": [1, 2]}, {"ids": [3, 4]}]
+    loader = tpcheck.watch(batches)
+    assert [*loader] == [*loader] == batches
+    assert tpcheck.check_batch(batches[0]) == ()
+
+
+def test_where_a_launcher_has_started_ranks_that_have_not_met_it_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match=r"expected initialised process groups"):
         next(iter(tpcheck.watch([1])))
     with pytest.raises(UsageError, match=r"expected initialised process groups"):

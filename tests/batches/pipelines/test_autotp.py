@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,8 +103,41 @@ def test_a_watched_loader_stops_at_the_first_wrong_step_with_its_cause(world: Wo
         assert finding.where["index"][0] in (0, 1)  # the sample
         assert (finding.cause, finding.evidence["where"]) == ("rng_differs_python", "the main process")
         assert finding.evidence["advice"].startswith("Call `random.seed(seed + dp_rank)` on every rank")
+        assert finding.evidence["advice"].endswith("Here dp_rank is deepspeed.utils.groups.get_data_parallel_rank().")
         assert "rng_differs_python" in result["message"]
         assert result["source"].endswith("from deepspeed.utils.groups")
+
+
+def warn_of_the_first_batch(rank: Rank, removes_check: bool) -> tuple[list[str], str, int]:
+    """Train with labels that differ from the first batch on; return warnings, what DeepSpeed raises, and the steps."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=(model := Classifier()), model_parameters=model.parameters(), config=CONFIG)
+    if removes_check:
+        engine.first_dataloader_check.remove()
+    images, steps, raised = torch.ones(2, 3, CROP, CROP), 0, ""
+    batches = [{"pixel_values": images * step, "labels": torch.full((2,), rank.tp_rank)} for step in range(3)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            for batch in tpcheck.watch(batches, timeout=20, on_mismatch="warn"):
+                engine.backward(engine(**batch))
+                engine.step()
+                steps += 1
+        except AssertionError as error:
+            raised = str(error)
+    return [str(each.message) for each in caught if "batches_agree_within_tp" in str(each.message)], raised, steps
+
+
+@pytest.mark.parametrize("removes_check", [False, True])
+def test_a_warning_says_that_deepspeed_ends_the_run_itself_and_how_to_go_on(world: World, removes_check: bool) -> None:
+    (warned, raised, steps), (warned_elsewhere, *_) = world.run(warn_of_the_first_batch, removes_check)
+    assert "call engine.first_dataloader_check.remove() before the first forward pass" in " ".join(warned[0].split())
+    assert warned_elsewhere[0].count("\n") == 0
+    if removes_check:
+        assert (steps, raised) == (3, "")
+    else:
+        assert (steps, raised[:41]) == (0, "Data inconsistency within the TP group. P")
 
 
 def test_after_the_advised_change_the_batches_are_equal(world: World) -> None:

@@ -25,6 +25,7 @@ def findings_of(rank: Rank, pipeline: Pipeline) -> list[Finding]:
         topology=rank.topology,
         on_mismatch="raise",
         across_dp="raise",
+        over_steps="raise",
         timeout=20,
     )
     try:

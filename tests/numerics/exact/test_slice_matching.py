@@ -165,7 +165,9 @@ def test_four_chunks_with_the_middle_ones_exchanged_are_fused_blocks_only_by_nam
 @pytest.mark.parametrize("test", slice_matching.TESTS, ids=lambda test: test.__name__)
 def test_every_test_names_a_case_that_no_other_does(test: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def explanations() -> list[Any]:
-        return [explain_slices(Slices(find_runs(rows, WHOLE), len(rows), 16)) for rows, *_ in CASES.values()]
+        slices = [Slices(find_runs(rows, WHOLE), len(rows), 16) for rows, *_ in CASES.values()]
+        exchanged = Slices(find_runs(WHOLE[8:] + WHOLE[:8], WHOLE), 16, 16, may_exchange=Cause.GATE_UP_EXCHANGED)
+        return list(map(explain_slices, [*slices, exchanged]))
 
     before = explanations()
     monkeypatch.setattr(slice_matching, "TESTS", tuple(other for other in slice_matching.TESTS if other is not test))

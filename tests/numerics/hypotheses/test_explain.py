@@ -17,6 +17,8 @@ from tpcheck.numerics.evidence import (
     EmbeddingFacts,
     FusedBlocks,
     GradientFacts,
+    LabelCounts,
+    LabelFacts,
     LinearTerms,
     LossFacts,
     ShardFacts,
@@ -31,6 +33,9 @@ CHANCE = torch.Generator().manual_seed(0)
 EXPECTED, OTHER = torch.randn(2, 4, 8, generator=CHANCE, dtype=torch.float64)
 HALVES = EXPECTED.chunk(2, dim=1)
 TERMS = (EXPECTED * 0.3 + 0.1, EXPECTED * 0.7 - 0.1)
+FIRST, LAST = EXPECTED - OTHER, OTHER  # what two micro-batches add
+MICRO = GradientFacts(micro_mean=((FIRST,) * 2, (LAST,) * 2), micro_local=((FIRST + 1,) * 2, (LAST - 1,) * 2))
+LOSS = torch.tensor(3.0, dtype=torch.float64)
 BIAS = torch.ones(8, dtype=torch.float64)
 
 # Causes of names in a checkpoint: `tests/checkpoints` has their tests.
@@ -100,6 +105,23 @@ EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
         EXPECTED,
         linear=LinearTerms((EXPECTED * 0.5, EXPECTED * 0.5 - BIAS), BIAS, (BIAS, BIAS), are_summed=True),
     ),
+    Cause.REDUCED_AFTER_ACCUMULATION: lambda: suspect("gradient", [2 * FIRST + LAST] * 2, EXPECTED, gradient=MICRO),
+    Cause.LAST_MICRO_BATCH_ONLY: lambda: suspect("gradient", [LAST] * 2, EXPECTED, gradient=MICRO),
+    Cause.MICRO_BATCH_UNREDUCED: lambda: suspect(
+        "gradient", [FIRST + 1 + LAST] * 2, EXPECTED, gradient=MICRO, num_replicas=2
+    ),
+    Cause.MEAN_OF_LOCAL_MEANS: lambda: suspect(
+        "activation", [4 * LOSS] * 2, LOSS, labels=LabelFacts(LabelCounts(((2,), (14,)), "token_mean"), 0, 0)
+    ),
+    Cause.TOKEN_MEAN_INSTEAD_OF_MEAN: lambda: suspect(
+        "activation", [1.75 * LOSS] * 2, LOSS, labels=LabelFacts(LabelCounts(((2,), (14,))), 1, 0)
+    ),
+    Cause.OPTIMIZER_SEES_ONE_SHARD: lambda: suspect(
+        "update", HALVES[::-1], EXPECTED, expected_parts=HALVES, step=StepFacts(on_shards=HALVES[::-1])
+    ),
+    Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK: lambda: suspect(
+        "state", [HALVES[0]] * 2, EXPECTED, expected_parts=HALVES, is_replicated=False
+    ),
     Cause.PARTIAL_GRADIENT_ON_REPLICA: lambda: suspect("gradient", TERMS, EXPECTED),
     Cause.GRADIENT_MISSING: lambda: suspect(
         "gradient", [EXPECTED * 0] * 2, EXPECTED, gradient=GradientFacts(missing_on=(0, 1))
@@ -137,13 +159,15 @@ EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
 }
 
 
-# Of causes that only runs have, tests/runs/test_wrong_loops.py has the loops.
-OF_RUNS = {cause for cause in Cause if all(module.startswith("runs.") for module in cause.diagnosed_in)}
+# Of causes that only runs have, tests/runs/test_wrong_loops.py has the loops; of those of checkpoints alone,
+# tests/numerics/exact and tests/checkpoints have the tests.
+ELSEWHERE = ("runs.", "numerics.exact", "checkpoints")
+OF_OTHERS = {cause for cause in Cause if all(module.startswith(ELSEWHERE) for module in cause.diagnosed_in)}
 
 
 @pytest.mark.parametrize(
     "cause",
-    [cause for cause in Cause if cause.slug not in OF_BATCHES and cause not in OF_NAMES and cause not in OF_RUNS],
+    [cause for cause in Cause if cause.slug not in OF_BATCHES and cause not in OF_NAMES and cause not in OF_OTHERS],
 )
 def test_a_cause_is_named_where_its_test_holds(cause: Cause) -> None:
     """A new cause needs an example here."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -25,6 +26,11 @@ class DeepSpeed(CausalTraining):
 
     def train(self) -> Weights:
         with ExitStack() as self.stack:
+            if self.dtype is torch.float16:  # torch computes in it on any CPU, DeepSpeed asks for instructions
+                import deepspeed
+
+                accelerator = deepspeed.get_accelerator()
+                self.stack.enter_context(patch.object(accelerator, "is_fp16_supported", lambda: True))
             self.stack.enter_context(DeepSpeedBackend().session(TrainingOptions(dtype=self.dtype)))
             return super().train()
 
@@ -53,6 +59,8 @@ class DeepSpeed(CausalTraining):
         }
         if self.dtype is torch.bfloat16:
             config["bf16"] = {"enabled": True}
+        if self.dtype is torch.float16:
+            config["fp16"] = {"enabled": True, "initial_scale_power": 8}
         return config
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:

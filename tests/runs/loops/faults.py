@@ -133,6 +133,23 @@ class NotUnscaledOnOneRank(Training):
             super().unscale()
 
 
+class HalvedByHooks(Training):
+    """Hooks halve the gradients of two parameters, a replica and a shard; on one rank they may be missing."""
+
+    missing_on = -1
+
+    def start(self) -> None:
+        if self.run.tp_rank == self.missing_on and self.run.tp > 1:
+            return
+        for name, parameter in self.model.named_parameters():
+            if name in ("blocks.1.norm.weight", "blocks.1.up.weight"):
+                parameter.register_hook(lambda gradient: gradient / 2)
+
+
+class HooksDroppedOnOneRank(HalvedByHooks):
+    missing_on = 1
+
+
 class ScalersPart(WithGradScaler):
     """A gradient is infinite on one rank in the second step: it alone skips, and halves its scale."""
 
@@ -223,13 +240,16 @@ class MomentsOfAnotherRank(Training):
     def recorded_optimizer(self) -> Any:
         self.train_step(50)
         if self.run.tp > 1:
-            for parameter in self.model.parameters():
-                for name, value in self.optimizers[0].state[parameter].items():
-                    if name != "step":
-                        moments = value.clone()
-                        dist.broadcast(moments, self.source(), group=self.run.rank.group("tp"))
-                        value.copy_(moments)
+            self.take_moments()
         return super().recorded_optimizer()
+
+    def take_moments(self) -> None:
+        for parameter in self.model.parameters():
+            for name, value in self.optimizers[0].state[parameter].items():
+                if name != "step":
+                    moments = value.clone()
+                    dist.broadcast(moments, self.source(), group=self.run.rank.group("tp"))
+                    value.copy_(moments)
 
     def source(self) -> int:
         """Return the global rank whose moments are taken."""
@@ -252,6 +272,28 @@ class MomentsLost(OwnMoments):
         recorded = super().recorded_optimizer()
         self.optimizers[0].state.clear()
         return recorded
+
+
+class MomentsTakenInTheMiddle(MomentsOfAnotherRank):
+    """Rank 1 takes the moments of rank 0 after the second step."""
+
+    def recorded_optimizer(self) -> Any:
+        return Training.recorded_optimizer(self)
+
+    def after_step(self, step: int) -> None:
+        if step == 1 and self.run.tp > 1:
+            self.take_moments()
+
+
+class MomentsZeroedInTheMiddle(Training):
+    """Moments are set to zero between a backward pass and the step that follows."""
+
+    def update(self, step: int) -> None:
+        if step == 1:
+            for state in self.optimizers[0].state.values():
+                state["exp_avg"].zero_()
+                state["exp_avg_sq"].zero_()
+        super().update(step)
 
 
 class StepCountOff(OwnMoments):

@@ -188,6 +188,13 @@ DTENSOR_PLAN = {
 }
 
 
+class CompiledModel(TransformersTp):
+    """`model.compile()`, which compiles the whole call and leaves the module as it is."""
+
+    def start(self) -> None:
+        self.model.compile(backend="aot_eager")
+
+
 class DTensorTp(CausalTraining):
     """`parallelize_module` over TP, `fully_shard` of each layer and the model over DP."""
 

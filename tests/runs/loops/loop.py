@@ -116,6 +116,7 @@ class Loop:
         agreement: Largest relative error, without tpcheck, of a right loop's weights at its end; 0 for equal bits, None
             where it has no meaning. A wrong loop's weights part by more, unless this is None.
         xfail: Why it does not pass yet.
+        names: Of ready maps of names between the two runs.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Loop:
     wrong: Wrong | None = None
     agreement: float | None = 1e-12
     xfail: str | None = None
+    names: tuple[str, ...] = ()
 
 
 def train(rank: Rank, side: Side, path: Path | None) -> Weights:

@@ -73,6 +73,8 @@ class Megatron(Training):
 
     def zero_grad(self) -> None:
         self.wrapped.zero_grad_buffer()
+        for parameter in self.parameters().values():
+            parameter.grad = None  # it is `main_grad`: the next backward pass would add that to itself
 
     def is_sharded(self, name: str) -> bool:
         return bool(getattr(self.parameters()[name], "tensor_model_parallel", False)) and self.run.tp > 1

@@ -11,8 +11,10 @@ from tests.runs.loops import right_by_hand as by_hand
 from tests.runs.loops.engines import DeepSpeed
 from tests.runs.loops.hand_written import Training
 from tests.runs.loops.huggingface import CausalTraining, DTensorTp, TransformersTp
+from tests.runs.loops.llama_in_megatron import Llama, LlamaInMegatron
 from tests.runs.loops.loop import Loop, Side, TrainingLike
 from tests.runs.loops.megatron_models import Megatron
+from tests.runs.loops.trainers import WithTrainer
 from tpcheck import Topology
 
 ALONE, TP2, TP4, DP2, TP2_DP2 = Topology(), Topology(tp=2), Topology(tp=4), Topology(dp=2), Topology(tp=2, dp=2)
@@ -30,6 +32,7 @@ def right(
     replayed: str = "expected",
     agreement: float | None = 1e-12,
     xfail: str | None = None,
+    names: tuple[str, ...] = (),
     **options: Any,
 ) -> Loop:
     """Return a row: the same training on one process is what is expected, unless something else is given.
@@ -48,6 +51,7 @@ def right(
         ),
         agreement=agreement,
         xfail=xfail,
+        names=names,
     )
 
 
@@ -178,7 +182,7 @@ TRANSFORMERS = (
             seed=seed,
             agreement=None,
         )
-        for seed in range(3)
+        for seed in range(20)
     ),
     right("transformers' TP over FSDP2", TransformersTp, TP2_DP2, accumulate=2),
     right("PEFT adapters over transformers' TP", huggingface.Adapters, **momentum),
@@ -211,11 +215,33 @@ def deepspeed(
         expected = Side(CausalTraining, ALONE, tuple(plain.items()), replayed)
     agreement = {torch.float64: 1e-9 if not options.get("zero") else 1e-6, torch.float32: 1e-3}.get(dtype)
     return Loop(
-        f"DeepSpeed: {name}", Side(DeepSpeed, topology, tuple(common.items()), record), expected, agreement=agreement
+        f"DeepSpeed: {name}",
+        Side(DeepSpeed, topology, tuple(common.items()), record),
+        expected,
+        agreement=agreement,
+    )
+
+
+def deepspeed_against_plain(name: str, topology: Topology, **options: Any) -> Loop:
+    """Return a row of an engine in float64 against a plain loop in float32, or of one in the lower precision.
+
+    Inside the engine gradients, masters and the norm are float32: the plain loop is recorded in that.
+    """
+    common = {**options, **adamw}
+    plain = {key: value for key, value in common.items() if key != "zero"} | {"dtype": torch.float32}
+    return Loop(
+        f"DeepSpeed against a plain loop: {name}",
+        Side(DeepSpeed, topology, tuple(common.items()), (("replays", 0),)),
+        Side(CausalTraining, ALONE, tuple(plain.items()), (("replays", 2),)),
+        agreement=1e-3,
     )
 
 
 DEEPSPEED = (
+    deepspeed_against_plain("float64, ZeRO 1, clipping", TP2, zero=1, clip=0.1),
+    deepspeed_against_plain("float64, ZeRO 0, clipping, two micro-batches", TP2, clip=0.1, accumulate=2),
+    deepspeed("float64, ZeRO 0, clipping", TP2, clip=0.1),
+    deepspeed("float32, ZeRO 0, clipping, over replicas", TP2_DP2, torch.float32, clip=0.1),
     deepspeed("float64", TP2, clip=0.0),
     deepspeed("float64, two micro-batches", TP2, clip=0.0, accumulate=2),
     deepspeed("float64 over replicas", TP2_DP2, clip=0.0),
@@ -228,6 +254,7 @@ DEEPSPEED = (
     deepspeed("bfloat16, ZeRO 1", TP2, torch.bfloat16, zero=1),
     deepspeed("bfloat16, ZeRO 2, two micro-batches, over replicas", TP2_DP2, torch.bfloat16, zero=2, accumulate=2),
     deepspeed("bfloat16, ZeRO 3 over replicas", TP2_DP2, torch.bfloat16, zero=3),
+    deepspeed("float16, ZeRO 1", TP2, torch.float16, zero=1),
 )
 
 MEGATRON = (
@@ -251,7 +278,39 @@ MEGATRON = (
     ),
 )
 
-LOOPS = (*BY_HAND, *TRANSFORMERS, *TORCH, *DEEPSPEED, *MEGATRON)
+LIBRARIES_COMPARED = (
+    right(
+        "Llama in Megatron against transformers' Llama",
+        LlamaInMegatron,
+        expected=Llama,
+        agreement=None,
+        names=("hf-megatron",),
+        **momentum,
+    ),
+)
+
+TRAINERS = (
+    right(
+        "transformers' Trainer against a plain loop",
+        WithTrainer,
+        ALONE,
+        expected=CausalTraining,
+        dtype=torch.float32,
+        agreement=1e-6,
+    ),
+)
+
+FLOAT16 = (
+    right(
+        "autocast to float16 with GradScaler",
+        by_hand.AutocastFloat16,
+        steps=3,
+        agreement=None,
+    ),
+    right("a compiled model under transformers' TP", huggingface.CompiledModel, accumulate=2),
+)
+
+LOOPS = (*BY_HAND, *TRANSFORMERS, *TORCH, *DEEPSPEED, *MEGATRON, *LIBRARIES_COMPARED, *TRAINERS, *FLOAT16)
 
 # Variants of other rows, which `ci/loops` runs, and the suite does not.
 SELDOM = frozenset(
@@ -270,6 +329,13 @@ SELDOM = frozenset(
         "transformers' TP: llama, momentum, clipping, accumulation",
         "transformers' TP: llama in float32, AdamW",
         "DeepSpeed: float64, two micro-batches",
+        "DeepSpeed: float64, ZeRO 0, clipping",
+        "DeepSpeed: float32, ZeRO 0, clipping, over replicas",
+        "DeepSpeed: float32, ZeRO 3 over replicas",
+        "DeepSpeed: float16, ZeRO 1",
+        "DeepSpeed against a plain loop: float64, ZeRO 1, clipping",
+        "autocast to float16 with GradScaler",
+        "transformers' TP: compiled layers",
         "DeepSpeed: float64, ZeRO 1, two micro-batches, over replicas",
         "Megatron",
         "GradScaler",
@@ -293,8 +359,7 @@ SELDOM = frozenset(
         "transformers' TP: autocast",
         "transformers' TP: bfloat16",
         "transformers' TP: four shards against two",
-        "transformers' TP: 12 layers in bfloat16, seed 1",
-        "transformers' TP: 12 layers in bfloat16, seed 2",
+        *(f"transformers' TP: 12 layers in bfloat16, seed {seed}" for seed in range(1, 20)),
         "PEFT adapters on one process against itself",
         "FSDP2",
         "FSDP2 over a DTensor plan, each replica the whole batch",

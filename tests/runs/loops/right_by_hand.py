@@ -75,6 +75,13 @@ class Autocast(Training):
         return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
+class AutocastFloat16(WithGradScaler):
+    dtype = torch.float32
+
+    def precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast("cpu", dtype=torch.float16)
+
+
 class Evaluated(Training):
     """Evaluation between micro-batches and after steps, and generation of tokens one by one."""
 

@@ -9,11 +9,13 @@ import torch
 from tests.runs.loops import faults
 from tests.runs.loops.engines import DeepSpeed
 from tests.runs.loops.hand_written import Training
-from tests.runs.loops.huggingface import TransformersTp
+from tests.runs.loops.huggingface import CausalTraining, TransformersTp
+from tests.runs.loops.llama_in_megatron import Llama, OneProjectionScaled
 from tests.runs.loops.loop import Loop, Side, TrainingLike, Wrong
 from tests.runs.loops.megatron_models import Megatron
 from tests.runs.loops.right import ALONE, DP2, TP2, TP2_DP2, TP4, adamw
 from tests.runs.loops.right_by_hand import ByDdp, ParameterGroups, SequentialModel, SumsBeforeTheStep, WithGradScaler
+from tests.runs.loops.trainers import DecaysByDefault
 from tpcheck import Topology
 
 OUTPUTS, GRADIENTS, UPDATES = "outputs_match_reference", "gradients_match_reference", "updates_match_reference"
@@ -38,6 +40,7 @@ def wrong(
     replays: int = 2,
     agreement: float | None = 1e-10,
     xfail: str | None = None,
+    maps: tuple[str, ...] = (),
     **options: Any,
 ) -> Loop:
     """Return a row: `expected` is the loop without the fault, and has the same options unless others are given.
@@ -60,6 +63,7 @@ def wrong(
         ),
         agreement,
         xfail,
+        maps,
     )
 
 
@@ -209,7 +213,7 @@ LIVE = (
             model_seed=seed,
             agreement=None,
         )
-        for seed in range(3)
+        for seed in range(20)
         for text, topology, kv_heads in (("one rank", ALONE, 2), ("four shards", TP4, 4))
     ),
 )
@@ -218,7 +222,25 @@ scaled: dict[str, Any] = {"loss_scale": 1024.0}
 
 LOSS_SCALE = (
     wrong("unscaled twice", faults.UnscalesTwice, GRADIENTS, cause="gradient_scaled", step=0, **scaled),
-    wrong("not unscaled on one rank", faults.NotUnscaledOnOneRank, (GRADIENTS, REPLICAS), ranks=(1,), step=0, **scaled),
+    wrong(
+        "not unscaled on one rank",
+        faults.NotUnscaledOnOneRank,
+        GRADIENTS,
+        cause="gradient_scaled",
+        ranks=(1,),
+        step=0,
+        **scaled,
+    ),
+    wrong(
+        "hooks that halve gradients, dropped on one rank",
+        faults.HooksDroppedOnOneRank,
+        GRADIENTS,
+        cause="gradient_scaled",
+        ranks=(1,),
+        step=0,
+        every_name=frozenset({"blocks.1.norm.weight", "blocks.1.up.weight"}),
+        expected=faults.HalvedByHooks,
+    ),
     wrong(
         "gradient scalers that part",
         faults.ScalersPart,
@@ -260,12 +282,32 @@ OPTIMIZERS = (
         "one rank's scheduler ahead",
         faults.OneRankAhead,
         UPDATES,
+        cause="options_differ",
         ranks=(1,),
         step=1,
         evidence=("lr",),
         is_scheduled=True,
     ),
-    wrong("scheduler off by one", faults.ScheduleOffByOne, UPDATES, step=0, evidence=("lr",), is_scheduled=True),
+    wrong(
+        "scheduler off by one",
+        faults.ScheduleOffByOne,
+        UPDATES,
+        cause="options_differ",
+        step=0,
+        evidence=("lr",),
+        is_scheduled=True,
+    ),
+    wrong(
+        "learning rate in a tensor, 1 % higher",
+        Training,
+        UPDATES,
+        cause="options_differ",
+        step=0,
+        evidence=("lr_actual", "0.01009"),
+        optimizer="AdamW",
+        optimizer_options=(("lr", torch.tensor(0.0101)), ("foreach", False)),
+        expected_options={"optimizer_options": (("lr", torch.tensor(0.01)), ("foreach", False))},
+    ),
     wrong(
         "learning rate 1 % higher",
         Training,
@@ -327,7 +369,30 @@ OPTIMIZERS = (
         expected=faults.OwnMoments,
         **adamw,
     ),
-    wrong("moments lost", faults.MomentsLost, (STATES, UPDATES), expected=faults.OwnMoments, **adamw),
+    wrong(
+        "moments of another rank in the middle",
+        faults.MomentsTakenInTheMiddle,
+        STATES,
+        "*.up.*",
+        "*.down.weight",
+        cause="optimizer_state_of_another_rank",
+        ranks=(1,),
+        step=1,
+        steps=3,
+        expected=Training,
+        **adamw,
+    ),
+    wrong(
+        "moments zeroed in the middle",
+        faults.MomentsZeroedInTheMiddle,
+        (STATES, UPDATES),
+        cause="optimizer_state_lost",
+        step=1,
+        steps=2,
+        expected=Training,
+        **adamw,
+    ),
+    wrong("moments lost", faults.MomentsLost, (STATES, UPDATES), cause="all_zero", expected=faults.OwnMoments, **adamw),
     wrong("step count off by one", faults.StepCountOff, (STATES, UPDATES), expected=faults.OwnMoments, **adamw),
     wrong(
         "Muon on shards",
@@ -449,7 +514,7 @@ COLLECTIVES = (
 )
 
 REPLICATED = (
-    wrong("a norm drifts", faults.NormDrifts, REPLICAS, "blocks.1.norm.weight", cause="replica_drift", steps=3),
+    wrong("a norm drifts", faults.NormDrifts, UPDATES, "blocks.1.norm.weight", cause="replica_drift", steps=3),
     wrong(
         "gradient hook missing on one norm",
         faults.HookMissing,
@@ -537,7 +602,32 @@ OTHERS = (
     ),
 )
 
-LOOPS = (*STEPS, *ACCUMULATION, *LIVE, *LOSS_SCALE, *NORMS, *OPTIMIZERS, *COLLECTIVES, *REPLICATED, *OTHERS)
+LIBRARIES = (
+    wrong(
+        "a Trainer whose rate falls by default",
+        DecaysByDefault,
+        UPDATES,
+        cause="options_differ",
+        step=1,
+        evidence=("lr_actual", "0.05"),
+        topology=ALONE,
+        expected=CausalTraining,
+        dtype=torch.float32,
+        agreement=1e-5,
+    ),
+    wrong(
+        "one projection of Llama in Megatron 8 % off, against transformers' Llama",
+        OneProjectionScaled,
+        OUTPUTS,
+        "model.layers.1.self_attn.o_proj",
+        step=0,
+        expected=Llama,
+        agreement=None,
+        maps=("hf-megatron",),
+    ),
+)
+
+LOOPS = (*STEPS, *ACCUMULATION, *LIVE, *LOSS_SCALE, *NORMS, *OPTIMIZERS, *COLLECTIVES, *REPLICATED, *OTHERS, *LIBRARIES)
 
 # Variants of other rows, which `ci/loops` runs, and the suite does not.
 SELDOM = frozenset(
@@ -545,16 +635,21 @@ SELDOM = frozenset(
         "loss not divided by the number of micro-batches, over replicas",
         "transformers' hooks at 4 micro-batches",
         "DeepSpeed ZeRO 2: two backward passes, configured for one",
-        "one output projection of 12 layers 8 % off, in bfloat16, against four shards, seed 1",
-        "one output projection of 12 layers 8 % off, in bfloat16, against four shards, seed 2",
-        "one output projection of 12 layers 8 % off, in bfloat16, against one rank, seed 1",
-        "one output projection of 12 layers 8 % off, in bfloat16, against one rank, seed 2",
+        *(
+            f"one output projection of 12 layers 8 % off, in bfloat16, against {text}, seed {seed}"
+            for seed in range(1, 20)
+            for text in ("one rank", "four shards")
+        ),
         "Adafactor on shards",
         "other eps",
         "momentum on one side",
         "gradient hook missing on one norm, over replicas",
         "replicas' gradients not reduced",
         "bias added by each rank",
+        "moments zeroed in the middle",
+        "step count off by one",
+        "one rank's scheduler ahead",
+        "learning rate in a tensor, 1 % higher",
         "loss whose gradient is summed over ranks",
     }
 )

@@ -17,6 +17,7 @@ from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate, parallel_la
 from tpcheck.backends.deepspeed.config import CONFIG_VARIANTS, deepspeed_config, resolved
 from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions
 from tpcheck.backends.layout import Layout
+from tpcheck.backends.optimizer import make_optimizer
 
 
 @contextmanager
@@ -62,16 +63,13 @@ class DeepSpeedBackend:
     def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
         config = deepspeed_config(options, rank.topology.tp)
         with without_plan(model) if options.ignore_plan else nullcontext():
-            return DeepSpeedCandidate(self._engine(model, config, rank, options), rank.topology)
+            return DeepSpeedCandidate(self._engine(model, config, rank, options), rank.topology, options.accumulate)
 
     def _engine(self, model: nn.Module, config: dict[str, Any], rank: RankLike, options: TrainingOptions) -> Any:
-        optimizer = torch.optim.SGD(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=options.learning_rate,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-        )
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if "optimizer" in config:  # DeepSpeed makes it
+            return deepspeed.initialize(model=model, model_parameters=parameters, config=config)[0]
+        return deepspeed.initialize(model=model, optimizer=make_optimizer(options, parameters), config=config)[0]
 
 
 class TpModelInitBackend(DeepSpeedBackend):

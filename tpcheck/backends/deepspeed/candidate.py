@@ -15,12 +15,19 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime import engine as engine_module
-from deepspeed.utils import groups, safe_get_full_grad
+from deepspeed.utils import (
+    groups,
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+)
 from torch import nn
 
+from tpcheck.backends.interface import WayToResume
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import distinct_ranks
 from tpcheck.backends.local_part import restored_data
+from tpcheck.backends.sgd import LOW_PRECISION, states_like
 from tpcheck.core.topology import Topology
 
 
@@ -88,6 +95,37 @@ def _layout(source: torch.Tensor, local_shapes: tuple[tuple[int, ...], ...]) -> 
     return Layout(tuple(source.shape), local_shapes, None if is_replicated else source.reshape(-1).cpu())
 
 
+def ways_to_resume(engine: Any) -> Mapping[str, WayToResume]:
+    """Return the ways to save a training and go on from it, by the names that users know."""
+    ways = {"save_checkpoint": WayToResume(partial(_save_training, engine), partial(_load_training, engine))}
+    if engine.zero_optimization() and "adam" in type(_inner_optimizer(engine)).__name__.lower():
+        ways["universal checkpoint"] = WayToResume(
+            partial(_save_universal, engine),
+            partial(_load_training, engine, tag="universal"),
+            config={"checkpoint": {"load_universal": True}},
+            any_topology=True,
+        )  # ds_to_universal converts only Adam's states
+    return ways
+
+
+def _inner_optimizer(engine: Any) -> Any:
+    """Return the torch optimizer inside DeepSpeed's."""
+    optimizer = engine.optimizer
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    return optimizer
+
+
+def _save_training(engine: Any, folder: Path) -> None:
+    engine.save_checkpoint(str(folder))
+
+
+def _load_training(engine: Any, folder: Path, tag: str | None = None) -> None:
+    path, _ = engine.load_checkpoint(str(folder), tag=tag)
+    if path is None:
+        raise RuntimeError("load_checkpoint returned no path: it has loaded nothing")
+
+
 _WEIGHTS = "pytorch_model.bin"
 
 
@@ -139,10 +177,12 @@ def _add_adam_state(file: Path) -> None:
 class DeepSpeedCandidate:
     """Implements `adapters.Candidate` over a DeepSpeed engine."""
 
-    def __init__(self, engine: Any, topology: Topology) -> None:
+    def __init__(self, engine: Any, topology: Topology, accumulate: int = 1) -> None:
         self.engine = engine
         self.module: nn.Module = engine.module
         self._topology = topology
+        self._accumulate = accumulate
+        self._num_backward = 0
         self._norm: float | None = None
 
     def group_ranks(self) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -173,7 +213,10 @@ class DeepSpeedCandidate:
         return self.engine(**batch)
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.engine.backward(loss)
+        self.engine.backward(loss)  # which divides it by gradient_accumulation_steps
+        self._num_backward += 1
+        if self._num_backward % self._accumulate:
+            self.engine.step()  # counts the micro-batch; the one at the boundary takes the step
 
     def step(self) -> None:
         with _observed_clipping() as norms:
@@ -184,8 +227,54 @@ class DeepSpeedCandidate:
     def gradient_norm(self) -> float | None:
         return self._norm
 
+    def optimizer_state(self, name: str) -> Mapping[str, torch.Tensor]:
+        return optimizer_state(self.engine, self.module.get_parameter(name))
+
     def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
         return ways_to_save(self.engine)
+
+    def ways_to_resume(self) -> Mapping[str, WayToResume]:
+        return ways_to_resume(self.engine)
+
+    def trained(self) -> tuple[Any, Any]:
+        return self.engine, None
+
+    def counters(self) -> Mapping[str, Any]:
+        return {"steps taken": self.engine.global_steps, "steps skipped": self.engine.skipped_steps}
+
+
+def optimizer_state(engine: Any, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return copies of the states of a parameter that have its shape, gathered over DP. Collective over its group."""
+    optimizer = engine.optimizer
+    is_low_precision = parameter.dtype in LOW_PRECISION
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        names = _state_names(optimizer)
+        states = {name: safe_get_full_optimizer_state(parameter, name) for name in names}
+        if is_low_precision:
+            states["master"] = safe_get_full_fp32_param(parameter)
+        shape = local_shape(parameter)
+        return {name: value.detach().reshape(shape).clone() for name, value in states.items() if value is not None}
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return {name: value.clone() for name, value in states_like(parameter, optimizer).items()}
+    for group, copies in zip(optimizer.fp16_groups, getattr(optimizer, "fp32_groups", ()), strict=False):
+        for known, copy in zip(group, copies, strict=True):  # FP16_UnfusedOptimizer
+            if known is parameter:
+                return {"master": copy.detach().clone(), **states_like(copy, optimizer.optimizer)}
+    return {}
+
+
+def _state_names(optimizer: Any) -> list[str]:
+    """Return the names of the states with an element for each of a partition's, which every DP rank has. Collective."""
+    inner = optimizer.optimizer
+    names = {
+        name
+        for stepped, state in inner.state.items()
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape == stepped.shape
+    }
+    by_rank: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(by_rank, names)
+    return sorted(set().union(*by_rank))
 
 
 @contextmanager

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from deepspeed.runtime import lr_schedules
 
 from tpcheck.backends.interface import TrainingOptions
+from tpcheck.backends.optimizer import optimizer_class
 from tpcheck.core.errors import UsageError
 
 # `round_robin_gradients` is left out: with it, `safe_get_full_grad` of DeepSpeed 0.19.8 fails at dp=2, even without TP.
@@ -23,29 +26,94 @@ CONFIG_VARIANTS: tuple[Mapping[str, Any], ...] = (
 )
 
 _LOW_PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_REFUSED = {  # the reference has neither, so the two sides would differ for that reason
-    "optimizer": "none: both sides train with SGD, whose step shows a wrong scale of the gradient",
-    "scheduler": "none: both sides keep their learning rate",
-}
+_AUTO = "auto"  # what transformers' Trainer fills in from its own arguments
 
 
 def resolved(options: TrainingOptions) -> TrainingOptions:
-    """Return the options with the gradient clipping of the user's configuration.
+    """Return the options with clipping, accumulation, optimizer and schedule of the user's configuration.
 
     Raises:
-        UsageError: The configuration contradicts the options, or sets something that the reference lacks.
+        UsageError: The configuration contradicts the options.
     """
-    config = options.config
-    for key, accepted in _REFUSED.items():
-        if key in config:
-            raise UsageError(f"config.{key}", config[key], accepted)
-    if config.get("gradient_accumulation_steps", 1) != 1:
-        raise UsageError("config.gradient_accumulation_steps", config["gradient_accumulation_steps"], "1")
+    config = without_auto(options.config)
     for dtype, section in _LOW_PRECISION.items():
         enabled = config.get(section, {}).get("enabled", dtype is options.dtype)
         if enabled != (dtype is options.dtype):
             raise UsageError(f"config.{section}.enabled", enabled, f"{not enabled}, as dtype={options.dtype} requires")
-    return replace(options, max_grad_norm=float(config.get("gradient_clipping", options.max_grad_norm)))
+    accumulate = config.get("gradient_accumulation_steps", options.accumulate)
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise UsageError("config.gradient_accumulation_steps", accumulate, "a positive integer")
+    if options.accumulate not in (1, accumulate):
+        raise UsageError("config.gradient_accumulation_steps", accumulate, f"{options.accumulate}, as accumulate")
+    return replace(
+        options,
+        config=config,
+        accumulate=accumulate,
+        optimizer=_optimizer(options, config),
+        schedule=_schedule(config),
+        max_grad_norm=float(config.get("gradient_clipping", options.max_grad_norm)),
+    )
+
+
+def without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without the values that are left to transformers' Trainer."""
+    return {
+        key: without_auto(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if value != _AUTO
+    }
+
+
+def _optimizer(options: TrainingOptions, config: Mapping[str, Any]) -> Any:
+    """Return the optimizer that the configuration names, in torch's terms, or that of the options.
+
+    DeepSpeed's `Adam` is AdamW unless `adam_w_mode` is false; its fused Adams decay no weights by default, and torch's
+    AdamW does (engine.py:_configure_basic_optimizer of 0.19.8).
+
+    Raises:
+        UsageError: It is one that torch does not have, so that the reference cannot step as it does.
+    """
+    section = config.get("optimizer")
+    if section is None:
+        return options.optimizer
+    if options.optimizer != "sgd":
+        raise UsageError("optimizer", options.optimizer, "none beside config.optimizer")
+    name, params = str(section.get("type", "")), dict(section.get("params", {}))
+    if name.lower() in _ADAMS:
+        decays = name.lower() == "adamw" or params.pop("adam_w_mode", True)
+        params = {key: value for key, value in params.items() if key not in _ADAM_FLAGS}
+        name = "AdamW" if decays else "Adam"
+        params = {**_ADAM_DEFAULTS, **params}
+    elif name.lower() == "muon":
+        raise UsageError(
+            "config.optimizer.type",
+            name,
+            "AdamW, or optimizer='muon' beside the configuration: DeepSpeed's Muon steps "
+            "each rank's shard as if it were the matrix (`tpcheck doctor` says so)",
+        )
+    optimizer_class(name)
+    return {"type": name, "params": params}
+
+
+_ADAMS = ("adam", "adamw")
+_ADAM_FLAGS = ("adam_w_mode", "torch_adam", "fp32_optimizer_states", "foreach")
+_ADAM_DEFAULTS = {"lr": 1e-3, "weight_decay": 0.0}
+
+
+def _schedule(config: Mapping[str, Any]) -> Callable[[torch.optim.Optimizer], Any] | None:
+    """Return what makes the scheduler that the configuration names: one of DeepSpeed's own, or of torch.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    section = config.get("scheduler")
+    if section is None or section.get("type") is None:
+        return None
+    name = section["type"]
+    make = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name, None)
+    if make is None:
+        raise UsageError("config.scheduler.type", name, lr_schedules.VALID_LR_SCHEDULES)
+    return partial(make, **section.get("params", {}))
 
 
 def deepspeed_config(options: TrainingOptions, tp: int) -> dict[str, Any]:
@@ -56,7 +124,7 @@ def deepspeed_config(options: TrainingOptions, tp: int) -> dict[str, Any]:
     """
     defaults: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": options.batch_size,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": options.accumulate,
         "gradient_clipping": options.max_grad_norm,  # by default DeepSpeed clips to 1.0
         "zero_optimization": {"stage": options.zero_stage},
         "zero_allow_untested_optimizer": True,
@@ -70,9 +138,19 @@ def deepspeed_config(options: TrainingOptions, tp: int) -> dict[str, Any]:
     if options.dtype in _LOW_PRECISION:
         defaults[_LOW_PRECISION[options.dtype]] = {"enabled": True}
     config = merged(defaults, options.config)
+    if "optimizer" in config and config["optimizer"]["type"].lower() in _ADAMS:
+        config["optimizer"] = _with_torch_adam(config["optimizer"], options)
     _require_same(config, ("zero_optimization", "stage"), options.zero_stage)
     _require_same(config, ("tensor_parallel", "autotp_size"), tp)
     return config
+
+
+def _with_torch_adam(section: Mapping[str, Any], options: TrainingOptions) -> dict[str, Any]:
+    """Let torch's Adam stand in for DeepSpeed's fused one, which is built for GPUs and computes in float32."""
+    if torch.cuda.is_available() and options.dtype is not torch.float64:
+        return dict(section)
+    params = {**_ADAM_DEFAULTS, **section.get("params", {}), "torch_adam": True, "foreach": False}
+    return {**section, "params": params}
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class DTensorBackend:
             fully_shard(model, mesh=mesh["dp"])
         context = loss_parallel if options.config.get("loss_parallel") else nullcontext
         sgd = Sgd(list(model.parameters()), options, clip_by_mesh)
-        return TorchCheckpointCandidate(model, rank, sgd, context=context)
+        return TorchCheckpointCandidate(model, rank, sgd, context=context, accumulate=options.accumulate)
 
 
 def require_unsharded(model: nn.Module) -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from tpcheck.backends.interface import RankLike
+from tpcheck.backends.interface import RankLike, WayToResume
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import DP_DIM_NAMES
 from tpcheck.backends.local_part import full_tensor, local_part, reduced
@@ -164,8 +169,10 @@ class DTensorCandidate:
         module: The sharded model.
         rank: The rank that it runs on.
         sgd: Steps its parameters.
-        reduce_gradients: Called once after each backward pass with the parameters, to reduce what autograd does not.
+        reduce_gradients: Called after the last backward pass of a step with the parameters, to reduce what autograd
+            does not.
         context: Makes the context in which forward and backward run.
+        accumulate: Micro-batches of a step.
     """
 
     def __init__(
@@ -176,6 +183,7 @@ class DTensorCandidate:
         *,
         reduce_gradients: ReduceGradients | None = None,
         context: MakeContext = nullcontext,
+        accumulate: int = 1,
     ) -> None:
         self.module = module
         self.optimizer = sgd.optimizer  # an injected fault may change it
@@ -184,6 +192,8 @@ class DTensorCandidate:
         self._reduce_gradients = reduce_gradients
         self._context = context
         self._norm: float | None = None
+        self._accumulate = accumulate
+        self._num_backward = 0
 
     def group_ranks(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
         by_axis: dict[str, dict[tuple[int, ...], None]] = {}
@@ -212,9 +222,10 @@ class DTensorCandidate:
             return self.module(**batch)
 
     def backward(self, loss: torch.Tensor) -> None:
+        self._num_backward += 1
         with self._context():
-            loss.backward()  # type: ignore[no-untyped-call]
-        if self._reduce_gradients is not None:
+            (loss / self._accumulate if self._accumulate > 1 else loss).backward()  # type: ignore[no-untyped-call]
+        if self._reduce_gradients is not None and self._num_backward % self._accumulate == 0:
             self._reduce_gradients(list(self.module.parameters()))
 
     def step(self) -> None:
@@ -223,5 +234,37 @@ class DTensorCandidate:
     def gradient_norm(self) -> float | None:
         return self._norm
 
+    def ways_to_resume(self) -> Mapping[str, WayToResume]:
+        return {
+            "torch.distributed.checkpoint": WayToResume(
+                partial(_save_training, self.module, self.optimizer),
+                partial(_load_training, self.module, self.optimizer),
+                any_topology=True,
+            )
+        }
+
+    def trained(self) -> tuple[Any, Any]:
+        return self.module, self.optimizer
+
+    def counters(self) -> Mapping[str, Any]:
+        return {}
+
+    def optimizer_state(self, name: str) -> Mapping[str, torch.Tensor]:
+        parameter = self._parameters()[name]
+        states = self._sgd.state(parameter)
+        return {state: tp_shard(value, parameter.data, self._rank.topology) for state, value in states.items()}
+
     def _parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.module.named_parameters(remove_duplicate=False))
+
+
+def _save_training(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    model_state, optimizer_state = get_state_dict(module, optimizer)
+    dcp_save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+
+
+def _load_training(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    model_state, optimizer_state = get_state_dict(module, optimizer)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    dcp_load(state, checkpoint_id=folder)
+    set_state_dict(module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,7 +80,7 @@ class MegatronBackend:
             fill_shards(sharded, model, layouts, rank)
             config = transformer_config(sharded, tp)
             ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), sharded)
-        return MegatronCandidate(ddp, groups, layouts, sgd_for(sharded, options))
+        return MegatronCandidate(ddp, groups, layouts, sgd_for(sharded, options), options.accumulate)
 
 
 def sgd_for(model: nn.Module, options: TrainingOptions) -> Sgd:
@@ -103,8 +103,13 @@ def sgd_for(model: nn.Module, options: TrainingOptions) -> Sgd:
     return Sgd(parameters, options, clip)
 
 
+_IGNORED = -100  # the ignore_index of torch's cross_entropy; Megatron has a loss mask in its place
+
+
 class TokenLoss(nn.Module):
-    """A `GPTModel` that returns the mean of its losses of all tokens.
+    """A `GPTModel` that returns the mean of its losses of all labels that are not -100.
+
+    With `num_items_in_batch` the sum of the losses is divided by that number, as Megatron's loss per token is.
 
     Args:
         model: Called with token ids, positions, no attention mask (the layers' own is causal), and labels.
@@ -118,16 +123,20 @@ class TokenLoss(nn.Module):
         self.model = model
         self.config = SimpleNamespace(vocab_size=model.vocab_size)  # that synthetic batches are drawn from
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        counted = labels != _IGNORED
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        losses: torch.Tensor = self.model(input_ids, positions, None, labels=labels)
-        return losses.mean()
+        losses: torch.Tensor = self.model(input_ids, positions, None, labels=labels.where(counted, 0))
+        number = counted.sum() if num_items_in_batch is None else num_items_in_batch
+        return (losses * counted).sum() / number
 
 
 class MegatronCandidate:
     """Implements `adapters.Candidate` by what Megatron leaves in `main_grad`."""
 
-    def __init__(self, ddp: Any, groups: Groups, layouts: Mapping[str, Layout], sgd: Sgd) -> None:
+    def __init__(self, ddp: Any, groups: Groups, layouts: Mapping[str, Layout], sgd: Sgd, accumulate: int = 1) -> None:
         self.module: nn.Module = ddp.module
         self.optimizer = sgd.optimizer  # an injected fault may change it
         self._ddp = ddp
@@ -135,6 +144,8 @@ class MegatronCandidate:
         self._layouts = layouts
         self._sgd = sgd
         self._norm: float | None = None
+        self._accumulate = accumulate
+        self._num_backward = 0
         self._parameters: dict[str, nn.Parameter] = dict(self.module.named_parameters(remove_duplicate=False))
 
     def group_ranks(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
@@ -160,9 +171,13 @@ class MegatronCandidate:
             return self._ddp(**batch)
 
     def backward(self, loss: torch.Tensor) -> None:
+        self._num_backward += 1
+        is_last = self._num_backward % self._accumulate == 0
         with use_groups(self._groups):
-            loss.backward()  # type: ignore[no-untyped-call]
-            finalize_model_grads([self._ddp])
+            with nullcontext() if is_last else self._ddp.no_sync():  # as forward_backward_no_pipelining does
+                (loss / self._accumulate).backward()  # type: ignore[no-untyped-call]
+            if is_last:
+                finalize_model_grads([self._ddp])
 
     def step(self) -> None:
         for parameter in self._parameters.values():
@@ -173,6 +188,9 @@ class MegatronCandidate:
 
     def gradient_norm(self) -> float | None:
         return self._norm
+
+    def optimizer_state(self, name: str) -> Mapping[str, torch.Tensor]:
+        return {state: value.clone() for state, value in self._sgd.state(self._parameters[name]).items()}
 
 
 Shape = tuple[int, ...]

@@ -70,7 +70,8 @@ class TransformersBackend:
         config = distributed_config(options.config, rank.topology)
         sharded = save_and_load(model, options.dtype, distributed_config=config)
         sync_replicated_parameters(sharded)
-        return TransformersCandidate(sharded, rank, Sgd(list(sharded.parameters()), options, clip_by_mesh))
+        sgd = Sgd(list(sharded.parameters()), options, clip_by_mesh)
+        return TransformersCandidate(sharded, rank, sgd, accumulate=options.accumulate)
 
 
 def distributed_config(config: Mapping[str, Any], topology: Topology) -> DistributedConfig:
@@ -199,14 +200,17 @@ def _shard_before_tp_size(model: nn.Module, rank: RankLike, options: TrainingOpt
         layouts: dict[str, Layout] = {}
     else:
         layouts = _layouts_of_plain_tensors(model, save_and_load(_with_positions(model), torch.float64, **plan), rank)
-    return _PlainShardsCandidate(sharded, rank, Sgd(list(sharded.parameters()), options, None), layouts)
+    sgd = Sgd(list(sharded.parameters()), options, None)
+    return _PlainShardsCandidate(sharded, rank, sgd, layouts, options.accumulate)
 
 
 class _PlainShardsCandidate(DTensorCandidate):
     """A model whose shards may be plain tensors, with their layouts."""
 
-    def __init__(self, module: nn.Module, rank: RankLike, sgd: Sgd, layouts: Mapping[str, Layout]) -> None:
-        super().__init__(module, rank, sgd)
+    def __init__(
+        self, module: nn.Module, rank: RankLike, sgd: Sgd, layouts: Mapping[str, Layout], accumulate: int
+    ) -> None:
+        super().__init__(module, rank, sgd, accumulate=accumulate)
         self._layouts = layouts
         self._named = super()._parameters()  # a row-parallel layer hides its bias in the first forward pass
 

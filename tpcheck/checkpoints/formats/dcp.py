@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -10,11 +11,13 @@ from typing import Any
 
 import torch
 
-from tpcheck.backends.checkpoint_format import Extent, ReadOptions
+from tpcheck.backends.checkpoint_format import Extent, ReadOptions, TrainingStates
 from tpcheck.checkpoints.formats.file_checkpoint import Chunk, ChunkedTensor, FileCheckpoint, tensor_from_chunks
 from tpcheck.checkpoints.formats.files import Files, OpenFile, inside, is_folder, is_present, read_config, shortened
 from tpcheck.checkpoints.formats.storage_view import StorageView
 from tpcheck.checkpoints.formats.torch_files import KEYS, RefusedError, read_structure
+from tpcheck.checkpoints.formats.training_states import CLASSES as CLASSES_OF_STATES
+from tpcheck.checkpoints.formats.training_states import StateTable, nested
 from tpcheck.checkpoints.formats.unpickler import PickledObject, SafeUnpickler, Stream
 from tpcheck.core.errors import CheckpointError
 
@@ -166,11 +169,13 @@ class Metadata:
     Attributes:
         tensors: Tensors by their flat name.
         others: The reason for each entry that is not a tensor or cannot be read.
+        objects: Where the pickled objects among them lie.
         keys: For each flat name the keys that lead to it in the nested state dict, where the planner saved them.
     """
 
     tensors: Mapping[str, SavedTensor]
     others: Mapping[str, str]
+    objects: Mapping[str, Place]
     keys: Mapping[str, tuple[str, ...]]
 
 
@@ -186,19 +191,22 @@ def read_metadata(folder: Path, files: Files, options: ReadOptions) -> Metadata:
     places = _places(folder, path, _field(path, metadata, "storage_data"))
     tensors: dict[str, SavedTensor] = {}
     others: dict[str, str] = {}
+    objects: dict[str, Place] = {}
     for name, entry in entries.items():
         if not isinstance(name, str) or not name.isprintable():
             raise CheckpointError(f"{path} has an entry with a name that is not text: {shortened(name)}.")
         compressed = any(place.is_compressed for place in places.get(name, {}).values())
         if _kind(entry) == "BytesStorageMetadata":
             others[name] = "is a pickled object, not a tensor"
+            place = next(iter(places.get(name, {}).values()), None)
+            objects |= {name: place} if place is not None and not place.is_compressed else {}
         elif _kind(entry) != "TensorStorageMetadata":
             raise CheckpointError(f"{path} has an entry {shortened(name)} of an unknown kind.")
         elif compressed:
             others[name] = "is compressed by an extension of torch.distributed.checkpoint"
         else:
             tensors[name] = _tensor(path, name, entry, places.get(name, {}))
-    return Metadata(tensors, others, dict(_keys(_optional(metadata, "planner_data"))))
+    return Metadata(tensors, others, objects, dict(_keys(_optional(metadata, "planner_data"))))
 
 
 _Places = dict[str, dict[tuple[int, ...] | None, Place]]
@@ -349,7 +357,67 @@ def _open(folder: Path, files: Files, options: ReadOptions) -> FileCheckpoint:
     model = [saved.tensors[old] for old in new_names if old in saved.tensors]
     num_files = len({chunk.place.path for tensor in model for chunk in tensor.chunks})
     description = f"torch.distributed.checkpoint, {num_files} files{part}"
-    return FileCheckpoint(files, description, tensors, read_config(folder, files), unread=unread)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    others = {name: _state_keys(name, saved.keys) for name in (*saved.tensors, *saved.objects) if name not in new_names}
+    return FileCheckpoint(
+        files,
+        description,
+        tensors,
+        read_config(folder, files),
+        unread=unread,
+        read_states=lambda: read_other_entries(folder, saved, others, files, shapes),
+    )
+
+
+def read_other_entries(
+    folder: Path,
+    saved: Metadata,
+    keys: Mapping[str, Keys],
+    files: Files,
+    model: Mapping[str, tuple[int, ...]],
+    entries: Mapping[str, Any] | None = None,
+) -> TrainingStates | None:
+    """Return the entries beside the model.
+
+    Args:
+        keys: For each saved name the keys that lead to it, those of an optimizer as torch has them.
+        model: Shapes of the model's tensors.
+        entries: Entries from elsewhere, to which these are added.
+    """
+    found = {path: saved.tensors.get(name) or _object(saved.objects[name], files) for name, path in keys.items()}
+    whole = {
+        path: read_chunks(folder, path[-1], tensor, files)
+        for path, tensor in found.items()
+        if isinstance(tensor, SavedTensor)
+    }
+    table = StateTable()
+    table.add_entries({**(entries or {}), **nested({**found, **whole})}, files, model)
+    return table.states(files)
+
+
+_FLAT_STATE = re.compile(r"(?P<optimizer>.*optim\w*)\.state\.(?P<parameter>.+)\.(?P<kind>\w+)")
+_FLAT_GROUP = re.compile(r"(?P<optimizer>.*optim\w*)\.param_groups\.(?P<group>.+)\.(?P<option>\w+)")
+
+
+def _state_keys(name: str, keys: Mapping[str, Keys]) -> Keys:
+    """Return the keys that lead to an entry; a flat name of an optimizer's is taken apart."""
+    if len(keys.get(name, ())) > 1:
+        return keys[name]
+    state, group = _FLAT_STATE.fullmatch(name), _FLAT_GROUP.fullmatch(name)
+    if state is not None:
+        return state["optimizer"], "state", state["parameter"], state["kind"]
+    return (group["optimizer"], "param_groups", group["group"], group["option"]) if group is not None else (name,)
+
+
+def _object(place: Place, files: Files) -> Any:
+    """Return a pickled object, or what refuses it."""
+    try:
+        return read_structure(_FilePart(files.open(place.path), place.start, place.nbytes), CLASSES_OF_STATES)
+    except RefusedError as refusal:
+        raise CheckpointError(
+            f"The object at byte {place.start} of {place.path} is refused, because reading it would run {refusal}; "
+            "--weights-only leaves it out."
+        ) from None
 
 
 def _model_names(folder: Path, saved: Metadata) -> tuple[Mapping[str, str], str]:

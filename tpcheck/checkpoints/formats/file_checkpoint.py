@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol
 
 import torch
 
-from tpcheck.backends.checkpoint_format import Extent
+from tpcheck.backends.checkpoint_format import Extent, TrainingStates
 from tpcheck.checkpoints.formats.files import Files, shortened
 from tpcheck.core.errors import CheckpointError
 
@@ -58,6 +58,10 @@ class FileCheckpoint:
     ties: tuple[frozenset[str], ...] = ()
     unread: Mapping[str, str] = field(default_factory=dict)
     inconsistent_replicas: Mapping[str, str] = field(default_factory=dict)
+    read_states: Callable[[], TrainingStates | None] | None = None
+
+    def training_states(self) -> TrainingStates | None:
+        return None if self.read_states is None else self.read_states()
 
     def names(self) -> tuple[str, ...]:
         """Return all names in the order of the files, since disks read ahead."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -112,9 +113,11 @@ class LiveFormat:
         entries = source if module is None else module.state_dict(keep_vars=True)
         gathered = gather_shards(entries, module)
         description = "tensors in memory" if module is None else f"{type(module).__name__} in memory"
-        if any(gathered[name] is not entries[name] for name in entries):
-            description += ", gathered from all ranks"
-        return _checkpoint(description, entries, gathered, {} if module is None else _config(module), module)
+        is_gathered = any(gathered[name] is not entries[name] for name in entries)
+        description += ", gathered from all ranks" if is_gathered else ""
+        checkpoint = _checkpoint(description, entries, gathered, {} if module is None else _config(module), module)
+        checkpoint._is_gathered = is_gathered
+        return checkpoint
 
 
 @dataclass(slots=True)
@@ -128,6 +131,7 @@ class LiveCheckpoint:
     _tensors: dict[str, torch.Tensor]
     _versions: dict[str, int]
     _module: nn.Module | None = None
+    _is_gathered: bool = False
 
     @property
     def inconsistent_replicas(self) -> Mapping[str, str]:
@@ -169,9 +173,35 @@ class LiveCheckpoint:
             return None
         return _checkpoint(f"{self.description}, as save_pretrained writes it", entries, entries, self.config, None)
 
+    def merged(self) -> LiveCheckpoint | None:
+        """Return the model as PEFT's `merge_and_unload` makes it, by merging a copy of each adapted layer."""
+        if self._module is None or not hasattr(self._module, "peft_config") or self._is_gathered:
+            return None
+        entries = dict(self._tensors)
+        for prefix, layer in self._module.named_modules():
+            replaced = _merged_layer(layer)
+            if replaced is not None:
+                entries = {name: tensor for name, tensor in entries.items() if not name.startswith(f"{prefix}.")}
+                entries |= {f"{prefix}.{name}": tensor for name, tensor in replaced.items()}
+        return _checkpoint(f"{self.description}, merged", entries, entries, self.config, None)
+
     def close(self) -> None:
         self._tensors.clear()
         self._versions.clear()
+
+
+def _merged_layer(layer: Any) -> Mapping[str, torch.Tensor] | None:
+    """Return the state dict of what a layer of PEFT becomes when its adapter is merged; None for any other layer."""
+    if hasattr(layer, "modules_to_save") and hasattr(layer, "original_module"):
+        active = [name for name in layer.active_adapters if name in layer.modules_to_save]
+        chosen = layer.modules_to_save[active[0]] if active else layer.original_module
+        return dict(chosen.state_dict())
+    if not hasattr(layer, "get_base_layer") or not hasattr(layer, "merged") or not hasattr(layer, "merge"):
+        return None
+    if not layer.merged:
+        layer = copy.deepcopy(layer)
+        layer.merge()
+    return dict(layer.get_base_layer().state_dict())
 
 
 def _checkpoint(

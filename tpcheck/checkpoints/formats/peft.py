@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint
 from tpcheck.checkpoints.formats.files import Files, is_folder, names_in, read_config
 from tpcheck.checkpoints.formats.safetensors_files import read_header
 from tpcheck.checkpoints.formats.torch_files import state_dict, ties
+from tpcheck.checkpoints.formats.trainer_files import folder_states
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 CONFIG = "adapter_config.json"
@@ -27,7 +29,8 @@ class PeftFormat:
 
     def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
         with Files() as files:
-            return _open(_main_file(source) or source, files, options)
+            checkpoint = _open(_main_file(source) or source, files, options)
+            return replace(checkpoint, read_states=lambda: folder_states(source, files, options, checkpoint.tensors))
 
 
 def _open(path: Path, files: Files, options: ReadOptions) -> FileCheckpoint:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tpcheck.backends.checkpoint_format import ReadOptions
+from tpcheck.backends.checkpoint_format import ReadOptions, TrainingStates
 from tpcheck.checkpoints.formats import torch_files
 from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint
 from tpcheck.checkpoints.formats.files import (
@@ -18,6 +21,8 @@ from tpcheck.checkpoints.formats.files import (
     read_index,
 )
 from tpcheck.checkpoints.formats.torch_files import StateDict, state_dict, ties
+from tpcheck.checkpoints.formats.trainer_files import folder_states
+from tpcheck.checkpoints.formats.training_states import StateTable
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 INDEX_SUFFIX = ".bin.index.json"
@@ -40,22 +45,39 @@ class PytorchFormat:
 
     def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
         with Files() as files:
-            return _open(_main_file(source) or source, files, options)
+            checkpoint = _open(_main_file(source) or source, files, options)
+            if checkpoint.read_states is not None or not is_folder(source):
+                return checkpoint
+            return replace(checkpoint, read_states=lambda: folder_states(source, files, options, checkpoint.tensors))
 
 
 def _open(path: Path, files: Files, options: ReadOptions) -> FileCheckpoint:
     def read(file: Path) -> StateDict:
         return state_dict(torch_files.load(file, files, options), file)
 
+    states: Callable[[], TrainingStates | None] | None = None
     if path.name.endswith(INDEX_SUFFIX):
         files_of = read_index(path, files)
         tensors, unread = merge_files(path, files_of, read)
         description = f"PyTorch, {len({*files_of.values()})} files with an index"
     else:
-        state = read(path)
+        saved = torch_files.load(path, files, options)
+        state = state_dict(saved, path)
+        if state.key is not None:
+            states = partial(_other_states, saved, state, files)
         tensors, unread = state.tensors, state.unread
         description = "PyTorch, 1 file" + (f", under {state.key!r}" if state.key else "")
-    return FileCheckpoint(files, description, tensors, read_config(path.parent, files), ties(tensors), unread)
+    return FileCheckpoint(
+        files, description, tensors, read_config(path.parent, files), ties(tensors), unread, read_states=states
+    )
+
+
+def _other_states(saved: Mapping[Any, Any], model: StateDict, files: Files) -> TrainingStates | None:
+    """Return what the file holds beside the model's state dict."""
+    table = StateTable()
+    shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
+    table.add_entries({key: value for key, value in saved.items() if key != model.key}, files, shapes)
+    return table.states(files)
 
 
 def _main_file(path: Path) -> Path | None:

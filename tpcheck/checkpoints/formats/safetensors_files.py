@@ -10,7 +10,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from tpcheck.checkpoints.formats.files import (
     read_index,
     shortened,
 )
+from tpcheck.checkpoints.formats.trainer_files import folder_states
 from tpcheck.core.errors import CheckpointError
 
 DTYPES = {
@@ -201,7 +202,8 @@ class SafetensorsFormat:
 
     def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
         with Files() as files:
-            return _open(_main_file(source), files)
+            checkpoint = _open(_main_file(source), files)
+            return replace(checkpoint, read_states=lambda: folder_states(source, files, options, checkpoint.tensors))
 
 
 def _open(path: Path, files: Files) -> FileCheckpoint:

@@ -123,10 +123,13 @@ def _parameter(data: Any, *_: Any) -> Any:
     return data
 
 
-def _from_type(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
+def _from_type(function: Any, kind: Any, arguments: Any, state: Any = None, *_: Any) -> Any:
     if not isinstance(function, Global) or not isinstance(arguments, tuple):
         raise CheckpointError("a tensor is created in an unknown way")
-    return function(*arguments)
+    tensor = function(*arguments)
+    if isinstance(tensor, PickledObject):
+        tensor.state = state  # a DTensor keeps its rank's shard there
+    return tensor
 
 
 def _encoded(text: Any = b"", encoding: Any = "utf-8") -> bytes:
@@ -166,6 +169,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "builtins.set": lambda elements=(): {hashable(element) for element in elements},
     "builtins.frozenset": lambda elements=(): frozenset(hashable(element) for element in elements),
     "builtins.bytearray": _encoded,
+    "builtins.bytes": lambda: b"",  # as protocol 2 writes it; with a number it would allocate
     "builtins.complex": lambda real=0.0, imaginary=0.0: complex(float(real), float(imaginary)),
     "_codecs.encode": _encoded,
 }

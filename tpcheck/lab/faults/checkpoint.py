@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,6 +14,8 @@ from tpcheck.lab.faults import damage
 from tpcheck.lab.faults.damage import Damage, Harm, Target, Tensors
 
 _CHECK = "checkpoint_matches_reference"
+
+SavedAs = Literal["safetensors", "trainer", "dcp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class CheckpointFault:
         settings: Settings of the model.
         link: An upstream issue that reports such a bug.
         kind, checks: `checkpoint` and its check.
+        saved_as: What the tensors are saved as: the model alone as `safetensors`; with the moments of an optimizer,
+            named `PARAMETER exp_avg`, as the Trainer's files or in DCP.
     """
 
     name: str
@@ -42,6 +46,7 @@ class CheckpointFault:
     link: str | None = None
     kind: str = "checkpoint"
     checks: tuple[str, ...] = (_CHECK,)
+    saved_as: SavedAs = "safetensors"
 
     def drawn(self, tensors: Tensors, earlier: Tensors, seed: int) -> Damage:
         """Return the damage to one of the tensors; equal seeds draw equal damage."""
@@ -55,6 +60,7 @@ _COLUMNS = ("*.down_proj.weight",)
 _SQUARE = ("*.o_proj.weight",)
 _EMBEDDING = ("*.embed_tokens.weight",)
 _QKV, _GATE_UP = ("*.qkv_proj.weight",), ("*.gate_up_proj.weight",)
+_ROTATED = ("*.k_proj.weight",)
 _BIAS, _EXPERTS = ("*.q_proj.bias",), ("*.experts.down_proj",)
 
 
@@ -71,6 +77,7 @@ _MODEL_OF: Mapping[tuple[str, ...], tuple[str, Mapping[str, Any]]] = {
     _GATE_UP: _FUSED_MODEL,
     _BIAS: ("qwen2", {}),
     _EXPERTS: ("mixtral", {}),
+    ("*.experts.gate_up_proj",): ("mixtral", {}),
 }
 _GITHUB = "https://github.com/"
 
@@ -119,6 +126,34 @@ FAULTS = (
            "deepspeedai/DeepSpeed/pull/3844"),
     _fault("groups_of_queries", "groups of (queries, key, value) are read as blocks", _QKV,
            damage.groups_of_queries, "fused_blocks_interleaved"),
+    _fault("gate_and_up_exchanged", "up is saved before the gate in a fused weight", _GATE_UP,
+           damage.permuted(lambda size: [1, 0]), "gate_up_exchanged"),
+    _fault("gate_and_up_exchanged_on_one_rank", "one of two ranks has up before the gate", _GATE_UP,
+           damage.permuted(lambda size: [0, 3, 2, 1], tp_rank=1, tp=2), "gate_up_exchanged"),
+    _fault("gate_and_up_of_experts_exchanged", "up is before the gate in the weights of all experts",
+           ("*.experts.gate_up_proj",), damage.permuted(lambda size: [1, 0], dim=1), "gate_up_exchanged"),
+    _fault("names_of_gate_and_up_exchanged", "the gate is saved under the name of up, and up under the gate's",
+           ("*.gate_proj.weight",), damage.exchanged("gate_proj", "up_proj"), "gate_up_exchanged"),
+    _fault("gate_and_up_of_one_rank_exchanged", "one of two ranks saves its rows of gate and up as the other's",
+           ("*.gate_proj.weight",), damage.exchanged("gate_proj", "up_proj", 2), "gate_up_exchanged"),
+    _fault("keys_for_values", "keys and values of a fused weight are exchanged, or those of one rank", _QKV,
+           damage.keys_for_values, "key_value_exchanged"),
+    _fault("names_of_keys_and_values_exchanged", "keys are saved as values and values as keys",
+           ("*.k_proj.weight",), damage.exchanged("k_proj", "v_proj"), "key_value_exchanged"),
+    _fault("keys_and_values_of_one_rank_exchanged", "one of two ranks saves its keys as values, values as keys",
+           ("*.k_proj.weight",), damage.exchanged("k_proj", "v_proj", 2), "key_value_exchanged"),
+    _fault("rotary_rows_of_heads_of_8", "the rows of each head are in the other order of rotary embeddings", _ROTATED,
+           damage.half_split(8), "rotary_layout"),
+    CheckpointFault("saved_rotary_rows_of_heads_of_64", "the same for heads of 64 rows", _ROTATED,
+                    damage.half_split(64), ("rotary_layout",), settings={"head_dim": 64}),
+    CheckpointFault("saved_rotary_rows_of_heads_of_128", "the same for heads of 128 rows", _ROTATED,
+                    damage.half_split(128), ("rotary_layout",), settings={"head_dim": 128}),
+    CheckpointFault("saved_rotary_rows_in_part", "the same where half of each head is rotated", _ROTATED,
+                    damage.half_split(64, rotated=32), ("rotary_layout",), settings={"head_dim": 64}),
+    _fault("norm_minus_one", "a norm's weight is saved minus 1, as models that multiply by 1 + w have it",
+           ("*norm.weight",), damage.plain(lambda weight: weight - 1, constant=-1.0), "offset_by_constant"),
+    _fault("norm_plus_epsilon", "a norm's weight has a constant added to it", ("*norm.weight",),
+           damage.plain(lambda weight: weight + 0.25), "offset_by_constant"),
     _fault("head_twice", "a head is saved on both sides of a boundary", _ROWS,
            damage.at_a_boundary(lambda rows, cut: torch.cat([rows[: cut + 8], rows[cut:]]), first_wrong=8),
            "wrong_shard_boundary"),
@@ -180,6 +215,19 @@ FAULTS = (
     _fault("every_tensor_of_one_rank", "every tensor is that of one rank", _ROWS,
            damage.every_tensor_of_one_rank, "shard_missing",
            "deepspeedai/DeepSpeed/issues/3607"),
+    CheckpointFault("saved_optimizer_of_one_rank", "the optimizer's file is that of one rank, beside whole weights",
+                    ("*.q_proj.weight exp_avg",), damage.moments_of_one_rank, ("optimizer_state_of_another_rank",),
+                    saved_as="trainer"),
+    CheckpointFault("saved_moments_of_one_rank_for_all", "a moment has one rank's shard in every place, the weight not",
+                    ("*.q_proj.weight exp_avg",), damage.reordered(damage.one_everywhere),
+                    ("optimizer_state_of_another_rank",), saved_as="dcp"),
+    CheckpointFault("saved_moments_of_two_ranks_swapped", "two ranks' moments are exchanged, the weights not",
+                    ("*.down_proj.weight exp_avg",), damage.reordered(lambda _: [1, 0], dim=1),
+                    ("optimizer_state_of_another_rank",), saved_as="trainer"),
+    CheckpointFault("saved_moment_never_filled", "a moment is zero after the step", ("*.up_proj.weight exp_avg",),
+                    damage.plain(torch.zeros_like), ("all_zero",), saved_as="dcp"),
+    CheckpointFault("saved_moment_dropped", "a moment is not saved", ("*.up_proj.weight exp_avg",),
+                    damage.plain(lambda moment: None), ("tensor_missing",), saved_as="dcp"),
     CheckpointFault("saved_untied", "a tie is broken: both names are saved, with other values", _EMBEDDING,
                     damage.untied, ("tied_weight_untied",), settings={"tie_word_embeddings": True},
                     link=f"{_GITHUB}NVIDIA-NeMo/Automodel/issues/2571"),

@@ -5,8 +5,9 @@ A new fault is a row of `FAULTS` in one of these modules; its fields are in `fau
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from tpcheck.core.topology import Topology
 from tpcheck.lab.faults import (
@@ -19,6 +20,7 @@ from tpcheck.lab.faults import (
     optimizer,
     precision,
     replicas,
+    training,
     vocabulary,
 )
 from tpcheck.lab.faults.checkpoint import CheckpointFault
@@ -33,6 +35,7 @@ MODEL_FAULTS: tuple[ModelFault, ...] = (
     *backward.FAULTS,
     *replicas.FAULTS,
     *optimizer.FAULTS,
+    *training.FAULTS,
     *precision.FAULTS,
 )
 CHECKPOINT_FAULTS: tuple[CheckpointFault, ...] = checkpoint.FAULTS
@@ -61,6 +64,22 @@ class Control:
     family: str
     topology: Topology = TP2
     zero_stage: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+_TRAINED = {"optimizer": "adamw", "accumulate": 2, "loss": "token_mean"}
+_CONFIGURED = {
+    "optimizer": {"type": "Adam", "params": {"lr": 0.01, "betas": [0.8, 0.95], "weight_decay": 0.1}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 4}},
+    "gradient_accumulation_steps": 2,
+}
+TRAINED_CONTROLS = (
+    *(Control("llama", TP2_DP2, zero_stage, _TRAINED) for zero_stage in (0, 1, 2, 3)),
+    *(Control("llama", TP2_DP2, zero_stage, {"config": _CONFIGURED, "steps": 3}) for zero_stage in (0, 2)),
+    Control("qwen3", TP2, 0, {"optimizer": "adamw", "accumulate": 3, "batch": "3x7,padded"}),
+    Control("gemma3_text", TP2_DP2, 0, {"optimizer": "rmsprop", "loss": "token_mean"}),
+)
+"""Right steps of the usual kinds: Adam, micro-batches, losses over labels, DeepSpeed's own optimizer and schedule."""
 
 
 def quick_controls() -> Iterator[Control]:
@@ -69,6 +88,7 @@ def quick_controls() -> Iterator[Control]:
         yield Control(family)
     for number, (topology, zero_stage) in enumerate(LAYOUTS[1:]):
         yield Control(FAMILIES[number % len(FAMILIES)], topology, zero_stage)
+    yield from TRAINED_CONTROLS
 
 
 def rotated_controls(families: Sequence[str], seed: int) -> Iterator[Control]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tpcheck.numerics.exact.rotary import Order
 
 Tensors = Mapping[str, Tensor]
 HEAD = 8  # rows
@@ -202,6 +204,56 @@ def one_element(value: float) -> Harm:
     return harm
 
 
+def permuted(order: Callable[[int], Sequence[int]], dim: int = 0, **story: Any) -> Harm:
+    """Cut the tensor into as many blocks as `order` is long for its size, and reorder them."""
+
+    def harm(target: Target) -> Damage:
+        places = order(target.tensor.shape[dim])
+        blocks = target.tensor.chunk(len(places), dim)
+        return Damage({target.name: torch.cat([blocks[place] for place in places], dim)}, {"dim": dim, **story})
+
+    return harm
+
+
+def keys_for_values(target: Target) -> Damage:
+    """Exchange the last two of three blocks: all of them, or one rank's part."""
+    rows = [*target.tensor.chunk(6)]
+    if target.generator.randrange(2):
+        order = [0, 1, 4, 5, 2, 3]
+    else:
+        order = target.generator.choice(([0, 1, 4, 3, 2, 5], [0, 1, 2, 5, 4, 3]))
+    return Damage({target.name: torch.cat([rows[place] for place in order])})
+
+
+def exchanged(word: str, other: str, num_ranks: int = 1) -> Harm:
+    """Exchange the tensor and the one with the other word in its name: all rows, or those of a rank that is drawn."""
+
+    def harm(target: Target) -> Damage:
+        partner = target.name.replace(word, other)
+        first, second = target.tensor, target.tensors[partner].clone()
+        size, tp_rank = len(first) // num_ranks, target.generator.randrange(num_ranks)
+        rows = slice(tp_rank * size, (tp_rank + 1) * size)
+        first[rows], second[rows] = second[rows].clone(), first[rows].clone()
+        return Damage({target.name: first, partner: second}, {"rows": [rows.start, rows.stop]})
+
+    return harm
+
+
+def half_split(head: int, rotated: int | None = None) -> Harm:
+    """Take the pairs of rows that rotary embeddings turn apart, or put them together, in every head."""
+    size = rotated or head
+
+    def harm(target: Target) -> Damage:
+        heads = target.tensor.reshape(-1, head, *target.tensor.shape[1:])
+        order: Order = target.generator.choice(("half-split", "interleaved"))
+        pairs = (-1, 2) if order == "half-split" else (2, -1)
+        places = torch.arange(size).reshape(pairs).T.reshape(-1)
+        heads[:, :size] = heads[:, places]
+        return Damage({target.name: heads.reshape(target.tensor.shape)}, {"rotary_dim": size, "order": order})
+
+    return harm
+
+
 def of_another_layer(target: Target) -> Damage:
     """Replace the tensor by that of the same name in another layer."""
     same_name = [
@@ -220,6 +272,22 @@ def of_the_step_before(target: Target) -> Damage:
 def one_rank_of_the_step_before(target: Target) -> Damage:
     half = len(target.tensor) // 2
     return Damage({target.name: torch.cat([target.tensor[:half], target.earlier[target.name][half:]])})
+
+
+def moments_of_one_rank(target: Target) -> Damage:
+    """Replace the moments of all layers that a TP plan cuts by one rank's chunk."""
+    tp_rank = target.generator.randrange(2)
+    dims = {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), 0),
+        **dict.fromkeys(("o_proj", "down_proj"), 1),
+    }
+    changed = {
+        name: tensor.chunk(2, dims[layer])[tp_rank].clone()
+        for name, tensor in target.tensors.items()
+        for layer in dims
+        if name.endswith(f".{layer}.weight exp_avg")
+    }
+    return Damage(changed, {"tp": 2})
 
 
 def every_tensor_of_one_rank(target: Target) -> Damage:

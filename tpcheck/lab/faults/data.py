@@ -16,6 +16,7 @@ TP_DP = Topology(tp=2, dp=2)
 
 AGREE = "batches_agree_within_tp"
 DIFFER = "batches_differ_across_dp"
+ONCE = "samples_come_once"
 
 Build = Callable[..., pipelines.Batches]
 
@@ -72,6 +73,7 @@ def _fault(
 _MAIN: Mapping[str, Any] = {"where": "the main process"}
 _WORKERS: Mapping[str, Any] = {"where": "workers"}
 _DUPLICATE: Mapping[str, Any] = {"checks": (DIFFER,), "worlds": (TP_DP,), "late": None}
+_ONCE: Mapping[str, Any] = {"checks": (ONCE,), "late": None, "leaf": "samples"}
 _KINDS = ("torch", "numpy", "python")
 _PIXELS: Mapping[str, Any] = {"leaf": "pixel_values", "late": True}
 _WORKERS_BY_RANK = "axolotl-ai-cloud/axolotl/pull/3920"
@@ -187,6 +189,21 @@ _ORDERS = (
         "sampler_sharded_by_world_rank",
     ),
     _fault(
+        "stream_by_world_rank",
+        "an IterableDataset is split by world rank, also inside a TP group",
+        partial(pipelines.stream_by_world_rank, reads_rank=False),
+        "sampler_sharded_by_world_rank",
+        fixed=partial(pipelines.stream, sharded=True),
+        evidence={"attribute": "dataset.replica"},
+    ),
+    _fault(
+        "stream_reads_world_rank",
+        "an IterableDataset asks torch.distributed for its rank, also inside a TP group",
+        partial(pipelines.stream_by_world_rank, reads_rank=True),
+        "sampler_sharded_by_world_rank",
+        evidence={"iterable": True},
+    ),
+    _fault(
         "accelerate_shuffle",
         "accelerate leaves an unseeded shuffle as it is under pure TP",
         pipelines.accelerated_images,
@@ -271,6 +288,58 @@ _REPLICAS = (
     ),
 )
 
+_OVER_STEPS = (
+    _fault(
+        "workers_repeat_stream",
+        "each worker yields all of an IterableDataset",
+        partial(pipelines.stream_in_workers, split=False),
+        "samples_repeated",
+        fixed=partial(pipelines.stream_in_workers, split=True),
+        evidence={"workers": [0, 1]},
+        **_ONCE,
+    ),
+    _fault(
+        "workers_repeat_shuffled_stream",
+        "each worker shuffles and yields all of an IterableDataset",
+        partial(pipelines.stream_in_workers, split=False, shuffled=True),
+        "samples_repeated",
+        fixed=partial(pipelines.stream_in_workers, split=True, shuffled=True),
+        evidence={"workers": [0, 1]},
+        worlds=(TP,),
+        fixed_worlds=(TP,),
+        **_ONCE,
+    ),
+    _fault(
+        "loader_goes_back",
+        "the loader gives its last two batches again, and goes on",
+        pipelines.going_back,
+        "samples_repeated",
+        fixed=partial(pipelines.going_back, at=8, back=8),
+        **_ONCE,
+    ),
+    _fault(
+        "sampler_goes_back",
+        "the sampler goes back by two batches, whose images are then augmented in another way",
+        partial(pipelines.in_order, parts=(range(10), range(6, 16))),
+        "samples_repeated",
+        fixed=pipelines.with_replacement,
+        fixed_worlds=(TP,),
+        evidence={"equal": "sample indices"},
+        worlds=(TP,),
+        **_ONCE,
+    ),
+    _fault(
+        "sampler_leaves_out",
+        "the sampler leaves out two batches of its order",
+        partial(pipelines.in_order, parts=(range(6), range(10, 16))),
+        "samples_skipped",
+        fixed=partial(pipelines.in_order, parts=(range(6, 16),)),
+        fixed_worlds=(TP,),
+        worlds=(TP,),
+        **_ONCE,
+    ),
+)
+
 _CONTENTS = (
     _fault(
         "padding_multiple",
@@ -301,4 +370,4 @@ _CONTENTS = (
     ),
 )
 
-FAULTS: tuple[DataFault, ...] = (*_AUGMENTATIONS, *_ORDERS, *_REPLICAS, *_CONTENTS)
+FAULTS: tuple[DataFault, ...] = (*_AUGMENTATIONS, *_ORDERS, *_REPLICAS, *_OVER_STEPS, *_CONTENTS)

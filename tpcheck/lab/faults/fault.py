@@ -150,6 +150,7 @@ class ModelFault:
         config: Backend configuration.
         zero_stage: ZeRO stage.
         ignore_plan: Whether the backend's heuristics shard the model.
+        options: Other options of `verify_family`: the optimizer, accumulation, the loss, the batch.
         steps: Steps to train; 1 where the first step must show it.
         dtypes: The dtypes at which it must show.
         training_context: Returns the context in which both sides are trained, such as one with another loss.
@@ -169,6 +170,7 @@ class ModelFault:
     config: Mapping[str, Any] = field(default_factory=dict)
     zero_stage: int = 0
     ignore_plan: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 2
     dtypes: tuple[str, ...] = ("float64", "float32")
     training_context: Callable[[], AbstractContextManager[Any]] = nullcontext

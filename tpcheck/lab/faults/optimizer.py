@@ -23,6 +23,7 @@ from tpcheck.lab.faults.injection import (
 
 _KIND = "norm and optimizer"
 _SHARDED = ("*_proj.weight",)
+_STATE = ("optimizer_state_matches_reference",)
 
 Clip = Callable[..., Tensor]
 
@@ -373,11 +374,11 @@ FAULTS = (
                 _other_settings("*norm.weight", weight_decay=0.0), None),
     _of_updates("momentum_of_another_rank",
                 "the optimizer's state is not sharded as its parameter: each rank has that of the next",
-                _momentum_of(_of_the_next_rank), "shard_order_swapped", topology=TP4),
+                _momentum_of(_of_the_next_rank), "optimizer_state_of_another_rank", topology=TP4, checks=_STATE),
     _of_updates("momentum_of_rank_zero", "every rank has the optimizer's state of the first one's shards",
-                _momentum_of(_of_rank_zero), "shard_repeated", family="qwen3"),
+                _momentum_of(_of_rank_zero), "optimizer_state_of_another_rank", family="qwen3", checks=_STATE),
     _of_updates("momentum_lost", "the optimizer's state of sharded parameters is lost after each step",
-                _momentum_of(lambda live, momentum: torch.zeros_like(momentum)), None),
+                _momentum_of(lambda live, momentum: torch.zeros_like(momentum)), "all_zero", checks=_STATE),
     _of_updates("step_skipped_on_all_ranks", "a step is skipped on all ranks", _step_skipped, "stale_weight",
                 topology=TP4),
     _of_updates("parameter_left_out_of_the_optimizer", "a parameter is never stepped", _left_out_of_the_optimizer,

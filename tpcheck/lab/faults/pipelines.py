@@ -8,7 +8,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch import distributed as dist
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    get_worker_info,
+)
 
 from tpcheck.backends.interface import RankLike
 
@@ -257,6 +266,70 @@ def accelerated_stream(rank: PlacedRank, sharded: bool = False) -> Batches:
 
 def stream(rank: PlacedRank, sharded: bool) -> Batches:
     return DataLoader(Numbers(rank.topology.dp, rank.dp_rank) if sharded else Numbers(), batch_size=2)
+
+
+class NumbersOfWorkers(IterableDataset[Any]):
+    """A stream of one replica, all of it from every worker, or split over them; shuffled by each worker or not."""
+
+    def __init__(self, replicas: int, replica: int, *, split: bool, shuffled: bool) -> None:
+        self.numbers = list(torch.arange(LENGTH * 2 * replicas).reshape(-1, 2)[replica::replicas])
+        self.split, self.shuffled = split, shuffled
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        info = get_worker_info()
+        assert info is not None
+        numbers = self.numbers[info.id :: info.num_workers] if self.split else self.numbers
+        order = random.Random(info.id)
+        return iter(order.sample(numbers, len(numbers)) if self.shuffled else numbers)
+
+
+def stream_in_workers(rank: PlacedRank, split: bool, shuffled: bool = False) -> Batches:
+    dataset = NumbersOfWorkers(rank.topology.dp, rank.dp_rank, split=split, shuffled=shuffled)
+    return DataLoader(dataset, batch_size=2, num_workers=2)
+
+
+class NumbersOfRank(IterableDataset[Any]):
+    """A stream that is split by what torch.distributed says."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(torch.arange(LENGTH * 2).reshape(-1, 2)[dist.get_rank() :: dist.get_world_size()])
+
+
+def stream_by_world_rank(rank: PlacedRank, reads_rank: bool) -> Batches:
+    return DataLoader(NumbersOfRank() if reads_rank else Numbers(rank.topology.world_size, rank.rank), batch_size=2)
+
+
+def going_back(rank: PlacedRank, at: int = 3, back: int = 2) -> Batches:
+    """Return batches of which the last `back` before number `at` come twice; all of them twice where it is the last."""
+    batches = list(by_replica(rank, Images()))
+    at = min(at, len(batches))
+    return iter(batches[:at] + batches[max(0, at - back) :])
+
+
+class Indices(Sampler[int]):
+    """A sampler in an order of one's own."""
+
+    def __init__(self, indices: Iterable[int]) -> None:
+        self.indices = tuple(indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def in_order(rank: PlacedRank, parts: tuple[range, ...]) -> Batches:
+    """Return augmented images in the order of these indices."""
+    by_rank = torch.Generator().manual_seed(rank.dp_rank)
+    images = Images(lambda: float(torch.rand((), generator=by_rank)))
+    return DataLoader(images, batch_size=2, sampler=Indices(index for part in parts for index in part))
+
+
+def with_replacement(rank: PlacedRank) -> Batches:
+    generator = torch.Generator().manual_seed(rank.dp_rank)
+    sampler = RandomSampler(Images(), replacement=True, num_samples=4 * LENGTH, generator=generator)
+    return DataLoader(Images(), batch_size=2, sampler=sampler)
 
 
 def same_for_all(rank: PlacedRank) -> Batches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from tpcheck.backends.registry import load_backend
 from tpcheck.batches.loader import watch
@@ -22,7 +24,7 @@ from tpcheck.core.findings import Finding
 from tpcheck.core.topology import Topology
 from tpcheck.families.build import small_model
 from tpcheck.families.settings import unknown
-from tpcheck.lab.faults.checkpoint import CheckpointFault
+from tpcheck.lab.faults.checkpoint import CheckpointFault, SavedAs
 from tpcheck.lab.faults.corpus import (
     CHECKPOINT_FAULTS,
     DATA_FAULTS,
@@ -89,14 +91,15 @@ def fault_runs(
 
 def control_runs(*, dtype: str = "float64", seeds: Iterable[int] = (0,)) -> Iterator[FaultRun]:
     """Yield clean runs: every family, every layout, every fixed pipeline, and every kind of saved model."""
-    saved = {(fault.family, *fault.settings.items()): fault for fault in CHECKPOINT_FAULTS}
+    saved = {(fault.family, fault.saved_as, *fault.settings.items()): fault for fault in CHECKPOINT_FAULTS}
     for seed in seeds:
         yield from (model_control(control, dtype, seed) for control in quick_controls())
         for pipeline in DATA_FAULTS:
             if pipeline.fixed is not None:
                 yield _control(pipeline.name, seed, partial(run_data_control, pipeline, seed=seed))
         for fault in saved.values():
-            yield _control(fault.family, seed, partial(run_saved_control, fault.family, fault.settings, seed=seed))
+            control = partial(run_saved_control, fault.family, fault.settings, saved_as=fault.saved_as, seed=seed)
+            yield _control(fault.family, seed, control)
 
 
 def model_control(control: Control, dtype: str, seed: int) -> FaultRun:
@@ -182,6 +185,7 @@ def run_model_fault(
         seed=seed,
         settings=fault.settings,
         ignore_plan=fault.ignore_plan,
+        **fault.options,
         replays=replays,
         timeout=_TIMEOUT,
     )
@@ -203,9 +207,12 @@ def run_model_fault(
 def run_control(control: Control, *, dtype: str = "float64", seed: int = 0) -> FaultResult:
     """Verify a small model without an injected fault."""
     topology, zero_stage = control.topology, zero_stage_at(dtype, control.zero_stage)
-    report = verify_family(control.family, topology=topology, dtype=dtype, zero_stage=zero_stage, seed=seed)
+    report = verify_family(
+        control.family, topology=topology, dtype=dtype, zero_stage=zero_stage, seed=seed, **control.options
+    )
+    options = "".join(f" {name}={value}" for name, value in control.options.items())
     return FaultResult(
-        fault=f"{control.family} tp={topology.tp} dp={topology.dp} zero={zero_stage}",
+        fault=f"{control.family} tp={topology.tp} dp={topology.dp} zero={zero_stage}{options}",
         kind=CONTROL,
         what="no fault is injected",
         verdict=report.verdict.verdict,
@@ -221,16 +228,16 @@ def _worst_margin(report: Report) -> float:
 
 def run_checkpoint_fault(fault: CheckpointFault, *, seed: int = 0) -> FaultResult:
     """Damage one tensor of a saved model, drawn by the seed, and verify the checkpoint."""
-    tensors = drawn_tensors(fault.family, fault.settings, 2 * seed)
+    tensors = drawn_tensors(fault.family, fault.settings, 2 * seed, saved_as=fault.saved_as)
     earlier = drawn_tensors(fault.family, fault.settings, 2 * seed + 1)
     damage = fault.drawn(tensors, earlier, seed)
-    report = _verified(damage.apply(tensors), tensors, earlier)
+    report = _verified(damage.apply(tensors), tensors, earlier, fault.saved_as)
     findings = report.findings
     return _result(
         fault,
         findings,
         true_places=tuple(damage.changed),
-        place_is_right=lambda first: all(finding.where.get("parameter") in damage.changed for finding in findings),
+        place_is_right=lambda first: all(_saved_name(finding) in damage.changed for finding in findings),
         cause_is_right=lambda first: all(_is_explained(finding, fault, damage) for finding in findings),
         verdict=report.verdict.verdict,
         dtype="any",
@@ -238,12 +245,20 @@ def run_checkpoint_fault(fault: CheckpointFault, *, seed: int = 0) -> FaultResul
     )
 
 
-def run_saved_control(family: str, settings: Mapping[str, Any], *, seed: int = 0) -> FaultResult:
+def _saved_name(finding: Finding) -> str:
+    """Return the name of the tensor, as `drawn_tensors` has it."""
+    return " ".join(filter(None, (finding.where.get("parameter"), finding.where.get("field"))))
+
+
+def run_saved_control(
+    family: str, settings: Mapping[str, Any], *, saved_as: SavedAs = "safetensors", seed: int = 0
+) -> FaultResult:
     """Verify an undamaged checkpoint."""
-    tensors = drawn_tensors(family, settings, 2 * seed)
-    report = _verified(tensors, tensors, drawn_tensors(family, settings, 2 * seed + 1))
+    tensors = drawn_tensors(family, settings, 2 * seed, saved_as=saved_as)
+    report = _verified(tensors, tensors, drawn_tensors(family, settings, 2 * seed + 1), saved_as)
+    how = [] if saved_as == "safetensors" else [f"as {saved_as}"]
     return FaultResult(
-        fault=" ".join([f"saved {family}", *(f"{key}={value}" for key, value in settings.items())]),
+        fault=" ".join([f"saved {family}", *how, *(f"{key}={value}" for key, value in settings.items())]),
         kind=CONTROL,
         what="the checkpoint is undamaged",
         verdict=report.verdict.verdict,
@@ -252,8 +267,10 @@ def run_saved_control(family: str, settings: Mapping[str, Any], *, seed: int = 0
     )
 
 
-def drawn_tensors(family: str, settings: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
-    """Return random tensors with the names, shapes and ties of a small model.
+def drawn_tensors(
+    family: str, settings: Mapping[str, Any], seed: int, *, saved_as: SavedAs = "safetensors"
+) -> dict[str, Tensor]:
+    """Return random tensors with the names, shapes and ties of a small model, and moments where they are saved.
 
     Constants are drawn, too: equal tensors could not be told apart.
     """
@@ -264,15 +281,47 @@ def drawn_tensors(family: str, settings: Mapping[str, Any], seed: int) -> dict[s
         if tensor.data_ptr() not in by_storage:
             by_storage[tensor.data_ptr()] = torch.randn(tensor.shape, generator=generator)
         tensors[name] = by_storage[tensor.data_ptr()]
+    if saved_as != "safetensors":
+        drawn = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in tensors.items()}
+        tensors |= {f"{name} exp_avg": moment for name, moment in drawn.items()}
     return tensors
 
 
-def _verified(actual: Mapping[str, Tensor], reference: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> Report:
+def _verified(
+    actual: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
+    earlier: Mapping[str, Tensor],
+    saved_as: SavedAs,
+) -> Report:
     with tempfile.TemporaryDirectory(prefix="tpcheck-faults-") as folder:
         saved, before = Path(folder, "saved.safetensors"), Path(folder, "before.safetensors")
-        _save(actual, saved)
         _save(earlier, before)
-        return verify_checkpoint(saved, dict(reference), earlier=[before])
+        if saved_as == "safetensors":
+            _save(actual, saved)
+            return verify_checkpoint(saved, dict(reference), earlier=[before])
+        sides = Path(folder, "actual"), Path(folder, "reference")
+        for side, tensors in zip(sides, (actual, reference), strict=True):
+            _save_with_moments(tensors, side, saved_as)
+        return verify_checkpoint(*sides, earlier=[before])
+
+
+def _save_with_moments(tensors: Mapping[str, Tensor], folder: Path, saved_as: SavedAs) -> None:
+    """Write the model and the state of an optimizer that names its parameters, as the Trainer or `dcp.save` does."""
+    model = {name: tensor for name, tensor in tensors.items() if " " not in name}
+    state: dict[str, dict[str, Tensor]] = {name: {"step": torch.tensor(1.0)} for name in model}
+    for name in tensors.keys() - model.keys():
+        parameter, kind = name.split()
+        state[parameter][kind] = tensors[name]
+    groups = [{"lr": 1e-3, "params": [*model]}]
+    if saved_as == "dcp":
+        saved = {"model": model, "optimizer": {"state": state, "param_groups": groups}}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there are no ranks
+            save_distributed(saved, checkpoint_id=folder, no_dist=True)
+    else:
+        folder.mkdir()
+        _save(model, folder / "model.safetensors")
+        torch.save({"state": state, "param_groups": groups}, folder / "optimizer.pt")
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -338,6 +387,7 @@ def _watch(rank: Rank, build: Build, dropout: bool) -> tuple[Finding, ...]:
         every=1,
         on_mismatch="raise",
         across_dp="raise",
+        over_steps="raise",
         overlap=False,
         timeout=_BATCH_TIMEOUT,
     )

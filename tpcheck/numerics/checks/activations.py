@@ -159,7 +159,7 @@ def _modules_called_less(
     See `families.special_cases.EXPERTS_CALLED_ONCE_EACH`.
     """
     expected, *actual = (
-        Counter(module for module, _ in {(key.module, key.call) for key in activations})
+        Counter(module for module, *_ in {(key.module, key.call, key.micro_batch) for key in activations})
         for activations in (reference, *candidates)
     )
     return frozenset(module for calls in actual for module in expected if 0 < calls[module] < expected[module])
@@ -196,6 +196,8 @@ def _result_of_parent(
         module = module.rpartition(".")[0]
         for activation in compared.values():
             key = activation.key
-            if key.module == module and is_result(key) and activation.is_recomputed == inner.is_recomputed:
+            is_of_same_pass = key.micro_batch == inner.key.micro_batch
+            is_of_same_pass &= activation.is_recomputed == inner.is_recomputed
+            if key.module == module and is_result(key) and is_of_same_pass:
                 return activation
     return None

@@ -24,7 +24,7 @@ from tpcheck.numerics.checks.recompute import (
 )
 from tpcheck.numerics.checks.suspects import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.numerics.differences import distance_of_terms, rounding_error
-from tpcheck.numerics.evidence import CheckOutcome, Evidence, GradientFacts, Suspect, TensorKey
+from tpcheck.numerics.evidence import CheckOutcome, Evidence, GradientFacts, LabelFacts, Suspect, TensorKey
 
 _CHECK = "gradients_match_reference"
 
@@ -161,9 +161,15 @@ def _with_facts(evidence: Evidence, step: int, parameter: ComparedParameter, sus
         return suspect
     reference, candidate = evidence.reference[step], evidence.candidate[step]
     local, layout = reference.local_gradients.get(parameter.name), evidence.layouts[parameter.name]
+    otherwise = reference.otherwise_normalised.get(parameter.name)
     facts = GradientFacts(
         local_parts=() if local is None else layout.parts(local),
         is_reduced_over_tp=_is_reduced_over_tp(evidence, step),
+        micro_mean=_parts_by_micro_batch(layout, [each.mean.get(parameter.name) for each in reference.micro_gradients]),
+        micro_local=_parts_by_micro_batch(
+            layout, [each.local.get(parameter.name) for each in reference.micro_gradients]
+        ),
+        otherwise_normalised=() if otherwise is None else layout.parts(otherwise),
         untied={
             name: tuple(rank.gradients.get(name) for rank in candidate)
             for name in sorted(candidate[0].gradients.keys() - reference.gradients.keys())
@@ -177,7 +183,16 @@ def _with_facts(evidence: Evidence, step: int, parameter: ComparedParameter, sus
         and (other := evidence.layouts.get(name)) is not None
         and (other.shape, other.local_shapes) == (tuple(gradient.shape), layout.local_shapes)
     }
-    return replace(suspect, gradient=facts, others=others)
+    labels = LabelFacts(evidence.labels[step], evidence.dp_rank, 0) if evidence.labels else None
+    return replace(suspect, gradient=facts, others=others, labels=labels)
+
+
+def _parts_by_micro_batch(
+    layout: Any, gradients: Sequence[torch.Tensor | None]
+) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """Return each rank's part of what each micro-batch adds; nothing where one of them adds none."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    return tuple(layout.parts(gradient) for gradient in present) if len(present) == len(gradients) else ()
 
 
 def _is_reduced_over_tp(evidence: Evidence, step: int) -> bool:

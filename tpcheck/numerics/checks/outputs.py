@@ -33,6 +33,7 @@ from tpcheck.numerics.evidence import (
     EmbeddingFacts,
     Evidence,
     FusedBlocks,
+    LabelFacts,
     LossFacts,
     SiblingCollectives,
     Suspect,
@@ -87,13 +88,20 @@ def activation_suspect(
         is_replicated=placed.is_replicated,
         details=details,
     )
-    return replace(suspect, role=activation.key.role)
+    labels = _label_facts(evidence, step, activation.key.micro_batch) if activation.expected.numel() == 1 else None
+    return replace(suspect, role=activation.key.role, labels=labels)
+
+
+def _label_facts(evidence: Evidence, step: int, micro_batch: int) -> LabelFacts | None:
+    return LabelFacts(evidence.labels[step], evidence.dp_rank, micro_batch) if evidence.labels else None
 
 
 def _where(key: TensorKey, step: int, module: str) -> dict[str, Any]:
     field = f"{key.role} {key.path}"
     if module != key.module:
         field += f" of {key.module}"
+    if key.micro_batch:
+        field += f", micro-batch {key.micro_batch}"
     return {"phase": key.phase, "step": step, "module": module, "field": field}
 
 
@@ -232,5 +240,6 @@ def _compare_loss(evidence: Evidence, step: int, activations: ComparedActivation
         actual_parts=tuple(actual),
         expected_parts=(expected_loss,) * len(losses),
         loss=_loss_facts(evidence, step, activations),
+        labels=None if evidence.reference[step].micro_gradients else _label_facts(evidence, step, 0),
     )
     return margin, [suspect]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def recompute_linear(evidence: Evidence, step: int, key: TensorKey, allowed: flo
     """
     name = f"{key.module}.weight"
     layout = evidence.layouts.get(name)
-    input_key = TensorKey(key.phase, key.module, key.call, "input", "0")
+    input_key = replace(key, role="input", path="0")
     reference = evidence.reference[step].activations
     full_input, expected = reference.get(input_key), reference.get(key)
     if layout is None or full_input is None or key.role != "output" or key.phase != "forward":
@@ -56,7 +57,7 @@ def recompute_input_gradient(evidence: Evidence, step: int, key: TensorKey, allo
     name = f"{key.module}.weight"
     layout = evidence.layouts.get(name)
     placement = layout.placement() if layout is not None else None
-    output_key = TensorKey(key.phase, key.module, key.call, "output", "0")
+    output_key = replace(key, role="output", path="0")
     full_gradient, expected = (evidence.reference[step].activations.get(each) for each in (output_key, key))
     weight, parts = evidence.weights_before(step).get(name), weight_parts(evidence, step, name)
     gradients = [rank.activations.get(output_key) for rank in evidence.candidate[step]]
@@ -83,9 +84,9 @@ def recompute_weight_gradient(
     None where the reference's do not give its gradient (the module is no linear one, or the weight is used elsewhere,
     too), and over DP, where no rank has the inputs of all.
     """
-    input_key = TensorKey("forward", parameter.module, 0, "input", "0")
-    output_key = TensorKey("backward", parameter.module, 0, "output", "0")
-    expected_product = _gradient_product(evidence.reference[step].activations, input_key, output_key)
+    reference = evidence.reference[step]
+    num_micro_batches = max(1, len(reference.micro_gradients))
+    expected_product = _gradient_product(reference.activations, parameter.module, num_micro_batches)
     if evidence.topology.dp > 1 or expected_product is None or expected_product.shape != parameter.expected.shape:
         return None
     if (
@@ -94,15 +95,26 @@ def recompute_weight_gradient(
     ):
         return None
     weights = weight_parts(evidence, step, parameter.name)
-    products = [_gradient_product(rank.activations, input_key, output_key) for rank in evidence.candidate[step]]
+    products = [
+        _gradient_product(rank.activations, parameter.module, num_micro_batches) for rank in evidence.candidate[step]
+    ]
     recomputed = tuple(product for product in products if product is not None)
     shapes = [] if weights is None else [part.shape for part in weights]
     return recomputed if [part.shape for part in recomputed] == shapes else None
 
 
-def _gradient_product(
-    activations: Mapping[TensorKey, Any], input_key: TensorKey, output_key: TensorKey
-) -> torch.Tensor | None:
+def _gradient_product(activations: Mapping[TensorKey, Any], module: str, num_micro_batches: int) -> torch.Tensor | None:
+    """Return the sum over the micro-batches of what inputs and output gradients of a linear module give."""
+    products = [_product_of_micro_batch(activations, module, number) for number in range(num_micro_batches)]
+    known = [product for product in products if product is not None]
+    if len(known) < len(products) or len({product.shape for product in known}) > 1:
+        return None
+    return torch.stack(known).sum(dim=0)
+
+
+def _product_of_micro_batch(activations: Mapping[TensorKey, Any], module: str, micro_batch: int) -> torch.Tensor | None:
+    input_key = TensorKey("forward", module, 0, "input", "0", micro_batch)
+    output_key = TensorKey("backward", module, 0, "output", "0", micro_batch)
     inputs, gradients = activations.get(input_key), activations.get(output_key)
     if inputs is None or gradients is None or inputs.shape[:-1] != gradients.shape[:-1] or inputs.dim() < 2:
         return None

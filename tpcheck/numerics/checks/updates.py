@@ -171,15 +171,21 @@ def _weight_suspects(evidence: Evidence, step: int, wrong: Sequence[ComparedPara
             details["note"] = "the reference's weight is the same as before this step"
         where = {"phase": "update", "step": step}
         suspect = parameter_suspect(evidence, parameter, check=_CHECK, kind="update", where=where, details=details)
+        facts = _step_facts(evidence, step, name, shares.get(name, {}))
         suspects.append(
             replace(
                 suspect,
-                step=_step_facts(evidence, step, name, shares.get(name, {})),
+                step=replace(facts, on_shards=_on_shards(evidence, step, name)),
                 norms=of_parameter,
                 replicas=_replica_facts(evidence, step, "parameter", name),
             )
         )
     return suspects
+
+
+def _on_shards(evidence: Evidence, step: int, name: str) -> tuple[torch.Tensor, ...]:
+    by_rank = evidence.on_shards[step] if evidence.on_shards else ()
+    return tuple(weights[name] for weights in by_rank if name in weights)
 
 
 def _replica_facts(evidence: Evidence, step: int, kind: str, name: str) -> ReplicaFacts:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from math import inf
 from typing import Any
 
 import torch
 
 from tpcheck.backends.checkpoint_format import Checkpoint
 from tpcheck.core.causes import Cause, Explanation, first_explanation
-from tpcheck.families.special_cases import FUSED_PARAMETER, VOCABULARY_PARAMETER
+from tpcheck.families.special_cases import (
+    FUSED_GATE_AND_UP,
+    FUSED_KEY_AND_VALUE,
+    FUSED_PARAMETER,
+    ROTATED_PARAMETER,
+    VOCABULARY_PARAMETER,
+)
 from tpcheck.numerics.exact.checkpoint_tensor import (
     BitComparer,
     CheckpointTensor,
@@ -20,10 +28,12 @@ from tpcheck.numerics.exact.checkpoint_tensor import (
     element_difference,
     is_constant,
 )
+from tpcheck.numerics.exact.rotary import rotary_order
 from tpcheck.numerics.exact.slice_matching import Slices, explain_slices, find_runs, slice_digests
 
 _NARROWER = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 _MIN_COUNT = 2  # one element that is zero, or a multiple, may be so by chance
+_MIN_OFFSET = 8  # of the largest rounding error: a constant that one error in 2 x 8 bounds could hide is not named
 _MAX_SLICES = 1 << 20  # slices whose digests are kept and looked up: 200 MB; no vocabulary is larger
 
 
@@ -128,6 +138,34 @@ def duplicate_reduce(context: Context) -> Explanation | None:
     return Explanation(Cause.DUPLICATE_REDUCE, evidence={"factor": factor, **_rows(difference)})
 
 
+def offset_by_constant(context: Context) -> Explanation | None:
+    """Every wrong element of a vector, as norms' weights are, is the expected one plus one constant, rounded once.
+
+    Rounding moves a result by half a unit in its last place at most, so that each element bounds the constant from both
+    sides; one constant must lie within all bounds. It must stand out from the rounding, and so must the differences
+    between the elements: otherwise a tensor that is nearly constant is any other one plus a constant.
+    """
+    difference, expected = context.difference, context.expected
+    is_vector = len(expected.shape) == 1 and expected.dtype.is_floating_point and expected.dtype.itemsize > 1
+    if difference is None or not is_vector or difference.count < max(_MIN_COUNT, len(difference.rows)):
+        return None  # or some of the elements in between are right
+    lowest, highest, rounding, smallest, largest = -inf, inf, 0.0, inf, -inf
+    half_ulp = torch.finfo(expected.dtype).eps / 2
+    for piece in expected.pieces(difference.rows):
+        new, old = (side.read(piece).double() for side in (context.actual, expected))
+        bound = torch.maximum(new.abs(), old.abs()) * half_ulp
+        lowest = max(lowest, float((new - old - bound).max()))
+        highest = min(highest, float((new - old + bound).min()))
+        rounding = max(rounding, float(bound.max()))
+        smallest, largest = min(smallest, float(old.min())), max(largest, float(old.max()))
+        if not lowest <= highest:  # NaN, too
+            return None
+    constant = next((whole for whole in (1.0, -1.0) if lowest <= whole <= highest), (lowest + highest) / 2)
+    if min(abs(constant), largest - smallest) <= _MIN_OFFSET * rounding:
+        return None
+    return Explanation(Cause.OFFSET_BY_CONSTANT, evidence={"constant": constant, **_rows(difference)})
+
+
 def _rows(difference: ElementDifference) -> dict[str, list[int]]:
     return {"rows": [difference.rows.start, difference.rows.stop]}
 
@@ -145,6 +183,55 @@ def transposed(context: Context) -> Explanation | None:
     if len(expected.shape) != 2 or actual.shape != expected.shape[::-1] or min(expected.shape) < 2:
         return None
     return Explanation(Cause.TRANSPOSED) if torch.equal(slice_digests(actual, 0), slice_digests(expected, 1)) else None
+
+
+# Two parameters of one layer that have one shape, by the words of their names that tell them apart.
+_PARTNERS: Mapping[Cause, tuple[tuple[str, str], ...]] = {
+    Cause.GATE_UP_EXCHANGED: (("gate", "up"), ("w1", "w3"), ("wi_0", "wi_1"), ("c_fc_0", "c_fc_1")),
+    Cause.KEY_VALUE_EXCHANGED: (("k", "v"), ("key", "value"), ("keys", "values"), ("wk", "wv")),
+}
+
+
+def exchanged_with_partner(context: Context) -> Explanation | None:
+    """Where this tensor is wrong it holds its partner's elements, and the partner holds those of this one."""
+    difference, names = context.difference, frozenset(context.reference.names())
+    if difference is None:
+        return None
+    saved = frozenset(context.actual.checkpoint.names())
+    for cause, rename in _renames_to_partner():
+        name, actual_name = rename(context.expected.name), rename(context.actual.name)
+        if name not in names or actual_name not in saved or name == context.expected.name:
+            continue
+        partner, actual_partner = replace(context.expected, name=name), replace(context.actual, name=actual_name)
+        tensors = (context.actual, context.expected, actual_partner, partner)
+        if len({(tensor.shape, tensor.dtype) for tensor in tensors}) == 1 and _are_exchanged(*tensors, difference.rows):
+            return Explanation(cause, evidence={"partner": name, **_rows(difference)})
+    return None
+
+
+def _renames_to_partner() -> Iterator[tuple[Cause, Callable[[str], str]]]:
+    """Yield functions that put one word of a pair in place of the other, where it is last in a name."""
+    for cause, pairs in _PARTNERS.items():
+        for pair in pairs:
+            for word, other in (pair, pair[::-1]):
+                pattern = re.compile(rf"(.*)(?<![A-Za-z0-9]){word}(?![A-Za-z0-9])")
+                yield cause, partial(pattern.sub, rf"\g<1>{other}", count=1)
+
+
+def _are_exchanged(
+    actual: CheckpointTensor,
+    expected: CheckpointTensor,
+    actual_partner: CheckpointTensor,
+    expected_partner: CheckpointTensor,
+    rows: range,
+) -> bool:
+    for piece in expected.pieces(rows):
+        sides = (actual, expected, actual_partner, expected_partner)
+        new, right, new_partner, right_partner = (bit_view(side.read(piece)) for side in sides)
+        wrong = new != right
+        if not torch.equal(new[wrong], right_partner[wrong]) or not torch.equal(new_partner[wrong], right[wrong]):
+            return False
+    return True
 
 
 def another_layer(context: Context) -> Explanation | None:
@@ -168,20 +255,42 @@ def _without_numbers(name: str) -> str:
 def moved_slices(context: Context) -> Explanation | None:
     """Slices along a dim equal expected ones at other positions, or not all of them are there."""
     for dim in _comparable_dims(context.actual, context.expected):
-        actual, expected = (slice_digests(side, dim).tolist() for side in (context.actual, context.expected))
+        digests = [slice_digests(side, dim) for side in (context.actual, context.expected)]
+        actual, expected = (side.tolist() for side in digests)
         if len(set(expected)) < 2:
             continue  # all slices are equal
+        if len(actual) == len(expected) and ROTATED_PARAMETER.matches(context.expected.name):
+            order = rotary_order(*digests)
+            if order is not None:
+                return Explanation(Cause.ROTARY_LAYOUT, evidence={"dim": dim, **order.evidence()})
         slices = Slices(
             runs=find_runs(actual, expected),
             num_actual=len(actual),
             num_expected=len(expected),
             is_vocabulary=_is_vocabulary(context, dim),
             is_fused=FUSED_PARAMETER.matches(context.expected.name),
+            may_exchange=_fused_pair(context.expected.name),
+            num_keys=_num_keys(context.reference.config, len(expected)),
         )
         explanation = explain_slices(slices)
         if explanation is not None:
             return replace(explanation, evidence={"dim": dim, **explanation.evidence})
     return None
+
+
+def _fused_pair(name: str) -> Cause | None:
+    """Return what it is called if two blocks of this fused parameter are exchanged."""
+    if FUSED_GATE_AND_UP.matches(name):
+        return Cause.GATE_UP_EXCHANGED
+    return Cause.KEY_VALUE_EXCHANGED if FUSED_KEY_AND_VALUE.matches(name) else None
+
+
+def _num_keys(config: Mapping[str, Any], num_rows: int) -> int | None:
+    """Return how many rows of a fused Q, K and V are keys, by the model's configuration."""
+    heads, key_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if not isinstance(heads, int) or not isinstance(key_heads, int) or heads < 1 or key_heads < 1:
+        return None
+    return num_rows * key_heads // (heads + 2 * key_heads)
 
 
 def _comparable_dims(actual: CheckpointTensor, expected: CheckpointTensor) -> Iterator[int]:
@@ -210,7 +319,9 @@ TESTS: tuple[Callable[[Context], Explanation | None], ...] = (
     stale_weight,
     dtype_rounded,
     duplicate_reduce,
+    offset_by_constant,
     transposed,
+    exchanged_with_partner,
     another_layer,
     moved_slices,
 )
@@ -223,6 +334,7 @@ def explain_tensor_in_memory(
     others: Mapping[str, torch.Tensor],
     *,
     earlier: Mapping[str, torch.Tensor] | None = None,
+    actual_others: Mapping[str, torch.Tensor] | None = None,
 ) -> Explanation | None:
     """Return what happened to a tensor that is not the expected one, or None where its bits do not show it.
 
@@ -230,9 +342,13 @@ def explain_tensor_in_memory(
         name: Name of the parameter.
         others: Other tensors of the model by name, which `actual` may be instead.
         earlier: The same parameter at earlier steps, by the name of the step.
+        actual_others: Other tensors of the model that `actual` belongs to, by name.
     """
     reference = _TensorsInMemory({**others, name: expected})
-    tensors = CheckpointTensor(_TensorsInMemory({name: actual}), name), CheckpointTensor(reference, name)
+    tensors = (
+        CheckpointTensor(_TensorsInMemory({**(actual_others or {}), name: actual}), name),
+        CheckpointTensor(reference, name),
+    )
     difference = element_difference(*tensors) if actual.shape == expected.shape else None
     steps = {step: _TensorsInMemory({name: tensor}) for step, tensor in (earlier or {}).items()}
     with BitComparer() as comparer:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate, pairwise
 from math import gcd, prod
+from typing import Any
 
 import torch
 
@@ -134,6 +135,8 @@ class Slices:
         num_actual, num_expected: How many there are.
         is_vocabulary: Whether the indices of the dim are tokens.
         is_fused: Whether the name says that the tensor holds several matrices (Q, K and V; gate and up).
+        may_exchange: What it is called if its last two matrices are exchanged; None where its name shows no such.
+        num_keys: How many slices of a fused Q, K and V are keys, where that is known.
     """
 
     runs: tuple[Run, ...]
@@ -141,6 +144,8 @@ class Slices:
     num_expected: int
     is_vocabulary: bool = False
     is_fused: bool = False
+    may_exchange: Cause | None = None
+    num_keys: int | None = None
 
     @property
     def all_found(self) -> bool:
@@ -193,6 +198,36 @@ def full_copies(slices: Slices) -> Explanation | None:
     if slices.num_actual > slices.num_expected and set(copies) == {(0, slices.num_expected)}:
         return Explanation(Cause.NOT_SHARDED, evidence={"copies": len(copies)})
     return None
+
+
+def exchanged_blocks(slices: Slices) -> Explanation | None:
+    """Gate and up, or K and V, of a fused tensor are in each other's place: as a whole, or in some ranks' parts."""
+    moved = [run for run in slices.runs if run.source is not None and run.shift]
+    distances = {abs(run.shift) for run in moved}
+    if slices.may_exchange is None or len(distances) != 1 or not _is_permutation(slices.runs, slices.num_expected):
+        return None
+    distance, total = distances.pop(), slices.num_expected
+    if slices.may_exchange is Cause.GATE_UP_EXCHANGED:
+        are_exchanged = 2 * distance == total
+    else:
+        are_exchanged = _are_keys_and_values(moved, distance, total, slices.num_keys)
+    if not are_exchanged:
+        return None
+    first = [run for run in moved if run.shift < 0]
+    evidence: dict[str, Any] = {"distance": distance, "rows": [[run.start, run.stop] for run in first]}
+    if len(first) == 1 and distance % first[0].length == 0 and first[0].length < distance:  # one of the ranks' parts
+        start = first[0].start % distance
+        evidence |= {"tp_rank": start // first[0].length, "tp": distance // first[0].length}
+    return Explanation(slices.may_exchange, evidence=evidence)
+
+
+def _are_keys_and_values(moved: Sequence[Run], distance: int, total: int, num_keys: int | None) -> bool:
+    """Return whether these are slices of K and V: the last two blocks of all rows, or of each group of heads."""
+    if min(run.start for run in moved) >= total - 2 * distance and 3 * distance <= total:
+        return num_keys in (None, distance)
+    ends = [run.stop + distance for run in moved if run.shift < 0]
+    group = reduce(gcd, ends, total)
+    return all(run.length == distance for run in moved) and group >= 3 * distance
 
 
 def fused_blocks(slices: Slices) -> Explanation | None:
@@ -288,6 +323,7 @@ def _cause_of_shift(slices: Slices) -> Cause:
 TESTS: tuple[Callable[[Slices], Explanation | None], ...] = (
     one_shard,
     full_copies,
+    exchanged_blocks,
     fused_blocks,
     swapped_shards,
     repeated_shards,

@@ -12,7 +12,16 @@ from collections.abc import Collection, Mapping
 
 from tpcheck.core.causes import Explanation, first_explanation
 from tpcheck.numerics.evidence import Kind, Suspect
-from tpcheck.numerics.hypotheses import gradients, layout, optimizer, reductions, values, vocabulary, weights
+from tpcheck.numerics.hypotheses import (
+    accumulation,
+    gradients,
+    layout,
+    optimizer,
+    reductions,
+    values,
+    vocabulary,
+    weights,
+)
 from tpcheck.numerics.hypotheses.proof import Test, first_confirmed
 
 
@@ -26,13 +35,20 @@ def applicable(suspect: Suspect) -> tuple[Test, ...]:
     return (values.not_finite,) if suspect.kind in _COMPUTED and values.loses_numbers(suspect) else TESTS[suspect.kind]
 
 
-_COMPUTED: Collection[Kind] = ("activation", "input_gradient", "gradient", "update")  # weights are compared by bits
+_COMPUTED: Collection[Kind] = (
+    "activation",
+    "input_gradient",
+    "gradient",
+    "update",
+    "state",
+)  # weights are compared by bits
 
 TESTS: Mapping[Kind, tuple[Test, ...]] = {
     "group": (layout.another_group,),
     "sharding": (layout.not_sharded, layout.shard_missing, layout.remainder_lost),
     "weight": (weights.full_weight, weights.each_rank),
     "activation": (
+        accumulation.loss_divided_otherwise,
         layout.fused_blocks_interleaved,
         reductions.terms_of_output,
         reductions.times_tp,
@@ -61,6 +77,8 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
     "gradient": (
         gradients.missing,
         reductions.terms_of_parameter_gradient,
+        first_confirmed(accumulation.gradient_hypotheses),
+        accumulation.unreduced_over_tp,
         reductions.where_replicas_are_averaged(reductions.times_dp),
         reductions.where_replicas_are_averaged(reductions.over_dp),
         gradients.multiple,
@@ -79,5 +97,6 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
         optimizer.clipped_by_another_norm,
         optimizer.replicas_drift_in_step,
     ),
+    "state": (optimizer.state_of_another_rank, values.all_zero, gradients.multiple, values.dtype_rounded),
     "replica": (reductions.terms_of_replicas, optimizer.replicas_drift),
 }

@@ -8,8 +8,9 @@ from math import log10
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.clipping import EPSILONS
+from tpcheck.numerics.differences import frobenius_distance
 from tpcheck.numerics.evidence import Suspect
-from tpcheck.numerics.hypotheses.proof import Hypothesis, wrong_tp_ranks
+from tpcheck.numerics.hypotheses.proof import Hypothesis, largest_residual, same_shapes, wrong_tp_ranks
 from tpcheck.numerics.norms import explain_norm, groups_with_own_norm
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, RESIDUAL_EXACT
 
@@ -79,8 +80,13 @@ def clipped_by_another_norm(suspect: Suspect) -> Explanation | None:
 
 
 def step_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:
-    """Yield the weights without this step, then with the momentum of another rank's shard: of one rank, or the next."""
+    """Yield the weights if the optimizer sees shards, and without this step; then with another shard's momentum.
+
+    The momentum is that of one rank everywhere, or that of the next rank.
+    """
     step, tp = suspect.step, len(suspect.actual_parts)
+    if step.on_shards:
+        yield Hypothesis(Cause.OPTIMIZER_SEES_ONE_SHARD, step.on_shards)
     if step.before:
         yield Hypothesis(Cause.STALE_WEIGHT, step.before)
     if not step.momentum_parts:
@@ -95,6 +101,28 @@ def step_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:
         )
         note = "the momentum of another rank's shard gives these weights"
         yield Hypothesis(cause, predicted, {"momentum_of_tp_rank": sources, "note": note})
+
+
+def state_of_another_rank(suspect: Suspect) -> Explanation | None:
+    """Every wrong rank holds, of a parameter that is sharded, the state of another rank's shard."""
+    if suspect.is_replicated or not same_shapes(suspect.actual_parts, suspect.expected_parts):
+        return None
+    limit, sources = largest_residual(suspect), []
+    for tp_rank in wrong_tp_ranks(suspect):
+        actual = suspect.actual_parts[tp_rank]
+        source = next(
+            (
+                other
+                for other, expected in enumerate(suspect.expected_parts)
+                if other != tp_rank and expected.shape == actual.shape and frobenius_distance(actual, expected) <= limit
+            ),
+            None,
+        )
+        if source is None:
+            return None
+        sources.append(source)
+    evidence = {"state_of_tp_rank": sources}
+    return Explanation(Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK, evidence=evidence) if sources else None
 
 
 def replicas_drift_in_step(suspect: Suspect) -> Explanation | None:

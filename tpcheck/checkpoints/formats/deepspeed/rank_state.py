@@ -5,7 +5,7 @@ The masters are joined from the partitions that ZeRO gives the data-parallel ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -48,14 +48,51 @@ class Partitions:
         Args:
             shapes_by_group: `param_shapes` of the model states.
         """
-        groups = [dict(_shapes(self._path, group)) for group in sequence(shapes_by_group)]
+        groups = self._groups(shapes_by_group)
+        if self.stage == 3:
+            return self._by_parameter(groups, [self._flat(state, "fp32_flat_groups") for state in self._states])
+        key = "single_partition_of_fp32_groups"
+        return self._by_group(groups, [self._flat(state, key, len(groups)) for state in self._states])
+
+    def moments(self, shapes_by_group: Any) -> dict[str, dict[str, Shard]]:
+        """Return the optimizer's tensors of each parameter, by their kind, such as `exp_avg`.
+
+        They are flattened and cut as the weights are. Kinds whose tensors are not as long as the weights are left out.
+        """
+        groups = self._groups(shapes_by_group)
+        weights = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
+        states = [mapping(self._optimizer(state).get("state")) for state in self._states]
+        lengths = [[prod(flat.shape) for flat in self._flat(state, weights)] for state in self._states]
+        moments: dict[str, dict[str, Shard]] = {}
+        for kind in dict.fromkeys(kind for group in states[0].values() for kind in mapping(group)):
+            flats = [[mapping(group).get(kind) for _, group in sorted(state.items())] for state in states]
+            if all(map(_are_flat, flats, lengths)):
+                combined: Callable[..., dict[str, Shard]] = self._by_parameter if self.stage == 3 else self._by_group
+                moments[str(kind)] = combined(groups, flats)
+        return moments
+
+    def common_states(self) -> tuple[Any, dict[str, Any], Any]:
+        """Return what every rank has: the options of the parameter groups, their step counts, the loss scaler."""
+        state = self._states[0]
+        optimizer = self._optimizer(state)
+        steps = {
+            f"optimizer group {number}": group["step"]
+            for number, group in mapping(optimizer.get("state")).items()
+            if "step" in mapping(group)
+        }
+        return optimizer.get("param_groups"), steps, state.get("loss_scaler")
+
+    def _optimizer(self, state: Mapping[Any, Any]) -> Mapping[Any, Any]:
+        return mapping(state.get("optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"))
+
+    def _groups(self, shapes_by_group: Any) -> list[Shapes]:
+        groups: list[Shapes] = [dict(_shapes(self._path, group)) for group in sequence(shapes_by_group)]
         if not groups:
             raise CheckpointError(f"{self._path} has no parameters: the model states have no param_shapes.")
-        return self._by_parameter(groups) if self.stage == 3 else self._by_group(groups)
+        return groups
 
-    def _by_group(self, groups: Sequence[Shapes]) -> dict[str, Shard]:
+    def _by_group(self, groups: Sequence[Shapes], flats: Sequence[Flat]) -> dict[str, Shard]:
         """ZeRO 1 and 2 flatten each parameter group and cut it over the ranks."""
-        flats = [self._flat(state, "single_partition_of_fp32_groups", len(groups)) for state in self._states]
         paddings = self._states[0].get("param_alignment_paddings")
         shards: dict[str, Shard] = {}
         for index, shapes in enumerate(groups):
@@ -69,9 +106,8 @@ class Partitions:
             self._require_all_used(position, sum(prod(partition.shape) for partition in partitions))
         return shards
 
-    def _by_parameter(self, groups: Sequence[Shapes]) -> dict[str, Shard]:
+    def _by_parameter(self, groups: Sequence[Shapes], flats: Sequence[Flat]) -> dict[str, Shard]:
         """ZeRO 3 cuts each parameter over the ranks and flattens the parts of each rank."""
-        flats = [self._flat(state, "fp32_flat_groups") for state in self._states]
         shards: dict[str, Shard] = {}
         position = 0
         for name, shape in (item for shapes in groups for item in shapes.items()):
@@ -119,6 +155,11 @@ class Partitions:
                 f"{self._path} and the files of other ranks hold {available} elements, but their parameters have "
                 f"{used}."
             )
+
+
+def _are_flat(tensors: Sequence[Any], lengths: Sequence[int]) -> bool:
+    are_flat = all(isinstance(tensor, StorageView) and len(tensor.shape) == 1 for tensor in tensors)
+    return are_flat and [prod(tensor.shape) for tensor in tensors] == list(lengths)
 
 
 def frozen_shards(path: Path, states: Mapping[int, Mapping[Any, Any]]) -> dict[str, Shard]:
@@ -205,6 +246,8 @@ class RankState:
         unread: The reason for each entry that cannot be read as a tensor.
         info: `universal_checkpoint_info`: how AutoTP cut the parameters.
         metadata: Values that all ranks must have in common.
+        model_states: The model states of dp_rank 0, as they are in the file.
+        partitions: The optimizer's partitions; None without ZeRO.
     """
 
     path: Path
@@ -218,6 +261,8 @@ class RankState:
     unread: Mapping[str, str]
     info: Mapping[Any, Any]
     metadata: Mapping[str, Any]
+    model_states: Mapping[Any, Any]
+    partitions: Partitions | None
 
     @property
     def version(self) -> str:
@@ -276,6 +321,8 @@ def read_rank_state(
         unread=unread,
         info=mapping(state.get("universal_checkpoint_info")),
         metadata={**metadata, **mapping(state.get("checkpoint_parallel_dimensions"))},
+        model_states=state,
+        partitions=partitions,
     )
 
 

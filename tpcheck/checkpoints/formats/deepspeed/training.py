@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpcheck.backends.checkpoint_format import ReadOptions
+from tpcheck.backends.checkpoint_format import ReadOptions, TrainingStates
 from tpcheck.checkpoints.formats.deepspeed.autotp_layouts import AutoTPLayouts
 from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import LayoutError, MergedTensor, Shard, same_bits
 from tpcheck.checkpoints.formats.deepspeed.rank_files import (
     TrainingFolder,
     looks_like_training,
+    mapping,
     step_folder,
     training_folder,
 )
 from tpcheck.checkpoints.formats.deepspeed.rank_state import RankState, read_rank_state
 from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint
 from tpcheck.checkpoints.formats.files import Files, is_folder, read_config, shortened
+from tpcheck.checkpoints.formats.storage_view import StorageView
+from tpcheck.checkpoints.formats.training_states import COUNT, StateTable
 from tpcheck.core.errors import CheckpointError
 
 _COMPARED = 1024
@@ -86,6 +89,7 @@ def _open(root: Path, folder: TrainingFolder, files: Files, options: ReadOptions
         ties=tuple(tied for tied in ties if tied <= tensors.keys()),
         unread=unread,
         inconsistent_replicas=inconsistent,
+        read_states=lambda: read_training_states(states, layouts, files),
     )
 
 
@@ -99,10 +103,21 @@ def _merge(
     """Merge the shards of the tensor that has these tied names, or return why they cannot be merged."""
     try:
         shards = [_shard(names, state) for state in states]
+    except LayoutError as error:
+        return error
+    return merge_shards(
+        names, shards, layouts, files, is_parameter=len(states) > 1 and names[0] not in states[0].buffers
+    )
+
+
+def merge_shards(
+    names: Sequence[str], shards: Sequence[Shard], layouts: AutoTPLayouts, files: Files, *, is_parameter: bool
+) -> MergedTensor | _InconsistentReplicas | LayoutError:
+    """Merge the shards of TP ranks by the layout of the parameter with these names, or as replicas."""
+    try:
         dtypes = {shard.dtype for shard in shards if shard.numel}
         if len(dtypes) > 1:
             raise LayoutError(f"mp ranks hold it as {' and '.join(sorted(map(str, dtypes)))}")
-        is_parameter = len(shards) > 1 and names[0] not in states[0].buffers
         merged = (layouts.merge(name, shards) for name in names if is_parameter)
         stated = next((tensor for tensor in merged if tensor is not None), None)
         tensor = stated or _replicated(shards)
@@ -180,3 +195,63 @@ def _description(states: Sequence[RankState]) -> str:
     if first.stage is None:
         return f"{writer} training checkpoint, {sizes}: the module's weights"
     return f"{writer} training checkpoint, {sizes}, ZeRO {first.stage}: the optimizer's float32 weights"
+
+
+def read_training_states(states: Sequence[RankState], layouts: AutoTPLayouts, files: Files) -> TrainingStates | None:
+    """Return the optimizer's tensors, merged as the weights are, and what the first rank saved of all ranks."""
+    table = StateTable()
+    first = states[0]
+    moments = [_moments(state) for state in states]
+    for kind, by_parameter in moments[0].items():
+        for name in by_parameter:
+            shards = [of_rank.get(kind, {}).get(name) for of_rank in moments]
+            held = [shard for shard in shards if shard is not None]
+            if len(held) < len(shards):
+                table.unread[f"{name} {kind}"] = "some mp ranks do not hold it"
+                continue
+            merged = merge_shards((name,), held, layouts, files, is_parameter=len(states) > 1)
+            if isinstance(merged, MergedTensor):
+                table.tensors[f"{name} {kind}"] = merged
+            else:
+                table.unread[f"{name} {kind}"] = str(merged)
+    if first.partitions is not None:
+        groups, steps, scaler = first.partitions.common_states()
+        table.add_groups(groups, files)
+        counted = StateTable()
+        counted.add_entries(steps, files, {})
+        table.add_steps(counted.values)
+        table.add("scaler", scaler, files)
+    else:
+        optimizer = mapping(first.model_states.get("optimizer"))
+        table.add_optimizer({**optimizer, "state": _steps(optimizer)}, files, {})
+    add_common_states(table, first.model_states, files)
+    return table.states(files)
+
+
+def add_common_states(table: StateTable, model_states: Mapping[Any, Any], files: Files) -> None:
+    """Add the scheduler and the counts of the model states."""
+    for key, name in {"lr_scheduler": "scheduler", "global_steps": COUNT, "skipped_steps": "skipped steps"}.items():
+        if model_states.get(key) is not None:
+            table.add(name, model_states[key], files)
+
+
+def _moments(state: RankState) -> Mapping[str, Mapping[str, Shard]]:
+    """Return the optimizer's tensors of one TP rank by kind and parameter."""
+    if state.partitions is not None:
+        return state.partitions.moments(state.model_states.get("param_shapes"))
+    by_number = mapping(mapping(state.model_states.get("optimizer")).get("state"))
+    names = [name for name in state.shards if name not in state.buffers and name not in state.ties]
+    trained = [name for name in names if name not in mapping(state.model_states.get("frozen_param_shapes"))]
+    moments: dict[str, dict[str, Shard]] = {}
+    for number, name in zip(sorted(by_number), trained, strict=False):
+        for kind, value in mapping(by_number[number]).items():
+            if isinstance(value, StorageView) and value.shape == state.shards[name].shape and value.shape:
+                moments.setdefault(str(kind), {})[name] = Shard.of(value)
+    # Numbers are those of the module's parameters in order only if all shapes agree.
+    are_all = len(by_number) == len(trained) and all(len(names) == len(trained) for names in moments.values())
+    return moments if are_all else {}
+
+
+def _steps(optimizer: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    by_number = mapping(optimizer.get("state"))
+    return {number: {"step": mapping(kinds)["step"]} for number, kinds in by_number.items() if "step" in mapping(kinds)}

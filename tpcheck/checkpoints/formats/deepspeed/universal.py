@@ -6,16 +6,17 @@ shapes that the conversion of ZeRO 3 without tensor parallelism leaves out (deep
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from tpcheck.backends.checkpoint_format import ReadOptions
+from tpcheck.backends.checkpoint_format import ReadOptions, TrainingStates
 from tpcheck.checkpoints.formats.deepspeed.merge_tp_shards import MergedTensor, Shard
 from tpcheck.checkpoints.formats.deepspeed.rank_files import mapping, sequence, step_folder
 from tpcheck.checkpoints.formats.deepspeed.rank_state import CLASSES, load_states
+from tpcheck.checkpoints.formats.deepspeed.training import add_common_states
 from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint, TensorInFiles
 from tpcheck.checkpoints.formats.files import (
     Files,
@@ -29,11 +30,13 @@ from tpcheck.checkpoints.formats.files import (
 )
 from tpcheck.checkpoints.formats.storage_view import StorageView
 from tpcheck.checkpoints.formats.torch_files import load
+from tpcheck.checkpoints.formats.training_states import StateTable
 from tpcheck.core.errors import CheckpointError
 
 POINTER = "latest_universal"
 PARAMETERS = "zero"
 WEIGHTS = "fp32.pt"
+OPTIMIZER = "optimizer_state.pt"
 STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
 
@@ -66,12 +69,14 @@ class _States:
         buffers: The buffers by name.
         ties: The name of a parameter for each further name of it.
         frozen: Names of frozen parameters, which ZeRO 3 keeps in fragments.
+        model_states: The whole file.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     buffers: Mapping[str, StorageView]
     ties: Mapping[str, str]
     frozen: tuple[str, ...]
+    model_states: Mapping[Any, Any]
 
 
 def _open(root: Path, folder: Path, files: Files, options: ReadOptions) -> FileCheckpoint:
@@ -98,12 +103,42 @@ def _open(root: Path, folder: Path, files: Files, options: ReadOptions) -> FileC
     replaced = [alias for alias in tied if alias in names]
     note = f"; {', '.join(replaced[:3])} read as tied, not from separate files" if replaced else ""
     return FileCheckpoint(
-        files, f"DeepSpeed universal checkpoint{note}", tensors, read_config(root, files), groups, unread
+        files,
+        f"DeepSpeed universal checkpoint{note}",
+        tensors,
+        read_config(root, files),
+        groups,
+        unread,
+        read_states=lambda: _training_states(folder, names, states, files, options),
     )
 
 
-def _parameter(folder: Path, name: str, states: _States, files: Files, options: ReadOptions) -> TensorInFiles:
-    path = inside(folder, f"{PARAMETERS}/{name}/{WEIGHTS}")
+def _training_states(
+    folder: Path, names: Sequence[str], states: _States, files: Files, options: ReadOptions
+) -> TrainingStates | None:
+    table = StateTable()
+    steps: dict[str, Any] = {}
+    for name in (name for name in names if name not in states.ties and name not in states.buffers):
+        for file in names_in(folder / PARAMETERS / name):
+            kind = file.removesuffix(".pt")
+            if file == "step.pt":
+                steps[name] = load(inside(folder, f"{PARAMETERS}/{name}/{file}"), files, options, keep=CLASSES)
+            elif file != WEIGHTS and kind != file:
+                table.tensors[f"{name} {kind}"] = _parameter(folder, name, states, files, options, file)
+    table.add_optimizer({"state": {name: {"step": step} for name, step in steps.items()}}, files, {})
+    common = folder / PARAMETERS / OPTIMIZER
+    if is_present(common):
+        saved = mapping(load(common, files, options, keep=CLASSES))
+        table.add_groups(saved.get("param_groups"), files)
+        table.add("scaler", saved.get("loss_scaler"), files)
+    add_common_states(table, states.model_states, files)
+    return table.states(files)
+
+
+def _parameter(
+    folder: Path, name: str, states: _States, files: Files, options: ReadOptions, file: str = WEIGHTS
+) -> TensorInFiles:
+    path = inside(folder, f"{PARAMETERS}/{name}/{file}")
     saved = load(path, files, options, keep=CLASSES)
     tensor = saved.get("param") if isinstance(saved, Mapping) else saved
     if not isinstance(tensor, StorageView):
@@ -121,7 +156,7 @@ def _parameter(folder: Path, name: str, states: _States, files: Files, options: 
 def _states(folder: Path, files: Files, options: ReadOptions) -> _States:
     path = next((folder / name for name in STATES if is_present(folder / name)), None)
     if path is None:
-        return _States({}, {}, {}, ())
+        return _States({}, {}, {}, (), {})
     state = load_states(path, files, options)
     degree = mapping(state.get("checkpoint_parallel_dimensions")).get("tp_degree", state.get("mp_world_size"))
     shapes = {
@@ -142,4 +177,4 @@ def _states(folder: Path, files: Files, options: ReadOptions) -> _States:
             raise CheckpointError(f"{path} has shared_params that are not names: {shortened(alias)}.")
         ties[alias] = name
     frozen = tuple(name for name in mapping(state.get("frozen_param_shapes")) if isinstance(name, str))
-    return _States(shapes, buffers, ties, frozen)
+    return _States(shapes, buffers, ties, frozen, state)

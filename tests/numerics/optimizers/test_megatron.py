@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from tests.runs.assembled import alone, assembled, assert_whole, steps_of
 from tpcheck import Rank, UsageError
 from tpcheck.backends.interface import TrainingOptions
-from tpcheck.runs.optimizer_view import view_of
+from tpcheck.numerics.optimizer_view import view_of
 
 pytest.importorskip("megatron.core")
 

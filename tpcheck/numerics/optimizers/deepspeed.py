@@ -28,8 +28,8 @@ import torch
 
 from tpcheck.backends.live_groups import LiveGroups
 from tpcheck.core.errors import UsageError
-from tpcheck.runs.optimizer_view import Part
-from tpcheck.runs.optimizers.plain import Group, Slice, Stepped, TorchView, torch_optimizer
+from tpcheck.numerics.optimizer_view import Part
+from tpcheck.numerics.optimizers.plain import Group, Slice, Stepped, TorchView, torch_optimizer
 
 
 def engine_in(model: Any) -> Any:

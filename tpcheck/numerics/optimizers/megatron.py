@@ -24,7 +24,7 @@ import torch
 
 from tpcheck.backends.live_groups import LiveGroups
 from tpcheck.core.errors import UsageError
-from tpcheck.runs.optimizers.plain import Group, Slice, Stepped, TorchView
+from tpcheck.numerics.optimizers.plain import Group, Slice, Stepped, TorchView
 
 
 def megatron_optimizers_in(optimizer: Any) -> tuple[Any, ...]:

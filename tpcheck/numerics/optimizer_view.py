@@ -10,8 +10,22 @@ import torch
 
 from tpcheck.backends.live_groups import LiveGroups
 from tpcheck.core.errors import UsageError
-from tpcheck.numerics.sketch import GlobalIndex
-from tpcheck.runs.trace import ParameterGroup
+from tpcheck.numerics.global_index import GlobalIndex
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroup:
+    """What an optimizer's step is governed by, for one of its groups.
+
+    Attributes:
+        optimizer: Its class, such as `AdamW`.
+        options: `lr`, `betas`, `weight_decay` and whatever else is a number, text, bool, None or a tuple of these.
+        parameters: Names of its parameters that this rank knows.
+    """
+
+    optimizer: str
+    options: Mapping[str, Any]
+    parameters: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +138,15 @@ def view_of(model: Any, optimizer: Any = None, *, groups: LiveGroups | None = No
     Raises:
         UsageError: The optimizer has no parameter of this model.
     """
-    from tpcheck.runs.optimizers.deepspeed import DeepSpeedView, engine_in, engine_optimizer_in, is_partitioned
-    from tpcheck.runs.optimizers.megatron import (
+    from tpcheck.numerics.optimizers.deepspeed import DeepSpeedView, engine_in, engine_optimizer_in, is_partitioned
+    from tpcheck.numerics.optimizers.megatron import (
         MegatronView,
         has_distributed_optimizer,
         is_copied,
         megatron_optimizers_in,
     )
-    from tpcheck.runs.optimizers.names import unwrapped
-    from tpcheck.runs.optimizers.plain import TorchView, modules_of
+    from tpcheck.numerics.optimizers.names import unwrapped
+    from tpcheck.numerics.optimizers.plain import TorchView, modules_of
 
     if engine_in(model) is not None or engine_optimizer_in(optimizer) is not None:
         return DeepSpeedView(model, optimizer, groups)

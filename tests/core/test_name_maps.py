@@ -8,7 +8,7 @@ import pytest
 
 import tpcheck
 from tpcheck.core.errors import UsageError
-from tpcheck.runs.names import NameMap, parse_maps
+from tpcheck.core.name_maps import NameMap, parse_maps
 
 
 def test_a_pattern_renames_the_actual_run_alone() -> None:

@@ -1,10 +1,11 @@
-"""Names of one run's modules and parameters in the words of another's: patterns, ready maps, fused parameters."""
+"""Names of one model's modules and parameters in the words of another's: patterns, ready maps, fused parameters."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from tpcheck.core.errors import UsageError
 
@@ -29,12 +30,12 @@ class Fusion:
 
 @dataclass(frozen=True, slots=True)
 class NameMap:
-    """Renames modules and parameters before the runs are compared.
+    """Renames modules and parameters before two runs, or two checkpoints, are compared.
 
     Attributes:
-        actual: Patterns and replacements, as for `re.sub`, for names of the run that is judged, in their order.
-        both: The same for names of both runs.
-        fusions: What one run may have fused.
+        actual: Patterns and replacements, as for `re.sub`, for names of the side that is judged, in their order.
+        both: The same for names of both sides.
+        fusions: What one side may have fused.
         texts: As `--map` takes them.
     """
 
@@ -65,6 +66,19 @@ class NameMap:
             (*(f"{pattern}={replacement}" for pattern, replacement in actual), *ready),
         )
 
+    @classmethod
+    def from_argument(cls, names: Names) -> NameMap:
+        """Return the map that the caller of a public function gave.
+
+        Raises:
+            UsageError: It is none.
+        """
+        if isinstance(names, NameMap):
+            return names
+        if not isinstance(names, (Mapping, Sequence, type(None))) or isinstance(names, str):
+            raise UsageError("names", names, "patterns with their replacements, or a list of names of ready maps")
+        return cls.of(names) if isinstance(names, Mapping) else cls.of(ready=names or ())
+
     def renamed(self, name: str, *, is_actual: bool) -> str:
         """Return the name by which both runs' tensors are looked up.
 
@@ -82,6 +96,10 @@ class NameMap:
     def fused_from(self, name: str) -> tuple[str, ...]:
         """Return the names of the parts of a fused parameter or module; empty where it is none."""
         return next((parts for fusion in self.fusions if (parts := fusion.parts_of(name))), ())
+
+
+Names: TypeAlias = NameMap | Mapping[str, str] | Sequence[str] | None
+"""A map, or what one is made of: patterns with their replacements, or names of ready maps."""
 
 
 def _substitute(pattern: str, replacement: str, name: str) -> str:
@@ -132,13 +150,18 @@ _MEGATRON_GPT = (
     (r"\.mlp\.linear_fc1", ".mlp.gate_up_proj"),
     (r"\.mlp\.linear_fc2", ".mlp.down_proj"),
 )
-_FUSED_GPT = (
+FUSED_PARAMETERS = (
     Fusion(r"(.*\.self_attn\.)qkv_proj\.weight", ("{}q_proj.weight", "{}k_proj.weight", "{}v_proj.weight")),
     Fusion(r"(.*\.self_attn\.)qkv_proj\.bias", ("{}q_proj.bias", "{}k_proj.bias", "{}v_proj.bias")),
-    Fusion(r"(.*\.self_attn\.)qkv_proj", ("{}q_proj", "{}k_proj", "{}v_proj")),
     Fusion(r"(.*\.mlp\.)gate_up_proj\.weight", ("{}gate_proj.weight", "{}up_proj.weight")),
     Fusion(r"(.*\.mlp\.)gate_up_proj\.bias", ("{}gate_proj.bias", "{}up_proj.bias")),
+)
+"""Parameters that some models keep in one, under the names that transformers gives both kinds."""
+
+_FUSED_MODULES = (
+    Fusion(r"(.*\.self_attn\.)qkv_proj", ("{}q_proj", "{}k_proj", "{}v_proj")),
     Fusion(r"(.*\.mlp\.)gate_up_proj", ("{}gate_proj", "{}up_proj")),
 )
+_FUSED_GPT = (*FUSED_PARAMETERS, *_FUSED_MODULES)
 
 READY_MAPS: Mapping[str, NameMap] = {"hf-megatron": NameMap(both=_MEGATRON_GPT, fusions=_FUSED_GPT)}

@@ -12,7 +12,7 @@ from torch import nn
 
 from tpcheck.backends.live_groups import LiveGroups
 from tpcheck.backends.registry import layout_readers
-from tpcheck.numerics.sketch import GlobalIndex
+from tpcheck.numerics.global_index import GlobalIndex
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:

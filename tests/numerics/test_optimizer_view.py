@@ -23,9 +23,9 @@ from tests.runs.assembled import (
 )
 from tpcheck import Rank, UsageError
 from tpcheck.core.placement import Shard
+from tpcheck.numerics.optimizer_view import view_of
+from tpcheck.numerics.optimizers.names import unwrapped, unwrapped_name, unwrapped_names
 from tpcheck.numerics.sketch import GlobalIndex
-from tpcheck.runs.optimizer_view import view_of
-from tpcheck.runs.optimizers.names import unwrapped, unwrapped_name, unwrapped_names
 
 
 def test_a_plain_optimizer_is_viewed_by_name() -> None:

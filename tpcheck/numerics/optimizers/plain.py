@@ -13,11 +13,10 @@ import torch
 
 from tpcheck.backends.live_groups import LiveGroups, live_groups
 from tpcheck.core.errors import UsageError
-from tpcheck.numerics.sketch import GlobalIndex
-from tpcheck.runs.optimizer_view import Part
-from tpcheck.runs.optimizers.indices import fragment_of, index_of_dtensor, is_dtensor, read_indices
-from tpcheck.runs.optimizers.names import unwrapped, unwrapped_names
-from tpcheck.runs.trace import ParameterGroup
+from tpcheck.numerics.global_index import GlobalIndex
+from tpcheck.numerics.optimizer_view import ParameterGroup, Part
+from tpcheck.numerics.optimizers.indices import fragment_of, index_of_dtensor, is_dtensor, read_indices
+from tpcheck.numerics.optimizers.names import unwrapped, unwrapped_names
 
 _Kind = Literal["gradient", "accumulated", "weight", "master", "state"]
 
@@ -219,8 +218,10 @@ class TorchView:
         index = self._dtensor_indices[key]
         partial = [dim for dim, placement in enumerate(tensor.placements) if placement.is_partial()]
         means = [dim for dim in partial if getattr(tensor.placements[dim], "reduce_op", "sum") == "avg"]
-        with torch.no_grad():
-            values = tensor.to_local()
+        values = tensor._local_tensor
+        if type(values) not in (torch.Tensor, torch.nn.Parameter):  # on its way from a collective
+            with torch.no_grad():
+                values = tensor.to_local()
         return Part(
             kind,
             name,

@@ -1,0 +1,60 @@
+"""Moments and masters of every rank are compared; what a backend does not give is not a pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from tests.numerics.evidence import DOWN, NORM, UP, right_evidence, with_tensor
+from tpcheck.core.causes import Cause
+from tpcheck.numerics.checks.optimizer_state import optimizer_state_matches_reference
+from tpcheck.numerics.evidence import Evidence
+from tpcheck.numerics.hypotheses import explain
+
+
+def with_moments() -> Evidence:
+    """Return right evidence in which each parameter's gradient is its moment, and `rows` has another shape."""
+    evidence = right_evidence()
+    reference, ranks = evidence.reference[0], evidence.candidate[0]
+    states = {("exp_avg", name): gradient for name, gradient in reference.gradients.items()}
+    parts = [{("exp_avg", name): gradient for name, gradient in rank.gradients.items()} for rank in ranks]
+    factored = {("rows", DOWN): torch.ones(3)}
+    return replace(
+        evidence,
+        reference=(replace(reference, optimizer_state=states | factored),),
+        candidate=(tuple(replace(rank, optimizer_state=of | factored) for rank, of in zip(ranks, parts, strict=True)),),
+    )
+
+
+def test_equal_states_agree_and_others_of_another_shape_are_not_compared() -> None:
+    outcome = optimizer_state_matches_reference(with_moments(), 0)
+    assert set(outcome.margins) == {f"exp_avg of {name}" for name in with_moments().reference[0].gradients}
+    assert max(outcome.margins.values()) < 1
+    assert outcome.not_compared == {f"rows of {DOWN}": "its shape is not that of the parameter's shard"}
+    assert not outcome.suspects
+
+
+def test_a_moment_of_another_rank_is_found_and_named() -> None:
+    evidence = with_moments()
+    first = evidence.candidate[0][0].optimizer_state["exp_avg", UP]
+    outcome = optimizer_state_matches_reference(
+        with_tensor(evidence, "optimizer_state", ("exp_avg", UP), lambda moment: first), 0
+    )
+    (suspect,) = outcome.suspects
+    assert suspect.where["parameter"] == UP
+    assert suspect.where["ranks"] == [1]
+    assert suspect.evidence["state"] == "exp_avg"
+    explanation = explain(suspect)
+    assert explanation is not None
+    assert explanation.cause is Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK
+    assert explanation.evidence == {"state_of_tp_rank": [0]}
+
+
+def test_a_state_that_a_rank_does_not_give_is_not_compared() -> None:
+    evidence = with_moments()
+    first, second = evidence.candidate[0]
+    without = {key: value for key, value in second.optimizer_state.items() if key != ("exp_avg", NORM)}
+    evidence = replace(evidence, candidate=((first, replace(second, optimizer_state=without)),))
+    outcome = optimizer_state_matches_reference(evidence, 0)
+    assert outcome.not_compared[f"exp_avg of {NORM}"] == "the backend does not give this state of every rank"

@@ -1,0 +1,73 @@
+"""Which micro-batches were lost, reduced again or not reduced, and what losses were divided by."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.numerics.evidence import suspect
+from tpcheck.core.causes import Cause
+from tpcheck.numerics.evidence import GradientFacts, LabelCounts, LabelFacts
+from tpcheck.numerics.hypotheses import explain
+
+CHANCE = torch.Generator().manual_seed(0)
+FIRST, SECOND, THIRD, LOCAL = torch.randn(4, 6, 8, generator=CHANCE, dtype=torch.float64)
+EXPECTED = FIRST + SECOND + THIRD
+MEAN = tuple((term, term) for term in (FIRST, SECOND, THIRD))
+OWN = tuple((term + LOCAL * number, term + LOCAL * number) for number, (term, _) in enumerate(MEAN, 1))
+FACTS = GradientFacts(micro_mean=MEAN, micro_local=OWN)
+
+
+@pytest.mark.parametrize(
+    ("actual", "cause", "evidence"),
+    [
+        (4 * FIRST + 2 * SECOND + THIRD, Cause.REDUCED_AFTER_ACCUMULATION, {"reduced_over": "tp"}),
+        (9 * FIRST + 3 * SECOND + THIRD, Cause.REDUCED_AFTER_ACCUMULATION, {"reduced_over": "dp"}),
+        (3 * THIRD, Cause.LAST_MICRO_BATCH_ONLY, {"micro_batches": 3}),
+        (FIRST + OWN[1][0] + THIRD, Cause.MICRO_BATCH_UNREDUCED, {"micro_batches": [1]}),
+        (OWN[0][0] / 3 + OWN[1][0] / 3 + THIRD, Cause.MICRO_BATCH_UNREDUCED, {"micro_batches": [0, 1]}),
+        (FIRST + SECOND, None, {}),
+        (EXPECTED * 3, Cause.SUM_INSTEAD_OF_MEAN, {}),
+    ],
+)
+def test_sums_of_micro_batches_show_the_mistake(
+    actual: torch.Tensor, cause: Cause | None, evidence: dict[str, object]
+) -> None:
+    explanation = explain(suspect("gradient", [actual] * 2, EXPECTED, gradient=FACTS, num_replicas=3))
+    assert (explanation and explanation.cause) == cause
+    assert explanation is None or evidence.items() <= explanation.evidence.items()
+
+
+def test_a_term_of_a_rank_in_some_micro_batches_is_named_over_tp() -> None:
+    parts = [FIRST + SECOND + THIRD * 0.3, FIRST + SECOND + THIRD * 0.7]
+    explanation = explain(suspect("gradient", parts, EXPECTED, gradient=FACTS))
+    assert explanation is not None
+    assert explanation.cause is Cause.MICRO_BATCH_UNREDUCED
+    assert explanation.evidence == {"micro_batches": [2], "reduced_over": "tp"}
+
+
+def test_equal_micro_batches_show_a_factor_and_nothing_more() -> None:
+    facts = GradientFacts(micro_mean=((FIRST,) * 2,) * 2)
+    explanation = explain(suspect("gradient", [FIRST] * 2, FIRST * 2, gradient=facts, num_replicas=3))
+    assert explanation is not None
+    assert explanation.cause is Cause.GRADIENT_SCALED
+
+
+@pytest.mark.parametrize("loss", ["mean", "token_mean"])
+def test_equal_numbers_of_labels_show_no_normalisation(loss: str) -> None:
+    labels = LabelFacts(LabelCounts(((8,), (8,)), loss), 0, 0)
+    expected = torch.tensor(2.0, dtype=torch.float64)
+    explanation = explain(suspect("activation", [expected * 4] * 3, expected, labels=labels))
+    assert explanation is None
+
+
+def test_evidence_says_what_each_side_divides_by() -> None:
+    labels = LabelFacts(LabelCounts(((2,), (14,)), "token_mean"), 1, 0)
+    expected = torch.tensor(2.0, dtype=torch.float64)
+    explanation = explain(suspect("activation", [expected / 1.75] * 2, expected, labels=labels))
+    assert explanation is not None
+    assert explanation.evidence == {
+        "labels": [[2], [14]],
+        "divided_by": "the number of labels of each micro-batch",
+        "reference_divides_by": "the number of labels of the whole step",
+    }

@@ -1,0 +1,87 @@
+"""The optimizer of a run: a class of torch.optim by name, as DeepSpeed writes it, or what a function returns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tpcheck.backends.interface import TrainingOptions
+from tpcheck.core.errors import UsageError
+
+LEARNING_RATE = 0.01
+"""Of optimizers that are named without one: a step of Adam's moves each element by as much, 1 to 10 % of a weight."""
+
+NEEDS_A_CLOSURE_OR_SPARSE_GRADIENTS = ("LBFGS", "SparseAdam")
+
+
+def make_optimizer(options: TrainingOptions, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    """Return the optimizer of these parameters; any of them may be a DTensor.
+
+    Raises:
+        UsageError: torch.optim has no class of that name, or the function returns none.
+    """
+    source = options.optimizer
+    if callable(source):
+        made = source(list(parameters))
+        if not isinstance(made, torch.optim.Optimizer):
+            raise UsageError("optimizer", type(made).__name__, "a callable (parameters) -> torch.optim.Optimizer")
+        return made
+    name, params = _named(source, options)
+    make: Callable[..., torch.optim.Optimizer] = MuonWithAdamW if name.lower() == "muon" else optimizer_class(name)
+    if "foreach" in inspect.signature(make).parameters:
+        params = {"foreach": False, **params}  # its kernels refuse a mixture of DTensors and plain tensors
+    try:
+        return make(list(parameters), **params)
+    except TypeError as error:
+        raise UsageError("optimizer", source, f"options that {name} takes ({error})") from error
+
+
+def _named(source: str | Mapping[str, Any], options: TrainingOptions) -> tuple[str, dict[str, Any]]:
+    if not isinstance(source, str):
+        return str(source["type"]), {"lr": LEARNING_RATE, **source.get("params", {})}
+    if source.lower() != "sgd":
+        return source, {"lr": LEARNING_RATE}
+    of_sgd = {"lr": options.learning_rate, "momentum": options.momentum, "weight_decay": options.weight_decay}
+    return source, of_sgd
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """Return the class of torch.optim with this name, in any case.
+
+    Raises:
+        UsageError: There is none, or it takes no plain step.
+    """
+    classes = {
+        each.lower(): value
+        for each, value in vars(torch.optim).items()
+        if isinstance(value, type)
+        and issubclass(value, torch.optim.Optimizer)
+        and value is not torch.optim.Optimizer
+        and each not in NEEDS_A_CLOSURE_OR_SPARSE_GRADIENTS
+    }
+    if name.lower() not in classes:
+        raise UsageError("optimizer", name, sorted(value.__name__ for value in classes.values()))
+    return classes[name.lower()]
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch.optim.Muon for matrices, which takes nothing else, and AdamW for the other parameters."""
+
+    def __init__(self, parameters: Sequence[torch.Tensor], lr: float, **options: Any) -> None:
+        matrices = [parameter for parameter in parameters if parameter.dim() == 2]
+        others = [parameter for parameter in parameters if parameter.dim() != 2]
+        muon: Any = optimizer_class("muon")
+        self._inner: list[torch.optim.Optimizer] = [
+            *([muon(matrices, lr=lr, **options)] if matrices else []),
+            *([torch.optim.AdamW(others, lr=lr, foreach=False)] if others else []),
+        ]
+        super().__init__([group for inner in self._inner for group in inner.param_groups], {"lr": lr})
+        for inner in self._inner:
+            inner.state = self.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for inner in self._inner:
+            inner.step()

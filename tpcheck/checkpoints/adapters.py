@@ -1,0 +1,195 @@
+"""Models with adapters of PEFT: which names belong to which adapter, and what of it a saved adapter or model holds.
+
+A model that holds its adapters has `q_proj.base_layer.weight` and `q_proj.lora_A.NAME.weight`; `save_pretrained` writes
+`q_proj.lora_A.weight` alone, and merging them `q_proj.weight` alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tpcheck.backends.checkpoint_format import Checkpoint, Extent, MergesAdapters
+from tpcheck.numerics.exact.checkpoint_tensor import BitComparer, CheckpointTensor
+
+# Of PEFT 0.21's tuners: each names its parameters by its own prefix (`prefix` of peft/tuners/*/model.py).
+_TUNERS = (
+    r"(?:lora|ia3|hada|lokr|vera|oft|boft|hra|bone|miss|fourierft|vblora|randlora|road|c3a|shira|delora|poly|ln_tuning|"
+    r"trainable_tokens|waveft)_\w+"
+)
+_TUNED = re.compile(rf"(?P<head>.*\.{_TUNERS})(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?P<tail>\.(?:weight|bias))?")
+_SAVED_MODULE = re.compile(r"(?P<head>.*)\.modules_to_save\.(?P<adapter>[^.]+)(?P<tail>\..+)")
+_BASE = re.compile(r"\.(base_layer|original_module)(?=\.)")
+_DORA = "lora_magnitude_vector"  # saved without ".weight"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterNames:
+    """The names of a checkpoint, taken apart.
+
+    Attributes:
+        of_adapter: For each adapter the names that `save_pretrained` gives its tensors, with those here.
+        of_base: The base model's names without what PEFT inserted, with those here.
+        holds_base: Whether the base model's weights are beside the adapters.
+    """
+
+    of_adapter: Mapping[str, Mapping[str, str]]
+    of_base: Mapping[str, str]
+    holds_base: bool
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> AdapterNames:
+        of_adapter: dict[str, dict[str, str]] = {}
+        of_base: dict[str, str] = {}
+        for name in names:
+            adapter, saved = _taken_apart(name)
+            (of_base if adapter is None else of_adapter.setdefault(adapter, {}))[saved] = name
+        return cls(of_adapter, of_base, any(_BASE.search(name) for name in names))
+
+
+def _taken_apart(name: str) -> tuple[str | None, str]:
+    """Return the adapter of a name, "" where the name does not state it, and the name in a saved adapter."""
+    tuned, module = _TUNED.fullmatch(name), _SAVED_MODULE.fullmatch(name)
+    if module is not None:
+        return module["adapter"], module["head"] + module["tail"]
+    if tuned is None:
+        return None, _BASE.sub("", name)
+    tail = "" if tuned["head"].endswith(_DORA) else tuned["tail"] or ""
+    return tuned["adapter"] or "", tuned["head"] + tail
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Some tensors of a checkpoint, under other names; implements `Checkpoint`."""
+
+    checkpoint: Checkpoint
+    old_names: Mapping[str, str]
+    inconsistent_replicas: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def description(self) -> str:
+        return self.checkpoint.description
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.checkpoint.config
+
+    @property
+    def unread(self) -> Mapping[str, str]:
+        return {new: why for new, old in self.old_names.items() if (why := self.checkpoint.unread.get(old))}
+
+    @property
+    def ties(self) -> tuple[frozenset[str], ...]:
+        new_names = {old: new for new, old in self.old_names.items()}
+        kept = (frozenset(new_names[name] for name in tie if name in new_names) for tie in self.checkpoint.ties)
+        return tuple(tie for tie in kept if len(tie) > 1)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.old_names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.checkpoint.shape(self.old_names[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.checkpoint.dtype(self.old_names[name])
+
+    def read(self, name: str, rows: range) -> torch.Tensor:
+        return self.checkpoint.read(self.old_names[name], rows)
+
+    def extent(self, name: str) -> Extent | None:
+        return self.checkpoint.extent(self.old_names[name])
+
+    def require_unchanged(self) -> None:
+        self.checkpoint.require_unchanged()
+
+    def close(self) -> None:
+        self.checkpoint.close()
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReading:
+    """Both sides as they can be compared.
+
+    Attributes:
+        actual, expected: The sides.
+        words: How the side that holds more is read.
+        left_out: What is not compared of it, and why.
+    """
+
+    actual: Checkpoint
+    expected: Checkpoint
+    words: str
+    left_out: Mapping[str, str]
+
+
+def adapter_readings(actual: Checkpoint, expected: Checkpoint) -> Iterator[AdapterReading]:
+    """Yield readings of a model that holds its adapters, where the other side is an adapter or a merged model."""
+    sides = {"actual": actual, "the reference": expected}
+    names = {side: AdapterNames.of(checkpoint.names()) for side, checkpoint in sides.items()}
+    for side, other in (("actual", "the reference"), ("the reference", "actual")):
+        if not names[side].holds_base or not names[side].of_adapter or names[other].holds_base:
+            continue
+        if names[other].of_adapter:
+            readings = _as_adapter(side, sides[side], names[side], other, sides[other], names[other])
+        else:
+            readings = _as_merged(side, sides[side], other, sides[other])
+        for here, there, words, left_out in readings:
+            pair = (here, there) if side == "actual" else (there, here)
+            yield AdapterReading(*pair, words, left_out)
+
+
+_Reading = tuple[Checkpoint, Checkpoint, str, Mapping[str, str]]
+
+
+def _as_adapter(
+    side: str, checkpoint: Checkpoint, names: AdapterNames, other: str, saved: Checkpoint, saved_names: AdapterNames
+) -> Iterator[_Reading]:
+    """Yield each adapter as `save_pretrained` writes it, the one that is most like the saved one first."""
+    if len(saved_names.of_adapter) > 1:
+        return
+    expected_names = {**saved_names.of_base, **next(iter(saved_names.of_adapter.values()))}
+    beside = {saved: name for saved, name in names.of_base.items() if saved in expected_names}  # such as embeddings
+    views = {adapter: View(checkpoint, {**beside, **of_adapter}) for adapter, of_adapter in names.of_adapter.items()}
+    there = View(saved, expected_names)
+    for adapter in sorted(views, key=lambda adapter: _num_differing(views[adapter], there)):
+        left_out = {f"base model of {side}": f"{other} holds the adapter alone"}
+        left_out |= {f"adapter {one!r} of {side}": f"{other} holds one adapter" for one in views if one != adapter}
+        yield views[adapter], there, f"adapter {adapter!r} of {side} is read as PEFT saves it", left_out
+
+
+def _num_differing(view: View, other: View) -> int:
+    """Return how many tensors of the same name are not the same."""
+    with BitComparer() as comparer:
+        return sum(not _is_same(view, other, name, comparer) for name in view.names() if name in other.old_names)
+
+
+def _as_merged(side: str, checkpoint: Checkpoint, other: str, saved: Checkpoint) -> Iterator[_Reading]:
+    """Yield the model with its adapters merged, if more of its adapted weights equal the other side's so."""
+    merged = checkpoint.merged() if isinstance(checkpoint, MergesAdapters) else None
+    if merged is None:
+        return
+    base = AdapterNames.of(checkpoint.names()).of_base
+    adapted = [name for name, old in base.items() if old != name]
+    tails = {name: other_name for other_name in saved.names() for name in adapted if _is_tail(other_name, name)}
+    with BitComparer() as comparer:
+        plain, new = (
+            sum(_is_same(side_, View(saved, tails), name, comparer) for name in tails)
+            for side_ in (View(checkpoint, base), View(merged, {name: name for name in merged.names()}))
+        )
+    if new > plain or (new == plain and new == len(tails)):
+        yield merged, saved, f"{side} is read with its adapters merged", {}
+
+
+def _is_tail(name: str, whole: str) -> bool:
+    return whole == name or whole.endswith(f".{name}")
+
+
+def _is_same(view: View, other: View, name: str, comparer: BitComparer) -> bool:
+    if name not in view.old_names or name not in other.old_names:
+        return False
+    here, there = CheckpointTensor(view, name), CheckpointTensor(other, name)
+    return here.shape == there.shape and here.dtype == there.dtype and comparer.equal(here, there)

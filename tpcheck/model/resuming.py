@@ -1,0 +1,319 @@
+"""Trains, saves, ends the world, goes on from what was saved in new processes, and compares with the training that was
+not interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpcheck.backends.interface import Candidate, ResumesTraining, WayToResume
+from tpcheck.backends.local_part import local_part
+from tpcheck.backends.registry import load_backend
+from tpcheck.core.errors import BackendError, RankFailure
+from tpcheck.core.topology import Topology
+from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of
+from tpcheck.model.candidate import blame_backend
+from tpcheck.model.options import Request
+from tpcheck.model.rank_run import training_options
+from tpcheck.model.reference import CommunicatingRank, Reference
+from tpcheck.numerics.checks.resume import (
+    RESUME_CHECK,
+    STEPS_TAKEN,
+    ResumedTraining,
+    ResumeOutcome,
+    SavedTraining,
+    compare_other_topology,
+    compare_same_topology,
+)
+from tpcheck.numerics.global_index import GlobalIndex
+from tpcheck.numerics.optimizer_view import view_of
+from tpcheck.numerics.precision import everything_in_float64
+from tpcheck.numerics.tolerance import Tolerance
+from tpcheck.numerics.training_state import StateKey, StateTensor, TrainingState
+from tpcheck.numerics.verdict import CheckAnswer
+from tpcheck.world.world import spawn
+
+_OTHER_SEED = 1_000_003  # added to the seed of the model that loads, whose own weights must not be the right ones
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """What the controller has to know of a way to resume: `WayToResume` without its functions."""
+
+    config: Mapping[str, Any]
+    any_topology: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _FirstWorld:
+    """One rank's part of the training that is not interrupted.
+
+    Attributes:
+        training: What it holds, when it saves and later; None where the backend has no way to resume.
+        ways: The ways that saved without an error.
+        failures: Why others did not, by way.
+        tolerance: What rounding does to the training, for comparison at another topology.
+        batches: This DP rank's, batches[step][micro_batch].
+    """
+
+    training: SavedTraining | None = None
+    batches: Sequence[Sequence[Batch]] = ()
+    ways: Mapping[str, _Way] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
+    tolerance: Tolerance | None = None
+
+
+def verify_resume(request: Request) -> CheckAnswer:
+    """Compare the training that goes on from each way to save with the one that was not interrupted.
+
+    Spawns a world that trains and saves, and then one for each way, at the same topology and, where the way allows it,
+    at others.
+
+    Raises:
+        RankFailure: A rank died or raised something that is no error of a way to save or load.
+    """
+    steps = max(2, request.options.steps)
+    request = replace(request, options=replace(request.options, steps=steps))
+    num_before = steps // 2
+    answer = CheckAnswer(RESUME_CHECK, -1, {}, (), {})
+    folder = Path(tempfile.mkdtemp(prefix="tpcheck-resume-"))
+    try:
+        with spawn(request.options.topology, timeout=request.options.timeout) as world:
+            first: tuple[_FirstWorld, ...] = world.run(_train_and_save, request, folder, num_before)
+        expected = [rank.training for rank in first if rank.training is not None]
+        if not expected:
+            return replace(answer, not_compared={"resume": "the backend offers no way to save a training and go on"})
+        answer = replace(answer, not_compared=dict(first[0].failures))
+        for number, (way, facts) in enumerate(first[0].ways.items()):
+            for variant in _variants(request, facts):
+                label = way if variant.options.topology == request.options.topology else f"{way}, {_sizes(variant)}"
+                outcome = _resume(label, variant, request, folder / str(number), way, facts, num_before, first)
+                answer = _add(answer, outcome)
+        return answer
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def cannot_resume() -> CheckAnswer:
+    """Return the answer on the ranks of a launcher, which cannot end and start anew."""
+    reason = "the launcher's ranks cannot end and start anew: run the command without torchrun or srun"
+    return CheckAnswer(RESUME_CHECK, -1, {}, (), {"resume": reason})
+
+
+def _variants(request: Request, way: _Way) -> list[Request]:
+    """Return the request, and those at other topologies and ZeRO stages at which this way can be loaded."""
+    options = request.options
+    variants = [options]
+    if way.any_topology:
+        topology = options.topology
+        if topology.tp > 1:
+            variants.append(replace(options, topology=Topology(tp=topology.tp // 2, dp=topology.dp)))
+        if options.zero_stage in (1, 2):
+            variants.append(replace(options, zero_stage=3 - options.zero_stage))
+    return [replace(request, options=variant) for variant in variants]
+
+
+def _sizes(request: Request) -> str:
+    options = request.options
+    return f"at tp {options.topology.tp}, dp {options.topology.dp}, ZeRO {options.zero_stage}"
+
+
+def _add(answer: CheckAnswer, outcome: ResumeOutcome) -> CheckAnswer:
+    return replace(
+        answer,
+        margins={**answer.margins, **outcome.margins},
+        findings=(*answer.findings, *outcome.findings),
+        not_compared={**answer.not_compared, **outcome.not_compared},
+    )
+
+
+def _resume(
+    label: str,
+    variant: Request,
+    request: Request,
+    folder: Path,
+    way: str,
+    facts: _Way,
+    num_before: int,
+    first: Sequence[_FirstWorld],
+) -> ResumeOutcome:
+    """Go on in new processes, and compare."""
+    options = variant.options
+    config = _merged(options.config, facts.config)
+    variant = replace(variant, options=replace(options, config=config))
+    try:
+        with spawn(options.topology, timeout=options.timeout) as world:
+            batches = [rank.batches for rank in first[:: request.options.topology.tp]]
+            actual: tuple[ResumedTraining | str, ...] = world.run(
+                _load_and_train, variant, folder, way, num_before, batches
+            )
+    except (RankFailure, BackendError) as failure:
+        cause = failure.exception if isinstance(failure, RankFailure) else failure
+        if not isinstance(cause, BackendError):
+            raise
+        return ResumeOutcome(not_compared={label: str(cause)})
+    expected = [rank.training for rank in first if rank.training is not None]
+    resumed = [rank for rank in actual if isinstance(rank, ResumedTraining)]
+    if len(resumed) < len(actual):
+        reason = next(rank for rank in actual if isinstance(rank, str))
+        return ResumeOutcome(not_compared={label: reason})
+    if options.topology == request.options.topology and options.zero_stage == request.options.zero_stage:
+        return compare_same_topology(label, num_before, expected, resumed)
+    assert first[0].tolerance is not None
+    return compare_other_topology(label, num_before, expected, resumed, first[0].tolerance)
+
+
+def _merged(config: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    return {**config, **{key: {**config.get(key, {}), **value} for key, value in over.items()}}
+
+
+# ---- on the ranks
+
+
+def _train_and_save(rank: CommunicatingRank, request: Request, folder: Path, num_before: int) -> _FirstWorld:
+    """Train, save in every way, train on. Collective over the world."""
+    backend = load_backend(request.options.backend)
+    options = backend.resolved(training_options(request, rank.device))
+    with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
+        reference = Reference.build(request, rank, options)
+        with blame_backend(backend, "sharding the model"):
+            candidate = backend.shard(build_model(request, rank.device), rank, reference.options)
+        if not isinstance(candidate, ResumesTraining):
+            return _FirstWorld()
+        view, indices = view_of(*candidate.trained()), _indices_of(candidate, rank)
+        batches = [step[rank.topology.coordinate(rank.rank)["dp"]] for step in reference.batches]
+        loss = None
+        for micro_batches in batches[:num_before]:
+            loss = _train_step(candidate, micro_batches)
+        saved = _read_state(candidate, view, indices, loss)
+        ways, failures = {}, {}
+        for number, (way, how) in enumerate(candidate.ways_to_resume().items()):
+            failure = _save(rank, how, folder / str(number))
+            if failure is None:
+                ways[way] = _Way(how.config, how.any_topology)
+            else:
+                failures[way] = f"saving raises {failure}"
+        after = tuple(
+            _read_state(candidate, view, indices, _train_step(candidate, micro_batches))
+            for micro_batches in batches[num_before:]
+        )
+        tolerance = reference.train(rank)[1] if any(way.any_topology for way in ways.values()) else None
+        return _FirstWorld(SavedTraining(saved, after), batches, ways, failures, tolerance)
+
+
+def _save(rank: CommunicatingRank, way: WayToResume, folder: Path) -> str | None:
+    """Save into a new folder; return the first error that a rank raised."""
+    if rank.rank == 0:
+        folder.mkdir()
+    rank.gather(None)
+    failure = None
+    try:
+        way.save(folder)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    return next((of_rank for of_rank in rank.gather(failure) if of_rank is not None), None)
+
+
+def _load_and_train(
+    rank: CommunicatingRank,
+    request: Request,
+    folder: Path,
+    way: str,
+    num_before: int,
+    batches_by_dp_rank: Sequence[Sequence[Sequence[Batch]]],
+) -> ResumedTraining | str:
+    """Load into a model with other weights and train on; return why that is impossible. Collective over the world.
+
+    Args:
+        batches_by_dp_rank: What both trainings are given: batches[dp_rank][step][micro_batch].
+    """
+    backend = load_backend(request.options.backend)
+    options = backend.resolved(training_options(request, rank.device))
+    with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
+        unlike = replace(request, options=replace(request.options, seed=request.options.seed + _OTHER_SEED))
+        model = build_model(unlike, rank.device)
+        batches = batches_by_dp_rank[rank.topology.coordinate(rank.rank)["dp"]]
+        options = replace(options, batch_size=batch_size(batches[0][0]))
+        with blame_backend(backend, "sharding the model"):
+            candidate = backend.shard(model, rank, options)
+        assert isinstance(candidate, ResumesTraining)
+        view, indices = view_of(*candidate.trained()), _indices_of(candidate, rank)
+        fresh = _read_state(candidate, view, indices)
+        failure = None
+        try:
+            candidate.ways_to_resume()[way].load(folder)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        failures = [of_rank for of_rank in rank.gather(failure) if of_rank is not None]
+        if failures:
+            return f"loading raises {failures[0]}"
+        loaded = _read_state(candidate, view, indices)
+        after = []
+        for number in range(len(batches) - num_before):
+            next_step = int(candidate.counters().get(STEPS_TAKEN, num_before + number))
+            after.append(
+                _read_state(candidate, view, indices, _train_step(candidate, batches[next_step % len(batches)]))
+            )
+        return ResumedTraining(fresh, loaded, tuple(after))
+
+
+_Indices = Mapping[str, GlobalIndex]  # by parameter: which elements this TP rank holds
+
+
+def _indices_of(candidate: Candidate, rank: CommunicatingRank) -> _Indices:
+    """Return which elements this rank holds of each parameter. Collective over the TP group."""
+    tp_rank = rank.topology.coordinate(rank.rank)["tp"]
+    return {name: GlobalIndex.from_layout(layout, tp_rank) for name, layout in candidate.layouts().items()}
+
+
+def _train_step(candidate: Candidate, micro_batches: Sequence[Batch]) -> float:
+    """Train a step; return the sum of the losses of this rank."""
+    total = 0.0
+    for batch in micro_batches:
+        loss = loss_of(candidate.forward(copy_batch(batch)))
+        candidate.backward(loss)
+        total += float(local_part(loss.detach()))
+    candidate.step()
+    return total
+
+
+def _read_state(candidate: Any, view: Any, indices: _Indices, loss: float | None = None) -> TrainingState:
+    """Copy what this rank holds. Not collective."""
+    tensors = {}
+    for part in (*view.weights(), *view.states()):
+        index, of_shard = part.index, indices.get(part.name)
+        if index is None and of_shard is not None:
+            if part.values.shape == of_shard.local_shape:
+                index = of_shard
+            elif part.index_in_shard is not None and of_shard.local_shape == of_shard.shape:
+                index = part.index_in_shard  # of a whole tensor
+        copy = part.values.detach().cpu().clone()
+        tensors[StateKey(part.kind, part.name, part.state)] = StateTensor(copy, index)
+    for name, buffer in candidate.module.named_buffers():
+        tensors[StateKey("buffer", name)] = StateTensor(local_part(buffer).detach().cpu().clone(), None)
+    numbers = {
+        f"{option} of parameter group {number}": value
+        for number, group in enumerate(view.groups())
+        for option, value in group.options.items()
+    }
+    numbers |= {"loss scale": view.loss_scale(), **candidate.counters()}
+    return TrainingState(tensors, numbers, _generators(), loss)
+
+
+def _generators() -> dict[str, str]:
+    """Return digests of the states of this process's generators."""
+    states: dict[str, Any] = {"torch generator": torch.get_rng_state().tolist(), "python generator": random.getstate()}
+    if "numpy" in sys.modules:
+        states["numpy generator"] = sys.modules["numpy"].random.get_state(legacy=True)
+    if torch.cuda.is_available():
+        states["cuda generator"] = torch.cuda.get_rng_state().tolist()
+    return {name: hashlib.sha256(repr(state).encode()).hexdigest() for name, state in states.items()}

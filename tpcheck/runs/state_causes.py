@@ -1,0 +1,124 @@
+"""Causes of wrong optimizer state: masters that are stale, moments of another rank, of an earlier step, or lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from tpcheck.core.causes import Cause, Explanation
+from tpcheck.numerics.sketch import Sketch, distance
+from tpcheck.numerics.tolerance import LEAST_MULTIPLES, RESIDUAL_EXACT, SAFETY_FACTOR
+from tpcheck.runs.alignment import AlignedStep, Run
+from tpcheck.runs.comparisons import Comparer, Table
+from tpcheck.runs.exact_checks import BeforeAndAfter, options_of
+from tpcheck.runs.sketch_causes import is_rounded_from
+from tpcheck.runs.wholes import Records, epsilon, parts_of, reading_of, total
+
+
+def stale_masters(table: Table, name: str, label: str) -> Explanation | None:
+    """Return the cause where a parameter's weights, read as `label`, are not its masters, rounded."""
+    masters = next((records for key, records in table.items() if key[:2] == ("master", name)), {})
+    weights = table.get(("weight", name, "", 0), {})
+    sides = [
+        {rank: record for rank, record in records.items() if any(reading.label == label for reading in record.readings)}
+        for records in (masters, weights)
+    ]
+    if not all(sides):
+        return None
+    pieces = [{part.piece: part.sketch for part in parts_of(records, label).values()} for records in sides]
+    whole_master, whole_weight = (total(each.values()) for each in pieces)
+    if whole_master.numel != whole_weight.numel or not whole_master.sum_squares:
+        return None
+    eps = max(epsilon(next(iter(weights.values())).dtype), epsilon("float32"))
+    difference = is_rounded_from(whole_master, whole_weight, SAFETY_FACTOR * eps)
+    if difference is None:
+        return None
+    return Explanation(Cause.MASTERS_STALE, evidence={"masters_and_weights_differ_by": difference})
+
+
+def replaced_state(comparer: Comparer, step: AlignedStep, around: BeforeAndAfter, name: str) -> Explanation | None:
+    """Return what a parameter's moments were before or after a step, where they are not the expected run's."""
+    label, label_e = comparer.readings.get(name, ("", ""))
+    for actual, expected in (
+        (around.actual_before, around.expected_before),
+        (around.actual_after, around.expected_after),
+    ):
+        found = repeated_state(actual, comparer.actual, name, label)
+        if found is not None and repeated_state(expected, comparer.expected, name, label_e) is None:
+            return found
+    options = options_of(comparer, step.expected, is_actual=False).get(name, {})
+    for key in [key for key in around.expected_after if key[:2] == ("state", name)]:
+        after, after_e, before_e = (
+            _whole(table.get(key, {}), of_run)
+            for table, of_run in (
+                (around.actual_after, label),
+                (around.expected_after, label_e),
+                (around.expected_before, label_e),
+            )
+        )
+        if after is not None and after_e is not None and before_e is not None:
+            found = stale_or_lost(key[2], after, after_e, before_e, tuple(_decays(options)))
+            if found is not None:
+                return found
+    return None
+
+
+def stale_or_lost(
+    state: str, after: Sketch, after_e: Sketch, before_e: Sketch, decays: tuple[float, ...]
+) -> Explanation | None:
+    """Return the cause of a moment that is that of the step before, or was zero as the step began.
+
+    A step makes b m + g of a moment m, so it makes g of zero: what is expected, without b times what was before.
+
+    Args:
+        after: The actual run's moment after the step.
+        after_e, before_e: The expected run's after the step and before it.
+        decays: By what the optimizer may multiply a moment in a step.
+    """
+    limit = RESIDUAL_EXACT * distance(after, after_e)
+    if not limit or not before_e.sum_squares or after.numel < LEAST_MULTIPLES:
+        return None
+    if distance(after, before_e) <= limit:
+        text = f"{state} is what it was before this step"
+        return Explanation(Cause.STALE_WEIGHT, evidence={"state": state, "note": text})
+    for decay in decays:
+        if distance(after, after_e - before_e.scaled(decay)) <= limit:
+            return Explanation(Cause.OPTIMIZER_STATE_LOST, evidence={"state": state})
+    return None
+
+
+def _decays(options: Mapping[str, object]) -> Iterator[float]:
+    """Yield the options by which optimizers multiply a moment in a step."""
+    for option in ("betas", "momentum", "alpha"):
+        value = options.get(option, ())
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(each, (int, float)) and each:
+                yield float(each)
+
+
+def _whole(records: Records, label: str) -> Sketch | None:
+    """Return the sketch of a whole state; None where ranks hold none, or it lies in another way than the weight."""
+    known = {rank: record for rank, record in records.items() if reading_of(record, label) is not None}
+    pieces = {part.piece: part.sketch for part in parts_of(known, label).values()}
+    return total(pieces.values()) if pieces else None
+
+
+def repeated_state(table: Table, run: Run, name: str, label: str) -> Explanation | None:
+    """Return the cause where different shards of a TP group have states with the same bits, which are not zero.
+
+    Args:
+        label: The reading under which the parameter is compared.
+    """
+    for key, records in table.items():
+        if key[0] != "state" or key[1] != name:
+            continue
+        for group in run.replicas:
+            seen: dict[str, tuple[int, str]] = {}
+            for rank in (rank for rank in group if rank in records):
+                record, reading = records[rank], reading_of(records[rank], label)
+                if reading is None or reading.sketch.numel < 2 or not reading.sketch.sum_squares:
+                    continue
+                first, piece = seen.setdefault(record.digest, (rank, reading.piece))
+                if piece != reading.piece:
+                    evidence = {"state": key[2], "state_of_rank": {str(rank): first}}
+                    return Explanation(Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK, evidence=evidence)
+    return None
