@@ -387,6 +387,7 @@ class NormFacts:
             "norm_of_each_rank_alone": list(self.norms.of_ranks),
             "norm_of_each_ranks_shards": list(self.norms.of_ranks_shards),
             "norm_with_replicas_counted": self.norms.counting_replicas,
+            **({} if self.clipping.is_torchs else {"clipping": str(self.clipping)}),
         }
 
 

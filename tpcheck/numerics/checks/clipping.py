@@ -58,14 +58,16 @@ def norm_facts(evidence: Evidence, step: int, clipped: ClippedStep | None = None
         expected=expected,
         reported=known if len(known) == len(reported) else (),
         step=clipped,
-        scales=_scales(evidence),
+        scales=_scales(evidence, step),
         noise=noise / expected if expected else FITTED_RELATIVE_ERROR,
     )
 
 
-def _scales(evidence: Evidence) -> dict[str, float]:
-    dp = evidence.topology.dp
-    return {"the number of replicas": float(dp)} if dp > 1 else {}
+def _scales(evidence: Evidence, step: int) -> dict[str, float]:
+    """Return by what gradients are multiplied before they are unscaled."""
+    micro_batches = len(evidence.reference[step].micro_gradients)
+    known = {"the number of micro-batches": float(micro_batches), "the number of replicas": float(evidence.topology.dp)}
+    return {what: scale for what, scale in known.items() if scale > 1}
 
 
 def clipped_step(evidence: Evidence, step: int, shares: Mapping[str, Mapping[str, tuple[float, ...]]]) -> ClippedStep:
