@@ -16,8 +16,8 @@ from tpcheck.numerics.norms import ClippedStep, GradientNorms
 from tpcheck.numerics.tolerance import (
     ACCURACY_OF_FACTORS,
     FITTED_RELATIVE_ERROR,
-    RECOMPUTED_FACTOR,
     RESIDUAL_EXACT,
+    SAFETY_FACTOR,
 )
 
 # The terms that an optimizer step (SGD) is a sum of.
@@ -52,14 +52,14 @@ def norm_facts(evidence: Evidence, step: int, clipped: ClippedStep | None = None
         return None
     reported = [rank.gradient_norm for rank in evidence.candidate[step]]
     known = tuple(norm for norm in reported if norm is not None)
-    noise = RECOMPUTED_FACTOR * evidence.tolerance.allowed_scalar((step, "norm"), expected)
     return NormFacts(
         norms=gradient_norms(evidence, step),
         expected=expected,
         reported=known if len(known) == len(reported) else (),
         step=clipped,
         scales=_scales(evidence, step),
-        noise=noise / expected if expected else FITTED_RELATIVE_ERROR,
+        noise=SAFETY_FACTOR * 2 * evidence.tolerance.scalar_eps,  # of the same gradients in another order
+        tolerance=FITTED_RELATIVE_ERROR if evidence.dtype == "float64" else RESIDUAL_EXACT,
     )
 
 
