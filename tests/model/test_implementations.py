@@ -15,9 +15,15 @@ from tests.backends import hand_made
 from tpcheck import Topology, UsageError
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.families.build import small_model
-from tpcheck.model.implementations import compiled_modules, replace_implementations, require_compiled, run_eagerly
+from tpcheck.model.implementations import (
+    compile_module,
+    compiled_modules,
+    replace_implementations,
+    require_compiled,
+    run_eagerly,
+)
 from tpcheck.model.options import DEFAULTS, Request, require_valid
-from tpcheck.numerics.recorder import ModuleRecorder
+from tpcheck.numerics.recorder import ModuleRecorder, is_compiled
 
 OPTIONS = TrainingOptions(dtype=torch.float64)
 
@@ -110,6 +116,16 @@ def test_a_model_that_compiles_itself_runs_eagerly_as_the_reference() -> None:
     model.layers[1].inner = torch.compile(model.layers[1].inner, backend=never)  # type: ignore[union-attr]
     run_eagerly(model)
     assert torch.equal(model(hidden), expected)
+
+
+def test_the_hooks_of_a_compiled_module_stay_as_they_are() -> None:
+    model, compiling = Block(), list[bool]()
+    model.register_forward_pre_hook(lambda module, args: compiling.append(torch.compiler.is_compiling()))
+    compile_module(model)
+    assert is_compiled(model)
+    model._compiled_call_impl = torch.compile(model._call_impl, backend="aot_eager")  # the default one takes seconds
+    model(torch.randn(3, 2))
+    assert compiling == [False]
 
 
 def test_a_run_that_compiled_nothing_is_refused() -> None:

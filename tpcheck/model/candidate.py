@@ -15,7 +15,7 @@ from tpcheck.backends.local_part import full_tensor, local_part
 from tpcheck.core.digests import digest
 from tpcheck.core.errors import BackendError, TpcheckError
 from tpcheck.model.build import Batch, copy_batch, loss_of
-from tpcheck.model.implementations import compiled_modules, replace_implementations
+from tpcheck.model.implementations import compile_module, compiled_modules, replace_implementations
 from tpcheck.model.optimizer_state import candidate_state
 from tpcheck.numerics.evidence import Collective, Step, TensorKey
 from tpcheck.numerics.precision import reduced_precision_raised
@@ -63,7 +63,7 @@ def shard(
         digests = _digests("parameter", weights) | _buffer_digests(candidate.module)
         start = CandidateStart(weights, digests, candidate.layouts(), candidate.group_ranks())
         for module in compiled_modules(candidate.module, options).values():
-            module.compile()
+            compile_module(module)
         return candidate, start
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from tpcheck.backends.interface import TrainingOptions
@@ -62,6 +63,18 @@ def compiled_modules(model: nn.Module, options: TrainingOptions) -> dict[str, nn
     if not outermost:
         raise UsageError("compile_layers", True, "False: this model has no nn.ModuleList of layers; compile it whole")
     return outermost
+
+
+def compile_module(module: nn.Module) -> None:
+    """Compile a module, but not the hooks that it has.
+
+    torch 2.13 compiles hooks with the module; DeepSpeed's comparison of batches, a hook that pickles them, then fails
+    under a torch function mode, such as that of `everything_in_float64` (a tensor's device is None).
+    """
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number, hook in list(hooks.items()):
+            hooks[number] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    module.compile()
 
 
 def run_eagerly(model: nn.Module) -> None:
