@@ -81,7 +81,7 @@ class NothingRecomputed(nn.Module):
     [
         (Block, {"attention": "sdpa"}, "attention='sdpa': expected None: only a model of transformers"),
         (Block, {"experts": "batched_mm"}, "experts='batched_mm': expected None: only a model of transformers"),
-        (Block, {"checkpointing": True}, "checkpointing=True: expected False: only a model of transformers"),
+        (Block, {"checkpointing": True}, "checkpointing=True: expected False: transformers' models alone"),
         (Block, {"attention": "flex_attention"}, "no backward pass on a CPU"),
         (Block, {"experts": "grouped_mm"}, "takes no float64"),
         (OwnAttention, {"attention": "sdpa"}, "expected eager: OwnAttention keeps its own"),
