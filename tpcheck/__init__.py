@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from tpcheck.batches.loader import check_batch as check_batch
     from tpcheck.batches.loader import watch as watch
     from tpcheck.checkpoints.verify import verify_checkpoint as verify_checkpoint
@@ -69,10 +70,29 @@ __all__ = sorted(_HOME)  # the table above is the one list of names
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("tpcheck")
     if name not in _HOME:
         raise AttributeError(f"module 'tpcheck' has no attribute {name!r}")
-    return getattr(import_module(f"tpcheck.{_HOME[name]}"), name)
+    try:
+        return getattr(import_module(f"tpcheck.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        from tpcheck.core.extras import missing_package
+
+        if (sentence := missing_package(error)) is None:
+            raise
+        return _unusable(name, sentence)
+
+
+def _unusable(name: str, sentence: str) -> Any:
+    """Return what stands for a name whose extra is missing, so that `help(tpcheck)` and `hasattr` work."""
+    from tpcheck.core.errors import TpcheckError
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise TpcheckError(f"tpcheck.{name}: {sentence}")
+
+    return type(name, (), {"__init__": fail, "__doc__": f"Unusable: {sentence}.", "__module__": "tpcheck"})
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOME]
+    return [*globals(), "__version__", *_HOME]

@@ -52,10 +52,11 @@ def test_a_model_equals_the_adapter_that_it_saves(kind: str, tmp_path: Path) -> 
     model.save_pretrained(tmp_path)
     merged_in_place = copy.deepcopy(model)
     merged_in_place.merge_adapter()
-    torch.save(model.state_dict(), tmp_path / "whole.pt")
-    for whole in (model, merged_in_place, tmp_path / "whole.pt"):
+    (tmp_path / "whole").mkdir()
+    torch.save(model.state_dict(), tmp_path / "whole" / "model.pt")
+    for whole in (model, merged_in_place, tmp_path / "whole"):
         for sides in ((whole, tmp_path), (tmp_path, whole)):
-            report = verify_checkpoint(adapter_file(tmp_path) if sides[0] is tmp_path else sides[0], sides[1])
+            report = verify_checkpoint(*sides)
             assert_passes(report)
             (reason,) = report.verdict.coverage.not_compared.values()
             assert reason.endswith("holds the adapter alone")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.numerics.exact.tensors import Tensors
-from tpcheck import CheckpointError, UsageError
+from tpcheck import CheckpointError, UsageError, verify_checkpoint
 from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.checkpoints.comparison import Comparison, compare_checkpoints, map_in_threads, open_checkpoint
 
@@ -147,6 +148,29 @@ def test_a_path_without_a_checkpoint_is_bad_usage(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").unlink()
     with pytest.raises(CheckpointError, match=r"is an empty folder\.$"):
         open_checkpoint("actual", tmp_path, ReadOptions())
+
+
+def test_a_folder_of_checkpoints_names_them(tmp_path: Path) -> None:
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        save_file({"a": A}, tmp_path / f"checkpoint-{step}" / "model.safetensors")
+    with pytest.raises(UsageError, match=r"holds a checkpoint itself; below it are checkpoint-10, checkpoint-5$"):
+        open_checkpoint("actual", tmp_path, ReadOptions())
+    hub = tmp_path / "models--org--name"
+    (hub / "blobs").mkdir(parents=True)
+    (hub / "snapshots").mkdir()
+    (tmp_path / "checkpoint-5").rename(hub / "snapshots" / "abc")
+    with pytest.raises(UsageError, match=r"below it are snapshots/abc$"):
+        open_checkpoint("actual", hub, ReadOptions())
+
+
+def test_a_folder_with_two_kinds_of_weights_says_which_is_read(tmp_path: Path) -> None:
+    save_file({"a": A}, tmp_path / "model.safetensors")
+    torch.save({"a": B}, tmp_path / "pytorch_model.bin")
+    report = verify_checkpoint(tmp_path, {"a": A})
+    assert report.passed
+    expected = {"pytorch weights of actual": "safetensors is read where a folder holds both"}
+    assert report.verdict.coverage.not_compared == expected
 
 
 def test_values_are_mapped_in_threads_and_drawn_as_they_are_needed() -> None:

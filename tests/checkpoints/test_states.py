@@ -342,3 +342,15 @@ def test_moments_of_deepspeed_are_merged_as_the_weights_are(zero: int, tmp_path:
     (finding,) = verify_checkpoint(swapped, right).findings
     assert (finding.where["parameter"], finding.where["field"]) == ("cut.weight", "exp_avg")
     assert finding.cause == "optimizer_state_of_another_rank"
+
+
+def test_the_trainer_s_folder_has_the_states_of_deepspeed_that_lie_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    save_file({"cut.weight": torch.arange(16.0).reshape(4, 4), "norm": torch.ones(4)}, folder / "model.safetensors")
+    deepspeed_folder(folder / "global_step2", 1)
+    (folder / "latest").write_text("global_step2")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 1}))
+    report = verify_checkpoint(folder, deepspeed_folder(tmp_path / "steps", 1))
+    assert report.passed, report.to_text()
+    assert report.verdict.coverage.compared == 4

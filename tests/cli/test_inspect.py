@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,10 @@ no problems
 
 
 def test_the_doctor_shows_every_problem_and_its_fix(run: Run, diagnosed: Callable[..., None]) -> None:
-    diagnosed(Advice("stale_lock", "a lock was left", "rm lock", "https://example.org"), Advice("other", "so it is"))
+    diagnosed(
+        Advice("stale_lock", "a lock was left", "rm lock", "https://example.org"),
+        Advice("other", "so it is", severity="trap"),
+    )
     result = run("doctor")
     assert result.exit_code == 1
     assert (
@@ -80,17 +84,40 @@ def test_the_doctor_shows_every_problem_and_its_fix(run: Run, diagnosed: Callabl
   versions  torch 2.13.0, deepspeed is not installed
   devices   2 CPU cores
 
-stale_lock
+broken: stale_lock
   what      a lock was left
   fix       rm lock
   see       https://example.org
 
-other
+trap: other
   what      so it is
 
-2 findings
+2 findings: 1 broken, 1 trap
 """
     )
+
+
+@pytest.mark.parametrize(("severity", "status"), [("broken", 1), ("trap", 0), ("advice", 0)])
+def test_only_what_is_broken_is_an_exit_status_of_1(
+    run: Run, diagnosed: Callable[..., None], tmp_path: Path, severity: Any, status: int
+) -> None:
+    diagnosed(Advice("rule", "so it is", severity=severity))
+    result = run("doctor", "--json", str(tmp_path / "doctor.json"))
+    assert result.exit_code == status
+    data = json.loads((tmp_path / "doctor.json").read_text())
+    assert (data["schema"], data["verdict"]) == (1, "failed" if status else "passed")
+    assert data["findings"] == [{"rule": "rule", "what": "so it is", "fix": None, "link": None, "severity": severity}]
+
+
+def test_a_topology_is_written_as_json(run: Run, tmp_path: Path) -> None:
+    assert run(*"topology --world 4 --tp 2 --json".split(), str(tmp_path / "t.json")).exit_code == 0
+    assert json.loads((tmp_path / "t.json").read_text()) == {
+        "schema": 1,
+        "world_size": 4,
+        "sizes": {"dp": 2, "tp": 2},
+        "ranks": [{"rank": rank, "dp": rank // 2, "tp": rank % 2} for rank in range(4)],
+        "groups": {"dp": [[0, 2], [1, 3]], "tp": [[0, 1], [2, 3]]},
+    }
 
 
 def test_a_configuration_that_does_not_exist_is_bad_usage(run: Run, tmp_path: Path) -> None:

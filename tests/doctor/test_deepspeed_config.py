@@ -32,7 +32,8 @@ def test_a_good_configuration_has_no_problems() -> None:
         ({"tensor_parallel": {"autotp_size": 1}}, "tensor_parallelism_is_off"),
         ({"tensor_parallel": None}, "tensor_parallelism_is_off"),
         ({"tensor_parallel": {"autotp_size": 2, "preset_model": "lama"}}, "preset_is_unknown"),
-        ({"tensor_parallel": {"autotp_size": 2, "preset_model": "bloom"}}, "preset_comes_before_the_model_s_plan"),
+        ({"tensor_parallel": {"autotp_size": 2, "preset_model": "bloom"}}, "preset_of_bloom_has_wrong_slopes"),
+        ({"tensor_parallel": {"autotp_size": 2, "preset_model": "phi3"}}, "preset_comes_before_the_model_s_plan"),
         ({"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 4}, "saved_model_is_one_shard"),
         ({"optimizer": {"type": "Muon", "params": {"lr": 0.02}}}, "optimizer_sees_one_shard"),
         ({"optimizer": {"type": "OneBitLamb"}}, "optimizer_sees_one_shard"),
@@ -46,6 +47,20 @@ def test_a_rule_reports_its_configuration(change: dict[str, Any], rule: str) -> 
 def test_at_zero_1_and_2_configured_for_one_backward_pass_only_the_last_counts(stage: int, is_said: bool) -> None:
     found = rules(GOOD | {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": 1})
     assert ("only_the_last_backward_pass_counts" in found) is is_said
+
+
+@pytest.mark.parametrize(
+    ("change", "is_said"),
+    [
+        ({}, True),
+        ({"gradient_clipping": 0.0}, False),
+        ({"zero_optimization": {"stage": 1}}, False),
+        ({"bf16": {}}, False),
+    ],
+)
+def test_the_norm_of_bfloat16_with_autotp_and_zero_0_is_local(change: dict[str, Any], is_said: bool) -> None:
+    config = {"tensor_parallel": {"autotp_size": 2}, "bf16": {"enabled": True}, "gradient_clipping": 1.0}
+    assert ("norm_of_bfloat16_is_local" in rules(config | change)) is is_said
 
 
 def test_clipping_that_is_not_set_is_on() -> None:
@@ -70,6 +85,7 @@ def test_every_rule_is_named_after_its_function() -> None:
             *config_advice({"tensor_parallel": {"preset_model": "phi3", "autotp_size": 2}}),
             *config_advice({"zero_optimization": {"stage": 1}}),
             *config_advice({"tensor_parallel": {"autotp_size": 2}, "optimizer": {"type": "Muon"}}),
+            *config_advice({"tensor_parallel": {"preset_model": "bloom", "autotp_size": 2}, "bf16": {"enabled": True}}),
         )
     }
     assert seen == {rule.__name__ for rule in RULES}

@@ -821,7 +821,9 @@ def test_a_module_in_low_precision_is_judged_by_what_it_adds() -> None:
 
 
 def test_tokens_that_rounding_sends_to_other_experts_are_no_mistake_where_what_follows_is_right() -> None:
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "noise_of_replays": 0.005, "steps": 1}
+    names = {"layers.0.up": "layers.0.gate", "layers.0.up.weight": "layers.0.gate.weight"}
+    plain: dict[str, Any] = {"dtype": torch.bfloat16, "noise_of_replays": 0.005, "steps": 1}
+    options = {**plain, "rename": lambda name: names.get(name, name)}
 
     def rerouted(place: Place, local: torch.Tensor) -> torch.Tensor:
         if (place.kind, place.name) == ("output", "layers.0.down"):
@@ -834,6 +836,7 @@ def test_tokens_that_rounding_sends_to_other_experts_are_no_mistake_where_what_f
     assert [name.rpartition(": ")[2] for name in told] == ["output of layers.0.down 0"[:-2], f"gradient of {DOWN}"]
     followed = both(rerouted, edit("output", "layers.0", plus(0.1)))
     assert the_finding(compared(run(tp=2, edit=followed, **options), run(**options))).where["module"] == "layers.0.down"
+    assert the_finding(compared(run(tp=2, edit=rerouted, **plain), run(**plain))).where["module"] == "layers.0.down"
     exact = {**options, "dtype": torch.float32}
     assert the_finding(compared(run(tp=2, edit=rerouted, **exact), run(**exact))).where["module"] == "layers.0.down"
 

@@ -435,6 +435,48 @@ def record_without_topology(rank: Rank, path: str) -> None:
     tpcheck.record(model(), path)
 
 
+# ---- outputs whose shapes leave several readings
+
+
+class NormAndShard(nn.Module):
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(8)
+        torch.manual_seed(rank)
+        self.up = nn.Linear(8, 4)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.norm(hidden).square().sum() + self.up(hidden).square().sum()
+
+
+def record_norm_and_shard(rank: Rank, path: str) -> None:
+    trained = NormAndShard(rank.rank)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+    with tpcheck.record(trained, path, optimizer=optimizer, topology=rank.topology):
+        for step in range(4):
+            trained(torch.randn(3, 8, generator=torch.Generator().manual_seed(step))).backward()
+            if step == 2 and rank.rank == 1:
+                with torch.no_grad():
+                    trained.norm.weight.mul_(2)  # its replicas part: the fourth step's outputs differ
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.distributed.barrier(rank.group("tp"))
+
+
+def test_an_output_that_all_ranks_have_has_one_reading_from_the_second_step_on(tmp_path: Path) -> None:
+    with spawn(tpcheck.Topology(tp=2)) as world:
+        world.run(record_norm_and_shard, str(tmp_path / "run.trace"))
+    for trace in read_trace(tmp_path / "run.trace"):
+        for kind in ("output", "output_gradient"):
+            of_steps = [tensors(step, kind) for step in trace.steps]
+            assert [len(step["norm", "0"].readings) for step in of_steps] == [2, 1, 1, 1]
+            assert [len(step["up", "0"].readings) for step in of_steps] == [2, 2, 2, 2]
+        [(label, reason)] = trace.not_recorded.items()
+        assert label == "output of norm"
+        assert "others in step 3" in reason
+
+
 # ---- replays that are not the recorded pass
 
 

@@ -9,6 +9,7 @@ from tpcheck.backends.checkpoint_format import CheckpointFormat
 from tpcheck.backends.interface import Backend, ReadsLayouts
 from tpcheck.backends.layout import Layout
 from tpcheck.core.errors import TpcheckError, UsageError
+from tpcheck.core.extras import install_command, is_missing, missing_package
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,6 +49,14 @@ def modules_of(backend: str) -> tuple[str, ...]:
     return (entry.module,) if entry is not None and entry.module.partition(".")[0] == own else ()
 
 
+def require_library(backend: str) -> None:
+    """Raise UsageError if the library that a backend of this package shards with is not installed. Imports nothing."""
+    for module in modules_of(backend):
+        library = module.rpartition(".")[2]  # tpcheck.backends.deepspeed
+        if is_missing(library):
+            raise UsageError("backend", backend, f"a library that is installed: {install_command(library)}")
+
+
 def checkpoint_formats() -> tuple[CheckpointFormat, ...]:
     """Return all installed checkpoint formats, those of the highest precedence first.
 
@@ -85,7 +94,7 @@ def _instance(kind: str, entry: EntryPoint) -> Any:
     try:
         return entry.load()()
     except ImportError as error:
-        raise TpcheckError(f"{kind} {entry.name!r} cannot be loaded: {error}") from error
+        raise TpcheckError(f"{kind} {entry.name!r} cannot be loaded: {missing_package(error) or error}") from error
 
 
 def _entries(group: str) -> dict[str, EntryPoint]:

@@ -31,7 +31,7 @@ def check_batch(
         compared. Samples that replicas have in common are left out where `[tool.tpcheck]` has `across_dp = "ignore"`.
 
     Raises:
-        UsageError: torch.distributed is not initialised, or there is no TP group to be found.
+        UsageError: A launcher has started several ranks, and torch.distributed is not initialised.
         RankFailure: A rank has gone.
 
     Example:
@@ -66,7 +66,7 @@ def watch(loader: Iterable[Any], **options: Unpack[WatchArguments]) -> WatchedLo
         BatchMismatch: Batches differ inside a TP group; `.report` says where and why.
         UnevenBatches: Some ranks have more batches than others.
         RankFailure: The loader of another rank raised, or a rank has gone.
-        UsageError: torch.distributed is not initialised, or there is no TP group to be found.
+        UsageError: A launcher has started several ranks, and torch.distributed is not initialised.
 
     Example:
         >>> loader = tpcheck.watch(loader)  # doctest: +SKIP

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -51,10 +52,51 @@ def open_checkpoint(argument: str, source: Any, options: ReadOptions) -> Checkpo
     names = sorted(entry.name for entry in source.iterdir()) if source.is_dir() else []
     if source.is_dir() and not names:
         raise CheckpointError(f"{source} is an empty folder.")
+    below = _checkpoints_below(source) if source.is_dir() else []
+    if below:
+        listed = ", ".join(below[:5]) + (f" and {len(below) - 5} more" if len(below) > 5 else "")
+        raise UsageError(argument, str(source), f"a folder that holds a checkpoint itself; below it are {listed}")
     contents = f"; the folder holds {', '.join(names[:5])}" if names else ""
     contents += f" and {len(names) - 5} more" if len(names) > 5 else ""
     accepted = ", ".join(checkpoint_format.name for checkpoint_format in formats)
     raise UsageError(argument, str(source), f"a checkpoint ({accepted}){contents}")
+
+
+# Folders that hold checkpoints: a Trainer's output (checkpoint-500), a repository in the cache of the hub
+# (snapshots/REVISION), and what accelerate and others write (step_10/model).
+_DEPTH_SEARCHED, _FOLDERS_SEARCHED = 2, 200
+
+
+def _checkpoints_below(folder: Path) -> list[str]:
+    """Return the folders below this one that hold a checkpoint, the latest first."""
+    formats = checkpoint_formats()
+    found: list[Path] = []
+    level = [folder]
+    for _ in range(_DEPTH_SEARCHED):
+        level = [path for parent in level for path in _folders_in(parent)][:_FOLDERS_SEARCHED]
+        found += [path for path in level if any(each.recognises(path) for each in formats)]
+        level = [path for path in level if path not in found]
+    by_number = sorted(found, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)] or [0])
+    return [str(path.relative_to(folder)) for path in reversed(by_number)]
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError:
+        return []
+
+
+_KINDS_OF_WEIGHTS = ("safetensors", "pytorch", "peft", "transformers-shards")
+
+
+def other_weights(source: Any) -> tuple[str, tuple[str, ...]]:
+    """Return which format is read of a folder, and which other files of weights it holds."""
+    if not isinstance(source, (str, os.PathLike)) or not Path(source).is_dir():
+        return "", ()
+    names = [each.name for each in checkpoint_formats() if each.recognises(Path(source))]
+    kinds = tuple(name for name in names[1:] if name in _KINDS_OF_WEIGHTS)
+    return (names[0], kinds) if names and names[0] in _KINDS_OF_WEIGHTS else ("", ())
 
 
 def _existing_path(argument: str, source: str | os.PathLike[str]) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,7 @@ def verify_checkpoint(
             names=name_map if name_map.texts else None,
             progress=progress,
         )
+        comparison = _with_other_weights(comparison, {"actual": actual, "the reference": reference})
         if not weights_only:
             wrong = {str(finding.where.get("parameter")) for finding in comparison.findings}
             comparison = _with_states(comparison, compare_states(actual_checkpoint, expected_checkpoint, wrong))
@@ -132,6 +133,19 @@ def _verdict(comparison: Comparison, subject: dict[str, Any], command: str | Non
         seconds=seconds,
         message="no tensor could be compared" if skipped else None,
     )
+
+
+def _with_other_weights(comparison: Comparison, sources: Mapping[str, Any]) -> Comparison:
+    """Say of a folder with two kinds of weights which was read."""
+    from tpcheck.checkpoints.comparison import other_weights
+
+    left_out: dict[str, str] = {}
+    for side, source in sources.items():
+        read, others = other_weights(source)
+        left_out |= {f"{other} weights of {side}": f"{read} is read where a folder holds both" for other in others}
+    coverage = comparison.coverage
+    not_compared = {**coverage.not_compared, **left_out}
+    return replace(comparison, coverage=replace(coverage, not_compared=not_compared))
 
 
 def _with_states(comparison: Comparison, states: StatesComparison) -> Comparison:

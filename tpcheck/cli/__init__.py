@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+import tpcheck
 from tpcheck.cli.compare import checkpoint, compare
 from tpcheck.cli.faults import faults
 from tpcheck.cli.fuzz import fuzz
@@ -13,9 +16,8 @@ from tpcheck.cli.verify import verify
 
 app = typer.Typer(
     name="tpcheck",
-    help="Verify tensor-parallel training against the unsharded model: what differs, where it starts, and why.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 app.command(no_args_is_help=True)(verify)
@@ -26,6 +28,21 @@ app.command()(families)
 app.command()(doctor)
 app.command()(faults)
 app.command(no_args_is_help=True)(fuzz)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"tpcheck {tpcheck.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Verify tensor-parallel training against the unsharded model: what differs, where it starts, and why."""
 
 
 def main() -> None:

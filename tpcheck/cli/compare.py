@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from tpcheck.cli.option_values import writable
+from tpcheck.cli.option_values import full_dtype, writable
 from tpcheck.cli.terminal import BAD_USAGE, Files, bytes_bar, usage_errors, write_report
 from tpcheck.report.report import Report
 
@@ -72,7 +72,7 @@ def checkpoint(
             report = verify_checkpoint(
                 actual,
                 reference,
-                dtype=dtype,
+                dtype=dtype and full_dtype(dtype),
                 earlier=earlier or (),
                 allow_pickle=allow_pickle,
                 weights_only=weights_only,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tpcheck.cli.option_values import writable
+from tpcheck.cli.option_values import full_dtype, writable
 from tpcheck.cli.terminal import (
     BAD_USAGE,
     INTERRUPTED,
@@ -80,7 +80,8 @@ def faults(
         if is_launched():
             raise UsageError("launcher", "torchrun or srun", "no launcher: each fault runs in its own small world")
         json_, html, junit = writable("json", json_), writable("html", html), writable("junit", junit)
-        runs = _runs(names or [], kind or [], dtype, range(seed, seed + seeds), False if list_ else controls)
+        with_controls = False if list_ else controls
+        runs = _runs(names or [], kind or [], full_dtype(dtype), range(seed, seed + seeds), with_controls)
     if list_:
         show(fault_list((run.name, run.kind, run.what) for run in runs if run.seed == seed))
         raise typer.Exit

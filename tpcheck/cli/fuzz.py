@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 
-from tpcheck.cli.option_values import integers, json_object, names, settings, writable
+from tpcheck.cli.option_values import dtypes, integers, json_object, settings, writable
 from tpcheck.cli.terminal import BAD_USAGE, INTERRUPTED, note, progress_bar, usage_errors, write_all
 from tpcheck.core.errors import UsageError
 from tpcheck.lab.fuzz.report import (
@@ -184,7 +184,7 @@ def fuzz(
         from tpcheck.lab.fuzz.family import Bounds  # loads torch, which --help need not wait for
         from tpcheck.lab.fuzz.search import Limits
 
-        bounds = Bounds.of(dtype=names("dtype", dtype), **sizes)
+        bounds = Bounds.of(dtype=dtypes(dtype), **sizes)
         limits = Limits(examples, seed, shrink_seconds)
         if family is None:
             from tpcheck.lab.fuzz.layers import LayerCommon

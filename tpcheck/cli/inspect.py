@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from tpcheck.cli.option_values import json_object
-from tpcheck.cli.terminal import show, usage_errors
+from tpcheck.cli.option_values import json_object, writable
+from tpcheck.cli.terminal import BAD_USAGE, show, usage_errors, write_all
 from tpcheck.core.topology import Topology
 from tpcheck.families.build import Listed
 from tpcheck.lab.known import register
 from tpcheck.report.table import Cell, Column, Row, Table, table_lines
 from tpcheck.report.words import Line, labelled, plain
+
+Json = Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the result as JSON.")]
 
 
 def topology_lines(topology: Topology) -> Iterator[Line]:
@@ -33,6 +36,17 @@ def topology_lines(topology: Topology) -> Iterator[Line]:
         yield from labelled(f"{axis} groups", " ".join(groups))
 
 
+def topology_data(topology: Topology) -> dict[str, Any]:
+    """Return coordinates and groups as JSON holds them."""
+    return {
+        "schema": 1,
+        "world_size": topology.world_size,
+        "sizes": dict(topology.sizes),
+        "ranks": [{"rank": rank, **topology.coordinate(rank)} for rank in range(topology.world_size)],
+        "groups": {axis: [list(group) for group in topology.groups(axis)] for axis in topology.sizes},
+    }
+
+
 def family_lines(families: Sequence[Listed]) -> Iterator[Line]:
     """Yield one line for each family, with its plan and its known bugs."""
     rows = []
@@ -49,14 +63,18 @@ def family_lines(families: Sequence[Listed]) -> Iterator[Line]:
 def topology(
     world: Annotated[int, typer.Option(help="Number of ranks.")],
     tp: Annotated[int, typer.Option(help="Ranks of a tensor-parallel group.")] = 1,
+    json_: Json = None,
 ) -> None:
     """Print the coordinates of every rank, and the groups of every axis.
 
     \b
     tpcheck topology --world 8 --tp 2
+    tpcheck topology --world 8 --tp 2 --json topology.json
     """
     with usage_errors():
-        show(topology_lines(Topology.of(world_size=world, tp=tp)))
+        sizes = Topology.of(world_size=world, tp=tp)
+        json_ = writable("json", json_)
+    _end(topology_lines(sizes), json_, topology_data(sizes), status=0)
 
 
 def families(
@@ -87,6 +105,7 @@ def doctor(
     ds_config: Annotated[
         str | None, typer.Argument(metavar="[DS_CONFIG.json]", help="A DeepSpeed configuration to check.")
     ] = None,
+    json_: Json = None,
 ) -> None:
     """Print versions and devices, and problems of this machine and of a DeepSpeed configuration.
 
@@ -94,11 +113,19 @@ def doctor(
     tpcheck doctor
     tpcheck doctor ds_config.json
 
-    Exit status: 0 no problems, 1 findings, 2 bad usage.
+    A finding is broken (something does not do what it says), a trap (a usual step goes wrong), or advice.
+
+    Exit status: 0 nothing is broken, 1 something is, 2 bad usage.
     """
-    from tpcheck.doctor.diagnosis import diagnose, diagnosis_lines
+    from tpcheck.doctor.diagnosis import diagnose, diagnosis_data, diagnosis_lines
 
     with usage_errors():
+        json_ = writable("json", json_)
         diagnosis = diagnose(json_object("ds_config", ds_config) if ds_config is not None else None)
-        show(diagnosis_lines(diagnosis))
-    raise typer.Exit(1 if diagnosis.advice else 0)
+    _end(diagnosis_lines(diagnosis), json_, diagnosis_data(diagnosis), status=int(diagnosis.is_broken))
+
+
+def _end(lines: Iterable[Line], path: Path | None, data: Mapping[str, Any], *, status: int) -> None:
+    """Show the lines, write the file, and exit."""
+    is_written = write_all(lines, (path, lambda: json.dumps(data, indent=2) + "\n"))
+    raise typer.Exit(status if is_written else BAD_USAGE)

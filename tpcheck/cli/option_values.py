@@ -101,6 +101,24 @@ def names(name: str, text: str) -> list[str]:
     return listed
 
 
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+def dtypes(text: str) -> list[str]:
+    """Return the dtypes of a comma-separated list by torch's names.
+
+    Example:
+        >>> dtypes("bf16,float64")
+        ['bfloat16', 'float64']
+    """
+    return list(dict.fromkeys(full_dtype(name) for name in names("dtype", text)))
+
+
+def full_dtype(name: str) -> str:
+    """Return torch's name of a dtype, which may be given by a short one."""
+    return _DTYPES.get(name, name)
+
+
 def integers(name: str, text: str) -> list[int]:
     """Return the integers of a comma-separated list.
 

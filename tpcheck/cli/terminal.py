@@ -30,6 +30,7 @@ from rich.progress import (
 )
 
 from tpcheck.core.errors import TpcheckError
+from tpcheck.core.extras import missing_package
 from tpcheck.report.report import FINDINGS_SHOWN, Report, verdict_lines
 from tpcheck.report.words import Line, as_rich, as_text
 from tpcheck.world.attach import is_launched
@@ -76,11 +77,16 @@ def note(text: str) -> None:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn a TpcheckError into one line on standard error and the exit status of bad usage."""
+    """Turn a TpcheckError, or a missing extra, into one line on standard error and the exit status of bad usage."""
     try:
         yield
     except TpcheckError as error:
         note(f"tpcheck: {error}")
+        raise typer.Exit(BAD_USAGE) from error
+    except ModuleNotFoundError as error:
+        if (sentence := missing_package(error)) is None:
+            raise
+        note(f"tpcheck: {sentence}")
         raise typer.Exit(BAD_USAGE) from error
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tpcheck.cli.matrix import Matrix, run_matrix
-from tpcheck.cli.option_values import integers, json_object, name_or_object, names, settings, writable
+from tpcheck.cli.option_values import dtypes, integers, json_object, name_or_object, names, settings, writable
 from tpcheck.cli.terminal import Files, usage_errors
 from tpcheck.core.errors import UsageError
 from tpcheck.lab.matrix import Cell, cells
@@ -146,7 +146,7 @@ def verify(
             tp=integers("tp", tp),
             dp=integers("dp", dp),
             zero=integers("zero", zero),
-            dtype=names("dtype", dtype),
+            dtype=dtypes(dtype),
             attention=names("attention", attention) if attention is not None else (),
             experts=names("experts", experts) if experts is not None else (),
         )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from tpcheck.core.optimizers import needs_whole_matrices
 
@@ -23,6 +23,7 @@ KNOWN_KEYS = frozenset(
 )
 PRESETS = frozenset("llama bloom chatglm mixtral deepseek_v2 qwen2 phi3".split())
 Config = Mapping[str, Any]
+Severity = Literal["broken", "trap", "advice"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,15 @@ class Advice:
         what: The problem and its consequence.
         fix: What to do: a line to add, a command; None for a problem without a fix.
         link: Where to read more.
+        severity: `broken`: something does not do what it says, whatever the program does. `trap`: a usual step goes
+            wrong. `advice`: nothing goes wrong.
     """
 
     rule: str
     what: str
     fix: str | None = None
     link: str | None = None
+    severity: Severity = "broken"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,30 +189,61 @@ def preset_is_unknown(config: Config) -> Problems:
 
 def preset_comes_before_the_model_s_plan(config: Config) -> Problems:
     """A preset replaces the model's tp_plan."""
-    preset = section(config, "tensor_parallel").get("preset_model")
-    if isinstance(preset, str) and preset.lower() in PRESETS:
-        # Measured with deepspeed 0.19.8 at tp 2: the logits are off by 7 %.
-        wrong = "; with bloom each rank then silently has wrong ALiBi slopes" if preset.lower() == "bloom" else ""
+    preset = _known_preset(config)
+    if preset not in (None, "bloom"):
         yield (
-            f"preset_model {preset!r} replaces the model's tp_plan{wrong}",
+            f"preset_model {preset!r} replaces the model's tp_plan",
             "remove preset_model if the model has a tp_plan; tpcheck verify shows which of the two is right",
         )
 
 
-RULES = (
-    unknown_keys_are_ignored,
-    tensor_parallelism_is_off,
-    preset_is_unknown,
-    preset_comes_before_the_model_s_plan,
-    clipping_is_on_unless_set,
-    saved_model_is_one_shard,
-    only_the_last_backward_pass_counts,
-    optimizer_sees_one_shard,
-)
+def preset_of_bloom_has_wrong_slopes(config: Config) -> Problems:
+    """The preset shards BLOOM's heads, and each rank keeps the ALiBi slopes of the first ones.
+
+    Measured with deepspeed 0.19.8 at tp 2: the logits are off by 7 %.
+    """
+    if _known_preset(config) == "bloom":
+        yield (
+            "preset_model 'bloom' shards the heads: each rank then silently has wrong ALiBi slopes",
+            "remove preset_model",
+        )
+
+
+def _known_preset(config: Config) -> str | None:
+    preset = section(config, "tensor_parallel").get("preset_model")
+    return preset.lower() if isinstance(preset, str) and preset.lower() in PRESETS else None
+
+
+def norm_of_bfloat16_is_local(config: Config) -> Problems:
+    """At ZeRO 0 in bfloat16 the norm that clips is that of one TP rank's shards.
+
+    Measured with deepspeed 0.19.8: docs/upstream/deepspeed_bf16_norm.py.
+    """
+    is_bfloat16 = any(section(config, name).get("enabled") is True for name in ("bf16", "bfloat16"))
+    if is_bfloat16 and num_tp(config) > 1 and zero_stage(config) == 0 and config.get("gradient_clipping", 1.0):
+        yield (
+            f"with bf16, autotp_size {num_tp(config)} and ZeRO 0, gradients are clipped by the norm of one TP rank's "
+            "shards: too little, and differently at each TP size",
+            'set "zero_optimization": {"stage": 1}, or "gradient_clipping": 0.0',
+        )
+
+
+RULES: Mapping[Callable[[Config], Problems], Severity] = {
+    unknown_keys_are_ignored: "broken",
+    tensor_parallelism_is_off: "trap",
+    preset_is_unknown: "broken",
+    preset_comes_before_the_model_s_plan: "trap",
+    preset_of_bloom_has_wrong_slopes: "broken",
+    norm_of_bfloat16_is_local: "broken",
+    clipping_is_on_unless_set: "trap",
+    saved_model_is_one_shard: "trap",
+    only_the_last_backward_pass_counts: "trap",
+    optimizer_sees_one_shard: "broken",
+}
 
 
 def config_advice(config: Config) -> Iterator[Advice]:
     """Yield the advice of every rule on a configuration."""
-    for rule in RULES:
+    for rule, severity in RULES.items():
         for what, fix in rule(config):
-            yield Advice(rule.__name__, what, fix)
+            yield Advice(rule.__name__, what, fix, severity=severity)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ import psutil  # type: ignore[import-untyped]
 from packaging.version import Version
 
 from tpcheck.core.environment import num_cores
-from tpcheck.doctor.deepspeed import Advice, Saved, config_advice, what_is_saved
+from tpcheck.doctor.deepspeed import Advice, Saved, Severity, config_advice, what_is_saved
 from tpcheck.report import words
 from tpcheck.report.table import Cell, Column, Row, Table, table_lines
 from tpcheck.report.words import Line, labelled, plain
+
+_STYLES: Mapping[Severity, str] = {"broken": "bold red", "trap": "bold yellow", "advice": "bold"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,14 @@ class Diagnosis:
     devices: tuple[str, ...]
     advice: tuple[Advice, ...]
     saved: tuple[Saved, ...] = ()
+
+    @property
+    def is_broken(self) -> bool:
+        return bool(self.counts()["broken"])
+
+    def counts(self) -> dict[Severity, int]:
+        """Return how many problems there are of each severity, the most severe first."""
+        return {severity: sum(advice.severity == severity for advice in self.advice) for severity in _STYLES}
 
 
 def diagnose(config: Mapping[str, Any] | None = None) -> Diagnosis:
@@ -65,7 +75,7 @@ def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[Line]:
         yield from table_lines(Table((Column("call"), Column("writes")), tuple(rows), indent=2))
     for advice in diagnosis.advice:
         yield Line()
-        yield plain(advice.rule, "bold yellow")
+        yield plain(f"{advice.severity}: {advice.rule}", _STYLES[advice.severity])
         yield from labelled("what", advice.what)
         if advice.fix:
             yield from labelled("fix", advice.fix, "cyan")
@@ -73,9 +83,23 @@ def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[Line]:
             yield from labelled("see", advice.link, "dim")
     yield Line()
     if diagnosis.advice:
-        yield plain(words.pluralize(len(diagnosis.advice), "finding"), "bold red")
+        counts = ", ".join(f"{number} {severity}" for severity, number in diagnosis.counts().items() if number)
+        total = words.pluralize(len(diagnosis.advice), "finding")
+        yield plain(f"{total}: {counts}", "bold red" if diagnosis.is_broken else "bold yellow")
     else:
         yield plain("no problems", "bold green")
+
+
+def diagnosis_data(diagnosis: Diagnosis) -> dict[str, Any]:
+    """Return the diagnosis as JSON holds it."""
+    return {
+        "schema": 1,
+        "verdict": "failed" if diagnosis.is_broken else "passed",
+        "versions": dict(diagnosis.versions),
+        "devices": list(diagnosis.devices),
+        "findings": [asdict(advice) for advice in diagnosis.advice],
+        "saved": [asdict(saved) for saved in diagnosis.saved],
+    }
 
 
 def devices() -> tuple[str, ...]:
@@ -125,6 +149,7 @@ def leaked_shared_memory(folder: Path = Path("/dev/shm"), proc: Path = Path("/pr
             what=f"{len(leaked)} segments in {folder} ({size:.0f} MiB) belong to no process: DeepSpeed's all-reduce "
             "for CPUs leaks one for each rank of each world",
             fix=f"rm {paths}" if len(leaked) <= 4 else f"rm {folder}/{_SHM_GLOB}",
+            severity="advice",
         )
 
 
@@ -184,6 +209,7 @@ def bad_versions(versions: Mapping[str, str | None]) -> Iterator[Advice]:
                 what=f"{package} {installed}: {what} ({name})",
                 fix=f"pip install '{package}>={'.'.join(map(str, fixed_in))}'",
                 link=f"https://nvd.nist.gov/vuln/detail/{name}",
+                severity="trap",
             )
 
 

@@ -59,6 +59,14 @@ class KnownBug:
     link: str | None = None
     anywhere: bool = False
 
+    @property
+    def installed_script(self) -> str | None:
+        """Where the script is: in the installed package, or else in the source."""
+        if self.script is None:
+            return None
+        installed = Path(__file__).parents[1] / "upstream" / Path(self.script).name
+        return str(installed) if installed.exists() else self.script
+
     def concerns(self, verdict: Verdict) -> bool:
         """Return whether a run of this subject, with these versions, should show the bug."""
         same_config = dict(verdict.subject.get("config") or {}) == dict(self.config)

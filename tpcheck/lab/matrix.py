@@ -217,7 +217,7 @@ def matrix_lines(rows: Sequence[JudgedVerdict]) -> Iterator[Line]:
 def standing_lines(row: JudgedVerdict) -> Iterator[Line]:
     """Yield what the register of known bugs says of a verdict."""
     if row.standing == "known" and row.bug is not None:
-        see = "; ".join(part for part in (row.bug.link, row.bug.script) if part)
+        see = "; ".join(part for part in (row.bug.link, row.bug.installed_script) if part)
         yield from labelled("upstream", f"{row.bug.name}: {row.bug.what}" + (f"\n{see}" if see else ""))
     elif row.standing:
         yield from labelled(row.standing, unexpected_message(row), "red")

@@ -388,7 +388,7 @@ class Request:
 
 def require_valid(request: Request) -> None:
     """Raise UsageError if the model or an option cannot be used, with the accepted values."""
-    from tpcheck.backends.registry import backend_names
+    from tpcheck.backends.registry import backend_names, require_library
     from tpcheck.numerics.checks import CHECK_NAMES, ON_REQUEST
 
     options = request.options
@@ -402,6 +402,7 @@ def require_valid(request: Request) -> None:
         )
     if not hasattr(options.backend, "shard") and options.backend not in backend_names():
         raise UsageError("backend", options.backend, [*backend_names(), "an object like tpcheck.adapters.Backend"])
+    require_library(options.backend_name)
     if options.dtype not in DTYPES:
         raise UsageError("dtype", options.dtype, DTYPES)
     if options.zero_stage not in ZERO_STAGES:

@@ -85,6 +85,16 @@ def explain_in_full(full: FullTensors, comparison: Comparison, comparisons: Sequ
     """
     if not full.has(comparison.key) or comparison.is_of_norms:
         return None
+    try:
+        evidence = _evidence(full, comparison, comparisons)
+        found = _of_runs(evidence, comparison)
+        suspects = _suspects(evidence, comparison, full) if found is None else iter(())
+        return found or next((found for suspect in suspects if (found := explain(suspect))), None)
+    except (RuntimeError, ValueError, IndexError):
+        return None  # in a trace from a stranger, tensors may have other shapes than their records say
+
+
+def _evidence(full: FullTensors, comparison: Comparison, comparisons: Sequence[Comparison]) -> Evidence:
     builder = _Builder(full, comparison, comparisons)
     key = (comparison.kind, builder.dp_rank)
     evidence = full.gathered.get(key)
@@ -92,10 +102,7 @@ def explain_in_full(full: FullTensors, comparison: Comparison, comparisons: Sequ
         evidence = builder.evidence()
         if not builder.is_of_one_module:
             full.gathered[key] = evidence
-    found = _of_runs(evidence, comparison)
-    return found or next(
-        (found for suspect in _suspects(evidence, comparison, full) if (found := explain(suspect))), None
-    )
+    return evidence
 
 
 def _of_runs(evidence: Evidence, comparison: Comparison) -> Explanation | None:
@@ -248,10 +255,11 @@ class _Builder:
             local = [records_a.get(rank) for rank in self._group]
             if layout_e is None or layout_e.shape != layout.shape or None in local:
                 continue
-            wholes[name] = layout_e.assemble([records_e[rank].full[0] for rank in group])
-            for of_rank, record in zip(parts, local, strict=True):
-                assert record is not None
-                of_rank[name] = record.full[0]
+            whole = layout_e.assemble([records_e[rank].full[0] for rank in group])
+            held = [record.full[0] for record in local if record is not None]
+            wholes[name] = whole.to(held[0].dtype)  # where the dtypes differ, weights are compared by bits, rounded
+            for of_rank, part in zip(parts, held, strict=True):
+                of_rank[name] = part
         return wholes, parts
 
     # ---- activations

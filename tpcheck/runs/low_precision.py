@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -19,6 +19,9 @@ from tpcheck.numerics.tolerance import (
 )
 from tpcheck.runs.comparisons import ACTIVATIONS, Comparer, Comparison, Table
 from tpcheck.runs.wholes import epsilon
+
+ROUTERS = ("gate", "router", "wg")
+"""Names of the modules that send tokens to experts, in transformers, Megatron and DeepSpeed."""
 
 
 def judged_among_neighbours(comparisons: Sequence[Comparison], typical: float = TYPICAL_NOISE) -> list[Comparison]:
@@ -44,12 +47,17 @@ def judged_among_neighbours(comparisons: Sequence[Comparison], typical: float = 
     return judged
 
 
-def rerouted_among(comparisons: Sequence[Comparison]) -> list[Comparison]:
+def rerouted_among(comparisons: Sequence[Comparison], *, is_known: bool = False) -> list[Comparison]:
     """Return the tensors of 16 bits that are wrong, or nearly so, in a few rows, where what follows is right.
 
     Near a tie, rounding decides to which experts a router sends a token: then its row is another one altogether, and
-    tensors whose rows are in the order of experts are moved. A mistake is in most rows, or shows in what follows.
+    tensors whose rows are in the order of experts are moved. A mistake is in most rows, or shows in what follows; as it
+    may be at few positions of all samples, which make a tile of rows, too, a router has to be beside it.
+
+    Args:
+        is_known: Tokens went to other experts in the forward pass of this step.
     """
+    routed = {each.name.rpartition(".")[0] for each in comparisons if each.name.rpartition(".")[2] in ROUTERS}
     found: list[Comparison] = []
     run: list[Comparison] = []
     for comparison in comparisons:
@@ -60,9 +68,16 @@ def rerouted_among(comparisons: Sequence[Comparison]) -> list[Comparison]:
         elif comparison.is_wrong:
             return found  # a mistake: what follows from it is none of these
         elif is_keyed or not run:
-            found += run if any(map(_differs_in_few_rows, run)) else []
+            beside = [each for each in (*run, comparison) if is_known or _is_inside(each, routed)] if run else []
+            if any(map(_differs_in_few_rows, beside)):
+                found += run
             run = []
     return found
+
+
+def _is_inside(comparison: Comparison, modules: Collection[str]) -> bool:
+    """Return whether a tensor is of one of the modules, or of a module directly inside."""
+    return comparison.name in modules or comparison.name.rpartition(".")[0] in modules
 
 
 def is_near_limit(comparison: Comparison) -> bool:
@@ -78,7 +93,8 @@ def _differs_in_few_rows(comparison: Comparison) -> bool:
     ):
         return False
     by_row = ((comparison.actual.sketch - comparison.expected.sketch).tile_norms() ** 2).sum(dim=1)
-    largest = by_row.sort(descending=True).values[:FEW_ROWS]
+    num_tiles = int((comparison.expected.sketch.tile_norms().sum(dim=1) > 0).sum())
+    largest = by_row.sort(descending=True).values[: max(1, int(num_tiles * FEW_ROWS))]
     return float(largest.sum()) >= SHARE_OF_FEW_ROWS * float(by_row.sum()) > 0
 
 

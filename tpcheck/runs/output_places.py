@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,19 +106,21 @@ class OutputPlaces:
         """
         self._posted, self._step = dict(outputs), step
         if len(self._group) > 1:
-            said = [step, [[*key, said.digest, said.is_uniform] for key, said in outputs.items()]]
-            dist.distributed_c10d._get_default_store().set(self._slot(self._tp_rank), json.dumps(said))
+            message = [step, [[*key, said.digest, said.is_uniform] for key, said in outputs.items()]]
+            with suppress(RuntimeError):  # the rank that keeps the store is gone: the loop is to find that, not this
+                dist.distributed_c10d._get_default_store().set(self._slot(self._tp_rank), json.dumps(message))
 
     def learn(self) -> None:
         """Decide by what all peers have left of the last recorded step; nothing where one of them has not yet."""
         if self._posted is None or len(self._group) == 1:
             return
-        store = dist.distributed_c10d._get_default_store()
         slots = [self._slot(rank) for rank in range(len(self._group))]
-        if not store.check(slots):
-            return
-        found = [json.loads(store.get(slot)) for slot in slots]
-        if any(step != self._step for step, _ in found):
+        found: list[Any] = []
+        with suppress(RuntimeError):
+            store = dist.distributed_c10d._get_default_store()
+            if store.check(slots):
+                found = [json.loads(store.get(slot)) for slot in slots]
+        if not found or any(step != self._step for step, _ in found):
             return
         self.decide([{(name, path, call): Output(*said) for name, path, call, *said in each} for _, each in found])
         self._posted = None

@@ -193,7 +193,7 @@ class Replays:
         different = []
         for key in keys:
             terms = [each.tensors[key] for each in passes if key in each.tensors]
-            if not all(term.sketches for term in terms):
+            if not (all(term.sketches for term in terms) and unperturbed.sketches[key]):  # of no one shape
                 different.append(OtherBits(key, inf, 1.0, 0.0))
                 continue
             first = total(fetch_sketches([term.sketches[0] for term in terms]))
@@ -213,7 +213,7 @@ class Replays:
         """
         first, *others = different
         return first.gap <= SAFETY_FACTOR * first.rounding and all(
-            each.gap <= SAFETY_FACTOR * max(each.rounding, deviations[each.key][0]) for each in others
+            each.gap <= SAFETY_FACTOR * max(each.rounding, *deviations[each.key][:1]) for each in others
         )
 
     def _note_nondeterminism(self, step: int, first: OtherBits) -> None:

@@ -288,7 +288,8 @@ def not_judged(
     """Return the wrong tensors that are no mistakes, and why, by label."""
     permuted = permuted_among(wrong, comparisons)
     keys = {each.key for each in permuted}
-    rerouted = rerouted_among([each for each in comparisons if each.key not in keys])
+    others = [each for each in comparisons if each.key not in keys]
+    rerouted = rerouted_among(others, is_known=bool(comparer.rerouted))
     comparer.rerouted |= {each.name for each in rerouted if each.name}
     reasons = {each.label: _PERMUTED for each in permuted} | {each.label: _REROUTED for each in rerouted}
     return [*permuted, *rerouted], reasons

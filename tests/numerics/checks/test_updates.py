@@ -439,7 +439,7 @@ def test_an_epsilon_that_changes_the_step_is_named(epsilon: float, cause: Cause 
     assert the_cause(suspect) is cause
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 1e-8, 1e-5])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-7, 1e-5])
 def test_the_epsilon_of_a_convention_is_read_off_the_step(epsilon: float) -> None:
     evidence = clipped_by(RIGHT, 0.0, factor=CLIPPING.max_norm / (EXPECTED + epsilon))
     assert observed_clipping(evidence) == replace(CLIPPING, epsilon=epsilon)

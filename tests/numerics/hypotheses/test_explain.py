@@ -31,6 +31,7 @@ from tpcheck.numerics.hypotheses import TESTS, explain
 
 CHANCE = torch.Generator().manual_seed(0)
 EXPECTED, OTHER = torch.randn(2, 4, 8, generator=CHANCE, dtype=torch.float64)
+HEADS = torch.cat([EXPECTED, OTHER])
 HALVES = EXPECTED.chunk(2, dim=1)
 TERMS = (EXPECTED * 0.3 + 0.1, EXPECTED * 0.7 - 0.1)
 FIRST, LAST = EXPECTED - OTHER, OTHER  # what two micro-batches add
@@ -152,6 +153,12 @@ EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
     Cause.BIT_FLIPPED: lambda: weight(flipped()),
     Cause.DTYPE_ROUNDED: lambda: suspect("activation", [EXPECTED.bfloat16().double()] * 2, EXPECTED, observed=1e-3),
     Cause.TRANSPOSED: lambda: weight(EXPECTED[:, :4].t().contiguous(), EXPECTED[:, :4].contiguous()),
+    Cause.GATE_UP_EXCHANGED: lambda: weight(
+        EXPECTED.roll(len(EXPECTED) // 2, 0), where={"parameter": "mlp.gate_up.weight"}
+    ),
+    Cause.KEY_VALUE_EXCHANGED: lambda: weight(EXPECTED[[0, 1, 3, 2]], where={"parameter": "attn.qkv.weight"}),
+    Cause.ROTARY_LAYOUT: lambda: weight(HEADS.reshape(2, 2, 2, -1).transpose(1, 2).reshape_as(HEADS), HEADS),
+    Cause.OFFSET_BY_CONSTANT: lambda: weight(EXPECTED[:, 0] - 1, EXPECTED[:, 0]),
     Cause.STALE_WEIGHT: lambda: suspect("update", [OTHER, EXPECTED], EXPECTED, step=StepFacts(before=(OTHER, OTHER))),
     Cause.TIED_WEIGHT_UNTIED: lambda: suspect(
         "gradient", [EXPECTED - OTHER] * 2, EXPECTED, gradient=GradientFacts(untied={"head": (OTHER, OTHER)})

@@ -392,7 +392,14 @@ OPTIMIZERS = (
         expected=Training,
         **adamw,
     ),
-    wrong("moments lost", faults.MomentsLost, (STATES, UPDATES), cause="all_zero", expected=faults.OwnMoments, **adamw),
+    wrong(
+        "moments lost",
+        faults.MomentsLost,
+        (STATES, UPDATES),
+        cause="optimizer_state_lost",
+        expected=faults.OwnMoments,
+        **adamw,
+    ),
     wrong("step count off by one", faults.StepCountOff, (STATES, UPDATES), expected=faults.OwnMoments, **adamw),
     wrong(
         "Muon on shards",

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from tpcheck.backends.checkpoint_format import ReadOptions, TrainingStates
 from tpcheck.checkpoints.formats import torch_files
-from tpcheck.checkpoints.formats.file_checkpoint import TensorInFiles
+from tpcheck.checkpoints.formats.deepspeed.rank_files import looks_like_training
+from tpcheck.checkpoints.formats.deepspeed.training import open_training
+from tpcheck.checkpoints.formats.file_checkpoint import FileCheckpoint, TensorInFiles
 from tpcheck.checkpoints.formats.files import Files, is_folder, names_in, read_json
 from tpcheck.checkpoints.formats.training_states import CLASSES, COUNT, StateTable, is_optimizer
 
 TRAINER_STATE = "trainer_state.json"
 _OPTIMIZER = re.compile(r"optimizer(_\d+)?\.(pt|bin)")
 _OTHERS = {
-    re.compile(r"scheduler(_\d+)?\.(pt|bin)"): "scheduler",
+    re.compile(r"scheduler(?:_(\d+))?\.(?:pt|bin)"): "scheduler",
     re.compile(r"scaler\.pt"): "scaler",
     re.compile(r"rng_state\.pth"): "generators",
     re.compile(r"rng_state_(\d+)\.pth|random_states_(\d+)\.pkl"): "generators",  # of a rank
@@ -42,10 +44,16 @@ def folder_states(
         for pattern, prefix in _OTHERS.items():
             match = pattern.fullmatch(name)
             if match:
-                number = next((group.strip("_") for group in match.groups() if group), None)
+                number = next((group for group in match.groups() if group), None)
                 saved = torch_files.load(folder / name, files, options, keep=CLASSES)
                 table.add(prefix if number is None else f"{prefix}.{int(number)}", saved, files)
     if TRAINER_STATE in names:
         state = read_json(folder / TRAINER_STATE, files, strict=False)
         table.values |= {name: state[key] for key, name in _COUNTS.items() if isinstance(state.get(key), (int, float))}
+    if names and looks_like_training(folder):  # the Trainer leaves the optimizer to DeepSpeed
+        states = open_training(folder, files, options).training_states()
+        if states is not None and isinstance(states.tensors, FileCheckpoint):
+            table.tensors |= states.tensors.tensors
+            table.unread |= states.tensors.unread
+            table.values |= states.values
     return table.states(files)

@@ -60,8 +60,12 @@ class TrainingFormat:
 
     def open(self, source: Any, options: ReadOptions) -> FileCheckpoint:
         with Files() as files:
-            step = step_folder(source, files)
-            return _open(source, training_folder(step), files, options)
+            return open_training(source, files, options)
+
+
+def open_training(root: Path, files: Files, options: ReadOptions) -> FileCheckpoint:
+    """Open the step in a folder, or the one that its `latest` names."""
+    return _open(root, training_folder(step_folder(root, files)), files, options)
 
 
 def _open(root: Path, folder: TrainingFolder, files: Files, options: ReadOptions) -> FileCheckpoint:
