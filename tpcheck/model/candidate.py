@@ -14,7 +14,7 @@ from tpcheck.backends.local_part import full_tensor, local_part
 from tpcheck.core.digests import digest
 from tpcheck.model.blame import blame_backend
 from tpcheck.model.build import Batch, copy_batch, loss_of
-from tpcheck.model.implementations import compiled_modules, replace_implementations
+from tpcheck.model.implementations import compile_module, compiled_modules, replace_implementations
 from tpcheck.model.optimizer_state import candidate_state
 from tpcheck.numerics.evidence import Collective, Step, TensorKey
 from tpcheck.numerics.precision import reduced_precision_raised
@@ -65,7 +65,7 @@ def shard(
         lost = lost_parameters(candidate, parameters, expected, rank.topology.tp)
         start = CandidateStart(weights, digests, candidate.layouts(), candidate.group_ranks(), lost)
         for module in compiled_modules(candidate.module, options).values():
-            module.compile()
+            compile_module(module)
         return candidate, start
 
 

@@ -392,6 +392,7 @@ class NormFacts:
         step: By what the gradients of all parameters were multiplied; None where it is unknown.
         scales: Numbers by which gradients are multiplied before they are unscaled, by what they are.
         noise: Relative error by which two computations of one norm differ.
+        tolerance: Relative error up to which two norms may be the same number, in this dtype.
     """
 
     norms: GradientNorms
@@ -401,6 +402,7 @@ class NormFacts:
     step: ClippedStep | None = None
     scales: Mapping[str, float] = field(default_factory=dict)
     noise: float = FITTED_RELATIVE_ERROR
+    tolerance: float = FITTED_RELATIVE_ERROR
 
     @property
     def clipping(self) -> Clipping:
@@ -423,8 +425,7 @@ class NormFacts:
         return self._observed(self.implied, noise=FITTED_RELATIVE_ERROR, least=self.clipping.max_norm)
 
     def _observed(self, used: tuple[float, ...], *, noise: float, least: float = 0.0) -> ObservedNorm:
-        tolerance = max(FITTED_RELATIVE_ERROR, self.noise)
-        return ObservedNorm(used, self.expected, noise, tolerance, least, self.scales, self.clipping)
+        return ObservedNorm(used, self.expected, noise, self.tolerance, least, self.scales, self.clipping)
 
     def as_evidence(self) -> dict[str, Any]:
         return {
@@ -432,6 +433,7 @@ class NormFacts:
             "norm_of_each_rank_alone": list(self.norms.of_ranks),
             "norm_of_each_ranks_shards": list(self.norms.of_ranks_shards),
             "norm_with_replicas_counted": self.norms.counting_replicas,
+            **({} if self.clipping.is_torchs else {"clipping": str(self.clipping)}),
         }
 
 
