@@ -45,8 +45,12 @@ def batch(labels: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("shift", "counts"), [(False, (16,)), (True, (14,))])
 def test_a_label_that_the_loss_leaves_out_is_not_counted(shift: bool, counts: tuple[int, ...]) -> None:
-    (step,) = label_counts(Model(shift=shift), [[[batch(16)]]], "mean")
-    assert step.counts == (counts,)
+    (step,) = label_counts(Model(shift=shift), [[[batch(16)], [batch(3)]]], "mean")
+    assert step.counts == (counts, (3,))
+
+
+def test_equal_numbers_of_labels_need_no_counts() -> None:
+    assert label_counts(Model(), [[[batch(5)], [batch(5)]]], "mean") == ()
 
 
 def test_a_micro_batch_without_labels_shows_nothing_of_the_model() -> None:

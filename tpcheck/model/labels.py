@@ -40,14 +40,22 @@ def label_counts(model: nn.Module, batches: Sequence[Sequence[Sequence[Batch]]],
         if loss == "token_mean":
             raise UsageError("loss", loss, f"mean: the batch has no {' or '.join(LABELS)} of integers to count")
         return ()
-    shifted = _first_label_is_ignored(model, first, name)
-    steps = tuple(
-        LabelCounts(tuple(tuple(_count(batch[name], shifted) for batch in of_rank) for of_rank in step), loss)
-        for step in batches
-    )
+    either = [_counts(batches, name, loss, shifted=shifted) for shifted in (False, True)]
+    if loss == "mean" and not any(step.differ for steps in either for step in steps):
+        return ()  # both ways to divide are the same: the model need not be asked
+    steps = either[_first_label_is_ignored(model, first, name)]
     if loss == "token_mean" and not all(step.total for step in steps):
         raise UsageError("batch", 0, f"at least one label of a step that is not {IGNORED}")
     return steps if all(step.total for step in steps) else ()
+
+
+def _counts(
+    batches: Sequence[Sequence[Sequence[Batch]]], name: str, loss: str, *, shifted: bool
+) -> tuple[LabelCounts, ...]:
+    return tuple(
+        LabelCounts(tuple(tuple(_count(batch[name], shifted) for batch in of_rank) for of_rank in step), loss)
+        for step in batches
+    )
 
 
 def batch_with_labels(batches: Sequence[Sequence[Sequence[Batch]]]) -> Batch:
@@ -75,7 +83,10 @@ def _first_label_is_ignored(model: nn.Module, batch: Batch, name: str) -> bool:
     labels = batch[name]
     if labels.dim() < 2 or labels.shape[-1] < 2:
         return False
-    losses = [_loss_with_first_label(model, batch, name, label) for label in (IGNORED, 0)]
+    try:
+        losses = [_loss_with_first_label(model, batch, name, label) for label in (IGNORED, 0)]
+    except Exception:  # a model to which -100 is no label counts all
+        return False
     return losses[0] == losses[1]
 
 
