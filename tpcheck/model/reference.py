@@ -18,6 +18,7 @@ from tpcheck.core.errors import UsageError
 from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of, make_batches
 from tpcheck.model.implementations import run_eagerly
 from tpcheck.model.labels import (
+    batch_with_labels,
     label_counts,
     labels_name,
     loss_module,
@@ -77,11 +78,11 @@ class Reference:
         run_eagerly(model)
         data = make_batches(request.options, model, rank.topology.dp, rank.device, options.accumulate)
         labels = label_counts(model, data, options.loss)
-        if options.loss == "token_mean" and takes_count(model, data[0][0][0]):
-            data = with_counts(model, data, labels)
+        if options.loss == "token_mean" and takes_count(model, batch_with_labels(data)):
+            data = with_counts(data, labels)
             weighing = Weighing(labels)
         elif options.loss == "token_mean":
-            weighing = Weighing(labels, loss_module(model, data[0][0][0]))
+            weighing = Weighing(labels, loss_module(model, batch_with_labels(data)))
         else:
             weighing = Weighing(labels)
         return cls(
