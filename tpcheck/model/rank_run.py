@@ -33,7 +33,7 @@ from tpcheck.model.teacher_forcing import (
     forced_tolerance,
     replica_gradients,
 )
-from tpcheck.numerics.checks import CHECKPOINT_CHECK
+from tpcheck.numerics.checks import CHECKPOINT_CHECK, STEP_CHECKS
 from tpcheck.numerics.checks.clipping import observed_clipping
 from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, RankFacts, Step, TensorKey
 from tpcheck.numerics.precision import everything_in_float64, torch_function_disabled
@@ -94,7 +94,8 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
         evidence = _start_evidence(rank, request, reference, start)
         with torch_function_disabled():
             answer = None if evidence is None else start_answer(evidence, checks)
-        if not any(rank.gather(answer is not None and forbids_training(answer))):
+        trains = any(check in STEP_CHECKS or check == CHECKPOINT_CHECK for check in checks)
+        if trains and not any(rank.gather(answer is not None and forbids_training(answer))):
             saves = CHECKPOINT_CHECK in checks
             saved = [verify_saved(rank, candidate, reference.model, step=-1)] if saves else []
             with naming_indivisible_sizes(config, tp):

@@ -26,6 +26,7 @@ from tpcheck.model.options import Request
 from tpcheck.model.rank_run import training_options
 from tpcheck.model.reference import CommunicatingRank, Reference
 from tpcheck.numerics.checks.resume import (
+    OF_GROUP,
     RESUME_CHECK,
     STEPS_TAKEN,
     ResumedTraining,
@@ -301,7 +302,7 @@ def _read_state(candidate: Any, view: Any, indices: _Indices, loss: float | None
     for name, buffer in candidate.module.named_buffers():
         tensors[StateKey("buffer", name)] = StateTensor(local_part(buffer).detach().cpu().clone(), None)
     numbers = {
-        f"{option} of parameter group {number}": value
+        f"{option}{OF_GROUP}{number}": value
         for number, group in enumerate(view.groups())
         for option, value in group.options.items()
     }
