@@ -81,6 +81,11 @@ def _exchanged_moments(live: Live) -> None:
             states["exp_avg"], other["exp_avg"] = other["exp_avg"], states["exp_avg"]
 
 
+def _second_moments_lost(live: Live) -> None:
+    for states in _moments(live).values():
+        states["exp_avg_sq"].zero_()
+
+
 def _other_rate(live: Live) -> None:
     for group in live.candidate.engine.optimizer.param_groups:
         group["lr"] *= 1.1
@@ -108,18 +113,20 @@ def _one_weight_not_loaded(draw: Draw) -> Injection:
 
 
 FAULTS = (
-    _row("resume_loads_nothing", "load_checkpoint finds nothing, and says so in a log alone.",
+    _row("resume_loads_nothing", "load_checkpoint finds nothing, and says so in a log alone",
          inject_always(_replace_loading(_nothing_loaded)), "not_loaded"),
-    _row("resume_without_optimizer", "Weights are loaded, and the optimizer starts anew.",
+    _row("resume_without_optimizer", "Weights are loaded, and the optimizer starts anew",
          inject_always(_without(load_optimizer_states=False)), "tensor_missing"),
-    _row("resume_moments_of_first_rank", "All ranks of a TP group load the moments of the first one.",
+    _row("resume_moments_of_first_rank", "All ranks of a TP group load the moments of the first one",
          inject_always(_after_loading(_moments_of_first_rank)), "optimizer_state_of_another_rank"),
-    _row("resume_moments_exchanged", "The first moments of gate and up are exchanged.",
+    _row("resume_moments_exchanged", "The first moments of gate and up are exchanged",
          inject_always(_after_loading(_exchanged_moments)), "tensor_of_another_layer"),
-    _row("resume_other_rate", "The learning rate is that of the script, not the one that was saved.",
+    _row("resume_second_moments_lost", "The second moments start at zero again",
+         inject_always(_after_loading(_second_moments_lost)), "all_zero"),
+    _row("resume_other_rate", "The learning rate is that of the script, not the one that was saved",
          inject_always(_after_loading(_other_rate)), "options_differ"),
-    _row("resume_repeats_batches", "The count of steps is not restored, so that batches come again.",
+    _row("resume_repeats_batches", "The count of steps is not restored, so that batches come again",
          inject_always(_after_loading(_steps_not_counted)), "samples_repeated"),
-    _row("resume_one_weight_stays", "One rank does not load one weight.",
+    _row("resume_one_weight_stays", "One rank does not load one weight",
          _one_weight_not_loaded, "not_loaded"),
 )  # fmt: skip
