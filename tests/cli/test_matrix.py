@@ -52,6 +52,10 @@ def test_lists_make_a_matrix(run: Run) -> None:
 
 
 def test_cells_are_asked_for_once_and_those_of_a_family_stand_together() -> None:
+    implementations = cells(["a"], attention=["eager", "sdpa"], experts=["eager", "batched_mm"])
+    assert [(cell.options.attention, cell.options.experts) for cell in implementations] == [
+        ("eager", "eager"), ("eager", "batched_mm"), ("sdpa", "eager"), ("sdpa", "batched_mm")
+    ]  # fmt: skip
     made = cells(["b", "a", "b"], tp=[2, 4, 2])
     assert [(cell.family, cell.options.topology.tp) for cell in made] == [("b", 2), ("b", 4), ("a", 2), ("a", 4)]
 

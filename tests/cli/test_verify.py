@@ -35,7 +35,8 @@ def test_every_option_reaches_the_api(run: Run) -> None:
     result = run(
         *"verify llama --backend other --tp 4 --dp 2 --zero 1 --dtype bfloat16 --steps 3 --seed 7".split(),
         *"--set head_dim=8 --set act=gelu --ignore-plan --timeout 30 --optimizer adamw --accumulate 2".split(),
-        *"--loss token_mean --attention sdpa --checkpointing --compile --lora 4 --loop trainer".split(),
+        *"--loss token_mean --attention sdpa --experts batched_mm --checkpointing --reentrant --compile".split(),
+        *"--compile-layers --lora 4 --loop trainer".split(),
         *["--config", '{"gradient_clipping": 1.0}'],
         verify_family=remember,
     )
@@ -51,8 +52,11 @@ def test_every_option_reaches_the_api(run: Run) -> None:
         "accumulate": 2,
         "loss": "token_mean",
         "attention": "sdpa",
+        "experts": "batched_mm",
         "checkpointing": True,
+        "reentrant": True,
         "compile": True,
+        "compile_layers": True,
         "lora": 4,
         "loop": "trainer",
         "config": {"gradient_clipping": 1.0},

@@ -10,7 +10,7 @@ from torch import nn
 
 from tpcheck import UsageError
 from tpcheck.backends.interface import TrainingOptions
-from tpcheck.model.labels import label_counts, loss_module, takes_count, with_counts
+from tpcheck.model.labels import batch_with_labels, label_counts, loss_module, takes_count, with_counts
 from tpcheck.model.reference import Weighing, train_recorded
 
 VOCABULARY = 7
@@ -45,8 +45,19 @@ def batch(labels: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("shift", "counts"), [(False, (16,)), (True, (14,))])
 def test_a_label_that_the_loss_leaves_out_is_not_counted(shift: bool, counts: tuple[int, ...]) -> None:
-    (step,) = label_counts(Model(shift=shift), [[[batch(16)]]], "mean")
-    assert step.counts == (counts,)
+    (step,) = label_counts(Model(shift=shift), [[[batch(16)], [batch(3)]]], "mean")
+    assert step.counts == (counts, (3,))
+
+
+def test_equal_numbers_of_labels_need_no_counts() -> None:
+    assert label_counts(Model(), [[[batch(5)], [batch(5)]]], "mean") == ()
+
+
+def test_a_micro_batch_without_labels_shows_nothing_of_the_model() -> None:
+    batches = [[[batch(0), batch(16)]]]
+    (step,) = label_counts(Model(shift=True), batches, "token_mean")
+    assert step.counts == ((0, 14),)
+    assert torch.equal(batch_with_labels(batches)["labels"], batch(16)["labels"])
 
 
 def test_labels_are_needed_for_a_mean_over_them() -> None:
@@ -78,7 +89,7 @@ def test_the_mean_over_labels_is_that_of_one_batch(numbers: tuple[tuple[int, ...
     model = Model(counts=counts)
     labels = label_counts(model, batches, "token_mean")
     if counts:
-        batches, weighing = with_counts(model, batches, labels), Weighing(labels)
+        batches, weighing = with_counts(batches, labels), Weighing(labels)
     else:
         weighing = Weighing(labels, loss_module(model, batches[0][0][0]))
     (step,) = train_recorded(model, batches, OPTIONS, weighing)

@@ -208,9 +208,9 @@ def test_a_bad_argument_is_named_with_what_is_accepted(options: dict[str, Any], 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"gradient_accumulation_steps": 4}, "config.gradient_accumulation_steps=4: expected 1"),
+        ({"gradient_accumulation_steps": 0}, "config.gradient_accumulation_steps=0: expected a positive integer"),
         ({"bf16": {"enabled": True}}, "config.bf16.enabled=True: expected False, as dtype=torch.float64"),
-        ({"optimizer": {"type": "AdamW"}}, "both sides train with SGD"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer='Lamb': expected one of"),
     ],
 )
 def test_a_configuration_that_contradicts_the_options_is_bad_usage(config: dict[str, Any], message: str) -> None:

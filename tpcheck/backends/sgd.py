@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.backends.local_part import full_tensor
 from tpcheck.backends.optimizer import make_optimizer
-from tpcheck.core.clipping import NO_CLIPPING, Clipping
+from tpcheck.core.clipping import Clipping
 
 Parameters = Sequence[torch.Tensor]
 Clip = Callable[[Parameters, float], Any]  # parameters, largest norm -> the norm before clipping
@@ -30,7 +30,7 @@ def clip_gradients(parameters: Parameters, max_norm: float) -> float:
 
 def clip_by_convention(clipping: Clipping) -> Clip:
     """Return what clips as `clipping` says: torch's own where that is its convention."""
-    if replace(clipping, max_norm=0.0) == NO_CLIPPING:
+    if clipping.is_torchs:
         return clip_gradients
 
     def clip(parameters: Parameters, max_norm: float) -> float:

@@ -17,7 +17,7 @@ from tpcheck.lab.matrix import Cell, cells
 from tpcheck.model.options import DEFAULTS, RunOptions, Tokens, option_help
 from tpcheck.report.report import Report
 
-_PARSED = {"backend", "dtype", "optimizer", "config", "checks"}
+_PARSED = {"backend", "dtype", "optimizer", "attention", "experts", "config", "checks"}
 """Options whose flag `verify` parses; the flag of every other option gives the value itself."""
 
 
@@ -43,10 +43,10 @@ def verify(
     accumulate: Annotated[int, typer.Option(help=option_help("accumulate"))] = DEFAULTS.accumulate,
     loss: Annotated[str, typer.Option(metavar="mean|token_mean", help=option_help("loss"))] = DEFAULTS.loss,
     attention: Annotated[
-        str | None, typer.Option(metavar="NAME", help=option_help("attention"), show_default="the model's own")
+        str | None, typer.Option(metavar="NAME[,..]", help=option_help("attention"), show_default="the model's own")
     ] = DEFAULTS.attention,
     experts: Annotated[
-        str | None, typer.Option(metavar="NAME", help=option_help("experts"), show_default="the model's own")
+        str | None, typer.Option(metavar="NAME[,..]", help=option_help("experts"), show_default="the model's own")
     ] = DEFAULTS.experts,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help=option_help("checkpointing"))
@@ -116,6 +116,7 @@ def verify(
     \b
     tpcheck verify --all --backend deepspeed,transformers --json matrix.json --html matrix.html
     tpcheck verify llama qwen3 --tp 2,4 --dp 1,2 --zero 0,1,2,3
+    tpcheck verify qwen3_moe --backend transformers --attention eager,sdpa --experts eager,batched_mm
 
     Exit status: 0 passed, 1 findings, 2 bad usage or a report that cannot be written, 3 the system
     under test crashed. With several cells: 2 if any is bad usage, else 1 if any has findings, else 3 if
@@ -146,6 +147,8 @@ def verify(
             dp=integers("dp", dp),
             zero=integers("zero", zero),
             dtype=dtypes(dtype),
+            attention=names("attention", attention) if attention is not None else (),
+            experts=names("experts", experts) if experts is not None else (),
         )
         github = os.environ.get("GITHUB_STEP_SUMMARY")
         summary = summary or (Path(github) if github else None)

@@ -144,7 +144,8 @@ class Cause(Enum):
     SHARD_REPEATED = (
         "shard_repeated",
         "one rank's shard is in every rank's place{residual}",
-        "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact runs.sketch_causes",
+        "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact runs.sketch_causes "
+        "numerics.checks.resume",
         "One rank's shard is used for all: gather over the TP group and index by tp_rank.",
     )
     SHARD_ORDER_SWAPPED = (
@@ -179,7 +180,7 @@ class Cause(Enum):
     TENSOR_OF_ANOTHER_LAYER = (
         "tensor_of_another_layer",
         "the actual tensor equals the expected one of another layer{residual}",
-        "numerics.hypotheses.gradients numerics.exact",
+        "numerics.hypotheses.gradients numerics.exact numerics.checks.resume",
         _assign_by_name,
     )
     GATE_UP_EXCHANGED = (
@@ -389,7 +390,7 @@ class Cause(Enum):
     OPTIONS_DIFFER = (
         "options_differ",
         "the optimizers were given other options",
-        "runs.exact_checks runs.step_checks checkpoints",
+        "runs.exact_checks runs.step_checks checkpoints numerics.checks.resume",
         "Give both runs the same learning rate, schedule and options, or compare runs that have them.",
     )
     OPTIMIZER_SEES_ONE_SHARD = (
@@ -401,7 +402,7 @@ class Cause(Enum):
     OPTIMIZER_STATE_OF_ANOTHER_RANK = (
         "optimizer_state_of_another_rank",
         "ranks with different shards held the same optimizer state",
-        "numerics.hypotheses.optimizer runs.state_causes checkpoints",
+        "numerics.hypotheses.optimizer runs.state_causes checkpoints numerics.checks.resume",
         "Save and load optimizer state for each rank: a file for each TP rank, not one for all.",
     )
     OPTIMIZER_STATE_LOST = (
@@ -413,8 +414,15 @@ class Cause(Enum):
     MASTERS_STALE = (
         "masters_stale",
         "the weights are not the optimizer's master weights, rounded",
-        "runs.state_causes",
+        "runs.state_causes numerics.checks.resume",
         "After loading weights refresh the masters (DeepSpeed: refresh_fp32_params; load both, or neither).",
+    )
+
+    NOT_LOADED = (
+        "not_loaded",
+        "the tensor is what the new process held before it loaded",
+        "numerics.checks.resume",
+        "Look at what the call that loads returns: some return nothing, and raise nothing, where they find no file.",
     )
 
     # ---- runs
@@ -437,12 +445,12 @@ class Cause(Enum):
     NOT_FINITE = (
         "not_finite",
         "some elements are infinite or not a number",
-        "numerics.hypotheses.values numerics.exact runs.guard_findings runs.sketch_causes",
+        "numerics.hypotheses.values numerics.exact runs.guard_findings runs.sketch_causes numerics.checks.resume",
     )
     ALL_ZERO = (
         "all_zero",
         "every wrong element is zero",
-        "numerics.hypotheses.values numerics.exact runs.sketch_causes",
+        "numerics.hypotheses.values numerics.exact runs.sketch_causes numerics.checks.resume",
     )
     BIT_FLIPPED = (
         "bit_flipped",
@@ -453,7 +461,7 @@ class Cause(Enum):
     DTYPE_ROUNDED = (
         "dtype_rounded",
         "the expected tensor, rounded to a smaller dtype, equals the actual one{residual}",
-        "numerics.hypotheses.values numerics.exact checkpoints",
+        "numerics.hypotheses.values numerics.exact checkpoints numerics.checks.resume",
         "Save the fp32 master weights, not the 16-bit copies; pass --dtype if the cast was intended.",
     )
     TRANSPOSED = (
@@ -474,10 +482,14 @@ class Cause(Enum):
     TENSOR_MISSING = (
         "tensor_missing",
         "the tensor is absent",
-        "checkpoints",
+        "checkpoints numerics.hypotheses.layout numerics.checks.resume",
         _save_or_rename,
     )
-    TENSOR_UNEXPECTED = ("tensor_unexpected", "the reference has no such tensor", "checkpoints")
+    TENSOR_UNEXPECTED = (
+        "tensor_unexpected",
+        "the reference has no such tensor",
+        "checkpoints numerics.checks.resume",
+    )
     TIED_WEIGHT_DROPPED = (
         "tied_weight_dropped",
         "one of two tied weights is absent",
@@ -557,13 +569,13 @@ class Cause(Enum):
     SAMPLES_REPEATED = (
         "samples_repeated",
         "the rank was given samples again that it had in this epoch",
-        "batches",
+        "batches numerics.checks.resume",
         _give_once,
     )
     SAMPLES_SKIPPED = (
         "samples_skipped",
-        "the sampler left out whole batches of an order that is not shuffled",
-        "batches",
+        "whole batches of an order that is not shuffled were left out",
+        "batches numerics.checks.resume",
         "Where a run resumes, skip what was trained on once: with the loader's or the sampler's state, or with "
         "skip_first_batches, not both.",
     )

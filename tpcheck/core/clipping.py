@@ -41,6 +41,11 @@ class Clipping:
         """Return the norm of gradients that are multiplied by `factor`; the largest such norm, where that is 1."""
         return self.max_norm / factor - self.epsilon
 
+    @property
+    def is_torchs(self) -> bool:
+        """Whether this is what `torch.nn.utils.clip_grad_norm_` does."""
+        return self.epsilon == TORCH_EPSILON and not self.scales_up
+
     def __str__(self) -> str:
         """Return it as a formula: `min(1, 1 / (norm + 1e-06))`."""
         norm = f"(norm + {self.epsilon:g})" if self.epsilon else "norm"

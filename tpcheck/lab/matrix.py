@@ -124,19 +124,30 @@ def cells(
     dp: Sequence[int] = (DEFAULTS.topology.dp,),
     zero: Sequence[int] = (DEFAULTS.zero_stage,),
     dtype: Sequence[str] = (DEFAULTS.dtype,),
+    attention: Sequence[str | None] = (),
+    experts: Sequence[str | None] = (),
 ) -> tuple[Cell, ...]:
     """Return every combination, those of one family together, each once; the other options are those of `common`.
 
     Raises:
         UsageError: A size is not a positive integer.
     """
-    combinations = product(families, backend, tp, dp, zero, dtype)
+    implementations = product(attention or (common.attention,), experts or (common.experts,))
+    combinations = product(families, backend, tp, dp, zero, dtype, implementations)
     return tuple(
         Cell(
             family,
-            replace(common, backend=name, topology=Topology(tp=tp_size, dp=dp_size), zero_stage=stage, dtype=precision),
+            replace(
+                common,
+                backend=name,
+                topology=Topology(tp=tp_size, dp=dp_size),
+                zero_stage=stage,
+                dtype=precision,
+                attention=of_attention,
+                experts=of_experts,
+            ),
         )
-        for family, name, tp_size, dp_size, stage, precision in dict.fromkeys(combinations)
+        for family, name, tp_size, dp_size, stage, precision, (of_attention, of_experts) in dict.fromkeys(combinations)
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from tpcheck.backends.local_part import full_tensor, local_part
 from tpcheck.core.digests import digest
 from tpcheck.model.blame import blame_backend
 from tpcheck.model.build import Batch, copy_batch, loss_of
-from tpcheck.model.implementations import compiled_modules, replace_implementations
+from tpcheck.model.implementations import compile_module, compiled_modules, replace_implementations
 from tpcheck.model.optimizer_state import candidate_state
 from tpcheck.numerics.evidence import Collective, Step, TensorKey
 from tpcheck.numerics.precision import reduced_precision_raised
@@ -31,21 +31,23 @@ class CandidateStart:
         digests: Digests of parameters and buffers.
         layouts: How each parameter lies over the TP group.
         group_ranks: The live groups that this rank uses, by axis.
+        lost: Names of the reference's parameters whose values the sharded model holds under no name.
     """
 
     weights: Mapping[str, torch.Tensor]
     digests: Mapping[tuple[str, str], str]
     layouts: Mapping[str, Layout]
     group_ranks: Mapping[str, tuple[tuple[int, ...], ...]]
+    lost: tuple[str, ...] = ()
 
 
 def shard(
-    backend: Backend, model: nn.Module, names: Sequence[str], rank: RankLike, options: TrainingOptions
+    backend: Backend, model: nn.Module, expected: Mapping[str, torch.Tensor], rank: RankLike, options: TrainingOptions
 ) -> tuple[Candidate, CandidateStart]:
     """Shard `model`; return the candidate and a copy of its parameters.
 
     Args:
-        names: Names of the reference's parameters.
+        expected: The reference's parameters.
 
     Raises:
         BackendError: The backend crashed; with its own message.
@@ -58,12 +60,53 @@ def shard(
         untied = [
             name for name, first in ties.items() if name in parameters and parameters[name] is not parameters.get(first)
         ]
-        weights = {name: candidate.parameter(name) for name in (*names, *untied) if name in parameters}
+        weights = {name: candidate.parameter(name) for name in (*expected, *untied) if name in parameters}
         digests = _digests("parameter", weights) | _buffer_digests(candidate.module)
-        start = CandidateStart(weights, digests, candidate.layouts(), candidate.group_ranks())
+        lost = lost_parameters(candidate, parameters, expected, rank.topology.tp)
+        start = CandidateStart(weights, digests, candidate.layouts(), candidate.group_ranks(), lost)
         for module in compiled_modules(candidate.module, options).values():
-            module.compile()
+            compile_module(module)
         return candidate, start
+
+
+_SEQUENCE = 4
+"""Elements in a row that are looked for together: four of bfloat16 are equal by chance once in 2**32 or so."""
+
+
+def lost_parameters(
+    candidate: Candidate, names: Collection[str], expected: Mapping[str, torch.Tensor], tp: int
+) -> tuple[str, ...]:
+    """Return the reference's parameters whose values the sharded model holds under no name.
+
+    A layer may rename its parameters, or fuse them: a parameter is there where at least half of a rank's share of its
+    sequences of elements is among those of the parameters with new names.
+    """
+    missing = [name for name in expected if name not in names]
+    if not missing:
+        return ()
+    renamed = [_sequences(candidate.parameter(name)) for name in names if name not in expected]
+    present = torch.cat(renamed) if renamed else torch.empty(0, dtype=torch.int64)
+    lost = []
+    for name in missing:
+        sequences = _sequences(expected[name])
+        if int(torch.isin(sequences, present).sum()) * 2 * tp < len(sequences):
+            lost.append(name)
+    return tuple(lost)
+
+
+def _sequences(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a number for each sequence of elements along the last dim, and along the first one (transposed)."""
+    tensor = tensor.detach().cpu()
+    matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)
+    found = []
+    for rows in (matrix, matrix.t()) if tensor.dim() > 1 else (matrix,):
+        bits = rows.contiguous().double().view(torch.int64)  # exact for every dtype of weights
+        length = min(_SEQUENCE, bits.shape[1])
+        hashed = torch.zeros_like(bits[:, : bits.shape[1] - length + 1])
+        for offset in range(length):  # wraps around, as hashes do
+            hashed = hashed * 1_000_003 + bits[:, offset : bits.shape[1] - length + 1 + offset]
+        found.append(hashed.reshape(-1))
+    return torch.cat(found)
 
 
 def _ties(model: nn.Module) -> dict[str, str]:

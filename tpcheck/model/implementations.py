@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.core.errors import UsageError
+from tpcheck.numerics.recorder import is_compiled
 
 EAGER = "eager"
 _OF_A_TRANSFORMERS_MODEL = "None: only a model of transformers can be given another one; yours has its own"
@@ -61,6 +63,28 @@ def compiled_modules(model: nn.Module, options: TrainingOptions) -> dict[str, nn
     if not outermost:
         raise UsageError("compile_layers", True, "False: this model has no nn.ModuleList of layers; compile it whole")
     return outermost
+
+
+def compile_module(module: nn.Module) -> None:
+    """Compile a module, but not the hooks that it has.
+
+    torch 2.13 compiles hooks with the module; DeepSpeed's comparison of batches, a hook that pickles them, then fails
+    under a torch function mode, such as that of `everything_in_float64` (a tensor's device is None).
+    """
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number, hook in list(hooks.items()):
+            hooks[number] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    module.compile()
+
+
+def run_eagerly(model: nn.Module) -> None:
+    """Undo the compiling of a model that compiles itself, so that it can stand for the eager reference."""
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if is_compiled(module):
+            module._compiled_call_impl = None
+            if (original := getattr(module, "_orig_mod", None)) is not None:
+                module.__dict__["forward"] = original.__call__
 
 
 def num_compiled_graphs() -> int:

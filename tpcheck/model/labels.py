@@ -34,20 +34,35 @@ def label_counts(model: nn.Module, batches: Sequence[Sequence[Sequence[Batch]]],
     Raises:
         UsageError: Labels are needed for `token_mean`, and there are none.
     """
-    first = batches[0][0][0]
+    first = batch_with_labels(batches)
     name = labels_name(first)
     if name is None:
         if loss == "token_mean":
             raise UsageError("loss", loss, f"mean: the batch has no {' or '.join(LABELS)} of integers to count")
         return ()
-    shifted = _first_label_is_ignored(model, first, name)
-    steps = tuple(
-        LabelCounts(tuple(tuple(_count(batch[name], shifted) for batch in of_rank) for of_rank in step), loss)
-        for step in batches
-    )
+    either = [_counts(batches, name, loss, shifted=shifted) for shifted in (False, True)]
+    if loss == "mean" and not any(step.differ for steps in either for step in steps):
+        return ()  # both ways to divide are the same: the model need not be asked
+    steps = either[_first_label_is_ignored(model, first, name)]
     if loss == "token_mean" and not all(step.total for step in steps):
         raise UsageError("batch", 0, f"at least one label of a step that is not {IGNORED}")
     return steps if all(step.total for step in steps) else ()
+
+
+def _counts(
+    batches: Sequence[Sequence[Sequence[Batch]]], name: str, loss: str, *, shifted: bool
+) -> tuple[LabelCounts, ...]:
+    return tuple(
+        LabelCounts(tuple(tuple(_count(batch[name], shifted) for batch in of_rank) for of_rank in step), loss)
+        for step in batches
+    )
+
+
+def batch_with_labels(batches: Sequence[Sequence[Sequence[Batch]]]) -> Batch:
+    """Return the micro-batch of the first step with the most labels: the loss of one without any shows nothing."""
+    micro_batches = [batch for of_rank in batches[0] for batch in of_rank]
+    name = labels_name(micro_batches[0])
+    return micro_batches[0] if name is None else max(micro_batches, key=lambda batch: _count(batch[name], False))
 
 
 def labels_name(batch: Mapping[str, Any]) -> str | None:
@@ -68,8 +83,11 @@ def _first_label_is_ignored(model: nn.Module, batch: Batch, name: str) -> bool:
     labels = batch[name]
     if labels.dim() < 2 or labels.shape[-1] < 2:
         return False
-    losses = [_loss_with_first_label(model, batch, name, label) for label in (IGNORED, 0)]
-    return losses[0] == losses[1] or all(loss != loss for loss in losses)
+    try:
+        losses = [_loss_with_first_label(model, batch, name, label) for label in (IGNORED, 0)]
+    except Exception:  # a model to which -100 is no label counts all
+        return False
+    return losses[0] == losses[1]
 
 
 def _loss_with_first_label(model: nn.Module, batch: Batch, name: str, label: int) -> float:
@@ -85,9 +103,7 @@ def _loss(model: nn.Module, batch: Batch) -> float:
     return float("nan") if loss is None else float(loss.detach())
 
 
-def with_counts(
-    model: nn.Module, batches: Sequence[Sequence[Sequence[Batch]]], labels: Sequence[LabelCounts]
-) -> list[list[list[Batch]]]:
+def with_counts(batches: Sequence[Sequence[Sequence[Batch]]], labels: Sequence[LabelCounts]) -> list[list[list[Batch]]]:
     """Return the batches with the number that the model divides by, where it does: see `takes_count`.
 
     Replicas and micro-batches are averaged afterwards, so that this is the labels of the step per micro-batch.

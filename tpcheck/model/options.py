@@ -430,7 +430,6 @@ def _require_training(options: RunOptions) -> None:
         raise UsageError("loss", options.loss, LOSSES)
     _require_optimizer(options.optimizer)
     _require_implementations(options)
-    _require_lora(options)
     _require_loop(options)
 
 
@@ -456,11 +455,6 @@ def _require_implementations(options: RunOptions) -> None:
 
 
 # ---- options that are not available yet: each is refused in one place
-
-
-def _require_lora(options: RunOptions) -> None:
-    if options.lora:
-        raise UsageError("lora", options.lora, "0: adapters are not available yet")
 
 
 def _require_loop(options: RunOptions) -> None:

@@ -33,7 +33,7 @@ from tpcheck.model.teacher_forcing import (
     forced_tolerance,
     replica_gradients,
 )
-from tpcheck.numerics.checks import CHECKPOINT_CHECK
+from tpcheck.numerics.checks import CHECKPOINT_CHECK, STEP_CHECKS
 from tpcheck.numerics.checks.clipping import observed_clipping
 from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, RankFacts, Step, TensorKey
 from tpcheck.numerics.precision import everything_in_float64, torch_function_disabled
@@ -90,11 +90,12 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
         require_equal_models(twin, reference.model, reference.state)
         config, tp = getattr(reference.model, "config", None), rank.topology.tp
         with naming_indivisible_sizes(config, tp):
-            candidate, start = shard(backend, twin, tuple(reference.parameters), rank, reference.options)
+            candidate, start = shard(backend, twin, reference.parameters, rank, reference.options)
         evidence = _start_evidence(rank, request, reference, start)
         with torch_function_disabled():
             answer = None if evidence is None else start_answer(evidence, checks)
-        if not any(rank.gather(answer is not None and forbids_training(answer))):
+        trains = any(check in STEP_CHECKS or check == CHECKPOINT_CHECK for check in checks)
+        if trains and not any(rank.gather(answer is not None and forbids_training(answer))):
             saves = CHECKPOINT_CHECK in checks
             saved = [verify_saved(rank, candidate, reference.model, step=-1)] if saves else []
             with naming_indivisible_sizes(config, tp):
@@ -217,6 +218,7 @@ def _start_evidence(
         initial=reference.parameters,
         initial_parts=tuple(of_rank.weights for of_rank in by_tp_rank),
         layouts=start.layouts,
+        lost=start.lost,
         reference=(),
         candidate=(),
         buffers=tuple(reference.buffers),

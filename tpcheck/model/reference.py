@@ -16,7 +16,9 @@ from tpcheck.backends.sgd import Sgd, clip_by_convention
 from tpcheck.core.clipping import Clipping
 from tpcheck.core.errors import UsageError
 from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of, make_batches
+from tpcheck.model.implementations import run_eagerly
 from tpcheck.model.labels import (
+    batch_with_labels,
     label_counts,
     labels_name,
     loss_module,
@@ -73,13 +75,14 @@ class Reference:
     @classmethod
     def build(cls, request: Request, rank: RankLike, options: TrainingOptions) -> Reference:
         model = build_model(request, rank.device)
+        run_eagerly(model)
         data = make_batches(request.options, model, rank.topology.dp, rank.device, options.accumulate)
         labels = label_counts(model, data, options.loss)
-        if options.loss == "token_mean" and takes_count(model, data[0][0][0]):
-            data = with_counts(model, data, labels)
+        if options.loss == "token_mean" and takes_count(model, batch_with_labels(data)):
+            data = with_counts(data, labels)
             weighing = Weighing(labels)
         elif options.loss == "token_mean":
-            weighing = Weighing(labels, loss_module(model, data[0][0][0]))
+            weighing = Weighing(labels, loss_module(model, batch_with_labels(data)))
         else:
             weighing = Weighing(labels)
         return cls(

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tpcheck.backends.interface import Candidate, ResumesTraining, WayToResume
 from tpcheck.backends.local_part import local_part
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.errors import BackendError, RankFailure
+from tpcheck.core.findings import Finding
 from tpcheck.core.topology import Topology
 from tpcheck.model.blame import blame_backend
 from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of
@@ -26,6 +28,7 @@ from tpcheck.model.options import Request
 from tpcheck.model.rank_run import training_options
 from tpcheck.model.reference import CommunicatingRank, Reference
 from tpcheck.numerics.checks.resume import (
+    OF_GROUP,
     RESUME_CHECK,
     STEPS_TAKEN,
     ResumedTraining,
@@ -47,8 +50,9 @@ _OTHER_SEED = 1_000_003  # added to the seed of the model that loads, whose own 
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """What the controller has to know of a way to resume: `WayToResume` without its functions."""
+    """What the controller has to know of a way to resume: `WayToResume` without its functions, and where it saved."""
 
+    folder: Path
     config: Mapping[str, Any]
     any_topology: bool
 
@@ -93,11 +97,9 @@ def verify_resume(request: Request) -> CheckAnswer:
         if not expected:
             return replace(answer, not_compared={"resume": "the backend offers no way to save a training and go on"})
         answer = replace(answer, not_compared=dict(first[0].failures))
-        for number, (way, facts) in enumerate(first[0].ways.items()):
+        for way, facts in first[0].ways.items():
             for variant in _variants(request, facts):
-                label = way if variant.options.topology == request.options.topology else f"{way}, {_sizes(variant)}"
-                outcome = _resume(label, variant, request, folder / str(number), way, facts, num_before, first)
-                answer = _add(answer, outcome)
+                answer = _add(answer, _resume(variant, request, way, facts, num_before, first))
         return answer
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -137,39 +139,48 @@ def _add(answer: CheckAnswer, outcome: ResumeOutcome) -> CheckAnswer:
 
 
 def _resume(
-    label: str,
     variant: Request,
     request: Request,
-    folder: Path,
     way: str,
     facts: _Way,
     num_before: int,
     first: Sequence[_FirstWorld],
 ) -> ResumeOutcome:
-    """Go on in new processes, and compare."""
-    options = variant.options
+    """Go on in new processes, and compare.
+
+    A way that cannot be loaded at the sizes at which it saved is a finding; at other sizes it is no comparison.
+    """
+    options, is_same = variant.options, variant.options == request.options
+    label = way if is_same else f"{way}, {_sizes(variant)}"
     config = _merged(options.config, facts.config)
     variant = replace(variant, options=replace(options, config=config))
     try:
         with spawn(options.topology, timeout=options.timeout) as world:
             batches = [rank.batches for rank in first[:: request.options.topology.tp]]
             actual: tuple[ResumedTraining | str, ...] = world.run(
-                _load_and_train, variant, folder, way, num_before, batches
+                _load_and_train, variant, facts.folder, way, num_before, batches
             )
     except (RankFailure, BackendError) as failure:
         cause = failure.exception if isinstance(failure, RankFailure) else failure
         if not isinstance(cause, BackendError):
             raise
-        return ResumeOutcome(not_compared={label: str(cause)})
+        return _cannot_load(label, str(cause), is_same=is_same)
     expected = [rank.training for rank in first if rank.training is not None]
     resumed = [rank for rank in actual if isinstance(rank, ResumedTraining)]
     if len(resumed) < len(actual):
-        reason = next(rank for rank in actual if isinstance(rank, str))
-        return ResumeOutcome(not_compared={label: reason})
-    if options.topology == request.options.topology and options.zero_stage == request.options.zero_stage:
+        return _cannot_load(label, next(rank for rank in actual if isinstance(rank, str)), is_same=is_same)
+    if is_same:
         return compare_same_topology(label, num_before, expected, resumed)
     assert first[0].tolerance is not None
     return compare_other_topology(label, num_before, expected, resumed, first[0].tolerance)
+
+
+def _cannot_load(way: str, reason: str, *, is_same: bool) -> ResumeOutcome:
+    if not is_same:
+        return ResumeOutcome(not_compared={way: reason})
+    evidence = {"counted": ("way to resume", "fails", "fail"), "note": reason}
+    finding = Finding(RESUME_CHECK, {"phase": "loaded", "field": way}, 1.0, 0.0, evidence=evidence)
+    return ResumeOutcome({way: inf}, (finding,))
 
 
 def _merged(config: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +198,7 @@ def _train_and_save(rank: CommunicatingRank, request: Request, folder: Path, num
         reference = Reference.build(request, rank, options)
         with blame_backend(backend, "sharding the model"):
             candidate = backend.shard(build_model(request, rank.device), rank, reference.options)
-        if not isinstance(candidate, ResumesTraining):
+        if not isinstance(candidate, ResumesTraining) or not candidate.ways_to_resume():
             return _FirstWorld()
         view, indices = view_of(*candidate.trained()), _indices_of(candidate, rank)
         batches = [step[rank.topology.coordinate(rank.rank)["dp"]] for step in reference.batches]
@@ -199,7 +210,7 @@ def _train_and_save(rank: CommunicatingRank, request: Request, folder: Path, num
         for number, (way, how) in enumerate(candidate.ways_to_resume().items()):
             failure = _save(rank, how, folder / str(number))
             if failure is None:
-                ways[way] = _Way(how.config, how.any_topology)
+                ways[way] = _Way(folder / str(number), how.config, how.any_topology)
             else:
                 failures[way] = f"saving raises {failure}"
         after = tuple(
@@ -301,7 +312,7 @@ def _read_state(candidate: Any, view: Any, indices: _Indices, loss: float | None
     for name, buffer in candidate.module.named_buffers():
         tensors[StateKey("buffer", name)] = StateTensor(local_part(buffer).detach().cpu().clone(), None)
     numbers = {
-        f"{option} of parameter group {number}": value
+        f"{option}{OF_GROUP}{number}": value
         for number, group in enumerate(view.groups())
         for option, value in group.options.items()
     }

@@ -109,10 +109,13 @@ def verify_family(
     Example:
         >>> report = tpcheck.verify_family("llama", topology=tpcheck.Topology(tp=2))  # doctest: +SKIP
     """
-    from tpcheck.families.build import small_model
+    from tpcheck.families.build import small_model, with_adapters
 
     run_options = RunOptions.of(topology=topology, backend=backend, dtype=dtype, zero_stage=zero_stage, **options)
-    request = Request(partial(small_model, family, run_options.settings), run_options, spread_weights=True)
+    build = partial(small_model, family, run_options.settings)
+    if run_options.lora:
+        build = partial(with_adapters, family, run_options.settings, run_options.lora)
+    request = Request(build, run_options, spread_weights=True)
     require_valid(request)
     return run(request, run_options.subject(family), again=run_options.command(family))
 

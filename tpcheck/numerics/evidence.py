@@ -212,6 +212,7 @@ class Evidence:
         recomputed: Outputs of leaf modules of the reference, recomputed from the candidate's inputs where those are
             wrong in the first step, by tp_rank.
         forced_inputs: Inputs that do not come from the module before, so that results around them say nothing of them.
+        lost: The reference's parameters whose values the sharded model holds under no name.
         forced_on_some: Such inputs, on some ranks alone: nothing is recomputed from them.
         computed_alone: Outputs of leaf modules of the reference on each rank's inputs, with the rank's part of the
             parameters, where the actual ones are wrong in the first step, by tp_rank.
@@ -235,6 +236,7 @@ class Evidence:
     forced_modules: ForcedModules | None = None
     recomputed: Mapping[TensorKey, tuple[Tensor, ...]] = field(default_factory=dict)
     forced_inputs: frozenset[TensorKey] = frozenset()
+    lost: tuple[str, ...] = ()
     forced_on_some: frozenset[TensorKey] = frozenset()
     computed_alone: Mapping[TensorKey, tuple[Tensor, ...]] = field(default_factory=dict)
     labels: tuple[LabelCounts, ...] = ()
@@ -390,6 +392,7 @@ class NormFacts:
         step: By what the gradients of all parameters were multiplied; None where it is unknown.
         scales: Numbers by which gradients are multiplied before they are unscaled, by what they are.
         noise: Relative error by which two computations of one norm differ.
+        tolerance: Relative error up to which two norms may be the same number, in this dtype.
     """
 
     norms: GradientNorms
@@ -399,6 +402,7 @@ class NormFacts:
     step: ClippedStep | None = None
     scales: Mapping[str, float] = field(default_factory=dict)
     noise: float = FITTED_RELATIVE_ERROR
+    tolerance: float = FITTED_RELATIVE_ERROR
 
     @property
     def clipping(self) -> Clipping:
@@ -421,8 +425,7 @@ class NormFacts:
         return self._observed(self.implied, noise=FITTED_RELATIVE_ERROR, least=self.clipping.max_norm)
 
     def _observed(self, used: tuple[float, ...], *, noise: float, least: float = 0.0) -> ObservedNorm:
-        tolerance = max(FITTED_RELATIVE_ERROR, self.noise)
-        return ObservedNorm(used, self.expected, noise, tolerance, least, self.scales, self.clipping)
+        return ObservedNorm(used, self.expected, noise, self.tolerance, least, self.scales, self.clipping)
 
     def as_evidence(self) -> dict[str, Any]:
         return {
@@ -430,6 +433,7 @@ class NormFacts:
             "norm_of_each_rank_alone": list(self.norms.of_ranks),
             "norm_of_each_ranks_shards": list(self.norms.of_ranks_shards),
             "norm_with_replicas_counted": self.norms.counting_replicas,
+            **({} if self.clipping.is_torchs else {"clipping": str(self.clipping)}),
         }
 
 
@@ -543,7 +547,17 @@ class SiblingWeights:
 
 
 Kind = Literal[
-    "activation", "input_gradient", "gradient", "weight", "update", "norm", "replica", "group", "sharding", "state"
+    "activation",
+    "input_gradient",
+    "gradient",
+    "weight",
+    "update",
+    "norm",
+    "replica",
+    "group",
+    "sharding",
+    "lost",
+    "state",
 ]
 
 

@@ -196,14 +196,19 @@ def verdict(
     last_step = min(group.last_step for group in groups)
     answers = [answer for group in groups for answer in group.answers if answer.step <= last_step]
     findings = tuple(replace(finding, again=again) for finding in _merge_groups(answers))
+    coverage = _coverage(answers, last_step, steps)
+    message = None
+    if not findings and not coverage.compared:
+        message = "nothing was compared: " + next(iter(coverage.not_compared.values()), "no check applies")
     return Verdict(
-        verdict="failed" if findings else "passed",
+        verdict="failed" if findings else "skipped" if message is not None else "passed",
         subject=subject,
         environment=environment,
         findings=findings,
         checks=_results(answers),
-        coverage=_coverage(answers, last_step, steps),
+        coverage=coverage,
         seconds=seconds,
+        message=message,
     )
 
 

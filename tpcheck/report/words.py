@@ -65,6 +65,8 @@ _PHASES = {
     "step": "optimizer step {step}",
     "update": "optimizer step {step}",
     "saved": "saved after step {step}",
+    "loaded": "loaded into new processes after step {step}",
+    "resumed": "step {step} of the resumed training",
 }
 _SUBJECT_PARTS = {
     *("family", "model", "subject", "backend", "tp", "dp"),

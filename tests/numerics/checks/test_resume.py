@@ -69,7 +69,8 @@ def test_equal_trainings_pass_and_every_tensor_and_number_is_counted() -> None:
 @pytest.mark.parametrize(
     ("key", "values", "cause"),
     [
-        (WEIGHT, draw(900 + 1), "stale_weight"),
+        (WEIGHT, draw(900 + 1), "not_loaded"),
+        (MOMENT, draw(900 + 20 + 1), "not_loaded"),
         (MASTER, draw(900 + 10 + 1), "masters_stale"),
         (MOMENT, draw(100 + 20 + 0), "optimizer_state_of_another_rank"),
         (WEIGHT, draw(100 + 0), "shard_repeated"),
@@ -122,7 +123,7 @@ def test_a_rate_that_is_not_restored_is_found_before_the_weights_that_follow_fro
         loaded = replace(actual[rank].loaded, numbers={**NUMBERS, "lr of parameter group 0": 0.2})
         actual[rank] = replace(actual[rank], loaded=loaded, after=(state(rank, 7),))
     (finding,) = compare_same_topology("save_checkpoint", 1, saved(), actual).findings
-    assert finding.where["field"] == "lr of parameter group 0, save_checkpoint"
+    assert (finding.where["field"], finding.cause) == ("lr of parameter group 0, save_checkpoint", "options_differ")
     assert (finding.evidence["resumed"], finding.evidence["uninterrupted"]) == (0.2, 0.1)
 
 
@@ -149,7 +150,11 @@ def test_a_generator_that_loading_leaves_alone_is_said_and_one_of_another_rank_i
     outcome = compare_same_topology("resume", 1, expected, actual)
     assert list(outcome.not_compared) == ["resume: python generator"]
     (finding,) = outcome.findings
-    assert (finding.cause, finding.where["ranks"], finding.evidence["equals_rank"]) == ("rng_differs_torch", [1], 0)
+    assert (finding.where["field"], finding.where["ranks"], finding.evidence["equals_rank"]) == (
+        "torch generator, resume",
+        [1],
+        0,
+    )
 
 
 def whole(of: list[TrainingState]) -> TrainingState:
@@ -180,3 +185,12 @@ def test_another_topology_is_exact_when_loaded_and_calibrated_afterwards() -> No
 def test_tensors_with_elements_on_no_rank_are_not_assembled() -> None:
     assert set(assemble([state(0, 1), state(1, 1)])) == {WEIGHT, MASTER, MOMENT, OTHER_MOMENT}
     assert not assemble([state(0, 1)])
+
+
+@pytest.mark.parametrize(("steps", "cause"), [(0, "samples_repeated"), (5, "samples_skipped")])
+def test_a_count_of_steps_that_is_not_restored_names_the_batches_that_follow(steps: int, cause: str) -> None:
+    actual = [
+        replace(rank, loaded=replace(rank.loaded, numbers={**NUMBERS, "steps taken": steps})) for rank in resumed()
+    ]
+    (finding,) = compare_same_topology("save_checkpoint", 1, saved(), actual).findings
+    assert (finding.cause, finding.where["ranks"]) == (cause, [0, 1])

@@ -25,7 +25,7 @@ from tpcheck.core.causes import Cause
 from tpcheck.core.clipping import Clipping
 from tpcheck.numerics.checks.clipping import gradient_norms, norm_facts, observed_clipping, shares_of
 from tpcheck.numerics.checks.updates import gradient_norm_matches_reference, updates_match_reference
-from tpcheck.numerics.evidence import Evidence, Suspect
+from tpcheck.numerics.evidence import Evidence, MicroBatchGradients, Suspect
 from tpcheck.numerics.hypotheses import explain
 
 Change = Callable[[torch.Tensor], torch.Tensor | None]
@@ -439,10 +439,13 @@ def test_an_epsilon_that_changes_the_step_is_named(epsilon: float, cause: Cause 
     assert the_cause(suspect) is cause
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 1e-8, 1e-5])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-7, 1e-5])
 def test_the_epsilon_of_a_convention_is_read_off_the_step(epsilon: float) -> None:
     evidence = clipped_by(RIGHT, 0.0, factor=CLIPPING.max_norm / (EXPECTED + epsilon))
     assert observed_clipping(evidence) == replace(CLIPPING, epsilon=epsilon)
+    assert "clipping" not in updates_match_reference(evidence, 0).suspects[0].facts_as_evidence()
+    read = updates_match_reference(replace(evidence, clipping=replace(CLIPPING, epsilon=epsilon)), 0).suspects[0]
+    assert str(read.facts_as_evidence()["clipping"]).startswith("min(1, 0.01 / ")
 
 
 def test_gradients_that_are_scaled_up_are_read_off_the_step() -> None:
@@ -465,6 +468,18 @@ def test_a_step_that_no_convention_gives_changes_none(step: int) -> None:
 
 def test_without_clipping_there_is_no_convention() -> None:
     assert observed_clipping(replace(RIGHT, clipping=Clipping())) == Clipping()
+
+
+def test_what_gradients_are_multiplied_by_is_known() -> None:
+    facts = norm_facts(right_evidence(dp=2), 0)
+    assert facts is not None
+    assert facts.scales == {"the number of replicas": 2.0}
+    micro = MicroBatchGradients({}, {})
+    accumulated = replace(RIGHT, reference=(replace(RIGHT.reference[0], micro_gradients=(micro,) * 3),))
+    (suspect,) = gradient_norm_matches_reference(with_step(accumulated, gradient_norm=3 * EXPECTED), 0).suspects
+    found = explain(suspect)
+    assert found is not None
+    assert (found.cause, found.evidence["note"]) == (Cause.NORM_BEFORE_UNSCALING, "times the number of micro-batches")
 
 
 def test_facts_of_a_norm_need_one() -> None:

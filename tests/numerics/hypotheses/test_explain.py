@@ -181,8 +181,9 @@ EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
 
 
 # Of causes that only runs have, tests/runs/test_wrong_loops.py has the loops; of those of checkpoints alone,
-# tests/numerics/exact and tests/checkpoints have the tests.
-ELSEWHERE = ("runs.", "numerics.exact", "checkpoints")
+# tests/numerics/exact and tests/checkpoints have the tests; tests/numerics/checks/test_resume.py has those of resumed
+# trainings.
+ELSEWHERE = ("runs.", "numerics.exact", "numerics.checks.resume", "checkpoints")
 OF_OTHERS = {cause for cause in Cause if all(module.startswith(ELSEWHERE) for module in cause.diagnosed_in)}
 
 
@@ -207,7 +208,9 @@ def test_what_is_not_a_number_is_evidence_for_nothing_else(kind: str) -> None:
     assert explain(suspect(kind, [EXPECTED * torch.nan, OTHER], EXPECTED, step=stale)) is None  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TESTS if kind not in ("group", "sharding", "norm", "replica")])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in TESTS if kind not in ("group", "sharding", "lost", "norm", "replica")]
+)
 def test_a_tensor_that_is_merely_wrong_has_no_cause(kind: str) -> None:
     assert explain(suspect(kind, [OTHER, OTHER + 1], EXPECTED)) is None  # type: ignore[arg-type]
 

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tpcheck.backends.dtensor.candidate import DTensorCandidate, clip_by_mesh
 from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.sgd import Sgd
+from tpcheck.backends.transformers.adapters import add_adapters, is_peft_model
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
 
@@ -68,7 +70,10 @@ class TransformersBackend:
         if BEFORE_TP_SIZE:
             return _shard_before_tp_size(model, rank, options)
         config = distributed_config(options.config, rank.topology)
-        sharded = save_and_load(model, options.dtype, distributed_config=config)
+        if is_peft_model(model):
+            sharded = add_adapters(partial(save_and_load, dtype=options.dtype, distributed_config=config), model)
+        else:
+            sharded = save_and_load(model, options.dtype, distributed_config=config)
         sync_replicated_parameters(sharded)
         sgd = Sgd(list(sharded.parameters()), options, clip_by_mesh)
         return TransformersCandidate(sharded, rank, sgd, accumulate=options.accumulate)
@@ -116,6 +121,8 @@ class TransformersCandidate(DTensorCandidate):
 
     def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
         model: transformers.PreTrainedModel = self.module
+        if is_peft_model(model):  # saves the adapters
+            return {"save_pretrained": lambda folder: model.save_pretrained(str(folder))}
         return {
             "save_pretrained": lambda folder: model.save_pretrained(str(folder)),
             "save_pretrained, distributed": lambda folder: model.save_pretrained(
@@ -131,7 +138,7 @@ def save_and_load(model: nn.Module, dtype: torch.dtype, **how: Any) -> PreTraine
         UsageError: The model is not a `PreTrainedModel`.
     """
     if not isinstance(model, PreTrainedModel):
-        raise UsageError("build", type(model).__name__, "a transformers.PreTrainedModel: transformers loads it")
+        raise UsageError("build", type(model).__name__, "a transformers.PreTrainedModel, or a PEFT model around one")
     with _shared_folder() as folder:
         model.save_pretrained(folder)  # only the first rank writes
         if dist.is_initialized():

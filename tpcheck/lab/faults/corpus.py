@@ -21,6 +21,7 @@ from tpcheck.lab.faults import (
     optimizer,
     precision,
     replicas,
+    resume,
     training,
     vocabulary,
 )
@@ -39,6 +40,7 @@ MODEL_FAULTS: tuple[ModelFault, ...] = (
     *optimizer.FAULTS,
     *training.FAULTS,
     *precision.FAULTS,
+    *resume.FAULTS,
 )
 CHECKPOINT_FAULTS: tuple[CheckpointFault, ...] = checkpoint.FAULTS
 DATA_FAULTS: tuple[DataFault, ...] = data.FAULTS
@@ -81,6 +83,7 @@ TRAINED_CONTROLS = (
     *(Control("llama", TP2_DP2, zero_stage, {"config": _CONFIGURED, "steps": 3}) for zero_stage in (0, 2)),
     Control("qwen3", TP2, 0, {"optimizer": "adamw", "accumulate": 3, "batch": "3x7,padded"}),
     Control("gemma3_text", TP2_DP2, 0, {"optimizer": "rmsprop", "loss": "token_mean"}),
+    Control("llama", TP2, 0, {"optimizer": "adamw", "checks": ("resume_matches_uninterrupted",)}),
 )
 """Right steps of the usual kinds: Adam, micro-batches, losses over labels, DeepSpeed's own optimizer and schedule."""
 

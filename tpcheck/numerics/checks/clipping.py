@@ -16,8 +16,8 @@ from tpcheck.numerics.norms import ClippedStep, GradientNorms
 from tpcheck.numerics.tolerance import (
     ACCURACY_OF_FACTORS,
     FITTED_RELATIVE_ERROR,
-    RECOMPUTED_FACTOR,
     RESIDUAL_EXACT,
+    SAFETY_FACTOR,
 )
 
 # The terms that an optimizer step (SGD) is a sum of.
@@ -52,20 +52,22 @@ def norm_facts(evidence: Evidence, step: int, clipped: ClippedStep | None = None
         return None
     reported = [rank.gradient_norm for rank in evidence.candidate[step]]
     known = tuple(norm for norm in reported if norm is not None)
-    noise = RECOMPUTED_FACTOR * evidence.tolerance.allowed_scalar((step, "norm"), expected)
     return NormFacts(
         norms=gradient_norms(evidence, step),
         expected=expected,
         reported=known if len(known) == len(reported) else (),
         step=clipped,
-        scales=_scales(evidence),
-        noise=noise / expected if expected else FITTED_RELATIVE_ERROR,
+        scales=_scales(evidence, step),
+        noise=SAFETY_FACTOR * 2 * evidence.tolerance.scalar_eps,  # of the same gradients in another order
+        tolerance=FITTED_RELATIVE_ERROR if evidence.dtype == "float64" else RESIDUAL_EXACT,
     )
 
 
-def _scales(evidence: Evidence) -> dict[str, float]:
-    dp = evidence.topology.dp
-    return {"the number of replicas": float(dp)} if dp > 1 else {}
+def _scales(evidence: Evidence, step: int) -> dict[str, float]:
+    """Return by what gradients are multiplied before they are unscaled."""
+    micro_batches = len(evidence.reference[step].micro_gradients)
+    known = {"the number of micro-batches": float(micro_batches), "the number of replicas": float(evidence.topology.dp)}
+    return {what: scale for what, scale in known.items() if scale > 1}
 
 
 def clipped_step(evidence: Evidence, step: int, shares: Mapping[str, Mapping[str, tuple[float, ...]]]) -> ClippedStep:
@@ -132,6 +134,7 @@ def _fitting(factors: Sequence[float], evidence: Evidence, step: int) -> Clippin
     clipping = replace(assumed, scales_up=assumed.scales_up or (norm < assumed.max_norm and factor > 1))
     if evidence.dtype == "float64":
         epsilon = assumed.max_norm / factor - norm
+        epsilon = epsilon if abs(epsilon) > ACCURACY_OF_FACTORS * norm else 0.0  # less is not to be told from nothing
         clipping = replace(clipping, epsilon=min(EPSILONS, key=lambda each: abs(each - epsilon)))
     return clipping if _fits(factors, evidence, step, clipping) else assumed
 

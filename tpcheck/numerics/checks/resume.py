@@ -23,6 +23,9 @@ RESUME_CHECK = "resume_matches_uninterrupted"
 STEPS_TAKEN = "steps taken"
 """The number of a training that chooses the next batch."""
 
+OF_GROUP = " of parameter group "
+"""Between an option of the optimizer and the number of its group."""
+
 Moment = tuple[str, int]  # phase, and the last step that was taken
 
 
@@ -292,8 +295,9 @@ def _not_loaded_at_all(wrong: _WrongTensor) -> _Explained | None:
     before = None if wrong.fresh is None else wrong.fresh.tensors.get(wrong.key)
     if before is None or not same_bits(wrong.values, before.values):
         return None
-    note = "it is what the new process held before it loaded"
-    return (Cause.MASTERS_STALE if wrong.key.kind == "master" else Cause.STALE_WEIGHT), {"note": note}
+    if wrong.key.kind == "master":
+        return Cause.MASTERS_STALE, {"note": "the master is what the new process held before it loaded"}
+    return Cause.NOT_LOADED, {}
 
 
 def _of_another_rank(wrong: _WrongTensor) -> _Explained | None:
@@ -340,8 +344,8 @@ def _compare_numbers(
         found, wanted = (state.numbers.get(name, "none") for state in (actual, expected))
         difference = None
         if found != wanted:
-            evidence: dict[str, Any] = {"resumed": found, "uninterrupted": wanted}
-            difference = _Difference(name, None, rank, 1.0, 0.0, {**evidence, "counted": _COUNTED})
+            evidence: dict[str, Any] = {"resumed": found, "uninterrupted": wanted, "counted": _COUNTED}
+            difference = _Difference(name, None, rank, 1.0, 0.0, evidence, _cause_of_number(name, found, wanted))
         yield name, difference
     if actual.loss is not None and expected.loss is not None and rank is not None:
         evidence = {"resumed": actual.loss, "uninterrupted": expected.loss, "counted": _COUNTED}
@@ -350,6 +354,14 @@ def _compare_numbers(
 
 
 _COUNTED = ("number", "differs", "differ")
+
+
+def _cause_of_number(name: str, actual: Any, expected: Any) -> Cause | None:
+    if OF_GROUP in name:
+        return Cause.OPTIONS_DIFFER
+    if name == STEPS_TAKEN and isinstance(actual, int) and isinstance(expected, int):
+        return Cause.SAMPLES_REPEATED if actual < expected else Cause.SAMPLES_SKIPPED
+    return None
 
 
 # ---- generators
@@ -376,16 +388,8 @@ def _compare_generators(
             evidence: dict[str, Any] = {"counted": ("generator", "differs", "differ")}
             if same:
                 evidence |= {"equals_rank": same[0], "note": f"it is in the state that rank {same[0]} saved"}
-            difference = _Difference(name, None, rank, 1.0, 0.0, evidence, _GENERATOR_CAUSES.get(name))
+            difference = _Difference(name, None, rank, 1.0, 0.0, evidence)
         yield name, difference
-
-
-_GENERATOR_CAUSES = {
-    "torch generator": Cause.RNG_DIFFERS_TORCH,
-    "numpy generator": Cause.RNG_DIFFERS_NUMPY,
-    "python generator": Cause.RNG_DIFFERS_PYTHON,
-    "cuda generator": Cause.RNG_DIFFERS_CUDA,
-}
 
 
 # ---- findings
@@ -394,13 +398,12 @@ _GENERATOR_CAUSES = {
 def _findings(way: str, moment: Moment, differences: Sequence[_Difference]) -> Iterator[Finding]:
     """Yield a finding for each kind of state and cause: the first name, with all others beside it.
 
-    Numbers come first, since a wrong one moves everything else; then what was loaded wrongly for a reason that is
-    known.
+    Tensors that are explained come first, then numbers, since a wrong one moves everything else.
     """
     groups: dict[tuple[str, Cause | None], list[_Difference]] = {}
     for difference in differences:
         groups.setdefault((difference.what, difference.cause), []).append(difference)
-    order = sorted(groups.values(), key=lambda group: (group[0].name is not None, group[0].cause is None))
+    order = sorted(groups.values(), key=lambda group: _rank_of(group[0]))
     for number, group in enumerate(order):
         first = max(group, key=lambda each: (_margin(each), each.observed))
         names = dict.fromkeys(each.name for each in group if each.name not in (None, first.name))
@@ -424,3 +427,9 @@ def _findings(way: str, moment: Moment, differences: Sequence[_Difference]) -> I
             cause=None if first.cause is None else first.cause.slug,
             evidence=evidence,
         )
+
+
+def _rank_of(difference: _Difference) -> int:
+    if difference.name is None:
+        return 1
+    return 0 if difference.cause is not None else 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import prod
+from math import inf, prod
 
 from tpcheck.numerics.checks.suspects import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.numerics.evidence import CheckOutcome, Evidence, ShardFacts, SiblingWeights, Suspect
@@ -42,10 +42,16 @@ _ADVICE = (
     'No parameter is sharded. Add "tensor_parallel": {"autotp_size": N} to the DeepSpeed configuration, or load the '
     'model with tp_plan="auto" in transformers; until then every rank trains and saves the full model.'
 )
+_ADVICE_LOST = (
+    "The library has replaced the layers that held them by layers of its own, which know nothing of them. For "
+    "adapters: shard the model first, and add them to the sharded model; or leave these layers out of the plan."
+)
 
 
 def parameters_are_sharded(evidence: Evidence) -> CheckOutcome:
-    """Check that some parameter is smaller on each rank, and that all shards add up to full shapes. Exact."""
+    """Check that no parameter is lost, some are smaller on each rank, and all shards make up full shapes. Exact."""
+    if evidence.lost:
+        return _parameters_lost(evidence)
     if evidence.topology.tp == 1:
         return CheckOutcome(not_compared={"parameters_are_sharded": "tp is 1: nothing to shard"})
     names = [name for name in evidence.initial if name in evidence.layouts]
@@ -61,6 +67,20 @@ def parameters_are_sharded(evidence: Evidence) -> CheckOutcome:
     details = {"count_differing": len(incomplete), "count_total": len(sharded), "also": others}
     suspect = _sharding_suspect(evidence, len(incomplete), details, parameter=first)
     return CheckOutcome(margins, (replace(suspect, shards=_shard_facts(evidence, first)),))
+
+
+def _parameters_lost(evidence: Evidence) -> CheckOutcome:
+    first, *others = evidence.lost
+    details = {
+        "count_differing": len(evidence.lost),
+        "count_total": len(evidence.initial),
+        "counted": ("parameter", "is missing", "are missing"),
+        "advice": _ADVICE_LOST,
+        "also": others,
+    }
+    suspect = _sharding_suspect(evidence, len(evidence.lost), details, parameter=first)
+    margins = dict.fromkeys(evidence.initial, 0.0) | dict.fromkeys(evidence.lost, inf)
+    return CheckOutcome(margins, (replace(suspect, kind="lost"),))
 
 
 def _is_complete(evidence: Evidence, name: str) -> bool:

@@ -46,6 +46,7 @@ _COMPUTED: Collection[Kind] = (
 
 TESTS: Mapping[Kind, tuple[Test, ...]] = {
     "group": (layout.another_group,),
+    "lost": (layout.parameters_lost,),
     "sharding": (layout.not_sharded, layout.shard_missing, layout.remainder_lost),
     "weight": (weights.full_weight, weights.each_rank),
     "activation": (

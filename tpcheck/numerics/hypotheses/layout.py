@@ -18,6 +18,11 @@ def another_group(suspect: Suspect) -> Explanation:
     return Explanation(Cause.WRONG_GROUP)
 
 
+def parameters_lost(suspect: Suspect) -> Explanation:
+    """The sharded model holds the values under no name, which the check has seen already."""
+    return Explanation(Cause.TENSOR_MISSING)
+
+
 def not_sharded(suspect: Suspect) -> Explanation | None:
     """No parameter at all is sharded."""
     return Explanation(Cause.NOT_SHARDED) if suspect.parameter is None else None

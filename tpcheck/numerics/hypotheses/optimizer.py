@@ -26,7 +26,7 @@ def norm_of_one_group(suspect: Suspect) -> Explanation | None:
     if facts is None or facts.step is None:
         return None
     for names, norm in groups_with_own_norm(facts.step, facts.norms):
-        error = facts.of_reported.error_of((norm,) * facts.norms.tp, FITTED_RELATIVE_ERROR)
+        error = facts.of_reported.error_of((norm,) * facts.norms.tp, facts.tolerance)
         if error is not None:
             note = "it is the norm of one group"
             return Explanation(Cause.CLIPPED_PER_GROUP, error, {"note": note, "parameters": sorted(names)})

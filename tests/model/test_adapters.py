@@ -1,0 +1,87 @@
+"""Models with adapters: what a library drops is found, and what it shards trains as the unsharded model does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tpcheck import Topology, UsageError, verify, verify_family
+from tpcheck.families.build import small_model, with_adapters
+from tpcheck.model.candidate import lost_parameters
+
+CHANCE = torch.Generator().manual_seed(0)
+WEIGHT, DOWN, UP = (torch.randn(*shape, generator=CHANCE) for shape in ((8, 6), (2, 6), (8, 2)))
+EXPECTED = {"layer.base.weight": WEIGHT, "layer.down.weight": DOWN, "layer.up.weight": UP}
+
+
+@dataclass
+class Holding:
+    """A candidate that holds parameters under new names."""
+
+    parameters: dict[str, torch.Tensor]
+
+    def parameter(self, name: str) -> torch.Tensor:
+        return self.parameters[name]
+
+
+def lost(held: dict[str, torch.Tensor], expected: dict[str, torch.Tensor] = EXPECTED) -> tuple[str, ...]:
+    candidate: Any = Holding(held)
+    return lost_parameters(candidate, held, expected, 2)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        EXPECTED,
+        {f"module.{name}": value for name, value in EXPECTED.items()},
+        {"layer.fused": torch.cat([DOWN, WEIGHT[:4]]), "layer.up.weight": UP},
+        {"layer.weight": WEIGHT[:, 3:], "layer.down.weight": DOWN, "layer.up.weight": UP},
+        {"layer.weight": WEIGHT.t(), "layer.down.weight": DOWN, "layer.up.weight": UP},
+    ],
+    ids=["the same", "wrapped", "a shard, fused with another", "a cut along the other dim", "transposed"],
+)
+def test_what_the_model_holds_under_another_name_is_not_lost(held: dict[str, torch.Tensor]) -> None:
+    assert lost(held) == ()
+
+
+def test_what_it_holds_under_no_name_is_lost() -> None:
+    assert lost({"layer.weight": WEIGHT[:4]}) == ("layer.down.weight", "layer.up.weight")
+    assert lost({}) == tuple(EXPECTED)
+
+
+def test_bfloat16_values_that_recur_by_chance_do_not_stand_for_a_lost_parameter() -> None:
+    drawn = {name: torch.randn(16, 64, generator=CHANCE).to(torch.bfloat16) for name in ("a", "b")}
+    assert lost({"c": drawn["a"]}, drawn) == ("b",)
+
+
+def adapted_llama() -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "gate_proj"], use_rslora=True)
+    model: nn.Module = get_peft_model(small_model("llama"), config)
+    return model
+
+
+def test_adapters_that_deepspeed_drops_are_found() -> None:
+    report = verify_family("llama", topology=Topology(tp=2), lora=4)
+    (finding,) = report.findings
+    assert (finding.check, finding.cause) == ("parameters_are_sharded", "tensor_missing")
+    names = [finding.where["parameter"], *finding.evidence["also"]]
+    assert len(names) == 2 * 7 * 2  # A and B of all linear layers
+    assert all(".lora_" in name for name in names)
+
+
+def test_adapters_on_a_model_that_transformers_shards_pass() -> None:
+    report = verify(adapted_llama, topology=Topology(tp=2), backend="transformers")
+    report.raise_if_failed()
+    coverage = report.verdict.coverage
+    assert coverage.compared == coverage.total > 400
+
+
+def test_adapters_that_peft_cannot_add_are_an_error_of_usage() -> None:
+    with pytest.raises(UsageError, match="lora=-1"):
+        with_adapters("llama", {}, -1)

@@ -1,0 +1,70 @@
+"""PEFT models under transformers' TP: the base model is sharded while it is loaded, then gets its adapters."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tpcheck.core.errors import UsageError
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Return whether this is a model of peft, which is not imported for the question."""
+    peft: Any = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def add_adapters(load_sharded: Callable[[nn.Module], nn.Module], model: Any) -> Any:
+    """Shard the base model, add the adapters as a user would, and give them the values that `model` has. Collective.
+
+    peft (0.21) shards `lora_B` behind a column-parallel layer and `lora_A` before a row-parallel one, and leaves the
+    other whole on every rank (tuners/lora/model.py:add_lora_tp_hooks_dtensor).
+
+    Args:
+        load_sharded: Returns the sharded copy of a model of transformers.
+
+    Raises:
+        UsageError: peft cannot add such adapters to this base.
+    """
+    import peft
+
+    base = copy.deepcopy(model).unload()
+    for parameter in base.parameters():
+        parameter.requires_grad_(True)  # what is frozen is decided by the adapters
+    sharded: Any = load_sharded(base)
+    first, *others = model.peft_config
+    try:
+        adapted = peft.get_peft_model(sharded, copy.deepcopy(model.peft_config[first]), adapter_name=first)
+        for name in others:
+            adapted.add_adapter(name, copy.deepcopy(model.peft_config[name]))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UsageError("build", type(model).__name__, f"adapters that peft can add under TP ({error})") from error
+    adapted.train(model.training)
+    _switch_off_dropout(model, adapted)
+    expected = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if name in expected:
+                parameter.requires_grad_(expected[name].requires_grad)
+                parameter.copy_(_placed_as(expected[name].detach(), parameter))
+    return adapted
+
+
+def _placed_as(value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    placed = parameter.data
+    if not isinstance(placed, DTensor):
+        return value.to(placed.dtype)
+    return distribute_tensor(value.to(placed.dtype), placed.device_mesh, placed.placements, src_data_rank=None)
+
+
+def _switch_off_dropout(model: nn.Module, adapted: nn.Module) -> None:
+    modules = dict(model.named_modules())
+    for name, module in adapted.named_modules():
+        if isinstance(module, nn.Dropout) and name in modules and getattr(modules[name], "p", None) == 0.0:
+            module.p = 0.0
