@@ -500,6 +500,24 @@ def test_clipping_by_a_wrong_norm_is_named(cause: str) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("factor", "norm", "cause"),
+    [
+        (1024.0, None, "gradient_scaled"),
+        (2.0, None, "mean_instead_of_sum"),  # as a norm would that was summed over two ranks
+        (1024.0, 3.0, "norm_before_unscaling"),
+    ],
+    ids=["unscaled twice", "a mean for a sum", "the run says that it clipped"],
+)
+def test_one_round_factor_is_that_of_a_norm_only_where_gradients_were_clipped(
+    factor: float, norm: float | None, cause: str
+) -> None:
+    told = None if norm is None else lambda rank, gradients: norm * whole_norm()
+    scaled = clipped_by(lambda place: factor)
+    report = compared(run(tp=2, steps=1, edit=scaled), run(rounding=1.0, steps=1, reported_norm=told))
+    assert next(each.cause for each in report.findings if each.check == "gradients_match_reference") == cause
+
+
 def test_clipping_by_the_norm_of_all_gradients_passes() -> None:
     by_norm = clipped_by(lambda place: whole_norm(place.step))
     require_passed(compared(run(tp=2, edit=by_norm), run(rounding=1.0, edit=by_norm)))

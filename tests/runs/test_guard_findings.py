@@ -49,6 +49,12 @@ def test_replicas_that_were_never_equal_have_not_drifted(right_at: int | None, c
     assert finding.evidence.get("last_right_step") == right_at
 
 
+def test_what_was_not_compared_before_does_not_hide_that_weights_have_drifted() -> None:
+    found = [difference(("weight", "w", "")), difference(("gradient", "w", ""), right_at=None)]
+    (finding,) = findings_of(found, [], 200)
+    assert (finding.cause, finding.evidence["last_right_step"]) == ("replica_drift", 100)
+
+
 def test_gradients_that_are_not_finite_are_one_finding() -> None:
     found = [NotFinite("a", 0), NotFinite("b", 0), NotFinite("a", 1)]
     (finding,) = findings_of([], found, 200)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import chain, product
+
 import pytest
 import torch
 from torch import nn
 
 from tpcheck.core.placement import Shard
 from tpcheck.numerics.optimizer_view import Part
-from tpcheck.numerics.sketch import GlobalIndex
+from tpcheck.numerics.sketch import GlobalIndex, start_sketch
 from tpcheck.runs.activations import ActivationPlaces, BatchShape
 from tpcheck.runs.output_places import Output, OutputPlaces, is_uniform
 
@@ -99,3 +102,39 @@ def test_a_square_weight_of_another_library_may_be_transposed_and_decides_nothin
     part = Part("weight", "up.weight", "", module.weight.detach(), GlobalIndex.shard((12, 6), Shard(0), 2, 0))
     decided = OutputPlaces({"up.weight": part}, (0, 1), 0, "run")
     assert decided.columns(module, "up", (HIDDEN,), HIDDEN) is None
+
+
+def test_a_weight_that_its_module_holds_more_of_in_its_forward_pass_decides_nothing() -> None:
+    module = nn.Linear(8, 6, bias=False).double()
+    kept_rows = GlobalIndex.shard((12, 8), Shard(0), 4, 1)
+    decided = OutputPlaces(
+        {"up.weight": Part("weight", "up.weight", "", torch.ones(3, 8), kept_rows)}, (0, 1), 0, "run"
+    )
+    given = torch.ones(3, 4, 8, dtype=torch.float64)
+    assert decided.columns(module, "up", (given,), HIDDEN) is None
+    module.weight.data = torch.empty(0, dtype=torch.float64)  # as ZeRO 3 leaves it
+    assert decided.columns(module, "up", (given,), HIDDEN) is None
+
+
+def test_the_shape_that_zero_3_keeps_of_a_weight_decides() -> None:
+    module = nn.Linear(8, 6, bias=False).double()
+    module.weight.ds_shape = torch.Size((6, 8))
+    module.weight.data = torch.empty(0, dtype=torch.float64)
+    index = replace(GlobalIndex.shard((12, 8), Shard(0), 2, 1), fragment=(0, 24))
+    decided = OutputPlaces({"up.weight": Part("weight", "up.weight", "", torch.ones(24), index)}, (0, 1), 1, "run")
+    columns = decided.columns(module, "up", (torch.ones(3, 4, 8, dtype=torch.float64),), HIDDEN)
+    assert columns is not None
+    assert places(HIDDEN, columns) == ["layout"]
+
+
+@pytest.mark.parametrize("known", [None, GlobalIndex.shard((8,), Shard(0), 2, 0)], ids=["unknown", "4 columns"])
+def test_no_shape_is_an_error(known: GlobalIndex | None) -> None:
+    sizes = (0, 3, 4, 6)  # none, the samples, the positions, the columns
+    for shape in chain.from_iterable(product(sizes, repeat=dims) for dims in range(5)):
+        tensor = torch.ones(shape)
+        finder = ActivationPlaces(BatchShape.of([TOKENS]), 2, 0)
+        found = finder.places(tensor, known=known)
+        assert found
+        is_uniform(tensor, found)
+        for place in found:
+            start_sketch(tensor, place.index, rows=place.rows)

@@ -426,13 +426,14 @@ def test_a_distributed_data_parallel_needs_no_topology_and_may_leave_outputs_unu
         trained(tokens(tp_rank.dp_rank))[1].backward()
 
 
-def test_a_model_that_no_library_shards_needs_a_topology(tmp_path: Path) -> None:
+def test_a_model_whose_weights_differ_where_no_library_shards_it_needs_a_topology(tmp_path: Path) -> None:
     with spawn(tpcheck.Topology(dp=2)) as world, pytest.raises(RankFailure, match=r"topology=None.*no framework"):
         world.run(record_without_topology, str(tmp_path / "run.trace"))
 
 
 def record_without_topology(rank: Rank, path: str) -> None:
-    tpcheck.record(model(), path)
+    torch.manual_seed(rank.dp_rank)
+    tpcheck.record(Model().double(), path)
 
 
 # ---- outputs whose shapes leave several readings

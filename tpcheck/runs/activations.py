@@ -91,7 +91,7 @@ class ActivationPlaces:
         if is_slice:
             return (_place("sequence", f"sequence {self.tp_rank}/{self.tp}", columns, None, rows, num_row_dims),)
         places = [_place("whole", "all", columns, None, rows, num_row_dims)]
-        if known is not None and len(columns) == 1:
+        if known is not None and columns == known.local_shape:
             if known.indices[0] is None:
                 return (places[0],)
             return (_place("layout", known.piece(), known.shape, known, rows, num_row_dims),)
@@ -131,6 +131,8 @@ class ActivationPlaces:
             return ()
         whole = tuple(tensor.shape[num_row_dims:])
         index = GlobalIndex.shard(whole[-1:], Shard(-1), self.tp, self.tp_rank)
+        if index.local_shape != columns[-1:]:  # cut over other ranks than these
+            return ()
         return (_place("layout", piece, whole, index, rows, num_row_dims),)
 
     def _keyed_rows(self, shape: tuple[int, ...], lies_as_inputs: bool) -> tuple[RowKeys | None, int, bool]:
@@ -210,7 +212,7 @@ def _place(
         return Place(label, shape, piece, whole, None, is_term)
     num_parts, number = part
     size = prod(columns[:-1]) // num_parts
-    if size * num_parts > 1:
+    if size * num_parts != 1:
         rows = _cut(rows, number * size, size)
     return Place(label, shape, piece, index or GlobalIndex.whole(columns[-1:]), rows, is_term)
 

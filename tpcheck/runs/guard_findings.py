@@ -104,7 +104,8 @@ def _tensors_finding(found: Sequence[Difference], ranks: tuple[int, ...], step: 
         "also": [{"kind": each.label[0], "name": _name(each.label)} for each in found[1:]],
         **_since(first, step),
     }
-    was_right = all(each.right_at is not None for each in found)
+    # Of the kind that is named: gradients and states may be compared here for the first time.
+    was_right = all(each.right_at is not None for each in found if each.label[0] == kind)
     explanation = Explanation(Cause.REPLICA_DRIFT) if was_right else None
     return exact_finding(REPLICAS, where, len(found), ("tensor", "differs", "differ"), explanation, evidence)
 

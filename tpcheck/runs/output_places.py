@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tpcheck.numerics.optimizer_view import Part
+from tpcheck.numerics.optimizers.indices import index_of_dtensor, is_dtensor
 from tpcheck.numerics.sketch import GlobalIndex
 from tpcheck.runs.activations import Place
 
@@ -55,7 +56,7 @@ class OutputPlaces:
         self._group = tuple(tp_group)
         self._tp_rank = tp_rank
         self._prefix = f"tpcheck/outputs/{run}/{self._group[0]}"
-        self._rows: dict[str, GlobalIndex | None] = {}
+        self._rows: dict[Any, GlobalIndex | None] = {}
         self._is_replicated: dict[OutputKey, bool] = {}
         self._posted: dict[OutputKey, Output] | None = None
         self._step = -1
@@ -66,26 +67,37 @@ class OutputPlaces:
         """Return which columns of the whole output this one holds, by the module's weight; None where that is no guide.
 
         A guide is the weight of a module that takes as many columns as it has columns, and returns as many as it has
-        rows. Modules other than torch's may hold it transposed, which only its shape tells.
+        rows. Modules other than torch's may hold it transposed, which only its shape tells. In its forward pass a
+        module may hold more of it than it keeps, as under FSDP2 and ZeRO 3: only rows that are all of those count.
         """
-        rows = self._rows_of_weight(name)
         given = args[0] if args and isinstance(args[0], torch.Tensor) else None
         weight = module._parameters.get("weight")
-        if rows is None or given is None or weight is None or not given.dim() or not given.is_floating_point():
+        if given is None or weight is None or not given.dim() or not output.dim() or not given.is_floating_point():
             return None
-        num_rows, num_columns = _local_shape(weight)
-        if (given.shape[-1], output.shape[-1]) != (num_columns, num_rows):
+        shape = _local_shape(weight)
+        if shape != (output.shape[-1], given.shape[-1]):
             return None
-        return None if num_rows == num_columns and not isinstance(module, nn.Linear) else rows
+        if shape[0] == shape[1] and not isinstance(module, nn.Linear):
+            return None
+        rows = self._rows_of_weight(name, weight)
+        return rows if rows is not None and rows.local_shape == shape[:1] else None
 
-    def _rows_of_weight(self, name: str) -> GlobalIndex | None:
-        if name not in self._rows:
-            part = self._weights.get(f"{name}.weight")
-            self._rows[name] = None
-            index = None if part is None else part.index
+    def _rows_of_weight(self, name: str, weight: torch.Tensor) -> GlobalIndex | None:
+        """Return which rows of the whole weight a module holds in its forward pass: of a DTensor by its placements."""
+        key: Any = name
+        if is_dtensor(weight):
+            key = (weight.device_mesh, weight.placements, tuple(weight.shape))  # type: ignore[attr-defined]
+        if key not in self._rows:
+            self._rows[key] = None
+            if is_dtensor(weight):
+                mesh = set(weight.device_mesh.mesh.flatten().tolist())  # type: ignore[attr-defined]
+                index = index_of_dtensor(weight.detach()) if set(self._group) <= mesh else None
+            else:
+                part = self._weights.get(f"{name}.weight")
+                index = None if part is None else part.index
             if index is not None and index.positions is None and len(index.shape) == 2:
-                self._rows[name] = GlobalIndex(index.shape[:1], index.indices[:1])
-        return self._rows[name]
+                self._rows[key] = GlobalIndex(index.shape[:1], index.indices[:1])
+        return self._rows[key]
 
     # ---- by digests
 
@@ -163,8 +175,13 @@ class OutputPlaces:
 def is_uniform(tensor: torch.Tensor, places: Sequence[Place]) -> bool:
     """Return whether an output does not change along a dim in which one of its places cuts it."""
     dims = [int(place.label.removeprefix("dim ")) for place in places if place.label.startswith("dim ")]
-    return any(bool((tensor == tensor.narrow(dim, 0, 1)).all()) for dim in dims)
+    return any(bool((tensor == tensor[_first_along(dim)]).all()) for dim in dims)
+
+
+def _first_along(dim: int) -> tuple[Any, ...]:
+    return (..., slice(1)) if dim == -1 else (*(slice(None),) * dim, slice(1))
 
 
 def _local_shape(weight: torch.Tensor) -> tuple[int, ...]:
-    return tuple(getattr(weight, "_local_tensor", weight).shape)
+    """Return the shape on this TP rank; ZeRO 3 has released the data when hooks see what a module returns."""
+    return tuple(getattr(weight, "ds_shape", getattr(weight, "_local_tensor", weight).shape))

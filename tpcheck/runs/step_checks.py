@@ -537,6 +537,9 @@ def _is_dp_partition(run: Run, lacking: Sequence[int]) -> bool:
 
 # ---- norms and clipping
 
+# Factors of parameters' gradients are those of one clipping where they are as near to each other.
+_SAME_FACTOR = 1e-3
+
 
 def _clipped_otherwise(
     context: StepContext, wrong: Sequence[Comparison], comparisons: Sequence[Comparison]
@@ -553,7 +556,7 @@ def _clipped_otherwise(
         for rank, factor in of_each.items():
             factors.setdefault(rank, []).append(factor)
     noise = max(FITTED_RELATIVE_ERROR, 100 * max(epsilon(each.expected.dtype) for each in wrong))
-    if any(max(of_rank) - min(of_rank) > 1e-3 * abs(of_rank[0]) for of_rank in factors.values()):
+    if any(max(of_rank) - min(of_rank) > _SAME_FACTOR * abs(of_rank[0]) for of_rank in factors.values()):
         return None
     if not all(rank in factors for rank in group):
         return None
@@ -567,8 +570,30 @@ def _clipped_otherwise(
     explanation = explain_norm(observed, norms).explanation
     if explanation is None:
         return None
+    inverse = [1 / of_rank[0] if of_rank[0] else 0.0 for of_rank in (factors[rank] for rank in group)]
+    if _is_round(inverse, len(group)) and not _is_clipped(context, clipped_to):
+        return None
     shown = {str(rank): float(f"{factors[rank][0]:.6g}") for rank in group}
     return replace(explanation, evidence={**explanation.evidence, "factor_of_rank": shown, "clipped_to": clipped_to})
+
+
+def _is_round(factors: Sequence[float], tp: int) -> bool:
+    """Return whether the ranks share one factor that may be anything's: a number, or the root of one up to `tp`.
+
+    A norm that is wrong by it, as one summed over the ranks, scales gradients no otherwise than a loss divided twice.
+    """
+    factor = factors[0]
+    if any(abs(other - factor) > _SAME_FACTOR * abs(factor) for other in factors):
+        return False
+    numbers = [each for each in (factor, 1 / factor) if each >= 1] if factor > 0 else []
+    roots = [each**2 for each in numbers if each**2 < tp + 0.5]
+    return any(round(each) > 1 and abs(each - round(each)) <= _SAME_FACTOR * each for each in (*numbers, *roots))
+
+
+def _is_clipped(context: StepContext, norm: float) -> bool:
+    """Return whether the expected run says that its gradients, which have this norm now, had a larger one."""
+    told = [step.reported_norm for step in context.step.expected.values() if step.reported_norm is not None]
+    return any(each > norm * (1 + _SAME_FACTOR) for each in told)
 
 
 def norms_of_ranks(
