@@ -194,7 +194,7 @@ def test_a_bug_of_the_model_itself_is_an_error_with_its_traceback() -> None:
         ({"backend": None}, "backend=None: expected one of"),
         ({"batch": [1]}, "batch='list': expected a dict of tensors"),
         ({"checks": "outputs_match_reference"}, "expected a list of names"),
-        ({"checks": ["outputs"]}, "checks=\\['outputs'\\]: expected one of groups_match_topology"),
+        ({"checks": ["outputs"]}, "checks=\\['outputs'\\]: expected one of all, groups_match_topology"),
         ({"build": Regression()}, "expected a callable"),
         ({"config": {"zero_optimization": {"stage": 3}}}, "config.zero_optimization.stage=3: expected 0"),
     ],

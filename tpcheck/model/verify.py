@@ -136,8 +136,7 @@ def run(request: Request, subject: Mapping[str, Any], again: str | None, world: 
     start = time.monotonic()
     try:
         if is_launched():
-            rank = attach(request.options.topology)
-            answers: tuple[RankAnswer, ...] = rank.gather(verify_on_rank(rank, request))
+            answers = _launched_answers(request)
         else:
             answers = _spawned_answers(request) if world is None else world.run(verify_on_rank, request)
         groups = [answer.group for answer in answers if answer.group is not None]
@@ -156,6 +155,23 @@ def run(request: Request, subject: Mapping[str, Any], again: str | None, world: 
             seconds=time.monotonic() - start,
         )
     )
+
+
+def _launched_answers(request: Request) -> tuple[RankAnswer, ...]:
+    """Run the request on the launcher's ranks. An error of tpcheck's own, as one rank may have alone, ends all."""
+    from tpcheck.model.rank_run import verify_on_rank
+
+    rank = attach(request.options.topology)
+    answer: RankAnswer | InternalError
+    try:
+        answer = verify_on_rank(rank, request)
+    except InternalError as error:
+        answer = error
+    answers: tuple[RankAnswer | InternalError, ...] = rank.gather(answer)
+    for of_rank in answers:
+        if isinstance(of_rank, InternalError):
+            raise of_rank
+    return tuple(of_rank for of_rank in answers if not isinstance(of_rank, InternalError))
 
 
 def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:

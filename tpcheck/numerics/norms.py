@@ -358,6 +358,8 @@ def _selected(observed: ObservedNorm, norms: GradientNorms) -> Matches:
     else:
         sets, cause = norms.counted_often, Cause.NORM_COUNTS_REPLICAS
     size = abs(missing)
+    if size <= 2 * observed.noise * norms.whole**2:
+        return Matches()  # it is the norm of these gradients, which are wrong themselves
     for tolerance in dict.fromkeys((observed.noise, observed.tolerance)):
         limit = min(2 * tolerance * used**2 + 2 * observed.noise * norms.whole**2, RESIDUAL_NOISY * size)
         for candidates in (sets, _pairs(sets, size), _triples(sets, size)):
