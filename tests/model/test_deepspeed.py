@@ -138,8 +138,9 @@ def test_the_older_entry_passes() -> None:
 
 
 def test_the_norm_of_bfloat16_without_zero_is_that_of_one_rank() -> None:
-    (finding,) = verified("llama", dtype="bfloat16").findings
-    assert (finding.check, finding.cause) == ("gradient_norm_matches_reference", "norm_is_local")
+    first, *others = verified("llama", dtype="bfloat16").findings
+    assert (first.check, first.cause) == ("gradient_norm_matches_reference", "norm_leaves_out_shards")
+    assert {finding.check for finding in others} <= {"updates_match_reference", "optimizer_state_matches_reference"}
 
 
 def test_a_plan_that_deepspeed_refuses_is_an_error_with_its_message() -> None:
