@@ -249,6 +249,11 @@ def _by_simplicity(observed: ObservedNorm, norms: GradientNorms) -> Iterator[lis
     yield [
         Mistake(Cause.NORM_IS_LOCAL, of_ranks, {"note": "each rank's norm is that of its own gradients"}),
         Mistake(Cause.NORM_IS_LOCAL, of_shards, {"note": "each rank's norm is that of its own shards"}),
+        Mistake(
+            Cause.NORM_IS_LOCAL,
+            (*of_ranks[:1], *of_shards[1:]),
+            {"note": "each rank's norm is its own; that of tp rank 0 alone has the replicated parameters"},
+        ),
         everywhere(
             Cause.NORM_COUNTS_REPLICAS, norms.counting_replicas, "all replicated parameters are counted by each rank"
         ),
