@@ -146,6 +146,10 @@ class SavesCheckpoints(Protocol):
         """Return the public ways to save the model, by name. Each writes into an empty folder, collectively."""
 
 
+STEPS_TAKEN = "steps taken"
+"""The counter of a resumed training that chooses its next batch."""
+
+
 @dataclass(frozen=True, slots=True)
 class WayToResume:
     """A public way to save a training and to go on from it.
@@ -174,7 +178,7 @@ class ResumesTraining(Protocol):
         """Return the module or engine that is trained, and its optimizer; None for that of an engine."""
 
     def counters(self) -> Mapping[str, Any]:
-        """Return what the library counts, such as `steps taken`, by name. `steps taken` chooses the next batch."""
+        """Return what the library counts, such as `STEPS_TAKEN`, by name."""
 
 
 @runtime_checkable

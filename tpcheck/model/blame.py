@@ -177,16 +177,16 @@ def first_unlike(issued_by_rank: Mapping[int, Issued]) -> str | None:
         }
         right = max(order, key=order.__getitem__)
         wrong = [rank for rank in issued_by_rank if entries[rank] != entries[right]]
-        alike = [rank for rank in issued_by_rank if entries[rank] == entries[right]]
-        return _unlike(number, right, wrong, alike, issued_by_rank)
+        right_ranks = [rank for rank in issued_by_rank if entries[rank] == entries[right]]
+        return _unlike(number, right, wrong, right_ranks, issued_by_rank)
     return None
 
 
 def _unlike(
-    number: int, right: int, wrong: Sequence[int], alike: Sequence[int], issued_by_rank: Mapping[int, Issued]
+    number: int, right: int, wrong: Sequence[int], right_ranks: Sequence[int], issued_by_rank: Mapping[int, Issued]
 ) -> str:
     expected, actual = issued_by_rank[right][number:], issued_by_rank[wrong[0]][number:]
-    who, others = _ranks(wrong), _ranks(alike)
+    who, others = _ranks(wrong), _ranks(right_ranks)
     if not expected or actual[1:2] == expected[:1]:  # one more than the others
         return f"{who} issued an {actual[0]}, which {others} did not issue"
     left_out = f"{who} did not issue the {expected[0]} that {others} issued"

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from tpcheck.backends.interface import Candidate, ResumesTraining, WayToResume
+from tpcheck.backends.interface import STEPS_TAKEN, Candidate, ResumesTraining, WayToResume
 from tpcheck.backends.local_part import local_part
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.errors import BackendError, RankFailure
 from tpcheck.core.findings import Finding
 from tpcheck.core.topology import Topology
+from tpcheck.families.settings import overlay
 from tpcheck.model.blame import blame_backend
 from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of
 from tpcheck.model.options import Request
@@ -30,7 +31,6 @@ from tpcheck.model.reference import CommunicatingRank, Reference
 from tpcheck.numerics.checks.resume import (
     OF_GROUP,
     RESUME_CHECK,
-    STEPS_TAKEN,
     ResumedTraining,
     ResumeOutcome,
     SavedTraining,
@@ -152,7 +152,7 @@ def _resume(
     """
     options, is_same = variant.options, variant.options == request.options
     label = way if is_same else f"{way}, {_sizes(variant)}"
-    config = _merged(options.config, facts.config)
+    config = overlay(options.config, facts.config)
     variant = replace(variant, options=replace(options, config=config))
     try:
         with spawn(options.topology, timeout=options.timeout) as world:
@@ -181,10 +181,6 @@ def _cannot_load(way: str, reason: str, *, is_same: bool) -> ResumeOutcome:
     evidence = {"counted": ("way to resume", "fails", "fail"), "note": reason}
     finding = Finding(RESUME_CHECK, {"phase": "loaded", "field": way}, 1.0, 0.0, evidence=evidence)
     return ResumeOutcome({way: inf}, (finding,))
-
-
-def _merged(config: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    return {**config, **{key: {**config.get(key, {}), **value} for key, value in over.items()}}
 
 
 # ---- on the ranks

@@ -131,7 +131,7 @@ class ObservedNorm:
         expected: The right norm.
         noise: Relative error by which two computations of one norm differ.
         tolerance: Relative error up to which two norms may be the same number.
-        least: Norms below it cannot be told from it: gradients of smaller norms are not clipped.
+        least: Norms below it cannot be distinguished from it: gradients of smaller norms are not clipped.
         scales: Numbers by which gradients are multiplied before they are unscaled, by what they are.
         clipping: How the step was clipped.
         unit: By how much larger gradients were when the norm was taken; 0 where that is unknown.
@@ -239,7 +239,7 @@ def _named(found: Sequence[tuple[Mistake, float]]) -> Matches:
 
 
 def _by_simplicity(observed: ObservedNorm, norms: GradientNorms) -> Iterator[list[Mistake]]:
-    """Yield mistakes about all parameters, the simplest first; those of one list are alike in that."""
+    """Yield mistakes about all parameters, the simplest first; those of one list are as simple."""
     tp, whole, of_ranks, of_shards = norms.tp, norms.whole, norms.of_ranks, norms.of_ranks_shards
     replicated, shards = norms.of_replicated, hypot(*of_shards)
 

@@ -592,8 +592,8 @@ def _is_round(factors: Sequence[float], tp: int) -> bool:
 
 def _is_clipped(context: StepContext, norm: float) -> bool:
     """Return whether the expected run says that its gradients, which have this norm now, had a larger one."""
-    told = [step.reported_norm for step in context.step.expected.values() if step.reported_norm is not None]
-    return any(each > norm * (1 + _SAME_FACTOR) for each in told)
+    reported = [step.reported_norm for step in context.step.expected.values() if step.reported_norm is not None]
+    return any(each > norm * (1 + _SAME_FACTOR) for each in reported)
 
 
 def norms_of_ranks(

@@ -23,7 +23,7 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from tpcheck.backends.interface import WayToResume
+from tpcheck.backends.interface import STEPS_TAKEN, WayToResume
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import distinct_ranks
 from tpcheck.backends.local_part import restored_data
@@ -240,7 +240,7 @@ class DeepSpeedCandidate:
         return self.engine, None
 
     def counters(self) -> Mapping[str, Any]:
-        return {"steps taken": self.engine.global_steps, "steps skipped": self.engine.skipped_steps}
+        return {STEPS_TAKEN: self.engine.global_steps, "steps skipped": self.engine.skipped_steps}
 
 
 def optimizer_state(engine: Any, parameter: torch.Tensor) -> dict[str, torch.Tensor]:

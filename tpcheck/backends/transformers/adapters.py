@@ -45,8 +45,6 @@ def add_adapters(load_sharded: Callable[[nn.Module], nn.Module], model: Any) -> 
             adapted.add_adapter(name, copy.deepcopy(model.peft_config[name]))
     except (RuntimeError, ValueError, TypeError) as error:
         raise UsageError("build", type(model).__name__, f"adapters that peft can add under TP ({error})") from error
-    adapted.train(model.training)
-    _switch_off_dropout(model, adapted)
     expected = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -61,10 +59,3 @@ def _placed_as(value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     if not isinstance(placed, DTensor):
         return value.to(placed.dtype)
     return distribute_tensor(value.to(placed.dtype), placed.device_mesh, placed.placements, src_data_rank=None)
-
-
-def _switch_off_dropout(model: nn.Module, adapted: nn.Module) -> None:
-    modules = dict(model.named_modules())
-    for name, module in adapted.named_modules():
-        if isinstance(module, nn.Dropout) and name in modules and getattr(modules[name], "p", None) == 0.0:
-            module.p = 0.0

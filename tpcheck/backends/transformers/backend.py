@@ -72,6 +72,7 @@ class TransformersBackend:
         config = distributed_config(options.config, rank.topology)
         if is_peft_model(model):
             sharded = add_adapters(partial(save_and_load, dtype=options.dtype, distributed_config=config), model)
+            copy_unsaved_settings(model, sharded)
         else:
             sharded = save_and_load(model, options.dtype, distributed_config=config)
         sync_replicated_parameters(sharded)

@@ -93,10 +93,10 @@ def _clip_by(norm: Norm, reported: Norm | None = None) -> Callable[[Live], None]
         def clipped(parameters: Iterable[Any], max_norm: float, **options: Any) -> Tensor:
             listed = [parameter for parameter in parameters if parameter.grad is not None]
             found = norm(live, listed)
-            told = found if reported is None else reported(live, listed)
+            reported_norm = found if reported is None else reported(live, listed)
             for parameter in listed:
                 parameter.grad.mul_(min(1.0, max_norm / (found + 1e-6)))
-            return torch.tensor(told)
+            return torch.tensor(reported_norm)
 
         _replace_clipping(lambda clip: clipped)
 

@@ -134,7 +134,7 @@ def _fitting(factors: Sequence[float], evidence: Evidence, step: int) -> Clippin
     clipping = replace(assumed, scales_up=assumed.scales_up or (norm < assumed.max_norm and factor > 1))
     if evidence.dtype == "float64":
         epsilon = assumed.max_norm / factor - norm
-        epsilon = epsilon if abs(epsilon) > ACCURACY_OF_FACTORS * norm else 0.0  # less is not to be told from nothing
+        epsilon = epsilon if abs(epsilon) > ACCURACY_OF_FACTORS * norm else 0.0  # less is rounding
         clipping = replace(clipping, epsilon=min(EPSILONS, key=lambda each: abs(each - epsilon)))
     return clipping if _fits(factors, evidence, step, clipping) else assumed
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tpcheck.backends.interface import STEPS_TAKEN
 from tpcheck.core.causes import Cause
 from tpcheck.core.findings import Finding
 from tpcheck.numerics.differences import frobenius, frobenius_distance, spacing
@@ -20,8 +21,6 @@ from tpcheck.numerics.tolerance import LEAST_ELEMENTS, Tolerance
 from tpcheck.numerics.training_state import StateKey, TrainingState, assemble
 
 RESUME_CHECK = "resume_matches_uninterrupted"
-STEPS_TAKEN = "steps taken"
-"""The number of a training that chooses the next batch."""
 
 OF_GROUP = " of parameter group "
 """Between an option of the optimizer and the number of its group."""

@@ -221,7 +221,7 @@ def _step_facts(evidence: Evidence, step: int, name: str, ratios: Mapping[str, t
 
 
 def _step_evidence(facts: NormFacts) -> dict[str, Any]:
-    """Return what the norm of a step could be, where several mistakes give it, and whether the right one is told."""
+    """Return what the norm of a step could be, where several mistakes give it, and whether the report is right."""
     could_be = explain_norm(facts.of_implied, facts.norms).could_be
     is_reported = facts.reported and all(abs(norm - facts.expected) <= facts.noise * norm for norm in facts.reported)
     return {
