@@ -55,6 +55,7 @@ class TrainingOptions:
         compile, compile_layers: Compile the candidate whole, or each of its layers.
         lora: Rank of the model's LoRA adapters; 0 for none.
         loop: `plain`, or `trainer` for transformers' Trainer.
+        notes: What of the user's configuration takes no part, in sentences: set by `Backend.resolved`.
         rebuild: Builds the same model a second time, for backends whose models are sharded while they are built.
     """
 
@@ -80,6 +81,7 @@ class TrainingOptions:
     lora: int = 0
     loop: str = "plain"
     rebuild: Callable[[], nn.Module] | None = None
+    notes: tuple[str, ...] = ()
     clip_epsilon: float = TORCH_EPSILON
     clip_scales_up: bool = False
 

@@ -1,4 +1,4 @@
-"""`tpcheck verify FAMILY...`"""
+"""`tpcheck verify TARGET...`"""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ _PARSED = {"backend", "dtype", "optimizer", "attention", "experts", "config", "c
 
 def verify(
     context: typer.Context,
-    families: Annotated[
-        list[str] | None, typer.Argument(metavar="FAMILY...", help="Model types of transformers: llama, qwen3, t5.")
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="TARGET...",
+            help="Model types of transformers (llama, qwen3, t5), folders or config.json files, file.py:function.",
+        ),
     ] = None,
     all_: Annotated[
         bool, typer.Option("--all", help="Every causal language model type of the installed transformers.")
@@ -70,6 +74,7 @@ def verify(
         str | None,
         typer.Option(metavar="RxL[,padded][,strided]", help=option_help("batch"), show_default=str(Tokens())),
     ] = None,
+    full: Annotated[bool, typer.Option("--full", help=option_help("full"))] = DEFAULTS.full,
     ignore_plan: Annotated[bool, typer.Option("--ignore-plan", help=option_help("ignore_plan"))] = DEFAULTS.ignore_plan,
     checks: Annotated[
         list[str] | None,
@@ -140,7 +145,7 @@ def verify(
         if jobs is not None and jobs < 1:
             raise UsageError("jobs", jobs, "a positive integer")
         requested_cells = cells(
-            _families(families or [], all_),
+            _targets(targets or [], all_),
             common,
             backend=names("backend", backend),
             tp=integers("tp", tp),
@@ -163,13 +168,13 @@ def verify(
     raise typer.Exit(run_matrix(matrix, verify_one, files, jobs=jobs, verbose=verbose))
 
 
-def _families(named: list[str], every: bool) -> list[str]:
+def _targets(named: list[str], every: bool) -> list[str]:
     if not every:
         if not named:
-            raise UsageError("family", "", "a model type of transformers, or --all")
+            raise UsageError("target", "", "a model type of transformers, a folder, file.py:function, or --all")
         return list(dict.fromkeys(named))
     if named:
-        raise UsageError("all", " ".join(named), "either --all or names of families")
+        raise UsageError("all", " ".join(named), "either --all or targets")
     from tpcheck.families.build import causal_types
 
     return list(causal_types())

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from math import inf
@@ -24,6 +24,8 @@ from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
 from tpcheck.core.topology import Topology
 from tpcheck.lab.known import JudgedVerdict, KnownBug, judge, register
 from tpcheck.model.options import DEFAULTS, RunOptions
+from tpcheck.model.targets import is_family, resolve
+from tpcheck.model.user_code import is_user_code
 from tpcheck.report import words
 from tpcheck.report.findings import place
 from tpcheck.report.json_values import SCHEMA, verdict_json
@@ -90,6 +92,7 @@ def verdict_of(data: Mapping[str, Any]) -> Verdict:
         coverage=Coverage(*(data["coverage"][key] for key in ("compared", "total", "missed"))),
         seconds=data["seconds"],
         message=data["message"],
+        notes=tuple(data.get("notes", ())),
     )
 
 
@@ -104,15 +107,22 @@ def _number(value: float | None) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One family under one choice of options."""
+    """One target under one choice of options.
+
+    Attributes:
+        family: The target as the user gave it; mostly a family.
+        options: The options.
+        of_target: What the subject says of a target that is no family.
+    """
 
     family: str
     options: RunOptions = DEFAULTS
+    of_target: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @property
-    def subject(self) -> dict[str, Any]:
+    def subject(self) -> Mapping[str, Any]:
         """What the report of this cell says of the run."""
-        return self.options.subject(self.family)
+        return self.options.subject(self.family) if self.of_target is None else self.of_target
 
 
 def cells(
@@ -135,7 +145,7 @@ def cells(
     implementations = product(attention or (common.attention,), experts or (common.experts,))
     combinations = product(families, backend, tp, dp, zero, dtype, implementations)
     return tuple(
-        Cell(
+        _cell(
             family,
             replace(
                 common,
@@ -151,6 +161,11 @@ def cells(
     )
 
 
+def _cell(name: str, options: RunOptions) -> Cell:
+    """Return the cell of a target; one that is no family is looked for before anything runs."""
+    return Cell(name, options) if is_family(name) else Cell(name, options, resolve(name, options).subject)
+
+
 def versions(backend: str) -> dict[str, str]:
     """Return the versions that a run with this backend depends on, without importing it."""
     found = package_versions()
@@ -161,9 +176,12 @@ def versions(backend: str) -> dict[str, str]:
 
 
 def done_before(path: Path, wanted: Sequence[Cell]) -> dict[Cell, Verdict]:
-    """Return the verdicts that a file of an earlier run holds of these cells, with the same options and versions."""
+    """Return the verdicts that a file of an earlier run holds of these cells, with the same options and versions.
+
+    A function of the user's may have changed since, and what it imports: it is run again.
+    """
     stored = {_key(verdict.subject): verdict for verdict in stored_verdicts(path)}
-    keys = {cell: _key(cell.subject) for cell in wanted}
+    keys = {cell: None if is_user_code(cell.family) else _key(cell.subject) for cell in wanted}
     found = {cell: stored[key] for cell, key in keys.items() if key is not None and key in stored}
     return {cell: verdict for cell, verdict in found.items() if _is_current(verdict, cell)}
 

@@ -180,6 +180,9 @@ class RunOptions:
             'them padding, in memory that is not contiguous; None is `"2x16"`.'
         ),
     )
+    full: bool = field(
+        default=False, metadata=_doc("Keep the real sizes of a folder's configuration, in place of small ones.")
+    )
     ignore_plan: bool = field(
         default=False,
         metadata=_doc("Drop the model's own tp_plan, so that the backend's heuristics decide what is sharded."),
@@ -312,6 +315,7 @@ class FamilyKeywords(OptionKeywords, total=False):
 
     settings: Mapping[str, Any] | None
     batch: Tokens | str | None
+    full: bool
     lora: int
 
 

@@ -33,6 +33,7 @@ from tpcheck.model.teacher_forcing import (
     forced_tolerance,
     replica_gradients,
 )
+from tpcheck.model.user_code import with_user_code
 from tpcheck.numerics.checks import CHECKPOINT_CHECK, STEP_CHECKS
 from tpcheck.numerics.checks.clipping import observed_clipping
 from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, RankFacts, Step, TensorKey
@@ -54,10 +55,12 @@ class RankAnswer:
     Attributes:
         group: The answer of the rank's TP group, from its first rank; None from the others.
         versions: Versions of the packages under test.
+        notes: What of the user's configuration the backend leaves out, in sentences.
     """
 
     group: GroupAnswer | None
     versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
@@ -82,6 +85,7 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
 
 def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) -> RankAnswer:
     """Do as `verify_on_rank`; add to `log` every collective of the candidate's steps."""
+    request = with_user_code(request)
     backend, checks = load_backend(request.options.backend), request.options.check_names
     options = backend.resolved(training_options(request, rank.device))
     with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
@@ -108,7 +112,7 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
                 last = request.options.steps - 1
                 saved.append(verify_saved(rank, candidate, reference.model, step=last, unknown=unknown))
             answer = add_saved(answer, saved)
-    return RankAnswer(answer, backend.versions())
+    return RankAnswer(answer, backend.versions(), options.notes)
 
 
 def training_options(request: Request, device: torch.device) -> TrainingOptions:

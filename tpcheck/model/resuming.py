@@ -28,6 +28,7 @@ from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss
 from tpcheck.model.options import Request
 from tpcheck.model.rank_run import training_options
 from tpcheck.model.reference import CommunicatingRank, Reference
+from tpcheck.model.user_code import with_user_code
 from tpcheck.numerics.checks.resume import (
     OF_GROUP,
     RESUME_CHECK,
@@ -188,6 +189,7 @@ def _cannot_load(way: str, reason: str, *, is_same: bool) -> ResumeOutcome:
 
 def _train_and_save(rank: CommunicatingRank, request: Request, folder: Path, num_before: int) -> _FirstWorld:
     """Train, save in every way, train on. Collective over the world."""
+    request = with_user_code(request)
     backend = load_backend(request.options.backend)
     options = backend.resolved(training_options(request, rank.device))
     with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
@@ -243,6 +245,7 @@ def _load_and_train(
     Args:
         batches_by_dp_rank: What both trainings are given: batches[dp_rank][step][micro_batch].
     """
+    request = with_user_code(request)
     backend = load_backend(request.options.backend)
     options = backend.resolved(training_options(request, rank.device))
     with everything_in_float64(request.options.dtype == "float64"), backend.session(options):

@@ -191,6 +191,7 @@ def verdict(
     environment: Mapping[str, str],
     again: str | None,
     seconds: float,
+    notes: tuple[str, ...] = (),
 ) -> Verdict:
     """Return the verdict over all TP groups, without the steps after the first one at which any group failed."""
     last_step = min(group.last_step for group in groups)
@@ -209,6 +210,7 @@ def verdict(
         coverage=coverage,
         seconds=seconds,
         message=message,
+        notes=notes,
     )
 
 

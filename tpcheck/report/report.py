@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 FINDINGS_SHOWN = 5
 _NAMES_SHOWN = 3
+_WIDTH = 108  # of text beside a label
 STYLES = {"passed": "bold green", "failed": "bold red", "error": "bold magenta", "skipped": "bold yellow"}
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours of a backend's message, which an issue cannot show
 _MESSAGE_HEADS = {"error": "The system under test crashed. Its own message:", "skipped": "Nothing was run:"}
@@ -219,12 +221,25 @@ def _checks_table(verdict: Verdict) -> Table:
 
 
 def _foot(verdict: Verdict) -> Iterator[Line]:
+    yield from _target_lines(verdict)
     if verdict.coverage.total:
         yield from labelled("coverage", "\n".join(_coverage(verdict.coverage)))
     versions = ", ".join(f"{package} {version}" for package, version in sorted(verdict.environment.items()))
     if versions:
         yield from labelled("versions", versions)
     yield from labelled("seconds", f"{verdict.seconds:.1f}")
+
+
+def _target_lines(verdict: Verdict) -> Iterator[Line]:
+    """Yield what was made small of the user's model, and what of it took no part."""
+    subject = verdict.subject
+    if "shrunk" in subject:
+        yield from labelled("model", f"{subject['family']}, with the configuration of {subject['target']}")
+    if subject.get("shrunk"):
+        sizes = (f"{name} {real} -> {small}" for name, (real, small) in subject["shrunk"].items())
+        yield from labelled("shrunk", textwrap.fill("; ".join(sizes), _WIDTH, break_on_hyphens=False))
+    for note in verdict.notes:
+        yield from labelled("note", textwrap.fill(note, _WIDTH, break_on_hyphens=False))
 
 
 def _coverage(coverage: Coverage) -> Iterator[str]:

@@ -70,7 +70,7 @@ _PHASES = {
 }
 _SUBJECT_PARTS = {
     *("family", "model", "subject", "backend", "tp", "dp"),
-    *("zero", "zero_stage", "dtype", "steps", "seed", "settings"),
+    *("zero", "zero_stage", "dtype", "steps", "seed", "settings", "target", "shrunk", "configuration"),
 }
 
 
@@ -186,6 +186,7 @@ _TRAINING = (
     "compile",
     "compile_layers",
     "lora",
+    "full",
     "loop",
 )
 
@@ -216,7 +217,9 @@ def _option(key: str, value: Any) -> str:
 
 def name(subject: Mapping[str, Any]) -> str:
     """Return the name of the subject."""
-    return str(subject.get("family") or subject.get("model") or subject.get("subject") or "model")
+    return str(
+        subject.get("target") or subject.get("family") or subject.get("model") or subject.get("subject") or "model"
+    )
 
 
 def pairs(values: Mapping[str, Any]) -> str:
