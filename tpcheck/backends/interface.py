@@ -47,6 +47,7 @@ class TrainingOptions:
         ignore_plan: Drop the model's tp_plan, so that the backend's heuristics shard it.
         optimizer: A name in torch.optim, a dict with `type` and `params`, or a callable (parameters) -> Optimizer.
         schedule: Makes the scheduler of the learning rate, whose `step` follows the optimizer's; None for none.
+        steps: Optimizer steps of the whole training.
         accumulate: Micro-batches whose gradients a step accumulates.
         loss: `mean` or `token_mean`: how the losses of a step become one.
         attention: Attention of the candidate; None for the model's own.
@@ -71,6 +72,7 @@ class TrainingOptions:
     optimizer: str | Mapping[str, Any] | Callable[..., torch.optim.Optimizer] = "sgd"
     schedule: Callable[[torch.optim.Optimizer], Any] | None = None
     accumulate: int = 1
+    steps: int = 1
     loss: str = "mean"
     attention: str | None = None
     experts: str | None = None

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tpcheck.cli.matrix import Matrix, run_matrix
-from tpcheck.cli.option_values import dtypes, integers, json_object, name_or_object, names, settings, writable
+from tpcheck.cli.option_values import (
+    dtypes,
+    full_dtype,
+    integers,
+    json_object,
+    name_or_object,
+    names,
+    settings,
+    writable,
+)
 from tpcheck.cli.terminal import Files, usage_errors
+from tpcheck.core.deepspeed_config import implied_options
 from tpcheck.core.errors import UsageError
 from tpcheck.lab.matrix import Cell, cells
 from tpcheck.model.options import DEFAULTS, RunOptions, Tokens, option_help
@@ -142,6 +153,8 @@ def verify(
             config=json_object("config", config) if config is not None else None,
             checks=checks or None,
         )
+        tp, zero, dtype, accumulate = _with_config(context, common.config, backend, tp, zero, dtype, accumulate)
+        common = replace(common, accumulate=accumulate)
         if jobs is not None and jobs < 1:
             raise UsageError("jobs", jobs, "a positive integer")
         requested_cells = cells(
@@ -166,6 +179,28 @@ def verify(
 
     matrix = Matrix(requested_cells, all_families=all_, with_register=all_ if known is None else known, fresh=fresh)
     raise typer.Exit(run_matrix(matrix, verify_one, files, jobs=jobs, verbose=verbose))
+
+
+def _with_config(
+    context: typer.Context, config: Mapping[str, Any], backend: str, tp: str, zero: str, dtype: str, accumulate: int
+) -> tuple[str, str, str, int]:
+    """Return these flags, with the values of a DeepSpeed configuration for those that were not given.
+
+    Raises:
+        UsageError: A flag that was given contradicts the configuration.
+    """
+    flags: dict[str, Any] = {"tp": tp, "zero": zero, "dtype": dtype, "accumulate": accumulate}
+    if not all(name.startswith("deepspeed") for name in names("backend", backend)):
+        return tp, zero, dtype, accumulate
+    for option, (key, value) in implied_options(config).items():
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "DEFAULT":
+            flags[option] = type(flags[option])(value)
+            continue
+        given = {full_dtype(part.strip()) for part in str(flags[option]).split(",")}
+        if str(value) not in given:
+            raise UsageError(option, flags[option], f"{value}, as {key} of the configuration says, or no --{option}")
+    return flags["tp"], flags["zero"], flags["dtype"], flags["accumulate"]
 
 
 def _targets(named: list[str], every: bool) -> list[str]:

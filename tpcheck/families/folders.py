@@ -104,10 +104,9 @@ def _model_type(target: str, raw: Mapping[str, Any]) -> str:
     if isinstance(name, str) and is_type(name):
         return name
     if not isinstance(name, str):
-        known = "a configuration of transformers, which has a model_type"
-        raise UsageError("target", target, known)
-    known = {known for head in HEADS for known in types_of(head)}
-    what = unknown(f"a model_type of the installed transformers, not {name!r}", name, known)
+        raise UsageError("target", target, "a configuration of transformers, which has a model_type")
+    types = {of_head for head in HEADS for of_head in types_of(head)}
+    what = unknown(f"a model_type of the installed transformers, not {name!r}", name, types)
     if raw.get("auto_map"):
         what += (
             "; the folder's own code (auto_map) is never run: write a function that builds the model, and give "
@@ -170,7 +169,7 @@ def _changed(
     if not full:
         small |= proportional_settings(known, tp=tp, of_type=of_type, is_decoder=head.name == "causal")
     nested: dict[str, Any] = {}
-    shrunk = {}
+    shrunk: dict[str, tuple[Any, Any]] = {}
     for name in real.sub_configs:
         if known.get(name) is not None:
             nested[name], inner = _changed(

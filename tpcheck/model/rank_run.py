@@ -125,6 +125,7 @@ def training_options(request: Request, device: torch.device) -> TrainingOptions:
         ignore_plan=options.ignore_plan,
         optimizer=options.optimizer,
         accumulate=options.accumulate,
+        steps=options.steps,
         loss=options.loss,
         attention=options.attention,
         experts=options.experts,

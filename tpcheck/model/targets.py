@@ -127,8 +127,8 @@ def _require_memory(model: FolderModel, options: RunOptions) -> None:
         raise UsageError(
             "full",
             True,
-            f"False: {number / 1e9:.2f} billion parameters in {options.dtype} on {world} ranks of one machine need more "
-            f"than {needed:.0f} GiB, and {free:.0f} GiB are free; without --full the sizes are made small",
+            f"False: {number / 1e9:.2f} billion parameters in {options.dtype} on {world} ranks of one machine need "
+            f"more than {needed:.0f} GiB, and {free:.0f} GiB are free; without --full the sizes are made small",
         )
 
 

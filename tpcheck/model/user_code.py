@@ -89,7 +89,8 @@ class UserFunction:
             if name in sys.modules:
                 return sys.modules[name]
         spec = importlib.util.spec_from_file_location(name, self.source)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         try:
@@ -125,12 +126,8 @@ class UserFunction:
                 what = unknown(f"a function of {Path(self.source).name}, which has no {part}", part, known)
                 raise UsageError("target", self.target, what)
             found = getattr(found, part)
-        if (
-            not callable(found)
-            or isinstance(found, ModuleType)
-            or hasattr(found, "named_parameters")
-            and not isinstance(found, type)
-        ):
+        is_model = hasattr(found, "named_parameters") and not isinstance(found, type)
+        if not callable(found) or is_model:
             kind = type(found).__name__
             raise UsageError("target", self.target, f"a function that makes a new model at each call; it is a {kind}")
         try:

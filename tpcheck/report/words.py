@@ -217,9 +217,8 @@ def _option(key: str, value: Any) -> str:
 
 def name(subject: Mapping[str, Any]) -> str:
     """Return the name of the subject."""
-    return str(
-        subject.get("target") or subject.get("family") or subject.get("model") or subject.get("subject") or "model"
-    )
+    names = (subject.get(key) for key in ("target", "family", "model", "subject"))
+    return str(next(filter(None, names), "model"))
 
 
 def pairs(values: Mapping[str, Any]) -> str:

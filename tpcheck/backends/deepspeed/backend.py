@@ -61,7 +61,7 @@ class DeepSpeedBackend:
         return {} if group is None else parameter_layouts(model, group)
 
     def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
-        config = deepspeed_config(options, rank.topology.tp)
+        config = deepspeed_config(options, rank.topology.tp, _hidden_size(model))
         with without_plan(model) if options.ignore_plan else nullcontext():
             return DeepSpeedCandidate(self._engine(model, config, rank, options), rank.topology, options.accumulate)
 
@@ -70,6 +70,13 @@ class DeepSpeedBackend:
         if "optimizer" in config:  # DeepSpeed makes it
             return deepspeed.initialize(model=model, model_parameters=parameters, config=config)[0]
         return deepspeed.initialize(model=model, optimizer=make_optimizer(options, parameters), config=config)[0]
+
+
+def _hidden_size(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(text, "hidden_size", None)
+    return size if isinstance(size, int) else None
 
 
 class TpModelInitBackend(DeepSpeedBackend):
