@@ -39,7 +39,6 @@ from tpcheck.report.table import (
     Row,
     Table,
     markdown_text,
-    row_line,
     table_lines,
     table_markdown,
     tables_html,
@@ -186,6 +185,23 @@ def done_before(path: Path, wanted: Sequence[Cell]) -> dict[Cell, Verdict]:
     return {cell: verdict for cell, verdict in found.items() if _is_current(verdict, cell)}
 
 
+def num_other_results(path: Path, cells: Sequence[Cell]) -> int:
+    """Return how many results a file of a matrix holds that are of none of these cells; 0 for a file of one run."""
+    try:
+        if "reports" not in json.loads(path.read_text(encoding="utf-8")):
+            return 0
+    except (OSError, ValueError, TypeError):
+        return 0
+    keys = {_identity(cell.subject) for cell in cells}
+    return sum(_identity(verdict.subject) not in keys for verdict in stored_verdicts(path))
+
+
+def _identity(subject: Mapping[str, Any]) -> str | None:
+    """Return a key of the target and the options, whatever the target's configuration is now."""
+    of_content = ("shrunk", "configuration", *(["family"] if "target" in subject else []))
+    return _key({key: value for key, value in subject.items() if key not in of_content})
+
+
 def _is_current(verdict: Verdict, cell: Cell) -> bool:
     now = versions(cell.options.backend_name)
     return all(verdict.environment.get(package) == number for package, number in now.items())
@@ -241,12 +257,15 @@ def standing_lines(row: JudgedVerdict) -> Iterator[Line]:
         yield from labelled(row.standing, unexpected_message(row), "red")
 
 
-def progress_line(row: JudgedVerdict, subjects: Iterable[Mapping[str, Any]]) -> Line:
-    """Return the line of one cell, aligned with those of all `subjects`."""
-    placeholders = [JudgedVerdict(Verdict("passed", subject, {})) for subject in subjects]
-    table = _table(placeholders)
-    of_row = _row(row, with_configuration=any(other.cells[1].text for other in table.rows))
-    return row_line(of_row, _COLUMNS, Table(_COLUMNS, (of_row, *table.rows)).widths)
+def progress_line(number: int, total: int, row: JudgedVerdict) -> str:
+    """Return what is written while a matrix runs; the table at its end has the rest.
+
+    Example:
+        >>> progress_line(3, 12, JudgedVerdict(Verdict("passed", {"family": "llama", "backend": "x", "tp": 2}, {})))
+        '3 of 12: llama (x, tp=2) passed'
+    """
+    subject, standing = row.verdict.subject, f", {row.standing}" if row.standing else ""
+    return f"{number} of {total}: {words.name(subject)} ({configuration(subject)}) {label(row.verdict)}{standing}"
 
 
 def _table(rows: Sequence[JudgedVerdict], *, details: bool = False) -> Table:

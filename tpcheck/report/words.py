@@ -58,6 +58,7 @@ def as_rich(lines: Iterable[Line]) -> Text:
 
 
 UNKNOWN_CAUSE = "unknown: none of the known causes explains it"
+_LONGEST_OPTION = 120  # characters; JSON has longer ones
 _RANKS_SHOWN = 8
 _ENTRIES_SHOWN = 8
 _PHASES = {
@@ -212,7 +213,10 @@ def _option(key: str, value: Any) -> str:
     if value is True:
         return key
     value = printable(value)
-    return f"{key}={json.dumps(value) if isinstance(value, Mapping) else _plain(value)}"
+    if isinstance(value, Mapping):
+        text = json.dumps(value)
+        return f"{key}={text}" if len(text) <= _LONGEST_OPTION else f"{key} with {len(value)} entries"
+    return f"{key}={_plain(value)}"
 
 
 def name(subject: Mapping[str, Any]) -> str:

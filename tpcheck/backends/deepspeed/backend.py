@@ -13,7 +13,7 @@ from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToMo
 from packaging.version import Version
 from torch import nn
 
-from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate, parallel_layers, parameter_layouts
+from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate, local_shape, parallel_layers, parameter_layouts
 from tpcheck.backends.deepspeed.config import CONFIG_VARIANTS, deepspeed_config, resolved
 from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions
 from tpcheck.backends.layout import Layout
@@ -62,8 +62,10 @@ class DeepSpeedBackend:
 
     def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
         config = deepspeed_config(options, rank.topology.tp, _hidden_size(model))
+        shapes = {name: local_shape(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
         with without_plan(model) if options.ignore_plan else nullcontext():
-            return DeepSpeedCandidate(self._engine(model, config, rank, options), rank.topology, options.accumulate)
+            engine = self._engine(model, config, rank, options)
+        return DeepSpeedCandidate(engine, rank.topology, options.accumulate, shapes)
 
     def _engine(self, model: nn.Module, config: dict[str, Any], rank: RankLike, options: TrainingOptions) -> Any:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
