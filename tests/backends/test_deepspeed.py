@@ -113,7 +113,9 @@ def test_accumulation_and_an_optimizer_are_given_once() -> None:
     with pytest.raises(UsageError, match="gradient_accumulation_steps=3: expected 2, as accumulate"):
         resolved(options(accumulate=2, config={"gradient_accumulation_steps": 3}))
     with pytest.raises(UsageError, match=r"expected none beside config.optimizer"):
-        resolved(options(optimizer="adamw", config={"optimizer": {"type": "Adam"}}))
+        resolved(options(optimizer="rmsprop", config={"optimizer": {"type": "Adam"}}))
+    made = resolved(options(optimizer="adamw", config={"optimizer": {"type": "Adam", "params": {"lr": 0.1}}}))
+    assert made.optimizer == {"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.0}}
 
 
 def test_both_sides_clip_to_the_norm_of_the_users_configuration() -> None:

@@ -58,6 +58,7 @@ def test_every_option_reaches_the_api(run: Run) -> None:
         "compile": True,
         "compile_layers": True,
         "lora": 4,
+        "full": False,
         "loop": "trainer",
         "config": {"gradient_clipping": 1.0},
         "checks": None,

@@ -100,9 +100,6 @@ def _optimizer(options: TrainingOptions, config: Mapping[str, Any]) -> Any:
     section = config.get("optimizer")
     if section is None:
         return options.optimizer
-    named = str(section.get("type", "")).lower()
-    if options.optimizer not in ("sgd", named) and str(options.optimizer).lower() != named:
-        raise UsageError("optimizer", options.optimizer, f"none, or {named}, as config.optimizer.type has it")
     name, params = str(section.get("type", "")), dict(section.get("params", {}))
     if name.lower() in _ADAMS:
         decays = name.lower() == "adamw" or params.pop("adam_w_mode", True)
@@ -117,6 +114,8 @@ def _optimizer(options: TrainingOptions, config: Mapping[str, Any]) -> Any:
             "each rank's shard as if it were the matrix (`tpcheck doctor` says so)",
         )
     optimizer_class(name)
+    if str(options.optimizer).lower() not in ("sgd", name.lower()):  # sgd is the default
+        raise UsageError("optimizer", options.optimizer, f"none beside config.optimizer, which is {name}")
     return {"type": name, "params": params}
 
 
