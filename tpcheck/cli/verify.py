@@ -126,6 +126,14 @@ def verify(
     tpcheck verify llama --checks checkpoint_matches_reference
     tpcheck verify bloom --config '{"tensor_parallel": {"preset_model": "bloom"}}'
 
+    Of a folder of transformers (or its config.json, or a hub id in the local cache) the configuration is
+    made small, in proportion; a function, imported on the ranks, makes a model of your own. --config takes
+    your DeepSpeed file as it is, and flags that are not given follow it:
+
+    \b
+    tpcheck verify ./my-model --config ds_config.json --tp 8 --dp 2 --accumulate 4 --checks all
+    tpcheck verify my_model.py:build --tp 2
+
     Several families, backends, sizes or stages make a matrix. A crash or hang of one cell does not end
     it, and with --json it continues an interrupted run:
 
