@@ -109,11 +109,8 @@ def test_several_reports_end_in_a_table(run: Run) -> None:
 
 def test_progress_is_a_line_for_each_family_where_there_is_no_terminal(run: Run) -> None:
     result = run("verify", "good", "bad", verify_family=verify_family)
-    assert (
-        result.stderr
-        == (
-            "1 of 2: good (deepspeed, tp=2) passed\n2 of 2: bad (deepspeed, tp=2, dp=2, zero=1) failed\n"
-        )
+    assert result.stderr == (
+        "1 of 2: good (deepspeed, tp=2) passed\n2 of 2: bad (deepspeed, tp=2, dp=2, zero=1) failed\n"
     )
 
 

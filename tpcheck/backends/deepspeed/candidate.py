@@ -94,7 +94,7 @@ def _chunks(shape: tuple[int, ...], local_shapes: Sequence[tuple[int, ...]]) -> 
     if len(cut) != 1 or sum(local[cut[0]] for local in local_shapes) != shape[cut[0]]:
         return None
     positions = torch.arange(prod(shape)).reshape(shape)
-    return torch.split(positions, [local[cut[0]] for local in local_shapes], dim=cut[0])  # type: ignore[no-any-return, no-untyped-call]  # torch's
+    return torch.split(positions, [local[cut[0]] for local in local_shapes], dim=cut[0])
 
 
 def local_shape(parameter: torch.Tensor) -> tuple[int, ...]:
