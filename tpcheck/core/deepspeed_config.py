@@ -71,6 +71,22 @@ def implied_options(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     return values
 
 
+def without_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration that leaves the TP size and the ZeRO stage to the options of the run.
+
+    Example:
+        >>> without_sizes({"zero_optimization": {"stage": 1, "overlap_comm": True}, "steps": 3})
+        {'zero_optimization': {'overlap_comm': True}, 'steps': 3}
+    """
+    sizes = {"tensor_parallel": "autotp_size", "zero_optimization": "stage"}
+    return {
+        name: {key: inner for key, inner in value.items() if key != sizes[name]}
+        if name in sizes and isinstance(value, Mapping)
+        else value
+        for name, value in config.items()
+    }
+
+
 def _is_enabled(config: Mapping[str, Any], section: str) -> bool:
     inner = config.get(section)
     return isinstance(inner, Mapping) and inner.get("enabled") is True

@@ -19,6 +19,7 @@ import torch
 from tpcheck.backends.interface import STEPS_TAKEN, Candidate, ResumesTraining, WayToResume
 from tpcheck.backends.local_part import local_part
 from tpcheck.backends.registry import load_backend
+from tpcheck.core.deepspeed_config import without_sizes
 from tpcheck.core.errors import BackendError, RankFailure
 from tpcheck.core.findings import Finding
 from tpcheck.core.topology import Topology
@@ -117,11 +118,11 @@ def _variants(request: Request, way: _Way) -> list[Request]:
     options = request.options
     variants = [options]
     if way.any_topology:
-        topology = options.topology
+        topology, other_sizes = options.topology, replace(options, config=without_sizes(options.config))
         if topology.tp > 1:
-            variants.append(replace(options, topology=Topology(tp=topology.tp // 2, dp=topology.dp)))
+            variants.append(replace(other_sizes, topology=Topology(tp=topology.tp // 2, dp=topology.dp)))
         if options.zero_stage in (1, 2):
-            variants.append(replace(options, zero_stage=3 - options.zero_stage))
+            variants.append(replace(other_sizes, zero_stage=3 - options.zero_stage))
     return [replace(request, options=variant) for variant in variants]
 
 

@@ -187,6 +187,22 @@ def test_a_weight_that_the_reference_does_not_move_is_noted() -> None:
     assert [tuple(part.shape) for part in moved.step.before] == [(4, 4), (4, 4)]
 
 
+def test_a_step_that_moves_no_weight_shows_nothing_unless_the_other_side_moves() -> None:
+    still = with_step(
+        replace(RIGHT, reference=(replace(RIGHT.reference[0], weights=dict(RIGHT.initial)),)),
+        weights=dict(RIGHT.parts_before(0)[0]),
+    )
+    for rank, parts in enumerate(RIGHT.parts_before(0)):
+        for name in RIGHT.initial:
+            still = with_tensor(still, "weights", name, lambda _, part=parts[name]: part, ranks=[rank])  # fmt: skip
+    outcome = updates_match_reference(still, 0)
+    assert not outcome.suspects
+    assert set(outcome.margins) == {f"buffer {BUFFER}"}
+    assert outcome.not_compared == {"weights": "no weight moves in this step, as at a learning rate of 0"}
+    moved = with_tensor(still, "weights", UP, lambda weight: weight + 1)
+    assert [suspect.parameter for suspect in updates_match_reference(moved, 0).suspects] == [UP]
+
+
 def test_a_step_after_calls_without_one_has_their_gradients_too() -> None:
     first, second = TWO_STEPS.reference
     total = first.gradients[UP] + second.gradients[UP]

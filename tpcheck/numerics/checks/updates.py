@@ -107,10 +107,19 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     buffers, buffers_not_compared = _compare_buffers(evidence, step)
     suspects.extend(_buffer_suspect(evidence, step, buffer) for buffer in buffers if not buffer.difference.agrees)
     margins = {name: parameter.difference.margin for name, parameter in compared.items()}
+    if not wrong and _nothing_moved(evidence, step):
+        margins, not_compared["weights"] = {}, "no weight moves in this step, as at a learning rate of 0"
     margins |= {f"buffer {buffer.name}": buffer.difference.margin for buffer in buffers}
     if not evidence.reference[step].weights:
         not_compared["weights"] = "no optimizer step followed this call"
     return CheckOutcome(margins, tuple(suspects), {**not_compared, **buffers_not_compared})
+
+
+def _nothing_moved(evidence: Evidence, step: int) -> bool:
+    """Return whether the step leaves all of the reference's weights as they were: a wrong step would not show."""
+    before = evidence.reference[step - 1].weights if step else evidence.initial
+    after = evidence.reference[step].weights
+    return bool(after) and all(name in before and torch.equal(before[name], after[name]) for name in after)
 
 
 def _has_gradient(evidence: Evidence, step: int, name: str) -> bool:
