@@ -25,7 +25,7 @@ _COUNTED_BY_DEFAULT = ("element", "differs", "differ")
 # Evidence that the lines below phrase; other evidence is shown by key.
 _PHRASED = {
     *("largest", "largest_at", "replays", "dtype", "first_of", "inputs_agree", "isolated", "cause_error", "also"),
-    *("note", "follows_from", "advice", "counted", "last_right_step"),
+    *("error_map", "note", "follows_from", "advice", "counted", "last_right_step"),
     *("collectives", "collectives_expected", "collectives_as_in"),
     *("shape_actual", "shape_expected", "count_differing", "count_total", "norm_actual", "norm_expected"),
     *("differs", "by_rank", "missing_on", "values", "first_sample", "samples_differing", "samples_total"),

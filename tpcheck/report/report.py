@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from tpcheck.core.errors import BackendError, InternalError, Mismatch
 from tpcheck.core.findings import Coverage, Finding, Verdict
 from tpcheck.report import checkpoints, words
 from tpcheck.report.findings import finding_lines, is_consequence, place
-from tpcheck.report.json_values import verdict_json
+from tpcheck.report.json_values import json_text, verdict_json
 from tpcheck.report.run_page import RunComparison, picture_json, run_page
 from tpcheck.report.table import Cell, Column, Outcome, Row, Table, junit_xml, table_lines, tables_html
 from tpcheck.report.words import Line, as_rich, as_text, labelled, plain
@@ -83,7 +82,7 @@ class Report:
 
     def to_json(self) -> str:
         """Return the report as a JSON text, schema 1."""
-        return json.dumps(self.to_data(), indent=2, allow_nan=False) + "\n"
+        return json_text(self.to_data()) + "\n"
 
     def to_junit(self) -> str:
         """Return the report as JUnit XML, one test case for each check."""
