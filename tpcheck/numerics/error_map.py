@@ -92,7 +92,7 @@ def _shards(ranks: tuple[int, ...], positions: list[torch.Tensor], columns: int)
     ranks_of: dict[tuple[Span, Span], list[int]] = {}
     for rank, held in zip(ranks, positions, strict=True):
         held = held[held >= 0]
-        rows_held, columns_held = (held // columns).unique(), (held % columns).unique()
+        rows_held, columns_held = ((held // columns).bincount().nonzero(), (held % columns).bincount().nonzero())
         if len(rows_held) * len(columns_held) != len(held):
             return []
         for rectangle in product(_spans(rows_held), _spans(columns_held)):
@@ -104,6 +104,7 @@ def _shards(ranks: tuple[int, ...], positions: list[torch.Tensor], columns: int)
 
 def _spans(indices: torch.Tensor) -> Iterator[Span]:
     """Yield the runs of adjacent numbers."""
+    indices = indices.reshape(-1)
     ends = (indices[1:] - indices[:-1] != 1).nonzero().reshape(-1) + 1
     for run in indices.tensor_split(ends):
         if len(run):

@@ -71,6 +71,19 @@ def is_consequence(finding: Finding) -> bool:
     return finding.cause is None and bool(finding.evidence.get("follows_from"))
 
 
+def first_finding(findings: Sequence[Finding]) -> Finding | None:
+    """Return the finding that others follow from: the first that is no consequence, or else the first."""
+    return next((each for each in findings if not is_consequence(each)), None) or next(iter(findings), None)
+
+
+def module_of(finding: Finding) -> str | None:
+    """Return the module that a finding is about, empty for the model itself; None for another subject."""
+    module, parameter = finding.where.get("module"), finding.where.get("parameter")
+    if module is not None:
+        return str(module)
+    return None if parameter is None else str(parameter).rpartition(".")[0]
+
+
 def place(finding: Finding) -> str:
     """Return the name of the tensor that differs."""
     where = printable(finding.where)

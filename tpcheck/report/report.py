@@ -13,8 +13,10 @@ from tpcheck.core.findings import Coverage, Finding, Verdict
 from tpcheck.report import checkpoints, words
 from tpcheck.report.findings import finding_lines, is_consequence, place
 from tpcheck.report.json_values import json_text, verdict_json
+from tpcheck.report.model_tree import model_table
 from tpcheck.report.run_page import RunComparison, picture_json, run_page
-from tpcheck.report.table import Cell, Column, Outcome, Row, Table, junit_xml, table_lines, tables_html
+from tpcheck.report.table import Cell, Column, Outcome, Row, Table, junit_xml, table_lines
+from tpcheck.report.verdict_page import verdict_page
 from tpcheck.report.words import Line, as_rich, as_text, labelled, plain
 
 if TYPE_CHECKING:
@@ -88,32 +90,16 @@ class Report:
         """Return the report as JUnit XML, one test case for each check."""
         return as_junit([self.verdict])
 
-    def to_html(self) -> str:
-        """Return one HTML page with every finding and every check; it needs no other file."""
-        verdict = self.verdict
-        if self.picture is not None:
-            return run_page(verdict, self.picture, _checks_table(verdict))
-        versions = ", ".join(f"{package} {version}" for package, version in sorted(verdict.environment.items()))
-        subtitle = "; ".join(part for part in (verdict.message, versions, f"{verdict.seconds:.1f} seconds") if part)
-        return tables_html(str(_head_line(verdict)), subtitle, [self._findings_table(), _checks_table(verdict)])
+    def to_html(self, *, upstream: str = "") -> str:
+        """Return one HTML page that needs no other file: findings, the model as a tree, checks, coverage.
 
-    def _findings_table(self) -> Table:
-        columns = Column("check"), Column("where"), Column("margin", right=True), Column("cause")
-        rows = (
-            Row(
-                (
-                    Cell(finding.check),
-                    Cell(place(finding)),
-                    Cell(words.margin(finding.margin)),
-                    Cell(finding.cause or "unknown"),
-                ),
-                outcome="failure",
-                details=as_text(finding_lines(finding, self.verdict.subject)),
-                is_expected=False,
-            )
-            for finding in self.findings
-        )
-        return Table(columns, tuple(rows), title="Findings")
+        Args:
+            upstream: What the register of known upstream bugs says of the run, to be shown below the verdict.
+        """
+        checks = _checks_table(self.verdict)
+        if self.picture is not None:
+            return run_page(self.verdict, self.picture, checks)
+        return verdict_page(self.verdict, checks, upstream)
 
     def raise_if_failed(self) -> None:
         """Raise an error unless the run passed or was skipped.
@@ -152,6 +138,10 @@ def verdict_lines(verdict: Verdict, *, findings_shown: int | None = FINDINGS_SHO
     if verdict.checks:
         yield Line()
         yield from table_lines(_checks_table(verdict))
+    model = model_table(verdict)
+    if model.rows:
+        yield Line()
+        yield from table_lines(model)
     yield Line()
     yield from _foot(verdict)
 

@@ -76,9 +76,9 @@ def _margins(backward: ComparedActivations, parameters: Mapping[str, ComparedPar
 
 
 def _by_module(backward: ComparedActivations, parameters: Mapping[str, ComparedParameter]) -> MarginsByModule:
-    of_parameters = (
+    of_parameters: list[MarginsByModule] = [
         {("backward", parameter.module): parameter.difference.margin} for parameter in parameters.values()
-    )
+    ]
     return worst_by_module(backward.by_module(), *of_parameters)
 
 
