@@ -17,6 +17,7 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 10, 28, 26
 LANE = 18  # for zeros below the scale, and for infinities above it
 MOST_DECADES = 24
 TILE = 14  # edge of a tile
+MAP_WIDTH = 16 * TILE
 SHADES = 8  # half decades below the largest tile, one class of colour each
 _LONGEST_NAME = 120
 _TEXT = 17.0  # units of text on a narrow screen, for which ticks leave room
@@ -252,28 +253,28 @@ def heat_map(
     outlines: Sequence[Outline],
     text: str,
     *,
-    most: int = 16,
+    tile: tuple[float, float] = (TILE, TILE),
 ) -> str:
     """Return tiles whose shade is the value on a logarithmic scale below the largest, with outlines above them.
 
     Args:
-        most: How many tiles have room along each side.
+        tile: Width and height of a tile.
     """
-    edge = TILE * 16 / most
+    wide, high = tile
     is_cut_along_rows = len({(line.first_row, line.last_row) for line in outlines}) > 1
     is_cut_along_columns = len({(line.first_column, line.last_column) for line in outlines}) > 1
     is_grid = is_cut_along_rows and is_cut_along_columns
     top, left = 20, 68 if is_cut_along_rows and not is_grid else 2
     largest = max((value for row in values for value in row if isfinite(value)), default=0.0)
     parts = [
-        f'<rect class="tile shade-{shade(value, largest)}" x="{left + column * edge:g}" y="{top + row * edge:g}" '
-        f'width="{edge:g}" height="{edge:g}"><title>{escape(titles[row][column])}</title></rect>'
+        f'<rect class="tile shade-{shade(value, largest)}" x="{left + column * wide:g}" y="{top + row * high:g}" '
+        f'width="{wide:g}" height="{high:g}"><title>{escape(titles[row][column])}</title></rect>'
         for row, listed in enumerate(values)
         for column, value in enumerate(listed)
     ]
     for line in outlines:
-        x, y = left + line.first_column * edge, top + line.first_row * edge
-        width, height = ((line.last_column - line.first_column + 1) * edge, (line.last_row - line.first_row + 1) * edge)
+        x, y = left + line.first_column * wide, top + line.first_row * high
+        width, height = (line.last_column - line.first_column + 1) * wide, (line.last_row - line.first_row + 1) * high
         parts.append(f'<rect class="shard" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"/>')
         middle, center = x + width / 2, y + height / 2 + 4
         at = f'x="{middle:g}" y="{top - 6}" text-anchor="middle"'
@@ -283,7 +284,7 @@ def heat_map(
             at = f'x="{left - 6}" y="{center:g}" text-anchor="end"'
         parts.append(f"<text {at}>{escape(line.label)}</text>")
     # All maps have one width on the page, so that their tiles are of one size.
-    return _svg("map", 68 + most * edge + 4, top + len(values) * edge + 4, text, parts)
+    return _svg("map", 68 + MAP_WIDTH + 4, top + len(values) * high + 4, text, parts)
 
 
 def tile_spans(noun: str, size: int, number: int) -> list[tuple[int, str]]:

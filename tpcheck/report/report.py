@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tpcheck.core.errors import BackendError, InternalError, Mismatch
 from tpcheck.core.findings import Coverage, Finding, Verdict
 from tpcheck.report import checkpoints, words
+from tpcheck.report.checkpoint_page import StoredTensors, checkpoint_page
 from tpcheck.report.findings import finding_lines, is_consequence, place
 from tpcheck.report.json_values import json_text, verdict_json
 from tpcheck.report.model_tree import model_table
@@ -49,7 +50,7 @@ class Report:
     """
 
     verdict: Verdict
-    picture: RunComparison | None = None  # of two recorded runs
+    picture: RunComparison | StoredTensors | None = None  # of two recorded runs, or of two checkpoints
 
     @property
     def passed(self) -> bool:
@@ -80,7 +81,9 @@ class Report:
     def to_data(self) -> dict[str, Any]:
         """Return the report as plain JSON values, schema 1."""
         data = verdict_json(self.verdict)
-        return data if self.picture is None else {**data, "picture": picture_json(self.verdict, self.picture)}
+        if not isinstance(self.picture, RunComparison):
+            return data
+        return {**data, "picture": picture_json(self.verdict, self.picture)}
 
     def to_json(self) -> str:
         """Return the report as a JSON text, schema 1."""
@@ -97,8 +100,10 @@ class Report:
             upstream: What the register of known upstream bugs says of the run, to be shown below the verdict.
         """
         checks = _checks_table(self.verdict)
-        if self.picture is not None:
+        if isinstance(self.picture, RunComparison):
             return run_page(self.verdict, self.picture, checks)
+        if self.picture is not None:
+            return checkpoint_page(self.verdict, self.picture, checks)
         return verdict_page(self.verdict, checks, upstream)
 
     def raise_if_failed(self) -> None:

@@ -8,8 +8,8 @@ from math import inf, isfinite, prod
 from typing import Any
 
 from tpcheck.core.findings import Finding, ModuleMargins, Verdict
-from tpcheck.report import words
-from tpcheck.report.charts import Outline, heat_map, legend_keys, shortened, tile_spans
+from tpcheck.report import checkpoints, words
+from tpcheck.report.charts import MAP_WIDTH, Outline, heat_map, legend_keys, shortened, tile_spans
 from tpcheck.report.findings import first_finding, is_consequence
 from tpcheck.report.model_tree import ROOT, ModelTree, ancestors, is_in_list, is_wrong, margins_of, worst_margins
 from tpcheck.report.page import (
@@ -28,6 +28,7 @@ from tpcheck.report.tree import Node
 MOST_ROWS = 2000  # of the tree; beyond, what is inside of modules without a mistake is left out
 _MOST_FINDINGS, _MOST_MAPS = 40, 8
 _MOST_LABELS = 16  # of shards in a map
+_HIGHEST_TILE = 28.0
 
 EXPLANATION = (
     "A margin is the observed error divided by the largest error that rounding explains, which was measured in the "
@@ -67,6 +68,7 @@ def verdict_page(verdict: Verdict, checks: Table, upstream: str = "") -> str:
         summary=_summary(verdict, first),
         upstream=upstream,
         message=(verdict.message or "").strip()[:LONGEST_TEXT],
+        groups=[checkpoints.group_summary(group) for group in checkpoints.group_by_explanation(verdict.findings)],
         first=None if first is None else shown_finding(first, verdict.subject),
         first_map=None if first is None else drawn_map(first),
         others=list(_with_maps(others[:_MOST_FINDINGS], verdict.subject)),
@@ -124,7 +126,7 @@ def _tree_rows(tree: ModelTree) -> tuple[list[TreeRow], str]:
 def _rows(tree: ModelTree, node: Node[ModuleMargins], level: int, *, keeps_fine: bool) -> Iterator[TreeRow]:
     is_shown_inside = bool(node.children) and (keeps_fine or tree.inner_state(node) == "wrong")
     inside = [each for each in node.walk() if each is not node and each.value is not None]
-    state = tree.state(node)
+    state, is_first = tree.state(node), node.path == tree.first_wrong
     yield TreeRow(
         level=level,
         name=node.name or ROOT,
@@ -133,11 +135,11 @@ def _rows(tree: ModelTree, node: Node[ModuleMargins], level: int, *, keeps_fine:
         cells=(
             *(_margin_cell(margin, is_called=node.value is not None) for margin in margins_of(node)),
             _inside_cell(tree, node, inside),
-            Cell(tree.remark(node), "remark"),
+            Cell("first wrong" if is_first else "finding" if node.path in tree.wrong else "", "remark"),
         ),
         has_children=is_shown_inside,
         is_open=not is_in_list(node.path) or node.path in ancestors(tree.first_wrong or ""),
-        is_pointed=node.path == tree.first_wrong,
+        is_pointed=is_first,
     )
     for child in node.children if is_shown_inside else ():
         yield from _rows(tree, child, level + 1, keeps_fine=keeps_fine)
@@ -195,9 +197,9 @@ def drawn_map(finding: Finding) -> DrawnMap | None:
     is_cut = len(outlines) > 1
     if len(outlines) > _MOST_LABELS:
         outlines = [replace(line, label="") for line in outlines]
-    svg = heat_map(
-        errors, titles, outlines if is_cut else [], f"Error over the tiles of the tensor: {caption}.", most=32
-    )
+    tile = MAP_WIDTH / width, min(MAP_WIDTH / height, _HIGHEST_TILE)
+    text = f"Error over the tiles of the tensor: {caption}."
+    svg = heat_map(errors, titles, outlines if is_cut else [], text, tile=tile)
     return DrawnMap(svg, caption)
 
 
