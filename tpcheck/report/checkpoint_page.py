@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tpcheck.core.findings import Finding, Verdict
 from tpcheck.report import checkpoints, words
@@ -13,7 +13,7 @@ from tpcheck.report.charts import shortened
 from tpcheck.report.findings import first_finding
 from tpcheck.report.page import LONGEST_TEXT, TreeRow, coverage_text, not_compared, render, shown_finding
 from tpcheck.report.table import Cell, Column, Table
-from tpcheck.report.tree import Node, tree_of
+from tpcheck.report.tree import Node, joined, tree_of
 
 TensorState = Literal["equal", "different", "missing", "unexpected", "not compared"]
 
@@ -55,9 +55,9 @@ _COLUMNS = (
     Column("result"),
     Column("shape", right=True),
     Column("dtype"),
+    Column("cause"),
     Column("elements that differ", right=True),
     Column("first at"),
-    Column("cause"),
 )
 
 
@@ -115,7 +115,7 @@ def _tree_rows(verdict: Verdict, stored: StoredTensors) -> tuple[list[TreeRow], 
     for finding in verdict.findings:
         if "states" not in finding.evidence:
             findings.setdefault(str(finding.where.get("parameter")), finding)
-    root = tree_of({tensor.name: tensor for tensor in stored.tensors})
+    root = joined(tree_of({tensor.name: tensor for tensor in stored.tensors}))
     total = sum(1 for _ in root.walk())
     rows = [
         row for child in root.children for row in _rows(child, 0, findings, keeps_equal=total <= MOST_ROWS)
@@ -169,12 +169,17 @@ def _cells(tensor: StoredTensor, finding: Finding | None) -> tuple[Cell, ...]:
     evidence = finding.evidence
     differing = f"{evidence['count_differing']} of {evidence['count_total']}" if "count_differing" in evidence else ""
     differing = differing or checkpoints.amount(finding) or ""
-    return *known, Cell(differing), Cell(_first(finding)), Cell(finding.cause or "unknown")
+    return *known, Cell(finding.cause or "unknown"), Cell(differing), Cell(_first(finding))
 
 
 def _first(finding: Finding) -> str:
     """Return the first element that differs, with both values."""
     if finding.where.get("index") is None:
         return ""
-    values = checkpoints.values(finding.evidence)
-    return f"{words.index(finding.where['index'])}{f': {values}' if values else ''}"
+    actual, expected = (_rounded(finding.evidence.get(side)) for side in ("actual", "expected"))
+    values = f": {actual}, expected {expected}" if actual and expected else ""
+    return f"{words.index(finding.where['index'])}{values}"
+
+
+def _rounded(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)

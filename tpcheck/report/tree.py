@@ -59,6 +59,15 @@ def _node_at(nodes: dict[str, Node[Value]], path: str) -> Node[Value]:
     return nodes[path]
 
 
+def joined(node: Node[Value]) -> Node[Value]:
+    """Return a node with those above a single other one put together with it: `q_proj.weight`."""
+    children = [joined(child) for child in node.children]
+    if node.path and node.value is None and len(children) == 1:
+        (child,) = children
+        return Node(f"{node.name}.{child.name}", child.path, child.value, child.children)
+    return Node(node.name, node.path, node.value, children)
+
+
 def without_lists(node: Node[Value]) -> Iterator[tuple[str, Node[Value]]]:
     """Yield the children by name, those of a list in its place: `layers.0`, `layers.1`."""
     for child in node.children:
