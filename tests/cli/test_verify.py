@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +12,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED
+from tests.schema import document
 from tpcheck.core.errors import RankFailure, RankOutcome, UsageError
 from tpcheck.core.topology import Topology
 from tpcheck.report.report import Report
@@ -189,7 +189,7 @@ def test_an_interrupt_is_quiet(run: Run) -> None:
 def test_one_family_is_written_as_one_report(run: Run, tmp_path: Path) -> None:
     json_file, junit_file = tmp_path / "report.json", tmp_path / "report.xml"
     run("verify", "bad", "--json", str(json_file), "--junit", str(junit_file), verify_family=verify_family)
-    assert json.loads(json_file.read_text())["verdict"] == "failed"
+    assert document(json_file, "report")["verdict"] == "failed"
     assert ET.parse(junit_file).getroot().find("testsuite") is not None
     assert sorted(file.name for file in tmp_path.iterdir()) == ["report.json", "report.xml"]
 
@@ -210,6 +210,6 @@ def test_a_report_that_cannot_be_written_is_one_line_and_the_others_are_written(
 def test_several_families_are_written_as_a_list_of_reports(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     run("verify", "good", "ugly", "bad", "--json", str(file), verify_family=verify_family)
-    data = json.loads(file.read_text())
+    data = document(file, "matrix")
     assert (data["schema"], data["verdict"]) == (1, "failed")
     assert [report["subject"]["family"] for report in data["reports"]] == ["good", "ugly", "bad"]
