@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 from tests.schema import document, schema
 
 PAGE = Path(__file__).parents[2] / "docs" / "json.md"
-_EXAMPLE = re.compile(r"^## .*\(`(\w+)`\)$.*?^```json\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_EXAMPLE = re.compile(r"^## [^\n]*\(`(\w+)`\)$.*?^```json\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXAMPLES = _EXAMPLE.findall(PAGE.read_text(encoding="utf-8"))
 KINDS = [each["$ref"].rpartition("/")[2] for each in schema()["oneOf"]]
 

@@ -50,12 +50,14 @@ CHECKPOINT = Verdict(
     ),
 )
 STORED = StoredTensors(
-    tuple(
-        StoredTensor(f"layers.{layer}.{name}.weight", "different" if name == "q" else "equal", (2, 4), "float32")
-        for layer in range(2)
-        for name in ("q", "k")
+    (
+        *(
+            StoredTensor(f"layers.{layer}.{name}.weight", "different" if name == "q" else "equal", (2, 4), "float32")
+            for layer in range(2)
+            for name in ("q", "k")
+        ),
+        StoredTensor("extra", "unexpected"),
     )
-    + (StoredTensor("extra", "unexpected"),)
 )
 
 
@@ -80,7 +82,7 @@ class _Page(HTMLParser):
         if tag in ("td", "th"):
             self.rows[-1].append("")
         if tag == "svg":
-            assert values["role"] == "img" or values.get("aria-hidden") == "true"
+            assert values.get("role") == "img" or values.get("aria-hidden") == "true"
         if tag != "meta":
             self.open.append(tag)
 
