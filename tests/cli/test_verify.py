@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED
-from tests.schema import document
+from tests.schema import document, schema
 from tpcheck.core.errors import RankFailure, RankOutcome, UsageError
 from tpcheck.core.topology import Topology
 from tpcheck.report.report import Report
@@ -213,3 +214,15 @@ def test_several_families_are_written_as_a_list_of_reports(run: Run, tmp_path: P
     data = document(file, "matrix")
     assert (data["schema"], data["verdict"]) == (1, "failed")
     assert [report["subject"]["family"] for report in data["reports"]] == ["good", "ugly", "bad"]
+
+
+def test_a_single_run_has_a_page_of_its_own(run: Run, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    run("verify", "bad", "--html", str(page), verify_family=verify_family)
+    assert page.read_text().count('<section class="finding">') == len(FAILED.findings)
+    run("verify", "bad", "good", "--html", str(page), verify_family=verify_family)
+    assert '<section class="finding">' not in page.read_text()
+
+
+def test_the_schema_is_printed(run: Run) -> None:
+    assert json.loads(run("--json-schema").stdout) == schema()

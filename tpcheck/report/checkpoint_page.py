@@ -10,7 +10,6 @@ from typing import Any, Literal
 from tpcheck.core.findings import Finding, Verdict
 from tpcheck.report import checkpoints, words
 from tpcheck.report.charts import shortened
-from tpcheck.report.findings import first_finding
 from tpcheck.report.page import LONGEST_TEXT, TreeRow, coverage_text, not_compared, render, shown_finding
 from tpcheck.report.table import Cell, Column, Table
 from tpcheck.report.tree import Node, joined, tree_of
@@ -103,8 +102,8 @@ def _summary(verdict: Verdict, stored: StoredTensors) -> str:
     found = ", ".join(f"{number[state]} {state}" for state in _SIGNS if number[state] and state != "equal")
     if verdict.verdict == "passed":
         return f"Equal to the bit: {number['equal']} of {total}{f' ({found})' if found else ''}."
-    first = first_finding(verdict.findings)
-    cause = f"; likely cause of the first: {first.cause}" if first is not None and first.cause else ""
+    groups = checkpoints.group_by_explanation(verdict.findings)
+    cause = f"; most: {groups[0][0].cause}" if groups and groups[0][0].cause else ""
     states = sum("states" in finding.evidence for finding in verdict.findings)
     of_states = f", and {words.pluralize(states, 'value')} of training states" if states else ""
     return f"Of {total}: {number['equal']} equal, {found or 'none different'}{of_states}{cause}."
