@@ -87,6 +87,13 @@ def test_of_replicas_the_worst_one_is_shown() -> None:
     assert found["shards"] == [{"ranks": [2, 3], "rows": [0, 1], "columns": [0, 4]}]
 
 
+def test_beside_an_infinity_that_both_sides_have_errors_are_absolute() -> None:
+    expected = torch.tensor([inf, 1.0])
+    actual = torch.tensor([inf, 3.0])
+    found = evidence(expected, (actual, expected), Layout.replicated((2,), 2).parts, is_replicated=True)
+    assert found["tiles"] == [[0.0, 2.0]]
+
+
 def test_padding_of_a_shard_is_in_no_tile() -> None:
     positions = (torch.tensor([0, 1]), torch.tensor([2]))
     layout = Layout.from_positions((3,), positions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from tpcheck.numerics.differences import frobenius, subtract
 from tpcheck.numerics.evidence import Suspect
 
 MOST_TILES = 32  # along each side: a page shows them, and a report stays small
+_MOST_ELEMENTS = 1 << 26  # of a tensor: positions and squares take half a gigabyte each
 _MOST_RECTANGLES = 64  # of all shards together: more cannot be told apart in a picture
 
 Span = tuple[int, int]
@@ -54,9 +55,11 @@ class ErrorMap:
 
 
 def error_map(suspect: Suspect) -> ErrorMap | None:
-    """Return where the error of a suspect lies; None where no two tensors can be subtracted, or for a number."""
+    """Return where the error of a suspect lies; None for a number, a huge tensor, and what cannot be subtracted."""
     expected, parts, cut = suspect.expected, suspect.actual_parts, suspect.cut
-    if cut is None or not isinstance(expected, torch.Tensor) or expected.dim() == 0 or not expected.numel():
+    if cut is None or not isinstance(expected, torch.Tensor) or expected.dim() == 0:
+        return None
+    if not 0 < expected.numel() <= _MOST_ELEMENTS:
         return None
     expected_parts = cut(expected)
     if expected.is_complex() or [part.shape for part in parts] != [part.shape for part in expected_parts]:
@@ -68,6 +71,7 @@ def error_map(suspect: Suspect) -> ErrorMap | None:
     numbers = torch.arange(1, expected.numel() + 1).reshape(expected.shape)
     positions = [part.reshape(-1).cpu() - 1 for part in cut(numbers)]
     norm = frobenius(expected)
+    norm = norm if isfinite(norm) else 1.0
     squares = [
         _squares_by_tile(subtract(part, right), held, norm, (rows, columns), (height, width))
         for part, right, held in zip(parts, expected_parts, positions, strict=True)
