@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from math import inf
+from pathlib import Path
 
 import pytest
 
@@ -136,6 +139,25 @@ def test_only_the_path_to_the_first_wrong_module_is_open() -> None:
     page = Report(replace(FAILED, findings=(WITH_MAP,), modules=TREE)).to_html()
     assert page.count('data-open="true"') == 5  # the model, model, layers, layer 0, its attention
     assert page.count('data-open="false"') == 4
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium")
+def test_a_browser_folds_and_unfolds_the_tree(tmp_path: Path) -> None:
+    act = """<script>
+    const shown = () => document.querySelectorAll("table.tree tbody tr:not([hidden])").length;
+    const counts = [shown()];
+    const folded = document.querySelector("button.toggle[aria-expanded=false]");
+    for (const button of [folded, folded, ...document.querySelectorAll(".controls button")]) {
+      button.click();
+      counts.push(shown());
+    }
+    document.title = [folded.ariaLabel, ...counts].join();
+    </script></body>"""
+    page = Report(replace(FAILED, findings=(WITH_MAP,), modules=TREE)).to_html()
+    (tmp_path / "page.html").write_text(page.replace("</body>", act))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"--user-data-dir={tmp_path}/u"]
+    done = subprocess.run([*command, f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120)
+    assert "<title>what is inside of model.layers.0.mlp,11,12,11,17,11</title>" in done.stdout
 
 
 def test_a_large_model_leaves_out_what_is_inside_of_modules_without_a_mistake() -> None:
