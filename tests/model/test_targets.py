@@ -9,6 +9,7 @@ from textwrap import dedent
 
 import pytest
 
+from tests.schema import document
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
 from tpcheck.model.options import RunOptions
@@ -186,4 +187,5 @@ def test_a_folder_under_a_configuration_of_its_own_says_what_took_no_part(tmp_pa
     text = report.to_text()
     assert "hidden_size 1024 -> " in text
     assert "hardware alone: wall_clock_breakdown, zero_optimization.offload_optimizer" in " ".join(text.split())
-    assert len(report.to_data()["notes"]) == 3
+    assert len(document(report.to_json(), "report")["notes"]) == 3
+    assert "<dt>shrunk</dt><dd>hidden_size 1024" in report.to_html()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from math import isfinite, prod
@@ -223,6 +223,15 @@ def name(subject: Mapping[str, Any]) -> str:
     """Return the name of the subject."""
     names = (subject.get(key) for key in ("target", "family", "model", "subject"))
     return str(next(filter(None, names), "model"))
+
+
+def target_facts(subject: Mapping[str, Any], notes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield what was made small of the user's model, and what of it took no part, each after its label."""
+    if "shrunk" in subject:
+        yield "model", f"{subject['family']}, with the configuration of {subject['target']}"
+    if subject.get("shrunk"):
+        yield "shrunk", "; ".join(f"{name} {real} -> {small}" for name, (real, small) in subject["shrunk"].items())
+    yield from (("note", text) for text in notes)
 
 
 def pairs(values: Mapping[str, Any]) -> str:
