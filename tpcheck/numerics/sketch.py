@@ -63,8 +63,8 @@ TILES = 16  # along the rows and along the columns
 _NUM_SUMS = SIGN_SETS * TILES * TILES
 # Streams of the hash, far apart: a row and a column of the same number have unrelated signs.
 _ROWS, _COLUMNS, _ELEMENTS, _POSITIONS = 1 << 60, 2 << 60, 3 << 60, 1 << 59
-# Elements that are converted at once: 1 MiB of float64 stays in the cache of a core (512 KiB cost more calls, 2 MiB a third
-# more time where cores share the next cache); a device wants few, large kernels.
+# Elements that are converted at once: 1 MiB of float64 stays in a core's cache, where twice as much takes a third more
+# time on busy cores, and half as much more calls; a device wants few, large kernels.
 _BLOCK, _DEVICE_BLOCK = 1 << 17, 1 << 24
 _CHUNK = 1 << 16  # elements whose signs are hashed one by one: bounds what is kept for a vector to 5 MiB
 # Thin products of fewer rows than this cost more to start than to compute (measured: 4 to 16 are alike).

@@ -45,6 +45,9 @@ def replaced_state(comparer: Comparer, step: AlignedStep, around: BeforeAndAfter
         found = repeated_state(actual, comparer.actual, name, label)
         if found is not None and repeated_state(expected, comparer.expected, name, label_e) is None:
             return found
+    found = state_taken_before(around, comparer.actual, name, label)
+    if found is not None:
+        return found
     options = options_of(comparer, step.expected, is_actual=False).get(name, {})
     for key in [key for key in around.expected_after if key[:2] == ("state", name)]:
         after, after_e, before_e = (
@@ -59,6 +62,26 @@ def replaced_state(comparer: Comparer, step: AlignedStep, around: BeforeAndAfter
             found = stale_or_lost(key[2], after, after_e, before_e, tuple(_decays(options)))
             if found is not None:
                 return found
+    return None
+
+
+def state_taken_before(around: BeforeAndAfter, run: Run, name: str, label: str) -> Explanation | None:
+    """Return the cause where the optimizer got, on a rank, what the step before had left on one with another shard."""
+    for key in [key for key in around.actual_after if key[:2] == ("state", name)]:
+        left = around.actual_before.get(key, {})
+        pieces = {rank: reading for rank in left if (reading := reading_of(left[rank], label)) is not None}
+        taken = {
+            str(rank): other
+            for group in run.replicas
+            for rank in group
+            for other in group
+            if rank in pieces and other in pieces and pieces[rank].piece != pieces[other].piece
+            if pieces[other].sketch.numel > 1 and pieces[other].sketch.sum_squares
+            if rank in around.actual_after[key] and around.actual_after[key][rank].digest_before == left[other].digest
+        }
+        if taken:
+            evidence = {"state": key[2], "state_of_rank": taken}
+            return Explanation(Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK, evidence=evidence)
     return None
 
 
