@@ -382,7 +382,7 @@ class Cause(Enum):
     REPLICA_DRIFT = (
         "replica_drift",
         "the replicas were equal and have drifted apart",
-        "numerics.hypotheses.optimizer checkpoints runs.exact_checks runs.guard_findings runs.step_checks",
+        "numerics.hypotheses.optimizer checkpoints runs.exact_checks runs.guard_findings runs.update_checks",
         "Find out why the replicas drift apart with `tpcheck verify`: every rank updates its copy by itself.",
     )
 
@@ -390,7 +390,7 @@ class Cause(Enum):
     OPTIONS_DIFFER = (
         "options_differ",
         "the optimizers were given other options",
-        "runs.exact_checks runs.step_checks checkpoints numerics.checks.resume",
+        "runs.exact_checks runs.update_checks checkpoints numerics.checks.resume",
         "Give both runs the same learning rate, schedule and options, or compare runs that have them.",
     )
     OPTIMIZER_SEES_ONE_SHARD = (

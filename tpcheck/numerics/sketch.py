@@ -412,7 +412,9 @@ def _add_block(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) -
 
 def _rows_first(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) -> torch.Tensor:
     width = matrix.shape[1]
-    is_sorted = [tile for tile, _, _ in rows.runs] == [*range(TILES)]  # each tile is one run: its first product is its sum
+    is_sorted = [tile for tile, _, _ in rows.runs] == [
+        *range(TILES)
+    ]  # each tile is one run: its first product is its sum
     allocate = torch.empty if is_sorted else torch.zeros
     by_tile = allocate(TILES, SIGN_SETS, width, dtype=torch.float64, device=sums.device)
     started = 0

@@ -24,8 +24,8 @@ from tpcheck.runs.trace import Kind, Leaf, PassRecord, Reading, TensorRecord
 Key = tuple[Kind, str, str, int]  # kind, name, part, call: as `TensorRecord.key`
 
 # Sketches by the bits of their tensors and by where these lie. A module returns what its last one has returned (mlp and
-# down_proj), and a residual hands its gradient on: a sketch costs ten times as much as the digest that finds it. Digests
-# on another device are not known without a wait.
+# down_proj), and a residual hands its gradient on: a sketch costs ten times as much as the digest that finds it. On
+# another device digests are not known without a wait.
 KnownSketches = dict[tuple[Any, ...], PendingSketch]
 
 _is_repeating: ContextVar[bool] = ContextVar("is_repeating", default=False)
