@@ -145,7 +145,7 @@ class Cause(Enum):
         "shard_repeated",
         "one rank's shard is in every rank's place{residual}",
         "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact runs.sketch_causes "
-        "numerics.checks.resume",
+        "numerics.checks.resume numerics.checks.initialisation",
         "One rank's shard is used for all: gather over the TP group and index by tp_rank.",
     )
     SHARD_ORDER_SWAPPED = (
@@ -461,12 +461,14 @@ class Cause(Enum):
     NOT_FINITE = (
         "not_finite",
         "some elements are infinite or not a number",
-        "numerics.hypotheses.values numerics.exact runs.guard_findings runs.sketch_causes numerics.checks.resume",
+        "numerics.hypotheses.values numerics.exact runs.guard_findings runs.sketch_causes numerics.checks.resume "
+        "numerics.checks.initialisation",
     )
     ALL_ZERO = (
         "all_zero",
         "every wrong element is zero",
-        "numerics.hypotheses.values numerics.exact runs.sketch_causes numerics.checks.resume",
+        "numerics.hypotheses.values numerics.exact runs.sketch_causes numerics.checks.resume "
+        "numerics.checks.initialisation",
     )
     BIT_FLIPPED = (
         "bit_flipped",

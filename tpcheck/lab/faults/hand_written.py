@@ -22,6 +22,7 @@ from tpcheck.core.placement import Placement, Shard
 from tpcheck.core.topology import Topology
 from tpcheck.lab.faults.fault import TP2, TP2_DP2
 from tpcheck.lab.faults.injection import with_backward
+from tpcheck.numerics.checks import ON_REQUEST
 
 VOCABULARY, WIDTH, INNER, HEADS, LAYERS = 32, 16, 32, 4, 2
 
@@ -250,10 +251,10 @@ def label_logit(logits_BLV: Tensor, labels_BL: Tensor, group: Any) -> tuple[Tens
 
 
 Layouts = Mapping[str, Placement]
-_COLUMN, _ROW = ("attention.q", "attention.k", "attention.v", "mlp.up"), ("attention.o", "mlp.down")
+COLUMN, ROW = ("attention.q", "attention.k", "attention.v", "mlp.up"), ("attention.o", "mlp.down")
 LAYOUT: Layouts = {
-    **{f"blocks.*.{name}.weight": Shard(0) for name in (*_COLUMN, "mlp.norm")},
-    **{f"blocks.*.{name}.weight": Shard(1) for name in _ROW},
+    **{f"blocks.*.{name}.weight": Shard(0) for name in (*COLUMN, "mlp.norm")},
+    **{f"blocks.*.{name}.weight": Shard(1) for name in ROW},
     "head.weight": Shard(0),
 }
 
@@ -310,9 +311,9 @@ def in_hooks(model: Model, rank: RankLike) -> None:
     group = rank.group("tp")
     f, g = copied(group), reduced(group)
     for name, module in model.named_modules():
-        if name == "head" or name.endswith(_COLUMN):
+        if name == "head" or name.endswith(COLUMN):
             module.register_forward_pre_hook(lambda module, args: tuple(map(f, args)))
-        if name.endswith(_ROW):
+        if name.endswith(ROW):
             module.register_forward_hook(lambda module, args, output: g(output))
     _whole_vocabulary(model, group)
 
@@ -574,21 +575,28 @@ class HandWrittenFault:
     link: str | None = None
     kind: str = "hand-written TP"
 
+    @property
+    def control(self) -> HandWrittenControl:
+        """The model with the mistake in it."""
+        on_request = self.checks if set(self.checks) <= set(ON_REQUEST) else None
+        return HandWrittenControl(self.style, self.options, self.topology, also=self.inject, checks=on_request)
+
 
 @dataclass(frozen=True, slots=True)
 class HandWrittenControl:
-    """Right tensor parallelism that is written by hand, in one style."""
+    """Right tensor parallelism that is written by hand, in one style; `checks` are those to run."""
 
     style: Style
     options: Mapping[str, Any] = field(default_factory=dict)
     topology: Topology = TP2
     also: Style | None = None
+    checks: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:
         names = (self.style, self.also) if self.also else (self.style,)
         options = (f"{name}={value}" for name, value in self.options.items())
-        return " ".join(["hand-written", *(style.__name__.strip("_") for style in names), *options])
+        return " ".join(["hand-written", *(style.__name__.strip("_") for style in names), *options, *(self.checks or ())])
 
     def shard(self, model: Model, rank: RankLike) -> None:
         cut_weights(model, rank)

@@ -29,6 +29,7 @@ from tpcheck.lab.faults.corpus import (
     CHECKPOINT_FAULTS,
     DATA_FAULTS,
     FAULTS,
+    HAND_WRITTEN_CONTROLS,
     Control,
     Fault,
     quick_controls,
@@ -36,8 +37,8 @@ from tpcheck.lab.faults.corpus import (
 )
 from tpcheck.lab.faults.damage import Damage
 from tpcheck.lab.faults.data import Build, DataFault
-from tpcheck.lab.faults.fault import FaultyBackend, ModelFault
-from tpcheck.lab.faults.hand_written import CONTROLS, HandWrittenControl, HandWrittenFault, Model, layout_of
+from tpcheck.lab.faults.fault import FaultyBackend, ModelFault, Place
+from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault, Model, layout_of
 from tpcheck.lab.faults.hand_written import batch as hand_written_batch
 from tpcheck.lab.faults.results import CONTROL, FaultResult
 from tpcheck.model.options import DEFAULTS, DTYPES, Request, RunOptions
@@ -95,7 +96,7 @@ def control_runs(*, dtype: str = "float64", seeds: Iterable[int] = (0,)) -> Iter
     """Yield clean runs: every family, every layout, every fixed pipeline, and every kind of saved model."""
     saved = {(fault.family, fault.saved_as, *fault.settings.items()): fault for fault in CHECKPOINT_FAULTS}
     for seed in seeds:
-        yield from (_control(each.name, seed, partial(run_hand_written_control, each)) for each in CONTROLS)
+        yield from (_control(each.name, seed, partial(run_hand_written_control, each)) for each in HAND_WRITTEN_CONTROLS)
         yield from (model_control(control, dtype, seed) for control in quick_controls())
         for pipeline in DATA_FAULTS:
             if pipeline.fixed is not None:
@@ -244,8 +245,7 @@ def run_hand_written_fault(
     Args:
         world: A world of the fault's topology, in place of a new one.
     """
-    control = HandWrittenControl(fault.style, fault.options, fault.topology, also=fault.inject)
-    report = verify_hand_written(control, dtype=dtype, seed=seed, replays=replays, world=world)
+    report = verify_hand_written(fault.control, dtype=dtype, seed=seed, replays=replays, world=world)
     findings = [finding for finding in report.findings if "follows_from" not in finding.evidence]
     first = [finding for finding in findings if finding.check in fault.checks]
     return _result(
@@ -253,7 +253,7 @@ def run_hand_written_fault(
         first or findings,
         true_places=fault.places,
         place_is_right=lambda _: (
-            all(finding.where.get("module") in fault.places for finding in first)
+            all(Place(modules=fault.places).matches(finding.where) for finding in first)
             and all(finding.check in (*fault.checks, *_LATER) for finding in findings)
             and fault.note in str(first[0].evidence.get("note", ""))
         ),
@@ -299,6 +299,7 @@ def verify_hand_written(
         dtype=dtype,
         zero_stage=0,
         batch=hand_written_batch,
+        checks=control.checks,
         steps=1,
         seed=seed,
         replays=replays,

@@ -206,9 +206,8 @@ _ADVICE_REPEATED = (
 
 def _are_equal(rank_a: DrawnParameter, rank_b: DrawnParameter) -> bool:
     """Return whether two ranks' shards are the same in each draw, and should not be."""
-    return all(a.digest == b.digest for a, b in zip(rank_a.actual, rank_b.actual, strict=True)) and any(
-        a.digest != b.digest for a, b in zip(rank_a.expected, rank_b.expected, strict=True)
-    )
+    are_equal = all(a.digest == b.digest and a.std > 0 for a, b in zip(rank_a.actual, rank_b.actual, strict=True))
+    return are_equal and any(a.digest != b.digest for a, b in zip(rank_a.expected, rank_b.expected, strict=True))
 
 
 # ---- statistics
@@ -264,10 +263,9 @@ def _compare_statistic(
         return []
     ranks, first = tuple(wrong), next(iter(wrong.values()))
     total = len(drawn[0].actual)
-    counted = ("draw", *(["lies outside of what the unsharded model draws"] * 2))
-    return [
-        _Difference(name, statistic.name, ranks, total, counted, total, first.cause, first.evidence or {})
-    ]
+    outside = "outside of what the unsharded model draws"
+    counted = ("draw", f"lies {outside}", f"lie {outside}")
+    return [_Difference(name, statistic.name, ranks, total, counted, total, first.cause, first.evidence or {})]
 
 
 def _compare_draws(statistic: _Statistic, drawn: DrawnParameter, tp: int) -> _Compared | None:
@@ -303,12 +301,16 @@ def _compare_constants(drawn: DrawnParameter, actual_kind: str, expected_kind: s
         return _Compared()
     if "fixed" in (actual_kind, expected_kind):
         return _Compared(reason="some seeds give the same values: the code that draws them seeds by itself")
-    evidence = {"actual": _described(drawn.actual[0], actual_kind), "expected": _described(drawn.expected[0], expected_kind)}
-    return _Compared(evidence, cause=Cause.INIT_DEPENDS_ON_TP)
+    evidence = {
+        "sharded": _described(drawn.actual[0], actual_kind),
+        "unsharded": _described(drawn.expected[0], expected_kind),
+    }
+    is_zero = actual_kind == "constant" and not drawn.actual[0].mean
+    return _Compared(evidence, cause=Cause.ALL_ZERO if is_zero else Cause.INIT_DEPENDS_ON_TP)
 
 
 def _described(draw: Draw, kind: str) -> str:
-    return f"{draw.mean:.3g}" if kind == "constant" else f"drawn, of standard deviation {draw.std:.3g}"
+    return f"all {draw.mean:.3g}" if kind == "constant" else f"random, of standard deviation {draw.std:.3g}"
 
 
 def _least_factor(tp: int) -> float:
@@ -323,9 +325,9 @@ def _spread(values: Sequence[float]) -> float:
 def _evidence(statistic: _Statistic, actual: Sequence[float], expected: Sequence[float], tp: int) -> dict[str, Any]:
     means = [sum(side) / len(side) for side in (actual, expected)]
     if not statistic.scale:
-        return {"actual": means[0], "expected": means[1]}
+        return {"mean": means[0], "mean_unsharded": means[1]}
     ratio = exp(means[0] - means[1])
-    evidence: dict[str, Any] = {"actual": exp(means[0]), "expected": exp(means[1]), "ratio": ratio}
+    evidence: dict[str, Any] = {"std": exp(means[0]), "std_unsharded": exp(means[1]), "ratio": ratio}
     for text, factor in (("the root of tp", tp**0.5), ("tp", float(tp)), ("1 over the root of tp", tp**-0.5)):
         if tp > 1 and isclose(log(ratio), log(factor), abs_tol=_spread(actual) + _spread(expected), rel_tol=0.0):
             return {**evidence, "note": f"the ratio is {text}: a fan, or a number of elements, was counted on one rank"}
