@@ -13,12 +13,14 @@ from tpcheck.core.topology import Topology
 from tpcheck.lab.faults import (
     backward,
     checkpoint,
+    clipping,
     data,
     hand_written,
     heads,
     initialisation,
     layout,
     linear,
+    losses,
     optimizer,
     precision,
     replicas,
@@ -45,8 +47,18 @@ MODEL_FAULTS: tuple[ModelFault, ...] = (
 )
 CHECKPOINT_FAULTS: tuple[CheckpointFault, ...] = checkpoint.FAULTS
 DATA_FAULTS: tuple[DataFault, ...] = data.FAULTS
-HAND_WRITTEN_FAULTS: tuple[HandWrittenFault, ...] = (*hand_written.FAULTS, *initialisation.FAULTS)
-HAND_WRITTEN_CONTROLS: tuple[HandWrittenControl, ...] = (*hand_written.CONTROLS, *initialisation.CONTROLS)
+HAND_WRITTEN_FAULTS: tuple[HandWrittenFault, ...] = (
+    *hand_written.FAULTS,
+    *losses.FAULTS,
+    *clipping.FAULTS,
+    *initialisation.FAULTS,
+)
+HAND_WRITTEN_CONTROLS: tuple[HandWrittenControl, ...] = (
+    *hand_written.CONTROLS,
+    *losses.CONTROLS,
+    *clipping.CONTROLS,
+    *initialisation.CONTROLS,
+)
 
 Fault = ModelFault | HandWrittenFault | CheckpointFault | DataFault
 FAULTS: tuple[Fault, ...] = (*MODEL_FAULTS, *HAND_WRITTEN_FAULTS, *DATA_FAULTS, *CHECKPOINT_FAULTS)

@@ -253,7 +253,8 @@ def run_hand_written_fault(
         first or findings,
         true_places=fault.places,
         place_is_right=lambda _: (
-            all(Place(modules=fault.places).matches(finding.where) for finding in first)
+            bool(first)
+            and all(Place(modules=fault.places).matches(finding.where) for finding in first)
             and all(finding.check in (*fault.checks, *_LATER) for finding in findings)
             and fault.note in str(first[0].evidence.get("note", ""))
         ),
@@ -292,7 +293,8 @@ def verify_hand_written(
     world: World | None = None,
 ) -> Report:
     """Verify the small model under tensor parallelism that is written by hand."""
-    backend: Any = replace(load_backend("custom"), shard_model=control.shard, layout=layout_of)  # type: ignore[type-var]
+    sharding = {"shard_model": control.shard, "layout": layout_of, "clip_gradients": control.clip}
+    backend: Any = replace(load_backend("custom"), **sharding)  # type: ignore[type-var]
     options = RunOptions.of(
         topology=control.topology,
         backend=backend,

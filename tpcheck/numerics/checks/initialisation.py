@@ -126,6 +126,8 @@ def _findings(way: str, differences: Sequence[_Difference]) -> Iterator[Finding]
         evidence: dict[str, Any] = {"counted": first.counted, "count_differing": first.count, **first.evidence}
         if first.total is not None:
             evidence["count_total"] = first.total
+        if first.cause is not None:
+            evidence.setdefault("advice", first.cause.advise())
         if others:
             evidence["also"] = [other.parameter for other in others]
         where = {
