@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from tpcheck import Topology
+from tpcheck.lab.faults.corpus import HAND_WRITTEN_CONTROLS, HAND_WRITTEN_FAULTS
 from tpcheck.lab.faults.hand_written import (
-    CONTROLS,
-    FAULTS,
     HandWrittenControl,
     HandWrittenFault,
     inside,
@@ -27,7 +26,7 @@ def worlds() -> Iterator[dict[Topology, World]]:
     """Yield a world of each topology, which serves all rows: a row alone takes less time than its world."""
     opened: dict[Topology, World] = {}
     try:
-        for topology in dict.fromkeys(row.topology for row in (*FAULTS, *CONTROLS)):
+        for topology in dict.fromkeys(row.topology for row in (*HAND_WRITTEN_FAULTS, *HAND_WRITTEN_CONTROLS)):
             opened[topology] = spawn(topology, timeout=120).__enter__()
         yield opened
     finally:
@@ -35,14 +34,14 @@ def worlds() -> Iterator[dict[Topology, World]]:
             world.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: control.name)
+@pytest.mark.parametrize("control", HAND_WRITTEN_CONTROLS, ids=lambda control: control.name)
 def test_right_code_passes(control: HandWrittenControl, worlds: dict[Topology, World]) -> None:
     result = run_hand_written_control(control, world=worlds[control.topology])
     assert result.verdict == "passed", result.message
     assert result.margin < 0.5
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", HAND_WRITTEN_FAULTS, ids=lambda fault: fault.name)
 def test_a_mistake_is_found_alone(fault: HandWrittenFault, worlds: dict[Topology, World]) -> None:
     result = run_hand_written_fault(fault, replays=REPLAYS, world=worlds[fault.topology])
     assert result.caught, result.message
@@ -63,7 +62,7 @@ def test_a_rank_that_leaves_out_a_reduction_is_named_with_what_the_others_issued
 
 
 def test_both_norms_over_one_shard_are_found(worlds: dict[Topology, World]) -> None:
-    fault = next(fault for fault in FAULTS if fault.name == "statistic_over_one_shard")
+    fault = next(fault for fault in HAND_WRITTEN_FAULTS if fault.name == "statistic_over_one_shard")
     report = verify_hand_written(
         HandWrittenControl(fault.style, fault.options, also=fault.inject), world=worlds[fault.topology]
     )

@@ -60,7 +60,7 @@ _LOSS = {"loss": small_loss}
 
 FAULTS = (
     HandWrittenFault("scaled_up_by_own_norm", "small gradients are scaled up by the norm of each rank's own",
-                     over_the_ranks, (), ("norm_is_local",), checks=("updates_match_reference",), options=_LOSS,
+                     over_the_ranks, (), ("norm_is_local", None), checks=("updates_match_reference",), options=_LOSS,
                      clip=_scaled_by_own_norm, kind="losses"),
 )  # fmt: skip
 

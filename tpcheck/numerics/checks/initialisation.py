@@ -126,8 +126,8 @@ def _findings(way: str, differences: Sequence[_Difference]) -> Iterator[Finding]
         evidence: dict[str, Any] = {"counted": first.counted, "count_differing": first.count, **first.evidence}
         if first.total is not None:
             evidence["count_total"] = first.total
-        if first.cause is not None:
-            evidence.setdefault("advice", first.cause.advise())
+        if first.cause is not None and (advice := first.cause.advise()) is not None:
+            evidence.setdefault("advice", advice)
         if others:
             evidence["also"] = [other.parameter for other in others]
         where = {
@@ -273,7 +273,8 @@ def _compare_statistic(
 def _compare_draws(statistic: _Statistic, drawn: DrawnParameter, tp: int) -> _Compared | None:
     """Compare one rank's draws; None where they have no such statistic."""
     if not all(isfinite(draw.mean) and isfinite(draw.std) for draw in drawn.actual):
-        return _Compared({"note": "some elements are infinite or not a number"}, cause=Cause.NOT_FINITE)
+        evidence = {"note": "some elements are infinite or not a number"}
+        return None if statistic.scale else _Compared(evidence, cause=Cause.NOT_FINITE)
     kinds = [_kind(side) for side in (drawn.actual, drawn.expected)]
     if kinds != ["drawn", "drawn"]:
         return None if statistic.scale else _compare_constants(drawn, *kinds)
