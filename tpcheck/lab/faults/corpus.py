@@ -99,6 +99,15 @@ TRAINED_CONTROLS = (
     Control("gemma3_text", TP2_DP2, 0, {"optimizer": "rmsprop", "loss": "token_mean"}),
     Control("llama", TP2, 0, {"optimizer": "adamw", "checks": ("resume_matches_uninterrupted",)}),
 )
+_EXPERTS = {"backend": "transformers", "steps": 1}
+IMPLEMENTED_CONTROLS = (
+    Control("llama", TP2, 0, {"attention": "sdpa"}),
+    Control("qwen3", TP2_DP2, 1, {"attention": "sdpa", "checkpointing": True}),
+    Control("llama", TP2, 0, {"checkpointing": True, "reentrant": True}),
+    *(Control("qwen3_moe", TP2, 0, {**_EXPERTS, "experts": experts}) for experts in ("eager", "batched_mm")),
+)
+"""Other implementations of the same mathematics."""
+
 INITIALISED_CONTROLS = tuple(
     Control("llama", TP2, 0, {"backend": backend, "checks": ("initialisation_matches_reference",)})
     for backend in ("deepspeed", "transformers", "dtensor")
@@ -113,6 +122,7 @@ def quick_controls() -> Iterator[Control]:
     for number, (topology, zero_stage) in enumerate(LAYOUTS[1:]):
         yield Control(FAMILIES[number % len(FAMILIES)], topology, zero_stage)
     yield from TRAINED_CONTROLS
+    yield from IMPLEMENTED_CONTROLS
     yield from INITIALISED_CONTROLS
 
 

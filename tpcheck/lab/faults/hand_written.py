@@ -544,6 +544,12 @@ def compiled(model: Model, rank: RankLike) -> None:
         block.mlp.compile(backend="eager")
 
 
+def compiled_whole(model: Model, rank: RankLike) -> None:
+    """Compile the model; collectives inside autograd functions break its graph into parts."""
+    inside(model, rank)
+    model.compile(backend="eager")
+
+
 def _scaled_beside_a_metric(model: Model, rank: RankLike) -> None:
     """Multiply the output of a norm that also averages a metric over the data-parallel group, as is its right."""
     group = rank.group("dp")
@@ -699,6 +705,7 @@ CONTROLS = (
     HandWrittenControl(redistributed),
     HandWrittenControl(along_the_sequence),
     HandWrittenControl(compiled),
+    HandWrittenControl(compiled_whole),
     HandWrittenControl(inside, _INNER_NORM, also=whole_statistic),
     HandWrittenControl(inside, {"repeats": 2}),
     HandWrittenControl(around, topology=TP2_DP2),
