@@ -65,7 +65,11 @@ def test_shards_that_are_drawn_as_the_whole_is_pass() -> None:
 
 def test_a_fan_of_one_shard_gives_a_factor_and_its_cause() -> None:
     finding = only(compare(*(parameter(normal(2**0.5), normal(), rank) for rank in (1, 2))))
-    assert (finding.cause, finding.where["parameter"], finding.where["ranks"]) == ("init_depends_on_tp", "weight", [0, 1])
+    assert (finding.cause, finding.where["parameter"], finding.where["ranks"]) == (
+        "init_depends_on_tp",
+        "weight",
+        [0, 1],
+    )
     assert finding.evidence["ratio"] == pytest.approx(2**0.5, rel=0.05)
     assert "the root of tp" in finding.evidence["note"]
     assert (finding.evidence["count_differing"], finding.evidence["count_total"]) == (NUM_DRAWS, NUM_DRAWS)

@@ -111,7 +111,9 @@ def model_parallel_generators(seed: int, groups: Groups) -> Iterator[None]:
         )
         if not _has_a_gpu_each():
             stack.enter_context(patch.object(random, "_get_cuda_rng_state", lambda **_: torch.get_rng_state()))
-            stack.enter_context(patch.object(random, "_set_cuda_rng_state", lambda state, **_: torch.set_rng_state(state)))
+            stack.enter_context(
+                patch.object(random, "_set_cuda_rng_state", lambda state, **_: torch.set_rng_state(state))
+            )
             stack.enter_context(patch.object(torch.cuda, "get_rng_state", torch.get_rng_state))
             stack.enter_context(patch.object(torch.cuda, "manual_seed", torch.default_generator.manual_seed))
         random.model_parallel_cuda_manual_seed(seed, tp_rank=tp_rank, ep_rank=0, etp_rank=0)

@@ -644,7 +644,9 @@ class HandWrittenControl:
     def name(self) -> str:
         names = [function for function in (self.style, self.also, self.clip) if function is not None]
         options = (f"{name}={getattr(value, '__name__', value)}" for name, value in self.options.items())
-        return " ".join(["hand-written", *(function.__name__.strip("_") for function in names), *options, *(self.checks or ())])
+        return " ".join(
+            ["hand-written", *(function.__name__.strip("_") for function in names), *options, *(self.checks or ())]
+        )
 
     def shard(self, model: Model, rank: RankLike) -> None:
         cut_weights(model, rank)

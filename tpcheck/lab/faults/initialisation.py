@@ -97,7 +97,9 @@ def _own_shards(model: Model, rank: RankLike) -> None:
     _drawn(("embedding",), _common, _normal, "")(model, rank)
 
 
-def _row(name: str, what: str, inject: Style, places: tuple[str, ...], *causes: str, **more: object) -> HandWrittenFault:
+def _row(
+    name: str, what: str, inject: Style, places: tuple[str, ...], *causes: str, **more: object
+) -> HandWrittenFault:
     options: dict[str, object] = {"checks": _CHECKS, "kind": "initialisation", **more}
     return HandWrittenFault(name, what, inject, places, causes, **options)  # type: ignore[arg-type]
 

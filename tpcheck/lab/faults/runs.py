@@ -41,7 +41,7 @@ from tpcheck.lab.faults.fault import FaultyBackend, ModelFault, Place
 from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault, Model, layout_of
 from tpcheck.lab.faults.hand_written import batch as hand_written_batch
 from tpcheck.lab.faults.results import CONTROL, FaultResult
-from tpcheck.model.options import DEFAULTS, DTYPES, Request, RunOptions
+from tpcheck.model.options import DEFAULTS, COMMON_DTYPES, Request, RunOptions
 from tpcheck.model.verify import run, verify_family
 from tpcheck.numerics.tolerance import NUM_REPLAYS
 from tpcheck.report.report import Report
@@ -87,8 +87,8 @@ def fault_runs(
         UsageError: No such fault, kind or dtype.
     """
     faults = _selected(names, kinds)
-    if dtype not in DTYPES:
-        raise UsageError("dtype", dtype, DTYPES)
+    if dtype not in COMMON_DTYPES:
+        raise UsageError("dtype", dtype, COMMON_DTYPES)
     return (_fault_run(fault, dtype, seed) for seed in seeds for fault in faults)
 
 
@@ -96,7 +96,9 @@ def control_runs(*, dtype: str = "float64", seeds: Iterable[int] = (0,)) -> Iter
     """Yield clean runs: every family, every layout, every fixed pipeline, and every kind of saved model."""
     saved = {(fault.family, fault.saved_as, *fault.settings.items()): fault for fault in CHECKPOINT_FAULTS}
     for seed in seeds:
-        yield from (_control(each.name, seed, partial(run_hand_written_control, each)) for each in HAND_WRITTEN_CONTROLS)
+        yield from (
+            _control(each.name, seed, partial(run_hand_written_control, each)) for each in HAND_WRITTEN_CONTROLS
+        )
         yield from (model_control(control, dtype, seed) for control in quick_controls())
         for pipeline in DATA_FAULTS:
             if pipeline.fixed is not None:

@@ -97,9 +97,7 @@ class _Difference:
         return self.kind, self.ranks, self.cause, self.evidence.get("note")
 
 
-def compare_initialisation(
-    way: str, topology: Topology, by_rank: Sequence[DrawnModel]
-) -> InitialisationOutcome:
+def compare_initialisation(way: str, topology: Topology, by_rank: Sequence[DrawnModel]) -> InitialisationOutcome:
     """Compare the draws of all ranks.
 
     Args:
@@ -122,7 +120,7 @@ def _findings(way: str, differences: Sequence[_Difference]) -> Iterator[Finding]
     by_mistake: dict[tuple[Any, ...], list[_Difference]] = {}
     for difference in differences:
         by_mistake.setdefault(difference.mistake, []).append(difference)
-    for (first, *others) in by_mistake.values():
+    for first, *others in by_mistake.values():
         evidence: dict[str, Any] = {"counted": first.counted, "count_differing": first.count, **first.evidence}
         if first.total is not None:
             evidence["count_total"] = first.total
@@ -156,14 +154,19 @@ def _compare_replicas(
         }
         ranks = tuple(sorted(rank for group, count in differing.items() if count for rank in group))
         is_random = all(draw.std > 0 for rank in ranks for draw in drawn[rank].actual)
-        yield f"replicas over {axis}", None if not ranks else _Difference(
-            name,
+        yield (
             f"replicas over {axis}",
-            ranks,
-            max(differing.values()),
-            _COUNTED_DRAWS,
-            len(drawn[0].actual),
-            Cause.REPLICAS_DRAWN_APART if is_random else None,
+            None
+            if not ranks
+            else _Difference(
+                name,
+                f"replicas over {axis}",
+                ranks,
+                max(differing.values()),
+                _COUNTED_DRAWS,
+                len(drawn[0].actual),
+                Cause.REPLICAS_DRAWN_APART if is_random else None,
+            ),
         )
 
 
@@ -179,24 +182,47 @@ def _compare_shards(
 ) -> Iterator[tuple[str, _Difference | None]]:
     """Look for shards that are equal on several ranks of a group, and rows that come again within a shard."""
     if topology.tp > 1 and not drawn[0].is_replicated:
-        equal = sorted({rank for group in topology.groups("tp") for pair in combinations(group, 2) if _are_equal(
-            *(drawn[rank] for rank in pair)) for rank in pair})
-        yield "shards", None if not equal else _Difference(
-            name, "shards", tuple(equal), len(drawn[0].actual), ("draw", "has equal shards", "have equal shards"),
-            len(drawn[0].actual), Cause.SHARD_REPEATED, {"advice": _ADVICE_REPEATED},
+        equal = sorted(
+            {
+                rank
+                for group in topology.groups("tp")
+                for pair in combinations(group, 2)
+                if _are_equal(*(drawn[rank] for rank in pair))
+                for rank in pair
+            }
+        )
+        yield (
+            "shards",
+            None
+            if not equal
+            else _Difference(
+                name,
+                "shards",
+                tuple(equal),
+                len(drawn[0].actual),
+                ("draw", "has equal shards", "have equal shards"),
+                len(drawn[0].actual),
+                Cause.SHARD_REPEATED,
+                {"advice": _ADVICE_REPEATED},
+            ),
         )
     rows = {rank: of_rank.repeated_rows for rank, of_rank in enumerate(drawn) if of_rank.repeated_rows is not None}
     if topology.dp > 1 and rows:  # gathered over DP
         repeating = {rank: actual for rank, (actual, expected) in rows.items() if actual > expected}
-        yield "rows", None if not repeating else _Difference(
-            name,
+        yield (
             "rows",
-            tuple(repeating),
-            max(repeating.values()),
-            ("row or column", "equals an earlier one", "equal earlier ones"),
-            None,
-            Cause.SHARD_REPEATED,
-            {"advice": _ADVICE_REPEATED},
+            None
+            if not repeating
+            else _Difference(
+                name,
+                "rows",
+                tuple(repeating),
+                max(repeating.values()),
+                ("row or column", "equals an earlier one", "equal earlier ones"),
+                None,
+                Cause.SHARD_REPEATED,
+                {"advice": _ADVICE_REPEATED},
+            ),
         )
 
 
