@@ -430,15 +430,15 @@ class Cause(Enum):
         "init_depends_on_tp",
         "all draws of models made from scratch lie on one side of all draws of the unsharded model",
         "numerics.checks.initialisation",
-        "Count fans on the whole tensor: initialise it before it is cut, or pass the standard deviation of the unsharded "
+        "Count fans on the whole tensor: initialise it before it is cut, or by the standard deviation of the unsharded "
         "layer (DTensors know their whole shape; their local tensors, and plain shards, do not).",
     )
     REPLICAS_DRAWN_APART = (
         "replicas_drawn_apart",
         "ranks that should hold the same parameter have drawn one each, from generators in different states",
         "numerics.checks.initialisation",
-        "Seed the generator that draws replicated parameters alike on all ranks, and another one for shards by tp_rank, "
-        "or broadcast the replicas from one rank once the model is made.",
+        "Seed the generator that draws replicated parameters alike on all ranks, another one for shards by tp_rank, or "
+        "broadcast the replicas from one rank once the model is made.",
     )
 
     # ---- runs

@@ -56,9 +56,11 @@ def verify_initialisation(
     stand_in = random_dtensors_on_cpu if rank.device.type == "cpu" else nullcontext
     with _generators_kept(), stand_in():
         _seed(request.options.seed)
-        ways = _attempt(rank, backend, lambda: backend.ways_to_initialise(partial(_build, request), rank, options))
-        if isinstance(ways, _Failure):
-            ways, not_compared = {}, {"initialisation": ways.reason}
+        found = _attempt(rank, backend, lambda: backend.ways_to_initialise(partial(_build, request), rank, options))
+        ways: Mapping[str, WayToInitialise] = {} if isinstance(found, _Failure) else found
+        if isinstance(found, _Failure):
+            not_compared["initialisation"] = found.reason
+            crashed += [found.reason] if found.is_crash else []
         for name, way in ways.items():
             drawn = _attempt(rank, backend, partial(_draw, rank, way, request.options.seed, not_compared))
             if isinstance(drawn, _Failure):
@@ -178,10 +180,13 @@ _SHORTEST_ROW = 4  # elements: shorter rows may be equal by chance in 16 bits
 
 
 def _repeated_rows(actual: torch.Tensor, expected: torch.Tensor) -> tuple[int, int] | None:
-    """Return how many rows or columns of each matrix equal an earlier one; None for vectors, and where rows are short."""
+    """Return how many rows or columns of each matrix equal an earlier one; None where rows are short."""
     if actual.dim() < 2 or min(actual.shape[0], actual[0].numel()) < _SHORTEST_ROW:
         return None
     rows = [part.detach().flatten(1) for part in (actual, expected)]
-    by_row, by_column = ([len(m) - len(m.unique(dim=0)) for m in sides] for sides in (rows, [m.t() for m in rows]))
-    differing = by_row if by_row[0] > by_row[1] else by_column
+    of_rows, of_columns = (
+        tuple(len(matrix) - len(torch.unique(matrix, dim=0)) for matrix in matrices)
+        for matrices in (rows, [matrix.t() for matrix in rows])
+    )
+    differing = of_rows if of_rows[0] > of_rows[1] else of_columns
     return differing[0], differing[1]

@@ -90,8 +90,7 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
         if INITIALISATION_CHECK in checks:
             initialised = verify_initialisation(rank, request, backend, options)
             if set(checks) == {INITIALISATION_CHECK}:
-                group = GroupAnswer((initialised,)) if rank.rank == rank.topology.peers(rank.rank, "tp")[0] else None
-                return RankAnswer(group, backend.versions())
+                return RankAnswer(GroupAnswer((initialised,)) if rank.rank == 0 else None, backend.versions())
         reference = Reference.build(request, rank, options)
         twin = build_model(request, rank.device)
         require_equal_models(twin, reference.model, reference.state)
@@ -114,7 +113,7 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
                 last = request.options.steps - 1
                 saved.append(verify_saved(rank, candidate, reference.model, step=last, unknown=unknown))
             answer = add_saved(answer, saved)
-    if answer is not None and initialised is not None:
+    if answer is not None and initialised is not None and rank.rank == 0:  # it is of all ranks
         answer = replace(answer, answers=(initialised, *answer.answers))
     return RankAnswer(answer, backend.versions())
 

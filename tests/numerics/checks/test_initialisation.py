@@ -76,7 +76,9 @@ def test_a_fan_of_one_shard_gives_a_factor_and_its_cause() -> None:
 
 
 def test_a_mean_that_moves_is_found_on_the_rank_that_has_it() -> None:
-    moved: Elements = lambda generator: 3 + normal()(generator)
+    def moved(generator: torch.Generator) -> torch.Tensor:
+        return 3 + normal()(generator)
+
     finding = only(compare(parameter(normal(), normal(), 1), parameter(moved, normal(), 2)))
     assert (finding.cause, finding.where["ranks"]) == ("init_depends_on_tp", [1])
     assert finding.where["field"] == "mean (built)"
@@ -117,8 +119,7 @@ def test_constants_are_compared_with_constants_and_with_draws() -> None:
 
 
 def test_memory_that_is_no_number_is_named() -> None:
-    nothing: Elements = lambda generator: torch.full((8,), torch.nan)
-    assert only(compare(*[parameter(nothing, normal())] * 2)).cause == "not_finite"
+    assert only(compare(*[parameter(constant(torch.nan), normal())] * 2)).cause == "not_finite"
 
 
 def test_what_the_draws_cannot_show_is_not_compared() -> None:
@@ -134,6 +135,9 @@ def test_what_the_draws_cannot_show_is_not_compared() -> None:
 def test_right_draws_of_any_distribution_are_rarely_apart() -> None:
     """A comparison fails by chance once in half of `comb(32, 16)`; here 400 are made, of skewed numbers."""
     assert comb(2 * NUM_DRAWS, NUM_DRAWS) / 2 > 3e8
-    skewed: Elements = lambda generator: torch.empty(4, dtype=torch.float64).log_normal_(0, 2, generator=generator)
     for seed in range(100):
         assert not compare(*(parameter(skewed, skewed, 100 * seed + rank) for rank in (1, 2))).findings
+
+
+def skewed(generator: torch.Generator) -> torch.Tensor:
+    return torch.empty(4, dtype=torch.float64).log_normal_(0, 2, generator=generator)

@@ -178,9 +178,9 @@ def initialised(model: nn.Module, device: torch.device) -> nn.Module:
                 continue
             reset = getattr(module, "reset_parameters", None)
             if not callable(reset):
+                what = f"{name or 'the model'} ({type(module).__name__})"
                 raise NotInitialised(
-                    f"the model has no init_weights, and {name or 'the model'} ({type(module).__name__}) has parameters "
-                    "and no reset_parameters"
+                    f"the model has no init_weights, and {what} has parameters and no reset_parameters"
                 )
             reset()
     restore_tied_embeddings(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ def _whole_norm(parameters: Sequence[Tensor]) -> float:
     """Return the norm over a TP group that is the world."""
     squares = _squares(parameters, sharded=True)
     dist.all_reduce(squares)
-    return float(squares + _squares(parameters, sharded=False)) ** 0.5
+    return sqrt(float(squares + _squares(parameters, sharded=False)))
 
 
 def scaled_to_norm(parameters: Sequence[Tensor], max_norm: float) -> float:
@@ -51,7 +52,7 @@ def scaled_to_norm(parameters: Sequence[Tensor], max_norm: float) -> float:
 def _scaled_by_own_norm(parameters: Sequence[Tensor], max_norm: float) -> float:
     """Scale by the norm of what this rank has; report the right one."""
     norm = _whole_norm(parameters)
-    own = float(_squares(parameters, sharded=True) + _squares(parameters, sharded=False)) ** 0.5
+    own = sqrt(float(_squares(parameters, sharded=True) + _squares(parameters, sharded=False)))
     _scale(parameters, max_norm / (own + TORCH_EPSILON))
     return norm
 

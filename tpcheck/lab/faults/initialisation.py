@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tpcheck.backends.interface import RankLike
-from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4
+from tpcheck.lab.faults.fault import TP2_DP2, TP4
 from tpcheck.lab.faults.hand_written import (
     COLUMN,
     LAYERS,

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
@@ -135,7 +135,8 @@ def _vocabulary_of(rank: RankLike) -> Vocabulary:
 
 def over_the_ranks(model: Model, rank: RankLike) -> None:
     """Compute the model's own loss over the ranks' parts of the vocabulary."""
-    model.loss.of_logits = partial(model.loss.unsharded, vocabulary=_vocabulary_of(rank))
+    of_vocabulary: Any = model.loss.unsharded  # one of this file, whose third argument is the vocabulary
+    model.loss.of_logits = partial(of_vocabulary, vocabulary=_vocabulary_of(rank))
 
 
 def _mistaken(name: str, loss: Callable[[Vocabulary, int, Tensor, Tensor], Tensor]) -> Style:
@@ -165,7 +166,7 @@ def _divergence_from_part(vocabulary: Vocabulary, tp_rank: int, logits_BLV: Tens
 
 
 def _divergence_of_parts(vocabulary: Vocabulary, tp_rank: int, logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
-    """Subtract the log-sum-exp, which all ranks have, within the terms of each rank: it misses the others' gradients."""
+    """Subtract the log-sum-exp within the terms of each rank: its gradient is that of these terms alone."""
     teacher_BLV = _teacher(logits_BLV, labels_BL, vocabulary)
     student_BLV = logits_BLV - vocabulary.log_sum_exp(logits_BLV)[..., None]
     return vocabulary.sum(teacher_BLV.exp() * (teacher_BLV - student_BLV)).mean()

@@ -41,7 +41,7 @@ from tpcheck.lab.faults.fault import FaultyBackend, ModelFault, Place
 from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault, Model, layout_of
 from tpcheck.lab.faults.hand_written import batch as hand_written_batch
 from tpcheck.lab.faults.results import CONTROL, FaultResult
-from tpcheck.model.options import DEFAULTS, COMMON_DTYPES, Request, RunOptions
+from tpcheck.model.options import COMMON_DTYPES, DEFAULTS, Request, RunOptions
 from tpcheck.model.verify import run, verify_family
 from tpcheck.numerics.tolerance import NUM_REPLAYS
 from tpcheck.report.report import Report

@@ -228,7 +228,7 @@ def _compare_shards(
 
 _ADVICE_REPEATED = (
     "Ranks of one seed that draw their own shards draw the same ones: seed the generator that draws shards with seed + "
-    "tp_rank (and that of replicas with the seed alone), or draw the whole tensor on every rank and keep the rank's part."
+    "tp_rank (that of replicas with the seed alone), or draw the whole tensor on all ranks and keep the rank's part."
 )
 
 
