@@ -84,4 +84,4 @@ class WithoutAWay:
 def test_a_backend_without_a_way_of_its_own_has_not_passed(world: World) -> None:
     report = verified(world, WithoutAWay())
     assert report.verdict.verdict == "skipped"
-    assert "the backend third tells of no way to make a model from scratch" in str(report.verdict.message)
+    assert "the backend third offers no way to make a model from scratch" in str(report.verdict.message)

@@ -51,7 +51,7 @@ def verify_initialisation(
     not_compared: dict[str, str] = {}
     crashed: list[str] = []
     if not isinstance(backend, InitialisesModels):
-        reason = f"the backend {backend.name} tells of no way to make a model from scratch"
+        reason = f"the backend {backend.name} offers no way to make a model from scratch"
         return CheckAnswer(INITIALISATION_CHECK, -1, {}, (), {"initialisation": reason})
     stand_in = random_dtensors_on_cpu if rank.device.type == "cpu" else nullcontext
     with _generators_kept(), stand_in():
