@@ -13,11 +13,12 @@ from tpcheck.core.errors import RankOutcome, UsageError
 from tpcheck.pytest_plugin.body_runner import BodyRunner, is_hypothesis_test, run_examples, test_function
 from tpcheck.pytest_plugin.failure_report import captured_sections, failure_repr, origin_of
 from tpcheck.pytest_plugin.fixtures import tp_spawn
+from tpcheck.pytest_plugin.launched import OtherRank, Rank0, launched_session
 from tpcheck.pytest_plugin.options import is_marked, marked_world, options_of, preload_of
 from tpcheck.pytest_plugin.run_on_rank import ASYNC_MESSAGE
 from tpcheck.world.environment import visible_gpus
 from tpcheck.world.forkserver_client import get_forkserver
-from tpcheck.world.world import World
+from tpcheck.world.world import THIS_MACHINE, World
 
 _UNMARKED = "tp_rank exists only on the ranks of a world: mark the test with `@pytest.mark.tpcheck(tp=2)`"
 _NOT_A_FUNCTION = "the marker `tpcheck` works on test functions and methods of plain classes, not of unittest.TestCase"
@@ -34,6 +35,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     )  # under xdist each worker runs a part of the tests
     if config.getoption("collectonly") or config.getoption("setuponly") or num_tests < num_workers:
         return
+    launched = launched_session(config)
+    if launched is not None and not launched.forks:
+        return
     options = options_of(config)
     uses_gpus = options.device != "cpu" and visible_gpus(os.environ) > 0
     get_forkserver("cuda" if uses_gpus else "cpu", preload_of(options))
@@ -41,10 +45,16 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Fail a test that cannot run on ranks, before its fixtures are set up."""
+    launched = launched_session(item.config)
+    if isinstance(launched, OtherRank):
+        return
     if is_marked(item):
         open_world = _world_factory(item)
         if isinstance(open_world, str):
             pytest.fail(open_world, pytrace=False)
+        if launched is not None and (topology := open_world().topology).world_size != launched.world_size:
+            reason = f"needs {topology.world_size} ranks, the launcher started {launched.world_size}"
+            raise pytest.skip.Exception(reason, _use_item_location=True)
         item.stash[_open_world_key] = open_world
     elif "tp_rank" in _fixture_names(item):
         pytest.fail(_UNMARKED, pytrace=False)
@@ -92,7 +102,9 @@ def _world_factory(item: pytest.Item) -> Callable[[], World] | str:
     if _is_async(test_function(item)):
         return ASYNC_MESSAGE
     try:
-        open_world = marked_world(item, options_of(item.config))
+        launched = launched_session(item.config)
+        machines = launched.machines if isinstance(launched, Rank0) else THIS_MACHINE
+        open_world = marked_world(item, options_of(item.config), machines)
         open_world().close()  # checks the arguments; starts no process
     except UsageError as error:
         return f"UsageError in pytest.mark.tpcheck: {error}"
