@@ -9,6 +9,7 @@ from tpcheck.pytest_plugin.controller import (
     pytest_collection_finish,
     pytest_pyfunc_call,
     pytest_runtest_makereport,
+    pytest_runtest_protocol,
     pytest_runtest_setup,
 )
 from tpcheck.pytest_plugin.fixtures import tp_rank, tp_spawn
@@ -22,6 +23,7 @@ __all__ = [
     "pytest_pyfunc_call",
     "pytest_report_header",
     "pytest_runtest_makereport",
+    "pytest_runtest_protocol",
     "pytest_runtest_setup",
     "pytest_sessionstart",
     "tp_rank",

@@ -332,7 +332,7 @@ class Rank0:
         self._exit(f"SIGTERM: {who}, or the launcher was stopped")
 
     def _exit(self, reason: str) -> NoReturn:
-        left = len(self._session.items) - self._num_started
+        left = max(0, len(self._session.items) - self._num_started)
         pytest.exit(f"{reason}; {left} of {len(self._session.items)} tests did not start", returncode=1)
 
 
@@ -502,15 +502,14 @@ def _difference_of(rank: int, actual: Sequence[str], expected: Sequence[str]) ->
     first = next((index for index in range(shared) if actual[index] != expected[index]), shared)
     names = [nodeids[first] if first < len(nodeids) else "no test" for nodeids in (actual, expected)]
     advice = (
-        "pytest-randomly, or the like, gives each rank another order: pass the same seed to all, as with "
-        "-p randomly -p no:cacheprovider --randomly-seed=1, or switch it off with -p no:randomly"
+        "give all ranks one order: under pytest-randomly pass --randomly-seed=1 or -p no:randomly"
         if sorted(actual) == sorted(expected)
         else "give all ranks the same files and options, and parametrize nothing by rank"
     )
     return (
         f"ranks must collect the same tests in the same order. Rank {rank} has {len(actual)} and rank 0 "
         f"{len(expected)}; the first that differs is number {first + 1}: {names[0]} on rank {rank}, {names[1]} on "
-        f"rank 0. Therefore {advice}. Or {_OTHER_WAY}."
+        f"rank 0. Please {advice}. Or {_OTHER_WAY}."
     )
 
 

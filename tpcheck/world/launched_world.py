@@ -302,8 +302,10 @@ class RemoteHost:
 
     def _sort_received(self) -> None:
         self._link.poll()
-        while self._link.received:
-            self._sort(self._link.received.popleft())
+        received = list(self._link.received)
+        self._link.received.clear()
+        for message in received:
+            self._sort(message)
 
     def _sort(self, message: Any) -> None:
         if isinstance(message, FromForkserver):
@@ -314,6 +316,7 @@ class RemoteHost:
             self._failure = f"rank {self._link.rank}: {message.reason}"
         elif not isinstance(message, Outputs):
             self._failure = f"rank {self._link.rank} has left while its ranks ran"
+            self._link.received.append(message)  # for who ends the session
 
     def _raise_if_failed(self) -> None:
         self._sort_received()
