@@ -167,6 +167,7 @@ class _BeforeConnection:
         self._rank = rank
         self._terminal = _Terminal(config) if rank > 0 else None
         self._failures: dict[str, str] = {}
+        self._is_connected = False
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -190,12 +191,19 @@ class _BeforeConnection:
             part = Rank0(session, launch, self._failures)
         else:
             part = OtherRank(session, launch, self._failures)
+        self._is_connected = True
         session.config.pluginmanager.register(part, _NAME)
         part.agree()
+
+    def pytest_unconfigure(self) -> None:
+        """Show what has prevented the collection, as an error of a conftest."""
+        if self._terminal is not None and not self._is_connected:
+            self._terminal.show()
 
     def _stay_alone(self, num_items: int) -> None:
         if self._terminal is not None:
             self._terminal.show()
+            self._terminal = None
         if has_launchers_store() and "torch" in sys.modules:
             with contextlib.suppress(TpcheckError, RuntimeError):
                 say_absent(f"rank {self._rank} has collected none of them ({num_items} other tests)")
