@@ -409,9 +409,12 @@ class OtherRank:
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Report what rank 0 reports."""
-        report = yield
         if not _is_shared_here(item):
-            return report
+            return (yield)
+        try:
+            report = yield
+        except Exception:  # an exception that has crossed processes may have lost what its representation shows
+            report = pytest.TestReport(item.nodeid, item.location, {}, "failed", None, call.when)  # type: ignore[arg-type]  # not "collect"
         if self._verdict is None:  # the stage was interrupted, or has no function to call
             self._verdict = self._next_verdict(item, call.when)
         verdict, self._verdict = self._verdict, None
