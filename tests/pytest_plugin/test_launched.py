@@ -139,6 +139,14 @@ def test_torchrun_runs_shared_tests_on_its_ranks_and_rank_0_reports(tmp_path: Pa
         @pytest.mark.tpcheck(tp=2)
         def test_fixture_fails(missing): pass
 
+        @pytest.fixture
+        def group():
+            import torch
+            torch.distributed.init_process_group("gloo")
+
+        @pytest.mark.tpcheck(tp=2)
+        def test_fixture_is_collective(group): pass
+
         def test_on_rank_1():
             print("printed there")
             assert os.environ["RANK"] == "0"
@@ -147,12 +155,12 @@ def test_torchrun_runs_shared_tests_on_its_ranks_and_rank_0_reports(tmp_path: Pa
     launcher = "torch.distributed.run --standalone --nproc-per-node 2 -m pytest -rs --junitxml=out.xml"
     ((status, stdout, stderr),) = ends([start(launcher, suite, environ)])
     assert status == 1
-    assert "4 failed" not in stdout
     result = pytest.LineMatcher(stdout.splitlines())
     result.fnmatch_lines(
         [
-            "test_it.py ..FFFxss..E.*",
+            "test_it.py ..FFFxss..EE.*",
             "*fixture 'missing' not found",
+            "E *UsageError: init_process_group='in a fixture': expected a call on every rank; rank 0 alone *",
             ">           assert [[]1, 2] == [[]1, 3]",
             "-* rank 1 of 2 raised; other ranks -*",
             "rank 0: stopped while waiting in all_reduce, at *",
@@ -165,14 +173,14 @@ def test_torchrun_runs_shared_tests_on_its_ranks_and_rank_0_reports(tmp_path: Pa
             "printed there",
             "SKIPPED * so (*rank*)",
             "SKIPPED * needs 4 ranks, the launcher started 2",
-            "=* 3 failed, 5 passed, 2 skipped, 1 xfailed, 1 error in *",
+            "=* 3 failed, 5 passed, 2 skipped, 1 xfailed, 2 errors in *",
         ]
     )
     assert stdout.count("test session starts") == 1
     assert stderr.count("(exitcode: 1)") == 1  # torchrun's report of rank 0
     assert "exitcode  : 1 " in stderr
     assert "SIGTERM" not in stderr.partition("Failures:")[2]  # both have ended by themselves
-    assert (suite / "out.xml").read_text().count("<testcase") == 12
+    assert (suite / "out.xml").read_text().count("<testcase") == 13
     assert (suite / "fixture").read_text() == "0"
     assert (suite / "spawns").read_text() == "0"
     assert sorted((suite / "each").read_text()) == ["0", "1"]

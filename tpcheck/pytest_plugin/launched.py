@@ -16,8 +16,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
@@ -25,7 +26,7 @@ import pytest
 from _pytest import junitxml
 from _pytest.config import create_terminal_writer
 
-from tpcheck.core.errors import TpcheckError
+from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.pytest_plugin.fixtures import tp_spawn
 from tpcheck.pytest_plugin.messages import pickle_exception, unpickle_exception
 from tpcheck.pytest_plugin.options import is_marked, options_of
@@ -258,9 +259,11 @@ class Rank0:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
-        if is_shared(item):
-            self._exit_if_any_ended()
-        return (yield)
+        if not is_shared(item):
+            return (yield)
+        self._exit_if_any_ended()
+        with _refused_rendezvous():
+            return (yield)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(
@@ -468,6 +471,28 @@ class OtherRank:
             return serve_worlds(self._launch)
         except LinkLost as error:
             pytest.exit(str(error), returncode=1)
+
+
+@contextlib.contextmanager
+def _refused_rendezvous() -> Iterator[None]:
+    """Refuse `init_process_group`: in a fixture of a shared test it would wait for ranks that do not evaluate it."""
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise UsageError(
+            "init_process_group",
+            "in a fixture",
+            "a call on every rank; rank 0 alone evaluates the fixtures of tests that are marked tpcheck: let this one "
+            'return where `request.node.get_closest_marker("tpcheck")` is not None',
+        )
+
+    rendezvous = import_module("torch.distributed.rendezvous")  # torch.distributed.rendezvous is also a function
+    handlers: dict[str, Any] = getattr(rendezvous, "_rendezvous_handlers", {})  # a private name: without it it waits
+    before = dict(handlers)
+    handlers.update(dict.fromkeys(before, refuse))
+    try:
+        yield
+    finally:
+        handlers.update(before)
 
 
 def _set_default_handler(handler: Any) -> None:
