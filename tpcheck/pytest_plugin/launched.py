@@ -31,6 +31,7 @@ from tpcheck.pytest_plugin.fixtures import tp_spawn
 from tpcheck.pytest_plugin.messages import pickle_exception, unpickle_exception
 from tpcheck.pytest_plugin.options import is_marked, options_of
 from tpcheck.world.attach import is_launched, launched_rank
+from tpcheck.world.environment import WORLD_FOLDER_VARIABLE
 from tpcheck.world.launch import Launch, Link, LinkLost, has_launchers_store, say_absent
 from tpcheck.world.launched_world import LaunchedMachines, Place, serve_worlds, this_place
 
@@ -38,6 +39,7 @@ from tpcheck.world.launched_world import LaunchedMachines, Place, serve_worlds, 
 _END_LIMIT_S = 10.0
 _OTHER_WAY = "--tpcheck-launcher spawn gives each rank worlds of its own"
 _NAME = "tpcheck-launched"
+_INNER_VARIABLE = "TPCHECK_LAUNCHED"  # set for what tests start: it has the launcher's variables, and is no rank
 
 Stage = Literal["setup", "call", "teardown"]
 
@@ -128,14 +130,20 @@ def launched_session(config: pytest.Config) -> Rank0 | OtherRank | None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Keep the terminal of other ranks silent until it is known whether they have something to say."""
-    if _uses_launcher(session.config):
+    try:
+        if not _uses_launcher(session.config):
+            return
         rank, _, _ = launched_rank(os.environ)
-        session.config.pluginmanager.register(_BeforeConnection(session.config, rank), f"{_NAME}-collection")
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from error
+    session.config.pluginmanager.register(_BeforeConnection(session.config, rank), f"{_NAME}-collection")
 
 
 def _uses_launcher(config: pytest.Config) -> bool:
     under_xdist = hasattr(config, "workerinput") or config.getoption("dist", "no") != "no"
     if under_xdist or options_of(config).launcher != "auto" or not is_launched():
+        return False
+    if WORLD_FOLDER_VARIABLE in os.environ or _INNER_VARIABLE in os.environ:  # pytest inside a test
         return False
     return launched_rank(os.environ)[1] > 1  # the one process of a launcher opens worlds of its own
 
@@ -165,10 +173,12 @@ class _BeforeConnection:
     """Links the ranks once tests are collected, if some are shared."""
 
     def __init__(self, config: pytest.Config, rank: int) -> None:
+        self._config = config
         self._rank = rank
         self._terminal = _Terminal(config) if rank > 0 else None
         self._failures: dict[str, str] = {}
         self._is_connected = False
+        os.environ[_INNER_VARIABLE] = "1"
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -181,7 +191,7 @@ class _BeforeConnection:
             return
         try:
             launch = Launch()
-            launch.connect()
+            launch.connect(self._notify)
         except (TpcheckError, RuntimeError, OSError) as error:
             ranks = f"the launcher's {launched_rank(os.environ)[1]} ranks"
             raise pytest.UsageError(
@@ -196,8 +206,14 @@ class _BeforeConnection:
         session.config.pluginmanager.register(part, _NAME)
         part.agree()
 
+    def _notify(self, text: str) -> None:
+        reporter: Any = self._config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.write_line(f"tpcheck: {text}")
+
     def pytest_unconfigure(self) -> None:
         """Show what has prevented the collection, as an error of a conftest."""
+        os.environ.pop(_INNER_VARIABLE, None)
         if self._terminal is not None and not self._is_connected:
             self._terminal.show()
 

@@ -12,6 +12,7 @@ import os
 import secrets
 import selectors
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 CONNECT_LIMIT_S = 300.0
 _POLL_S = 0.1
 _TOKEN_BYTES = 16
-_LINK, _RANK = b"L", b"R"  # what a connection is for
+_GREETING = struct.Struct(f"!{_TOKEN_BYTES}sII")  # token, what the connection is for, rank
+_NOTICE_S = 10.0
+_LINK = 0  # what a connection is for: this, or the number of a world, for one of its ranks
 _STORE_LIMIT = timedelta(seconds=30)
 
 
@@ -104,27 +107,35 @@ class Launch:
         self._store: Store | None = None
         self._world_store: Store | None = None
         self._listener: socket.socket | None = None
-        self._accepted: dict[tuple[bytes, int], socket.socket] = {}
+        self._accepted: dict[tuple[int, int], socket.socket] = {}
         self._token = b""
         self._port = 0
 
-    def connect(self, *, limit_s: float = CONNECT_LIMIT_S) -> None:
-        """Link the ranks. Collective over them.
+    def connect(self, notify: Callable[[str], None], *, limit_s: float = CONNECT_LIMIT_S) -> None:
+        """Link the ranks; call `notify` with a sentence where that takes long. Collective over them.
 
         Raises:
             TpcheckError: A rank has not come in time, or has said that it takes no part; names it.
         """
         store = self._store = _launchers_store(self.rank, self.master_addr)
-        deadline = time.monotonic() + limit_s
+        started = time.monotonic()
+        notices = iter([notify])
+
+        def on_poll(missing: set[int]) -> None:
+            self._raise_if_absent(missing)
+            if time.monotonic() > started + _NOTICE_S and (first := next(notices, None)) is not None:
+                first(f"waiting for {_named(missing)}: the launcher has started {self.world_size} processes")
+
+        deadline = started + limit_s
         if self.rank == 0:
             self._listen()
             store.set("address", json.dumps([self._port, self._token.hex()]))
             others = set(range(1, self.world_size))
-            sockets = self._accept(_LINK, others, deadline, on_poll=self._raise_if_absent)
+            sockets = self._accept(_LINK, others, deadline, on_poll=on_poll)
             self.links = {rank: Link(rank, sock) for rank, sock in sockets.items()}
         else:
             while not store.check(["address"]):
-                self._raise_if_absent({0})
+                on_poll({0})
                 if time.monotonic() > deadline:
                     raise _not_here({0}, limit_s)
                 time.sleep(_POLL_S)
@@ -132,15 +143,15 @@ class Launch:
             self._token = bytes.fromhex(token)
             self.links = {0: Link(0, self._open(_LINK, self.rank))}
 
-    def accept_ranks(self, ranks: Iterable[int], *, limit_s: float, on_poll: Callable[[], None]) -> dict[int, Channel]:
-        """Return the connections of ranks that were forked elsewhere; rank 0 alone calls this."""
-        deadline = time.monotonic() + limit_s
-        sockets = self._accept(_RANK, set(ranks), deadline, on_poll=lambda _: on_poll())
-        return {rank: Channel(sock) for rank, sock in sockets.items()}
+    def accept_ranks(
+        self, world: int, ranks: Iterable[int], *, limit_s: float, on_poll: Callable[[], None]
+    ) -> dict[int, socket.socket]:
+        """Return the connections of ranks that were forked elsewhere; rank 0 alone calls this. Worlds count from 1."""
+        return self._accept(world, set(ranks), time.monotonic() + limit_s, on_poll=lambda _: on_poll())
 
-    def open_rank(self, rank: int) -> socket.socket:
+    def open_rank(self, world: int, rank: int) -> socket.socket:
         """Return the connection to rank 0 of a rank that is to be forked here."""
-        return self._open(_RANK, rank)
+        return self._open(world, rank)
 
     def store_address(self) -> tuple[str, int]:
         """Return the address of a store for the ranks of worlds, which rank 0 serves from the first call on."""
@@ -166,35 +177,36 @@ class Launch:
         self._token = secrets.token_bytes(_TOKEN_BYTES)  # only who reads the store may send messages
 
     def _accept(
-        self, kind: bytes, ranks: set[int], deadline: float, *, on_poll: Callable[[set[int]], None]
+        self, purpose: int, ranks: set[int], deadline: float, *, on_poll: Callable[[set[int]], None]
     ) -> dict[int, socket.socket]:
         assert self._listener is not None  # rank 0 has one
         started = time.monotonic()
-        while missing := {rank for rank in ranks if (kind, rank) not in self._accepted}:
+        while missing := {rank for rank in ranks if (purpose, rank) not in self._accepted}:
             on_poll(missing)
             if time.monotonic() > deadline:
                 raise _not_here(missing, deadline - started)
             with contextlib.suppress(TimeoutError):
                 sock, _ = self._listener.accept()
                 self._admit(sock)
-        return {rank: self._accepted.pop((kind, rank)) for rank in sorted(ranks)}
+        return {rank: self._accepted.pop((purpose, rank)) for rank in sorted(ranks)}
 
     def _admit(self, sock: socket.socket) -> None:
         """Read who connects; close the connection of a stranger."""
         sock.settimeout(_POLL_S * 50)
         with contextlib.suppress(OSError):
             greeting = b""
-            while len(greeting) < _TOKEN_BYTES + 5 and (data := sock.recv(_TOKEN_BYTES + 5 - len(greeting))):
+            while len(greeting) < _GREETING.size and (data := sock.recv(_GREETING.size - len(greeting))):
                 greeting += data
-            if len(greeting) == _TOKEN_BYTES + 5 and secrets.compare_digest(greeting[:_TOKEN_BYTES], self._token):
-                kind, rank = greeting[_TOKEN_BYTES : _TOKEN_BYTES + 1], int.from_bytes(greeting[-4:], "big")
-                self._accepted[kind, rank] = _ready(sock)
-                return
+            if len(greeting) == _GREETING.size:
+                token, purpose, rank = _GREETING.unpack(greeting)
+                if secrets.compare_digest(token, self._token):
+                    self._accepted[purpose, rank] = _ready(sock)
+                    return
         sock.close()
 
-    def _open(self, kind: bytes, rank: int) -> socket.socket:
+    def _open(self, purpose: int, rank: int) -> socket.socket:
         sock = socket.create_connection((self.master_addr, self._port), timeout=_STORE_LIMIT.total_seconds())
-        sock.sendall(self._token + kind + rank.to_bytes(4, "big"))
+        sock.sendall(_GREETING.pack(self._token, purpose, rank))
         return _ready(sock)
 
     def _raise_if_absent(self, missing: set[int]) -> None:
@@ -252,5 +264,8 @@ def _ready(sock: socket.socket) -> socket.socket:
 
 
 def _not_here(missing: set[int], limit_s: float) -> TpcheckError:
-    who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, sorted(missing)))}"
-    return TpcheckError(f"{who} did not connect within {limit_s:.0f} s")
+    return TpcheckError(f"{_named(missing)} did not connect within {limit_s:.0f} s")
+
+
+def _named(ranks: set[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"

@@ -70,6 +70,7 @@ def this_place(launch: Launch) -> Place:
 class OpenHost:
     """Fork these ranks for a world of rank 0's, connected to it. Answered by `HostFailed` where that fails."""
 
+    number: int
     plan: WorldPlan
     origins: tuple[RankOrigin, ...]
     port: int
@@ -113,7 +114,7 @@ class LaunchedMachines:
     def __init__(self, launch: Launch, places: Sequence[Place]) -> None:
         self._launch = launch
         self._places = places
-        self._numbers = count()
+        self._numbers = count(1)
         self._forkers = [_forker(place, places) for place in places]
 
     def forks(self, rank: int) -> bool:
@@ -141,25 +142,28 @@ class LaunchedMachines:
             raise UsageError("topology", plan.topology, expected)
         hosts = {forker: self._origins(forker) for forker in sorted(set(self._forkers))}
         port = reserve_port("" if len(hosts) > 1 else "127.0.0.1")
+        port_number, number = port.getsockname()[1], next(self._numbers)
         store = None
+        remote: list[RemoteHost] = []
         try:
-            number = port.getsockname()[1]
             if len(hosts) > 1:
                 host, store_port = self._launch.store_address()
-                store = StoreAddress(host, store_port, f"world{next(self._numbers)}")
-            remote = []
+                store = StoreAddress(host, store_port, f"world{number}")
             for forker, origins in hosts.items():
                 if forker != 0:
                     assert store is not None  # there is another host
-                    remote.append(RemoteHost(self._launch.links[forker], OpenHost(plan, origins, number, store)))
-            here = _open_host(plan, port=number)
+                    request = OpenHost(number, plan, origins, port_number, store)
+                    remote.append(RemoteHost(self._launch.links[forker], request))
+            here = _open_host(plan, port=port_number)
             for origin in hosts[0]:
-                here.fork(fork_request(plan, origin, scratch=here.scratch, port=number, store=store))
+                here.fork(fork_request(plan, origin, scratch=here.scratch, port=port_number, store=store))
             for far in remote:
                 far.connect(self._launch)
             return WorldProcesses([here, *remote], port=port)
         except BaseException:  # Ctrl-C included
             port.close()
+            for far in remote:
+                far.abandon()
             raise
 
     def _origins(self, forker: int) -> tuple[RankOrigin, ...]:
@@ -236,6 +240,7 @@ class RemoteHost:
         self.ended = False
         self.ranks: tuple[RankProcess, ...] = ()
         self._link = link
+        self._number = request.number
         self._pending: deque[messages.RankForked | messages.RankExited] = deque()
         self._failure: str | None = None
         self._ranks = tuple(origin.rank for origin in request.origins)
@@ -248,10 +253,9 @@ class RemoteHost:
         Raises:
             TpcheckError: They cannot be forked; says why.
         """
-        channels = launch.accept_ranks(self._ranks, limit_s=_FORK_LIMIT_S, on_poll=self._raise_if_failed)
+        sockets = launch.accept_ranks(self._number, self._ranks, limit_s=_FORK_LIMIT_S, on_poll=self._raise_if_failed)
         self.ranks = tuple(
-            RankProcess(rank, _RemoteRankChannel(channel.socket), self._outputs[rank])
-            for rank, channel in channels.items()
+            RankProcess(rank, _RemoteRankChannel(sock), self._outputs[rank]) for rank, sock in sockets.items()
         )
 
     def receive(self) -> list[messages.RankForked | messages.RankExited]:
@@ -334,7 +338,7 @@ class HostedRanks:
             forked = fork_request(
                 request.plan, origin, scratch=self._host.scratch, port=request.port, store=request.store
             )
-            self._host.fork_with(forked, launch.open_rank(origin.rank))
+            self._host.fork_with(forked, launch.open_rank(request.number, origin.rank))
 
     def channels(self) -> Mapping[Channel, Callable[[], None]]:
         """Return what to select on, with what to call then."""
