@@ -10,7 +10,10 @@ from textwrap import dedent
 
 import pytest
 
+from tpcheck.pytest_plugin.launched import Collected, describe_difference
 from tpcheck.world.groups import reserve_port
+from tpcheck.world.launched_world import Place
+from tpcheck.world.requests import RankOrigin
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "TORCHELASTIC_", "PYTEST_", "GROUP_", "ROLE_")
 
@@ -231,20 +234,21 @@ def test_two_agents_run_shared_tests_over_their_nodes(tmp_path: Path, environ: d
     )
 
 
-def test_ranks_that_collect_in_another_order_are_refused(tmp_path: Path, environ: dict[str, str]) -> None:
-    suite = write(tmp_path, "@pytest.mark.tpcheck(tp=2)\ndef test_first(): pass\n\ndef test_second(): pass\n")
-    (suite / "conftest.py").write_text(
-        "import os\ndef pytest_collection_modifyitems(items):\n    if os.environ['SLURM_PROCID'] == '1':\n"
-        "        items.reverse()\n"
-    )
-    (status_0, _, stderr_0), (status_1, stdout_1, stderr_1) = srun(suite, environ)
-    assert (status_0, status_1) == (4, 4)
-    assert (
-        "the first that differs is number 1: test_it.py::test_second on rank 1, test_it.py::test_first on rank 0"
-        in (stderr_0)
-    )
-    assert "under pytest-randomly pass --randomly-seed=1 or -p no:randomly" in stderr_0
-    assert stdout_1 + stderr_1 == ""
+@pytest.mark.parametrize(
+    ("actual", "message"),
+    [
+        (("a", "b"), None),
+        (("b", "a"), "number 1: b on rank 1, a on rank 0. Please give all ranks one order: under pytest-randomly pass"),
+        (("a",), "Rank 1 has 1 and rank 0 2; the first that differs is number 2: no test on rank 1, b on rank 0"),
+        (("a", "c"), "number 2: c on rank 1, b on rank 0. Please give all ranks the same files and options"),
+    ],
+)
+def test_ranks_that_collect_something_else_are_told_what_differs(actual: tuple[str, ...], message: str | None) -> None:
+    origin = RankOrigin.here(0, local_rank=0, num_gpus=0)
+    place = Place(origin, machine=None, gpus=(None, 0), forks_alike=None, num_local=None)
+    collected = {0: Collected(("a", "b"), 0, place), 1: Collected(actual, 0, place)}
+    difference = describe_difference(collected)
+    assert difference == message if message is None else message in str(difference)
 
 
 def test_a_rank_that_is_gone_ends_the_session_of_rank_0(tmp_path: Path, environ: dict[str, str]) -> None:

@@ -64,7 +64,7 @@ def test_tests_on_ranks_run_under_other_plugins(pytester: pytest.Pytester, monke
     pytester.makeconftest(_CONFTEST)
     pytester.makepyfile(test_it=_SUITE, code_under_test=_CODE)
     result = pytester.runpytest_subprocess(
-        *("-n", "2", "--randomly-seed=3", "--timeout=300", "--cov=code_under_test", "--cov-report=term-missing")
+        *("-n", "1", "--randomly-seed=3", "--timeout=300", "--cov=code_under_test", "--cov-report=term-missing")
     )
     result.stdout.fnmatch_lines_random(
         [

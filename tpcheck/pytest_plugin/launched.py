@@ -262,7 +262,7 @@ class Rank0:
         except LinkLost as error:
             raise pytest.UsageError(f"{error} before any test ran") from error
         by_rank: dict[int, Collected] = {0: here, **others}
-        difference = _difference(by_rank)
+        difference = describe_difference(by_rank)
         self._machines = LaunchedMachines(self._launch, [by_rank[rank].place for rank in sorted(by_rank)])
         for rank, link in self._launch.links.items():
             link.send(Agreed(difference is None, self._machines.forks(rank)))
@@ -535,7 +535,7 @@ def _collected(session: pytest.Session, launch: Launch) -> Collected:
     return Collected(tuple(item.nodeid for item in session.items), session.testsfailed, this_place(launch))
 
 
-def _difference(by_rank: Mapping[int, Collected]) -> str | None:
+def describe_difference(by_rank: Mapping[int, Collected]) -> str | None:
     """Return how what the ranks have collected differs, None where it is the same."""
     expected = by_rank[0]
     for rank, actual in sorted(by_rank.items()):
