@@ -27,7 +27,7 @@ def test_the_marker_overrides_the_options() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"tp": 2, "pp": 2}, "pp=2: expected one of"), ({"timeout": 5}, "tp=None: expected the size of an axis")],
+    [({"tp": 2, "zp": 2}, "zp=2: expected one of"), ({"timeout": 5}, "tp=None: expected the size of an axis")],
 )
 def test_an_unknown_argument_and_a_missing_axis_are_refused(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
