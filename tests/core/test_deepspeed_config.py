@@ -24,13 +24,6 @@ def test_what_the_mathematics_depends_on_stays() -> None:
     assert [note.rpartition(": ")[2] for note in notes] == ["aio, zero_optimization.offload_param", "train_batch_size"]
 
 
-def test_float16_is_said_to_be_left_out_where_it_is_on() -> None:
-    kept, notes = left_out({"fp16": {"enabled": True, "loss_scale": 0}})
-    assert kept == {}
-    assert "runs in float16 are not verified" in notes[0]
-    assert left_out({"fp16": {"enabled": "auto"}}) == ({"fp16": {"enabled": "auto"}}, ())
-
-
 def test_options_that_a_configuration_sets() -> None:
     config = {
         "tensor_parallel": {"autotp_size": 8},

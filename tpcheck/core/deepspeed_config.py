@@ -44,9 +44,6 @@ def left_out(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]
         notes.append(f"left out of the configuration, since it concerns hardware alone: {', '.join(hardware)}")
     if data:
         notes.append(f"left out of the configuration, since batches are those of the verification: {', '.join(data)}")
-    if _is_enabled(config, "fp16"):
-        del kept["fp16"]
-        notes.append("fp16 is left out, and so is its loss scaling: runs in float16 are not verified")
     return kept, tuple(notes)
 
 

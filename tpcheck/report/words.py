@@ -62,6 +62,7 @@ _LONGEST_OPTION = 120  # characters; JSON has longer ones
 _RANKS_SHOWN = 8
 _ENTRIES_SHOWN = 8
 _PHASES = {
+    "initialised": "made from scratch",
     "start": "before the first step",
     "step": "optimizer step {step}",
     "update": "optimizer step {step}",
