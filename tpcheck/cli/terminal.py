@@ -33,7 +33,7 @@ from tpcheck.core.errors import TpcheckError
 from tpcheck.core.extras import missing_package
 from tpcheck.report.report import FINDINGS_SHOWN, Report, verdict_lines
 from tpcheck.report.words import Line, as_rich, as_text
-from tpcheck.world.attach import is_launched
+from tpcheck.world.attach import is_launched, launched_rank
 
 BAD_USAGE = 2
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
@@ -67,7 +67,7 @@ def show(lines: Iterable[Line]) -> None:
 
 def is_reporting_rank() -> bool:
     """Return whether this process writes output: without a launcher always, under a launcher rank 0 alone."""
-    return not is_launched() or int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+    return not is_launched() or launched_rank(os.environ)[0] == 0
 
 
 def note(text: str) -> None:

@@ -56,7 +56,7 @@ def verify(
 ) -> Report:
     """Shard the model that `build` returns, train it beside the unsharded one, and compare.
 
-    Under torchrun or srun the launcher's ranks are used; elsewhere ranks are spawned on this machine.
+    Under torchrun, srun or mpirun the launcher's ranks are used; elsewhere ranks are spawned on this machine.
 
     Args:
         build: Returns the unsharded model; called on every rank under the same seed. The model returns its loss.

@@ -1,9 +1,10 @@
-"""The `Rank` of a process that torchrun or srun started."""
+"""The `Rank` of a process that torchrun, srun or mpirun started, and what their variables say."""
 
 from __future__ import annotations
 
 import atexit
 import os
+import re
 from collections.abc import Mapping
 
 from tpcheck.core.errors import UsageError
@@ -12,11 +13,18 @@ from tpcheck.world import deepspeed_shm_comm
 from tpcheck.world.groups import choose_backend, device_of, group_backend
 from tpcheck.world.rank import Rank
 
-_LAUNCHERS = (  # the variables of rank, world size and local rank
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun, deepspeed
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),  # srun
-    ("PROCID", "NTASKS", "LOCALID"),
+# The variables of rank, world size, local rank and number of local ranks. mpirun under Slurm starts its ranks through
+# a daemon on each node, which leaves them its own variables of Slurm: those of MPI come first, where they are whole.
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # deepspeed sets them, too
+_MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
+    ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),  # Cray
 )
+_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "")  # srun; it tells tasks per node as a list
+_OTHERS = (("PROCID", "NTASKS", "LOCALID", ""),)
+_NODE_LISTS = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
 
 
 def attach(topology: Topology, *, device: str | None = None, backend: str | None = None) -> Rank:
@@ -37,16 +45,16 @@ def attach(topology: Topology, *, device: str | None = None, backend: str | None
     import torch
     from torch import distributed as dist
 
-    num_local = _number(os.environ, "LOCAL_WORLD_SIZE", default=world_size)
+    num_local = num_local_ranks(os.environ, world_size)
     num_gpus = torch.cuda.device_count() if device != "cpu" else 0
     kind = device or ("cuda" if num_gpus >= num_local else "cpu")
     rank_device = device_of(local_rank, kind=kind, num_gpus=max(1, num_gpus))
     if kind == "cuda":
         torch.cuda.set_device(torch.device(rank_device))
     if not dist.is_initialized():
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                raise UsageError(name, None, "the address of rank 0; set it beside the launcher's variables")
+        host, port = master_address(os.environ)
+        for name, value in (("MASTER_ADDR", host), ("MASTER_PORT", str(port))):
+            os.environ.setdefault(name, value)  # as `env://` and libraries read it
         group = choose_backend(backend, kind=kind, num_gpus=num_gpus, num_ranks=num_local)
         dist.init_process_group(group_backend(group), rank=rank, world_size=world_size)
         if group == "gloo":
@@ -55,13 +63,14 @@ def attach(topology: Topology, *, device: str | None = None, backend: str | None
 
 
 def is_launched() -> bool:
-    """Return whether torchrun or srun started this process as one of several ranks.
+    """Return whether torchrun, srun or mpirun started this process as one of several ranks.
 
     A batch script under sbatch has srun's variables too, but its step has one task.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return True
-    return _number(os.environ, "SLURM_STEP_NUM_TASKS", default=1) > 1
+    sizes = [_number(os.environ, size) for rank, size, _, _ in _MPI if rank in os.environ and size in os.environ]
+    return max([*sizes, _number(os.environ, "SLURM_STEP_NUM_TASKS", default=1)]) > 1
 
 
 def _destroy_process_group() -> None:
@@ -73,21 +82,85 @@ def _destroy_process_group() -> None:
 
 
 def launched_rank(environ: Mapping[str, str]) -> tuple[int, int, int]:
-    """Return the rank, world size and local rank that the variables of a launcher give this process."""
-    for rank, world_size, local_rank in _LAUNCHERS:
-        if rank in environ and world_size in environ:
-            return _number(environ, rank), _number(environ, world_size), _number(environ, local_rank, default=0)
-    raise UsageError(
-        "environment",
-        "no RANK or SLURM_PROCID",
-        "the variables that torchrun or srun sets; start the script with one of them",
-    )
+    """Return the rank, world size and local rank that the variables of a launcher give this process.
+
+    Raises:
+        UsageError: No launcher has set them, or one is not a number.
+    """
+    variables = _launchers_variables(environ)
+    if variables is None:
+        raise UsageError(
+            "environment",
+            "no RANK, SLURM_PROCID or OMPI_COMM_WORLD_RANK",
+            "the variables that torchrun, srun or mpirun sets; start the script with one of them",
+        )
+    rank, world_size, local_rank, _ = variables
+    return _number(environ, rank), _number(environ, world_size), _number(environ, local_rank, default=0)
 
 
-def _number(environ: Mapping[str, str], name: str, *, default: int | None = None) -> int:
+def num_local_ranks(environ: Mapping[str, str], world_size: int) -> int:
+    """Return how many ranks the launcher has started on this machine; where it does not say, all of the world."""
+    variables = _launchers_variables(environ)
+    if variables == _SLURM:
+        return _tasks_on_this_node(environ) or world_size
+    return _number(environ, variables[3] if variables else "", default=world_size)
+
+
+def master_address(environ: Mapping[str, str]) -> tuple[str, int]:
+    """Return host and port of rank 0: as they are set, or as a step of Slurm gives them.
+
+    Task 0 is on the first node of the step. The port, equal on all nodes, is a number made of the job and its step.
+
+    Raises:
+        UsageError: A variable is missing.
+    """
+    nodes = next((environ[name] for name in _NODE_LISTS if environ.get(name)), "")
+    is_step = _launchers_variables(environ) == _SLURM
+    host = environ.get("MASTER_ADDR") or (first_node(nodes) if is_step else "")
+    if not host:
+        raise UsageError("MASTER_ADDR", None, "the address of rank 0; set it beside the launcher's variables")
+    if environ.get("MASTER_PORT") or not (is_step and environ.get("SLURM_JOB_ID", "").isdigit()):
+        return host, _number(environ, "MASTER_PORT", told="the port of rank 0; set it beside the launcher's variables")
+    step = environ.get("SLURM_STEP_ID", "")
+    return host, 15000 + (int(environ["SLURM_JOB_ID"]) + 101 * int(step if step.isdigit() else 0)) % 10000
+
+
+def first_node(nodes: str) -> str:
+    """Return the first name in a node list of Slurm.
+
+    Example:
+        >>> first_node("gpu[007-012,020],login1"), first_node("a1,b[2-3]"), first_node("rack[1-2]n[03,05]")
+        ('gpu007', 'a1', 'rack1n03')
+    """
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[(\w*)[^\]]*\]", r"\1", first[0] if first else "")
+
+
+def _launchers_variables(environ: Mapping[str, str]) -> tuple[str, str, str, str] | None:
+    """Return the names of those that are set."""
+    whole = [names for names in _MPI if all(name in environ for name in names[:3])]
+    for names in (_TORCHRUN, *whole, _SLURM, *_OTHERS, *_MPI):
+        if names[0] in environ and names[1] in environ:
+            return names
+    return None
+
+
+def _tasks_on_this_node(environ: Mapping[str, str]) -> int | None:
+    """Return Slurm's number of tasks on the node of this one, from `2(x3),1`: three nodes of 2 and one of 1."""
+    counts: list[int] = []
+    for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        counts += [int(match[1])] * int(match[2] or 1) if match else []
+    node = _number(environ, "SLURM_NODEID", default=0)
+    return counts[node] if node < len(counts) else None
+
+
+def _number(
+    environ: Mapping[str, str], name: str, *, default: int | None = None, told: str = "a number, as launchers set it"
+) -> int:
     value = environ.get(name)
     if value is None and default is not None:
         return default
     if value is None or not value.isdigit():
-        raise UsageError(name, value, "a number, as torchrun and srun set it")
+        raise UsageError(name, value, told)
     return int(value)

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from tpcheck.core.errors import TpcheckError, UsageError
-from tpcheck.world.attach import launched_rank
+from tpcheck.core.errors import TpcheckError
+from tpcheck.world.attach import launched_rank, master_address
 from tpcheck.world.channel import Channel
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Launch:
 
     def __init__(self) -> None:
         self.rank, self.world_size, self.local_rank = launched_rank(os.environ)
-        self.master_addr = _master_addr(os.environ)
+        self.master_addr, _ = master_address(os.environ)
         self.links: dict[int, Link] = {}
         self._store: Store | None = None
         self._world_store: Store | None = None
@@ -117,7 +117,7 @@ class Launch:
         Raises:
             TpcheckError: A rank has not come in time, or has said that it takes no part; names it.
         """
-        store = self._store = _launchers_store(self.rank, self.master_addr)
+        store = self._store = _launchers_store(self.rank)
         started = time.monotonic()
         notices = iter([notify])
 
@@ -219,7 +219,7 @@ class Launch:
 def say_absent(reason: str) -> None:
     """Tell ranks that wait in `Launch.connect` that this one does not come, and why. Not collective."""
     rank, _, _ = launched_rank(os.environ)
-    _launchers_store(rank, _master_addr(os.environ)).set(f"absent/{rank}", reason)
+    _launchers_store(rank).set(f"absent/{rank}", reason)
 
 
 def has_launchers_store() -> bool:
@@ -227,29 +227,20 @@ def has_launchers_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _launchers_store(rank: int, master_addr: str) -> Store:
+def _launchers_store(rank: int) -> Store:
     """Return the store that torchrun serves, else one that rank 0 serves on the port that torch's own would use."""
     from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed does not export them
 
-    port = os.environ.get("MASTER_PORT", "")
-    if not port.isdigit():
-        raise UsageError("MASTER_PORT", port or None, "the port of rank 0; set it beside the launcher's variables")
+    host, port = master_address(os.environ)
     store = TCPStore(
-        master_addr,
-        int(port),
+        host,
+        port,
         is_master=rank == 0 and not has_launchers_store(),
         wait_for_workers=False,
         multi_tenant=True,  # `init_process_group` serves on the same port
         timeout=_STORE_LIMIT,
     )
     return PrefixStore(f"tpcheck/launch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _master_addr(environ: Mapping[str, str]) -> str:
-    address = environ.get("MASTER_ADDR")
-    if not address:
-        raise UsageError("MASTER_ADDR", address, "the address of rank 0; set it beside the launcher's variables")
-    return address
 
 
 def _ready(sock: socket.socket) -> socket.socket:
