@@ -21,25 +21,31 @@ def four() -> Iterator[World]:
         yield world
 
 
-def create_exchange(rank: Rank, *, sockets: bool, timeout: float = 10.0):  # type: ignore[no-untyped-def]
+def create_exchange(rank: Rank, *, over: str = "unix", timeout: float = 10.0):  # type: ignore[no-untyped-def]
+    """Return an exchange as on one machine, as over several, or as over more than can connect."""
+    from unittest.mock import patch
+
     from tpcheck.world import exchange
     from tpcheck.world.exchange import Exchange
 
-    host = exchange.this_machine
-    exchange.this_machine = host if sockets else lambda: None
-    try:
-        return Exchange(rank.topology.peers(rank.rank, "tp"), axis="tp", timeout=timeout)
-    finally:
-        exchange.this_machine = host
+    machine = exchange.this_machine() if over == "unix" else (f"machine {rank.rank}", "")
+    with (
+        patch.object(exchange, "this_machine", lambda: machine),
+        patch.object(exchange, "_MOST_PEERS_OVER_TCP", 2 if over == "gloo" else 64),
+        patch.object(socket, "gethostname", lambda: "one" if over == "unix" else f"node-{rank.rank // 2}"),
+    ):
+        made = Exchange(rank.topology.peers(rank.rank, "tp"), axis="tp", timeout=timeout)
+    families = {sock.family.name for sock in made._peer_sockets._sockets.values()} if made._peer_sockets else set()
+    assert families == {"unix": {"AF_UNIX"}, "tcp": {"AF_INET"}, "gloo": set()}[over]
+    return made
 
 
-@pytest.mark.parametrize("sockets", [True, False])
-def test_messages_are_in_the_order_of_ranks(four: World, sockets: bool) -> None:
+@pytest.mark.parametrize("over", ["unix", "tcp", "gloo"])
+def test_messages_are_in_the_order_of_ranks(four: World, over: str) -> None:
     def communicate(rank: Rank) -> bool:
         import torch
 
-        exchange = create_exchange(rank, sockets=sockets)
-        assert (exchange._peer_sockets is not None) == sockets
+        exchange = create_exchange(rank, over=over)
         for number in range(20):
             message = bytes([rank.rank, number])
             assert exchange.all_gather(message) == tuple(bytes([peer, number]) for peer in range(4))
@@ -68,10 +74,10 @@ def test_messages_go_over_gloo_where_one_rank_may_not_bind_an_abstract_socket(fo
     assert four.run(communicate) == ((True, (b"\0", b"\1", b"\2", b"\3")),) * 4
 
 
-@pytest.mark.parametrize("sockets", [True, False])
-def test_isend_meets_the_next_all_gather_of_the_other_ranks(four: World, sockets: bool) -> None:
+@pytest.mark.parametrize("over", ["unix", "tcp", "gloo"])
+def test_isend_meets_the_next_all_gather_of_the_other_ranks(four: World, over: str) -> None:
     def communicate(rank: Rank) -> tuple[object, object]:
-        exchange = create_exchange(rank, sockets=sockets)
+        exchange = create_exchange(rank, over=over)
         if rank.rank == 0:
             exchange.isend(b"0")
             return exchange.wait(), exchange.wait()
@@ -80,10 +86,10 @@ def test_isend_meets_the_next_all_gather_of_the_other_ranks(four: World, sockets
     assert four.run(communicate) == (((b"0", b"x", b"x", b"x"), None),) * 4
 
 
-@pytest.mark.parametrize("sockets", [True, False])
-def test_a_rank_that_does_not_respond_is_named_on_all_others(four: World, sockets: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("over", ["unix", "tcp", "gloo"])
+def test_a_rank_that_does_not_respond_is_named_on_all_others(four: World, over: str, tmp_path: Path) -> None:
     def communicate(rank: Rank) -> tuple[str, int, float]:
-        exchange = create_exchange(rank, sockets=sockets, timeout=1.0)
+        exchange = create_exchange(rank, over=over, timeout=1.0)
         start = time.monotonic()
         try:
             if rank.rank != 2:
@@ -98,15 +104,16 @@ def test_a_rank_that_does_not_respond_is_named_on_all_others(four: World, socket
     results = four.run(communicate)
     for rank in (0, 1, 3):
         message, first, seconds = results[rank]
-        assert message.startswith("rank 2 of TP group (0, 1, 2, 3) did not respond within 1 s")
+        named = "rank 2" if over == "unix" else "rank 2 (node-1)"
+        assert message.startswith(f"{named} of TP group (0, 1, 2, 3) did not respond within 1 s")
         assert first == 2
         assert seconds < 10
 
 
-@pytest.mark.parametrize("sockets", [True, False])
-def test_abort_ends_the_waiting_of_the_other_ranks(four: World, sockets: bool) -> None:
+@pytest.mark.parametrize("over", ["unix", "tcp", "gloo"])
+def test_abort_ends_the_waiting_of_the_other_ranks(four: World, over: str) -> None:
     def communicate(rank: Rank) -> str:
-        exchange = create_exchange(rank, sockets=sockets)
+        exchange = create_exchange(rank, over=over)
         if rank.rank == 1:
             exchange.abort(RankFailure("out of memory", first=1, outcomes=()))
             return ""
@@ -118,11 +125,31 @@ def test_abort_ends_the_waiting_of_the_other_ranks(four: World, sockets: bool) -
     assert four.run(communicate) == ("out of memory", "", "out of memory", "out of memory")
 
 
+def test_a_stranger_who_connects_to_the_port_is_not_taken_for_a_rank(four: World) -> None:
+    def communicate(rank: Rank) -> bool:
+        from unittest.mock import patch
+
+        from tpcheck.world import exchange
+
+        connect = exchange._connect
+
+        def connect_late(own: int, endpoints, listener):  # type: ignore[no-untyped-def]
+            with socket.create_connection(listener.getsockname()) as stranger:
+                stranger.sendall(bytes(16) + (3).to_bytes(8, "little"))
+                return connect(own, endpoints, listener)
+
+        with patch.object(exchange, "_connect", connect_late):
+            made = create_exchange(rank, over="tcp")
+        return len(made.all_gather(b"x")) == 4
+
+    assert four.run(communicate) == (True,) * 4
+
+
 def test_a_forked_worker_does_not_keep_the_connections_open(four: World) -> None:
     def communicate(rank: Rank) -> bool:
         import os
 
-        exchange = create_exchange(rank, sockets=True)
+        exchange = create_exchange(rank)
         reader, writer = os.pipe()
         worker = os.fork()
         if not worker:

@@ -21,6 +21,8 @@ TP_DIM_NAMES = ("tp", "tensor_parallel")  # Lightning spells it out
 DP_DIM_NAMES = (
     "dp", "dp_replicate", "dp_shard", "replicate", "shard", "fsdp", "ddp", "data", "data_parallel", "dp_cp",
 )  # fmt: skip
+CP_DIM_NAMES = ("cp", "sp", "context_parallel", "sequence_parallel")
+PP_DIM_NAMES = ("pp", "pipe", "pipeline_parallel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ class LiveGroups:
         dp: Global ranks of its DP group; itself alone where no DP group is known.
         source: The argument or library that they come from.
         dp_rank: The expression that gives `dp_rank` under this source.
+        cp: Global ranks that share its sequences; none where no such group is known.
+        pp: Global ranks of the stages that it hands its activations to; none where no such group is known.
     """
 
     rank: int
@@ -40,6 +44,8 @@ class LiveGroups:
     dp: tuple[int, ...]
     source: str
     dp_rank: str = ""
+    cp: tuple[int, ...] = ()
+    pp: tuple[int, ...] = ()
 
     @property
     def library(self) -> str:
@@ -59,7 +65,17 @@ class LiveGroups:
 
     @property
     def topology(self) -> Topology:
-        return Topology(tp=len(self.tp), dp=len(self.dp))
+        return Topology(tp=len(self.tp), dp=len(self.dp), cp=max(1, len(self.cp)), pp=max(1, len(self.pp)))
+
+    @property
+    def not_compared(self) -> str:
+        """What ranks are not compared over, for a last line: `not compared across cp (ranks 0, 2)`, or nothing.
+
+        Slices of a sequence may be cut before or after the batch is seen, and stages get the same batch or none.
+        """
+        axes = [(axis, ranks) for axis, ranks in (("cp", self.cp), ("pp", self.pp)) if len(ranks) > 1]
+        listed = " and ".join(f"{axis} (ranks {_listed(ranks)})" for axis, ranks in axes)
+        return f"not compared across {listed}" if axes else ""
 
 
 ALONE = "a process alone"
@@ -152,9 +168,16 @@ def live_groups(*, group: Any = None, topology: Topology | None = None, model: A
         with suppress(Exception):  # libraries raise errors of many types where there is no group
             groups = find(model)
         if groups is not None:
-            tp, dp = groups
-            tp = tp or (rank,)
-            return LiveGroups(rank, tp, dp or _dp_group_for(rank, tp), source, _dp_rank(source, model, len(tp)))
+            tp = groups.tp or (rank,)
+            return LiveGroups(
+                rank,
+                tp,
+                groups.dp or _dp_group_for(rank, tp),
+                source,
+                _dp_rank(source, model, len(tp)),
+                groups.cp or (),
+                groups.pp or (),
+            )
     raise UsageError(
         "group",
         None,
@@ -212,7 +235,16 @@ def _distributed_data_parallel(model: Any) -> Any:
 
 
 _Ranks = tuple[int, ...]
-_Groups = tuple["_Ranks | None", "_Ranks | None"]  # tp, dp
+
+
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """Groups as a library has them; None where it has none on the axis."""
+
+    tp: _Ranks | None
+    dp: _Ranks | None
+    cp: _Ranks | None = None
+    pp: _Ranks | None = None
 
 
 def _from_arguments(rank: int, group: Any, topology: Topology | None) -> LiveGroups:
@@ -223,7 +255,8 @@ def _from_arguments(rank: int, group: Any, topology: Topology | None) -> LiveGro
         if group is not None and _ranks(group) != tp:
             raise UsageError("group", _ranks(group), f"the TP group of rank {rank} in the topology: {tp}")
         source = "the arguments group and topology" if group is not None else "topology"
-        return LiveGroups(rank, tp, dp, source, 'topology.coordinate(torch.distributed.get_rank())["dp"]')
+        cp, pp = (topology.peers(rank, axis) if axis in topology.axes else () for axis in ("cp", "pp"))
+        return LiveGroups(rank, tp, dp, source, 'topology.coordinate(torch.distributed.get_rank())["dp"]', cp, pp)
     if not hasattr(group, "get_group") and not isinstance(group, dist.ProcessGroup):
         raise UsageError("group", group, "a torch ProcessGroup that this rank is in, or a DeviceMesh of one dim")
     tp = _ranks(group)
@@ -237,8 +270,8 @@ def _dp_group_for(rank: int, tp: _Ranks) -> _Ranks:
     for _, find in _SOURCES:
         with suppress(Exception):
             groups = find(None)
-            if groups is not None and groups[1] and set(groups[1]) & set(tp) == {rank}:
-                return groups[1]
+            if groups is not None and groups.dp and set(groups.dp) & set(tp) == {rank}:
+                return groups.dp
     return (rank,)
 
 
@@ -260,11 +293,11 @@ def _from_deepspeed(_: Any) -> _Groups | None:
         return None
     mpu = groups.mpu
     if mpu is not None:
-        return _ranks(mpu.get_tensor_model_parallel_group()), _ranks(mpu.get_data_parallel_group())
+        return _Groups(_ranks(mpu.get_tensor_model_parallel_group()), _ranks(mpu.get_data_parallel_group()))
     tp = groups._TENSOR_MODEL_PARALLEL_GROUP
     if tp is None:
         return None
-    return _ranks(tp), _ranks(groups.get_data_parallel_group())
+    return _Groups(_ranks(tp), _ranks(groups.get_data_parallel_group()))
 
 
 def _from_accelerate(_: Any) -> _Groups | None:
@@ -280,7 +313,9 @@ def _from_megatron(_: Any) -> _Groups | None:
     parallel = sys.modules.get("megatron.core.parallel_state")
     if parallel is None or not parallel.model_parallel_is_initialized():
         return None
-    return _ranks(parallel.get_tensor_model_parallel_group()), _ranks(parallel.get_data_parallel_group())
+    tp, dp = parallel.get_tensor_model_parallel_group(), parallel.get_data_parallel_group()
+    cp, pp = parallel.get_context_parallel_group(), parallel.get_pipeline_model_parallel_group()
+    return _Groups(_ranks(tp), _ranks(dp), _ranks(cp), _ranks(pp))
 
 
 _SOURCES: tuple[tuple[str, Callable[[Any], _Groups | None]], ...] = (
@@ -317,11 +352,14 @@ def _dp_rank(source: str, model: Any, tp: int) -> str:
 def _from_mesh(mesh: Any) -> _Groups | None:
     names = tuple(mesh.mesh_dim_names or ())
     if not names:
-        return (_ranks(mesh), None) if mesh.ndim == 1 else None
-    tp = [name for name in names if name in TP_DIM_NAMES]
-    if not tp:
-        return None
-    return _along(mesh, tp), _along(mesh, [name for name in names if name in DP_DIM_NAMES])
+        return _Groups(_ranks(mesh), None) if mesh.ndim == 1 else None
+    groups = _Groups(
+        *(
+            _along(mesh, [name for name in names if name in of_axis])
+            for of_axis in (TP_DIM_NAMES, DP_DIM_NAMES, CP_DIM_NAMES, PP_DIM_NAMES)
+        )
+    )
+    return groups if groups.tp or groups.cp or groups.pp else None
 
 
 def _along(mesh: Any, dims: list[str]) -> _Ranks | None:

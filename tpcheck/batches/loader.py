@@ -10,7 +10,7 @@ from tpcheck.batches.provenance import LoaderObserver
 from tpcheck.batches.rounds import AXES, EqualSamples, RankBatch, Status, compare, find_peers
 from tpcheck.batches.watcher import Watcher
 from tpcheck.core.errors import UsageError
-from tpcheck.core.findings import Finding
+from tpcheck.core.findings import Finding, with_nodes
 from tpcheck.core.topology import Topology
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def check_batch(
     equal_samples = None if options.across_dp == "ignore" else EqualSamples()
     with_rows = len(peers.dp.ranks) > 1 and equal_samples is not None
     rank_batch = RankBatch(Status.BATCH, step=0, count=0, batch=batch, with_rows=with_rows)
-    return compare(peers, rank_batch, axes=AXES, equal_samples=equal_samples).findings
+    findings = compare(peers, rank_batch, axes=AXES, equal_samples=equal_samples).findings
+    return tuple(with_nodes(finding, peers.node_of) for finding in findings)
 
 
 @takes_watch_options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import traceback
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
 from typing import Any, Literal
@@ -52,12 +52,14 @@ class Peers:
         groups: The ranks, and where the groups come from.
         tp, dp: Exchange with the ranks of the TP group, and with this rank's counterparts in the other replicas.
         replicas: TP group of each of those counterparts, in their order.
+        node_of: The name of the machine of each rank in them; empty where there is one rank.
     """
 
     groups: LiveGroups
     tp: Exchange
     dp: Exchange
     replicas: tuple[tuple[int, ...], ...]
+    node_of: Mapping[int, str] = field(default_factory=dict)
 
     def exchange(self, axis: str) -> Exchange:
         """Return the exchange over `tp` or `dp`."""
@@ -114,7 +116,9 @@ def find_peers(
         tp = Exchange(groups.tp, axis="tp", timeout=timeout)
         dp = Exchange(groups.dp, axis="dp", timeout=timeout + _EXTRA_TIMEOUT_ACROSS_DP)
         tp.also_aborted_by, dp.also_aborted_by = (dp,), (tp,)
-        peers = Peers(groups, tp, dp, dp.all_gather_object(groups.tp))
+        replicas = dp.all_gather_object((groups.tp, dict(tp.node_of)))
+        node_of = dict(dp.node_of) | {rank: node for _, nodes in replicas for rank, node in nodes.items()}
+        peers = Peers(groups, tp, dp, tuple(tp_group for tp_group, _ in replicas), node_of)
         if shared:
             cache[key] = peers
     return replace(peers, groups=groups)

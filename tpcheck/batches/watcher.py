@@ -28,7 +28,7 @@ from tpcheck.batches.rounds import (
 from tpcheck.batches.sampling import BatchProvenance
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import BatchMismatch, Mismatch, RankFailure, UnevenBatches
-from tpcheck.core.findings import CheckResult, Finding, Verdict
+from tpcheck.core.findings import CheckResult, Finding, Verdict, with_nodes
 from tpcheck.core.notices import NO_TP, say
 from tpcheck.report.report import Report
 
@@ -235,6 +235,7 @@ class Watcher:
     def _report(self, findings: list[Finding], mode: OnMismatch) -> None:
         peers = self.peers
         self._tally.findings += len(findings)
+        findings = [with_nodes(finding, peers.node_of) for finding in findings]
         if mode != "raise":
             findings = [_with_note_on_deepspeed(finding, peers) for finding in findings]
         report = _report_of(findings, peers, name=self._name)
@@ -295,7 +296,7 @@ class _Tally:
         found = {0: result, 1: "1 finding, reported above"}.get(
             self.findings, f"{self.findings} findings, reported above"
         )
-        return f"{number} {what}; {found}"
+        return "; ".join(part for part in (f"{number} {what}", groups.not_compared, found) if part)
 
 
 def _conclude(tally: _Tally) -> None:

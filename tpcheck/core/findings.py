@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ class Finding:
     Attributes:
         check: Name of the check, such as `gradients_match_reference`.
         where: Place of the difference; the keys that apply among `phase`, `step`, `module`, `parameter`, `field`,
-            `ranks` and `index`.
+            `ranks`, `nodes` (the ranks on each, in a run over several) and `index`.
         observed: Observed error. Relative Frobenius error where the oracle is calibrated; number of differing
             elements (or tensors, ranks) where it is exact.
         allowed: Largest error that passes, in the unit of `observed`; 0 where the oracle is exact.
@@ -38,6 +38,22 @@ class Finding:
         if self.allowed:
             return self.observed / self.allowed
         return inf if self.observed else 0.0
+
+
+def with_nodes(finding: Finding, node_of: Mapping[int, str]) -> Finding:
+    """Return the finding with the names of its ranks' nodes in `where`, if the run is on several.
+
+    Example:
+        >>> finding = Finding("replicas_agree", {"ranks": [2, 3]}, 1, 0)
+        >>> with_nodes(finding, {0: "node-a", 1: "node-a", 2: "node-b", 3: "node-b"}).where["nodes"]
+        {'node-b': [2, 3]}
+    """
+    if len(set(node_of.values())) < 2:
+        return finding
+    nodes: dict[str, list[int]] = {}
+    for rank in finding.where.get("ranks", ()):
+        nodes.setdefault(node_of.get(rank, "unknown node"), []).append(rank)
+    return replace(finding, where={**finding.where, "nodes": nodes}) if nodes else finding
 
 
 VerdictName = Literal["passed", "failed", "error", "skipped"]

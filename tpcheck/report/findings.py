@@ -119,7 +119,7 @@ def _observed(finding: Finding) -> str:
     elif where.get("index") is not None:
         text += f" at {words.index(where['index'])}"
     if where.get("ranks") and evidence.get("differs") != "length":
-        text += f" on {words.ranks(where['ranks'])}"
+        text += f" on {words.ranks_at(where)}"
     return text
 
 

@@ -101,8 +101,8 @@ def not_compared(coverage: Coverage) -> Iterator[tuple[str, str]]:
 
 def first_place(first: Finding) -> str:
     """Return where the first finding is, when, on which ranks, and its likely cause."""
-    ranks = first.where.get("ranks")
-    at = ", ".join(part for part in (words.phase(first.where), words.ranks(ranks) if ranks else "") if part)
+    ranks = words.ranks_at(first.where) if first.where.get("ranks") else ""
+    at = ", ".join(part for part in (words.phase(first.where), ranks) if part)
     cause = f"; likely cause: {first.cause}" if first.cause else ""
     return f"First wrong place: {shortened(place(first))}" + (f" ({at})" if at else "") + cause
 

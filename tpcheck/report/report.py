@@ -70,11 +70,11 @@ class Report:
     def to_line(self, *, printed_on: int) -> str:
         """Return the first finding in one line, for a rank that leaves the whole report to another one."""
         first = self.findings[0]
-        step, ranks = first.where.get("step"), first.where.get("ranks")
+        step = first.where.get("step")
         parts = [
             f"{first.check} {place(first)}".strip(),
             *([] if step is None else [f"at step {step}"]),
-            *([] if not ranks else [f"on {words.ranks(ranks)}"]),
+            *([f"on {words.ranks_at(first.where)}"] if first.where.get("ranks") else []),
             f"({first.cause or 'cause unknown'})",
         ]
         more = "" if len(self.findings) == 1 else f", and {len(self.findings) - 1} more"

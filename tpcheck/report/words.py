@@ -152,6 +152,14 @@ def ranks(listed: Sequence[int]) -> str:
     return ("rank " if len(listed) == 1 else "ranks ") + join_truncated([str(rank) for rank in listed], _RANKS_SHOWN)
 
 
+def ranks_at(where: Mapping[str, Any]) -> str:
+    """Return the ranks of a finding, and their nodes where it has them: `rank 1 (node-a), ranks 2, 3 (node-b)`."""
+    nodes: Mapping[str, Sequence[int]] = where.get("nodes") or {}
+    if not nodes:
+        return ranks(where["ranks"])
+    return join_truncated([f"{ranks(of_node)} ({name})" for name, of_node in nodes.items()], _RANKS_SHOWN)
+
+
 def index(position: Any) -> str:
     """Return the index of an element: `[5]`, `[0, 3]`."""
     return str(list(position)) if isinstance(position, (list, tuple)) else f"[{position}]"

@@ -36,8 +36,21 @@ class Run:
         """Return the run of these traces.
 
         Raises:
-            UsageError: There is no trace, or no TP group is complete.
+            UsageError: There is no trace, no TP group is complete, or the ranks are more than those of TP and DP.
         """
+        beyond = next((trace for trace in traces if trace.num_ranks > trace.topology.tp * trace.topology.dp), None)
+        if beyond is not None:
+            known = beyond.topology.world_size == beyond.num_ranks
+            raise UsageError(
+                "path",
+                path,
+                f"a run of TP and DP alone; this one has {beyond.num_ranks} ranks in {beyond.topology!r}: "
+                + (
+                    "stages of layers (pp) and slices of a sequence (cp) are recorded, but not compared"
+                    if known
+                    else "record again with topology=, which says how the others belong to them"
+                ),
+            )
         ranks = {trace.rank: trace for trace in sorted(traces, key=lambda trace: trace.rank)}
         groups = sorted({trace.tp_group or (trace.rank,) for trace in ranks.values()})
         replicas = tuple(group for group in groups if all(rank in ranks for rank in group))
@@ -65,7 +78,7 @@ class Run:
     @property
     def missing_ranks(self) -> tuple[int, ...]:
         """Ranks of the world whose traces are not there."""
-        return tuple(rank for rank in range(self.first.topology.world_size) if rank not in self.ranks)
+        return tuple(rank for rank in range(self.first.num_ranks) if rank not in self.ranks)
 
     @property
     def members(self) -> tuple[int, ...]:

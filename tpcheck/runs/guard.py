@@ -22,7 +22,7 @@ from tpcheck.backends.live_groups import LiveGroups, groups_of_run
 from tpcheck.core.digests import start_digests
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import Mismatch, RankFailure, RankOutcome, UsageError
-from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
+from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict, with_nodes
 from tpcheck.core.notices import NO_TP, say
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.optimizer_view import OptimizerView, Part, view_of
@@ -252,12 +252,15 @@ class Guard(AbstractContextManager["Guard"]):
 
     def _conclusion(self) -> str:
         """Return `guard: 120 tensors of rank 0 compared at 12 checks; no difference`."""
+        also = f"; {self._groups.not_compared}" if self._groups.not_compared else ""
         if max(len(self._groups.tp), len(self._groups.dp)) == 1:
-            return f"guard: looked at {words.pluralize(self._num_checks, 'step')}; no replicas to compare, all finite"
+            steps = words.pluralize(self._num_checks, "step")
+            return f"guard: looked at {steps}; no replicas to compare{also}, all finite"
         checks = words.pluralize(self._num_checks, "check")
         if not self._num_compared:
             return f"guard: no tensor of rank 0 is known to be on another rank; nothing was compared at {checks}"
-        return f"guard: {words.pluralize(self._num_compared, 'tensor')} of rank 0 compared at {checks}; no difference"
+        tensors = words.pluralize(self._num_compared, "tensor")
+        return f"guard: {tensors} of rank 0 compared at {checks}{also}; no difference"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -463,7 +466,8 @@ class Guard(AbstractContextManager["Guard"]):
             self._has_told_coverage = True
             _log.info("%s", coverage_line(outcome, self._not_compared))
         reported = self._view.reported_norm() if self._steps else None
-        norm = outcome.norm if reported is None else reported
+        is_stage = len(self._groups.pp) > 1  # its gradients are not all
+        norm = reported if reported is not None or is_stage else outcome.norm
         rates = [group.options["lr"] for group in self._view.groups() if "lr" in group.options]
         if self._options.log is not None:
             numbers: dict[str, float] = {
@@ -498,7 +502,9 @@ class Guard(AbstractContextManager["Guard"]):
                 _log.warning("%s", text)
 
     def _report(self, outcome: Outcome, labels: set[Label]) -> None:
-        findings = findings_of(outcome.differences, outcome.not_finite, outcome.steps)
+        node_of = self._rounds.node_of
+        found = findings_of(outcome.differences, outcome.not_finite, outcome.steps)
+        findings = tuple(with_nodes(finding, node_of) for finding in found)
         report = self._report_of(findings, outcome)
         mode = self._options.on_mismatch
         printing_rank = min((rank for finding in findings for rank in finding.where.get("ranks", ())), default=0)
@@ -537,9 +543,8 @@ class Guard(AbstractContextManager["Guard"]):
             for exchange in exchanges:
                 exchange.raise_if_aborted()
                 if lost := exchange.lost_ranks():
-                    who = ("rank " if len(lost) == 1 else "ranks ") + ", ".join(map(str, lost))
                     failure = RankFailure(
-                        f"{who} of {exchange.name} died, which made this rank fail with: {error}",
+                        f"{exchange.named(lost)} of {exchange.name} died, which made this rank fail with: {error}",
                         first=lost[0],
                         outcomes=tuple(RankOutcome(rank, "died") for rank in lost),
                     )

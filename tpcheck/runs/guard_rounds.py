@@ -98,7 +98,12 @@ class Outcome:
 
 
 class Rounds:
-    """The connections of a rank to its TP and DP groups, and what it knows of their items. Making it is collective."""
+    """The connections of a rank to its TP and DP groups, and what it knows of their items. Making it is collective.
+
+    Attributes:
+        exchanges: By axis.
+        node_of: The name of the machine of each rank of the grid.
+    """
 
     def __init__(self, groups: LiveGroups, *, timeout: float) -> None:
         purpose = "compared their replicas"
@@ -107,6 +112,9 @@ class Rounds:
         dp = Exchange(groups.dp, axis="dp", timeout=timeout + _EXTRA_TIMEOUT_ACROSS_DP, purpose=purpose)
         tp.also_aborted_by, dp.also_aborted_by = (dp,), (tp,)
         self.exchanges = {"tp": tp, "dp": dp}
+        self.node_of = dict(dp.node_of)
+        for nodes in dp.all_gather_object(dict(tp.node_of)):
+            self.node_of |= nodes
         self._shared = {axis: SharedItems({}, ()) for axis in AXES}
         self._names: int | None = None
         self._tp_replicas: dict[str, bool | None] = {}

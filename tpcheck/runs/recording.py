@@ -12,6 +12,7 @@ from typing import Any, Literal
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 import xxhash
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -209,6 +210,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             initial=self._state_tensors(is_start=True),
             steps=(),
             num_steps=0,
+            world_size=dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
         )
 
     # ---- calls of the model

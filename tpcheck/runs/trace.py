@@ -171,6 +171,7 @@ class RankTrace:
         num_steps: Steps of the optimizer while recording, recorded or not.
         not_recorded: Why something could not be recorded, by name.
         is_complete: Whether the context ended; False for a run that was killed.
+        world_size: Ranks of the run; more than the topology has where no library knows all axes.
     """
 
     rank: int
@@ -186,3 +187,8 @@ class RankTrace:
     num_steps: int
     not_recorded: Mapping[str, str] = field(default_factory=dict)
     is_complete: bool = True
+    world_size: int = 0
+
+    @property
+    def num_ranks(self) -> int:
+        return max(self.world_size, self.topology.world_size)

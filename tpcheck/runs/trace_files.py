@@ -59,7 +59,7 @@ class TraceWriter:
         self._file: BinaryIO | None = None
         with self._reporting_errors():
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._remove_older(header.topology.world_size)
+            self._remove_older(header.num_ranks)
             tensors = TensorsToWrite()
             plain = to_plain_fields(header, tensors, omitted=_AT_THE_END)
             tensors.write(_initial_path(self._folder, self._rank))
@@ -274,14 +274,16 @@ def _require_consistent(facts: Mapping[str, Any], rank: int) -> None:
     """Check that the groups are those of ranks of the world."""
     if facts["rank"] != rank:
         raise Malformed(f"is of rank {facts['rank']}, which has another file")
-    sizes = facts["topology"].sizes
-    if facts["topology"].world_size > MOST_RANKS or not rank < facts["topology"].world_size:
+    topology = facts["topology"]
+    num_ranks = max(facts.get("world_size", 0), topology.world_size)
+    if num_ranks > MOST_RANKS or not rank < num_ranks:
         raise Malformed("is of a topology that does not have its rank")
     for axis in ("tp", "dp"):
         group = facts[f"{axis}_group"]
-        if len(group) != sizes[axis] or len({*group}) != len(group) or rank not in group:
-            raise Malformed(f"has a {axis} group that is not one of {sizes[axis]} ranks with its own")
-        if not all(0 <= member < facts["topology"].world_size for member in group):
+        size = topology.sizes[axis]
+        if len(group) != size or len({*group}) != size or rank not in group:
+            raise Malformed(f"has a {axis} group that is not one of {size} ranks with its own")
+        if not all(0 <= member < num_ranks for member in group):
             raise Malformed(f"has a {axis} group of ranks that are not in the world")
 
 

@@ -6,10 +6,12 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from ipaddress import ip_address
 from itertools import count
 from pathlib import Path
 from select import POLLIN, poll
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakSet, finalize
 
 from tpcheck.core.errors import RankFailure, RankOutcome
-from tpcheck.world.channel import dumps, loads
+from tpcheck.world.channel import dumps, end_with_machine, loads
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,8 @@ _POLL_S = 0.3  # how soon a rank that waits learns that another rank has failed
 _CONNECT_TIMEOUT_S = 10.0
 _SPINS = 40  # 0.1 ms: a rank that is scheduled out takes up to 0.4 ms to wake up
 _ROLL_CALL_S = 1.5  # five polls, so that every rank that waits has answered
+_MOST_PEERS_OVER_TCP = 64  # each rank has a connection to each other: 8 ranks of a node 504, of 1024 that may be open
+_TOKEN_BYTES = 16
 _TIMED_OUT, _CLOSED = "timed out", "closed"
 _MESSAGE, _ABORT = b"\0", b"\1"  # the first byte on the wire
 
@@ -70,23 +74,34 @@ class PeerSockets:
 
     @classmethod
     def connect(
-        cls, rank: int, ranks: Sequence[int], all_gather_object: Callable[[Any], tuple[Any, ...]]
+        cls,
+        rank: int,
+        machines: Mapping[int, tuple[str, str] | None],
+        all_gather_object: Callable[[Any], tuple[Any, ...]],
     ) -> PeerSockets | None:
-        """Return the connections, or None on every rank if one of them is on another machine. Collective."""
-        host = this_machine()
-        with socket.socket(socket.AF_UNIX) as listener:
-            name = f"\0tpcheck-{secrets.token_hex(16)}"  # abstract: leaves no file, and no other process knows the name
-            try:
-                listener.bind(name)
-                listener.listen(len(ranks))
-                listener.settimeout(_CONNECT_TIMEOUT_S)
-            except OSError:  # no abstract sockets on this system, or in this sandbox
-                host = None
-            hosts_and_names = dict(zip(ranks, all_gather_object((host, name)), strict=True))
-            if host is None or any(peer_host != host for peer_host, _ in hosts_and_names.values()):
+        """Return the connections, or None on every rank if one of them has no way to another. Collective.
+
+        Args:
+            rank: This one.
+            machines: What `this_machine` returns on each rank.
+            all_gather_object: Over the ranks.
+        """
+        is_one_machine = None not in machines.values() and len({*machines.values()}) == 1
+        if not is_one_machine and len(machines) > _MOST_PEERS_OVER_TCP:
+            return None
+        with ExitStack() as stack:
+            endpoint = None
+            with suppress(OSError):  # no abstract sockets in this sandbox, no address
+                listener, endpoint = _listen(len(machines), is_one_machine=is_one_machine)
+                stack.enter_context(listener)
+            endpoints = dict(zip(machines, all_gather_object(endpoint), strict=True))
+            if None in endpoints.values():
                 return None
-            sockets = _connect(rank, {peer: name for peer, (_, name) in hosts_and_names.items()}, listener)
-        return cls(sockets) if all(all_gather_object(len(sockets) == len(ranks) - 1)) else None
+            sockets = _connect(rank, endpoints, listener)
+        if all(all_gather_object(len(sockets) == len(machines) - 1)):
+            return cls(sockets)
+        _close(tuple(sockets.values()))
+        return None
 
     def send(self, message: bytes) -> None:
         """Send to every peer. `receive` raises for those that have closed their connection."""
@@ -140,20 +155,85 @@ def _close(sockets: tuple[socket.socket, ...]) -> None:
         sock.close()
 
 
-def _connect(rank: int, names: dict[int, str], listener: socket.socket) -> dict[int, socket.socket]:
+@dataclass(frozen=True, slots=True)
+class _Endpoint:
+    """Where a rank listens. Who connects says the token: anybody can reach an address, though not an abstract name.
+
+    Attributes:
+        address: The name of an abstract socket, or host and port.
+        token: 16 bytes.
+    """
+
+    address: str | tuple[str, int]
+    token: bytes
+
+    @property
+    def family(self) -> socket.AddressFamily:
+        if isinstance(self.address, str):
+            return socket.AF_UNIX
+        return socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
+
+
+def _listen(num_ranks: int, *, is_one_machine: bool) -> tuple[socket.socket, _Endpoint]:
+    """Return a socket that listens: an abstract one, or where the ranks are on several machines, a TCP port."""
+    token = secrets.token_bytes(_TOKEN_BYTES)
+    address = f"\0tpcheck-{token.hex()}" if is_one_machine else (_own_address(), 0)  # abstract: leaves no file
+    endpoint = _Endpoint(address, token)
+    listener = socket.socket(endpoint.family)
+    try:
+        listener.bind(address)
+        listener.listen(num_ranks)
+    except OSError:
+        listener.close()
+        raise
+    listener.settimeout(_CONNECT_TIMEOUT_S)
+    return listener, endpoint if is_one_machine else _Endpoint(listener.getsockname()[:2], token)
+
+
+def _own_address() -> str:
+    """Return the address by which other machines reach this one: that from which it reaches rank 0's.
+
+    Rank 0's may be its name, which it finds to be a loopback address: then the one from which it reaches others.
+    """
+    name = os.environ.get("MASTER_ADDR") or socket.gethostname()
+    family, *_, target = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)[0]
+    if ip_address(target[0]).is_loopback and not _is_loopback(name):
+        family, target = socket.AF_INET, ("192.0.2.1", 9)  # of nobody: RFC 5737
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # sends nothing
+        probe.connect(target)
+        address: str = probe.getsockname()[0]
+        return address
+
+
+def _is_loopback(name: str) -> bool:
+    with suppress(ValueError):
+        return ip_address(name).is_loopback
+    return name == "localhost"
+
+
+def _connect(rank: int, endpoints: Mapping[int, _Endpoint], listener: socket.socket) -> dict[int, socket.socket]:
     """Connect to the ranks below, accept those above; return fewer sockets if a rank does not connect in time."""
     sockets: dict[int, socket.socket] = {}
+    above = {peer for peer in endpoints if peer > rank}
     with suppress(OSError):
-        for peer in sorted(names):
+        for peer in sorted(endpoints):
             if peer < rank:
-                sockets[peer] = socket.socket(socket.AF_UNIX)
-                sockets[peer].settimeout(_CONNECT_TIMEOUT_S)
-                sockets[peer].connect(names[peer])
-                sockets[peer].sendall(rank.to_bytes(8, "little"))
-        for _ in range(sum(peer > rank for peer in names)):
+                sockets[peer] = sock = socket.socket(endpoints[peer].family)
+                sock.settimeout(_CONNECT_TIMEOUT_S)
+                sock.connect(endpoints[peer].address)
+                sock.sendall(endpoints[peer].token + rank.to_bytes(8, "little"))
+        while above - sockets.keys():
             accepted, _address = listener.accept()
             accepted.settimeout(_CONNECT_TIMEOUT_S)
-            sockets[int.from_bytes(accepted.recv(8), "little")] = accepted
+            greeting = accepted.recv(_TOKEN_BYTES + 8, socket.MSG_WAITALL)
+            peer = int.from_bytes(greeting[_TOKEN_BYTES:], "little")
+            if secrets.compare_digest(greeting[:_TOKEN_BYTES], endpoints[rank].token) and peer in above:
+                sockets[peer] = accepted
+            else:
+                accepted.close()
+        for sock in sockets.values():
+            if sock.family != socket.AF_UNIX:
+                end_with_machine(sock)
     return sockets
 
 
@@ -206,7 +286,7 @@ def _available_data(sock: socket.socket, size: int) -> bytes | None:
         return sock.recv(size)
     except BlockingIOError:
         return None
-    except ConnectionError:
+    except OSError:  # reset, or its machine does not answer any more
         return b""
 
 
@@ -244,10 +324,11 @@ class Exchange:
     """Messages between the ranks of one group. Every method but `isend` and `abort` is collective over it.
 
     It is a gloo group that torch does not list, so TORCH_DISTRIBUTED_DEBUG=DETAIL does not double its cost, with
-    `PeerSockets` for the messages of every step if all ranks are on one machine.
+    `PeerSockets` for the messages of every step where the ranks can connect, and are not too many on other machines.
 
     Attributes:
         ranks: Global ranks of the group.
+        node_of: The name of each rank's machine; empty for a group of one rank.
         name: The group in messages: `TP group (0, 1)`.
         broken: A rank has failed; no method can be called any more.
         also_aborted_by: Exchanges whose aborts end the waiting of this one, too.
@@ -262,6 +343,7 @@ class Exchange:
 
         self.ranks = tuple(ranks)
         self.name = f"{axis.upper()} group ({', '.join(map(str, self.ranks))})"
+        self.node_of: dict[int, str] = {}
         self.broken = False
         self.also_aborted_by: tuple[Exchange, ...] = ()
         self.purpose = purpose
@@ -281,7 +363,10 @@ class Exchange:
             )  # fmt: skip
         except RuntimeError as error:
             self._fail(error)
-        self._peer_sockets = PeerSockets.connect(self._rank, self.ranks, self.all_gather_object)
+        places = dict(zip(self.ranks, self.all_gather_object((socket.gethostname(), this_machine())), strict=True))
+        self.node_of = {rank: node for rank, (node, _) in places.items()}
+        machines = {rank: machine for rank, (_, machine) in places.items()}
+        self._peer_sockets = PeerSockets.connect(self._rank, machines, self.all_gather_object)
 
     def all_gather(self, message: bytes) -> tuple[bytes, ...]:
         """Return every rank's message, all of one length, in the order of `ranks`.
@@ -359,9 +444,15 @@ class Exchange:
     def lost_ranks(self) -> tuple[int, ...]:
         """Return the ranks that have closed their connections, as their death does; do not wait.
 
-        Nothing is known of ranks on other machines.
+        Nothing is known where the ranks have no `PeerSockets`.
         """
         return () if self._peer_sockets is None else self._peer_sockets.lost_ranks()
+
+    def named(self, ranks: Sequence[int]) -> str:
+        """Return `ranks 2, 3 (node-b)`; without nodes where all ranks of the group are on one."""
+        text = ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+        nodes = dict.fromkeys(self.node_of[rank] for rank in ranks if rank in self.node_of)
+        return f"{text} ({', '.join(nodes)})" if len({*self.node_of.values()}) > 1 else text
 
     def _send(self, message: bytes) -> Callable[[], tuple[bytes, ...]]:
         """Send a message, and return a function that waits for those of the other ranks."""
@@ -431,10 +522,12 @@ class Exchange:
         self._raise_if_any_aborted()
         if lost is None:
             missing, other_timed_out = self._roll_call()
+            if not missing and len(self.ranks) == 2:
+                missing = [rank for rank in self.ranks if rank != self._rank]
             timed_out = timed_out or other_timed_out  # to the other ranks, the first that times out closes a connection
         else:
             missing = [lost]
-        who = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing)) if missing else "a rank"
+        who = self.named(missing) if missing else "a rank"
         what = f"did not respond within {self._timeout:g} s" if timed_out else "closed its connection"
         failure = RankFailure(
             f"{who} of {self.name} {what} while the ranks {self.purpose}",

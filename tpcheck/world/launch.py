@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpcheck.core.errors import TpcheckError
 from tpcheck.world.attach import launched_rank, master_address
-from tpcheck.world.channel import Channel
+from tpcheck.world.channel import Channel, end_with_machine
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -246,11 +246,7 @@ def _launchers_store(rank: int) -> Store:
 def _ready(sock: socket.socket) -> socket.socket:
     """Return the socket without a limit, and such that the death of the other machine ends it."""
     sock.settimeout(None)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
-        if hasattr(socket, name):  # not on every system
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    end_with_machine(sock)
     return sock
 
 
