@@ -103,6 +103,51 @@ def test_the_mesh_on_a_model_of_transformers(fresh: World) -> None:
     assert found[0].notice is None
 
 
+@pytest.mark.parametrize(
+    ("names", "tp", "dp", "topology"),
+    [
+        (("pp", "dp", "cp", "tp"), (14, 15), (10, 14), Topology(tp=2, dp=2, cp=2, pp=2)),
+        (("dp_replicate", "pp", "dp_shard", "tp"), (14, 15), (4, 6, 12, 14), Topology(tp=2, dp=4, pp=2)),
+        (("pp", "dp_shard", "cp", "other"), (14,), (10, 14), Topology(dp=2, cp=2, pp=2)),
+    ],
+)
+def test_a_mesh_has_its_groups_between_other_axes(
+    names: tuple[str, ...], tp: tuple[int, ...], dp: tuple[int, ...], topology: Topology
+) -> None:
+    import torch
+
+    from tpcheck.backends.live_groups import LiveGroups, _from_mesh
+
+    class FourAxes:
+        """Sixteen ranks, seen from rank 14."""
+
+        mesh_dim_names, mesh, ndim = names, torch.arange(16).reshape(2, 2, 2, 2), 4
+
+        def get_coordinate(self) -> list[int]:
+            return [1, 1, 1, 0]
+
+    groups = _from_mesh(FourAxes())
+    assert groups is not None
+    found = LiveGroups(14, groups.tp or (14,), groups.dp or (14,), "mesh", "", groups.cp or (), groups.pp or ())
+    assert (found.tp, found.dp, found.topology) == (tp, dp, topology)
+
+
+def test_stages_without_tp_are_no_replicas(fresh: World) -> None:
+    def find(rank: Rank) -> LiveGroups:
+        from torch import nn
+        from torch.distributed import init_device_mesh
+
+        from tpcheck.backends.live_groups import groups_of_batches
+
+        model = nn.Linear(1, 1)
+        model._device_mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))  # type: ignore[assignment]
+        return groups_of_batches(model=model)
+
+    found = fresh.run(find)
+    assert places(found) == (((0,), (0, 1)), ((1,), (0, 1)), ((2,), (2, 3)), ((3,), (2, 3)))
+    assert found[0].not_compared == "not compared across pp (ranks 0, 2)"
+
+
 def test_the_groups_of_deepspeed(fresh: World) -> None:
     def find(rank: Rank) -> LiveGroups:
         import deepspeed
@@ -172,3 +217,4 @@ def test_the_parallel_state_of_megatron(fresh: World, sizes: dict[str, Any], exp
     found = fresh.run(find)
     assert places(found) == expected
     assert {each.source for each in found} == {"megatron.core.parallel_state"}
+    assert found[0].topology.cp == sizes.get("context_parallel_size", 1)

@@ -23,6 +23,7 @@ from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.optimizer_view import ParameterGroup
 from tpcheck.numerics.sketch import GlobalIndex, distance, sketch
+from tpcheck.runs.alignment import Run
 from tpcheck.runs.trace import Leaf, PassRecord, RankTrace, Reading, StepRecord, TensorRecord
 from tpcheck.runs.trace_files import LONGEST_LINE, TraceWriter, new_run_id, numbers_of, read_trace, require_writable
 
@@ -582,3 +583,26 @@ def test_tiles_that_are_not_numbers_are_refused(tmp_path):
 def test_what_is_no_path_is_refused(path):
     with pytest.raises(UsageError, match="the folder of a trace, or those of several nodes"):
         read_trace(path)
+
+
+@pytest.mark.parametrize(
+    ("topology", "world_size", "message"),
+    [
+        (Topology(tp=2, pp=2), 4, r"slices of a sequence \(cp\) are recorded, but not compared"),
+        (Topology(tp=2, cp=2), 4, r"this one has 4 ranks in Topology\(tp=2, dp=1, cp=2\)"),
+        (Topology(tp=2), 4, "record again with topology="),
+    ],
+)
+def test_ranks_beyond_tp_and_dp_are_recorded_and_not_compared(
+    tmp_path: Path, topology: Topology, world_size: int, message: str
+) -> None:
+    for rank in (3, 2, 1, 0):
+        first = rank - rank % 2
+        facts = dataclasses.replace(
+            header(0, topology, world_size=world_size), rank=rank, tp_group=(first, first + 1), dp_group=(rank,)
+        )
+        TraceWriter(tmp_path / "run.trace", facts, run_id=RUN).close(num_steps=0)
+    traces = read_trace(tmp_path / "run.trace")
+    assert [(trace.rank, trace.topology, trace.num_ranks) for trace in traces] == [(r, topology, 4) for r in range(4)]
+    with pytest.raises(UsageError, match=message):
+        Run.of("run.trace", traces)

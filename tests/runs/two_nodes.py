@@ -23,9 +23,11 @@ from tpcheck import Rank, Report, Topology
 from tpcheck.world import exchange
 
 
-def build() -> tuple[nn.Sequential, torch.optim.Optimizer]:
+def build(*, tp: int = 1) -> tuple[nn.Sequential, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8), nn.LayerNorm(8)).double()
+    if tp > 1:
+        parallelize_module(model, init_device_mesh("cpu", (tp,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
@@ -77,8 +79,7 @@ def main() -> None:
     socket.gethostname = lambda: node
     exchange.this_machine = lambda: (node, "")
     rank = tpcheck.attach(Topology(tp=2), device="cpu")
-    model, optimizer = build()
-    parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    model, optimizer = build(tp=2)
     record(Path("run.trace"), model, optimizer, rank.topology, replays=0)
     for report in find_differences(rank, model, optimizer):
         sys.stdout.write(f"{report.findings[0].where['nodes']}\n")
