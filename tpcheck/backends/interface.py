@@ -53,7 +53,6 @@ class TrainingOptions:
         experts: How the candidate computes its experts; None for the model's own.
         checkpointing, reentrant: Recompute the candidate's activations in the backward pass, re-entering autograd.
         compile, compile_layers: Compile the candidate whole, or each of its layers.
-        lora: Rank of the model's LoRA adapters; 0 for none.
         loop: `plain`, or `trainer` for transformers' Trainer.
         rebuild: Builds the same model a second time, for backends whose models are sharded while they are built.
     """
@@ -77,7 +76,6 @@ class TrainingOptions:
     reentrant: bool = False
     compile: bool = False
     compile_layers: bool = False
-    lora: int = 0
     loop: str = "plain"
     rebuild: Callable[[], nn.Module] | None = None
     clip_epsilon: float = TORCH_EPSILON

@@ -197,11 +197,13 @@ class Comparison:
         findings: One for each tensor that is not the reference's, in the reference's order.
         coverage: How many tensors could be compared.
         renamed: How names were matched where they are not equal, in words.
+        names: Of the reference's tensors, as they were compared: of an adapter alone, those that PEFT gives it.
     """
 
     findings: tuple[Finding, ...]
     coverage: Coverage
     renamed: tuple[str, ...]
+    names: tuple[str, ...]
 
 
 def compare_checkpoints(
@@ -253,6 +255,7 @@ def compare_checkpoints(
         tuple(replace(finding, evidence={**finding.evidence, **count}) for finding in findings),
         _coverage(actual, expected, unmatched, matching.left_out),
         matching.renamed,
+        tuple(expected.names()),
     )
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
+from tpcheck.backends.peft_models import peft_version
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.clipping import Clipping
 from tpcheck.core.digests import digest
@@ -108,7 +109,7 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
                 last = request.options.steps - 1
                 saved.append(verify_saved(rank, candidate, reference.model, step=last, unknown=unknown))
             answer = add_saved(answer, saved)
-    return RankAnswer(answer, backend.versions())
+    return RankAnswer(answer, {**backend.versions(), **peft_version(reference.model)})
 
 
 def training_options(request: Request, device: torch.device) -> TrainingOptions:
@@ -128,7 +129,6 @@ def training_options(request: Request, device: torch.device) -> TrainingOptions:
         reentrant=options.reentrant,
         compile=options.compile,
         compile_layers=options.compile_layers,
-        lora=options.lora,
         loop=options.loop,
         rebuild=partial(build_model, request, device),
     )

@@ -109,7 +109,8 @@ def verify_family(
     Example:
         >>> report = tpcheck.verify_family("llama", topology=tpcheck.Topology(tp=2))  # doctest: +SKIP
     """
-    from tpcheck.families.build import small_model, with_adapters
+    from tpcheck.families.adapters import with_adapters
+    from tpcheck.families.build import small_model
 
     run_options = RunOptions.of(topology=topology, backend=backend, dtype=dtype, zero_stage=zero_stage, **options)
     build = partial(small_model, family, run_options.settings)

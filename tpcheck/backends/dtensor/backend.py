@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import (
 
 from tpcheck.backends.dtensor.candidate import DTensorCandidate, clip_by_mesh
 from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions
+from tpcheck.backends.peft_models import is_peft_model, plan_around_adapters, ways_to_save_adapters
 from tpcheck.backends.sgd import Sgd
 from tpcheck.core.errors import UsageError
 
@@ -82,7 +83,11 @@ class TorchCheckpointCandidate(DTensorCandidate):
     """A candidate that torch.distributed.checkpoint saves."""
 
     def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
-        return {"distributed checkpoint": self._save_distributed, "full state dict": self._save_full}
+        return {
+            "distributed checkpoint": self._save_distributed,
+            "full state dict": self._save_full,
+            **ways_to_save_adapters(self.module),
+        }
 
     def _save_distributed(self, folder: Path) -> None:
         save(get_model_state_dict(self.module), checkpoint_id=str(folder))
@@ -154,7 +159,7 @@ def require_unsharded(model: nn.Module) -> None:
 
 
 def model_tp_plan(model: nn.Module) -> Mapping[str, Any]:
-    """Return the tp_plan of a transformers model, under the names of its modules.
+    """Return the tp_plan of a transformers model, under the names of its modules; peft may have added adapters.
 
     Raises:
         UsageError: The model has no plan.
@@ -162,7 +167,7 @@ def model_tp_plan(model: nn.Module) -> Mapping[str, Any]:
     plan: Mapping[str, Any] | None = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
     if not plan:
         raise UsageError("config.plan", None, f"a dict of styles by module pattern: {type(model).__name__} has no plan")
-    return plan
+    return plan_around_adapters(model, plan) if is_peft_model(model) else plan
 
 
 def restore_tied_embeddings(model: nn.Module) -> None:

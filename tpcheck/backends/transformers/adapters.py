@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-
-from tpcheck.core.errors import UsageError
-
-
-def is_peft_model(model: nn.Module) -> bool:
-    """Return whether this is a model of peft, which is not imported for the question."""
-    peft: Any = sys.modules.get("peft")
-    return peft is not None and isinstance(model, peft.PeftModel)
 
 
 def add_adapters(load_sharded: Callable[[nn.Module], nn.Module], model: Any) -> Any:
@@ -30,7 +21,7 @@ def add_adapters(load_sharded: Callable[[nn.Module], nn.Module], model: Any) -> 
         load_sharded: Returns the sharded copy of a model of transformers.
 
     Raises:
-        UsageError: peft cannot add such adapters to this base.
+        AdapterError: peft cannot add such adapters to the sharded base, or makes them of other sizes.
     """
     import peft
 
@@ -43,15 +34,23 @@ def add_adapters(load_sharded: Callable[[nn.Module], nn.Module], model: Any) -> 
         adapted = peft.get_peft_model(sharded, copy.deepcopy(model.peft_config[first]), adapter_name=first)
         for name in others:
             adapted.add_adapter(name, copy.deepcopy(model.peft_config[name]))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UsageError("build", type(model).__name__, f"adapters that peft can add under TP ({error})") from error
+    except Exception as error:
+        reason = f"peft adds no such adapters to the sharded model: {type(error).__name__}: {error}"
+        raise AdapterError(reason) from error
     expected = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if name in expected:
+                if parameter.shape != expected[name].shape:
+                    made, needed = tuple(parameter.shape), tuple(expected[name].shape)
+                    raise AdapterError(f"peft makes {name} of shape {made}, which is {needed} in the unsharded model")
                 parameter.requires_grad_(expected[name].requires_grad)
                 parameter.copy_(_placed_as(expected[name].detach(), parameter))
     return adapted
+
+
+class AdapterError(Exception):
+    """peft, which is under test, cannot do what the model asks for."""
 
 
 def _placed_as(value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
