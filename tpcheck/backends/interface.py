@@ -156,13 +156,13 @@ class WayToResume:
         save: Writes everything into an empty folder. Collective over the world.
         load: Reads it into a new candidate. Collective over the world.
         config: Backend configuration that the candidate which loads is made with, merged over that of the run.
-        any_topology: Whether what it wrote can be loaded at other sizes of the axes and at another ZeRO stage.
+        other_sizes: What may be another when it is loaded: `tp`, `dp` and `zero`.
     """
 
     save: Callable[[Path], None]
     load: Callable[[Path], None]
     config: Mapping[str, Any] = field(default_factory=dict)
-    any_topology: bool = False
+    other_sizes: tuple[str, ...] = ()
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""Models of peft, whichever backend shards them: recognised, saved, and cut by a plan for the model without adapters."""
+"""Models of peft, whichever backend shards them: recognised, saved, and cut by the plan of the model inside."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _PREFIX = "base_model.model"  # PeftModel.base_model is a LoraModel, whose `mode
 def plan_around_adapters(model: Any, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plan of the model inside, by the names of the layers that peft has put around its own.
 
-    Behind a column-parallel layer `lora_B` is column-parallel, and `lora_A` whole; before a row-parallel one `lora_A` is
-    row-parallel, and `lora_B` whole. Then the delta lies as the layer's output does, and is summed where it is.
+    Behind a column-parallel layer `lora_B` is column-parallel, and `lora_A` whole; before a row-parallel one `lora_A`
+    is row-parallel, and `lora_B` whole. Then the delta lies as the layer's output does, and is summed where it is.
     """
     modules = dict(model.get_submodule(_PREFIX).named_modules())
     new_plan: dict[str, Any] = {}

@@ -430,8 +430,6 @@ def require_valid(request: Request) -> None:
             raise UsageError(name, value, f"an integer from {minimum} to {2**31 - 1}")
     if options.batch is not None and not callable(options.batch) and not isinstance(options.batch, (Mapping, Tokens)):
         raise UsageError("batch", type(options.batch).__name__, "a dict of tensors, a callable or None")
-    if options.lora != 0 or isinstance(options.lora, bool):
-        lora_fields(options.lora)
     _require_training(options)
     valid_checks = (*CHECK_NAMES, *ON_REQUEST)
     unknown = [name for name in options.check_names if name not in valid_checks]
@@ -440,6 +438,8 @@ def require_valid(request: Request) -> None:
 
 
 def _require_training(options: RunOptions) -> None:
+    if options.lora != 0 or isinstance(options.lora, bool):
+        lora_fields(options.lora)
     if options.loss not in LOSSES:
         raise UsageError("loss", options.loss, LOSSES)
     _require_optimizer(options.optimizer)
