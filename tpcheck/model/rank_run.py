@@ -226,6 +226,7 @@ def _start_evidence(
         tolerance=Tolerance(0.0, request.options.replays, {}),
         labels=reference.labels,
         clipping=reference.options.clipping,
+        frozen=frozenset(name for name, parameter in reference.model.named_parameters() if not parameter.requires_grad),
     )
 
 
