@@ -121,9 +121,9 @@ def test_a_plan_is_cut_around_adapters() -> None:
 
 
 def test_adapters_on_all_linear_layers_train_under_a_plan_of_torch_and_are_saved() -> None:
-    checks = ["gradients_match_reference", "updates_match_reference", "checkpoint_matches_reference"]
+    checks = ["gradients_match_reference", "checkpoint_matches_reference", "resume_matches_uninterrupted"]
     report = verify_family("llama", topology=Topology(tp=2), backend="dtensor", lora=4, checks=checks, steps=1, **SMALL)
     report.raise_if_failed()
-    not_compared = report.verdict.coverage.not_compared
-    assert len(not_compared) == 2
-    assert all("RuntimeError" in reason for reason in not_compared.values())  # of peft, at both moments
+    reasons = list(report.verdict.coverage.not_compared.values())
+    assert len([reason for reason in reasons if "RuntimeError" in reason]) == 2  # peft's save, at both moments
+    assert len([reason for reason in reasons if "loading leaves it as it is" in reason]) == len(reasons) - 2

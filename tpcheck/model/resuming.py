@@ -39,6 +39,7 @@ from tpcheck.numerics.checks.resume import (
 )
 from tpcheck.numerics.global_index import GlobalIndex
 from tpcheck.numerics.optimizer_view import view_of
+from tpcheck.numerics.optimizers.names import unwrapped_names
 from tpcheck.numerics.precision import everything_in_float64
 from tpcheck.numerics.tolerance import Tolerance
 from tpcheck.numerics.training_state import StateKey, StateTensor, TrainingState
@@ -323,8 +324,10 @@ def _train_step(candidate: Candidate, micro_batches: Sequence[Batch]) -> float:
 def _read_state(candidate: Any, view: Any, indices: _Indices, loss: float | None = None) -> TrainingState:
     """Copy what this rank holds. Not collective."""
     tensors = {}
+    names = {short: name for name, short in unwrapped_names(indices).items()}  # the view has no peft in its names
     for part in (*view.weights(), *view.states()):
-        index, of_shard = part.index, indices.get(part.name)
+        name = names.get(part.name, part.name)
+        index, of_shard = part.index, indices.get(name)
         # A library may mark no parameter as cut, or keep its groups to itself: the candidate knows the whole shapes.
         if of_shard is not None and (index is None or index.shape != of_shard.shape):
             if part.values.shape == of_shard.local_shape:
@@ -332,7 +335,7 @@ def _read_state(candidate: Any, view: Any, indices: _Indices, loss: float | None
             elif part.index_in_shard is not None and of_shard.local_shape == of_shard.shape:
                 index = part.index_in_shard  # of a whole tensor
         copy = part.values.detach().cpu().clone()
-        tensors[StateKey(part.kind, part.name, part.state)] = StateTensor(copy, index)
+        tensors[StateKey(part.kind, name, part.state)] = StateTensor(copy, index)
     for name, buffer in candidate.module.named_buffers():
         tensors[StateKey("buffer", name)] = StateTensor(local_part(buffer).detach().cpu().clone(), None)
     numbers = {
