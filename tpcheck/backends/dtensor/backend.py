@@ -42,7 +42,7 @@ class SummedGradients(ParallelStyle):
 
         def hook_parameters(module: nn.Module, args: Any) -> None:
             for parameter in module.parameters(recurse=False):  # in the forward pass: fully_shard replaces parameters
-                if id(parameter) not in hooked:
+                if parameter.requires_grad and id(parameter) not in hooked:
                     hooked.add(id(parameter))
                     parameter.register_post_accumulate_grad_hook(sum_gradient)  # type: ignore[no-untyped-call]
 
