@@ -14,11 +14,14 @@ from tpcheck.lab.faults import (
     adapters,
     backward,
     checkpoint,
+    clipping,
     data,
     hand_written,
     heads,
+    initialisation,
     layout,
     linear,
+    losses,
     optimizer,
     precision,
     replicas,
@@ -29,7 +32,7 @@ from tpcheck.lab.faults import (
 from tpcheck.lab.faults.checkpoint import CheckpointFault
 from tpcheck.lab.faults.data import DataFault
 from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4, ModelFault
-from tpcheck.lab.faults.hand_written import HandWrittenFault
+from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault
 from tpcheck.model.options import DEFAULTS
 
 MODEL_FAULTS: tuple[ModelFault, ...] = (
@@ -47,7 +50,18 @@ MODEL_FAULTS: tuple[ModelFault, ...] = (
 )
 CHECKPOINT_FAULTS: tuple[CheckpointFault, ...] = checkpoint.FAULTS
 DATA_FAULTS: tuple[DataFault, ...] = data.FAULTS
-HAND_WRITTEN_FAULTS: tuple[HandWrittenFault, ...] = hand_written.FAULTS
+HAND_WRITTEN_FAULTS: tuple[HandWrittenFault, ...] = (
+    *hand_written.FAULTS,
+    *losses.FAULTS,
+    *clipping.FAULTS,
+    *initialisation.FAULTS,
+)
+HAND_WRITTEN_CONTROLS: tuple[HandWrittenControl, ...] = (
+    *hand_written.CONTROLS,
+    *losses.CONTROLS,
+    *clipping.CONTROLS,
+    *initialisation.CONTROLS,
+)
 
 Fault = ModelFault | HandWrittenFault | CheckpointFault | DataFault
 FAULTS: tuple[Fault, ...] = (*MODEL_FAULTS, *HAND_WRITTEN_FAULTS, *DATA_FAULTS, *CHECKPOINT_FAULTS)
@@ -73,7 +87,6 @@ class Control:
     topology: Topology = TP2
     zero_stage: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
-    backend: str = DEFAULTS.backend_name
 
 
 _TRAINED = {"optimizer": "adamw", "accumulate": 2, "loss": "token_mean"}
@@ -88,9 +101,22 @@ TRAINED_CONTROLS = (
     Control("qwen3", TP2, 0, {"optimizer": "adamw", "accumulate": 3, "batch": "3x7,padded"}),
     Control("gemma3_text", TP2_DP2, 0, {"optimizer": "rmsprop", "loss": "token_mean"}),
     Control("llama", TP2, 0, {"optimizer": "adamw", "checks": ("resume_matches_uninterrupted",)}),
-    Control("llama", TP2, 0, {"lora": adapters.COLUMN_PARALLEL}, "transformers"),
-    Control("llama", TP2, 0, {"lora": 4}, "dtensor"),
-    Control("qwen3", TP2, 0, {"lora": "4,attention,rslora"}, "dtensor"),
+    Control("llama", TP2, 0, {"lora": adapters.COLUMN_PARALLEL, "backend": "transformers"}),
+    Control("llama", TP2, 0, {"lora": 4, "backend": "dtensor"}),
+    Control("qwen3", TP2, 0, {"lora": "4,attention,rslora", "backend": "dtensor"}),
+)
+_EXPERTS = {"backend": "transformers", "steps": 1}
+IMPLEMENTED_CONTROLS = (
+    Control("llama", TP2, 0, {"attention": "sdpa"}),
+    Control("qwen3", TP2_DP2, 1, {"attention": "sdpa", "checkpointing": True}),
+    Control("llama", TP2, 0, {"checkpointing": True, "reentrant": True}),
+    *(Control("qwen3_moe", TP2, 0, {**_EXPERTS, "experts": experts}) for experts in ("eager", "batched_mm")),
+)
+"""Other implementations of the same mathematics."""
+
+INITIALISED_CONTROLS = tuple(
+    Control("llama", TP2, 0, {"backend": backend, "checks": ("initialisation_matches_reference",)})
+    for backend in ("deepspeed", "transformers", "dtensor")
 )
 """Right steps of the usual kinds: Adam, micro-batches, losses over labels, DeepSpeed's own optimizer and schedule."""
 
@@ -102,6 +128,8 @@ def quick_controls() -> Iterator[Control]:
     for number, (topology, zero_stage) in enumerate(LAYOUTS[1:]):
         yield Control(FAMILIES[number % len(FAMILIES)], topology, zero_stage)
     yield from TRAINED_CONTROLS
+    yield from IMPLEMENTED_CONTROLS
+    yield from INITIALISED_CONTROLS
 
 
 def rotated_controls(families: Sequence[str], seed: int) -> Iterator[Control]:

@@ -30,6 +30,7 @@ from tpcheck.lab.faults.corpus import (
     CHECKPOINT_FAULTS,
     DATA_FAULTS,
     FAULTS,
+    HAND_WRITTEN_CONTROLS,
     Control,
     Fault,
     quick_controls,
@@ -37,11 +38,11 @@ from tpcheck.lab.faults.corpus import (
 )
 from tpcheck.lab.faults.damage import Damage
 from tpcheck.lab.faults.data import Build, DataFault
-from tpcheck.lab.faults.fault import FaultyBackend, ModelFault
-from tpcheck.lab.faults.hand_written import CONTROLS, HandWrittenControl, HandWrittenFault, Model, layout_of
+from tpcheck.lab.faults.fault import FaultyBackend, ModelFault, Place
+from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault, Model, layout_of
 from tpcheck.lab.faults.hand_written import batch as hand_written_batch
 from tpcheck.lab.faults.results import CONTROL, FaultResult
-from tpcheck.model.options import DEFAULTS, DTYPES, Request, RunOptions
+from tpcheck.model.options import COMMON_DTYPES, DEFAULTS, Request, RunOptions
 from tpcheck.model.verify import run, verify_family
 from tpcheck.numerics.tolerance import NUM_REPLAYS
 from tpcheck.report.report import Report
@@ -87,8 +88,8 @@ def fault_runs(
         UsageError: No such fault, kind or dtype.
     """
     faults = _selected(names, kinds)
-    if dtype not in DTYPES:
-        raise UsageError("dtype", dtype, DTYPES)
+    if dtype not in COMMON_DTYPES:
+        raise UsageError("dtype", dtype, COMMON_DTYPES)
     return (_fault_run(fault, dtype, seed) for seed in seeds for fault in faults)
 
 
@@ -96,7 +97,9 @@ def control_runs(*, dtype: str = "float64", seeds: Iterable[int] = (0,)) -> Iter
     """Yield clean runs: every family, every layout, every fixed pipeline, and every kind of saved model."""
     saved = {(fault.family, fault.saved_as, *fault.settings.items()): fault for fault in CHECKPOINT_FAULTS}
     for seed in seeds:
-        yield from (_control(each.name, seed, partial(run_hand_written_control, each)) for each in CONTROLS)
+        yield from (
+            _control(each.name, seed, partial(run_hand_written_control, each)) for each in HAND_WRITTEN_CONTROLS
+        )
         yield from (model_control(control, dtype, seed) for control in quick_controls())
         for pipeline in DATA_FAULTS:
             if pipeline.fixed is not None:
@@ -213,18 +216,12 @@ def run_model_fault(
 
 def run_control(control: Control, *, dtype: str = "float64", seed: int = 0) -> FaultResult:
     """Verify a small model without an injected fault."""
-    topology, zero_stage = control.topology, zero_stage_at(dtype, control.zero_stage, control.backend)
+    backend = control.options.get("backend", DEFAULTS.backend)
+    topology, zero_stage = control.topology, zero_stage_at(dtype, control.zero_stage, backend)
     report = verify_family(
-        control.family,
-        topology=topology,
-        backend=control.backend,
-        dtype=dtype,
-        zero_stage=zero_stage,
-        seed=seed,
-        **control.options,
+        control.family, topology=topology, dtype=dtype, zero_stage=zero_stage, seed=seed, **control.options
     )
-    options = "" if control.backend == DEFAULTS.backend else f" backend={control.backend}"
-    options += "".join(f" {name}={value}" for name, value in control.options.items())
+    options = "".join(f" {name}={value}" for name, value in control.options.items())
     return FaultResult(
         fault=f"{control.family} tp={topology.tp} dp={topology.dp} zero={zero_stage}{options}",
         kind=CONTROL,
@@ -253,8 +250,7 @@ def run_hand_written_fault(
     Args:
         world: A world of the fault's topology, in place of a new one.
     """
-    control = HandWrittenControl(fault.style, fault.options, fault.topology, also=fault.inject)
-    report = verify_hand_written(control, dtype=dtype, seed=seed, replays=replays, world=world)
+    report = verify_hand_written(fault.control, dtype=dtype, seed=seed, replays=replays, world=world)
     findings = [finding for finding in report.findings if "follows_from" not in finding.evidence]
     first = [finding for finding in findings if finding.check in fault.checks]
     return _result(
@@ -262,7 +258,8 @@ def run_hand_written_fault(
         first or findings,
         true_places=fault.places,
         place_is_right=lambda _: (
-            all(finding.where.get("module") in fault.places for finding in first)
+            bool(first)
+            and all(Place(modules=fault.places).matches(finding.where) for finding in first)
             and all(finding.check in (*fault.checks, *_LATER) for finding in findings)
             and fault.note in str(first[0].evidence.get("note", ""))
         ),
@@ -301,13 +298,15 @@ def verify_hand_written(
     world: World | None = None,
 ) -> Report:
     """Verify the small model under tensor parallelism that is written by hand."""
-    backend: Any = replace(load_backend("custom"), shard_model=control.shard, layout=layout_of)  # type: ignore[type-var]
+    sharding = {"shard_model": control.shard, "layout": layout_of, "clip_gradients": control.clip}
+    backend: Any = replace(load_backend("custom"), **sharding)  # type: ignore[type-var]
     options = RunOptions.of(
         topology=control.topology,
         backend=backend,
         dtype=dtype,
         zero_stage=0,
         batch=hand_written_batch,
+        checks=control.checks,
         steps=1,
         seed=seed,
         replays=replays,
