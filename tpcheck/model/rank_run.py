@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
+from tpcheck.backends.peft_models import peft_version
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.clipping import Clipping
 from tpcheck.core.digests import digest
@@ -119,7 +120,7 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
             answer = add_saved(answer, saved)
     if answer is not None and initialised is not None and rank.rank == 0:  # it is of all ranks
         answer = replace(answer, answers=(initialised, *answer.answers))
-    return RankAnswer(answer, backend.versions(), options.notes)
+    return RankAnswer(answer, {**backend.versions(), **peft_version(reference.model)}, options.notes)
 
 
 def trains(checks: Sequence[str]) -> bool:
@@ -145,7 +146,6 @@ def training_options(request: Request, device: torch.device) -> TrainingOptions:
         reentrant=options.reentrant,
         compile=options.compile,
         compile_layers=options.compile_layers,
-        lora=options.lora,
         loop=options.loop,
         rebuild=partial(build_model, request, device),
     )
@@ -243,6 +243,7 @@ def _start_evidence(
         tolerance=Tolerance(0.0, request.options.replays, {}),
         labels=reference.labels,
         clipping=reference.options.clipping,
+        frozen=frozenset(name for name, parameter in reference.model.named_parameters() if not parameter.requires_grad),
     )
 
 

@@ -135,13 +135,14 @@ def _layout(source: torch.Tensor, local_shapes: tuple[tuple[int, ...], ...]) -> 
 
 def ways_to_resume(engine: Any) -> Mapping[str, WayToResume]:
     """Return the ways to save a training and go on from it, by the names that users know."""
-    ways = {"save_checkpoint": WayToResume(partial(_save_training, engine), partial(_load_training, engine))}
+    save, load = partial(_save_training, engine), partial(_load_training, engine)
+    ways = {"save_checkpoint": WayToResume(save, load, other_sizes=("dp",))}
     if engine.zero_optimization() and "adam" in type(_inner_optimizer(engine)).__name__.lower():
         ways["universal checkpoint"] = WayToResume(
             partial(_save_universal, engine),
             partial(_load_training, engine, tag="universal"),
             config={"checkpoint": {"load_universal": True}},
-            any_topology=True,
+            other_sizes=("tp", "dp", "zero"),
         )  # ds_to_universal converts only Adam's states
     return ways
 
