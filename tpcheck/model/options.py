@@ -72,6 +72,7 @@ DTYPES = ("float64", "float32", "bfloat16")
 ZERO_STAGES = (0, 1, 2, 3)
 LOSSES = ("mean", "token_mean")
 LOOPS = ("plain", "trainer")
+_TRAINER_BACKENDS = ("deepspeed", "transformers")
 ATTENTIONS = ("eager", "sdpa", "flex_attention")
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 
@@ -454,14 +455,16 @@ def _require_implementations(options: RunOptions) -> None:
         raise UsageError("reentrant", True, "False without checkpointing")
 
 
-# ---- options that are not available yet: each is refused in one place
-
-
 def _require_loop(options: RunOptions) -> None:
     if options.loop not in LOOPS:
         raise UsageError("loop", options.loop, LOOPS)
-    if options.loop != "plain":
-        raise UsageError("loop", options.loop, "plain: transformers' Trainer is not available yet")
+    if options.loop == "plain":
+        return
+    if options.backend_name not in _TRAINER_BACKENDS:
+        accepted = f"plain with backend={options.backend_name}; the Trainer drives {' and '.join(_TRAINER_BACKENDS)}"
+        raise UsageError("loop", options.loop, accepted)
+    if _resume_check() in options.check_names:
+        raise UsageError("checks", _resume_check(), "any other check with loop=trainer")
 
 
 def _all_checks() -> tuple[str, ...]:
@@ -474,3 +477,9 @@ def _default_checks() -> tuple[str, ...]:
     from tpcheck.numerics.checks import CHECK_NAMES
 
     return CHECK_NAMES
+
+
+def _resume_check() -> str:
+    from tpcheck.numerics.checks import RESUME_CHECK
+
+    return RESUME_CHECK

@@ -14,6 +14,8 @@ from tpcheck.numerics.norms import ClippedStep, GradientNorms, ObservedNorm
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, RESIDUAL_EXACT, Tolerance
 
 Phase = Literal["forward", "backward"]
+LOGGED_LOSS, LOGGED_NORM, LOGGED_RATE, EVALUATION_LOSS = "loss", "grad_norm", "learning_rate", "eval_loss"
+"""What the Trainer logs, by its names."""
 Role = Literal["input", "output"]
 
 
@@ -105,6 +107,7 @@ class Step:
         logs_collectives: Whether they are known: not those of a compiled model.
         sources: For each activation of the forward pass those nearest before it that it is computed from, as autograd
             knows it; empty for a candidate, and where there are no gradients.
+        logged: What a library's loop logs of the step, and of an evaluation after it, by its names.
     """
 
     activations: Mapping[TensorKey, Tensor]
@@ -121,6 +124,7 @@ class Step:
     collectives: tuple[Collective, ...] = ()
     logs_collectives: bool = True
     sources: Mapping[TensorKey, tuple[TensorKey, ...]] = field(default_factory=dict)
+    logged: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -558,6 +562,7 @@ Kind = Literal[
     "sharding",
     "lost",
     "state",
+    "logged",
 ]
 
 
@@ -639,6 +644,14 @@ class CheckOutcome:
     margins: Mapping[str, float] = field(default_factory=dict)
     suspects: tuple[Suspect, ...] = ()
     not_compared: Mapping[str, str] = field(default_factory=dict)
+
+    def with_logged(self, logged: CheckOutcome) -> CheckOutcome:
+        """Add what a library logged; where something else differs, a wrong log follows from it."""
+        return CheckOutcome(
+            {**self.margins, **logged.margins},
+            self.suspects or logged.suspects,
+            {**self.not_compared, **logged.not_compared},
+        )
 
     def with_forced_modules(self, margins: Mapping[str, float], suspects: Iterable[Suspect]) -> CheckOutcome:
         """Add the results of teacher forcing per module; its suspects replace those of the ordinary pass."""

@@ -219,7 +219,7 @@ class DeepSpeedCandidate:
             self.engine.step()  # counts the micro-batch; the one at the boundary takes the step
 
     def step(self) -> None:
-        with _observed_clipping() as norms:
+        with observed_clipping() as norms:
             self.engine.step()
         norm = norms[-1] if norms else self.engine.get_global_grad_norm()
         self._norm = None if norm is None else float(norm)
@@ -278,7 +278,7 @@ def _state_names(optimizer: Any) -> list[str]:
 
 
 @contextmanager
-def _observed_clipping() -> Iterator[list[Any]]:
+def observed_clipping() -> Iterator[list[Any]]:
     """Collect the norms that `clip_grad_norm_` returns: at ZeRO 0 in float32 and float64 the engine discards them."""
     norms: list[Any] = []
     clip = engine_module.clip_grad_norm_

@@ -45,13 +45,24 @@ def resolved(options: TrainingOptions) -> TrainingOptions:
         raise UsageError("config.gradient_accumulation_steps", accumulate, "a positive integer")
     if options.accumulate not in (1, accumulate):
         raise UsageError("config.gradient_accumulation_steps", accumulate, f"{options.accumulate}, as accumulate")
-    return replace(
+    trained = replace(
         options,
-        config=config,
+        config=config if options.loop == "plain" else options.config,  # whose values "auto" the Trainer fills in
         accumulate=accumulate,
         optimizer=_optimizer(options, config),
         schedule=_schedule(config),
         max_grad_norm=float(config.get("gradient_clipping", options.max_grad_norm)),
+    )
+    if options.loop != "trainer":
+        return trained
+    from tpcheck.backends.trainer_loop.options import resolved_for_trainer  # imports the Trainer, for seconds
+
+    by_trainer = resolved_for_trainer(trained)
+    # What the configuration makes is the engine's, which decays all weights alike.
+    return replace(
+        by_trainer,
+        schedule=trained.schedule or by_trainer.schedule,
+        decayed_parameters=None if "optimizer" in config else by_trainer.decayed_parameters,
     )
 
 

@@ -56,6 +56,10 @@ class TransformersBackend:
                 raise UsageError("config", name, known)
         if options.config.get("pp_size") not in (None, 1):
             raise UsageError("config.pp_size", options.config["pp_size"], "1: pipelines are not verified")
+        if options.loop == "trainer":
+            from tpcheck.backends.trainer_loop.options import resolved_for_trainer  # imports the Trainer, for seconds
+
+            return resolved_for_trainer(replace(options, masters=False))  # the Trainer steps the weights that it has
         return options
 
     def layer_table(self) -> LayerTable:
@@ -64,7 +68,11 @@ class TransformersBackend:
         return layer_table()
 
     def session(self, options: TrainingOptions) -> AbstractContextManager[None]:
-        return nullcontext()
+        if options.loop == "plain":
+            return nullcontext()
+        from tpcheck.backends.trainer_loop.stand_ins import trainer_session
+
+        return trainer_session()
 
     def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
         if BEFORE_TP_SIZE:
@@ -75,6 +83,10 @@ class TransformersBackend:
             copy_unsaved_settings(model, sharded)
         else:
             sharded = save_and_load(model, options.dtype, distributed_config=config)
+        if options.loop == "trainer":
+            from tpcheck.backends.transformers.trainer import TrainerCandidate
+
+            return TrainerCandidate(sharded, rank, options)
         sync_replicated_parameters(sharded)
         sgd = Sgd(list(sharded.parameters()), options, clip_by_mesh)
         return TransformersCandidate(sharded, rank, sgd, accumulate=options.accumulate)

@@ -26,9 +26,11 @@ from tpcheck.numerics.checks.recompute import (
     recompute_linear,
     weight_parts,
 )
-from tpcheck.numerics.checks.suspects import compare_scalar, tensor_suspect
+from tpcheck.numerics.checks.suspects import compare_logged, compare_scalar, tensor_suspect
 from tpcheck.numerics.data_flow import is_exchanged_behind, is_inside, is_result
 from tpcheck.numerics.evidence import (
+    EVALUATION_LOSS,
+    LOGGED_LOSS,
     CheckOutcome,
     Collective,
     EmbeddingFacts,
@@ -42,6 +44,7 @@ from tpcheck.numerics.evidence import (
 )
 
 _CHECK = "outputs_match_reference"
+_LOGGED = {LOGGED_LOSS: "logged loss", EVALUATION_LOSS: "loss of the evaluation"}
 
 Issued = tuple[tuple[str, tuple[int, ...] | str], ...]  # (name, global ranks or axis) in order
 
@@ -58,6 +61,7 @@ def outputs_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     loss_margin, loss_suspects = _compare_loss(evidence, step, activations)
     margins = {**activations.margins(), "loss": loss_margin}
     outcome = CheckOutcome(margins, tuple(suspects or loss_suspects), activations.not_compared)
+    outcome = outcome.with_logged(compare_logged(evidence, step, _LOGGED, check=_CHECK, phase="forward"))
     forced = None if step else evidence.of_forced_modules()
     if forced is None:
         return outcome

@@ -8,7 +8,7 @@ from math import inf
 from typing import Any
 
 from tpcheck.numerics.differences import Difference, compare_parameter
-from tpcheck.numerics.evidence import Evidence, Kind, Suspect
+from tpcheck.numerics.evidence import CheckOutcome, Evidence, Kind, Suspect
 
 
 def tensor_suspect(
@@ -177,3 +177,30 @@ def compare_parameters(
         difference = compare_parameter(layout, expected_or_zeros, actual_parts, allowed(name, expected_or_zeros))
         compared[name] = ComparedParameter(name, expected_or_zeros, actual_parts, expected_parts, difference)
     return compared, not_compared
+
+
+def compare_logged(
+    evidence: Evidence, step: int, names: Mapping[str, str], *, check: str, phase: str
+) -> CheckOutcome:
+    """Compare what the loop of a library logs of `step`, on every rank, with what it would log of the reference.
+
+    Args:
+        names: What is compared: the names of the log, and what each is.
+    """
+    margins, suspects, not_compared = {}, [], {}
+    for name, what in names.items():
+        expected = evidence.reference[step].logged.get(name)
+        if expected is None:
+            continue
+        actual = [rank.logged.get(name) for rank in evidence.candidate[step]]
+        known = [value for value in actual if value is not None]
+        if len(known) < len(actual):
+            not_compared[what] = "the Trainer does not log it"
+            continue
+        allowed = evidence.tolerance.allowed_scalar((step, "logged", name), expected)
+        where = {"phase": phase, "step": step, "field": what}
+        margins[what], suspect = compare_scalar(
+            evidence, "logged", known, expected, allowed, check=check, kind="logged", where=where
+        )
+        suspects += [suspect] if suspect is not None else []
+    return CheckOutcome(margins, tuple(suspects), not_compared)
