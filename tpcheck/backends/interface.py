@@ -150,6 +150,9 @@ class StepObserver(Protocol):
     def gradients_are_ready(self) -> None:
         """Be told that `Candidate.gradient` is valid: after the last backward pass of a step, before clipping."""
 
+    def optimizing(self) -> AbstractContextManager[None]:
+        """Return the context of the optimizer's step."""
+
     def stepped(self) -> None:
         """Be told that the optimizer has stepped."""
 

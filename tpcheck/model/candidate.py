@@ -153,7 +153,7 @@ def _step(candidate: Candidate, micro_batches: Sequence[Batch], recorder: StepRe
             candidate.backward(loss)
         recorder.add_loss(loss.detach() / len(micro_batches))
     recorder.gradients_are_ready()
-    with recorder.blaming_step():
+    with recorder.optimizing():
         candidate.step()
     recorder.stepped()
 
@@ -176,14 +176,13 @@ class StepRecorder:
         self._activations: dict[TensorKey, torch.Tensor] = {}
         self._losses: list[torch.Tensor] = []
         self._gradients: dict[str, torch.Tensor | None] = {}
-        self._hooks, self._optimizing = ExitStack(), ExitStack()
+        self._hooks = ExitStack()
         self._recorder: ModuleRecorder | None = None
         self._num_forward = 0
 
     def close(self) -> None:
-        """Remove what a step that crashed has left."""
+        """Remove the hooks that a step which crashed has left."""
         self._hooks.close()
-        self._optimizing.close()
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -216,25 +215,28 @@ class StepRecorder:
         """Add to the loss of the step."""
         self._losses.append(loss)
 
-    def blaming_step(self) -> AbstractContextManager[None]:
-        """Return the context of what the backend does after the passes of a step."""
+    def _blaming_step(self) -> AbstractContextManager[None]:
         return blame_backend(self._backend, f"step {len(self.steps)}")
 
-    def gradients_are_ready(self) -> None:
-        """Copy the gradients. From here to `stepped` the optimizer computes in full precision."""
-        self._hooks.close()
+    @contextmanager
+    def optimizing(self) -> Iterator[None]:
+        """Let the optimizer compute in full precision."""
         is_float64 = next(self._candidate.module.parameters()).dtype is torch.float64
-        self._optimizing.enter_context(reduced_precision_raised(is_float64))
-        with self.blaming_step():
+        with self._blaming_step(), reduced_precision_raised(is_float64):
+            yield
+
+    def gradients_are_ready(self) -> None:
+        """Copy the gradients, and record no module until the next step."""
+        self._hooks.close()
+        with self._blaming_step():
             self._gradients = {name: self._candidate.gradient(name) for name in self._names}
 
     def stepped(self) -> None:
         """Copy what the step has changed, and end it."""
-        with self.blaming_step():
+        with self._blaming_step():
             weights = {name: self._candidate.parameter(name) for name in self._names}
             norm = self._candidate.gradient_norm()
             state = candidate_state(self._candidate, self._names)
-        self._optimizing.close()
         module = self._candidate.module
         present = {name: gradient for name, gradient in self._gradients.items() if gradient is not None}
         digests = _digests("gradient", present) | _digests("parameter", weights) | _buffer_digests(module)

@@ -248,6 +248,7 @@ def optimizer_state(engine: Any, parameter: torch.Tensor) -> dict[str, torch.Ten
     optimizer = engine.optimizer
     is_low_precision = parameter.dtype in LOW_PRECISION
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        _link_states_of_all_groups(optimizer)
         names = _state_names(optimizer)
         states = {name: safe_get_full_optimizer_state(parameter, name) for name in names}
         if is_low_precision:
@@ -261,6 +262,17 @@ def optimizer_state(engine: Any, parameter: torch.Tensor) -> dict[str, torch.Ten
             if known is parameter:
                 return {"master": copy.detach().clone(), **states_like(copy, optimizer.optimizer)}
     return {}
+
+
+def _link_states_of_all_groups(optimizer: Any) -> None:
+    """Link the states of every group to the parameters, by which `safe_get_full_optimizer_state` finds them.
+
+    ZeRO 1 and 2 of DeepSpeed 0.19.8 link once, when the first group has stepped and the others have no states yet
+    (`_optimizer_step` in stage_1_and_2.py).
+    """
+    if hasattr(optimizer, "_hp_optimizer_states_linked") and len(optimizer.optimizer.param_groups) > 1:
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _state_names(optimizer: Any) -> list[str]:

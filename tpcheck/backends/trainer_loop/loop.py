@@ -7,6 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tpcheck.backends.optimizer import make_optimizer, named_optimizer, optimize
 from tpcheck.backends.trainer_loop.paused import PausedRun
 from tpcheck.core.errors import UsageError
 
+_BACKWARD, _OPTIMIZING = methodcaller("backward"), methodcaller("optimizing")  # contexts of an observer
 LOGGED = ("loss", "grad_norm", "learning_rate")
 """What the Trainer logs of a step."""
 
@@ -120,13 +122,15 @@ class TrainerLoop:
         """Stop until `train` is called. Called by the Trainer."""
         self._run.pause()
 
-    def observe_backward(self) -> None:
-        """Tell of backward passes, and of the step that DeepSpeed's engine takes at the end of the last."""
-        accelerator, engine = self.trainer.accelerator, self.trainer.deepspeed
+    def observe_passes(self) -> None:
+        """Tell of backward passes and optimizer steps. DeepSpeed's engine steps where the Trainer runs the last pass."""
+        accelerator, engine, optimizer = self.trainer.accelerator, self.trainer.deepspeed, self.trainer.optimizer
         if engine is None:
-            accelerator.backward = self._observed(accelerator.backward)
+            accelerator.backward = self._observed(accelerator.backward, _BACKWARD)
+            optimizer.step = self._observed(optimizer.step, _OPTIMIZING)
             return
-        engine.backward, step = self._observed(engine.backward), engine.step
+        engine.backward = self._observed(engine.backward, _BACKWARD)
+        step = self._observed(engine.step, _OPTIMIZING)
 
         def stepping(*args: Any, **kwargs: Any) -> Any:
             self.observer.gradients_are_ready()
@@ -134,10 +138,10 @@ class TrainerLoop:
 
         engine.step = stepping
 
-    def _observed(self, backward: Callable[..., Any]) -> Callable[..., Any]:
+    def _observed(self, function: Callable[..., Any], context: Callable[[StepObserver], Any]) -> Callable[..., Any]:
         def observed(*args: Any, **kwargs: Any) -> Any:
-            with self.observer.backward():
-                return backward(*args, **kwargs)
+            with context(self.observer):
+                return function(*args, **kwargs)
 
         return observed
 
@@ -209,7 +213,7 @@ class _Observer(TrainerCallback):
         self._loop = loop
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._loop.observe_backward()
+        self._loop.observe_passes()
         self._loop.pause()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
