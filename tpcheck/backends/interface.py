@@ -162,7 +162,7 @@ class StepObserver(Protocol):
 
 @runtime_checkable
 class TrainsByItself(Protocol):
-    """A candidate whose loop is a library's: it takes all steps, and `forward`, `backward` and `step` are not called."""
+    """A candidate whose loop is a library's, which takes all steps: `forward`, `backward` and `step` are not called."""
 
     def train(self, observer: StepObserver) -> None:
         """Train on the batches of the options; tell `observer` of every step."""

@@ -63,7 +63,10 @@ def _groups(parameters: Sequence[torch.Tensor], decays: Sequence[bool] | None) -
         return list(parameters)
     with_decay = [parameter for parameter, decay in zip(parameters, decays, strict=True) if decay]
     without = [parameter for parameter, decay in zip(parameters, decays, strict=True) if not decay]
-    return [*([{"params": with_decay}] if with_decay else []), *([{"params": without, "weight_decay": 0.0}] if without else [])]
+    return [
+        *([{"params": with_decay}] if with_decay else []),
+        *([{"params": without, "weight_decay": 0.0}] if without else []),
+    ]
 
 
 def _named(source: str | Mapping[str, Any], options: TrainingOptions) -> tuple[str, dict[str, Any]]:

@@ -103,26 +103,20 @@ def _loss(model: nn.Module, batch: Batch) -> float:
     return float("nan") if loss is None else float(loss.detach())
 
 
-def with_counts(
-    batches: Sequence[Sequence[Sequence[Batch]]], labels: Sequence[LabelCounts], *, of_whole_step: bool = False
-) -> list[list[list[Batch]]]:
+def with_counts(batches: Sequence[Sequence[Sequence[Batch]]], labels: Sequence[LabelCounts]) -> list[list[list[Batch]]]:
     """Return the batches with the number that the model divides by, where it does: see `takes_count`.
 
-    Replicas and micro-batches are averaged afterwards, so that this is the labels of the step per micro-batch.
-
-    Args:
-        of_whole_step: All labels of the step, for a loop that adds the micro-batches up.
+    It is the labels of the step, where losses are added up. Where replicas and micro-batches are averaged afterwards,
+    it is those per micro-batch.
     """
     return [
-        [
-            [
-                {**batch, COUNT: torch.tensor(step.total / (1 if of_whole_step else sum(map(len, step.counts))))}
-                for batch in of_rank
-            ]
-            for of_rank in of_step
-        ]
+        [[{**batch, COUNT: torch.tensor(_divisor(step))} for batch in of_rank] for of_rank in of_step]
         for of_step, step in zip(batches, labels, strict=True)
     ]
+
+
+def _divisor(step: LabelCounts) -> float:
+    return step.total / (1 if step.adds_up else sum(map(len, step.counts)))
 
 
 def takes_count(model: nn.Module, batch: Batch) -> bool:

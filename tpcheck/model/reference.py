@@ -108,7 +108,8 @@ class Reference:
             options = replace(options, batches=data)
         if options.loss == "token_mean" and takes_count(model, batch_with_labels(data)):
             sums = options.loop != "plain"  # the Trainer divides by all labels of the step, and multiplies by dp
-            data = with_counts(data, labels, of_whole_step=sums)
+            labels = tuple(replace(of_step, adds_up=sums) for of_step in labels)
+            data = with_counts(data, labels)
             weighing = Weighing(labels, share=rank.topology.dp if sums else None)
         elif options.loss == "token_mean":
             weighing = Weighing(labels, loss_module(model, batch_with_labels(data)))

@@ -148,10 +148,13 @@ class LabelCounts:
         counts: By DP rank, then by micro-batch.
         loss: `mean` where the reference divides each micro-batch's sum by its own count; `token_mean` where it divides
             all sums by the count of the step.
+        adds_up: Whether what a micro-batch returns is divided by all labels of the step, so that the sum over
+            micro-batches and replicas is the loss; else it is their mean.
     """
 
     counts: tuple[tuple[int, ...], ...]
     loss: str = "mean"
+    adds_up: bool = False
 
     @property
     def total(self) -> int:
@@ -645,12 +648,12 @@ class CheckOutcome:
     suspects: tuple[Suspect, ...] = ()
     not_compared: Mapping[str, str] = field(default_factory=dict)
 
-    def with_logged(self, logged: CheckOutcome) -> CheckOutcome:
-        """Add what a library logged; where something else differs, a wrong log follows from it."""
+    def or_else(self, other: CheckOutcome) -> CheckOutcome:
+        """Add what else was compared; its suspects follow from those of this outcome, where it has any."""
         return CheckOutcome(
-            {**self.margins, **logged.margins},
-            self.suspects or logged.suspects,
-            {**self.not_compared, **logged.not_compared},
+            {**self.margins, **other.margins},
+            self.suspects or other.suspects,
+            {**self.not_compared, **other.not_compared},
         )
 
     def with_forced_modules(self, margins: Mapping[str, float], suspects: Iterable[Suspect]) -> CheckOutcome:

@@ -17,7 +17,9 @@ from tpcheck.core.topology import Topology
 class TrainerCandidate(DeepSpeedCandidate):
     """A model that the Trainer shards with DeepSpeed's AutoTP, and trains."""
 
-    def __init__(self, model: nn.Module, config: Mapping[str, Any], topology: Topology, options: TrainingOptions) -> None:
+    def __init__(
+        self, model: nn.Module, config: Mapping[str, Any], topology: Topology, options: TrainingOptions
+    ) -> None:
         loop = TrainerLoop(model, options, deepspeed=dict(config), bf16=options.dtype is torch.bfloat16)
         super().__init__(loop.trainer.deepspeed, topology, options.accumulate)
         self.trainer = loop.trainer

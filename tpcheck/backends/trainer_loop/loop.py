@@ -37,7 +37,9 @@ class Samples(Dataset[dict[str, torch.Tensor]]):
         for batch in micro_batches:
             for name, value in batch.items():
                 if not isinstance(value, torch.Tensor) or not value.dim() or len(value) != size:
-                    accepted = f"a tensor with one row for each of {size} samples, as the Trainer's data loader has them"
+                    accepted = (
+                        f"a tensor with one row for each of {size} samples, as the Trainer's data loader has them"
+                    )
                     raise UsageError(f"batch[{name!r}]", _shape(value), accepted)
             self._samples += [{name: value[row].cpu() for name, value in batch.items()} for row in range(size)]
 
@@ -123,7 +125,7 @@ class TrainerLoop:
         self._run.pause()
 
     def observe_passes(self) -> None:
-        """Tell of backward passes and optimizer steps. DeepSpeed's engine steps where the Trainer runs the last pass."""
+        """Tell of backward passes and optimizer steps; DeepSpeed's engine steps inside the Trainer's last pass."""
         accelerator, engine, optimizer = self.trainer.accelerator, self.trainer.deepspeed, self.trainer.optimizer
         if engine is None:
             accelerator.backward = self._observed(accelerator.backward, _BACKWARD)
@@ -167,9 +169,7 @@ def _optimizer_arguments(model: nn.Module, options: TrainingOptions) -> dict[str
 def _trainer(model: nn.Module, options: TrainingOptions, arguments: TrainingArguments, loop: TrainerLoop) -> Trainer:
     def in_order(steps: Sequence[Any]) -> list[Mapping[str, Any]]:
         """Batch number n goes to DP rank n modulo their number."""
-        return [
-            of_rank[number] for step in steps for number in range(options.accumulate) for of_rank in step
-        ]
+        return [of_rank[number] for step in steps for number in range(options.accumulate) for of_rank in step]
 
     trainer = _ObservedTrainer(
         model,

@@ -68,11 +68,11 @@ def _global_state_restored() -> Iterator[None]:
     kept = [dict(singleton._shared_state) for singleton in singletons]
     verbosity, config = logging.get_verbosity(), deepspeed_integration._hf_deepspeed_config_weak_ref
     generators = random.getstate(), numpy.random.get_state()
-    world = {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())} if dist.is_initialized() else {}
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    world = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": os.environ.get("LOCAL_RANK", str(rank))}
     try:
-        with patch.dict(os.environ, {**world, "LOCAL_RANK": os.environ.get("LOCAL_RANK", world.get("RANK", "-1"))}):
-            with torch.random.fork_rng():
-                yield
+        with patch.dict(os.environ, world), torch.random.fork_rng():
+            yield
     finally:
         for singleton, state in zip(singletons, kept, strict=True):
             singleton._shared_state.clear()

@@ -22,6 +22,7 @@ from tpcheck.lab.faults import (
     precision,
     replicas,
     resume,
+    trainer,
     training,
     vocabulary,
 )
@@ -39,6 +40,7 @@ MODEL_FAULTS: tuple[ModelFault, ...] = (
     *replicas.FAULTS,
     *optimizer.FAULTS,
     *training.FAULTS,
+    *trainer.FAULTS,
     *precision.FAULTS,
     *resume.FAULTS,
 )
@@ -84,8 +86,12 @@ TRAINED_CONTROLS = (
     Control("qwen3", TP2, 0, {"optimizer": "adamw", "accumulate": 3, "batch": "3x7,padded"}),
     Control("gemma3_text", TP2_DP2, 0, {"optimizer": "rmsprop", "loss": "token_mean"}),
     Control("llama", TP2, 0, {"optimizer": "adamw", "checks": ("resume_matches_uninterrupted",)}),
+    Control("llama", TP2_DP2, 1, {**_TRAINED, "loop": "trainer"}),
+    Control("qwen3", TP2_DP2, 0, {"accumulate": 2, "loop": "trainer"}),
+    Control("llama", TP2_DP2, 0, {**_TRAINED, "loop": "trainer", "backend": "transformers"}),
 )
-"""Right steps of the usual kinds: Adam, micro-batches, losses over labels, DeepSpeed's own optimizer and schedule."""
+"""Right steps of the usual kinds: Adam, micro-batches, losses over labels, DeepSpeed's own optimizer and
+schedule, transformers' Trainer."""
 
 
 def quick_controls() -> Iterator[Control]:

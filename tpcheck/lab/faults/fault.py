@@ -146,6 +146,7 @@ class ModelFault:
         topology: The topology of the run at seed 0.
         topologies: All topologies in which this is the same bug; the seed selects one. By default `topology`, and where
             that is two TP ranks also four TP ranks and two replicas.
+        backend: The backend, by name.
         settings: Settings of the model.
         config: Backend configuration.
         zero_stage: ZeRO stage.
@@ -166,6 +167,7 @@ class ModelFault:
     family: str = "llama"
     topology: Topology = TP2
     topologies: tuple[Topology, ...] | None = None
+    backend: str = "deepspeed"
     settings: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     zero_stage: int = 0

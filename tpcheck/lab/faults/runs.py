@@ -182,7 +182,7 @@ def run_model_fault(
     report = verify_family(
         fault.family,
         topology=fault.topology,
-        backend=FaultyBackend(injection.inject, training_context=fault.training_context),
+        backend=FaultyBackend(injection.inject, fault.backend, fault.training_context),
         dtype=dtype,
         steps=fault.steps,
         zero_stage=zero_stage_at(dtype, fault.zero_stage),

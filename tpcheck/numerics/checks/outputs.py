@@ -29,7 +29,6 @@ from tpcheck.numerics.checks.recompute import (
 from tpcheck.numerics.checks.suspects import compare_logged, compare_scalar, tensor_suspect
 from tpcheck.numerics.data_flow import is_exchanged_behind, is_inside, is_result
 from tpcheck.numerics.evidence import (
-    EVALUATION_LOSS,
     LOGGED_LOSS,
     CheckOutcome,
     Collective,
@@ -44,7 +43,7 @@ from tpcheck.numerics.evidence import (
 )
 
 _CHECK = "outputs_match_reference"
-_LOGGED = {LOGGED_LOSS: "logged loss", EVALUATION_LOSS: "loss of the evaluation"}
+_LOGGED = {LOGGED_LOSS: "logged loss"}
 
 Issued = tuple[tuple[str, tuple[int, ...] | str], ...]  # (name, global ranks or axis) in order
 
@@ -61,7 +60,7 @@ def outputs_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     loss_margin, loss_suspects = _compare_loss(evidence, step, activations)
     margins = {**activations.margins(), "loss": loss_margin}
     outcome = CheckOutcome(margins, tuple(suspects or loss_suspects), activations.not_compared)
-    outcome = outcome.with_logged(compare_logged(evidence, step, _LOGGED, check=_CHECK, phase="forward"))
+    outcome = outcome.or_else(compare_logged(evidence, step, _LOGGED, check=_CHECK, phase="forward"))
     forced = None if step else evidence.of_forced_modules()
     if forced is None:
         return outcome
@@ -265,4 +264,12 @@ def _compare_loss(evidence: Evidence, step: int, activations: ComparedActivation
         loss=_loss_facts(evidence, step, activations),
         labels=None if evidence.reference[step].micro_gradients else _label_facts(evidence, step, 0),
     )
+    if evidence.reference[step].micro_gradients and _returned_losses_agree(activations):
+        suspect = replace(suspect, kind="logged", loss=None)  # what adds the micro-batches up is wrong, not the model
     return margin, [suspect]
+
+
+def _returned_losses_agree(activations: ComparedActivations) -> bool:
+    """Return whether the model returns the right loss for every micro-batch."""
+    losses = [each for each in activations.by_key.values() if not each.key.module and each.expected.dim() == 0]
+    return bool(losses) and all(each.difference.agrees for each in losses)

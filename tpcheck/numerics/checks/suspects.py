@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
 from tpcheck.numerics.differences import Difference, compare_parameter
-from tpcheck.numerics.evidence import CheckOutcome, Evidence, Kind, Suspect
+from tpcheck.numerics.evidence import LOGGED_LOSS, CheckOutcome, Evidence, Kind, LossFacts, Suspect
 
 
 def tensor_suspect(
@@ -179,9 +179,7 @@ def compare_parameters(
     return compared, not_compared
 
 
-def compare_logged(
-    evidence: Evidence, step: int, names: Mapping[str, str], *, check: str, phase: str
-) -> CheckOutcome:
+def compare_logged(evidence: Evidence, step: int, names: Mapping[str, str], *, check: str, phase: str) -> CheckOutcome:
     """Compare what the loop of a library logs of `step`, on every rank, with what it would log of the reference.
 
     Args:
@@ -202,5 +200,8 @@ def compare_logged(
         margins[what], suspect = compare_scalar(
             evidence, "logged", known, expected, allowed, check=check, kind="logged", where=where
         )
-        suspects += [suspect] if suspect is not None else []
+        if suspect is not None:
+            loss = evidence.reference[step].loss
+            of_replica = LossFacts(loss, tuple(rank.loss for rank in evidence.candidate[step]))
+            suspects.append(replace(suspect, loss=of_replica if name == LOGGED_LOSS else None))
     return CheckOutcome(margins, tuple(suspects), not_compared)

@@ -30,6 +30,7 @@ from tpcheck.numerics.checks.suspects import (
 )
 from tpcheck.numerics.differences import compare_placed, rounding_error, spacing
 from tpcheck.numerics.evidence import (
+    EVALUATION_LOSS,
     LOGGED_NORM,
     LOGGED_RATE,
     CheckOutcome,
@@ -42,7 +43,6 @@ from tpcheck.numerics.evidence import (
 from tpcheck.numerics.norms import ClippedStep, explain_norm
 from tpcheck.numerics.tolerance import RESIDUAL_EXACT
 
-
 _NORM_CHECK = "gradient_norm_matches_reference"
 
 
@@ -54,7 +54,7 @@ def gradient_norm_matches_reference(evidence: Evidence, step: int) -> CheckOutco
     logged = compare_logged(evidence, step, {LOGGED_NORM: "logged norm"}, check=_NORM_CHECK, phase="update")
     if expected is None or any(norm is None for norm in actual):
         why = {name: "the backend does not report the norm that it clips by"}
-        return CheckOutcome(not_compared=why).with_logged(logged)
+        return CheckOutcome(not_compared=why).or_else(logged)
     allowed = evidence.tolerance.allowed_scalar((step, "norm"), expected)
     where = {"phase": "update", "step": step}
     norms = [norm for norm in actual if norm is not None]
@@ -62,7 +62,7 @@ def gradient_norm_matches_reference(evidence: Evidence, step: int) -> CheckOutco
         evidence, "norm", norms, expected, allowed, check=_NORM_CHECK, kind="norm", where=where
     )
     if suspect is None:
-        return CheckOutcome({name: margin}).with_logged(logged)
+        return CheckOutcome({name: margin}).or_else(logged)
     facts = norm_facts(evidence, step, clipped_step(evidence, step, _shares_of_all(evidence, step)))
     if facts is not None:
         suspect = replace(suspect, norms=facts, evidence={**suspect.evidence, **_norm_evidence(facts)})
@@ -126,9 +126,11 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     if not evidence.reference[step].weights:
         not_compared["weights"] = "no optimizer step followed this call"
     outcome = CheckOutcome(margins, tuple(suspects), {**not_compared, **buffers_not_compared})
-    return outcome.with_logged(
-        compare_logged(evidence, step, {LOGGED_RATE: "logged learning rate"}, check=_CHECK, phase="update")
+    rate = compare_logged(evidence, step, {LOGGED_RATE: "logged learning rate"}, check=_CHECK, phase="update")
+    evaluation = compare_logged(
+        evidence, step, {EVALUATION_LOSS: "loss of the evaluation"}, check=_CHECK, phase="evaluation"
     )
+    return rate.or_else(outcome).or_else(evaluation)  # each makes the next one wrong
 
 
 def _has_gradient(evidence: Evidence, step: int, name: str) -> bool:
