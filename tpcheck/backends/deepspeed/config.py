@@ -55,6 +55,9 @@ def resolved(options: TrainingOptions) -> TrainingOptions:
     )
     if options.loop != "trainer":
         return trained
+    schedule = options.config.get("scheduler", {})
+    if _AUTO in schedule.get("params", {}).values():
+        raise UsageError("config.scheduler.params", schedule["params"], 'numbers: the reference has no values "auto"')
     from tpcheck.backends.trainer_loop.options import resolved_for_trainer  # imports the Trainer, for seconds
 
     by_trainer = resolved_for_trainer(trained)

@@ -184,7 +184,7 @@ def _trainer(model: nn.Module, options: TrainingOptions, arguments: TrainingArgu
     return trainer
 
 
-class _ObservedTrainer(Trainer):
+class _ObservedTrainer(Trainer):  # type: ignore[misc]
     """Tells of each forward and backward pass of a step; changes nothing."""
 
     loop: TrainerLoop
@@ -206,7 +206,7 @@ class _ObservedTrainer(Trainer):
             return super().compute_loss(*args, **kwargs)
 
 
-class _Observer(TrainerCallback):
+class _Observer(TrainerCallback):  # type: ignore[misc]
     """Stops the training where it begins, and tells of what follows a step."""
 
     def __init__(self, loop: TrainerLoop) -> None:

@@ -24,7 +24,9 @@ def resolved_for_trainer(options: TrainingOptions) -> TrainingOptions:
 
 def _linear_schedule(steps: int, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     """Return the Trainer's default schedule: the rate falls to zero over the run."""
-    return get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=steps)
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=steps)
+    return schedule
 
 
 def decayed_parameters(model: nn.Module) -> frozenset[str]:

@@ -25,9 +25,10 @@ class PausedRun:
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._function = function
-        self._modes = _get_current_function_mode_stack()
+        self._modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
         self._num_threads = torch.get_num_threads()
-        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self._device = torch.cuda.current_device() if has_cuda else None
         self._may_run, self._has_stopped = threading.Event(), threading.Event()
         self._is_cancelled = False
         self._error: BaseException | None = None

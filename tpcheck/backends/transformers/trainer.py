@@ -21,7 +21,7 @@ class OptimizerOfTrainer:
         self.optimizer = optimizer
 
     def step(self) -> float | None:
-        raise NotImplementedError("the Trainer steps")
+        """Do nothing: the Trainer steps."""
 
     def state(self, parameter: torch.Tensor) -> Mapping[str, torch.Tensor]:
         return states_like(parameter, self.optimizer)

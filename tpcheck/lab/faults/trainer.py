@@ -38,10 +38,10 @@ def _clipped_by_own_shards(live: Live) -> None:
     trainer = live.candidate.trainer
 
     def clip(model: Any) -> torch.Tensor:
-        gradients = [local_part(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
-        norm = get_total_norm(gradients)
-        for gradient in gradients:
-            gradient.mul_(torch.clamp(trainer.args.max_grad_norm / (norm + 1e-6), max=1.0))
+        parameters = {name: each for name, each in model.named_parameters() if each.grad is not None}
+        norm = get_total_norm([live.candidate.gradient(name) for name in parameters])
+        for parameter in parameters.values():
+            local_part(parameter.grad).mul_(torch.clamp(trainer.args.max_grad_norm / (norm + 1e-6), max=1.0))
         return norm
 
     trainer._clip_grad_norm = clip
