@@ -20,7 +20,11 @@ class TrainerCandidate(DeepSpeedCandidate):
     def __init__(
         self, model: nn.Module, config: Mapping[str, Any], topology: Topology, options: TrainingOptions
     ) -> None:
-        loop = TrainerLoop(model, options, deepspeed=dict(config), bf16=options.dtype is torch.bfloat16)
+        arguments = {"deepspeed": dict(config), "bf16": options.dtype is torch.bfloat16}
+        warmup = config.get("scheduler", {}).get("params", {}).get("warmup_num_steps")
+        if warmup is not None:  # the Trainer requires its arguments to say the same
+            arguments["warmup_steps"] = warmup
+        loop = TrainerLoop(model, options, **arguments)
         super().__init__(loop.trainer.deepspeed, topology, options.accumulate)
         self.trainer = loop.trainer
         self._loop = loop

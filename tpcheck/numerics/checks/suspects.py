@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from sys import float_info
 from typing import Any
 
 from tpcheck.numerics.differences import Difference, compare_parameter
@@ -195,7 +196,7 @@ def compare_logged(evidence: Evidence, step: int, names: Mapping[str, str], *, c
         if len(known) < len(actual):
             not_compared[what] = "the Trainer does not log it"
             continue
-        allowed = evidence.tolerance.allowed_scalar((step, "logged", name), expected)
+        allowed = evidence.tolerance.allowed_scalar((step, "logged", name), expected) or float_info.min  # of a rate of 0
         where = {"phase": phase, "step": step, "field": what}
         margins[what], suspect = compare_scalar(
             evidence, "logged", known, expected, allowed, check=check, kind="logged", where=where
