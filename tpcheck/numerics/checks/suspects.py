@@ -196,7 +196,9 @@ def compare_logged(evidence: Evidence, step: int, names: Mapping[str, str], *, c
         if len(known) < len(actual):
             not_compared[what] = "the Trainer does not log it"
             continue
-        allowed = evidence.tolerance.allowed_scalar((step, "logged", name), expected) or float_info.min  # of a rate of 0
+        allowed = (
+            evidence.tolerance.allowed_scalar((step, "logged", name), expected) or float_info.min
+        )  # of a rate of 0
         where = {"phase": phase, "step": step, "field": what}
         margins[what], suspect = compare_scalar(
             evidence, "logged", known, expected, allowed, check=check, kind="logged", where=where
