@@ -49,6 +49,10 @@ class TransformersBackend:
                 "ignore_plan", True, "False: transformers has no heuristics; give a plan of your own as config.tp_plan"
             )
         if BEFORE_TP_SIZE:
+            if options.loop != "plain":
+                raise UsageError(
+                    "loop", options.loop, "plain: this version's Trainer knows no model sharded at loading"
+                )
             return resolved_before_tp_size(options)
         known = [field.name for field in fields(DistributedConfig)]
         for name in options.config:
