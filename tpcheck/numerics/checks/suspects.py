@@ -24,6 +24,7 @@ def tensor_suspect(
     expected_parts: Sequence[Any],
     is_replicated: bool,
     details: Mapping[str, Any] | None = None,
+    cut: Callable[[Any], Sequence[Any]] | None = None,
 ) -> Suspect:
     """Return the suspect for a calibrated or exact comparison of one tensor.
 
@@ -55,6 +56,8 @@ def tensor_suspect(
         is_replicated=is_replicated,
         allowed_error=difference.allowed,
         num_replicas=evidence.topology.dp,
+        cut=cut or ((lambda full: (full,) * len(actual_parts)) if is_replicated else None),
+        tp_group=evidence.tp_group,
     )
 
 
@@ -137,6 +140,7 @@ def parameter_suspect(
         expected_parts=parameter.expected_parts,
         is_replicated=evidence.layouts[parameter.name].is_replicated,
         details=details,
+        cut=evidence.layouts[parameter.name].parts,
     )
 
 
