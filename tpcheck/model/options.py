@@ -68,7 +68,9 @@ class Tokens:
 
 OptimizerSource: TypeAlias = "str | Mapping[str, Any] | Callable[..., Any]"
 BatchSource: TypeAlias = "Mapping[str, Any] | Callable[[Mapping[str, int], int], Mapping[str, Any]] | Tokens | None"
-DTYPES = ("float64", "float32", "bfloat16")
+COMMON_DTYPES = ("float64", "float32", "bfloat16")
+"""Those of every backend; DeepSpeed's float16 is not verified."""
+DTYPES = (*COMMON_DTYPES, "float16")
 ZERO_STAGES = (0, 1, 2, 3)
 LOSSES = ("mean", "token_mean")
 LOOPS = ("plain", "trainer")
@@ -102,7 +104,9 @@ class RunOptions:
     )
     dtype: str = field(
         default="float64",
-        metadata=_doc("`float64` separates bugs from rounding best. Also `float32` and `bfloat16`."),
+        metadata=_doc(
+            "`float64` separates bugs from rounding best. Also `float32`, `bfloat16`, and without DeepSpeed `float16`."
+        ),
     )
     steps: int = field(
         default=2, metadata=_doc("Training steps. The comparison ends after the first one that differs.")
@@ -162,9 +166,11 @@ class RunOptions:
     checks: tuple[str, ...] | None = field(
         default=None,
         metadata=_doc(
-            "Names of the checks to run, or `all`. None for all but two: `checkpoint_matches_reference` saves the "
-            "model in each way that the backend has, reads it back, and compares, before the first step and after the "
-            "last; `resume_matches_uninterrupted` saves the training, goes on from it in new processes, and compares."
+            "Names of the checks to run, or `all`. None for all but three: `initialisation_matches_reference` makes "
+            "models from scratch under many seeds, and compares what is drawn with the unsharded model; "
+            "`checkpoint_matches_reference` saves the model in each way that the backend has, reads it back, and "
+            "compares, before the first step and after the last; `resume_matches_uninterrupted` saves the training, "
+            "goes on from it in new processes, and compares."
         ),
     )
     seed: int = field(default=0, metadata=_doc("Seed of weights, batches and replays."))
@@ -469,8 +475,9 @@ def _require_loop(options: RunOptions) -> None:
     if options.backend_name not in _TRAINER_BACKENDS:
         accepted = f"plain with backend={options.backend_name}; the Trainer drives {' and '.join(_TRAINER_BACKENDS)}"
         raise UsageError("loop", options.loop, accepted)
-    if _resume_check() in options.check_names:
-        raise UsageError("checks", _resume_check(), "any other check with loop=trainer")
+    others = [name for name in _of_other_candidates() if name in options.check_names]
+    if others:
+        raise UsageError("checks", others, "any other check with loop=trainer")
 
 
 def _all_checks() -> tuple[str, ...]:
@@ -485,7 +492,8 @@ def _default_checks() -> tuple[str, ...]:
     return CHECK_NAMES
 
 
-def _resume_check() -> str:
-    from tpcheck.numerics.checks import RESUME_CHECK
+def _of_other_candidates() -> tuple[str, ...]:
+    """Return the checks that shard further models, without batches to train on."""
+    from tpcheck.numerics.checks import INITIALISATION_CHECK, RESUME_CHECK
 
-    return RESUME_CHECK
+    return (INITIALISATION_CHECK, RESUME_CHECK)
