@@ -86,8 +86,8 @@ class PeerSockets:
             machines: What `this_machine` returns on each rank.
             all_gather_object: Over the ranks.
         """
-        is_one_machine = None not in machines.values() and len({*machines.values()}) == 1
-        if not is_one_machine and len(machines) > _MOST_PEERS_OVER_TCP:
+        is_one_machine = len({*machines.values()}) == 1
+        if None in machines.values() or (not is_one_machine and len(machines) > _MOST_PEERS_OVER_TCP):
             return None
         with ExitStack() as stack:
             endpoint = None
