@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.report.examples import FAILED, GRADIENT, GROUPS, NORM, OUTPUT, REPLICAS, SHAPE, SUBJECT, WEIGHT
-from tpcheck.core.findings import Finding
+from tpcheck.core.findings import Finding, with_nodes
 from tpcheck.report.findings import finding_lines, place
 from tpcheck.report.report import Report
 from tpcheck.report.words import as_text
@@ -165,3 +165,11 @@ def test_every_entry_of_also_has_its_phrase(entry: object, expected: str) -> Non
 )
 def test_the_place_is_the_full_name_of_the_tensor(where: dict[str, str], expected: str) -> None:
     assert place(replace(GRADIENT, where=where)) == expected
+
+
+def test_ranks_of_several_nodes_are_named_with_them() -> None:
+    nodes = {rank: f"node-{'ab'[rank // 2]}" for rank in range(4)}
+    finding = with_nodes(replace(REPLICAS, where={**REPLICAS.where, "ranks": [1, 2, 3]}), nodes)
+    assert finding.where["nodes"] == {"node-a": [1], "node-b": [2, 3]}
+    assert "on rank 1 (node-a), ranks 2, 3 (node-b)" in as_text(finding_lines(finding, SUBJECT))
+    assert with_nodes(finding, dict.fromkeys(range(4), "node-a")) is finding
