@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tpcheck.core.errors import TpcheckError, UsageError
+from tpcheck.core.guides import Guide
 from tpcheck.families.rules import OVERRIDES, ROLES, SPECIAL_TOKENS, is_size, layer_count_name, small_settings
 from tpcheck.families.settings import attributes, canonical, declared, nest, overlay, unknown
 
@@ -63,7 +64,8 @@ def type_and_head(family: str) -> tuple[str, Head]:
     of_type = [head for head in HEADS if name in types_of(head)]
     if not of_type:
         known = {known for head in HEADS for known in types_of(head)}
-        raise UsageError("family", family, unknown("a language model type of transformers", name, known))
+        accepted = unknown("a language model type of transformers", name, known)
+        raise UsageError("family", family, accepted, Guide.WHICH_MODELS)
     if not slash:
         return name, of_type[0]
     for head in of_type:
@@ -111,12 +113,12 @@ def with_adapters(family: str, settings: Mapping[str, object] | None, rank: int)
     try:
         import peft
     except ImportError as error:
-        raise UsageError("lora", rank, "0, or an installed peft: pip install peft") from error
+        raise UsageError("lora", rank, "0, or an installed peft: pip install peft", Guide.LORA) from error
     model = small_model(family, settings)
     try:
         adapted: nn.Module = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear"))
     except Exception as error:
-        raise UsageError("lora", rank, f"0: peft adds no adapters to {family} ({error})") from error
+        raise UsageError("lora", rank, f"0: peft adds no adapters to {family} ({error})", Guide.LORA) from error
     return adapted
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from tpcheck.core.causes import guide_of
 from tpcheck.core.errors import BackendError, InternalError, Mismatch
 from tpcheck.core.findings import Coverage, Finding, Verdict
 from tpcheck.report import checkpoints, words
@@ -154,7 +155,7 @@ def verdict_lines(verdict: Verdict, *, findings_shown: int | None = FINDINGS_SHO
         yield Line()
         yield from table_lines(_checks_table(verdict))
     yield Line()
-    yield from _foot(verdict)
+    yield from _foot(verdict, shown)
 
 
 def _head_line(verdict: Verdict) -> Line:
@@ -218,13 +219,17 @@ def _checks_table(verdict: Verdict) -> Table:
     return Table(tuple(Column(*column) for column in columns), tuple(rows), title="Checks", has_heading=True, indent=2)
 
 
-def _foot(verdict: Verdict) -> Iterator[Line]:
+def _foot(verdict: Verdict, findings: Sequence[Finding]) -> Iterator[Line]:
     if verdict.coverage.total:
         yield from labelled("coverage", "\n".join(_coverage(verdict.coverage)))
     versions = ", ".join(f"{package} {version}" for package, version in sorted(verdict.environment.items()))
     if versions:
         yield from labelled("versions", versions)
     yield from labelled("seconds", f"{verdict.seconds:.1f}")
+    guides = [guide_of(finding.check, finding.cause) for finding in findings if not is_consequence(finding)]
+    urls = dict.fromkeys(guide.url for guide in guides if guide is not None)
+    if urls:
+        yield from labelled("read on", "\n".join(urls))
 
 
 def _coverage(coverage: Coverage) -> Iterator[str]:
