@@ -1,14 +1,18 @@
-"""A hook of mkdocs: fills the generated parts of docs/reference, which `<!-- generated: NAME -->` marks.
+"""Hooks of mkdocs and mkdocstrings for docs/reference: what the code says of itself, so that no page repeats it.
 
-The commands come from the typer app, the checks and causes from their tables in `tpcheck`, so that no page repeats them.
+`<!-- generated: NAME -->` in a page is replaced by what `GENERATED` yields: the commands come from the typer app, the
+checks and causes from their tables.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
+import griffe
 import typer
 from typer.cli import get_docs_for_click
 from typer.main import get_command
@@ -59,3 +63,37 @@ def _sentence(cause: Cause) -> str:
 
 
 GENERATED: dict[str, Callable[[], Iterator[str]]] = {"commands": commands, "checks": checks, "causes": causes}
+
+
+class ShownAsInHelp(griffe.Extension):
+    """Shows functions as `help` does: those that take `**options` with the options by name, examples as code."""
+
+    def on_function(self, *, func: griffe.Function, **_: Any) -> None:
+        if not any("Unpack" in str(parameter.annotation) for parameter in func.parameters):
+            return
+        try:
+            shown = import_module(func.module.path)
+        except ImportError:  # of an extra, such as lightning
+            return
+        for name in func.path.removeprefix(f"{func.module.path}.").split("."):
+            shown = getattr(shown, name)
+        func.parameters = griffe.Parameters(*map(_griffe_parameter, inspect.signature(shown).parameters.values()))
+        if func.docstring is not None:
+            func.docstring.value = _with_examples(inspect.cleandoc(shown.__doc__ or ""))
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = _with_examples(obj.docstring.value)
+
+
+def _with_examples(docstring: str) -> str:
+    """Return a docstring with the title of the section in which griffe looks for code."""
+    return re.sub(r"^Example:$", "Examples:", docstring, flags=re.MULTILINE)
+
+
+def _griffe_parameter(parameter: inspect.Parameter) -> griffe.Parameter:
+    annotation = getattr(parameter.annotation, "__forward_arg__", parameter.annotation)
+    kind = griffe.ParameterKind[parameter.kind.name.lower()]
+    default = None if parameter.default is inspect.Parameter.empty else repr(parameter.default)
+    shown = None if annotation is inspect.Parameter.empty else str(annotation)
+    return griffe.Parameter(parameter.name, annotation=shown, kind=kind, default=default)
