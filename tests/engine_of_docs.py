@@ -20,7 +20,7 @@ SIZES = {
 }
 DS_CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.0, "torch_adam": True}},  # weights stay
     "tensor_parallel": {"autotp_size": 2},
 }
 

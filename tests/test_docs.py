@@ -120,25 +120,27 @@ def run(text: str, name: str, namespace: dict[str, Any]) -> None:
     exec(compile(text, name, "exec"), {"__name__": "documentation", "tpcheck": tpcheck, **namespace})
 
 
-WORLD_PAGES = sorted({snippet.page for snippet in SNIPPETS if (snippet.test or "").endswith("on tp=2")})
-
-
-@pytest.mark.parametrize("page", WORLD_PAGES, ids=lambda page: page.name)
 @pytest.mark.tpcheck(tp=2, timeout=120)
-def test_snippets_run_on_ranks(page: Path, tp_rank: tpcheck.Rank, tmp_path: Path) -> None:
-    """One world and one engine for all snippets of a page."""
+def test_snippets_run_on_ranks(tp_rank: tpcheck.Rank, tmp_path: Path) -> None:
+    """One world and one engine for the snippets of all pages, since they are small."""
     from tests.engine_of_docs import stand_ins
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        namespace: dict[str, Any] | None = None
-        for snippet in [each for each in snippets(page) if (each.test or "").endswith("on tp=2")]:
-            if snippet.test is not None and snippet.test.startswith("raises "):
-                with pytest.raises(getattr(tpcheck, snippet.test.split()[1])):
-                    run(snippet.text, snippet.name, {})
-            else:
-                namespace = stand_ins() if namespace is None else namespace
-                run(snippet.text, snippet.name, namespace)
+        names = stand_ins()
+        for snippet in [each for each in SNIPPETS if each.test == "runs on tp=2"]:
+            run(snippet.text, snippet.name, {**names})
+
+
+SCRIPTS = [snippet for snippet in SNIPPETS if (snippet.test or "").startswith("raises ")]
+
+
+@pytest.mark.parametrize("number", range(len(SCRIPTS)))
+@pytest.mark.tpcheck(tp=2, timeout=120)
+def test_a_script_ends_in_the_error_that_the_page_shows(number: int, tp_rank: tpcheck.Rank) -> None:
+    script = SCRIPTS[number]
+    with pytest.raises(getattr(tpcheck, str(script.test).split()[1])):
+        run(script.text, script.name, {})
 
 
 @pytest.mark.parametrize("guide", Guide)
