@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-
-from tpcheck.backends.checkpoint_format import Checkpoint, Extent, MergesAdapters
+from tpcheck.backends.checkpoint_format import Checkpoint, MergesAdapters
+from tpcheck.checkpoints.mapped import under_names
 from tpcheck.numerics.exact.checkpoint_tensor import BitComparer, CheckpointTensor
 
 # Of PEFT 0.21's tuners: each names its parameters by its own prefix (`prefix` of peft/tuners/*/model.py).
@@ -63,54 +61,6 @@ def _taken_apart(name: str) -> tuple[str | None, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """Some tensors of a checkpoint, under other names; implements `Checkpoint`."""
-
-    checkpoint: Checkpoint
-    old_names: Mapping[str, str]
-    inconsistent_replicas: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def description(self) -> str:
-        return self.checkpoint.description
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.checkpoint.config
-
-    @property
-    def unread(self) -> Mapping[str, str]:
-        return {new: why for new, old in self.old_names.items() if (why := self.checkpoint.unread.get(old))}
-
-    @property
-    def ties(self) -> tuple[frozenset[str], ...]:
-        new_names = {old: new for new, old in self.old_names.items()}
-        kept = (frozenset(new_names[name] for name in tie if name in new_names) for tie in self.checkpoint.ties)
-        return tuple(tie for tie in kept if len(tie) > 1)
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.old_names)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.checkpoint.shape(self.old_names[name])
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.checkpoint.dtype(self.old_names[name])
-
-    def read(self, name: str, rows: range) -> torch.Tensor:
-        return self.checkpoint.read(self.old_names[name], rows)
-
-    def extent(self, name: str) -> Extent | None:
-        return self.checkpoint.extent(self.old_names[name])
-
-    def require_unchanged(self) -> None:
-        self.checkpoint.require_unchanged()
-
-    def close(self) -> None:
-        self.checkpoint.close()
-
-
-@dataclass(frozen=True, slots=True)
 class AdapterReading:
     """Both sides as they can be compared.
 
@@ -153,18 +103,20 @@ def _as_adapter(
         return
     expected_names = {**saved_names.of_base, **next(iter(saved_names.of_adapter.values()))}
     beside = {saved: name for saved, name in names.of_base.items() if saved in expected_names}  # such as embeddings
-    views = {adapter: View(checkpoint, {**beside, **of_adapter}) for adapter, of_adapter in names.of_adapter.items()}
-    there = View(saved, expected_names)
+    views = {
+        adapter: under_names(checkpoint, {**beside, **of_adapter}) for adapter, of_adapter in names.of_adapter.items()
+    }
+    there = under_names(saved, expected_names)
     for adapter in sorted(views, key=lambda adapter: _num_differing(views[adapter], there)):
         left_out = {f"base model of {side}": f"{other} holds the adapter alone"}
         left_out |= {f"adapter {one!r} of {side}": f"{other} holds one adapter" for one in views if one != adapter}
         yield views[adapter], there, f"adapter {adapter!r} of {side} is read as PEFT saves it", left_out
 
 
-def _num_differing(view: View, other: View) -> int:
+def _num_differing(view: Checkpoint, other: Checkpoint) -> int:
     """Return how many tensors of the same name are not the same."""
     with BitComparer() as comparer:
-        return sum(not _is_same(view, other, name, comparer) for name in view.names() if name in other.old_names)
+        return sum(not _is_same(view, other, name, comparer) for name in {*view.names()} & {*other.names()})
 
 
 def _as_merged(side: str, checkpoint: Checkpoint, other: str, saved: Checkpoint) -> Iterator[_Reading]:
@@ -175,10 +127,11 @@ def _as_merged(side: str, checkpoint: Checkpoint, other: str, saved: Checkpoint)
     base = AdapterNames.of(checkpoint.names()).of_base
     adapted = [name for name, old in base.items() if old != name]
     tails = {name: other_name for other_name in saved.names() for name in adapted if _is_tail(other_name, name)}
+    there = under_names(saved, tails)
     with BitComparer() as comparer:
         plain, new = (
-            sum(_is_same(side_, View(saved, tails), name, comparer) for name in tails)
-            for side_ in (View(checkpoint, base), View(merged, {name: name for name in merged.names()}))
+            sum(_is_same(side_, there, name, comparer) for name in {*tails} & {*side_.names()})
+            for side_ in (under_names(checkpoint, base), merged)
         )
     if new > plain or (new == plain and new == len(tails)):
         yield merged, saved, f"{side} is read with its adapters merged", {}
@@ -188,8 +141,6 @@ def _is_tail(name: str, whole: str) -> bool:
     return whole == name or whole.endswith(f".{name}")
 
 
-def _is_same(view: View, other: View, name: str, comparer: BitComparer) -> bool:
-    if name not in view.old_names or name not in other.old_names:
-        return False
+def _is_same(view: Checkpoint, other: Checkpoint, name: str, comparer: BitComparer) -> bool:
     here, there = CheckpointTensor(view, name), CheckpointTensor(other, name)
     return here.shape == there.shape and here.dtype == there.dtype and comparer.equal(here, there)

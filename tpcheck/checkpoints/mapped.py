@@ -125,6 +125,13 @@ def renamed(checkpoint: Checkpoint, names: NameMap, *, is_actual: bool) -> Check
     return PiecedView(checkpoint, pieces, unread, replicas)
 
 
+def under_names(checkpoint: Checkpoint, old_names: Mapping[str, str]) -> Checkpoint:
+    """Return some tensors of the checkpoint under other names; `old_names` has each one's name there."""
+    pieces = {new: (_whole(checkpoint, old),) for new, old in old_names.items()}
+    unread = {new: why for new, old in old_names.items() if (why := checkpoint.unread.get(old))}
+    return PiecedView(checkpoint, pieces, unread)
+
+
 def _whole(checkpoint: Checkpoint, name: str) -> Piece:
     shape = checkpoint.shape(name)
     return Piece(name, range(shape[0] if shape else 1))

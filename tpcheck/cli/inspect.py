@@ -23,9 +23,10 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="F", help="Write th
 def topology_lines(topology: Topology) -> Iterator[Line]:
     """Yield the coordinates of every rank, and the groups of every axis."""
     sizes = ", ".join(f"{axis}={size}" for axis, size in topology.sizes.items())
-    yield plain(f"world {topology.world_size}: {sizes} (the last axis is innermost)", "bold")
+    experts = f"; ep={topology.ep} over consecutive ranks of the axes between pp and tp" if topology.ep > 1 else ""
+    yield plain(f"world {topology.world_size}: {sizes} (the last axis is innermost{experts})", "bold")
     yield Line()
-    axes = tuple(topology.sizes)
+    axes = topology.axes
     columns = tuple(Column(name, right=True, width=4) for name in ("rank", *axes))
     numbers = ((rank, *(topology.coordinate(rank)[axis] for axis in axes)) for rank in range(topology.world_size))
     rows = tuple(Row(tuple(Cell(str(number)) for number in row)) for row in numbers)
@@ -43,7 +44,7 @@ def topology_data(topology: Topology) -> dict[str, Any]:
         "world_size": topology.world_size,
         "sizes": dict(topology.sizes),
         "ranks": [{"rank": rank, **topology.coordinate(rank)} for rank in range(topology.world_size)],
-        "groups": {axis: [list(group) for group in topology.groups(axis)] for axis in topology.sizes},
+        "groups": {axis: [list(group) for group in topology.groups(axis)] for axis in topology.axes},
     }
 
 
@@ -63,16 +64,20 @@ def family_lines(families: Sequence[Listed]) -> Iterator[Line]:
 def topology(
     world: Annotated[int, typer.Option(help="Number of ranks.")],
     tp: Annotated[int, typer.Option(help="Ranks of a tensor-parallel group.")] = 1,
+    cp: Annotated[int, typer.Option(help="Ranks that share a sequence.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    ep: Annotated[int, typer.Option(help="Ranks of dp and cp that share the experts of a layer.")] = 1,
     json_: Json = None,
 ) -> None:
-    """Print the coordinates of every rank, and the groups of every axis.
+    """Print the coordinates of every rank, and the groups of every axis. What other axes leave is data-parallel.
 
     \b
     tpcheck topology --world 8 --tp 2
+    tpcheck topology --world 16 --tp 2 --cp 2 --pp 2
     tpcheck topology --world 8 --tp 2 --json topology.json
     """
     with usage_errors():
-        sizes = Topology.of(world_size=world, tp=tp)
+        sizes = Topology.of(world_size=world, tp=tp, cp=cp, pp=pp, ep=ep)
         json_ = writable("json", json_)
     _end(topology_lines(sizes), json_, topology_data(sizes), status=0)
 

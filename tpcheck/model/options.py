@@ -392,8 +392,7 @@ def require_valid(request: Request) -> None:
     from tpcheck.numerics.checks import CHECK_NAMES, ON_REQUEST
 
     options = request.options
-    if not isinstance(options.topology, Topology):
-        raise UsageError("topology", options.topology, "a tpcheck.Topology")
+    _require_topology(options.topology)
 
     is_module = hasattr(request.build, "named_parameters") and not isinstance(request.build, type)
     if not callable(request.build) or is_module:  # a module is callable, too
@@ -423,6 +422,13 @@ def require_valid(request: Request) -> None:
     unknown = [name for name in options.check_names if name not in valid_checks]
     if unknown or not options.check_names:
         raise UsageError("checks", unknown or (), ("all", *valid_checks))
+
+
+def _require_topology(topology: Topology) -> None:
+    if not isinstance(topology, Topology):
+        raise UsageError("topology", topology, "a tpcheck.Topology")
+    if set(topology.axes) != {"dp", "tp"}:
+        raise UsageError("topology", topology, "sizes of tp and dp alone: no backend here runs other axes")
 
 
 def _require_training(options: RunOptions) -> None:
