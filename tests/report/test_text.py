@@ -104,6 +104,7 @@ The system under test crashed. Its own message:
 
   versions  deepspeed 0.19.8, torch 2.13.0, transformers 5.23.0
   seconds   3.0
+  read on   https://github.com/tpcheck/tpcheck/tree/main/docs/guides/which-models.md
 """
     )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tpcheck.core.causes import guide_of
 from tpcheck.core.errors import BackendError, InternalError, Mismatch
 from tpcheck.core.findings import Coverage, Finding, Verdict
+from tpcheck.core.guides import Guide
 from tpcheck.report import checkpoints, words
 from tpcheck.report.findings import finding_lines, is_consequence, place
 from tpcheck.report.json_values import verdict_json
@@ -227,6 +228,8 @@ def _foot(verdict: Verdict, findings: Sequence[Finding]) -> Iterator[Line]:
         yield from labelled("versions", versions)
     yield from labelled("seconds", f"{verdict.seconds:.1f}")
     guides = [guide_of(finding.check, finding.cause) for finding in findings if not is_consequence(finding)]
+    if verdict.verdict == "error" and not verdict.is_internal_error and "family" in verdict.subject:
+        guides.append(Guide.WHICH_MODELS)
     urls = dict.fromkeys(guide.url for guide in guides if guide is not None)
     if urls:
         yield from labelled("read on", "\n".join(urls))
