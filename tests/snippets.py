@@ -100,12 +100,17 @@ class _Names:
         if isinstance(node, ast.Name):
             return self._values.get(node.id)
         value = self._value(node.value) if isinstance(node, ast.Attribute) else None
-        if inspect.ismodule(value):
-            return getattr(value, node.attr, None) or _module(f"{value.__name__}.{node.attr}")  # type: ignore[attr-defined]
-        return getattr(value, node.attr, None) if inspect.isclass(value) else None  # type: ignore[attr-defined]
+        if value is None or not isinstance(node, ast.Attribute):
+            return None
+        if value is _NOT_LOADED:
+            return value
+        member = getattr(value, node.attr, None) if inspect.ismodule(value) or inspect.isclass(value) else None
+        return _module(f"{value.__name__}.{node.attr}") if member is None and inspect.ismodule(value) else member
 
 
 def _unknown_keywords(function: Any, call: ast.Call) -> set[str]:
+    if function is _NOT_LOADED:
+        return set()
     parameters = inspect.signature(function).parameters
     given = {keyword.arg for keyword in call.keywords if keyword.arg is not None}
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -127,7 +132,13 @@ def _is_missing(module: str) -> bool:
 
 
 def _module(name: str) -> Any:
+    """Return a module, None if there is none; `_NOT_LOADED` stands for one that needs an extra."""
+    if _is_missing(name):
+        return None
     try:
         return import_module(name)
-    except ImportError:  # one that needs an extra is there, too
-        return inspect if find_spec(name) is not None else None
+    except ImportError:
+        return _NOT_LOADED
+
+
+_NOT_LOADED = object()
