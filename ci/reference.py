@@ -35,8 +35,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def commands() -> Iterator[str]:
     """Yield a section for each command: what its `--help` says."""
     command: Any = get_command(app)
-    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="tpcheck")
-    examples = re.compile(r"(?:^tpcheck .*\n)+", re.MULTILINE)  # their paragraphs are marked by a \b that is lost
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="tpcheck").replace("\b", "")
+    examples = re.compile(r"(?:^tpcheck .*\n)+", re.MULTILINE)
     yield examples.sub(lambda lines: f"```text\n{lines.group()}```\n", text[text.index("## `") :])
 
 
