@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.checkpoints.hostile import HOSTILE
+from tests.schema import document
 
 Run = Callable[..., Any]
 TENSORS = {"a.weight": torch.arange(12.0).reshape(6, 2), "b.weight": torch.ones(3)}
@@ -46,7 +46,7 @@ def test_a_saved_shard_is_reported_and_written(run: Run, reference: Path, tmp_pa
     assert "shard_missing: the tensor is TP rank 0's slice of the reference along dim 0, of 2 ranks" in result.stdout
     assert f"again     tpcheck checkpoint {actual} {reference}" in result.stdout
     assert "TP rank 0&#39;s slice of the reference" in (tmp_path / "report.html").read_text()
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = document(tmp_path / "report.json", "report")
     (finding,) = report["findings"]
     assert (report["schema"], report["verdict"], finding["cause"]) == (1, "failed", "shard_missing")
     assert finding["where"]["parameter"] == "a.weight"

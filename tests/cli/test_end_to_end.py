@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shlex
 import subprocess
 import sys
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.schema import document
 
 for package in ("torch", "deepspeed", "transformers"):
     pytest.importorskip(package)
@@ -21,13 +23,19 @@ def tpcheck(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_correct_family_passes_and_reports_what_was_compared(tmp_path: Path) -> None:
-    done = tpcheck("verify", "llama", "--tp", "2", "--json", "report.json", "--junit", "report.xml", cwd=tmp_path)
+    files = "--json report.json --junit report.xml --html report.html".split()
+    done = tpcheck("verify", "llama", "--tp", "2", *files, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("passed  llama  deepspeed, tp=2, float64, 2 steps, seed 0\n")
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = document(tmp_path / "report.json", "report")
     assert report["verdict"] == "passed"
     assert report["coverage"]["compared"] == report["coverage"]["total"] > 0
     assert all(check["compared"] > 0 and check["worst_margin"] < 0.2 for check in report["checks"])
+    for margins in report["margins"].values():
+        assert set(margins) >= {"model.layers.1.mlp.down_proj", "lm_head", ""}
+        assert all(margin < 0.2 for margin in margins.values())
+    assert re.search(r"\n      layers\.\{0-1\} +\S+ +\S+  worst of \d+ modules\n", done.stdout)
+    assert ">down_proj</span>" in (tmp_path / "report.html").read_text()
     assert set(report["environment"]) >= {"torch", "deepspeed", "transformers"}
 
 
@@ -37,14 +45,16 @@ def test_a_wrong_family_fails_with_a_command_that_reproduces_it(
     monkeypatch.chdir(tmp_path)
     done = run(*"verify phi --tp 2 --set qk_layernorm=true --json report.json".split())
     assert done.exit_code == 1, done.output
-    first = json.loads((tmp_path / "report.json").read_text())["findings"][0]
+    first = document(tmp_path / "report.json", "report")["findings"][0]
     assert first["check"] == "gradients_match_reference"
     assert first["margin"] > 1e3
+    assert first["evidence"]["error_map"]["shards"][0]["ranks"] == [0, 1]
+    assert re.search(r" {8,}q_layernorm .* first wrong\n", done.stdout)
     assert f"  again     {first['again']}\n" in done.stdout
     program, *arguments = shlex.split(first["again"])
     rerun = run(*arguments, "--json", "again.json")
     assert (program, rerun.exit_code) == ("tpcheck", 1)
-    assert json.loads((tmp_path / "again.json").read_text())["findings"][0] == first
+    assert document(tmp_path / "again.json", "report")["findings"][0] == first
 
 
 def test_a_crash_does_not_end_the_run_of_other_families(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.lab.faults.fault_examples import CLEAN, ELSEWHERE, FALSE_POSITIVE, MISSED, RIGHT
+from tests.schema import document
 from tpcheck.lab.faults import runs as fault_runs_module
 from tpcheck.lab.faults.results import CONTROL, FaultResult
 from tpcheck.lab.faults.runs import FaultRun
@@ -108,14 +108,14 @@ def test_an_interrupt_keeps_the_results_so_far(run: Run, table: Any, tmp_path: P
     result = run("faults", "--json", str(tmp_path / "table.json"))
     assert result.exit_code == 130
     assert "caught    1 of 1 fault\n" in result.stdout
-    assert [row["fault"] for row in json.loads((tmp_path / "table.json").read_text())["faults"]] == [RIGHT.fault]
+    assert [row["fault"] for row in document(tmp_path / "table.json", "faults")["faults"]] == [RIGHT.fault]
 
 
 def test_every_kind_of_file_is_written(run: Run, table: Any, tmp_path: Path) -> None:
     table([RIGHT])
     files = [tmp_path / name for name in ("table.json", "table.html", "table.xml")]
     run("faults", *[word for file in files for word in (f"--{file.suffix[1:].replace('xml', 'junit')}", str(file))])
-    assert json.loads(files[0].read_text())["verdict"] == "passed"
+    assert document(files[0], "faults")["verdict"] == "passed"
     assert files[1].read_text().startswith("<!doctype html>")
     assert files[2].read_text().startswith("<testsuites")
 

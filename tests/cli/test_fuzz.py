@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.lab.fuzz.fuzz_examples import ERROR, FAILED, INTERRUPTED, LAYER, NOT_TRIED, PASSED, REFUSED
+from tests.schema import document
 from tpcheck.core.errors import TpcheckError
 from tpcheck.lab.fuzz import family, layers
 from tpcheck.lab.fuzz.family import Bounds
@@ -96,7 +96,7 @@ def test_of_several_layers_findings_count_before_crashes(run: Run, search: Any) 
 def test_findings_are_written_as_json(run: Run, search: Any, tmp_path: Path) -> None:
     search(FAILED)
     run("fuzz", "llama", "--json", str(tmp_path / "f"))
-    data = json.loads((tmp_path / "f").read_text())
+    data = document(tmp_path / "f", "fuzz")
     assert (data["schema"], data["verdict"]) == (1, "failed")
     assert data["findings"][0]["again"].startswith("tpcheck verify ")
     assert data["coverage"]["refusals"] == {"N heads do not fit": 2}

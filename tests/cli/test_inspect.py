@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 import tpcheck.doctor.diagnosis
+from tests.schema import document
 from tpcheck.doctor.deepspeed import Advice
 from tpcheck.doctor.diagnosis import Diagnosis
 
@@ -104,14 +104,14 @@ def test_only_what_is_broken_is_an_exit_status_of_1(
     diagnosed(Advice("rule", "so it is", severity=severity))
     result = run("doctor", "--json", str(tmp_path / "doctor.json"))
     assert result.exit_code == status
-    data = json.loads((tmp_path / "doctor.json").read_text())
+    data = document(tmp_path / "doctor.json", "doctor")
     assert (data["schema"], data["verdict"]) == (1, "failed" if status else "passed")
     assert data["findings"] == [{"rule": "rule", "what": "so it is", "fix": None, "link": None, "severity": severity}]
 
 
 def test_a_topology_is_written_as_json(run: Run, tmp_path: Path) -> None:
     assert run(*"topology --world 4 --tp 2 --json".split(), str(tmp_path / "t.json")).exit_code == 0
-    assert json.loads((tmp_path / "t.json").read_text()) == {
+    assert document(tmp_path / "t.json", "topology") == {
         "schema": 1,
         "world_size": 4,
         "sizes": {"dp": 2, "tp": 2},

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.report.examples import ERROR, FAILED, PASSED
+from tests.schema import document
 from tpcheck.core.errors import UsageError
 from tpcheck.lab import known
 from tpcheck.lab.known import KnownBug
@@ -121,7 +122,7 @@ def test_a_run_continues_an_interrupted_one(run: Run, tmp_path: Path) -> None:
     first = run(*arguments, verify_family=interrupt)
     assert first.exit_code == 130
     assert "interrupted after 2 of 3 cells" in first.stderr
-    assert json.loads(file.read_text())["pending"] == 1
+    assert document(file, "matrix")["pending"] == 1
     again: list[str] = []
 
     def remember(family: str, **options: Any) -> Report:
@@ -132,7 +133,7 @@ def test_a_run_continues_an_interrupted_one(run: Run, tmp_path: Path) -> None:
     assert (second.exit_code, again) == (0, ["c"])
     assert second.stderr.startswith(f"2 of 3 cells are in {file} already; --fresh runs them again\n")
     assert "3 passed" in second.stdout
-    data = json.loads(file.read_text())
+    data = document(file, "matrix")
     assert (data["pending"], [one["subject"]["family"] for one in data["reports"]]) == (0, ["a", "b", "c"])
 
 

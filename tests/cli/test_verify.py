@@ -13,6 +13,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED
+from tests.schema import document, schema
 from tpcheck.core.errors import RankFailure, RankOutcome, UsageError
 from tpcheck.core.topology import Topology
 from tpcheck.report.report import Report
@@ -189,7 +190,7 @@ def test_an_interrupt_is_quiet(run: Run) -> None:
 def test_one_family_is_written_as_one_report(run: Run, tmp_path: Path) -> None:
     json_file, junit_file = tmp_path / "report.json", tmp_path / "report.xml"
     run("verify", "bad", "--json", str(json_file), "--junit", str(junit_file), verify_family=verify_family)
-    assert json.loads(json_file.read_text())["verdict"] == "failed"
+    assert document(json_file, "report")["verdict"] == "failed"
     assert ET.parse(junit_file).getroot().find("testsuite") is not None
     assert sorted(file.name for file in tmp_path.iterdir()) == ["report.json", "report.xml"]
 
@@ -210,6 +211,18 @@ def test_a_report_that_cannot_be_written_is_one_line_and_the_others_are_written(
 def test_several_families_are_written_as_a_list_of_reports(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     run("verify", "good", "ugly", "bad", "--json", str(file), verify_family=verify_family)
-    data = json.loads(file.read_text())
+    data = document(file, "matrix")
     assert (data["schema"], data["verdict"]) == (1, "failed")
     assert [report["subject"]["family"] for report in data["reports"]] == ["good", "ugly", "bad"]
+
+
+def test_a_single_run_has_a_page_of_its_own(run: Run, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    run("verify", "bad", "--html", str(page), verify_family=verify_family)
+    assert page.read_text().count('<section class="finding">') == len(FAILED.findings)
+    run("verify", "bad", "good", "--html", str(page), verify_family=verify_family)
+    assert '<section class="finding">' not in page.read_text()
+
+
+def test_the_schema_is_printed(run: Run) -> None:
+    assert json.loads(run("--json-schema").stdout) == schema()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED, SUBJECT
+from tests.schema import document
 from tpcheck.core.findings import CheckResult, Finding, Verdict
 from tpcheck.lab.known import JudgedVerdict, KnownBug
 from tpcheck.lab.matrix import (
@@ -144,7 +145,7 @@ def test_a_verdict_is_equal_after_writing_and_reading(verdict: Verdict) -> None:
 def test_a_file_of_verdicts_is_equal_after_writing_and_reading(tmp_path: Path) -> None:
     text = whole_json([judged_json(row) for row in ROWS], [row.verdict.verdict for row in ROWS], pending=3)
     (tmp_path / "f").write_text(text)
-    data = json.loads(text)
+    data = document(text, "matrix")
     assert (data["schema"], data["verdict"], data["pending"]) == (1, "failed", 3)
     assert data["reports"][2]["upstream"] == {"standing": "known", "bug": "a-bug"}
     assert [verdict_json(verdict) for verdict in stored_verdicts(tmp_path / "f")] == [

@@ -10,9 +10,9 @@ import torch
 
 from tests.numerics.evidence import BIAS, BUFFER, DOWN, NORM, UP, key, right_evidence, with_digest, with_tensor
 from tpcheck.backends.layout import Layout
-from tpcheck.core.findings import CheckResult, Finding
+from tpcheck.core.findings import CheckResult, Finding, ModuleMargins
 from tpcheck.numerics.checks import CHECK_NAMES
-from tpcheck.numerics.evidence import Evidence
+from tpcheck.numerics.evidence import Evidence, MarginsByModule
 from tpcheck.numerics.verdict import (
     CheckAnswer,
     GroupAnswer,
@@ -192,6 +192,44 @@ def test_a_finding_has_its_cause_with_the_evidence_and_the_error() -> None:
     (found,) = (each for answer in answer_of(unknown).answers for each in answer.findings)
     assert found.cause is None
     assert "cause_error" not in found.evidence
+
+
+def test_a_module_has_its_worst_margins_over_steps_and_groups() -> None:
+    def of_group(**margins: float | None) -> GroupAnswer:
+        forward: MarginsByModule = {("forward", name): margin for name, margin in margins.items()}
+        backward: MarginsByModule = {("backward", name): margin for name, margin in margins.items()}
+        outputs = CheckAnswer("outputs_match_reference", 0, {}, (), {}, forward)
+        return GroupAnswer((outputs, CheckAnswer(GRADIENTS, 0, {}, (), {}, backward)), last_step=0)
+
+    found = the_verdict(of_group(a=0.1, b=None), of_group(a=0.3, b=None)).modules
+    assert found == (ModuleMargins("a", 0.3, 0.3), ModuleMargins("b", None, None))
+
+
+def test_modules_are_judged_by_what_they_compute() -> None:
+    evidence = with_tensor(RIGHT, "gradients", UP, lambda gradient: gradient * 2)
+    right, wrong = (
+        {each.module: each for each in the_verdict(answer_of(given)).modules} for given in (RIGHT, evidence)
+    )
+    module = UP.rpartition(".")[0]
+    assert right.keys() == wrong.keys()
+    assert all((each.forward or 0.0) <= 1 and (each.backward or 0.0) <= 1 for each in right.values())
+    assert {name for name, each in wrong.items() if (each.backward or 0.0) > 1} == {module}
+    assert all((each.forward or 0.0) <= 1 for each in wrong.values())
+
+
+def test_the_first_finding_of_a_check_says_where_in_its_tensor_the_error_lies() -> None:
+    def wrong(gradient: torch.Tensor) -> torch.Tensor:
+        changed = gradient.clone()
+        changed[0, 0] += 1
+        return changed
+
+    (found,) = (
+        each for answer in answer_of(with_tensor(RIGHT, "gradients", UP, wrong)).answers for each in answer.findings
+    )
+    tiles = torch.tensor(found.evidence["error_map"]["tiles"])
+    assert [shard["ranks"] for shard in found.evidence["error_map"]["shards"]] == [[0], [1]]
+    assert int(tiles.count_nonzero()) == 2  # the first element of each rank's shard
+    assert float(tiles.norm()) == pytest.approx(found.observed, rel=1e-2)
 
 
 @pytest.mark.parametrize("margins", [(2.0, 3.0), (3.0, 2.0)])

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel
 
 from tests.report.examples import ERROR, FAILED, GRADIENT, OUTPUT, PASSED, SKIPPED
+from tests.schema import document
 from tpcheck.core.findings import Verdict
 from tpcheck.lab.known import JudgedVerdict
 from tpcheck.lab.matrix import judged_json, matrix_html, matrix_junit, matrix_lines, matrix_markdown
@@ -25,7 +26,7 @@ from tpcheck.report.words import as_text
 
 
 def test_a_finding_as_json() -> None:
-    data = json.loads(Report(replace(FAILED, findings=(GRADIENT,))).to_json())
+    data = document(Report(replace(FAILED, findings=(GRADIENT,))).to_json(), "report")
     assert data["findings"] == [
         {
             "check": "gradients_match_reference",
@@ -56,7 +57,7 @@ def test_a_finding_as_json() -> None:
 
 @pytest.mark.parametrize("verdict", [PASSED, FAILED, ERROR, SKIPPED])
 def test_every_verdict_has_the_keys_of_schema_1(verdict: Verdict) -> None:
-    data = json.loads(Report(verdict).to_json())
+    data = document(Report(verdict).to_json(), "report")
     assert data["schema"] == 1
     assert data["verdict"] == verdict.verdict
     assert {"subject", "environment", "findings", "coverage", "seconds"} <= set(data)

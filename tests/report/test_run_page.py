@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -10,6 +9,7 @@ from math import inf, nan
 
 import pytest
 
+from tests.schema import document
 from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
 from tpcheck.report.report import Report
 from tpcheck.report.run_page import MOST_MARKS, RunComparison, ShardOfTiles, TensorPoint, TileMap, thinned
@@ -295,7 +295,7 @@ def test_numbers_that_are_not_finite_or_have_no_logarithm_are_drawn(error: float
     assert not any(
         "nan" in (value or "") for tag, attributes in found.tags for key, value in attributes.items() if key in "xydr"
     )
-    json.loads(Report(FAILED, picture).to_json())
+    document(Report(FAILED, picture).to_json(), "report")
 
 
 def test_tensors_whose_allowance_was_not_measured_look_different() -> None:
@@ -335,7 +335,7 @@ def test_a_page_of_a_thousand_modules_and_a_hundred_steps_stays_below_five_megab
 
 
 def test_json_holds_what_the_page_draws() -> None:
-    data = json.loads(Report(FAILED, PICTURE).to_json())["picture"]
+    data = document(Report(FAILED, PICTURE).to_json(), "report")["picture"]
     assert data["points_total"] == len(data["points"]) == len(PICTURE.points)
     assert data["points"][0] == {
         "step": 0,

@@ -7,6 +7,7 @@ import pytest
 from tests.runs.loops.loop import Loop, complaints
 from tests.runs.loops.worlds import LoopRunner, as_parameters, loop_runner
 from tests.runs.loops.wrong import LOOPS, SELDOM
+from tests.schema import document
 from tpcheck.core.causes import Cause
 
 
@@ -24,6 +25,8 @@ def test_a_wrong_loop_is_caught_placed_and_named(runner: LoopRunner, loop: Loop)
     assert loop.wrong is not None
     missing = complaints(compared.report, loop.wrong)
     assert not missing, "\n".join([*missing, compared.report.to_text()])
+    if loop is LOOPS[0]:
+        document(compared.report.to_json(), "report")
 
 
 def test_the_table_of_wrong_loops_is_long_enough() -> None:

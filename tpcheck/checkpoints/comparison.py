@@ -30,6 +30,7 @@ from tpcheck.numerics.exact.checkpoint_tensor import (
     element_difference,
 )
 from tpcheck.numerics.exact.explain import Context, explain_tensor
+from tpcheck.report.checkpoint_page import StoredTensor, TensorState
 
 
 def open_checkpoint(argument: str, source: Any, options: ReadOptions) -> Checkpoint:
@@ -197,11 +198,13 @@ class Comparison:
         findings: One for each tensor that is not the reference's, in the reference's order.
         coverage: How many tensors could be compared.
         renamed: How names were matched where they are not equal, in words.
+        tensors: Every tensor of the reference, then those that `actual` alone has.
     """
 
     findings: tuple[Finding, ...]
     coverage: Coverage
     renamed: tuple[str, ...]
+    tensors: tuple[StoredTensor, ...] = ()
 
 
 def compare_checkpoints(
@@ -253,7 +256,36 @@ def compare_checkpoints(
         tuple(replace(finding, evidence={**finding.evidence, **count}) for finding in findings),
         _coverage(actual, expected, unmatched, matching.left_out),
         matching.renamed,
+        tuple(_stored_tensors(actual, expected, pairs, equal, {name.name: _only_in(name) for name in unmatched})),
     )
+
+
+def _stored_tensors(
+    actual: Checkpoint, expected: Checkpoint, pairs: Sequence[TensorPair], equal: Set[str], only_in: Mapping[str, str]
+) -> Iterator[StoredTensor]:
+    """Yield every tensor with what the comparison found."""
+    compared = {pair.expected.name for pair in pairs} | actual.inconsistent_replicas.keys()
+    readable = frozenset(expected.names())
+    for name in dict.fromkeys([*expected.names(), *expected.unread]):
+        state: TensorState = "not compared"
+        if name in equal:
+            state = "equal"
+        elif name in only_in:
+            state = "missing"
+        elif name in compared:
+            state = "different"
+        yield _stored(expected, name, state) if name in readable else StoredTensor(name, state)
+    for name, side in only_in.items():
+        if side == "actual":
+            yield _stored(actual, name, "unexpected")
+
+
+def _stored(checkpoint: Checkpoint, name: str, state: TensorState) -> StoredTensor:
+    return StoredTensor(name, state, tuple(checkpoint.shape(name)), _dtype_name(checkpoint.dtype(name)))
+
+
+def _only_in(name: UnmatchedName) -> str:
+    return "actual" if name.cause in (Cause.TENSOR_UNEXPECTED, Cause.TIED_WEIGHT_UNTIED) else "reference"
 
 
 def explained_findings(
@@ -319,8 +351,7 @@ def _finding(pair: TensorPair, difference: ElementDifference | None, explanation
 
 
 def _unmatched(name: UnmatchedName) -> Finding:
-    side = "actual" if name.cause in (Cause.TENSOR_UNEXPECTED, Cause.TIED_WEIGHT_UNTIED) else "reference"
-    evidence = {"only_in": side, "story": dict(name.evidence), "advice": name.cause.advise(name.evidence)}
+    evidence = {"only_in": _only_in(name), "story": dict(name.evidence), "advice": name.cause.advise(name.evidence)}
     return Finding(CHECKPOINT_CHECK, {"parameter": name.name}, 1.0, 0.0, name.cause.slug, evidence)
 
 

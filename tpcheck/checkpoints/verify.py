@@ -14,6 +14,7 @@ from tpcheck.core.errors import UsageError
 from tpcheck.core.findings import CheckResult, Coverage, Verdict
 from tpcheck.core.name_maps import NameMap, Names
 from tpcheck.core.reproduce import checkpoint_command
+from tpcheck.report.checkpoint_page import StoredTensors
 from tpcheck.report.report import Report
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ def verify_checkpoint(
         weights_only=weights_only,
         maps=name_map.texts,
     )
-    return Report(_verdict(comparison, subject, command, time.monotonic() - start))
+    verdict = _verdict(comparison, subject, command, time.monotonic() - start)
+    return Report(verdict, StoredTensors(comparison.tensors))
 
 
 def _verdict(comparison: Comparison, subject: dict[str, Any], command: str | None, seconds: float) -> Verdict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from typing import Annotated
 
 import typer
@@ -36,10 +37,25 @@ def _print_version(is_asked: bool) -> None:
         raise typer.Exit
 
 
+def _print_schema(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo((files("tpcheck.report") / "schema.json").read_text(encoding="utf-8"), nl=False)
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    json_schema: Annotated[
+        bool,
+        typer.Option(
+            "--json-schema",
+            callback=_print_schema,
+            is_eager=True,
+            help="Print the JSON Schema of all that --json writes, and exit.",
+        ),
     ] = False,
 ) -> None:
     """Verify tensor-parallel training against the unsharded model: what differs, where it starts, and why."""

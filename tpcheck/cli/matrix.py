@@ -39,7 +39,7 @@ from tpcheck.lab.matrix import (
     whole_json,
 )
 from tpcheck.report.report import FINDINGS_SHOWN, Report, verdict_lines
-from tpcheck.report.words import Line
+from tpcheck.report.words import Line, as_text
 from tpcheck.world.attach import is_launched
 
 Verify = Callable[[Cell], Report]
@@ -219,10 +219,17 @@ def _write_results(rows: Sequence[JudgedVerdict], files: Files, *, verbose: bool
         _lines(rows, verbose, with_register),
         (files.json if len(rows) == 1 else None, Report(rows[0].verdict).to_json),
         (files.junit, lambda: matrix_junit(rows)),
-        (files.html, lambda: matrix_html(rows)),
+        (files.html, lambda: _page(rows)),
     )
     is_appended = files.summary is None or succeeds(partial(append, files.summary, matrix_markdown(rows)))
     return is_written and is_appended
+
+
+def _page(rows: Sequence[JudgedVerdict]) -> str:
+    """Return the page of a single run, or of a matrix."""
+    if len(rows) > 1:
+        return matrix_html(rows)
+    return Report(rows[0].verdict).to_html(upstream=as_text(standing_lines(rows[0])).strip())
 
 
 def _lines(rows: Sequence[JudgedVerdict], verbose: bool, with_register: bool) -> Iterator[Line]:

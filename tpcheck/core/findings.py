@@ -75,6 +75,21 @@ class CheckResult:
     worst_at: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ModuleMargins:
+    """The worst margins of one module over all steps and TP groups.
+
+    Attributes:
+        module: Name as in `named_modules`; empty for the model itself, whose forward margin includes the loss.
+        forward: Of its outputs; None where none was compared.
+        backward: Of the gradients of its outputs, inputs and parameters; None where none was compared.
+    """
+
+    module: str
+    forward: float | None = None
+    backward: float | None = None
+
+
 INTERNAL_ERROR = "tpcheck itself failed, not the system under test. Please report it with this traceback:"
 
 
@@ -88,6 +103,7 @@ class Verdict:
         environment: Versions by package name.
         findings: Failed checks, the most telling first.
         checks: Every check that ran.
+        modules: The margins of every module that was called, in the order of the forward pass.
         coverage: How much was compared.
         seconds: Wall time.
         message: The backend's own message for `error`, or `INTERNAL_ERROR` and a traceback; the reason for `skipped`.
@@ -101,6 +117,7 @@ class Verdict:
     coverage: Coverage = field(default_factory=Coverage)
     seconds: float = 0.0
     message: str | None = None
+    modules: tuple[ModuleMargins, ...] = ()
 
     @property
     def is_internal_error(self) -> bool:

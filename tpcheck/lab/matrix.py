@@ -20,13 +20,13 @@ from typing import Any
 from tpcheck.core.causes import Cause
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
-from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
+from tpcheck.core.findings import CheckResult, Coverage, Finding, ModuleMargins, Verdict
 from tpcheck.core.topology import Topology
 from tpcheck.lab.known import JudgedVerdict, KnownBug, judge, register
 from tpcheck.model.options import DEFAULTS, RunOptions
 from tpcheck.report import words
 from tpcheck.report.findings import place
-from tpcheck.report.json_values import SCHEMA, verdict_json
+from tpcheck.report.json_values import SCHEMA, json_text, verdict_json
 from tpcheck.report.report import STYLES, as_junit, verdict_lines
 from tpcheck.report.table import (
     Cell as TableCell,
@@ -52,7 +52,7 @@ def judged_json(judged: JudgedVerdict) -> str:
     data = verdict_json(judged.verdict)
     if judged.standing:
         data["upstream"] = {"standing": judged.standing, "bug": judged.bug.name if judged.bug else None}
-    return json.dumps(data, indent=1, allow_nan=False)
+    return json_text(data, indent=1)
 
 
 def whole_json(reports: Iterable[str], verdicts: Iterable[str], pending: int) -> str:
@@ -90,7 +90,17 @@ def verdict_of(data: Mapping[str, Any]) -> Verdict:
         coverage=Coverage(*(data["coverage"][key] for key in ("compared", "total", "missed"))),
         seconds=data["seconds"],
         message=data["message"],
+        modules=_modules(data.get("margins", {})),
     )
+
+
+def _modules(margins: Mapping[str, Mapping[str, float | None]]) -> tuple[ModuleMargins, ...]:
+    """Return what `verdict_json` keeps; a file of an earlier version has none."""
+    by_phase = [
+        {name: _number(margin) for name, margin in margins.get(phase, {}).items()} for phase in ("forward", "backward")
+    ]
+    names = dict.fromkeys(name for of_phase in by_phase for name in of_phase)
+    return tuple(ModuleMargins(name, *(of_phase.get(name) for of_phase in by_phase)) for name in names)
 
 
 def _finding(data: Mapping[str, Any]) -> Finding:

@@ -44,6 +44,10 @@ class PlacedTensor:
         ranges = self.placement.ranges(full_tensor.shape[dim], len(self.parts), tp_rank)
         return torch.cat([full_tensor.narrow(dim, indices.start, len(indices)) for indices in ranges], dim=dim)
 
+    def expected_parts(self, full_tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what every rank should hold of `full_tensor`, by tp_rank."""
+        return tuple(self.expected_part(full_tensor, tp_rank) for tp_rank in range(len(self.parts)))
+
 
 def infer_placement(
     full_shape: Sequence[int], parts: Sequence[torch.Tensor], hint: Placement | None = None

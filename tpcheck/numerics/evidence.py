@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
@@ -43,6 +43,8 @@ class TensorKey:
         micro_batch = f", micro-batch {self.micro_batch}" if self.micro_batch else ""
         return f"{self.module or 'model'}{call}: {what}{self.role} {self.path}{micro_batch}"
 
+
+MarginsByModule = Mapping[tuple[Phase, str], float | None]
 
 Tensor = Any  # a torch.Tensor; this layer does not import torch
 
@@ -578,6 +580,8 @@ class Suspect:
         num_replicas: Number of data-parallel replicas.
         computed_alone: What each rank's part of the module would compute by itself, by tp_rank; empty where unknown.
         others: The reference's other tensors of this kind, by name: the full one, then what each rank should hold.
+        cut: Returns what each rank should hold of a full tensor of this shape, by tp_rank; None where it is unknown.
+        tp_group: Global ranks by tp_rank.
 
     The other attributes are facts of the module, parameter or step, None where the check does not know them.
     """
@@ -597,6 +601,8 @@ class Suspect:
     allowed_error: float = 0.0
     num_replicas: int = 1
     others: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    cut: Callable[[Tensor], Sequence[Tensor]] | None = None
+    tp_group: tuple[int, ...] = ()
     linear: LinearTerms | None = None
     embedding: EmbeddingFacts | None = None
     loss: LossFacts | None = None
@@ -634,14 +640,34 @@ class CheckOutcome:
         margins: Observed / allowed error of every comparison, by name; 0 for exact agreement.
         suspects: Comparisons that failed, the most telling first.
         not_compared: Why something could not be compared, by name.
+        by_module: The worst of the margins by the phase and module that they are of; None where a module was called and
+            nothing of it could be compared.
     """
 
     margins: Mapping[str, float] = field(default_factory=dict)
     suspects: tuple[Suspect, ...] = ()
     not_compared: Mapping[str, str] = field(default_factory=dict)
+    by_module: MarginsByModule = field(default_factory=dict)
 
-    def with_forced_modules(self, margins: Mapping[str, float], suspects: Iterable[Suspect]) -> CheckOutcome:
+    def with_forced_modules(
+        self, margins: Mapping[str, float], suspects: Iterable[Suspect], by_module: MarginsByModule
+    ) -> CheckOutcome:
         """Add the results of teacher forcing per module; its suspects replace those of the ordinary pass."""
         forced = {f"{name}, with teacher forcing": margin for name, margin in margins.items()}
         replaced = tuple(replace(suspect, evidence={**suspect.evidence, "isolated": True}) for suspect in suspects)
-        return replace(self, margins={**self.margins, **forced}, suspects=replaced or self.suspects)
+        return replace(
+            self,
+            margins={**self.margins, **forced},
+            suspects=replaced or self.suspects,
+            by_module=worst_by_module(self.by_module, by_module),
+        )
+
+
+def worst_by_module(*margins: MarginsByModule) -> MarginsByModule:
+    """Return the largest margin of each phase and module, in the order of the first that has it."""
+    worst: dict[tuple[Phase, str], float | None] = {}
+    for of_modules in margins:
+        for key, margin in of_modules.items():
+            known = worst.get(key)
+            worst[key] = known if margin is None else margin if known is None else max(known, margin)
+    return worst

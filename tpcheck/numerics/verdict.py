@@ -6,9 +6,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
+from tpcheck.core.findings import CheckResult, Coverage, Finding, ModuleMargins, Verdict
 from tpcheck.numerics.checks import START_CHECKS, STEP_CHECKS
-from tpcheck.numerics.evidence import CheckOutcome, Evidence, Suspect
+from tpcheck.numerics.error_map import error_map
+from tpcheck.numerics.evidence import CheckOutcome, Evidence, MarginsByModule, Suspect, worst_by_module
 from tpcheck.numerics.hypotheses import explain
 
 # Findings of one cause are one mistake where these are the same, too.
@@ -60,6 +61,7 @@ class CheckAnswer:
         margins: Observed / allowed error of every comparison, by name.
         findings: What failed, joined by mistake.
         not_compared: Why something could not be compared, by name.
+        by_module: The worst of the margins by the phase and module that they are of, as in `CheckOutcome`.
     """
 
     check: str
@@ -67,6 +69,7 @@ class CheckAnswer:
     margins: Mapping[str, float]
     findings: tuple[Finding, ...]
     not_compared: Mapping[str, str]
+    by_module: MarginsByModule = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +118,19 @@ def full_answer(start: GroupAnswer, evidence: Evidence, checks: Sequence[str]) -
 
 
 def _answer(check: str, step: int, outcome: CheckOutcome) -> CheckAnswer:
-    findings = group_findings([_finding(suspect) for suspect in outcome.suspects])
-    return CheckAnswer(check, step, outcome.margins, findings, outcome.not_compared)
+    findings = group_findings([_finding(suspect, is_first=not index) for index, suspect in enumerate(outcome.suspects)])
+    return CheckAnswer(check, step, outcome.margins, findings, outcome.not_compared, outcome.by_module)
 
 
-def _finding(suspect: Suspect) -> Finding:
+def _finding(suspect: Suspect, *, is_first: bool) -> Finding:
+    """Return a suspect as a finding; the first of a check shows where in its tensor the error lies."""
     explanation = explain(suspect)
-    evidence = {**suspect.evidence, **suspect.facts_as_evidence()}
+    tiles = error_map(suspect) if is_first else None
+    evidence = {
+        **suspect.evidence,
+        **suspect.facts_as_evidence(),
+        **(tiles.as_evidence() if tiles is not None else {}),
+    }
     if explanation is not None:
         evidence |= {**explanation.evidence, "cause_error": explanation.residual}
     return Finding(
@@ -209,6 +218,7 @@ def verdict(
         coverage=coverage,
         seconds=seconds,
         message=message,
+        modules=_modules(answers),
     )
 
 
@@ -250,6 +260,13 @@ def _results(answers: Sequence[CheckAnswer]) -> tuple[CheckResult, ...]:
         else:
             results[check] = replace(known, compared=compared)
     return tuple(results.values())
+
+
+def _modules(answers: Sequence[CheckAnswer]) -> tuple[ModuleMargins, ...]:
+    """Return the worst margins of each module over all steps and TP groups."""
+    worst = worst_by_module(*(answer.by_module for answer in answers))
+    names = dict.fromkeys(module for _, module in worst)
+    return tuple(ModuleMargins(name, worst.get(("forward", name)), worst.get(("backward", name))) for name in names)
 
 
 def _coverage(answers: Sequence[CheckAnswer], last_step: int, steps: int) -> Coverage:

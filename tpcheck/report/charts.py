@@ -17,6 +17,7 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 10, 28, 26
 LANE = 18  # for zeros below the scale, and for infinities above it
 MOST_DECADES = 24
 TILE = 14  # edge of a tile
+MAP_WIDTH = 16 * TILE
 SHADES = 8  # half decades below the largest tile, one class of colour each
 _LONGEST_NAME = 120
 _TEXT = 17.0  # units of text on a narrow screen, for which ticks leave room
@@ -234,34 +235,47 @@ def legend_keys() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """A part of a heat map that is drawn with a border and a label: rows and columns, both ends included."""
+    """A part of a heat map that is drawn with a border and a label: rows and columns, both ends included.
 
-    first_row: int
-    last_row: int
-    first_column: int
-    last_column: int
+    Fractions are parts of tiles.
+    """
+
+    first_row: float
+    last_row: float
+    first_column: float
+    last_column: float
     label: str
 
 
 def heat_map(
-    values: Sequence[Sequence[float]], titles: Sequence[Sequence[str]], outlines: Sequence[Outline], text: str
+    values: Sequence[Sequence[float]],
+    titles: Sequence[Sequence[str]],
+    outlines: Sequence[Outline],
+    text: str,
+    *,
+    tile: tuple[float, float] = (TILE, TILE),
 ) -> str:
-    """Return tiles whose shade is the value on a logarithmic scale below the largest, with outlines above them."""
+    """Return tiles whose shade is the value on a logarithmic scale below the largest, with outlines above them.
+
+    Args:
+        tile: Width and height of a tile.
+    """
+    wide, high = tile
     is_cut_along_rows = len({(line.first_row, line.last_row) for line in outlines}) > 1
     is_cut_along_columns = len({(line.first_column, line.last_column) for line in outlines}) > 1
     is_grid = is_cut_along_rows and is_cut_along_columns
     top, left = 20, 68 if is_cut_along_rows and not is_grid else 2
     largest = max((value for row in values for value in row if isfinite(value)), default=0.0)
     parts = [
-        f'<rect class="tile shade-{shade(value, largest)}" x="{left + column * TILE}" y="{top + row * TILE}" '
-        f'width="{TILE}" height="{TILE}"><title>{escape(titles[row][column])}</title></rect>'
+        f'<rect class="tile shade-{shade(value, largest)}" x="{left + column * wide:g}" y="{top + row * high:g}" '
+        f'width="{wide:g}" height="{high:g}"><title>{escape(titles[row][column])}</title></rect>'
         for row, listed in enumerate(values)
         for column, value in enumerate(listed)
     ]
     for line in outlines:
-        x, y = left + line.first_column * TILE, top + line.first_row * TILE
-        width, height = ((line.last_column - line.first_column + 1) * TILE, (line.last_row - line.first_row + 1) * TILE)
-        parts.append(f'<rect class="shard" x="{x}" y="{y}" width="{width}" height="{height}"/>')
+        x, y = left + line.first_column * wide, top + line.first_row * high
+        width, height = (line.last_column - line.first_column + 1) * wide, (line.last_row - line.first_row + 1) * high
+        parts.append(f'<rect class="shard" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"/>')
         middle, center = x + width / 2, y + height / 2 + 4
         at = f'x="{middle:g}" y="{top - 6}" text-anchor="middle"'
         if is_grid:
@@ -270,7 +284,17 @@ def heat_map(
             at = f'x="{left - 6}" y="{center:g}" text-anchor="end"'
         parts.append(f"<text {at}>{escape(line.label)}</text>")
     # All maps have one width on the page, so that their tiles are of one size.
-    return _svg("map", 68 + 16 * TILE + 4, top + len(values) * TILE + 4, text, parts)
+    return _svg("map", 68 + MAP_WIDTH + 4, top + len(values) * high + 4, text, parts)
+
+
+def tile_spans(noun: str, size: int, number: int) -> list[tuple[int, str]]:
+    """Return the tiles along an axis that hold something, each with the indices in it."""
+    spans = []
+    for tile in range(number):
+        first, end = -(-tile * size // number), -(-(tile + 1) * size // number)
+        if end > first:
+            spans.append((tile, f"{noun} {first} to {end - 1}" if end - first > 1 else f"{noun[:-1]} {first}"))
+    return spans or [(0, noun)]
 
 
 def shade(value: float, largest: float) -> int:

@@ -7,7 +7,7 @@ the numbers and names that were found for the tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tpcheck.core import causes
@@ -35,32 +35,51 @@ Details = Mapping[str, Any]
 """The evidence of an explanation: the entry "story" of a finding's evidence."""
 
 
+@dataclass(frozen=True, slots=True)
+class GroupSummary:
+    """What happened to some tensors or values: how many they are, the likely cause, and their names."""
+
+    head: str
+    cause: str
+    is_known: bool
+    label: str
+    names: str
+
+
 def explanation_lines(verdict: Verdict) -> Iterator[Line]:
     """Yield how many tensors share each explanation; nothing where one tensor is wrong."""
     groups = group_by_explanation(verdict.findings)
     if sum(map(len, groups)) < 2:
         return
     for group in groups:
-        first = group[0]
+        summary = group_summary(group)
         yield Line()
-        is_state = "states" in first.evidence
-        saved = ", ".join(part for part in (str(first.where.get("field", "")), words.phase(first.where)) if part)
-        saved = "training states" if is_state else saved
-        total = first.evidence.get("count_tensors", len(group))
-        is_extra = first.evidence.get("only_in") == "actual"  # not one of the reference's
-        of_total = "" if is_extra or len(group) > total else f"{len(group)} of "
-        if "counted" in first.evidence:  # values, not tensors
-            verb = "differs" if len(group) == 1 else "differ"
-            known = f": {cause(first)}" if first.cause else ""
-            yield Line(((f"{saved}: {words.pluralize(len(group), 'value')} {verb}{known}", "bold"),))
-            yield from labelled("values", _values(group))
-            continue
-        count = f"{of_total}{words.pluralize(total if of_total else len(group), 'tensor')}: "
-        head = f"{saved}: {count}" if saved else count
-        yield Line(((head, "bold"), (cause(_for_group(group)), "yellow" if first.cause else "")))
-        yield from labelled("tensors", _names(group))
+        of_values = summary.label == "values"  # their cause is no sentence of its own
+        style = "bold" if of_values else "yellow" if summary.is_known else ""
+        yield Line(((summary.head, "bold"), (f": {summary.cause}" if summary.cause else "", style)))
+        yield from labelled(summary.label, summary.names)
     yield Line()
     yield plain("The first tensor of each:")
+
+
+def group_summary(group: Sequence[Finding]) -> GroupSummary:
+    """Return what the findings of one explanation have in common."""
+    first = group[0]
+    is_state = "states" in first.evidence
+    saved = ", ".join(part for part in (str(first.where.get("field", "")), words.phase(first.where)) if part)
+    saved = "training states" if is_state else saved
+    known = first.cause is not None
+    if "counted" in first.evidence:  # values, not tensors
+        verb = "differs" if len(group) == 1 else "differ"
+        head = f"{saved}: {words.pluralize(len(group), 'value')} {verb}"
+        return GroupSummary(head, cause(first) if known else "", known, "values", _values(group))
+    total = first.evidence.get("count_tensors", len(group))
+    is_extra = first.evidence.get("only_in") == "actual"  # not one of the reference's
+    of_total = "" if is_extra or len(group) > total else f"{len(group)} of "
+    count = f"{of_total}{words.pluralize(total if of_total else len(group), 'tensor')}"
+    return GroupSummary(
+        f"{saved}: {count}" if saved else count, cause(_for_group(group)), known, "tensors", _names(group)
+    )
 
 
 def _names(group: Sequence[Finding]) -> str:

@@ -25,7 +25,7 @@ _COUNTED_BY_DEFAULT = ("element", "differs", "differ")
 # Evidence that the lines below phrase; other evidence is shown by key.
 _PHRASED = {
     *("largest", "largest_at", "replays", "dtype", "first_of", "inputs_agree", "isolated", "cause_error", "also"),
-    *("note", "follows_from", "advice", "counted", "last_right_step"),
+    *("error_map", "note", "follows_from", "advice", "counted", "last_right_step"),
     *("collectives", "collectives_expected", "collectives_as_in"),
     *("shape_actual", "shape_expected", "count_differing", "count_total", "norm_actual", "norm_expected"),
     *("differs", "by_rank", "missing_on", "values", "first_sample", "samples_differing", "samples_total"),
@@ -69,6 +69,19 @@ def finding_lines(finding: Finding, subject: Mapping[str, Any]) -> Iterator[Line
 def is_consequence(finding: Finding) -> bool:
     """Return whether the finding follows from one of an earlier check."""
     return finding.cause is None and bool(finding.evidence.get("follows_from"))
+
+
+def first_finding(findings: Sequence[Finding]) -> Finding | None:
+    """Return the finding that others follow from: the first that is no consequence, or else the first."""
+    return next((each for each in findings if not is_consequence(each)), None) or next(iter(findings), None)
+
+
+def module_of(finding: Finding) -> str | None:
+    """Return the module that a finding is about, empty for the model itself; None for another subject."""
+    module, parameter = finding.where.get("module"), finding.where.get("parameter")
+    if module is not None:
+        return str(module)
+    return None if parameter is None else str(parameter).rpartition(".")[0]
 
 
 def place(finding: Finding) -> str:

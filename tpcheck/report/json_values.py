@@ -9,7 +9,7 @@ from math import isfinite, prod
 from pathlib import PurePath
 from typing import Any
 
-from tpcheck.core.findings import CheckResult, Finding, Verdict
+from tpcheck.core.findings import CheckResult, Finding, ModuleMargins, Verdict
 
 SCHEMA = 1
 _FINDING_KEYS = ("check", "where", "observed", "allowed", "margin", "cause", "evidence", "again")
@@ -28,6 +28,7 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
         "environment": plain_json(verdict.environment),
         "findings": [_fields(finding, _FINDING_KEYS) for finding in verdict.findings],
         "checks": [_fields(check, _CHECK_KEYS) for check in verdict.checks],
+        "margins": _margins(verdict.modules),
         "coverage": {
             "compared": verdict.coverage.compared,
             "total": verdict.coverage.total,
@@ -36,6 +37,40 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
         "message": verdict.message,
         "seconds": plain_json(verdict.seconds),
     }
+
+
+_SIGNIFICANT = 4  # digits of a module's margin
+
+
+def _margins(modules: Sequence[ModuleMargins]) -> dict[str, dict[str, float | None]]:
+    """Return the margins by phase and module, without modules of which nothing was compared; infinity becomes null."""
+    return {
+        phase: {
+            each.module: float(f"{margin:.{_SIGNIFICANT}g}") if isfinite(margin) else None
+            for each in modules
+            if (margin := getattr(each, phase)) is not None
+        }
+        for phase in ("forward", "backward")
+    }
+
+
+_NUMBERS = re.compile(r"\[\s+((?:(?:-?\d[\d.eE+-]*|null),?\s+)+)\]")
+
+
+def json_text(data: Any, *, indent: int = 2) -> str:
+    """Return plain JSON values as indented text, lists of numbers in one line.
+
+    Example:
+        >>> print(json_text({"tiles": [[0.5, None], [1, 2]]}))
+        {
+          "tiles": [
+            [0.5, null],
+            [1, 2]
+          ]
+        }
+    """
+    text = json.dumps(data, indent=indent, allow_nan=False)
+    return _NUMBERS.sub(lambda numbers: f"[{' '.join(numbers[1].split())}]", text)  # no text holds a line break
 
 
 def _fields(record: Finding | CheckResult, keys: Sequence[str]) -> dict[str, Any]:

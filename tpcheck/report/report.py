@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,13 @@ from tpcheck.core.errors import BackendError, InternalError, Mismatch
 from tpcheck.core.findings import Coverage, Finding, Verdict
 from tpcheck.core.guides import Guide
 from tpcheck.report import checkpoints, words
+from tpcheck.report.checkpoint_page import StoredTensors, checkpoint_page
 from tpcheck.report.findings import finding_lines, is_consequence, place
-from tpcheck.report.json_values import verdict_json
+from tpcheck.report.json_values import json_text, verdict_json
+from tpcheck.report.model_tree import model_table
 from tpcheck.report.run_page import RunComparison, picture_json, run_page
-from tpcheck.report.table import Cell, Column, Outcome, Row, Table, junit_xml, table_lines, tables_html
+from tpcheck.report.table import Cell, Column, Outcome, Row, Table, junit_xml, table_lines
+from tpcheck.report.verdict_page import verdict_page
 from tpcheck.report.words import Line, as_rich, as_text, labelled, plain
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ class Report:
     """
 
     verdict: Verdict
-    picture: RunComparison | None = None  # of two recorded runs
+    picture: RunComparison | StoredTensors | None = None  # of two recorded runs, or of two checkpoints
 
     @property
     def passed(self) -> bool:
@@ -81,42 +83,30 @@ class Report:
     def to_data(self) -> dict[str, Any]:
         """Return the report as plain JSON values, schema 1."""
         data = verdict_json(self.verdict)
-        return data if self.picture is None else {**data, "picture": picture_json(self.verdict, self.picture)}
+        if not isinstance(self.picture, RunComparison):
+            return data
+        return {**data, "picture": picture_json(self.verdict, self.picture)}
 
     def to_json(self) -> str:
         """Return the report as a JSON text, schema 1."""
-        return json.dumps(self.to_data(), indent=2, allow_nan=False) + "\n"
+        return json_text(self.to_data()) + "\n"
 
     def to_junit(self) -> str:
         """Return the report as JUnit XML, one test case for each check."""
         return as_junit([self.verdict])
 
-    def to_html(self) -> str:
-        """Return one HTML page with every finding and every check; it needs no other file."""
-        verdict = self.verdict
-        if self.picture is not None:
-            return run_page(verdict, self.picture, _checks_table(verdict))
-        versions = ", ".join(f"{package} {version}" for package, version in sorted(verdict.environment.items()))
-        subtitle = "; ".join(part for part in (verdict.message, versions, f"{verdict.seconds:.1f} seconds") if part)
-        return tables_html(str(_head_line(verdict)), subtitle, [self._findings_table(), _checks_table(verdict)])
+    def to_html(self, *, upstream: str = "") -> str:
+        """Return one HTML page that needs no other file: findings, the model as a tree, checks, coverage.
 
-    def _findings_table(self) -> Table:
-        columns = Column("check"), Column("where"), Column("margin", right=True), Column("cause")
-        rows = (
-            Row(
-                (
-                    Cell(finding.check),
-                    Cell(place(finding)),
-                    Cell(words.margin(finding.margin)),
-                    Cell(finding.cause or "unknown"),
-                ),
-                outcome="failure",
-                details=as_text(finding_lines(finding, self.verdict.subject)),
-                is_expected=False,
-            )
-            for finding in self.findings
-        )
-        return Table(columns, tuple(rows), title="Findings")
+        Args:
+            upstream: What the register of known upstream bugs says of the run, to be shown below the verdict.
+        """
+        checks = _checks_table(self.verdict)
+        if isinstance(self.picture, RunComparison):
+            return run_page(self.verdict, self.picture, checks)
+        if self.picture is not None:
+            return checkpoint_page(self.verdict, self.picture, checks)
+        return verdict_page(self.verdict, checks, upstream)
 
     def raise_if_failed(self) -> None:
         """Raise an error unless the run passed or was skipped.
@@ -155,6 +145,10 @@ def verdict_lines(verdict: Verdict, *, findings_shown: int | None = FINDINGS_SHO
     if verdict.checks:
         yield Line()
         yield from table_lines(_checks_table(verdict))
+    model = model_table(verdict)
+    if model.rows:
+        yield Line()
+        yield from table_lines(model)
     yield Line()
     yield from _foot(verdict, shown)
 

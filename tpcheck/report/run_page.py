@@ -8,17 +8,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from math import inf, isfinite, prod
 from typing import Any, Literal
 
-from tpcheck.core.findings import Coverage, Finding, Verdict
+from tpcheck.core.findings import Finding, Verdict
 from tpcheck.report import words
-from tpcheck.report.charts import SHADES, LogScale, Mark, Outline, Tick, heat_map, legend_keys, scatter, shortened
-from tpcheck.report.findings import finding_lines, is_consequence, place
+from tpcheck.report.charts import (
+    LogScale,
+    Mark,
+    Outline,
+    Tick,
+    heat_map,
+    legend_keys,
+    scatter,
+    shortened,
+    tile_spans,
+)
+from tpcheck.report.findings import first_finding, is_consequence
 from tpcheck.report.json_values import plain_json
-from tpcheck.report.table import Table, render
-from tpcheck.report.words import as_text
+from tpcheck.report.page import LONGEST_TEXT, coverage_text, finding_text, first_place, not_compared, render
+from tpcheck.report.table import Table
 
 PicturePhase = Literal["start", "forward", "backward", "gradient", "update", "state"]
 
@@ -103,9 +112,8 @@ class RunComparison:
 MOST_MARKS = 400  # in one chart: of more neighbours the worst is drawn
 MOST_STEPS = 24  # drawn tensor by tensor
 MOST_CHARACTERS = 3_000_000  # of all steps' charts; with twelve heat maps and the rest a page stays below 5 MB
-_MOST_OPENED, _MOST_FINDINGS, _LONGEST_FINDING = 5, 35, 12_000
+_MOST_OPENED, _MOST_FINDINGS = 5, 35
 _MOST_WORST = 12  # tensors in the table of a step
-_MOST_REASONS, _MOST_NAMES = 40, 20  # of what was not compared
 
 PHASES: Mapping[PicturePhase, str] = {
     "start": "Weights before the first step",
@@ -151,7 +159,7 @@ class StepDrawing:
 
 def run_page(verdict: Verdict, picture: RunComparison, checks: Table) -> str:
     """Return the page of a comparison."""
-    first = _first_finding(verdict)
+    first = first_finding(verdict.findings)
     steps, left_out = _drawn_steps(picture, first)
     shown = [finding for finding in verdict.findings if not is_consequence(finding)][:_MOST_OPENED]
     shown = shown or list(verdict.findings[:1])
@@ -163,20 +171,19 @@ def run_page(verdict: Verdict, picture: RunComparison, checks: Table) -> str:
         verdict=verdict.verdict,
         summary=_summary(verdict, picture, first),
         runs=_runs(verdict.subject),
-        message=(verdict.message or "").strip()[:_LONGEST_FINDING],
+        message=(verdict.message or "").strip()[:LONGEST_TEXT],
         overview=_overview(picture),
         steps=steps,
         keys=legend_keys(),
         selected=next((step.number for step in steps if step.is_first_wrong), steps[-1].number if steps else 0),
         left_out=left_out,
         tile_maps=tile_maps,
-        shades=range(1, SHADES + 1),
-        findings=[_finding_text(finding, verdict) for finding in shown],
-        other_findings=[_finding_text(finding, verdict) for finding in others[:_MOST_FINDINGS]],
+        findings=[finding_text(finding, verdict) for finding in shown],
+        other_findings=[finding_text(finding, verdict) for finding in others[:_MOST_FINDINGS]],
         more_findings=max(0, len(others) - _MOST_FINDINGS),
         checks=checks,
-        coverage=f"{verdict.coverage.compared} of {words.pluralize(verdict.coverage.total, 'tensor')} compared",
-        not_compared=list(_not_compared(verdict.coverage)),
+        coverage=coverage_text(verdict.coverage),
+        not_compared=list(not_compared(verdict.coverage)),
         environment=verdict.environment,
         seconds=f"{verdict.seconds:.1f}",
     )
@@ -184,7 +191,7 @@ def run_page(verdict: Verdict, picture: RunComparison, checks: Table) -> str:
 
 def picture_json(verdict: Verdict, picture: RunComparison) -> dict[str, Any]:
     """Return what the page draws as plain JSON values: all losses and tile maps, and the points of the drawn steps."""
-    steps, _ = _drawn_steps(picture, _first_finding(verdict))
+    steps, _ = _drawn_steps(picture, first_finding(verdict.findings))
     drawn = {step.number for step in steps}
     of_steps = [[point for point in picture.points if point.step == number] for number in sorted(drawn)]
     points = [point for of_step in of_steps for of_phase in _by_phase(of_step) for point in thinned(of_phase)]
@@ -224,9 +231,7 @@ def _summary(verdict: Verdict, picture: RunComparison, first: Finding | None) ->
     measured = f"what rounding does was measured by {words.pluralize(replays, 'replay')}" if replays else ""
     of_run = "; ".join(part for part in (counted, measured) if part)
     if first is not None:
-        at = ", ".join(part for part in (words.phase(first.where), _ranks(first.where.get("ranks"))) if part)
-        cause = f"; likely cause: {first.cause}" if first.cause else ""
-        head = f"First wrong place: {shortened(place(first))}" + (f" ({at})" if at else "") + cause
+        head = first_place(first)
     elif verdict.verdict == "passed":
         worst = max((_margin(point) for point in picture.points if point.relative_allowed is not None), default=0.0)
         head = f"Nothing is further off than rounding explains: the worst margin is {words.margin(worst)}"
@@ -235,32 +240,6 @@ def _summary(verdict: Verdict, picture: RunComparison, first: Finding | None) ->
             verdict.verdict, ""
         )
     return ". ".join(part for part in (head, f"{of_run[:1].upper()}{of_run[1:]}" if of_run else "") if part) + "."
-
-
-def _ranks(ranks: Any) -> str:
-    return words.ranks(ranks) if ranks else ""
-
-
-def _first_finding(verdict: Verdict) -> Finding | None:
-    """Return the finding that others follow from: the first that is no consequence."""
-    return next((each for each in verdict.findings if not is_consequence(each)), None) or next(
-        iter(verdict.findings), None
-    )
-
-
-def _finding_text(finding: Finding, verdict: Verdict) -> str:
-    text = as_text(finding_lines(finding, verdict.subject))
-    return text if len(text) <= _LONGEST_FINDING else text[:_LONGEST_FINDING] + "… (--json has all of it)"
-
-
-def _not_compared(coverage: Coverage) -> Iterator[tuple[str, str]]:
-    """Yield each reason why something was not compared, with the names of what was not."""
-    missed = sorted(coverage.not_compared.items(), key=lambda item: (item[1], item[0]))
-    groups = [(why, [shortened(name) for name, _ in group]) for why, group in groupby(missed, key=lambda item: item[1])]
-    for why, names in groups[:_MOST_REASONS]:
-        yield shortened(why, 600), words.join_truncated(names, _MOST_NAMES)
-    if len(groups) > _MOST_REASONS:
-        yield f"{len(groups) - _MOST_REASONS} more reasons", "--json has them"
 
 
 # ---- steps
@@ -549,22 +528,12 @@ def _tiles(tile_map: TileMap) -> list[list[Tile]]:
     """Return the tiles that hold elements: rows are all dims but the last; a vector fills the tiles row by row."""
     shape = tile_map.shape
     if len(shape) < 2:
-        spans = _spans("elements", shape[0] if shape else 1, _EDGE**2)
+        spans = tile_spans("elements", shape[0] if shape else 1, _EDGE**2)
         tiles = [Tile(*divmod(tile, _EDGE), holds) for tile, holds in spans]
         return [tiles[start : start + _EDGE] for start in range(0, len(tiles), _EDGE)]
-    rows = _positions(tile_map) if shape[0] == -1 else _spans("rows", prod(shape[:-1]))
-    columns = _spans("columns", shape[-1])
+    rows = _positions(tile_map) if shape[0] == -1 else tile_spans("rows", prod(shape[:-1]), _EDGE)
+    columns = tile_spans("columns", shape[-1], _EDGE)
     return [[Tile(row, column, f"{of_row}, {of_column}") for column, of_column in columns] for row, of_row in rows]
-
-
-def _spans(noun: str, size: int, number: int = _EDGE) -> list[tuple[int, str]]:
-    """Return the tiles along an axis that hold something, each with the indices in it."""
-    spans = []
-    for tile in range(number):
-        first, end = -(-tile * size // number), -(-(tile + 1) * size // number)
-        if end > first:
-            spans.append((tile, f"{noun} {first} to {end - 1}" if end - first > 1 else f"{noun[:-1]} {first}"))
-    return spans or [(0, noun)]
 
 
 def _positions(tile_map: TileMap) -> list[tuple[int, str]]:
@@ -572,7 +541,7 @@ def _positions(tile_map: TileMap) -> list[tuple[int, str]]:
     held = {row for row, errors in enumerate(tile_map.relative_errors) if any(errors)}
     drawn: Sequence[int] = range(_EDGE)
     for size in range(_EDGE - 1, 3, -1):
-        tiles = [tile for tile, _ in _spans("positions", size)]
+        tiles = [tile for tile, _ in tile_spans("positions", size, _EDGE)]
         if len(held) > size // 2 and held.issubset(tiles):
             drawn = tiles
     return [(tile, f"positions from {tile}/{_EDGE} of the sample on") for tile in drawn]

@@ -6,16 +6,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 from xml.etree import ElementTree as ET
 
+from tpcheck.report.page import render
 from tpcheck.report.words import Line, labelled, plain
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 GAP = "  "  # between columns
 Outcome = Literal["passed", "failure", "error", "skipped"]  # as JUnit names them
@@ -172,20 +168,6 @@ def tables_html(title: str, subtitle: str, tables: Sequence[Table]) -> str:
         is_web=_is_web,
         is_short=len(details) <= _OPEN_DETAILS,
     )
-
-
-def render(template: str, **values: Any) -> str:
-    """Return a page from a template of this folder; what is not marked as safe is escaped."""
-    text: str = _templates().get_template(template).render(**values)
-    return text.encode("utf-8", "replace").decode()  # names may hold halves of surrogate pairs, which no file can
-
-
-@cache
-def _templates() -> Environment:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    folder = FileSystemLoader(Path(__file__).parent)
-    return Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 # XML 1.0 cannot represent other control characters, such as the colours in a backend's message.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree as ET
@@ -10,6 +9,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from tests.lab.faults.fault_examples import BAD, CLEAN, ELSEWHERE, EXACT, FALSE_POSITIVE, GOOD, MISSED, RIGHT
+from tests.schema import document
 from tpcheck.lab.faults.report import fault_lines, faults_html, faults_json, faults_junit
 from tpcheck.lab.faults.results import Score
 from tpcheck.report.words import as_text
@@ -62,7 +62,7 @@ def test_a_table_is_good_if_all_faults_are_caught_nearly_all_named_right_without
 
 
 def test_json_has_every_result_and_no_infinity() -> None:
-    data = json.loads(faults_json(BAD, {"torch": "2.13.0"}, 12.0))
+    data = document(faults_json(BAD, {"torch": "2.13.0"}, 12.0), "faults")
     assert (data["schema"], data["verdict"], data["environment"]) == (1, "failed", {"torch": "2.13.0"})
     assert [row["outcome"] for row in data["faults"]] == ["caught", "caught", "caught", "missed", "error", "hidden"]
     assert [row["outcome"] for row in data["controls"]] == ["clean", "alarm"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from math import inf
 from pathlib import Path
 
 import pytest
 
 from tests.lab.faults.test_model_faults import LEAST_MARGIN
+from tests.schema import document
 from tpcheck import Topology, UsageError
 from tpcheck.core.causes import Cause
 from tpcheck.families.build import small_model
@@ -95,7 +95,7 @@ def test_the_documentation_shows_the_totals_of_the_committed_table() -> None:
 
 def committed() -> Score:
     """Return the table that `ci/faults` has written."""
-    table = json.loads((ROOT / "docs" / "faults.json").read_text())
+    table = document(ROOT / "docs" / "faults.json", "faults")
     rows = [*table["faults"], *table["controls"]]
     margins = [inf if row["margin"] is None else row["margin"] for row in rows]
     return Score.of(

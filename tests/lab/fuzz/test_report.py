@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from tests.lab.fuzz.fuzz_examples import ERROR, FAILED, KNOWN, LAYER, NO, NOT_TRIED, PASSED, WRONG
-from tpcheck.lab.fuzz.report import layers_data, layers_lines, outcome_line, searched_data, searched_lines
+from tests.schema import document
+from tpcheck.lab.fuzz.report import (
+    layers_data,
+    layers_lines,
+    outcome_line,
+    searched_data,
+    searched_json,
+    searched_lines,
+)
 from tpcheck.report.words import as_text
 
 
@@ -56,8 +64,9 @@ def test_each_example_is_a_line() -> None:
 
 
 def test_json_holds_the_report_of_the_smallest() -> None:
-    data = searched_data(FAILED)
+    data = document(searched_json(searched_data(FAILED)), "fuzz")
     (found,) = data["findings"]
     assert found["report"]["verdict"] == "failed"
     assert data["coverage"]["ran"] == 2
-    assert layers_data([LAYER, NOT_TRIED])["layers"][0]["findings"][0]["report"]["cause"] == "missing_reduce"
+    of_layers = document(searched_json(layers_data([LAYER, NOT_TRIED])), "fuzz_layers")
+    assert of_layers["layers"][0]["findings"][0]["report"]["cause"] == "missing_reduce"

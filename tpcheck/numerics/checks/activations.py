@@ -12,7 +12,7 @@ from tpcheck.core.placement import Partial, Shard
 from tpcheck.numerics.activation_placement import PlacedTensor, cut_by_sample, infer_placement, placement_of_features
 from tpcheck.numerics.data_flow import consumers, is_inside, is_result
 from tpcheck.numerics.differences import Difference, compare_placed, distance_of_terms, rounding_error
-from tpcheck.numerics.evidence import Evidence, Phase, TensorKey
+from tpcheck.numerics.evidence import Evidence, MarginsByModule, Phase, TensorKey, worst_by_module
 
 
 def first_divergences(events: Sequence[TensorKey], is_wrong: Callable[[TensorKey], bool]) -> list[TensorKey]:
@@ -73,12 +73,22 @@ class ComparedActivations:
 
     by_key: Mapping[TensorKey, ComparedActivation]
     not_compared: Mapping[str, str]
+    modules: tuple[str, ...] = ()  # those that were called, also where nothing was compared
 
     def wrong(self) -> list[ComparedActivation]:
         return [activation for activation in self.by_key.values() if not activation.difference.agrees]
 
     def margins(self) -> dict[str, float]:
         return {str(key): activation.difference.margin for key, activation in self.by_key.items()}
+
+    def by_module(self) -> MarginsByModule:
+        """Return the worst margin of each module: forward of its outputs, backward of all its gradients."""
+        compared = [
+            {(key.phase, key.module): activation.difference.margin}
+            for key, activation in self.by_key.items()
+            if key.phase == "backward" or is_result(key)
+        ]
+        return worst_by_module({("forward", module): None for module in self.modules}, *compared)
 
 
 def compare_activations(evidence: Evidence, step: int, phase: Phase) -> ComparedActivations:
@@ -118,7 +128,8 @@ def compare_activations(evidence: Evidence, step: int, phase: Phase) -> Compared
             not_compared[str(key)] = "shard order unknown: shapes alone do not determine it; the parent module agrees"
         else:
             judged[key] = reinterpreted
-    return ComparedActivations(judged, not_compared)
+    modules = dict.fromkeys(key.module for key in reference if key.phase == phase == "forward")
+    return ComparedActivations(judged, not_compared, tuple(modules))
 
 
 def _recorded(activations: Mapping[TensorKey, Any], key: TensorKey, reference: Mapping[TensorKey, Any]) -> Any:

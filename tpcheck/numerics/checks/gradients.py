@@ -32,8 +32,10 @@ from tpcheck.numerics.evidence import (
     Evidence,
     GradientFacts,
     LabelFacts,
+    MarginsByModule,
     Suspect,
     TensorKey,
+    worst_by_module,
 )
 
 _CHECK = "gradients_match_reference"
@@ -55,16 +57,29 @@ def gradients_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         lambda name, expected: evidence.tolerance.allowed((step, "gradient", name), rounding_error(expected)),
     )
     suspects = _suspects(evidence, step, backward, parameters) or _consequences(evidence, step, parameters)
-    outcome = CheckOutcome(_margins(backward, parameters), tuple(suspects), {**backward.not_compared, **not_compared})
+    not_compared = {**backward.not_compared, **not_compared}
+    margins, by_module = _margins(backward, parameters), _by_module(backward, parameters)
+    outcome = CheckOutcome(margins, tuple(suspects), not_compared, by_module)
     forced = None if step or any(suspect.gradient.missing_on for suspect in suspects) else evidence.of_forced_modules()
     if forced is None or compare_activations(forced, 0, "forward").wrong():  # then its gradients are wrong, too
         return outcome
     backward, parameters = compare_activations(forced, 0, "backward"), _compare_forced_gradients(forced)
-    return outcome.with_forced_modules(_margins(backward, parameters), _suspects(forced, 0, backward, parameters))
+    return outcome.with_forced_modules(
+        _margins(backward, parameters),
+        _suspects(forced, 0, backward, parameters),
+        _by_module(backward, parameters),
+    )
 
 
 def _margins(backward: ComparedActivations, parameters: Mapping[str, ComparedParameter]) -> dict[str, float]:
     return {**backward.margins(), **{name: parameter.difference.margin for name, parameter in parameters.items()}}
+
+
+def _by_module(backward: ComparedActivations, parameters: Mapping[str, ComparedParameter]) -> MarginsByModule:
+    of_parameters: list[MarginsByModule] = [
+        {("backward", parameter.module): parameter.difference.margin} for parameter in parameters.values()
+    ]
+    return worst_by_module(backward.by_module(), *of_parameters)
 
 
 def _wrong(parameters: Mapping[str, ComparedParameter]) -> list[ComparedParameter]:

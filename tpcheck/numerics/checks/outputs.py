@@ -39,6 +39,7 @@ from tpcheck.numerics.evidence import (
     SiblingCollectives,
     Suspect,
     TensorKey,
+    worst_by_module,
 )
 
 _CHECK = "outputs_match_reference"
@@ -57,12 +58,14 @@ def outputs_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     suspects = _suspects(evidence, step, activations)
     loss_margin, loss_suspects = _compare_loss(evidence, step, activations)
     margins = {**activations.margins(), "loss": loss_margin}
-    outcome = CheckOutcome(margins, tuple(suspects or loss_suspects), activations.not_compared)
+    by_module = worst_by_module(activations.by_module(), {("forward", ""): loss_margin})
+    outcome = CheckOutcome(margins, tuple(suspects or loss_suspects), activations.not_compared, by_module)
     forced = None if step else evidence.of_forced_modules()
     if forced is None:
         return outcome
     activations = compare_activations(forced, 0, "forward")
-    return outcome.with_forced_modules(activations.margins(), _suspects(forced, 0, activations))
+    suspects = _suspects(forced, 0, activations)
+    return outcome.with_forced_modules(activations.margins(), suspects, activations.by_module())
 
 
 def _suspects(evidence: Evidence, step: int, activations: ComparedActivations) -> list[Suspect]:
@@ -85,9 +88,10 @@ def activation_suspect(
         where=_where(activation.key, step, module),
         expected=activation.expected,
         actual_parts=placed.parts,
-        expected_parts=[placed.expected_part(activation.expected, tp_rank) for tp_rank in range(len(placed.parts))],
+        expected_parts=placed.expected_parts(activation.expected),
         is_replicated=placed.is_replicated,
         details=details,
+        cut=placed.expected_parts,
     )
     labels = _label_facts(evidence, step, activation.key.micro_batch) if activation.expected.numel() == 1 else None
     return replace(suspect, role=activation.key.role, labels=labels)

@@ -23,6 +23,7 @@ def tensor_suspect(
     expected_parts: Sequence[Any],
     is_replicated: bool,
     details: Mapping[str, Any] | None = None,
+    cut: Callable[[Any], Sequence[Any]] | None = None,
 ) -> Suspect:
     """Return the suspect for a calibrated or exact comparison of one tensor.
 
@@ -54,6 +55,8 @@ def tensor_suspect(
         is_replicated=is_replicated,
         allowed_error=difference.allowed,
         num_replicas=evidence.topology.dp,
+        cut=cut or ((lambda full: (full,) * len(actual_parts)) if is_replicated else None),
+        tp_group=evidence.tp_group,
     )
 
 
@@ -136,6 +139,7 @@ def parameter_suspect(
         expected_parts=parameter.expected_parts,
         is_replicated=evidence.layouts[parameter.name].is_replicated,
         details=details,
+        cut=evidence.layouts[parameter.name].parts,
     )
 
 

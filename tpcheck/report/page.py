@@ -1,0 +1,112 @@
+"""What pages share: templates of this folder, findings as lists of terms, what was not compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tpcheck.core.findings import Coverage, Finding, Verdict
+from tpcheck.report import words
+from tpcheck.report.charts import shortened
+from tpcheck.report.findings import finding_lines, place
+from tpcheck.report.words import as_text
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+    from tpcheck.report.table import Cell
+
+LONGEST_TEXT = 12_000  # characters of a finding or a message
+_MOST_REASONS, _MOST_NAMES = 40, 20  # of what was not compared
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page from a template of this folder; what is not marked as safe is escaped."""
+    text: str = _templates().get_template(template).render(**values)
+    return text.encode("utf-8", "replace").decode()  # names may hold halves of surrogate pairs, which no file can
+
+
+@cache
+def _templates() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folder = FileSystemLoader(Path(__file__).parent)
+    return Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TreeRow:
+    """A row of a tree.
+
+    Attributes:
+        level: How far it is from the root.
+        name, path: Its last part, and all of it.
+        look: Class of the row.
+        cells: Of the columns after the first.
+        has_children: Whether rows of higher levels follow.
+        is_open: Whether those are shown at first.
+        is_pointed: Whether the row is the first wrong one.
+    """
+
+    level: int
+    name: str
+    path: str
+    look: str
+    cells: tuple[Cell, ...]
+    has_children: bool = False
+    is_open: bool = True
+    is_pointed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ShownFinding:
+    """A finding as a page lists it: its check, its place, and its lines by label."""
+
+    check: str
+    place: str
+    lines: tuple[tuple[str, str], ...]
+
+
+def shown_finding(finding: Finding, subject: Mapping[str, Any]) -> ShownFinding:
+    """Return a finding with the lines that a terminal shows, by label."""
+    lines: list[tuple[str, str]] = []
+    for line in list(finding_lines(finding, subject))[1:]:  # the first has check and place
+        label, text = line.spans[-2][0].strip(), line.spans[-1][0]
+        if label:
+            lines.append((label, text[:LONGEST_TEXT]))
+        else:
+            lines[-1] = lines[-1][0], f"{lines[-1][1]}\n{text}"[:LONGEST_TEXT]
+    return ShownFinding(finding.check, shortened(place(finding), 300), tuple(lines))
+
+
+def finding_text(finding: Finding, verdict: Verdict) -> str:
+    """Return a finding as in the terminal, cut where it is very long."""
+    text = as_text(finding_lines(finding, verdict.subject))
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "… (--json has all of it)"
+
+
+def not_compared(coverage: Coverage) -> Iterator[tuple[str, str]]:
+    """Yield each reason why something was not compared, with the names of what was not."""
+    missed = sorted(coverage.not_compared.items(), key=lambda item: (item[1], item[0]))
+    groups = [(why, [shortened(name) for name, _ in group]) for why, group in groupby(missed, key=lambda item: item[1])]
+    for why, names in groups[:_MOST_REASONS]:
+        yield shortened(why, 600), words.join_truncated(names, _MOST_NAMES)
+    if len(groups) > _MOST_REASONS:
+        yield f"{len(groups) - _MOST_REASONS} more reasons", "--json has them"
+
+
+def first_place(first: Finding) -> str:
+    """Return where the first finding is, when, on which ranks, and its likely cause."""
+    ranks = first.where.get("ranks")
+    at = ", ".join(part for part in (words.phase(first.where), words.ranks(ranks) if ranks else "") if part)
+    cause = f"; likely cause: {first.cause}" if first.cause else ""
+    return f"First wrong place: {shortened(place(first))}" + (f" ({at})" if at else "") + cause
+
+
+def coverage_text(coverage: Coverage) -> str:
+    """Return how many tensors were compared."""
+    return f"{coverage.compared} of {words.pluralize(coverage.total, 'tensor')} compared"
