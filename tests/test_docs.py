@@ -139,8 +139,13 @@ SCRIPTS = [snippet for snippet in SNIPPETS if (snippet.test or "").startswith("r
 @pytest.mark.tpcheck(tp=2, timeout=120)
 def test_a_script_ends_in_the_error_that_the_page_shows(number: int, tp_rank: tpcheck.Rank) -> None:
     script = SCRIPTS[number]
-    with pytest.raises(getattr(tpcheck, str(script.test).split()[1])):
+    with pytest.raises(getattr(tpcheck, str(script.test).split()[1])) as error:
         run(script.text, script.name, {})
+    shown = next(
+        each for each in SNIPPETS if each.page == script.page and each.line > script.line and "  cause" in each.text
+    )
+    finding = shown.text[shown.text.index("  where") :]
+    assert finding in error.value.report.to_text()
 
 
 @pytest.mark.parametrize("guide", Guide)
