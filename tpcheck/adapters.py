@@ -1,7 +1,15 @@
 """Documented import path: what backends and checkpoint formats implement, and how to find the installed ones."""
 
 from tpcheck.backends.checkpoint_format import Checkpoint, CheckpointFormat, Extent, ReadOptions, RenamedWhenSaved
-from tpcheck.backends.interface import Backend, Candidate, ReadsLayouts, SavesCheckpoints, TrainingOptions
+from tpcheck.backends.interface import (
+    Backend,
+    Candidate,
+    InitialisesModels,
+    ReadsLayouts,
+    SavesCheckpoints,
+    TrainingOptions,
+    WayToInitialise,
+)
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.registry import backend_names, checkpoint_formats, layouts_of, load_backend
 
@@ -15,6 +23,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointFormat",
     "Extent",
+    "InitialisesModels",
     "Layout",
     "NamedOtherwiseWhenSaved",
     "ReadOptions",
@@ -23,6 +32,7 @@ __all__ = [
     "SavesCheckpoints",
     "TellsLayouts",
     "TrainingOptions",
+    "WayToInitialise",
     "backend_names",
     "checkpoint_formats",
     "layouts_of",

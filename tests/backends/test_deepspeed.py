@@ -178,3 +178,14 @@ def test_layouts_are_what_the_layers_gather() -> None:
     assert full.tolist() == [[1, 0, 2], [11, 10, 12]]
     assert "fused.weight" not in found
     assert found["norm.weight"].is_replicated
+
+
+@pytest.mark.parametrize("asked_for", [{"dtype": torch.float16}, {"config": {"fp16": {"enabled": True}}}])
+def test_float16_is_refused_with_what_the_accelerator_says(asked_for: dict[str, Any]) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    from tpcheck.backends.deepspeed.config import resolved
+
+    why = "scale, which is not verified" if get_accelerator().is_fp16_supported() else "does not support fp16"
+    with pytest.raises(UsageError, match=why):
+        resolved(TrainingOptions(**{"dtype": torch.float64, **asked_for}))

@@ -41,6 +41,17 @@ def test_a_model_of_its_layers_passes(world: World) -> None:
     assert report.passed, report
 
 
+def test_models_made_from_scratch_pass_where_no_fan_is_counted_on_shards(world: World) -> None:
+    """Megatron gives a function that initialises the whole tensor, or each rank's part of it."""
+    options = {"checks": ["initialisation_matches_reference"]}
+    report = world.run(verified, models.build, None, options)[0]
+    assert report.passed, report
+    assert report.verdict.coverage.compared == report.verdict.coverage.total > 100
+    by_fans = world.run(verified, models.Layers, models.tokens, options)[0]
+    assert {finding.cause for finding in by_fans.findings} == {"init_depends_on_tp"}
+    assert all("(model-parallel generators)" in finding.where["field"] for finding in by_fans.findings)
+
+
 def test_a_gpt_passes_over_dp() -> None:
     report = tpcheck.verify(models.build, topology=Topology(tp=1, dp=2), backend="megatron", steps=1, timeout=180)
     assert report.passed, report

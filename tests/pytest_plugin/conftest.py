@@ -16,7 +16,7 @@ Run = Callable[..., pytest.RunResult]
 @pytest.fixture
 def pytester(pytester: pytest.Pytester) -> pytest.Pytester:
     """Keep the configuration of parent folders out of the inner sessions."""
-    pytester.makeini("[pytest]\naddopts = -p no:cacheprovider")
+    pytester.makeini("[pytest]\naddopts = -p no:cacheprovider -p no:randomly")
     return pytester
 
 

@@ -13,7 +13,7 @@ from tests.pytest_plugin.conftest import Run
         ("tp=0", "UsageError in pytest.mark.tpcheck: tp=0: expected a positive integer"),
         ("", "*tp=None: expected the size of an axis, such as tp=2"),
         ("2", "*pytest.mark.tpcheck=(2,): expected named arguments, such as tp=2"),
-        ("tp=2, pp=2", "*pp=2: expected one of tp, dp, timeout, device, backend, seed"),
+        ("tp=2, zp=2", "*zp=2: expected one of tp, dp, *timeout, device, backend, seed"),
         ("tp=2, timeout=-1", "*timeout=-1: expected seconds above 0, or None for no limit"),
         ("tp=2, device='tpu'", "*device='tpu': expected one of cpu, cuda"),
         ("tp=2, backend='mpi'", "*backend='mpi': expected one of gloo, nccl"),

@@ -33,8 +33,8 @@ def test_worlds_of_tp_spawn_end_with_the_test(run: Run) -> None:
                     os.kill(pid, 0)
 
         def test_wrong(tp_spawn):
-            with pytest.raises(tpcheck.UsageError, match="pp=2: expected one of tp, dp"):
-                tp_spawn(pp=2)
+            with pytest.raises(tpcheck.UsageError, match="zp=2: expected one of tp, dp"):
+                tp_spawn(zp=2)
     """
     run(source).assert_outcomes(passed=3)
 

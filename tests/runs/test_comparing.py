@@ -701,6 +701,24 @@ def test_moments_of_another_rank_are_named_after_a_step_in_the_middle() -> None:
     assert (finding.where["parameter"], finding.where["step"]) == (UP, 1)
 
 
+def test_moments_that_were_those_of_another_rank_as_the_step_began_are_named() -> None:
+    left: dict[int, str] = {}
+
+    def taken(rank: int, step: StepRecord) -> StepRecord:
+        """Rank 1 is given what rank 0 had after the step before."""
+        [state] = [each for each in step.tensors if (each.kind, each.name) == ("state", UP)]
+        if step.number == 0:
+            left[rank] = state.digest
+        given = replace(state, digest_before=left[0] if (rank, step.number) == (1, 1) else "")
+        return replace(step, tensors=tuple(given if each is state else each for each in step.tensors))
+
+    wrong = edit("state", UP, lambda place, local: local + 0.1 if place.rank == 1 else local, step=1)
+    finding = the_finding(compared(run(tp=2, edit=wrong, change=taken, moments=True), run(rounding=1.0, moments=True)))
+    assert (finding.check, finding.cause) == ("optimizer_state_matches_reference", "optimizer_state_of_another_rank")
+    assert (finding.where["parameter"], finding.where["ranks"]) == (UP, [1])
+    assert finding.evidence["state_of_rank"] == {"1": 0}
+
+
 def test_moments_of_the_step_before_are_stale_and_zeros_are_named() -> None:
     before: dict[tuple[int, str], torch.Tensor] = {}
 

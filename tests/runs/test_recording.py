@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 import tpcheck
 from tpcheck import Rank, RankFailure, UsageError, spawn
-from tpcheck.numerics.sketch import distance, sketch
+from tpcheck.core.digests import start_digests
+from tpcheck.numerics.sketch import distance, sketch, start_sketch
+from tpcheck.runs import passes
 from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
 from tpcheck.runs.trace_files import read_trace
 
@@ -245,6 +248,52 @@ def test_moments_and_rates_are_recorded(recorded: Any) -> None:
     assert {part for _, part in states} == {"step", "exp_avg", "exp_avg_sq"}
     assert of(states["head.weight", "step"]).sum_squares == 4
     assert step.groups[0].options["lr"] == 0.01
+
+
+def test_states_that_are_changed_between_two_steps_are_recorded_as_the_optimizer_gets_them(recorded: Any) -> None:
+    trained = model()
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=0.01)
+    given: dict[int, str] = {}
+
+    def change(module: nn.Module, args: Any, output: Any) -> None:
+        moments = optimizer.state.get(trained.head.weight)
+        if moments:
+            if len(given) == 1:
+                moments["exp_avg"].zero_()
+            given[len(given)] = xxhash.xxh3_128_hexdigest(start_digests([moments["exp_avg"]])()[0])
+
+    trained.register_forward_hook(change)
+    steps = recorded(trained, loop=lambda module: train(module, steps=4, optimizer=optimizer)).steps
+    before = [
+        {key: record.digest_before for key, record in tensors(step, "state").items() if record.digest_before}
+        for step in steps
+    ]
+    assert before == [{}, {}, {("head.weight", "exp_avg"): given[1]}, {}]
+
+
+def test_what_several_modules_return_is_sketched_once(recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8).double()
+
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.inner(given)
+            return output
+
+    def loop(trained: nn.Module) -> None:
+        trained(torch.ones(4, 8, dtype=torch.float64)).sum().backward()
+
+    sketched: list[torch.Tensor] = []
+
+    def counted(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        sketched.append(tensor)
+        return start_sketch(tensor, *args, **options)
+
+    monkeypatch.setattr(passes, "start_sketch", counted)
+    [step] = recorded(nn.Sequential(Wrapped()), loop=loop).steps
+    assert len([record for record in step.tensors if record.kind == "output"]) == 3
+    assert len([tensor for tensor in sketched if tensor.shape == (4, 8)]) == 2  # the output and its gradient
 
 
 def test_gradients_that_are_accumulated_so_far_are_recorded(recorded: Any) -> None:

@@ -35,7 +35,7 @@ MODULE = """
 
 def test_cases_pass_fail_xfail_and_skip(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_them=MODULE)
-    result = pytester.runpytest_subprocess("-rA", "-q")
+    result = pytester.runpytest_subprocess("-rA", "-q", "-p", "no:randomly")
     result.assert_outcomes(passed=1, xfailed=1, failed=3, skipped=1)
     result.stdout.fnmatch_lines_random(
         [

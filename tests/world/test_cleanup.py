@@ -183,7 +183,7 @@ def test_a_thread_that_ends_while_it_starts_a_world_leaves_no_folder(short_tmp: 
         "from tpcheck.world import world\n"
         "reached = threading.Event()\n"
         "def stall(*_, scratch, **__): print(scratch); reached.set(); time.sleep(1000)\n"
-        "world.WorldProcesses = stall\n"
+        "world.LocalHost = stall\n"
         "run = spawn(Topology(tp=1), device='cpu', preload=['json']).run\n"
         "threading.Thread(target=run, args=(print,), daemon=True).start()\n"
         "reached.wait()\n"

@@ -90,6 +90,7 @@ def test_folders_of_worlds_have_paths_that_sockets_and_torch_accept(folder: str,
 
 
 _LOADER = """
+import os
 import torch
 from torch.utils.data import DataLoader
 from tpcheck import Topology, spawn
@@ -98,7 +99,7 @@ def load(rank):
     return sum(int(batch.sum()) for batch in DataLoader(torch.arange(8), num_workers=1))
 
 with spawn(Topology(tp=1), preload=["torch"]) as world:
-    print(world.run(load), world._forkserver.wait_until_ready().scratch)
+    print(world.run(load), world.run(lambda rank: os.environ["TPCHECK_WORLD"])[0])
 """
 
 

@@ -25,12 +25,12 @@ def create_exchange(rank: Rank, *, sockets: bool, timeout: float = 10.0):  # typ
     from tpcheck.world import exchange
     from tpcheck.world.exchange import Exchange
 
-    host = exchange._host
-    exchange._host = host if sockets else lambda: None
+    host = exchange.this_machine
+    exchange.this_machine = host if sockets else lambda: None
     try:
         return Exchange(rank.topology.peers(rank.rank, "tp"), axis="tp", timeout=timeout)
     finally:
-        exchange._host = host
+        exchange.this_machine = host
 
 
 @pytest.mark.parametrize("sockets", [True, False])

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from tpcheck.backends.dtensor.backend import require_unsharded
 from tpcheck.backends.dtensor.candidate import DTensorCandidate, is_over
-from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions
+from tpcheck.backends.initialisation import BUILT_THEN_SHARDED, built_then_sharded
+from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions, WayToInitialise
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.sgd import Clip, Sgd
 from tpcheck.core.errors import UsageError
@@ -126,6 +127,11 @@ class CustomBackend:
         sgd = Sgd(list(sharded.parameters()), options, self.clip_gradients)
         candidate = _SavingCandidate if self.ways_to_save else _CustomCandidate
         return candidate(sharded, rank, sgd, self, shapes, options.accumulate)
+
+    def ways_to_initialise(
+        self, build: Callable[[], nn.Module], rank: RankLike, options: TrainingOptions
+    ) -> Mapping[str, WayToInitialise]:
+        return {BUILT_THEN_SHARDED: built_then_sharded(self, build, rank, options)}
 
 
 class _CustomCandidate(DTensorCandidate):

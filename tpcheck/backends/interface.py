@@ -181,6 +181,35 @@ class ResumesTraining(Protocol):
         """Return what the library counts, such as `STEPS_TAKEN`, by name."""
 
 
+@dataclass(frozen=True, slots=True)
+class WayToInitialise:
+    """A way to make a model from scratch, with and without tensor parallelism.
+
+    Both are called on every rank after torch's, Python's and numpy's generators were given the seed, the same on all.
+
+    Attributes:
+        unsharded: seed -> the unsharded model, of this rank alone.
+        sharded: seed -> the sharded model. Collective over the world.
+    """
+
+    unsharded: Callable[[int], nn.Module]
+    sharded: Callable[[int], Candidate]
+
+
+@runtime_checkable
+class InitialisesModels(Protocol):
+    """A backend under which models are made from scratch."""
+
+    def ways_to_initialise(
+        self, build: Callable[[], nn.Module], rank: RankLike, options: TrainingOptions
+    ) -> Mapping[str, WayToInitialise]:
+        """Return the ways in which its users make models from scratch, by name.
+
+        Args:
+            build: Makes the unsharded model of the user, as it is: nothing is redrawn or cast.
+        """
+
+
 @runtime_checkable
 class ReadsLayouts(Protocol):
     """A backend that can read the layouts of a live model which somebody else's program has sharded."""

@@ -76,7 +76,7 @@ def verify(
         typer.Option(
             metavar="NAME",
             help="Run only this check; repeatable.",
-            show_default="all except checkpoint_matches_reference",
+            show_default="all except those on request",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help=option_help("seed"))] = DEFAULTS.seed,

@@ -154,7 +154,7 @@ class Cause(Enum):
         "shard_repeated",
         "one rank's shard is in every rank's place{residual}",
         "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact runs.sketch_causes "
-        "numerics.checks.resume",
+        "numerics.checks.resume numerics.checks.initialisation",
         "One rank's shard is used for all: gather over the TP group and index by tp_rank.",
     )
     SHARD_ORDER_SWAPPED = (
@@ -391,7 +391,7 @@ class Cause(Enum):
     REPLICA_DRIFT = (
         "replica_drift",
         "the replicas were equal and have drifted apart",
-        "numerics.hypotheses.optimizer checkpoints runs.exact_checks runs.guard_findings runs.step_checks",
+        "numerics.hypotheses.optimizer checkpoints runs.exact_checks runs.guard_findings runs.update_checks",
         "Find out why the replicas drift apart with `tpcheck verify`: every rank updates its copy by itself.",
     )
 
@@ -399,7 +399,7 @@ class Cause(Enum):
     OPTIONS_DIFFER = (
         "options_differ",
         "the optimizers were given other options",
-        "runs.exact_checks runs.step_checks checkpoints numerics.checks.resume",
+        "runs.exact_checks runs.update_checks checkpoints numerics.checks.resume",
         "Give both runs the same learning rate, schedule and options, or compare runs that have them.",
     )
     OPTIMIZER_SEES_ONE_SHARD = (
@@ -438,6 +438,22 @@ class Cause(Enum):
         Guide.RESUME,
     )
 
+    # ---- models made from scratch
+    INIT_DEPENDS_ON_TP = (
+        "init_depends_on_tp",
+        "all draws of models made from scratch lie on one side of all draws of the unsharded model",
+        "numerics.checks.initialisation",
+        "Count fans on the whole tensor: initialise it before it is cut, or by the standard deviation of the unsharded "
+        "layer (DTensors know their whole shape; their local tensors, and plain shards, do not).",
+    )
+    REPLICAS_DRAWN_APART = (
+        "replicas_drawn_apart",
+        "ranks that should hold the same parameter have drawn one each, from generators in different states",
+        "numerics.checks.initialisation",
+        "Seed the generator that draws replicated parameters alike on all ranks, another one for shards by tp_rank, or "
+        "broadcast the replicas from one rank once the model is made.",
+    )
+
     # ---- runs
     NONDETERMINISM = (
         "nondeterminism",
@@ -459,12 +475,14 @@ class Cause(Enum):
     NOT_FINITE = (
         "not_finite",
         "some elements are infinite or not a number",
-        "numerics.hypotheses.values numerics.exact runs.guard_findings runs.sketch_causes numerics.checks.resume",
+        "numerics.hypotheses.values numerics.exact runs.guard_findings runs.sketch_causes numerics.checks.resume "
+        "numerics.checks.initialisation",
     )
     ALL_ZERO = (
         "all_zero",
         "every wrong element is zero",
-        "numerics.hypotheses.values numerics.exact runs.sketch_causes numerics.checks.resume",
+        "numerics.hypotheses.values numerics.exact runs.sketch_causes numerics.checks.resume "
+        "numerics.checks.initialisation",
     )
     BIT_FLIPPED = (
         "bit_flipped",

@@ -42,4 +42,5 @@ GUIDE_OF_CHECK: Mapping[str, Guide] = {
     "samples_come_once": Guide.RESUME,
     "checkpoint_matches_reference": Guide.SAVED_MODEL,
     "resume_matches_uninterrupted": Guide.RESUME,
+    "initialisation_matches_reference": Guide.LOSS_DIFFERS,
 }

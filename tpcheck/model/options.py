@@ -68,7 +68,9 @@ class Tokens:
 
 OptimizerSource: TypeAlias = "str | Mapping[str, Any] | Callable[..., Any]"
 BatchSource: TypeAlias = "Mapping[str, Any] | Callable[[Mapping[str, int], int], Mapping[str, Any]] | Tokens | None"
-DTYPES = ("float64", "float32", "bfloat16")
+COMMON_DTYPES = ("float64", "float32", "bfloat16")
+"""Those of every backend; DeepSpeed's float16 is not verified."""
+DTYPES = (*COMMON_DTYPES, "float16")
 ZERO_STAGES = (0, 1, 2, 3)
 LOSSES = ("mean", "token_mean")
 LOOPS = ("plain", "trainer")
@@ -101,7 +103,9 @@ class RunOptions:
     )
     dtype: str = field(
         default="float64",
-        metadata=_doc("`float64` separates bugs from rounding best. Also `float32` and `bfloat16`."),
+        metadata=_doc(
+            "`float64` separates bugs from rounding best. Also `float32`, `bfloat16`, and without DeepSpeed `float16`."
+        ),
     )
     steps: int = field(
         default=2, metadata=_doc("Training steps. The comparison ends after the first one that differs.")
@@ -161,9 +165,11 @@ class RunOptions:
     checks: tuple[str, ...] | None = field(
         default=None,
         metadata=_doc(
-            "Names of the checks to run, or `all`. None for all but two: `checkpoint_matches_reference` saves the "
-            "model in each way that the backend has, reads it back, and compares, before the first step and after the "
-            "last; `resume_matches_uninterrupted` saves the training, goes on from it in new processes, and compares."
+            "Names of the checks to run, or `all`. None for all but three: `initialisation_matches_reference` makes "
+            "models from scratch under many seeds, and compares what is drawn with the unsharded model; "
+            "`checkpoint_matches_reference` saves the model in each way that the backend has, reads it back, and "
+            "compares, before the first step and after the last; `resume_matches_uninterrupted` saves the training, "
+            "goes on from it in new processes, and compares."
         ),
     )
     seed: int = field(default=0, metadata=_doc("Seed of weights, batches and replays."))

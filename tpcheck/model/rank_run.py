@@ -21,6 +21,7 @@ from tpcheck.model.blame import internal_error, is_of_tpcheck, issued_by, naming
 from tpcheck.model.build import Batch, build_model, require_equal_models
 from tpcheck.model.candidate import CandidateStart, shard, train
 from tpcheck.model.implementations import num_compiled_graphs, require_compiled
+from tpcheck.model.initialising import verify_initialisation
 from tpcheck.model.on_shards import steps_on_shards
 from tpcheck.model.options import Request
 from tpcheck.model.recompute import compute_alone, recompute_outputs
@@ -33,7 +34,7 @@ from tpcheck.model.teacher_forcing import (
     forced_tolerance,
     replica_gradients,
 )
-from tpcheck.numerics.checks import CHECKPOINT_CHECK, STEP_CHECKS
+from tpcheck.numerics.checks import CHECKPOINT_CHECK, INITIALISATION_CHECK, STEP_CHECKS
 from tpcheck.numerics.checks.clipping import observed_clipping
 from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, RankFacts, Step, TensorKey
 from tpcheck.numerics.precision import everything_in_float64, torch_function_disabled
@@ -85,6 +86,11 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
     backend, checks = load_backend(request.options.backend), request.options.check_names
     options = backend.resolved(training_options(request, rank.device))
     with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
+        initialised = None
+        if INITIALISATION_CHECK in checks:
+            initialised = verify_initialisation(rank, request, backend, options)
+            if set(checks) == {INITIALISATION_CHECK}:
+                return RankAnswer(GroupAnswer((initialised,)) if rank.rank == 0 else None, backend.versions())
         reference = Reference.build(request, rank, options)
         twin = build_model(request, rank.device)
         require_equal_models(twin, reference.model, reference.state)
@@ -94,8 +100,7 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
         evidence = _start_evidence(rank, request, reference, start)
         with torch_function_disabled():
             answer = None if evidence is None else start_answer(evidence, checks)
-        trains = any(check in STEP_CHECKS or check == CHECKPOINT_CHECK for check in checks)
-        if trains and not any(rank.gather(answer is not None and forbids_training(answer))):
+        if trains(checks) and not any(rank.gather(answer is not None and forbids_training(answer))):
             saves = CHECKPOINT_CHECK in checks
             saved = [verify_saved(rank, candidate, reference.model, step=-1)] if saves else []
             with naming_indivisible_sizes(config, tp):
@@ -108,7 +113,14 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
                 last = request.options.steps - 1
                 saved.append(verify_saved(rank, candidate, reference.model, step=last, unknown=unknown))
             answer = add_saved(answer, saved)
+    if answer is not None and initialised is not None and rank.rank == 0:  # it is of all ranks
+        answer = replace(answer, answers=(initialised, *answer.answers))
     return RankAnswer(answer, backend.versions())
+
+
+def trains(checks: Sequence[str]) -> bool:
+    """Return whether any of these checks needs training steps."""
+    return any(check in STEP_CHECKS or check == CHECKPOINT_CHECK for check in checks)
 
 
 def training_options(request: Request, device: torch.device) -> TrainingOptions:

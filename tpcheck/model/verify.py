@@ -128,7 +128,7 @@ def run(request: Request, subject: Mapping[str, Any], again: str | None, world: 
         again: The command that repeats the run, if there is one.
         world: A world of the request's topology, in place of a new one.
     """
-    from tpcheck.model.rank_run import verify_on_rank
+    from tpcheck.model.rank_run import trains, verify_on_rank
     from tpcheck.model.resuming import cannot_resume, verify_resume
     from tpcheck.numerics.checks import RESUME_CHECK
     from tpcheck.numerics.verdict import forbids_training, verdict
@@ -148,7 +148,7 @@ def run(request: Request, subject: Mapping[str, Any], again: str | None, world: 
     return Report(
         verdict(
             groups,
-            steps=request.options.steps,
+            steps=request.options.steps if trains(request.options.check_names) else 0,
             subject=subject,
             environment=package_versions() | dict(answers[0].versions),
             again=again,

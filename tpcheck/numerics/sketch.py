@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -63,17 +63,20 @@ TILES = 16  # along the rows and along the columns
 _NUM_SUMS = SIGN_SETS * TILES * TILES
 # Streams of the hash, far apart: a row and a column of the same number have unrelated signs.
 _ROWS, _COLUMNS, _ELEMENTS, _POSITIONS = 1 << 60, 2 << 60, 3 << 60, 1 << 59
-# Elements that are converted at once: 2 MiB of float64 stay in a core's cache; a device wants few, large kernels.
-_BLOCK, _DEVICE_BLOCK = 1 << 18, 1 << 24
+# Elements that are converted at once: 1 MiB of float64 stays in a core's cache, where twice as much takes a third more
+# time on busy cores, and half as much more calls; a device wants few, large kernels.
+_BLOCK, _DEVICE_BLOCK = 1 << 17, 1 << 24
 _CHUNK = 1 << 16  # elements whose signs are hashed one by one: bounds what is kept for a vector to 5 MiB
 # Thin products of fewer rows than this cost more to start than to compute (measured: 4 to 16 are alike).
 _SHORT_RUN = 8
 _SMALL = 1 << 16  # elements: below, one product over all rows costs less than sixteen (measured: 0.15 against 0.3 ms)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RowKeys:
     """Names of rows by content, so that a sum over rows is the same wherever and in whatever order they are.
+
+    Keep them for all tensors with these rows: what is derived from them is kept with them.
 
     Attributes:
         keys: One int64 for each row.
@@ -82,6 +85,7 @@ class RowKeys:
 
     keys: torch.Tensor
     tiles: torch.Tensor
+    derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,10 +388,15 @@ def _add_keyed_rows(sums: _Sums, values: torch.Tensor, index: GlobalIndex | None
         raise UsageError("index", index.local_shape, f"the dims beyond the rows of a tensor of shape {_text(values)}")
     if not values.numel():
         return
-    keys, tiles = rows.keys.to(sums.device), rows.tiles.to(sums.device)
-    runs = _runs(tiles) if is_host(sums.device) else ()
-    axis = _Axis(_signs(keys, torch.float64), tiles, runs)
-    _add_block(sums, values.reshape(-1, width), axis, _flat_columns(index, sums))
+    _add_block(sums, values.reshape(-1, width), _keyed_axis(rows, sums.device), _flat_columns(index, sums))
+
+
+def _keyed_axis(rows: RowKeys, device: torch.device) -> _Axis:
+    if device not in rows.derived:
+        keys, tiles = rows.keys.to(device), rows.tiles.to(device)
+        rows.derived[device] = _Axis(_signs(keys, torch.float64), tiles, _runs(tiles) if is_host(device) else ())
+    axis: _Axis = rows.derived[device]
+    return axis
 
 
 def _add_block(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) -> None:
@@ -403,22 +412,22 @@ def _add_block(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) -
 
 def _rows_first(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) -> torch.Tensor:
     width = matrix.shape[1]
-    by_tile = None
-    batches = [*_batches(rows.runs, max(1, sums.block // width))]
-    for tiles, start, stop in batches:
-        block = sums.clean(matrix[start:stop])
+    is_sorted = [tile for tile, _, _ in rows.runs] == [
+        *range(TILES)
+    ]  # each tile is one run: its first product is its sum
+    allocate = torch.empty if is_sorted else torch.zeros
+    by_tile = allocate(TILES, SIGN_SETS, width, dtype=torch.float64, device=sums.device)
+    started = 0
+    for tiles, start, stop in _batches(rows.runs, max(1, sums.block // width)):
+        block = sums.clean(matrix[start:stop]).view(len(tiles), -1, width)
         signs = rows.signs[:, start:stop].reshape(SIGN_SETS, len(tiles), -1).transpose(0, 1)
-        is_all = len(batches) == 1 and tiles == (*range(TILES),)
-        if by_tile is None and not is_all:
-            by_tile = torch.zeros(TILES, SIGN_SETS, width, dtype=torch.float64, device=sums.device)
-        if by_tile is None:
-            by_tile = torch.bmm(signs, block.view(TILES, -1, width))
+        if is_sorted and tiles[0] >= started:
+            started = tiles[-1] + 1
+            torch.bmm(signs, block, out=by_tile[tiles[0] : started])
         elif tiles == (*range(tiles[0], tiles[-1] + 1),):
-            by_tile[tiles[0] : tiles[-1] + 1].baddbmm_(signs, block.view(len(tiles), -1, width))
+            by_tile[tiles[0] : tiles[-1] + 1].baddbmm_(signs, block)
         else:
-            products = torch.bmm(signs, block.view(len(tiles), -1, width))
-            by_tile.index_add_(0, torch.tensor(tiles, device=sums.device), products)
-    assert by_tile is not None
+            by_tile.index_add_(0, torch.tensor(tiles, device=sums.device), torch.bmm(signs, block))
     num_runs = len(columns.runs)
     if len({stop - start for _, start, stop in columns.runs}) == 1:
         values = by_tile.view(TILES, SIGN_SETS * num_runs, -1).transpose(0, 1)
@@ -654,8 +663,8 @@ def is_host(device: torch.device) -> bool:
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    is_available = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if is_available else nullcontext()
+    is_enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if is_enabled else nullcontext()
 
 
 def _product_dtype(values: torch.Tensor) -> torch.dtype:

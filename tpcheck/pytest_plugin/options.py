@@ -13,13 +13,15 @@ from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
 from tpcheck.world.forkserver_client import DEFAULT_PRELOAD
 from tpcheck.world.groups import BACKENDS
-from tpcheck.world.world import DEVICES, World, spawn
+from tpcheck.world.world import DEVICES, THIS_MACHINE, Machines, World, open_world
 
 _MARKER = (
     "tpcheck(tp=, dp=, timeout=, device=, backend=, seed=): run the test's body on every rank of a world of this "
     "topology. Name at least one axis. timeout: seconds, None for no limit; device: cpu or cuda; backend: gloo or "
     "nccl; seed: the same on every rank (default: a different one on each)."
 )
+
+LAUNCHER_USES = ("auto", "spawn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class Options:
         fresh: Every example of a `@given` test runs in new processes.
         preload: Modules imported before ranks are forked, beside the defaults.
         capture: Capture what ranks print.
+        launcher: `auto` or `spawn`.
     """
 
     timeout: float | None
@@ -41,6 +44,7 @@ class Options:
     fresh: bool
     preload: tuple[str, ...]
     capture: bool
+    launcher: str
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,6 +63,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="run every example of a @given test in new processes",
     )
+    group.addoption(
+        "--tpcheck-launcher",
+        choices=LAUNCHER_USES,
+        help="under torchrun or srun: auto (default) runs marked tests on the launcher's ranks, spawn starts worlds of "
+        "its own on each",
+    )
+    parser.addini("tpcheck_launcher", "default of --tpcheck-launcher", default="auto")
     parser.addini("tpcheck_timeout", "default of --tpcheck-timeout", default="60")
     parser.addini("tpcheck_device", "default of --tpcheck-device", default="")
     parser.addini("tpcheck_backend", "default of --tpcheck-backend", default="")
@@ -99,6 +110,7 @@ def options_of(config: pytest.Config) -> Options:
         fresh=config.getini("tpcheck_fresh") if fresh is None else fresh,
         preload=tuple(config.getini("tpcheck_preload")),
         capture=config.getoption("capture") != "no",
+        launcher=_choice(config, "tpcheck_launcher", LAUNCHER_USES) or "auto",
     )
 
 
@@ -130,8 +142,8 @@ def is_marked(item: pytest.Item) -> bool:
     return item.get_closest_marker(MARKER) is not None
 
 
-def marked_world(item: pytest.Item, options: Options) -> Callable[..., World]:
-    """Return `spawn` with the arguments of the markers; a closer marker overrides those of class and module.
+def marked_world(item: pytest.Item, options: Options, machines: Machines) -> Callable[..., World]:
+    """Return what opens a world with the arguments of the markers; a closer one overrides those of class and module.
 
     Raises:
         UsageError: A marker is wrong.
@@ -141,11 +153,13 @@ def marked_world(item: pytest.Item, options: Options) -> Callable[..., World]:
         if mark.args:
             raise UsageError("pytest.mark.tpcheck", mark.args, "named arguments, such as tp=2")
         arguments.update(mark.kwargs)
-    return world_factory(arguments, options)
+    return world_factory(arguments, options, machines)
 
 
-def world_factory(arguments: Mapping[str, Any], options: Options) -> Callable[..., World]:
-    """Return `spawn` with these arguments of a marker, and the options for those that it does not set.
+def world_factory(
+    arguments: Mapping[str, Any], options: Options, machines: Machines = THIS_MACHINE
+) -> Callable[..., World]:
+    """Return what opens a world with these arguments of a marker, and the options for those that it does not set.
 
     Raises:
         UsageError: A name is unknown, no axis is named, or a size is wrong.
@@ -158,7 +172,7 @@ def world_factory(arguments: Mapping[str, Any], options: Options) -> Callable[..
         raise UsageError("tp", None, "the size of an axis, such as tp=2")
     defaults = {name: getattr(options, name) for name in ("timeout", "device", "backend", "capture")}
     settings = {name: arguments[name] for name in _SETTINGS if name in arguments}
-    return partial(spawn, Topology(**axes), preload=preload_of(options), **{**defaults, **settings})
+    return partial(open_world, machines, Topology(**axes), preload=preload_of(options), **{**defaults, **settings})
 
 
 def preload_of(options: Options) -> tuple[str, ...] | None:

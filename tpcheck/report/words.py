@@ -61,6 +61,7 @@ UNKNOWN_CAUSE = "unknown: none of the known causes explains it"
 _RANKS_SHOWN = 8
 _ENTRIES_SHOWN = 8
 _PHASES = {
+    "initialised": "made from scratch",
     "start": "before the first step",
     "step": "optimizer step {step}",
     "update": "optimizer step {step}",

@@ -32,6 +32,7 @@ from tpcheck.runs.exact_checks import (
 from tpcheck.runs.full_causes import CAUSES_OF_ORDER
 from tpcheck.runs.full_tensors import FullTensors, explain_in_full
 from tpcheck.runs.low_precision import noise_of_weights
+from tpcheck.runs.norm_checks import norm_matches
 from tpcheck.runs.picture import PictureMaker
 from tpcheck.runs.run_findings import (
     GRADIENTS,
@@ -49,16 +50,10 @@ from tpcheck.runs.run_findings import (
 )
 from tpcheck.runs.sketch_causes import Suspect, explain
 from tpcheck.runs.state_causes import repeated_state, stale_masters
-from tpcheck.runs.step_checks import (
-    StepContext,
-    doubtful_losses,
-    gradients_match,
-    norm_matches,
-    outputs_match,
-    states_match,
-    updates_match,
-)
+from tpcheck.runs.step_checks import doubtful_losses, gradients_match, outputs_match
+from tpcheck.runs.step_context import StepContext
 from tpcheck.runs.trace import StepRecord
+from tpcheck.runs.update_checks import states_match, updates_match
 from tpcheck.runs.wholes import epsilon
 
 Paths: TypeAlias = str | Path | Sequence[str | Path]

@@ -23,6 +23,11 @@ from tpcheck.runs.trace import Kind, Leaf, PassRecord, Reading, TensorRecord
 
 Key = tuple[Kind, str, str, int]  # kind, name, part, call: as `TensorRecord.key`
 
+# Sketches by the bits of their tensors and by where these lie. A module returns what its last one has returned (mlp and
+# down_proj), and a residual hands its gradient on: a sketch costs ten times as much as the digest that finds it. On
+# another device digests are not known without a wait.
+KnownSketches = dict[tuple[Any, ...], PendingSketch]
+
 _is_repeating: ContextVar[bool] = ContextVar("is_repeating", default=False)
 
 
@@ -49,16 +54,37 @@ class PendingTensor:
 
     @classmethod
     def of(
-        cls, key: Key, tensor: torch.Tensor, places: tuple[Place, ...], *, scale: float = 1.0, is_full: bool = False
+        cls,
+        key: Key,
+        tensor: torch.Tensor,
+        places: tuple[Place, ...],
+        *,
+        scale: float = 1.0,
+        is_full: bool = False,
+        known: KnownSketches | None = None,
     ) -> PendingTensor:
-        """Start the sketches and the digest of a plain local tensor."""
+        """Start the sketches and the digest of a plain local tensor.
+
+        Args:
+            known: Sketches of unscaled tensors; those with these bits and places are taken, and others added.
+        """
+        digest_of_bits = start_digests([tensor])
+        if known is None or not tensor.is_cpu:
+            sketches = [start_sketch(tensor, place.index, rows=place.rows, scale=scale) for place in places]
+        else:
+            sketches = []
+            for place in places:
+                content = (digest_of_bits()[0], tensor.dtype, tensor.shape, place.shape, place.piece, place.rows)
+                if content not in known:
+                    known[content] = start_sketch(tensor, place.index, rows=place.rows)
+                sketches.append(known[content])
         return cls(
             key,
             _dtype(tensor),
             tuple(tensor.shape),
             places,
-            [start_sketch(tensor, place.index, rows=place.rows, scale=scale) for place in places],
-            [start_digests([tensor])],
+            sketches,
+            [digest_of_bits],
             [(tensor.detach() * scale if scale != 1.0 else tensor.detach()).to("cpu", copy=True)] if is_full else [],
         )
 
@@ -135,6 +161,7 @@ class Pass:
         before: Whatever a replay needs of the time before the call.
         decided: Which of several places of an output are kept; None keeps all.
         outputs: Where each output that is no DTensor lies, with its shape: its gradient lies there, too.
+        known: Sketches of this call's tensors, which others may have to the bit.
         uniform: For outputs with several places that may be replicas, whether they are uniform along a cut.
     """
 
@@ -157,6 +184,7 @@ class Pass:
     decided: OutputPlaces | None = None
     outputs: dict[OutputKey, tuple[torch.Size, tuple[Place, ...]]] = field(default_factory=dict)
     uniform: dict[OutputKey, bool] = field(default_factory=dict)
+    known: KnownSketches = field(default_factory=dict)
 
     @classmethod
     def start(
@@ -194,7 +222,7 @@ class Pass:
             columns: Which of the whole output's columns it has, where that is known.
         """
         places = self._places_of(key, tensor, columns)
-        pending = PendingTensor.of(key, local_values(tensor), places, is_full=is_full)
+        pending = PendingTensor.of(key, local_values(tensor), places, is_full=is_full, known=self.known)
         if key in self.tensors:
             self.tensors[key].add(pending)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from math import sqrt
@@ -12,12 +12,13 @@ from typing import Any, Literal
 from weakref import WeakSet
 
 import torch
+import xxhash
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tpcheck.backends.live_groups import groups_of_run
 from tpcheck.backends.local_part import local_part
-from tpcheck.core.digests import digest
+from tpcheck.core.digests import digest, start_digests
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
 from tpcheck.core.notices import NO_TP
@@ -129,6 +130,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._gradients: dict[Key, PendingTensor] = {}
         self._has_stepped = False
         self._options_of_step: dict[tuple[str, ...], ParameterGroup] = {}
+        self._states_left: dict[Key, str] = {}
+        self._states_given: tuple[list[Key], Callable[[], Sequence[bytes]]] = ([], list)
         self._number = 0
         self._num_written = 0
         self._num_evaluations = 0
@@ -293,11 +296,18 @@ class Recorder(AbstractContextManager["Recorder"]):
                 pending = self._pending(part)
                 self._gradients[pending.key] = pending
         if is_first:
+            self._digest_states()
             self._outputs.post(self._number, replica_candidates(self._passes))
             self._repeat_passes()
         if self._replays.number:
             with self._paused():
                 self._replays.repeat_update(self._number, optimizer)
+
+    def _digest_states(self) -> None:
+        """Start to digest the states that the optimizer gets, if it is known what the step before has left."""
+        parts = [*self._view.states()] if self._states_left else []
+        keys: list[Key] = [(part.kind, part.name, part.state, 0) for part in parts]
+        self._states_given = keys, start_digests([part.values.detach() for part in parts])
 
     def _repeat_passes(self) -> None:
         if self._is_recording and self._replays.number:
@@ -357,6 +367,9 @@ class Recorder(AbstractContextManager["Recorder"]):
             )
             self._writer.write_step(replace(record, gradient_norm=_norm(record.tensors)))
             self._num_written += 1
+        else:
+            self._states_left = {}
+        self._states_given = ([], list)
         self._number += has_update
         self._passes, self._accumulated, self._has_stepped = [], [], False
         self._gradients, self._options_of_step, self._sums = {}, {}, {}
@@ -387,7 +400,17 @@ class Recorder(AbstractContextManager["Recorder"]):
                     pending.append(PendingTensor.of(("buffer", name, "", 0), values, places))
         is_measured = not is_start and self._replays.deviations is not None
         deviations = self._replays.drift | (self._replays.deviations or {}) if is_measured else {}
-        return finished(pending, deviations=deviations)
+        return self._with_states_before(finished(pending, deviations=deviations))
+
+    def _with_states_before(self, tensors: tuple[TensorRecord, ...]) -> tuple[TensorRecord, ...]:
+        """Return the tensors, with digests of the states that were changed between the step before and this one."""
+        keys, wait = self._states_given
+        given = {key: xxhash.xxh3_128_hexdigest(bits) for key, bits in zip(keys, wait(), strict=True)}
+        changed = {key: digest for key, digest in given.items() if self._states_left.get(key, digest) != digest}
+        self._states_left = {each.key: each.digest for each in tensors if each.kind in ("state", "master")}
+        return tuple(
+            replace(each, digest_before=changed[each.key]) if each.key in changed else each for each in tensors
+        )
 
     def _pending(self, part: Part, *, kind: Any = None, part_name: str = "") -> PendingTensor:
         places: tuple[Place, ...] = self._places.places(

@@ -11,21 +11,16 @@ from tpcheck.runs.alignment import AlignedStep, Run
 from tpcheck.runs.comparisons import Comparer, Table
 from tpcheck.runs.exact_checks import BeforeAndAfter, options_of
 from tpcheck.runs.sketch_causes import is_rounded_from
-from tpcheck.runs.wholes import Records, epsilon, parts_of, reading_of, total
+from tpcheck.runs.wholes import epsilon, reading_of, sketch_of_whole
 
 
 def stale_masters(table: Table, name: str, label: str) -> Explanation | None:
     """Return the cause where a parameter's weights, read as `label`, are not its masters, rounded."""
     masters = next((records for key, records in table.items() if key[:2] == ("master", name)), {})
     weights = table.get(("weight", name, "", 0), {})
-    sides = [
-        {rank: record for rank, record in records.items() if any(reading.label == label for reading in record.readings)}
-        for records in (masters, weights)
-    ]
-    if not all(sides):
+    whole_master, whole_weight = sketch_of_whole(masters, label), sketch_of_whole(weights, label)
+    if whole_master is None or whole_weight is None:
         return None
-    pieces = [{part.piece: part.sketch for part in parts_of(records, label).values()} for records in sides]
-    whole_master, whole_weight = (total(each.values()) for each in pieces)
     if whole_master.numel != whole_weight.numel or not whole_master.sum_squares:
         return None
     eps = max(epsilon(next(iter(weights.values())).dtype), epsilon("float32"))
@@ -45,10 +40,13 @@ def replaced_state(comparer: Comparer, step: AlignedStep, around: BeforeAndAfter
         found = repeated_state(actual, comparer.actual, name, label)
         if found is not None and repeated_state(expected, comparer.expected, name, label_e) is None:
             return found
+    found = state_taken_before(around, comparer.actual, name, label)
+    if found is not None:
+        return found
     options = options_of(comparer, step.expected, is_actual=False).get(name, {})
     for key in [key for key in around.expected_after if key[:2] == ("state", name)]:
         after, after_e, before_e = (
-            _whole(table.get(key, {}), of_run)
+            sketch_of_whole(table.get(key, {}), of_run)
             for table, of_run in (
                 (around.actual_after, label),
                 (around.expected_after, label_e),
@@ -59,6 +57,26 @@ def replaced_state(comparer: Comparer, step: AlignedStep, around: BeforeAndAfter
             found = stale_or_lost(key[2], after, after_e, before_e, tuple(_decays(options)))
             if found is not None:
                 return found
+    return None
+
+
+def state_taken_before(around: BeforeAndAfter, run: Run, name: str, label: str) -> Explanation | None:
+    """Return the cause where the optimizer got, on a rank, what the step before had left on one with another shard."""
+    for key in [key for key in around.actual_after if key[:2] == ("state", name)]:
+        left = around.actual_before.get(key, {})
+        pieces = {rank: reading for rank in left if (reading := reading_of(left[rank], label)) is not None}
+        taken = {
+            str(rank): other
+            for group in run.replicas
+            for rank in group
+            for other in group
+            if rank in pieces and other in pieces and pieces[rank].piece != pieces[other].piece
+            if pieces[other].sketch.numel > 1 and pieces[other].sketch.sum_squares
+            if rank in around.actual_after[key] and around.actual_after[key][rank].digest_before == left[other].digest
+        }
+        if taken:
+            evidence = {"state": key[2], "state_of_rank": taken}
+            return Explanation(Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK, evidence=evidence)
     return None
 
 
@@ -93,13 +111,6 @@ def _decays(options: Mapping[str, object]) -> Iterator[float]:
         for each in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(each, (int, float)) and each:
                 yield float(each)
-
-
-def _whole(records: Records, label: str) -> Sketch | None:
-    """Return the sketch of a whole state; None where ranks hold none, or it lies in another way than the weight."""
-    known = {rank: record for rank, record in records.items() if reading_of(record, label) is not None}
-    pieces = {part.piece: part.sketch for part in parts_of(known, label).values()}
-    return total(pieces.values()) if pieces else None
 
 
 def repeated_state(table: Table, run: Run, name: str, label: str) -> Explanation | None:

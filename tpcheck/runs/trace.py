@@ -64,6 +64,7 @@ class TensorRecord:
         digest: Of the bits of this rank's part, over all micro-batches.
         readings: One, or several where it is unknown how the part lies in the whole.
         full: This rank's part itself, where it was recorded with tensors="full"; of several micro-batches a list.
+        digest_before: Of a state as the optimizer got it, where the recorded step before had left another; else empty.
     """
 
     kind: Kind
@@ -75,6 +76,7 @@ class TensorRecord:
     digest: str
     readings: tuple[Reading, ...]
     full: Sequence[torch.Tensor] = ()
+    digest_before: str = ""
 
     @property
     def key(self) -> tuple[Kind, str, str, int]:

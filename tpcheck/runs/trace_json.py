@@ -120,7 +120,11 @@ def _plain_tensor(record: TensorRecord, sink: TensorSink) -> dict[str, Any]:
         "digest": record.digest,
         "readings": readings,
     }
-    return {**fields, "full": len(record.full)} if len(record.full) else fields
+    if record.digest_before:
+        fields["digest_before"] = record.digest_before
+    if len(record.full):
+        fields["full"] = len(record.full)
+    return fields
 
 
 def as_line(plain: Any) -> bytes:

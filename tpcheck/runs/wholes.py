@@ -210,6 +210,12 @@ def parts_of(records: Records, label: str) -> dict[int, Part]:
     return parts
 
 
+def sketch_of_whole(records: Records, label: str) -> Sketch | None:
+    """Return the sketch of a whole parameter or state; None where no rank has it under this reading."""
+    readings = [reading for record in records.values() if (reading := reading_of(record, label)) is not None]
+    return total({reading.piece: reading.sketch for reading in readings}.values()) if readings else None
+
+
 def _replicas(parts: Mapping[int, Part]) -> tuple[Sketch, list[Variant]]:
     """Return the sum of all pieces, each as most ranks have it, and that sum with each part that has other bits."""
     holders: dict[str, dict[str, list[int]]] = {}

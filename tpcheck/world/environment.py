@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from tpcheck.core.topology import Topology
@@ -17,6 +18,16 @@ _LAUNCHER_NAMES = {"GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK", "ROLE_NAME", "
 WORLD_FOLDER_VARIABLE = "TPCHECK_WORLD"  # the world's folder; processes that a rank starts inherit it
 
 
+@dataclass(frozen=True, slots=True)
+class LauncherPlace:
+    """What a launcher around the ranks decides: a rank's place on its machine, and where rank 0 is."""
+
+    local_rank: int
+    num_local: int
+    master_addr: str
+    is_one_machine: bool
+
+
 def rank_environ(
     base: Mapping[str, str],
     *,
@@ -26,27 +37,39 @@ def rank_environ(
     device: str,
     scratch: str,
     extra: Mapping[str, str],
+    launched: LauncherPlace | None = None,
 ) -> dict[str, str]:
-    """Return the environment of one rank: the caller's, the variables that launchers set, and tpcheck's defaults."""
-    world_size = str(topology.world_size)
-    inherited = {
-        name: value
-        for name, value in base.items()
-        if not name.startswith(_LAUNCHER_PREFIXES) and name not in _LAUNCHER_NAMES
-    }
+    """Return the environment of one rank: the caller's, the variables that launchers set, and tpcheck's defaults.
+
+    Args:
+        launched: The place of the rank where a launcher started the process that it is forked for, whose variables
+            it then keeps; None for a rank of a world that lies on this machine whatever is around it.
+    """
+    place = launched or LauncherPlace(rank, topology.world_size, "127.0.0.1", is_one_machine=True)
     return {
-        **_defaults(scratch),
-        **inherited,
+        **_defaults(scratch, is_one_machine=place.is_one_machine),
+        **_inherited(base, is_launched=launched is not None),
         **forkserver_environ(device),
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": world_size,
-        "LOCAL_WORLD_SIZE": world_size,
-        "LOCAL_SIZE": world_size,  # DeepSpeed's name; its CPU communication crashes where it is unset
-        "MASTER_ADDR": "127.0.0.1",
+        "LOCAL_RANK": str(place.local_rank),
+        "WORLD_SIZE": str(topology.world_size),
+        "LOCAL_WORLD_SIZE": str(place.num_local),
+        "LOCAL_SIZE": str(place.num_local),  # DeepSpeed's name; its CPU communication crashes where it is unset
+        "MASTER_ADDR": place.master_addr,
         "MASTER_PORT": str(port),
         **extra,
         WORLD_FOLDER_VARIABLE: scratch,
+    }
+
+
+def _inherited(base: Mapping[str, str], *, is_launched: bool) -> dict[str, str]:
+    """Return the variables that a rank inherits. It meets the others in a store of its world, not in the agent's."""
+    if is_launched:
+        return {name: value for name, value in base.items() if not name.startswith("TORCHELASTIC_")}
+    return {
+        name: value
+        for name, value in base.items()
+        if not name.startswith(_LAUNCHER_PREFIXES) and name not in _LAUNCHER_NAMES
     }
 
 
@@ -68,12 +91,13 @@ def visible_gpus(environ: Mapping[str, str]) -> int:
     return len([name for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")])
 
 
-def _defaults(scratch: str) -> dict[str, str]:
+def _defaults(scratch: str, *, is_one_machine: bool) -> dict[str, str]:
     """Return the variables that the user's environment overrides."""
+    loopback = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
     return {
+        **(loopback if is_one_machine else {}),
         # Without it an all-reduce of float32 with int32 passes silently and a shape mismatch aborts the process.
         "TORCH_DISTRIBUTED_DEBUG": "DETAIL",
-        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         # A killed build leaves a lock that blocks every later build in the same folder: use a folder of tpcheck alone.
         "TORCH_EXTENSIONS_DIR": str((_writable_cache() or Path(scratch)) / "tpcheck" / "torch_extensions"),
         "TOKENIZERS_PARALLELISM": "false",

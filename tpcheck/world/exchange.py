@@ -73,7 +73,7 @@ class PeerSockets:
         cls, rank: int, ranks: Sequence[int], all_gather_object: Callable[[Any], tuple[Any, ...]]
     ) -> PeerSockets | None:
         """Return the connections, or None on every rank if one of them is on another machine. Collective."""
-        host = _host()
+        host = this_machine()
         with socket.socket(socket.AF_UNIX) as listener:
             name = f"\0tpcheck-{secrets.token_hex(16)}"  # abstract: leaves no file, and no other process knows the name
             try:
@@ -219,7 +219,7 @@ def _is_closed(sock: socket.socket) -> bool:
         return True
 
 
-def _host() -> tuple[str, str] | None:
+def this_machine() -> tuple[str, str] | None:
     """Return what processes share that can connect by abstract sockets: a boot and a network namespace."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/net").readlink())

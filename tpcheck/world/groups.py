@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
 from itertools import count
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 NO_TIMEOUT = timedelta(days=1)
 
 
-def reserve_port() -> socket.socket:
+def reserve_port(host: str = "127.0.0.1") -> socket.socket:
     """Return a socket that reserves a port for as long as it is open.
 
     It is bound and does not listen, so that code under test can still serve on MASTER_PORT: with SO_REUSEADDR on both
@@ -34,30 +35,51 @@ def reserve_port() -> socket.socket:
     """
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind(("127.0.0.1", 0))
+    sock.bind((host, 0))
     return sock
 
 
-def file_store(scratch: Path, name: str, world_size: int) -> Store:
-    """Return the store of this name, the same for every rank of the world."""
-    from torch._C._distributed_c10d import (  # torch.distributed does not export them
-        FileStore,
-        PrefixStore,
-    )
+@dataclass(frozen=True, slots=True)
+class StoreAddress:
+    """A store that several machines reach, and the prefix of one world in it."""
 
-    store = FileStore(str(scratch / "store"), world_size)
-    store.set_timeout(NO_TIMEOUT)
-    return PrefixStore(name, store)
+    host: str
+    port: int
+    prefix: str
 
 
-def use_file_store_for_env_rendezvous(scratch: Path) -> None:
-    """Make `init_process_group()` and other `env://` rendezvous of code under test use this world's file store."""
+@dataclass(frozen=True, slots=True)
+class StoreLocation:
+    """Where the ranks of a world meet: in a folder, or at an address if there is one."""
+
+    folder: Path
+    address: StoreAddress | None
+
+    def open(self, name: str, world_size: int) -> Store:
+        """Return the store of this name, the same for every rank of the world."""
+        from torch._C._distributed_c10d import (  # torch.distributed does not export them
+            FileStore,
+            PrefixStore,
+            TCPStore,
+        )
+
+        if self.address is None:
+            store: Store = FileStore(str(self.folder / "store"), world_size)
+        else:
+            store = TCPStore(self.address.host, self.address.port, is_master=False, wait_for_workers=False)
+            name = f"{self.address.prefix}/{name}"
+        store.set_timeout(NO_TIMEOUT)
+        return PrefixStore(name, store)
+
+
+def use_store_for_env_rendezvous(location: StoreLocation) -> None:
+    """Make `init_process_group()` and other `env://` rendezvous of code under test use this world's store."""
     attempts = count()
 
     def handler(url: str, timeout: timedelta = NO_TIMEOUT, **_: Any) -> Iterator[tuple[Store, int, int]]:
         query = parse_qs(urlparse(url).query)
         rank, world_size = (int(query.get(name, [os.environ[name.upper()]])[0]) for name in ("rank", "world_size"))
-        env_store = file_store(scratch, f"env{next(attempts)}", world_size)
+        env_store = location.open(f"env{next(attempts)}", world_size)
         env_store.set_timeout(timeout)
         yield env_store, rank, world_size
         raise RuntimeError("Unable to perform rerendezvous using env:// method")  # as torch does

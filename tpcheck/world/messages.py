@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tpcheck.core.topology import Topology
+from tpcheck.world.groups import StoreAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,11 @@ class ForkserverReady:
 
 @dataclass(frozen=True, slots=True)
 class ForkRank:
-    """Fork one rank. Descriptors of its channel, stdout, stderr and stack file travel with this message."""
+    """Fork one rank. Descriptors of its channel, stdout, stderr and stack file travel with this message.
+
+    Attributes:
+        store: Where the ranks meet, None for a file in the folder of the world.
+    """
 
     rank: int
     topology: Topology
@@ -60,6 +65,7 @@ class ForkRank:
     sys_path: tuple[str, ...]
     argv: tuple[str, ...]
     cwd: str
+    store: StoreAddress | None = None
 
 
 @dataclass(frozen=True, slots=True)

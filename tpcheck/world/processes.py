@@ -8,11 +8,11 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from tpcheck.core.errors import RankFailure, RankOutcome
+from tpcheck.core.errors import RankFailure, RankOutcome, TpcheckError
 from tpcheck.world import messages, output
 from tpcheck.world.channel import Channel, loads, loads_or_none
 from tpcheck.world.failures import FailureKind, Symptom, failure_text, first_failed
@@ -31,6 +31,20 @@ _END_LIMIT_S = 10.0
 _MAX_SELECT_S = 86400.0  # select overflows at 25 days, long before a deadline that a caller may set
 
 
+class RankOutput(Protocol):
+    """What a rank has written, on this machine or on another."""
+
+    @property
+    def stdout(self) -> str: ...
+    @property
+    def stderr(self) -> str: ...
+    @property
+    def stacks(self) -> str: ...
+    @property
+    def stacks_size(self) -> int: ...
+    def close(self) -> None: ...
+
+
 @dataclass(slots=True)
 class RankProcess:
     """What the controller knows of one rank.
@@ -45,7 +59,7 @@ class RankProcess:
 
     rank: int
     channel: Channel
-    output: Output
+    output: RankOutput
     pid: int | None = None
     status: int | None = None
     ended_at: float = 0.0
@@ -150,36 +164,117 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+class RankHost(Protocol):
+    """The ranks of a world that one forkserver forks, on this machine or on another.
+
+    Attributes:
+        channel: To select on; its end is that of the forkserver, if the host has not ended before.
+        ended: No process or file of this world is left there.
+    """
+
+    channel: Channel
+    ended: bool
+
+    @property
+    def ranks(self) -> tuple[RankProcess, ...]: ...
+    def receive(self) -> list[messages.RankForked | messages.RankExited]:
+        """Return every message received; do not wait."""
+
+    def signal(self, ranks: tuple[int, ...], number: int) -> None: ...
+    def restart_outputs(self) -> None:
+        """Empty the output of every rank: the next run begins."""
+
+    def refresh_outputs(self) -> None:
+        """Make `RankProcess.output` say what the ranks have written so far."""
+
+    def end(self) -> None:
+        """Ask for the end of every rank; `receive` sets `ended` once they have."""
+
+    def abandon(self) -> None:
+        """Close without waiting: the ranks are ended nevertheless."""
+
+    def remove_files(self) -> None:
+        """Remove what an ended host has left."""
+
+    def error(self) -> TpcheckError:
+        """Return why the channel has ended."""
+
+
+class LocalHost:
+    """Ranks on this machine, forked by a forkserver of this process."""
+
+    def __init__(
+        self, forkserver: ForkserverClient, *, scratch: str, port: int, extra_preload: tuple[str, ...], capture: bool
+    ) -> None:
+        self.ended = False
+        self.ranks: tuple[RankProcess, ...] = ()
+        self.outputs: dict[int, Output] = {}
+        self._forkserver = forkserver
+        self.scratch = scratch
+        self._capture = capture
+        self.channel = forkserver.open_world(scratch, port, extra_preload)
+
+    def fork(self, request: messages.ForkRank) -> None:
+        """Fork a rank that this process controls."""
+        channel, rank_socket = Channel.pair()
+        self.fork_with(request, rank_socket)
+        self.ranks += (RankProcess(request.rank, channel, self.outputs[request.rank]),)
+
+    def fork_with(self, request: messages.ForkRank, rank_socket: socket.socket) -> None:
+        """Fork a rank that is controlled at the other end of this socket."""
+        output = self.outputs[request.rank] = Output(capture=self._capture)
+        self.channel.send(request, [rank_socket.fileno(), *output.descriptors])
+        rank_socket.close()
+
+    def receive(self) -> list[messages.RankForked | messages.RankExited]:
+        received = [message for message, _ in self.channel.receive_available()]
+        self.ended = self.ended or any(isinstance(message, messages.WorldEnded) for message in received)
+        return [message for message in received if not isinstance(message, messages.WorldEnded)]
+
+    def signal(self, ranks: tuple[int, ...], number: int) -> None:
+        self.channel.queue(messages.SignalRanks(ranks, number))
+        self.channel.flush()
+
+    def restart_outputs(self) -> None:
+        for files in self.outputs.values():
+            files.restart()
+
+    def refresh_outputs(self) -> None:
+        """Do nothing: the files are at hand."""
+
+    def end(self) -> None:
+        self.channel.queue(messages.EndWorld())
+
+    def abandon(self) -> None:
+        """The forkserver ends the ranks of a world whose channel closes."""
+        self.channel.close()
+        for files in self.outputs.values():
+            files.close()
+
+    def remove_files(self) -> None:
+        shutil.rmtree(self.scratch, ignore_errors=True)  # the forkserver has removed it, unless it was killed
+
+    def error(self) -> TpcheckError:
+        return self._forkserver.error("has exited, and its ranks with it")
+
+
 class WorldProcesses:
     """The ranks of a world. They serve any number of runs until one fails."""
 
-    def __init__(
-        self,
-        forkserver: ForkserverClient,
-        requests: tuple[messages.ForkRank, ...],
-        *,
-        capture: bool,
-        scratch: str,
-        port: socket.socket,
-        extra_preload: tuple[str, ...],
-    ) -> None:
-        self._forkserver = forkserver
-        self._scratch = scratch
+    def __init__(self, hosts: Sequence[RankHost], *, port: socket.socket) -> None:
+        self._hosts = tuple(hosts)
+        self._ranks = tuple(sorted((rank for host in hosts for rank in host.ranks), key=lambda rank: rank.rank))
+        self._host_of = {rank.rank: host for host in hosts for rank in host.ranks}
         self._port = port
         self._ended = False
         self._paused_s = 0.0
-        self._channel = forkserver.open_world(scratch, port.getsockname()[1], extra_preload)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._channel, selectors.EVENT_READ)
-        self._ranks = tuple(self._fork(request, capture) for request in requests)
+        for channel in self._channels():
+            self._selector.register(channel, selectors.EVENT_READ)
 
-    def _fork(self, request: messages.ForkRank, capture: bool) -> RankProcess:
-        channel, rank_socket = Channel.pair()
-        output = Output(capture=capture)
-        self._channel.send(request, [rank_socket.fileno(), *output.descriptors])
-        rank_socket.close()
-        self._selector.register(channel, selectors.EVENT_READ)
-        return RankProcess(request.rank, channel, output)
+    def _channels(self) -> Iterator[Channel]:
+        yield from (host.channel for host in self._hosts)
+        yield from (rank.channel for rank in self._ranks)
 
     @property
     def reusable(self) -> bool:
@@ -195,9 +290,10 @@ class WorldProcesses:
             RankFailure: A rank raised, died, hung, or reported more than once.
         """
         self.raise_if_reported_twice()
+        for host in self._hosts:
+            host.restart_outputs()
         for rank in self._ranks:
             rank.reports.clear()
-            rank.output.restart()
             rank.channel.queue(messages.RunFunction(call, seed))
         deadline_passed = self._watch(timeout)
         if not deadline_passed and all(rank.symptom() is None for rank in self._ranks):
@@ -212,6 +308,8 @@ class WorldProcesses:
             raise self._failure(None, deadline_passed=False)
 
     def outcomes(self, *, deadline_passed: bool = False) -> tuple[RankOutcome, ...]:
+        for host in self._hosts:
+            host.refresh_outputs()
         return tuple(rank.outcome(deadline_passed=deadline_passed) for rank in self._ranks)
 
     def exit(self) -> None:
@@ -228,20 +326,22 @@ class WorldProcesses:
     def end(self) -> None:
         """Kill what still runs; return when no process or file is left."""
         if not self._ended:
-            self._channel.queue(messages.EndWorld())
-            self._serve_until(lambda: self._ended, _END_LIMIT_S)
+            for host in self._hosts:
+                host.end()
+            self._serve_until(lambda: all(host.ended for host in self._hosts), _END_LIMIT_S)
         self.abandon()
-        shutil.rmtree(self._scratch, ignore_errors=True)  # the forkserver has removed it, unless it was killed
+        for host in self._hosts:
+            host.remove_files()
 
     def abandon(self) -> None:
-        """Close the world without waiting: the forkserver ends the ranks of a world whose channel closes."""
+        """Close the world without waiting; its ranks are ended nevertheless."""
         self._ended = True
-        self._channel.close()
         self._selector.close()
         self._port.close()
+        for host in self._hosts:
+            host.abandon()
         for rank in self._ranks:
             rank.channel.close()
-            rank.output.close()
 
     def _watch(self, timeout: float | None) -> bool:
         """Serve the ranks until all have answered, or have no more time to; return whether the deadline passed."""
@@ -266,7 +366,11 @@ class WorldProcesses:
 
     def _serve_until(self, done: Callable[[], bool], limit_s: float) -> None:
         deadline = time.monotonic() + limit_s
-        while not done() and not self._channel.ended and (remaining := deadline - time.monotonic()) > 0:
+        while (
+            not done()
+            and not any(host.channel.ended for host in self._hosts if not host.ended)
+            and (remaining := deadline - time.monotonic()) > 0
+        ):
             self._serve(remaining)
 
     def _serve(self, limit_s: float | None) -> None:
@@ -279,7 +383,7 @@ class WorldProcesses:
             self._send_and_receive(limit_s)
 
     def _send_and_receive(self, limit_s: float | None) -> None:
-        for channel in (self._channel, *(rank.channel for rank in self._ranks)):
+        for channel in self._channels():
             if channel.ended:
                 continue
             unsent = channel.flush()
@@ -287,7 +391,8 @@ class WorldProcesses:
         self._selector.select(None if limit_s is None else min(limit_s, _MAX_SELECT_S))
         for rank in self._ranks:
             self._read_from(rank)
-        self._read_from_forkserver()
+        for host in self._hosts:
+            self._read_from_host(host)
 
     def _read_from(self, rank: RankProcess) -> None:
         if rank.channel.ended:
@@ -302,18 +407,20 @@ class WorldProcesses:
         if rank.channel.ended:
             self._selector.unregister(rank.channel)
 
-    def _read_from_forkserver(self) -> None:
-        for message, _ in self._channel.receive_available():
+    def _read_from_host(self, host: RankHost) -> None:
+        if host.channel.ended:
+            return
+        for message in host.receive():
+            rank = self._ranks[message.rank]
             if isinstance(message, messages.RankForked):
-                self._ranks[message.rank].pid = message.pid
-            elif isinstance(message, messages.RankExited):
-                rank = self._ranks[message.rank]
+                rank.pid = message.pid
+            else:
                 self._read_from(rank)  # what it sent before it exited
                 rank.status, rank.ended_at = message.status, time.monotonic()
-            else:
-                self._ended = True
-        if self._channel.ended and not self._ended:
-            raise self._forkserver.error("has exited, and its ranks with it")
+        if host.channel.ended:
+            self._selector.unregister(host.channel)
+            if not host.ended:
+                raise host.error()
 
     def _failure(self, timeout: float | None, *, deadline_passed: bool) -> RankFailure:
         self._collect_stacks()
@@ -336,11 +443,15 @@ class WorldProcesses:
         unanswered = self._unanswered()
         if not unanswered:
             return
-        self._channel.queue(messages.SignalRanks(tuple(rank.rank for rank in unanswered), output.STACK_SIGNAL))
-        self._channel.flush()
+        for host in self._hosts:
+            host.signal(
+                tuple(rank.rank for rank in unanswered if self._host_of[rank.rank] is host), output.STACK_SIGNAL
+            )
         deadline = time.monotonic() + _STACKS_LIMIT_S
         previous_sizes: list[int] | None = None
         while time.monotonic() < deadline:
+            for host in self._hosts:
+                host.refresh_outputs()
             sizes = [rank.output.stacks_size for rank in unanswered]
             if all(sizes) and sizes == previous_sizes:
                 return

@@ -107,14 +107,15 @@ class _RankServer:
         torch.set_num_threads(1)
         set_debug_level_from_env()  # the forkserver read TORCH_DISTRIBUTED_DEBUG from another environment
         disable_ddp_logger_under_detail()
-        scratch, world_size = Path(self._request.scratch), self._request.topology.world_size
-        groups.use_file_store_for_env_rendezvous(scratch)
+        location = groups.StoreLocation(Path(self._request.scratch), self._request.store)
+        world_size = self._request.topology.world_size
+        groups.use_store_for_env_rendezvous(location)
         if self._request.device.startswith("cuda"):
             torch.cuda.set_device(torch.device(self._request.device))
             torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.distributed.init_process_group(
             groups.group_backend(self._request.backend),  # on GPUs it takes CPU tensors as well
-            store=groups.file_store(scratch, "default", world_size),
+            store=location.open("default", world_size),
             rank=self._request.rank,
             world_size=world_size,
             timeout=groups.NO_TIMEOUT,

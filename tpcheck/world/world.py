@@ -7,18 +7,17 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from tpcheck.core.errors import RankFailure, RankOutcome, UsageError
 from tpcheck.core.topology import Topology
-from tpcheck.world import messages
 from tpcheck.world.channel import dumps
-from tpcheck.world.environment import rank_environ, visible_gpus
+from tpcheck.world.environment import visible_gpus
 from tpcheck.world.forkserver_client import DEFAULT_PRELOAD, ForkserverClient, get_forkserver
-from tpcheck.world.groups import choose_backend, device_of, reserve_port
-from tpcheck.world.processes import WorldProcesses, load_results
+from tpcheck.world.groups import choose_backend, reserve_port
+from tpcheck.world.processes import LocalHost, WorldProcesses, load_results
+from tpcheck.world.requests import RankOrigin, WorldPlan, fork_request
 
 _MAX_SEED = 2**64 - 1  # the largest that torch.manual_seed takes
 
@@ -131,11 +130,40 @@ def spawn(
         ...     world.run(total)
         (3, 3)
     """
+    return open_world(
+        THIS_MACHINE,
+        topology,
+        timeout=timeout,
+        device=device,
+        backend=backend,
+        preload=preload,
+        also=also,
+        seed=seed,
+        capture=capture,
+        env=env,
+    )
+
+
+def open_world(
+    machines: Machines,
+    topology: Topology,
+    *,
+    timeout: float | None,
+    device: str | None,
+    backend: str | None,
+    preload: Sequence[str] | None,
+    also: Sequence[str] = (),
+    seed: int | None = None,
+    capture: bool,
+    env: Mapping[str, str] | None = None,
+) -> World:
+    """Return a world on these machines, with the arguments of `spawn`."""
     if not isinstance(topology, Topology):
         raise UsageError("topology", topology, "a tpcheck.Topology")
     if device is not None and device not in DEVICES:
         raise UsageError("device", device, DEVICES)
     return World(
+        machines,
         topology,
         timeout=_checked_timeout(timeout),
         device=device,
@@ -146,6 +174,69 @@ def spawn(
         capture=capture,
         env=_checked_env(env),
     )
+
+
+class Machines(Protocol):
+    """Where the ranks of a world run: on this machine, or where a launcher has started processes."""
+
+    def choose_device(self, topology: Topology, device: str | None, preload: Sequence[str] | None) -> tuple[str, int]:
+        """Return the kind of device, and the number of GPUs that ranks may use.
+
+        Raises:
+            UsageError: The device requires GPUs that do not exist, or the topology other machines.
+        """
+
+    def start(self, plan: WorldPlan) -> WorldProcesses:
+        """Fork every rank."""
+
+
+class _ThisMachine:
+    def choose_device(self, topology: Topology, device: str | None, preload: Sequence[str] | None) -> tuple[str, int]:
+        has_gpu_per_rank = visible_gpus(os.environ) >= topology.world_size
+        if device == "cuda" or (device is None and has_gpu_per_rank):
+            num_gpus = get_forkserver("cuda", preload).wait_until_ready().num_gpus
+            if num_gpus >= (topology.world_size if device is None else 1):
+                return "cuda", num_gpus
+            if device == "cuda":
+                raise UsageError("device", device, "cpu: torch finds no GPU here")
+        get_forkserver("cpu", preload)  # it is ready some seconds later
+        return "cpu", 0
+
+    def start(self, plan: WorldPlan) -> WorldProcesses:
+        forkserver = ready_forkserver(plan)  # the same one, unless it has ended
+        num_gpus = forkserver.wait_until_ready().num_gpus
+        port = reserve_port()
+        scratch = forkserver.new_scratch()
+        try:
+            port_number = port.getsockname()[1]
+            host = LocalHost(
+                forkserver, scratch=scratch, port=port_number, extra_preload=plan.extra_preload, capture=plan.capture
+            )
+            for rank in range(plan.topology.world_size):
+                origin = RankOrigin.here(rank, local_rank=rank, num_gpus=num_gpus)
+                host.fork(fork_request(plan, origin, scratch=scratch, port=port_number))
+            return WorldProcesses([host], port=port)
+        except BaseException:  # Ctrl-C included; the forkserver ends the ranks when the channel is garbage collected
+            port.close()
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+
+
+THIS_MACHINE: Machines = _ThisMachine()
+
+
+def ready_forkserver(plan: WorldPlan) -> ForkserverClient:
+    """Return a forkserver of this process that has imported what the plan says.
+
+    Raises:
+        UsageError: A module that the caller named fails to import.
+    """
+    forkserver = get_forkserver(plan.device, plan.preload)
+    import_errors = forkserver.wait_until_ready().import_errors
+    for name in plan.preload or ():
+        if name in import_errors and name not in DEFAULT_PRELOAD:  # ranks that need a default one fail themselves
+            raise UsageError("preload", name, f"modules that can be imported ({import_errors[name]})")
+    return forkserver
 
 
 class World:
@@ -164,6 +255,7 @@ class World:
 
     def __init__(
         self,
+        machines: Machines,
         topology: Topology,
         *,
         timeout: float | None,
@@ -177,11 +269,11 @@ class World:
     ) -> None:
         self.topology = topology
         self._timeout = timeout
-        self._forkserver, self.device, num_gpus = _choose_forkserver(topology, device, preload)
+        self._machines = machines
+        self.device, num_gpus = machines.choose_device(topology, device, preload)
         self.backend = choose_backend(backend, kind=self.device, num_gpus=num_gpus, num_ranks=topology.world_size)
         self._preload = preload
         self._extra_preload = extra_preload
-        self._num_gpus = num_gpus
         self._seed = seed
         self._capture = capture
         self._env = env
@@ -262,28 +354,16 @@ class World:
             processes.end()
 
     def _start(self) -> WorldProcesses:
-        self._forkserver = get_forkserver(self.device, self._preload)  # the same one, unless it has ended
-        import_errors = self._forkserver.wait_until_ready().import_errors
-        for name in self._preload or ():
-            if name in import_errors and name not in DEFAULT_PRELOAD:  # ranks that need a default one fail themselves
-                raise UsageError("preload", name, f"modules that can be imported ({import_errors[name]})")
-        port = reserve_port()
-        scratch = self._forkserver.new_scratch()
-        try:
-            port_number = port.getsockname()[1]
-            requests = tuple(self._fork_request(rank, scratch, port_number) for rank in range(self.topology.world_size))
-            return WorldProcesses(
-                self._forkserver,
-                requests,
-                capture=self._capture,
-                scratch=scratch,
-                port=port,
-                extra_preload=(*self._extra_preload, *self._own_preload()),
-            )
-        except BaseException:  # Ctrl-C included; the forkserver ends the ranks when the channel is garbage collected
-            port.close()
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
+        plan = WorldPlan(
+            topology=self.topology,
+            device=self.device,
+            backend=self.backend,
+            preload=self._preload,
+            extra_preload=(*self._extra_preload, *self._own_preload()),
+            capture=self._capture,
+            env=self._env,
+        )
+        return self._machines.start(plan)
 
     def _own_preload(self) -> tuple[str, ...]:
         """Return the modules of this package that this process has imported: its ranks need the same.
@@ -295,43 +375,6 @@ class World:
             return ()
         package = __name__.partition(".")[0]
         return tuple(name for name in list(sys.modules) if name.partition(".")[0] == package)
-
-    def _fork_request(self, rank: int, scratch: str, port: int) -> messages.ForkRank:
-        environ = rank_environ(
-            os.environ,
-            topology=self.topology,
-            rank=rank,
-            port=port,
-            device=self.device,
-            scratch=scratch,
-            extra=self._env,
-        )
-        return messages.ForkRank(
-            rank=rank,
-            topology=self.topology,
-            device=device_of(rank, kind=self.device, num_gpus=self._num_gpus),
-            backend=self.backend,
-            scratch=scratch,
-            environ=environ,
-            sys_path=tuple(sys.path),
-            argv=tuple(sys.argv),
-            cwd=str(Path.cwd()),
-        )
-
-
-def _choose_forkserver(
-    topology: Topology, device: str | None, preload: Sequence[str] | None
-) -> tuple[ForkserverClient, str, int]:
-    """Return the forkserver, the kind of device, and the number of GPUs that ranks may use."""
-    has_gpu_per_rank = visible_gpus(os.environ) >= topology.world_size
-    if device == "cuda" or (device is None and has_gpu_per_rank):
-        forkserver = get_forkserver("cuda", preload)
-        num_gpus = forkserver.wait_until_ready().num_gpus
-        if num_gpus >= (topology.world_size if device is None else 1):
-            return forkserver, "cuda", num_gpus
-        if device == "cuda":
-            raise UsageError("device", device, "cpu: torch finds no GPU here")
-    return get_forkserver("cpu", preload), "cpu", 0
 
 
 def _pickled_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:

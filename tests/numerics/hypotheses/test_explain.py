@@ -182,8 +182,8 @@ EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
 
 # Of causes that only runs have, tests/runs/test_wrong_loops.py has the loops; of those of checkpoints alone,
 # tests/numerics/exact and tests/checkpoints have the tests; tests/numerics/checks/test_resume.py has those of resumed
-# trainings.
-ELSEWHERE = ("runs.", "numerics.exact", "numerics.checks.resume", "checkpoints")
+# trainings, test_initialisation.py those of models made from scratch.
+ELSEWHERE = ("runs.", "numerics.exact", "numerics.checks.resume", "numerics.checks.initialisation", "checkpoints")
 OF_OTHERS = {cause for cause in Cause if all(module.startswith(ELSEWHERE) for module in cause.diagnosed_in)}
 
 

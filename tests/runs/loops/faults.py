@@ -285,6 +285,18 @@ class MomentsTakenInTheMiddle(MomentsOfAnotherRank):
             self.take_moments()
 
 
+class MomentsTakenBeforeTheStep(MomentsTakenInTheMiddle):
+    """Rank 1 takes the moments of rank 0 between a backward pass and the step that follows."""
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def update(self, step: int) -> None:
+        if step == 1 and self.run.tp > 1:
+            self.take_moments()
+        super().update(step)
+
+
 class MomentsZeroedInTheMiddle(Training):
     """Moments are set to zero between a backward pass and the step that follows."""
 

@@ -17,7 +17,8 @@ from tests.runs.loops.megatron_models import Megatron
 from tests.runs.loops.trainers import WithTrainer
 from tpcheck import Topology
 
-ALONE, TP2, TP4, DP2, TP2_DP2 = Topology(), Topology(tp=2), Topology(tp=4), Topology(dp=2), Topology(tp=2, dp=2)
+ALONE, TP2, TP4, TP8 = Topology(), Topology(tp=2), Topology(tp=4), Topology(tp=8)
+DP2, TP2_DP2 = Topology(dp=2), Topology(tp=2, dp=2)
 
 
 def right(
@@ -126,6 +127,8 @@ BY_HAND = (
     right("four shards", Training, TP4, accumulate=2),
     right("two shards against four", Training, TP2, expected_topology=TP4),
     right("four shards against two, sequence parallelism", Training, TP4, expected_topology=TP2, sequence=True),
+    right("eight shards, AdamW", Training, TP8, agreement=1e-9, **adamw),
+    right("eight shards against two, sequence parallelism", Training, TP8, expected_topology=TP2, sequence=True),
     right(
         "two shards against the same two", Training, TP2, expected_topology=TP2, replays=0, agreement=0.0, **momentum
     ),
@@ -351,6 +354,8 @@ SELDOM = frozenset(
         "DistributedDataParallel over tensor parallelism",
         "four shards",
         "four shards against two, sequence parallelism",
+        "eight shards, AdamW",
+        "eight shards against two, sequence parallelism",
         "replicas of shards against shards",
         "transformers' TP: llama with tied embeddings",
         "transformers' TP: qwen3 in float32, AdamW",

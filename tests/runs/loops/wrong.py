@@ -13,7 +13,7 @@ from tests.runs.loops.huggingface import CausalTraining, TransformersTp
 from tests.runs.loops.llama_in_megatron import Llama, OneProjectionScaled
 from tests.runs.loops.loop import Loop, Side, TrainingLike, Wrong
 from tests.runs.loops.megatron_models import Megatron
-from tests.runs.loops.right import ALONE, DP2, TP2, TP2_DP2, TP4, adamw
+from tests.runs.loops.right import ALONE, DP2, TP2, TP2_DP2, TP4, TP8, adamw
 from tests.runs.loops.right_by_hand import ByDdp, ParameterGroups, SequentialModel, SumsBeforeTheStep, WithGradScaler
 from tests.runs.loops.trainers import DecaysByDefault
 from tpcheck import Topology
@@ -383,6 +383,19 @@ OPTIMIZERS = (
         **adamw,
     ),
     wrong(
+        "moments of another rank between a backward pass and the step",
+        faults.MomentsTakenBeforeTheStep,
+        (STATES, UPDATES),
+        "*.up.*",
+        "*.down.weight",
+        cause="optimizer_state_of_another_rank",
+        ranks=(1,),
+        step=1,
+        steps=2,
+        expected=Training,
+        **adamw,
+    ),
+    wrong(
         "moments zeroed in the middle",
         faults.MomentsZeroedInTheMiddle,
         (STATES, UPDATES),
@@ -467,6 +480,30 @@ COLLECTIVES = (
         SECOND_DOWN,
         cause="bias_added_per_rank",
         step=0,
+    ),
+    *(
+        wrong(
+            f"bias added by each of eight ranks, against {text}",
+            faults.BiasOnEachRankOfSecondRow,
+            OUTPUTS,
+            SECOND_DOWN,
+            cause="bias_added_per_rank",
+            step=0,
+            topology=TP8,
+            expected_topology=topology,
+        )
+        for text, topology in (("one", ALONE), ("two", TP2))
+    ),
+    wrong(
+        "gradient hook missing on one norm of eight ranks, against two",
+        faults.HookMissing,
+        GRADIENTS,
+        "blocks.1.norm.weight",
+        cause="partial_gradient_on_replica",
+        step=0,
+        sequence=True,
+        topology=TP8,
+        expected_topology=TP2,
     ),
     wrong(
         "row-parallel layer summed over the world", faults.WorldReducedSecondRow, OUTPUTS, SECOND_DOWN, topology=TP2_DP2
@@ -653,6 +690,10 @@ SELDOM = frozenset(
         "gradient hook missing on one norm, over replicas",
         "replicas' gradients not reduced",
         "bias added by each rank",
+        "bias added by each of eight ranks, against one",
+        "bias added by each of eight ranks, against two",
+        "gradient hook missing on one norm of eight ranks, against two",
+        "moments of another rank in the middle",
         "moments zeroed in the middle",
         "step count off by one",
         "one rank's scheduler ahead",

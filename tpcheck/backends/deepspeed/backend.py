@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +15,8 @@ from torch import nn
 
 from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate, parallel_layers, parameter_layouts
 from tpcheck.backends.deepspeed.config import CONFIG_VARIANTS, deepspeed_config, resolved
-from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions
+from tpcheck.backends.initialisation import BUILT_THEN_SHARDED, built_then_sharded
+from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions, WayToInitialise
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.optimizer import make_optimizer
 
@@ -64,6 +65,11 @@ class DeepSpeedBackend:
         config = deepspeed_config(options, rank.topology.tp)
         with without_plan(model) if options.ignore_plan else nullcontext():
             return DeepSpeedCandidate(self._engine(model, config, rank, options), rank.topology, options.accumulate)
+
+    def ways_to_initialise(
+        self, build: Callable[[], nn.Module], rank: RankLike, options: TrainingOptions
+    ) -> Mapping[str, WayToInitialise]:
+        return {BUILT_THEN_SHARDED: built_then_sharded(self, build, rank, options)}
 
     def _engine(self, model: nn.Module, config: dict[str, Any], rank: RankLike, options: TrainingOptions) -> Any:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import lr_schedules
 
 from tpcheck.backends.interface import TrainingOptions
@@ -36,6 +37,7 @@ def resolved(options: TrainingOptions) -> TrainingOptions:
         UsageError: The configuration contradicts the options.
     """
     config = without_auto(options.config)
+    _require_no_float16(options, config)
     for dtype, section in _LOW_PRECISION.items():
         enabled = config.get(section, {}).get("enabled", dtype is options.dtype)
         if enabled != (dtype is options.dtype):
@@ -53,6 +55,24 @@ def resolved(options: TrainingOptions) -> TrainingOptions:
         schedule=_schedule(config),
         max_grad_norm=float(config.get("gradient_clipping", options.max_grad_norm)),
     )
+
+
+def _require_no_float16(options: TrainingOptions, config: Mapping[str, Any]) -> None:
+    """Refuse float16, with what this machine's accelerator says of it.
+
+    Raises:
+        UsageError: The options or the configuration ask for it.
+    """
+    is_enabled = config.get("fp16", {}).get("enabled", False) is True
+    if options.dtype is not torch.float16 and not is_enabled:
+        return
+    accelerator = get_accelerator()
+    if accelerator.is_fp16_supported():
+        why = "DeepSpeed multiplies losses in float16 by a scale, which is not verified"
+    else:
+        why = f"DeepSpeed's accelerator on this machine ({accelerator.device_name()}) does not support fp16"
+    name, value = ("config.fp16.enabled", True) if is_enabled else ("dtype", "float16")
+    raise UsageError(name, value, f"bfloat16 with DeepSpeed: {why}")
 
 
 def without_auto(config: Mapping[str, Any]) -> dict[str, Any]:

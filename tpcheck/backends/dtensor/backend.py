@@ -25,7 +25,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tpcheck.backends.dtensor.candidate import DTensorCandidate, clip_by_mesh
-from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions
+from tpcheck.backends.initialisation import BUILT_THEN_SHARDED, NotInitialised, built_then_sharded
+from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions, WayToInitialise
 from tpcheck.backends.sgd import Sgd
 from tpcheck.core.errors import UsageError
 
@@ -138,6 +139,52 @@ class DTensorBackend:
         context = loss_parallel if options.config.get("loss_parallel") else nullcontext
         sgd = Sgd(list(model.parameters()), options, clip_by_mesh)
         return TorchCheckpointCandidate(model, rank, sgd, context=context, accumulate=options.accumulate)
+
+    def ways_to_initialise(
+        self, build: Callable[[], nn.Module], rank: RankLike, options: TrainingOptions
+    ) -> Mapping[str, WayToInitialise]:
+        def on_meta() -> nn.Module:
+            with torch.device("meta"):
+                return build().to(options.dtype)
+
+        def unsharded(seed: int) -> nn.Module:
+            return initialised(on_meta(), rank.device)
+
+        def sharded(seed: int) -> Candidate:
+            candidate = self.shard(on_meta(), rank, options)
+            initialised(candidate.module, rank.device)
+            return candidate
+
+        return {
+            BUILT_THEN_SHARDED: built_then_sharded(self, build, rank, options),
+            "sharded on the meta device, then initialised": WayToInitialise(unsharded, sharded),
+        }
+
+
+def initialised(model: nn.Module, device: torch.device) -> nn.Module:
+    """Materialise a model of the meta device, and initialise it by its `init_weights`, or its modules' own functions.
+
+    Raises:
+        NotInitialised: It has none.
+    """
+    model.to_empty(device=device)
+    init_weights = getattr(model, "init_weights", None)
+    with torch.no_grad():
+        if callable(init_weights):
+            init_weights()
+            return model
+        for name, module in model.named_modules():
+            if next(module.parameters(recurse=False), None) is None:
+                continue
+            reset = getattr(module, "reset_parameters", None)
+            if not callable(reset):
+                what = f"{name or 'the model'} ({type(module).__name__})"
+                raise NotInitialised(
+                    f"the model has no init_weights, and {what} has parameters and no reset_parameters"
+                )
+            reset()
+    restore_tied_embeddings(model)
+    return model
 
 
 def require_unsharded(model: nn.Module) -> None:

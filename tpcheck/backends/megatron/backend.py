@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
-from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions
+from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions, WayToInitialise
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import distinct_ranks
 from tpcheck.backends.megatron.config import (
@@ -33,6 +33,7 @@ from tpcheck.backends.megatron.session import (
     destroy_new_groups,
     groups_of_one_rank,
     groups_of_topology,
+    model_parallel_generators,
     runs_anywhere,
     use_groups,
 )
@@ -78,9 +79,42 @@ class MegatronBackend:
             require_configured(sharded, tp, options.config)
             layouts = parameter_layouts(sharded, model, tp)
             fill_shards(sharded, model, layouts, rank)
-            config = transformer_config(sharded, tp)
-            ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), sharded)
-        return MegatronCandidate(ddp, groups, layouts, sgd_for(sharded, options), options.accumulate)
+        return _candidate(sharded, layouts, groups, rank, options)
+
+    def ways_to_initialise(
+        self, build: Callable[[], nn.Module], rank: RankLike, options: TrainingOptions
+    ) -> Mapping[str, WayToInitialise]:
+        whole, groups, one_rank = build(), groups_of_topology(rank.topology), groups_of_one_rank()
+        megatron_config(whole)  # raises where the model has none
+
+        def way(*, draws_whole: bool) -> WayToInitialise:
+            def made(seed: int, groups: Groups, tp: int) -> nn.Module:
+                with (
+                    use_groups(groups),
+                    configured(tp, options.config, draws_whole=draws_whole),
+                    model_parallel_generators(seed, groups),
+                ):
+                    return build().to(rank.device, options.dtype)
+
+            def sharded(seed: int) -> Candidate:
+                model = made(seed, groups, rank.topology.tp)
+                return _candidate(model, parameter_layouts(model, whole, rank.topology.tp), groups, rank, options)
+
+            return WayToInitialise(lambda seed: made(seed, one_rank, 1), sharded)
+
+        return {
+            "use_cpu_initialization": way(draws_whole=True),
+            "model-parallel generators": way(draws_whole=False),
+        }
+
+
+def _candidate(
+    sharded: nn.Module, layouts: Mapping[str, Layout], groups: Groups, rank: RankLike, options: TrainingOptions
+) -> MegatronCandidate:
+    with use_groups(groups), configured(rank.topology.tp, options.config):
+        config = transformer_config(sharded, rank.topology.tp)
+        ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), sharded)
+    return MegatronCandidate(ddp, groups, layouts, sgd_for(sharded, options), options.accumulate)
 
 
 def sgd_for(model: nn.Module, options: TrainingOptions) -> Sgd:

@@ -44,12 +44,15 @@ def require_supported(options: TrainingOptions) -> None:
 
 
 @contextmanager
-def configured(tp: int, config: Mapping[str, Any]) -> Iterator[None]:
+def configured(tp: int, config: Mapping[str, Any], *, draws_whole: bool = True) -> Iterator[None]:
     """Set the tensor-parallel size and the user's fields in every configuration that is created inside.
 
     Torch's generator initialises the weights on the CPU, so that two builds are equal.
+
+    Args:
+        draws_whole: Whether each rank draws the whole weights and keeps its part; otherwise it draws its part.
     """
-    settings = _settings(tp, config)
+    settings = {**_settings(tp, config), "use_cpu_initialization": draws_whole}
 
     def set_and_check(self: Any) -> None:
         for name, value in settings.items():

@@ -90,12 +90,38 @@ def runs_anywhere() -> Iterator[None]:
         )
         random.initialize_rng_tracker(inference_rng_tracker=True)  # the tracker whose fork() does nothing
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if not (torch.cuda.is_available() and dist.get_backend() == dist.Backend.NCCL):  # gloo: more ranks than GPUs
+        if not _has_a_gpu_each():
             stack.enter_context(patch.object(torch.cuda, "current_device", lambda: _CPU))
             make_norm = _torch_norm_for_sequence_parallel(WrappedTorchNorm.__new__)
             stack.enter_context(patch.object(WrappedTorchNorm, "__new__", make_norm))
             stack.enter_context(_CudaIsCpu())
         yield
+
+
+@contextmanager
+def model_parallel_generators(seed: int, groups: Groups) -> Iterator[None]:
+    """Seed Megatron's generators as a training script does, with those of the CPU where ranks have no GPU each.
+
+    Its initialisation draws each rank's shards from a generator of that rank, and all else from a common one.
+    """
+    tp_rank = dist.get_rank(groups["_TENSOR_MODEL_PARALLEL_GROUP"])
+    with ExitStack() as stack:
+        stack.enter_context(
+            patch.multiple(random, _CUDA_RNG_STATE_TRACKER=None, _CUDA_RNG_STATE_TRACKER_INITIALIZED=False)
+        )
+        if not _has_a_gpu_each():
+            stack.enter_context(patch.object(random, "_get_cuda_rng_state", lambda **_: torch.get_rng_state()))
+            stack.enter_context(
+                patch.object(random, "_set_cuda_rng_state", lambda state, **_: torch.set_rng_state(state))
+            )
+            stack.enter_context(patch.object(torch.cuda, "get_rng_state", torch.get_rng_state))
+            stack.enter_context(patch.object(torch.cuda, "manual_seed", torch.default_generator.manual_seed))
+        random.model_parallel_cuda_manual_seed(seed, tp_rank=tp_rank, ep_rank=0, etp_rank=0)
+        yield
+
+
+def _has_a_gpu_each() -> bool:
+    return torch.cuda.is_available() and dist.get_backend() == dist.Backend.NCCL  # gloo: more ranks than GPUs
 
 
 def _torch_norm_for_sequence_parallel(make: Any) -> Any:

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from tpcheck.backends.dtensor.candidate import DTensorCandidate, clip_by_mesh
-from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions
+from tpcheck.backends.initialisation import NotInitialised
+from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions, WayToInitialise
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.sgd import Sgd
 from tpcheck.backends.transformers.adapters import add_adapters, is_peft_model
@@ -75,9 +76,36 @@ class TransformersBackend:
             copy_unsaved_settings(model, sharded)
         else:
             sharded = save_and_load(model, options.dtype, distributed_config=config)
-        sync_replicated_parameters(sharded)
-        sgd = Sgd(list(sharded.parameters()), options, clip_by_mesh)
-        return TransformersCandidate(sharded, rank, sgd, accumulate=options.accumulate)
+        return _candidate(sharded, rank, options)
+
+    def ways_to_initialise(
+        self, build: Callable[[], nn.Module], rank: RankLike, options: TrainingOptions
+    ) -> Mapping[str, WayToInitialise]:
+        if BEFORE_TP_SIZE:
+            return {}
+        model = build()
+        if not isinstance(model, PreTrainedModel):
+            raise NotInitialised(f"{type(model).__name__} is no transformers.PreTrainedModel")
+
+        def load(**how: Any) -> PreTrainedModel:
+            """Let transformers initialise all weights: it is given none."""
+            config = copy.deepcopy(model.config)
+            loaded: PreTrainedModel = type(model).from_pretrained(
+                None, config=config, state_dict={}, dtype=options.dtype, **how
+            )
+            return loaded.to(rank.device)
+
+        def sharded(seed: int) -> Candidate:
+            config = distributed_config(options.config, rank.topology)
+            return _candidate(load(distributed_config=config), rank, options)
+
+        return {"from_pretrained without weights": WayToInitialise(lambda seed: load(), sharded)}
+
+
+def _candidate(sharded: PreTrainedModel, rank: RankLike, options: TrainingOptions) -> Candidate:
+    sync_replicated_parameters(sharded)
+    sgd = Sgd(list(sharded.parameters()), options, clip_by_mesh)
+    return TransformersCandidate(sharded, rank, sgd, accumulate=options.accumulate)
 
 
 def distributed_config(config: Mapping[str, Any], topology: Topology) -> DistributedConfig:

@@ -13,11 +13,14 @@ from tpcheck.core.topology import Topology
 from tpcheck.lab.faults import (
     backward,
     checkpoint,
+    clipping,
     data,
     hand_written,
     heads,
+    initialisation,
     layout,
     linear,
+    losses,
     optimizer,
     precision,
     replicas,
@@ -28,7 +31,7 @@ from tpcheck.lab.faults import (
 from tpcheck.lab.faults.checkpoint import CheckpointFault
 from tpcheck.lab.faults.data import DataFault
 from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4, ModelFault
-from tpcheck.lab.faults.hand_written import HandWrittenFault
+from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault
 
 MODEL_FAULTS: tuple[ModelFault, ...] = (
     *linear.FAULTS,
@@ -44,7 +47,18 @@ MODEL_FAULTS: tuple[ModelFault, ...] = (
 )
 CHECKPOINT_FAULTS: tuple[CheckpointFault, ...] = checkpoint.FAULTS
 DATA_FAULTS: tuple[DataFault, ...] = data.FAULTS
-HAND_WRITTEN_FAULTS: tuple[HandWrittenFault, ...] = hand_written.FAULTS
+HAND_WRITTEN_FAULTS: tuple[HandWrittenFault, ...] = (
+    *hand_written.FAULTS,
+    *losses.FAULTS,
+    *clipping.FAULTS,
+    *initialisation.FAULTS,
+)
+HAND_WRITTEN_CONTROLS: tuple[HandWrittenControl, ...] = (
+    *hand_written.CONTROLS,
+    *losses.CONTROLS,
+    *clipping.CONTROLS,
+    *initialisation.CONTROLS,
+)
 
 Fault = ModelFault | HandWrittenFault | CheckpointFault | DataFault
 FAULTS: tuple[Fault, ...] = (*MODEL_FAULTS, *HAND_WRITTEN_FAULTS, *DATA_FAULTS, *CHECKPOINT_FAULTS)
@@ -85,6 +99,19 @@ TRAINED_CONTROLS = (
     Control("gemma3_text", TP2_DP2, 0, {"optimizer": "rmsprop", "loss": "token_mean"}),
     Control("llama", TP2, 0, {"optimizer": "adamw", "checks": ("resume_matches_uninterrupted",)}),
 )
+_EXPERTS = {"backend": "transformers", "steps": 1}
+IMPLEMENTED_CONTROLS = (
+    Control("llama", TP2, 0, {"attention": "sdpa"}),
+    Control("qwen3", TP2_DP2, 1, {"attention": "sdpa", "checkpointing": True}),
+    Control("llama", TP2, 0, {"checkpointing": True, "reentrant": True}),
+    *(Control("qwen3_moe", TP2, 0, {**_EXPERTS, "experts": experts}) for experts in ("eager", "batched_mm")),
+)
+"""Other implementations of the same mathematics."""
+
+INITIALISED_CONTROLS = tuple(
+    Control("llama", TP2, 0, {"backend": backend, "checks": ("initialisation_matches_reference",)})
+    for backend in ("deepspeed", "transformers", "dtensor")
+)
 """Right steps of the usual kinds: Adam, micro-batches, losses over labels, DeepSpeed's own optimizer and schedule."""
 
 
@@ -95,6 +122,8 @@ def quick_controls() -> Iterator[Control]:
     for number, (topology, zero_stage) in enumerate(LAYOUTS[1:]):
         yield Control(FAMILIES[number % len(FAMILIES)], topology, zero_stage)
     yield from TRAINED_CONTROLS
+    yield from IMPLEMENTED_CONTROLS
+    yield from INITIALISED_CONTROLS
 
 
 def rotated_controls(families: Sequence[str], seed: int) -> Iterator[Control]:

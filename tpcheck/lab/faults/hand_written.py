@@ -18,10 +18,12 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn import functional
 
 from tpcheck.backends.interface import RankLike
+from tpcheck.backends.sgd import Clip
 from tpcheck.core.placement import Placement, Shard
 from tpcheck.core.topology import Topology
 from tpcheck.lab.faults.fault import TP2, TP2_DP2
 from tpcheck.lab.faults.injection import with_backward
+from tpcheck.numerics.checks import ON_REQUEST
 
 VOCABULARY, WIDTH, INNER, HEADS, LAYERS = 32, 16, 32, 4, 2
 
@@ -98,26 +100,46 @@ class Block(_Part):
         return hidden_BLD + self.leave(self.mlp(self.enter(self.mlp_norm(hidden_BLD))))
 
 
+LossOfLogits = Callable[[Tensor, Tensor], Tensor]  # logits, labels
+
+
+def _cross_entropy(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
+    return functional.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten())
+
+
 class Loss(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, of_logits: LossOfLogits) -> None:
         super().__init__()
-        self.of_logits: Callable[[Tensor, Tensor], Tensor] = lambda logits, labels: functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten()
-        )
+        self.unsharded = self.of_logits = of_logits
 
     def forward(self, logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
         return self.of_logits(logits_BLV, labels_BL)
 
 
 class Model(nn.Module):
-    """A language model of two blocks; `enter` stands before the head, as people write it."""
+    """A language model of two blocks; `enter` stands before the head, as people write it.
 
-    def __init__(self, *, beside: bool = False, inner_norm: bool = False, repeats: int = 1) -> None:
+    Args:
+        beside, inner_norm: Of the blocks.
+        repeats: How often the blocks are used.
+        loss: Of all logits and labels.
+        passes: How often the model is called, each time with a part of the samples.
+    """
+
+    def __init__(
+        self,
+        *,
+        beside: bool = False,
+        inner_norm: bool = False,
+        repeats: int = 1,
+        loss: LossOfLogits = _cross_entropy,
+        passes: int = 1,
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.blocks = nn.ModuleList(Block(beside=beside, inner_norm=inner_norm) for _ in range(LAYERS))
-        self.norm, self.head, self.loss = RMSNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False), Loss()
-        self.repeats = repeats
+        self.norm, self.head, self.loss = RMSNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False), Loss(loss)
+        self.repeats, self.passes = repeats, passes
         self.start: Function = _same
         self.enter: Function = _same
 
@@ -127,11 +149,15 @@ class Model(nn.Module):
     def all_blocks(self) -> list[Any]:
         return list(self.blocks)
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def logits(self, input_ids: Tensor) -> Tensor:
         hidden_BLD = self.start(self.embedding(input_ids))
         for block in [*self.blocks] * self.repeats:
             hidden_BLD = block(hidden_BLD)
-        logits_BLV = self.head(self.enter(self.norm(hidden_BLD)))
+        logits_BLV: Tensor = self.head(self.enter(self.norm(hidden_BLD)))
+        return logits_BLV
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        logits_BLV = torch.cat([self.logits(part) for part in input_ids.chunk(self.passes)])
         loss: Tensor = self.loss(logits_BLV, labels)
         return loss
 
@@ -250,10 +276,10 @@ def label_logit(logits_BLV: Tensor, labels_BL: Tensor, group: Any) -> tuple[Tens
 
 
 Layouts = Mapping[str, Placement]
-_COLUMN, _ROW = ("attention.q", "attention.k", "attention.v", "mlp.up"), ("attention.o", "mlp.down")
+COLUMN, ROW = ("attention.q", "attention.k", "attention.v", "mlp.up"), ("attention.o", "mlp.down")
 LAYOUT: Layouts = {
-    **{f"blocks.*.{name}.weight": Shard(0) for name in (*_COLUMN, "mlp.norm")},
-    **{f"blocks.*.{name}.weight": Shard(1) for name in _ROW},
+    **{f"blocks.*.{name}.weight": Shard(0) for name in (*COLUMN, "mlp.norm")},
+    **{f"blocks.*.{name}.weight": Shard(1) for name in ROW},
     "head.weight": Shard(0),
 }
 
@@ -270,7 +296,9 @@ def cut_weights(model: nn.Module, rank: RankLike) -> None:
         if isinstance(placement, Shard):
             part = parameter.detach().chunk(rank.topology.tp, placement.dim)[tp_rank]
             module, _, last = name.rpartition(".")
-            setattr(model.get_submodule(module), last, nn.Parameter(part.clone()))
+            shard = nn.Parameter(part.clone())
+            shard.tensor_model_parallel = True  # type: ignore[attr-defined]
+            setattr(model.get_submodule(module), last, shard)
 
 
 Style = Callable[[Model, RankLike], None]  # puts the collectives of right tensor parallelism into a cut model
@@ -310,9 +338,9 @@ def in_hooks(model: Model, rank: RankLike) -> None:
     group = rank.group("tp")
     f, g = copied(group), reduced(group)
     for name, module in model.named_modules():
-        if name == "head" or name.endswith(_COLUMN):
+        if name == "head" or name.endswith(COLUMN):
             module.register_forward_pre_hook(lambda module, args: tuple(map(f, args)))
-        if name.endswith(_ROW):
+        if name.endswith(ROW):
             module.register_forward_hook(lambda module, args, output: g(output))
     _whole_vocabulary(model, group)
 
@@ -516,6 +544,12 @@ def compiled(model: Model, rank: RankLike) -> None:
         block.mlp.compile(backend="eager")
 
 
+def compiled_whole(model: Model, rank: RankLike) -> None:
+    """Compile the model; collectives inside autograd functions break its graph into parts."""
+    inside(model, rank)
+    model.compile(backend="eager")
+
+
 def _scaled_beside_a_metric(model: Model, rank: RankLike) -> None:
     """Multiply the output of a norm that also averages a metric over the data-parallel group, as is its right."""
     group = rank.group("dp")
@@ -559,6 +593,8 @@ class HandWrittenFault:
         topology: The topology of the run.
         note: What the first finding's note must say, if anything.
         link: An upstream issue that reports such a bug.
+        kind: The part of training that it is in.
+        clip: How gradients are clipped, in place of not at all.
     """
 
     name: str
@@ -573,22 +609,44 @@ class HandWrittenFault:
     note: str = ""
     link: str | None = None
     kind: str = "hand-written TP"
+    clip: Clip | None = None
+
+    @property
+    def control(self) -> HandWrittenControl:
+        """The model with the mistake in it."""
+        on_request = self.checks if set(self.checks) <= set(ON_REQUEST) else None
+        return HandWrittenControl(
+            self.style, self.options, self.topology, also=self.inject, checks=on_request, clip=self.clip
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class HandWrittenControl:
-    """Right tensor parallelism that is written by hand, in one style."""
+    """Right tensor parallelism that is written by hand.
+
+    Attributes:
+        style: Where its collectives are.
+        options: Of the `Model`.
+        topology: The topology of the run.
+        also: What else is done to the model.
+        checks: The checks to run; None for the default ones.
+        clip: How gradients are clipped, in place of not at all.
+    """
 
     style: Style
     options: Mapping[str, Any] = field(default_factory=dict)
     topology: Topology = TP2
     also: Style | None = None
+    checks: tuple[str, ...] | None = None
+    clip: Clip | None = None
 
     @property
     def name(self) -> str:
-        names = (self.style, self.also) if self.also else (self.style,)
-        options = (f"{name}={value}" for name, value in self.options.items())
-        return " ".join(["hand-written", *(style.__name__.strip("_") for style in names), *options])
+        names = [function for function in (self.style, self.also, self.clip) if function is not None]
+        options = (f"{name}={getattr(value, '__name__', value)}" for name, value in self.options.items())
+        return " ".join(
+            ["hand-written", *(function.__name__.strip("_") for function in names), *options, *(self.checks or ())]
+        )
 
     def shard(self, model: Model, rank: RankLike) -> None:
         cut_weights(model, rank)
@@ -649,6 +707,7 @@ CONTROLS = (
     HandWrittenControl(redistributed),
     HandWrittenControl(along_the_sequence),
     HandWrittenControl(compiled),
+    HandWrittenControl(compiled_whole),
     HandWrittenControl(inside, _INNER_NORM, also=whole_statistic),
     HandWrittenControl(inside, {"repeats": 2}),
     HandWrittenControl(around, topology=TP2_DP2),

@@ -29,6 +29,7 @@ from tpcheck.lab.faults.corpus import (
     CHECKPOINT_FAULTS,
     DATA_FAULTS,
     FAULTS,
+    HAND_WRITTEN_CONTROLS,
     Control,
     Fault,
     quick_controls,
@@ -36,11 +37,11 @@ from tpcheck.lab.faults.corpus import (
 )
 from tpcheck.lab.faults.damage import Damage
 from tpcheck.lab.faults.data import Build, DataFault
-from tpcheck.lab.faults.fault import FaultyBackend, ModelFault
-from tpcheck.lab.faults.hand_written import CONTROLS, HandWrittenControl, HandWrittenFault, Model, layout_of
+from tpcheck.lab.faults.fault import FaultyBackend, ModelFault, Place
+from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault, Model, layout_of
 from tpcheck.lab.faults.hand_written import batch as hand_written_batch
 from tpcheck.lab.faults.results import CONTROL, FaultResult
-from tpcheck.model.options import DEFAULTS, DTYPES, Request, RunOptions
+from tpcheck.model.options import COMMON_DTYPES, DEFAULTS, Request, RunOptions
 from tpcheck.model.verify import run, verify_family
 from tpcheck.numerics.tolerance import NUM_REPLAYS
 from tpcheck.report.report import Report
@@ -86,8 +87,8 @@ def fault_runs(
         UsageError: No such fault, kind or dtype.
     """
     faults = _selected(names, kinds)
-    if dtype not in DTYPES:
-        raise UsageError("dtype", dtype, DTYPES)
+    if dtype not in COMMON_DTYPES:
+        raise UsageError("dtype", dtype, COMMON_DTYPES)
     return (_fault_run(fault, dtype, seed) for seed in seeds for fault in faults)
 
 
@@ -95,7 +96,9 @@ def control_runs(*, dtype: str = "float64", seeds: Iterable[int] = (0,)) -> Iter
     """Yield clean runs: every family, every layout, every fixed pipeline, and every kind of saved model."""
     saved = {(fault.family, fault.saved_as, *fault.settings.items()): fault for fault in CHECKPOINT_FAULTS}
     for seed in seeds:
-        yield from (_control(each.name, seed, partial(run_hand_written_control, each)) for each in CONTROLS)
+        yield from (
+            _control(each.name, seed, partial(run_hand_written_control, each)) for each in HAND_WRITTEN_CONTROLS
+        )
         yield from (model_control(control, dtype, seed) for control in quick_controls())
         for pipeline in DATA_FAULTS:
             if pipeline.fixed is not None:
@@ -244,8 +247,7 @@ def run_hand_written_fault(
     Args:
         world: A world of the fault's topology, in place of a new one.
     """
-    control = HandWrittenControl(fault.style, fault.options, fault.topology, also=fault.inject)
-    report = verify_hand_written(control, dtype=dtype, seed=seed, replays=replays, world=world)
+    report = verify_hand_written(fault.control, dtype=dtype, seed=seed, replays=replays, world=world)
     findings = [finding for finding in report.findings if "follows_from" not in finding.evidence]
     first = [finding for finding in findings if finding.check in fault.checks]
     return _result(
@@ -253,7 +255,8 @@ def run_hand_written_fault(
         first or findings,
         true_places=fault.places,
         place_is_right=lambda _: (
-            all(finding.where.get("module") in fault.places for finding in first)
+            bool(first)
+            and all(Place(modules=fault.places).matches(finding.where) for finding in first)
             and all(finding.check in (*fault.checks, *_LATER) for finding in findings)
             and fault.note in str(first[0].evidence.get("note", ""))
         ),
@@ -292,13 +295,15 @@ def verify_hand_written(
     world: World | None = None,
 ) -> Report:
     """Verify the small model under tensor parallelism that is written by hand."""
-    backend: Any = replace(load_backend("custom"), shard_model=control.shard, layout=layout_of)  # type: ignore[type-var]
+    sharding = {"shard_model": control.shard, "layout": layout_of, "clip_gradients": control.clip}
+    backend: Any = replace(load_backend("custom"), **sharding)  # type: ignore[type-var]
     options = RunOptions.of(
         topology=control.topology,
         backend=backend,
         dtype=dtype,
         zero_stage=0,
         batch=hand_written_batch,
+        checks=control.checks,
         steps=1,
         seed=seed,
         replays=replays,

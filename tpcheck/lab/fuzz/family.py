@@ -23,7 +23,7 @@ from tpcheck.lab.fuzz.results import REFUSALS, Outcome, SearchResult, crash_kind
 from tpcheck.lab.fuzz.search import Limits, OnOutcome, require_hypothesis, search, versions_with
 from tpcheck.lab.known import explained
 from tpcheck.lab.matrix import summary_line
-from tpcheck.model.options import DTYPES, ZERO_STAGES, RunOptions, Tokens
+from tpcheck.model.options import COMMON_DTYPES, ZERO_STAGES, RunOptions, Tokens
 from tpcheck.model.verify import verify_family
 from tpcheck.report.json_values import printable
 
@@ -50,7 +50,7 @@ class Bounds:
     tp: tuple[int, ...] = (2, 4)
     dp: tuple[int, ...] = (1, 2)
     zero: tuple[int, ...] = ZERO_STAGES
-    dtype: tuple[str, ...] = DTYPES
+    dtype: tuple[str, ...] = COMMON_DTYPES
 
     @classmethod
     def of(cls, *, tp: Sequence[int], dp: Sequence[int], zero: Sequence[int], dtype: Sequence[str]) -> Bounds:
@@ -65,8 +65,8 @@ class Bounds:
             if stage not in ZERO_STAGES:
                 raise UsageError("zero", stage, ZERO_STAGES)
         for name in dtype:
-            if name not in DTYPES:
-                raise UsageError("dtype", name, DTYPES)
+            if name not in COMMON_DTYPES:
+                raise UsageError("dtype", name, COMMON_DTYPES)
         return cls(tuple(tp), tuple(dp), tuple(zero), tuple(dtype))
 
     def as_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tpcheck.numerics.checks.gradients import gradients_match_reference
+from tpcheck.numerics.checks.initialisation import INITIALISATION_CHECK
 from tpcheck.numerics.checks.optimizer_state import optimizer_state_matches_reference
 from tpcheck.numerics.checks.outputs import outputs_match_reference
 from tpcheck.numerics.checks.replicas import replicas_agree_after, replicas_agree_at_start
@@ -16,6 +17,7 @@ from tpcheck.numerics.evidence import CheckOutcome, Evidence
 __all__ = [
     "CHECKPOINT_CHECK",
     "CHECK_NAMES",
+    "INITIALISATION_CHECK",
     "ON_REQUEST",
     "RESUME_CHECK",
     "START_CHECKS",
@@ -42,7 +44,7 @@ STEP_CHECKS: dict[str, Callable[[Evidence, int], CheckOutcome]] = {
 CHECKPOINT_CHECK = "checkpoint_matches_reference"
 """Compares files, not evidence: `verify` runs it where it is named."""
 
-ON_REQUEST = (CHECKPOINT_CHECK, RESUME_CHECK)
+ON_REQUEST = (INITIALISATION_CHECK, CHECKPOINT_CHECK, RESUME_CHECK)
 """The checks that `verify` runs only where they are named."""
 
 CHECK_NAMES = tuple(dict.fromkeys([*START_CHECKS, *STEP_CHECKS]))
