@@ -113,7 +113,9 @@ def test_accumulation_and_an_optimizer_are_given_once() -> None:
     with pytest.raises(UsageError, match="gradient_accumulation_steps=3: expected 2, as accumulate"):
         resolved(options(accumulate=2, config={"gradient_accumulation_steps": 3}))
     with pytest.raises(UsageError, match=r"expected none beside config.optimizer"):
-        resolved(options(optimizer="adamw", config={"optimizer": {"type": "Adam"}}))
+        resolved(options(optimizer="rmsprop", config={"optimizer": {"type": "Adam"}}))
+    made = resolved(options(optimizer="adamw", config={"optimizer": {"type": "Adam", "params": {"lr": 0.1}}}))
+    assert made.optimizer == {"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.0}}
 
 
 def test_both_sides_clip_to_the_norm_of_the_users_configuration() -> None:
@@ -178,6 +180,32 @@ def test_layouts_are_what_the_layers_gather() -> None:
     assert full.tolist() == [[1, 0, 2], [11, 10, 12]]
     assert "fused.weight" not in found
     assert found["norm.weight"].is_replicated
+
+
+def test_auto_is_what_the_trainer_makes_of_it() -> None:
+    from tpcheck.backends.deepspeed.config import deepspeed_config, resolved
+
+    config = {
+        "gradient_accumulation_steps": "auto",
+        "bf16": {"enabled": "auto"},
+        "gradient_clipping": "auto",
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "weight_decay": "auto"}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"},
+        "monitor_of_mine": "auto",
+    }
+    made = resolved(options(accumulate=4, config=config, zero_stage=3))
+    assert (made.accumulate, made.max_grad_norm) == (4, 1.0)
+    assert made.optimizer == {"type": "AdamW", "params": {"lr": 5e-5, "betas": [0.9, 0.999], "weight_decay": 0.0}}
+    whole = deepspeed_config(made, 2, hidden_size=64)
+    assert "monitor_of_mine" not in whole
+    assert whole["bf16"] == {"enabled": False}
+    assert whole["scheduler"]["params"] == {"warmup_max_lr": 5e-5, "warmup_num_steps": 1}
+    assert whole["zero_optimization"] == {
+        "stage": 3,
+        "reduce_bucket_size": 4096,
+        "stage3_param_persistence_threshold": 640,
+    }
 
 
 @pytest.mark.parametrize("asked_for", [{"dtype": torch.float16}, {"config": {"fp16": {"enabled": True}}}])

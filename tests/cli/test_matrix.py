@@ -240,7 +240,7 @@ def test_the_subject_of_a_cell_is_what_the_api_reports(monkeypatch: pytest.Monke
 
     seen: list[dict[str, Any]] = []
 
-    def caught(request: Any, subject: dict[str, Any], again: str | None) -> Report:
+    def caught(request: Any, subject: dict[str, Any], again: str | None, notes: tuple[str, ...]) -> Report:
         seen.append(subject)
         return Report(PASSED)
 

@@ -16,6 +16,7 @@ from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED
 from tests.schema import document, schema
 from tpcheck.core.errors import RankFailure, RankOutcome, UsageError
 from tpcheck.core.topology import Topology
+from tpcheck.model.options import RunOptions
 from tpcheck.report.report import Report
 
 Run = Callable[..., Any]
@@ -59,6 +60,7 @@ def test_every_option_reaches_the_api(run: Run) -> None:
         "compile": True,
         "compile_layers": True,
         "lora": 4,
+        "full": False,
         "loop": "trainer",
         "config": {"gradient_clipping": 1.0},
         "checks": None,
@@ -109,9 +111,7 @@ def test_several_reports_end_in_a_table(run: Run) -> None:
 def test_progress_is_a_line_for_each_family_where_there_is_no_terminal(run: Run) -> None:
     result = run("verify", "good", "bad", verify_family=verify_family)
     assert result.stderr == (
-        "good  passed      6.1 s  worst margin 0.113  outputs_match_reference\n"
-        "bad   failed      7.0 s  gradients_match_reference  model.layers.0.self_attn.q_norm.weight  "
-        "partial_gradient_on_replica\n"
+        "1 of 2: good (deepspeed, tp=2) passed\n2 of 2: bad (deepspeed, tp=2, dp=2, zero=1) failed\n"
     )
 
 
@@ -214,6 +214,62 @@ def test_several_families_are_written_as_a_list_of_reports(run: Run, tmp_path: P
     data = document(file, "matrix")
     assert (data["schema"], data["verdict"]) == (1, "failed")
     assert [report["subject"]["family"] for report in data["reports"]] == ["good", "ugly", "bad"]
+
+
+def test_a_configuration_sets_the_flags_that_are_not_given(run: Run, tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+
+    def remember(family: str, **options: Any) -> Report:
+        seen.update(options)
+        return Report(PASSED)
+
+    file = tmp_path / "ds_config.json"
+    config = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "tensor_parallel": {"autotp_size": 4}}
+    file.write_text(json.dumps({**config, "gradient_accumulation_steps": 3}))
+    assert run("verify", "llama", "--config", str(file), verify_family=remember).exit_code == 0
+    assert (seen["topology"].tp, seen["zero_stage"], seen["dtype"], seen["accumulate"]) == (4, 2, "bfloat16", 3)
+    same = run("verify", "llama", "--config", str(file), "--tp", "4", "--dtype", "bf16", verify_family=remember)
+    assert same.exit_code == 0
+    result = run("verify", "llama", "--config", str(file), "--tp", "2", verify_family=remember)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "tpcheck: tp='2': expected 4, as tensor_parallel.autotp_size of the configuration says, or no --tp\n"
+    )
+
+
+def test_another_backend_takes_its_configuration_as_it_is(run: Run) -> None:
+    config = '{"zero_optimization": {"stage": 2}}'
+    seen: list[int] = []
+
+    def remember(family: str, **options: Any) -> Report:
+        seen.append(options["zero_stage"])
+        return Report(PASSED)
+
+    run("verify", "llama", "--backend", "other", "--config", config, verify_family=remember)
+    assert seen == [0]
+
+
+def test_a_target_that_does_not_exist_is_bad_usage_before_anything_runs(run: Run) -> None:
+    result = run("verify", "llama", "nothing.py:build", verify_family=verify_family)
+    assert result.exit_code == 2
+    assert result.stderr == "tpcheck: target='nothing.py:build': expected a file that exists; nothing.py does not\n"
+
+
+def test_a_matrix_of_other_runs_is_not_overwritten(run: Run, tmp_path: Path) -> None:
+    def verify_family(family: str, **options: Any) -> Report:
+        return Report(replace(VERDICTS[family], subject=RunOptions(**options).subject(family)))
+
+    file = tmp_path / "matrix.json"
+    run("verify", "good", "bad", "--json", str(file), verify_family=verify_family)
+    before = file.read_text()
+    for targets in (["good"], ["absent"], ["absent", "good"]):
+        result = run("verify", *targets, "--json", str(file), verify_family=verify_family)
+        assert result.exit_code == 2
+        assert "expected another file, or --fresh: it holds" in result.stderr
+        assert file.read_text() == before
+    assert run("verify", "good", "bad", "--json", str(file), verify_family=verify_family).exit_code == 1
+    assert run("verify", "good", "--json", str(file), "--fresh", verify_family=verify_family).exit_code == 0
+    assert run("verify", "absent", "--json", str(file), verify_family=verify_family).exit_code == 0  # a single run
 
 
 def test_a_single_run_has_a_page_of_its_own(run: Run, tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ def test_keywords_for_type_checkers_name_every_option() -> None:
         (
             verify_family,
             "family topology backend dtype steps zero_stage optimizer accumulate loss attention experts "
-            "checkpointing reentrant compile compile_layers lora loop config checks seed settings batch ignore_plan "
-            "replays timeout",
+            "checkpointing reentrant compile compile_layers lora loop config checks seed settings batch full "
+            "ignore_plan replays timeout",
         ),
     ],
 )

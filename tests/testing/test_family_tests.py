@@ -39,11 +39,11 @@ def test_cases_pass_fail_xfail_and_skip(pytester: pytest.Pytester) -> None:
     result.assert_outcomes(passed=1, xfailed=1, failed=3, skipped=1)
     result.stdout.fnmatch_lines_random(
         [
-            "PASSED *good-deepspeed-tp=2*",
-            "XFAIL *known-deepspeed-tp=2* - bug: It is wrong.",
-            "FAILED *gone-deepspeed-tp=2*",
-            "FAILED *other-deepspeed-tp=2*",
-            "FAILED *new-deepspeed-tp=2*",
+            "PASSED *good-deepspeed-tp2*",
+            "XFAIL *known-deepspeed-tp2* - bug: It is wrong.",
+            "FAILED *gone-deepspeed-tp2*",
+            "FAILED *other-deepspeed-tp2*",
+            "FAILED *new-deepspeed-tp2*",
         ]
     )
 
@@ -53,5 +53,5 @@ def test_lists_make_a_matrix_with_names() -> None:
 
     (mark,) = family_tests(["llama", "phi3"], tp=[2, 4], zero=1).pytestmark  # type: ignore[attr-defined]
     cases = mark.args[1]
-    assert [case.id for case in cases][:2] == ["llama-deepspeed-tp=2-zero=1", "llama-deepspeed-tp=4-zero=1"]
+    assert [case.id for case in cases][:2] == ["llama-deepspeed-tp2-zero1", "llama-deepspeed-tp4-zero1"]
     assert [bool(case.marks) for case in cases] == [False, False, True, True]  # phi3 is known to be refused

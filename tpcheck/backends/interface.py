@@ -47,14 +47,15 @@ class TrainingOptions:
         ignore_plan: Drop the model's tp_plan, so that the backend's heuristics shard it.
         optimizer: A name in torch.optim, a dict with `type` and `params`, or a callable (parameters) -> Optimizer.
         schedule: Makes the scheduler of the learning rate, whose `step` follows the optimizer's; None for none.
+        steps: Optimizer steps of the whole training.
         accumulate: Micro-batches whose gradients a step accumulates.
         loss: `mean` or `token_mean`: how the losses of a step become one.
         attention: Attention of the candidate; None for the model's own.
         experts: How the candidate computes its experts; None for the model's own.
         checkpointing, reentrant: Recompute the candidate's activations in the backward pass, re-entering autograd.
         compile, compile_layers: Compile the candidate whole, or each of its layers.
-        lora: Rank of the model's LoRA adapters; 0 for none.
         loop: `plain`, or `trainer` for transformers' Trainer.
+        notes: What of the user's configuration takes no part, in sentences: set by `Backend.resolved`.
         rebuild: Builds the same model a second time, for backends whose models are sharded while they are built.
     """
 
@@ -70,6 +71,7 @@ class TrainingOptions:
     optimizer: str | Mapping[str, Any] | Callable[..., torch.optim.Optimizer] = "sgd"
     schedule: Callable[[torch.optim.Optimizer], Any] | None = None
     accumulate: int = 1
+    steps: int = 1
     loss: str = "mean"
     attention: str | None = None
     experts: str | None = None
@@ -77,9 +79,9 @@ class TrainingOptions:
     reentrant: bool = False
     compile: bool = False
     compile_layers: bool = False
-    lora: int = 0
     loop: str = "plain"
     rebuild: Callable[[], nn.Module] | None = None
+    notes: tuple[str, ...] = ()
     clip_epsilon: float = TORCH_EPSILON
     clip_scales_up: bool = False
 
@@ -158,13 +160,13 @@ class WayToResume:
         save: Writes everything into an empty folder. Collective over the world.
         load: Reads it into a new candidate. Collective over the world.
         config: Backend configuration that the candidate which loads is made with, merged over that of the run.
-        any_topology: Whether what it wrote can be loaded at other sizes of the axes and at another ZeRO stage.
+        other_sizes: What may be another when it is loaded: `tp`, `dp` and `zero`.
     """
 
     save: Callable[[Path], None]
     load: Callable[[Path], None]
     config: Mapping[str, Any] = field(default_factory=dict)
-    any_topology: bool = False
+    other_sizes: tuple[str, ...] = ()
 
 
 @runtime_checkable

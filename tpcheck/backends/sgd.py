@@ -64,6 +64,11 @@ class Sgd:
         self.optimizer = make_optimizer(options, self._masters)
         self._schedule = None if options.schedule is None else options.schedule(self.optimizer)
 
+    @property
+    def has_masters(self) -> bool:
+        """Whether what it steps are masters of its own, which no library saves."""
+        return any(master is not parameter for parameter, master in zip(self._parameters, self._masters, strict=True))
+
     def step(self) -> float | None:
         """Clip, take one step from the parameters' gradients, clear them, and return the norm before clipping."""
         for parameter, master in zip(self._parameters, self._masters, strict=True):

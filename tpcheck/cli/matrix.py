@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from tpcheck.cli.terminal import (
@@ -33,6 +34,7 @@ from tpcheck.lab.matrix import (
     matrix_junit,
     matrix_lines,
     matrix_markdown,
+    num_other_results,
     progress_line,
     standing_lines,
     versions,
@@ -173,6 +175,10 @@ class Matrix:
 
 def run_matrix(matrix: Matrix, verify: Verify, files: Files, *, jobs: int | None, verbose: bool) -> int:
     """Run every cell that is not in the file of an earlier run, report all, and return the exit status."""
+    if (lost := _num_lost(matrix, files)) > 0:
+        results = "1 result" if lost == 1 else f"{lost} results"
+        note(f"tpcheck: json={str(files.json)!r}: expected another file, or --fresh: it holds {results} of other runs")
+        return BAD_USAGE
     before = _earlier(matrix, files)
     journal = Journal(files.json if is_reporting_rank() and not matrix.is_single else None, matrix.cells)
     outcomes = {outcome.cell: outcome for outcome in before}
@@ -247,6 +253,11 @@ def _lines(rows: Sequence[JudgedVerdict], verbose: bool, with_register: bool) ->
         yield from standing_lines(rows[0])
 
 
+def _num_lost(matrix: Matrix, files: Files) -> int:
+    """Return how many results of other runs the file of this one would replace."""
+    return 0 if files.json is None or matrix.fresh else num_other_results(files.json, matrix.cells)
+
+
 def _earlier(matrix: Matrix, files: Files) -> list[Outcome]:
     """Return the outcomes in the file of an earlier run, and note how many there are."""
     if files.json is None or matrix.is_single or matrix.fresh or is_launched():
@@ -262,12 +273,12 @@ def _with_progress(outcomes: Iterable[Outcome], matrix: Matrix, todo: list[Cell]
     if matrix.is_single or not todo or not is_reporting_rank():
         yield from outcomes
         return
-    subjects = [cell.subject for cell in todo]
+    numbers = count(1)
     yield from with_progress(
         outcomes,
         len(todo),
         name=lambda outcome: outcome.cell.family,
-        line=lambda outcome: str(progress_line(matrix.judge(outcome), subjects)),
+        line=lambda outcome: progress_line(next(numbers), len(todo), matrix.judge(outcome)),
     )
 
 

@@ -1,30 +1,45 @@
-"""`tpcheck verify FAMILY...`"""
+"""`tpcheck verify TARGET...`"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tpcheck.cli.matrix import Matrix, run_matrix
-from tpcheck.cli.option_values import dtypes, integers, json_object, name_or_object, names, settings, writable
+from tpcheck.cli.option_values import (
+    dtypes,
+    full_dtype,
+    integers,
+    json_object,
+    name_or_object,
+    names,
+    settings,
+    writable,
+)
 from tpcheck.cli.terminal import Files, usage_errors
+from tpcheck.core.deepspeed_config import implied_options
 from tpcheck.core.errors import UsageError
 from tpcheck.lab.matrix import Cell, cells
 from tpcheck.model.options import DEFAULTS, RunOptions, Tokens, option_help
 from tpcheck.report.report import Report
 
-_PARSED = {"backend", "dtype", "optimizer", "attention", "experts", "config", "checks"}
+_PARSED = {"backend", "dtype", "optimizer", "attention", "experts", "lora", "config", "checks"}
 """Options whose flag `verify` parses; the flag of every other option gives the value itself."""
 
 
 def verify(
     context: typer.Context,
-    families: Annotated[
-        list[str] | None, typer.Argument(metavar="FAMILY...", help="Model types of transformers: llama, qwen3, t5.")
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="TARGET...",
+            help="Model types of transformers (llama, qwen3, t5), folders or config.json files, file.py:function.",
+        ),
     ] = None,
     all_: Annotated[
         bool, typer.Option("--all", help="Every causal language model type of the installed transformers.")
@@ -56,7 +71,7 @@ def verify(
     compile_layers: Annotated[
         bool, typer.Option("--compile-layers", help=option_help("compile_layers"))
     ] = DEFAULTS.compile_layers,
-    lora: Annotated[int, typer.Option(metavar="R", help=option_help("lora"))] = DEFAULTS.lora,
+    lora: Annotated[str, typer.Option(metavar="R[,..]|JSON|FILE", help=option_help("lora"))] = str(DEFAULTS.lora),
     loop: Annotated[str, typer.Option(metavar="plain|trainer", help=option_help("loop"))] = DEFAULTS.loop,
     jobs: Annotated[
         int | None, typer.Option(help="Runs at the same time.", show_default="as many as fit the cores")
@@ -70,6 +85,7 @@ def verify(
         str | None,
         typer.Option(metavar="RxL[,padded][,strided]", help=option_help("batch"), show_default=str(Tokens())),
     ] = None,
+    full: Annotated[bool, typer.Option("--full", help=option_help("full"))] = DEFAULTS.full,
     ignore_plan: Annotated[bool, typer.Option("--ignore-plan", help=option_help("ignore_plan"))] = DEFAULTS.ignore_plan,
     checks: Annotated[
         list[str] | None,
@@ -110,6 +126,14 @@ def verify(
     tpcheck verify llama --checks checkpoint_matches_reference
     tpcheck verify bloom --config '{"tensor_parallel": {"preset_model": "bloom"}}'
 
+    Of a folder of transformers (or its config.json, or a hub id in the local cache) the configuration is
+    made small, in proportion; a function, imported on the ranks, makes a model of your own. --config takes
+    your DeepSpeed file as it is, and flags that are not given follow it:
+
+    \b
+    tpcheck verify ./my-model --config ds_config.json --tp 8 --dp 2 --accumulate 4 --checks all
+    tpcheck verify my_model.py:build --tp 2
+
     Several families, backends, sizes or stages make a matrix. A crash or hang of one cell does not end
     it, and with --json it continues an interrupted run:
 
@@ -133,14 +157,17 @@ def verify(
             **given,
             compile=compile_,
             optimizer=name_or_object("optimizer", optimizer),
+            lora=name_or_object("lora", lora, marks=",-."),
             settings=settings(set_ or []),
             config=json_object("config", config) if config is not None else None,
             checks=checks or None,
         )
+        tp, zero, dtype, accumulate = _with_config(context, common.config, backend, tp, zero, dtype, accumulate)
+        common = replace(common, accumulate=accumulate)
         if jobs is not None and jobs < 1:
             raise UsageError("jobs", jobs, "a positive integer")
         requested_cells = cells(
-            _families(families or [], all_),
+            _targets(targets or [], all_),
             common,
             backend=names("backend", backend),
             tp=integers("tp", tp),
@@ -163,13 +190,35 @@ def verify(
     raise typer.Exit(run_matrix(matrix, verify_one, files, jobs=jobs, verbose=verbose))
 
 
-def _families(named: list[str], every: bool) -> list[str]:
+def _with_config(
+    context: typer.Context, config: Mapping[str, Any], backend: str, tp: str, zero: str, dtype: str, accumulate: int
+) -> tuple[str, str, str, int]:
+    """Return these flags, with the values of a DeepSpeed configuration for those that were not given.
+
+    Raises:
+        UsageError: A flag that was given contradicts the configuration.
+    """
+    flags: dict[str, Any] = {"tp": tp, "zero": zero, "dtype": dtype, "accumulate": accumulate}
+    if not all(name.startswith("deepspeed") for name in names("backend", backend)):
+        return tp, zero, dtype, accumulate
+    for option, (key, value) in implied_options(config).items():
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "DEFAULT":
+            flags[option] = type(flags[option])(value)
+            continue
+        given = {full_dtype(part.strip()) for part in str(flags[option]).split(",")}
+        if str(value) not in given:
+            raise UsageError(option, flags[option], f"{value}, as {key} of the configuration says, or no --{option}")
+    return flags["tp"], flags["zero"], flags["dtype"], flags["accumulate"]
+
+
+def _targets(named: list[str], every: bool) -> list[str]:
     if not every:
         if not named:
-            raise UsageError("family", "", "a model type of transformers, or --all")
+            raise UsageError("target", "", "a model type of transformers, a folder, file.py:function, or --all")
         return list(dict.fromkeys(named))
     if named:
-        raise UsageError("all", " ".join(named), "either --all or names of families")
+        raise UsageError("all", " ".join(named), "either --all or targets")
     from tpcheck.families.build import causal_types
 
     return list(causal_types())

@@ -107,6 +107,7 @@ class Verdict:
         coverage: How much was compared.
         seconds: Wall time.
         message: The backend's own message for `error`, or `INTERNAL_ERROR` and a traceback; the reason for `skipped`.
+        notes: What of the user's model or configuration took no part, in sentences.
     """
 
     verdict: VerdictName
@@ -117,6 +118,7 @@ class Verdict:
     coverage: Coverage = field(default_factory=Coverage)
     seconds: float = 0.0
     message: str | None = None
+    notes: tuple[str, ...] = ()
     modules: tuple[ModuleMargins, ...] = ()
 
     @property

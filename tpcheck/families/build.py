@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tpcheck.core.errors import TpcheckError, UsageError
@@ -54,6 +54,11 @@ def types_of(head: Head) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def is_type(name: str) -> bool:
+    """Return whether the installed transformers has this language model type, with any head."""
+    return any(name in types_of(head) for head in HEADS)
+
+
 def type_and_head(family: str) -> tuple[str, Head]:
     """Return the model type and the head of a family such as `t5` or `bart/seq2seq`.
 
@@ -74,16 +79,38 @@ def type_and_head(family: str) -> tuple[str, Head]:
     raise UsageError("family", family, [f"{name}/{head.name}" for head in of_type])
 
 
+@dataclass(frozen=True, slots=True)
+class FolderModel:
+    """A model as it is built from a configuration of the user's; see `folders.read_folder`.
+
+    Attributes:
+        target: What the user gave: a folder, its config.json, or a hub id.
+        family: Its model type, with the head where that is not the type's first: `bert/masked`.
+        config: The whole configuration to build, as its file would hold it.
+        shrunk: The sizes that were made smaller, by dotted name: the real one and the small one.
+        notes: What else of the folder does not take part, in sentences.
+    """
+
+    target: str
+    family: str
+    config: Mapping[str, Any] = field(hash=False)
+    shrunk: Mapping[str, tuple[Any, Any]] = field(hash=False)
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.target
+
+
 # Grouped matrix products do not support float64; fused attention kernels treat masks and ALiBi differently.
 _IMPLEMENTATIONS = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
-def small_model(family: str, settings: Mapping[str, object] | None = None) -> nn.Module:
-    """Return a small randomly initialised language model of a transformers model type.
+def small_model(family: str | FolderModel, settings: Mapping[str, object] | None = None) -> nn.Module:
+    """Return a small randomly initialised language model of a transformers model type, or of a configuration.
 
     Args:
         family: A model type of transformers, such as `llama` or `t5`; `/seq2seq`, `/masked` or `/multimodal` selects
-            the head of a type with several.
+            the head of a type with several. A `FolderModel` has the user's settings already.
         settings: Changes to the small configuration; dots reach nested ones (`text_config.head_dim`).
 
     Raises:
@@ -95,7 +122,7 @@ def small_model(family: str, settings: Mapping[str, object] | None = None) -> nn
     import transformers
 
     try:
-        head = type_and_head(family)[1]
+        head = type_and_head(family.family if isinstance(family, FolderModel) else family)[1]
         if head is SEQ2SEQ and getattr(config, "decoder_start_token_id", None) is None:
             config.decoder_start_token_id = 0  # files of trained models have it; the defaults of some types do not
         model: nn.Module = getattr(transformers, head.auto_class).from_config(config, **implementations)
@@ -104,31 +131,15 @@ def small_model(family: str, settings: Mapping[str, object] | None = None) -> nn
     return model
 
 
-def with_adapters(family: str, settings: Mapping[str, object] | None, rank: int) -> nn.Module:
-    """Return a small model with LoRA adapters of this rank on all of its linear layers, which are trained alone.
-
-    Raises:
-        UsageError: peft is not installed, or cannot add adapters to this model.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise UsageError("lora", rank, "0, or an installed peft: pip install peft", Guide.LORA) from error
-    model = small_model(family, settings)
-    try:
-        adapted: nn.Module = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear"))
-    except Exception as error:
-        raise UsageError("lora", rank, f"0: peft adds no adapters to {family} ({error})", Guide.LORA) from error
-    return adapted
-
-
-def small_config(family: str, settings: Mapping[str, object] | None = None) -> Any:
+def small_config(family: str | FolderModel, settings: Mapping[str, object] | None = None) -> Any:
     """Return the small configuration of a family with the user's settings over it; see `small_model`."""
     wanted = nest(settings or {})
-    name, head = type_and_head(family)
+    name, head = type_and_head(family.family if isinstance(family, FolderModel) else family)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
+        if isinstance(family, FolderModel):
+            return CONFIG_MAPPING[name].from_dict(dict(family.config))
         return _shrink(CONFIG_MAPPING[name], OVERRIDES.get(name, {}), wanted, is_decoder=head is CAUSAL)
     except UsageError:
         raise
@@ -170,8 +181,11 @@ def _default(config_class: Any, overrides: Mapping[str, Any]) -> Any:
         return config_class(**overrides)
 
 
-def _cannot_be_built(family: str, error: Exception) -> UsageError:
+def _cannot_be_built(family: str | FolderModel, error: Exception) -> UsageError:
     reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(family, FolderModel):
+        accepted = f"a configuration that builds once it is small ({type(error).__name__}: {reason})"
+        return UsageError("target", family.target, f"{accepted}; --full keeps its sizes, --set changes single ones")
     return UsageError("family", family, f"settings that it can be built from ({type(error).__name__}: {reason})")
 
 

@@ -22,9 +22,9 @@ WINDOW = 8  # shorter than the sequences, so that a sliding window has an effect
 _ROLES: tuple[tuple[str, int, str], ...] = (
     ("hidden", HIDDEN, "hidden_size hidden_size_global d_model n_embd emb_dim dim_model embedding_size"),
     ("hidden", HIDDEN, "word_embed_proj_dim"),
-    ("", HIDDEN, "attention_hidden_size input_embedding_size output_embedding_size lru_width embedding_dim"),
-    ("", HIDDEN, "audio_embed_dim pronunciation_embed_dim shape_embed_dim backbone_hidden_size"),
-    ("", HIDDEN, "cross_attention_hidden_size"),
+    ("width", HIDDEN, "attention_hidden_size input_embedding_size output_embedding_size lru_width embedding_dim"),
+    ("width", HIDDEN, "audio_embed_dim pronunciation_embed_dim shape_embed_dim backbone_hidden_size"),
+    ("width", HIDDEN, "cross_attention_hidden_size"),
     ("heads", HEADS, "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads"),
     ("heads", HEADS, "decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads"),
     ("", HEADS, "linear_num_heads swa_num_attention_heads linear_num_value_heads mamba_n_heads mamba_num_heads"),
@@ -33,8 +33,8 @@ _ROLES: tuple[tuple[str, int, str], ...] = (
     ("kv_heads", KV_HEADS, "num_query_groups"),
     ("", KV_HEADS, "swa_num_key_value_heads linear_num_key_heads"),
     ("head_dim", HEAD_DIM, "head_dim d_head dim_head kv_channels global_head_dim d_kv attention_head_size"),
-    ("", HEAD_DIM, "swa_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim v_head_dim"),
-    ("", HEAD_DIM, "qk_nope_head_dim qk_rope_head_dim index_head_dim rotary_dim swa_v_head_dim d_rel"),
+    ("dim", HEAD_DIM, "swa_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim v_head_dim"),
+    ("dim", HEAD_DIM, "qk_nope_head_dim qk_rope_head_dim index_head_dim rotary_dim swa_v_head_dim d_rel"),
     ("", 2 * HEAD_DIM, "qk_head_dim"),
     ("intermediate", INTERMEDIATE, "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dff"),
     ("intermediate", INTERMEDIATE, "dim_ff d_inner feed_forward_size intermediate_size_mlp d_ff"),
@@ -66,7 +66,7 @@ ROLES: dict[str, str] = {name: role for role, _, names in _ROLES for name in nam
 # Sizes that some types need and leave unset.
 _UNSET = {"head_dim": HEAD_DIM, "num_key_value_heads": KV_HEADS}
 # Attributes that count the first, dense layers; one such layer is enough.
-_LEADING_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+LEADING_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 SPECIAL_TOKENS = (
     "pad_token_id",
     "bos_token_id",
@@ -92,7 +92,7 @@ def small_settings(
     dropouts = [name for name in defaults if "drop" in name or "jitter" in name]
     small |= {name: 0.0 for name in dropouts if isinstance(defaults[name], float)}
     small |= {name: size for name, size in _UNSET.items() if name in defaults and defaults[name] is None}
-    small |= {name: min(1, defaults[name]) for name in _LEADING_LAYERS if is_size(defaults.get(name))}
+    small |= {name: min(1, defaults[name]) for name in LEADING_LAYERS if is_size(defaults.get(name))}
     small |= _tokens(defaults)
     small |= _layers(defaults, layers)
     if small.get("kv_lora_rank"):  # MLA projects keys and values for every head

@@ -80,8 +80,9 @@ class KnownBug:
         )
 
     def _matches_model(self, verdict: Verdict) -> bool:
-        settings = verdict.subject.get("settings") or {}
-        return verdict.subject.get("family") in self.families and all(
+        subject = verdict.subject
+        settings = {**(subject.get("configuration") or {}), **(subject.get("settings") or {})}
+        return subject.get("family") in self.families and all(
             key in settings and settings[key] == value for key, value in self.settings.items()
         )
 
@@ -176,6 +177,8 @@ def judge(verdict: Verdict) -> JudgedVerdict:
     """Compare a verdict with the register."""
     concerned = [bug for bug in register() if bug.concerns(verdict)]
     shown = next((bug for bug in concerned if bug.is_shown_by(verdict)), None)
+    if shown is None and "target" in verdict.subject:  # whose configuration is the user's own
+        shown = explained(verdict)
     if verdict.verdict in ("failed", "error"):
         return (
             JudgedVerdict(verdict, "known", shown)

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from math import inf
@@ -24,6 +24,8 @@ from tpcheck.core.findings import CheckResult, Coverage, Finding, ModuleMargins,
 from tpcheck.core.topology import Topology
 from tpcheck.lab.known import JudgedVerdict, KnownBug, judge, register
 from tpcheck.model.options import DEFAULTS, RunOptions
+from tpcheck.model.targets import is_family, resolve
+from tpcheck.model.user_code import is_user_code
 from tpcheck.report import words
 from tpcheck.report.findings import place
 from tpcheck.report.json_values import SCHEMA, json_text, verdict_json
@@ -37,7 +39,6 @@ from tpcheck.report.table import (
     Row,
     Table,
     markdown_text,
-    row_line,
     table_lines,
     table_markdown,
     tables_html,
@@ -90,6 +91,7 @@ def verdict_of(data: Mapping[str, Any]) -> Verdict:
         coverage=Coverage(*(data["coverage"][key] for key in ("compared", "total", "missed"))),
         seconds=data["seconds"],
         message=data["message"],
+        notes=tuple(data.get("notes", ())),
         modules=_modules(data.get("margins", {})),
     )
 
@@ -114,15 +116,22 @@ def _number(value: float | None) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One family under one choice of options."""
+    """One target under one choice of options.
+
+    Attributes:
+        family: The target as the user gave it; mostly a family.
+        options: The options.
+        of_target: What the subject says of a target that is no family.
+    """
 
     family: str
     options: RunOptions = DEFAULTS
+    of_target: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @property
-    def subject(self) -> dict[str, Any]:
+    def subject(self) -> Mapping[str, Any]:
         """What the report of this cell says of the run."""
-        return self.options.subject(self.family)
+        return self.options.subject(self.family) if self.of_target is None else self.of_target
 
 
 def cells(
@@ -145,7 +154,7 @@ def cells(
     implementations = product(attention or (common.attention,), experts or (common.experts,))
     combinations = product(families, backend, tp, dp, zero, dtype, implementations)
     return tuple(
-        Cell(
+        _cell(
             family,
             replace(
                 common,
@@ -161,6 +170,11 @@ def cells(
     )
 
 
+def _cell(name: str, options: RunOptions) -> Cell:
+    """Return the cell of a target; one that is no family is looked for before anything runs."""
+    return Cell(name, options) if is_family(name) else Cell(name, options, resolve(name, options).subject)
+
+
 def versions(backend: str) -> dict[str, str]:
     """Return the versions that a run with this backend depends on, without importing it."""
     found = package_versions()
@@ -171,11 +185,31 @@ def versions(backend: str) -> dict[str, str]:
 
 
 def done_before(path: Path, wanted: Sequence[Cell]) -> dict[Cell, Verdict]:
-    """Return the verdicts that a file of an earlier run holds of these cells, with the same options and versions."""
+    """Return the verdicts that a file of an earlier run holds of these cells, with the same options and versions.
+
+    A function of the user's may have changed since, and what it imports: it is run again.
+    """
     stored = {_key(verdict.subject): verdict for verdict in stored_verdicts(path)}
-    keys = {cell: _key(cell.subject) for cell in wanted}
+    keys = {cell: None if is_user_code(cell.family) else _key(cell.subject) for cell in wanted}
     found = {cell: stored[key] for cell, key in keys.items() if key is not None and key in stored}
     return {cell: verdict for cell, verdict in found.items() if _is_current(verdict, cell)}
+
+
+def num_other_results(path: Path, cells: Sequence[Cell]) -> int:
+    """Return how many results a file of a matrix holds that are of none of these cells; 0 for a file of one run."""
+    try:
+        if "reports" not in json.loads(path.read_text(encoding="utf-8")):
+            return 0
+    except (OSError, ValueError, TypeError):
+        return 0
+    keys = {_identity(cell.subject) for cell in cells}
+    return sum(_identity(verdict.subject) not in keys for verdict in stored_verdicts(path))
+
+
+def _identity(subject: Mapping[str, Any]) -> str | None:
+    """Return a key of the target and the options, whatever the target's configuration is now."""
+    of_content = ("shrunk", "configuration", *(["family"] if "target" in subject else []))
+    return _key({key: value for key, value in subject.items() if key not in of_content})
 
 
 def _is_current(verdict: Verdict, cell: Cell) -> bool:
@@ -233,12 +267,15 @@ def standing_lines(row: JudgedVerdict) -> Iterator[Line]:
         yield from labelled(row.standing, unexpected_message(row), "red")
 
 
-def progress_line(row: JudgedVerdict, subjects: Iterable[Mapping[str, Any]]) -> Line:
-    """Return the line of one cell, aligned with those of all `subjects`."""
-    placeholders = [JudgedVerdict(Verdict("passed", subject, {})) for subject in subjects]
-    table = _table(placeholders)
-    of_row = _row(row, with_configuration=any(other.cells[1].text for other in table.rows))
-    return row_line(of_row, _COLUMNS, Table(_COLUMNS, (of_row, *table.rows)).widths)
+def progress_line(number: int, total: int, row: JudgedVerdict) -> str:
+    """Return what is written while a matrix runs; the table at its end has the rest.
+
+    Example:
+        >>> progress_line(3, 12, JudgedVerdict(Verdict("passed", {"family": "llama", "backend": "x", "tp": 2}, {})))
+        '3 of 12: llama (x, tp=2) passed'
+    """
+    subject, standing = row.verdict.subject, f", {row.standing}" if row.standing else ""
+    return f"{number} of {total}: {words.name(subject)} ({configuration(subject)}) {label(row.verdict)}{standing}"
 
 
 def _table(rows: Sequence[JudgedVerdict], *, details: bool = False) -> Table:

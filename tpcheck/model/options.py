@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar
 from tpcheck.core.errors import UsageError
 from tpcheck.core.reproduce import verify_command
 from tpcheck.core.topology import Topology
+from tpcheck.families.adapters import LoraSource, lora_fields
 from tpcheck.numerics.tolerance import NUM_REPLAYS
 
 if TYPE_CHECKING:
@@ -150,8 +151,14 @@ class RunOptions:
     compile_layers: bool = field(
         default=False, metadata=_doc("Compile each layer of the sharded model by itself, in place of the whole.")
     )
-    lora: int = field(
-        default=0, metadata=_doc("Rank of LoRA adapters on a family's linear layers, trained alone; 0 for none.")
+    lora: LoraSource = field(
+        default=0,
+        hash=False,
+        metadata=_doc(
+            "LoRA adapters on a family's model, trained alone: the rank, 0 for none. `8` is on all linear layers, "
+            "`8,attention` and `8,q_proj,v_proj` are on some, `8,rslora` and `8,dora` are variants; a dict has fields "
+            "of peft.LoraConfig, in which `target_modules` may be `attention`, too."
+        ),
     )
     loop: str = field(
         default="plain",
@@ -186,6 +193,9 @@ class RunOptions:
             'them padding, in memory that is not contiguous; None is `"2x16"`.'
         ),
     )
+    full: bool = field(
+        default=False, metadata=_doc("Keep the real sizes of a folder's configuration, in place of small ones.")
+    )
     ignore_plan: bool = field(
         default=False,
         metadata=_doc("Drop the model's own tp_plan, so that the backend's heuristics decide what is sharded."),
@@ -209,12 +219,14 @@ class RunOptions:
                 if value is not None and not isinstance(value, Mapping):
                     raise UsageError(name, value, "a dict, or None")
                 keywords[name] = dict(value or {})
-        checks, batch = keywords.get("checks"), keywords.get("batch")
+        checks, batch, lora = (keywords.get(name) for name in ("checks", "batch", "lora"))
         if isinstance(checks, str):
             raise UsageError("checks", checks, "a list of names")
         keywords["checks"] = None if checks is None else tuple(checks)
         batch = Tokens.parse(batch) if isinstance(batch, str) else batch
         keywords["batch"] = None if batch == Tokens() else batch
+        if isinstance(lora, str):
+            keywords["lora"] = int(lora) if lora.strip().isdecimal() else lora.replace(" ", "")
         return cls(**keywords)
 
     @property
@@ -264,12 +276,16 @@ class RunOptions:
             "tp": topology.tp,
             "dp": topology.dp,
             "zero": zero_stage,
-            "optimizer": dict(self.optimizer) if isinstance(self.optimizer, Mapping) else self.optimizer,
+            **{name: _plain_dict(values[name]) for name in ("optimizer", "lora")},
             "config": dict(self.config),
             "settings": dict(self.settings),
             "checks": None if are_default else list(self.checks or ()),
             "batch": str(self.batch) if isinstance(self.batch, Tokens) else None,
         }
+
+
+def _plain_dict(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 DEFAULTS = RunOptions()
@@ -318,7 +334,8 @@ class FamilyKeywords(OptionKeywords, total=False):
 
     settings: Mapping[str, Any] | None
     batch: Tokens | str | None
-    lora: int
+    full: bool
+    lora: LoraSource
 
 
 def expand_options(keywords: type) -> Callable[[_F], _F]:
@@ -417,7 +434,6 @@ def require_valid(request: Request) -> None:
         ("seed", options.seed, 0),
         ("replays", options.replays, 1),
         ("accumulate", options.accumulate, 1),
-        ("lora", options.lora, 0),
     ):
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 2**31:
             raise UsageError(name, value, f"an integer from {minimum} to {2**31 - 1}")
@@ -438,6 +454,8 @@ def _require_topology(topology: Topology) -> None:
 
 
 def _require_training(options: RunOptions) -> None:
+    if options.lora != 0 or isinstance(options.lora, bool):
+        lora_fields(options.lora)
     if options.loss not in LOSSES:
         raise UsageError("loss", options.loss, LOSSES)
     _require_optimizer(options.optimizer)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
+from tpcheck.backends.peft_models import peft_version
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.clipping import Clipping
 from tpcheck.core.digests import digest
@@ -34,6 +35,7 @@ from tpcheck.model.teacher_forcing import (
     forced_tolerance,
     replica_gradients,
 )
+from tpcheck.model.user_code import with_user_code
 from tpcheck.numerics.checks import CHECKPOINT_CHECK, INITIALISATION_CHECK, STEP_CHECKS
 from tpcheck.numerics.checks.clipping import observed_clipping
 from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, RankFacts, Step, TensorKey
@@ -55,10 +57,12 @@ class RankAnswer:
     Attributes:
         group: The answer of the rank's TP group, from its first rank; None from the others.
         versions: Versions of the packages under test.
+        notes: What of the user's configuration the backend leaves out, in sentences.
     """
 
     group: GroupAnswer | None
     versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
@@ -83,6 +87,7 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
 
 def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) -> RankAnswer:
     """Do as `verify_on_rank`; add to `log` every collective of the candidate's steps."""
+    request = with_user_code(request)
     backend, checks = load_backend(request.options.backend), request.options.check_names
     options = backend.resolved(training_options(request, rank.device))
     with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
@@ -115,7 +120,7 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
             answer = add_saved(answer, saved)
     if answer is not None and initialised is not None and rank.rank == 0:  # it is of all ranks
         answer = replace(answer, answers=(initialised, *answer.answers))
-    return RankAnswer(answer, backend.versions())
+    return RankAnswer(answer, {**backend.versions(), **peft_version(reference.model)}, options.notes)
 
 
 def trains(checks: Sequence[str]) -> bool:
@@ -133,6 +138,7 @@ def training_options(request: Request, device: torch.device) -> TrainingOptions:
         ignore_plan=options.ignore_plan,
         optimizer=options.optimizer,
         accumulate=options.accumulate,
+        steps=options.steps,
         loss=options.loss,
         attention=options.attention,
         experts=options.experts,
@@ -140,7 +146,6 @@ def training_options(request: Request, device: torch.device) -> TrainingOptions:
         reentrant=options.reentrant,
         compile=options.compile,
         compile_layers=options.compile_layers,
-        lora=options.lora,
         loop=options.loop,
         rebuild=partial(build_model, request, device),
     )
@@ -238,6 +243,7 @@ def _start_evidence(
         tolerance=Tolerance(0.0, request.options.replays, {}),
         labels=reference.labels,
         clipping=reference.options.clipping,
+        frozen=frozenset(name for name, parameter in reference.model.named_parameters() if not parameter.requires_grad),
     )
 
 

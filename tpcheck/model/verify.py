@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tpcheck.core.environment import package_versions
@@ -21,6 +20,7 @@ from tpcheck.model.options import (
     expand_options,
     require_valid,
 )
+from tpcheck.model.targets import resolve
 from tpcheck.report.report import Report
 from tpcheck.world.attach import attach, is_launched
 from tpcheck.world.forkserver_client import ZERO_PRELOAD
@@ -97,36 +97,41 @@ def verify_family(
     zero_stage: int = DEFAULTS.zero_stage,
     **options: Unpack[FamilyKeywords],
 ) -> Report:
-    """Verify a small random model of a transformers model type, such as `llama`.
+    """Verify a small random model of a transformers model type, such as `llama`, or of a configuration.
 
     Args:
-        family: A causal language model type of the installed transformers.
+        family: A language model type of the installed transformers; a folder of transformers, its config.json, or a
+            hub id that is in the local cache, whose configuration is made small; `file.py:function` or
+            `package.module:function`, which makes the model.
         {options}
 
     Raises:
-        UsageError: No such family or setting, or an argument is wrong.
+        UsageError: No such family, folder, function or setting, or an argument is wrong.
 
     Example:
         >>> report = tpcheck.verify_family("llama", topology=tpcheck.Topology(tp=2))  # doctest: +SKIP
     """
-    from tpcheck.families.build import small_model, with_adapters
-
     run_options = RunOptions.of(topology=topology, backend=backend, dtype=dtype, zero_stage=zero_stage, **options)
-    build = partial(small_model, family, run_options.settings)
-    if run_options.lora:
-        build = partial(with_adapters, family, run_options.settings, run_options.lora)
-    request = Request(build, run_options, spread_weights=True)
+    target = resolve(family, run_options)
+    request = Request(target.build, run_options, spread_weights=target.spread_weights)
     require_valid(request)
-    return run(request, run_options.subject(family), again=run_options.command(family))
+    return run(request, target.subject, again=run_options.command(family), notes=target.notes)
 
 
-def run(request: Request, subject: Mapping[str, Any], again: str | None, world: World | None = None) -> Report:
+def run(
+    request: Request,
+    subject: Mapping[str, Any],
+    again: str | None,
+    world: World | None = None,
+    notes: tuple[str, ...] = (),
+) -> Report:
     """Run the request on the launcher's ranks or on spawned ones, and return the report.
 
     Args:
         subject: The subject of the report.
         again: The command that repeats the run, if there is one.
         world: A world of the request's topology, in place of a new one.
+        notes: What of the user's model took no part.
     """
     from tpcheck.model.rank_run import trains, verify_on_rank
     from tpcheck.model.resuming import cannot_resume, verify_resume
@@ -144,7 +149,7 @@ def run(request: Request, subject: Mapping[str, Any], again: str | None, world: 
             resumed = cannot_resume() if is_launched() else verify_resume(request)
             groups[0] = replace(groups[0], answers=(*groups[0].answers, resumed))
     except (RankFailure, BackendError, InternalError) as failure:
-        return Report(_error_verdict(failure, subject, time.monotonic() - start))
+        return Report(replace(_error_verdict(failure, subject, time.monotonic() - start), notes=notes))
     return Report(
         verdict(
             groups,
@@ -153,6 +158,7 @@ def run(request: Request, subject: Mapping[str, Any], again: str | None, world: 
             environment=package_versions() | dict(answers[0].versions),
             again=again,
             seconds=time.monotonic() - start,
+            notes=(*notes, *answers[0].notes),
         )
     )
 

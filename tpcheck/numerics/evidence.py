@@ -222,6 +222,7 @@ class Evidence:
         on_shards: Each rank's parameters after each step if the optimizer is given shards alone, by step, then by
             tp_rank: what an optimizer whose step on an element depends on the whole matrix must not compute.
         clipping: How the reference clips.
+        frozen: Names of the parameters that no step may change.
     """
 
     topology: Topology
@@ -244,6 +245,7 @@ class Evidence:
     labels: tuple[LabelCounts, ...] = ()
     on_shards: tuple[tuple[Mapping[str, Tensor], ...], ...] = ()
     clipping: Clipping = NO_CLIPPING
+    frozen: frozenset[str] = frozenset()
 
     def of_forced_modules(self) -> Evidence | None:
         """Return the step with teacher forcing as evidence of a first step; None where there is none."""

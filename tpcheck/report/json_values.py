@@ -35,6 +35,7 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
             "missed": plain_json(verdict.coverage.not_compared),
         },
         "message": verdict.message,
+        **({"notes": list(verdict.notes)} if verdict.notes else {}),
         "seconds": plain_json(verdict.seconds),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 FINDINGS_SHOWN = 5
 _NAMES_SHOWN = 3
+_WIDTH = 108  # of text beside a label
 STYLES = {"passed": "bold green", "failed": "bold red", "error": "bold magenta", "skipped": "bold yellow"}
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours of a backend's message, which an issue cannot show
 _MESSAGE_HEADS = {"error": "The system under test crashed. Its own message:", "skipped": "Nothing was run:"}
@@ -215,6 +217,8 @@ def _checks_table(verdict: Verdict) -> Table:
 
 
 def _foot(verdict: Verdict, findings: Sequence[Finding]) -> Iterator[Line]:
+    for label, text in words.target_facts(verdict.subject, verdict.notes):
+        yield from labelled(label, textwrap.fill(text, _WIDTH, break_on_hyphens=False))
     if verdict.coverage.total:
         yield from labelled("coverage", "\n".join(_coverage(verdict.coverage)))
     versions = ", ".join(f"{package} {version}" for package, version in sorted(verdict.environment.items()))

@@ -81,6 +81,7 @@ def verdict_page(verdict: Verdict, checks: Table, upstream: str = "") -> str:
         checks=checks,
         coverage=coverage_text(verdict.coverage),
         not_compared=list(not_compared(verdict.coverage)),
+        target=list(words.target_facts(verdict.subject, verdict.notes)),
         environment=verdict.environment,
         seconds=f"{verdict.seconds:.1f}",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from math import isfinite, prod
@@ -58,6 +58,7 @@ def as_rich(lines: Iterable[Line]) -> Text:
 
 
 UNKNOWN_CAUSE = "unknown: none of the known causes explains it"
+_LONGEST_OPTION = 120  # characters; JSON has longer ones
 _RANKS_SHOWN = 8
 _ENTRIES_SHOWN = 8
 _PHASES = {
@@ -71,7 +72,7 @@ _PHASES = {
 }
 _SUBJECT_PARTS = {
     *("family", "model", "subject", "backend", "tp", "dp"),
-    *("zero", "zero_stage", "dtype", "steps", "seed", "settings"),
+    *("zero", "zero_stage", "dtype", "steps", "seed", "settings", "target", "shrunk", "configuration"),
 }
 
 
@@ -187,6 +188,7 @@ _TRAINING = (
     "compile",
     "compile_layers",
     "lora",
+    "full",
     "loop",
 )
 
@@ -212,12 +214,25 @@ def _option(key: str, value: Any) -> str:
     if value is True:
         return key
     value = printable(value)
-    return f"{key}={json.dumps(value) if isinstance(value, Mapping) else _plain(value)}"
+    if isinstance(value, Mapping):
+        text = json.dumps(value)
+        return f"{key}={text}" if len(text) <= _LONGEST_OPTION else f"{key} with {len(value)} entries"
+    return f"{key}={_plain(value)}"
 
 
 def name(subject: Mapping[str, Any]) -> str:
     """Return the name of the subject."""
-    return str(subject.get("family") or subject.get("model") or subject.get("subject") or "model")
+    names = (subject.get(key) for key in ("target", "family", "model", "subject"))
+    return str(next(filter(None, names), "model"))
+
+
+def target_facts(subject: Mapping[str, Any], notes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield what was made small of the user's model, and what of it took no part, each after its label."""
+    if "shrunk" in subject:
+        yield "model", f"{subject['family']}, with the configuration of {subject['target']}"
+    if subject.get("shrunk"):
+        yield "shrunk", "; ".join(f"{name} {real} -> {small}" for name, (real, small) in subject["shrunk"].items())
+    yield from (("note", text) for text in notes)
 
 
 def pairs(values: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,7 @@ def family_tests(
 
 def _case(cell: Cell) -> Any:
     subject = cell.subject
-    name = f"{cell.family}-{configuration(subject).replace(', ', '-')}"
+    name = _case_id(cell.family, configuration(subject))
     expected_verdict = Verdict("skipped", subject, versions(cell.options.backend_name))
     bug = next((bug for bug in register() if bug.concerns(expected_verdict)), None)
     if bug is None:
@@ -80,6 +81,16 @@ def _case(cell: Cell) -> Any:
     return pytest.param(
         cell, id=name, marks=pytest.mark.xfail(reason=reason, raises=(Mismatch, BackendError), strict=True)
     )
+
+
+def _case_id(family: str, options: str) -> str:
+    """Return an id that `pytest -k` can take, which refuses equals signs and brackets.
+
+    Example:
+        >>> _case_id("llama", "deepspeed, tp=2, zero=1")
+        'llama-deepspeed-tp2-zero1'
+    """
+    return re.sub(r"[^\w./:+-]", "", f"{family}-{options.replace(', ', '-')}")
 
 
 def _as_list(values: Any) -> list[Any]:

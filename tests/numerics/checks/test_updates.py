@@ -150,6 +150,15 @@ def test_a_weight_without_a_gradient_may_be_decayed() -> None:
     assert NORM in updates_match_reference(evidence, 0).margins  # where it is equal
 
 
+def test_a_frozen_weight_may_not() -> None:
+    step = RIGHT.reference[0]
+    evidence = replace(RIGHT, reference=(replace(step, gradients={**step.gradients, NORM: None}),))
+    evidence = replace(with_tensor(evidence, "gradients", NORM, lambda gradient: None), frozen=frozenset({NORM}))
+    (suspect,) = updates_match_reference(with_move(evidence, NORM, lambda move: move * 2), 0).suspects
+    assert suspect.where["parameter"] == NORM
+    assert suspect.evidence["note"] == "it is frozen: no step may change it"
+
+
 @pytest.mark.parametrize("nothing", [lambda gradient: None, torch.zeros_like])
 def test_a_weight_that_only_the_reference_has_a_gradient_for_is_compared(nothing: Change) -> None:
     evidence = with_tensor(with_move(RIGHT, UP, torch.zeros_like), "gradients", UP, nothing)
@@ -185,6 +194,22 @@ def test_a_weight_that_the_reference_does_not_move_is_noted() -> None:
     moved, *_ = updates_match_reference(with_move(RIGHT, UP, lambda move: move * 2), 0).suspects
     assert "note" not in moved.evidence
     assert [tuple(part.shape) for part in moved.step.before] == [(4, 4), (4, 4)]
+
+
+def test_a_step_that_moves_no_weight_shows_nothing_unless_the_other_side_moves() -> None:
+    still = with_step(
+        replace(RIGHT, reference=(replace(RIGHT.reference[0], weights=dict(RIGHT.initial)),)),
+        weights=dict(RIGHT.parts_before(0)[0]),
+    )
+    for rank, parts in enumerate(RIGHT.parts_before(0)):
+        for name in RIGHT.initial:
+            still = with_tensor(still, "weights", name, lambda _, part=parts[name]: part, ranks=[rank])  # fmt: skip
+    outcome = updates_match_reference(still, 0)
+    assert not outcome.suspects
+    assert set(outcome.margins) == {f"buffer {BUFFER}"}
+    assert outcome.not_compared == {"weights": "no weight moves in this step, as at a learning rate of 0"}
+    moved = with_tensor(still, "weights", UP, lambda weight: weight + 1)
+    assert [suspect.parameter for suspect in updates_match_reference(moved, 0).suspects] == [UP]
 
 
 def test_a_step_after_calls_without_one_has_their_gradients_too() -> None:

@@ -13,7 +13,7 @@ from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToMo
 from packaging.version import Version
 from torch import nn
 
-from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate, parallel_layers, parameter_layouts
+from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate, local_shape, parallel_layers, parameter_layouts
 from tpcheck.backends.deepspeed.config import CONFIG_VARIANTS, deepspeed_config, resolved
 from tpcheck.backends.initialisation import BUILT_THEN_SHARDED, built_then_sharded
 from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions, WayToInitialise
@@ -62,9 +62,11 @@ class DeepSpeedBackend:
         return {} if group is None else parameter_layouts(model, group)
 
     def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
-        config = deepspeed_config(options, rank.topology.tp)
+        config = deepspeed_config(options, rank.topology.tp, _hidden_size(model))
+        shapes = {name: local_shape(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
         with without_plan(model) if options.ignore_plan else nullcontext():
-            return DeepSpeedCandidate(self._engine(model, config, rank, options), rank.topology, options.accumulate)
+            engine = self._engine(model, config, rank, options)
+        return DeepSpeedCandidate(engine, rank.topology, options.accumulate, shapes)
 
     def ways_to_initialise(
         self, build: Callable[[], nn.Module], rank: RankLike, options: TrainingOptions
@@ -76,6 +78,13 @@ class DeepSpeedBackend:
         if "optimizer" in config:  # DeepSpeed makes it
             return deepspeed.initialize(model=model, model_parameters=parameters, config=config)[0]
         return deepspeed.initialize(model=model, optimizer=make_optimizer(options, parameters), config=config)[0]
+
+
+def _hidden_size(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(text, "hidden_size", None)
+    return size if isinstance(size, int) else None
 
 
 class TpModelInitBackend(DeepSpeedBackend):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import prod
@@ -59,6 +59,44 @@ def parameter_layouts(model: nn.Module, group: Any) -> dict[str, Layout]:
     return layouts
 
 
+def unmarked_layouts(model: nn.Module, group: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layout]:
+    """Return the layouts of shards that no parallel layer holds. Collective over the TP group.
+
+    AutoTP replaces embeddings that it does not recognise, such as T5's bias of relative positions, by narrower plain
+    ones (`_slice_embedding`, module_inject/auto_tp.py of 0.19.8). What is smaller in one dim, and complete over the
+    ranks, is taken for chunks in their order: the comparison of the gathered weights shows whether it is.
+
+    Args:
+        shapes: The shapes of the unsharded model, by name.
+    """
+    of_layers = {prefix for prefix, _ in parallel_layers(model)}
+    unlike = {
+        name: local_shape(parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name.rpartition(".")[0] not in of_layers
+        and local_shape(parameter) != shapes.get(name, local_shape(parameter))
+    }
+    by_rank: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(by_rank, unlike, group=group)
+    layouts = {}
+    for name in unlike:
+        chunks = _chunks(shapes[name], [of_rank.get(name, shapes[name]) for of_rank in by_rank])
+        if chunks is not None:
+            layouts[name] = Layout.from_positions(shapes[name], chunks)
+    return layouts
+
+
+def _chunks(shape: tuple[int, ...], local_shapes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, ...] | None:
+    """Return each rank's positions in a tensor that is cut in one dim; None where the shapes do not add up."""
+    if any(len(local) != len(shape) for local in local_shapes):
+        return None
+    cut = [dim for dim, sizes in enumerate(zip(shape, *local_shapes, strict=True)) if len(set(sizes)) > 1]
+    if len(cut) != 1 or sum(local[cut[0]] for local in local_shapes) != shape[cut[0]]:
+        return None
+    positions = torch.arange(prod(shape)).reshape(shape)
+    return torch.split(positions, [local[cut[0]] for local in local_shapes], dim=cut[0])
+
+
 def local_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """Return the shape of this rank's TP shard, which ZeRO-3 keeps in `ds_shape` while it partitions the data."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -97,13 +135,14 @@ def _layout(source: torch.Tensor, local_shapes: tuple[tuple[int, ...], ...]) -> 
 
 def ways_to_resume(engine: Any) -> Mapping[str, WayToResume]:
     """Return the ways to save a training and go on from it, by the names that users know."""
-    ways = {"save_checkpoint": WayToResume(partial(_save_training, engine), partial(_load_training, engine))}
+    save, load = partial(_save_training, engine), partial(_load_training, engine)
+    ways = {"save_checkpoint": WayToResume(save, load, other_sizes=("dp",))}
     if engine.zero_optimization() and "adam" in type(_inner_optimizer(engine)).__name__.lower():
         ways["universal checkpoint"] = WayToResume(
             partial(_save_universal, engine),
             partial(_load_training, engine, tag="universal"),
             config={"checkpoint": {"load_universal": True}},
-            any_topology=True,
+            other_sizes=("tp", "dp", "zero"),
         )  # ds_to_universal converts only Adam's states
     return ways
 
@@ -177,11 +216,14 @@ def _add_adam_state(file: Path) -> None:
 class DeepSpeedCandidate:
     """Implements `adapters.Candidate` over a DeepSpeed engine."""
 
-    def __init__(self, engine: Any, topology: Topology, accumulate: int = 1) -> None:
+    def __init__(
+        self, engine: Any, topology: Topology, accumulate: int = 1, shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> None:
         self.engine = engine
         self.module: nn.Module = engine.module
         self._topology = topology
         self._accumulate = accumulate
+        self._shapes = dict(shapes or {})
         self._num_backward = 0
         self._norm: float | None = None
 
@@ -196,7 +238,8 @@ class DeepSpeedCandidate:
         if self._topology.tp == 1:
             parameters = self.module.named_parameters()
             return {name: Layout.replicated(local_shape(parameter), tp=1) for name, parameter in parameters}
-        return parameter_layouts(self.module, groups.get_tensor_model_parallel_group())
+        group = groups.get_tensor_model_parallel_group()
+        return {**parameter_layouts(self.module, group), **unmarked_layouts(self.module, group, self._shapes)}
 
     def parameter(self, name: str) -> torch.Tensor:
         parameter = self.module.get_parameter(name)

@@ -13,6 +13,7 @@ from deepspeed.runtime import lr_schedules
 
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.backends.optimizer import optimizer_class
+from tpcheck.core.deepspeed_config import AUTO, left_out, resolve_auto
 from tpcheck.core.errors import UsageError
 
 # `round_robin_gradients` is left out: with it, `safe_get_full_grad` of DeepSpeed 0.19.8 fails at dp=2, even without TP.
@@ -27,7 +28,6 @@ CONFIG_VARIANTS: tuple[Mapping[str, Any], ...] = (
 )
 
 _LOW_PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_AUTO = "auto"  # what transformers' Trainer fills in from its own arguments
 
 
 def resolved(options: TrainingOptions) -> TrainingOptions:
@@ -36,7 +36,8 @@ def resolved(options: TrainingOptions) -> TrainingOptions:
     Raises:
         UsageError: The configuration contradicts the options.
     """
-    config = without_auto(options.config)
+    config, notes = left_out(options.config)
+    config = resolve_auto(config, _trainer_values(options))
     _require_no_float16(options, config)
     for dtype, section in _LOW_PRECISION.items():
         enabled = config.get(section, {}).get("enabled", dtype is options.dtype)
@@ -50,6 +51,7 @@ def resolved(options: TrainingOptions) -> TrainingOptions:
     return replace(
         options,
         config=config,
+        notes=(*options.notes, *notes),
         accumulate=accumulate,
         optimizer=_optimizer(options, config),
         schedule=_schedule(config),
@@ -75,13 +77,35 @@ def _require_no_float16(options: TrainingOptions, config: Mapping[str, Any]) -> 
     raise UsageError(name, value, f"bfloat16 with DeepSpeed: {why}")
 
 
-def without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration without the values that are left to transformers' Trainer."""
+def _trainer_values(options: TrainingOptions) -> dict[str, Any]:
+    """Return what transformers' Trainer puts in the place of `auto`, by key: its arguments' defaults, or this run's.
+
+    Source: HfTrainerDeepSpeedConfig, src/transformers/integrations/deepspeed.py of 5.23.0. What follows from the
+    model's hidden size stays as it is until there is a model.
+    """
     return {
-        key: without_auto(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if value != _AUTO
+        "gradient_accumulation_steps": options.accumulate,
+        "gradient_clipping": options.max_grad_norm,  # 1.0, as the Trainer's
+        "bf16.enabled": options.dtype is torch.bfloat16,
+        "fp16.enabled": options.dtype is torch.float16,
+        "optimizer.params.lr": _TRAINER_RATE,
+        "optimizer.params.betas": [0.9, 0.999],
+        "optimizer.params.eps": 1e-8,
+        "optimizer.params.weight_decay": 0.0,
+        "scheduler.params.warmup_min_lr": 0,
+        "scheduler.params.warmup_max_lr": _TRAINER_RATE,
+        "scheduler.params.warmup_num_steps": 1,
+        "scheduler.params.total_num_steps": options.steps,
+        **{f"zero_optimization.{key}": AUTO for key in _OF_HIDDEN_SIZE},
     }
+
+
+_TRAINER_RATE = 5e-5
+_OF_HIDDEN_SIZE: Mapping[str, Callable[[int], int]] = {
+    "reduce_bucket_size": lambda hidden: hidden * hidden,
+    "stage3_prefetch_bucket_size": lambda hidden: int(0.9 * hidden * hidden),
+    "stage3_param_persistence_threshold": lambda hidden: 10 * hidden,
+}
 
 
 def _optimizer(options: TrainingOptions, config: Mapping[str, Any]) -> Any:
@@ -96,8 +120,6 @@ def _optimizer(options: TrainingOptions, config: Mapping[str, Any]) -> Any:
     section = config.get("optimizer")
     if section is None:
         return options.optimizer
-    if options.optimizer != "sgd":
-        raise UsageError("optimizer", options.optimizer, "none beside config.optimizer")
     name, params = str(section.get("type", "")), dict(section.get("params", {}))
     if name.lower() in _ADAMS:
         decays = name.lower() == "adamw" or params.pop("adam_w_mode", True)
@@ -112,6 +134,8 @@ def _optimizer(options: TrainingOptions, config: Mapping[str, Any]) -> Any:
             "each rank's shard as if it were the matrix (`tpcheck doctor` says so)",
         )
     optimizer_class(name)
+    if str(options.optimizer).lower() not in ("sgd", name.lower()):  # sgd is the default
+        raise UsageError("optimizer", options.optimizer, f"none beside config.optimizer, which is {name}")
     return {"type": name, "params": params}
 
 
@@ -136,8 +160,13 @@ def _schedule(config: Mapping[str, Any]) -> Callable[[torch.optim.Optimizer], An
     return partial(make, **section.get("params", {}))
 
 
-def deepspeed_config(options: TrainingOptions, tp: int) -> dict[str, Any]:
+def deepspeed_config(options: TrainingOptions, tp: int, hidden_size: int | None = None) -> dict[str, Any]:
     """Return the configuration for `deepspeed.initialize`.
+
+    Args:
+        options: Of `resolved`.
+        tp: The TP size.
+        hidden_size: The model's, for what the Trainer derives from it.
 
     Raises:
         UsageError: The user's configuration contradicts the options of the run.
@@ -157,7 +186,12 @@ def deepspeed_config(options: TrainingOptions, tp: int) -> dict[str, Any]:
         defaults["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     if options.dtype in _LOW_PRECISION:
         defaults[_LOW_PRECISION[options.dtype]] = {"enabled": True}
-    config = merged(defaults, options.config)
+    sizes = (
+        {}
+        if hidden_size is None
+        else {f"zero_optimization.{key}": size(hidden_size) for key, size in _OF_HIDDEN_SIZE.items()}
+    )
+    config = merged(defaults, resolve_auto(options.config, sizes))
     if "optimizer" in config and config["optimizer"]["type"].lower() in _ADAMS:
         config["optimizer"] = _with_torch_adam(config["optimizer"], options)
     _require_same(config, ("zero_optimization", "stage"), options.zero_stage)

@@ -235,14 +235,13 @@ class DTensorCandidate:
         return self._norm
 
     def ways_to_resume(self) -> Mapping[str, WayToResume]:
-        stepped = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        if not stepped <= {id(parameter) for parameter in self.module.parameters()}:
-            return {}  # masters of tpcheck's own, which no library saves
+        if self._sgd.has_masters:
+            return {}
         return {
             "torch.distributed.checkpoint": WayToResume(
                 partial(_save_training, self.module, self.optimizer),
                 partial(_load_training, self.module, self.optimizer),
-                any_topology=True,
+                other_sizes=("tp", "dp"),
             )
         }
 

@@ -24,8 +24,9 @@ from tpcheck.backends.dtensor.candidate import DTensorCandidate, clip_by_mesh
 from tpcheck.backends.initialisation import NotInitialised
 from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions, WayToInitialise
 from tpcheck.backends.layout import Layout
+from tpcheck.backends.peft_models import is_peft_model, ways_to_save_adapters
 from tpcheck.backends.sgd import Sgd
-from tpcheck.backends.transformers.adapters import add_adapters, is_peft_model
+from tpcheck.backends.transformers.adapters import add_adapters
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
 
@@ -150,9 +151,7 @@ class TransformersCandidate(DTensorCandidate):
 
     def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
         model: transformers.PreTrainedModel = self.module
-        if is_peft_model(model):  # saves the adapters
-            return {"save_pretrained": lambda folder: model.save_pretrained(str(folder))}
-        return {
+        return ways_to_save_adapters(model) or {
             "save_pretrained": lambda folder: model.save_pretrained(str(folder)),
             "save_pretrained, distributed": lambda folder: model.save_pretrained(
                 str(folder), distributed_checkpoint=True

@@ -11,6 +11,7 @@ from typing import Any
 
 from tpcheck.core.topology import Topology
 from tpcheck.lab.faults import (
+    adapters,
     backward,
     checkpoint,
     clipping,
@@ -32,6 +33,7 @@ from tpcheck.lab.faults.checkpoint import CheckpointFault
 from tpcheck.lab.faults.data import DataFault
 from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4, ModelFault
 from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault
+from tpcheck.model.options import DEFAULTS
 
 MODEL_FAULTS: tuple[ModelFault, ...] = (
     *linear.FAULTS,
@@ -44,6 +46,7 @@ MODEL_FAULTS: tuple[ModelFault, ...] = (
     *training.FAULTS,
     *precision.FAULTS,
     *resume.FAULTS,
+    *adapters.FAULTS,
 )
 CHECKPOINT_FAULTS: tuple[CheckpointFault, ...] = checkpoint.FAULTS
 DATA_FAULTS: tuple[DataFault, ...] = data.FAULTS
@@ -98,6 +101,9 @@ TRAINED_CONTROLS = (
     Control("qwen3", TP2, 0, {"optimizer": "adamw", "accumulate": 3, "batch": "3x7,padded"}),
     Control("gemma3_text", TP2_DP2, 0, {"optimizer": "rmsprop", "loss": "token_mean"}),
     Control("llama", TP2, 0, {"optimizer": "adamw", "checks": ("resume_matches_uninterrupted",)}),
+    Control("llama", TP2, 0, {"lora": adapters.COLUMN_PARALLEL, "backend": "transformers"}),
+    Control("llama", TP2, 0, {"lora": 4, "backend": "dtensor"}),
+    Control("qwen3", TP2, 0, {"lora": "4,attention,rslora", "backend": "dtensor"}),
 )
 _EXPERTS = {"backend": "transformers", "steps": 1}
 IMPLEMENTED_CONTROLS = (
@@ -133,9 +139,9 @@ def rotated_controls(families: Sequence[str], seed: int) -> Iterator[Control]:
         yield Control(family, topology, zero_stage)
 
 
-def zero_stage_at(dtype: str, zero_stage: int) -> int:
-    """Return the ZeRO stage to run a dtype with: at least 1 for bfloat16.
+def zero_stage_at(dtype: str, zero_stage: int, backend: str = DEFAULTS.backend_name) -> int:
+    """Return the ZeRO stage to run a dtype with: under DeepSpeed at least 1 for bfloat16.
 
     Without ZeRO, DeepSpeed 0.19.8 clips bfloat16 gradients by the norm of TP rank 0's shards alone.
     """
-    return max(1, zero_stage) if dtype == "bfloat16" else zero_stage
+    return max(1, zero_stage) if (dtype, backend) == ("bfloat16", "deepspeed") else zero_stage

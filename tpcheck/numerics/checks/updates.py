@@ -98,7 +98,8 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         lambda name, expected: evidence.tolerance.allowed((step, "weight", name), spacing(expected)),
     )
     differing = [name for name, parameter in compared.items() if not parameter.difference.agrees]
-    for name in (name for name in differing if not _has_gradient(evidence, step, name)):
+    without = [name for name in differing if name not in evidence.frozen and not _has_gradient(evidence, step, name)]
+    for name in without:
         del compared[name]
         not_compared[name] = "it has no gradient, and optimizers differ in whether they decay it"
     wrong = [parameter for parameter in compared.values() if not parameter.difference.agrees]
@@ -107,10 +108,19 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     buffers, buffers_not_compared = _compare_buffers(evidence, step)
     suspects.extend(_buffer_suspect(evidence, step, buffer) for buffer in buffers if not buffer.difference.agrees)
     margins = {name: parameter.difference.margin for name, parameter in compared.items()}
+    if not wrong and _nothing_moved(evidence, step):
+        margins, not_compared["weights"] = {}, "no weight moves in this step, as at a learning rate of 0"
     margins |= {f"buffer {buffer.name}": buffer.difference.margin for buffer in buffers}
     if not evidence.reference[step].weights:
         not_compared["weights"] = "no optimizer step followed this call"
     return CheckOutcome(margins, tuple(suspects), {**not_compared, **buffers_not_compared})
+
+
+def _nothing_moved(evidence: Evidence, step: int) -> bool:
+    """Return whether the step leaves all of the reference's weights as they were: a wrong step would not show."""
+    before = evidence.reference[step - 1].weights if step else evidence.initial
+    after = evidence.reference[step].weights
+    return bool(after) and all(name in before and torch.equal(before[name], after[name]) for name in after)
 
 
 def _has_gradient(evidence: Evidence, step: int, name: str) -> bool:
@@ -167,7 +177,9 @@ def _weight_suspects(evidence: Evidence, step: int, wrong: Sequence[ComparedPara
         of_parameter = replace(norms, implied=implied) if norms is not None and (implied or is_unknown) else None
         if of_parameter is not None and not suspects:
             details |= _step_evidence(of_parameter)
-        if torch.equal(parameter.expected, evidence.weights_before(step)[name]):
+        if name in evidence.frozen:
+            details["note"] = "it is frozen: no step may change it"
+        elif torch.equal(parameter.expected, evidence.weights_before(step)[name]):
             details["note"] = "the reference's weight is the same as before this step"
         where = {"phase": "update", "step": step}
         suspect = parameter_suspect(evidence, parameter, check=_CHECK, kind="update", where=where, details=details)
