@@ -75,6 +75,7 @@ DTYPES = (*COMMON_DTYPES, "float16")
 ZERO_STAGES = (0, 1, 2, 3)
 LOSSES = ("mean", "token_mean")
 LOOPS = ("plain", "trainer")
+_TRAINER_BACKENDS = ("deepspeed", "transformers")
 ATTENTIONS = ("eager", "sdpa", "flex_attention")
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 
@@ -484,14 +485,17 @@ def _require_implementations(options: RunOptions) -> None:
         raise UsageError("reentrant", True, "False without checkpointing")
 
 
-# ---- options that are not available yet: each is refused in one place
-
-
 def _require_loop(options: RunOptions) -> None:
     if options.loop not in LOOPS:
         raise UsageError("loop", options.loop, LOOPS)
-    if options.loop != "plain":
-        raise UsageError("loop", options.loop, "plain: transformers' Trainer is not available yet")
+    if options.loop == "plain":
+        return
+    if options.backend_name not in _TRAINER_BACKENDS:
+        accepted = f"plain with backend={options.backend_name}; the Trainer drives {' and '.join(_TRAINER_BACKENDS)}"
+        raise UsageError("loop", options.loop, accepted)
+    others = [name for name in _of_other_candidates() if name in options.check_names]
+    if others:
+        raise UsageError("checks", others, "any other check with loop=trainer")
 
 
 def _all_checks() -> tuple[str, ...]:
@@ -504,3 +508,10 @@ def _default_checks() -> tuple[str, ...]:
     from tpcheck.numerics.checks import CHECK_NAMES
 
     return CHECK_NAMES
+
+
+def _of_other_candidates() -> tuple[str, ...]:
+    """Return the checks that shard further models, without batches to train on."""
+    from tpcheck.numerics.checks import INITIALISATION_CHECK, RESUME_CHECK
+
+    return (INITIALISATION_CHECK, RESUME_CHECK)

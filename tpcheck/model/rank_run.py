@@ -19,7 +19,7 @@ from tpcheck.backends.registry import load_backend
 from tpcheck.core.clipping import Clipping
 from tpcheck.core.digests import digest
 from tpcheck.model.blame import internal_error, is_of_tpcheck, issued_by, naming_indivisible_sizes
-from tpcheck.model.build import Batch, build_model, require_equal_models
+from tpcheck.model.build import build_model, require_equal_models
 from tpcheck.model.candidate import CandidateStart, shard, train
 from tpcheck.model.implementations import num_compiled_graphs, require_compiled
 from tpcheck.model.initialising import verify_initialisation
@@ -166,7 +166,7 @@ def _train_both(
     steps, tolerance = reference.train(rank)
     forces = request.options.dtype != "float64"  # whose rounding hides nothing
     module_tolerance = forced_tolerance(reference, rank, steps[0]) if forces else None
-    forced = _forced_pass(backend, candidate, batches[0][0], steps[0], rank, log) if forces else None
+    forced = _forced_pass(backend, candidate, reference, steps[0], rank, log) if forces else None
     num_graphs = num_compiled_graphs()
     candidate_steps = train(backend, candidate, tuple(start.weights), batches, log)
     require_compiled(reference.options, num_compiled_graphs() - num_graphs)
@@ -202,13 +202,14 @@ def _observed_clipping(rank: CommunicatingRank, full: Evidence | None) -> Clippi
 def _forced_pass(
     backend: Backend,
     candidate: Candidate,
-    batch: Batch,
+    reference: Reference,
     first: ReferenceStep,
     rank: RankLike,
     log: list[Collective],
 ) -> ForcedPass:
     """Run the modules with teacher forcing, once to find the partial gradients, and again with these known."""
-    trial = forced_modules(backend, candidate, batch, first, rank, log=log)
+    batch, share = reference.batches[0][_dp_rank(rank)][0], reference.first_share
+    trial = forced_modules(backend, candidate, batch, first, rank, share=share, log=log)
     by_tp_rank = _gather_to_first(trial.step.activations, rank)
     partial_gradients = [
         None if by_tp_rank is None else find_partial_gradients(by_tp_rank, first[_dp_rank(rank)].activations)
@@ -217,7 +218,7 @@ def _forced_pass(
         dist.broadcast_object_list(
             partial_gradients, src=rank.topology.peers(rank.rank, "tp")[0], group=rank.group("tp")
         )
-    return forced_modules(backend, candidate, batch, first, rank, partial_gradients[0], log=log)
+    return forced_modules(backend, candidate, batch, first, rank, partial_gradients[0], share=share, log=log)
 
 
 def _start_evidence(

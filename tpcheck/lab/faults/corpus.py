@@ -26,6 +26,7 @@ from tpcheck.lab.faults import (
     precision,
     replicas,
     resume,
+    trainer,
     training,
     vocabulary,
 )
@@ -44,6 +45,7 @@ MODEL_FAULTS: tuple[ModelFault, ...] = (
     *replicas.FAULTS,
     *optimizer.FAULTS,
     *training.FAULTS,
+    *trainer.FAULTS,
     *precision.FAULTS,
     *resume.FAULTS,
     *adapters.FAULTS,
@@ -104,7 +106,12 @@ TRAINED_CONTROLS = (
     Control("llama", TP2, 0, {"lora": adapters.COLUMN_PARALLEL, "backend": "transformers"}),
     Control("llama", TP2, 0, {"lora": 4, "backend": "dtensor"}),
     Control("qwen3", TP2, 0, {"lora": "4,attention,rslora", "backend": "dtensor"}),
+    Control("llama", TP2_DP2, 1, {**_TRAINED, "loop": "trainer"}),
+    Control("qwen3", TP2_DP2, 0, {"accumulate": 2, "loop": "trainer"}),
+    Control("llama", TP2_DP2, 0, {**_TRAINED, "loop": "trainer", "backend": "transformers"}),
 )
+"""Right steps of the usual kinds: Adam, micro-batches, losses over labels, DeepSpeed's own optimizer and schedule, and
+transformers' Trainer."""
 _EXPERTS = {"backend": "transformers", "steps": 1}
 IMPLEMENTED_CONTROLS = (
     Control("llama", TP2, 0, {"attention": "sdpa"}),
@@ -118,7 +125,7 @@ INITIALISED_CONTROLS = tuple(
     Control("llama", TP2, 0, {"backend": backend, "checks": ("initialisation_matches_reference",)})
     for backend in ("deepspeed", "transformers", "dtensor")
 )
-"""Right steps of the usual kinds: Adam, micro-batches, losses over labels, DeepSpeed's own optimizer and schedule."""
+"""Models that are made from scratch on the ranks."""
 
 
 def quick_controls() -> Iterator[Control]:
