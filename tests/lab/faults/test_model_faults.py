@@ -1,6 +1,6 @@
 """Faults of a model, injected on real ranks: caught in float64, at their place, with a right cause.
 
-The first fault of each cause, and every second one of the others: `ci/faults` injects all.
+The first fault of each cause, and every third one of the others: `ci/faults` injects all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FIRST_OF_CAUSE = {
 FAULTS = [
     fault
     for number, fault in enumerate(MODEL_FAULTS)
-    if number % 2 == 0 or FIRST_OF_CAUSE.get(fault.causes[0]) == fault.name
+    if number % 3 == 0 or FIRST_OF_CAUSE.get(fault.causes[0]) == fault.name
 ]
 # Causes that a second test names, too, when the first is removed.
 OF_TERMS = "the ranks' outputs show it, and so do the terms of each rank's inputs and weights"
