@@ -93,7 +93,8 @@ def verify_resume(request: Request) -> CheckAnswer:
     answer = CheckAnswer(RESUME_CHECK, -1, {}, (), {})
     folder = Path(tempfile.mkdtemp(prefix="tpcheck-resume-"))
     try:
-        with spawn(request.options.topology, timeout=request.options.timeout) as world:
+        options = request.options
+        with spawn(options.topology, timeout=options.timeout, device=options.device) as world:
             first: tuple[_FirstWorld, ...] = world.run(_train_and_save, request, folder, num_before)
         expected = [rank.training for rank in first if rank.training is not None]
         if not expected:
@@ -157,7 +158,7 @@ def _resume(
     config = overlay(options.config, facts.config)
     variant = replace(variant, options=replace(options, config=config))
     try:
-        with spawn(options.topology, timeout=options.timeout) as world:
+        with spawn(options.topology, timeout=options.timeout, device=options.device) as world:
             batches = [rank.batches for rank in first[:: request.options.topology.tp]]
             actual: tuple[ResumedTraining | str, ...] = world.run(
                 _load_and_train, variant, facts.folder, way, num_before, batches

@@ -167,7 +167,7 @@ def _launched_answers(request: Request) -> tuple[RankAnswer, ...]:
     """Run the request on the launcher's ranks. An error of tpcheck's own, as one rank may have alone, ends all."""
     from tpcheck.model.rank_run import verify_on_rank
 
-    rank = attach(request.options.topology)
+    rank = attach(request.options.topology, device=request.options.device)
     answer: RankAnswer | InternalError
     try:
         answer = verify_on_rank(rank, request)
@@ -190,10 +190,10 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
     from tpcheck.model.blame import first_unlike
     from tpcheck.model.rank_run import verify_on_rank
 
-    topology, timeout = request.options.topology, request.options.timeout
+    topology, timeout, device = request.options.topology, request.options.timeout, request.options.device
     preload = (*modules_of(request.options.backend_name), *(ZERO_PRELOAD if request.options.zero_stage else ()))
     try:
-        with spawn(topology, timeout=timeout, also=preload) as world:
+        with spawn(topology, timeout=timeout, device=device, also=preload) as world:
             return world.run(verify_on_rank, request)
     except RankFailure as failure:
         if _COLLECTIVES_DIFFER not in str(failure.exception):
@@ -204,7 +204,8 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
             if unlike is not None:
                 raise BackendError(f"{unlike}.\ntorch's message: {failure.exception}") from failure
         try:
-            with spawn(topology, timeout=min(timeout, _RETRY_TIMEOUT), env={"TORCH_DISTRIBUTED_DEBUG": "OFF"}) as world:
+            without_checks, limit = {"TORCH_DISTRIBUTED_DEBUG": "OFF"}, min(timeout, _RETRY_TIMEOUT)
+            with spawn(topology, timeout=limit, device=device, env=without_checks) as world:
                 return world.run(verify_on_rank, request)
         except RankFailure:
             raise failure from None
