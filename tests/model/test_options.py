@@ -64,7 +64,8 @@ def test_every_option_but_replays_and_timeout_reaches_the_subject_and_the_comman
         topology=Topology(tp=4, dp=2), backend="dtensor", dtype="float32", device="cpu", steps=3, zero_stage=1,
         config={"a": 1}, checks=["replicas_agree"], seed=7, settings={"b": True}, batch="1x4", ignore_plan=True,
         replays=3, timeout=9, optimizer={"type": "AdamW"}, accumulate=2, loss="token_mean", attention="sdpa",
-        experts="batched_mm", checkpointing=True, reentrant=True, compile=True, compile_layers=True, lora=4, loop="trainer",
+        experts="batched_mm", checkpointing=True, reentrant=True, compile=True, compile_layers=True, lora=4,
+        loop="trainer",
     )  # fmt: skip
     assert options.subject("llama") == {
         "family": "llama", "backend": "dtensor", "tp": 4, "dp": 2, "zero": 1, "dtype": "float32", "steps": 3,
