@@ -33,6 +33,7 @@ from tpcheck.backends.megatron.session import (
     destroy_new_groups,
     groups_of_one_rank,
     groups_of_topology,
+    has_a_gpu_each,
     model_parallel_generators,
     runs_anywhere,
     use_groups,
@@ -72,6 +73,10 @@ class MegatronBackend:
                 "options.rebuild", None, "a callable that builds the model again: Megatron shards while it builds"
             )
         megatron_config(model)  # raises where the model has none
+        if rank.device.type == "cuda" and not has_a_gpu_each():
+            raise UsageError(
+                "device", "cuda", "cpu, or a GPU for each rank: on a shared one Megatron would use the CPU"
+            )
         tp = rank.topology.tp
         groups = groups_of_topology(rank.topology)
         with use_groups(groups), configured(tp, options.config):
