@@ -35,11 +35,11 @@ def test_what_is_captured_is_not_checked_and_not_recorded(capturing: None, tmp_p
     model = torch.nn.Linear(3, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     logged: list[Any] = []
-    with (
-        tpcheck.guard(model, optimizer=optimizer, topology=Topology(tp=1), every=1, log=logged.append),
-        pytest.raises(UsageError, match="a model that is called inside the context"),
-        tpcheck.record(model, tmp_path / "trace", optimizer=optimizer, topology=Topology(tp=1)),
-    ):
+    with tpcheck.guard(model, optimizer=optimizer, topology=Topology(tp=1), every=1, log=logged.append):
+        recorder = tpcheck.record(model, tmp_path / "trace", optimizer=optimizer, topology=Topology(tp=1))
+        recorder.__enter__()
         for _ in range(3):
             step(model, optimizer)
+        with pytest.raises(UsageError, match="a model that is called inside the context"):
+            recorder.__exit__(None, None, None)
     assert logged == []

@@ -74,9 +74,7 @@ class MegatronBackend:
             )
         megatron_config(model)  # raises where the model has none
         if rank.device.type == "cuda" and not has_a_gpu_each():
-            raise UsageError(
-                "device", "cuda", "cpu, or a GPU for each rank: on a shared one Megatron would use the CPU"
-            )
+            raise UsageError("device", "cuda", "cpu, or a GPU for each rank: Megatron is run on one of its own")
         tp = rank.topology.tp
         groups = groups_of_topology(rank.topology)
         with use_groups(groups), configured(tp, options.config):
