@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +117,37 @@ def marks_agree(rank: Rank) -> bool:
 
 def test_the_layouts_of_a_live_model_follow_from_its_marks(world: World) -> None:
     assert all(world.run(marks_agree))
+
+
+def resumed(rank: Rank, folder: str) -> tuple[bool, int]:
+    """Return whether a new model holds the weights and moments of the one that was saved, and of how many tensors."""
+    from tpcheck.backends.interface import TrainingOptions
+    from tpcheck.backends.megatron.backend import MegatronBackend
+    from tpcheck.model.build import loss_of
+
+    backend = MegatronBackend()
+    options = TrainingOptions(dtype=torch.float32, rebuild=models.Layers, optimizer="adamw")
+    held = []
+    with backend.session(options):
+        for seed, act in ((0, "save"), (1, "load")):
+            torch.manual_seed(seed)
+            candidate: Any = backend.shard(models.Layers(), rank, options)
+            if act == "save":
+                candidate.backward(loss_of(candidate.forward(models.tokens({"dp": 0}, 0))))
+                candidate.step()
+            (way,) = candidate.ways_to_resume().values()
+            getattr(way, act)(Path(folder))
+            names = list(candidate.layouts())
+            states = {(name, key): value for name in names for key, value in candidate.optimizer_state(name).items()}
+            held.append({**states, **{(name, "weight"): candidate.parameter(name) for name in names}})
+    first, second = held
+    same = first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    return same, len(first)
+
+
+def test_a_training_goes_on_from_a_distributed_checkpoint(world: World, tmp_path: Path) -> None:
+    weights_and_moments = 3 * 6
+    assert world.run(resumed, str(tmp_path)) == ((True, weights_and_moments),) * 2
 
 
 def test_the_partition_stride_is_the_number_of_blocks() -> None:

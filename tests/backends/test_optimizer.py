@@ -9,7 +9,7 @@ import torch
 
 from tpcheck import UsageError
 from tpcheck.backends.interface import TrainingOptions
-from tpcheck.backends.optimizer import LEARNING_RATE, make_optimizer
+from tpcheck.backends.optimizer import LEARNING_RATE, make_optimizer, named_optimizer
 from tpcheck.backends.sgd import Sgd, clip_gradients
 
 
@@ -84,3 +84,20 @@ def test_states_have_the_shape_of_the_parameter_and_masters_stand_beside_them() 
     states = sgd.state(parameter)
     assert set(states) == {"master", "exp_avg", "exp_avg_sq"}  # no step count
     assert {state.dtype for state in states.values()} == {torch.float32}
+
+
+def test_parameters_that_do_not_decay_are_a_group_of_their_own() -> None:
+    matrix, vector = parameters()
+    made = make_optimizer(options("adamw"), [matrix, vector], [True, False])
+    assert [(group["params"], group["weight_decay"]) for group in made.param_groups] == [
+        ([matrix], 0.01),
+        ([vector], 0.0),
+    ]
+    assert len(make_optimizer(options("sgd"), [vector], [False]).param_groups) == 1
+
+
+def test_an_optimizer_that_is_made_of_a_list_alone_has_no_name() -> None:
+    assert named_optimizer(options("AdamW")) == ("AdamW", {"lr": LEARNING_RATE, "weight_decay": 0.01})
+    assert named_optimizer(options({"type": "rprop", "params": {"lr": 1.0}})) == ("rprop", {"lr": 1.0})
+    assert named_optimizer(options("muon")) is None
+    assert named_optimizer(options(torch.optim.SGD)) is None

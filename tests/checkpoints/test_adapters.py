@@ -32,6 +32,13 @@ class Base(nn.Module):
         self.q, self.k, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 12)
 
 
+class WithEmbeddings(Base):
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> None: ...
+
+
 def peft_model(kind: str = "lora") -> PeftModel:
     torch.manual_seed(3)
     return get_peft_model(Base(), LoraConfig(**TARGETS, **KINDS[kind]))  # type: ignore[arg-type]
@@ -60,6 +67,17 @@ def test_a_model_equals_the_adapter_that_it_saves(kind: str, tmp_path: Path) -> 
             assert_passes(report)
             (reason,) = report.verdict.coverage.not_compared.values()
             assert reason.endswith("holds the adapter alone")
+
+
+def test_an_adapter_of_embeddings_that_peft_saves_with_their_base_weight_equals_it(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = get_peft_model(WithEmbeddings(), LoraConfig(**{**TARGETS, "target_modules": ["q", "embed"]}))  # type: ignore[arg-type]
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any("embed.base_layer" in name for name in load_file(adapter_file(tmp_path)))
+    assert_passes(verify_checkpoint(tmp_path, model))
+    with torch.no_grad():
+        model.base_model.model.embed.base_layer.weight[0, 0] += 1
+    assert len(verify_checkpoint(tmp_path, model).findings) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import pytest
@@ -177,9 +178,14 @@ def test_what_was_not_compared_is_covered_by_its_check_and_step() -> None:
 
 
 def test_a_model_that_differs_at_the_start_is_given_as_the_reason() -> None:
-    reasons = the_verdict(GroupAnswer((CheckAnswer(WEIGHTS, -1, {}, (), {}),))).coverage.not_compared
+    wrong = CheckAnswer(WEIGHTS, -1, {UP: inf}, (finding(UP),), {})
+    reasons = the_verdict(GroupAnswer((wrong,))).coverage.not_compared
     assert list(reasons) == ["step 0"]
     assert reasons["step 0"].startswith("the model at the start already differs")
+
+
+def test_steps_that_no_check_asked_for_are_not_said_to_be_missed() -> None:
+    assert not the_verdict(GroupAnswer((CheckAnswer(WEIGHTS, -1, {UP: 0.0}, (), {}),))).coverage.not_compared
 
 
 def test_a_finding_has_its_cause_with_the_evidence_and_the_error() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,8 +54,10 @@ class TrainingOptions:
         experts: How the candidate computes its experts; None for the model's own.
         checkpointing, reentrant: Recompute the candidate's activations in the backward pass, re-entering autograd.
         compile, compile_layers: Compile the candidate whole, or each of its layers.
-        lora: Rank of the model's LoRA adapters; 0 for none.
-        loop: `plain`, or `trainer` for transformers' Trainer.
+        loop: `plain`, or `trainer` for transformers' Trainer, which loads its batches itself.
+        batches: batches[step][dp_rank][micro_batch], for a loop that loads them itself; empty for others.
+        masters: Whether weights of low precision are stepped in float32.
+        decayed_parameters: Returns the names of a model's parameters that `weight_decay` applies to; None for all.
         notes: What of the user's configuration takes no part, in sentences: set by `Backend.resolved`.
         rebuild: Builds the same model a second time, for backends whose models are sharded while they are built.
     """
@@ -80,8 +82,10 @@ class TrainingOptions:
     reentrant: bool = False
     compile: bool = False
     compile_layers: bool = False
-    lora: int = 0
     loop: str = "plain"
+    batches: Sequence[Sequence[Sequence[Mapping[str, Any]]]] = ()
+    masters: bool = True
+    decayed_parameters: Callable[[nn.Module], Collection[str]] | None = None
     rebuild: Callable[[], nn.Module] | None = None
     notes: tuple[str, ...] = ()
     clip_epsilon: float = TORCH_EPSILON
@@ -131,6 +135,39 @@ class Candidate(Protocol):
         """Return the norm that the last step clipped by, or None where the backend does not report it."""
 
 
+class StepObserver(Protocol):
+    """What a loop of a library's own tells of its training, in the order of events."""
+
+    def forward(self) -> AbstractContextManager[None]:
+        """Return the context of the next micro-batch's forward pass."""
+
+    def backward(self) -> AbstractContextManager[None]:
+        """Return the context of its backward pass."""
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Take what a micro-batch adds to the loss of its step."""
+
+    def gradients_are_ready(self) -> None:
+        """Be told that `Candidate.gradient` is valid: after the last backward pass of a step, before clipping."""
+
+    def optimizing(self) -> AbstractContextManager[None]:
+        """Return the context of the optimizer's step."""
+
+    def stepped(self) -> None:
+        """Be told that the optimizer has stepped."""
+
+    def logged(self, values: Mapping[str, float]) -> None:
+        """Take what is logged of the last step, by the library's names."""
+
+
+@runtime_checkable
+class TrainsByItself(Protocol):
+    """A candidate whose loop is a library's, which takes all steps: `forward`, `backward` and `step` are not called."""
+
+    def train(self, observer: StepObserver) -> None:
+        """Train on the batches of the options; tell `observer` of every step."""
+
+
 @runtime_checkable
 class HoldsOptimizerState(Protocol):
     """A candidate that can tell what its optimizer holds."""
@@ -162,13 +199,13 @@ class WayToResume:
         save: Writes everything into an empty folder. Collective over the world.
         load: Reads it into a new candidate. Collective over the world.
         config: Backend configuration that the candidate which loads is made with, merged over that of the run.
-        any_topology: Whether what it wrote can be loaded at other sizes of the axes and at another ZeRO stage.
+        other_sizes: What may be another when it is loaded: `tp`, `dp` and `zero`.
     """
 
     save: Callable[[Path], None]
     load: Callable[[Path], None]
     config: Mapping[str, Any] = field(default_factory=dict)
-    any_topology: bool = False
+    other_sizes: tuple[str, ...] = ()
 
 
 @runtime_checkable

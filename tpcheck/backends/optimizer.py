@@ -17,8 +17,13 @@ LEARNING_RATE = 0.01
 NEEDS_A_CLOSURE_OR_SPARSE_GRADIENTS = ("LBFGS", "SparseAdam")
 
 
-def make_optimizer(options: TrainingOptions, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+def make_optimizer(
+    options: TrainingOptions, parameters: Sequence[torch.Tensor], decays: Sequence[bool] | None = None
+) -> torch.optim.Optimizer:
     """Return the optimizer of these parameters; any of them may be a DTensor.
+
+    Args:
+        decays: Whether the weights of each parameter decay; None for all. Only for optimizers with a name.
 
     Raises:
         UsageError: torch.optim has no class of that name, or the function returns none.
@@ -34,9 +39,34 @@ def make_optimizer(options: TrainingOptions, parameters: Sequence[torch.Tensor])
     if "foreach" in inspect.signature(make).parameters:
         params = {"foreach": False, **params}  # its kernels refuse a mixture of DTensors and plain tensors
     try:
-        return make(list(parameters), **params)
+        return make(_groups(parameters, decays), **params)
     except TypeError as error:
         raise UsageError("optimizer", source, f"options that {name} takes ({error})") from error
+
+
+def named_optimizer(options: TrainingOptions) -> tuple[str, dict[str, Any]] | None:
+    """Return the name of a class of torch.optim and its options, `lr` among them, and `weight_decay` where it has one.
+
+    None for an optimizer that is made of a list of parameters alone.
+    """
+    if callable(options.optimizer):
+        return None
+    name, params = _named(options.optimizer, options)
+    if name.lower() == "muon":
+        return None
+    default = inspect.signature(optimizer_class(name)).parameters.get("weight_decay")
+    return name, params if default is None else {"weight_decay": default.default, **params}
+
+
+def _groups(parameters: Sequence[torch.Tensor], decays: Sequence[bool] | None) -> list[Any]:
+    if decays is None:
+        return list(parameters)
+    with_decay = [parameter for parameter, decay in zip(parameters, decays, strict=True) if decay]
+    without = [parameter for parameter, decay in zip(parameters, decays, strict=True) if not decay]
+    return [
+        *([{"params": with_decay}] if with_decay else []),
+        *([{"params": without, "weight_decay": 0.0}] if without else []),
+    ]
 
 
 def _named(source: str | Mapping[str, Any], options: TrainingOptions) -> tuple[str, dict[str, Any]]:

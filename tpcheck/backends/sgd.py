@@ -51,18 +51,35 @@ class Sgd:
         parameters: What it steps; any may be a DTensor, and those that need no gradient are left alone.
         options: The optimizer (SGD by default), its schedule, and the largest norm.
         clip: Clips the gradients of the masters and returns their norm. None: no clipping, and no norm.
+        decays: Whether the weights of each parameter that needs a gradient decay; None for all.
     """
 
-    def __init__(self, parameters: Parameters, options: TrainingOptions, clip: Clip | None) -> None:
+    def __init__(
+        self,
+        parameters: Parameters,
+        options: TrainingOptions,
+        clip: Clip | None,
+        decays: Sequence[bool] | None = None,
+    ) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._masters = [
-            parameter.detach().to(torch.float32) if parameter.dtype in LOW_PRECISION else parameter
+            parameter.detach().to(torch.float32) if parameter.dtype in LOW_PRECISION and options.masters else parameter
             for parameter in self._parameters
         ]
         self._clip = clip
         self._max_norm = options.max_grad_norm
-        self.optimizer = make_optimizer(options, self._masters)
+        self.optimizer = make_optimizer(options, self._masters, decays)
         self._schedule = None if options.schedule is None else options.schedule(self.optimizer)
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether what it steps are masters of its own, which no library saves."""
+        return any(master is not parameter for parameter, master in zip(self._parameters, self._masters, strict=True))
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def step(self) -> float | None:
         """Clip, take one step from the parameters' gradients, clear them, and return the norm before clipping."""

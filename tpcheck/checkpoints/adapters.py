@@ -22,6 +22,7 @@ _TUNERS = (
 _TUNED = re.compile(rf"(?P<head>.*\.{_TUNERS})(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?P<tail>\.(?:weight|bias))?")
 _SAVED_MODULE = re.compile(r"(?P<head>.*)\.modules_to_save\.(?P<adapter>[^.]+)(?P<tail>\..+)")
 _BASE = re.compile(r"\.(base_layer|original_module)(?=\.)")
+_KIND = "peft_type"  # in the configuration of a saved adapter
 _DORA = "lora_magnitude_vector"  # saved without ".weight"
 
 
@@ -32,7 +33,8 @@ class AdapterNames:
     Attributes:
         of_adapter: For each adapter the names that `save_pretrained` gives its tensors, with those here.
         of_base: The base model's names without what PEFT inserted, with those here.
-        holds_base: Whether the base model's weights are beside the adapters.
+        holds_base: Whether the base model's weights are beside the adapters; an adapter that PEFT saved may hold some
+            of them, such as the embeddings.
     """
 
     of_adapter: Mapping[str, Mapping[str, str]]
@@ -40,13 +42,13 @@ class AdapterNames:
     holds_base: bool
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> AdapterNames:
+    def of(cls, names: Sequence[str], *, is_saved_adapter: bool = False) -> AdapterNames:
         of_adapter: dict[str, dict[str, str]] = {}
         of_base: dict[str, str] = {}
         for name in names:
             adapter, saved = _taken_apart(name)
             (of_base if adapter is None else of_adapter.setdefault(adapter, {}))[saved] = name
-        return cls(of_adapter, of_base, any(_BASE.search(name) for name in names))
+        return cls(of_adapter, of_base, not is_saved_adapter and any(_BASE.search(name) for name in names))
 
 
 def _taken_apart(name: str) -> tuple[str | None, str]:
@@ -79,7 +81,10 @@ class AdapterReading:
 def adapter_readings(actual: Checkpoint, expected: Checkpoint) -> Iterator[AdapterReading]:
     """Yield readings of a model that holds its adapters, where the other side is an adapter or a merged model."""
     sides = {"actual": actual, "the reference": expected}
-    names = {side: AdapterNames.of(checkpoint.names()) for side, checkpoint in sides.items()}
+    names = {
+        side: AdapterNames.of(checkpoint.names(), is_saved_adapter=_KIND in checkpoint.config)
+        for side, checkpoint in sides.items()
+    }
     for side, other in (("actual", "the reference"), ("the reference", "actual")):
         if not names[side].holds_base or not names[side].of_adapter or names[other].holds_base:
             continue

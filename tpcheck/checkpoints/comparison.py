@@ -198,12 +198,14 @@ class Comparison:
         findings: One for each tensor that is not the reference's, in the reference's order.
         coverage: How many tensors could be compared.
         renamed: How names were matched where they are not equal, in words.
+        names: Of the reference's tensors, as they were compared: of an adapter alone, those that PEFT gives it.
         tensors: Every tensor of the reference, then those that `actual` alone has.
     """
 
     findings: tuple[Finding, ...]
     coverage: Coverage
     renamed: tuple[str, ...]
+    names: tuple[str, ...]
     tensors: tuple[StoredTensor, ...] = ()
 
 
@@ -256,6 +258,7 @@ def compare_checkpoints(
         tuple(replace(finding, evidence={**finding.evidence, **count}) for finding in findings),
         _coverage(actual, expected, unmatched, matching.left_out),
         matching.renamed,
+        tuple(expected.names()),
         tuple(_stored_tensors(actual, expected, pairs, equal, {name.name: _only_in(name) for name in unmatched})),
     )
 

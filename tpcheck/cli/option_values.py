@@ -54,14 +54,21 @@ def json_object(name: str, source: str) -> dict[str, Any]:
     return parsed
 
 
-def name_or_object(name: str, source: str) -> str | dict[str, Any]:
+def name_or_object(name: str, source: str, marks: str = "") -> str | dict[str, Any]:
     """Return a name as it is, and the JSON object that `source` is, or that stands in the file of this name.
+
+    Args:
+        marks: What names hold beside letters, digits and `_`.
 
     Example:
         >>> name_or_object("optimizer", "adamw"), name_or_object("optimizer", '{"type": "AdamW"}')
         ('adamw', {'type': 'AdamW'})
     """
-    is_name = source.replace("_", "").isalnum()
+    is_name = (
+        bool(source)
+        and all(letter.isalnum() or letter in f"_{marks}" for letter in source)
+        and not source.endswith(".json")
+    )
     return source if is_name else json_object(name, source)
 
 

@@ -28,7 +28,7 @@ from tpcheck.lab.matrix import Cell, cells
 from tpcheck.model.options import DEFAULTS, RunOptions, Tokens, option_help
 from tpcheck.report.report import Report
 
-_PARSED = {"backend", "dtype", "optimizer", "attention", "experts", "config", "checks"}
+_PARSED = {"backend", "dtype", "optimizer", "attention", "experts", "lora", "config", "checks"}
 """Options whose flag `verify` parses; the flag of every other option gives the value itself."""
 
 
@@ -75,7 +75,7 @@ def verify(
     compile_layers: Annotated[
         bool, typer.Option("--compile-layers", help=option_help("compile_layers"))
     ] = DEFAULTS.compile_layers,
-    lora: Annotated[int, typer.Option(metavar="R", help=option_help("lora"))] = DEFAULTS.lora,
+    lora: Annotated[str, typer.Option(metavar="R[,..]|JSON|FILE", help=option_help("lora"))] = str(DEFAULTS.lora),
     loop: Annotated[str, typer.Option(metavar="plain|trainer", help=option_help("loop"))] = DEFAULTS.loop,
     jobs: Annotated[
         int | None, typer.Option(help="Runs at the same time.", show_default="as many as fit the cores")
@@ -161,6 +161,7 @@ def verify(
             **given,
             compile=compile_,
             optimizer=name_or_object("optimizer", optimizer),
+            lora=name_or_object("lora", lora, marks=",-."),
             settings=settings(set_ or []),
             config=json_object("config", config) if config is not None else None,
             checks=checks or None,

@@ -210,7 +210,8 @@ class Cause(Enum):
     MISSING_REDUCE = (
         "missing_reduce",
         "leaving out the reduction over the ranks gives the actual tensor{residual}",
-        "numerics.hypotheses.reductions numerics.hypotheses.vocabulary runs.sketch_causes",
+        "numerics.hypotheses.accumulation numerics.hypotheses.reductions numerics.hypotheses.vocabulary "
+        "runs.sketch_causes",
     )
     DUPLICATE_REDUCE = (
         "duplicate_reduce",

@@ -129,24 +129,6 @@ def small_model(family: str | FolderModel, settings: Mapping[str, object] | None
     return model
 
 
-def with_adapters(family: str | FolderModel, settings: Mapping[str, object] | None, rank: int) -> nn.Module:
-    """Return a small model with LoRA adapters of this rank on all of its linear layers, which are trained alone.
-
-    Raises:
-        UsageError: peft is not installed, or cannot add adapters to this model.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise UsageError("lora", rank, "0, or an installed peft: pip install peft") from error
-    model = small_model(family, settings)
-    try:
-        adapted: nn.Module = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear"))
-    except Exception as error:
-        raise UsageError("lora", rank, f"0: peft adds no adapters to {family} ({error})") from error
-    return adapted
-
-
 def small_config(family: str | FolderModel, settings: Mapping[str, object] | None = None) -> Any:
     """Return the small configuration of a family with the user's settings over it; see `small_model`."""
     wanted = nest(settings or {})

@@ -50,27 +50,31 @@ def require_equal_models(model: nn.Module, first: nn.Module, expected: Mapping[s
             raise UsageError("build", name, "a model with the same weights each time it is called under one seed")
 
 
-def loss_of(output: Any) -> torch.Tensor:
+def loss_of(output: Any, *, with_gradient: bool = True) -> torch.Tensor:
     """Return the loss that a model returns.
 
     Raises:
         UsageError: There is none.
     """
-    if (loss := find_loss(output)) is not None:
+    if (loss := find_loss(output, with_gradient=with_gradient)) is not None:
         return loss
     raise UsageError(
         "build", type(output).__name__, "a model that returns its loss (a scalar, `.loss`, or the first of a tuple)"
     )
 
 
-def find_loss(output: Any) -> torch.Tensor | None:
-    """Return the loss: `output.loss`, `output["loss"]`, a scalar output, or the first scalar of a tuple; or None."""
+def find_loss(output: Any, *, with_gradient: bool = True) -> torch.Tensor | None:
+    """Return the loss: `output.loss`, `output["loss"]`, a scalar output, or the first scalar of a tuple; or None.
+
+    Args:
+        with_gradient: Whether what has no gradient is no loss.
+    """
     candidates = [getattr(output, "loss", None)]
     if isinstance(output, Mapping):
         candidates.append(output.get("loss"))
     candidates.extend(output if isinstance(output, (tuple, list)) else [output])
     for value in candidates:
-        if isinstance(value, torch.Tensor) and value.numel() == 1 and value.requires_grad:
+        if isinstance(value, torch.Tensor) and value.numel() == 1 and value.requires_grad >= with_gradient:
             return value.reshape(())
     return None
 

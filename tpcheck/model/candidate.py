@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
+from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions, TrainsByItself
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.local_part import full_tensor, local_part
 from tpcheck.core.digests import digest
@@ -16,7 +17,7 @@ from tpcheck.model.blame import blame_backend
 from tpcheck.model.build import Batch, copy_batch, loss_of
 from tpcheck.model.implementations import compile_module, compiled_modules, replace_implementations
 from tpcheck.model.optimizer_state import candidate_state
-from tpcheck.numerics.evidence import Collective, Step, TensorKey
+from tpcheck.numerics.evidence import LOGGED_NORM, Collective, Phase, Step, TensorKey
 from tpcheck.numerics.precision import reduced_precision_raised
 from tpcheck.numerics.recorder import ModuleRecorder, is_compiled, logged_collectives
 from tpcheck.numerics.tensors import copy_buffers
@@ -133,60 +134,132 @@ def train(
     Raises:
         BackendError: The backend crashed; with its own message and where it happened.
     """
-    return tuple(_step(backend, candidate, names, index, of_step, log) for index, of_step in enumerate(batches))
+    with closing(StepRecorder(backend, candidate, names, log)) as recorder:
+        if isinstance(candidate, TrainsByItself):
+            with blame_backend(backend, "training"):
+                candidate.train(recorder)
+        else:
+            for micro_batches in batches:
+                _step(candidate, micro_batches, recorder)
+    return tuple(recorder.steps)
 
 
-def _step(
-    backend: Backend,
-    candidate: Candidate,
-    names: Sequence[str],
-    index: int,
-    micro_batches: Sequence[Batch],
-    log: list[Collective],
-) -> Step:
-    first = len(log)
-    activations: dict[TensorKey, torch.Tensor] = {}
-
-    def keep(key: TensorKey, tensor: torch.Tensor) -> None:
-        activations[key] = local_part(tensor).clone()
-
-    losses: list[torch.Tensor] = []
-    with ModuleRecorder(candidate.module, keep) as recorder:
-        for number, batch in enumerate(micro_batches):
-            recorder.begin_micro_batch(number)
-            of_step = f"of step {index}" + (f", micro-batch {number}" if number else "")
-            with (
-                blame_backend(backend, f"forward {of_step}"),
-                logged_collectives(candidate.module, log, "forward", number, lambda: len(activations)),
-            ):
-                output = candidate.forward(copy_batch(batch))
-            loss = loss_of(output)
-            with (
-                blame_backend(backend, f"backward {of_step}"),
-                logged_collectives(candidate.module, log, "backward", number, lambda: len(activations)),
-            ):
-                candidate.backward(loss)
-            losses.append(loss.detach())
-    with blame_backend(backend, f"step {index}"), reduced_precision_raised(losses[0].dtype is torch.float64):
-        gradients = {name: candidate.gradient(name) for name in names}
+def _step(candidate: Candidate, micro_batches: Sequence[Batch], recorder: StepRecorder) -> None:
+    for batch in micro_batches:
+        with recorder.forward():
+            output = candidate.forward(copy_batch(batch))
+        loss = loss_of(output)
+        with recorder.backward():
+            candidate.backward(loss)
+        recorder.add_loss(loss.detach() / len(micro_batches))
+    recorder.gradients_are_ready()
+    with recorder.optimizing():
         candidate.step()
-        weights = {name: candidate.parameter(name) for name in names}
-        norm = candidate.gradient_norm()
-        state = candidate_state(candidate, names)
-    present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-    digests = _digests("gradient", present) | _digests("parameter", weights) | _buffer_digests(candidate.module)
-    return Step(
-        activations,
-        gradients,
-        weights,
-        norm,
-        sum(float(full_tensor(loss)) for loss in losses) / len(losses),
-        buffers=copy_buffers(candidate.module),
-        optimizer_state=state,
-        digests=digests,
-        collectives=tuple(log[first:]),
-        logs_collectives=not any(map(is_compiled, candidate.module.modules())),
-    )
+    recorder.stepped()
+
+
+class StepRecorder:
+    """Records the steps of a candidate as they happen: a `StepObserver`.
+
+    Attributes:
+        steps: Those that have ended.
+    """
+
+    def __init__(self, backend: Backend, candidate: Candidate, names: Sequence[str], log: list[Collective]) -> None:
+        self.steps: list[Step] = []
+        self._backend, self._candidate, self._names, self._log = backend, candidate, names, log
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget what was recorded of the last step."""
+        self._first_collective = len(self._log)
+        self._activations: dict[TensorKey, torch.Tensor] = {}
+        self._losses: list[torch.Tensor] = []
+        self._gradients: dict[str, torch.Tensor | None] = {}
+        self._hooks = ExitStack()
+        self._recorder: ModuleRecorder | None = None
+        self._num_forward = 0
+
+    def close(self) -> None:
+        """Remove the hooks that a step which crashed has left."""
+        self._hooks.close()
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Record the forward pass of the next micro-batch."""
+        if self._recorder is None:
+            self._recorder = self._hooks.enter_context(ModuleRecorder(self._candidate.module, self._keep))
+        self._recorder.begin_micro_batch(self._num_forward)
+        self._num_forward += 1
+        with self._pass("forward"):
+            yield
+
+    def backward(self) -> AbstractContextManager[None]:
+        """Record the backward pass of the last micro-batch."""
+        return self._pass("backward")
+
+    @contextmanager
+    def _pass(self, phase: Phase) -> Iterator[None]:
+        number, module = self._num_forward - 1, self._candidate.module
+        of_step = f"of step {len(self.steps)}" + (f", micro-batch {number}" if number else "")
+        with (
+            blame_backend(self._backend, f"{phase} {of_step}"),
+            logged_collectives(module, self._log, phase, number, lambda: len(self._activations)),
+        ):
+            yield
+
+    def _keep(self, key: TensorKey, tensor: torch.Tensor) -> None:
+        self._activations[key] = local_part(tensor).clone()
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Add to the loss of the step."""
+        self._losses.append(loss)
+
+    def _blaming_step(self) -> AbstractContextManager[None]:
+        return blame_backend(self._backend, f"step {len(self.steps)}")
+
+    @contextmanager
+    def optimizing(self) -> Iterator[None]:
+        """Let the optimizer compute in full precision."""
+        is_float64 = next(self._candidate.module.parameters()).dtype is torch.float64
+        with self._blaming_step(), reduced_precision_raised(is_float64):
+            yield
+
+    def gradients_are_ready(self) -> None:
+        """Copy the gradients, and record no module until the next step."""
+        self._hooks.close()
+        with self._blaming_step():
+            self._gradients = {name: self._candidate.gradient(name) for name in self._names}
+
+    def stepped(self) -> None:
+        """Copy what the step has changed, and end it."""
+        with self._blaming_step():
+            weights = {name: self._candidate.parameter(name) for name in self._names}
+            norm = self._candidate.gradient_norm()
+            state = candidate_state(self._candidate, self._names)
+        module = self._candidate.module
+        present = {name: gradient for name, gradient in self._gradients.items() if gradient is not None}
+        digests = _digests("gradient", present) | _digests("parameter", weights) | _buffer_digests(module)
+        step = Step(
+            self._activations,
+            self._gradients,
+            weights,
+            norm,
+            sum(float(full_tensor(loss)) for loss in self._losses),
+            buffers=copy_buffers(module),
+            optimizer_state=state,
+            digests=digests,
+            collectives=tuple(self._log[self._first_collective :]),
+            logs_collectives=not any(map(is_compiled, module.modules())),
+        )
+        self.steps.append(step)
+        self._begin()
+
+    def logged(self, values: Mapping[str, float]) -> None:
+        """Add what was logged of the last step; the norm, where the candidate knows none by itself."""
+        last = self.steps[-1]
+        norm = values.get(LOGGED_NORM) if last.gradient_norm is None else last.gradient_norm
+        self.steps[-1] = replace(last, logged={**last.logged, **values}, gradient_norm=norm)
 
 
 def _digests(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, str], str]:

@@ -106,15 +106,17 @@ def _loss(model: nn.Module, batch: Batch) -> float:
 def with_counts(batches: Sequence[Sequence[Sequence[Batch]]], labels: Sequence[LabelCounts]) -> list[list[list[Batch]]]:
     """Return the batches with the number that the model divides by, where it does: see `takes_count`.
 
-    Replicas and micro-batches are averaged afterwards, so that this is the labels of the step per micro-batch.
+    It is the labels of the step, where losses are added up. Where replicas and micro-batches are averaged afterwards,
+    it is those per micro-batch.
     """
     return [
-        [
-            [{**batch, COUNT: torch.tensor(step.total / sum(map(len, step.counts)))} for batch in of_rank]
-            for of_rank in of_step
-        ]
+        [[{**batch, COUNT: torch.tensor(_divisor(step))} for batch in of_rank] for of_rank in of_step]
         for of_step, step in zip(batches, labels, strict=True)
     ]
+
+
+def _divisor(step: LabelCounts) -> float:
+    return step.total / (1 if step.adds_up else sum(map(len, step.counts)))
 
 
 def takes_count(model: nn.Module, batch: Batch) -> bool:

@@ -44,7 +44,9 @@ def _train(options: TrainingOptions, evidence: Evidence, tp_rank: int) -> Sequen
         for name, parameter in parameters.items():
             gradient = step.gradients[name]
             is_whole = gradient is not None and tuple(gradient.shape) == tuple(evidence.layouts[name].shape)
-            parameter.grad = evidence.layouts[name].local(gradient, tp_rank).clone() if is_whole else None
+            parameter.grad = (
+                evidence.layouts[name].local(gradient, tp_rank).to(parameter.dtype, copy=True) if is_whole else None
+            )
         with reduced_precision_raised(options.dtype is torch.float64):
             optimizer.step()
         steps.append({name: parameter.detach().clone() for name, parameter in parameters.items()})

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar
 from tpcheck.core.errors import UsageError
 from tpcheck.core.reproduce import verify_command
 from tpcheck.core.topology import Topology
+from tpcheck.families.adapters import LoraSource, lora_fields
 from tpcheck.numerics.tolerance import NUM_REPLAYS
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ DTYPES = (*COMMON_DTYPES, "float16")
 ZERO_STAGES = (0, 1, 2, 3)
 LOSSES = ("mean", "token_mean")
 LOOPS = ("plain", "trainer")
+_TRAINER_BACKENDS = ("deepspeed", "transformers")
 ATTENTIONS = ("eager", "sdpa", "flex_attention")
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 
@@ -157,8 +159,14 @@ class RunOptions:
     compile_layers: bool = field(
         default=False, metadata=_doc("Compile each layer of the sharded model by itself, in place of the whole.")
     )
-    lora: int = field(
-        default=0, metadata=_doc("Rank of LoRA adapters on a family's linear layers, trained alone; 0 for none.")
+    lora: LoraSource = field(
+        default=0,
+        hash=False,
+        metadata=_doc(
+            "LoRA adapters on a family's model, trained alone: the rank, 0 for none. `8` is on all linear layers, "
+            "`8,attention` and `8,q_proj,v_proj` are on some, `8,rslora` and `8,dora` are variants; a dict has fields "
+            "of peft.LoraConfig, in which `target_modules` may be `attention`, too."
+        ),
     )
     loop: str = field(
         default="plain",
@@ -219,12 +227,14 @@ class RunOptions:
                 if value is not None and not isinstance(value, Mapping):
                     raise UsageError(name, value, "a dict, or None")
                 keywords[name] = dict(value or {})
-        checks, batch = keywords.get("checks"), keywords.get("batch")
+        checks, batch, lora = (keywords.get(name) for name in ("checks", "batch", "lora"))
         if isinstance(checks, str):
             raise UsageError("checks", checks, "a list of names")
         keywords["checks"] = None if checks is None else tuple(checks)
         batch = Tokens.parse(batch) if isinstance(batch, str) else batch
         keywords["batch"] = None if batch == Tokens() else batch
+        if isinstance(lora, str):
+            keywords["lora"] = int(lora) if lora.strip().isdecimal() else lora.replace(" ", "")
         return cls(**keywords)
 
     @property
@@ -274,12 +284,16 @@ class RunOptions:
             "tp": topology.tp,
             "dp": topology.dp,
             "zero": zero_stage,
-            "optimizer": dict(self.optimizer) if isinstance(self.optimizer, Mapping) else self.optimizer,
+            **{name: _plain_dict(values[name]) for name in ("optimizer", "lora")},
             "config": dict(self.config),
             "settings": dict(self.settings),
             "checks": None if are_default else list(self.checks or ()),
             "batch": str(self.batch) if isinstance(self.batch, Tokens) else None,
         }
+
+
+def _plain_dict(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 DEFAULTS = RunOptions()
@@ -330,7 +344,7 @@ class FamilyKeywords(OptionKeywords, total=False):
     settings: Mapping[str, Any] | None
     batch: Tokens | str | None
     full: bool
-    lora: int
+    lora: LoraSource
 
 
 def expand_options(keywords: type) -> Callable[[_F], _F]:
@@ -432,7 +446,6 @@ def require_valid(request: Request) -> None:
         ("seed", options.seed, 0),
         ("replays", options.replays, 1),
         ("accumulate", options.accumulate, 1),
-        ("lora", options.lora, 0),
     ):
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 2**31:
             raise UsageError(name, value, f"an integer from {minimum} to {2**31 - 1}")
@@ -453,6 +466,8 @@ def _require_topology(topology: Topology) -> None:
 
 
 def _require_training(options: RunOptions) -> None:
+    if options.lora != 0 or isinstance(options.lora, bool):
+        lora_fields(options.lora)
     if options.loss not in LOSSES:
         raise UsageError("loss", options.loss, LOSSES)
     _require_optimizer(options.optimizer)
@@ -481,14 +496,17 @@ def _require_implementations(options: RunOptions) -> None:
         raise UsageError("reentrant", True, "False without checkpointing")
 
 
-# ---- options that are not available yet: each is refused in one place
-
-
 def _require_loop(options: RunOptions) -> None:
     if options.loop not in LOOPS:
         raise UsageError("loop", options.loop, LOOPS)
-    if options.loop != "plain":
-        raise UsageError("loop", options.loop, "plain: transformers' Trainer is not available yet")
+    if options.loop == "plain":
+        return
+    if options.backend_name not in _TRAINER_BACKENDS:
+        accepted = f"plain with backend={options.backend_name}; the Trainer drives {' and '.join(_TRAINER_BACKENDS)}"
+        raise UsageError("loop", options.loop, accepted)
+    others = [name for name in _of_other_candidates() if name in options.check_names]
+    if others:
+        raise UsageError("checks", others, "any other check with loop=trainer")
 
 
 def _all_checks() -> tuple[str, ...]:
@@ -501,3 +519,10 @@ def _default_checks() -> tuple[str, ...]:
     from tpcheck.numerics.checks import CHECK_NAMES
 
     return CHECK_NAMES
+
+
+def _of_other_candidates() -> tuple[str, ...]:
+    """Return the checks that shard further models, without batches to train on."""
+    from tpcheck.numerics.checks import INITIALISATION_CHECK, RESUME_CHECK
+
+    return (INITIALISATION_CHECK, RESUME_CHECK)

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 
 from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
+from tpcheck.backends.peft_models import peft_version
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.clipping import Clipping
 from tpcheck.core.digests import digest
 from tpcheck.model.blame import internal_error, is_of_tpcheck, issued_by, naming_indivisible_sizes
-from tpcheck.model.build import Batch, build_model, require_equal_models
+from tpcheck.model.build import build_model, require_equal_models
 from tpcheck.model.candidate import CandidateStart, shard, train
 from tpcheck.model.implementations import num_compiled_graphs, require_compiled
 from tpcheck.model.initialising import verify_initialisation
@@ -119,7 +120,7 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
             answer = add_saved(answer, saved)
     if answer is not None and initialised is not None and rank.rank == 0:  # it is of all ranks
         answer = replace(answer, answers=(initialised, *answer.answers))
-    return RankAnswer(answer, backend.versions(), options.notes)
+    return RankAnswer(answer, {**backend.versions(), **peft_version(reference.model)}, options.notes)
 
 
 def trains(checks: Sequence[str]) -> bool:
@@ -145,7 +146,6 @@ def training_options(request: Request, device: torch.device) -> TrainingOptions:
         reentrant=options.reentrant,
         compile=options.compile,
         compile_layers=options.compile_layers,
-        lora=options.lora,
         loop=options.loop,
         rebuild=partial(build_model, request, device),
     )
@@ -166,7 +166,7 @@ def _train_both(
     steps, tolerance = reference.train(rank)
     forces = request.options.dtype != "float64"  # whose rounding hides nothing
     module_tolerance = forced_tolerance(reference, rank, steps[0]) if forces else None
-    forced = _forced_pass(backend, candidate, batches[0][0], steps[0], rank, log) if forces else None
+    forced = _forced_pass(backend, candidate, reference, steps[0], rank, log) if forces else None
     num_graphs = num_compiled_graphs()
     candidate_steps = train(backend, candidate, tuple(start.weights), batches, log)
     require_compiled(reference.options, num_compiled_graphs() - num_graphs)
@@ -202,13 +202,14 @@ def _observed_clipping(rank: CommunicatingRank, full: Evidence | None) -> Clippi
 def _forced_pass(
     backend: Backend,
     candidate: Candidate,
-    batch: Batch,
+    reference: Reference,
     first: ReferenceStep,
     rank: RankLike,
     log: list[Collective],
 ) -> ForcedPass:
     """Run the modules with teacher forcing, once to find the partial gradients, and again with these known."""
-    trial = forced_modules(backend, candidate, batch, first, rank, log=log)
+    batch, share = reference.batches[0][_dp_rank(rank)][0], reference.first_share
+    trial = forced_modules(backend, candidate, batch, first, rank, share=share, log=log)
     by_tp_rank = _gather_to_first(trial.step.activations, rank)
     partial_gradients = [
         None if by_tp_rank is None else find_partial_gradients(by_tp_rank, first[_dp_rank(rank)].activations)
@@ -217,7 +218,7 @@ def _forced_pass(
         dist.broadcast_object_list(
             partial_gradients, src=rank.topology.peers(rank.rank, "tp")[0], group=rank.group("tp")
         )
-    return forced_modules(backend, candidate, batch, first, rank, partial_gradients[0], log=log)
+    return forced_modules(backend, candidate, batch, first, rank, partial_gradients[0], share=share, log=log)
 
 
 def _start_evidence(
@@ -243,6 +244,7 @@ def _start_evidence(
         tolerance=Tolerance(0.0, request.options.replays, {}),
         labels=reference.labels,
         clipping=reference.options.clipping,
+        frozen=frozenset(name for name, parameter in reference.model.named_parameters() if not parameter.requires_grad),
     )
 
 

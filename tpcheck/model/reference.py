@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from math import isfinite
+from functools import partial
+from math import isfinite, nan
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from tpcheck.core.errors import UsageError
 from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of, make_batches
 from tpcheck.model.implementations import run_eagerly
 from tpcheck.model.labels import (
+    COUNT,
     batch_with_labels,
     label_counts,
     labels_name,
@@ -32,11 +34,34 @@ from tpcheck.model.optimizer_state import optimizer_state
 from tpcheck.model.options import Request
 from tpcheck.numerics.data_flow import DataFlow
 from tpcheck.numerics.differences import frobenius, frobenius_distance
-from tpcheck.numerics.evidence import LabelCounts, MicroBatchGradients, Step, TensorKey
-from tpcheck.numerics.perturb import Deviations, Perturbation, first_nonzero, named_deviations, perturbed_replay
+from tpcheck.numerics.evidence import (
+    EVALUATION_LOSS,
+    LOGGED_LOSS,
+    LOGGED_NORM,
+    LOGGED_RATE,
+    LabelCounts,
+    MicroBatchGradients,
+    Step,
+    TensorKey,
+)
+from tpcheck.numerics.perturb import (
+    Deviations,
+    Perturbation,
+    first_nonzero,
+    named_deviations,
+    perturbed_leaves,
+    perturbed_replay,
+)
 from tpcheck.numerics.precision import reduced_precision_raised, torch_function_disabled
 from tpcheck.numerics.recorder import ModuleRecorder
-from tpcheck.numerics.tensors import State, copy_buffers, copy_parameters, restore_buffers, restore_parameters
+from tpcheck.numerics.tensors import (
+    State,
+    copy_buffers,
+    copy_parameters,
+    restore_buffers,
+    restore_parameters,
+    state_restored,
+)
 from tpcheck.numerics.tolerance import SAFETY_FACTOR, Tolerance, largest_deviations
 
 ReferenceStep = tuple[Step, ...]  # by DP rank; what is common to all ranks is the same object in each
@@ -78,10 +103,15 @@ class Reference:
         model = build_model(request, rank.device)
         run_eagerly(model)
         data = make_batches(request.options, model, rank.topology.dp, rank.device, options.accumulate)
+        options = replace(options, batch_size=batch_size(data[0][0][0]))
         labels = label_counts(model, data, options.loss)
+        if options.loop != "plain":
+            options = replace(options, batches=data)
         if options.loss == "token_mean" and takes_count(model, batch_with_labels(data)):
+            sums = options.loop != "plain"  # the Trainer divides by all labels of the step, and multiplies by dp
+            labels = tuple(replace(of_step, adds_up=sums) for of_step in labels)
             data = with_counts(data, labels)
-            weighing = Weighing(labels)
+            weighing = Weighing(labels, share=rank.topology.dp if sums else None)
         elif options.loss == "token_mean":
             weighing = Weighing(labels, loss_module(model, batch_with_labels(data)))
         else:
@@ -90,7 +120,7 @@ class Reference:
             model=model,
             batches=data,
             weighing=weighing,
-            options=replace(options, batch_size=batch_size(data[0][0][0])),
+            options=options,
             parameters=copy_parameters(model),
             buffers=copy_buffers(model),
             replays=request.options.replays,
@@ -101,6 +131,11 @@ class Reference:
     def labels(self) -> tuple[LabelCounts, ...]:
         """The labels of each step; empty where they cannot be counted."""
         return self.weighing.labels
+
+    @property
+    def first_share(self) -> float:
+        """What the loss of a micro-batch of the first step is multiplied by before its backward pass."""
+        return self.weighing.share_of(len(self.batches[0][0]))
 
     @property
     def state(self) -> State:
@@ -178,6 +213,14 @@ class Reference:
         return Tolerance(scalar_eps, self.replays, largest_deviations(by_rank))
 
 
+def decay_flags(model: nn.Module, options: TrainingOptions) -> list[bool] | None:
+    """Return whether the weights of each parameter that needs a gradient decay; None for all."""
+    if options.decayed_parameters is None:
+        return None
+    decayed = options.decayed_parameters(model)
+    return [name in decayed for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 @dataclass(frozen=True, slots=True)
 class Weighing:
     """How the losses of micro-batches are weighted.
@@ -186,10 +229,22 @@ class Weighing:
         labels: The labels of each step; empty where they cannot be counted.
         module: The module whose loss is multiplied by its share of the labels. None where none is: all count alike, or
             the model divides by the number that it is given.
+        share: What a micro-batch's loss is multiplied by before its backward pass; None for one over their number.
     """
 
     labels: tuple[LabelCounts, ...] = ()
     module: str | None = None
+    share: float | None = None
+
+    def share_of(self, num_micro_batches: int) -> float:
+        """Return what a micro-batch's loss is multiplied by before its backward pass."""
+        return 1 / num_micro_batches if self.share is None else self.share
+
+    def evaluated(self, batch: Batch, number: int) -> Batch:
+        """Return a micro-batch of the last step as an evaluation gives it to the model."""
+        if self.share is None:
+            return batch
+        return {**batch, COUNT: torch.tensor(float(sum(of_rank[number] for of_rank in self.labels[-1].counts)))}
 
     @contextmanager
     def applied(self, model: nn.Module, batch: Batch, step: int, dp_rank: int, micro_batch: int) -> Iterator[Batch]:
@@ -211,18 +266,22 @@ def train(
     options: TrainingOptions,
     recording: Recording,
     weighing: Weighing | None = None,
+    evaluating: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> list[ReferenceStep]:
     """Train on the micro-batches of all DP ranks and return each step, without activations.
 
     Args:
         batches: batches[step][dp_rank][micro_batch].
         recording: Returns the context for the forward and backward pass of a (step, dp_rank, micro_batch).
+        evaluating: Returns the context of the evaluation that a loop of a library's runs after the last step.
 
     Raises:
         UsageError: The loss is not finite, or there is none.
     """
     weighing = weighing or Weighing()
-    optimizer = Sgd(list(model.parameters()), options, clip_by_convention(options.clipping))
+    optimizer = Sgd(
+        list(model.parameters()), options, clip_by_convention(options.clipping), decay_flags(model, options)
+    )
     buffers: list[State] = [copy_buffers(model)] * len(batches[0])
     steps = []
     for index, by_dp_rank in enumerate(batches):
@@ -237,14 +296,51 @@ def train(
                     weighing.applied(model, batch, index, dp_rank, number) as weighed,
                     recording(index, dp_rank, number),
                 ):
-                    loss += _forward_and_backward(model, weighed, len(micro_batches)) / len(micro_batches)
+                    loss += _forward_and_backward(model, weighed, weighing.share_of(len(micro_batches)))
                 of_rank.append(_pop_gradients(model))
             losses.append(loss)
             buffers[dp_rank] = copy_buffers(model)
             gradients.append(of_rank)
         labels = weighing.labels[index] if weighing.labels else None
-        steps.append(_step(model, optimizer, losses, buffers, gradients, labels))
+        rate = optimizer.learning_rate
+        of_ranks = _step(model, optimizer, losses, buffers, gradients, labels)
+        steps.append(of_ranks if options.loop == "plain" else _with_log(of_ranks, rate))
+    if options.loop != "plain":
+        evaluated = {EVALUATION_LOSS: _evaluation_loss(model, batches[-1], weighing, evaluating)}
+        steps[-1] = tuple(replace(of_rank, logged={**of_rank.logged, **evaluated}) for of_rank in steps[-1])
     return steps
+
+
+def _with_log(step: ReferenceStep, rate: float) -> ReferenceStep:
+    """Add what the Trainer logs of a step: the mean of the replicas' losses, the norm, and the rate of the step."""
+    norm = step[0].gradient_norm
+    logged = {LOGGED_LOSS: sum(of_rank.loss for of_rank in step) / len(step), LOGGED_RATE: rate}
+    logged |= {} if norm is None else {LOGGED_NORM: norm}
+    return tuple(replace(of_rank, logged=logged) for of_rank in step)
+
+
+def _evaluation_loss(
+    model: nn.Module,
+    by_dp_rank: Sequence[Sequence[Batch]],
+    weighing: Weighing,
+    evaluating: Callable[[], AbstractContextManager[Any]],
+) -> float:
+    """Return the loss of an evaluation on the batches of the last step, as the Trainer has it.
+
+    It is the mean over the batches of all DP ranks, each divided by the labels of the batches of its number, where the
+    model divides by what it is given. One without labels has no mean, and is left out.
+    """
+    losses = []
+    model.eval()
+    with state_restored(model), torch.no_grad(), evaluating():
+        for number, batches in enumerate(zip(*by_dp_rank, strict=True)):
+            for batch in batches:
+                output = model(**copy_batch(weighing.evaluated(batch, number)))
+                losses.append(float(loss_of(output, with_gradient=False)))
+    model.train()
+    share = 1.0 if weighing.share is None else weighing.share
+    finite = [loss * share for loss in losses if isfinite(loss)]
+    return sum(finite) / len(finite) if finite else nan
 
 
 def train_recorded(
@@ -274,10 +370,11 @@ def train_recorded(
     ]
 
 
-def _forward_and_backward(model: nn.Module, batch: Batch, num_micro_batches: int) -> float:
-    """Return the loss; its gradients are those of its share, as trainers divide it by the number of micro-batches."""
+def _forward_and_backward(model: nn.Module, batch: Batch, share: float) -> float:
+    """Return the share of the loss that is the micro-batch's, after its backward pass."""
     loss = loss_of(model(**copy_batch(batch)))
-    (loss / num_micro_batches if num_micro_batches > 1 else loss).backward()  # type: ignore[no-untyped-call]
+    loss = loss if share == 1 else loss * share
+    loss.backward()  # type: ignore[no-untyped-call]
     if not isfinite(value := float(loss.detach())):
         raise UsageError("build", f"loss {value}", "a model whose loss is finite: nothing can be compared with it")
     return value
@@ -394,7 +491,8 @@ def _replay_training(reference: Reference, expected: Sequence[ReferenceStep], pe
         activations = expected[step][dp_rank].activations
         return perturbed_replay(model, perturbation, activations, deviations, step, dp_rank, micro_batch=micro_batch)
 
-    steps = train(model, reference.batches, reference.options, recording, reference.weighing)
+    evaluating = partial(perturbed_leaves, model, perturbation)
+    steps = train(model, reference.batches, reference.options, recording, reference.weighing, evaluating)
     with torch_function_disabled():
         for index, (step, expected_step) in enumerate(zip(steps, expected, strict=True)):
             deviations |= _step_deviations(index, step, expected_step)
@@ -411,6 +509,8 @@ def _step_deviations(index: int, step: ReferenceStep, expected: ReferenceStep) -
     for dp_rank, (of_rank, expected_of_rank) in enumerate(zip(step, expected, strict=True)):
         deviations[index, dp_rank, "loss"] = abs(of_rank.loss - expected_of_rank.loss)
         deviations |= named_deviations(of_rank.buffers, expected_of_rank.buffers, index, dp_rank, "buffer")
+    for name, value in expected[0].logged.items():
+        deviations[index, "logged", name] = abs(step[0].logged[name] - value)
     return deviations
 
 

@@ -8,7 +8,7 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
@@ -27,7 +27,7 @@ from tpcheck.core.topology import Topology
 from tpcheck.families.settings import overlay
 from tpcheck.model.blame import blame_backend
 from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of, moved_batch
-from tpcheck.model.options import Request
+from tpcheck.model.options import Request, RunOptions
 from tpcheck.model.rank_run import training_options
 from tpcheck.model.reference import CommunicatingRank, Reference
 from tpcheck.model.user_code import with_user_code
@@ -42,6 +42,7 @@ from tpcheck.numerics.checks.resume import (
 )
 from tpcheck.numerics.global_index import GlobalIndex
 from tpcheck.numerics.optimizer_view import view_of
+from tpcheck.numerics.optimizers.names import unwrapped_names
 from tpcheck.numerics.precision import everything_in_float64
 from tpcheck.numerics.tolerance import Tolerance
 from tpcheck.numerics.training_state import StateKey, StateTensor, TrainingState
@@ -51,13 +52,17 @@ from tpcheck.world.world import spawn
 _OTHER_SEED = 1_000_003  # added to the seed of the model that loads, whose own weights must not be the right ones
 
 
+Steps = Sequence[Sequence[Batch]]
+"""Of one DP rank: steps[step][micro_batch]."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Way:
     """What the controller has to know of a way to resume: `WayToResume` without its functions, and where it saved."""
 
     folder: Path
     config: Mapping[str, Any]
-    any_topology: bool
+    other_sizes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ class _FirstWorld:
     """
 
     training: SavedTraining | None = None
-    batches: Sequence[Sequence[Batch]] = ()
+    batches: Steps = ()
     ways: Mapping[str, _Way] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
     tolerance: Tolerance | None = None
@@ -102,7 +107,7 @@ def verify_resume(request: Request) -> CheckAnswer:
             return replace(answer, not_compared={"resume": "the backend offers no way to save a training and go on"})
         answer = replace(answer, not_compared=dict(first[0].failures))
         for way, facts in first[0].ways.items():
-            for variant in _variants(request, facts):
+            for variant in variants(request, facts.other_sizes, len(first[0].batches[0])):
                 answer = _add(answer, _resume(variant, request, way, facts, num_before, first))
         return answer
     finally:
@@ -115,22 +120,46 @@ def cannot_resume() -> CheckAnswer:
     return CheckAnswer(RESUME_CHECK, -1, {}, (), {"resume": reason})
 
 
-def _variants(request: Request, way: _Way) -> list[Request]:
-    """Return the request, and those at other topologies and ZeRO stages at which this way can be loaded."""
-    options = request.options
-    variants = [options]
-    if way.any_topology:
-        topology, other_sizes = options.topology, replace(options, config=without_sizes(options.config))
-        if topology.tp > 1:
-            variants.append(replace(other_sizes, topology=Topology(tp=topology.tp // 2, dp=topology.dp)))
-        if options.zero_stage in (1, 2):
-            variants.append(replace(other_sizes, zero_stage=3 - options.zero_stage))
-    return [replace(request, options=variant) for variant in variants]
+def variants(request: Request, other_sizes: Collection[str], accumulate: int) -> list[Request]:
+    """Return the request, and those at other sizes of the axes and ZeRO stages at which this way can be loaded.
+
+    At another dp each rank takes the micro-batches of two, or half of its own, so that a step has the same samples.
+
+    Args:
+        other_sizes: What may be another: see `WayToResume`.
+        accumulate: Micro-batches of a step.
+    """
+    options, topology = request.options, request.options.topology
+    elsewhere = replace(options, config=without_sizes(options.config))
+    others = [options]
+    if "tp" in other_sizes and topology.tp > 1:
+        others.append(replace(elsewhere, topology=Topology(tp=topology.tp // 2, dp=topology.dp)))
+    if "dp" in other_sizes and accumulate == options.accumulate:  # else the configuration fixes it
+        if topology.dp % 2 == 0:
+            fewer = Topology(tp=topology.tp, dp=topology.dp // 2)
+            others.append(replace(elsewhere, topology=fewer, accumulate=accumulate * 2))
+        elif accumulate % 2 == 0:
+            more = Topology(tp=topology.tp, dp=topology.dp * 2)
+            others.append(replace(elsewhere, topology=more, accumulate=accumulate // 2))
+    if "zero" in other_sizes and options.zero_stage in (1, 2):
+        others.append(replace(elsewhere, zero_stage=3 - options.zero_stage))
+    return [replace(request, options=variant) for variant in others]
 
 
-def _sizes(request: Request) -> str:
-    options = request.options
-    return f"at tp {options.topology.tp}, dp {options.topology.dp}, ZeRO {options.zero_stage}"
+def _sizes(options: RunOptions, before: RunOptions) -> str:
+    micro_batches = "" if options.accumulate == before.accumulate else f", {options.accumulate} micro-batches"
+    return f"at tp {options.topology.tp}, dp {options.topology.dp}, ZeRO {options.zero_stage}{micro_batches}"
+
+
+def divided(by_dp_rank: Sequence[Steps], dp: int) -> list[list[list[Batch]]]:
+    """Return the same micro-batches of every step for another number of DP ranks, as many for each."""
+    steps: list[list[list[Batch]]] = [[] for _ in range(dp)]
+    for of_step in zip(*by_dp_rank, strict=True):
+        micro_batches = [batch for of_rank in of_step for batch in of_rank]
+        each = len(micro_batches) // dp
+        for number, of_rank in enumerate(steps):
+            of_rank.append(micro_batches[number * each : (number + 1) * each])
+    return steps
 
 
 def _add(answer: CheckAnswer, outcome: ResumeOutcome) -> CheckAnswer:
@@ -155,12 +184,12 @@ def _resume(
     A way that cannot be loaded at the sizes at which it saved is a finding; at other sizes it is no comparison.
     """
     options, is_same = variant.options, variant.options == request.options
-    label = way if is_same else f"{way}, {_sizes(variant)}"
+    label = way if is_same else f"{way}, {_sizes(options, request.options)}"
     config = overlay(options.config, facts.config)
     variant = replace(variant, options=replace(options, config=config))
     try:
         with spawn(options.topology, timeout=options.timeout, device=options.device) as world:
-            batches = [rank.batches for rank in first[:: request.options.topology.tp]]
+            batches = divided([rank.batches for rank in first[:: request.options.topology.tp]], options.topology.dp)
             actual: tuple[ResumedTraining | str, ...] = world.run(
                 _load_and_train, variant, facts.folder, way, num_before, batches
             )
@@ -211,14 +240,14 @@ def _train_and_save(rank: CommunicatingRank, request: Request, folder: Path, num
         for number, (way, how) in enumerate(candidate.ways_to_resume().items()):
             failure = _save(rank, how, folder / str(number))
             if failure is None:
-                ways[way] = _Way(folder / str(number), how.config, how.any_topology)
+                ways[way] = _Way(folder / str(number), how.config, how.other_sizes)
             else:
                 failures[way] = f"saving raises {failure}"
         after = tuple(
             _read_state(candidate, view, indices, _train_step(candidate, micro_batches))
             for micro_batches in batches[num_before:]
         )
-        tolerance = reference.train(rank)[1] if any(way.any_topology for way in ways.values()) else None
+        tolerance = reference.train(rank)[1] if any(way.other_sizes for way in ways.values()) else None
         on_host = [[moved_batch(batch, torch.device("cpu")) for batch in step] for step in batches]
         return _FirstWorld(SavedTraining(saved, after), on_host, ways, failures, tolerance)
 
@@ -242,7 +271,7 @@ def _load_and_train(
     folder: Path,
     way: str,
     num_before: int,
-    batches_by_dp_rank: Sequence[Sequence[Sequence[Batch]]],
+    batches_by_dp_rank: Sequence[Steps],
 ) -> ResumedTraining | str:
     """Load into a model with other weights and train on; return why that is impossible. Collective over the world.
 
@@ -304,15 +333,18 @@ def _train_step(candidate: Candidate, micro_batches: Sequence[Batch]) -> float:
 def _read_state(candidate: Any, view: Any, indices: _Indices, loss: float | None = None) -> TrainingState:
     """Copy what this rank holds. Not collective."""
     tensors = {}
+    names = {short: name for name, short in unwrapped_names(indices).items()}  # the view has no peft in its names
     for part in (*view.weights(), *view.states()):
-        index, of_shard = part.index, indices.get(part.name)
-        if index is None and of_shard is not None:
+        name = names.get(part.name, part.name)
+        index, of_shard = part.index, indices.get(name)
+        # A library may mark no parameter as cut, or keep its groups to itself: the candidate knows the whole shapes.
+        if of_shard is not None and (index is None or index.shape != of_shard.shape):
             if part.values.shape == of_shard.local_shape:
                 index = of_shard
             elif part.index_in_shard is not None and of_shard.local_shape == of_shard.shape:
                 index = part.index_in_shard  # of a whole tensor
         copy = part.values.detach().cpu().clone()
-        tensors[StateKey(part.kind, part.name, part.state)] = StateTensor(copy, index)
+        tensors[StateKey(part.kind, name, part.state)] = StateTensor(copy, index)
     for name, buffer in candidate.module.named_buffers():
         tensors[StateKey("buffer", name)] = StateTensor(local_part(buffer).detach().cpu().clone(), None)
     numbers = {

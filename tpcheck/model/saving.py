@@ -149,7 +149,7 @@ def _compare(folder: Path, expected: nn.Module) -> tuple[tuple[Finding, ...], Ma
         has_masters = any(each.is_floating_point and each.itemsize > dtype.itemsize for each in saved)
         comparison = compare_checkpoints(actual, reference, actual_cast=dtype if has_masters else None)
         wrong = {finding.where["parameter"] for finding in comparison.findings}
-        margins = {name: inf if name in wrong else 0.0 for name in reference.names()}
+        margins = {name: inf if name in wrong else 0.0 for name in comparison.names}
     finally:
         actual.close()
         reference.close()

@@ -87,7 +87,7 @@ def _family(name: str, options: RunOptions) -> Target:
 
 
 def _with_lora(build: Callable[[], Any], source: str | FolderModel, options: RunOptions) -> Callable[[], Any]:
-    from tpcheck.families.build import with_adapters
+    from tpcheck.families.adapters import with_adapters
 
     return partial(with_adapters, source, options.settings, options.lora) if options.lora else build
 

@@ -128,6 +128,7 @@ def forced_modules(
     rank: RankLike,
     partial_gradients: Collection[TensorKey] | None = None,
     *,
+    share: float = 1.0,
     log: list[Collective],
 ) -> ForcedPass:
     """Run every module of the sharded model on its part of the reference's tensors, forward and backward.
@@ -138,6 +139,7 @@ def forced_modules(
         first: The reference's first step.
         partial_gradients: Gradients of which each rank has a term: modules keep those. If None, these are unknown:
             modules keep every gradient that is further off than rounding.
+        share: What the loss of a micro-batch is multiplied by before its backward pass.
         log: Grows by every collective, which a crash leaves there.
 
     Raises:
@@ -167,7 +169,7 @@ def forced_modules(
         logged_collectives(candidate.module, log, position=lambda: len(activations)),
         state_restored(candidate.module),
         ModuleRecorder(candidate.module, keep, forced),
-        inner_backward(candidate.module, _share_of_loss(first), keep_gradients),
+        inner_backward(candidate.module, _share_of_loss(share), keep_gradients),
     ):
         candidate.forward(copy_batch(batch))
     collectives = tuple(_in_its_phase(each, list(activations)) for each in log[first_collective:])
@@ -184,6 +186,7 @@ def _in_its_phase(collective: Collective, recorded: Sequence[TensorKey]) -> Coll
 
 def forced_tolerance(reference: Reference, rank: CommunicatingRank, first: ReferenceStep) -> Tolerance:
     """Measure the tolerance of the first step's pass with teacher forcing per module. Collective."""
+    share = reference.first_share
 
     def replay(perturbation: Perturbation) -> Deviations:
         reference.restore()
@@ -200,7 +203,7 @@ def forced_tolerance(reference: Reference, rank: CommunicatingRank, first: Refer
             with (
                 reference.weighing.applied(reference.model, batch, 0, dp_rank, 0) as weighed,
                 perturbed_replay(reference.model, perturbation, expected, deviations, 0, dp_rank, forced=forced),
-                inner_backward(reference.model, _share_of_loss(first), measure_gradients),
+                inner_backward(reference.model, _share_of_loss(share), measure_gradients),
             ):
                 reference.model(**copy_batch(weighed))
         return deviations
@@ -215,15 +218,14 @@ def replica_gradients(step: Step) -> Mapping[str, torch.Tensor | None]:
     return step.local_gradients or step.gradients
 
 
-def _share_of_loss(first: ReferenceStep) -> Callable[[Any], torch.Tensor | None]:
-    """Return what finds the loss of a micro-batch, divided by their number as in the reference's step."""
-    number = max(1, len(first[0].micro_gradients))
+def _share_of_loss(share: float) -> Callable[[Any], torch.Tensor | None]:
+    """Return what finds the loss of a micro-batch, multiplied by its share as in the reference's step."""
 
-    def share(output: Any) -> torch.Tensor | None:
+    def find_share(output: Any) -> torch.Tensor | None:
         loss = find_loss(output)
-        return loss if loss is None or number == 1 else loss / number
+        return loss if loss is None or share == 1 else loss * share
 
-    return share
+    return find_share
 
 
 _NOT_CHECKPOINTED = "compatible with .grad()"  # of torch's reentrant checkpointing, in any version, and DeepSpeed's

@@ -23,7 +23,7 @@ from tpcheck.model.options import (
 from tpcheck.model.targets import resolve
 from tpcheck.report.report import Report
 from tpcheck.world.attach import attach, is_launched
-from tpcheck.world.forkserver_client import ZERO_PRELOAD
+from tpcheck.world.forkserver_client import TRAINER_PRELOAD, ZERO_PRELOAD
 from tpcheck.world.world import World, spawn
 
 if TYPE_CHECKING:
@@ -190,8 +190,13 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
     from tpcheck.model.blame import first_unlike
     from tpcheck.model.rank_run import verify_on_rank
 
-    topology, timeout, device = request.options.topology, request.options.timeout, request.options.device
-    preload = (*modules_of(request.options.backend_name), *(ZERO_PRELOAD if request.options.zero_stage else ()))
+    options = request.options
+    topology, timeout, device = options.topology, options.timeout, options.device
+    preload = (
+        *modules_of(options.backend_name),
+        *(ZERO_PRELOAD if options.zero_stage else ()),
+        *(TRAINER_PRELOAD if options.loop == "trainer" else ()),
+    )
     try:
         with spawn(topology, timeout=timeout, device=device, also=preload) as world:
             return world.run(verify_on_rank, request)

@@ -14,6 +14,8 @@ from tpcheck.numerics.norms import ClippedStep, GradientNorms, ObservedNorm
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, RESIDUAL_EXACT, Tolerance
 
 Phase = Literal["forward", "backward"]
+LOGGED_LOSS, LOGGED_NORM, LOGGED_RATE, EVALUATION_LOSS = "loss", "grad_norm", "learning_rate", "eval_loss"
+"""What the Trainer logs, by its names."""
 Role = Literal["input", "output"]
 
 
@@ -107,6 +109,7 @@ class Step:
         logs_collectives: Whether they are known: not those of a compiled model.
         sources: For each activation of the forward pass those nearest before it that it is computed from, as autograd
             knows it; empty for a candidate, and where there are no gradients.
+        logged: What a library's loop logs of the step, and of an evaluation after it, by its names.
     """
 
     activations: Mapping[TensorKey, Tensor]
@@ -123,6 +126,7 @@ class Step:
     collectives: tuple[Collective, ...] = ()
     logs_collectives: bool = True
     sources: Mapping[TensorKey, tuple[TensorKey, ...]] = field(default_factory=dict)
+    logged: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +150,13 @@ class LabelCounts:
         counts: By DP rank, then by micro-batch.
         loss: `mean` where the reference divides each micro-batch's sum by its own count; `token_mean` where it divides
             all sums by the count of the step.
+        adds_up: Whether what a micro-batch returns is divided by all labels of the step, so that the sum over
+            micro-batches and replicas is the loss; else it is their mean.
     """
 
     counts: tuple[tuple[int, ...], ...]
     loss: str = "mean"
+    adds_up: bool = False
 
     @property
     def total(self) -> int:
@@ -222,6 +229,7 @@ class Evidence:
         on_shards: Each rank's parameters after each step if the optimizer is given shards alone, by step, then by
             tp_rank: what an optimizer whose step on an element depends on the whole matrix must not compute.
         clipping: How the reference clips.
+        frozen: Names of the parameters that no step may change.
     """
 
     topology: Topology
@@ -244,6 +252,7 @@ class Evidence:
     labels: tuple[LabelCounts, ...] = ()
     on_shards: tuple[tuple[Mapping[str, Tensor], ...], ...] = ()
     clipping: Clipping = NO_CLIPPING
+    frozen: frozenset[str] = frozenset()
 
     def of_forced_modules(self) -> Evidence | None:
         """Return the step with teacher forcing as evidence of a first step; None where there is none."""
@@ -560,6 +569,7 @@ Kind = Literal[
     "sharding",
     "lost",
     "state",
+    "logged",
 ]
 
 
@@ -648,6 +658,15 @@ class CheckOutcome:
     suspects: tuple[Suspect, ...] = ()
     not_compared: Mapping[str, str] = field(default_factory=dict)
     by_module: MarginsByModule = field(default_factory=dict)
+
+    def or_else(self, other: CheckOutcome) -> CheckOutcome:
+        """Add what else was compared; its suspects follow from those of this outcome, where it has any."""
+        return CheckOutcome(
+            {**self.margins, **other.margins},
+            self.suspects or other.suspects,
+            {**self.not_compared, **other.not_compared},
+            {**self.by_module, **other.by_module},
+        )
 
     def with_forced_modules(
         self, margins: Mapping[str, float], suspects: Iterable[Suspect], by_module: MarginsByModule

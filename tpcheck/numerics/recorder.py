@@ -139,7 +139,9 @@ class ModuleRecorder:
                 )
 
     def _gradient_hook(self, key: TensorKey) -> Callable[[torch.Tensor], torch.Tensor | None]:
-        def hook(gradient: torch.Tensor) -> torch.Tensor | None:
+        def hook(gradient: torch.Tensor | None) -> torch.Tensor | None:
+            if gradient is None:  # DDP's sink hands on outputs that the loss does not use
+                return None
             self._sink(key, gradient.detach())
             return self._forced(key, gradient) if self._forced is not None and key.role == "output" else None
 

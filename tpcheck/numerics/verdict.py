@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tpcheck.core.findings import CheckResult, Coverage, Finding, ModuleMargins, Verdict
-from tpcheck.numerics.checks import START_CHECKS, STEP_CHECKS
+from tpcheck.numerics.checks import ON_REQUEST, START_CHECKS, STEP_CHECKS
 from tpcheck.numerics.error_map import error_map
 from tpcheck.numerics.evidence import CheckOutcome, Evidence, MarginsByModule, Suspect, worst_by_module
 from tpcheck.numerics.hypotheses import explain
@@ -278,7 +278,8 @@ def _coverage(answers: Sequence[CheckAnswer], last_step: int, steps: int) -> Cov
         moment = "" if answer.step < 0 else f"step {answer.step}: "
         not_compared |= {f"{answer.check}: {moment}{name}": why for name, why in answer.not_compared.items()}
     earlier = "the model at the start" if last_step < 0 else f"step {last_step}"
-    for step in range(last_step + 1, steps):
+    differs = any(answer.findings and answer.check not in ON_REQUEST for answer in answers)
+    for step in range(last_step + 1, steps) if differs else ():
         not_compared[f"step {step}"] = (
             f"{earlier} already differs, so differences in later steps would only follow from it"
         )

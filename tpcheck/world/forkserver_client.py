@@ -44,6 +44,8 @@ DEFAULT_PRELOAD: tuple[str, ...] = (
 
 # Imported by every rank of a DeepSpeed engine with ZeRO: the decorators of an optimizer load TorchInductor.
 ZERO_PRELOAD: tuple[str, ...] = ("deepspeed.runtime.zero.muon.muon_optimizer",)
+# Each rank would import the Trainer anew, which takes seconds.
+TRAINER_PRELOAD: tuple[str, ...] = ("tpcheck.backends.trainer_loop.loop", "tpcheck.backends.trainer_loop.stand_ins")
 
 _START_LIMIT_S = 600.0  # imports from a cold disk, on a machine that runs other tests
 _BOOT = "import json, sys; d, path, names = json.loads(sys.argv[1]); sys.path[:] = path; \

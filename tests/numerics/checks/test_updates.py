@@ -150,6 +150,15 @@ def test_a_weight_without_a_gradient_may_be_decayed() -> None:
     assert NORM in updates_match_reference(evidence, 0).margins  # where it is equal
 
 
+def test_a_frozen_weight_may_not() -> None:
+    step = RIGHT.reference[0]
+    evidence = replace(RIGHT, reference=(replace(step, gradients={**step.gradients, NORM: None}),))
+    evidence = replace(with_tensor(evidence, "gradients", NORM, lambda gradient: None), frozen=frozenset({NORM}))
+    (suspect,) = updates_match_reference(with_move(evidence, NORM, lambda move: move * 2), 0).suspects
+    assert suspect.where["parameter"] == NORM
+    assert suspect.evidence["note"] == "it is frozen: no step may change it"
+
+
 @pytest.mark.parametrize("nothing", [lambda gradient: None, torch.zeros_like])
 def test_a_weight_that_only_the_reference_has_a_gradient_for_is_compared(nothing: Change) -> None:
     evidence = with_tensor(with_move(RIGHT, UP, torch.zeros_like), "gradients", UP, nothing)

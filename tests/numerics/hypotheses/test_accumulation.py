@@ -71,3 +71,15 @@ def test_evidence_says_what_each_side_divides_by() -> None:
         "divided_by": "the number of labels of each micro-batch",
         "reference_divides_by": "the number of labels of the whole step",
     }
+
+
+def test_a_loss_that_adds_up_is_larger_by_all_micro_batches_where_it_is_divided_by_its_own_labels() -> None:
+    counts = LabelCounts(((2, 6), (4, 4)), "token_mean", adds_up=True)
+    expected = torch.tensor(3.0, dtype=torch.float64)  # a sum over 16 labels, of which the micro-batch has 6
+    facts = LabelFacts(counts, 0, 1)
+    found = explain(suspect("activation", [expected * 16 / 6] * 2, expected, labels=facts))
+    assert found is not None
+    assert found.cause is Cause.MEAN_OF_LOCAL_MEANS
+    found = explain(suspect("activation", [expected * 16 / 8] * 2, expected, labels=facts))  # of the replica's 8
+    assert found is not None
+    assert found.evidence["divided_by"] == "the number of labels of each replica"

@@ -54,7 +54,14 @@ class DeepSpeedBackend:
 
     @contextmanager
     def session(self, options: TrainingOptions) -> Iterator[None]:
-        with _float64_allowed() if options.dtype is torch.float64 else nullcontext(), _device_of_the_cpu():
+        with ExitStack() as stack:
+            if options.dtype is torch.float64:
+                stack.enter_context(_float64_allowed())
+            stack.enter_context(_device_of_the_cpu())
+            if options.loop == "trainer":
+                from tpcheck.backends.trainer_loop.stand_ins import trainer_session  # imports the Trainer, for seconds
+
+                stack.enter_context(trainer_session())
             yield
 
     def layouts_of(self, model: nn.Module) -> Mapping[str, Layout]:
@@ -65,6 +72,10 @@ class DeepSpeedBackend:
         config = deepspeed_config(options, rank.topology.tp, _hidden_size(model))
         shapes = {name: local_shape(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
         with without_plan(model) if options.ignore_plan else nullcontext():
+            if options.loop == "trainer":
+                from tpcheck.backends.deepspeed.trainer import TrainerCandidate
+
+                return TrainerCandidate(model, config, rank.topology, options, shapes)
             engine = self._engine(model, config, rank, options)
         return DeepSpeedCandidate(engine, rank.topology, options.accumulate, shapes)
 

@@ -135,13 +135,14 @@ def _layout(source: torch.Tensor, local_shapes: tuple[tuple[int, ...], ...]) -> 
 
 def ways_to_resume(engine: Any) -> Mapping[str, WayToResume]:
     """Return the ways to save a training and go on from it, by the names that users know."""
-    ways = {"save_checkpoint": WayToResume(partial(_save_training, engine), partial(_load_training, engine))}
+    save, load = partial(_save_training, engine), partial(_load_training, engine)
+    ways = {"save_checkpoint": WayToResume(save, load, other_sizes=("dp",))}
     if engine.zero_optimization() and "adam" in type(_inner_optimizer(engine)).__name__.lower():
         ways["universal checkpoint"] = WayToResume(
             partial(_save_universal, engine),
             partial(_load_training, engine, tag="universal"),
             config={"checkpoint": {"load_universal": True}},
-            any_topology=True,
+            other_sizes=("tp", "dp", "zero"),
         )  # ds_to_universal converts only Adam's states
     return ways
 
@@ -261,7 +262,7 @@ class DeepSpeedCandidate:
             self.engine.step()  # counts the micro-batch; the one at the boundary takes the step
 
     def step(self) -> None:
-        with _observed_clipping() as norms:
+        with observed_clipping() as norms:
             self.engine.step()
         norm = norms[-1] if norms else self.engine.get_global_grad_norm()
         self._norm = None if norm is None else float(norm)
@@ -290,6 +291,7 @@ def optimizer_state(engine: Any, parameter: torch.Tensor) -> dict[str, torch.Ten
     optimizer = engine.optimizer
     is_low_precision = parameter.dtype in LOW_PRECISION
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        _link_states_of_all_groups(optimizer)
         names = _state_names(optimizer)
         states = {name: safe_get_full_optimizer_state(parameter, name) for name in names}
         if is_low_precision:
@@ -303,6 +305,17 @@ def optimizer_state(engine: Any, parameter: torch.Tensor) -> dict[str, torch.Ten
             if known is parameter:
                 return {"master": copy.detach().clone(), **states_like(copy, optimizer.optimizer)}
     return {}
+
+
+def _link_states_of_all_groups(optimizer: Any) -> None:
+    """Link the states of every group to the parameters, by which `safe_get_full_optimizer_state` finds them.
+
+    ZeRO 1 and 2 of DeepSpeed 0.19.8 link once, when the first group has stepped and the others have no states yet
+    (`_optimizer_step` in stage_1_and_2.py).
+    """
+    if hasattr(optimizer, "_hp_optimizer_states_linked") and len(optimizer.optimizer.param_groups) > 1:
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _state_names(optimizer: Any) -> list[str]:
@@ -320,7 +333,7 @@ def _state_names(optimizer: Any) -> list[str]:
 
 
 @contextmanager
-def _observed_clipping() -> Iterator[list[Any]]:
+def observed_clipping() -> Iterator[list[Any]]:
     """Collect the norms that `clip_grad_norm_` returns: at ZeRO 0 in float32 and float64 the engine discards them."""
     norms: list[Any] = []
     clip = engine_module.clip_grad_norm_

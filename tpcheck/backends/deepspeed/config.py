@@ -36,8 +36,8 @@ def resolved(options: TrainingOptions) -> TrainingOptions:
     Raises:
         UsageError: The configuration contradicts the options.
     """
-    config, notes = left_out(options.config)
-    config = resolve_auto(config, _trainer_values(options))
+    unresolved, notes = left_out(options.config)
+    config = resolve_auto(unresolved, _trainer_values(options))
     _require_no_float16(options, config)
     for dtype, section in _LOW_PRECISION.items():
         enabled = config.get(section, {}).get("enabled", dtype is options.dtype)
@@ -48,14 +48,28 @@ def resolved(options: TrainingOptions) -> TrainingOptions:
         raise UsageError("config.gradient_accumulation_steps", accumulate, "a positive integer")
     if options.accumulate not in (1, accumulate):
         raise UsageError("config.gradient_accumulation_steps", accumulate, f"{options.accumulate}, as accumulate")
-    return replace(
+    trained = replace(
         options,
-        config=config,
+        config=config if options.loop == "plain" else unresolved,  # whose values "auto" the Trainer fills in
         notes=(*options.notes, *notes),
         accumulate=accumulate,
         optimizer=_optimizer(options, config),
         schedule=_schedule(config),
         max_grad_norm=float(config.get("gradient_clipping", options.max_grad_norm)),
+    )
+    if options.loop != "trainer":
+        return trained
+    schedule = options.config.get("scheduler", {})
+    if AUTO in schedule.get("params", {}).values():
+        raise UsageError("config.scheduler.params", schedule["params"], 'numbers: the reference has no values "auto"')
+    from tpcheck.backends.trainer_loop.options import resolved_for_trainer  # imports the Trainer, for seconds
+
+    by_trainer = resolved_for_trainer(trained)
+    # What the configuration makes is the engine's, which decays all weights alike.
+    return replace(
+        by_trainer,
+        schedule=trained.schedule or by_trainer.schedule,
+        decayed_parameters=None if "optimizer" in config else by_trainer.decayed_parameters,
     )
 
 

@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import (
 from tpcheck.backends.dtensor.candidate import DTensorCandidate, clip_by_mesh
 from tpcheck.backends.initialisation import BUILT_THEN_SHARDED, NotInitialised, built_then_sharded
 from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions, WayToInitialise
+from tpcheck.backends.peft_models import is_peft_model, plan_around_adapters, ways_to_save_adapters
 from tpcheck.backends.sgd import Sgd
 from tpcheck.core.errors import UsageError
 
@@ -42,7 +43,7 @@ class SummedGradients(ParallelStyle):
 
         def hook_parameters(module: nn.Module, args: Any) -> None:
             for parameter in module.parameters(recurse=False):  # in the forward pass: fully_shard replaces parameters
-                if id(parameter) not in hooked:
+                if parameter.requires_grad and id(parameter) not in hooked:
                     hooked.add(id(parameter))
                     parameter.register_post_accumulate_grad_hook(sum_gradient)  # type: ignore[no-untyped-call]
 
@@ -83,7 +84,11 @@ class TorchCheckpointCandidate(DTensorCandidate):
     """A candidate that torch.distributed.checkpoint saves."""
 
     def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
-        return {"distributed checkpoint": self._save_distributed, "full state dict": self._save_full}
+        return {
+            "distributed checkpoint": self._save_distributed,
+            "full state dict": self._save_full,
+            **ways_to_save_adapters(self.module),
+        }
 
     def _save_distributed(self, folder: Path) -> None:
         save(get_model_state_dict(self.module), checkpoint_id=str(folder))
@@ -201,7 +206,7 @@ def require_unsharded(model: nn.Module) -> None:
 
 
 def model_tp_plan(model: nn.Module) -> Mapping[str, Any]:
-    """Return the tp_plan of a transformers model, under the names of its modules.
+    """Return the tp_plan of a transformers model, under the names of its modules; peft may have added adapters.
 
     Raises:
         UsageError: The model has no plan.
@@ -209,7 +214,7 @@ def model_tp_plan(model: nn.Module) -> Mapping[str, Any]:
     plan: Mapping[str, Any] | None = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
     if not plan:
         raise UsageError("config.plan", None, f"a dict of styles by module pattern: {type(model).__name__} has no plan")
-    return plan
+    return plan_around_adapters(model, plan) if is_peft_model(model) else plan
 
 
 def restore_tied_embeddings(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from tpcheck.backends.interface import RankLike, WayToResume
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import DP_DIM_NAMES
 from tpcheck.backends.local_part import full_tensor, local_part, reduced
-from tpcheck.backends.sgd import Sgd, clip_gradients
+from tpcheck.backends.sgd import clip_gradients
 from tpcheck.core.topology import Topology
 
 
@@ -162,6 +162,22 @@ MakeContext = Callable[[], AbstractContextManager[Any]]
 ReduceGradients = Callable[[Sequence[torch.Tensor]], None]
 
 
+class OptimizerSteps(Protocol):
+    """What steps the parameters of a candidate, as `Sgd` does."""
+
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether what it steps are masters of its own, which no library saves."""
+
+    def step(self) -> float | None:
+        """Clip, step, clear the gradients, and return the norm before clipping."""
+
+    def state(self, parameter: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Return what the optimizer has for each element of a parameter."""
+
+
 class DTensorCandidate:
     """Implements `adapters.Candidate` by the placements of the parameters.
 
@@ -179,7 +195,7 @@ class DTensorCandidate:
         self,
         module: nn.Module,
         rank: RankLike,
-        sgd: Sgd,
+        sgd: OptimizerSteps,
         *,
         reduce_gradients: ReduceGradients | None = None,
         context: MakeContext = nullcontext,
@@ -235,14 +251,13 @@ class DTensorCandidate:
         return self._norm
 
     def ways_to_resume(self) -> Mapping[str, WayToResume]:
-        stepped = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        if not stepped <= {id(parameter) for parameter in self.module.parameters()}:
-            return {}  # masters of tpcheck's own, which no library saves
+        if self._sgd.has_masters:
+            return {}
         return {
             "torch.distributed.checkpoint": WayToResume(
                 partial(_save_training, self.module, self.optimizer),
                 partial(_load_training, self.module, self.optimizer),
-                any_topology=True,
+                other_sizes=("tp", "dp"),
             )
         }
 

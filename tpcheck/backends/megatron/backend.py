@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +20,10 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
-from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions, WayToInitialise
+from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions, WayToInitialise, WayToResume
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import distinct_ranks
+from tpcheck.backends.megatron.checkpoint import load_training, save_training
 from tpcheck.backends.megatron.config import (
     configured,
     megatron_config,
@@ -121,7 +124,11 @@ def _candidate(
 
 
 def sgd_for(model: nn.Module, options: TrainingOptions) -> Sgd:
-    """Return an optimizer of the model's parameters that clips by Megatron's norm; Megatron's optimizers need CUDA."""
+    """Return an optimizer of the model's parameters that clips by Megatron's norm; Megatron's optimizers need CUDA.
+
+    Its groups have the marks by which Megatron finds a group in a checkpoint, which torch's optimizers do not read
+    (optimizer.py:param_group_identifier_keys).
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def clip(masters: Sequence[torch.Tensor], max_norm: float) -> float:
@@ -137,7 +144,10 @@ def sgd_for(model: nn.Module, options: TrainingOptions) -> Sgd:
             clip_grads_with_norm_(masters, max_norm, torch.tensor(norm, dtype=torch.float64))
         return norm
 
-    return Sgd(parameters, options, clip)
+    sgd = Sgd(parameters, options, clip)
+    for number, group in enumerate(sgd.optimizer.param_groups):
+        group.update(wd_mult=1.0, lr_mult=float(number), is_expert_parallel=False, is_decoupled_lr=False)
+    return sgd
 
 
 _IGNORED = -100  # the ignore_index of torch's cross_entropy; Megatron has a loss mask in its place
@@ -225,6 +235,27 @@ class MegatronCandidate:
 
     def gradient_norm(self) -> float | None:
         return self._norm
+
+    def ways_to_resume(self) -> Mapping[str, WayToResume]:
+        if self._sgd.has_masters:
+            return {}  # masters of tpcheck's own, which Megatron does not save
+        return {
+            "megatron.core.dist_checkpointing": WayToResume(
+                partial(self._under_groups, save_training),
+                partial(self._under_groups, load_training),
+                other_sizes=("tp", "dp"),
+            )
+        }
+
+    def _under_groups(self, action: Callable[[nn.Module, torch.optim.Optimizer, Path], None], folder: Path) -> None:
+        with use_groups(self._groups):
+            action(self.module, self.optimizer, folder)
+
+    def trained(self) -> tuple[Any, Any]:
+        return self.module, self.optimizer
+
+    def counters(self) -> Mapping[str, Any]:
+        return {}
 
     def optimizer_state(self, name: str) -> Mapping[str, torch.Tensor]:
         return {state: value.clone() for state, value in self._sgd.state(self._parameters[name]).items()}

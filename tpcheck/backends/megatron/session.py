@@ -92,6 +92,7 @@ def runs_anywhere() -> Iterator[None]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if not has_a_gpu_each():
             stack.enter_context(patch.object(torch.cuda, "current_device", lambda: _CPU))
+            stack.enter_context(patch.object(torch.cuda, "synchronize", lambda device=None: None))
             make_norm = _torch_norm_for_sequence_parallel(WrappedTorchNorm.__new__)
             stack.enter_context(patch.object(WrappedTorchNorm, "__new__", make_norm))
             stack.enter_context(_CudaIsCpu())

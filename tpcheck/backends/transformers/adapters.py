@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tpcheck.core.errors import UsageError
-
-
-def is_peft_model(model: nn.Module) -> bool:
-    """Return whether this is a model of peft, which is not imported for the question."""
-    peft: Any = sys.modules.get("peft")
-    return peft is not None and isinstance(model, peft.PeftModel)
+from tpcheck.backends.local_part import local_part
 
 
 def add_adapters(load_sharded: Callable[[nn.Module], nn.Module], model: Any) -> Any:
@@ -30,7 +23,7 @@ def add_adapters(load_sharded: Callable[[nn.Module], nn.Module], model: Any) -> 
         load_sharded: Returns the sharded copy of a model of transformers.
 
     Raises:
-        UsageError: peft cannot add such adapters to this base.
+        AdapterError: peft cannot add such adapters to the sharded base, or makes them of other sizes.
     """
     import peft
 
@@ -40,22 +33,38 @@ def add_adapters(load_sharded: Callable[[nn.Module], nn.Module], model: Any) -> 
     sharded: Any = load_sharded(base)
     first, *others = model.peft_config
     try:
-        adapted = peft.get_peft_model(sharded, copy.deepcopy(model.peft_config[first]), adapter_name=first)
+        # adapters of the run's dtype: peft's default is float32 beside 16-bit weights
+        adapted = peft.get_peft_model(
+            sharded, copy.deepcopy(model.peft_config[first]), adapter_name=first, autocast_adapter_dtype=False
+        )
         for name in others:
-            adapted.add_adapter(name, copy.deepcopy(model.peft_config[name]))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UsageError("build", type(model).__name__, f"adapters that peft can add under TP ({error})") from error
+            adapted.add_adapter(name, copy.deepcopy(model.peft_config[name]), autocast_adapter_dtype=False)
+    except Exception as error:
+        reason = f"peft adds no such adapters to the sharded model: {type(error).__name__}: {error}"
+        raise AdapterError(reason) from error
     expected = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if name in expected:
                 parameter.requires_grad_(expected[name].requires_grad)
-                parameter.copy_(_placed_as(expected[name].detach(), parameter))
+                _copy(name, expected[name].detach(), parameter)
     return adapted
 
 
-def _placed_as(value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    placed = parameter.data
-    if not isinstance(placed, DTensor):
-        return value.to(placed.dtype)
-    return distribute_tensor(value.to(placed.dtype), placed.device_mesh, placed.placements, src_data_rank=None)
+def _copy(name: str, value: torch.Tensor, parameter: nn.Parameter) -> None:
+    """Copy this rank's part of a value to a parameter.
+
+    Raises:
+        AdapterError: peft has made the parameter of another size.
+    """
+    placed, part = parameter.data, value.to(parameter.dtype)
+    if isinstance(placed, DTensor) and placed.shape == part.shape:
+        part = distribute_tensor(part, placed.device_mesh, placed.placements, src_data_rank=None)
+    made, needed = tuple(local_part(placed).shape), tuple(local_part(part).shape)
+    if made != needed:
+        raise AdapterError(f"peft makes {name} of shape {made} on this rank, which needs {needed}")
+    parameter.copy_(part)
+
+
+class AdapterError(Exception):
+    """peft, which is under test, cannot do what the model asks for."""

@@ -24,8 +24,9 @@ from tpcheck.backends.dtensor.candidate import DTensorCandidate, clip_by_mesh
 from tpcheck.backends.initialisation import NotInitialised
 from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions, WayToInitialise
 from tpcheck.backends.layout import Layout
+from tpcheck.backends.peft_models import is_peft_model, ways_to_save_adapters
 from tpcheck.backends.sgd import Sgd
-from tpcheck.backends.transformers.adapters import add_adapters, is_peft_model
+from tpcheck.backends.transformers.adapters import add_adapters
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
 
@@ -50,6 +51,10 @@ class TransformersBackend:
                 "ignore_plan", True, "False: transformers has no heuristics; give a plan of your own as config.tp_plan"
             )
         if BEFORE_TP_SIZE:
+            if options.loop != "plain":
+                raise UsageError(
+                    "loop", options.loop, "plain: this version's Trainer knows no model sharded at loading"
+                )
             return resolved_before_tp_size(options)
         known = [field.name for field in fields(DistributedConfig)]
         for name in options.config:
@@ -57,6 +62,10 @@ class TransformersBackend:
                 raise UsageError("config", name, known)
         if options.config.get("pp_size") not in (None, 1):
             raise UsageError("config.pp_size", options.config["pp_size"], "1: pipelines are not verified")
+        if options.loop == "trainer":
+            from tpcheck.backends.trainer_loop.options import resolved_for_trainer  # imports the Trainer, for seconds
+
+            return resolved_for_trainer(replace(options, masters=False))  # the Trainer steps the weights that it has
         return options
 
     def layer_table(self) -> LayerTable:
@@ -65,7 +74,11 @@ class TransformersBackend:
         return layer_table()
 
     def session(self, options: TrainingOptions) -> AbstractContextManager[None]:
-        return nullcontext()
+        if options.loop == "plain":
+            return nullcontext()
+        from tpcheck.backends.trainer_loop.stand_ins import trainer_session
+
+        return trainer_session()
 
     def shard(self, model: nn.Module, rank: RankLike, options: TrainingOptions) -> Candidate:
         if BEFORE_TP_SIZE:
@@ -76,6 +89,10 @@ class TransformersBackend:
             copy_unsaved_settings(model, sharded)
         else:
             sharded = save_and_load(model, options.dtype, distributed_config=config)
+        if options.loop == "trainer":
+            from tpcheck.backends.transformers.trainer import TrainerCandidate
+
+            return TrainerCandidate(sharded, rank, options)
         return _candidate(sharded, rank, options)
 
     def ways_to_initialise(
@@ -150,9 +167,7 @@ class TransformersCandidate(DTensorCandidate):
 
     def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
         model: transformers.PreTrainedModel = self.module
-        if is_peft_model(model):  # saves the adapters
-            return {"save_pretrained": lambda folder: model.save_pretrained(str(folder))}
-        return {
+        return ways_to_save_adapters(model) or {
             "save_pretrained": lambda folder: model.save_pretrained(str(folder)),
             "save_pretrained, distributed": lambda folder: model.save_pretrained(
                 str(folder), distributed_checkpoint=True

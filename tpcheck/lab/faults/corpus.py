@@ -11,6 +11,7 @@ from typing import Any
 
 from tpcheck.core.topology import Topology
 from tpcheck.lab.faults import (
+    adapters,
     backward,
     checkpoint,
     clipping,
@@ -25,6 +26,7 @@ from tpcheck.lab.faults import (
     precision,
     replicas,
     resume,
+    trainer,
     training,
     vocabulary,
 )
@@ -32,6 +34,7 @@ from tpcheck.lab.faults.checkpoint import CheckpointFault
 from tpcheck.lab.faults.data import DataFault
 from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4, ModelFault
 from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault
+from tpcheck.model.options import DEFAULTS
 
 MODEL_FAULTS: tuple[ModelFault, ...] = (
     *linear.FAULTS,
@@ -42,8 +45,10 @@ MODEL_FAULTS: tuple[ModelFault, ...] = (
     *replicas.FAULTS,
     *optimizer.FAULTS,
     *training.FAULTS,
+    *trainer.FAULTS,
     *precision.FAULTS,
     *resume.FAULTS,
+    *adapters.FAULTS,
 )
 CHECKPOINT_FAULTS: tuple[CheckpointFault, ...] = checkpoint.FAULTS
 DATA_FAULTS: tuple[DataFault, ...] = data.FAULTS
@@ -98,7 +103,15 @@ TRAINED_CONTROLS = (
     Control("qwen3", TP2, 0, {"optimizer": "adamw", "accumulate": 3, "batch": "3x7,padded"}),
     Control("gemma3_text", TP2_DP2, 0, {"optimizer": "rmsprop", "loss": "token_mean"}),
     Control("llama", TP2, 0, {"optimizer": "adamw", "checks": ("resume_matches_uninterrupted",)}),
+    Control("llama", TP2, 0, {"lora": adapters.COLUMN_PARALLEL, "backend": "transformers"}),
+    Control("llama", TP2, 0, {"lora": 4, "backend": "dtensor"}),
+    Control("qwen3", TP2, 0, {"lora": "4,attention,rslora", "backend": "dtensor"}),
+    Control("llama", TP2_DP2, 1, {**_TRAINED, "loop": "trainer"}),
+    Control("qwen3", TP2_DP2, 0, {"accumulate": 2, "loop": "trainer"}),
+    Control("llama", TP2_DP2, 0, {**_TRAINED, "loop": "trainer", "backend": "transformers"}),
 )
+"""Right steps of the usual kinds: Adam, micro-batches, losses over labels, DeepSpeed's own optimizer and schedule, and
+transformers' Trainer."""
 _EXPERTS = {"backend": "transformers", "steps": 1}
 IMPLEMENTED_CONTROLS = (
     Control("llama", TP2, 0, {"attention": "sdpa"}),
@@ -112,7 +125,7 @@ INITIALISED_CONTROLS = tuple(
     Control("llama", TP2, 0, {"backend": backend, "checks": ("initialisation_matches_reference",)})
     for backend in ("deepspeed", "transformers", "dtensor")
 )
-"""Right steps of the usual kinds: Adam, micro-batches, losses over labels, DeepSpeed's own optimizer and schedule."""
+"""Models that are made from scratch on the ranks."""
 
 
 def quick_controls() -> Iterator[Control]:
@@ -133,9 +146,9 @@ def rotated_controls(families: Sequence[str], seed: int) -> Iterator[Control]:
         yield Control(family, topology, zero_stage)
 
 
-def zero_stage_at(dtype: str, zero_stage: int) -> int:
-    """Return the ZeRO stage to run a dtype with: at least 1 for bfloat16.
+def zero_stage_at(dtype: str, zero_stage: int, backend: str = DEFAULTS.backend_name) -> int:
+    """Return the ZeRO stage to run a dtype with: under DeepSpeed at least 1 for bfloat16.
 
     Without ZeRO, DeepSpeed 0.19.8 clips bfloat16 gradients by the norm of TP rank 0's shards alone.
     """
-    return max(1, zero_stage) if dtype == "bfloat16" else zero_stage
+    return max(1, zero_stage) if (dtype, backend) == ("bfloat16", "deepspeed") else zero_stage

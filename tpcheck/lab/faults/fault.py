@@ -142,6 +142,7 @@ class ModelFault:
         checks: The checks that may report it first.
         causes: The right causes of its first finding; None for a bug without a named cause.
         link: An upstream issue that reports such a bug.
+        backend: The backend whose model it is injected into.
         family: The model type that it is injected into.
         topology: The topology of the run at seed 0.
         topologies: All topologies in which this is the same bug; the seed selects one. By default `topology`, and where
@@ -163,6 +164,7 @@ class ModelFault:
     checks: tuple[str, ...]
     causes: tuple[str | None, ...]
     link: str | None = None
+    backend: str = DEFAULTS.backend_name
     family: str = "llama"
     topology: Topology = TP2
     topologies: tuple[Topology, ...] | None = None

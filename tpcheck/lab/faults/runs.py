@@ -22,6 +22,7 @@ from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import Mismatch, UsageError
 from tpcheck.core.findings import Finding
 from tpcheck.core.topology import Topology
+from tpcheck.families.adapters import with_adapters
 from tpcheck.families.build import small_model
 from tpcheck.families.settings import unknown
 from tpcheck.lab.faults.checkpoint import CheckpointFault, SavedAs
@@ -179,16 +180,17 @@ def run_model_fault(
 ) -> FaultResult:
     """Inject one fault into a small model, verify the model, and compare the first finding with the truth."""
     fault = fault.at_seed(seed)
-    model = small_model(fault.family, fault.settings)
+    lora = fault.options.get("lora")
+    model = with_adapters(fault.family, fault.settings, lora) if lora else small_model(fault.family, fault.settings)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     injection = fault.injection([name for name, _ in model.named_modules()], shapes, seed)
     report = verify_family(
         fault.family,
         topology=fault.topology,
-        backend=FaultyBackend(injection.inject, training_context=fault.training_context),
+        backend=FaultyBackend(injection.inject, fault.backend, fault.training_context),
         dtype=dtype,
         steps=fault.steps,
-        zero_stage=zero_stage_at(dtype, fault.zero_stage),
+        zero_stage=zero_stage_at(dtype, fault.zero_stage, fault.backend),
         config=fault.config,
         seed=seed,
         settings=fault.settings,
@@ -214,7 +216,8 @@ def run_model_fault(
 
 def run_control(control: Control, *, dtype: str = "float64", seed: int = 0) -> FaultResult:
     """Verify a small model without an injected fault."""
-    topology, zero_stage = control.topology, zero_stage_at(dtype, control.zero_stage)
+    backend = control.options.get("backend", DEFAULTS.backend)
+    topology, zero_stage = control.topology, zero_stage_at(dtype, control.zero_stage, backend)
     report = verify_family(
         control.family, topology=topology, dtype=dtype, zero_stage=zero_stage, seed=seed, **control.options
     )

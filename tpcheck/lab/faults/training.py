@@ -98,6 +98,10 @@ def _with_count(count: Callable[[Live, Any, Any], Any]) -> Callable[[Draw], Inje
     return lambda draw: Injection(inject, Place(modules=("",)))
 
 
+ignoring_count = _with_count(lambda live, given, labels: None)
+"""Let the model divide by its own number of labels."""
+
+
 def _of_replica(live: Live, given: Any, labels: Tensor) -> Tensor:
     return (labels[:, 1:] != -100).sum()
 
@@ -141,7 +145,7 @@ FAULTS = (
     _of_gradients("loss_not_divided_by_accumulation", "the losses of micro-batches are added up instead of averaged",
                   inject_always(_loss_not_divided), "gradient_scaled", topology=TP4),
     _of_loss("own_count_of_labels", "each micro-batch divides by its own number of labels",
-             _with_count(lambda live, given, labels: None), "mean_of_local_means",
+             ignoring_count, "mean_of_local_means",
              options={"loss": "token_mean", **_TWO}),
     _of_loss("count_of_replica", "each replica divides by its own number of labels", _with_count(_of_replica),
              "mean_of_local_means", options={"loss": "token_mean"}),

@@ -26,9 +26,10 @@ from tpcheck.numerics.checks.recompute import (
     recompute_linear,
     weight_parts,
 )
-from tpcheck.numerics.checks.suspects import compare_scalar, tensor_suspect
+from tpcheck.numerics.checks.suspects import compare_logged, compare_scalar, tensor_suspect
 from tpcheck.numerics.data_flow import is_exchanged_behind, is_inside, is_result
 from tpcheck.numerics.evidence import (
+    LOGGED_LOSS,
     CheckOutcome,
     Collective,
     EmbeddingFacts,
@@ -43,6 +44,7 @@ from tpcheck.numerics.evidence import (
 )
 
 _CHECK = "outputs_match_reference"
+_LOGGED = {LOGGED_LOSS: "logged loss"}
 
 Issued = tuple[tuple[str, tuple[int, ...] | str], ...]  # (name, global ranks or axis) in order
 
@@ -60,6 +62,7 @@ def outputs_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     margins = {**activations.margins(), "loss": loss_margin}
     by_module = worst_by_module(activations.by_module(), {("forward", ""): loss_margin})
     outcome = CheckOutcome(margins, tuple(suspects or loss_suspects), activations.not_compared, by_module)
+    outcome = outcome.or_else(compare_logged(evidence, step, _LOGGED, check=_CHECK, phase="forward"))
     forced = None if step else evidence.of_forced_modules()
     if forced is None:
         return outcome
@@ -265,4 +268,12 @@ def _compare_loss(evidence: Evidence, step: int, activations: ComparedActivation
         loss=_loss_facts(evidence, step, activations),
         labels=None if evidence.reference[step].micro_gradients else _label_facts(evidence, step, 0),
     )
+    if evidence.reference[step].micro_gradients and _returned_losses_agree(activations):
+        suspect = replace(suspect, kind="logged", loss=None)  # what adds the micro-batches up is wrong, not the model
     return margin, [suspect]
+
+
+def _returned_losses_agree(activations: ComparedActivations) -> bool:
+    """Return whether the model returns the right loss for every micro-batch."""
+    losses = [each for each in activations.by_key.values() if not each.key.module and each.expected.dim() == 0]
+    return bool(losses) and all(each.difference.agrees for each in losses)

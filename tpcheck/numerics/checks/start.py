@@ -44,7 +44,7 @@ _ADVICE = (
 )
 _ADVICE_LOST = (
     "The library has replaced the layers that held them by layers of its own, which know nothing of them. For "
-    "adapters: shard the model first, and add them to the sharded model; or leave these layers out of the plan."
+    "adapters: leave these layers out of the plan, or take a library that shards them (`docs/verify.md`, Adapters)."
 )
 
 

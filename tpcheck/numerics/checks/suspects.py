@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
+from sys import float_info
 from typing import Any
 
 from tpcheck.numerics.differences import Difference, compare_parameter
-from tpcheck.numerics.evidence import Evidence, Kind, Suspect
+from tpcheck.numerics.evidence import LOGGED_LOSS, CheckOutcome, Evidence, Kind, LossFacts, Suspect
 
 
 def tensor_suspect(
@@ -181,3 +182,33 @@ def compare_parameters(
         difference = compare_parameter(layout, expected_or_zeros, actual_parts, allowed(name, expected_or_zeros))
         compared[name] = ComparedParameter(name, expected_or_zeros, actual_parts, expected_parts, difference)
     return compared, not_compared
+
+
+def compare_logged(evidence: Evidence, step: int, names: Mapping[str, str], *, check: str, phase: str) -> CheckOutcome:
+    """Compare what the loop of a library logs of `step`, on every rank, with what it would log of the reference.
+
+    Args:
+        names: What is compared: the names of the log, and what each is.
+    """
+    margins, suspects, not_compared = {}, [], {}
+    for name, what in names.items():
+        expected = evidence.reference[step].logged.get(name)
+        if expected is None:
+            continue
+        actual = [rank.logged.get(name) for rank in evidence.candidate[step]]
+        known = [value for value in actual if value is not None]
+        if len(known) < len(actual):
+            not_compared[what] = "the Trainer does not log it"
+            continue
+        allowed = (
+            evidence.tolerance.allowed_scalar((step, "logged", name), expected) or float_info.min
+        )  # of a rate of 0
+        where = {"phase": phase, "step": step, "field": what}
+        margins[what], suspect = compare_scalar(
+            evidence, "logged", known, expected, allowed, check=check, kind="logged", where=where
+        )
+        if suspect is not None:
+            loss = evidence.reference[step].loss
+            of_replica = LossFacts(loss, tuple(rank.loss for rank in evidence.candidate[step]))
+            suspects.append(replace(suspect, loss=of_replica if name == LOGGED_LOSS else None))
+    return CheckOutcome(margins, tuple(suspects), not_compared)

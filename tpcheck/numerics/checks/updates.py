@@ -22,15 +22,28 @@ from tpcheck.numerics.checks.clipping import (
 from tpcheck.numerics.checks.replicas import replicas_differ
 from tpcheck.numerics.checks.suspects import (
     ComparedParameter,
+    compare_logged,
     compare_parameters,
     compare_scalar,
     parameter_suspect,
     tensor_suspect,
 )
 from tpcheck.numerics.differences import compare_placed, rounding_error, spacing
-from tpcheck.numerics.evidence import CheckOutcome, Evidence, NormFacts, ReplicaFacts, StepFacts, Suspect
+from tpcheck.numerics.evidence import (
+    EVALUATION_LOSS,
+    LOGGED_NORM,
+    LOGGED_RATE,
+    CheckOutcome,
+    Evidence,
+    NormFacts,
+    ReplicaFacts,
+    StepFacts,
+    Suspect,
+)
 from tpcheck.numerics.norms import ClippedStep, explain_norm
 from tpcheck.numerics.tolerance import RESIDUAL_EXACT
+
+_NORM_CHECK = "gradient_norm_matches_reference"
 
 
 def gradient_norm_matches_reference(evidence: Evidence, step: int) -> CheckOutcome:
@@ -38,16 +51,18 @@ def gradient_norm_matches_reference(evidence: Evidence, step: int) -> CheckOutco
     expected = evidence.reference[step].gradient_norm
     actual = [part.gradient_norm for part in evidence.candidate[step]]
     name = "gradient norm"
+    logged = compare_logged(evidence, step, {LOGGED_NORM: "logged norm"}, check=_NORM_CHECK, phase="update")
     if expected is None or any(norm is None for norm in actual):
-        return CheckOutcome(not_compared={name: "the backend does not report the norm that it clips by"})
+        why = {name: "the backend does not report the norm that it clips by"}
+        return CheckOutcome(not_compared=why).or_else(logged)
     allowed = evidence.tolerance.allowed_scalar((step, "norm"), expected)
     where = {"phase": "update", "step": step}
     norms = [norm for norm in actual if norm is not None]
     margin, suspect = compare_scalar(
-        evidence, "norm", norms, expected, allowed, check="gradient_norm_matches_reference", kind="norm", where=where
+        evidence, "norm", norms, expected, allowed, check=_NORM_CHECK, kind="norm", where=where
     )
     if suspect is None:
-        return CheckOutcome({name: margin})
+        return CheckOutcome({name: margin}).or_else(logged)
     facts = norm_facts(evidence, step, clipped_step(evidence, step, _shares_of_all(evidence, step)))
     if facts is not None:
         suspect = replace(suspect, norms=facts, evidence={**suspect.evidence, **_norm_evidence(facts)})
@@ -98,7 +113,8 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         lambda name, expected: evidence.tolerance.allowed((step, "weight", name), spacing(expected)),
     )
     differing = [name for name, parameter in compared.items() if not parameter.difference.agrees]
-    for name in (name for name in differing if not _has_gradient(evidence, step, name)):
+    without = [name for name in differing if name not in evidence.frozen and not _has_gradient(evidence, step, name)]
+    for name in without:
         del compared[name]
         not_compared[name] = "it has no gradient, and optimizers differ in whether they decay it"
     wrong = [parameter for parameter in compared.values() if not parameter.difference.agrees]
@@ -112,7 +128,12 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     margins |= {f"buffer {buffer.name}": buffer.difference.margin for buffer in buffers}
     if not evidence.reference[step].weights:
         not_compared["weights"] = "no optimizer step followed this call"
-    return CheckOutcome(margins, tuple(suspects), {**not_compared, **buffers_not_compared})
+    outcome = CheckOutcome(margins, tuple(suspects), {**not_compared, **buffers_not_compared})
+    rate = compare_logged(evidence, step, {LOGGED_RATE: "logged learning rate"}, check=_CHECK, phase="update")
+    evaluation = compare_logged(
+        evidence, step, {EVALUATION_LOSS: "loss of the evaluation"}, check=_CHECK, phase="evaluation"
+    )
+    return rate.or_else(outcome).or_else(evaluation)  # each makes the next one wrong
 
 
 def _nothing_moved(evidence: Evidence, step: int) -> bool:
@@ -176,7 +197,9 @@ def _weight_suspects(evidence: Evidence, step: int, wrong: Sequence[ComparedPara
         of_parameter = replace(norms, implied=implied) if norms is not None and (implied or is_unknown) else None
         if of_parameter is not None and not suspects:
             details |= _step_evidence(of_parameter)
-        if torch.equal(parameter.expected, evidence.weights_before(step)[name]):
+        if name in evidence.frozen:
+            details["note"] = "it is frozen: no step may change it"
+        elif torch.equal(parameter.expected, evidence.weights_before(step)[name]):
             details["note"] = "the reference's weight is the same as before this step"
         where = {"phase": "update", "step": step}
         suspect = parameter_suspect(evidence, parameter, check=_CHECK, kind="update", where=where, details=details)

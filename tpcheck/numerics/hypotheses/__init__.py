@@ -106,4 +106,5 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
     ),
     "state": (optimizer.state_of_another_rank, values.all_zero, gradients.multiple, values.dtype_rounded),
     "replica": (reductions.terms_of_replicas, optimizer.replicas_drift),
+    "logged": (accumulation.loss_of_one_replica,),
 }

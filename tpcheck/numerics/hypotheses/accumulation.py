@@ -137,10 +137,12 @@ def _factors(facts: LabelFacts, weight: float) -> Iterator[tuple[float, dict[str
     """Yield what the expected loss is multiplied by under each other way to divide."""
     step = facts.step
     if step.loss == "token_mean":
-        yield 1 / weight, {}
+        averaged = sum(map(len, step.counts)) if step.adds_up else 1
+        yield averaged / weight, {}
         replica = sum(step.counts[facts.dp_rank])
         if replica:
-            yield step.total / len(step.counts) / replica, {"divided_by": "the number of labels of each replica"}
+            replicas = 1 if step.adds_up else len(step.counts)
+            yield step.total / replicas / replica, {"divided_by": "the number of labels of each replica"}
     else:
         yield weight, {}
         yield weight / sum(map(len, step.counts)), {}
@@ -158,3 +160,18 @@ def _evidence(labels: LabelCounts) -> dict[str, object]:
         "divided_by": actual,
         "reference_divides_by": expected,
     }
+
+
+# ---- what is logged
+
+
+def loss_of_one_replica(suspect: Suspect) -> Explanation | None:
+    """The logged loss is that of each rank's own replica, where it should be their mean."""
+    if suspect.loss is None or not suspect.loss.expected:
+        return None
+    own, differences = suspect.loss.expected, [abs(logged - suspect.expected) for logged in suspect.actual_parts]
+    error = max(abs(logged - own) for logged in suspect.actual_parts)
+    if error > RESIDUAL_EXACT * min(differences):
+        return None
+    note = "it is the loss of the rank's own replica, not the mean over DP"
+    return Explanation(Cause.MISSING_REDUCE, error / abs(own), {"note": note})
