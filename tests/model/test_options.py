@@ -145,3 +145,8 @@ def test_parsing_the_text_form_returns_the_same_form(tokens: Tokens) -> None:
 def test_any_other_text_is_bad_usage(text: str) -> None:
     with pytest.raises(UsageError, match="ROWSxLENGTH"):
         Tokens.parse(text)
+
+
+def test_a_device_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(UsageError, match="None, cpu, cuda"):
+        verify_family("llama", topology=Topology(tp=2), device="tpu")
