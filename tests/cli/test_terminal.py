@@ -72,7 +72,7 @@ except SystemExit as end:
     [
         ("verify", "as many as fit the cores"),
         ("verify", "2x16"),
-        ("verify", "all except checkpoint_matches_reference"),
+        ("verify", "all except those on request"),
         ("verify", "with --all"),
         ("verify", "$GITHUB_STEP_SUMMARY"),
         ("fuzz", "--known for a family, --no-known for layers"),

@@ -38,7 +38,7 @@ def test_every_option_reaches_the_api(run: Run) -> None:
         *"verify llama --backend other --tp 4 --dp 2 --zero 1 --dtype bfloat16 --steps 3 --seed 7".split(),
         *"--set head_dim=8 --set act=gelu --ignore-plan --timeout 30 --optimizer adamw --accumulate 2".split(),
         *"--loss token_mean --attention sdpa --experts batched_mm --checkpointing --reentrant --compile".split(),
-        *"--compile-layers --lora 4 --loop trainer".split(),
+        *"--compile-layers --lora 4 --loop trainer --device cpu".split(),
         *["--config", '{"gradient_clipping": 1.0}'],
         verify_family=remember,
     )
@@ -48,6 +48,7 @@ def test_every_option_reaches_the_api(run: Run) -> None:
         "topology": Topology(tp=4, dp=2),
         "backend": "other",
         "dtype": "bfloat16",
+        "device": "cpu",
         "steps": 3,
         "zero_stage": 1,
         "optimizer": "adamw",

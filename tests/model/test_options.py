@@ -25,13 +25,13 @@ def test_keywords_for_type_checkers_name_every_option() -> None:
     [
         (
             verify,
-            "build batch topology backend dtype steps zero_stage optimizer accumulate loss attention experts "
+            "build batch topology backend dtype device steps zero_stage optimizer accumulate loss attention experts "
             "checkpointing reentrant compile compile_layers loop config checks seed ignore_plan replays timeout shard "
             "layout",
         ),
         (
             verify_family,
-            "family topology backend dtype steps zero_stage optimizer accumulate loss attention experts "
+            "family topology backend dtype device steps zero_stage optimizer accumulate loss attention experts "
             "checkpointing reentrant compile compile_layers lora loop config checks seed settings batch full "
             "ignore_plan replays timeout",
         ),
@@ -61,22 +61,23 @@ def test_an_unknown_keyword_is_a_type_error(keywords: dict[str, Any]) -> None:
 
 def test_every_option_but_replays_and_timeout_reaches_the_subject_and_the_command() -> None:
     options = RunOptions.of(
-        topology=Topology(tp=4, dp=2), backend="dtensor", dtype="float32", steps=3, zero_stage=1, config={"a": 1},
-        checks=["replicas_agree"], seed=7, settings={"b": True}, batch="1x4", ignore_plan=True, replays=3, timeout=9,
-        optimizer={"type": "AdamW"}, accumulate=2, loss="token_mean", attention="sdpa", experts="batched_mm",
-        checkpointing=True, reentrant=True, compile=True, compile_layers=True, lora=4, loop="trainer",
+        topology=Topology(tp=4, dp=2), backend="dtensor", dtype="float32", device="cpu", steps=3, zero_stage=1,
+        config={"a": 1}, checks=["replicas_agree"], seed=7, settings={"b": True}, batch="1x4", ignore_plan=True,
+        replays=3, timeout=9, optimizer={"type": "AdamW"}, accumulate=2, loss="token_mean", attention="sdpa",
+        experts="batched_mm", checkpointing=True, reentrant=True, compile=True, compile_layers=True, lora=4,
+        loop="trainer",
     )  # fmt: skip
     assert options.subject("llama") == {
         "family": "llama", "backend": "dtensor", "tp": 4, "dp": 2, "zero": 1, "dtype": "float32", "steps": 3,
         "seed": 7, "config": {"a": 1}, "ignore_plan": True, "settings": {"b": True}, "checks": ["replicas_agree"],
         "batch": "1x4", "optimizer": {"type": "AdamW"}, "accumulate": 2, "loss": "token_mean", "attention": "sdpa",
         "experts": "batched_mm", "checkpointing": True, "reentrant": True, "compile": True, "compile_layers": True,
-        "lora": 4, "loop": "trainer",
+        "lora": 4, "loop": "trainer", "device": "cpu",
     }  # fmt: skip
     assert options.command("llama") == (
         "tpcheck verify llama --backend dtensor --tp 4 --dp 2 --zero 1 --dtype float32 --steps 3 --seed 7 "
-        '--config \'{"a": 1}\' --ignore-plan --set b=true --optimizer \'{"type": "AdamW"}\' --accumulate 2 '
-        "--loss token_mean --attention sdpa --experts batched_mm --checkpointing --reentrant --compile "
+        '--config \'{"a": 1}\' --ignore-plan --set b=true --device cpu --optimizer \'{"type": "AdamW"}\' '
+        "--accumulate 2 --loss token_mean --attention sdpa --experts batched_mm --checkpointing --reentrant --compile "
         "--compile-layers --lora 4 --loop trainer --checks replicas_agree --batch 1x4"
     )
 
@@ -144,3 +145,8 @@ def test_parsing_the_text_form_returns_the_same_form(tokens: Tokens) -> None:
 def test_any_other_text_is_bad_usage(text: str) -> None:
     with pytest.raises(UsageError, match="ROWSxLENGTH"):
         Tokens.parse(text)
+
+
+def test_a_device_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(UsageError, match="None, cpu, cuda"):
+        verify_family("llama", topology=Topology(tp=2), device="tpu")

@@ -65,7 +65,7 @@ def test_a_replay_measures_the_recorded_tensors_and_no_others() -> None:
     with perturbed_replay(model, Perturbation.of_replay(1, torch.float64, 0), recorded, perturbed, 4):
         model(inputs)
     assert 0 < perturbed[4, output] < 1e-14
-    assert first_nonzero(perturbed) == "4 0: output 0"
+    assert first_nonzero(perturbed) == (4, TensorKey("forward", "0", 0, "output", "0"))
 
 
 def test_named_tensors_are_compared_where_both_sides_have_them() -> None:
@@ -75,5 +75,5 @@ def test_named_tensors_are_compared_where_both_sides_have_them() -> None:
 
 
 def test_the_first_tensor_that_moved_is_named() -> None:
-    assert first_nonzero({(0, "weight", "a"): 0.0, (1, "weight", "b"): 0.5, (1, "loss"): 2.0}) == "1 weight b"
+    assert first_nonzero({(0, "weight", "a"): 0.0, (1, "weight", "b"): 0.5, (1, "loss"): 2.0}) == (1, "weight", "b")
     assert first_nonzero({(0, "loss"): 0.0}) is None

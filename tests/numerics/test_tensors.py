@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tpcheck.numerics.tensors import (
+    _reduced,
     copy_buffers,
     copy_parameters,
     map_tensors,
@@ -107,3 +108,10 @@ def test_parameters_and_replaced_buffers_are_restored_from_copies() -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     model(torch.ones(2))
     assert not any(tensor.any() for tensor in buffers.values())  # the copies stay as they are
+
+
+def test_a_pickled_tensor_comes_to_a_device_of_the_process_that_loads_it() -> None:
+    unpickle, (content, dtype, shape, device) = _reduced(torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16))
+    assert device == "cpu"
+    assert torch.equal(unpickle(content, dtype, shape, device), torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16))
+    assert unpickle(content, dtype, shape, "meta").device.type == "meta"

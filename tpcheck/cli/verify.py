@@ -51,6 +51,10 @@ def verify(
     dp: Annotated[str, typer.Option(metavar="N[,..]", help="Data-parallel replicas.")] = str(DEFAULTS.topology.dp),
     zero: Annotated[str, typer.Option(metavar="N[,..]", help=option_help("zero_stage"))] = str(DEFAULTS.zero_stage),
     dtype: Annotated[str, typer.Option(metavar="NAME[,..]", help=option_help("dtype"))] = DEFAULTS.dtype,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="cpu|cuda", help=option_help("device"), show_default="cuda where each rank has a GPU"),
+    ] = DEFAULTS.device,
     steps: Annotated[int, typer.Option(help=option_help("steps"))] = DEFAULTS.steps,
     optimizer: Annotated[str, typer.Option(metavar="NAME|JSON|FILE", help=option_help("optimizer"))] = str(
         DEFAULTS.optimizer

@@ -73,10 +73,25 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return plain.resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
-@lru_cache(maxsize=8)  # devices of one process
 def keys(device: torch.device, number: int, stream: int) -> torch.Tensor:
     """Return `number` odd pseudo-random integers of 64 bits, the same in every process."""
-    return odd_keys(stream * number, number, device)
+    made, is_made = _kept_keys(device, number, stream)
+    if is_made is not None:  # they may have been started on another stream of CUDA
+        torch.cuda.current_stream(device).wait_event(is_made)
+    return made
+
+
+@lru_cache(maxsize=64)  # two for each device of one process
+def _kept_keys(device: torch.device, number: int, stream: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    made = odd_keys(stream * number, number, device)
+    return made, _event_now(device) if made.is_cuda else None
+
+
+def _event_now(device: torch.device) -> torch.cuda.Event:
+    """Return an event that comes when the work that the device's current stream has now is done."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def odd_keys(first: int, number: int, device: torch.device | None = None) -> torch.Tensor:
@@ -143,8 +158,7 @@ def _fetch(sums: Sequence[torch.Tensor]) -> Callable[[], list[bytes]]:
         return lambda: [part.numpy().tobytes() for part in torch.split(joined.cpu(), sizes)]
     host = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True)
     host.copy_(joined, non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record(torch.cuda.current_stream(joined.device))
+    copied = _event_now(joined.device)
 
     def finish() -> list[bytes]:
         copied.synchronize()

@@ -154,6 +154,11 @@ def copy_batch(batch: Mapping[str, Any]) -> Batch:
     }
 
 
+def moved_batch(batch: Mapping[str, Any], device: torch.device) -> Batch:
+    """Return the batch with its tensors on a device."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
 def batch_size(batch: Mapping[str, Any]) -> int:
     """Return the number of samples: the first dim of the first tensor."""
     return next((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), 1)

@@ -109,6 +109,13 @@ class RunOptions:
             "`float64` separates bugs from rounding best. Also `float32`, `bfloat16`, and without DeepSpeed `float16`."
         ),
     )
+    device: str | None = field(
+        default=None,
+        metadata=_doc(
+            "Where ranks compute: `cpu` or `cuda`. None for CUDA where every rank has its own GPU, else the CPU; with "
+            "`cuda`, ranks share GPUs if there are fewer."
+        ),
+    )
     steps: int = field(
         default=2, metadata=_doc("Training steps. The comparison ends after the first one that differs.")
     )
@@ -311,6 +318,7 @@ _NEVER_IN_SUBJECT = ("replays", "timeout")
 class OptionKeywords(TypedDict, total=False):
     """The options that `verify`, `verify_family` and `family_tests` share, for type checkers."""
 
+    device: str | None
     steps: int
     optimizer: OptimizerSource
     accumulate: int
@@ -414,6 +422,7 @@ def require_valid(request: Request) -> None:
     """Raise UsageError if the model or an option cannot be used, with the accepted values."""
     from tpcheck.backends.registry import backend_names, require_library
     from tpcheck.numerics.checks import CHECK_NAMES, ON_REQUEST
+    from tpcheck.world.world import DEVICES
 
     options = request.options
     _require_topology(options.topology)
@@ -428,6 +437,8 @@ def require_valid(request: Request) -> None:
     require_library(options.backend_name)
     if options.dtype not in DTYPES:
         raise UsageError("dtype", options.dtype, DTYPES)
+    if options.device not in (None, *DEVICES):
+        raise UsageError("device", options.device, (None, *DEVICES))
     if options.zero_stage not in ZERO_STAGES:
         raise UsageError("zero_stage", options.zero_stage, ZERO_STAGES)
     for name, value, minimum in (

@@ -19,13 +19,14 @@ import torch
 from tpcheck.backends.interface import STEPS_TAKEN, Candidate, ResumesTraining, WayToResume
 from tpcheck.backends.local_part import local_part
 from tpcheck.backends.registry import load_backend
+from tpcheck.core.cuda import uses_cuda
 from tpcheck.core.deepspeed_config import without_sizes
 from tpcheck.core.errors import BackendError, RankFailure
 from tpcheck.core.findings import Finding
 from tpcheck.core.topology import Topology
 from tpcheck.families.settings import overlay
 from tpcheck.model.blame import blame_backend
-from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of
+from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of, moved_batch
 from tpcheck.model.options import Request, RunOptions
 from tpcheck.model.rank_run import training_options
 from tpcheck.model.reference import CommunicatingRank, Reference
@@ -98,7 +99,8 @@ def verify_resume(request: Request) -> CheckAnswer:
     answer = CheckAnswer(RESUME_CHECK, -1, {}, (), {})
     folder = Path(tempfile.mkdtemp(prefix="tpcheck-resume-"))
     try:
-        with spawn(request.options.topology, timeout=request.options.timeout) as world:
+        options = request.options
+        with spawn(options.topology, timeout=options.timeout, device=options.device) as world:
             first: tuple[_FirstWorld, ...] = world.run(_train_and_save, request, folder, num_before)
         expected = [rank.training for rank in first if rank.training is not None]
         if not expected:
@@ -186,7 +188,7 @@ def _resume(
     config = overlay(options.config, facts.config)
     variant = replace(variant, options=replace(options, config=config))
     try:
-        with spawn(options.topology, timeout=options.timeout) as world:
+        with spawn(options.topology, timeout=options.timeout, device=options.device) as world:
             batches = divided([rank.batches for rank in first[:: request.options.topology.tp]], options.topology.dp)
             actual: tuple[ResumedTraining | str, ...] = world.run(
                 _load_and_train, variant, facts.folder, way, num_before, batches
@@ -246,7 +248,8 @@ def _train_and_save(rank: CommunicatingRank, request: Request, folder: Path, num
             for micro_batches in batches[num_before:]
         )
         tolerance = reference.train(rank)[1] if any(way.other_sizes for way in ways.values()) else None
-        return _FirstWorld(SavedTraining(saved, after), batches, ways, failures, tolerance)
+        on_host = [[moved_batch(batch, torch.device("cpu")) for batch in step] for step in batches]
+        return _FirstWorld(SavedTraining(saved, after), on_host, ways, failures, tolerance)
 
 
 def _save(rank: CommunicatingRank, way: WayToResume, folder: Path) -> str | None:
@@ -281,7 +284,8 @@ def _load_and_train(
     with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
         unlike = replace(request, options=replace(request.options, seed=request.options.seed + _OTHER_SEED))
         model = build_model(unlike, rank.device)
-        batches = batches_by_dp_rank[rank.topology.coordinate(rank.rank)["dp"]]
+        of_rank = batches_by_dp_rank[rank.topology.coordinate(rank.rank)["dp"]]
+        batches = [[moved_batch(batch, rank.device) for batch in step] for step in of_rank]
         options = replace(options, batch_size=batch_size(batches[0][0]))
         with blame_backend(backend, "sharding the model"):
             candidate = backend.shard(model, rank, options)
@@ -357,6 +361,6 @@ def _generators() -> dict[str, str]:
     states: dict[str, Any] = {"torch generator": torch.get_rng_state().tolist(), "python generator": random.getstate()}
     if "numpy" in sys.modules:
         states["numpy generator"] = sys.modules["numpy"].random.get_state(legacy=True)
-    if torch.cuda.is_available():
+    if uses_cuda():
         states["cuda generator"] = torch.cuda.get_rng_state().tolist()
     return {name: hashlib.sha256(repr(state).encode()).hexdigest() for name, state in states.items()}

@@ -167,7 +167,7 @@ def _launched_answers(request: Request) -> tuple[RankAnswer, ...]:
     """Run the request on the launcher's ranks. An error of tpcheck's own, as one rank may have alone, ends all."""
     from tpcheck.model.rank_run import verify_on_rank
 
-    rank = attach(request.options.topology)
+    rank = attach(request.options.topology, device=request.options.device)
     answer: RankAnswer | InternalError
     try:
         answer = verify_on_rank(rank, request)
@@ -191,14 +191,14 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
     from tpcheck.model.rank_run import verify_on_rank
 
     options = request.options
-    topology, timeout = options.topology, options.timeout
+    topology, timeout, device = options.topology, options.timeout, options.device
     preload = (
         *modules_of(options.backend_name),
         *(ZERO_PRELOAD if options.zero_stage else ()),
         *(TRAINER_PRELOAD if options.loop == "trainer" else ()),
     )
     try:
-        with spawn(topology, timeout=timeout, also=preload) as world:
+        with spawn(topology, timeout=timeout, device=device, also=preload) as world:
             return world.run(verify_on_rank, request)
     except RankFailure as failure:
         if _COLLECTIVES_DIFFER not in str(failure.exception):
@@ -209,7 +209,8 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
             if unlike is not None:
                 raise BackendError(f"{unlike}.\ntorch's message: {failure.exception}") from failure
         try:
-            with spawn(topology, timeout=min(timeout, _RETRY_TIMEOUT), env={"TORCH_DISTRIBUTED_DEBUG": "OFF"}) as world:
+            without_checks, limit = {"TORCH_DISTRIBUTED_DEBUG": "OFF"}, min(timeout, _RETRY_TIMEOUT)
+            with spawn(topology, timeout=limit, device=device, env=without_checks) as world:
                 return world.run(verify_on_rank, request)
         except RankFailure:
             raise failure from None

@@ -104,12 +104,10 @@ def named_deviations(
     return {(*key_prefix, name): frobenius_distance(actual[name], expected[name]) for name in present}  # type: ignore[arg-type]
 
 
-def first_nonzero(deviations: Deviations) -> str | None:
-    """Return the name of the first tensor with a deviation; None where all are 0."""
-    for key, deviation in deviations.items():
-        if deviation:
-            return " ".join(map(str, key)) if isinstance(key, tuple) else str(key)
-    return None
+def first_nonzero(deviations: Deviations) -> tuple[Hashable, ...] | None:
+    """Return the key of the first tensor of the earliest step with a deviation; None where all are 0."""
+    keys = [key for key, deviation in deviations.items() if deviation and isinstance(key, tuple)]
+    return min(keys, key=lambda key: key[0], default=None)
 
 
 class _Rounding(Protocol):

@@ -57,6 +57,8 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
 def pickled(value: Any) -> bytes:
     """Return the pickle of a value that holds many small tensors, each as its bytes; `pickle.loads` loads it.
 
+    What was on a GPU comes to the current GPU of the process that loads it.
+
     torch writes a file for each tensor, which takes ten times as long. Tensors that share memory no longer do.
     """
     buffer = io.BytesIO()
@@ -70,15 +72,17 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.in
 
 
 def _reduced(tensor: torch.Tensor) -> Any:
-    is_plain = tensor.device.type == "cpu" and tensor.layout is torch.strided and not tensor.requires_grad
+    is_plain = tensor.device.type in ("cpu", "cuda") and tensor.layout is torch.strided and not tensor.requires_grad
     if not is_plain or tensor.dtype not in _DTYPES or not tensor.numel():
         return tensor.__reduce_ex__(2)  # type: ignore[no-untyped-call]
     flat = tensor.resolve_neg().contiguous().reshape(-1)
-    return _unreduced, (flat.view(torch.uint8).numpy().tobytes(), tensor.dtype, tuple(tensor.shape))
+    content = flat.view(torch.uint8).cpu().numpy().tobytes()
+    return _unreduced, (content, tensor.dtype, tuple(tensor.shape), tensor.device.type)
 
 
-def _unreduced(content: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.frombuffer(bytearray(content), dtype=dtype).reshape(shape)
+def _unreduced(content: bytes, dtype: torch.dtype, shape: tuple[int, ...], device_type: str) -> torch.Tensor:
+    """Return the tensor, on the device of this process rather than on the one where it was: ranks have GPUs each."""
+    return torch.frombuffer(bytearray(content), dtype=dtype).reshape(shape).to(device_type)
 
 
 State = Mapping[str, torch.Tensor]

@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tpcheck.backends.live_groups import LiveGroups, groups_of_run
+from tpcheck.core.cuda import is_capturing
 from tpcheck.core.digests import start_digests
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import Mismatch, RankFailure, RankOutcome, UsageError
@@ -273,7 +274,7 @@ class Guard(AbstractContextManager["Guard"]):
     # ---- hooks
 
     def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._handles or not torch.is_grad_enabled() or is_in_backward() or is_repeated_call():
+        if not self._handles or not torch.is_grad_enabled() or is_in_backward() or is_repeated_call() or is_capturing():
             return
         if self._has_stepped:
             self._has_stepped = False
@@ -290,12 +291,14 @@ class Guard(AbstractContextManager["Guard"]):
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._schedule.has_check_before_next_step(self._calls) or not self._view.owns(optimizer):
             return
+        if is_capturing():
+            return
         if self._gradients is None or self._gradients.call != self._calls:
             self._gradients = _Gradients(self._calls)
         self._gradients.pending.append(self._start(self._placed(self._view.gradients(optimizer)), with_norms=True))
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._has_stepped and self._view.owns(optimizer):
+        if not self._has_stepped and self._view.owns(optimizer) and not is_capturing():
             self._has_stepped = True
 
     # ---- a check

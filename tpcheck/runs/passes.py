@@ -13,6 +13,7 @@ import torch
 import xxhash
 from torch import nn
 
+from tpcheck.core.cuda import uses_cuda
 from tpcheck.core.digests import digest, start_digests
 from tpcheck.numerics.recorder import eager
 from tpcheck.numerics.sketch import GlobalIndex, PendingSketch, fetch_sketches, start_sketch
@@ -297,11 +298,6 @@ def generator_digests() -> dict[str, str]:
     if uses_cuda():
         states["cuda"] = torch.cuda.get_rng_state()
     return {name: digest(state) for name, state in states.items()}
-
-
-def uses_cuda() -> bool:
-    """Return whether this process has started to use CUDA."""
-    return torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
 
 
 class ModuleHooks:

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from tpcheck.backends.live_groups import groups_of_run
 from tpcheck.backends.local_part import local_part
+from tpcheck.core.cuda import is_capturing
 from tpcheck.core.digests import digest, start_digests
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
@@ -216,7 +217,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     # ---- calls of the model
 
     def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._is_paused or is_in_backward():
+        if self._is_paused or is_in_backward() or is_capturing():
             return
         self._inside += 1
         if self._inside > 1:
@@ -277,7 +278,7 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     def _sum_gradient(self, name: str) -> Callable[[torch.Tensor], None]:
         def hook(gradient: torch.Tensor) -> None:
-            if not self._is_paused and self._is_recording:
+            if not self._is_paused and self._is_recording and not is_capturing():
                 local = local_values(gradient.detach())
                 self._sums[name] = self._sums[name] + local if name in self._sums else local.clone()
 
@@ -288,7 +289,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._is_paused or not self._view.owns(optimizer):
             return
-        if not self._is_recording:
+        if not self._is_recording or is_capturing():
             return
         is_first = not self._gradients
         for group in self._view.groups():  # now, as a scheduler changes them after the step
@@ -318,7 +319,7 @@ class Recorder(AbstractContextManager["Recorder"]):
                 self._replays.repeat_passes(self._number, passes, [*self._gradients.values()])
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._is_paused and self._view.owns(optimizer):
+        if not self._is_paused and self._view.owns(optimizer) and not is_capturing():
             self._has_stepped = True
             self._hook_modules(self._options.is_recorded(self._number + 1))
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tpcheck.core.cuda import uses_cuda
 from tpcheck.numerics.optimizer_view import OptimizerView, Part
 from tpcheck.numerics.optimizers.names import unwrapped_name
 from tpcheck.numerics.perturb import KeyedPerturbation, perturbed_leaves
@@ -29,7 +30,6 @@ from tpcheck.runs.passes import (
     joined_digests,
     local_values,
     merged,
-    uses_cuda,
 )
 from tpcheck.runs.update_rounding import lies_in, moves_of_update, noise
 from tpcheck.runs.wholes import epsilon, total

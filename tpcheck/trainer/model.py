@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from tpcheck.batches.options import WatchArguments, WatchOptions, takes_watch_options
 from tpcheck.batches.provenance import LoaderObserver
 from tpcheck.batches.watcher import Watcher
+from tpcheck.core.cuda import is_capturing
 from tpcheck.core.errors import UsageError
 from tpcheck.runs.passes import is_repeated_call
 
@@ -87,7 +88,8 @@ class ModelWatch:
         self.remove()
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.watcher is not None and module.training and torch.is_grad_enabled() and not is_repeated_call():
+        is_of_the_loop = module.training and torch.is_grad_enabled() and not is_repeated_call()
+        if self.watcher is not None and is_of_the_loop and not is_capturing():
             provenance = None if self._observer is None else self._observer.after_batch()
             self.watcher.check(self._batch(args, kwargs), provenance)
 

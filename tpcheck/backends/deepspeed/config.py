@@ -215,7 +215,7 @@ def deepspeed_config(options: TrainingOptions, tp: int, hidden_size: int | None 
 
 def _with_torch_adam(section: Mapping[str, Any], options: TrainingOptions) -> dict[str, Any]:
     """Let torch's Adam stand in for DeepSpeed's fused one, which is built for GPUs and computes in float32."""
-    if torch.cuda.is_available() and options.dtype is not torch.float64:
+    if get_accelerator().device_name() == "cuda" and options.dtype is not torch.float64:
         return dict(section)
     params = {**_ADAM_DEFAULTS, **section.get("params", {}), "torch_adam": True, "foreach": False}
     return {**section, "params": params}

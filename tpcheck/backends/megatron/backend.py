@@ -36,6 +36,7 @@ from tpcheck.backends.megatron.session import (
     destroy_new_groups,
     groups_of_one_rank,
     groups_of_topology,
+    has_a_gpu_each,
     model_parallel_generators,
     runs_anywhere,
     use_groups,
@@ -75,6 +76,8 @@ class MegatronBackend:
                 "options.rebuild", None, "a callable that builds the model again: Megatron shards while it builds"
             )
         megatron_config(model)  # raises where the model has none
+        if rank.device.type == "cuda" and not has_a_gpu_each():
+            raise UsageError("device", "cuda", "cpu, or a GPU for each rank: Megatron is run on one of its own")
         tp = rank.topology.tp
         groups = groups_of_topology(rank.topology)
         with use_groups(groups), configured(tp, options.config):

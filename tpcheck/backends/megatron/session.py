@@ -90,7 +90,7 @@ def runs_anywhere() -> Iterator[None]:
         )
         random.initialize_rng_tracker(inference_rng_tracker=True)  # the tracker whose fork() does nothing
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if not _has_a_gpu_each():
+        if not has_a_gpu_each():
             stack.enter_context(patch.object(torch.cuda, "current_device", lambda: _CPU))
             stack.enter_context(patch.object(torch.cuda, "synchronize", lambda device=None: None))
             make_norm = _torch_norm_for_sequence_parallel(WrappedTorchNorm.__new__)
@@ -110,7 +110,7 @@ def model_parallel_generators(seed: int, groups: Groups) -> Iterator[None]:
         stack.enter_context(
             patch.multiple(random, _CUDA_RNG_STATE_TRACKER=None, _CUDA_RNG_STATE_TRACKER_INITIALIZED=False)
         )
-        if not _has_a_gpu_each():
+        if not has_a_gpu_each():
             stack.enter_context(patch.object(random, "_get_cuda_rng_state", lambda **_: torch.get_rng_state()))
             stack.enter_context(
                 patch.object(random, "_set_cuda_rng_state", lambda state, **_: torch.set_rng_state(state))
@@ -121,8 +121,12 @@ def model_parallel_generators(seed: int, groups: Groups) -> Iterator[None]:
         yield
 
 
-def _has_a_gpu_each() -> bool:
-    return torch.cuda.is_available() and dist.get_backend() == dist.Backend.NCCL  # gloo: more ranks than GPUs
+def has_a_gpu_each() -> bool:
+    """Return whether ranks have a GPU each, rather than share one, over gloo.
+
+    A group that takes tensors of the CPU, too, is of the backend "cpu:gloo,cuda:nccl".
+    """
+    return torch.cuda.is_available() and "nccl" in dist.get_backend_config()
 
 
 def _torch_norm_for_sequence_parallel(make: Any) -> Any:
