@@ -35,10 +35,12 @@ class SavedTraining:
     Attributes:
         saved: When it was saved.
         after: After each further step.
+        batches: Digests of the micro-batches of every step from the first, where a loop has loaded them itself.
     """
 
     saved: TrainingState
     after: tuple[TrainingState, ...]
+    batches: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ def compare_same_topology(
             compared = [
                 *_compare_tensors(rank, of_rank, expected_of_rank, saved, fresh),
                 *_compare_numbers(rank, of_rank, expected_of_rank),
+                *_compare_batches(rank, moment[1], of_rank.batches, expected[rank].batches),
                 *([] if fresh is None else _compare_generators(rank, of_rank, saved, fresh)),
             ]
             outcome.not_compared.update(
@@ -361,6 +364,37 @@ def _cause_of_number(name: str, actual: Any, expected: Any) -> Cause | None:
     if name == STEPS_TAKEN and isinstance(actual, int) and isinstance(expected, int):
         return Cause.SAMPLES_REPEATED if actual < expected else Cause.SAMPLES_SKIPPED
     return None
+
+
+# ---- batches
+
+
+def _compare_batches(
+    rank: int, step: int, actual: tuple[str, ...], expected: tuple[tuple[str, ...], ...]
+) -> Iterator[tuple[str, _Difference | None]]:
+    """Compare the micro-batches of a step with those of every step of the training that was not interrupted."""
+    if not actual:
+        return
+    wanted = expected[step] if step < len(expected) else ()
+    places = [(number, place) for number, of_step in enumerate(expected) for place in range(len(of_step))]
+    difference = None
+    unlike = next((place for place, each in enumerate(actual) if each not in wanted[place : place + 1]), None)
+    if unlike is None and len(actual) < len(wanted):
+        unlike = len(actual)
+    if unlike is not None:
+        found = [place for place in places if actual[unlike : unlike + 1] == (expected[place[0]][place[1]],)]
+        resumed = _name_of(found[0]) if found else "a batch of no step" if unlike < len(actual) else "none"
+        uninterrupted = _name_of((step, unlike)) if unlike < len(wanted) else "none"
+        evidence = {"resumed": resumed, "uninterrupted": uninterrupted, "counted": ("batch", "differs", "differ")}
+        cause = None
+        if found:
+            cause = Cause.SAMPLES_REPEATED if found[0] < (step, unlike) else Cause.SAMPLES_SKIPPED
+        difference = _Difference("batch", None, rank, 1.0, 0.0, evidence, cause)
+    yield "batch", difference
+
+
+def _name_of(place: tuple[int, int]) -> str:
+    return f"that of step {place[0]}" + (f", micro-batch {place[1]}" if place[1] else "")
 
 
 # ---- generators
