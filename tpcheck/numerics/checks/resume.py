@@ -25,6 +25,8 @@ RESUME_CHECK = "resume_matches_uninterrupted"
 OF_GROUP = " of parameter group "
 """Between an option of the optimizer and the number of its group."""
 
+BATCH = "batch"
+
 Moment = tuple[str, int]  # phase, and the last step that was taken
 
 
@@ -91,12 +93,15 @@ def compare_same_topology(
 ) -> ResumeOutcome:
     """Compare bitwise, rank by rank, up to the first moment at which something differs.
 
+    Generators that differ when they were loaded do not end this: they change nothing before something draws from them.
+
     Args:
         way: How the training was saved and loaded.
         num_before: How many steps were taken before saving.
         expected, actual: Of all ranks.
     """
     outcome = ResumeOutcome()
+    of_generators: tuple[Finding, ...] = ()
     saved = [rank.saved for rank in expected]
     for moment, expected_states, actual_states in _moments(num_before, expected, actual):
         differences: list[_Difference] = []
@@ -114,9 +119,14 @@ def compare_same_topology(
             for label, difference in compared:
                 outcome.margins[f"{way}: {_when(moment)}: {label}, rank {rank}"] = 0.0 if difference is None else inf
             differences += [difference for _, difference in compared if difference is not None]
-        if differences:
-            return ResumeOutcome(outcome.margins, tuple(_findings(way, moment, differences)), outcome.not_compared)
-    return outcome
+        kinds = {difference.what for difference in differences}
+        if kinds and kinds.issubset(actual[0].fresh.generators):
+            of_generators = tuple(_findings(way, moment, differences))
+        elif differences:
+            follow = bool(of_generators) and BATCH not in kinds
+            found = tuple(_findings(way, moment, differences, all_follow=follow))
+            return replace(outcome, findings=(*of_generators, *found) if follow else (*found, *of_generators))
+    return replace(outcome, findings=of_generators)
 
 
 def compare_other_topology(
@@ -389,8 +399,8 @@ def _compare_batches(
         cause = None
         if found:
             cause = Cause.SAMPLES_REPEATED if found[0] < (step, unlike) else Cause.SAMPLES_SKIPPED
-        difference = _Difference("batch", None, rank, 1.0, 0.0, evidence, cause)
-    yield "batch", difference
+        difference = _Difference(BATCH, None, rank, 1.0, 0.0, evidence, cause)
+    yield BATCH, difference
 
 
 def _name_of(place: tuple[int, int]) -> str:
@@ -428,10 +438,12 @@ def _compare_generators(
 # ---- findings
 
 
-def _findings(way: str, moment: Moment, differences: Sequence[_Difference]) -> Iterator[Finding]:
+def _findings(
+    way: str, moment: Moment, differences: Sequence[_Difference], *, all_follow: bool = False
+) -> Iterator[Finding]:
     """Yield a finding for each kind of state and cause: the first name, with all others beside it.
 
-    Tensors that are explained come first, then numbers, since a wrong one moves everything else.
+    Other batches come first, then tensors that are explained, then numbers, since these move everything else.
     """
     groups: dict[tuple[str, Cause | None], list[_Difference]] = {}
     for difference in differences:
@@ -444,7 +456,7 @@ def _findings(way: str, moment: Moment, differences: Sequence[_Difference]) -> I
         evidence = dict(first.evidence)
         if names:
             evidence["also"] = list(names)
-        if number and moment[0] == "resumed":
+        if (number or all_follow) and moment[0] == "resumed":
             evidence["follows_from"] = RESUME_CHECK
         yield Finding(
             check=RESUME_CHECK,
@@ -463,6 +475,8 @@ def _findings(way: str, moment: Moment, differences: Sequence[_Difference]) -> I
 
 
 def _rank_of(difference: _Difference) -> int:
+    if difference.what == BATCH:
+        return -1
     if difference.name is None:
         return 1
     return 0 if difference.cause is not None else 2
