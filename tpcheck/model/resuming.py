@@ -346,18 +346,18 @@ class _LoopReader:
         after: After each step.
     """
 
-    def __init__(self, candidate: ResumesByItself, rank: CommunicatingRank) -> None:
+    def __init__(self, candidate: Any, rank: CommunicatingRank) -> None:
         self.begun: TrainingState | None = None
         self.after: list[TrainingState] = []
-        self._candidate: Any = candidate
-        self._view, self._indices = view_of(*candidate.trained()), _indices_of(self._candidate, rank)
+        self._candidate = candidate
+        self._view, self._indices = view_of(*candidate.trained()), _indices_of(candidate, rank)
         self._loss, self._batches = 0.0, tuple[str, ...]()
 
     def read(self, loss: float | None = None) -> TrainingState:
         """Copy what this rank holds. Not collective."""
         return replace(_read_state(self._candidate, self._view, self._indices, loss), batches=self._batches)
 
-    def forward(self, batch: Batch) -> AbstractContextManager[None]:
+    def forward(self, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
         if self.begun is None:
             self.begun = self.read()
         self._batches += (_batch_digest(batch),)
@@ -383,7 +383,7 @@ class _LoopReader:
         pass
 
 
-def _batch_digest(batch: Batch) -> str:
+def _batch_digest(batch: Mapping[str, Any]) -> str:
     values = {name: digest(value) if isinstance(value, torch.Tensor) else repr(value) for name, value in batch.items()}
     return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()
 
@@ -401,7 +401,8 @@ def _observe_saving(
     training = SavedTraining(reader.after[num_before - 1], tuple(reader.after[num_before:]), history)
     assert options.checkpoints is not None
     way = _Way(Path(options.checkpoints), {}, ())
-    batches = [step[rank.topology.coordinate(rank.rank)["dp"]] for step in options.batches]
+    dp_rank = rank.topology.coordinate(rank.rank)["dp"]
+    batches = [[dict(batch) for batch in step[dp_rank]] for step in options.batches]
     return _FirstWorld(training, batches, dict.fromkeys(candidate.loop_resumes_by(), way))
 
 

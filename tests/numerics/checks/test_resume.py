@@ -157,6 +157,13 @@ def test_a_generator_that_loading_leaves_alone_is_said_and_one_of_another_rank_i
     )
 
 
+def test_a_loop_that_ends_early_does_not_pass() -> None:
+    actual = [replace(of_rank, after=()) for of_rank in resumed()]
+    (finding,) = compare_same_topology("resume", 1, saved(), actual).findings
+    assert finding.where["field"] == "steps after loading, resume"
+    assert (finding.evidence["resumed"], finding.evidence["uninterrupted"]) == ([0], 1)
+
+
 BATCHES = (("a", "b"), ("c", "d"), ("e", "f"))
 
 

@@ -126,6 +126,12 @@ def compare_same_topology(
             follow = bool(of_generators) and BATCH not in kinds
             found = tuple(_findings(way, moment, differences, all_follow=follow))
             return replace(outcome, findings=(*of_generators, *found) if follow else (*found, *of_generators))
+    num_steps = {len(rank.after) for rank in actual}
+    if num_steps != {len(expected[0].after)}:  # a loop counts them by itself
+        evidence = {"resumed": sorted(num_steps), "uninterrupted": len(expected[0].after), "counted": _COUNTED}
+        differs = _Difference("steps after loading", None, None, 1.0, 0.0, evidence)
+        of_generators += tuple(_findings(way, ("resumed", num_before + min(num_steps) - 1), [differs]))
+        outcome.margins[f"{way}: {differs.what}"] = inf
     return replace(outcome, findings=of_generators)
 
 
