@@ -44,9 +44,10 @@ def test_a_right_trainer_passes_every_check(backend: str, zero_stage: int) -> No
     assert report.verdict.coverage.compared == report.verdict.coverage.total, report
 
 
-def test_a_fault_of_the_trainer_is_caught_at_its_place_with_a_right_cause() -> None:
+@pytest.mark.parametrize("name", ["trainer_clips_by_own_shards", "resume_trainer_skips_no_batches"])
+def test_a_fault_of_the_trainer_is_caught_at_its_place_with_a_right_cause(name: str) -> None:
     """The others are in the committed table."""
-    (run,) = fault_runs(["trainer_clips_by_own_shards"])
+    (run,) = fault_runs([name])
     result = run.run()
     assert result.is_right, result
 
@@ -56,9 +57,9 @@ def test_a_fault_of_the_trainer_is_caught_at_its_place_with_a_right_cause() -> N
     [
         ({"backend": "dtensor"}, "the Trainer drives deepspeed and transformers"),
         ({"loop": "lightning"}, r"loop='lightning': expected one of"),
-        ({"checks": ["resume_matches_uninterrupted"]}, "any other check with loop=trainer"),
+        ({"checks": ["initialisation_matches_reference"]}, "any other check with loop=trainer"),
     ],
-    ids=["another backend", "another loop", "resume"],
+    ids=["another backend", "another loop", "initialisation"],
 )
 def test_what_the_trainer_cannot_do_is_refused(options: dict[str, Any], message: str) -> None:
     options = {"backend": "deepspeed", "loop": "trainer", **options}

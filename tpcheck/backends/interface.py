@@ -56,6 +56,9 @@ class TrainingOptions:
         compile, compile_layers: Compile the candidate whole, or each of its layers.
         loop: `plain`, or `trainer` for transformers' Trainer, which loads its batches itself.
         batches: batches[step][dp_rank][micro_batch], for a loop that loads them itself; empty for others.
+        checkpoints: A folder that all ranks share, in which such a loop saves its training; None where it does not.
+        save_after: Steps after which it saves; 0 for never.
+        resume: The way in which it goes on from what it finds in that folder; empty where it starts anew.
         masters: Whether weights of low precision are stepped in float32.
         decayed_parameters: Returns the names of a model's parameters that `weight_decay` applies to; None for all.
         notes: What of the user's configuration takes no part, in sentences: set by `Backend.resolved`.
@@ -84,6 +87,9 @@ class TrainingOptions:
     compile_layers: bool = False
     loop: str = "plain"
     batches: Sequence[Sequence[Sequence[Mapping[str, Any]]]] = ()
+    checkpoints: str | None = None
+    save_after: int = 0
+    resume: str = ""
     masters: bool = True
     decayed_parameters: Callable[[nn.Module], Collection[str]] | None = None
     rebuild: Callable[[], nn.Module] | None = None
@@ -138,8 +144,8 @@ class Candidate(Protocol):
 class StepObserver(Protocol):
     """What a loop of a library's own tells of its training, in the order of events."""
 
-    def forward(self) -> AbstractContextManager[None]:
-        """Return the context of the next micro-batch's forward pass."""
+    def forward(self, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Return the context of the forward pass of the next micro-batch."""
 
     def backward(self) -> AbstractContextManager[None]:
         """Return the context of its backward pass."""
@@ -154,7 +160,7 @@ class StepObserver(Protocol):
         """Return the context of the optimizer's step."""
 
     def stepped(self) -> None:
-        """Be told that the optimizer has stepped."""
+        """Be told that a step has ended: optimizer, schedule and counts have stepped, and nothing is saved yet."""
 
     def logged(self, values: Mapping[str, float]) -> None:
         """Take what is logged of the last step, by the library's names."""
@@ -166,6 +172,20 @@ class TrainsByItself(Protocol):
 
     def train(self, observer: StepObserver) -> None:
         """Train on the batches of the options; tell `observer` of every step."""
+
+
+@runtime_checkable
+class ResumesByItself(TrainsByItself, Protocol):
+    """A candidate whose loop saves its training, and goes on from it, as the options say."""
+
+    def loop_resumes_by(self) -> Sequence[str]:
+        """Return the names of the ways in which the loop goes on: values of `TrainingOptions.resume`."""
+
+    def trained(self) -> tuple[Any, Any]:
+        """Return the module or engine that is trained, and its optimizer; None for that of an engine."""
+
+    def counters(self) -> Mapping[str, Any]:
+        """Return what the library counts, such as `STEPS_TAKEN`, by name."""
 
 
 @runtime_checkable

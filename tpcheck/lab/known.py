@@ -15,7 +15,8 @@ from tpcheck.families.settings import overlay
 from tpcheck.lab.fuzz.results import Trial
 
 REGISTER = Path(__file__).parent / "known.toml"
-CHECKPOINT = "checkpoint_matches_reference"  # runs only on request
+CHECKPOINT = "checkpoint_matches_reference"
+_ON_REQUEST = (CHECKPOINT, "initialisation_matches_reference", "resume_matches_uninterrupted")
 Standing = Literal["", "known", "new", "gone"]
 
 
@@ -104,7 +105,7 @@ class KnownBug:
 
     def _is_checked(self, checks: Iterable[str] | None) -> bool:
         if checks is None:
-            return self.check != CHECKPOINT
+            return self.check not in _ON_REQUEST
         return self.check is None or self.check in checks
 
 

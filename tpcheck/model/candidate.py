@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -146,7 +147,7 @@ def train(
 
 def _step(candidate: Candidate, micro_batches: Sequence[Batch], recorder: StepRecorder) -> None:
     for batch in micro_batches:
-        with recorder.forward():
+        with recorder.forward(batch):
             output = candidate.forward(copy_batch(batch))
         loss = loss_of(output)
         with recorder.backward():
@@ -185,7 +186,7 @@ class StepRecorder:
         self._hooks.close()
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
+    def forward(self, batch: Mapping[str, Any]) -> Iterator[None]:
         """Record the forward pass of the next micro-batch."""
         if self._recorder is None:
             self._recorder = self._hooks.enter_context(ModuleRecorder(self._candidate.module, self._keep))

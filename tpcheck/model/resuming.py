@@ -8,19 +8,31 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from tpcheck.backends.interface import STEPS_TAKEN, Candidate, ResumesTraining, WayToResume
+from tpcheck.backends.interface import (
+    STEPS_TAKEN,
+    Backend,
+    Candidate,
+    ResumesByItself,
+    ResumesTraining,
+    TrainingOptions,
+    WayToResume,
+)
 from tpcheck.backends.local_part import local_part
+from tpcheck.backends.peft_models import is_peft_model
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.cuda import uses_cuda
 from tpcheck.core.deepspeed_config import without_sizes
+from tpcheck.core.digests import digest
 from tpcheck.core.errors import BackendError, RankFailure
 from tpcheck.core.findings import Finding
 from tpcheck.core.topology import Topology
@@ -208,6 +220,13 @@ def _resume(
     return compare_other_topology(label, num_before, expected, resumed, first[0].tolerance)
 
 
+def _in_short(error: Exception) -> str:
+    """Return the error without what torch says again of each further parameter."""
+    first, *others = str(error).strip().splitlines() or [""]
+    more = f" {others[0].strip()}" if others else ""
+    return f"{type(error).__name__}: {first}{more}" + (f" [{len(others) - 1} more lines]" if others[1:] else "")
+
+
 def _cannot_load(way: str, reason: str, *, is_same: bool) -> ResumeOutcome:
     if not is_same:
         return ResumeOutcome(not_compared={way: reason})
@@ -226,8 +245,11 @@ def _train_and_save(rank: CommunicatingRank, request: Request, folder: Path, num
     options = backend.resolved(training_options(request, rank.device))
     with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
         reference = Reference.build(request, rank, options)
+        options = replace(reference.options, checkpoints=str(folder), save_after=num_before)
         with blame_backend(backend, "sharding the model"):
-            candidate = backend.shard(build_model(request, rank.device), rank, reference.options)
+            candidate = backend.shard(build_model(request, rank.device), rank, options)
+        if isinstance(candidate, ResumesByItself):
+            return _observe_saving(candidate, backend, rank, options)
         if not isinstance(candidate, ResumesTraining) or not candidate.ways_to_resume():
             return _FirstWorld()
         view, indices = view_of(*candidate.trained()), _indices_of(candidate, rank)
@@ -261,7 +283,7 @@ def _save(rank: CommunicatingRank, way: WayToResume, folder: Path) -> str | None
     try:
         way.save(folder)
     except Exception as error:
-        failure = f"{type(error).__name__}: {error}"
+        failure = _in_short(error)
     return next((of_rank for of_rank in rank.gather(failure) if of_rank is not None), None)
 
 
@@ -281,14 +303,15 @@ def _load_and_train(
     request = with_user_code(request)
     backend = load_backend(request.options.backend)
     options = backend.resolved(training_options(request, rank.device))
+    of_rank = batches_by_dp_rank[rank.topology.coordinate(rank.rank)["dp"]]
+    batches = [[moved_batch(batch, rank.device) for batch in step] for step in of_rank]
+    options = replace(options, batch_size=batch_size(batches[0][0]))
+    if options.loop != "plain":
+        options = replace(options, batches=list(zip(*batches_by_dp_rank, strict=True)))
+        return _observe_resuming(rank, request, backend, replace(options, checkpoints=str(folder)), way)
     with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
-        unlike = replace(request, options=replace(request.options, seed=request.options.seed + _OTHER_SEED))
-        model = build_model(unlike, rank.device)
-        of_rank = batches_by_dp_rank[rank.topology.coordinate(rank.rank)["dp"]]
-        batches = [[moved_batch(batch, rank.device) for batch in step] for step in of_rank]
-        options = replace(options, batch_size=batch_size(batches[0][0]))
         with blame_backend(backend, "sharding the model"):
-            candidate = backend.shard(model, rank, options)
+            candidate = backend.shard(_unlike_model(request, rank), rank, options)
         assert isinstance(candidate, ResumesTraining)
         view, indices = view_of(*candidate.trained()), _indices_of(candidate, rank)
         fresh = _read_state(candidate, view, indices)
@@ -296,7 +319,7 @@ def _load_and_train(
         try:
             candidate.ways_to_resume()[way].load(folder)
         except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
+            failure = _in_short(error)
         failures = [of_rank for of_rank in rank.gather(failure) if of_rank is not None]
         if failures:
             return f"loading raises {failures[0]}"
@@ -308,6 +331,141 @@ def _load_and_train(
                 _read_state(candidate, view, indices, _train_step(candidate, batches[next_step % len(batches)]))
             )
         return ResumedTraining(fresh, loaded, tuple(after))
+
+
+def _unlike_model(request: Request, rank: CommunicatingRank) -> nn.Module:
+    """Return the model of the request with other weights."""
+    unlike = replace(request, options=replace(request.options, seed=request.options.seed + _OTHER_SEED))
+    return build_model(unlike, rank.device)
+
+
+# ---- loops of libraries, which save and load by themselves
+
+
+class _LoopReader:
+    """Reads the state of a training where its first step begins, and after every step: a `StepObserver`.
+
+    Attributes:
+        begun: When the first forward pass begins, by when everything is loaded.
+        after: After each step.
+    """
+
+    def __init__(self, candidate: Any, rank: CommunicatingRank) -> None:
+        self.begun: TrainingState | None = None
+        self.after: list[TrainingState] = []
+        self._candidate = candidate
+        self._view, self._indices = view_of(*candidate.trained()), _indices_of(candidate, rank)
+        self._loss, self._batches = 0.0, tuple[str, ...]()
+
+    def read(self, loss: float | None = None) -> TrainingState:
+        """Copy what this rank holds. Not collective."""
+        return replace(_read_state(self._candidate, self._view, self._indices, loss), batches=self._batches)
+
+    def forward(self, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
+        if self.begun is None:
+            self.begun = self.read()
+        self._batches += (_batch_digest(batch),)
+        return nullcontext()
+
+    def backward(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        self._loss += float(local_part(loss.detach()))
+
+    def gradients_are_ready(self) -> None:
+        pass
+
+    def optimizing(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def stepped(self) -> None:
+        self.after.append(self.read(self._loss))
+        self._loss, self._batches = 0.0, ()
+
+    def logged(self, values: Mapping[str, float]) -> None:
+        pass
+
+
+def _batch_digest(batch: Mapping[str, Any]) -> str:
+    values = {name: digest(value) if isinstance(value, torch.Tensor) else repr(value) for name, value in batch.items()}
+    return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()
+
+
+def _observe_saving(
+    candidate: ResumesByItself, backend: Backend, rank: CommunicatingRank, options: TrainingOptions
+) -> _FirstWorld:
+    """Let the loop train, save on its way, and train on. Collective over the world."""
+    reader = _LoopReader(candidate, rank)
+    _seed_generators(rank.rank)
+    with blame_backend(backend, "training and saving"):
+        candidate.train(reader)
+    num_before = options.save_after
+    history = tuple(state.batches for state in reader.after)
+    training = SavedTraining(reader.after[num_before - 1], tuple(reader.after[num_before:]), history)
+    assert options.checkpoints is not None
+    way = _Way(Path(options.checkpoints), {}, ())
+    dp_rank = rank.topology.coordinate(rank.rank)["dp"]
+    batches = [[dict(batch) for batch in step[dp_rank]] for step in options.batches]
+    return _FirstWorld(training, batches, dict.fromkeys(candidate.loop_resumes_by(), way))
+
+
+def _observe_resuming(
+    rank: CommunicatingRank, request: Request, backend: Backend, options: TrainingOptions, way: str
+) -> ResumedTraining | str:
+    """Let the loop load into a model with other weights and train on; return why it cannot. Collective over the world.
+
+    Its `train` loads before anyone can look, so that the state before is that of a candidate which does not resume.
+    """
+    with _session(request, backend, options):
+        with blame_backend(backend, "sharding the model"):
+            candidate: Any = backend.shard(_model_of_loop(request, rank), rank, options)
+        _seed_generators(_OTHER_SEED + rank.rank)
+        fresh = _LoopReader(candidate, rank).read()
+        del candidate
+    with _session(request, backend, options):
+        model, failure = _model_of_loop(request, rank), None
+        try:
+            candidate = backend.shard(model, rank, replace(options, resume=way))
+        except Exception as error:
+            failure = _in_short(error)
+        failures = [of_rank for of_rank in rank.gather(failure) if of_rank is not None]
+        if failures:
+            return f"loading raises {failures[0]}"
+        reader = _LoopReader(candidate, rank)
+        _seed_generators(_OTHER_SEED + rank.rank)
+        with blame_backend(backend, "training that was resumed"):
+            candidate.train(reader)
+        return ResumedTraining(fresh, reader.read() if reader.begun is None else reader.begun, tuple(reader.after))
+
+
+@contextmanager
+def _session(request: Request, backend: Backend, options: TrainingOptions) -> Iterator[None]:
+    with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
+        yield
+
+
+def _model_of_loop(request: Request, rank: CommunicatingRank) -> nn.Module:
+    """Return the model with other weights; a frozen base is the same: who goes on with adapters loads it again."""
+    model = _unlike_model(request, rank)
+    if is_peft_model(model):
+        same = dict(build_model(request, rank.device).named_parameters())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if not parameter.requires_grad:
+                    parameter.copy_(same[name])
+    return model
+
+
+def _seed_generators(seed: int) -> None:
+    """Give this process states of its own. The Trainer seeds all ranks alike, which would hide exchanged states."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
+# ---- what a rank holds
 
 
 _Indices = Mapping[str, GlobalIndex]  # by parameter: which elements this TP rank holds

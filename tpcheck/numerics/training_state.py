@@ -54,12 +54,14 @@ class TrainingState:
         numbers: Rates, betas and counters, by name.
         generators: Digests of the states of random generators, by name.
         loss: Of the step before; None before the first.
+        batches: Digests of the micro-batches of the step before, where a loop has loaded them itself.
     """
 
     tensors: Mapping[StateKey, StateTensor]
     numbers: Mapping[str, Any]
     generators: Mapping[str, str]
     loss: float | None = None
+    batches: tuple[str, ...] = ()
 
 
 def assemble(states: Sequence[TrainingState]) -> dict[StateKey, torch.Tensor]:

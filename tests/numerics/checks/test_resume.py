@@ -157,6 +157,55 @@ def test_a_generator_that_loading_leaves_alone_is_said_and_one_of_another_rank_i
     )
 
 
+def test_a_loop_that_ends_early_does_not_pass() -> None:
+    actual = [replace(of_rank, after=()) for of_rank in resumed()]
+    (finding,) = compare_same_topology("resume", 1, saved(), actual).findings
+    assert finding.where["field"] == "steps after loading, resume"
+    assert (finding.evidence["resumed"], finding.evidence["uninterrupted"]) == ([0], 1)
+
+
+BATCHES = (("a", "b"), ("c", "d"), ("e", "f"))
+
+
+@pytest.mark.parametrize(
+    ("next_batches", "cause", "resumed_with"),
+    [
+        (("a", "b"), "samples_repeated", "that of step 0"),
+        (("c", "b"), "samples_repeated", "that of step 0, micro-batch 1"),
+        (("e", "f"), "samples_skipped", "that of step 2"),
+        (("d", "c"), "samples_skipped", "that of step 1, micro-batch 1"),
+        (("c", "x"), None, "a batch of no step"),
+        (("c",), None, "none"),
+    ],
+)
+def test_a_loop_that_goes_on_with_other_batches_is_told_which(
+    next_batches: tuple[str, ...], cause: str | None, resumed_with: str
+) -> None:
+    """The training stopped after the first step; weights that follow from the batches come after them."""
+    expected = [replace(of_rank, batches=BATCHES) for of_rank in saved()]
+    actual = resumed()
+    after = with_tensor(replace(actual[0].after[0], batches=next_batches), WEIGHT, draw(5))
+    actual[0] = replace(actual[0], after=(after,))
+    first, weights = compare_same_topology("resume", 1, expected, actual).findings
+    assert (first.where["field"], first.where["ranks"], first.cause) == ("batch, resume", [0], cause)
+    assert first.evidence["resumed"] == resumed_with
+    assert weights.evidence["follows_from"]
+    same = [replace(of_rank, after=(replace(of_rank.after[0], batches=("c", "d")),)) for of_rank in resumed()]
+    assert not compare_same_topology("resume", 1, expected, same).findings
+
+
+@pytest.mark.parametrize(("batches", "fields"), [(("c", "d"), ["torch", "weight"]), (("a", "b"), ["batch", "weight"])])
+def test_wrong_generators_do_not_hide_what_the_next_step_does(batches: tuple[str, ...], fields: list[str]) -> None:
+    """They lead to weights that nothing else explains."""
+    expected = [SavedTraining(state(0, 1, **{"torch generator": "s"}), (state(0, 2),), BATCHES)]
+    after = with_tensor(replace(state(0, 2), batches=batches), WEIGHT, draw(5))
+    loaded = state(0, 1, **{"torch generator": "x"})
+    actual = [ResumedTraining(state(0, 9, **{"torch generator": "f"}), loaded, (after,))]
+    findings = compare_same_topology("resume", 1, expected, actual).findings
+    assert [finding.where["field"].split(",")[0].split(" ")[0] for finding in findings][:2] == fields
+    assert findings[1].evidence["follows_from"]
+
+
 def whole(of: list[TrainingState]) -> TrainingState:
     """Return the state of one rank that holds everything."""
     tensors = {key: StateTensor(values, GlobalIndex.whole((8, 6))) for key, values in assemble(of).items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate, observed_clipping
 from tpcheck.backends.interface import StepObserver, TrainingOptions
-from tpcheck.backends.trainer_loop.loop import TrainerLoop
+from tpcheck.backends.trainer_loop.loop import RESUMED, TrainerLoop
 from tpcheck.core.topology import Topology
 
 
@@ -39,6 +39,12 @@ class TrainerCandidate(DeepSpeedCandidate):
     def train(self, observer: StepObserver) -> None:
         with observed_clipping() as self._norms:
             self._loop.train(observer)
+
+    def loop_resumes_by(self) -> Sequence[str]:
+        return (RESUMED,)
+
+    def counters(self) -> Mapping[str, Any]:
+        return {"steps of the engine": self.engine.global_steps, **super().counters(), **self._loop.counters()}
 
     def gradient_norm(self) -> float | None:
         norm = self._norms[-1] if self._norms else self.engine.get_global_grad_norm()

@@ -15,11 +15,14 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from tpcheck.backends.interface import StepObserver, TrainingOptions
+from tpcheck.backends.interface import STEPS_TAKEN, StepObserver, TrainingOptions
 from tpcheck.backends.optimizer import make_optimizer, named_optimizer, optimizer_class
 from tpcheck.backends.trainer_loop.paused import PausedRun
 from tpcheck.core.errors import UsageError
 
+RESUMED = "Trainer, resume_from_checkpoint"
+RESUMED_WITH_WEIGHTS = "Trainer, from_pretrained and resume_from_checkpoint"
+"""The model that the Trainer is given has the saved weights already, and the Trainer loads the rest."""
 _BACKWARD, _OPTIMIZING = methodcaller("backward"), methodcaller("optimizing")  # contexts of an observer
 LOGGED = ("loss", "grad_norm", "learning_rate")
 """What the Trainer logs of a step."""
@@ -97,8 +100,11 @@ class TrainerLoop:
 
     def __init__(self, model: nn.Module, options: TrainingOptions, **more: Any) -> None:
         self._observer: StepObserver | None = None
-        folder = tempfile.mkdtemp(prefix="tpcheck-trainer-")
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.options = options
+        folder = options.checkpoints
+        if folder is None:
+            folder = tempfile.mkdtemp(prefix="tpcheck-trainer-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         if options.loss == "mean":
             # By which a model asks for no count of labels. The Trainer counts them for any model that takes keywords.
             model.accepts_loss_kwargs = False  # type: ignore[assignment]
@@ -114,6 +120,11 @@ class TrainerLoop:
         """Take all steps, and evaluate."""
         self._observer = observer
         self._run.resume()
+
+    def counters(self) -> Mapping[str, Any]:
+        """Return what the Trainer counts; its steps choose the next batch."""
+        schedule = self.trainer.lr_scheduler
+        return {STEPS_TAKEN: self.trainer.state.global_step, "steps of the schedule": schedule.last_epoch}
 
     @property
     def observer(self) -> StepObserver:
@@ -148,7 +159,7 @@ class TrainerLoop:
         return observed
 
     def _train(self) -> None:
-        self.trainer.train()
+        self.trainer.train(resume_from_checkpoint=bool(self.options.resume))  # True: the last one in its folder
         evaluated = self.trainer.evaluate()
         self.observer.logged({"eval_loss": evaluated["eval_loss"]})
 
@@ -201,13 +212,17 @@ class _ObservedTrainer(Trainer):  # type: ignore[misc]
             self.loop.observer.gradients_are_ready()
         return loss
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with self.loop.observer.forward() if self._is_in_step else nullcontext():
-            return super().compute_loss(*args, **kwargs)
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.loop.options.resume != RESUMED_WITH_WEIGHTS:
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.loop.observer.forward(inputs) if self._is_in_step else nullcontext():
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 class _Observer(TrainerCallback):  # type: ignore[misc]
-    """Stops the training where it begins, and tells of what follows a step."""
+    """Stops the training where it begins, tells of what follows a step, and lets the Trainer save."""
 
     def __init__(self, loop: TrainerLoop) -> None:
         self._loop = loop
@@ -216,8 +231,11 @@ class _Observer(TrainerCallback):  # type: ignore[misc]
         self._loop.observe_passes()
         self._loop.pause()
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._loop.observer.stepped()
+        if state.global_step == self._loop.options.save_after:
+            # As by save_strategy="steps", which the Trainer refuses for models sharded at loading.
+            control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:
         if "loss" in logs:  # of a step, not of the whole training or an evaluation

@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
+from transformers.trainer_utils import get_last_checkpoint
 
 from tpcheck.backends.dtensor.candidate import DTensorCandidate, clip_by_mesh
 from tpcheck.backends.initialisation import NotInitialised
@@ -88,7 +89,8 @@ class TransformersBackend:
             sharded = add_adapters(partial(save_and_load, dtype=options.dtype, distributed_config=config), model)
             copy_unsaved_settings(model, sharded)
         else:
-            sharded = save_and_load(model, options.dtype, distributed_config=config)
+            folder = _checkpoint_with_weights(options)
+            sharded = save_and_load(model, options.dtype, folder, distributed_config=config)
         if options.loop == "trainer":
             from tpcheck.backends.transformers.trainer import TrainerCandidate
 
@@ -117,6 +119,16 @@ class TransformersBackend:
             return _candidate(load(distributed_config=config), rank, options)
 
         return {"from_pretrained without weights": WayToInitialise(lambda seed: load(), sharded)}
+
+
+def _checkpoint_with_weights(options: TrainingOptions) -> str | None:
+    """Return the Trainer's last checkpoint where the model is to be made from it."""
+    if not options.resume:
+        return None
+    from tpcheck.backends.trainer_loop.loop import RESUMED_WITH_WEIGHTS  # imports the Trainer, for seconds
+
+    folder: str | None = get_last_checkpoint(options.checkpoints)
+    return folder if options.resume == RESUMED_WITH_WEIGHTS else None
 
 
 def _candidate(sharded: PreTrainedModel, rank: RankLike, options: TrainingOptions) -> Candidate:
@@ -175,23 +187,32 @@ class TransformersCandidate(DTensorCandidate):
         }
 
 
-def save_and_load(model: nn.Module, dtype: torch.dtype, **how: Any) -> PreTrainedModel:
+def save_and_load(model: nn.Module, dtype: torch.dtype, folder: str | None = None, **how: Any) -> PreTrainedModel:
     """Return the model as `from_pretrained(folder, **how)` shards it. Collective over the world.
+
+    Args:
+        folder: Where its weights are saved already; None to save those of `model`.
 
     Raises:
         UsageError: The model is not a `PreTrainedModel`.
     """
     if not isinstance(model, PreTrainedModel):
         raise UsageError("build", type(model).__name__, "a transformers.PreTrainedModel, or a PEFT model around one")
+    with _saved(model) if folder is None else nullcontext(folder) as path:
+        sharded: PreTrainedModel = type(model).from_pretrained(
+            path, config=copy.deepcopy(model.config), dtype=dtype, **how
+        )
+    copy_unsaved_settings(model, sharded)
+    return sharded
+
+
+@contextmanager
+def _saved(model: PreTrainedModel) -> Iterator[str]:
     with _shared_folder() as folder:
         model.save_pretrained(folder)  # only the first rank writes
         if dist.is_initialized():
             dist.barrier()
-        sharded: PreTrainedModel = type(model).from_pretrained(
-            folder, config=copy.deepcopy(model.config), dtype=dtype, **how
-        )
-    copy_unsaved_settings(model, sharded)
-    return sharded
+        yield folder
 
 
 @contextmanager

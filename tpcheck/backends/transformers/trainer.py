@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from tpcheck.backends.interface import RankLike, StepObserver, TrainingOptions
+from tpcheck.backends.peft_models import is_peft_model
 from tpcheck.backends.sgd import states_like
-from tpcheck.backends.trainer_loop.loop import TrainerLoop
+from tpcheck.backends.trainer_loop.loop import RESUMED, RESUMED_WITH_WEIGHTS, TrainerLoop
 from tpcheck.backends.transformers.backend import TransformersCandidate
 
 
@@ -40,5 +41,11 @@ class TrainerCandidate(TransformersCandidate):
         self._loop = loop
         loop.end_with(self)
 
+    def loop_resumes_by(self) -> Sequence[str]:
+        return (RESUMED,) if is_peft_model(self.module) else (RESUMED, RESUMED_WITH_WEIGHTS)
+
     def train(self, observer: StepObserver) -> None:
         self._loop.train(observer)
+
+    def counters(self) -> Mapping[str, Any]:
+        return self._loop.counters()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,9 @@ from tpcheck.lab.faults.injection import inject_always
 
 _KIND = "resume"
 _CHECK = "resume_matches_uninterrupted"
-_row = fault_constructor(
-    _KIND, _CHECK, options={"optimizer": "adamw", "checks": (_CHECK,)}, steps=2, topology=TP2, topologies=(TP2,)
-)
+_OPTIONS = {"optimizer": "adamw", "checks": (_CHECK,)}
+_OF_TRAINER = {**_OPTIONS, "loop": "trainer"}
+_row = fault_constructor(_KIND, _CHECK, options=_OPTIONS, steps=2, topology=TP2, topologies=(TP2,))
 
 Load = Callable[[Path], None]
 
@@ -95,6 +96,29 @@ def _steps_not_counted(live: Live) -> None:
     live.candidate.engine.global_steps = 0
 
 
+def _batches_from_the_beginning(live: Live) -> None:
+    """Do as a Trainer with `ignore_data_skip=True`."""
+    trainer = live.candidate.trainer
+    run_epoch = trainer._run_epoch
+
+    def run_whole_epoch(**what: Any) -> None:
+        run_epoch(**{**what, "steps_trained_in_current_epoch": 0})
+
+    trainer._run_epoch = run_whole_epoch
+
+
+def _generators_of_first_rank(live: Live) -> None:
+    """Load the states of generators that rank 0 saved, as from a file that all ranks share."""
+    trainer = live.candidate.trainer
+    load = trainer._load_rng_state
+
+    def load_of_first(checkpoint: str) -> None:
+        with patch.object(type(trainer.args), "process_index", 0):
+            load(checkpoint)
+
+    trainer._load_rng_state = load_of_first
+
+
 def _one_weight_not_loaded(draw: Draw) -> Injection:
     name = draw.parameter("*_proj.weight")
 
@@ -129,4 +153,8 @@ FAULTS = (
          inject_always(_after_loading(_steps_not_counted)), "samples_repeated"),
     _row("resume_one_weight_stays", "One rank does not load one weight",
          _one_weight_not_loaded, "not_loaded"),
+    _row("resume_trainer_skips_no_batches", "The Trainer starts with the first batch again, as with ignore_data_skip",
+         inject_always(_batches_from_the_beginning), "samples_repeated", options=_OF_TRAINER),
+    _row("resume_trainer_generators_of_first_rank", "All ranks load the generators that the first one saved",
+         inject_always(_generators_of_first_rank), None, options=_OF_TRAINER),
 )  # fmt: skip

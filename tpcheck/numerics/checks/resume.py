@@ -25,6 +25,8 @@ RESUME_CHECK = "resume_matches_uninterrupted"
 OF_GROUP = " of parameter group "
 """Between an option of the optimizer and the number of its group."""
 
+BATCH = "batch"
+
 Moment = tuple[str, int]  # phase, and the last step that was taken
 
 
@@ -35,10 +37,12 @@ class SavedTraining:
     Attributes:
         saved: When it was saved.
         after: After each further step.
+        batches: Digests of the micro-batches of every step from the first, where a loop has loaded them itself.
     """
 
     saved: TrainingState
     after: tuple[TrainingState, ...]
+    batches: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +93,15 @@ def compare_same_topology(
 ) -> ResumeOutcome:
     """Compare bitwise, rank by rank, up to the first moment at which something differs.
 
+    Generators that differ when they were loaded do not end this: they change nothing before something draws from them.
+
     Args:
         way: How the training was saved and loaded.
         num_before: How many steps were taken before saving.
         expected, actual: Of all ranks.
     """
     outcome = ResumeOutcome()
+    of_generators: tuple[Finding, ...] = ()
     saved = [rank.saved for rank in expected]
     for moment, expected_states, actual_states in _moments(num_before, expected, actual):
         differences: list[_Difference] = []
@@ -103,6 +110,7 @@ def compare_same_topology(
             compared = [
                 *_compare_tensors(rank, of_rank, expected_of_rank, saved, fresh),
                 *_compare_numbers(rank, of_rank, expected_of_rank),
+                *_compare_batches(rank, moment[1], of_rank.batches, expected[rank].batches),
                 *([] if fresh is None else _compare_generators(rank, of_rank, saved, fresh)),
             ]
             outcome.not_compared.update(
@@ -111,9 +119,20 @@ def compare_same_topology(
             for label, difference in compared:
                 outcome.margins[f"{way}: {_when(moment)}: {label}, rank {rank}"] = 0.0 if difference is None else inf
             differences += [difference for _, difference in compared if difference is not None]
-        if differences:
-            return ResumeOutcome(outcome.margins, tuple(_findings(way, moment, differences)), outcome.not_compared)
-    return outcome
+        kinds = {difference.what for difference in differences}
+        if kinds and kinds.issubset(actual[0].fresh.generators):
+            of_generators = tuple(_findings(way, moment, differences))
+        elif differences:
+            follow = bool(of_generators) and BATCH not in kinds
+            found = tuple(_findings(way, moment, differences, all_follow=follow))
+            return replace(outcome, findings=(*of_generators, *found) if follow else (*found, *of_generators))
+    num_steps = {len(rank.after) for rank in actual}
+    if num_steps != {len(expected[0].after)}:  # a loop counts them by itself
+        evidence = {"resumed": sorted(num_steps), "uninterrupted": len(expected[0].after), "counted": _COUNTED}
+        differs = _Difference("steps after loading", None, None, 1.0, 0.0, evidence)
+        of_generators += tuple(_findings(way, ("resumed", num_before + min(num_steps) - 1), [differs]))
+        outcome.margins[f"{way}: {differs.what}"] = inf
+    return replace(outcome, findings=of_generators)
 
 
 def compare_other_topology(
@@ -363,6 +382,37 @@ def _cause_of_number(name: str, actual: Any, expected: Any) -> Cause | None:
     return None
 
 
+# ---- batches
+
+
+def _compare_batches(
+    rank: int, step: int, actual: tuple[str, ...], expected: tuple[tuple[str, ...], ...]
+) -> Iterator[tuple[str, _Difference | None]]:
+    """Compare the micro-batches of a step with those of every step of the training that was not interrupted."""
+    if not actual:
+        return
+    wanted = expected[step] if step < len(expected) else ()
+    places = [(number, place) for number, of_step in enumerate(expected) for place in range(len(of_step))]
+    difference = None
+    unlike = next((place for place, each in enumerate(actual) if each not in wanted[place : place + 1]), None)
+    if unlike is None and len(actual) < len(wanted):
+        unlike = len(actual)
+    if unlike is not None:
+        found = [place for place in places if actual[unlike : unlike + 1] == (expected[place[0]][place[1]],)]
+        resumed = _name_of(found[0]) if found else "a batch of no step" if unlike < len(actual) else "none"
+        uninterrupted = _name_of((step, unlike)) if unlike < len(wanted) else "none"
+        evidence = {"resumed": resumed, "uninterrupted": uninterrupted, "counted": ("batch", "differs", "differ")}
+        cause = None
+        if found:
+            cause = Cause.SAMPLES_REPEATED if found[0] < (step, unlike) else Cause.SAMPLES_SKIPPED
+        difference = _Difference(BATCH, None, rank, 1.0, 0.0, evidence, cause)
+    yield BATCH, difference
+
+
+def _name_of(place: tuple[int, int]) -> str:
+    return f"that of step {place[0]}" + (f", micro-batch {place[1]}" if place[1] else "")
+
+
 # ---- generators
 
 _NOT_SAVED = "loading leaves it as it is: whatever draws from it, such as dropout, goes on with other numbers"
@@ -394,10 +444,12 @@ def _compare_generators(
 # ---- findings
 
 
-def _findings(way: str, moment: Moment, differences: Sequence[_Difference]) -> Iterator[Finding]:
+def _findings(
+    way: str, moment: Moment, differences: Sequence[_Difference], *, all_follow: bool = False
+) -> Iterator[Finding]:
     """Yield a finding for each kind of state and cause: the first name, with all others beside it.
 
-    Tensors that are explained come first, then numbers, since a wrong one moves everything else.
+    Other batches come first, then tensors that are explained, then numbers, since these move everything else.
     """
     groups: dict[tuple[str, Cause | None], list[_Difference]] = {}
     for difference in differences:
@@ -410,7 +462,7 @@ def _findings(way: str, moment: Moment, differences: Sequence[_Difference]) -> I
         evidence = dict(first.evidence)
         if names:
             evidence["also"] = list(names)
-        if number and moment[0] == "resumed":
+        if (number or all_follow) and moment[0] == "resumed":
             evidence["follows_from"] = RESUME_CHECK
         yield Finding(
             check=RESUME_CHECK,
@@ -429,6 +481,8 @@ def _findings(way: str, moment: Moment, differences: Sequence[_Difference]) -> I
 
 
 def _rank_of(difference: _Difference) -> int:
+    if difference.what == BATCH:
+        return -1
     if difference.name is None:
         return 1
     return 0 if difference.cause is not None else 2
