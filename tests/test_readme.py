@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 
-from tpcheck.cli import app
+from tests.snippets import COMMANDS, unknown_options
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SHELL_LINES = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 SETUP_LINES = [line for line in SHELL_LINES if line.startswith("python3 -m venv .venv && ")]
-COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
@@ -25,9 +22,11 @@ def test_every_command_has_a_line_in_the_readme(command: str) -> None:
 
 @pytest.mark.parametrize("line", [line for line in SHELL_LINES if line.startswith("tpcheck ")])
 def test_every_line_of_the_readme_is_a_command_with_options_that_exist(line: str) -> None:
-    _, command, *arguments = shlex.split(line, comments=True)
-    options = {name for parameter in COMMANDS[command].params for name in parameter.opts}
-    assert {argument for argument in arguments if argument.startswith("--")} <= options
+    assert not unknown_options(line)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) < 150
 
 
 def test_two_commands_start_from_a_bare_clone() -> None:

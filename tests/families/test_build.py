@@ -98,7 +98,8 @@ def test_an_unknown_family_names_its_neighbours() -> None:
     with pytest.raises(UsageError) as error:
         small_model("lama")
     assert str(error.value) == (
-        "family='lama': expected a language model type of transformers; did you mean llama or mllama or llama4?"
+        "family='lama': expected a language model type of transformers; did you mean llama or mllama or llama4?\n"
+        "read on: https://github.com/tpcheck/tpcheck/tree/main/docs/guides/which-models.md"
     )
 
 

@@ -66,8 +66,8 @@ def line_of_cause() -> str:
     return cause_text("rng_differs_torch", None)
 
 
-def test_the_mismatch_in_the_readme_is_one_that_reports_make() -> None:
-    assert text(PIXELS) in (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_mismatch_in_the_guide_is_one_that_reports_make() -> None:
+    assert text(PIXELS) in (Path(__file__).parents[2] / "docs" / "guides" / "data-inconsistency.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ and 5 more; --json has them all
   coverage  144 of 144 tensors compared
   versions  deepspeed 0.19.8, torch 2.13.0, transformers 5.23.0
   seconds   7.0
+  read on   https://github.com/tpcheck/tpcheck/tree/main/docs/guides/loss-differs.md
 """
     )
 
@@ -103,6 +104,7 @@ The system under test crashed. Its own message:
 
   versions  deepspeed 0.19.8, torch 2.13.0, transformers 5.23.0
   seconds   3.0
+  read on   https://github.com/tpcheck/tpcheck/tree/main/docs/guides/which-models.md
 """
     )
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from tpcheck.core.digests import digest
 from tpcheck.core.errors import UsageError
+from tpcheck.core.guides import Guide
 from tpcheck.core.topology import Topology
 
 TP_DIM_NAMES = ("tp", "tensor_parallel")  # Lightning spells it out
@@ -143,6 +144,7 @@ def live_groups(*, group: Any = None, topology: Topology | None = None, model: A
             group,
             "initialised process groups: call deepspeed.init_distributed, accelerate or "
             "torch.distributed.init_process_group first, and start under torchrun or deepspeed",
+            Guide.WHICH_RANKS,
         )
     rank = dist.get_rank()
     if group is not None or topology is not None:
@@ -160,6 +162,7 @@ def live_groups(*, group: Any = None, topology: Topology | None = None, model: A
         None,
         "a TP group: no framework has created one. Pass group= or topology=tpcheck.Topology(tp=..., dp=...), or call "
         "this after transformers, DeepSpeed, accelerate or Megatron is initialised",
+        Guide.WHICH_RANKS,
     )
 
 
@@ -190,6 +193,7 @@ def groups_of_run(model: Any, root: nn.Module, topology: Topology | None) -> Liv
             None,
             "tpcheck.Topology(tp=..., dp=...): no framework has created a TP group, or not yet, the model is no "
             "DistributedDataParallel, and its weights differ between the ranks",
+            Guide.WHICH_RANKS,
         ) from None
 
 
@@ -218,10 +222,12 @@ _Groups = tuple["_Ranks | None", "_Ranks | None"]  # tp, dp
 def _from_arguments(rank: int, group: Any, topology: Topology | None) -> LiveGroups:
     if topology is not None:
         if not isinstance(topology, Topology) or topology.world_size != dist.get_world_size():
-            raise UsageError("topology", topology, f"a tpcheck.Topology of {dist.get_world_size()} ranks")
+            accepted = f"a tpcheck.Topology of {dist.get_world_size()} ranks"
+            raise UsageError("topology", topology, accepted, Guide.WHICH_RANKS)
         tp, dp = topology.peers(rank, "tp"), topology.peers(rank, "dp")
         if group is not None and _ranks(group) != tp:
-            raise UsageError("group", _ranks(group), f"the TP group of rank {rank} in the topology: {tp}")
+            accepted = f"the TP group of rank {rank} in the topology: {tp}"
+            raise UsageError("group", _ranks(group), accepted, Guide.WHICH_RANKS)
         source = "the arguments group and topology" if group is not None else "topology"
         return LiveGroups(rank, tp, dp, source, 'topology.coordinate(torch.distributed.get_rank())["dp"]')
     if not hasattr(group, "get_group") and not isinstance(group, dist.ProcessGroup):

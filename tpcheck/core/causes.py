@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
+from tpcheck.core.guides import GUIDE_OF_CHECK, Guide
 from tpcheck.core.topology import Topology
 
 Advice = str | Callable[[Mapping[str, Any], Topology], str]
@@ -106,15 +107,19 @@ class Cause(Enum):
         sentence: What its test has shown. `cause_text` replaces `{residual}` by " to 3.9e-16" (the relative error that
             remained), " to the bit" (0) or nothing (unknown): "equals the expected one to 3.9e-16".
         diagnosed_in: The modules and packages of `tpcheck` with the numerical tests that name it.
+        guide: Where to read on; None where the guide of the check that failed is the right one (`guide_of`).
 
-    The last column is what to change, a sentence or a function of the evidence and the topology: see `advise`.
+    The fourth column is what to change, a sentence or a function of the evidence and the topology: see `advise`.
     """
 
-    def __init__(self, slug: str, sentence: str, diagnosed_in: str, advice: Advice = "") -> None:
+    def __init__(
+        self, slug: str, sentence: str, diagnosed_in: str, advice: Advice = "", guide: Guide | None = None
+    ) -> None:
         self.slug = slug
         self.sentence = sentence
         self.diagnosed_in = tuple(diagnosed_in.split())
         self._advice = advice
+        self.guide = guide
 
     def advise(self, evidence: Mapping[str, Any] | None = None, topology: Topology | None = None) -> str | None:
         """Return what to change, for this evidence on this topology; None where that depends on the code at fault."""
@@ -126,12 +131,15 @@ class Cause(Enum):
         "wrong_group",
         "the group that is used is not the declared one",
         "numerics.hypotheses.layout numerics.hypotheses.reductions",
+        "",
+        Guide.WHICH_RANKS,
     )
     NOT_SHARDED = (
         "not_sharded",
         "the parameters have their full shape on every rank",
         "numerics.hypotheses.layout numerics.exact",
         "Gather only what the plan shards: every rank holds the full parameter, and its copies were concatenated.",
+        Guide.WHICH_MODELS,
     )
     # How DeepSpeed gathers is that of 0.17 to 0.19: facts of its engine.py.
     SHARD_MISSING = (
@@ -140,6 +148,7 @@ class Cause(Enum):
         "numerics.hypotheses.layout numerics.exact",
         "DeepSpeed: call engine._consolidated_16bit_state_dict() on all ranks and save its result; save_16bit_model "
         "writes only TP rank 0's shards below ZeRO 3. transformers: use save_pretrained.",
+        Guide.SAVED_MODEL,
     )
     SHARD_REPEATED = (
         "shard_repeated",
@@ -405,18 +414,21 @@ class Cause(Enum):
         "ranks with different shards held the same optimizer state",
         "numerics.hypotheses.optimizer runs.state_causes checkpoints numerics.checks.resume",
         "Save and load optimizer state for each rank: a file for each TP rank, not one for all.",
+        Guide.RESUME,
     )
     OPTIMIZER_STATE_LOST = (
         "optimizer_state_lost",
         "a moment was zero before this step, and not in the expected run",
         "runs.state_causes",
         "Load the optimizer's state together with the weights, and build no new optimizer in the middle of a training.",
+        Guide.RESUME,
     )
     MASTERS_STALE = (
         "masters_stale",
         "the weights are not the optimizer's master weights, rounded",
         "runs.state_causes numerics.checks.resume",
         "After loading weights refresh the masters (DeepSpeed: refresh_fp32_params; load both, or neither).",
+        Guide.RESUME,
     )
 
     NOT_LOADED = (
@@ -424,6 +436,7 @@ class Cause(Enum):
         "the tensor is what the new process held before it loaded",
         "numerics.checks.resume",
         "Look at what the call that loads returns: some return nothing, and raise nothing, where they find no file.",
+        Guide.RESUME,
     )
 
     # ---- models made from scratch
@@ -449,6 +462,7 @@ class Cause(Enum):
         "module is not deterministic, or its code or settings are not the same. It is no question of sharding",
         "runs.comparing",
         "Run again with torch.use_deterministic_algorithms(True), or look at what changed in this module.",
+        Guide.NOISE,
     )
 
     # ---- values
@@ -495,6 +509,7 @@ class Cause(Enum):
         "numerics.hypotheses.optimizer numerics.exact runs.exact_checks runs.run_findings runs.comparing "
         "runs.state_causes",
         "Save after the optimizer's step has reached the model: ZeRO gathers the weights last.",
+        Guide.SAVED_MODEL,
     )
 
     # ---- names and ties
@@ -590,6 +605,7 @@ class Cause(Enum):
         "the rank was given samples again that it had in this epoch",
         "batches numerics.checks.resume",
         _give_once,
+        Guide.RESUME,
     )
     SAMPLES_SKIPPED = (
         "samples_skipped",
@@ -597,6 +613,7 @@ class Cause(Enum):
         "batches numerics.checks.resume",
         "Where a run resumes, skip what was trained on once: with the loader's or the sampler's state, or with "
         "skip_first_batches, not both.",
+        Guide.RESUME,
     )
 
 
@@ -629,6 +646,12 @@ def cause_named(slug: str | None) -> Cause | None:
 
 
 _BY_SLUG: Mapping[str, Cause] = {cause.slug: cause for cause in Cause}
+
+
+def guide_of(check: str, slug: str | None) -> Guide | None:
+    """Return where to read on about a finding of this check with this cause."""
+    cause = cause_named(slug)
+    return (cause and cause.guide) or GUIDE_OF_CHECK.get(check)
 
 
 def cause_text(slug: str, residual: float | None) -> str:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from tpcheck.core.guides import Guide
+
 
 class TpcheckError(Exception):
     """Base of all errors raised by tpcheck."""
 
 
 class UsageError(TpcheckError, ValueError):
-    """An argument is wrong: the message has its name, its value and what is accepted.
+    """An argument is wrong: the message has its name, its value, what is accepted, and the guide about it, if any.
 
     Example:
         >>> raise UsageError("tp", 0, "a positive integer")
@@ -22,16 +24,18 @@ class UsageError(TpcheckError, ValueError):
         tpcheck.core.errors.UsageError: tp=0: expected a positive integer
     """
 
-    def __init__(self, name: str, value: object, accepted: str | Iterable[object]) -> None:
+    def __init__(self, name: str, value: object, accepted: str | Iterable[object], guide: Guide | None = None) -> None:
         if not isinstance(accepted, str):
             accepted = "one of " + ", ".join(str(choice) for choice in accepted)
-        super().__init__(f"{name}={value!r}: expected {accepted}")
+        read_on = "" if guide is None else f"\nread on: {guide.url}"
+        super().__init__(f"{name}={value!r}: expected {accepted}{read_on}")
         self.name = name
         self.value = value
         self.accepted = accepted
+        self.guide = guide
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.name, self.value, self.accepted)
+        return type(self), (self.name, self.value, self.accepted, self.guide)
 
 
 class Mismatch(TpcheckError, AssertionError):

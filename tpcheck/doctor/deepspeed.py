@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from tpcheck.core.guides import Guide
 from tpcheck.core.optimizers import needs_whole_matrices
 
 KNOWN_KEYS = frozenset(
@@ -241,9 +242,16 @@ RULES: Mapping[Callable[[Config], Problems], Severity] = {
     optimizer_sees_one_shard: "broken",
 }
 
+_GUIDES: Mapping[Callable[[Config], Problems], Guide] = {
+    tensor_parallelism_is_off: Guide.WHICH_MODELS,
+    norm_of_bfloat16_is_local: Guide.LOSS_DIFFERS,
+    saved_model_is_one_shard: Guide.SAVED_MODEL,
+}
+
 
 def config_advice(config: Config) -> Iterator[Advice]:
     """Yield the advice of every rule on a configuration."""
     for rule, severity in RULES.items():
+        link = _GUIDES[rule].url if rule in _GUIDES else None
         for what, fix in rule(config):
-            yield Advice(rule.__name__, what, fix, severity=severity)
+            yield Advice(rule.__name__, what, fix, link, severity)

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tpcheck.core.errors import UsageError
+from tpcheck.core.guides import Guide
 from tpcheck.families.build import FolderModel, small_model
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def with_adapters(family: str | FolderModel, settings: Mapping[str, object] | No
     try:
         import peft
     except ImportError as error:
-        raise UsageError("lora", lora, "0, or an installed peft: pip install peft") from error
+        raise UsageError("lora", lora, "0, or an installed peft: pip install peft", Guide.LORA) from error
     known = [field.name for field in fields(peft.LoraConfig)]
     for name in named:
         if name not in known:
@@ -74,7 +75,7 @@ def with_adapters(family: str | FolderModel, settings: Mapping[str, object] | No
     try:
         adapted: nn.Module = peft.get_peft_model(model, peft.LoraConfig(**named))
     except Exception as error:
-        raise UsageError("lora", lora, f"adapters that peft can add to {family} ({error})") from error
+        raise UsageError("lora", lora, f"adapters that peft can add to {family} ({error})", Guide.LORA) from error
     return adapted
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tpcheck.core.errors import TpcheckError, UsageError
+from tpcheck.core.guides import Guide
 from tpcheck.families.rules import OVERRIDES, ROLES, SPECIAL_TOKENS, is_size, layer_count_name, small_settings
 from tpcheck.families.settings import attributes, canonical, declared, nest, overlay, unknown
 
@@ -68,7 +69,8 @@ def type_and_head(family: str) -> tuple[str, Head]:
     of_type = [head for head in HEADS if name in types_of(head)]
     if not of_type:
         known = {known for head in HEADS for known in types_of(head)}
-        raise UsageError("family", family, unknown("a language model type of transformers", name, known))
+        accepted = unknown("a language model type of transformers", name, known)
+        raise UsageError("family", family, accepted, Guide.WHICH_MODELS)
     if not slash:
         return name, of_type[0]
     for head in of_type:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from tpcheck.core.causes import guide_of
 from tpcheck.core.errors import BackendError, InternalError, Mismatch
 from tpcheck.core.findings import Coverage, Finding, Verdict
+from tpcheck.core.guides import Guide
 from tpcheck.report import checkpoints, words
 from tpcheck.report.checkpoint_page import StoredTensors, checkpoint_page
 from tpcheck.report.findings import finding_lines, is_consequence, place
@@ -150,7 +152,7 @@ def verdict_lines(verdict: Verdict, *, findings_shown: int | None = FINDINGS_SHO
         yield Line()
         yield from table_lines(model)
     yield Line()
-    yield from _foot(verdict)
+    yield from _foot(verdict, shown)
 
 
 def _head_line(verdict: Verdict) -> Line:
@@ -214,7 +216,7 @@ def _checks_table(verdict: Verdict) -> Table:
     return Table(tuple(Column(*column) for column in columns), tuple(rows), title="Checks", has_heading=True, indent=2)
 
 
-def _foot(verdict: Verdict) -> Iterator[Line]:
+def _foot(verdict: Verdict, findings: Sequence[Finding]) -> Iterator[Line]:
     for label, text in words.target_facts(verdict.subject, verdict.notes):
         yield from labelled(label, textwrap.fill(text, _WIDTH, break_on_hyphens=False))
     if verdict.coverage.total:
@@ -223,6 +225,12 @@ def _foot(verdict: Verdict) -> Iterator[Line]:
     if versions:
         yield from labelled("versions", versions)
     yield from labelled("seconds", f"{verdict.seconds:.1f}")
+    guides = [guide_of(finding.check, finding.cause) for finding in findings if not is_consequence(finding)]
+    if verdict.verdict == "error" and not verdict.is_internal_error and "family" in verdict.subject:
+        guides.append(Guide.WHICH_MODELS)
+    urls = dict.fromkeys(guide.url for guide in guides if guide is not None)
+    if urls:
+        yield from labelled("read on", "\n".join(urls))
 
 
 def _coverage(coverage: Coverage) -> Iterator[str]:

@@ -15,6 +15,7 @@ from tests.runs.assembled import adamw, assembled, assert_whole, batch, built, e
 from tpcheck import Rank, UsageError
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.numerics.optimizer_view import view_of
+from tpcheck.world.world import World
 
 pytest.importorskip("deepspeed")
 
@@ -63,7 +64,6 @@ def train_engine(engine: Any, dp_rank: int, step: int) -> None:
     engine.step()
 
 
-@pytest.mark.tpcheck(tp=2, dp=2)
 @pytest.mark.parametrize(
     ("config", "make"),
     [
@@ -76,7 +76,11 @@ def train_engine(engine: Any, dp_rank: int, step: int) -> None:
     ],
     ids=["0", "1, two groups", "1, round robin", "2, two groups", "3, two groups", "3, sub-groups"],
 )
-def test_a_deepspeed_engine(tp_rank: Rank, config: dict[str, Any], make: Callable[[Any], Any]) -> None:
+def test_a_deepspeed_engine(world: World, config: dict[str, Any], make: Callable[[Any], Any]) -> None:
+    world.run(check_a_deepspeed_engine, config, make)
+
+
+def check_a_deepspeed_engine(tp_rank: Rank, config: dict[str, Any], make: Callable[[Any], Any]) -> None:
     from tpcheck.backends.deepspeed import DeepSpeedBackend
     from tpcheck.numerics.precision import everything_in_float64
 
@@ -101,7 +105,6 @@ FLOAT32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 FUSED = "fused"
 
 
-@pytest.mark.tpcheck(tp=2, dp=2)
 @pytest.mark.parametrize(
     ("config", "how"),
     [
@@ -115,8 +118,12 @@ FUSED = "fused"
     ],
     ids=["bf16 0", "bf16 1, float32 accumulation", "bf16 2", "bf16 3", "fp16 0", "fp16 0, fused", "fp16 2"],
 )
-def test_a_deepspeed_engine_with_masters(tp_rank: Rank, config: dict[str, Any], how: str) -> None:
+def test_a_deepspeed_engine_with_masters(world: World, config: dict[str, Any], how: str) -> None:
     """AdamW of the gradients, from the states before the step, gives the masters after it; these give the weights."""
+    world.run(check_a_deepspeed_engine_with_masters, config, how)
+
+
+def check_a_deepspeed_engine_with_masters(tp_rank: Rank, config: dict[str, Any], how: str) -> None:
     dtype = torch.bfloat16 if "bf16" in config else torch.float16
     clip = config["gradient_clipping"]
     with low_precision_allowed(how):

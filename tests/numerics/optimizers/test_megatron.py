@@ -13,6 +13,7 @@ from tests.runs.assembled import alone, assembled, assert_whole, steps_of
 from tpcheck import Rank, UsageError
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.numerics.optimizer_view import view_of
+from tpcheck.world.world import World
 
 pytest.importorskip("megatron.core")
 
@@ -25,13 +26,16 @@ class CudaTypes(TorchFunctionMode):
         return result.replace("torch.", "torch.cuda.") if func is torch.Tensor.type and len(args) == 1 else result
 
 
-@pytest.mark.tpcheck(tp=2, dp=2)
 @pytest.mark.parametrize(
     ("dtype", "distributed"),
     [(torch.float64, False), (torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)],
     ids=["float64", "float32, distributed", "bfloat16", "bfloat16, distributed"],
 )
-def test_an_optimizer_of_megatron(tp_rank: Rank, dtype: torch.dtype, distributed: bool) -> None:
+def test_an_optimizer_of_megatron(world: World, dtype: torch.dtype, distributed: bool) -> None:
+    world.run(check_an_optimizer_of_megatron, dtype, distributed)
+
+
+def check_an_optimizer_of_megatron(tp_rank: Rank, dtype: torch.dtype, distributed: bool) -> None:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from sys import float_info
 from typing import Any
@@ -56,9 +57,13 @@ def tensor_suspect(
         is_replicated=is_replicated,
         allowed_error=difference.allowed,
         num_replicas=evidence.topology.dp,
-        cut=cut or ((lambda full: (full,) * len(actual_parts)) if is_replicated else None),
+        cut=cut or (partial(_on_every_rank, tp=len(actual_parts)) if is_replicated else None),
         tp_group=evidence.tp_group,
     )
+
+
+def _on_every_rank(full: Any, tp: int) -> tuple[Any, ...]:
+    return (full,) * tp
 
 
 def compare_scalar(
@@ -140,7 +145,7 @@ def parameter_suspect(
         expected_parts=parameter.expected_parts,
         is_replicated=evidence.layouts[parameter.name].is_replicated,
         details=details,
-        cut=evidence.layouts[parameter.name].parts,
+        cut=evidence.layouts[parameter.name].parts if parameter.expected_parts else None,
     )
 
 
