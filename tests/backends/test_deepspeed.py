@@ -86,6 +86,15 @@ def test_training_that_the_reference_cannot_do_is_refused(config: dict[str, Any]
         resolved(options(config=config))
 
 
+@pytest.mark.parametrize("optimizer", ["muon", torch.optim.SGD])
+def test_an_optimizer_that_the_trainer_drops_is_refused(optimizer: Any) -> None:
+    from tpcheck.backends.deepspeed.config import resolved
+
+    with pytest.raises(UsageError, match="with DeepSpeed the Trainer drops what it is given as `optimizers`"):
+        resolved(options(optimizer=optimizer, loop="trainer"))
+    assert resolved(options(optimizer=optimizer)).optimizer is optimizer
+
+
 def test_the_configuration_says_how_both_sides_train() -> None:
     from tpcheck.backends.deepspeed.config import deepspeed_config, resolved
 

@@ -112,11 +112,16 @@ def _attempt(rank: CommunicatingRank, backend: Backend, function: Callable[[], T
 
 @contextmanager
 def _generators_kept() -> Iterator[None]:
-    """Leave torch's and Python's generators as they were."""
-    state = random.getstate()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
-    random.setstate(state)
+    """Leave the generators of torch, Python and numpy as they were."""
+    numpy = sys.modules.get("numpy")
+    of_python, of_numpy = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(of_python)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
 
 
 def _seed(seed: int) -> None:

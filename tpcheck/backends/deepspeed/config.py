@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import lr_schedules
 
 from tpcheck.backends.interface import TrainingOptions
-from tpcheck.backends.optimizer import optimizer_class
+from tpcheck.backends.optimizer import named_optimizer, optimizer_class
 from tpcheck.core.deepspeed_config import AUTO, left_out, resolve_auto
 from tpcheck.core.errors import UsageError
 
@@ -62,6 +62,7 @@ def resolved(options: TrainingOptions) -> TrainingOptions:
     schedule = options.config.get("scheduler", {})
     if AUTO in schedule.get("params", {}).values():
         raise UsageError("config.scheduler.params", schedule["params"], 'numbers: the reference has no values "auto"')
+    _require_optimizer_of_trainer(trained)
     from tpcheck.backends.trainer_loop.options import resolved_for_trainer  # imports the Trainer, for seconds
 
     by_trainer = resolved_for_trainer(trained)
@@ -71,6 +72,21 @@ def resolved(options: TrainingOptions) -> TrainingOptions:
         schedule=trained.schedule or by_trainer.schedule,
         decayed_parameters=None if "optimizer" in config else by_trainer.decayed_parameters,
     )
+
+
+def _require_optimizer_of_trainer(options: TrainingOptions) -> None:
+    """Refuse an optimizer that the Trainer can only be given as `optimizers`.
+
+    With DeepSpeed it drops that one, and trains by its own AdamW (`trainer.optimizer = None` in deepspeed_init of
+    transformers/integrations/deepspeed.py of 5.23.0).
+
+    Raises:
+        UsageError: It is a callable, or Muon.
+    """
+    if named_optimizer(options) is None:
+        why = "with DeepSpeed the Trainer drops what it is given as `optimizers`, and trains by AdamW"
+        accepted = f"another optimizer of torch.optim by name, or loop='plain': {why}"
+        raise UsageError("optimizer", options.optimizer, accepted)
 
 
 def _require_no_float16(options: TrainingOptions, config: Mapping[str, Any]) -> None:
