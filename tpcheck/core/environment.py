@@ -10,6 +10,9 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+WORLD_FOLDER_VARIABLE = "TPCHECK_WORLD"
+"""Names the world's folder, which is removed with it; processes that a rank starts inherit it."""
+
 _PACKAGES = ("tpcheck", "torch", "transformers")
 
 

@@ -488,12 +488,12 @@ def _require_optimizer(optimizer: OptimizerSource) -> None:
 def _require_implementations(options: RunOptions) -> None:
     for name, accepted in (("attention", ATTENTIONS), ("experts", EXPERTS)):
         if getattr(options, name) not in (None, *accepted):
-            raise UsageError(name, getattr(options, name), (None, *accepted))
+            raise UsageError(name, getattr(options, name), accepted)
     for name in ("checkpointing", "reentrant", "compile", "compile_layers"):
         if not isinstance(getattr(options, name), bool):
             raise UsageError(name, getattr(options, name), (False, True))
     if options.reentrant and not options.checkpointing:
-        raise UsageError("reentrant", True, "False without checkpointing")
+        raise UsageError("reentrant", True, "checkpointing beside it, of which it is a kind")
 
 
 def _require_loop(options: RunOptions) -> None:

@@ -668,6 +668,10 @@ class CheckOutcome:
             {**self.by_module, **other.by_module},
         )
 
+    def beside(self, other: CheckOutcome) -> CheckOutcome:
+        """Add what else was compared, with its suspects after those of this outcome."""
+        return replace(self.or_else(other), suspects=(*self.suspects, *other.suspects))
+
     def with_forced_modules(
         self, margins: Mapping[str, float], suspects: Iterable[Suspect], by_module: MarginsByModule
     ) -> CheckOutcome:

@@ -26,12 +26,12 @@ import pytest
 from _pytest import junitxml
 from _pytest.config import create_terminal_writer
 
+from tpcheck.core.environment import WORLD_FOLDER_VARIABLE
 from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.pytest_plugin.fixtures import tp_spawn
 from tpcheck.pytest_plugin.messages import pickle_exception, unpickle_exception
 from tpcheck.pytest_plugin.options import is_marked, options_of
 from tpcheck.world.attach import is_launched, launched_rank
-from tpcheck.world.environment import WORLD_FOLDER_VARIABLE
 from tpcheck.world.launch import Launch, Link, LinkLost, has_launchers_store, say_absent
 from tpcheck.world.launched_world import LaunchedMachines, Place, serve_worlds, this_place
 

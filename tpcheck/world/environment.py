@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tpcheck.core.environment import WORLD_FOLDER_VARIABLE
 from tpcheck.core.topology import Topology
 
 # Inherited from a launcher around the controller, these would send a rank to another store, or contradict its
 # LOCAL_RANK: DeepSpeed raises for Open MPI's, and Lightning reads torchrun's node variables.
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "SLURM_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_", "PMIX_", "MPI_LOCAL")
 _LAUNCHER_NAMES = {"GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"}
-
-WORLD_FOLDER_VARIABLE = "TPCHECK_WORLD"  # the world's folder; processes that a rank starts inherit it
 
 
 @dataclass(frozen=True, slots=True)

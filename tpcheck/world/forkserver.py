@@ -25,9 +25,9 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
+from tpcheck.core.environment import WORLD_FOLDER_VARIABLE
 from tpcheck.world import deepspeed_shm_comm, messages, rank_main
 from tpcheck.world.channel import Channel
-from tpcheck.world.environment import WORLD_FOLDER_VARIABLE
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1

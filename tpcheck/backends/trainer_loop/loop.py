@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import weakref
@@ -18,6 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from tpcheck.backends.interface import STEPS_TAKEN, StepObserver, TrainingOptions
 from tpcheck.backends.optimizer import make_optimizer, named_optimizer, optimizer_class
 from tpcheck.backends.trainer_loop.paused import PausedRun
+from tpcheck.core.environment import WORLD_FOLDER_VARIABLE
 from tpcheck.core.errors import UsageError
 
 RESUMED = "Trainer, resume_from_checkpoint"
@@ -103,7 +105,8 @@ class TrainerLoop:
         self.options = options
         folder = options.checkpoints
         if folder is None:
-            folder = tempfile.mkdtemp(prefix="tpcheck-trainer-")
+            within = os.environ.get(WORLD_FOLDER_VARIABLE)  # ranks end without finalizers
+            folder = tempfile.mkdtemp(prefix="tpcheck-trainer-", dir=within)
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         if options.loss == "mean":
             # By which a model asks for no count of labels. The Trainer counts them for any model that takes keywords.
