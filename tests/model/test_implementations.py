@@ -177,7 +177,16 @@ def test_a_model_that_compiles_its_own_layers_is_verified() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"attention": "flash"}, {"experts": 3}, {"checkpointing": "full"}, {"compile": 1}, {"reentrant": True}],
+    [
+        {"attention": "flash"},
+        {"experts": 3},
+        {"checkpointing": "full"},
+        {"compile": 1},
+        {"reentrant": True},
+        {"compile": True, "checkpointing": True},
+        {"compile_layers": True, "checkpointing": True},
+        {"compile": True, "loop": "trainer"},
+    ],
 )
 def test_a_name_that_does_not_exist_is_bad_usage(change: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

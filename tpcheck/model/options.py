@@ -494,6 +494,11 @@ def _require_implementations(options: RunOptions) -> None:
             raise UsageError(name, getattr(options, name), (False, True))
     if options.reentrant and not options.checkpointing:
         raise UsageError("reentrant", True, "checkpointing beside it, of which it is a kind")
+    compiled = next((name for name in ("compile", "compile_layers") if getattr(options, name)), None)
+    if (
+        compiled is not None and options.checkpointing
+    ):  # a float32 cast inside cannot be raised in a graph of two passes
+        raise UsageError(compiled, True, "False with checkpointing: compiled modules that recompute are not verified")
 
 
 def _require_loop(options: RunOptions) -> None:
@@ -504,6 +509,8 @@ def _require_loop(options: RunOptions) -> None:
     if options.backend_name not in _TRAINER_BACKENDS:
         accepted = f"plain with backend={options.backend_name}; the Trainer drives {' and '.join(_TRAINER_BACKENDS)}"
         raise UsageError("loop", options.loop, accepted)
+    if options.compile:  # its graph is traced in another thread than the recorder's
+        raise UsageError("compile", True, "False with loop=trainer, or compile_layers, which is verified there")
     from tpcheck.numerics.checks import INITIALISATION_CHECK
 
     if INITIALISATION_CHECK in options.check_names:  # it makes models without batches to train on
