@@ -185,7 +185,7 @@ def test_a_bug_of_the_model_itself_is_an_error_with_its_traceback() -> None:
     ("options", "message"),
     [
         ({"backend": "megatronn"}, "backend='megatronn': expected one of"),
-        ({"dtype": "float16"}, "dtype='float16': expected one of float64, float32, bfloat16"),
+        ({"dtype": "float8"}, "dtype='float8': expected one of float64, float32, bfloat16, float16"),
         ({"zero_stage": 4}, "zero_stage=4: expected one of 0, 1, 2, 3"),
         ({"steps": 0}, "steps=0: expected an integer from 1"),
         ({"replays": 0}, "replays=0: expected an integer from 1"),
