@@ -23,8 +23,12 @@ BACKENDS: Mapping[str, dict[str, Any]] = {
     "transformers": {"backend": "transformers"},
 }
 
+SLOW = ("deepspeed-tp-model-init", "megatron", "transformers")  # whose own tests show most of it
 
-@pytest.mark.parametrize("name", backend_names())
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in backend_names()]
+)
 def test_an_installed_backend_conforms(name: str) -> None:
     if name == "megatron":
         pytest.importorskip("megatron.core")

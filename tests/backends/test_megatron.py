@@ -145,6 +145,7 @@ def resumed(rank: Rank, folder: str) -> tuple[bool, int]:
     return same, len(first)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_from_a_distributed_checkpoint(world: World, tmp_path: Path) -> None:
     weights_and_moments = 3 * 6
     assert world.run(resumed, str(tmp_path)) == ((True, weights_and_moments),) * 2

@@ -25,7 +25,13 @@ TP = Topology(tp=2)
 
 
 @pytest.mark.parametrize(
-    ("family", "topology"), [("qwen3", TP), ("mixtral", TP), ("gpt_oss", TP), ("qwen3", Topology(tp=2, dp=2))]
+    ("family", "topology"),
+    [
+        ("qwen3", TP),
+        pytest.param("mixtral", TP, marks=pytest.mark.slow),
+        ("gpt_oss", TP),
+        pytest.param("qwen3", Topology(tp=2, dp=2), marks=pytest.mark.slow),
+    ],
 )
 def test_a_family_that_transformers_shards_correctly_passes(family: str, topology: Topology) -> None:
     report = verified(family, topology=topology)

@@ -78,7 +78,9 @@ def test_data_parallelism_alone_passes_and_reports_that_nothing_was_sharded() ->
     assert report.verdict.coverage.not_compared["parameters_are_sharded: parameters_are_sharded"].startswith("tp is 1")
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "zero_stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_every_zero_stage_passes_over_tp_and_dp(zero_stage: int) -> None:
     assert_clean(verified("qwen2", dp=2, zero_stage=zero_stage))
 

@@ -189,6 +189,7 @@ def test_torchrun_runs_shared_tests_on_its_ranks_and_rank_0_reports(tmp_path: Pa
     assert sorted((suite / "each").read_text()) == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_two_agents_run_shared_tests_over_their_nodes(tmp_path: Path, environ: dict[str, str]) -> None:
     suite = write(
         tmp_path,
@@ -251,6 +252,7 @@ def test_ranks_that_collect_something_else_are_told_what_differs(actual: tuple[s
     assert difference == message if message is None else message in str(difference)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_gone_ends_the_session_of_rank_0(tmp_path: Path, environ: dict[str, str]) -> None:
     suite = write(
         tmp_path,

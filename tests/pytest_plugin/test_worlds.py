@@ -99,6 +99,7 @@ def test_the_forkserver_starts_only_if_a_test_needs_it(
     assert started == ["cpu"] * expected
 
 
+@pytest.mark.slow
 def test_xdist_workers_run_worlds_at_the_same_time(run: Run, pytester: pytest.Pytester) -> None:
     pytest.importorskip("xdist")
     pytester.makepyfile(

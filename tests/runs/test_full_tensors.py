@@ -74,6 +74,7 @@ def compared(traces: Path, fault: str, how: str = "actual") -> Report:
     return tpcheck.compare_traces(traces / how / (fault or "right"), traces / "expected" / "right")
 
 
+@pytest.mark.slow
 def test_a_right_run_with_a_fused_layer_passes_and_says_what_was_compared_by_norm(traces: Path) -> None:
     for how in ("actual", "sketched"):
         report = compared(traces, RIGHT, how)

@@ -1,4 +1,7 @@
-"""Tensor parallelism that is written by hand: right code of every style passes, mistakes are found alone."""
+"""Tensor parallelism that is written by hand: right code of every style passes, mistakes are found alone.
+
+Every second mistake: `ci/faults` injects all.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def test_right_code_passes(control: HandWrittenControl, worlds: dict[Topology, W
     assert result.margin < 0.5
 
 
-@pytest.mark.parametrize("fault", HAND_WRITTEN_FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", HAND_WRITTEN_FAULTS[::2], ids=lambda fault: fault.name)
 def test_a_mistake_is_found_alone(fault: HandWrittenFault, worlds: dict[Topology, World]) -> None:
     result = run_hand_written_fault(fault, replays=REPLAYS, world=worlds[fault.topology])
     assert result.caught, result.message

@@ -1,6 +1,7 @@
 """Faults of a model, injected on real ranks: caught in float64, at their place, with a right cause.
 
-The first fault of each cause, and every third one of the others: `ci/faults` injects all.
+The first fault of each kind; among the slow tests that of each cause, and every third one of the others. `ci/faults`
+injects all.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ FIRST_OF_CAUSE = {
     for fault in reversed(MODEL_FAULTS)
     if fault.causes[0] is not None and RESUME_CHECK not in fault.checks  # which is explained on states of all ranks
 }
+FIRST_OF_KIND = {fault.kind: fault.name for fault in reversed(MODEL_FAULTS)}
 FAULTS = [
-    fault
+    fault if fault.name in FIRST_OF_KIND.values() else pytest.param(fault, marks=pytest.mark.slow)
     for number, fault in enumerate(MODEL_FAULTS)
     if number % 3 == 0 or FIRST_OF_CAUSE.get(fault.causes[0]) == fault.name
 ]

@@ -319,6 +319,7 @@ LOOPS = (*BY_HAND, *TRANSFORMERS, *TORCH, *DEEPSPEED, *MEGATRON, *LIBRARIES_COMP
 SELDOM = frozenset(
     {
         "four micro-batches on both sides",
+        "a compiled model under transformers' TP",
         "SGD with a rate of 0.5 for 40 steps",
         "parameter groups",
         "Adagrad with a schedule",

@@ -76,7 +76,7 @@ def loop_runner(folder: Path) -> Iterator[LoopRunner]:
 def as_parameters(loops: Sequence[Loop], seldom: Collection[str]) -> list[Any]:
     """Return the parameter of a test for each loop, named after it; it must fail where the row says so.
 
-    Unless TPCHECK_LOOPS is `all`, as in ci/loops, every second of the rows that are not seldom is run: all take longer
+    Unless TPCHECK_LOOPS is `all`, as in ci/loops, every third of the rows that are not seldom is run: all take longer
     than the rest of the tests.
 
     Args:
@@ -84,7 +84,7 @@ def as_parameters(loops: Sequence[Loop], seldom: Collection[str]) -> list[Any]:
     """
     names = [loop.name for loop in loops]
     assert len(set(names)) == len(names), "two loops of one name"
-    usual = [loop for loop in loops if loop.name not in seldom][::2]
+    usual = [loop for loop in loops if loop.name not in seldom][::3]
     return [
         pytest.param(
             loop,
