@@ -7,11 +7,12 @@ from typing import Any
 
 AUTO = "auto"  # what transformers' Trainer fills in from its own arguments
 
-# Where tensors lie, what is measured and printed, and in which dtype they travel: the mathematics stays the same.
+# Where tensors lie, what is measured and printed: the mathematics stays the same. The dtype of communication does not
+# belong here: gradients that travel in bfloat16 are rounded.
 _HARDWARE = frozenset(
-    """aio activation_checkpointing autotuning comet comms_logger communication_data_type csv_monitor
-    datastates_ckpt disable_python_gc dump_state elasticity flops_profiler hybrid_engine log_level memory_breakdown
-    nebula seq_parallel_communication_data_type steps_per_print tensorboard timers wall_clock_breakdown wandb""".split()
+    """aio activation_checkpointing autotuning comet comms_logger csv_monitor datastates_ckpt disable_python_gc
+    dump_state elasticity flops_profiler hybrid_engine log_level memory_breakdown nebula steps_per_print tensorboard
+    timers wall_clock_breakdown wandb""".split()
 )
 _HARDWARE_OF_ZERO = frozenset(
     """cpu_offload cpu_offload_params cpu_offload_use_pin_memory offload_optimizer offload_param sub_group_size
