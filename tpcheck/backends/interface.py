@@ -154,13 +154,13 @@ class StepObserver(Protocol):
         """Take what a micro-batch adds to the loss of its step."""
 
     def gradients_are_ready(self) -> None:
-        """Be told that `Candidate.gradient` is valid: after the last backward pass of a step, before clipping."""
+        """Take note that `Candidate.gradient` is valid: after the last backward pass of a step, before clipping."""
 
     def optimizing(self) -> AbstractContextManager[None]:
         """Return the context of the optimizer's step."""
 
     def stepped(self) -> None:
-        """Be told that a step has ended: optimizer, schedule and counts have stepped, and nothing is saved yet."""
+        """Take note that a step has ended: optimizer, schedule and counts have stepped, and nothing is saved yet."""
 
     def logged(self, values: Mapping[str, float]) -> None:
         """Take what is logged of the last step, by the library's names."""

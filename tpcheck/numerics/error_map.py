@@ -15,7 +15,7 @@ from tpcheck.numerics.evidence import Suspect
 
 MOST_TILES = 32  # along each side: a page shows them, and a report stays small
 _MOST_ELEMENTS = 1 << 26  # of a tensor: positions and squares take half a gigabyte each
-_MOST_RECTANGLES = 64  # of all shards together: more cannot be told apart in a picture
+_MOST_RECTANGLES = 64  # of all shards together: more cannot be distinguished in a picture
 
 Span = tuple[int, int]
 """First index, and the first after the last."""

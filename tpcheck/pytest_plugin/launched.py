@@ -299,7 +299,7 @@ class Rank0:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Wait for the other ranks, and let the session fail if theirs have."""
+        """Wait for the other ranks, and let the session fail where one of their tests has."""
         is_good = int(session.exitstatus) in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
         deadline = None if is_good else time.monotonic() + _END_LIMIT_S
         for link in self._launch.links.values():

@@ -1,4 +1,4 @@
-"""A function that runs in a thread of its own, pauses in its middle, and goes on when it is told to."""
+"""A function that runs in a thread of its own, pauses in its middle, and goes on when `resume` is called."""
 
 from __future__ import annotations
 
