@@ -120,7 +120,9 @@ def master_address(environ: Mapping[str, str]) -> tuple[str, int]:
     if not host:
         raise UsageError("MASTER_ADDR", None, "the address of rank 0; set it beside the launcher's variables")
     if environ.get("MASTER_PORT") or not (is_step and environ.get("SLURM_JOB_ID", "").isdigit()):
-        return host, _number(environ, "MASTER_PORT", accepted="the port of rank 0; set it beside the launcher's variables")
+        return host, _number(
+            environ, "MASTER_PORT", accepted="the port of rank 0; set it beside the launcher's variables"
+        )
     step = environ.get("SLURM_STEP_ID", "")
     return host, 15000 + (int(environ["SLURM_JOB_ID"]) + 101 * int(step if step.isdigit() else 0)) % 10000
 
@@ -156,7 +158,11 @@ def _tasks_on_this_node(environ: Mapping[str, str]) -> int | None:
 
 
 def _number(
-    environ: Mapping[str, str], name: str, *, default: int | None = None, accepted: str = "a number, as launchers set it"
+    environ: Mapping[str, str],
+    name: str,
+    *,
+    default: int | None = None,
+    accepted: str = "a number, as launchers set it",
 ) -> int:
     value = environ.get(name)
     if value is None and default is not None:
