@@ -18,7 +18,6 @@ from tpcheck.backends.interface import Backend, InitialisesModels, TrainingOptio
 from tpcheck.backends.layout import Layout
 from tpcheck.core.digests import digest
 from tpcheck.core.errors import BackendError, UsageError
-from tpcheck.core.findings import Finding
 from tpcheck.model.blame import blame_backend
 from tpcheck.model.options import Request
 from tpcheck.model.reference import CommunicatingRank
@@ -30,6 +29,7 @@ from tpcheck.numerics.checks.initialisation import (
     DrawnParameter,
     compare_initialisation,
 )
+from tpcheck.numerics.evidence import WayOutcome
 from tpcheck.numerics.verdict import CheckAnswer
 
 T = TypeVar("T")
@@ -46,13 +46,12 @@ def verify_initialisation(
     Raises:
         BackendError: The backend has ways to make a model from scratch, and each of them crashed.
     """
-    margins: dict[str, float] = {}
-    findings: list[Finding] = []
+    answer = CheckAnswer(INITIALISATION_CHECK, -1, {}, (), {})
     not_compared: dict[str, str] = {}
     crashed: list[str] = []
     if not isinstance(backend, InitialisesModels):
         reason = f"the backend {backend.name} offers no way to make a model from scratch"
-        return CheckAnswer(INITIALISATION_CHECK, -1, {}, (), {"initialisation": reason})
+        return answer.with_way(WayOutcome(not_compared={"initialisation": reason}))
     stand_in = random_dtensors_on_cpu if rank.device.type == "cpu" else nullcontext
     with _generators_kept(), stand_in():
         _seed(request.options.seed)
@@ -67,13 +66,10 @@ def verify_initialisation(
                 not_compared[name] = drawn.reason
                 crashed += [f"{name}: {drawn.reason}"] if drawn.is_crash else []
                 continue
-            outcome = compare_initialisation(name, rank.topology, rank.gather(drawn))
-            margins |= outcome.margins
-            findings += outcome.findings
-            not_compared |= outcome.not_compared
-    if crashed and not margins:
+            answer = answer.with_way(compare_initialisation(name, rank.topology, rank.gather(drawn)))
+    if crashed and not answer.margins:
         raise BackendError("; ".join(crashed))
-    return CheckAnswer(INITIALISATION_CHECK, -1, margins, tuple(findings), not_compared)
+    return answer.with_way(WayOutcome(not_compared=not_compared))
 
 
 def _build(request: Request) -> nn.Module:

@@ -47,11 +47,11 @@ from tpcheck.numerics.checks.resume import (
     OF_GROUP,
     RESUME_CHECK,
     ResumedTraining,
-    ResumeOutcome,
     SavedTraining,
     compare_other_topology,
     compare_same_topology,
 )
+from tpcheck.numerics.evidence import WayOutcome
 from tpcheck.numerics.global_index import GlobalIndex
 from tpcheck.numerics.optimizer_view import view_of
 from tpcheck.numerics.optimizers.names import unwrapped_names
@@ -120,7 +120,7 @@ def verify_resume(request: Request) -> CheckAnswer:
         answer = replace(answer, not_compared=dict(first[0].failures))
         for way, facts in first[0].ways.items():
             for variant in variants(request, facts.other_sizes, len(first[0].batches[0])):
-                answer = _add(answer, _resume(variant, request, way, facts, num_before, first))
+                answer = answer.with_way(_resume(variant, request, way, facts, num_before, first))
         return answer
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -174,15 +174,6 @@ def divided(by_dp_rank: Sequence[Steps], dp: int) -> list[list[list[Batch]]]:
     return steps
 
 
-def _add(answer: CheckAnswer, outcome: ResumeOutcome) -> CheckAnswer:
-    return replace(
-        answer,
-        margins={**answer.margins, **outcome.margins},
-        findings=(*answer.findings, *outcome.findings),
-        not_compared={**answer.not_compared, **outcome.not_compared},
-    )
-
-
 def _resume(
     variant: Request,
     request: Request,
@@ -190,7 +181,7 @@ def _resume(
     facts: _Way,
     num_before: int,
     first: Sequence[_FirstWorld],
-) -> ResumeOutcome:
+) -> WayOutcome:
     """Go on in new processes, and compare.
 
     A way that cannot be loaded at the sizes at which it saved is a finding; at other sizes it is no comparison.
@@ -227,12 +218,12 @@ def _in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {first}{more}" + (f" [{len(others) - 1} more lines]" if others[1:] else "")
 
 
-def _cannot_load(way: str, reason: str, *, is_same: bool) -> ResumeOutcome:
+def _cannot_load(way: str, reason: str, *, is_same: bool) -> WayOutcome:
     if not is_same:
-        return ResumeOutcome(not_compared={way: reason})
+        return WayOutcome(not_compared={way: reason})
     evidence = {"counted": ("way to resume", "fails", "fail"), "note": reason}
     finding = Finding(RESUME_CHECK, {"phase": "loaded", "field": way}, 1.0, 0.0, evidence=evidence)
-    return ResumeOutcome({way: inf}, (finding,))
+    return WayOutcome({way: inf}, (finding,))
 
 
 # ---- on the ranks

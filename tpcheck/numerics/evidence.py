@@ -9,6 +9,7 @@ from operator import add
 from typing import Any, Literal
 
 from tpcheck.core.clipping import NO_CLIPPING, Clipping
+from tpcheck.core.findings import Finding
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.norms import ClippedStep, GradientNorms, ObservedNorm
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, RESIDUAL_EXACT, Tolerance
@@ -640,6 +641,21 @@ class Suspect:
             self.siblings,
         )  # fmt: skip
         return {name: value for known in facts if known is not None for name, value in known.as_evidence().items()}
+
+
+@dataclass(frozen=True, slots=True)
+class WayOutcome:
+    """The result of one way to make, or to resume, a training: explained as it is found.
+
+    Attributes:
+        margins: Observed / allowed error of every comparison, by name; infinite where an exact one failed.
+        findings: What differs.
+        not_compared: Why something could not be compared, by name.
+    """
+
+    margins: dict[str, float] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+    not_compared: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 from tpcheck.core.findings import CheckResult, Coverage, Finding, ModuleMargins, Verdict
 from tpcheck.numerics.checks import ON_REQUEST, START_CHECKS, STEP_CHECKS
 from tpcheck.numerics.error_map import error_map
-from tpcheck.numerics.evidence import CheckOutcome, Evidence, MarginsByModule, Suspect, worst_by_module
+from tpcheck.numerics.evidence import CheckOutcome, Evidence, MarginsByModule, Suspect, WayOutcome, worst_by_module
 from tpcheck.numerics.hypotheses import explain
 
 # Findings of one cause are one mistake where these are the same, too.
@@ -70,6 +70,15 @@ class CheckAnswer:
     findings: tuple[Finding, ...]
     not_compared: Mapping[str, str]
     by_module: MarginsByModule = field(default_factory=dict)
+
+    def with_way(self, outcome: WayOutcome) -> CheckAnswer:
+        """Add the result of one way that the check tries."""
+        return replace(
+            self,
+            margins={**self.margins, **outcome.margins},
+            findings=(*self.findings, *outcome.findings),
+            not_compared={**self.not_compared, **outcome.not_compared},
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from tpcheck.numerics.checks.initialisation import (
     NUM_DRAWS,
     Draw,
     DrawnParameter,
-    InitialisationOutcome,
     compare_initialisation,
 )
+from tpcheck.numerics.evidence import WayOutcome
 
 TP2, DP2 = Topology(tp=2), Topology(tp=1, dp=2)
 Elements = Callable[[torch.Generator], torch.Tensor]
@@ -46,11 +46,11 @@ def parameter(actual: Elements, expected: Elements, seed: int = 0, **facts: bool
     return DrawnParameter(facts.get("replicated", False), num_elements, draws(actual, seed), draws(expected, seed + 50))
 
 
-def compare(*by_rank: DrawnParameter, topology: Topology = TP2) -> InitialisationOutcome:
+def compare(*by_rank: DrawnParameter, topology: Topology = TP2) -> WayOutcome:
     return compare_initialisation("built", topology, [{"weight": of_rank} for of_rank in by_rank])
 
 
-def only(outcome: InitialisationOutcome) -> Finding:
+def only(outcome: WayOutcome) -> Finding:
     (finding,) = outcome.findings
     return finding
 

@@ -12,11 +12,11 @@ import torch
 from tpcheck.core.placement import Shard
 from tpcheck.numerics.checks.resume import (
     ResumedTraining,
-    ResumeOutcome,
     SavedTraining,
     compare_other_topology,
     compare_same_topology,
 )
+from tpcheck.numerics.evidence import WayOutcome
 from tpcheck.numerics.global_index import GlobalIndex
 from tpcheck.numerics.tolerance import Tolerance
 from tpcheck.numerics.training_state import StateKey, StateTensor, TrainingState, assemble
@@ -52,7 +52,7 @@ def with_tensor(of: TrainingState, key: StateKey, values: torch.Tensor) -> Train
     return replace(of, tensors={**of.tensors, key: replace(of.tensors[key], values=values)})
 
 
-def loaded_with(key: StateKey, values: torch.Tensor, rank: int = 1) -> ResumeOutcome:
+def loaded_with(key: StateKey, values: torch.Tensor, rank: int = 1) -> WayOutcome:
     """Compare where one rank has loaded other values than it should."""
     actual = resumed()
     actual[rank] = replace(actual[rank], loaded=with_tensor(actual[rank].loaded, key, values))
@@ -212,7 +212,7 @@ def whole(of: list[TrainingState]) -> TrainingState:
     return TrainingState(tensors, of[0].numbers, {}, loss=None)
 
 
-def at_one_rank(error: float, *, loaded: float = 0.0) -> ResumeOutcome:
+def at_one_rank(error: float, *, loaded: float = 0.0) -> WayOutcome:
     """Compare two ranks with one, whose weights are off by `error` after a step."""
     first = whole([state(rank, 1) for rank in range(2)])
     second = whole([state(rank, 2) for rank in range(2)])

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from tpcheck.core.causes import Cause
 from tpcheck.core.findings import Finding
 from tpcheck.core.topology import Topology
+from tpcheck.numerics.evidence import WayOutcome
 
 INITIALISATION_CHECK = "initialisation_matches_reference"
 
@@ -64,21 +65,6 @@ DrawnModel = Mapping[str, DrawnParameter]  # by name, on one rank
 
 
 @dataclass(frozen=True, slots=True)
-class InitialisationOutcome:
-    """The result of one way to make a model from scratch.
-
-    Attributes:
-        margins: 0 for every comparison that passed, infinite for others, by name.
-        findings: What differs, one for each mistake.
-        not_compared: Why something could not be compared, by name.
-    """
-
-    margins: dict[str, float] = field(default_factory=dict)
-    findings: tuple[Finding, ...] = ()
-    not_compared: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class _Difference:
     """One comparison of a parameter that failed on some ranks; `kind` says what was compared."""
 
@@ -97,14 +83,14 @@ class _Difference:
         return self.kind, self.ranks, self.cause, self.evidence.get("note")
 
 
-def compare_initialisation(way: str, topology: Topology, by_rank: Sequence[DrawnModel]) -> InitialisationOutcome:
+def compare_initialisation(way: str, topology: Topology, by_rank: Sequence[DrawnModel]) -> WayOutcome:
     """Compare the draws of all ranks.
 
     Args:
         way: How the model is made, for names.
         by_rank: What each rank holds, by global rank.
     """
-    outcome = InitialisationOutcome()
+    outcome = WayOutcome()
     differences: list[_Difference] = []
     for name in by_rank[0]:
         drawn = [model[name] for model in by_rank]
@@ -276,7 +262,7 @@ def _compare_statistic(
     statistic: _Statistic,
     drawn: Sequence[DrawnParameter],
     way: str,
-    outcome: InitialisationOutcome,
+    outcome: WayOutcome,
     topology: Topology,
 ) -> list[_Difference]:
     compared = [_compare_draws(statistic, of_rank, topology.tp) for of_rank in drawn]

@@ -7,7 +7,7 @@ loaded, and within the measured noise after further steps.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -17,6 +17,7 @@ from tpcheck.backends.interface import STEPS_TAKEN
 from tpcheck.core.causes import Cause
 from tpcheck.core.findings import Finding
 from tpcheck.numerics.differences import frobenius, frobenius_distance, spacing
+from tpcheck.numerics.evidence import WayOutcome
 from tpcheck.numerics.tolerance import LEAST_ELEMENTS, Tolerance
 from tpcheck.numerics.training_state import StateKey, TrainingState, assemble
 
@@ -61,21 +62,6 @@ class ResumedTraining:
 
 
 @dataclass(frozen=True, slots=True)
-class ResumeOutcome:
-    """The result of one way to save and resume.
-
-    Attributes:
-        margins: Observed / allowed error of every comparison, by name.
-        findings: What differs at the first moment at which anything does.
-        not_compared: Why something could not be compared, by name.
-    """
-
-    margins: dict[str, float] = field(default_factory=dict)
-    findings: tuple[Finding, ...] = ()
-    not_compared: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class _Difference:
     """A tensor or number that differs on one rank, or as a whole (`rank` None)."""
 
@@ -90,7 +76,7 @@ class _Difference:
 
 def compare_same_topology(
     way: str, num_before: int, expected: Sequence[SavedTraining], actual: Sequence[ResumedTraining]
-) -> ResumeOutcome:
+) -> WayOutcome:
     """Compare bitwise, rank by rank, up to the first moment at which something differs.
 
     Generators that differ when they were loaded do not end this: they change nothing before something draws from them.
@@ -100,7 +86,7 @@ def compare_same_topology(
         num_before: How many steps were taken before saving.
         expected, actual: Of all ranks.
     """
-    outcome = ResumeOutcome()
+    outcome = WayOutcome()
     of_generators: tuple[Finding, ...] = ()
     saved = [rank.saved for rank in expected]
     for moment, expected_states, actual_states in _moments(num_before, expected, actual):
@@ -141,7 +127,7 @@ def compare_other_topology(
     expected: Sequence[SavedTraining],
     actual: Sequence[ResumedTraining],
     tolerance: Tolerance,
-) -> ResumeOutcome:
+) -> WayOutcome:
     """Compare whole tensors: bitwise when they were loaded, weights within the measured noise after further steps.
 
     Args:
@@ -150,7 +136,7 @@ def compare_other_topology(
         expected, actual: Of all ranks of each side, whose numbers may be unequal.
         tolerance: Of the whole training: what rounding adds up to since the first step.
     """
-    outcome = ResumeOutcome()
+    outcome = WayOutcome()
     for moment, expected_states, actual_states in _moments(num_before, expected, actual):
         wholes, expected_wholes = assemble(actual_states), assemble(expected_states)
         held = {key for state in expected_states for key in state.tensors if key.kind != "buffer"}
@@ -173,7 +159,7 @@ def compare_other_topology(
             outcome.margins[f"{way}: {_when(moment)}: {label}"] = _margin(found)
         wrong = [found for _, found in differences if found is not None and _margin(found) > 1]
         if wrong:
-            return ResumeOutcome(outcome.margins, tuple(_findings(way, moment, wrong)), outcome.not_compared)
+            return WayOutcome(outcome.margins, tuple(_findings(way, moment, wrong)), outcome.not_compared)
     return outcome
 
 
