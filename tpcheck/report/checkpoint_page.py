@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tpcheck.core.findings import Finding, Verdict
 from tpcheck.report import checkpoints, words
 from tpcheck.report.charts import shortened
-from tpcheck.report.page import LONGEST_TEXT, TreeRow, coverage_text, not_compared, render, shown_finding
+from tpcheck.report.page import TreeRow, frame, render, shown_finding
 from tpcheck.report.table import Cell, Column, Table
 from tpcheck.report.tree import Node, joined, tree_of
 
@@ -70,24 +70,18 @@ def checkpoint_page(verdict: Verdict, stored: StoredTensors, checks: Table) -> s
     reference = shortened(str(subject.get("reference", "the reference")), 300)
     return render(
         "checkpoint_page.html",
+        **frame(verdict, checks),
         title=shortened(f"{verdict.verdict}: checkpoint {name} against {reference} - tpcheck", 300),
-        verdict=verdict.verdict,
         name=name,
         reference=reference,
         options=", ".join(words.options({key: value for key, value in subject.items() if key not in _IN_HEADING})),
         summary=_summary(verdict, stored),
         renamed=[shortened(str(text), 300) for text in subject.get("names", ())],
-        message=(verdict.message or "").strip()[:LONGEST_TEXT],
         groups=[checkpoints.group_summary(group) for group in groups],
         firsts=[shown_finding(finding, subject) for finding in firsts[:_MOST_DETAILS]],
         columns=_COLUMNS,
         rows=rows,
         left_out=left_out,
-        checks=checks,
-        coverage=coverage_text(verdict.coverage),
-        not_compared=list(not_compared(verdict.coverage)),
-        environment=verdict.environment,
-        seconds=f"{verdict.seconds:.1f}",
     )
 
 

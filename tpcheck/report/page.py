@@ -18,7 +18,7 @@ from tpcheck.report.words import as_text
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from tpcheck.report.table import Cell
+    from tpcheck.report.table import Cell, Table
 
 LONGEST_TEXT = 12_000  # characters of a finding or a message
 _MOST_REASONS, _MOST_NAMES = 40, 20  # of what was not compared
@@ -28,6 +28,19 @@ def render(template: str, **values: Any) -> str:
     """Return a page from a template of this folder; what is not marked as safe is escaped."""
     text: str = _templates().get_template(template).render(**values)
     return text.encode("utf-8", "replace").decode()  # names may hold halves of surrogate pairs, which no file can
+
+
+def frame(verdict: Verdict, checks: Table) -> dict[str, Any]:
+    """Return what a page about one report says around its contents, as `page_layout.html` takes it."""
+    return {
+        "verdict": verdict.verdict,
+        "message": (verdict.message or "").strip()[:LONGEST_TEXT],
+        "checks": checks,
+        "coverage": coverage_text(verdict.coverage),
+        "not_compared": list(_not_compared(verdict.coverage)),
+        "environment": verdict.environment,
+        "seconds": f"{verdict.seconds:.1f}",
+    }
 
 
 @cache
@@ -89,7 +102,7 @@ def finding_text(finding: Finding, verdict: Verdict) -> str:
     return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "… (--json has all of it)"
 
 
-def not_compared(coverage: Coverage) -> Iterator[tuple[str, str]]:
+def _not_compared(coverage: Coverage) -> Iterator[tuple[str, str]]:
     """Yield each reason why something was not compared, with the names of what was not."""
     missed = sorted(coverage.not_compared.items(), key=lambda item: (item[1], item[0]))
     groups = [(why, [shortened(name) for name, _ in group]) for why, group in groupby(missed, key=lambda item: item[1])]

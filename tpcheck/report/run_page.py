@@ -26,7 +26,7 @@ from tpcheck.report.charts import (
 )
 from tpcheck.report.findings import first_finding, is_consequence
 from tpcheck.report.json_values import plain_json
-from tpcheck.report.page import LONGEST_TEXT, coverage_text, finding_text, first_place, not_compared, render
+from tpcheck.report.page import finding_text, first_place, frame, render
 from tpcheck.report.table import Table
 
 PicturePhase = Literal["start", "forward", "backward", "gradient", "update", "state"]
@@ -167,11 +167,10 @@ def run_page(verdict: Verdict, picture: RunComparison, checks: Table) -> str:
     tile_maps = [_drawn_tiles(tile_map) for tile_map in picture.tile_maps]
     return render(
         "run_page.html",
+        **frame(verdict, checks),
         title=shortened(f"{verdict.verdict}: {verdict.subject.get('subject')}, {_expected(verdict)}", 300),
-        verdict=verdict.verdict,
         summary=_summary(verdict, picture, first),
         runs=_runs(verdict.subject),
-        message=(verdict.message or "").strip()[:LONGEST_TEXT],
         overview=_overview(picture),
         steps=steps,
         keys=legend_keys(),
@@ -181,11 +180,6 @@ def run_page(verdict: Verdict, picture: RunComparison, checks: Table) -> str:
         findings=[finding_text(finding, verdict) for finding in shown],
         other_findings=[finding_text(finding, verdict) for finding in others[:_MOST_FINDINGS]],
         more_findings=max(0, len(others) - _MOST_FINDINGS),
-        checks=checks,
-        coverage=coverage_text(verdict.coverage),
-        not_compared=list(not_compared(verdict.coverage)),
-        environment=verdict.environment,
-        seconds=f"{verdict.seconds:.1f}",
     )
 
 

@@ -13,12 +13,11 @@ from tpcheck.report.charts import MAP_WIDTH, Outline, heat_map, legend_keys, sho
 from tpcheck.report.findings import first_finding, is_consequence
 from tpcheck.report.model_tree import ROOT, ModelTree, ancestors, is_in_list, is_wrong, margins_of, worst_margins
 from tpcheck.report.page import (
-    LONGEST_TEXT,
     ShownFinding,
     TreeRow,
     coverage_text,
     first_place,
-    not_compared,
+    frame,
     render,
     shown_finding,
 )
@@ -61,13 +60,12 @@ def verdict_page(verdict: Verdict, checks: Table, upstream: str = "") -> str:
     options = ", ".join(words.options(verdict.subject))
     return render(
         "verdict_page.html",
+        **frame(verdict, checks),
         title=shortened(f"{verdict.verdict}: {words.name(verdict.subject)}, {options} - tpcheck", 300),
-        verdict=verdict.verdict,
         name=shortened(words.name(verdict.subject), 300),
         options=options,
         summary=_summary(verdict, first),
         upstream=upstream,
-        message=(verdict.message or "").strip()[:LONGEST_TEXT],
         groups=[checkpoints.group_summary(group) for group in checkpoints.group_by_explanation(verdict.findings)],
         first=None if first is None else shown_finding(first, verdict.subject),
         first_map=None if first is None else drawn_map(first),
@@ -78,12 +76,7 @@ def verdict_page(verdict: Verdict, checks: Table, upstream: str = "") -> str:
         columns=_COLUMNS,
         rows=rows,
         folded=folded,
-        checks=checks,
-        coverage=coverage_text(verdict.coverage),
-        not_compared=list(not_compared(verdict.coverage)),
         target=list(words.target_facts(verdict.subject, verdict.notes)),
-        environment=verdict.environment,
-        seconds=f"{verdict.seconds:.1f}",
     )
 
 
