@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from torch import nn
@@ -17,7 +14,6 @@ import tpcheck
 from tpcheck import Topology
 from tpcheck.backends.registry import load_backend
 from tpcheck.families.build import small_model
-from tpcheck.model.initialising import _generators_kept, _seed
 from tpcheck.model.options import Request, RunOptions
 from tpcheck.model.verify import run
 from tpcheck.numerics.checks import INITIALISATION_CHECK
@@ -89,16 +85,3 @@ def test_a_backend_without_a_way_of_its_own_has_not_passed(world: World) -> None
     report = verified(world, WithoutAWay())
     assert report.verdict.verdict == "skipped"
     assert "the backend third offers no way to make a model from scratch" in str(report.verdict.message)
-
-
-def test_generators_are_put_back_also_after_an_error() -> None:
-    def numbers() -> tuple[float, float, float]:
-        return float(torch.rand(())), random.random(), float(numpy.random.random())
-
-    _seed(1)
-    expected = numbers()
-    _seed(1)
-    with suppress(ZeroDivisionError), _generators_kept():
-        _seed(2)
-        raise ZeroDivisionError
-    assert numbers() == expected

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from math import prod
 from typing import TypeVar
@@ -18,6 +16,7 @@ from tpcheck.backends.interface import Backend, InitialisesModels, TrainingOptio
 from tpcheck.backends.layout import Layout
 from tpcheck.core.digests import digest
 from tpcheck.core.errors import BackendError, UsageError
+from tpcheck.core.generators import generators_kept, seed_everything
 from tpcheck.model.blame import blame_backend
 from tpcheck.model.options import Request
 from tpcheck.model.reference import CommunicatingRank
@@ -53,8 +52,8 @@ def verify_initialisation(
         reason = f"the backend {backend.name} offers no way to make a model from scratch"
         return answer.with_way(WayOutcome(not_compared={"initialisation": reason}))
     stand_in = random_dtensors_on_cpu if rank.device.type == "cpu" else nullcontext
-    with _generators_kept(), stand_in():
-        _seed(request.options.seed)
+    with generators_kept(), stand_in():
+        seed_everything(request.options.seed)
         found = _attempt(rank, backend, lambda: backend.ways_to_initialise(partial(_build, request), rank, options))
         ways: Mapping[str, WayToInitialise] = {} if isinstance(found, _Failure) else found
         if isinstance(found, _Failure):
@@ -106,27 +105,6 @@ def _attempt(rank: CommunicatingRank, backend: Backend, function: Callable[[], T
     return result
 
 
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Leave the generators of torch, Python and numpy as they were."""
-    numpy = sys.modules.get("numpy")
-    of_python, of_numpy = random.getstate(), numpy and numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(of_python)
-        if numpy is not None:
-            numpy.random.set_state(of_numpy)
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
-
-
 def _draw(rank: CommunicatingRank, way: WayToInitialise, seed: int, not_compared: dict[str, str]) -> DrawnModel:
     """Make `NUM_DRAWS` models on each side; return what this rank holds of them. Collective over the world.
 
@@ -139,12 +117,12 @@ def _draw(rank: CommunicatingRank, way: WayToInitialise, seed: int, not_compared
     expected: dict[str, list[Draw]] = {}
     repeated: dict[str, tuple[int, int] | None] = {}
     for number in range(NUM_DRAWS):
-        _seed(seed + number)
+        seed_everything(seed + number)
         candidate = way.sharded(seed + number)
         layouts = layouts or candidate.layouts()
         names = dict(candidate.module.named_parameters(remove_duplicate=False))
         shards = {name: candidate.parameter(name) for name in names if name in layouts}
-        _seed(seed + number + _OF_UNSHARDED)
+        seed_everything(seed + number + _OF_UNSHARDED)
         unsharded = dict(way.unsharded(seed + number + _OF_UNSHARDED).named_parameters(remove_duplicate=False))
         for name, parameter in unsharded.items():
             if name not in shards or tuple(layouts[name].shape) != tuple(parameter.shape):

@@ -35,6 +35,7 @@ from tpcheck.core.deepspeed_config import without_sizes
 from tpcheck.core.digests import digest
 from tpcheck.core.errors import BackendError, RankFailure
 from tpcheck.core.findings import Finding
+from tpcheck.core.generators import seed_everything
 from tpcheck.core.topology import Topology
 from tpcheck.families.settings import overlay
 from tpcheck.model.blame import blame_backend
@@ -229,12 +230,18 @@ def _cannot_load(way: str, reason: str, *, is_same: bool) -> WayOutcome:
 # ---- on the ranks
 
 
+@contextmanager
+def _session(request: Request, backend: Backend, options: TrainingOptions) -> Iterator[None]:
+    with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
+        yield
+
+
 def _train_and_save(rank: CommunicatingRank, request: Request, folder: Path, num_before: int) -> _FirstWorld:
     """Train, save in every way, train on. Collective over the world."""
     request = with_user_code(request)
     backend = load_backend(request.options.backend)
     options = backend.resolved(training_options(request, rank.device))
-    with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
+    with _session(request, backend, options):
         reference = Reference.build(request, rank, options)
         options = replace(reference.options, checkpoints=str(folder), save_after=num_before)
         with blame_backend(backend, "sharding the model"):
@@ -300,7 +307,7 @@ def _load_and_train(
     if options.loop != "plain":
         options = replace(options, batches=list(zip(*batches_by_dp_rank, strict=True)))
         return _observe_resuming(rank, request, backend, replace(options, checkpoints=str(folder)), way)
-    with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
+    with _session(request, backend, options):
         with blame_backend(backend, "sharding the model"):
             candidate = backend.shard(_unlike_model(request, rank), rank, options)
         assert isinstance(candidate, ResumesTraining)
@@ -388,7 +395,7 @@ def _observe_saving(
 ) -> _FirstWorld:
     """Let the loop train, save on its way, and train on. Collective over the world."""
     reader = _LoopReader(candidate, rank)
-    _seed_generators(rank.rank)
+    seed_everything(rank.rank)  # the Trainer seeds all ranks equally, which would hide exchanged states
     with blame_backend(backend, "training and saving"):
         candidate.train(reader)
     num_before = options.save_after
@@ -411,7 +418,7 @@ def _observe_resuming(
     with _session(request, backend, options):
         with blame_backend(backend, "sharding the model"):
             candidate: Any = backend.shard(_model_of_loop(request, rank), rank, options)
-        _seed_generators(_OTHER_SEED + rank.rank)
+        seed_everything(_OTHER_SEED + rank.rank)
         fresh = _LoopReader(candidate, rank).read()
         del candidate
     with _session(request, backend, options):
@@ -424,16 +431,10 @@ def _observe_resuming(
         if failures:
             return f"loading raises {failures[0]}"
         reader = _LoopReader(candidate, rank)
-        _seed_generators(_OTHER_SEED + rank.rank)
+        seed_everything(_OTHER_SEED + rank.rank)
         with blame_backend(backend, "training that was resumed"):
             candidate.train(reader)
         return ResumedTraining(fresh, reader.read() if reader.begun is None else reader.begun, tuple(reader.after))
-
-
-@contextmanager
-def _session(request: Request, backend: Backend, options: TrainingOptions) -> Iterator[None]:
-    with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
-        yield
 
 
 def _model_of_loop(request: Request, rank: CommunicatingRank) -> nn.Module:
@@ -446,14 +447,6 @@ def _model_of_loop(request: Request, rank: CommunicatingRank) -> nn.Module:
                 if not parameter.requires_grad:
                     parameter.copy_(same[name])
     return model
-
-
-def _seed_generators(seed: int) -> None:
-    """Give this process states of its own. The Trainer seeds all ranks alike, which would hide exchanged states."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed)
 
 
 # ---- what a rank holds

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import multiprocessing.process
 import os
-import random
 import socket
 import sys
 import tempfile
@@ -16,24 +15,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tpcheck.core.generators import seed_everything
 from tpcheck.world import groups, messages, output
 from tpcheck.world.channel import Channel, dumps, loads
 from tpcheck.world.failures import serialized_exception
 from tpcheck.world.rank import DebuggerOptions, Rank, set_trace
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (CPU and GPUs)."""
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        import numpy as np
-
-        np.random.seed(seed % 2**32)  # code under test draws from the global generator
-    import torch
-
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 2.4 ms at its first call in a process
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.manual_seed_all(seed)
 
 
 def disable_ddp_logger_under_detail() -> None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import accelerate
-import numpy
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from transformers import training_args
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import logging
+
+from tpcheck.core.generators import generators_kept
 
 
 @contextmanager
@@ -67,11 +67,10 @@ def _global_state_restored() -> Iterator[None]:
     singletons: tuple[Any, ...] = (PartialState, AcceleratorState, GradientState)
     kept = [dict(singleton._shared_state) for singleton in singletons]
     verbosity, config = logging.get_verbosity(), deepspeed_integration._hf_deepspeed_config_weak_ref
-    generators = random.getstate(), numpy.random.get_state()
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     world = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": os.environ.get("LOCAL_RANK", str(rank))}
     try:
-        with patch.dict(os.environ, world), torch.random.fork_rng():
+        with patch.dict(os.environ, world), generators_kept():
             yield
     finally:
         for singleton, state in zip(singletons, kept, strict=True):
@@ -79,5 +78,3 @@ def _global_state_restored() -> Iterator[None]:
             singleton._shared_state.update(state)
         logging.set_verbosity(verbosity)
         deepspeed_integration._hf_deepspeed_config_weak_ref = config
-        random.setstate(generators[0])
-        numpy.random.set_state(generators[1])
