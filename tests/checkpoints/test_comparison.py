@@ -181,7 +181,7 @@ def test_values_are_mapped_in_threads_and_drawn_as_they_are_needed() -> None:
             drawn.append(value)
             yield value
 
-    results = map_in_threads(lambda value: (value * 2, threading.current_thread()), values())
+    results = map_in_threads(lambda value: (value * 2, threading.current_thread()), values(), 2)
     first, (doubled, thread) = next(results)
     assert doubled == 2 * first
     assert thread is not threading.main_thread()
@@ -191,4 +191,4 @@ def test_values_are_mapped_in_threads_and_drawn_as_they_are_needed() -> None:
 
 def test_an_error_in_a_thread_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
-        list(map_in_threads(lambda value: 1 // value, iter(range(100))))
+        list(map_in_threads(lambda value: 1 // value, iter(range(100)), 2))

@@ -15,10 +15,10 @@ import torch
 
 from tpcheck.backends.checkpoint_format import Checkpoint, ReadOptions
 from tpcheck.backends.registry import checkpoint_formats
+from tpcheck.checkpoints.division import Division
 from tpcheck.checkpoints.mapped import renamed
 from tpcheck.checkpoints.names import UnmatchedName, read_with_best_names, unmatched_names
 from tpcheck.core.causes import Cause, Explanation
-from tpcheck.core.environment import num_cores
 from tpcheck.core.errors import CheckpointError, UsageError
 from tpcheck.core.findings import Coverage, Finding
 from tpcheck.core.name_maps import NameMap
@@ -139,14 +139,16 @@ class TensorPair:
         return self.actual.dtype == self.expected.dtype
 
 
-def differing_pairs(pairs: Sequence[TensorPair], progress: Progress | None = None) -> tuple[TensorPair, ...]:
+def differing_pairs(
+    pairs: Sequence[TensorPair], division: Division, progress: Progress | None = None
+) -> tuple[TensorPair, ...]:
     """Return the pairs whose bits differ, of pairs that have one shape and one dtype.
 
     Raises:
         CheckpointError: A file does not hold what it should.
     """
     total = sum(pair.expected.nbytes for pair in pairs)
-    differing: dict[int, TensorPair] = {}
+    differing: set[int] = set()
     done = 0
     with BitComparer() as comparer:
 
@@ -154,13 +156,15 @@ def differing_pairs(pairs: Sequence[TensorPair], progress: Progress | None = Non
             number, pair, rows = task
             return number in differing or comparer.equal_rows(pair.actual, pair.expected, rows)
 
-        for (number, pair, rows), is_equal in map_in_threads(equal, _row_spans(pairs)):
+        spans = division.share(_row_spans(pairs))
+        for (number, pair, rows), is_equal in map_in_threads(equal, spans, division.num_threads):
             if not is_equal:
-                differing[number] = pair
+                differing.add(number)
             done += len(rows) * (pair.expected.nbytes // pair.expected.num_rows)
             if progress is not None:
-                progress(done, total)
-    return tuple(differing[number] for number in sorted(differing))
+                progress(min(total, done * division.count), total)
+    by_process = division.exchange(f"the bits of {len(pairs)} tensors", differing)
+    return tuple(pairs[number] for number in sorted(set().union(*by_process)))
 
 
 def _row_spans(pairs: Sequence[TensorPair]) -> Iterator[tuple[int, TensorPair, range]]:
@@ -170,14 +174,13 @@ def _row_spans(pairs: Sequence[TensorPair]) -> Iterator[tuple[int, TensorPair, r
             yield number, pair, range(together[0].start, together[-1].stop)
 
 
-def map_in_threads(function: Callable[[T], R], values: Iterator[T]) -> Iterator[tuple[T, R]]:
-    """Yield (value, function(value)) in the order of completion, from one thread per core.
+def map_in_threads(function: Callable[[T], R], values: Iterator[T], num_threads: int) -> Iterator[tuple[T, R]]:
+    """Yield (value, function(value)) in the order of completion.
 
     Values are drawn as threads become free, so a long iterator needs no memory.
     """
-    cores = num_cores()
-    with ThreadPoolExecutor(cores) as pool:
-        running: dict[Future[R], T] = {pool.submit(function, value): value for value in islice(values, 2 * cores)}
+    with ThreadPoolExecutor(num_threads) as pool:
+        running: dict[Future[R], T] = {pool.submit(function, value): value for value in islice(values, 2 * num_threads)}
         try:
             while running:
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -217,6 +220,7 @@ def compare_checkpoints(
     actual_cast: torch.dtype | None = None,
     earlier: Mapping[str, Checkpoint] | None = None,
     names: NameMap | None = None,
+    division: Division | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare every tensor to the bit.
@@ -226,11 +230,13 @@ def compare_checkpoints(
         actual_cast: The same for `actual`, which may hold master weights of higher precision.
         earlier: Checkpoints of earlier steps, with the names of `expected`, to recognise weights that were not updated.
         names: Renames tensors before they are matched.
+        division: Of the work over processes, which all call this; None for all of it.
         progress: Called with the number of bytes compared so far and the total.
 
     Raises:
         CheckpointError: A file does not hold what it should.
     """
+    division = division or Division.over(None)
     if names is not None:
         actual, expected = renamed(actual, names, is_actual=True), renamed(expected, names, is_actual=False)
         steps = (earlier or {}).items()
@@ -241,12 +247,12 @@ def compare_checkpoints(
         for name, actual_name in matching.actual_of.items()
     ]
     same_kind = [pair for pair in pairs if pair.same_shape and pair.same_dtype]
-    differing = {pair.expected.name for pair in differing_pairs(same_kind, progress)}
+    differing = {pair.expected.name for pair in differing_pairs(same_kind, division, progress)}
     equal = {pair.expected.name for pair in same_kind} - differing
     wrong = [pair for pair in pairs if pair.expected.name not in equal]
     replicas = actual.inconsistent_replicas
     findings = [_inconsistent(name, replicas[name]) for name in expected.names() if name in replicas]
-    findings += explained_findings(wrong, expected, earlier or {}, dict(_tied_partners(expected, equal)))
+    findings += explained_findings(wrong, expected, earlier or {}, dict(_tied_partners(expected, equal)), division)
     # What cannot be read is there, so it is neither missing nor unexpected.
     unreadable = {*actual.unread, *expected.unread, *actual.inconsistent_replicas, *expected.inconsistent_replicas}
     unmatched = [name for name in unmatched_names(actual, expected, matching, cast) if name.name not in unreadable]
@@ -292,8 +298,12 @@ def _only_in(name: UnmatchedName) -> str:
 
 
 def explained_findings(
-    pairs: Sequence[TensorPair], reference: Checkpoint, earlier: Mapping[str, Checkpoint], tied_to: Mapping[str, str]
-) -> list[Finding]:
+    pairs: Sequence[TensorPair],
+    reference: Checkpoint,
+    earlier: Mapping[str, Checkpoint],
+    tied_to: Mapping[str, str],
+    division: Division,
+) -> tuple[Finding, ...]:
     """Return a finding for each of the pairs, which are known to differ, with its explanation."""
     with BitComparer() as comparer:
 
@@ -306,8 +316,10 @@ def explained_findings(
                 explanation = Explanation(Cause.TIED_WEIGHT_UNTIED, evidence=tie)
             return _finding(pair, difference, explanation)
 
-        finding_of = {pair.expected.name: result for pair, result in map_in_threads(finding, iter(pairs))}
-    return [finding_of[pair.expected.name] for pair in pairs]
+        own = tuple(division.share(pairs))
+        results = map_in_threads(finding, iter(own), division.num_threads)
+        finding_of = {pair.expected.name: result for pair, result in results}
+    return division.joined("the causes", [finding_of[pair.expected.name] for pair in own])
 
 
 def _explain_other_dtype(context: Context) -> Explanation | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tpcheck.backends.checkpoint_format import STEP, Checkpoint, HoldsTrainingStates, TrainingStates, Value
 from tpcheck.checkpoints.comparison import TensorPair, differing_pairs, explained_findings
+from tpcheck.checkpoints.division import Division
 from tpcheck.checkpoints.names import match_names
 from tpcheck.core.causes import Cause
 from tpcheck.core.errors import CheckpointError
@@ -37,16 +38,23 @@ class StatesComparison:
     not_compared: Mapping[str, str] = field(default_factory=dict)
 
 
-def compare_states(actual: Checkpoint, expected: Checkpoint, wrong_weights: Set[str] = frozenset()) -> StatesComparison:
+def compare_states(
+    actual: Checkpoint,
+    expected: Checkpoint,
+    wrong_weights: Set[str] = frozenset(),
+    division: Division | None = None,
+) -> StatesComparison:
     """Compare every tensor to the bit and every value.
 
     Args:
         wrong_weights: Names of parameters whose weights differ: what is wrong with their moments, too, is not a matter
             of the optimizer's states.
+        division: Of the work over processes, which all call this; None for all of it.
 
     Raises:
         CheckpointError: Both sides have states, and the files of one are damaged or hostile.
     """
+    division = division or Division.over(None)
     sides = _read(actual, expected)
     if isinstance(sides, StatesComparison):
         return sides
@@ -60,10 +68,11 @@ def compare_states(actual: Checkpoint, expected: Checkpoint, wrong_weights: Set[
         if actual_name not in states.partial and name not in reference.partial
     ]
     same_kind = [pair for pair in pairs if pair.same_shape and pair.same_dtype]
-    differing = {pair.expected.name for pair in differing_pairs(same_kind)}
+    differing = {pair.expected.name for pair in differing_pairs(same_kind, division)}
     equal = {pair.expected.name for pair in same_kind} - differing
     wrong = [pair for pair in pairs if pair.expected.name not in equal]
-    on_tensors = [_on_state(each, wrong_weights) for each in explained_findings(wrong, reference.tensors, {}, {})]
+    explained = explained_findings(wrong, reference.tensors, {}, {}, division)
+    on_tensors = [_on_state(each, wrong_weights) for each in explained]
     missing, not_compared = _unmatched(states, reference, actual_of)
     on_values = list(_findings_on_values(states.values, reference.values))
     count = len(pairs) + len(shards) + len(missing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from tpcheck.core.name_maps import NameMap, Names
 from tpcheck.core.reproduce import checkpoint_command
 from tpcheck.report.checkpoint_page import StoredTensors
 from tpcheck.report.report import Report
+from tpcheck.world.attach import num_local_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from tpcheck.backends.checkpoint_format import Checkpoint
     from tpcheck.checkpoints.comparison import Comparison
     from tpcheck.checkpoints.states import StatesComparison
+    from tpcheck.world.rank import Rank
 
 CASTS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
 
@@ -36,6 +39,7 @@ def verify_checkpoint(
     allow_pickle: bool = False,
     weights_only: bool = False,
     names: Names = None,
+    rank: Rank | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Compare a checkpoint with a reference: names, shapes, dtypes, buffers, ties, and every bit.
@@ -55,6 +59,8 @@ def verify_checkpoint(
         weights_only: Compare the model alone.
         names: Patterns and replacements that turn names of `actual` into those of `reference`, or names of ready
             maps, as for `compare_traces`.
+        rank: This process's place among the ranks of a launcher, as `tpcheck.attach` returns it: they divide the
+            reading, and each returns the same report. Collective; all need the same paths.
         progress: Called with the number of bytes compared so far and the total.
 
     Raises:
@@ -70,13 +76,16 @@ def verify_checkpoint(
     """
     from tpcheck.backends.checkpoint_format import ReadOptions
     from tpcheck.checkpoints.comparison import compare_checkpoints, open_checkpoint
+    from tpcheck.checkpoints.division import Division
     from tpcheck.checkpoints.states import compare_states
 
     start = time.monotonic()
     cast = _cast(dtype)
     name_map = NameMap.from_argument(names)
     options = ReadOptions(allow_pickle=allow_pickle)
+    division = Division.over(rank, 1 if rank is None else num_local_ranks(os.environ, rank.world_size))
     with ExitStack() as stack:
+        stack.enter_context(division.in_lockstep())
 
         def open_until_end(argument: str, source: Any) -> Checkpoint:
             checkpoint = open_checkpoint(argument, source, options)
@@ -86,18 +95,23 @@ def verify_checkpoint(
         actual_checkpoint = open_until_end("actual", actual)
         expected_checkpoint = open_until_end("reference", reference)
         steps = {_name(source, number): open_until_end("earlier", source) for number, source in enumerate(earlier)}
+        for side, checkpoint in (("actual", actual_checkpoint), ("the reference", expected_checkpoint)):
+            division.require_same(side, _digest_of_contents(checkpoint))
         comparison = compare_checkpoints(
             actual_checkpoint,
             expected_checkpoint,
             cast=cast,
             earlier=steps,
             names=name_map if name_map.texts else None,
+            division=division,
             progress=progress,
         )
         comparison = _with_other_weights(comparison, {"actual": actual, "the reference": reference})
         if not weights_only:
             wrong = {str(finding.where.get("parameter")) for finding in comparison.findings}
-            comparison = _with_states(comparison, compare_states(actual_checkpoint, expected_checkpoint, wrong))
+            comparison = _with_states(
+                comparison, compare_states(actual_checkpoint, expected_checkpoint, wrong, division)
+            )
         subject: dict[str, Any] = {
             "subject": _name(actual),
             "actual": actual_checkpoint.description,
@@ -161,6 +175,12 @@ def _with_states(comparison: Comparison, states: StatesComparison) -> Comparison
             {**coverage.not_compared, **states.not_compared},
         ),
     )
+
+
+def _digest_of_contents(checkpoint: Checkpoint) -> str:
+    names = checkpoint.names()
+    contents = [(name, tuple(checkpoint.shape(name)), str(checkpoint.dtype(name))) for name in names]
+    return hashlib.sha256(repr(contents).encode(errors="surrogateescape")).hexdigest()
 
 
 def _cast(dtype: str | torch.dtype | None) -> torch.dtype | None:

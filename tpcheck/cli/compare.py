@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from tpcheck.cli.option_values import full_dtype, writable
-from tpcheck.cli.terminal import BAD_USAGE, Files, bytes_bar, usage_errors, write_report
+from tpcheck.cli.terminal import BAD_USAGE, Files, bytes_bar, is_reporting_rank, usage_errors, write_report
+from tpcheck.core.topology import Topology
 from tpcheck.report.report import Report
+from tpcheck.world.attach import attach, is_launched, launched_rank
+from tpcheck.world.rank import Rank
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the report as JSON.")]
 Junit = Annotated[Path | None, typer.Option(metavar="F", help="Write the report as JUnit XML.")]
@@ -61,6 +67,11 @@ def checkpoint(
     tpcheck checkpoint saved/ reference/ --dtype bfloat16 --json report.json
     tpcheck checkpoint iter_0000010/ llama/ --map hf-megatron
 
+    Under torchrun or srun the ranks divide the reading, and rank 0 writes the report:
+
+    \b
+    torchrun --nproc-per-node 8 -m tpcheck checkpoint saved/ reference/
+
     Exit status: 0 equal, 1 findings, 2 bad usage, a damaged file, or nothing to compare.
     """
     with usage_errors():
@@ -68,7 +79,10 @@ def checkpoint(
         from tpcheck.checkpoints.verify import verify_checkpoint  # loads torch
         from tpcheck.core.name_maps import parse_maps
 
-        with bytes_bar("compare") as progress:
+        maps = parse_maps(map_ or [])
+        rank = _rank_of_launcher()
+    with _ending_together(rank):
+        with usage_errors(on_every_rank=False), bytes_bar("compare") as progress:
             report = verify_checkpoint(
                 actual,
                 reference,
@@ -76,10 +90,11 @@ def checkpoint(
                 earlier=earlier or (),
                 allow_pickle=allow_pickle,
                 weights_only=weights_only,
-                names=parse_maps(map_ or []),
+                names=maps,
+                rank=rank,
                 progress=progress,
             )
-    _end(report, files, verbose=verbose)
+        _end(report, files, verbose=verbose)
 
 
 def compare(
@@ -138,6 +153,25 @@ def compare(
     _end(report, files, verbose=verbose)
 
 
+def _rank_of_launcher() -> Rank | None:
+    """Return this process's place among the ranks of a launcher, None without one."""
+    if not is_launched():
+        return None
+    _, world_size, _ = launched_rank(os.environ)
+    return attach(Topology.of(world_size=world_size, tp=1), device="cpu")
+
+
+@contextmanager
+def _ending_together(rank: Rank | None) -> Iterator[None]:
+    """Let no rank end before rank 0 has written: a launcher ends the others when one exits with an error."""
+    try:
+        yield
+    finally:
+        if rank is not None:
+            with suppress(RuntimeError):  # a rank has ended already
+                rank.gather(None)
+
+
 def _folders(path: str, more: list[str] | None) -> list[str]:
     """Return the folders: a path that exists is one, even with a comma in its name."""
     first = [path] if Path(path).exists() else [part for part in path.split(",") if part]
@@ -146,6 +180,6 @@ def _folders(path: str, more: list[str] | None) -> list[str]:
 
 def _end(report: Report, files: Files, *, verbose: bool) -> NoReturn:
     """Write the report, and exit: 0 passed, 1 findings, 2 nothing compared or not written."""
-    is_written = write_report(report, files, verbose=verbose)
+    is_written = not is_reporting_rank() or write_report(report, files, verbose=verbose)
     status = {"passed": 0, "failed": 1}.get(report.verdict.verdict, BAD_USAGE)
     raise typer.Exit(status if is_written else BAD_USAGE)

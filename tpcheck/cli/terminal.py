@@ -76,12 +76,17 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def usage_errors() -> Iterator[None]:
-    """Turn a TpcheckError, or a missing extra, into one line on standard error and the exit status of bad usage."""
+def usage_errors(*, on_every_rank: bool = True) -> Iterator[None]:
+    """Turn a TpcheckError, or a missing extra, into one line on standard error and the exit status of bad usage.
+
+    Args:
+        on_every_rank: Write what a launcher's rank raises; else rank 0 alone writes, which knows what any rank raised.
+    """
     try:
         yield
     except TpcheckError as error:
-        note(f"tpcheck: {error}")
+        if on_every_rank or is_reporting_rank():
+            note(f"tpcheck: {error}")
         raise typer.Exit(BAD_USAGE) from error
     except ModuleNotFoundError as error:
         if (sentence := missing_package(error)) is None:
@@ -218,7 +223,7 @@ def bytes_bar(description: str) -> Iterator[Callable[[int, int], None] | None]:
 def progress_bar(description: str, total: int | None, *columns: ProgressColumn) -> Iterator[Callable[..., None] | None]:
     """Yield what updates a progress bar with these columns (`rich.progress.Progress.update`), None without terminal."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not (console.is_terminal and is_reporting_rank()):
         yield None
         return
     with Progress(TextColumn("{task.description}"), BarColumn(), *columns, console=console, transient=True) as progress:
