@@ -177,7 +177,8 @@ def sketch_rounding(whole: Whole) -> float:
     """Return the rounding error of the sums that make a sketch.
 
     A tile's sum of n terms rounds by eps * |x| * n / sqrt(24), where x is a typical element and the partial sums are
-    those of random signs: the norm of all tiles times eps * sqrt(n / 24). Tensors below float64 are summed in float32.
+    those of random signs: the norm of all tiles times eps * sqrt(n / 24). Tensors below float64 are summed in float32,
+    those on the CPU so that it does not grow with n (`FLOAT32_ROUNDING`, which is below eps).
     """
     eps = epsilon("float64" if whole.dtype == "float64" else "float32")
     tiles = whole.sketch.tiles[0].numel()
