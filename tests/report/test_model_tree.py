@@ -40,6 +40,21 @@ def test_a_model_without_a_mistake_is_folded_to_its_layers() -> None:
     )
 
 
+def test_margins_of_weights_are_shown_where_runs_were_compared() -> None:
+    margins = tuple(replace(each, weights=0.5) for each in modules() if each.module)
+    assert (
+        lines(replace(PASSED, modules=margins))
+        == """\
+  module             forward  backward  weights
+  (the whole model)        -         -        -
+    model              0.125      0.25      0.5
+      embed_tokens     0.125      0.25      0.5
+      layers.{0-1}     0.125      0.25      0.5  worst of 12 modules
+    lm_head            0.125      0.25      0.5
+"""
+    )
+
+
 def test_the_path_to_the_first_wrong_module_is_opened() -> None:
     wrong = "model.layers.0.self_attn.q_norm"
     margins = modules(**{wrong: 2e12, "model.layers.1.self_attn.q_norm": 3e12})

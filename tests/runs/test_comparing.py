@@ -29,6 +29,7 @@ from tpcheck.core.causes import Cause
 from tpcheck.core.findings import Finding
 from tpcheck.core.name_maps import NameMap
 from tpcheck.numerics.sketch import sketch
+from tpcheck.report.json_values import verdict_json
 from tpcheck.report.report import Report
 from tpcheck.runs.alignment import Run
 from tpcheck.runs.comparing import compare_runs
@@ -185,6 +186,29 @@ def test_terms_of_a_gradient_that_are_known_to_be_some_are_added_up() -> None:
         return as_terms(place, local) if (place.kind, place.name) == ("gradient", NORM) else local
 
     require_passed(compared(run(tp=2, edit=terms, change=partial)))
+
+
+# ---- margins of modules
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "module", "phase"),
+    [
+        ("output", "layers.0.down", "layers.0.down", "forward"),
+        ("output_gradient", "layers.0.norm", "layers.0.norm", "backward"),
+        ("gradient", "layers.0.up.weight", "layers.0.up", "backward"),
+        ("weight", "head.weight", "head", "weights"),
+    ],
+)
+def test_the_margins_of_modules_show_where_the_runs_differ(kind: str, name: str, module: str, phase: str) -> None:
+    right, wrong = (compared(run(tp=2, **each)) for each in ({}, {"edit": edit(kind, name, plus(0.1))}))
+    margins = verdict_json(right.verdict)["margins"]
+    assert set(margins) == {"forward", "backward", "weights"}
+    assert all({"layers.0.down", "layers.0.norm", "head"} <= set(of_phase) for of_phase in margins.values())
+    assert all(margin < 1 for of_phase in margins.values() for margin in of_phase.values())
+    margins = verdict_json(wrong.verdict)["margins"]
+    assert {(of, name) for of in margins for name, margin in margins[of].items() if margin > 1} == {(phase, module)}
+    assert f"{module.rpartition('.')[2]} " in wrong.to_text().partition("  forward  backward  weights")[2]
 
 
 # ---- outputs

@@ -91,6 +91,9 @@ class CheckResult:
     worst_at: str | None = None
 
 
+MarginPhase = Literal["forward", "backward", "weights"]
+
+
 @dataclass(frozen=True, slots=True)
 class ModuleMargins:
     """The worst margins of one module over all steps and TP groups.
@@ -99,11 +102,13 @@ class ModuleMargins:
         module: Name as in `named_modules`; empty for the model itself, whose forward margin includes the loss.
         forward: Of its outputs; None where none was compared.
         backward: Of the gradients of its outputs, inputs and parameters; None where none was compared.
+        weights: Of compared runs: of its parameters, buffers and optimizer state, before and after steps.
     """
 
     module: str
     forward: float | None = None
     backward: float | None = None
+    weights: float | None = None
 
 
 INTERNAL_ERROR = "tpcheck itself failed, not the system under test. Please report it with this traceback:"

@@ -99,7 +99,8 @@ def verdict_of(data: Mapping[str, Any]) -> Verdict:
 def _modules(margins: Mapping[str, Mapping[str, float | None]]) -> tuple[ModuleMargins, ...]:
     """Return what `verdict_json` keeps; a file of an earlier version has none."""
     by_phase = [
-        {name: _number(margin) for name, margin in margins.get(phase, {}).items()} for phase in ("forward", "backward")
+        {name: _number(margin) for name, margin in margins.get(phase, {}).items()}
+        for phase in ("forward", "backward", "weights")
     ]
     names = dict.fromkeys(name for of_phase in by_phase for name in of_phase)
     return tuple(ModuleMargins(name, *(of_phase.get(name) for of_phase in by_phase)) for name in names)

@@ -9,7 +9,7 @@ from operator import add
 from typing import Any, Literal
 
 from tpcheck.core.clipping import NO_CLIPPING, Clipping
-from tpcheck.core.findings import Finding
+from tpcheck.core.findings import Finding, MarginPhase, ModuleMargins
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.norms import ClippedStep, GradientNorms, ObservedNorm
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, RESIDUAL_EXACT, Tolerance
@@ -47,7 +47,7 @@ class TensorKey:
         return f"{self.module or 'model'}{call}: {what}{self.role} {self.path}{micro_batch}"
 
 
-MarginsByModule = Mapping[tuple[Phase, str], float | None]
+MarginsByModule = Mapping[tuple[MarginPhase, str], float | None]
 
 Tensor = Any  # a torch.Tensor; this layer does not import torch
 
@@ -704,9 +704,16 @@ class CheckOutcome:
 
 def worst_by_module(*margins: MarginsByModule) -> MarginsByModule:
     """Return the largest margin of each phase and module, in the order of the first that has it."""
-    worst: dict[tuple[Phase, str], float | None] = {}
+    worst: dict[tuple[MarginPhase, str], float | None] = {}
     for of_modules in margins:
         for key, margin in of_modules.items():
             known = worst.get(key)
             worst[key] = known if margin is None else margin if known is None else max(known, margin)
     return worst
+
+
+def modules_of(margins: MarginsByModule) -> tuple[ModuleMargins, ...]:
+    """Return the margins as those of modules, in their order."""
+    phases: tuple[MarginPhase, ...] = ("forward", "backward", "weights")
+    names = dict.fromkeys(module for _, module in margins)
+    return tuple(ModuleMargins(name, *(margins.get((phase, name)) for phase in phases)) for name in names)

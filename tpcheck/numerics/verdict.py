@@ -6,10 +6,18 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tpcheck.core.findings import CheckResult, Coverage, Finding, ModuleMargins, Verdict
+from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
 from tpcheck.numerics.checks import ON_REQUEST, START_CHECKS, STEP_CHECKS
 from tpcheck.numerics.error_map import error_map
-from tpcheck.numerics.evidence import CheckOutcome, Evidence, MarginsByModule, Suspect, WayOutcome, worst_by_module
+from tpcheck.numerics.evidence import (
+    CheckOutcome,
+    Evidence,
+    MarginsByModule,
+    Suspect,
+    WayOutcome,
+    modules_of,
+    worst_by_module,
+)
 from tpcheck.numerics.hypotheses import explain
 
 # Findings of one cause are one mistake where these are the same, too.
@@ -229,7 +237,7 @@ def verdict(
         seconds=seconds,
         message=message,
         notes=notes,
-        modules=_modules(answers),
+        modules=modules_of(worst_by_module(*(answer.by_module for answer in answers))),
     )
 
 
@@ -271,13 +279,6 @@ def _results(answers: Sequence[CheckAnswer]) -> tuple[CheckResult, ...]:
         else:
             results[check] = replace(known, compared=compared)
     return tuple(results.values())
-
-
-def _modules(answers: Sequence[CheckAnswer]) -> tuple[ModuleMargins, ...]:
-    """Return the worst margins of each module over all steps and TP groups."""
-    worst = worst_by_module(*(answer.by_module for answer in answers))
-    names = dict.fromkeys(module for _, module in worst)
-    return tuple(ModuleMargins(name, worst.get(("forward", name)), worst.get(("backward", name))) for name in names)
 
 
 def _coverage(answers: Sequence[CheckAnswer], last_step: int, steps: int) -> Coverage:

@@ -45,13 +45,14 @@ _SIGNIFICANT = 4  # digits of a module's margin
 
 def _margins(modules: Sequence[ModuleMargins]) -> dict[str, dict[str, float | None]]:
     """Return the margins by phase and module, without modules of which nothing was compared; infinity becomes null."""
+    has_weights = any(each.weights is not None for each in modules)
     return {
         phase: {
             each.module: float(f"{margin:.{_SIGNIFICANT}g}") if isfinite(margin) else None
             for each in modules
             if (margin := getattr(each, phase)) is not None
         }
-        for phase in ("forward", "backward")
+        for phase in ("forward", "backward", *(("weights",) if has_weights else ()))
     }
 
 

@@ -6,13 +6,16 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from tpcheck.core.findings import ModuleMargins, Verdict
+from tpcheck.core.findings import MarginPhase, ModuleMargins, Verdict
 from tpcheck.report import words
 from tpcheck.report.findings import first_finding, is_consequence, module_of
 from tpcheck.report.table import Cell, Column, Row, Table
 from tpcheck.report.tree import Node, tree_of, without_lists
 
 State = Literal["wrong", "fine", "unknown"]
+Margins = tuple[float | None, ...]  # of each phase that is shown
+
+_PHASES: tuple[MarginPhase, ...] = ("forward", "backward", "weights")
 MOST_LINES = 12  # with the heading; what does not fit is folded
 _NAMES_SHOWN, _LONGEST_LABEL = 3, 48
 ROOT = "(the whole model)"
@@ -26,26 +29,31 @@ class ModelTree:
         root: Its modules.
         first_wrong: The module that the first finding is about; None where there is none.
         wrong: Every module that a finding is about which does not follow from another.
+        phases: Which margins of modules are shown.
     """
 
     root: Node[ModuleMargins]
     first_wrong: str | None
     wrong: frozenset[str]
+    phases: tuple[MarginPhase, ...] = ("forward", "backward")
 
     @classmethod
     def of(cls, verdict: Verdict) -> ModelTree:
         found = [module_of(finding) for finding in verdict.findings if not is_consequence(finding)]
         wrong = [module for module in found if module is not None]
-        first = first_finding(verdict.findings)
+        first, modules = first_finding(verdict.findings), verdict.modules
         return cls(
-            tree_of({each.module: each for each in verdict.modules}),
+            tree_of({each.module: each for each in modules}),
             None if first is None else module_of(first),
             frozenset(wrong),
+            tuple(
+                phase for phase in _PHASES if phase != "weights" or any(each.weights is not None for each in modules)
+            ),
         )
 
     def state(self, node: Node[ModuleMargins]) -> State:
         """Return the state of one module, without those inside of it."""
-        margins = [margin for margin in margins_of(node) if margin is not None]
+        margins = [margin for margin in self.margins(node) if margin is not None]
         if node.path in self.wrong or any(is_wrong(margin) for margin in margins):
             return "wrong"
         return "fine" if margins else "unknown"
@@ -55,23 +63,23 @@ class ModelTree:
         states = {self.state(each) for each in node.walk()}
         return "wrong" if "wrong" in states else "fine" if "fine" in states else "unknown"
 
+    def margins(self, node: Node[ModuleMargins]) -> Margins:
+        """Return the margins of one module."""
+        return tuple(None if node.value is None else getattr(node.value, phase) for phase in self.phases)
+
+    def worst_margins(self, nodes: Iterable[Node[ModuleMargins]]) -> Margins:
+        """Return the worst margins of these modules and of all inside of them."""
+        by_module = [self.margins(each) for node in nodes for each in node.walk()]
+        return tuple(
+            max((margin for margin in of_phase if margin is not None), default=None)
+            for of_phase in zip(*by_module, strict=True)
+        )
+
     def remark(self, node: Node[ModuleMargins]) -> str:
         """Return what words say of a module, beside its margins."""
         if node.path == self.first_wrong:
             return "first wrong"
         return "wrong" if self.state(node) == "wrong" else ""
-
-
-def margins_of(node: Node[ModuleMargins]) -> tuple[float | None, float | None]:
-    """Return the margins of one module, forward and backward."""
-    return (None, None) if node.value is None else (node.value.forward, node.value.backward)
-
-
-def worst_margins(nodes: Iterable[Node[ModuleMargins]]) -> tuple[float | None, float | None]:
-    """Return the worst margins of these modules and of all inside of them."""
-    pairs = [margins_of(each) for node in nodes for each in node.walk()]
-    forward, backward = ([margin for margin in listed if margin is not None] for listed in zip(*pairs, strict=True))
-    return max(forward, default=None), max(backward, default=None)
 
 
 def is_wrong(margin: float | None) -> bool:
@@ -95,8 +103,8 @@ def model_table(verdict: Verdict) -> Table:
 
     Where all is fine, modules are opened down to the layers as long as there are few lines.
     """
-    columns = Column("module"), Column("forward", right=True), Column("backward", right=True), Column("")
     tree = ModelTree.of(verdict)
+    columns = Column("module"), *(Column(phase, right=True) for phase in tree.phases), Column("")
     rows = _rows_that_fit(tree) if verdict.modules else []
     return Table(columns, tuple(rows), title="Model", has_heading=True, indent=2)
 
@@ -134,7 +142,7 @@ def is_in_list(path: str) -> bool:
 
 
 def _rows(tree: ModelTree, opened: _Opened) -> Iterator[Row]:
-    yield _row(ROOT, margins_of(tree.root), tree.remark(tree.root), depth=0)
+    yield _row(ROOT, tree.margins(tree.root), tree.remark(tree.root), depth=0)
     yield from _rows_below(tree, tree.root, opened, depth=1)
 
 
@@ -149,7 +157,7 @@ def _rows_below(tree: ModelTree, node: Node[ModuleMargins], opened: _Opened, dep
         if others or child.path not in opened.paths:
             yield _folded_row(tree, group, depth)
         else:
-            yield _row(name, margins_of(child), tree.remark(child), depth)
+            yield _row(name, tree.margins(child), tree.remark(child), depth)
             yield from _rows_below(tree, child, opened, depth + 1)
 
 
@@ -163,7 +171,7 @@ def _folded_row(tree: ModelTree, group: list[tuple[str, Node[ModuleMargins]]], d
         remark = f"first wrong; {wrong} of {len(modules)} modules wrong"
     else:
         remark = f"{wrong} of {len(modules)} modules wrong" if wrong else f"worst of {len(modules)} modules"
-    return _row(label, worst_margins(node for _, node in group), remark, depth)
+    return _row(label, tree.worst_margins(node for _, node in group), remark, depth)
 
 
 def _names_that_fit(names: list[str], longest: int) -> str:
@@ -171,7 +179,7 @@ def _names_that_fit(names: list[str], longest: int) -> str:
     return next((text for text in texts if len(text) <= longest), texts[-1])
 
 
-def _row(label: str, margins: tuple[float | None, float | None], remark: str, depth: int) -> Row:
+def _row(label: str, margins: Margins, remark: str, depth: int) -> Row:
     text = "  " * depth + label
     shown = text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…"
     style = "red" if "wrong" in remark else "dim"

@@ -11,7 +11,7 @@ from tpcheck.core.findings import Finding, ModuleMargins, Verdict
 from tpcheck.report import checkpoints, words
 from tpcheck.report.charts import MAP_WIDTH, Outline, heat_map, legend_keys, shortened, tile_spans
 from tpcheck.report.findings import first_finding, is_consequence
-from tpcheck.report.model_tree import ROOT, ModelTree, ancestors, is_in_list, is_wrong, margins_of, worst_margins
+from tpcheck.report.model_tree import ROOT, ModelTree, ancestors, is_in_list, is_wrong
 from tpcheck.report.page import (
     ShownFinding,
     TreeRow,
@@ -127,7 +127,7 @@ def _rows(tree: ModelTree, node: Node[ModuleMargins], level: int, *, keeps_fine:
         path=node.path or ROOT,
         look=state,
         cells=(
-            *(_margin_cell(margin, is_called=node.value is not None) for margin in margins_of(node)),
+            *(_margin_cell(margin, is_called=node.value is not None) for margin in tree.margins(node)),
             _inside_cell(tree, node, inside),
             Cell("first wrong" if is_first else "finding" if node.path in tree.wrong else "", "remark"),
         ),
@@ -140,7 +140,7 @@ def _rows(tree: ModelTree, node: Node[ModuleMargins], level: int, *, keeps_fine:
 
 
 def _inside_cell(tree: ModelTree, node: Node[ModuleMargins], inside: Sequence[Node[ModuleMargins]]) -> Cell:
-    worst = [margin for margin in worst_margins(node.children) if margin is not None] if inside else []
+    worst = [margin for margin in tree.worst_margins(node.children) if margin is not None] if inside else []
     if not worst:
         return Cell("")
     wrong = sum(tree.state(each) == "wrong" for each in inside)

@@ -12,6 +12,7 @@ from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
 from tpcheck.core.name_maps import NameMap, Names
 from tpcheck.core.reproduce import compare_command
+from tpcheck.numerics.evidence import MarginsByModule, modules_of, worst_by_module
 from tpcheck.report.report import Report
 from tpcheck.runs.alignment import AlignedStep, Run, aligned_steps
 from tpcheck.runs.comparisons import Comparer, Comparison, Table, label_of
@@ -118,6 +119,7 @@ class _RunsComparison:
         scale: By how much further than in the replays the runs were apart from the start.
         num_steps: How many steps were compared.
         is_same_to_the_bit: Whether the runs are alike, and no bit has differed so far.
+        margins: The worst ones of each module so far.
     """
 
     actual: Run
@@ -134,6 +136,7 @@ class _RunsComparison:
     scale: float = 1.0
     num_steps: int = 0
     is_same_to_the_bit: bool = False
+    margins: MarginsByModule = field(default_factory=dict)
 
     @property
     def measured(self) -> Measured:
@@ -474,6 +477,7 @@ class _RunsComparison:
                 for finding in answer.findings
             )
             self.picture.add_answers([answer])
+            self.margins = worst_by_module(self.margins, answer.by_module())
             # Sketches are not kept: a run may have thousands of steps.
             kept = tuple(each for each in answer.comparisons if each.allowed is None and each.error)
             errors = tuple(replace_sketches(each) for each in kept)
@@ -513,6 +517,7 @@ class _RunsComparison:
             checks=self._results(),
             coverage=coverage,
             message="\n".join(messages) or None,
+            modules=modules_of(self.margins),
         )
 
     def _why_not_measured(self) -> str:

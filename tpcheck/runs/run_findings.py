@@ -8,7 +8,8 @@ from math import prod
 from typing import Any
 
 from tpcheck.core.causes import Cause, Explanation
-from tpcheck.core.findings import Finding
+from tpcheck.core.findings import Finding, MarginPhase
+from tpcheck.numerics.evidence import MarginsByModule, worst_by_module
 from tpcheck.numerics.sketch import TILES
 from tpcheck.runs.comparisons import Comparison
 
@@ -22,7 +23,12 @@ WEIGHTS = "weights_match_reference"
 GROUPS = "groups_match_topology"
 BATCHES = "batches_agree_within_tp"
 
-PHASES = {"output": "forward", "output_gradient": "backward", "gradient": "backward"}
+_MARGIN_PHASES: Mapping[str, MarginPhase] = {
+    "output": "forward",
+    "output_gradient": "backward",
+    "gradient": "backward",
+}
+PHASES: Mapping[str, str] = _MARGIN_PHASES
 
 # Share of a difference's square that lies in a band of tiles, where that band is named: beyond it rounding may be seen.
 _IN_BAND = 0.99
@@ -68,6 +74,16 @@ class Answer:
             if comparison.is_judged and comparison.key not in skipped
         }
         return cls(check, step, margins, tuple(findings), not_compared or {}, tuple(comparisons))
+
+    def by_module(self) -> MarginsByModule:
+        """Return the worst margin of each module of the comparisons that were judged."""
+        margins: list[MarginsByModule] = []
+        for comparison in self.comparisons:
+            if comparison.label in self.margins:
+                is_of_module = comparison.kind in ("output", "output_gradient")
+                module = comparison.name if is_of_module else comparison.name.rpartition(".")[0]
+                margins.append({(_MARGIN_PHASES.get(comparison.kind, "weights"), module): comparison.margin})
+        return worst_by_module(*margins)
 
 
 @dataclass(frozen=True, slots=True)

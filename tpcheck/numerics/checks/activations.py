@@ -83,7 +83,7 @@ class ComparedActivations:
 
     def by_module(self) -> MarginsByModule:
         """Return the worst margin of each module: forward of its outputs, backward of all its gradients."""
-        compared = [
+        compared: list[MarginsByModule] = [
             {(key.phase, key.module): activation.difference.margin}
             for key, activation in self.by_key.items()
             if key.phase == "backward" or is_result(key)
