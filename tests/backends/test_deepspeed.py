@@ -217,12 +217,33 @@ def test_auto_is_what_the_trainer_makes_of_it() -> None:
     }
 
 
-@pytest.mark.parametrize("asked_for", [{"dtype": torch.float16}, {"config": {"fp16": {"enabled": True}}}])
-def test_float16_is_refused_with_what_the_accelerator_says(asked_for: dict[str, Any]) -> None:
-    from deepspeed.accelerator import get_accelerator
-
+@pytest.mark.parametrize(
+    ("section", "zero_stage", "scales"),
+    [
+        ({}, 1, [65536.0, 65536.0, 32768.0]),  # the second overflow halves it
+        ({}, 0, [65536.0, 32768.0, 16384.0]),  # each does, without ZeRO
+        ({"initial_scale_power": 4, "hysteresis": 1, "min_loss_scale": 8}, 2, [16.0, 8.0, 8.0]),
+        ({"loss_scale": 128}, 1, [128.0, 128.0, 128.0]),
+    ],
+)
+def test_losses_in_float16_are_scaled_as_the_configuration_says(
+    section: dict[str, Any], zero_stage: int, scales: list[float]
+) -> None:
     from tpcheck.backends.deepspeed.config import resolved
 
-    why = "scale, which is not verified" if get_accelerator().is_fp16_supported() else "does not support fp16"
-    with pytest.raises(UsageError, match=why):
-        resolved(TrainingOptions(**{"dtype": torch.float64, **asked_for}))
+    given = options(dtype=torch.float16, zero_stage=zero_stage, config={"fp16": section} if section else {})
+    make = resolved(given).loss_scale
+    assert make is not None
+    scale, found = make(), []
+    for _ in scales:
+        found.append(scale.scale)
+        scale.update(overflows=True)
+    assert found == scales
+    assert resolved(options()).loss_scale is None
+
+
+def test_float16_in_the_configuration_alone_is_refused() -> None:
+    from tpcheck.backends.deepspeed.config import resolved
+
+    with pytest.raises(UsageError, match=r"config.fp16.enabled=True: expected False, as dtype=torch.float64 requires"):
+        resolved(options(config={"fp16": {"enabled": True}}))

@@ -81,11 +81,15 @@ class Sgd:
         """The rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def step(self) -> float | None:
-        """Clip, take one step from the parameters' gradients, clear them, and return the norm before clipping."""
+    def step(self, scale: float = 1.0) -> float | None:
+        """Clip, take one step from the parameters' gradients, clear them, and return the norm before clipping.
+
+        Args:
+            scale: What masters' gradients are divided by first: that of the losses.
+        """
         for parameter, master in zip(self._parameters, self._masters, strict=True):
             if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
+                master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype) / scale
         norm = None if self._clip is None else float(self._clip(self._masters, self._max_norm))
         self.optimizer.step()
         if self._schedule is not None:

@@ -12,6 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import lr_schedules
 
 from tpcheck.backends.interface import TrainingOptions
+from tpcheck.backends.loss_scale import LossScale
 from tpcheck.backends.optimizer import named_optimizer, optimizer_class
 from tpcheck.core.deepspeed_config import AUTO, left_out, resolve_auto
 from tpcheck.core.errors import UsageError
@@ -38,7 +39,6 @@ def resolved(options: TrainingOptions) -> TrainingOptions:
     """
     unresolved, notes = left_out(options.config)
     config = resolve_auto(unresolved, _trainer_values(options))
-    _require_no_float16(options, config)
     for dtype, section in _LOW_PRECISION.items():
         enabled = config.get(section, {}).get("enabled", dtype is options.dtype)
         if enabled != (dtype is options.dtype):
@@ -55,6 +55,7 @@ def resolved(options: TrainingOptions) -> TrainingOptions:
         accumulate=accumulate,
         optimizer=_optimizer(options, config),
         schedule=_schedule(config),
+        loss_scale=_loss_scale(options, config),
         max_grad_norm=float(config.get("gradient_clipping", options.max_grad_norm)),
     )
     if options.loop != "trainer":
@@ -89,22 +90,35 @@ def _require_optimizer_of_trainer(options: TrainingOptions) -> None:
         raise UsageError("optimizer", options.optimizer, accepted)
 
 
-def _require_no_float16(options: TrainingOptions, config: Mapping[str, Any]) -> None:
-    """Refuse float16, with what this machine's accelerator says of it.
+def _loss_scale(options: TrainingOptions, config: Mapping[str, Any]) -> Callable[[], LossScale] | None:
+    """Return what makes the scale of losses in float16; None in other dtypes.
 
-    Raises:
-        UsageError: The options or the configuration ask for it.
+    Without ZeRO a dynamic scale is halved at once, with ZeRO as `hysteresis` says (runtime/fp16 of 0.19.8).
     """
-    is_enabled = config.get("fp16", {}).get("enabled", False) is True
-    if options.dtype is not torch.float16 and not is_enabled:
-        return
-    accelerator = get_accelerator()
-    if accelerator.is_fp16_supported():
-        why = "DeepSpeed multiplies losses in float16 by a scale, which is not verified"
-    else:
-        why = f"DeepSpeed's accelerator on this machine ({accelerator.device_name()}) does not support fp16"
-    name, value = ("config.fp16.enabled", True) if is_enabled else ("dtype", "float16")
-    raise UsageError(name, value, f"bfloat16 with DeepSpeed: {why}")
+    if options.dtype is not torch.float16:
+        return None
+    section = {**_SCALE, **config.get("fp16", {})}
+    if scale := float(section["loss_scale"]):
+        return partial(LossScale, scale)
+    return partial(
+        LossScale,
+        2.0 ** section["initial_scale_power"],
+        window=section["loss_scale_window"],
+        least=float(section["min_loss_scale"]),
+        hysteresis=section["hysteresis"] if options.zero_stage else 1,
+        refills=bool(section["consecutive_hysteresis"] and options.zero_stage),
+    )
+
+
+_SCALE: Mapping[str, Any] = {
+    "loss_scale": 0,
+    "initial_scale_power": 16,
+    "loss_scale_window": 1000,
+    "hysteresis": 2,
+    "consecutive_hysteresis": False,
+    "min_loss_scale": 1,
+}
+"""DeepSpeed's defaults (runtime/precision_config.py of 0.19.8)."""
 
 
 def _trainer_values(options: TrainingOptions) -> dict[str, Any]:
