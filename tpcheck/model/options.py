@@ -106,8 +106,8 @@ class RunOptions:
     dtype: str = field(
         default="float64",
         metadata=_doc(
-            "`float64` separates bugs from rounding best. Also `float32`, `bfloat16`, `float16`; DeepSpeed scales losses in "
-            "the last."
+            "`float64` separates bugs from rounding best. Also `float32`, `bfloat16`, `float16` (with "
+            "DeepSpeed under its loss scale)."
         ),
     )
     device: str | None = field(
