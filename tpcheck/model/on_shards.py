@@ -38,7 +38,7 @@ def _train(options: TrainingOptions, evidence: Evidence, tp_rank: int) -> Sequen
             clip_grads_with_norm_(masters, max_norm, torch.tensor(norm, dtype=torch.float64))
         return norm or 0.0
 
-    optimizer = Sgd(list(parameters.values()), options, clip)
+    optimizer = Sgd(list(parameters.values()), options, clip, names=names)
     steps = []
     for step in evidence.reference:
         if step.is_skipped:

@@ -280,9 +280,9 @@ def train(
         UsageError: The loss is not finite, or there is none.
     """
     weighing = weighing or Weighing()
-    optimizer = Sgd(
-        list(model.parameters()), options, clip_by_convention(options.clipping), decay_flags(model, options)
-    )
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    clip = clip_by_convention(options.clipping)
+    optimizer = Sgd(list(model.parameters()), options, clip, decay_flags(model, options), names)
     buffers: list[State] = [copy_buffers(model)] * len(batches[0])
     loss_scale = LossScale(1.0) if options.loss_scale is None else options.loss_scale()
     steps = []

@@ -18,7 +18,7 @@ from tpcheck.backends.deepspeed.config import CONFIG_VARIANTS, deepspeed_config,
 from tpcheck.backends.initialisation import BUILT_THEN_SHARDED, built_then_sharded
 from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions, WayToInitialise
 from tpcheck.backends.layout import Layout
-from tpcheck.backends.optimizer import make_optimizer
+from tpcheck.backends.optimizer import OptimizerByNames, make_optimizer
 
 
 @contextmanager
@@ -60,6 +60,8 @@ class DeepSpeedBackend:
             if options.dtype is torch.float16:
                 stack.enter_context(_float16_allowed())
             stack.enter_context(_device_of_the_cpu())
+            if isinstance(options.optimizer, OptimizerByNames):  # Muon's kernels are compiled, for seconds
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             if options.loop == "trainer":
                 from tpcheck.backends.trainer_loop.stand_ins import trainer_session  # imports the Trainer, for seconds
 

@@ -278,7 +278,8 @@ class DeepSpeedCandidate:
         with observed_clipping() as norms:
             self.engine.step()
         norm = norms[-1] if norms else self.engine.get_global_grad_norm()
-        self._norm = None if norm is None else float(norm) / (scale if self._norm_is_scaled() else 1.0)
+        is_known = norm is not None and not steps_by_muon_under_zero(self.engine)  # which tells that of the updates
+        self._norm = float(norm) / (scale if self._norm_is_scaled() else 1.0) if is_known else None
 
     def gradient_norm(self) -> float | None:
         return self._norm
@@ -312,7 +313,13 @@ def optimizer_state(engine: Any, parameter: Any) -> dict[str, torch.Tensor]:
     is_low_precision = parameter.dtype in LOW_PRECISION
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         _link_states_of_all_groups(optimizer)
-        names = _state_names(optimizer, getattr(parameter, "ds_process_group", None) or parameter._dp_group)
+        # Under Muon parameters have states of other names, and DeepSpeed raises where it is asked for one that is not.
+        is_mixed = steps_by_muon_under_zero(engine)
+        names = (
+            []
+            if is_mixed
+            else _state_names(optimizer, getattr(parameter, "ds_process_group", None) or parameter._dp_group)
+        )
         states = {name: safe_get_full_optimizer_state(parameter, name) for name in names}
         if is_low_precision:
             states["master"] = safe_get_full_fp32_param(parameter)
@@ -325,6 +332,11 @@ def optimizer_state(engine: Any, parameter: Any) -> dict[str, torch.Tensor]:
             if known is parameter:
                 return {"master": copy.detach().clone(), **states_like(copy, optimizer.optimizer)}
     return {}
+
+
+def steps_by_muon_under_zero(engine: Any) -> bool:
+    """Return whether ZeRO orthogonalises gradients before it clips them."""
+    return bool(engine.zero_optimization() and engine.optimizer_name() == "muon")
 
 
 def _link_states_of_all_groups(optimizer: Any) -> None:

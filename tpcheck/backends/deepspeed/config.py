@@ -11,9 +11,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import lr_schedules
 
+from tpcheck.backends.deepspeed.muon import make_muon
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.backends.loss_scale import LossScale
-from tpcheck.backends.optimizer import named_optimizer, optimizer_class
+from tpcheck.backends.optimizer import OptimizerByNames, named_optimizer, optimizer_class
 from tpcheck.core.deepspeed_config import AUTO, left_out, resolve_auto
 from tpcheck.core.errors import UsageError
 
@@ -171,16 +172,31 @@ def _optimizer(options: TrainingOptions, config: Mapping[str, Any]) -> Any:
         name = "AdamW" if decays else "Adam"
         params = {**_ADAM_DEFAULTS, **params}
     elif name.lower() == "muon":
-        raise UsageError(
-            "config.optimizer.type",
-            name,
-            "AdamW, or optimizer='muon' beside the configuration: DeepSpeed's Muon steps "
-            "each rank's shard as if it were the matrix (`tpcheck doctor` says so)",
-        )
+        _require_plain_muon(options, float(config.get("gradient_clipping", options.max_grad_norm)))
+        if str(options.optimizer).lower() not in ("sgd", "muon"):
+            raise UsageError("optimizer", options.optimizer, "none beside config.optimizer, which is Muon")
+        return OptimizerByNames(partial(make_muon, params))
     optimizer_class(name)
     if str(options.optimizer).lower() not in ("sgd", name.lower()):  # sgd is the default
         raise UsageError("optimizer", options.optimizer, f"none beside config.optimizer, which is {name}")
     return {"type": name, "params": params}
+
+
+def _require_plain_muon(options: TrainingOptions, max_grad_norm: float) -> None:
+    """Refuse DeepSpeed's Muon where its mathematics is not that of gradients that are clipped, then orthogonalised.
+
+    Raises:
+        UsageError: ZeRO 1 and 2 keep what is orthogonalised in the place of gradients, and all stages clip that (step
+            in zero/stage_1_and_2.py and stage3.py of 0.19.8); or the Trainer groups parameters.
+    """
+    if options.zero_stage in (1, 2):
+        why = "ZeRO 1 and 2 have Muon's updates in the place of gradients"
+        raise UsageError("zero_stage", options.zero_stage, f"0 or 3 with DeepSpeed's Muon: {why}")
+    if options.zero_stage and max_grad_norm:
+        why = "under ZeRO, DeepSpeed clips what Muon has made of the shards, and no reference has that norm"
+        raise UsageError("config.gradient_clipping", max_grad_norm, f"0 with DeepSpeed's Muon at ZeRO 3: {why}")
+    if options.loop == "trainer":
+        raise UsageError("loop", options.loop, "plain with DeepSpeed's Muon")
 
 
 _ADAMS = ("adam", "adamw")
@@ -236,7 +252,7 @@ def deepspeed_config(options: TrainingOptions, tp: int, hidden_size: int | None 
         else {f"zero_optimization.{key}": size(hidden_size) for key, size in _OF_HIDDEN_SIZE.items()}
     )
     config = merged(defaults, resolve_auto(options.config, sizes))
-    if "optimizer" in config and config["optimizer"]["type"].lower() in _ADAMS:
+    if "optimizer" in config and config["optimizer"]["type"].lower() in (*_ADAMS, "muon"):
         config["optimizer"] = _with_torch_adam(config["optimizer"], options)
     _require_same(config, ("zero_optimization", "stage"), options.zero_stage)
     _require_same(config, ("tensor_parallel", "autotp_size"), tp)
@@ -247,7 +263,8 @@ def _with_torch_adam(section: Mapping[str, Any], options: TrainingOptions) -> di
     """Let torch's Adam stand in for DeepSpeed's fused one, which is built for GPUs and computes in float32."""
     if get_accelerator().device_name() == "cuda" and options.dtype is not torch.float64:
         return dict(section)
-    params = {**_ADAM_DEFAULTS, **section.get("params", {}), "torch_adam": True, "foreach": False}
+    defaults = _ADAM_DEFAULTS if section["type"].lower() in _ADAMS else {}
+    params = {**defaults, **section.get("params", {}), "torch_adam": True, "foreach": False}
     return {**section, "params": params}
 
 

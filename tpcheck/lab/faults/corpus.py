@@ -103,6 +103,7 @@ _OVERFLOWING = {"initial_scale_power": 17, "hysteresis": 1}
 TRAINED_CONTROLS = (
     *(Control("llama", TP2_DP2, zero_stage, _TRAINED) for zero_stage in (0, 1, 2, 3)),
     *(Control("llama", TP2_DP2, zero_stage, {"config": _CONFIGURED, "steps": 3}) for zero_stage in (0, 2)),
+    Control("llama", Topology(dp=2), 0, {"config": {"optimizer": {"type": "Muon", "params": {"lr": 0.02}}}}),
     *(Control("llama", TP2, zero_stage, {"dtype": "float16"}) for zero_stage in (1, 2, 3)),
     Control("qwen3", TP2_DP2, 2, {**_TRAINED, "dtype": "float16", "config": {"fp16": {"loss_scale": 256.0}}}),
     Control("llama", TP2, 1, {"dtype": "float16", "steps": 3, "config": {"fp16": _OVERFLOWING}}),
