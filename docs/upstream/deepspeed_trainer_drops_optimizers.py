@@ -16,6 +16,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 8}
 settings = {"max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no", "logging_strategy": "no"}
 settings |= {"report_to": "none", "disable_tqdm": True, "log_level": "error", "learning_rate": 0.004}
+BASE = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 0}}
 data = [{"input_ids": row, "labels": row} for row in torch.arange(128).reshape(8, 16)]
 
 
@@ -23,9 +24,7 @@ def stepped_by(config: dict) -> str:
     """Return the kind of optimizer that trains, when the Trainer is given SGD."""
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=1000))
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    arguments = TrainingArguments(
-        tempfile.mkdtemp(), deepspeed={"train_micro_batch_size_per_gpu": "auto", **config}, **settings
-    )
+    arguments = TrainingArguments(tempfile.mkdtemp(), deepspeed={**BASE, **config}, **settings)
     trainer = Trainer(model, arguments, train_dataset=data, optimizers=(sgd, None))
     trainer.train()
     optimizer = trainer.deepspeed.optimizer

@@ -217,6 +217,14 @@ class ScalesLosses(Protocol):
 
 
 @runtime_checkable
+class SumsLosses(Protocol):
+    """A candidate whose backward pass is that of a sum of losses: what it is divided by comes later."""
+
+    def backward_factor(self) -> float:
+        """Return by how much gradients of modules are larger than those of the mean over micro-batches."""
+
+
+@runtime_checkable
 class SavesCheckpoints(Protocol):
     """A candidate whose saved checkpoints can be verified."""
 

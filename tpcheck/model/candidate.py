@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpcheck.backends.interface import Backend, Candidate, RankLike, ScalesLosses, TrainingOptions, TrainsByItself
+from tpcheck.backends.interface import (
+    Backend,
+    Candidate,
+    RankLike,
+    ScalesLosses,
+    SumsLosses,
+    TrainingOptions,
+    TrainsByItself,
+)
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.local_part import full_tensor, local_part
 from tpcheck.core.digests import digest
@@ -211,7 +219,11 @@ class StepRecorder:
             yield
 
     def _keep(self, key: TensorKey, tensor: torch.Tensor) -> None:
-        self._activations[key] = local_part(tensor).clone()
+        local = local_part(tensor)
+        if key.phase == "backward" and isinstance(self._candidate, SumsLosses):
+            self._activations[key] = local / self._candidate.backward_factor()
+        else:
+            self._activations[key] = local.clone()
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """Add to the loss of the step."""

@@ -80,7 +80,7 @@ def _require_optimizer_of_trainer(options: TrainingOptions) -> None:
     """Refuse an optimizer that the Trainer can only be given as `optimizers`.
 
     With DeepSpeed it drops that one, and trains by its own AdamW (`trainer.optimizer = None` in deepspeed_init of
-    transformers/integrations/deepspeed.py of 5.23.0).
+    transformers/integrations/deepspeed.py of 5.23.0; docs/upstream/deepspeed_trainer_drops_optimizers.py shows it).
 
     Raises:
         UsageError: It is a callable, or Muon.
