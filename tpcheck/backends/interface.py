@@ -181,8 +181,11 @@ class TrainsByItself(Protocol):
 class ResumesByItself(TrainsByItself, Protocol):
     """A candidate whose loop saves its training, and goes on from it, as the options say."""
 
-    def loop_resumes_by(self) -> Sequence[str]:
-        """Return the names of the ways in which the loop goes on: values of `TrainingOptions.resume`."""
+    def loop_resumes_by(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the ways in which the loop goes on, values of `TrainingOptions.resume`, and what may be another then.
+
+        As in `WayToResume.other_sizes`.
+        """
 
     def trained(self) -> tuple[Any, Any]:
         """Return the module or engine that is trained, and its optimizer; None for that of an engine."""

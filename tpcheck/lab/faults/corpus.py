@@ -110,7 +110,12 @@ TRAINED_CONTROLS = (
     Control("qwen3", TP2, 0, {"optimizer": "adamw", "accumulate": 3, "batch": "3x7,padded"}),
     Control("gemma3_text", TP2_DP2, 0, {"optimizer": "rmsprop", "loss": "token_mean"}),
     Control("llama", TP2, 0, {"optimizer": "adamw", "checks": ("resume_matches_uninterrupted",)}),
-    Control("llama", TP2, 0, {"optimizer": "adamw", "checks": ("resume_matches_uninterrupted",), "loop": "trainer"}),
+    Control(
+        "llama",
+        TP2,
+        0,
+        {"optimizer": "adamw", "checks": ("resume_matches_uninterrupted",), "loop": "trainer", "accumulate": 2},
+    ),
     Control("llama", TP2, 0, {"lora": adapters.COLUMN_PARALLEL, "backend": "transformers"}),
     Control("llama", TP2, 0, {"lora": 4, "backend": "dtensor"}),
     Control("qwen3", TP2, 0, {"lora": "4,attention,rslora", "backend": "dtensor"}),
