@@ -413,7 +413,7 @@ class Cause(Enum):
         "optimizer_state_of_another_rank",
         "ranks with different shards held the same optimizer state",
         "numerics.hypotheses.optimizer runs.state_causes checkpoints numerics.checks.resume",
-        "Keep the optimizer's state with its shard: by rank where a loop exchanges or gathers states, in a file for each "
+        "Keep the optimizer's state with its shard: by rank where a loop exchanges or gathers it, and in a file for each "
         "TP rank, not one for all, where it is saved.",
         Guide.RESUME,
     )
