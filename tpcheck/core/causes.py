@@ -413,8 +413,8 @@ class Cause(Enum):
         "optimizer_state_of_another_rank",
         "ranks with different shards held the same optimizer state",
         "numerics.hypotheses.optimizer runs.state_causes checkpoints numerics.checks.resume",
-        "Keep the optimizer's state with its shard: by rank where a loop exchanges or gathers it, and in a file for each "
-        "TP rank, not one for all, where it is saved.",
+        "Keep the optimizer's state with its shard: by rank where a loop exchanges or gathers it, and in a file for "
+        "each TP rank, not one for all, where it is saved.",
         Guide.RESUME,
     )
     OPTIMIZER_STATE_LOST = (
