@@ -77,6 +77,25 @@ def tokens(coordinate: Any, step: int) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(0, VOCABULARY, (2, 8), generator=generator)}
 
 
+def labelled(coordinate: Any, step: int) -> dict[str, torch.Tensor]:
+    """Return tokens with other numbers of labels in each micro-batch of each replica: 2 to 14."""
+    batch = tokens(coordinate, step + 7 * coordinate["micro_batch"])
+    labels = batch["input_ids"].clone()
+    labels[:, 1 + 3 * coordinate["dp"] + 3 * coordinate["micro_batch"] :] = -100
+    return {**batch, "labels": labels}
+
+
+def last_micro_batch_counted(live: Live) -> None:
+    """Let `finalize_model_grads` divide by the tokens of the last micro-batch alone."""
+    forward = live.candidate.forward
+
+    def counted_anew(batch: Any) -> Any:
+        live.candidate.num_tokens = 0
+        return forward(batch)
+
+    live.candidate.forward = counted_anew
+
+
 FIRST, LAST = "model.decoder.layers.0", "model.decoder.layers.1"
 
 

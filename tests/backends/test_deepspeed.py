@@ -73,7 +73,6 @@ def test_a_configuration_that_contradicts_the_options_is_refused(changes: dict[s
     ("config", "message"),
     [
         ({"optimizer": {"type": "Lamb"}}, "optimizer='Lamb': expected one of"),
-        ({"optimizer": {"type": "Muon"}}, "config.optimizer.type='Muon'"),
         ({"scheduler": {"type": "Cosinus"}}, "config.scheduler.type='Cosinus'"),
         ({"gradient_accumulation_steps": 0}, "config.gradient_accumulation_steps=0"),
         ({"bf16": {"enabled": True}}, "config.bf16.enabled=True: expected False, as dtype=torch.float64 requires"),
@@ -84,6 +83,38 @@ def test_training_that_the_reference_cannot_do_is_refused(config: dict[str, Any]
 
     with pytest.raises(UsageError, match=message):
         resolved(options(config=config))
+
+
+MUON = {"optimizer": {"type": "Muon", "params": {"lr": 0.02, "momentum": 0.9, "betas": [0.8, 0.9]}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero_stage": 2}, "expected 0 or 3 with DeepSpeed's Muon"),
+        ({"zero_stage": 3}, "expected 0 with DeepSpeed's Muon at ZeRO 3"),
+        ({"loop": "trainer"}, "expected plain with DeepSpeed's Muon"),
+        ({"optimizer": "adamw"}, "expected none beside config.optimizer, which is Muon"),
+    ],
+)
+def test_deepspeeds_muon_is_refused_where_it_clips_or_groups_otherwise(changes: dict[str, Any], message: str) -> None:
+    from tpcheck.backends.deepspeed.config import resolved
+
+    with pytest.raises(UsageError, match=message):
+        resolved(options(config=MUON, **changes))
+
+
+def test_deepspeeds_muon_takes_the_matrices_but_the_embedding_and_the_head() -> None:
+    from tpcheck.backends.deepspeed.config import resolved
+    from tpcheck.backends.optimizer import make_optimizer
+
+    names = ["embed_tokens.weight", "layers.0.up.weight", "norm.weight", "lm_head.weight"]
+    parameters = [torch.zeros(shape, dtype=torch.float64) for shape in ((4, 4), (4, 4), (4,), (4, 4))]
+    made = make_optimizer(resolved(options(config=MUON)), parameters, names=names)
+    by_kind = {group["use_muon"]: group for group in made.param_groups}
+    assert [id(each) for each in by_kind[True]["params"]] == [id(parameters[1])]
+    assert {id(each) for each in by_kind[False]["params"]} == {id(parameters[at]) for at in (0, 2, 3)}
+    assert (by_kind[True]["momentum"], by_kind[False]["betas"]) == (0.9, [0.8, 0.9])
 
 
 @pytest.mark.parametrize("optimizer", ["muon", torch.optim.SGD])
@@ -217,12 +248,33 @@ def test_auto_is_what_the_trainer_makes_of_it() -> None:
     }
 
 
-@pytest.mark.parametrize("asked_for", [{"dtype": torch.float16}, {"config": {"fp16": {"enabled": True}}}])
-def test_float16_is_refused_with_what_the_accelerator_says(asked_for: dict[str, Any]) -> None:
-    from deepspeed.accelerator import get_accelerator
-
+@pytest.mark.parametrize(
+    ("section", "zero_stage", "scales"),
+    [
+        ({}, 1, [65536.0, 65536.0, 32768.0]),  # the second overflow halves it
+        ({}, 0, [65536.0, 32768.0, 16384.0]),  # each does, without ZeRO
+        ({"initial_scale_power": 4, "hysteresis": 1, "min_loss_scale": 8}, 2, [16.0, 8.0, 8.0]),
+        ({"loss_scale": 128}, 1, [128.0, 128.0, 128.0]),
+    ],
+)
+def test_losses_in_float16_are_scaled_as_the_configuration_says(
+    section: dict[str, Any], zero_stage: int, scales: list[float]
+) -> None:
     from tpcheck.backends.deepspeed.config import resolved
 
-    why = "scale, which is not verified" if get_accelerator().is_fp16_supported() else "does not support fp16"
-    with pytest.raises(UsageError, match=why):
-        resolved(TrainingOptions(**{"dtype": torch.float64, **asked_for}))
+    given = options(dtype=torch.float16, zero_stage=zero_stage, config={"fp16": section} if section else {})
+    make = resolved(given).loss_scale
+    assert make is not None
+    scale, found = make(), []
+    for _ in scales:
+        found.append(scale.scale)
+        scale.update(overflows=True)
+    assert found == scales
+    assert resolved(options()).loss_scale is None
+
+
+def test_float16_in_the_configuration_alone_is_refused() -> None:
+    from tpcheck.backends.deepspeed.config import resolved
+
+    with pytest.raises(UsageError, match=r"config.fp16.enabled=True: expected False, as dtype=torch.float64 requires"):
+        resolved(options(config={"fp16": {"enabled": True}}))

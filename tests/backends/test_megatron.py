@@ -58,6 +58,26 @@ def test_a_gpt_passes_over_dp() -> None:
     assert report.passed, report
 
 
+PER_TOKEN = {
+    "config": {"calculate_per_token_loss": True}, "loss": "token_mean", "accumulate": 2, "steps": 1, "replays": 2,
+}  # fmt: skip
+
+
+def per_token(rank: Rank) -> tuple[Report, Report]:
+    faulty = FaultyBackend(models.last_micro_batch_counted, "megatron")
+    options = ({}, {"backend": faulty})
+    right, wrong = (verified(rank, models.build, models.labelled, {**PER_TOKEN, **more}) for more in options)
+    return right, wrong
+
+
+def test_losses_per_token_are_divided_by_all_labels_of_the_step() -> None:
+    with tpcheck.spawn(Topology(tp=1, dp=2), timeout=300) as world:
+        right, wrong = world.run(per_token)[0]
+    assert right.passed, right
+    first = wrong.findings[0]
+    assert (first.check, first.cause) == ("gradients_match_reference", "gradient_scaled")
+
+
 @pytest.mark.parametrize(
     ("inject", "sequence_parallel", "expected"),
     [
@@ -190,6 +210,7 @@ def test_families_are_refused() -> None:
         ({"config": {"tensor_model_parallel_size": 2}}, "none: the topology sets it"),
         ({"config": {"context_parallel_size": 2}}, "1: only tp and dp are verified"),
         ({"config": {"recompute_granularity": "full"}}, "None: it is not verified, and always off"),
+        ({"config": {"calculate_per_token_loss": True}}, "token_mean with calculate_per_token_loss"),
         ({"zero_stage": 1}, "Megatron's distributed optimizer is not verified"),
         ({"ignore_plan": True}, "Megatron has no plans"),
     ],

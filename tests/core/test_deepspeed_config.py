@@ -37,6 +37,7 @@ def test_options_that_a_configuration_sets() -> None:
         "dtype": "bfloat16",
         "accumulate": 4,
     }
+    assert implied_options({"fp16": {"enabled": True}}) == {"dtype": ("fp16.enabled", "float16")}
     auto = {"gradient_accumulation_steps": "auto", "bf16": {"enabled": "auto"}, "tensor_parallel": {"autotp_size": 0}}
     assert implied_options(auto) == {}
 

@@ -135,6 +135,14 @@ def test_zero_3_in_lower_precision_does_not_depend_on_float16(dtype: str, fp16: 
     assert report.passed, report
 
 
+@pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_scaled_losses_in_float16_pass_and_overflow_on_both_sides(zero_stage: int) -> None:
+    scale = {"fp16": {"initial_scale_power": 17, "hysteresis": 1}}
+    report = verified("llama", dtype="float16", zero_stage=zero_stage, config=scale, replays=2)
+    assert report.passed, report
+    assert any("overflow" in why for why in report.verdict.coverage.not_compared.values())
+
+
 def test_the_older_entry_passes() -> None:
     assert_clean(verified("llama", backend="deepspeed-tp-model-init"))
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from tpcheck import Topology, UsageError
 from tpcheck.backends.interface import TrainingOptions
+from tpcheck.backends.loss_scale import LossScale
 from tpcheck.model.options import Request, RunOptions
 from tpcheck.model.reference import Reference, train_recorded
 from tpcheck.numerics.evidence import TensorKey
@@ -179,3 +180,37 @@ def test_a_model_that_draws_random_numbers_is_bad_usage() -> None:
     trained, rank = reference(lambda: Random())
     with pytest.raises(UsageError, match="computes the same each time"):
         trained.train(rank)
+
+
+def test_a_scaled_loss_trains_as_one_that_is_not_scaled() -> None:
+    data = [[[{"x": batch(1)["x"].half()}], [{"x": batch(2)["x"].half()}]]]
+    unscaled = replace(OPTIONS, dtype=torch.float16)
+    (expected,) = train_recorded(model().half(), data, unscaled)
+    (step,) = train_recorded(model().half(), data, replace(unscaled, loss_scale=lambda: LossScale(64.0)))
+    assert (step[0].loss_scale, step[0].is_skipped) == (64.0, False)
+    for of_rank, expected_of_rank in zip(step, expected, strict=True):
+        assert of_rank.loss == expected_of_rank.loss
+        for name in ("linear.weight", "linear.bias"):
+            torch.testing.assert_close(of_rank.weights[name], expected_of_rank.weights[name])
+            for gradients in ("gradients", "local_gradients"):
+                actual, wanted = (getattr(each, gradients)[name].float() for each in (of_rank, expected_of_rank))
+                torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-3)
+    scaled = [key for key in expected[0].activations if key.phase == "backward"]
+    assert scaled
+    for key in scaled:
+        torch.testing.assert_close(step[0].activations[key] / 64, expected[0].activations[key], rtol=1e-2, atol=1e-3)
+
+
+def test_a_step_whose_gradients_overflow_is_skipped_and_the_scale_halved() -> None:
+    scaled = replace(OPTIONS, dtype=torch.float16, loss_scale=lambda: LossScale(2.0**18, window=5))
+    data = [[[{"x": batch(number)["x"].half() / 4}]] for number in (1, 1, 1)]
+    start = {name: each.clone() for name, each in model().half().named_parameters()}
+    steps = [of_rank for (of_rank,) in train_recorded(model().half(), data, scaled)]
+    scales = [step.loss_scale for step in steps]
+    skipped = [step.is_skipped for step in steps]
+    assert skipped[0]
+    assert scales == [2.0**18, 2.0**17, 2.0 ** (16 if skipped[1] else 17)]
+    assert steps[0].gradient_norm is None
+    assert set(steps[0].gradients.values()) == {None}
+    assert all(key.phase == "forward" for key in steps[0].activations)
+    assert all(torch.equal(steps[0].weights[name], start[name]) for name in start)

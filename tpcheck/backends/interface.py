@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tpcheck.backends.layout import Layout
+from tpcheck.backends.loss_scale import LossScale
 from tpcheck.core.clipping import TORCH_EPSILON, Clipping
 from tpcheck.core.topology import Topology
 
@@ -47,6 +48,7 @@ class TrainingOptions:
         ignore_plan: Drop the model's tp_plan, so that the backend's heuristics shard it.
         optimizer: A name in torch.optim, a dict with `type` and `params`, or a callable (parameters) -> Optimizer.
         schedule: Makes the scheduler of the learning rate, whose `step` follows the optimizer's; None for none.
+        loss_scale: Makes the scale of losses, as both sides start with it; None where losses are not scaled.
         steps: Optimizer steps of the whole training.
         accumulate: Micro-batches whose gradients a step accumulates.
         loss: `mean` or `token_mean`: how the losses of a step become one.
@@ -76,6 +78,7 @@ class TrainingOptions:
     ignore_plan: bool = False
     optimizer: str | Mapping[str, Any] | Callable[..., torch.optim.Optimizer] = "sgd"
     schedule: Callable[[torch.optim.Optimizer], Any] | None = None
+    loss_scale: Callable[[], LossScale] | None = None
     accumulate: int = 1
     steps: int = 1
     loss: str = "mean"
@@ -178,8 +181,11 @@ class TrainsByItself(Protocol):
 class ResumesByItself(TrainsByItself, Protocol):
     """A candidate whose loop saves its training, and goes on from it, as the options say."""
 
-    def loop_resumes_by(self) -> Sequence[str]:
-        """Return the names of the ways in which the loop goes on: values of `TrainingOptions.resume`."""
+    def loop_resumes_by(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the ways in which the loop goes on, values of `TrainingOptions.resume`, and what may be another then.
+
+        As in `WayToResume.other_sizes`.
+        """
 
     def trained(self) -> tuple[Any, Any]:
         """Return the module or engine that is trained, and its optimizer; None for that of an engine."""
@@ -197,6 +203,28 @@ class HoldsOptimizerState(Protocol):
 
         Each has the shape of the shard, gathered over DP. Collective over the DP group.
         """
+
+
+@runtime_checkable
+class ScalesLosses(Protocol):
+    """A candidate that may multiply losses by a scale, and skip the step where gradients overflow.
+
+    `Candidate.gradient` and `Candidate.gradient_norm` are without it.
+    """
+
+    def loss_scale(self) -> float:
+        """Return by what the loss of the next backward pass is multiplied; 1 for nothing."""
+
+    def has_skipped(self) -> bool:
+        """Return whether the last step was skipped."""
+
+
+@runtime_checkable
+class SumsLosses(Protocol):
+    """A candidate whose backward pass is that of a sum of losses: what it is divided by comes later."""
+
+    def backward_factor(self) -> float:
+        """Return by how much gradients of modules are larger than those of the mean over micro-batches."""
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,18 +18,38 @@ LEARNING_RATE = 0.01
 NEEDS_A_CLOSURE_OR_SPARSE_GRADIENTS = ("LBFGS", "SparseAdam")
 
 
+@dataclass(frozen=True, slots=True)
+class OptimizerByNames:
+    """Makes an optimizer whose step on a parameter depends on its name.
+
+    Attributes:
+        make: (names, parameters) -> Optimizer.
+    """
+
+    make: Callable[[Sequence[str], Sequence[torch.Tensor]], torch.optim.Optimizer]
+
+    def __call__(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+        raise TypeError("an optimizer by names is made of them, too")
+
+
 def make_optimizer(
-    options: TrainingOptions, parameters: Sequence[torch.Tensor], decays: Sequence[bool] | None = None
+    options: TrainingOptions,
+    parameters: Sequence[torch.Tensor],
+    decays: Sequence[bool] | None = None,
+    names: Sequence[str] = (),
 ) -> torch.optim.Optimizer:
     """Return the optimizer of these parameters; any of them may be a DTensor.
 
     Args:
         decays: Whether the weights of each parameter decay; None for all. Only for optimizers with a name.
+        names: Of the parameters, for an optimizer that asks for them.
 
     Raises:
         UsageError: torch.optim has no class of that name, or the function returns none.
     """
     source = options.optimizer
+    if isinstance(source, OptimizerByNames):
+        return source.make(names, parameters)
     if callable(source):
         made = source(list(parameters))
         if not isinstance(made, torch.optim.Optimizer):

@@ -52,6 +52,7 @@ class Sgd:
         options: The optimizer (SGD by default), its schedule, and the largest norm.
         clip: Clips the gradients of the masters and returns their norm. None: no clipping, and no norm.
         decays: Whether the weights of each parameter that needs a gradient decay; None for all.
+        names: Of these parameters, for an optimizer that asks for them.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Sgd:
         options: TrainingOptions,
         clip: Clip | None,
         decays: Sequence[bool] | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._masters = [
@@ -68,7 +70,7 @@ class Sgd:
         ]
         self._clip = clip
         self._max_norm = options.max_grad_norm
-        self.optimizer = make_optimizer(options, self._masters, decays)
+        self.optimizer = make_optimizer(options, self._masters, decays, names)
         self._schedule = None if options.schedule is None else options.schedule(self.optimizer)
 
     @property
@@ -81,11 +83,15 @@ class Sgd:
         """The rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def step(self) -> float | None:
-        """Clip, take one step from the parameters' gradients, clear them, and return the norm before clipping."""
+    def step(self, scale: float = 1.0) -> float | None:
+        """Clip, take one step from the parameters' gradients, clear them, and return the norm before clipping.
+
+        Args:
+            scale: What masters' gradients are divided by first: that of the losses.
+        """
         for parameter, master in zip(self._parameters, self._masters, strict=True):
             if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
+                master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype) / scale
         norm = None if self._clip is None else float(self._clip(self._masters, self._max_norm))
         self.optimizer.step()
         if self._schedule is not None:

@@ -307,7 +307,7 @@ class Cause(Enum):
     GRADIENT_SCALED = (
         "gradient_scaled",
         "the actual gradient equals the expected one times a constant{residual}",
-        "numerics.hypotheses.gradients runs.sketch_causes",
+        "numerics.hypotheses.gradients numerics.hypotheses.optimizer runs.sketch_causes",
     )
     NORM_IS_LOCAL = (
         "norm_is_local",
@@ -413,7 +413,8 @@ class Cause(Enum):
         "optimizer_state_of_another_rank",
         "ranks with different shards held the same optimizer state",
         "numerics.hypotheses.optimizer runs.state_causes checkpoints numerics.checks.resume",
-        "Save and load optimizer state for each rank: a file for each TP rank, not one for all.",
+        "Keep the optimizer's state with its shard: by rank where a loop exchanges or gathers it, and in a file for "
+        "each TP rank, not one for all, where it is saved.",
         Guide.RESUME,
     )
     OPTIMIZER_STATE_LOST = (
@@ -502,6 +503,12 @@ class Cause(Enum):
         "the transposed tensor equals the expected one{residual}",
         "numerics.exact",
         "Transpose it when saving or loading: nn.Linear has (out, in), Conv1D (in, out).",
+    )
+    STEP_SKIPPED = (
+        "step_skipped",
+        "the step was skipped, as if gradients overflowed, and the reference takes it",
+        "numerics.hypotheses.optimizer",
+        "Reduce the flag of an overflow with MAX over the TP and the DP group before any rank steps or skips.",
     )
     STALE_WEIGHT = (
         "stale_weight",

@@ -63,9 +63,9 @@ def implied_options(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
             values[option] = f"{section}.{key}", value
     if _is_number(accumulate := config.get("gradient_accumulation_steps")):
         values["accumulate"] = "gradient_accumulation_steps", accumulate
-    for section in ("bf16", "bfloat16"):
+    for section, dtype in (("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp16", "float16")):
         if _is_enabled(config, section):
-            values["dtype"] = f"{section}.enabled", "bfloat16"
+            values["dtype"] = f"{section}.enabled", dtype
     return values
 
 

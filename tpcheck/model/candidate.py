@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions, TrainsByItself
+from tpcheck.backends.interface import (
+    Backend,
+    Candidate,
+    RankLike,
+    ScalesLosses,
+    SumsLosses,
+    TrainingOptions,
+    TrainsByItself,
+)
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.local_part import full_tensor, local_part
 from tpcheck.core.digests import digest
@@ -177,6 +185,7 @@ class StepRecorder:
         self._activations: dict[TensorKey, torch.Tensor] = {}
         self._losses: list[torch.Tensor] = []
         self._gradients: dict[str, torch.Tensor | None] = {}
+        self._loss_scale = 1.0
         self._hooks = ExitStack()
         self._recorder: ModuleRecorder | None = None
         self._num_forward = 0
@@ -210,7 +219,11 @@ class StepRecorder:
             yield
 
     def _keep(self, key: TensorKey, tensor: torch.Tensor) -> None:
-        self._activations[key] = local_part(tensor).clone()
+        local = local_part(tensor)
+        if key.phase == "backward" and isinstance(self._candidate, SumsLosses):
+            self._activations[key] = local / self._candidate.backward_factor()
+        else:
+            self._activations[key] = local.clone()
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """Add to the loss of the step."""
@@ -231,6 +244,8 @@ class StepRecorder:
         self._hooks.close()
         with self._blaming_step():
             self._gradients = {name: self._candidate.gradient(name) for name in self._names}
+            if isinstance(self._candidate, ScalesLosses):
+                self._loss_scale = self._candidate.loss_scale()
 
     def stepped(self) -> None:
         """Copy what the step has changed, and end it."""
@@ -252,6 +267,8 @@ class StepRecorder:
             digests=digests,
             collectives=tuple(self._log[self._first_collective :]),
             logs_collectives=not any(map(is_compiled, module.modules())),
+            loss_scale=self._loss_scale,
+            is_skipped=isinstance(self._candidate, ScalesLosses) and self._candidate.has_skipped(),
         )
         self.steps.append(step)
         self._begin()

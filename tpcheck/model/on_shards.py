@@ -30,7 +30,7 @@ def _train(options: TrainingOptions, evidence: Evidence, tp_rank: int) -> Sequen
     initial = evidence.initial_parts[tp_rank]
     names = [name for name in evidence.initial if name in evidence.layouts and name in initial]
     parameters = {name: torch.nn.Parameter(initial[name].detach().clone()) for name in names}
-    norms = iter([step.gradient_norm for step in evidence.reference])
+    norms = iter([step.gradient_norm for step in evidence.reference if not step.is_skipped])
 
     def clip(masters: Sequence[torch.Tensor], max_norm: float) -> float:
         norm = next(norms)
@@ -38,9 +38,12 @@ def _train(options: TrainingOptions, evidence: Evidence, tp_rank: int) -> Sequen
             clip_grads_with_norm_(masters, max_norm, torch.tensor(norm, dtype=torch.float64))
         return norm or 0.0
 
-    optimizer = Sgd(list(parameters.values()), options, clip)
+    optimizer = Sgd(list(parameters.values()), options, clip, names=names)
     steps = []
     for step in evidence.reference:
+        if step.is_skipped:
+            steps.append({name: parameter.detach().clone() for name, parameter in parameters.items()})
+            continue
         for name, parameter in parameters.items():
             gradient = step.gradients[name]
             is_whole = gradient is not None and tuple(gradient.shape) == tuple(evidence.layouts[name].shape)

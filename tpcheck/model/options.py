@@ -70,7 +70,7 @@ class Tokens:
 OptimizerSource: TypeAlias = "str | Mapping[str, Any] | Callable[..., Any]"
 BatchSource: TypeAlias = "Mapping[str, Any] | Callable[[Mapping[str, int], int], Mapping[str, Any]] | Tokens | None"
 COMMON_DTYPES = ("float64", "float32", "bfloat16")
-"""Those of every backend; DeepSpeed's float16 is not verified."""
+"""Those in which every fault can be injected; float16 has losses scaled under DeepSpeed."""
 DTYPES = (*COMMON_DTYPES, "float16")
 ZERO_STAGES = (0, 1, 2, 3)
 LOSSES = ("mean", "token_mean")
@@ -106,7 +106,8 @@ class RunOptions:
     dtype: str = field(
         default="float64",
         metadata=_doc(
-            "`float64` separates bugs from rounding best. Also `float32`, `bfloat16`, and without DeepSpeed `float16`."
+            "`float64` separates bugs from rounding best. Also `float32`, `bfloat16`, `float16` (with "
+            "DeepSpeed under its loss scale)."
         ),
     )
     device: str | None = field(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tpcheck.backends.interface import RankLike, TrainingOptions
+from tpcheck.backends.loss_scale import LossScale
 from tpcheck.backends.sgd import Sgd, clip_by_convention
 from tpcheck.core.clipping import Clipping
 from tpcheck.core.cuda import uses_cuda
@@ -279,10 +280,11 @@ def train(
         UsageError: The loss is not finite, or there is none.
     """
     weighing = weighing or Weighing()
-    optimizer = Sgd(
-        list(model.parameters()), options, clip_by_convention(options.clipping), decay_flags(model, options)
-    )
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    clip = clip_by_convention(options.clipping)
+    optimizer = Sgd(list(model.parameters()), options, clip, decay_flags(model, options), names)
     buffers: list[State] = [copy_buffers(model)] * len(batches[0])
+    loss_scale = LossScale(1.0) if options.loss_scale is None else options.loss_scale()
     steps = []
     for index, by_dp_rank in enumerate(batches):
         losses: list[float] = []
@@ -296,14 +298,16 @@ def train(
                     weighing.applied(model, batch, index, dp_rank, number) as weighed,
                     recording(index, dp_rank, number),
                 ):
-                    loss += _forward_and_backward(model, weighed, weighing.share_of(len(micro_batches)))
+                    share = weighing.share_of(len(micro_batches))
+                    loss += _forward_and_backward(model, weighed, share, loss_scale.scale)
                 of_rank.append(_pop_gradients(model))
             losses.append(loss)
             buffers[dp_rank] = copy_buffers(model)
             gradients.append(of_rank)
         labels = weighing.labels[index] if weighing.labels else None
         rate = optimizer.learning_rate
-        of_ranks = _step(model, optimizer, losses, buffers, gradients, labels)
+        of_ranks = _step(model, optimizer, losses, buffers, gradients, labels, loss_scale.scale)
+        loss_scale.update(of_ranks[0].is_skipped)
         steps.append(of_ranks if options.loop == "plain" else _with_log(of_ranks, rate))
     if options.loop != "plain":
         evaluated = {EVALUATION_LOSS: _evaluation_loss(model, batches[-1], weighing, evaluating)}
@@ -363,19 +367,31 @@ def train_recorded(
     steps = train(model, batches, options, recording, weighing)
     return [
         tuple(
-            replace(of_rank, activations=activations[index, dp_rank], sources=flows[index, dp_rank].sources)
+            _without_overflow(
+                replace(of_rank, activations=activations[index, dp_rank], sources=flows[index, dp_rank].sources)
+            )
             for dp_rank, of_rank in enumerate(step)
         )
         for index, step in enumerate(steps)
     ]
 
 
-def _forward_and_backward(model: nn.Module, batch: Batch, share: float) -> float:
-    """Return the share of the loss that is the micro-batch's, after its backward pass."""
+def _without_overflow(step: Step) -> Step:
+    return step.without_gradients() if step.is_skipped else step
+
+
+def loss_times_factor(loss: torch.Tensor, factor: float) -> torch.Tensor:
+    """Return the product, in float32 for float16, where it would overflow."""
+    if factor == 1:
+        return loss
+    return (loss.float() if loss.dtype is torch.float16 else loss) * factor
+
+
+def _forward_and_backward(model: nn.Module, batch: Batch, share: float, scale: float) -> float:
+    """Return the share of the loss that is the micro-batch's, after the backward pass of that times the scale."""
     loss = loss_of(model(**copy_batch(batch)))
-    loss = loss if share == 1 else loss * share
-    loss.backward()  # type: ignore[no-untyped-call]
-    if not isfinite(value := float(loss.detach())):
+    loss_times_factor(loss, share * scale).backward()  # type: ignore[no-untyped-call]
+    if not isfinite(value := float(loss.detach()) * share):
         raise UsageError("build", f"loss {value}", "a model whose loss is finite: nothing can be compared with it")
     return value
 
@@ -395,8 +411,13 @@ def _step(
     buffers: Sequence[State],
     shares: Sequence[Sequence[Gradients]],
     labels: LabelCounts | None,
+    scale: float,
 ) -> ReferenceStep:
-    """Take one step with the gradients of each micro-batch, shares[dp_rank][micro_batch]."""
+    """Take one step with the gradients of each micro-batch, shares[dp_rank][micro_batch], unless some overflow.
+
+    Args:
+        scale: By which losses, and with them these gradients, are multiplied.
+    """
     number = len(shares[0])
     totals = [_sum(of_rank) for of_rank in shares]
     names = [name for name, _ in model.named_parameters()]
@@ -406,28 +427,50 @@ def _step(
         name: None if parameter.grad is None else parameter.grad.detach().clone()
         for name, parameter in model.named_parameters()
     }
-    with reduced_precision_raised(next(model.parameters()).dtype is torch.float64):
-        norm = optimizer.step()
+    is_skipped = scale != 1 and not all(map(_is_finite, gradients.values()))
+    norm = None
+    if is_skipped:
+        _pop_gradients(model)
+    else:
+        with reduced_precision_raised(next(model.parameters()).dtype is torch.float64):
+            norm = optimizer.step(scale)
     weights = copy_parameters(model)
     state = optimizer_state(model, optimizer)
     has_replicas = len(losses) > 1
     means = [{name: _mean([of_rank[micro][name] for of_rank in shares]) for name in names} for micro in range(number)]
     otherwise = _otherwise_normalised(shares, labels)
+
+    def unscaled(gradients: Gradients) -> Gradients:
+        return gradients if scale == 1 else {name: _in_float32(each, scale) for name, each in gradients.items()}
+
     return tuple(
         Step(
             {},
-            gradients,
+            unscaled(gradients),
             weights,
             norm,
             loss,
             buffers=after,
-            local_gradients=total if has_replicas else {},
-            micro_gradients=tuple(map(MicroBatchGradients, means, of_rank)) if number > 1 else (),
-            otherwise_normalised=otherwise,
+            local_gradients=unscaled(total) if has_replicas else {},
+            micro_gradients=(
+                tuple(map(MicroBatchGradients, map(unscaled, means), map(unscaled, of_rank))) if number > 1 else ()
+            ),
+            otherwise_normalised=unscaled(otherwise),
             optimizer_state=state,
+            loss_scale=scale,
+            is_skipped=is_skipped,
         )
         for loss, after, total, of_rank in zip(losses, buffers, totals, shares, strict=True)
     )
+
+
+def _is_finite(gradient: torch.Tensor | None) -> bool:
+    return gradient is None or bool(gradient.isfinite().all())
+
+
+def _in_float32(gradient: torch.Tensor | None, scale: float) -> torch.Tensor | None:
+    """Return a gradient divided by the scale that keeps it from vanishing in its own dtype."""
+    return None if gradient is None else gradient.float() / scale
 
 
 def _otherwise_normalised(shares: Sequence[Sequence[Gradients]], labels: LabelCounts | None) -> Gradients:
@@ -516,8 +559,8 @@ def _step_deviations(index: int, step: ReferenceStep, expected: ReferenceStep) -
 
 def _norm_deviation(step: Step, expected: Step, perturbation: Perturbation) -> float:
     """Return how far the norm moved; summed in a random order if there is a perturbation, as sharded norms are."""
-    assert step.gradient_norm is not None
-    assert expected.gradient_norm is not None
+    if step.gradient_norm is None or expected.gradient_norm is None:  # of a step that one of them skipped
+        return 0.0
     if not perturbation.eps:
         return abs(step.gradient_norm - expected.gradient_norm)
     elements = torch.cat([gradient.reshape(-1) for gradient in step.gradients.values() if gradient is not None])

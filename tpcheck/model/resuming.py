@@ -247,7 +247,7 @@ def _train_and_save(rank: CommunicatingRank, request: Request, folder: Path, num
         with blame_backend(backend, "sharding the model"):
             candidate = backend.shard(build_model(request, rank.device), rank, options)
         if isinstance(candidate, ResumesByItself):
-            return _observe_saving(candidate, backend, rank, options)
+            return _observe_saving(candidate, backend, rank, options, reference)
         if not isinstance(candidate, ResumesTraining) or not candidate.ways_to_resume():
             return _FirstWorld()
         view, indices = view_of(*candidate.trained()), _indices_of(candidate, rank)
@@ -391,7 +391,11 @@ def _batch_digest(batch: Mapping[str, Any]) -> str:
 
 
 def _observe_saving(
-    candidate: ResumesByItself, backend: Backend, rank: CommunicatingRank, options: TrainingOptions
+    candidate: ResumesByItself,
+    backend: Backend,
+    rank: CommunicatingRank,
+    options: TrainingOptions,
+    reference: Reference,
 ) -> _FirstWorld:
     """Let the loop train, save on its way, and train on. Collective over the world."""
     reader = _LoopReader(candidate, rank)
@@ -402,10 +406,12 @@ def _observe_saving(
     history = tuple(state.batches for state in reader.after)
     training = SavedTraining(reader.after[num_before - 1], tuple(reader.after[num_before:]), history)
     assert options.checkpoints is not None
-    way = _Way(Path(options.checkpoints), {}, ())
+    folder, resumes_by = Path(options.checkpoints), candidate.loop_resumes_by()
+    ways = {way: _Way(folder, {}, other_sizes) for way, other_sizes in resumes_by.items()}
     dp_rank = rank.topology.coordinate(rank.rank)["dp"]
     batches = [[dict(batch) for batch in step[dp_rank]] for step in options.batches]
-    return _FirstWorld(training, batches, dict.fromkeys(candidate.loop_resumes_by(), way))
+    tolerance = reference.train(rank)[1] if any(resumes_by.values()) else None
+    return _FirstWorld(training, batches, ways, tolerance=tolerance)
 
 
 def _observe_resuming(

@@ -16,7 +16,7 @@ from tpcheck.backends.interface import Backend, Candidate, RankLike
 from tpcheck.backends.local_part import local_part
 from tpcheck.model.blame import blame_backend
 from tpcheck.model.build import Batch, copy_batch, find_loss
-from tpcheck.model.reference import CommunicatingRank, Reference, ReferenceStep
+from tpcheck.model.reference import CommunicatingRank, Reference, ReferenceStep, loss_times_factor
 from tpcheck.numerics.differences import distance_of_terms, frobenius, frobenius_distance
 from tpcheck.numerics.evidence import Collective, Step, TensorKey
 from tpcheck.numerics.perturb import Deviations, Perturbation, named_deviations, perturbed_replay
@@ -162,14 +162,15 @@ def forced_modules(
         activations[key] = local_part(tensor).clone()
 
     def keep_gradients(by_name: Gradients) -> None:
-        gradients.update({name: local_part(gradient).clone() for name, gradient in by_name.items()})
+        local = {name: local_part(gradient).clone() for name, gradient in by_name.items()}
+        gradients.update(_unscaled(local, first[0].loss_scale))
 
     with (
         blame_backend(backend, "a pass with teacher forcing per module"),
         logged_collectives(candidate.module, log, position=lambda: len(activations)),
         state_restored(candidate.module),
         ModuleRecorder(candidate.module, keep, forced),
-        inner_backward(candidate.module, _share_of_loss(share), keep_gradients),
+        inner_backward(candidate.module, _share_of_loss(share * first[0].loss_scale), keep_gradients),
     ):
         candidate.forward(copy_batch(batch))
     collectives = tuple(_in_its_phase(each, list(activations)) for each in log[first_collective:])
@@ -198,12 +199,13 @@ def forced_tolerance(reference: Reference, rank: CommunicatingRank, first: Refer
             forced = ReferenceParts(expected).forced_value
 
             def measure_gradients(by_name: Gradients, step: Step = step, dp_rank: int = dp_rank) -> None:
-                deviations.update(named_deviations(by_name, replica_gradients(step), 0, dp_rank, "gradient"))
+                gradients = _unscaled(by_name, step.loss_scale)
+                deviations.update(named_deviations(gradients, replica_gradients(step), 0, dp_rank, "gradient"))
 
             with (
                 reference.weighing.applied(reference.model, batch, 0, dp_rank, 0) as weighed,
                 perturbed_replay(reference.model, perturbation, expected, deviations, 0, dp_rank, forced=forced),
-                inner_backward(reference.model, _share_of_loss(share), measure_gradients),
+                inner_backward(reference.model, _share_of_loss(share * step.loss_scale), measure_gradients),
             ):
                 reference.model(**copy_batch(weighed))
         return deviations
@@ -223,9 +225,13 @@ def _share_of_loss(share: float) -> Callable[[Any], torch.Tensor | None]:
 
     def find_share(output: Any) -> torch.Tensor | None:
         loss = find_loss(output)
-        return loss if loss is None or share == 1 else loss * share
+        return None if loss is None else loss_times_factor(loss, share)
 
     return find_share
+
+
+def _unscaled(gradients: Gradients, scale: float) -> Gradients:
+    return gradients if scale == 1 else {name: gradient.float() / scale for name, gradient in gradients.items()}
 
 
 _NOT_CHECKPOINTED = "compatible with .grad()"  # of torch's reentrant checkpointing, in any version, and DeepSpeed's

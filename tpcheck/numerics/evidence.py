@@ -17,6 +17,7 @@ from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, RESIDUAL_EXACT, To
 Phase = Literal["forward", "backward"]
 LOGGED_LOSS, LOGGED_NORM, LOGGED_RATE, EVALUATION_LOSS = "loss", "grad_norm", "learning_rate", "eval_loss"
 """What the Trainer logs, by its names."""
+SKIPPED = "gradients overflow at this loss scale: the reference skips the step"
 Role = Literal["input", "output"]
 
 
@@ -111,6 +112,8 @@ class Step:
         sources: For each activation of the forward pass those nearest before it that it is computed from, as autograd
             knows it; empty for a candidate, and where there are no gradients.
         logged: What a library's loop logs of the step, and of an evaluation after it, by its names.
+        loss_scale: By which the losses of the step were multiplied; gradients of activations still are.
+        is_skipped: Whether the optimizer's step was left out, since gradients overflowed.
     """
 
     activations: Mapping[TensorKey, Tensor]
@@ -128,6 +131,22 @@ class Step:
     logs_collectives: bool = True
     sources: Mapping[TensorKey, tuple[TensorKey, ...]] = field(default_factory=dict)
     logged: Mapping[str, float] = field(default_factory=dict)
+    loss_scale: float = 1.0
+    is_skipped: bool = False
+
+    def without_gradients(self) -> Step:
+        """Return the step with nothing that a skipped step leaves unknown: gradients, and the norm."""
+        forward = {key: tensor for key, tensor in self.activations.items() if key.phase == "forward"}
+        gradients = dict.fromkeys(self.gradients)
+        return replace(
+            self,
+            activations=forward,
+            gradients=gradients,
+            local_gradients={},
+            micro_gradients=(),
+            otherwise_normalised={},
+            gradient_norm=None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,6 +479,8 @@ class StepFacts:
         momentum_share: Share of that move in the expected move of this step.
         ratios: For each term of the step (gradient, weight, momentum) its share on each rank over the expected share.
         on_shards: Each rank's weight after the step if the optimizer is given its shards alone; empty where unknown.
+        loss_scale: By which the losses of the step were multiplied.
+        skipped_on: Global ranks of this TP group that skipped a step which the reference takes.
     """
 
     before: tuple[Tensor, ...] = ()
@@ -467,9 +488,12 @@ class StepFacts:
     momentum_share: float = 0.0
     ratios: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     on_shards: tuple[Tensor, ...] = ()
+    loss_scale: float = 1.0
+    skipped_on: tuple[int, ...] = ()
 
     def as_evidence(self) -> dict[str, Any]:
-        return {f"{term}_ratio": [float(f"{ratio:.6g}") for ratio in ratios] for term, ratios in self.ratios.items()}
+        ratios = {f"{term}_ratio": [float(f"{each:.6g}") for each in ratios] for term, ratios in self.ratios.items()}
+        return {**({"skipped_on_ranks": list(self.skipped_on)} if self.skipped_on else {}), **ratios}
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from tpcheck.core.causes import Cause
 from tpcheck.core.clipping import Clipping
 from tpcheck.numerics.checks.clipping import gradient_norms, norm_facts, observed_clipping, shares_of
 from tpcheck.numerics.checks.updates import gradient_norm_matches_reference, updates_match_reference
-from tpcheck.numerics.evidence import Evidence, MicroBatchGradients, Suspect
+from tpcheck.numerics.evidence import SKIPPED, Evidence, MicroBatchGradients, Suspect
 from tpcheck.numerics.hypotheses import explain
 
 Change = Callable[[torch.Tensor], torch.Tensor | None]
@@ -509,3 +509,58 @@ def test_what_gradients_are_multiplied_by_is_known() -> None:
 
 def test_facts_of_a_norm_need_one() -> None:
     assert norm_facts(replace(RIGHT, reference=(replace(RIGHT.reference[0], gradient_norm=None),)), 0) is None
+
+
+def in_float16(factors: tuple[float, float], *, scale: float = 64.0) -> Evidence:
+    """Return a first step whose momentum is a rank's factor times the gradient, plus a hundredth of the weight."""
+    step, name, before = RIGHT.reference[0], UP, RIGHT.initial_parts
+    whole = {("momentum", name): step.gradients[name] + 0.01 * RIGHT.initial[name]}
+    reference = replace(step, optimizer_state=whole, loss_scale=scale)
+    ranks = tuple(
+        replace(
+            rank,
+            optimizer_state={("momentum", name): factor * rank.gradients[name] + 0.01 * before[number][name]},
+            weights={**rank.weights, name: rank.weights[name] + 0.1},
+            loss_scale=scale,
+        )
+        for number, (rank, factor) in enumerate(zip(RIGHT.candidate[0], factors, strict=True))
+    )
+    return replace(RIGHT, dtype="float16", reference=(reference,), candidate=(ranks,))
+
+
+@pytest.mark.parametrize(
+    ("factors", "cause", "note"),
+    [
+        ((64.0, 64.0), Cause.GRADIENT_SCALED, "not divided by the loss scale"),
+        ((1 / 64, 1 / 64), Cause.GRADIENT_SCALED, "twice"),
+        ((1.0, 64.0), None, ""),
+    ],
+)
+def test_a_moment_shows_that_gradients_keep_the_loss_scale(
+    factors: tuple[float, float], cause: Cause | None, note: str
+) -> None:
+    suspect, *_ = updates_match_reference(in_float16(factors), 0).suspects
+    assert suspect.step.ratios["gradient"] == pytest.approx(factors)
+    found = explain(suspect)
+    assert (None if found is None else found.cause) == cause
+    assert note in ("" if found is None else found.evidence["note"])
+
+
+def test_ranks_that_skip_a_step_are_named() -> None:
+    evidence = with_step(with_move(RIGHT, UP, torch.zeros_like), ranks=[1], is_skipped=True, gradient_norm=inf)
+    (norm,) = gradient_norm_matches_reference(evidence, 0).suspects
+    for suspect in (norm, updates_match_reference(evidence, 0).suspects[0]):
+        assert suspect.step.skipped_on == (1,)
+        assert the_cause(suspect) is Cause.STEP_SKIPPED
+
+
+def test_of_a_step_that_the_reference_skips_weights_alone_are_compared() -> None:
+    step = replace(RIGHT.reference[0].without_gradients(), weights=RIGHT.initial, is_skipped=True)
+    evidence = replace(RIGHT, reference=(step,))
+    assert list(gradient_norm_matches_reference(evidence, 0).not_compared.values()) == [SKIPPED]
+    assert updates_match_reference(evidence, 0).suspects  # the candidate takes it
+    for rank in (0, 1):
+        evidence = with_step(evidence, ranks=[rank], weights=RIGHT.initial_parts[rank], is_skipped=True)
+    outcome = updates_match_reference(evidence, 0)
+    assert not outcome.suspects
+    assert outcome.not_compared["weights"] == SKIPPED

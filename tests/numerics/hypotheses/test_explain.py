@@ -121,6 +121,9 @@ EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
     Cause.OPTIMIZER_SEES_ONE_SHARD: lambda: suspect(
         "update", HALVES[::-1], EXPECTED, expected_parts=HALVES, step=StepFacts(on_shards=HALVES[::-1])
     ),
+    Cause.STEP_SKIPPED: lambda: suspect(
+        "norm", (3.0, float("inf")), 3.0, norms=facts(3.0, float("inf")), step=StepFacts(skipped_on=(1,))
+    ),
     Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK: lambda: suspect(
         "state", [HALVES[0]] * 2, EXPECTED, expected_parts=HALVES, is_replicated=False
     ),

@@ -18,7 +18,7 @@ from tpcheck.backends.deepspeed.config import CONFIG_VARIANTS, deepspeed_config,
 from tpcheck.backends.initialisation import BUILT_THEN_SHARDED, built_then_sharded
 from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions, WayToInitialise
 from tpcheck.backends.layout import Layout
-from tpcheck.backends.optimizer import make_optimizer
+from tpcheck.backends.optimizer import OptimizerByNames, make_optimizer
 
 
 @contextmanager
@@ -57,7 +57,11 @@ class DeepSpeedBackend:
         with ExitStack() as stack:
             if options.dtype is torch.float64:
                 stack.enter_context(_float64_allowed())
+            if options.dtype is torch.float16:
+                stack.enter_context(_float16_allowed())
             stack.enter_context(_device_of_the_cpu())
+            if isinstance(options.optimizer, OptimizerByNames):  # Muon's kernels are compiled, for seconds
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             if options.loop == "trainer":
                 from tpcheck.backends.trainer_loop.stand_ins import trainer_session  # imports the Trainer, for seconds
 
@@ -137,6 +141,19 @@ def _float64_allowed() -> Iterator[None]:
         patch.object(type(accelerator), "FloatTensor", torch.DoubleTensor),
         patch.object(InsertPostInitMethodToModuleSubClasses, "_set_dtype", set_dtype_or_float),
     ):
+        yield
+
+
+@contextmanager
+def _float16_allowed() -> Iterator[None]:
+    """Let DeepSpeed train in float16 where its accelerator says that the device does not support it.
+
+    A CPU supports it by DeepSpeed's count where oneDNN does, which needs AVX512-FP16 (`is_fp16_supported` in
+    accelerator/cpu_accelerator.py of 0.19.8). torch computes in float16 on every CPU, by kernels of its own: slower, of
+    the same rounding, and on both sides alike. Nothing else hangs on the answer but the dtype of what ZeRO 3 makes
+    anew, which is bfloat16 without it: with it, it is what a GPU has.
+    """
+    with patch.object(deepspeed.get_accelerator(), "is_fp16_supported", lambda: True):
         yield
 
 

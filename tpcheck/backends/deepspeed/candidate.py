@@ -225,6 +225,7 @@ class DeepSpeedCandidate:
         self._accumulate = accumulate
         self._shapes = dict(shapes or {})
         self._num_backward = 0
+        self._num_skipped = 0
         self._norm: float | None = None
 
     def group_ranks(self) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -250,7 +251,18 @@ class DeepSpeedCandidate:
 
     def gradient(self, name: str) -> torch.Tensor | None:
         gradient = safe_get_full_grad(self.module.get_parameter(name))
-        return None if gradient is None else gradient.detach().clone()
+        if gradient is None:
+            return None
+        scale, gradient = self.loss_scale(), gradient.detach()
+        unscaled: torch.Tensor = gradient.clone() if scale == 1 else gradient.float() / scale
+        return unscaled
+
+    def loss_scale(self) -> float:
+        return float(getattr(self.engine.optimizer, "loss_scale", 1.0))
+
+    def has_skipped(self) -> bool:
+        before, self._num_skipped = self._num_skipped, self.engine.skipped_steps
+        return self._num_skipped > before
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
         return self.engine(**batch)
@@ -262,13 +274,22 @@ class DeepSpeedCandidate:
             self.engine.step()  # counts the micro-batch; the one at the boundary takes the step
 
     def step(self) -> None:
+        scale = self.loss_scale()
         with observed_clipping() as norms:
             self.engine.step()
         norm = norms[-1] if norms else self.engine.get_global_grad_norm()
-        self._norm = None if norm is None else float(norm)
+        is_known = norm is not None and not steps_by_muon_under_zero(self.engine)  # which tells that of the updates
+        self._norm = float(norm) / (scale if self._norm_is_scaled() else 1.0) if is_known else None
 
     def gradient_norm(self) -> float | None:
         return self._norm
+
+    def _norm_is_scaled(self) -> bool:
+        """Return whether the engine tells the norm of gradients before unscaling, which it clips by unscaled.
+
+        Without ZeRO: `unscale_and_clip_grads` in runtime/fp16/unfused_optimizer.py of 0.19.8.
+        """
+        return hasattr(self.engine.optimizer, "fp32_groups")
 
     def optimizer_state(self, name: str) -> Mapping[str, torch.Tensor]:
         return optimizer_state(self.engine, self.module.get_parameter(name))
@@ -286,13 +307,19 @@ class DeepSpeedCandidate:
         return {STEPS_TAKEN: self.engine.global_steps, "steps skipped": self.engine.skipped_steps}
 
 
-def optimizer_state(engine: Any, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+def optimizer_state(engine: Any, parameter: Any) -> dict[str, torch.Tensor]:
     """Return copies of the states of a parameter that have its shape, gathered over DP. Collective over its group."""
     optimizer = engine.optimizer
     is_low_precision = parameter.dtype in LOW_PRECISION
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         _link_states_of_all_groups(optimizer)
-        names = _state_names(optimizer)
+        # Under Muon parameters have states of other names, and DeepSpeed raises where it is asked for one that is not.
+        is_mixed = steps_by_muon_under_zero(engine)
+        names = (
+            []
+            if is_mixed
+            else _state_names(optimizer, getattr(parameter, "ds_process_group", None) or parameter._dp_group)
+        )
         states = {name: safe_get_full_optimizer_state(parameter, name) for name in names}
         if is_low_precision:
             states["master"] = safe_get_full_fp32_param(parameter)
@@ -307,6 +334,11 @@ def optimizer_state(engine: Any, parameter: torch.Tensor) -> dict[str, torch.Ten
     return {}
 
 
+def steps_by_muon_under_zero(engine: Any) -> bool:
+    """Return whether ZeRO orthogonalises gradients before it clips them."""
+    return bool(engine.zero_optimization() and engine.optimizer_name() == "muon")
+
+
 def _link_states_of_all_groups(optimizer: Any) -> None:
     """Link the states of every group to the parameters, by which `safe_get_full_optimizer_state` finds them.
 
@@ -318,8 +350,8 @@ def _link_states_of_all_groups(optimizer: Any) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _state_names(optimizer: Any) -> list[str]:
-    """Return the names of the states with an element for each of a partition's, which every DP rank has. Collective."""
+def _state_names(optimizer: Any, group: Any) -> list[str]:
+    """Return the names of the states with an element for each of a partition's, over a DP group. Collective over it."""
     inner = optimizer.optimizer
     names = {
         name
@@ -327,8 +359,8 @@ def _state_names(optimizer: Any) -> list[str]:
         for name, value in state.items()
         if isinstance(value, torch.Tensor) and value.dim() and value.shape == stepped.shape
     }
-    by_rank: list[set[str]] = [set() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(by_rank, names)
+    by_rank: list[set[str]] = [set() for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(by_rank, names, group=group)
     return sorted(set().union(*by_rank))
 
 

@@ -11,8 +11,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import lr_schedules
 
+from tpcheck.backends.deepspeed.muon import make_muon
 from tpcheck.backends.interface import TrainingOptions
-from tpcheck.backends.optimizer import named_optimizer, optimizer_class
+from tpcheck.backends.loss_scale import LossScale
+from tpcheck.backends.optimizer import OptimizerByNames, named_optimizer, optimizer_class
 from tpcheck.core.deepspeed_config import AUTO, left_out, resolve_auto
 from tpcheck.core.errors import UsageError
 
@@ -38,7 +40,6 @@ def resolved(options: TrainingOptions) -> TrainingOptions:
     """
     unresolved, notes = left_out(options.config)
     config = resolve_auto(unresolved, _trainer_values(options))
-    _require_no_float16(options, config)
     for dtype, section in _LOW_PRECISION.items():
         enabled = config.get(section, {}).get("enabled", dtype is options.dtype)
         if enabled != (dtype is options.dtype):
@@ -55,6 +56,7 @@ def resolved(options: TrainingOptions) -> TrainingOptions:
         accumulate=accumulate,
         optimizer=_optimizer(options, config),
         schedule=_schedule(config),
+        loss_scale=_loss_scale(options, config),
         max_grad_norm=float(config.get("gradient_clipping", options.max_grad_norm)),
     )
     if options.loop != "trainer":
@@ -78,7 +80,7 @@ def _require_optimizer_of_trainer(options: TrainingOptions) -> None:
     """Refuse an optimizer that the Trainer can only be given as `optimizers`.
 
     With DeepSpeed it drops that one, and trains by its own AdamW (`trainer.optimizer = None` in deepspeed_init of
-    transformers/integrations/deepspeed.py of 5.23.0).
+    transformers/integrations/deepspeed.py of 5.23.0; docs/upstream/deepspeed_trainer_drops_optimizers.py shows it).
 
     Raises:
         UsageError: It is a callable, or Muon.
@@ -89,22 +91,35 @@ def _require_optimizer_of_trainer(options: TrainingOptions) -> None:
         raise UsageError("optimizer", options.optimizer, accepted)
 
 
-def _require_no_float16(options: TrainingOptions, config: Mapping[str, Any]) -> None:
-    """Refuse float16, with what this machine's accelerator says of it.
+def _loss_scale(options: TrainingOptions, config: Mapping[str, Any]) -> Callable[[], LossScale] | None:
+    """Return what makes the scale of losses in float16; None in other dtypes.
 
-    Raises:
-        UsageError: The options or the configuration ask for it.
+    Without ZeRO a dynamic scale is halved at once, with ZeRO as `hysteresis` says (runtime/fp16 of 0.19.8).
     """
-    is_enabled = config.get("fp16", {}).get("enabled", False) is True
-    if options.dtype is not torch.float16 and not is_enabled:
-        return
-    accelerator = get_accelerator()
-    if accelerator.is_fp16_supported():
-        why = "DeepSpeed multiplies losses in float16 by a scale, which is not verified"
-    else:
-        why = f"DeepSpeed's accelerator on this machine ({accelerator.device_name()}) does not support fp16"
-    name, value = ("config.fp16.enabled", True) if is_enabled else ("dtype", "float16")
-    raise UsageError(name, value, f"bfloat16 with DeepSpeed: {why}")
+    if options.dtype is not torch.float16:
+        return None
+    section = {**_SCALE, **config.get("fp16", {})}
+    if scale := float(section["loss_scale"]):
+        return partial(LossScale, scale)
+    return partial(
+        LossScale,
+        2.0 ** section["initial_scale_power"],
+        window=section["loss_scale_window"],
+        least=float(section["min_loss_scale"]),
+        hysteresis=section["hysteresis"] if options.zero_stage else 1,
+        refills=bool(section["consecutive_hysteresis"] and options.zero_stage),
+    )
+
+
+_SCALE: Mapping[str, Any] = {
+    "loss_scale": 0,
+    "initial_scale_power": 16,
+    "loss_scale_window": 1000,
+    "hysteresis": 2,
+    "consecutive_hysteresis": False,
+    "min_loss_scale": 1,
+}
+"""DeepSpeed's defaults (runtime/precision_config.py of 0.19.8)."""
 
 
 def _trainer_values(options: TrainingOptions) -> dict[str, Any]:
@@ -157,16 +172,31 @@ def _optimizer(options: TrainingOptions, config: Mapping[str, Any]) -> Any:
         name = "AdamW" if decays else "Adam"
         params = {**_ADAM_DEFAULTS, **params}
     elif name.lower() == "muon":
-        raise UsageError(
-            "config.optimizer.type",
-            name,
-            "AdamW, or optimizer='muon' beside the configuration: DeepSpeed's Muon steps "
-            "each rank's shard as if it were the matrix (`tpcheck doctor` says so)",
-        )
+        _require_plain_muon(options, float(config.get("gradient_clipping", options.max_grad_norm)))
+        if str(options.optimizer).lower() not in ("sgd", "muon"):
+            raise UsageError("optimizer", options.optimizer, "none beside config.optimizer, which is Muon")
+        return OptimizerByNames(partial(make_muon, params))
     optimizer_class(name)
     if str(options.optimizer).lower() not in ("sgd", name.lower()):  # sgd is the default
         raise UsageError("optimizer", options.optimizer, f"none beside config.optimizer, which is {name}")
     return {"type": name, "params": params}
+
+
+def _require_plain_muon(options: TrainingOptions, max_grad_norm: float) -> None:
+    """Refuse DeepSpeed's Muon where its mathematics is not that of gradients that are clipped, then orthogonalised.
+
+    Raises:
+        UsageError: ZeRO 1 and 2 keep what is orthogonalised in the place of gradients, and all stages clip that (step
+            in zero/stage_1_and_2.py and stage3.py of 0.19.8); or the Trainer groups parameters.
+    """
+    if options.zero_stage in (1, 2):
+        why = "ZeRO 1 and 2 have Muon's updates in the place of gradients"
+        raise UsageError("zero_stage", options.zero_stage, f"0 or 3 with DeepSpeed's Muon: {why}")
+    if options.zero_stage and max_grad_norm:
+        why = "under ZeRO, DeepSpeed clips what Muon has made of the shards, and no reference has that norm"
+        raise UsageError("config.gradient_clipping", max_grad_norm, f"0 with DeepSpeed's Muon at ZeRO 3: {why}")
+    if options.loop == "trainer":
+        raise UsageError("loop", options.loop, "plain with DeepSpeed's Muon")
 
 
 _ADAMS = ("adam", "adamw")
@@ -222,7 +252,7 @@ def deepspeed_config(options: TrainingOptions, tp: int, hidden_size: int | None 
         else {f"zero_optimization.{key}": size(hidden_size) for key, size in _OF_HIDDEN_SIZE.items()}
     )
     config = merged(defaults, resolve_auto(options.config, sizes))
-    if "optimizer" in config and config["optimizer"]["type"].lower() in _ADAMS:
+    if "optimizer" in config and config["optimizer"]["type"].lower() in (*_ADAMS, "muon"):
         config["optimizer"] = _with_torch_adam(config["optimizer"], options)
     _require_same(config, ("zero_optimization", "stage"), options.zero_stage)
     _require_same(config, ("tensor_parallel", "autotp_size"), tp)
@@ -233,7 +263,8 @@ def _with_torch_adam(section: Mapping[str, Any], options: TrainingOptions) -> di
     """Let torch's Adam stand in for DeepSpeed's fused one, which is built for GPUs and computes in float32."""
     if get_accelerator().device_name() == "cuda" and options.dtype is not torch.float64:
         return dict(section)
-    params = {**_ADAM_DEFAULTS, **section.get("params", {}), "torch_adam": True, "foreach": False}
+    defaults = _ADAM_DEFAULTS if section["type"].lower() in _ADAMS else {}
+    params = {**defaults, **section.get("params", {}), "torch_adam": True, "foreach": False}
     return {**section, "params": params}
 
 

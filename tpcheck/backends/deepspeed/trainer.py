@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,8 +40,8 @@ class TrainerCandidate(DeepSpeedCandidate):
         with observed_clipping() as self._norms:
             self._loop.train(observer)
 
-    def loop_resumes_by(self) -> Sequence[str]:
-        return (RESUMED,)
+    def loop_resumes_by(self) -> Mapping[str, tuple[str, ...]]:
+        return {RESUMED: ("dp",)}  # the engine's checkpoint
 
     def counters(self) -> Mapping[str, Any]:
         return {"steps of the engine": self.engine.global_steps, **super().counters(), **self._loop.counters()}

@@ -120,7 +120,8 @@ def _candidate(
     with use_groups(groups), configured(rank.topology.tp, options.config):
         config = transformer_config(sharded, rank.topology.tp)
         ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), sharded)
-    return MegatronCandidate(ddp, groups, layouts, sgd_for(sharded, options), options.accumulate)
+    per_token = bool(config.calculate_per_token_loss)
+    return MegatronCandidate(ddp, groups, layouts, sgd_for(sharded, options), options.accumulate, per_token=per_token)
 
 
 def sgd_for(model: nn.Module, options: TrainingOptions) -> Sgd:
@@ -150,6 +151,7 @@ def sgd_for(model: nn.Module, options: TrainingOptions) -> Sgd:
     return sgd
 
 
+_COUNT = "num_items_in_batch"
 _IGNORED = -100  # the ignore_index of torch's cross_entropy; Megatron has a loss mask in its place
 
 
@@ -181,9 +183,23 @@ class TokenLoss(nn.Module):
 
 
 class MegatronCandidate:
-    """Implements `adapters.Candidate` by what Megatron leaves in `main_grad`."""
+    """Implements `adapters.Candidate` by what Megatron leaves in `main_grad`.
 
-    def __init__(self, ddp: Any, groups: Groups, layouts: Mapping[str, Layout], sgd: Sgd, accumulate: int = 1) -> None:
+    Args:
+        per_token: Add up the losses of all labels, and let `finalize_model_grads` divide by their number over the step
+            (`calculate_per_token_loss`). Otherwise the losses of micro-batches are averaged.
+    """
+
+    def __init__(
+        self,
+        ddp: Any,
+        groups: Groups,
+        layouts: Mapping[str, Layout],
+        sgd: Sgd,
+        accumulate: int = 1,
+        *,
+        per_token: bool = False,
+    ) -> None:
         self.module: nn.Module = ddp.module
         self.optimizer = sgd.optimizer  # an injected fault may change it
         self._ddp = ddp
@@ -193,6 +209,9 @@ class MegatronCandidate:
         self._norm: float | None = None
         self._accumulate = accumulate
         self._num_backward = 0
+        self._per_token = per_token
+        self._divisor = 1.0  # of the last loss: what turns it into the sum over its labels
+        self.num_tokens = 0  # of the micro-batches of a step; an injected fault may change it
         self._parameters: dict[str, nn.Parameter] = dict(self.module.named_parameters(remove_duplicate=False))
 
     def group_ranks(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
@@ -214,17 +233,27 @@ class MegatronCandidate:
         return None if gradient is None else gradient.detach().clone()
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
+        if self._per_token:
+            number = num_labels(batch)
+            self.num_tokens += number
+            self._divisor = float(batch.get(_COUNT, number))
         with use_groups(self._groups):
             return self._ddp(**batch)
 
     def backward(self, loss: torch.Tensor) -> None:
         self._num_backward += 1
         is_last = self._num_backward % self._accumulate == 0
+        share = self._divisor if self._per_token else 1 / self._accumulate
         with use_groups(self._groups):
             with nullcontext() if is_last else self._ddp.no_sync():  # as forward_backward_no_pipelining does
-                (loss / self._accumulate).backward()  # type: ignore[no-untyped-call]
+                (loss * share).backward()  # type: ignore[no-untyped-call]
             if is_last:
-                finalize_model_grads([self._ddp])
+                number = torch.tensor(self.num_tokens, device=loss.device) if self._per_token else None
+                finalize_model_grads([self._ddp], number)
+                self.num_tokens = 0
+
+    def backward_factor(self) -> float:
+        return self._divisor * self._accumulate if self._per_token else 1.0
 
     def step(self) -> None:
         for parameter in self._parameters.values():
@@ -259,6 +288,18 @@ class MegatronCandidate:
 
     def optimizer_state(self, name: str) -> Mapping[str, torch.Tensor]:
         return {state: value.clone() for state, value in self._sgd.state(self._parameters[name]).items()}
+
+
+def num_labels(batch: Mapping[str, Any]) -> int:
+    """Return how many labels of a batch count.
+
+    Raises:
+        UsageError: It has none.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, torch.Tensor):
+        raise UsageError("batch", sorted(batch), "one with labels, which calculate_per_token_loss counts")
+    return int((labels != _IGNORED).sum())
 
 
 Shape = tuple[int, ...]

@@ -29,6 +29,8 @@ def require_supported(options: TrainingOptions) -> None:
     """
     if options.zero_stage:
         raise UsageError("zero_stage", options.zero_stage, "0: Megatron's distributed optimizer is not verified")
+    if options.config.get("calculate_per_token_loss") and options.loss != "token_mean":
+        raise UsageError("loss", options.loss, "token_mean with calculate_per_token_loss, which divides by all labels")
     if options.ignore_plan:
         raise UsageError("ignore_plan", True, "False: Megatron has no plans; its layers shard themselves")
     known = [field.name for field in fields(TransformerConfig) if field.init]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,8 +41,9 @@ class TrainerCandidate(TransformersCandidate):
         self._loop = loop
         loop.end_with(self)
 
-    def loop_resumes_by(self) -> Sequence[str]:
-        return (RESUMED,) if is_peft_model(self.module) else (RESUMED, RESUMED_WITH_WEIGHTS)
+    def loop_resumes_by(self) -> Mapping[str, tuple[str, ...]]:
+        ways = (RESUMED,) if is_peft_model(self.module) else (RESUMED, RESUMED_WITH_WEIGHTS)
+        return dict.fromkeys(ways, ("tp", "dp"))  # weights are saved whole
 
     def train(self, observer: StepObserver) -> None:
         self._loop.train(observer)

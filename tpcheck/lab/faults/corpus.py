@@ -21,6 +21,7 @@ from tpcheck.lab.faults import (
     initialisation,
     layout,
     linear,
+    loss_scale,
     losses,
     optimizer,
     precision,
@@ -47,6 +48,7 @@ MODEL_FAULTS: tuple[ModelFault, ...] = (
     *training.FAULTS,
     *trainer.FAULTS,
     *precision.FAULTS,
+    *loss_scale.FAULTS,
     *resume.FAULTS,
     *adapters.FAULTS,
 )
@@ -97,13 +99,23 @@ _CONFIGURED = {
     "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 4}},
     "gradient_accumulation_steps": 2,
 }
+_OVERFLOWING = {"initial_scale_power": 17, "hysteresis": 1}
 TRAINED_CONTROLS = (
     *(Control("llama", TP2_DP2, zero_stage, _TRAINED) for zero_stage in (0, 1, 2, 3)),
     *(Control("llama", TP2_DP2, zero_stage, {"config": _CONFIGURED, "steps": 3}) for zero_stage in (0, 2)),
+    Control("llama", Topology(dp=2), 0, {"config": {"optimizer": {"type": "Muon", "params": {"lr": 0.02}}}}),
+    *(Control("llama", TP2, zero_stage, {"dtype": "float16"}) for zero_stage in (1, 2, 3)),
+    Control("qwen3", TP2_DP2, 2, {**_TRAINED, "dtype": "float16", "config": {"fp16": {"loss_scale": 256.0}}}),
+    Control("llama", TP2, 1, {"dtype": "float16", "steps": 3, "config": {"fp16": _OVERFLOWING}}),
     Control("qwen3", TP2, 0, {"optimizer": "adamw", "accumulate": 3, "batch": "3x7,padded"}),
     Control("gemma3_text", TP2_DP2, 0, {"optimizer": "rmsprop", "loss": "token_mean"}),
     Control("llama", TP2, 0, {"optimizer": "adamw", "checks": ("resume_matches_uninterrupted",)}),
-    Control("llama", TP2, 0, {"optimizer": "adamw", "checks": ("resume_matches_uninterrupted",), "loop": "trainer"}),
+    Control(
+        "llama",
+        TP2,
+        0,
+        {"optimizer": "adamw", "checks": ("resume_matches_uninterrupted",), "loop": "trainer", "accumulate": 2},
+    ),
     Control("llama", TP2, 0, {"lora": adapters.COLUMN_PARALLEL, "backend": "transformers"}),
     Control("llama", TP2, 0, {"lora": 4, "backend": "dtensor"}),
     Control("qwen3", TP2, 0, {"lora": "4,attention,rslora", "backend": "dtensor"}),

@@ -154,6 +154,7 @@ class ModelFault:
         options: Other options of `verify_family`: the optimizer, accumulation, the loss, the batch.
         steps: Steps to train; 1 where the first step must show it.
         dtypes: The dtypes at which it must show.
+        dtype: The only one in which there can be such a bug; None for all.
         training_context: Returns the context in which both sides are trained, such as one with another loss.
     """
 
@@ -175,6 +176,7 @@ class ModelFault:
     options: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 2
     dtypes: tuple[str, ...] = ("float64", "float32")
+    dtype: str | None = None
     training_context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def at_seed(self, seed: int) -> ModelFault:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 CONTROL = "clean control"
@@ -116,13 +117,13 @@ class Score:
 
     @property
     def least(self) -> FaultResult | None:
-        """The caught fault with the smallest margin."""
-        return min(self.caught, key=lambda row: row.margin, default=None)
+        """The caught fault with the smallest margin, of those at the dtype of most."""
+        return min(_of_most(self.caught), key=lambda row: row.margin, default=None)
 
     @property
     def worst(self) -> FaultResult | None:
-        """The clean run with the largest margin."""
-        return max(self.controls, key=lambda row: row.margin, default=None)
+        """The clean run with the largest margin, of those at the dtype of most."""
+        return max(_of_most(self.controls), key=lambda row: row.margin, default=None)
 
     @property
     def is_good(self) -> bool:
@@ -134,3 +135,10 @@ class Score:
             and self.right_causes >= LEAST_CAUSES * number
             and not self.false_positives
         )
+
+
+def _of_most(rows: Sequence[FaultResult]) -> list[FaultResult]:
+    """Return the rows without those of a dtype of their own, as bugs of float16 are: margins are larger in float64."""
+    dtypes = Counter(row.dtype for row in rows if row.dtype != "any")
+    of_most = {"any", *(dtype for dtype, _ in dtypes.most_common(1))}
+    return [row for row in rows if row.dtype in of_most]

@@ -179,7 +179,7 @@ def run_model_fault(
     fault: ModelFault, *, dtype: str = "float64", seed: int = 0, replays: int = NUM_REPLAYS
 ) -> FaultResult:
     """Inject one fault into a small model, verify the model, and compare the first finding with the truth."""
-    fault = fault.at_seed(seed)
+    fault, dtype = fault.at_seed(seed), fault.dtype or dtype
     lora = fault.options.get("lora")
     model = with_adapters(fault.family, fault.settings, lora) if lora else small_model(fault.family, fault.settings)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -209,18 +209,17 @@ def run_model_fault(
         verdict=report.verdict.verdict,
         dtype=dtype,
         message=report.verdict.message,
-        must_show=dtype in fault.dtypes,
+        must_show=dtype in (*fault.dtypes, fault.dtype),
         **({} if report.findings else {"margin": _worst_margin(report)}),
     )
 
 
 def run_control(control: Control, *, dtype: str = "float64", seed: int = 0) -> FaultResult:
     """Verify a small model without an injected fault."""
-    backend = control.options.get("backend", DEFAULTS.backend)
+    backend, dtype = control.options.get("backend", DEFAULTS.backend), control.options.get("dtype", dtype)
     topology, zero_stage = control.topology, zero_stage_at(dtype, control.zero_stage, backend)
-    report = verify_family(
-        control.family, topology=topology, dtype=dtype, zero_stage=zero_stage, seed=seed, **control.options
-    )
+    given = {"topology": topology, "zero_stage": zero_stage, "seed": seed, **control.options, "dtype": dtype}
+    report = verify_family(control.family, **given)
     options = "".join(f" {name}={value}" for name, value in control.options.items())
     return FaultResult(
         fault=f"{control.family} tp={topology.tp} dp={topology.dp} zero={zero_stage}{options}",

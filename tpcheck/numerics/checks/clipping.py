@@ -11,7 +11,7 @@ import torch
 
 from tpcheck.core.clipping import EPSILONS, Clipping
 from tpcheck.numerics.differences import frobenius
-from tpcheck.numerics.evidence import Evidence, NormFacts
+from tpcheck.numerics.evidence import Evidence, NormFacts, Step
 from tpcheck.numerics.norms import ClippedStep, GradientNorms
 from tpcheck.numerics.tolerance import (
     ACCURACY_OF_FACTORS,
@@ -67,6 +67,7 @@ def _scales(evidence: Evidence, step: int) -> dict[str, float]:
     """Return by what gradients are multiplied before they are unscaled."""
     micro_batches = len(evidence.reference[step].micro_gradients)
     known = {"the number of micro-batches": float(micro_batches), "the number of replicas": float(evidence.topology.dp)}
+    known["the loss scale"] = evidence.reference[step].loss_scale
     return {what: scale for what, scale in known.items() if scale > 1}
 
 
@@ -152,7 +153,14 @@ def terms_of_step(evidence: Evidence, step: int, name: str) -> list[torch.Tensor
 
 
 def shares_of_terms(evidence: Evidence, step: int, name: str) -> dict[str, tuple[float, ...]]:
-    """Return for each term its share in every rank's step on a parameter over its share in the expected one."""
+    """Return for each term its share in every rank's step on a parameter over its share in the expected one.
+
+    Weights of low precision are rounded after the step; what the optimizer keeps in float32 shows the shares there.
+    """
+    if evidence.dtype in ("bfloat16", "float16"):
+        states = {state for state, of in evidence.reference[step].optimizer_state if of == name and state != "master"}
+        in_states = (_shares_in_state(evidence, step, name, state) for state in sorted(states))
+        return next((shares for shares in in_states if shares), {})
     layout, before = evidence.layouts[name], evidence.weights_before(step)[name]
     terms = terms_of_step(evidence, step, name)
     if not terms or evidence.reference[step].gradient_norm is None:
@@ -171,6 +179,43 @@ def shares_of_terms(evidence: Evidence, step: int, name: str) -> dict[str, tuple
         of_terms = zip(TERMS, expected_shares, shares, strict=False)  # a first step has no momentum
         ratios.append({term: share / expected for term, expected, share in of_terms if expected})
     return {term: tuple(ratio[term] for ratio in ratios) for term in TERMS if all(term in ratio for ratio in ratios)}
+
+
+def _shares_in_state(evidence: Evidence, step: int, name: str, state: str) -> dict[str, tuple[float, ...]]:
+    """Return the shares of gradient and weight in a moment that is their sum with what it was: SGD's, Adam's first.
+
+    Each side's moment is held against its own gradient, which is the other's but for the rounding of low precision.
+    """
+    layout, expected = evidence.layouts[name], _terms_of_state(evidence.reference, evidence.initial, step, name, state)
+    ratios: list[dict[str, float]] = []
+    for tp_rank in range(len(evidence.candidate[step])):
+        steps = [ranks[tp_rank] for ranks in evidence.candidate]
+        actual = _terms_of_state(steps, evidence.initial_parts[tp_rank], step, name, state)
+        if not expected or not actual or tuple(expected[0].shape) != tuple(layout.shape):
+            return {}
+        local = [layout.local(term, tp_rank) for term in expected]
+        expected_shares, shares = (
+            shares_of([term.double().reshape(-1) for term in side[1:]], side[0].double().reshape(-1))
+            for side in (local, actual)
+        )
+        if expected_shares is None or shares is None:
+            return {}
+        pairs = zip(TERMS[:2], expected_shares, shares, strict=False)
+        ratios.append({term: share / of_reference for term, of_reference, share in pairs if of_reference})
+    return {term: tuple(ratio[term] for ratio in ratios) for term in TERMS if all(term in ratio for ratio in ratios)}
+
+
+def _terms_of_state(
+    steps: Sequence[Step], initial: Mapping[str, torch.Tensor], step: int, name: str, state: str
+) -> list[torch.Tensor]:
+    """Return a moment after a step, then what it may be a sum of: gradient, weight before, the moment before."""
+    moment, gradient = steps[step].optimizer_state.get((state, name)), steps[step].gradients.get(name)
+    before = steps[step - 1].optimizer_state if step else {}
+    weight = before.get(("master", name), initial.get(name))
+    known = [moment, gradient, weight, *([before.get((state, name))] if step else [])]
+    present = [tensor for tensor in known if tensor is not None]
+    are_alike = len(present) == len(known) and len({tuple(tensor.shape) for tensor in present}) == 1
+    return present if are_alike else []
 
 
 def shares_of(terms: Sequence[torch.Tensor], move: torch.Tensor) -> list[float] | None:

@@ -27,6 +27,7 @@ from tpcheck.numerics.checks.suspects import ComparedParameter, compare_paramete
 from tpcheck.numerics.data_flow import consumers, in_phase, is_exchanged_behind, is_inside, is_result
 from tpcheck.numerics.differences import distance_of_terms, rounding_error
 from tpcheck.numerics.evidence import (
+    SKIPPED,
     BackwardFacts,
     CheckOutcome,
     Evidence,
@@ -49,6 +50,8 @@ def gradients_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     compared on the reference's inputs and output gradients (teacher forcing): those results go before those
     of the ordinary pass.
     """
+    if evidence.reference[step].is_skipped:
+        return CheckOutcome(not_compared={"gradients": SKIPPED})
     backward = compare_activations(evidence, step, "backward")
     parameters, not_compared = compare_parameters(
         evidence,

@@ -33,6 +33,7 @@ from tpcheck.numerics.evidence import (
     EVALUATION_LOSS,
     LOGGED_NORM,
     LOGGED_RATE,
+    SKIPPED,
     CheckOutcome,
     Evidence,
     NormFacts,
@@ -52,6 +53,8 @@ def gradient_norm_matches_reference(evidence: Evidence, step: int) -> CheckOutco
     actual = [part.gradient_norm for part in evidence.candidate[step]]
     name = "gradient norm"
     logged = compare_logged(evidence, step, {LOGGED_NORM: "logged norm"}, check=_NORM_CHECK, phase="update")
+    if evidence.reference[step].is_skipped:
+        return CheckOutcome(not_compared={name: SKIPPED})
     if expected is None or any(norm is None for norm in actual):
         why = {name: "the backend does not report the norm that it clips by"}
         return CheckOutcome(not_compared=why).or_else(logged)
@@ -63,6 +66,9 @@ def gradient_norm_matches_reference(evidence: Evidence, step: int) -> CheckOutco
     )
     if suspect is None:
         return CheckOutcome({name: margin}).or_else(logged)
+    if skipped := _skipped_on(evidence, step):
+        suspect = replace(suspect, step=StepFacts(skipped_on=skipped))
+        return CheckOutcome({name: margin}, (suspect,))
     facts = norm_facts(evidence, step, clipped_step(evidence, step, _shares_of_all(evidence, step)))
     if facts is not None:
         suspect = replace(suspect, norms=facts, evidence={**suspect.evidence, **_norm_evidence(facts)})
@@ -113,7 +119,9 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         lambda name, expected: evidence.tolerance.allowed((step, "weight", name), spacing(expected)),
     )
     differing = [name for name, parameter in compared.items() if not parameter.difference.agrees]
-    without = [name for name in differing if name not in evidence.frozen and not _has_gradient(evidence, step, name)]
+    is_skipped = evidence.reference[step].is_skipped
+    can_be_without = [] if is_skipped else [name for name in differing if name not in evidence.frozen]
+    without = [name for name in can_be_without if not _has_gradient(evidence, step, name)]
     for name in without:
         del compared[name]
         not_compared[name] = "it has no gradient, and optimizers differ in whether they decay it"
@@ -124,7 +132,8 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     suspects.extend(_buffer_suspect(evidence, step, buffer) for buffer in buffers if not buffer.difference.agrees)
     margins = {name: parameter.difference.margin for name, parameter in compared.items()}
     if not wrong and _nothing_moved(evidence, step):
-        margins, not_compared["weights"] = {}, "no weight moves in this step, as at a learning rate of 0"
+        why = SKIPPED if is_skipped else "no weight moves in this step, as at a learning rate of 0"
+        margins, not_compared["weights"] = {}, why
     margins |= {f"buffer {buffer.name}": buffer.difference.margin for buffer in buffers}
     if not evidence.reference[step].weights:
         not_compared["weights"] = "no optimizer step followed this call"
@@ -216,6 +225,14 @@ def _weight_suspects(evidence: Evidence, step: int, wrong: Sequence[ComparedPara
     return suspects
 
 
+def _skipped_on(evidence: Evidence, step: int) -> tuple[int, ...]:
+    """Return the ranks that skipped a step which the reference takes."""
+    if evidence.reference[step].is_skipped:
+        return ()
+    skipped = tuple(tp_rank for tp_rank, rank in enumerate(evidence.candidate[step]) if rank.is_skipped)
+    return tuple(evidence.ranks(skipped))
+
+
 def _on_shards(evidence: Evidence, step: int, name: str) -> tuple[torch.Tensor, ...]:
     by_rank = evidence.on_shards[step] if evidence.on_shards else ()
     return tuple(weights[name] for weights in by_rank if name in weights)
@@ -240,7 +257,9 @@ def _step_facts(evidence: Evidence, step: int, name: str, ratios: Mapping[str, t
     """Return how the step on a parameter is made up of its terms; what is no such sum has no ratios and no momentum."""
     layout = evidence.layouts[name]
     before, after = evidence.weights_before(step)[name], evidence.reference[step].weights[name]
-    facts = StepFacts(ratios=ratios)
+    facts = StepFacts(
+        ratios=ratios, loss_scale=evidence.reference[step].loss_scale, skipped_on=_skipped_on(evidence, step)
+    )
     if tuple(before.shape) != tuple(layout.shape) or torch.equal(after, before):
         return facts
     facts = replace(facts, before=layout.parts(before))

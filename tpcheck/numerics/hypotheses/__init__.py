@@ -95,9 +95,11 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
         layout.shards_moved,
         values.dtype_rounded,
     ),
-    "norm": (optimizer.norm_of_one_group, optimizer.wrong_norm, optimizer.only_the_report_is_wrong),
+    "norm": (optimizer.skipped, optimizer.norm_of_one_group, optimizer.wrong_norm, optimizer.only_the_report_is_wrong),
     "update": (
+        optimizer.skipped,
         first_confirmed(optimizer.step_hypotheses),
+        optimizer.gradient_with_the_loss_scale,
         values.dtype_rounded,
         optimizer.clipped_by_groups,
         optimizer.clipped_with_another_epsilon,

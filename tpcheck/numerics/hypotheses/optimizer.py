@@ -15,6 +15,11 @@ from tpcheck.numerics.norms import explain_norm, groups_with_own_norm
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, RESIDUAL_EXACT
 
 
+def skipped(suspect: Suspect) -> Explanation | None:
+    """Some ranks skipped the step, and the reference takes it."""
+    return Explanation(Cause.STEP_SKIPPED) if suspect.step.skipped_on else None
+
+
 def wrong_norm(suspect: Suspect) -> Explanation | None:
     """The ranks' norms are summed up in one of the usual wrong ways."""
     return None if suspect.norms is None else explain_norm(suspect.norms.of_reported, suspect.norms.norms).explanation
@@ -39,6 +44,20 @@ def only_the_report_is_wrong(suspect: Suspect) -> Explanation | None:
     if facts is None or not facts.clips_otherwise_than_reported or facts.step is None or not facts.step.is_right:
         return None
     return None if explain_norm(facts.of_reported, facts.norms).could_be else Explanation(Cause.REPORTED_NORM_WRONG)
+
+
+def gradient_with_the_loss_scale(suspect: Suspect) -> Explanation | None:
+    """Every rank's gradient is larger by the loss scale than it should be, or smaller."""
+    ratios, scale = suspect.step.ratios.get("gradient", ()), suspect.step.loss_scale
+    if not ratios or scale == 1:
+        return None
+    for factor, note in ((scale, "it is not divided by the loss scale"), (1 / scale, _DIVIDED_TWICE)):
+        if all(abs(ratio - factor) <= RESIDUAL_EXACT * factor for ratio in ratios):
+            return Explanation(Cause.GRADIENT_SCALED, evidence={"factors": list(ratios), "note": note})
+    return None
+
+
+_DIVIDED_TWICE = "it is divided by the loss scale twice, or clipped before it is divided"
 
 
 def clipped_by_groups(suspect: Suspect) -> Explanation | None:
