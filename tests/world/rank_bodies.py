@@ -56,6 +56,12 @@ def sleep_forever() -> None:
     time.sleep(1000)
 
 
+def suspend_rank_1_while_others_work(rank: Rank) -> None:
+    if rank.rank == 1:
+        kill_itself("SIGSTOP")
+    loop_forever()
+
+
 def sleep_on_every_rank(rank: Rank) -> None:
     time.sleep(1000)
 

@@ -22,6 +22,7 @@ from tpcheck.world.failures import (
         (FailureKind.RAISED, FailureKind.LOST_CONNECTION),
         (FailureKind.REPORTED_TWICE, FailureKind.LOST_CONNECTION),
         (FailureKind.HUNG, FailureKind.HUNG_IN_COLLECTIVE),
+        (FailureKind.SUSPENDED, FailureKind.HUNG),
     ],
 )
 def test_the_failure_that_explains_the_other_is_first_even_if_it_is_seen_later(

@@ -53,6 +53,14 @@ def test_code_outside_of_collectives_is_in_none() -> None:
     assert output.collective(output.main_stack(_DUMP)[4:]) is None
 
 
+def test_a_dtensor_that_waits_for_its_values_is_in_a_collective() -> None:
+    operator = output.Frame("/v/site-packages/torch/_ops.py", "1279", "__call__")
+    wait = output.Frame("/v/site-packages/torch/distributed/_functional_collectives.py", "142", "wait_tensor")
+    forward = output.Frame("/home/me/model.py", "12", "forward")
+    assert output.collective((operator, wait, forward)) == "wait_tensor"
+    assert output.collective((operator, forward)) is None
+
+
 def test_the_place_is_the_innermost_line_outside_of_libraries() -> None:
     frames = output.main_stack(_DUMP)
     assert output.user_place(frames) == "/home/me/test_x.py:12 in body"

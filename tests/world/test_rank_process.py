@@ -86,6 +86,7 @@ def test_a_second_report_or_one_of_another_process_is_an_error(rank: RankProcess
 
 
 def test_a_rank_that_waits_in_a_collective_is_distinguished_from_one_that_does_not(rank: RankProcess) -> None:
+    assert rank.hang_symptom(9.0).kind is FailureKind.SUSPENDED
     write_stack(rank, 'File "/home/me/test_x.py", line 12 in body')
     assert rank.hang_symptom(9.0).kind is FailureKind.HUNG
     rank.output.restart()

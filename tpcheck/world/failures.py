@@ -52,8 +52,9 @@ class FailureKind(IntEnum):
     RAISED = 1
     REPORTED_TWICE = 2
     LOST_CONNECTION = 3
-    HUNG = 4
-    HUNG_IN_COLLECTIVE = 5
+    SUSPENDED = 4  # has not written its stack, which every process that runs does, whatever it waits for
+    HUNG = 5
+    HUNG_IN_COLLECTIVE = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,8 @@ def _headline(outcome: RankOutcome, timeout: float | None) -> str:
     if outcome.state == "died":
         return _died(outcome)
     limit = "" if timeout is None else f" within {timeout:g} s"
-    return f"hung: no answer{limit}, {_activity(outcome)}"
+    activity = _activity(outcome) if outcome.traceback is not None else "the process is suspended (no stack)"
+    return f"hung: no answer{limit}, {activity}"
 
 
 def one_line(outcome: RankOutcome, first: RankOutcome) -> str:

@@ -102,6 +102,7 @@ _LIBRARY_PATHS = (
     "<frozen",
     "<string>",
 )
+_FUNCTIONAL_COLLECTIVES = "/torch/distributed/_functional_collectives.py"
 _COMMUNICATION_PATHS = ("/torch/distributed/", "/deepspeed/comm/", "/torch/autograd/function.py")
 
 
@@ -114,6 +115,10 @@ class Frame:
     @property
     def is_communication(self) -> bool:
         return any(part in self.file for part in _COMMUNICATION_PATHS)
+
+    @property
+    def is_operator(self) -> bool:
+        return self.file.endswith("/torch/_ops.py")
 
     def __str__(self) -> str:
         return f'  File "{self.file}", line {self.line}, in {self.function}'
@@ -141,6 +146,10 @@ def as_traceback(frames: tuple[Frame, ...]) -> str:
 
 def collective(frames: tuple[Frame, ...]) -> str | None:
     """Return the name of the torch.distributed function that the user's code is in, None where it is in none."""
+    if len(frames) > 1 and frames[0].is_operator:  # DTensor waits in an operator
+        frames = frames[1:]
+    if frames and frames[0].file.endswith(_FUNCTIONAL_COLLECTIVES):
+        return frames[0].function
     name = None
     for frame in frames:
         if not frame.is_communication:

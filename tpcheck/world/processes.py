@@ -24,7 +24,7 @@ from tpcheck.world.output import Output
 # is that connections broke: the failure that broke them is still to come.
 _GRACE_S = 0.2
 _GRACE_WHILE_UNEXPLAINED_S = 0.25
-_STACKS_LIMIT_S = 0.15
+_STACKS_LIMIT_S = 1.0  # on a busy machine; a suspended rank takes all of it
 _STACKS_POLL_S = 0.01
 _EXIT_LIMIT_S = 2.0
 _END_LIMIT_S = 10.0
@@ -94,8 +94,10 @@ class RankProcess:
 
     def hang_symptom(self, now: float) -> Symptom:
         """Return how this rank failed that has not answered in time."""
-        in_collective = output.collective(output.main_stack(self.output.stacks)) is not None
-        return Symptom(FailureKind.HUNG_IN_COLLECTIVE if in_collective else FailureKind.HUNG, now, self.rank)
+        frames = output.main_stack(self.output.stacks)
+        in_collective = output.collective(frames) is not None
+        kind = FailureKind.HUNG_IN_COLLECTIVE if in_collective else FailureKind.HUNG
+        return Symptom(kind if frames else FailureKind.SUSPENDED, now, self.rank)
 
     def outcome(self, *, deadline_passed: bool) -> RankOutcome:
         """Return how this rank ended; one that has not answered hung, or was stopped because another failed."""
