@@ -110,6 +110,19 @@ def test_a_rank_that_does_not_respond_is_named_on_all_others(four: World, over: 
         assert seconds < 10
 
 
+def test_a_rank_that_never_comes_is_named_once_the_others_have_waited(four: World) -> None:
+    def connect_without_rank_2(rank: Rank) -> str:
+        if rank.rank == 2:
+            return ""
+        with pytest.raises(RankFailure) as caught:
+            create_exchange(rank, timeout=1)
+        return str(caught.value)
+
+    messages = four.run(connect_without_rank_2)
+    expected = "rank 2 of TP group (0, 1, 2, 3) did not respond within 1 s while the ranks compared their batches"
+    assert {*messages} == {"", expected}
+
+
 @pytest.mark.parametrize("over", ["unix", "tcp", "gloo"])
 def test_abort_ends_the_waiting_of_the_other_ranks(four: World, over: str) -> None:
     def communicate(rank: Rank) -> str:

@@ -516,7 +516,7 @@ class Exchange:
     def _fail(self, error: Exception, *, lost: int | None = None) -> NoReturn:
         """Raise the failure of another rank that has aborted, else one that names the ranks which do not answer."""
         self.broken = True
-        timed_out = "timed out" in str(error).lower()
+        timed_out = any(words in str(error).lower() for words in ("timed out", "timeout"))  # gloo's, the store's
         with suppress(RuntimeError):
             self._store.set(f"here/{self._rank}", _TIMED_OUT if timed_out else _CLOSED)
         self._raise_if_any_aborted()
