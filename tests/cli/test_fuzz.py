@@ -13,10 +13,9 @@ from tests.lab.fuzz.fuzz_examples import ERROR, FAILED, INTERRUPTED, LAYER, NOT_
 from tests.schema import document
 from tpcheck.core.errors import TpcheckError
 from tpcheck.lab.fuzz import family, layers
-from tpcheck.lab.fuzz.family import Bounds
 from tpcheck.lab.fuzz.layers import LayerCommon
 from tpcheck.lab.fuzz.results import Outcome, SearchResult
-from tpcheck.lab.fuzz.search import Limits
+from tpcheck.lab.fuzz.search import Bounds, Limits
 from tpcheck.model.options import RunOptions
 
 Run = Callable[..., Any]

@@ -30,6 +30,7 @@ from tpcheck.backends.interface import (
 from tpcheck.backends.local_part import local_part
 from tpcheck.backends.peft_models import is_peft_model
 from tpcheck.backends.registry import load_backend
+from tpcheck.core.check_names import RESUME_CHECK
 from tpcheck.core.cuda import uses_cuda
 from tpcheck.core.deepspeed_config import without_sizes
 from tpcheck.core.digests import digest
@@ -46,7 +47,6 @@ from tpcheck.model.reference import CommunicatingRank, Reference
 from tpcheck.model.user_code import with_user_code
 from tpcheck.numerics.checks.resume import (
     OF_GROUP,
-    RESUME_CHECK,
     ResumedTraining,
     SavedTraining,
     compare_other_topology,
