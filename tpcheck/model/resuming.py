@@ -143,11 +143,11 @@ def variants(request: Request, other_sizes: Collection[str], accumulate: int) ->
         accumulate: Micro-batches of a step.
     """
     options, topology = request.options, request.options.topology
-    elsewhere = replace(options, config=without_sizes(options.config))
+    elsewhere = replace(options, config=without_sizes(options.config), accumulate=accumulate)
     others = [options]
     if "tp" in other_sizes and topology.tp > 1:
         others.append(replace(elsewhere, topology=Topology(tp=topology.tp // 2, dp=topology.dp)))
-    if "dp" in other_sizes and accumulate == options.accumulate:  # else the configuration fixes it
+    if "dp" in other_sizes:
         if topology.dp % 2 == 0:
             fewer = Topology(tp=topology.tp, dp=topology.dp // 2)
             others.append(replace(elsewhere, topology=fewer, accumulate=accumulate * 2))
@@ -160,7 +160,7 @@ def variants(request: Request, other_sizes: Collection[str], accumulate: int) ->
 
 
 def _sizes(options: RunOptions, before: RunOptions) -> str:
-    micro_batches = "" if options.accumulate == before.accumulate else f", {options.accumulate} micro-batches"
+    micro_batches = "" if options.topology.dp == before.topology.dp else f", {options.accumulate} micro-batches"
     return f"at tp {options.topology.tp}, dp {options.topology.dp}, ZeRO {options.zero_stage}{micro_batches}"
 
 
