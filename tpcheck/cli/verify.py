@@ -24,7 +24,6 @@ from tpcheck.cli.option_values import (
 from tpcheck.cli.terminal import Files, usage_errors
 from tpcheck.core.deepspeed_config import implied_options
 from tpcheck.core.errors import UsageError
-from tpcheck.families.build import causal_types, type_and_head
 from tpcheck.lab.matrix import Cell, cells, combinations, require_usable_values
 from tpcheck.model.options import DEFAULTS, RunOptions, Tokens, option_help
 from tpcheck.model.targets import is_family
@@ -225,6 +224,8 @@ def _with_config(
 
 
 def _targets(named: list[str], every: bool) -> list[str]:
+    from tpcheck.families.build import causal_types, type_and_head
+
     if not every:
         if not named:
             raise UsageError("target", "", "a model type of transformers, a folder, file.py:function, or --all")

@@ -149,7 +149,7 @@ def saved_model_is_one_shard(config: Config) -> Problems:
             f"with autotp_size {size} and ZeRO {stage}, engine.save_16bit_model silently writes TP rank 0's "
             "shards as if they were the model",
             "gather each module's parameters by deepspeed.module_inject.layers.GatherReplacedLayerParams on all ranks, "
-            f"and save what rank 0 has: {Guide.SAVED_MODEL.url}",
+            "and save what rank 0 has",
         )
 
 
