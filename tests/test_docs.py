@@ -1,15 +1,18 @@
 """What the documentation says is so: paths and links lead somewhere, commands and names exist, snippets run.
 
-A comment above a block of code says how it is tested; without one, its commands and names must exist.
+A comment above a block of code says how it is tested. Without one, its names must exist, and it is in a table of what
+is not run. Commands run, too: those that train with `-m slow`.
 
     <!-- test: runs -->                       it is run, with a data set and a report in reach
     <!-- test: runs on tp=2 -->               on both ranks of a world, with a DeepSpeed engine and the like in reach
     <!-- test: raises NAME on tp=2 -->        the same, and ends in this error of tpcheck's
+    <!-- test: verified with --backend custom -->  it is the file of a test in tests/model/test_targets.py
     <!-- test: prints -->                     it is what the command before it prints
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -66,7 +69,7 @@ def named(test: str, language: str | None = None) -> Any:
 
 
 def test_every_test_of_a_snippet_is_known() -> None:
-    known = re.compile(r"(names exist|prints|runs( on tp=2)?|raises \w+ on tp=2)")
+    known = re.compile(r"(names exist|verified with --backend custom|prints|runs( on tp=2)?|raises \w+ on tp=2)")
     assert [each.name for each in SNIPPETS if each.test is not None and not known.fullmatch(each.test)] == []
 
 
@@ -90,6 +93,31 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
+NOT_RUN = {
+    "README.md: def shard(model, rank):  # without it, DeepSpeed's AutoTP shards": "outline of guides/own-model.md",
+    "backends.md: def build():": "needs megatron-core, whose backend has tests of its own",
+    'backends.md: def shard(model, rank):  # in place, on every rank; rank.group("tp"), rank.topology, rank.rank': (
+        "outline; guides/own-model.md is whole"
+    ),
+    "backends.md: from tpcheck.backends.custom import CustomBackend": "outline; tests/backends/test_custom.py runs it",
+    "backends.md: from tpcheck.testing import require_conformance": "needs a backend of the reader's",
+    'checkpoints.md: report = tpcheck.verify_checkpoint("saved/", "reference/", dtype=None, earlier=["step1/"])': (
+        "needs checkpoints; tests/checkpoints runs it"
+    ),
+    "faults.md: def _reduce_skipped(draw: Draw) -> Injection:": "a row of tpcheck/lab/faults/linear.py",
+    "runs.md: tpcheck.record(": "needs a model of ten layers",
+    "start.md: noise = torch.Generator().manual_seed(rank // TP)  # dp_rank; in place of torch.manual_seed(rank)": (
+        "lines of the script above them: test_the_mended_script_trains puts them there"
+    ),
+}
+"""Python that is not run: its page and first line, and why."""
+
+
+def test_python_that_is_not_run_is_in_the_table() -> None:
+    not_run = [each for each in SNIPPETS if each.language == "python" and each.test is None]
+    assert {f"{each.page.name}: {each.text.splitlines()[0]}" for each in not_run} == set(NOT_RUN)
+
+
 @named("", "python")
 def test_names_of_a_snippet_exist(snippet: Snippet) -> None:
     assert names_that_do_not_exist(snippet.text) == []
@@ -105,7 +133,7 @@ def test_a_command_prints_what_the_page_shows(snippet: Snippet) -> None:
 @named("runs")
 def test_a_snippet_runs(snippet: Snippet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run(snippet.text, snippet.name, {"dataset": range(8), "dp": 2, "dp_rank": 0, **_report()})
+    run(snippet.text, snippet.name, {"pytest": pytest, "dataset": range(8), "dp": 2, "dp_rank": 0, **_report()})
 
 
 def _report() -> dict[str, Any]:
@@ -146,6 +174,65 @@ def test_a_script_ends_in_the_error_that_the_page_shows(number: int, tp_rank: tp
     )
     finding = shown.text[shown.text.index("  where") :]
     assert finding in error.value.report.to_text()
+
+
+@pytest.mark.slow
+@pytest.mark.tpcheck(tp=2, timeout=300)
+def test_the_mended_script_trains(tp_rank: tpcheck.Rank) -> None:
+    (script,) = SCRIPTS
+    lines = script.text.splitlines()
+    mended = next(each for each in SNIPPETS if each.page == script.page and "noise = torch.Generator()" in each.text)
+    noise, dropped = mended.text.splitlines()
+    seeded = next(number for number, line in enumerate(lines) if line.startswith("torch.manual_seed(rank)"))
+    drops = next(number for number, line in enumerate(lines) if line.startswith("    dropped = "))
+    lines[seeded], lines[drops] = noise, f"    {dropped}"
+    run("\n".join(lines), script.name, {})
+
+
+COMMAND_LINES = sorted({shlex.join(shlex.split(line, comments=True)) for each in SNIPPETS if each.language == "sh"
+                        for line in each.commands})  # fmt: skip
+COMMANDS_NOT_RUN = {
+    "tpcheck checkpoint": "needs checkpoints; tests/cli/test_checkpoint.py runs it",
+    "tpcheck compare": "needs traces; tests/runs/test_comparing.py runs it",
+    "tpcheck faults": "minutes; ci/faults runs it",
+    "tpcheck fuzz": "minutes; ci/fuzz runs it",
+    "tpcheck verify --all": "an hour; docs/families.md is made of it",
+}
+"""How commands start that are not run, except `tpcheck faults --list`, and why. Of others than tpcheck's, CI runs those
+of ci/ and the README's first two, and the script of docs/start.md is run above."""
+
+
+def commands(*, that_train: bool) -> Any:
+    run = [line for line in COMMAND_LINES if not line.startswith(tuple(COMMANDS_NOT_RUN)) or line.endswith("--list")]
+    chosen = [line for line in run if line.startswith("tpcheck verify") == that_train]
+    assert chosen
+    return pytest.mark.parametrize("line", chosen)
+
+
+@pytest.fixture
+def folder_of_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder that has the files which pages speak of."""
+    sizes = {"num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096, "num_hidden_layers": 36}
+    config = {"gradient_clipping": 1.0, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
+    own = next(each for each in SNIPPETS if (each.test or "").startswith("verified with"))
+    monkeypatch.chdir(tmp_path)
+    Path("ds_config.json").write_text(json.dumps(config))
+    Path("mymodel.py").write_text(own.text)
+    Path("my-model").mkdir()
+    Path("my-model/config.json").write_text(json.dumps({"model_type": "qwen3", **sizes}))
+
+
+@commands(that_train=False)
+def test_a_command_runs(line: str, folder_of_docs: None) -> None:
+    done = CliRunner().invoke(app, shlex.split(line)[1:])
+    assert done.exit_code in (0, 1), done.output
+
+
+@pytest.mark.slow
+@commands(that_train=True)
+def test_a_verification_comes_to_a_verdict(line: str, folder_of_docs: None) -> None:
+    done = CliRunner().invoke(app, shlex.split(line)[1:])
+    assert done.exit_code in (0, 1), done.output
 
 
 @pytest.mark.parametrize("guide", Guide)

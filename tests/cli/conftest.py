@@ -26,6 +26,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             stub = ModuleType("tpcheck.model.verify")
             stub.verify_family = verify_family  # type: ignore[attr-defined]
             monkeypatch.setitem(sys.modules, "tpcheck.model.verify", stub)
+            # Families, backends and values are invented; tests/cli/test_bad_usage.py has those that are refused.
+            monkeypatch.setattr("tpcheck.families.build.type_and_head", lambda family: None)
+            monkeypatch.setattr("tpcheck.lab.matrix.require_valid_options", lambda options: None)
         return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
     return run

@@ -13,10 +13,9 @@ from tests.lab.fuzz.fuzz_examples import ERROR, FAILED, INTERRUPTED, LAYER, NOT_
 from tests.schema import document
 from tpcheck.core.errors import TpcheckError
 from tpcheck.lab.fuzz import family, layers
-from tpcheck.lab.fuzz.family import Bounds
 from tpcheck.lab.fuzz.layers import LayerCommon
 from tpcheck.lab.fuzz.results import Outcome, SearchResult
-from tpcheck.lab.fuzz.search import Limits
+from tpcheck.lab.fuzz.search import Bounds, Limits
 from tpcheck.model.options import RunOptions
 
 Run = Callable[..., Any]
@@ -50,7 +49,7 @@ def search(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
 def test_every_option_reaches_the_search(run: Run, search: Any) -> None:
     asked = search(PASSED)
     result = run(
-        *"fuzz llama --backend other --examples 7 --seed 3 --tp 2 --dp 1,2 --zero 0,3".split(),
+        *"fuzz llama --backend deepspeed-tp-model-init --examples 7 --seed 3 --tp 2 --dp 1,2 --zero 0,3".split(),
         *"--dtype float64 --steps 1".split(),
         *"--set head_dim=8 --ignore-plan --no-known --shrink-seconds 5 --timeout 9".split(),
         *["--config", '{"gradient_clipping": 1.0}'],
@@ -60,7 +59,7 @@ def test_every_option_reaches_the_search(run: Run, search: Any) -> None:
         "family": "llama",
         "bounds": Bounds((2,), (1, 2), (0, 3), ("float64",)),
         "common": RunOptions(
-            backend="other",
+            backend="deepspeed-tp-model-init",
             steps=1,
             settings={"head_dim": 8},
             config={"gradient_clipping": 1.0},

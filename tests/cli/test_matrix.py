@@ -16,7 +16,7 @@ from tests.schema import document
 from tpcheck.core.errors import UsageError
 from tpcheck.lab import known
 from tpcheck.lab.known import KnownBug
-from tpcheck.lab.matrix import cells, stored_verdicts
+from tpcheck.lab.matrix import cells, combinations, stored_verdicts
 from tpcheck.model.options import RunOptions
 from tpcheck.report.report import Report
 
@@ -53,11 +53,11 @@ def test_lists_make_a_matrix(run: Run) -> None:
 
 
 def test_cells_are_asked_for_once_and_those_of_a_family_stand_together() -> None:
-    implementations = cells(["a"], attention=["eager", "sdpa"], experts=["eager", "batched_mm"])
+    implementations = cells(["a"], combinations(attention=["eager", "sdpa"], experts=["eager", "batched_mm"]))
     assert [(cell.options.attention, cell.options.experts) for cell in implementations] == [
         ("eager", "eager"), ("eager", "batched_mm"), ("sdpa", "eager"), ("sdpa", "batched_mm")
     ]  # fmt: skip
-    made = cells(["b", "a", "b"], tp=[2, 4, 2])
+    made = cells(["b", "a", "b"], combinations(tp=[2, 4, 2]))
     assert [(cell.family, cell.options.topology.tp) for cell in made] == [("b", 2), ("b", 4), ("a", 2), ("a", 4)]
 
 
@@ -247,6 +247,6 @@ def test_the_subject_of_a_cell_is_what_the_api_reports(monkeypatch: pytest.Monke
     monkeypatch.setattr(verify, "run", caught)
     others = RunOptions.of(settings={"a": 1}, config={"b": {}}, checks=["replicas_agree"], ignore_plan=True)
     for common in (RunOptions(), others):
-        (cell,) = cells(["llama"], common, dp=[2], zero=[1], dtype=["bfloat16"])
+        (cell,) = cells(["llama"], combinations(common, dp=[2], zero=[1], dtype=["bfloat16"]))
         verify.verify_family(cell.family, **cell.options.keywords())
         assert seen.pop() == cell.subject

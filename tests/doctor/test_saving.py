@@ -35,9 +35,9 @@ def test_the_other_ways_are_listed_where_they_exist() -> None:
     def ways(config: dict[str, Any]) -> list[str]:
         return [saved.way for saved in what_is_saved(config)][1:]
 
-    consolidated = "engine._consolidated_16bit_state_dict()"
+    consolidated = "accelerator.get_state_dict(engine)"
     assert ways({}) == ["engine.save_checkpoint"]
-    assert ways(TP2) == [consolidated, "engine.save_checkpoint"]
+    assert ways(TP2) == [consolidated, "GatherReplacedLayerParams", "engine.save_checkpoint"]
     assert ways({"zero_optimization": {"stage": 1}}) == ["engine.save_checkpoint", "ds_to_universal on that"]
     assert ways(TP2 | {"zero_optimization": {"stage": 3}})[0] == consolidated
 

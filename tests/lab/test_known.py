@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED
+from tpcheck.core.check_names import CHECKPOINT_CHECK
 from tpcheck.core.findings import Verdict
 from tpcheck.lab import known
 from tpcheck.lab.fuzz.results import Trial
@@ -77,10 +78,10 @@ def test_a_failure_that_differs_from_the_registered_one_is_new() -> None:
 def test_saved_models_are_compared_with_the_register_only_if_they_are_checked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    saving = replace(BUG, check=known.CHECKPOINT)
+    saving = replace(BUG, check=CHECKPOINT_CHECK)
     monkeypatch.setattr(known, "register", lambda: (saving,))
     assert judge(of(PASSED)).standing == ""
-    assert judge(of(PASSED, checks=[known.CHECKPOINT])).standing == "gone"
+    assert judge(of(PASSED, checks=[CHECKPOINT_CHECK])).standing == "gone"
 
 
 @pytest.mark.parametrize("entry", known.register(), ids=lambda bug: bug.name)

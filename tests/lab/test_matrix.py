@@ -20,6 +20,7 @@ from tpcheck.lab.matrix import (
     LABELS,
     SIGNS,
     cells,
+    combinations,
     counts,
     done_before,
     families_table,
@@ -181,7 +182,7 @@ def test_junit_skips_known_bugs_and_fails_bugs_that_are_gone() -> None:
 def test_a_configuration_that_json_cannot_hold_is_run_again(
     config: dict[str, object], goes_on: bool, tmp_path: Path
 ) -> None:
-    wanted = cells(["llama"], RunOptions(config=config), backend=["dtensor"])
+    wanted = cells(["llama"], combinations(RunOptions(config=config), backend=["dtensor"]))
     verdict = Verdict("passed", wanted[0].subject, versions("dtensor"))
     (tmp_path / "matrix.json").write_text(Report(verdict).to_json())
     assert list(done_before(tmp_path / "matrix.json", wanted)) == list(wanted) * goes_on

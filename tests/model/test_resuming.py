@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tpcheck import Topology, verify_family
 from tpcheck.families.build import small_model
 from tpcheck.model.options import Request, RunOptions
@@ -28,8 +30,13 @@ def test_each_size_is_changed_by_itself_and_a_step_keeps_its_micro_batches() -> 
     assert sizes((), topology=grid) == [(2, 2, 0, 1)]
 
 
-def test_micro_batches_that_a_configuration_fixes_allow_no_other_dp() -> None:
-    assert sizes(("dp",), of_step=2, topology=Topology(tp=1, dp=2)) == [(1, 2, 0, 1)]
+@pytest.mark.parametrize("accumulate", [1, 2])  # the option, which may leave it to the configuration
+def test_micro_batches_of_a_configuration_are_dealt_to_another_dp(accumulate: int) -> None:
+    config = {"gradient_accumulation_steps": 2, "gradient_clipping": 1.0}
+    options = RunOptions(topology=Topology(tp=1, dp=2), config=config, accumulate=accumulate)
+    same, other = (each.options for each in variants(Request(small_model, options), ("dp",), 2))
+    assert same == options
+    assert (other.topology.dp, other.accumulate, other.config) == (1, 4, {"gradient_clipping": 1.0})
 
 
 def test_another_number_of_replicas_gets_the_same_samples() -> None:

@@ -30,10 +30,10 @@ def test_save_16bit_model_is_caught_and_explained_and_the_other_ways_pass(settin
     assert [check.check for check in report.verdict.checks] == [CHECK]
     assert kinds(report) == {("save_16bit_model", moment, "shard_missing") for moment in ("start", "saved")}
     assert all(finding.evidence["story"]["tp_rank"] == 0 for finding in report.findings)
-    assert "engine._consolidated_16bit_state_dict()" in report.to_text()
+    assert "deepspeed.module_inject.layers.GatherReplacedLayerParams" in report.to_text()
     names = report.findings[0].evidence["count_tensors"]
-    # three other ways and this one, at two moments
-    assert report.verdict.coverage.compared == report.verdict.coverage.total == 8 * names
+    # four other ways and this one, at two moments
+    assert report.verdict.coverage.compared == report.verdict.coverage.total == 10 * names
 
 
 def test_zero_3_gathers_when_configured_to_and_its_other_ways_pass_over_replicas() -> None:
@@ -45,7 +45,8 @@ def test_zero_3_gathers_when_configured_to_and_its_other_ways_pass_over_replicas
 
 CALLS = {
     "engine.save_16bit_model": "save_16bit_model",
-    "engine._consolidated_16bit_state_dict()": "consolidated state dict",
+    "accelerator.get_state_dict(engine)": "consolidated state dict",
+    "GatherReplacedLayerParams": "GatherReplacedLayerParams",
     "engine.save_checkpoint": "save_checkpoint",
     "ds_to_universal on that": "universal checkpoint",
 }

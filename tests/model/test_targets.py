@@ -10,6 +10,7 @@ from textwrap import dedent
 import pytest
 
 from tests.schema import document
+from tests.snippets import snippets
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
 from tpcheck.model.options import RunOptions
@@ -19,51 +20,14 @@ from tpcheck.model.verify import verify_family
 
 pytest.importorskip("transformers")
 
+ROOT = Path(__file__).parents[2]
+
 QWEN3 = {"model_type": "qwen3", "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8}
 QWEN3 |= {"head_dim": 128, "num_hidden_layers": 28, "vocab_size": 151936, "intermediate_size": 3072}
 
-CODE = """
-    import os
-    import torch
-    import torch.distributed as dist
-    from torch import nn
-    from tpcheck.placement import Shard
-
-    class Reduce(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, group):
-            x = x.clone()
-            dist.all_reduce(x, group=group)
-            return x
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient, None
-
-    class Model(nn.Module):
-        group = None
-
-        def __init__(self):
-            super().__init__()
-            self.up, self.down = nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False)
-
-        def forward(self, x):
-            y = self.down(self.up(x).relu())
-            return (y if self.group is None or FORGETS else Reduce.apply(y, self.group)).square().mean()
-
-    def build():
-        return Model()
-
-    def batch(coordinate, step):
-        return {"x": torch.randn(4, 8, generator=torch.Generator().manual_seed(step))}
-
-    def shard(model, rank):
-        model.group, tp_rank = rank.group("tp"), rank.topology.coordinate(rank.rank)["tp"]
-        model.up.weight = nn.Parameter(model.up.weight.chunk(2, 0)[tp_rank].clone())
-        model.down.weight = nn.Parameter(model.down.weight.chunk(2, 1)[tp_rank].clone())
-
-    layout = {"up.weight": Shard(0), "down.weight": Shard(1)}
-"""
+CODE = next(
+    each.text for each in snippets(ROOT / "docs/guides/own-model.md") if each.test == "verified with --backend custom"
+)
 
 
 def written(path: Path, code: str) -> str:
@@ -151,8 +115,9 @@ def test_a_function_is_looked_for_before_ranks_start(
 def test_a_function_with_its_own_sharding_passes_and_a_forgotten_reduction_is_named(
     tmp_path: Path, forgets: bool
 ) -> None:
-    name = written(tmp_path / f"model_{forgets}.py", CODE)
-    (tmp_path / f"model_{forgets}.py").write_text(f"FORGETS = {forgets}\n" + dedent(CODE))
+    reduces = "            y = Reduce.apply(y, self.group)"
+    assert reduces in CODE
+    name = written(tmp_path / f"model_{forgets}.py", CODE.replace(reduces, "            pass") if forgets else CODE)
     report = verify_family(name, topology=Topology(tp=2), backend="custom", steps=1, replays=2)
     assert report.verdict.subject["target"] == name
     assert report.passed is not forgets

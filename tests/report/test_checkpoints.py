@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
+from tpcheck.core.check_names import CHECKPOINT_CHECK
 from tpcheck.core.findings import Finding
 from tpcheck.report import checkpoints
 
 
 def finding(cause: str | None, parameter: str = "a", where: dict[str, Any] | None = None, **details: Any) -> Finding:
     place = {"parameter": parameter, **(where or {})}
-    return Finding(checkpoints.CHECK, place, 1.0, 0.0, cause, {"story": details, "count_tensors": 9})
+    return Finding(CHECKPOINT_CHECK, place, 1.0, 0.0, cause, {"story": details, "count_tensors": 9})
 
 
 PHRASES: dict[str, tuple[Finding, str]] = {
@@ -82,7 +83,7 @@ def test_each_way_to_save_is_a_group() -> None:
 
 def test_what_differs_beside_values_is_said() -> None:
     def amount(**evidence: Any) -> str | None:
-        return checkpoints.amount(Finding(checkpoints.CHECK, {}, 1.0, 0.0, None, evidence))
+        return checkpoints.amount(Finding(CHECKPOINT_CHECK, {}, 1.0, 0.0, None, evidence))
 
     assert amount(only_in="actual") == "only in actual"
     assert amount(only_in="reference") == "only in the reference"

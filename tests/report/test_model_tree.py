@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from math import inf
 
+import pytest
+
 from tests.report.examples import GRADIENT, PASSED
+from tpcheck.core.check_names import ON_REQUEST
 from tpcheck.core.findings import Finding, ModuleMargins, Verdict
 from tpcheck.report.model_tree import MOST_LINES, ModelTree, model_table
 from tpcheck.report.table import table_lines
@@ -53,6 +56,14 @@ def test_margins_of_weights_are_shown_where_runs_were_compared() -> None:
     lm_head            0.125      0.25      0.5
 """
     )
+
+
+@pytest.mark.parametrize("check", ON_REQUEST)
+def test_what_is_saved_resumed_or_drawn_wrong_does_not_mark_the_module_that_computes_right(check: str) -> None:
+    failed = replace(PASSED, verdict="failed", findings=(replace(GRADIENT, check=check),), modules=modules())
+    assert lines(failed) == lines(replace(PASSED, modules=modules()))
+    in_training = replace(failed, findings=(replace(GRADIENT, check="updates_match_reference"),))
+    assert "first wrong" in lines(in_training)
 
 
 def test_the_path_to_the_first_wrong_module_is_opened() -> None:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+
+from tests.trainer.training import save_model
+
 SCRIPT = Path(__file__).with_name("any_launch.py")
+OF_TRAINER = SCRIPT.with_name("trainer_any_launch.py")
 LAUNCHER = ("-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--nproc-per-node")
 ALONE = [
     "this process has no other rank to compare with (no TP, no DP)",
@@ -37,19 +43,55 @@ STARTS = {
 }
 
 
-def test_a_script_runs_however_it_is_started_and_says_what_it_did(tmp_path: Path) -> None:
+ALONE_WITH_TRAINER = [
+    "this process has no other rank to compare with (no TP, no DP)",
+    "guard: looked at 3 steps; no replicas to compare, all finite",
+    "4 batches of a process alone; no other rank to compare with; no samples came again",
+]
+STARTS_OF_TRAINER = {
+    "alone": ((), "1", ALONE_WITH_TRAINER),
+    "one rank": ((*LAUNCHER, "1"), "1", ALONE_WITH_TRAINER),
+    "replicas": (
+        (*LAUNCHER, "2"),
+        "1",
+        [
+            "there is no TP here: ranks 0, 1 are data-parallel replicas (topology)",
+            "guard: 60 tensors of rank 0 compared at 3 checks; no difference",
+            "4 batches compared across 2 data-parallel replicas (topology); no samples in common",
+        ],
+    ),
+    "TP": (
+        (*LAUNCHER, "2"),
+        "2",
+        [
+            "guard: 27 tensors of rank 0 compared at 3 checks; no difference",
+            "4 batches compared within TP group (0, 1), from the model's device mesh; no difference",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "starts"), [(SCRIPT, STARTS), pytest.param(OF_TRAINER, STARTS_OF_TRAINER, marks=pytest.mark.slow)]
+)
+def test_a_script_runs_however_it_is_started_and_says_what_it_did(
+    tmp_path: Path, script: Path, starts: Mapping[str, tuple[tuple[str, ...], str, list[str]]]
+) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "TPCHECK")}
+    environment["PYTHONPATH"] = str(SCRIPT.parents[2])
     started = {}
-    for name, (launcher, tp, _) in STARTS.items():
+    for name, (launcher, tp, _) in starts.items():
         folder = tmp_path / name
         folder.mkdir()
-        command = [sys.executable, *launcher, str(SCRIPT), str(folder), tp]
+        if script == OF_TRAINER:
+            save_model(folder / "model")
+        command = [sys.executable, *launcher, str(script), str(folder), tp]
         started[name] = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     said = {}
     for name, process in started.items():
-        errors = process.communicate(timeout=120)[1]
+        errors = process.communicate(timeout=300)[1]
         assert process.returncode == 0, errors
         lines = [line.removeprefix("tpcheck: ") for line in errors.splitlines() if line.startswith("tpcheck: ")]
         said[name] = lines
         assert (tmp_path / name / "run.trace").is_dir()
-    assert said == {name: lines for name, (_, _, lines) in STARTS.items()}
+    assert said == {name: lines for name, (_, _, lines) in starts.items()}

@@ -20,6 +20,7 @@ from tpcheck.backends.dtensor.candidate import DTensorCandidate, is_over
 from tpcheck.backends.initialisation import BUILT_THEN_SHARDED, built_then_sharded
 from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions, WayToInitialise
 from tpcheck.backends.layout import Layout
+from tpcheck.backends.limits import require_within_limits
 from tpcheck.backends.sgd import Clip, Sgd
 from tpcheck.core.errors import UsageError
 from tpcheck.core.placement import Placement, Replicate, Shard
@@ -107,10 +108,7 @@ class CustomBackend:
     def resolved(self, options: TrainingOptions) -> TrainingOptions:
         if self.shard_model is None:
             raise UsageError("shard", None, "a callable (model, rank) that shards, for backend='custom'")
-        if options.zero_stage:
-            raise UsageError("zero_stage", options.zero_stage, "0: your own code decides what is sharded over dp")
-        if options.config:
-            raise UsageError("config", dict(options.config), "none: your own code has its own settings")
+        require_within_limits("custom", options)
         return options if self.clip_gradients is not None else replace(options, max_grad_norm=0.0)
 
     def session(self, options: TrainingOptions) -> AbstractContextManager[None]:

@@ -11,11 +11,10 @@ import torch
 
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.core.errors import UsageError
+from tpcheck.core.optimizers import NEEDS_A_CLOSURE_OR_SPARSE_GRADIENTS
 
 LEARNING_RATE = 0.01
 """Of optimizers that are named without one: a step of Adam's moves each element by as much, 1 to 10 % of a weight."""
-
-NEEDS_A_CLOSURE_OR_SPARSE_GRADIENTS = ("LBFGS", "SparseAdam")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ def make_optimizer(
         params = {"foreach": False, **params}  # its kernels refuse a mixture of DTensors and plain tensors
     try:
         return make(_groups(parameters, decays), **params)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UsageError("optimizer", source, f"options that {name} takes ({error})") from error
 
 

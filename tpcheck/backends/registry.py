@@ -5,14 +5,15 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from tpcheck.backends.checkpoint_format import CheckpointFormat
-from tpcheck.backends.interface import Backend, ReadsLayouts
-from tpcheck.backends.layout import Layout
 from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.extras import install_command, is_missing, missing_package
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from tpcheck.backends.checkpoint_format import CheckpointFormat
+    from tpcheck.backends.interface import Backend, ReadsLayouts
+    from tpcheck.backends.layout import Layout
 
 BACKENDS = "tpcheck.backends"
 CHECKPOINTS = "tpcheck.checkpoints"
@@ -83,6 +84,8 @@ def layouts_of(model: nn.Module) -> dict[str, Layout]:
 
 def layout_readers(model: nn.Module) -> dict[str, ReadsLayouts]:
     """Return the backends that can read layouts, by the name of the package that the model has modules from."""
+    from tpcheck.backends.interface import ReadsLayouts
+
     packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
     named = {
         name: _instance("backend", entry) for name, entry in sorted(_entries(BACKENDS).items()) if name in packages

@@ -143,8 +143,8 @@ class Watcher:
                 with_rows=compares_samples,
                 memory=self._memory,
             )
-            self._run_round(rank_batch, overlap=self.options.overlap)
             self._tally.compared += 1
+            self._run_round(rank_batch, overlap=self.options.overlap)
         epoch.count += 1
         self._step += 1
 

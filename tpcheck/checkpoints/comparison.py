@@ -22,6 +22,7 @@ from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.errors import CheckpointError, UsageError
 from tpcheck.core.findings import Coverage, Finding
 from tpcheck.core.name_maps import NameMap
+from tpcheck.core.paths import existing_path
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
 from tpcheck.numerics.exact.checkpoint_tensor import (
     BitComparer,
@@ -43,7 +44,7 @@ def open_checkpoint(argument: str, source: Any, options: ReadOptions) -> Checkpo
         UsageError: Nothing is at the path, or no format recognises it.
         CheckpointError: The files are damaged, hostile or incomplete.
     """
-    source = _existing_path(argument, source) if isinstance(source, (str, os.PathLike)) else source
+    source = existing_path(argument, source) if isinstance(source, (str, os.PathLike)) else source
     formats = checkpoint_formats()
     for checkpoint_format in formats:
         if checkpoint_format.recognises(source):
@@ -98,20 +99,6 @@ def other_weights(source: Any) -> tuple[str, tuple[str, ...]]:
     names = [each.name for each in checkpoint_formats() if each.recognises(Path(source))]
     kinds = tuple(name for name in names[1:] if name in _KINDS_OF_WEIGHTS)
     return (names[0], kinds) if names and names[0] in _KINDS_OF_WEIGHTS else ("", ())
-
-
-def _existing_path(argument: str, source: str | os.PathLike[str]) -> Path:
-    path = Path(source)
-    try:
-        path.stat()
-    except FileNotFoundError:
-        raise UsageError(argument, str(source), "a file or folder that exists") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(argument, str(source), f"a file or folder that can be read ({reason})") from error
-    if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
-        raise UsageError(argument, str(source), "a folder that can be read (permission denied)")
-    return path
 
 
 T = TypeVar("T")

@@ -10,8 +10,12 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from tpcheck.checkpoints.verify import CASTS, verify_checkpoint
 from tpcheck.cli.option_values import full_dtype, writable
 from tpcheck.cli.terminal import BAD_USAGE, Files, bytes_bar, is_reporting_rank, usage_errors, write_report
+from tpcheck.core.errors import UsageError
+from tpcheck.core.name_maps import parse_maps
+from tpcheck.core.paths import existing_path
 from tpcheck.core.topology import Topology
 from tpcheck.report.report import Report
 from tpcheck.world.attach import attach, is_launched, launched_rank
@@ -76,10 +80,12 @@ def checkpoint(
     """
     with usage_errors():
         files = Files(writable("json", json_), writable("junit", junit), writable("html", html))
-        from tpcheck.checkpoints.verify import verify_checkpoint  # loads torch
-        from tpcheck.core.name_maps import parse_maps
-
         maps = parse_maps(map_ or [])
+        if dtype is not None and full_dtype(dtype).removeprefix("torch.") not in CASTS:
+            raise UsageError("dtype", dtype, CASTS)
+        for name, paths in (("actual", [actual]), ("reference", [reference]), ("earlier", earlier or [])):
+            for path in paths:
+                existing_path(name, path)
         rank = _rank_of_launcher()
     with _ending_together(rank):
         with usage_errors(on_every_rank=False), bytes_bar("compare") as progress:
@@ -144,12 +150,14 @@ def compare(
     """
     with usage_errors():
         files = Files(writable("json", json_), writable("junit", junit), writable("html", html))
-        from tpcheck.core.name_maps import parse_maps
+        names = parse_maps(map_ or [])
+        sides = {"actual": _folders(actual, more_actual), "expected": _folders(expected, more_expected)}
+        for name, folders in sides.items():
+            for folder in folders:
+                existing_path(name, folder)
         from tpcheck.runs.comparing import compare_traces  # loads torch
 
-        report = compare_traces(
-            _folders(actual, more_actual), _folders(expected, more_expected), names=parse_maps(map_ or [])
-        )
+        report = compare_traces(sides["actual"], sides["expected"], names=names)
     _end(report, files, verbose=verbose)
 
 

@@ -24,7 +24,8 @@ from tpcheck.cli.terminal import (
 )
 from tpcheck.core.errors import UsageError
 from tpcheck.lab.faults.report import fault_lines, fault_list, faults_html, faults_json, faults_junit, progress_line
-from tpcheck.lab.faults.results import FaultResult, Score
+from tpcheck.lab.faults.results import KINDS, FaultResult, Score
+from tpcheck.model.options import COMMON_DTYPES
 from tpcheck.world.attach import is_launched
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def faults(
         if is_launched():
             raise UsageError("launcher", "torchrun or srun", "no launcher: each fault runs in its own small world")
         json_, html, junit = writable("json", json_), writable("html", html), writable("junit", junit)
+        _require_known(kind or [], full_dtype(dtype))
         with_controls = False if list_ else controls
         runs = _runs(names or [], kind or [], full_dtype(dtype), range(seed, seed + seeds), with_controls)
     if list_:
@@ -133,6 +135,14 @@ def _run(runs: Sequence[FaultRun], num_workers: int) -> tuple[list[FaultResult],
     except KeyboardInterrupt:
         note("interrupted: the table shows the runs that completed")
     return results, len(results) == len(runs)
+
+
+def _require_known(kinds: Sequence[str], dtype: str) -> None:
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UsageError("kind", kind, KINDS)
+    if dtype not in COMMON_DTYPES:
+        raise UsageError("dtype", dtype, COMMON_DTYPES)
 
 
 def _require_positive(**numbers: int) -> None:

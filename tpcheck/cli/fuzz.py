@@ -14,6 +14,7 @@ from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 from tpcheck.cli.option_values import dtypes, integers, json_object, settings, writable
 from tpcheck.cli.terminal import BAD_USAGE, INTERRUPTED, note, progress_bar, usage_errors, write_all
 from tpcheck.core.errors import UsageError
+from tpcheck.families.build import type_and_head
 from tpcheck.lab.fuzz.report import (
     layers_data,
     layers_lines,
@@ -23,14 +24,14 @@ from tpcheck.lab.fuzz.report import (
     searched_lines,
     verdict_of,
 )
-from tpcheck.lab.fuzz.results import Outcome, SearchResult, ShrunkFailure
+from tpcheck.lab.fuzz.results import Outcome, SearchResult, ShrunkFailure, Trial
+from tpcheck.lab.fuzz.search import Bounds, Limits, require_hypothesis
+from tpcheck.lab.matrix import combinations, require_usable
 from tpcheck.model.options import DEFAULTS, RunOptions, option_help
 from tpcheck.world.attach import is_launched
 
 if TYPE_CHECKING:
-    from tpcheck.lab.fuzz.family import Bounds
     from tpcheck.lab.fuzz.layers import LayerCommon
-    from tpcheck.lab.fuzz.search import Limits
 
 
 @contextmanager
@@ -68,13 +69,12 @@ def run_family(
 
 
 def run_layers(
-    names: Sequence[str], trial_json: str | None, common: LayerCommon, limits: Limits, json_path: Path | None
+    names: Sequence[str], trial: Trial | None, common: LayerCommon, limits: Limits, json_path: Path | None
 ) -> int:
     """Search layers one by one (those of these names, or all), or run one trial; return the exit status."""
-    from tpcheck.lab.fuzz.layers import fuzz_layers, read_trial, try_one
+    from tpcheck.lab.fuzz.layers import fuzz_layers, try_one
 
-    if trial_json is not None:
-        trial = read_trial(trial_json)
+    if trial is not None:
         with progress_of(1):
             outcome = try_one(trial, common)
         found = (ShrunkFailure(outcome, outcome, outcome.command),) if outcome.is_bad else ()
@@ -169,7 +169,7 @@ def fuzz(
     crashed, 130 interrupted.
     """
     with usage_errors():
-        _require_valid(examples, family, layers, layer, trial)
+        _require_valid(family, layers, layer, trial)
         json_ = writable("json", json_)
         common = RunOptions.of(
             backend=backend,
@@ -180,25 +180,24 @@ def fuzz(
             timeout=timeout,
         )
         sizes = {"tp": integers("tp", tp), "dp": integers("dp", dp), "zero": integers("zero", zero)}
-
-        from tpcheck.lab.fuzz.family import Bounds  # loads torch, which --help need not wait for
-        from tpcheck.lab.fuzz.search import Limits
-
         bounds = Bounds.of(dtype=dtypes(dtype), **sizes)
         limits = Limits(examples, seed, shrink_seconds)
+        require_usable(
+            combinations(common, backend=[backend], tp=bounds.tp, dp=bounds.dp, zero=bounds.zero, dtype=bounds.dtype)
+        )
+        require_hypothesis()
+        if family is not None:
+            type_and_head(family)
+        of_trial = Trial.parse(trial) if trial is not None else None
         if family is None:
-            from tpcheck.lab.fuzz.layers import LayerCommon
+            from tpcheck.lab.fuzz.layers import LayerCommon  # loads torch, which --help need not wait for
 
             of_layers = LayerCommon(backend, bounds.tp, bounds.dtype, bool(known), timeout)
-            raise typer.Exit(run_layers(layer or [], trial, of_layers, limits, json_))
+            raise typer.Exit(run_layers(layer or [], of_trial, of_layers, limits, json_))
         raise typer.Exit(run_family(family, bounds, common, limits, json_, known=known is not False))
 
 
-def _require_valid(
-    examples: int, family: str | None, layers: bool, layer: Sequence[str] | None, trial: str | None
-) -> None:
-    if examples < 1:
-        raise UsageError("examples", examples, "a positive integer")
+def _require_valid(family: str | None, layers: bool, layer: Sequence[str] | None, trial: str | None) -> None:
     if layers == (family is not None):
         raise UsageError("family", family or "", "either a model type of transformers or --layers")
     if not layers and (layer or trial):

@@ -24,8 +24,9 @@ from tpcheck.cli.option_values import (
 from tpcheck.cli.terminal import Files, usage_errors
 from tpcheck.core.deepspeed_config import implied_options
 from tpcheck.core.errors import UsageError
-from tpcheck.lab.matrix import Cell, cells
+from tpcheck.lab.matrix import Cell, cells, combinations, require_usable_values
 from tpcheck.model.options import DEFAULTS, RunOptions, Tokens, option_help
+from tpcheck.model.targets import is_family
 from tpcheck.report.report import Report
 
 _PARSED = {"backend", "dtype", "optimizer", "attention", "experts", "lora", "config", "checks"}
@@ -136,7 +137,10 @@ def verify(
 
     \b
     tpcheck verify ./my-model --config ds_config.json --tp 8 --dp 2 --accumulate 4 --checks all
-    tpcheck verify my_model.py:build --tp 2
+    tpcheck verify my_model.py:build --tp 2 --backend custom
+
+    custom shards by the function shard(model, rank) that stands beside build in my_model.py, with the
+    placements in layout; batch there gives the inputs. Without it, DeepSpeed shards what it knows.
 
     Several families, backends, sizes or stages make a matrix. A crash or hang of one cell does not end
     it, and with --json it continues an interrupted run:
@@ -170,8 +174,7 @@ def verify(
         common = replace(common, accumulate=accumulate)
         if jobs is not None and jobs < 1:
             raise UsageError("jobs", jobs, "a positive integer")
-        requested_cells = cells(
-            _targets(targets or [], all_),
+        combined = combinations(
             common,
             backend=names("backend", backend),
             tp=integers("tp", tp),
@@ -181,9 +184,13 @@ def verify(
             attention=names("attention", attention) if attention is not None else (),
             experts=names("experts", experts) if experts is not None else (),
         )
+        require_usable_values(combined)
         github = os.environ.get("GITHUB_STEP_SUMMARY")
         summary = summary or (Path(github) if github else None)
-        files = Files(writable("json", json_), writable("junit", junit), writable("html", html), summary)
+        files = Files(
+            writable("json", json_), writable("junit", junit), writable("html", html), writable("summary", summary)
+        )
+        requested_cells = cells(_targets(targets or [], all_), combined)
 
     def verify_one(cell: Cell) -> Report:
         from tpcheck.model.verify import verify_family  # loads torch, which --help and bad usage need not wait for
@@ -217,12 +224,14 @@ def _with_config(
 
 
 def _targets(named: list[str], every: bool) -> list[str]:
+    from tpcheck.families.build import causal_types, type_and_head
+
     if not every:
         if not named:
             raise UsageError("target", "", "a model type of transformers, a folder, file.py:function, or --all")
-        return list(dict.fromkeys(named))
+        for name in filter(is_family, named):
+            type_and_head(name)
+        return named
     if named:
         raise UsageError("all", " ".join(named), "either --all or targets")
-    from tpcheck.families.build import causal_types
-
     return list(causal_types())

@@ -146,8 +146,9 @@ class Cause(Enum):
         "shard_missing",
         "one rank's shard is missing",
         "numerics.hypotheses.layout numerics.exact",
-        "DeepSpeed: call engine._consolidated_16bit_state_dict() on all ranks and save its result; save_16bit_model "
-        "writes only TP rank 0's shards below ZeRO 3. transformers: use save_pretrained.",
+        "DeepSpeed: gather each module's parameters by deepspeed.module_inject.layers.GatherReplacedLayerParams on all "
+        "ranks, and save what rank 0 has; save_16bit_model writes only TP rank 0's shards below ZeRO 3. transformers: "
+        "use save_pretrained.",
         Guide.SAVED_MODEL,
     )
     SHARD_REPEATED = (

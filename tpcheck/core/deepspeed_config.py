@@ -70,7 +70,7 @@ def implied_options(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
 
 
 def without_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration that leaves the TP size and the ZeRO stage to the options of the run.
+    """Return a configuration that leaves TP size, ZeRO stage and accumulation to the options of the run.
 
     Example:
         >>> without_sizes({"zero_optimization": {"stage": 1, "overlap_comm": True}, "steps": 3})
@@ -82,6 +82,7 @@ def without_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         if name in sizes and isinstance(value, Mapping)
         else value
         for name, value in config.items()
+        if name != "gradient_accumulation_steps"
     }
 
 

@@ -16,6 +16,7 @@ class Guide(Enum):
     LORA = "lora"
     LOSS_DIFFERS = "loss-differs"
     NOISE = "noise"
+    OWN_MODEL = "own-model"
     RESUME = "resume"
     SAVED_MODEL = "saved-model"
     WHICH_MODELS = "which-models"

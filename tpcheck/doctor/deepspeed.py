@@ -68,7 +68,11 @@ def what_is_saved(config: Config) -> Iterator[Saved]:
     yield _save_16bit_model(config, tp, stage)
     if tp > 1 or stage == 3:
         buffers = "" if stage == 3 else ", without persistent buffers"
-        yield Saved("engine._consolidated_16bit_state_dict()", f"on rank 0, every parameter whole{buffers}", stage == 3)
+        needs = "" if _gathers_when_saving(config) else f" (it needs {_GATHERS})"
+        whole = f"on rank 0, every parameter whole{buffers}{needs}"
+        yield Saved("accelerator.get_state_dict(engine)", whole, stage == 3)
+    if tp > 1 and stage < 3:
+        yield Saved("GatherReplacedLayerParams", "of each module, on all ranks: every parameter whole", True)
     files = "mp_rank_00" if tp == 1 else f"mp_rank_00 to mp_rank_{tp - 1:02}, one TP shard each"
     masters = "; fp32 weights in the optimizer's files, one for each DP rank" if stage else ""
     yield Saved("engine.save_checkpoint", f"a training checkpoint: {files}{masters}", True)
@@ -79,13 +83,19 @@ def what_is_saved(config: Config) -> Iterator[Saved]:
 def _save_16bit_model(config: Config, tp: int, stage: int) -> Saved:
     way = "engine.save_16bit_model"
     if stage == 3:
-        gathers = section(config, "zero_optimization").get("stage3_gather_16bit_weights_on_model_save", False)
-        if gathers is not True:
-            return Saved(way, "nothing: stage3_gather_16bit_weights_on_model_save is not true", False)
+        if not _gathers_when_saving(config):
+            return Saved(way, f"nothing: {_GATHERS} is not true", False)
         return Saved(way, "the whole model, in its 16-bit dtype where it has one", True)
     if tp > 1:
         return Saved(way, f"TP rank 0's shards, as if they were the model: about 1/{tp} of it", False)
     return Saved(way, "the whole model, as large as without TP: tensor parallelism is off", True)
+
+
+_GATHERS = "stage3_gather_16bit_weights_on_model_save"
+
+
+def _gathers_when_saving(config: Config) -> bool:
+    return section(config, "zero_optimization").get(_GATHERS) is True
 
 
 def num_tp(config: Config) -> int:
@@ -138,7 +148,8 @@ def saved_model_is_one_shard(config: Config) -> Problems:
         yield (
             f"with autotp_size {size} and ZeRO {stage}, engine.save_16bit_model silently writes TP rank 0's "
             "shards as if they were the model",
-            "call engine._consolidated_16bit_state_dict() on all ranks, and save rank 0's result with the buffers",
+            "gather each module's parameters by deepspeed.module_inject.layers.GatherReplacedLayerParams on all ranks, "
+            "and save what rank 0 has",
         )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tpcheck.core.errors import UsageError
 from tpcheck.core.guides import Guide
+from tpcheck.core.installed_source import fields_of
 from tpcheck.families.build import FolderModel, small_model
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ LORA_FORM = (
 
 ALL_LINEAR, ATTENTION = "all-linear", "attention"
 _VARIANTS = {"rslora": "use_rslora", "dora": "use_dora"}
+_INSTALLED = "0, or an installed peft: pip install peft"
 _LINEAR = ("Linear", "Conv1D")  # of torch, and of transformers' GPT-2
 _OF_ATTENTION = ("attn", "attention")
 
@@ -54,6 +57,22 @@ def lora_fields(source: LoraSource) -> dict[str, Any]:
     return lora
 
 
+def require_lora(source: LoraSource) -> None:
+    """Check, without importing peft, that it is installed and has the fields that a rank, a text or a mapping names.
+
+    Raises:
+        UsageError: It is not, or has no such field.
+    """
+    named = lora_fields(source)
+    if find_spec("peft") is None:
+        raise UsageError("lora", source, _INSTALLED, Guide.LORA)
+    known = fields_of("peft.tuners.lora.config", "LoraConfig")
+    known += tuple(name for base in ("PeftConfig", "PeftConfigMixin") for name in fields_of("peft.config", base))
+    for name in named if known else ():
+        if name not in known:
+            raise UsageError(f"lora[{name!r}]", named[name], known)
+
+
 def with_adapters(family: str | FolderModel, settings: Mapping[str, object] | None, lora: LoraSource) -> nn.Module:
     """Return a small model with LoRA adapters, which are trained alone.
 
@@ -64,7 +83,7 @@ def with_adapters(family: str | FolderModel, settings: Mapping[str, object] | No
     try:
         import peft
     except ImportError as error:
-        raise UsageError("lora", lora, "0, or an installed peft: pip install peft", Guide.LORA) from error
+        raise UsageError("lora", lora, _INSTALLED, Guide.LORA) from error
     known = [field.name for field in fields(peft.LoraConfig)]
     for name in named:
         if name not in known:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.guides import Guide
+from tpcheck.core.installed_source import keys_of
 from tpcheck.families.rules import OVERRIDES, ROLES, SPECIAL_TOKENS, is_size, layer_count_name, small_settings
 from tpcheck.families.settings import attributes, canonical, declared, nest, overlay, unknown
 
@@ -46,6 +47,8 @@ def types_of(head: Head) -> tuple[str, ...]:
     Raises:
         TpcheckError: transformers is not installed.
     """
+    if of_source := keys_of("transformers.models.auto.modeling_auto", head.mapping):  # without seconds of imports
+        return tuple(sorted(of_source))
     try:
         from transformers.models.auto import modeling_auto
     except ImportError as error:

@@ -10,13 +10,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from tpcheck.core.check_names import ON_REQUEST
 from tpcheck.core.findings import Verdict
 from tpcheck.families.settings import overlay
 from tpcheck.lab.fuzz.results import Trial
 
 REGISTER = Path(__file__).parent / "known.toml"
-CHECKPOINT = "checkpoint_matches_reference"
-_ON_REQUEST = (CHECKPOINT, "initialisation_matches_reference", "resume_matches_uninterrupted")
 Standing = Literal["", "known", "new", "gone"]
 
 
@@ -105,7 +104,7 @@ class KnownBug:
 
     def _is_checked(self, checks: Iterable[str] | None) -> bool:
         if checks is None:
-            return self.check not in _ON_REQUEST
+            return self.check not in ON_REQUEST
         return self.check is None or self.check in checks
 
 

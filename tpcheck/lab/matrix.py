@@ -23,8 +23,8 @@ from tpcheck.core.errors import UsageError
 from tpcheck.core.findings import CheckResult, Coverage, Finding, ModuleMargins, Verdict
 from tpcheck.core.topology import Topology
 from tpcheck.lab.known import JudgedVerdict, KnownBug, judge, register
-from tpcheck.model.options import DEFAULTS, RunOptions
-from tpcheck.model.targets import is_family, resolve
+from tpcheck.model.options import DEFAULTS, RunOptions, require_valid_options
+from tpcheck.model.targets import is_family, require_backend_for, resolve
 from tpcheck.model.user_code import is_user_code
 from tpcheck.report import words
 from tpcheck.report.findings import place
@@ -135,8 +135,7 @@ class Cell:
         return self.options.subject(self.family) if self.of_target is None else self.of_target
 
 
-def cells(
-    families: Sequence[str],
+def combinations(
     common: RunOptions = DEFAULTS,
     *,
     backend: Sequence[str] = (str(DEFAULTS.backend),),
@@ -146,33 +145,69 @@ def cells(
     dtype: Sequence[str] = (DEFAULTS.dtype,),
     attention: Sequence[str | None] = (),
     experts: Sequence[str | None] = (),
-) -> tuple[Cell, ...]:
-    """Return every combination, those of one family together, each once; the other options are those of `common`.
+) -> list[RunOptions]:
+    """Return the options of every combination of these values, each once; the others are those of `common`.
 
     Raises:
         UsageError: A size is not a positive integer.
     """
     implementations = product(attention or (common.attention,), experts or (common.experts,))
-    combinations = product(families, backend, tp, dp, zero, dtype, implementations)
-    return tuple(
-        _cell(
-            family,
-            replace(
-                common,
-                backend=name,
-                topology=Topology(tp=tp_size, dp=dp_size),
-                zero_stage=stage,
-                dtype=precision,
-                attention=of_attention,
-                experts=of_experts,
-            ),
+    combined = product(backend, tp, dp, zero, dtype, implementations)
+    return [
+        replace(
+            common,
+            backend=name,
+            topology=Topology(tp=tp_size, dp=dp_size),
+            zero_stage=stage,
+            dtype=precision,
+            attention=of_attention,
+            experts=of_experts,
         )
-        for family, name, tp_size, dp_size, stage, precision, (of_attention, of_experts) in dict.fromkeys(combinations)
-    )
+        for name, tp_size, dp_size, stage, precision, (of_attention, of_experts) in dict.fromkeys(combined)
+    ]
+
+
+def require_usable(combined: Sequence[RunOptions]) -> None:
+    """Raise UsageError if no combination can be used."""
+    refusals = [_refusal(options) for options in combined]
+    if refusals[0] is not None and all(refusals):
+        raise refusals[0]
+
+
+def require_usable_values(combined: Sequence[RunOptions]) -> None:
+    """Raise the UsageError of a value that no combination takes. What some of them take is skipped in the others."""
+    refusals = [_refusal(options) for options in combined]
+    refused_with: dict[tuple[str, str], list[UsageError | None]] = {}
+    for options, refusal in zip(combined, refusals, strict=True):
+        for name, value in options.keywords().items():
+            is_refused = refusal is not None and refusal.name.partition("[")[0] == name
+            refused_with.setdefault((name, repr(value)), []).append(refusal if is_refused else None)
+    for errors in refused_with.values():
+        if errors[0] is not None and all(errors):
+            raise errors[0]
+    require_usable(combined)
+
+
+def _refusal(options: RunOptions) -> UsageError | None:
+    try:
+        require_valid_options(options)
+    except UsageError as error:
+        return error
+    return None
+
+
+def cells(families: Sequence[str], combined: Sequence[RunOptions]) -> tuple[Cell, ...]:
+    """Return a cell for each target and each of these options, those of one target together.
+
+    Raises:
+        UsageError: There is no such folder or file.
+    """
+    return tuple(_cell(family, options) for family in dict.fromkeys(families) for options in combined)
 
 
 def _cell(name: str, options: RunOptions) -> Cell:
     """Return the cell of a target; one that is no family is looked for before anything runs."""
+    require_backend_for(name, options)
     return Cell(name, options) if is_family(name) else Cell(name, options, resolve(name, options).subject)
 
 

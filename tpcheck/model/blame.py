@@ -30,8 +30,8 @@ _PASSES_ON = ("__torch_function__", "__torch_dispatch__")  # every operation of 
 
 
 @contextmanager
-def blame_backend(backend: Backend, phase: str) -> Iterator[None]:
-    """Raise errors from inside as BackendError, with the phase; tpcheck's own as InternalError."""
+def blame_backend(backend: Backend, phase: str, hint: str = "") -> Iterator[None]:
+    """Raise errors from inside as BackendError, with the phase and a hint; tpcheck's own as InternalError."""
     try:
         yield
     except TpcheckError:
@@ -39,7 +39,8 @@ def blame_backend(backend: Backend, phase: str) -> Iterator[None]:
     except Exception as error:
         if is_of_tpcheck(error):
             raise internal_error(error) from error
-        raise BackendError(f"{backend.name}, {phase}: {type(error).__name__}: {error}") from error
+        message = f"{backend.name}, {phase}: {type(error).__name__}: {error}"
+        raise BackendError("\n".join(filter(None, [message, hint]))) from error
 
 
 def is_of_tpcheck(error: BaseException) -> bool:

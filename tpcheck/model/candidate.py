@@ -22,10 +22,12 @@ from tpcheck.backends.interface import (
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.local_part import full_tensor, local_part
 from tpcheck.core.digests import digest
+from tpcheck.core.guides import Guide
 from tpcheck.model.blame import blame_backend
 from tpcheck.model.build import Batch, copy_batch, loss_of
 from tpcheck.model.implementations import compile_module, compiled_modules, replace_implementations
 from tpcheck.model.optimizer_state import candidate_state
+from tpcheck.model.user_code import CUSTOM
 from tpcheck.numerics.evidence import LOGGED_NORM, Collective, Phase, Step, TensorKey
 from tpcheck.numerics.precision import reduced_precision_raised
 from tpcheck.numerics.recorder import ModuleRecorder, is_compiled, logged_collectives
@@ -60,9 +62,10 @@ def shard(
         expected: The reference's parameters.
 
     Raises:
-        BackendError: The backend crashed; with its own message.
+        BackendError: The backend crashed; with its own message, and a hint for a model that no library has rules for.
     """
-    with blame_backend(backend, "sharding the model"):
+    hint = "" if is_of_library(model) or backend.name == CUSTOM else _OWN_MODEL.format(type(model).__name__)
+    with blame_backend(backend, "sharding the model", hint):
         ties = _ties(model)
         candidate = backend.shard(model, rank, options)
         replace_implementations(candidate.module, options)
@@ -77,6 +80,18 @@ def shard(
         for module in compiled_modules(candidate.module, options).values():
             compile_module(module)
         return candidate, start
+
+
+_LIBRARIES = ("transformers", "peft", "megatron")
+_OWN_MODEL = (
+    "{} is no model of transformers, peft or megatron, for which there are rules. Shard it by a function of your own: "
+    f"shard(model, rank) beside build and --backend {CUSTOM}, or shard= in Python.\nread on: {Guide.OWN_MODEL.url}"
+)
+
+
+def is_of_library(model: nn.Module) -> bool:
+    """Return whether a model is one of a library's, for which backends have rules."""
+    return any(base.__module__.partition(".")[0] in _LIBRARIES for base in type(model).__mro__)
 
 
 _SEQUENCE = 4

@@ -14,6 +14,7 @@ from torch import nn
 from tpcheck.backends.initialisation import NotInitialised, random_dtensors_on_cpu
 from tpcheck.backends.interface import Backend, InitialisesModels, TrainingOptions, WayToInitialise
 from tpcheck.backends.layout import Layout
+from tpcheck.core.check_names import INITIALISATION_CHECK
 from tpcheck.core.digests import digest
 from tpcheck.core.errors import BackendError, UsageError
 from tpcheck.core.generators import generators_kept, seed_everything
@@ -21,7 +22,6 @@ from tpcheck.model.blame import blame_backend
 from tpcheck.model.options import Request
 from tpcheck.model.reference import CommunicatingRank
 from tpcheck.numerics.checks.initialisation import (
-    INITIALISATION_CHECK,
     NUM_DRAWS,
     Draw,
     DrawnModel,

@@ -14,11 +14,16 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar
 
+from tpcheck.backends.limits import require_within_limits
+from tpcheck.backends.registry import backend_names, require_library
+from tpcheck.core.check_names import CHECK_NAMES, INITIALISATION_CHECK, ON_REQUEST
 from tpcheck.core.errors import UsageError
+from tpcheck.core.optimizers import require_optimizer
 from tpcheck.core.reproduce import verify_command
 from tpcheck.core.topology import Topology
-from tpcheck.families.adapters import LoraSource, lora_fields
+from tpcheck.families.adapters import LoraSource, require_lora
 from tpcheck.numerics.tolerance import NUM_REPLAYS
+from tpcheck.world.world import DEVICES, require_seconds
 
 if TYPE_CHECKING:
     from tpcheck.backends.interface import Backend
@@ -246,8 +251,8 @@ class RunOptions:
     def check_names(self) -> tuple[str, ...]:
         """The checks to run, the default ones included."""
         if self.checks is None:
-            return _default_checks()
-        return _all_checks() if self.checks == ("all",) else self.checks
+            return CHECK_NAMES
+        return (*CHECK_NAMES, *ON_REQUEST) if self.checks == ("all",) else self.checks
 
     def keywords(self) -> dict[str, Any]:
         """Return all options as keyword arguments of `verify_family`."""
@@ -278,7 +283,7 @@ class RunOptions:
         """Return the options by the names of their flags, in values that JSON holds."""
         values = self.keywords()
         topology, zero_stage = values.pop("topology"), values.pop("zero_stage")
-        are_default = self.checks is None or self.checks == _default_checks()
+        are_default = self.checks is None or self.checks == CHECK_NAMES
         return {
             **values,
             "backend": self.backend_name,
@@ -421,21 +426,21 @@ class Request:
 
 def require_valid(request: Request) -> None:
     """Raise UsageError if the model or an option cannot be used, with the accepted values."""
-    from tpcheck.backends.registry import backend_names, require_library
-    from tpcheck.numerics.checks import CHECK_NAMES, ON_REQUEST
-    from tpcheck.world.world import DEVICES
-
-    options = request.options
-    _require_topology(options.topology)
-
     is_module = hasattr(request.build, "named_parameters") and not isinstance(request.build, type)
     if not callable(request.build) or is_module:  # a module is callable, too
         raise UsageError(
             "build", type(request.build).__name__, "a callable that makes and returns the unsharded torch.nn.Module"
         )
+    require_valid_options(request.options)
+
+
+def require_valid_options(options: RunOptions) -> None:
+    """Raise UsageError if an option cannot be used, whatever the model, with the accepted values. Loads no torch."""
+    _require_topology(options.topology)
     if not hasattr(options.backend, "shard") and options.backend not in backend_names():
         raise UsageError("backend", options.backend, [*backend_names(), "an object like tpcheck.adapters.Backend"])
     require_library(options.backend_name)
+    require_within_limits(options.backend_name, options)
     if options.dtype not in DTYPES:
         raise UsageError("dtype", options.dtype, DTYPES)
     if options.device not in (None, *DEVICES):
@@ -454,6 +459,7 @@ def require_valid(request: Request) -> None:
         raise UsageError("batch", type(options.batch).__name__, "a dict of tensors, a callable or None")
     _require_training(options)
     valid_checks = (*CHECK_NAMES, *ON_REQUEST)
+    require_seconds(options.timeout)
     unknown = [name for name in options.check_names if name not in valid_checks]
     if unknown or not options.check_names:
         raise UsageError("checks", unknown or (), ("all", *valid_checks))
@@ -468,7 +474,7 @@ def _require_topology(topology: Topology) -> None:
 
 def _require_training(options: RunOptions) -> None:
     if options.lora != 0 or isinstance(options.lora, bool):
-        lora_fields(options.lora)
+        require_lora(options.lora)
     if options.loss not in LOSSES:
         raise UsageError("loss", options.loss, LOSSES)
     _require_optimizer(options.optimizer)
@@ -481,7 +487,10 @@ def _require_optimizer(optimizer: OptimizerSource) -> None:
         name, params = optimizer.get("type"), optimizer.get("params", {})
         if not isinstance(name, str) or not isinstance(params, Mapping) or not set(optimizer) <= {"type", "params"}:
             raise UsageError("optimizer", dict(optimizer), '{"type": NAME, "params": {...}}')
-    elif not isinstance(optimizer, str) and not callable(optimizer):
+        require_optimizer(name, params, source=dict(optimizer))
+    elif isinstance(optimizer, str):
+        require_optimizer(optimizer)
+    elif not callable(optimizer):
         accepted = "a name in torch.optim, a dict with type and params, or a callable (parameters) -> Optimizer"
         raise UsageError("optimizer", optimizer, accepted)
 
@@ -512,19 +521,5 @@ def _require_loop(options: RunOptions) -> None:
         raise UsageError("loop", options.loop, accepted)
     if options.compile:  # its graph is traced in another thread than the recorder's
         raise UsageError("compile", True, "False with loop=trainer, or compile_layers, which is verified there")
-    from tpcheck.numerics.checks import INITIALISATION_CHECK
-
     if INITIALISATION_CHECK in options.check_names:  # it makes models without batches to train on
         raise UsageError("checks", INITIALISATION_CHECK, "any other check with loop=trainer")
-
-
-def _all_checks() -> tuple[str, ...]:
-    from tpcheck.numerics.checks import CHECK_NAMES, ON_REQUEST
-
-    return (*CHECK_NAMES, *ON_REQUEST)
-
-
-def _default_checks() -> tuple[str, ...]:
-    from tpcheck.numerics.checks import CHECK_NAMES
-
-    return CHECK_NAMES

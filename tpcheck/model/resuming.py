@@ -30,6 +30,7 @@ from tpcheck.backends.interface import (
 from tpcheck.backends.local_part import local_part
 from tpcheck.backends.peft_models import is_peft_model
 from tpcheck.backends.registry import load_backend
+from tpcheck.core.check_names import RESUME_CHECK
 from tpcheck.core.cuda import uses_cuda
 from tpcheck.core.deepspeed_config import without_sizes
 from tpcheck.core.digests import digest
@@ -46,7 +47,6 @@ from tpcheck.model.reference import CommunicatingRank, Reference
 from tpcheck.model.user_code import with_user_code
 from tpcheck.numerics.checks.resume import (
     OF_GROUP,
-    RESUME_CHECK,
     ResumedTraining,
     SavedTraining,
     compare_other_topology,
@@ -143,11 +143,11 @@ def variants(request: Request, other_sizes: Collection[str], accumulate: int) ->
         accumulate: Micro-batches of a step.
     """
     options, topology = request.options, request.options.topology
-    elsewhere = replace(options, config=without_sizes(options.config))
+    elsewhere = replace(options, config=without_sizes(options.config), accumulate=accumulate)
     others = [options]
     if "tp" in other_sizes and topology.tp > 1:
         others.append(replace(elsewhere, topology=Topology(tp=topology.tp // 2, dp=topology.dp)))
-    if "dp" in other_sizes and accumulate == options.accumulate:  # else the configuration fixes it
+    if "dp" in other_sizes:
         if topology.dp % 2 == 0:
             fewer = Topology(tp=topology.tp, dp=topology.dp // 2)
             others.append(replace(elsewhere, topology=fewer, accumulate=accumulate * 2))
@@ -160,7 +160,7 @@ def variants(request: Request, other_sizes: Collection[str], accumulate: int) ->
 
 
 def _sizes(options: RunOptions, before: RunOptions) -> str:
-    micro_batches = "" if options.accumulate == before.accumulate else f", {options.accumulate} micro-batches"
+    micro_batches = "" if options.topology.dp == before.topology.dp else f", {options.accumulate} micro-batches"
     return f"at tp {options.topology.tp}, dp {options.topology.dp}, ZeRO {options.zero_stage}{micro_batches}"
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpcheck.core.errors import UsageError
+from tpcheck.core.guides import Guide
 from tpcheck.model.options import RunOptions
-from tpcheck.model.user_code import UserFunction, is_user_code
+from tpcheck.model.user_code import CUSTOM, UserFunction, is_user_code
 
 if TYPE_CHECKING:
     from tpcheck.families.build import FolderModel
@@ -42,9 +43,16 @@ class Target:
 
 
 def is_family(name: str) -> bool:
-    """Return whether a target can be a family alone, as its text says. Loads nothing."""
+    """Return whether a target can be a family alone, as its text says, and is no folder here."""
     head = name.partition("/")[2]
-    return not is_user_code(name) and (head in _HEADS or not _is_path_like(name))
+    return not is_user_code(name) and (head in _HEADS or not _is_path_like(name)) and not _is_folder_beside(name)
+
+
+def require_backend_for(name: str, options: RunOptions) -> None:
+    """Raise UsageError if a target has no function that shards it, and the backend needs one."""
+    if options.backend == CUSTOM and not is_user_code(name):
+        accepted = f"another backend for {name}; {CUSTOM} is for file.py:build, with a function shard beside build"
+        raise UsageError("backend", CUSTOM, accepted, Guide.OWN_MODEL)
 
 
 def _is_path_like(name: str) -> bool:
@@ -63,7 +71,8 @@ def resolve(name: str, options: RunOptions) -> Target:
     """
     if is_user_code(name):
         return _user_code(name, options)
-    if is_family(name) and not _is_folder_beside(name):
+    require_backend_for(name, options)
+    if is_family(name):
         return _family(name, options)
     return _folder(name, options)
 
@@ -78,8 +87,9 @@ def _is_folder_beside(name: str) -> bool:
 
 
 def _family(name: str, options: RunOptions) -> Target:
-    from tpcheck.families.build import small_model
+    from tpcheck.families.build import small_model, type_and_head
 
+    type_and_head(name)
     if options.full:
         raise UsageError("full", True, f"False: {name} is a family, whose sizes are small; a folder has real ones")
     build = _with_lora(partial(small_model, name, options.settings), name, options)

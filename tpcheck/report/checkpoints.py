@@ -12,11 +12,11 @@ from typing import Any
 
 from tpcheck.core import causes
 from tpcheck.core.causes import Cause
+from tpcheck.core.check_names import CHECKPOINT_CHECK
 from tpcheck.core.findings import Finding, Verdict
 from tpcheck.report import words
 from tpcheck.report.words import Line, labelled, plain
 
-CHECK = "checkpoint_matches_reference"
 PHRASED = frozenset(
     {"count_tensors", "states"}
     | {"dtype_actual", "dtype_expected", "same_values", "actual", "expected", "only_in", "story", "actual_name"}
@@ -109,7 +109,7 @@ def group_by_explanation(findings: Sequence[Finding]) -> list[list[Finding]]:
     """Return the findings on checkpoints, grouped by cause and explanation, the largest group first."""
     groups: dict[tuple[Any, ...], list[Finding]] = {}
     for finding in findings:
-        if finding.check == CHECK:
+        if finding.check == CHECKPOINT_CHECK:
             is_state = "states" in finding.evidence  # its field is the kind of state
             moment = (
                 is_state,
@@ -148,7 +148,7 @@ def _for_group(group: Sequence[Finding]) -> Finding:
 def amount(finding: Finding) -> str | None:
     """Return what differs and by how much, or None for what other phrases say."""
     evidence = finding.evidence
-    if finding.check == CHECK and finding.cause == Cause.REPLICA_DRIFT.slug:
+    if finding.check == CHECKPOINT_CHECK and finding.cause == Cause.REPLICA_DRIFT.slug:
         return "its copies differ"
     if "only_in" in evidence:
         return f"only in {'actual' if evidence['only_in'] == 'actual' else 'the reference'}"

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from tpcheck.core import causes
+from tpcheck.core.check_names import CHECKPOINT_CHECK
 from tpcheck.core.findings import Finding
 from tpcheck.report import checkpoints, words
 from tpcheck.report.json_values import printable
@@ -207,7 +208,7 @@ def _cause(finding: Finding) -> str:
         return f"follows from {finding.evidence['follows_from']}, which failed first"
     if finding.cause is None:
         return words.UNKNOWN_CAUSE
-    if finding.check == checkpoints.CHECK:
+    if finding.check == CHECKPOINT_CHECK:
         return checkpoints.cause(finding)
     return causes.cause_text(finding.cause, finding.evidence.get("cause_error"))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from tpcheck.core.check_names import ON_REQUEST
 from tpcheck.core.findings import MarginPhase, ModuleMargins, Verdict
 from tpcheck.report import words
 from tpcheck.report.findings import first_finding, is_consequence, module_of
@@ -30,6 +31,8 @@ class ModelTree:
         first_wrong: The module that the first finding is about; None where there is none.
         wrong: Every module that a finding is about which does not follow from another.
         phases: Which margins of modules are shown.
+
+    Findings about what was saved, resumed or drawn are left out: they say nothing of what the module computes.
     """
 
     root: Node[ModuleMargins]
@@ -39,9 +42,10 @@ class ModelTree:
 
     @classmethod
     def of(cls, verdict: Verdict) -> ModelTree:
-        found = [module_of(finding) for finding in verdict.findings if not is_consequence(finding)]
+        measured = [finding for finding in verdict.findings if finding.check not in ON_REQUEST]
+        found = [module_of(finding) for finding in measured if not is_consequence(finding)]
         wrong = [module for module in found if module is not None]
-        first, modules = first_finding(verdict.findings), verdict.modules
+        first, modules = first_finding(measured), verdict.modules
         return cls(
             tree_of({each.module: each for each in modules}),
             None if first is None else module_of(first),

@@ -77,10 +77,11 @@ class TreeRow:
 
 @dataclass(frozen=True, slots=True)
 class ShownFinding:
-    """A finding as a page lists it: its check, its place, and its lines by label."""
+    """A finding as a page lists it: its check, its place, the moment of the run, and its lines by label."""
 
     check: str
     place: str
+    moment: str
     lines: tuple[tuple[str, str], ...]
 
 
@@ -93,7 +94,7 @@ def shown_finding(finding: Finding, subject: Mapping[str, Any]) -> ShownFinding:
             lines.append((label, text[:LONGEST_TEXT]))
         else:
             lines[-1] = lines[-1][0], f"{lines[-1][1]}\n{text}"[:LONGEST_TEXT]
-    return ShownFinding(finding.check, shortened(place(finding), 300), tuple(lines))
+    return ShownFinding(finding.check, shortened(place(finding), 300), words.phase(finding.where), tuple(lines))
 
 
 def finding_text(finding: Finding, verdict: Verdict) -> str:

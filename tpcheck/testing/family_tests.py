@@ -12,7 +12,7 @@ from tpcheck.core.errors import BackendError, Mismatch, UsageError
 from tpcheck.core.findings import Verdict
 from tpcheck.families.build import causal_types
 from tpcheck.lab.known import judge, register
-from tpcheck.lab.matrix import Cell, cells, configuration, unexpected_message, versions
+from tpcheck.lab.matrix import Cell, cells, combinations, configuration, unexpected_message, versions
 from tpcheck.model.options import DEFAULTS, FamilyKeywords, RunOptions, expand_options
 from tpcheck.model.verify import verify_family
 
@@ -46,8 +46,7 @@ def family_tests(
         >>> [mark.name for mark in test_families.pytestmark]
         ['parametrize']
     """
-    matrix_cells = cells(
-        causal_types() if families is None else families,
+    combined = combinations(
         RunOptions.of(**options),
         backend=_as_list(backend),
         tp=_as_list(tp),
@@ -55,6 +54,7 @@ def family_tests(
         zero=_as_list(zero),
         dtype=_as_list(dtype),
     )
+    matrix_cells = cells(causal_types() if families is None else families, combined)
 
     @pytest.mark.parametrize("cell", [_case(cell) for cell in matrix_cells])
     def test_families(cell: Cell) -> None:

@@ -22,8 +22,12 @@ from tpcheck.world.requests import RankOrigin, WorldPlan, fork_request
 _MAX_SEED = 2**64 - 1  # the largest that torch.manual_seed takes
 
 
-def _checked_timeout(timeout: Any) -> float | None:
-    """Return the timeout in seconds; infinity and None mean no limit."""
+def require_seconds(timeout: Any) -> float | None:
+    """Return a timeout in seconds; infinity and None mean no limit.
+
+    Raises:
+        UsageError: It is no such number.
+    """
     if timeout is None:
         return None
     if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not timeout > 0:
@@ -165,7 +169,7 @@ def open_world(
     return World(
         machines,
         topology,
-        timeout=_checked_timeout(timeout),
+        timeout=require_seconds(timeout),
         device=device,
         backend=backend,
         preload=_checked_preload(preload),
@@ -313,7 +317,7 @@ class World:
 
     @timeout.setter
     def timeout(self, timeout: float | None) -> None:
-        self._timeout = _checked_timeout(timeout)
+        self._timeout = require_seconds(timeout)
 
     def close(self) -> None:
         """End every rank, and wait until no process or file of this world is left. A second call does nothing.

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import tpcheck
 from tests.batches.loader.loops import run_loop
 from tpcheck import Rank, Topology, World
 
@@ -63,3 +64,18 @@ def test_the_last_line_names_what_is_not_compared(square: World) -> None:
     assert square.run(watch)[0] == (
         "1 batch compared within TP group (0, 1), from topology; not compared across cp (ranks 0, 2); no difference"
     )
+
+
+def test_the_last_line_counts_the_batch_that_differs(square: World) -> None:
+    def watch(rank: Rank) -> str:
+        from tpcheck.batches.options import WatchOptions
+        from tpcheck.batches.watcher import Watcher
+
+        watcher, batch = Watcher(WatchOptions(topology=CP)), sequences(rank)[0]
+        batch["tokens"][0, 0] += rank.rank % 2
+        with pytest.raises(tpcheck.BatchMismatch):
+            watcher.check(batch)
+        return watcher._tally.conclusion()
+
+    assert square.run(watch)[0].startswith("1 batch compared within TP group (0, 1), from topology")
+    assert square.run(watch)[0].endswith("; 1 finding, reported above")

@@ -18,9 +18,9 @@ from tpcheck import UsageError
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.families.build import dimensions
 from tpcheck.lab.faults.fault import FaultyBackend, Live
-from tpcheck.lab.fuzz.family import Bounds, family_examples, fuzz_family, outcome_of
+from tpcheck.lab.fuzz.family import family_examples, fuzz_family, outcome_of
 from tpcheck.lab.fuzz.results import Outcome, SearchResult
-from tpcheck.lab.fuzz.search import Limits
+from tpcheck.lab.fuzz.search import Bounds, Limits
 from tpcheck.model.options import RunOptions, Tokens
 
 NARROW = Bounds(tp=(2,), dp=(1,), zero=(0,), dtype=("float64",))

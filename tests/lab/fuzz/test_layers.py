@@ -17,7 +17,7 @@ from tpcheck import UsageError
 from tpcheck.backends.interface import NO_ROW, LayerTable
 from tpcheck.backends.registry import load_backend
 from tpcheck.lab.fuzz.layer_trial import RankTrial, TriedTensor
-from tpcheck.lab.fuzz.layers import LayerCommon, Worlds, fuzz_layers, read_trial, try_one
+from tpcheck.lab.fuzz.layers import LayerCommon, Worlds, fuzz_layers, try_one
 from tpcheck.lab.fuzz.results import INPUT_GRADIENT, OUTPUT, Outcome, SearchResult, Trial, in_general
 from tpcheck.lab.fuzz.search import Limits
 
@@ -34,7 +34,7 @@ def test_the_lost_reduction_is_found_in_its_smallest_form() -> None:
     (found,) = result.found
     assert found.outcome.data["cause"] == "missing_reduce"
     assert found.outcome.data["tensor"] == "gradient of the input"
-    trial = read_trial(shlex.split(found.outcome.command)[-1])
+    trial = Trial.parse(shlex.split(found.outcome.command)[-1])
     assert trial == Trial("SubParamLinearLayer", inputs=2, rows=(2,), strides="transposed")
 
     from tpcheck.cli import app
@@ -89,12 +89,12 @@ def test_an_unknown_layer_is_bad_usage() -> None:
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"layer": "a", "x": 1}', '{"layer": "a", "rows": [0]}'])
 def test_an_invalid_trial_is_bad_usage(text: str) -> None:
     with pytest.raises(UsageError, match="trial"):
-        read_trial(text)
+        Trial.parse(text)
 
 
 def test_a_trial_is_read_as_it_is_written() -> None:
     trial = Trial("a", 4, 3, 2, (1, 2), True, "float32", "sliced", "expanded", {"x": True})
-    assert read_trial(trial.to_json()) == trial
+    assert Trial.parse(trial.to_json()) == trial
     assert json.loads(Trial("a").to_json()) == {"layer": "a"}
 
 
@@ -134,7 +134,7 @@ def test_a_wrong_tensor_has_its_ranks_and_its_cause(
 ) -> None:
     failed = outcome(name, actual)
     assert (failed.status, failed.kind) == ("failed", f"Layer {name}")
-    assert read_trial(shlex.split(failed.command)[-1]) == Trial("Layer")
+    assert Trial.parse(shlex.split(failed.command)[-1]) == Trial("Layer")
     assert (failed.data["tensor"], failed.data["ranks"], failed.data["cause"]) == (name, ranks, cause)
     assert failed.data["margin"] > 1e3
 

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.module_inject.layers import GatherReplacedLayerParams
 from deepspeed.runtime import engine as engine_module
 from deepspeed.utils import (
     groups,
@@ -171,18 +172,33 @@ _WEIGHTS = "pytorch_model.bin"
 def ways_to_save(engine: Any) -> Mapping[str, Callable[[Path], None]]:
     """Return the ways to save by the names that users know; each is collective over the world."""
     gathers = engine.autotp_size() > 1 or engine.zero_optimization_partition_weights()
+    is_sharded_by_tp_alone = engine.autotp_size() > 1 and not engine.zero_optimization_partition_weights()
     return {
         "save_16bit_model": lambda folder: engine.save_16bit_model(str(folder), save_filename=_WEIGHTS),
         **({"consolidated state dict": partial(_save_consolidated, engine)} if gathers else {}),
+        **({"GatherReplacedLayerParams": partial(_save_gathered, engine)} if is_sharded_by_tp_alone else {}),
         "save_checkpoint": lambda folder: engine.save_checkpoint(str(folder)),
         **({"universal checkpoint": partial(_save_universal, engine)} if engine.zero_optimization() else {}),
     }
 
 
 def _save_consolidated(engine: Any, folder: Path) -> None:
+    """Save what accelerate's `get_state_dict` returns, which transformers' Trainer saves, too."""
     state = engine._consolidated_16bit_state_dict()
     if dist.get_rank() == 0:
         torch.save(dict(state), folder / _WEIGHTS)
+
+
+def _save_gathered(engine: Any, folder: Path) -> None:
+    """Save as `docs/guides/gather.md` says."""
+    names = set(engine.module.state_dict())
+    state: dict[str, torch.Tensor] = {}
+    for prefix, module in engine.module.named_modules():
+        own = dict(module.named_parameters(prefix, recurse=False)) | dict(module.named_buffers(prefix, recurse=False))
+        with GatherReplacedLayerParams(list(module.parameters(recurse=False)), module):
+            state |= {name: tensor.detach().cpu().clone() for name, tensor in own.items() if name in names}
+    if dist.get_rank() == 0:
+        torch.save(state, folder / _WEIGHTS)
 
 
 def _save_universal(engine: Any, folder: Path) -> None:

@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import (
 from tpcheck.backends.dtensor.candidate import DTensorCandidate, clip_by_mesh
 from tpcheck.backends.initialisation import BUILT_THEN_SHARDED, NotInitialised, built_then_sharded
 from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions, WayToInitialise
+from tpcheck.backends.limits import require_within_limits
 from tpcheck.backends.peft_models import is_peft_model, plan_around_adapters, ways_to_save_adapters
 from tpcheck.backends.sgd import Sgd
 from tpcheck.core.errors import UsageError
@@ -100,9 +101,6 @@ class TorchCheckpointCandidate(DTensorCandidate):
             torch.save(state, folder / "pytorch_model.bin")
 
 
-_SETTINGS = ("plan", "loss_parallel")
-
-
 class DTensorBackend:
     """The plan in `config["plan"]`, or the model's tp_plan in torch's styles.
 
@@ -116,13 +114,7 @@ class DTensorBackend:
         return {"torch": torch.__version__}
 
     def resolved(self, options: TrainingOptions) -> TrainingOptions:
-        if options.zero_stage:
-            raise UsageError("zero_stage", options.zero_stage, "0: above dp=1 fully_shard wraps the model")
-        if options.ignore_plan:
-            raise UsageError("ignore_plan", True, "False: torch has no heuristics; give a plan as config.plan")
-        for name in options.config:
-            if name not in _SETTINGS:
-                raise UsageError("config", name, _SETTINGS)
+        require_within_limits(self.name, options)
         styles(options.config.get("plan", {}))
         return options
 

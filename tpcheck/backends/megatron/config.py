@@ -13,6 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from tpcheck.backends.interface import TrainingOptions
+from tpcheck.backends.limits import require_within_limits
 from tpcheck.core.errors import UsageError
 
 _NEEDS_SEVERAL_RANKS = ("sequence_parallel", "tp_comm_overlap")  # Megatron refuses them at tensor-parallel size 1
@@ -27,12 +28,9 @@ def require_supported(options: TrainingOptions) -> None:
     Raises:
         UsageError: Megatron has no such option, its configuration has no such field, or a field is not verified.
     """
-    if options.zero_stage:
-        raise UsageError("zero_stage", options.zero_stage, "0: Megatron's distributed optimizer is not verified")
+    require_within_limits("megatron", options)
     if options.config.get("calculate_per_token_loss") and options.loss != "token_mean":
         raise UsageError("loss", options.loss, "token_mean with calculate_per_token_loss, which divides by all labels")
-    if options.ignore_plan:
-        raise UsageError("ignore_plan", True, "False: Megatron has no plans; its layers shard themselves")
     known = [field.name for field in fields(TransformerConfig) if field.init]
     for name, value in options.config.items():
         if name not in known:

@@ -25,6 +25,7 @@ from tpcheck.backends.dtensor.candidate import DTensorCandidate, clip_by_mesh
 from tpcheck.backends.initialisation import NotInitialised
 from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions, WayToInitialise
 from tpcheck.backends.layout import Layout
+from tpcheck.backends.limits import require_within_limits
 from tpcheck.backends.peft_models import is_peft_model, ways_to_save_adapters
 from tpcheck.backends.sgd import Sgd
 from tpcheck.backends.transformers.adapters import add_adapters
@@ -45,12 +46,7 @@ class TransformersBackend:
         return {"transformers": transformers.__version__}
 
     def resolved(self, options: TrainingOptions) -> TrainingOptions:
-        if options.zero_stage:
-            raise UsageError("zero_stage", options.zero_stage, "0: transformers shards over dp with FSDP2, not ZeRO")
-        if options.ignore_plan:
-            raise UsageError(
-                "ignore_plan", True, "False: transformers has no heuristics; give a plan of your own as config.tp_plan"
-            )
+        require_within_limits(self.name, options)
         if BEFORE_TP_SIZE:
             if options.loop != "plain":
                 raise UsageError(

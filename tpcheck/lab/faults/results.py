@@ -7,6 +7,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 CONTROL = "clean control"
+KINDS = (
+    "forward collectives",
+    "layout",
+    "backward",
+    "replicas",
+    "norm and optimizer",
+    "accumulation, losses, optimizers",
+    "transformers' Trainer",
+    "precision",
+    "resume",
+    "adapters",
+    "hand-written TP",
+    "losses",
+    "initialisation",
+    "data",
+    "checkpoint",
+)
+"""The parts of training that faults are in, in the order of their tables."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ Configurations have uneven sizes, switches, and options that must not change the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +20,10 @@ from tpcheck.core.topology import Topology
 from tpcheck.families.build import Dimensions, dimensions, small_model
 from tpcheck.families.settings import overlay
 from tpcheck.lab.fuzz.results import REFUSALS, Outcome, SearchResult, crash_kind, in_general
-from tpcheck.lab.fuzz.search import Limits, OnOutcome, require_hypothesis, search, versions_with
+from tpcheck.lab.fuzz.search import Bounds, Limits, OnOutcome, require_hypothesis, search, versions_with
 from tpcheck.lab.known import explained
 from tpcheck.lab.matrix import summary_line
-from tpcheck.model.options import COMMON_DTYPES, ZERO_STAGES, RunOptions, Tokens
+from tpcheck.model.options import RunOptions, Tokens
 from tpcheck.model.verify import verify_family
 from tpcheck.report.json_values import printable
 
@@ -41,36 +41,6 @@ _EXPERTS = (2, 6)  # of which two process a token
 _MOST_VOCABULARY = 150
 _MOST_ROWS = 3
 _LENGTHS = (2, 20)
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """The values to draw for each option; a failure shrinks towards the first."""
-
-    tp: tuple[int, ...] = (2, 4)
-    dp: tuple[int, ...] = (1, 2)
-    zero: tuple[int, ...] = ZERO_STAGES
-    dtype: tuple[str, ...] = COMMON_DTYPES
-
-    @classmethod
-    def of(cls, *, tp: Sequence[int], dp: Sequence[int], zero: Sequence[int], dtype: Sequence[str]) -> Bounds:
-        """Return bounds of values that `verify` accepts.
-
-        Raises:
-            UsageError: A value is invalid.
-        """
-        for size in (*tp, *dp):
-            Topology(tp=size)
-        for stage in zero:
-            if stage not in ZERO_STAGES:
-                raise UsageError("zero", stage, ZERO_STAGES)
-        for name in dtype:
-            if name not in COMMON_DTYPES:
-                raise UsageError("dtype", name, COMMON_DTYPES)
-        return cls(tuple(tp), tuple(dp), tuple(zero), tuple(dtype))
-
-    def as_dict(self) -> dict[str, Any]:
-        return {name: list(values) for name, values in asdict(self).items()}
 
 
 def family_examples(family: str, bounds: Bounds, common: RunOptions) -> SearchStrategy[RunOptions]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -205,21 +204,6 @@ def _selected(table: LayerTable, names: Sequence[str]) -> list[ParallelLayer]:
         if name not in known:
             raise UsageError("layer", name, list(known))
     return [known[name] for name in names] if names else list(known.values())
-
-
-def read_trial(text: str) -> Trial:
-    """Return the trial in the text of `--trial`.
-
-    Raises:
-        UsageError: The text is no valid trial.
-    """
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise UsageError("trial", text, f"a JSON object ({error})") from error
-    if not isinstance(values, dict):
-        raise UsageError("trial", text, "a JSON object")
-    return Trial.of(values)
 
 
 def _failed(

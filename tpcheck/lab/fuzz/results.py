@@ -57,6 +57,21 @@ class Trial:
         )
 
     @classmethod
+    def parse(cls, text: str) -> Trial:
+        """Return the trial in the text of `--trial`.
+
+        Raises:
+            UsageError: The text is no valid trial.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise UsageError("trial", text, f"a JSON object ({error})") from error
+        if not isinstance(values, dict):
+            raise UsageError("trial", text, "a JSON object")
+        return cls.of(values)
+
+    @classmethod
     def of(cls, values: Mapping[str, Any]) -> Trial:
         """Return the trial that `to_json` has written.
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from tpcheck.core.environment import package_versions
-from tpcheck.core.errors import TpcheckError
+from tpcheck.core.errors import TpcheckError, UsageError
+from tpcheck.core.topology import Topology
 from tpcheck.lab.fuzz.results import Outcome, SearchResult, ShrunkFailure
+from tpcheck.model.options import COMMON_DTYPES, ZERO_STAGES
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -42,6 +44,44 @@ class Limits:
     examples: int = 200
     seed: int = 0
     shrink_seconds: float = SHRINK_SECONDS
+
+    def __post_init__(self) -> None:
+        if self.examples < 1:
+            raise UsageError("examples", self.examples, "a positive integer")
+        if not 0 <= self.seed < 2**31:
+            raise UsageError("seed", self.seed, f"an integer from 0 to {2**31 - 1}")
+        if not self.shrink_seconds >= 0:
+            raise UsageError("shrink_seconds", self.shrink_seconds, "seconds, 0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The values to draw for each option; a failure shrinks towards the first."""
+
+    tp: tuple[int, ...] = (2, 4)
+    dp: tuple[int, ...] = (1, 2)
+    zero: tuple[int, ...] = ZERO_STAGES
+    dtype: tuple[str, ...] = COMMON_DTYPES
+
+    @classmethod
+    def of(cls, *, tp: Sequence[int], dp: Sequence[int], zero: Sequence[int], dtype: Sequence[str]) -> Bounds:
+        """Return bounds of values that `verify` accepts.
+
+        Raises:
+            UsageError: A value is invalid.
+        """
+        for size in (*tp, *dp):
+            Topology(tp=size)
+        for stage in zero:
+            if stage not in ZERO_STAGES:
+                raise UsageError("zero", stage, ZERO_STAGES)
+        for name in dtype:
+            if name not in COMMON_DTYPES:
+                raise UsageError("dtype", name, COMMON_DTYPES)
+        return cls(tuple(tp), tuple(dp), tuple(zero), tuple(dtype))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: list(values) for name, values in asdict(self).items()}
 
 
 def search(

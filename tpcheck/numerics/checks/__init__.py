@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tpcheck.core.check_names import (
+    CHECK_NAMES,
+    CHECKPOINT_CHECK,
+    INITIALISATION_CHECK,
+    ON_REQUEST,
+    RESUME_CHECK,
+)
 from tpcheck.numerics.checks.gradients import gradients_match_reference
-from tpcheck.numerics.checks.initialisation import INITIALISATION_CHECK
 from tpcheck.numerics.checks.optimizer_state import optimizer_state_matches_reference
 from tpcheck.numerics.checks.outputs import outputs_match_reference
 from tpcheck.numerics.checks.replicas import replicas_agree_after, replicas_agree_at_start
-from tpcheck.numerics.checks.resume import RESUME_CHECK
 from tpcheck.numerics.checks.start import groups_match_topology, parameters_are_sharded, weights_match_reference
 from tpcheck.numerics.checks.updates import gradient_norm_matches_reference, updates_match_reference
 from tpcheck.numerics.evidence import CheckOutcome, Evidence
@@ -40,11 +45,3 @@ STEP_CHECKS: dict[str, Callable[[Evidence, int], CheckOutcome]] = {
     "optimizer_state_matches_reference": optimizer_state_matches_reference,
     "replicas_agree": replicas_agree_after,
 }
-
-CHECKPOINT_CHECK = "checkpoint_matches_reference"
-"""Compares files, not evidence: `verify` runs it where it is named."""
-
-ON_REQUEST = (INITIALISATION_CHECK, CHECKPOINT_CHECK, RESUME_CHECK)
-"""The checks that `verify` runs only where they are named."""
-
-CHECK_NAMES = tuple(dict.fromkeys([*START_CHECKS, *STEP_CHECKS]))

@@ -17,11 +17,10 @@ from math import exp, inf, isclose, isfinite, log
 from typing import Any, Literal
 
 from tpcheck.core.causes import Cause
+from tpcheck.core.check_names import INITIALISATION_CHECK
 from tpcheck.core.findings import Finding
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.evidence import WayOutcome
-
-INITIALISATION_CHECK = "initialisation_matches_reference"
 
 NUM_DRAWS = 16
 """Draws of each side: 200 parameters on four ranks, with two statistics each, alarm falsely once in 2e5 runs."""

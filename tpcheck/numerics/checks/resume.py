@@ -15,13 +15,12 @@ import torch
 
 from tpcheck.backends.interface import STEPS_TAKEN
 from tpcheck.core.causes import Cause
+from tpcheck.core.check_names import RESUME_CHECK
 from tpcheck.core.findings import Finding
 from tpcheck.numerics.differences import frobenius, frobenius_distance, spacing
 from tpcheck.numerics.evidence import WayOutcome
 from tpcheck.numerics.tolerance import LEAST_ELEMENTS, Tolerance
 from tpcheck.numerics.training_state import StateKey, TrainingState, assemble
-
-RESUME_CHECK = "resume_matches_uninterrupted"
 
 OF_GROUP = " of parameter group "
 """Between an option of the optimizer and the number of its group."""

@@ -39,8 +39,9 @@ def groups_match_topology(evidence: Evidence) -> CheckOutcome:
 
 # Advice for this check alone: the one of the cause is about checkpoints.
 _ADVICE = (
-    'No parameter is sharded. Add "tensor_parallel": {"autotp_size": N} to the DeepSpeed configuration, or load the '
-    'model with tp_plan="auto" in transformers; until then every rank trains and saves the full model.'
+    "The library found nothing in this model that it shards, so every rank trains and saves the full model. Give it "
+    "rules (DeepSpeed: tensor_parallel.partition_config; transformers: tp_plan), or shard by a function of your own: "
+    "shard(model, rank) beside build and --backend custom, or shard= in Python."
 )
 _ADVICE_LOST = (
     "The library has replaced the layers that held them by layers of its own, which know nothing of them. For "
