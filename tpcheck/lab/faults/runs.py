@@ -205,7 +205,7 @@ def run_model_fault(
 ) -> FaultResult:
     """Inject one fault into a small model, verify the model, and compare the first finding with the truth."""
     place, options = model_fault_options(fault, dtype=dtype, seed=seed, replays=replays)
-    report = verify_family(fault.family, **options)
+    report, dtype = verify_family(fault.family, **options), options["dtype"]
     return _result(
         fault,
         report.findings,
