@@ -175,31 +175,37 @@ def _place(finding: Finding) -> str:
     return str(where.get("parameter") or where.get("module") or where.get("field") or "(the whole model)")
 
 
-def run_model_fault(
+def model_fault_options(
     fault: ModelFault, *, dtype: str = "float64", seed: int = 0, replays: int = NUM_REPLAYS
-) -> FaultResult:
-    """Inject one fault into a small model, verify the model, and compare the first finding with the truth."""
+) -> tuple[Place, Mapping[str, Any]]:
+    """Return where a fault is injected at a seed, and the options of `verify_family` that inject it."""
     fault, dtype = fault.at_seed(seed), fault.dtype or dtype
     lora = fault.options.get("lora")
     model = with_adapters(fault.family, fault.settings, lora) if lora else small_model(fault.family, fault.settings)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     injection = fault.injection([name for name, _ in model.named_modules()], shapes, seed)
-    report = verify_family(
-        fault.family,
-        topology=fault.topology,
-        backend=FaultyBackend(injection.inject, fault.backend, fault.training_context),
-        dtype=dtype,
-        steps=fault.steps,
-        zero_stage=zero_stage_at(dtype, fault.zero_stage, fault.backend),
-        config=fault.config,
-        seed=seed,
-        settings=fault.settings,
-        ignore_plan=fault.ignore_plan,
+    return injection.place, {
+        "topology": fault.topology,
+        "backend": FaultyBackend(injection.inject, fault.backend, fault.training_context),
+        "dtype": dtype,
+        "steps": fault.steps,
+        "zero_stage": zero_stage_at(dtype, fault.zero_stage, fault.backend),
+        "config": fault.config,
+        "seed": seed,
+        "settings": fault.settings,
+        "ignore_plan": fault.ignore_plan,
         **fault.options,
-        replays=replays,
-        timeout=_TIMEOUT,
-    )
-    place = injection.place
+        "replays": replays,
+        "timeout": _TIMEOUT,
+    }
+
+
+def run_model_fault(
+    fault: ModelFault, *, dtype: str = "float64", seed: int = 0, replays: int = NUM_REPLAYS
+) -> FaultResult:
+    """Inject one fault into a small model, verify the model, and compare the first finding with the truth."""
+    place, options = model_fault_options(fault, dtype=dtype, seed=seed, replays=replays)
+    report, dtype = verify_family(fault.family, **options), options["dtype"]
     return _result(
         fault,
         report.findings,
@@ -214,15 +220,21 @@ def run_model_fault(
     )
 
 
+def control_options(control: Control, *, dtype: str = "float64", seed: int = 0) -> Mapping[str, Any]:
+    """Return the options of `verify_family` for a clean run."""
+    backend, dtype = control.options.get("backend", DEFAULTS.backend), control.options.get("dtype", dtype)
+    zero_stage = zero_stage_at(dtype, control.zero_stage, backend)
+    return {"topology": control.topology, "zero_stage": zero_stage, "seed": seed, **control.options, "dtype": dtype}
+
+
 def run_control(control: Control, *, dtype: str = "float64", seed: int = 0) -> FaultResult:
     """Verify a small model without an injected fault."""
-    backend, dtype = control.options.get("backend", DEFAULTS.backend), control.options.get("dtype", dtype)
-    topology, zero_stage = control.topology, zero_stage_at(dtype, control.zero_stage, backend)
-    given = {"topology": topology, "zero_stage": zero_stage, "seed": seed, **control.options, "dtype": dtype}
-    report = verify_family(control.family, **given)
-    options = "".join(f" {name}={value}" for name, value in control.options.items())
+    options = control_options(control, dtype=dtype, seed=seed)
+    report = verify_family(control.family, **options)
+    topology, zero_stage, dtype = control.topology, options["zero_stage"], options["dtype"]
+    suffix = "".join(f" {name}={value}" for name, value in control.options.items())
     return FaultResult(
-        fault=f"{control.family} tp={topology.tp} dp={topology.dp} zero={zero_stage}{options}",
+        fault=f"{control.family} tp={topology.tp} dp={topology.dp} zero={zero_stage}{suffix}",
         kind=CONTROL,
         what="no fault is injected",
         verdict=report.verdict.verdict,
@@ -297,6 +309,14 @@ def verify_hand_written(
     world: World | None = None,
 ) -> Report:
     """Verify the small model under tensor parallelism that is written by hand."""
+    request = hand_written_request(control, dtype=dtype, seed=seed, replays=replays)
+    return run(request, {"model": control.name}, again=None, world=world)
+
+
+def hand_written_request(
+    control: HandWrittenControl, *, dtype: str = "float64", seed: int = 0, replays: int = NUM_REPLAYS
+) -> Request:
+    """Return what a rank is asked to verify."""
     sharding = {"shard_model": control.shard, "layout": layout_of, "clip_gradients": control.clip}
     backend: Any = replace(load_backend("custom"), **sharding)  # type: ignore[type-var]
     options = RunOptions.of(
@@ -311,7 +331,7 @@ def verify_hand_written(
         replays=replays,
         timeout=_TIMEOUT,
     )
-    return run(Request(partial(Model, **control.options), options), {"model": control.name}, again=None, world=world)
+    return Request(partial(Model, **control.options), options)
 
 
 def run_checkpoint_fault(fault: CheckpointFault, *, seed: int = 0) -> FaultResult:
