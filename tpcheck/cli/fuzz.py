@@ -182,10 +182,10 @@ def fuzz(
         sizes = {"tp": integers("tp", tp), "dp": integers("dp", dp), "zero": integers("zero", zero)}
         bounds = Bounds.of(dtype=dtypes(dtype), **sizes)
         limits = Limits(examples, seed, shrink_seconds)
+        require_hypothesis()
         require_usable(
             combinations(common, backend=[backend], tp=bounds.tp, dp=bounds.dp, zero=bounds.zero, dtype=bounds.dtype)
         )
-        require_hypothesis()
         if family is not None:
             type_and_head(family)
         of_trial = Trial.parse(trial) if trial is not None else None

@@ -51,7 +51,7 @@ def test_a_model_without_any_shard_is_one_finding_with_advice() -> None:
     layouts = {name: Layout.replicated(tensor.shape, 2) for name, tensor in RIGHT.initial.items()}
     (suspect,) = parameters_are_sharded(replace(RIGHT, layouts=layouts)).suspects
     assert suspect.observed == 4
-    assert "autotp_size" in suspect.evidence["advice"]
+    assert "partition_config" in suspect.evidence["advice"]
     found = explain(suspect)
     assert found is not None
     assert found.cause is Cause.NOT_SHARDED
