@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tpcheck import Rank, RankFailure, Topology, World, spawn
-from tpcheck.world.exchange import Exchange, PeerAborted, PeerLost, PeerSockets
+from tpcheck.world.exchange import BoundedStore, Exchange, PeerAborted, PeerLost, PeerSockets
 
 
 @pytest.fixture(scope="module")
@@ -315,3 +315,32 @@ def test_work_that_is_done_just_after_the_last_look_is_no_failure() -> None:
     work = LateWork()
     Exchange((0,), axis="tp", timeout=1)._wait_for_gloo(work)
     assert work.looks == 2
+
+
+class StoreOfASuspendedHost:
+    def __init__(self) -> None:
+        self.calls = 0
+        self.resumed = threading.Event()
+
+    def check(self, keys: list[str]) -> bool:
+        self.calls += 1
+        return self.resumed.wait()
+
+    def set(self, key: str, value: str) -> None:
+        raise RuntimeError("connection reset")
+
+    def get(self, key: str) -> bytes:
+        return key.encode()
+
+
+def test_a_store_that_does_not_answer_is_given_up_and_not_asked_again() -> None:
+    suspended = StoreOfASuspendedHost()
+    store = BoundedStore(suspended, limit_s=0.05)  # type: ignore[arg-type]
+    assert store.get("here/1") == b"here/1"
+    with pytest.raises(RuntimeError, match="connection reset"):
+        store.set("here/0", "closed")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the store does not answer"):
+            store.check(["here/1"])
+    assert suspended.calls == 1
+    suspended.resumed.set()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import queue
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -15,7 +17,7 @@ from ipaddress import ip_address
 from itertools import count
 from pathlib import Path
 from select import POLLIN, poll
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 from weakref import WeakSet, finalize
 
 from tpcheck.core.errors import RankFailure, RankOutcome
@@ -23,10 +25,14 @@ from tpcheck.world.channel import dumps, end_with_machine, loads
 
 if TYPE_CHECKING:
     import torch
+    from torch._C._distributed_c10d import Store
+
+T = TypeVar("T")
 
 _POLL_S = 0.3  # how soon a rank that waits learns that another rank has failed
 _CONNECT_TIMEOUT_S = 10.0
 _SPINS = 40  # 0.1 ms: a rank that is scheduled out takes up to 0.4 ms to wake up
+_STORE_LIMIT_S = 10.0  # a busy host answers within a second; one that is suspended, never
 _ROLL_CALL_S = 1.5  # five polls, so that every rank that waits has answered
 _MOST_PEERS_OVER_TCP = 64  # each rank has a connection to each other: 8 ranks of a node 504, of 1024 that may be open
 _TOKEN_BYTES = 16
@@ -355,10 +361,11 @@ class Exchange:
             return
         self._rank = dist.get_rank()
         number = next(_numbers.setdefault(self.ranks, count()))
-        self._store = PrefixStore(f"tpcheck/exchange/{axis}/{self.ranks}/{number}", _get_default_store())
+        store = PrefixStore(f"tpcheck/exchange/{axis}/{self.ranks}/{number}", _get_default_store())
+        self._store = BoundedStore(store)
         try:
             self._group = dist.ProcessGroupGloo(
-                PrefixStore("gloo", self._store), self.ranks.index(self._rank), len(self.ranks),
+                PrefixStore("gloo", store), self.ranks.index(self._rank), len(self.ranks),
                 timedelta(seconds=timeout),
             )  # fmt: skip
         except RuntimeError as error:
@@ -552,6 +559,48 @@ class Exchange:
                 time.sleep(0.02)
             return missing, timed_out
         return [], timed_out
+
+
+class BoundedStore:
+    """A store whose answers are waited for a limited time: torch waits for ever where its host is suspended.
+
+    Every call raises RuntimeError where the store does not answer, as torch does where its host has died.
+    """
+
+    def __init__(self, store: Store, limit_s: float = _STORE_LIMIT_S) -> None:
+        self._store = store
+        self._limit_s = limit_s
+        self._is_silent = False
+
+    def set(self, key: str, value: str) -> None:
+        self._answer(lambda: self._store.set(key, value))
+
+    def check(self, keys: list[str]) -> bool:
+        return self._answer(lambda: self._store.check(keys))
+
+    def get(self, key: str) -> bytes:
+        return self._answer(lambda: self._store.get(key))
+
+    def _answer(self, ask: Callable[[], T]) -> T:
+        if self._is_silent:
+            raise RuntimeError("the store does not answer")
+        answers: queue.SimpleQueue[tuple[T | None, RuntimeError | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                answers.put((ask(), None))
+            except RuntimeError as error:
+                answers.put((None, error))
+
+        threading.Thread(target=run, daemon=True, name="tpcheck-store").start()
+        try:
+            answer, error = answers.get(timeout=self._limit_s)
+        except queue.Empty:
+            self._is_silent = True
+            raise RuntimeError("the store does not answer") from None
+        if error is not None:
+            raise error
+        return cast("T", answer)
 
 
 def _gloo_error(work: Any) -> RuntimeError | None:
