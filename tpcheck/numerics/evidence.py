@@ -596,6 +596,7 @@ Kind = Literal[
     "sharding",
     "lost",
     "state",
+    "master",
     "logged",
 ]
 
