@@ -192,6 +192,24 @@ def test_facts_of_a_distributed_sampler() -> None:
     assert (facts.num_replicas, facts.rank, facts.sampler_seed, facts.shuffle, facts.epoch) == (4, 3, 7, True, 0)
 
 
+SIZE_OF_SCRIPT = 4
+
+
+def test_facts_of_a_dataset_have_the_numbers_that_its_methods_read() -> None:
+    number, unread = 3, 5
+
+    class Split(Samples):
+        def __len__(self) -> int:
+            return number // SIZE_OF_SCRIPT
+
+    assert unread
+    numbers = facts_of(DataLoader(Split(), sampler=[0])).numbers or {}
+    assert {name: numbers[name] for name in numbers if name.startswith("dataset.")} == {
+        "dataset.number": 3,
+        "dataset.SIZE_OF_SCRIPT": 4,
+    }
+
+
 def test_facts_of_a_dataset_that_lists_files() -> None:
     dataset = Samples()
     listings = []

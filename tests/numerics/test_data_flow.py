@@ -69,6 +69,29 @@ def test_a_recorder_sees_what_is_computed_from_what_also_between_modules() -> No
     }
 
 
+class Shifted(nn.Module):
+    """Has a parameter of its own beside a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.inner = nn.Parameter(torch.ones(2)), nn.Linear(2, 2)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.inner(hidden + self.shift) * self.shift
+
+
+def test_a_recorder_sees_what_is_computed_from_each_parameter() -> None:
+    flow, model = DataFlow(), Shifted()
+    with ModuleRecorder(model, lambda key, tensor: None, flow=flow):
+        model(torch.ones(1, 2))
+    uses = {name: list(map(str, flow.uses[parameter])) for name, parameter in model.named_parameters()}
+    assert uses == {
+        "shift": ["inner: input 0", "model: output 0"],
+        "inner.weight": ["inner: output 0"],
+        "inner.bias": ["inner: output 0"],
+    }
+
+
 def test_without_gradients_nothing_is_known() -> None:
     flow, model = DataFlow(), Residual()
     with torch.no_grad(), ModuleRecorder(model, lambda key, tensor: None, flow=flow):

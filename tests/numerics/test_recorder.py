@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from tpcheck.numerics.evidence import TensorKey
-from tpcheck.numerics.recorder import ModuleRecorder
+from tpcheck import Rank
+from tpcheck.numerics.evidence import Collective, TensorKey
+from tpcheck.numerics.recorder import ModuleRecorder, logged_collectives
 
 
 class Branches(nn.Module):
@@ -192,3 +195,19 @@ def scale_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> None:
 def wrong(actual: dict[TensorKey, torch.Tensor], expected: dict[TensorKey, torch.Tensor]) -> set[str]:
     assert actual.keys() == expected.keys()
     return {str(key) for key in expected if not torch.equal(actual[key], expected[key])}
+
+
+@pytest.mark.tpcheck(tp=2, timeout=60)
+def test_a_rank_that_leaves_out_its_last_collective_fails_with_those_that_wait(tp_rank: Rank) -> None:
+    """Its others have the same shape, so that no collective of the model shows it."""
+    tensor = torch.ones(2)
+    log: list[Collective] = []
+
+    def run() -> None:
+        with logged_collectives(nn.Identity(), log):
+            for _ in range(2 + tp_rank.rank):
+                dist.all_reduce(tensor, group=tp_rank.group("tp"))
+
+    with pytest.raises(RuntimeError, match="Detected mismatch between collectives"):
+        run()
+    assert len(log) == 2 + tp_rank.rank

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -330,16 +332,33 @@ _WORLD_SIZE_NAMES = {"get_world_size", "WORLD_SIZE"}
 
 def _reads_rank(dataset: Any) -> bool:
     """Return whether the method that gives samples names the world rank and size, as `dist.get_rank()` does."""
-    codes = [
-        getattr(getattr(type(dataset), method, None), "__code__", None)
-        for method in ("__iter__", "__getitem__", "__len__")
-    ]
-    names = {name for code in codes if code is not None for name in (*code.co_names, *map(str, code.co_consts))}
+    codes = [method.__code__ for method in _sampling_methods(dataset)]
+    names = {name for code in codes for name in (*code.co_names, *map(str, code.co_consts))}
     return bool(names & _RANK_NAMES and names & _WORLD_SIZE_NAMES)
 
 
+def _sampling_methods(dataset: Any) -> list[Any]:
+    methods = (getattr(type(dataset), name, None) for name in ("__iter__", "__getitem__", "__len__"))
+    return [method for method in methods if hasattr(method, "__code__")]
+
+
+def _variables_outside(dataset: Any) -> dict[str, Any]:
+    """Return the variables around the methods that give samples, such as a `rank` of the script, which they read."""
+    found: dict[str, Any] = {}
+    for method in _sampling_methods(dataset):
+        variables = getattr(method, "__globals__", {})
+        found |= {name: variables[name] for name in method.__code__.co_names if name in variables}
+        for name, cell in zip(method.__code__.co_freevars, getattr(method, "__closure__", None) or (), strict=False):
+            with suppress(ValueError):  # not assigned yet
+                found[name] = cell.cell_contents
+    return {name: value for name, value in found.items() if not isinstance(value, (ModuleType, FunctionType, type))}
+
+
 def _numbers(loader: Any, source: Any) -> dict[str, int]:
-    """Return the integers in attributes of the dataset, the samplers and the loader, and of objects in them."""
+    """Return the integers in attributes of the dataset, the samplers and the loader, and of objects in them.
+
+    Of the dataset also those in variables that its methods read.
+    """
     objects = {"loader": [loader], "dataset": _chain(getattr(source, "dataset", None), _INNER_DATASET)}
     objects["sampler"] = _samplers(source)
     numbers: dict[str, int] = {}
@@ -347,7 +366,8 @@ def _numbers(loader: Any, source: Any) -> dict[str, int]:
         for value in chain:
             if type(value).__module__.startswith("torch.utils.data.dataloader"):
                 continue
-            for name, attribute in [*_attributes(value).items()][:_MAX_ATTRIBUTES]:
+            outside = _variables_outside(value) if kind == "dataset" else {}
+            for name, attribute in [*_attributes(value).items(), *outside.items()][:_MAX_ATTRIBUTES]:
                 if type(attribute) is int:
                     numbers[f"{kind}.{name}"] = attribute
                 inner = {} if isinstance(attribute, torch.nn.Module) else _attributes(attribute)

@@ -83,7 +83,7 @@ def _give_once(evidence: Mapping[str, Any], topology: Topology) -> str:
 def _assign_by_name(evidence: Mapping[str, Any], topology: Topology) -> str:
     name, other = (re.sub(r"\d+", "#", str(evidence.get(key, ""))) for key in ("parameter", "equals"))
     if name == other or not evidence.get("parameter"):
-        return "Renumber the layers: a pipeline stage or a name map counts them from another start."
+        return "Renumber the layers or experts: a pipeline stage, a rank or a name map counts them from another start."
     return "Correct the name map: it gives this parameter the tensor of another one."
 
 

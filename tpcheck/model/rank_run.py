@@ -78,11 +78,12 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
     try:
         return _verify(rank, request, log)
     except Exception as error:
-        if is_of_tpcheck(error):
-            raise internal_error(error) from error
+        raised = internal_error(error) if is_of_tpcheck(error) else error
         with suppress(Exception):  # some exceptions have no attributes of one's own
-            error.tpcheck_details = issued_by(log, rank.topology, rank.rank)  # type: ignore[attr-defined]
-        raise
+            raised.tpcheck_details = issued_by(log, rank.topology, rank.rank)  # type: ignore[attr-defined]
+        if raised is error:
+            raise
+        raise raised from error
 
 
 def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) -> RankAnswer:

@@ -364,14 +364,14 @@ def train_recorded(
         recorder.begin_micro_batch(micro_batch)
         return recorder
 
+    def recorded(step: int, dp_rank: int) -> dict[str, Any]:
+        flow = flows[step, dp_rank]
+        uses = {name: tuple(flow.uses.get(parameter, ())) for name, parameter in model.named_parameters()}
+        return {"activations": activations[step, dp_rank], "sources": flow.sources, "uses": uses}
+
     steps = train(model, batches, options, recording, weighing)
     return [
-        tuple(
-            _without_overflow(
-                replace(of_rank, activations=activations[index, dp_rank], sources=flows[index, dp_rank].sources)
-            )
-            for dp_rank, of_rank in enumerate(step)
-        )
+        tuple(_without_overflow(replace(of_rank, **recorded(index, dp_rank))) for dp_rank, of_rank in enumerate(step))
         for index, step in enumerate(steps)
     ]
 

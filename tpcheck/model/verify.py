@@ -201,13 +201,16 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
         with spawn(topology, timeout=timeout, device=device, also=preload) as world:
             return world.run(verify_on_rank, request)
     except RankFailure as failure:
-        if _COLLECTIVES_DIFFER not in str(failure.exception):
+        _, differ, message = str(failure.exception).partition(_COLLECTIVES_DIFFER)
+        if not differ:
             raise
         issued = {outcome.rank: outcome.details for outcome in failure.outcomes if outcome.details is not None}
         for group in topology.groups("tp"):
             unlike = first_unlike({rank: issued[rank] for rank in group if rank in issued})
             if unlike is not None:
-                raise BackendError(f"{unlike}.\ntorch's message: {failure.exception}") from failure
+                raise BackendError(f"{unlike}.\ntorch's message: {differ}{message}") from failure
+        if isinstance(failure.exception, InternalError):  # the ranks have parted: without checks they would hang
+            raise
         try:
             without_checks, limit = {"TORCH_DISTRIBUTED_DEBUG": "OFF"}, min(timeout, _RETRY_TIMEOUT)
             with spawn(topology, timeout=limit, device=device, env=without_checks) as world:

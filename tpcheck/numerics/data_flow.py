@@ -14,28 +14,31 @@ from tpcheck.numerics.evidence import Collective, Evidence, Phase, TensorKey
 class DataFlow:
     """Collects, for each tensor that a recorder sees in the forward pass, the recorded tensors nearest before it.
 
-    A tensor without a gradient has no sources.
+    A tensor without a gradient has no sources. Leaves of autograd's graph, such as parameters, are not recorded: of
+    each, `uses` has the recorded tensors that are computed from it, without another between them.
 
     Example:
-        >>> flow, x = DataFlow(), torch.ones(2, requires_grad=True) * 1
+        >>> leaf = torch.ones(2, requires_grad=True)
+        >>> flow, x = DataFlow(), leaf * 1
         >>> flow.add("x", x)
         >>> flow.add("y", x.exp() + 1)
-        >>> flow.sources
-        {'x': (), 'y': ('x',)}
+        >>> flow.sources, flow.uses
+        ({'x': (), 'y': ('x',)}, {tensor([1., 1.], requires_grad=True): ['x']})
     """
 
     def __init__(self) -> None:
         self.sources: dict[Any, tuple[Any, ...]] = {}
+        self.uses: dict[torch.Tensor, list[Any]] = {}
         self._keys: dict[Any, Any] = {}  # by autograd's node; the nodes are the same objects as long as they are here
 
     def add(self, key: Any, tensor: torch.Tensor) -> None:
         """Add a tensor that has a node of its own (a view, a copy)."""
         node = tensor.grad_fn
         if node is not None:
-            self.sources[key] = tuple(self._nearest(node))
+            self.sources[key] = tuple(self._nearest(node, key))
             self._keys[node] = key
 
-    def _nearest(self, node: Any) -> Iterator[Any]:
+    def _nearest(self, node: Any, key: Any) -> Iterator[Any]:
         seen, waiting = {node}, [node]
         while waiting:
             for before, _ in waiting.pop().next_functions:
@@ -46,6 +49,9 @@ class DataFlow:
                     yield self._keys[before]
                 else:
                     waiting.append(before)
+                leaf = getattr(before, "variable", None)
+                if leaf is not None:
+                    self.uses.setdefault(leaf, []).append(key)
 
 
 def consumers(evidence: Evidence, step: int, key: TensorKey) -> tuple[TensorKey, ...]:

@@ -266,7 +266,7 @@ def logged_collectives(
     finally:
         for handle in handles:
             handle.remove()
-    if groups and get_debug_level() is DebugLevel.DETAIL:
+    if groups and get_debug_level() == DebugLevel.DETAIL:  # every call returns another object
         for _, group in sorted(groups.items()):
             if group is not None:
                 dist.barrier(group)

@@ -109,14 +109,14 @@ def compact_names(names: Sequence[str]) -> list[str]:
     """Return one text for all names that differ in numbers alone.
 
     Example:
-        >>> compact_names(["layers.0.up", "layers.1.up", "norm", "layers.2.up"])
-        ['layers.{0-2}.up', 'norm']
+        >>> compact_names(["layers.2.up", "layers.10.up", "norm", "layers.1.up"])
+        ['layers.{1,2,10}.up', 'norm']
     """
     numbers_of: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
     for name in names:
         parts = re.split(r"(\d+)", name)
         numbers_of.setdefault(tuple(parts[::2]), []).append(tuple(map(int, parts[1::2])))
-    return [text for pattern, rows in numbers_of.items() for text in _with_ranges(pattern, rows)]
+    return [text for pattern, rows in numbers_of.items() for text in _with_ranges(pattern, sorted(rows))]
 
 
 def _with_ranges(pattern: Sequence[str], rows: Sequence[tuple[int, ...]]) -> list[str]:

@@ -148,6 +148,16 @@ def test_a_wrong_gradient_of_a_module_whose_output_gradient_is_right_is_no_conse
     assert up.evidence["first_of"] == down.evidence["first_of"] == 6
 
 
+def test_a_wrong_gradient_of_a_parameter_that_feeds_a_wrong_one_is_a_consequence() -> None:
+    """As the parameter of a root, such as a table of positions, whose own output gradient is right."""
+    evidence = with_tensor(with_wrong_backward(*BEFORE_UP), "gradients", BIAS, lambda gradient: gradient * 2)
+    assert [suspect.parameter for suspect in suspects(evidence)] == [None, BIAS]
+    uses = {BIAS: (key("block.up input"),)}
+    reference = tuple(replace(step, uses=uses) for step in evidence.reference)
+    (up,) = suspects(replace(evidence, reference=reference))
+    assert up.evidence["also"] == [BIAS]
+
+
 def test_a_wrong_gradient_of_a_module_whose_input_gradient_alone_is_wrong_is_no_consequence() -> None:
     evidence = with_tensor(with_wrong_backward(*BEFORE_UP), "gradients", UP, lambda gradient: gradient * 2)
     assert [suspect.where["module"] for suspect in suspects(evidence)] == ["block.up", "block.up"]

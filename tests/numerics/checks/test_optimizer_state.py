@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from tests.numerics.evidence import DOWN, NORM, UP, right_evidence, with_tensor
@@ -49,6 +50,20 @@ def test_a_moment_of_another_rank_is_found_and_named() -> None:
     assert explanation is not None
     assert explanation.cause is Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK
     assert explanation.evidence == {"state_of_tp_rank": [0]}
+
+
+@pytest.mark.parametrize(("state", "cause"), [("exp_avg", Cause.GRADIENT_SCALED), ("master", None)])
+def test_a_multiple_of_a_moment_is_named_one_of_a_master_is_chance(state: str, cause: Cause | None) -> None:
+    evidence = with_moments()
+    moment = evidence.reference[0].optimizer_state["exp_avg", UP]
+    evidence = replace(
+        evidence, reference=(replace(evidence.reference[0], optimizer_state={(state, UP): 0.5 * moment}),)
+    )
+    parts = [{(state, UP): rank.optimizer_state["exp_avg", UP]} for rank in evidence.candidate[0]]
+    ranks = tuple(replace(rank, optimizer_state=of) for rank, of in zip(evidence.candidate[0], parts, strict=True))
+    (suspect,) = optimizer_state_matches_reference(replace(evidence, candidate=(ranks,)), 0).suspects
+    explanation = explain(suspect)
+    assert (explanation and explanation.cause) is cause
 
 
 def test_a_state_that_a_rank_does_not_give_is_not_compared() -> None:

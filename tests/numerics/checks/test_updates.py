@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import hypot, inf, nan
+from math import hypot, inf, isnan, nan
 
 import pytest
 import torch
@@ -254,6 +254,14 @@ def test_the_shares_of_the_terms_in_a_move_are_found() -> None:
     move = 3 * MOVE_TERMS[0] - 0.5 * MOVE_TERMS[1]
     assert shares_of(MOVE_TERMS, move) == pytest.approx([3.0, -0.5], rel=1e-4)
     assert shares_of([MOVE_TERMS[0][:5]], MOVE_TERMS[0][:5] * 2) == pytest.approx([2.0])
+
+
+def test_a_share_that_rounding_hides_is_unknown() -> None:
+    gradient, weight = 1e-17 * MOVE_TERMS[0].double(), MOVE_TERMS[1].double()
+    rounded = (1e-4 * weight + 1e-18 * gradient.flip(0)) - 1e-18 * gradient
+    of_gradient, of_weight = shares_of([gradient, weight], rounded) or ()
+    assert isnan(of_gradient)
+    assert of_weight == pytest.approx(1e-4)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,22 @@ def scaled_to_norm(parameters: Sequence[Tensor], max_norm: float) -> float:
     return norm
 
 
+def clipped_without_epsilon(parameters: Sequence[Tensor], max_norm: float) -> float:
+    """Clip as torch does, without adding 1e-6 to the norm."""
+    norm = _whole_norm(parameters)
+    _scale(parameters, min(1.0, max_norm / norm))
+    return norm
+
+
+def _clipped_apart(parameters: Sequence[Tensor], max_norm: float) -> float:
+    """Clip vectors and matrices each by their own norm; report that of all."""
+    norm = _whole_norm(parameters)
+    for is_vector in (True, False):
+        group = [parameter for parameter in parameters if (parameter.dim() < 2) is is_vector]
+        _scale(group, min(1.0, max_norm / (_whole_norm(group) + TORCH_EPSILON)))
+    return norm
+
+
 def _scaled_by_own_norm(parameters: Sequence[Tensor], max_norm: float) -> float:
     """Scale by the norm of what this rank has; report the right one."""
     norm = _whole_norm(parameters)
@@ -58,11 +74,18 @@ def _scaled_by_own_norm(parameters: Sequence[Tensor], max_norm: float) -> float:
 
 
 _LOSS = {"loss": small_loss}
+_NOISE = {"key_bias": True}
 
 FAULTS = (
     HandWrittenFault("scaled_up_by_own_norm", "small gradients are scaled up by the norm of each rank's own",
                      over_the_ranks, (), ("norm_is_local", None), checks=("updates_match_reference",), options=_LOSS,
                      clip=_scaled_by_own_norm, kind="losses"),
+    HandWrittenFault("vectors_clipped_apart", "vectors and matrices are clipped each by their own norm, beside a "
+                     "parameter whose gradient is noise", inside, (), ("clipped_per_group",),
+                     checks=("updates_match_reference",), options=_NOISE, clip=_clipped_apart, kind="losses"),
 )  # fmt: skip
 
-CONTROLS = (HandWrittenControl(inside, _LOSS, also=over_the_ranks, clip=scaled_to_norm),)
+CONTROLS = (
+    HandWrittenControl(inside, _LOSS, also=over_the_ranks, clip=scaled_to_norm),
+    HandWrittenControl(inside, _NOISE, clip=clipped_without_epsilon),
+)

@@ -204,6 +204,13 @@ _ORDERS = (
         evidence={"iterable": True},
     ),
     _fault(
+        "stream_by_variables",
+        "an IterableDataset is split by variables of the script that hold the world rank and size",
+        pipelines.stream_by_variables,
+        "sampler_sharded_by_world_rank",
+        evidence={"attribute": "dataset.world_rank"},
+    ),
+    _fault(
         "accelerate_shuffle",
         "accelerate leaves an unseeded shuffle as it is under pure TP",
         pipelines.accelerated_images,

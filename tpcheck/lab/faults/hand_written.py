@@ -25,7 +25,7 @@ from tpcheck.lab.faults.fault import TP2, TP2_DP2
 from tpcheck.lab.faults.injection import with_backward
 from tpcheck.numerics.checks import ON_REQUEST
 
-VOCABULARY, WIDTH, INNER, HEADS, LAYERS = 32, 16, 32, 4, 2
+VOCABULARY, WIDTH, INNER, HEADS, LAYERS, LENGTH = 32, 16, 32, 4, 2, 8
 
 Function = Callable[[Tensor], Tensor]
 
@@ -57,9 +57,11 @@ class _Part(nn.Module):
 
 
 class Attention(_Part):
-    def __init__(self) -> None:
+    def __init__(self, *, key_bias: bool) -> None:
         super().__init__()
         self.q, self.k, self.v, self.o = (self.linear(WIDTH, WIDTH) for _ in range(4))
+        if key_bias:
+            self.k = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
         hidden_BLD = self.enter(hidden_BLD)
@@ -84,9 +86,9 @@ class MLP(_Part):
 class Block(_Part):
     """Attention and MLP, one after the other, or beside each other with one reduction for both."""
 
-    def __init__(self, *, beside: bool, inner_norm: bool) -> None:
+    def __init__(self, *, beside: bool, inner_norm: bool, key_bias: bool) -> None:
         super().__init__()
-        self.attention_norm, self.attention = RMSNorm(WIDTH), Attention()
+        self.attention_norm, self.attention = RMSNorm(WIDTH), Attention(key_bias=key_bias)
         self.mlp_norm, self.mlp = RMSNorm(WIDTH), MLP()
         self.beside = beside
         if inner_norm:
@@ -121,6 +123,7 @@ class Model(nn.Module):
 
     Args:
         beside, inner_norm: Of the blocks.
+        key_bias: Whether keys have a bias, whose gradient is mathematically zero.
         repeats: How often the blocks are used.
         loss: Of all logits and labels.
         passes: How often the model is called, each time with a part of the samples.
@@ -131,13 +134,17 @@ class Model(nn.Module):
         *,
         beside: bool = False,
         inner_norm: bool = False,
+        key_bias: bool = False,
         repeats: int = 1,
         loss: LossOfLogits = _cross_entropy,
         passes: int = 1,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(Block(beside=beside, inner_norm=inner_norm) for _ in range(LAYERS))
+        self.positions_LD = nn.Parameter(torch.randn(LENGTH, WIDTH))
+        self.blocks = nn.ModuleList(
+            Block(beside=beside, inner_norm=inner_norm, key_bias=key_bias) for _ in range(LAYERS)
+        )
         self.norm, self.head, self.loss = RMSNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False), Loss(loss)
         self.repeats, self.passes = repeats, passes
         self.start: Function = _same
@@ -150,7 +157,7 @@ class Model(nn.Module):
         return list(self.blocks)
 
     def logits(self, input_ids: Tensor) -> Tensor:
-        hidden_BLD = self.start(self.embedding(input_ids))
+        hidden_BLD = self.start(self.embedding(input_ids) + self.positions_LD)
         for block in [*self.blocks] * self.repeats:
             hidden_BLD = block(hidden_BLD)
         logits_BLV: Tensor = self.head(self.enter(self.norm(hidden_BLD)))
@@ -164,7 +171,7 @@ class Model(nn.Module):
 
 def batch(coordinate: Mapping[str, int], step: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(10 * step + coordinate["dp"])
-    tokens_BL = torch.randint(0, VOCABULARY, (2, 9), generator=generator)
+    tokens_BL = torch.randint(0, VOCABULARY, (2, LENGTH + 1), generator=generator)
     return {"input_ids": tokens_BL[:, :-1].contiguous(), "labels": tokens_BL[:, 1:].contiguous()}
 
 
@@ -279,6 +286,7 @@ Layouts = Mapping[str, Placement]
 COLUMN, ROW = ("attention.q", "attention.k", "attention.v", "mlp.up"), ("attention.o", "mlp.down")
 LAYOUT: Layouts = {
     **{f"blocks.*.{name}.weight": Shard(0) for name in (*COLUMN, "mlp.norm")},
+    "blocks.*.attention.k.bias": Shard(0),
     **{f"blocks.*.{name}.weight": Shard(1) for name in ROW},
     "head.weight": Shard(0),
 }
@@ -411,6 +419,10 @@ def _copy_left_out(model: Model, rank: RankLike) -> None:
 
 def _reduce_left_out(model: Model, rank: RankLike) -> None:
     model.block(0).mlp.leave = _same
+
+
+def _summed_over_dp(model: Model, rank: RankLike) -> None:
+    model.block(1).mlp.leave = reduced(rank.group("dp"))
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -672,6 +684,8 @@ FAULTS = (
                      _copy_left_out, ("blocks.0.mlp", "blocks.0.mlp.up"), ("missing_reduce",)),
     HandWrittenFault("hand_written_reduce_left_out", "an MLP leaves out g: its output is not summed", _reduce_left_out,
                      ("blocks.0.mlp", "blocks.0.mlp.down"), ("missing_reduce",), checks=_FORWARD),
+    HandWrittenFault("hand_written_sum_over_dp", "an MLP sums its output over the data-parallel group", _summed_over_dp,
+                     ("blocks.1.mlp", "blocks.1.mlp.down"), ("wrong_group",), checks=_FORWARD, topology=TP2_DP2),
     HandWrittenFault("log_softmax_with_identity_backward",
                      "the backward of a log-softmax over the ranks' vocabulary returns the gradient as it is",
                      _log_softmax_with_identity_backward, ("loss",), (None,)),

@@ -299,6 +299,18 @@ def stream_by_world_rank(rank: PlacedRank, reads_rank: bool) -> Batches:
     return DataLoader(NumbersOfRank() if reads_rank else Numbers(rank.topology.world_size, rank.rank), batch_size=2)
 
 
+def stream_by_variables(rank: PlacedRank) -> Batches:
+    world_size, world_rank = rank.topology.world_size, rank.rank
+
+    class NumbersOfScript(IterableDataset[Any]):
+        """A stream that is split by variables of the script around it."""
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            return iter(torch.arange(LENGTH * 2).reshape(-1, 2)[world_rank::world_size])
+
+    return DataLoader(NumbersOfScript(), batch_size=2)
+
+
 def going_back(rank: PlacedRank, at: int = 3, back: int = 2) -> Batches:
     """Return batches of which the last `back` before number `at` come twice; all of them twice where it is the last."""
     batches = list(by_replica(rank, Images()))

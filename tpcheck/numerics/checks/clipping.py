@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import inf
+from math import inf, isfinite, nan
 from statistics import median
 
 import torch
@@ -177,7 +177,8 @@ def shares_of_terms(evidence: Evidence, step: int, name: str) -> dict[str, tuple
         if expected_shares is None or shares is None:
             return {}
         of_terms = zip(TERMS, expected_shares, shares, strict=False)  # a first step has no momentum
-        ratios.append({term: share / expected for term, expected, share in of_terms if expected})
+        known = ((term, share / expected) for term, expected, share in of_terms if expected)
+        ratios.append({term: ratio for term, ratio in known if isfinite(ratio)})
     return {term: tuple(ratio[term] for ratio in ratios) for term in TERMS if all(term in ratio for ratio in ratios)}
 
 
@@ -219,7 +220,10 @@ def _terms_of_state(
 
 
 def shares_of(terms: Sequence[torch.Tensor], move: torch.Tensor) -> list[float] | None:
-    """Return the share of each term in the move, or None where the move is no such sum."""
+    """Return the share of each term in the move, or None where the move is no such sum.
+
+    A share is nan where rounding hides it, as that of a gradient that is mathematically zero beside weight decay.
+    """
     if move.numel() <= 2 * len(terms) or not bool(move.isfinite().all()):
         return None
     columns = torch.stack(list(terms), dim=1)
@@ -230,4 +234,5 @@ def shares_of(terms: Sequence[torch.Tensor], move: torch.Tensor) -> list[float] 
     remaining = torch.linalg.vector_norm(columns / sizes @ solution - move)
     if float(remaining) > FITTED_RELATIVE_ERROR * float(torch.linalg.vector_norm(move)):
         return None
-    return [float(share) for share in solution / sizes]
+    is_hidden = FITTED_RELATIVE_ERROR * solution.abs() < remaining
+    return [float(share) for share in (solution / sizes).masked_fill(is_hidden, nan)]

@@ -100,8 +100,14 @@ def _suspects(
         return list(_unlike_recomputed(evidence, step, backward, wrong, known=()))
     roots = first_divergences(list(backward.by_key), wrong_activations.__contains__)
     wrong_downstream = {key.module for key in wrong_activations if key.role == "output"}
-    first_wrong = [parameter for parameter in wrong if parameter.module not in wrong_downstream]
-    consequences = [parameter.name for parameter in wrong if parameter.module in wrong_downstream]
+    uses = evidence.reference[step].uses
+    first_wrong, consequences = [], []
+    for parameter in wrong:
+        of_parameter = (in_phase(use, "backward") for use in uses.get(parameter.name, ()))
+        if parameter.module in wrong_downstream or not wrong_activations.isdisjoint(of_parameter):
+            consequences.append(parameter.name)
+        else:
+            first_wrong.append(parameter)
     details: dict[str, Any] = {"first_of": len(wrong) + len(wrong_activations), "inputs_agree": True}
     missing = [parameter for parameter in first_wrong if _missing_on(evidence, step, parameter)]
     present = [parameter for parameter in first_wrong if not _missing_on(evidence, step, parameter)]

@@ -6,7 +6,7 @@ import torch
 
 from tpcheck.numerics.checks.suspects import ComparedParameter, parameter_suspect
 from tpcheck.numerics.differences import compare_parameter, rounding_error
-from tpcheck.numerics.evidence import CheckOutcome, Evidence, Suspect
+from tpcheck.numerics.evidence import CheckOutcome, Evidence, Kind, Suspect
 
 _CHECK = "optimizer_state_matches_reference"
 
@@ -43,4 +43,5 @@ def _suspect(evidence: Evidence, step: int, state: str, compared: ComparedParame
     if not torch.isfinite(compared.expected).all():
         details["note"] = "the reference's state is not finite"
     where = {"phase": "update", "step": step}
-    return parameter_suspect(evidence, compared, check=_CHECK, kind="state", where=where, details=details)
+    kind: Kind = "master" if state == "master" else "state"  # a weight that is a multiple is so by chance
+    return parameter_suspect(evidence, compared, check=_CHECK, kind=kind, where=where, details=details)

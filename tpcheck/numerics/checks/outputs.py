@@ -123,7 +123,7 @@ def _root_suspect(
     scope = scope_of(root, {key.module for key in activations.by_key})
     if is_result(root):
         suspect = activation_suspect(evidence, step, activation, _CHECK, details, scope)
-        suspect = replace(suspect, collectives=differs_from_sibling_layers(evidence, step, root.module))
+        suspect = replace(suspect, collectives=_unlike_siblings(evidence, step, root.module))
         if root.module == "" and activation.expected.dim() == 0:
             return replace(suspect, loss=_loss_facts(evidence, step, activations))
         terms = recompute_linear(evidence, step, root, activation.difference.allowed)
@@ -150,6 +150,12 @@ def _fused_before(events: Sequence[ComparedActivation], root: TensorKey, scope: 
         if activation.placed.is_fused and key.role == "output" and is_inside(key.module, scope):
             found = activation
     return found
+
+
+def _unlike_siblings(evidence: Evidence, step: int, module: str) -> SiblingCollectives | None:
+    """Return the collectives of a module, or else of the module around it, where they are not those of its siblings."""
+    own, around = differs_from_sibling_layers(evidence, step, module), module.rpartition(".")[0]
+    return own or (differs_from_sibling_layers(evidence, step, around) if around else None)
 
 
 def differs_from_sibling_layers(evidence: Evidence, step: int, module: str) -> SiblingCollectives | None:

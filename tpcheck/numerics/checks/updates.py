@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -267,7 +268,7 @@ def _step_facts(evidence: Evidence, step: int, name: str, ratios: Mapping[str, t
     if len(terms) < len(TERMS) or layout.is_replicated or len(set(layout.local_shapes)) > 1:
         return facts
     shares = shares_of([term.double().reshape(-1) for term in terms], (after - before).double().reshape(-1))
-    if shares is None:
+    if shares is None or not isfinite(shares[-1]):
         return facts
     return replace(facts, momentum_parts=layout.parts(terms[-1]), momentum_share=shares[-1])
 

@@ -42,6 +42,7 @@ _COMPUTED: Collection[Kind] = (
     "gradient",
     "update",
     "state",
+    "master",
 )  # weights are compared by bits
 
 TESTS: Mapping[Kind, tuple[Test, ...]] = {
@@ -107,6 +108,7 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
         optimizer.replicas_drift_in_step,
     ),
     "state": (optimizer.state_of_another_rank, values.all_zero, gradients.multiple, values.dtype_rounded),
+    "master": (optimizer.state_of_another_rank, values.all_zero, values.dtype_rounded),
     "replica": (reductions.terms_of_replicas, optimizer.replicas_drift),
     "logged": (accumulation.loss_of_one_replica,),
 }

@@ -22,9 +22,12 @@ from tpcheck.numerics.tolerance import MOST_RANKS_OF_GROUPS
 
 
 def terms_of_output(suspect: Suspect) -> Explanation | None:
-    """The ranks' parts are terms of the expected output; equal ones were divided by the number of ranks instead."""
+    """The ranks' parts are terms of the expected output; equal ones were divided by the number of ranks instead.
+
+    Where a collective was issued as in sibling layers, over other ranks, the terms were summed over those.
+    """
     explanation = _never_summed(Cause.MISSING_REDUCE, suspect)
-    return explanation and (over_tp(suspect) or explanation)
+    return explanation and (over_tp(suspect) or issued_over_another_group(suspect) or explanation)
 
 
 def terms_of_replicas(suspect: Suspect) -> Explanation | None:
