@@ -78,6 +78,38 @@ def test_losses_per_token_are_divided_by_all_labels_of_the_step() -> None:
     assert (first.check, first.cause) == ("gradients_match_reference", "gradient_scaled")
 
 
+DISTRIBUTED = {
+    "config": {"use_distributed_optimizer": True}, "optimizer": "adamw", "steps": 2, "replays": 2,
+}  # fmt: skip
+
+
+def with_distributed_optimizer(rank: Rank) -> list[Report]:
+    faults = (models.bucket_not_gathered, models.moments_of_another_rank)
+    options = [{"backend": FaultyBackend(fault, "megatron"), "steps": 1} for fault in faults]
+    return [verified(rank, models.build, None, {**DISTRIBUTED, **more}) for more in ({}, *options)]
+
+
+def test_the_distributed_optimizer_passes_and_its_faults_are_found() -> None:
+    with tpcheck.spawn(Topology(tp=2, dp=2), timeout=300) as world:
+        right, stale, exchanged = world.run(with_distributed_optimizer)[0]
+    assert right.passed, right
+    moments = {check.check: check.num_compared for check in right.verdict.checks}["optimizer_state_matches_reference"]
+    assert moments > 2
+    assert "replicas_agree" in {finding.check for finding in stale.findings}
+    first = exchanged.findings[0]
+    assert (first.check, first.cause) == ("optimizer_state_matches_reference", "optimizer_state_of_another_rank")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", {"type": "AdamW", "params": {"amsgrad": True}}])
+def test_what_the_distributed_optimizer_does_not_step_is_refused(optimizer: Any) -> None:
+    from tpcheck.backends.interface import TrainingOptions
+    from tpcheck.backends.megatron.backend import MegatronBackend
+
+    options = TrainingOptions(torch.float64, optimizer=optimizer, config=DISTRIBUTED["config"])
+    with pytest.raises(UsageError, match="expected adamw with use_distributed_optimizer"):
+        MegatronBackend().resolved(options)
+
+
 @pytest.mark.parametrize(
     ("inject", "sequence_parallel", "expected"),
     [
