@@ -18,7 +18,6 @@ from tpcheck.backends.megatron.backend import MegatronCandidate
 from tpcheck.backends.megatron.session import Groups, use_groups
 from tpcheck.backends.optimizer import named_optimizer
 from tpcheck.backends.sgd import LOW_PRECISION
-from tpcheck.numerics.optimizers.megatron import megatron_optimizers_in
 
 
 def distributed_optimizer(ddp: Any, options: TrainingOptions) -> Any:
@@ -65,7 +64,8 @@ class DistributedOptimizerCandidate(MegatronCandidate):
     ) -> None:
         super().__init__(ddp, groups, layouts, None, accumulate, per_token=per_token)
         self.optimizer = distributed  # an injected fault may change it
-        self.optimizers = megatron_optimizers_in(distributed)  # those of a chain
+        chained = getattr(distributed, "chained_optimizers", (distributed,))
+        self.optimizers = tuple(each for each in chained if not each.is_stub_optimizer)
 
     def gradient(self, name: str) -> torch.Tensor | None:
         parameter: Any = self._parameters[name]
