@@ -249,7 +249,7 @@ def test_families_are_refused() -> None:
         ({"config": {"context_parallel_size": 2}}, "1: only tp and dp are verified"),
         ({"config": {"recompute_granularity": "full"}}, "None: it is not verified, and always off"),
         ({"config": {"calculate_per_token_loss": True}}, "token_mean with calculate_per_token_loss"),
-        ({"zero_stage": 1}, "Megatron's distributed optimizer is not verified"),
+        ({"zero_stage": 1}, "Megatron's is use_distributed_optimizer, in config"),
         ({"ignore_plan": True}, "Megatron has no plans"),
     ],
 )
