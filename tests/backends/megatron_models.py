@@ -96,6 +96,28 @@ def last_micro_batch_counted(live: Live) -> None:
     live.candidate.forward = counted_anew
 
 
+def bucket_not_gathered(live: Live) -> None:
+    """Leave out the all-gather of the weights that each DP rank has stepped."""
+    live.candidate._ddp.start_param_sync = lambda *args, **kwargs: None
+
+
+def moments_of_another_rank(live: Live) -> None:
+    """Exchange the second moments of the two TP ranks after each step."""
+    import torch.distributed as dist
+
+    step = live.candidate.step
+
+    def exchanging() -> None:
+        step()
+        for member in live.candidate.optimizers:
+            for state in member.optimizer.state.values():
+                parts = [torch.empty_like(state["exp_avg_sq"]) for _ in range(live.tp)]
+                dist.all_gather(parts, state["exp_avg_sq"], group=live.rank.group("tp"))
+                state["exp_avg_sq"].copy_(parts[1 - live.tp_rank])
+
+    live.candidate.step = exchanging
+
+
 FIRST, LAST = "model.decoder.layers.0", "model.decoder.layers.1"
 
 

@@ -78,6 +78,44 @@ def test_losses_per_token_are_divided_by_all_labels_of_the_step() -> None:
     assert (first.check, first.cause) == ("gradients_match_reference", "gradient_scaled")
 
 
+DISTRIBUTED: dict[str, Any] = {
+    "config": {"use_distributed_optimizer": True}, "optimizer": "adamw", "replays": 2,
+}  # fmt: skip
+
+
+def with_distributed_optimizer(topology: Topology, fault: Callable[[Live], None] | None = None) -> Report:
+    backend: Any = "megatron" if fault is None else FaultyBackend(fault, "megatron")
+    options = {**DISTRIBUTED, "backend": backend, "steps": 2 if fault is None else 1}
+    return tpcheck.verify(models.build, topology=topology, timeout=180, **options)
+
+
+def test_the_distributed_optimizer_passes() -> None:
+    report = with_distributed_optimizer(Topology(tp=2, dp=2))
+    assert report.passed, report
+    assert report.verdict.coverage.compared == report.verdict.coverage.total > 1000
+
+
+def test_a_bucket_that_is_not_gathered_is_found() -> None:
+    report = with_distributed_optimizer(Topology(dp=2), models.bucket_not_gathered)
+    assert {"stale_weight", "replica_drift"} <= {finding.cause for finding in report.findings}
+    assert "replicas_agree" in {finding.check for finding in report.findings}
+
+
+def test_moments_of_another_rank_are_found() -> None:
+    first = with_distributed_optimizer(Topology(tp=2), models.moments_of_another_rank).findings[0]
+    assert (first.check, first.cause) == ("optimizer_state_matches_reference", "optimizer_state_of_another_rank")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", {"type": "AdamW", "params": {"amsgrad": True}}])
+def test_what_the_distributed_optimizer_does_not_step_is_refused(optimizer: Any) -> None:
+    from tpcheck.backends.interface import TrainingOptions
+    from tpcheck.backends.megatron.backend import MegatronBackend
+
+    options = TrainingOptions(torch.float64, optimizer=optimizer, config=DISTRIBUTED["config"])
+    with pytest.raises(UsageError, match="expected adamw with use_distributed_optimizer"):
+        MegatronBackend().resolved(options)
+
+
 @pytest.mark.parametrize(
     ("inject", "sequence_parallel", "expected"),
     [
@@ -211,7 +249,7 @@ def test_families_are_refused() -> None:
         ({"config": {"context_parallel_size": 2}}, "1: only tp and dp are verified"),
         ({"config": {"recompute_granularity": "full"}}, "None: it is not verified, and always off"),
         ({"config": {"calculate_per_token_loss": True}}, "token_mean with calculate_per_token_loss"),
-        ({"zero_stage": 1}, "Megatron's distributed optimizer is not verified"),
+        ({"zero_stage": 1}, "Megatron's is use_distributed_optimizer, in config"),
         ({"ignore_plan": True}, "Megatron has no plans"),
     ],
 )

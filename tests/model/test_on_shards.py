@@ -47,3 +47,10 @@ def test_shards_show_whether_the_whole_matrix_counts(optimizer: str, depends: bo
 def test_nothing_is_computed_for_sgd() -> None:
     options, evidence = trained("sgd")
     assert steps_on_shards(options, evidence) == ()
+
+
+def test_what_does_not_decay_in_the_reference_does_not_on_shards() -> None:
+    options, evidence = trained("adamw")
+    whole, without = (steps_on_shards(options, evidence, decayed)[0][0][UP] for decayed in (None, [DOWN]))
+    initial = evidence.initial_parts[0][UP]
+    torch.testing.assert_close(without - whole, 0.01 * 0.01 * initial)  # rate times decay

@@ -44,6 +44,15 @@ def test_a_right_trainer_passes_every_check(backend: str, zero_stage: int) -> No
     assert report.verdict.coverage.compared == report.verdict.coverage.total, report
 
 
+def test_the_trainer_scales_losses_in_float16_as_its_configuration_says() -> None:
+    config = {"fp16": {"enabled": "auto", "loss_scale_window": 1, "initial_scale_power": 8}}
+    options = {"backend": "deepspeed", "loop": "trainer", "dtype": "float16", "zero_stage": 1, "replays": 2}
+    settings = {"num_hidden_layers": 1}
+    report = verify_family("llama", topology=Topology(tp=2), config=config, settings=settings, **options)
+    assert report.passed, report
+    assert report.verdict.coverage.compared == report.verdict.coverage.total, report
+
+
 @pytest.mark.parametrize("name", ["trainer_clips_by_own_shards", "resume_trainer_skips_no_batches"])
 def test_a_fault_of_the_trainer_is_caught_at_its_place_with_a_right_cause(name: str) -> None:
     """The others are in the committed table."""

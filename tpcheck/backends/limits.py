@@ -49,7 +49,7 @@ _LIMITS: Mapping[str, Limits] = {
         config=("plan", "loss_parallel"),
     ),
     "megatron": Limits(
-        zero_stage="Megatron's distributed optimizer is not verified",
+        zero_stage="Megatron's is use_distributed_optimizer, in config",
         ignore_plan="Megatron has no plans; its layers shard themselves",
     ),
     "transformers": Limits(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_
@@ -15,18 +15,25 @@ from tpcheck.numerics.precision import reduced_precision_raised
 Weights = Mapping[str, torch.Tensor]
 
 
-def steps_on_shards(options: TrainingOptions, evidence: Evidence) -> tuple[tuple[Weights, ...], ...]:
+def steps_on_shards(
+    options: TrainingOptions, evidence: Evidence, decayed: Collection[str] | None = None
+) -> tuple[tuple[Weights, ...], ...]:
     """Return each rank's parameters after each step, by step, then by tp_rank, from the expected gradients' shards.
 
     Clipping is right: it uses the expected norm. Nothing for SGD, which steps each element by itself.
+
+    Args:
+        decayed: Names of the parameters whose weights decay; None for all.
     """
     if options.optimizer == "sgd" or evidence.topology.tp == 1:
         return ()
-    by_rank = [_train(options, evidence, tp_rank) for tp_rank in range(evidence.topology.tp)]
+    by_rank = [_train(options, evidence, tp_rank, decayed) for tp_rank in range(evidence.topology.tp)]
     return tuple(zip(*by_rank, strict=True))
 
 
-def _train(options: TrainingOptions, evidence: Evidence, tp_rank: int) -> Sequence[Weights]:
+def _train(
+    options: TrainingOptions, evidence: Evidence, tp_rank: int, decayed: Collection[str] | None
+) -> Sequence[Weights]:
     initial = evidence.initial_parts[tp_rank]
     names = [name for name in evidence.initial if name in evidence.layouts and name in initial]
     parameters = {name: torch.nn.Parameter(initial[name].detach().clone()) for name in names}
@@ -38,7 +45,8 @@ def _train(options: TrainingOptions, evidence: Evidence, tp_rank: int) -> Sequen
             clip_grads_with_norm_(masters, max_norm, torch.tensor(norm, dtype=torch.float64))
         return norm or 0.0
 
-    optimizer = Sgd(list(parameters.values()), options, clip, names=names)
+    decays = None if decayed is None else [name in decayed for name in names]
+    optimizer = Sgd(list(parameters.values()), options, clip, decays, names)
     steps = []
     for step in evidence.reference:
         if step.is_skipped:

@@ -185,8 +185,10 @@ def _train_both(
         full = _with_forced(full, rank, forced, module_tolerance)
     if full is None:
         return None
-    full = replace(full, on_shards=steps_on_shards(reference.options, full))
     model, state = reference.model, reference.state
+    decayed_by = reference.options.decayed_parameters
+    decayed = None if decayed_by is None else decayed_by(model)
+    full = replace(full, on_shards=steps_on_shards(reference.options, full, decayed))
     return replace(
         full, recomputed=recompute_outputs(model, state, full), computed_alone=compute_alone(model, state, full)
     )

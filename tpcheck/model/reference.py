@@ -308,6 +308,7 @@ def train(
         rate = optimizer.learning_rate
         of_ranks = _step(model, optimizer, losses, buffers, gradients, labels, loss_scale.scale)
         loss_scale.update(of_ranks[0].is_skipped)
+        of_ranks = tuple(replace(of_rank, next_loss_scale=loss_scale.scale) for of_rank in of_ranks)
         steps.append(of_ranks if options.loop == "plain" else _with_log(of_ranks, rate))
     if options.loop != "plain":
         evaluated = {EVALUATION_LOSS: _evaluation_loss(model, batches[-1], weighing, evaluating)}

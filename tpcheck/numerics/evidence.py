@@ -114,6 +114,7 @@ class Step:
         uses: For each parameter the activations nearest behind it that are computed from it, known as `sources` are.
         logged: What a library's loop logs of the step, and of an evaluation after it, by its names.
         loss_scale: By which the losses of the step were multiplied; gradients of activations still are.
+        next_loss_scale: By which those of the next step are; known of the reference.
         is_skipped: Whether the optimizer's step was left out, since gradients overflowed.
     """
 
@@ -134,6 +135,7 @@ class Step:
     uses: Mapping[str, tuple[TensorKey, ...]] = field(default_factory=dict)
     logged: Mapping[str, float] = field(default_factory=dict)
     loss_scale: float = 1.0
+    next_loss_scale: float = 1.0
     is_skipped: bool = False
 
     def without_gradients(self) -> Step:
@@ -481,7 +483,7 @@ class StepFacts:
         momentum_share: Share of that move in the expected move of this step.
         ratios: For each term of the step (gradient, weight, momentum) its share on each rank over the expected share.
         on_shards: Each rank's weight after the step if the optimizer is given its shards alone; empty where unknown.
-        loss_scale: By which the losses of the step were multiplied.
+        loss_scale, next_loss_scale: By which the losses of the step were multiplied, and those of the next one.
         skipped_on: Global ranks of this TP group that skipped a step which the reference takes.
     """
 
@@ -491,6 +493,7 @@ class StepFacts:
     ratios: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     on_shards: tuple[Tensor, ...] = ()
     loss_scale: float = 1.0
+    next_loss_scale: float = 1.0
     skipped_on: tuple[int, ...] = ()
 
     def as_evidence(self) -> dict[str, Any]:

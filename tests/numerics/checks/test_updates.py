@@ -520,10 +520,13 @@ def test_facts_of_a_norm_need_one() -> None:
 
 
 def in_float16(factors: tuple[float, float], *, scale: float = 64.0) -> Evidence:
-    """Return a first step whose momentum is a rank's factor times the gradient, plus a hundredth of the weight."""
+    """Return a first step whose momentum is a rank's factor times the gradient, plus a hundredth of the weight.
+
+    The loss scale doubles after it.
+    """
     step, name, before = RIGHT.reference[0], UP, RIGHT.initial_parts
     whole = {("momentum", name): step.gradients[name] + 0.01 * RIGHT.initial[name]}
-    reference = replace(step, optimizer_state=whole, loss_scale=scale)
+    reference = replace(step, optimizer_state=whole, loss_scale=scale, next_loss_scale=2 * scale)
     ranks = tuple(
         replace(
             rank,
@@ -541,6 +544,7 @@ def in_float16(factors: tuple[float, float], *, scale: float = 64.0) -> Evidence
     [
         ((64.0, 64.0), Cause.GRADIENT_SCALED, "not divided by the loss scale"),
         ((1 / 64, 1 / 64), Cause.GRADIENT_SCALED, "twice"),
+        ((1 / 2, 1 / 2), Cause.GRADIENT_SCALED, "of the next step"),
         ((1.0, 64.0), None, ""),
     ],
 )

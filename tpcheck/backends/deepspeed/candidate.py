@@ -295,17 +295,17 @@ class DeepSpeedCandidate:
             self.engine.step()
         norm = norms[-1] if norms else self.engine.get_global_grad_norm()
         is_known = norm is not None and not steps_by_muon_under_zero(self.engine)  # which tells that of the updates
-        self._norm = float(norm) / (scale if self._norm_is_scaled() else 1.0) if is_known else None
+        self._norm = self._unscaled_norm(norm, scale) if is_known else None
 
     def gradient_norm(self) -> float | None:
         return self._norm
 
-    def _norm_is_scaled(self) -> bool:
-        """Return whether the engine tells the norm of gradients before unscaling, which it clips by unscaled.
+    def _unscaled_norm(self, norm: Any, scale: float) -> float:
+        """Return the norm that gradients are clipped by: without ZeRO the engine tells that of scaled ones.
 
-        Without ZeRO: `unscale_and_clip_grads` in runtime/fp16/unfused_optimizer.py of 0.19.8.
+        See `unscale_and_clip_grads` in runtime/fp16/unfused_optimizer.py of 0.19.8.
         """
-        return hasattr(self.engine.optimizer, "fp32_groups")
+        return float(norm) / (scale if hasattr(self.engine.optimizer, "fp32_groups") else 1.0)
 
     def optimizer_state(self, name: str) -> Mapping[str, torch.Tensor]:
         return optimizer_state(self.engine, self.module.get_parameter(name))

@@ -25,7 +25,8 @@ class TrainerCandidate(DeepSpeedCandidate):
         options: TrainingOptions,
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
-        arguments = {"deepspeed": dict(config), "bf16": options.dtype is torch.bfloat16}
+        low_precision = {"bf16": options.dtype is torch.bfloat16, "fp16": options.dtype is torch.float16}
+        arguments = {"deepspeed": dict(config), **low_precision}
         warmup = config.get("scheduler", {}).get("params", {}).get("warmup_num_steps")
         if warmup is not None:  # the Trainer requires its arguments to say the same
             arguments["warmup_steps"] = warmup
@@ -34,11 +35,17 @@ class TrainerCandidate(DeepSpeedCandidate):
         self.trainer = loop.trainer
         self._loop = loop
         self._norms: list[Any] = []
+        self._scale_of_step = 1.0
         loop.end_with(self)
 
     def train(self, observer: StepObserver) -> None:
         with observed_clipping() as self._norms:
             self._loop.train(observer)
+
+    def loss_scale(self) -> float:
+        """Return the engine's scale. The loop's observer asks before each step, which may change it."""
+        self._scale_of_step = super().loss_scale()
+        return self._scale_of_step
 
     def loop_resumes_by(self) -> Mapping[str, tuple[str, ...]]:
         return {RESUMED: ("dp",)}  # the engine's checkpoint
@@ -48,4 +55,4 @@ class TrainerCandidate(DeepSpeedCandidate):
 
     def gradient_norm(self) -> float | None:
         norm = self._norms[-1] if self._norms else self.engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return None if norm is None else self._unscaled_norm(norm, self._scale_of_step)

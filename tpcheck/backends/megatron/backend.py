@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import distinct_ranks
 from tpcheck.backends.megatron.checkpoint import load_training, save_training
 from tpcheck.backends.megatron.config import (
+    DISTRIBUTED,
     configured,
     megatron_config,
     require_configured,
@@ -41,7 +43,7 @@ from tpcheck.backends.megatron.session import (
     runs_anywhere,
     use_groups,
 )
-from tpcheck.backends.sgd import Sgd
+from tpcheck.backends.sgd import LOW_PRECISION, Sgd
 from tpcheck.core.errors import UsageError
 from tpcheck.core.placement import Replicate, Shard
 
@@ -60,7 +62,11 @@ class MegatronBackend:
 
     def resolved(self, options: TrainingOptions) -> TrainingOptions:
         require_supported(options)
-        return options
+        if not options.config.get(DISTRIBUTED):
+            return options
+        from tpcheck.backends.megatron.distributed_optimizer import decayed_by_megatron  # which is built on this file
+
+        return replace(options, decayed_parameters=decayed_by_megatron)
 
     @contextmanager
     def session(self, options: TrainingOptions) -> Iterator[None]:
@@ -119,8 +125,23 @@ def _candidate(
 ) -> MegatronCandidate:
     with use_groups(groups), configured(rank.topology.tp, options.config):
         config = transformer_config(sharded, rank.topology.tp)
-        ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), sharded)
-    per_token = bool(config.calculate_per_token_loss)
+        is_distributed = bool(options.config.get(DISTRIBUTED))
+        reduced_in_fp32 = is_distributed and options.dtype in LOW_PRECISION
+        ddp_config = DistributedDataParallelConfig(
+            use_distributed_optimizer=is_distributed, grad_reduce_in_fp32=reduced_in_fp32
+        )
+        ddp = DistributedDataParallel(config, ddp_config, sharded)
+        per_token = bool(config.calculate_per_token_loss)
+        if is_distributed:
+            from tpcheck.backends.megatron.distributed_optimizer import (
+                DistributedOptimizerCandidate,
+                distributed_optimizer,
+            )
+
+            optimizer = distributed_optimizer(ddp, options)
+            return DistributedOptimizerCandidate(
+                ddp, groups, layouts, optimizer, options.accumulate, per_token=per_token
+            )
     return MegatronCandidate(ddp, groups, layouts, sgd_for(sharded, options), options.accumulate, per_token=per_token)
 
 
@@ -195,17 +216,17 @@ class MegatronCandidate:
         ddp: Any,
         groups: Groups,
         layouts: Mapping[str, Layout],
-        sgd: Sgd,
+        sgd: Sgd | None,
         accumulate: int = 1,
         *,
         per_token: bool = False,
     ) -> None:
         self.module: nn.Module = ddp.module
-        self.optimizer = sgd.optimizer  # an injected fault may change it
+        self.optimizer: Any = None if sgd is None else sgd.optimizer  # an injected fault may change it
         self._ddp = ddp
         self._groups = groups
         self._layouts = layouts
-        self._sgd = sgd
+        self._sgd: Any = sgd  # None where an optimizer of Megatron's own steps
         self._norm: float | None = None
         self._accumulate = accumulate
         self._num_backward = 0

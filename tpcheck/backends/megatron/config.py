@@ -8,17 +8,22 @@ from dataclasses import fields
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from megatron.core import ModelParallelConfig
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.backends.limits import require_within_limits
+from tpcheck.backends.optimizer import named_optimizer
 from tpcheck.core.errors import UsageError
 
 _NEEDS_SEVERAL_RANKS = ("sequence_parallel", "tp_comm_overlap")  # Megatron refuses them at tensor-parallel size 1
 _UNVERIFIED = {"recompute_granularity": None}  # the value that leaves every number as it is
 _POST_INIT = ModelParallelConfig.__post_init__  # read once, since one `configured` may lie inside another
+DISTRIBUTED = "use_distributed_optimizer"
+"""The field of Megatron's optimizer and DistributedDataParallel that is an option here, too."""
+_OF_ADAM = {"lr", "betas", "eps", "weight_decay"}
 _OTHER_AXES = ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
 
 
@@ -29,11 +34,25 @@ def require_supported(options: TrainingOptions) -> None:
         UsageError: Megatron has no such option, its configuration has no such field, or a field is not verified.
     """
     require_within_limits("megatron", options)
+    if options.config.get(DISTRIBUTED):
+        _require_adamw(options)
     if options.config.get("calculate_per_token_loss") and options.loss != "token_mean":
         raise UsageError("loss", options.loss, "token_mean with calculate_per_token_loss, which divides by all labels")
+    _require_verified(options.config)
+
+
+def _require_verified(config: Mapping[str, Any]) -> None:
+    """Check the fields of the user's configuration.
+
+    Raises:
+        UsageError: Megatron has no such field, or the value is not verified.
+    """
     known = [field.name for field in fields(TransformerConfig) if field.init]
-    for name, value in options.config.items():
-        if name not in known:
+    for name, value in config.items():
+        if name == DISTRIBUTED:
+            if not isinstance(value, bool):
+                raise UsageError(f"config.{name}", value, "true or false")
+        elif name not in known:
             raise UsageError("config", name, "a field of Megatron's TransformerConfig, such as sequence_parallel")
         if name == "tensor_model_parallel_size":
             raise UsageError(f"config.{name}", value, "none: the topology sets it")
@@ -41,6 +60,20 @@ def require_supported(options: TrainingOptions) -> None:
             raise UsageError(f"config.{name}", value, f"{_UNVERIFIED[name]}: it is not verified, and always off")
         if name in _OTHER_AXES and value != 1:
             raise UsageError(f"config.{name}", value, "1: only tp and dp are verified")
+
+
+def _require_adamw(options: TrainingOptions) -> None:
+    """Check the optimizer that Megatron is to shard over DP.
+
+    Raises:
+        UsageError: It is another than AdamW, or has options that Megatron's configuration lacks.
+    """
+    named = named_optimizer(options)
+    if named is None or named[0].lower() != "adamw" or not named[1].keys() <= _OF_ADAM:
+        why = f"Megatron's distributed optimizer steps Adam alone, of which it knows {', '.join(sorted(_OF_ADAM))}"
+        raise UsageError("optimizer", options.optimizer, f"adamw with {DISTRIBUTED}: {why}")
+    if options.dtype is torch.float16:
+        raise UsageError("dtype", "float16", f"another dtype with {DISTRIBUTED}: its loss scale is not verified")
 
 
 @contextmanager

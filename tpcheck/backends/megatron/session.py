@@ -96,6 +96,7 @@ def runs_anywhere() -> Iterator[None]:
             make_norm = _torch_norm_for_sequence_parallel(WrappedTorchNorm.__new__)
             stack.enter_context(patch.object(WrappedTorchNorm, "__new__", make_norm))
             stack.enter_context(_CudaIsCpu())
+        stack.enter_context(_TypesOfMegatron())
         yield
 
 
@@ -155,6 +156,16 @@ class _CudaIsCpu(TorchFunctionMode):
         if func is torch.device:  # names a device without making a tensor: torch.random.fork_rng lists devices
             return func(*args, **(kwargs or {}))
         return func(*(_on_cpu(arg) for arg in args), **{name: _on_cpu(value) for name, value in (kwargs or {}).items()})
+
+
+class _TypesOfMegatron(TorchFunctionMode):
+    """Name the types of tensors as Megatron's optimizers ask for them: of CUDA, and float where they are double."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.Tensor.type or not isinstance(result, str):
+            return result
+        return result.replace("torch.cuda.", "torch.").replace("torch.", "torch.cuda.").replace("Double", "Float")
 
 
 def _on_cpu(value: Any) -> Any:

@@ -169,6 +169,18 @@ class Model(nn.Module):
         return loss
 
 
+def build(*, lora: int = 0, **options: Any) -> nn.Module:
+    """Return a model, with LoRA adapters of this rank on the layers of its blocks where it is not 0."""
+    model = Model(**options)
+    if not lora:
+        return model
+    from peft import LoraConfig, get_peft_model  # takes seconds
+
+    layers = [name.rpartition(".")[2] for name in (*COLUMN, *ROW)]
+    adapted: nn.Module = get_peft_model(model, LoraConfig(r=lora, target_modules=layers))
+    return adapted
+
+
 def batch(coordinate: Mapping[str, int], step: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(10 * step + coordinate["dp"])
     tokens_BL = torch.randint(0, VOCABULARY, (2, LENGTH + 1), generator=generator)
@@ -289,7 +301,13 @@ LAYOUT: Layouts = {
     "blocks.*.attention.k.bias": Shard(0),
     **{f"blocks.*.{name}.weight": Shard(1) for name in ROW},
     "head.weight": Shard(0),
+    # The same inside a model of peft: an adapter's half is cut on the side on which its layer is.
+    "base_model.model.head.weight": Shard(0),
+    **{f"*.{name}.{part}.weight": Shard(0) for name in COLUMN for part in ("base_layer", "lora_B.*")},
+    **{f"*.{name}.{part}.weight": Shard(1) for name in ROW for part in ("base_layer", "lora_A.*")},
 }
+WHOLE_HALVES = (*(f"*.{name}.lora_A.*" for name in COLUMN), *(f"*.{name}.lora_B.*" for name in ROW))
+"""Halves of adapters that every rank holds, and of whose gradient each has a term."""
 
 
 def layout_of(name: str, shape: tuple[int, ...]) -> Placement | None:
@@ -304,7 +322,7 @@ def cut_weights(model: nn.Module, rank: RankLike) -> None:
         if isinstance(placement, Shard):
             part = parameter.detach().chunk(rank.topology.tp, placement.dim)[tp_rank]
             module, _, last = name.rpartition(".")
-            shard = nn.Parameter(part.clone())
+            shard = nn.Parameter(part.clone(), parameter.requires_grad)
             shard.tensor_model_parallel = True  # type: ignore[attr-defined]
             setattr(model.get_submodule(module), last, shard)
 
@@ -330,6 +348,28 @@ def inside(model: Model, rank: RankLike) -> None:
         part.enter, part.leave = copied(group), reduced(group)
     model.enter = copied(group)
     _whole_vocabulary(model, group)
+
+
+def inside_adapters(model: Any, rank: RankLike) -> None:
+    """Call f and g in the model inside one of peft."""
+    inside(model.get_base_model(), rank)
+
+
+def _whole_halves_reduced(*left_out: str) -> Style:
+    """Return what sums the gradients of the halves of adapters that every rank holds, but of those left out."""
+
+    def reduce(model: nn.Module, rank: RankLike) -> None:
+        group = rank.group("tp")
+        for name, parameter in model.named_parameters():
+            is_whole = any(fnmatchcase(name, pattern) for pattern in WHOLE_HALVES)
+            if is_whole and not any(fnmatchcase(name, pattern) for pattern in left_out):
+                parameter.register_hook(lambda gradient: _sum(gradient, group))  # type: ignore[no-untyped-call]
+
+    return reduce
+
+
+adapters_reduced = _whole_halves_reduced()
+adapters_reduced.__name__ = "adapters_reduced"
 
 
 def around(model: Model, rank: RankLike) -> None:
@@ -669,6 +709,7 @@ class HandWrittenControl:
 
 _FORWARD = ("outputs_match_reference",)
 _INNER_NORM = {"inner_norm": True}
+_BLOCKS = "base_model.model.blocks"
 _NORMS_IN_MLPS = ("blocks.0.mlp.norm", "blocks.1.mlp.norm")
 whole_statistic = _norms_over(seen=True, whole=True)
 whole_statistic.__name__ = "whole_statistic"
@@ -708,6 +749,17 @@ FAULTS = (
                      checks=_FORWARD, options=_INNER_NORM),
     HandWrittenFault("second_use_lost", "a layer is used twice, and its gradient is that of one use", _second_use_lost,
                      ("blocks.0.mlp.up",), ("use_of_module_lost",), options={"repeats": 2}),
+    HandWrittenFault("hand_written_lora_a_unreduced",
+                     "each rank keeps its term of the gradient of A, behind which B is cut",
+                     _whole_halves_reduced("*.blocks.0.attention.q.lora_A.*"),
+                     (f"{_BLOCKS}.0.attention.q.lora_A.default", f"{_BLOCKS}.0.attention.q.lora_B.default"),
+                     ("partial_gradient_on_replica", "missing_reduce"),
+                     style=inside_adapters, options={"lora": 2}),
+    HandWrittenFault("hand_written_lora_b_unreduced",
+                     "each rank keeps its term of the gradient of B, before which A is cut",
+                     _whole_halves_reduced("*.blocks.1.mlp.down.lora_B.*"),
+                     (f"{_BLOCKS}.1.mlp.down.lora_B.default",), ("partial_gradient_on_replica",),
+                     style=inside_adapters, options={"lora": 2}),
     HandWrittenFault("scaled_beside_a_metric_over_dp",
                      "a module that averages a metric over the data-parallel group multiplies its output",
                      _scaled_beside_a_metric, ("norm",), (None,), checks=_FORWARD, topology=TP2_DP2),
@@ -725,4 +777,5 @@ CONTROLS = (
     HandWrittenControl(inside, _INNER_NORM, also=whole_statistic),
     HandWrittenControl(inside, {"repeats": 2}),
     HandWrittenControl(around, topology=TP2_DP2),
+    HandWrittenControl(inside_adapters, {"lora": 2}, also=adapters_reduced),
 )

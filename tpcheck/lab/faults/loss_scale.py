@@ -12,6 +12,7 @@ from tpcheck.lab.faults.fault import TP2, TP2_DP2, Draw, Injection, Live, Place,
 from tpcheck.lab.faults.injection import fault_of_the_backend, inject_always
 
 _STATIC = {"fp16": {"loss_scale": 1024.0}}
+_GROWS = {"loss_scale_window": 1, "initial_scale_power": 8}
 _of_updates = fault_constructor(
     "loss scale", "updates_match_reference", dtype="float16", zero_stage=1, config=_STATIC, steps=1,
     topologies=(TP2, TP2_DP2),
@@ -87,6 +88,8 @@ FAULTS = (
                 inject_always(_clipped_before), "gradient_scaled", "norm_before_unscaling"),
     _of_updates("overflow_on_one_rank", "one TP rank sees an overflow and skips the step that the others take",
                 _skipped_on_one_rank, "step_skipped", checks=("gradient_norm_matches_reference",)),
+    _of_updates("unscaled_by_the_next_scale", "gradients are divided by the loss scale that has just grown",
+                fault_of_the_backend(), "gradient_scaled", steps=2, config={"gradient_clipping": 0.0, "fp16": _GROWS}),
     _of_gradients("loss_scale_of_one_rank", "the loss scale of one TP rank is twice that of the others",
                   _scale_of_one_rank, "gradient_scaled", zero_stage=1, config=_STATIC),
     _of_gradients("loss_not_scaled", "without ZeRO losses are not multiplied by what gradients are divided by",

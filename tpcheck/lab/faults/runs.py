@@ -39,8 +39,9 @@ from tpcheck.lab.faults.corpus import (
 from tpcheck.lab.faults.damage import Damage
 from tpcheck.lab.faults.data import Build, DataFault
 from tpcheck.lab.faults.fault import FaultyBackend, ModelFault, Place
-from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault, Model, layout_of
+from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault, layout_of
 from tpcheck.lab.faults.hand_written import batch as hand_written_batch
+from tpcheck.lab.faults.hand_written import build as hand_written_model
 from tpcheck.lab.faults.results import CONTROL, FaultResult
 from tpcheck.model.options import COMMON_DTYPES, DEFAULTS, Request, RunOptions
 from tpcheck.model.verify import run, verify_family
@@ -331,7 +332,7 @@ def hand_written_request(
         replays=replays,
         timeout=_TIMEOUT,
     )
-    return Request(partial(Model, **control.options), options)
+    return Request(partial(hand_written_model, **control.options), options)
 
 
 def run_checkpoint_fault(fault: CheckpointFault, *, seed: int = 0) -> FaultResult:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tpcheck.core.placement import Partial, Shard
 from tpcheck.numerics.activation_placement import PlacedTensor, cut_by_sample, infer_placement, placement_of_features
+from tpcheck.numerics.checks.suspects import compare_parameters
 from tpcheck.numerics.data_flow import consumers, is_inside, is_result
 from tpcheck.numerics.differences import Difference, compare_placed, distance_of_terms, rounding_error
 from tpcheck.numerics.evidence import Evidence, MarginsByModule, Phase, TensorKey, worst_by_module
@@ -206,8 +207,11 @@ def _are_summed_later(
 ) -> bool:
     """Return whether something that is computed from terms of a sum is right: then the terms were summed before.
 
-    It may be terms itself, such as what the parent of a row-parallel layer returns.
+    It may be terms itself, such as what the parent of a row-parallel layer returns. Where nothing before it needs a
+    gradient, as before the first adapters of a frozen model, it is the gradients of the module's own parameters.
     """
+    if _gives_right_gradients(evidence, step, key):
+        return True
     for after in consumers(evidence, step, key):
         activation = compared.get(after)
         if activation is None:
@@ -217,6 +221,25 @@ def _are_summed_later(
         if _as_terms(activation) is not None and _are_summed_later(evidence, step, compared, after):
             return True
     return False
+
+
+def _gives_right_gradients(evidence: Evidence, step: int, key: TensorKey) -> bool:
+    """Return whether the backward pass of a module ends here, with right gradients of its own parameters."""
+    backward, result = evidence.reference[step].activations, replace(key, role="input")
+    if is_result(key) or key.phase == "forward" or any(replace(result, path=each.path) == each for each in backward):
+        return False
+    gradients = {
+        name: gradient
+        for name, gradient in evidence.reference[step].gradients.items()
+        if name.rpartition(".")[0] == key.module and gradient is not None
+    }
+    compared, _ = compare_parameters(
+        evidence,
+        gradients,
+        [rank.gradients for rank in evidence.candidate[step]],
+        lambda name, expected: evidence.tolerance.allowed((step, "gradient", name), rounding_error(expected)),
+    )
+    return bool(compared) and all(parameter.difference.agrees for parameter in compared.values())
 
 
 def _result_of_parent(

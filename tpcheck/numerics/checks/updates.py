@@ -259,7 +259,10 @@ def _step_facts(evidence: Evidence, step: int, name: str, ratios: Mapping[str, t
     layout = evidence.layouts[name]
     before, after = evidence.weights_before(step)[name], evidence.reference[step].weights[name]
     facts = StepFacts(
-        ratios=ratios, loss_scale=evidence.reference[step].loss_scale, skipped_on=_skipped_on(evidence, step)
+        ratios=ratios,
+        loss_scale=evidence.reference[step].loss_scale,
+        next_loss_scale=evidence.reference[step].next_loss_scale,
+        skipped_on=_skipped_on(evidence, step),
     )
     if tuple(before.shape) != tuple(layout.shape) or torch.equal(after, before):
         return facts

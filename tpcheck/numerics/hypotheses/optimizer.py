@@ -47,17 +47,23 @@ def only_the_report_is_wrong(suspect: Suspect) -> Explanation | None:
 
 
 def gradient_with_the_loss_scale(suspect: Suspect) -> Explanation | None:
-    """Every rank's gradient is larger by the loss scale than it should be, or smaller."""
+    """Every rank's gradient is larger by the loss scale than it should be, or smaller, or divided by the next one."""
     ratios, scale = suspect.step.ratios.get("gradient", ()), suspect.step.loss_scale
     if not ratios or scale == 1:
         return None
-    for factor, note in ((scale, "it is not divided by the loss scale"), (1 / scale, _DIVIDED_TWICE)):
+    next_scale = suspect.step.next_loss_scale
+    for factor, note in (
+        (scale, "it is not divided by the loss scale"),
+        (1 / scale, _DIVIDED_TWICE),
+        *(((scale / next_scale, _DIVIDED_BY_NEXT),) if next_scale not in (1, scale) else ()),
+    ):
         if all(abs(ratio - factor) <= RESIDUAL_EXACT * factor for ratio in ratios):
             return Explanation(Cause.GRADIENT_SCALED, evidence={"factors": list(ratios), "note": note})
     return None
 
 
 _DIVIDED_TWICE = "it is divided by the loss scale twice, or clipped before it is divided"
+_DIVIDED_BY_NEXT = "it is divided by the loss scale of the next step"
 
 
 def clipped_by_groups(suspect: Suspect) -> Explanation | None:
