@@ -342,8 +342,24 @@ class HasConfigVariants(Protocol):
         """Return pieces of configuration, any of which may be merged."""
 
 
-WholeOrPart = Literal["whole", "part"]
+Extent = Literal["whole", "part", "rows"]
 ReplacedLayer = Literal["linear", "embedding", "transposed_linear"]
+
+
+class LayerSizes(Protocol):
+    """What a plain layer is made of."""
+
+    @property
+    def inputs(self) -> int: ...
+
+    @property
+    def outputs(self) -> int: ...
+
+    @property
+    def bias(self) -> bool: ...
+
+    @property
+    def tp(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,22 +369,32 @@ class ParallelLayer:
     Attributes:
         name: The backend's name for it.
         plain: What it replaces: `linear`, `embedding`, or `transposed_linear` (a weight of inputs x outputs, as in
-            GPT-2).
-        input: Whether each rank takes the whole input or its part of the last dim.
-        output: Whether each rank returns the whole output or its part of the last dim.
+            GPT-2); or a function that makes the plain module, whose input has `inputs` features.
+        input, output: Whether each rank takes (and returns) the whole, its part of the last dim, or its part of dim
+            `rows_dim`, which then is a multiple of the TP size.
         shard: Turns a plain layer into this rank's parallel layer. Collective over the TP group. None where the layer
             is not tried.
         out_blocks, in_blocks: How many blocks of one size are fused in the weight's outputs and inputs.
+        part_of: The parameter whose rows (or columns) say which part of the last dim a rank has.
+        rows_dim: The dim of `rows`.
+        num_rows: How many dims before the last one it takes; None for any number.
+        trains: Whether it has a backward pass.
+        reduce_gradients: What the library does to the gradients of such a layer after the backward pass of a step.
         why_not: Why it is not tried.
     """
 
     name: str
-    plain: ReplacedLayer = "linear"
-    input: WholeOrPart = "whole"
-    output: WholeOrPart = "whole"
+    plain: ReplacedLayer | Callable[[LayerSizes], nn.Module] = "linear"
+    input: Extent = "whole"
+    output: Extent = "whole"
     shard: Callable[[nn.Module, RankLike], nn.Module] | None = None
     out_blocks: int = 1
     in_blocks: int = 1
+    part_of: str = "weight"
+    rows_dim: int = 0
+    num_rows: int | None = None
+    trains: bool = True
+    reduce_gradients: Callable[[nn.Module, RankLike], None] | None = None
     why_not: str = ""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tpcheck.backends.interface import Backend, HasLayerTable, LayerTable, ParallelLayer, RankLike, ReplacedLayer
+from tpcheck.backends.interface import Backend, Extent, HasLayerTable, LayerTable, ParallelLayer, RankLike
 from tpcheck.backends.local_part import local_part
 from tpcheck.backends.registry import load_backend
 from tpcheck.core.errors import BackendError, UsageError
@@ -37,32 +37,40 @@ def laid_out(tensor: torch.Tensor, strides: str) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LocalParts:
-    """The elements of each parameter that one rank holds.
+    """The elements of each parameter, and of input and output, that one rank holds.
 
     Attributes:
-        plain: The kind of the plain layer.
+        layer: The kind of layer.
         shapes: The shapes of the whole parameters.
         positions: Positions of the local elements in the whole parameter, in the local shape.
+        tp_rank, tp: The rank in its TP group, and the size of the group.
     """
 
-    plain: ReplacedLayer
+    layer: ParallelLayer
     shapes: Mapping[str, tuple[int, ...]]
     positions: Mapping[str, torch.Tensor]
+    tp_rank: int
+    tp: int
 
     def of_parameter(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         return whole.reshape(-1)[self.positions[name]]
 
     def of_output(self, whole: torch.Tensor) -> torch.Tensor:
-        return whole[..., self._features(of_output=True)]
+        return self._local(whole, self.layer.output, of_output=True)
 
     def of_input(self, whole: torch.Tensor) -> torch.Tensor:
-        return whole[..., self._features(of_output=False)]
+        return self._local(whole, self.layer.input, of_output=False)
+
+    def _local(self, whole: torch.Tensor, extent: Extent, *, of_output: bool) -> torch.Tensor:
+        if extent == "rows":
+            return whole.chunk(self.tp, dim=self.layer.rows_dim)[self.tp_rank]
+        return whole[..., self._features(of_output=of_output)] if extent == "part" else whole
 
     def _features(self, *, of_output: bool) -> torch.Tensor:
         """Return the outputs (or inputs) that the local elements of the weight belong to, in local order."""
-        positions = self.positions["weight"]
-        columns = self.shapes["weight"][1]
-        by_rows = of_output == (self.plain == "linear")
+        positions = self.positions[self.layer.part_of]
+        columns = self.shapes[self.layer.part_of][1]
+        by_rows = of_output == (self.layer.plain not in ("embedding", "transposed_linear"))
         numbers = (positions // columns if by_rows else positions % columns).reshape(-1)
         return torch.tensor(list(dict.fromkeys(numbers.tolist())), dtype=torch.int64)
 
@@ -99,23 +107,25 @@ def try_layer(rank: RankLike, backend: str | Backend, trial: Trial) -> RankTrial
     """
     table = layer_table(backend)
     layer = layer_named(table, trial.layer)
-    inputs = _inputs(layer, trial)
-    with table.session(trial.options):
+    plain = plain_layer(layer, trial)
+    inputs = _inputs(layer, trial, plain)
+    with table.session(trial.options), torch.set_grad_enabled(layer.trains):
         with _crashes_of(trial, MAKING):
             parts = _local_parts(layer, trial, rank)
             sharded = _sharded(layer, plain_layer(layer, trial), rank)
-        rank_input = parts.of_input(inputs["input"]) if layer.input == "part" else inputs["input"]
-        local_input = _leaf(laid_out(rank_input, trial.strides))
+        local_input = _leaf(laid_out(parts.of_input(inputs["input"]), trial.strides))
         with _crashes_of(trial, "forward"):
             output = sharded(local_input)
-        gradient = parts.of_output(inputs["gradient"]) if layer.output == "part" else inputs["gradient"]
-        with _crashes_of(trial, "backward"):
-            output.backward(laid_out(gradient, trial.gradient_strides))
+        if layer.trains:
+            with _crashes_of(trial, "backward"):
+                output.backward(laid_out(parts.of_output(inputs["gradient"]), trial.gradient_strides))
+                if layer.reduce_gradients is not None:
+                    layer.reduce_gradients(sharded, rank)
         actual = _results(sharded, local_input, output)
-    plain = plain_layer(layer, trial)
-    return RankTrial(
-        _tried_tensors(actual, _run(plain, inputs), _replays(plain, inputs), layer, parts), parts.positions
-    )
+    expected = _run(plain, inputs)
+    if not layer.trains:
+        expected = {OUTPUT: expected[OUTPUT]}
+    return RankTrial(_tried_tensors(actual, expected, _replays(plain, inputs), parts), parts.positions)
 
 
 @contextmanager
@@ -161,7 +171,13 @@ def plain_layer(layer: ParallelLayer, trial: Trial) -> nn.Module:
         return nn.Embedding(inputs, outputs, dtype=dtype)
     if layer.plain == "linear":
         return nn.Linear(inputs, outputs, trial.bias, dtype=dtype)
-    return TransposedLinear(inputs, outputs, trial.bias, dtype)
+    if layer.plain == "transposed_linear":
+        return TransposedLinear(inputs, outputs, trial.bias, dtype)
+    module = layer.plain(trial).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():  # ones of a norm would hide what multiplies by them
+            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64))
+    return module
 
 
 class TransposedLinear(nn.Module):
@@ -194,18 +210,33 @@ def _replays(module: nn.Module, inputs: Tensors) -> Iterator[dict[str, torch.Ten
             yield _run(module, inputs, first)
 
 
-def _inputs(layer: ParallelLayer, trial: Trial) -> dict[str, torch.Tensor]:
-    """Return the whole input and the gradient of the whole output."""
+def _inputs(layer: ParallelLayer, trial: Trial, plain: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the whole input and the gradient of the whole output.
+
+    Raises:
+        UsageError: The layer takes another number of dims.
+    """
     generator = torch.Generator().manual_seed(2)
     dtype = getattr(torch, trial.dtype)
-    gradient_shape = (*trial.rows, trial.outputs * layer.out_blocks)
+    rows = _rows(layer, trial)
     if layer.plain == "embedding":
-        shape = (1,) * len(trial.rows) if trial.strides == "expanded" else trial.rows
+        shape = (1,) * len(rows) if trial.strides == "expanded" else rows
         tokens: torch.Tensor = torch.randint(0, trial.inputs, shape, generator=generator)
-        inputs = {"input": tokens.expand(trial.rows).contiguous()}
+        whole = tokens.expand(rows).contiguous()
     else:
-        inputs = {"input": _drawn((*trial.rows, trial.inputs * layer.in_blocks), dtype, trial.strides, generator)}
-    return {**inputs, "gradient": _drawn(gradient_shape, dtype, trial.gradient_strides, generator)}
+        whole = _drawn((*rows, trial.inputs * layer.in_blocks), dtype, trial.strides, generator)
+    with torch.no_grad():
+        output = plain(whole)
+    return {"input": whole, "gradient": _drawn(output.shape, output.dtype, trial.gradient_strides, generator)}
+
+
+def _rows(layer: ParallelLayer, trial: Trial) -> tuple[int, ...]:
+    """Return the dims before the last one, the one that ranks divide a multiple of their number."""
+    if layer.num_rows not in (None, len(trial.rows)):
+        raise UsageError("trial.rows", trial.rows, f"{layer.num_rows} dims, which {layer.name} takes")
+    if "rows" not in (layer.input, layer.output):
+        return trial.rows
+    return tuple(size * trial.tp if dim == layer.rows_dim else size for dim, size in enumerate(trial.rows))
 
 
 def _drawn(shape: tuple[int, ...], dtype: torch.dtype, strides: str, generator: torch.Generator) -> torch.Tensor:
@@ -223,7 +254,8 @@ def _local_parts(layer: ParallelLayer, trial: Trial, rank: RankLike) -> LocalPar
     shapes = {name: tuple(parameter.shape) for name, parameter in twin.named_parameters()}
     sharded = _sharded(layer, twin, rank)
     positions = {name: local_part(parameter.detach()).to(torch.int64) for name, parameter in sharded.named_parameters()}
-    return LocalParts(layer.plain, shapes, {name: positions[name].clone() for name in shapes if name in positions})
+    held = {name: positions[name].clone() for name in shapes if name in positions}
+    return LocalParts(layer, shapes, held, rank.rank % trial.tp, trial.tp)
 
 
 def _sharded(layer: ParallelLayer, module: nn.Module, rank: RankLike) -> nn.Module:
@@ -253,15 +285,15 @@ def _gradient(tensor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _tried_tensors(
-    actual: Tensors, expected: Tensors, replays: Iterator[Tensors], layer: ParallelLayer, parts: LocalParts
+    actual: Tensors, expected: Tensors, replays: Iterator[Tensors], parts: LocalParts
 ) -> dict[str, TriedTensor]:
     """Pair this rank's tensors with its parts of the plain layer's, and with the error that the replays allow."""
 
     def local(name: str, whole: torch.Tensor) -> torch.Tensor:
         if name == OUTPUT:
-            return parts.of_output(whole) if layer.output == "part" else whole
+            return parts.of_output(whole)
         if name == INPUT_GRADIENT:
-            return parts.of_input(whole) if layer.input == "part" else whole
+            return parts.of_input(whole)
         return parts.of_parameter(name.removeprefix("gradient of "), whole)
 
     deviations: dict[Hashable, float] = {}

@@ -119,8 +119,7 @@ class Worlds(ExitStack):
     def judge(self, trial: Trial, by_rank: Sequence[RankTrial]) -> Outcome:
         """Return the outcome of a trial without a crash: the first tensor that is wrong on any rank decides."""
         command = trial_command(trial, self._common.backend_name)
-        positions = torch.cat([rank.local_positions["weight"].reshape(-1) for rank in by_rank])
-        if len(set(positions.tolist())) < len(positions):  # the gradients of the parts would not add up to the whole's
+        if _overlaps(by_rank):  # the gradients of the parts would not add up to the whole's
             return Outcome("refused", reason="several ranks hold the same part of the weight", command=command)
         for name in by_rank[0].tensors:
             tensors = [rank.tensors[name] for rank in by_rank]
@@ -160,6 +159,7 @@ def trials(layer: ParallelLayer, table: LayerTable, common: LayerCommon) -> Sear
     from hypothesis import strategies as st
 
     widths = st.integers(1, _MOST_WIDTH)
+    rows = st.lists(st.integers(1, _MOST_ROWS), min_size=layer.num_rows or 1, max_size=layer.num_rows or _MOST_DIMS)
 
     @st.composite
     def drawn(draw: DrawFn) -> Trial:
@@ -168,7 +168,7 @@ def trials(layer: ParallelLayer, table: LayerTable, common: LayerCommon) -> Sear
             tp=draw(st.sampled_from(common.tp)),
             inputs=draw(widths),
             outputs=draw(widths),
-            rows=tuple(draw(st.lists(st.integers(1, _MOST_ROWS), min_size=1, max_size=_MOST_DIMS))),
+            rows=tuple(draw(rows)),
             bias=layer.plain != "embedding" and draw(st.booleans()),
             dtype=draw(st.sampled_from(common.dtype)),
             strides=draw(st.sampled_from(STRIDES)),
@@ -204,6 +204,17 @@ def _selected(table: LayerTable, names: Sequence[str]) -> list[ParallelLayer]:
         if name not in known:
             raise UsageError("layer", name, list(known))
     return [known[name] for name in names] if names else list(known.values())
+
+
+def _overlaps(by_rank: Sequence[RankTrial]) -> bool:
+    """Return whether ranks hold the same part of a weight, other than the whole of it."""
+    for name in by_rank[0].local_positions:
+        positions = [rank.local_positions[name].reshape(-1).tolist() for rank in by_rank]
+        is_replicated = all(sorted(held) == sorted(positions[0]) for held in positions)
+        held = [position for of_rank in positions for position in of_rank]
+        if not name.endswith("bias") and not is_replicated and len(set(held)) < len(held):
+            return True
+    return False
 
 
 def _failed(
