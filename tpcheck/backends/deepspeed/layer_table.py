@@ -15,8 +15,7 @@ from torch import nn
 from tpcheck.backends.interface import NO_ROW, LayerTable, ParallelLayer, RankLike
 
 Arguments = Callable[[nn.Module], Mapping[str, Any]]
-_INFERENCE = "it is for inference: its reduction has no gradient"
-_YUAN = "it cuts the heads of Yuan, whose queries and keys are shared: no plain layer has such parts"
+_YUAN_HEADS = 8  # values of two heads at least go to each rank, and the ranks divide the heads
 
 
 def layer_table() -> LayerTable:
@@ -55,6 +54,11 @@ def _in_blocks(number: int) -> Arguments:
     return arguments
 
 
+def _yuan(module: nn.Module) -> Mapping[str, Any]:
+    """Return the arguments of a layer of Yuan, whose ranks hold heads from both ends of the values."""
+    return {"tp_meta": AutoTPMeta(num_kv_heads=_YUAN_HEADS)}
+
+
 # What a layer of Phi-3 fuses is written as sizes, which need numbers of heads; that of MPT is three equal parts.
 _LAYERS = (
     ParallelLayer("LinearLayer", output="part", shard=_shard_as("LinearLayer")),
@@ -86,9 +90,13 @@ _LAYERS = (
     ParallelLayer("HiddenParallelEmbedding", "embedding", shard=_shard_as("HiddenParallelEmbedding")),
     ParallelLayer("conv_LinearLayer", "transposed_linear", output="part", shard=_shard_as("conv_LinearLayer")),
     ParallelLayer("Conv_LinearALlreduce", "transposed_linear", input="part", shard=_shard_as("Conv_LinearALlreduce")),
-    ParallelLayer("LmHeadLinearAllreduce", why_not=_INFERENCE),
-    ParallelLayer("Yuan_LinearLayer", why_not=_YUAN),
-    ParallelLayer("Yuan_LinearAllreduce", why_not=_YUAN),
+    ParallelLayer("LmHeadLinearAllreduce", shard=_shard_as("LmHeadLinearAllreduce"), num_rows=2, trains=False),
+    ParallelLayer(
+        "Yuan_LinearLayer", output="part", shard=_shard_as("Yuan_LinearLayer", _yuan), out_blocks=_YUAN_HEADS
+    ),
+    ParallelLayer(
+        "Yuan_LinearAllreduce", input="part", shard=_shard_as("Yuan_LinearAllreduce", _yuan), in_blocks=_YUAN_HEADS
+    ),
     ParallelLayer("SubParamColumnParallel", why_not="abstract base class"),
 )
 

@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 
 from tpcheck.backends.dtensor.candidate import DTensorCandidate, clip_by_mesh
 from tpcheck.backends.initialisation import BUILT_THEN_SHARDED, NotInitialised, built_then_sharded
-from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions, WayToInitialise
+from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions, WayToInitialise
 from tpcheck.backends.limits import require_within_limits
 from tpcheck.backends.peft_models import is_peft_model, plan_around_adapters, ways_to_save_adapters
 from tpcheck.backends.sgd import Sgd
@@ -112,6 +112,11 @@ class DTensorBackend:
 
     def versions(self) -> dict[str, str]:
         return {"torch": torch.__version__}
+
+    def layer_table(self) -> LayerTable:
+        from tpcheck.backends.dtensor.layer_table import layer_table  # verify needs none of its layers
+
+        return layer_table()
 
     def resolved(self, options: TrainingOptions) -> TrainingOptions:
         require_within_limits(self.name, options)

@@ -21,7 +21,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
-from tpcheck.backends.interface import Candidate, RankLike, TrainingOptions, WayToInitialise, WayToResume
+from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions, WayToInitialise, WayToResume
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import distinct_ranks
 from tpcheck.backends.megatron.checkpoint import load_training, save_training
@@ -59,6 +59,11 @@ class MegatronBackend:
 
     def versions(self) -> dict[str, str]:
         return {"megatron-core": megatron.core.__version__}
+
+    def layer_table(self) -> LayerTable:
+        from tpcheck.backends.megatron.layer_table import layer_table  # verify needs none of its layers
+
+        return layer_table()
 
     def resolved(self, options: TrainingOptions) -> TrainingOptions:
         require_supported(options)

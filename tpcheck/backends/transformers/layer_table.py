@@ -2,37 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+from transformers.models.inkling.modeling_inkling import InklingSharedExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from tpcheck.backends.interface import NO_ROW, LayerTable, ParallelLayer, RankLike
+from tpcheck.backends.interface import NO_ROW, LayerSizes, LayerTable, ParallelLayer, RankLike
+from tpcheck.backends.plain_layers import (
+    NUM_EXPERTS,
+    ROTARY_DIM,
+    Heads,
+    LatentAttention,
+    Routed,
+    SharedByAll,
+    SortedByExpert,
+)
 
 
 def layer_table() -> LayerTable:
     """Return every style of the installed version; a style without a row says so in `why_not`."""
-    rows = {layer.name: layer for layer in _LAYERS}
-    layers = [rows.get(name, ParallelLayer(name, why_not=NO_ROW)) for name in ALL_PARALLEL_STYLES]
-    return LayerTable(layers, {}, lambda options: nullcontext())
+    known = {layer.name.partition(",")[0] for layer in _LAYERS}
+    unknown = [ParallelLayer(name, why_not=NO_ROW) for name in ALL_PARALLEL_STYLES if name not in known]
+    installed = [layer for layer in _LAYERS if layer.name.partition(",")[0] in ALL_PARALLEL_STYLES]
+    return LayerTable([*installed, *unknown], {}, lambda options: nullcontext())
 
 
 def _shard_as(style: str) -> Callable[[nn.Module, RankLike], nn.Module]:
     """Return a function that shards a plain layer by the style of that name."""
+    return _shard_by({"": style})
+
+
+def _shard_by(plan: Mapping[str, str], **of_dispatch: Any) -> Callable[[nn.Module, RankLike], nn.Module]:
+    """Return a function that applies the styles of a plan to modules and parameters of these names.
+
+    Args:
+        of_dispatch: Arguments of `ep_dispatch_experts`.
+    """
 
     def shard(module: nn.Module, rank: RankLike) -> nn.Module:
         mesh = DeviceMesh.from_group(rank.group("tp"), rank.device.type, mesh_dim_names=("tp",))
-        for name, _ in list(module.named_parameters()):
-            ALL_PARALLEL_STYLES[style].shard_param(module, name, mesh)
-        sharded: nn.Module = ALL_PARALLEL_STYLES[style].install_forward(module, mesh)
-        return sharded
+        parameters = dict(module.named_parameters())
+        for name, style_name in plan.items():
+            style: Any = ALL_PARALLEL_STYLES[style_name]
+            if name in parameters:
+                owner, _, parameter = name.rpartition(".")
+                style.shard_param(module.get_submodule(owner), parameter, mesh)
+                continue
+            layer = module.get_submodule(name)
+            for parameter, _ in list(layer.named_parameters(recurse=False)):
+                if f"{name}.{parameter}".lstrip(".") not in plan:
+                    style.shard_param(layer, parameter, mesh)
+            if style_name == "ep_dispatch_experts":  # the ranks of the TP group have the experts, and one batch
+                style.install_forward(layer, mesh, tp_mesh=mesh, **of_dispatch)
+                continue
+            if style_name == "mla_kv_a_proj":
+                layer.config = SimpleNamespace(qk_rope_head_dim=ROTARY_DIM)  # type: ignore[assignment]
+            style.install_forward(layer, mesh)
+        return module
 
     return shard
 
 
-_NO_LAYER = "it wraps a part of a model, and shards no layer"
+def _experts(sizes: LayerSizes) -> SimpleNamespace:
+    """Return a configuration of small experts under the names of every family that is used here."""
+    return SimpleNamespace(
+        hidden_size=sizes.inputs,
+        hidden_act="silu",
+        intermediate_size=sizes.outputs,
+        moe_intermediate_size=sizes.outputs,
+        expert_ffn_hidden_size=sizes.outputs,
+        num_local_experts=NUM_EXPERTS,
+        n_shared_experts=NUM_EXPERTS,
+        n_routed_experts=NUM_EXPERTS,
+        zero_expert_num=_NUM_IDENTITIES,
+        _experts_implementation="eager",
+    )
+
+
+def _mixtral(sizes: LayerSizes) -> nn.Module:
+    return Routed(sizes, MixtralExperts(_experts(sizes)))
+
+
+_NUM_IDENTITIES = 2
+_WHOLE_EXPERTS = {
+    "experts.gate_up_proj": "grouped_gemm",
+    "experts.down_proj": "grouped_gemm",
+    "experts": "ep_dispatch_experts",
+}
+_CUT_EXPERTS = {
+    "experts.gate_up_proj": "packed_colwise",
+    "experts.down_proj": "rowwise",
+    "experts": "moe_tp_experts",
+}
 _LAYERS = (
     ParallelLayer("colwise", output="part", shard=_shard_as("colwise")),
     ParallelLayer("colwise_gather_output", shard=_shard_as("colwise_gather_output")),
@@ -43,14 +113,63 @@ _LAYERS = (
     ParallelLayer("packed_colwise", output="part", shard=_shard_as("packed_colwise"), out_blocks=2),
     ParallelLayer("embedding_rowwise", "embedding", shard=_shard_as("embedding_rowwise")),
     ParallelLayer("embedding_colwise", "embedding", shard=_shard_as("embedding_colwise")),
+    ParallelLayer("replicate", shard=_shard_as("replicate")),
     ParallelLayer(
-        "packed_rowwise", why_not="its experts do their own matmul, so there is no plain layer to compare with"
+        "sequence_parallel",
+        lambda sizes: nn.LayerNorm(sizes.inputs, bias=sizes.bias),
+        "rows",
+        "rows",
+        shard=_shard_as("sequence_parallel"),
+        rows_dim=1,
+        num_rows=2,
     ),
-    *(
-        ParallelLayer(name, why_not=_NO_LAYER)
-        for name in (
-            "all_reduce ep_dispatch_experts grouped_gemm local_params mla_kv_a_proj moe_identity_expert "
-            "moe_tp_experts replicate replicated_with_grad_allreduce sequence_parallel"
-        ).split()
+    ParallelLayer(
+        "replicated_with_grad_allreduce",
+        partial(Heads, norm=True),
+        shard=_shard_by({"q_proj": "colwise", "q_norm": "replicated_with_grad_allreduce", "o_proj": "rowwise"}),
+    ),
+    ParallelLayer(
+        "local_params",
+        partial(Heads, sinks=True),
+        shard=_shard_by({"q_proj": "colwise", "sinks": "colwise", "o_proj": "rowwise", "": "local_params"}),
+    ),
+    ParallelLayer(
+        "mla_kv_a_proj",
+        LatentAttention,
+        shard=_shard_by({"kv_a_proj_with_mqa": "mla_kv_a_proj", "kv_b_proj": "colwise", "o_proj": "rowwise"}),
+    ),
+    ParallelLayer("moe_tp_experts", _mixtral, shard=_shard_by(_CUT_EXPERTS)),
+    ParallelLayer(
+        "moe_identity_expert",
+        lambda sizes: Routed(sizes, LongcatFlashExperts(_experts(sizes)), NUM_EXPERTS + _NUM_IDENTITIES),
+        shard=_shard_by({"experts.identity_expert": "moe_identity_expert", **_CUT_EXPERTS}),
+    ),
+    ParallelLayer(
+        "packed_rowwise",
+        lambda sizes: SortedByExpert(sizes, Llama4TextExperts(_experts(sizes))),
+        shard=_shard_by(
+            {
+                "experts.gate_up_proj": "packed_rowwise",
+                "experts.down_proj": "colwise",
+                "experts": "moe_tp_experts",
+            }
+        ),
+    ),
+    ParallelLayer(
+        "all_reduce",
+        lambda sizes: SharedByAll(sizes, InklingSharedExperts(_experts(sizes))),
+        shard=_shard_by(
+            {
+                "experts.gate_proj": "colwise",
+                "experts.up_proj": "colwise",
+                "experts.down_proj": "rowwise",
+                "experts": "all_reduce",
+            }
+        ),
+    ),
+    ParallelLayer("grouped_gemm", _mixtral, shard=_shard_by(_WHOLE_EXPERTS, ep_implementation="all_to_all")),
+    ParallelLayer("ep_dispatch_experts", _mixtral, shard=_shard_by(_WHOLE_EXPERTS)),
+    ParallelLayer(
+        "ep_dispatch_experts, all_reduce", _mixtral, shard=_shard_by(_WHOLE_EXPERTS, ep_implementation="all_reduce")
     ),
 )

@@ -16,6 +16,7 @@ from tpcheck.core.errors import BackendError, UsageError
 from tpcheck.lab.fuzz.results import INPUT_GRADIENT, MAKING, OUTPUT, Trial
 from tpcheck.numerics.differences import frobenius_distance, rounding_error
 from tpcheck.numerics.perturb import Perturbation, perturbed_leaves
+from tpcheck.numerics.precision import everything_in_float64
 from tpcheck.numerics.tolerance import NUM_REPLAYS, Tolerance
 
 Tensors = Mapping[str, torch.Tensor]
@@ -108,24 +109,25 @@ def try_layer(rank: RankLike, backend: str | Backend, trial: Trial) -> RankTrial
     table = layer_table(backend)
     layer = layer_named(table, trial.layer)
     plain = plain_layer(layer, trial)
-    inputs = _inputs(layer, trial, plain)
-    with table.session(trial.options), torch.set_grad_enabled(layer.trains):
-        with _crashes_of(trial, MAKING):
-            parts = _local_parts(layer, trial, rank)
-            sharded = _sharded(layer, plain_layer(layer, trial), rank)
-        local_input = _leaf(laid_out(parts.of_input(inputs["input"]), trial.strides))
-        with _crashes_of(trial, "forward"):
-            output = sharded(local_input)
-        if layer.trains:
-            with _crashes_of(trial, "backward"):
-                output.backward(laid_out(parts.of_output(inputs["gradient"]), trial.gradient_strides))
-                if layer.reduce_gradients is not None:
-                    layer.reduce_gradients(sharded, rank)
-        actual = _results(sharded, local_input, output)
-    expected = _run(plain, inputs)
-    if not layer.trains:
-        expected = {OUTPUT: expected[OUTPUT]}
-    return RankTrial(_tried_tensors(actual, expected, _replays(plain, inputs), parts), parts.positions)
+    with everything_in_float64(trial.dtype == "float64"):
+        inputs = _inputs(layer, trial, plain)
+        with table.session(trial.options), torch.set_grad_enabled(layer.trains):
+            with _crashes_of(trial, MAKING):
+                parts = _local_parts(layer, trial, rank)
+                sharded = _sharded(layer, plain_layer(layer, trial), rank)
+            local_input = _leaf(laid_out(parts.of_input(inputs["input"]), trial.strides))
+            with _crashes_of(trial, "forward"):
+                output = sharded(local_input)
+            if layer.trains:
+                with _crashes_of(trial, "backward"):
+                    output.backward(laid_out(parts.of_output(inputs["gradient"]), trial.gradient_strides))
+                    if layer.reduce_gradients is not None:
+                        layer.reduce_gradients(sharded, rank)
+            actual = _results(sharded, local_input, output)
+        expected = _run(plain, inputs)
+        if not layer.trains:
+            expected = {OUTPUT: expected[OUTPUT]}
+        return RankTrial(_tried_tensors(actual, expected, _replays(plain, inputs), parts), parts.positions)
 
 
 @contextmanager
