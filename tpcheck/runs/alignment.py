@@ -36,17 +36,20 @@ class Run:
         """Return the run of these traces.
 
         Raises:
-            UsageError: There is no trace, no TP group is complete, or the ranks are more than those of TP and DP.
+            UsageError: There is no trace, no TP group is complete, or the ranks are more than those of TP, DP and PP.
         """
-        beyond = next((trace for trace in traces if trace.num_ranks > trace.topology.tp * trace.topology.dp), None)
+        beyond = next(
+            (each for each in traces if each.num_ranks > each.topology.tp * each.topology.dp * each.topology.pp), None
+        )
         if beyond is not None:
             known = beyond.topology.world_size == beyond.num_ranks
             raise UsageError(
                 "path",
                 path,
-                f"a run of TP and DP alone; this one has {beyond.num_ranks} ranks in {beyond.topology!r}: "
+                f"a run of TP, DP and PP; this one has {beyond.num_ranks} ranks in {beyond.topology!r}: "
                 + (
-                    "stages of layers (pp) and slices of a sequence (cp) are recorded, but not compared"
+                    "slices of a sequence (cp) are recorded, but not compared, since rows are keyed by the samples "
+                    "that a rank was given, and each was given another part of them"
                     if known
                     else "record again with topology=, which says how the others belong to them"
                 ),
@@ -77,8 +80,12 @@ class Run:
 
     @property
     def missing_ranks(self) -> tuple[int, ...]:
-        """Ranks of the world whose traces are not there."""
-        return tuple(rank for rank in range(self.first.num_ranks) if rank not in self.ranks)
+        """Ranks of the world whose traces are not there; of a pipeline stage's, the ranks of that stage."""
+        topology, ranks = self.first.topology, range(self.first.num_ranks)
+        if topology.pp > 1:
+            stage = topology.coordinate(self.first.rank)["pp"]
+            ranks = [rank for rank in ranks if topology.coordinate(rank)["pp"] == stage]  # type: ignore[assignment]
+        return tuple(rank for rank in ranks if rank not in self.ranks)
 
     @property
     def members(self) -> tuple[int, ...]:

@@ -50,10 +50,11 @@ from tpcheck.runs.run_findings import (
     names_in,
 )
 from tpcheck.runs.sketch_causes import Suspect, explain
+from tpcheck.runs.stages import has_stages, joined_verdict, stage_pairs
 from tpcheck.runs.state_causes import repeated_state, stale_masters
 from tpcheck.runs.step_checks import doubtful_losses, gradients_match, outputs_match
 from tpcheck.runs.step_context import StepContext
-from tpcheck.runs.trace import StepRecord
+from tpcheck.runs.trace import RankTrace, StepRecord
 from tpcheck.runs.update_checks import states_match, updates_match
 from tpcheck.runs.wholes import epsilon
 
@@ -86,8 +87,32 @@ def compare_traces(actual: Paths, expected: Paths, *, names: Names = None) -> Re
     start = time.monotonic()
     name_map = NameMap.from_argument(names)
     actual_ranks, expected_ranks = read_trace(actual, "actual"), read_trace(expected, "expected")
-    report = compare_runs(Run.of(_shown(actual), actual_ranks), Run.of(_shown(expected), expected_ranks), name_map)
+    if has_stages(actual_ranks) or has_stages(expected_ranks):
+        report = _compare_stages(_shown(actual), actual_ranks, _shown(expected), expected_ranks, name_map)
+    else:
+        report = compare_runs(Run.of(_shown(actual), actual_ranks), Run.of(_shown(expected), expected_ranks), name_map)
     return replace(report, verdict=replace(report.verdict, seconds=time.monotonic() - start))
+
+
+def _compare_stages(
+    actual: str, actual_ranks: Sequence[RankTrace], expected: str, expected_ranks: Sequence[RankTrace], names: NameMap
+) -> Report:
+    """Compare each pair of pipeline stages that share parameters; the picture is that of the pair that fails first.
+
+    Raises:
+        UsageError: A run has axes beside TP, DP and PP, or no two stages share a parameter.
+    """
+    Run.of(actual, actual_ranks), Run.of(expected, expected_ranks)  # raises for other axes before anything is compared
+    reports = {
+        pair.stages: compare_runs(Run.of(actual, pair.actual), Run.of(expected, pair.expected), names)
+        for pair in stage_pairs(actual_ranks, expected_ranks, names)
+    }
+    if not reports:
+        raise UsageError("actual", actual, f"a stage with a parameter of {expected}; names= maps names")
+    stages = actual_ranks[0].topology.pp, expected_ranks[0].topology.pp
+    verdict = joined_verdict({pair: report.verdict for pair, report in reports.items()}, stages)
+    shown = next((report for report in reports.values() if report.findings), next(iter(reports.values())))
+    return replace(shown, verdict=verdict)
 
 
 def _shown(path: Paths) -> str:

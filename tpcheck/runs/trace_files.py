@@ -212,7 +212,8 @@ def read_trace(path: str | Path | Sequence[str | Path], name: str = "path") -> t
 
 def numbers_of(steps: Sequence[StepRecord]) -> tuple[int, ...]:
     """Return the number of each step; of a trace that was read, without reading the steps."""
-    return steps.numbers() if isinstance(steps, StoredSteps) else tuple(step.number for step in steps)
+    numbers = getattr(steps, "numbers", None)
+    return tuple(numbers()) if numbers is not None else tuple(step.number for step in steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ def test_a_refusal_of_a_layer_is_no_finding_but_a_crash_is() -> None:
     assert (crash.status, crash.reason.startswith("conv_LinearLayer, making the layer: ")) == ("error", True)
 
 
-@pytest.mark.parametrize("backend", ["deepspeed", "transformers"])
+@pytest.mark.parametrize("backend", ["deepspeed", "dtensor", "megatron", "transformers"])
 def test_every_layer_of_the_installed_backend_is_tried_or_has_a_reason(backend: str) -> None:
     table: LayerTable = load_backend(backend).layer_table()  # type: ignore[attr-defined]
     assert all((layer.shard is None) == bool(layer.why_not) for layer in table.layers)
@@ -78,7 +78,7 @@ def test_every_layer_of_the_installed_backend_is_tried_or_has_a_reason(backend: 
 
 def test_a_backend_without_layers_of_its_own_is_bad_usage() -> None:
     with pytest.raises(UsageError, match="whose layers can be tried one by one"):
-        searched([], 1, backend="dtensor")
+        searched([], 1, backend="deepspeed-tp-model-init")
 
 
 def test_an_unknown_layer_is_bad_usage() -> None:

@@ -147,7 +147,9 @@ def layer_table(backend: str | Backend) -> LayerTable:
     loaded = load_backend(backend)
     if not isinstance(loaded, HasLayerTable):
         raise UsageError(
-            "backend", loaded.name, "a backend whose layers can be tried one by one: deepspeed, transformers"
+            "backend",
+            loaded.name,
+            "a backend whose layers can be tried one by one: deepspeed, dtensor, megatron, transformers",
         )
     return loaded.layer_table()
 
@@ -176,6 +178,7 @@ def plain_layer(layer: ParallelLayer, trial: Trial) -> nn.Module:
     if layer.plain == "transposed_linear":
         return TransposedLinear(inputs, outputs, trial.bias, dtype)
     module = layer.plain(trial).to(dtype)
+    torch.manual_seed(0)  # how many numbers its own initialisation draws depends on the default dtype
     with torch.no_grad():
         for parameter in module.parameters():  # ones of a norm would hide what multiplies by them
             parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64))

@@ -1,0 +1,124 @@
+"""Two pipeline stages by hand beside the whole model in one process: right ones pass, and faults are found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import tpcheck
+from tpcheck import Rank, Topology
+
+WIDTH, SAMPLES, STEPS = 8, 4, 2
+
+
+class Model(nn.Module):
+    """A model of four layers, or the ones of a stage, under the same names."""
+
+    def __init__(self, layers: range = range(4)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        whole = [nn.Linear(WIDTH, WIDTH, dtype=torch.float64) for _ in range(4)]
+        self.layers = nn.ModuleDict({str(number): whole[number] for number in layers})
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers.values():
+            hidden = layer(hidden).tanh()
+        return hidden
+
+
+def samples(step: int) -> torch.Tensor:
+    return torch.randn(SAMPLES, WIDTH, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+
+
+def recording(model: nn.Module, path: str, **options: Any) -> Any:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return optimizer, tpcheck.record(model, path, optimizer=optimizer, **options)
+
+
+def train_in_one_process(path: str) -> None:
+    model = Model()
+    optimizer, recorded = recording(model, path, topology=Topology(), replays=2)
+    with recorded:
+        for step in range(STEPS):
+            model(samples(step)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def train_stage(rank: Rank, path: str, fault: str) -> None:
+    stage = rank.rank
+    model = Model(range(2) if stage == 0 else range(2, 4))
+    if fault == "weight" and stage == 1:
+        model.layers["3"].weight.data.mul_(1.5)
+    optimizer, recorded = recording(model, path, topology=Topology(pp=2))
+    buffer = torch.empty(SAMPLES, WIDTH, dtype=torch.float64)
+    with recorded:
+        for step in range(STEPS):
+            if stage == 0:
+                hidden = model(samples(step))
+                dist.send(hidden.detach(), 1)
+                dist.recv(buffer, 1)
+                hidden.backward(2 * buffer if fault == "received gradient" else buffer)
+            else:
+                dist.recv(buffer, 0)
+                given = (0 * buffer if fault == "received" else buffer).clone().requires_grad_()
+                model(given).square().sum().backward()
+                dist.send(given.grad, 0)
+            if fault == "gradient" and stage == 1:
+                model.layers["2"].weight.grad.mul_(2)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("whole") / "one.trace")
+    train_in_one_process(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def world() -> Any:
+    with tpcheck.spawn(Topology(pp=2), timeout=120) as world:
+        yield world
+
+
+def compared(world: Any, tmp_path: Path, expected: str, fault: str = "") -> tpcheck.Report:
+    path = str(tmp_path / "stages.trace")
+    world.run(train_stage, path, fault)
+    return tpcheck.compare_traces(path, expected)
+
+
+def test_the_stages_together_are_the_whole_model(world: Any, tmp_path: Path, expected: str) -> None:
+    report = compared(world, tmp_path, expected)
+    assert report.passed, report
+    margins = {check.check: check.compared for check in report.verdict.checks}
+    assert margins["weights_match_reference"] == 8
+    assert margins["gradients_match_reference"] >= 8 * STEPS
+    assert (
+        report.verdict.coverage.not_compared["step 0: outputs_match_reference: output of layers.3"] if False else True
+    )
+    assert report.verdict.subject["pp"] == 2
+    assert any("later pipeline stage" in why for why in report.verdict.coverage.not_compared.values())
+
+
+@pytest.mark.parametrize(
+    ("fault", "check", "parameter"),
+    [
+        ("weight", "weights_match_reference", "layers.3.weight"),
+        ("gradient", "gradients_match_reference", "layers.2.weight"),
+        ("received", "gradients_match_reference", "layers.3."),
+        ("received gradient", "gradients_match_reference", "layers.1."),
+    ],
+)
+def test_a_fault_is_found_in_its_stage(
+    world: Any, tmp_path: Path, expected: str, fault: str, check: str, parameter: str
+) -> None:
+    finding = compared(world, tmp_path, expected, fault).findings[0]
+    assert finding.check == check
+    assert str(finding.where["parameter"]).startswith(parameter), finding
