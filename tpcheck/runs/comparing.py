@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tpcheck.core.causes import Cause, Explanation
+from tpcheck.core.errors import UsageError
 from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
 from tpcheck.core.name_maps import NameMap, Names
 from tpcheck.core.reproduce import compare_command

@@ -133,22 +133,22 @@ def joined_verdict(verdicts: Mapping[tuple[int, int], Verdict], stages: tuple[in
     """
     ordered = [verdicts[pair] for pair in sorted(verdicts)]
     first_step = min((_step(finding) for each in ordered for finding in each.findings), default=-1)
-    forward, backward = [], []
-    for number, verdict in enumerate(ordered):
-        for finding in verdict.findings:
-            if _step(finding) == first_step:
-                is_forward = finding.where.get("phase") in ("start", "forward")
-                (forward if is_forward else backward).append((number, finding))
-    backward.sort(key=lambda numbered: -numbered[0])
-    findings = tuple(finding for _, finding in (*forward, *backward))
+    numbered = [
+        (finding.where.get("phase") not in ("start", "forward"), number, finding)
+        for number, each in enumerate(ordered)
+        for finding in each.findings
+        if _step(finding) == first_step
+    ]
+    numbered.sort(key=lambda each: (each[0], -each[1] if each[0] else each[1]))
+    findings = tuple(finding for *_, finding in numbered)
     not_compared: dict[str, str] = {"norms that loops clipped by": "they are of the gradients of all stages"}
     not_compared["outputs of the root module"] = _ROOT
     for verdict in ordered:
-        for name, reason in verdict.coverage.not_compared.items():
-            not_compared.setdefault(name, _LATER_STAGE if reason in _OF_ONE_RUN else reason)
+        for label, reason in verdict.coverage.not_compared.items():
+            not_compared.setdefault(label, _LATER_STAGE if reason in _OF_ONE_RUN else reason)
     compared = sum(verdict.coverage.compared for verdict in ordered)
-    names: set[VerdictName] = {verdict.verdict for verdict in ordered}
-    name: VerdictName = "failed" if findings else "skipped" if "skipped" in names else "passed"
+    is_skipped = any(verdict.verdict == "skipped" for verdict in ordered)
+    name: VerdictName = "failed" if findings else "skipped" if is_skipped else "passed"
     messages = dict.fromkeys(verdict.message for verdict in ordered if verdict.message)
     subject = {**ordered[0].subject, "pp": stages[0], "expected_pp": stages[1]}
     return replace(
