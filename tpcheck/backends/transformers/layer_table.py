@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
-from transformers.models.inkling.modeling_inkling import InklingSharedExperts
-from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
-from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from tpcheck.backends.interface import NO_ROW, LayerSizes, LayerTable, ParallelLayer, RankLike
 from tpcheck.backends.plain_layers import (
@@ -72,9 +69,10 @@ def _shard_by(plan: Mapping[str, str], **of_dispatch: Any) -> Callable[[nn.Modul
     return shard
 
 
-def _experts(sizes: LayerSizes) -> SimpleNamespace:
-    """Return a configuration of small experts under the names of every family that is used here."""
-    return SimpleNamespace(
+def _experts(sizes: LayerSizes, family: str, name: str) -> nn.Module:
+    """Return small experts of a family, which is imported when it is tried: its configuration has every family's names."""
+    experts_class = getattr(import_module(f"transformers.models.{family}.modeling_{family}"), name)
+    config = SimpleNamespace(
         hidden_size=sizes.inputs,
         hidden_act="silu",
         intermediate_size=sizes.outputs,
@@ -86,10 +84,12 @@ def _experts(sizes: LayerSizes) -> SimpleNamespace:
         zero_expert_num=_NUM_IDENTITIES,
         _experts_implementation="eager",
     )
+    experts: nn.Module = experts_class(config)
+    return experts
 
 
 def _mixtral(sizes: LayerSizes) -> nn.Module:
-    return Routed(sizes, MixtralExperts(_experts(sizes)))
+    return Routed(sizes, _experts(sizes, "mixtral", "MixtralExperts"))
 
 
 _NUM_IDENTITIES = 2
@@ -141,12 +141,14 @@ _LAYERS = (
     ParallelLayer("moe_tp_experts", _mixtral, shard=_shard_by(_CUT_EXPERTS)),
     ParallelLayer(
         "moe_identity_expert",
-        lambda sizes: Routed(sizes, LongcatFlashExperts(_experts(sizes)), NUM_EXPERTS + _NUM_IDENTITIES),
+        lambda sizes: Routed(
+            sizes, _experts(sizes, "longcat_flash", "LongcatFlashExperts"), NUM_EXPERTS + _NUM_IDENTITIES
+        ),
         shard=_shard_by({"experts.identity_expert": "moe_identity_expert", **_CUT_EXPERTS}),
     ),
     ParallelLayer(
         "packed_rowwise",
-        lambda sizes: SortedByExpert(sizes, Llama4TextExperts(_experts(sizes))),
+        lambda sizes: SortedByExpert(sizes, _experts(sizes, "llama4", "Llama4TextExperts")),
         shard=_shard_by(
             {
                 "experts.gate_up_proj": "packed_rowwise",
@@ -157,7 +159,7 @@ _LAYERS = (
     ),
     ParallelLayer(
         "all_reduce",
-        lambda sizes: SharedByAll(sizes, InklingSharedExperts(_experts(sizes))),
+        lambda sizes: SharedByAll(sizes, _experts(sizes, "inkling", "InklingSharedExperts")),
         shard=_shard_by(
             {
                 "experts.gate_proj": "colwise",
