@@ -113,7 +113,7 @@ def test_every_entry_of_single_layers_explains_its_own_trial_and_no_other(entry:
     *_, trial = shlex.split(entry.again)
     tried = Trial.of(json.loads(trial))
     outcome = {"verdict": entry.verdict, "tensor": entry.tensor, "message": entry.message}
-    versions = {"deepspeed": "0.19.8", "transformers": "5.23.0"}
+    versions = {"deepspeed": "0.19.8", "transformers": "5.23.0", "torch": "2.13.0", "megatron-core": "0.16.1"}
     assert entry.explains(tried, entry.backend, versions, **outcome)
     assert not entry.explains(replace(tried, layer="other"), entry.backend, versions, **outcome)
     assert not entry.explains(tried, "other", versions, **outcome)

@@ -78,7 +78,7 @@ def test_every_layer_of_the_installed_backend_is_tried_or_has_a_reason(backend: 
 
 def test_a_backend_without_layers_of_its_own_is_bad_usage() -> None:
     with pytest.raises(UsageError, match="whose layers can be tried one by one"):
-        searched([], 1, backend="deepspeed-tp-model-init")
+        searched([], 1, backend="custom")
 
 
 def test_an_unknown_layer_is_bad_usage() -> None:

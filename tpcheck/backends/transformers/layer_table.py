@@ -70,7 +70,7 @@ def _shard_by(plan: Mapping[str, str], **of_dispatch: Any) -> Callable[[nn.Modul
 
 
 def _experts(sizes: LayerSizes, family: str, name: str) -> nn.Module:
-    """Return small experts of a family, which is imported when it is tried: its configuration has every family's names."""
+    """Return small experts of a family, imported when it is tried; their configuration has every family's names."""
     experts_class = getattr(import_module(f"transformers.models.{family}.modeling_{family}"), name)
     config = SimpleNamespace(
         hidden_size=sizes.inputs,
