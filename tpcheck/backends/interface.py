@@ -379,6 +379,8 @@ class ParallelLayer:
         rows_dim: The dim of `rows`.
         num_rows: How many dims before the last one it takes; None for any number.
         trains: Whether it has a backward pass.
+        replicates: Which parameters every rank holds whole by design: their names begin so. Another that they all hold
+            whole is not sharded, and the layer is refused.
         reduce_gradients: What the library does to the gradients of such a layer after the backward pass of a step.
         why_not: Why it is not tried.
     """
@@ -394,6 +396,7 @@ class ParallelLayer:
     rows_dim: int = 0
     num_rows: int | None = None
     trains: bool = True
+    replicates: tuple[str, ...] = ()
     reduce_gradients: Callable[[nn.Module, RankLike], None] | None = None
     why_not: str = ""
 

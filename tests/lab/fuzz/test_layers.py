@@ -110,6 +110,14 @@ def outcome(name: str, actual: list[torch.Tensor], positions: tuple[list[int], l
     return Worlds(TWO_RANKS, {}).judge(Trial("Layer"), ranks)
 
 
+def test_a_weight_that_all_ranks_hold_whole_is_refused_unless_the_layer_replicates_it() -> None:
+    whole = torch.arange(2)
+    tensors = {OUTPUT: TriedTensor(WHOLE, WHOLE, 1e-12)}
+    for replicates, status in (((), "refused"), (("router",), "refused"), (("weight",), "passed"), (("",), "passed")):
+        ranks = [RankTrial(tensors, {"weight": whole}, replicates) for _ in range(2)]
+        assert Worlds(TWO_RANKS, {}).judge(Trial("Layer"), ranks).status == status
+
+
 def test_tensors_within_the_allowed_error_pass() -> None:
     assert outcome(OUTPUT, [WHOLE, WHOLE + 1e-14]).status == "passed"
 

@@ -124,6 +124,7 @@ _LAYERS = (
         "rows",
         "rows",
         shard=_by(SequenceParallel(use_local_output=True)),
+        replicates=("",),
         **_SEQUENCE,
     ),
     ParallelLayer(
@@ -132,6 +133,7 @@ _LAYERS = (
         "rows",
         "rows",
         shard=_by(SequenceParallel(use_local_output=True)),
+        replicates=("",),
         **_SEQUENCE,
     ),
     ParallelLayer(

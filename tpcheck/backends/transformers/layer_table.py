@@ -113,7 +113,7 @@ _LAYERS = (
     ParallelLayer("packed_colwise", output="part", shard=_shard_as("packed_colwise"), out_blocks=2),
     ParallelLayer("embedding_rowwise", "embedding", shard=_shard_as("embedding_rowwise")),
     ParallelLayer("embedding_colwise", "embedding", shard=_shard_as("embedding_colwise")),
-    ParallelLayer("replicate", shard=_shard_as("replicate")),
+    ParallelLayer("replicate", shard=_shard_as("replicate"), replicates=("",)),
     ParallelLayer(
         "sequence_parallel",
         lambda sizes: nn.LayerNorm(sizes.inputs, bias=sizes.bias),
@@ -122,11 +122,13 @@ _LAYERS = (
         shard=_shard_as("sequence_parallel"),
         rows_dim=1,
         num_rows=2,
+        replicates=("",),
     ),
     ParallelLayer(
         "replicated_with_grad_allreduce",
         partial(Heads, norm=True),
         shard=_shard_by({"q_proj": "colwise", "q_norm": "replicated_with_grad_allreduce", "o_proj": "rowwise"}),
+        replicates=("q_norm",),
     ),
     ParallelLayer(
         "local_params",
@@ -137,14 +139,16 @@ _LAYERS = (
         "mla_kv_a_proj",
         LatentAttention,
         shard=_shard_by({"kv_a_proj_with_mqa": "mla_kv_a_proj", "kv_b_proj": "colwise", "o_proj": "rowwise"}),
+        replicates=("kv_a_proj_with_mqa",),
     ),
-    ParallelLayer("moe_tp_experts", _mixtral, shard=_shard_by(_CUT_EXPERTS)),
+    ParallelLayer("moe_tp_experts", _mixtral, shard=_shard_by(_CUT_EXPERTS), replicates=("router",)),
     ParallelLayer(
         "moe_identity_expert",
         lambda sizes: Routed(
             sizes, _experts(sizes, "longcat_flash", "LongcatFlashExperts"), NUM_EXPERTS + _NUM_IDENTITIES
         ),
         shard=_shard_by({"experts.identity_expert": "moe_identity_expert", **_CUT_EXPERTS}),
+        replicates=("router",),
     ),
     ParallelLayer(
         "packed_rowwise",
@@ -156,6 +160,7 @@ _LAYERS = (
                 "experts": "moe_tp_experts",
             }
         ),
+        replicates=("router",),
     ),
     ParallelLayer(
         "all_reduce",
@@ -168,10 +173,19 @@ _LAYERS = (
                 "experts": "all_reduce",
             }
         ),
+        replicates=("router",),
     ),
-    ParallelLayer("grouped_gemm", _mixtral, shard=_shard_by(_WHOLE_EXPERTS, ep_implementation="all_to_all")),
-    ParallelLayer("ep_dispatch_experts", _mixtral, shard=_shard_by(_WHOLE_EXPERTS)),
     ParallelLayer(
-        "ep_dispatch_experts, all_reduce", _mixtral, shard=_shard_by(_WHOLE_EXPERTS, ep_implementation="all_reduce")
+        "grouped_gemm",
+        _mixtral,
+        shard=_shard_by(_WHOLE_EXPERTS, ep_implementation="all_to_all"),
+        replicates=("router",),
+    ),
+    ParallelLayer("ep_dispatch_experts", _mixtral, shard=_shard_by(_WHOLE_EXPERTS), replicates=("router",)),
+    ParallelLayer(
+        "ep_dispatch_experts, all_reduce",
+        _mixtral,
+        shard=_shard_by(_WHOLE_EXPERTS, ep_implementation="all_reduce"),
+        replicates=("router",),
     ),
 )

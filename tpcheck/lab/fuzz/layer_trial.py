@@ -92,10 +92,12 @@ class RankTrial:
     Attributes:
         tensors: The output, the gradient of the input, and that of each parameter, by name.
         local_positions: See `LocalParts.positions`.
+        replicates: See `ParallelLayer.replicates`.
     """
 
     tensors: Mapping[str, TriedTensor]
     local_positions: Mapping[str, torch.Tensor]
+    replicates: tuple[str, ...] = ()
 
 
 def try_layer(rank: RankLike, backend: str | Backend, trial: Trial) -> RankTrial:
@@ -127,7 +129,8 @@ def try_layer(rank: RankLike, backend: str | Backend, trial: Trial) -> RankTrial
         expected = _run(plain, inputs)
         if not layer.trains:
             expected = {OUTPUT: expected[OUTPUT]}
-        return RankTrial(_tried_tensors(actual, expected, _replays(plain, inputs), parts), parts.positions)
+        tensors = _tried_tensors(actual, expected, _replays(plain, inputs), parts)
+        return RankTrial(tensors, parts.positions, layer.replicates)
 
 
 @contextmanager

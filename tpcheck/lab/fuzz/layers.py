@@ -207,10 +207,11 @@ def _selected(table: LayerTable, names: Sequence[str]) -> list[ParallelLayer]:
 
 
 def _overlaps(by_rank: Sequence[RankTrial]) -> bool:
-    """Return whether ranks hold the same part of a weight, other than the whole of it."""
+    """Return whether ranks hold the same part of a weight, other than the whole of one that the layer replicates."""
     for name in by_rank[0].local_positions:
         positions = [rank.local_positions[name].reshape(-1).tolist() for rank in by_rank]
-        is_replicated = all(sorted(held) == sorted(positions[0]) for held in positions)
+        by_design = name.startswith(by_rank[0].replicates)
+        is_replicated = by_design and all(sorted(held) == sorted(positions[0]) for held in positions)
         held = [position for of_rank in positions for position in of_rank]
         if not name.endswith("bias") and not is_replicated and len(set(held)) < len(held):
             return True
