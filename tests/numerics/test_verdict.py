@@ -14,15 +14,8 @@ from tpcheck.backends.layout import Layout
 from tpcheck.core.findings import CheckResult, Finding, ModuleMargins
 from tpcheck.numerics.checks import CHECK_NAMES
 from tpcheck.numerics.evidence import Evidence, MarginsByModule
-from tpcheck.numerics.verdict import (
-    CheckAnswer,
-    GroupAnswer,
-    forbids_training,
-    full_answer,
-    group_findings,
-    start_answer,
-    verdict,
-)
+from tpcheck.numerics.group_answer import full_answer, group_findings, start_answer
+from tpcheck.numerics.verdict import CheckAnswer, GroupAnswer, forbids_training, verdict
 
 RIGHT = right_evidence()
 WEIGHTS, REPLICAS, OUTPUTS, GRADIENTS = (
