@@ -27,6 +27,7 @@ def loaded_by(statement: str) -> set[str]:
         "import tpcheck.families, tpcheck.families.rules, tpcheck.families.settings",
         "import tpcheck.core.findings, tpcheck.core.causes, tpcheck.numerics.evidence",
         "import tpcheck.report",
+        "import tpcheck.model.verify, tpcheck.lab.matrix",
         "import tpcheck.doctor.diagnosis",
         "from tpcheck import Topology, UsageError, Report, Finding, RankFailure",
         "from tpcheck import spawn, attach, World, Rank",

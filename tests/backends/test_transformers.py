@@ -1,5 +1,7 @@
 """The transformers backend: right families pass, injected faults are found, unsupported families are errors."""
 
+import subprocess
+import sys
 from functools import partial
 from typing import Any
 
@@ -155,3 +157,14 @@ def test_older_versions_read_layouts_from_positions() -> None:
     layout = layout_of((4, 2), shards)
     assert layout.assemble(shards).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert layout_of((2, 2), shards).is_replicated
+
+
+def test_the_forkserver_compiles_the_patterns_of_names_once() -> None:
+    program = (
+        "from transformers import conversion_mapping as mapping\n"
+        "before = mapping._checkpoint_conversion_mapping_cache\n"
+        "import tpcheck.backends.transformers.preload\n"
+        "print(before is None, bool(mapping._checkpoint_conversion_mapping_cache))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]

@@ -11,18 +11,12 @@ import torch
 
 from tests.numerics.evidence import BIAS, BUFFER, DOWN, NORM, UP, key, right_evidence, with_digest, with_tensor
 from tpcheck.backends.layout import Layout
+from tpcheck.core.check_names import need_steps
 from tpcheck.core.findings import CheckResult, Finding, ModuleMargins
-from tpcheck.numerics.checks import CHECK_NAMES
+from tpcheck.numerics.checks import CHECK_NAMES, STEP_CHECKS
 from tpcheck.numerics.evidence import Evidence, MarginsByModule
-from tpcheck.numerics.verdict import (
-    CheckAnswer,
-    GroupAnswer,
-    forbids_training,
-    full_answer,
-    group_findings,
-    start_answer,
-    verdict,
-)
+from tpcheck.numerics.group_answer import full_answer, group_findings, start_answer
+from tpcheck.numerics.verdict import CheckAnswer, GroupAnswer, forbids_training, verdict
 
 RIGHT = right_evidence()
 WEIGHTS, REPLICAS, OUTPUTS, GRADIENTS = (
@@ -282,3 +276,8 @@ def test_every_replica_that_differs_is_named_with_its_kind() -> None:
     (found,) = start_answer(evidence, [REPLICAS]).answers[0].findings
     assert found.evidence["count_differing"] == 3
     assert found.evidence["also"] == [{"kind": "parameter", "name": BIAS}, {"kind": "buffer", "name": BUFFER}]
+
+
+@pytest.mark.parametrize("check", CHECK_NAMES)
+def test_steps_are_trained_for_the_checks_of_steps_alone(check: str) -> None:
+    assert need_steps([check]) == (check in STEP_CHECKS)

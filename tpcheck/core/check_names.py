@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-CHECK_NAMES = (
+from collections.abc import Sequence
+
+_BEFORE_STEPS = (
     "groups_match_topology",
     "parameters_are_sharded",
     "weights_match_reference",
+)
+CHECK_NAMES = (
+    *_BEFORE_STEPS,
     "replicas_agree",
     "outputs_match_reference",
     "gradients_match_reference",
@@ -22,3 +27,8 @@ RESUME_CHECK = "resume_matches_uninterrupted"
 
 ON_REQUEST = (INITIALISATION_CHECK, CHECKPOINT_CHECK, RESUME_CHECK)
 """The checks that `verify` runs only where they are named."""
+
+
+def need_steps(checks: Sequence[str]) -> bool:
+    """Return whether any of these checks needs training steps."""
+    return any(check not in {*_BEFORE_STEPS, INITIALISATION_CHECK, RESUME_CHECK} for check in checks)

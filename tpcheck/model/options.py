@@ -27,6 +27,7 @@ from tpcheck.world.world import DEVICES, require_seconds
 
 if TYPE_CHECKING:
     from tpcheck.backends.interface import Backend
+    from tpcheck.numerics.verdict import GroupAnswer
 
 _BATCH_FORM = "ROWSxLENGTH, optionally followed by ,padded or ,strided"
 
@@ -422,6 +423,21 @@ class Request:
     build: Callable[[], Any]
     options: RunOptions
     spread_weights: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RankAnswer:
+    """The result of one rank, as it travels back.
+
+    Attributes:
+        group: The answer of the rank's TP group, from its first rank; None from the others.
+        versions: Versions of the packages under test.
+        notes: What of the user's configuration the backend leaves out, in sentences.
+    """
+
+    group: GroupAnswer | None
+    versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def require_valid(request: Request) -> None:

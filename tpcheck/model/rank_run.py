@@ -6,7 +6,7 @@ import pickle
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
 from tpcheck.backends.peft_models import peft_version
 from tpcheck.backends.registry import load_backend
+from tpcheck.core.check_names import CHECKPOINT_CHECK, INITIALISATION_CHECK, need_steps
 from tpcheck.core.clipping import Clipping
 from tpcheck.core.digests import digest
 from tpcheck.model.blame import internal_error, is_of_tpcheck, issued_by, naming_indivisible_sizes
@@ -24,7 +25,7 @@ from tpcheck.model.candidate import CandidateStart, shard, train
 from tpcheck.model.implementations import num_compiled_graphs, require_compiled
 from tpcheck.model.initialising import verify_initialisation
 from tpcheck.model.on_shards import steps_on_shards
-from tpcheck.model.options import Request
+from tpcheck.model.options import RankAnswer, Request
 from tpcheck.model.recompute import compute_alone, recompute_outputs
 from tpcheck.model.reference import CommunicatingRank, Reference, ReferenceStep
 from tpcheck.model.saving import add_saved, load_gathered, verify_saved
@@ -36,33 +37,18 @@ from tpcheck.model.teacher_forcing import (
     replica_gradients,
 )
 from tpcheck.model.user_code import with_user_code
-from tpcheck.numerics.checks import CHECKPOINT_CHECK, INITIALISATION_CHECK, STEP_CHECKS
 from tpcheck.numerics.checks.clipping import observed_clipping
 from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, RankFacts, Step, TensorKey
+from tpcheck.numerics.group_answer import full_answer, start_answer
 from tpcheck.numerics.precision import everything_in_float64, torch_function_disabled
 from tpcheck.numerics.tensors import pickled
 from tpcheck.numerics.tolerance import Tolerance
-from tpcheck.numerics.verdict import GroupAnswer, forbids_training, full_answer, start_answer
+from tpcheck.numerics.verdict import GroupAnswer, forbids_training
 
 T = TypeVar("T")
 
 # An epsilon, and whether small gradients are scaled up: a step may show one of them, and a later one the other.
 _PARTS_OF_CONVENTION = 2
-
-
-@dataclass(frozen=True, slots=True)
-class RankAnswer:
-    """The result of one rank.
-
-    Attributes:
-        group: The answer of the rank's TP group, from its first rank; None from the others.
-        versions: Versions of the packages under test.
-        notes: What of the user's configuration the backend leaves out, in sentences.
-    """
-
-    group: GroupAnswer | None
-    versions: Mapping[str, str]
-    notes: tuple[str, ...] = ()
 
 
 def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
@@ -106,7 +92,7 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
         evidence = _start_evidence(rank, request, reference, start)
         with torch_function_disabled():
             answer = None if evidence is None else start_answer(evidence, checks)
-        if trains(checks) and not any(rank.gather(answer is not None and forbids_training(answer))):
+        if need_steps(checks) and not any(rank.gather(answer is not None and forbids_training(answer))):
             saves = CHECKPOINT_CHECK in checks
             saved = [verify_saved(rank, candidate, reference.model, step=-1)] if saves else []
             with naming_indivisible_sizes(config, tp):
@@ -122,11 +108,6 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
     if answer is not None and initialised is not None and rank.rank == 0:  # it is of all ranks
         answer = replace(answer, answers=(initialised, *answer.answers))
     return RankAnswer(answer, {**backend.versions(), **peft_version(reference.model)}, options.notes)
-
-
-def trains(checks: Sequence[str]) -> bool:
-    """Return whether any of these checks needs training steps."""
-    return any(check in STEP_CHECKS or check == CHECKPOINT_CHECK for check in checks)
 
 
 def training_options(request: Request, device: torch.device) -> TrainingOptions:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from tpcheck.backends.registry import modules_of
+from tpcheck.core.check_names import RESUME_CHECK, need_steps
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import BackendError, InternalError, RankFailure, TpcheckError, UsageError
 from tpcheck.core.findings import INTERNAL_ERROR, Verdict
@@ -15,12 +17,14 @@ from tpcheck.model.options import (
     DEFAULTS,
     FamilyKeywords,
     OptionKeywords,
+    RankAnswer,
     Request,
     RunOptions,
     expand_options,
     require_valid,
 )
 from tpcheck.model.targets import resolve
+from tpcheck.numerics.verdict import forbids_training, verdict
 from tpcheck.report.report import Report
 from tpcheck.world.attach import attach, is_launched
 from tpcheck.world.forkserver_client import TRAINER_PRELOAD, ZERO_PRELOAD
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     from tpcheck.backends.interface import Backend
     from tpcheck.core.placement import Placement
     from tpcheck.model.options import BatchSource
-    from tpcheck.model.rank_run import RankAnswer
+    from tpcheck.world.rank import Rank
 
 LayoutSource: TypeAlias = "Mapping[str, Placement] | Callable[[str, tuple[int, ...]], Placement | None] | None"
 
@@ -133,19 +137,16 @@ def run(
         world: A world of the request's topology, in place of a new one.
         notes: What of the user's model took no part.
     """
-    from tpcheck.model.rank_run import trains, verify_on_rank
-    from tpcheck.model.resuming import cannot_resume, verify_resume
-    from tpcheck.numerics.checks import RESUME_CHECK
-    from tpcheck.numerics.verdict import forbids_training, verdict
-
     start = time.monotonic()
     try:
         if is_launched():
             answers = _launched_answers(request)
         else:
-            answers = _spawned_answers(request) if world is None else world.run(verify_on_rank, request)
+            answers = _spawned_answers(request) if world is None else world.run(_verify_on_rank, request)
         groups = [answer.group for answer in answers if answer.group is not None]
         if RESUME_CHECK in request.options.check_names and not any(map(forbids_training, groups)):
+            from tpcheck.model.resuming import cannot_resume, verify_resume
+
             resumed = cannot_resume() if is_launched() else verify_resume(request)
             groups[0] = replace(groups[0], answers=(*groups[0].answers, resumed))
     except (RankFailure, BackendError, InternalError) as failure:
@@ -153,7 +154,7 @@ def run(
     return Report(
         verdict(
             groups,
-            steps=request.options.steps if trains(request.options.check_names) else 0,
+            steps=request.options.steps if need_steps(request.options.check_names) else 0,
             subject=subject,
             environment=package_versions() | dict(answers[0].versions),
             again=again,
@@ -163,14 +164,19 @@ def run(
     )
 
 
-def _launched_answers(request: Request) -> tuple[RankAnswer, ...]:
-    """Run the request on the launcher's ranks. An error of tpcheck's own, as one rank may have alone, ends all."""
+def _verify_on_rank(rank: Rank, request: Request) -> RankAnswer:
+    """Do the work of one rank, which loads torch: the process that spawns ranks does without."""
     from tpcheck.model.rank_run import verify_on_rank
 
+    return verify_on_rank(rank, request)
+
+
+def _launched_answers(request: Request) -> tuple[RankAnswer, ...]:
+    """Run the request on the launcher's ranks. An error of tpcheck's own, as one rank may have alone, ends all."""
     rank = attach(request.options.topology, device=request.options.device)
     answer: RankAnswer | InternalError
     try:
-        answer = verify_on_rank(rank, request)
+        answer = _verify_on_rank(rank, request)
     except InternalError as error:
         answer = error
     answers: tuple[RankAnswer | InternalError, ...] = rank.gather(answer)
@@ -186,24 +192,25 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
     torch checks every collective for shapes and dtypes that differ between ranks, where others would hang or crash. The
     check is stricter than gloo, which accepts a scalar for a tensor of one element: what fails it is run again without.
     """
-    from tpcheck.backends.registry import modules_of
-    from tpcheck.model.blame import first_unlike
-    from tpcheck.model.rank_run import verify_on_rank
-
     options = request.options
     topology, timeout, device = options.topology, options.timeout, options.device
+    backend_modules = modules_of(options.backend_name)
     preload = (
-        *modules_of(options.backend_name),
+        "tpcheck.model.rank_run",
+        *backend_modules,
+        *(f"{module}.preload" for module in backend_modules),  # where a backend has one
         *(ZERO_PRELOAD if options.zero_stage else ()),
         *(TRAINER_PRELOAD if options.loop == "trainer" else ()),
     )
     try:
         with spawn(topology, timeout=timeout, device=device, also=preload) as world:
-            return world.run(verify_on_rank, request)
+            return world.run(_verify_on_rank, request)
     except RankFailure as failure:
         _, differ, message = str(failure.exception).partition(_COLLECTIVES_DIFFER)
         if not differ:
             raise
+        from tpcheck.model.blame import first_unlike
+
         issued = {outcome.rank: outcome.details for outcome in failure.outcomes if outcome.details is not None}
         for group in topology.groups("tp"):
             unlike = first_unlike({rank: issued[rank] for rank in group if rank in issued})
@@ -214,7 +221,7 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
         try:
             without_checks, limit = {"TORCH_DISTRIBUTED_DEBUG": "OFF"}, min(timeout, _RETRY_TIMEOUT)
             with spawn(topology, timeout=limit, device=device, env=without_checks) as world:
-                return world.run(verify_on_rank, request)
+                return world.run(_verify_on_rank, request)
         except RankFailure:
             raise failure from None
 

@@ -37,10 +37,9 @@ DEFAULT_PRELOAD: tuple[str, ...] = (
     "deepspeed.module_inject.auto_tp",
     "deepspeed.module_inject.auto_ep_layer",
     "cloudpickle",
-    "pytest",
-    "hypothesis",
-    "tpcheck.pytest_plugin.preload",
 )
+# Beside those where tests run: only their ranks need them.
+_PYTEST_PRELOAD = ("pytest", "hypothesis", "tpcheck.pytest_plugin.preload")
 
 # Imported by every rank of a DeepSpeed engine with ZeRO: the decorators of an optimizer load TorchInductor.
 ZERO_PRELOAD: tuple[str, ...] = ("deepspeed.runtime.zero.muon.muon_optimizer",)
@@ -53,19 +52,24 @@ from tpcheck.world.forkserver import main; main(d, names)"
 
 # The only global state of this package: a forkserver takes seconds to start and serves every world of the process. The
 # process id is part of the key because a forked copy of the controller must not use the same socket.
-_forkservers: dict[tuple[int, str, tuple[str, ...]], ForkserverClient] = {}
+_forkservers: dict[tuple[int, str, tuple[str, ...] | None], ForkserverClient] = {}
 _start_lock = threading.Lock()
 
 
 def get_forkserver(device: str, preload: Sequence[str] | None = None) -> ForkserverClient:
     """Return the forkserver for this kind of device (cpu or cuda) and these imports; start it without waiting."""
-    names = DEFAULT_PRELOAD if preload is None else tuple(preload)
+    names = None if preload is None else tuple(preload)
     key = (os.getpid(), device, names)
     with _start_lock:
         forkserver = _forkservers.get(key)
         if forkserver is None or forkserver.has_ended:
-            forkserver = _forkservers[key] = ForkserverClient(device, names)
+            forkserver = _forkservers[key] = ForkserverClient(device, default_preload() if names is None else names)
         return forkserver
+
+
+def default_preload() -> tuple[str, ...]:
+    """Return the modules to import where the caller names none."""
+    return (*DEFAULT_PRELOAD, *_PYTEST_PRELOAD) if "pytest" in sys.modules else DEFAULT_PRELOAD
 
 
 class ForkserverClient:

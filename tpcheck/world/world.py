@@ -114,7 +114,8 @@ def spawn(
         timeout: Seconds that one run may take; None for no limit.
         device: `cpu`, `cuda`, or None for CUDA where every rank has its own GPU, else CPU.
         backend: `gloo`, `nccl`, or None for NCCL where every rank has its own GPU, else gloo.
-        preload: Modules imported before ranks are forked, instead of torch, transformers, deepspeed and pytest.
+        preload: Modules imported before ranks are forked, instead of torch, transformers, deepspeed and, in tests,
+            pytest.
         also: Modules imported after those, where they are installed, when this world starts.
         seed: Seeds Python, NumPy and torch equally on every rank before each run. None seeds every rank differently:
             equal seeds hide a missing broadcast.

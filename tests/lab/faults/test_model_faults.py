@@ -75,16 +75,16 @@ def recording(draw: Callable[[Draw], Injection], folder: Path) -> Callable[[Draw
         injection = draw(place)
 
         def inject(live: Live) -> None:
-            from tpcheck.numerics import verdict
+            from tpcheck.numerics import group_answer
 
-            explain = verdict.explain
+            explain = group_answer.explain
 
             def recorded(suspect: Suspect) -> Any:
                 number = len(list(folder.iterdir()))
                 (folder / f"{live.rank.rank}-{number:04d}.pickle").write_bytes(pickle.dumps(suspect))
                 return explain(suspect)
 
-            verdict.explain = recorded
+            group_answer.explain = recorded
             injection.inject(live)
 
         return Injection(inject, injection.place)
