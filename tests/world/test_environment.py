@@ -20,13 +20,6 @@ def environ_of_rank_1(base: dict[str, str], scratch: str = "/tmp/world") -> dict
     return rank_environ(base, topology=Topology(tp=2), rank=1, port=29400, device="cpu", scratch=scratch, extra={})
 
 
-@pytest.mark.parametrize(("ranks", "expected"), [(8, None), (16, "1")])
-def test_the_groups_of_many_ranks_connect_lazily(ranks: int, expected: str | None) -> None:
-    topology = Topology(tp=ranks)
-    environ = rank_environ({}, topology=topology, rank=1, port=29400, device="cpu", scratch="/tmp/world", extra={})
-    assert environ.get("TORCH_GLOO_LAZY_INIT") == expected
-
-
 def extensions_dir(scratch: Path) -> str:
     return environ_of_rank_1({}, str(scratch))["TORCH_EXTENSIONS_DIR"]
 

@@ -46,7 +46,7 @@ def rank_environ(
     """
     place = launched or LauncherPlace(rank, topology.world_size, "127.0.0.1", is_one_machine=True)
     return {
-        **_defaults(scratch, topology.world_size, is_one_machine=place.is_one_machine),
+        **_defaults(scratch, is_one_machine=place.is_one_machine),
         **_inherited(base, is_launched=launched is not None),
         **forkserver_environ(device),
         "RANK": str(rank),
@@ -90,17 +90,11 @@ def visible_gpus(environ: Mapping[str, str]) -> int:
     return len([name for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")])
 
 
-# Ranks of a gloo group connect to all others at its start, and under DETAIL twice: of 64 ranks each opens 126 sockets.
-# Lazily (torch 2.8), it took 3.4 to 3.7 s in place of 5.0 to 6.4 s on a busy machine; small worlds gain little.
-_MANY_RANKS = 16
-
-
-def _defaults(scratch: str, world_size: int, *, is_one_machine: bool) -> dict[str, str]:
+def _defaults(scratch: str, *, is_one_machine: bool) -> dict[str, str]:
     """Return the variables that the user's environment overrides."""
     loopback = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
-    lazily = {"TORCH_GLOO_LAZY_INIT": "1"} if world_size >= _MANY_RANKS else {}
     return {
-        **({**loopback, **lazily} if is_one_machine else {}),
+        **(loopback if is_one_machine else {}),
         # Without it an all-reduce of float32 with int32 passes silently and a shape mismatch aborts the process.
         "TORCH_DISTRIBUTED_DEBUG": "DETAIL",
         # A killed build leaves a lock that blocks every later build in the same folder: use a folder of tpcheck alone.
