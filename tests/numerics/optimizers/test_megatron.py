@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from tests.runs.assembled import alone, assembled, assert_whole, steps_of
 from tpcheck import Rank, UsageError
@@ -16,14 +15,6 @@ from tpcheck.numerics.optimizer_view import view_of
 from tpcheck.world.world import World
 
 pytest.importorskip("megatron.core")
-
-
-class CudaTypes(TorchFunctionMode):
-    """Megatron looks at the names of types: it has optimizers for tensors of CUDA alone."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        return result.replace("torch.", "torch.cuda.") if func is torch.Tensor.type and len(args) == 1 else result
 
 
 @pytest.mark.parametrize(
@@ -57,7 +48,7 @@ def check_an_optimizer_of_megatron(tp_rank: Rank, dtype: torch.dtype, distribute
     clip = 0.5 if distributed else 0.0  # Megatron asserts that a gradient that it clips is float32
     backend = MegatronBackend()
     settings = TrainingOptions(dtype=torch.float64)
-    with backend.session(settings), CudaTypes():
+    with backend.session(settings):  # where names of types are those of CUDA, as Megatron's optimizers need them
         torch.manual_seed(0)
         reference = build().to(torch.float64)
         groups = groups_of_topology(tp_rank.topology)
