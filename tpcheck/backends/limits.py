@@ -1,4 +1,4 @@
-"""What the backends of this package do not take of a run's options. Loads no torch: bad usage is told before a run."""
+"""What the backends of this package do not take of a run's options. Loads no torch, as checks of usage do not."""
 
 from __future__ import annotations
 

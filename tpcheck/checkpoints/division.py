@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -106,6 +106,8 @@ class Division:
         except FailedElsewhere:
             raise
         except Exception as error:
-            self.gather(("", _Failure(str(error) if isinstance(error, TpcheckError) else repr(error))))
+            failure = _Failure(str(error) if isinstance(error, TpcheckError) else repr(error))
+            with suppress(RuntimeError):  # a process that has ended needs no answer
+                self.gather(("", failure))
             raise
         self.exchange("the end", None)

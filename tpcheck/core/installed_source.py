@@ -34,7 +34,7 @@ def bases_of(module: str, name: str) -> tuple[str, ...]:
 def parameters_of(module: str, name: str) -> tuple[str, ...] | None:
     """Return the parameters that the constructor of a class takes, without `self`.
 
-    None where they cannot be told: there is no such class here, it has no constructor of its own, or takes any keyword.
+    None where they are not known: there is no such class here, it has no constructor of its own, or takes any keyword.
 
     Example:
         >>> parameters_of("torch.optim.sgd", "SGD")[:3]

@@ -15,7 +15,7 @@ from tpcheck.families.build import small_model
 from tpcheck.lab.faults.corpus import CHECKPOINT_FAULTS, DATA_FAULTS, FAULTS, MODEL_FAULTS
 from tpcheck.lab.faults.data import AGREE, DIFFER, ONCE
 from tpcheck.lab.faults.report import summary
-from tpcheck.lab.faults.results import FaultResult, Score
+from tpcheck.lab.faults.results import KINDS, FaultResult, Score
 from tpcheck.lab.faults.runs import FaultRun, control_runs, fault_runs, run_data_control
 from tpcheck.numerics.checks import CHECK_NAMES, ON_REQUEST
 
@@ -37,6 +37,10 @@ def test_every_fault_has_its_own_name_a_sentence_checks_and_causes() -> None:
         assert fault.checks
         assert fault.causes
         assert fault.link is None or fault.link.startswith("https://")
+
+
+def test_every_kind_of_fault_can_be_asked_for() -> None:
+    assert {fault.kind for fault in FAULTS} == {*KINDS}
 
 
 def test_every_check_and_every_cause_has_a_fault() -> None:

@@ -150,7 +150,7 @@ def _float16_allowed() -> Iterator[None]:
 
     A CPU supports it by DeepSpeed's count where oneDNN does, which needs AVX512-FP16 (`is_fp16_supported` in
     accelerator/cpu_accelerator.py of 0.19.8). torch computes in float16 on every CPU, by kernels of its own: slower, of
-    the same rounding, and on both sides alike. Nothing else hangs on the answer but the dtype of what ZeRO 3 makes
+    the same rounding, on both sides. Nothing else hangs on the answer but the dtype of what ZeRO 3 makes
     anew, which is bfloat16 without it: with it, it is what a GPU has.
     """
     with patch.object(deepspeed.get_accelerator(), "is_fp16_supported", lambda: True):

@@ -330,12 +330,9 @@ def optimizer_state(engine: Any, parameter: Any) -> dict[str, torch.Tensor]:
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         _link_states_of_all_groups(optimizer)
         # Under Muon parameters have states of other names, and DeepSpeed raises where it is asked for one that is not.
-        is_mixed = steps_by_muon_under_zero(engine)
-        names = (
-            []
-            if is_mixed
-            else _state_names(optimizer, getattr(parameter, "ds_process_group", None) or parameter._dp_group)
-        )
+        names: list[str] = []
+        if not steps_by_muon_under_zero(engine):
+            names = _state_names(optimizer, getattr(parameter, "ds_process_group", None) or parameter._dp_group)
         states = {name: safe_get_full_optimizer_state(parameter, name) for name in names}
         if is_low_precision:
             states["master"] = safe_get_full_fp32_param(parameter)

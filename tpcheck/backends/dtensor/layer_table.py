@@ -65,15 +65,16 @@ def _with_local_loss(module: nn.Module, rank: RankLike) -> nn.Module:
     return _LocalOutput(_by(plan={"head": head})(module, rank))
 
 
-def _layer_norm(sizes: LayerSizes) -> nn.Module:
-    return nn.LayerNorm(sizes.inputs, bias=sizes.bias)
-
-
-def _rms_norm(sizes: LayerSizes) -> nn.Module:
-    return nn.RMSNorm(sizes.inputs, eps=1e-5)
-
-
 _SEQUENCE: dict[str, Any] = {"rows_dim": 1, "num_rows": 2}
+
+
+def _norm_of_rows(name: str, plain: Callable[[LayerSizes], nn.Module]) -> ParallelLayer:
+    """Return the row of a norm that each rank applies to its part of the sequence."""
+    shard = _by(SequenceParallel(use_local_output=True))
+    name = f"SequenceParallel of {name}"
+    return ParallelLayer(name, plain, "rows", "rows", shard=shard, replicates=("",), **_SEQUENCE)
+
+
 _TO_REPLICATE: dict[str, Any] = {"input_layouts": (Shard(1),), "desired_input_layouts": (Replicate(),)}
 _TO_SHARD: dict[str, Any] = {"output_layouts": (Replicate(),), "desired_output_layouts": (Shard(1),)}
 _DTENSOR_BETWEEN = {"up": ColwiseParallel(), "down": RowwiseParallel(use_local_output=False)}
@@ -118,24 +119,8 @@ _LAYERS = (
         shard=_by(RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))),
         **_SEQUENCE,
     ),
-    ParallelLayer(
-        "SequenceParallel of LayerNorm",
-        _layer_norm,
-        "rows",
-        "rows",
-        shard=_by(SequenceParallel(use_local_output=True)),
-        replicates=("",),
-        **_SEQUENCE,
-    ),
-    ParallelLayer(
-        "SequenceParallel of RMSNorm",
-        _rms_norm,
-        "rows",
-        "rows",
-        shard=_by(SequenceParallel(use_local_output=True)),
-        replicates=("",),
-        **_SEQUENCE,
-    ),
+    _norm_of_rows("LayerNorm", lambda sizes: nn.LayerNorm(sizes.inputs, bias=sizes.bias)),
+    _norm_of_rows("RMSNorm", lambda sizes: nn.RMSNorm(sizes.inputs, eps=1e-5)),
     ParallelLayer(
         "PrepareModuleInput",
         Mlp,

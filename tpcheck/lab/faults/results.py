@@ -16,6 +16,7 @@ KINDS = (
     "accumulation, losses, optimizers",
     "transformers' Trainer",
     "precision",
+    "loss scale",
     "resume",
     "adapters",
     "hand-written TP",
