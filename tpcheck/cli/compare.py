@@ -83,10 +83,10 @@ def checkpoint(
         maps = parse_maps(map_ or [])
         if dtype is not None and full_dtype(dtype).removeprefix("torch.") not in CASTS:
             raise UsageError("dtype", dtype, CASTS)
-        for name, paths in (("actual", [actual]), ("reference", [reference]), ("earlier", earlier or [])):
-            for path in paths:
-                existing_path(name, path)
         rank = _rank_of_launcher()
+        sources = [("actual", actual), ("reference", reference), *(("earlier", path) for path in earlier or ())]
+        for name, path in sources if rank is None else ():  # of ranks, one alone may lack the path: all learn it below
+            existing_path(name, path)
     with _ending_together(rank):
         with usage_errors(on_every_rank=False), bytes_bar("compare") as progress:
             report = verify_checkpoint(
