@@ -23,7 +23,7 @@ from tests.runs.assembled import (
 )
 from tpcheck import Rank, UsageError
 from tpcheck.core.placement import Shard
-from tpcheck.numerics.optimizer_view import view_of
+from tpcheck.numerics.optimizers.choose import view_of
 from tpcheck.numerics.optimizers.names import unwrapped, unwrapped_name, unwrapped_names
 from tpcheck.numerics.sketch import GlobalIndex
 

@@ -14,7 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from tests.backends import hand_made
 from tpcheck import Rank
 from tpcheck.backends.live_groups import LiveGroups, live_groups
-from tpcheck.numerics.optimizer_view import OptimizerView, Part, view_of
+from tpcheck.numerics.optimizer_view import OptimizerView, Part
+from tpcheck.numerics.optimizers.choose import view_of
 from tpcheck.numerics.sketch import GlobalIndex
 
 Key = tuple[str, str, str]  # kind, parameter, state

@@ -54,7 +54,7 @@ from tpcheck.numerics.checks.resume import (
 )
 from tpcheck.numerics.evidence import WayOutcome
 from tpcheck.numerics.global_index import GlobalIndex
-from tpcheck.numerics.optimizer_view import view_of
+from tpcheck.numerics.optimizers.choose import view_of
 from tpcheck.numerics.optimizers.names import unwrapped_names
 from tpcheck.numerics.precision import everything_in_float64
 from tpcheck.numerics.tolerance import Tolerance

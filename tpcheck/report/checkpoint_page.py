@@ -10,8 +10,9 @@ from typing import Any, Literal
 from tpcheck.core.findings import Finding, Verdict
 from tpcheck.report import checkpoints, words
 from tpcheck.report.charts import shortened
-from tpcheck.report.page import TreeRow, frame, render, shown_finding
+from tpcheck.report.page import TreeRow, frame, shown_finding
 from tpcheck.report.table import Cell, Column, Table
+from tpcheck.report.templates import render
 from tpcheck.report.tree import Node, joined, tree_of
 
 TensorState = Literal["equal", "different", "missing", "unexpected", "not compared"]

@@ -1,33 +1,21 @@
-"""What pages share: templates of this folder, findings as lists of terms, what was not compared."""
+"""What pages share: their frame, rows of trees, findings as lists of terms, what was not compared."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tpcheck.core.findings import Coverage, Finding, Verdict
 from tpcheck.report import words
 from tpcheck.report.charts import shortened
 from tpcheck.report.findings import finding_lines, place
+from tpcheck.report.table import Cell, Table
 from tpcheck.report.words import as_text
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-    from tpcheck.report.table import Cell, Table
 
 LONGEST_TEXT = 12_000  # characters of a finding or a message
 _MOST_REASONS, _MOST_NAMES = 40, 20  # of what was not compared
-
-
-def render(template: str, **values: Any) -> str:
-    """Return a page from a template of this folder; what is not marked as safe is escaped."""
-    text: str = _templates().get_template(template).render(**values)
-    return text.encode("utf-8", "replace").decode()  # names may hold halves of surrogate pairs, which no file can
 
 
 def frame(verdict: Verdict, checks: Table) -> dict[str, Any]:
@@ -41,14 +29,6 @@ def frame(verdict: Verdict, checks: Table) -> dict[str, Any]:
         "environment": verdict.environment,
         "seconds": f"{verdict.seconds:.1f}",
     }
-
-
-@cache
-def _templates() -> Environment:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    folder = FileSystemLoader(Path(__file__).parent)
-    return Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,9 @@ from tpcheck.report.charts import (
 )
 from tpcheck.report.findings import first_finding, is_consequence
 from tpcheck.report.json_values import plain_json
-from tpcheck.report.page import finding_text, first_place, frame, render
+from tpcheck.report.page import finding_text, first_place, frame
 from tpcheck.report.table import Table
+from tpcheck.report.templates import render
 
 PicturePhase = Literal["start", "forward", "backward", "gradient", "update", "state"]
 

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any, Literal
 from xml.etree import ElementTree as ET
 
-from tpcheck.report.page import render
+from tpcheck.report.templates import render
 from tpcheck.report.words import Line, labelled, plain
 
 GAP = "  "  # between columns

@@ -18,10 +18,10 @@ from tpcheck.report.page import (
     coverage_text,
     first_place,
     frame,
-    render,
     shown_finding,
 )
 from tpcheck.report.table import Cell, Column, Table
+from tpcheck.report.templates import render
 from tpcheck.report.tree import Node
 
 MOST_ROWS = 2000  # of the tree; beyond, what is inside of modules without a mistake is left out

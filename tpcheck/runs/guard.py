@@ -26,7 +26,8 @@ from tpcheck.core.errors import Mismatch, RankFailure, RankOutcome, UsageError
 from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict, with_nodes
 from tpcheck.core.notices import NO_TP, say
 from tpcheck.core.topology import Topology
-from tpcheck.numerics.optimizer_view import OptimizerView, Part, view_of
+from tpcheck.numerics.optimizer_view import OptimizerView, Part
+from tpcheck.numerics.optimizers.choose import view_of
 from tpcheck.numerics.optimizers.names import unwrapped, unwrapped_name
 from tpcheck.numerics.recorder import eager
 from tpcheck.numerics.sketch import GlobalIndex

@@ -25,7 +25,8 @@ from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
 from tpcheck.core.notices import NO_TP
 from tpcheck.core.topology import Topology
-from tpcheck.numerics.optimizer_view import OptimizerView, ParameterGroup, Part, view_of
+from tpcheck.numerics.optimizer_view import OptimizerView, ParameterGroup, Part
+from tpcheck.numerics.optimizers.choose import view_of
 from tpcheck.numerics.optimizers.names import unwrapped, unwrapped_name
 from tpcheck.numerics.recorder import eager
 from tpcheck.runs.activations import Place

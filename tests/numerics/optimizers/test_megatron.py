@@ -11,7 +11,7 @@ from torch import nn
 from tests.runs.assembled import alone, assembled, assert_whole, steps_of
 from tpcheck import Rank, UsageError
 from tpcheck.backends.interface import TrainingOptions
-from tpcheck.numerics.optimizer_view import view_of
+from tpcheck.numerics.optimizers.choose import view_of
 from tpcheck.world.world import World
 
 pytest.importorskip("megatron.core")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +25,10 @@ from tpcheck.backends.initialisation import NotInitialised
 from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions, WayToInitialise
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.limits import require_within_limits
-from tpcheck.backends.peft_models import is_peft_model, ways_to_save_adapters
+from tpcheck.backends.peft_models import is_peft_model
 from tpcheck.backends.sgd import Sgd
 from tpcheck.backends.transformers.adapters import add_adapters
+from tpcheck.backends.transformers.candidate import TransformersCandidate
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
 
@@ -168,19 +168,6 @@ def _average_gradient(parameter: torch.Tensor) -> None:
     assert parameter.grad is not None
     dist.all_reduce(parameter.grad)  # a sum, since gloo has no AVG
     parameter.grad.div_(dist.get_world_size())
-
-
-class TransformersCandidate(DTensorCandidate):
-    """A model that transformers has sharded, with the public ways to save it."""
-
-    def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
-        model: transformers.PreTrainedModel = self.module
-        return ways_to_save_adapters(model) or {
-            "save_pretrained": lambda folder: model.save_pretrained(str(folder)),
-            "save_pretrained, distributed": lambda folder: model.save_pretrained(
-                str(folder), distributed_checkpoint=True
-            ),
-        }
 
 
 def save_and_load(model: nn.Module, dtype: torch.dtype, folder: str | None = None, **how: Any) -> PreTrainedModel:

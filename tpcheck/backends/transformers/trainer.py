@@ -12,7 +12,7 @@ from tpcheck.backends.interface import RankLike, StepObserver, TrainingOptions
 from tpcheck.backends.peft_models import is_peft_model
 from tpcheck.backends.sgd import states_like
 from tpcheck.backends.trainer_loop.loop import RESUMED, RESUMED_WITH_WEIGHTS, TrainerLoop
-from tpcheck.backends.transformers.backend import TransformersCandidate
+from tpcheck.backends.transformers.candidate import TransformersCandidate
 
 
 class OptimizerOfTrainer:
