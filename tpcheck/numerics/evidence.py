@@ -482,6 +482,7 @@ class StepFacts:
             momentum, or the parts cannot be exchanged.
         momentum_share: Share of that move in the expected move of this step.
         ratios: For each term of the step (gradient, weight, momentum) its share on each rank over the expected share.
+        ratio_digits: How many digits of them are known.
         on_shards: Each rank's weight after the step if the optimizer is given its shards alone; empty where unknown.
         loss_scale, next_loss_scale: By which the losses of the step were multiplied, and those of the next one.
         skipped_on: Global ranks of this TP group that skipped a step which the reference takes.
@@ -491,13 +492,18 @@ class StepFacts:
     momentum_parts: tuple[Tensor, ...] = ()
     momentum_share: float = 0.0
     ratios: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    ratio_digits: int = 6
     on_shards: tuple[Tensor, ...] = ()
     loss_scale: float = 1.0
     next_loss_scale: float = 1.0
     skipped_on: tuple[int, ...] = ()
 
+    def known_digits(self, ratios: Iterable[float]) -> list[float]:
+        """Return the ratios without the digits that rounding has made, so that those of one mistake are the same."""
+        return [float(f"{ratio:.{self.ratio_digits}g}") for ratio in ratios]
+
     def as_evidence(self) -> dict[str, Any]:
-        ratios = {f"{term}_ratio": [float(f"{each:.6g}") for each in ratios] for term, ratios in self.ratios.items()}
+        ratios = {f"{term}_ratio": self.known_digits(ratios) for term, ratios in self.ratios.items()}
         return {**({"skipped_on_ranks": list(self.skipped_on)} if self.skipped_on else {}), **ratios}
 
 

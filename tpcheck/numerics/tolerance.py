@@ -53,6 +53,9 @@ FITTED_RELATIVE_ERROR = 1e-6
 # Of the factor by which a float64 step shows gradients to be clipped: a weight rounds by 1e-13 of a step that moves it
 # by 1e-3. The 1e-6 that torch adds to a norm of 1 is a thousand times as much.
 ACCURACY_OF_FACTORS = 1e-9
+# A share of a term in the change of float32 masters is off by the rounding of one element: three standard deviations of
+# it are as good as never exceeded.
+DEVIATIONS_OF_SHARES = 3.0
 # Distance of equal rows of an embedding: a lookup does not round, but torch.cdist does.
 EQUAL_ROWS = 1e-9
 

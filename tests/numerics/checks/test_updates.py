@@ -27,6 +27,7 @@ from tpcheck.numerics.checks.clipping import gradient_norms, norm_facts, observe
 from tpcheck.numerics.checks.updates import gradient_norm_matches_reference, updates_match_reference
 from tpcheck.numerics.evidence import SKIPPED, Evidence, MicroBatchGradients, Suspect
 from tpcheck.numerics.hypotheses import explain
+from tpcheck.numerics.tolerance import RESIDUAL_EXACT
 
 Change = Callable[[torch.Tensor], torch.Tensor | None]
 RIGHT, TWO_STEPS = right_evidence(), right_evidence(steps=2)
@@ -519,18 +520,38 @@ def test_facts_of_a_norm_need_one() -> None:
     assert norm_facts(replace(RIGHT, reference=(replace(RIGHT.reference[0], gradient_norm=None),)), 0) is None
 
 
-def in_float16(factors: tuple[float, float], *, scale: float = 64.0) -> Evidence:
-    """Return a first step whose momentum is a rank's factor times the gradient, plus a hundredth of the weight.
+State = Callable[[float, torch.Tensor, torch.Tensor], dict[tuple[str, str], torch.Tensor]]
 
-    The loss scale doubles after it.
-    """
+
+def momentum(factor: float, gradient: torch.Tensor, weight: torch.Tensor) -> dict[tuple[str, str], torch.Tensor]:
+    """Return the momentum of a first step of SGD: a factor times the gradient, and the weight's decay."""
+    return {("momentum", UP): (factor * gradient + 0.01 * weight).float()}
+
+
+def master(factor: float, gradient: torch.Tensor, weight: torch.Tensor) -> dict[tuple[str, str], torch.Tensor]:
+    """Return the master weight after a step of SGD without momentum and decay."""
+    return {("master", UP): weight.float() - 0.1 * (factor * gradient).float()}
+
+
+def decayed_master(factor: float, gradient: torch.Tensor, weight: torch.Tensor) -> dict[tuple[str, str], torch.Tensor]:
+    return {("master", UP): weight.float() - 0.1 * (factor * gradient + 0.01 * weight).float()}
+
+
+def adam(factor: float, gradient: torch.Tensor, weight: torch.Tensor) -> dict[tuple[str, str], torch.Tensor]:
+    """Return what Adam's first step has made: a master to which a factor of the gradient makes no difference."""
+    moments = {("exp_avg", UP): 0.1 * factor * gradient, ("exp_avg_sq", UP): 0.001 * (factor * gradient).square()}
+    return {("master", UP): weight.float() - 0.1 * gradient.sign().float(), **moments}
+
+
+def in_float16(factors: tuple[float, float], state: State = momentum, *, scale: float = 64.0) -> Evidence:
+    """Return a first step with the gradient times a factor on each rank; the loss scale doubles after it."""
     step, name, before = RIGHT.reference[0], UP, RIGHT.initial_parts
-    whole = {("momentum", name): step.gradients[name] + 0.01 * RIGHT.initial[name]}
+    whole = state(1.0, step.gradients[name], RIGHT.initial[name])
     reference = replace(step, optimizer_state=whole, loss_scale=scale, next_loss_scale=2 * scale)
     ranks = tuple(
         replace(
             rank,
-            optimizer_state={("momentum", name): factor * rank.gradients[name] + 0.01 * before[number][name]},
+            optimizer_state=state(factor, rank.gradients[name], before[number][name]),
             weights={**rank.weights, name: rank.weights[name] + 0.1},
             loss_scale=scale,
         )
@@ -539,6 +560,7 @@ def in_float16(factors: tuple[float, float], *, scale: float = 64.0) -> Evidence
     return replace(RIGHT, dtype="float16", reference=(reference,), candidate=(ranks,))
 
 
+@pytest.mark.parametrize("state", [momentum, master, decayed_master])
 @pytest.mark.parametrize(
     ("factors", "cause", "note"),
     [
@@ -548,14 +570,40 @@ def in_float16(factors: tuple[float, float], *, scale: float = 64.0) -> Evidence
         ((1.0, 64.0), None, ""),
     ],
 )
-def test_a_moment_shows_that_gradients_keep_the_loss_scale(
-    factors: tuple[float, float], cause: Cause | None, note: str
+def test_a_moment_or_the_change_of_a_master_shows_that_gradients_keep_the_loss_scale(
+    factors: tuple[float, float], cause: Cause | None, note: str, state: State
 ) -> None:
-    suspect, *_ = updates_match_reference(in_float16(factors), 0).suspects
-    assert suspect.step.ratios["gradient"] == pytest.approx(factors)
+    suspect, *_ = updates_match_reference(in_float16(factors, state), 0).suspects
+    assert suspect.step.ratios["gradient"] == pytest.approx(factors, rel=RESIDUAL_EXACT)
     found = explain(suspect)
     assert (None if found is None else found.cause) == cause
     assert note in ("" if found is None else found.evidence["note"])
+
+
+def test_a_factor_that_the_rounding_of_masters_hides_is_unknown() -> None:
+    tiny = in_float16((2.0**-22,) * 2, master, scale=2.0**22)  # changes of the size of a float32's spacing
+    suspect, *_ = updates_match_reference(tiny, 0).suspects
+    assert "gradient" not in suspect.step.ratios
+    assert the_cause(suspect) is None
+
+
+def test_a_master_that_is_not_stepped_by_the_gradient_shows_no_factor() -> None:
+    evidence = in_float16((64.0, 64.0), adam)
+    suspect, *_ = updates_match_reference(evidence, 0).suspects
+    assert suspect.step.ratios["gradient"] == pytest.approx((64.0, 64.0))  # of the first moment
+    for step in (*evidence.reference, *evidence.candidate[0]):
+        del step.optimizer_state["exp_avg", UP], step.optimizer_state["exp_avg_sq", UP]  # type: ignore[attr-defined]
+    suspect, *_ = updates_match_reference(evidence, 0).suspects
+    assert suspect.step.ratios == {}
+    assert the_cause(suspect) is None
+
+
+def test_ratios_of_float32_states_are_shown_with_the_digits_that_are_known() -> None:
+    suspect, *_ = updates_match_reference(in_float16((1 / 64,) * 2, master), 0).suspects
+    assert suspect.facts_as_evidence()["gradient_ratio"] == [0.0156, 0.0156]
+    found = explain(suspect)
+    assert found is not None
+    assert found.evidence["factors"] == [0.0156, 0.0156]
 
 
 def test_ranks_that_skip_a_step_are_named() -> None:

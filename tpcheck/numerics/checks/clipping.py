@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import inf, isfinite, nan
+from math import inf, isfinite, nan, sqrt
 from statistics import median
 
 import torch
@@ -15,6 +15,7 @@ from tpcheck.numerics.evidence import Evidence, NormFacts, Step
 from tpcheck.numerics.norms import ClippedStep, GradientNorms
 from tpcheck.numerics.tolerance import (
     ACCURACY_OF_FACTORS,
+    DEVIATIONS_OF_SHARES,
     FITTED_RELATIVE_ERROR,
     RESIDUAL_EXACT,
     SAFETY_FACTOR,
@@ -22,6 +23,8 @@ from tpcheck.numerics.tolerance import (
 
 # The terms that an optimizer step (SGD) is a sum of.
 TERMS = ("gradient", "weight", "momentum")
+# Dtypes whose optimizers keep masters and moments in float32.
+STEPS_IN_FLOAT32 = ("bfloat16", "float16")
 
 
 def gradient_norms(evidence: Evidence, step: int) -> GradientNorms:
@@ -155,11 +158,13 @@ def terms_of_step(evidence: Evidence, step: int, name: str) -> list[torch.Tensor
 def shares_of_terms(evidence: Evidence, step: int, name: str) -> dict[str, tuple[float, ...]]:
     """Return for each term its share in every rank's step on a parameter over its share in the expected one.
 
-    Weights of low precision are rounded after the step; what the optimizer keeps in float32 shows the shares there.
+    Weights of low precision are rounded after the step; what the optimizer keeps in float32 shows the shares there: a
+    moment, or the change of the master weight where there is none, or none that is such a sum.
     """
-    if evidence.dtype in ("bfloat16", "float16"):
-        states = {state for state, of in evidence.reference[step].optimizer_state if of == name and state != "master"}
-        in_states = (_shares_in_state(evidence, step, name, state) for state in sorted(states))
+    if evidence.dtype in STEPS_IN_FLOAT32:
+        states = {state for state, of in evidence.reference[step].optimizer_state if of == name}
+        of_moments_first = sorted(states, key=lambda state: (state == _MASTER, state))
+        in_states = (_shares_in_state(evidence, step, name, state) for state in of_moments_first)
         return next((shares for shares in in_states if shares), {})
     layout, before = evidence.layouts[name], evidence.weights_before(step)[name]
     terms = terms_of_step(evidence, step, name)
@@ -183,9 +188,11 @@ def shares_of_terms(evidence: Evidence, step: int, name: str) -> dict[str, tuple
 
 
 def _shares_in_state(evidence: Evidence, step: int, name: str, state: str) -> dict[str, tuple[float, ...]]:
-    """Return the shares of gradient and weight in a moment that is their sum with what it was: SGD's, Adam's first.
+    """Return the shares of gradient and weight in what a step has made of a state, where that is a sum of them.
 
-    Each side's moment is held against its own gradient, which is the other's but for the rounding of low precision.
+    Of a moment that is its value, with what it was: SGD's, Adam's first. Of a master weight it is its change, as SGD
+    without momentum makes it. Each side's is held against its own gradient, which is the other's but for the rounding
+    of low precision.
     """
     layout, expected = evidence.layouts[name], _terms_of_state(evidence.reference, evidence.initial, step, name, state)
     ratios: list[dict[str, float]] = []
@@ -196,33 +203,62 @@ def _shares_in_state(evidence: Evidence, step: int, name: str, state: str) -> di
             return {}
         local = [layout.local(term, tp_rank) for term in expected]
         expected_shares, shares = (
-            shares_of([term.double().reshape(-1) for term in side[1:]], side[0].double().reshape(-1))
+            shares_of(
+                [term.double().reshape(-1) for term in side[1:]],
+                side[0].double().reshape(-1),
+                rounding=_rounding_of_change(side[2]) if state == _MASTER else 0.0,
+                accuracy=RESIDUAL_EXACT,
+            )
             for side in (local, actual)
         )
         if expected_shares is None or shares is None:
             return {}
         pairs = zip(TERMS[:2], expected_shares, shares, strict=False)
-        ratios.append({term: share / of_reference for term, of_reference, share in pairs if of_reference})
+        known = ((term, share / of_reference) for term, of_reference, share in pairs if of_reference)
+        ratios.append({term: ratio for term, ratio in known if isfinite(ratio)})
     return {term: tuple(ratio[term] for ratio in ratios) for term in TERMS if all(term in ratio for ratio in ratios)}
+
+
+_MASTER = "master"
+
+
+def _rounding_of_change(master: torch.Tensor) -> float:
+    """Return the Frobenius norm of the most that rounding makes of a master's change: half its spacing, each."""
+    return frobenius(master) * torch.finfo(master.dtype).eps / 2
 
 
 def _terms_of_state(
     steps: Sequence[Step], initial: Mapping[str, torch.Tensor], step: int, name: str, state: str
 ) -> list[torch.Tensor]:
-    """Return a moment after a step, then what it may be a sum of: gradient, weight before, the moment before."""
-    moment, gradient = steps[step].optimizer_state.get((state, name)), steps[step].gradients.get(name)
+    """Return what a step has made of a state, then what it may be a sum of: gradient, weight before, moment before."""
+    after, gradient = steps[step].optimizer_state.get((state, name)), steps[step].gradients.get(name)
     before = steps[step - 1].optimizer_state if step else {}
-    weight = before.get(("master", name), initial.get(name))
-    known = [moment, gradient, weight, *([before.get((state, name))] if step else [])]
+    weight = before.get((_MASTER, name), initial.get(name))
+    if state == _MASTER and after is not None and weight is not None and after.shape == weight.shape:
+        weight = weight.to(after.dtype)
+        known = [after.double() - weight.double(), gradient, weight]
+    else:
+        known = [after, gradient, weight, *([before.get((state, name))] if step else [])]
     present = [tensor for tensor in known if tensor is not None]
     are_alike = len(present) == len(known) and len({tuple(tensor.shape) for tensor in present}) == 1
     return present if are_alike else []
 
 
-def shares_of(terms: Sequence[torch.Tensor], move: torch.Tensor) -> list[float] | None:
+def shares_of(
+    terms: Sequence[torch.Tensor],
+    move: torch.Tensor,
+    *,
+    rounding: float = 0.0,
+    accuracy: float = FITTED_RELATIVE_ERROR,
+) -> list[float] | None:
     """Return the share of each term in the move, or None where the move is no such sum.
 
     A share is nan where rounding hides it, as that of a gradient that is mathematically zero beside weight decay.
+
+    Args:
+        rounding: Frobenius norm of the most that rounding has made of the move, where a float64 has less. It rounds
+            each element by itself, so that a share is off by the error of one.
+        accuracy: Relative error up to which a share must be known.
     """
     if move.numel() <= 2 * len(terms) or not bool(move.isfinite().all()):
         return None
@@ -232,7 +268,8 @@ def shares_of(terms: Sequence[torch.Tensor], move: torch.Tensor) -> list[float] 
         return None
     solution = torch.linalg.lstsq(columns / sizes, move[:, None]).solution[:, 0]
     remaining = torch.linalg.vector_norm(columns / sizes @ solution - move)
-    if float(remaining) > FITTED_RELATIVE_ERROR * float(torch.linalg.vector_norm(move)):
+    if float(remaining) > max(FITTED_RELATIVE_ERROR * float(torch.linalg.vector_norm(move)), rounding):
         return None
-    is_hidden = FITTED_RELATIVE_ERROR * solution.abs() < remaining
+    noise = DEVIATIONS_OF_SHARES * remaining / sqrt(move.numel()) if rounding else remaining
+    is_hidden = accuracy * solution.abs() < noise
     return [float(share) for share in (solution / sizes).masked_fill(is_hidden, nan)]

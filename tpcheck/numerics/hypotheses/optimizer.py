@@ -58,7 +58,9 @@ def gradient_with_the_loss_scale(suspect: Suspect) -> Explanation | None:
         *(((scale / next_scale, _DIVIDED_BY_NEXT),) if next_scale not in (1, scale) else ()),
     ):
         if all(abs(ratio - factor) <= RESIDUAL_EXACT * factor for ratio in ratios):
-            return Explanation(Cause.GRADIENT_SCALED, evidence={"factors": list(ratios), "note": note})
+            return Explanation(
+                Cause.GRADIENT_SCALED, evidence={"factors": suspect.step.known_digits(ratios), "note": note}
+            )
     return None
 
 
