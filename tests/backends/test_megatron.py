@@ -177,6 +177,45 @@ def test_the_layouts_of_a_live_model_follow_from_its_marks(world: World) -> None
     assert all(world.run(marks_agree))
 
 
+def sums_over_own_groups(rank: Rank, number: int) -> list[float]:
+    """Return sums over a group that its members alone create, as `Rank.group` does, in each of some sessions and after.
+
+    Each session also creates groups of its own, and destroys them.
+    """
+    import torch.distributed as dist
+
+    from tpcheck.backends.interface import TrainingOptions
+    from tpcheck.backends.megatron.backend import MegatronBackend
+    from tpcheck.backends.megatron.session import groups_of_topology
+
+    def total(group: Any) -> float:
+        term = torch.ones(())
+        dist.all_reduce(term, group=group)
+        return float(term)
+
+    totals = []
+    for _ in range(number):
+        with MegatronBackend().session(TrainingOptions(dtype=torch.float32)):
+            groups_of_topology(rank.topology)
+            group = dist.new_group([0, 1], use_local_synchronization=True)
+            totals.append(total(group))
+        totals.append(total(group))
+    return totals
+
+
+def test_the_groups_of_a_rank_outlive_a_session(world: World) -> None:
+    """Destroyed, and created again, they found the addresses of the last ones in the store: connection refused."""
+    assert world.run(sums_over_own_groups, 3) == ([2.0] * 6,) * 2
+
+
+@pytest.mark.slow
+def test_one_world_verifies_one_model_after_another() -> None:
+    with tpcheck.spawn(Topology(tp=2, dp=2), timeout=300) as world:
+        for _ in range(3):
+            report = world.run(verified, models.build, None, {"steps": 1, "replays": 2})[0]
+            assert report.passed, report
+
+
 def resumed(rank: Rank, folder: str) -> tuple[bool, int]:
     """Return whether a new model holds the weights and moments of the one that was saved, and of how many tensors."""
     from tpcheck.backends.interface import TrainingOptions

@@ -59,13 +59,21 @@ def use_groups(groups: Groups) -> Iterator[None]:
 
 @contextmanager
 def destroy_new_groups() -> Iterator[None]:
-    """Destroy the process groups created inside on leaving: a program may verify many models."""
+    """Destroy the process groups created inside on leaving: a program may verify many models.
+
+    Those of `Rank.group` are created when they are first asked for, and stay: they are the program's. Torch names a
+    group that its members alone create by their ranks and by how many groups there are. One that is created again, once
+    all others are destroyed, has the name of the one before, and finds in the store the addresses where that listened
+    (distributed_c10d.py:_hash_ranks_to_str).
+    """
     created: list[Any] = []
     new_group = dist.new_group
 
     def recording_new_group(*args: Any, **kwargs: Any) -> Any:
-        created.append(new_group(*args, **kwargs))
-        return created[-1]
+        group = new_group(*args, **kwargs)
+        if not kwargs.get("use_local_synchronization"):  # which nothing in Megatron asks for
+            created.append(group)
+        return group
 
     with patch.object(dist, "new_group", recording_new_group):
         yield
