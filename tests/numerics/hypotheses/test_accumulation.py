@@ -83,3 +83,44 @@ def test_a_loss_that_adds_up_is_larger_by_all_micro_batches_where_it_is_divided_
     found = explain(suspect("activation", [expected * 16 / 8] * 2, expected, labels=facts))  # of the replica's 8
     assert found is not None
     assert found.evidence["divided_by"] == "the number of labels of each replica"
+
+
+OVER_REPLICAS = "the number of labels of each micro-batch over all replicas"
+
+
+@pytest.mark.parametrize(("adds_up", "factor"), [(False, 24 / 3 / 3), (True, 24 / 3)])
+def test_micro_batches_that_are_divided_by_their_labels_on_all_replicas_are_named(adds_up: bool, factor: float) -> None:
+    """Three micro-batches of two replicas have 3, 12 and 9 of 24 labels: each has the weight of a third."""
+    counts = LabelCounts(((1, 8, 0), (2, 4, 9)), "token_mean", adds_up=adds_up)
+    loss = torch.tensor(3.0, dtype=torch.float64)
+    of_loss = suspect("activation", [loss * factor] * 2, loss, labels=LabelFacts(counts, 1, 0))
+    share = 1 if adds_up else 3
+    gradient = FIRST * 24 / 3 / share + SECOND * 24 / 12 / share + THIRD * 24 / 9 / share
+    of_gradient = suspect(
+        "gradient", [gradient] * 2, EXPECTED, gradient=FACTS, labels=LabelFacts(counts, 0, 0), num_replicas=2
+    )
+    for each in (of_loss, of_gradient):
+        found = explain(each)
+        assert found is not None
+        assert (found.cause, found.evidence["divided_by"]) == (Cause.MEAN_OF_LOCAL_MEANS, OVER_REPLICAS)
+
+
+def test_a_module_that_is_given_another_number_to_divide_by_is_named() -> None:
+    """Of two replicas with two micro-batches, which have 8 of 24 labels and 16: each divides by a fourth of its own."""
+    facts = LabelFacts(LabelCounts(((2, 10), (6, 6)), "token_mean"), 0, 0)
+    expected = torch.tensor(24.0 / 4, dtype=torch.float64)
+    found = explain(suspect("activation", [torch.tensor(8.0 / 2)] * 2, expected, labels=facts, role="input"))
+    assert found is not None
+    assert (found.cause, found.evidence["divided_by"]) == (Cause.MEAN_OF_LOCAL_MEANS, OVER_REPLICAS)
+    assert explain(suspect("activation", [torch.tensor(7.0)] * 2, expected, labels=facts, role="input")) is None
+
+
+def test_micro_batches_with_equal_labels_on_all_replicas_show_no_such_division() -> None:
+    counts = LabelCounts(((2, 6), (6, 2)), "token_mean")
+    loss = torch.tensor(3.0, dtype=torch.float64)
+    assert explain(suspect("activation", [loss * 1.5] * 2, loss, labels=LabelFacts(counts, 0, 0))) is None
+    facts = GradientFacts(micro_mean=MEAN[:2])
+    gradients = suspect(
+        "gradient", [FIRST - SECOND] * 2, FIRST + SECOND, gradient=facts, labels=LabelFacts(counts, 0, 0)
+    )
+    assert explain(gradients) is None

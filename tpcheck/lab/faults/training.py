@@ -112,6 +112,10 @@ def _mean_over_replicas(live: Live, given: Any, labels: Tensor) -> Tensor:
     return number / live.rank.topology.dp
 
 
+def _of_micro_batch(live: Live, given: Any, labels: Tensor) -> float:
+    return float(_mean_over_replicas(live, given, labels))
+
+
 def _state_of(change: Callable[[Live, Tensor], Tensor]) -> Callable[[Draw], Injection]:
     """Change a moment of all sharded parameters after each step."""
 
@@ -149,6 +153,8 @@ FAULTS = (
              options={"loss": "token_mean", **_TWO}),
     _of_loss("count_of_replica", "each replica divides by its own number of labels", _with_count(_of_replica),
              "mean_of_local_means", options={"loss": "token_mean"}),
+    _of_loss("count_of_micro_batch", "each micro-batch divides by its labels on all replicas, not by the step's",
+             _with_count(_of_micro_batch), "mean_of_local_means", options={"loss": "token_mean", **_TWO}),
     _of_loss("count_of_all_replicas", "losses are divided by the labels of all replicas, and the reference's are not",
              _with_count(_mean_over_replicas), "token_mean_instead_of_mean", options={"batch": "4x16,padded"}),
     _of_updates("muon_on_shards", "Muon makes each shard orthogonal in place of the matrix", fault_of_the_backend(),

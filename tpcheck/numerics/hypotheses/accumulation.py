@@ -25,6 +25,16 @@ def gradient_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:
     if suspect.gradient.otherwise_normalised and suspect.labels is not None:
         labels = suspect.labels.step
         yield Hypothesis(_cause_of(labels), suspect.gradient.otherwise_normalised, _evidence(labels))
+    if suspect.labels is not None and suspect.labels.step.loss == "token_mean":
+        yield from _divided_over_replicas(suspect, suspect.labels.step)
+
+
+def _divided_over_replicas(suspect: Suspect, labels: LabelCounts) -> Iterator[Hypothesis]:
+    """Yield the gradient where each micro-batch is divided by its own labels, those of all replicas."""
+    terms, factors = suspect.gradient.micro_mean, _factors_of_micro_batches(labels)
+    if len(terms) == len(factors):
+        weighted = [tuple(part * factor for part in term) for term, factor in zip(terms, factors, strict=True)]
+        yield Hypothesis(_cause_of(labels), _sum_of_parts(weighted), _evidence(labels) | _DIVIDED_OVER_REPLICAS)
 
 
 def _are_multiples(terms: Sequence[Parts]) -> bool:
@@ -117,7 +127,10 @@ def _sum_of_parts(terms: Sequence[Parts]) -> Parts:
 
 
 def loss_divided_otherwise(suspect: Suspect) -> Explanation | None:
-    """The loss of a micro-batch is that of the other way to divide: by its own labels, or by those of the step."""
+    """The loss of a micro-batch is that of another way to divide: by its own labels, or by those of the step.
+
+    Or the number that it is divided by is, where a module is given that as a tensor.
+    """
     facts, expected = suspect.labels, suspect.expected
     if facts is None or not facts.step.differ or expected is None or torch.as_tensor(expected).numel() != 1:
         return None
@@ -125,11 +138,12 @@ def loss_divided_otherwise(suspect: Suspect) -> Explanation | None:
     if not weight:
         return None
     for factor, divided_by in _factors(facts, weight):
-        predicted = torch.as_tensor(expected, dtype=torch.float64).reshape(()) * factor
-        errors = [frobenius_distance(part.double().reshape(()), predicted) for part in suspect.actual_parts]
-        if errors and max(errors) <= largest_residual(suspect):
-            evidence = _evidence(facts.step) | divided_by
-            return Explanation(_cause_of(facts.step), max(errors) / abs(float(predicted)), evidence)
+        for ratio in (factor, 1 / factor) if suspect.role == "input" else (factor,):
+            predicted = torch.as_tensor(expected, dtype=torch.float64).reshape(()) * ratio
+            errors = [frobenius_distance(part.double().reshape(()), predicted) for part in suspect.actual_parts]
+            if errors and max(errors) <= largest_residual(suspect):
+                evidence = _evidence(facts.step) | divided_by
+                return Explanation(_cause_of(facts.step), max(errors) / abs(float(predicted)), evidence)
     return None
 
 
@@ -143,9 +157,22 @@ def _factors(facts: LabelFacts, weight: float) -> Iterator[tuple[float, dict[str
         if replica:
             replicas = 1 if step.adds_up else len(step.counts)
             yield step.total / replicas / replica, {"divided_by": "the number of labels of each replica"}
+        yield _factors_of_micro_batches(step)[facts.micro_batch], _DIVIDED_OVER_REPLICAS
     else:
         yield weight, {}
         yield weight / sum(map(len, step.counts)), {}
+
+
+_DIVIDED_OVER_REPLICAS: dict[str, object] = {"divided_by": "the number of labels of each micro-batch over all replicas"}
+
+
+def _factors_of_micro_batches(step: LabelCounts) -> list[float]:
+    """Return by what the expected losses of each micro-batch are multiplied where it is divided by its own labels.
+
+    Its labels are those of all replicas, of which each has one micro-batch of a number.
+    """
+    averaged = 1 if step.adds_up else len(step.counts[0])
+    return [step.total / averaged / labels if labels else 0.0 for labels in map(sum, zip(*step.counts, strict=True))]
 
 
 def _cause_of(labels: LabelCounts) -> Cause:
