@@ -289,6 +289,8 @@ class Cause(Enum):
         "gradient_missing",
         "the parameter has no gradient on these ranks, the reference has one",
         "numerics.hypotheses.gradients runs.sketch_causes runs.step_checks",
+        "Look for what cuts it off: a detach(), .data or torch.no_grad() in the forward pass, a tensor that is built "
+        "anew from numbers, requires_grad=False, or a hook that returns zeros.",
     )
     COLLECTIVE_WITHOUT_BACKWARD = (
         "collective_without_backward",
@@ -296,7 +298,8 @@ class Cause(Enum):
         "term alone, or none{residual}",
         "numerics.hypotheses.parts_of_sums runs.sketch_causes runs.backward_sums runs.full_causes",
         "torch.distributed.all_reduce is no autograd operation: put it into a torch.autograd.Function, whose backward "
-        "returns the gradient as it is where every rank has all of it, and sums it where each has a term.",
+        "returns the gradient as it is where every rank has all of it, and sums it where each has a term. Give it the "
+        "tensor itself, not a detached one.",
     )
     USE_OF_MODULE_LOST = (
         "use_of_module_lost",

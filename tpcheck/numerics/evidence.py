@@ -367,10 +367,11 @@ class LossFacts:
 
 @dataclass(frozen=True, slots=True)
 class BackwardFacts:
-    """What a module that issues collectives which autograd does not see would send back without them.
+    """What a module that issues collectives would send back if no gradient came through them.
 
     Attributes:
-        collectives: Names of those collectives, as in `torch.distributed`.
+        collectives: Names of those that every rank issues, as in `torch.distributed`.
+        unseen: Of those that autograd does not see.
         inputs, outputs, output_gradients: The expected parts of a module with one tensor in and one out, of the same
             shape, by tp_rank; empty for another.
         through_sum: Each rank's part of the expected gradient of logits that goes through the logarithm of the sum of
@@ -378,6 +379,7 @@ class BackwardFacts:
     """
 
     collectives: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
     output_gradients: tuple[Tensor, ...] = ()

@@ -10,7 +10,7 @@ import torch
 from tests.numerics.evidence import BIAS, DOWN, NORM, UP, key, right_evidence, with_step
 from tpcheck.core.placement import Shard
 from tpcheck.numerics.activation_placement import PlacedTensor
-from tpcheck.numerics.checks.backward_facts import backward_facts, gradients_of_uses, unseen_collectives
+from tpcheck.numerics.checks.backward_facts import backward_facts, collectives_passed, gradients_of_uses
 from tpcheck.numerics.checks.suspects import ComparedParameter
 from tpcheck.numerics.differences import Difference
 from tpcheck.numerics.evidence import Collective, Evidence, TensorKey
@@ -30,11 +30,12 @@ INPUT, OUTPUT = key("block.down input", "backward"), key("block.down output", "b
 
 
 def test_a_modules_own_collectives_count_on_every_rank_where_autograd_does_not_see_them() -> None:
-    assert unseen_collectives(issued(unseen("block.down")), 0, INPUT) == ("all_reduce",)
-    assert unseen_collectives(issued(unseen("block.down"), ranks=(0,)), 0, INPUT) == ()
-    assert unseen_collectives(issued(unseen("block.down", bypasses_autograd=False)), 0, INPUT) == ()
-    assert unseen_collectives(issued(unseen("block.up")), 0, INPUT) == ()
-    assert unseen_collectives(issued(unseen("block.down", phase="backward")), 0, INPUT) == ()
+    assert collectives_passed(issued(unseen("block.down")), 0, INPUT, unseen=True) == ("all_reduce",)
+    assert collectives_passed(issued(unseen("block.down"), ranks=(0,)), 0, INPUT, unseen=True) == ()
+    assert collectives_passed(issued(unseen("block.down", bypasses_autograd=False)), 0, INPUT, unseen=True) == ()
+    assert collectives_passed(issued(unseen("block.down", bypasses_autograd=False)), 0, INPUT) == ("all_reduce",)
+    assert collectives_passed(issued(unseen("block.up")), 0, INPUT, unseen=True) == ()
+    assert collectives_passed(issued(unseen("block.down", phase="backward")), 0, INPUT, unseen=True) == ()
 
 
 def test_what_stands_behind_a_module_counts_for_the_gradient_that_it_receives() -> None:
@@ -43,8 +44,8 @@ def test_what_stands_behind_a_module_counts_for_the_gradient_that_it_receives() 
     evidence = issued(behind)
     sources = {key("block output"): (key("block.down output"),)}
     evidence = replace(evidence, reference=(replace(evidence.reference[0], sources=sources),))
-    assert unseen_collectives(evidence, 0, OUTPUT) == ("all_reduce",)
-    assert unseen_collectives(evidence, 0, INPUT) == ()
+    assert collectives_passed(evidence, 0, OUTPUT, unseen=True) == ("all_reduce",)
+    assert collectives_passed(evidence, 0, INPUT, unseen=True) == ()
 
 
 def with_logits(gradient: torch.Tensor, logits: torch.Tensor) -> Evidence:
@@ -74,8 +75,23 @@ def test_another_gradient_has_no_such_part() -> None:
     logits = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     placed = PlacedTensor(Shard(2, sizes=((4, 4),)), logits.chunk(2, dim=-1))
     facts = backward_facts(with_logits(logits**3, logits), 0, TensorKey("backward", "loss", 0, "input", "0"), placed)
-    assert facts.collectives == ("all_reduce",)
+    assert (facts.collectives, facts.unseen) == (("all_reduce",),) * 2
     assert facts.through_sum == ()
+
+
+def test_what_comes_back_besides_a_sum_is_known_where_autograd_sees_it_too() -> None:
+    """A tensor that is detached before a right reduction sends nothing back through it."""
+    logits = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gradient = (logits.softmax(-1) - torch.nn.functional.one_hot(torch.tensor([[0, 5, 7], [1, 2, 6]]), 8)) / 6
+    evidence = with_step(with_logits(gradient, logits), collectives=(unseen("loss", bypasses_autograd=False),))
+    placed = PlacedTensor(Shard(2, sizes=((4, 4),)), gradient.chunk(2, dim=-1))
+    facts = backward_facts(evidence, 0, TensorKey("backward", "loss", 0, "input", "0"), placed)
+    assert (facts.collectives, facts.unseen) == (("all_reduce",), ())
+    torch.testing.assert_close(torch.cat(facts.through_sum, dim=-1), logits.softmax(-1) / 6)
+    silent = backward_facts(
+        with_step(evidence, collectives=()), 0, TensorKey("backward", "loss", 0, "input", "0"), placed
+    )
+    assert silent.through_sum == ()
 
 
 def used_twice(name: str) -> tuple[Evidence, ComparedParameter]:

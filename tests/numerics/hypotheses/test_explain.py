@@ -136,7 +136,7 @@ EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
         [EXPECTED * 0] * 2,
         EXPECTED,
         gradient=GradientFacts(missing_on=(0, 1)),
-        backward=BackwardFacts(("all_reduce",)),
+        backward=BackwardFacts(unseen=("all_reduce",)),
     ),
     Cause.USE_OF_MODULE_LOST: lambda: suspect(
         "gradient", [FIRST] * 2, EXPECTED, gradient=GradientFacts(uses=((FIRST,) * 2, (LAST,) * 2))

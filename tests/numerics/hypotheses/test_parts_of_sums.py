@@ -15,7 +15,7 @@ from tpcheck.numerics.evidence import BackwardFacts, GradientFacts, Suspect
 from tpcheck.numerics.hypotheses import explain
 
 GENERATOR = torch.Generator().manual_seed(0)
-UNSEEN = ("all_reduce",)
+REDUCED = ("all_reduce",)
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -29,7 +29,7 @@ def halves(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def of_parts(actual: Sequence[torch.Tensor], expected: torch.Tensor, **facts: Any) -> Suspect:
     """Return a suspect for an input gradient of which each of two ranks holds half."""
     made = suspect("input_gradient", actual, expected_parts=halves(expected), expected=expected, role="input")
-    return replace(made, backward=BackwardFacts(**{"collectives": UNSEEN, **facts}))
+    return replace(made, backward=BackwardFacts(**{"collectives": REDUCED, **facts}))
 
 
 def named(made: Suspect) -> tuple[Cause | None, Any]:
@@ -98,14 +98,14 @@ def test_a_softmax_whose_sum_sends_nothing_back_is_named() -> None:
     assert found == (Cause.COLLECTIVE_WITHOUT_BACKWARD, "statistic")
 
 
-@pytest.mark.parametrize("collectives", [UNSEEN, ()])
-def test_a_gradient_that_vanishes_is_missing_or_lost_in_a_collective(collectives: tuple[str, ...]) -> None:
-    whole, cause = drawn(2, 3, 8), Cause.COLLECTIVE_WITHOUT_BACKWARD if collectives else Cause.GRADIENT_MISSING
+@pytest.mark.parametrize("unseen", [REDUCED, ()])
+def test_a_gradient_that_vanishes_is_missing_or_lost_in_a_collective(unseen: tuple[str, ...]) -> None:
+    whole, cause = drawn(2, 3, 8), Cause.COLLECTIVE_WITHOUT_BACKWARD if unseen else Cause.GRADIENT_MISSING
     zeros = halves(torch.zeros_like(whole))
-    assert named(of_parts(zeros, whole, collectives=collectives))[0] is cause
+    assert named(of_parts(zeros, whole, unseen=unseen))[0] is cause
     weight = suspect("gradient", zeros, whole)
     for missing_on, expected in (((0, 1), cause), ((1,), Cause.GRADIENT_MISSING)):
-        facts = {"gradient": GradientFacts(missing_on=missing_on), "backward": BackwardFacts(collectives)}
+        facts = {"gradient": GradientFacts(missing_on=missing_on), "backward": BackwardFacts(REDUCED, unseen)}
         assert named(replace(weight, **facts))[0] is expected
 
 

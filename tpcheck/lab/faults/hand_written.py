@@ -487,26 +487,45 @@ def _log_softmax_with_identity_backward(model: Model, rank: RankLike) -> None:
     model.loss.of_logits = loss
 
 
-def _loss_with(*unseen_sums: str) -> Style:
-    """Return a mistake: a loss whose label's logit, or sum of exponentials, is reduced unseen by autograd."""
+def _reduced_unseen(group: Any) -> Function:
+    """Return a sum that autograd does not see."""
+    return lambda tensor: _sum(tensor.detach(), group)
+
+
+def _reduced_detached(group: Any) -> Function:
+    """Return the right sum, g of Megatron-LM, of what is cut off before it."""
+    return lambda tensor: reduced(group)(tensor.detach())
+
+
+def _loss_with(*lost_sums: str, lost: Callable[[Any], Function] = _reduced_unseen) -> Style:
+    """Return a mistake: a loss whose label's logit, or sum of exponentials, sends nothing back."""
 
     def inject(model: Model, rank: RankLike) -> None:
         group = rank.group("tp")
-        seen = reduced(group)
-
-        def unseen(tensor: Tensor) -> Tensor:
-            kept = tensor.detach().clone()
-            dist.all_reduce(kept, group=group)
-            return kept
+        sums = {name: lost(group) if name in lost_sums else reduced(group) for name in ("label", "sum")}
 
         def loss(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
-            label_BL = (unseen if "label" in unseen_sums else seen)(label_logit(logits_BLV, labels_BL, group)[0])
-            sums_BL = (unseen if "sum" in unseen_sums else seen)(logits_BLV.exp().sum(-1))
+            label_BL = sums["label"](label_logit(logits_BLV, labels_BL, group)[0])
+            sums_BL = sums["sum"](logits_BLV.exp().sum(-1))
             return (sums_BL.log() - label_BL).mean()
 
         model.loss.of_logits = loss
 
     return inject
+
+
+def largest_subtracted(model: Model, rank: RankLike) -> None:
+    """Subtract the largest logit over the ranks before exponentials are taken: detached, as is its right."""
+    group = rank.group("tp")
+
+    def loss(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
+        largest_BL = logits_BLV.detach().amax(-1)
+        dist.all_reduce(largest_BL, op=dist.ReduceOp.MAX, group=group)
+        logits_BLV = logits_BLV - largest_BL[..., None]
+        label_BL = reduced(group)(label_logit(logits_BLV, labels_BL, group)[0])
+        return (reduced(group)(logits_BLV.exp().sum(-1)).log() - label_BL).mean()
+
+    model.loss.of_logits = loss
 
 
 def _unseen_reduction(model: Model, rank: RankLike) -> None:
@@ -523,7 +542,7 @@ def _unseen_reduction(model: Model, rank: RankLike) -> None:
     model.block(1).mlp.leave = _same
 
 
-def _norms_over(seen: bool, whole: bool) -> Style:
+def _norms_over(seen: bool, whole: bool, detached: bool = False) -> Style:
     """Give the norms inside the MLPs a mean of squares over all ranks, seen by autograd or not, or over one."""
 
     def inject(model: Model, rank: RankLike) -> None:
@@ -533,6 +552,8 @@ def _norms_over(seen: bool, whole: bool) -> Style:
             local = squares_BLF.mean(-1, keepdim=True)
             if not whole:
                 return local
+            if detached:
+                local = local.detach()
             if seen:
                 return _SumBothWays.apply(local, group) / dist.get_world_size(group)  # type: ignore[no-untyped-call,no-any-return]
             kept = local.detach().clone()
@@ -616,14 +637,11 @@ def _scaled_beside_a_metric(model: Model, rank: RankLike) -> None:
 
 def _detached_between_modules(model: Model, rank: RankLike) -> None:
     """Reduce what a layer returns in its parent's forward, cut off from its terms."""
-    group = rank.group("tp")
+    model.block(1).mlp.leave = _reduced_unseen(rank.group("tp"))
 
-    def reduce_unseen(tensor: Tensor) -> Tensor:
-        total = tensor.detach().clone()
-        dist.all_reduce(total, group=group)
-        return total
 
-    model.block(1).mlp.leave = reduce_unseen
+def _detached_before_reduction(model: Model, rank: RankLike) -> None:
+    model.block(1).mlp.leave = _reduced_detached(rank.group("tp"))
 
 
 # ---- rows
@@ -729,12 +747,16 @@ FAULTS = (
                      ("blocks.1.mlp", "blocks.1.mlp.down"), ("wrong_group",), checks=_FORWARD, topology=TP2_DP2),
     HandWrittenFault("log_softmax_with_identity_backward",
                      "the backward of a log-softmax over the ranks' vocabulary returns the gradient as it is",
-                     _log_softmax_with_identity_backward, ("loss",), (None,)),
+                     _log_softmax_with_identity_backward, ("loss",), ("collective_without_backward",)),
     HandWrittenFault("label_logit_reduced_unseen", "the logit of the label is reduced where autograd does not see it",
                      _loss_with("label"), ("loss",), ("collective_without_backward",)),
     HandWrittenFault("sum_of_exponentials_reduced_unseen",
                      "the sum of exponentials is reduced where autograd does not see it", _loss_with("sum"), ("loss",),
                      ("collective_without_backward",)),
+    HandWrittenFault("label_logit_detached", "the logit of the label is detached before it is reduced",
+                     _loss_with("label", lost=_reduced_detached), ("loss",), ("collective_without_backward",)),
+    HandWrittenFault("sum_of_exponentials_detached", "the sum of exponentials is detached before it is reduced",
+                     _loss_with("sum", lost=_reduced_detached), ("loss",), ("collective_without_backward",)),
     HandWrittenFault("row_parallel_reduced_unseen", "a row-parallel layer reduces its detached output",
                      _unseen_reduction, ("blocks.1.mlp.down",), ("collective_without_backward",)),
     HandWrittenFault("reduced_unseen_between_modules", "an MLP reduces the detached output of its row-parallel layer",
@@ -744,6 +766,11 @@ FAULTS = (
                      "norms over cut features reduce their mean square where autograd does not see it",
                      _norms_over(seen=False, whole=True), _NORMS_IN_MLPS, ("collective_without_backward",),
                      options=_INNER_NORM),
+    HandWrittenFault("statistic_detached", "norms over cut features detach their mean square before it is reduced",
+                     _norms_over(seen=True, whole=True, detached=True), _NORMS_IN_MLPS,
+                     ("collective_without_backward",), options=_INNER_NORM),
+    HandWrittenFault("detached_between_modules", "an MLP detaches the output of its row-parallel layer before g",
+                     _detached_before_reduction, ("blocks.1.mlp", "blocks.1.mlp.down"), ("gradient_missing",)),
     HandWrittenFault("statistic_over_one_shard", "norms in two layers take the mean square of one rank's features",
                      _norms_over(seen=True, whole=False), _NORMS_IN_MLPS, ("statistic_over_one_shard",),
                      checks=_FORWARD, options=_INNER_NORM),
@@ -774,6 +801,7 @@ CONTROLS = (
     HandWrittenControl(along_the_sequence),
     HandWrittenControl(compiled),
     HandWrittenControl(compiled_whole),
+    HandWrittenControl(inside, also=largest_subtracted),
     HandWrittenControl(inside, _INNER_NORM, also=whole_statistic),
     HandWrittenControl(inside, {"repeats": 2}),
     HandWrittenControl(around, topology=TP2_DP2),

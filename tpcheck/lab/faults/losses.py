@@ -105,6 +105,12 @@ def weighted_tokens(logits_BLV: Tensor, labels_BL: Tensor, vocabulary: Vocabular
     return (weights_BL * vocabulary.negative_log_likelihood(logits_BLV, labels_BL)).sum() / weights_BL.sum()
 
 
+def unsure_tokens(logits_BLV: Tensor, labels_BL: Tensor, vocabulary: Vocabulary = WHOLE) -> Tensor:
+    """Weigh each token by how unlikely its label is, as a constant: no gradient is to come back through the weight."""
+    unlikely_BL = vocabulary.negative_log_likelihood(logits_BLV, labels_BL)
+    return ((1 - (-unlikely_BL.detach()).exp()) * unlikely_BL).mean()
+
+
 def per_sample(logits_BLV: Tensor, labels_BL: Tensor, vocabulary: Vocabulary = WHOLE) -> Tensor:
     """Return the root mean square of the samples' losses."""
     return vocabulary.negative_log_likelihood(logits_BLV, labels_BL).mean(-1).square().mean().sqrt()
@@ -240,5 +246,5 @@ FAULTS = (
 
 CONTROLS = tuple(
     HandWrittenControl(inside, _options(loss), also=over_the_ranks)
-    for loss in (label_smoothing, distillation, z_loss, weighted_tokens, per_sample, preferences)
+    for loss in (label_smoothing, distillation, z_loss, weighted_tokens, unsure_tokens, per_sample, preferences)
 )

@@ -1,4 +1,4 @@
-"""What is known of a wrong gradient: collectives that autograd does not see, what each use of a module adds."""
+"""What is known of a wrong gradient: collectives that it passes through, what each use of a module adds."""
 
 from __future__ import annotations
 
@@ -19,26 +19,29 @@ from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, MOST_USES, RECOMPU
 Activations = Mapping[TensorKey, Any]
 
 
-def unseen_collectives(evidence: Evidence, step: int, key: TensorKey) -> tuple[str, ...]:
-    """Return the collectives that autograd does not see, on every rank, of what a gradient passes through.
+def collectives_passed(evidence: Evidence, step: int, key: TensorKey, *, unseen: bool = False) -> tuple[str, ...]:
+    """Return the collectives, on every rank, of what a gradient passes through.
 
     That is the module; and where the gradient is what the module receives, also what stands behind its output.
+
+    Args:
+        unseen: Only those that autograd does not see.
     """
     by_rank = []
     for tp_rank, rank in enumerate(evidence.candidate[step]):
         of_module = (each for each in rank.collectives if each.phase == "forward" and each.module == key.module)
         behind = collectives_behind(evidence, step, in_phase(key, "forward"), tp_rank, key.module)[1]
         issued = [*of_module, *(() if is_result(key) else behind)]
-        by_rank.append([each.name for each in issued if each.bypasses_autograd])
+        by_rank.append([each.name for each in issued if each.bypasses_autograd or not unseen])
     return tuple(by_rank[0]) if all(by_rank) else ()
 
 
 def backward_facts(evidence: Evidence, step: int, key: TensorKey, placed: PlacedTensor) -> BackwardFacts:
-    """Return what the module would send back without the collectives that autograd does not see, if it issued any."""
-    collectives = unseen_collectives(evidence, step, key)
+    """Return what the module would send back without its collectives, if it issued any."""
+    collectives = collectives_passed(evidence, step, key)
     if not collectives:
         return BackwardFacts()
-    facts, tp = BackwardFacts(collectives), len(placed.parts)
+    facts, tp = BackwardFacts(collectives, collectives_passed(evidence, step, key, unseen=True)), len(placed.parts)
     if is_result(key):
         inputs, outputs, output_gradients = _one_in_one_out(evidence, step, key)
         facts = replace(facts, inputs=inputs, outputs=outputs, output_gradients=output_gradients)

@@ -16,7 +16,7 @@ from tpcheck.numerics.checks.activations import (
     first_divergences,
     scope_of,
 )
-from tpcheck.numerics.checks.backward_facts import backward_facts, gradients_of_uses, unseen_collectives
+from tpcheck.numerics.checks.backward_facts import backward_facts, collectives_passed, gradients_of_uses
 from tpcheck.numerics.checks.outputs import activation_suspect
 from tpcheck.numerics.checks.recompute import (
     compare_with_recomputed,
@@ -171,7 +171,7 @@ def _missing_suspect(
     suspect = replace(suspect, gradient=replace(suspect.gradient, missing_on=missing_on))
     if end is None:
         return suspect
-    suspect = replace(suspect, backward=BackwardFacts(unseen_collectives(evidence, step, end)))
+    suspect = replace(suspect, backward=BackwardFacts(unseen=collectives_passed(evidence, step, end, unseen=True)))
     where = {key: value for key, value in suspect.where.items() if key != "parameter" or len(missing) == 1}
     note = f"no gradient comes back to the {end.role} of {end.module or 'the model'}"
     return replace(suspect, where={**where, "module": end.module}, evidence={**suspect.evidence, "note": note})
@@ -201,7 +201,7 @@ def _lacks_a_missing_one(evidence: Evidence, step: int, root: TensorKey) -> bool
 def _innermost_with_unseen_collectives(evidence: Evidence, step: int, end: TensorKey) -> TensorKey:
     """Return the output of the module inside of which a collective ends the backward pass; `end` where none does."""
     sources, output = evidence.reference[step].sources, end
-    while not unseen_collectives(evidence, step, output):
+    while not collectives_passed(evidence, step, output, unseen=True):
         inside = (
             before
             for before in sources.get(in_phase(output, "forward"), ())

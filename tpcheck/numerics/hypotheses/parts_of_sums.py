@@ -13,7 +13,7 @@ from tpcheck.numerics.hypotheses.proof import Hypothesis, first_confirmed
 
 def no_gradient_comes_back(suspect: Suspect) -> Explanation | None:
     """No gradient comes back on any rank through a module that issued a collective which autograd does not see."""
-    if not suspect.backward.collectives:
+    if not suspect.backward.unseen:
         return None
     if suspect.kind == "gradient":
         is_lost = len(suspect.gradient.missing_on) == len(suspect.actual_parts)
@@ -24,7 +24,11 @@ def no_gradient_comes_back(suspect: Suspect) -> Explanation | None:
 
 
 def gradient_without_the_sums(suspect: Suspect) -> Iterator[Hypothesis]:
-    """Yield what comes back through a module besides the sums over ranks that it issued where autograd sees none."""
+    """Yield what comes back through a module besides the sums over ranks that it issued.
+
+    Nothing comes through a sum that autograd does not see, nor through one of a tensor that was detached before it; of
+    one whose backward is the identity a rank has its own term alone.
+    """
     if not suspect.backward.collectives:
         return
     through_sum, expected = suspect.backward.through_sum, suspect.expected_parts
