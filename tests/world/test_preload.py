@@ -20,3 +20,16 @@ def test_modules_that_fail_to_import_are_returned_and_missing_packages_are_not(
     assert errors == {"preload_fails": "OSError: no library"}
     assert "preload_works" in sys.modules
     del sys.modules["preload_works"]
+
+
+def test_a_folder_that_is_missing_while_the_forkserver_imports_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = tmp_path / "later"
+    monkeypatch.syspath_prepend(str(later))
+    assert import_all(["no_such_package"]) == {}  # looked for in every folder
+    later.mkdir()
+    (later / "made_later.py").write_text("")
+    assert import_all(["made_later"]) == {}
+    assert "made_later" in sys.modules
+    del sys.modules["made_later"]

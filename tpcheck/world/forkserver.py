@@ -76,7 +76,17 @@ def import_all(names: Sequence[str]) -> dict[str, str]:
             import_module(name)
         except Exception as error:
             import_errors[name] = f"{type(error).__name__}: {error}"
+    _forget_missing_folders()
     return import_errors
+
+
+def _forget_missing_folders() -> None:
+    """Let the imports of ranks see folders that do not exist yet; existing ones are checked by mtime.
+
+    Here, not in ranks: to go over the cache copies a fifth of the pages that a small world copies.
+    """
+    for folder in [path for path, finder in sys.path_importer_cache.items() if finder is None]:
+        del sys.path_importer_cache[folder]
 
 
 def _folder_for_sockets(folder: str) -> str:

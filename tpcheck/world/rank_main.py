@@ -10,7 +10,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,16 +49,21 @@ def _set_up_process(request: messages.ForkRank, stdout: int, stderr: int, stack_
         stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]  # text files, before code under test runs
     output.dump_on_signal(stack_file)
     os.chdir(request.cwd)
-    os.environ.clear()
-    os.environ.update(request.environ)
+    _set_environ(request.environ)
     sys.argv[:] = request.argv
     sys.path[:] = request.sys_path
-    # Let imports see folders that did not exist when the forkserver looked; existing ones are checked by mtime.
-    for folder in [path for path, finder in sys.path_importer_cache.items() if finder is None]:
-        del sys.path_importer_cache[folder]
     tempfile.tempdir = None  # cached by the forkserver, from another environment
     # Data loader workers pass tensors through sockets, which multiprocessing removes at exit, and ranks skip that.
     multiprocessing.process.current_process()._config["tempdir"] = request.scratch  # type: ignore[attr-defined]
+
+
+def _set_environ(environ: Mapping[str, str]) -> None:
+    """Change what differs: to read or write any object of the forkserver's copies its page."""
+    for name in [name for name in os.environ if name not in environ]:
+        del os.environ[name]
+    for name, value in environ.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
 
 
 class _RankServer:
