@@ -23,6 +23,8 @@ BACKENDS: Mapping[str, dict[str, Any]] = {
     "transformers": {"backend": "transformers"},
 }
 
+PLAN = {"layers.*.up": "colwise", "layers.*.down": "rowwise"}
+
 SLOW = ("deepspeed-tp-model-init", "megatron", "transformers")  # whose own tests show most of it
 
 
@@ -65,4 +67,4 @@ class Uncopied(DTensorBackend):
 )
 def test_a_backend_that_does_not_conform_fails_with_the_reason(backend: Backend, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
-        require_conformance(backend)
+        require_conformance(backend, build=Model, batch=tokens, config={"plan": PLAN})

@@ -42,6 +42,7 @@ from tpcheck.families.settings import overlay
 from tpcheck.model.blame import blame_backend
 from tpcheck.model.build import Batch, batch_size, build_model, copy_batch, loss_of, moved_batch
 from tpcheck.model.options import Request, RunOptions
+from tpcheck.model.preload import preload_of
 from tpcheck.model.rank_run import training_options
 from tpcheck.model.reference import CommunicatingRank, Reference
 from tpcheck.model.user_code import with_user_code
@@ -60,7 +61,7 @@ from tpcheck.numerics.precision import everything_in_float64
 from tpcheck.numerics.tolerance import Tolerance
 from tpcheck.numerics.training_state import StateKey, StateTensor, TrainingState
 from tpcheck.numerics.verdict import CheckAnswer
-from tpcheck.world.world import spawn
+from tpcheck.world.world import World, spawn
 
 _OTHER_SEED = 1_000_003  # added to the seed of the model that loads, whose own weights must not be the right ones
 
@@ -112,8 +113,7 @@ def verify_resume(request: Request) -> CheckAnswer:
     answer = CheckAnswer(RESUME_CHECK, -1, {}, (), {})
     folder = Path(tempfile.mkdtemp(prefix="tpcheck-resume-"))
     try:
-        options = request.options
-        with spawn(options.topology, timeout=options.timeout, device=options.device) as world:
+        with _spawned(request) as world:
             first: tuple[_FirstWorld, ...] = world.run(_train_and_save, request, folder, num_before)
         expected = [rank.training for rank in first if rank.training is not None]
         if not expected:
@@ -125,6 +125,11 @@ def verify_resume(request: Request) -> CheckAnswer:
         return answer
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _spawned(request: Request) -> World:
+    options = request.options
+    return spawn(options.topology, timeout=options.timeout, device=options.device, also=preload_of(request))
 
 
 def cannot_resume() -> CheckAnswer:
@@ -192,7 +197,7 @@ def _resume(
     config = overlay(options.config, facts.config)
     variant = replace(variant, options=replace(options, config=config))
     try:
-        with spawn(options.topology, timeout=options.timeout, device=options.device) as world:
+        with _spawned(variant) as world:
             batches = divided([rank.batches for rank in first[:: request.options.topology.tp]], options.topology.dp)
             actual: tuple[ResumedTraining | str, ...] = world.run(
                 _load_and_train, variant, facts.folder, way, num_before, batches

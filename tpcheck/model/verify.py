@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tpcheck.backends.registry import modules_of
 from tpcheck.core.check_names import RESUME_CHECK, need_steps
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import BackendError, InternalError, RankFailure, TpcheckError, UsageError
@@ -23,11 +22,11 @@ from tpcheck.model.options import (
     expand_options,
     require_valid,
 )
+from tpcheck.model.preload import preload_of
 from tpcheck.model.targets import resolve
 from tpcheck.numerics.verdict import forbids_training, verdict
 from tpcheck.report.report import Report
 from tpcheck.world.attach import attach, is_launched
-from tpcheck.world.forkserver_client import TRAINER_PRELOAD, ZERO_PRELOAD
 from tpcheck.world.world import World, spawn
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ def verify_family(
     """
     run_options = RunOptions.of(topology=topology, backend=backend, dtype=dtype, zero_stage=zero_stage, **options)
     target = resolve(family, run_options)
-    request = Request(target.build, run_options, spread_weights=target.spread_weights)
+    request = Request(target.build, run_options, spread_weights=target.spread_weights, modules=target.modules)
     require_valid(request)
     return run(request, target.subject, again=run_options.command(family), notes=target.notes)
 
@@ -194,16 +193,8 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
     """
     options = request.options
     topology, timeout, device = options.topology, options.timeout, options.device
-    backend_modules = modules_of(options.backend_name)
-    preload = (
-        "tpcheck.model.rank_run",
-        *backend_modules,
-        *(f"{module}.preload" for module in backend_modules),  # where a backend has one
-        *(ZERO_PRELOAD if options.zero_stage else ()),
-        *(TRAINER_PRELOAD if options.loop == "trainer" else ()),
-    )
     try:
-        with spawn(topology, timeout=timeout, device=device, also=preload) as world:
+        with spawn(topology, timeout=timeout, device=device, also=preload_of(request)) as world:
             return world.run(_verify_on_rank, request)
     except RankFailure as failure:
         _, differ, message = str(failure.exception).partition(_COLLECTIVES_DIFFER)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tpcheck.backends.interface import Backend, Candidate, TrainingOptions
-from tpcheck.backends.registry import load_backend
+from tpcheck.backends.registry import load_backend, modules_of
 from tpcheck.core.errors import Mismatch
 from tpcheck.core.topology import Topology
 from tpcheck.lab.faults.fault import FaultyBackend, Live
@@ -94,6 +94,7 @@ def _description(layout: Any) -> tuple[Any, ...]:
 
 
 _SCALE = 1.01
+_REPLAYS = 2  # beside a fault of a hundredth, what rounding may do need not be measured well
 
 
 def _sharded_matrix(candidate: Candidate) -> nn.Parameter:
@@ -207,19 +208,21 @@ def backend_conformance(
     topology = topology or Topology(tp=2)
     build = build or _small_llama
 
-    def verified(candidate: str | Backend) -> Report:
+    def verified(candidate: str | Backend, **options: Any) -> Report:
         return verify(
-            build, batch, topology=topology, backend=candidate, config=config, steps=1, timeout=timeout, checks=None
+            build, batch, topology=topology, backend=candidate, config=config, steps=1, timeout=timeout, **options
         )
 
     clean = verified(backend)
     if not clean.passed:
         raise Mismatch(f"a clean run does not pass:\n{clean.to_text()}", clean)
-    with spawn(topology, timeout=timeout) as world:
+    with spawn(
+        topology, timeout=timeout, also=modules_of(backend if isinstance(backend, str) else backend.name)
+    ) as world:
         by_rank = world.run(unmet_requirements, backend, build, dict(config or {}))
     unmet = list(dict.fromkeys(fact for facts in by_rank for fact in facts))
     for fault, (inject, check) in FAULTS.items():
-        report = verified(FaultyBackend(inject, backend))
+        report = verified(FaultyBackend(inject, backend), checks=[check], replays=_REPLAYS)
         if check not in {finding.check for finding in report.findings}:
             unmet.append(
                 f"injected fault {fault!r} was not detected by {check}: the verdict is {report.verdict.verdict}"
