@@ -33,3 +33,11 @@ def test_a_folder_that_is_missing_while_the_forkserver_imports_is_looked_for_aga
     assert import_all(["made_later"]) == {}
     assert "made_later" in sys.modules
     del sys.modules["made_later"]
+
+
+def test_the_caches_that_a_process_group_clears_are_cleared_before_ranks_are_forked() -> None:
+    from torch._dynamo import trace_rules
+
+    trace_rules.get_tensor_method()
+    import_all([])
+    assert trace_rules.get_tensor_method.cache_info().currsize == 0
