@@ -22,6 +22,13 @@ def fresh() -> World:
         yield world
 
 
+@pytest.fixture
+def with_megatron() -> World:
+    """Ranks would import Megatron anew, which takes each more than a second."""
+    with spawn(Topology(tp=2, dp=2), timeout=120, also=["megatron.core.parallel_state"]) as world:
+        yield world
+
+
 EXPECTED = (((0, 1), (0, 2)), ((0, 1), (1, 3)), ((2, 3), (0, 2)), ((2, 3), (1, 3)))
 
 
@@ -203,7 +210,7 @@ def test_a_group_alone_takes_its_replicas_from_the_library_that_has_them(fresh: 
         ({"order": "dp-cp-ep-pp-tp"}, (((0, 2), (0, 1)), ((1, 3), (0, 1)), ((0, 2), (2, 3)), ((1, 3), (2, 3)))),
     ],
 )
-def test_the_parallel_state_of_megatron(fresh: World, sizes: dict[str, Any], expected: Any) -> None:
+def test_the_parallel_state_of_megatron(with_megatron: World, sizes: dict[str, Any], expected: Any) -> None:
     pytest.importorskip("megatron.core.parallel_state")
 
     def find(rank: Rank) -> LiveGroups:
@@ -214,7 +221,7 @@ def test_the_parallel_state_of_megatron(fresh: World, sizes: dict[str, Any], exp
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=2, **sizes)
         return live_groups()
 
-    found = fresh.run(find)
+    found = with_megatron.run(find)
     assert places(found) == expected
     assert {each.source for each in found} == {"megatron.core.parallel_state"}
     assert found[0].topology.cp == sizes.get("context_parallel_size", 1)

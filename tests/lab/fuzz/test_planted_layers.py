@@ -13,17 +13,19 @@ from torch import nn
 import tpcheck
 from tpcheck import Rank, Topology, World
 from tpcheck.backends.interface import LayerTable, ParallelLayer
-from tpcheck.backends.registry import load_backend
+from tpcheck.backends.registry import load_backend, modules_of
 from tpcheck.lab.fuzz.layer_trial import RankTrial, layer_table, try_layer
 from tpcheck.lab.fuzz.layers import LayerCommon, Worlds
 from tpcheck.lab.fuzz.results import INPUT_GRADIENT, OUTPUT, Outcome, Trial
 
+BACKENDS = ("deepspeed", "dtensor", "megatron", "transformers")
+IMPORTED = [f"{module}.layer_table" for backend in BACKENDS for module in modules_of(backend)]
 Plant = Callable[[nn.Module], None]
 
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    with tpcheck.spawn(Topology(tp=2), timeout=300) as world:
+    with tpcheck.spawn(Topology(tp=2), timeout=300, also=IMPORTED) as world:
         yield world
 
 
