@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ from torch import nn
 import tpcheck
 from tests.backends import megatron_models as models
 from tpcheck import Rank, Report, Topology, UsageError, World
+from tpcheck.backends.registry import modules_of
 from tpcheck.core.placement import Shard
 from tpcheck.lab.faults.fault import FaultyBackend, Live
 
-pytest.importorskip("megatron.core")
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="Megatron is not installed")  # 2 s to import
+
+IMPORTED = ("tpcheck.model.rank_run", *modules_of("megatron"))
 
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    """Return ranks that verify one model after another, as under torchrun: each imports Megatron once."""
-    with tpcheck.spawn(Topology(tp=2), timeout=300) as world:
+    """Return ranks that verify one model after another, as under torchrun; the forkserver imports Megatron."""
+    with tpcheck.spawn(Topology(tp=2), timeout=300, also=IMPORTED) as world:
         yield world
 
 
@@ -71,7 +75,7 @@ def per_token(rank: Rank) -> tuple[Report, Report]:
 
 
 def test_losses_per_token_are_divided_by_all_labels_of_the_step() -> None:
-    with tpcheck.spawn(Topology(tp=1, dp=2), timeout=300) as world:
+    with tpcheck.spawn(Topology(tp=1, dp=2), timeout=300, also=IMPORTED) as world:
         right, wrong = world.run(per_token)[0]
     assert right.passed, right
     first = wrong.findings[0]

@@ -1,4 +1,4 @@
-"""A world that serves the tests of a file: its ranks import the libraries once."""
+"""A world that serves the tests of a file; the forkserver imports what the file names in IMPORTED."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from tpcheck.world.world import World
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with spawn(Topology(tp=2, dp=2), timeout=120) as world:
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    with spawn(Topology(tp=2, dp=2), timeout=120, also=request.module.IMPORTED) as world:
         yield world

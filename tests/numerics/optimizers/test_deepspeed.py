@@ -15,9 +15,12 @@ from tests.runs.assembled import adamw, assembled, assert_whole, batch, built, e
 from tpcheck import Rank, UsageError
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.numerics.optimizers.choose import view_of
+from tpcheck.world.forkserver_client import ZERO_PRELOAD
 from tpcheck.world.world import World
 
 pytest.importorskip("deepspeed")
+
+IMPORTED = ZERO_PRELOAD
 
 
 def deepspeed_engine(rank: Rank, model: nn.Module, make: Callable[[Any], Any], config: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ from torch import nn
 from tests.runs.assembled import alone, assembled, assert_whole, steps_of
 from tpcheck import Rank, UsageError
 from tpcheck.backends.interface import TrainingOptions
+from tpcheck.backends.registry import modules_of
 from tpcheck.numerics.optimizers.choose import view_of
 from tpcheck.world.world import World
 
-pytest.importorskip("megatron.core")
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="Megatron is not installed")  # 2 s to import
+
+IMPORTED = modules_of("megatron")
 
 
 @pytest.mark.parametrize(
