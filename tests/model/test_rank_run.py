@@ -1,8 +1,13 @@
 """Calls that ranks make in different orders are compared with their counterparts."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 
-from tpcheck.model.rank_run import align_calls, call_digests
+from tpcheck import Rank, Topology, spawn
+from tpcheck.model.rank_run import _gather_to_first, align_calls, call_digests
 from tpcheck.numerics.evidence import Step, TensorKey
 
 FULL, SLIDING = torch.tensor([1.0]), torch.tensor([2.0])
@@ -30,3 +35,15 @@ def test_calls_in_the_same_order_keep_their_numbers() -> None:
 def test_calls_with_different_outputs_keep_their_numbers() -> None:
     first, second = step_of(FULL, SLIDING), step_of(FULL, FULL)
     assert align_calls(second, call_digests(second), call_digests(first)) is second
+
+
+def gathered(rank: Rank) -> Any:
+    values = _gather_to_first({"of": torch.full((rank.rank * 1000 + 1,), float(rank.rank))}, rank)
+    return values and [(len(value["of"]), float(value["of"].sum())) for value in values]
+
+
+def test_the_first_rank_of_each_group_gets_what_each_rank_has_in_their_order() -> None:
+    with spawn(Topology(tp=2, dp=2), timeout=120) as world:
+        first, second, third, fourth = world.run(gathered)
+    assert (first, third) == ([(1, 0.0), (1001, 1001.0)], [(2001, 4002.0), (3001, 9003.0)])
+    assert second is fourth is None
