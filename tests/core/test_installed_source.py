@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tpcheck.core.errors import UsageError
-from tpcheck.core.installed_source import fields_of, imported_names, keys_of, pairs_of, parameters_of
+from tpcheck.core.installed_source import fields_of, imported_names, keys_of, parameters_of
 from tpcheck.core.optimizers import require_optimizer, torch_optimizers
 from tpcheck.families.adapters import require_lora
 from tpcheck.families.build import HEADS
@@ -30,14 +30,6 @@ def test_the_types_of_transformers_are_those_that_it_has() -> None:
         assert set(keys_of("transformers.models.auto.modeling_auto", head.mapping)) == set(
             getattr(modeling_auto, head.mapping)
         )
-
-
-def test_the_pairs_of_a_table_are_those_that_it_has() -> None:
-    mappings = pytest.importorskip("transformers.models.auto.auto_mappings")
-    pairs = pairs_of("transformers.models.auto.auto_mappings", "SPECIAL_MODEL_TYPE_TO_MODULE_NAME")
-    assert pairs["gemma3_text"] == "gemma3"
-    assert pairs.items() <= mappings.SPECIAL_MODEL_TYPE_TO_MODULE_NAME.items()  # a few are added by code
-    assert pairs_of("transformers.models.auto.auto_mappings", "no_such_table") == {}
 
 
 def test_the_fields_of_adapters_are_those_that_peft_has() -> None:

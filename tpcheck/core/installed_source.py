@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeGuard
 
 
 def imported_names(module: str) -> tuple[tuple[str, str], ...]:
@@ -69,18 +68,6 @@ def keys_of(module: str, name: str) -> tuple[str, ...]:
     )
 
 
-def pairs_of(module: str, name: str) -> dict[str, str]:
-    """Return the pairs of texts that the value of a constant contains: items of dicts, and tuples in lists."""
-    return {
-        first.value: second.value
-        for node in _tree(module).body
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and name in _targets(node) and node.value is not None
-        for first, second in _pairs(node.value)
-        if isinstance(first, ast.Constant) and isinstance(first.value, str)
-        if isinstance(second, ast.Constant) and isinstance(second.value, str)
-    }
-
-
 def _class(module: str, name: str) -> ast.ClassDef | None:
     return next((node for node in _tree(module).body if isinstance(node, ast.ClassDef) and node.name == name), None)
 
@@ -100,18 +87,6 @@ def _first_items(value: ast.expr) -> Iterator[ast.expr | None]:
             yield from node.keys
         elif isinstance(node, ast.List):
             yield from (item.elts[0] for item in node.elts if isinstance(item, ast.Tuple) and item.elts)
-
-
-def _pairs(value: ast.expr) -> Iterator[tuple[ast.expr | None, ast.expr]]:
-    for node in ast.walk(value):
-        if isinstance(node, ast.Dict):
-            yield from zip(node.keys, node.values, strict=True)
-        elif isinstance(node, ast.List):
-            yield from ((item.elts[0], item.elts[1]) for item in node.elts if _is_pair(item))
-
-
-def _is_pair(item: ast.expr) -> TypeGuard[ast.Tuple]:
-    return isinstance(item, ast.Tuple) and len(item.elts) == 2
 
 
 @lru_cache

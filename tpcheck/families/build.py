@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.guides import Guide
-from tpcheck.core.installed_source import keys_of, pairs_of
+from tpcheck.core.installed_source import keys_of
 from tpcheck.families.rules import OVERRIDES, ROLES, SPECIAL_TOKENS, is_size, layer_count_name, small_settings
 from tpcheck.families.settings import attributes, canonical, declared, nest, overlay, unknown
 
@@ -85,22 +85,6 @@ def type_and_head(family: str) -> tuple[str, Head]:
         if head.name == wanted:
             return name, head
     raise UsageError("family", family, [f"{name}/{head.name}" for head in of_type])
-
-
-def modules_of_family(family: str) -> tuple[str, ...]:
-    """Return the modules of transformers that the classes of a family's type are in; none where that is not known.
-
-    To import them takes a rank 0.1 to 0.5 s. The table is read from the source, which imports nothing.
-    """
-    name = family.partition("/")[0]
-    tables = (f"{_AUTO_MODELS}.{module}" for module in ("auto_mappings", "configuration_auto"))  # first versions of 5
-    special = next((pairs for table in tables if (pairs := pairs_of(table, _MODULE_NAMES))), {})
-    module = special.get(name, name).replace("-", "_")
-    return (f"transformers.models.{module}.modeling_{module}",)
-
-
-_AUTO_MODELS = "transformers.models.auto"
-_MODULE_NAMES = "SPECIAL_MODEL_TYPE_TO_MODULE_NAME"
 
 
 @dataclass(frozen=True, slots=True)

@@ -418,13 +418,11 @@ class Request:
         build: Returns the unsharded model; called on every rank under the same seed.
         options: Every option of the run.
         spread_weights: Redraw matrices on a scale that makes every path of the model count.
-        modules: What `build` imports, as far as that is known: the forkserver does so once for all ranks and runs.
     """
 
     build: Callable[[], Any]
     options: RunOptions
     spread_weights: bool = False
-    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

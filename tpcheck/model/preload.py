@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from tpcheck.backends.registry import modules_of
 from tpcheck.model.options import Request
-from tpcheck.world.environment import visible_gpus
 from tpcheck.world.forkserver_client import TRAINER_PRELOAD, ZERO_PRELOAD
 
 
@@ -14,13 +11,10 @@ def preload_of(request: Request) -> tuple[str, ...]:
     """Return the modules that ranks need for this request."""
     options = request.options
     backend_modules = modules_of(options.backend_name)
-    # A module of a model might ask for GPUs, which does not survive a fork.
-    takes_gpus = options.device != "cpu" and visible_gpus(os.environ) > 0
     return (
         "tpcheck.model.rank_run",
         *backend_modules,
         *(f"{module}.preload" for module in backend_modules),  # where a backend has one
         *(ZERO_PRELOAD if options.zero_stage else ()),
         *(TRAINER_PRELOAD if options.loop == "trainer" else ()),
-        *(() if takes_gpus else request.modules),
     )

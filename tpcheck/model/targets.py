@@ -33,7 +33,6 @@ class Target:
         subject: What the subject of a report says of it, beside the options of the run.
         notes: What of it does not take part, in sentences.
         spread_weights: Whether its weights are random, so that matrices may be drawn on another scale.
-        modules: What `build` imports on every rank, where that is known.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Target:
     subject: Mapping[str, Any] = field(hash=False)
     notes: tuple[str, ...] = ()
     spread_weights: bool = True
-    modules: tuple[str, ...] = ()
 
 
 def is_family(name: str) -> bool:
@@ -89,13 +87,13 @@ def _is_folder_beside(name: str) -> bool:
 
 
 def _family(name: str, options: RunOptions) -> Target:
-    from tpcheck.families.build import modules_of_family, small_model, type_and_head
+    from tpcheck.families.build import small_model, type_and_head
 
     type_and_head(name)
     if options.full:
         raise UsageError("full", True, f"False: {name} is a family, whose sizes are small; a folder has real ones")
     build = _with_lora(partial(small_model, name, options.settings), name, options)
-    return Target(name, build, options.subject(name), modules=modules_of_family(name))
+    return Target(name, build, options.subject(name))
 
 
 def _with_lora(build: Callable[[], Any], source: str | FolderModel, options: RunOptions) -> Callable[[], Any]:
@@ -105,7 +103,7 @@ def _with_lora(build: Callable[[], Any], source: str | FolderModel, options: Run
 
 
 def _folder(name: str, options: RunOptions) -> Target:
-    from tpcheck.families.build import modules_of_family, small_model
+    from tpcheck.families.build import small_model
     from tpcheck.families.folders import read_folder
 
     of_config = {key: value for key, value in options.settings.items() if key not in _IMPLEMENTATIONS}
@@ -119,7 +117,7 @@ def _folder(name: str, options: RunOptions) -> Target:
         "configuration": dict(model.config),
     }
     build = _with_lora(partial(small_model, model, options.settings), model, options)
-    return Target(name, build, subject, model.notes, modules=modules_of_family(model.family))
+    return Target(name, build, subject, model.notes)
 
 
 def _require_memory(model: FolderModel, options: RunOptions) -> None:

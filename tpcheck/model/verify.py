@@ -116,7 +116,7 @@ def verify_family(
     """
     run_options = RunOptions.of(topology=topology, backend=backend, dtype=dtype, zero_stage=zero_stage, **options)
     target = resolve(family, run_options)
-    request = Request(target.build, run_options, spread_weights=target.spread_weights, modules=target.modules)
+    request = Request(target.build, run_options, spread_weights=target.spread_weights)
     require_valid(request)
     return run(request, target.subject, again=run_options.command(family), notes=target.notes)
 
