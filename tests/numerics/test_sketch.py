@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -521,6 +523,30 @@ def test_micro_batches_are_summed_before_they_are_fetched():
     assert_same(fetched[0], sketch(first) + sketch(second), of=first)
     assert_same(fetched[1], sketch(first), of=first)
     assert fetch_sketches([]) == []
+
+
+def test_sketches_on_the_cpu_lie_outside_the_heap_in_a_few_blocks():
+    """Between the activations of a step they would leave holes that no gradient fits into."""
+    tensor = normal((32, 32))
+    started = [start_sketch(tensor) for _ in range(300)]
+    started += [first.add(second) for first, second in pairwise(started)]
+    places = {each.packed.data_ptr() for each in started}
+    assert len(places) == len(started)
+    assert len({each.block.data_ptr() for each in started}) <= 6
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(address, 16) for address in line.split()[0].split("-"))
+        if any(first <= place < last for place in places):
+            assert "[heap]" not in line
+            assert line.split()[1] == "rw-p", "a forked process would write into it"
+
+
+def test_a_block_of_sketches_is_freed_with_the_last_of_them():
+    started = [start_sketch(normal((4, 4))) for _ in range(300)]
+    blocks = [weakref.ref(each.block) for each in started]
+    kept = started[150]
+    del started
+    assert blocks[0]() is None
+    assert blocks[150]() is kept.block
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.int64])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,25 @@ def test_no_hook_is_left_behind(recorded: Any) -> None:
     trained = model()
     recorded(trained)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in trained.modules())
+
+
+def test_a_loop_that_keeps_its_losses_keeps_no_step_in_memory(recorded: Any) -> None:
+    """The hooks on what modules return lie in the graph that a loss holds."""
+    kept, pending = [], []
+
+    def loop(trained: nn.Module) -> None:
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.01)
+        for step in range(4):
+            loss = cross_entropy(trained(tokens(step)).flatten(0, 1), tokens(step).flatten())
+            kept.append(loss)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            pending.append(sum(type(each) is passes.PendingTensor for each in gc.get_objects()))
+
+    recorded(model(), loop=loop, replays=1)
+    assert pending[0] > 20
+    assert pending[3] == pending[1]
 
 
 def test_a_loop_that_raises_leaves_the_steps_before(tmp_path: Path) -> None:

@@ -39,7 +39,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import repeat
 from math import prod
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from threading import Lock
 from typing import Any
 
 import torch
@@ -68,6 +71,8 @@ SIGN_SETS = 4
 TILES = 16  # along the rows and along the columns
 
 _NUM_SUMS = SIGN_SETS * TILES * TILES
+_PACKED = _NUM_SUMS + 2
+_BLOCK_ROWS = 128  # 1 MiB
 # Streams of the hash, far apart: a row and a column of the same number have unrelated signs.
 _ROWS, _COLUMNS, _ELEMENTS, _POSITIONS = 1 << 60, 2 << 60, 3 << 60, 1 << 59
 # Elements that are converted at once: 1 MiB of float64 stays in a core's cache, where twice as much takes a third more
@@ -164,16 +169,64 @@ class PendingSketch:
     """A sketch on its tensor's device.
 
     Attributes:
-        packed: Signed sums, sum of squares, number of non-finite elements; float64, flat.
+        block: (n, _PACKED), float64, of n sketches.
+        row: Which of them this is.
         numel: Number of elements.
     """
 
-    packed: torch.Tensor
+    block: torch.Tensor
+    row: int
     numel: int
+
+    @property
+    def packed(self) -> torch.Tensor:
+        """Signed sums, sum of squares, number of non-finite elements; float64, flat."""
+        return self.block[self.row]
 
     def add(self, other: PendingSketch) -> PendingSketch:
         """Return the sum, on the device: of two micro-batches, shards or terms."""
-        return PendingSketch(self.packed + other.packed, self.numel + other.numel)
+        block, row = _new_row(self.block.device)
+        with torch.no_grad():
+            torch.add(self.packed, other.packed, out=block[row])
+        return PendingSketch(block, row, self.numel + other.numel)
+
+
+class _HostRows:
+    """Rows for sketches on the CPU, in blocks of memory of their own, each free when none of its rows is in use.
+
+    Sketches are made between activations and outlive them. In the heap of malloc each would keep apart the room that
+    two activations leave, so that gradients do not fit there: a step of 126M parameters then has 100 MiB more.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()  # backward hooks may run on a thread of their own
+        self._unused: Iterator[tuple[torch.Tensor, int]] = iter(())
+
+    def take(self) -> tuple[torch.Tensor, int]:
+        """Return a block and the number of a row of it that is all 0 and was never used."""
+        with self._lock:
+            taken = next(self._unused, None)
+            if taken is None:
+                self._unused = zip(repeat(_new_block()), range(_BLOCK_ROWS), strict=False)
+                taken = next(self._unused)
+            return taken
+
+
+_host_rows = _HostRows()
+
+
+def _new_block() -> torch.Tensor:
+    memory = mmap(-1, _BLOCK_ROWS * _PACKED * 8, flags=MAP_PRIVATE | MAP_ANONYMOUS)  # by default forks would share it
+    with torch.inference_mode(False):  # a tensor that is made in inference mode cannot be written to after it
+        return torch.frombuffer(memory, dtype=torch.float64).view(_BLOCK_ROWS, _PACKED)
+
+
+def _new_row(device: torch.device) -> tuple[torch.Tensor, int]:
+    """Return a block and the number of a row of it for a new sketch: all 0."""
+    if is_host(device):
+        return _host_rows.take()
+    # A device's allocator keeps small tensors apart, and orders what is freed by streams.
+    return torch.zeros(1, _PACKED, dtype=torch.float64, device=device), 0
 
 
 def sketch(
@@ -223,28 +276,35 @@ def start_sketch(
                 _add_matrix(sums, values, index)
             else:
                 _add_elements(sums, values.reshape(-1), index)
-        return PendingSketch(sums.packed(scale), numel)
+        return PendingSketch(*sums.packed(scale), numel)
 
 
 def fetch_sketches(pending: Sequence[PendingSketch]) -> list[Sketch]:
     """Copy all sketches to the host at once, and wait for them."""
     if not pending:
         return []
-    device = pending[0].packed.device
-    if any(sketch.packed.device != device for sketch in pending):  # layers of a pipeline in one process
+    device = pending[0].block.device
+    if any(sketch.block.device != device for sketch in pending):  # layers of a pipeline in one process
         return [fetched for sketch in pending for fetched in fetch_sketches([sketch])]
-    packed = torch.stack([sketch.packed for sketch in pending])
-    if packed.is_cuda:
-        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-        host.copy_(packed, non_blocking=True)
-        torch.cuda.current_stream(device).synchronize()
-        packed = host
-    packed = packed.cpu()
-    counts = packed[:, _NUM_SUMS:].tolist()
+    if is_host(device):
+        rows = [sketch.packed for sketch in pending]
+        counts = [row[_NUM_SUMS:].tolist() for row in rows]
+    else:
+        packed = _to_host(torch.stack([sketch.packed for sketch in pending]))
+        rows, counts = [*packed], packed[:, _NUM_SUMS:].tolist()
     return [
-        Sketch(sums[:_NUM_SUMS].reshape(SIGN_SETS, TILES, TILES), sum_squares, started.numel, int(nonfinite))
-        for sums, (sum_squares, nonfinite), started in zip(packed, counts, pending, strict=True)
+        Sketch(row[:_NUM_SUMS].view(SIGN_SETS, TILES, TILES), sum_squares, started.numel, int(nonfinite))
+        for row, (sum_squares, nonfinite), started in zip(rows, counts, pending, strict=True)
     ]
+
+
+def _to_host(packed: torch.Tensor) -> torch.Tensor:
+    if not packed.is_cuda:
+        return packed.cpu()
+    host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+    host.copy_(packed, non_blocking=True)
+    torch.cuda.current_stream(packed.device).synchronize()
+    return host
 
 
 def row_keys(samples: torch.Tensor, length: int) -> RowKeys:
@@ -295,7 +355,8 @@ class _Sums:
         self.device = device
         self.dtype = dtype  # of products
         self.block = _BLOCK if is_host(device) else _DEVICE_BLOCK
-        self.tiles = torch.zeros(SIGN_SETS, TILES, TILES, dtype=torch.float64, device=device)
+        self.row = _new_row(device)
+        self.tiles = self.row[0][self.row[1], :_NUM_SUMS].view(SIGN_SETS, TILES, TILES)
         self.sum_squares: torch.Tensor | float = 0.0
         self.nonfinite: torch.Tensor | int = 0
         self.scratch = torch.empty(0, dtype=dtype, device="cpu")
@@ -326,17 +387,21 @@ class _Sums:
         self.sum_squares = self.sum_squares + block.square().sum(dtype=torch.float64)
         return block
 
-    def packed(self, scale: float) -> torch.Tensor:
-        counts = [self.sum_squares, self.nonfinite]
+    def packed(self, scale: float) -> tuple[torch.Tensor, int]:
+        """Return the block and the row that hold the sketch of `scale` times what was added."""
+        block, row = self.row
+        packed = block[row]
         if is_host(self.device):
-            tail = torch.tensor(counts, dtype=torch.float64, device="cpu")
+            packed[_NUM_SUMS] = self.sum_squares
+            packed[_NUM_SUMS + 1] = self.nonfinite
         else:
-            tail = torch.stack([torch.as_tensor(count, dtype=torch.float64, device=self.device) for count in counts])
-        packed = torch.cat([self.tiles.reshape(-1), tail])
+            counts = [self.sum_squares, self.nonfinite]
+            tail = [torch.as_tensor(count, dtype=torch.float64, device=self.device) for count in counts]
+            torch.stack(tail, out=packed[_NUM_SUMS:])
         if scale != 1.0:
             packed[:_NUM_SUMS] *= scale
             packed[_NUM_SUMS] *= scale**2
-        return packed
+        return self.row
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,6 +245,14 @@ class Pass:
             self.outputs[output] = (tensor.shape, places)
         return places
 
+    def forget(self) -> None:
+        """Let go of what was recorded, once it is written: hooks in the loop's graphs keep the pass until these go."""
+        self.tensors.clear()
+        self.known.clear()
+        self.outputs.clear()
+        self.seeds.clear()
+        self.args, self.kwargs, self.before = (), {}, None
+
     def record(self) -> PassRecord:
         samples = self.places.batch.samples
         return PassRecord(

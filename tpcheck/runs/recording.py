@@ -375,6 +375,8 @@ class Recorder(AbstractContextManager["Recorder"]):
             self._states_left = {}
         self._states_given = ([], list)
         self._number += has_update
+        for each in self._passes:
+            each.forget()
         self._passes, self._accumulated, self._has_stepped = [], [], False
         self._gradients, self._options_of_step, self._sums = {}, {}, {}
         self._num_evaluations = 0

@@ -10,8 +10,9 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -24,6 +25,7 @@ from tpcheck.numerics.sketch import SIGN_SETS, TILES
 from tpcheck.runs.trace_json import Malformed, parse_line
 
 LONGEST_HEADER = 32 << 20
+_STACKED_AT_ONCE = 128  # sketches: 1 MiB
 TILES_NAMES = {False: "tiles_float64", True: "tiles_float32"}
 DTYPES = {
     "F64": torch.float64,
@@ -58,36 +60,53 @@ class TensorsToWrite:
 
     def write(self, path: Path) -> None:
         """Write the file under a temporary name, then rename it."""
-        tensors = {}
-        for as_float32, dtype in ((False, torch.float64), (True, torch.float32)):
-            if self._tiles[as_float32]:
-                stacked = torch.stack(self._tiles[as_float32])
-                largest = torch.finfo(dtype).max  # an infinity minus itself would be no number
-                stacked = stacked.clamp(-largest, largest).to(dtype)
-                tensors[TILES_NAMES[as_float32]] = stacked
+        entries = [
+            _EntryToWrite(TILES_NAMES[as_float32], dtype, (len(tiles), *tiles[0].shape), _stacked(tiles, dtype))
+            for as_float32, dtype in ((False, torch.float64), (True, torch.float32))
+            if (tiles := self._tiles[as_float32])
+        ]
         for number, tensor in enumerate(self._full):
             stored = tensor.detach()
             # safetensors has no complex128, and an unknown dtype is kept as its bytes would not be: as float64
             if stored.dtype == torch.complex128:
                 stored = torch.view_as_real(stored.resolve_conj())
-            tensors[f"full.{number}"] = stored if stored.dtype in _NAMES else stored.to(torch.float64)
+            stored = stored if stored.dtype in _NAMES else stored.to(torch.float64)
+            entries.append(_EntryToWrite(f"full.{number}", stored.dtype, tuple(stored.shape), (stored,)))
         temporary = path.with_name(path.name + ".tmp")
         with temporary.open("xb") as file:
-            _write_safetensors(file, tensors)
+            _write_safetensors(file, entries)
         temporary.rename(path)
 
 
-def _write_safetensors(file: BinaryIO, tensors: dict[str, torch.Tensor]) -> None:
+@dataclass(frozen=True, slots=True)
+class _EntryToWrite:
+    """One tensor of a file, whose elements are those of the pieces one after another."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Iterable[torch.Tensor]
+
+
+def _stacked(tiles: Sequence[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Yield stacks of a few: all of a step together are as large as what is written."""
+    largest = torch.finfo(dtype).max  # an infinity minus itself would be no number
+    for start in range(0, len(tiles), _STACKED_AT_ONCE):
+        yield torch.stack(tiles[start : start + _STACKED_AT_ONCE]).clamp_(-largest, largest).to(dtype)
+
+
+def _write_safetensors(file: BinaryIO, entries: Sequence[_EntryToWrite]) -> None:
     header: dict[str, Any] = {}
     end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for entry in entries:
+        start, end = end, end + prod(entry.shape) * entry.dtype.itemsize
+        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for tensor in tensors.values():
-        file.write(flat_bytes(tensor.cpu()).numpy().data)
+    for entry in entries:
+        for piece in entry.pieces:
+            file.write(flat_bytes(piece.cpu()).numpy().data)
 
 
 # ---- reading
