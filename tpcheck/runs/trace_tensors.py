@@ -88,7 +88,7 @@ class _EntryToWrite:
     pieces: Iterable[torch.Tensor]
 
 
-def _stacked(tiles: Sequence[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+def _stacked(tiles: list[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """Yield stacks of a few: all of a step together are as large as what is written."""
     largest = torch.finfo(dtype).max  # an infinity minus itself would be no number
     for start in range(0, len(tiles), _STACKED_AT_ONCE):
