@@ -231,6 +231,62 @@ def test_an_optimizer_file_of_one_rank_beside_whole_weights_is_found_by_itself(s
     assert verify_checkpoint(tmp_path / "actual", MODEL, weights_only=True).passed if save is trainer_folder else True
 
 
+@pytest.mark.parametrize("save", EVERY_WAY)
+def test_shards_of_one_rank_beside_right_weights_are_compared_with_whole_moments(save: Save, tmp_path: Path) -> None:
+    report = compared(save, tmp_path, of_one_rank)
+    assert {*found(report).values()} == {"optimizer_state_of_another_rank"}
+    assert len(report.findings) == 6
+
+
+@pytest.mark.parametrize("save", EVERY_WAY)
+def test_shards_of_one_rank_in_the_reference_are_not_compared(save: Save, tmp_path: Path) -> None:
+    wrong = states()
+    of_one_rank(wrong)
+    report = verify_checkpoint(save(states(), tmp_path / "actual"), save(wrong, tmp_path / "reference"))
+    assert report.passed, report.to_text()
+    why = "the reference has one rank's shard of it alone"
+    assert [*report.verdict.coverage.not_compared.values()].count(why) == 6
+
+
+def test_shards_are_recognised_where_one_has_the_shape_of_another_weight(tmp_path: Path) -> None:
+    """Of 8 x 4, 4 x 4 and 2 x 4, the halves are 4 x 4, 2 x 4 and 1 x 4: of these only the last is no weight's."""
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
+    weights = model.state_dict()
+    halves = {number: {"momentum_buffer": weight.chunk(2)[0].clone()} for number, weight in enumerate(weights.values())}
+    saved = {**states(), "model": weights, "optimizer": {"state": halves, "param_groups": [{"lr": 0.1}]}}
+    report = verify_checkpoint(trainer_folder(saved, tmp_path / "actual"), model)
+    stories = [finding.evidence["story"] for finding in report.findings]
+    assert [(story["shape_shard"], story["shape_whole"]) for story in stories] == [
+        ([4, 4], [8, 4]), ([2, 4], [4, 4]), ([1, 4], [2, 4])
+    ]  # fmt: skip
+
+
+def test_an_optimizer_that_is_saved_without_its_states_is_found(tmp_path: Path) -> None:
+    report = compared(trainer_folder, tmp_path, lambda saved: saved["optimizer"]["state"].clear())
+    assert {*found(report).values()} == {"tensor_missing"}
+    assert len(report.findings) == 8
+
+
+def test_generators_of_another_rank_are_named_and_advised_on(tmp_path: Path) -> None:
+    def repeat(saved: dict[str, Any]) -> None:
+        saved["generators"][1] = saved["generators"][0]
+
+    report = compared(trainer_folder, tmp_path, repeat)
+    assert len(report.findings) >= 3
+    assert {finding.cause for finding in report.findings} == {None}
+    notes = {finding.where["field"]: finding.evidence.get("note") for finding in report.findings}
+    assert notes["generators.1.cpu"] == "it is in the state of rank 0's"
+    assert "of each rank" in report.findings[0].evidence["advice"]
+
+
+def test_numbered_moments_of_weights_with_the_same_mistake_are_of_the_layout(tmp_path: Path) -> None:
+    def swap(saved: dict[str, Any]) -> None:
+        for tensor in (saved["model"]["1.weight"], saved["optimizer"]["state"][2]["exp_avg"]):
+            tensor.copy_(tensor.roll(4, 0))
+
+    assert {*found(compared(trainer_folder, tmp_path, swap)).values()} == {"shard_order_swapped"}
+
+
 def test_dtensors_of_one_rank_are_found_by_their_own_shape(tmp_path: Path) -> None:
     saved = states()
     save = trainer_folder(saved, tmp_path / "actual")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import Any
 from tpcheck.backends.checkpoint_format import STEP, Checkpoint, HoldsTrainingStates, TrainingStates, Value
 from tpcheck.checkpoints.comparison import TensorPair, differing_pairs, explained_findings
 from tpcheck.checkpoints.division import Division
+from tpcheck.checkpoints.formats.training_states import NUMBERED, ranks_of_cut
 from tpcheck.checkpoints.names import match_names
 from tpcheck.core.causes import Cause
 from tpcheck.core.errors import CheckpointError
@@ -18,8 +20,12 @@ from tpcheck.numerics.checks import CHECKPOINT_CHECK
 from tpcheck.numerics.exact.checkpoint_tensor import CheckpointTensor
 
 _ACTUAL, _REFERENCE = "actual", "the reference"
+_OPTION = "optimizer group "
 # What these say of weights they say of moments, too, and there it means that ranks got the states of others.
 _OF_ANOTHER_RANK = {cause.slug for cause in (Cause.SHARD_MISSING, Cause.SHARD_REPEATED, Cause.SHARD_ORDER_SWAPPED)}
+
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +78,15 @@ def compare_states(
     equal = {pair.expected.name for pair in same_kind} - differing
     wrong = [pair for pair in pairs if pair.expected.name not in equal]
     explained = explained_findings(wrong, reference.tensors, {}, {}, division)
-    on_tensors = [_on_state(each, wrong_weights) for each in explained]
+    names, wrong_shapes = set(expected.names()), set[Shape]()
+    wrong_shapes |= {tuple(expected.shape(name)) for name in wrong_weights if name in names}
+    on_tensors = [_on_state(each, wrong_weights, wrong_shapes, reference) for each in explained]
     missing, not_compared = _unmatched(states, reference, actual_of)
+    not_compared |= {
+        name: "the reference has one rank's shard of it alone"
+        for name in reference.partial
+        if name in actual_of and actual_of[name] not in states.partial
+    }
     on_values = list(_findings_on_values(states.values, reference.values))
     count = len(pairs) + len(shards) + len(missing)
     total = {"count_tensors": count}
@@ -137,16 +150,43 @@ def _where(name: str) -> dict[str, Any]:
     return {"parameter": parameter, "field": kind} if parameter else {"field": name}
 
 
-def _on_state(finding: Finding, wrong_weights: Set[str]) -> Finding:
-    """Return a finding of the comparison of tensors as one on a state."""
+def _on_state(
+    finding: Finding, wrong_weights: Set[str], wrong_shapes: Set[Shape], reference: TrainingStates
+) -> Finding:
+    """Return a finding of the comparison of tensors as one on a state.
+
+    Args:
+        wrong_shapes: Of the wrong weights: a parameter that has a number may be any of those of its shape.
+    """
     name = finding.where["parameter"]
     where = {**_where(name), **{key: value for key, value in finding.where.items() if key != "parameter"}}
     evidence = {**finding.evidence, "states": True}
     cause = finding.cause
-    if cause in _OF_ANOTHER_RANK and "parameter" in where and where["parameter"] not in wrong_weights:
+    if cause == Cause.TENSOR_OF_ANOTHER_LAYER.slug and _rank_of_generator(name) is not None:
+        equal = _rank_of_generator(str(evidence.get("story", {}).get("equals", "")))
+        evidence |= _generator_of_rank(equal) if equal is not None else {}
+        return replace(finding, where=where, cause=None, evidence=evidence)
+    is_numbered = str(where.get("parameter", "")).startswith(NUMBERED)
+    is_of_weights = where.get("parameter") in wrong_weights or (
+        is_numbered and tuple(reference.tensors.shape(name)) in wrong_shapes
+    )
+    if cause in _OF_ANOTHER_RANK and "parameter" in where and not is_of_weights:
         cause = Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK.slug
         evidence["advice"] = Cause.OPTIMIZER_STATE_OF_ANOTHER_RANK.advise()
     return replace(finding, where=where, cause=cause, evidence=evidence)
+
+
+_GENERATOR = re.compile(r"generators\.(\d+)\.(.+)")
+
+
+def _rank_of_generator(name: str) -> int | None:
+    found = _GENERATOR.match(name)
+    return int(found[1]) if found else None
+
+
+def _generator_of_rank(rank: int) -> dict[str, Any]:
+    advice = "Save the generators of each rank in a file, or an entry, of its own, and load them by rank."
+    return {"note": f"it is in the state of rank {rank}'s", "advice": advice}
 
 
 def _with_shards(states: TrainingStates, model: Checkpoint) -> TrainingStates:
@@ -157,34 +197,63 @@ def _with_shards(states: TrainingStates, model: Checkpoint) -> TrainingStates:
     """
     tied = {name for tie in model.ties for name in sorted(tie)[1:]}
     weights = {name: tuple(model.shape(name)) for name in model.names() if name not in tied}
-    by_kind: dict[str, dict[str, tuple[int, ...]]] = {}
+    by_kind: dict[str, dict[str, Shape]] = {}
     for name in states.tensors.names():
         if " " in name and name not in states.partial:
             by_kind.setdefault(name.rpartition(" ")[2], {})[name] = tuple(states.tensors.shape(name))
-    partial: dict[str, tuple[int, ...]] = {}
+    partial: dict[str, Shape] = {}
     for shapes in by_kind.values():
         by_name = {name: weights[_parameter(name)] for name in shapes if _parameter(name) in weights}
-        without_moment = Counter(weights.values()) - Counter(shapes.values())
-        without_weight = Counter(shapes.values()) - Counter(weights.values())
-        if not by_name and without_moment.total() != without_weight.total():
-            continue  # some weights are not trained, so that nothing is known of the others
-        wholes = by_name or {
-            name: next((whole for whole in without_moment if _ranks(shape, whole)), shape)
-            for name, shape in shapes.items()
-            if shape in without_weight and shape not in weights.values()
-        }
-        cut = {name: whole for name, whole in wholes.items() if shapes[name] != whole}
-        if len({_ranks(shapes[name], whole) for name, whole in cut.items()}) == 1:
-            partial |= {name: whole for name, whole in cut.items() if _ranks(shapes[name], whole)}
+        if by_name:
+            cut = {name: whole for name, whole in by_name.items() if shapes[name] != whole}
+            numbers = {ranks_of_cut(shapes[name], whole) for name, whole in cut.items()}
+            partial |= cut if len(numbers) == 1 and None not in numbers else {}
+        elif len(shapes) == len(weights):  # else some weights are not trained, so that nothing is known of the others
+            whole_of = _wholes(Counter(shapes.values()), Counter(weights.values()))
+            partial |= {name: whole_of[shape] for name, shape in shapes.items() if shape in whole_of}
     return replace(states, partial={**states.partial, **partial}) if partial else states
 
 
-def _ranks(shard: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
-    """Return over how many ranks one dim is cut, or None where this is not the shape of a shard."""
-    cut = [(own, size) for own, size in zip(shard, whole, strict=False) if own != size]
-    if len(shard) != len(whole) or len(cut) != 1 or not cut[0][0] or cut[0][1] % cut[0][0]:
-        return None
-    return cut[0][1] // cut[0][0]
+def _wholes(shapes: Counter[Shape], weights: Counter[Shape]) -> dict[Shape, Shape]:
+    """Return the whole shape for each one that is a shard's, where all are weights and shards for one number of ranks.
+
+    Each weight has one of them. A shape of which some may be whole weights is left out.
+    """
+    pairs = {(shape, weight): ranks_of_cut(shape, weight) for shape in shapes for weight in weights}
+    for number in sorted({ranks for ranks in pairs.values() if ranks is not None}) if shapes != weights else ():
+        fitting = {shape: [weight for weight in weights if pairs[shape, weight] == number] for shape in shapes}
+        taken = _assigned(shapes, weights, {shape: [shape, *fitting[shape]] for shape in shapes})
+        if taken is not None:
+            return {shape: weight for (shape, weight), count in taken.items() if count and not taken[shape, shape]}
+    return {}
+
+
+def _assigned(
+    shapes: Counter[Shape], weights: Counter[Shape], fitting: Mapping[Shape, list[Shape]]
+) -> Counter[tuple[Shape, Shape]] | None:
+    """Return how many of each shape have which weight, if every one can have one that fits it; the first where it can.
+
+    Augmenting paths of bipartite matching (Kuhn, 1955).
+    """
+    free, taken = Counter(weights), Counter[tuple[Shape, Shape]]()
+
+    def place(shape: Shape, seen: set[Shape]) -> bool:
+        for weight in fitting[shape]:
+            if weight in seen:
+                continue
+            seen.add(weight)
+            if free[weight]:
+                free[weight] -= 1
+                taken[shape, weight] += 1
+                return True
+            for other in [other for other, of in taken if of == weight and taken[other, of]]:
+                if other != shape and place(other, seen):
+                    taken[other, weight] -= 1
+                    taken[shape, weight] += 1
+                    return True
+        return False
+
+    return taken if all(place(shape, set()) for shape in shapes.elements()) else None
 
 
 def _findings_on_shards(states: TrainingStates, actual_of: Mapping[str, str]) -> Iterator[Finding]:
@@ -215,13 +284,14 @@ def _unmatched(
     generators of ranks that only one side has, are not compared.
     """
     matched = {_parameter(name) for name in actual_of}
+    are_lost = _has_lost_its_states(states)
     missing = []
     not_compared = {f"{name} of {_ACTUAL}": why for name, why in states.tensors.unread.items()}
     not_compared |= {f"{name} of {_REFERENCE}": why for name, why in reference.tensors.unread.items()}
     for name in reference.tensors.names():
         if name in actual_of or name in states.tensors.unread:
             continue
-        if " " in name and (_parameter(name) in matched or matched & _of_optimizer(actual_of)):
+        if " " in name and (are_lost or _parameter(name) in matched or matched & _of_optimizer(actual_of)):
             advice = Cause.TENSOR_MISSING.advise()
             evidence: dict[str, Any] = {"only_in": "reference", "story": {}, "advice": advice, "states": True}
             missing.append(Finding(CHECKPOINT_CHECK, _where(name), 1.0, 0.0, Cause.TENSOR_MISSING.slug, evidence))
@@ -236,6 +306,12 @@ def _unmatched(
     return missing, not_compared
 
 
+def _has_lost_its_states(states: TrainingStates) -> bool:
+    """Return whether an optimizer was saved, with its options, and no tensor of any parameter."""
+    has_options = any(_OPTION in name for name in states.values)
+    return has_options and not states.tensors.unread and not any(" " in name for name in states.tensors.names())
+
+
 def _of_optimizer(names: Mapping[str, str]) -> Set[str]:
     return {_parameter(name) for name in names if " " in name}
 
@@ -244,10 +320,20 @@ def _findings_on_values(values: Mapping[str, Value], expected: Mapping[str, Valu
     for name in expected:
         if name in values and not _same(values[name], expected[name]):
             evidence = {"actual": values[name], "expected": expected[name], "counted": _COUNTED, "states": True}
-            is_option = "optimizer group " in name
+            is_option = _OPTION in name
             advice = {"advice": Cause.OPTIONS_DIFFER.advise()} if is_option else {}
+            advice |= next((_generator_of_rank(rank) for rank in _ranks_with(values[name], name, expected)), {})
             cause = Cause.OPTIONS_DIFFER.slug if is_option else None
             yield Finding(CHECKPOINT_CHECK, {"field": name}, 1.0, 0.0, cause, {**evidence, **advice})
+
+
+def _ranks_with(value: Value, name: str, expected: Mapping[str, Value]) -> Iterator[int]:
+    """Yield the ranks whose generator of this kind is in this state."""
+    found = _GENERATOR.match(name)
+    for other in expected if found else ():
+        same_kind = _GENERATOR.match(other)
+        if found and same_kind and same_kind[2] == found[2] and expected[other] == value:
+            yield int(same_kind[1])
 
 
 def _with_common_steps(*sides: TrainingStates) -> Iterator[TrainingStates]:

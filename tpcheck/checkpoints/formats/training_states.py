@@ -29,6 +29,9 @@ CLASSES = (
 COUNT = "number of steps"
 """The name of the count that DeepSpeed, the Trainer and Megatron save as global_steps, global_step and iteration."""
 
+NUMBERED = "parameter "
+"""What stands before the number of a parameter that has no name."""
+
 _COUNTS = ("global_step", "global_steps", "iteration", "step", "num_steps")
 _MAX_DEPTH = 12  # of nested containers; generators and schedulers have 3
 _MAX_LISTED = 8  # numbers of a list that are values each; longer lists, such as a generator's 625 words, have a digest
@@ -186,11 +189,35 @@ def _parameter_names(
     numbers = [key for key in of_parameters if type(key) is int]
     if names or len(numbers) != len(of_parameters):
         return names
-    if len(model) == len(numbers) and all(
-        _shapes(of_parameters[number]) <= {shape} for number, shape in zip(sorted(numbers), model.values(), strict=True)
+    if len(model) == len(numbers) and _are_in_order(
+        [_shapes(of_parameters[number]) for number in sorted(numbers)], [*model.values()]
     ):
         return dict(zip(sorted(numbers), model, strict=True))
-    return {number: f"parameter {number}" for number in numbers}
+    return {number: f"{NUMBERED}{number}" for number in numbers}
+
+
+def _are_in_order(shapes: Sequence[set[tuple[int, ...]]], weights: Sequence[tuple[int, ...]]) -> bool:
+    """Return whether each parameter's tensors have the shape of its weight, or of a shard for one number of ranks."""
+    cut = {
+        ranks_of_cut(shape, weight)
+        for of_parameter, weight in zip(shapes, weights, strict=True)
+        for shape in of_parameter
+        if shape != weight
+    }
+    return not cut or (len(cut) == 1 and None not in cut)
+
+
+def ranks_of_cut(shard: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
+    """Return over how many ranks one dim is cut, or None where this is not the shape of a shard.
+
+    Example:
+        >>> ranks_of_cut((4, 3), (4, 6)), ranks_of_cut((4, 4), (4, 6))
+        (2, None)
+    """
+    cut = [(own, size) for own, size in zip(shard, whole, strict=False) if own != size]
+    if len(shard) != len(whole) or len(cut) != 1 or not cut[0][0] or cut[0][1] % cut[0][0]:
+        return None
+    return cut[0][1] // cut[0][0]
 
 
 def _shapes(kinds: Any) -> set[tuple[int, ...]]:
