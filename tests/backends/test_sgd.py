@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given
@@ -56,6 +58,25 @@ def test_masters_add_up_steps_that_are_too_small_for_the_dtype_of_the_weight(dty
         weight.grad = torch.ones_like(weight)
         stepper.step()
     assert weight.item() == pytest.approx(0.99, abs=4e-3)
+
+
+def test_masters_have_the_attributes_by_which_code_that_clips_and_steps_knows_shards() -> None:
+    """Such as `tensor_model_parallel` of Megatron's, without which a norm counts a shard once for all ranks."""
+    weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+    seen: list[tuple[torch.dtype, bool]] = []
+
+    def clip(parameters: Sequence[torch.Tensor], max_norm: float) -> float:
+        seen.extend((parameter.dtype, getattr(parameter, "tensor_model_parallel", False)) for parameter in parameters)
+        return 0.0
+
+    def optimizer(parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+        clip(parameters, 0.0)
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    weight.grad = torch.ones_like(weight)
+    Sgd([weight], TrainingOptions(dtype=torch.bfloat16, optimizer=optimizer), clip).step()
+    assert seen == [(torch.float32, True)] * 2
 
 
 def test_a_frozen_parameter_and_one_without_a_gradient_are_left_alone() -> None:

@@ -65,7 +65,7 @@ class Sgd:
     ) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._masters = [
-            parameter.detach().to(torch.float32) if parameter.dtype in LOW_PRECISION and options.masters else parameter
+            _master_of(parameter) if parameter.dtype in LOW_PRECISION and options.masters else parameter
             for parameter in self._parameters
         ]
         self._clip = clip
@@ -112,6 +112,13 @@ class Sgd:
             return {}
         states = {} if master is parameter else {"master": master.detach()}
         return {**states, **states_like(master, self.optimizer)}
+
+
+def _master_of(parameter: torch.Tensor) -> torch.Tensor:
+    """Return a float32 copy with the parameter's attributes, by which code that clips and steps knows shards."""
+    master = parameter.detach().to(torch.float32)
+    vars(master).update(vars(parameter))
+    return master
 
 
 def states_like(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
