@@ -16,6 +16,8 @@ from tpcheck.core.topology import Topology
 
 Advice = str | Callable[[Mapping[str, Any], Topology], str]
 
+_OF_FILES = ("checkpoints", "numerics.exact")  # a cause that is tested there has advice on what is saved or converted
+
 _SEED_CALLS = {
     "python": "random.seed(seed + dp_rank)",
     "numpy": "np.random.seed(seed + dp_rank)",
@@ -126,6 +128,13 @@ class Cause(Enum):
         advice = self._advice if isinstance(self._advice, str) else self._advice(evidence or {}, topology or Topology())
         return advice or None
 
+    def advise_training(
+        self, evidence: Mapping[str, Any] | None = None, topology: Topology | None = None
+    ) -> str | None:
+        """Return what to change in a training; None also where the advice is on tensors in files."""
+        is_of_files = any(place.startswith(_OF_FILES) for place in self.diagnosed_in)
+        return None if is_of_files else self.advise(evidence, topology)
+
     # ---- layout
     WRONG_GROUP = (
         "wrong_group",
@@ -226,7 +235,8 @@ class Cause(Enum):
     DUPLICATE_REDUCE = (
         "duplicate_reduce",
         "reducing over the ranks once more gives the actual tensor{residual}",
-        "numerics.hypotheses.reductions numerics.hypotheses.vocabulary numerics.exact runs.sketch_causes",
+        "numerics.hypotheses.parts_of_sums numerics.hypotheses.reductions numerics.hypotheses.vocabulary "
+        "numerics.exact runs.sketch_causes",
         "Do not sum replicas: gather shards, take replicas from one rank.",
     )
     MEAN_INSTEAD_OF_SUM = (

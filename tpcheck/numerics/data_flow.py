@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tpcheck.numerics.evidence import Collective, Evidence, Phase, TensorKey
+from tpcheck.numerics.evidence import Collective, Evidence, Phase, Step, TensorKey
 
 
 class DataFlow:
@@ -101,6 +101,21 @@ def _is_exchanged_behind(evidence: Evidence, step: int, key: TensorKey, tp_rank:
         if nearest is None or not (is_inside(module, nearest.module) and is_result(nearest)):
             return False
         key = nearest
+
+
+def is_exchanged_before(evidence: Evidence, step: int, gradient: TensorKey) -> bool:
+    """Return whether every rank issues a collective between the gradients that one is computed from and this one."""
+    after = consumers(evidence, step, in_phase(gradient, "forward"))
+    return all(_is_exchanged_before(rank, gradient, after) for rank in evidence.candidate[step])
+
+
+def _is_exchanged_before(rank: Step, gradient: TensorKey, after: Collection[TensorKey]) -> bool:
+    positions = {each: position for position, each in enumerate(rank.activations)}
+    if gradient not in positions:
+        return False
+    start = max((positions.get(in_phase(each, "backward"), -1) for each in after), default=-1)
+    between = range(start + 1, positions[gradient] + 1)
+    return any(each.phase == gradient.phase and each.position in between for each in rank.collectives)
 
 
 def collectives_behind(

@@ -367,11 +367,12 @@ class LossFacts:
 
 @dataclass(frozen=True, slots=True)
 class BackwardFacts:
-    """What a module that issues collectives would send back if no gradient came through them.
+    """What is known of the backward pass of what stands behind a gradient, or of the module that sends it back.
 
     Attributes:
-        collectives: Names of those that every rank issues, as in `torch.distributed`.
+        collectives: Names of the collectives that every rank issues there, as in `torch.distributed`.
         unseen: Of those that autograd does not see.
+        sums_backward: Whether every rank issues one in the backward pass between the gradients before and this one.
         inputs, outputs, output_gradients: The expected parts of a module with one tensor in and one out, of the same
             shape, by tp_rank; empty for another.
         through_sum: Each rank's part of the expected gradient of logits that goes through the logarithm of the sum of
@@ -380,6 +381,7 @@ class BackwardFacts:
 
     collectives: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
+    sums_backward: bool = False
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
     output_gradients: tuple[Tensor, ...] = ()

@@ -89,7 +89,9 @@ def _finding(suspect: Suspect, *, is_first: bool) -> Finding:
         **(tiles.as_evidence() if tiles is not None else {}),
     }
     if explanation is not None:
-        evidence |= {**explanation.evidence, "cause_error": explanation.residual}
+        advice = explanation.cause.advise_training(explanation.evidence)
+        evidence |= {**({"advice": advice} if advice else {}), **explanation.evidence}
+        evidence["cause_error"] = explanation.residual
     return Finding(
         check=suspect.check,
         where=suspect.where,

@@ -48,6 +48,25 @@ def test_what_stands_behind_a_module_counts_for_the_gradient_that_it_receives() 
     assert collectives_passed(evidence, 0, INPUT, unseen=True) == ()
 
 
+def test_sums_behind_what_a_module_returns_are_known_of_both_passes() -> None:
+    activations = list(RIGHT.reference[0].activations)
+    placed = PlacedTensor(Shard(2, sizes=((4, 4),)), (torch.zeros(2, 3, 4),) * 2)
+    forward = Collective("block", "all_reduce", (0, 1), position=activations.index(key("block.down output")) + 1)
+    backward = replace(forward, module="", phase="backward", position=activations.index(OUTPUT))
+    sources = {key("block output"): (key("block.down output"),)}
+    for collectives, ranks, expected in (
+        ((forward, backward), (0, 1), (True, True)),
+        ((forward,), (0, 1), (True, False)),
+        ((backward,), (0, 1), (False, True)),
+        ((forward, backward), (0,), (False, False)),
+    ):
+        evidence = issued(*collectives, ranks=ranks)
+        evidence = replace(evidence, reference=(replace(evidence.reference[0], sources=sources),))
+        steps = tuple(replace(step, logs_collectives=True) for step in evidence.candidate[0])
+        facts = backward_facts(replace(evidence, candidate=(steps,)), 0, OUTPUT, placed)
+        assert (bool(facts.collectives), facts.sums_backward) == expected
+
+
 def with_logits(gradient: torch.Tensor, logits: torch.Tensor) -> Evidence:
     """Return evidence of a loss that issues an unseen collective, of logits whose halves the ranks have."""
     forward, backward = (TensorKey(phase, "loss", 0, "input", "0") for phase in ("forward", "backward"))  # type: ignore[arg-type]

@@ -158,6 +158,24 @@ def test_a_wrong_gradient_of_a_parameter_that_feeds_a_wrong_one_is_a_consequence
     assert up.evidence["also"] == [BIAS]
 
 
+def test_a_wrong_gradient_of_a_module_that_ranks_do_not_call_is_a_consequence_of_what_lies_behind_it() -> None:
+    """As of an embedding whose weight is used by `functional.embedding` on the ranks."""
+    evidence = with_tensor(with_wrong_backward(*BEFORE_UP), "gradients", NORM, lambda gradient: gradient * 2)
+    output = key("block.norm output")
+    for rank in (0, 1):
+        seen = evidence.candidate[0][rank].activations
+        kept = {each: seen[each] for each in seen if each.module != output.module}
+        evidence = with_step(evidence, ranks=[rank], activations=kept)
+    flow = {"uses": {NORM: (output,)}, "sources": {key("block.up input"): (output,)}}
+    without, with_flow = (
+        replace(evidence, reference=tuple(replace(step, **known) for step in evidence.reference))
+        for known in ({}, flow)
+    )
+    assert [suspect.parameter for suspect in suspects(without)] == [None, NORM]
+    (up,) = suspects(with_flow)
+    assert up.evidence["also"] == [NORM]
+
+
 def test_a_wrong_gradient_of_a_module_whose_input_gradient_alone_is_wrong_is_no_consequence() -> None:
     evidence = with_tensor(with_wrong_backward(*BEFORE_UP), "gradients", UP, lambda gradient: gradient * 2)
     assert [suspect.where["module"] for suspect in suspects(evidence)] == ["block.up", "block.up"]

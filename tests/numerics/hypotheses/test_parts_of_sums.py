@@ -55,8 +55,51 @@ def test_a_loss_whose_label_or_whose_sum_sends_nothing_back_is_named() -> None:
 def test_it_is_no_collective_without_backward_where_there_is_none_or_the_gradient_is_another() -> None:
     whole, through_sum = cross_entropy()
     facts = {"through_sum": halves(through_sum)}
-    assert named(of_parts(halves(through_sum), whole, collectives=(), **facts))[0] is None
+    assert named(of_parts(halves(through_sum), whole, collectives=()))[0] is None
     assert named(of_parts(halves(through_sum + 0.01 * drawn(2, 3, 8)), whole, **facts))[0] is None
+
+
+def test_a_backward_that_has_the_labels_of_its_own_part_alone_is_named() -> None:
+    """As of a hand-written log_softmax whose backward adds up what comes to the rank's own part of the vocabulary."""
+    whole, through_sum = cross_entropy()
+    labels = torch.tensor([[0, 5, 7], [1, 2, 6]])
+    parts = [part * ((labels >= 4) == bool(rank))[..., None].double() for rank, part in enumerate(halves(whole))]
+    found = named(of_parts(parts, whole, collectives=(), through_sum=halves(through_sum)))
+    assert found == (Cause.COLLECTIVE_WITHOUT_BACKWARD, "other ranks' labels")
+
+
+def test_a_backward_with_the_softmax_over_its_own_part_is_a_statistic_over_one_shard() -> None:
+    whole, through_sum = cross_entropy()
+    parts = [
+        part / part.sum(-1, keepdim=True) / 6 + whole_part - part
+        for part, whole_part in zip(halves(through_sum), halves(whole), strict=True)
+    ]
+    assert named(of_parts(parts, whole, through_sum=halves(through_sum)))[0] is Cause.STATISTIC_OVER_ONE_SHARD
+
+
+@pytest.mark.parametrize("sums_backward", [True, False])
+def test_a_sum_of_a_loss_that_is_reduced_again_in_the_backward_pass_is_named(sums_backward: bool) -> None:
+    """As by `torch.distributed.nn.functional.all_reduce`, whose backward pass adds up what all ranks have already."""
+    whole, through_sum = cross_entropy()
+    facts = {"through_sum": halves(through_sum), "sums_backward": sums_backward}
+    for again, what in ((through_sum, "sum of exponentials"), (whole - through_sum, "labels' logits")):
+        found = explain(of_parts(halves(whole + again), whole, **facts))
+        if sums_backward:
+            assert found is not None
+            assert (found.cause, found.evidence["reduced_again"]) == (Cause.DUPLICATE_REDUCE, what)
+        else:
+            assert found is None
+
+
+@pytest.mark.parametrize(
+    ("sums_backward", "expected"), [(True, Cause.DUPLICATE_REDUCE), (False, Cause.GRADIENT_SCALED)]
+)
+def test_a_gradient_that_comes_back_through_a_collective_as_often_as_there_are_ranks_is_reduced_again(
+    sums_backward: bool, expected: Cause
+) -> None:
+    whole = drawn(2, 3, 8)
+    made = replace(of_parts(halves(2 * whole), whole, collectives=(), sums_backward=sums_backward), role="output")
+    assert named(made)[0] is expected
 
 
 def rms_norm() -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:

@@ -497,12 +497,21 @@ def _reduced_detached(group: Any) -> Function:
     return lambda tensor: reduced(group)(tensor.detach())
 
 
-def _loss_with(*lost_sums: str, lost: Callable[[Any], Function] = _reduced_unseen) -> Style:
-    """Return a mistake: a loss whose label's logit, or sum of exponentials, sends nothing back."""
+def _summed_both_ways(group: Any) -> Function:
+    """Return a sum over the group that sums the gradient, too, as `torch.distributed.nn.functional.all_reduce` does."""
+    return lambda tensor: _SumBothWays.apply(tensor, group)  # type: ignore[no-untyped-call]
+
+
+def _mlp_summed_both_ways(model: Model, rank: RankLike) -> None:
+    model.block(0).mlp.leave = _summed_both_ways(rank.group("tp"))
+
+
+def _loss_with(wrong_sum: str, wrongly: Callable[[Any], Function] = _reduced_unseen) -> Style:
+    """Return a mistake: a loss whose label's logit, or sum of exponentials, is summed by `wrongly(group)`."""
 
     def inject(model: Model, rank: RankLike) -> None:
         group = rank.group("tp")
-        sums = {name: lost(group) if name in lost_sums else reduced(group) for name in ("label", "sum")}
+        sums = {name: wrongly(group) if name == wrong_sum else reduced(group) for name in ("label", "sum")}
 
         def loss(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
             label_BL = sums["label"](label_logit(logits_BLV, labels_BL, group)[0])
@@ -726,6 +735,7 @@ class HandWrittenControl:
 
 
 _FORWARD = ("outputs_match_reference",)
+_SUMS_BOTH_WAYS = "https://github.com/pytorch/pytorch/issues/121587"
 _INNER_NORM = {"inner_norm": True}
 _BLOCKS = "base_model.model.blocks"
 _NORMS_IN_MLPS = ("blocks.0.mlp.norm", "blocks.1.mlp.norm")
@@ -754,9 +764,15 @@ FAULTS = (
                      "the sum of exponentials is reduced where autograd does not see it", _loss_with("sum"), ("loss",),
                      ("collective_without_backward",)),
     HandWrittenFault("label_logit_detached", "the logit of the label is detached before it is reduced",
-                     _loss_with("label", lost=_reduced_detached), ("loss",), ("collective_without_backward",)),
+                     _loss_with("label", _reduced_detached), ("loss",), ("collective_without_backward",)),
     HandWrittenFault("sum_of_exponentials_detached", "the sum of exponentials is detached before it is reduced",
-                     _loss_with("sum", lost=_reduced_detached), ("loss",), ("collective_without_backward",)),
+                     _loss_with("sum", _reduced_detached), ("loss",), ("collective_without_backward",)),
+    HandWrittenFault("label_logit_reduced_again_backward",
+                     "the logit of the label is reduced by a sum that sums its gradient, too",
+                     _loss_with("label", _summed_both_ways), ("loss",), ("duplicate_reduce",), link=_SUMS_BOTH_WAYS),
+    HandWrittenFault("reduced_again_backward", "an MLP is reduced by a sum that sums its gradient, too",
+                     _mlp_summed_both_ways, ("blocks.0.mlp", "blocks.0.mlp.down"), ("duplicate_reduce",),
+                     link=_SUMS_BOTH_WAYS),
     HandWrittenFault("row_parallel_reduced_unseen", "a row-parallel layer reduces its detached output",
                      _unseen_reduction, ("blocks.1.mlp.down",), ("collective_without_backward",)),
     HandWrittenFault("reduced_unseen_between_modules", "an MLP reduces the detached output of its row-parallel layer",

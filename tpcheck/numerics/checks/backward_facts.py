@@ -11,7 +11,12 @@ import torch
 from tpcheck.numerics.activation_placement import PlacedTensor
 from tpcheck.numerics.checks.recompute import gradient_product
 from tpcheck.numerics.checks.suspects import ComparedParameter
-from tpcheck.numerics.data_flow import collectives_behind, in_phase, is_result
+from tpcheck.numerics.data_flow import (
+    collectives_behind,
+    in_phase,
+    is_exchanged_before,
+    is_result,
+)
 from tpcheck.numerics.differences import frobenius, frobenius_distance
 from tpcheck.numerics.evidence import BackwardFacts, Evidence, TensorKey
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, MOST_USES, RECOMPUTED_FACTOR
@@ -37,14 +42,18 @@ def collectives_passed(evidence: Evidence, step: int, key: TensorKey, *, unseen:
 
 
 def backward_facts(evidence: Evidence, step: int, key: TensorKey, placed: PlacedTensor) -> BackwardFacts:
-    """Return what the module would send back without its collectives, if it issued any."""
-    collectives = collectives_passed(evidence, step, key)
-    if not collectives:
-        return BackwardFacts()
-    facts, tp = BackwardFacts(collectives, collectives_passed(evidence, step, key, unseen=True)), len(placed.parts)
-    if is_result(key):
+    """Return what would come back without the collectives that are issued, and which part through which sum."""
+    tp = len(placed.parts)
+    facts = BackwardFacts(
+        collectives_passed(evidence, step, key),
+        collectives_passed(evidence, step, key, unseen=True),
+        sums_backward=is_exchanged_before(evidence, step, key),
+    )
+    if facts.collectives and is_result(key):
         inputs, outputs, output_gradients = _one_in_one_out(evidence, step, key)
         facts = replace(facts, inputs=inputs, outputs=outputs, output_gradients=output_gradients)
+    if not facts.collectives:
+        return facts
     through_sum = _through_sum(evidence.reference[step].activations, key)
     if through_sum is None:
         return facts

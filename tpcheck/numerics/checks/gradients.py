@@ -100,11 +100,10 @@ def _suspects(
         return list(_unlike_recomputed(evidence, step, backward, wrong, known=()))
     roots = first_divergences(list(backward.by_key), wrong_activations.__contains__)
     wrong_downstream = {key.module for key in wrong_activations if key.role == "output"}
-    uses = evidence.reference[step].uses
     first_wrong, consequences = [], []
     for parameter in wrong:
-        of_parameter = (in_phase(use, "backward") for use in uses.get(parameter.name, ()))
-        if parameter.module in wrong_downstream or not wrong_activations.isdisjoint(of_parameter):
+        behind = _compared_behind(evidence, step, parameter, backward)
+        if parameter.module in wrong_downstream or not wrong_activations.isdisjoint(behind):
             consequences.append(parameter.name)
         else:
             first_wrong.append(parameter)
@@ -123,6 +122,28 @@ def _suspects(
     if len(first_wrong) == len(parameters) > 1:
         suspects = [replace(each, gradient=replace(each.gradient, is_every_parameter=True)) for each in suspects]
     return [*suspects, *_unlike_recomputed(evidence, step, backward, wrong, known)]
+
+
+def _compared_behind(
+    evidence: Evidence, step: int, parameter: ComparedParameter, backward: ComparedActivations
+) -> Iterator[TensorKey]:
+    """Yield the nearest gradients behind a parameter that were compared.
+
+    Hand-written code takes weights without calling their module: what such a module returns is not recorded on the
+    ranks, and what is computed from it stands for it.
+    """
+    seen: set[TensorKey] = set()
+    waiting = list(evidence.reference[step].uses.get(parameter.name, ()))
+    while waiting:
+        forward = waiting.pop()
+        if forward in seen:
+            continue
+        seen.add(forward)
+        gradient = in_phase(forward, "backward")
+        if gradient in backward.by_key:
+            yield gradient
+        else:
+            waiting.extend(consumers(evidence, step, forward))
 
 
 def _consequences(evidence: Evidence, step: int, parameters: Mapping[str, ComparedParameter]) -> list[Suspect]:

@@ -75,6 +75,7 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
         reductions.where_module_computed_it(reductions.over_tp),
         reductions.where_module_computed_it(reductions.times_tp_on_some),
         reductions.where_module_computed_it(reductions.over_tp_on_some),
+        reductions.where_it_is_summed_backward(reductions.times_tp),
         first_confirmed(reductions.linear_hypotheses),
         parts_of_sums.without_the_sums,
         gradients.multiple,

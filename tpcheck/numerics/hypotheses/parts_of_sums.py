@@ -9,6 +9,7 @@ import torch
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.numerics.evidence import Suspect
 from tpcheck.numerics.hypotheses.proof import Hypothesis, first_confirmed
+from tpcheck.numerics.hypotheses.reductions import ADVICE_ON_BACKWARD
 
 
 def no_gradient_comes_back(suspect: Suspect) -> Explanation | None:
@@ -24,19 +25,41 @@ def no_gradient_comes_back(suspect: Suspect) -> Explanation | None:
 
 
 def gradient_without_the_sums(suspect: Suspect) -> Iterator[Hypothesis]:
-    """Yield what comes back through a module besides the sums over ranks that it issued.
+    """Yield what comes back through a module besides sums over ranks, of a cross entropy or of a statistic."""
+    if suspect.backward.through_sum:
+        yield from _of_cross_entropy(suspect)
+    if suspect.backward.collectives:
+        yield from _with_constant_statistics(suspect)
 
-    Nothing comes through a sum that autograd does not see, nor through one of a tensor that was detached before it; of
-    one whose backward is the identity a rank has its own term alone.
+
+def _of_cross_entropy(suspect: Suspect) -> Iterator[Hypothesis]:
+    """Yield the gradient of a rank's logits where one of the two sums over the vocabulary comes back wrongly.
+
+    Behind a cross entropy it is the softmax minus one at the label. Each sum may be lost, or reduced again in the
+    backward pass; a rank may have the softmax of the labels of its own part alone, as where a backward pass adds up
+    only these, or a softmax over its own part.
     """
-    if not suspect.backward.collectives:
+    through_sum = [part.double() for part in suspect.backward.through_sum]
+    expected = [part.double() for part in suspect.expected_parts]
+    through_labels = [whole - part for whole, part in zip(expected, through_sum, strict=True)]
+    labels, exponentials = "labels' logits", "sum of exponentials"
+    yield _without(through_sum, labels)
+    yield _without(through_labels, exponentials)
+    if suspect.backward.sums_backward:
+        times = len(expected) - 1
+        for again, what in ((through_labels, labels), (through_sum, exponentials)):
+            predicted = tuple(whole + times * part for whole, part in zip(expected, again, strict=True))
+            yield Hypothesis(Cause.DUPLICATE_REDUCE, predicted, {"reduced_again": what, "advice": ADVICE_ON_BACKWARD})
+    if suspect.is_replicated:
         return
-    through_sum, expected = suspect.backward.through_sum, suspect.expected_parts
-    if through_sum:
-        through_labels = [whole - part for whole, part in zip(expected, through_sum, strict=True)]
-        yield _without(through_sum, "labels' logits")
-        yield _without(through_labels, "sum of exponentials")
-    yield from _with_constant_statistics(suspect)
+    weights = torch.stack([part.sum(-1, keepdim=True) for part in through_sum])  # of each position, by tp_rank
+    has_label = [part.abs().amax(-1, keepdim=True) > weights.sum(dim=0) / 2 for part in through_labels]
+    yield _without([part * own for part, own in zip(expected, has_label, strict=True)], "other ranks' labels")
+    over_own = [
+        torch.where(own == 0, 0, part * weights.sum(dim=0) / own) + label
+        for part, own, label in zip(through_sum, weights, through_labels, strict=True)
+    ]
+    yield Hypothesis(Cause.STATISTIC_OVER_ONE_SHARD, tuple(over_own), {"statistic": exponentials})
 
 
 def _with_constant_statistics(suspect: Suspect) -> Iterator[Hypothesis]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import torch
@@ -152,11 +153,27 @@ def where_replicas_are_averaged(test: Test) -> Test:
     return restricted
 
 
+ADVICE_ON_BACKWARD = (
+    "Sum in one pass alone: torch.distributed.nn.functional.all_reduce adds up in its backward pass what every rank has "
+    "whole already. A torch.autograd.Function whose backward returns the gradient as it is does not."
+)
+
+
 def where_module_computed_it(test: Test) -> Test:
     """Restrict a test to what a module computed: its collectives do not scale the output gradient that it receives."""
 
     def restricted(suspect: Suspect) -> Explanation | None:
         return test(suspect) if suspect.role == "input" else None
+
+    return restricted
+
+
+def where_it_is_summed_backward(test: Test) -> Test:
+    """Restrict a test to a gradient that comes back through a collective issued in the backward pass."""
+
+    def restricted(suspect: Suspect) -> Explanation | None:
+        found = test(suspect) if suspect.backward.sums_backward else None
+        return found and replace(found, evidence={**found.evidence, "advice": ADVICE_ON_BACKWARD})
 
     return restricted
 
