@@ -84,6 +84,15 @@ def test_advice_is_a_sentence(cause: Cause) -> None:
     assert advice is None or (advice.endswith(".") and "{" not in advice)
 
 
+def test_advice_on_files_is_no_advice_on_a_training() -> None:
+    for cause in (Cause.SHARD_MISSING, Cause.DUPLICATE_REDUCE, Cause.REPLICA_DRIFT, Cause.TENSOR_MISSING):
+        assert cause.advise() is not None
+        assert cause.advise_training() is None
+    for cause in (Cause.COLLECTIVE_WITHOUT_BACKWARD, Cause.NORM_IS_LOCAL, Cause.OPTIMIZER_SEES_ONE_SHARD):
+        assert cause.advise_training() == cause.advise()
+    assert Cause.MISSING_REDUCE.advise_training() is None
+
+
 @pytest.mark.parametrize(
     ("residual", "expected"),
     [

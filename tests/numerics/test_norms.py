@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import hypot, inf, sqrt
 from typing import Any
 
@@ -71,6 +72,15 @@ def test_a_usual_mistake_is_named(cause: Cause, used: tuple[float, ...]) -> None
     assert found.cause is cause
     assert found.residual < 1e-12
     assert found.evidence["note"]
+
+
+@pytest.mark.parametrize("norm", [sqrt(2) * hypot(*OWN), hypot(sqrt(2) * hypot(*SHARDS), ONCE)])
+def test_squares_that_are_summed_over_dp_too_count_replicas(norm: float) -> None:
+    found = explained(norm, norm, norms=replace(NORMS, dp=2)).explanation
+    assert found is not None
+    assert found.cause is Cause.NORM_COUNTS_REPLICAS
+    assert "DP replicas are counted" in found.evidence["note"]
+    assert cause_of(norm, norm) is None  # where there are none
 
 
 @pytest.mark.parametrize(("cause", "used"), WRONG)

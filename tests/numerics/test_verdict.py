@@ -9,8 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from tests.numerics.evidence import BIAS, BUFFER, DOWN, NORM, UP, key, right_evidence, with_digest, with_tensor
+from tests.numerics.evidence import (
+    BIAS,
+    BUFFER,
+    DOWN,
+    NORM,
+    UP,
+    key,
+    right_evidence,
+    with_digest,
+    with_step,
+    with_tensor,
+)
 from tpcheck.backends.layout import Layout
+from tpcheck.core.causes import Cause
 from tpcheck.core.check_names import need_steps
 from tpcheck.core.findings import CheckResult, Finding, ModuleMargins
 from tpcheck.numerics.checks import CHECK_NAMES, STEP_CHECKS
@@ -123,6 +135,18 @@ def test_a_right_run_passes_every_check_of_every_step() -> None:
 def test_steps_after_the_first_wrong_one_are_not_checked() -> None:
     evidence = with_tensor(right_evidence(steps=2), "gradients", UP, lambda gradient: gradient * 2)
     assert answer_of(evidence).last_step == 0
+
+
+def test_a_finding_says_what_to_change_where_its_cause_is_not_about_files() -> None:
+    norm = RIGHT.reference[0].gradient_norm
+    assert norm is not None
+    (wrong_norm,) = (
+        each for answer in answer_of(with_step(RIGHT, gradient_norm=norm**2)).answers for each in answer.findings
+    )
+    assert wrong_norm.cause == Cause.NORM_WITHOUT_ROOT.slug
+    assert wrong_norm.evidence["advice"] == Cause.NORM_WITHOUT_ROOT.advise()
+    swapped = with_tensor(RIGHT, "weights", UP, lambda weight: weight.flip(0))
+    assert not any("advice" in each.evidence for answer in answer_of(swapped).answers for each in answer.findings)
 
 
 def test_the_first_check_of_a_step_that_fails_accounts_for_what_has_no_cause() -> None:

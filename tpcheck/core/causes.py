@@ -333,7 +333,7 @@ class Cause(Enum):
         "norm_counts_replicas",
         "counting replicated parameters once for each rank gives the actual norm{residual}",
         "numerics.norms",
-        "Add the squares of replicated parameters on one rank of the TP group alone, those of shards on all.",
+        "Sum the squares of shards over the TP group, not over all ranks, and add those of replicated parameters once.",
     )
     NORM_LEAVES_OUT_SHARDS = (
         "norm_leaves_out_shards",

@@ -50,12 +50,14 @@ class GradientNorms:
         replicated: Names of the parameters that every rank holds whole; of the others each rank holds a shard.
         of_order: The same as `by_rank` for norms of other orders: 1, the sum of absolute values, and inf, the largest.
         kinds: Sets of parameters that a loop may treat otherwise, such as vectors and matrices, by their description.
+        dp: How many DP ranks hold the same.
     """
 
     by_rank: tuple[Mapping[str, float], ...]
     replicated: frozenset[str]
     of_order: Mapping[float, tuple[Mapping[str, float], ...]] = field(default_factory=dict)
     kinds: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    dp: int = 1
 
     @property
     def tp(self) -> int:
@@ -257,6 +259,7 @@ def _by_simplicity(observed: ObservedNorm, norms: GradientNorms) -> Iterator[lis
         everywhere(
             Cause.NORM_COUNTS_REPLICAS, norms.counting_replicas, "all replicated parameters are counted by each rank"
         ),
+        *_over_the_world(norms),
     ]
     yield [
         *(
@@ -292,6 +295,19 @@ def _by_simplicity(observed: ObservedNorm, norms: GradientNorms) -> Iterator[lis
     if isfinite(factor) and factor > 1.5 and abs(factor - round(factor)) <= observed.noise * factor:
         number = float(round(factor))
         yield [everywhere(Cause.NORM_BEFORE_UNSCALING, whole * number, f"times {number:g}", factor=number)]
+
+
+def _over_the_world(norms: GradientNorms) -> Iterator[Mistake]:
+    """Yield sums of squares over all ranks in place of a TP group, which count every DP replica."""
+    if norms.dp == 1:
+        return
+    cause, root = Cause.NORM_COUNTS_REPLICAS, sqrt(norms.dp)
+    for norm, what in (
+        (root * norms.counting_replicas, "all gradients"),
+        (hypot(root * hypot(*norms.of_ranks_shards), norms.of_replicated), "shards"),
+    ):
+        note = f"squares of {what} are summed over all ranks, not over one TP group: DP replicas are counted, too"
+        yield Mistake(cause, (norm,) * norms.tp, {"note": note})
 
 
 def _of_other_orders(norms: GradientNorms) -> Iterator[Mistake]:

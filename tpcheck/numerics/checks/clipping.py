@@ -45,6 +45,7 @@ def gradient_norms(evidence: Evidence, step: int) -> GradientNorms:
         frozenset(name for name, layout in evidence.layouts.items() if layout.is_replicated),
         {1.0: tuple(sums), inf: tuple(largest)},
         {"every vector": vectors, "every matrix": frozenset(evidence.layouts) - vectors},
+        evidence.topology.dp,
     )
 
 

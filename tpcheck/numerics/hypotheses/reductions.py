@@ -154,8 +154,8 @@ def where_replicas_are_averaged(test: Test) -> Test:
 
 
 ADVICE_ON_BACKWARD = (
-    "Sum in one pass alone: torch.distributed.nn.functional.all_reduce adds up in its backward pass what every rank has "
-    "whole already. A torch.autograd.Function whose backward returns the gradient as it is does not."
+    "Sum in one pass alone: torch.distributed.nn.functional.all_reduce adds up in its backward pass what every rank "
+    "has whole already. A torch.autograd.Function whose backward returns the gradient as it is does not."
 )
 
 
