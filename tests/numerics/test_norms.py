@@ -212,6 +212,18 @@ def test_a_parameter_that_shows_no_factor_is_in_the_group_that_it_completes() ->
     assert not groups_with_own_norm(step({**larger, "layers.1.norm.weight": 0.9}), NORMS)
 
 
+def test_a_parameter_whose_gradient_is_rounding_is_in_no_group() -> None:
+    """As the bias of keys, whose gradient is mathematically zero."""
+    gradients = drawn()
+    for of_rank in gradients:
+        of_rank["layers.0.norm.weight"] = of_rank["layers.0.norm.weight"] * 1e-17
+    norms = norms_of(gradients)
+    own = {group: CLIPPING.factor(norms.norm_of(group)) for group in (REPLICATED, SHARDED)}
+    factors = {name: own[group] for group in own for name in group if name != "layers.0.norm.weight"}
+    found = groups_with_own_norm(step(factors, norms), norms)
+    assert [sorted(names) for names, _ in found] == [sorted(REPLICATED - {"layers.0.norm.weight"}), sorted(SHARDED)]
+
+
 def test_each_parameter_may_be_a_group() -> None:
     factors = {name: CLIPPING.factor(NORMS.norm_of([name])) for name in NORMS.names}
     assert len(groups_with_own_norm(step(factors), NORMS)) == len(NORMS.names)

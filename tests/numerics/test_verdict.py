@@ -26,8 +26,8 @@ from tpcheck.core.causes import Cause
 from tpcheck.core.check_names import need_steps
 from tpcheck.core.findings import CheckResult, Finding, ModuleMargins
 from tpcheck.numerics.checks import CHECK_NAMES, STEP_CHECKS
-from tpcheck.numerics.evidence import Evidence, MarginsByModule
-from tpcheck.numerics.group_answer import full_answer, group_findings, start_answer
+from tpcheck.numerics.evidence import Collective, Evidence, MarginsByModule
+from tpcheck.numerics.group_answer import advised_once, full_answer, group_findings, start_answer
 from tpcheck.numerics.verdict import CheckAnswer, GroupAnswer, forbids_training, verdict
 
 RIGHT = right_evidence()
@@ -147,6 +147,19 @@ def test_a_finding_says_what_to_change_where_its_cause_is_not_about_files() -> N
     assert wrong_norm.evidence["advice"] == Cause.NORM_WITHOUT_ROOT.advise()
     swapped = with_tensor(RIGHT, "weights", UP, lambda weight: weight.flip(0))
     assert not any("advice" in each.evidence for answer in answer_of(swapped).answers for each in answer.findings)
+
+
+def test_an_advice_is_given_once() -> None:
+    evidence = with_tensor(RIGHT, "gradients", UP, lambda gradient: torch.zeros_like(gradient))
+    unseen = Collective("block.up", "all_reduce", (0, 1), bypasses_autograd=True)
+    for rank in (0, 1):
+        seen = evidence.candidate[0][rank].activations
+        kept = {each: seen[each] for each in seen if each != key("block.up output", "backward")}
+        evidence = with_step(evidence, ranks=[rank], activations=kept, collectives=(unseen,))
+    answers = answer_of(evidence).answers
+    again = GroupAnswer((*answers, *answers)).answers
+    assert sum("advice" in finding.evidence for answer in again for finding in answer.findings) == 2
+    assert sum("advice" in finding.evidence for answer in advised_once(again) for finding in answer.findings) == 1
 
 
 def test_the_first_check_of_a_step_that_fails_accounts_for_what_has_no_cause() -> None:

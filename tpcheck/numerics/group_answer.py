@@ -71,7 +71,21 @@ def full_answer(start: GroupAnswer, evidence: Evidence, checks: Sequence[str]) -
         answers.extend(answer for answer in of_step if answer.check in checks)
         if first is not None:
             break
-    return GroupAnswer(tuple(answers), last_step)
+    return GroupAnswer(tuple(advised_once(answers)), last_step)
+
+
+def advised_once(answers: Sequence[CheckAnswer]) -> list[CheckAnswer]:
+    """Leave an advice to the first finding that has it: a wrong norm is one in the step on each parameter, too."""
+    given: set[object] = set()
+
+    def without_repeated(finding: Finding) -> Finding:
+        advice = finding.evidence.get("advice")
+        if advice not in given:
+            given.update([advice] if advice else [])
+            return finding
+        return replace(finding, evidence={key: value for key, value in finding.evidence.items() if key != "advice"})
+
+    return [replace(answer, findings=tuple(map(without_repeated, answer.findings))) for answer in answers]
 
 
 def _answer(check: str, step: int, outcome: CheckOutcome) -> CheckAnswer:

@@ -553,7 +553,8 @@ def groups_with_own_norm(step: ClippedStep, norms: GradientNorms) -> list[tuple[
     all may be several groups: each parameter's norm is small enough.
     """
     groups, clipping = step.groups(), step.clipping
-    unknown = [name for name in norms.names if name not in step.factors and norms.norm_of([name]) > 0]
+    counts = FITTED_RELATIVE_ERROR * norms.whole  # less is rounding, as of a gradient that is mathematically zero
+    unknown = [name for name in norms.names if name not in step.factors and norms.norm_of([name]) > counts]
     if len(groups) < 2 or clipping.max_norm <= 0 or len(unknown) > MOST_UNKNOWN_FACTORS:
         return []
     found, unclipped = [], set[str]()

@@ -292,6 +292,17 @@ def test_a_step_that_is_not_taken_leaves_a_stale_weight() -> None:
     assert the_cause(suspect) is Cause.STALE_WEIGHT
 
 
+@pytest.mark.parametrize("ranks", [(), (1,)])
+def test_a_step_whose_gradient_is_not_clipped_says_so(ranks: tuple[int, ...]) -> None:
+    """As where a loop clips shards alone, or one rank alone clips."""
+    factor = RIGHT.clipping.factor(RIGHT.reference[0].gradient_norm or 0.0)
+    assert factor < 1
+    (suspect,) = updates_match_reference(with_move(RIGHT, UP, lambda move: move / factor, *ranks), 0).suspects
+    assert suspect.evidence["note"] == "its gradient was not clipped"
+    (suspect,) = updates_match_reference(with_move(RIGHT, UP, lambda move: move * 1.5, *ranks), 0).suspects
+    assert "note" not in suspect.evidence
+
+
 @pytest.mark.parametrize("cause", [Cause.NORM_IS_LOCAL, Cause.NORM_COUNTS_REPLICAS])
 def test_a_step_that_another_norm_clips_is_explained(cause: Cause) -> None:
     norm, facts, evidence = RIGHT.reference[0].gradient_norm or 0.0, gradient_norms(RIGHT, 0), RIGHT

@@ -213,6 +213,8 @@ def _weight_suspects(evidence: Evidence, step: int, wrong: Sequence[ComparedPara
             details["note"] = "it is frozen: no step may change it"
         elif torch.equal(parameter.expected, evidence.weights_before(step)[name]):
             details["note"] = "the reference's weight is the same as before this step"
+        elif _is_unclipped(clipped, parameter):
+            details["note"] = "its gradient was not clipped"
         where = {"phase": "update", "step": step}
         suspect = parameter_suspect(evidence, parameter, check=_CHECK, kind="update", where=where, details=details)
         facts = _step_facts(evidence, step, name, shares.get(name, {}))
@@ -225,6 +227,13 @@ def _weight_suspects(evidence: Evidence, step: int, wrong: Sequence[ComparedPara
             )
         )
     return suspects
+
+
+def _is_unclipped(clipped: ClippedStep, parameter: ComparedParameter) -> bool:
+    """Return whether every wrong rank left a gradient as it is that the reference clips."""
+    factors, wrong = clipped.factors.get(parameter.name, ()), parameter.difference.wrong_tp_ranks()
+    is_left = all(abs(factors[rank] - 1) <= RESIDUAL_EXACT for rank in wrong) if factors else False
+    return is_left and clipped.expected < 1 - RESIDUAL_EXACT
 
 
 def _skipped_on(evidence: Evidence, step: int) -> tuple[int, ...]:
