@@ -149,6 +149,29 @@ def test_a_finding_says_what_to_change_where_its_cause_is_not_about_files() -> N
     assert not any("advice" in each.evidence for answer in answer_of(swapped).answers for each in answer.findings)
 
 
+@pytest.mark.parametrize("check", [OUTPUTS, GRADIENTS])
+def test_gradients_that_are_averaged_with_those_of_a_wrong_replica_follow_from_it(check: str) -> None:
+    activation = Finding(
+        check, {"phase": "forward", "step": 0, "module": "loss", "field": "output 0"}, 1.0, 0.1, None, {}
+    )
+    wrong = {"phase": "backward", "step": 0, "module": "up", "parameter": UP, "ranks": [0, 1]}
+    scaled = Finding(GRADIENTS, wrong, 1.0, 0.1, "gradient_scaled", {"inputs_agree": True, "advice": "any"})
+
+    def found(*of_groups: tuple[Finding, ...]) -> dict[str | None, tuple[str | None, Any]]:
+        groups = [
+            GroupAnswer(tuple(CheckAnswer(each.check, 0, {}, (each,), {}) for each in findings), 0)
+            for findings in of_groups
+        ]
+        report = verdict(groups, steps=1, subject={}, environment={}, again=None, seconds=0.0)
+        return {
+            each.where.get("parameter"): (each.cause, each.evidence.get("follows_from")) for each in report.findings
+        }
+
+    assert found((activation,), (scaled,)) == {None: (None, None), UP: (None, check)}
+    assert found((scaled,), (scaled,)) == {UP: ("gradient_scaled", None)}
+    assert found((activation, scaled), (activation, scaled))[UP] == ("gradient_scaled", None)
+
+
 def test_an_advice_is_given_once() -> None:
     evidence = with_tensor(RIGHT, "gradients", UP, lambda gradient: torch.zeros_like(gradient))
     unseen = Collective("block.up", "all_reduce", (0, 1), bypasses_autograd=True)

@@ -61,6 +61,7 @@ def forbids_training(start: GroupAnswer) -> bool:
 
 GROUPS_CHECK = "groups_match_topology"
 _FATAL = (GROUPS_CHECK, "parameters_are_sharded")
+_OUTPUTS_CHECK, _GRADIENTS_CHECK = "outputs_match_reference", "gradients_match_reference"
 
 
 def verdict(
@@ -75,6 +76,7 @@ def verdict(
 ) -> Verdict:
     """Return the verdict over all TP groups, without the steps after the first one at which any group failed."""
     last_step = min(group.last_step for group in groups)
+    groups = _without_causes_of_other_replicas(groups)
     answers = [answer for group in groups for answer in group.answers if answer.step <= last_step]
     findings = tuple(replace(finding, again=again) for finding in _merge_groups(answers))
     coverage = _coverage(answers, last_step, steps)
@@ -93,6 +95,40 @@ def verdict(
         notes=notes,
         modules=modules_of(worst_by_module(*(answer.by_module for answer in answers))),
     )
+
+
+def _without_causes_of_other_replicas(groups: Sequence[GroupAnswer]) -> Sequence[GroupAnswer]:
+    """Return the answers with the gradients that are wrong since another replica's activations are.
+
+    Gradients of parameters are averaged over DP: in a TP group whose own activations are right, those of all parameters
+    follow from what is wrong in another group.
+    """
+    sources = [
+        {answer.step: answer.check for answer in reversed(group.answers) if _of_activations(answer)} for group in groups
+    ]
+    joined = []
+    for group, own in zip(groups, sources, strict=True):
+        others = {step: check for of_group in sources for step, check in of_group.items()}
+        answers = (
+            replace(answer, findings=tuple(_following(each, others[answer.step]) for each in answer.findings))
+            if answer.check == _GRADIENTS_CHECK and answer.step in others and answer.step not in own
+            else answer
+            for answer in group.answers
+        )
+        joined.append(replace(group, answers=tuple(answers)))
+    return joined
+
+
+def _of_activations(answer: CheckAnswer) -> bool:
+    """Return whether an activation, or the gradient of one, is wrong, and does not follow from another check."""
+    return answer.check in (_OUTPUTS_CHECK, _GRADIENTS_CHECK) and any(
+        "parameter" not in finding.where and "follows_from" not in finding.evidence for finding in answer.findings
+    )
+
+
+def _following(finding: Finding, check: str) -> Finding:
+    evidence = {key: value for key, value in finding.evidence.items() if key not in ("inputs_agree", "advice")}
+    return replace(finding, cause=None, evidence={**evidence, "follows_from": check})
 
 
 def _merge_groups(answers: Sequence[CheckAnswer]) -> list[Finding]:
