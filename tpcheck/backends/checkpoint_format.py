@@ -101,6 +101,8 @@ class MergesAdapters(Protocol):
 
 Value = bool | int | float | str | None
 
+NUMBERED = "parameter "
+"""What stands before the number of a parameter that has no name."""
 STEP = " step"
 """What the names of step counts, of single parameters or of groups of them, end with in `TrainingStates.values`."""
 

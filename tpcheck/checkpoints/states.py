@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tpcheck.backends.checkpoint_format import STEP, Checkpoint, HoldsTrainingStates, TrainingStates, Value
+from tpcheck.backends.checkpoint_format import NUMBERED, STEP, Checkpoint, HoldsTrainingStates, TrainingStates, Value
 from tpcheck.checkpoints.comparison import TensorPair, differing_pairs, explained_findings
 from tpcheck.checkpoints.division import Division
-from tpcheck.checkpoints.formats.training_states import NUMBERED, ranks_of_cut
 from tpcheck.checkpoints.names import match_names
 from tpcheck.core.causes import Cause
 from tpcheck.core.errors import CheckpointError
 from tpcheck.core.findings import Finding
+from tpcheck.core.placement import ranks_of_cut
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
 from tpcheck.numerics.exact.checkpoint_tensor import CheckpointTensor
 

@@ -89,3 +89,16 @@ class Shard:
 
 
 Placement: TypeAlias = Shard | Replicate | Partial
+
+
+def ranks_of_cut(shard: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
+    """Return over how many ranks one dim is cut, or None where this is not the shape of a shard.
+
+    Example:
+        >>> ranks_of_cut((4, 3), (4, 6)), ranks_of_cut((4, 4), (4, 6))
+        (2, None)
+    """
+    cut = [(own, size) for own, size in zip(shard, whole, strict=False) if own != size]
+    if len(shard) != len(whole) or len(cut) != 1 or not cut[0][0] or cut[0][1] % cut[0][0]:
+        return None
+    return cut[0][1] // cut[0][0]

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from tpcheck.backends.checkpoint_format import STEP, TrainingStates, Value
+from tpcheck.backends.checkpoint_format import NUMBERED, STEP, TrainingStates, Value
 from tpcheck.checkpoints.formats.file_checkpoint import ChunkedTensor, FileCheckpoint, TensorInFiles
 from tpcheck.checkpoints.formats.files import Files, is_sizes, shortened
 from tpcheck.checkpoints.formats.storage_view import StorageView
 from tpcheck.checkpoints.formats.unpickler import Global, PickledObject
+from tpcheck.core.placement import ranks_of_cut
 
 CLASSES = (
     *("numpy.ndarray", "numpy.dtype", "numpy.*core.multiarray._reconstruct", "numpy.*core.multiarray.scalar"),
@@ -28,9 +29,6 @@ CLASSES = (
 
 COUNT = "number of steps"
 """The name of the count that DeepSpeed, the Trainer and Megatron save as global_steps, global_step and iteration."""
-
-NUMBERED = "parameter "
-"""What stands before the number of a parameter that has no name."""
 
 _COUNTS = ("global_step", "global_steps", "iteration", "step", "num_steps")
 _MAX_DEPTH = 12  # of nested containers; generators and schedulers have 3
@@ -205,19 +203,6 @@ def _are_in_order(shapes: Sequence[set[tuple[int, ...]]], weights: Sequence[tupl
         if shape != weight
     }
     return not cut or (len(cut) == 1 and None not in cut)
-
-
-def ranks_of_cut(shard: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
-    """Return over how many ranks one dim is cut, or None where this is not the shape of a shard.
-
-    Example:
-        >>> ranks_of_cut((4, 3), (4, 6)), ranks_of_cut((4, 4), (4, 6))
-        (2, None)
-    """
-    cut = [(own, size) for own, size in zip(shard, whole, strict=False) if own != size]
-    if len(shard) != len(whole) or len(cut) != 1 or not cut[0][0] or cut[0][1] % cut[0][0]:
-        return None
-    return cut[0][1] // cut[0][0]
 
 
 def _shapes(kinds: Any) -> set[tuple[int, ...]]:
