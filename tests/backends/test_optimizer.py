@@ -53,6 +53,32 @@ def test_what_is_no_optimizer_is_bad_usage(source: Any, message: str) -> None:
         make_optimizer(options(source), parameters())
 
 
+class Composite(torch.optim.Optimizer):
+    """Steps by others, and has no rate of its own."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.inner = torch.optim.SGD(parameters, lr=0.1)
+        super().__init__(parameters, {})
+
+    def step(self, *arguments: Any, **named: Any) -> None:  # type: ignore[override]
+        self.inner.step()
+
+
+def test_an_optimizer_without_a_rate_in_its_groups_steps() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    stepper = Sgd([weight], TrainingOptions(dtype=torch.float32, optimizer=Composite), None)
+    stepper.step()
+    assert torch.equal(weight, torch.full((2,), 0.9))
+    assert stepper.learning_rate != stepper.learning_rate
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    options = TrainingOptions(dtype=torch.float32, optimizer=torch.optim.LBFGS)
+    with pytest.raises(UsageError, match=r"LBFGS.*no closure"):
+        make_optimizer(options, [torch.nn.Parameter(torch.ones(2))])
+
+
 def test_muon_steps_matrices_and_adamw_the_rest() -> None:
     given = parameters()
     made = make_optimizer(options("muon"), given)

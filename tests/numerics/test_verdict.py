@@ -65,6 +65,13 @@ def test_findings_of_different_mistakes_stay_apart(other: Finding) -> None:
     assert [name for name, _ in grouped(finding("a"), other)] == ["a", "b"]
 
 
+@pytest.mark.parametrize("cause", ["optimizer_sees_one_shard", "clipped_per_group"])
+def test_a_mistake_whose_ratios_differ_by_parameter_is_one(cause: str) -> None:
+    names = ("a", "b", "c")
+    findings = [finding(name, cause, gradient_ratio=[1.0, number]) for number, name in enumerate(names)]
+    assert grouped(*findings) == [("a", ["b", "c"])]
+
+
 def test_findings_of_activations_are_never_joined() -> None:
     activation = finding("a", where={"field": "output 0"})
     assert len(group_findings([activation, activation])) == 2

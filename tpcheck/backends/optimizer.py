@@ -53,6 +53,8 @@ def make_optimizer(
         made = source(list(parameters))
         if not isinstance(made, torch.optim.Optimizer):
             raise UsageError("optimizer", type(made).__name__, "a callable (parameters) -> torch.optim.Optimizer")
+        if _needs_arguments(made.step):
+            raise UsageError("optimizer", type(made).__name__, "an optimizer whose step needs no closure")
         return made
     name, params = _named(source, options)
     make: Callable[..., torch.optim.Optimizer] = MuonWithAdamW if name.lower() == "muon" else optimizer_class(name)
@@ -62,6 +64,12 @@ def make_optimizer(
         return make(_groups(parameters, decays), **params)
     except (TypeError, ValueError) as error:
         raise UsageError("optimizer", source, f"options that {name} takes ({error})") from error
+
+
+def _needs_arguments(function: Callable[..., Any]) -> bool:
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return any(each.default is each.empty and each.kind not in several for each in parameters)
 
 
 def named_optimizer(options: TrainingOptions) -> tuple[str, dict[str, Any]] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import nan
 from typing import Any
 
 import torch
@@ -80,8 +81,8 @@ class Sgd:
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next step."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """The rate of the next step; nan where an optimizer of the user's keeps none in its first group."""
+        return float(self.optimizer.param_groups[0].get("lr", nan))
 
     def step(self, scale: float = 1.0) -> float | None:
         """Clip, take one step from the parameters' gradients, clear them, and return the norm before clipping.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 
+from tpcheck.core.causes import Cause
 from tpcheck.core.findings import Finding
 from tpcheck.numerics.checks import START_CHECKS, STEP_CHECKS
 from tpcheck.numerics.error_map import error_map
@@ -14,6 +15,8 @@ from tpcheck.numerics.verdict import GROUPS_CHECK, CheckAnswer, GroupAnswer
 
 # Findings of one cause are one mistake where these are the same, too.
 _SAME_MISTAKE_KEYS = ("factors", "rounded_to", "note", "story", "gradient_ratio", "weight_ratio", "momentum_ratio")
+# Of one such mistake each parameter has ratios of its own.
+_DIFFER_BY_PARAMETER = frozenset({Cause.OPTIMIZER_SEES_ONE_SHARD.slug, Cause.CLIPPED_PER_GROUP.slug})
 _MOST_UNEXPLAINED = 4  # findings without a cause that are not joined: they may be as many mistakes
 
 
@@ -38,7 +41,8 @@ def _is_of_parameter(finding: Finding) -> bool:
 
 
 def _mistake_key(finding: Finding) -> Hashable:
-    shown = tuple(str(finding.evidence.get(name)) for name in _SAME_MISTAKE_KEYS) if finding.cause is not None else ()
+    are_alike_for_all = finding.cause is not None and finding.cause not in _DIFFER_BY_PARAMETER
+    shown = tuple(str(finding.evidence.get(name)) for name in _SAME_MISTAKE_KEYS) if are_alike_for_all else ()
     return finding.check, finding.where.get("phase"), finding.cause, tuple(finding.where.get("ranks", ())), shown
 
 
