@@ -23,7 +23,6 @@ from tpcheck.lab.matrix import (
     combinations,
     counts,
     done_before,
-    families_table,
     judged_json,
     label,
     matrix_html,
@@ -38,7 +37,6 @@ from tpcheck.lab.matrix import (
 from tpcheck.model.options import RunOptions
 from tpcheck.report.json_values import verdict_json
 from tpcheck.report.report import Report
-from tpcheck.report.table import table_markdown
 from tpcheck.report.words import as_text
 
 NOT_SHARDED = replace(
@@ -160,13 +158,6 @@ def test_markdown_lists_what_did_not_pass() -> None:
     assert "| phi3 | deepspeed, tp=2 | ! error, known | ValueError: style |" in text
     assert "| qwen3 |" not in text
     assert "<script>" not in text
-
-
-def test_the_table_has_a_column_for_each_configuration() -> None:
-    lines = list(table_markdown(families_table(ROWS)))
-    assert lines[0] == "| family | deepspeed, tp=2 | other, tp=2 |"
-    assert "| lfm2 |  | ∅ not sharded: not_sharded |" in lines
-    assert "| phi3 | ! error (a-bug) |  |" in lines
 
 
 def test_junit_skips_known_bugs_and_fails_bugs_that_are_gone() -> None:

@@ -84,18 +84,20 @@ def topology(
 
 def families(
     table: Annotated[
-        Path | None,
-        typer.Option(metavar="F", help="Print the results in F, from `verify --json F`, as a table in Markdown."),
+        list[Path] | None,
+        typer.Option(
+            metavar="F", help="Print the results in F, from `verify --json F`, as tables in Markdown; repeatable."
+        ),
     ] = None,
 ) -> None:
     """Print every model type that `tpcheck verify` accepts, whether it has a tp_plan, and its known upstream bugs.
 
     \b
     tpcheck families | grep qwen
-    tpcheck families --table matrix.json
+    tpcheck families --table tp2.json --table tp4.json
     """
-    if table is not None:
-        from tpcheck.lab.matrix import families_page
+    if table:
+        from tpcheck.lab.families_page import families_page
 
         with usage_errors():
             show(families_page(table))

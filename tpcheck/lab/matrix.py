@@ -22,7 +22,7 @@ from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
 from tpcheck.core.findings import CheckResult, Coverage, Finding, ModuleMargins, Verdict
 from tpcheck.core.topology import Topology
-from tpcheck.lab.known import JudgedVerdict, KnownBug, judge, register
+from tpcheck.lab.known import JudgedVerdict
 from tpcheck.model.options import DEFAULTS, RunOptions, require_valid_options
 from tpcheck.model.targets import is_family, require_backend_for, resolve
 from tpcheck.model.user_code import is_user_code
@@ -410,21 +410,6 @@ def _markdown_row(row: JudgedVerdict) -> Row:
     return Row(tuple(map(TableCell, texts)))
 
 
-def families_table(rows: Sequence[JudgedVerdict]) -> Table:
-    """Return a table with a row for each family and a column for each configuration."""
-    columns = list(dict.fromkeys(configuration(row.verdict.subject) for row in rows))
-    by_family: dict[str, dict[str, JudgedVerdict]] = {}
-    for row in rows:
-        by_family.setdefault(words.name(row.verdict.subject), {})[configuration(row.verdict.subject)] = row
-    return Table(
-        (Column("family"), *map(Column, columns)),
-        tuple(
-            Row((TableCell(family), *(TableCell(_short(verdicts.get(column))) for column in columns)))
-            for family, verdicts in by_family.items()
-        ),
-    )
-
-
 def versions_line(rows: Sequence[JudgedVerdict]) -> str:
     """Return the versions of all rows in a line: `torch 2.13.0, transformers 5.23.0`."""
     by_package: dict[str, set[str]] = {}
@@ -432,20 +417,6 @@ def versions_line(rows: Sequence[JudgedVerdict]) -> str:
         for package, number in row.verdict.environment.items():
             by_package.setdefault(package, set()).add(number)
     return ", ".join(f"{package} {' and '.join(sorted(numbers))}" for package, numbers in sorted(by_package.items()))
-
-
-def _short(row: JudgedVerdict | None) -> str:
-    if row is None:
-        return ""
-    text = label(row.verdict)
-    verdict = f"{SIGNS[text]} {text}"
-    if row.verdict.verdict == "passed":
-        return verdict
-    bug = f" ({row.bug.name})" if row.standing == "known" and row.bug is not None else ""
-    if row.verdict.findings:
-        first = row.verdict.findings[0]
-        return f"{verdict}{bug}: {first.cause or first.check}"
-    return f"{verdict}{bug}" if bug else f"{verdict}: {summary_line(row.verdict)}"
 
 
 def matrix_html(rows: Sequence[JudgedVerdict]) -> str:
@@ -475,37 +446,3 @@ def _with_register(row: JudgedVerdict) -> Verdict:
         finding = Finding(GONE, {"field": unexpected_message(row)}, observed=1.0, allowed=0.0)
         return replace(verdict, verdict="failed", findings=(finding,))
     return verdict
-
-
-def families_page(path: Path) -> Iterator[Line]:
-    """Yield a page of Markdown: what was run, counts by configuration, every family, and the known bugs.
-
-    Raises:
-        UsageError: The file contains no verdicts.
-    """
-    rows = [judge(verdict) for verdict in stored_verdicts(path)]
-    if not rows:
-        raise UsageError("table", str(path), "a file that `tpcheck verify --json` has written")
-    return (plain(line) for line in _page(rows))
-
-
-def _page(rows: Sequence[JudgedVerdict]) -> Iterator[str]:
-    yield from ["# What works, by family", ""]
-    yield "Made with `tpcheck families --table matrix.json` from the file of `tpcheck verify --all --json matrix.json`"
-    yield from [f"({versions_line(rows)}).", ""]
-    for name in dict.fromkeys(configuration(row.verdict.subject) for row in rows if row.verdict.subject.get("tp")):
-        in_configuration = [row for row in rows if configuration(row.verdict.subject) == name]
-        yield f"- {name}: {len(in_configuration)} families, {counts(in_configuration)}"
-    yield from ["", "A name in parentheses is that of a known bug, below.", ""]
-    yield from table_markdown(families_table(rows))
-    yield from ["", "## Known upstream bugs", ""]
-    for bug in register():
-        yield from _entry(bug)
-
-
-def _entry(bug: KnownBug) -> Iterator[str]:
-    silent = "silent" if bug.verdict == "failed" else "loud"
-    see = [*([f"[reported]({bug.link})"] if bug.link else []), *([f"`{bug.script}` shows it"] if bug.script else [])]
-    yield f"- **{bug.name}** ({silent}; {bug.backend}): {bug.what} `{bug.again}`" + (
-        f"; {', '.join(see)}" if see else ""
-    )
