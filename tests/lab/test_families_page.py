@@ -11,7 +11,7 @@ import pytest
 from tests.report.examples import PASSED, SKIPPED, SUBJECT
 from tpcheck.core.errors import UsageError
 from tpcheck.core.findings import Finding, Verdict
-from tpcheck.lab.families_page import counts_table, differences_table, families_page, families_table
+from tpcheck.lab.families_page import counts_table, differences_table, families_page, families_table, partly_run
 from tpcheck.lab.known import JudgedVerdict, KnownBug
 from tpcheck.report.report import Report
 from tpcheck.report.table import table_markdown
@@ -77,6 +77,18 @@ def test_nothing_differs_where_all_layouts_agree_or_there_is_one() -> None:
 def test_a_family_that_only_another_layout_has_differs() -> None:
     (row,) = differences_table([*ROWS[:3], _row(PASSED, "new", dp=2)]).rows
     assert [cell.text for cell in row.cells] == ["new", "deepspeed", "tp=2, dp=2", "✓ passed"]
+
+
+def test_a_layout_that_was_not_run_for_all_says_for_which_in_the_shorter_way() -> None:
+    assert list(partly_run(ROWS)) == [
+        "- deepspeed, tp=2, dp=2: run for all but odd.",
+        "- deepspeed, tp=2, dp=2, zero=1: run for all but odd.",
+        "- deepspeed, tp=2, dp=2, zero=2: run for llama.",
+        "- deepspeed, tp=2, dp=2, zero=3: run for llama.",
+        "- other, tp=2: run for all but odd.",
+        "- other, tp=4: run for all but odd.",
+    ]
+    assert list(partly_run([row for row in ROWS if row.verdict.subject["family"] == "llama"])) == []
 
 
 def test_every_layout_is_counted() -> None:

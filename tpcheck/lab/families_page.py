@@ -47,11 +47,10 @@ def _page(rows: Sequence[JudgedVerdict]) -> Iterator[str]:
     differences = differences_table(rows)
     if differences.rows:
         yield from ["", "## Where another layout differs", ""]
-        yield from [
-            "Verdicts unlike those above; everything else has the same verdict in every layout that was run.",
-            "",
-        ]
+        yield from ["Verdicts unlike those above. What was run and is not listed has the verdict above.", ""]
         yield from table_markdown(differences)
+    if partial := list(partly_run(rows)):
+        yield from ["", "## What was not run", "", *partial]
     yield from ["", "## Known upstream bugs", ""]
     for bug in register():
         yield _entry(bug)
@@ -108,6 +107,18 @@ def differences_table(rows: Sequence[JudgedVerdict]) -> Table:
             found += [(family, backend, "; ".join(layouts), text) for text, layouts in layouts_of.items()]
     columns = Column("family"), Column("backend"), Column("layouts"), Column("verdict there")
     return Table(columns, tuple(Row(tuple(map(Cell, texts))) for texts in found))
+
+
+def partly_run(rows: Sequence[JudgedVerdict]) -> Iterator[str]:
+    """Yield for each layout that was not run for every family a line with those that it was run for, or was not."""
+    by_family = _by_family(rows)
+    for backend, layouts in _layouts(rows).items():
+        for layout in layouts:
+            run = [family for family, of_family in by_family.items() if (backend, layout) in of_family]
+            others = [family for family in by_family if family not in run]
+            if others:
+                names = f"for {', '.join(run)}" if len(run) < len(others) else f"for all but {', '.join(others)}"
+                yield f"- {backend}, {layout}: run {names}."
 
 
 def _by_family(rows: Sequence[JudgedVerdict]) -> dict[str, dict[tuple[str, str], JudgedVerdict]]:
