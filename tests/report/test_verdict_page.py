@@ -120,7 +120,7 @@ def test_every_verdict_has_a_page_that_begins_with_it(verdict: Verdict) -> None:
 def test_the_page_has_every_finding_and_every_check() -> None:
     page = Report(FAILED).to_html()
     assert page.count('<section class="finding">') == len(FAILED.findings)
-    assert all(f'<td class="">{check.check}</td>' in page for check in FAILED.checks)
+    assert all(f'<th scope="row" class="">{check.check}</th>' in page for check in FAILED.checks)
     assert "partial_gradient_on_replica: the sum of the ranks&#39; gradients equals the expected one" in page
     assert "ValueError: style" in Report(ERROR).to_html()
 

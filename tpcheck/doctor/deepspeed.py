@@ -231,13 +231,104 @@ def norm_of_bfloat16_is_local(config: Config) -> Problems:
 
     Measured with deepspeed 0.19.8: docs/upstream/deepspeed_bf16_norm.py.
     """
-    is_bfloat16 = any(section(config, name).get("enabled") is True for name in ("bf16", "bfloat16"))
-    if is_bfloat16 and num_tp(config) > 1 and zero_stage(config) == 0 and config.get("gradient_clipping", 1.0):
+    if _is_bfloat16(config) and num_tp(config) > 1 and zero_stage(config) == 0 and _clips(config):
         yield (
             f"with bf16, autotp_size {num_tp(config)} and ZeRO 0, gradients are clipped by the norm of one TP rank's "
             "shards: too little, and differently at each TP size",
             'set "zero_optimization": {"stage": 1}, or "gradient_clipping": 0.0',
         )
+
+
+def losses_of_float16_are_not_scaled(config: Config) -> Problems:
+    """Without ZeRO, `engine.backward` does not multiply by the loss scale that `engine.step` divides by.
+
+    Measured with deepspeed 0.19.8: docs/upstream/deepspeed_fp16_loss_not_scaled.py.
+    """
+    if _is_float16(config) and zero_stage(config) == 0 and section(config, "fp16").get("loss_scale") != 1:
+        yield (
+            "with fp16 and ZeRO 0, gradients are divided by a loss scale that the loss was never multiplied by: they "
+            "are too small by that factor",
+            'set "zero_optimization": {"stage": 1}, or use bf16',
+        )
+
+
+def growing_scale_shortens_a_step(config: Config) -> Problems:
+    """Under ZeRO the step at which the dynamic loss scale grows divides by the new scale; clipping hides it.
+
+    Measured with deepspeed 0.19.8: docs/upstream/deepspeed_fp16_growing_scale.py.
+    """
+    fp16 = section(config, "fp16")
+    if _is_float16(config) and zero_stage(config) > 0 and not _clips(config) and not fp16.get("loss_scale"):
+        yield (
+            f"with fp16, ZeRO {zero_stage(config)}, a dynamic loss scale and no clipping, the step at which the scale "
+            f"grows (each {fp16.get('loss_scale_window', 1000)} steps) divides gradients by the new scale: it is half "
+            "as long",
+            'set "loss_scale" in "fp16", or use bf16',
+        )
+
+
+def muon_drops_gradients(config: Config) -> Problems:
+    """At ZeRO 2 with gradients in float32, slices before those of a matrix of Muon's are dropped.
+
+    Measured with deepspeed 0.19.8: docs/upstream/deepspeed_muon_drops_gradients.py.
+    """
+    is_muon = str(section(config, "optimizer").get("type")).lower() == "muon"
+    if is_muon and zero_stage(config) == 2 and section(config, "data_types").get("grad_accum_dtype") == "fp32":
+        yield (
+            "Muon at ZeRO 2 with gradients in float32 (grad_accum_dtype) drops gradients of norms and biases: they are "
+            "not trained",
+            'leave out "grad_accum_dtype", or set "zero_optimization": {"stage": 3}',
+        )
+
+
+def logged_rate_is_that_of_the_next_step(config: Config) -> Problems:
+    """The engine steps its scheduler before the Trainer reads the rate.
+
+    Measured with deepspeed 0.19.8: docs/upstream/deepspeed_trainer_logged_rate.py.
+    """
+    if section(config, "scheduler").get("type"):
+        yield (
+            "with a scheduler in this configuration, transformers' Trainer logs the learning rate of the next step",
+            "leave the scheduler to the Trainer, or read its log one step later",
+        )
+
+
+def overlap_needs_contiguous_gradients(config: Config) -> Problems:
+    """The overlapped backward pass of AutoTP's layers takes views.
+
+    Measured with deepspeed 0.19.8: docs/upstream/deepspeed_overlap_strided_gradient.py, deepspeed_overlap_empty_shard.py.
+    """
+    if num_tp(config) > 1 and section(config, "tensor_parallel").get("tp_overlap_comm") is True:
+        yield (
+            "with tp_overlap_comm, the backward pass fails where a rank has no part of a layer (fewer heads than "
+            "ranks), and at gradients that are not contiguous",
+            "leave out tp_overlap_comm where one of these is the case",
+        )
+
+
+def zero_3_needs_a_part_on_every_rank(config: Config) -> Problems:
+    """ZeRO 3 waits for parameters of no elements.
+
+    Measured with deepspeed 0.19.8: docs/upstream/deepspeed_zero3_empty_shard.py.
+    """
+    if num_tp(config) > 1 and zero_stage(config) == 3:
+        yield (
+            f"with autotp_size {num_tp(config)} and ZeRO 3, the forward pass fails where a rank has no part of a layer "
+            "(a model with fewer key-value heads than TP ranks)",
+            "set another ZeRO stage, or an autotp_size of at most the key-value heads, for such a model",
+        )
+
+
+def _is_bfloat16(config: Config) -> bool:
+    return any(section(config, name).get("enabled") is True for name in ("bf16", "bfloat16"))
+
+
+def _is_float16(config: Config) -> bool:
+    return section(config, "fp16").get("enabled") is True
+
+
+def _clips(config: Config) -> bool:
+    return bool(config.get("gradient_clipping", 1.0))
 
 
 RULES: Mapping[Callable[[Config], Problems], Severity] = {
@@ -247,15 +338,22 @@ RULES: Mapping[Callable[[Config], Problems], Severity] = {
     preset_comes_before_the_model_s_plan: "trap",
     preset_of_bloom_has_wrong_slopes: "broken",
     norm_of_bfloat16_is_local: "broken",
+    losses_of_float16_are_not_scaled: "broken",
+    growing_scale_shortens_a_step: "broken",
+    muon_drops_gradients: "broken",
     clipping_is_on_unless_set: "trap",
     saved_model_is_one_shard: "trap",
     only_the_last_backward_pass_counts: "trap",
     optimizer_sees_one_shard: "broken",
+    overlap_needs_contiguous_gradients: "trap",
+    zero_3_needs_a_part_on_every_rank: "advice",
+    logged_rate_is_that_of_the_next_step: "advice",
 }
 
 _GUIDES: Mapping[Callable[[Config], Problems], Guide] = {
     tensor_parallelism_is_off: Guide.WHICH_MODELS,
     norm_of_bfloat16_is_local: Guide.LOSS_DIFFERS,
+    losses_of_float16_are_not_scaled: Guide.LOSS_DIFFERS,
     saved_model_is_one_shard: Guide.SAVED_MODEL,
 }
 
