@@ -137,12 +137,36 @@ def test_a_run_continues_an_interrupted_one(run: Run, tmp_path: Path) -> None:
     assert (data["pending"], [one["subject"]["family"] for one in data["reports"]]) == (0, ["a", "b", "c"])
 
 
-@pytest.mark.parametrize("change", [["--seed", "1"], ["--set", "x=1"], ["--fresh"], ["--tp", "4"]])
-def test_cells_with_other_options_run_again(run: Run, tmp_path: Path, change: list[str]) -> None:
+@pytest.mark.parametrize("change", [["--seed", "1"], ["--set", "x=1"], ["--tp", "4"]])
+@pytest.mark.parametrize("families", [["a", "b"], ["a"]], ids=["matrix", "single"])
+def test_a_file_with_results_of_other_runs_is_not_overwritten(
+    run: Run, tmp_path: Path, families: list[str], change: list[str]
+) -> None:
     file = tmp_path / "matrix.json"
     run("verify", "a", "b", "--json", str(file), verify_family=verify_family)
-    result = run("verify", "a", "b", "--json", str(file), *change, verify_family=verify_family)
-    assert "already" not in result.stderr
+    before = file.read_text()
+    result = run("verify", *families, "--json", str(file), *change, verify_family=verify_family)
+    assert (result.exit_code, file.read_text()) == (2, before)
+    assert "expected another file, or --fresh: it holds 2 results of other runs" in result.stderr
+    fresh = run("verify", *families, "--json", str(file), *change, "--fresh", verify_family=verify_family)
+    assert (fresh.exit_code, file.read_text() != before) == (0, True)
+
+
+def test_one_cell_of_a_matrix_does_not_overwrite_the_others(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "matrix.json"
+    run("verify", "a", "b", "--json", str(file), verify_family=verify_family)
+    before = file.read_text()
+    result = run("verify", "a", "--json", str(file), verify_family=verify_family)
+    assert (result.exit_code, file.read_text()) == (2, before)
+    assert "it holds 1 result of other runs" in result.stderr
+
+
+def test_without_a_terminal_no_row_is_printed_twice(run: Run) -> None:
+    result = run("verify", "a", "bad", "--no-known", verify_family=verify_family)
+    rows = [line for line in result.stdout.splitlines() if line.startswith(("a ", "bad "))]
+    progress = result.stderr.splitlines()
+    assert len(rows) == len(progress) == 2
+    assert not any(row.strip() in line for row in rows for line in progress)
 
 
 def test_cells_with_other_versions_run_again(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

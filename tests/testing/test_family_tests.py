@@ -48,6 +48,23 @@ def test_cases_pass_fail_xfail_and_skip(pytester: pytest.Pytester) -> None:
     )
 
 
+def test_pytest_selects_cases_by_their_ids(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        test_them="""
+            from tpcheck.testing.family_tests import family_tests
+
+            options = {"config": {"gradient_clipping": 0.5}, "optimizer": "adamw", "lora": "4,attention"}
+            test_families = family_tests(["llama", "bart/seq2seq"], tp=[2, 4], dtype=["float64", "bfloat16"], **options)
+        """
+    )
+    collected, _ = pytester.inline_genitems()
+    ids = [item.name.partition("[")[2].removesuffix("]") for item in collected]
+    assert len(ids) == 8
+    for chosen in (ids[0], ids[-1]):
+        selected, _ = pytester.inline_genitems("-k", chosen)
+        assert f"test_families[{chosen}]" in [item.name for item in selected]
+
+
 def test_lists_make_a_matrix_with_names() -> None:
     from tpcheck.testing.family_tests import family_tests
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpcheck.core.causes import guide_of
 from tpcheck.core.errors import BackendError, InternalError, Mismatch
-from tpcheck.core.findings import Coverage, Finding, Verdict
+from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
 from tpcheck.core.guides import Guide
 from tpcheck.report import checkpoints, words
 from tpcheck.report.checkpoint_page import StoredTensors, checkpoint_page
@@ -203,6 +203,8 @@ def _checks_table(verdict: Verdict) -> Table:
         name, style = ("failed", "red") if margins else ("passed", "green")
         if not check.compared and not margins:
             name, style = "nothing", "yellow"  # a check with nothing to compare has not passed
+        elif _only_follows(check, verdict):
+            name, style = "follows", "yellow"
         margin = words.margin(max(check.worst_margin, *margins, 0.0)) if check.compared else ""
         cells = (
             Cell(check.check),
@@ -211,9 +213,15 @@ def _checks_table(verdict: Verdict) -> Table:
             Cell(margin),
             Cell(check.worst_at or ""),
         )
-        outcome: Outcome = "failure" if margins else "passed" if check.compared else "skipped"
+        passed = check.compared and not _only_follows(check, verdict)
+        outcome: Outcome = "failure" if margins else "passed" if passed else "skipped"
         rows.append(Row(cells, outcome=outcome, is_expected=not margins))
     return Table(tuple(Column(*column) for column in columns), tuple(rows), title="Checks", has_heading=True, indent=2)
+
+
+def _only_follows(check: CheckResult, verdict: Verdict) -> bool:
+    """Return whether a check differs without a finding of its own: another check's covers what it saw."""
+    return check.worst_margin > 1 and all(finding.check != check.check for finding in verdict.findings)
 
 
 def _foot(verdict: Verdict, findings: Sequence[Finding]) -> Iterator[Line]:
@@ -256,12 +264,15 @@ def _cases(verdict: Verdict) -> Iterator[Row]:
         yield Row(name=outcome, outcome=outcome, message=first_line, details=details, seconds=verdict.seconds)
         return
     compared = {check.check: check.compared for check in verdict.checks}
+    following = {check.check for check in verdict.checks if _only_follows(check, verdict)}
     for check in dict.fromkeys([*compared, *(finding.check for finding in verdict.findings)]):
         findings = [finding for finding in verdict.findings if finding.check == check]
         if findings:
             rest = f" and {len(findings) - 1} more" if len(findings) > 1 else ""
             details = "\n".join(as_text(finding_lines(finding, verdict.subject)) for finding in findings)
             yield Row(name=check, outcome="failure", message=f"{place(findings[0])}{rest}", details=details)
+        elif check in following:
+            yield Row(name=check, outcome="skipped", message="differs, which follows from what failed first")
         elif compared[check]:
             yield Row(name=check)
         else:
