@@ -139,6 +139,25 @@ def test_maps_that_are_none_or_give_two_tensors_one_name_are_refused() -> None:
         verify_checkpoint(HUGGING_FACE, HUGGING_FACE, names={r"layers\.\d+": "layers.0"})
 
 
+def test_a_ready_map_that_fits_is_named() -> None:
+    missing = [finding for finding in verify_checkpoint(megatron(stacked=False), HUGGING_FACE).findings
+               if finding.cause == "tensor_missing"]  # fmt: skip
+    assert {finding.evidence["advice"] for finding in missing} == {
+        "More names have a counterpart under a ready map: pass --map hf-megatron."
+    }
+    other = {name.replace("model.layers", "blocks"): tensor for name, tensor in HUGGING_FACE.items()}
+    advice = [finding.evidence["advice"] for finding in verify_checkpoint(other, HUGGING_FACE).findings]
+    assert advice
+    assert not any("hf-megatron" in each for each in advice)
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    other = {name.replace("model.layers", "blocks"): tensor for name, tensor in HUGGING_FACE.items()}
+    assert verify_checkpoint(other, HUGGING_FACE, names={"^blocks": "model.layers"}).passed
+    with pytest.raises(UsageError, match=r"block.*=x': expected a pattern that a name of the actual"):
+        verify_checkpoint(other, HUGGING_FACE, names={"^blocks": "model.layers", r"^block\.": "x"})
+
+
 def test_renamed_tensors_are_one_group_that_names_each_pair() -> None:
     actual = {f"net.{number}.w": torch.randn(3, 2, generator=TORCH) for number in range(21)}
     reference = {f"layers.{number}.proj.weight": value for number, value in enumerate(actual.values())}

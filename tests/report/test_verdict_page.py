@@ -125,6 +125,11 @@ def test_the_page_has_every_finding_and_every_check() -> None:
     assert "ValueError: style" in Report(ERROR).to_html()
 
 
+def test_a_finding_without_a_place_has_its_moment_alone() -> None:
+    page = Report(replace(FAILED, findings=(GRADIENT, NORM))).to_html()
+    assert '<summary>gradient_norm_matches_reference <span class="dim">optimizer step 1</span>' in page
+
+
 def test_the_tree_says_what_is_wrong_without_colour() -> None:
     page = Report(replace(FAILED, findings=(WITH_MAP, NORM), modules=TREE)).to_html()
     rows = [[cell.strip() for cell in row] for row in parsed(page).rows]

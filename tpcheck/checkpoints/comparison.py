@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,11 +18,11 @@ from tpcheck.backends.checkpoint_format import Checkpoint, ReadOptions
 from tpcheck.backends.registry import checkpoint_formats
 from tpcheck.checkpoints.division import Division
 from tpcheck.checkpoints.mapped import renamed
-from tpcheck.checkpoints.names import UnmatchedName, read_with_best_names, unmatched_names
+from tpcheck.checkpoints.names import Matching, UnmatchedName, read_with_best_names, unmatched_names
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.errors import CheckpointError, UsageError
 from tpcheck.core.findings import Coverage, Finding
-from tpcheck.core.name_maps import NameMap
+from tpcheck.core.name_maps import READY_MAPS, NameMap
 from tpcheck.core.paths import existing_path
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
 from tpcheck.numerics.exact.checkpoint_tensor import (
@@ -243,7 +244,8 @@ def compare_checkpoints(
     # What cannot be read is there, so it is neither missing nor unexpected.
     unreadable = {*actual.unread, *expected.unread, *actual.inconsistent_replicas, *expected.inconsistent_replicas}
     unmatched = [name for name in unmatched_names(actual, expected, matching, cast) if name.name not in unreadable]
-    findings += map(_unmatched, unmatched)
+    fitting = _fitting_map(actual, expected, matching) if unmatched and names is None else None
+    findings += [_unmatched(name, fitting) for name in unmatched]
     for checkpoint in (actual, expected, *(earlier or {}).values()):
         checkpoint.require_unchanged()
     count = {"count_tensors": len(expected.names())}
@@ -352,8 +354,26 @@ def _finding(pair: TensorPair, difference: ElementDifference | None, explanation
     return Finding(CHECKPOINT_CHECK, where, observed, 0.0, cause, evidence)
 
 
-def _unmatched(name: UnmatchedName) -> Finding:
-    evidence = {"only_in": _only_in(name), "story": dict(name.evidence), "advice": name.cause.advise(name.evidence)}
+def _fitting_map(actual: Checkpoint, expected: Checkpoint, matching: Matching) -> str | None:
+    """Return the ready map under which every name of both sides has a counterpart, or fewest have none."""
+    alone: dict[str | None, int] = {None: len(matching.missing) + len(matching.unexpected)}
+    for ready in READY_MAPS:
+        names = NameMap.of(ready=[ready])
+        with suppress(UsageError):  # two tensors get one name
+            sides = renamed(actual, names, is_actual=True), renamed(expected, names, is_actual=False)
+            *_, mapped = read_with_best_names(*sides)
+            alone[ready] = len(mapped.missing) + len(mapped.unexpected)
+    return min(alone, key=lambda ready: alone[ready])
+
+
+def _unmatched(name: UnmatchedName, fitting_map: str | None) -> Finding:
+    """Return the finding about a name that one side has.
+
+    Args:
+        fitting_map: The ready map under which more names have a counterpart, if there is one.
+    """
+    advice = name.cause.advise({**name.evidence, "fitting_map": fitting_map})
+    evidence = {"only_in": _only_in(name), "story": dict(name.evidence), "advice": advice}
     return Finding(CHECKPOINT_CHECK, {"parameter": name.name}, 1.0, 0.0, name.cause.slug, evidence)
 
 

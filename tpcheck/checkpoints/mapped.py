@@ -106,8 +106,13 @@ def renamed(checkpoint: Checkpoint, names: NameMap, *, is_actual: bool) -> Check
     """Return the checkpoint under the names that the map gives its tensors.
 
     Raises:
-        UsageError: A replacement refers to a group that its pattern lacks, or two tensors get one name.
+        UsageError: A replacement refers to a group that its pattern lacks, no name of the actual side matches a
+            pattern, or two tensors get one name.
     """
+    idle = names.idle_pattern((*checkpoint.names(), *checkpoint.unread)) if is_actual else None
+    if idle is not None:
+        first = ", ".join(checkpoint.names()[:3])
+        raise UsageError("map", idle, f"a pattern that a name of the actual checkpoint matches, such as {first}")
 
     def rename(name: str) -> str:
         return names.renamed(name, is_actual=is_actual)

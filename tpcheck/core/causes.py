@@ -90,6 +90,8 @@ def _assign_by_name(evidence: Mapping[str, Any], topology: Topology) -> str:
 
 
 def _save_or_rename(evidence: Mapping[str, Any], topology: Topology) -> str:
+    if evidence.get("fitting_map"):
+        return f"More names have a counterpart under a ready map: pass --map {evidence['fitting_map']}."
     if evidence.get("stands_as"):
         return "Rename it when saving or loading; to compare all the same, pass --map 'REGEX=REPLACEMENT'."
     return "Save it: persistent buffers and frozen parameters belong to the model, too."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -92,6 +92,17 @@ class NameMap:
                 new_name = _substitute(pattern, replacement, new_name)
             self._cache[key] = new_name
         return self._cache[key]
+
+    def idle_pattern(self, names: Iterable[str]) -> str | None:
+        """Return the first pattern for the actual side that none of its names matches, as `--map` takes it."""
+        current = list(names)
+        for pattern, replacement in self.both:
+            current = [_substitute(pattern, replacement, name) for name in current]
+        for pattern, replacement in self.actual:
+            if not any(re.search(pattern, name) for name in current):
+                return f"{pattern}={replacement}"
+            current = [_substitute(pattern, replacement, name) for name in current]
+        return None
 
     def fused_from(self, name: str) -> tuple[str, ...]:
         """Return the names of the parts of a fused parameter or module; empty where it is none."""

@@ -296,7 +296,8 @@ def logged_rate_is_that_of_the_next_step(config: Config) -> Problems:
 def overlap_needs_contiguous_gradients(config: Config) -> Problems:
     """The overlapped backward pass of AutoTP's layers takes views.
 
-    Measured with deepspeed 0.19.8: docs/upstream/deepspeed_overlap_strided_gradient.py, deepspeed_overlap_empty_shard.py.
+    Measured with deepspeed 0.19.8: docs/upstream/deepspeed_overlap_strided_gradient.py and
+    deepspeed_overlap_empty_shard.py.
     """
     if num_tp(config) > 1 and section(config, "tensor_parallel").get("tp_overlap_comm") is True:
         yield (
