@@ -7,11 +7,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tests.report import test_run_page, test_verdict_page
+from tests.report import test_run_page, test_table, test_verdict_page
 from tests.report.examples import ERROR, FAILED, PASSED
 from tpcheck.lab.known import JudgedVerdict
 from tpcheck.lab.matrix import matrix_html
 from tpcheck.report.report import Report
+from tpcheck.report.table import tables_html
 
 WITH_TREE = replace(FAILED, findings=(test_verdict_page.WITH_MAP, *FAILED.findings), modules=test_verdict_page.TREE)
 PAGES = {
@@ -21,6 +22,7 @@ PAGES = {
     "checkpoint": Report(test_verdict_page.CHECKPOINT, test_verdict_page.STORED).to_html(),
     "runs": Report(test_run_page.FAILED, test_run_page.PICTURE).to_html(),
     "equal runs": Report(test_run_page.PASSED, test_run_page.PICTURE).to_html(),
+    "tables": tables_html("tables", "two of them", [test_table.TABLE, test_table.TABLE]),
     "matrix": matrix_html([JudgedVerdict(PASSED), JudgedVerdict(FAILED)]),
 }
 VOID = {"meta", "input"}
