@@ -47,3 +47,15 @@ def test_the_first_rank_of_each_group_gets_what_each_rank_has_in_their_order() -
         first, second, third, fourth = world.run(gathered)
     assert (first, third) == ([(1, 0.0), (1001, 1001.0)], [(2001, 4002.0), (3001, 9003.0)])
     assert second is fourth is None
+
+
+def gathered_twice(rank: Rank) -> Any:
+    return [gathered(rank), gathered(rank)]
+
+
+def test_what_ranks_send_to_the_first_leaves_all_of_them_at_the_same_number_of_collectives() -> None:
+    """Else torch's check of collectives ends the run at the next one."""
+    with spawn(Topology(tp=3), timeout=120) as world:
+        first, *others = world.run(gathered_twice)
+    assert first == [[(1, 0.0), (1001, 1001.0), (2001, 4002.0)]] * 2
+    assert others == [[None, None]] * 2
