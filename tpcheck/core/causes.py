@@ -473,6 +473,14 @@ class Cause(Enum):
     )
 
     # ---- runs
+    DRAWN_SEPARATELY = (
+        "drawn_separately",
+        "as large as the expected weight and uncorrelated with it: each run has drawn its own, as where layers are "
+        "initialised shard by shard or from other seeds",
+        "runs.initial_weights",
+        "Start both runs from the same weights: load one checkpoint, or draw each whole tensor before it is cut.",
+        Guide.LOSS_DIFFERS,
+    )
     NONDETERMINISM = (
         "nondeterminism",
         "two runs with the same versions, topology, weights, inputs and generators part here: a computation of this "

@@ -33,6 +33,7 @@ from tpcheck.runs.exact_checks import (
 )
 from tpcheck.runs.full_causes import CAUSES_OF_ORDER
 from tpcheck.runs.full_tensors import FullTensors, explain_in_full
+from tpcheck.runs.initial_weights import drawn_separately
 from tpcheck.runs.low_precision import noise_of_weights
 from tpcheck.runs.norm_checks import norm_matches
 from tpcheck.runs.picture import PictureMaker
@@ -215,10 +216,14 @@ class _RunsComparison:
             return Answer.of(WEIGHTS, -1, comparisons, (), not_compared, wrong)
         full = FullTensors(comparer, *self.before, *self.before)
         findings = []
+        explanations = {
+            each.key: explain(Suspect(each, self.actual.tp, self.actual.dp)) or explain_in_full(full, each, comparisons)
+            for each in wrong
+        }
+        drawn = drawn_separately(comparisons, [each for each in wrong if explanations[each.key] is None])
         for each in wrong:
-            explanation = explain(Suspect(each, self.actual.tp, self.actual.dp))
-            explanation = explanation or explain_in_full(full, each, comparisons)
-            finding = finding_at(WEIGHTS, -1, each, explanation, self.measured)
+            explanation = explanations[each.key]
+            finding = finding_at(WEIGHTS, -1, each, explanation or drawn, self.measured)
             if not may_lie_in_another_order(each, explanation):
                 findings.append(finding)
                 continue

@@ -641,6 +641,7 @@ OTHERS = (
         "weights of another seed",
         Training,
         (WEIGHTS, UPDATES),
+        cause="drawn_separately",
         expected_options={"model_seed": 0},
         model_seed=1,
     ),
