@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tpcheck import Topology, verify_family
+from tpcheck import Topology, spawn, verify_family
 from tpcheck.families.build import small_model
 from tpcheck.model.options import Request, RunOptions
-from tpcheck.model.resuming import divided, variants
+from tpcheck.model.rank_run import verify_on_rank
+from tpcheck.model.resuming import _train_and_save, divided, variants
 
 CHECK = "resume_matches_uninterrupted"
 ALL = ("tp", "dp", "zero")
@@ -57,3 +60,14 @@ def test_a_distributed_checkpoint_goes_on_with_half_of_the_replicas() -> None:
     not_compared = report.verdict.coverage.not_compared
     assert len(not_compared) == 3
     assert all("generator" in name for name in not_compared)  # and neither a size nor a tensor
+
+
+def test_the_training_that_is_verified_measures_what_resuming_would_measure_once_more(tmp_path: Path) -> None:
+    options = RunOptions.of(topology=Topology(tp=1, dp=2), backend="dtensor", replays=2, checks=["all"], batch="1x6")
+    request = Request(partial(small_model, "llama", {"num_hidden_layers": 1}), options)
+    with spawn(options.topology, timeout=options.timeout) as world:
+        verified, other = world.run(verify_on_rank, request)
+        measured, measured_elsewhere = world.run(_train_and_save, request, tmp_path, 1, measures=True)
+    assert verified.tolerance is not None
+    assert verified.tolerance == measured.tolerance
+    assert other.tolerance is measured_elsewhere.tolerance is None

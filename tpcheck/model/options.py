@@ -22,7 +22,7 @@ from tpcheck.core.optimizers import require_optimizer
 from tpcheck.core.reproduce import verify_command
 from tpcheck.core.topology import Topology
 from tpcheck.families.adapters import LoraSource, require_lora
-from tpcheck.numerics.tolerance import NUM_REPLAYS
+from tpcheck.numerics.tolerance import NUM_REPLAYS, Tolerance
 from tpcheck.world.world import DEVICES, require_seconds
 
 if TYPE_CHECKING:
@@ -433,11 +433,13 @@ class RankAnswer:
         group: The answer of the rank's TP group, from its first rank; None from the others.
         versions: Versions of the packages under test.
         notes: What of the user's configuration the backend leaves out, in sentences.
+        tolerance: What rounding does to the training, from the first rank, where it was measured and resuming needs it.
     """
 
     group: GroupAnswer | None
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    tolerance: Tolerance | None = None
 
 
 def require_valid(request: Request) -> None:

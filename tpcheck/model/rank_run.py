@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tpcheck.backends.interface import Backend, Candidate, RankLike, TrainingOptions
 from tpcheck.backends.peft_models import peft_version
 from tpcheck.backends.registry import load_backend
-from tpcheck.core.check_names import CHECKPOINT_CHECK, INITIALISATION_CHECK, need_steps
+from tpcheck.core.check_names import CHECKPOINT_CHECK, INITIALISATION_CHECK, RESUME_CHECK, need_steps
 from tpcheck.core.clipping import Clipping
 from tpcheck.core.digests import digest
 from tpcheck.model.blame import internal_error, is_of_tpcheck, issued_by, naming_indivisible_sizes
@@ -89,7 +89,7 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
         config, tp = getattr(reference.model, "config", None), rank.topology.tp
         with naming_indivisible_sizes(config, tp):
             candidate, start = shard(backend, twin, reference.parameters, rank, reference.options)
-        evidence = _start_evidence(rank, request, reference, start)
+        evidence, tolerance = _start_evidence(rank, request, reference, start), None
         with torch_function_disabled():
             answer = None if evidence is None else start_answer(evidence, checks)
         if need_steps(checks) and not any(rank.gather(answer is not None and forbids_training(answer))):
@@ -97,6 +97,8 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
             saved = [verify_saved(rank, candidate, reference.model, step=-1)] if saves else []
             with naming_indivisible_sizes(config, tp):
                 full = _train_both(rank, request, reference, backend, candidate, start, evidence, log)
+            if full is not None and rank.rank == 0 and RESUME_CHECK in checks:
+                tolerance = full.tolerance
             if full is not None and answer is not None:
                 with torch_function_disabled():
                     answer = full_answer(answer, full, checks)
@@ -107,7 +109,7 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
             answer = add_saved(answer, saved)
     if answer is not None and initialised is not None and rank.rank == 0:  # it is of all ranks
         answer = replace(answer, answers=(initialised, *answer.answers))
-    return RankAnswer(answer, {**backend.versions(), **peft_version(reference.model)}, options.notes)
+    return RankAnswer(answer, {**backend.versions(), **peft_version(reference.model)}, options.notes, tolerance)
 
 
 def training_options(request: Request, device: torch.device) -> TrainingOptions:
@@ -351,8 +353,9 @@ def _gather_bytes(own: bytes, rank: int, group: Sequence[int], process_group: An
     """Return the bytes of all ranks on the first one; on the others None.
 
     `dist.gather_object` copies them several times on either side, what the first rank has included, which was half of
-    the pages that a rank of a small verification was given (19,500 of 43,800). It is one collective for every rank: gloo
-    counts each `send` and `recv`, of which the first rank has more, and torch's check of collectives compares the counts.
+    the pages that a rank of a small verification was given (19,500 of 43,800). It is one collective for every rank:
+    gloo counts each `send` and `recv`, of which the first rank has more, and torch's check of collectives compares the
+    counts.
     """
     size = torch.tensor([len(own)])
     sizes = [torch.empty_like(size) for _ in group]
@@ -365,4 +368,5 @@ def _gather_bytes(own: bytes, rank: int, group: Sequence[int], process_group: An
     dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=process_group)
     if not is_first:
         return None
-    return [own, *(part.numpy() for part in received.split(received_sizes[1:]))]
+    parts = received.split(received_sizes[1:])  # type: ignore[no-untyped-call]
+    return [own, *(part.numpy() for part in parts)]

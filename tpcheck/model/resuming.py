@@ -87,7 +87,7 @@ class _FirstWorld:
         training: What it holds, when it saves and later; None where the backend has no way to resume.
         ways: The ways that saved without an error.
         failures: Why others did not, by way.
-        tolerance: What rounding does to the training, for comparison at another topology.
+        tolerance: What rounding does to the training, for comparison at another topology; from the first rank alone.
         batches: This DP rank's, batches[step][micro_batch].
     """
 
@@ -98,30 +98,38 @@ class _FirstWorld:
     tolerance: Tolerance | None = None
 
 
-def verify_resume(request: Request) -> CheckAnswer:
+def verify_resume(request: Request, tolerance: Tolerance | None = None) -> CheckAnswer:
     """Compare the training that goes on from each way to save with the one that was not interrupted.
 
     Spawns a world that trains and saves, and then one for each way, at the same topology and, where the way allows it,
     at others.
 
+    Args:
+        tolerance: What rounding does to the training of this request, where that is known; else it is measured.
+
     Raises:
         RankFailure: A rank died or raised something that is no error of a way to save or load.
     """
     steps = max(2, request.options.steps)
+    if steps != request.options.steps:  # it is that of a shorter training
+        tolerance = None
     request = replace(request, options=replace(request.options, steps=steps))
     num_before = steps // 2
     answer = CheckAnswer(RESUME_CHECK, -1, {}, (), {})
     folder = Path(tempfile.mkdtemp(prefix="tpcheck-resume-"))
     try:
         with _spawned(request) as world:
-            first: tuple[_FirstWorld, ...] = world.run(_train_and_save, request, folder, num_before)
+            first: tuple[_FirstWorld, ...] = world.run(
+                _train_and_save, request, folder, num_before, measures=tolerance is None
+            )
+        tolerance = first[0].tolerance if tolerance is None else tolerance
         expected = [rank.training for rank in first if rank.training is not None]
         if not expected:
             return replace(answer, not_compared={"resume": "the backend offers no way to save a training and go on"})
         answer = replace(answer, not_compared=dict(first[0].failures))
         for way, facts in first[0].ways.items():
             for variant in variants(request, facts.other_sizes, len(first[0].batches[0])):
-                answer = answer.with_way(_resume(variant, request, way, facts, num_before, first))
+                answer = answer.with_way(_resume(variant, request, way, facts, num_before, first, tolerance))
         return answer
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -187,6 +195,7 @@ def _resume(
     facts: _Way,
     num_before: int,
     first: Sequence[_FirstWorld],
+    tolerance: Tolerance | None,
 ) -> WayOutcome:
     """Go on in new processes, and compare.
 
@@ -213,8 +222,8 @@ def _resume(
         return _cannot_load(label, next(rank for rank in actual if isinstance(rank, str)), is_same=is_same)
     if is_same:
         return compare_same_topology(label, num_before, expected, resumed)
-    assert first[0].tolerance is not None
-    return compare_other_topology(label, num_before, expected, resumed, first[0].tolerance)
+    assert tolerance is not None
+    return compare_other_topology(label, num_before, expected, resumed, tolerance)
 
 
 def _in_short(error: Exception) -> str:
@@ -241,8 +250,14 @@ def _session(request: Request, backend: Backend, options: TrainingOptions) -> It
         yield
 
 
-def _train_and_save(rank: CommunicatingRank, request: Request, folder: Path, num_before: int) -> _FirstWorld:
-    """Train, save in every way, train on. Collective over the world."""
+def _train_and_save(
+    rank: CommunicatingRank, request: Request, folder: Path, num_before: int, *, measures: bool
+) -> _FirstWorld:
+    """Train, save in every way, train on. Collective over the world.
+
+    Args:
+        measures: Measure the tolerance, where a way can be loaded at another topology.
+    """
     request = with_user_code(request)
     backend = load_backend(request.options.backend)
     options = backend.resolved(training_options(request, rank.device))
@@ -252,7 +267,7 @@ def _train_and_save(rank: CommunicatingRank, request: Request, folder: Path, num
         with blame_backend(backend, "sharding the model"):
             candidate = backend.shard(build_model(request, rank.device), rank, options)
         if isinstance(candidate, ResumesByItself):
-            return _observe_saving(candidate, backend, rank, options, reference)
+            return _observe_saving(candidate, backend, rank, options, reference, measures=measures)
         if not isinstance(candidate, ResumesTraining) or not candidate.ways_to_resume():
             return _FirstWorld()
         view, indices = view_of(*candidate.trained()), _indices_of(candidate, rank)
@@ -272,9 +287,15 @@ def _train_and_save(rank: CommunicatingRank, request: Request, folder: Path, num
             _read_state(candidate, view, indices, _train_step(candidate, micro_batches))
             for micro_batches in batches[num_before:]
         )
-        tolerance = reference.train(rank)[1] if any(way.other_sizes for way in ways.values()) else None
+        tolerance = _measured(reference, rank) if measures and any(way.other_sizes for way in ways.values()) else None
         on_host = [[moved_batch(batch, torch.device("cpu")) for batch in step] for step in batches]
         return _FirstWorld(SavedTraining(saved, after), on_host, ways, failures, tolerance)
+
+
+def _measured(reference: Reference, rank: CommunicatingRank) -> Tolerance | None:
+    """Return the tolerance of the whole training on the first rank. Collective over the world."""
+    _, tolerance = reference.train(rank)
+    return tolerance if rank.rank == 0 else None
 
 
 def _save(rank: CommunicatingRank, way: WayToResume, folder: Path) -> str | None:
@@ -401,6 +422,8 @@ def _observe_saving(
     rank: CommunicatingRank,
     options: TrainingOptions,
     reference: Reference,
+    *,
+    measures: bool,
 ) -> _FirstWorld:
     """Let the loop train, save on its way, and train on. Collective over the world."""
     reader = _LoopReader(candidate, rank)
@@ -415,7 +438,7 @@ def _observe_saving(
     ways = {way: _Way(folder, {}, other_sizes) for way, other_sizes in resumes_by.items()}
     dp_rank = rank.topology.coordinate(rank.rank)["dp"]
     batches = [[dict(batch) for batch in step[dp_rank]] for step in options.batches]
-    tolerance = reference.train(rank)[1] if any(resumes_by.values()) else None
+    tolerance = _measured(reference, rank) if measures and any(resumes_by.values()) else None
     return _FirstWorld(training, batches, ways, tolerance=tolerance)
 
 

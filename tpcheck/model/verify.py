@@ -146,7 +146,7 @@ def run(
         if RESUME_CHECK in request.options.check_names and not any(map(forbids_training, groups)):
             from tpcheck.model.resuming import cannot_resume, verify_resume
 
-            resumed = cannot_resume() if is_launched() else verify_resume(request)
+            resumed = cannot_resume() if is_launched() else verify_resume(request, answers[0].tolerance)
             groups[0] = replace(groups[0], answers=(*groups[0].answers, resumed))
     except (RankFailure, BackendError, InternalError) as failure:
         return Report(replace(_error_verdict(failure, subject, time.monotonic() - start), notes=notes))
