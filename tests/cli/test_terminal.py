@@ -11,8 +11,19 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tpcheck.cli import app
-from tpcheck.cli.terminal import write_atomically
+from tpcheck.cli import app, terminal
+from tpcheck.cli.terminal import phases_shown, write_atomically
+from tpcheck.core.phases import begin_phase
+
+
+def test_what_a_long_run_does_is_a_line_each(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with phases_shown():
+        begin_phase("soon over")
+        monkeypatch.setattr(terminal, "_SILENT_S", 0.0)
+        begin_phase("saving")
+    assert capfd.readouterr() == ("", "tpcheck: 0 s: saving\n")
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

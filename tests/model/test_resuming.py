@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tpcheck import Topology, spawn, verify_family
+from tpcheck.core.phases import listening
 from tpcheck.families.build import small_model
 from tpcheck.model.options import Request, RunOptions
 from tpcheck.model.rank_run import verify_on_rank
@@ -55,8 +56,17 @@ def test_another_number_of_replicas_gets_the_same_samples() -> None:
 def test_a_distributed_checkpoint_goes_on_with_half_of_the_replicas() -> None:
     topology = Topology(tp=1, dp=2)
     options: dict[str, Any] = {"settings": {"num_hidden_layers": 1}, "replays": 2, "batch": "1x6"}
-    report = verify_family("llama", topology=topology, backend="dtensor", optimizer="adamw", checks=[CHECK], **options)
+    phases: list[str] = []
+    with listening(phases.append):
+        report = verify_family(
+            "llama", topology=topology, backend="dtensor", optimizer="adamw", checks=[CHECK], **options
+        )
     report.raise_if_failed()
+    assert phases[-3:] == [
+        f"{CHECK}: training, saving and training on",
+        f"{CHECK}: going on from torch.distributed.checkpoint",
+        f"{CHECK}: going on from torch.distributed.checkpoint, at tp 1, dp 1, ZeRO 0, 2 micro-batches",
+    ]
     not_compared = report.verdict.coverage.not_compared
     assert len(not_compared) == 3
     assert all("generator" in name for name in not_compared)  # and neither a size nor a tensor

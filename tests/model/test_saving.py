@@ -10,6 +10,7 @@ from torch import nn
 
 import tpcheck
 from tpcheck import Topology
+from tpcheck.core.phases import listening
 
 CHECK = "checkpoint_matches_reference"
 
@@ -26,7 +27,14 @@ def kinds(report: tpcheck.Report) -> set[tuple[str, str, str | None]]:
 
 @pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": True, "vocab_size": 131}], ids=["plain", "tied"])
 def test_save_16bit_model_is_caught_and_explained_and_the_other_ways_pass(settings: dict[str, Any]) -> None:
-    report = saved(zero_stage=1, settings=settings)
+    phases: list[str] = []
+    with listening(phases.append):
+        report = saved(zero_stage=1, settings=settings)
+    moments = ("before the first step", "after step 1")
+    assert [phase for phase in phases if "save_checkpoint" in phase] == [
+        f"{CHECK}: save_checkpoint, {moment}" for moment in moments
+    ]
+    assert "training the sharded model" in phases
     assert [check.check for check in report.verdict.checks] == [CHECK]
     assert kinds(report) == {("save_16bit_model", moment, "shard_missing") for moment in ("start", "saved")}
     assert all(finding.evidence["story"]["tp_rank"] == 0 for finding in report.findings)

@@ -16,6 +16,7 @@ from tpcheck.cli.terminal import (
     append,
     is_reporting_rank,
     note,
+    phases_shown,
     run_concurrently,
     succeeds,
     with_progress,
@@ -270,8 +271,12 @@ def _earlier(matrix: Matrix, files: Files) -> list[Outcome]:
 
 def _with_progress(outcomes: Iterable[Outcome], matrix: Matrix, todo: list[Cell]) -> Iterator[Outcome]:
     """Yield the outcomes and report each as it completes; a single one has its report."""
-    if matrix.is_single or not todo or not is_reporting_rank():
+    if not todo or not is_reporting_rank():
         yield from outcomes
+        return
+    if matrix.is_single:
+        with phases_shown():
+            yield from outcomes
         return
     numbers = count(1)
     yield from with_progress(

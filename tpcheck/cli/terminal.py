@@ -7,6 +7,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from rich.progress import (
 
 from tpcheck.core.errors import TpcheckError
 from tpcheck.core.extras import missing_package
+from tpcheck.core.phases import listening
 from tpcheck.report.report import FINDINGS_SHOWN, Report, verdict_lines
 from tpcheck.report.words import Line, as_rich, as_text
 from tpcheck.world.attach import is_launched, launched_rank
@@ -194,6 +196,23 @@ def append(path: Path, text: str) -> None:
     """
     with reporting_write_errors(str(path)), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
+
+
+_SILENT_S = 10.0  # a run that is over sooner shows its report alone
+
+
+@contextmanager
+def phases_shown() -> Iterator[None]:
+    """Write what is done inside to standard error, where that takes longer than some seconds."""
+    start = time.monotonic()
+
+    def listener(text: str) -> None:
+        seconds = time.monotonic() - start
+        if seconds >= _SILENT_S:
+            note(f"tpcheck: {seconds:.0f} s: {text}")
+
+    with listening(listener):
+        yield
 
 
 Result = TypeVar("Result")

@@ -37,6 +37,7 @@ from tpcheck.core.digests import digest
 from tpcheck.core.errors import BackendError, RankFailure
 from tpcheck.core.findings import Finding
 from tpcheck.core.generators import seed_everything
+from tpcheck.core.phases import begin_phase
 from tpcheck.core.topology import Topology
 from tpcheck.families.settings import overlay
 from tpcheck.model.blame import blame_backend
@@ -118,6 +119,7 @@ def verify_resume(request: Request, tolerance: Tolerance | None = None) -> Check
     answer = CheckAnswer(RESUME_CHECK, -1, {}, (), {})
     folder = Path(tempfile.mkdtemp(prefix="tpcheck-resume-"))
     try:
+        begin_phase(f"{RESUME_CHECK}: training, saving and training on")
         with _spawned(request) as world:
             first: tuple[_FirstWorld, ...] = world.run(
                 _train_and_save, request, folder, num_before, measures=tolerance is None
@@ -203,6 +205,7 @@ def _resume(
     """
     options, is_same = variant.options, variant.options == request.options
     label = way if is_same else f"{way}, {_sizes(options, request.options)}"
+    begin_phase(f"{RESUME_CHECK}: going on from {label}")
     config = overlay(options.config, facts.config)
     variant = replace(variant, options=replace(options, config=config))
     try:

@@ -19,6 +19,7 @@ from tpcheck.backends.interface import Candidate, SavesCheckpoints
 from tpcheck.checkpoints.comparison import compare_checkpoints, open_checkpoint
 from tpcheck.core.errors import TpcheckError
 from tpcheck.core.findings import Finding
+from tpcheck.core.phases import begin_phase
 from tpcheck.model.reference import CommunicatingRank
 from tpcheck.numerics.checks import CHECKPOINT_CHECK
 from tpcheck.numerics.evidence import Evidence
@@ -47,6 +48,10 @@ def verify_saved(
     with _shared_folder(rank) as folder:
         for number, (way, save) in enumerate(candidate.ways_to_save().items()):
             target = folder / str(number)
+            if rank.rank == 0:
+                begin_phase(
+                    f"{CHECKPOINT_CHECK}: {way}, {'before the first step' if step < 0 else f'after step {step}'}"
+                )
             failures = [failure.replace(str(target), "FOLDER") for failure in _save(rank, save, target)]
             if rank.rank == 0:
                 answer = _add_way(answer, way, target, expected, failures)

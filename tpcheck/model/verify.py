@@ -11,6 +11,7 @@ from tpcheck.core.check_names import RESUME_CHECK, need_steps
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import BackendError, InternalError, RankFailure, TpcheckError, UsageError
 from tpcheck.core.findings import INTERNAL_ERROR, Verdict
+from tpcheck.core.phases import phases_of_ranks
 from tpcheck.core.topology import Topology
 from tpcheck.model.options import (
     DEFAULTS,
@@ -194,7 +195,10 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
     options = request.options
     topology, timeout, device = options.topology, options.timeout, options.device
     try:
-        with spawn(topology, timeout=timeout, device=device, also=preload_of(request)) as world:
+        with (
+            phases_of_ranks() as env,
+            spawn(topology, timeout=timeout, device=device, also=preload_of(request), env=env) as world,
+        ):
             return world.run(_verify_on_rank, request)
     except RankFailure as failure:
         _, differ, message = str(failure.exception).partition(_COLLECTIVES_DIFFER)

@@ -1,0 +1,70 @@
+"""What a long run is doing: whoever waits for it hears so, also from the first rank, which is another process."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+_Listener = Callable[[str], None]
+_LISTENER: ContextVar[_Listener | None] = ContextVar("listener", default=None)
+_VARIABLE = "TPCHECK_PHASES_FILE"  # to which the first rank of a spawned world appends a line for each phase
+_INTERVAL_S = 0.5  # for people who read
+
+
+@contextmanager
+def listening(listener: _Listener) -> Iterator[None]:
+    """Call `listener` with each phase that this thread, or the first rank of a world that it spawns, begins inside."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
+def begin_phase(text: str) -> None:
+    """Report what this process does next; on ranks for the first one to call."""
+    listener, path = _LISTENER.get(), os.environ.get(_VARIABLE)
+    if listener is not None:
+        listener(text)
+    elif path is not None:
+        try:
+            with Path(path).open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{text}\n")
+        except OSError:  # a full disk, say: nothing depends on it
+            pass
+
+
+@contextmanager
+def phases_of_ranks() -> Iterator[Mapping[str, str]]:
+    """Yield the environment in which ranks report their phases to who listens here; empty where nobody does."""
+    listener = _LISTENER.get()
+    if listener is None:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="tpcheck-phases-", ignore_cleanup_errors=True) as folder:
+        path, has_ended = Path(folder) / "phases", threading.Event()
+        path.touch()
+        reader = threading.Thread(target=_pass_on, args=(path, listener, has_ended), daemon=True)
+        reader.start()
+        try:
+            yield {_VARIABLE: str(path)}
+        finally:
+            has_ended.set()
+            reader.join()
+
+
+def _pass_on(path: Path, listener: _Listener, has_ended: threading.Event) -> None:
+    """Call the listener with each whole line that is appended to the file, until the world has ended."""
+    rest = ""
+    with path.open(encoding="utf-8") as file:
+        is_last = False
+        while not is_last:
+            is_last = has_ended.wait(_INTERVAL_S)
+            *lines, rest = (rest + file.read()).split("\n")
+            for line in lines:
+                listener(line)
