@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import nn
 
-from tpcheck import Rank, RankFailure, Topology, World, spawn
-from tpcheck.backends.live_groups import LiveGroups
+from tpcheck import Rank, RankFailure, Topology, UsageError, World, spawn
+from tpcheck.backends.live_groups import ALONE, LiveGroups, groups_of_run
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,17 @@ def test_wrong_arguments_are_refused(square: World) -> None:
         square.run(lambda rank: live_groups(group=rank.group("dp"), topology=rank.topology))
     with pytest.raises(RankFailure, match=r"group='tp': expected a torch ProcessGroup"):
         square.run(lambda rank: live_groups(group="tp"))
+
+
+def test_one_of_several_processes_is_not_alone_before_their_groups_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each of them would say that there is nothing to compare, and write the same trace."""
+    model = nn.Linear(1, 1)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert groups_of_run(model, model, None).source == ALONE
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="init_process_group first"):
+        groups_of_run(model, model, None)
+    assert groups_of_run(model, model, Topology()).source == ALONE  # as the caller says
 
 
 def test_where_nobody_has_groups_it_says_what_to_give(fresh: World) -> None:

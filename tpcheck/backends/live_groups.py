@@ -155,13 +155,7 @@ def live_groups(*, group: Any = None, topology: Topology | None = None, model: A
         UsageError: torch.distributed is not initialised, an argument does not fit, or no source has a TP group.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        raise UsageError(
-            "group",
-            group,
-            "initialised process groups: call deepspeed.init_distributed, accelerate or "
-            "torch.distributed.init_process_group first, and start under torchrun or deepspeed",
-            Guide.WHICH_RANKS,
-        )
+        raise _not_initialised("group", group)
     rank = dist.get_rank()
     if group is not None or topology is not None:
         return _from_arguments(rank, group, topology)
@@ -189,15 +183,26 @@ def live_groups(*, group: Any = None, topology: Topology | None = None, model: A
     )
 
 
+def _not_initialised(argument: str, value: Any) -> UsageError:
+    expected = (
+        "initialised process groups: call deepspeed.init_distributed, accelerate or "
+        "torch.distributed.init_process_group first, and start under torchrun or deepspeed"
+    )
+    return UsageError(argument, value, expected, Guide.WHICH_RANKS)
+
+
 def groups_of_run(model: Any, root: nn.Module, topology: Topology | None) -> LiveGroups:
     """Return the groups of this rank. Without any known TP group, ranks are replicas where their weights are equal.
 
     Raises:
-        UsageError: The topology does not fit; or no library knows a TP group, and weights differ between the ranks.
+        UsageError: The topology does not fit; or no library knows a TP group, and weights differ between the ranks; or
+            the launcher has started several ranks and torch.distributed is not initialised.
     """
     if not (dist.is_available() and dist.is_initialized()):
         if topology is not None and topology.world_size > 1:
             raise UsageError("topology", topology, "Topology(), as torch.distributed is not initialised")
+        if topology is None and not _is_alone(None, None):
+            raise _not_initialised("topology", None)
         return LiveGroups(0, (0,), (0,), ALONE)
     if topology is None and dist.get_world_size() == 1:
         return LiveGroups(dist.get_rank(), (0,), (0,), ALONE)
