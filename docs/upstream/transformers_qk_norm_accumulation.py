@@ -17,19 +17,19 @@ from transformers.distributed import DistributedConfig
 
 def gradients(model, micro_batches):
     model.zero_grad()
-    for number in range(micro_batches):
-        tokens = torch.randint(1000, (2, 16), generator=torch.Generator().manual_seed(number))
+    for tokens in torch.randint(1000, (micro_batches, 2, 16), generator=torch.Generator().manual_seed(0)):
         model(tokens, labels=tokens).loss.backward()
     return {name: each.grad for name, each in model.named_parameters() if name.endswith("norm.weight")}
 
 
 dist.init_process_group("gloo")
 sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 8}
+sizes |= {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}  # dots1 has no defaults for these
 for model_type in sys.argv[1:] or ["qwen3"]:
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **sizes, num_key_value_heads=4, vocab_size=1000, pad_token_id=0)
-    reference, folder = AutoModelForCausalLM.from_config(config).float().train(), [tempfile.mkdtemp()]
-    dist.broadcast_object_list(folder)
+    reference = AutoModelForCausalLM.from_config(config).float().train()
+    dist.broadcast_object_list(folder := [tempfile.mkdtemp()])
     reference.save_pretrained(folder[0])  # the first rank writes
     dist.barrier()
     model = AutoModelForCausalLM.from_pretrained(folder[0], distributed_config=DistributedConfig(tp_size=2)).train()
@@ -37,4 +37,4 @@ for model_type in sys.argv[1:] or ["qwen3"]:
         actual, expected = gradients(model, micro_batches), gradients(reference, micro_batches)
         off = {name: float((actual[name] - expected[name]).norm() / expected[name].norm()) for name in expected}
         if dist.get_rank() == 0:
-            print(model_type, micro_batches, {name: f"{error:.0%}" for name, error in off.items() if error > 0.01})
+            print(model_type, micro_batches, {name: f"{x:.0%}" for name, x in off.items() if x > 0.01})
