@@ -2,9 +2,9 @@
 
 DS_ACCELERATOR=cpu LOCAL_SIZE=2 TORCH_DISTRIBUTED_DEBUG=DETAIL \\
     torchrun --nproc-per-node 2 docs/upstream/deepspeed_zero3_experts.py [leaf]
-Seen with deepspeed 0.19.8, transformers 5.23.0, torch 2.13.0. ZeRO 3 gathers a module's weights at each of its calls, and
+With deepspeed 0.19.8, transformers 5.23.0, torch 2.13.0. ZeRO 3 gathers a module's weights at each of its calls, and
 DbrxExperts calls its `mlp` once for each expert that a token of the rank takes. DETAIL compares what the ranks gather.
-Blocks of Mixtral, Qwen2-MoE and Qwen3-MoE are "leaf modules" by default, which are gathered once; with `leaf`, so is this.
+Blocks of Mixtral, Qwen2-MoE and Qwen3-MoE are leaf modules by default, gathered once; with `leaf`, so is this.
 """
 # ruff: noqa: T201
 

@@ -1,4 +1,4 @@
-"""With FSDP, from_pretrained leaves Falcon-H1's `mup_vector` as the memory was: outputs are arbitrary, often not finite.
+"""With FSDP, from_pretrained leaves Falcon-H1's `mup_vector` as the memory was: outputs are arbitrary.
 
 torchrun --nproc-per-node 2 docs/upstream/transformers_fsdp_buffers.py
 Seen with transformers 5.23.0, torch 2.13.0. The buffer is not in the file; `FalconH1Model._init_weights` fills it.

@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 2 docs/upstream/transformers_fsdp_concatenated.py
 Seen with transformers 5.23.0, torch 2.13.0. The file has q_conv1d, k_conv1d and v_conv1d, and the conversion of
-`kimi_linear` concatenates them (`Concatenate(dim=0)`). `DtensorShardOperation.shard_tensor` takes the rank's rows of each
+`kimi_linear` concatenates them (`Concatenate(dim=0)`). `DtensorShardOperation.shard_tensor` takes a rank's rows of each
 of the three, so that rank 0 has (q0, k0, v0) where FSDP's `Shard(0)` means the first half of (q, k, v).
 """
 # ruff: noqa: T201
