@@ -358,6 +358,23 @@ def test_a_stream_that_is_split_by_rank_counts_by_it(
     assert (explanation is not None and explanation.cause is Cause.SAMPLER_SHARDED_BY_WORLD_RANK) is is_named
 
 
+@pytest.mark.parametrize(
+    ("counts", "shown"),
+    [
+        ({"dataset.length": 96, "dataset.world_size": 4}, 4),
+        ({"dataset.num_shards": 4, "dataset.length": 96}, 4),
+        ({"dataset.length": 96, "dataset.n": 2}, 2),  # as many as there are ranks here
+        ({"dataset.length": 96, "dataset.n": 4}, None),
+        ({"dataset.length": 96}, None),
+    ],
+)
+def test_what_counts_the_ranks_is_no_length(counts: dict[str, int], shown: int | None) -> None:
+    summaries = [of_stream(rank, {"dataset.rank": rank, **counts}) for rank in range(2)]
+    explanation = explain_difference(summaries, ["pixels"], ranks=(0, 1))
+    assert explanation is not None and explanation.cause is Cause.SAMPLER_SHARDED_BY_WORLD_RANK
+    assert explanation.evidence.get("num_replicas") == shown
+
+
 def test_streams_that_have_samples_in_common_are_not_split_by_rank() -> None:
     numbers = [{"dataset.r": rank, "dataset.n": 2} for rank in range(2)]
     summaries = [replace(of_stream(rank, numbers[rank]), rows=(rank, rank + 1)) for rank in range(2)]

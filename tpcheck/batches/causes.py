@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -221,29 +222,42 @@ def _read_by_world_rank(context: _Context) -> Explanation | None:
     if not all(rows) or any(rows[a] & rows[b] for a in range(len(rows)) for b in range(a)):
         return None
     evidence = context.loader_facts("dataset", "iterable")
-    for name, count_name in _rank_and_count(context):
+    for name, counts in _ranks_and_counts(context):
         by_rank = [(summary.loader.numbers or {})[name] for summary in context.summaries]
-        count = (context.summaries[0].loader.numbers or {})[count_name]
-        found = {"attribute": name, "rank": by_rank, "num_replicas": count}
+        found: dict[str, Any] = {"attribute": name, "rank": by_rank}
+        if len(counts) == 1:
+            found["num_replicas"] = counts.pop()
         return Explanation(Cause.SAMPLER_SHARDED_BY_WORLD_RANK, evidence=evidence | found)
     if all(context.fact("reads_rank")):
         return Explanation(Cause.SAMPLER_SHARDED_BY_WORLD_RANK, evidence=evidence | {"reads": "world rank and size"})
     return None
 
 
-def _rank_and_count(context: _Context) -> Iterator[tuple[str, str]]:
-    """Yield the names of numbers that are the ranks (of the world, or of the TP group), each with that of a count."""
+def _ranks_and_counts(context: _Context) -> Iterator[tuple[str, set[int]]]:
+    """Yield the names of numbers that are the ranks (of the world, or of the TP group), each with what counts them.
+
+    Beside a rank there is always a greater number; it may be a length. What counts ranks has a name that says so, or
+    is the number of ranks that are here.
+    """
     numbers = [summary.loader.numbers or {} for summary in context.summaries]
     for name in numbers[0]:
         values = [of_rank.get(name) for of_rank in numbers]
         if values not in ([*context.ranks], [*range(len(numbers))]) or "seed" in name:
             continue
-        owner = name.rpartition(".")[0]
-        for other in numbers[0]:
-            count = numbers[0][other]
-            same = all(of_rank.get(other) == count for of_rank in numbers)
-            if same and other.rpartition(".")[0] == owner and count > max(filter(None, values), default=0):
-                yield name, other
+        owner, least = name.rpartition(".")[0], max(filter(None, values), default=0)
+        greater = {
+            other.rpartition(".")[2]: count
+            for other, count in numbers[0].items()
+            if other.rpartition(".")[0] == owner
+            and count > least
+            and all(of_rank.get(other) == count for of_rank in numbers)
+        }
+        named = {count for other, count in greater.items() if _COUNTS_RANKS.search(other)}
+        if greater:
+            yield name, named or {*greater.values()} & {len(numbers)}
+
+
+_COUNTS_RANKS = re.compile("world|rank|replica|shard|process", re.IGNORECASE)
 
 
 # The first test that holds names the cause: where ranks read other samples, what is drawn from them differs, too.

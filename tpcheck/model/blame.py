@@ -39,8 +39,24 @@ def blame_backend(backend: Backend, phase: str, hint: str = "") -> Iterator[None
     except Exception as error:
         if is_of_tpcheck(error):
             raise internal_error(error) from error
-        message = f"{backend.name}, {phase}: {type(error).__name__}: {error}"
+        message = f"{backend.name}, {phase}: {type(error).__name__}: {_without_tensors(error)}"
         raise BackendError("\n".join(filter(None, [message, hint]))) from error
+
+
+def _without_tensors(error: Exception) -> str:
+    """Return the text of an error, with the shapes of tensors in place of their numbers.
+
+    Example:
+        >>> _without_tensors(KeyError(torch.zeros(8, 4)))
+        'a tensor of shape (8, 4), torch.float32'
+    """
+    if not any(isinstance(value, torch.Tensor) for value in error.args):
+        return str(error)
+    texts = [
+        f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, torch.Tensor) else str(value)
+        for value in error.args
+    ]
+    return ", ".join(texts)
 
 
 def is_of_tpcheck(error: BaseException) -> bool:

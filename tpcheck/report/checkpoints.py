@@ -211,6 +211,8 @@ def _of_another_rank(details: Details) -> str | None:
         return f"one rank's shard {details['shape_shard']} of {details['shape_whole']} is saved for all ranks"
     if "order" in details:
         return f"the ranks have the states of {details['order']}{_along_dim(details)}"
+    if "sizes" in details:
+        return f"shards of {details['sizes']} hold the states from {details['from']}{_along_dim(details)}"
     return f"one rank's states are saved for all{_along_dim(details)}"
 
 

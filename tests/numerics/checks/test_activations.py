@@ -157,6 +157,19 @@ def test_terms_inside_a_module_whose_result_is_right_are_summed_by_their_parent(
     assert activations.by_key[DOWN].placed.placement == Partial()
 
 
+@pytest.mark.parametrize(("biases", "is_known"), [(1, True), (0, True), (1, False), (3, True)])
+def test_terms_may_hold_the_bias_of_their_layer_on_each_rank_or_on_none(biases: int, is_known: bool) -> None:
+    bias = torch.arange(1.0, RIGHT.reference[0].activations[DOWN].shape[-1] + 1, dtype=torch.float64)
+    evidence = replace(RIGHT, initial={**RIGHT.initial, "block.down.bias": bias} if is_known else RIGHT.initial)
+    for rank, share in enumerate((0.25, 0.75)):
+        evidence = with_tensor(
+            evidence, "activations", DOWN,
+            lambda tensor, share=share: (tensor - bias) * share + biases * bias, ranks=[rank],
+        )  # fmt: skip
+    wrong = [] if is_known and biases < 3 else [DOWN]
+    assert [activation.key for activation in compare_activations(evidence, 0, "forward").wrong()] == wrong
+
+
 def test_a_shard_in_unknown_order_inside_a_right_module_is_not_compared() -> None:
     evidence = with_tensor(RIGHT, "activations", UP, lambda tensor: tensor.flip(-1))
     activations = compare_activations(evidence, 0, "forward")

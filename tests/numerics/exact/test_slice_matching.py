@@ -85,8 +85,9 @@ CASES: dict[str, tuple[list[int], Cause | None, dict[str, Any]]] = {
     "swapped, of two sizes": (
         WHOLE[5:] + WHOLE[:5],
         Cause.SHARD_ORDER_SWAPPED,
-        {"order": WHOLE[5:] + WHOLE[:5], "tp": 16},
+        {"sizes": [11, 5], "from": [5, 0]},
     ),
+    "reversed": (WHOLE[::-1], None, {}),
     "repeated": (FOUR[0] + FOUR[0] + FOUR[2] + FOUR[2], Cause.SHARD_REPEATED, {"order": [0, 0, 2, 2], "tp": 4}),
     "fused, rank by rank": (
         rank_by_rank([WHOLE[:8], WHOLE[8:12], WHOLE[12:]], 2),
@@ -129,6 +130,12 @@ def test_runs_name_what_happened(name: str) -> None:
     explanation = explain_slices(Slices(find_runs(actual, WHOLE), len(actual), len(WHOLE)))
     assert (explanation.cause if explanation else None) == cause
     assert explanation is None or explanation.evidence == evidence
+
+
+def test_two_slices_in_each_others_place_are_two_shards() -> None:
+    explanation = explain_slices(Slices(find_runs([1, 0], [0, 1]), 2, 2))
+    assert explanation is not None and explanation.cause is Cause.SHARD_ORDER_SWAPPED
+    assert explanation.evidence == {"order": [1, 0], "tp": 2}
 
 
 def test_of_a_vocabulary_a_shift_is_an_offset() -> None:

@@ -19,6 +19,7 @@ from tpcheck.backends.initialisation import BUILT_THEN_SHARDED, built_then_shard
 from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions, WayToInitialise
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.optimizer import OptimizerByNames, make_optimizer
+from tpcheck.core.errors import BackendError
 
 
 @contextmanager
@@ -80,7 +81,8 @@ class DeepSpeedBackend:
                 from tpcheck.backends.deepspeed.trainer import TrainerCandidate
 
                 return TrainerCandidate(model, config, rank.topology, options, shapes)
-            engine = self._engine(model, config, rank, options)
+            with _naming_lost_parameters(model):
+                engine = self._engine(model, config, rank, options)
         return DeepSpeedCandidate(engine, rank.topology, options.accumulate, shapes)
 
     def ways_to_initialise(
@@ -100,6 +102,28 @@ def _hidden_size(model: nn.Module) -> int | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(text, "hidden_size", None)
     return size if isinstance(size, int) else None
+
+
+@contextmanager
+def _naming_lost_parameters(model: nn.Module) -> Iterator[None]:
+    """Name the parameters that AutoTP has dropped, where ZeRO looks for them.
+
+    With ZeRO, deepspeed 0.19.8 looks up the name of every parameter that the optimizer has among those of the model. Its
+    KeyError for one that AutoTP has dropped with its layer, such as an adapter's, holds the parameter's numbers.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        yield
+    except KeyError as error:
+        left = {id(parameter) for parameter in model.parameters()}
+        lost = [name for number, name in names.items() if number not in left]
+        if not lost or not isinstance(error.args[0], nn.Parameter):
+            raise
+        raise BackendError(
+            f"{DeepSpeedBackend.name}, sharding the model: AutoTP has replaced the layers of {len(lost)} trained parameters, "
+            f"which the sharded model lacks ({lost[0]} is the first), and ZeRO does not find them (KeyError). "
+            "ZeRO stage 0 trains without them, silently."
+        ) from error
 
 
 class TpModelInitBackend(DeepSpeedBackend):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
 from typing import Any
 
 from tpcheck.core.placement import Partial, Shard
@@ -176,8 +175,8 @@ def _with_other_placement(
     """Return a wrong activation by another placement, where a right result shows that there is one.
 
     A module may leave its reduction to what comes after it (experts, an input gradient): the ranks' terms must add up,
-    in all features or in some (`families.special_cases.MLA_SHARED_ROTARY_KEY`), and what is computed from them must be
-    right. Or, where the result of its parent is right, it may keep its shard in an order that shapes do not show:
+    in all features or in some (`families.special_cases.MLA_SHARED_ROTARY_KEY`), with its bias on each rank or on none,
+    and what is computed from them must be right. Or, where the result of its parent is right, it may keep its shard in an order that shapes do not show:
     return None, the activation cannot be compared.
     """
     if activation.difference.agrees:
@@ -186,20 +185,41 @@ def _with_other_placement(
     parent_is_right = result is not None and result.difference.agrees
     if isinstance(activation.placed.placement, Shard):
         return activation if activation.placed.is_fused or not parent_is_right else None
-    terms = _as_terms(activation)
+    terms = _as_terms(evidence, step, activation)
     if terms is None or not (parent_is_right or _are_summed_later(evidence, step, compared, activation.key)):
         return activation
     return terms
 
 
-def _as_terms(activation: ComparedActivation) -> ComparedActivation | None:
-    """Return an activation whose full parts add up to the expected one as `Partial`; None for another."""
+def _as_terms(evidence: Evidence, step: int, activation: ComparedActivation) -> ComparedActivation | None:
+    """Return an activation whose full parts add up to the expected one as `Partial`; None for another.
+
+    A row-parallel layer whose caller sums may add its bias on each rank or on none: the caller sets that right.
+    """
+    if not activation.placed.is_replicated:
+        return None
     parts = activation.placed.parts
-    error = distance_of_terms(parts, activation.expected) if activation.placed.is_replicated else inf
-    if error > activation.difference.allowed:
+    bias = _bias(evidence, step, activation)
+    surplus = [0.0] if bias is None else [0.0, bias * (1 - 1 / len(parts)), -bias / len(parts)]  # of each part
+    distances = (distance_of_terms([part - each for part in parts], activation.expected) for each in surplus)
+    error = next((distance for distance in distances if distance <= activation.difference.allowed), None)
+    if error is None:
         return None
     difference = replace(activation.difference, error=error, part_errors=(0.0,) * len(parts))
     return replace(activation, placed=PlacedTensor(Partial(), parts), difference=difference)
+
+
+def _bias(evidence: Evidence, step: int, activation: ComparedActivation) -> Any | None:
+    """Return the only bias of a layer, or of that which an adapter wraps, where its output is compared."""
+    key, expected = activation.key, activation.expected
+    if key.role != "output" or key.phase != "forward" or expected.dim() < 2:
+        return None
+    biases = [
+        weight
+        for name, weight in evidence.weights_before(step).items()
+        if name.endswith(".bias") and is_inside(name, key.module) and weight.shape == expected.shape[-1:]
+    ]
+    return biases[0].to(expected) if len(biases) == 1 else None
 
 
 def _are_summed_later(
@@ -218,7 +238,7 @@ def _are_summed_later(
             continue
         if activation.difference.agrees:
             return True
-        if _as_terms(activation) is not None and _are_summed_later(evidence, step, compared, after):
+        if _as_terms(evidence, step, activation) is not None and _are_summed_later(evidence, step, compared, after):
             return True
     return False
 

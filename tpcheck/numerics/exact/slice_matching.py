@@ -258,12 +258,17 @@ def _alternates(runs: Sequence[Run], num_blocks: int) -> bool:
 
 
 def swapped_shards(slices: Slices) -> Explanation | None:
-    """All shards are there, in another order."""
+    """All shards are there, in another order.
+
+    Slices that stand one by one in another order, such as reversed ones, show no shards, unless there are but two.
+    """
     runs = slices.runs
     if not _is_permutation(runs, slices.num_expected) or len(runs) > _MAX_SHARDS:
         return None
+    if len(runs) > 2 and all(run.length == 1 for run in runs):
+        return None
     order = _order_of_chunks(slices)
-    if order is not None:
+    if order is not None and (len(order) < slices.num_expected or len(order) == len(runs)):
         return Explanation(Cause.SHARD_ORDER_SWAPPED, evidence={"order": order, "tp": len(order)})
     if slices.is_vocabulary:
         return None
