@@ -371,7 +371,8 @@ def test_a_stream_that_is_split_by_rank_counts_by_it(
 def test_what_counts_the_ranks_is_no_length(counts: dict[str, int], shown: int | None) -> None:
     summaries = [of_stream(rank, {"dataset.rank": rank, **counts}) for rank in range(2)]
     explanation = explain_difference(summaries, ["pixels"], ranks=(0, 1))
-    assert explanation is not None and explanation.cause is Cause.SAMPLER_SHARDED_BY_WORLD_RANK
+    assert explanation is not None
+    assert explanation.cause is Cause.SAMPLER_SHARDED_BY_WORLD_RANK
     assert explanation.evidence.get("num_replicas") == shown
 
 

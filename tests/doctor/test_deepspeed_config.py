@@ -73,6 +73,7 @@ CONFIGURATION_OF_BUG = {
 OF_A_MODEL_OR_PROGRAM = {
     "deepspeed-codegen-blocks": "a limit of one model type",
     "deepspeed-drops-adapters": "of adapters, which a program makes",
+    "deepspeed-drops-adapters-of-zero": "of adapters, which a program makes",
     "deepspeed-t5-norm": "of one model type",
     "deepspeed-trainer-drops-optimizers": "of an argument of the Trainer's, with any configuration",
 }

@@ -78,6 +78,14 @@ def test_adapters_that_deepspeed_drops_are_found() -> None:
     assert all(".lora_" in name for name in names)
 
 
+def test_adapters_that_deepspeed_drops_are_named_where_zero_fails_on_them() -> None:
+    report = verify_family("llama", topology=Topology(tp=2), zero_stage=1, lora="4,q_proj,v_proj", steps=1)
+    message = report.verdict.message or ""
+    assert report.verdict.verdict == "error"
+    assert "AutoTP has replaced the layers of 8 trained parameters" in message
+    assert "layers.0.self_attn.q_proj.lora_A.default.weight is the first" in message
+
+
 def test_adapters_on_a_model_that_transformers_shards_pass() -> None:
     checks = ["outputs_match_reference", "gradients_match_reference", "checkpoint_matches_reference"]
     report = verify(adapted_llama, topology=Topology(tp=2), backend="transformers", checks=checks)

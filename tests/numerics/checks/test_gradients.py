@@ -91,6 +91,17 @@ def test_an_output_that_no_rank_has_is_no_end_of_the_backward_pass() -> None:
     assert suspect.parameter == UP
 
 
+def test_a_gradient_that_reentrant_checkpointing_has_in_a_second_call_is_no_end_of_the_backward_pass() -> None:
+    evidence, end = with_gradient(NORM, lambda gradient: torch.zeros_like(gradient), 1), key("block output", "backward")
+    for rank in (0, 1):
+        seen = evidence.candidate[0][rank].activations
+        renamed = {replace(each, call=1) if each == end else each: seen[each] for each in seen}
+        evidence = with_step(evidence, ranks=[rank], activations=renamed)
+    (suspect,) = suspects(evidence)
+    assert "note" not in suspect.evidence
+    assert (suspect.parameter, suspect.gradient.missing_on) == (NORM, (1,))
+
+
 def test_the_backward_pass_ends_where_it_ends_on_any_rank() -> None:
     evidence = with_gradient(UP, lambda gradient: None, 1)
     seen = evidence.candidate[0][1].activations

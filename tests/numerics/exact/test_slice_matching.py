@@ -134,7 +134,8 @@ def test_runs_name_what_happened(name: str) -> None:
 
 def test_two_slices_in_each_others_place_are_two_shards() -> None:
     explanation = explain_slices(Slices(find_runs([1, 0], [0, 1]), 2, 2))
-    assert explanation is not None and explanation.cause is Cause.SHARD_ORDER_SWAPPED
+    assert explanation is not None
+    assert explanation.cause is Cause.SHARD_ORDER_SWAPPED
     assert explanation.evidence == {"order": [1, 0], "tp": 2}
 
 

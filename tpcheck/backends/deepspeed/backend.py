@@ -106,23 +106,23 @@ def _hidden_size(model: nn.Module) -> int | None:
 
 @contextmanager
 def _naming_lost_parameters(model: nn.Module) -> Iterator[None]:
-    """Name the parameters that AutoTP has dropped, where ZeRO looks for them.
+    """Name the trained parameters that AutoTP has dropped, where ZeRO then fails on them.
 
-    With ZeRO, deepspeed 0.19.8 looks up the name of every parameter that the optimizer has among those of the model. Its
-    KeyError for one that AutoTP has dropped with its layer, such as an adapter's, holds the parameter's numbers.
+    deepspeed 0.19.8 drops an adapter's parameters with their layer. ZeRO 1 and 2 look up the name of every parameter of
+    the optimizer in the model (a KeyError that holds the parameter's numbers), ZeRO 3 its part (an AttributeError).
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     try:
         yield
-    except KeyError as error:
-        left = {id(parameter) for parameter in model.parameters()}
-        lost = [name for number, name in names.items() if number not in left]
-        if not lost or not isinstance(error.args[0], nn.Parameter):
+    except (KeyError, AttributeError) as error:
+        left = {name for name, _ in model.named_parameters()}
+        lost = [name for name in trained if name not in left]
+        if not lost:
             raise
         raise BackendError(
-            f"{DeepSpeedBackend.name}, sharding the model: AutoTP has replaced the layers of {len(lost)} trained parameters, "
-            f"which the sharded model lacks ({lost[0]} is the first), and ZeRO does not find them (KeyError). "
-            "ZeRO stage 0 trains without them, silently."
+            f"deepspeed, sharding the model: AutoTP has replaced the layers of {len(lost)} trained parameters, which "
+            f"the sharded model lacks ({lost[0]} is the first), and ZeRO fails on them ({type(error).__name__}). ZeRO "
+            "stage 0 trains without them, silently."
         ) from error
 
 

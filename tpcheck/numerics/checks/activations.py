@@ -103,7 +103,7 @@ def compare_activations(evidence: Evidence, step: int, phase: Phase) -> Compared
         if key.module in called_less:
             not_compared[str(key)] = "called less often than in the unsharded model: which calls match is unknown"
             continue
-        recorded = [_recorded(activations, key, reference) for activations in candidates]
+        recorded = [recorded_by_rank(activations, key, reference) for activations in candidates]
         parts = [part for part in recorded if part is not None]
         if len(parts) < len(candidates):
             not_compared[str(key)] = "not seen on every rank of the sharded model"
@@ -132,7 +132,9 @@ def compare_activations(evidence: Evidence, step: int, phase: Phase) -> Compared
     return ComparedActivations(judged, not_compared, tuple(modules))
 
 
-def _recorded(activations: Mapping[TensorKey, Any], key: TensorKey, reference: Mapping[TensorKey, Any]) -> Any:
+def recorded_by_rank(
+    activations: Mapping[TensorKey, Any], key: TensorKey, reference: Mapping[TensorKey, Any]
+) -> Any | None:
     """Return a rank's tensor; where reentrant checkpointing computes gradients in a second call alone, that one's."""
     second = replace(key, call=1)
     if key in activations or key.phase == "forward" or key.call or second in reference:
@@ -176,8 +178,8 @@ def _with_other_placement(
 
     A module may leave its reduction to what comes after it (experts, an input gradient): the ranks' terms must add up,
     in all features or in some (`families.special_cases.MLA_SHARED_ROTARY_KEY`), with its bias on each rank or on none,
-    and what is computed from them must be right. Or, where the result of its parent is right, it may keep its shard in an order that shapes do not show:
-    return None, the activation cannot be compared.
+    and what is computed from them must be right. Or, where the result of its parent is right, it may keep its shard in
+    an order that shapes do not show: return None, the activation cannot be compared.
     """
     if activation.difference.agrees:
         return activation

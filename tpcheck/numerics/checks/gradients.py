@@ -14,6 +14,7 @@ from tpcheck.numerics.checks.activations import (
     ComparedActivations,
     compare_activations,
     first_divergences,
+    recorded_by_rank,
     scope_of,
 )
 from tpcheck.numerics.checks.backward_facts import backward_facts, collectives_passed, gradients_of_uses
@@ -200,23 +201,26 @@ def _missing_suspect(
 
 def _end_of_backward(evidence: Evidence, step: int) -> TensorKey | None:
     """Return the first tensor whose gradient the reference has and some rank does not."""
-    recorded = [rank.activations for rank in evidence.candidate[step]]
     return next(
         (
             key
             for key in evidence.reference[step].activations
-            if key.phase == "backward" and any(key not in activations for activations in recorded)
+            if key.phase == "backward" and _lacks(evidence, step, key)
         ),
         None,
     )
 
 
+def _lacks(evidence: Evidence, step: int, gradient: TensorKey) -> bool:
+    """Return whether some rank has not recorded a gradient of an activation."""
+    reference = evidence.reference[step].activations
+    return any(recorded_by_rank(rank.activations, gradient, reference) is None for rank in evidence.candidate[step])
+
+
 def _lacks_a_missing_one(evidence: Evidence, step: int, root: TensorKey) -> bool:
     """Return whether a gradient is a sum with a term that does not come back at all, which is a finding already."""
-    recorded = [rank.activations for rank in evidence.candidate[step]]
     terms = (in_phase(after, "backward") for after in consumers(evidence, step, in_phase(root, "forward")))
-    known = (term for term in terms if term in evidence.reference[step].activations)
-    return any(term not in activations for term in known for activations in recorded)
+    return any(_lacks(evidence, step, term) for term in terms if term in evidence.reference[step].activations)
 
 
 def _innermost_with_unseen_collectives(evidence: Evidence, step: int, end: TensorKey) -> TensorKey:
