@@ -71,6 +71,7 @@ def test_a_reduction_that_is_skipped_is_seen_from_the_terms() -> None:
         inner = RIGHT.candidate[0][rank].activations[key("block.down input")]
         term = inner @ tensors[DOWN].t() + tensors[BIAS]
         evidence = with_tensor(evidence, "activations", OUTPUT, lambda tensor, term=term: term, ranks=[rank])
+    evidence = with_tensor(evidence, "activations", key("block output"), lambda tensor: tensor + 1)
     suspect, *_ = outputs_match_reference(evidence, 0).suspects
     assert the_cause(suspect) is Cause.MISSING_REDUCE
 
