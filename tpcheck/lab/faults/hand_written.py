@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,9 +74,11 @@ class Attention(_Part):
 
 
 class MLP(_Part):
-    def __init__(self) -> None:
+    def __init__(self, *, down_bias: bool) -> None:
         super().__init__()
         self.up, self.down = self.linear(WIDTH, INNER), self.linear(INNER, WIDTH)
+        if down_bias:
+            self.down = nn.Linear(INNER, WIDTH)
         self.norm: nn.Module | None = None
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
@@ -86,10 +89,10 @@ class MLP(_Part):
 class Block(_Part):
     """Attention and MLP, one after the other, or beside each other with one reduction for both."""
 
-    def __init__(self, *, beside: bool, inner_norm: bool, key_bias: bool) -> None:
+    def __init__(self, *, beside: bool, inner_norm: bool, key_bias: bool, down_bias: bool) -> None:
         super().__init__()
         self.attention_norm, self.attention = RMSNorm(WIDTH), Attention(key_bias=key_bias)
-        self.mlp_norm, self.mlp = RMSNorm(WIDTH), MLP()
+        self.mlp_norm, self.mlp = RMSNorm(WIDTH), MLP(down_bias=down_bias)
         self.beside = beside
         if inner_norm:
             self.mlp.norm = RMSNorm(INNER)
@@ -124,6 +127,7 @@ class Model(nn.Module):
     Args:
         beside, inner_norm: Of the blocks.
         key_bias: Whether keys have a bias, whose gradient is mathematically zero.
+        down_bias: Whether the row-parallel layers of MLPs have one.
         repeats: How often the blocks are used.
         loss: Of all logits and labels.
         passes: How often the model is called, each time with a part of the samples.
@@ -135,6 +139,7 @@ class Model(nn.Module):
         beside: bool = False,
         inner_norm: bool = False,
         key_bias: bool = False,
+        down_bias: bool = False,
         repeats: int = 1,
         loss: LossOfLogits = _cross_entropy,
         passes: int = 1,
@@ -143,7 +148,7 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.positions_LD = nn.Parameter(torch.randn(LENGTH, WIDTH))
         self.blocks = nn.ModuleList(
-            Block(beside=beside, inner_norm=inner_norm, key_bias=key_bias) for _ in range(LAYERS)
+            Block(beside=beside, inner_norm=inner_norm, key_bias=key_bias, down_bias=down_bias) for _ in range(LAYERS)
         )
         self.norm, self.head, self.loss = RMSNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False), Loss(loss)
         self.repeats, self.passes = repeats, passes
@@ -370,6 +375,21 @@ def _whole_halves_reduced(*left_out: str) -> Style:
 
 adapters_reduced = _whole_halves_reduced()
 adapters_reduced.__name__ = "adapters_reduced"
+
+
+def bias_after_sum(model: Model, rank: RankLike) -> None:
+    """Leave the bias of the MLPs' row-parallel layers to the MLP, which adds it to the sum."""
+    for block in model.all_blocks():
+        block.mlp.down.forward = partial(_linear_without_bias, block.mlp.down)
+        block.mlp.leave = partial(_with_bias, block.mlp.down, block.mlp.leave)
+
+
+def _linear_without_bias(layer: nn.Linear, hidden: Tensor) -> Tensor:
+    return functional.linear(hidden, layer.weight)
+
+
+def _with_bias(layer: nn.Linear, leave: Function, terms: Tensor) -> Tensor:
+    return leave(terms) + layer.bias
 
 
 def around(model: Model, rank: RankLike) -> None:
@@ -820,6 +840,7 @@ CONTROLS = (
     HandWrittenControl(inside, also=largest_subtracted),
     HandWrittenControl(inside, _INNER_NORM, also=whole_statistic),
     HandWrittenControl(inside, {"repeats": 2}),
+    HandWrittenControl(inside, {"down_bias": True}, also=bias_after_sum),
     HandWrittenControl(around, topology=TP2_DP2),
     HandWrittenControl(inside_adapters, {"lora": 2}, also=adapters_reduced),
 )
