@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
 import pytest
 import torch
 
 from tpcheck.core.errors import UsageError
-from tpcheck.core.installed_source import fields_of, imported_names, keys_of, parameters_of
+from tpcheck.core.installed_source import _tree, fields_of, imported_names, keys_of, parameters_of
 from tpcheck.core.optimizers import require_optimizer, torch_optimizers
 from tpcheck.families.adapters import require_lora
 from tpcheck.families.build import HEADS
@@ -50,3 +53,19 @@ def test_a_source_that_is_not_there_says_nothing() -> None:
 def test_without_a_source_any_optimizer_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tpcheck.core.optimizers.torch_optimizers", dict)
     require_optimizer("nosuch", ["lrr"])
+
+
+def test_threads_read_source_at_once() -> None:
+    """As the jobs of a matrix do. What is called at a garbage collection lets another thread run."""
+    modules = [f"torch.{name}" for name in ("nn.functional", "storage", "serialization", "_tensor", "hub", "library")]
+
+    def switch(*_: object) -> None:
+        time.sleep(0)
+
+    _tree.cache_clear()
+    gc.callbacks.append(switch)
+    try:
+        with ThreadPoolExecutor(len(modules)) as threads:
+            assert all(threads.map(imported_names, modules))
+    finally:
+        gc.callbacks.remove(switch)

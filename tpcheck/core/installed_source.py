@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
+
+# Python 3.11 counts how deep its parser is for all threads together, and raises SystemError where a garbage collection
+# lets one parse while another does: https://github.com/python/cpython/issues/106905
+_PARSER = Lock()
 
 
 def imported_names(module: str) -> tuple[tuple[str, str], ...]:
@@ -94,9 +99,11 @@ def _tree(module: str) -> ast.Module:
     """Return the source of a module; an empty one where it has none, or is not installed."""
     path = _path(module)
     try:
-        return ast.parse("" if path is None else path.read_text(encoding="utf-8"))
+        text = "" if path is None else path.read_text(encoding="utf-8")
+        with _PARSER:
+            return ast.parse(text)
     except (OSError, SyntaxError, ValueError):
-        return ast.parse("")
+        return ast.Module([], [])
 
 
 def _path(module: str) -> Path | None:
