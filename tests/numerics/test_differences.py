@@ -44,8 +44,9 @@ def test_sharded_errors_add_up_and_replicated_ones_do_not() -> None:
     sharded, replicated = infer_placement((1, 4), [off, off]), infer_placement((1, 2), [off, off])
     assert sharded is not None
     assert replicated is not None
-    assert compare_placed(sharded, zeros, 0.0).error == pytest.approx(6)
-    assert compare_placed(replicated, zeros[:, :2], 0.0).error == pytest.approx(math.sqrt(18))
+    of_shards, of_replicas = compare_placed(sharded, zeros, 0.0), compare_placed(replicated, zeros[:, :2], 0.0)
+    assert (of_shards.error, of_shards.count_differing) == (pytest.approx(6), 4)
+    assert (of_replicas.error, of_replicas.count_differing) == (pytest.approx(math.sqrt(18)), 2)
 
 
 def test_nan_and_infinities_agree_with_themselves_alone() -> None:

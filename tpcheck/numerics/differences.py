@@ -23,7 +23,7 @@ class Difference:
         part_errors: Frobenius norm of each rank's error, by tp_rank.
         largest: Largest absolute difference of one element.
         largest_at: Its index in the part that holds it.
-        count_differing: How many elements differ at all.
+        count_differing: How many elements differ at all; the worst rank's number where the tensor is replicated.
     """
 
     error: float
@@ -78,6 +78,7 @@ def compare_placed(placed: PlacedTensor, expected: torch.Tensor, allowed: float)
 def summarize(gaps: Sequence[torch.Tensor], expected_norm: float, allowed: float, *, is_replicated: bool) -> Difference:
     """Return the difference whose elements are `gaps`, one tensor for each rank's part."""
     errors = tuple(frobenius(gap) for gap in gaps)
+    counts = [int(gap.count_nonzero()) for gap in gaps]
     largest, at = max((largest_element(gap) for gap in gaps), key=lambda element: element[0])
     return Difference(
         error=max(errors) if is_replicated else hypot(*errors),
@@ -86,7 +87,7 @@ def summarize(gaps: Sequence[torch.Tensor], expected_norm: float, allowed: float
         part_errors=errors,
         largest=largest,
         largest_at=at,
-        count_differing=sum(int(gap.count_nonzero()) for gap in gaps),
+        count_differing=max(counts) if is_replicated else sum(counts),
     )
 
 
