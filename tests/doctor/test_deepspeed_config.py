@@ -76,6 +76,7 @@ OF_A_MODEL_OR_PROGRAM = {
     "deepspeed-drops-adapters-of-zero": "of adapters, which a program makes",
     "deepspeed-t5-norm": "of one model type",
     "deepspeed-trainer-drops-optimizers": "of an argument of the Trainer's, with any configuration",
+    "deepspeed-zero3-experts": "of one model type",
 }
 
 
