@@ -12,6 +12,7 @@ def test_phases_of_this_process_are_heard_while_somebody_listens() -> None:
     with listening(heard.append):
         begin_phase("first")
         begin_phase("second")
+        begin_phase("of another rank", 1)
     begin_phase("after")
     assert heard == ["first", "second"]
 

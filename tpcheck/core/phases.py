@@ -26,8 +26,10 @@ def listening(listener: _Listener) -> Iterator[None]:
         _LISTENER.reset(token)
 
 
-def begin_phase(text: str) -> None:
-    """Report what this process does next; on ranks for the first one to call."""
+def begin_phase(text: str, rank: int = 0) -> None:
+    """Report what this process does next; of the ranks of a world the first one does."""
+    if rank:
+        return
     listener, path = _LISTENER.get(), os.environ.get(_VARIABLE)
     if listener is not None:
         listener(text)

@@ -81,7 +81,7 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
     with everything_in_float64(request.options.dtype == "float64"), backend.session(options):
         initialised = None
         if INITIALISATION_CHECK in checks:
-            _begin_phase(rank, f"{INITIALISATION_CHECK}: models made from scratch")
+            begin_phase(f"{INITIALISATION_CHECK}: models made from scratch", rank.rank)
             initialised = verify_initialisation(rank, request, backend, options)
             if set(checks) == {INITIALISATION_CHECK}:
                 return RankAnswer(GroupAnswer((initialised,)) if rank.rank == 0 else None, backend.versions())
@@ -149,8 +149,8 @@ def _train_both(
 ) -> Evidence | None:
     """Train both sides; return `evidence` with their steps, on the first rank of each TP group. Collective."""
     batches = [step[_dp_rank(rank)] for step in reference.batches]
-    _begin_phase(
-        rank, f"training the unsharded model, {1 + reference.replays} times more to measure what rounding does"
+    begin_phase(
+        f"training the unsharded model, {1 + reference.replays} times more to measure what rounding does", rank.rank
     )
     steps, tolerance = reference.train(rank)
     # In float64 rounding hides nothing; what a step that overflows has is not compared.
@@ -158,10 +158,10 @@ def _train_both(
     module_tolerance = forced_tolerance(reference, rank, steps[0]) if forces else None
     num_graphs = num_compiled_graphs()  # the first pass compiles, and that is the one with teacher forcing
     forced = _forced_pass(backend, candidate, reference, steps[0], rank, log) if forces else None
-    _begin_phase(rank, "training the sharded model")
+    begin_phase("training the sharded model", rank.rank)
     candidate_steps = train(backend, candidate, tuple(start.weights), batches, log)
     require_compiled(reference.options, num_compiled_graphs() - num_graphs)
-    _begin_phase(rank, "comparing the steps of both")
+    begin_phase("comparing the steps of both", rank.rank)
     full = _step_evidence(rank, evidence, steps, tolerance, candidate_steps)
     for _ in range(_PARTS_OF_CONVENTION):
         clipping = _observed_clipping(rank, full)
@@ -334,11 +334,6 @@ def _numbers(calls: tuple[str, ...], first: tuple[str, ...]) -> list[int]:
     for number, outputs in enumerate(first):
         numbers[outputs].append(number)
     return [numbers[outputs].pop(0) for outputs in calls]
-
-
-def _begin_phase(rank: RankLike, text: str) -> None:
-    if rank.rank == 0:
-        begin_phase(text)
 
 
 def _dp_rank(rank: RankLike) -> int:

@@ -48,10 +48,8 @@ def verify_saved(
     with _shared_folder(rank) as folder:
         for number, (way, save) in enumerate(candidate.ways_to_save().items()):
             target = folder / str(number)
-            if rank.rank == 0:
-                begin_phase(
-                    f"{CHECKPOINT_CHECK}: {way}, {'before the first step' if step < 0 else f'after step {step}'}"
-                )
+            moment = "before the first step" if step < 0 else f"after step {step}"
+            begin_phase(f"{CHECKPOINT_CHECK}: {way}, {moment}", rank.rank)
             failures = [failure.replace(str(target), "FOLDER") for failure in _save(rank, save, target)]
             if rank.rank == 0:
                 answer = _add_way(answer, way, target, expected, failures)

@@ -59,9 +59,9 @@ def _is_another_draw(comparison: Comparison) -> bool:
 
 
 def _spread(shape: tuple[int, ...]) -> float:
-    """Return how far a norm from a sketch may be off: four deviations, where tiles along both dims are added up."""
+    """Return how far a norm from a sketch may be off, where tiles along both dims are added up."""
     is_matrix = len(shape) > 1 and min(shape[-1], prod(shape[:-1])) >= TILES
-    return 4 / sqrt(2 * SIGN_SETS * TILES * TILES) if is_matrix else SPREAD_OF_ONE_ROW
+    return _DEVIATIONS / sqrt(2 * SIGN_SETS * TILES * TILES) if is_matrix else SPREAD_OF_ONE_ROW
 
 
 def _stands_elsewhere(comparisons: Sequence[Comparison], wrong: Sequence[Comparison]) -> bool:

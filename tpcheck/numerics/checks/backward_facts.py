@@ -11,12 +11,7 @@ import torch
 from tpcheck.numerics.activation_placement import PlacedTensor
 from tpcheck.numerics.checks.recompute import gradient_product
 from tpcheck.numerics.checks.suspects import ComparedParameter
-from tpcheck.numerics.data_flow import (
-    collectives_behind,
-    in_phase,
-    is_exchanged_before,
-    is_result,
-)
+from tpcheck.numerics.data_flow import collectives_behind, in_phase, is_exchanged_before, is_result
 from tpcheck.numerics.differences import frobenius, frobenius_distance
 from tpcheck.numerics.evidence import BackwardFacts, Evidence, TensorKey
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, MOST_USES, RECOMPUTED_FACTOR
@@ -49,11 +44,11 @@ def backward_facts(evidence: Evidence, step: int, key: TensorKey, placed: Placed
         collectives_passed(evidence, step, key, unseen=True),
         sums_backward=is_exchanged_before(evidence, step, key),
     )
-    if facts.collectives and is_result(key):
-        inputs, outputs, output_gradients = _one_in_one_out(evidence, step, key)
-        facts = replace(facts, inputs=inputs, outputs=outputs, output_gradients=output_gradients)
     if not facts.collectives:
         return facts
+    if is_result(key):
+        inputs, outputs, output_gradients = _one_in_one_out(evidence, step, key)
+        facts = replace(facts, inputs=inputs, outputs=outputs, output_gradients=output_gradients)
     through_sum = _through_sum(evidence.reference[step].activations, key)
     if through_sum is None:
         return facts
