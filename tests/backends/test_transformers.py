@@ -2,15 +2,19 @@
 
 import subprocess
 import sys
+import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import transformers
 from torch import nn
 
 import tpcheck
-from tpcheck import Topology, UsageError
+from tpcheck import Rank, Topology, UsageError
 from tpcheck.backends.interface import TrainingOptions
 from tpcheck.backends.transformers.backend import (
     BEFORE_TP_SIZE,
@@ -143,6 +147,25 @@ def test_settings_that_files_do_not_carry_are_copied() -> None:
 def test_a_model_of_another_library_is_refused() -> None:
     with pytest.raises(UsageError, match=r"build='Linear': expected a transformers\.PreTrainedModel"):
         save_and_load(nn.Linear(1, 1), torch.float32)
+
+
+class FailsOnRankZeroFirst(transformers.LlamaForCausalLM):
+    """A model whose loading fails on every rank, on rank 0 before the others have read a file."""
+
+    @classmethod
+    def from_pretrained(cls, path: str, **how: Any) -> Any:
+        if dist.get_rank():
+            time.sleep(0.2)
+            assert Path(path, "config.json").is_file()
+        raise NotImplementedError("no such plan")
+
+
+@pytest.mark.tpcheck(tp=2)
+def test_files_stay_until_every_rank_has_read_them_also_after_an_error(tp_rank: Rank) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = FailsOnRankZeroFirst(transformers.LlamaConfig(vocab_size=8, **sizes))
+    with pytest.raises(NotImplementedError):
+        save_and_load(model, torch.float32)
 
 
 def test_older_versions_take_a_plan_and_do_not_clip() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +31,7 @@ from tpcheck.backends.peft_models import is_peft_model
 from tpcheck.backends.sgd import Sgd
 from tpcheck.backends.transformers.adapters import add_adapters
 from tpcheck.backends.transformers.candidate import TransformersCandidate
+from tpcheck.core.environment import WORLD_FOLDER_VARIABLE
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
 
@@ -200,18 +203,23 @@ def _saved(model: PreTrainedModel) -> Iterator[str]:
 
 @contextmanager
 def _shared_folder() -> Iterator[str]:
-    """Make a folder that every rank on this machine reads, and remove it once all of them have left the context."""
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    names = [tempfile.mkdtemp(prefix="tpcheck-loaded-") if is_first else ""]
-    try:
-        if dist.is_initialized():
-            dist.broadcast_object_list(names)
-        yield names[0]
-        if dist.is_initialized():
-            dist.barrier()
-    finally:
-        if is_first:
-            shutil.rmtree(names[0], ignore_errors=True)
+    """Make a folder that every rank on this machine reads, and remove it once all of them have left the context.
+
+    After an error others may still be reading, and are not to fail for a missing folder: it goes with its process, or
+    with the world, whose ranks end without finalizers.
+    """
+    created = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        created = tempfile.mkdtemp(prefix="tpcheck-loaded-", dir=os.environ.get(WORLD_FOLDER_VARIABLE))
+        atexit.register(shutil.rmtree, created, ignore_errors=True)
+    names = [created]
+    if dist.is_initialized():
+        dist.broadcast_object_list(names)
+    yield str(names[0])
+    if dist.is_initialized():
+        dist.barrier()
+    if created is not None:
+        shutil.rmtree(created, ignore_errors=True)
 
 
 def copy_unsaved_settings(model: nn.Module, sharded: nn.Module) -> None:
