@@ -149,7 +149,7 @@ def test_a_model_of_another_library_is_refused() -> None:
         save_and_load(nn.Linear(1, 1), torch.float32)
 
 
-class FailsOnRankZeroFirst(transformers.LlamaForCausalLM):
+class FailsOnRankZeroFirst(transformers.LlamaForCausalLM):  # type: ignore[misc]
     """A model whose loading fails on every rank, on rank 0 before the others have read a file."""
 
     @classmethod
