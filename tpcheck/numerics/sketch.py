@@ -39,7 +39,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import repeat
+from itertools import pairwise, repeat
 from math import prod
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from threading import Lock
@@ -48,7 +48,7 @@ from typing import Any
 import torch
 import xxhash
 
-from tpcheck.core.digests import odd_keys, splitmix
+from tpcheck.core.digests import BlockDigest, odd_keys, splitmix
 from tpcheck.core.errors import UsageError
 from tpcheck.numerics.global_index import PADDING, GlobalIndex
 
@@ -237,7 +237,12 @@ def sketch(
 
 
 def start_sketch(
-    tensor: torch.Tensor, index: GlobalIndex | None = None, *, rows: RowKeys | None = None, scale: float = 1.0
+    tensor: torch.Tensor,
+    index: GlobalIndex | None = None,
+    *,
+    rows: RowKeys | None = None,
+    scale: float = 1.0,
+    digest: BlockDigest | None = None,
 ) -> PendingSketch:
     """Compute the sketch of `scale` times a tensor on its device, without waiting for it.
 
@@ -247,6 +252,7 @@ def start_sketch(
             None where all of it is here.
         rows: Names of the rows, which are then the leading dims; in the order of the flattened leading dims.
         scale: Multiplies every element.
+        digest: Of the tensor; gets the blocks that are read, where these are its memory from start to end.
 
     Raises:
         UsageError: The tensor does not have the shape that the index or the rows say.
@@ -266,7 +272,7 @@ def start_sketch(
             if rows is None or index is not None:
                 values = values.flatten(-2 if values.dim() > 1 else 0)
             index = None if index is None else _as_real(index)
-        sums = _Sums(values.device, _product_dtype(values))
+        sums = _Sums(values.device, _product_dtype(values), digest)
         if rows is not None:
             _add_keyed_rows(sums, values, index, rows)
         else:
@@ -351,8 +357,9 @@ def _as_words(leaf: torch.Tensor) -> torch.Tensor:
 class _Sums:
     """The sums of one sketch while they are computed, on a device."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, digest: BlockDigest | None = None) -> None:
         self.device = device
+        self.digest = digest
         self.dtype = dtype  # of products
         self.block = _BLOCK if is_host(device) else _DEVICE_BLOCK
         self.row = _new_row(device)
@@ -418,7 +425,7 @@ class _Axis:
     signs: torch.Tensor
     tiles: torch.Tensor
     runs: tuple[tuple[int, int, int], ...]
-    derived: dict[int, tuple[_Chunks, ...]] = field(default_factory=dict, init=False, compare=False, repr=False)
+    derived: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def part(self, start: int, stop: int) -> _Axis:
         if (start, stop) == (0, len(self.tiles)):
@@ -434,12 +441,29 @@ class _Axis:
     def has_long_runs(self) -> bool:
         return 0 < len(self.runs) * _SHORT_RUN <= len(self.tiles)
 
+    def present(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tiles that have any row, and for each row which of them is its tile."""
+        if "present" not in self.derived:
+            self.derived["present"] = torch.unique(self.tiles, return_inverse=True)
+        present: tuple[torch.Tensor, torch.Tensor] = self.derived["present"]
+        return present
+
     def chunks(self, height: int) -> tuple[_Chunks, ...]:
-        """Return the chunks of each block of `height` rows."""
+        """Return the chunks of blocks of up to `height` rows, which end where tiles end if they can."""
         if height not in self.derived:
-            starts = range(0, len(self.tiles), height)
-            self.derived[height] = tuple(_Chunks.of(self, start, start + height) for start in starts)
-        return self.derived[height]
+            blocks = _blocks_of_runs(self.runs, height)
+            self.derived[height] = tuple(_Chunks.of(self, start, stop) for start, stop in blocks)
+        chunks: tuple[_Chunks, ...] = self.derived[height]
+        return chunks
+
+    def cut_signs(self) -> torch.Tensor | None:
+        """Return the signs as (SIGN_SETS * runs, length, 1), or None where runs are not of one length."""
+        if "cut" not in self.derived:
+            lengths = {stop - start for _, start, stop in self.runs}
+            is_even = len(lengths) == 1
+            self.derived["cut"] = self.signs.reshape(SIGN_SETS * len(self.runs), -1, 1) if is_even else None
+        cut: torch.Tensor | None = self.derived["cut"]
+        return cut
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -448,7 +472,9 @@ class _Chunks:
 
     Attributes:
         start, stop: The rows of the block.
-        tiles: The tile of each chunk.
+        tiles: The tile of each chunk, as a number among those that have any row.
+        first, last: The lowest tile, and one past the highest one.
+        is_one_each: Whether each tile between these has one chunk.
         order: Rows of the block by chunk and pattern.
         signs: The first sign of each of them, float32.
         offsets: Where in `order` each pattern of each chunk starts.
@@ -457,13 +483,16 @@ class _Chunks:
     start: int
     stop: int
     tiles: torch.Tensor
+    first: int
+    last: int
+    is_one_each: bool
     order: torch.Tensor
     signs: torch.Tensor
     offsets: torch.Tensor
 
     @classmethod
     def of(cls, axis: _Axis, start: int, stop: int) -> _Chunks:
-        tiles, signs = axis.tiles[start:stop], axis.signs[:, start:stop]
+        tiles, signs = axis.present()[1][start:stop], axis.signs[:, start:stop]
         by_tile = tiles.argsort(stable=True)
         sizes = torch.bincount(tiles, minlength=TILES)
         num_chunks = -(-sizes // _CHUNK_ROWS)
@@ -476,9 +505,10 @@ class _Chunks:
         order = bag.argsort(stable=True)
         counts = torch.bincount(bag, minlength=int(num_chunks.sum()) * _PATTERNS)
         of_tiles = torch.arange(TILES, device="cpu").repeat_interleave(num_chunks)
-        return cls(
-            start, min(stop, start + len(tiles)), of_tiles, order, signs[0][order].float(), counts.cumsum(0) - counts
-        )
+        first, last = int(of_tiles[0]), int(of_tiles[-1]) + 1
+        is_one_each = bool((num_chunks[first:last] == 1).all())
+        offsets = counts.cumsum(0) - counts
+        return cls(start, stop, of_tiles, first, last, is_one_each, order, signs[0][order].float(), offsets)
 
 
 def _add_matrix(sums: _Sums, values: torch.Tensor, index: GlobalIndex) -> None:
@@ -547,7 +577,7 @@ def _add_block(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) -
         matrix, rows, columns, tiles = matrix.T, columns, rows, tiles.transpose(1, 2)
     is_large = is_host(sums.device) and matrix.numel() > _SMALL
     if is_large and matrix.dtype in _SUMMED_IN_FLOAT32:
-        short_sums = _short_sums(matrix, rows, columns)
+        short_sums = _short_sums(matrix, rows, columns, sums.digest)
         if short_sums is not None:
             tiles += short_sums[0]
             sums.sum_squares += short_sums[1]
@@ -556,7 +586,9 @@ def _add_block(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) -
     tiles += (_rows_first if by_rows else _columns_first)(sums, matrix, rows, columns)
 
 
-def _short_sums(matrix: torch.Tensor, rows: _Axis, columns: _Axis) -> tuple[torch.Tensor, float] | None:
+def _short_sums(
+    matrix: torch.Tensor, rows: _Axis, columns: _Axis, digest: BlockDigest | None
+) -> tuple[torch.Tensor, float] | None:
     """Return the tiles and the sum of squares of a matrix on the CPU, by sums of a few rows in float32.
 
     None where float32 does not do: an element is infinite or NaN, or its square is beyond the range.
@@ -566,33 +598,46 @@ def _short_sums(matrix: torch.Tensor, rows: _Axis, columns: _Axis) -> tuple[torc
         tiles, squares = torch.zeros(SIGN_SETS, TILES, TILES, dtype=torch.float64, device="cpu"), 0.0
         for start in range(0, width, _WIDEST):
             stop = min(start + _WIDEST, width)
-            part = _short_sums(matrix[:, start:stop], rows, columns.part(start, stop))
+            part = _short_sums(matrix[:, start:stop], rows, columns.part(start, stop), None)
             if part is None:
                 return None
             tiles += part[0]
             squares += part[1]
         return tiles, squares
-    by_tile = torch.zeros(TILES, SIGN_SETS, width, dtype=torch.float64, device="cpu")
-    patterns, squares = _patterns(), 0.0
-    for chunks in rows.chunks(max(_CHUNK_ROWS, _FLOAT32_BLOCK // width)):
-        block = matrix[chunks.start : chunks.stop].to(torch.float32).contiguous()
-        of_block = _sum_of_squares(block.view(-1))
-        if not _LEAST_SQUARE * block.numel() < of_block < math.inf:
-            return None
-        squares += of_block
+    present = rows.present()[0]
+    by_tile = torch.empty(len(present), SIGN_SETS, width, dtype=torch.float64, device="cpu")
+    patterns, norms, started = _patterns(), [], 0
+    for chunks in rows.chunks(max(_CHUNK_ROWS // 2, _FLOAT32_BLOCK // width)):
+        block = matrix[chunks.start : chunks.stop]
+        if digest is not None:
+            digest.update(block)
+        block = block.to(torch.float32).contiguous()
+        norms += _norms(block.view(-1))
         by_pattern = torch.embedding_bag(block, chunks.order, chunks.offsets, per_sample_weights=chunks.signs)[0]
         number = len(chunks.tiles)
         by_sign = torch.bmm(patterns.expand(number, -1, -1), by_pattern.view(number, _PATTERNS, width))
-        by_tile.index_add_(0, chunks.tiles, by_sign.to(torch.float64))
-    return _column_sums(by_tile, columns), squares
+        if chunks.is_one_each and chunks.first == started:
+            by_tile[started : chunks.last].copy_(by_sign)
+        else:
+            if started < chunks.last:
+                by_tile[started : chunks.last] = 0.0
+            by_tile.index_add_(0, chunks.tiles, by_sign.to(torch.float64))
+        started = max(started, chunks.last)
+    all_norms = torch.cat(norms).to(torch.float64)
+    squares = float(torch.dot(all_norms, all_norms))
+    if not _LEAST_SQUARE * matrix.numel() < squares < math.inf:
+        return None
+    tiles = torch.zeros(SIGN_SETS, TILES, TILES, dtype=torch.float64, device="cpu")
+    tiles[:, present] = _column_sums(by_tile, columns)
+    return tiles, squares
 
 
-def _sum_of_squares(flat: torch.Tensor) -> float:
-    """Return the sum of squares of float32 numbers on the CPU; _SQUARES of them at a time are summed in float32."""
+def _norms(flat: torch.Tensor) -> list[torch.Tensor]:
+    """Return norms of float32 numbers on the CPU, of _SQUARES at a time: what is summed in float32."""
     num_rows = flat.numel() // _SQUARES
-    norms = torch.linalg.vector_norm(flat[: num_rows * _SQUARES].view(num_rows, _SQUARES), dim=1).to(torch.float64)
-    others = flat[num_rows * _SQUARES :].to(torch.float64)
-    return float(torch.dot(norms, norms) + torch.dot(others, others))
+    norms = torch.linalg.vector_norm(flat[: num_rows * _SQUARES].view(num_rows, _SQUARES), dim=1)
+    others = flat[num_rows * _SQUARES :]
+    return [norms, others.abs()] if others.numel() else [norms]
 
 
 @lru_cache(maxsize=1)
@@ -625,15 +670,34 @@ def _rows_first(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) 
 
 
 def _column_sums(by_tile: torch.Tensor, columns: _Axis) -> torch.Tensor:
-    """Return the signed sums of the columns: (SIGN_SETS, TILES, TILES) of (TILES, SIGN_SETS, width), overwritten."""
-    by_tile *= columns.signs
-    if len({stop - start for _, start, stop in columns.runs}) == 1:
-        by_run = by_tile.view(TILES, SIGN_SETS, len(columns.runs), -1).sum(-1).transpose(0, 1)
+    """Return the signed sums of the columns: (SIGN_SETS, n, TILES) of (n, SIGN_SETS, width), which is overwritten."""
+    num_tiles, signs = len(by_tile), columns.cut_signs()
+    if signs is not None:
+        cut = by_tile.view(num_tiles, len(signs), -1).transpose(0, 1)
+        by_run = torch.bmm(cut, signs).view(SIGN_SETS, len(columns.runs), num_tiles).transpose(1, 2)
         return by_run @ _tile_of_run(tuple(tile for tile, _, _ in columns.runs), by_tile.device)
-    tiles_sums = torch.zeros(SIGN_SETS, TILES, TILES, dtype=torch.float64, device=by_tile.device)
+    by_tile *= columns.signs
+    tiles_sums = torch.zeros(SIGN_SETS, num_tiles, TILES, dtype=torch.float64, device=by_tile.device)
     for tile, start, stop in columns.runs:
         tiles_sums[:, :, tile] += by_tile[:, :, start:stop].sum(-1).T
     return tiles_sums
+
+
+def _blocks_of_runs(runs: Sequence[tuple[int, int, int]], most: int) -> Iterator[tuple[int, int]]:
+    """Yield first and end of blocks of up to `most` rows: of whole runs, or of like pieces of a longer one."""
+    start, end = 0, 0
+    for _, first, last in runs:
+        if start < first and last - start > most:
+            yield start, first
+            start = first
+        num_pieces = -(-(last - first) // most)
+        if num_pieces > 1:
+            marks = [first + piece * (last - first) // num_pieces for piece in range(num_pieces + 1)]
+            yield from pairwise(marks)
+            start = last
+        end = last
+    if start < end:
+        yield start, end
 
 
 def _batches(runs: Sequence[tuple[int, int, int]], most: int) -> Iterator[tuple[tuple[int, ...], int, int]]:
