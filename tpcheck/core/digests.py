@@ -50,7 +50,8 @@ class BlockDigest:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
-        self._next = tensor.data_ptr() if tensor.is_contiguous() else 0
+        is_plain = type(tensor) is torch.Tensor and tensor.is_contiguous()
+        self._next = tensor.data_ptr() if is_plain else 0
         self._end = self._next + tensor.nbytes
         self._hash = xxhash.xxh3_128()
 
