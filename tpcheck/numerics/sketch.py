@@ -20,11 +20,12 @@ most 9 e_A^2, its variance 8 e_A^2 = (4 + 2 + 2) e_A^2; tiles that share no band
 The signs of a product have heavier tails than independent ones; raise SIGN_SETS where a verdict hangs on one tile.
 
 How far it is rounded. Sums are float64. On the CPU those of a large float32, bfloat16 or float16 matrix begin in
-float32: up to 64 rows of one tile, in sums of about 8 that have the same signs, then those 8 sums. With u = 2^-24, a
-sum of k terms of size x and random signs has partial sums of sqrt(j) x, and rounds each by at most u / sqrt(3) of it
-(root mean square): together k u x / sqrt(6). Sums of 8 rows, whose number varies by chance (the mean of k^2 is 9 times
-that of k), make sqrt(9 / 6) u of the norm, sums of 8 of them sqrt(8 / 6) u: FLOAT32_ROUNDING = 1.7 u, however large the
-tensor (measured on normal numbers: 1.1 to 1.3 u; rounding the elements themselves is 0.6 u). The sum of squares is then
+float32. Up to 64 rows of one tile make sums of about 8 that have the same signs, and then sums of these 8; up to 128
+rows make sums of about 16, which are added in float64. With u = 2^-24, a sum of k terms of size x and random signs has
+partial sums of sqrt(j) x, and rounds each by at most u / sqrt(3) of it (root mean square): together k u x / sqrt(6).
+Sums of n rows, whose number varies by chance (the mean of k^2 is n + 1 times that of k), make sqrt((n + 1) / 6) u of
+the norm, sums of 8 of them sqrt(8 / 6) u: in both ways sqrt(17 / 6) u, FLOAT32_ROUNDING = 1.7 u, however large the
+tensor (measured on normal numbers: 0.8 to 1.4 u; rounding the elements themselves is 0.6 u). The sum of squares is then
 exact to 2 u. Otherwise (float64, and up to 65536 elements) a sketch is exact to 1e-15 of the norm. On a device products
 of bfloat16 and float16 are float32.
 
@@ -70,6 +71,7 @@ __all__ = [
 SIGN_SETS = 4
 TILES = 16  # along the rows and along the columns
 
+_ALL_TILES = tuple(range(TILES))
 _NUM_SUMS = SIGN_SETS * TILES * TILES
 _PACKED = _NUM_SUMS + 2
 _BLOCK_ROWS = 128  # 1 MiB
@@ -80,8 +82,9 @@ _ROWS, _COLUMNS, _ELEMENTS, _POSITIONS = 1 << 60, 2 << 60, 3 << 60, 1 << 59
 _BLOCK, _DEVICE_BLOCK = 1 << 17, 1 << 24
 _CHUNK = 1 << 16  # elements whose signs are hashed one by one: bounds what is kept for a vector to 5 MiB
 # Rows of one tile that are summed in float32: one addition an element gives a sum for each of the 8 patterns of signs
-# that rows have up to their first sign, and a product with the patterns a sum for each set. All after that is float64.
-_CHUNK_ROWS, _PATTERNS = 64, 1 << (SIGN_SETS - 1)
+# that rows have up to their first sign. A product with the patterns makes a sum for each set of these, in float32 if
+# they are of few rows. All after that is float64.
+_CHUNK_ROWS, _FEW_ROWS, _PATTERNS = 128, 64, 1 << (SIGN_SETS - 1)
 _SUMMED_IN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT32_BLOCK = 1 << 18  # elements: 1 MiB, as _BLOCK
 _WIDEST = 1 << 14  # columns at once: bounds what a vocabulary needs to 12 MiB
@@ -89,7 +92,7 @@ _WIDEST = 1 << 14  # columns at once: bounds what a vocabulary needs to 12 MiB
 _SQUARES = 128
 # Of a mean square in float32: what underflows in it is below 2^-149 an element.
 _LEAST_SQUARE = 2.0**-119
-FLOAT32_ROUNDING = math.sqrt((_CHUNK_ROWS / _PATTERNS + 1 + _PATTERNS) / 6) * 2.0**-24
+FLOAT32_ROUNDING = math.sqrt((max(_CHUNK_ROWS, _FEW_ROWS + _PATTERNS**2) / _PATTERNS + 1) / 6) * 2.0**-24
 """Rounding of a sketch that is summed in float32, relative to the norm: derived in the module's docstring."""
 # Thin products of fewer rows than this cost more to start than to compute (measured: 4 to 16 are alike).
 _SHORT_RUN = 8
@@ -476,7 +479,8 @@ class _Chunks:
         start, stop: The rows of the block.
         tiles: The tile of each chunk, as a number among those that have any row.
         first, last: The lowest tile, and one past the highest one.
-        is_one_each: Whether each tile between these has one chunk.
+        per_tile: Number of chunks of each tile between these; 0 where it varies.
+        dtype: Of products with the patterns.
         order: Rows of the block by chunk and pattern.
         signs: The first sign of each of them, float32.
         offsets: Where in `order` each pattern of each chunk starts.
@@ -487,7 +491,8 @@ class _Chunks:
     tiles: torch.Tensor
     first: int
     last: int
-    is_one_each: bool
+    per_tile: int
+    dtype: torch.dtype
     order: torch.Tensor
     signs: torch.Tensor
     offsets: torch.Tensor
@@ -508,9 +513,11 @@ class _Chunks:
         counts = torch.bincount(bag, minlength=int(num_chunks.sum()) * _PATTERNS)
         of_tiles = torch.arange(TILES, device="cpu").repeat_interleave(num_chunks)
         first, last = int(of_tiles[0]), int(of_tiles[-1]) + 1
-        is_one_each = bool((num_chunks[first:last] == 1).all())
+        numbers = num_chunks[first:last].tolist()
+        per_tile = numbers[0] if len({*numbers}) == 1 else 0
+        dtype = torch.float32 if int((sizes / num_chunks.clamp(min=1)).max()) <= _FEW_ROWS else torch.float64
         offsets = counts.cumsum(0) - counts
-        return cls(start, stop, of_tiles, first, last, is_one_each, order, signs[0][order].float(), offsets)
+        return cls(start, stop, of_tiles, first, last, per_tile, dtype, order, signs[0][order].float(), offsets)
 
 
 def _add_matrix(sums: _Sums, values: torch.Tensor, index: GlobalIndex) -> None:
@@ -607,34 +614,56 @@ def _short_sums(
             squares += part[1]
         return tiles, squares
     present = rows.present()[0]
-    by_tile = torch.empty(len(present), SIGN_SETS, width, dtype=torch.float64, device="cpu")
-    patterns, norms, started = _patterns(), [], 0
-    for chunks in rows.chunks(max(_CHUNK_ROWS // 2, _FLOAT32_BLOCK // width)):
-        block = matrix[chunks.start : chunks.stop]
-        if digest is not None:
-            digest.update(block)
-        block = block.to(torch.float32).contiguous()
+    row_sums = _RowSums(torch.empty(len(present), SIGN_SETS, width, dtype=torch.float64, device="cpu"))
+    norms: list[torch.Tensor] = []
+    for chunks in rows.chunks(max(_FEW_ROWS // 2, _FLOAT32_BLOCK // width)):
+        in_memory = matrix[chunks.start : chunks.stop]
+        block = in_memory.to(torch.float32).contiguous()
         norms += _norms(block.view(-1))
+        if digest is not None:
+            digest.update(in_memory)
         by_pattern = torch.embedding_bag(block, chunks.order, chunks.offsets, per_sample_weights=chunks.signs)[0]
-        number = len(chunks.tiles)
-        by_sign = torch.bmm(patterns.expand(number, -1, -1), by_pattern.view(number, _PATTERNS, width))
-        if chunks.is_one_each and chunks.first == started:
-            by_tile[started : chunks.last].copy_(by_sign)
-        else:
-            if started < chunks.last:
-                by_tile[started : chunks.last] = 0.0
-            by_tile.index_add_(0, chunks.tiles, by_sign.to(torch.float64))
-        started = max(started, chunks.last)
-    all_norms = torch.cat(norms).to(torch.float64)
+        row_sums.add(by_pattern, chunks)
+    all_norms = (torch.cat(norms) if len(norms) > 1 else norms[0]).to(torch.float64)
     squares = float(torch.dot(all_norms, all_norms))
     if not _LEAST_SQUARE * matrix.numel() < squares < math.inf:
         return None
-    of_present = _column_sums(by_tile, columns)
+    of_present = _column_sums(row_sums.by_tile, columns)
     if len(present) == TILES:
         return of_present, squares
     tiles = torch.zeros(SIGN_SETS, TILES, TILES, dtype=torch.float64, device="cpu")
     tiles[:, present] = of_present
     return tiles, squares
+
+
+@dataclass(slots=True)
+class _RowSums:
+    """Signed sums of the rows of each tile, of blocks of rows.
+
+    Attributes:
+        by_tile: (tiles that have any row, SIGN_SETS, width), float64.
+        started: Tiles from this one on have no sum yet.
+    """
+
+    by_tile: torch.Tensor
+    started: int = 0
+
+    def add(self, by_pattern: torch.Tensor, chunks: _Chunks) -> None:
+        """Add the sums of a block: (chunks * _PATTERNS, width), float32."""
+        per_tile, first, last = chunks.per_tile or 1, chunks.first, chunks.last
+        by_chunk = by_pattern.view(-1, per_tile * _PATTERNS, by_pattern.shape[1]).to(chunks.dtype)
+        patterns = _patterns(per_tile, chunks.dtype).expand(len(by_chunk), -1, -1)
+        is_new = chunks.per_tile > 0 and first == self.started
+        if is_new and chunks.dtype == torch.float64:
+            torch.bmm(patterns, by_chunk, out=self.by_tile[first:last])
+        elif is_new:
+            self.by_tile[first:last].copy_(torch.bmm(patterns, by_chunk))
+        else:
+            if self.started < last:
+                self.by_tile[self.started : last] = 0.0
+            tiles = chunks.tiles[::per_tile]
+            self.by_tile.index_add_(0, tiles, torch.bmm(patterns, by_chunk).to(torch.float64))
+        self.started = max(self.started, last)
 
 
 def _norms(flat: torch.Tensor) -> list[torch.Tensor]:
@@ -645,19 +674,17 @@ def _norms(flat: torch.Tensor) -> list[torch.Tensor]:
     return [norms, others.abs()] if others.numel() else [norms]
 
 
-@lru_cache(maxsize=1)
-def _patterns() -> torch.Tensor:
-    """Return the signs (SIGN_SETS, _PATTERNS), float32, of each pattern of `_Chunks`, relative to the first sign."""
+@lru_cache(maxsize=64)
+def _patterns(number: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the signs (SIGN_SETS, number * _PATTERNS) of the patterns of some chunks, relative to the first sign."""
     numbers = torch.arange(_PATTERNS, device="cpu")
     others = [1.0 - 2.0 * ((numbers >> sign_set) & 1) for sign_set in range(SIGN_SETS - 1)]
-    return torch.stack([torch.ones(_PATTERNS, device="cpu"), *others]).to(torch.float32)
+    return torch.stack([torch.ones(_PATTERNS, device="cpu"), *others]).to(dtype).repeat(1, number)
 
 
 def _rows_first(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) -> torch.Tensor:
     width = matrix.shape[1]
-    is_sorted = [tile for tile, _, _ in rows.runs] == [
-        *range(TILES)
-    ]  # each tile is one run: its first product is its sum
+    is_sorted = tuple(tile for tile, _, _ in rows.runs) == _ALL_TILES  # one run a tile: its first product is its sum
     allocate = torch.empty if is_sorted else torch.zeros
     by_tile = allocate(TILES, SIGN_SETS, width, dtype=torch.float64, device=sums.device)
     started = 0
@@ -680,7 +707,8 @@ def _column_sums(by_tile: torch.Tensor, columns: _Axis) -> torch.Tensor:
     if signs is not None:
         cut = by_tile.view(num_tiles, len(signs), -1).transpose(0, 1)
         by_run = torch.bmm(cut, signs).view(SIGN_SETS, len(columns.runs), num_tiles).transpose(1, 2)
-        return by_run @ _tile_of_run(tuple(tile for tile, _, _ in columns.runs), by_tile.device)
+        tiles = tuple(tile for tile, _, _ in columns.runs)
+        return by_run if tiles == _ALL_TILES else by_run @ _tile_of_run(tiles, by_tile.device)
     by_tile *= columns.signs
     tiles_sums = torch.zeros(SIGN_SETS, num_tiles, TILES, dtype=torch.float64, device=by_tile.device)
     for tile, start, stop in columns.runs:
@@ -763,7 +791,11 @@ def _add_elements(sums: _Sums, flat: torch.Tensor, index: GlobalIndex) -> None:
         if padding is not None:
             values = values.masked_fill(padding, 0)
         block = sums.clean(values).to(torch.float64)
-        sums.tiles.view(SIGN_SETS, -1)[:, tiles] += (block[order] * weights).sum(-1)
+        of_tiles, added = sums.tiles.view(SIGN_SETS, -1), (block[order] * weights).sum(-1)
+        if len(tiles) == TILES**2:
+            of_tiles += added
+        else:
+            of_tiles[:, tiles] += added
 
 
 ElementWeights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"]
