@@ -82,8 +82,8 @@ _ROWS, _COLUMNS, _ELEMENTS, _POSITIONS = 1 << 60, 2 << 60, 3 << 60, 1 << 59
 _BLOCK, _DEVICE_BLOCK = 1 << 17, 1 << 24
 _CHUNK = 1 << 16  # elements whose signs are hashed one by one: bounds what is kept for a vector to 5 MiB
 # Rows of one tile that are summed in float32: one addition an element gives a sum for each of the 8 patterns of signs
-# that rows have up to their first sign. A product with the patterns makes a sum for each set of these, in float32 if
-# they are of few rows. All after that is float64.
+# that rows have up to their first sign. A product with the patterns makes of them a sum for each set, in float32 if
+# these are at most 64. All after that is float64.
 _CHUNK_ROWS, _FEW_ROWS, _PATTERNS = 128, 64, 1 << (SIGN_SETS - 1)
 _SUMMED_IN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT32_BLOCK = 1 << 18  # elements: 1 MiB, as _BLOCK
@@ -515,7 +515,8 @@ class _Chunks:
         first, last = int(of_tiles[0]), int(of_tiles[-1]) + 1
         numbers = num_chunks[first:last].tolist()
         per_tile = numbers[0] if len({*numbers}) == 1 else 0
-        dtype = torch.float32 if int((sizes / num_chunks.clamp(min=1)).max()) <= _FEW_ROWS else torch.float64
+        most = int((-(-sizes // num_chunks.clamp(min=1))).max())
+        dtype = torch.float32 if most <= _FEW_ROWS else torch.float64
         offsets = counts.cumsum(0) - counts
         return cls(start, stop, of_tiles, first, last, per_tile, dtype, order, signs[0][order].float(), offsets)
 
@@ -702,7 +703,7 @@ def _rows_first(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) 
 
 
 def _column_sums(by_tile: torch.Tensor, columns: _Axis) -> torch.Tensor:
-    """Return the signed sums of the columns: (SIGN_SETS, n, TILES) of (n, SIGN_SETS, width), which is overwritten."""
+    """Return the signed sums of the columns: (SIGN_SETS, n, TILES) of (n, SIGN_SETS, width), which may be overwritten."""
     num_tiles, signs = len(by_tile), columns.cut_signs()
     if signs is not None:
         cut = by_tile.view(num_tiles, len(signs), -1).transpose(0, 1)
