@@ -83,7 +83,7 @@ _BLOCK, _DEVICE_BLOCK = 1 << 17, 1 << 24
 _CHUNK = 1 << 16  # elements whose signs are hashed one by one: bounds what is kept for a vector to 5 MiB
 # Rows of one tile that are summed in float32: one addition an element gives a sum for each of the 8 patterns of signs
 # that rows have up to their first sign. A product with the patterns makes of them a sum for each set, in float32 if
-# these are at most 64. All after that is float64.
+# the rows are at most _FEW_ROWS. All after that is float64.
 _CHUNK_ROWS, _FEW_ROWS, _PATTERNS = 128, 64, 1 << (SIGN_SETS - 1)
 _SUMMED_IN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT32_BLOCK = 1 << 18  # elements: 1 MiB, as _BLOCK
@@ -703,7 +703,7 @@ def _rows_first(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) 
 
 
 def _column_sums(by_tile: torch.Tensor, columns: _Axis) -> torch.Tensor:
-    """Return the signed sums of the columns: (SIGN_SETS, n, TILES) of (n, SIGN_SETS, width), which may be overwritten."""
+    """Return the signed sums of the columns: (SIGN_SETS, n, TILES) of (n, SIGN_SETS, width), perhaps overwritten."""
     num_tiles, signs = len(by_tile), columns.cut_signs()
     if signs is not None:
         cut = by_tile.view(num_tiles, len(signs), -1).transpose(0, 1)
