@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tpcheck.core.digests import _sums, digest, flat_bytes, splitmix, start_digests, start_row_digests
+from tpcheck.core.digests import BlockDigest, _sums, digest, flat_bytes, splitmix, start_digests, start_row_digests
 
 
 def test_equal_bits_have_equal_digests() -> None:
@@ -61,6 +61,20 @@ def test_sums_on_a_device_go_over_chunks_and_odd_starts() -> None:
 def test_digests_of_several_tensors_are_those_of_each() -> None:
     tensors = [torch.ones(2), torch.zeros(3), torch.ones(2, device="meta")]
     assert start_digests(tensors)() == [start_digests([tensor])()[0] for tensor in tensors]
+
+
+def test_the_digest_of_blocks_is_that_of_the_tensor_whatever_blocks_are_missing() -> None:
+    tensor = torch.randn(6, 4)
+    expected = start_digests([tensor])()[0]
+    first, second = tensor[:2], tensor[2:]
+    for blocks in ([], [tensor], [first, second], [first], [second], [second, first], [first, first], [first[:, :2]]):
+        digest = BlockDigest(tensor)
+        for block in blocks:
+            digest.update(block)
+        assert digest.digest() == expected
+    turned = BlockDigest(tensor.t())
+    turned.update(tensor)
+    assert turned.digest() == start_digests([tensor.t()])()[0] != expected
 
 
 def test_splitmix_has_the_high_bits_of_the_published_generator() -> None:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpcheck.backends.layout import Layout
+from tpcheck.core.digests import BlockDigest, start_digests
 from tpcheck.core.errors import UsageError
 from tpcheck.core.placement import Shard
 from tpcheck.numerics.sketch import (
@@ -388,6 +389,8 @@ LARGE = {
     "equal numbers": lambda: torch.full((512, 384), 0.1),
     "one sign": lambda: normal((512, 384)).abs().float(),
     "few rows": lambda: normal((20, 9000), dtype=torch.float32),
+    "tiles of 128 and 129 rows": lambda: normal((2050, 96), dtype=torch.float32),
+    "tiles of 600 rows": lambda: normal((9600, 500), dtype=torch.float32),
     "a wide vocabulary": lambda: normal((33, 20000), dtype=torch.float32),
     "one large row": lambda: torch.cat([1e4 * normal((1, 384)), normal((511, 384))]).float(),
     "small numbers": lambda: 1e-15 * normal((512, 384), dtype=torch.float32),
@@ -409,6 +412,38 @@ def test_a_small_update_of_a_large_weight_is_measured():
     updated = weight + 1e-5 * normal((1024, 256), 1).float()
     difference = float((updated.double() - weight.double()).norm())
     assert distance(sketch(updated), sketch(weight)) == pytest.approx(difference, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_digest_is_taken_in_the_pass_of_a_large_sketch(dtype):
+    tensor = normal((520, 384), dtype=dtype)
+    bits = start_digests([tensor])()[0]
+    digest = BlockDigest(tensor)
+    start_sketch(tensor, digest=digest)
+    tensor.zero_()  # what is read from here on has other bits
+    assert digest.digest() == bits
+
+
+OTHERWISE = {
+    "small": lambda: normal((40, 30)),
+    "float64": lambda: normal((520, 384)),
+    "transposed": lambda: normal((520, 384), dtype=torch.float32).T,
+    "complex": lambda: torch.complex(normal((300, 384)), normal((300, 384), 1)).to(torch.complex64),
+    "conjugate": lambda: torch.complex(normal((300, 384)), normal((300, 384), 1)).to(torch.complex64).conj(),
+    "a wide vocabulary": lambda: normal((33, 20000), dtype=torch.float32),
+    "infinite": lambda: normal((520, 384), dtype=torch.float32).masked_fill(torch.arange(384) == 7, math.inf),
+    "empty": lambda: torch.zeros(0, 5),
+    "a vector": lambda: normal((700,)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_the_digest_beside_a_sketch_is_that_of_the_bits(kind):
+    tensor = OTHERWISE[kind]()
+    digest = BlockDigest(tensor)
+    started = start_sketch(tensor, digest=digest)
+    assert digest.digest() == start_digests([tensor])()[0]
+    assert torch.equal(started.packed, start_sketch(tensor).packed)
 
 
 @pytest.mark.parametrize("size", [1e25, 1e-25, 0.0])

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 import tpcheck
 from tpcheck import Rank, RankFailure, UsageError, spawn
 from tpcheck.core.digests import start_digests
-from tpcheck.numerics.sketch import distance, sketch, start_sketch
+from tpcheck.numerics.sketch import GlobalIndex, distance, sketch, start_sketch
 from tpcheck.runs import passes
+from tpcheck.runs.activations import Place
 from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
 from tpcheck.runs.trace_files import read_trace
 
@@ -314,6 +315,24 @@ def test_what_several_modules_return_is_sketched_once(recorded: Any, monkeypatch
     [step] = recorded(nn.Sequential(Wrapped()), loop=loop).steps
     assert len([record for record in step.tensors if record.kind == "output"]) == 3
     assert len([tensor for tensor in sketched if tensor.shape == (4, 8)]) == 2  # the output and its gradient
+
+
+def test_tensors_that_begin_alike_have_sketches_of_their_own() -> None:
+    known = passes.KnownSketches()
+    tensor = torch.randn(80, 1000, generator=torch.Generator().manual_seed(0))
+    changed = tensor.clone()
+    changed[-1, -1] += 1
+    place = Place("whole", (80, 1000), "all", GlobalIndex.whole((80, 1000)))
+    taken = [
+        passes.PendingTensor.of(("output", name, "", 0), each, (place,), known=known)
+        for name, each in (("a", tensor), ("b", changed), ("c", tensor.clone()), ("d", changed.clone()))
+    ]
+    assert [each.digest() for each in taken[:2]] == [each.digest() for each in taken[2:]]
+    assert taken[0].digest() != taken[1].digest()
+    assert taken[2].sketches[0] is taken[0].sketches[0]
+    assert taken[3].sketches[0] is taken[1].sketches[0]
+    for each, expected in zip(taken, (tensor, changed), strict=False):
+        assert torch.equal(each.sketches[0].packed, start_sketch(expected).packed)
 
 
 def test_gradients_that_are_accumulated_so_far_are_recorded(recorded: Any) -> None:

@@ -41,6 +41,33 @@ def start_digests(tensors: Sequence[torch.Tensor]) -> Callable[[], Sequence[byte
     return finish
 
 
+class BlockDigest:
+    """The digest of a tensor on the CPU, as of `start_digests`, taken of blocks while these are in the cache.
+
+    Args:
+        tensor: Not changed until `digest` is called.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        is_plain = type(tensor) is torch.Tensor and tensor.is_contiguous()
+        self._next = tensor.data_ptr() if is_plain else 0
+        self._end = self._next + tensor.nbytes
+        self._hash = xxhash.xxh3_128()
+
+    def update(self, block: torch.Tensor) -> None:
+        """Read a block, if it is what follows the blocks read before."""
+        if block.data_ptr() == self._next and block.is_contiguous():
+            self._hash.update(in_memory(block))
+            self._next += block.nbytes
+
+    def digest(self) -> bytes:
+        """Return the 16 bytes; read the whole tensor where the blocks were not all of it."""
+        if self._next and self._next == self._end:
+            return self._hash.digest()
+        return xxhash.xxh3_128_digest(in_memory(self._tensor))
+
+
 def start_row_digests(tensors: Sequence[torch.Tensor], num_rows: int) -> Callable[[], Sequence[bytes]]:
     """Start to digest each row of strided tensors, and return a function that waits for them: 16 bytes a row, joined.
 

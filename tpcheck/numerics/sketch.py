@@ -20,11 +20,12 @@ most 9 e_A^2, its variance 8 e_A^2 = (4 + 2 + 2) e_A^2; tiles that share no band
 The signs of a product have heavier tails than independent ones; raise SIGN_SETS where a verdict hangs on one tile.
 
 How far it is rounded. Sums are float64. On the CPU those of a large float32, bfloat16 or float16 matrix begin in
-float32: up to 64 rows of one tile, in sums of about 8 that have the same signs, then those 8 sums. With u = 2^-24, a
-sum of k terms of size x and random signs has partial sums of sqrt(j) x, and rounds each by at most u / sqrt(3) of it
-(root mean square): together k u x / sqrt(6). Sums of 8 rows, whose number varies by chance (the mean of k^2 is 9 times
-that of k), make sqrt(9 / 6) u of the norm, sums of 8 of them sqrt(8 / 6) u: FLOAT32_ROUNDING = 1.7 u, however large the
-tensor (measured on normal numbers: 1.1 to 1.3 u; rounding the elements themselves is 0.6 u). The sum of squares is then
+float32. Up to 64 rows of one tile make sums of about 8 that have the same signs, and then sums of these 8; up to 128
+rows make sums of about 16, which are added in float64. With u = 2^-24, a sum of k terms of size x and random signs has
+partial sums of sqrt(j) x, and rounds each by at most u / sqrt(3) of it (root mean square): together k u x / sqrt(6).
+Sums of n rows, whose number varies by chance (the mean of k^2 is n + 1 times that of k), make sqrt((n + 1) / 6) u of
+the norm, sums of 8 of them sqrt(8 / 6) u: in both ways sqrt(17 / 6) u, FLOAT32_ROUNDING = 1.7 u, however large the
+tensor (measured on normal numbers: 0.8 to 1.4 u; rounding the elements themselves is 0.6 u). The sum of squares is then
 exact to 2 u. Otherwise (float64, and up to 65536 elements) a sketch is exact to 1e-15 of the norm. On a device products
 of bfloat16 and float16 are float32.
 
@@ -35,20 +36,20 @@ varies: the same tensor, the same sketch.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import repeat
+from itertools import pairwise, repeat
 from math import prod
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from threading import Lock
 from typing import Any
 
 import torch
 import xxhash
 
-from tpcheck.core.digests import odd_keys, splitmix
+from tpcheck.core.digests import BlockDigest, odd_keys, splitmix
 from tpcheck.core.errors import UsageError
 from tpcheck.numerics.global_index import PADDING, GlobalIndex
 
@@ -70,6 +71,7 @@ __all__ = [
 SIGN_SETS = 4
 TILES = 16  # along the rows and along the columns
 
+_ALL_TILES = tuple(range(TILES))
 _NUM_SUMS = SIGN_SETS * TILES * TILES
 _PACKED = _NUM_SUMS + 2
 _BLOCK_ROWS = 128  # 1 MiB
@@ -80,8 +82,9 @@ _ROWS, _COLUMNS, _ELEMENTS, _POSITIONS = 1 << 60, 2 << 60, 3 << 60, 1 << 59
 _BLOCK, _DEVICE_BLOCK = 1 << 17, 1 << 24
 _CHUNK = 1 << 16  # elements whose signs are hashed one by one: bounds what is kept for a vector to 5 MiB
 # Rows of one tile that are summed in float32: one addition an element gives a sum for each of the 8 patterns of signs
-# that rows have up to their first sign, and a product with the patterns a sum for each set. All after that is float64.
-_CHUNK_ROWS, _PATTERNS = 64, 1 << (SIGN_SETS - 1)
+# that rows have up to their first sign. A product with the patterns makes of them a sum for each set, in float32 if
+# the rows are at most _FEW_ROWS. All after that is float64.
+_CHUNK_ROWS, _FEW_ROWS, _PATTERNS = 128, 64, 1 << (SIGN_SETS - 1)
 _SUMMED_IN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT32_BLOCK = 1 << 18  # elements: 1 MiB, as _BLOCK
 _WIDEST = 1 << 14  # columns at once: bounds what a vocabulary needs to 12 MiB
@@ -89,7 +92,7 @@ _WIDEST = 1 << 14  # columns at once: bounds what a vocabulary needs to 12 MiB
 _SQUARES = 128
 # Of a mean square in float32: what underflows in it is below 2^-149 an element.
 _LEAST_SQUARE = 2.0**-119
-FLOAT32_ROUNDING = math.sqrt((_CHUNK_ROWS / _PATTERNS + 1 + _PATTERNS) / 6) * 2.0**-24
+FLOAT32_ROUNDING = math.sqrt((max(_CHUNK_ROWS, _FEW_ROWS + _PATTERNS**2) / _PATTERNS + 1) / 6) * 2.0**-24
 """Rounding of a sketch that is summed in float32, relative to the norm: derived in the module's docstring."""
 # Thin products of fewer rows than this cost more to start than to compute (measured: 4 to 16 are alike).
 _SHORT_RUN = 8
@@ -216,7 +219,9 @@ _host_rows = _HostRows()
 
 
 def _new_block() -> torch.Tensor:
-    memory = mmap(-1, _BLOCK_ROWS * _PACKED * 8, flags=MAP_PRIVATE | MAP_ANONYMOUS)  # by default forks would share it
+    # By default forks would share it. Filled with pages at once, a row costs 5 us in place of 9.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+    memory = mmap.mmap(-1, _BLOCK_ROWS * _PACKED * 8, flags=flags)
     with torch.inference_mode(False):  # a tensor that is made in inference mode cannot be written to after it
         return torch.frombuffer(memory, dtype=torch.float64).view(_BLOCK_ROWS, _PACKED)
 
@@ -237,7 +242,12 @@ def sketch(
 
 
 def start_sketch(
-    tensor: torch.Tensor, index: GlobalIndex | None = None, *, rows: RowKeys | None = None, scale: float = 1.0
+    tensor: torch.Tensor,
+    index: GlobalIndex | None = None,
+    *,
+    rows: RowKeys | None = None,
+    scale: float = 1.0,
+    digest: BlockDigest | None = None,
 ) -> PendingSketch:
     """Compute the sketch of `scale` times a tensor on its device, without waiting for it.
 
@@ -247,6 +257,7 @@ def start_sketch(
             None where all of it is here.
         rows: Names of the rows, which are then the leading dims; in the order of the flattened leading dims.
         scale: Multiplies every element.
+        digest: Of the tensor; gets the blocks that are read, where these are its memory from start to end.
 
     Raises:
         UsageError: The tensor does not have the shape that the index or the rows say.
@@ -266,7 +277,7 @@ def start_sketch(
             if rows is None or index is not None:
                 values = values.flatten(-2 if values.dim() > 1 else 0)
             index = None if index is None else _as_real(index)
-        sums = _Sums(values.device, _product_dtype(values))
+        sums = _Sums(values.device, _product_dtype(values), digest)
         if rows is not None:
             _add_keyed_rows(sums, values, index, rows)
         else:
@@ -351,8 +362,9 @@ def _as_words(leaf: torch.Tensor) -> torch.Tensor:
 class _Sums:
     """The sums of one sketch while they are computed, on a device."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, digest: BlockDigest | None = None) -> None:
         self.device = device
+        self.digest = digest
         self.dtype = dtype  # of products
         self.block = _BLOCK if is_host(device) else _DEVICE_BLOCK
         self.row = _new_row(device)
@@ -418,7 +430,7 @@ class _Axis:
     signs: torch.Tensor
     tiles: torch.Tensor
     runs: tuple[tuple[int, int, int], ...]
-    derived: dict[int, tuple[_Chunks, ...]] = field(default_factory=dict, init=False, compare=False, repr=False)
+    derived: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def part(self, start: int, stop: int) -> _Axis:
         if (start, stop) == (0, len(self.tiles)):
@@ -434,12 +446,29 @@ class _Axis:
     def has_long_runs(self) -> bool:
         return 0 < len(self.runs) * _SHORT_RUN <= len(self.tiles)
 
+    def present(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tiles that have any row, and for each row which of them is its tile."""
+        if "present" not in self.derived:
+            self.derived["present"] = torch.unique(self.tiles, return_inverse=True)
+        present: tuple[torch.Tensor, torch.Tensor] = self.derived["present"]
+        return present
+
     def chunks(self, height: int) -> tuple[_Chunks, ...]:
-        """Return the chunks of each block of `height` rows."""
+        """Return the chunks of blocks of up to `height` rows, which end where tiles end if they can."""
         if height not in self.derived:
-            starts = range(0, len(self.tiles), height)
-            self.derived[height] = tuple(_Chunks.of(self, start, start + height) for start in starts)
-        return self.derived[height]
+            blocks = _blocks_of_runs(self.runs, height)
+            self.derived[height] = tuple(_Chunks.of(self, start, stop) for start, stop in blocks)
+        chunks: tuple[_Chunks, ...] = self.derived[height]
+        return chunks
+
+    def cut_signs(self) -> torch.Tensor | None:
+        """Return the signs as (SIGN_SETS * runs, length, 1), or None where runs are not of one length."""
+        if "cut" not in self.derived:
+            lengths = {stop - start for _, start, stop in self.runs}
+            is_even = len(lengths) == 1
+            self.derived["cut"] = self.signs.reshape(SIGN_SETS * len(self.runs), -1, 1) if is_even else None
+        cut: torch.Tensor | None = self.derived["cut"]
+        return cut
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -448,7 +477,10 @@ class _Chunks:
 
     Attributes:
         start, stop: The rows of the block.
-        tiles: The tile of each chunk.
+        tiles: The tile of each chunk, as a number among those that have any row.
+        first, last: The lowest tile, and one past the highest one.
+        per_tile: Number of chunks of each tile between these; 0 where it varies.
+        dtype: Of products with the patterns.
         order: Rows of the block by chunk and pattern.
         signs: The first sign of each of them, float32.
         offsets: Where in `order` each pattern of each chunk starts.
@@ -457,13 +489,17 @@ class _Chunks:
     start: int
     stop: int
     tiles: torch.Tensor
+    first: int
+    last: int
+    per_tile: int
+    dtype: torch.dtype
     order: torch.Tensor
     signs: torch.Tensor
     offsets: torch.Tensor
 
     @classmethod
     def of(cls, axis: _Axis, start: int, stop: int) -> _Chunks:
-        tiles, signs = axis.tiles[start:stop], axis.signs[:, start:stop]
+        tiles, signs = axis.present()[1][start:stop], axis.signs[:, start:stop]
         by_tile = tiles.argsort(stable=True)
         sizes = torch.bincount(tiles, minlength=TILES)
         num_chunks = -(-sizes // _CHUNK_ROWS)
@@ -476,9 +512,13 @@ class _Chunks:
         order = bag.argsort(stable=True)
         counts = torch.bincount(bag, minlength=int(num_chunks.sum()) * _PATTERNS)
         of_tiles = torch.arange(TILES, device="cpu").repeat_interleave(num_chunks)
-        return cls(
-            start, min(stop, start + len(tiles)), of_tiles, order, signs[0][order].float(), counts.cumsum(0) - counts
-        )
+        first, last = int(of_tiles[0]), int(of_tiles[-1]) + 1
+        numbers = num_chunks[first:last].tolist()
+        per_tile = numbers[0] if len({*numbers}) == 1 else 0
+        most = int((-(-sizes // num_chunks.clamp(min=1))).max())
+        dtype = torch.float32 if most <= _FEW_ROWS else torch.float64
+        offsets = counts.cumsum(0) - counts
+        return cls(start, stop, of_tiles, first, last, per_tile, dtype, order, signs[0][order].float(), offsets)
 
 
 def _add_matrix(sums: _Sums, values: torch.Tensor, index: GlobalIndex) -> None:
@@ -547,7 +587,7 @@ def _add_block(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) -
         matrix, rows, columns, tiles = matrix.T, columns, rows, tiles.transpose(1, 2)
     is_large = is_host(sums.device) and matrix.numel() > _SMALL
     if is_large and matrix.dtype in _SUMMED_IN_FLOAT32:
-        short_sums = _short_sums(matrix, rows, columns)
+        short_sums = _short_sums(matrix, rows, columns, sums.digest)
         if short_sums is not None:
             tiles += short_sums[0]
             sums.sum_squares += short_sums[1]
@@ -556,7 +596,9 @@ def _add_block(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) -
     tiles += (_rows_first if by_rows else _columns_first)(sums, matrix, rows, columns)
 
 
-def _short_sums(matrix: torch.Tensor, rows: _Axis, columns: _Axis) -> tuple[torch.Tensor, float] | None:
+def _short_sums(
+    matrix: torch.Tensor, rows: _Axis, columns: _Axis, digest: BlockDigest | None
+) -> tuple[torch.Tensor, float] | None:
     """Return the tiles and the sum of squares of a matrix on the CPU, by sums of a few rows in float32.
 
     None where float32 does not do: an element is infinite or NaN, or its square is beyond the range.
@@ -566,48 +608,84 @@ def _short_sums(matrix: torch.Tensor, rows: _Axis, columns: _Axis) -> tuple[torc
         tiles, squares = torch.zeros(SIGN_SETS, TILES, TILES, dtype=torch.float64, device="cpu"), 0.0
         for start in range(0, width, _WIDEST):
             stop = min(start + _WIDEST, width)
-            part = _short_sums(matrix[:, start:stop], rows, columns.part(start, stop))
+            part = _short_sums(matrix[:, start:stop], rows, columns.part(start, stop), None)
             if part is None:
                 return None
             tiles += part[0]
             squares += part[1]
         return tiles, squares
-    by_tile = torch.zeros(TILES, SIGN_SETS, width, dtype=torch.float64, device="cpu")
-    patterns, squares = _patterns(), 0.0
-    for chunks in rows.chunks(max(_CHUNK_ROWS, _FLOAT32_BLOCK // width)):
-        block = matrix[chunks.start : chunks.stop].to(torch.float32).contiguous()
-        of_block = _sum_of_squares(block.view(-1))
-        if not _LEAST_SQUARE * block.numel() < of_block < math.inf:
-            return None
-        squares += of_block
+    present = rows.present()[0]
+    row_sums = _RowSums(torch.empty(len(present), SIGN_SETS, width, dtype=torch.float64, device="cpu"))
+    norms: list[torch.Tensor] = []
+    for chunks in rows.chunks(max(_FEW_ROWS // 2, _FLOAT32_BLOCK // width)):
+        in_memory = matrix[chunks.start : chunks.stop]
+        block = in_memory.to(torch.float32).contiguous()
+        norms += _norms(block.view(-1))
+        if digest is not None:
+            digest.update(in_memory)
         by_pattern = torch.embedding_bag(block, chunks.order, chunks.offsets, per_sample_weights=chunks.signs)[0]
-        number = len(chunks.tiles)
-        by_sign = torch.bmm(patterns.expand(number, -1, -1), by_pattern.view(number, _PATTERNS, width))
-        by_tile.index_add_(0, chunks.tiles, by_sign.to(torch.float64))
-    return _column_sums(by_tile, columns), squares
+        row_sums.add(by_pattern, chunks)
+    all_norms = (torch.cat(norms) if len(norms) > 1 else norms[0]).to(torch.float64)
+    squares = float(torch.dot(all_norms, all_norms))
+    if not _LEAST_SQUARE * matrix.numel() < squares < math.inf:
+        return None
+    of_present = _column_sums(row_sums.by_tile, columns)
+    if len(present) == TILES:
+        return of_present, squares
+    tiles = torch.zeros(SIGN_SETS, TILES, TILES, dtype=torch.float64, device="cpu")
+    tiles[:, present] = of_present
+    return tiles, squares
 
 
-def _sum_of_squares(flat: torch.Tensor) -> float:
-    """Return the sum of squares of float32 numbers on the CPU; _SQUARES of them at a time are summed in float32."""
+@dataclass(slots=True)
+class _RowSums:
+    """Signed sums of the rows of each tile, of blocks of rows.
+
+    Attributes:
+        by_tile: (tiles that have any row, SIGN_SETS, width), float64.
+        started: Tiles from this one on have no sum yet.
+    """
+
+    by_tile: torch.Tensor
+    started: int = 0
+
+    def add(self, by_pattern: torch.Tensor, chunks: _Chunks) -> None:
+        """Add the sums of a block: (chunks * _PATTERNS, width), float32."""
+        per_tile, first, last = chunks.per_tile or 1, chunks.first, chunks.last
+        by_chunk = by_pattern.view(-1, per_tile * _PATTERNS, by_pattern.shape[1]).to(chunks.dtype)
+        patterns = _patterns(per_tile, chunks.dtype).expand(len(by_chunk), -1, -1)
+        is_new = chunks.per_tile > 0 and first == self.started
+        if is_new and chunks.dtype == torch.float64:
+            torch.bmm(patterns, by_chunk, out=self.by_tile[first:last])
+        elif is_new:
+            self.by_tile[first:last].copy_(torch.bmm(patterns, by_chunk))
+        else:
+            if self.started < last:
+                self.by_tile[self.started : last] = 0.0
+            tiles = chunks.tiles[::per_tile]
+            self.by_tile.index_add_(0, tiles, torch.bmm(patterns, by_chunk).to(torch.float64))
+        self.started = max(self.started, last)
+
+
+def _norms(flat: torch.Tensor) -> list[torch.Tensor]:
+    """Return norms of float32 numbers on the CPU, of _SQUARES at a time: what is summed in float32."""
     num_rows = flat.numel() // _SQUARES
-    norms = torch.linalg.vector_norm(flat[: num_rows * _SQUARES].view(num_rows, _SQUARES), dim=1).to(torch.float64)
-    others = flat[num_rows * _SQUARES :].to(torch.float64)
-    return float(torch.dot(norms, norms) + torch.dot(others, others))
+    norms = torch.linalg.vector_norm(flat[: num_rows * _SQUARES].view(num_rows, _SQUARES), dim=1)
+    others = flat[num_rows * _SQUARES :]
+    return [norms, others.abs()] if others.numel() else [norms]
 
 
-@lru_cache(maxsize=1)
-def _patterns() -> torch.Tensor:
-    """Return the signs (SIGN_SETS, _PATTERNS), float32, of each pattern of `_Chunks`, relative to the first sign."""
+@lru_cache(maxsize=64)
+def _patterns(number: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the signs (SIGN_SETS, number * _PATTERNS) of the patterns of some chunks, relative to the first sign."""
     numbers = torch.arange(_PATTERNS, device="cpu")
     others = [1.0 - 2.0 * ((numbers >> sign_set) & 1) for sign_set in range(SIGN_SETS - 1)]
-    return torch.stack([torch.ones(_PATTERNS, device="cpu"), *others]).to(torch.float32)
+    return torch.stack([torch.ones(_PATTERNS, device="cpu"), *others]).to(dtype).repeat(1, number)
 
 
 def _rows_first(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) -> torch.Tensor:
     width = matrix.shape[1]
-    is_sorted = [tile for tile, _, _ in rows.runs] == [
-        *range(TILES)
-    ]  # each tile is one run: its first product is its sum
+    is_sorted = tuple(tile for tile, _, _ in rows.runs) == _ALL_TILES  # one run a tile: its first product is its sum
     allocate = torch.empty if is_sorted else torch.zeros
     by_tile = allocate(TILES, SIGN_SETS, width, dtype=torch.float64, device=sums.device)
     started = 0
@@ -625,15 +703,35 @@ def _rows_first(sums: _Sums, matrix: torch.Tensor, rows: _Axis, columns: _Axis) 
 
 
 def _column_sums(by_tile: torch.Tensor, columns: _Axis) -> torch.Tensor:
-    """Return the signed sums of the columns: (SIGN_SETS, TILES, TILES) of (TILES, SIGN_SETS, width), overwritten."""
+    """Return the signed sums of the columns: (SIGN_SETS, n, TILES) of (n, SIGN_SETS, width), perhaps overwritten."""
+    num_tiles, signs = len(by_tile), columns.cut_signs()
+    if signs is not None:
+        cut = by_tile.view(num_tiles, len(signs), -1).transpose(0, 1)
+        by_run = torch.bmm(cut, signs).view(SIGN_SETS, len(columns.runs), num_tiles).transpose(1, 2)
+        tiles = tuple(tile for tile, _, _ in columns.runs)
+        return by_run if tiles == _ALL_TILES else by_run @ _tile_of_run(tiles, by_tile.device)
     by_tile *= columns.signs
-    if len({stop - start for _, start, stop in columns.runs}) == 1:
-        by_run = by_tile.view(TILES, SIGN_SETS, len(columns.runs), -1).sum(-1).transpose(0, 1)
-        return by_run @ _tile_of_run(tuple(tile for tile, _, _ in columns.runs), by_tile.device)
-    tiles_sums = torch.zeros(SIGN_SETS, TILES, TILES, dtype=torch.float64, device=by_tile.device)
+    tiles_sums = torch.zeros(SIGN_SETS, num_tiles, TILES, dtype=torch.float64, device=by_tile.device)
     for tile, start, stop in columns.runs:
         tiles_sums[:, :, tile] += by_tile[:, :, start:stop].sum(-1).T
     return tiles_sums
+
+
+def _blocks_of_runs(runs: Sequence[tuple[int, int, int]], most: int) -> Iterator[tuple[int, int]]:
+    """Yield first and end of blocks of up to `most` rows: of whole runs, or of like pieces of a longer one."""
+    start, end = 0, 0
+    for _, first, last in runs:
+        if start < first and last - start > most:
+            yield start, first
+            start = first
+        num_pieces = -(-(last - first) // most)
+        if num_pieces > 1:
+            marks = [first + piece * (last - first) // num_pieces for piece in range(num_pieces + 1)]
+            yield from pairwise(marks)
+            start = last
+        end = last
+    if start < end:
+        yield start, end
 
 
 def _batches(runs: Sequence[tuple[int, int, int]], most: int) -> Iterator[tuple[tuple[int, ...], int, int]]:
@@ -694,7 +792,11 @@ def _add_elements(sums: _Sums, flat: torch.Tensor, index: GlobalIndex) -> None:
         if padding is not None:
             values = values.masked_fill(padding, 0)
         block = sums.clean(values).to(torch.float64)
-        sums.tiles.view(SIGN_SETS, -1)[:, tiles] += (block[order] * weights).sum(-1)
+        of_tiles, added = sums.tiles.view(SIGN_SETS, -1), (block[order] * weights).sum(-1)
+        if len(tiles) == TILES**2:
+            of_tiles += added
+        else:
+            of_tiles[:, tiles] += added
 
 
 ElementWeights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"]

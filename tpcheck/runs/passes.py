@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import xxhash
 from torch import nn
 
 from tpcheck.core.cuda import uses_cuda
-from tpcheck.core.digests import digest, start_digests
+from tpcheck.core.digests import BlockDigest, digest, start_digests
 from tpcheck.numerics.recorder import eager
 from tpcheck.numerics.sketch import GlobalIndex, PendingSketch, fetch_sketches, start_sketch
 from tpcheck.numerics.tensors import map_tensors, named_tensors
@@ -24,12 +25,39 @@ from tpcheck.runs.trace import Kind, Leaf, PassRecord, Reading, TensorRecord
 
 Key = tuple[Kind, str, str, int]  # kind, name, part, call: as `TensorRecord.key`
 
-# Sketches by the bits of their tensors and by where these lie. A module returns what its last one has returned (mlp and
-# down_proj), and a residual hands its gradient on: a sketch costs ten times as much as the digest that finds it. On
-# another device digests are not known without a wait.
-KnownSketches = dict[tuple[Any, ...], PendingSketch]
+_HEAD = 1024  # elements whose digest says whether a tensor may be known
 
 _is_repeating: ContextVar[bool] = ContextVar("is_repeating", default=False)
+
+
+@dataclass(slots=True)
+class KnownSketches:
+    """Sketches of unscaled tensors on the CPU, by their bits and by where they lie.
+
+    A module returns what its last one has returned (mlp and down_proj), and a residual hands its gradient on: a sketch
+    costs three times as much as the digest that finds it. A tensor that starts with new bits is none of the known ones:
+    its digest is then taken in the pass that its sketch takes. On another device digests are not known without a wait.
+
+    Attributes:
+        sketches: By digest, dtype, shape and place.
+        heads: Digests of the first elements of their tensors.
+    """
+
+    sketches: dict[tuple[Any, ...], PendingSketch] = field(default_factory=dict)
+    heads: set[bytes] = field(default_factory=set)
+
+    def may_have(self, tensor: torch.Tensor) -> bool:
+        """Return whether the sketch of this tensor may be known; from here on it is one of those that may be."""
+        if not tensor.is_contiguous():
+            return True
+        head = start_digests([tensor.reshape(-1)[:_HEAD]])()[0]
+        is_known = head in self.heads
+        self.heads.add(head)
+        return is_known
+
+    def clear(self) -> None:
+        self.sketches.clear()
+        self.heads.clear()
 
 
 @dataclass(slots=True)
@@ -67,25 +95,21 @@ class PendingTensor:
         """Start the sketches and the digest of a plain local tensor.
 
         Args:
-            known: Sketches of unscaled tensors; those with these bits and places are taken, and others added.
+            known: Sketches; those with these bits and places are taken, and others added.
         """
-        digest_of_bits = start_digests([tensor])
-        if known is None or not tensor.is_cpu:
-            sketches = [start_sketch(tensor, place.index, rows=place.rows, scale=scale) for place in places]
+        if tensor.is_cpu:
+            sketches, bits = _sketches_on_cpu(tensor, places, scale, known)
+            wait: Callable[[], Sequence[bytes]] = partial(tuple, [bits])
         else:
-            sketches = []
-            for place in places:
-                content = (digest_of_bits()[0], tensor.dtype, tensor.shape, place.shape, place.piece, place.rows)
-                if content not in known:
-                    known[content] = start_sketch(tensor, place.index, rows=place.rows)
-                sketches.append(known[content])
+            wait = start_digests([tensor])
+            sketches = [start_sketch(tensor, place.index, rows=place.rows, scale=scale) for place in places]
         return cls(
             key,
             _dtype(tensor),
             tuple(tensor.shape),
             places,
             sketches,
-            [digest_of_bits],
+            [wait],
             [(tensor.detach() * scale if scale != 1.0 else tensor.detach()).to("cpu", copy=True)] if is_full else [],
         )
 
@@ -106,6 +130,28 @@ class PendingTensor:
 
     def digest(self) -> str:
         return xxhash.xxh3_128_hexdigest(b"".join(bits for wait in self.digests for bits in wait()))
+
+
+def _sketches_on_cpu(
+    tensor: torch.Tensor, places: tuple[Place, ...], scale: float, known: KnownSketches | None
+) -> tuple[list[PendingSketch], bytes]:
+    """Return the sketch for each place and the digest of a tensor, which is read once unless it may be known."""
+    digest = BlockDigest(tensor)
+    sketches: dict[Any, PendingSketch] = {} if known is None else known.sketches
+    first = None
+    if places and (known is None or not known.may_have(tensor)):
+        first = start_sketch(tensor, places[0].index, rows=places[0].rows, scale=scale, digest=digest)
+    bits = digest.digest()
+    found = []
+    for number, place in enumerate(places):
+        in_pass = (bits, tensor.dtype, tensor.shape, place.shape, place.piece, place.rows)
+        content = number if known is None else in_pass
+        if first is not None:
+            sketches[content], first = first, None
+        elif content not in sketches:
+            sketches[content] = start_sketch(tensor, place.index, rows=place.rows, scale=scale)
+        found.append(sketches[content])
+    return found, bits
 
 
 def finished(
@@ -185,7 +231,7 @@ class Pass:
     decided: OutputPlaces | None = None
     outputs: dict[OutputKey, tuple[torch.Size, tuple[Place, ...]]] = field(default_factory=dict)
     uniform: dict[OutputKey, bool] = field(default_factory=dict)
-    known: KnownSketches = field(default_factory=dict)
+    known: KnownSketches = field(default_factory=KnownSketches)
 
     @classmethod
     def start(
