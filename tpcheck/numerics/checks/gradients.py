@@ -26,7 +26,7 @@ from tpcheck.numerics.checks.recompute import (
 )
 from tpcheck.numerics.checks.suspects import ComparedParameter, compare_parameters, parameter_suspect
 from tpcheck.numerics.data_flow import consumers, in_phase, is_exchanged_behind, is_inside, is_result
-from tpcheck.numerics.differences import distance_of_terms, rounding_error
+from tpcheck.numerics.differences import distance_of_terms, frobenius, frobenius_distance, rounding_error
 from tpcheck.numerics.evidence import (
     SKIPPED,
     BackwardFacts,
@@ -39,6 +39,7 @@ from tpcheck.numerics.evidence import (
     TensorKey,
     worst_by_module,
 )
+from tpcheck.numerics.tolerance import RECOMPUTED_FACTOR
 
 _CHECK = "gradients_match_reference"
 
@@ -351,7 +352,7 @@ def _input_gradient_suspect(evidence: Evidence, step: int, activation: ComparedA
 
 def _weight_gradient_suspect(evidence: Evidence, step: int, parameter: ComparedParameter) -> Iterator[Suspect]:
     recomputed = recompute_weight_gradient(evidence, step, parameter)
-    if recomputed is None:
+    if recomputed is None or _is_sum_of_terms(evidence, parameter, recomputed):
         return
     suspect = compare_with_recomputed(
         evidence,
@@ -365,6 +366,18 @@ def _weight_gradient_suspect(evidence: Evidence, step: int, parameter: ComparedP
     )
     if suspect is not None:
         yield _with_facts(evidence, step, parameter, suspect)
+
+
+def _is_sum_of_terms(evidence: Evidence, parameter: ComparedParameter, recomputed: Sequence[torch.Tensor]) -> bool:
+    """Return whether ranks have terms of the gradient of a whole weight, and every rank the sum of them."""
+    allowed, first = RECOMPUTED_FACTOR * parameter.difference.allowed, recomputed[0]
+    if not evidence.layouts[parameter.name].is_replicated:
+        return False
+    if all(frobenius_distance(each, first) <= allowed for each in recomputed):
+        return False
+    total = torch.stack(tuple(recomputed)).sum(dim=0)
+    allowed *= max(1.0, frobenius(total) / (parameter.difference.expected_norm or 1.0))
+    return all(frobenius_distance(part, total) <= allowed for part in parameter.actual_parts)
 
 
 def _compare_forced_gradients(forced: Evidence) -> dict[str, ComparedParameter]:
