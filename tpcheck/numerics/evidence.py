@@ -492,6 +492,7 @@ class StepFacts:
         on_shards: Each rank's weight after the step if the optimizer is given its shards alone; empty where unknown.
         loss_scale, next_loss_scale: By which the losses of the step were multiplied, and those of the next one.
         skipped_on: Global ranks of this TP group that skipped a step which the reference takes.
+        unlike_masters_on: Global ranks whose weight is not their float32 master, rounded.
     """
 
     before: tuple[Tensor, ...] = ()
@@ -503,6 +504,7 @@ class StepFacts:
     loss_scale: float = 1.0
     next_loss_scale: float = 1.0
     skipped_on: tuple[int, ...] = ()
+    unlike_masters_on: tuple[int, ...] = ()
 
     def known_digits(self, ratios: Iterable[float]) -> list[float]:
         """Return the ratios without the digits that rounding has made, so that those of one mistake are the same."""

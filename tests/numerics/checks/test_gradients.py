@@ -336,6 +336,22 @@ def test_under_teacher_forcing_gradients_of_other_shapes_are_not_compared() -> N
     assert f"{DOWN}, with teacher forcing" in outcome.margins
 
 
+def in_low_precision(evidence: Evidence) -> Evidence:
+    """Return evidence of a run in which noise hides a factor in the gradients, but not under teacher forcing."""
+    noise = {(0, "gradient", name): float(evidence.initial[name].norm()) for name in evidence.initial}
+    right = forced(evidence, UP, lambda gradient: gradient)
+    return replace(right, tolerance=Tolerance(2.0**-52, 8, noise))
+
+
+def test_a_gradient_that_is_scaled_after_the_backward_pass_is_not_what_its_module_was_given() -> None:
+    assert not suspects(in_low_precision(RIGHT))
+    (suspect,) = suspects(in_low_precision(with_gradient(UP, lambda gradient: gradient * 1.5, 1)))
+    assert (suspect.where["parameter"], suspect.where["ranks"]) == (UP, [1])
+    assert "recomputed from its input and output gradient" in suspect.evidence["note"]
+    everywhere = in_low_precision(with_gradient(DOWN, lambda gradient: gradient * 1.5))
+    assert [the_cause(suspect) for suspect in suspects(everywhere)] == [Cause.GRADIENT_SCALED]
+
+
 def test_only_the_first_step_is_repeated_under_teacher_forcing() -> None:
     evidence = replace(right_evidence(steps=2), forced_modules=forced(RIGHT, UP, torch.zeros_like).forced_modules)
     assert suspects(evidence, 0)
