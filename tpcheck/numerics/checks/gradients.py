@@ -78,12 +78,15 @@ def gradients_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     suspects = _suspects(evidence, step, backward, parameters) or _consequences(evidence, step, parameters)
     not_compared = {**backward.not_compared, **not_compared}
     margins, by_module = _margins(backward, parameters), _by_module(backward, parameters)
-    if not suspects:
-        of_own, suspects = _compare_with_own(evidence, step, parameters)
+    forced = None if any(suspect.gradient.missing_on for suspect in suspects) else evidence.of_forced_modules()
+    # An output that is wrong makes gradients wrong, too; behind a wrong first step no other is compared.
+    if forced is not None and step == 0 and compare_activations(forced, 0, "forward").wrong():
+        forced = None
+    if forced is not None and not suspects:
+        of_own, suspects = _compare_with_own(evidence, forced, step, parameters)
         margins |= of_own
     outcome = CheckOutcome(margins, tuple(suspects), not_compared, by_module)
-    forced = None if step or any(suspect.gradient.missing_on for suspect in suspects) else evidence.of_forced_modules()
-    if forced is None or compare_activations(forced, 0, "forward").wrong():  # then its gradients are wrong, too
+    if forced is None or step:
         return outcome
     backward, parameters = compare_activations(forced, 0, "backward"), _compare_forced_gradients(forced)
     return outcome.with_forced_modules(
@@ -386,17 +389,16 @@ def _weight_gradient_suspect(evidence: Evidence, step: int, parameter: ComparedP
 
 
 def _compare_with_own(
-    evidence: Evidence, step: int, parameters: Mapping[str, ComparedParameter]
+    evidence: Evidence, forced: Evidence, step: int, parameters: Mapping[str, ComparedParameter]
 ) -> tuple[dict[str, float], list[Suspect]]:
     """Compare the gradients of linear modules with those that the ranks' own inputs and output gradients give.
 
     Only the rounding of one module is between the two, whatever that of the modules before adds up to: as much is
     allowed as under teacher forcing.
     """
-    forced = evidence.of_forced_modules()
     margins: dict[str, float] = {}
     suspects = []
-    for parameter in parameters.values() if forced is not None else ():
+    for parameter in parameters.values():
         allowed = _allowed_of_one_module(forced, parameter)
         recomputed = recompute_weight_gradient(evidence, step, parameter, allowed)
         if recomputed is None:
@@ -426,9 +428,8 @@ def _compare_with_own(
     return margins, suspects
 
 
-def _allowed_of_one_module(forced: Evidence | None, parameter: ComparedParameter) -> float:
+def _allowed_of_one_module(forced: Evidence, parameter: ComparedParameter) -> float:
     """Return the error of a gradient that the rounding of its module alone may make."""
-    assert forced is not None
     expected = forced.reference[0].gradients.get(parameter.name)
     if expected is None or not bool(expected.any()):
         return 0.0
