@@ -443,8 +443,9 @@ class Cause(Enum):
     MASTERS_STALE = (
         "masters_stale",
         "the weights are not the optimizer's master weights, rounded",
-        "runs.state_causes numerics.checks.resume",
-        "After loading weights refresh the masters (DeepSpeed: refresh_fp32_params; load both, or neither).",
+        "runs.state_causes numerics.checks.resume numerics.hypotheses.optimizer",
+        "Change masters rather than weights, which the next step overwrites. After loading weights refresh the masters "
+        "(DeepSpeed: refresh_fp32_params; load both, or neither).",
         Guide.RESUME,
     )
 

@@ -368,7 +368,8 @@ def train_recorded(
     def recorded(step: int, dp_rank: int) -> dict[str, Any]:
         flow = flows[step, dp_rank]
         uses = {name: tuple(flow.uses.get(parameter, ())) for name, parameter in model.named_parameters()}
-        return {"activations": activations[step, dp_rank], "sources": flow.sources, "uses": uses}
+        known = {"sources": flow.sources, "linear": flow.linear, "uses": uses}
+        return {"activations": activations[step, dp_rank], **known}
 
     steps = train(model, batches, options, recording, weighing)
     return [

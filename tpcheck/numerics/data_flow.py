@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,10 +24,14 @@ class DataFlow:
         >>> flow.add("y", x.exp() + 1)
         >>> flow.sources, flow.uses
         ({'x': (), 'y': ('x',)}, {tensor([1., 1.], requires_grad=True): ['x']})
+        >>> flow.add("z", 2 * x - leaf)
+        >>> flow.linear  # x with a gradient of 2, whatever x is
+        {'x': (), 'y': (), 'z': ('x',)}
     """
 
     def __init__(self) -> None:
         self.sources: dict[Any, tuple[Any, ...]] = {}
+        self.linear: dict[Any, tuple[Any, ...]] = {}  # those of `sources` in which a tensor is linear
         self.uses: dict[torch.Tensor, list[Any]] = {}
         self._keys: dict[Any, Any] = {}  # by autograd's node; the nodes are the same objects as long as they are here
 
@@ -36,6 +40,7 @@ class DataFlow:
         node = tensor.grad_fn
         if node is not None:
             self.sources[key] = tuple(self._nearest(node, key))
+            self.linear[key] = tuple(source for source, is_linear in self._linearity(node).items() if is_linear)
             self._keys[node] = key
 
     def _nearest(self, node: Any, key: Any) -> Iterator[Any]:
@@ -52,6 +57,48 @@ class DataFlow:
                 leaf = getattr(before, "variable", None)
                 if leaf is not None:
                     self.uses.setdefault(leaf, []).append(key)
+
+    def _linearity(self, start: Any) -> dict[Any, bool]:
+        """Return of each recorded tensor nearest before a node whether what the node computes is linear in it."""
+        known: dict[Any, dict[Any, bool]] = {}
+        waiting = [start]
+        while waiting:
+            node = waiting.pop()
+            inputs = [before for before, _ in node.next_functions]
+            unknown = [each for each in inputs if each not in known and each not in self._keys and each is not None]
+            if unknown:
+                waiting.extend((node, *unknown))
+            elif node not in known:
+                of_inputs = ({self._keys[each]: True} if each in self._keys else known.get(each, {}) for each in inputs)
+                known[node] = _linear_in(node.name().partition("Backward")[0], list(of_inputs))
+        return known[start]
+
+
+# Of autograd's nodes: linear in all inputs together; in each input by itself; in the first.
+_SUMS = frozenset(
+    "Add Sub Rsub Neg Sum Mean Cat Stack View UnsafeView ReshapeAlias Alias T Transpose Permute Squeeze Unsqueeze "
+    "Expand Repeat Clone ToCopy Slice Select Split SplitWithSizes Unbind Index IndexSelect Gather AsStrided Flip "
+    "ConstantPadNd".split()
+)
+_PRODUCTS = frozenset("Mul Mm Mv Bmm Dot Addmm Addbmm Baddbmm Linear MkldnnLinear".split())
+_QUOTIENTS = frozenset(["Div"])
+
+
+def _linear_in(operation: str, of_inputs: Sequence[Mapping[Any, bool]]) -> dict[Any, bool]:
+    """Return what the result of an operation is linear in, of what its inputs are computed from.
+
+    An operation that is not known counts as none.
+    """
+    linear: dict[Any, bool] = {}
+    for number, of_input in enumerate(of_inputs):
+        for source, is_linear in of_input.items():
+            if operation in _SUMS:
+                linear[source] = is_linear and linear.get(source, True)
+            elif operation in _PRODUCTS:
+                linear[source] = is_linear and source not in linear
+            else:
+                linear[source] = is_linear and source not in linear and operation in _QUOTIENTS and number == 0
+    return linear
 
 
 def consumers(evidence: Evidence, step: int, key: TensorKey) -> tuple[TensorKey, ...]:
@@ -84,7 +131,9 @@ def in_phase(key: TensorKey, phase: Phase) -> TensorKey:
 def is_exchanged_behind(evidence: Evidence, step: int, key: TensorKey) -> bool:
     """Return whether every rank issues a collective between `key` and what is computed from it, not in other modules.
 
-    What a module returns may be the result of the modules around it, too: then the collective may come after them.
+    What a module returns may be the result of the modules around it, too: then the collective may come after them. And
+    terms of a sum stay terms through whatever is linear, such as the other half of an adapter: then it may come after
+    that, wherever they go. Where a backward pass ends they may be summed in gradients of parameters.
     False where it is unknown what is computed from it, True where collectives are unknown.
     """
     return all(_is_exchanged_behind(evidence, step, key, rank) for rank in range(len(evidence.candidate[step])))
@@ -93,14 +142,60 @@ def is_exchanged_behind(evidence: Evidence, step: int, key: TensorKey) -> bool:
 def _is_exchanged_behind(evidence: Evidence, step: int, key: TensorKey, tp_rank: int) -> bool:
     if not evidence.candidate[step][tp_rank].logs_collectives:
         return True
-    module = key.module
-    while True:
-        nearest, issued = collectives_behind(evidence, step, key, tp_rank, module)
+    waiting, seen = [key], {key}
+    while waiting:
+        terms = waiting.pop()
+        nearest, issued = collectives_behind(evidence, step, terms, tp_rank, key.module)
         if issued:
-            return True
-        if nearest is None or not (is_inside(module, nearest.module) and is_result(nearest)):
-            return False
-        key = nearest
+            continue
+        if nearest is None:
+            if not _gives_equal_gradients(evidence, step, terms):
+                return False
+            continue
+        after: tuple[TensorKey, ...] = (nearest,)
+        is_around = is_inside(key.module, nearest.module) and nearest.module != terms.module
+        if not (is_around and is_result(nearest)):
+            after = consumers(evidence, step, terms)
+            if not all(_stay_terms(evidence, step, terms, each) for each in after):
+                return False
+        waiting.extend(each for each in after if each not in seen)
+        seen.update(after)
+    return True
+
+
+def _stay_terms(evidence: Evidence, step: int, terms: TensorKey, after: TensorKey) -> bool:
+    """Return whether terms of a sum give terms of what is computed from them: it is linear, and no weight is cut.
+
+    Gradients are linear in the gradients that they are computed from.
+    """
+    is_linear = terms.phase == "backward" or terms in evidence.reference[step].linear.get(after, ())
+    return is_linear and (after.module != terms.module or not _own_layouts(evidence, terms.module, cut=True))
+
+
+def _gives_equal_gradients(evidence: Evidence, step: int, key: TensorKey) -> bool:
+    """Return whether a backward pass ends at a module whose own parameters have gradients that all ranks agree on."""
+    if key.phase == "forward" or is_result(key):
+        return False
+    names = [
+        name for name in _own_layouts(evidence, key.module) if evidence.reference[step].gradients.get(name) is not None
+    ]
+    first, *others = evidence.candidate[step]
+    return bool(names) and all(
+        (gradient := rank.gradients.get(name)) is not None
+        and (of_first := first.gradients.get(name)) is not None
+        and torch.equal(gradient, of_first)
+        for rank in others
+        for name in names
+    )
+
+
+def _own_layouts(evidence: Evidence, module: str, *, cut: bool = False) -> list[str]:
+    """Return the names of a module's own parameters: all, or those that are cut."""
+    return [
+        name
+        for name, layout in evidence.layouts.items()
+        if name.rpartition(".")[0] == module and not (cut and layout.is_replicated)
+    ]
 
 
 def is_exchanged_before(evidence: Evidence, step: int, gradient: TensorKey) -> bool:

@@ -111,6 +111,7 @@ class Step:
         logs_collectives: Whether they are known: not those of a compiled model.
         sources: For each activation of the forward pass those nearest before it that it is computed from, as autograd
             knows it; empty for a candidate, and where there are no gradients.
+        linear: Those of `sources` in which the activation is linear.
         uses: For each parameter the activations nearest behind it that are computed from it, known as `sources` are.
         logged: What a library's loop logs of the step, and of an evaluation after it, by its names.
         loss_scale: By which the losses of the step were multiplied; gradients of activations still are.
@@ -132,6 +133,7 @@ class Step:
     collectives: tuple[Collective, ...] = ()
     logs_collectives: bool = True
     sources: Mapping[TensorKey, tuple[TensorKey, ...]] = field(default_factory=dict)
+    linear: Mapping[TensorKey, tuple[TensorKey, ...]] = field(default_factory=dict)
     uses: Mapping[str, tuple[TensorKey, ...]] = field(default_factory=dict)
     logged: Mapping[str, float] = field(default_factory=dict)
     loss_scale: float = 1.0
@@ -490,6 +492,7 @@ class StepFacts:
         on_shards: Each rank's weight after the step if the optimizer is given its shards alone; empty where unknown.
         loss_scale, next_loss_scale: By which the losses of the step were multiplied, and those of the next one.
         skipped_on: Global ranks of this TP group that skipped a step which the reference takes.
+        unlike_masters_on: Global ranks whose weight is not their float32 master, rounded.
     """
 
     before: tuple[Tensor, ...] = ()
@@ -501,6 +504,7 @@ class StepFacts:
     loss_scale: float = 1.0
     next_loss_scale: float = 1.0
     skipped_on: tuple[int, ...] = ()
+    unlike_masters_on: tuple[int, ...] = ()
 
     def known_digits(self, ratios: Iterable[float]) -> list[float]:
         """Return the ratios without the digits that rounding has made, so that those of one mistake are the same."""

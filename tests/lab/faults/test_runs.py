@@ -23,7 +23,6 @@ ROOT = Path(__file__).parents[3]
 WORST_NOISE = 0.2  # in float64
 WITHOUT_A_FAULT = {
     "rng_differs_cuda": "needs a GPU",
-    "masters_stale": "needs 16-bit weights: tests/runs/loops and tests/numerics/checks/test_resume.py have it",
 }
 
 

@@ -336,6 +336,22 @@ def test_under_teacher_forcing_gradients_of_other_shapes_are_not_compared() -> N
     assert f"{DOWN}, with teacher forcing" in outcome.margins
 
 
+def in_low_precision(evidence: Evidence) -> Evidence:
+    """Return evidence of a run in which noise hides a factor in the gradients, but not under teacher forcing."""
+    noise = {(0, "gradient", name): float(evidence.initial[name].norm()) for name in evidence.initial}
+    right = forced(evidence, UP, lambda gradient: gradient)
+    return replace(right, tolerance=Tolerance(2.0**-52, 8, noise))
+
+
+def test_a_gradient_that_is_scaled_after_the_backward_pass_is_not_what_its_module_was_given() -> None:
+    assert not suspects(in_low_precision(RIGHT))
+    (suspect,) = suspects(in_low_precision(with_gradient(UP, lambda gradient: gradient * 1.5, 1)))
+    assert (suspect.where["parameter"], suspect.where["ranks"]) == (UP, [1])
+    assert "recomputed from its input and output gradient" in suspect.evidence["note"]
+    everywhere = in_low_precision(with_gradient(DOWN, lambda gradient: gradient * 1.5))
+    assert [the_cause(suspect) for suspect in suspects(everywhere)] == [Cause.GRADIENT_SCALED]
+
+
 def test_only_the_first_step_is_repeated_under_teacher_forcing() -> None:
     evidence = replace(right_evidence(steps=2), forced_modules=forced(RIGHT, UP, torch.zeros_like).forced_modules)
     assert suspects(evidence, 0)
@@ -378,7 +394,11 @@ def hand_written(*, scale: float = 1.0, norm: float = 1.0, reduced: bool = True)
         seen |= {UP_INPUT: gradient @ weight if scale != 1 else total * term, normed: seen[normed] * norm}
         position = list(seen).index(UP_INPUT) + 1
         issued = Collective("", "all_reduce", (0, 1), phase="backward", position=position)
-        evidence = with_step(evidence, ranks=[rank], activations=seen, collectives=(issued,) if reduced else ())
+        gradients = dict(RIGHT.candidate[0][rank].gradients)
+        if not reduced and gradients[NORM] is not None:
+            gradients[NORM] = gradients[NORM] * term  # its module has been given a term
+        collectives = (issued,) if reduced else ()
+        evidence = with_step(evidence, ranks=[rank], activations=seen, gradients=gradients, collectives=collectives)
     return evidence
 
 
@@ -397,6 +417,15 @@ def test_terms_behind_which_the_gradient_is_wrong_are_not() -> None:
 def test_behind_another_mistake_terms_are_right_where_something_is_exchanged() -> None:
     assert wrong_modules(hand_written(scale=1.5)) == [""]
     assert wrong_modules(hand_written(scale=1.5, reduced=False)) == ["", "block.up"]
+
+
+def test_behind_another_mistake_terms_are_right_where_gradients_of_parameters_are_summed() -> None:
+    evidence = hand_written(scale=1.5, reduced=False)
+    summed = {name: gradient for name, gradient in RIGHT.reference[0].gradients.items() if name == NORM}
+    for rank in (0, 1):
+        gradients = {**evidence.candidate[0][rank].gradients, **summed}
+        evidence = with_step(evidence, ranks=[rank], gradients=gradients)
+    assert wrong_modules(evidence) == [""]
 
 
 def test_a_wrong_gradient_that_a_module_receives_is_laid_to_what_stands_behind_it() -> None:

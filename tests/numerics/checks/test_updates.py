@@ -635,3 +635,39 @@ def test_of_a_step_that_the_reference_skips_weights_alone_are_compared() -> None
     outcome = updates_match_reference(evidence, 0)
     assert not outcome.suspects
     assert outcome.not_compared["weights"] == SKIPPED
+
+
+def with_masters(*, changed: float = 1.0, rank: int = 1) -> Evidence:
+    """Return a run whose weights are bfloat16 and have float32 masters; those of UP on a rank are changed after it."""
+    evidence = RIGHT
+    for tp_rank, step in enumerate(RIGHT.candidate[0]):
+        masters = {("master", name): weight.float() for name, weight in step.weights.items() if name != BIAS}
+        weights = {name: weight.float().bfloat16() for name, weight in step.weights.items()}
+        if tp_rank == rank:
+            weights[UP] = weights[UP] * changed
+        evidence = with_step(evidence, ranks=[tp_rank], weights=weights, optimizer_state=masters)
+    rounded = {name: weight.bfloat16() for name, weight in RIGHT.reference[0].weights.items()}
+    noise = {(0, "weight", name): 0.2 * float(weight.norm()) for name, weight in rounded.items()}
+    reference = replace(RIGHT.reference[0], weights=rounded)
+    return replace(evidence, reference=(reference,), tolerance=replace(RIGHT.tolerance, deviations=noise))
+
+
+def test_a_weight_is_its_master_rounded_to_the_bit() -> None:
+    outcome = updates_match_reference(with_masters(), 0)
+    assert not outcome.suspects
+    assert {name for name in outcome.margins if "master" in name} == {
+        f"{name}, of its master" for name in (NORM, UP, DOWN)
+    }
+    (suspect,) = updates_match_reference(with_masters(changed=1.05), 0).suspects
+    assert (suspect.where["parameter"], suspect.where["ranks"], suspect.allowed) == (UP, [1], 0.0)
+    explanation = explain(suspect)
+    assert explanation is not None
+    assert explanation.cause is Cause.MASTERS_STALE
+
+
+def test_a_weight_that_noise_does_not_hide_is_a_suspect_once_with_the_same_cause() -> None:
+    (suspect,) = updates_match_reference(with_masters(changed=50.0), 0).suspects
+    assert suspect.allowed > 0
+    explanation = explain(suspect)
+    assert explanation is not None
+    assert explanation.cause is Cause.MASTERS_STALE

@@ -77,6 +77,21 @@ def _other_scale_on_one_rank(draw: Draw) -> Injection:
     return Injection(inject, Place(modules=(name,)))
 
 
+def _scaled_after_the_backward_pass(draw: Draw) -> Injection:
+    name = draw.parameter("*.lora_?.default.weight")
+
+    def inject(live: Live) -> None:
+        backward = live.candidate.backward
+
+        def backward_and_scale(loss: Tensor) -> None:
+            backward(loss)
+            _local(live.parameter(name).grad).mul_(1.5)
+
+        live.candidate.backward = backward_and_scale
+
+    return Injection(inject, Place(parameters=(name,)))
+
+
 def _base_is_trained(draw: Draw) -> Injection:
     name = draw.parameter("*.q_proj.base_layer.weight", "*.o_proj.weight")
 
@@ -111,6 +126,10 @@ FAULTS = (
                   _input_gradient_unreduced, "missing_reduce", "partial_gradient_on_replica"),
     _dtensor("lora_a_output_unreduced", "The terms of A before a row-parallel layer are not summed",
              _output_unreduced, "missing_reduce"),
+    _dtensor("lora_gradient_scaled_in_bfloat16",
+             "the gradient of a half of an adapter is multiplied by 1.5 between the backward pass and the step",
+             _scaled_after_the_backward_pass, "gradient_scaled", checks=("gradients_match_reference",),
+             dtype="bfloat16"),
     _transformers("lora_a_drawn_by_each_rank", "Each rank draws the A that all should hold from its own generator",
                   _drawn_by_each_rank, None, "replica_drift", checks=("weights_match_reference", "replicas_agree")),
     _transformers("lora_scale_of_one_rank", "One rank scales its part of the delta by another alpha",

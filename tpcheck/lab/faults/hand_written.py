@@ -174,15 +174,15 @@ class Model(nn.Module):
         return loss
 
 
-def build(*, lora: int = 0, **options: Any) -> nn.Module:
-    """Return a model, with LoRA adapters of this rank on the layers of its blocks where it is not 0."""
+def build(*, lora: int = 0, dora: bool = False, **options: Any) -> nn.Module:
+    """Return a model, with LoRA adapters of this rank on the layers of its blocks where it is not 0, or DoRA ones."""
     model = Model(**options)
     if not lora:
         return model
     from peft import LoraConfig, get_peft_model  # takes seconds
 
     layers = [name.rpartition(".")[2] for name in (*COLUMN, *ROW)]
-    adapted: nn.Module = get_peft_model(model, LoraConfig(r=lora, target_modules=layers))
+    adapted: nn.Module = get_peft_model(model, LoraConfig(r=lora, target_modules=layers, use_dora=dora))
     return adapted
 
 
@@ -308,11 +308,18 @@ LAYOUT: Layouts = {
     "head.weight": Shard(0),
     # The same inside a model of peft: an adapter's half is cut on the side on which its layer is.
     "base_model.model.head.weight": Shard(0),
-    **{f"*.{name}.{part}.weight": Shard(0) for name in COLUMN for part in ("base_layer", "lora_B.*")},
+    **{
+        f"*.{name}.{part}.weight": Shard(0)
+        for name in COLUMN
+        for part in ("base_layer", "lora_B.*", "lora_magnitude_vector.*")
+    },
     **{f"*.{name}.{part}.weight": Shard(1) for name in ROW for part in ("base_layer", "lora_A.*")},
 }
-WHOLE_HALVES = (*(f"*.{name}.lora_A.*" for name in COLUMN), *(f"*.{name}.lora_B.*" for name in ROW))
-"""Halves of adapters that every rank holds, and of whose gradient each has a term."""
+WHOLE_PARTS = (
+    *(f"*.{name}.lora_A.*" for name in COLUMN),
+    *(f"*.{name}.{part}.*" for name in ROW for part in ("lora_B", "lora_magnitude_vector")),
+)
+"""Parts of adapters that every rank holds, and of whose gradient each has a term."""
 
 
 def layout_of(name: str, shape: tuple[int, ...]) -> Placement | None:
@@ -356,25 +363,38 @@ def inside(model: Model, rank: RankLike) -> None:
 
 
 def inside_adapters(model: Any, rank: RankLike) -> None:
-    """Call f and g in the model inside one of peft."""
+    """Call f and g in the model inside one of peft, and sum the squares of the norms of DoRA's row-parallel layers."""
     inside(model.get_base_model(), rank)
+    for name, module in model.named_modules():
+        if any(fnmatchcase(name, f"*.{row}.lora_magnitude_vector.default") for row in ROW):
+            module.get_weight_norm = partial(_norm_of_rows, rank.group("tp"))
 
 
-def _whole_halves_reduced(*left_out: str) -> Style:
-    """Return what sums the gradients of the halves of adapters that every rank holds, but of those left out."""
+def _norm_of_rows(group: Any, weight: Tensor, lora_weight: Tensor, scaling: float, adapter_name: str) -> Tensor:
+    """Return DoRA's norm of each row of a weight of which every rank has some columns."""
+    return _sum((weight + scaling * lora_weight).detach().square().sum(1), group).sqrt()
+
+
+def _whole_parts_reduced(*left_out: str) -> Style:
+    """Return what sums the gradients of the parts of adapters that every rank holds, but of those left out."""
 
     def reduce(model: nn.Module, rank: RankLike) -> None:
         group = rank.group("tp")
         for name, parameter in model.named_parameters():
-            is_whole = any(fnmatchcase(name, pattern) for pattern in WHOLE_HALVES)
+            is_whole = any(fnmatchcase(name, pattern) for pattern in WHOLE_PARTS)
             if is_whole and not any(fnmatchcase(name, pattern) for pattern in left_out):
                 parameter.register_hook(lambda gradient: _sum(gradient, group))  # type: ignore[no-untyped-call]
 
     return reduce
 
 
-adapters_reduced = _whole_halves_reduced()
+adapters_reduced = _whole_parts_reduced()
 adapters_reduced.__name__ = "adapters_reduced"
+
+
+def _dora_norm_of_one_shard(model: Any, rank: RankLike) -> None:
+    adapters_reduced(model, rank)
+    del model.get_submodule(_DORA_NORM).get_weight_norm
 
 
 def bias_after_sum(model: Model, rank: RankLike) -> None:
@@ -758,6 +778,7 @@ _FORWARD = ("outputs_match_reference",)
 _SUMS_BOTH_WAYS = "https://github.com/pytorch/pytorch/issues/121587"
 _INNER_NORM = {"inner_norm": True}
 _BLOCKS = "base_model.model.blocks"
+_DORA_NORM = f"{_BLOCKS}.0.mlp.down.lora_magnitude_vector.default"
 _NORMS_IN_MLPS = ("blocks.0.mlp.norm", "blocks.1.mlp.norm")
 whole_statistic = _norms_over(seen=True, whole=True)
 whole_statistic.__name__ = "whole_statistic"
@@ -814,15 +835,19 @@ FAULTS = (
                      ("blocks.0.mlp.up",), ("use_of_module_lost",), options={"repeats": 2}),
     HandWrittenFault("hand_written_lora_a_unreduced",
                      "each rank keeps its term of the gradient of A, behind which B is cut",
-                     _whole_halves_reduced("*.blocks.0.attention.q.lora_A.*"),
+                     _whole_parts_reduced("*.blocks.0.attention.q.lora_A.*"),
                      (f"{_BLOCKS}.0.attention.q.lora_A.default", f"{_BLOCKS}.0.attention.q.lora_B.default"),
                      ("partial_gradient_on_replica", "missing_reduce"),
                      style=inside_adapters, options={"lora": 2}),
     HandWrittenFault("hand_written_lora_b_unreduced",
                      "each rank keeps its term of the gradient of B, before which A is cut",
-                     _whole_halves_reduced("*.blocks.1.mlp.down.lora_B.*"),
+                     _whole_parts_reduced("*.blocks.1.mlp.down.lora_B.*"),
                      (f"{_BLOCKS}.1.mlp.down.lora_B.default",), ("partial_gradient_on_replica",),
                      style=inside_adapters, options={"lora": 2}),
+    HandWrittenFault("dora_norm_of_one_shard",
+                     "a row-parallel layer of DoRA divides by the norm of one rank's columns of its weight",
+                     _dora_norm_of_one_shard, (_DORA_NORM,), (None,), checks=_FORWARD, style=inside_adapters,
+                     options={"lora": 2, "dora": True}),
     HandWrittenFault("scaled_beside_a_metric_over_dp",
                      "a module that averages a metric over the data-parallel group multiplies its output",
                      _scaled_beside_a_metric, ("norm",), (None,), checks=_FORWARD, topology=TP2_DP2),
@@ -843,4 +868,5 @@ CONTROLS = (
     HandWrittenControl(inside, {"down_bias": True}, also=bias_after_sum),
     HandWrittenControl(around, topology=TP2_DP2),
     HandWrittenControl(inside_adapters, {"lora": 2}, also=adapters_reduced),
+    HandWrittenControl(inside_adapters, {"lora": 2, "dora": True}, also=adapters_reduced),
 )

@@ -45,6 +45,19 @@ def _main_weight_dropped(draw: Draw) -> Injection:
     return Injection(inject, Place(parameters=names))
 
 
+def _weight_changed_beside_its_master(draw: Draw) -> Injection:
+    name, tp_rank = draw.parameter("*_proj.weight"), draw.tp_rank()
+
+    def inject(live: Live) -> None:
+        def change(step: int) -> None:
+            if live.tp_rank == tp_rank:
+                live.parameter(name).data.mul_(1.05)
+
+        after_step(live, change)
+
+    return Injection(inject, Place(parameters=(name,)))
+
+
 def _epsilon_on_one_rank(draw: Draw) -> Injection:
     name, wrong = draw.module("*layernorm", "model.norm"), draw.tp_rank()
 
@@ -81,6 +94,10 @@ FAULTS = (
     _fault("main_weight_dropped",
            "weights are kept in bfloat16 from step to step where the optimizer should keep full precision",
            _main_weight_dropped, "dtype_rounded", checks=("updates_match_reference",)),
+    _fault("weight_changed_beside_its_master",
+           "a bfloat16 weight is changed on one rank after the step, and its float32 master is not",
+           _weight_changed_beside_its_master, "masters_stale", checks=("updates_match_reference",), dtype="bfloat16",
+           zero_stage=1, options={"optimizer": "adamw"}, steps=1),
     _fault("gradients_averaged_in_bfloat16", "gradients are averaged over data parallelism in bfloat16",
            fault_of_the_backend(), "dtype_rounded", checks=("gradients_match_reference",), topology=TP2_DP2,
            config={"communication_data_type": "bf16"}),

@@ -10,7 +10,7 @@ from typing import Any
 from tpcheck.core.placement import Partial, Shard
 from tpcheck.numerics.activation_placement import PlacedTensor, cut_by_sample, infer_placement, placement_of_features
 from tpcheck.numerics.checks.suspects import compare_parameters
-from tpcheck.numerics.data_flow import consumers, is_inside, is_result
+from tpcheck.numerics.data_flow import collectives_behind, consumers, is_exchanged_behind, is_inside, is_result
 from tpcheck.numerics.differences import Difference, compare_placed, distance_of_terms, rounding_error
 from tpcheck.numerics.evidence import Evidence, MarginsByModule, Phase, TensorKey, worst_by_module
 
@@ -178,8 +178,9 @@ def _with_other_placement(
 
     A module may leave its reduction to what comes after it (experts, an input gradient): the ranks' terms must add up,
     in all features or in some (`families.special_cases.MLA_SHARED_ROTARY_KEY`), with its bias on each rank or on none,
-    and what is computed from them must be right. Or, where the result of its parent is right, it may keep its shard in
-    an order that shapes do not show: return None, the activation cannot be compared.
+    and what is computed from them must be right, or no terms any more although nothing has summed them yet. Or, where
+    the result of its parent is right, it may keep its shard in an order that shapes do not show: return None, the
+    activation cannot be compared.
     """
     if activation.difference.agrees:
         return activation
@@ -188,9 +189,33 @@ def _with_other_placement(
     if isinstance(activation.placed.placement, Shard):
         return activation if activation.placed.is_fused or not parent_is_right else None
     terms = _as_terms(evidence, step, activation)
-    if terms is None or not (parent_is_right or _are_summed_later(evidence, step, compared, activation.key)):
+    if terms is None:
         return activation
-    return terms
+    are_summed = parent_is_right or _are_summed_later(evidence, step, compared, activation.key)
+    return terms if are_summed or _are_spoilt_later(evidence, step, compared, activation.key) else activation
+
+
+def _are_spoilt_later(
+    evidence: Evidence, step: int, compared: Mapping[TensorKey, ComparedActivation], key: TensorKey
+) -> bool:
+    """Return whether terms would be summed later, and are no terms any more before: the mistake is in between.
+
+    Where a collective stands behind what still are terms, their sum is what is wrong.
+    """
+    are_known = all(rank.logs_collectives for rank in evidence.candidate[step])
+    if not are_known or not is_exchanged_behind(evidence, step, key):
+        return False
+    waiting, seen = [key], {key}
+    while waiting:
+        terms = waiting.pop()
+        if collectives_behind(evidence, step, terms, 0, key.module)[1]:
+            return False
+        for after in consumers(evidence, step, terms):
+            activation = compared.get(after)
+            if after not in seen and activation is not None and _as_terms(evidence, step, activation) is not None:
+                seen.add(after)
+                waiting.append(after)
+    return True
 
 
 def _as_terms(evidence: Evidence, step: int, activation: ComparedActivation) -> ComparedActivation | None:

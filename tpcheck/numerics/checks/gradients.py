@@ -20,13 +20,26 @@ from tpcheck.numerics.checks.activations import (
 from tpcheck.numerics.checks.backward_facts import backward_facts, collectives_passed, gradients_of_uses
 from tpcheck.numerics.checks.outputs import activation_suspect
 from tpcheck.numerics.checks.recompute import (
+    NOTES,
     compare_with_recomputed,
     recompute_input_gradient,
     recompute_weight_gradient,
 )
-from tpcheck.numerics.checks.suspects import ComparedParameter, compare_parameters, parameter_suspect
+from tpcheck.numerics.checks.suspects import (
+    ComparedParameter,
+    compare_parameters,
+    parameter_suspect,
+    tensor_suspect,
+)
 from tpcheck.numerics.data_flow import consumers, in_phase, is_exchanged_behind, is_inside, is_result
-from tpcheck.numerics.differences import distance_of_terms, rounding_error
+from tpcheck.numerics.differences import (
+    distance_of_terms,
+    frobenius,
+    frobenius_distance,
+    rounding_error,
+    subtract,
+    summarize,
+)
 from tpcheck.numerics.evidence import (
     SKIPPED,
     BackwardFacts,
@@ -39,6 +52,7 @@ from tpcheck.numerics.evidence import (
     TensorKey,
     worst_by_module,
 )
+from tpcheck.numerics.tolerance import RECOMPUTED_FACTOR
 
 _CHECK = "gradients_match_reference"
 
@@ -49,7 +63,8 @@ def gradients_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     Each gradient that is wrong although its module has the right inputs and output gradients is a finding of its own;
     those that are wrong in consequence are named in the first finding. Where precision is low, each module is also
     compared on the reference's inputs and output gradients (teacher forcing): those results go before those
-    of the ordinary pass.
+    of the ordinary pass. What is done to a gradient after that, until the optimizer gets it, shows where it is not what
+    the ranks' own inputs and output gradients give.
     """
     if evidence.reference[step].is_skipped:
         return CheckOutcome(not_compared={"gradients": SKIPPED})
@@ -63,9 +78,15 @@ def gradients_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     suspects = _suspects(evidence, step, backward, parameters) or _consequences(evidence, step, parameters)
     not_compared = {**backward.not_compared, **not_compared}
     margins, by_module = _margins(backward, parameters), _by_module(backward, parameters)
+    forced = None if any(suspect.gradient.missing_on for suspect in suspects) else evidence.of_forced_modules()
+    # An output that is wrong makes gradients wrong, too; behind a wrong first step no other is compared.
+    if forced is not None and step == 0 and compare_activations(forced, 0, "forward").wrong():
+        forced = None
+    if forced is not None and not suspects:
+        of_own, suspects = _compare_with_own(evidence, forced, step, parameters)
+        margins |= of_own
     outcome = CheckOutcome(margins, tuple(suspects), not_compared, by_module)
-    forced = None if step or any(suspect.gradient.missing_on for suspect in suspects) else evidence.of_forced_modules()
-    if forced is None or compare_activations(forced, 0, "forward").wrong():  # then its gradients are wrong, too
+    if forced is None or step:
         return outcome
     backward, parameters = compare_activations(forced, 0, "backward"), _compare_forced_gradients(forced)
     return outcome.with_forced_modules(
@@ -351,7 +372,7 @@ def _input_gradient_suspect(evidence: Evidence, step: int, activation: ComparedA
 
 def _weight_gradient_suspect(evidence: Evidence, step: int, parameter: ComparedParameter) -> Iterator[Suspect]:
     recomputed = recompute_weight_gradient(evidence, step, parameter)
-    if recomputed is None:
+    if recomputed is None or _is_sum_of_terms(evidence, parameter, recomputed):
         return
     suspect = compare_with_recomputed(
         evidence,
@@ -365,6 +386,67 @@ def _weight_gradient_suspect(evidence: Evidence, step: int, parameter: ComparedP
     )
     if suspect is not None:
         yield _with_facts(evidence, step, parameter, suspect)
+
+
+def _compare_with_own(
+    evidence: Evidence, forced: Evidence, step: int, parameters: Mapping[str, ComparedParameter]
+) -> tuple[dict[str, float], list[Suspect]]:
+    """Compare the gradients of linear modules with those that the ranks' own inputs and output gradients give.
+
+    Only the rounding of one module is between the two, whatever that of the modules before adds up to: as much is
+    allowed as under teacher forcing.
+    """
+    margins: dict[str, float] = {}
+    suspects = []
+    for parameter in parameters.values():
+        allowed = _allowed_of_one_module(forced, parameter)
+        recomputed = recompute_weight_gradient(evidence, step, parameter, allowed)
+        if recomputed is None:
+            continue
+        size, is_replicated = parameter.difference.expected_norm, evidence.layouts[parameter.name].is_replicated
+        if is_replicated and any(frobenius_distance(each, recomputed[0]) > allowed for each in recomputed):
+            size = sum(map(frobenius, recomputed))  # terms, each of which is rounded
+            recomputed = (torch.stack(recomputed).sum(dim=0),) * len(recomputed)
+        allowed *= max(1.0, size / (parameter.difference.expected_norm or 1.0))
+        gaps = [subtract(part, own) for part, own in zip(parameter.actual_parts, recomputed, strict=True)]
+        difference = summarize(gaps, parameter.difference.expected_norm, allowed, is_replicated=is_replicated)
+        margins[f"{parameter.name}, of its own inputs"] = difference.margin
+        if not difference.agrees:
+            suspect = tensor_suspect(
+                evidence,
+                difference,
+                check=_CHECK,
+                kind="gradient",
+                where={"phase": "backward", "step": step, "module": parameter.module, "parameter": parameter.name},
+                expected=recomputed[0] if is_replicated else None,
+                actual_parts=parameter.actual_parts,
+                expected_parts=recomputed,
+                is_replicated=is_replicated,
+                details={"inputs_agree": True, "note": NOTES["gradient"]},
+            )
+            suspects.append(suspect)
+    return margins, suspects
+
+
+def _allowed_of_one_module(forced: Evidence, parameter: ComparedParameter) -> float:
+    """Return the error of a gradient that the rounding of its module alone may make."""
+    expected = forced.reference[0].gradients.get(parameter.name)
+    if expected is None or not bool(expected.any()):
+        return 0.0
+    allowed = forced.tolerance.allowed((0, forced.dp_rank, "gradient", parameter.name), rounding_error(expected))
+    return allowed / frobenius(expected) * parameter.difference.expected_norm
+
+
+def _is_sum_of_terms(evidence: Evidence, parameter: ComparedParameter, recomputed: Sequence[torch.Tensor]) -> bool:
+    """Return whether ranks have terms of the gradient of a whole weight, and every rank the sum of them."""
+    allowed, first = RECOMPUTED_FACTOR * parameter.difference.allowed, recomputed[0]
+    if not evidence.layouts[parameter.name].is_replicated:
+        return False
+    if all(frobenius_distance(each, first) <= allowed for each in recomputed):
+        return False
+    total = torch.stack(tuple(recomputed)).sum(dim=0)
+    allowed *= max(1.0, frobenius(total) / (parameter.difference.expected_norm or 1.0))
+    return all(frobenius_distance(part, total) <= allowed for part in parameter.actual_parts)
 
 
 def _compare_forced_gradients(forced: Evidence) -> dict[str, ComparedParameter]:

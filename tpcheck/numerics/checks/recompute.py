@@ -78,22 +78,24 @@ def recompute_input_gradient(evidence: Evidence, step: int, key: TensorKey, allo
 
 
 def recompute_weight_gradient(
-    evidence: Evidence, step: int, parameter: ComparedParameter
+    evidence: Evidence, step: int, parameter: ComparedParameter, allowed: float | None = None
 ) -> tuple[torch.Tensor, ...] | None:
     """Return what each rank's input and output gradient give for its shard of a weight.
 
     None where the reference's do not give its gradient (the module is no linear one, or the weight is used elsewhere,
     too), and over DP, where no rank has the inputs of all.
+
+    Args:
+        allowed: How far the reference's may be from giving its gradient; by default what was compared is allowed.
     """
+    if allowed is None:
+        allowed = RECOMPUTED_FACTOR * parameter.difference.allowed
     reference = evidence.reference[step]
     num_micro_batches = max(1, len(reference.micro_gradients))
     expected_product = _gradient_product(reference.activations, parameter.module, num_micro_batches)
     if evidence.topology.dp > 1 or expected_product is None or expected_product.shape != parameter.expected.shape:
         return None
-    if (
-        frobenius_distance(expected_product, parameter.expected.double())
-        > RECOMPUTED_FACTOR * parameter.difference.allowed
-    ):
+    if frobenius_distance(expected_product, parameter.expected.double()) > allowed:
         return None
     weights = weight_parts(evidence, step, parameter.name)
     keys = [key for number in range(num_micro_batches) for key in _keys_of_product(parameter.module, number)]
@@ -188,7 +190,7 @@ def parts_of(terms: LinearTerms, shapes: Sequence[Sequence[int]]) -> tuple[torch
     return parts if all(part.shape == tuple(shape) for part, shape in zip(parts, shapes, strict=True)) else None
 
 
-_NOTES: Mapping[Kind, str] = {
+NOTES: Mapping[Kind, str] = {
     "activation": "compared with the output recomputed from its inputs and weights",
     "input_gradient": "compared with the gradient recomputed from its output gradient and weight",
     "gradient": "compared with the gradient recomputed from its input and output gradient",
@@ -231,7 +233,7 @@ def compare_with_recomputed(
         actual_parts=actual_parts,
         expected_parts=recomputed,
         is_replicated=is_replicated,
-        details={"inputs_agree": False, "note": _NOTES[kind]},
+        details={"inputs_agree": False, "note": NOTES[kind]},
     )
 
 

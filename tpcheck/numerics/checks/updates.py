@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from tpcheck.numerics.checks.suspects import (
     parameter_suspect,
     tensor_suspect,
 )
-from tpcheck.numerics.differences import compare_placed, rounding_error, spacing
+from tpcheck.numerics.differences import compare_placed, frobenius, rounding_error, spacing, subtract, summarize
 from tpcheck.numerics.evidence import (
     EVALUATION_LOSS,
     LOGGED_NORM,
@@ -112,7 +112,9 @@ _CHECK = "updates_match_reference"
 def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     """Compare every parameter and buffer after `step`. Calibrated.
 
-    A recorded call of the model that no optimizer step followed has no weights to compare.
+    Where the optimizer has float32 masters, each rank's weight must be its own master, rounded, to the bit: in a lower
+    dtype much less is seen by the other comparison. A recorded call of the model that no optimizer step followed has no
+    weights to compare.
     """
     compared, not_compared = compare_parameters(
         evidence,
@@ -133,6 +135,11 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     buffers, buffers_not_compared = _compare_buffers(evidence, step)
     suspects.extend(_buffer_suspect(evidence, step, buffer) for buffer in buffers if not buffer.difference.agrees)
     margins = {name: parameter.difference.margin for name, parameter in compared.items()}
+    for parameter in compared.values():
+        if differing_from_master := _elements_unlike_master(evidence, step, parameter):
+            margins[f"{parameter.name}, of its master"] = inf if any(differing_from_master) else 0.0
+            if any(differing_from_master) and parameter not in wrong:
+                suspects.append(_unlike_master(evidence, step, parameter))
     if not wrong and _nothing_moved(evidence, step):
         why = SKIPPED if is_skipped else "no weight moves in this step, as at a learning rate of 0"
         margins, not_compared["weights"] = {}, why
@@ -146,6 +153,43 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     )
     # A rate that is wrong in the log alone leaves the weights right; either makes the evaluation wrong.
     return rate.beside(outcome).or_else(evaluation)
+
+
+def _elements_unlike_master(evidence: Evidence, step: int, parameter: ComparedParameter) -> tuple[int, ...]:
+    """Return how many elements of each rank's weight are not those of its master, rounded; empty without masters."""
+    masters = _rounded_masters(evidence, step, parameter)
+    pairs = zip(parameter.actual_parts, masters, strict=False)
+    return tuple(int((subtract(part, master) != 0).sum()) for part, master in pairs)
+
+
+def _rounded_masters(evidence: Evidence, step: int, parameter: ComparedParameter) -> tuple[torch.Tensor, ...]:
+    """Return each rank's master in the dtype of its weight; nothing where a rank has none, of a wider dtype."""
+    masters = [rank.optimizer_state.get(("master", parameter.name)) for rank in evidence.candidate[step]]
+    pairs = [(master, part) for master, part in zip(masters, parameter.actual_parts, strict=True) if master is not None]
+    if len(pairs) < len(masters) or any(master.shape != part.shape for master, part in pairs):
+        return ()
+    if any(master.dtype.itemsize <= part.dtype.itemsize for master, part in pairs):
+        return ()
+    return tuple(master.to(part.dtype) for master, part in pairs)
+
+
+def _unlike_master(evidence: Evidence, step: int, parameter: ComparedParameter) -> Suspect:
+    masters = _rounded_masters(evidence, step, parameter)
+    gaps = [subtract(part, master) for part, master in zip(parameter.actual_parts, masters, strict=True)]
+    difference = summarize(gaps, frobenius(torch.cat([each.reshape(-1) for each in masters])), 0.0, is_replicated=False)
+    suspect = tensor_suspect(
+        evidence,
+        difference,
+        check=_CHECK,
+        kind="update",
+        where={"phase": "update", "step": step, "module": parameter.module, "parameter": parameter.name},
+        expected=parameter.expected,
+        actual_parts=parameter.actual_parts,
+        expected_parts=masters,
+        is_replicated=False,
+        details={"note": "compared with the float32 masters, rounded"},
+    )
+    return replace(suspect, step=StepFacts(unlike_masters_on=tuple(suspect.where["ranks"])))
 
 
 def _nothing_moved(evidence: Evidence, step: int) -> bool:
@@ -217,7 +261,11 @@ def _weight_suspects(evidence: Evidence, step: int, wrong: Sequence[ComparedPara
             details["note"] = "its gradient was not clipped"
         where = {"phase": "update", "step": step}
         suspect = parameter_suspect(evidence, parameter, check=_CHECK, kind="update", where=where, details=details)
-        facts = _step_facts(evidence, step, name, shares.get(name, {}))
+        unlike = _elements_unlike_master(evidence, step, parameter)
+        facts = replace(
+            _step_facts(evidence, step, name, shares.get(name, {})),
+            unlike_masters_on=tuple(evidence.ranks(tuple(rank for rank, count in enumerate(unlike) if count))),
+        )
         suspects.append(
             replace(
                 suspect,

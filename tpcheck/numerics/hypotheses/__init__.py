@@ -100,6 +100,7 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
     "norm": (optimizer.skipped, optimizer.norm_of_one_group, optimizer.wrong_norm, optimizer.only_the_report_is_wrong),
     "update": (
         optimizer.skipped,
+        optimizer.unlike_masters,
         first_confirmed(optimizer.step_hypotheses),
         optimizer.gradient_with_the_loss_scale,
         values.dtype_rounded,

@@ -20,6 +20,12 @@ def skipped(suspect: Suspect) -> Explanation | None:
     return Explanation(Cause.STEP_SKIPPED) if suspect.step.skipped_on else None
 
 
+def unlike_masters(suspect: Suspect) -> Explanation | None:
+    """Every wrong rank has a weight that is not its float32 master, rounded."""
+    unlike = suspect.step.unlike_masters_on
+    return Explanation(Cause.MASTERS_STALE) if unlike and set(suspect.where.get("ranks", ())) <= {*unlike} else None
+
+
 def wrong_norm(suspect: Suspect) -> Explanation | None:
     """The ranks' norms are summed up in one of the usual wrong ways."""
     return None if suspect.norms is None else explain_norm(suspect.norms.of_reported, suspect.norms.norms).explanation
