@@ -625,6 +625,20 @@ class Cause(Enum):
         "batches",
         "Give every rank of a TP group the same samples, and drop the last incomplete batch on all.",
     )
+    SLICE_OF_ANOTHER_SAMPLE = (
+        "slice_of_another_sample",
+        "the ranks of a CP group hold slices of different samples",
+        "runs.slice_orders",
+        "Give all ranks of a CP group the same samples, by dp_rank, and let each cut its slice out of them.",
+    )
+    SLICE_TAKEN_FOR_FIRST = (
+        "slice_taken_for_first",
+        "the first part of the sequence is right, and each part that follows is wrong: what depends on where a rank's "
+        "slice lies is that of the first",
+        "runs.slice_causes",
+        "Let positions, and the causal mask's rows, begin where the rank's slice does, and let queries see the keys of "
+        "the slices before it.",
+    )
     DUPLICATE_DP_BATCH = (
         "duplicate_dp_batch",
         "data-parallel replicas train on the same samples",

@@ -18,7 +18,7 @@ from tpcheck.runs.norm_checks import clipped_otherwise
 from tpcheck.runs.run_findings import GRADIENTS, OUTPUTS, Answer, finding_at, joined
 from tpcheck.runs.sketch_causes import clip_factors
 from tpcheck.runs.step_context import REROUTED, StepContext, judge, loss_scales
-from tpcheck.runs.wholes import epsilon
+from tpcheck.runs.wholes import Records, epsilon
 
 # ---- outputs
 
@@ -26,6 +26,7 @@ from tpcheck.runs.wholes import epsilon
 def outputs_match(context: StepContext) -> Answer:
     """Compare the outputs of all modules, the loss among them."""
     context.comparer.doubtful, context.comparer.rerouted = [], set()
+    context.comparer.adds_slices = _adds_slices(context)
     comparisons, not_compared = _computed(context, "output")
     comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
@@ -112,6 +113,35 @@ def _computed(context: StepContext, kind: str) -> tuple[list[Comparison], dict[s
         context.num_calls,
     )
     return comparisons, comparer.not_compared
+
+
+def _adds_slices(context: StepContext) -> tuple[bool, bool]:
+    """Return for each run whether its loss is the sum over the slices of a sequence, where they have one: else the mean.
+
+    Loops divide by the tokens of the slice and average gradients over the CP group, or by those of the whole and sum
+    them. Both are right, and the first gradient that comes back from the loss tells which it is. A loop that reduces
+    gradients in the other way is found by its parameters' gradients, which are compared as they are.
+    """
+    comparer, shared = context.comparer, context.step.shared
+    comparer.adds_slices = (False, False)
+    if shared is None or (shared.actual_cp, shared.expected_cp) == (1, 1):
+        return comparer.adds_slices
+    keyed = [key for key, records in context.expected.items() if key[0] == "output_gradient" and _is_keyed(records)]
+    first = next((key for key in keyed if key in context.actual), None)
+    if first is None:
+        return comparer.adds_slices
+    tables = [{first: table[first]} for table in (context.actual, context.expected)]
+    only_first = replace(context, actual=tables[0], expected=tables[1])
+    errors: dict[tuple[bool, bool], float] = {}
+    for adds in ((False, False), (True, False), (False, True), (True, True)):
+        comparer.adds_slices = adds
+        errors |= {adds: each.relative for each in _computed(only_first, "output_gradient")[0]}
+    comparer.adds_slices = (False, False)
+    return min(errors, key=lambda adds: errors[adds], default=(False, False))  # the mean, if nothing tells
+
+
+def _is_keyed(records: Records) -> bool:
+    return any(-1 in reading.shape for record in records.values() for reading in record.readings)
 
 
 def _first_place(

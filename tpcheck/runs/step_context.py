@@ -74,7 +74,9 @@ class StepContext:
             return 0, 0
         actual, expected = (
             sum(len(steps[run.replicas[replica][0]].passes) for replica in replicas)
-            for (run, steps), replicas in zip(sides, (shared.actual, shared.expected), strict=True)
+            for (run, steps), replicas in zip(
+                sides, (shared.actual[:: shared.actual_cp], shared.expected[:: shared.expected_cp]), strict=True
+            )
         )
         return actual, expected
 

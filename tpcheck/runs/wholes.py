@@ -36,6 +36,7 @@ class Part:
         sketch: Of them.
         digest: Of their bits.
         deviation: By which rounding moves the sketch; None where that was not measured.
+        is_slice: The rank has a slice of each sequence.
     """
 
     piece: str
@@ -43,6 +44,7 @@ class Part:
     digest: str
     deviation: float | None
     is_term: bool = False
+    is_slice: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +208,8 @@ def parts_of(records: Records, label: str) -> dict[int, Part]:
     for rank, record in records.items():
         reading = reading_of(record, label)
         assert reading is not None
-        parts[rank] = Part(reading.piece, reading.sketch, record.digest, reading.deviation, reading.is_term)
+        is_slice = bool(reading.order)
+        parts[rank] = Part(reading.piece, reading.sketch, record.digest, reading.deviation, reading.is_term, is_slice)
     return parts
 
 
