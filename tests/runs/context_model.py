@@ -120,9 +120,7 @@ class Attention(nn.Module):
         if groups.tp is not None:
             hidden = _SumBackward.apply(hidden, groups.tp)
         heads = HEADS // groups.tp_size
-        q, k, v = (
-            layer(hidden).unflatten(-1, (heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
-        )
+        q, k, v = (layer(hidden).unflatten(-1, (heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         if setting.rotary:
             q, k = rotated(q, positions), rotated(k, positions)
         rows = places(setting, groups.cp_size, groups.cp_rank)

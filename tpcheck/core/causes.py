@@ -633,11 +633,16 @@ class Cause(Enum):
     )
     SLICE_TAKEN_FOR_FIRST = (
         "slice_taken_for_first",
-        "the first part of the sequence is right, and each part that follows is wrong: what depends on where a rank's "
-        "slice lies is that of the first",
+        "what depends on where a rank's slice of the sequence lies is that of the first slice, which alone is right",
         "runs.slice_causes",
-        "Let positions, and the causal mask's rows, begin where the rank's slice does, and let queries see the keys of "
-        "the slices before it.",
+        "Let positions, and the rows of the causal mask, begin where the rank's slice does, and let queries see the "
+        "keys of all slices before it.",
+    )
+    POSITIONS_OF_ANOTHER_ORDER = (
+        "positions_of_another_order",
+        "the positions that the model is called with are those of slices in another order",
+        "runs.slice_causes",
+        "Cut position_ids exactly as the tokens are cut: contiguously, or zigzag as load balancing does.",
     )
     DUPLICATE_DP_BATCH = (
         "duplicate_dp_batch",

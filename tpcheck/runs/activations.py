@@ -222,9 +222,7 @@ class SlicedPlaces:
     def of(cls, slices: Sequence[Slices], places: ActivationPlaces) -> SlicedPlaces:
         """Return the places under each order, given those of the slices as samples."""
         by_order = {
-            each.order: replace(
-                places, batch=BatchShape(each.samples, places.batch.length), slices=each, _rows={}
-            )
+            each.order: replace(places, batch=BatchShape(each.samples, places.batch.length), slices=each, _rows={})
             for each in slices
         }
         return cls(by_order, places.batch)
@@ -233,9 +231,7 @@ class SlicedPlaces:
         self, tensor: torch.Tensor, *, lies_as_inputs: bool = False, known: GlobalIndex | None = None
     ) -> tuple[Place, ...]:
         """Return every way in which a plain local tensor may lie in the whole; the first takes it as all of it."""
-        return self._joined(
-            lambda places: places.places(tensor, lies_as_inputs=lies_as_inputs, known=known)
-        )
+        return self._joined(lambda places: places.places(tensor, lies_as_inputs=lies_as_inputs, known=known))
 
     def places_of_dtensor(self, tensor: torch.Tensor, *, lies_as_inputs: bool = False) -> tuple[Place, ...]:
         """Return the place of a DTensor under each order."""

@@ -21,8 +21,8 @@ class Run:
     Attributes:
         path: Where they were read from, for messages.
         ranks: By global rank.
-        replicas: Global ranks of each TP group whose ranks are all there, by dp_rank; under context parallelism there is
-            one for each slice of the sequences.
+        replicas: Global ranks of each TP group whose ranks are all there, by dp_rank; of each slice of the sequences
+            where ranks have slices (cp).
         positions: For each rank, where in its `steps` the records of a number are: several where the optimizer skipped
             a step, which was then taken on other samples.
     """

@@ -52,7 +52,7 @@ from tpcheck.runs.run_findings import (
     names_in,
 )
 from tpcheck.runs.sketch_causes import Suspect, explain
-from tpcheck.runs.slice_orders import in_common_order, order_of, slices_agree
+from tpcheck.runs.slice_orders import in_common_order, order_of, slices_agree, unknown_slices
 from tpcheck.runs.stages import has_stages, joined_verdict, stage_pairs
 from tpcheck.runs.state_causes import repeated_state, stale_masters
 from tpcheck.runs.step_checks import doubtful_losses, gradients_match, outputs_match
@@ -311,6 +311,9 @@ class _RunsComparison:
         if step.shared is None:
             slices = slices_agree(self.actual, step, self.expected)
             self._add([batches, *([slices] if slices.findings else [])])
+            unknown = unknown_slices(step, self.actual, self.expected)
+            if unknown:
+                self.not_compared[f"step {number}"] = unknown
             return f"the runs were given different samples in step {number}, and are different from there on"
         answers = [batches, *self._answers(context)]
         if not any(record.has_update for record in (*step.actual.values(), *step.expected.values())):

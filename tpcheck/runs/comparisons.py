@@ -484,7 +484,7 @@ class Comparer:
                 sides.append([summed if adds else mean])
             else:
                 sides.append([mean, summed] if adds else [mean])
-        return list(product(*sides))
+        return [(factor_a, factor_e) for factor_a, factor_e in product(*sides)]
 
 
 def among_rerouted(comparer: Comparer, comparisons: Sequence[Comparison]) -> list[Comparison]:

@@ -20,7 +20,7 @@ from tpcheck.numerics.sketch import GlobalIndex, PendingSketch, fetch_sketches, 
 from tpcheck.numerics.tensors import map_tensors, named_tensors
 from tpcheck.runs.activations import ActivationPlaces, BatchShape, Place, SlicedPlaces, batch_among
 from tpcheck.runs.output_places import Output, OutputKey, OutputPlaces, is_uniform
-from tpcheck.runs.slices import ContextGroup, digests_of_pieces, positions_among
+from tpcheck.runs.slices import ContextGroup, SlicedCall, digests_of_pieces, positions_among
 from tpcheck.runs.trace import Kind, Leaf, PassRecord, Reading, TensorRecord
 
 Key = tuple[Kind, str, str, int]  # kind, name, part, call: as `TensorRecord.key`
@@ -167,6 +167,7 @@ class Pass:
         outputs: Where each output that is no DTensor lies, with its shape: its gradient lies there, too.
         known: Sketches of this call's tensors, which others may have to the bit.
         pieces: Digests of the pieces of each sample, [B, pieces]; None where there are no positions.
+        positions: As in `SlicedCall`.
         uniform: For outputs with several places that may be replicas, whether they are uniform along a cut.
     """
 
@@ -191,6 +192,7 @@ class Pass:
     uniform: dict[OutputKey, bool] = field(default_factory=dict)
     known: KnownSketches = field(default_factory=dict)
     pieces: torch.Tensor | None = None
+    positions: str = ""
 
     @classmethod
     def start(
@@ -214,15 +216,19 @@ class Pass:
         places: Any = ActivationPlaces(batch, tp, tp_rank, is_sequence_first=is_sequence_first)
         leaf, has_positions = batch_among(leaf for _, leaf in named)
         leaf = leaf if has_positions else None
+        sliced = SlicedCall()
         if context is not None:
-            positions = positions_among(model, [(path.removeprefix(f"{len(args)}."), each) for path, each in named], leaf)
-            places = SlicedPlaces.of(context.slices(leaf, positions), places)
+            positions = positions_among(
+                model, [(path.removeprefix(f"{len(args)}."), each) for path, each in named], leaf
+            )
+            sliced = context.slices(leaf, positions)
+            places = SlicedPlaces.of(sliced.slices, places)
         pieces = digests_of_pieces(leaf, 1 if context is None else context.size)
         device = next(model.parameters()).device.type
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
         autocast = autocast.removeprefix("torch.")
         recorded = cls(args, kwargs, leaves, places, model.training, generator_digests(), autocast, decided=decided)
-        recorded.pieces = pieces
+        recorded.pieces, recorded.positions = pieces, sliced.positions
         return recorded
 
     @classmethod
@@ -280,12 +286,17 @@ class Pass:
             self.is_training,
             self.generators,
             {order: _as_text(places.batch.samples) for order, places in by_order.items()},
-            () if self.pieces is None else tuple("".join(f"{key >> 32 & (1 << 32) - 1:08x}" for key in row) for row in self.pieces.tolist()),
+            () if self.pieces is None else tuple(map(_joined, self.pieces.tolist())),
+            self.positions,
         )
 
 
 def _as_text(samples: torch.Tensor | None) -> tuple[str, ...]:
     return () if samples is None else tuple(f"{key & (1 << 64) - 1:016x}" for key in samples.tolist())
+
+
+def _joined(keys: Sequence[int]) -> str:
+    return "".join(f"{key >> 32 & (1 << 32) - 1:08x}" for key in keys)
 
 
 def merged(passes: Iterable[Pass]) -> list[PendingTensor]:

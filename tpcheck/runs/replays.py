@@ -423,9 +423,7 @@ class Replays:
             return 0.0
         return torch.finfo(getattr(torch, self.inner_dtype)).eps * sqrt(sketch.sum_squares / sketch.numel)
 
-    def _shrinking(
-        self, unperturbed: Mapping[Key, Sequence[Sketch]], gradients: Sequence[PendingTensor]
-    ) -> float:
+    def _shrinking(self, unperturbed: Mapping[Key, Sequence[Sketch]], gradients: Sequence[PendingTensor]) -> float:
         """Return by how much clipping and unscaling make gradients smaller, from the norms before and after.
 
         Twice that: the mean over data parallelism makes them smaller, too, and their rounding less so. The sum over

@@ -98,6 +98,20 @@ def order_of(run: Run) -> str:
     return getattr(run.first.steps, "order", "")
 
 
+def unknown_slices(step: AlignedStep, actual: Run, expected: Run) -> str:
+    """Return what is to be said of runs without a common sample if it is unknown how slices lie; else nothing."""
+    for run, steps in ((actual, step.actual), (expected, step.expected)):
+        if run.cp == 1:
+            continue
+        if any(not call.samples for each in steps.values() for call in each.passes):
+            return f"the ranks of a CP group of {run.path} were not called with slices of equal length of its sequences"
+        return (
+            f"the slices of {run.path} make up no sample of the other run, neither contiguous nor zigzag: the samples "
+            "differ, or the slices lie otherwise, which position_ids in the arguments of the model tell"
+        )
+    return ""
+
+
 # ---- slices of other samples
 
 
@@ -113,8 +127,9 @@ def slices_agree(run: Run, step: AlignedStep, expected: Run) -> Answer:
     for replica in run.data_replicas if run.cp > 1 else ():
         groups = [run.replicas[number] for number in replica]
         margins[f"slices of ranks {', '.join(str(rank) for group in groups for rank in group)}"] = 0.0
-        for calls in zip(*(step.actual[group[0]].passes if group[0] in step.actual else () for group in groups)):
-            for pieces in zip(*(call.pieces for call in calls)):
+        steps = [step.actual[group[0]].passes if group[0] in step.actual else () for group in groups]
+        for calls in zip(*steps, strict=False):
+            for pieces in zip(*(call.pieces for call in calls), strict=False):
                 of_slices = [_samples_of(text, owners) for text in pieces]
                 known = Counter(next(iter(each)) for each in of_slices if len(each) == 1)
                 if not known:

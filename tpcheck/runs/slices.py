@@ -22,6 +22,7 @@ from tpcheck.numerics.sketch import TILES, keys_of_sums, sample_keys, slice_sums
 from tpcheck.world.exchange import Exchange
 
 CONTIGUOUS, ZIGZAG, POSITIONS = "contiguous", "zigzag", "positions"
+FROM_ZERO = "from 0 on each rank"
 SECONDS_TO_WAIT = 1800.0  # as torch waits in collectives: the model's own are in the same call
 
 _STREAM = 7 << 50  # of the hash of positions, far from those of samples and rows
@@ -46,6 +47,19 @@ class Slices:
     piece: str
 
 
+@dataclass(frozen=True, slots=True)
+class SlicedCall:
+    """What the ranks of a CP group are called with.
+
+    Attributes:
+        slices: Under each order; empty where the tensors are no slices of equal length.
+        positions: Which positions the ranks are called with: an order, or `from 0 on each rank`; else empty.
+    """
+
+    slices: tuple[Slices, ...] = ()
+    positions: str = ""
+
+
 class ContextGroup:
     """The ranks that hold slices of the same samples."""
 
@@ -53,8 +67,8 @@ class ContextGroup:
         self.size, self.rank = len(ranks), ranks.index(rank)
         self._exchange = Exchange(ranks, axis="cp", timeout=SECONDS_TO_WAIT, purpose="recorded a call of the model")
 
-    def slices(self, leaf: torch.Tensor | None, positions: torch.Tensor | None) -> tuple[Slices, ...]:
-        """Return the slices under each order; nothing where the ranks' tensors are no slices. Collective.
+    def slices(self, leaf: torch.Tensor | None, positions: torch.Tensor | None) -> SlicedCall:
+        """Return the slices under each order. Collective.
 
         Args:
             leaf: [B, n, ...], what the model is called with; None where that has no positions.
@@ -66,21 +80,22 @@ class ContextGroup:
             None if leaf is None else tuple(leaf.shape),
             {order: of_order.tolist() for order, (of_order, _) in sums.items()},
             _hash_of(by_order[POSITIONS]) if POSITIONS in by_order else None,
-            [order for order in (CONTIGUOUS, ZIGZAG) if _is_same(by_order, order)],
+            _followed(by_order),
         )
         messages = self._exchange.all_gather_object(message)
         if leaf is None or any(shape != tuple(leaf.shape) for shape, *_ in messages):
-            return ()
+            return SlicedCall()
         length = leaf.shape[1] * self.size
         orders = [order for order in by_order if all(order in of_rank for _, of_rank, *_ in messages)]
-        if POSITIONS in orders and not self._are_others(messages, length):
+        followed = [order for order in messages[0][3] if all(order in of_rank for *_, of_rank in messages)]
+        if POSITIONS in orders and (followed or not self._are_whole(messages, length)):
             orders.remove(POSITIONS)
         found = []
         for order in orders:
             whole = torch.tensor([of_rank[order] for _, of_rank, *_ in messages], dtype=torch.int64).sum(0)
             samples = keys_of_sums(whole, length * sums[order][1]).to(leaf.device)
             found.append(Slices(order, samples, by_order[order], length, f"slice {self.rank}/{self.size}"))
-        return tuple(found)
+        return SlicedCall(tuple(found), POSITIONS if POSITIONS in orders else next(iter(followed), ""))
 
     def _positions_by_order(self, number: int, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
         device = None if positions is None else positions.device
@@ -94,18 +109,15 @@ class ContextGroup:
         return by_order
 
     @staticmethod
-    def _are_others(messages: Sequence[Any], length: int) -> bool:
-        """Return whether the ranks' positions are all of the whole, once each, and in neither of the usual orders."""
+    def _are_whole(messages: Sequence[Any], length: int) -> bool:
+        """Return whether the ranks' positions are all of the whole, once each."""
         hashes = [hashed for _, _, hashed, _ in messages]
         if any(len(hashed) != len(hashes[0]) for hashed in hashes):
             return False
         expected = _hash_of(torch.arange(length))
-        are_all = all(
+        return all(
             int(torch.tensor(of_sample, dtype=torch.int64).sum()) == expected[0]
             for of_sample in zip(*hashes, strict=True)
-        )
-        return are_all and not any(
-            all(order in known for *_, known in messages) for order in (CONTIGUOUS, ZIGZAG)
         )
 
 
@@ -115,9 +127,14 @@ def _hash_of(positions: torch.Tensor) -> list[int]:
     return hashed
 
 
-def _is_same(by_order: Mapping[str, torch.Tensor], order: str) -> bool:
-    """Return whether the positions that the model is called with are those of an order."""
-    return {order, POSITIONS} <= by_order.keys() and bool((by_order[POSITIONS] == by_order[order]).all())
+def _followed(by_order: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return what the positions that the model is called with follow: orders, or a beginning at 0."""
+    if POSITIONS not in by_order:
+        return []
+    given = by_order[POSITIONS]
+    known = {order: by_order[order] for order in (CONTIGUOUS, ZIGZAG) if order in by_order}
+    known[FROM_ZERO] = torch.arange(given.shape[-1], device=given.device)
+    return [name for name, positions in known.items() if bool((given == positions).all())]
 
 
 def positions_among(
@@ -142,9 +159,7 @@ def positions_among(
     return None
 
 
-def _with_names(
-    model: nn.Module, named: Sequence[tuple[str, torch.Tensor]]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _with_names(model: nn.Module, named: Sequence[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield tensors under the names of the arguments of the model's forward where they were given by place."""
     parameters = list(inspect.signature(model.forward).parameters)
     for path, tensor in named:

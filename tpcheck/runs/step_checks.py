@@ -116,7 +116,7 @@ def _computed(context: StepContext, kind: str) -> tuple[list[Comparison], dict[s
 
 
 def _adds_slices(context: StepContext) -> tuple[bool, bool]:
-    """Return for each run whether its loss is the sum over the slices of a sequence, where they have one: else the mean.
+    """Return for each run whether its loss is the sum over the slices of a sequence, not their mean.
 
     Loops divide by the tokens of the slice and average gradients over the CP group, or by those of the whole and sum
     them. Both are right, and the first gradient that comes back from the loss tells which it is. A loop that reduces
@@ -135,7 +135,8 @@ def _adds_slices(context: StepContext) -> tuple[bool, bool]:
     errors: dict[tuple[bool, bool], float] = {}
     for adds in ((False, False), (True, False), (False, True), (True, True)):
         comparer.adds_slices = adds
-        errors |= {adds: each.relative for each in _computed(only_first, "output_gradient")[0]}
+        for comparison in _computed(only_first, "output_gradient")[0]:
+            errors[adds] = comparison.relative
     comparer.adds_slices = (False, False)
     return min(errors, key=lambda adds: errors[adds], default=(False, False))  # the mean, if nothing tells
 

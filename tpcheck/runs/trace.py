@@ -119,6 +119,8 @@ class PassRecord:
         sliced: Where the ranks of a CP group hold slices, for each order that these may follow each other in
             (`contiguous`, `zigzag`, `positions`) the digests of the whole samples.
         pieces: For each sample or slice, the digests of its equal pieces, 8 hex digits each, joined.
+        positions: Which positions the ranks of a CP group were called with: those of an order, or `from 0 on each
+            rank`; empty where there were none, or others.
     """
 
     leaves: tuple[Leaf, ...]
@@ -129,6 +131,7 @@ class PassRecord:
     generators: Mapping[str, str] = field(default_factory=dict)
     sliced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     pieces: tuple[str, ...] = ()
+    positions: str = ""
 
 
 @dataclass(frozen=True, slots=True)
