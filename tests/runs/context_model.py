@@ -32,6 +32,9 @@ class Setting:
         positions: The model is called with positions; else it numbers them itself.
         padded: Labels of the last half of each second sample are ignored.
         rotary: Positions rotate queries and keys inside the attention; else they are embedded.
+        returns_loss: The model returns its loss, too, as those of transformers do.
+        calls: Micro-batches of a step.
+        dtype: Of the model.
         steps, replays: Of the recording.
         fault: What is wrong.
     """
@@ -41,6 +44,9 @@ class Setting:
     positions: bool = True
     padded: bool = False
     rotary: bool = False
+    returns_loss: bool = False
+    calls: int = 1
+    dtype: torch.dtype = torch.float64
     steps: int = 2
     replays: int = 2
     fault: str = ""
@@ -56,6 +62,9 @@ class Groups:
     tp_rank: int = 0
     cp_size: int = 1
     cp_rank: int = 0
+    dp: Any = None
+    dp_size: int = 1
+    dp_rank: int = 0
 
 
 def places(setting: Setting, cp: int, cp_rank: int) -> torch.Tensor:
@@ -170,7 +179,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Layer(setting, groups) for _ in range(2))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, loss: Any = None) -> Any:
         if position_ids is None:
             position_ids = places(self.setting, self.groups.cp_size, self.groups.cp_rank)
             if self.setting.fault == "positions from 0":
@@ -180,11 +189,12 @@ class Model(nn.Module):
             hidden = hidden + self.places(position_ids)
         for layer in self.layers:
             hidden = layer(hidden, position_ids)
-        return self.head(self.norm(hidden))
+        logits = self.head(self.norm(hidden))
+        return logits if loss is None else (loss(logits), logits)
 
 
 def build(setting: Setting, groups: Groups) -> Model:
-    """Return this rank's part of one model in float64."""
+    """Return this rank's part of one model."""
     generator = torch.Generator().manual_seed(0)
     whole = Model(setting, Groups()).double()
     for parameter in whole.parameters():
@@ -195,7 +205,7 @@ def build(setting: Setting, groups: Groups) -> Model:
         dims = [dim for dim in range(parameter.dim()) if parameter.shape[dim] != weights[name].shape[dim]]
         part = weights[name].detach()
         parameter.data = (part.chunk(groups.tp_size, dims[0])[groups.tp_rank] if dims else part).clone()
-    return model
+    return model.to(setting.dtype)
 
 
 def batch(step: int, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,9 +235,20 @@ def train(rank: Rank | None, path: str, setting: Setting) -> None:
                 position_ids = torch.arange(len(held))
             if setting.fault == "positions in another order":
                 position_ids = torch.arange(len(held)) + groups.cp_rank * len(held)
-            given = {"position_ids": position_ids.expand(BATCH, -1)} if setting.positions else {}
-            logits = model(tokens[:, held], **given)
-            train_on(logits, labels, labels[:, held], setting, groups).backward()
+            calls = groups.dp_size * setting.calls
+            for call in range(setting.calls):
+                rows = slice(groups.dp_rank * setting.calls + call, None, calls)
+                given: dict[str, Any] = {}
+                if setting.positions:
+                    given["position_ids"] = position_ids.expand(BATCH // calls, -1)
+
+                def loss(logits: torch.Tensor, rows: slice = rows, labels: torch.Tensor = labels) -> torch.Tensor:
+                    return train_on(logits, labels, labels[rows, held], setting, groups)
+
+                if setting.returns_loss:
+                    model(tokens[rows, held], loss=loss, **given)[0].backward()
+                else:
+                    loss(model(tokens[rows, held], **given)).backward()
             reduce_gradients(model, setting, groups)
             optimizer.step()
             optimizer.zero_grad()
@@ -241,20 +262,20 @@ def train_on(
     if setting.fault == "local number of labels":
         return summed / (own != IGNORED).sum()
     loss = summed / (labels != IGNORED).sum()
-    return loss if setting.adds else loss * groups.cp_size
+    return loss if setting.adds else loss * groups.cp_size * groups.dp_size
 
 
 def reduce_gradients(model: Model, setting: Setting, groups: Groups) -> None:
-    if groups.cp is None:
-        return
     for name, parameter in model.named_parameters():
         if parameter.grad is None or (setting.fault == "not reduced" and name == "layers.0.norm1.weight"):
             continue
         if setting.fault == "nothing reduced":
             continue
-        dist.all_reduce(parameter.grad, group=groups.cp)
-        if not setting.adds or setting.fault == "mean of terms":
-            parameter.grad /= groups.cp_size
+        for group, size in ((groups.cp, groups.cp_size), (groups.dp, groups.dp_size)):
+            if group is not None:
+                dist.all_reduce(parameter.grad, group=group)
+                if not setting.adds or setting.fault == "mean of terms":
+                    parameter.grad /= size
 
 
 def groups_of(rank: Rank) -> Groups:
@@ -263,7 +284,10 @@ def groups_of(rank: Rank) -> Groups:
     def group(axis: str) -> Any:
         return _made(rank, axis) if axis in topology.axes and getattr(topology, axis) > 1 else None
 
-    return Groups(group("tp"), group("cp"), topology.tp, coordinate["tp"], topology.cp, coordinate.get("cp", 0))
+    return Groups(
+        *(group("tp"), group("cp"), topology.tp, coordinate["tp"], topology.cp, coordinate.get("cp", 0)),
+        *(group("dp"), topology.dp, coordinate["dp"]),
+    )
 
 
 def _made(rank: Rank, axis: str) -> Any:

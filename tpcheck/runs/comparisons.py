@@ -9,6 +9,8 @@ from itertools import product
 from math import hypot, inf, isfinite, isnan, sqrt
 from typing import Literal
 
+import torch
+
 from tpcheck.core.name_maps import NameMap
 from tpcheck.numerics.sketch import distance
 from tpcheck.numerics.tolerance import SAFETY_FACTOR
@@ -135,15 +137,14 @@ class Comparison:
         )
 
     def _ranks_of_wrong_slices(self, allowed: float) -> tuple[int, ...]:
-        """Return the ranks in whose tiles the error lies: those that no other slice has elements in."""
+        """Return the ranks in whose tiles the error lies: those in which only ranks with the same slice have any."""
         gap = (self.actual.sketch - self.expected.sketch).tile_norms()
         held = {rank: part.sketch.tile_norms() != 0 for rank, part in self.actual.parts.items()}
-        groups = {rank: group for group in self.actual.groups for rank in group}
         wrong = []
         for rank, tiles in held.items():
             alone = tiles.clone()
-            for other, of_other in held.items():
-                if other not in groups[rank] or self.actual.parts[other].piece != self.actual.parts[rank].piece:
+            for of_other in held.values():
+                if not torch.equal(of_other, tiles):
                     alone &= ~of_other
             if float((gap[alone] ** 2).sum()) ** 0.5 > allowed:
                 wrong.append(rank)
@@ -254,8 +255,8 @@ class Comparer:
         doubtful: Losses that agree neither as means nor as sums over the calls, of runs with other numbers of calls: a
             mistake only where gradients are wrong, too.
         eps: Machine epsilons of the lowest dtypes that the two runs compute in, in the step that is compared.
-        adds_slices: For each run, whether its loss is the sum over slices of a sequence, not their mean; decided for
-            each step.
+        adds_up: For each run whose ranks hold slices of sequences, 1 where its loss is the mean over all replicas, else
+            the number of those over whose losses it is the sum: slices, or all replicas. Decided for each step.
     """
 
     actual: Run
@@ -267,7 +268,7 @@ class Comparer:
     not_compared: dict[str, str] = field(default_factory=dict)
     doubtful: list[Comparison] = field(default_factory=list)
     eps: tuple[float, float] = (0.0, 0.0)
-    adds_slices: tuple[bool, bool] = (False, False)
+    adds_up: tuple[int, int] = (1, 1)
 
     def table(self, run: Run, records_by_rank: Mapping[int, Sequence[TensorRecord]]) -> Table:
         """Return the records of all ranks by key, in the order of events."""
@@ -473,17 +474,17 @@ class Comparer:
             return [(1 / shared.actual_copies, 1 / shared.expected_copies)]
         loss_scales = scales if kind == "output_gradient" else (1.0, 1.0)
         sides = []
-        for replicas, num_slices, loss_scale, adds, label in (
-            (shared.actual, shared.actual_cp, loss_scales[0], self.adds_slices[0], found.actual),
-            (shared.expected, shared.expected_cp, loss_scales[1], self.adds_slices[1], found.expected),
+        for replicas, num_slices, loss_scale, adds_up, label in (
+            (shared.actual, shared.actual_cp, loss_scales[0], self.adds_up[0], found.actual),
+            (shared.expected, shared.expected_cp, loss_scales[1], self.adds_up[1], found.expected),
         ):
-            mean, summed = 1 / len(replicas) / loss_scale, num_slices / len(replicas) / loss_scale
+            mean = 1 / len(replicas) / loss_scale
             if kind == "output" and label == "positions":
-                sides.append([summed])
+                sides.append([mean * num_slices])
             elif is_keyed or label == "positions":
-                sides.append([summed if adds else mean])
+                sides.append([mean * adds_up])
             else:
-                sides.append([mean, summed] if adds else [mean])
+                sides.append(list(dict.fromkeys((mean, mean * adds_up))))
         return [(factor_a, factor_e) for factor_a, factor_e in product(*sides)]
 
 

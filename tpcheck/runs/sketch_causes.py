@@ -143,6 +143,8 @@ def _if_zero(cause: Cause, suspect: Suspect) -> Explanation | None:
         if not set(variant.ranks) & set(ranks)
     )
     is_all = len(ranks) == len(comparison.actual.parts)
+    if any(comparison.actual.parts[rank].is_slice for rank in ranks) and not is_all:
+        return None  # no label may be in a slice
     if not ranks or not (is_all or (others_are_right and len(comparison.actual.pieces) == 1)):
         return None
     return Explanation(cause, evidence={"zero_on_ranks": ranks})
