@@ -52,18 +52,19 @@ def slice_taken_for_first(given: GivenSlices | None, comparison: Comparison) -> 
     parts = _parts(given, comparison)
     if len(parts) < 2:
         return None
-    gap = (comparison.actual.sketch - comparison.expected.sketch).tile_norms().square().sum(dim=1)
-    is_wrong = [sqrt(float(gap[first:last].sum())) > comparison.allowed for _, first, last in parts]
-    of_first_rank = [cp_rank == 0 for cp_rank, *_ in parts]
+    actual = comparison.actual
     patterns = (
         ("the first part of the sequence", [number > 0 for number in range(len(parts))]),
-        ("the slice of the first rank", [not of_first for of_first in of_first_rank]),
+        ("the slice of the first rank", [cp_rank > 0 for cp_rank, *_ in parts]),
     )
-    for right, expected in patterns:
-        if is_wrong == expected:
-            return Explanation(
-                Cause.SLICE_TAKEN_FOR_FIRST, evidence={"right_in": right, **_same_bits(given, comparison)}
-            )
+    are_terms = actual.is_replicated_over_tp and not actual.is_bitwise_replicated  # that are summed after the module
+    for sketch in (actual.sketch, *([actual.sum_over_tp()] if are_terms else [])):
+        gap = (sketch - comparison.expected.sketch).tile_norms().square().sum(dim=1)
+        is_wrong = [sqrt(float(gap[first:last].sum())) > comparison.allowed for _, first, last in parts]
+        for right, expected in patterns:
+            if is_wrong == expected:
+                evidence = {"right_in": right, **_same_bits(given, comparison)}
+                return Explanation(Cause.SLICE_TAKEN_FOR_FIRST, evidence=evidence)
     return None
 
 
