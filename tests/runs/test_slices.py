@@ -1,4 +1,4 @@
-"""Runs whose ranks hold slices of sequences (cp): right ones pass beside one process and each other, faults are found."""
+"""Runs whose ranks hold slices of sequences (cp): right ones pass beside one process, faults are found."""
 
 from __future__ import annotations
 

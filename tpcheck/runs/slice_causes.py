@@ -10,7 +10,7 @@ import torch
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.numerics.sketch import TILES
 from tpcheck.runs.comparisons import Comparison
-from tpcheck.runs.slices import FROM_ZERO
+from tpcheck.runs.slices import FROM_ZERO, ZIGZAG
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def positions_of_other_slices(given: GivenSlices | None, comparison: Comparison)
 def slice_taken_for_first(given: GivenSlices | None, comparison: Comparison) -> Explanation | None:
     """Only the first part of the sequence is right, or only the slice of the first rank; all others are wrong.
 
-    The parts are those that tell slices apart: the neighbouring tiles of rows of which one rank has elements.
+    The parts are those that slices are cut into, seen as the tiles of rows of which one rank has elements.
     """
     if given is None or comparison.is_of_norms or not comparison.allowed or len(comparison.expected.shape) < 2:
         return None
@@ -80,11 +80,14 @@ def _parts(given: GivenSlices, comparison: Comparison) -> list[tuple[int, int, i
                 for row in rows:
                     if owner.setdefault(row, cp_rank) != cp_rank:
                         return []
+    num_slices = len(given.slots[0])
+    num_chunks = 2 * num_slices if given.order == ZIGZAG else num_slices
     parts: list[tuple[int, int, int]] = []
     for row in range(TILES):
         if row not in owner:
             continue
-        if parts and parts[-1][0] == owner[row]:
+        is_same_chunk = bool(parts) and row * num_chunks // TILES == parts[-1][1] * num_chunks // TILES
+        if parts and parts[-1][0] == owner[row] and is_same_chunk:
             parts[-1] = (owner[row], parts[-1][1], row + 1)
         else:
             parts.append((owner[row], row, row + 1))
