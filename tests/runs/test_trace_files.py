@@ -589,6 +589,7 @@ def test_what_is_no_path_is_refused(path):
     ("topology", "world_size", "message"),
     [
         (Topology(tp=2), 4, "record again with topology="),
+        (Topology(tp=2, cp=2), 4, "tpcheck recorded none when this trace was made; record again"),
         (Topology(tp=2), 4, r"this one has 4 ranks in Topology\(tp=2, dp=1\)"),
     ],
 )

@@ -48,6 +48,13 @@ class Run:
                 f"a run of TP, CP, DP and PP; this one has {beyond.num_ranks} ranks in {beyond.topology!r}: record "
                 "again with topology=, which says how the others belong to them",
             )
+        if any(each.topology.cp > 1 and not each.cp_group for each in traces):
+            raise UsageError(
+                "path",
+                path,
+                "slices of sequences (cp) with the digests of whole samples: tpcheck recorded none when this trace was "
+                "made; record again",
+            )
         ranks = {trace.rank: trace for trace in sorted(traces, key=lambda trace: trace.rank)}
         groups = sorted({trace.tp_group or (trace.rank,) for trace in ranks.values()})
         complete = [group for group in groups if all(rank in ranks for rank in group)]
