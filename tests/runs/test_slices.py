@@ -155,10 +155,9 @@ def test_positions_are_found_by_the_name_of_their_argument() -> None:
 
     tokens, positions = torch.zeros(2, 4, dtype=torch.int64), torch.arange(4)
     given = [("0", tokens), ("1", positions)]
-    assert positions_among(Model(), given, tokens) is positions or torch.equal(
-        positions_among(Model(), given, tokens),  # type: ignore[arg-type]
-        positions,
-    )
+    found = positions_among(Model(), given, tokens)
+    assert found is not None
+    assert torch.equal(found, positions)
     assert positions_among(Model(), [("0", tokens), ("mask", positions)], tokens) is None
     assert positions_among(Model(), [("0", tokens), ("position_ids", positions.double())], tokens) is None
 

@@ -74,7 +74,7 @@ class ContextGroup:
             leaf: [B, n, ...], what the model is called with; None where that has no positions.
             positions: [n] or [B, n], those that the model is called with.
         """
-        by_order = {} if leaf is None else self._positions_by_order(leaf.shape[1], positions)
+        by_order = {} if leaf is None else self._positions_by_order(leaf.shape[1], positions, leaf.device)
         sums = {} if leaf is None else {order: slice_sums(leaf, each) for order, each in by_order.items()}
         message = (
             None if leaf is None else tuple(leaf.shape),
@@ -97,15 +97,16 @@ class ContextGroup:
             found.append(Slices(order, samples, by_order[order], length, f"slice {self.rank}/{self.size}"))
         return SlicedCall(tuple(found), POSITIONS if POSITIONS in orders else next(iter(followed), ""))
 
-    def _positions_by_order(self, number: int, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        device = None if positions is None else positions.device
+    def _positions_by_order(
+        self, number: int, positions: torch.Tensor | None, device: torch.device
+    ) -> dict[str, torch.Tensor]:
         by_order = {CONTIGUOUS: torch.arange(number, device=device) + self.rank * number}
         if number % 2 == 0:
             part = torch.arange(number // 2, device=device)
             last = 2 * self.size - 1 - self.rank
             by_order[ZIGZAG] = torch.cat([part + self.rank * len(part), part + last * len(part)])
         if positions is not None:
-            by_order[POSITIONS] = positions.to(torch.int64)
+            by_order[POSITIONS] = positions.to(device, torch.int64)
         return by_order
 
     @staticmethod
@@ -163,9 +164,10 @@ def _with_names(model: nn.Module, named: Sequence[tuple[str, torch.Tensor]]) -> 
     """Yield tensors under the names of the arguments of the model's forward where they were given by place."""
     parameters = list(inspect.signature(model.forward).parameters)
     for path, tensor in named:
-        first = path.partition(".")[0]
-        is_place = first.isdigit() and int(first) < len(parameters)
-        yield parameters[int(first)] if is_place else path, tensor
+        first, dot, rest = path.partition(".")
+        if first.isdigit() and int(first) < len(parameters):
+            first = parameters[int(first)]
+        yield f"{first}{dot}{rest}", tensor
 
 
 def digests_of_pieces(leaf: torch.Tensor | None, num_slices: int) -> torch.Tensor | None:
