@@ -29,7 +29,8 @@ SLUGS = set(
     norm_before_unscaling norm_after_clipping reported_norm_wrong clipped_per_group clip_epsilon_differs
     gate_up_exchanged key_value_exchanged rotary_layout offset_by_constant
     token_mean_instead_of_mean samples_repeated samples_skipped use_of_module_lost statistic_over_one_shard
-    not_loaded step_skipped init_depends_on_tp replicas_drawn_apart drawn_separately""".split()
+    not_loaded step_skipped init_depends_on_tp replicas_drawn_apart drawn_separately
+    slice_of_another_sample slice_taken_for_first positions_of_another_order""".split()
 )
 
 

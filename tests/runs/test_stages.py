@@ -1,4 +1,7 @@
-"""Two pipeline stages by hand beside the whole model in one process: right ones pass, and faults are found."""
+"""Pipeline stages by hand beside the whole model in one process: right ones pass, and faults are found.
+
+A stage may be several ranks with slices of the samples' positions (cp).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import nn
 import tpcheck
 from tpcheck import Rank, Topology, UsageError
 
-WIDTH, SAMPLES, STEPS = 8, 4, 2
+WIDTH, SAMPLES, LENGTH, STEPS = 8, 4, 16, 2
 
 
 class Model(nn.Module):
@@ -32,7 +35,7 @@ class Model(nn.Module):
 
 
 def samples(step: int) -> torch.Tensor:
-    return torch.randn(SAMPLES, WIDTH, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+    return torch.randn(SAMPLES, LENGTH, WIDTH, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
 
 
 def recording(model: nn.Module, path: str, **options: Any) -> Any:
@@ -51,24 +54,30 @@ def train_in_one_process(path: str) -> None:
 
 
 def train_stage(rank: Rank, path: str, fault: str) -> None:
-    stage = rank.rank
+    topology = rank.topology
+    stage, cp_rank = topology.coordinate(rank.rank)["pp"], topology.coordinate(rank.rank).get("cp", 0)
+    other = topology.peers(rank.rank, "pp")[1 - stage]
+    group = [dist.new_group(ranks) for ranks in topology.groups("cp")][stage] if topology.cp > 1 else None
     model = Model(range(2) if stage == 0 else range(2, 4))
     if fault == "weight" and stage == 1:
         model.layers["3"].weight.data.mul_(1.5)
-    optimizer, recorded = recording(model, path, topology=Topology(pp=2))
-    buffer = torch.empty(SAMPLES, WIDTH, dtype=torch.float64)
+    optimizer, recorded = recording(model, path, topology=topology)
+    buffer = torch.empty(SAMPLES, LENGTH // topology.cp, WIDTH, dtype=torch.float64)
     with recorded:
         for step in range(STEPS):
             if stage == 0:
-                hidden = model(samples(step))
-                dist.send(hidden.detach(), 1)
-                dist.recv(buffer, 1)
+                hidden = model(samples(step).chunk(topology.cp, 1)[cp_rank])
+                dist.send(hidden.detach(), other)
+                dist.recv(buffer, other)
                 hidden.backward(2 * buffer if fault == "received gradient" else buffer)
             else:
-                dist.recv(buffer, 0)
+                dist.recv(buffer, other)
                 given = (0 * buffer if fault == "received" else buffer).clone().requires_grad_()
                 model(given).square().sum().backward()
-                dist.send(given.grad, 0)
+                dist.send(given.grad, other)
+            for name, parameter in model.named_parameters():
+                if group is not None and not (fault == "not reduced" and name == "layers.2.weight"):
+                    dist.all_reduce(parameter.grad, group=group)
             if fault == "gradient" and stage == 1:
                 model.layers["2"].weight.grad.mul_(2)
             optimizer.step()
@@ -124,3 +133,14 @@ def test_a_fault_is_found_in_its_stage(
 ) -> None:
     finding = tpcheck.compare_traces(stages(world, tmp_path, fault), expected).findings[0]
     assert (finding.check, finding.where.get("parameter") or finding.where["module"]) == (check, place)
+
+
+def test_stages_with_slices_of_samples_are_the_whole_model(tmp_path: Path, expected: str) -> None:
+    with tpcheck.spawn(Topology(pp=2, cp=2), timeout=120) as world:
+        report = tpcheck.compare_traces(stages(world, tmp_path), expected)
+        assert report.passed, report.to_text()
+        assert {check.check: check.compared for check in report.verdict.checks}["outputs_match_reference"] == 2 * STEPS
+        finding = tpcheck.compare_traces(stages(world, tmp_path, "not reduced"), expected).findings[0]
+    where = finding.where
+    assert (where["parameter"], where["ranks"], finding.cause) == ("layers.2.weight", [2, 3], "missing_reduce")
+    assert finding.evidence["reduced_over"] == "cp"

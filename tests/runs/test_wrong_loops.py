@@ -7,6 +7,7 @@ import pytest
 from tests.runs.loops.loop import Loop, complaints
 from tests.runs.loops.worlds import LoopRunner, as_parameters, loop_runner
 from tests.runs.loops.wrong import LOOPS, SELDOM
+from tests.runs.test_slices import WRONG as WRONG_SLICES
 from tests.schema import document
 from tpcheck.core.causes import Cause
 
@@ -35,4 +36,5 @@ def test_the_table_of_wrong_loops_is_long_enough() -> None:
 
 def test_every_cause_that_only_runs_have_is_named_of_a_loop() -> None:
     of_runs = {cause.slug for cause in Cause if all(module.startswith("runs.") for module in cause.diagnosed_in)}
-    assert of_runs <= {loop.wrong.cause for loop in LOOPS if loop.wrong is not None}
+    of_loops = {loop.wrong.cause for loop in LOOPS if loop.wrong is not None}
+    assert of_runs <= of_loops | {cause for *_, cause, _ in WRONG_SLICES}

@@ -626,6 +626,25 @@ class Cause(Enum):
         "batches",
         "Give every rank of a TP group the same samples, and drop the last incomplete batch on all.",
     )
+    SLICE_OF_ANOTHER_SAMPLE = (
+        "slice_of_another_sample",
+        "the ranks of a CP group hold slices of different samples",
+        "runs.slice_orders",
+        "Give all ranks of a CP group the same samples, by dp_rank, and let each cut its slice out of them.",
+    )
+    SLICE_TAKEN_FOR_FIRST = (
+        "slice_taken_for_first",
+        "what depends on where a rank's slice of the sequence lies is that of the first slice, which alone is right",
+        "runs.slice_causes",
+        "Let positions, and the rows of the causal mask, begin where the rank's slice does, and let queries see the "
+        "keys of all slices before it.",
+    )
+    POSITIONS_OF_ANOTHER_ORDER = (
+        "positions_of_another_order",
+        "the positions that the model is called with are those of slices in another order",
+        "runs.slice_causes",
+        "Cut position_ids exactly as the tokens are cut: contiguously, or zigzag as load balancing does.",
+    )
     DUPLICATE_DP_BATCH = (
         "duplicate_dp_batch",
         "data-parallel replicas train on the same samples",

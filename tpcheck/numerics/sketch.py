@@ -62,9 +62,11 @@ __all__ = [
     "Sketch",
     "distance",
     "fetch_sketches",
+    "keys_of_sums",
     "row_keys",
     "sample_keys",
     "sketch",
+    "slice_sums",
     "start_sketch",
 ]
 
@@ -318,12 +320,16 @@ def _to_host(packed: torch.Tensor) -> torch.Tensor:
     return host
 
 
-def row_keys(samples: torch.Tensor, length: int) -> RowKeys:
+def row_keys(samples: torch.Tensor, length: int, positions: torch.Tensor | None = None) -> RowKeys:
     """Return the keys of the rows of a [B, length, ...] tensor, for B samples with these keys, on their device.
 
     For a [length, B, ...] tensor transpose `keys` and `tiles`, seen as [B, length].
+
+    Args:
+        positions: Those of `length` that are here, int64 [n] or [B, n]; None for all.
     """
-    positions = torch.arange(length, dtype=torch.int64, device=samples.device)
+    if positions is None:
+        positions = torch.arange(length, dtype=torch.int64, device=samples.device)
     keys = splitmix(samples[:, None] ^ splitmix(positions + _POSITIONS))
     tiles = (positions * TILES // max(length, 1)).expand_as(keys)
     return RowKeys(keys.reshape(-1), tiles.reshape(-1))
@@ -338,14 +344,39 @@ def sample_keys(leaf: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         words = _as_words(leaf.detach())
         batch, length = words.shape
-        digests = torch.full((batch,), length, dtype=torch.int64, device=leaf.device)
+        sums = torch.zeros(2, batch, dtype=torch.int64, device=leaf.device)
         for stream in (0, 1):
-            total = torch.zeros(batch, dtype=torch.int64, device=leaf.device)
             for start in range(0, length, _CHUNK):
                 chunk = words[:, start : start + _CHUNK].to(torch.int64)
-                total += (chunk * odd_keys((stream << 40) + start, chunk.shape[1], leaf.device)).sum(1)
-            digests = splitmix(digests ^ total)
-        return digests
+                sums[stream] += (chunk * odd_keys((stream << 40) + start, chunk.shape[1], leaf.device)).sum(1)
+        return keys_of_sums(sums, length)
+
+
+def slice_sums(leaf: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return what a slice adds to the sums of each whole sample, int64 [2, B], and the words of one position.
+
+    Sums over slices that make up whole samples are what `keys_of_sums` turns into the digests of `sample_keys`.
+
+    Args:
+        leaf: [B, n, ...], n positions of each sample.
+        positions: Which these are, int64 [n] or [B, n].
+    """
+    with torch.no_grad():
+        words = _as_words(leaf.detach())
+        batch, number = leaf.shape[:2]
+        width = words.shape[1] // max(number, 1)
+        words = words.to(torch.int64).reshape(batch, number, width)
+        index = positions[..., None] * width + torch.arange(width, device=leaf.device)
+        sums = [(words * (splitmix(index + (stream << 40)) | 1)).sum((1, 2)) for stream in (0, 1)]
+        return torch.stack(sums), width
+
+
+def keys_of_sums(sums: torch.Tensor, num_words: int) -> torch.Tensor:
+    """Return the digests of samples of so many words with these multilinear sums, [2, B]."""
+    digests = torch.full_like(sums[0], num_words)
+    for of_stream in sums:
+        digests = splitmix(digests ^ of_stream)
+    return digests
 
 
 def _as_words(leaf: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
@@ -12,6 +12,7 @@ import torch
 from tpcheck.core.digests import FACTORS, mix, odd_keys
 from tpcheck.core.placement import Shard
 from tpcheck.numerics.sketch import GlobalIndex, RowKeys, row_keys, sample_keys
+from tpcheck.runs.slices import Slices
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Place:
         index: Of the columns, or of all dims where rows are not keyed.
         rows: Keys of the rows; None where they are not keyed.
         is_term: The values are a term of a sum over the TP group.
+        order: As in `Reading`.
     """
 
     label: str
@@ -33,6 +35,7 @@ class Place:
     index: GlobalIndex
     rows: RowKeys | None = None
     is_term: bool = False
+    order: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +52,22 @@ class BatchShape:
 
     @classmethod
     def of(cls, leaves: Iterable[torch.Tensor]) -> BatchShape:
-        """Return the shape of the batch that these tensors make.
+        """Return the shape of the batch that these tensors make."""
+        leaf, has_positions = batch_among(leaves)
+        return cls() if leaf is None else cls(sample_keys(leaf), leaf.shape[1] if has_positions else None)
 
-        The first integer tensor of two dims or more holds tokens; without one, the first tensor with any dim
-        holds samples, whose second dim is positions if there is a third.
-        """
-        tensors = [leaf for leaf in leaves if leaf.dim()]
-        tokens = next((leaf for leaf in tensors if leaf.dim() >= 2 and not _is_real(leaf)), None)
-        if tokens is not None:
-            return cls(sample_keys(tokens), tokens.shape[1])
-        if not tensors:
-            return cls()
-        return cls(sample_keys(tensors[0]), tensors[0].shape[1] if tensors[0].dim() >= 3 else None)
+
+def batch_among(leaves: Iterable[torch.Tensor]) -> tuple[torch.Tensor | None, bool]:
+    """Return the tensor that holds the samples, if there is one, and whether its second dim is positions.
+
+    The first integer tensor of two dims or more holds tokens; without one, the first tensor with any dim
+    holds samples, whose second dim is positions if there is a third.
+    """
+    tensors = [leaf for leaf in leaves if leaf.dim()]
+    tokens = next((leaf for leaf in tensors if leaf.dim() >= 2 and not _is_real(leaf)), None)
+    if tokens is not None:
+        return tokens, True
+    return (tensors[0], tensors[0].dim() >= 3) if tensors else (None, False)
 
 
 def _is_real(tensor: torch.Tensor) -> bool:
@@ -69,12 +76,16 @@ def _is_real(tensor: torch.Tensor) -> bool:
 
 @dataclass(slots=True)
 class ActivationPlaces:
-    """Finds the places of the outputs of one call of a model, for one rank of a TP group."""
+    """Finds the places of the outputs of one call of a model, for one rank of a TP group.
+
+    Of slices, a tensor without samples may hold something for each position, such as a table of rotations.
+    """
 
     batch: BatchShape
     tp: int
     tp_rank: int
     is_sequence_first: bool = False  # positions come before samples, as in Megatron
+    slices: Slices | None = None  # where `batch` is this rank's positions of the whole samples
     _rows: dict[tuple[str, int, int], RowKeys] = field(default_factory=dict)
 
     def places(
@@ -90,7 +101,7 @@ class ActivationPlaces:
         columns = tuple(tensor.shape[num_row_dims:])
         if is_slice:
             return (_place("sequence", f"sequence {self.tp_rank}/{self.tp}", columns, None, rows, num_row_dims),)
-        places = [_place("whole", "all", columns, None, rows, num_row_dims)]
+        places = [_place("whole", "all", columns, None, rows, num_row_dims), *self._place_by_positions(columns, rows)]
         if known is not None and columns == known.local_shape:
             if known.indices[0] is None:
                 return (places[0],)
@@ -105,6 +116,17 @@ class ActivationPlaces:
             piece = f"{dim} {self.tp_rank}/{self.tp}"
             places.append(_place(dim, piece, whole, None, rows, num_row_dims, part=(self.tp, self.tp_rank)))
         return tuple(places)
+
+    def _place_by_positions(self, shape: tuple[int, ...], rows: RowKeys | None) -> tuple[Place, ...]:
+        """Return where a tensor without samples lies if its first dim of a slice's length is positions."""
+        slices, length = self.slices, self.batch.length
+        if rows is not None or slices is None or length not in shape or slices.positions.dim() > 1:
+            return ()
+        dim = shape.index(length)
+        indices: list[torch.Tensor | None] = [None] * len(shape)
+        indices[dim] = slices.positions.cpu()
+        whole = (*shape[:dim], slices.length, *shape[dim + 1 :])
+        return (Place("positions", whole, slices.piece, GlobalIndex(whole, tuple(indices))),)
 
     def places_of_dtensor(self, tensor: torch.Tensor, *, lies_as_inputs: bool = False) -> tuple[Place, ...]:
         """Return the one place of a DTensor, which its placements tell; empty where they cut other dims than these."""
@@ -173,12 +195,56 @@ class ActivationPlaces:
         assert self.batch.samples is not None
         number = len(self.batch.samples)
         length = self.batch.length if is_slice and self.batch.length else positions
-        whole = row_keys(self.batch.samples, length)
+        if self.slices is not None and length == self.batch.length:
+            whole = row_keys(self.batch.samples, self.slices.length, self.slices.positions)
+        else:
+            whole = row_keys(self.batch.samples, length)
         first = positions * self.tp_rank if is_slice else 0
         keys, tiles = (each.reshape(number, length)[:, first : first + positions] for each in (whole.keys, whole.tiles))
         if order == "positions":
             keys, tiles = keys.T, tiles.T
         return RowKeys(keys.reshape(-1).contiguous(), tiles.reshape(-1).contiguous())
+
+
+@dataclass(slots=True)
+class SlicedPlaces:
+    """Finds the places of outputs of a rank that has slices of samples, under each order that these may be in.
+
+    Attributes:
+        by_order: For each order.
+        batch: This rank's slices, as samples.
+    """
+
+    by_order: Mapping[str, ActivationPlaces]
+    batch: BatchShape
+
+    @classmethod
+    def of(cls, slices: Sequence[Slices], places: ActivationPlaces) -> SlicedPlaces:
+        """Return the places under each order, given those of the slices as samples."""
+        by_order = {
+            each.order: replace(places, batch=BatchShape(each.samples, places.batch.length), slices=each, _rows={})
+            for each in slices
+        }
+        return cls(by_order, places.batch)
+
+    def places(
+        self, tensor: torch.Tensor, *, lies_as_inputs: bool = False, known: GlobalIndex | None = None
+    ) -> tuple[Place, ...]:
+        """Return every way in which a plain local tensor may lie in the whole; the first takes it as all of it."""
+        return self._joined(lambda places: places.places(tensor, lies_as_inputs=lies_as_inputs, known=known))
+
+    def places_of_dtensor(self, tensor: torch.Tensor, *, lies_as_inputs: bool = False) -> tuple[Place, ...]:
+        """Return the place of a DTensor under each order."""
+        return self._joined(lambda places: places.places_of_dtensor(tensor, lies_as_inputs=lies_as_inputs))
+
+    def _joined(self, find: Callable[[ActivationPlaces], Iterable[Place]]) -> tuple[Place, ...]:
+        found: dict[tuple[str, str, str], Place] = {}
+        for order, places in self.by_order.items():
+            for place in find(places):
+                is_ordered = place.rows is not None or place.label == "positions"
+                of_order = order if is_ordered else ""
+                found.setdefault((of_order, place.label, place.piece), replace(place, order=of_order))
+        return tuple(found.values())
 
 
 @lru_cache(maxsize=256)  # widths of a model's activations; what is derived from an index is kept with it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import product
 from math import gcd
@@ -21,7 +21,8 @@ class Run:
     Attributes:
         path: Where they were read from, for messages.
         ranks: By global rank.
-        replicas: Global ranks of each TP group whose ranks are all there, by dp_rank.
+        replicas: Global ranks of each TP group whose ranks are all there, by dp_rank; of each slice of the sequences
+            where ranks have slices (cp).
         positions: For each rank, where in its `steps` the records of a number are: several where the optimizer skipped
             a step, which was then taken on other samples.
     """
@@ -36,29 +37,32 @@ class Run:
         """Return the run of these traces.
 
         Raises:
-            UsageError: There is no trace, no TP group is complete, or the ranks are more than those of TP, DP and PP.
+            UsageError: There is no trace, no TP group is complete with all slices of its sequences, or the ranks are
+                more than those of the topology.
         """
-        beyond = next(
-            (each for each in traces if each.num_ranks > each.topology.tp * each.topology.dp * each.topology.pp), None
-        )
+        beyond = next((each for each in traces if each.num_ranks > each.topology.world_size), None)
         if beyond is not None:
-            known = beyond.topology.world_size == beyond.num_ranks
             raise UsageError(
                 "path",
                 path,
-                f"a run of TP, DP and PP; this one has {beyond.num_ranks} ranks in {beyond.topology!r}: "
-                + (
-                    "slices of a sequence (cp) are recorded, but not compared, since rows are keyed by the samples "
-                    "that a rank was given, and each was given another part of them"
-                    if known
-                    else "record again with topology=, which says how the others belong to them"
-                ),
+                f"a run of TP, CP, DP and PP; this one has {beyond.num_ranks} ranks in {beyond.topology!r}: record "
+                "again with topology=, which says how the others belong to them",
+            )
+        if any(each.topology.cp > 1 and not each.cp_group for each in traces):
+            raise UsageError(
+                "path",
+                path,
+                "slices of sequences (cp) with the digests of whole samples: tpcheck recorded none when this trace was "
+                "made; record again",
             )
         ranks = {trace.rank: trace for trace in sorted(traces, key=lambda trace: trace.rank)}
         groups = sorted({trace.tp_group or (trace.rank,) for trace in ranks.values()})
-        replicas = tuple(group for group in groups if all(rank in ranks for rank in group))
+        complete = [group for group in groups if all(rank in ranks for rank in group)]
+        with_slices = {peer for group in complete for peer in group}
+        replicas = tuple(group for group in complete if set(ranks[group[0]].cp_group) <= with_slices)
         if not replicas:
-            raise UsageError("path", path, "the traces of all ranks of a TP group; give the folders of all nodes")
+            needed = "the traces of all ranks of a TP group" + (", of all slices (cp)" if complete else "")
+            raise UsageError("path", path, f"{needed}; give the folders of all nodes")
         positions: dict[int, dict[int, tuple[int, ...]]] = {}
         for rank, trace in ranks.items():
             of_rank = positions.setdefault(rank, {})
@@ -77,6 +81,19 @@ class Run:
     @property
     def dp(self) -> int:
         return len(self.replicas)
+
+    @property
+    def cp(self) -> int:
+        """Into how many slices sequences are cut, each of which a TP group has."""
+        return max(1, len(self.first.cp_group))
+
+    @property
+    def data_replicas(self) -> tuple[tuple[int, ...], ...]:
+        """For each replica of the model with samples of its own, which of `replicas` have slices of them."""
+        by_samples: dict[int, list[int]] = {}
+        for number, (first, *_) in enumerate(self.replicas):
+            by_samples.setdefault(min(self.ranks[first].cp_group, default=first), []).append(number)
+        return tuple(map(tuple, by_samples.values()))
 
     @property
     def missing_ranks(self) -> tuple[int, ...]:
@@ -146,9 +163,10 @@ class SharedSamples:
     """The replicas of a step that both runs gave the same samples.
 
     Attributes:
-        actual, expected: Their dp_ranks.
+        actual, expected: Their numbers among the `replicas` of the runs.
         is_whole_step: All replicas of both runs: then parameters' gradients are comparable, too.
         actual_copies, expected_copies: How often each sample was seen, in lowest terms.
+        actual_cp, expected_cp: How many of the replicas, one after the other, have slices of the same samples.
     """
 
     actual: tuple[int, ...]
@@ -156,6 +174,18 @@ class SharedSamples:
     is_whole_step: bool
     actual_copies: int = 1
     expected_copies: int = 1
+    actual_cp: int = 1
+    expected_cp: int = 1
+
+    def with_slices(self, actual: Run, expected: Run) -> SharedSamples:
+        """Return the same of replicas of which each is several that have slices of its samples."""
+        return replace(
+            self,
+            actual=tuple(number for each in self.actual for number in actual.data_replicas[each]),
+            expected=tuple(number for each in self.expected for number in expected.data_replicas[each]),
+            actual_cp=actual.cp,
+            expected_cp=expected.cp,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +212,12 @@ def aligned_steps(actual: Run, expected: Run) -> Iterator[AlignedStep]:
         steps_e = expected.steps(number)
         steps_a = actual.steps(number, expected, steps_e)
         shared, note = shared_samples(
-            [samples_of(steps_a, group) for group in actual.replicas],
-            [samples_of(steps_e, group) for group in expected.replicas],
+            *(
+                [samples_of(steps, run.replicas[first]) for first, *_ in run.data_replicas]
+                for run, steps in ((actual, steps_a), (expected, steps_e))
+            )
         )
-        yield AlignedStep(number, steps_a, steps_e, shared, note)
+        yield AlignedStep(number, steps_a, steps_e, shared and shared.with_slices(actual, expected), note)
 
 
 def samples_of(steps: Mapping[int, StepRecord], group: Sequence[int]) -> Counter[str]:

@@ -52,6 +52,7 @@ from tpcheck.runs.run_findings import (
     names_in,
 )
 from tpcheck.runs.sketch_causes import Suspect, explain
+from tpcheck.runs.slice_orders import in_common_order, order_of, slices_agree, unknown_slices
 from tpcheck.runs.stages import has_stages, joined_verdict, stage_pairs
 from tpcheck.runs.state_causes import repeated_state, stale_masters
 from tpcheck.runs.step_checks import doubtful_losses, gradients_match, outputs_match
@@ -88,7 +89,7 @@ def compare_traces(actual: Paths, expected: Paths, *, names: Names = None) -> Re
 
     start = time.monotonic()
     name_map = NameMap.from_argument(names)
-    actual_ranks, expected_ranks = read_trace(actual, "actual"), read_trace(expected, "expected")
+    actual_ranks, expected_ranks = in_common_order(read_trace(actual, "actual"), read_trace(expected, "expected"))
     if has_stages(actual_ranks) or has_stages(expected_ranks):
         report = _compare_stages(_shown(actual), actual_ranks, _shown(expected), expected_ranks, name_map)
     else:
@@ -102,7 +103,7 @@ def _compare_stages(
     """Compare each pair of pipeline stages that share parameters; the picture is that of the pair that fails first.
 
     Raises:
-        UsageError: A run has axes beside TP, DP and PP, or no two stages share a parameter.
+        UsageError: A run has other axes than those of its topology, or no two stages share a parameter.
     """
     Run.of(actual, actual_ranks), Run.of(expected, expected_ranks)  # raises for other axes before anything is compared
     reports = {
@@ -308,7 +309,11 @@ class _RunsComparison:
             self.not_compared[f"step {number}" if step.shared is None else f"parameters of step {number}"] = step.note
         self.picture.add_losses(step)
         if step.shared is None:
-            self._add([batches])
+            slices = slices_agree(self.actual, step, self.expected)
+            self._add([batches, *([slices] if slices.findings else [])])
+            unknown = unknown_slices(step, self.actual, self.expected)
+            if unknown:
+                self.not_compared[f"step {number}"] = unknown
             return f"the runs were given different samples in step {number}, and are different from there on"
         answers = [batches, *self._answers(context)]
         if not any(record.has_update for record in (*step.actual.values(), *step.expected.values())):
@@ -582,6 +587,8 @@ class _RunsComparison:
             "expected_dp": expected.first.topology.dp,
             "expected_dtype": expected.first.dtype,
             "replays": self.measured.replays,
+            **({"cp": actual.cp, "slices": order_of(actual)} if actual.cp > 1 else {}),
+            **({"expected_cp": expected.cp, "expected_slices": order_of(expected)} if expected.cp > 1 else {}),
             **({"versions_differ": differing} if differing else {}),
         }
 

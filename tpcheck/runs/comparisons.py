@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from math import hypot, inf, isfinite, isnan, sqrt
 from typing import Literal
+
+import torch
 
 from tpcheck.core.name_maps import NameMap
 from tpcheck.numerics.sketch import distance
@@ -124,12 +127,28 @@ class Comparison:
             if error > allowed
             for rank in variant.ranks
         ]
+        if ranks and not self.is_of_norms and any(part.is_slice for part in self.actual.parts.values()):
+            return self._ranks_of_wrong_slices(allowed) or tuple(sorted(ranks))
         if not ranks or len(self.actual.pieces) == 1 or self.is_of_norms:
             return tuple(sorted(ranks or self.actual.ranks))
         by_piece = self._wrong_pieces(allowed)
         return tuple(sorted(rank for rank in ranks if self.actual.parts[rank].piece in by_piece)) or tuple(
             sorted(ranks)
         )
+
+    def _ranks_of_wrong_slices(self, allowed: float) -> tuple[int, ...]:
+        """Return the ranks in whose tiles the error lies: those in which only ranks with the same slice have any."""
+        gap = (self.actual.sketch - self.expected.sketch).tile_norms()
+        held = {rank: part.sketch.tile_norms() != 0 for rank, part in self.actual.parts.items()}
+        wrong = []
+        for rank, tiles in held.items():
+            alone = tiles.clone()
+            for of_other in held.values():
+                if not torch.equal(of_other, tiles):
+                    alone &= ~of_other
+            if float((gap[alone] ** 2).sum()) ** 0.5 > allowed:
+                wrong.append(rank)
+        return tuple(sorted(wrong))
 
     def _wrong_pieces(self, allowed: float) -> set[str]:
         """Return the pieces in whose tiles the error lies: those that hold elements there, where others hold none."""
@@ -236,6 +255,8 @@ class Comparer:
         doubtful: Losses that agree neither as means nor as sums over the calls, of runs with other numbers of calls: a
             mistake only where gradients are wrong, too.
         eps: Machine epsilons of the lowest dtypes that the two runs compute in, in the step that is compared.
+        adds_up: For each run whose ranks hold slices of sequences, 1 where its loss is the mean over all replicas, else
+            the number of those over whose losses it is the sum: slices, or all replicas. Decided for each step.
     """
 
     actual: Run
@@ -247,6 +268,7 @@ class Comparer:
     not_compared: dict[str, str] = field(default_factory=dict)
     doubtful: list[Comparison] = field(default_factory=list)
     eps: tuple[float, float] = (0.0, 0.0)
+    adds_up: tuple[int, int] = (1, 1)
 
     def table(self, run: Run, records_by_rank: Mapping[int, Sequence[TensorRecord]]) -> Table:
         """Return the records of all ranks by key, in the order of events."""
@@ -422,18 +444,48 @@ class Comparer:
                 self._note(key, "it has no rows of samples, and the models were called another number of times")
                 if kind != "output" or whole_shape:
                     continue
-            factors = _factors(kind, is_keyed, shared, scales)
+            factors = self._factors(kind, is_keyed, shared, scales, found)
             copies = (copies_a, copies_e) if is_keyed else (len(groups_a), len(groups_e))
-            whole_a = computed(records_a, found.actual, groups_a, factors[0], copies[0])
-            whole_e = computed(records_e, found.expected, groups_e, factors[1], copies[1])
-            deviation = larger_deviation(whole_a, whole_e, self.eps)
-            allowed = allowed_error(whole_a, whole_e, deviation, is_stored=False, scale=scale)
-            comparison = compare(key, whole_a, whole_e, allowed, order, deviation)
+            comparisons = []
+            for factor_a, factor_e in factors:
+                whole_a = computed(records_a, found.actual, groups_a, factor_a, copies[0])
+                whole_e = computed(records_e, found.expected, groups_e, factor_e, copies[1])
+                deviation = larger_deviation(whole_a, whole_e, self.eps)
+                allowed = allowed_error(whole_a, whole_e, deviation, is_stored=False, scale=scale)
+                comparisons.append(compare(key, whole_a, whole_e, allowed, order, deviation))
+            comparison = min(comparisons, key=lambda each: each.relative)
             if not is_doubtful:
                 compared.append(comparison)
             elif comparison.is_wrong and not _are_sums(comparison, num_calls):
                 self.doubtful.append(comparison)
         return compared
+
+    def _factors(
+        self, kind: str, is_keyed: bool, shared: SharedSamples, scales: tuple[float, float], found: Pairing
+    ) -> list[tuple[float, float]]:
+        """Return by what the sums over TP groups of the two runs are multiplied; a scalar may be of two kinds.
+
+        Rows of samples that are there more than once count once. A replica's loss is the mean over its samples, so
+        gradients are divided by the number of replicas, whose gradients are averaged; so are outputs without rows. Of
+        slices of one sample the loss is the mean or the sum, which the first gradient tells; then a scalar is a loss
+        that adds up, or one that does not. What has a row for each position adds up.
+        """
+        if kind == "output" and is_keyed:
+            return [(1 / shared.actual_copies, 1 / shared.expected_copies)]
+        loss_scales = scales if kind == "output_gradient" else (1.0, 1.0)
+        sides = []
+        for replicas, num_slices, loss_scale, adds_up, label in (
+            (shared.actual, shared.actual_cp, loss_scales[0], self.adds_up[0], found.actual),
+            (shared.expected, shared.expected_cp, loss_scales[1], self.adds_up[1], found.expected),
+        ):
+            mean = 1 / len(replicas) / loss_scale
+            if kind == "output" and label == "positions":
+                sides.append([mean * num_slices])
+            elif is_keyed or label == "positions":
+                sides.append([mean * adds_up])
+            else:
+                sides.append(list(dict.fromkeys((mean, mean * adds_up))))
+        return [(factor_a, factor_e) for factor_a, factor_e in product(*sides)]
 
 
 def among_rerouted(comparer: Comparer, comparisons: Sequence[Comparison]) -> list[Comparison]:
@@ -483,18 +535,6 @@ def compare(
 
 def _of_groups(records: Records, groups: Sequence[Sequence[int]]) -> dict[int, TensorRecord]:
     return {rank: records[rank] for group in groups for rank in group if rank in records}
-
-
-def _factors(kind: str, is_keyed: bool, shared: SharedSamples, scales: tuple[float, float]) -> tuple[float, float]:
-    """Return by what the sums over TP groups of the two runs are multiplied.
-
-    Rows of samples that are there more than once count once. A replica's loss is the mean over its samples, so
-    gradients are divided by the number of replicas, whose gradients are averaged; so are outputs without rows.
-    """
-    if kind == "output" and is_keyed:
-        return 1 / shared.actual_copies, 1 / shared.expected_copies
-    scale_a, scale_e = scales if kind == "output_gradient" else (1.0, 1.0)
-    return 1 / len(shared.actual) / scale_a, 1 / len(shared.expected) / scale_e
 
 
 def _first_stored(records: Records, run: Run) -> Whole | None:

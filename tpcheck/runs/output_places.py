@@ -103,7 +103,9 @@ class OutputPlaces:
 
     def kept(self, key: OutputKey, places: tuple[Place, ...]) -> tuple[Place, ...]:
         """Return the places that an output is recorded at; the first of several takes the local tensor as all of it."""
-        return places[:1] if self._is_replicated.get(key) else places
+        if not self._is_replicated.get(key):
+            return places
+        return tuple(place for place in places if place.label in (places[0].label, "positions"))
 
     def is_open(self, key: OutputKey) -> bool:
         """Return whether nothing has been decided of an output."""

@@ -101,20 +101,27 @@ def index_over_tp(in_shard: GlobalIndex, dim: int, tp: int, tp_rank: int) -> Glo
     return GlobalIndex(shape, tuple(indices), fragment=in_shard.fragment)
 
 
-def exchange_starts(mine: StartOfRank, rank: int, tp_group: Sequence[int]) -> tuple[StartOfRank, ...]:
-    """Return what every rank of the TP group says, by tp_rank, through the store of the default process group.
+def exchange_starts(
+    mine: StartOfRank, rank: int, tp_group: Sequence[int], cp_group: Sequence[int] = ()
+) -> tuple[tuple[StartOfRank, ...], tuple[int, ...]]:
+    """Return what every rank of the TP group says, by tp_rank, and the ranks of the TP groups of all CP peers.
 
-    Every rank of the world calls this when it starts to record. A store needs no collective, on no device.
+    Through the store of the default process group: every rank of the world calls this when it starts to record. A store
+    needs no collective, on no device.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return (mine,)
+        return (mine,), (rank,)
     store = dist.distributed_c10d._get_default_store()
     number = store.add(f"tpcheck/record/count/{rank}", 1)
     prefix = f"tpcheck/record/{number}"
-    store.set(f"{prefix}/{rank}", json.dumps([mine.run, {name: list(each) for name, each in mine.parameters.items()}]))
+    parameters = {name: list(each) for name, each in mine.parameters.items()}
+    store.set(f"{prefix}/{rank}", json.dumps([mine.run, parameters, list(tp_group)]))
     run = json.loads(store.get(f"{prefix}/0"))[0]
     starts = []
     for other in tp_group:
         parameters = json.loads(store.get(f"{prefix}/{other}"))[1]
         starts.append(StartOfRank(run, {name: (tuple(shape), bits) for name, (shape, bits) in parameters.items()}))
-    return tuple(starts)
+    together = {*tp_group}
+    for peer in cp_group:
+        together.update(json.loads(store.get(f"{prefix}/{peer}"))[2])
+    return tuple(starts), tuple(sorted(together))

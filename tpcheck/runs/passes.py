@@ -19,8 +19,9 @@ from tpcheck.core.digests import BlockDigest, digest, start_digests
 from tpcheck.numerics.recorder import eager
 from tpcheck.numerics.sketch import GlobalIndex, PendingSketch, fetch_sketches, start_sketch
 from tpcheck.numerics.tensors import map_tensors, named_tensors
-from tpcheck.runs.activations import ActivationPlaces, BatchShape, Place
+from tpcheck.runs.activations import ActivationPlaces, BatchShape, Place, SlicedPlaces, batch_among
 from tpcheck.runs.output_places import Output, OutputKey, OutputPlaces, is_uniform
+from tpcheck.runs.slices import ContextGroup, SlicedCall, digests_of_pieces, positions_among
 from tpcheck.runs.trace import Kind, Leaf, PassRecord, Reading, TensorRecord
 
 Key = tuple[Kind, str, str, int]  # kind, name, part, call: as `TensorRecord.key`
@@ -178,7 +179,9 @@ def finished(
             if num_passes > 1 and place.rows is None and tensor.key[0] == "output":
                 sketch = sketch.scaled(1 / num_passes)
             deviation = None if measured is None else measured[min(number, len(measured) - 1)]
-            readings.append(Reading(place.label, place.shape, place.piece, sketch, place.is_term, deviation))
+            readings.append(
+                Reading(place.label, place.shape, place.piece, sketch, place.is_term, deviation, place.order)
+            )
         records.append(
             TensorRecord(
                 *tensor.key, tensor.dtype, tensor.shape, tensor.digest(), tuple(readings), full=tuple(tensor.full)
@@ -209,13 +212,15 @@ class Pass:
         decided: Which of several places of an output are kept; None keeps all.
         outputs: Where each output that is no DTensor lies, with its shape: its gradient lies there, too.
         known: Sketches of this call's tensors, which others may have to the bit.
+        pieces: Digests of the pieces of each sample, [B, pieces]; None where there are no positions.
+        positions: As in `SlicedCall`.
         uniform: For outputs with several places that may be replicas, whether they are uniform along a cut.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     leaves: dict[str, tuple[str, tuple[int, ...], Callable[[], Sequence[bytes]]]]
-    places: ActivationPlaces
+    places: ActivationPlaces | SlicedPlaces
     is_training: bool
     generators: Mapping[str, str]
     autocast: str = ""
@@ -232,6 +237,8 @@ class Pass:
     outputs: dict[OutputKey, tuple[torch.Size, tuple[Place, ...]]] = field(default_factory=dict)
     uniform: dict[OutputKey, bool] = field(default_factory=dict)
     known: KnownSketches = field(default_factory=KnownSketches)
+    pieces: torch.Tensor | None = None
+    positions: str = ""
 
     @classmethod
     def start(
@@ -242,8 +249,9 @@ class Pass:
         tp: int,
         tp_rank: int,
         decided: OutputPlaces | None = None,
+        context: ContextGroup | None = None,
     ) -> Pass:
-        """Return the record of a call that is about to start."""
+        """Return the record of a call that is about to start; collective over the ranks of `context`."""
         named = [(path, local_values(tensor)) for path, tensor in named_tensors((*args, kwargs) if kwargs else args)]
         leaves = {
             path.removeprefix(f"{len(args)}."): (_dtype(leaf), tuple(leaf.shape), start_digests([leaf.detach()]))
@@ -251,11 +259,23 @@ class Pass:
         }
         is_sequence_first = any(type(module).__module__.startswith("megatron.core.") for module in model.modules())
         batch = BatchShape.of([leaf.detach() for _, leaf in named])
-        places = ActivationPlaces(batch, tp, tp_rank, is_sequence_first=is_sequence_first)
+        places: Any = ActivationPlaces(batch, tp, tp_rank, is_sequence_first=is_sequence_first)
+        leaf, has_positions = batch_among(leaf for _, leaf in named)
+        leaf = leaf if has_positions else None
+        sliced = SlicedCall()
+        if context is not None:
+            positions = positions_among(
+                model, [(path.removeprefix(f"{len(args)}."), each) for path, each in named], leaf
+            )
+            sliced = context.slices(leaf, positions)
+            places = SlicedPlaces.of(sliced.slices, places)
+        pieces = digests_of_pieces(leaf, 1 if context is None else context.size)
         device = next(model.parameters()).device.type
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
         autocast = autocast.removeprefix("torch.")
-        return cls(args, kwargs, leaves, places, model.training, generator_digests(), autocast, decided=decided)
+        recorded = cls(args, kwargs, leaves, places, model.training, generator_digests(), autocast, decided=decided)
+        recorded.pieces, recorded.positions = pieces, sliced.positions
+        return recorded
 
     @classmethod
     def like(cls, recorded: Pass) -> Pass:
@@ -300,18 +320,29 @@ class Pass:
         self.args, self.kwargs, self.before = (), {}, None
 
     def record(self) -> PassRecord:
-        samples = self.places.batch.samples
+        by_order = self.places.by_order if isinstance(self.places, SlicedPlaces) else {}
         return PassRecord(
             tuple(
                 Leaf(name, dtype, shape, xxhash.xxh3_128_hexdigest(f"{dtype} {shape}".encode() + wait()[0]))
                 for name, (dtype, shape, wait) in self.leaves.items()
             ),
-            () if samples is None else tuple(f"{key & (1 << 64) - 1:016x}" for key in samples.tolist()),
+            _as_text(self.places.batch.samples),
             None if self.loss is None else float(self.loss),
             self.has_backward,
             self.is_training,
             self.generators,
+            {order: _as_text(places.batch.samples) for order, places in by_order.items()},
+            () if self.pieces is None else tuple(map(_joined, self.pieces.tolist())),
+            self.positions,
         )
+
+
+def _as_text(samples: torch.Tensor | None) -> tuple[str, ...]:
+    return () if samples is None else tuple(f"{key & (1 << 64) - 1:016x}" for key in samples.tolist())
+
+
+def _joined(keys: Sequence[int]) -> str:
+    return "".join(f"{key >> 32 & (1 << 32) - 1:08x}" for key in keys)
 
 
 def merged(passes: Iterable[Pass]) -> list[PendingTensor]:

@@ -48,6 +48,7 @@ from tpcheck.runs.passes import (
     views_of,
 )
 from tpcheck.runs.replays import Replays
+from tpcheck.runs.slices import ContextGroup
 from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
 from tpcheck.runs.trace_files import TraceWriter, new_run_id, require_writable
 
@@ -126,6 +127,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         """Forget what an earlier time inside the context has left."""
         self._hooks: ModuleHooks | None = None
         self._current: Pass | None = None
+        self._context: ContextGroup | None = None
         self._passes: list[Pass] = []
         self._accumulated: list[PendingTensor] = []
         self._sums: dict[str, torch.Tensor] = {}
@@ -160,11 +162,14 @@ class Recorder(AbstractContextManager["Recorder"]):
             new_run_id(),
             {name: (tuple(part.values.shape), digest(part.values.detach())) for name, part in weights.items()},
         )
-        starts = exchange_starts(mine, groups.rank, groups.tp)
+        starts, together = exchange_starts(mine, groups.rank, groups.tp, groups.cp)
+        self._context = ContextGroup(groups.cp, groups.rank) if len(groups.cp) > 1 else None
         self._tp_rank = groups.tp.index(groups.rank)
         self._places = ParameterPlaces(self._tp_rank, starts)
         self._outputs = OutputPlaces(weights, groups.tp, self._tp_rank, starts[0].run)
-        self._replays = Replays(self._root, self._view, self._options.replays, self._names, groups.tp, starts[0].run)
+        self._replays = Replays(
+            self._root, self._view, self._options.replays, self._names, together, starts[0].run, max(1, len(groups.cp))
+        )
         self._writer = TraceWriter(self._path, self._header(), run_id=starts[0].run)
         _recorded.update(modules)
         self._stack.callback(_recorded.difference_update, modules)
@@ -213,6 +218,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             steps=(),
             num_steps=0,
             world_size=dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+            cp_group=groups.cp if len(groups.cp) > 1 else (),
         )
 
     # ---- calls of the model
@@ -233,7 +239,9 @@ class Recorder(AbstractContextManager["Recorder"]):
             self._start_step()
         if self._is_recording:
             self._record_accumulated()
-            self._current = Pass.start(self._root, args, kwargs, len(self._groups.tp), self._tp_rank, self._outputs)
+            self._current = Pass.start(
+                self._root, args, kwargs, len(self._groups.tp), self._tp_rank, self._outputs, self._context
+            )
             self._current.before = self._replays.before_call()
             self._passes.append(self._current)
 

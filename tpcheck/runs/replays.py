@@ -86,8 +86,8 @@ class BeforeCall:
 class Replays:
     """Repeats the passes of a step before the optimizer's step, and the step itself on copies.
 
-    Gradients, buffers, generators and weights are as before afterwards. Ranks of a TP group repeat together: one that
-    does not come is waited for once.
+    Gradients, buffers, generators and weights are as before afterwards. Ranks of a TP group, and those that hold slices
+    of the same samples, repeat together: one that does not come is waited for once.
 
     Attributes:
         number: How many perturbed replays.
@@ -103,8 +103,9 @@ class Replays:
         view: OptimizerView,
         number: int,
         names: Mapping[nn.Module, str],
-        tp_group: Sequence[int],
+        together: Sequence[int],
         run: str,
+        num_slices: int = 1,
     ) -> None:
         self.number = number
         self.deviations: dict[Key, Sequence[float]] | None = None
@@ -114,7 +115,8 @@ class Replays:
         self._model = model
         self._view = view
         self._names = names
-        self._together = tuple(tp_group)
+        self._together = tuple(together)
+        self._num_slices = num_slices
         self._run = run
         self._rounds = 0
         self._twins: dict[str, nn.Parameter] | None = None
@@ -421,16 +423,16 @@ class Replays:
             return 0.0
         return torch.finfo(getattr(torch, self.inner_dtype)).eps * sqrt(sketch.sum_squares / sketch.numel)
 
-    @staticmethod
-    def _shrinking(unperturbed: Mapping[Key, Sequence[Sketch]], gradients: Sequence[PendingTensor]) -> float:
+    def _shrinking(self, unperturbed: Mapping[Key, Sequence[Sketch]], gradients: Sequence[PendingTensor]) -> float:
         """Return by how much clipping and unscaling make gradients smaller, from the norms before and after.
 
-        Twice that: the mean over data parallelism makes them smaller, too, and their rounding less so.
+        Twice that: the mean over data parallelism makes them smaller, too, and their rounding less so. The sum over
+        slices of a sequence makes them, and their rounding, larger.
         """
         before = sum(sketches[0].sum_squares for key, sketches in unperturbed.items() if key[0] == "gradient")
         sketches = fetch_sketches([tensor.sketches[0] for tensor in gradients if tensor.sketches])
         after = sum(sketch.sum_squares for sketch in sketches)
-        return min(1.0, 2 * sqrt(after / before)) if before else 1.0
+        return min(float(self._num_slices), 2 * sqrt(after / before)) if before else 1.0
 
     @contextmanager
     def _dtypes_seen(self) -> Iterator[None]:

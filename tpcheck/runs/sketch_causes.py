@@ -22,6 +22,7 @@ from tpcheck.numerics.tolerance import (
     SPREAD_OF_ONE_ROW,
 )
 from tpcheck.runs.comparisons import Comparison, relative
+from tpcheck.runs.slice_causes import GivenSlices, positions_of_other_slices, slice_taken_for_first
 from tpcheck.runs.wholes import Whole, epsilon, total
 
 # A sum of squares is close to an integer, or to one over it, by chance as seldom as this.
@@ -47,7 +48,7 @@ class Suspect:
 
     Attributes:
         comparison: The tensor of both runs.
-        tp, dp: Of the actual run.
+        tp, dp: Of the actual run; each slice of a sequence is one of the replicas.
         num_passes: Micro-batches of the actual run.
         is_first: No tensor of the phase comes before it: what is wrong came from outside the model.
         micro_batches: Of the parameter whose gradient this is.
@@ -55,6 +56,7 @@ class Suspect:
         is_summed_inside: The module that this gradient comes from adds up its output over the TP ranks in its forward.
         ones: A column of ones with the rows of this output, which tells tensors that are the same in every row.
         bias_norm: Norm of the bias of the module whose output this is; 0 where it has none.
+        slices: How the ranks of CP groups were called; None without them.
     """
 
     comparison: Comparison
@@ -67,6 +69,25 @@ class Suspect:
     is_summed_inside: bool = False
     ones: Sketch | None = None
     bias_norm: float = 0.0
+    slices: GivenSlices | None = None
+
+    @property
+    def cp(self) -> int:
+        return 1 if self.slices is None else len(self.slices.slots[0])
+
+    @property
+    def sizes_over_replicas(self) -> dict[int, str]:
+        """The axes over which ranks hold the same parameters, by size: data, slices, both."""
+        sizes: dict[int, list[str]] = {}
+        for axis, size in (("dp", self.dp // self.cp), ("cp", self.cp)):
+            sizes.setdefault(size, []).append(axis)
+        named = {size: " or ".join(axes) for size, axes in sizes.items() if size > 1}
+        return named | ({self.dp: self.all_replicas} if self.dp > 1 else {})
+
+    @property
+    def all_replicas(self) -> str:
+        """The axes over which gradients are reduced."""
+        return "dp" if self.cp == 1 else "cp" if self.cp == self.dp else "dp and cp"
 
 
 Test = Callable[[Suspect], Explanation | None]
@@ -122,6 +143,8 @@ def _if_zero(cause: Cause, suspect: Suspect) -> Explanation | None:
         if not set(variant.ranks) & set(ranks)
     )
     is_all = len(ranks) == len(comparison.actual.parts)
+    if any(comparison.actual.parts[rank].is_slice for rank in ranks) and not is_all:
+        return None  # no label may be in a slice
     if not ranks or not (is_all or (others_are_right and len(comparison.actual.pieces) == 1)):
         return None
     return Explanation(cause, evidence={"zero_on_ranks": ranks})
@@ -270,21 +293,33 @@ def _sums_over_tp(whole: Whole, *, are_replicas: bool) -> tuple[list[Sketch], Sk
 
 
 def terms_over_dp(suspect: Suspect) -> Explanation | None:
-    """Replicas over DP hold their own gradients: the mean, or the sum, over them is the expected one."""
+    """Replicas over DP or CP hold their own gradients: the mean, or the sum, over them is the expected one."""
     comparison = suspect.comparison
     by_group = [whole for whole in comparison.actual.by_group() if whole is not None]
     if len(by_group) < max(2, suspect.dp):
         return None
     limit = largest_residual(comparison)
-    if max(distance(whole, by_group[0]) for whole in by_group) <= limit:
+    over = " and ".join(_axes_that_differ(suspect, by_group, limit))
+    if not over:
         return None
     summed = total(by_group)
-    for factor in (1 / len(by_group), 1.0):
+    for factor in dict.fromkeys((1 / len(by_group), suspect.cp / len(by_group), 1.0)):
         error = distance(summed.scaled(factor), comparison.expected.sketch)
         if error <= limit:
             residual = relative(error, comparison.expected.norm)
-            return Explanation(Cause.MISSING_REDUCE, residual, {"reduced_over": "dp"})
+            return Explanation(Cause.MISSING_REDUCE, residual, {"reduced_over": over})
     return None
+
+
+def _axes_that_differ(suspect: Suspect, by_group: Sequence[Sketch], limit: float) -> list[str]:
+    """Return the axes of replicas along which the wholes that TP groups hold differ."""
+    slots = [(number,) for number in range(len(by_group))] if suspect.slices is None else suspect.slices.slots
+    found = []
+    for axis, lines in (("dp", [*zip(*slots, strict=True)]), ("cp", slots)):
+        wholes = [[by_group[number] for number in line] for line in lines]
+        if any(distance(whole, line[0]) > limit for line in wholes for whole in line):
+            found.append(axis)
+    return found
 
 
 def unreduced_micro_batch(suspect: Suspect) -> Explanation | None:
@@ -305,7 +340,7 @@ def unreduced_micro_batch(suspect: Suspect) -> Explanation | None:
     if suspect.dp > 1 and all({actual.parts[rank].piece for rank in ranks} == pieces for ranks in held):
         owners = [{actual.parts[rank].piece: rank for rank in ranks}.values() for ranks in held]
         wholes = [[total(each) for each in zip(*(by_rank[rank] for rank in ranks), strict=True)] for ranks in owners]
-        holders.append(("dp", wholes))
+        holders.append((suspect.all_replicas, wholes))
     for over, sums_of_holders in holders:
         steps = [[sums[0], *(b - a for a, b in pairwise(sums))] for sums in sums_of_holders]
         unreduced, combined = [], []
@@ -368,13 +403,33 @@ def averaged_over_tp(suspect: Suspect) -> Explanation | None:
 
 
 def summed_over_dp(suspect: Suspect) -> Explanation | None:
-    """Every rank's gradient is the expected one times the number of DP ranks."""
-    return _times(Cause.SUM_INSTEAD_OF_MEAN, suspect, float(suspect.dp), "dp")
+    """Every rank's gradient is the expected one times the number of DP ranks, or of slices."""
+    found = (
+        _times(Cause.SUM_INSTEAD_OF_MEAN, suspect, float(size), over)
+        for size, over in suspect.sizes_over_replicas.items()
+    )
+    return next(filter(None, found), None)
 
 
 def averaged_over_dp(suspect: Suspect) -> Explanation | None:
-    """Every rank's gradient is the expected one over the number of DP ranks: it was averaged twice."""
-    return _times(Cause.MEAN_INSTEAD_OF_SUM, suspect, 1 / suspect.dp, "dp")
+    """Every rank's gradient is the expected one over the number of DP ranks, or of slices: a mean once too often."""
+    found = (
+        _times(Cause.MEAN_INSTEAD_OF_SUM, suspect, 1 / size, over) for size, over in suspect.sizes_over_replicas.items()
+    )
+    return next(filter(None, found), None)
+
+
+# ---- slices of sequences
+
+
+def positions_given_otherwise(suspect: Suspect) -> Explanation | None:
+    """The model was called with positions that the tokens of the slices do not have."""
+    return positions_of_other_slices(suspect.slices, suspect.comparison)
+
+
+def first_slice_alone(suspect: Suspect) -> Explanation | None:
+    """The output is right where the first slice is, and nowhere else."""
+    return slice_taken_for_first(suspect.slices, suspect.comparison)
 
 
 # ---- accumulation
@@ -391,7 +446,8 @@ def reduced_after_accumulation(suspect: Suspect) -> Explanation | None:
     for ranks in dict.fromkeys((suspect.tp, suspect.dp, suspect.tp * suspect.dp)):
         if ranks < 2:
             continue
-        over = "tp" if ranks == suspect.tp else "dp" if ranks == suspect.dp else "tp and dp"
+        replicas = suspect.all_replicas
+        over = "tp" if ranks == suspect.tp else replicas if ranks == suspect.dp else f"tp and {replicas}"
         evidence = {"equals": f"{ranks} times what was accumulated before, at each micro-batch", "reduced_over": over}
         kept = suspect.micro_batches.actual
         first = next((kept[rank] for rank in comparison.actual.parts if kept.get(rank)), ())
@@ -501,7 +557,12 @@ def scaled_alike(suspect: Suspect) -> Explanation | None:
         factors.append(factor)
         worst = max(worst, relative(remaining, expected.norm))
     distinct = _digits(dict.fromkeys(factors))
-    numbers = {"micro-batches": suspect.num_passes, "TP ranks": suspect.tp, "replicas": suspect.dp}
+    numbers = {
+        "micro-batches": suspect.num_passes,
+        "TP ranks": suspect.tp,
+        "replicas": suspect.dp // suspect.cp,
+        "slices": suspect.cp,
+    }
     known = [
         f"{of} the number of {what}"
         for what, number in numbers.items()
@@ -635,6 +696,8 @@ TESTS: Mapping[str, tuple[Test, ...]] = {
         shard_of_one_rank_on_all,
         shards_in_another_order,
         all_zero,
+        positions_given_otherwise,
+        first_slice_alone,
     ),
     "output_gradient": (
         not_finite,

@@ -99,6 +99,7 @@ class _StageSteps(Sequence[StepRecord]):
         self._steps = steps
         self._sampled = sampled
         self._keeps = keeps
+        self.order = getattr(steps, "order", "")  # of slices of sequences, as in `StepsInOrder`
 
     def __len__(self) -> int:
         return len(self._steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 from tpcheck.core.causes import Cause
@@ -18,7 +19,7 @@ from tpcheck.runs.norm_checks import clipped_otherwise
 from tpcheck.runs.run_findings import GRADIENTS, OUTPUTS, Answer, finding_at, joined
 from tpcheck.runs.sketch_causes import clip_factors
 from tpcheck.runs.step_context import REROUTED, StepContext, judge, loss_scales
-from tpcheck.runs.wholes import epsilon
+from tpcheck.runs.wholes import Records, epsilon
 
 # ---- outputs
 
@@ -26,6 +27,7 @@ from tpcheck.runs.wholes import epsilon
 def outputs_match(context: StepContext) -> Answer:
     """Compare the outputs of all modules, the loss among them."""
     context.comparer.doubtful, context.comparer.rerouted = [], set()
+    context.comparer.adds_up = _adds_up(context)
     comparisons, not_compared = _computed(context, "output")
     comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
@@ -112,6 +114,37 @@ def _computed(context: StepContext, kind: str) -> tuple[list[Comparison], dict[s
         context.num_calls,
     )
     return comparisons, comparer.not_compared
+
+
+def _adds_up(context: StepContext) -> tuple[int, int]:
+    """Return for each run with slices of sequences over how many replicas its loss is a sum, as `Comparer.adds_up`.
+
+    Loops divide by the tokens of the slice and average gradients over the ranks, or by those of the whole and sum them.
+    Both are right, and the first gradient that comes back from the loss tells which it is. A loop that reduces
+    gradients in the other way is found by its parameters' gradients, which are compared as they are.
+    """
+    comparer, shared = context.comparer, context.step.shared
+    if shared is None or (shared.actual_cp, shared.expected_cp) == (1, 1):
+        return (1, 1)
+    keyed = [key for key, records in context.expected.items() if key[0] == "output_gradient" and _is_keyed(records)]
+    first = next((key for key in keyed if key in context.actual), None)
+    if first is None:
+        return (1, 1)
+    only_first = replace(context, actual={first: context.actual[first]}, expected={first: context.expected[first]})
+    errors: dict[tuple[int, int], float] = {}
+    possible = [
+        (1, *dict.fromkeys((num_slices, len(replicas)))) if num_slices > 1 else (1,)
+        for num_slices, replicas in ((shared.actual_cp, shared.actual), (shared.expected_cp, shared.expected))
+    ]
+    for adds_up in ((actual, expected) for actual, expected in product(*possible)):
+        comparer.adds_up = adds_up
+        for comparison in _computed(only_first, "output_gradient")[0]:
+            errors[adds_up] = comparison.relative
+    return min(errors, key=lambda adds_up: errors[adds_up], default=(1, 1))  # the mean, if nothing tells
+
+
+def _is_keyed(records: Records) -> bool:
+    return any(-1 in reading.shape for record in records.values() for reading in record.readings)
 
 
 def _first_place(

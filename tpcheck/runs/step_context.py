@@ -20,6 +20,8 @@ from tpcheck.runs.full_tensors import FullTensors, explain_in_full
 from tpcheck.runs.low_precision import is_near_limit, judged_among_neighbours
 from tpcheck.runs.run_findings import Measured
 from tpcheck.runs.sketch_causes import MicroBatches, Suspect, explain
+from tpcheck.runs.slice_causes import GivenSlices
+from tpcheck.runs.slice_orders import order_of
 from tpcheck.runs.wholes import Part, parts_of, reading_of, total
 
 REROUTED = (
@@ -74,7 +76,9 @@ class StepContext:
             return 0, 0
         actual, expected = (
             sum(len(steps[run.replicas[replica][0]].passes) for replica in replicas)
-            for (run, steps), replicas in zip(sides, (shared.actual, shared.expected), strict=True)
+            for (run, steps), replicas in zip(
+                sides, (shared.actual[:: shared.actual_cp], shared.expected[:: shared.expected_cp]), strict=True
+            )
         )
         return actual, expected
 
@@ -93,6 +97,7 @@ class StepContext:
             micro_batches=self._micro_batches(comparison),
             ones=self._ones(comparison),
             bias_norm=self._bias_norm(comparison),
+            slices=self._slices(),
         )
         if comparison.kind != "output_gradient" or not comparisons:
             return suspect
@@ -107,7 +112,21 @@ class StepContext:
     def explain(self, comparison: Comparison, comparisons: Sequence[Comparison]) -> Explanation | None:
         """Return the cause that sketches show, else the one that whole tensors show where both runs kept them."""
         explanation = explain(self.suspect(comparison, comparisons))
-        return explanation or explain_in_full(self.full, comparison, comparisons)
+        if explanation is not None or self.has_slices:
+            return explanation
+        return explain_in_full(self.full, comparison, comparisons)
+
+    def _slices(self) -> GivenSlices | None:
+        if self.run.cp == 1:
+            return None
+        given = {call.positions for step in self.step.actual.values() for call in step.passes}
+        positions = next(iter(given)) if len(given) == 1 else ""
+        return GivenSlices(order_of(self.run), positions, self.run.data_replicas)
+
+    @property
+    def has_slices(self) -> bool:
+        """Whether whole tensors of activations are slices in one of the runs."""
+        return self.run.cp > 1 or self.comparer.expected.cp > 1
 
     @property
     def full(self) -> FullTensors:
@@ -125,6 +144,8 @@ class StepContext:
 
     def note_without_cause(self, comparison: Comparison) -> str:
         """Return what to record where nothing showed a cause; or that whole tensors did not, either."""
+        if self.has_slices:
+            return "sketches show no known cause; whole tensors are not tested for runs with slices of sequences (cp)"
         name = comparison.name if comparison.kind in ACTIVATIONS else comparison.name.rpartition(".")[0]
         if self.full.has(comparison.key):
             return "neither sketches nor the whole tensors of this step show a known cause"

@@ -38,6 +38,8 @@ class Reading:
         piece: Names the elements: equal on ranks that hold the same ones (replicas). Different pieces do not overlap.
         is_term: The values are a term of a sum over the ranks of the TP group (`Partial`).
         sketch: Of this rank's elements, at their global indices.
+        order: In which the slices of a sequence are taken to follow each other over the ranks of a CP group, as in
+            `PassRecord.sliced`; empty where the reading does not depend on it.
         deviation: Largest distance of this sketch from that of a perturbed replay; None where none was made.
     """
 
@@ -47,6 +49,7 @@ class Reading:
     sketch: Sketch
     is_term: bool = False
     deviation: float | None = None
+    order: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +111,16 @@ class PassRecord:
     Attributes:
         leaves: The tensors that it was called with.
         samples: Digest of the content of each sample, by its place in the batch; empty where there is no batch dim.
+            Of a rank that has slices of samples, those of the slices.
         loss: The loss that the model returned; None where it returned none.
         has_backward: Whether a backward pass followed.
         is_training: `model.training`.
         generators: Digests of the states of the generators before the call, by name (`torch`, `cuda`).
+        sliced: Where the ranks of a CP group hold slices, for each order that these may follow each other in
+            (`contiguous`, `zigzag`, `positions`) the digests of the whole samples.
+        pieces: For each sample or slice, the digests of its equal pieces, 8 hex digits each, joined.
+        positions: Which positions the ranks of a CP group were called with: those of an order, or `from 0 on each
+            rank`; empty where there were none, or others.
     """
 
     leaves: tuple[Leaf, ...]
@@ -120,6 +129,9 @@ class PassRecord:
     has_backward: bool
     is_training: bool = True
     generators: Mapping[str, str] = field(default_factory=dict)
+    sliced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    pieces: tuple[str, ...] = ()
+    positions: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +184,7 @@ class RankTrace:
         not_recorded: Why something could not be recorded, by name.
         is_complete: Whether the context ended; False for a run that was killed.
         world_size: Ranks of the run; more than the topology has where no library knows all axes.
+        cp_group: Global ranks that hold slices of its sequences, in the order of cp_rank; empty where there is one.
     """
 
     rank: int
@@ -188,6 +201,7 @@ class RankTrace:
     not_recorded: Mapping[str, str] = field(default_factory=dict)
     is_complete: bool = True
     world_size: int = 0
+    cp_group: tuple[int, ...] = ()
 
     @property
     def num_ranks(self) -> int:

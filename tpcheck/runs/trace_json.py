@@ -109,6 +109,8 @@ def _plain_tensor(record: TensorRecord, sink: TensorSink) -> dict[str, Any]:
             plain["is_term"] = True
         if reading.deviation is not None:
             plain["deviation"] = _plain_number(reading.deviation)
+        if reading.order:
+            plain["order"] = printable(reading.order)
         readings.append(plain)
     fields = {
         "kind": record.kind,

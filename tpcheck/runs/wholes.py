@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import hypot, sqrt
 
 import torch
@@ -36,6 +36,7 @@ class Part:
         sketch: Of them.
         digest: Of their bits.
         deviation: By which rounding moves the sketch; None where that was not measured.
+        is_slice: The rank has a slice of each sequence.
     """
 
     piece: str
@@ -43,6 +44,7 @@ class Part:
     digest: str
     deviation: float | None
     is_term: bool = False
+    is_slice: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Whole:
         groups: The TP groups whose parts these are.
         deviation: By which rounding moves the whole; None where that was not measured.
         factor: By what sums over the ranks were multiplied.
+        adds_groups: What TP groups have is added up, as rows of samples are; else they hold replicas.
         copies: How often each element was added up.
     """
 
@@ -70,6 +73,7 @@ class Whole:
     deviation: float | None
     factor: float = 1.0
     copies: int = 1
+    adds_groups: bool = False
 
     @property
     def sketch(self) -> Sketch:
@@ -121,7 +125,7 @@ class Whole:
     def sum_over_tp(self) -> Sketch:
         """Return the sum of the parts as terms: over the ranks of each TP group, then as replicas are combined."""
         sums = [total(self.parts[rank].sketch for rank in group if rank in self.parts) for group in self.groups]
-        return total(sums).scaled(self.factor) if self.factor != 1.0 or len(sums) == 1 else sums[0]
+        return total(sums).scaled(self.factor) if self.adds_groups else sums[0]
 
 
 def total(sketches: Iterable[Sketch]) -> Sketch:
@@ -197,7 +201,8 @@ def computed(records: Records, label: str, groups: Sequence[Sequence[int]], fact
     ]
     deviation = _hypot(deviations_of)
     scaled = None if deviation is None else deviation * factor
-    return _whole(records, label, groups, parts, total(bases).scaled(factor), variants, scaled, factor, copies)
+    whole = _whole(records, label, groups, parts, total(bases).scaled(factor), variants, scaled, factor, copies)
+    return replace(whole, adds_groups=True)
 
 
 def parts_of(records: Records, label: str) -> dict[int, Part]:
@@ -206,7 +211,8 @@ def parts_of(records: Records, label: str) -> dict[int, Part]:
     for rank, record in records.items():
         reading = reading_of(record, label)
         assert reading is not None
-        parts[rank] = Part(reading.piece, reading.sketch, record.digest, reading.deviation, reading.is_term)
+        is_slice = bool(reading.order)
+        parts[rank] = Part(reading.piece, reading.sketch, record.digest, reading.deviation, reading.is_term, is_slice)
     return parts
 
 
