@@ -299,7 +299,7 @@ class Cause(Enum):
     )
     GRADIENT_MISSING = (
         "gradient_missing",
-        "the parameter has no gradient on these ranks, the reference has one",
+        "no gradient comes back on these ranks, or to a part of the tensor, where the reference has one",
         "numerics.hypotheses.gradients runs.sketch_causes runs.step_checks",
         "Look for what cuts it off: a detach(), .data or torch.no_grad() in the forward pass, a tensor that is built "
         "anew from numbers, requires_grad=False, or a hook that returns zeros.",
