@@ -47,7 +47,7 @@ def backward_facts(evidence: Evidence, step: int, key: TensorKey, placed: Placed
     )
     if not facts.collectives:
         return facts
-    if is_result(key):
+    if is_result(key) and key.path == "0":
         inputs, outputs, output_gradients = _one_in_one_out(evidence, step, key)
         facts = replace(facts, inputs=inputs, outputs=outputs, output_gradients=output_gradients)
     through_sum = _through_sum(evidence.reference[step].activations, key)

@@ -206,7 +206,8 @@ def _weight_suspects(evidence: Evidence, step: int, wrong: Sequence[ComparedPara
         details: dict[str, Any] = {"first_of": len(wrong)}
         implied = implied_norms(clipped, name)
         is_unknown = bool(clipped.factors) and name not in clipped.factors
-        of_parameter = replace(norms, implied=implied) if norms is not None and (implied or is_unknown) else None
+        is_clipped = (implied or is_unknown) and _has_right_gradient(evidence, step, name)
+        of_parameter = replace(norms, implied=implied) if norms is not None and is_clipped else None
         if of_parameter is not None and not suspects:
             details |= _step_evidence(of_parameter)
         if name in evidence.frozen:
@@ -227,6 +228,20 @@ def _weight_suspects(evidence: Evidence, step: int, wrong: Sequence[ComparedPara
             )
         )
     return suspects
+
+
+def _has_right_gradient(evidence: Evidence, step: int, name: str) -> bool:
+    """Return whether no more is wrong with the gradient of a parameter than a step shows to be clipped otherwise."""
+    expected = evidence.reference[step].gradients.get(name)
+    if expected is None:
+        return True
+    compared, _ = compare_parameters(
+        evidence,
+        {name: expected},
+        [rank.gradients for rank in evidence.candidate[step]],
+        lambda name, expected: evidence.tolerance.allowed((step, "gradient", name), rounding_error(expected)),
+    )
+    return all(parameter.difference.agrees for parameter in compared.values())
 
 
 def _is_unclipped(clipped: ClippedStep, parameter: ComparedParameter) -> bool:
