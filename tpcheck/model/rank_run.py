@@ -156,8 +156,8 @@ def _train_both(
         f"training the unsharded model, {1 + reference.replays} times more to measure what rounding does", rank.rank
     )
     steps, tolerance = reference.train(rank)
-    # In float64 rounding hides nothing; what a step that overflows has is not compared. Of a model that is compiled as a
-    # whole no module is seen, and the backward pass inside its forward makes torch 2.13 compile DTensors with shapes
+    # In float64 rounding hides nothing; what a step that overflows has is not compared. Of a model that is compiled as
+    # a whole no module is seen, and the backward pass inside its forward makes torch 2.13 compile DTensors with shapes
     # that are symbols, which it cannot.
     forces = request.options.dtype != "float64" and not steps[0][0].is_skipped and not is_compiled(candidate.module)
     module_tolerance = forced_tolerance(reference, rank, steps[0]) if forces else None

@@ -61,6 +61,16 @@ def test_what_comes_back_through_each_module_that_takes_a_tensor_is_known() -> N
         assert all(torch.equal(part, step.activations[normed]) for each in branches.values() for part in each)
 
 
+def test_a_module_of_several_inputs_has_no_one_in_and_one_out_for_the_others() -> None:
+    other = replace(key("block.norm input", "backward"), path="2")
+    hidden = key("block.norm input", "backward")
+    reference = replace(RIGHT.reference[0], activations={**RIGHT.reference[0].activations, other: torch.ones(2, 3, 2)})
+    evidence = replace(issued(unseen("block.norm")), reference=(reference,))
+    for gradient, is_known in ((hidden, True), (other, False)):
+        placed = PlacedTensor(Replicate(), (reference.activations[gradient],) * 2)
+        assert bool(backward_facts(evidence, 0, gradient, placed).inputs) is is_known
+
+
 def test_sums_behind_what_a_module_returns_are_known_of_both_passes() -> None:
     activations = list(RIGHT.reference[0].activations)
     placed = PlacedTensor(Shard(2, sizes=((4, 4),)), (torch.zeros(2, 3, 4),) * 2)
