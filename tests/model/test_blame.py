@@ -15,16 +15,20 @@ from torch import nn
 from tpcheck.core.errors import BackendError, InternalError, UsageError
 from tpcheck.core.topology import Topology
 from tpcheck.model.blame import (
+    RankProgress,
     blame_backend,
+    explain_parting,
+    explain_tensors,
     first_unlike,
     indivisible_sizes,
     is_of_tpcheck,
     issued_by,
     naming_indivisible_sizes,
+    progress_of,
 )
-from tpcheck.numerics.evidence import Collective
+from tpcheck.numerics.evidence import Collective, TensorKey
 from tpcheck.numerics.precision import everything_in_float64
-from tpcheck.numerics.recorder import ModuleRecorder
+from tpcheck.numerics.recorder import CollectiveLog, ModuleRecorder
 
 BACKEND: Any = SimpleNamespace(name="custom")
 
@@ -170,6 +174,50 @@ def test_another_collective_in_the_place_of_one_is_named_beside_it() -> None:
         "rank 1 issued an all_gather over tp in the forward of the model where rank 0 issued an all_reduce over tp in "
         "the forward of down"
     )
+
+
+def backward(module: str) -> TensorKey:
+    return TensorKey("backward", module, 0, "input", "0")
+
+
+def progress(*gradients: str, collectives: tuple[str, ...], is_in_pass: bool = False) -> RankProgress:
+    """Return that of a rank which has issued a collective after the gradient of each of some modules' inputs."""
+    log = CollectiveLog(gradients=tuple(map(backward, gradients)), is_in_pass=is_in_pass)
+    log.issued += [replace(UP, phase="backward", module="", after=backward(module)) for module in collectives]
+    return progress_of(log, Topology(tp=2), 0)
+
+
+def test_ranks_whose_backward_passes_part_are_explained_by_the_gradient_that_one_of_them_lacks() -> None:
+    right = progress("down", "up", "norm", collectives=("up", "norm"), is_in_pass=True)
+    wrong = progress("norm", collectives=("norm",))
+    found = explain_parting({0: right, 1: wrong}, [(0, 1)])
+    assert found == (
+        "rank 1 did not issue the all_reduce over tp in the backward pass after the gradient of input 0 of up that "
+        "rank 0 issued. No gradient comes back to input 0 of down on rank 1"
+    )
+    assert explain_tensors({0: right, 1: wrong}, [(0, 1)]) is None
+
+
+def test_a_rank_that_still_waits_lacks_no_gradient_and_one_that_ended_has_nothing_to_compare() -> None:
+    waits = progress("down", "up", collectives=("down", "up"), is_in_pass=True)
+    found = explain_parting({0: waits, 1: progress("down", "up", "norm", collectives=("down",))}, [(0, 1)])
+    assert found == (
+        "rank 1 did not issue the all_reduce over tp in the backward pass after the gradient of input 0 of up that "
+        "rank 0 issued"
+    )
+    assert explain_parting({0: waits}, [(0, 1)]) is None
+    assert explain_parting({}, [(0, 1)]) is None
+
+
+def test_ranks_that_issue_the_same_with_other_tensors_are_told_where() -> None:
+    ranks = dict.fromkeys((0, 1), progress("down", collectives=("down",), is_in_pass=True))
+    assert explain_parting(ranks, [(0, 1)]) is None
+    assert explain_tensors(ranks, [(0, 1)]) == (
+        "ranks 0, 1 issued the all_reduce over tp in the backward pass after the gradient of input 0 of down with "
+        "tensors that do not fit each other"
+    )
+    ended = dict.fromkeys((0, 1), progress("down", collectives=("down",)))
+    assert explain_tensors(ended, [(0, 1)]) is None
 
 
 def test_collectives_of_the_backward_pass_have_no_module_and_groups_their_axis() -> None:

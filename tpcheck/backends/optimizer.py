@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tpcheck.backends.interface import TrainingOptions
-from tpcheck.core.errors import UsageError
+from tpcheck.core.errors import BackendError, UsageError
 from tpcheck.core.optimizers import NEEDS_A_CLOSURE_OR_SPARSE_GRADIENTS
 
 LEARNING_RATE = 0.01
@@ -45,7 +45,10 @@ def make_optimizer(
 
     Raises:
         UsageError: torch.optim has no class of that name, or the function returns none.
+        BackendError: There are no parameters.
     """
+    if not parameters:
+        raise BackendError("no parameter of the sharded model requires a gradient on this rank")
     source = options.optimizer
     if isinstance(source, OptimizerByNames):
         return source.make(names, parameters)

@@ -299,7 +299,7 @@ class Cause(Enum):
     )
     GRADIENT_MISSING = (
         "gradient_missing",
-        "the parameter has no gradient on these ranks, the reference has one",
+        "no gradient comes back on these ranks, or to a part of the tensor, where the reference has one",
         "numerics.hypotheses.gradients runs.sketch_causes runs.step_checks",
         "Look for what cuts it off: a detach(), .data or torch.no_grad() in the forward pass, a tensor that is built "
         "anew from numbers, requires_grad=False, or a hook that returns zeros.",
@@ -308,7 +308,8 @@ class Cause(Enum):
         "collective_without_backward",
         "the gradient lacks what should come back through a sum over the ranks in the forward pass: a rank has its own "
         "term alone, or none{residual}",
-        "numerics.hypotheses.parts_of_sums runs.sketch_causes runs.backward_sums runs.full_causes",
+        "numerics.hypotheses.gradients numerics.hypotheses.parts_of_sums runs.sketch_causes runs.backward_sums "
+        "runs.full_causes",
         "torch.distributed.all_reduce is no autograd operation: put it into a torch.autograd.Function, whose backward "
         "returns the gradient as it is where every rank has all of it, and sums it where each has a term. Give it the "
         "tensor itself, not a detached one.",

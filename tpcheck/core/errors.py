@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 from tpcheck.core.guides import Guide
 
+COLLECTIVES_DIFFER = "Detected mismatch between collectives"
+"""In the message of torch's check of what ranks issue (ProcessGroupWrapper)."""
+
 
 class TpcheckError(Exception):
     """Base of all errors raised by tpcheck."""

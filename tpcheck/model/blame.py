@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +17,8 @@ import tpcheck
 from tpcheck.backends.interface import Backend
 from tpcheck.core.errors import BackendError, InternalError, TpcheckError
 from tpcheck.core.topology import Topology
-from tpcheck.numerics.evidence import Collective
+from tpcheck.numerics.evidence import Collective, TensorKey
+from tpcheck.numerics.recorder import CollectiveLog
 from tpcheck.world.failures import is_communication
 
 _TPCHECK, _TORCH = Path(tpcheck.__file__).parent, Path(torch.__file__).parent
@@ -139,18 +140,42 @@ class IssuedCollective:
         over: The axis of its group, or its ranks.
         place: The module whose forward issued it, or the backward pass, as a phrase.
         position: How far the rank had come: how many activations it had recorded.
+        after: The last one of those, as a phrase, in a backward pass: experts may compute on some ranks alone.
     """
 
     name: str
     over: str
     place: str
     position: int = field(default=0, compare=False)
+    after: str = field(default="", compare=False)
 
     def __str__(self) -> str:
-        return f"{self.name} over {self.over} in {self.place}"
+        return f"{self.name} over {self.over} in {self.place}" + (f" after {self.after}" if self.after else "")
 
 
 Issued = tuple[IssuedCollective, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RankProgress:
+    """How far a rank had come when a run ended, comparable between ranks.
+
+    Attributes:
+        issued: Its collectives, in order.
+        num_before: How many of them it had issued before the last pass.
+        gradients: The activations whose gradients the last pass has computed, in order.
+        is_in_pass: Whether that pass has not ended.
+    """
+
+    issued: Issued
+    num_before: int = 0
+    gradients: tuple[TensorKey, ...] = ()
+    is_in_pass: bool = False
+
+
+def progress_of(log: CollectiveLog, topology: Topology, rank: int) -> RankProgress:
+    """Return what a rank has done so far."""
+    return RankProgress(issued_by(log.issued, topology, rank), log.num_before, log.gradients, log.is_in_pass)
 
 
 def issued_by(collectives: Sequence[Collective], topology: Topology, rank: int) -> Issued:
@@ -158,7 +183,11 @@ def issued_by(collectives: Sequence[Collective], topology: Topology, rank: int) 
     axes = {topology.peers(rank, axis): axis for axis in ("dp", "tp")}
     return tuple(
         IssuedCollective(
-            each.name, axes.get(tuple(sorted(each.ranks)), f"ranks {list(each.ranks)}"), _place(each), each.position
+            each.name,
+            axes.get(tuple(sorted(each.ranks)), f"ranks {list(each.ranks)}"),
+            _place(each),
+            each.position,
+            "" if each.phase == "forward" or each.after is None else _name(each.after),
         )
         for each in collectives
     )
@@ -168,6 +197,69 @@ def _place(collective: Collective) -> str:
     if collective.phase == "backward":
         return "the backward pass"
     return f"the forward of {collective.module or 'the model'}"
+
+
+def _name(key: TensorKey) -> str:
+    what = "the gradient of " if key.phase == "backward" else ""
+    return f"{what}{key.role} {key.path} of {key.module or 'the model'}"
+
+
+def explain_parting(progress: Mapping[int, RankProgress], groups: Iterable[Sequence[int]]) -> str | None:
+    """Return what some ranks of a group have issued, and others of it have not; None where all have issued the same.
+
+    Args:
+        progress: Of the ranks that have reported it.
+        groups: Of global ranks; the first one whose ranks differ is explained.
+    """
+    for of_group in _by_group(progress, groups):
+        issued = {rank: each.issued for rank, each in of_group.items()}
+        if first_unlike(issued) is not None:
+            with_places = {rank: _with_places(each) for rank, each in of_group.items()}
+            return ". ".join(filter(None, [first_unlike(with_places), _lost_gradient(of_group)]))
+    return None
+
+
+def explain_tensors(progress: Mapping[int, RankProgress], groups: Iterable[Sequence[int]]) -> str | None:
+    """Return in which collective the ranks of a group have parted that have issued the same; None where in none."""
+    for of_group in _by_group(progress, groups):
+        last = {each.issued[-1:] for each in of_group.values()}
+        if (
+            len(of_group) > 1
+            and len(last) == 1
+            and all(each.is_in_pass for each in of_group.values())
+            and (issued := last.pop())
+        ):
+            return f"{_ranks(list(of_group))} issued the {issued[0]} with tensors that do not fit each other"
+    return None
+
+
+def _by_group(progress: Mapping[int, RankProgress], groups: Iterable[Sequence[int]]) -> list[dict[int, RankProgress]]:
+    return [{rank: progress[rank] for rank in group if rank in progress} for group in groups]
+
+
+def _with_places(progress: RankProgress) -> Issued:
+    """Return a rank's collectives such that those of the last pass differ where they come after other activations."""
+    before, number = progress.issued[: progress.num_before], progress.num_before
+    return (
+        *before,
+        *(
+            replace(each, place=f"{each.place} after {each.after}", after="") if each.after else each
+            for each in progress.issued[number:]
+        ),
+    )
+
+
+def _lost_gradient(progress: Mapping[int, RankProgress]) -> str | None:
+    """Return a sentence on the first activation whose gradient some ranks compute, and others pass by."""
+    for of_rank in progress.values():
+        for other, of_other in progress.items():
+            known = {key: number for number, key in enumerate(of_other.gradients)}
+            for number, key in enumerate(of_rank.gradients):
+                is_past = not of_other.is_in_pass or any(later in known for later in of_rank.gradients[number + 1 :])
+                if key not in known and is_past and of_other.gradients:
+                    place = f"{key.role} {key.path} of {key.module or 'the model'}"
+                    return f"No gradient comes back to {place} on rank {other}"
+    return None
 
 
 def first_unlike(issued_by_rank: Mapping[int, Issued]) -> str | None:

@@ -22,15 +22,16 @@ from tpcheck.backends.interface import (
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.local_part import full_tensor, local_part
 from tpcheck.core.digests import digest
+from tpcheck.core.errors import BackendError
 from tpcheck.core.guides import Guide
 from tpcheck.model.blame import blame_backend
-from tpcheck.model.build import Batch, copy_batch, loss_of
+from tpcheck.model.build import Batch, copy_batch, find_loss
 from tpcheck.model.implementations import compile_module, compiled_modules, replace_implementations
 from tpcheck.model.optimizer_state import candidate_state
 from tpcheck.model.user_code import CUSTOM
-from tpcheck.numerics.evidence import LOGGED_NORM, Collective, Phase, Step, TensorKey
+from tpcheck.numerics.evidence import LOGGED_NORM, Phase, Step, TensorKey
 from tpcheck.numerics.precision import reduced_precision_raised
-from tpcheck.numerics.recorder import ModuleRecorder, is_compiled, logged_collectives
+from tpcheck.numerics.recorder import CollectiveLog, ModuleRecorder, is_compiled, logged_collectives
 from tpcheck.numerics.tensors import copy_buffers
 
 
@@ -147,7 +148,7 @@ def train(
     candidate: Candidate,
     names: Sequence[str],
     batches: Sequence[Sequence[Batch]],
-    log: list[Collective],
+    log: CollectiveLog,
 ) -> tuple[Step, ...]:
     """Train on this DP rank's batches, batches[step][micro_batch]; return copies of every tensor that is compared.
 
@@ -164,15 +165,30 @@ def train(
                 candidate.train(recorder)
         else:
             for micro_batches in batches:
-                _step(candidate, micro_batches, recorder)
+                _step(backend, candidate, micro_batches, recorder)
     return tuple(recorder.steps)
 
 
-def _step(candidate: Candidate, micro_batches: Sequence[Batch], recorder: StepRecorder) -> None:
+def loss_of_candidate(backend: Backend, output: Any, phase: str) -> torch.Tensor:
+    """Return the loss that the sharded model returns.
+
+    Raises:
+        BackendError: There is none, as there is of the unsharded model, or it has no gradient.
+    """
+    if (loss := find_loss(output)) is not None:
+        return loss
+    what = "no loss" if find_loss(output, with_gradient=False) is None else "a loss without a gradient"
+    raise BackendError(
+        f"{backend.name}, {phase}: the sharded model returns {what} on this rank, and the unsharded one a loss with "
+        "its gradient. Look for a detach(), torch.no_grad() or requires_grad=False in what the ranks do."
+    )
+
+
+def _step(backend: Backend, candidate: Candidate, micro_batches: Sequence[Batch], recorder: StepRecorder) -> None:
     for batch in micro_batches:
         with recorder.forward(batch):
             output = candidate.forward(copy_batch(batch))
-        loss = loss_of(output)
+        loss = loss_of_candidate(backend, output, f"forward of step {len(recorder.steps)}")
         with recorder.backward():
             candidate.backward(loss)
         recorder.add_loss(loss.detach() / len(micro_batches))
@@ -189,14 +205,14 @@ class StepRecorder:
         steps: Those that have ended.
     """
 
-    def __init__(self, backend: Backend, candidate: Candidate, names: Sequence[str], log: list[Collective]) -> None:
+    def __init__(self, backend: Backend, candidate: Candidate, names: Sequence[str], log: CollectiveLog) -> None:
         self.steps: list[Step] = []
         self._backend, self._candidate, self._names, self._log = backend, candidate, names, log
         self._begin()
 
     def _begin(self) -> None:
         """Forget what was recorded of the last step."""
-        self._first_collective = len(self._log)
+        self._first_collective = len(self._log.issued)
         self._activations: dict[TensorKey, torch.Tensor] = {}
         self._losses: list[torch.Tensor] = []
         self._gradients: dict[str, torch.Tensor | None] = {}
@@ -226,10 +242,12 @@ class StepRecorder:
     @contextmanager
     def _pass(self, phase: Phase) -> Iterator[None]:
         number, module = self._num_forward - 1, self._candidate.module
-        of_step = f"of step {len(self.steps)}" + (f", micro-batch {number}" if number else "")
+        where = f"{phase} of step {len(self.steps)}" + (f", micro-batch {number}" if number else "")
         with (
-            blame_backend(self._backend, f"{phase} {of_step}"),
-            logged_collectives(module, self._log, phase, number, lambda: len(self._activations)),
+            blame_backend(self._backend, where),
+            logged_collectives(
+                module, self._log, phase, number, self._activations, where=f"{self._backend.name}, {where}"
+            ),
         ):
             yield
 
@@ -244,8 +262,11 @@ class StepRecorder:
         """Add to the loss of the step."""
         self._losses.append(loss)
 
-    def _blaming_step(self) -> AbstractContextManager[None]:
-        return blame_backend(self._backend, f"step {len(self.steps)}")
+    @contextmanager
+    def _blaming_step(self) -> Iterator[None]:
+        with blame_backend(self._backend, f"step {len(self.steps)}"):
+            yield
+        self._log.meet(f"{self._backend.name}, step {len(self.steps)}")
 
     @contextmanager
     def optimizing(self) -> Iterator[None]:
@@ -280,7 +301,7 @@ class StepRecorder:
             buffers=copy_buffers(module),
             optimizer_state=state,
             digests=digests,
-            collectives=tuple(self._log[self._first_collective :]),
+            collectives=tuple(self._log.issued[self._first_collective :]),
             logs_collectives=not any(map(is_compiled, module.modules())),
             loss_scale=self._loss_scale,
             is_skipped=isinstance(self._candidate, ScalesLosses) and self._candidate.has_skipped(),

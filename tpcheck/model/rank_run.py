@@ -20,7 +20,7 @@ from tpcheck.core.check_names import CHECKPOINT_CHECK, INITIALISATION_CHECK, RES
 from tpcheck.core.clipping import Clipping
 from tpcheck.core.digests import digest
 from tpcheck.core.phases import begin_phase
-from tpcheck.model.blame import internal_error, is_of_tpcheck, issued_by, naming_indivisible_sizes
+from tpcheck.model.blame import internal_error, is_of_tpcheck, naming_indivisible_sizes, progress_of
 from tpcheck.model.build import build_model, require_equal_models
 from tpcheck.model.candidate import CandidateStart, shard, train
 from tpcheck.model.implementations import num_compiled_graphs, require_compiled
@@ -39,9 +39,10 @@ from tpcheck.model.teacher_forcing import (
 )
 from tpcheck.model.user_code import with_user_code
 from tpcheck.numerics.checks.clipping import observed_clipping
-from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, RankFacts, Step, TensorKey
+from tpcheck.numerics.evidence import Evidence, ForcedModules, RankFacts, Step, TensorKey
 from tpcheck.numerics.group_answer import full_answer, start_answer
 from tpcheck.numerics.precision import everything_in_float64, torch_function_disabled
+from tpcheck.numerics.recorder import CollectiveLog, is_compiled
 from tpcheck.numerics.tensors import pickled
 from tpcheck.numerics.tolerance import Tolerance
 from tpcheck.numerics.verdict import GroupAnswer, forbids_training
@@ -61,19 +62,20 @@ def verify_on_rank(rank: CommunicatingRank, request: Request) -> RankAnswer:
         UsageError: The model or the batch cannot be used.
         BackendError: The backend crashed.
     """
-    log: list[Collective] = []
+    groups = {rank.topology.peers(rank.rank, axis): rank.group(axis) for axis in ("dp", "tp")}
+    log = CollectiveLog(groups)
     try:
         return _verify(rank, request, log)
     except Exception as error:
         raised = internal_error(error) if is_of_tpcheck(error) else error
         with suppress(Exception):  # some exceptions have no attributes of one's own
-            raised.tpcheck_details = issued_by(log, rank.topology, rank.rank)  # type: ignore[attr-defined]
+            raised.tpcheck_details = progress_of(log, rank.topology, rank.rank)  # type: ignore[attr-defined]
         if raised is error:
             raise
         raise raised from error
 
 
-def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) -> RankAnswer:
+def _verify(rank: CommunicatingRank, request: Request, log: CollectiveLog) -> RankAnswer:
     """Do as `verify_on_rank`; add to `log` every collective of the candidate's steps."""
     request = with_user_code(request)
     backend, checks = load_backend(request.options.backend), request.options.check_names
@@ -91,6 +93,7 @@ def _verify(rank: CommunicatingRank, request: Request, log: list[Collective]) ->
         config, tp = getattr(reference.model, "config", None), rank.topology.tp
         with naming_indivisible_sizes(config, tp):
             candidate, start = shard(backend, twin, reference.parameters, rank, reference.options)
+            log.meet(f"{backend.name}, sharding the model")
         evidence, tolerance = _start_evidence(rank, request, reference, start), None
         with torch_function_disabled():
             answer = None if evidence is None else start_answer(evidence, checks)
@@ -145,7 +148,7 @@ def _train_both(
     candidate: Candidate,
     start: CandidateStart,
     evidence: Evidence | None,
-    log: list[Collective],
+    log: CollectiveLog,
 ) -> Evidence | None:
     """Train both sides; return `evidence` with their steps, on the first rank of each TP group. Collective."""
     batches = [step[_dp_rank(rank)] for step in reference.batches]
@@ -153,8 +156,10 @@ def _train_both(
         f"training the unsharded model, {1 + reference.replays} times more to measure what rounding does", rank.rank
     )
     steps, tolerance = reference.train(rank)
-    # In float64 rounding hides nothing; what a step that overflows has is not compared.
-    forces = request.options.dtype != "float64" and not steps[0][0].is_skipped
+    # In float64 rounding hides nothing; what a step that overflows has is not compared. Of a model that is compiled as
+    # a whole no module is seen, and the backward pass inside its forward makes torch 2.13 compile DTensors with shapes
+    # that are symbols, which it cannot.
+    forces = request.options.dtype != "float64" and not steps[0][0].is_skipped and not is_compiled(candidate.module)
     module_tolerance = forced_tolerance(reference, rank, steps[0]) if forces else None
     num_graphs = num_compiled_graphs()  # the first pass compiles, and that is the one with teacher forcing
     forced = _forced_pass(backend, candidate, reference, steps[0], rank, log) if forces else None
@@ -199,7 +204,7 @@ def _forced_pass(
     reference: Reference,
     first: ReferenceStep,
     rank: RankLike,
-    log: list[Collective],
+    log: CollectiveLog,
 ) -> ForcedPass:
     """Run the modules with teacher forcing, once to find the partial gradients, and again with these known."""
     batch, share = reference.batches[0][_dp_rank(rank)][0], reference.first_share

@@ -102,6 +102,8 @@ class Reference:
     @classmethod
     def build(cls, request: Request, rank: RankLike, options: TrainingOptions) -> Reference:
         model = build_model(request, rank.device)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UsageError("build", type(model).__name__, "a model with a parameter that requires a gradient")
         run_eagerly(model)
         data = make_batches(request.options, model, rank.topology.dp, rank.device, options.accumulate)
         options = replace(options, batch_size=batch_size(data[0][0][0]))

@@ -20,7 +20,7 @@ from tpcheck.model.reference import CommunicatingRank, Reference, ReferenceStep,
 from tpcheck.numerics.differences import distance_of_terms, frobenius, frobenius_distance
 from tpcheck.numerics.evidence import Collective, Step, TensorKey
 from tpcheck.numerics.perturb import Deviations, Perturbation, named_deviations, perturbed_replay
-from tpcheck.numerics.recorder import ModuleRecorder, logged_collectives
+from tpcheck.numerics.recorder import CollectiveLog, ModuleRecorder, logged_collectives
 from tpcheck.numerics.tensors import map_tensors, restore_buffers, state_restored
 from tpcheck.numerics.tolerance import Tolerance
 
@@ -129,7 +129,7 @@ def forced_modules(
     partial_gradients: Collection[TensorKey] | None = None,
     *,
     share: float = 1.0,
-    log: list[Collective],
+    log: CollectiveLog,
 ) -> ForcedPass:
     """Run every module of the sharded model on its part of the reference's tensors, forward and backward.
 
@@ -150,7 +150,8 @@ def forced_modules(
     activations: dict[TensorKey, torch.Tensor] = {}
     gradients: dict[str, torch.Tensor | None] = {}
     forced_inputs: set[TensorKey] = set()
-    first_collective = len(log)
+    where = "a pass with teacher forcing per module"
+    first_collective = len(log.issued)
 
     def forced(key: TensorKey, actual: torch.Tensor) -> torch.Tensor:
         value = parts.forced_value(key, actual)
@@ -166,22 +167,21 @@ def forced_modules(
         gradients.update(_unscaled(local, first[0].loss_scale))
 
     with (
-        blame_backend(backend, "a pass with teacher forcing per module"),
-        logged_collectives(candidate.module, log, position=lambda: len(activations)),
+        blame_backend(backend, where),
+        logged_collectives(candidate.module, log, recorded=activations, where=f"{backend.name}, {where}"),
         state_restored(candidate.module),
         ModuleRecorder(candidate.module, keep, forced),
         inner_backward(candidate.module, _share_of_loss(share * first[0].loss_scale), keep_gradients),
     ):
         candidate.forward(copy_batch(batch))
-    collectives = tuple(_in_its_phase(each, list(activations)) for each in log[first_collective:])
+    collectives = tuple(map(_in_its_phase, log.issued[first_collective:]))
     step = Step(activations, gradients, weights={}, gradient_norm=None, loss=nan, collectives=collectives)
     return ForcedPass(step, frozenset(forced_inputs))
 
 
-def _in_its_phase(collective: Collective, recorded: Sequence[TensorKey]) -> Collective:
+def _in_its_phase(collective: Collective) -> Collective:
     """Return a collective of a pass whose backward pass runs inside the forward of the model."""
-    before = recorded[collective.position - 1] if collective.position else None
-    is_backward = before is not None and before.phase == "backward"
+    is_backward = collective.after is not None and collective.after.phase == "backward"
     return replace(collective, phase="backward", module="") if is_backward else collective
 
 

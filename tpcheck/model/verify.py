@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tpcheck.core.check_names import RESUME_CHECK, need_steps
 from tpcheck.core.environment import package_versions
-from tpcheck.core.errors import BackendError, InternalError, RankFailure, TpcheckError, UsageError
+from tpcheck.core.errors import COLLECTIVES_DIFFER, BackendError, InternalError, RankFailure, TpcheckError, UsageError
 from tpcheck.core.findings import INTERNAL_ERROR, Verdict
 from tpcheck.core.phases import phases_of_ranks
 from tpcheck.core.topology import Topology
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 LayoutSource: TypeAlias = "Mapping[str, Placement] | Callable[[str, tuple[int, ...]], Placement | None] | None"
 
 _RETRY_TIMEOUT = 60.0
-_COLLECTIVES_DIFFER = "Detected mismatch between collectives"  # of torch's ProcessGroupWrapper
+_WAITING = "OpType=BARRIER"  # in the message of torch's check, where a rank has come to the end of a pass
 
 
 @expand_options(OptionKeywords)
@@ -142,7 +142,7 @@ def run(
         if is_launched():
             answers = _launched_answers(request)
         else:
-            answers = _spawned_answers(request) if world is None else world.run(_verify_on_rank, request)
+            answers = _spawned_answers(request) if world is None else _answers_of_world(request, world)
         groups = [answer.group for answer in answers if answer.group is not None]
         if RESUME_CHECK in request.options.check_names and not any(map(forbids_training, groups)):
             from tpcheck.model.resuming import cannot_resume, verify_resume
@@ -201,24 +201,46 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
         ):
             return world.run(_verify_on_rank, request)
     except RankFailure as failure:
-        _, differ, message = str(failure.exception).partition(_COLLECTIVES_DIFFER)
-        if not differ:
+        if COLLECTIVES_DIFFER not in str(failure.exception):
             raise
-        from tpcheck.model.blame import first_unlike
-
-        issued = {outcome.rank: outcome.details for outcome in failure.outcomes if outcome.details is not None}
-        for group in topology.groups("tp"):
-            unlike = first_unlike({rank: issued[rank] for rank in group if rank in issued})
-            if unlike is not None:
-                raise BackendError(f"{unlike}.\ntorch's message: {differ}{message}") from failure
-        if isinstance(failure.exception, InternalError):  # the ranks have parted: without checks they would hang
-            raise
+        parted = _explained(failure, topology)
+        if parted is not None:
+            raise parted from failure
+        if isinstance(failure.exception, InternalError) or _WAITING in str(failure.exception):
+            raise  # the ranks have parted: without checks they would hang
         try:
             without_checks, limit = {"TORCH_DISTRIBUTED_DEBUG": "OFF"}, min(timeout, _RETRY_TIMEOUT)
             with spawn(topology, timeout=limit, device=device, env=without_checks) as world:
                 return world.run(_verify_on_rank, request)
         except RankFailure:
-            raise failure from None
+            raise (_explained(failure, topology, of_tensors=True) or failure) from None
+
+
+def _answers_of_world(request: Request, world: World) -> tuple[RankAnswer, ...]:
+    try:
+        return world.run(_verify_on_rank, request)
+    except RankFailure as failure:
+        if COLLECTIVES_DIFFER not in str(failure.exception):
+            raise
+        topology = request.options.topology
+        raise (_explained(failure, topology) or _explained(failure, topology, of_tensors=True) or failure) from failure
+
+
+def _explained(failure: RankFailure, topology: Topology, *, of_tensors: bool = False) -> BackendError | None:
+    """Return what ranks have issued that others have not, of ranks that torch's check has stopped; None where unknown.
+
+    Args:
+        of_tensors: Return instead what all have issued, with tensors that differ.
+    """
+    from tpcheck.model.blame import explain_parting, explain_tensors
+
+    progress = {outcome.rank: outcome.details for outcome in failure.outcomes if outcome.details is not None}
+    groups = [*topology.groups("tp"), *topology.groups("dp")]
+    text = (explain_tensors if of_tensors else explain_parting)(progress, groups)
+    if text is None:
+        return None
+    message = str(failure.exception)
+    return BackendError(f"{text}.\ntorch's message: {message[message.index(COLLECTIVES_DIFFER) :]}")
 
 
 def _error_verdict(
@@ -236,7 +258,22 @@ def _error_verdict(
     if isinstance(cause, TpcheckError) and not isinstance(cause, BackendError):
         raise cause from failure
     message = str(cause) if isinstance(cause, BackendError) else str(failure)
+    if isinstance(failure, RankFailure) and cause is not failure:
+        message += _on_some_ranks(failure)
     return Verdict("error", subject, package_versions(), seconds=seconds, message=message)
+
+
+def _on_some_ranks(failure: RankFailure) -> str:
+    """Return which ranks have raised the exception, where others have been stopped because of it; else nothing."""
+    first = failure.outcomes[failure.first]
+    raised = [
+        each.rank for each in failure.outcomes if (each.error_type, each.error) == (first.error_type, first.error)
+    ]
+    stopped = [each.rank for each in failure.outcomes if each.state == "stopped"]
+    if not stopped:
+        return ""
+    by, others = (f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for ranks in (raised, stopped))
+    return f"\nraised by {by}; {others} had not raised it when stopped because of it"
 
 
 def _custom_backend(shard: Callable[..., Any] | None, layout: LayoutSource) -> Backend:

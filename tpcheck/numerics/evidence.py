@@ -65,6 +65,7 @@ class Collective:
         position: How many inputs and outputs of modules the rank had recorded before.
         bypasses_autograd: It was called with gradients on and outside of any autograd function, which alone could give
             it a backward pass.
+        after: The last one of those.
     """
 
     module: str
@@ -74,6 +75,7 @@ class Collective:
     micro_batch: int = 0
     position: int = 0
     bypasses_autograd: bool = False
+    after: TensorKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,6 +381,9 @@ class BackwardFacts:
             shape, by tp_rank; empty for another.
         through_sum: Each rank's part of the expected gradient of logits that goes through the logarithm of the sum of
             exponentials, by tp_rank; the rest goes through the labels. Empty where this is no cross entropy.
+        branches: What comes back through each module that takes the tensor, and through all else, by what it is: the
+            expected parts, by tp_rank. Empty where one alone takes it.
+        lost_on: Global ranks to which nothing comes back from a module that takes the tensor.
     """
 
     collectives: tuple[str, ...] = ()
@@ -388,6 +393,8 @@ class BackwardFacts:
     outputs: tuple[Tensor, ...] = ()
     output_gradients: tuple[Tensor, ...] = ()
     through_sum: tuple[Tensor, ...] = ()
+    branches: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    lost_on: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

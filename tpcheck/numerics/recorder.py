@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tpcheck.core.errors import COLLECTIVES_DIFFER, BackendError
 from tpcheck.numerics.data_flow import DataFlow
 from tpcheck.numerics.evidence import Collective, Phase, Role, TensorKey
 from tpcheck.numerics.tensors import map_tensors, named_tensors
@@ -224,41 +226,103 @@ _KINDS = {
 _NAMES = {operator: kind for kind, operators in _KINDS.items() for operator in operators.split()}
 
 
+@dataclass(slots=True)
+class CollectiveLog:
+    """What a rank has issued so far, which a crash leaves here.
+
+    Attributes:
+        groups: The groups that ranks wait for each other in, by their ranks: those of the axes, and each that the
+            system under test has used.
+        issued: The collectives, in order.
+        num_before: How many of them were issued before the last pass.
+        gradients: The activations whose gradients that pass has computed, in order.
+        is_in_pass: Whether it has not ended.
+    """
+
+    groups: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    issued: list[Collective] = field(default_factory=list)
+    num_before: int = 0
+    gradients: tuple[TensorKey, ...] = ()
+    is_in_pass: bool = False
+
+    def meet(self, where: str) -> None:
+        """Wait for the other ranks of each group, where torch checks what ranks issue (TORCH_DISTRIBUTED_DEBUG=DETAIL).
+
+        All that ranks issue between two such meetings is the system's under test: a rank that has left out a collective
+        fails here, with those that wait for it, and at no collective of tpcheck's own.
+
+        Args:
+            where: What has ended, as a phrase.
+
+        Raises:
+            BackendError: Another rank issues something else.
+        """
+        if get_debug_level() != DebugLevel.DETAIL:  # every call returns another object
+            return
+        for ranks, group in sorted(self.groups.items()):
+            if group is None or len(ranks) < 2:
+                continue
+            try:
+                dist.barrier(group)
+            except RuntimeError as error:
+                if COLLECTIVES_DIFFER not in str(error):
+                    raise
+                raise BackendError(f"{where}: {error}") from error
+
+
 @contextmanager
 def logged_collectives(
     model: nn.Module,
-    log: list[Collective],
+    log: CollectiveLog,
     phase: Phase = "forward",
     micro_batch: int = 0,
-    position: Callable[[], int] = int,
+    recorded: dict[TensorKey, Any] | None = None,
+    *,
+    where: str = "a pass",
 ) -> Iterator[None]:
-    """Add every collective that is issued inside to a list, with the innermost module of `model` running.
-
-    At the end, ranks that have issued a collective over a group wait for the others of it: where torch checks what
-    ranks issue (TORCH_DISTRIBUTED_DEBUG=DETAIL), a rank that has left one out fails here with those that wait for it.
+    """Log every collective that is issued inside, with the innermost module of `model` running; then let ranks meet.
 
     Nothing is logged where a module is compiled. Both ways of issuing a collective are seen: `torch.distributed`, which
     dispatches to `c10d`, and the functional collectives of DTensor. Calls on tensor subclasses are left to the
     subclasses, whose inner operators are seen instead.
 
     Args:
-        log: The list; a collective stands there before it is issued.
+        log: A collective stands there before it is issued.
         phase: What runs inside. In the backward pass no module runs.
         micro_batch: Number of the micro-batch.
-        position: Returns how many activations are recorded.
+        recorded: The activations that are recorded so far, which grow meanwhile.
+        where: What runs inside, as a phrase.
+
+    Raises:
+        BackendError: Ranks have issued different collectives.
     """
+    activations: dict[TensorKey, Any] = {} if recorded is None else recorded
+    log.is_in_pass, log.num_before, first = True, len(log.issued), len(activations)
+    try:
+        with _logged(model, log, phase, micro_batch, activations):
+            yield
+    finally:
+        keys = list(activations)[first:]
+        log.gradients = tuple(key for key in keys if key.phase == "backward")
+    log.is_in_pass = False
+    log.meet(where)
+
+
+@contextmanager
+def _logged(
+    model: nn.Module, log: CollectiveLog, phase: Phase, micro_batch: int, activations: dict[TensorKey, Any]
+) -> Iterator[None]:
     running: list[str] = [""]
     if any(map(is_compiled, model.modules())):  # torch compiles nothing where a dispatch mode is active
         yield
         return
     handles = [handle for name, module in model.named_modules() for handle in _tracked(name, module, running)]
 
-    groups: dict[tuple[int, ...], Any] = {}
-
     def record(name: str, group: dist.ProcessGroup | None, bypasses_autograd: bool) -> None:
         ranks = () if group is None else tuple(dist.get_process_group_ranks(group))
-        groups.setdefault(ranks, group)
-        log.append(Collective(running[-1], name, ranks, phase, micro_batch, position(), bypasses_autograd))
+        log.groups[ranks] = group  # the last one that was used: a library may make its own of the same ranks
+        position, after = len(activations), next(reversed(activations), None)
+        log.issued.append(Collective(running[-1], name, ranks, phase, micro_batch, position, bypasses_autograd, after))
 
     try:
         with _CollectiveLog(record):
@@ -266,10 +330,6 @@ def logged_collectives(
     finally:
         for handle in handles:
             handle.remove()
-    if groups and get_debug_level() == DebugLevel.DETAIL:  # every call returns another object
-        for _, group in sorted(groups.items()):
-            if group is not None:
-                dist.barrier(group)
 
 
 def _tracked(name: str, module: nn.Module, running: list[str]) -> Iterator[Any]:

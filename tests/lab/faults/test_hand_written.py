@@ -15,7 +15,9 @@ from tpcheck.lab.faults.hand_written import (
     HandWrittenControl,
     HandWrittenFault,
     compiled_whole,
+    detached_on_one_rank,
     inside,
+    no_gradient_on_one_rank,
     reduce_left_out_on_one_rank,
 )
 from tpcheck.lab.faults.runs import run_hand_written_control, run_hand_written_fault, verify_hand_written
@@ -64,6 +66,24 @@ def test_a_rank_that_leaves_out_a_reduction_is_named_with_what_the_others_issued
         "rank 1 did not issue the all_reduce over tp in the forward of blocks.1.mlp that rank 0 issued, and went on to "
         "an all_reduce over tp in the forward of loss."
     )
+
+
+def test_a_rank_whose_backward_pass_is_another_is_named_in_an_open_world_too() -> None:
+    with spawn(Topology(tp=2), timeout=120) as world:
+        report = verify_hand_written(HandWrittenControl(inside, also=detached_on_one_rank), replays=1, world=world)
+    assert not report.verdict.is_internal_error
+    assert str(report.verdict.message).startswith(
+        "rank 1 did not issue the all_reduce over tp in the backward pass after the gradient of input 0 of "
+        "blocks.1.mlp.up that rank 0 issued. No gradient comes back to output 0 of blocks.1.mlp on rank 1."
+    )
+
+
+def test_a_rank_whose_loss_has_no_gradient_is_named() -> None:
+    with spawn(Topology(tp=2), timeout=120) as world:
+        report = verify_hand_written(HandWrittenControl(inside, also=no_gradient_on_one_rank), replays=1, world=world)
+    message = str(report.verdict.message)
+    assert message.startswith("custom, forward of step 0: the sharded model returns a loss without a gradient")
+    assert "raised by rank 1; rank 0" in message
 
 
 def test_both_norms_over_one_shard_are_found(worlds: dict[Topology, World]) -> None:

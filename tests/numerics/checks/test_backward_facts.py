@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.numerics.evidence import BIAS, DOWN, NORM, UP, key, right_evidence, with_step
-from tpcheck.core.placement import Shard
+from tpcheck.core.placement import Replicate, Shard
 from tpcheck.numerics.activation_placement import PlacedTensor
 from tpcheck.numerics.checks.backward_facts import backward_facts, collectives_passed, gradients_of_uses
 from tpcheck.numerics.checks.suspects import ComparedParameter
@@ -46,6 +46,29 @@ def test_what_stands_behind_a_module_counts_for_the_gradient_that_it_receives() 
     evidence = replace(evidence, reference=(replace(evidence.reference[0], sources=sources),))
     assert collectives_passed(evidence, 0, OUTPUT, unseen=True) == ("all_reduce",)
     assert collectives_passed(evidence, 0, INPUT, unseen=True) == ()
+
+
+def test_what_comes_back_through_each_module_that_takes_a_tensor_is_known() -> None:
+    hidden, normed = key("block input", "backward"), key("block.norm input", "backward")
+    sources = {key("block.norm input"): (key("block input"),)}
+    step = replace(RIGHT.reference[0], sources=sources)
+    doubled = replace(step, activations={**step.activations, hidden: 2 * step.activations[normed]})
+    for reference, names in ((step, []), (doubled, ["input 0 of block.norm", "all else"])):
+        evidence = replace(RIGHT, reference=(reference,))
+        parts = (reference.activations[hidden],) * 2
+        branches = backward_facts(evidence, 0, hidden, PlacedTensor(Replicate(), parts)).branches
+        assert list(branches) == names
+        assert all(torch.equal(part, step.activations[normed]) for each in branches.values() for part in each)
+
+
+def test_a_module_of_several_inputs_has_no_one_in_and_one_out_for_the_others() -> None:
+    other = replace(key("block.norm input", "backward"), path="2")
+    hidden = key("block.norm input", "backward")
+    reference = replace(RIGHT.reference[0], activations={**RIGHT.reference[0].activations, other: torch.ones(2, 3, 2)})
+    evidence = replace(issued(unseen("block.norm")), reference=(reference,))
+    for gradient, is_known in ((hidden, True), (other, False)):
+        placed = PlacedTensor(Replicate(), (reference.activations[gradient],) * 2)
+        assert bool(backward_facts(evidence, 0, gradient, placed).inputs) is is_known
 
 
 def test_sums_behind_what_a_module_returns_are_known_of_both_passes() -> None:

@@ -374,13 +374,21 @@ SOURCES = {key("block.up input"): (key("block.norm output"),)}
 TERMS = (0.25, 0.75)
 
 
-def hand_written(*, scale: float = 1.0, norm: float = 1.0, reduced: bool = True) -> Evidence:
+def hand_written(
+    *,
+    scale: float = 1.0,
+    norm: float = 1.0,
+    reduced: bool = True,
+    terms: bool = False,
+    wrong: tuple[int, ...] = (0, 1),
+) -> Evidence:
     """Return evidence of a root that sums the input gradient of `up`, of which each rank has a term, before it.
 
     Args:
         scale: Of every gradient.
-        norm: Of that of the norm's output, besides.
+        norm: Of that of the norm's output, besides, on the wrong ranks.
         reduced: Whether a collective is issued between the two.
+        terms: Whether that of the norm's output is the rank's own term, on the wrong ranks.
     """
     hidden = key("block input", "backward")
     activations = {each: tensor for each, tensor in RIGHT.reference[0].activations.items() if each != hidden}
@@ -391,7 +399,9 @@ def hand_written(*, scale: float = 1.0, norm: float = 1.0, reduced: bool = True)
         seen = {each: tensor * (scale if each.phase == "backward" else 1) for each, tensor in seen.items()}
         total, normed = seen[UP_INPUT], key("block.norm output", "backward")
         gradient, weight = seen[key("block.up output", "backward")], RIGHT.initial_parts[rank][UP]
-        seen |= {UP_INPUT: gradient @ weight if scale != 1 else total * term, normed: seen[normed] * norm}
+        if rank in wrong:
+            seen[normed] = seen[normed] * (term if terms else norm)
+        seen |= {UP_INPUT: gradient @ weight if scale != 1 else total * term}
         position = list(seen).index(UP_INPUT) + 1
         issued = Collective("", "all_reduce", (0, 1), phase="backward", position=position)
         gradients = dict(RIGHT.candidate[0][rank].gradients)
@@ -410,8 +420,14 @@ def test_terms_that_are_summed_between_modules_are_right() -> None:
     assert not suspects(hand_written())
 
 
-def test_terms_behind_which_the_gradient_is_wrong_are_not() -> None:
-    assert wrong_modules(hand_written(norm=2.0)) == ["block.up"]
+def test_terms_behind_which_the_gradient_is_not_a_sum_are_wrong() -> None:
+    assert wrong_modules(hand_written(terms=True)) == ["block.up"]
+
+
+def test_terms_behind_which_ranks_have_the_same_wrong_gradient_or_one_has_the_right_one_are_summed() -> None:
+    assert wrong_modules(hand_written(norm=2.0)) == ["block"]
+    assert wrong_modules(hand_written(norm=2.0, wrong=(1,))) == ["block"]
+    assert wrong_modules(hand_written(terms=True, wrong=(1,))) == ["block.up"]
 
 
 def test_behind_another_mistake_terms_are_right_where_something_is_exchanged() -> None:
@@ -426,6 +442,18 @@ def test_behind_another_mistake_terms_are_right_where_gradients_of_parameters_ar
         gradients = {**evidence.candidate[0][rank].gradients, **summed}
         evidence = with_step(evidence, ranks=[rank], gradients=gradients)
     assert wrong_modules(evidence) == [""]
+
+
+def test_a_sum_that_lacks_a_term_on_a_rank_is_laid_to_what_does_not_come_back_there() -> None:
+    hidden, normed = key("block input", "backward"), key("block.norm input", "backward")
+    sources = {key("block.norm input"): (key("block input"),)}
+    evidence = replace(RIGHT, reference=(replace(RIGHT.reference[0], sources=sources),))
+    lacking = {each: tensor for each, tensor in RIGHT.candidate[0][1].activations.items() if each != normed}
+    evidence = with_step(evidence, ranks=[1], activations=lacking)
+    evidence = with_tensor(evidence, "activations", hidden, lambda gradient: gradient * 0.5 + 0.1, ranks=[1])
+    (suspect,) = (each for each in suspects(evidence) if each.kind == "input_gradient")
+    assert suspect.backward.lost_on == (1,)
+    assert suspect.evidence["note"] == "no gradient comes back to input 0 of block.norm on rank 1"
 
 
 def test_a_wrong_gradient_that_a_module_receives_is_laid_to_what_stands_behind_it() -> None:

@@ -76,6 +76,13 @@ def test_gradients_that_differ_are_explained_by_their_tensors() -> None:
     assert the_cause(suspect) is Cause.PARTIAL_GRADIENT_ON_REPLICA
 
 
+def test_a_gradient_that_a_rank_does_not_have_differs_without_a_tensor() -> None:
+    evidence = with_tensor(RIGHT, "gradients", NORM, lambda tensor: None, ranks=[1])
+    (suspect,) = replicas_agree_after(with_digest(evidence, ("gradient", NORM), [1], moment=1), 0).suspects
+    assert suspect.actual_parts == ()
+    assert the_cause(suspect) is None
+
+
 def test_a_gradient_that_differs_over_dp_or_in_another_replica_is_not_compared_with_the_expected_one() -> None:
     for ranks in ([2], [2, 3]):
         evidence = with_digest(RIGHT_DP, ("gradient", NORM), ranks, moment=1)

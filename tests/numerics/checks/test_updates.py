@@ -179,6 +179,26 @@ def test_a_weight_that_one_rank_has_a_gradient_for_is_compared(zeros: bool, is_c
     assert (UP in outcome.margins) is is_compared
 
 
+def test_a_step_that_is_no_larger_than_what_rounding_may_do_is_not_compared() -> None:
+    rough = replace(RIGHT, tolerance=replace(RIGHT.tolerance, deviations={(0, "weight", UP): 1e3}))
+    outcome = updates_match_reference(rough, 0)
+    assert UP not in outcome.margins
+    assert outcome.not_compared[UP].startswith("its step is smaller than the error that rounding allows")
+    assert DOWN in outcome.margins
+    wrong = with_tensor(rough, "weights", UP, lambda weight: weight + 1e6)
+    assert [suspect.parameter for suspect in updates_match_reference(wrong, 0).suspects] == [UP]
+
+
+def test_where_the_gradient_is_wrong_the_step_says_nothing_of_clipping() -> None:
+    halved = clipped_by(RIGHT, 2 * EXPECTED, names=[NORM])
+    (suspect,) = updates_match_reference(halved, 0).suspects
+    assert suspect.norms is not None
+    (suspect,) = updates_match_reference(
+        with_tensor(halved, "gradients", NORM, lambda gradient: gradient / 2), 0
+    ).suspects
+    assert suspect.norms is None
+
+
 def test_the_worst_weight_comes_first_whatever_its_place_in_the_model() -> None:
     evidence = with_move(with_move(RIGHT, DOWN, lambda move: move * 3), UP, lambda move: move * 1.01)
     suspects = updates_match_reference(evidence, 0).suspects

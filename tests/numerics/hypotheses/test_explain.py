@@ -176,6 +176,7 @@ EXAMPLES: dict[Cause, Callable[[], Suspect]] = {
     Cause.KEY_VALUE_EXCHANGED: lambda: weight(EXPECTED[[0, 1, 3, 2]], where={"parameter": "attn.qkv.weight"}),
     Cause.ROTARY_LAYOUT: lambda: weight(HEADS.reshape(2, 2, 2, -1).transpose(1, 2).reshape_as(HEADS), HEADS),
     Cause.OFFSET_BY_CONSTANT: lambda: weight(EXPECTED[:, 0] - 1, EXPECTED[:, 0]),
+    Cause.MASTERS_STALE: lambda: suspect("update", [OTHER, EXPECTED], EXPECTED, step=StepFacts(unlike_masters_on=(0,))),
     Cause.STALE_WEIGHT: lambda: suspect("update", [OTHER, EXPECTED], EXPECTED, step=StepFacts(before=(OTHER, OTHER))),
     Cause.TIED_WEIGHT_UNTIED: lambda: suspect(
         "gradient", [EXPECTED - OTHER] * 2, EXPECTED, gradient=GradientFacts(untied={"head": (OTHER, OTHER)})

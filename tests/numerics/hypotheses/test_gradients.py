@@ -9,7 +9,7 @@ import torch
 
 from tests.numerics.evidence import suspect
 from tpcheck.core.causes import Cause
-from tpcheck.numerics.evidence import GradientFacts
+from tpcheck.numerics.evidence import BackwardFacts, GradientFacts
 from tpcheck.numerics.hypotheses import explain
 from tpcheck.numerics.hypotheses.gradients import multiple
 
@@ -47,10 +47,60 @@ def test_a_gradient_that_never_comes_back_is_missing() -> None:
     assert the_cause("gradient", (nothing, nothing), gradient=GradientFacts(missing_on=(1,))) is Cause.GRADIENT_MISSING
 
 
+def lost(gradient: torch.Tensor = EXPECTED, at: slice = slice(3), dim: int = -1) -> torch.Tensor:
+    cut = gradient.clone()
+    cut.movedim(dim, 0)[at] = 0
+    return cut
+
+
+@pytest.mark.parametrize("kind", ["input_gradient", "gradient"])
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_a_gradient_that_comes_back_to_some_features_alone_is_missing_at_the_others(kind: Any, dim: int) -> None:
+    found = explain(suspect(kind, (lost(dim=dim),) * 2, EXPECTED))
+    assert found is not None
+    assert found.cause is Cause.GRADIENT_MISSING
+    assert found.evidence == {"no_gradient_at": [0, 1, 2], "along_dim": dim, "size": EXPECTED.shape[dim]}
+
+
+def test_it_may_be_missing_on_one_rank_as_a_whole_or_in_part() -> None:
+    assert the_cause("input_gradient", (EXPECTED, lost())) is Cause.GRADIENT_MISSING
+    assert the_cause("input_gradient", (EXPECTED, torch.zeros_like(EXPECTED))) is Cause.GRADIENT_MISSING
+    assert the_cause("input_gradient", (lost(at=slice(2)), lost(at=slice(1, 3)))) is None
+
+
+def test_it_is_not_missing_where_others_are_wrong_or_zeros_are_right() -> None:
+    assert the_cause("input_gradient", (lost(EXPECTED + 0.1 * OTHER),) * 2) is None
+    assert the_cause("input_gradient", (lost(),) * 2, lost()) is None
+    assert the_cause("input_gradient", (lost(EXPECTED[:1, :3], slice(1)),) * 2, EXPECTED[:1, :3]) is None  # one number
+
+
+def test_behind_a_collective_that_autograd_does_not_see_it_is_the_collectives() -> None:
+    facts = BackwardFacts(unseen=("all_reduce",))
+    assert the_cause("input_gradient", (lost(),) * 2, backward=facts) is Cause.COLLECTIVE_WITHOUT_BACKWARD
+    assert the_cause("input_gradient", (EXPECTED, lost()), backward=facts) is Cause.GRADIENT_MISSING
+
+
+@pytest.mark.parametrize(("through", "wrong"), [(["norm"], (0, 1)), (["all else"], (1,)), (["norm", "all else"], (0,))])
+def test_a_branch_that_sends_nothing_back_is_named(through: list[str], wrong: tuple[int, ...]) -> None:
+    third = 0.3 * OTHER + 0.1
+    branches = {"norm": OTHER, "mlp": third, "all else": EXPECTED - OTHER - third}
+    left = EXPECTED - sum(branches[name] for name in through)
+    facts = BackwardFacts(branches={name: (part, part) for name, part in branches.items()})
+    parts = [left if rank in wrong else EXPECTED for rank in range(2)]
+    found = explain(suspect("input_gradient", parts, EXPECTED, backward=facts))
+    assert found is not None
+    assert (found.cause, found.evidence) == (Cause.GRADIENT_MISSING, {"lost_through": through})
+
+
+def test_a_sum_lacks_a_term_that_does_not_come_back_on_some_ranks() -> None:
+    facts = BackwardFacts(lost_on=(1,))
+    assert the_cause("input_gradient", (OTHER, OTHER), backward=facts) is Cause.GRADIENT_MISSING
+
+
 def test_zeros_in_the_place_of_zeros_or_of_nothing_known_are_not_missing() -> None:
     nothing = torch.zeros_like(EXPECTED)
     assert the_cause("input_gradient", (nothing, nothing), nothing) is None
-    assert explain(suspect("input_gradient", (nothing, nothing), None, expected_parts=(EXPECTED, EXPECTED))) is None
+    assert explain(suspect("input_gradient", (nothing, nothing), None, expected_parts=(EXPECTED, OTHER[:2]))) is None
     assert explain(suspect("input_gradient", (), EXPECTED)) is None
 
 

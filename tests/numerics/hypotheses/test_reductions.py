@@ -87,6 +87,13 @@ def test_features_may_be_partial_beside_reduced_ones() -> None:
     assert found.evidence == {"partial_features": "3 of 8"}
 
 
+def test_what_some_ranks_have_as_a_whole_and_others_not_at_all_is_no_sum_of_terms() -> None:
+    lost = EXPECTED.clone()
+    lost[:, 5:] = 0
+    for kind in ("gradient", "input_gradient"):
+        assert the_cause(kind, (EXPECTED, lost)) is Cause.GRADIENT_MISSING
+
+
 @pytest.mark.parametrize(
     ("num_replicas", "is_every_parameter", "cause"),
     [

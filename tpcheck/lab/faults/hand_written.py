@@ -693,6 +693,47 @@ def _detached_before_reduction(model: Model, rank: RankLike) -> None:
     model.block(1).mlp.leave = _reduced_detached(rank.group("tp"))
 
 
+def _cut_features(tensor: Tensor) -> Tensor:
+    """Cut a quarter of the features out of the backward pass."""
+    kept = tensor.shape[-1] // 4
+    return torch.cat([tensor[..., :kept].detach(), tensor[..., kept:]], -1)
+
+
+def _features_detached_before_reduction(model: Model, rank: RankLike) -> None:
+    leave = model.block(1).mlp.leave
+    model.block(1).mlp.leave = lambda tensor: leave(_cut_features(tensor))
+
+
+def _features_detached_before_copy(model: Model, rank: RankLike) -> None:
+    enter = model.block(1).mlp.enter
+    model.block(1).mlp.enter = lambda tensor: enter(_cut_features(tensor))
+
+
+def _residual_detached_on_one_rank(model: Model, rank: RankLike) -> None:
+    """Let one rank add to a detached input; it takes part in every collective."""
+    if rank.topology.coordinate(rank.rank)["tp"] == 1:
+        block = model.block(1)
+        block.forward = lambda hidden_BLD: hidden_BLD.detach() - hidden_BLD + type(block).forward(block, hidden_BLD)
+
+
+def _queries_detached_on_one_rank(model: Model, rank: RankLike) -> None:
+    if rank.topology.coordinate(rank.rank)["tp"] == 1:
+        layer = model.block(0).attention.q
+        layer.forward = lambda hidden_BLD: functional.linear(hidden_BLD.detach(), layer.weight)
+
+
+def detached_on_one_rank(model: Model, rank: RankLike) -> None:
+    """Let one rank leave out a collective of the backward pass, in which the others wait for it."""
+    if rank.topology.coordinate(rank.rank)["tp"] == 1:
+        leave = model.block(1).mlp.leave
+        model.block(1).mlp.leave = lambda tensor: leave(tensor.detach())
+
+
+def no_gradient_on_one_rank(model: Model, rank: RankLike) -> None:
+    if rank.topology.coordinate(rank.rank)["tp"] == 1:
+        model.loss.register_forward_hook(lambda module, args, loss: loss.detach())
+
+
 # ---- rows
 
 
@@ -828,6 +869,16 @@ FAULTS = (
                      ("collective_without_backward",), options=_INNER_NORM),
     HandWrittenFault("detached_between_modules", "an MLP detaches the output of its row-parallel layer before g",
                      _detached_before_reduction, ("blocks.1.mlp", "blocks.1.mlp.down"), ("gradient_missing",)),
+    HandWrittenFault("features_detached_before_reduction", "some features are detached before g, others are not",
+                     _features_detached_before_reduction, ("blocks.1.mlp", "blocks.1.mlp.down"),
+                     ("gradient_missing",)),
+    HandWrittenFault("features_detached_before_copy", "some features are detached before f, others are not",
+                     _features_detached_before_copy, ("blocks.1.mlp", "blocks.1.mlp_norm"), ("gradient_missing",)),
+    HandWrittenFault("residual_detached_on_one_rank", "one rank adds a block's output to a detached input",
+                     _residual_detached_on_one_rank, ("blocks.1",), ("gradient_missing",)),
+    HandWrittenFault("queries_detached_on_one_rank", "one rank computes queries of a detached input",
+                     _queries_detached_on_one_rank, ("blocks.0.attention", "blocks.0.attention.q"),
+                     ("gradient_missing",)),
     HandWrittenFault("statistic_over_one_shard", "norms in two layers take the mean square of one rank's features",
                      _norms_over(seen=True, whole=False), _NORMS_IN_MLPS, ("statistic_over_one_shard",),
                      checks=_FORWARD, options=_INNER_NORM),

@@ -5,13 +5,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from typing import Any
 
 from tpcheck.core.placement import Partial, Shard
 from tpcheck.numerics.activation_placement import PlacedTensor, cut_by_sample, infer_placement, placement_of_features
 from tpcheck.numerics.checks.suspects import compare_parameters
-from tpcheck.numerics.data_flow import collectives_behind, consumers, is_exchanged_behind, is_inside, is_result
-from tpcheck.numerics.differences import Difference, compare_placed, distance_of_terms, rounding_error
+from tpcheck.numerics.data_flow import (
+    collectives_behind,
+    consumers,
+    in_phase,
+    is_exchanged_behind,
+    is_inside,
+    is_result,
+)
+from tpcheck.numerics.differences import (
+    Difference,
+    compare_placed,
+    distance_of_terms,
+    frobenius_distance,
+    rounding_error,
+)
 from tpcheck.numerics.evidence import Evidence, MarginsByModule, Phase, TensorKey, worst_by_module
 
 
@@ -252,8 +267,10 @@ def _bias(evidence: Evidence, step: int, activation: ComparedActivation) -> Any 
 def _are_summed_later(
     evidence: Evidence, step: int, compared: Mapping[TensorKey, ComparedActivation], key: TensorKey
 ) -> bool:
-    """Return whether something that is computed from terms of a sum is right: then the terms were summed before.
+    """Return whether something that is computed from terms of a sum shows that they were summed before.
 
+    It is right, or the same on all ranks, or right on some, where no rank has its own terms: then what is wrong is
+    wrong for another reason.
     It may be terms itself, such as what the parent of a row-parallel layer returns. Where nothing before it needs a
     gradient, as before the first adapters of a frozen model, it is the gradients of the module's own parameters.
     """
@@ -263,11 +280,33 @@ def _are_summed_later(
         activation = compared.get(after)
         if activation is None:
             continue
-        if activation.difference.agrees:
+        if activation.difference.agrees or _shows_a_sum(evidence, step, compared, activation):
             return True
         if _as_terms(evidence, step, activation) is not None and _are_summed_later(evidence, step, compared, after):
             return True
     return False
+
+
+def _shows_a_sum(
+    evidence: Evidence, step: int, compared: Mapping[TensorKey, ComparedActivation], result: ComparedActivation
+) -> bool:
+    """Return whether a wrong gradient is a sum over the ranks all the same."""
+    key, parts, allowed = result.key, result.placed.parts, result.difference.allowed
+    if key.phase == "forward" or not result.placed.is_replicated or len(parts) < 2:
+        return False
+    feeding = [in_phase(each, "backward") for each in consumers(evidence, step, in_phase(key, "forward"))]
+    terms = [compared[each].placed.parts for each in feeding if each in compared]
+    own = [
+        reduce(add, of_rank)
+        for of_rank in zip(*terms, strict=True)
+        if all(t.shape == result.expected.shape for t in of_rank)
+    ]
+    if len(own) < len(parts):
+        return False
+    has_own_terms = any(frobenius_distance(*pair) <= allowed for pair in zip(parts, own, strict=True))
+    is_equal = all(frobenius_distance(part, parts[0]) <= allowed for part in parts)
+    is_right_on_some = any(frobenius_distance(part, result.expected) <= allowed for part in parts)
+    return (is_equal or is_right_on_some) and not has_own_terms
 
 
 def _gives_right_gradients(evidence: Evidence, step: int, key: TensorKey) -> bool:

@@ -11,7 +11,7 @@ import torch
 from tpcheck.numerics.activation_placement import PlacedTensor
 from tpcheck.numerics.checks.recompute import gradient_product
 from tpcheck.numerics.checks.suspects import ComparedParameter
-from tpcheck.numerics.data_flow import collectives_behind, in_phase, is_exchanged_before, is_result
+from tpcheck.numerics.data_flow import collectives_behind, consumers, in_phase, is_exchanged_before, is_result
 from tpcheck.numerics.differences import frobenius, frobenius_distance
 from tpcheck.numerics.evidence import BackwardFacts, Evidence, TensorKey
 from tpcheck.numerics.tolerance import FITTED_RELATIVE_ERROR, MOST_USES, RECOMPUTED_FACTOR
@@ -43,16 +43,40 @@ def backward_facts(evidence: Evidence, step: int, key: TensorKey, placed: Placed
         collectives_passed(evidence, step, key),
         collectives_passed(evidence, step, key, unseen=True),
         sums_backward=is_exchanged_before(evidence, step, key),
+        branches=_branches(evidence, step, key, placed),
     )
     if not facts.collectives:
         return facts
-    if is_result(key):
+    if is_result(key) and key.path == "0":
         inputs, outputs, output_gradients = _one_in_one_out(evidence, step, key)
         facts = replace(facts, inputs=inputs, outputs=outputs, output_gradients=output_gradients)
     through_sum = _through_sum(evidence.reference[step].activations, key)
     if through_sum is None:
         return facts
     return replace(facts, through_sum=tuple(placed.expected_part(through_sum, tp_rank) for tp_rank in range(tp)))
+
+
+def _branches(
+    evidence: Evidence, step: int, key: TensorKey, placed: PlacedTensor
+) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Return each rank's part of what comes back through each consumer of a tensor that has several."""
+    reference = evidence.reference[step].activations
+    expected, taken = reference[key], {}
+    for after in consumers(evidence, step, in_phase(key, "forward")):
+        gradient = reference.get(in_phase(after, "backward"))
+        if gradient is None or gradient.shape != expected.shape:
+            return {}  # it is computed from the tensor, and no view of it: what comes back through it is unknown
+        if after.role == "input" and after.module != key.module:
+            taken[f"{after.role} {after.path} of {after.module or 'the model'}"] = gradient
+    rest = expected - sum(taken.values()) if taken else expected
+    if frobenius(rest) > FITTED_RELATIVE_ERROR * frobenius(expected):
+        taken["all else"] = rest
+    if not 1 < len(taken) <= MOST_USES:
+        return {}
+    return {
+        name: tuple(placed.expected_part(gradient, tp_rank) for tp_rank in range(len(placed.parts)))
+        for name, gradient in taken.items()
+    }
 
 
 def _one_in_one_out(evidence: Evidence, step: int, key: TensorKey) -> tuple[tuple[Any, ...], ...]:

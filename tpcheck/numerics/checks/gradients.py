@@ -186,10 +186,41 @@ def _activation_suspect(
     terms = recompute_input_gradient(evidence, step, root, activation.difference.allowed)
     if not is_result(root):
         details = {**details, "note": _what_is_wrong(evidence, step, root)}
+    facts, lost = backward_facts(evidence, step, root, activation.placed), _lost_term(evidence, step, root)
+    if lost is not None:
+        term, tp_ranks = lost
+        ranks = evidence.ranks(tp_ranks)
+        facts = replace(facts, lost_on=tuple(ranks))
+        note = (
+            f"no gradient comes back to {term.role} {term.path} of {term.module} on rank {', '.join(map(str, ranks))}"
+        )
+        details = {**details, "note": note}
     suspect = activation_suspect(evidence, step, activation, _CHECK, details, module)
-    return replace(
-        suspect, kind="input_gradient", linear=terms, backward=backward_facts(evidence, step, root, activation.placed)
-    )
+    return replace(suspect, kind="input_gradient", linear=terms, backward=facts)
+
+
+def _lost_term(evidence: Evidence, step: int, root: TensorKey) -> tuple[TensorKey, tuple[int, ...]] | None:
+    """Return a gradient that a wrong one is a sum with, and the ranks that have the tensor and no gradient of it.
+
+    Only where some rank has it: what no rank records, as where hand-written code takes a weight without calling its
+    module, is lost nowhere.
+    """
+    reference = evidence.reference[step].activations
+    for forward in consumers(evidence, step, in_phase(root, "forward")):
+        term = in_phase(forward, "backward")
+        if term not in reference:
+            continue
+        has_gradient = [
+            recorded_by_rank(rank.activations, term, reference) is not None for rank in evidence.candidate[step]
+        ]
+        lost = [
+            tp_rank
+            for tp_rank, rank in enumerate(evidence.candidate[step])
+            if not has_gradient[tp_rank] and forward in rank.activations
+        ]
+        if lost and any(has_gradient):
+            return term, tuple(lost)
+    return None
 
 
 def _what_is_wrong(evidence: Evidence, step: int, root: TensorKey) -> str:

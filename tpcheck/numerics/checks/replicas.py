@@ -76,7 +76,7 @@ def _suspect(
 ) -> Suspect:
     first_kind, first = next((item for item in items if item[0] == "gradient"), items[0])
     is_gradient = first_kind == "gradient" and axis == "tp" and set(ranks) <= set(evidence.tp_group)
-    steps = evidence.candidate[moment - 1] if is_gradient else ()
+    parts = [step.gradients.get(first) for step in evidence.candidate[moment - 1]] if is_gradient else []
     return Suspect(
         check="replicas_agree",
         kind="replica",
@@ -94,7 +94,7 @@ def _suspect(
         },
         # A gradient that differs is explained by how it relates to the expected one.
         expected=evidence.reference[moment - 1].gradients.get(first) if is_gradient else None,
-        actual_parts=tuple(step.gradients[first] for step in steps),
+        actual_parts=() if any(part is None for part in parts) else tuple(parts),
         is_replicated=True,
         replicas=ReplicaFacts(Counter(kind for kind, _ in items), differed_at_start=differed_at_start),
     )

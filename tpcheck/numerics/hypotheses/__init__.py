@@ -78,6 +78,9 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
         reductions.where_it_is_summed_backward(reductions.times_tp),
         first_confirmed(reductions.linear_hypotheses),
         parts_of_sums.without_the_sums,
+        gradients.lost_on_some,
+        first_confirmed(gradients.lost_branches),
+        gradients.lost_on_ranks,
         gradients.multiple,
         values.dtype_rounded,
     ),
@@ -95,6 +98,7 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
             gradients.untied_hypotheses, reductions.averaging_hypotheses, gradients.another_parameters_hypotheses
         ),
         layout.shards_moved,
+        gradients.lost_on_some,
         values.dtype_rounded,
     ),
     "norm": (optimizer.skipped, optimizer.norm_of_one_group, optimizer.wrong_norm, optimizer.only_the_report_is_wrong),

@@ -71,6 +71,8 @@ def _terms_by_feature(cause: Cause, suspect: Suspect) -> Explanation | None:
     error = frobenius_distance(sum(wrong_terms), wrong_expected)
     if error > limit or all(frobenius_distance(term, wrong_terms[0]) <= limit for term in wrong_terms):
         return None
+    if all(not bool(term.any()) or frobenius_distance(term, wrong_expected) <= limit for term in wrong_terms):
+        return None  # no rank has a term: some have all, and the others lost it
     evidence = {} if bool(wrong.all()) else {"partial_features": f"{int(wrong.sum())} of {wrong.numel()}"}
     return Explanation(cause, relative(error, wrong_expected), evidence)
 
