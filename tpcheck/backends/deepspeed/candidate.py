@@ -31,6 +31,7 @@ from tpcheck.backends.local_part import restored_data
 from tpcheck.backends.sgd import LOW_PRECISION, states_like
 from tpcheck.core.topology import Topology
 
+Shapes = dict[str, tuple[int, ...]]  # of parameters, by name
 
 def parallel_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield (name, layer) for each layer that DeepSpeed has replaced by a tensor-parallel one."""
@@ -50,8 +51,11 @@ def parameter_layouts(model: nn.Module, group: Any) -> dict[str, Layout]:
         name: Layout.replicated(local_shape(parameter), tp)
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
-    for prefix, layer in parallel_layers(model):
-        for name, layout in _layer_layouts(layer, group).items():
+    layers = list(parallel_layers(model))
+    shapes_by_rank: list[list[Shapes]] = [[] for _ in range(tp)]
+    dist.all_gather_object(shapes_by_rank, [_local_shapes(layer) for _, layer in layers], group=group)
+    for (prefix, layer), *shapes in zip(layers, *shapes_by_rank, strict=True):
+        for name, layout in _layer_layouts(layer, shapes, dist.get_rank(group)).items():
             full_name = f"{prefix}.{name}" if prefix else name
             if layout is None:
                 del layouts[full_name]
@@ -103,14 +107,22 @@ def local_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _layer_layouts(layer: Any, group: Any) -> dict[str, Layout | None]:
-    """Return the layouts of a layer's weight and bias, None where the layer cannot gather them."""
+def _parameters_of(layer: Any) -> dict[str, Any]:
     parameters = {name: getattr(layer, name, None) for name in ("weight", "bias")}
-    present = {name: parameter for name, parameter in parameters.items() if parameter is not None}
-    shapes_by_rank: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size(group))]
-    own_shapes = {name: local_shape(parameter) for name, parameter in present.items()}
-    dist.all_gather_object(shapes_by_rank, own_shapes, group=group)
-    tp_rank = dist.get_rank(group)
+    return {name: parameter for name, parameter in parameters.items() if parameter is not None}
+
+
+def _local_shapes(layer: Any) -> Shapes:
+    return {name: local_shape(parameter) for name, parameter in _parameters_of(layer).items()}
+
+
+def _layer_layouts(layer: Any, shapes_by_rank: Sequence[Shapes], tp_rank: int) -> dict[str, Layout | None]:
+    """Return the layouts of a layer's weight and bias, None where the layer cannot gather them.
+
+    Args:
+        shapes_by_rank: The shapes of each rank's shards.
+    """
+    present, own_shapes = _parameters_of(layer), shapes_by_rank[tp_rank]
     with restored_data(present.values()):
         for name, parameter in present.items():
             sizes = [prod(shapes[name]) for shapes in shapes_by_rank]
