@@ -142,13 +142,20 @@ class Reference:
     def state(self) -> State:
         return {**self.parameters, **self.buffers}
 
-    def train(self, rank: CommunicatingRank) -> tuple[list[ReferenceStep], Tolerance]:
+    def train(
+        self, rank: CommunicatingRank, tolerance: Tolerance | None = None
+    ) -> tuple[list[ReferenceStep], Tolerance]:
         """Train, and measure the tolerance with replays that the ranks share between them. Collective.
+
+        Args:
+            tolerance: Of this training, where it is known.
 
         Raises:
             UsageError: The model does not compute the same each time.
         """
         steps = train_recorded(self.model, self.batches, self.options, self.weighing)
+        if tolerance is not None:
+            return steps, tolerance
 
         def replay(perturbation: Perturbation) -> Deviations:
             self.restore()
