@@ -69,6 +69,7 @@ class Sgd:
             _master_of(parameter) if parameter.dtype in LOW_PRECISION and options.masters else parameter
             for parameter in self._parameters
         ]
+        self._masters_by_id = dict(zip(map(id, self._parameters), self._masters, strict=True))
         self._clip = clip
         self._max_norm = options.max_grad_norm
         self.optimizer = make_optimizer(options, self._masters, decays, names)
@@ -106,9 +107,7 @@ class Sgd:
 
     def state(self, parameter: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """Return what has an element for each of the parameter's: moments, and `master` where there is one."""
-        master = next(
-            (master for known, master in zip(self._parameters, self._masters, strict=True) if known is parameter), None
-        )
+        master = self._masters_by_id.get(id(parameter))
         if master is None:
             return {}
         states = {} if master is parameter else {"master": master.detach()}

@@ -418,11 +418,15 @@ class Request:
         build: Returns the unsharded model; called on every rank under the same seed.
         options: Every option of the run.
         spread_weights: Redraw matrices on a scale that makes every path of the model count.
+        tolerance: What rounding does to the training, where that is known; else it is measured.
+        keeps_tolerance: Return what was measured.
     """
 
     build: Callable[[], Any]
     options: RunOptions
     spread_weights: bool = False
+    tolerance: Tolerance | None = None
+    keeps_tolerance: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,7 +437,8 @@ class RankAnswer:
         group: The answer of the rank's TP group, from its first rank; None from the others.
         versions: Versions of the packages under test.
         notes: What of the user's configuration the backend leaves out, in sentences.
-        tolerance: What rounding does to the training, from the first rank, where it was measured and resuming needs it.
+        tolerance: What rounding does to the training, from the first rank, where it was measured and is asked for or
+            resuming needs it.
     """
 
     group: GroupAnswer | None

@@ -102,8 +102,9 @@ def _verify(rank: CommunicatingRank, request: Request, log: CollectiveLog) -> Ra
             saved = [verify_saved(rank, candidate, reference.model, step=-1)] if saves else []
             with naming_indivisible_sizes(config, tp):
                 full = _train_both(rank, request, reference, backend, candidate, start, evidence, log)
-            if full is not None and rank.rank == 0 and RESUME_CHECK in checks:
-                tolerance = full.tolerance
+            if full is not None and evidence is not None and rank.rank == 0:
+                is_kept = request.keeps_tolerance and full.clipping == evidence.clipping
+                tolerance = full.tolerance if RESUME_CHECK in checks or is_kept else None
             if full is not None and answer is not None:
                 with torch_function_disabled():
                     answer = full_answer(answer, full, checks)
@@ -152,10 +153,9 @@ def _train_both(
 ) -> Evidence | None:
     """Train both sides; return `evidence` with their steps, on the first rank of each TP group. Collective."""
     batches = [step[_dp_rank(rank)] for step in reference.batches]
-    begin_phase(
-        f"training the unsharded model, {1 + reference.replays} times more to measure what rounding does", rank.rank
-    )
-    steps, tolerance = reference.train(rank)
+    replayed = f", {1 + reference.replays} times more to measure what rounding does"
+    begin_phase(f"training the unsharded model{replayed if request.tolerance is None else ''}", rank.rank)
+    steps, tolerance = reference.train(rank, request.tolerance)
     # In float64 rounding hides nothing; what a step that overflows has is not compared. Of a model that is compiled as
     # a whole no module is seen, and the backward pass inside its forward makes torch 2.13 compile DTensors with shapes
     # that are symbols, which it cannot.

@@ -144,13 +144,20 @@ class Reference:
     def state(self) -> State:
         return {**self.parameters, **self.buffers}
 
-    def train(self, rank: CommunicatingRank) -> tuple[list[ReferenceStep], Tolerance]:
+    def train(
+        self, rank: CommunicatingRank, tolerance: Tolerance | None = None
+    ) -> tuple[list[ReferenceStep], Tolerance]:
         """Train, and measure the tolerance with replays that the ranks share between them. Collective.
+
+        Args:
+            tolerance: Of this training, where it is known.
 
         Raises:
             UsageError: The model does not compute the same each time.
         """
         steps = train_recorded(self.model, self.batches, self.options, self.weighing)
+        if tolerance is not None:
+            return steps, tolerance
 
         def replay(perturbation: Perturbation) -> Deviations:
             self.restore()
@@ -424,13 +431,10 @@ def _step(
     """
     number = len(shares[0])
     totals = [_sum(of_rank) for of_rank in shares]
-    names = [name for name, _ in model.named_parameters()]
+    gradients: Gradients = {}
     for name, parameter in model.named_parameters():
-        parameter.grad = _mean([gradients[name] for gradients in totals])
-    gradients = {
-        name: None if parameter.grad is None else parameter.grad.detach().clone()
-        for name, parameter in model.named_parameters()
-    }
+        gradient = gradients[name] = _mean([of_rank[name] for of_rank in totals])
+        parameter.grad = None if gradient is None else gradient.clone()  # which the optimizer clips in place
     is_skipped = scale != 1 and not all(map(_is_finite, gradients.values()))
     norm = None
     if is_skipped:
@@ -441,7 +445,10 @@ def _step(
     weights = copy_parameters(model)
     state = optimizer_state(model, optimizer)
     has_replicas = len(losses) > 1
-    means = [{name: _mean([of_rank[micro][name] for of_rank in shares]) for name in names} for micro in range(number)]
+    means = [
+        {name: _mean([of_rank[micro][name] for of_rank in shares]) for name in gradients}
+        for micro in range(number if number > 1 else 0)
+    ]
     otherwise = _otherwise_normalised(shares, labels)
 
     def unscaled(gradients: Gradients) -> Gradients:
@@ -511,6 +518,8 @@ def _sum(gradients: Sequence[Gradients]) -> Gradients:
 def _mean(by_dp_rank: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """Return the mean over the DP ranks; one that has no gradient counts as zeros."""
     present = [gradient for gradient in by_dp_rank if gradient is not None]
+    if len(by_dp_rank) == 1:
+        return by_dp_rank[0]
     return sum(present[1:], present[0]) / len(by_dp_rank) if present else None
 
 

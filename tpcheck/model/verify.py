@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tpcheck.backends.interface import Backend
     from tpcheck.core.placement import Placement
     from tpcheck.model.options import BatchSource
+    from tpcheck.numerics.tolerance import Tolerance
     from tpcheck.world.rank import Rank
 
 LayoutSource: TypeAlias = "Mapping[str, Placement] | Callable[[str, tuple[int, ...]], Placement | None] | None"
@@ -128,6 +129,7 @@ def run(
     again: str | None,
     world: World | None = None,
     notes: tuple[str, ...] = (),
+    on_tolerance: Callable[[Tolerance], None] | None = None,
 ) -> Report:
     """Run the request on the launcher's ranks or on spawned ones, and return the report.
 
@@ -136,8 +138,10 @@ def run(
         again: The command that repeats the run, if there is one.
         world: A world of the request's topology, in place of a new one.
         notes: What of the user's model took no part.
+        on_tolerance: Called with what rounding does to the training, where that was measured.
     """
     start = time.monotonic()
+    request = request if on_tolerance is None else replace(request, keeps_tolerance=True)
     try:
         if is_launched():
             answers = _launched_answers(request)
@@ -151,6 +155,8 @@ def run(
             groups[0] = replace(groups[0], answers=(*groups[0].answers, resumed))
     except (RankFailure, BackendError, InternalError) as failure:
         return Report(replace(_error_verdict(failure, subject, time.monotonic() - start), notes=notes))
+    if on_tolerance is not None and answers[0].tolerance is not None:
+        on_tolerance(answers[0].tolerance)
     return Report(
         verdict(
             groups,

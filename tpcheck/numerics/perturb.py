@@ -175,4 +175,5 @@ def random_factor(tensor: torch.Tensor, eps: float, generator: torch.Generator) 
     """Return 1 + eps * U(-1, 1) for each element of `tensor`."""
     with torch_function_disabled():
         uniform = torch.rand(tensor.shape, dtype=torch.float64, device=generator.device, generator=generator)
-        return (1 + eps * (2 * uniform - 1)).to(device=tensor.device, dtype=tensor.dtype)
+        # exact up to the last addition, since eps is a power of two
+        return uniform.mul_(2 * eps).add_(1 - eps).to(device=tensor.device, dtype=tensor.dtype)

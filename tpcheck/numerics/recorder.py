@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tpcheck.core.errors import COLLECTIVES_DIFFER, BackendError
 from tpcheck.numerics.data_flow import DataFlow
 from tpcheck.numerics.evidence import Collective, Phase, Role, TensorKey
+from tpcheck.numerics.precision import torch_function_disabled
 from tpcheck.numerics.tensors import map_tensors, named_tensors
 
 Sink = Callable[[TensorKey, torch.Tensor], None]
@@ -33,7 +34,8 @@ class ModuleRecorder:
     Each module is given views of its inputs, so that the gradient of an input is what this module alone sends back,
     whatever else uses the tensor; its caller gets copies of its outputs, which it may change in place without removing
     the hooks. Gradients are recorded as autograd computes them: the order of backward events is that of the backward
-    pass. A tensor is passed on without a copy: a sink that keeps it must copy it.
+    pass. A tensor is passed on without a copy: a sink that keeps it must copy it. Function modes of torch see neither
+    what is recorded nor the sink.
 
     Args:
         model: The model to record; hooks are on its modules while inside the context.
@@ -96,7 +98,8 @@ class ModuleRecorder:
             self._open_calls.setdefault(name, []).append(call)
             args, kwargs = map_tensors(_view, args), map_tensors(_view, kwargs)
             inputs = (*args, kwargs) if kwargs else args
-            self._record(name, call, "input", inputs)
+            with torch_function_disabled():
+                self._record(name, call, "input", inputs)
             if self._forced is None:
                 return args, kwargs
             forced = {
@@ -120,7 +123,8 @@ class ModuleRecorder:
             if not calls:  # a backend called the hook without its pre-hook
                 return output
             output = map_tensors(_copy, output)
-            self._record(name, calls.pop(), "output", output)
+            with torch_function_disabled():
+                self._record(name, calls.pop(), "output", output)
             return output
 
         return hook
@@ -144,7 +148,8 @@ class ModuleRecorder:
         def hook(gradient: torch.Tensor | None) -> torch.Tensor | None:
             if gradient is None:  # DDP's sink hands on outputs that the loss does not use
                 return None
-            self._sink(key, gradient.detach())
+            with torch_function_disabled():
+                self._sink(key, gradient.detach())
             return self._forced(key, gradient) if self._forced is not None and key.role == "output" else None
 
         return hook
@@ -198,10 +203,24 @@ class _Replace(torch.autograd.Function):
         return grads[0], None
 
 
+def _outside_of_modes(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function such that function modes do not see it; subclasses of tensors may need their functions."""
+
+    def changed(tensor: torch.Tensor) -> torch.Tensor:
+        if type(tensor) is not torch.Tensor:
+            return change(tensor)
+        with torch_function_disabled():
+            return change(tensor)
+
+    return changed
+
+
+@_outside_of_modes
 def _view(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view_as(tensor) if _has_gradient(tensor) else tensor
 
 
+@_outside_of_modes
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if _has_gradient(tensor) else tensor
 

@@ -28,7 +28,7 @@ def test_two_faults_of_the_forward_pass_are_both_reported_though_the_first_feeds
         right = layer.forward
         layer.forward = lambda hidden: right(hidden) * live.tp  # as a second all-reduce of replicas
 
-    report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=FaultyBackend(inject))
+    report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=FaultyBackend(inject), replays=2, steps=1)
     first, second = findings(report, "outputs_match_reference")
     assert (first.where["module"], first.cause) == (DOWN.format(0), "missing_reduce")
     assert (second.where["module"], second.cause) == (DOWN.format(1), "duplicate_reduce")
@@ -48,7 +48,7 @@ def test_two_faults_of_the_backward_pass_and_frozen_parameters_are_all_reported(
         for name in frozen:
             live.parameter(name).requires_grad_(False)
 
-    report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=FaultyBackend(inject), steps=1)
+    report = tpcheck.verify_family("llama", topology=Topology(tp=2), backend=FaultyBackend(inject), replays=2, steps=1)
     by_cause = {finding.cause: finding for finding in findings(report, "gradients_match_reference")}
     assert set(by_cause) == {"missing_reduce", "gradient_scaled", "gradient_missing"}
     assert by_cause["missing_reduce"].where["module"] == attention
@@ -58,7 +58,7 @@ def test_two_faults_of_the_backward_pass_and_frozen_parameters_are_all_reported(
 
 
 def test_gradients_with_one_cause_are_one_finding() -> None:
-    report = tpcheck.verify_family("qwen3", topology=Topology(tp=2), ignore_plan=True)
+    report = tpcheck.verify_family("qwen3", topology=Topology(tp=2), ignore_plan=True, replays=2, steps=1)
     (finding,) = findings(report, "gradients_match_reference")
     assert finding.cause == "partial_gradient_on_replica"
     assert {finding.where["parameter"], *finding.evidence["also"]} == {

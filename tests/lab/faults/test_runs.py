@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 
@@ -16,7 +17,14 @@ from tpcheck.lab.faults.corpus import CHECKPOINT_FAULTS, DATA_FAULTS, FAULTS, MO
 from tpcheck.lab.faults.data import AGREE, DIFFER, ONCE
 from tpcheck.lab.faults.report import summary
 from tpcheck.lab.faults.results import KINDS, FaultResult, Score
-from tpcheck.lab.faults.runs import FaultRun, control_runs, fault_runs, run_data_control
+from tpcheck.lab.faults.runs import (
+    FaultRun,
+    Tolerances,
+    control_runs,
+    fault_runs,
+    run_data_control,
+    run_model_fault,
+)
 from tpcheck.numerics.checks import CHECK_NAMES, ON_REQUEST
 
 ROOT = Path(__file__).parents[3]
@@ -49,6 +57,19 @@ def test_every_check_and_every_cause_has_a_fault() -> None:
         cause.slug for cause in Cause if all(module.startswith("runs.") for module in cause.diagnosed_in)
     }  # tests/runs/test_wrong_loops.py has loops for them
     assert causes == {cause.slug for cause in Cause} - set(WITHOUT_A_FAULT) - of_runs
+
+
+def test_what_rounding_does_is_measured_for_the_first_fault_of_a_training() -> None:
+    first, other = (
+        next(fault for fault in MODEL_FAULTS if fault.name == name)
+        for name in ("row_parallel_reduced_twice", "row_parallel_reduce_skipped")
+    )
+    tolerances: Tolerances = {}
+    run_model_fault(first, replays=2, tolerances=tolerances)
+    ((training, measured),) = tolerances.items()
+    alone = run_model_fault(other, replays=2)
+    tolerances[training] = replace(measured, deviations={key: 1e3 * size for key, size in measured.deviations.items()})
+    assert run_model_fault(other, replays=2, tolerances=tolerances).margin == pytest.approx(alone.margin / 1e3)
 
 
 def test_equal_seeds_draw_equal_places_and_seeds_draw_several() -> None:

@@ -31,6 +31,9 @@ from tpcheck.backends.local_part import restored_data
 from tpcheck.backends.sgd import LOW_PRECISION, states_like
 from tpcheck.core.topology import Topology
 
+Shapes = dict[str, tuple[int, ...]]  # of parameters, by name
+StateNames = dict[tuple[int, ...], list[str]]
+
 
 def parallel_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield (name, layer) for each layer that DeepSpeed has replaced by a tensor-parallel one."""
@@ -50,8 +53,11 @@ def parameter_layouts(model: nn.Module, group: Any) -> dict[str, Layout]:
         name: Layout.replicated(local_shape(parameter), tp)
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
-    for prefix, layer in parallel_layers(model):
-        for name, layout in _layer_layouts(layer, group).items():
+    layers = list(parallel_layers(model))
+    shapes_by_rank: list[list[Shapes]] = [[] for _ in range(tp)]
+    dist.all_gather_object(shapes_by_rank, [_local_shapes(layer) for _, layer in layers], group=group)
+    for (prefix, layer), *shapes in zip(layers, *shapes_by_rank, strict=True):
+        for name, layout in _layer_layouts(layer, shapes, dist.get_rank(group)).items():
             full_name = f"{prefix}.{name}" if prefix else name
             if layout is None:
                 del layouts[full_name]
@@ -103,14 +109,22 @@ def local_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _layer_layouts(layer: Any, group: Any) -> dict[str, Layout | None]:
-    """Return the layouts of a layer's weight and bias, None where the layer cannot gather them."""
+def _parameters_of(layer: Any) -> dict[str, Any]:
     parameters = {name: getattr(layer, name, None) for name in ("weight", "bias")}
-    present = {name: parameter for name, parameter in parameters.items() if parameter is not None}
-    shapes_by_rank: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size(group))]
-    own_shapes = {name: local_shape(parameter) for name, parameter in present.items()}
-    dist.all_gather_object(shapes_by_rank, own_shapes, group=group)
-    tp_rank = dist.get_rank(group)
+    return {name: parameter for name, parameter in parameters.items() if parameter is not None}
+
+
+def _local_shapes(layer: Any) -> Shapes:
+    return {name: local_shape(parameter) for name, parameter in _parameters_of(layer).items()}
+
+
+def _layer_layouts(layer: Any, shapes_by_rank: Sequence[Shapes], tp_rank: int) -> dict[str, Layout | None]:
+    """Return the layouts of a layer's weight and bias, None where the layer cannot gather them.
+
+    Args:
+        shapes_by_rank: The shapes of each rank's shards.
+    """
+    present, own_shapes = _parameters_of(layer), shapes_by_rank[tp_rank]
     with restored_data(present.values()):
         for name, parameter in present.items():
             sizes = [prod(shapes[name]) for shapes in shapes_by_rank]
@@ -243,6 +257,7 @@ class DeepSpeedCandidate:
         self._num_backward = 0
         self._num_skipped = 0
         self._norm: float | None = None
+        self._state_names: StateNames | None = None  # of the last step; None where the steps are not taken here
 
     def group_ranks(self) -> dict[str, tuple[tuple[int, ...], ...]]:
         dp = {"dp": distinct_ranks([self.engine.seq_data_parallel_group])}
@@ -290,6 +305,7 @@ class DeepSpeedCandidate:
             self.engine.step()  # counts the micro-batch; the one at the boundary takes the step
 
     def step(self) -> None:
+        self._state_names = {}
         scale = self.loss_scale()
         with observed_clipping() as norms:
             self.engine.step()
@@ -308,7 +324,7 @@ class DeepSpeedCandidate:
         return float(norm) / (scale if hasattr(self.engine.optimizer, "fp32_groups") else 1.0)
 
     def optimizer_state(self, name: str) -> Mapping[str, torch.Tensor]:
-        return optimizer_state(self.engine, self.module.get_parameter(name))
+        return optimizer_state(self.engine, self.module.get_parameter(name), self._state_names)
 
     def ways_to_save(self) -> Mapping[str, Callable[[Path], None]]:
         return ways_to_save(self.engine)
@@ -323,8 +339,12 @@ class DeepSpeedCandidate:
         return {STEPS_TAKEN: self.engine.global_steps, "steps skipped": self.engine.skipped_steps}
 
 
-def optimizer_state(engine: Any, parameter: Any) -> dict[str, torch.Tensor]:
-    """Return copies of the states of a parameter that have its shape, gathered over DP. Collective over its group."""
+def optimizer_state(engine: Any, parameter: Any, known_names: StateNames | None = None) -> dict[str, torch.Tensor]:
+    """Return copies of the states of a parameter that have its shape, gathered over DP. Collective over its group.
+
+    Args:
+        known_names: What states there are, by the ranks of the group; grows by those that are gathered.
+    """
     optimizer = engine.optimizer
     is_low_precision = parameter.dtype in LOW_PRECISION
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
@@ -332,7 +352,11 @@ def optimizer_state(engine: Any, parameter: Any) -> dict[str, torch.Tensor]:
         # Under Muon parameters have states of other names, and DeepSpeed raises where it is asked for one that is not.
         names: list[str] = []
         if not steps_by_muon_under_zero(engine):
-            names = _state_names(optimizer, getattr(parameter, "ds_process_group", None) or parameter._dp_group)
+            group = getattr(parameter, "ds_process_group", None) or parameter._dp_group
+            known_names, ranks = {} if known_names is None else known_names, tuple(dist.get_process_group_ranks(group))
+            if ranks not in known_names:
+                known_names[ranks] = _state_names(optimizer, group)
+            names = known_names[ranks]
         states = {name: safe_get_full_optimizer_state(parameter, name) for name in names}
         if is_low_precision:
             states["master"] = safe_get_full_fp32_param(parameter)

@@ -224,11 +224,11 @@ class DTensorCandidate:
         return parameter_layouts(tensors, self._rank.topology, self._rank.group("tp"))
 
     def parameter(self, name: str) -> torch.Tensor:
-        parameter = self._parameters()[name].data
+        parameter = self._parameter(name).data
         return tp_shard(parameter, parameter, self._rank.topology)
 
     def gradient(self, name: str) -> torch.Tensor | None:
-        parameter = self._parameters()[name]
+        parameter = self._parameter(name)
         if parameter.grad is None:
             return None
         return tp_shard(parameter.grad, parameter.data, self._rank.topology)
@@ -268,9 +268,12 @@ class DTensorCandidate:
         return {}
 
     def optimizer_state(self, name: str) -> Mapping[str, torch.Tensor]:
-        parameter = self._parameters()[name]
+        parameter = self._parameter(name)
         states = self._sgd.state(parameter)
         return {state: tp_shard(value, parameter.data, self._rank.topology) for state, value in states.items()}
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        return self.module.get_parameter(name)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.module.named_parameters(remove_duplicate=False))

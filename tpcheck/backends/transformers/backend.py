@@ -160,11 +160,18 @@ def sync_replicated_parameters(model: nn.Module) -> None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    for parameter in model.parameters():
-        if parameter.requires_grad and not isinstance(parameter.data, DTensor):
-            with torch.no_grad():
-                dist.broadcast(parameter.data, src=0)
-            parameter.register_post_accumulate_grad_hook(_average_gradient)  # type: ignore[no-untyped-call]
+    replicated = [
+        parameter
+        for parameter in model.parameters()
+        if parameter.requires_grad and not isinstance(parameter.data, DTensor)
+    ]
+    broadcast: Any = dist._broadcast_coalesced  # type: ignore[attr-defined]  # the Trainer sends each by itself
+    broadcast(dist.group.WORLD, [parameter.data for parameter in replicated], _BUCKET_BYTES, 0)
+    for parameter in replicated:
+        parameter.register_post_accumulate_grad_hook(_average_gradient)  # type: ignore[no-untyped-call]
+
+
+_BUCKET_BYTES = 250 << 20  # of DDP
 
 
 def _average_gradient(parameter: torch.Tensor) -> None:
@@ -276,6 +283,9 @@ class _PlainShardsCandidate(DTensorCandidate):
         super().__init__(module, rank, sgd, accumulate=accumulate)
         self._layouts = layouts
         self._named = super()._parameters()  # a row-parallel layer hides its bias in the first forward pass
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        return self._named[name]
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return self._named

@@ -6,6 +6,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,9 +44,10 @@ from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault
 from tpcheck.lab.faults.hand_written import batch as hand_written_batch
 from tpcheck.lab.faults.hand_written import build as hand_written_model
 from tpcheck.lab.faults.results import CONTROL, FaultResult
-from tpcheck.model.options import COMMON_DTYPES, DEFAULTS, Request, RunOptions
+from tpcheck.model.options import COMMON_DTYPES, DEFAULTS, Request, RunOptions, require_valid
+from tpcheck.model.targets import resolve
 from tpcheck.model.verify import run, verify_family
-from tpcheck.numerics.tolerance import NUM_REPLAYS
+from tpcheck.numerics.tolerance import NUM_REPLAYS, Tolerance
 from tpcheck.report.report import Report
 from tpcheck.world.rank import Rank
 from tpcheck.world.world import World, spawn
@@ -91,7 +93,8 @@ def fault_runs(
     faults = _selected(names, kinds)
     if dtype not in COMMON_DTYPES:
         raise UsageError("dtype", dtype, COMMON_DTYPES)
-    return (_fault_run(fault, dtype, seed) for seed in seeds for fault in faults)
+    tolerances: Tolerances = {}
+    return (_fault_run(fault, dtype, seed, tolerances) for seed in seeds for fault in faults)
 
 
 def control_runs(*, dtype: str = "float64", seeds: Iterable[int] = (0,)) -> Iterator[FaultRun]:
@@ -119,9 +122,9 @@ def _control(name: str, seed: int, run: Callable[[], FaultResult]) -> FaultRun:
     return FaultRun(name, CONTROL, "no fault is injected", seed, run)
 
 
-def _fault_run(fault: Fault, dtype: str, seed: int) -> FaultRun:
+def _fault_run(fault: Fault, dtype: str, seed: int, tolerances: Tolerances) -> FaultRun:
     if isinstance(fault, ModelFault):
-        run = partial(run_model_fault, fault, dtype=dtype, seed=seed)
+        run = partial(run_model_fault, fault, dtype=dtype, seed=seed, tolerances=tolerances)
     elif isinstance(fault, HandWrittenFault):
         run = partial(run_hand_written_fault, fault, dtype=dtype, seed=seed)
     elif isinstance(fault, DataFault):
@@ -201,12 +204,30 @@ def model_fault_options(
     }
 
 
+Tolerances = dict[str, Tolerance]
+"""What rounding does to the training of unsharded models, by what is trained and how."""
+
+
 def run_model_fault(
-    fault: ModelFault, *, dtype: str = "float64", seed: int = 0, replays: int = NUM_REPLAYS
+    fault: ModelFault,
+    *,
+    dtype: str = "float64",
+    seed: int = 0,
+    replays: int = NUM_REPLAYS,
+    tolerances: Tolerances | None = None,
 ) -> FaultResult:
-    """Inject one fault into a small model, verify the model, and compare the first finding with the truth."""
+    """Inject one fault into a small model, verify the model, and compare the first finding with the truth.
+
+    Args:
+        tolerances: What was measured for other faults, which is the same where the same is trained in the same way;
+            grows by what is measured for this one.
+    """
     place, options = model_fault_options(fault, dtype=dtype, seed=seed, replays=replays)
-    report, dtype = verify_family(fault.family, **options), options["dtype"]
+    if tolerances is None or fault.training_context is not nullcontext:  # which may change both sides
+        report = verify_family(fault.family, **options)
+    else:
+        report = _verify_shared(fault, options, tolerances)
+    dtype = options["dtype"]
     return _result(
         fault,
         report.findings,
@@ -219,6 +240,19 @@ def run_model_fault(
         must_show=dtype in (*fault.dtypes, fault.dtype),
         **({} if report.findings else {"margin": _worst_margin(report)}),
     )
+
+
+def _verify_shared(fault: ModelFault, options: Mapping[str, Any], tolerances: Tolerances) -> Report:
+    """Verify as `verify_family` does, with the tolerance that was measured before, if there is one."""
+    run_options = RunOptions.of(**options)
+    target = resolve(fault.family, run_options)
+    key = repr((fault.family, sorted({**options, "backend": fault.backend}.items())))
+    known = tolerances.get(key)
+    request = Request(target.build, run_options, spread_weights=target.spread_weights, tolerance=known)
+    require_valid(request)
+    keep = None if known is not None else partial(tolerances.__setitem__, key)
+    again = run_options.command(fault.family)
+    return run(request, target.subject, again=again, notes=target.notes, on_tolerance=keep)
 
 
 def control_options(control: Control, *, dtype: str = "float64", seed: int = 0) -> Mapping[str, Any]:
