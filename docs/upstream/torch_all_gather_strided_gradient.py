@@ -1,9 +1,9 @@
 """Over gloo, the gradient of torch.distributed.nn.functional.all_gather is wrong where the incoming one is strided.
 
 python docs/upstream/torch_all_gather_strided_gradient.py
-Seen with torch 2.13.0: `_AllGather.backward` receives into `empty_like` of the incoming gradient, which keeps its strides
-(heads that are transposed after the gather), and gloo's scatter fills such a tensor wrongly (pytorch issue 192920). NCCL
-takes another way.
+Seen with torch 2.13.0: `_AllGather.backward` receives into `empty_like` of the incoming gradient, which keeps its
+strides (heads transposed after the gather), and gloo's scatter fills such a tensor wrongly (pytorch issue 192920).
+NCCL takes another way.
 """
 # ruff: noqa: T201
 
