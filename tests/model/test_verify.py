@@ -144,8 +144,9 @@ def test_a_buffer_that_batches_change_belongs_to_each_replica() -> None:
     assert check.compared == 2 * 2 * (6 + 1)  # steps, replicas, parameters and the buffer
 
 
-def test_training_replicated_parameters_alone_passes() -> None:
-    report = verify(NormsAlone, whole_batch())
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_training_replicated_parameters_alone_passes(zero_stage: int) -> None:
+    report = verify(NormsAlone, whole_batch(), zero_stage=zero_stage)
     assert report.passed, report
 
 

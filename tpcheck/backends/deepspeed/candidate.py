@@ -364,8 +364,10 @@ def optimizer_state(engine: Any, parameter: Any, known_names: StateNames | None 
         return {name: value.detach().reshape(shape).clone() for name, value in states.items() if value is not None}
     if isinstance(optimizer, torch.optim.Optimizer):
         return {name: value.clone() for name, value in states_like(parameter, optimizer).items()}
-    for group, copies in zip(optimizer.fp16_groups, getattr(optimizer, "fp32_groups", ()), strict=False):
-        for known, copy in zip(group, copies, strict=True):  # FP16_UnfusedOptimizer
+    if not hasattr(optimizer, "fp32_groups"):  # else FP16_UnfusedOptimizer
+        return {}  # ZeRO, of which the parameter is no part: it is frozen
+    for group, copies in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=False):
+        for known, copy in zip(group, copies, strict=True):
             if known is parameter:
                 return {"master": copy.detach().clone(), **states_like(copy, optimizer.optimizer)}
     return {}
