@@ -52,7 +52,7 @@ from tpcheck.runs.run_findings import (
     names_in,
 )
 from tpcheck.runs.sketch_causes import Suspect, explain
-from tpcheck.runs.slice_orders import in_common_order, order_of, slices_agree, unknown_slices
+from tpcheck.runs.slice_orders import in_common_order, slices_agree, unknown_slices
 from tpcheck.runs.stages import has_stages, joined_verdict, stage_pairs
 from tpcheck.runs.state_causes import repeated_state, stale_masters
 from tpcheck.runs.step_checks import doubtful_losses, gradients_match, outputs_match
@@ -587,8 +587,8 @@ class _RunsComparison:
             "expected_dp": expected.first.topology.dp,
             "expected_dtype": expected.first.dtype,
             "replays": self.measured.replays,
-            **({"cp": actual.cp, "slices": order_of(actual)} if actual.cp > 1 else {}),
-            **({"expected_cp": expected.cp, "expected_slices": order_of(expected)} if expected.cp > 1 else {}),
+            **({"cp": actual.cp, "slices": actual.first.order} if actual.cp > 1 else {}),
+            **({"expected_cp": expected.cp, "expected_slices": expected.first.order} if expected.cp > 1 else {}),
             **({"versions_differ": differing} if differing else {}),
         }
 

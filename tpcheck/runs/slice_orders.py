@@ -6,13 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import overload
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.runs.alignment import AlignedStep, Run
 from tpcheck.runs.run_findings import BATCHES, Answer, exact_finding
 from tpcheck.runs.trace import PassRecord, RankTrace, StepRecord, TensorRecord
-from tpcheck.runs.trace_files import numbers_of
+from tpcheck.runs.trace_files import ChangedSteps, numbers_of
 
 _DIGITS = 8  # of the digest of a piece
 
@@ -57,45 +56,20 @@ def _calls(traces: Sequence[RankTrace], number: int) -> Iterator[PassRecord]:
 
 
 def _in_order(traces: Sequence[RankTrace], order: str) -> Sequence[RankTrace]:
-    return [replace(trace, steps=StepsInOrder(trace.steps, order)) if trace.cp_group else trace for trace in traces]
+    def read(_: int, step: StepRecord) -> StepRecord:
+        passes = tuple(replace(call, samples=call.sliced.get(order, ())) for call in step.passes)
+        return replace(step, passes=passes, tensors=tuple(_read(record, order) for record in step.tensors))
+
+    return [
+        replace(trace, order=order, steps=ChangedSteps(trace.steps, read)) if trace.cp_group else trace
+        for trace in traces
+    ]
 
 
-class StepsInOrder(Sequence[StepRecord]):
-    """The steps of a rank that has slices of samples, read in one order of the slices."""
-
-    def __init__(self, steps: Sequence[StepRecord], order: str) -> None:
-        self.order = order
-        self._steps = steps
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def numbers(self) -> tuple[int, ...]:
-        return tuple(numbers_of(self._steps))
-
-    @overload
-    def __getitem__(self, index: int) -> StepRecord: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> StepsInOrder: ...
-
-    def __getitem__(self, index: int | slice) -> StepRecord | StepsInOrder:
-        if isinstance(index, slice):
-            return StepsInOrder(self._steps[index], self.order)
-        step = self._steps[index]
-        passes = tuple(replace(call, samples=call.sliced.get(self.order, ())) for call in step.passes)
-        return replace(step, passes=passes, tensors=tuple(map(self._read, step.tensors)))
-
-    def _read(self, record: TensorRecord) -> TensorRecord:
-        if not any(reading.order for reading in record.readings):
-            return record
-        readings = tuple(reading for reading in record.readings if reading.order in ("", self.order))
-        return replace(record, readings=readings)
-
-
-def order_of(run: Run) -> str:
-    """Return the order in which a run's slices are read; empty where it has none."""
-    return getattr(run.first.steps, "order", "")
+def _read(record: TensorRecord, order: str) -> TensorRecord:
+    if not any(reading.order for reading in record.readings):
+        return record
+    return replace(record, readings=tuple(reading for reading in record.readings if reading.order in ("", order)))
 
 
 def unknown_slices(step: AlignedStep, actual: Run, expected: Run) -> str:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import overload
 
 from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict, VerdictName
 from tpcheck.core.name_maps import NameMap
 from tpcheck.runs.comparisons import ACTIVATIONS
 from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
-from tpcheck.runs.trace_files import numbers_of
+from tpcheck.runs.trace_files import ChangedSteps
 
 _OF_ONE_RUN = ("only the actual run has it", "only the expected run has it")
 _LATER_STAGE = "a later pipeline stage has it, whose rows are keyed by what that stage was called with, not by samples"
@@ -86,44 +85,19 @@ def _sampled_by(trace: RankTrace, first_stage: Sequence[RankTrace]) -> RankTrace
 
 
 def _restricted(trace: RankTrace, sampled_by: RankTrace, keeps: Callable[[TensorRecord], bool]) -> RankTrace:
-    initial = tuple(record for record in trace.initial if keeps(record))
-    return replace(trace, initial=initial, steps=_StageSteps(trace.steps, sampled_by.steps, keeps))
+    """Return a trace with some of its tensors, and the samples that the first stage was given for them."""
 
-
-class _StageSteps(Sequence[StepRecord]):
-    """The steps of a rank with some of their tensors, and the samples that the first stage was given for them."""
-
-    def __init__(
-        self, steps: Sequence[StepRecord], sampled: Sequence[StepRecord], keeps: Callable[[TensorRecord], bool]
-    ) -> None:
-        self._steps = steps
-        self._sampled = sampled
-        self._keeps = keeps
-        self.order = getattr(steps, "order", "")  # of slices of sequences, as in `StepsInOrder`
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def numbers(self) -> tuple[int, ...]:
-        return tuple(numbers_of(self._steps))
-
-    @overload
-    def __getitem__(self, index: int) -> StepRecord: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> _StageSteps: ...
-
-    def __getitem__(self, index: int | slice) -> StepRecord | _StageSteps:
-        if isinstance(index, slice):
-            return _StageSteps(self._steps[index], self._sampled[index], self._keeps)
-        step = self._steps[index]
-        given = self._sampled[index].passes if index < len(self._sampled) else step.passes
+    def restricted(position: int, step: StepRecord) -> StepRecord:
+        given = sampled_by.steps[position].passes if position < len(sampled_by.steps) else step.passes
         passes = tuple(
             replace(own, leaves=first.leaves, samples=first.samples)
             for own, first in zip(step.passes, given, strict=False)
         )
-        tensors = tuple(record for record in step.tensors if self._keeps(record))
+        tensors = tuple(record for record in step.tensors if keeps(record))
         return replace(step, tensors=tensors, passes=passes, reported_norm=None)  # the norm is that of all stages
+
+    initial = tuple(record for record in trace.initial if keeps(record))
+    return replace(trace, initial=initial, steps=ChangedSteps(trace.steps, restricted))
 
 
 def joined_verdict(verdicts: Mapping[tuple[int, int], Verdict], stages: tuple[int, int]) -> Verdict:

@@ -21,7 +21,6 @@ from tpcheck.runs.low_precision import is_near_limit, judged_among_neighbours
 from tpcheck.runs.run_findings import Measured
 from tpcheck.runs.sketch_causes import MicroBatches, Suspect, explain
 from tpcheck.runs.slice_causes import GivenSlices
-from tpcheck.runs.slice_orders import order_of
 from tpcheck.runs.wholes import Part, parts_of, reading_of, total
 
 REROUTED = (
@@ -121,7 +120,7 @@ class StepContext:
             return None
         given = {call.positions for step in self.step.actual.values() for call in step.passes}
         positions = next(iter(given)) if len(given) == 1 else ""
-        return GivenSlices(order_of(self.run), positions, self.run.data_replicas)
+        return GivenSlices(self.run.first.order, positions, self.run.data_replicas)
 
     @property
     def has_slices(self) -> bool:

@@ -185,6 +185,7 @@ class RankTrace:
         is_complete: Whether the context ended; False for a run that was killed.
         world_size: Ranks of the run; more than the topology has where no library knows all axes.
         cp_group: Global ranks that hold slices of its sequences, in the order of cp_rank; empty where there is one.
+        order: In which the slices are read, which the other run's samples tell; empty where there are none.
     """
 
     rank: int
@@ -202,6 +203,7 @@ class RankTrace:
     is_complete: bool = True
     world_size: int = 0
     cp_group: tuple[int, ...] = ()
+    order: str = ""
 
     @property
     def num_ranks(self) -> int:

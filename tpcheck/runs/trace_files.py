@@ -13,7 +13,7 @@ import re
 import secrets
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,6 +214,44 @@ def numbers_of(steps: Sequence[StepRecord]) -> tuple[int, ...]:
     """Return the number of each step; of a trace that was read, without reading the steps."""
     numbers = getattr(steps, "numbers", None)
     return tuple(numbers()) if numbers is not None else tuple(step.number for step in steps)
+
+
+class ChangedSteps(Sequence[StepRecord]):
+    """The steps of one rank, each of which is changed when it is asked for.
+
+    Args:
+        change: Returns a step changed, by its position and what it was.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[StepRecord],
+        change: Callable[[int, StepRecord], StepRecord],
+        positions: range | None = None,
+    ) -> None:
+        self._steps = steps
+        self._change = change
+        self._positions = range(len(steps)) if positions is None else positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, index: int) -> StepRecord: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> ChangedSteps: ...
+
+    def __getitem__(self, index: int | slice) -> StepRecord | ChangedSteps:
+        if isinstance(index, slice):
+            return ChangedSteps(self._steps, self._change, self._positions[index])
+        position = self._positions[index]
+        return self._change(position, self._steps[position])
+
+    def numbers(self) -> tuple[int, ...]:
+        """Return the number of each step, without reading it."""
+        numbers = numbers_of(self._steps)
+        return tuple(numbers[position] for position in self._positions)
 
 
 @dataclass(frozen=True, slots=True)
