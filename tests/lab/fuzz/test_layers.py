@@ -32,15 +32,21 @@ def searched(layers: list[str], examples: int, seed: int = 0, **common: Any) -> 
 def test_the_lost_reduction_is_found_in_its_smallest_form() -> None:
     (result,) = searched(["SubParamLinearLayer"], examples=20, seed=15, dtype=("float64",))
     (found,) = result.found
-    assert found.outcome.data["cause"] == "missing_reduce"
     assert found.outcome.data["tensor"] == "gradient of the input"
+    assert found.outcome.data["ranks"] == [1]
     trial = Trial.parse(shlex.split(found.outcome.command)[-1])
     assert trial == Trial("SubParamLinearLayer", inputs=2, rows=(2,), strides="transposed")
 
     from tpcheck.cli import app
 
     again = CliRunner().invoke(app, shlex.split(found.outcome.command)[1:])
-    assert (again.exit_code, "missing_reduce" in again.stdout) == (1, True)
+    assert (again.exit_code, "gradient of the input" in again.stdout) == (1, True)
+
+
+def test_the_lost_reduction_is_named_where_every_rank_has_a_term() -> None:
+    """Of a single output rank 0 has all and rank 1 nothing, as where rank 1 has lost its gradient."""
+    trial = Trial("SubParamLinearLayer", inputs=2, outputs=4, rows=(2,), strides="transposed")
+    assert try_one(trial, TWO_RANKS).data["cause"] == "missing_reduce"
 
 
 def test_the_same_layer_is_right_where_tensors_are_contiguous_and_known_where_the_bug_is_known() -> None:
