@@ -638,7 +638,7 @@ class Cause(Enum):
         "what depends on where a rank's slice of the sequence lies is right for the first slice alone",
         "runs.slice_causes",
         "Let positions, and the rows and columns of the causal mask, be those of the slices, and let queries see the "
-        "keys of all slices before theirs.",
+        "keys of all earlier slices.",
     )
     POSITIONS_OF_ANOTHER_ORDER = (
         "positions_of_another_order",
