@@ -24,6 +24,7 @@ from tpcheck.backends.transformers.backend import (
     layout_of,
     resolved_before_tp_size,
     save_and_load,
+    sync_replicated_parameters,
 )
 
 verified = partial(tpcheck.verify_family, backend="transformers", timeout=180)
@@ -33,16 +34,21 @@ TP = Topology(tp=2)
 @pytest.mark.parametrize(
     ("family", "topology"),
     [
-        ("qwen3", TP),
+        pytest.param("qwen3", TP, marks=pytest.mark.slow),
         pytest.param("mixtral", TP, marks=pytest.mark.slow),
         ("gpt_oss", TP),
-        pytest.param("qwen3", Topology(tp=2, dp=2), marks=pytest.mark.slow),
+        ("qwen3", Topology(tp=2, dp=2)),
     ],
 )
 def test_a_family_that_transformers_shards_correctly_passes(family: str, topology: Topology) -> None:
     report = verified(family, topology=topology)
     assert report.passed, report
     assert report.verdict.coverage.compared == report.verdict.coverage.total, report
+
+
+@pytest.mark.tpcheck(tp=2)
+def test_a_model_without_plain_parameters_has_none_to_synchronise(tp_rank: Rank) -> None:
+    sync_replicated_parameters(nn.Linear(2, 2).requires_grad_(False))  # as where FSDP shards all of them
 
 
 def test_experts_on_other_ranks_are_missed_coverage_and_not_findings() -> None:

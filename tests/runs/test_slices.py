@@ -20,6 +20,7 @@ from tpcheck.runs.trace_files import read_trace
 
 ZIGZAG, STRIPED = Setting(order="zigzag"), Setting(order="striped")
 CP2, CP4, DP2, TP2 = Topology(cp=2), Topology(cp=4), Topology(dp=2, cp=2), Topology(tp=2, cp=2)
+REPLICAS = Topology(tp=2, dp=2)
 Compare = Callable[[Topology, Setting], Report]
 
 
@@ -62,14 +63,14 @@ def place_of(report: Report) -> tuple[Any, ...]:
     ("topology", "setting"),
     [
         (CP2, Setting()),
-        (CP2, replace(ZIGZAG, adds=True, padded=True)),
+        (CP2, replace(ZIGZAG, adds=True, padded=True, positions=False)),
         (CP2, replace(ZIGZAG, positions=False, rotary=True, returns_loss=True)),
         (CP2, replace(STRIPED, dtype=torch.bfloat16)),
         (CP4, replace(ZIGZAG, padded=True, adds=True)),
         (DP2, replace(ZIGZAG, adds=True)),
         (TP2, Setting(replays=2)),
         (TP2, replace(ZIGZAG, calls=2)),
-        (Topology(tp=2, dp=2), Setting()),  # terms that are summed outside their module, of several replicas
+        (REPLICAS, Setting(adds=True)),  # terms that are summed outside their module, of replicas that add up, too
     ],
 )
 def test_a_right_run_passes_beside_one_process(compare: Compare, topology: Topology, setting: Setting) -> None:
@@ -109,6 +110,8 @@ WRONG = [
     (CP4, replace(ZIGZAG, fault="slice of another sample"), "slices of samples", "slice_of_another_sample", [1]),
     (DP2, Setting(fault="not reduced over cp"), "layers.0.norm1.weight", "missing_reduce", [0, 1, 2, 3]),
     (TP2, Setting(fault="mask of the first slice"), "layers.0.attention.o", _FIRST, [0, 1, 2, 3]),
+    (REPLICAS, Setting(fault="not reduced", adds=True), "layers.0.norm1.weight", "missing_reduce", [0, 1, 2, 3]),
+    (REPLICAS, Setting(fault="mean of terms", adds=True), "head", "gradient_scaled", [0, 1, 2, 3]),  # or of the loss
 ]
 
 
@@ -119,7 +122,7 @@ def test_a_fault_of_slices_is_found_placed_and_named(
     report = compare(topology, replace(setting, steps=1))
     assert place_of(report) == (place, cause, ranks), report
     if cause == "missing_reduce":
-        assert report.findings[0].evidence["reduced_over"] == "cp"
+        assert report.findings[0].evidence["reduced_over"] == ("cp" if topology.cp > 1 else "dp")
 
 
 def test_slices_in_an_order_that_nothing_tells_are_not_compared(compare: Compare) -> None:

@@ -635,10 +635,10 @@ class Cause(Enum):
     )
     SLICE_TAKEN_FOR_FIRST = (
         "slice_taken_for_first",
-        "what depends on where a rank's slice of the sequence lies is that of the first slice, which alone is right",
+        "what depends on where a rank's slice of the sequence lies is right for the first slice alone",
         "runs.slice_causes",
-        "Let positions, and the rows of the causal mask, begin where the rank's slice does, and let queries see the "
-        "keys of all slices before it.",
+        "Let positions, and the rows and columns of the causal mask, be those of the slices, and let queries see the "
+        "keys of all earlier slices.",
     )
     POSITIONS_OF_ANOTHER_ORDER = (
         "positions_of_another_order",

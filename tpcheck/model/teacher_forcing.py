@@ -166,15 +166,18 @@ def forced_modules(
         local = {name: local_part(gradient).clone() for name, gradient in by_name.items()}
         gradients.update(_unscaled(local, first[0].loss_scale))
 
-    with (
-        blame_backend(backend, where),
-        logged_collectives(candidate.module, log, recorded=activations, where=f"{backend.name}, {where}"),
-        state_restored(candidate.module),
-        ModuleRecorder(candidate.module, keep, forced),
-        inner_backward(candidate.module, _share_of_loss(share * first[0].loss_scale), keep_gradients),
-    ):
-        candidate.forward(copy_batch(batch))
-    collectives = tuple(map(_in_its_phase, log.issued[first_collective:]))
+    try:
+        with (
+            blame_backend(backend, where),
+            logged_collectives(candidate.module, log, recorded=activations, where=f"{backend.name}, {where}"),
+            state_restored(candidate.module),
+            ModuleRecorder(candidate.module, keep, forced),
+            inner_backward(candidate.module, _share_of_loss(share * first[0].loss_scale), keep_gradients),
+        ):
+            candidate.forward(copy_batch(batch))
+    finally:  # a pass that fails is explained by it, too
+        log.issued[first_collective:] = map(_in_its_phase, log.issued[first_collective:])
+    collectives = tuple(log.issued[first_collective:])
     step = Step(activations, gradients, weights={}, gradient_norm=None, loss=nan, collectives=collectives)
     return ForcedPass(step, frozenset(forced_inputs))
 

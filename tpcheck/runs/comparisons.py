@@ -255,8 +255,8 @@ class Comparer:
         doubtful: Losses that agree neither as means nor as sums over the calls, of runs with other numbers of calls: a
             mistake only where gradients are wrong, too.
         eps: Machine epsilons of the lowest dtypes that the two runs compute in, in the step that is compared.
-        adds_up: For each run whose ranks hold slices of sequences, 1 where its loss is the mean over all replicas, else
-            the number of those over whose losses it is the sum: slices, or all replicas. Decided for each step.
+        adds_up: For each run 1 where its loss is the mean over all replicas, else the number of those over whose losses
+            it is the sum: slices of sequences, or all replicas. Decided for each step.
     """
 
     actual: Run
@@ -466,9 +466,9 @@ class Comparer:
         """Return by what the sums over TP groups of the two runs are multiplied; a scalar may be of two kinds.
 
         Rows of samples that are there more than once count once. A replica's loss is the mean over its samples, so
-        gradients are divided by the number of replicas, whose gradients are averaged; so are outputs without rows. Of
-        slices of one sample the loss is the mean or the sum, which the first gradient tells; then a scalar is a loss
-        that adds up, or one that does not. What has a row for each position adds up.
+        gradients are divided by the number of replicas, whose gradients are averaged; so are outputs without rows.
+        Where losses add up instead (`adds_up`), a scalar is a loss that does, or one that does not. Of slices, what has
+        a row for each position adds up.
         """
         if kind == "output" and is_keyed:
             return [(1 / shared.actual_copies, 1 / shared.expected_copies)]

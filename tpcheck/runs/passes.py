@@ -145,7 +145,7 @@ def _sketches_on_cpu(
     bits = digest.digest()
     found = []
     for number, place in enumerate(places):
-        in_pass = (bits, tensor.dtype, tensor.shape, place.shape, place.piece, place.rows)
+        in_pass = (bits, tensor.dtype, tensor.shape, place.shape, place.piece, place.rows, place.order)
         content = number if known is None else in_pass
         if first is not None:
             sketches[content], first = first, None

@@ -570,6 +570,8 @@ def scaled_alike(suspect: Suspect) -> Explanation | None:
         if number > 1 and len(distinct) == 1 and _is_near(distinct[0], multiple)
     ]
     note = {"note": "the factor " + " and ".join(known)} if known else {}
+    if known and comparison.kind == "output_gradient" and _is_near(distinct[0] * suspect.dp, 1):
+        note["note"] += ", as where a loss is divided by the labels of all replicas and gradients are averaged"
     return Explanation(Cause.GRADIENT_SCALED, worst, {"factors": distinct, **note})
 
 

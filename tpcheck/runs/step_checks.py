@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
 from tpcheck.core.causes import Cause
 from tpcheck.core.findings import Finding
+from tpcheck.numerics.sketch import distance
 from tpcheck.numerics.tolerance import SAFETY_FACTOR
 from tpcheck.runs.alignment import Run
 from tpcheck.runs.backward_sums import at_sums_without_backward
-from tpcheck.runs.comparisons import Comparer, Comparison, label_of
+from tpcheck.runs.comparisons import Comparer, Comparison, label_of, relative
 from tpcheck.runs.low_precision import judged_among_neighbours, rerouted_among
 from tpcheck.runs.norm_checks import clipped_otherwise
 from tpcheck.runs.run_findings import GRADIENTS, OUTPUTS, Answer, finding_at, joined
 from tpcheck.runs.sketch_causes import clip_factors
 from tpcheck.runs.step_context import REROUTED, StepContext, judge, loss_scales
-from tpcheck.runs.wholes import Records, epsilon
+from tpcheck.runs.wholes import Records, epsilon, total
 
 # ---- outputs
 
@@ -117,14 +118,15 @@ def _computed(context: StepContext, kind: str) -> tuple[list[Comparison], dict[s
 
 
 def _adds_up(context: StepContext) -> tuple[int, int]:
-    """Return for each run with slices of sequences over how many replicas its loss is a sum, as `Comparer.adds_up`.
+    """Return for each run over how many replicas its loss is a sum, as `Comparer.adds_up`.
 
-    Loops divide by the tokens of the slice and average gradients over the ranks, or by those of the whole and sum them.
-    Both are right, and the first gradient that comes back from the loss tells which it is. A loop that reduces
-    gradients in the other way is found by its parameters' gradients, which are compared as they are.
+    Loops divide by the tokens of the replica and average gradients, or by those of all and sum them. Both are right,
+    and the first gradient that comes back from the loss tells which it is. A loop that reduces gradients in the other
+    way is found by its parameters' gradients, which are compared as they are. Without slices a loss that is scaled by
+    mistake looks the same, so there the parameters' gradients have to tell, too.
     """
     comparer, shared = context.comparer, context.step.shared
-    if shared is None or (shared.actual_cp, shared.expected_cp) == (1, 1):
+    if shared is None or len(shared.actual) == len(shared.expected) == 1:
         return (1, 1)
     keyed = [key for key, records in context.expected.items() if key[0] == "output_gradient" and _is_keyed(records)]
     first = next((key for key in keyed if key in context.actual), None)
@@ -132,15 +134,48 @@ def _adds_up(context: StepContext) -> tuple[int, int]:
         return (1, 1)
     only_first = replace(context, actual={first: context.actual[first]}, expected={first: context.expected[first]})
     errors: dict[tuple[int, int], float] = {}
+    num_slices = (shared.actual_cp, shared.expected_cp)
     possible = [
-        (1, *dict.fromkeys((num_slices, len(replicas)))) if num_slices > 1 else (1,)
-        for num_slices, replicas in ((shared.actual_cp, shared.actual), (shared.expected_cp, shared.expected))
+        tuple(dict.fromkeys((1, number, len(replicas))))
+        for number, replicas in zip(num_slices, (shared.actual, shared.expected), strict=True)
     ]
     for adds_up in ((actual, expected) for actual, expected in product(*possible)):
         comparer.adds_up = adds_up
         for comparison in _computed(only_first, "output_gradient")[0]:
             errors[adds_up] = comparison.relative
-    return min(errors, key=lambda adds_up: errors[adds_up], default=(1, 1))  # the mean, if nothing tells
+
+    def nearest(choices: Iterable[tuple[int, int]]) -> tuple[int, int]:
+        return min(choices, key=lambda adds_up: errors[adds_up], default=(1, 1))  # the mean, if nothing tells
+
+    def is_told_by_slices(adds_up: tuple[int, int]) -> bool:
+        return all(number == 1 or slices > 1 for number, slices in zip(adds_up, num_slices, strict=True))
+
+    found = nearest(errors)
+    if is_told_by_slices(found) or _are_reduced_as_expected(context):
+        return found
+    return nearest(filter(is_told_by_slices, errors))
+
+
+# Of gradients of n replicas a mean instead of the sum has a relative error of 1 - 1/n, at least twice this.
+_NEARER_TO_RIGHT = 0.25
+
+
+def _are_reduced_as_expected(context: StepContext) -> bool:
+    """Return whether most parameters' gradients are about the expected ones, as they are or summed over replicas."""
+    if context.step.shared is None or not context.step.shared.is_whole_step:
+        return False
+    compared = context.comparer.stored(context.actual, context.expected, ("gradient",), scale=context.scale)
+    errors = [_error_if_summed(each) for each in compared if each.expected.norm and not each.is_of_norms]
+    return 2 * sum(error < _NEARER_TO_RIGHT for error in errors) > len(errors)
+
+
+def _error_if_summed(comparison: Comparison) -> float:
+    """Return the relative error of a gradient; of its sum over the replicas where nothing has reduced it."""
+    expected = comparison.expected
+    wholes = [whole for whole in comparison.actual.by_group() if whole is not None]
+    if all(distance(whole, wholes[0]) <= (comparison.allowed or 0.0) for whole in wholes):
+        return comparison.relative
+    return relative(distance(total(wholes), expected.sketch), expected.norm)
 
 
 def _is_keyed(records: Records) -> bool:

@@ -165,8 +165,9 @@ def sync_replicated_parameters(model: nn.Module) -> None:
         for parameter in model.parameters()
         if parameter.requires_grad and not isinstance(parameter.data, DTensor)
     ]
-    broadcast: Any = dist._broadcast_coalesced  # type: ignore[attr-defined]  # the Trainer sends each by itself
-    broadcast(dist.group.WORLD, [parameter.data for parameter in replicated], _BUCKET_BYTES, 0)
+    if replicated:  # under FSDP none is
+        broadcast: Any = dist._broadcast_coalesced  # type: ignore[attr-defined]  # the Trainer sends each by itself
+        broadcast(dist.group.WORLD, [parameter.data for parameter in replicated], _BUCKET_BYTES, 0)
     for parameter in replicated:
         parameter.register_post_accumulate_grad_hook(_average_gradient)  # type: ignore[no-untyped-call]
 

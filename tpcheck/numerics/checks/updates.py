@@ -155,8 +155,9 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
             if any(counts) and parameter not in wrong:
                 suspects.append(_unlike_master(evidence, step, parameter))
     if not wrong and _nothing_moved(evidence, step):
-        why = SKIPPED if is_skipped else "no weight moves in this step, as at a learning rate of 0"
-        margins, not_compared["weights"] = {}, why
+        why = SKIPPED if is_skipped else "no weight moves in this step: its rate is 0, or rounding takes the step away"
+        margins = {}
+        not_compared |= dict.fromkeys(["weights"] if is_skipped else compared, why)
     margins |= {f"buffer {buffer.name}": buffer.difference.margin for buffer in buffers}
     if not evidence.reference[step].weights:
         not_compared["weights"] = "no optimizer step followed this call"
