@@ -200,8 +200,7 @@ def _place(collective: Collective) -> str:
 
 
 def _name(key: TensorKey) -> str:
-    what = "the gradient of " if key.phase == "backward" else ""
-    return f"{what}{key.role} {key.path} of {key.module or 'the model'}"
+    return f"{'the gradient of ' if key.phase == 'backward' else ''}{key.place}"
 
 
 def explain_parting(progress: Mapping[int, RankProgress], groups: Iterable[Sequence[int]]) -> str | None:
@@ -257,8 +256,7 @@ def _lost_gradient(progress: Mapping[int, RankProgress]) -> str | None:
             for number, key in enumerate(of_rank.gradients):
                 is_past = not of_other.is_in_pass or any(later in known for later in of_rank.gradients[number + 1 :])
                 if key not in known and is_past and of_other.gradients:
-                    place = f"{key.role} {key.path} of {key.module or 'the model'}"
-                    return f"No gradient comes back to {place} on rank {other}"
+                    return f"No gradient comes back to {key.place} on rank {other}"
     return None
 
 

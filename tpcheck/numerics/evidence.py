@@ -41,6 +41,11 @@ class TensorKey:
     path: str
     micro_batch: int = 0
 
+    @property
+    def place(self) -> str:
+        """Where the tensor is, in words, such as `input 0 of block.up`."""
+        return f"{self.role} {self.path} of {self.module or 'the model'}"
+
     def __str__(self) -> str:
         call = f" call {self.call}" if self.call else ""
         what = "gradient of " if self.phase == "backward" else ""

@@ -38,6 +38,7 @@ from tpcheck.core.topology import Topology
 # Versions before `DistributedConfig` had a `tp_size`: `tp_plan="auto"`, whose shards may be plain tensors.
 BEFORE_TP_SIZE = "tp_size" not in {field.name for field in fields(DistributedConfig)}
 _SETTINGS_BEFORE_TP_SIZE = ("tp_plan",)
+_BUCKET_BYTES = 250 << 20  # of a broadcast, as in DDP
 
 
 class TransformersBackend:
@@ -170,9 +171,6 @@ def sync_replicated_parameters(model: nn.Module) -> None:
         broadcast(dist.group.WORLD, [parameter.data for parameter in replicated], _BUCKET_BYTES, 0)
     for parameter in replicated:
         parameter.register_post_accumulate_grad_hook(_average_gradient)  # type: ignore[no-untyped-call]
-
-
-_BUCKET_BYTES = 250 << 20  # of DDP
 
 
 def _average_gradient(parameter: torch.Tensor) -> None:

@@ -67,7 +67,7 @@ def _branches(
         if gradient is None or gradient.shape != expected.shape:
             return {}  # it is computed from the tensor, and no view of it: what comes back through it is unknown
         if after.role == "input" and after.module != key.module:
-            taken[f"{after.role} {after.path} of {after.module or 'the model'}"] = gradient
+            taken[after.place] = gradient
     rest = expected - sum(taken.values()) if taken else expected
     if frobenius(rest) > FITTED_RELATIVE_ERROR * frobenius(expected):
         taken["all else"] = rest

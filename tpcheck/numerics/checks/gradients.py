@@ -191,9 +191,7 @@ def _activation_suspect(
         term, tp_ranks = lost
         ranks = evidence.ranks(tp_ranks)
         facts = replace(facts, lost_on=tuple(ranks))
-        note = (
-            f"no gradient comes back to {term.role} {term.path} of {term.module} on rank {', '.join(map(str, ranks))}"
-        )
+        note = f"no gradient comes back to {term.place} on rank {', '.join(map(str, ranks))}"
         details = {**details, "note": note}
     suspect = activation_suspect(evidence, step, activation, _CHECK, details, module)
     return replace(suspect, kind="input_gradient", linear=terms, backward=facts)

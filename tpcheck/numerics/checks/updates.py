@@ -137,23 +137,24 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     for name in without:
         del compared[name]
         not_compared[name] = "it has no gradient, and optimizers differ in whether they decay it"
-    unlike_masters = {name: _elements_unlike_master(evidence, step, each) for name, each in compared.items()}
+    masters = {name: _rounded_masters(evidence, step, each) for name, each in compared.items()}
     hidden = [name for name, each in compared.items() if _hides_its_step(evidence, step, each)]
     for name in hidden:
-        if not unlike_masters[name]:  # else the master shows the step
+        if not masters[name]:  # else they show the step
             del compared[name]
             not_compared[name] = "its step is smaller than the error that rounding allows: one left out would not show"
     wrong = [parameter for parameter in compared.values() if not parameter.difference.agrees]
     wrong.sort(key=lambda parameter: -parameter.difference.margin)
-    suspects = _weight_suspects(evidence, step, wrong) if wrong else []
+    suspects = _weight_suspects(evidence, step, wrong, masters) if wrong else []
     buffers, buffers_not_compared = _compare_buffers(evidence, step)
     suspects.extend(_buffer_suspect(evidence, step, buffer) for buffer in buffers if not buffer.difference.agrees)
     margins = {name: parameter.difference.margin for name, parameter in compared.items()}
     for parameter in compared.values():
-        if counts := unlike_masters[parameter.name]:
-            margins[f"{parameter.name}, of its master"] = inf if any(counts) else 0.0
-            if any(counts) and parameter not in wrong:
-                suspects.append(_unlike_master(evidence, step, parameter))
+        if rounded := masters[parameter.name]:
+            is_unlike = bool(_unlike_masters(parameter, rounded))
+            margins[f"{parameter.name}, of its master"] = inf if is_unlike else 0.0
+            if is_unlike and parameter not in wrong:
+                suspects.append(_unlike_master(evidence, step, parameter, rounded))
     if not wrong and _nothing_moved(evidence, step):
         why = SKIPPED if is_skipped else "no weight moves in this step: its rate is 0, or rounding takes the step away"
         margins = {}
@@ -170,13 +171,6 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     return rate.beside(outcome).or_else(evaluation)
 
 
-def _elements_unlike_master(evidence: Evidence, step: int, parameter: ComparedParameter) -> tuple[int, ...]:
-    """Return how many elements of each rank's weight are not those of its master, rounded; empty without masters."""
-    masters = _rounded_masters(evidence, step, parameter)
-    pairs = zip(parameter.actual_parts, masters, strict=False)
-    return tuple(int((subtract(part, master) != 0).sum()) for part, master in pairs)
-
-
 def _rounded_masters(evidence: Evidence, step: int, parameter: ComparedParameter) -> tuple[torch.Tensor, ...]:
     """Return each rank's master in the dtype of its weight; nothing where a rank has none, of a wider dtype."""
     masters = [rank.optimizer_state.get(("master", parameter.name)) for rank in evidence.candidate[step]]
@@ -188,8 +182,15 @@ def _rounded_masters(evidence: Evidence, step: int, parameter: ComparedParameter
     return tuple(master.to(part.dtype) for master, part in pairs)
 
 
-def _unlike_master(evidence: Evidence, step: int, parameter: ComparedParameter) -> Suspect:
-    masters = _rounded_masters(evidence, step, parameter)
+def _unlike_masters(parameter: ComparedParameter, masters: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Return the TP ranks whose weight is not its master, rounded; none where there are no masters."""
+    pairs = enumerate(zip(parameter.actual_parts, masters, strict=False))
+    return tuple(tp_rank for tp_rank, (part, master) in pairs if bool((subtract(part, master) != 0).any()))
+
+
+def _unlike_master(
+    evidence: Evidence, step: int, parameter: ComparedParameter, masters: tuple[torch.Tensor, ...]
+) -> Suspect:
     gaps = [subtract(part, master) for part, master in zip(parameter.actual_parts, masters, strict=True)]
     difference = summarize(gaps, frobenius(torch.cat([each.reshape(-1) for each in masters])), 0.0, is_replicated=False)
     suspect = tensor_suspect(
@@ -263,7 +264,12 @@ def _buffer_suspect(evidence: Evidence, step: int, buffer: ComparedParameter) ->
     return replace(suspect, replicas=_replica_facts(evidence, step, "buffer", buffer.name))
 
 
-def _weight_suspects(evidence: Evidence, step: int, wrong: Sequence[ComparedParameter]) -> list[Suspect]:
+def _weight_suspects(
+    evidence: Evidence,
+    step: int,
+    wrong: Sequence[ComparedParameter],
+    masters: Mapping[str, tuple[torch.Tensor, ...]],
+) -> list[Suspect]:
     shares = _shares_of_all(evidence, step)
     clipped = clipped_step(evidence, step, shares)
     norms = norm_facts(evidence, step, clipped)
@@ -285,10 +291,9 @@ def _weight_suspects(evidence: Evidence, step: int, wrong: Sequence[ComparedPara
             details["note"] = "its gradient was not clipped"
         where = {"phase": "update", "step": step}
         suspect = parameter_suspect(evidence, parameter, check=_CHECK, kind="update", where=where, details=details)
-        unlike = _elements_unlike_master(evidence, step, parameter)
         facts = replace(
             _step_facts(evidence, step, name, shares.get(name, {})),
-            unlike_masters_on=tuple(evidence.ranks(tuple(rank for rank, count in enumerate(unlike) if count))),
+            unlike_masters_on=tuple(evidence.ranks(_unlike_masters(parameter, masters[name]))),
         )
         suspects.append(
             replace(
