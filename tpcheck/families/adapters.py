@@ -82,7 +82,7 @@ def with_adapters(family: str | FolderModel, settings: Mapping[str, object] | No
     named = lora_fields(lora)
     try:
         import peft
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise UsageError("lora", lora, _INSTALLED, Guide.LORA) from error
     known = [field.name for field in fields(peft.LoraConfig)]
     for name in named:

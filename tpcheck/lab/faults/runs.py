@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ from tpcheck.world.rank import Rank
 from tpcheck.world.world import World, spawn
 
 _TIMEOUT = 120.0  # seconds of a world
+_IMPORTS = Lock()  # transformers cannot be imported by a thread while another imports peft, which takes names from it
 _BATCH_TIMEOUT = 20.0  # seconds that ranks wait for each other at a batch
 
 
@@ -185,7 +187,8 @@ def model_fault_options(
     """Return where a fault is injected at a seed, and the options of `verify_family` that inject it."""
     fault, dtype = fault.at_seed(seed), fault.dtype or dtype
     lora = fault.options.get("lora")
-    model = with_adapters(fault.family, fault.settings, lora) if lora else small_model(fault.family, fault.settings)
+    with _IMPORTS:
+        model = with_adapters(fault.family, fault.settings, lora) if lora else small_model(fault.family, fault.settings)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     injection = fault.injection([name for name, _ in model.named_modules()], shapes, seed)
     return injection.place, {
