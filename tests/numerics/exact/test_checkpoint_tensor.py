@@ -86,7 +86,7 @@ def test_rows_are_compared_alone_at_any_offset_of_their_files(tmp_path: Path, mo
 def test_a_file_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
     pair = in_file(tmp_path / "a", torch.ones(100)), in_file(tmp_path / "b", torch.ones(100))
     os.truncate(tmp_path / "b", 100)
-    with BitComparer() as comparer, pytest.raises(CheckpointError, match="became shorter while it was read"):
+    with BitComparer() as comparer, pytest.raises(CheckpointError, match="was changed while it was read"):
         comparer.equal(*pair)
 
 

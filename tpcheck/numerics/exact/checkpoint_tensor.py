@@ -143,7 +143,7 @@ class BitComparer:
         while len(data) < nbytes:
             more = os.pread(self._descriptor(extent.path), nbytes - len(data), extent.offset + offset + len(data))
             if not more:
-                raise CheckpointError(f"{extent.path} became shorter while it was read.")
+                raise CheckpointError(f"{extent.path} was changed while it was read: it became shorter.")
             data += more
         return data
 
