@@ -85,7 +85,9 @@ def verdict_of(data: Mapping[str, Any]) -> Verdict:
         environment=data["environment"],
         findings=tuple(_finding(finding) for finding in data["findings"]),
         checks=tuple(
-            CheckResult(check["check"], check["compared"], _number(check["worst_margin"]), check["worst_at"])
+            CheckResult(
+                check["check"], check["compared"], _number(check["worst_margin"]), check["worst_at"], check.get("only")
+            )
             for check in data["checks"]
         ),
         coverage=Coverage(*(data["coverage"][key] for key in ("compared", "total", "missed"))),

@@ -37,14 +37,14 @@ def blame_backend(backend: Backend, phase: str, hint: str = "") -> Iterator[None
         yield
     except TpcheckError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_of_tpcheck(error):
             raise internal_error(error) from error
         message = f"{backend.name}, {phase}: {type(error).__name__}: {_without_tensors(error)}"
         raise BackendError("\n".join(filter(None, [message, hint]))) from error
 
 
-def _without_tensors(error: Exception) -> str:
+def _without_tensors(error: BaseException) -> str:
     """Return the text of an error, with the shapes of tensors in place of their numbers.
 
     Example:

@@ -646,6 +646,8 @@ class Suspect:
         allowed_error: Largest absolute Frobenius error that passes.
         num_replicas: Number of data-parallel replicas.
         computed_alone: What each rank's part of the module would compute by itself, by tp_rank; empty where unknown.
+        has_cut_matrices: Whether the module has matrices that are cut over the ranks.
+        vectors: The parameters of the module that every rank holds and that may be added to its output, by name.
         others: The reference's other tensors of this kind, by name: the full one, then what each rank should hold.
         cut: Returns what each rank should hold of a full tensor of this shape, by tp_rank; None where it is unknown.
         tp_group: Global ranks by tp_rank.
@@ -677,6 +679,8 @@ class Suspect:
     gradient: GradientFacts = GradientFacts()
     backward: BackwardFacts = BackwardFacts()
     computed_alone: tuple[Tensor, ...] = ()
+    has_cut_matrices: bool = False
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
     norms: NormFacts | None = None
     step: StepFacts = StepFacts()
     replicas: ReplicaFacts = ReplicaFacts()
@@ -724,20 +728,23 @@ class CheckOutcome:
         not_compared: Why something could not be compared, by name.
         by_module: The worst of the margins by the phase and module that they are of; None where a module was called and
             nothing of it could be compared.
+        only: What alone was compared, where nothing was of what the check is about; else empty.
     """
 
     margins: Mapping[str, float] = field(default_factory=dict)
     suspects: tuple[Suspect, ...] = ()
     not_compared: Mapping[str, str] = field(default_factory=dict)
     by_module: MarginsByModule = field(default_factory=dict)
+    only: str = ""
 
     def or_else(self, other: CheckOutcome) -> CheckOutcome:
         """Add what else was compared; its suspects follow from those of this outcome, where it has any."""
-        return CheckOutcome(
-            {**self.margins, **other.margins},
-            self.suspects or other.suspects,
-            {**self.not_compared, **other.not_compared},
-            {**self.by_module, **other.by_module},
+        return replace(
+            self,
+            margins={**self.margins, **other.margins},
+            suspects=self.suspects or other.suspects,
+            not_compared={**self.not_compared, **other.not_compared},
+            by_module={**self.by_module, **other.by_module},
         )
 
     def beside(self, other: CheckOutcome) -> CheckOutcome:

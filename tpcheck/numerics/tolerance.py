@@ -64,6 +64,8 @@ EQUAL_ROWS = 1e-9
 # A float64 ends in the 45 zero bits of a bfloat16 once in 2**45; eight that all do were rounded. Eight zeros in the
 # place of eight other numbers are no accident either.
 LEAST_ELEMENTS = 8
+# A step of two spacings is four roundings of a weight: rounding takes none of eight such steps away.
+STEP_IN_SPACINGS = 2.0
 # Any number is a multiple of any other; a common factor of four holds by chance once in (1 / RESIDUAL_EXACT)**3.
 LEAST_MULTIPLES = 4
 # Features of a head: fewer are found in another place by chance.

@@ -22,6 +22,7 @@ class CheckAnswer:
         findings: What failed, joined by mistake.
         not_compared: Why something could not be compared, by name.
         by_module: The worst of the margins by the phase and module that they are of, as in `CheckOutcome`.
+        only: What alone was compared, as in `CheckOutcome`.
     """
 
     check: str
@@ -30,6 +31,7 @@ class CheckAnswer:
     findings: tuple[Finding, ...]
     not_compared: Mapping[str, str]
     by_module: MarginsByModule = field(default_factory=dict)
+    only: str = ""
 
     def with_way(self, outcome: WayOutcome) -> CheckAnswer:
         """Add the result of one way that the check tries."""
@@ -80,15 +82,18 @@ def verdict(
     answers = [answer for group in groups for answer in group.answers if answer.step <= last_step]
     findings = tuple(replace(finding, again=again) for finding in _merge_groups(answers))
     coverage = _coverage(answers, last_step, steps)
+    checks = _results(answers)
     message = None
-    if not findings and not coverage.compared:
-        message = "nothing was compared: " + next(iter(coverage.not_compared.values()), "no check applies")
+    if not findings and not any(check.says_something for check in checks):
+        beside = next((f" but {check.only}" for check in checks if check.only), "")
+        why = next(iter(coverage.not_compared.values()), "no check applies")
+        message = f"nothing was compared{beside}: {why}"
     return Verdict(
         verdict="failed" if findings else "skipped" if message is not None else "passed",
         subject=subject,
         environment=environment,
         findings=findings,
-        checks=_results(answers),
+        checks=checks,
         coverage=coverage,
         seconds=seconds,
         message=message,
@@ -168,7 +173,9 @@ def _results(answers: Sequence[CheckAnswer]) -> tuple[CheckResult, ...]:
             results[check] = CheckResult(check, compared, margins[worst_at], at)
         else:
             results[check] = replace(known, compared=compared)
-    return tuple(results.values())
+    about = {answer.check for answer in answers if answer.margins and not answer.only}
+    beside = {answer.check: answer.only for answer in answers if answer.only and answer.check not in about}
+    return tuple(replace(result, only=beside.get(check)) for check, result in results.items())
 
 
 def _coverage(answers: Sequence[CheckAnswer], last_step: int, steps: int) -> Coverage:

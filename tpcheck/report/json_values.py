@@ -27,7 +27,9 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
         "subject": plain_json(verdict.subject),
         "environment": plain_json(verdict.environment),
         "findings": [_fields(finding, _FINDING_KEYS) for finding in verdict.findings],
-        "checks": [_fields(check, _CHECK_KEYS) for check in verdict.checks],
+        "checks": [
+            {**_fields(check, _CHECK_KEYS), **({"only": check.only} if check.only else {})} for check in verdict.checks
+        ],
         "margins": _margins(verdict.modules),
         "coverage": {
             "compared": verdict.coverage.compared,

@@ -201,7 +201,7 @@ def _checks_table(verdict: Verdict) -> Table:
     for check in verdict.checks:
         margins = [finding.margin for finding in verdict.findings if finding.check == check.check]
         name, style = ("failed", "red") if margins else ("passed", "green")
-        if not check.compared and not margins:
+        if not check.says_something and not margins:
             name, style = "nothing", "yellow"  # a check with nothing to compare has not passed
         elif _only_follows(check, verdict):
             name, style = "follows", "yellow"
@@ -211,12 +211,17 @@ def _checks_table(verdict: Verdict) -> Table:
             Cell(name, style),
             Cell(f"{check.compared}"),
             Cell(margin),
-            Cell(check.worst_at or ""),
+            Cell(_beside(check) or check.worst_at or ""),
         )
-        passed = check.compared and not _only_follows(check, verdict)
+        passed = check.says_something and not _only_follows(check, verdict)
         outcome: Outcome = "failure" if margins else "passed" if passed else "skipped"
         rows.append(Row(cells, outcome=outcome, is_expected=not margins))
     return Table(tuple(Column(*column) for column in columns), tuple(rows), title="Checks", has_heading=True, indent=2)
+
+
+def _beside(check: CheckResult) -> str:
+    """Return what alone was compared, where nothing was of what the check is about."""
+    return f"{check.only} alone" if check.only else ""
 
 
 def _only_follows(check: CheckResult, verdict: Verdict) -> bool:
@@ -263,9 +268,9 @@ def _cases(verdict: Verdict) -> Iterator[Row]:
         details = as_text(verdict_lines(verdict))
         yield Row(name=outcome, outcome=outcome, message=first_line, details=details, seconds=verdict.seconds)
         return
-    compared = {check.check: check.compared for check in verdict.checks}
+    checks = {check.check: check for check in verdict.checks}
     following = {check.check for check in verdict.checks if _only_follows(check, verdict)}
-    for check in dict.fromkeys([*compared, *(finding.check for finding in verdict.findings)]):
+    for check in dict.fromkeys([*checks, *(finding.check for finding in verdict.findings)]):
         findings = [finding for finding in verdict.findings if finding.check == check]
         if findings:
             rest = f" and {len(findings) - 1} more" if len(findings) > 1 else ""
@@ -273,7 +278,9 @@ def _cases(verdict: Verdict) -> Iterator[Row]:
             yield Row(name=check, outcome="failure", message=f"{place(findings[0])}{rest}", details=details)
         elif check in following:
             yield Row(name=check, outcome="skipped", message="differs, which follows from what failed first")
-        elif compared[check]:
+        elif checks[check].says_something:
             yield Row(name=check)
         else:
-            yield Row(name=check, outcome="skipped", message="nothing to compare")
+            beside = _beside(checks[check])
+            message = f"{beside} could be compared" if beside else "nothing to compare"
+            yield Row(name=check, outcome="skipped", message=message)

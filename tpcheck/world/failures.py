@@ -95,18 +95,23 @@ def _text(error: BaseException) -> str:
 
 def _traceback(error: BaseException) -> str:
     try:
-        lines = traceback.format_exception(type(error), error, _without_frames_of_rank_main(error.__traceback__))
+        lines = traceback.format_exception(type(error), error, _without_callers(error.__traceback__))
     except Exception:
         lines = traceback.format_tb(error.__traceback__)
     return "".join(lines)
 
 
-def _without_frames_of_rank_main(trace: TracebackType | None) -> TracebackType | None:
-    """Drop the frames that called the user's function; keep all frames where there are no others."""
+def _without_callers(trace: TracebackType | None) -> TracebackType | None:
+    """Drop the frames of tpcheck that called the user's code; where there is none of it, those that serve the rank."""
+    return _behind(trace, "tpcheck") or _behind(trace, "tpcheck.world.rank_main") or trace
+
+
+def _behind(trace: TracebackType | None, package: str) -> TracebackType | None:
+    """Return what follows the frames of a package with which a traceback begins."""
     link = trace
-    while link is not None and link.tb_frame.f_globals.get("__name__") == "tpcheck.world.rank_main":
+    while link is not None and f"{link.tb_frame.f_globals.get('__name__')}.".startswith(f"{package}."):
         link = link.tb_next
-    return link or trace
+    return link
 
 
 _OUTPUT_LINES_OF_FIRST = 100

@@ -14,7 +14,7 @@ from torch import nn
 
 from tpcheck.backends.interface import TrainingOptions, WayToResume
 from tpcheck.backends.layout import Layout
-from tpcheck.backends.megatron.backend import MegatronCandidate
+from tpcheck.backends.megatron.candidate import MegatronCandidate
 from tpcheck.backends.megatron.session import Groups, use_groups
 from tpcheck.backends.optimizer import named_optimizer
 from tpcheck.backends.sgd import LOW_PRECISION

@@ -129,7 +129,8 @@ def _root_suspect(
         terms = recompute_linear(evidence, step, root, activation.difference.allowed)
         alone = evidence.computed_alone.get(root, ()) if step == 0 and terms is None else ()
         embedding = None if terms else _embedding_facts(evidence, step, root)
-        return replace(suspect, linear=terms, embedding=embedding, computed_alone=alone)
+        suspect = replace(suspect, linear=terms, embedding=embedding, computed_alone=alone)
+        return suspect if terms else _with_parameters(evidence, step, suspect, root)
     fused = _fused_before(list(activations.by_key.values()), root, scope)
     if fused is None:
         details["note"] = f"the input of {root.module} is wrong although everything before it agrees"
@@ -138,6 +139,21 @@ def _root_suspect(
     blocks = FusedBlocks(fused.placed.num_blocks, fused.difference.relative)
     suspect = activation_suspect(evidence, step, activation, _CHECK, details, fused.key.module)
     return replace(suspect, fused_blocks=blocks)
+
+
+def _with_parameters(evidence: Evidence, step: int, suspect: Suspect, output: TensorKey) -> Suspect:
+    """Add what is known of the parameters of a module that is no linear layer, or has some that it does not call."""
+    layouts = {name: layout for name, layout in evidence.layouts.items() if is_inside(name, output.module)}
+    size = tuple(suspect.expected.shape[-1:])
+    return replace(
+        suspect,
+        has_cut_matrices=any(len(layout.shape) > 1 and not layout.is_replicated for layout in layouts.values()),
+        vectors={
+            name: evidence.weights_before(step)[name]
+            for name, layout in layouts.items()
+            if layout.is_replicated and tuple(layout.shape) == size and name in evidence.initial
+        },
+    )
 
 
 def _fused_before(events: Sequence[ComparedActivation], root: TensorKey, scope: str) -> ComparedActivation | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf, isfinite
 from typing import Any
@@ -52,7 +52,7 @@ from tpcheck.numerics.evidence import (
     Suspect,
 )
 from tpcheck.numerics.norms import ClippedStep, explain_norm
-from tpcheck.numerics.tolerance import RESIDUAL_EXACT
+from tpcheck.numerics.tolerance import LEAST_ELEMENTS, RESIDUAL_EXACT, STEP_IN_SPACINGS
 
 _NORM_CHECK = "gradient_norm_matches_reference"
 
@@ -115,6 +115,7 @@ def _is_clipped_by(step: ClippedStep, norms: Sequence[float]) -> bool:
 
 
 _CHECK = "updates_match_reference"
+_HIDDEN = "its step is smaller than the error that rounding allows: one left out would not show"
 
 
 def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
@@ -138,17 +139,21 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         del compared[name]
         not_compared[name] = "it has no gradient, and optimizers differ in whether they decay it"
     masters = {name: _rounded_masters(evidence, step, each) for name, each in compared.items()}
-    hidden = [name for name, each in compared.items() if _hides_its_step(evidence, step, each)]
-    for name in hidden:
-        if not masters[name]:  # else they show the step
-            del compared[name]
-            not_compared[name] = "its step is smaller than the error that rounding allows: one left out would not show"
+    unmoved: list[Suspect] = []
+    for name, each in list(compared.items()):
+        if not masters[name] and _hides_its_step(evidence, step, each):
+            gaps = _stays_where_it_should_move(evidence, step, each)
+            if gaps is None:
+                del compared[name]
+                not_compared[name] = _HIDDEN
+            unmoved.extend(_unmoved(evidence, step, each, gaps or ()))
     wrong = [parameter for parameter in compared.values() if not parameter.difference.agrees]
     wrong.sort(key=lambda parameter: -parameter.difference.margin)
-    suspects = _weight_suspects(evidence, step, wrong, masters) if wrong else []
+    suspects = [*(_weight_suspects(evidence, step, wrong, masters) if wrong else []), *unmoved]
     buffers, buffers_not_compared = _compare_buffers(evidence, step)
     suspects.extend(_buffer_suspect(evidence, step, buffer) for buffer in buffers if not buffer.difference.agrees)
     margins = {name: parameter.difference.margin for name, parameter in compared.items()}
+    margins |= dict.fromkeys((str(suspect.parameter) for suspect in unmoved), inf)
     for parameter in compared.values():
         if rounded := masters[parameter.name]:
             is_unlike = bool(_unlike_masters(parameter, rounded))
@@ -159,6 +164,7 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         why = SKIPPED if is_skipped else "no weight moves in this step: its rate is 0, or rounding takes the step away"
         margins = {}
         not_compared |= dict.fromkeys(["weights"] if is_skipped else compared, why)
+    has_weights = bool(margins)
     margins |= {f"buffer {buffer.name}": buffer.difference.margin for buffer in buffers}
     if not evidence.reference[step].weights:
         not_compared["weights"] = "no optimizer step followed this call"
@@ -168,7 +174,14 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
         evidence, step, {EVALUATION_LOSS: "loss of the evaluation"}, check=_CHECK, phase="evaluation"
     )
     # A rate that is wrong in the log alone leaves the weights right; either makes the evaluation wrong.
-    return rate.beside(outcome).or_else(evaluation)
+    joined = rate.beside(outcome).or_else(evaluation)
+    return joined if has_weights else replace(joined, only=_beside_weights(buffers, rate, evaluation))
+
+
+def _beside_weights(buffers: Sequence[ComparedParameter], *logged: CheckOutcome) -> str:
+    """Return what was compared where no weight was."""
+    is_logged = any(outcome.margins for outcome in logged)
+    return " and ".join([*(["buffers"] if buffers else []), *(["what is logged"] if is_logged else [])])
 
 
 def _rounded_masters(evidence: Evidence, step: int, parameter: ComparedParameter) -> tuple[torch.Tensor, ...]:
@@ -221,6 +234,59 @@ def _hides_its_step(evidence: Evidence, step: int, parameter: ComparedParameter)
     if before is None or not parameter.difference.agrees:
         return False
     return 0 < frobenius_distance(parameter.expected, before) <= parameter.difference.allowed
+
+
+def _stays_where_it_should_move(
+    evidence: Evidence, step: int, parameter: ComparedParameter
+) -> tuple[torch.Tensor, ...] | None:
+    """Return each rank's distance to the expected weight at the elements that should have moved, and did not.
+
+    Those are elements that the reference moves by some spacings of their dtype, more than rounding takes away, on a
+    rank whose part is to the bit what it was before the step; zeros elsewhere. None where a part has too few such
+    elements: then a step that is left out does not show.
+    """
+    layout, before = evidence.layouts[parameter.name], evidence.weights_before(step)[parameter.name]
+    if not parameter.expected_parts or tuple(before.shape) != tuple(layout.shape):
+        return None
+    gaps = []
+    parts = zip(
+        evidence.parts_before(step), layout.parts(before), parameter.expected_parts, parameter.actual_parts, strict=True
+    )
+    for own_before, old, new, actual in parts:
+        moves = subtract(new, old).abs() >= STEP_IN_SPACINGS * torch.finfo(new.dtype).eps * old.double().abs()
+        moves &= new != old
+        if int(moves.sum()) < LEAST_ELEMENTS:
+            return None
+        is_still = torch.equal(own_before[parameter.name], actual)
+        gaps.append(subtract(actual, new) * (moves & is_still))
+    return tuple(gaps)
+
+
+def _unmoved(
+    evidence: Evidence, step: int, parameter: ComparedParameter, gaps: tuple[torch.Tensor, ...]
+) -> Iterator[Suspect]:
+    """Yield a suspect for a weight that the step leaves as it was on some ranks, where the reference's moves."""
+    if not any(bool(gap.any()) for gap in gaps):
+        return
+    expected_parts = tuple(
+        expected if bool(gap.any()) else actual
+        for gap, expected, actual in zip(gaps, parameter.expected_parts, parameter.actual_parts, strict=True)
+    )
+    is_replicated = evidence.layouts[parameter.name].is_replicated
+    suspect = tensor_suspect(
+        evidence,
+        summarize(gaps, frobenius(parameter.expected), 0.0, is_replicated=is_replicated),
+        check=_CHECK,
+        kind="update",
+        where={"phase": "update", "step": step, "module": parameter.module, "parameter": parameter.name},
+        expected=parameter.expected,
+        actual_parts=parameter.actual_parts,
+        expected_parts=expected_parts,
+        is_replicated=is_replicated,
+        details={"note": "it is to the bit what it was before the step, which moves the expected weight"},
+    )
+    before = tuple(part[parameter.name] for part in evidence.parts_before(step))
+    yield replace(suspect, step=StepFacts(before=before, skipped_on=_skipped_on(evidence, step)))
 
 
 def _has_gradient(evidence: Evidence, step: int, name: str) -> bool:

@@ -32,8 +32,9 @@ def terms_of_output(suspect: Suspect) -> Explanation | None:
 
 
 def terms_of_replicas(suspect: Suspect) -> Explanation | None:
-    """The gradients of replicas are terms of the expected one."""
-    return _never_summed(Cause.PARTIAL_GRADIENT_ON_REPLICA, suspect)
+    """The gradients of replicas are terms of the expected one; where one alone is not zero, the others have lost it."""
+    has_terms = sum(bool(part.any()) for part in suspect.actual_parts) > 1
+    return _never_summed(Cause.PARTIAL_GRADIENT_ON_REPLICA, suspect) if has_terms else None
 
 
 def _never_summed(cause: Cause, suspect: Suspect) -> Explanation | None:
@@ -210,6 +211,35 @@ def linear_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:
         groups = [_nearest_group(terms.by_rank, rank, part - bias) for rank, part in enumerate(parts)]
         sums = tuple(sum((terms.by_rank[peer] for peer in group), bias) for group in groups)
         yield Hypothesis(Cause.WRONG_GROUP, sums, {"summed_over_tp_ranks": [list(group) for group in groups]})
+
+
+def of_all_but_a_bias(suspect: Suspect) -> Explanation | None:
+    """A module adds one of its vectors to a sum that is left out, done twice or a mean, or adds it more than once.
+
+    As where hand-written code multiplies by the weight of a linear layer, which it does not call.
+    """
+    tp = len(suspect.actual_parts)
+    if not suspect.is_replicated or tp < 2 or suspect.expected is None:
+        return None
+    expected, parts = suspect.expected.double(), [part.double() for part in suspect.actual_parts]
+    if any(part.shape != expected.shape for part in parts):
+        return None
+    for name, vector in suspect.vectors.items():
+        bias = vector.double()
+        terms = [part - bias for part in parts]
+        corrected = [
+            (Cause.MEAN_INSTEAD_OF_SUM, [term * tp + bias for term in terms], 1),
+            (Cause.MISSING_REDUCE, [sum(terms[1:], parts[0])], 1),
+            (Cause.DUPLICATE_REDUCE, [term / tp + bias for term in terms], 1),
+        ]
+        for times in range(2, tp + 1):
+            corrected.append((Cause.BIAS_ADDED_PER_RANK, [part - (times - 1) * bias for part in parts], times))
+        for cause, of_ranks, times in corrected:
+            found = [explanation_if_equal(cause, each, expected, suspect) for each in of_ranks]
+            known = [each.residual for each in found if each is not None]
+            if len(known) == len(found):
+                return Explanation(cause, max(known), {"bias": name, **({"bias_times": times} if times > 1 else {})})
+    return None
 
 
 def _where_wrong(suspect: Suspect, predicted: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
