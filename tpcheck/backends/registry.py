@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -100,5 +101,6 @@ def _instance(kind: str, entry: EntryPoint) -> Any:
         raise TpcheckError(f"{kind} {entry.name!r} cannot be loaded: {missing_package(error) or error}") from error
 
 
+@cache  # reads a file of every installed package: 7 ms of 100
 def _entries(group: str) -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=group)}

