@@ -35,8 +35,8 @@ class Slotted:
 
 
 class Transform(Enum):
-    FLIP = object()
-    CROP = object()
+    FLIP = iter("f")
+    CROP = iter("c")
 
 
 def quantized(scale: float) -> torch.Tensor:
@@ -155,7 +155,9 @@ def test_what_cannot_be_read_is_named_and_ends_no_training() -> None:
 
 def test_what_has_no_row_for_each_sample_is_beside_them_in_any_order() -> None:
     images = torch.ones(2, 3)
-    batches = [DigestedBatch({"images": images, "text": text, "n": n}) for text, n in ((["a", "b"], 1), (["b", "a"], 2))]
+    batches = [
+        DigestedBatch({"images": images, "text": text, "n": n}) for text, n in ((["a", "b"], 1), (["b", "a"], 2))
+    ]
     assert batches[0].beside_rows == batches[1].beside_rows != DigestedBatch({"images": images}).beside_rows
     assert batches[0].beside_rows != DigestedBatch({"images": images, "text": ["a", "c"]}).beside_rows
 

@@ -90,9 +90,9 @@ def _leaves(value: Any, path: str, depth: int) -> Iterator[LeafContent]:
         yield from _of_array(value, path, depth)
     elif isinstance(value, float):
         yield LeafContent(path, "value", type(value).__name__, text=struct.pack("d", value))  # NaN bit for bit
-    elif isinstance(value, Enum) and value.name is not None:  # the value may be an object, whose address `repr` states
-        yield LeafContent(path, "value", type(value).__name__, text=value.name.encode())
-    elif isinstance(value, _IDENTIFIED_BY_REPR) or isinstance(value, Enum):
+    elif isinstance(value, Enum) and not isinstance(value, (int, str)):  # `repr` states the address of an object
+        yield LeafContent(path, "value", type(value).__name__, text=str(value.name or value).encode())
+    elif isinstance(value, _IDENTIFIED_BY_REPR):
         yield LeafContent(path, "value", type(value).__name__, text=repr(value).encode(errors="surrogatepass"))
     elif isinstance(value, Set):
         members = sorted(repr(member) for member in value)  # its order differs between processes

@@ -102,7 +102,8 @@ class LoaderObserver:
         # Code around the DataLoader may draw, too: the hooks inside do not see that.
         self._observes_outside = inner is None or not _is_library_loader(loader)
         # A stream of this process may draw its order as it begins, before anything is asked of the sampler.
-        self._observes_start = inner is not None and not inner.num_workers and isinstance(inner.dataset, IterableDataset)
+        is_stream = inner is not None and isinstance(inner.dataset, IterableDataset)
+        self._observes_start = is_stream and inner is not None and not inner.num_workers
         self._before = GeneratorStates()
         self._reports = WorkerReports() if inner is not None and inner.num_workers else None
         # Which batch the loop gets is unknown where several become one, or where they arrive in any order.

@@ -305,7 +305,8 @@ class _Tally:
         found = {0: result, 1: "1 finding, reported above"}.get(
             self.findings, f"{self.findings} findings, reported above"
         )
-        return "; ".join(part for part in (f"{number} {what}", groups.not_compared, self._not_looked_into(), found) if part)
+        parts = (f"{number} {what}", groups.not_compared, self._not_looked_into(), found)
+        return "; ".join(part for part in parts if part)
 
     def _not_looked_into(self) -> str:
         listed = [f"{path} ({kind})" if path else kind for path, kind in [*self.unread.items()][:_UNREAD_SHOWN]]

@@ -89,6 +89,12 @@ def _assign_by_name(evidence: Mapping[str, Any], topology: Topology) -> str:
     return "Correct the name map: it gives this parameter the tensor of another one."
 
 
+def _gather_each_shard_once(evidence: Mapping[str, Any], topology: Topology) -> str:
+    if evidence.get("copies"):
+        return "Several ranks hold each shard, as of fewer key-value heads than ranks: gather it from one of them."
+    return "One rank's shard is used for all: gather over the TP group and index by tp_rank."
+
+
 def _save_or_rename(evidence: Mapping[str, Any], topology: Topology) -> str:
     if evidence.get("fitting_map"):
         return f"More names have a counterpart under a ready map: pass --map {evidence['fitting_map']}."
@@ -167,7 +173,7 @@ class Cause(Enum):
         "one rank's shard is in every rank's place{residual}",
         "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact runs.sketch_causes "
         "numerics.checks.resume numerics.checks.initialisation",
-        "One rank's shard is used for all: gather over the TP group and index by tp_rank.",
+        _gather_each_shard_once,
     )
     SHARD_ORDER_SWAPPED = (
         "shard_order_swapped",

@@ -281,6 +281,7 @@ def moved_slices(context: Context) -> Explanation | None:
             is_fused=FUSED_PARAMETER.matches(context.expected.name),
             may_exchange=_fused_pair(context.expected.name),
             num_keys=_num_keys(context.reference.config, len(expected)),
+            min_length=2 if len(context.expected.shape) == 1 else 1,
         )
         explanation = explain_slices(slices)
         if explanation is not None:

@@ -140,6 +140,8 @@ class Slices:
         is_fused: Whether the name says that the tensor holds several matrices (Q, K and V; gate and up).
         may_exchange: What it is called if its last two matrices are exchanged; None where its name shows no such.
         num_keys: How many slices of a fused Q, K and V are keys, where that is known.
+        min_length: How many slices in a row show that they come from elsewhere: one element of a vector may equal
+            another by chance.
     """
 
     runs: tuple[Run, ...]
@@ -149,6 +151,7 @@ class Slices:
     is_fused: bool = False
     may_exchange: Cause | None = None
     num_keys: int | None = None
+    min_length: int = 1
 
     @property
     def all_found(self) -> bool:
@@ -286,13 +289,14 @@ def repeated_shards(slices: Slices) -> Explanation | None:
     if not slices.all_found or slices.num_actual < slices.num_expected:
         return None
     order = _order_of_chunks(slices)
-    if order is None:
+    if order is None or slices.num_actual < slices.min_length * len(order):
         return None
     if slices.num_actual > slices.num_expected:
         copies, rest = divmod(slices.num_actual, slices.num_expected)
         if rest or order != [place // copies for place in range(len(order))]:
             return None
-    elif not all(order[source] == source for source in order):
+        return Explanation(Cause.SHARD_REPEATED, evidence={"order": order, "tp": len(order), "copies": copies})
+    if not all(order[source] == source for source in order):
         return None
     return Explanation(Cause.SHARD_REPEATED, evidence={"order": order, "tp": len(order)})
 
@@ -322,8 +326,7 @@ def padding_kept(slices: Slices) -> Explanation | None:
 def shifted_slices(slices: Slices) -> Explanation | None:
     """The slices are in order, but some are there twice or not at all, so that others have moved."""
     found = [run for run in slices.runs if run.source is not None]
-    # Behind a wrong boundary slices have moved together; one alone may equal another by chance, as an element of a bias.
-    if len(found) > _MAX_SHARDS or not any(run.shift and run.length > 1 for run in found):
+    if len(found) > _MAX_SHARDS or not any(run.shift and run.length >= slices.min_length for run in found):
         return None
     in_order = all((earlier.source or 0) < (later.source or 0) for earlier, later in pairwise(found))
     if not in_order and not slices.is_vocabulary:
