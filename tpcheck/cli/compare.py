@@ -27,8 +27,8 @@ Html = Annotated[Path | None, typer.Option(metavar="F", help="Write the report a
 
 
 def checkpoint(
-    actual: Annotated[str, typer.Argument(help="The checkpoint to verify: a file or a folder.")],
-    reference: Annotated[str, typer.Argument(help="The checkpoint that it should equal.")],
+    actual: Annotated[str, typer.Argument(metavar="ACTUAL", help="The checkpoint that is judged: a file or a folder.")],
+    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="The checkpoint that it should equal.")],
     dtype: Annotated[
         str | None, typer.Option(help="An intended cast: round the reference to this dtype first, such as bfloat16.")
     ] = None,

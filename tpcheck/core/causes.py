@@ -18,11 +18,11 @@ Advice = str | Callable[[Mapping[str, Any], Topology], str]
 
 _OF_FILES = ("checkpoints", "numerics.exact")  # a cause that is tested there has advice on what is saved or converted
 
-_SEED_CALLS = {
-    "python": "random.seed(seed + dp_rank)",
-    "numpy": "np.random.seed(seed + dp_rank)",
-    "torch": "torch.manual_seed(seed + dp_rank)",
-    "cuda": "torch.cuda.manual_seed(seed + dp_rank)",
+_SEED_FUNCTIONS = {
+    "python": "random.seed",
+    "numpy": "np.random.seed",
+    "torch": "torch.manual_seed",
+    "cuda": "torch.cuda.manual_seed",
 }
 
 
@@ -33,15 +33,16 @@ def _seed_generator(kind: str) -> Callable[[Mapping[str, Any], Topology], str]:
             return f"Seed {attribute} from seed + dp_rank, which all ranks of a TP group share."
         if evidence["where"] == "workers":
             return (
-                f"Seed workers by dp_rank, not by rank: a worker_init_fn that calls `{_SEED_CALLS[kind]}`, and "
-                "`generator=torch.Generator().manual_seed(seed + dp_rank)` for the loader."
+                "Seed workers by dp_rank, not by rank: pass `generator=torch.Generator().manual_seed(seed + dp_rank)` to "
+                "the loader, from which torch seeds each worker. A worker_init_fn that seeds calls "
+                f"`{_SEED_FUNCTIONS[kind]}(seed + 1000 * dp_rank + worker_id)`."
             )
         if kind == "torch":
             return (
                 "Draw from a separate generator, `torch.Generator().manual_seed(seed + dp_rank)`: dropout advances the "
                 "global one differently on each rank."
             )
-        call = _SEED_CALLS[kind]
+        call = f"{_SEED_FUNCTIONS[kind]}(seed + dp_rank)"
         return f"Call `{call}` on every rank before iterating the loader, or draw from a generator with that seed."
 
     return advice
