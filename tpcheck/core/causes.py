@@ -33,8 +33,8 @@ def _seed_generator(kind: str) -> Callable[[Mapping[str, Any], Topology], str]:
             return f"Seed {attribute} from seed + dp_rank, which all ranks of a TP group share."
         if evidence["where"] == "workers":
             return (
-                "Seed workers by dp_rank, not by rank: pass `generator=torch.Generator().manual_seed(seed + dp_rank)` to "
-                "the loader, from which torch seeds each worker. A worker_init_fn that seeds calls "
+                "Seed workers by dp_rank, not by rank: pass `generator=torch.Generator().manual_seed(seed + dp_rank)` "
+                "to the loader, from which torch seeds each worker. A worker_init_fn that seeds calls "
                 f"`{_SEED_FUNCTIONS[kind]}(seed + 1000 * dp_rank + worker_id)`."
             )
         if kind == "torch":
@@ -131,12 +131,10 @@ class Cause(Enum):
         advice = self._advice if isinstance(self._advice, str) else self._advice(evidence or {}, topology or Topology())
         return advice or None
 
-    def advise_training(
-        self, evidence: Mapping[str, Any] | None = None, topology: Topology | None = None
-    ) -> str | None:
+    def advise_training(self, evidence: Mapping[str, Any] | None = None) -> str | None:
         """Return what to change in a training; None also where the advice is on tensors in files."""
         is_of_files = any(place.startswith(_OF_FILES) for place in self.diagnosed_in)
-        return None if is_of_files else self.advise(evidence, topology)
+        return None if is_of_files else self.advise(evidence)
 
     # ---- layout
     WRONG_GROUP = (
