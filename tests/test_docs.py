@@ -4,7 +4,8 @@ A comment above a block of code says how it is tested. Without one, its names mu
 is not run. Commands run, too: those that train with `-m slow`.
 
     <!-- test: runs -->                       it is run, with a data set and a report in reach
-    <!-- test: runs on tp=2 -->               on both ranks of a world, with a DeepSpeed engine and the like in reach
+    <!-- test: runs on tp=2 -->               on both ranks of a world, with a DeepSpeed engine and the like in reach;
+                                              tests that it defines are called there
     <!-- test: raises NAME on tp=2 -->        the same, and ends in this error of tpcheck's
     <!-- test: verified with --backend custom -->  it is the file of a test in tests/model/test_targets.py
     <!-- test: prints -->                     it is what the command before it prints
@@ -143,21 +144,28 @@ def _report() -> dict[str, Any]:
     return {"report": Report(FAILED)}
 
 
-def run(text: str, name: str, namespace: dict[str, Any]) -> None:
-    """Run a snippet; its file in a traceback is its place in the page."""
-    exec(compile(text, name, "exec"), {"__name__": "documentation", "tpcheck": tpcheck, **namespace})
+def run(text: str, name: str, namespace: dict[str, Any]) -> dict[str, Any]:
+    """Run a snippet, and return its names; its file in a traceback is its place in the page."""
+    names = {"__name__": "documentation", "tpcheck": tpcheck, **namespace}
+    exec(compile(text, name, "exec"), names)
+    return names
 
 
 @pytest.mark.tpcheck(tp=2, timeout=120)
 def test_snippets_run_on_ranks(tp_rank: tpcheck.Rank, tmp_path: Path) -> None:
     """One world and one engine for the snippets of all pages, since they are small."""
+    import torch
+
     from tests.engine_of_docs import stand_ins
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         names = stand_ins()
         for snippet in [each for each in SNIPPETS if each.test == "runs on tp=2"]:
-            run(snippet.text, snippet.name, {**names})
+            defined = run(snippet.text, snippet.name, {"pytest": pytest, **names})
+            for test in [value for name, value in defined.items() if name.startswith("test_")]:
+                torch.manual_seed(0)
+                test(tp_rank)
 
 
 SCRIPTS = [snippet for snippet in SNIPPETS if (snippet.test or "").startswith("raises ")]

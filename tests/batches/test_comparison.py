@@ -89,6 +89,12 @@ def test_replicas_with_the_same_samples_are_found_in_any_order() -> None:
     assert same_samples({0: ["x", "x", "y"], 1: ["x", "y", "y"]}) == ()
 
 
+def test_replicas_with_other_questions_on_the_same_images_have_other_samples() -> None:
+    rows = {replica: [1, 2] for replica in range(3)}
+    (found,) = same_samples(rows, {0: b"a", 1: b"b", 2: b"a"})
+    assert found.replicas == (0, 2)
+
+
 def test_a_finding_has_the_values_of_the_reference_and_of_each_deviating_rank() -> None:
     differences = leaf_differences(summaries((leaf("a"), leaf("b")), (leaf("a"), leaf("b")), (leaf("a", shape=(3,)),)))
     finding = batches_agree_within_tp(differences, step=2, located={}, where={"dp_rank": 1})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import UserDict, namedtuple
+from collections import UserDict, deque, namedtuple
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,32 @@ class Sample:
 class Custom:
     def __init__(self) -> None:
         self.inner = torch.ones(2)
+
+
+class Slotted:
+    __slots__ = ("label", "unset")
+
+    def __init__(self, label: int) -> None:
+        self.label = label
+
+
+class Transform(Enum):
+    FLIP = iter("f")
+    CROP = iter("c")
+
+
+def quantized(scale: float) -> torch.Tensor:
+    return torch.quantize_per_tensor(torch.zeros(2), scale, 0, torch.qint8)
+
+
+class Wrapper(torch.Tensor):
+    """A tensor of its own whose operations fail, as those of some wrappers do."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("reshape", "contiguous", "view"):
+            raise TypeError(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 def same(a: Any, b: Any) -> bool:
@@ -75,6 +102,10 @@ def test_leaves_are_in_the_order_of_the_structure() -> None:
         ({1: 2}, {"1": 2}),
         ({1, 2}, {1, 3}),
         (Sample(1, 2), Sample(2, 1)),
+        (Slotted(1), Slotted(2)),
+        (deque([1, 2]), deque([1, 3])),
+        (Transform.FLIP, Transform.CROP),
+        (quantized(0.1), quantized(0.2)),
     ],
 )
 def test_batches_that_differ_have_different_fingerprints(a: Any, b: Any) -> None:
@@ -110,6 +141,25 @@ def test_the_batches_of_transformers_have_leaves() -> None:
 def test_an_object_without_parts_is_identified_by_its_type() -> None:
     (leaf,) = DigestedBatch(lambda: None).leaves
     assert (leaf.kind, leaf.dtype) == ("opaque", "function")
+
+
+def test_an_enumeration_is_identified_by_its_name_as_addresses_differ_between_processes() -> None:
+    (leaf,) = DigestedBatch(Transform.FLIP).contents
+    assert leaf.text == b"FLIP"
+
+
+def test_what_cannot_be_read_is_named_and_ends_no_training() -> None:
+    batch = DigestedBatch({"x": torch.ones(2), "odd": torch.ones(2).as_subclass(Wrapper), "iterator": iter([1])})
+    assert batch.unread == {"odd": "Wrapper", "iterator": "list_iterator"}
+
+
+def test_what_has_no_row_for_each_sample_is_beside_them_in_any_order() -> None:
+    images = torch.ones(2, 3)
+    batches = [
+        DigestedBatch({"images": images, "text": text, "n": n}) for text, n in ((["a", "b"], 1), (["b", "a"], 2))
+    ]
+    assert batches[0].beside_rows == batches[1].beside_rows != DigestedBatch({"images": images}).beside_rows
+    assert batches[0].beside_rows != DigestedBatch({"images": images, "text": ["a", "c"]}).beside_rows
 
 
 def test_a_batch_that_contains_itself_ends() -> None:

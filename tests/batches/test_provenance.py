@@ -210,6 +210,30 @@ def test_facts_of_a_dataset_have_the_numbers_that_its_methods_read() -> None:
     }
 
 
+def test_an_iterator_under_way_has_no_numbers() -> None:
+    loader = DataLoader(Samples(), num_workers=1, persistent_workers=True)
+    next(iter(loader))
+    assert hasattr(loader._iterator, "_rank")
+    assert not [name for name in facts_of(loader).numbers or {} if "_iterator" in name]
+
+
+def test_what_a_stream_draws_as_it_begins_is_seen() -> None:
+    class Shuffled(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(random.sample(range(4), 4))
+
+    loader = DataLoader(Shuffled(), batch_size=2)
+    observer = LoaderObserver(loader)
+    observer.before_batch(starts_epoch=True)
+    batches = iter(loader)
+    drawn = []
+    for _ in range(2):
+        next(batches)
+        drawn.append(observer.after_batch().drew)
+        observer.before_batch()
+    assert drawn == [("python",), ()]
+
+
 def test_facts_of_a_dataset_that_lists_files() -> None:
     dataset = Samples()
     listings = []

@@ -102,7 +102,7 @@ ROWS = (
     ("families", "--table nosuch", "table='nosuch': expected a file that `tpcheck verify --json` has written"),
     ("doctor", "nosuch.json", "a JSON object or a file that holds one (No such file"),
     ("doctor", "--json nosuch/x", "json='nosuch/x': expected a file in a folder that exists"),
-    ("faults", "--kind nosuch", "kind='nosuch': expected one of forward collectives, layout"),
+    ("faults", "--kind nosuch", "kind='nosuch': expected one of forward collectives; layout"),
     ("faults", "--dtype float16", "dtype='float16': expected one of float64, float32, bfloat16"),
     ("faults", "--seed -1", "seed=-1: expected a number from 0"),
     ("faults", "--seeds 0", "seeds=0: expected a positive integer"),

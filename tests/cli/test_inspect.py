@@ -1,4 +1,4 @@
-"""`tpcheck topology`, `tpcheck families` and `tpcheck doctor`."""
+"""`tpcheck topology`, `tpcheck families` and `tpcheck doctor`, and what commands say of themselves."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 
 import tpcheck.doctor.diagnosis
 from tests.schema import document
+from tpcheck.backends.registry import backend_names
+from tpcheck.cli.verify import BACKENDS
 from tpcheck.doctor.deepspeed import Advice
 from tpcheck.doctor.diagnosis import Diagnosis
 
@@ -44,6 +46,7 @@ def test_families_are_listed_with_their_plans(run: Run) -> None:
     lines = run("families").stdout.splitlines()
     found = {line.split()[0]: "tp_plan" in line.split()[1:] for line in lines if line.strip()}
     assert (found["llama"], found["opt"]) == (True, False)
+    assert {"t5", "bert"} <= set(found)  # which verify takes, too
     assert lines[-1].endswith("with a tp_plan of their own")
 
 
@@ -124,3 +127,14 @@ def test_a_configuration_that_does_not_exist_is_bad_usage(run: Run, tmp_path: Pa
     result = run("doctor", str(tmp_path / "none.json"))
     assert result.exit_code == 2
     assert result.stderr.startswith("tpcheck: ds_config=")
+
+
+def test_a_folder_with_a_comma_in_its_name_is_one(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a,b").mkdir()
+    Path("c").mkdir()
+    assert run("compare", "a,b", "c,d").stderr.startswith("tpcheck: expected='d': expected a file or folder")
+
+
+def test_help_names_every_backend_that_comes_with_tpcheck() -> None:
+    assert set(BACKENDS) == set(backend_names())

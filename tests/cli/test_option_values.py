@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tpcheck.cli.option_values import json_object, settings, writable
+from tpcheck.cli.option_values import json_object, name_or_object, settings, writable
 from tpcheck.core.errors import UsageError
 
 
@@ -74,3 +74,10 @@ def test_a_file_that_cannot_be_written_is_bad_usage_before_the_run(tmp_path: Pat
 def test_a_folder_without_write_access_is_bad_usage_before_the_run() -> None:
     with pytest.raises(UsageError, match=r"json='/proc/x.json': expected a file that can be written \("):
         writable("json", Path("/proc/x.json"))
+
+
+def test_a_name_that_ends_in_json_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lora.json").write_text('{"r": 4}')
+    assert name_or_object("lora", "lora.json", marks=",-.") == {"r": 4}
+    assert name_or_object("lora", "4,q_proj", marks=",-.") == "4,q_proj"

@@ -25,6 +25,7 @@ from tpcheck import (
         ("a positive integer", "tp=0: expected a positive integer"),
         (["float64", "bfloat16"], "tp=0: expected one of float64, bfloat16"),
         ((1, 2), "tp=0: expected one of 1, 2"),
+        (["losses", "norms, losses"], "tp=0: expected one of losses; norms, losses"),
     ],
 )
 def test_a_usage_error_has_the_name_the_value_and_what_is_accepted(accepted: object, text: str) -> None:

@@ -61,3 +61,9 @@ def test_without_patterns_names_stay() -> None:
 def test_names_that_are_no_map_are_refused(names: object) -> None:
     with pytest.raises(UsageError, match="names of ready maps"):
         tpcheck.compare_traces("a", "b", names=names)  # type: ignore[arg-type]
+
+
+def test_a_pattern_is_idle_only_where_no_name_has_it_after_those_before() -> None:
+    names = parse_maps(["^net=core", "^core=model", "^net[.]=x"])
+    assert names.idle_pattern(["net.0.weight"]) == "^net[.]=x"
+    assert parse_maps(["^net=core", "^core=model"]).idle_pattern(["net.0.weight"]) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tpcheck.doctor.diagnosis import bad_versions, diagnose, installed_versions
+from tpcheck.doctor.diagnosis import bad_versions, diagnose
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_versions_of_torch_with_a_bypass_of_weights_only(version: str | None, fa
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tpcheck.doctor.diagnosis.PACKAGES", ("pytest", "no-such-package"))
-    versions = installed_versions()
+    versions = diagnose().versions
     assert versions["pytest"]
     assert versions["no-such-package"] is None
 

@@ -32,6 +32,7 @@ def test_other_sizes_divide_as_they_did(size: int, tp: int) -> None:
     small = same_division(size, tp, least=128)
     assert small <= size
     assert gcd(small, tp) == gcd(size, tp)
+    assert small % 2 == size % 2
 
 
 def test_the_key_value_heads_of_every_rank_stay() -> None:

@@ -53,9 +53,9 @@ def test_a_mismatch_is_reported_from_the_field_to_the_fix() -> None:
         "  values    0.3137254901960784 on rank 0, 0.0 on rank 1\n"
         "  allowed   0 (this check is exact)\n"
         f"  cause     {line_of_cause()}\n"
-        "  fix       Seed workers by dp_rank, not by rank: a worker_init_fn that calls "
-        "`torch.manual_seed(seed + dp_rank)`, "
-        "and `generator=torch.Generator().manual_seed(seed + dp_rank)` for the loader.\n"
+        "  fix       Seed workers by dp_rank, not by rank: pass "
+        "`generator=torch.Generator().manual_seed(seed + dp_rank)` to the loader, from which torch seeds each worker. "
+        "A worker_init_fn that seeds calls `torch.manual_seed(seed + 1000 * dp_rank + worker_id)`.\n"
         "  evidence  where workers, generators [worker0.torch]\n"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,3 +92,10 @@ def test_what_differs_beside_values_is_said() -> None:
     assert amount(**dtypes, same_values=True) == "dtype float16, expected float32; the values are the same"
     assert amount(count_differing=3) is None
     assert checkpoints.amount(finding("replica_drift")) == "its copies differ"
+
+
+def test_tensors_that_the_reference_lacks_are_not_counted_among_its_own() -> None:
+    extra = [finding("tensor_unexpected", name) for name in "ab"]
+    extra = [replace(each, evidence={**each.evidence, "only_in": "actual"}) for each in extra]
+    assert checkpoints.group_summary(extra).head == "2 tensors"
+    assert checkpoints.group_summary([finding("all_zero", name) for name in "ab"]).head == "2 of 9 tensors"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf
+from math import inf, nan
 
 import pytest
 
 from tests.report.examples import GRADIENT, PASSED
 from tpcheck.core.check_names import ON_REQUEST
 from tpcheck.core.findings import Finding, ModuleMargins, Verdict
-from tpcheck.report.model_tree import MOST_LINES, ModelTree, model_table
+from tpcheck.report.model_tree import MOST_LINES, ModelTree, is_wrong, model_table
 from tpcheck.report.table import table_lines
 from tpcheck.report.tree import joined, tree_of
 from tpcheck.report.words import as_text
@@ -121,3 +121,7 @@ def test_a_report_without_steps_shows_no_model() -> None:
 def test_names_above_a_single_other_one_are_joined() -> None:
     root = joined(tree_of({"a.b.weight": 1, "a.c.weight": 2, "a.c.bias": 3}))
     assert [node.name for node in root.walk()] == ["", "a", "b.weight", "c", "weight", "bias"]
+
+
+def test_a_margin_that_is_no_number_is_wrong() -> None:
+    assert [is_wrong(margin) for margin in (nan, inf, 1.0, 0.0, None)] == [True, True, False, False, False]

@@ -97,3 +97,9 @@ def test_json_has_one_row_a_line() -> None:
     text = rows_json({"schema": 1, "verdict": "passed"}, rows=[{"a": 1}, {"a": None}], others=[])
     assert json.loads(text) == {"schema": 1, "verdict": "passed", "rows": [{"a": 1}, {"a": None}], "others": []}
     assert text.splitlines()[4:6] == ['{"a": 1},', '{"a": null}']
+
+
+def test_a_column_that_is_empty_takes_no_room_whatever_its_least_width() -> None:
+    columns = Column("name"), Column("margin", width=8), Column("result")
+    rows = (Row((Cell("a"), Cell(""), Cell("passed"))),)
+    assert as_text(table_lines(Table(columns, rows))) == "a  passed\n"

@@ -228,3 +228,15 @@ def test_equal_checkpoints_say_so() -> None:
     page = Report(replace(CHECKPOINT, verdict="passed", findings=()), equal).to_html()
     assert "Equal to the bit: 5 of 5 tensors." in page
     assert 'class="wrong"' not in page
+
+
+def test_a_finding_that_follows_from_another_has_no_map() -> None:
+    follows = replace(WITH_MAP, cause=None, evidence={**WITH_MAP.evidence, "follows_from": "outputs_match_reference"})
+    page = Report(replace(FAILED, findings=(GRADIENT, WITH_MAP, follows))).to_html()
+    assert page.count('<figure class="map">') == 1
+
+
+def test_the_tree_has_the_first_finding_of_a_tensor() -> None:
+    later = replace(CHECKPOINT.findings[0], cause="all_zero")
+    page = Report(replace(CHECKPOINT, findings=(*CHECKPOINT.findings, later)), STORED).to_html()
+    assert "all_zero" not in [row[4].strip() for row in parsed(page).rows if row[0].strip() == "q.weight"]

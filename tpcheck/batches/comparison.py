@@ -11,6 +11,8 @@ from tpcheck.batches.records import BatchSummary, Leaf
 from tpcheck.batches.repeats import Gap, Repeat
 from tpcheck.core.findings import Finding
 
+_WHOLE = "(the whole batch)"  # the field where the batch is a tensor itself
+
 Aspect = Literal["structure", "type", "dtype", "shape", "device", "bits"]
 
 
@@ -86,19 +88,22 @@ def deviating_ranks(values: Mapping[int, Hashable]) -> tuple[tuple[int, ...], in
     return deviating, min(rank for rank in values if rank not in deviating)
 
 
-def same_samples(rows: Mapping[int, Sequence[int]]) -> tuple[SameSamples, ...]:
+def same_samples(
+    rows: Mapping[int, Sequence[int]], beside: Mapping[int, bytes] | None = None
+) -> tuple[SameSamples, ...]:
     """Return the sets of replicas whose batches have exactly the same samples, in any order.
 
     Args:
         rows: Digest of each sample, by number of the replica.
+        beside: Digest of what else a batch has, by number of the replica: it is a part of the samples, too.
     """
-    by_samples: dict[tuple[int, ...], list[int]] = {}
+    by_samples: dict[tuple[tuple[int, ...], bytes], list[int]] = {}
     for replica, digests in rows.items():
         if digests:
-            by_samples.setdefault(tuple(sorted(digests)), []).append(replica)
+            by_samples.setdefault((tuple(sorted(digests)), (beside or {}).get(replica, b"")), []).append(replica)
     return tuple(
         SameSamples(tuple(replicas), len(digests), len({tuple(rows[replica]) for replica in replicas}) > 1)
-        for digests, replicas in by_samples.items()
+        for (digests, _), replicas in by_samples.items()
         if len(replicas) > 1
     )
 
@@ -150,7 +155,7 @@ def batches_agree_within_tp(
     first, *others = differences
     evidence = dict(located)
     index = evidence.pop("index", None)
-    where = {"step": step, "field": first.path or "(the whole batch)", "ranks": list(first.deviating), **where}
+    where = {"step": step, "field": first.path or _WHOLE, "ranks": list(first.deviating), **where}
     return Finding(
         check="batches_agree_within_tp",
         where=where if index is None else {**where, "index": index},
@@ -179,7 +184,7 @@ def batches_differ_across_dp(
     largest = max(same, key=lambda each: len(each.replicas))
     return Finding(
         check="batches_differ_across_dp",
-        where={"step": step, "field": field, "ranks": _ranks(replicas, largest.replicas)},
+        where={"step": step, "field": field or _WHOLE, "ranks": _ranks(replicas, largest.replicas)},
         observed=float(largest.num_samples),
         allowed=0.0,
         evidence={

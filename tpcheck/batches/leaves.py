@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import date, time, timedelta
@@ -19,13 +20,13 @@ import torch
 import xxhash
 
 from tpcheck.batches.records import Leaf, LeafKind
-from tpcheck.core.digests import FACTORS, mix, start_digests, start_row_digests
+from tpcheck.core.digests import FACTORS, flat_bytes, mix, start_digests, start_row_digests
 
 _MAX_LOOPED_SAMPLES = 256  # 0.6 us each
 _MAX_DEPTH = 32  # levels of nesting; a batch that contains itself ends here
 # Types whose `repr` identifies a value, and is the same in every process.
 _IDENTIFIED_BY_REPR = (
-    *(type(None), bool, int, str, bytes, bytearray, complex, range, slice, Enum, Decimal, Fraction, date, time),
+    *(type(None), bool, int, str, bytes, bytearray, complex, range, slice, Decimal, Fraction, date, time),
     *(timedelta, UUID, PurePath, torch.dtype, torch.device, type),
 )
 
@@ -89,6 +90,8 @@ def _leaves(value: Any, path: str, depth: int) -> Iterator[LeafContent]:
         yield from _of_array(value, path, depth)
     elif isinstance(value, float):
         yield LeafContent(path, "value", type(value).__name__, text=struct.pack("d", value))  # NaN bit for bit
+    elif isinstance(value, Enum) and not isinstance(value, (int, str)):  # `repr` states the address of an object
+        yield LeafContent(path, "value", type(value).__name__, text=str(value.name or value).encode())
     elif isinstance(value, _IDENTIFIED_BY_REPR):
         yield LeafContent(path, "value", type(value).__name__, text=repr(value).encode(errors="surrogatepass"))
     elif isinstance(value, Set):
@@ -110,24 +113,35 @@ def _of_container(value: Any, path: str, depth: int) -> Iterator[LeafContent]:
 
 
 def _children(value: Any) -> list[tuple[str, Any]] | None:
-    """Return the named parts of a container, or None for anything whose parts are unknown."""
+    """Return the named parts of a container or an object, or None for anything whose parts are unknown."""
     if isinstance(value, Mapping):
         return [(key if isinstance(key, str) else f"[{key!r}]", child) for key, child in value.items()]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return list(zip(value._fields, value, strict=True))
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, deque)):
         return [(str(index), child) for index, child in enumerate(value)]
     if is_dataclass(value) and not isinstance(value, type):
         return [(field.name, getattr(value, field.name)) for field in fields(value)]
-    if hasattr(value, "__dict__") and not callable(value) and not hasattr(value, "tobytes"):
-        return list(vars(value).items())
-    return None
+    if callable(value) or hasattr(value, "tobytes"):
+        return None
+    slots = [name for each in type(value).__mro__ for name in _names_of_slots(each) if hasattr(value, name)]
+    parts = [(name, getattr(value, name)) for name in slots] + list(getattr(value, "__dict__", {}).items())
+    return parts or None  # an object of C, as in pandas, has parts that nothing names
+
+
+def _names_of_slots(cls: type) -> list[str]:
+    slots = vars(cls).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else slots
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
 def _of_tensor(tensor: torch.Tensor, path: str) -> Iterator[LeafContent]:
     is_dtensor = type(tensor) is not torch.Tensor and hasattr(tensor, "to_local")
     local = tensor.to_local() if is_dtensor else tensor  # type: ignore[attr-defined]
     parts = _strided_parts(local)
+    if parts is None and not _has_bits(local):
+        yield LeafContent(path, "opaque", type(local).__name__, tuple(local.shape), str(local.device))
+        return
     if parts is None:
         yield LeafContent(path, "tensor", str(local.dtype), tuple(local.shape), str(local.device), tensor=local)
         return
@@ -139,11 +153,15 @@ def _of_tensor(tensor: torch.Tensor, path: str) -> Iterator[LeafContent]:
 
 
 def _strided_parts(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
-    """Return the tensors that a sparse, nested or quantized one is made of, or None for a strided one."""
+    """Return the tensors that a sparse, nested, quantized or wrapped one is made of, or None for a strided one."""
     if tensor.is_nested:
         if tensor.layout == torch.jagged:
             return {"values": tensor.values(), "offsets": tensor.offsets()}  # type: ignore[attr-defined]
         return {str(index): part for index, part in enumerate(tensor.unbind())}
+    if hasattr(type(tensor), "__tensor_flatten__"):  # a wrapper of others, as those of torchao
+        return {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}  # type: ignore[attr-defined]
+    if hasattr(tensor, "get_mask") and hasattr(tensor, "get_data"):  # torch.masked
+        return {"data": tensor.get_data(), "mask": tensor.get_mask()}
     if tensor.layout == torch.strided and not tensor.is_quantized:
         return None
     if tensor.layout == torch.sparse_coo:
@@ -154,8 +172,25 @@ def _strided_parts(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return {"ccol_indices": tensor.ccol_indices(), "row_indices": tensor.row_indices(), "values": tensor.values()}
     if tensor.is_quantized:
-        return {"int_repr": tensor.int_repr()}
+        return {"int_repr": tensor.int_repr(), **_scales(tensor)}
     return None
+
+
+def _scales(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return {"scale": torch.tensor(tensor.q_scale()), "zero_point": torch.tensor(tensor.q_zero_point())}
+    return {"scales": tensor.q_per_channel_scales(), "zero_points": tensor.q_per_channel_zero_points()}
+
+
+def _has_bits(tensor: torch.Tensor) -> bool:
+    """Return whether the bits of a strided tensor can be read: classes of their own may not let them be."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return True
+    try:
+        flat_bytes(tensor.reshape(-1)[:1])
+    except Exception:
+        return False
+    return True
 
 
 def _is_array(value: Any) -> bool:
@@ -215,6 +250,21 @@ class DigestedBatch:
             for leaf, digest in self._with_digests()
         ]
         return xxhash.xxh3_128_digest(b"".join(sorted(described)))
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """The types of the leaves of which nothing is known, by path."""
+        return {leaf.path: leaf.dtype for leaf in self.contents if leaf.kind == "opaque" and not leaf.text}
+
+    @cached_property
+    def beside_rows(self) -> bytes:
+        """16 bytes of the tensors, arrays and texts that have no row for each sample, as questions on one image do."""
+        leaves = [
+            f"{leaf.shape}\0".encode() + digest  # without the path: in another order they are the same
+            for (leaf, digest), in_rows in zip(self._with_digests(), self._in_rows, strict=True)
+            if not in_rows and (_has_rows(leaf) or (leaf.kind == "value" and leaf.dtype in ("str", "bytes")))
+        ]
+        return xxhash.xxh3_128_digest(b"".join(sorted(leaves)))
 
     @cached_property
     def leaves(self) -> tuple[Leaf, ...]:

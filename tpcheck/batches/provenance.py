@@ -101,6 +101,9 @@ class LoaderObserver:
         self._number = 0
         # Code around the DataLoader may draw, too: the hooks inside do not see that.
         self._observes_outside = inner is None or not _is_library_loader(loader)
+        # A stream of this process may draw its order as it begins, before anything is asked of the sampler.
+        is_stream = inner is not None and isinstance(inner.dataset, IterableDataset)
+        self._observes_start = is_stream and inner is not None and not inner.num_workers
         self._before = GeneratorStates()
         self._reports = WorkerReports() if inner is not None and inner.num_workers else None
         # Which batch the loop gets is unknown where several become one, or where they arrive in any order.
@@ -117,15 +120,16 @@ class LoaderObserver:
         """Note the states of this process's generators."""
         if starts_epoch:
             self._number = 0
-        if self._observes_outside:  # otherwise the hooks see everything
-            self._before = rng_states()
+        # Otherwise the hooks see everything.
+        is_seen_here = self._observes_outside or (self._observes_start and starts_epoch)
+        self._before = rng_states() if is_seen_here else GeneratorStates()
 
     def after_batch(self) -> BatchProvenance:
         """Return how the batch that has just arrived was made."""
         provenance = self._next_made() if self._order_known else None
         if provenance is None:
             provenance = BatchProvenance(rng=self._before, find_drawn=self._drawn_here())
-        elif self._observes_outside:
+        elif self._before:
             drawn_by_loader, sampler_drew = provenance.find_drawn, provenance.sampler_drew
             drawn_here = self._drawn_here()
 
@@ -370,7 +374,9 @@ def _numbers(loader: Any, source: Any) -> dict[str, int]:
             for name, attribute in [*_attributes(value).items(), *outside.items()][:_MAX_ATTRIBUTES]:
                 if type(attribute) is int:
                     numbers[f"{kind}.{name}"] = attribute
-                inner = {} if isinstance(attribute, torch.nn.Module) else _attributes(attribute)
+                # An iterator is under way, and no setting: those of torch and torchdata note the world rank.
+                is_setting = not isinstance(attribute, (torch.nn.Module, Iterator))
+                inner = _attributes(attribute) if is_setting else {}
                 for inner_name, each in [*inner.items()][:_MAX_ATTRIBUTES]:
                     if type(each) is int:
                         numbers[f"{kind}.{name}.{inner_name}"] = each

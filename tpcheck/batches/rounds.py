@@ -191,6 +191,11 @@ class RankBatch:
     def contents(self) -> list[LeafContent]:
         return [] if self._batch is None else self._batch.contents
 
+    @property
+    def unread(self) -> dict[str, str]:
+        """The types of what in the batch is not compared, by path."""
+        return {} if self._batch is None else self._batch.unread
+
     @cached_property
     def noticed(self) -> Repeat | Gap | None:
         """What the memory of this rank's samples makes of the batch, or of the end of the epoch."""
@@ -481,7 +486,11 @@ def _find_equal_samples(peers: Peers, batch: RankBatch, equal_samples: EqualSamp
     """Compare all bytes of the replicas' samples, and return a finding once they cannot be equal by chance."""
     exchange = peers.dp
     samples = exchange.all_gather_object(batch.samples())
-    same = same_samples({replica: each.rows for replica, each in enumerate(samples)})
+    replicas = dict(enumerate(samples))
+    same = same_samples(
+        {number: each.rows for number, each in replicas.items()},
+        {number: each.beside for number, each in replicas.items()},
+    )
     first = samples[same[0].replicas[0]] if same else None
     if not equal_samples.are_beyond_chance(None if first is None else first.bits) or first is None:
         return None

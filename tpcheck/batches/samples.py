@@ -91,11 +91,13 @@ class Samples:
         field: Path of the leaf that identifies samples best.
         rows: Of each sample, over all leaves that have one row for each: `DigestedBatch.samples`.
         bits: How improbable it is that different samples have these digests, in bits; 0 where all rows are equal.
+        beside: Of what else the batch has: `DigestedBatch.beside_rows`.
     """
 
     field: str
     rows: tuple[int, ...]
     bits: float
+    beside: bytes = b""
 
 
 def any_order(samples: Sequence[int]) -> bytes | None:
@@ -110,7 +112,7 @@ def samples_of(batch: DigestedBatch) -> Samples:
         return Samples("", (), 0.0)
     bits = {leaf.path: _bits(_in_rows(leaf, batch.num_samples)) for leaf in sorted(in_rows, key=lambda leaf: leaf.path)}
     field = max(bits, key=lambda path: bits[path])
-    return Samples(field, batch.samples, sum(bits.values()))
+    return Samples(field, batch.samples, sum(bits.values()), batch.beside_rows)
 
 
 def _in_rows(leaf: LeafContent, num_rows: int) -> torch.Tensor:

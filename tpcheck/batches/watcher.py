@@ -6,7 +6,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -34,6 +34,7 @@ from tpcheck.report.report import Report
 
 _log = logging.getLogger("tpcheck")
 _GROUPS_SHOWN = 8
+_UNREAD_SHOWN = 4
 
 
 @dataclass
@@ -144,6 +145,8 @@ class Watcher:
                 with_rows=compares_samples,
                 memory=self._memory,
             )
+            if not self._tally.compared:
+                self._tally.unread = rank_batch.unread
             self._tally.compared += 1
             self._run_round(rank_batch, overlap=self.options.overlap)
         epoch.count += 1
@@ -273,6 +276,7 @@ class _Tally:
         peers: Who was compared; None before the first batch.
         compared: How many batches were.
         findings: How many findings there were.
+        unread: What in the first batch was not compared: types by path.
     """
 
     remembers: bool
@@ -280,6 +284,7 @@ class _Tally:
     peers: Peers | None = None
     compared: int = 0
     findings: int = 0
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     def conclusion(self) -> str:
         """Return `1,200 batches compared within TP groups (0, 1) (2, 3), from DeepSpeed; no difference`."""
@@ -300,7 +305,13 @@ class _Tally:
         found = {0: result, 1: "1 finding, reported above"}.get(
             self.findings, f"{self.findings} findings, reported above"
         )
-        return "; ".join(part for part in (f"{number} {what}", groups.not_compared, found) if part)
+        parts = (f"{number} {what}", groups.not_compared, self._not_looked_into(), found)
+        return "; ".join(part for part in parts if part)
+
+    def _not_looked_into(self) -> str:
+        listed = [f"{path} ({kind})" if path else kind for path, kind in [*self.unread.items()][:_UNREAD_SHOWN]]
+        more = len(self.unread) - len(listed)
+        return f"not looked into: {', '.join(listed)}" + (f" and {more} more" if more else "") if listed else ""
 
 
 def _conclude(tally: _Tally) -> None:

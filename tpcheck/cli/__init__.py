@@ -14,10 +14,12 @@ from tpcheck.cli.fuzz import fuzz
 from tpcheck.cli.inspect import doctor, families, topology
 from tpcheck.cli.terminal import escape_unencodable_output
 from tpcheck.cli.verify import verify
+from tpcheck.core.guides import START
 
 app = typer.Typer(
     name="tpcheck",
     no_args_is_help=True,
+    epilog=f"Exit status of all: 0 passed, 1 findings, 2 bad usage, 3 the system under test crashed. Start: {START}",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )

@@ -24,11 +24,20 @@ from tpcheck.world.rank import Rank
 Json = Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the report as JSON.")]
 Junit = Annotated[Path | None, typer.Option(metavar="F", help="Write the report as JUnit XML.")]
 Html = Annotated[Path | None, typer.Option(metavar="F", help="Write the report as an HTML page.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show every finding.")]
+Maps = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        metavar="REGEX=REPLACEMENT",
+        help="Rename ACTUAL's parameters and modules, or name a ready map: hf-megatron; repeatable.",
+    ),
+]
 
 
 def checkpoint(
-    actual: Annotated[str, typer.Argument(help="The checkpoint to verify: a file or a folder.")],
-    reference: Annotated[str, typer.Argument(help="The checkpoint that it should equal.")],
+    actual: Annotated[str, typer.Argument(metavar="ACTUAL", help="The checkpoint that is judged: a file or a folder.")],
+    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="The checkpoint that it should equal.")],
     dtype: Annotated[
         str | None, typer.Option(help="An intended cast: round the reference to this dtype first, such as bfloat16.")
     ] = None,
@@ -46,18 +55,11 @@ def checkpoint(
         bool,
         typer.Option("--weights-only", help="Leave out the states of optimizer, scheduler, scaler and generators."),
     ] = False,
-    map_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--map",
-            metavar="REGEX=REPLACEMENT",
-            help="Rename ACTUAL's tensors, or name a ready map: hf-megatron; repeatable.",
-        ),
-    ] = None,
+    map_: Maps = None,
     json_: Json = None,
     junit: Junit = None,
     html: Html = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show every finding.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Compare a checkpoint bitwise with a reference, and explain each tensor that differs.
 
@@ -114,18 +116,11 @@ def compare(
         list[str] | None,
         typer.Option("--expected", metavar="FOLDER", help="EXPECTED's folder on another node; repeatable."),
     ] = None,
-    map_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--map",
-            metavar="REGEX=REPLACEMENT",
-            help="Rename ACTUAL's modules and parameters, or name a ready map: hf-megatron; repeatable.",
-        ),
-    ] = None,
+    map_: Maps = None,
     json_: Json = None,
     junit: Junit = None,
     html: Html = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show every finding.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Find where two training runs first part, and whether that is rounding or a mistake.
 

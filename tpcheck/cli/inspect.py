@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,16 +50,19 @@ def topology_data(topology: Topology) -> dict[str, Any]:
 
 
 def family_lines(families: Sequence[Listed]) -> Iterator[Line]:
-    """Yield one line for each family, with its plan and its known bugs."""
+    """Yield one line for each family, with its head, its plan and its known bugs."""
     rows = []
     for listed in families:
         bugs = ", ".join(bug.name for bug in register() if listed.family in bug.families)
         plan = "tp_plan" if listed.has_plan else ""
-        rows.append(Row((Cell(listed.family), Cell(plan, "green"), Cell(bugs, "dim"))))
-    yield from table_lines(Table((Column("family"), Column("plan"), Column("known bugs")), tuple(rows)))
+        rows.append(Row((Cell(listed.family), Cell(listed.head), Cell(plan, "green"), Cell(bugs, "dim"))))
+    columns = Column("family"), Column("head"), Column("plan"), Column("known bugs")
+    yield from table_lines(Table(columns, tuple(rows)))
     yield Line()
+    heads = Counter(listed.head for listed in families)
+    counts = ", ".join(f"{number} {head}" for head, number in heads.items())
     planned = sum(listed.has_plan for listed in families)
-    yield plain(f"{len(families)} families, {planned} with a tp_plan of their own", "dim")
+    yield plain(f"{len(families)} families ({counts}), {planned} with a tp_plan of their own", "dim")
 
 
 def topology(
@@ -69,10 +73,11 @@ def topology(
     ep: Annotated[int, typer.Option(help="Ranks of dp and cp that share the experts of a layer.")] = 1,
     json_: Json = None,
 ) -> None:
-    """Print the coordinates of every rank, and the groups of every axis. What other axes leave is data-parallel.
+    """Print who sits where, and which groups exist. What the other axes leave of the world is data-parallel.
 
     \b
     tpcheck topology --world 8 --tp 2
+    tpcheck topology --world 32 --tp 8          # tp 8 x dp 4
     tpcheck topology --world 16 --tp 2 --cp 2 --pp 2
     tpcheck topology --world 8 --tp 2 --json topology.json
     """
@@ -90,7 +95,9 @@ def families(
         ),
     ] = None,
 ) -> None:
-    """Print every model type that `tpcheck verify` accepts, whether it has a tp_plan, and its known upstream bugs.
+    """Print every model type that `tpcheck verify` takes: its head, whether it has a tp_plan, known upstream bugs.
+
+    Of a type with several heads another one is named after a slash: bart/seq2seq, bert/masked.
 
     \b
     tpcheck families | grep qwen
@@ -120,7 +127,8 @@ def doctor(
     tpcheck doctor
     tpcheck doctor ds_config.json
 
-    A finding is broken (something does not do what it says), a trap (a usual step goes wrong), or advice.
+    With a configuration also which files each way of saving writes. A finding is broken (something does not do
+    what it says), a trap (a usual next step goes wrong), or advice. Nothing is run.
 
     Exit status: 0 nothing is broken, 1 something is, 2 bad usage.
     """

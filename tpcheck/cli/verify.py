@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from tpcheck.cli.option_values import (
     writable,
 )
 from tpcheck.cli.terminal import Files, usage_errors
+from tpcheck.core.check_names import ON_REQUEST
 from tpcheck.core.deepspeed_config import implied_options
 from tpcheck.core.errors import UsageError
 from tpcheck.lab.matrix import Cell, cells, combinations, require_usable_values
@@ -31,6 +33,14 @@ from tpcheck.report.report import Report
 
 _PARSED = {"backend", "dtype", "optimizer", "attention", "experts", "lora", "config", "checks"}
 """Options whose flag `verify` parses; the flag of every other option gives the value itself."""
+
+BACKENDS = ("deepspeed", "transformers", "dtensor", "megatron", "custom", "deepspeed-tp-model-init")
+"""What `--help` names, the usual ones first; others may be installed."""
+
+_model_option = partial(typer.Option, rich_help_panel="What is verified")
+_training_option = partial(typer.Option, rich_help_panel="How both sides train")
+_run_option = partial(typer.Option, rich_help_panel="How it is run")
+_output_option = partial(typer.Option, rich_help_panel="What is written")
 
 
 def verify(
@@ -43,84 +53,103 @@ def verify(
         ),
     ] = None,
     all_: Annotated[
-        bool, typer.Option("--all", help="Every causal language model type of the installed transformers.")
+        bool,
+        _model_option("--all", help="Every causal language model type of the installed transformers."),
     ] = False,
-    backend: Annotated[str, typer.Option(metavar="NAME[,..]", help=option_help("backend"))] = str(DEFAULTS.backend),
-    tp: Annotated[str, typer.Option(metavar="N[,..]", help="Ranks of a tensor-parallel group.")] = str(
+    backend: Annotated[
+        str,
+        _model_option(
+            metavar="NAME[,..]",
+            help=f"{option_help('backend').removesuffix('.')}: {', '.join(BACKENDS)}, or another installed one.",
+        ),
+    ] = str(DEFAULTS.backend),
+    tp: Annotated[str, _model_option(metavar="N[,..]", help="Ranks of a tensor-parallel group.")] = str(
         DEFAULTS.topology.tp
     ),
-    dp: Annotated[str, typer.Option(metavar="N[,..]", help="Data-parallel replicas.")] = str(DEFAULTS.topology.dp),
-    zero: Annotated[str, typer.Option(metavar="N[,..]", help=option_help("zero_stage"))] = str(DEFAULTS.zero_stage),
-    dtype: Annotated[str, typer.Option(metavar="NAME[,..]", help=option_help("dtype"))] = DEFAULTS.dtype,
+    dp: Annotated[
+        str,
+        _model_option(metavar="N[,..]", help="Data-parallel replicas. tp x dp processes are run."),
+    ] = str(DEFAULTS.topology.dp),
+    zero: Annotated[str, _model_option(metavar="N[,..]", help=option_help("zero_stage"))] = str(DEFAULTS.zero_stage),
+    dtype: Annotated[str, _model_option(metavar="NAME[,..]", help=option_help("dtype", 2))] = DEFAULTS.dtype,
     device: Annotated[
         str | None,
-        typer.Option(metavar="cpu|cuda", help=option_help("device"), show_default="cuda where each rank has a GPU"),
+        _model_option(metavar="cpu|cuda", help=option_help("device"), show_default="cuda where each rank has a GPU"),
     ] = DEFAULTS.device,
-    steps: Annotated[int, typer.Option(help=option_help("steps"))] = DEFAULTS.steps,
-    optimizer: Annotated[str, typer.Option(metavar="NAME|JSON|FILE", help=option_help("optimizer"))] = str(
-        DEFAULTS.optimizer
-    ),
-    accumulate: Annotated[int, typer.Option(help=option_help("accumulate"))] = DEFAULTS.accumulate,
-    loss: Annotated[str, typer.Option(metavar="mean|token_mean", help=option_help("loss"))] = DEFAULTS.loss,
-    attention: Annotated[
-        str | None, typer.Option(metavar="NAME[,..]", help=option_help("attention"), show_default="the model's own")
-    ] = DEFAULTS.attention,
-    experts: Annotated[
-        str | None, typer.Option(metavar="NAME[,..]", help=option_help("experts"), show_default="the model's own")
-    ] = DEFAULTS.experts,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help=option_help("checkpointing"))
-    ] = DEFAULTS.checkpointing,
-    reentrant: Annotated[bool, typer.Option("--reentrant", help=option_help("reentrant"))] = DEFAULTS.reentrant,
-    compile_: Annotated[bool, typer.Option("--compile", help=option_help("compile"))] = DEFAULTS.compile,
-    compile_layers: Annotated[
-        bool, typer.Option("--compile-layers", help=option_help("compile_layers"))
-    ] = DEFAULTS.compile_layers,
-    lora: Annotated[str, typer.Option(metavar="R[,..]|JSON|FILE", help=option_help("lora"))] = str(DEFAULTS.lora),
-    loop: Annotated[str, typer.Option(metavar="plain|trainer", help=option_help("loop"))] = DEFAULTS.loop,
-    jobs: Annotated[
-        int | None, typer.Option(help="Runs at the same time.", show_default="as many as fit the cores")
-    ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the model's configuration; repeatable."),
+        _model_option("--set", metavar="KEY=VALUE", help="Change the model's configuration; repeatable."),
     ] = None,
-    config: Annotated[str | None, typer.Option(metavar="JSON|FILE", help=option_help("config"))] = None,
-    batch: Annotated[
-        str | None,
-        typer.Option(metavar="RxL[,padded][,strided]", help=option_help("batch"), show_default=str(Tokens())),
-    ] = None,
-    full: Annotated[bool, typer.Option("--full", help=option_help("full"))] = DEFAULTS.full,
-    ignore_plan: Annotated[bool, typer.Option("--ignore-plan", help=option_help("ignore_plan"))] = DEFAULTS.ignore_plan,
+    full: Annotated[bool, _model_option("--full", help=option_help("full"))] = DEFAULTS.full,
+    config: Annotated[str | None, _model_option(metavar="JSON|FILE", help=option_help("config", 2))] = None,
+    ignore_plan: Annotated[
+        bool, _model_option("--ignore-plan", help=option_help("ignore_plan"))
+    ] = DEFAULTS.ignore_plan,
     checks: Annotated[
         list[str] | None,
-        typer.Option(
+        _model_option(
             metavar="NAME",
-            help="Run only this check; repeatable.",
-            show_default="all except those on request",
+            help="Run only this check, or all; repeatable.",
+            show_default=f"all except {', '.join(ON_REQUEST)}",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help=option_help("seed"))] = DEFAULTS.seed,
-    timeout: Annotated[float, typer.Option(help=option_help("timeout"))] = DEFAULTS.timeout,
+    steps: Annotated[int, _training_option(help=option_help("steps"))] = DEFAULTS.steps,
+    optimizer: Annotated[str, _training_option(metavar="NAME|JSON|FILE", help=option_help("optimizer"))] = str(
+        DEFAULTS.optimizer
+    ),
+    accumulate: Annotated[int, _training_option(help=option_help("accumulate"))] = DEFAULTS.accumulate,
+    loss: Annotated[str, _training_option(metavar="mean|token_mean", help=option_help("loss", 3))] = DEFAULTS.loss,
+    batch: Annotated[
+        str | None,
+        _training_option(metavar="RxL[,padded][,strided]", help=option_help("batch"), show_default=str(Tokens())),
+    ] = None,
+    attention: Annotated[
+        str | None,
+        _training_option(metavar="NAME[,..]", help=option_help("attention"), show_default="the model's own"),
+    ] = DEFAULTS.attention,
+    experts: Annotated[
+        str | None,
+        _training_option(metavar="NAME[,..]", help=option_help("experts"), show_default="the model's own"),
+    ] = DEFAULTS.experts,
+    checkpointing: Annotated[
+        bool, _training_option("--checkpointing", help=option_help("checkpointing"))
+    ] = DEFAULTS.checkpointing,
+    reentrant: Annotated[bool, _training_option("--reentrant", help=option_help("reentrant"))] = DEFAULTS.reentrant,
+    compile_: Annotated[bool, _training_option("--compile", help=option_help("compile"))] = DEFAULTS.compile,
+    compile_layers: Annotated[
+        bool, _training_option("--compile-layers", help=option_help("compile_layers"))
+    ] = DEFAULTS.compile_layers,
+    lora: Annotated[str, _training_option(metavar="R[,..]|JSON|FILE", help=option_help("lora"))] = str(DEFAULTS.lora),
+    loop: Annotated[str, _training_option(metavar="plain|trainer", help=option_help("loop", 2))] = DEFAULTS.loop,
+    seed: Annotated[int, _training_option(help=option_help("seed"))] = DEFAULTS.seed,
+    jobs: Annotated[
+        int | None,
+        _run_option(help="Runs at the same time.", show_default="as many as fit the cores"),
+    ] = None,
+    timeout: Annotated[float, _run_option(help=option_help("timeout"))] = DEFAULTS.timeout,
     known: Annotated[
         bool | None,
-        typer.Option(
+        _run_option(
             "--known/--no-known",
             help="Compare results with the register of known upstream bugs.",
             show_default="with --all",
         ),
     ] = None,
     json_: Annotated[
-        Path | None, typer.Option("--json", metavar="F", help="Write results to F as JSON; a matrix resumes from F.")
+        Path | None,
+        _output_option("--json", metavar="F", help="Write results to F as JSON; a matrix resumes from F."),
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore earlier results in F.")] = False,
-    junit: Annotated[Path | None, typer.Option(metavar="F", help="Write the report as JUnit XML.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="F", help="Write an HTML page with every finding.")] = None,
+    fresh: Annotated[bool, _output_option("--fresh", help="Ignore earlier results in F.")] = False,
+    junit: Annotated[Path | None, _output_option(metavar="F", help="Write the report as JUnit XML.")] = None,
+    html: Annotated[Path | None, _output_option(metavar="F", help="Write an HTML page with every finding.")] = None,
     summary: Annotated[
         Path | None,
-        typer.Option(metavar="F", help="Append a Markdown table to F.", show_default="$GITHUB_STEP_SUMMARY"),
+        _output_option(metavar="F", help="Append a Markdown table to F.", show_default="$GITHUB_STEP_SUMMARY"),
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show every finding, and the checks that passed.")] = False,
+    verbose: Annotated[
+        bool,
+        _output_option("--verbose", help="Show every finding, and of a matrix every report."),
+    ] = False,
 ) -> None:
     """Shard a small model, train it beside the unsharded one, and report where they differ.
 

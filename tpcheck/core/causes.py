@@ -18,11 +18,11 @@ Advice = str | Callable[[Mapping[str, Any], Topology], str]
 
 _OF_FILES = ("checkpoints", "numerics.exact")  # a cause that is tested there has advice on what is saved or converted
 
-_SEED_CALLS = {
-    "python": "random.seed(seed + dp_rank)",
-    "numpy": "np.random.seed(seed + dp_rank)",
-    "torch": "torch.manual_seed(seed + dp_rank)",
-    "cuda": "torch.cuda.manual_seed(seed + dp_rank)",
+_SEED_FUNCTIONS = {
+    "python": "random.seed",
+    "numpy": "np.random.seed",
+    "torch": "torch.manual_seed",
+    "cuda": "torch.cuda.manual_seed",
 }
 
 
@@ -33,15 +33,16 @@ def _seed_generator(kind: str) -> Callable[[Mapping[str, Any], Topology], str]:
             return f"Seed {attribute} from seed + dp_rank, which all ranks of a TP group share."
         if evidence["where"] == "workers":
             return (
-                f"Seed workers by dp_rank, not by rank: a worker_init_fn that calls `{_SEED_CALLS[kind]}`, and "
-                "`generator=torch.Generator().manual_seed(seed + dp_rank)` for the loader."
+                "Seed workers by dp_rank, not by rank: pass `generator=torch.Generator().manual_seed(seed + dp_rank)` "
+                "to the loader, from which torch seeds each worker. A worker_init_fn that seeds calls "
+                f"`{_SEED_FUNCTIONS[kind]}(seed + 1000 * dp_rank + worker_id)`."
             )
         if kind == "torch":
             return (
                 "Draw from a separate generator, `torch.Generator().manual_seed(seed + dp_rank)`: dropout advances the "
                 "global one differently on each rank."
             )
-        call = _SEED_CALLS[kind]
+        call = f"{_SEED_FUNCTIONS[kind]}(seed + dp_rank)"
         return f"Call `{call}` on every rank before iterating the loader, or draw from a generator with that seed."
 
     return advice
@@ -89,6 +90,12 @@ def _assign_by_name(evidence: Mapping[str, Any], topology: Topology) -> str:
     return "Correct the name map: it gives this parameter the tensor of another one."
 
 
+def _gather_each_shard_once(evidence: Mapping[str, Any], topology: Topology) -> str:
+    if evidence.get("copies"):
+        return "Several ranks hold each shard, as of fewer key-value heads than ranks: gather it from one of them."
+    return "One rank's shard is used for all: gather over the TP group and index by tp_rank."
+
+
 def _save_or_rename(evidence: Mapping[str, Any], topology: Topology) -> str:
     if evidence.get("fitting_map"):
         return f"More names have a counterpart under a ready map: pass --map {evidence['fitting_map']}."
@@ -130,12 +137,10 @@ class Cause(Enum):
         advice = self._advice if isinstance(self._advice, str) else self._advice(evidence or {}, topology or Topology())
         return advice or None
 
-    def advise_training(
-        self, evidence: Mapping[str, Any] | None = None, topology: Topology | None = None
-    ) -> str | None:
+    def advise_training(self, evidence: Mapping[str, Any] | None = None) -> str | None:
         """Return what to change in a training; None also where the advice is on tensors in files."""
         is_of_files = any(place.startswith(_OF_FILES) for place in self.diagnosed_in)
-        return None if is_of_files else self.advise(evidence, topology)
+        return None if is_of_files else self.advise(evidence)
 
     # ---- layout
     WRONG_GROUP = (
@@ -167,7 +172,7 @@ class Cause(Enum):
         "one rank's shard is in every rank's place{residual}",
         "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact runs.sketch_causes "
         "numerics.checks.resume numerics.checks.initialisation",
-        "One rank's shard is used for all: gather over the TP group and index by tp_rank.",
+        _gather_each_shard_once,
     )
     SHARD_ORDER_SWAPPED = (
         "shard_order_swapped",

@@ -63,7 +63,7 @@ class BlockDigest:
 
     def digest(self) -> bytes:
         """Return the 16 bytes; read the whole tensor where the blocks were not all of it."""
-        if self._next and self._next == self._end:
+        if self._next == self._end:
             return self._hash.digest()
         return xxhash.xxh3_128_digest(in_memory(self._tensor))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,8 +18,13 @@ _PACKAGES = ("tpcheck", "torch", "transformers")
 
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that every run uses, where installed; imports none of them."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    return {"python": platform.python_version(), **installed_versions(_PACKAGES)}
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed; imports none of them."""
+    versions = {}
+    for package in packages:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
     return versions

@@ -29,7 +29,8 @@ class UsageError(TpcheckError, ValueError):
 
     def __init__(self, name: str, value: object, accepted: str | Iterable[object], guide: Guide | None = None) -> None:
         if not isinstance(accepted, str):
-            accepted = "one of " + ", ".join(str(choice) for choice in accepted)
+            choices = [str(choice) for choice in accepted]
+            accepted = f"one of {('; ' if any(', ' in choice for choice in choices) else ', ').join(choices)}"
         read_on = "" if guide is None else f"\nread on: {guide.url}"
         super().__init__(f"{name}={value!r}: expected {accepted}{read_on}")
         self.name = name

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from enum import Enum
 
 _DOCUMENTATION = "https://github.com/tpcheck/tpcheck/tree/main/docs"  # of [project.urls]
+START = f"{_DOCUMENTATION}/start.md"
 
 
 class Guide(Enum):

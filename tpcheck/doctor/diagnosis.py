@@ -6,14 +6,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 from packaging.version import Version
 
-from tpcheck.core.environment import num_cores
+from tpcheck.core.environment import installed_versions, num_cores
 from tpcheck.doctor.deepspeed import Advice, Saved, Severity, config_advice, what_is_saved
 from tpcheck.report import words
 from tpcheck.report.table import Cell, Column, Row, Table, table_lines
@@ -49,7 +48,7 @@ class Diagnosis:
 
 def diagnose(config: Mapping[str, Any] | None = None) -> Diagnosis:
     """Return the problems of this machine and of a DeepSpeed configuration."""
-    versions = installed_versions()
+    versions = {**dict.fromkeys(PACKAGES), **installed_versions(PACKAGES)}
     home = Path(os.path.expanduser("~"))  # noqa: PTH111 - without a home it stays `~`, as in torch; Path.home raises
     advice = (
         *bad_versions(versions),
@@ -194,11 +193,6 @@ _KNOWN_CVES = (
 )
 
 
-def installed_versions() -> dict[str, str | None]:
-    """Return the version of each package of interest, None where it is not installed."""
-    return {package: _version(package) for package in PACKAGES}
-
-
 def bad_versions(versions: Mapping[str, str | None]) -> Iterator[Advice]:
     """Yield the installed versions with a known fault."""
     for name, package, fixed_in, what in _KNOWN_CVES:
@@ -211,10 +205,3 @@ def bad_versions(versions: Mapping[str, str | None]) -> Iterator[Advice]:
                 link=f"https://nvd.nist.gov/vuln/detail/{name}",
                 severity="trap",
             )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -77,17 +76,13 @@ def with_adapters(family: str | FolderModel, settings: Mapping[str, object] | No
     """Return a small model with LoRA adapters, which are trained alone.
 
     Raises:
-        UsageError: peft is not installed, has no such field, or cannot add such adapters to this model.
+        UsageError: peft is not installed, or cannot add such adapters to this model.
     """
     named = lora_fields(lora)
     try:
         import peft
     except ModuleNotFoundError as error:
         raise UsageError("lora", lora, _INSTALLED, Guide.LORA) from error
-    known = [field.name for field in fields(peft.LoraConfig)]
-    for name in named:
-        if name not in known:
-            raise UsageError(f"lora[{name!r}]", named[name], known)
     model = small_model(family, settings)
     if named["target_modules"] == ATTENTION:
         named["target_modules"] = _linear_layers_of_attention(model)

@@ -199,18 +199,22 @@ def _cannot_be_built(family: str | FolderModel, error: Exception) -> UsageError:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A family and whether transformers has a tensor-parallel plan for it."""
+    """A family, the head that it gets, and whether transformers has a tensor-parallel plan for it."""
 
     family: str
+    head: str
     has_plan: bool
 
 
 def listed() -> tuple[Listed, ...]:
-    """Return every causal language model type of the installed transformers."""
-    names = causal_types()
+    """Return every language model type of the installed transformers, those with the first head first."""
+    head_of: dict[str, str] = {}
+    for head in HEADS:
+        for name in types_of(head):
+            head_of.setdefault(name, head.name)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return tuple(Listed(name, _has_plan(CONFIG_MAPPING[name])) for name in names)
+    return tuple(Listed(name, head, _has_plan(CONFIG_MAPPING[name])) for name, head in head_of.items())
 
 
 def _has_plan(config_class: type) -> bool:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from math import inf
 from pathlib import Path
@@ -18,7 +16,7 @@ from textwrap import shorten
 from typing import Any
 
 from tpcheck.core.causes import Cause
-from tpcheck.core.environment import package_versions
+from tpcheck.core.environment import installed_versions, package_versions
 from tpcheck.core.errors import UsageError
 from tpcheck.core.findings import CheckResult, Coverage, Finding, ModuleMargins, Verdict
 from tpcheck.core.topology import Topology
@@ -215,11 +213,7 @@ def _cell(name: str, options: RunOptions) -> Cell:
 
 def versions(backend: str) -> dict[str, str]:
     """Return the versions that a run with this backend depends on, without importing it."""
-    found = package_versions()
-    for package in (backend, backend.partition("-")[0]):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    return package_versions() | installed_versions((backend, backend.partition("-")[0]))
 
 
 def done_before(path: Path, wanted: Sequence[Cell]) -> dict[Cell, Verdict]:

@@ -306,16 +306,15 @@ def _plain_dict(value: Any) -> Any:
 DEFAULTS = RunOptions()
 
 
-def option_help(name: str) -> str:
-    """Return the help of the flag of an option: the first sentence of its documentation.
+def option_help(name: str, sentences: int = 1) -> str:
+    """Return the help of the flag of an option: the first sentences of its documentation.
 
     Example:
         >>> option_help("steps")
         'Training steps.'
     """
     texts: dict[str, str] = {option.name: option.metadata["doc"] for option in fields(RunOptions)}
-    first, period, _ = texts[name].replace("`", "").partition(". ")
-    return first + period.rstrip()
+    return ". ".join(texts[name].replace("`", "").split(". ")[:sentences]).removesuffix(".") + "."
 
 
 _ALWAYS_IN_SUBJECT = ("backend", "tp", "dp", "zero", "dtype", "steps", "seed", "config", "ignore_plan")

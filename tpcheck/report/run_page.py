@@ -213,11 +213,14 @@ def _runs(subject: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return what is known of both runs: a label, the actual run's, the expected one's."""
     rows = [("trace", "subject", "expected"), ("tensor-parallel ranks", "tp", "expected_tp")]
     rows += [("data-parallel ranks", "dp", "expected_dp"), ("dtype", "dtype", "expected_dtype")]
-    shown = [(label, *(shortened(str(subject.get(key, "")), 300) for key in keys)) for label, *keys in rows]
+    shown = [
+        (label, shortened(str(subject.get(actual, "")), 300), shortened(str(subject.get(expected, "")), 300))
+        for label, actual, expected in rows
+    ]
     for package, version in (subject.get("versions_differ") or {}).items():
         actual, _, expected = str(version).partition(" (expected run: ")
         shown.append((shortened(str(package)), shortened(actual), shortened(expected.removesuffix(")"))))
-    return [row for row in shown if row[1] or row[2]]  # type: ignore[misc]
+    return [row for row in shown if row[1] or row[2]]
 
 
 def _summary(verdict: Verdict, picture: RunComparison, first: Finding | None) -> str:

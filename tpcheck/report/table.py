@@ -100,7 +100,7 @@ class Table:
         return tuple(widths)
 
 
-def row_line(row: Row, columns: Sequence[Column], widths: Sequence[int], indent: int = 0) -> Line:
+def row_line(row: Row, columns: Sequence[Column], widths: Sequence[int], indent: int) -> Line:
     """Return a row as a line of text, each cell padded to the width of its column; columns of width 0 are left out."""
     spans = [(" " * indent, "")] if indent else []
     visible = [number for number, width in enumerate(widths) if width]

@@ -75,6 +75,12 @@ def test_wrong_arguments_raise_at_once(options: dict[str, Any], message: str) ->
         tpcheck.watch(3)  # type: ignore[arg-type]
 
 
+def test_the_last_line_names_what_is_not_looked_into() -> None:
+    watched = tpcheck.watch([{"x": 1, "left": iter([1])}])
+    list(watched)
+    assert "; not looked into: left (list_iterator); " in watched.watcher._tally.conclusion()
+
+
 def test_with_overlap_one_thread_stays_until_the_loader_is_gone() -> None:
     watched = tpcheck.watch([1, 2, 3], overlap=True)
     for _ in range(3):

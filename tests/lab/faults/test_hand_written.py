@@ -10,15 +10,14 @@ from collections.abc import Iterator
 import pytest
 
 from tpcheck import Topology
+from tpcheck.backends.interface import RankLike
 from tpcheck.lab.faults.corpus import HAND_WRITTEN_CONTROLS, HAND_WRITTEN_FAULTS
 from tpcheck.lab.faults.hand_written import (
     HandWrittenControl,
     HandWrittenFault,
+    Model,
     compiled_whole,
-    detached_on_one_rank,
     inside,
-    no_gradient_on_one_rank,
-    reduce_left_out_on_one_rank,
 )
 from tpcheck.lab.faults.runs import run_hand_written_control, run_hand_written_fault, verify_hand_written
 from tpcheck.world.world import World, spawn
@@ -55,6 +54,24 @@ def test_a_mistake_is_found_alone(fault: HandWrittenFault, worlds: dict[Topology
     assert result.place_is_right, (result.place, result.true_places, result.checks)
     assert result.cause_is_right, (result.cause, result.true_causes)
     assert result.margin > LEAST_MARGIN
+
+
+def reduce_left_out_on_one_rank(model: Model, rank: RankLike) -> None:
+    """Leave the others waiting: no comparison shows that, torch's check of collectives does."""
+    if rank.topology.coordinate(rank.rank)["tp"] == 1:
+        model.block(1).mlp.leave = lambda tensor: tensor
+
+
+def detached_on_one_rank(model: Model, rank: RankLike) -> None:
+    """Let one rank leave out a collective of the backward pass, in which the others wait for it."""
+    if rank.topology.coordinate(rank.rank)["tp"] == 1:
+        leave = model.block(1).mlp.leave
+        model.block(1).mlp.leave = lambda tensor: leave(tensor.detach())
+
+
+def no_gradient_on_one_rank(model: Model, rank: RankLike) -> None:
+    if rank.topology.coordinate(rank.rank)["tp"] == 1:
+        model.loss.register_forward_hook(lambda module, args, loss: loss.detach())
 
 
 def test_a_rank_that_leaves_out_a_reduction_is_named_with_what_the_others_issued() -> None:

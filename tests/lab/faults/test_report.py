@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from tests.lab.faults.fault_examples import BAD, CLEAN, ELSEWHERE, EXACT, FALSE_POSITIVE, GOOD, MISSED, RIGHT
 from tests.schema import document
 from tpcheck.lab.faults.report import fault_lines, faults_html, faults_json, faults_junit
-from tpcheck.lab.faults.results import Score
+from tpcheck.lab.faults.results import KINDS, Score
 from tpcheck.report.words import as_text
 
 TEXT = """\
@@ -134,3 +136,14 @@ class Balanced(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+
+
+def test_margins_are_those_of_the_dtype_of_most() -> None:
+    in_float16 = replace(CLEAN, dtype="float16", margin=9.0)
+    assert Score.of([CLEAN, CLEAN, in_float16]).worst == CLEAN
+
+
+def test_the_documentation_says_of_every_kind_what_is_injected() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "faults.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \|", page[page.index("## What is injected") :], re.MULTILINE)
+    assert [kind for kind in KINDS if not any(kind in row for row in rows)] == []

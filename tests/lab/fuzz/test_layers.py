@@ -92,7 +92,10 @@ def test_an_unknown_layer_is_bad_usage() -> None:
         searched(["Linear"], 1)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"layer": "a", "x": 1}', '{"layer": "a", "rows": [0]}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"layer": "a", "x": 1}', '{"layer": "a", "rows": [0]}', '{"layer": "a", "strides": "odd"}'],
+)
 def test_an_invalid_trial_is_bad_usage(text: str) -> None:
     with pytest.raises(UsageError, match="trial"):
         Trial.parse(text)

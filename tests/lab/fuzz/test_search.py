@@ -116,3 +116,9 @@ def test_no_files_are_left_in_the_working_directory(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     searched(fails_from_100)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_refused_does_not_count() -> None:
+    result = searched(lambda pair: outcome("refused") if pair[0] % 2 else outcome("passed"), examples=30)
+    assert result.count("refused")
+    assert result.count("passed") == 30

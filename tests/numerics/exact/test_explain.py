@@ -148,6 +148,18 @@ def test_only_matrices_are_transposed() -> None:
     assert cause_of(EXPECTED.reshape(8, 6, 1)) is None
 
 
+def test_each_matrix_of_a_stack_may_be_transposed() -> None:
+    experts = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(3))
+    assert cause_of(experts.transpose(1, 2).contiguous(), experts) is Cause.TRANSPOSED
+    assert cause_of(experts[:, :, :5].transpose(1, 2).contiguous(), experts[:, :, :5]) is Cause.TRANSPOSED
+    assert cause_of(experts.transpose(0, 1).contiguous(), experts) is None
+
+
+def test_the_sign_of_a_zero_is_no_damaged_bit() -> None:
+    zeros = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    assert cause_of(torch.tensor([[-0.0, 1.0], [2.0, 3.0]]), zeros) is None
+
+
 @pytest.mark.parametrize("earlier", [EXPECTED[:4] + 1, (EXPECTED + 1).double(), EXPECTED - 1])
 def test_an_earlier_step_of_another_kind_is_not_stale(earlier: torch.Tensor) -> None:
     assert cause_of(with_rows(EXPECTED[2:4] + 1), earlier={"step 1": earlier}) is None

@@ -89,6 +89,11 @@ CASES: dict[str, tuple[list[int], Cause | None, dict[str, Any]]] = {
     ),
     "reversed": (WHOLE[::-1], None, {}),
     "repeated": (FOUR[0] + FOUR[0] + FOUR[2] + FOUR[2], Cause.SHARD_REPEATED, {"order": [0, 0, 2, 2], "tp": 4}),
+    "each of two shards on two ranks": (
+        WHOLE[:8] * 2 + WHOLE[8:] * 2,
+        Cause.SHARD_REPEATED,
+        {"order": [0, 0, 1, 1], "tp": 4, "copies": 2},
+    ),
     "fused, rank by rank": (
         rank_by_rank([WHOLE[:8], WHOLE[8:12], WHOLE[12:]], 2),
         Cause.FUSED_BLOCKS_INTERLEAVED,
@@ -115,6 +120,7 @@ CASES: dict[str, tuple[list[int], Cause | None, dict[str, Any]]] = {
         {"first_wrong": 4, "holds": 12, "shift": -8},
     ),
     "a shard with another slice": ([*WHOLE[:7], NEW], None, {}),
+    "without the last slice": (WHOLE[:15], None, {}),
     "another slice at the end": ([*WHOLE[:15], NEW], None, {}),
     "one and a half copies": (WHOLE + WHOLE[:8], None, {}),
     "swapped, one of them twice": (FOUR[1] + FOUR[0] + FOUR[0] + FOUR[3], None, {}),
@@ -130,6 +136,15 @@ def test_runs_name_what_happened(name: str) -> None:
     explanation = explain_slices(Slices(find_runs(actual, WHOLE), len(actual), len(WHOLE)))
     assert (explanation.cause if explanation else None) == cause
     assert explanation is None or explanation.evidence == evidence
+
+
+def test_one_element_of_a_vector_may_equal_another_by_chance() -> None:
+    def of_a_vector(elements: list[int]) -> Any:
+        return explain_slices(Slices(find_runs(elements, WHOLE), len(elements), len(WHOLE), min_length=2))
+
+    assert of_a_vector([*WHOLE[:12], 5, *WHOLE[13:]]) is None
+    assert of_a_vector([*WHOLE[:12], 13, 14, 14, 15]).cause is Cause.WRONG_SHARD_BOUNDARY
+    assert of_a_vector(FOUR[0] + FOUR[0] + FOUR[2] + FOUR[2]).cause is Cause.SHARD_REPEATED
 
 
 def test_two_slices_in_each_others_place_are_two_shards() -> None:

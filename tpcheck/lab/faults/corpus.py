@@ -35,7 +35,6 @@ from tpcheck.lab.faults.checkpoint import CheckpointFault
 from tpcheck.lab.faults.data import DataFault
 from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4, ModelFault
 from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault
-from tpcheck.model.options import DEFAULTS
 
 MODEL_FAULTS: tuple[ModelFault, ...] = (
     *linear.FAULTS,
@@ -159,7 +158,7 @@ def rotated_controls(families: Sequence[str], seed: int) -> Iterator[Control]:
         yield Control(family, topology, zero_stage)
 
 
-def zero_stage_at(dtype: str, zero_stage: int, backend: str = DEFAULTS.backend_name) -> int:
+def zero_stage_at(dtype: str, zero_stage: int, backend: str) -> int:
     """Return the ZeRO stage to run a dtype with: under DeepSpeed at least 1 for bfloat16.
 
     Without ZeRO, DeepSpeed 0.19.8 clips bfloat16 gradients by the norm of TP rank 0's shards alone.

@@ -653,12 +653,6 @@ def _second_use_lost(model: Model, rank: RankLike) -> None:
     layer.forward = lambda hidden: _LastUse.apply(hidden, layer.weight, written)  # type: ignore[no-untyped-call]
 
 
-def reduce_left_out_on_one_rank(model: Model, rank: RankLike) -> None:
-    """Leave the others waiting: no comparison shows that, torch's check of collectives does."""
-    if rank.topology.coordinate(rank.rank)["tp"] == 1:
-        model.block(1).mlp.leave = _same
-
-
 def compiled(model: Model, rank: RankLike) -> None:
     """Compile each MLP; `backend="eager"` needs no C++ compiler."""
     inside(model, rank)
@@ -720,18 +714,6 @@ def _queries_detached_on_one_rank(model: Model, rank: RankLike) -> None:
     if rank.topology.coordinate(rank.rank)["tp"] == 1:
         layer = model.block(0).attention.q
         layer.forward = lambda hidden_BLD: functional.linear(hidden_BLD.detach(), layer.weight)
-
-
-def detached_on_one_rank(model: Model, rank: RankLike) -> None:
-    """Let one rank leave out a collective of the backward pass, in which the others wait for it."""
-    if rank.topology.coordinate(rank.rank)["tp"] == 1:
-        leave = model.block(1).mlp.leave
-        model.block(1).mlp.leave = lambda tensor: leave(tensor.detach())
-
-
-def no_gradient_on_one_rank(model: Model, rank: RankLike) -> None:
-    if rank.topology.coordinate(rank.rank)["tp"] == 1:
-        model.loss.register_forward_hook(lambda module, args, loss: loss.detach())
 
 
 # ---- rows

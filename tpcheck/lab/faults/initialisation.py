@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tpcheck.backends.interface import RankLike
-from tpcheck.lab.faults.fault import TP2_DP2, TP4
+from tpcheck.core.topology import Topology
+from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4
 from tpcheck.lab.faults.hand_written import (
     COLUMN,
     LAYERS,
@@ -98,10 +99,11 @@ def _own_shards(model: Model, rank: RankLike) -> None:
 
 
 def _row(
-    name: str, what: str, inject: Style, places: tuple[str, ...], *causes: str, **more: object
+    name: str, what: str, inject: Style, places: tuple[str, ...], *causes: str, topology: Topology = TP2
 ) -> HandWrittenFault:
-    options: dict[str, object] = {"checks": _CHECKS, "kind": "initialisation", **more}
-    return HandWrittenFault(name, what, inject, places, causes, **options)  # type: ignore[arg-type]
+    return HandWrittenFault(
+        name, what, inject, places, causes, checks=_CHECKS, kind="initialisation", topology=topology
+    )
 
 
 FAULTS = (

@@ -110,10 +110,10 @@ class _WithValue(torch.autograd.Function):
         return gradients[0] if fits else gradients[0].new_zeros(ctx.shape), None
 
 
-def all_reduced(tensor: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> Tensor:
+def all_reduced(tensor: Tensor, group: Any) -> Tensor:
     """Return the sum over the group; the gradient goes to `tensor` unchanged."""
     total = tensor.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, op, group=group)
+    dist.all_reduce(total, group=group)
     return with_value(tensor, total)
 
 

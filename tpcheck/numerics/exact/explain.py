@@ -63,9 +63,11 @@ def explain_tensor(context: Context) -> Explanation | None:
 
 
 def bit_flipped(context: Context) -> Explanation | None:
-    """One bit of one element differs."""
+    """One bit of one element differs, other than the sign of a zero, which arithmetic changes, too."""
     difference = context.difference
     if difference is None or difference.count != 1 or difference.count_flipped != 1:
+        return None
+    if isinstance(difference.expected, float) and difference.actual == difference.expected:
         return None
     actual, expected = (bit_view(_element(side, difference.first)) for side in (context.actual, context.expected))
     changed = next(int(bits) for bits in (actual ^ expected).reshape(-1) if bits)
@@ -178,11 +180,19 @@ def _element(tensor: CheckpointTensor, index: tuple[int, ...]) -> torch.Tensor:
 
 
 def transposed(context: Context) -> Explanation | None:
-    """The rows are the expected columns."""
+    """The rows are the expected columns; of a stack of matrices, as of experts, those of each."""
     actual, expected = context.actual, context.expected
-    if len(expected.shape) != 2 or actual.shape != expected.shape[::-1] or min(expected.shape) < 2:
+    stack, matrix = expected.shape[:-2], expected.shape[-2:]
+    if len(matrix) < 2 or actual.shape != (*stack, *matrix[::-1]) or min(matrix) < 2 or not expected.numel:
         return None
-    return Explanation(Cause.TRANSPOSED) if torch.equal(slice_digests(actual, 0), slice_digests(expected, 1)) else None
+    if not stack:
+        are_equal = torch.equal(slice_digests(actual, 0), slice_digests(expected, 1))
+    else:
+        are_equal = all(
+            torch.equal(bit_view(actual.read(piece).transpose(-2, -1)), bit_view(expected.read(piece)))
+            for piece in expected.pieces()
+        )
+    return Explanation(Cause.TRANSPOSED) if are_equal else None
 
 
 # Two parameters of one layer that have one shape, by the words of their names that tell them apart.
@@ -271,6 +281,7 @@ def moved_slices(context: Context) -> Explanation | None:
             is_fused=FUSED_PARAMETER.matches(context.expected.name),
             may_exchange=_fused_pair(context.expected.name),
             num_keys=_num_keys(context.reference.config, len(expected)),
+            min_length=2 if len(context.expected.shape) == 1 else 1,
         )
         explanation = explain_slices(slices)
         if explanation is not None:

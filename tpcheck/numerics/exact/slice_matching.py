@@ -21,6 +21,9 @@ from tpcheck.numerics.exact.checkpoint_tensor import CheckpointTensor, bit_view
 
 _MAX_RUNS = 4096  # no layout of shards, heads or groups has more
 _MAX_SHARDS = 64  # ranks of the largest TP group; a permutation of more pieces is not one of shards
+# Of three heads over two ranks one has two; where a rank would have more, the other would have none. A vocabulary that
+# lost its last token is no rank's.
+_MAX_SHARE_OF_A_RANK = 2 / 3
 _MIN_SHARE_FOUND = 0.5  # share of the slices that must be found again before they show anything
 
 _BLOCK = 1 << 18  # elements multiplied at once: their 8-byte words and keys stay in the cache
@@ -137,6 +140,8 @@ class Slices:
         is_fused: Whether the name says that the tensor holds several matrices (Q, K and V; gate and up).
         may_exchange: What it is called if its last two matrices are exchanged; None where its name shows no such.
         num_keys: How many slices of a fused Q, K and V are keys, where that is known.
+        min_length: How many slices in a row show that they come from elsewhere: one element of a vector may equal
+            another by chance.
     """
 
     runs: tuple[Run, ...]
@@ -146,6 +151,7 @@ class Slices:
     is_fused: bool = False
     may_exchange: Cause | None = None
     num_keys: int | None = None
+    min_length: int = 1
 
     @property
     def all_found(self) -> bool:
@@ -169,6 +175,8 @@ def one_shard(slices: Slices) -> Explanation | None:
         return None
     if len(slices.runs) == 1:
         start = slices.runs[0].source or 0
+        if slices.num_actual > _MAX_SHARE_OF_A_RANK * slices.num_expected:
+            return None
         rank, num_ranks = _rank_of_chunk(start, slices.num_actual, slices.num_expected)
         return Explanation(Cause.SHARD_MISSING, evidence={"tp_rank": rank, "tp": num_ranks, "from": start})
     num_ranks, rest = divmod(slices.num_expected, slices.num_actual)
@@ -277,11 +285,18 @@ def swapped_shards(slices: Slices) -> Explanation | None:
 
 
 def repeated_shards(slices: Slices) -> Explanation | None:
-    """One shard stands at the positions of others, too."""
-    if not slices.all_found or slices.num_actual != slices.num_expected:
+    """One shard stands at the positions of others, too; or several ranks hold each, as of few key-value heads."""
+    if not slices.all_found or slices.num_actual < slices.num_expected:
         return None
     order = _order_of_chunks(slices)
-    if order is None or not all(order[source] == source for source in order):
+    if order is None or slices.num_actual < slices.min_length * len(order):
+        return None
+    if slices.num_actual > slices.num_expected:
+        copies, rest = divmod(slices.num_actual, slices.num_expected)
+        if rest or order != [place // copies for place in range(len(order))]:
+            return None
+        return Explanation(Cause.SHARD_REPEATED, evidence={"order": order, "tp": len(order), "copies": copies})
+    if not all(order[source] == source for source in order):
         return None
     return Explanation(Cause.SHARD_REPEATED, evidence={"order": order, "tp": len(order)})
 
@@ -311,7 +326,7 @@ def padding_kept(slices: Slices) -> Explanation | None:
 def shifted_slices(slices: Slices) -> Explanation | None:
     """The slices are in order, but some are there twice or not at all, so that others have moved."""
     found = [run for run in slices.runs if run.source is not None]
-    if len(found) > _MAX_SHARDS or not any(run.shift for run in found):
+    if len(found) > _MAX_SHARDS or not any(run.shift and run.length >= slices.min_length for run in found):
         return None
     in_order = all((earlier.source or 0) < (later.source or 0) for earlier, later in pairwise(found))
     if not in_order and not slices.is_vocabulary:
