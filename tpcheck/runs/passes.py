@@ -199,7 +199,7 @@ class Pass:
         leaves: Their tensors, by place in the arguments: dtype, shape, and a function that waits for the digest.
         places: Finds how outputs lie in the whole.
         is_training: `model.training`.
-        generators: Digests of the states of the generators before the call.
+        generators, generators_after: Digests of the states of the generators before the call, and after it.
         autocast: The dtype of autocast on the model's device; empty without.
         tensors: What was computed, by key.
         loss: The loss that the model returned, still on its device.
@@ -223,6 +223,7 @@ class Pass:
     places: ActivationPlaces | SlicedPlaces
     is_training: bool
     generators: Mapping[str, str]
+    generators_after: Mapping[str, str] = field(default_factory=dict)
     autocast: str = ""
     tensors: dict[Key, PendingTensor] = field(default_factory=dict)
     loss: torch.Tensor | None = None
@@ -273,7 +274,9 @@ class Pass:
         device = next(model.parameters()).device.type
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
         autocast = autocast.removeprefix("torch.")
-        recorded = cls(args, kwargs, leaves, places, model.training, generator_digests(), autocast, decided=decided)
+        recorded = cls(
+            args, kwargs, leaves, places, model.training, generator_digests(), autocast=autocast, decided=decided
+        )
         recorded.pieces, recorded.positions = pieces, sliced.positions
         return recorded
 
@@ -331,6 +334,7 @@ class Pass:
             self.has_backward,
             self.is_training,
             self.generators,
+            self.generators_after,
             {order: _as_text(places.batch.samples) for order, places in by_order.items()},
             () if self.pieces is None else tuple(map(_joined, self.pieces.tolist())),
             self.positions,
