@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +138,26 @@ def test_of_a_closure_that_is_called_again_at_other_weights_the_first_call_is_re
     for kind in ("output", "gradient"):
         digests = [{each.key: each.digest for each in tensors(step, kind).values()} for step in (first, expected)]
         assert digests[0] == digests[1]
+
+
+def test_calls_of_a_copy_of_the_model_are_not_those_of_the_model(recorded: Any) -> None:
+    def with_average(trained: nn.Module) -> None:
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=0.01)
+        for step in range(2):
+            train(trained, steps=1, optimizer=optimizer)
+            average = copy.deepcopy(trained)
+            cross_entropy(average(tokens(step)).flatten(0, 1), tokens(step).flatten()).backward()
+
+    def alone(trained: nn.Module) -> None:
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=0.01)
+        for _ in range(2):
+            train(trained, steps=1, optimizer=optimizer)
+
+    digests = [
+        [each.digest for step in recorded(model(), loop=loop).steps for each in step.tensors]
+        for loop in (with_average, alone)
+    ]
+    assert digests[0] == digests[1]
 
 
 # ---- the loop is left as it is

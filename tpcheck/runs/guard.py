@@ -277,7 +277,9 @@ class Guard(AbstractContextManager["Guard"]):
     # ---- hooks
 
     def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._handles or not torch.is_grad_enabled() or is_in_backward() or is_repeated_call() or is_capturing():
+        if not self._handles or module is not self._root or not torch.is_grad_enabled():  # a copy has the hook, too
+            return
+        if is_in_backward() or is_repeated_call() or is_capturing():
             return
         if self._has_stepped:
             self._has_stepped = False

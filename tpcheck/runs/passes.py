@@ -393,7 +393,8 @@ class ModuleHooks:
     """Hooks on the modules of a model, which pass what they return, and its gradient, to the current pass.
 
     The model itself has none: whoever calls it hands its output over, which has to be seen after all other hooks. What
-    a module returns is not replaced and not copied. Under activation checkpointing, the first computation gives
+    a module returns is not replaced and not copied. Copies of the model (an average of its weights) have the hooks, too,
+    which do nothing there. Under activation checkpointing, the first computation gives
     the outputs; where that had no autograd graph, the recomputation gives the gradients.
     """
 
@@ -413,7 +414,7 @@ class ModuleHooks:
         for module, name in names.items():
             if not name:
                 continue
-            before, after = (eager(hook) for hook in (self._before(name), self._after(name)))
+            before, after = (eager(hook) for hook in (self._before(module, name), self._after(module, name)))
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after))
 
@@ -422,9 +423,9 @@ class ModuleHooks:
             handle.remove()
         self._handles.clear()
 
-    def _before(self, name: str) -> Callable[..., None]:
+    def _before(self, hooked: nn.Module, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if is_in_backward() or (current := self._current()) is None:
+            if module is not hooked or is_in_backward() or (current := self._current()) is None:
                 return
             call = current.calls[name]
             current.calls[name] += 1
@@ -438,8 +439,10 @@ class ModuleHooks:
 
         return hook
 
-    def _after(self, name: str) -> Callable[..., None]:
+    def _after(self, hooked: nn.Module, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if module is not hooked:
+                return
             if is_in_backward():
                 self._after_recomputation(name, output)
                 return

@@ -227,7 +227,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     # ---- calls of the model
 
     def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._is_paused or is_in_backward() or is_capturing():
+        if self._is_paused or module is not self._root or is_in_backward() or is_capturing():
             return
         self._inside += 1
         if self._inside > 1:
@@ -249,7 +249,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             self._passes.append(self._current)
 
     def _after_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._is_paused or is_in_backward() or not self._inside:
+        if self._is_paused or module is not self._root or is_in_backward() or not self._inside:
             return None
         self._inside -= 1
         current, self._current = self._current, self._current if self._inside else None
