@@ -393,9 +393,9 @@ class ModuleHooks:
     """Hooks on the modules of a model, which pass what they return, and its gradient, to the current pass.
 
     The model itself has none: whoever calls it hands its output over, which has to be seen after all other hooks. What
-    a module returns is not replaced and not copied. Copies of the model (an average of its weights) have the hooks, too,
-    which do nothing there. Under activation checkpointing, the first computation gives
-    the outputs; where that had no autograd graph, the recomputation gives the gradients.
+    a module returns is not replaced and not copied. Copies of the model (an average of its weights) have the hooks as
+    well, which do nothing there. Under activation checkpointing, the first computation gives the outputs; where that
+    had no autograd graph, the recomputation gives the gradients.
     """
 
     def __init__(
