@@ -83,7 +83,8 @@ class Options:
         change: Returns what a rank has instead of a step; None where it has none.
         seed: Of the rounding.
         accumulated: Whether gradients before each further micro-batch were kept.
-        generators: States of the generators: `same` on both sides, or another text for those of one that draws.
+        generators: States of the generators before each call.
+        draws: Whether each call draws random numbers, and leaves the generators in another state.
         rename: Gives the names.
         batch_seed: Of the samples.
         biases: Modules with a bias, which is replicated and has no gradient.
@@ -111,6 +112,7 @@ class Options:
     seed: int = 0
     accumulated: bool = False
     generators: str = "same"
+    draws: bool = False
     rename: Callable[[str], str] = field(default=lambda name: name)
     batch_seed: int = 0
     biases: Sequence[str] = ()
@@ -225,7 +227,8 @@ class _Maker:
                 tuple(f"{key & (1 << 64) - 1:016x}" for key in keys[some].tolist()),
                 loss=1.0,
                 has_backward=True,
-                generators={"torch": f"{options.generators} {number}" if options.generators != "same" else "same"},
+                generators={"torch": options.generators},
+                generators_after={"torch": f"{options.generators} {number}" if options.draws else options.generators},
             )
             for some in torch.arange(len(samples)).tensor_split(options.passes)
         )

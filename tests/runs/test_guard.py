@@ -301,6 +301,22 @@ def test_a_gradient_that_is_not_finite_is_named_on_one_process() -> None:
             model(inputs)
 
 
+def test_a_gradient_of_a_closure_that_is_not_finite_is_named_before_the_next_step() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+
+    def passes_of_step(inputs: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss: torch.Tensor = model(inputs).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    with tpcheck.guard(model):
+        optimizer.step(lambda: passes_of_step(torch.tensor([[1.0, float("inf")]])))
+        with pytest.raises(tpcheck.Mismatch, match="gradients_are_finite  weight"):
+            optimizer.step(closure=lambda: passes_of_step(torch.ones(1, 2)))
+
+
 def test_a_log_that_raises_is_said_once_and_the_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters())

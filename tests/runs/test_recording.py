@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,21 @@ def train(trained: nn.Module, *, steps: int = 2, accumulate: int = 1, optimizer:
         optimizer.zero_grad()
 
 
+def train_in_closures(trained: nn.Module, *, optimizer: Any = None) -> None:
+    """Train as `train` does, with the passes inside the optimizer's step."""
+    optimizer = optimizer or torch.optim.AdamW(trained.parameters(), lr=0.01)
+    for step in range(2):
+
+        def passes_of_step(step: int = step) -> torch.Tensor:
+            optimizer.zero_grad()
+            batch = tokens(step * 10)
+            loss: torch.Tensor = cross_entropy(trained(batch).flatten(0, 1), batch.flatten())
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimizer.step(passes_of_step)
+
+
 @pytest.fixture
 def recorded(tmp_path: Path) -> Callable[..., RankTrace]:
     def record(trained: nn.Module, *, loop: Callable[[nn.Module], Any] = train, **options: Any) -> RankTrace:
@@ -99,6 +115,49 @@ def deviation(record: TensorRecord) -> float:
     value = record.readings[0].deviation
     assert value is not None
     return value
+
+
+# ---- passes inside the optimizer's step
+
+
+def test_passes_in_a_closure_are_recorded_as_those_before_the_step(recorded: Any) -> None:
+    before = tuple(recorded(model(), replays=1).steps)  # read before the next one is written to the same place
+    inside = tuple(recorded(model(), loop=train_in_closures, replays=1).steps)
+    assert len(inside) == len(before) == 2
+    for step_before, step_inside in zip(before, inside, strict=True):
+        assert [each.key for each in step_inside.tensors] == [each.key for each in step_before.tensors]
+        assert [each.digest for each in step_inside.tensors] == [each.digest for each in step_before.tensors]
+        assert all(deviation(each) > 0 for each in tensors(step_inside, "gradient").values() if of(each).sum_squares)
+
+
+def test_of_a_closure_that_is_called_again_at_other_weights_the_first_call_is_recorded(recorded: Any) -> None:
+    def search(trained: nn.Module) -> None:
+        train_in_closures(trained, optimizer=torch.optim.LBFGS(trained.parameters(), max_iter=3))
+
+    first, expected = recorded(model(), loop=search).steps[0], recorded(model()).steps[0]
+    for kind in ("output", "gradient"):
+        digests = [{each.key: each.digest for each in tensors(step, kind).values()} for step in (first, expected)]
+        assert digests[0] == digests[1]
+
+
+def test_calls_of_a_copy_of_the_model_are_not_those_of_the_model(recorded: Any) -> None:
+    def with_average(trained: nn.Module) -> None:
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=0.01)
+        for step in range(2):
+            train(trained, steps=1, optimizer=optimizer)
+            average = copy.deepcopy(trained)
+            cross_entropy(average(tokens(step)).flatten(0, 1), tokens(step).flatten()).backward()
+
+    def alone(trained: nn.Module) -> None:
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=0.01)
+        for _ in range(2):
+            train(trained, steps=1, optimizer=optimizer)
+
+    digests = [
+        [each.digest for step in recorded(model(), loop=loop).steps for each in step.tensors]
+        for loop in (with_average, alone)
+    ]
+    assert digests[0] == digests[1]
 
 
 # ---- the loop is left as it is

@@ -386,8 +386,8 @@ class BackwardFacts:
             shape, by tp_rank; empty for another.
         through_sum: Each rank's part of the expected gradient of logits that goes through the logarithm of the sum of
             exponentials, by tp_rank; the rest goes through the labels. Empty where this is no cross entropy.
-        branches: What comes back through each module that takes the tensor, and through all else, by what it is: the
-            expected parts, by tp_rank. Empty where one alone takes it.
+        branches: What comes back through each module that takes the tensor, and along a path past them, such as a
+            residual, by what it is: the expected parts, by tp_rank. Empty where one alone takes it.
         lost_on: Global ranks to which nothing comes back from a module that takes the tensor.
     """
 

@@ -50,14 +50,20 @@ def feeding_module(comparisons: Sequence[Comparison], wrong: Comparison) -> Comp
 
 
 def at_sums_without_backward(
-    missing: Sequence[Finding], backward: Iterable[Comparison], weights: Table, run: Run
+    missing: Sequence[Finding], backward: Iterable[Comparison], weights: Table, run: Run, expected: Table
 ) -> list[Finding]:
     """Return findings of missing gradients; those behind a sum over the ranks that has no backward pass as one.
 
     The gradient of a module's output is right, and whole on every rank, although its weights are cut over them: it is
-    a sum. All of its weights have no gradient on any rank: none comes back through that sum.
+    a sum. All of its weights have no gradient on any rank, and neither has what comes before it in the forward pass:
+    none comes back through that sum. Of weights that are frozen, or cleared after the passes, others are right.
+
+    Args:
+        expected: Tensors of the expected run, in the order of events.
     """
-    right = {each.name for each in backward if not each.is_wrong and each.actual.is_replicated_over_tp}
+    agreeing = [each for each in backward if not each.is_wrong]
+    right = {each.name for each in agreeing if each.actual.is_replicated_over_tp}
+    reached = {each.name for each in agreeing}
     by_module: dict[str, list[Finding]] = {}
     for finding in missing:
         by_module.setdefault(str(finding.where["parameter"]).rpartition(".")[0], []).append(finding)
@@ -65,6 +71,7 @@ def at_sums_without_backward(
         module
         for module, findings in by_module.items()
         if module in right
+        and _feeding_module_of(module, expected) not in reached
         and is_summed_inside(module, weights, run)
         and all({*finding.where["ranks"]} == {*run.members} for finding in findings)
     ]
@@ -76,6 +83,15 @@ def at_sums_without_backward(
     explanation = Explanation(Cause.COLLECTIVE_WITHOUT_BACKWARD, evidence={"sum_in": behind})
     shown: Mapping[str, Any] = {**first.evidence, "also": names, "first_of": len(missing)}
     return [replace(first, check=GRADIENTS, **explained(explanation, shown))]
+
+
+def _feeding_module_of(module: str, expected: Table) -> str:
+    """Return the module whose output's gradient comes after that of a module's, and is another; empty without one."""
+    of_outputs = [(key[1], records) for key, records in expected.items() if key[0] == "output_gradient"]
+    position = next((number for number, (name, _) in enumerate(of_outputs) if name == module), len(of_outputs))
+    own = {record.digest for _, records in of_outputs[position : position + 1] for record in records.values()}
+    following = of_outputs[position + 1 :]
+    return next((name for name, records in following if own.isdisjoint(each.digest for each in records.values())), "")
 
 
 def _weight(weights: Table, finding: Finding) -> Records:

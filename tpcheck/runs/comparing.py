@@ -21,10 +21,8 @@ from tpcheck.runs.exact_checks import (
     BeforeAndAfter,
     are_alike,
     batches_agree,
-    draws_random_numbers,
+    drew_other_random_numbers,
     first_other_bits,
-    generator_states,
-    generators_differ,
     groups_agree,
     replicas_agree,
     same_inputs,
@@ -33,7 +31,7 @@ from tpcheck.runs.exact_checks import (
 )
 from tpcheck.runs.full_causes import CAUSES_OF_ORDER
 from tpcheck.runs.full_tensors import FullTensors, explain_in_full
-from tpcheck.runs.initial_weights import drawn_separately
+from tpcheck.runs.initial_weights import drawn_separately, not_by_rounding, parted_unseen, too_far_apart
 from tpcheck.runs.low_precision import noise_of_weights
 from tpcheck.runs.norm_checks import norm_matches
 from tpcheck.runs.picture import PictureMaker
@@ -55,7 +53,7 @@ from tpcheck.runs.sketch_causes import Suspect, explain
 from tpcheck.runs.slice_orders import in_common_order, slices_agree, unknown_slices
 from tpcheck.runs.stages import has_stages, joined_verdict, stage_pairs
 from tpcheck.runs.state_causes import repeated_state, stale_masters
-from tpcheck.runs.step_checks import doubtful_losses, gradients_match, outputs_match
+from tpcheck.runs.step_checks import doubtful_losses, gradients_match, outputs_match, replicas_added_up
 from tpcheck.runs.step_context import StepContext
 from tpcheck.runs.trace import RankTrace, StepRecord
 from tpcheck.runs.update_checks import states_match, updates_match
@@ -142,9 +140,9 @@ class _RunsComparison:
         notes: What else is to be said beside the verdict.
         before: Weights and states after the last step that both recorded, which is the one before the next, or None.
         doubtful_weights: Findings about weights at the start that hold only if the outputs of their modules are wrong.
-        generators: States of both runs' generators before the last call that was compared.
         last_number: Of the step that `before` follows.
         scale: By how much further than in the replays the runs were apart from the start.
+        too_far_apart: Why nothing can be told of steps after such a start; empty where something can.
         num_steps: How many steps were compared.
         is_same_to_the_bit: Whether the runs are alike, and no bit has differed so far.
         margins: The worst ones of each module so far.
@@ -159,9 +157,9 @@ class _RunsComparison:
     picture: PictureMaker = field(default_factory=PictureMaker)
     before: tuple[Table, Table] = field(default_factory=lambda: ({}, {}))
     doubtful_weights: list[Finding] = field(default_factory=list)
-    generators: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
     last_number: int = -1
     scale: float = 1.0
+    too_far_apart: str = ""
     num_steps: int = 0
     is_same_to_the_bit: bool = False
     margins: MarginsByModule = field(default_factory=dict)
@@ -208,15 +206,13 @@ class _RunsComparison:
         not_compared = dict(comparer.not_compared)
         comparer.not_compared = {}
         wrong = [each for each in comparisons if each.is_wrong]
-        if is_given and wrong:
-            self.scale = max(
-                1.0, *(_in_units_of_rounding(each) for each in wrong if not each.name.endswith("bias")), 1.0
-            )
-            note = "the recording begins in the middle of a training: how far the weights were apart is given"
-            not_compared |= {each.label: note for each in wrong}
-            return Answer.of(WEIGHTS, -1, comparisons, (), not_compared, wrong)
         full = FullTensors(comparer, *self.before, *self.before)
         findings = []
+        given: list[Comparison] = []
+        if is_given:
+            wrong, given = not_by_rounding(comparisons), wrong
+            given = [each for each in given if each not in wrong]
+            not_compared |= self._given_at_start(comparisons, given, has_findings=bool(wrong))
         explanations = {
             each.key: explain(Suspect(each, self.actual.tp, self.actual.dp)) or explain_in_full(full, each, comparisons)
             for each in wrong
@@ -234,8 +230,20 @@ class _RunsComparison:
                 "they lie in another order over the ranks than the shapes suggest (a fused layer): the norms alone of "
                 "this parameter, its gradients and its states are compared"
             )
-        left_out = [each for each in wrong if each.name in comparer.permuted]
+        left_out = [*given, *(each for each in wrong if each.name in comparer.permuted)]
         return Answer.of(WEIGHTS, -1, comparisons, joined(findings), not_compared, left_out)
+
+    def _given_at_start(
+        self, comparisons: Sequence[Comparison], given: Sequence[Comparison], *, has_findings: bool
+    ) -> dict[str, str]:
+        """Take weights as given that the steps before the recording have moved apart; return why, by label."""
+        biases = [each for each in given if each.name.endswith("bias")]
+        self.scale = max(1.0, *(_in_units_of_rounding(each) for each in given if each not in biases), 1.0)
+        self.comparer.given = {each.name: each.error for each in biases}
+        if not has_findings:
+            self.too_far_apart = too_far_apart(comparisons)
+        note = "the recording begins in the middle of a training: how far the weights were apart is given"
+        return {each.label: note for each in given}
 
     def _states_at_start(self, is_given: bool) -> Answer:
         """Look for states that were loaded wrongly: of another rank, or masters that are not the weights."""
@@ -287,6 +295,9 @@ class _RunsComparison:
         if any(answer.findings for answer in self.answers):
             self._leave_out_steps("the runs already differ before the first step, so later differences only follow")
             return
+        if self.too_far_apart:
+            self._leave_out_steps(self.too_far_apart)
+            return
         self._note_unshared_steps()
         for step in aligned_steps(self.actual, self.expected):
             self.num_steps += 1
@@ -315,6 +326,9 @@ class _RunsComparison:
             if unknown:
                 self.not_compared[f"step {number}"] = unknown
             return f"the runs were given different samples in step {number}, and are different from there on"
+        if not context.is_update_judged and (reason := self._apart_before(context)):
+            self.not_compared[f"step {number}"] = reason
+            return reason
         answers = [batches, *self._answers(context)]
         if not any(record.has_update for record in (*step.actual.values(), *step.expected.values())):
             answers = list(map(_without_unmeasured, answers))
@@ -326,7 +340,6 @@ class _RunsComparison:
             {**context.around.actual_before, **context.around.actual_after},
             {**context.around.expected_before, **context.around.expected_after},
         )
-        self.generators = (generator_states(step.actual)[-1:], generator_states(step.expected)[-1:])
         if not step.shared.is_whole_step and step.expected and any(each.has_update for each in step.actual.values()):
             return f"the parameters were trained on different samples in step {number}, and are different from there on"
         return ""
@@ -346,12 +359,39 @@ class _RunsComparison:
         around = BeforeAndAfter(before[0], after[0], before[1], after[1])
         noise = noise_of_weights(self.comparer, *before, self.scale)
         context = StepContext(self.comparer, step, actual, expected, around, self.measured, self.scale, is_next, noise)
-        return context if is_next else replace(context, scale=max(self.scale, self._scale_of_given(context)))
+        if not is_next:
+            context = replace(context, scale=max(self.scale, self._scale_of_given(context)))
+        return replace(context, adds_up=replicas_added_up(context))
+
+    def _apart_before(self, context: StepContext) -> str:
+        """Return why a step after others that were not recorded is not compared: its weights are too far apart.
+
+        Where rounding cannot have moved them so far, that is a finding.
+        """
+        comparisons = self._weights_after(context)
+        reason = too_far_apart(comparisons, max(self.comparer.eps))
+        parted = parted_unseen(comparisons) if reason else []
+        if parted:
+            steps = f"steps=range({self.last_number + 1}, {context.number + 1})"
+            note = f"the runs part in a step that was not recorded, or in this one: record them again with {steps}"
+            findings = [
+                finding_at(UPDATES, context.number, each, None, self.measured, evidence={"note": note})
+                for each in parted
+            ]
+            self._add([Answer.of(UPDATES, context.number, parted, joined(findings))])
+        elif reason:
+            self.notes.append(f"step {context.number} and later ones are not compared: {reason}")
+        return reason
+
+    def _weights_after(self, context: StepContext) -> list[Comparison]:
+        around = context.around
+        compared = self.comparer.stored(around.actual_after, around.expected_after, ("weight",))
+        self.comparer.not_compared = {}
+        return compared
 
     def _scale_of_given(self, context: StepContext) -> float:
         """Return how far the weights are apart, in units of what rounding moved them by, after steps not recorded."""
-        comparisons = self.comparer.stored(context.around.actual_after, context.around.expected_after, ("weight",))
-        self.comparer.not_compared = {}
+        comparisons = self._weights_after(context)
         scales = [
             each.error / (each.allowed or each.error)
             for each in comparisons
@@ -362,8 +402,11 @@ class _RunsComparison:
     def _answers(self, context: StepContext) -> Iterator[Answer]:
         number = context.number
         outputs = outputs_match(context)
-        if outputs.findings and self._other_random_numbers(context):
-            reason = "the runs drew other random numbers in this step (dropout), so outputs are not the same"
+        if outputs.findings and drew_other_random_numbers(context.step, self.actual, self.expected):
+            reason = (
+                "the runs drew other random numbers in this step (dropout), so outputs are not the same: switch "
+                "dropout off in both, or give both the same seeds and the same samples in each call"
+            )
             yield Answer(OUTPUTS, number, not_compared={"outputs": reason, "gradients": reason})
             return
         yield from self._judged_weights(outputs)
@@ -394,14 +437,6 @@ class _RunsComparison:
             self.doubtful_weights = []
         if wrong:
             yield Answer(WEIGHTS, -1, findings=tuple(joined(wrong)))
-
-    def _other_random_numbers(self, context: StepContext) -> bool:
-        step = context.step
-        states = [
-            [*before, *generator_states(steps)]
-            for before, steps in zip(self.generators, (step.actual, step.expected), strict=True)
-        ]
-        return generators_differ(step) and all(map(draws_random_numbers, states))
 
     def _in_light_of_bits(self, context: StepContext, answers: Sequence[Answer]) -> list[Answer]:
         """Name the first place where two runs of everything the same have other bits."""
@@ -532,7 +567,9 @@ class _RunsComparison:
         num_compared = sum(len(answer.margins) for answer in self.answers)
         messages = list(self.notes)
         name: Any = "failed" if findings else "passed"
-        num_tensors = sum(len(answer.margins) for answer in self.answers if answer.check in _CALIBRATED)
+        num_tensors = sum(
+            len(answer.margins) for answer in self.answers if answer.check in _CALIBRATED and answer.step >= 0
+        )
         if num_unmeasured:
             reason = "no replay measured what rounding does to it"
             not_compared[f"{num_unmeasured} tensors"] = reason

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
-from math import hypot, inf, isfinite, isnan, sqrt
+from math import hypot, inf, isfinite, isnan, prod, sqrt
 from typing import Literal
 
 import torch
@@ -252,11 +252,11 @@ class Comparer:
             those of fused layers: their norms alone are compared.
         rerouted: Modules that send tokens elsewhere than in the other run in the step that is compared.
         not_compared: Why a tensor was not compared, by label.
+        given: How far biases were apart before the first step, which is given where the recordings begin in the middle
+            of a training.
         doubtful: Losses that agree neither as means nor as sums over the calls, of runs with other numbers of calls: a
             mistake only where gradients are wrong, too.
         eps: Machine epsilons of the lowest dtypes that the two runs compute in, in the step that is compared.
-        adds_up: For each run 1 where its loss is the mean over all replicas, else the number of those over whose losses
-            it is the sum: slices of sequences, or all replicas. Decided for each step.
     """
 
     actual: Run
@@ -266,9 +266,9 @@ class Comparer:
     permuted: set[str] = field(default_factory=set)
     rerouted: set[str] = field(default_factory=set)
     not_compared: dict[str, str] = field(default_factory=dict)
+    given: dict[str, float] = field(default_factory=dict)
     doubtful: list[Comparison] = field(default_factory=list)
     eps: tuple[float, float] = (0.0, 0.0)
-    adds_up: tuple[int, int] = (1, 1)
 
     def table(self, run: Run, records_by_rank: Mapping[int, Sequence[TensorRecord]]) -> Table:
         """Return the records of all ranks by key, in the order of events."""
@@ -327,6 +327,8 @@ class Comparer:
             whole_e = stored(records_e, found.expected, self.expected.replicas)
             deviation = larger_deviation(whole_a, whole_e, self.eps)
             allowed = allowed_error(whole_a, whole_e, deviation, is_stored=key[0] != "gradient", scale=scale)
+            if allowed is not None and key[0] == "weight":
+                allowed += self.given.get(key[1], 0.0)
             comparison = compare(key, whole_a, whole_e, allowed, order, deviation)
             compared.append(of_norms(comparison) if key[1] in self.permuted else comparison)
         compared += self._fused(actual, expected, kinds, len(compared))
@@ -400,6 +402,7 @@ class Comparer:
         scales: tuple[float, float],
         scale: float,
         num_calls: tuple[int, int],
+        adds_up: tuple[int, int] = (1, 1),
     ) -> list[Comparison]:
         """Compare outputs of modules, or their gradients.
 
@@ -411,6 +414,8 @@ class Comparer:
             scales: The loss scales of the two runs.
             scale: By how much further than in the replays the runs were apart before the step.
             num_calls: How often the models of both runs were called in the step, by all of these replicas.
+            adds_up: For each run 1 where its loss is the mean over all replicas, else the number of those over whose
+                losses it is the sum: slices of sequences, or all replicas.
         """
         groups_a = [self.actual.replicas[replica] for replica in shared.actual]
         groups_e = [self.expected.replicas[replica] for replica in shared.expected]
@@ -444,7 +449,7 @@ class Comparer:
                 self._note(key, "it has no rows of samples, and the models were called another number of times")
                 if kind != "output" or whole_shape:
                     continue
-            factors = self._factors(kind, is_keyed, shared, scales, found)
+            factors = _factors(kind, is_keyed, shared, scales, found, adds_up)
             copies = (copies_a, copies_e) if is_keyed else (len(groups_a), len(groups_e))
             comparisons = []
             for factor_a, factor_e in factors:
@@ -452,7 +457,8 @@ class Comparer:
                 whole_e = computed(records_e, found.expected, groups_e, factor_e, copies[1])
                 deviation = larger_deviation(whole_a, whole_e, self.eps)
                 allowed = allowed_error(whole_a, whole_e, deviation, is_stored=False, scale=scale)
-                comparisons.append(compare(key, whole_a, whole_e, allowed, order, deviation))
+                given = self._moved_by_bias(key, whole_e)
+                comparisons.append(compare(key, whole_a, whole_e, allowed and allowed + given, order, deviation))
             comparison = min(comparisons, key=lambda each: each.relative)
             if not is_doubtful:
                 compared.append(comparison)
@@ -460,32 +466,44 @@ class Comparer:
                 self.doubtful.append(comparison)
         return compared
 
-    def _factors(
-        self, kind: str, is_keyed: bool, shared: SharedSamples, scales: tuple[float, float], found: Pairing
-    ) -> list[tuple[float, float]]:
-        """Return by what the sums over TP groups of the two runs are multiplied; a scalar may be of two kinds.
+    def _moved_by_bias(self, key: Key, output: Whole) -> float:
+        """Return how far an output is moved in all of its rows by a bias that is given to be another one."""
+        gap = self.given.get(f"{key[1]}.bias", 0.0) if key[0] == "output" and -1 in output.shape else 0.0
+        width = prod(size for size in output.shape if size != -1)
+        return gap * sqrt(output.sketch.numel / width / output.copies) if gap and width else 0.0
 
-        Rows of samples that are there more than once count once. A replica's loss is the mean over its samples, so
-        gradients are divided by the number of replicas, whose gradients are averaged; so are outputs without rows.
-        Where losses add up instead (`adds_up`), a scalar is a loss that does, or one that does not. Of slices, what has
-        a row for each position adds up.
-        """
-        if kind == "output" and is_keyed:
-            return [(1 / shared.actual_copies, 1 / shared.expected_copies)]
-        loss_scales = scales if kind == "output_gradient" else (1.0, 1.0)
-        sides = []
-        for replicas, num_slices, loss_scale, adds_up, label in (
-            (shared.actual, shared.actual_cp, loss_scales[0], self.adds_up[0], found.actual),
-            (shared.expected, shared.expected_cp, loss_scales[1], self.adds_up[1], found.expected),
-        ):
-            mean = 1 / len(replicas) / loss_scale
-            if kind == "output" and label == "positions":
-                sides.append([mean * num_slices])
-            elif is_keyed or label == "positions":
-                sides.append([mean * adds_up])
-            else:
-                sides.append(list(dict.fromkeys((mean, mean * adds_up))))
-        return [(factor_a, factor_e) for factor_a, factor_e in product(*sides)]
+
+def _factors(
+    kind: str,
+    is_keyed: bool,
+    shared: SharedSamples,
+    scales: tuple[float, float],
+    found: Pairing,
+    adds_up: tuple[int, int],
+) -> list[tuple[float, float]]:
+    """Return by what the sums over TP groups of the two runs are multiplied; a scalar may be of two kinds.
+
+    Rows of samples that are there more than once count once. A replica's loss is the mean over its samples, so
+    gradients are divided by the number of replicas, whose gradients are averaged; so are outputs without rows.
+    Where losses add up instead (`adds_up`), a scalar is a loss that does, or one that does not. Of slices, what has
+    a row for each position adds up.
+    """
+    if kind == "output" and is_keyed:
+        return [(1 / shared.actual_copies, 1 / shared.expected_copies)]
+    loss_scales = scales if kind == "output_gradient" else (1.0, 1.0)
+    sides = []
+    for replicas, num_slices, loss_scale, num_added, label in (
+        (shared.actual, shared.actual_cp, loss_scales[0], adds_up[0], found.actual),
+        (shared.expected, shared.expected_cp, loss_scales[1], adds_up[1], found.expected),
+    ):
+        mean = 1 / len(replicas) / loss_scale
+        if kind == "output" and label == "positions":
+            sides.append([mean * num_slices])
+        elif is_keyed or label == "positions":
+            sides.append([mean * num_added])
+        else:
+            sides.append(list(dict.fromkeys((mean, mean * num_added))))
+    return [(factor_a, factor_e) for factor_a, factor_e in product(*sides)]
 
 
 def among_rerouted(comparer: Comparer, comparisons: Sequence[Comparison]) -> list[Comparison]:

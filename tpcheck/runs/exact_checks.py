@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.findings import Finding
-from tpcheck.runs.alignment import AlignedStep, Run, begins_with
+from tpcheck.runs.alignment import AlignedStep, Run, begins_with, pass_samples
 from tpcheck.runs.comparisons import Comparer, Key, Table, label_of
 from tpcheck.runs.run_findings import BATCHES, GROUPS, REPLICAS, UPDATES, Answer, exact_finding, stale
 from tpcheck.runs.trace import StepRecord, TensorRecord
@@ -408,23 +407,30 @@ def _digest_of(record: StepRecord, key: Key) -> str | None:
     return next((tensor.digest for tensor in record.tensors if tensor.key == key), None)
 
 
-def generator_states(steps: Mapping[int, StepRecord]) -> tuple[Any, ...]:
-    """Return the states of the first rank's generators before each call of a step in training."""
-    first = next(iter(steps.values()))
-    return tuple(dict(call.generators) for call in first.passes if call.is_training and call.generators)
+def drew_other_random_numbers(step: AlignedStep, actual: Run, expected: Run) -> bool:
+    """Return whether the forward passes of both runs draw random numbers, and not the same for the same samples.
 
-
-def draws_random_numbers(states: Sequence[Any]) -> bool:
-    """Return whether a generator's state changes from one call of the model to another."""
-    return any(first != second for first, second in pairwise(states))
-
-
-def generators_differ(step: AlignedStep) -> bool:
-    """Return whether the first ranks' generators were in other states before any call of the step."""
-    first_a, first_e = next(iter(step.actual.values())), next(iter(step.expected.values()))
-    return any(
-        actual.generators.get(name) != state
-        for actual, expected in zip(first_a.passes, first_e.passes, strict=False)
-        for name, state in expected.generators.items()
-        if name in actual.generators
+    They draw the same where each call has the same samples in the same order, and the generators begin and end it in
+    the same states: another number of samples, or features that are cut over the ranks, draw another amount.
+    """
+    if step.shared is None:
+        return False
+    drawn_a, drawn_e = (
+        _calls_that_draw(steps, [run.replicas[replica][0] for replica in replicas])
+        for run, steps, replicas in (
+            (actual, step.actual, step.shared.actual),
+            (expected, step.expected, step.shared.expected),
+        )
     )
+    return bool(drawn_a and drawn_e) and drawn_a != drawn_e
+
+
+def _calls_that_draw(steps: Mapping[int, StepRecord], ranks: Sequence[int]) -> set[tuple[Any, ...]]:
+    """Return the samples and the states of the generators of the calls that left these in another state."""
+    return {
+        (pass_samples(call), *(tuple(sorted(states.items())) for states in (call.generators, call.generators_after)))
+        for rank in ranks
+        if rank in steps
+        for call in steps[rank].passes
+        if call.generators != call.generators_after
+    }

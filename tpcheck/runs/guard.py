@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import ceil
 from types import TracebackType
 from typing import Any
@@ -28,6 +29,7 @@ from tpcheck.core.notices import NO_TP, say
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.optimizer_view import OptimizerView, Part
 from tpcheck.numerics.optimizers.choose import view_of
+from tpcheck.numerics.optimizers.closures import Arguments, with_closure_followed
 from tpcheck.numerics.optimizers.names import unwrapped, unwrapped_name
 from tpcheck.numerics.recorder import eager
 from tpcheck.numerics.sketch import GlobalIndex
@@ -275,7 +277,9 @@ class Guard(AbstractContextManager["Guard"]):
     # ---- hooks
 
     def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._handles or not torch.is_grad_enabled() or is_in_backward() or is_repeated_call() or is_capturing():
+        if not self._handles or module is not self._root or not torch.is_grad_enabled():  # a copy has the hook, too
+            return
+        if is_in_backward() or is_repeated_call() or is_capturing():
             return
         if self._has_stepped:
             self._has_stepped = False
@@ -289,10 +293,17 @@ class Guard(AbstractContextManager["Guard"]):
             self._see_first_outputs()
         self._calls += 1
 
-    def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._schedule.has_check_before_next_step(self._calls) or not self._view.owns(optimizer):
-            return
-        if is_capturing():
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Arguments | None:
+        if not self._view.owns(optimizer) or is_capturing():
+            return None
+        given = with_closure_followed(args, kwargs, partial(self._see_gradients, optimizer))
+        if given is None:
+            self._see_gradients(optimizer)
+        return given
+
+    def _see_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Start the digests of what the optimizer gets, if a check may come before its next step."""
+        if not self._schedule.has_check_before_next_step(self._calls):
             return
         if self._gradients is None or self._gradients.call != self._calls:
             self._gradients = _Gradients(self._calls)

@@ -1,14 +1,16 @@
-"""Weights before the first step that two runs have drawn for themselves."""
+"""Weights before the first step: drawn by each run for itself, or apart where a recording begins in a training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import hypot, inf, prod, sqrt
+from statistics import median
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.numerics.sketch import SIGN_SETS, TILES, distance
 from tpcheck.numerics.tolerance import SPREAD_OF_ONE_ROW
 from tpcheck.runs.comparisons import Comparison
+from tpcheck.runs.wholes import epsilon
 
 # Two draws of n elements have a correlation of 1 / sqrt(n) by chance, and norms that differ by as much of themselves.
 _DEVIATIONS = 4
@@ -72,3 +74,57 @@ def _stands_elsewhere(comparisons: Sequence[Comparison], wrong: Sequence[Compari
         for other in comparisons
         if other is not each and other.expected.shape == each.expected.shape and other.expected.norm
     )
+
+
+# ---- recordings that begin in the middle of a training
+
+# Rounding moves all weights of a model apart about alike. One that is a thousand times as far as the median, and by a
+# hundredth of itself, was not trained to where it is.
+_FAR_FROM_OTHERS = 1e3
+_FAR_FROM_ITSELF = 1e-2
+# What rounding adds up to over steps that were not recorded is extrapolated from the last one that was: it may grow
+# from step to step, but in float64 not from 1e-14 to a hundredth.
+_NO_ROUNDING = 1e6
+
+
+def not_by_rounding(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the weights that rounding in the steps before the recording has not moved to where they are."""
+    trained = _trained_as_given(comparisons)
+    usual = median(each.relative for each in trained) if trained else 0.0
+    limit = max(_FAR_FROM_ITSELF, _FAR_FROM_OTHERS * usual)
+    return [each for each in trained if each.is_wrong and each.relative > limit]
+
+
+def too_far_apart(comparisons: Sequence[Comparison], eps: float = 0.0) -> str:
+    """Return why nothing can be told of steps with these weights; empty where something can.
+
+    A multiple of how far they are apart is allowed: of more than a hundredth it would hide any mistake.
+
+    Args:
+        eps: Machine epsilon of the lowest dtype that the runs compute in, where that is known.
+    """
+    trained = _trained_as_given(comparisons)
+    furthest = max(trained, key=lambda each: each.relative, default=None)
+    if furthest is None:
+        return ""
+    eps = max(eps, epsilon(furthest.actual.dtype), epsilon(furthest.expected.dtype))
+    if furthest.relative <= max(_FAR_FROM_ITSELF, 4 * eps):
+        return ""
+    return (
+        f"steps before it were not recorded, and {furthest.name} is {furthest.relative:.1%} apart: what differs may "
+        "follow from that"
+    )
+
+
+def parted_unseen(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the weights that rounding has not moved so far apart in steps that were not recorded."""
+    return [
+        each
+        for each in _trained_as_given(comparisons)
+        if each.relative > _FAR_FROM_ITSELF and each.error > _NO_ROUNDING * (each.allowed or inf)
+    ]
+
+
+def _trained_as_given(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the weights without biases: those of keys have no gradient, and Adam makes whole steps of its rounding."""
+    return [each for each in comparisons if each.kind == "weight" and not each.name.endswith("bias")]

@@ -199,7 +199,7 @@ class Pass:
         leaves: Their tensors, by place in the arguments: dtype, shape, and a function that waits for the digest.
         places: Finds how outputs lie in the whole.
         is_training: `model.training`.
-        generators: Digests of the states of the generators before the call.
+        generators, generators_after: Digests of the states of the generators before the call, and after it.
         autocast: The dtype of autocast on the model's device; empty without.
         tensors: What was computed, by key.
         loss: The loss that the model returned, still on its device.
@@ -223,6 +223,7 @@ class Pass:
     places: ActivationPlaces | SlicedPlaces
     is_training: bool
     generators: Mapping[str, str]
+    generators_after: Mapping[str, str] = field(default_factory=dict)
     autocast: str = ""
     tensors: dict[Key, PendingTensor] = field(default_factory=dict)
     loss: torch.Tensor | None = None
@@ -273,7 +274,9 @@ class Pass:
         device = next(model.parameters()).device.type
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
         autocast = autocast.removeprefix("torch.")
-        recorded = cls(args, kwargs, leaves, places, model.training, generator_digests(), autocast, decided=decided)
+        recorded = cls(
+            args, kwargs, leaves, places, model.training, generator_digests(), autocast=autocast, decided=decided
+        )
         recorded.pieces, recorded.positions = pieces, sliced.positions
         return recorded
 
@@ -331,6 +334,7 @@ class Pass:
             self.has_backward,
             self.is_training,
             self.generators,
+            self.generators_after,
             {order: _as_text(places.batch.samples) for order, places in by_order.items()},
             () if self.pieces is None else tuple(map(_joined, self.pieces.tolist())),
             self.positions,
@@ -389,8 +393,9 @@ class ModuleHooks:
     """Hooks on the modules of a model, which pass what they return, and its gradient, to the current pass.
 
     The model itself has none: whoever calls it hands its output over, which has to be seen after all other hooks. What
-    a module returns is not replaced and not copied. Under activation checkpointing, the first computation gives
-    the outputs; where that had no autograd graph, the recomputation gives the gradients.
+    a module returns is not replaced and not copied. Copies of the model (an average of its weights) have the hooks as
+    well, which do nothing there. Under activation checkpointing, the first computation gives the outputs; where that
+    had no autograd graph, the recomputation gives the gradients.
     """
 
     def __init__(
@@ -409,7 +414,7 @@ class ModuleHooks:
         for module, name in names.items():
             if not name:
                 continue
-            before, after = (eager(hook) for hook in (self._before(name), self._after(name)))
+            before, after = (eager(hook) for hook in (self._before(module, name), self._after(module, name)))
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after))
 
@@ -418,9 +423,9 @@ class ModuleHooks:
             handle.remove()
         self._handles.clear()
 
-    def _before(self, name: str) -> Callable[..., None]:
+    def _before(self, hooked: nn.Module, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if is_in_backward() or (current := self._current()) is None:
+            if module is not hooked or is_in_backward() or (current := self._current()) is None:
                 return
             call = current.calls[name]
             current.calls[name] += 1
@@ -434,8 +439,10 @@ class ModuleHooks:
 
         return hook
 
-    def _after(self, name: str) -> Callable[..., None]:
+    def _after(self, hooked: nn.Module, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if module is not hooked:
+                return
             if is_in_backward():
                 self._after_recomputation(name, output)
                 return

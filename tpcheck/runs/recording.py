@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ from tpcheck.core.notices import NO_TP
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.optimizer_view import OptimizerView, ParameterGroup, Part
 from tpcheck.numerics.optimizers.choose import view_of
+from tpcheck.numerics.optimizers.closures import Arguments, with_closure_followed
 from tpcheck.numerics.optimizers.names import unwrapped, unwrapped_name
 from tpcheck.numerics.recorder import eager
 from tpcheck.runs.activations import Place
@@ -39,6 +41,7 @@ from tpcheck.runs.passes import (
     Pass,
     PendingTensor,
     finished,
+    generator_digests,
     is_in_backward,
     local_values,
     loss_in,
@@ -224,7 +227,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     # ---- calls of the model
 
     def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._is_paused or is_in_backward() or is_capturing():
+        if self._is_paused or module is not self._root or is_in_backward() or is_capturing():
             return
         self._inside += 1
         if self._inside > 1:
@@ -246,12 +249,13 @@ class Recorder(AbstractContextManager["Recorder"]):
             self._passes.append(self._current)
 
     def _after_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._is_paused or is_in_backward() or not self._inside:
+        if self._is_paused or module is not self._root or is_in_backward() or not self._inside:
             return None
         self._inside -= 1
         current, self._current = self._current, self._current if self._inside else None
         if current is None or self._inside:
             return None
+        current.generators_after = generator_digests()
         if self._hooks is not None:
             self._hooks.add_root_output(current, output)
         current.loss = loss_in(output)
@@ -295,10 +299,17 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     # ---- steps of the optimizer
 
-    def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._is_paused or not self._view.owns(optimizer):
-            return
-        if not self._is_recording or is_capturing():
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Arguments | None:
+        if self._is_paused or not self._view.owns(optimizer) or is_capturing():
+            return None
+        given = with_closure_followed(args, kwargs, partial(self._see_gradients, optimizer), self._paused)
+        if given is None:
+            self._see_gradients(optimizer)
+        return given
+
+    def _see_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Record what the optimizer gets, and repeat the passes and the step."""
+        if not self._is_recording:
             return
         is_first = not self._gradients
         for group in self._view.groups():  # now, as a scheduler changes them after the step

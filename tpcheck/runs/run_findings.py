@@ -220,7 +220,10 @@ def joined(findings: Sequence[Finding]) -> list[Finding]:
         ]
         names = [name for name in dict.fromkeys(listed) if name != own]
         ranks = sorted({rank for finding in (first, *others) for rank in finding.where.get("ranks", ())})
-        also = {"also": names} if names else {}
+        also: dict[str, Any] = {"also": names} if names else {}
+        if "factors" in first.evidence:
+            every = (factor for each in (first, *others) for factor in each.evidence.get("factors", ()))
+            also["factors"] = list(dict.fromkeys(every))
         merged.append(
             Finding(
                 first.check,

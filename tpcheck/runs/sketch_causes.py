@@ -178,9 +178,14 @@ def _if_predicted(cause: Cause, suspect: Suspect, predicted: Sketch, **evidence:
 
 
 def _times(cause: Cause, suspect: Suspect, factor: float, over: str) -> Explanation | None:
-    """Return the cause of a reduction once too often, or of a mean: of gradients it leaves no replica right."""
+    """Return the cause of a reduction once too often, or of a mean: of gradients it leaves no replica right.
+
+    Over TP nothing reduces the gradient of a weight of which the ranks hold shards.
+    """
     comparison = suspect.comparison
     if factor == 1 or (comparison.kind != "output" and are_some_right(comparison)):
+        return None
+    if comparison.kind == "gradient" and over == "tp" and comparison.actual.is_sharded_over_tp:
         return None
     expected = comparison.expected.sketch
     return _if_predicted(cause, suspect, expected.scaled(factor), factor=factor, reduced_over=over)
@@ -663,7 +668,17 @@ def clip_factors(comparison: Comparison) -> dict[int, float] | None:
                 return None
             factors |= dict.fromkeys(variant.ranks, factor)
         return factors
-    terms = [actual.parts[ranks[0]].sketch for ranks in pieces.values()]
+    if actual.adds_groups:
+        terms = [
+            total(
+                next(actual.parts[rank].sketch for rank in group if rank in ranks)
+                for group in actual.groups
+                if set(group) & set(ranks)
+            ).scaled(actual.factor)
+            for ranks in pieces.values()
+        ]
+    else:
+        terms = [actual.parts[ranks[0]].sketch for ranks in pieces.values()]
     shares = fit(expected.sketch, terms, limit)
     if not shares or not all(shares):
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from tpcheck.core.causes import Cause
+from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.findings import Finding
 from tpcheck.numerics.sketch import distance
 from tpcheck.numerics.tolerance import SAFETY_FACTOR
@@ -18,7 +18,7 @@ from tpcheck.runs.comparisons import Comparer, Comparison, label_of, relative
 from tpcheck.runs.low_precision import judged_among_neighbours, rerouted_among
 from tpcheck.runs.norm_checks import clipped_otherwise
 from tpcheck.runs.run_findings import GRADIENTS, OUTPUTS, Answer, finding_at, joined
-from tpcheck.runs.sketch_causes import clip_factors
+from tpcheck.runs.sketch_causes import clip_factors, scaled
 from tpcheck.runs.step_context import REROUTED, StepContext, judge, loss_scales
 from tpcheck.runs.wholes import Records, epsilon, total
 
@@ -28,7 +28,6 @@ from tpcheck.runs.wholes import Records, epsilon, total
 def outputs_match(context: StepContext) -> Answer:
     """Compare the outputs of all modules, the loss among them."""
     context.comparer.doubtful, context.comparer.rerouted = [], set()
-    context.comparer.adds_up = _adds_up(context)
     comparisons, not_compared = _computed(context, "output")
     comparisons = judged_among_neighbours(comparisons, context.typical_noise)
     wrong = [each for each in comparisons if each.is_wrong]
@@ -113,19 +112,20 @@ def _computed(context: StepContext, kind: str) -> tuple[list[Comparison], dict[s
         loss_scales(context.step),
         context.scale,
         context.num_calls,
+        context.adds_up,
     )
     return comparisons, comparer.not_compared
 
 
-def _adds_up(context: StepContext) -> tuple[int, int]:
-    """Return for each run over how many replicas its loss is a sum, as `Comparer.adds_up`.
+def replicas_added_up(context: StepContext) -> tuple[int, int]:
+    """Return for each run over how many replicas its loss is a sum, as `StepContext.adds_up`.
 
     Loops divide by the tokens of the replica and average gradients, or by those of all and sum them. Both are right,
     and the first gradient that comes back from the loss tells which it is. A loop that reduces gradients in the other
     way is found by its parameters' gradients, which are compared as they are. Without slices a loss that is scaled by
     mistake looks the same, so there the parameters' gradients have to tell, too.
     """
-    comparer, shared = context.comparer, context.step.shared
+    shared = context.step.shared
     if shared is None or len(shared.actual) == len(shared.expected) == 1:
         return (1, 1)
     keyed = [key for key, records in context.expected.items() if key[0] == "output_gradient" and _is_keyed(records)]
@@ -140,8 +140,7 @@ def _adds_up(context: StepContext) -> tuple[int, int]:
         for number, replicas in zip(num_slices, (shared.actual, shared.expected), strict=True)
     ]
     for adds_up in ((actual, expected) for actual, expected in product(*possible)):
-        comparer.adds_up = adds_up
-        for comparison in _computed(only_first, "output_gradient")[0]:
+        for comparison in _computed(replace(only_first, adds_up=adds_up), "output_gradient")[0]:
             errors[adds_up] = comparison.relative
 
     def nearest(choices: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -238,7 +237,9 @@ def gradients_match(context: StepContext) -> Answer:
         not_compared |= {
             name: reason for name, reason in context.comparer.not_compared.items() if name not in missing.names
         }
-        findings += at_sums_without_backward(missing.findings, backward, context.around.actual_after, context.run)
+        findings += at_sums_without_backward(
+            missing.findings, backward, context.around.actual_after, context.run, context.expected
+        )
     judged = judge(context, comparisons)
     comparisons, wrong = judged.comparisons, judged.wrong
     left_out = [*left_out, *judged.rerouted]
@@ -310,12 +311,46 @@ def _wrong_gradients(
 ) -> list[Finding]:
     """Return findings at parameters whose gradients are wrong although all gradients of outputs are right."""
     clipped = clipped_otherwise(context, wrong, comparisons)
+    explanations = [clipped or context.explain(each, comparisons) for each in wrong]
+    if not clipped:
+        explanations = _scaled_together(context, wrong, comparisons, explanations)
     findings = []
-    for each in wrong:
-        explanation = clipped or context.explain(each, comparisons)
+    for each, explanation in zip(wrong, explanations, strict=True):
         evidence = {} if explanation else {"note": context.note_without_cause(each)}
         findings.append(finding_at(GRADIENTS, context.number, each, explanation, context.measured, evidence=evidence))
     return findings
+
+
+def _scaled_together(
+    context: StepContext,
+    wrong: Sequence[Comparison],
+    comparisons: Sequence[Comparison],
+    explanations: Sequence[Explanation | None],
+) -> list[Explanation | None]:
+    """Return the explanations, of which a reduction over TP is none where shards are scaled by the same factor."""
+    factors = {
+        tuple(each.evidence["factors"])
+        for each in explanations
+        if each is not None and each.cause is Cause.GRADIENT_SCALED and "factors" in each.evidence
+    }
+    found = [
+        scaled(context.suspect(of_gradient, comparisons))
+        if each is not None and each.evidence.get("reduced_over") == "tp" and (each.evidence.get("factor"),) in factors
+        else each
+        for of_gradient, each in zip(wrong, explanations, strict=True)
+    ]
+    are_all = len(wrong) >= sum(1 for each in comparisons if each.expected.norm)
+    if not are_all or len(wrong) < 2 or any(each is None or each.cause is not Cause.GRADIENT_SCALED for each in found):
+        return found
+    text = (
+        "all gradients of parameters are scaled, and those of outputs agree: they are clipped, unscaled or divided in "
+        "another way"
+    )
+    notes = [[each.evidence["note"]] if each is not None and "note" in each.evidence else [] for each in found]
+    return [
+        each and replace(each, evidence={**each.evidence, "note": "; ".join([*note, text])})
+        for each, note in zip(found, notes, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

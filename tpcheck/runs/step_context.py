@@ -42,6 +42,8 @@ class StepContext:
         is_update_judged: Whether weights and states before the step were judged, so that those after it can be.
         gathered: Whole tensors that were read to find causes.
         typical_noise: How far apart tensors of 16 bits may be expected to be, in units of what rounding moves them by.
+        adds_up: For each run 1 where its loss is the mean over all replicas, else the number of those over whose losses
+            it is the sum: slices of sequences, or all replicas.
     """
 
     comparer: Comparer
@@ -53,6 +55,7 @@ class StepContext:
     scale: float = 1.0
     is_update_judged: bool = True
     typical_noise: float = TYPICAL_NOISE
+    adds_up: tuple[int, int] = (1, 1)
     gathered: dict[tuple[str, int], Evidence] = field(default_factory=dict)
 
     @property
@@ -143,6 +146,8 @@ class StepContext:
 
     def note_without_cause(self, comparison: Comparison) -> str:
         """Return what to record where nothing showed a cause; or that whole tensors did not, either."""
+        if (modes := self._modes()) is not None:
+            return modes
         if self.has_slices:
             return "sketches show no known cause; whole tensors are not tested for runs with slices of sequences (cp)"
         name = comparison.name if comparison.kind in ACTIVATIONS else comparison.name.rpartition(".")[0]
@@ -153,6 +158,17 @@ class StepContext:
             "sketches alone show no cause: record both runs again with "
             f'tpcheck.record(model, path, steps=[{self.number}], modules="{pattern}", tensors="full", replays=2)'
         )
+
+    def _modes(self) -> str | None:
+        """Return in which mode the models of the two runs are called in this step, where that differs."""
+        actual, expected = (
+            {call.is_training for step in steps.values() for call in step.passes}
+            for steps in (self.step.actual, self.step.expected)
+        )
+        if actual == expected or len(actual) != 1 or len(expected) != 1:
+            return None
+        names = ["training" if True in modes else "evaluation" for modes in (actual, expected)]
+        return f"the actual run's model is in {names[0]} mode in this step, the expected run's in {names[1]} mode"
 
     def _ones(self, comparison: Comparison) -> Sketch | None:
         """Return a column of ones with the rows of an output; None where its rows are not those of all samples."""

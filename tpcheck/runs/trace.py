@@ -116,6 +116,7 @@ class PassRecord:
         has_backward: Whether a backward pass followed.
         is_training: `model.training`.
         generators: Digests of the states of the generators before the call, by name (`torch`, `cuda`).
+        generators_after: The same after it; a forward pass that draws random numbers leaves another state.
         sliced: Where the ranks of a CP group hold slices, for each order that these may follow each other in
             (`contiguous`, `zigzag`, `positions`) the digests of the whole samples.
         pieces: For each sample or slice, the digests of its equal pieces, 8 hex digits each, joined.
@@ -129,6 +130,7 @@ class PassRecord:
     has_backward: bool
     is_training: bool = True
     generators: Mapping[str, str] = field(default_factory=dict)
+    generators_after: Mapping[str, str] = field(default_factory=dict)
     sliced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     pieces: tuple[str, ...] = ()
     positions: str = ""

@@ -53,7 +53,10 @@ def test_what_comes_back_through_each_module_that_takes_a_tensor_is_known() -> N
     sources = {key("block.norm input"): (key("block input"),)}
     step = replace(RIGHT.reference[0], sources=sources)
     doubled = replace(step, activations={**step.activations, hidden: 2 * step.activations[normed]})
-    for reference, names in ((step, []), (doubled, ["input 0 of block.norm", "all else"])):
+    for reference, names in (
+        (step, []),
+        (doubled, ["input 0 of block.norm", "a path past block.norm, such as a residual"]),
+    ):
         evidence = replace(RIGHT, reference=(reference,))
         parts = (reference.activations[hidden],) * 2
         branches = backward_facts(evidence, 0, hidden, PlacedTensor(Replicate(), parts)).branches

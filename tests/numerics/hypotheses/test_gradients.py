@@ -80,10 +80,12 @@ def test_behind_a_collective_that_autograd_does_not_see_it_is_the_collectives() 
     assert the_cause("input_gradient", (EXPECTED, lost()), backward=facts) is Cause.GRADIENT_MISSING
 
 
-@pytest.mark.parametrize(("through", "wrong"), [(["norm"], (0, 1)), (["all else"], (1,)), (["norm", "all else"], (0,))])
+@pytest.mark.parametrize(
+    ("through", "wrong"), [(["norm"], (0, 1)), (["a residual"], (1,)), (["norm", "a residual"], (0,))]
+)
 def test_a_branch_that_sends_nothing_back_is_named(through: list[str], wrong: tuple[int, ...]) -> None:
     third = 0.3 * OTHER + 0.1
-    branches = {"norm": OTHER, "mlp": third, "all else": EXPECTED - OTHER - third}
+    branches = {"norm": OTHER, "mlp": third, "a residual": EXPECTED - OTHER - third}
     left = EXPECTED - sum(branches[name] for name in through)
     facts = BackwardFacts(branches={name: (part, part) for name, part in branches.items()})
     parts = [left if rank in wrong else EXPECTED for rank in range(2)]

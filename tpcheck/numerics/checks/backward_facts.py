@@ -61,16 +61,17 @@ def _branches(
 ) -> dict[str, tuple[torch.Tensor, ...]]:
     """Return each rank's part of what comes back through each consumer of a tensor that has several."""
     reference = evidence.reference[step].activations
-    expected, taken = reference[key], {}
+    expected, taken, modules = reference[key], {}, []
     for after in consumers(evidence, step, in_phase(key, "forward")):
         gradient = reference.get(in_phase(after, "backward"))
         if gradient is None or gradient.shape != expected.shape:
             return {}  # it is computed from the tensor, and no view of it: what comes back through it is unknown
         if after.role == "input" and after.module != key.module:
             taken[after.place] = gradient
+            modules.append(after.module)
     rest = expected - sum(taken.values()) if taken else expected
     if frobenius(rest) > FITTED_RELATIVE_ERROR * frobenius(expected):
-        taken["all else"] = rest
+        taken[f"a path past {' and '.join(dict.fromkeys(modules))}, such as a residual"] = rest
     if not 1 < len(taken) <= MOST_USES:
         return {}
     return {
