@@ -11,6 +11,7 @@ import pytest
 
 from tpcheck import Topology
 from tpcheck.backends.interface import RankLike
+from tpcheck.lab.faults.clipping import scaled_to_norm, small_loss
 from tpcheck.lab.faults.corpus import HAND_WRITTEN_CONTROLS, HAND_WRITTEN_FAULTS
 from tpcheck.lab.faults.hand_written import (
     HandWrittenControl,
@@ -19,6 +20,7 @@ from tpcheck.lab.faults.hand_written import (
     compiled_whole,
     inside,
 )
+from tpcheck.lab.faults.losses import over_the_ranks
 from tpcheck.lab.faults.runs import run_hand_written_control, run_hand_written_fault, verify_hand_written
 from tpcheck.world.world import World, spawn
 
@@ -103,6 +105,14 @@ def test_a_rank_whose_loss_has_no_gradient_is_named() -> None:
     message = str(report.verdict.message)
     assert message.startswith("custom, forward of step 0: the sharded model returns a loss without a gradient")
     assert "raised by rank 1; rank 0" in message
+
+
+def test_gradients_that_float32_scales_up_without_an_epsilon_pass(worlds: dict[Topology, World]) -> None:
+    """How they are scaled is read off the moments: the reference's own step is too small to show in its weights."""
+    control = HandWrittenControl(inside, {"loss": small_loss}, also=over_the_ranks, clip=scaled_to_norm)
+    report = verify_hand_written(control, dtype="float32", replays=REPLAYS, world=worlds[control.topology])
+    report.raise_if_failed()
+    assert next(check.compared for check in report.verdict.checks if check.check == "updates_match_reference") == 20
 
 
 def test_both_norms_over_one_shard_are_found(worlds: dict[Topology, World]) -> None:

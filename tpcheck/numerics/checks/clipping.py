@@ -24,7 +24,7 @@ from tpcheck.numerics.tolerance import (
 # The terms that an optimizer step (SGD) is a sum of.
 TERMS = ("gradient", "weight", "momentum")
 # Dtypes whose optimizers keep masters and moments in float32.
-STEPS_IN_FLOAT32 = ("bfloat16", "float16")
+_STEPS_IN_FLOAT32 = ("bfloat16", "float16")
 
 
 def gradient_norms(evidence: Evidence, step: int) -> GradientNorms:
@@ -114,7 +114,8 @@ def observed_clipping(evidence: Evidence) -> Clipping:
             if gradient is not None and name in evidence.layouts
         }
         largest = max(sizes, key=sizes.__getitem__, default="")
-        if not _fits(_factors(evidence, step, [largest] if largest else []), evidence, step, assumed):
+        of_largest = _factors(evidence, step, [largest] if largest else [])
+        if not _fits(of_largest, evidence, step, assumed, _accuracy(evidence)):
             return _fitting(_factors(evidence, step, sizes), evidence, step)
     return assumed
 
@@ -124,24 +125,31 @@ def _factors(evidence: Evidence, step: int, names: Iterable[str]) -> list[float]
     return [factor for of_ranks in clipped_step(evidence, step, shares).factors.values() for factor in of_ranks]
 
 
-def _fits(factors: Iterable[float], evidence: Evidence, step: int, clipping: Clipping) -> bool:
-    """Return whether all factors are those of a convention, as far as steps of this dtype show them."""
+def _fits(factors: Iterable[float], evidence: Evidence, step: int, clipping: Clipping, accuracy: float) -> bool:
+    """Return whether all factors are those of a convention."""
     expected = clipping.factor(evidence.reference[step].gradient_norm or 0.0)
-    accuracy = ACCURACY_OF_FACTORS if evidence.dtype == "float64" else RESIDUAL_EXACT
     return all(abs(factor - expected) <= accuracy * expected for factor in factors)
+
+
+def _accuracy(evidence: Evidence) -> float:
+    """Return how accurately the step on a large parameter shows its factor."""
+    return ACCURACY_OF_FACTORS.get(evidence.dtype, RESIDUAL_EXACT)
 
 
 def _fitting(factors: Sequence[float], evidence: Evidence, step: int) -> Clipping:
     assumed, norm = evidence.clipping, evidence.reference[step].gradient_norm or 0.0
-    factor = median(factors) if factors else 0.0
+    factor, accuracy = median(factors) if factors else 0.0, _accuracy(evidence)
     if factor <= 0:
         return assumed
     clipping = replace(assumed, scales_up=assumed.scales_up or (norm < assumed.max_norm and factor > 1))
-    if evidence.dtype == "float64":
+    if evidence.dtype in ACCURACY_OF_FACTORS:
         epsilon = assumed.max_norm / factor - norm
-        epsilon = epsilon if abs(epsilon) > ACCURACY_OF_FACTORS * norm else 0.0  # less is rounding
+        epsilon = epsilon if abs(epsilon) > accuracy * norm else 0.0  # less is rounding
         clipping = replace(clipping, epsilon=min(EPSILONS, key=lambda each: abs(each - epsilon)))
-    return clipping if _fits(factors, evidence, step, clipping) else assumed
+    # The factor of a small gradient is known less well than the median.
+    of_all = accuracy if evidence.dtype == "float64" else RESIDUAL_EXACT
+    fits = _fits([factor], evidence, step, clipping, accuracy) and _fits(factors, evidence, step, clipping, of_all)
+    return clipping if fits else assumed
 
 
 def terms_of_step(evidence: Evidence, step: int, name: str) -> list[torch.Tensor]:
@@ -159,14 +167,16 @@ def terms_of_step(evidence: Evidence, step: int, name: str) -> list[torch.Tensor
 def shares_of_terms(evidence: Evidence, step: int, name: str) -> dict[str, tuple[float, ...]]:
     """Return for each term its share in every rank's step on a parameter over its share in the expected one.
 
-    Weights of low precision are rounded after the step; what the optimizer keeps in float32 shows the shares there: a
-    moment, or the change of the master weight where there is none, or none that is such a sum.
+    Weights are rounded after the step, in float32 by more than a small one shows; what the optimizer keeps shows the
+    shares there: a moment, or the change of the master weight where there is none, or none that is such a sum.
     """
-    if evidence.dtype in STEPS_IN_FLOAT32:
+    if evidence.dtype != "float64":
         states = {state for state, of in evidence.reference[step].optimizer_state if of == name}
         of_moments_first = sorted(states, key=lambda state: (state == _MASTER, state))
         in_states = (_shares_in_state(evidence, step, name, state) for state in of_moments_first)
-        return next((shares for shares in in_states if shares), {})
+        in_state = next((shares for shares in in_states if shares), {})
+        if in_state or evidence.dtype in _STEPS_IN_FLOAT32:
+            return in_state
     layout, before = evidence.layouts[name], evidence.weights_before(step)[name]
     terms = terms_of_step(evidence, step, name)
     if not terms or evidence.reference[step].gradient_norm is None:

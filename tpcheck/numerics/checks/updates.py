@@ -12,7 +12,6 @@ import torch
 from tpcheck.core.placement import Replicate
 from tpcheck.numerics.activation_placement import PlacedTensor
 from tpcheck.numerics.checks.clipping import (
-    STEPS_IN_FLOAT32,
     TERMS,
     clipped_step,
     implied_norms,
@@ -427,7 +426,7 @@ def _step_facts(evidence: Evidence, step: int, name: str, ratios: Mapping[str, t
     before, after = evidence.weights_before(step)[name], evidence.reference[step].weights[name]
     facts = StepFacts(
         ratios=ratios,
-        ratio_digits=3 if evidence.dtype in STEPS_IN_FLOAT32 else 6,  # RESIDUAL_EXACT, FITTED_RELATIVE_ERROR
+        ratio_digits=6 if evidence.dtype == "float64" else 3,  # RESIDUAL_EXACT, FITTED_RELATIVE_ERROR
         loss_scale=evidence.reference[step].loss_scale,
         next_loss_scale=evidence.reference[step].next_loss_scale,
         skipped_on=_skipped_on(evidence, step),

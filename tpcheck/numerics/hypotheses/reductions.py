@@ -232,8 +232,10 @@ def of_all_but_a_bias(suspect: Suspect) -> Explanation | None:
             (Cause.MISSING_REDUCE, [sum(terms[1:], parts[0])], 1),
             (Cause.DUPLICATE_REDUCE, [term / tp + bias for term in terms], 1),
         ]
-        for times in range(2, tp + 1):
-            corrected.append((Cause.BIAS_ADDED_PER_RANK, [part - (times - 1) * bias for part in parts], times))
+        corrected += [
+            (Cause.BIAS_ADDED_PER_RANK, [part - (times - 1) * bias for part in parts], times)
+            for times in range(2, tp + 1)
+        ]
         for cause, of_ranks, times in corrected:
             found = [explanation_if_equal(cause, each, expected, suspect) for each in of_ranks]
             known = [each.residual for each in found if each is not None]
