@@ -50,7 +50,7 @@ RESIDUAL_NOISY = 0.1
 # Of a norm or a step that is worked out from weights: a float64 weight rounds by 1e-16 of itself, 1e-10 of a step that
 # moves it by 1e-6. Numbers that agree in six digits are the same number.
 FITTED_RELATIVE_ERROR = 1e-6
-# Of the factor by which a step shows gradients to be clipped; else it is RESIDUAL_EXACT. A float64 weight rounds by 1e-13
+# Of the factor by which a step shows gradients to be clipped; else RESIDUAL_EXACT. A float64 weight rounds by 1e-13
 # of a step that moves it by 1e-3; the 1e-6 that torch adds to a norm of 1 is a thousand times as much. In float32 a
 # moment shows it to 1e-7, and norms are summed in float32.
 ACCURACY_OF_FACTORS = {"float64": 1e-9, "float32": 1e-5}
