@@ -80,7 +80,23 @@ def test_what_tpcheck_raises_on_purpose_and_lost_connections_are_no_bugs() -> No
 def test_a_crash_of_the_backend_names_its_phase() -> None:
     error = raised(lambda: run_blamed(Broken(), torch.ones(1)))
     assert isinstance(error, BackendError)
-    assert str(error) == "custom, forward of step 0: RuntimeError: the model is wrong"
+    first, place = str(error).splitlines()
+    assert first == "custom, forward of step 0: RuntimeError: the model is wrong"
+    assert re.fullmatch(rf"at {re.escape(__file__)}:\d+, in broken", place)
+
+
+def test_a_crash_of_the_backend_names_the_module_that_ran() -> None:
+    model = nn.Sequential(nn.Identity(), nn.ModuleDict({"up": nn.Linear(2, 2)}))
+    model.forward = lambda tensor: model[1]["up"](tensor)  # type: ignore[method-assign,index,operator]
+    with pytest.raises(BackendError) as caught, blame_backend(BACKEND, "forward of step 0", model=model):
+        model(torch.ones(3))
+    assert "in 1.up (Linear), at " in str(caught.value)
+
+
+@pytest.mark.parametrize("ended", [SystemExit(3), SystemExit()])
+def test_code_that_ends_the_process_has_crashed(ended: SystemExit) -> None:
+    with pytest.raises(BackendError, match="custom, step 0: SystemExit"), blame_backend(BACKEND, "step 0"):
+        raise ended
 
 
 def test_a_crash_of_a_hook_is_an_internal_error_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import nn
 
 import tpcheck
 from tpcheck.backends.interface import Backend
@@ -31,8 +32,12 @@ _PASSES_ON = ("__torch_function__", "__torch_dispatch__")  # every operation of 
 
 
 @contextmanager
-def blame_backend(backend: Backend, phase: str, hint: str = "") -> Iterator[None]:
-    """Raise errors from inside as BackendError, with the phase and a hint; tpcheck's own as InternalError."""
+def blame_backend(backend: Backend, phase: str, hint: str = "", *, model: nn.Module | None = None) -> Iterator[None]:
+    """Raise errors from inside as BackendError, with phase, place and a hint; tpcheck's own as InternalError.
+
+    Args:
+        model: What runs inside: the module at which it crashes is named.
+    """
     try:
         yield
     except TpcheckError:
@@ -41,7 +46,23 @@ def blame_backend(backend: Backend, phase: str, hint: str = "") -> Iterator[None
         if is_of_tpcheck(error):
             raise internal_error(error) from error
         message = f"{backend.name}, {phase}: {type(error).__name__}: {_without_tensors(error)}"
-        raise BackendError("\n".join(filter(None, [message, hint]))) from error
+        raise BackendError("\n".join(filter(None, [message, _place_of_error(error, model), hint]))) from error
+
+
+def _place_of_error(error: BaseException, model: nn.Module | None) -> str:
+    """Return the module of a model that ran when an error was raised, and the innermost line outside of libraries."""
+    names = {id(module): name for name, module in (() if model is None else model.named_modules())}
+    modules, lines, trace = [], [], error.__traceback__
+    while trace is not None:
+        code, running = trace.tb_frame.f_code, trace.tb_frame.f_locals.get("self")
+        if isinstance(running, nn.Module) and names.get(id(running)):
+            modules.append(f"in {names[id(running)]} ({type(running).__name__})")
+        path = Path(code.co_filename)
+        is_ours = path.is_relative_to(_TPCHECK) and not any(path.is_relative_to(each) for each in _UNDER_TEST)
+        if not is_ours and not path.is_relative_to(_TORCH) and path.exists() and not _is_of_python(path):
+            lines.append(f"at {path}:{trace.tb_lineno}, in {code.co_name}")
+        trace = trace.tb_next
+    return ", ".join([*modules[-1:], *lines[-1:]])
 
 
 def _without_tensors(error: BaseException) -> str:

@@ -244,7 +244,7 @@ class StepRecorder:
         number, module = self._num_forward - 1, self._candidate.module
         where = f"{phase} of step {len(self.steps)}" + (f", micro-batch {number}" if number else "")
         with (
-            blame_backend(self._backend, where),
+            blame_backend(self._backend, where, model=module),
             logged_collectives(
                 module, self._log, phase, number, self._activations, where=f"{self._backend.name}, {where}"
             ),

@@ -168,7 +168,7 @@ def forced_modules(
 
     try:
         with (
-            blame_backend(backend, where),
+            blame_backend(backend, where, model=candidate.module),
             logged_collectives(candidate.module, log, recorded=activations, where=f"{backend.name}, {where}"),
             state_restored(candidate.module),
             ModuleRecorder(candidate.module, keep, forced),

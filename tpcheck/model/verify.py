@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,7 +28,7 @@ from tpcheck.model.preload import preload_of
 from tpcheck.model.targets import resolve
 from tpcheck.numerics.verdict import forbids_training, verdict
 from tpcheck.report.report import Report
-from tpcheck.world.attach import attach, is_launched
+from tpcheck.world.attach import attach, collectives_checked, exchange_through_store, is_launched, leave_after
 from tpcheck.world.world import World, spawn
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ if TYPE_CHECKING:
 LayoutSource: TypeAlias = "Mapping[str, Placement] | Callable[[str, tuple[int, ...]], Placement | None] | None"
 
 _RETRY_TIMEOUT = 60.0
+_STORE_LIMIT = 5.0  # ranks that torch's check has stopped raise together
+_WITHOUT_CHECK = (
+    "If the sizes are meant (gloo takes a scalar for a tensor of one element), start the ranks with "
+    "TORCH_DISTRIBUTED_DEBUG=OFF: torch then checks nothing."
+)
 _WAITING = "OpType=BARRIER"  # in the message of torch's check, where a rank has come to the end of a pass
 
 
@@ -178,18 +184,46 @@ def _verify_on_rank(rank: Rank, request: Request) -> RankAnswer:
 
 
 def _launched_answers(request: Request) -> tuple[RankAnswer, ...]:
-    """Run the request on the launcher's ranks. An error of tpcheck's own, as one rank may have alone, ends all."""
-    rank = attach(request.options.topology, device=request.options.device)
+    """Run the request on the launcher's ranks. An error of tpcheck's own, as one rank may have alone, ends all.
+
+    torch checks every collective, as on spawned ranks, unless the launcher's environment says otherwise, or there is a
+    default group already: ranks that part would wait for each other until the group's timeout.
+    """
+    topology = request.options.topology
     answer: RankAnswer | InternalError
-    try:
-        answer = _verify_on_rank(rank, request)
-    except InternalError as error:
-        answer = error
-    answers: tuple[RankAnswer | InternalError, ...] = rank.gather(answer)
+    with collectives_checked():
+        rank = attach(topology, device=request.options.device)
+        try:
+            answer = _verify_on_rank(rank, request)
+        except InternalError as error:
+            answer = error
+        except BackendError as error:
+            raise _crash_of_launched(rank, error) from error
+        answers: tuple[RankAnswer | InternalError, ...] = rank.gather(answer)
     for of_rank in answers:
         if isinstance(of_rank, InternalError):
             raise of_rank
     return tuple(of_rank for of_rank in answers if not isinstance(of_rank, InternalError))
+
+
+def _crash_of_launched(rank: Rank, error: BackendError) -> BackendError:
+    """Return what has crashed on a launcher's rank, by what the others have done, as far as they have crashed, too.
+
+    The ranks may have parted, so that no collective is possible. Where rank 0 waits for this one, which ends it, this
+    one writes the error.
+    """
+    crashed = exchange_through_store(rank, (getattr(error, "tpcheck_details", None),), limit_s=_STORE_LIMIT)
+    progress = {other: details for other, (details,) in crashed.items() if details is not None}
+    explained, text = None, str(error)
+    if COLLECTIVES_DIFFER in text:
+        explained = _explanation(progress, text, rank.topology) or _explanation(
+            progress, f"{text}\n{_WITHOUT_CHECK}", rank.topology, of_tensors=True
+        )
+    if 0 in crashed:
+        leave_after(rank, first=0, limit_s=_STORE_LIMIT)
+    elif rank.rank == min(crashed):
+        sys.stderr.write(f"tpcheck, on rank {rank.rank}: {explained or error}\n")
+    return explained or error
 
 
 def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
@@ -238,14 +272,20 @@ def _explained(failure: RankFailure, topology: Topology, *, of_tensors: bool = F
     Args:
         of_tensors: Return instead what all have issued, with tensors that differ.
     """
+    progress = {outcome.rank: outcome.details for outcome in failure.outcomes if outcome.details is not None}
+    return _explanation(progress, str(failure.exception), topology, of_tensors=of_tensors)
+
+
+def _explanation(
+    progress: Mapping[int, Any], message: str, topology: Topology, *, of_tensors: bool = False
+) -> BackendError | None:
+    """Return the error by what the ranks have done (`RankProgress`) and the message of torch's check."""
     from tpcheck.model.blame import explain_parting, explain_tensors
 
-    progress = {outcome.rank: outcome.details for outcome in failure.outcomes if outcome.details is not None}
     groups = [*topology.groups("tp"), *topology.groups("dp")]
     text = (explain_tensors if of_tensors else explain_parting)(progress, groups)
     if text is None:
         return None
-    message = str(failure.exception)
     return BackendError(f"{text}.\ntorch's message: {message[message.index(COLLECTIVES_DIFFER) :]}")
 
 

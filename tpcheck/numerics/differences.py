@@ -188,3 +188,10 @@ def distance_of_terms(parts: Sequence[torch.Tensor], expected: torch.Tensor) -> 
         others = tuple(range(expected.dim() - 1))
         as_terms, *as_replicas = (torch.linalg.vector_norm(gap, dim=others) for gap in gaps)
     return frobenius(torch.minimum(as_terms, torch.stack(as_replicas).amax(dim=0)))
+
+
+def projection(vector: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the combination of some vectors that is nearest to `vector`, in float64; they need not be independent."""
+    matrix = torch.stack([other.double() for other in others], dim=1)
+    nearest: torch.Tensor = matrix @ (torch.linalg.pinv(matrix) @ vector.double())
+    return nearest

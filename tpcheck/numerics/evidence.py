@@ -647,7 +647,8 @@ class Suspect:
         num_replicas: Number of data-parallel replicas.
         computed_alone: What each rank's part of the module would compute by itself, by tp_rank; empty where unknown.
         has_cut_matrices: Whether the module has matrices that are cut over the ranks.
-        vectors: The parameters of the module that every rank holds and that may be added to its output, by name.
+        addends: What may be added to a sum over the ranks to make the tensor, and every rank has whole and right:
+            parameters of the module, and tensors that this one is computed from; by what they are.
         others: The reference's other tensors of this kind, by name: the full one, then what each rank should hold.
         cut: Returns what each rank should hold of a full tensor of this shape, by tp_rank; None where it is unknown.
         tp_group: Global ranks by tp_rank.
@@ -680,7 +681,7 @@ class Suspect:
     backward: BackwardFacts = BackwardFacts()
     computed_alone: tuple[Tensor, ...] = ()
     has_cut_matrices: bool = False
-    vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    addends: Mapping[str, Tensor] = field(default_factory=dict)
     norms: NormFacts | None = None
     step: StepFacts = StepFacts()
     replicas: ReplicaFacts = ReplicaFacts()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import atexit
 import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
 from tpcheck.world import deepspeed_shm_comm
-from tpcheck.world.groups import choose_backend, device_of, group_backend
+from tpcheck.world.channel import dumps, loads
+from tpcheck.world.groups import choose_backend, device_of, disable_ddp_logger_under_detail, group_backend
 from tpcheck.world.rank import Rank
 
 # The variables of rank, world size, local rank and number of local ranks. mpirun under Slurm starts its ranks through
@@ -24,6 +28,7 @@ _MPI = (
 )
 _SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "")  # srun; it tells tasks per node as a list
 _OTHERS = (("PROCID", "NTASKS", "LOCALID", ""),)
+_DEBUG_LEVEL = "TORCH_DISTRIBUTED_DEBUG"
 _NODE_LISTS = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
 
 
@@ -71,6 +76,62 @@ def is_launched() -> bool:
         return True
     sizes = [_number(os.environ, size) for rank, size, _, _ in _MPI if rank in os.environ and size in os.environ]
     return max([*sizes, _number(os.environ, "SLURM_STEP_NUM_TASKS", default=1)]) > 1
+
+
+@contextmanager
+def collectives_checked() -> Iterator[None]:
+    """Let torch check every collective of the groups that are made inside (TORCH_DISTRIBUTED_DEBUG=DETAIL).
+
+    Does nothing where the environment has a level already, or there is a default group, which was made without.
+    """
+    from torch import distributed as dist
+    from torch._C._distributed_c10d import set_debug_level_from_env
+
+    if _DEBUG_LEVEL in os.environ or dist.is_initialized():
+        yield
+        return
+    os.environ[_DEBUG_LEVEL] = "DETAIL"
+    set_debug_level_from_env()
+    disable_ddp_logger_under_detail()
+    try:
+        yield
+    finally:
+        del os.environ[_DEBUG_LEVEL]
+        set_debug_level_from_env()
+
+
+def exchange_through_store(rank: Rank, value: Any, *, limit_s: float) -> dict[int, Any]:
+    """Return the values of the ranks that call this too, by rank, without a collective: others may have parted.
+
+    Those of ranks that do not come in time are left out.
+    """
+    from torch.distributed import distributed_c10d
+
+    store: Any = distributed_c10d._get_default_store()
+    store.set(f"tpcheck/exchanged/{rank.rank}", dumps(value))
+    deadline, values = time.monotonic() + limit_s, {rank.rank: value}
+    for other in range(rank.world_size):
+        while other not in values and time.monotonic() < deadline:
+            if store.check([f"tpcheck/exchanged/{other}"]):
+                values[other] = loads(store.get(f"tpcheck/exchanged/{other}"))
+            else:
+                time.sleep(0.05)
+    return dict(sorted(values.items()))
+
+
+def leave_after(rank: Rank, *, first: int, limit_s: float) -> None:
+    """Let this process end after that of rank `first`, which is to write: a launcher ends the others when one fails."""
+    from torch.distributed import distributed_c10d
+
+    store: Any = distributed_c10d._get_default_store()
+    key = "tpcheck/left"
+
+    def wait() -> None:
+        deadline = time.monotonic() + limit_s
+        while not store.check([key]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    atexit.register((lambda: store.set(key, "")) if rank.rank == first else wait)
 
 
 def _destroy_process_group() -> None:

@@ -131,3 +131,10 @@ def axis_group(topology: Topology, rank: int, axis: str) -> ProcessGroup:
     group = dist.new_group(list(peers), timeout=NO_TIMEOUT, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)  # this rank is one of its own peers
     return group
+
+
+def disable_ddp_logger_under_detail() -> None:
+    """Make DDP skip its construction log, which fails on the wrapped groups of TORCH_DISTRIBUTED_DEBUG=DETAIL."""
+    dist: Any = import_module("torch.distributed")  # these names have no type annotations
+    if dist.get_debug_level() == dist.DebugLevel.DETAIL:
+        dist.Logger = type("Logger", (dist.Logger,), {"set_construction_data_and_log": lambda *_, **__: None})

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,14 +19,6 @@ from tpcheck.world import groups, messages, output
 from tpcheck.world.channel import Channel, dumps, loads
 from tpcheck.world.failures import serialized_exception
 from tpcheck.world.rank import DebuggerOptions, Rank, set_trace
-
-
-def disable_ddp_logger_under_detail() -> None:
-    """Make DDP skip its construction log, which fails on the wrapped groups of TORCH_DISTRIBUTED_DEBUG=DETAIL."""
-    dist: Any = import_module("torch.distributed")  # these names have no type annotations
-    if dist.get_debug_level() == dist.DebugLevel.DETAIL:
-        dist.Logger = type("Logger", (dist.Logger,), {"set_construction_data_and_log": lambda *_, **__: None})
-
 
 _LIBC = ctypes.CDLL(None)
 
@@ -97,7 +88,7 @@ class _RankServer:
 
         torch.set_num_threads(1)
         set_debug_level_from_env()  # the forkserver read TORCH_DISTRIBUTED_DEBUG from another environment
-        disable_ddp_logger_under_detail()
+        groups.disable_ddp_logger_under_detail()
         location = groups.StoreLocation(Path(self._request.scratch), self._request.store)
         world_size = self._request.topology.world_size
         groups.use_store_for_env_rendezvous(location)

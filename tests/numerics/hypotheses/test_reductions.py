@@ -201,23 +201,26 @@ def test_gradients_summed_over_the_tp_group_are_a_wrong_group() -> None:
     assert the_cause("gradient", (total,) * 2, expected_parts=HALVES) is None  # no sign of a reduction over TP
 
 
-VECTORS = {"norm.weight": torch.ones(8), "down.bias": torch.arange(1.0, 9.0, dtype=torch.float64)}
+RESIDUAL = torch.randn(4, 8, generator=CHANCE, dtype=torch.float64)
+BIAS = torch.arange(1.0, 9.0, dtype=torch.float64)
+ADDENDS = {"input 0 of block": RESIDUAL, "norm.weight": torch.ones(8), "down.bias": BIAS}
 
 
 @pytest.mark.parametrize(
     ("parts", "cause"),
     [
-        ([term + VECTORS["down.bias"] for term in TERMS], Cause.MISSING_REDUCE),
-        ([EXPECTED * 2 + VECTORS["down.bias"]] * 2, Cause.DUPLICATE_REDUCE),
-        ([EXPECTED / 2 + VECTORS["down.bias"]] * 2, Cause.MEAN_INSTEAD_OF_SUM),
-        ([EXPECTED + VECTORS["down.bias"] * 2] * 2, Cause.BIAS_ADDED_PER_RANK),
-        ([EXPECTED + VECTORS["down.bias"] * 1.5] * 2, None),
+        ([term + BIAS for term in TERMS], Cause.MISSING_REDUCE),
+        ([EXPECTED * 2 + BIAS] * 2, Cause.DUPLICATE_REDUCE),
+        ([EXPECTED / 2 + BIAS] * 2, Cause.MEAN_INSTEAD_OF_SUM),
+        ([EXPECTED + BIAS * 2] * 2, Cause.BIAS_ADDED_PER_RANK),
+        ([EXPECTED + BIAS + RESIDUAL] * 2, Cause.DUPLICATE_REDUCE),
+        ([EXPECTED + BIAS * 1.5] * 2, None),
     ],
 )
-def test_a_module_may_add_a_bias_to_a_sum_itself(parts: list[torch.Tensor], cause: Cause | None) -> None:
+def test_a_module_may_add_a_bias_or_a_residual_to_a_sum_itself(parts: list[torch.Tensor], cause: Cause | None) -> None:
     """As where code multiplies by the weight of a linear layer, which is never called."""
-    assert the_cause("activation", parts, EXPECTED + VECTORS["down.bias"], vectors=VECTORS) is cause
-    assert the_cause("activation", parts, EXPECTED + VECTORS["down.bias"]) is None
+    assert the_cause("activation", parts, EXPECTED + BIAS, addends=ADDENDS) is cause
+    assert the_cause("activation", parts, EXPECTED + BIAS) is None
 
 
 def test_replicas_of_which_one_alone_has_a_gradient_are_no_terms() -> None:

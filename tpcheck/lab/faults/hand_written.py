@@ -26,7 +26,7 @@ from tpcheck.lab.faults.fault import TP2, TP2_DP2
 from tpcheck.lab.faults.injection import with_backward
 from tpcheck.numerics.checks import ON_REQUEST
 
-VOCABULARY, WIDTH, INNER, HEADS, LAYERS, LENGTH = 32, 16, 32, 4, 2, 8
+VOCABULARY, WIDTH, INNER, HEADS, LAYERS, LENGTH, EXPERTS = 32, 16, 32, 4, 2, 8, 4
 
 Function = Callable[[Tensor], Tensor]
 
@@ -73,15 +73,48 @@ class Attention(_Part):
         return self.leave(self.o(mixed.transpose(1, 2).flatten(-2)))
 
 
+class Experts(nn.Module):
+    """Experts whose outputs a router weighs; a rank has some of them.
+
+    `enter` and `enter_weights` are what it does to what each expert is given, `first` is the number of its first one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.into = nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH // EXPERTS) / WIDTH**0.5)
+        self.out = nn.Parameter(torch.randn(EXPERTS, WIDTH // EXPERTS, WIDTH) / WIDTH**0.5)
+        self.enter: Function = _same
+        self.enter_router: Function = _same
+        self.enter_weights: Function = _same
+        self.first = 0
+
+    def forward(self, hidden_BLD: Tensor) -> Tensor:
+        weights_BLE = self.enter_weights(self.router(self.enter_router(hidden_BLD)).softmax(-1))
+        hidden_BLD = self.enter(hidden_BLD)
+        inner = torch.einsum("bld,edf->blef", hidden_BLD, self.into).relu()
+        own_BLE = weights_BLE[..., self.first : self.first + len(self.into)]
+        return torch.einsum("blef,efd,ble->bld", inner, self.out, own_BLE)
+
+
 class MLP(_Part):
-    def __init__(self, *, down_bias: bool) -> None:
+    """Two layers; the second one may be a weight that code multiplies by, and experts may stand beside them."""
+
+    def __init__(self, *, down_bias: bool, direct: bool, experts: bool) -> None:
         super().__init__()
         self.up, self.down = self.linear(WIDTH, INNER), self.linear(INNER, WIDTH)
         if down_bias:
             self.down = nn.Linear(INNER, WIDTH)
         self.norm: nn.Module | None = None
+        self.direct, self.experts = direct, Experts() if experts else None
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
+        if self.direct:
+            inner_BLF = functional.silu(self.up(self.enter(hidden_BLD)))
+            return hidden_BLD + self.leave(inner_BLF @ self.down.weight.t()) + self.down.bias
+        if self.experts is not None:
+            inner_BLF = functional.silu(self.up(self.enter(hidden_BLD)))
+            return self.leave(self.down(inner_BLF) + self.experts(hidden_BLD))
         inner_BLF = functional.silu(self.up(self.enter(hidden_BLD)))
         return self.leave(self.down(inner_BLF if self.norm is None else self.norm(inner_BLF)))
 
@@ -89,10 +122,12 @@ class MLP(_Part):
 class Block(_Part):
     """Attention and MLP, one after the other, or beside each other with one reduction for both."""
 
-    def __init__(self, *, beside: bool, inner_norm: bool, key_bias: bool, down_bias: bool) -> None:
+    def __init__(
+        self, *, beside: bool, inner_norm: bool, key_bias: bool, down_bias: bool, direct: bool, experts: bool
+    ) -> None:
         super().__init__()
         self.attention_norm, self.attention = RMSNorm(WIDTH), Attention(key_bias=key_bias)
-        self.mlp_norm, self.mlp = RMSNorm(WIDTH), MLP(down_bias=down_bias)
+        self.mlp_norm, self.mlp = RMSNorm(WIDTH), MLP(down_bias=down_bias, direct=direct, experts=experts)
         self.beside = beside
         if inner_norm:
             self.mlp.norm = RMSNorm(INNER)
@@ -128,6 +163,8 @@ class Model(nn.Module):
         beside, inner_norm: Of the blocks.
         key_bias: Whether keys have a bias, whose gradient is mathematically zero.
         down_bias: Whether the row-parallel layers of MLPs have one.
+        direct: Whether MLPs multiply by the weight of these layers, and add the bias and a residual, themselves.
+        experts: Whether MLPs have experts beside their layers.
         repeats: How often the blocks are used.
         loss: Of all logits and labels.
         passes: How often the model is called, each time with a part of the samples.
@@ -140,6 +177,8 @@ class Model(nn.Module):
         inner_norm: bool = False,
         key_bias: bool = False,
         down_bias: bool = False,
+        direct: bool = False,
+        experts: bool = False,
         repeats: int = 1,
         loss: LossOfLogits = _cross_entropy,
         passes: int = 1,
@@ -148,7 +187,15 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.positions_LD = nn.Parameter(torch.randn(LENGTH, WIDTH))
         self.blocks = nn.ModuleList(
-            Block(beside=beside, inner_norm=inner_norm, key_bias=key_bias, down_bias=down_bias) for _ in range(LAYERS)
+            Block(
+                beside=beside,
+                inner_norm=inner_norm,
+                key_bias=key_bias,
+                down_bias=down_bias,
+                direct=direct,
+                experts=experts,
+            )
+            for _ in range(LAYERS)
         )
         self.norm, self.head, self.loss = RMSNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False), Loss(loss)
         self.repeats, self.passes = repeats, passes
@@ -306,6 +353,7 @@ LAYOUT: Layouts = {
     "blocks.*.attention.k.bias": Shard(0),
     **{f"blocks.*.{name}.weight": Shard(1) for name in ROW},
     "head.weight": Shard(0),
+    **{f"blocks.*.mlp.experts.{name}": Shard(0) for name in ("into", "out")},
     # The same inside a model of peft: an adapter's half is cut on the side on which its layer is.
     "base_model.model.head.weight": Shard(0),
     **{
@@ -360,6 +408,40 @@ def inside(model: Model, rank: RankLike) -> None:
         part.enter, part.leave = copied(group), reduced(group)
     model.enter = copied(group)
     _whole_vocabulary(model, group)
+
+
+def beside_experts(model: Model, rank: RankLike) -> None:
+    """Give experts their part of what a router, which every rank has whole, weighs; sum them with the row layer's."""
+    inside(model, rank)
+    group, tp_rank = rank.group("tp"), rank.topology.coordinate(rank.rank)["tp"]
+    for block in model.all_blocks():
+        experts = block.mlp.experts
+        experts.enter = experts.enter_weights = copied(group)
+        experts.first = tp_rank * len(experts.into)
+
+
+def _first_experts_everywhere(model: Model, rank: RankLike) -> None:
+    model.block(1).mlp.experts.first = 0
+
+
+def _router_behind_copy(model: Model, rank: RankLike) -> None:
+    model.block(1).mlp.experts.enter_router = copied(rank.group("tp"))
+
+
+def _experts_without_copy(model: Model, rank: RankLike) -> None:
+    model.block(1).mlp.experts.enter = _same
+
+
+def _residual_in_the_sum(model: Model, rank: RankLike) -> None:
+    mlp = model.block(0).mlp
+    mlp.forward = lambda hidden_BLD: (
+        mlp.leave(hidden_BLD + functional.silu(mlp.up(mlp.enter(hidden_BLD))) @ mlp.down.weight.t()) + mlp.down.bias
+    )
+
+
+def _bias_in_the_sum(model: Model, rank: RankLike) -> None:
+    mlp = model.block(0).mlp
+    mlp.forward = lambda hidden_BLD: hidden_BLD + mlp.leave(mlp.down(functional.silu(mlp.up(mlp.enter(hidden_BLD)))))
 
 
 def inside_adapters(model: Any, rank: RankLike) -> None:
@@ -799,7 +881,7 @@ class HandWrittenControl:
 
 _FORWARD = ("outputs_match_reference",)
 _SUMS_BOTH_WAYS = "https://github.com/pytorch/pytorch/issues/121587"
-_INNER_NORM = {"inner_norm": True}
+_INNER_NORM, _EXPERTS, _DIRECT = {"inner_norm": True}, {"experts": True}, {"direct": True, "down_bias": True}
 _BLOCKS = "base_model.model.blocks"
 _DORA_NORM = f"{_BLOCKS}.0.mlp.down.lora_magnitude_vector.default"
 _NORMS_IN_MLPS = ("blocks.0.mlp.norm", "blocks.1.mlp.norm")
@@ -881,6 +963,21 @@ FAULTS = (
                      "a row-parallel layer of DoRA divides by the norm of one rank's columns of its weight",
                      _dora_norm_of_one_shard, (_DORA_NORM,), (None,), checks=_FORWARD, style=inside_adapters,
                      options={"lora": 2, "dora": True}),
+    HandWrittenFault("direct_reduce_left_out", "an MLP that multiplies by a weight itself leaves out g",
+                     _reduce_left_out, ("blocks.0.mlp",), ("missing_reduce",), checks=_FORWARD, options=_DIRECT),
+    HandWrittenFault("residual_in_the_sum", "an MLP adds the residual on every rank, before g", _residual_in_the_sum,
+                     ("blocks.0.mlp",), ("duplicate_reduce",), checks=_FORWARD, options=_DIRECT),
+    HandWrittenFault("bias_in_the_sum", "an MLP adds the bias on every rank, before g", _bias_in_the_sum,
+                     ("blocks.0.mlp",), ("bias_added_per_rank",), checks=_FORWARD, options=_DIRECT),
+    HandWrittenFault("first_experts_everywhere", "every rank takes its experts for the first ones",
+                     _first_experts_everywhere, ("blocks.1.mlp", "blocks.1.mlp.experts"), (None,), checks=_FORWARD,
+                     style=beside_experts, options=_EXPERTS),
+    HandWrittenFault("router_behind_copy", "the gradient of a router, whole on every rank, is summed",
+                     _router_behind_copy, ("blocks.1.mlp.experts", "blocks.1.mlp.experts.router"),
+                     ("duplicate_reduce",), style=beside_experts, options=_EXPERTS),
+    HandWrittenFault("experts_without_copy", "the gradient of what experts are given is not summed",
+                     _experts_without_copy, ("blocks.1.mlp", "blocks.1.mlp.experts"), ("missing_reduce",),
+                     style=beside_experts, options=_EXPERTS),
     HandWrittenFault("scaled_beside_a_metric_over_dp",
                      "a module that averages a metric over the data-parallel group multiplies its output",
                      _scaled_beside_a_metric, ("norm",), (None,), checks=_FORWARD, topology=TP2_DP2),
@@ -899,6 +996,8 @@ CONTROLS = (
     HandWrittenControl(inside, _INNER_NORM, also=whole_statistic),
     HandWrittenControl(inside, {"repeats": 2}),
     HandWrittenControl(inside, {"down_bias": True}, also=bias_after_sum),
+    HandWrittenControl(inside, _DIRECT),
+    HandWrittenControl(beside_experts, _EXPERTS),
     HandWrittenControl(around, topology=TP2_DP2),
     HandWrittenControl(inside_adapters, {"lora": 2}, also=adapters_reduced),
     HandWrittenControl(inside_adapters, {"lora": 2, "dora": True}, also=adapters_reduced),

@@ -24,10 +24,14 @@ from tpcheck.numerics.differences import (
     Difference,
     compare_placed,
     distance_of_terms,
+    frobenius,
     frobenius_distance,
+    projection,
     rounding_error,
+    subtract,
 )
 from tpcheck.numerics.evidence import Evidence, MarginsByModule, Phase, TensorKey, worst_by_module
+from tpcheck.numerics.tolerance import RESIDUAL_NOISY
 
 
 def first_divergences(events: Sequence[TensorKey], is_wrong: Callable[[TensorKey], bool]) -> list[TensorKey]:
@@ -215,22 +219,54 @@ def _are_spoilt_later(
 ) -> bool:
     """Return whether terms would be summed later, and are no terms any more before: the mistake is in between.
 
-    Where a collective stands behind what still are terms, their sum is what is wrong.
+    Where a collective stands behind what still are terms, their sum is what is wrong, unless something else is that is
+    added to them. What are terms in some features alone are none behind a weight.
     """
     are_known = all(rank.logs_collectives for rank in evidence.candidate[step])
-    if not are_known or not is_exchanged_behind(evidence, step, key):
+    if not are_known or not _are_terms_in_all_features(compared[key]) or not is_exchanged_behind(evidence, step, key):
         return False
     waiting, seen = [key], {key}
     while waiting:
         terms = waiting.pop()
-        if collectives_behind(evidence, step, terms, 0, key.module)[1]:
-            return False
+        nearest, issued = collectives_behind(evidence, step, terms, 0, key.module)
+        if issued:
+            if (
+                nearest is None
+                or nearest not in compared
+                or not _has_another_mistake(compared[nearest], compared[terms].placed.parts)
+            ):
+                return False
+            continue
         for after in consumers(evidence, step, terms):
             activation = compared.get(after)
             if after not in seen and activation is not None and _as_terms(evidence, step, activation) is not None:
                 seen.add(after)
                 waiting.append(after)
     return True
+
+
+def _are_terms_in_all_features(activation: ComparedActivation) -> bool:
+    """Return whether parts add up as a whole: the gradients of two branches may be reduced and not reduced."""
+    total = reduce(add, (part.double() for part in activation.placed.parts))
+    is_sum = frobenius_distance(total, activation.expected.double()) <= activation.difference.allowed
+    return activation.key.phase == "forward" or is_sum
+
+
+def _has_another_mistake(result: ComparedActivation, terms: Sequence[Any]) -> bool:
+    """Return whether the error of what is computed from terms is none of their sum: it is no combination of them.
+
+    False where that cannot be told: the result has another shape.
+    """
+    if any(term.shape != result.expected.shape for term in terms):
+        return False
+    for tp_rank, part in enumerate(result.placed.parts):
+        error = subtract(part, result.placed.expected_part(result.expected, tp_rank)).reshape(-1)
+        of_rank = [result.placed.expected_part(term, tp_rank).double().reshape(-1) for term in terms]
+        if frobenius(error - projection(error, of_rank)) > max(
+            result.difference.allowed, RESIDUAL_NOISY * frobenius(error)
+        ):
+            return True
+    return False
 
 
 def _as_terms(evidence: Evidence, step: int, activation: ComparedActivation) -> ComparedActivation | None:

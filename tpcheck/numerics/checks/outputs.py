@@ -27,7 +27,8 @@ from tpcheck.numerics.checks.recompute import (
     weight_parts,
 )
 from tpcheck.numerics.checks.suspects import compare_logged, compare_scalar, tensor_suspect
-from tpcheck.numerics.data_flow import is_exchanged_behind, is_inside, is_result
+from tpcheck.numerics.data_flow import consumers, is_exchanged_behind, is_inside, is_result
+from tpcheck.numerics.differences import subtract
 from tpcheck.numerics.evidence import (
     LOGGED_LOSS,
     CheckOutcome,
@@ -130,30 +131,63 @@ def _root_suspect(
         alone = evidence.computed_alone.get(root, ()) if step == 0 and terms is None else ()
         embedding = None if terms else _embedding_facts(evidence, step, root)
         suspect = replace(suspect, linear=terms, embedding=embedding, computed_alone=alone)
-        return suspect if terms else _with_parameters(evidence, step, suspect, root)
+        return suspect if terms else _with_addends(evidence, step, activations, suspect, root)
     fused = _fused_before(list(activations.by_key.values()), root, scope)
-    if fused is None:
+    if fused is None or _is_read_in_order(evidence, step, activations, fused.key, activation):
         details["note"] = f"the input of {root.module} is wrong although everything before it agrees"
-        return activation_suspect(evidence, step, activation, _CHECK, details, scope)
+        suspect = activation_suspect(evidence, step, activation, _CHECK, details, scope)
+        return _with_addends(evidence, step, activations, suspect, root)
     details["note"] = f"its output is right, but {root.module} reads its fused blocks in the wrong order"
     blocks = FusedBlocks(fused.placed.num_blocks, fused.difference.relative)
     suspect = activation_suspect(evidence, step, activation, _CHECK, details, fused.key.module)
     return replace(suspect, fused_blocks=blocks)
 
 
-def _with_parameters(evidence: Evidence, step: int, suspect: Suspect, output: TensorKey) -> Suspect:
-    """Add what is known of the parameters of a module that is no linear layer, or has some that it does not call."""
-    layouts = {name: layout for name, layout in evidence.layouts.items() if is_inside(name, output.module)}
-    size = tuple(suspect.expected.shape[-1:])
-    return replace(
-        suspect,
-        has_cut_matrices=any(len(layout.shape) > 1 and not layout.is_replicated for layout in layouts.values()),
-        vectors={
-            name: evidence.weights_before(step)[name]
-            for name, layout in layouts.items()
-            if layout.is_replicated and tuple(layout.shape) == size and name in evidence.initial
-        },
-    )
+def _with_addends(
+    evidence: Evidence, step: int, activations: ComparedActivations, suspect: Suspect, root: TensorKey
+) -> Suspect:
+    """Add what a sum over the ranks may stand beside, in code that is no linear layer, or calls none of its own."""
+    layouts = {name: layout for name, layout in evidence.layouts.items() if is_inside(name, suspect.where["module"])}
+    shape = tuple(suspect.expected.shape)
+    vectors = {
+        name: evidence.weights_before(step)[name]
+        for name, layout in layouts.items()
+        if layout.is_replicated and tuple(layout.shape) == shape[-1:] and name in evidence.initial
+    }
+    before = (activations.by_key.get(source) for source in evidence.reference[step].sources.get(root, ()))
+    residuals = {
+        each.key.place: each.expected
+        for each in before
+        if each is not None and each.difference.agrees and each.placed.is_replicated and each.expected.shape == shape
+    }
+    both = {
+        f"{name} and {residual}": tensor + vector
+        for residual, tensor in residuals.items()
+        for name, vector in vectors.items()
+    }
+    has_cut_matrices = any(len(layout.shape) > 1 and not layout.is_replicated for layout in layouts.values())
+    return replace(suspect, has_cut_matrices=has_cut_matrices, addends={**vectors, **residuals, **both})
+
+
+def _is_read_in_order(
+    evidence: Evidence, step: int, activations: ComparedActivations, fused: TensorKey, wrong: ComparedActivation
+) -> bool:
+    """Return whether something shows that the blocks of a fused output are read in their order.
+
+    Something else that is computed from them agrees, or what is wrong is right at some positions in all features.
+    """
+    others = (activations.by_key.get(after) for after in consumers(evidence, step, fused) if after != wrong.key)
+    if any(each is not None and each.difference.agrees for each in others):
+        return True
+    placed, expected = wrong.placed, wrong.expected
+    if expected.dim() < 2:
+        return False
+    limit = wrong.difference.allowed / expected.numel() ** 0.5
+    errors = [
+        subtract(part, placed.expected_part(expected, tp_rank)).abs().amax(-1)
+        for tp_rank, part in enumerate(placed.parts)
+    ]
+    return len({each.shape for each in errors}) == 1 and bool((torch.stack(errors).amax(0) <= limit).any())
 
 
 def _fused_before(events: Sequence[ComparedActivation], root: TensorKey, scope: str) -> ComparedActivation | None:

@@ -190,6 +190,37 @@ def issued_over_another_group(suspect: Suspect) -> Explanation | None:
     return Explanation(Cause.WRONG_GROUP) if issued == expected else None
 
 
+_TAKE_BEFORE = (
+    "Take what every rank computes as a whole, such as a router, from before the function that sums gradients in its "
+    "backward pass, and only what each rank has a part of from behind it."
+)
+
+
+def branches_reduced_otherwise(suspect: Suspect) -> Explanation | None:
+    """Of what comes back to a tensor through its branches, some is reduced once more, or is left as terms.
+
+    As where code sums the gradient of what it gives to experts, and a router beside them has the whole of its own.
+    """
+    branches, tp = suspect.backward.branches, len(suspect.actual_parts)
+    pairs = paired_parts(suspect) if suspect.is_replicated and tp > 1 else []
+    if not pairs:
+        return None
+    expected = suspect.expected.double()
+    total = sum(part.double() for part, _ in pairs)
+    for size in range(1, len(branches)):
+        for names in combinations(branches, size):
+            of_names = sum(branches[name][0].double() for name in names)
+            once_more = [part.double() - (tp - 1) * of_names for part, _ in pairs]
+            found = [explanation_if_equal(Cause.DUPLICATE_REDUCE, each, expected, suspect) for each in once_more]
+            if all(found) and found[0] is not None:
+                return replace(found[0], evidence={"through": list(names), "advice": _TAKE_BEFORE})
+            whole = (tp - 1) * (expected - of_names)
+            as_terms = explanation_if_equal(Cause.MISSING_REDUCE, total - whole, expected, suspect)
+            if as_terms is not None:
+                return replace(as_terms, evidence={"through": list(names)})
+    return None
+
+
 def linear_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:
     """Yield what the ranks hold where a linear module reduces its terms wrongly, the most telling mistake first."""
     terms, parts, tp = suspect.linear, suspect.actual_parts, len(suspect.actual_parts)
@@ -213,10 +244,11 @@ def linear_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:
         yield Hypothesis(Cause.WRONG_GROUP, sums, {"summed_over_tp_ranks": [list(group) for group in groups]})
 
 
-def of_all_but_a_bias(suspect: Suspect) -> Explanation | None:
-    """A module adds one of its vectors to a sum that is left out, done twice or a mean, or adds it more than once.
+def beside_an_addend(suspect: Suspect) -> Explanation | None:
+    """What is added to a sum over the ranks is right, and the sum is left out, done twice or a mean, or has it, too.
 
-    As where hand-written code multiplies by the weight of a linear layer, which it does not call.
+    As where hand-written code multiplies by the weight of a linear layer, which it does not call, and adds a bias or
+    a residual.
     """
     tp = len(suspect.actual_parts)
     if not suspect.is_replicated or tp < 2 or suspect.expected is None:
@@ -224,24 +256,33 @@ def of_all_but_a_bias(suspect: Suspect) -> Explanation | None:
     expected, parts = suspect.expected.double(), [part.double() for part in suspect.actual_parts]
     if any(part.shape != expected.shape for part in parts):
         return None
-    for name, vector in suspect.vectors.items():
-        bias = vector.double()
-        terms = [part - bias for part in parts]
-        corrected = [
-            (Cause.MEAN_INSTEAD_OF_SUM, [term * tp + bias for term in terms], 1),
-            (Cause.MISSING_REDUCE, [sum(terms[1:], parts[0])], 1),
-            (Cause.DUPLICATE_REDUCE, [term / tp + bias for term in terms], 1),
-        ]
-        corrected += [
-            (Cause.BIAS_ADDED_PER_RANK, [part - (times - 1) * bias for part in parts], times)
-            for times in range(2, tp + 1)
-        ]
-        for cause, of_ranks, times in corrected:
-            found = [explanation_if_equal(cause, each, expected, suspect) for each in of_ranks]
-            known = [each.residual for each in found if each is not None]
-            if len(known) == len(found):
-                return Explanation(cause, max(known), {"bias": name, **({"bias_times": times} if times > 1 else {})})
+    found = (_beside(suspect, name, addend.double(), expected, parts) for name, addend in suspect.addends.items())
+    return next((explanation for explanation in found if explanation is not None), None)
+
+
+def _beside(
+    suspect: Suspect, name: str, addend: torch.Tensor, expected: torch.Tensor, parts: Sequence[torch.Tensor]
+) -> Explanation | None:
+    tp, terms = len(parts), [part - addend for part in parts]
+    is_bias = addend.dim() == 1
+    again = Cause.BIAS_ADDED_PER_RANK if is_bias else Cause.DUPLICATE_REDUCE
+    mistakes: list[tuple[Cause, list[torch.Tensor], dict[str, object]]] = [
+        (Cause.MEAN_INSTEAD_OF_SUM, [term * tp + addend for term in terms], {}),
+        (Cause.MISSING_REDUCE, [sum(terms[1:], parts[0])], {}),
+        (Cause.DUPLICATE_REDUCE, [term / tp + addend for term in terms], {}),
+    ]
+    for times in range(2, tp + 1):
+        right = [part - (times - 1) * addend for part in parts]
+        mistakes.append((again, right, {"bias_times": times} if is_bias else {"advice": _ADD_AFTER}))
+    for cause, corrected, evidence in mistakes:
+        found = [explanation_if_equal(cause, each, expected, suspect) for each in corrected]
+        known = [each.residual for each in found if each is not None]
+        if len(known) == len(found):
+            return Explanation(cause, max(known), {"beside": name, **evidence})
     return None
+
+
+_ADD_AFTER = "Add what every rank has whole, such as a residual, after the sum over the ranks, not before it."
 
 
 def _where_wrong(suspect: Suspect, predicted: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
