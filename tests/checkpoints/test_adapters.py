@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,25 @@ def test_a_merged_model_equals_the_model_with_its_adapters(kind: str) -> None:
         merged.q.weight[0, 0] += 1
     (finding,) = verify_checkpoint(merged, model).findings
     assert str(finding.where["parameter"]).endswith("q.weight")
+
+
+def test_equal_tensors_with_another_scale_are_another_adapter(tmp_path: Path) -> None:
+    for name, changes in (
+        ("reference", {}),
+        ("renamed", {"inference_mode": False, "task_type": "X"}),
+        ("scaled", {"lora_alpha": 32}),
+    ):
+        folder = tmp_path / name
+        peft_model().save_pretrained(folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+    assert_passes(verify_checkpoint(tmp_path / "renamed", tmp_path / "reference"))
+    report = verify_checkpoint(tmp_path / "scaled", tmp_path / "reference")
+    (finding,) = report.findings
+    assert finding.where["field"] == "lora_alpha in adapter_config.json"
+    assert finding.evidence["actual"] == 32
+    assert "lora_alpha in adapter_config.json" in report.to_text()
+    assert "lora_alpha in adapter_config.json" in report.to_html()
 
 
 def test_adapters_that_were_dropped_are_missing() -> None:

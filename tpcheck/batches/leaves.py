@@ -154,6 +154,8 @@ def _of_tensor(tensor: torch.Tensor, path: str) -> Iterator[LeafContent]:
 
 def _strided_parts(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
     """Return the tensors that a sparse, nested, quantized or wrapped one is made of, or None for a strided one."""
+    if type(tensor) is torch.Tensor and tensor.layout == torch.strided and not tensor.is_nested:
+        return {"int_repr": tensor.int_repr(), **_scales(tensor)} if tensor.is_quantized else None
     if tensor.is_nested:
         if tensor.layout == torch.jagged:
             return {"values": tensor.values(), "offsets": tensor.offsets()}  # type: ignore[attr-defined]
@@ -162,8 +164,6 @@ def _strided_parts(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
         return {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}  # type: ignore[attr-defined]
     if hasattr(tensor, "get_mask") and hasattr(tensor, "get_data"):  # torch.masked
         return {"data": tensor.get_data(), "mask": tensor.get_mask()}
-    if tensor.layout == torch.strided and not tensor.is_quantized:
-        return None
     if tensor.layout == torch.sparse_coo:
         coalesced = tensor.coalesce()
         return {"indices": coalesced.indices(), "values": coalesced.values()}
@@ -171,8 +171,6 @@ def _strided_parts(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
         return {"crow_indices": tensor.crow_indices(), "col_indices": tensor.col_indices(), "values": tensor.values()}
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return {"ccol_indices": tensor.ccol_indices(), "row_indices": tensor.row_indices(), "values": tensor.values()}
-    if tensor.is_quantized:
-        return {"int_repr": tensor.int_repr(), **_scales(tensor)}
     return None
 
 
@@ -187,7 +185,7 @@ def _has_bits(tensor: torch.Tensor) -> bool:
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return True
     try:
-        flat_bytes(tensor.reshape(-1)[:1])
+        flat_bytes(tensor[(slice(1),) * tensor.dim()])
     except Exception:
         return False
     return True

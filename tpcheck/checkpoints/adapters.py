@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tpcheck.backends.checkpoint_format import Checkpoint, MergesAdapters
 from tpcheck.checkpoints.mapped import under_names
@@ -60,6 +61,26 @@ def _taken_apart(name: str) -> tuple[str | None, str]:
         return None, _BASE.sub("", name)
     tail = "" if tuned["head"].endswith(_DORA) else tuned["tail"] or ""
     return tuned["adapter"] or "", tuned["head"] + tail
+
+
+# Fields of adapter_config.json by which equal tensors make other models: how an adapter is scaled, what it is added to.
+_OPTIONS = (
+    _KIND, "r", "lora_alpha", "alpha", "use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
+    "layer_replication",
+)  # fmt: skip
+
+
+def differing_options(actual: Checkpoint, expected: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    """Return the options of two saved adapters that change what they compute, by name, where they differ."""
+    if not (_KIND in actual.config and _KIND in expected.config):
+        return {}
+    both = [(name, actual.config[name], expected.config[name]) for name in _OPTIONS if _in_both(name, actual, expected)]
+    return {name: (value, other) for name, value, other in both if value != other}
+
+
+def _in_both(name: str, actual: Checkpoint, expected: Checkpoint) -> bool:
+    """Return whether both sides state an option: versions of PEFT have other ones."""
+    return name in actual.config and name in expected.config
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -16,6 +17,7 @@ import torch
 
 from tpcheck.backends.checkpoint_format import Checkpoint, ReadOptions
 from tpcheck.backends.registry import checkpoint_formats
+from tpcheck.checkpoints.adapters import differing_options
 from tpcheck.checkpoints.division import Division
 from tpcheck.checkpoints.mapped import renamed
 from tpcheck.checkpoints.names import Matching, UnmatchedName, read_with_best_names, unmatched_names
@@ -246,6 +248,7 @@ def compare_checkpoints(
     unmatched = [name for name in unmatched_names(actual, expected, matching, cast) if name.name not in unreadable]
     fitting = _fitting_map(actual, expected, matching) if unmatched and names is None else None
     findings += [_unmatched(name, fitting) for name in unmatched]
+    findings += [_other_option(name, *values) for name, values in differing_options(actual, expected).items()]
     for checkpoint in (actual, expected, *(earlier or {}).values()):
         checkpoint.require_unchanged()
     count = {"count_tensors": len(expected.names())}
@@ -375,6 +378,16 @@ def _unmatched(name: UnmatchedName, fitting_map: str | None) -> Finding:
     advice = name.cause.advise({**name.evidence, "fitting_map": fitting_map})
     evidence = {"only_in": _only_in(name), "story": dict(name.evidence), "advice": advice}
     return Finding(CHECKPOINT_CHECK, {"parameter": name.name}, 1.0, 0.0, name.cause.slug, evidence)
+
+
+def _other_option(name: str, actual: Any, expected: Any) -> Finding:
+    values = {"actual": actual, "expected": expected}
+    shown = {side: json.dumps(value) if isinstance(value, (dict, list)) else value for side, value in values.items()}
+    advice = (
+        "Save the configuration that the adapter was trained with: equal tensors make another model under this one."
+    )
+    evidence = {**shown, "counted": ("value", "differs", "differ"), "advice": advice}
+    return Finding(CHECKPOINT_CHECK, {"field": f"{name} in adapter_config.json"}, 1.0, 0.0, None, evidence)
 
 
 def _inconsistent(name: str, reason: str) -> Finding:
