@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tpcheck.core.errors import UsageError
+from tpcheck.families import known
 from tpcheck.families.build import causal_types, dimensions, small_config, small_model
 from tpcheck.families.rules import OVERRIDES
 
@@ -12,11 +13,6 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 
-# The dense and MoE families that most models are made of; every other type is built by the same rules.
-KNOWN = (
-    *("bloom", "cohere2", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral"),
-    *("mixtral", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2"),
-)
 # Why each is not built, of the 189 types of transformers 5.23.
 UNBUILDABLE = {
     "gemma3n",  # its vision tower needs pillow and timm
@@ -27,7 +23,7 @@ UNBUILDABLE = {
 }
 
 
-@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("family", known())
 def test_a_known_family_trains_in_float64_and_is_cut_evenly_eager_and_without_dropout(family: str) -> None:
     torch.manual_seed(0)
     model = small_model(family).double()
