@@ -67,10 +67,19 @@ def test_digests_of_rows_do_not_depend_on_their_alignment() -> None:
     assert _row_sums(data[1:].view(5, 8), 5).tolist() == _row_sums(data[1:].clone().view(5, 8), 5).tolist()
 
 
-@pytest.mark.parametrize("batch", [{}, torch.tensor(1), torch.zeros(0, 3), "text", torch.zeros(3, 0)])
+@pytest.mark.parametrize("batch", [{}, torch.tensor(1), torch.zeros(0, 3), 1.5, torch.zeros(3, 0)])
 def test_batches_without_rows_have_none(batch: Any) -> None:
     assert sampled(batch) is None
     assert samples_of(batch).rows == ()
+
+
+def test_texts_are_the_samples_of_a_batch_without_tensors() -> None:
+    texts = {"text": ["a", "b", "c", "c"], "n": 1}
+    found = samples_of(texts)
+    assert (found.field, len(found.rows), found.bits) == ("text.0", 4, 6.0)
+    assert found.beside != samples_of({**texts, "n": 2}).beside
+    assert samples_of({**texts, "x": torch.ones(())}).rows == ()
+    assert samples_of({"name": "train"}).bits == 0
 
 
 def test_bits_are_the_entropy_of_the_rows() -> None:

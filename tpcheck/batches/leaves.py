@@ -79,6 +79,11 @@ def has_a_row_for_each(leaf: LeafContent, num_samples: int) -> bool:
     return bool(num_samples) and _has_rows(leaf) and leaf.shape[0] == num_samples
 
 
+def is_text(leaf: LeafContent) -> bool:
+    """Return whether the leaf is a text."""
+    return leaf.kind == "value" and leaf.dtype in ("str", "bytes")
+
+
 def _has_rows(leaf: LeafContent) -> bool:
     return leaf.tensor is not None and bool(leaf.shape) and leaf.tensor.numel() > 0 and not leaf.tensor.is_meta
 
@@ -260,7 +265,7 @@ class DigestedBatch:
         leaves = [
             f"{leaf.shape}\0".encode() + digest  # without the path: in another order they are the same
             for (leaf, digest), in_rows in zip(self._with_digests(), self._in_rows, strict=True)
-            if not in_rows and (_has_rows(leaf) or (leaf.kind == "value" and leaf.dtype in ("str", "bytes")))
+            if not in_rows and (_has_rows(leaf) or is_text(leaf))
         ]
         return xxhash.xxh3_128_digest(b"".join(sorted(leaves)))
 
@@ -290,6 +295,13 @@ class DigestedBatch:
         for column in words.unbind(1):
             total = mix(total ^ column, 31, FACTORS[1])
         return tuple([number & (1 << 64) - 1 for number in total.tolist()])
+
+    @property
+    def rows_or_texts(self) -> tuple[int, ...]:
+        """`samples`; where there is no tensor either, an integer for each text."""
+        if self.samples or any(leaf.tensor is not None for leaf in self.contents):
+            return self.samples
+        return tuple(xxhash.xxh3_64_intdigest(leaf.text) for leaf in self.contents if is_text(leaf))
 
     @cached_property
     def _row_digests(self) -> Sequence[bytes]:

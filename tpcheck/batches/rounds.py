@@ -209,7 +209,7 @@ class RankBatch:
         """Return what is sent at every step."""
         return RoundMessage(
             digest=b"" if self._batch is None else self._batch.fingerprint,
-            rows=any_order(self._batch.samples) if self._batch is not None and self._with_rows else None,
+            rows=any_order(self._batch.rows_or_texts) if self._batch is not None and self._with_rows else None,
             count=self.count,
             status=self.status if status is None else status,
             noticed=noticed or self.noticed is not None,

@@ -11,7 +11,7 @@ from math import log2
 import torch
 import xxhash
 
-from tpcheck.batches.leaves import DigestedBatch, LeafContent, has_a_row_for_each
+from tpcheck.batches.leaves import DigestedBatch, LeafContent, has_a_row_for_each, is_text
 from tpcheck.batches.records import ContentDigests
 from tpcheck.core.digests import INCREMENT, digest, flat_bytes
 
@@ -109,10 +109,25 @@ def samples_of(batch: DigestedBatch) -> Samples:
     """Return the samples of a batch, and how much they say."""
     in_rows = [leaf for leaf in batch.contents if has_a_row_for_each(leaf, batch.num_samples)]
     if not in_rows:
-        return Samples("", (), 0.0)
+        return _texts_of(batch)
     bits = {leaf.path: _bits(_in_rows(leaf, batch.num_samples)) for leaf in sorted(in_rows, key=lambda leaf: leaf.path)}
     field = max(bits, key=lambda path: bits[path])
     return Samples(field, batch.samples, sum(bits.values()), batch.beside_rows)
+
+
+def _texts_of(batch: DigestedBatch) -> Samples:
+    """Return the texts of a batch without rows; they say as much as they differ from each other."""
+    texts = [leaf for leaf in batch.contents if is_text(leaf)]
+    if not batch.rows_or_texts:
+        return Samples("", (), 0.0)
+    bits = _entropy(Counter(leaf.text for leaf in texts))
+    return Samples(texts[0].path, batch.rows_or_texts, bits, batch.fingerprint)  # with numbers beside them
+
+
+def _entropy(counts: Counter[bytes]) -> float:
+    """Return the entropy of all elements together, in bits."""
+    number = sum(counts.values())
+    return -sum(count * log2(count / number) for count in counts.values())
 
 
 def _in_rows(leaf: LeafContent, num_rows: int) -> torch.Tensor:
@@ -146,6 +161,4 @@ def _bits(rows: torch.Tensor) -> float:
         return 0.0
     size = rows.element_size()
     elements = Counter(row[start : start + size] for row in sampled for start in range(0, len(row), size))
-    number = sum(elements.values())
-    entropy = -sum(count / number * log2(count / number) for count in elements.values())
-    return number * entropy
+    return _entropy(elements)

@@ -140,6 +140,15 @@ def test_a_tensor_times_minus_one_or_in_the_place_of_zeros_is_not_added_up() -> 
     assert cause_of(EXPECTED * 1.5) is None
 
 
+def test_a_partition_of_an_earlier_step_may_end_within_a_row() -> None:
+    stale = EXPECTED.clone().flatten()
+    stale[:20] += 1  # three rows of six, and two elements
+    explanation = explained(stale.reshape(EXPECTED.shape))
+    assert (explanation.cause, dict(explanation.evidence)) == (Cause.STALE_WEIGHT, {"equals": "step 1", "rows": [0, 4]})
+    stale[1] += 1
+    assert explained(stale.reshape(EXPECTED.shape)) is None
+
+
 def test_only_matrices_are_transposed() -> None:
     assert cause_of(OTHER.T.contiguous()) is None
     assert cause_of(EXPECTED[:, :1].T.contiguous(), EXPECTED[:, :1]) is not Cause.TRANSPOSED

@@ -94,16 +94,32 @@ def all_zero(context: Context) -> Explanation | None:
 
 
 def stale_weight(context: Context) -> Explanation | None:
-    """The wrong rows are those of an earlier checkpoint."""
+    """The wrong rows are those of an earlier checkpoint, or the wrong elements where a partition ends within a row."""
     difference = context.difference
     for name, checkpoint in context.earlier.items():
         if difference is None or context.expected.name not in checkpoint.names():
             continue
         earlier = replace(context.expected, checkpoint=checkpoint)
         same_kind = earlier.shape == context.actual.shape and earlier.dtype == context.actual.dtype
-        if same_kind and context.comparer.equal_rows(context.actual, earlier, difference.rows):
+        if same_kind and (
+            context.comparer.equal_rows(context.actual, earlier, difference.rows)
+            or _equal_where_wrong(context.actual, context.expected, earlier, difference)
+        ):
             return Explanation(Cause.STALE_WEIGHT, evidence={"equals": name, **_rows(difference)})
     return None
+
+
+def _equal_where_wrong(
+    actual: CheckpointTensor, expected: CheckpointTensor, other: CheckpointTensor, difference: ElementDifference
+) -> bool:
+    if difference.count < _MIN_COUNT:
+        return False
+    for piece in expected.pieces(difference.rows):
+        new, right, of_other = (bit_view(side.read(piece)) for side in (actual, expected, other))
+        wrong = new != right
+        if not torch.equal(new[wrong], of_other[wrong]):
+            return False
+    return True
 
 
 def dtype_rounded(context: Context) -> Explanation | None:
