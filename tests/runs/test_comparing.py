@@ -284,9 +284,19 @@ def test_gradients_of_shards_and_replicas_that_are_scaled_were_not_reduced_too_o
     def scaled(place: Place, local: torch.Tensor) -> torch.Tensor:
         return local * (of_norms if "norm" in place.name else 2.0) if place.kind == "gradient" else local
 
-    finding = the_finding(compared(run(tp=2, edit=scaled)))
+    def with_noise(of_others: Edit | None = None) -> Edit:
+        """Return an edit that leaves rounding alone of the gradient of the head."""
+
+        def edited(place: Place, local: torch.Tensor) -> torch.Tensor | None:
+            if (place.kind, place.name) == ("gradient", "head.weight"):
+                return 1e-15 * local
+            return local if of_others is None else of_others(place, local)
+
+        return edited
+
+    finding = the_finding(compared(run(tp=2, edit=with_noise(scaled)), run(rounding=1.0, edit=with_noise())))
     assert (finding.cause, finding.evidence["factors"]) == ("gradient_scaled", list(dict.fromkeys([2.0, of_norms])))
-    assert [finding.where["parameter"], *finding.evidence["also"]] == list(WEIGHTS)
+    assert [finding.where["parameter"], *finding.evidence["also"]] == [*WEIGHTS][:-1]
     assert note in finding.evidence["note"]
 
 
@@ -645,6 +655,16 @@ def test_an_output_may_be_off_by_a_bias_that_is_given(beyond: float) -> None:
         require_passed(report)
     else:
         assert the_finding(report).where["module"] == "layers.0.down"
+
+
+def test_what_unrecorded_steps_before_the_first_one_add_up_to_is_given() -> None:
+    def without_step_0(rank: int, step: StepRecord) -> StepRecord | None:
+        return None if step.number == 0 else step
+
+    options: dict[str, Any] = {"steps": 2, "change": without_step_0}
+    apart = of_weights(1 + 1e-10)
+    actual = run(tp=2, edit=lambda place, local: local if place.step < 0 else apart(place, local), **options)
+    require_passed(compared(actual, run(rounding=1.0, **options)))
 
 
 def test_weights_that_part_in_a_step_that_was_not_recorded_are_found_where_rounding_has_not_moved_them() -> None:

@@ -8,9 +8,11 @@ import torch
 
 import tpcheck
 from tests.runs.loops.engines import DeepSpeed
+from tests.runs.loops.huggingface import SyncsAtTheLast
 from tests.runs.loops.loop import Loop, Side
-from tests.runs.loops.right import LOOPS, SELDOM, TP2
+from tests.runs.loops.right import DP2, LOOPS, SELDOM, TP2
 from tests.runs.loops.worlds import LoopRunner, as_parameters, loop_runner
+from tpcheck.runs.trace_files import read_trace
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,17 @@ def test_replays_of_zero_3_are_refused_in_a_sentence(runner: LoopRunner, tmp_pat
     assert report.passed
     [reason] = [why for name, why in report.verdict.coverage.not_compared.items() if name.startswith("replays of ")]
     assert reason.startswith("ZeRO 3 gathers parameters only inside its own hooks: record the run that this one")
+
+
+def test_replays_leave_the_gradients_of_fsdp_to_the_loop(runner: LoopRunner, tmp_path: Path) -> None:
+    loop = Side(SyncsAtTheLast, DP2, (("steps", 1), ("accumulate", 2)), (("replays", 2),))
+    weights, recorded = runner.run(loop, None)[0], runner.run(loop, tmp_path / "run.trace")[0]
+    assert all(torch.equal(recorded[name], weight) for name, weight in weights.items())
+    [step] = read_trace(tmp_path / "run.trace")[0].steps
+    assert (len(step.passes), step.has_update) == (2, True)
+    report = tpcheck.compare_traces(tmp_path / "run.trace", tmp_path / "run.trace")
+    assert {check.check: check.compared for check in report.verdict.checks}["gradients_match_reference"] > 20
+    assert not [name for name in report.verdict.coverage.not_compared if name.startswith(("replays", "step"))]
 
 
 def test_the_table_of_right_loops_is_long_enough() -> None:

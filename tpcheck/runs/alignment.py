@@ -114,10 +114,6 @@ class Run:
         """Numbers of the steps that any rank recorded."""
         return tuple(sorted({number for rank in self.members for number in self.positions[rank]}))
 
-    @property
-    def first_number(self) -> int | None:
-        return min(self.numbers, default=None)
-
     def steps(
         self, number: int, other: Run | None = None, expected: Mapping[int, StepRecord] | None = None
     ) -> dict[int, StepRecord]:
@@ -155,7 +151,7 @@ class Run:
     @property
     def has_other_history(self) -> bool:
         """Whether the recording begins in the middle of a training."""
-        return any(record.kind in ("state", "master") for record in self.first.initial) or bool(self.first_number)
+        return any(record.kind in ("state", "master") for record in self.first.initial)
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,7 +188,6 @@ class _RunsComparison:
                 if name != "replays" or not other.is_replayed:
                     self.not_compared[f"{name} of {run.path}"] = reason
         is_given = self.actual.has_other_history or self.expected.has_other_history
-        self.last_number = (self.expected.first_number or 0) - 1
         weights = self._weights_at_start(is_given)
         answers = [groups_agree(self.actual), weights, self._states_at_start(is_given)]
         expected = replicas_agree(self.expected, tables[1], {}, -1)
@@ -360,7 +359,9 @@ class _RunsComparison:
         noise = noise_of_weights(self.comparer, *before, self.scale)
         context = StepContext(self.comparer, step, actual, expected, around, self.measured, self.scale, is_next, noise)
         if not is_next:
-            context = replace(context, scale=max(self.scale, self._scale_of_given(context)))
+            self.scale = max(self.scale, self._scale_of_given(context))
+            self.comparer.given |= self._biases_given(context)
+            context = replace(context, scale=self.scale)
         return replace(context, adds_up=replicas_added_up(context))
 
     def _apart_before(self, context: StepContext) -> str:
@@ -388,6 +389,11 @@ class _RunsComparison:
         compared = self.comparer.stored(around.actual_after, around.expected_after, ("weight",))
         self.comparer.not_compared = {}
         return compared
+
+    def _biases_given(self, context: StepContext) -> dict[str, float]:
+        """Return how far biases may be apart before a step that follows others which were not recorded."""
+        after = self._weights_after(context)
+        return {each.name: each.error + (each.allowed or 0.0) for each in after if each.name.endswith("bias")}
 
     def _scale_of_given(self, context: StepContext) -> float:
         """Return how far the weights are apart, in units of what rounding moved them by, after steps not recorded."""

@@ -124,8 +124,10 @@ class Replays:
         self._last_moves: dict[Key, float] = {}
         self._other_passes: list[int] = []
         self._first_other: OtherBits | None = None
-        # FSDP2 gathers parameters in its hooks, and reduces gradients as they are accumulated.
+        # FSDP2 gathers parameters in its hooks, and reduces gradients as they are accumulated. After a forward pass the
+        # root has its gathered ones in place of the sharded ones, whose gradients are the loop's.
         self._accumulates = any(hasattr(module, "_get_fsdp_state") for module in model.modules())
+        self._sharded = dict(model.named_parameters()) if self._accumulates else {}
         if number and (reason := view.supports_replays()):
             self.not_measured["replays"] = f"{reason}: record the run that this one is compared with with replays"
             self.number = 0
@@ -379,7 +381,7 @@ class Replays:
         """Send gradients of the outputs back, without the hooks that reduce or take gradients of parameters."""
         ordered = [seeds[path] for path in results]
         gradients: Sequence[torch.Tensor | None]
-        named = self._model.named_parameters() if self._twins is None else self._twins.items()
+        named = (self._twins or self._sharded or dict(self._model.named_parameters())).items()
         trained = {name: parameter for name, parameter in named if parameter.requires_grad}
         if self._accumulates or self._twins is not None:
             with _gradients_set_aside([*trained.values()]):

@@ -274,7 +274,7 @@ def gradients_match(context: StepContext) -> Answer:
 
 def _factor_of_float32(wrong: Sequence[Comparison], comparisons: Sequence[Comparison]) -> float | None:
     """Return the factor by which all gradients in float64 differ, where a norm in float32 rounds by as much."""
-    if not wrong or len(wrong) < sum(1 for each in comparisons if each.expected.norm):
+    if not wrong or len(wrong) < len(_larger_than_rounding(comparisons)):
         return None
     factors = [explain_scale(each) for each in wrong if each.expected.dtype == "float64"]
     known = [factor for factor in factors if factor is not None]
@@ -285,9 +285,14 @@ def _factor_of_float32(wrong: Sequence[Comparison], comparisons: Sequence[Compar
     return known[0] if is_near else None
 
 
+def _larger_than_rounding(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the tensors that are no mere rounding, as the gradient of a bias of keys is: a factor shows on them."""
+    return [each for each in comparisons if each.expected.norm > (each.allowed or 0.0)]
+
+
 def _common_factor(wrong: Sequence[Comparison], comparisons: Sequence[Comparison]) -> float | None:
     """Return the factor by which all gradients of outputs differ; None where they differ otherwise, or some agree."""
-    if not wrong or len(wrong) < sum(1 for each in comparisons if each.expected.norm):
+    if not wrong or len(wrong) < len(_larger_than_rounding(comparisons)):
         return None
     factors = []
     for each in wrong:
@@ -339,7 +344,7 @@ def _scaled_together(
         else each
         for of_gradient, each in zip(wrong, explanations, strict=True)
     ]
-    are_all = len(wrong) >= sum(1 for each in comparisons if each.expected.norm)
+    are_all = len(wrong) >= len(_larger_than_rounding(comparisons))
     if not are_all or len(wrong) < 2 or any(each is None or each.cause is not Cause.GRADIENT_SCALED for each in found):
         return found
     text = (

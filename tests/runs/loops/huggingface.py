@@ -229,6 +229,15 @@ class DTensorTp(CausalTraining):
         """FSDP2 has."""
 
 
+class SyncsAtTheLast(DTensorTp):
+    """FSDP2 reduces the gradients with the last micro-batch alone, and keeps those of others to itself."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        if self.run.dp > 1:
+            self.model.set_requires_gradient_sync(self.micro_batch == self.accumulate - 1)
+        super().backward(loss)
+
+
 class WholeBatchOnEachReplica(DTensorTp):
     """Each replica trains on the whole batch: the mean of equal gradients is what one process has."""
 

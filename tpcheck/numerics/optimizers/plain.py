@@ -160,7 +160,9 @@ class TorchView:
 
     def is_discarded(self) -> bool:
         gradients = [gradient_of(parameter) for parameter in self._parameters.values() if parameter.requires_grad]
-        return not any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+        if any(gradient is not None and bool(gradient.any()) for gradient in gradients):
+            return False
+        return not _has_unreduced_gradients(self._module)
 
     def supports_replays(self) -> str:
         return ""
@@ -334,3 +336,19 @@ def _plain(value: Any) -> Any:
         items = tuple(_plain(item) for item in value)
         return _NOT_PLAIN if _NOT_PLAIN in items else items
     return value if value is None or isinstance(value, (bool, int, float, str)) else _NOT_PLAIN
+
+
+def _has_unreduced_gradients(model: Any) -> bool:
+    """Return whether FSDP2 keeps gradients of micro-batches to itself, after `set_requires_gradient_sync(False)`.
+
+    They are in no parameter until a later micro-batch reduces them, and nothing public tells of them.
+    """
+    states = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    for state in states:
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for parameter in (each for group in groups if group is not None for each in group.fsdp_params):
+            unsharded = getattr(parameter, "_unsharded_param", None)
+            of_autograd = None if unsharded is None else unsharded.grad
+            if of_autograd is not None or getattr(parameter, "unsharded_accumulated_grad", None) is not None:
+                return True
+    return False
