@@ -57,8 +57,8 @@ def test_an_error_that_holds_a_tensor_is_told_without_its_numbers() -> None:
     for error in (KeyError(nn.Parameter(torch.ones(8, 4))), KeyError("weight", torch.ones(8, 4))):
         with pytest.raises(BackendError) as caught, blame_backend(BACKEND, "sharding the model"):
             raise error
-        assert str(caught.value).endswith("a tensor of shape (8, 4), torch.float32")
-        assert "1." not in str(caught.value)
+        assert str(caught.value).splitlines()[0].endswith("a tensor of shape (8, 4), torch.float32")
+        assert "1." not in str(caught.value).splitlines()[0]
 
 
 def test_an_error_of_a_model_is_its_own_also_where_torch_raises_it() -> None:

@@ -10,8 +10,16 @@ import torch
 from tests.numerics.evidence import key as key_of
 from tests.numerics.evidence import right_evidence, with_step, with_tensor
 from tpcheck.backends.layout import Layout
-from tpcheck.core.placement import Partial, Shard
-from tpcheck.numerics.checks.activations import compare_activations, first_divergences, scope_of
+from tpcheck.core.placement import Partial, Replicate, Shard
+from tpcheck.numerics.activation_placement import PlacedTensor
+from tpcheck.numerics.checks.activations import (
+    ComparedActivation,
+    compare_activations,
+    first_divergences,
+    has_another_mistake,
+    scope_of,
+)
+from tpcheck.numerics.differences import compare_placed
 from tpcheck.numerics.evidence import Evidence, TensorKey
 
 FORWARD = """
@@ -263,3 +271,18 @@ def test_heads_are_cut_within_each_sample() -> None:
     found = compare_activations(evidence, 0, "forward").by_key[name]
     assert found.difference.agrees
     assert found.placed.num_blocks == 2
+
+
+def test_an_error_that_is_no_combination_of_terms_is_another_mistake() -> None:
+    """Of what a sum over the ranks and something else make: a sum over fewer ranks is the sum's."""
+    terms = tuple(torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    expected = terms[0] + terms[1] + 1
+
+    def made(error: torch.Tensor) -> ComparedActivation:
+        placed = PlacedTensor(Replicate(), (expected + error, expected))
+        return ComparedActivation(key("block out"), expected, placed, compare_placed(placed, expected, 1e-6))
+
+    assert not has_another_mistake(made(-terms[1]), terms)
+    assert not has_another_mistake(made(0.5 * terms[0] - terms[1]), terms)
+    assert has_another_mistake(made(torch.ones(2, 3, 4)), terms)
+    assert not has_another_mistake(made(torch.ones(2, 3, 4)), (terms[0][:1], terms[1][:1]))  # of another shape

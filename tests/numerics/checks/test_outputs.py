@@ -101,6 +101,17 @@ def test_a_fused_output_that_is_read_in_another_order_is_at_fault() -> None:
     assert suspect.fused_blocks is not None
     assert suspect.fused_blocks.number == 2
     assert the_cause(suspect) is Cause.FUSED_BLOCKS_INTERLEAVED
+    for rank in (0, 1):  # right at the first position, in all features
+        first = RIGHT.candidate[0][rank].activations[key("block.down input")][:, :1]
+        evidence = with_tensor(
+            evidence,
+            "activations",
+            key("block.down input"),
+            lambda tensor, first=first: torch.cat([first, tensor[:, 1:]], dim=1),
+            ranks=[rank],
+        )
+    suspect, *_ = outputs_match_reference(evidence, 0).suspects
+    assert (suspect.where["module"], suspect.fused_blocks) == ("block", None)
 
 
 def test_a_fault_behind_another_one_is_found_from_the_modules_own_inputs() -> None:

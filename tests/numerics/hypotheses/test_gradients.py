@@ -94,6 +94,20 @@ def test_a_branch_that_sends_nothing_back_is_named(through: list[str], wrong: tu
     assert (found.cause, found.evidence) == (Cause.GRADIENT_MISSING, {"lost_through": through})
 
 
+def test_a_branch_may_be_reduced_once_more_or_left_as_terms() -> None:
+    """As where a router, which every rank has whole, stands beside experts."""
+    facts = BackwardFacts(branches={"router": (OTHER, OTHER), "experts": (EXPECTED - OTHER,) * 2})
+    terms = (0.3 * EXPECTED - 0.1, 0.7 * EXPECTED + 0.1 - OTHER)
+    for parts, cause, through in (
+        ((EXPECTED + OTHER,) * 2, Cause.DUPLICATE_REDUCE, ["router"]),
+        ([term + OTHER for term in terms], Cause.MISSING_REDUCE, ["experts"]),
+    ):
+        found = explain(suspect("input_gradient", parts, EXPECTED, backward=facts))
+        assert found is not None
+        assert (found.cause, found.evidence["through"]) == (cause, through)
+    assert the_cause("input_gradient", (EXPECTED + 1.3 * OTHER,) * 2, backward=facts) is None
+
+
 def test_a_sum_lacks_a_term_that_does_not_come_back_on_some_ranks() -> None:
     facts = BackwardFacts(lost_on=(1,))
     assert the_cause("input_gradient", (OTHER, OTHER), backward=facts) is Cause.GRADIENT_MISSING

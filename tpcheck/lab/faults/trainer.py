@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils import get_total_norm
 
 from tpcheck.backends.local_part import local_part
-from tpcheck.lab.faults.fault import TP2, TP2_DP2, Live, fault_constructor
+from tpcheck.lab.faults.fault import TP2, TP2_DP2, Draw, Injection, Live, Place, fault_constructor
 from tpcheck.lab.faults.injection import inject_always
 from tpcheck.lab.faults.training import ignoring_count
 
@@ -58,6 +58,23 @@ def _rate_falls_for_each_replica(live: Live) -> None:
     schedule.step = step_for_all
 
 
+def _weight_left_out_of_step(draw: Draw) -> Injection:
+    """In bfloat16 the Trainer steps the weights themselves: a step is about as small as their rounding."""
+    name, wrong = draw.parameter("*_proj.weight"), draw.tp_rank()
+
+    def inject(live: Live) -> None:
+        weight = live.parameter(name)
+        before = local_part(weight.data).clone()
+
+        def restore(*_: Any) -> None:
+            if live.tp_rank == wrong:
+                local_part(weight.data).copy_(before)
+
+        live.candidate.trainer.optimizer.optimizer.register_step_post_hook(restore)
+
+    return Injection(inject, Place(parameters=(name,)))
+
+
 FAULTS = (
     _in_loop("trainer_ignores_count", "the model divides by its own labels although the Trainer gives it the count",
              ignoring_count, "mean_of_local_means", options={**_LOOP, "loss": "token_mean", "accumulate": 2}),
@@ -72,4 +89,7 @@ FAULTS = (
     _in_loop("trainer_rate_falls_too_fast", "the schedule takes a step for each replica",
              inject_always(_rate_falls_for_each_replica), None, options=_LOOP, steps=2,
              checks=("updates_match_reference",)),
+    _in_loop("trainer_leaves_a_weight_out", "in bfloat16 without masters one rank does not step a weight",
+             _weight_left_out_of_step, "stale_weight", options=_LOOP, backend="transformers", dtype="bfloat16",
+             topology=TP2, topologies=(TP2,), checks=("updates_match_reference",)),
 )  # fmt: skip

@@ -233,7 +233,7 @@ def _are_spoilt_later(
             if (
                 nearest is None
                 or nearest not in compared
-                or not _has_another_mistake(compared[nearest], compared[terms].placed.parts)
+                or not has_another_mistake(compared[nearest], compared[terms].placed.parts)
             ):
                 return False
             continue
@@ -252,7 +252,7 @@ def _are_terms_in_all_features(activation: ComparedActivation) -> bool:
     return activation.key.phase == "forward" or is_sum
 
 
-def _has_another_mistake(result: ComparedActivation, terms: Sequence[Any]) -> bool:
+def has_another_mistake(result: ComparedActivation, terms: Sequence[Any]) -> bool:
     """Return whether the error of what is computed from terms is none of their sum: it is no combination of them.
 
     False where that cannot be told: the result has another shape.
