@@ -81,7 +81,15 @@ def test_saved_models_are_compared_with_the_register_only_if_they_are_checked(
     saving = replace(BUG, check=CHECKPOINT_CHECK)
     monkeypatch.setattr(known, "register", lambda: (saving,))
     assert judge(of(PASSED)).standing == ""
-    assert judge(of(PASSED, checks=[CHECKPOINT_CHECK])).standing == "gone"
+    assert judge(of(PASSED, checks=[CHECKPOINT_CHECK])).standing == judge(of(PASSED, checks=["all"])).standing == "gone"
+
+
+def test_a_bug_of_saving_explains_no_other_failure_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known, "register", lambda: (replace(BUG, check=CHECKPOINT_CHECK),))
+    first = replace(FAILED.findings[0], check=CHECKPOINT_CHECK)
+    alone, beside = ((first,), (*FAILED.findings, first))
+    standings = [judge(of(replace(FAILED, findings=each), checks=["all"])).standing for each in (alone, beside)]
+    assert standings == ["known", "new"]
 
 
 @pytest.mark.parametrize("entry", known.register(), ids=lambda bug: bug.name)
