@@ -194,6 +194,15 @@ def test_a_thread_that_ends_while_it_starts_a_world_leaves_no_folder(short_tmp: 
     assert not list(short_tmp.glob("tpcheck-*"))
 
 
+def test_a_forkserver_that_nobody_needs_ends_with_its_controller(short_tmp: Path) -> None:
+    script = "from tpcheck.world.world import start_early; import psutil; start_early('cpu'); "
+    script += "print(psutil.Process().children()[0].pid)"
+    environ = {**os.environ, "TMPDIR": str(short_tmp)}
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environ, check=True)
+    assert not _runs(int(done.stdout))
+    assert not list(short_tmp.glob("tpcheck-*"))
+
+
 def _kill_during_a_run(tmp_path: Path, kill: Callable[[subprocess.Popen[str], int], None]) -> list[int]:
     """Start a controller, call `kill` while its ranks run; return all of its processes."""
     script = tmp_path / "script.py"

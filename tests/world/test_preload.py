@@ -1,13 +1,16 @@
-"""Modules that are installed are imported, and those that fail are returned with their error."""
+"""The forkserver imports what is installed and returns what fails; it finds the children of its ranks."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tpcheck.world.forkserver import import_all
+from tpcheck.world.forkserver import children, import_all
 
 
 def test_modules_that_fail_to_import_are_returned_and_missing_packages_are_not(
@@ -41,3 +44,24 @@ def test_the_caches_that_a_process_group_clears_are_cleared_before_ranks_are_for
     trace_rules.get_tensor_method()
     import_all([])
     assert trace_rules.get_tensor_method.cache_info().currsize == 0
+
+
+def test_transformers_knows_the_same_names_of_models_where_its_files_are_read_once() -> None:
+    from transformers.utils import import_utils
+
+    models = str(Path(import_utils.__file__).parents[1] / "models" / "__init__.py")
+    before = import_utils.define_import_structure(models)
+    assert import_all(["transformers.utils"]) == {}
+    assert import_utils.define_import_structure(models) == before
+
+
+def test_children_are_those_that_a_look_at_every_process_finds() -> None:
+    with subprocess.Popen(["sh", "-c", "sleep 60 & echo; wait"], stdout=subprocess.PIPE) as shell:
+        assert shell.stdout is not None
+        shell.stdout.readline()  # its child runs
+        below = children(shell.pid)
+        assert below == [child.pid for child in psutil.Process(shell.pid).children()]
+        assert {shell.pid, *below} <= {*children(os.getpid(), recursive=True)}
+        for pid in (*below, shell.pid):
+            os.kill(pid, 9)
+    assert children(shell.pid) == []

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -119,16 +120,14 @@ def perturbed_leaves(model: nn.Module, perturbation: _Rounding) -> Iterator[None
     """Perturb the output of every leaf module of `model`, forward and backward, while inside."""
     calls: Counter[str] = Counter()
 
-    def perturb_outputs_of(name: str) -> Callable[..., Any]:
-        def perturb(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            place = f"{name} call {calls[name]}"
-            calls[name] += 1
-            return map_tensors(lambda tensor: _perturbed(tensor, perturbation, place), output)
-
-        return eager(perturb)
+    @eager
+    def perturb(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        place = f"{name} call {calls[name]}"
+        calls[name] += 1
+        return map_tensors(lambda tensor: _perturbed(tensor, perturbation, place), output)
 
     leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
-    handles = [leaf.register_forward_hook(perturb_outputs_of(name)) for name, leaf in leaves]
+    handles = [leaf.register_forward_hook(partial(perturb, name)) for name, leaf in leaves]
     try:
         yield
     finally:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
@@ -53,9 +54,10 @@ def main(descriptor: int, preload_names: Sequence[str]) -> None:
         sys.modules["torch"].set_num_threads(1)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     gc.freeze()
+    num_gpus = _num_gpus()
     scratch = tempfile.mkdtemp(prefix="tpcheck-", dir=_folder_for_sockets(tempfile.gettempdir()))
     try:
-        controller.send(messages.ForkserverReady(_num_gpus(), import_errors, scratch))
+        controller.send(messages.ForkserverReady(num_gpus, import_errors, scratch))
         _Forkserver(controller).serve()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -73,11 +75,26 @@ def import_all(names: Sequence[str]) -> dict[str, str]:
         if package not in sys.modules and find_spec(package) is None:
             continue
         try:
+            if package == "transformers":
+                _list_models_once()
             import_module(name)
         except Exception as error:
             import_errors[name] = f"{type(error).__name__}: {error}"
     _spare_ranks()
     return import_errors
+
+
+def _list_models_once() -> None:
+    """Let transformers read its 2,500 files of models once, not twice: 0.3 of 3.3 s of imports.
+
+    It asks for the names in a folder, and then for those beside its `__init__.py`, and keeps either by that path.
+    """
+    import_utils: Any = import_module("transformers.utils.import_utils")
+    list_names: Any = getattr(import_utils, "create_import_structure_from_path", None)
+    if hasattr(list_names, "cache_info"):  # a private name
+        import_utils.create_import_structure_from_path = lambda path: list_names(
+            Path(path).parent if Path(path).name == "__init__.py" else path
+        )
 
 
 def _spare_ranks() -> None:
@@ -305,6 +322,15 @@ def end_processes(groups: set[int], *, extra_pids: Iterable[int], reap: Callable
 
 def children(pid: int, *, recursive: bool = False) -> list[int]:
     """Return the children of a process, and theirs if `recursive`, in any process group."""
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        direct = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    except (OSError, ValueError):  # a task has ended, or the system has no such files: psutil looks at every process
+        return _children_among_all(pid, recursive=recursive)
+    return [*direct, *(each for child in direct if recursive for each in children(child, recursive=True))]
+
+
+def _children_among_all(pid: int, *, recursive: bool) -> list[int]:
     try:
         return [child.pid for child in psutil.Process(pid).children(recursive=recursive)]
     except psutil.Error:

@@ -152,7 +152,11 @@ class ForkserverClient:
     def _stop(self, controller_pid: int) -> None:
         if os.getpid() != controller_pid:
             return
+        if self._ready is None:
+            self._ready = next((message for message, _ in self._channel.receive_available()), None)
         self._channel.close()
+        if self._ready is None:  # it has made no files yet, and would see only after its imports that nobody needs it
+            self._process.kill()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:

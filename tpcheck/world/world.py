@@ -230,6 +230,16 @@ class _ThisMachine:
 THIS_MACHINE: Machines = _ThisMachine()
 
 
+def start_early(device: str | None = None) -> None:
+    """Start the forkserver of worlds to come, which imports for seconds, if they will run on this machine's processors.
+
+    Args:
+        device: As of `spawn`.
+    """
+    if device in (None, "cpu") and not visible_gpus(os.environ):
+        get_forkserver("cpu")
+
+
 def ready_forkserver(plan: WorldPlan) -> ForkserverClient:
     """Return a forkserver of this process that has imported what the plan says.
 
