@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tpcheck.world.forkserver import children, import_all
+from tpcheck.world.forkserver import children, import_all, models_listed_once
 
 
 def test_modules_that_fail_to_import_are_returned_and_missing_packages_are_not(
@@ -50,9 +50,12 @@ def test_transformers_knows_the_same_names_of_models_where_its_files_are_read_on
     from transformers.utils import import_utils
 
     models = str(Path(import_utils.__file__).parents[1] / "models" / "__init__.py")
-    before = import_utils.define_import_structure(models)
-    assert import_all(["transformers.utils"]) == {}
-    assert import_utils.define_import_structure(models) == before
+    original, define = import_utils.create_import_structure_from_path, import_utils.define_import_structure.__wrapped__
+    with models_listed_once():
+        assert import_utils.create_import_structure_from_path is not original
+        listed = define(models)
+    assert import_utils.create_import_structure_from_path is original
+    assert listed == define(models)
 
 
 def test_children_are_those_that_a_look_at_every_process_finds() -> None:
