@@ -60,7 +60,7 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
         reductions.times_tp_on_some,
         reductions.over_tp_on_some,
         reductions.beside_an_addend,
-        parts_of_sums.computed_by_each_rank_alone,
+        parts_of_sums.statistic_over_one_shard,
         layout.heads_moved,
         layout.shards_moved,
         values.all_zero,

@@ -99,13 +99,12 @@ without_the_sums = first_confirmed(gradient_without_the_sums)
 
 
 def _alone(suspect: Suspect) -> Iterator[Hypothesis]:
-    """Yield what each rank computes by itself: terms of a product where a matrix is cut, else from its own features."""
-    cause = Cause.MISSING_REDUCE if suspect.has_cut_matrices else Cause.STATISTIC_OVER_ONE_SHARD
-    if suspect.computed_alone:
-        yield Hypothesis(cause, suspect.computed_alone)
+    """Yield what each rank computes by itself; where a matrix is cut that may be right, as terms of a sum."""
+    if suspect.computed_alone and not suspect.has_cut_matrices:
+        yield Hypothesis(Cause.STATISTIC_OVER_ONE_SHARD, suspect.computed_alone)
 
 
-computed_by_each_rank_alone = first_confirmed(_alone)
+statistic_over_one_shard = first_confirmed(_alone)
 
 
 def lost_uses(suspect: Suspect) -> Iterator[Hypothesis]:
