@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from tpcheck.model.verify import verify as verify
     from tpcheck.model.verify import verify_family as verify_family
     from tpcheck.report import Report as Report
-    from tpcheck.runs.comparing import compare_traces as compare_traces
-    from tpcheck.runs.guard import guard as guard
-    from tpcheck.runs.recording import record as record
+    from tpcheck.runs.comparing.compare import compare_traces as compare_traces
+    from tpcheck.runs.guarding.guard import guard as guard
+    from tpcheck.runs.recording.recorder import record as record
     from tpcheck.trainer.callback import TpcheckCallback as TpcheckCallback
     from tpcheck.trainer.model import watch_model as watch_model
     from tpcheck.world import Rank as Rank
@@ -55,9 +55,9 @@ _HOME = {
     "World": "world",
     "attach": "world",
     "check_batch": "batches.loader",
-    "compare_traces": "runs.comparing",
-    "guard": "runs.guard",
-    "record": "runs.recording",
+    "compare_traces": "runs.comparing.compare",
+    "guard": "runs.guarding.guard",
+    "record": "runs.recording.recorder",
     "spawn": "world",
     "verify": "model.verify",
     "verify_checkpoint": "checkpoints.verify",

@@ -55,7 +55,7 @@ def test_a_slug_is_spelled_once_in_the_source() -> None:
 # They pass explanations on, or arrange tests: no test of theirs names a cause.
 PASSES_ON = (
     *("numerics.hypotheses", "numerics.hypotheses.weights", "numerics.group_answer"),
-    *("runs.full_causes", "checkpoints.states"),
+    *("runs.comparing.full_causes", "checkpoints.states"),
 )
 
 

@@ -13,7 +13,7 @@ from tpcheck import Topology
 from tpcheck.core.placement import Shard
 from tpcheck.numerics.optimizer_view import ParameterGroup
 from tpcheck.numerics.sketch import GlobalIndex, row_keys, sample_keys, sketch
-from tpcheck.runs.trace import Leaf, PassRecord, RankTrace, Reading, StepRecord, TensorRecord
+from tpcheck.runs.trace.records import Leaf, PassRecord, RankTrace, Reading, StepRecord, TensorRecord
 
 LENGTH, WIDTH, BATCH = 4, 32, 4
 RATE = 0.1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tpcheck.numerics.sketch import Sketch, distance, sketch
-from tpcheck.runs.activations import ActivationPlaces, BatchShape, Place
+from tpcheck.runs.recording.activations import ActivationPlaces, BatchShape, Place
 
 TOKENS = torch.arange(12).reshape(3, 4)
 HIDDEN_BTH = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.runs.hand_made import run
 from tpcheck.core.errors import UsageError
-from tpcheck.runs.alignment import Run, SharedSamples, aligned_steps, shared_samples
+from tpcheck.runs.comparing.alignment import Run, SharedSamples, aligned_steps, shared_samples
 
 
 def samples(*replicas: str) -> list[Counter[str]]:

@@ -31,10 +31,10 @@ from tpcheck.core.name_maps import NameMap
 from tpcheck.numerics.sketch import sketch
 from tpcheck.report.json_values import verdict_json
 from tpcheck.report.report import Report
-from tpcheck.runs.alignment import Run
-from tpcheck.runs.comparing import compare_runs
-from tpcheck.runs.state_causes import stale_or_lost
-from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
+from tpcheck.runs.comparing.alignment import Run
+from tpcheck.runs.comparing.compare import compare_runs
+from tpcheck.runs.comparing.state_causes import stale_or_lost
+from tpcheck.runs.trace.records import RankTrace, StepRecord, TensorRecord
 
 NORM, UP, DOWN = "layers.0.norm.weight", "layers.0.up.weight", "layers.0.down.weight"
 Traces = tuple[RankTrace, ...]

@@ -24,8 +24,8 @@ from tests.runs.loops.loop import Loop
 from tests.runs.loops.right import DEEPSPEED
 from tpcheck import Topology, UsageError, World, spawn
 from tpcheck.backends.live_groups import LiveGroups
-from tpcheck.runs.guard import Schedule, coverage_line, log_line
-from tpcheck.runs.guard_rounds import Outcome
+from tpcheck.runs.guarding.guard import Schedule, coverage_line, log_line
+from tpcheck.runs.guarding.rounds import Outcome
 
 TP, TP_DP = Topology(tp=2), Topology(tp=2, dp=2)
 

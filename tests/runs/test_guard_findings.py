@@ -6,8 +6,8 @@ import pytest
 
 from tpcheck.core.findings import Finding, Verdict
 from tpcheck.report import Report
-from tpcheck.runs.guard_findings import NotFinite, described, findings_of
-from tpcheck.runs.replica_digests import Difference, Label
+from tpcheck.runs.guarding.findings import NotFinite, described, findings_of
+from tpcheck.runs.guarding.replica_digests import Difference, Label
 
 
 def difference(label: Label, *, odd: int = 1, right_at: int | None = 100, values: tuple[str, ...] = ()) -> Difference:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.runs.guarded import RootMeanSquareNorm, Scale
-from tpcheck.runs.guard_layouts import FirstOutputs, divides_by_a_statistic
+from tpcheck.runs.guarding.layouts import FirstOutputs, divides_by_a_statistic
 
 ROWS = (
     torch.randn(6, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.arange(1.0, 7)[:, None]

@@ -10,8 +10,8 @@ import torch
 from tests.runs.hand_made import WEIGHTS, Place, initial_weights, run
 from tpcheck.core.causes import Cause
 from tpcheck.report.report import Report
-from tpcheck.runs.alignment import Run
-from tpcheck.runs.comparing import compare_runs
+from tpcheck.runs.comparing.alignment import Run
+from tpcheck.runs.comparing.compare import compare_runs
 
 Weights = Mapping[str, torch.Tensor]
 RIGHT = initial_weights()

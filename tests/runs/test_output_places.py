@@ -12,8 +12,8 @@ from torch import nn
 from tpcheck.core.placement import Shard
 from tpcheck.numerics.optimizer_view import Part
 from tpcheck.numerics.sketch import GlobalIndex, start_sketch
-from tpcheck.runs.activations import ActivationPlaces, BatchShape
-from tpcheck.runs.output_places import Output, OutputPlaces, is_uniform
+from tpcheck.runs.recording.activations import ActivationPlaces, BatchShape
+from tpcheck.runs.recording.output_places import Output, OutputPlaces, is_uniform
 
 TOKENS = torch.arange(12).reshape(3, 4)
 HIDDEN = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -6,7 +6,7 @@ import torch
 
 from tpcheck.core.placement import Shard
 from tpcheck.numerics.sketch import GlobalIndex
-from tpcheck.runs.parameters import ParameterPlaces, StartOfRank, index_over_tp
+from tpcheck.runs.recording.parameters import ParameterPlaces, StartOfRank, index_over_tp
 
 
 def places_of(tp_rank: int, *digests: str, shape: tuple[int, ...] = (2, 3)) -> ParameterPlaces:

@@ -19,10 +19,10 @@ import tpcheck
 from tpcheck import Rank, RankFailure, UsageError, spawn
 from tpcheck.core.digests import start_digests
 from tpcheck.numerics.sketch import GlobalIndex, distance, sketch, start_sketch
-from tpcheck.runs import passes
-from tpcheck.runs.activations import Place
-from tpcheck.runs.trace import RankTrace, StepRecord, TensorRecord
-from tpcheck.runs.trace_files import read_trace
+from tpcheck.runs.recording import passes
+from tpcheck.runs.recording.activations import Place
+from tpcheck.runs.trace.files import read_trace
+from tpcheck.runs.trace.records import RankTrace, StepRecord, TensorRecord
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tpcheck.runs.replica_digests import (
+from tpcheck.runs.guarding.replica_digests import (
     Difference,
     Holding,
     Item,

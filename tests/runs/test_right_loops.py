@@ -12,7 +12,7 @@ from tests.runs.loops.huggingface import SyncsAtTheLast
 from tests.runs.loops.loop import Loop, Side
 from tests.runs.loops.right import DP2, LOOPS, SELDOM, TP2
 from tests.runs.loops.worlds import LoopRunner, as_parameters, loop_runner
-from tpcheck.runs.trace_files import read_trace
+from tpcheck.runs.trace.files import read_trace
 
 
 @pytest.fixture(scope="module")

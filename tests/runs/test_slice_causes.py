@@ -11,14 +11,14 @@ import torch
 from tpcheck import Topology
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.sketch import GlobalIndex, row_keys, sketch
-from tpcheck.runs.alignment import AlignedStep, Run
-from tpcheck.runs.comparisons import Comparison, compare
-from tpcheck.runs.sketch_causes import Suspect, explain
-from tpcheck.runs.slice_causes import GivenSlices
-from tpcheck.runs.slice_orders import in_common_order, slices_agree, unknown_slices
-from tpcheck.runs.slices import FROM_ZERO, digests_of_pieces
-from tpcheck.runs.trace import PassRecord, RankTrace, Reading, StepRecord, TensorRecord
-from tpcheck.runs.wholes import computed, stored
+from tpcheck.runs.comparing.alignment import AlignedStep, Run
+from tpcheck.runs.comparing.comparisons import Comparison, compare
+from tpcheck.runs.comparing.sketch_causes import Suspect, explain
+from tpcheck.runs.comparing.slice_causes import GivenSlices
+from tpcheck.runs.comparing.slice_orders import in_common_order, slices_agree, unknown_slices
+from tpcheck.runs.recording.slices import FROM_ZERO, digests_of_pieces
+from tpcheck.runs.trace.records import PassRecord, RankTrace, Reading, StepRecord, TensorRecord
+from tpcheck.runs.trace.wholes import computed, stored
 
 BATCH, LENGTH, WIDTH = 3, 32, 8
 HELD = {  # by order, the positions of both ranks

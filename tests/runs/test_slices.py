@@ -14,9 +14,9 @@ import tpcheck
 from tests.runs.context_model import Setting, places, train
 from tpcheck import Rank, Report, Topology, UsageError, World
 from tpcheck.numerics.sketch import keys_of_sums, row_keys, sample_keys, slice_sums
-from tpcheck.runs.alignment import Run
-from tpcheck.runs.slices import ContextGroup, digests_of_pieces, positions_among
-from tpcheck.runs.trace_files import read_trace
+from tpcheck.runs.comparing.alignment import Run
+from tpcheck.runs.recording.slices import ContextGroup, digests_of_pieces, positions_among
+from tpcheck.runs.trace.files import read_trace
 
 ZIGZAG, STRIPED = Setting(order="zigzag"), Setting(order="striped")
 CP2, CP4, DP2, TP2 = Topology(cp=2), Topology(cp=4), Topology(dp=2, cp=2), Topology(tp=2, cp=2)

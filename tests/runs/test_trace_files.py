@@ -23,9 +23,9 @@ from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.optimizer_view import ParameterGroup
 from tpcheck.numerics.sketch import GlobalIndex, distance, sketch
-from tpcheck.runs.alignment import Run
-from tpcheck.runs.trace import Leaf, PassRecord, RankTrace, Reading, StepRecord, TensorRecord
-from tpcheck.runs.trace_files import LONGEST_LINE, TraceWriter, new_run_id, numbers_of, read_trace, require_writable
+from tpcheck.runs.comparing.alignment import Run
+from tpcheck.runs.trace.files import LONGEST_LINE, TraceWriter, new_run_id, numbers_of, read_trace, require_writable
+from tpcheck.runs.trace.records import Leaf, PassRecord, RankTrace, Reading, StepRecord, TensorRecord
 
 RUN = "a" * 32
 ALONE = Topology()

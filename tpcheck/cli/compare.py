@@ -150,7 +150,7 @@ def compare(
         for name, folders in sides.items():
             for folder in folders:
                 existing_path(name, folder)
-        from tpcheck.runs.comparing import compare_traces  # loads torch
+        from tpcheck.runs.comparing.compare import compare_traces  # loads torch
 
         report = compare_traces(sides["actual"], sides["expected"], names=names)
     _end(report, files, verbose=verbose)

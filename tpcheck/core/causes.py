@@ -170,20 +170,20 @@ class Cause(Enum):
     SHARD_REPEATED = (
         "shard_repeated",
         "one rank's shard is in every rank's place{residual}",
-        "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact runs.sketch_causes "
+        "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact runs.comparing.sketch_causes "
         "numerics.checks.resume numerics.checks.initialisation",
         _gather_each_shard_once,
     )
     SHARD_ORDER_SWAPPED = (
         "shard_order_swapped",
         "the shards in another order of ranks equal the expected tensor{residual}",
-        "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact runs.sketch_causes",
+        "numerics.hypotheses.layout numerics.hypotheses.optimizer numerics.exact runs.comparing.sketch_causes",
         "Concatenate the shards in the order of tp_rank, not of world rank or of file names.",
     )
     FUSED_BLOCKS_INTERLEAVED = (
         "fused_blocks_interleaved",
         "fused blocks (QKV, gate and up) are cut in one order and read in another",
-        "numerics.hypotheses.layout numerics.exact runs.full_causes",
+        "numerics.hypotheses.layout numerics.exact runs.comparing.full_causes",
         "Gather block by block (Q, K, V; gate, up): split each rank's part into blocks first.",
     )
     WRONG_SHARD_BOUNDARY = (
@@ -237,54 +237,54 @@ class Cause(Enum):
         "missing_reduce",
         "leaving out the reduction over the ranks gives the actual tensor{residual}",
         "numerics.hypotheses.accumulation numerics.hypotheses.reductions numerics.hypotheses.vocabulary "
-        "runs.sketch_causes",
+        "runs.comparing.sketch_causes",
     )
     DUPLICATE_REDUCE = (
         "duplicate_reduce",
         "reducing over the ranks once more gives the actual tensor{residual}",
         "numerics.hypotheses.parts_of_sums numerics.hypotheses.reductions numerics.hypotheses.vocabulary "
-        "numerics.exact runs.sketch_causes",
+        "numerics.exact runs.comparing.sketch_causes",
         "Do not sum replicas: gather shards, take replicas from one rank.",
     )
     MEAN_INSTEAD_OF_SUM = (
         "mean_instead_of_sum",
         "a mean over the ranks in place of the sum gives the actual tensor{residual}",
-        "numerics.hypotheses.reductions runs.sketch_causes",
+        "numerics.hypotheses.reductions runs.comparing.sketch_causes",
     )
     SUM_INSTEAD_OF_MEAN = (
         "sum_instead_of_mean",
         "a sum over the DP ranks in place of the mean gives the actual tensor{residual}",
-        "numerics.hypotheses.reductions runs.sketch_causes",
+        "numerics.hypotheses.reductions runs.comparing.sketch_causes",
     )
     BIAS_ADDED_PER_RANK = (
         "bias_added_per_rank",
         "adding the bias more than once reproduces the actual tensor{residual}",
-        "numerics.hypotheses.reductions runs.sketch_causes",
+        "numerics.hypotheses.reductions runs.comparing.sketch_causes",
     )
 
     REDUCED_AFTER_ACCUMULATION = (
         "reduced_after_accumulation",
         "reducing the accumulated gradient again at each micro-batch gives the actual one{residual}",
-        "numerics.hypotheses.accumulation runs.sketch_causes",
+        "numerics.hypotheses.accumulation runs.comparing.sketch_causes",
         "Reduce each micro-batch's own gradient (a hook on the incoming gradient), or the accumulated one once, before "
         "the optimizer's step: a post-accumulate-grad hook sees what was reduced before.",
     )
     LAST_MICRO_BATCH_ONLY = (
         "last_micro_batch_only",
         "the gradient is that of the last micro-batch alone{residual}",
-        "numerics.hypotheses.accumulation runs.sketch_causes",
+        "numerics.hypotheses.accumulation runs.comparing.sketch_causes",
         "Accumulate before the step: with DeepSpeed set gradient_accumulation_steps to the number of backward calls.",
     )
     MICRO_BATCH_UNREDUCED = (
         "micro_batch_unreduced",
         "the gradients of some micro-batches were not reduced over the ranks, those of others were{residual}",
-        "numerics.hypotheses.accumulation runs.sketch_causes",
+        "numerics.hypotheses.accumulation runs.comparing.sketch_causes",
         "Reduce once after the last backward pass; a no_sync context must not enclose that pass.",
     )
     MEAN_OF_LOCAL_MEANS = (
         "mean_of_local_means",
         "micro-batches or replicas with different numbers of tokens were given equal weights",
-        "numerics.hypotheses.accumulation runs.sketch_causes",
+        "numerics.hypotheses.accumulation runs.comparing.sketch_causes",
         "Divide the sum of the losses by the number of labels of the whole step (num_items_in_batch), not each by its "
         "own.",
     )
@@ -300,12 +300,12 @@ class Cause(Enum):
     PARTIAL_GRADIENT_ON_REPLICA = (
         "partial_gradient_on_replica",
         "the sum of the ranks' gradients equals the expected one{residual}",
-        "numerics.hypotheses.reductions runs.sketch_causes",
+        "numerics.hypotheses.reductions runs.comparing.sketch_causes",
     )
     GRADIENT_MISSING = (
         "gradient_missing",
         "no gradient comes back on these ranks, or to a part of the tensor, where the reference has one",
-        "numerics.hypotheses.gradients runs.sketch_causes runs.step_checks",
+        "numerics.hypotheses.gradients runs.comparing.sketch_causes runs.comparing.step_checks",
         "Look for what cuts it off: a detach(), .data or torch.no_grad() in the forward pass, a tensor that is built "
         "anew from numbers, requires_grad=False, or a hook that returns zeros.",
     )
@@ -313,8 +313,8 @@ class Cause(Enum):
         "collective_without_backward",
         "the gradient lacks what should come back through a sum over the ranks in the forward pass: a rank has its own "
         "term alone, or none{residual}",
-        "numerics.hypotheses.gradients numerics.hypotheses.parts_of_sums runs.sketch_causes runs.backward_sums "
-        "runs.full_causes",
+        "numerics.hypotheses.gradients numerics.hypotheses.parts_of_sums runs.comparing.sketch_causes "
+        "runs.comparing.backward_sums runs.comparing.full_causes",
         "torch.distributed.all_reduce is no autograd operation: put it into a torch.autograd.Function, whose backward "
         "returns the gradient as it is where every rank has all of it, and sums it where each has a term. Give it the "
         "tensor itself, not a detached one.",
@@ -329,7 +329,7 @@ class Cause(Enum):
     GRADIENT_SCALED = (
         "gradient_scaled",
         "the actual gradient equals the expected one times a constant{residual}",
-        "numerics.hypotheses.gradients numerics.hypotheses.optimizer runs.sketch_causes",
+        "numerics.hypotheses.gradients numerics.hypotheses.optimizer runs.comparing.sketch_causes",
     )
     NORM_IS_LOCAL = (
         "norm_is_local",
@@ -414,7 +414,8 @@ class Cause(Enum):
     REPLICA_DRIFT = (
         "replica_drift",
         "the replicas were equal and have drifted apart",
-        "numerics.hypotheses.optimizer checkpoints runs.exact_checks runs.guard_findings runs.update_checks",
+        "numerics.hypotheses.optimizer checkpoints runs.comparing.exact_checks runs.guarding.findings "
+        "runs.comparing.update_checks",
         "Find out why the replicas drift apart with `tpcheck verify`: every rank updates its copy by itself.",
     )
 
@@ -422,19 +423,19 @@ class Cause(Enum):
     OPTIONS_DIFFER = (
         "options_differ",
         "the optimizers were given other options",
-        "runs.exact_checks runs.update_checks checkpoints numerics.checks.resume",
+        "runs.comparing.exact_checks runs.comparing.update_checks checkpoints numerics.checks.resume",
         "Give both runs the same learning rate, schedule and options, or compare runs that have them.",
     )
     OPTIMIZER_SEES_ONE_SHARD = (
         "optimizer_sees_one_shard",
         "the gradients agree, and an optimizer whose step depends on the whole matrix was given each rank's shard",
-        "numerics.hypotheses.optimizer runs.sketch_causes",
+        "numerics.hypotheses.optimizer runs.comparing.sketch_causes",
         "Gather the matrix before the step, as distributed versions of this optimizer do.",
     )
     OPTIMIZER_STATE_OF_ANOTHER_RANK = (
         "optimizer_state_of_another_rank",
         "ranks with different shards held the same optimizer state",
-        "numerics.hypotheses.optimizer runs.state_causes checkpoints numerics.checks.resume",
+        "numerics.hypotheses.optimizer runs.comparing.state_causes checkpoints numerics.checks.resume",
         "Keep the optimizer's state with its shard: by rank where a loop exchanges or gathers it, and in a file for "
         "each TP rank, not one for all, where it is saved.",
         Guide.RESUME,
@@ -442,14 +443,14 @@ class Cause(Enum):
     OPTIMIZER_STATE_LOST = (
         "optimizer_state_lost",
         "a moment was zero before this step, and not in the expected run",
-        "runs.state_causes",
+        "runs.comparing.state_causes",
         "Load the optimizer's state together with the weights, and build no new optimizer in the middle of a training.",
         Guide.RESUME,
     )
     MASTERS_STALE = (
         "masters_stale",
         "the weights are not the optimizer's master weights, rounded",
-        "runs.state_causes numerics.checks.resume numerics.hypotheses.optimizer",
+        "runs.comparing.state_causes numerics.checks.resume numerics.hypotheses.optimizer",
         "Change masters rather than weights, which the next step overwrites. After loading weights refresh the masters "
         "(DeepSpeed: refresh_fp32_params; load both, or neither).",
         Guide.RESUME,
@@ -484,7 +485,7 @@ class Cause(Enum):
         "drawn_separately",
         "as large as the expected weight and uncorrelated with it: each run has drawn its own, as where layers are "
         "initialised shard by shard or from other seeds",
-        "runs.initial_weights",
+        "runs.comparing.initial_weights",
         "Start both runs from the same weights: load one checkpoint, or draw each whole tensor before it is cut.",
         Guide.LOSS_DIFFERS,
     )
@@ -492,7 +493,7 @@ class Cause(Enum):
         "nondeterminism",
         "two runs with the same versions, topology, weights, inputs and generators part here: a computation of this "
         "module is not deterministic, or its code or settings are not the same. It is no question of sharding",
-        "runs.comparing",
+        "runs.comparing.compare",
         "Run again with torch.use_deterministic_algorithms(True), or look at what changed in this module.",
         Guide.NOISE,
     )
@@ -508,13 +509,13 @@ class Cause(Enum):
     NOT_FINITE = (
         "not_finite",
         "some elements are infinite or not a number",
-        "numerics.hypotheses.values numerics.exact runs.guard_findings runs.sketch_causes numerics.checks.resume "
-        "numerics.checks.initialisation",
+        "numerics.hypotheses.values numerics.exact runs.guarding.findings runs.comparing.sketch_causes "
+        "numerics.checks.resume numerics.checks.initialisation",
     )
     ALL_ZERO = (
         "all_zero",
         "every wrong element is zero",
-        "numerics.hypotheses.values numerics.exact runs.sketch_causes numerics.checks.resume "
+        "numerics.hypotheses.values numerics.exact runs.comparing.sketch_causes numerics.checks.resume "
         "numerics.checks.initialisation",
     )
     BIT_FLIPPED = (
@@ -544,8 +545,8 @@ class Cause(Enum):
     STALE_WEIGHT = (
         "stale_weight",
         "the actual tensor equals the expected one of an earlier step{residual}",
-        "numerics.hypotheses.optimizer numerics.exact runs.exact_checks runs.run_findings runs.comparing "
-        "runs.state_causes",
+        "numerics.hypotheses.optimizer numerics.exact runs.comparing.exact_checks runs.comparing.run_findings "
+        "runs.comparing.compare runs.comparing.state_causes",
         "Save after the optimizer's step has reached the model: ZeRO gathers the weights last.",
         Guide.SAVED_MODEL,
     )
@@ -635,20 +636,20 @@ class Cause(Enum):
     SLICE_OF_ANOTHER_SAMPLE = (
         "slice_of_another_sample",
         "the ranks of a CP group hold slices of different samples",
-        "runs.slice_orders",
+        "runs.comparing.slice_orders",
         "Give all ranks of a CP group the same samples, by dp_rank, and let each cut its slice out of them.",
     )
     SLICE_TAKEN_FOR_FIRST = (
         "slice_taken_for_first",
         "what depends on where a rank's slice of the sequence lies is right for the first slice alone",
-        "runs.slice_causes",
+        "runs.comparing.slice_causes",
         "Let positions, and the rows and columns of the causal mask, be those of the slices, and let queries see the "
         "keys of all earlier slices.",
     )
     POSITIONS_OF_ANOTHER_ORDER = (
         "positions_of_another_order",
         "the positions that the model is called with are those of slices in another order",
-        "runs.slice_causes",
+        "runs.comparing.slice_causes",
         "Cut position_ids exactly as the tokens are cut: contiguously, or zigzag as load balancing does.",
     )
     DUPLICATE_DP_BATCH = (

@@ -15,8 +15,8 @@ from tpcheck.backends.live_groups import has_tp_library
 from tpcheck.batches.options import WatchArguments, takes_watch_options
 from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.topology import Topology
-from tpcheck.runs.guard import guard as guard_model
-from tpcheck.runs.recording import record as record_model
+from tpcheck.runs.guarding.guard import guard as guard_model
+from tpcheck.runs.recording.recorder import record as record_model
 from tpcheck.trainer.model import watch_model
 
 if TYPE_CHECKING:

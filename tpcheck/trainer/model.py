@@ -15,7 +15,7 @@ from tpcheck.batches.provenance import LoaderObserver
 from tpcheck.batches.watcher import Watcher
 from tpcheck.core.cuda import is_capturing
 from tpcheck.core.errors import UsageError
-from tpcheck.runs.passes import is_repeated_call
+from tpcheck.runs.recording.passes import is_repeated_call
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing since Python 3.11

@@ -1,0 +1,1 @@
+"""`compare`: where two recorded runs first part, and whether that is rounding or a mistake."""

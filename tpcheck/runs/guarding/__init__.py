@@ -1,0 +1,1 @@
+"""`guard`: during a run of weeks, do the replicas still agree?"""

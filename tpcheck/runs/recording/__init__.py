@@ -1,0 +1,1 @@
+"""`record`: the steps of a training loop, written as they happen."""
