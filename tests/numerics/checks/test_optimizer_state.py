@@ -73,3 +73,32 @@ def test_a_state_that_a_rank_does_not_give_is_not_compared() -> None:
     evidence = replace(evidence, candidate=((first, replace(second, optimizer_state=without)),))
     outcome = optimizer_state_matches_reference(evidence, 0)
     assert outcome.not_compared[f"exp_avg of {NORM}"] == "the backend does not give this state of every rank"
+
+
+def with_decayed_master(gradient: torch.Tensor | None) -> Evidence:
+    """Return evidence in which the candidate alone has decayed the master of `NORM`, whose gradient is this."""
+    evidence = with_moments()
+    master = evidence.reference[0].weights[NORM]
+    ranks = tuple(
+        replace(
+            rank,
+            gradients={**rank.gradients, NORM: gradient},
+            optimizer_state={("master", NORM): rank.weights[NORM] * (1 - 5e-4)},
+        )
+        for rank in evidence.candidate[0]
+    )
+    reference = evidence.reference[0]
+    gradients = {**reference.gradients, NORM: gradient}
+    reference = replace(reference, gradients=gradients, optimizer_state={("master", NORM): master})
+    return replace(evidence, reference=(reference,), candidate=(ranks,))
+
+
+def test_a_master_that_has_no_gradient_may_be_decayed_or_not() -> None:
+    outcome = optimizer_state_matches_reference(with_decayed_master(None), 0)
+    assert not outcome.suspects
+    assert outcome.not_compared == {
+        f"master of {NORM}": "it has no gradient, and optimizers differ in whether they decay it"
+    }
+    gradient = with_moments().reference[0].gradients[NORM]
+    (suspect,) = optimizer_state_matches_reference(with_decayed_master(gradient), 0).suspects
+    assert suspect.where["parameter"] == NORM

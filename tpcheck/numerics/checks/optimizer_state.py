@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from tpcheck.numerics.checks.suspects import ComparedParameter, parameter_suspect
+from tpcheck.numerics.checks.suspects import (
+    DECAYED_OR_NOT,
+    ComparedParameter,
+    may_be_decayed_or_not,
+    parameter_suspect,
+)
 from tpcheck.numerics.differences import compare_parameter, rounding_error
 from tpcheck.numerics.evidence import CheckOutcome, Evidence, Kind, Suspect
 
@@ -31,6 +36,9 @@ def optimizer_state_matches_reference(evidence: Evidence, step: int) -> CheckOut
             continue
         allowed = evidence.tolerance.allowed((step, "state", state, name), rounding_error(expected))
         difference = compare_parameter(layout, expected, present, allowed)
+        if not difference.agrees and may_be_decayed_or_not(evidence, step, name):
+            not_compared[label] = DECAYED_OR_NOT
+            continue
         margins[label] = difference.margin
         if not difference.agrees:
             wrong.append((state, ComparedParameter(name, expected, present, layout.parts(expected), difference)))

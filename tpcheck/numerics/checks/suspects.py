@@ -217,3 +217,19 @@ def compare_logged(evidence: Evidence, step: int, names: Mapping[str, str], *, c
             of_replica = LossFacts(loss, tuple(rank.loss for rank in evidence.candidate[step]))
             suspects.append(replace(suspect, loss=of_replica if name == LOGGED_LOSS else None))
     return CheckOutcome(margins, tuple(suspects), not_compared)
+
+
+DECAYED_OR_NOT = "it has no gradient, and optimizers differ in whether they decay it"
+
+
+def may_be_decayed_or_not(evidence: Evidence, step: int, name: str) -> bool:
+    """Return whether no gradient of a trained parameter reached a step that was taken, on any rank or in the reference.
+
+    An optimizer of flat masters decays such a parameter, one that skips parameters without a gradient does not.
+    """
+    if evidence.reference[step].is_skipped or name in evidence.frozen:
+        return False
+    if evidence.reference[step].gradients[name] is not None:
+        return False
+    gradients = [rank.gradients[name] for rank in evidence.candidate[step]]
+    return not any(gradient is not None and bool(gradient.any()) for gradient in gradients)

@@ -22,10 +22,12 @@ from tpcheck.numerics.checks.clipping import (
 )
 from tpcheck.numerics.checks.replicas import replicas_differ
 from tpcheck.numerics.checks.suspects import (
+    DECAYED_OR_NOT,
     ComparedParameter,
     compare_logged,
     compare_parameters,
     compare_scalar,
+    may_be_decayed_or_not,
     parameter_suspect,
     tensor_suspect,
 )
@@ -132,11 +134,9 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     )
     differing = [name for name, parameter in compared.items() if not parameter.difference.agrees]
     is_skipped = evidence.reference[step].is_skipped
-    can_be_without = [] if is_skipped else [name for name in differing if name not in evidence.frozen]
-    without = [name for name in can_be_without if not _has_gradient(evidence, step, name)]
-    for name in without:
+    for name in [name for name in differing if may_be_decayed_or_not(evidence, step, name)]:
         del compared[name]
-        not_compared[name] = "it has no gradient, and optimizers differ in whether they decay it"
+        not_compared[name] = DECAYED_OR_NOT
     masters = {name: _rounded_masters(evidence, step, each) for name, each in compared.items()}
     unmoved: list[Suspect] = []
     for name, each in list(compared.items()):
@@ -286,13 +286,6 @@ def _unmoved(
     )
     before = tuple(part[parameter.name] for part in evidence.parts_before(step))
     yield replace(suspect, step=StepFacts(before=before, skipped_on=_skipped_on(evidence, step)))
-
-
-def _has_gradient(evidence: Evidence, step: int, name: str) -> bool:
-    gradients = [rank.gradients[name] for rank in evidence.candidate[step]]
-    if evidence.reference[step].gradients[name] is not None:
-        return True
-    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
 def _compare_buffers(evidence: Evidence, step: int) -> tuple[list[ComparedParameter], dict[str, str]]:
