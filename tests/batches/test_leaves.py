@@ -28,10 +28,10 @@ class Custom:
 
 
 class Slotted:
-    __slots__ = ("label", "unset")
+    __slots__ = ("__kept", "label", "unset")
 
-    def __init__(self, label: int) -> None:
-        self.label = label
+    def __init__(self, label: int, kept: int = 0) -> None:
+        self.label, self.__kept = label, kept
 
 
 class Transform(Enum):
@@ -103,6 +103,7 @@ def test_leaves_are_in_the_order_of_the_structure() -> None:
         ({1, 2}, {1, 3}),
         (Sample(1, 2), Sample(2, 1)),
         (Slotted(1), Slotted(2)),
+        (Slotted(1), Slotted(1, kept=1)),
         (deque([1, 2]), deque([1, 3])),
         (Transform.FLIP, Transform.CROP),
         (quantized(0.1), quantized(0.2)),

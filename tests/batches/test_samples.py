@@ -78,6 +78,8 @@ def test_texts_are_the_samples_of_a_batch_without_tensors() -> None:
     found = samples_of(texts)
     assert (found.field, len(found.rows), found.bits) == ("text.0", 4, 6.0)
     assert found.beside != samples_of({**texts, "n": 2}).beside
+    reordered = samples_of({"text": ["c", "a", "c", "b"], "n": 1})
+    assert (any_order(reordered.rows), reordered.beside) == (any_order(found.rows), found.beside)
     assert samples_of({**texts, "x": torch.ones(())}).rows == ()
     assert samples_of({"name": "train"}).bits == 0
 

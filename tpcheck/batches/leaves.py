@@ -137,7 +137,13 @@ def _children(value: Any) -> list[tuple[str, Any]] | None:
 def _names_of_slots(cls: type) -> list[str]:
     slots = vars(cls).get("__slots__", ())
     names = (slots,) if isinstance(slots, str) else slots
-    return [name for name in names if name not in ("__dict__", "__weakref__")]
+    return [_mangled(name, cls) for name in names if name not in ("__dict__", "__weakref__")]
+
+
+def _mangled(name: str, cls: type) -> str:
+    """Return the name under which Python keeps an attribute of a class: another one where it is private."""
+    is_private = name.startswith("__") and not name.endswith("__")
+    return f"_{cls.__name__.lstrip('_')}{name}" if is_private else name
 
 
 def _of_tensor(tensor: torch.Tensor, path: str) -> Iterator[LeafContent]:
@@ -266,6 +272,16 @@ class DigestedBatch:
             f"{leaf.shape}\0".encode() + digest  # without the path: in another order they are the same
             for (leaf, digest), in_rows in zip(self._with_digests(), self._in_rows, strict=True)
             if not in_rows and (_has_rows(leaf) or is_text(leaf))
+        ]
+        return xxhash.xxh3_128_digest(b"".join(sorted(leaves)))
+
+    @cached_property
+    def beside_texts(self) -> bytes:
+        """16 bytes of all leaves but the texts, as numbers beside them; without paths, as above."""
+        leaves = [
+            f"{leaf.kind}\0{leaf.dtype}\0{leaf.shape}\0".encode() + digest
+            for leaf, digest in self._with_digests()
+            if not is_text(leaf)
         ]
         return xxhash.xxh3_128_digest(b"".join(sorted(leaves)))
 

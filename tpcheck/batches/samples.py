@@ -91,7 +91,7 @@ class Samples:
         field: Path of the leaf that identifies samples best.
         rows: Of each sample, over all leaves that have one row for each: `DigestedBatch.samples`.
         bits: How improbable it is that different samples have these digests, in bits; 0 where all rows are equal.
-        beside: Of what else the batch has: `DigestedBatch.beside_rows`.
+        beside: Of what else the batch has: `DigestedBatch.beside_rows` or `beside_texts`.
     """
 
     field: str
@@ -121,7 +121,7 @@ def _texts_of(batch: DigestedBatch) -> Samples:
     if not batch.rows_or_texts:
         return Samples("", (), 0.0)
     bits = _entropy(Counter(leaf.text for leaf in texts))
-    return Samples(texts[0].path, batch.rows_or_texts, bits, batch.fingerprint)  # with numbers beside them
+    return Samples(texts[0].path, batch.rows_or_texts, bits, batch.beside_texts)
 
 
 def _entropy(counts: Counter[bytes]) -> float:

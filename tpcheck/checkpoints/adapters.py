@@ -74,13 +74,14 @@ def differing_options(actual: Checkpoint, expected: Checkpoint) -> dict[str, tup
     """Return the options of two saved adapters that change what they compute, by name, where they differ."""
     if not (_KIND in actual.config and _KIND in expected.config):
         return {}
-    both = [(name, actual.config[name], expected.config[name]) for name in _OPTIONS if _in_both(name, actual, expected)]
-    return {name: (value, other) for name, value, other in both if value != other}
+    stated = [name for name in _OPTIONS if name in actual.config and name in expected.config]  # versions differ in them
+    pairs = {name: (actual.config[name], expected.config[name]) for name in stated}
+    return {name: pair for name, pair in pairs.items() if _without_empty(pair[0]) != _without_empty(pair[1])}
 
 
-def _in_both(name: str, actual: Checkpoint, expected: Checkpoint) -> bool:
-    """Return whether both sides state an option: versions of PEFT have other ones."""
-    return name in actual.config and name in expected.config
+def _without_empty(option: Any) -> Any:
+    """Return an option, None where it is an empty pattern."""
+    return None if option in ({}, []) else option
 
 
 @dataclass(frozen=True, slots=True)

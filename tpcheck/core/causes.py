@@ -329,7 +329,8 @@ class Cause(Enum):
     GRADIENT_SCALED = (
         "gradient_scaled",
         "the actual gradient equals the expected one times a constant{residual}",
-        "numerics.hypotheses.gradients numerics.hypotheses.optimizer runs.comparing.sketch_causes",
+        "numerics.hypotheses.gradients numerics.hypotheses.optimizer runs.comparing.sketch_causes "
+        "runs.comparing.step_checks",
     )
     NORM_IS_LOCAL = (
         "norm_is_local",

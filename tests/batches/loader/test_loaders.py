@@ -82,10 +82,11 @@ def test_the_last_line_names_what_is_not_looked_into() -> None:
 
 
 def test_with_overlap_one_thread_stays_until_the_loader_is_gone() -> None:
+    before = {*threading.enumerate()}
     watched = tpcheck.watch([1, 2, 3], overlap=True)
     for _ in range(3):
         assert list(watched) == [1, 2, 3]
-    (thread,) = [each for each in threading.enumerate() if each.name == "tpcheck-batches"]
+    (thread,) = {*threading.enumerate()} - before
     del watched
     thread.join(timeout=10)
     assert not thread.is_alive()
