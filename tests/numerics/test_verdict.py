@@ -351,10 +351,10 @@ def test_steps_are_trained_for_the_checks_of_steps_alone(check: str) -> None:
 
 
 def test_a_check_that_compared_something_else_alone_has_not_passed() -> None:
-    beside = CheckAnswer(WEIGHTS, 0, {"buffer b": 0.0}, (), {"a": "it does not move"}, only="buffers")
+    beside = CheckAnswer(WEIGHTS, 0, {"buffer b": 0.0}, (), {"a": "it does not move"}, compared_only="buffers")
     alone = the_verdict(GroupAnswer((beside,), last_step=0))
     assert (alone.verdict, alone.message) == ("skipped", "nothing was compared but buffers: it does not move")
-    assert (alone.checks[0].only, alone.checks[0].says_something) == ("buffers", False)
+    assert (alone.checks[0].compared_only, alone.checks[0].says_something) == ("buffers", False)
     about = CheckAnswer(WEIGHTS, 1, {"a": 0.5}, (), {})
     later = the_verdict(GroupAnswer((beside, about), last_step=1))
-    assert (later.verdict, later.checks[0].only, later.checks[0].compared) == ("passed", None, 2)
+    assert (later.verdict, later.checks[0].compared_only, later.checks[0].compared) == ("passed", None, 2)

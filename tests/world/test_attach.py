@@ -13,9 +13,21 @@ from tpcheck.world.attach import is_launched, launched_rank, master_address, num
 
 _SCRIPT = """
 import sys
+from torch import distributed
 from tpcheck import Topology, attach
-rank = attach(Topology(tp=2))
+from tpcheck.world.attach import collectives_checked, exchange_through_store
+from tpcheck.world.groups import is_checked
+
+logger = distributed.Logger
+with collectives_checked():
+    rank = attach(Topology(tp=2))
 sys.stdout.write(f"{rank!r} {rank.gather(rank.rank)} {rank.group('tp').size()} {rank.device}\\n")
+assert exchange_through_store(rank, rank.rank, name="first", limit_s=60) == {0: 0, 1: 1}
+assert exchange_through_store(rank, rank.rank, name=f"of {rank.rank}", limit_s=0.1) == {rank.rank: rank.rank}
+with collectives_checked():
+    assert is_checked(attach(Topology(dp=2)).group("tp"))
+assert not is_checked(attach(Topology(dp=2)).group("tp"))
+assert distributed.Logger is logger
 """
 
 

@@ -41,7 +41,7 @@ def short_tmp() -> Iterator[Path]:
 
 def leftovers(tmp: Path) -> dict[str, object]:
     """Return everything that a world could leave behind."""
-    scratch = get_forkserver("cpu").wait_until_ready().scratch
+    scratch = get_forkserver("cpu").scratch
     return {
         "processes": len(psutil.Process().children(recursive=True)),
         "descriptors": psutil.Process().num_fds(),
@@ -197,7 +197,7 @@ def test_a_thread_that_ends_while_it_starts_a_world_leaves_no_folder(short_tmp: 
 def test_a_forkserver_that_nobody_needs_ends_with_its_controller(short_tmp: Path) -> None:
     script = "from tpcheck.world.world import start_early; import psutil; start_early('cpu'); "
     script += "print(psutil.Process().children()[0].pid)"
-    environ = {**os.environ, "TMPDIR": str(short_tmp)}
+    environ = {**os.environ, "TMPDIR": str(short_tmp), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environ, check=True)
     assert not _runs(int(done.stdout))
     assert not list(short_tmp.glob("tpcheck-*"))

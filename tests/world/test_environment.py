@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tpcheck import Topology
-from tpcheck.world import forkserver
+from tpcheck.world import forkserver, forkserver_client
 from tpcheck.world.environment import rank_environ
 
 TOO_LONG = "/" + 300 * "x"  # no system can read it, not even as root
@@ -86,7 +86,7 @@ def _unknown(uid: int) -> None:
     ],
 )
 def test_folders_of_worlds_have_paths_that_sockets_and_torch_accept(folder: str, used: str) -> None:
-    assert forkserver._folder_for_sockets(folder) == used
+    assert forkserver_client._folder_for_sockets(folder) == used
 
 
 _LOADER = """

@@ -83,19 +83,20 @@ class CheckResult:
         compared: How many tensors (groups, norms) it compared; a check that compared none says nothing.
         worst_margin: Largest observed / allowed error over them; 0 for an exact check that passed.
         worst_at: Name of the tensor with that margin.
-        only: What alone was compared, such as `buffers`, where nothing was of what the check is about; else None.
+        compared_only: What alone was compared, such as `buffers`, where nothing was of what the check is about; else
+            None.
     """
 
     check: str
     compared: int
     worst_margin: float
     worst_at: str | None = None
-    only: str | None = None
+    compared_only: str | None = None
 
     @property
     def says_something(self) -> bool:
         """Whether anything was compared of what the check is about."""
-        return self.compared > 0 and self.only is None
+        return self.compared > 0 and self.compared_only is None
 
 
 MarginPhase = Literal["forward", "backward", "weights"]

@@ -84,7 +84,11 @@ def verdict_of(data: Mapping[str, Any]) -> Verdict:
         findings=tuple(_finding(finding) for finding in data["findings"]),
         checks=tuple(
             CheckResult(
-                check["check"], check["compared"], _number(check["worst_margin"]), check["worst_at"], check.get("only")
+                check["check"],
+                check["compared"],
+                _number(check["worst_margin"]),
+                check["worst_at"],
+                check.get("compared_only"),
             )
             for check in data["checks"]
         ),

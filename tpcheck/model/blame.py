@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -52,16 +51,13 @@ def blame_backend(backend: Backend, phase: str, hint: str = "", *, model: nn.Mod
 def _place_of_error(error: BaseException, model: nn.Module | None) -> str:
     """Return the module of a model that ran when an error was raised, and the innermost line outside of libraries."""
     names = {id(module): name for name, module in (() if model is None else model.named_modules())}
-    modules, lines, trace = [], [], error.__traceback__
-    while trace is not None:
-        code, running = trace.tb_frame.f_code, trace.tb_frame.f_locals.get("self")
+    modules, lines = [], []
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        code, running = frame.f_code, frame.f_locals.get("self")
         if isinstance(running, nn.Module) and names.get(id(running)):
             modules.append(f"in {names[id(running)]} ({type(running).__name__})")
-        path = Path(code.co_filename)
-        is_ours = path.is_relative_to(_TPCHECK) and not any(path.is_relative_to(each) for each in _UNDER_TEST)
-        if not is_ours and not path.is_relative_to(_TORCH) and path.exists() and not _is_of_python(path):
-            lines.append(f"at {path}:{trace.tb_lineno}, in {code.co_name}")
-        trace = trace.tb_next
+        if _is_under_test(Path(code.co_filename)):
+            lines.append(f"at {code.co_filename}:{line}, in {code.co_name}")
     return ", ".join([*modules[-1:], *lines[-1:]])
 
 
@@ -85,29 +81,28 @@ def is_of_tpcheck(error: BaseException) -> bool:
     """Return whether tpcheck raised an error, by the innermost frames: torch raises for whoever called it."""
     if isinstance(error, (TpcheckError, MemoryError, torch.OutOfMemoryError)) or is_communication(error):
         return False
-    for path, function in reversed(list(_frames(error.__traceback__))):
-        if function in _PASSES_ON:
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        path = Path(frame.f_code.co_filename)
+        if frame.f_code.co_name in _PASSES_ON:
             continue
-        if any(path.is_relative_to(folder) for folder in (*_UNDER_TEST, *_CALLS_THE_MODEL)):
+        if _is_under_test(path) or any(path.is_relative_to(folder) for folder in _CALLS_THE_MODEL):
             return False
         if path.is_relative_to(_TPCHECK):
             return True
-        if not path.is_relative_to(_TORCH) and path.exists() and not _is_of_python(path):
-            return False
     return False
+
+
+def _is_under_test(path: Path) -> bool:
+    """Return whether a file is of the system under test: not tpcheck's own, nor torch's, nor Python's."""
+    if path.is_relative_to(_TPCHECK):
+        return any(path.is_relative_to(folder) for folder in _UNDER_TEST)
+    return not path.is_relative_to(_TORCH) and path.exists() and not _is_of_python(path)
 
 
 def _is_of_python(path: Path) -> bool:
     """Return whether a file is of the standard library, in whose folder packages may be installed, too."""
     is_installed = not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
     return path.is_relative_to(_STANDARD_LIBRARY) and not is_installed
-
-
-def _frames(trace: TracebackType | None) -> Iterator[tuple[Path, str]]:
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        yield Path(code.co_filename), code.co_name
-        trace = trace.tb_next
 
 
 def internal_error(error: BaseException) -> InternalError:

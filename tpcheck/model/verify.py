@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
+from uuid import uuid4
 
 from tpcheck.core.check_names import RESUME_CHECK, need_steps
 from tpcheck.core.environment import package_versions
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 LayoutSource: TypeAlias = "Mapping[str, Placement] | Callable[[str, tuple[int, ...]], Placement | None] | None"
 
 _RETRY_TIMEOUT = 60.0
-_STORE_LIMIT = 5.0  # ranks that torch's check has stopped raise together
+_STORE_LIMIT = 30.0  # ranks that torch's check has stopped raise together, but may be slow to come
 _WITHOUT_CHECK = (
     "If the sizes are meant (gloo takes a scalar for a tensor of one element), start the ranks with "
     "TORCH_DISTRIBUTED_DEBUG=OFF: torch then checks nothing."
@@ -186,19 +187,20 @@ def _verify_on_rank(rank: Rank, request: Request) -> RankAnswer:
 def _launched_answers(request: Request) -> tuple[RankAnswer, ...]:
     """Run the request on the launcher's ranks. An error of tpcheck's own, as one rank may have alone, ends all.
 
-    torch checks every collective, as on spawned ranks, unless the launcher's environment says otherwise, or there is a
-    default group already: ranks that part would wait for each other until the group's timeout.
+    torch checks every collective, as on spawned ranks, unless the launcher's environment says otherwise, or the
+    caller has made a default group without: ranks that part would wait for each other until the group's timeout.
     """
     topology = request.options.topology
     answer: RankAnswer | InternalError
     with collectives_checked():
         rank = attach(topology, device=request.options.device)
+        name = rank.gather(uuid4().hex)[0]  # of this call, on all ranks
         try:
             answer = _verify_on_rank(rank, request)
         except InternalError as error:
             answer = error
         except BackendError as error:
-            raise _crash_of_launched(rank, error) from error
+            raise _crash_of_launched(rank, name, error) from error
         answers: tuple[RankAnswer | InternalError, ...] = rank.gather(answer)
     for of_rank in answers:
         if isinstance(of_rank, InternalError):
@@ -206,21 +208,25 @@ def _launched_answers(request: Request) -> tuple[RankAnswer, ...]:
     return tuple(of_rank for of_rank in answers if not isinstance(of_rank, InternalError))
 
 
-def _crash_of_launched(rank: Rank, error: BackendError) -> BackendError:
+def _crash_of_launched(rank: Rank, name: str, error: BackendError) -> BackendError:
     """Return what has crashed on a launcher's rank, by what the others have done, as far as they have crashed, too.
 
     The ranks may have parted, so that no collective is possible. Where rank 0 waits for this one, which ends it, this
     one writes the error.
+
+    Args:
+        name: Of this call, the same on all ranks.
     """
-    crashed = exchange_through_store(rank, (getattr(error, "tpcheck_details", None),), limit_s=_STORE_LIMIT)
+    details = (getattr(error, "tpcheck_details", None),)
+    crashed = exchange_through_store(rank, details, name=name, limit_s=_STORE_LIMIT)
     progress = {other: details for other, (details,) in crashed.items() if details is not None}
-    explained, text = None, str(error)
-    if COLLECTIVES_DIFFER in text:
-        explained = _explanation(progress, text, rank.topology) or _explanation(
-            progress, f"{text}\n{_WITHOUT_CHECK}", rank.topology, of_tensors=True
-        )
+    explained: BackendError | None = None
+    if COLLECTIVES_DIFFER in str(error):
+        explained, unlike = _explanations(progress, str(error), rank.topology)
+        if explained is None and unlike is not None:
+            explained = BackendError(f"{unlike}\n{_WITHOUT_CHECK}")
     if 0 in crashed:
-        leave_after(rank, first=0, limit_s=_STORE_LIMIT)
+        leave_after(rank, first=0, name=name, limit_s=_STORE_LIMIT)
     elif rank.rank == min(crashed):
         sys.stderr.write(f"tpcheck, on rank {rank.rank}: {explained or error}\n")
     return explained or error
@@ -243,7 +249,7 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
     except RankFailure as failure:
         if COLLECTIVES_DIFFER not in str(failure.exception):
             raise
-        parted = _explained(failure, topology)
+        parted, unlike = _explanations_of(failure, topology)
         if parted is not None:
             raise parted from failure
         if isinstance(failure.exception, InternalError) or _WAITING in str(failure.exception):
@@ -253,7 +259,7 @@ def _spawned_answers(request: Request) -> tuple[RankAnswer, ...]:
             with spawn(topology, timeout=limit, device=device, env=without_checks) as world:
                 return world.run(_verify_on_rank, request)
         except RankFailure:
-            raise (_explained(failure, topology, of_tensors=True) or failure) from None
+            raise (unlike or failure) from None
 
 
 def _answers_of_world(request: Request, world: World) -> tuple[RankAnswer, ...]:
@@ -262,31 +268,31 @@ def _answers_of_world(request: Request, world: World) -> tuple[RankAnswer, ...]:
     except RankFailure as failure:
         if COLLECTIVES_DIFFER not in str(failure.exception):
             raise
-        topology = request.options.topology
-        raise (_explained(failure, topology) or _explained(failure, topology, of_tensors=True) or failure) from failure
+        parted, unlike = _explanations_of(failure, request.options.topology)
+        raise (parted or unlike or failure) from failure
 
 
-def _explained(failure: RankFailure, topology: Topology, *, of_tensors: bool = False) -> BackendError | None:
-    """Return what ranks have issued that others have not, of ranks that torch's check has stopped; None where unknown.
-
-    Args:
-        of_tensors: Return instead what all have issued, with tensors that differ.
-    """
+def _explanations_of(failure: RankFailure, topology: Topology) -> tuple[BackendError | None, BackendError | None]:
+    """Return the `_explanations` of ranks that torch's check has stopped."""
     progress = {outcome.rank: outcome.details for outcome in failure.outcomes if outcome.details is not None}
-    return _explanation(progress, str(failure.exception), topology, of_tensors=of_tensors)
+    return _explanations(progress, str(failure.exception), topology)
 
 
-def _explanation(
-    progress: Mapping[int, Any], message: str, topology: Topology, *, of_tensors: bool = False
-) -> BackendError | None:
-    """Return the error by what the ranks have done (`RankProgress`) and the message of torch's check."""
+def _explanations(
+    progress: Mapping[int, Any], message: str, topology: Topology
+) -> tuple[BackendError | None, BackendError | None]:
+    """Return the errors by what the ranks have done (`RankProgress`), with the message of torch's check.
+
+    The first says what ranks have issued that others have not, the second which collective all have issued, with
+    tensors that do not fit; None where that is not so, or unknown.
+    """
     from tpcheck.model.blame import explain_parting, explain_tensors
 
     groups = [*topology.groups("tp"), *topology.groups("dp")]
-    text = (explain_tensors if of_tensors else explain_parting)(progress, groups)
-    if text is None:
-        return None
-    return BackendError(f"{text}.\ntorch's message: {message[message.index(COLLECTIVES_DIFFER) :]}")
+    by_torch = message[message.index(COLLECTIVES_DIFFER) :]
+    texts = (explain_parting(progress, groups), explain_tensors(progress, groups))
+    parted, unlike = (None if text is None else BackendError(f"{text}.\ntorch's message: {by_torch}") for text in texts)
+    return parted, unlike
 
 
 def _error_verdict(

@@ -729,14 +729,14 @@ class CheckOutcome:
         not_compared: Why something could not be compared, by name.
         by_module: The worst of the margins by the phase and module that they are of; None where a module was called and
             nothing of it could be compared.
-        only: What alone was compared, where nothing was of what the check is about; else empty.
+        compared_only: What alone was compared, where nothing was of what the check is about; else empty.
     """
 
     margins: Mapping[str, float] = field(default_factory=dict)
     suspects: tuple[Suspect, ...] = ()
     not_compared: Mapping[str, str] = field(default_factory=dict)
     by_module: MarginsByModule = field(default_factory=dict)
-    only: str = ""
+    compared_only: str = ""
 
     def or_else(self, other: CheckOutcome) -> CheckOutcome:
         """Add what else was compared; its suspects follow from those of this outcome, where it has any."""

@@ -94,7 +94,15 @@ def advised_once(answers: Sequence[CheckAnswer]) -> list[CheckAnswer]:
 
 def _answer(check: str, step: int, outcome: CheckOutcome) -> CheckAnswer:
     findings = group_findings([_finding(suspect, is_first=not index) for index, suspect in enumerate(outcome.suspects)])
-    return CheckAnswer(check, step, outcome.margins, findings, outcome.not_compared, outcome.by_module, outcome.only)
+    return CheckAnswer(
+        check,
+        step,
+        outcome.margins,
+        findings,
+        outcome.not_compared,
+        outcome.by_module,
+        outcome.compared_only,
+    )
 
 
 def _finding(suspect: Suspect, *, is_first: bool) -> Finding:

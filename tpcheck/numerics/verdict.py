@@ -22,7 +22,7 @@ class CheckAnswer:
         findings: What failed, joined by mistake.
         not_compared: Why something could not be compared, by name.
         by_module: The worst of the margins by the phase and module that they are of, as in `CheckOutcome`.
-        only: What alone was compared, as in `CheckOutcome`.
+        compared_only: What alone was compared, as in `CheckOutcome`.
     """
 
     check: str
@@ -31,7 +31,7 @@ class CheckAnswer:
     findings: tuple[Finding, ...]
     not_compared: Mapping[str, str]
     by_module: MarginsByModule = field(default_factory=dict)
-    only: str = ""
+    compared_only: str = ""
 
     def with_way(self, outcome: WayOutcome) -> CheckAnswer:
         """Add the result of one way that the check tries."""
@@ -85,9 +85,9 @@ def verdict(
     checks = _results(answers)
     message = None
     if not findings and not any(check.says_something for check in checks):
-        beside = next((f" but {check.only}" for check in checks if check.only), "")
+        exception = next((f" but {check.compared_only}" for check in checks if check.compared_only), "")
         why = next(iter(coverage.not_compared.values()), "no check applies")
-        message = f"nothing was compared{beside}: {why}"
+        message = f"nothing was compared{exception}: {why}"
     return Verdict(
         verdict="failed" if findings else "skipped" if message is not None else "passed",
         subject=subject,
@@ -173,9 +173,13 @@ def _results(answers: Sequence[CheckAnswer]) -> tuple[CheckResult, ...]:
             results[check] = CheckResult(check, compared, margins[worst_at], at)
         else:
             results[check] = replace(known, compared=compared)
-    about = {answer.check for answer in answers if answer.margins and not answer.only}
-    beside = {answer.check: answer.only for answer in answers if answer.only and answer.check not in about}
-    return tuple(replace(result, only=beside.get(check)) for check, result in results.items())
+    compared_subject = {answer.check for answer in answers if answer.margins and not answer.compared_only}
+    compared_only = {
+        answer.check: answer.compared_only
+        for answer in answers
+        if answer.compared_only and answer.check not in compared_subject
+    }
+    return tuple(replace(result, compared_only=compared_only.get(check)) for check, result in results.items())
 
 
 def _coverage(answers: Sequence[CheckAnswer], last_step: int, steps: int) -> Coverage:

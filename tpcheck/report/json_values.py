@@ -28,7 +28,11 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
         "environment": plain_json(verdict.environment),
         "findings": [_fields(finding, _FINDING_KEYS) for finding in verdict.findings],
         "checks": [
-            {**_fields(check, _CHECK_KEYS), **({"only": check.only} if check.only else {})} for check in verdict.checks
+            {
+                **_fields(check, _CHECK_KEYS),
+                **({"compared_only": check.compared_only} if check.compared_only else {}),
+            }
+            for check in verdict.checks
         ],
         "margins": _margins(verdict.modules),
         "coverage": {

@@ -221,7 +221,7 @@ def _checks_table(verdict: Verdict) -> Table:
 
 def _beside(check: CheckResult) -> str:
     """Return what alone was compared, where nothing was of what the check is about."""
-    return f"{check.only} alone" if check.only else ""
+    return f"{check.compared_only} alone" if check.compared_only else ""
 
 
 def _only_follows(check: CheckResult, verdict: Verdict) -> bool:

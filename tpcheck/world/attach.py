@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from tpcheck.core.errors import UsageError
 from tpcheck.core.topology import Topology
 from tpcheck.world import deepspeed_shm_comm
 from tpcheck.world.channel import dumps, loads
-from tpcheck.world.groups import choose_backend, device_of, disable_ddp_logger_under_detail, group_backend
+from tpcheck.world.groups import (
+    choose_backend,
+    device_of,
+    disable_ddp_logger_under_detail,
+    group_backend,
+    is_checked,
+)
 from tpcheck.world.rank import Rank
 
 # The variables of rank, world size, local rank and number of local ranks. mpirun under Slurm starts its ranks through
@@ -78,60 +85,74 @@ def is_launched() -> bool:
     return max([*sizes, _number(os.environ, "SLURM_STEP_NUM_TASKS", default=1)]) > 1
 
 
-@contextmanager
+@contextlib.contextmanager
 def collectives_checked() -> Iterator[None]:
     """Let torch check every collective of the groups that are made inside (TORCH_DISTRIBUTED_DEBUG=DETAIL).
 
-    Does nothing where the environment has a level already, or there is a default group, which was made without.
+    Does nothing where the environment has a level already, or the caller has made a default group that torch does not
+    check. One that is left of an earlier call is checked, and so are the groups that are made beside it.
     """
-    from torch import distributed as dist
     from torch._C._distributed_c10d import set_debug_level_from_env
 
-    if _DEBUG_LEVEL in os.environ or dist.is_initialized():
+    dist: Any = import_module("torch.distributed")  # `Logger` has no type annotation
+    if _DEBUG_LEVEL in os.environ or (dist.is_initialized() and not is_checked(dist.group.WORLD)):
         yield
         return
+    logger = dist.Logger
     os.environ[_DEBUG_LEVEL] = "DETAIL"
     set_debug_level_from_env()
     disable_ddp_logger_under_detail()
     try:
         yield
     finally:
+        dist.Logger = logger
         del os.environ[_DEBUG_LEVEL]
         set_debug_level_from_env()
 
 
-def exchange_through_store(rank: Rank, value: Any, *, limit_s: float) -> dict[int, Any]:
+def exchange_through_store(rank: Rank, value: Any, *, name: str, limit_s: float) -> dict[int, Any]:
     """Return the values of the ranks that call this too, by rank, without a collective: others may have parted.
 
-    Those of ranks that do not come in time are left out.
+    Those of ranks that do not come in time, or not before the process that serves the store ends, are left out.
+
+    Args:
+        name: Of this exchange, the same on all ranks; no other has it.
     """
     from torch.distributed import distributed_c10d
 
     store: Any = distributed_c10d._get_default_store()
-    store.set(f"tpcheck/exchanged/{rank.rank}", dumps(value))
     deadline, values = time.monotonic() + limit_s, {rank.rank: value}
-    for other in range(rank.world_size):
-        while other not in values and time.monotonic() < deadline:
-            if store.check([f"tpcheck/exchanged/{other}"]):
-                values[other] = loads(store.get(f"tpcheck/exchanged/{other}"))
-            else:
-                time.sleep(0.05)
+    with contextlib.suppress(RuntimeError):  # the connection is lost
+        store.set(f"tpcheck/{name}/{rank.rank}", dumps(value))
+        for other in range(rank.world_size):
+            while other not in values and time.monotonic() < deadline:
+                if store.check([f"tpcheck/{name}/{other}"]):
+                    values[other] = loads(store.get(f"tpcheck/{name}/{other}"))
+                else:
+                    time.sleep(0.05)
     return dict(sorted(values.items()))
 
 
-def leave_after(rank: Rank, *, first: int, limit_s: float) -> None:
-    """Let this process end after that of rank `first`, which is to write: a launcher ends the others when one fails."""
+def leave_after(rank: Rank, *, first: int, name: str, limit_s: float) -> None:
+    """Let this process end after that of rank `first`, which is to write: a launcher ends the others when one fails.
+
+    Args:
+        name: As of `exchange_through_store`.
+    """
     from torch.distributed import distributed_c10d
 
     store: Any = distributed_c10d._get_default_store()
-    key = "tpcheck/left"
+    key = f"tpcheck/{name}/left"
 
-    def wait() -> None:
+    def leave() -> None:
         deadline = time.monotonic() + limit_s
-        while not store.check([key]) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        with contextlib.suppress(RuntimeError):  # that rank serves the store, and has ended
+            if rank.rank == first:
+                store.set(key, "")
+            while not store.check([key]) and time.monotonic() < deadline:
+                time.sleep(0.05)
 
-    atexit.register((lambda: store.set(key, "")) if rank.rank == first else wait)
+    atexit.register(leave)
 
 
 def _destroy_process_group() -> None:

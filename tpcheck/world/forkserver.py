@@ -15,7 +15,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,14 +32,19 @@ from tpcheck.world.channel import Channel
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-# Linux limits the path of a socket to 107 bytes, macOS to 103. The path of multiprocessing's sockets is 40 bytes longer
-# than the folder that is chosen here: /tpcheck-abcdefgh/1234/listener-abcdefgh.
-_MAX_FOLDER_BYTES = 63
 _PARENT_CHECK_S = 1.0  # the controller's socket closes when it exits, unless a forked copy of it keeps the socket open
 
 
-def main(descriptor: int, preload_names: Sequence[str]) -> None:
-    """Serve the controller at the other end of `descriptor` until it exits."""
+def main(descriptor: int, preload_names: Sequence[str], scratch: str) -> None:
+    """Serve the controller at the other end of `descriptor` until it exits; then remove the folder `scratch`."""
+    try:
+        _serve(descriptor, preload_names)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(0)  # the controller waits for the end, and an interpreter takes long to drop what it has imported
+
+
+def _serve(descriptor: int, preload_names: Sequence[str]) -> None:
     with contextlib.suppress(OSError):  # already a group leader where the controller made it one
         os.setpgid(0, 0)  # Ctrl-C is for the controller, which ends the ranks in order
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -54,14 +58,8 @@ def main(descriptor: int, preload_names: Sequence[str]) -> None:
         sys.modules["torch"].set_num_threads(1)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     gc.freeze()
-    num_gpus = _num_gpus()
-    scratch = tempfile.mkdtemp(prefix="tpcheck-", dir=_folder_for_sockets(tempfile.gettempdir()))
-    try:
-        controller.send(messages.ForkserverReady(num_gpus, import_errors, scratch))
-        _Forkserver(controller).serve()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    os._exit(0)  # the controller waits for the end, and an interpreter takes long to drop what it has imported
+    controller.send(messages.ForkserverReady(_num_gpus(), import_errors))
+    _Forkserver(controller).serve()
 
 
 def import_all(names: Sequence[str]) -> dict[str, str]:
@@ -111,15 +109,6 @@ def _spare_ranks() -> None:
     # Where Dynamo is loaded, `init_process_group` clears these, and frees what they hold.
     if (trace_rules := sys.modules.get("torch._dynamo.trace_rules")) is not None:
         getattr(trace_rules, "clear_lru_cache", lambda: None)()
-
-
-def _folder_for_sockets(folder: str) -> str:
-    """Return the folder, or /tmp where torch or a socket cannot use a path in it."""
-    try:
-        fits = len(folder.encode()) <= _MAX_FOLDER_BYTES
-    except UnicodeEncodeError:  # torch's FileStore takes UTF-8 only
-        fits = False
-    return "/tmp" if not fits and os.access("/tmp", os.W_OK | os.X_OK) else folder
 
 
 class _World:
@@ -214,7 +203,7 @@ class _Forkserver:
                     world.send(messages.RankExited(world.rank_by_pid.pop(pid), status))
 
     def _end(self, world: _World) -> None:
-        left_behind = [pid for rank_pid in world.rank_by_pid for pid in children(rank_pid, recursive=True)]
+        left_behind = [pid for rank_pid in world.rank_by_pid for pid in children_among_all(rank_pid, recursive=True)]
         for pid in world.rank_by_pid:
             os.kill(pid, signal.SIGKILL)
         left_behind += self._orphans(world)
@@ -234,7 +223,7 @@ class _Forkserver:
         return [
             pid
             for orphan in orphans
-            for pid in (orphan, *children(orphan, recursive=True))
+            for pid in (orphan, *children_among_all(orphan, recursive=True))
             if world_folder_of(pid) in folders
         ]
 
@@ -326,17 +315,20 @@ def end_processes(groups: set[int], *, extra_pids: Iterable[int], reap: Callable
     _wait_for(pids, reap)
 
 
-def children(pid: int, *, recursive: bool = False) -> list[int]:
-    """Return the children of a process, and theirs if `recursive`, in any process group."""
+def children(pid: int) -> list[int]:
+    """Return the children of a process, in any process group.
+
+    One that is reaped during the read may hide another, so this is for the process itself, which reaps none meanwhile.
+    """
     try:
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        direct = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+        return [int(child) for task in tasks for child in (task / "children").read_text().split()]
     except (OSError, ValueError):  # a task has ended, or the system has no such files: psutil looks at every process
-        return _children_among_all(pid, recursive=recursive)
-    return [*direct, *(each for child in direct if recursive for each in children(child, recursive=True))]
+        return children_among_all(pid, recursive=False)
 
 
-def _children_among_all(pid: int, *, recursive: bool) -> list[int]:
+def children_among_all(pid: int, *, recursive: bool) -> list[int]:
+    """Return the children of a process, and theirs if `recursive`, in any process group, by a look at every process."""
     try:
         return [child.pid for child in psutil.Process(pid).children(recursive=recursive)]
     except psutil.Error:

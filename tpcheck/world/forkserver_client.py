@@ -47,8 +47,11 @@ ZERO_PRELOAD: tuple[str, ...] = ("deepspeed.runtime.zero.muon.muon_optimizer",)
 TRAINER_PRELOAD: tuple[str, ...] = ("tpcheck.backends.trainer_loop.loop", "tpcheck.backends.trainer_loop.stand_ins")
 
 _START_LIMIT_S = 600.0  # imports from a cold disk, on a machine that runs other tests
-_BOOT = "import json, sys; d, path, names = json.loads(sys.argv[1]); sys.path[:] = path; \
-from tpcheck.world.forkserver import main; main(d, names)"
+# Linux limits the path of a socket to 107 bytes, macOS to 103. The path of multiprocessing's sockets is 40 bytes longer
+# than the folder that is chosen here: /tpcheck-abcdefgh/1234/listener-abcdefgh.
+_MAX_FOLDER_BYTES = 63
+_BOOT = "import json, sys; d, path, names, scratch = json.loads(sys.argv[1]); sys.path[:] = path; \
+from tpcheck.world.forkserver import main; main(d, names, scratch)"
 
 # The only global state of this package: a forkserver takes seconds to start and serves every world of the process. The
 # process id is part of the key because a forked copy of the controller must not use the same socket.
@@ -72,16 +75,31 @@ def default_preload() -> tuple[str, ...]:
     return (*DEFAULT_PRELOAD, *_PYTEST_PRELOAD) if "pytest" in sys.modules else DEFAULT_PRELOAD
 
 
+def _folder_for_sockets(folder: str) -> str:
+    """Return the folder, or /tmp where torch or a socket cannot use a path in it."""
+    try:
+        fits = len(folder.encode()) <= _MAX_FOLDER_BYTES
+    except UnicodeEncodeError:  # torch's FileStore takes UTF-8 only
+        fits = False
+    return "/tmp" if not fits and os.access("/tmp", os.W_OK | os.X_OK) else folder
+
+
 class ForkserverClient:
-    """A running forkserver."""
+    """A running forkserver.
+
+    Attributes:
+        scratch: Parent folder of the worlds' folders. The forkserver removes it, too, when it exits, so that a
+            controller that is killed leaves none of them.
+    """
 
     def __init__(self, device: str, preload: tuple[str, ...]) -> None:
         self._channel, server_socket = Channel.pair()
         self._lock = threading.Lock()
         self._numbers = itertools.count()
+        self.scratch = tempfile.mkdtemp(prefix="tpcheck-", dir=_folder_for_sockets(tempfile.gettempdir()))
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._ready: messages.ForkserverReady | None = None
-        arguments = json.dumps([server_socket.fileno(), sys.path, preload])
+        arguments = json.dumps([server_socket.fileno(), sys.path, preload, self.scratch])
         # As multiprocessing passes them on.
         flags: list[str] = getattr(subprocess, "_args_from_interpreter_flags", list)()
         self._process = subprocess.Popen(
@@ -98,7 +116,7 @@ class ForkserverClient:
     @property
     def has_ended(self) -> bool:
         """Whether it can start no more worlds: the process exited, or its temporary folder was deleted."""
-        return self._process.poll() is not None or (self._ready is not None and not Path(self._ready.scratch).is_dir())
+        return self._process.poll() is not None or not Path(self.scratch).is_dir()
 
     def wait_until_ready(self) -> messages.ForkserverReady:
         """Wait until the imports are done.
@@ -136,7 +154,7 @@ class ForkserverClient:
 
     def new_scratch(self) -> str:
         """Return a new folder for one world. Its name is short: the path of a socket has at most 107 bytes."""
-        folder = Path(self.wait_until_ready().scratch, str(next(self._numbers)))
+        folder = Path(self.scratch, str(next(self._numbers)))
         folder.mkdir(mode=0o700)
         return str(folder)
 
@@ -152,15 +170,12 @@ class ForkserverClient:
     def _stop(self, controller_pid: int) -> None:
         if os.getpid() != controller_pid:
             return
-        if self._ready is None:
-            self._ready = next((message for message, _ in self._channel.receive_available()), None)
         self._channel.close()
-        if self._ready is None:  # it has made no files yet, and would see only after its imports that nobody needs it
+        if self._ready is None:  # it has opened no world, and would see only after its imports that nobody needs it
             self._process.kill()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        if self._ready is not None:  # the forkserver removes this itself, unless it was killed
-            shutil.rmtree(self._ready.scratch, ignore_errors=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)  # the forkserver has removed it, unless it was killed

@@ -133,6 +133,12 @@ def axis_group(topology: Topology, rank: int, axis: str) -> ProcessGroup:
     return group
 
 
+def is_checked(group: ProcessGroup) -> bool:
+    """Return whether torch checks every collective of the group: it was made under TORCH_DISTRIBUTED_DEBUG=DETAIL."""
+    wrapper: Any = getattr(import_module("torch._C._distributed_c10d"), "_ProcessGroupWrapper", ())  # of gloo
+    return any(isinstance(group._get_backend(device), wrapper) for device in group._device_types)
+
+
 def disable_ddp_logger_under_detail() -> None:
     """Make DDP skip its construction log, which fails on the wrapped groups of TORCH_DISTRIBUTED_DEBUG=DETAIL."""
     dist: Any = import_module("torch.distributed")  # these names have no type annotations

@@ -39,13 +39,10 @@ class ForkserverReady:
     Attributes:
         num_gpus: GPUs that torch can use, counted without initialising CUDA.
         import_errors: Modules that are installed but fail to import, with the error.
-        scratch: Parent folder of the worlds' folders. The forkserver removes it when it exits, so that a controller
-            that is killed leaves none of them.
     """
 
     num_gpus: int
     import_errors: dict[str, str]
-    scratch: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,7 +132,7 @@ def test_weights_and_buffers_of_a_right_run_agree() -> None:
     outcome = updates_match_reference(TWO_STEPS, 1)
     assert not outcome.suspects
     assert set(outcome.margins) == {NORM, UP, DOWN, BIAS, f"buffer {BUFFER}"}
-    assert not outcome.only
+    assert not outcome.compared_only
 
 
 def test_a_call_without_an_optimizer_step_has_no_weights_to_compare() -> None:
@@ -246,7 +246,7 @@ def test_a_step_that_moves_no_weight_shows_nothing_unless_the_other_side_moves()
     outcome = updates_match_reference(still, 0)
     assert not outcome.suspects
     assert set(outcome.margins) == {f"buffer {BUFFER}"}
-    assert outcome.only == "buffers"
+    assert outcome.compared_only == "buffers"
     why = "no weight moves in this step: its rate is 0, or rounding takes the step away"
     assert outcome.not_compared == dict.fromkeys(RIGHT.initial, why)
     moved = with_tensor(still, "weights", UP, lambda weight: weight + 1)

@@ -174,7 +174,7 @@ def updates_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
     )
     # A rate that is wrong in the log alone leaves the weights right; either makes the evaluation wrong.
     joined = rate.beside(outcome).or_else(evaluation)
-    return joined if has_weights else replace(joined, only=_beside_weights(buffers, rate, evaluation))
+    return joined if has_weights else replace(joined, compared_only=_beside_weights(buffers, rate, evaluation))
 
 
 def _beside_weights(buffers: Sequence[ComparedParameter], *logged: CheckOutcome) -> str:
