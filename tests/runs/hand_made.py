@@ -87,7 +87,8 @@ class Options:
         draws: Whether each call draws random numbers, and leaves the generators in another state.
         rename: Gives the names.
         batch_seed: Of the samples.
-        biases: Modules with a bias, which is replicated and has no gradient.
+        biases: Modules with a bias, which is replicated.
+        trains_biases: Whether these have a gradient; no step moves them.
         noise_of_replays: Relative deviation; None for what the dtype has.
     """
 
@@ -116,6 +117,7 @@ class Options:
     rename: Callable[[str], str] = field(default=lambda name: name)
     batch_seed: int = 0
     biases: Sequence[str] = ()
+    trains_biases: bool = False
 
 
 def run(**options: Any) -> tuple[RankTrace, ...]:
@@ -181,6 +183,8 @@ def _rank(rank: int, topology: Topology, options: Options) -> RankTrace:
         moments = {name: 0.9 * moment + 0.1 * gradients[name] for name, moment in moments.items()}
         weights = {name: weight - options.rates[number] * gradients[name] for name, weight in weights.items()}
         tensors |= {("weight", name): weight for name, weight in weights.items()}
+        if options.trains_biases:
+            tensors |= {("gradient", f"{module}.bias"): bias() for module in options.biases}
         if options.moments:
             tensors |= {("state", name): moment for name, moment in moments.items()}
         if options.masters:

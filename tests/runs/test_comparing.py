@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.runs import hand_made
 from tests.runs.hand_made import (
     BATCH,
     LENGTH,
@@ -300,6 +301,24 @@ def test_gradients_of_shards_and_replicas_that_are_scaled_were_not_reduced_too_o
     assert note in finding.evidence["note"]
 
 
+@pytest.mark.parametrize(
+    ("tp", "width", "factor", "options"),
+    [(3, 33, 1 / 3, {}), (2, WIDTH, 1.99998, {"noise_of_replays": 1e-4})],
+    ids=["a factor that no decimal is", "a factor near that of a sum"],
+)
+def test_a_factor_is_that_of_shards_to_the_digits_that_are_known_of_it(
+    tp: int, width: int, factor: float, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hand_made, "WIDTH", width)
+
+    def scaled(place: Place, local: torch.Tensor) -> torch.Tensor:
+        return factor * local if place.kind == "gradient" else local
+
+    finding = the_finding(compared(run(tp=tp, edit=scaled, **options), run(rounding=1.0, **options)))
+    assert (finding.cause, finding.evidence["factors"]) == ("gradient_scaled", [pytest.approx(factor, abs=1e-6)])
+    assert [finding.where["parameter"], *finding.evidence["also"]] == [*WEIGHTS]
+
+
 def test_a_model_that_is_left_in_another_mode_is_said_to_be() -> None:
     def in_evaluation(rank: int, step: StepRecord) -> StepRecord:
         return replace(step, passes=tuple(replace(call, is_training=False) for call in step.passes))
@@ -457,6 +476,13 @@ def test_gradients_that_end_at_a_sum_are_those_of_a_sum_without_backward() -> No
     assert finding.evidence["also"] == [UP]
     frozen = the_finding(compared(run(tp=2, edit=ended)))
     assert (frozen.cause, frozen.evidence["also"]) == ("gradient_missing", [DOWN])
+    first_sum = edit("gradient", "embed.weight", lambda place, local: None)
+
+    def rootless(place: Place, local: torch.Tensor) -> torch.Tensor | None:
+        return None if (place.kind, place.name) == ("output_gradient", "") else local
+
+    nothing_before = compared(run(tp=2, edit=both(first_sum, rootless)), run(rounding=1.0, edit=rootless))
+    assert the_finding(nothing_before).cause == "gradient_missing"
     one_rank = edit("gradient", DOWN, lambda place, local: None, rank=1)
     assert the_finding(compared(run(tp=2, edit=one_rank))).cause == "gradient_missing"
 
@@ -635,6 +661,20 @@ def test_a_weight_that_a_resumed_run_has_not_loaded_is_found_before_any_step() -
     finding = the_finding(compared(run(edit=edit("weight", UP, times(-0.5), step=-1), **IN_THE_MIDDLE), expected))
     assert (finding.check, finding.where["parameter"]) == ("weights_match_reference", UP)
     require_passed(compared(run(edit=of_weights(1 + 1e-9), **IN_THE_MIDDLE), expected))
+
+
+@pytest.mark.parametrize("is_trained", [True, False], ids=["with a gradient", "without one"])
+def test_a_bias_that_a_resumed_run_has_not_loaded_is_found_where_it_has_a_gradient(is_trained: bool) -> None:
+    options: dict[str, Any] = {**IN_THE_MIDDLE, "biases": ("layers.0.down",), "trains_biases": is_trained}
+    name = "layers.0.down.bias"
+    report = compared(
+        run(edit=edit("weight", name, times(0.0), step=-1), **options), run(rounding=1.0, **{**options, "tp": 1})
+    )
+    if is_trained:
+        finding = the_finding(report)
+        assert (finding.check, finding.where["parameter"]) == ("weights_match_reference", name)
+    else:
+        require_passed(report)
 
 
 def test_weights_that_were_far_apart_before_the_recording_are_not_passed() -> None:
@@ -985,6 +1025,15 @@ def test_random_numbers_that_are_not_others_excuse_nothing(
     actual = run(tp=2, steps=2, edit=edit("output", "layers.0.up", plus(0.1), step=1), **options)
     finding = the_finding(compared(actual, run(rounding=1.0, **expected_options)))
     assert (finding.check, finding.where["module"]) == ("outputs_match_reference", "layers.0.up")
+
+
+def test_a_trace_without_states_of_generators_after_a_call_excuses_nothing() -> None:
+    def not_looked(rank: int, step: StepRecord) -> StepRecord:
+        return replace(step, passes=tuple(replace(call, generators_after={}) for call in step.passes))
+
+    options: dict[str, Any] = {"draws": True, "change": not_looked}
+    actual = run(tp=2, generators="actual", edit=edit("output", "layers.0.up", plus(0.1)), **options)
+    assert the_finding(compared(actual, run(rounding=1.0, **options))).where["module"] == "layers.0.up"
 
 
 # ---- low precision

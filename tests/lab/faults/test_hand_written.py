@@ -13,13 +13,8 @@ from tpcheck import Topology
 from tpcheck.backends.interface import RankLike
 from tpcheck.lab.faults.clipping import scaled_to_norm, small_loss
 from tpcheck.lab.faults.corpus import HAND_WRITTEN_CONTROLS, HAND_WRITTEN_FAULTS
-from tpcheck.lab.faults.hand_written import (
-    HandWrittenControl,
-    HandWrittenFault,
-    Model,
-    compiled_whole,
-    inside,
-)
+from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault
+from tpcheck.lab.faults.hand_written_model import Model, compiled_whole, inside
 from tpcheck.lab.faults.losses import over_the_ranks
 from tpcheck.lab.faults.runs import run_hand_written_control, run_hand_written_fault, verify_hand_written
 from tpcheck.world.world import World, spawn

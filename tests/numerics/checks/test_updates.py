@@ -207,6 +207,16 @@ def test_a_weight_that_does_not_move_at_all_shows_whatever_rounding_may_do() -> 
     assert not updates_match_reference(noise, 0).suspects
 
 
+@pytest.mark.parametrize("nothing", [lambda gradient: None, torch.zeros_like], ids=["none", "zeros"])
+def test_a_weight_may_stay_where_its_own_gradient_is_nothing(nothing: Change) -> None:
+    """As that of an expert whose one token rounding sends elsewhere: whether a gradient is missing shows in itself."""
+    still = with_move(ROUGH, UP, torch.zeros_like, 1)
+    outcome = updates_match_reference(with_tensor(still, "gradients", UP, nothing, ranks=[1]), 0)
+    assert not outcome.suspects
+    assert outcome.not_compared[UP].startswith("its step is smaller than the error that rounding allows")
+    assert UP not in outcome.margins
+
+
 def test_where_the_gradient_is_wrong_the_step_says_nothing_of_clipping() -> None:
     halved = clipped_by(RIGHT, 2 * EXPECTED, names=[NORM])
     (suspect,) = updates_match_reference(halved, 0).suspects

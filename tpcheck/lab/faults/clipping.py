@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tpcheck.core.clipping import TORCH_EPSILON
-from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault, inside
+from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault
+from tpcheck.lab.faults.hand_written_model import inside
 from tpcheck.lab.faults.losses import WHOLE, Vocabulary, over_the_ranks
 
 

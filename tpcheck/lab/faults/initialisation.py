@@ -11,16 +11,8 @@ from torch import Tensor, nn
 from tpcheck.backends.interface import RankLike
 from tpcheck.core.topology import Topology
 from tpcheck.lab.faults.fault import TP2, TP2_DP2, TP4
-from tpcheck.lab.faults.hand_written import (
-    COLUMN,
-    LAYERS,
-    ROW,
-    HandWrittenControl,
-    HandWrittenFault,
-    Model,
-    Style,
-    inside,
-)
+from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault
+from tpcheck.lab.faults.hand_written_model import COLUMN, LAYERS, ROW, Model, Style, inside
 from tpcheck.numerics.checks import INITIALISATION_CHECK
 
 _CHECKS = (INITIALISATION_CHECK,)

@@ -15,17 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from tpcheck.backends.interface import RankLike
-from tpcheck.lab.faults.hand_written import (
-    VOCABULARY,
-    Function,
-    HandWrittenControl,
-    HandWrittenFault,
-    LossOfLogits,
-    Model,
-    Style,
-    inside,
-    reduced,
-)
+from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault
+from tpcheck.lab.faults.hand_written_model import VOCABULARY, Function, LossOfLogits, Model, Style, inside, reduced
 
 _SMOOTHING, _Z_WEIGHT, _BETA = 0.1, 0.05, 0.5
 

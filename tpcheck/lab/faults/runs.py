@@ -41,9 +41,10 @@ from tpcheck.lab.faults.corpus import (
 from tpcheck.lab.faults.damage import Damage
 from tpcheck.lab.faults.data import Build, DataFault
 from tpcheck.lab.faults.fault import FaultyBackend, ModelFault, Place
-from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault, layout_of
-from tpcheck.lab.faults.hand_written import batch as hand_written_batch
-from tpcheck.lab.faults.hand_written import build as hand_written_model
+from tpcheck.lab.faults.hand_written import HandWrittenControl, HandWrittenFault
+from tpcheck.lab.faults.hand_written_model import batch as hand_written_batch
+from tpcheck.lab.faults.hand_written_model import build as hand_written_model
+from tpcheck.lab.faults.hand_written_model import layout_of
 from tpcheck.lab.faults.results import CONTROL, FaultResult
 from tpcheck.model.options import COMMON_DTYPES, DEFAULTS, Request, RunOptions, require_valid
 from tpcheck.model.targets import resolve

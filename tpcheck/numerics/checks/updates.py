@@ -241,23 +241,33 @@ def _stays_where_it_should_move(
     """Return each rank's distance to the expected weight at the elements that should have moved, and did not.
 
     Those are elements that the reference moves by some spacings of their dtype, more than rounding takes away, on a
-    rank whose part is to the bit what it was before the step; zeros elsewhere. None where a part has too few such
-    elements: then a step that is left out does not show.
+    rank that has a gradient of them and whose part is to the bit what it was before the step; zeros elsewhere. None
+    where a part has too few such elements: then a step that is left out does not show. Without a gradient of its own
+    a rank may rightly leave them: rounding sends a token to another expert, or is all that the reference's gradient is.
     """
     layout, before = evidence.layouts[parameter.name], evidence.weights_before(step)[parameter.name]
     if not parameter.expected_parts or tuple(before.shape) != tuple(layout.shape):
         return None
     gaps = []
-    parts = zip(
-        evidence.parts_before(step), layout.parts(before), parameter.expected_parts, parameter.actual_parts, strict=True
+    ranks = zip(
+        evidence.candidate[step],
+        evidence.parts_before(step),
+        layout.parts(before),
+        parameter.expected_parts,
+        parameter.actual_parts,
+        strict=True,
     )
-    for own_before, old, new, actual in parts:
-        moves = subtract(new, old).abs() >= STEP_IN_SPACINGS * torch.finfo(new.dtype).eps * old.double().abs()
-        moves &= new != old
+    for rank, actual_before, expected_before, expected, actual in ranks:
+        gradient = rank.gradients.get(parameter.name)
+        if gradient is None or gradient.shape != actual.shape:
+            return None
+        spacings = torch.finfo(expected.dtype).eps * expected_before.double().abs()
+        moves = subtract(expected, expected_before).abs() >= STEP_IN_SPACINGS * spacings
+        moves &= (expected != expected_before) & (gradient != 0)
         if int(moves.sum()) < LEAST_ELEMENTS:
             return None
-        is_still = torch.equal(own_before[parameter.name], actual)
-        gaps.append(subtract(actual, new) * (moves & is_still))
+        is_still = torch.equal(actual_before[parameter.name], actual)
+        gaps.append(subtract(actual, expected) * (moves & is_still))
     return tuple(gaps)
 
 

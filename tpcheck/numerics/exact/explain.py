@@ -115,9 +115,9 @@ def _equal_where_wrong(
     if difference.count < _MIN_COUNT:
         return False
     for piece in expected.pieces(difference.rows):
-        new, right, of_other = (bit_view(side.read(piece)) for side in (actual, expected, other))
-        wrong = new != right
-        if not torch.equal(new[wrong], of_other[wrong]):
+        actual_bits, expected_bits, other_bits = (bit_view(side.read(piece)) for side in (actual, expected, other))
+        wrong = actual_bits != expected_bits
+        if not torch.equal(actual_bits[wrong], other_bits[wrong]):
             return False
     return True
 

@@ -265,15 +265,15 @@ def _beside(
 ) -> Explanation | None:
     tp, terms = len(parts), [part - addend for part in parts]
     is_bias = addend.dim() == 1
-    again = Cause.BIAS_ADDED_PER_RANK if is_bias else Cause.DUPLICATE_REDUCE
+    addend_cause = Cause.BIAS_ADDED_PER_RANK if is_bias else Cause.DUPLICATE_REDUCE
     mistakes: list[tuple[Cause, list[torch.Tensor], dict[str, object]]] = [
         (Cause.MEAN_INSTEAD_OF_SUM, [term * tp + addend for term in terms], {}),
         (Cause.MISSING_REDUCE, [sum(terms[1:], parts[0])], {}),
         (Cause.DUPLICATE_REDUCE, [term / tp + addend for term in terms], {}),
     ]
     for times in range(2, tp + 1):
-        right = [part - (times - 1) * addend for part in parts]
-        mistakes.append((again, right, {"bias_times": times} if is_bias else {"advice": _ADD_AFTER}))
+        without_copies = [part - (times - 1) * addend for part in parts]
+        mistakes.append((addend_cause, without_copies, {"bias_times": times} if is_bias else {"advice": _ADD_AFTER}))
     for cause, corrected, evidence in mistakes:
         found = [explanation_if_equal(cause, each, expected, suspect) for each in corrected]
         known = [each.residual for each in found if each is not None]

@@ -56,7 +56,8 @@ def at_sums_without_backward(
 
     The gradient of a module's output is right, and whole on every rank, although its weights are cut over them: it is
     a sum. All of its weights have no gradient on any rank, and neither has what comes before it in the forward pass:
-    none comes back through that sum. Of weights that are frozen, or cleared after the passes, others are right.
+    none comes back through that sum. Of weights that are frozen, or cleared after the passes, others are right; where
+    nothing comes before it, as before an embedding, they look the same, and are left as they are.
 
     Args:
         expected: Tensors of the expected run, in the order of events.
@@ -71,7 +72,8 @@ def at_sums_without_backward(
         module
         for module, findings in by_module.items()
         if module in right
-        and _feeding_module_of(module, expected) not in reached
+        and (feeding := _feeding_module_of(module, expected)) is not None
+        and feeding not in reached
         and is_summed_inside(module, weights, run)
         and all({*finding.where["ranks"]} == {*run.members} for finding in findings)
     ]
@@ -85,13 +87,13 @@ def at_sums_without_backward(
     return [replace(first, check=GRADIENTS, **explained(explanation, shown))]
 
 
-def _feeding_module_of(module: str, expected: Table) -> str:
-    """Return the module whose output's gradient comes after that of a module's, and is another; empty without one."""
+def _feeding_module_of(module: str, expected: Table) -> str | None:
+    """Return the module whose output's gradient comes after that of a module's, and is another; None without one."""
     of_outputs = [(key[1], records) for key, records in expected.items() if key[0] == "output_gradient"]
     position = next((number for number, (name, _) in enumerate(of_outputs) if name == module), len(of_outputs))
     own = {record.digest for _, records in of_outputs[position : position + 1] for record in records.values()}
     following = of_outputs[position + 1 :]
-    return next((name for name, records in following if own.isdisjoint(each.digest for each in records.values())), "")
+    return next((name for name, records in following if own.isdisjoint(each.digest for each in records.values())), None)
 
 
 def _weight(weights: Table, finding: Finding) -> Records:

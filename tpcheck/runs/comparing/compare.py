@@ -31,7 +31,14 @@ from tpcheck.runs.comparing.exact_checks import (
 )
 from tpcheck.runs.comparing.full_causes import CAUSES_OF_ORDER
 from tpcheck.runs.comparing.full_tensors import FullTensors, explain_in_full
-from tpcheck.runs.comparing.initial_weights import drawn_separately, not_by_rounding, parted_unseen, too_far_apart
+from tpcheck.runs.comparing.initial_weights import (
+    drawn_separately,
+    is_zero_on_one_side,
+    left_at_zero,
+    not_by_rounding,
+    parted_unseen,
+    too_far_apart,
+)
 from tpcheck.runs.comparing.low_precision import noise_of_weights
 from tpcheck.runs.comparing.norm_checks import norm_matches
 from tpcheck.runs.comparing.picture import PictureMaker
@@ -209,8 +216,8 @@ class _RunsComparison:
         findings = []
         given: list[Comparison] = []
         if is_given:
-            wrong, given = not_by_rounding(comparisons), wrong
-            given = [each for each in given if each not in wrong]
+            not_loaded = [*not_by_rounding(comparisons), *self._biases_not_loaded(comparisons)]
+            wrong, given = not_loaded, [each for each in wrong if each not in not_loaded]
             not_compared |= self._given_at_start(comparisons, given, has_findings=bool(wrong))
         explanations = {
             each.key: explain(Suspect(each, self.actual.tp, self.actual.dp)) or explain_in_full(full, each, comparisons)
@@ -231,6 +238,19 @@ class _RunsComparison:
             )
         left_out = [*given, *(each for each in wrong if each.name in comparer.permuted)]
         return Answer.of(WEIGHTS, -1, comparisons, joined(findings), not_compared, left_out)
+
+    def _biases_not_loaded(self, comparisons: Sequence[Comparison]) -> list[Comparison]:
+        """Return biases that one run has not loaded, as their gradients in the first step that both recorded show."""
+        number = min({*self.actual.numbers} & {*self.expected.numbers}, default=None)
+        if number is None or not any(map(is_zero_on_one_side, comparisons)):
+            return []
+        actual, expected = (
+            self.comparer.table(run, {rank: record.tensors for rank, record in run.steps(number).items()})
+            for run in (self.actual, self.expected)
+        )
+        gradients = self.comparer.stored(actual, expected, ("gradient",))
+        self.comparer.not_compared = {}
+        return left_at_zero(comparisons, gradients)
 
     def _given_at_start(
         self, comparisons: Sequence[Comparison], given: Sequence[Comparison], *, has_findings: bool

@@ -457,8 +457,8 @@ class Comparer:
                 whole_e = computed(records_e, found.expected, groups_e, factor_e, copies[1])
                 deviation = larger_deviation(whole_a, whole_e, self.eps)
                 allowed = allowed_error(whole_a, whole_e, deviation, is_stored=False, scale=scale)
-                given = self._moved_by_bias(key, whole_e)
-                comparisons.append(compare(key, whole_a, whole_e, allowed and allowed + given, order, deviation))
+                with_bias = None if allowed is None else allowed + self._moved_by_bias(key, whole_e)
+                comparisons.append(compare(key, whole_a, whole_e, with_bias, order, deviation))
             comparison = min(comparisons, key=lambda each: each.relative)
             if not is_doubtful:
                 compared.append(comparison)

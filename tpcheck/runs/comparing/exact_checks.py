@@ -426,11 +426,14 @@ def drew_other_random_numbers(step: AlignedStep, actual: Run, expected: Run) -> 
 
 
 def _calls_that_draw(steps: Mapping[int, StepRecord], ranks: Sequence[int]) -> set[tuple[Any, ...]]:
-    """Return the samples and the states of the generators of the calls that left these in another state."""
+    """Return the samples and the states of the generators of the calls that left these in another state.
+
+    A call that ended in an error, or was recorded by a version that did not look, has no state after it.
+    """
     return {
         (pass_samples(call), *(tuple(sorted(states.items())) for states in (call.generators, call.generators_after)))
         for rank in ranks
         if rank in steps
         for call in steps[rank].passes
-        if call.generators != call.generators_after
+        if call.generators_after and call.generators != call.generators_after
     }

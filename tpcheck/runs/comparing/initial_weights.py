@@ -78,13 +78,10 @@ def _stands_elsewhere(comparisons: Sequence[Comparison], wrong: Sequence[Compari
 
 # ---- recordings that begin in the middle of a training
 
-# Rounding moves all weights of a model apart about alike. One that is a thousand times as far as the median, and by a
-# hundredth of itself, was not trained to where it is.
-_FAR_FROM_OTHERS = 1e3
-_FAR_FROM_ITSELF = 1e-2
-# What rounding adds up to over steps that were not recorded is extrapolated from the last one that was: it may grow
-# from step to step, but in float64 not from 1e-14 to a hundredth.
-_NO_ROUNDING = 1e6
+_FAR_FROM_OTHERS = 1e3  # times the median: rounding moves all weights of a model apart about alike
+_FAR_FROM_ITSELF = 1e-2  # of its norm: how far weights are apart is allowed for, and more would hide any mistake
+_EPSILONS_APART = 4  # of the lowest dtype: weights that are rounded to it in every step are apart by one or two
+_NO_ROUNDING = 1e6  # times what a step's rounding does: it may add up, but in float64 not from 1e-14 to a hundredth
 
 
 def not_by_rounding(comparisons: Sequence[Comparison]) -> list[Comparison]:
@@ -93,6 +90,28 @@ def not_by_rounding(comparisons: Sequence[Comparison]) -> list[Comparison]:
     usual = median(each.relative for each in trained) if trained else 0.0
     limit = max(_FAR_FROM_ITSELF, _FAR_FROM_OTHERS * usual)
     return [each for each in trained if each.is_wrong and each.relative > limit]
+
+
+def left_at_zero(comparisons: Sequence[Comparison], gradients: Sequence[Comparison]) -> list[Comparison]:
+    """Return the biases that are zero in one run alone, although they have a gradient that is no mere rounding.
+
+    Nothing else shows that a bias was not loaded: fused with that of queries and values, that of keys is a part of it.
+
+    Args:
+        gradients: Of a recorded step.
+    """
+    trained = {
+        each.name
+        for each in gradients
+        if each.allowed is not None and min(each.actual.norm, each.expected.norm) > each.allowed
+    }
+    return [each for each in comparisons if each.is_wrong and each.name in trained and is_zero_on_one_side(each)]
+
+
+def is_zero_on_one_side(comparison: Comparison) -> bool:
+    """Return whether a bias is zero in one run, and not in the other."""
+    norms = (comparison.actual.norm, comparison.expected.norm)
+    return comparison.kind == "weight" and comparison.name.endswith("bias") and min(norms) == 0 < max(norms)
 
 
 def too_far_apart(comparisons: Sequence[Comparison], eps: float = 0.0) -> str:
@@ -108,10 +127,10 @@ def too_far_apart(comparisons: Sequence[Comparison], eps: float = 0.0) -> str:
     if furthest is None:
         return ""
     eps = max(eps, epsilon(furthest.actual.dtype), epsilon(furthest.expected.dtype))
-    if furthest.relative <= max(_FAR_FROM_ITSELF, 4 * eps):
+    if furthest.relative <= max(_FAR_FROM_ITSELF, _EPSILONS_APART * eps):
         return ""
     return (
-        f"steps before it were not recorded, and {furthest.name} is {furthest.relative:.1%} apart: what differs may "
+        f"earlier steps were not recorded, and {furthest.name} is {furthest.relative:.1%} apart: what differs may "
         "follow from that"
     )
 

@@ -497,9 +497,9 @@ def mean_of_local_means(suspect: Suspect) -> Explanation | None:
     comparison = suspect.comparison
     if len(terms) > 1 and len(comparison.actual.variants) == 1:
         shares = fit(comparison.actual.sketch, terms, largest_residual(comparison))
-        if shares and all(share > 0 for share in shares) and _is_near(sum(1 / share for share in shares), len(terms)):
+        if shares and all(share > 0 for share in shares) and is_near(sum(1 / share for share in shares), len(terms)):
             found = [1 / share / len(terms) for share in shares]
-            if not all(_is_near(share, 1) for share in shares):
+            if not all(is_near(share, 1) for share in shares):
                 return Explanation(Cause.MEAN_OF_LOCAL_MEANS, evidence={"share_of_tokens": _digits(found)})
     if comparison.kind != "output_gradient" or suspect.dp < 2:
         return None
@@ -509,7 +509,7 @@ def mean_of_local_means(suspect: Suspect) -> Explanation | None:
     # The actual one is `factor` times the sum of all groups: 1 / dp of each replica's own.
     own = [group.scaled(comparison.actual.factor * suspect.dp) for group in groups]
     shares = fit(comparison.expected.sketch, own, largest_residual(comparison))
-    if not shares or not all(share > 0 for share in shares) or not _is_near(sum(shares), 1):
+    if not shares or not all(share > 0 for share in shares) or not is_near(sum(shares), 1):
         return None
     return Explanation(Cause.MEAN_OF_LOCAL_MEANS, evidence={"share_of_tokens": _digits(shares)})
 
@@ -542,8 +542,8 @@ def scaled_shards(comparison: Comparison) -> Explanation | None:
     factors = clip_factors(comparison)
     if factors is None:
         return None
-    wrong = {rank: factor for rank, factor in factors.items() if not _is_near(factor, 1)}
-    if not wrong or (len(wrong) == len(factors) and _is_near(min(wrong.values()), max(wrong.values()))):
+    wrong = {rank: factor for rank, factor in factors.items() if not is_near(factor, 1)}
+    if not wrong or (len(wrong) == len(factors) and is_near(min(wrong.values()), max(wrong.values()))):
         return None
     shown = dict(zip(map(str, wrong), _digits(wrong.values()), strict=True))
     return Explanation(Cause.GRADIENT_SCALED, evidence={"factor_of_rank": shown})
@@ -572,10 +572,10 @@ def scaled_alike(suspect: Suspect) -> Explanation | None:
         f"{of} the number of {what}"
         for what, number in numbers.items()
         for of, multiple in (("is", number), ("is 1 over", 1 / number))
-        if number > 1 and len(distinct) == 1 and _is_near(distinct[0], multiple)
+        if number > 1 and len(distinct) == 1 and is_near(distinct[0], multiple)
     ]
     note = {"note": "the factor " + " and ".join(known)} if known else {}
-    if known and comparison.kind == "output_gradient" and _is_near(distinct[0] * suspect.dp, 1):
+    if known and comparison.kind == "output_gradient" and is_near(distinct[0] * suspect.dp, 1):
         note["note"] += ", as where a loss is divided by the labels of all replicas and gradients are averaged"
     return Explanation(Cause.GRADIENT_SCALED, worst, {"factors": distinct, **note})
 
@@ -600,7 +600,8 @@ def fit(sketch: Sketch, terms: Sequence[Sketch], limit: float) -> list[float]:
     return shares if all(map(isfinite, shares)) and distance(sketch, nearest) <= limit else []
 
 
-def _is_near(actual: float, expected: float) -> bool:
+def is_near(actual: float, expected: float) -> bool:
+    """Return whether two factors are one, but for rounding and the digits that are shown of it."""
     return abs(actual - expected) <= RESIDUAL_EXACT * abs(expected)
 
 

@@ -18,7 +18,7 @@ from tpcheck.runs.comparing.comparisons import Comparer, Comparison, label_of, r
 from tpcheck.runs.comparing.low_precision import judged_among_neighbours, rerouted_among
 from tpcheck.runs.comparing.norm_checks import clipped_otherwise
 from tpcheck.runs.comparing.run_findings import GRADIENTS, OUTPUTS, Answer, finding_at, joined
-from tpcheck.runs.comparing.sketch_causes import clip_factors, scaled
+from tpcheck.runs.comparing.sketch_causes import clip_factors, is_near, scaled
 from tpcheck.runs.comparing.step_context import REROUTED, StepContext, judge, loss_scales
 from tpcheck.runs.trace.wholes import Records, epsilon, total
 
@@ -281,8 +281,8 @@ def _factor_of_float32(wrong: Sequence[Comparison], comparisons: Sequence[Compar
     if len(known) < len(wrong):
         return None
     limit = SAFETY_FACTOR * epsilon("float32")
-    is_near = all(abs(factor - 1) <= limit and abs(factor - known[0]) <= 1e-2 * abs(known[0] - 1) for factor in known)
-    return known[0] if is_near else None
+    are_alike = all(abs(factor - 1) <= limit and abs(factor - known[0]) <= 1e-2 * abs(known[0] - 1) for factor in known)
+    return known[0] if are_alike else None
 
 
 def _larger_than_rounding(comparisons: Sequence[Comparison]) -> list[Comparison]:
@@ -333,14 +333,16 @@ def _scaled_together(
     explanations: Sequence[Explanation | None],
 ) -> list[Explanation | None]:
     """Return the explanations, of which a reduction over TP is none where shards are scaled by the same factor."""
-    factors = {
+    of_shards = {
         tuple(each.evidence["factors"])
         for each in explanations
         if each is not None and each.cause is Cause.GRADIENT_SCALED and "factors" in each.evidence
     }
     found = [
         scaled(context.suspect(of_gradient, comparisons))
-        if each is not None and each.evidence.get("reduced_over") == "tp" and (each.evidence.get("factor"),) in factors
+        if each is not None
+        and each.evidence.get("reduced_over") == "tp"
+        and any(_are_all(each.evidence.get("factor", 0.0), factors) for factors in of_shards)
         else each
         for of_gradient, each in zip(wrong, explanations, strict=True)
     ]
@@ -356,6 +358,10 @@ def _scaled_together(
         each and replace(each, evidence={**each.evidence, "note": "; ".join([*note, text])})
         for each, note in zip(found, notes, strict=True)
     ]
+
+
+def _are_all(actual: float, factors: Sequence[float]) -> bool:
+    return all(is_near(actual, factor) for factor in factors)
 
 
 @dataclass(frozen=True, slots=True)
