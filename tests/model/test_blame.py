@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import typing_extensions
 from torch import nn
 
 from tpcheck.core.errors import BackendError, InternalError, UsageError
@@ -51,6 +52,13 @@ def raised(run: Callable[[], Any]) -> Exception:
 def run_blamed(model: nn.Module, tensor: torch.Tensor) -> None:
     with blame_backend(BACKEND, "forward of step 0"), ModuleRecorder(model, lambda key, tensor: None):
         model(tensor)
+
+
+def test_a_line_behind_which_torch_warns_of_what_is_deprecated_is_the_callers() -> None:
+    deprecated = typing_extensions.deprecated("gone", category=None)(torch.matmul)
+    with pytest.raises(BackendError) as caught, blame_backend(BACKEND, "sharding the model"):
+        deprecated(torch.ones(2), torch.ones(3))
+    assert str(caught.value).splitlines()[1].startswith(f"at {__file__}:")
 
 
 def test_an_error_that_holds_a_tensor_is_told_without_its_numbers() -> None:

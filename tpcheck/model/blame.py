@@ -100,7 +100,12 @@ def _is_under_test(path: Path) -> bool:
 
 
 def _is_of_python(path: Path) -> bool:
-    """Return whether a file is of the standard library, in whose folder packages may be installed, too."""
+    """Return whether a file is of the standard library, in whose folder packages may be installed, too.
+
+    `typing_extensions` is what later versions of it have: torch wraps what is deprecated in it.
+    """
+    if path.name == "typing_extensions.py":
+        return True
     is_installed = not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
     return path.is_relative_to(_STANDARD_LIBRARY) and not is_installed
 
