@@ -32,6 +32,7 @@ from tpcheck.numerics.checks.suspects import (
     tensor_suspect,
 )
 from tpcheck.numerics.differences import (
+    Difference,
     compare_placed,
     frobenius,
     frobenius_distance,
@@ -205,18 +206,8 @@ def _unlike_master(
 ) -> Suspect:
     gaps = [subtract(part, master) for part, master in zip(parameter.actual_parts, masters, strict=True)]
     difference = summarize(gaps, frobenius(torch.cat([each.reshape(-1) for each in masters])), 0.0, is_replicated=False)
-    suspect = tensor_suspect(
-        evidence,
-        difference,
-        check=_CHECK,
-        kind="update",
-        where={"phase": "update", "step": step, "module": parameter.module, "parameter": parameter.name},
-        expected=parameter.expected,
-        actual_parts=parameter.actual_parts,
-        expected_parts=masters,
-        is_replicated=False,
-        details={"note": "compared with the float32 masters, rounded"},
-    )
+    note = "compared with the float32 masters, rounded"
+    suspect = _suspect_to_the_bit(evidence, step, parameter, difference, masters, note, is_replicated=False)
     return replace(suspect, step=StepFacts(unlike_masters_on=tuple(suspect.where["ranks"])))
 
 
@@ -271,6 +262,31 @@ def _stays_where_it_should_move(
     return tuple(gaps)
 
 
+def _suspect_to_the_bit(
+    evidence: Evidence,
+    step: int,
+    parameter: ComparedParameter,
+    difference: Difference,
+    expected_parts: tuple[torch.Tensor, ...],
+    note: str,
+    *,
+    is_replicated: bool,
+) -> Suspect:
+    """Return a weight that is wrong beside parts that it should equal to the bit."""
+    return tensor_suspect(
+        evidence,
+        difference,
+        check=_CHECK,
+        kind="update",
+        where={"phase": "update", "step": step, "module": parameter.module, "parameter": parameter.name},
+        expected=parameter.expected,
+        actual_parts=parameter.actual_parts,
+        expected_parts=expected_parts,
+        is_replicated=is_replicated,
+        details={"note": note},
+    )
+
+
 def _unmoved(
     evidence: Evidence, step: int, parameter: ComparedParameter, gaps: tuple[torch.Tensor, ...]
 ) -> Iterator[Suspect]:
@@ -282,17 +298,10 @@ def _unmoved(
         for gap, expected, actual in zip(gaps, parameter.expected_parts, parameter.actual_parts, strict=True)
     )
     is_replicated = evidence.layouts[parameter.name].is_replicated
-    suspect = tensor_suspect(
-        evidence,
-        summarize(gaps, frobenius(parameter.expected), 0.0, is_replicated=is_replicated),
-        check=_CHECK,
-        kind="update",
-        where={"phase": "update", "step": step, "module": parameter.module, "parameter": parameter.name},
-        expected=parameter.expected,
-        actual_parts=parameter.actual_parts,
-        expected_parts=expected_parts,
-        is_replicated=is_replicated,
-        details={"note": "it is to the bit what it was before the step, which moves the expected weight"},
+    difference = summarize(gaps, frobenius(parameter.expected), 0.0, is_replicated=is_replicated)
+    note = "it is to the bit what it was before the step, which moves the expected weight"
+    suspect = _suspect_to_the_bit(
+        evidence, step, parameter, difference, expected_parts, note, is_replicated=is_replicated
     )
     before = tuple(part[parameter.name] for part in evidence.parts_before(step))
     yield replace(suspect, step=StepFacts(before=before, skipped_on=_skipped_on(evidence, step)))

@@ -149,7 +149,7 @@ class _RunsComparison:
         doubtful_weights: Findings about weights at the start that hold only if the outputs of their modules are wrong.
         last_number: Of the step that `before` follows.
         scale: By how much further than in the replays the runs were apart from the start.
-        too_far_apart: Why nothing can be told of steps after such a start; empty where something can.
+        too_far_apart: Why steps after such a start are not compared; empty where they are.
         num_steps: How many steps were compared.
         is_same_to_the_bit: Whether the runs are alike, and no bit has differed so far.
         margins: The worst ones of each module so far.

@@ -115,7 +115,7 @@ def is_zero_on_one_side(comparison: Comparison) -> bool:
 
 
 def too_far_apart(comparisons: Sequence[Comparison], eps: float = 0.0) -> str:
-    """Return why nothing can be told of steps with these weights; empty where something can.
+    """Return why steps with these weights are not compared; empty where they are.
 
     A multiple of how far they are apart is allowed: of more than a hundredth it would hide any mistake.
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from tpcheck.core.causes import Cause, Explanation
+from tpcheck.numerics.checks.suspects import DECAYED_OR_NOT
 from tpcheck.numerics.sketch import Sketch
 from tpcheck.runs.comparing.comparisons import Comparison
 from tpcheck.runs.comparing.exact_checks import (
@@ -52,7 +53,7 @@ def updates_match(context: StepContext, gradients: Answer) -> Answer:
     undecayed = [each for each in wrong if each.kind == "weight" and has_gradient and each.name not in has_gradient]
     for each in undecayed:
         if not any(label.endswith(each.name) for label in gradients.not_compared):
-            not_compared[each.label] = "it has no gradient, and optimizers differ in whether they decay it"
+            not_compared[each.label] = DECAYED_OR_NOT
     wrong = [each for each in wrong if each not in undecayed]
     findings = list(moved.findings)
     stale_names = {name for each in findings for name in (each.where["parameter"], *each.evidence["also"])}
