@@ -36,6 +36,8 @@ from tpcheck.runs.trace.wholes import epsilon, total
 
 # Ranks reach a step within this time, or replays, in which they communicate, are given up.
 SECONDS_TO_WAIT = 30.0
+# Of a factor of all gradients, such as a clip coefficient: engines compute it in float32, whatever the model's dtype.
+FACTOR_ROUNDING = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ class Replays:
         self._rounds = 0
         self._twins: dict[str, nn.Parameter] | None = None
         self._last_step = -1
+        self._factor_rounding = 0.0
         self._last_moves: dict[Key, float] = {}
         self._other_passes: list[int] = []
         self._first_other: OtherBits | None = None
@@ -401,7 +404,11 @@ class Replays:
         perturbed: Sequence[Mapping[Key, Sequence[Sketch]]],
         gradients: Sequence[PendingTensor],
     ) -> dict[Key, Sequence[float]]:
-        shrinking = self._shrinking(unperturbed, gradients)
+        scale = self._scale(unperturbed, gradients)
+        # Twice: the mean over data parallelism makes gradients smaller, too, and their rounding less so. The sum over
+        # slices of a sequence makes them, and their rounding, larger.
+        shrinking = min(float(self._num_slices), 2 * scale)
+        self._factor_rounding = FACTOR_ROUNDING if abs(scale - 1) > FACTOR_ROUNDING else 0.0
         deviations: dict[Key, Sequence[float]] = {}
         for key, base in unperturbed.items():
             if perturbed and not any(key in each for each in perturbed):
@@ -413,7 +420,13 @@ class Replays:
                 max([self._flips(sketch), *(distance(each[key][place], sketch) for each in perturbed if key in each)])
                 for place, sketch in enumerate(base)
             ]
-            deviations[key] = [distance * shrinking for distance in moved] if key[0] == "gradient" else moved
+            deviations[key] = moved
+            if key[0] == "gradient":
+                norms = [scale * sqrt(sketch.sum_squares) for sketch in base]
+                deviations[key] = [
+                    distance * shrinking + self._factor_rounding * norm
+                    for distance, norm in zip(moved, norms, strict=True)
+                ]
         return deviations
 
     def _flips(self, sketch: Sketch) -> float:
@@ -425,16 +438,12 @@ class Replays:
             return 0.0
         return torch.finfo(getattr(torch, self.inner_dtype)).eps * sqrt(sketch.sum_squares / sketch.numel)
 
-    def _shrinking(self, unperturbed: Mapping[Key, Sequence[Sketch]], gradients: Sequence[PendingTensor]) -> float:
-        """Return by how much clipping and unscaling make gradients smaller, from the norms before and after.
-
-        Twice that: the mean over data parallelism makes them smaller, too, and their rounding less so. The sum over
-        slices of a sequence makes them, and their rounding, larger.
-        """
+    def _scale(self, unperturbed: Mapping[Key, Sequence[Sketch]], gradients: Sequence[PendingTensor]) -> float:
+        """Return by what factor clipping, unscaling and means scale gradients, from the norms before and after."""
         before = sum(sketches[0].sum_squares for key, sketches in unperturbed.items() if key[0] == "gradient")
         sketches = fetch_sketches([tensor.sketches[0] for tensor in gradients if tensor.sketches])
         after = sum(sketch.sum_squares for sketch in sketches)
-        return min(float(self._num_slices), 2 * sqrt(after / before)) if before else 1.0
+        return sqrt(after / before) if before else 1.0
 
     @contextmanager
     def _dtypes_seen(self) -> Iterator[None]:
@@ -483,7 +492,9 @@ class Replays:
                 if not inside:
                     continue
                 try:
-                    moves = moves_of_update(optimizer, group, parameter, inside, self.deviations, self.drift, step)
+                    moves = moves_of_update(
+                        optimizer, group, parameter, inside, self.deviations, self.drift, self._factor_rounding, step
+                    )
                 except Exception as error:  # optimizers of third parties may need more than a parameter and its state
                     reason = str(error).partition("\n")[0] or type(error).__name__
                     self.not_measured["updates"] = f"{type(optimizer).__name__} cannot repeat its step: {reason}"

@@ -7,6 +7,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from inspect import unwrap
 from math import sqrt
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def moves_of_update(
     parts: Sequence[Part],
     deviations: Mapping[Key, Sequence[float]],
     drift: Mapping[Key, Sequence[float]],
+    factor_rounding: float,
     seed: int,
 ) -> dict[Key, float]:
     """Return how far rounding moves what one parameter becomes in the optimizer's next step.
@@ -46,23 +48,30 @@ def moves_of_update(
         parts: The gradients of named parameters in the memory of its gradient.
         deviations: How far each gradient moves.
         drift: How far each state may have moved before the step.
+        factor_rounding: Relative rounding of a factor that all gradients were multiplied by; 0 without one.
         seed: Of the rounding.
 
     Returns:
         Frobenius norms, by the key of each part's weight and states.
     """
     generator = torch.Generator(parameter.device).manual_seed(seed)
-    exact = _step_copy(optimizer, group, parameter, parts, {}, {}, generator)
+    exact = _step_copy(optimizer, group, parameter, parts, generator)
     given = {part.name: deviations.get(("gradient", part.name, "", 0), (0.0,))[0] for part in parts}
     noises: tuple[tuple[Mapping[str, float], Mapping[Key, Sequence[float]]], ...] = ((given, {}), ({}, drift))
     moves: dict[Key, float] = dict.fromkeys(exact, 0.0)
     for gradient_noise, state_noise in noises:
         draws = [
-            _step_copy(optimizer, group, parameter, parts, gradient_noise, state_noise, generator)
+            _step_copy(
+                optimizer, group, parameter, parts, generator, gradient_noise=gradient_noise, state_noise=state_noise
+            )
             for _ in range(NUM_DRAWS)
         ]
         for key, expected in exact.items():
             moves[key] += max(float(torch.linalg.vector_norm((draw[key] - expected).double())) for draw in draws)
+    if factor_rounding:
+        scaled = _step_copy(optimizer, group, parameter, parts, generator, factor=1 + factor_rounding)
+        for key, expected in exact.items():
+            moves[key] += float(torch.linalg.vector_norm((scaled[key] - expected).double()))
     for key, expected in exact.items():
         if key[0] == "weight":
             moves[key] += torch.finfo(expected.dtype).eps / 2 * float(torch.linalg.vector_norm(expected.double()))
@@ -74,14 +83,16 @@ def _step_copy(
     group: Mapping[str, Any],
     parameter: torch.Tensor,
     parts: Sequence[Part],
-    gradient_noise: Mapping[str, float],
-    state_noise: Mapping[Key, Sequence[float]],
     generator: torch.Generator,
+    *,
+    gradient_noise: Mapping[str, float] = MappingProxyType({}),
+    state_noise: Mapping[Key, Sequence[float]] = MappingProxyType({}),
+    factor: float = 1.0,
 ) -> dict[Key, torch.Tensor]:
     """Take the optimizer's step on a copy of one parameter and return the new values of each part and its states."""
     assert parameter.grad is not None
     twin = nn.Parameter(parameter.detach().clone())
-    gradient = parameter.grad.detach().clone()
+    gradient = parameter.grad.detach() * factor
     state = copy.deepcopy(dict(optimizer.state.get(parameter, {})))
     slices = {part.name: _slice_in(part.values, parameter.grad) for part in parts}
     shapes = {part.name: part.values.shape for part in parts}
