@@ -196,7 +196,7 @@ class _RunsComparison:
                     self.not_compared[f"{name} of {run.path}"] = reason
         is_given = self.actual.has_other_history or self.expected.has_other_history
         weights = self._weights_at_start(is_given)
-        answers = [groups_agree(self.actual), weights, self._states_at_start(is_given)]
+        answers = [groups_agree(self.actual), weights, self._states_at_start()]
         expected = replicas_agree(self.expected, tables[1], {}, -1)
         answers.append(replicas_agree(self.actual, tables[0], {}, -1, expected))
         self._add(answers)
@@ -264,7 +264,7 @@ class _RunsComparison:
         note = "the recording begins in the middle of a training: how far the weights were apart is given"
         return {each.label: note for each in given}
 
-    def _states_at_start(self, is_given: bool) -> Answer:
+    def _states_at_start(self) -> Answer:
         """Look for states that were loaded wrongly: of another rank, or masters that are not the weights."""
         table = self.before[0]
         findings, margins = [], {}
@@ -329,7 +329,7 @@ class _RunsComparison:
     def _compare_step(self, step: AlignedStep) -> str:
         """Compare one step; return why later ones mean nothing, or an empty text."""
         number = step.number
-        taken = steps_were_taken(self.comparer, step.actual, step.expected, number, self.before[0])
+        taken = steps_were_taken(self.comparer, step.actual, step.expected, number)
         if taken.findings:
             self._add([batches_agree(self.actual, step), taken])
             return f"step {number} already differs, so differences in later steps would only follow from it"
