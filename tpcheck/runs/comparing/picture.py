@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 
-from tpcheck.report.run_page import PicturePhase, RunComparison, ShardOfTiles, TensorPoint, TileMap
+from tpcheck.report.run_picture import PicturePhase, RunComparison, ShardOfTiles, TensorPoint, TileMap
 from tpcheck.runs.comparing.alignment import AlignedStep
 from tpcheck.runs.comparing.comparisons import Comparison
 from tpcheck.runs.comparing.run_findings import Answer
