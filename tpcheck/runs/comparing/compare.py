@@ -257,7 +257,7 @@ class _RunsComparison:
     ) -> dict[str, str]:
         """Take weights as given that the steps before the recording have moved apart; return why, by label."""
         biases = [each for each in given if each.name.endswith("bias")]
-        self.scale = max(1.0, *(_in_units_of_rounding(each) for each in given if each not in biases), 1.0)
+        self.scale = max([1.0, *(_in_units_of_rounding(each) for each in given if each not in biases)])
         self.comparer.given = {each.name: each.error for each in biases}
         if not has_findings:
             self.too_far_apart = too_far_apart(comparisons)
@@ -278,10 +278,7 @@ class _RunsComparison:
                 stale_masters(self.before[1], name, label_e),
             )
             known = {each.cause for each in expected if each is not None}
-            for explanation in (
-                repeated_state(table, self.actual, name, label_a),
-                stale_masters(table, name, label_a),
-            ):
+            for explanation in (repeated_state(table, self.actual, name, label_a), stale_masters(table, name, label_a)):
                 if explanation is not None and explanation.cause not in known:
                     found.setdefault(explanation.cause.slug, []).append(explanation)
                     kept.setdefault(explanation.cause.slug, []).append(name)
@@ -293,16 +290,7 @@ class _RunsComparison:
             where = {"phase": "start", "parameter": first, "ranks": ranks}
             evidence = {"also": others, "first_of": len(others) + 1}
             counted = ("parameter", "has a wrong state", "have a wrong state")
-            findings.append(
-                exact_finding(
-                    STATES,
-                    where,
-                    len(others) + 1,
-                    counted,
-                    explanations[0],
-                    evidence,
-                )
-            )
+            findings.append(exact_finding(STATES, where, len(others) + 1, counted, explanations[0], evidence))
         return Answer(STATES, -1, margins, tuple(findings))
 
     # ---- steps
