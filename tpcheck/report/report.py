@@ -64,6 +64,7 @@ class Report:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
+        """What differs, in the order of the checks; empty where all agree, and where nothing could be compared."""
         return self.verdict.findings
 
     def to_text(self, *, findings: int | None = FINDINGS_SHOWN) -> str:
