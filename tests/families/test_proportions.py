@@ -53,6 +53,7 @@ def test_heads_that_are_together_wider_than_the_model_stay_wider() -> None:
 def test_experts_stay_in_proportion_to_those_that_a_token_chooses() -> None:
     small = proportional_settings({"num_experts": 64, "num_experts_per_tok": 8, "n_group": 1}, tp=2, of_type={})
     assert small == {"num_experts": 16, "num_experts_per_tok": 2, "n_group": 1}
+    assert proportional_settings({"num_experts": 64}, tp=2, of_type={}) == {"num_experts": 8}
 
 
 def test_a_rotated_part_of_a_head_consists_of_pairs() -> None:
@@ -62,10 +63,12 @@ def test_a_rotated_part_of_a_head_consists_of_pairs() -> None:
 
 
 def test_rotary_sections_and_factors_fit_the_small_head() -> None:
-    rope = {"mrope_section": [16, 24, 24], "long_factor": [float(n) for n in range(64)], "factor": 8.0}
+    factors = {"long_factor": [float(n) for n in range(64)], "short_factor": [1.0, 2.0], "factor": 8.0}
+    rope = {"mrope_section": [16, 24, 24], **factors, "others": [1, 2]}
     real = {"hidden_size": 4096, "num_attention_heads": 32, "rope_parameters": rope}
     small = proportional_settings(real, tp=2, of_type={})["rope_parameters"]
-    assert small == {"mrope_section": [1, 1, 2], "long_factor": [0.0, 16.0, 32.0, 48.0], "factor": 8.0}
+    small_factors = {"long_factor": [0.0, 16.0, 32.0, 48.0], "short_factor": [1.0], "factor": 8.0}
+    assert small == {"mrope_section": [1, 1, 2], **small_factors, "others": [1, 2]}
 
 
 @pytest.mark.parametrize(
@@ -78,6 +81,8 @@ def test_rotary_sections_and_factors_fit_the_small_head() -> None:
         ({"decoder_sparse_step": 4}, {"num_hidden_layers": 4}),
         ({"by_layer": {"05": {"head_dim": 512}}}, {"num_hidden_layers": 2, "by_layer": {1: {"head_dim": 16}}}),
         ({"sizes": [7] * 12}, {"num_hidden_layers": 2, "sizes": [7, 7]}),
+        ({"layer_ids": list(range(12))}, {"num_hidden_layers": 2, "layer_ids": [0, 1]}),
+        ({"skipped_layers": [True, False]}, {"num_hidden_layers": 2}),  # of something else: no indices
     ],
 )
 def test_every_kind_of_layer_stays(real: dict[str, object], small: dict[str, object]) -> None:

@@ -109,6 +109,19 @@ def test_the_page_joins_the_files_of_several_layouts(tmp_path: Path) -> None:
     assert "## Where another layout differs" not in as_text(families_page(files[:1]))
 
 
+def test_the_page_ends_with_each_known_bug_and_where_it_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported = replace(BUG, verdict="failed", link="https://x.y", script="docs/upstream/a.py")
+    monkeypatch.setattr("tpcheck.lab.families_page.register", lambda: (BUG, reported))
+    (tmp_path / "f.json").write_text(Report(PASSED).to_json())
+    assert as_text(families_page([tmp_path / "f.json"])).endswith(
+        "- **a-bug** (loud; deepspeed): It says no. `tpcheck verify phi3`\n"
+        "- **a-bug** (silent; deepspeed): It says no. `tpcheck verify phi3`; "
+        "[reported](https://x.y), `docs/upstream/a.py` shows it\n"
+    )
+
+
 def test_a_file_without_verdicts_is_refused_also_beside_another(tmp_path: Path) -> None:
     (tmp_path / "good.json").write_text(Report(PASSED).to_json())
     (tmp_path / "empty.json").write_text("{}")

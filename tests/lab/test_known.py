@@ -75,6 +75,26 @@ def test_a_failure_that_differs_from_the_registered_one_is_new() -> None:
     assert (judge(other).standing, judge(other).bug) == ("new", BUG)
 
 
+def test_a_crash_is_known_by_its_message_and_is_no_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    crash = replace(BUG, verdict="error", check=None, message="heads")
+    monkeypatch.setattr(known, "register", lambda: (crash,))
+    assert judge(of(replace(ERROR, message="3 heads on 2 ranks"), checks=["outputs_match_reference"])).bug == crash
+    assert judge(of(replace(ERROR, message="out of memory"))).standing == "new"
+    assert judge(of(replace(FAILED, message="3 heads on 2 ranks"))).standing == "new"
+
+
+def test_settings_are_those_of_the_run_or_else_of_the_models_own_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known, "register", lambda: (replace(BUG, settings={"qk_layernorm": True, "heads": 3}),))
+    configuration = {"qk_layernorm": True, "heads": 3}
+    assert judge(of(FAILED, settings={}, configuration=configuration)).standing == "known"
+    assert judge(of(FAILED, settings={"heads": 4}, configuration=configuration)).standing == "new"
+
+
+def test_a_model_of_ones_own_may_have_more_backend_configuration_than_the_bug_needs() -> None:
+    assert judge(of(FAILED, config={"x": 1}, target="folder")).standing == "known"
+    assert judge(of(PASSED, config={"x": 1}, target="folder")).standing == ""
+
+
 def test_saved_models_are_compared_with_the_register_only_if_they_are_checked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -127,6 +147,52 @@ def test_every_entry_of_single_layers_explains_its_own_trial_and_no_other(entry:
     assert not entry.explains(tried, "other", versions, **outcome)
     assert not entry.explains(tried, entry.backend, {}, **outcome)
     assert entry.verdict == "error" or entry.script
+
+
+LAYER_BUG = KnownLayerBug(
+    name="layer-bug",
+    layers=("Row",),
+    backend="deepspeed",
+    versions={"deepspeed": ">=0.19"},
+    verdict="failed",
+    what="It is wrong.",
+    again="",
+    tensor="output",
+    message="shape",
+    when={"strides": ("sliced",)},
+    options={"comm": {"overlap": True}},
+)
+
+
+@pytest.mark.parametrize(
+    ("trial", "outcome"),
+    [
+        ({"layer": "Column"}, {}),
+        ({"strides": "transposed"}, {}),
+        ({"options": {"comm": {"overlap": False}, "more": 1}}, {}),
+        ({}, {"verdict": "error"}),
+        ({}, {"tensor": "bias"}),
+        ({}, {"message": "dtype"}),
+    ],
+)
+def test_a_bug_of_layers_explains_only_trials_that_it_describes(trial: dict[str, Any], outcome: dict[str, Any]) -> None:
+    described = Trial("Row", strides="sliced", options={"comm": {"overlap": True}, "more": 1})
+    expected = {"verdict": "failed", "tensor": "output", "message": "a shape"}
+    assert LAYER_BUG.explains(described, "deepspeed", ENVIRONMENT, **expected)
+    assert not LAYER_BUG.explains(replace(described, **trial), "deepspeed", ENVIRONMENT, **{**expected, **outcome})
+
+
+def test_a_program_is_named_where_the_package_has_it_and_else_where_the_source_has_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert BUG.installed_script is None
+    bug = replace(BUG, script="docs/upstream/shows.py")
+    monkeypatch.setattr(known, "__file__", str(tmp_path / "tpcheck/lab/known.py"))
+    assert bug.installed_script == bug.script
+    installed = tmp_path / "tpcheck/upstream/shows.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    assert bug.installed_script == str(installed)
 
 
 @pytest.mark.parametrize("entry", [*register(), *layer_register()], ids=lambda bug: bug.name)

@@ -14,11 +14,13 @@ import pytest
 
 from tests.report.examples import ERROR, FAILED, PASSED, SKIPPED, SUBJECT
 from tests.schema import document
+from tpcheck.core.errors import UsageError
 from tpcheck.core.findings import CheckResult, Finding, Verdict
 from tpcheck.lab.known import JudgedVerdict, KnownBug
 from tpcheck.lab.matrix import (
     LABELS,
     SIGNS,
+    Cell,
     cells,
     combinations,
     counts,
@@ -29,7 +31,11 @@ from tpcheck.lab.matrix import (
     matrix_junit,
     matrix_lines,
     matrix_markdown,
+    num_other_results,
+    require_usable,
+    require_usable_values,
     stored_verdicts,
+    summary_line,
     verdict_of,
     versions,
     whole_json,
@@ -89,6 +95,10 @@ def test_the_page_has_a_row_for_each_verdict_and_its_report() -> None:
     outcomes = Counter(tag["data-outcome"] for tag in page.attributes if "data-outcome" in tag)
     assert outcomes == {"passed": 2, "failure": 2, "error": 2, "skipped": 1}
     assert sum(tag.get("data-expected") == "false" for tag in page.attributes) == 4
+    text = matrix_html(ROWS)
+    assert "again     tpcheck verify qwen3 --tp 2 --ignore-plan" in text
+    assert "upstream  a-bug: It &lt;says&gt; no." in text
+    assert "https://x.y" in text
 
 
 def test_the_page_needs_no_other_file_and_escapes_what_it_shows() -> None:
@@ -120,6 +130,9 @@ def test_a_browser_filters_the_page(tmp_path: Path) -> None:
 
 def test_a_model_that_the_backend_left_whole_is_not_sharded() -> None:
     assert label(NOT_SHARDED) == "not sharded"
+    (finding,) = NOT_SHARDED.findings
+    for other in (replace(finding, cause="shard_missing"), replace(finding, check="outputs_match_reference")):
+        assert label(replace(NOT_SHARDED, findings=(other,))) == "failed"
     assert counts(ROWS) == "2 passed, 1 failed, 1 not sharded, 2 error (1 known), 1 skipped"
 
 
@@ -128,6 +141,7 @@ def test_text_ends_with_the_unexpected_cells() -> None:
     assert [line.split() for line in text.splitlines() if line.startswith("phi3")] == [
         "phi3 deepspeed, tp=2 error 3.0 s ValueError: style known: a-bug".split()
     ]
+    assert [line.split()[-1] for line in text.splitlines() if line.startswith(("phi ", "mamba"))] == ["new", "gone"]
     assert text.endswith(
         "  new       phi (deepspeed, tp=2): failed, and no entry of tpcheck/lab/known.toml describes this\n"
         "  gone      mamba (deepspeed, tp=2) passed, but a-bug is registered for these versions: It <says> no. "
@@ -152,6 +166,18 @@ def test_a_file_of_verdicts_is_equal_after_writing_and_reading(tmp_path: Path) -
     ]
 
 
+def test_a_row_is_summed_up_by_its_first_finding() -> None:
+    (finding, *_) = FAILED.findings
+    assert summary_line(FAILED) == f"{finding.check}  {finding.where['parameter']}  {finding.cause}"
+
+
+def test_a_file_has_the_worst_verdict_that_was_reached() -> None:
+    assert [
+        json.loads(whole_json([], verdicts, pending=0))["verdict"]
+        for verdicts in (["skipped", "passed"], ["passed", "error"], ["error", "failed"], [])
+    ] == ["passed", "error", "failed", "skipped"]
+
+
 def test_markdown_lists_what_did_not_pass() -> None:
     text = matrix_markdown(ROWS)
     assert "- **gone** mamba (deepspeed, tp=2) passed" in text
@@ -164,6 +190,7 @@ def test_junit_skips_known_bugs_and_fails_bugs_that_are_gone() -> None:
     text = matrix_junit(ROWS)
     assert 'skipped message="known upstream bug a-bug: It &lt;says&gt; no."' in text
     assert 'failure message="mamba (deepspeed, tp=2) passed' in text
+    assert "<failure" not in matrix_junit([JudgedVerdict(PASSED)])
 
 
 @pytest.mark.parametrize(
@@ -177,3 +204,35 @@ def test_a_configuration_that_json_cannot_hold_is_run_again(
     verdict = Verdict("passed", wanted[0].subject, versions("dtensor"))
     (tmp_path / "matrix.json").write_text(Report(verdict).to_json())
     assert list(done_before(tmp_path / "matrix.json", wanted)) == list(wanted) * goes_on
+
+
+def test_a_folder_is_not_run_again_and_code_of_the_users_own_is(tmp_path: Path) -> None:
+    subject = {**SUBJECT, "target": "folder", "configuration": {"layers": [2]}}
+    (tmp_path / "matrix.json").write_text(Report(Verdict("passed", subject, versions("deepspeed"))).to_json())
+    folder, own_code = (Cell(name, of_target=subject) for name in ("saved/llama", "model.py:build"))
+    assert list(done_before(tmp_path / "matrix.json", [folder, own_code])) == [folder]
+    changed = replace(folder, of_target={**subject, "family": "opt", "configuration": {"layers": [3]}})
+    assert done_before(tmp_path / "matrix.json", [changed]) == {}
+
+
+def test_a_changed_folder_replaces_its_own_result_alone(tmp_path: Path) -> None:
+    subject = {**SUBJECT, "target": "saved/llama", "configuration": {"layers": [2]}}
+    (tmp_path / "matrix.json").write_text(
+        whole_json([judged_json(JudgedVerdict(Verdict("passed", subject, {})))], [], 0)
+    )
+    changed = Cell("saved/llama", of_target={**subject, "family": "opt", "configuration": {"layers": [3]}})
+    assert num_other_results(tmp_path / "matrix.json", [changed]) == 0
+    assert num_other_results(tmp_path / "matrix.json", [Cell("qwen3")]) == 1
+
+
+def test_a_value_is_usable_if_one_combination_takes_it() -> None:
+    by_value = combinations(zero=[0, 7])
+    require_usable(by_value[::-1])
+    with pytest.raises(UsageError, match="zero_stage=7"):
+        require_usable(combinations(zero=[7, 8]))
+    with pytest.raises(UsageError, match="zero_stage=7"):
+        require_usable_values(by_value)
+    reentrant = RunOptions(reentrant=True)
+    require_usable_values([reentrant, RunOptions(reentrant=True, checkpointing=True)])
+    with pytest.raises(UsageError, match="reentrant"):
+        require_usable_values([reentrant, RunOptions()])

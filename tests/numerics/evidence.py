@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from tpcheck.backends.layout import Layout
+from tpcheck.core.causes import Cause
 from tpcheck.core.clipping import Clipping
 from tpcheck.core.digests import digest
 from tpcheck.core.placement import Replicate, Shard
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.evidence import Evidence, Kind, RankFacts, Step, Suspect, TensorKey
+from tpcheck.numerics.hypotheses import explain
 from tpcheck.numerics.tolerance import Tolerance
 
 Tensor = torch.Tensor
@@ -180,3 +182,9 @@ def suspect(kind: Kind, actual_parts: Sequence[Any], expected: Any = None, **fie
     }
     numbers = {"check": "any", "where": {"phase": "backward"}, "observed": 0.7, "allowed": 1e-15}
     return Suspect(kind=kind, actual_parts=tuple(actual_parts), **{**numbers, **replicated, **fields})
+
+
+def cause_of(suspect: Suspect) -> Cause | None:
+    """Return the cause that explains a suspect; None where none does."""
+    explanation = explain(suspect)
+    return explanation.cause if explanation else None

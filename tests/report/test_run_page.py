@@ -12,7 +12,8 @@ import pytest
 from tests.schema import document
 from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
 from tpcheck.report.report import Report
-from tpcheck.report.run_page import MOST_MARKS, RunComparison, ShardOfTiles, TensorPoint, TileMap, thinned
+from tpcheck.report.run_page import MOST_MARKS, thinned
+from tpcheck.report.run_picture import RunComparison, ShardOfTiles, TensorPoint, TileMap
 
 NAMES = ("model.embed_tokens", *(f"model.layers.{layer}.mlp" for layer in range(3)), "lm_head")
 WRONG = "model.layers.1.mlp"

@@ -15,8 +15,9 @@ from tests.report.examples import ERROR, FAILED, GRADIENT, NORM, PASSED, SKIPPED
 from tests.report.test_model_tree import modules
 from tpcheck.core.findings import Finding, ModuleMargins, Verdict
 from tpcheck.report.checkpoint_page import StoredTensor, StoredTensors
+from tpcheck.report.error_maps import map_of_finding
 from tpcheck.report.report import Report
-from tpcheck.report.verdict_page import MOST_ROWS, drawn_map
+from tpcheck.report.verdict_page import MOST_ROWS
 
 MAP = {
     "shape": [4, 6],
@@ -183,7 +184,7 @@ def test_the_map_shows_where_the_error_lies_and_whose_shards_they_are() -> None:
 def test_a_vector_that_every_rank_holds_is_a_strip_without_borders() -> None:
     shards = [{"ranks": [0, 1], "rows": [0, 1], "columns": [0, 3]}]
     tiles = {"shape": [3], "tiles": [[0.0, 1.0, 0.5]], "shards": shards}
-    drawn = drawn_map(replace(GRADIENT, evidence={"error_map": tiles}))
+    drawn = map_of_finding(replace(GRADIENT, evidence={"error_map": tiles}))
     assert drawn is not None
     assert drawn.caption == "3 elements; largest error in element 1: 1.0e+00; ranks 0, 1 hold all of it"
     assert 'class="shard"' not in drawn.svg
@@ -192,7 +193,7 @@ def test_a_vector_that_every_rank_holds_is_a_strip_without_borders() -> None:
 @pytest.mark.parametrize("tiles", [[], [[0.0, 0.0]]])
 def test_without_an_error_there_is_no_map(tiles: list[list[float]]) -> None:
     evidence = {"error_map": {"shape": [2], "tiles": tiles, "shards": []}}
-    assert drawn_map(replace(WEIGHT, evidence=evidence)) is None
+    assert map_of_finding(replace(WEIGHT, evidence=evidence)) is None
 
 
 def test_names_from_a_model_cannot_break_the_page() -> None:

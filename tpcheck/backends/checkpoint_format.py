@@ -66,9 +66,11 @@ class Checkpoint(Protocol):
     def names(self) -> tuple[str, ...]:
         """Return the names of all tensors, in the order in which reading is cheapest."""
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the full tensor, whatever its shards are."""
 
-    def dtype(self, name: str) -> torch.dtype: ...
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which the tensor is stored."""
 
     def read(self, name: str, rows: range) -> torch.Tensor:
         """Return consecutive indices of dim 0, on the CPU: shape (len(rows), *shape[1:]); a scalar for any rows."""

@@ -32,6 +32,11 @@ def local_part(tensor: torch.Tensor, placements: Sequence[Any] | None = None) ->
     return local
 
 
+def local_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of this rank's TP shard, which ZeRO 3 keeps in `ds_shape` while it partitions the data."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def reduced(placements: Sequence[Any]) -> tuple[Any, ...]:
     """Return DTensor placements with `Replicate` in place of each `Partial`."""
     from torch.distributed.tensor import Replicate  # takes time to import, and no plain tensor needs it

@@ -113,7 +113,7 @@ def adapter_readings(actual: Checkpoint, expected: Checkpoint) -> Iterator[Adapt
         if names[other].of_adapter:
             readings = _as_adapter(side, sides[side], names[side], other, sides[other], names[other])
         else:
-            readings = _as_merged(side, sides[side], other, sides[other])
+            readings = _as_merged(side, sides[side], sides[other])
         for here, there, words, left_out in readings:
             pair = (here, there) if side == "actual" else (there, here)
             yield AdapterReading(*pair, words, left_out)
@@ -146,7 +146,7 @@ def _num_differing(view: Checkpoint, other: Checkpoint) -> int:
         return sum(not _is_same(view, other, name, comparer) for name in {*view.names()} & {*other.names()})
 
 
-def _as_merged(side: str, checkpoint: Checkpoint, other: str, saved: Checkpoint) -> Iterator[_Reading]:
+def _as_merged(side: str, checkpoint: Checkpoint, saved: Checkpoint) -> Iterator[_Reading]:
     """Yield the model with its adapters merged, if more of its adapted weights equal the other side's so."""
     merged = checkpoint.merged() if isinstance(checkpoint, MergesAdapters) else None
     if merged is None:

@@ -5,13 +5,13 @@ A cause is named only where its own numerical test holds. No torch here.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
 from tpcheck.core.guides import GUIDE_OF_CHECK, Guide
+from tpcheck.core.name_maps import without_numbers
 from tpcheck.core.topology import Topology
 
 Advice = str | Callable[[Mapping[str, Any], Topology], str]
@@ -84,7 +84,7 @@ def _give_once(evidence: Mapping[str, Any], topology: Topology) -> str:
 
 
 def _assign_by_name(evidence: Mapping[str, Any], topology: Topology) -> str:
-    name, other = (re.sub(r"\d+", "#", str(evidence.get(key, ""))) for key in ("parameter", "equals"))
+    name, other = (without_numbers(str(evidence.get(key, ""))) for key in ("parameter", "equals"))
     if name == other or not evidence.get("parameter"):
         return "Renumber the layers or experts: a pipeline stage, a rank or a name map counts them from another start."
     return "Correct the name map: it gives this parameter the tensor of another one."

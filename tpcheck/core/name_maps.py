@@ -1,4 +1,4 @@
-"""Names of one model's modules and parameters in the words of another's: patterns, ready maps, fused parameters."""
+"""Names of modules and parameters: in the words of another model (patterns, ready maps, fusions), and of siblings."""
 
 from __future__ import annotations
 
@@ -176,3 +176,13 @@ _FUSED_MODULES = (
 _FUSED_GPT = (*FUSED_PARAMETERS, *_FUSED_MODULES)
 
 READY_MAPS: Mapping[str, NameMap] = {"hf-megatron": NameMap(both=_MEGATRON_GPT, fusions=_FUSED_GPT)}
+
+
+def without_numbers(name: str) -> str:
+    """Return the name with `#` for each number, which it shares with its siblings in other layers.
+
+    Example:
+        >>> without_numbers("model.layers.12.mlp.up_proj.weight")
+        'model.layers.#.mlp.up_proj.weight'
+    """
+    return re.sub(r"\d+", "#", name)

@@ -73,6 +73,7 @@ class Topology:
 
     @property
     def world_size(self) -> int:
+        """Number of ranks: the product of tp, dp, cp and pp."""
         return prod(self.sizes.values())
 
     def coordinate(self, rank: int) -> dict[str, int]:

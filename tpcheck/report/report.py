@@ -18,7 +18,8 @@ from tpcheck.report.checkpoint_page import StoredTensors, checkpoint_page
 from tpcheck.report.findings import finding_lines, is_consequence, place
 from tpcheck.report.json_values import json_text, verdict_json
 from tpcheck.report.model_tree import model_table
-from tpcheck.report.run_page import RunComparison, picture_json, run_page
+from tpcheck.report.run_page import picture_json, run_page
+from tpcheck.report.run_picture import RunComparison
 from tpcheck.report.table import Cell, Column, Outcome, Row, Table, junit_xml, table_lines
 from tpcheck.report.verdict_page import verdict_page
 from tpcheck.report.words import Line, as_rich, as_text, labelled, plain
@@ -63,6 +64,7 @@ class Report:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
+        """What differs, in the order of the checks; empty where all agree, and where nothing could be compared."""
         return self.verdict.findings
 
     def to_text(self, *, findings: int | None = FINDINGS_SHOWN) -> str:

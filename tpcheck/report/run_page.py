@@ -8,105 +8,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite, prod
-from typing import Any, Literal
+from math import inf, isfinite
+from typing import Any
 
 from tpcheck.core.findings import Finding, Verdict
 from tpcheck.report import words
 from tpcheck.report.charts import (
     LogScale,
     Mark,
-    Outline,
     Tick,
-    heat_map,
     legend_keys,
     scatter,
     shortened,
-    tile_spans,
 )
+from tpcheck.report.error_maps import map_of_tiles
 from tpcheck.report.findings import first_finding, is_consequence
 from tpcheck.report.json_values import plain_json
 from tpcheck.report.page import finding_text, first_place, frame
+from tpcheck.report.run_picture import PicturePhase, RunComparison, ShardOfTiles, TensorPoint, TileMap
 from tpcheck.report.table import Table
 from tpcheck.report.templates import render
-
-PicturePhase = Literal["start", "forward", "backward", "gradient", "update", "state"]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPoint:
-    """One tensor of one step, as a point of the chart.
-
-    Attributes:
-        step: Number of the step; -1 before the first.
-        phase: Which of the charts it belongs to.
-        order: Place in the order of events of its phase.
-        name: Of the module or parameter.
-        label: With part and call, such as `gradient of lm_head.weight`.
-        relative_error: Of the actual tensor.
-        relative_allowed: None where nothing was measured.
-        is_wrong: More than is allowed.
-    """
-
-    step: int
-    phase: PicturePhase
-    order: int
-    name: str
-    label: str
-    relative_error: float
-    relative_allowed: float | None
-    is_wrong: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ShardOfTiles:
-    """Which tiles hold elements of one rank's part.
-
-    Attributes:
-        ranks: Those that hold it.
-        first_row, last_row, first_column, last_column: Tiles from 0 to 15, both ends included.
-    """
-
-    ranks: tuple[int, ...]
-    first_row: int
-    last_row: int
-    first_column: int
-    last_column: int
-
-
-@dataclass(frozen=True, slots=True)
-class TileMap:
-    """Where in a tensor the error lies.
-
-    Attributes:
-        step, phase, label: Of the tensor, as in `TensorPoint`.
-        shape: Of the whole; -1 for rows that are those of samples, whose tiles are positions.
-        relative_errors: For each of 16 x 16 tiles the error over the tensor's norm, row by row.
-        shards: How the actual run's ranks hold it.
-    """
-
-    step: int
-    phase: PicturePhase
-    label: str
-    shape: tuple[int, ...]
-    relative_errors: tuple[tuple[float, ...], ...]
-    shards: tuple[ShardOfTiles, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class RunComparison:
-    """All that is drawn of two runs.
-
-    Attributes:
-        points: In the order of steps and events.
-        tile_maps: Of the worst tensors, the worst first.
-        losses: For each step the losses of the actual and the expected run, where both have one.
-    """
-
-    points: tuple[TensorPoint, ...] = ()
-    tile_maps: tuple[TileMap, ...] = ()
-    losses: tuple[tuple[int, float, float], ...] = ()
-
 
 # ---- what is drawn
 
@@ -165,7 +86,7 @@ def run_page(verdict: Verdict, picture: RunComparison, checks: Table) -> str:
     shown = [finding for finding in verdict.findings if not is_consequence(finding)][:_MOST_OPENED]
     shown = shown or list(verdict.findings[:1])
     others = [finding for finding in verdict.findings if not any(finding is each for each in shown)]
-    tile_maps = [_drawn_tiles(tile_map) for tile_map in picture.tile_maps]
+    tile_maps = [map_of_tiles(tile_map) for tile_map in picture.tile_maps]
     return render(
         "run_page.html",
         **frame(verdict, checks),
@@ -467,122 +388,3 @@ def _overview(picture: RunComparison) -> tuple[str, list[tuple[str, str]]] | Non
 
 def _error(point: TensorPoint) -> float:
     return point.relative_error
-
-
-# ---- tiles
-
-_EDGE = 16  # tiles along each side of a map
-_LONGEST_LABEL = 10  # of a shard, beside the map
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """One tile that is drawn: its place in the map, and what it holds."""
-
-    row: int
-    column: int
-    holds: str
-
-
-def _drawn_tiles(tile_map: TileMap) -> tuple[str, str, str]:
-    """Return the title, the caption and the SVG of a heat map."""
-    tiles = _tiles(tile_map)
-    errors = [[tile_map.relative_errors[tile.row][tile.column] for tile in row] for row in tiles]
-    outlines = _outlines(tile_map, tiles)
-    titles = [
-        [
-            f"{tile.holds}{_held_by(row, column, outlines)}: error {words.error(errors[row][column])}"
-            for column, tile in enumerate(listed)
-        ]
-        for row, listed in enumerate(tiles)
-    ]
-    everything = (0, len(tiles) - 1, 0, len(tiles[0]) - 1)
-    is_cut = any(
-        (line.first_row, line.last_row, line.first_column, line.last_column) != everything for line in outlines
-    )
-    largest = max(
-        ((error if isfinite(error) else inf, title) for of_row in zip(errors, titles, strict=True)
-         for error, title in zip(*of_row, strict=True)),
-        key=lambda each: each[0],
-    )[1]  # fmt: skip
-    ranks = [line.label for line in outlines]
-    held = f"cut into the shards of {', '.join(ranks[:_EDGE])}" if is_cut else f"held whole by {' and '.join(ranks)}"
-    step = "before the first step" if tile_map.step < 0 else f"step {tile_map.step}"
-    title = f"{shortened(tile_map.label)}, {step}"
-    caption = "; ".join([_shape(tile_map.shape), f"largest error in {largest}", *([held] if ranks else [])])
-    svg = heat_map(errors, titles, outlines if is_cut else [], f"Error over the tiles of {title}: {caption}.")
-    return title, caption, svg
-
-
-def _shape(shape: Sequence[int]) -> str:
-    if shape[:1] == (-1,):
-        return f"positions of samples down, {shape[-1]} columns across"
-    if len(shape) < 2:
-        return f"{words.pluralize(shape[0] if shape else 1, 'element')}, row by row"
-    return f"{' x '.join(map(str, shape))}, rows down, columns across"
-
-
-def _tiles(tile_map: TileMap) -> list[list[Tile]]:
-    """Return the tiles that hold elements: rows are all dims but the last; a vector fills the tiles row by row."""
-    shape = tile_map.shape
-    if len(shape) < 2:
-        spans = tile_spans("elements", shape[0] if shape else 1, _EDGE**2)
-        tiles = [Tile(*divmod(tile, _EDGE), holds) for tile, holds in spans]
-        return [tiles[start : start + _EDGE] for start in range(0, len(tiles), _EDGE)]
-    rows = _positions(tile_map) if shape[0] == -1 else tile_spans("rows", prod(shape[:-1]), _EDGE)
-    columns = tile_spans("columns", shape[-1], _EDGE)
-    return [[Tile(row, column, f"{of_row}, {of_column}") for column, of_column in columns] for row, of_row in rows]
-
-
-def _positions(tile_map: TileMap) -> list[tuple[int, str]]:
-    """Return the tiles of positions, whose number the shape does not tell; short samples leave tiles between empty."""
-    held = {row for row, errors in enumerate(tile_map.relative_errors) if any(errors)}
-    drawn: Sequence[int] = range(_EDGE)
-    for size in range(_EDGE - 1, 3, -1):
-        tiles = [tile for tile, _ in tile_spans("positions", size, _EDGE)]
-        if len(held) > size // 2 and held.issubset(tiles):
-            drawn = tiles
-    return [(tile, f"positions from {tile}/{_EDGE} of the sample on") for tile in drawn]
-
-
-def _outlines(tile_map: TileMap, tiles: Sequence[Sequence[Tile]]) -> list[Outline]:
-    """Return the shards among the tiles that are drawn; those in the same tiles as one."""
-    if tiles[0][-1].row != tiles[0][0].row:  # a vector so short that tiles between are empty
-        return []
-    rows, columns = [row[0].row for row in tiles], [tile.column for tile in tiles[0]]
-    ranks: dict[tuple[int, int, int, int], list[int]] = {}
-    for shard in tile_map.shards:
-        span = (
-            *_within(shard.first_row, shard.last_row, rows),
-            *_within(shard.first_column, shard.last_column, columns),
-        )
-        ranks.setdefault(span, []).extend(shard.ranks)
-    # Tiles at the edge may be zero on all ranks: what is not cut along an axis reaches from edge to edge.
-    row_spans, column_spans = {span[:2] for span in ranks}, {span[2:] for span in ranks}
-    return [
-        Outline(
-            *(span[:2] if len(row_spans) > 1 else (0, len(rows) - 1)),
-            *(span[2:] if len(column_spans) > 1 else (0, len(columns) - 1)),
-            _short_ranks(sorted(set(listed))),
-        )
-        for span, listed in ranks.items()
-    ]
-
-
-def _within(first: int, last: int, tiles: Sequence[int]) -> tuple[int, int]:
-    inside = [index for index, tile in enumerate(tiles) if first <= tile <= last]
-    return (inside[0], inside[-1]) if inside else (0, len(tiles) - 1)
-
-
-def _short_ranks(ranks: Sequence[int]) -> str:
-    text = words.ranks(ranks)
-    return text if len(text) <= _LONGEST_LABEL else f"{ranks[0]} to {ranks[-1]}"
-
-
-def _held_by(row: int, column: int, outlines: Sequence[Outline]) -> str:
-    labels = [
-        line.label
-        for line in outlines
-        if line.first_row <= row <= line.last_row and line.first_column <= column <= line.last_column
-    ]
-    return f" ({', '.join(labels)})" if labels else ""

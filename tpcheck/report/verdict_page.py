@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import inf, isfinite, prod
 from typing import Any
 
 from tpcheck.core.findings import Finding, ModuleMargins, Verdict
 from tpcheck.report import checkpoints, words
-from tpcheck.report.charts import MAP_WIDTH, Outline, heat_map, legend_keys, shortened, tile_spans
+from tpcheck.report.charts import legend_keys, shortened
+from tpcheck.report.error_maps import DrawnMap, map_of_finding
 from tpcheck.report.findings import first_finding, is_consequence
 from tpcheck.report.model_tree import ROOT, ModelTree, ancestors, is_in_list, is_wrong
 from tpcheck.report.page import (
@@ -26,8 +25,6 @@ from tpcheck.report.tree import Node
 
 MOST_ROWS = 2000  # of the tree; beyond, what is inside of modules without a mistake is left out
 _MOST_FINDINGS, _MOST_MAPS = 40, 8
-_MOST_LABELS = 16  # of shards in a map
-_HIGHEST_TILE = 28.0
 
 EXPLANATION = (
     "A margin is the observed error divided by the largest error that rounding explains, which was measured in the "
@@ -41,14 +38,6 @@ _COLUMNS = (
     Column("inside", right=True),
     Column("remark"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class DrawnMap:
-    """A heat map and what it says in words."""
-
-    svg: str
-    caption: str
 
 
 def verdict_page(verdict: Verdict, checks: Table, upstream: str = "") -> str:
@@ -68,7 +57,7 @@ def verdict_page(verdict: Verdict, checks: Table, upstream: str = "") -> str:
         upstream=upstream,
         groups=[checkpoints.group_summary(group) for group in checkpoints.group_by_explanation(verdict.findings)],
         first=None if first is None else shown_finding(first, verdict.subject),
-        first_map=None if first is None else drawn_map(first),
+        first_map=None if first is None else map_of_finding(first),
         others=list(_with_maps(others[:_MOST_FINDINGS], verdict.subject)),
         more=max(0, len(others) - _MOST_FINDINGS),
         ramp=legend_keys()["ramp"],
@@ -86,7 +75,7 @@ def _with_maps(
     """Yield the findings with the maps of those that do not follow from another, as far as the page stays small."""
     drawn = 0
     for finding in findings:
-        tiles = None if is_consequence(finding) or drawn == _MOST_MAPS else drawn_map(finding)
+        tiles = None if is_consequence(finding) or drawn == _MOST_MAPS else map_of_finding(finding)
         drawn += tiles is not None
         yield shown_finding(finding, subject), tiles
 
@@ -156,67 +145,3 @@ def _margin_cell(margin: float | None, *, is_called: bool) -> Cell:
     if not is_wrong(margin):
         return Cell(f"✓ {words.margin(margin)}", "within")
     return Cell(f"✗ {words.margin(margin)}", "wrong-1" if margin <= 10 else "wrong-2" if margin <= 1e3 else "wrong-3")
-
-
-# ---- the map
-
-
-def drawn_map(finding: Finding) -> DrawnMap | None:
-    """Return the map of the error that a finding's evidence holds; None where it holds none."""
-    known = finding.evidence.get("error_map")
-    if not known or not known["tiles"]:
-        return None
-    errors = [[inf if error is None else float(error) for error in row] for row in known["tiles"]]
-    if not any(map(any, errors)):
-        return None
-    height, width = len(errors), len(errors[0])
-    shape = [int(size) for size in known["shape"]]
-    rows, columns = prod(shape[:-1]), shape[-1]
-    outlines = [
-        Outline(
-            first_row=shard["rows"][0] * height / rows,
-            last_row=shard["rows"][1] * height / rows - 1,
-            first_column=shard["columns"][0] * width / columns,
-            last_column=shard["columns"][1] * width / columns - 1,
-            label=words.ranks(shard["ranks"]),
-        )
-        for shard in known["shards"]
-    ]
-    titles = _titles(errors, rows, columns, is_vector=len(shape) == 1)
-    worst = max(
-        ((error, title) for of_row in zip(errors, titles, strict=True) for error, title in zip(*of_row, strict=True)),
-        key=lambda each: each[0] if isfinite(each[0]) else inf,
-    )[1]
-    caption = "; ".join([_shape_text(shape), f"largest error in {worst}", *_holders(known["shards"])])
-    is_cut = len(outlines) > 1
-    if len(outlines) > _MOST_LABELS:
-        outlines = [replace(line, label="") for line in outlines]
-    tile = MAP_WIDTH / width, min(MAP_WIDTH / height, _HIGHEST_TILE)
-    text = f"Error over the tiles of the tensor: {caption}."
-    svg = heat_map(errors, titles, outlines if is_cut else [], text, tile=tile)
-    return DrawnMap(svg, caption)
-
-
-def _titles(errors: Sequence[Sequence[float]], rows: int, columns: int, *, is_vector: bool) -> list[list[str]]:
-    noun = "elements" if is_vector else "columns"
-    of_rows = [""] if is_vector else [f"{text}, " for _, text in tile_spans("rows", rows, len(errors))]
-    of_columns = [text for _, text in tile_spans(noun, columns, len(errors[0]))]
-    return [
-        [f"{row}{column}: {words.error(error)}" for column, error in zip(of_columns, of_row, strict=True)]
-        for row, of_row in zip(of_rows, errors, strict=True)
-    ]
-
-
-def _shape_text(shape: Sequence[int]) -> str:
-    if len(shape) == 1:
-        return words.pluralize(shape[0], "element")
-    how = "" if len(shape) == 2 else ", all dims but the last as rows"
-    return f"{' x '.join(map(str, shape))}{how}"
-
-
-def _holders(shards: Sequence[Mapping[str, Any]]) -> list[str]:
-    if not shards:
-        return []
-    if len(shards) == 1:
-        return [f"{words.ranks(shards[0]['ranks'])} {'holds' if len(shards[0]['ranks']) == 1 else 'hold'} all of it"]
-    return ["lines are borders between the shards of ranks"]

@@ -129,6 +129,7 @@ class Rank:
 
     @property
     def world_size(self) -> int:
+        """Number of ranks, over all axes."""
         return self.topology.world_size
 
     @property
@@ -138,14 +139,17 @@ class Rank:
 
     @property
     def tp_rank(self) -> int:
+        """Place in the TP group, from 0."""
         return self.coordinate["tp"]
 
     @property
     def dp_rank(self) -> int:
+        """Place in the DP group, from 0."""
         return self.coordinate["dp"]
 
     @property
     def device(self) -> torch.device:
+        """Where this rank computes; loads torch."""
         import torch
 
         return torch.device(self._device)

@@ -324,6 +324,7 @@ class World:
 
     @property
     def timeout(self) -> float | None:
+        """Seconds for each call of `run`; None for no limit."""
         return self._timeout
 
     @timeout.setter

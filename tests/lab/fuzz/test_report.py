@@ -40,6 +40,7 @@ def test_a_finding_shows_the_example_that_it_was_shrunk_from() -> None:
 
 def test_a_crash_shows_its_message_and_the_limits_of_its_example() -> None:
     text = as_text(searched_lines(ERROR))
+    assert text.startswith("error  qwen3  deepspeed\n")
     assert "The system under test crashed. Its own message:\n" in text
     assert "  again     tpcheck verify qwen3 --tp 4\n" in text
     assert "            shrinking reached its time limit: a smaller example may exist\n" in text

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.numerics.evidence import BIAS, DOWN, NORM, UP, key, right_evidence, with_step, with_tensor
+from tests.numerics.evidence import BIAS, DOWN, NORM, UP, cause_of, key, right_evidence, with_step, with_tensor
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.checks.gradients import gradients_match_reference
 from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, Suspect
@@ -21,11 +21,6 @@ NAMES = tuple(f"{each.module} {each.role}" for each in RIGHT.reference[0].activa
 
 def suspects(evidence: Evidence, step: int = 0) -> tuple[Suspect, ...]:
     return gradients_match_reference(evidence, step).suspects
-
-
-def the_cause(suspect: Suspect) -> Cause | None:
-    found = explain(suspect)
-    return found.cause if found else None
 
 
 def with_gradient(name: str, change: Callable[[torch.Tensor], torch.Tensor | None], *ranks: int) -> Evidence:
@@ -46,7 +41,7 @@ def test_a_scaled_gradient_is_a_suspect_of_its_own() -> None:
     assert suspect.evidence["inputs_agree"] is True
     assert suspect.evidence["first_of"] == 1
     assert not suspect.gradient.is_every_parameter
-    assert the_cause(suspect) is Cause.GRADIENT_SCALED
+    assert cause_of(suspect) is Cause.GRADIENT_SCALED
 
 
 def test_gradients_of_all_parameters_that_are_wrong_are_marked() -> None:
@@ -55,7 +50,7 @@ def test_gradients_of_all_parameters_that_are_wrong_are_marked() -> None:
         evidence = with_tensor(evidence, "gradients", name, lambda gradient: gradient * 2)
     found = suspects(evidence)
     assert all(suspect.gradient.is_every_parameter for suspect in found)
-    assert {the_cause(suspect) for suspect in found} == {Cause.SUM_INSTEAD_OF_MEAN}
+    assert {cause_of(suspect) for suspect in found} == {Cause.SUM_INSTEAD_OF_MEAN}
     assert found[0].facts_as_evidence() == {"every_parameter": True}
 
 
@@ -66,7 +61,7 @@ def test_missing_gradients_are_one_suspect_that_names_all() -> None:
     assert suspect.parameter == NORM
     assert suspect.gradient.missing_on == (1,)
     assert suspect.evidence["also"] == [UP]
-    assert the_cause(suspect) is Cause.GRADIENT_MISSING
+    assert cause_of(suspect) is Cause.GRADIENT_MISSING
 
 
 def test_missing_gradients_are_laid_to_where_the_backward_pass_ends() -> None:
@@ -135,7 +130,7 @@ def test_the_first_wrong_activation_gradient_is_a_suspect_that_names_its_consequ
     assert suspect.evidence["also"] == [NORM]
     assert suspect.linear is not None
     torch.testing.assert_close(suspect.linear.total, RIGHT.reference[0].activations[name])
-    assert the_cause(suspect) is Cause.DUPLICATE_REDUCE
+    assert cause_of(suspect) is Cause.DUPLICATE_REDUCE
 
 
 def with_wrong_backward(*names: str) -> Evidence:
@@ -210,7 +205,7 @@ def test_behind_a_fault_an_input_gradient_is_compared_with_the_sum_of_its_own_te
     }  # fmt: skip
     assert up.role == "input"
     assert up.evidence["note"] == "compared with the gradient recomputed from its output gradient and weight"
-    assert the_cause(up) is Cause.MISSING_REDUCE
+    assert cause_of(up) is Cause.MISSING_REDUCE
 
 
 def test_behind_a_fault_gradients_that_their_own_tensors_give_are_not_suspects() -> None:
@@ -236,7 +231,7 @@ def test_behind_a_fault_a_weight_gradient_is_compared_with_the_product_of_its_ow
     evidence = with_tensor(evidence, "gradients", UP, lambda gradient: gradient * 2)
     (suspect,) = suspects(evidence)
     assert suspect.evidence["note"] == "compared with the gradient recomputed from its input and output gradient"
-    assert the_cause(suspect) is Cause.GRADIENT_SCALED
+    assert cause_of(suspect) is Cause.GRADIENT_SCALED
 
 
 def test_terms_of_a_replicated_gradient_are_partial() -> None:
@@ -244,14 +239,14 @@ def test_terms_of_a_replicated_gradient_are_partial() -> None:
     evidence = with_gradient(NORM, lambda gradient: gradient / 2 + noise, 0)
     evidence = with_tensor(evidence, "gradients", NORM, lambda gradient: gradient / 2 - noise, ranks=[1])
     (suspect,) = suspects(evidence)
-    assert the_cause(suspect) is Cause.PARTIAL_GRADIENT_ON_REPLICA
+    assert cause_of(suspect) is Cause.PARTIAL_GRADIENT_ON_REPLICA
 
 
 def test_the_gradient_of_another_parameter_is_recognised() -> None:
     other = RIGHT.reference[0].gradients[BIAS]
     (suspect,) = suspects(with_gradient(NORM, lambda gradient: other))
     assert set(suspect.others) == {BIAS}  # the only one that lies over the ranks as this one
-    assert the_cause(suspect) is Cause.TENSOR_OF_ANOTHER_LAYER
+    assert cause_of(suspect) is Cause.TENSOR_OF_ANOTHER_LAYER
 
 
 def test_the_gradient_of_this_replica_alone_lacks_the_mean_over_dp() -> None:
@@ -261,7 +256,7 @@ def test_the_gradient_of_this_replica_alone_lacks_the_mean_over_dp() -> None:
         part = evidence.layouts[UP].local(local[UP], rank)
         evidence = with_tensor(evidence, "gradients", UP, lambda gradient, part=part: part, ranks=[rank])
     (suspect,) = suspects(evidence)
-    assert the_cause(suspect) is Cause.MISSING_REDUCE
+    assert cause_of(suspect) is Cause.MISSING_REDUCE
 
 
 @pytest.mark.parametrize("note", ["it is averaged over the TP group", "it is averaged over the TP group, too"])
@@ -349,7 +344,7 @@ def test_a_gradient_that_is_scaled_after_the_backward_pass_is_not_what_its_modul
     assert (suspect.where["parameter"], suspect.where["ranks"]) == (UP, [1])
     assert "recomputed from its input and output gradient" in suspect.evidence["note"]
     everywhere = in_low_precision(with_gradient(DOWN, lambda gradient: gradient * 1.5))
-    assert [the_cause(suspect) for suspect in suspects(everywhere)] == [Cause.GRADIENT_SCALED]
+    assert [cause_of(suspect) for suspect in suspects(everywhere)] == [Cause.GRADIENT_SCALED]
 
 
 def test_only_the_first_step_is_repeated_under_teacher_forcing() -> None:

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.numerics.evidence import BIAS, DOWN, UP, key, right_evidence, with_step, with_tensor
+from tests.numerics.evidence import BIAS, DOWN, UP, cause_of, key, right_evidence, with_step, with_tensor
 from tpcheck.backends.layout import Layout
 from tpcheck.core.causes import Cause
 from tpcheck.core.placement import Placement, Replicate, Shard
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.checks.outputs import differs_from_sibling_layers, outputs_match_reference
-from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, Suspect, TensorKey
-from tpcheck.numerics.hypotheses import explain
+from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, TensorKey
 from tpcheck.numerics.tolerance import Tolerance
 
 RIGHT = right_evidence()
@@ -31,11 +30,6 @@ def with_output(*factors: float, evidence: Evidence = RIGHT) -> Evidence:
                 evidence, "activations", key(name), lambda tensor, by=factor: tensor * by, ranks=[rank]
             )
     return evidence
-
-
-def the_cause(suspect: Suspect) -> Cause | None:
-    found = explain(suspect)
-    return found.cause if found else None
 
 
 def test_every_output_and_the_loss_of_a_right_run_agree() -> None:
@@ -73,7 +67,7 @@ def test_a_reduction_that_is_skipped_is_seen_from_the_terms() -> None:
         evidence = with_tensor(evidence, "activations", OUTPUT, lambda tensor, term=term: term, ranks=[rank])
     evidence = with_tensor(evidence, "activations", key("block output"), lambda tensor: tensor + 1)
     suspect, *_ = outputs_match_reference(evidence, 0).suspects
-    assert the_cause(suspect) is Cause.MISSING_REDUCE
+    assert cause_of(suspect) is Cause.MISSING_REDUCE
 
 
 def test_an_input_that_is_wrong_though_all_before_agrees_is_laid_to_the_parent() -> None:
@@ -100,7 +94,7 @@ def test_a_fused_output_that_is_read_in_another_order_is_at_fault() -> None:
     assert suspect.where["module"] == "block.up"
     assert suspect.fused_blocks is not None
     assert suspect.fused_blocks.number == 2
-    assert the_cause(suspect) is Cause.FUSED_BLOCKS_INTERLEAVED
+    assert cause_of(suspect) is Cause.FUSED_BLOCKS_INTERLEAVED
     for rank in (0, 1):  # right at the first position, in all features
         first = RIGHT.candidate[0][rank].activations[key("block.down input")][:, :1]
         evidence = with_tensor(
@@ -125,7 +119,7 @@ def test_a_fault_behind_another_one_is_found_from_the_modules_own_inputs() -> No
     assert norm.where["module"] == "block.norm"
     assert down.where["module"] == "block.down"
     assert down.evidence["inputs_agree"] is False
-    assert the_cause(down) is Cause.DUPLICATE_REDUCE
+    assert cause_of(down) is Cause.DUPLICATE_REDUCE
 
 
 def test_a_leaf_behind_a_fault_is_compared_with_what_the_reference_recomputes() -> None:

@@ -6,18 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from tests.numerics.evidence import BIAS, BUFFER, NORM, UP, right_evidence, with_digest, with_tensor
+from tests.numerics.evidence import BIAS, BUFFER, NORM, UP, cause_of, right_evidence, with_digest, with_tensor
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.checks.replicas import replicas_agree_after, replicas_agree_at_start
-from tpcheck.numerics.evidence import Suspect
-from tpcheck.numerics.hypotheses import explain
 
 RIGHT, RIGHT_DP = right_evidence(), right_evidence(dp=2)
-
-
-def the_cause(suspect: Suspect) -> Cause | None:
-    found = explain(suspect)
-    return found.cause if found else None
 
 
 def test_replicas_of_a_right_run_agree() -> None:
@@ -49,7 +42,7 @@ def test_ranks_that_differ_from_the_majority_are_named_with_all_tensors() -> Non
     assert suspect.where["ranks"] == [2]
     assert suspect.evidence == {"count_differing": 2, "also": [{"kind": "parameter", "name": BIAS}]}
     assert suspect.facts_as_evidence() == {"parameters": 2}
-    assert the_cause(suspect) is None  # nothing has drifted before the first step
+    assert cause_of(suspect) is None  # nothing has drifted before the first step
 
 
 def test_all_ranks_are_named_where_there_is_no_majority() -> None:
@@ -61,10 +54,10 @@ def test_replicas_that_were_equal_at_the_start_have_drifted() -> None:
     evidence = with_digest(RIGHT, ("buffer", BUFFER), [1], moment=1)
     (suspect,) = replicas_agree_after(evidence, 0).suspects
     assert suspect.where["module"] == "block"
-    assert the_cause(suspect) is Cause.REPLICA_DRIFT
+    assert cause_of(suspect) is Cause.REPLICA_DRIFT
     (suspect,) = replicas_agree_after(with_digest(evidence, ("buffer", BUFFER), [1], moment=0), 0).suspects
     assert suspect.replicas.differed_at_start
-    assert the_cause(suspect) is None
+    assert cause_of(suspect) is None
 
 
 def test_gradients_that_differ_are_explained_by_their_tensors() -> None:
@@ -73,14 +66,14 @@ def test_gradients_that_differ_are_explained_by_their_tensors() -> None:
     evidence = with_digest(evidence, ("gradient", NORM), [1], moment=1)
     (suspect,) = replicas_agree_after(evidence, 0).suspects
     assert suspect.where["field"] == f"gradient {NORM} over tp"
-    assert the_cause(suspect) is Cause.PARTIAL_GRADIENT_ON_REPLICA
+    assert cause_of(suspect) is Cause.PARTIAL_GRADIENT_ON_REPLICA
 
 
 def test_a_gradient_that_a_rank_does_not_have_differs_without_a_tensor() -> None:
     evidence = with_tensor(RIGHT, "gradients", NORM, lambda tensor: None, ranks=[1])
     (suspect,) = replicas_agree_after(with_digest(evidence, ("gradient", NORM), [1], moment=1), 0).suspects
     assert suspect.actual_parts == ()
-    assert the_cause(suspect) is None
+    assert cause_of(suspect) is None
 
 
 def test_a_gradient_that_differs_over_dp_or_in_another_replica_is_not_compared_with_the_expected_one() -> None:

@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import torch
 
-from tests.numerics.evidence import BIAS, DOWN, NORM, UP, right_evidence
+from tests.numerics.evidence import BIAS, DOWN, NORM, UP, cause_of, right_evidence
 from tpcheck.backends.layout import Layout
 from tpcheck.core.causes import Cause
 from tpcheck.core.placement import Shard
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.checks.start import groups_match_topology, parameters_are_sharded, weights_match_reference
 from tpcheck.numerics.evidence import Evidence, ShardFacts, SiblingWeights
-from tpcheck.numerics.hypotheses import explain
 
 RIGHT = right_evidence()
 
@@ -31,9 +30,7 @@ def test_a_live_group_that_is_not_the_declared_one_is_named_with_its_ranks() -> 
     (suspect,) = groups_match_topology(replace(evidence, facts=tuple(facts))).suspects
     assert suspect.where == {"phase": "start", "field": "tp group", "ranks": [3]}
     assert suspect.evidence == {"live": [[1, 3]], "declared": [[2, 3]]}
-    found = explain(suspect)
-    assert found is not None
-    assert found.cause is Cause.WRONG_GROUP
+    assert cause_of(suspect) is Cause.WRONG_GROUP
 
 
 def test_shards_that_make_up_full_shapes_are_sharded() -> None:
@@ -52,9 +49,7 @@ def test_a_model_without_any_shard_is_one_finding_with_advice() -> None:
     (suspect,) = parameters_are_sharded(replace(RIGHT, layouts=layouts)).suspects
     assert suspect.observed == 4
     assert "partition_config" in suspect.evidence["advice"]
-    found = explain(suspect)
-    assert found is not None
-    assert found.cause is Cause.NOT_SHARDED
+    assert cause_of(suspect) is Cause.NOT_SHARDED
 
 
 def test_shards_that_are_too_few_are_named_with_their_sizes() -> None:

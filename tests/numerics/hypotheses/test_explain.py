@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.batches.test_causes import CAUSES as OF_BATCHES
-from tests.numerics.evidence import suspect
+from tests.numerics.evidence import cause_of, suspect
 from tests.numerics.norms import CLIPPING, NORMS, REPLICATED, SHARDED, clipped_alike, facts
 from tests.numerics.norms import step as clipped_step
 from tpcheck.core.causes import Cause
@@ -222,9 +222,7 @@ def test_a_tensor_that_is_merely_wrong_has_no_cause(kind: str) -> None:
 def test_a_loss_over_gathered_logits_is_reduced_once_more() -> None:
     loss = torch.tensor(2.0, dtype=torch.float64)
     facts = LossFacts(2.0, (2.0 + log(2),) * 2)
-    found = explain(suspect("activation", [loss + log(2)] * 2, loss, loss=facts))
-    assert found is not None
-    assert found.cause is Cause.DUPLICATE_REDUCE
+    assert cause_of(suspect("activation", [loss + log(2)] * 2, loss, loss=facts)) is Cause.DUPLICATE_REDUCE
 
 
 def test_the_same_collectives_over_other_ranks_are_a_wrong_group() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.numerics.evidence import suspect
+from tests.numerics.evidence import cause_of, suspect
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.evidence import BackwardFacts, GradientFacts
 from tpcheck.numerics.hypotheses import explain
@@ -18,8 +18,7 @@ EXPECTED, OTHER = torch.randn(2, 4, 8, generator=CHANCE, dtype=torch.float64)
 
 
 def the_cause(kind: Any, parts: Any, expected: Any = EXPECTED, **fields: Any) -> Cause | None:
-    found = explain(suspect(kind, parts, expected, **fields))
-    return found.cause if found else None
+    return cause_of(suspect(kind, parts, expected, **fields))
 
 
 @pytest.mark.parametrize("factors", [(1.0, 1.7), (0.5, 0.5), (2.0, 2.1), (-1.0, -1.0)])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.numerics.evidence import suspect
+from tests.numerics.evidence import cause_of, suspect
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.evidence import ShardFacts
 from tpcheck.numerics.hypotheses import explain
@@ -18,8 +18,7 @@ HALVES = EXPECTED.chunk(2, dim=-1)
 
 
 def the_cause(parts: Any, expected: Any = EXPECTED, *, kind: Any = "activation", **fields: Any) -> Cause | None:
-    found = explain(suspect(kind, parts, expected, **fields))
-    return found.cause if found else None
+    return cause_of(suspect(kind, parts, expected, **fields))
 
 
 @pytest.mark.parametrize(

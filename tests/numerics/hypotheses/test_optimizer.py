@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.numerics.evidence import suspect
+from tests.numerics.evidence import cause_of, suspect
 from tests.numerics.norms import CLIPPING, NORMS, REPLICATED, SHARDED, clipped_alike, facts, step
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.evidence import ReplicaFacts, StepFacts
@@ -20,8 +20,7 @@ HALVES = EXPECTED.chunk(2, dim=1)
 
 
 def the_cause(kind: Any, parts: Any, expected: Any = EXPECTED, **fields: Any) -> Cause | None:
-    found = explain(suspect(kind, parts, expected, **fields))
-    return found.cause if found else None
+    return cause_of(suspect(kind, parts, expected, **fields))
 
 
 def of_norm(*reported: float, **fields: Any) -> Cause | None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.numerics.evidence import suspect
+from tests.numerics.evidence import cause_of, suspect
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.hypotheses import explain
 
@@ -16,8 +16,7 @@ EXPECTED, OTHER = torch.randn(2, 4, 8, generator=CHANCE, dtype=torch.float64)
 
 
 def the_cause(parts: Any, expected: Any = EXPECTED, *, kind: Any = "activation", **fields: Any) -> Cause | None:
-    found = explain(suspect(kind, parts, expected, **fields))
-    return found.cause if found else None
+    return cause_of(suspect(kind, parts, expected, **fields))
 
 
 def rounded(tensor: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -13,11 +13,12 @@ from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToMo
 from packaging.version import Version
 from torch import nn
 
-from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate, local_shape, parallel_layers, parameter_layouts
+from tpcheck.backends.deepspeed.candidate import DeepSpeedCandidate, parallel_layers, parameter_layouts
 from tpcheck.backends.deepspeed.config import CONFIG_VARIANTS, deepspeed_config, resolved
 from tpcheck.backends.initialisation import BUILT_THEN_SHARDED, built_then_sharded
 from tpcheck.backends.interface import Candidate, LayerTable, RankLike, TrainingOptions, WayToInitialise
 from tpcheck.backends.layout import Layout
+from tpcheck.backends.local_part import local_shape
 from tpcheck.backends.optimizer import OptimizerByNames, make_optimizer
 from tpcheck.core.errors import BackendError
 

@@ -27,7 +27,7 @@ from torch import nn
 from tpcheck.backends.interface import STEPS_TAKEN, WayToResume
 from tpcheck.backends.layout import Layout
 from tpcheck.backends.live_groups import distinct_ranks
-from tpcheck.backends.local_part import restored_data
+from tpcheck.backends.local_part import local_shape, restored_data
 from tpcheck.backends.sgd import LOW_PRECISION, states_like
 from tpcheck.core.topology import Topology
 
@@ -102,11 +102,6 @@ def _chunks(shape: tuple[int, ...], local_shapes: Sequence[tuple[int, ...]]) -> 
         return None
     positions = torch.arange(prod(shape)).reshape(shape)
     return torch.split(positions, [local[cut[0]] for local in local_shapes], dim=cut[0])
-
-
-def local_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Return the shape of this rank's TP shard, which ZeRO-3 keeps in `ds_shape` while it partitions the data."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _parameters_of(layer: Any) -> dict[str, Any]:

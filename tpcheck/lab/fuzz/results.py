@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from tpcheck.core.errors import UsageError
+from tpcheck.families.rules import is_size
 
 STRIDES = ("contiguous", "transposed", "sliced", "expanded")
 MAKING = "making the layer"  # the phase of a trial in which a layer may refuse
@@ -88,16 +89,12 @@ class Trial:
             **{name: [values.get(name, 2 if name == "tp" else 1)] for name in ("tp", "inputs", "outputs")},
         }
         for name, numbers in sizes.items():
-            if not isinstance(numbers, list) or not numbers or not all(_is_size(number) for number in numbers):
+            if not isinstance(numbers, list) or not numbers or not all(is_size(number) for number in numbers):
                 raise UsageError(f"trial.{name}", values.get(name), "positive integers")
         for name, accepted in (("strides", STRIDES), ("gradient_strides", STRIDES), ("dtype", DTYPES)):
             if values.get(name, accepted[0]) not in accepted:
                 raise UsageError(f"trial.{name}", values[name], accepted)
         return cls(**{**values, "rows": tuple(rows)})
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 REFUSALS = ("AssertionError", "NotImplementedError", "ValueError")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tpcheck.core.name_maps import without_numbers
 from tpcheck.core.placement import Shard
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.checks.activations import (
@@ -220,8 +220,8 @@ def differs_from_sibling_layers(evidence: Evidence, step: int, module: str) -> S
     ]
     issued = [collectives.get(module, ()) for collectives in by_rank]
     names = {key.module for key in evidence.reference[step].activations}
-    pattern = _without_numbers(module)
-    siblings = sorted(name for name in names if name != module and _without_numbers(name) == pattern)
+    pattern = without_numbers(module)
+    siblings = sorted(name for name in names if name != module and without_numbers(name) == pattern)
     votes = Counter(collectives.get(name, ()) for name in siblings for collectives in by_rank)
     expected = (votes or Counter(issued)).most_common(1)[0][0]
     by_global_rank = zip(evidence.tp_group, issued, strict=True)
@@ -245,10 +245,6 @@ def _by_module(collectives: Sequence[Collective], topology: Topology, rank: int)
             over = axes.get(tuple(sorted(each.ranks)), each.ranks)
             issued[each.module] = (*issued.get(each.module, ()), (each.name, over))
     return issued
-
-
-def _without_numbers(module: str) -> str:
-    return re.sub(r"\d+", "#", module)
 
 
 def _embedding_facts(evidence: Evidence, step: int, key: TensorKey) -> EmbeddingFacts | None:

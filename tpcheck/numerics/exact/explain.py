@@ -13,6 +13,7 @@ import torch
 
 from tpcheck.backends.checkpoint_format import Checkpoint
 from tpcheck.core.causes import Cause, Explanation, first_explanation
+from tpcheck.core.name_maps import without_numbers
 from tpcheck.families.special_cases import (
     FUSED_GATE_AND_UP,
     FUSED_KEY_AND_VALUE,
@@ -265,17 +266,13 @@ def another_layer(context: Context) -> Explanation | None:
     actual, expected = context.actual, context.expected
     if is_constant(actual):
         return None  # many tensors of a model are ones or zeros
-    pattern = _without_numbers(expected.name)
-    for name in sorted(context.reference.names(), key=lambda name: _without_numbers(name) != pattern):
+    pattern = without_numbers(expected.name)
+    for name in sorted(context.reference.names(), key=lambda name: without_numbers(name) != pattern):
         other = CheckpointTensor(context.reference, name, expected.cast)
         same_kind = name != expected.name and actual.shape == other.shape and actual.dtype == other.dtype
         if same_kind and context.comparer.equal(actual, other):
             return Explanation(Cause.TENSOR_OF_ANOTHER_LAYER, evidence={"equals": name})
     return None
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
 
 
 def moved_slices(context: Context) -> Explanation | None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tpcheck.backends.live_groups import LiveGroups
+from tpcheck.backends.local_part import local_shape
 from tpcheck.backends.registry import layout_readers
 from tpcheck.numerics.global_index import GlobalIndex
 
@@ -80,7 +81,7 @@ def read_indices(model: nn.Module, groups: LiveGroups | None) -> dict[str, Globa
     backend in a model that TP ranks share. Collective over the TP group where a backend has layers in the model.
     """
     if groups is not None and len(groups.tp) == 1:
-        return {name: GlobalIndex.whole(_local_shape(parameter)) for name, parameter in _named_plain_parameters(model)}
+        return {name: GlobalIndex.whole(local_shape(parameter)) for name, parameter in _named_plain_parameters(model)}
     readers = layout_readers(model)
     indices: dict[str, GlobalIndex | None] = {}
     for prefix, module in model.named_modules():
@@ -95,7 +96,7 @@ def read_indices(model: nn.Module, groups: LiveGroups | None) -> dict[str, Globa
             if groups is not None and name in layouts:
                 indices[full_name] = GlobalIndex.from_layout(layouts[name], groups.tp.index(groups.rank))
             elif readers and reader is None:  # the backend replaces the layers that it shards; the others are whole
-                indices[full_name] = GlobalIndex.whole(_local_shape(parameter))
+                indices[full_name] = GlobalIndex.whole(local_shape(parameter))
             else:
                 indices[full_name] = None
     return indices
@@ -105,8 +106,3 @@ def _named_plain_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tenso
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not is_dtensor(parameter):
             yield name, parameter
-
-
-def _local_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Return the shape on this TP rank, which ZeRO 3 keeps in `ds_shape` while it partitions the data."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))

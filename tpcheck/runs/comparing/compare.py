@@ -196,7 +196,7 @@ class _RunsComparison:
                     self.not_compared[f"{name} of {run.path}"] = reason
         is_given = self.actual.has_other_history or self.expected.has_other_history
         weights = self._weights_at_start(is_given)
-        answers = [groups_agree(self.actual), weights, self._states_at_start(is_given)]
+        answers = [groups_agree(self.actual), weights, self._states_at_start()]
         expected = replicas_agree(self.expected, tables[1], {}, -1)
         answers.append(replicas_agree(self.actual, tables[0], {}, -1, expected))
         self._add(answers)
@@ -257,14 +257,14 @@ class _RunsComparison:
     ) -> dict[str, str]:
         """Take weights as given that the steps before the recording have moved apart; return why, by label."""
         biases = [each for each in given if each.name.endswith("bias")]
-        self.scale = max(1.0, *(_in_units_of_rounding(each) for each in given if each not in biases), 1.0)
+        self.scale = max([1.0, *(_in_units_of_rounding(each) for each in given if each not in biases)])
         self.comparer.given = {each.name: each.error for each in biases}
         if not has_findings:
             self.too_far_apart = too_far_apart(comparisons)
         note = "the recording begins in the middle of a training: how far the weights were apart is given"
         return {each.label: note for each in given}
 
-    def _states_at_start(self, is_given: bool) -> Answer:
+    def _states_at_start(self) -> Answer:
         """Look for states that were loaded wrongly: of another rank, or masters that are not the weights."""
         table = self.before[0]
         findings, margins = [], {}
@@ -278,10 +278,7 @@ class _RunsComparison:
                 stale_masters(self.before[1], name, label_e),
             )
             known = {each.cause for each in expected if each is not None}
-            for explanation in (
-                repeated_state(table, self.actual, name, label_a),
-                stale_masters(table, name, label_a),
-            ):
+            for explanation in (repeated_state(table, self.actual, name, label_a), stale_masters(table, name, label_a)):
                 if explanation is not None and explanation.cause not in known:
                     found.setdefault(explanation.cause.slug, []).append(explanation)
                     kept.setdefault(explanation.cause.slug, []).append(name)
@@ -293,16 +290,7 @@ class _RunsComparison:
             where = {"phase": "start", "parameter": first, "ranks": ranks}
             evidence = {"also": others, "first_of": len(others) + 1}
             counted = ("parameter", "has a wrong state", "have a wrong state")
-            findings.append(
-                exact_finding(
-                    STATES,
-                    where,
-                    len(others) + 1,
-                    counted,
-                    explanations[0],
-                    evidence,
-                )
-            )
+            findings.append(exact_finding(STATES, where, len(others) + 1, counted, explanations[0], evidence))
         return Answer(STATES, -1, margins, tuple(findings))
 
     # ---- steps
@@ -329,7 +317,7 @@ class _RunsComparison:
     def _compare_step(self, step: AlignedStep) -> str:
         """Compare one step; return why later ones mean nothing, or an empty text."""
         number = step.number
-        taken = steps_were_taken(self.comparer, step.actual, step.expected, number, self.before[0])
+        taken = steps_were_taken(self.comparer, step.actual, step.expected, number)
         if taken.findings:
             self._add([batches_agree(self.actual, step), taken])
             return f"step {number} already differs, so differences in later steps would only follow from it"

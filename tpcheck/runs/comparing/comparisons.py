@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -558,6 +558,3 @@ def _of_groups(records: Records, groups: Sequence[Sequence[int]]) -> dict[int, T
 def _first_stored(records: Records, run: Run) -> Whole | None:
     known = labels(records)
     return stored(records, known[0][0], run.replicas) if known else None
-
-
-Check = Callable[[Comparison], bool]

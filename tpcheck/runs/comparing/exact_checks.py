@@ -164,13 +164,12 @@ def _deviating(digests: Mapping[int, str]) -> list[int]:
 
 
 def steps_were_taken(
-    comparer: Comparer, actual: Mapping[int, StepRecord], expected: Mapping[int, StepRecord], number: int, before: Table
+    comparer: Comparer, actual: Mapping[int, StepRecord], expected: Mapping[int, StepRecord], number: int
 ) -> Answer:
     """Did an optimizer step end this step on every rank where one ended the expected run's?
 
     Args:
         actual, expected: The records of this step, by rank.
-        before: Weights of the actual run before it.
     """
     run = comparer.actual
     idle = [rank for rank in run.members if rank in actual and not actual[rank].has_update and actual[rank].passes]

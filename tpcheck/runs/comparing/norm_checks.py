@@ -41,7 +41,7 @@ def clipped_otherwise(
         return None
     # Every rank multiplied its gradients by c / N(rank), where the expected run multiplied them by c / N and has norm c
     # now. So the norm that a rank used, times that multiplier, is c: N(rank) is compared in units of clipped gradients.
-    norms = norms_of_ranks(context, comparisons, group)
+    norms = norms_of_ranks(comparisons, group)
     if norms is None:
         return None
     clipped_to = hypot(*(each.expected.norm for each in comparisons))
@@ -75,9 +75,7 @@ def _is_clipped(context: StepContext, norm: float) -> bool:
     return any(each > norm * (1 + _SAME_FACTOR) for each in reported)
 
 
-def norms_of_ranks(
-    context: StepContext, comparisons: Sequence[Comparison], group: Sequence[int]
-) -> GradientNorms | None:
+def norms_of_ranks(comparisons: Sequence[Comparison], group: Sequence[int]) -> GradientNorms | None:
     """Return the norms of the actual run's gradients; None where a tensor's pieces are not those of one TP group."""
     by_rank: dict[int, dict[str, float]] = {rank: {} for rank in group}
     replicated = set()
@@ -141,7 +139,7 @@ def norm_matches(context: StepContext, gradients: Answer) -> Answer:
     if not wrong or not is_measured:
         return Answer(NORM, number, margins if is_measured else {})
     group = context.run.replicas[0]
-    norms = norms_of_ranks(context, comparisons, group) if is_complete else None
+    norms = norms_of_ranks(comparisons, group) if is_complete else None
     matches = Matches()
     if norms is not None and norms.whole and all(rank in reported for rank in group):
         before = expected / norms.whole  # by which clipping made them smaller

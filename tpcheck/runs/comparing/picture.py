@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 
-from tpcheck.report.run_page import PicturePhase, RunComparison, ShardOfTiles, TensorPoint, TileMap
+from tpcheck.report.run_picture import PicturePhase, RunComparison, ShardOfTiles, TensorPoint, TileMap
 from tpcheck.runs.comparing.alignment import AlignedStep
 from tpcheck.runs.comparing.comparisons import Comparison
 from tpcheck.runs.comparing.run_findings import Answer
@@ -27,7 +27,7 @@ class PictureMaker:
 
     def __init__(self) -> None:
         self._points: list[TensorPoint] = []
-        self._maps: list[tuple[float, TileMap]] = []
+        self._maps: list[tuple[float, TileMap]] = []  # of the worst tensors, the worst first
         self._losses: list[tuple[int, float, float]] = []
 
     def add_answers(self, answers: Iterable[Answer]) -> None:
@@ -60,19 +60,18 @@ class PictureMaker:
             self._losses.append((step.number, actual, expected))
 
     def picture(self) -> RunComparison:
-        maps = sorted(self._maps, key=lambda of_map: -of_map[0])[:MOST_TILE_MAPS]
-        return RunComparison(tuple(self._points), tuple(tile_map for _, tile_map in maps), tuple(self._losses))
+        return RunComparison(tuple(self._points), tuple(tile_map for _, tile_map in self._maps), tuple(self._losses))
 
     def _add_maps(self, answer: Answer) -> None:
         for comparison in answer.comparisons:
             severity = comparison.margin if comparison.allowed is not None else comparison.relative
             drawable = not comparison.is_of_norms and isfinite(comparison.error) and comparison.error > 0
-            if drawable and comparison.expected.shape and comparison.expected.norm:
-                is_among_worst = len(self._maps) < MOST_TILE_MAPS or severity > min(of for of, _ in self._maps)
-                if is_among_worst:
-                    self._maps.append((severity, tile_map(comparison, answer.step)))
-                    self._maps.sort(key=lambda of_map: -of_map[0])
-                    del self._maps[MOST_TILE_MAPS:]
+            if not drawable or not comparison.expected.shape or not comparison.expected.norm:
+                continue
+            if len(self._maps) < MOST_TILE_MAPS or severity > self._maps[-1][0]:
+                self._maps.append((severity, tile_map(comparison, answer.step)))
+                self._maps.sort(key=lambda of_map: -of_map[0])
+                del self._maps[MOST_TILE_MAPS:]
 
 
 def tile_map(comparison: Comparison, step: int) -> TileMap:

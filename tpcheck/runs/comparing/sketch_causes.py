@@ -429,7 +429,7 @@ def averaged_over_dp(suspect: Suspect) -> Explanation | None:
 
 def positions_given_otherwise(suspect: Suspect) -> Explanation | None:
     """The model was called with positions that the tokens of the slices do not have."""
-    return positions_of_other_slices(suspect.slices, suspect.comparison)
+    return positions_of_other_slices(suspect.slices)
 
 
 def first_slice_alone(suspect: Suspect) -> Explanation | None:

@@ -28,7 +28,7 @@ class GivenSlices:
     slots: tuple[tuple[int, ...], ...]
 
 
-def positions_of_other_slices(given: GivenSlices | None, comparison: Comparison) -> Explanation | None:
+def positions_of_other_slices(given: GivenSlices | None) -> Explanation | None:
     """The model was called with positions that its tokens do not have: those of another order, or from 0.
 
     Positions may begin anew in a sample of several documents, so this alone is no finding: it explains an output that

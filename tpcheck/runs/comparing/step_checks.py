@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -10,6 +9,7 @@ from typing import Any
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.findings import Finding
+from tpcheck.core.name_maps import without_numbers
 from tpcheck.numerics.sketch import distance
 from tpcheck.numerics.tolerance import SAFETY_FACTOR
 from tpcheck.runs.comparing.alignment import Run
@@ -67,12 +67,8 @@ def permuted_among(wrong: Sequence[Comparison], comparisons: Sequence[Comparison
     Where that is shown of a module, it holds for modules whose names differ in numbers alone.
     """
     shown = [each for each in wrong if may_be_permuted(each, comparisons)]
-    patterns = {_without_numbers(each) for each in shown}
-    return [each for each in wrong if keeps_norm(each) and _without_numbers(each) in patterns]
-
-
-def _without_numbers(comparison: Comparison) -> tuple[str, str]:
-    return re.sub(r"\d+", "#", comparison.name), comparison.part
+    patterns = {(without_numbers(each.name), each.part) for each in shown}
+    return [each for each in wrong if keeps_norm(each) and (without_numbers(each.name), each.part) in patterns]
 
 
 def keeps_norm(comparison: Comparison) -> bool:

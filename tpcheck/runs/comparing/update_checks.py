@@ -100,7 +100,7 @@ def _explain_update(
         partial(stale_masters, context.around.actual_before, comparison.name, comparison.actual.label),
         partial(sees_one_shard, optimizer, comparison.actual),
         partial(replaced_state, context.comparer, context.step, context.around, comparison.name),
-        partial(_replicas_drifted, context, comparison),
+        partial(_replicas_drifted, comparison),
     ):
         found = test()
         if found is not None:
@@ -134,7 +134,7 @@ def _update_ratio(context: StepContext, comparison: Comparison) -> float | None:
     return share_of(worst.sketch - before[0], comparison.expected.sketch - before[1]) or None
 
 
-def _replicas_drifted(context: StepContext, comparison: Comparison) -> Explanation | None:
+def _replicas_drifted(comparison: Comparison) -> Explanation | None:
     """Some replicas are right and others are wrong, although their gradients agree."""
     allowed = comparison.allowed or 0.0
     right = [error <= allowed for error in comparison.errors]
@@ -171,7 +171,7 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
             tests: tuple[Callable[[], Explanation | None], ...] = (
                 partial(replaced_state, comparer, context.step, around, each.name),
                 partial(stale_masters, around.actual_after, each.name, each.actual.label),
-                partial(_replicas_drifted, context, each),
+                partial(_replicas_drifted, each),
             )
             explanation = next((found for test in tests if (found := test()) is not None), None)
         findings.append(finding_at(STATES, number, each, explanation, context.measured))
