@@ -239,7 +239,7 @@ class Guard(AbstractContextManager["Guard"]):
         )
         self._not_compared: dict[str, str] = dict.fromkeys(self._experts, "experts differ from rank to rank")
         before_call = self._root.register_forward_pre_hook(eager(self._before_call), with_kwargs=True, prepend=True)
-        self._handles = [
+        self._handles: list[Any] = [
             HiddenHooks([(self._root, before_call)]),
             register_optimizer_step_pre_hook(self._before_optimizer),
             register_optimizer_step_post_hook(self._after_optimizer),

@@ -180,7 +180,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         root, on_root = self._root, HiddenHooks()
         on_root.add(root, root.register_forward_pre_hook(eager(self._before_call), with_kwargs=True, prepend=True))
         on_root.add(root, root.register_forward_hook(eager(self._after_call), always_call=True))
-        handles = [
+        handles: list[Any] = [
             on_root,
             register_optimizer_step_pre_hook(self._before_optimizer),
             register_optimizer_step_post_hook(self._after_optimizer),

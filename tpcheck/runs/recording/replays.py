@@ -179,7 +179,7 @@ class Replays:
         kept = {} if current.before is None else current.before.attributes.replace_by_views()
         for path, tensor in (*named_tensors(output), *kept.items()):
             if tensor.requires_grad:
-                tensor.register_hook(self._keep_seed(current, path))  # type: ignore[no-untyped-call]
+                tensor.register_hook(self._keep_seed(current, path))
 
     def forget(self) -> None:
         """Forget the step that was measured last."""
