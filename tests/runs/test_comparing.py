@@ -761,6 +761,26 @@ def test_weights_that_one_rank_did_not_update_are_stale_there() -> None:
     assert (finding.cause, finding.where["ranks"], finding.evidence["first_of"]) == ("stale_weight", [1], 5)
 
 
+@pytest.mark.parametrize(("last_bits", "is_stale"), [(1, False), (1e6, True)])
+def test_a_step_of_the_last_bits_may_round_to_nothing_in_the_other_run(last_bits: float, is_stale: bool) -> None:
+    """As where the gradient of a bias of keys is its rounding."""
+
+    def stays(moves: float) -> Edit:
+        def edited(place: Place, local: torch.Tensor) -> torch.Tensor:
+            if (place.kind, place.name) != ("weight", NORM) or place.step < 0:
+                return local
+            weight = initial_weights()[NORM]
+            weight[0] *= 1 + moves * torch.finfo(weight.dtype).eps
+            return weight
+
+        return edited
+
+    report = compared(run(tp=2, edit=stays(0.0)), run(rounding=1.0, seed=5, edit=stays(last_bits)))
+    assert [finding.cause for finding in report.findings if finding.where.get("parameter") == NORM][:1] == (
+        ["stale_weight"] if is_stale else []
+    )
+
+
 def test_another_learning_rate_is_in_the_finding() -> None:
     finding = the_finding(compared(run(tp=2, rates=(0.101,) * 2)))
     assert (finding.check, finding.cause) == ("updates_match_reference", "options_differ")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
+import pickle
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +164,49 @@ def test_calls_of_a_copy_of_the_model_are_not_those_of_the_model(recorded: Any) 
 
 
 # ---- the loop is left as it is
+
+
+def test_a_loop_saves_and_copies_its_model(recorded: Any) -> None:
+    def saved(trained: nn.Module) -> None:
+        train(trained)
+        file = io.BytesIO()
+        torch.save(trained, file)
+        assert b"tpcheck" not in file.getvalue()
+        twin = pickle.loads(pickle.dumps(trained))
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in twin.modules())
+        assert torch.equal(twin(tokens(0)), trained(tokens(0)))
+
+    recorded(model(), loop=saved, replays=1)
+
+
+@pytest.mark.parametrize("replays", [0, 2])
+def test_what_modules_keep_in_attributes_is_the_loops(replays: int, recorded: Any) -> None:
+    """A replay finds it as the call did, and leaves it; a loss that is kept there has its gradient in replays, too."""
+
+    def loop(trained: nn.Module) -> None:
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        keeping: Any = trained.get_submodule("blocks.0.norm.1")
+        for step in range(3):
+            logits = trained(tokens(step))
+            (logits.square().mean() + keeping.last + sum(keeping.losses)).backward()
+            keeping.losses.clear()
+            trained.eval()
+            optimizer.step()
+            trained.train()
+            optimizer.zero_grad()
+
+    plain, watched = model(), model()
+    for each in (plain, watched):
+        each.blocks[0].norm = nn.Sequential(each.blocks[0].norm, KeepsLosses())
+    loop(plain)
+    trace = recorded(watched, loop=loop, replays=replays)
+    assert trace.not_recorded == {}
+    kept: Any = watched.blocks[0].norm
+    assert (kept[1].calls, kept[1].log, kept[1].losses) == (3, [1, 2, 3], [])
+    for expected, actual in zip(plain.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(actual, expected)
+    if replays:
+        assert all(0 < deviation(each) < 1e-12 for each in tensors(trace.steps[0], "gradient").values())
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpointing": True}, {"checkpointing": False}, {"dropout": 0.3}])
@@ -432,6 +478,55 @@ def test_replays_measure_how_far_rounding_moves_each_tensor(recorded: Any) -> No
     assert all(record.readings[0].deviation is None for record in recorded(model()).steps[-1].tensors)
 
 
+def test_each_optimizers_gradients_are_measured_alike(recorded: Any) -> None:
+    """Gradients that the first optimizer gets are a part of all: no factor by which they were clipped."""
+
+    def loop(trained: Any) -> None:
+        last = [*trained.head.parameters()]
+        others = [*trained.embedding.parameters(), *trained.blocks.parameters()]
+        optimizers = [torch.optim.SGD(each, lr=0.1) for each in (others[-1:], [*others[:-1], *last])]
+        trained(tokens(0)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def loop_of_one(trained: nn.Module) -> None:
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        trained(tokens(0)).square().mean().backward()
+        optimizer.step()
+
+    several, one = (
+        {
+            key: deviation(each)
+            for key, each in tensors(recorded(model(), loop=each, replays=1).steps[0], "gradient").items()
+        }
+        for each in (loop, loop_of_one)
+    )
+    assert several == one
+    assert min(one.values()) > 0
+
+
+def test_optimizers_that_step_in_the_backward_pass_are_measured(recorded: Any) -> None:
+    def loop(trained: nn.Module) -> None:
+        optimizers = {each: torch.optim.SGD([each], lr=0.1) for each in trained.parameters()}
+        for each, optimizer in optimizers.items():
+            each.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())  # type: ignore[no-untyped-call]
+        trained(tokens(0)).square().mean().backward()
+
+    trace = recorded(model(), loop=loop, replays=1)
+    assert trace.not_recorded == {}
+    for kind in ("output", "output_gradient", "gradient"):
+        assert all(deviation(each) > 0 for each in tensors(trace.steps[0], kind).values()), kind
+
+
+def test_states_of_another_shape_than_the_parameter_are_measured(recorded: Any) -> None:
+    trained = model()
+    optimizer = torch.optim.Adafactor(trained.parameters(), lr=0.1)
+    trace = recorded(trained, loop=lambda trained: train(trained, optimizer=optimizer), replays=1)
+    states = tensors(trace.steps[1], "state")
+    assert deviation(states["head.weight", "row_var"]) > 0
+    assert deviation(states["head.weight", "col_var"]) > 0
+
+
 def test_what_rounding_does_to_weights_adds_up_over_steps(recorded: Any) -> None:
     trace = recorded(model(), loop=lambda trained: train(trained, steps=6), replays=2)
     drift = [deviation(tensors(step, "weight")["head.weight", ""]) for step in trace.steps]
@@ -633,11 +728,10 @@ class Counts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
+        self.calls = count()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return hidden * (1 + 1e-3 * self.calls)
+        return hidden * (1 + 1e-3 * next(self.calls))
 
 
 class KeepsAnAverage(nn.Module):
@@ -648,6 +742,24 @@ class KeepsAnAverage(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         self.average += hidden.detach().abs().mean()
         return hidden + self.average
+
+
+class KeepsLosses(nn.Module):
+    """Depends on a counter and on its mode, and keeps losses beside what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.log: list[int] = []
+        self.losses: list[torch.Tensor] = []
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.log.append(self.calls)
+        hidden = hidden * (1 + 0.1 * self.calls) if self.training else hidden
+        self.last = hidden.square().mean()
+        self.losses.append(hidden.abs().mean())
+        return hidden
 
 
 class OwnNoise(nn.Module):
@@ -664,12 +776,12 @@ class AddsInAnyOrder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
+        self.calls = count()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
+        first = next(self.calls) % 3
         parts = [hidden * 0.1, hidden * 0.7, hidden * 0.3]
-        parts = parts[self.calls % 3 :] + parts[: self.calls % 3]
+        parts = parts[first:] + parts[:first]
         return (parts[0] + parts[1]) + parts[2]
 
 
@@ -705,6 +817,51 @@ def test_a_tensor_of_a_closure_that_changes_after_the_call_is_noticed(recorded: 
     assert trace.not_recorded[OTHER_PASSES].endswith("in step 1")
     measured = [step.tensors[0].readings[0].deviation is not None for step in trace.steps]
     assert measured == [True, False, True]
+
+
+def changes_the_weights(trained: nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> None:
+    """Sharpness-aware: the second pass is made at other weights than the step."""
+    for amount in (0.01, -0.01):
+        trained(batch).square().mean().backward()
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                parameter += amount
+    optimizer.step()
+
+
+def penalises_gradients(trained: nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> None:
+    weight = trained.get_parameter("head.weight")
+    (gradient,) = torch.autograd.grad(trained(batch).square().mean(), weight, create_graph=True)
+    gradient.square().sum().backward()
+    optimizer.step()
+
+
+def adds_a_loss_of_a_closure(trained: nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> None:
+    kept = []
+    handle = trained.get_submodule("blocks.0").register_forward_hook(lambda *args: kept.append(args[2].square().mean()))
+    (trained(batch).square().mean() + kept[0]).backward()
+    optimizer.step()
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (changes_the_weights, "depends on the weights, which the loop has changed between this call and the optimizer"),
+        (penalises_gradients, "is the gradient of a gradient"),
+        (adds_a_loss_of_a_closure, "gradients come back through something that neither the model returns"),
+    ],
+)
+def test_why_a_replay_is_not_the_recorded_pass(step: Any, reason: str, recorded: Any) -> None:
+    def loop(trained: nn.Module) -> None:
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        for number in range(2):
+            step(trained, optimizer, tokens(number))
+            optimizer.zero_grad()
+
+    said = recorded(model(), loop=loop, replays=1).not_recorded[OTHER_PASSES]
+    assert reason in said
+    assert said.endswith("in 2 steps, the first of which is 0")
 
 
 def test_sums_in_any_order_are_named_nondeterminism_and_are_part_of_what_is_measured(recorded: Any) -> None:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from tpcheck.batches.options import WatchArguments, WatchOptions, takes_watch_options
 from tpcheck.batches.provenance import LoaderObserver
 from tpcheck.batches.watcher import Watcher
 from tpcheck.core.cuda import is_capturing
 from tpcheck.core.errors import UsageError
+from tpcheck.core.module_hooks import HiddenHooks
 from tpcheck.runs.recording.passes import is_repeated_call
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class ModelWatch:
 
     def __init__(self, model: nn.Module, options: WatchOptions | None, loader: Any = None) -> None:
         self.watcher: Watcher | None = None
-        self._hook: RemovableHandle | None = None
+        self._hook: HiddenHooks | None = None
         self._observer: LoaderObserver | None = None
         if options is None:
             return
@@ -66,7 +66,8 @@ class ModelWatch:
         self._forward_signature = inspect.signature(inner.forward)
         self._observer = LoaderObserver(loader) if loader is not None else None
         # The first hook: DeepSpeed's own check ends the run at the first batch, and does not report what differs.
-        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
+        hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
+        self._hook = HiddenHooks([(model, hook)])
 
     def remove(self) -> None:
         """Remove the hook, and tell ranks that go on that this one has left."""

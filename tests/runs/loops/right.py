@@ -133,6 +133,11 @@ BY_HAND = (
         "two shards against the same two", Training, TP2, expected_topology=TP2, replays=0, agreement=0.0, **momentum
     ),
     right("replicas of shards against shards", Training, TP2_DP2, expected_topology=TP2, accumulate=2),
+    right("losses and counters in attributes of modules", by_hand.LossesInAttributes, steps=3, accumulate=2),
+    right("optimizers that step in the backward pass", by_hand.StepsInBackward, steps=3),
+    right(
+        "Adafactor over replicas", Training, DP2, steps=3, optimizer="Adafactor", dtype=torch.float32, agreement=1e-4
+    ),
     right("nn.Sequential without ranks", by_hand.SequentialModel, ALONE, replays=0, agreement=0.0),
 )
 

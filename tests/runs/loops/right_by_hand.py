@@ -216,6 +216,53 @@ class FirstStepsUnrecorded(Training):
         return super().recorded_optimizer()
 
 
+class StepsInBackward(Training):
+    """An optimizer for each parameter, which steps as soon as its gradient is there."""
+
+    def make_optimizers(self) -> list[torch.optim.Optimizer]:
+        made = {each: self.make_optimizer([each]) for each in self.model.parameters()}
+        for each, optimizer in made.items():
+            each.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: step_and_clear(optimizer))
+        return [*made.values()]
+
+    def update(self, step: int) -> None:
+        """The hooks have."""
+
+
+def step_and_clear(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class KeepsPenalty(nn.Module):
+    """Returns what it is given; counts its calls, and keeps a loss of each until the loop takes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.penalties: list[torch.Tensor] = []
+
+    def forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.penalties.append(hidden_BLD.square().mean() * self.calls)
+        return hidden_BLD
+
+
+class LossesInAttributes(Training):
+    """Adds to its loss what modules keep in attributes, as auxiliary losses of routers are kept."""
+
+    def start(self) -> None:
+        for block in self.model.blocks:
+            block.dropout = KeepsPenalty()
+
+    def loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss = super().loss(tokens, labels)
+        for block in self.model.blocks:
+            loss = loss + 0.1 * sum(block.dropout.penalties)
+            block.dropout.penalties.clear()
+        return loss
+
+
 class SequentialModel(Training):
     """An nn.Sequential without ranks, trained with two backward passes a step."""
 

@@ -610,7 +610,10 @@ class _RunsComparison:
     def _why_not_measured(self) -> str:
         """Return what a recording with replays says of why they measured nothing; empty where there were none."""
         ranks = [*self.actual.ranks.values(), *self.expected.ranks.values()]
-        reasons = [why for each in ranks for name, why in each.not_recorded.items() if name.startswith("replays")]
+        said = [each for rank in ranks for each in rank.not_recorded.items()]
+        reasons = [why for name, why in said if name.startswith(("replays", "updates"))]
+        if not reasons and any(rank.replays for rank in ranks):
+            return "Replays have measured what rounding may do to other tensors alone"
         return reasons[0] if reasons else ""
 
     def _run_to_measure(self) -> str:
@@ -715,7 +718,9 @@ def _without_measure(comparisons: Sequence[Comparison], which: str, why: str = "
         why: Why replays that were made have measured nothing.
     """
     text = (
-        f"{why or 'Nothing measured what rounding may do'}: record {which} again with replays, as in "
+        f"{why}. What was not measured is listed as errors, not findings."
+        if why
+        else f"Nothing measured what rounding may do: record {which} again with replays, as in "
         "tpcheck.record(model, path, replays=2). Until then these are errors, not findings."
     )
     added = added_errors(comparisons)

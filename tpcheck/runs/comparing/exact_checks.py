@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.findings import Finding
+from tpcheck.numerics.sketch import distance
 from tpcheck.runs.comparing.alignment import AlignedStep, Run, begins_with, pass_samples
 from tpcheck.runs.comparing.comparisons import Comparer, Key, Table, label_of
 from tpcheck.runs.comparing.run_findings import BATCHES, GROUPS, REPLICAS, UPDATES, Answer, exact_finding, stale
 from tpcheck.runs.trace.records import StepRecord, TensorRecord
+from tpcheck.runs.trace.wholes import epsilon
 
 # Options that choose how a step is computed, not what it is.
 _IMPLEMENTATION = {"foreach", "fused", "capturable", "differentiable", "params", "initial_lr", "name", "param_names"}
@@ -216,6 +219,7 @@ def _trained(comparer: Comparer, actual: Mapping[int, StepRecord], expected: Map
     return list(names)
 
 
+_LAST_BITS = 2  # in units of epsilon: the sketch of a large float32 tensor is itself rounded by half of one
 _ROUND_STEPS_AWAY = ("float16", "bfloat16")  # a small step may round to nothing in all elements of a norm
 
 
@@ -256,13 +260,25 @@ def weights_moved(step: int, tables: BeforeAndAfter, actual: Table) -> Answer:
 
 
 def _is_moved(before: Mapping[int, TensorRecord], after: Mapping[int, TensorRecord]) -> bool:
-    """Return whether the weights changed on every rank, by more than the last bits of a few elements."""
+    """Return whether the weights changed on every rank, by more than the last bits of their elements."""
     for rank, record in after.items():
         if rank not in before or before[rank].digest == record.digest:
             return False
-        if record.dtype in _ROUND_STEPS_AWAY:
+        if record.dtype in _ROUND_STEPS_AWAY or _is_rounding(before[rank], record):
             return False
     return True
+
+
+def _is_rounding(before: TensorRecord, after: TensorRecord) -> bool:
+    """Return whether a weight moved by its last bits alone: in the other run such a step may round to nothing.
+
+    A bias of keys has no gradient but its rounding, of which SGD makes steps as small.
+    """
+    for first, then in zip(before.readings[:1], after.readings[:1], strict=False):
+        if first.label == then.label and first.piece == then.piece:
+            last_bits = _LAST_BITS * epsilon(after.dtype) * sqrt(max(then.sketch.sum_squares, 0.0))
+            return distance(then.sketch, first.sketch) <= last_bits
+    return False
 
 
 def _has_gradient(gradients: Mapping[int, TensorRecord], weights: Mapping[int, TensorRecord], rank: int) -> bool:

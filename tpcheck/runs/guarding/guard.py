@@ -25,6 +25,7 @@ from tpcheck.core.digests import start_digests
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import Mismatch, RankFailure, RankOutcome, UsageError
 from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict, with_nodes
+from tpcheck.core.module_hooks import HiddenHooks
 from tpcheck.core.notices import NO_TP, say
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.optimizer_view import OptimizerView, Part
@@ -237,8 +238,9 @@ class Guard(AbstractContextManager["Guard"]):
             for name, _ in module.named_parameters(recurse=False)
         )
         self._not_compared: dict[str, str] = dict.fromkeys(self._experts, "experts differ from rank to rank")
-        self._handles = [
-            self._root.register_forward_pre_hook(eager(self._before_call), with_kwargs=True, prepend=True),
+        before_call = self._root.register_forward_pre_hook(eager(self._before_call), with_kwargs=True, prepend=True)
+        self._handles: list[Any] = [
+            HiddenHooks([(self._root, before_call)]),
             register_optimizer_step_pre_hook(self._before_optimizer),
             register_optimizer_step_post_hook(self._after_optimizer),
         ]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tpcheck.core.digests import digest
+from tpcheck.core.module_hooks import HiddenHooks
 from tpcheck.numerics.optimizers.names import unwrapped_name
 from tpcheck.numerics.recorder import eager
 from tpcheck.numerics.tensors import named_tensors
@@ -44,7 +45,7 @@ class FirstOutputs:
 
     def __init__(self, root: nn.Module, names: Collection[str]) -> None:
         self.seen: dict[str, SeenOutput] = {}
-        self._handles: list[Any] = []
+        self._handles = HiddenHooks()
         is_compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in root.modules())
         for path, module in root.named_modules():
             vectors = {
@@ -55,12 +56,10 @@ class FirstOutputs:
             num_matrices = sum(parameter.dim() > 1 for parameter in module.parameters())
             if unknown and num_matrices <= 1 and not is_compiled:  # a hook would make compiled code be compiled again
                 handle = module.register_forward_hook(eager(self._after(unknown, is_alone=not num_matrices)))
-                self._handles.append(handle)
+                self._handles.add(module, handle)
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._handles.remove()
 
     def _after(self, vectors: Mapping[str, int], *, is_alone: bool) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

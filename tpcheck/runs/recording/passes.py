@@ -16,6 +16,7 @@ from torch import nn
 
 from tpcheck.core.cuda import uses_cuda
 from tpcheck.core.digests import BlockDigest, digest, start_digests
+from tpcheck.core.module_hooks import HiddenHooks
 from tpcheck.numerics.recorder import eager
 from tpcheck.numerics.sketch import GlobalIndex, PendingSketch, fetch_sketches, start_sketch
 from tpcheck.numerics.tensors import map_tensors, named_tensors
@@ -29,6 +30,8 @@ Key = tuple[Kind, str, str, int]  # kind, name, part, call: as `TensorRecord.key
 _HEAD = 1024  # elements whose digest says whether a tensor may be known
 
 _is_repeating: ContextVar[bool] = ContextVar("is_repeating", default=False)
+_NO_BACKWARD = -1  # autograd's number of a backward pass where there is none
+_backward_around: ContextVar[int] = ContextVar("backward_around", default=_NO_BACKWARD)
 
 
 @dataclass(slots=True)
@@ -204,6 +207,7 @@ class Pass:
         tensors: What was computed, by key.
         loss: The loss that the model returned, still on its device.
         has_backward: Whether a backward pass has reached any output.
+        has_second_derivatives: Whether one of them makes a graph of its own, to be differentiated again.
         calls: Number of calls of each module.
         unmatched: For modules whose outputs had no autograd graph: calls that a recomputation may still follow.
         from_indices: Leaf modules that were called with indices: their outputs lie as the model's arguments do.
@@ -228,6 +232,7 @@ class Pass:
     tensors: dict[Key, PendingTensor] = field(default_factory=dict)
     loss: torch.Tensor | None = None
     has_backward: bool = False
+    has_second_derivatives: bool = False
     calls: Counter[str] = field(default_factory=Counter)
     open_calls: dict[str, list[int]] = field(default_factory=dict)
     unmatched: dict[str, list[int]] = field(default_factory=dict)
@@ -393,8 +398,8 @@ class ModuleHooks:
     """Hooks on the modules of a model, which pass what they return, and its gradient, to the current pass.
 
     The model itself has none: whoever calls it hands its output over, which has to be seen after all other hooks. What
-    a module returns is not replaced and not copied. Copies of the model (an average of its weights) have the hooks as
-    well, which do nothing there. Under activation checkpointing, the first computation gives the outputs; where that
+    a module returns is not replaced and not copied. Copies of the model (an average of its weights) have no hooks, or
+    ones that do nothing there. Under activation checkpointing, the first computation gives the outputs; where that
     had no autograd graph, the recomputation gives the gradients.
     """
 
@@ -409,19 +414,17 @@ class ModuleHooks:
         self._current = current
         self._live = live
         self._is_full = is_full
-        self._handles: list[Any] = []
+        self._handles = HiddenHooks()
         self._records_root = "" in names.values()
         for module, name in names.items():
             if not name:
                 continue
             before, after = (eager(hook) for hook in (self._before(module, name), self._after(module, name)))
-            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(after))
+            self._handles.add(module, module.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.add(module, module.register_forward_hook(after))
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._handles.remove()
 
     def _before(self, hooked: nn.Module, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -498,6 +501,7 @@ class ModuleHooks:
 
         def hook(gradient: torch.Tensor | None) -> None:
             owner.has_backward = True
+            owner.has_second_derivatives |= torch.is_grad_enabled()
             if gradient is not None and owner in self._live():  # compiled code sends none where nothing comes back
                 owner.add(key, gradient.detach(), is_full=self._is_full)
 
@@ -513,18 +517,22 @@ def _is_called_with_indices(module: nn.Module, args: tuple[Any, ...]) -> bool:
 
 
 def is_in_backward() -> bool:
-    """Return whether autograd is running on this thread, so that a forward pass is a recomputation."""
-    return torch._C._current_graph_task_id() != -1
+    """Return whether autograd is running on this thread, so that a forward pass is a recomputation.
+
+    Not a replay: where the optimizer steps in a hook of a backward pass, it is made inside of that.
+    """
+    return torch._C._current_graph_task_id() not in (_NO_BACKWARD, _backward_around.get())
 
 
 @contextmanager
 def repeating_calls() -> Iterator[None]:
     """Mark the calls of the model inside as replays, which the loop has not made."""
-    token = _is_repeating.set(True)
+    token, around = _is_repeating.set(True), _backward_around.set(torch._C._current_graph_task_id())
     try:
         yield
     finally:
         _is_repeating.reset(token)
+        _backward_around.reset(around)
 
 
 def is_repeated_call() -> bool:

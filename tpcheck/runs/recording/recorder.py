@@ -24,6 +24,7 @@ from tpcheck.core.cuda import is_capturing
 from tpcheck.core.digests import digest, start_digests
 from tpcheck.core.environment import package_versions
 from tpcheck.core.errors import UsageError
+from tpcheck.core.module_hooks import HiddenHooks
 from tpcheck.core.notices import NO_TP
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.optimizer_view import OptimizerView, ParameterGroup, Part
@@ -176,9 +177,11 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._writer = TraceWriter(self._path, self._header(), run_id=starts[0].run)
         _recorded.update(modules)
         self._stack.callback(_recorded.difference_update, modules)
-        handles = [
-            self._root.register_forward_pre_hook(eager(self._before_call), with_kwargs=True, prepend=True),
-            self._root.register_forward_hook(eager(self._after_call), always_call=True),
+        root, on_root = self._root, HiddenHooks()
+        on_root.add(root, root.register_forward_pre_hook(eager(self._before_call), with_kwargs=True, prepend=True))
+        on_root.add(root, root.register_forward_hook(eager(self._after_call), always_call=True))
+        handles: list[Any] = [
+            on_root,
             register_optimizer_step_pre_hook(self._before_optimizer),
             register_optimizer_step_post_hook(self._after_optimizer),
         ]

@@ -21,6 +21,7 @@ from tpcheck.numerics.perturb import KeyedPerturbation, perturbed_leaves
 from tpcheck.numerics.sketch import Sketch, distance, fetch_sketches
 from tpcheck.numerics.tensors import named_tensors
 from tpcheck.numerics.tolerance import SAFETY_FACTOR
+from tpcheck.runs.recording.attributes import Attributes
 from tpcheck.runs.recording.passes import (
     Key,
     ModuleHooks,
@@ -78,18 +79,38 @@ class OtherBits:
 
 @dataclass(frozen=True, slots=True)
 class BeforeCall:
-    """What a call of the model depends on beside its arguments and weights."""
+    """What a call of the model depends on beside its arguments and weights.
+
+    Attributes:
+        attributes: Of its modules, which may count calls, or be in evaluation mode when the call is repeated.
+        versions: Of its weights: they count changes in place.
+    """
 
     random_state: torch.Tensor
     cuda_state: torch.Tensor | None
     autocast: tuple[tuple[str, torch.dtype], ...]
+    attributes: Attributes
+    versions: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class OtherPasses:
+    """Steps whose replays were not the recorded passes.
+
+    Attributes:
+        reason: Why, in the first of them.
+        steps: Their numbers.
+    """
+
+    reason: str = ""
+    steps: frozenset[int] = frozenset()
 
 
 class Replays:
     """Repeats the passes of a step before the optimizer's step, and the step itself on copies.
 
-    Gradients, buffers, generators and weights are as before afterwards. Ranks of a TP group, and those that hold slices
-    of the same samples, repeat together: one that does not come is waited for once.
+    Gradients, buffers, generators, weights and what modules keep in attributes are as before afterwards. Ranks of a TP
+    group, and those that hold slices of the same samples, repeat together: one that does not come is waited for once.
 
     Attributes:
         number: How many perturbed replays.
@@ -125,8 +146,7 @@ class Replays:
         self._last_step = -1
         self._factor_rounding = 0.0
         self._last_moves: dict[Key, float] = {}
-        self._other_passes: list[int] = []
-        self._first_other: OtherBits | None = None
+        self._other_passes = OtherPasses()
         # FSDP2 gathers parameters in its hooks, and reduces gradients as they are accumulated. After a forward pass the
         # root has its gathered ones in place of the sharded ones, whose gradients are the loop's.
         self._accumulates = any(hasattr(module, "_get_fsdp_state") for module in model.modules())
@@ -143,13 +163,23 @@ class Replays:
             return None
         devices = ["cpu", *(["cuda"] if uses_cuda() else [])]
         autocast = tuple((each, torch.get_autocast_dtype(each)) for each in devices if torch.is_autocast_enabled(each))
-        return BeforeCall(torch.get_rng_state(), torch.cuda.get_rng_state() if uses_cuda() else None, autocast)
+        return BeforeCall(
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state() if uses_cuda() else None,
+            autocast,
+            Attributes.of(self._model),
+            self._versions(),
+        )
+
+    def _versions(self) -> list[int]:
+        return [local_values(parameter)._version for parameter in self._model.parameters()]
 
     def watch_seeds(self, current: Pass, output: Any) -> None:
-        """Keep the gradients that reach the model's outputs from outside."""
-        for path, tensor in named_tensors(output):
+        """Keep the gradients that reach the model's outputs from outside, and what its modules keep of the call."""
+        kept = {} if current.before is None else current.before.attributes.replace_by_views()
+        for path, tensor in (*named_tensors(output), *kept.items()):
             if tensor.requires_grad:
-                tensor.register_hook(self._keep_seed(current, path))  # type: ignore[no-untyped-call]
+                tensor.register_hook(self._keep_seed(current, path))
 
     def forget(self) -> None:
         """Forget the step that was measured last."""
@@ -188,7 +218,7 @@ class Replays:
                 key: [max(moved, gaps.get(key, 0.0)) for moved in of_places] for key, of_places in deviations.items()
             }
         else:
-            self._note_other_passes(step, different[0])
+            self._note_other_passes(step, different[0], passes)
 
     # ---- whether a replay is the recorded pass
 
@@ -230,19 +260,32 @@ class Replays:
             f"(relative difference {_relative(first):.1e}); that is part of what is allowed",
         )
 
-    def _note_other_passes(self, step: int, first: OtherBits) -> None:
-        self._other_passes.append(step)
-        number = len(self._other_passes)
-        which = f"step {step}" if number == 1 else f"{number} steps, the first of which is {self._other_passes[0]}"
-        if number == 1:
-            self._first_other = first
-        first = self._first_other or first
-        self.not_measured["replays that are not the recorded pass"] = (
+    def _note_other_passes(self, step: int, first: OtherBits, passes: Sequence[Pass]) -> None:
+        reason = self._other_passes.reason or (
             f"{first.label}: a replay with the same arguments, weights and states of torch's generators gives another "
-            f"(relative difference {_relative(first):.1e}), so it depends on something that has changed since (a "
-            "buffer, a counter, random numbers that are not torch's, a tensor that a closure holds), and nothing "
-            f"measured what rounding may do in {which}"
+            f"(relative difference {_relative(first):.1e}), so {self._why_others(first, passes)}"
         )
+        self._other_passes = OtherPasses(reason, self._other_passes.steps | {step})
+        number = len(self._other_passes.steps)
+        which = (
+            f"step {step}" if number == 1 else f"{number} steps, the first of which is {min(self._other_passes.steps)}"
+        )
+        self.not_measured["replays that are not the recorded pass"] = (
+            f"{reason}, and nothing measured what rounding may do in {which}"
+        )
+
+    def _why_others(self, first: OtherBits, passes: Sequence[Pass]) -> str:
+        if any(each.before is not None and each.before.versions != self._versions() for each in passes):
+            return "it depends on the weights, which the loop has changed between this call and the optimizer's step"
+        if any(each.has_second_derivatives for each in passes):
+            return "it is the gradient of a gradient (create_graph), which replays do not take"
+        changed = "a buffer, a counter, random numbers that are not torch's, a tensor that a closure holds"
+        if first.key[0] == "output_gradient":
+            return (
+                "gradients come back through something that neither the model returns nor a module keeps in an "
+                f"attribute, or it depends on something that has changed since ({changed})"
+            )
+        return f"it depends on something that has changed since ({changed})"
 
     @staticmethod
     def _keep_seed(current: Pass, path: str) -> Any:
@@ -302,6 +345,7 @@ class Replays:
         current: list[Pass | None] = [None]
         sums: dict[str, torch.Tensor] = {}
         with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())  # off where the optimizer steps in a backward pass
             stack.enter_context(self._state_put_back())
             stack.enter_context(self._twins_in_place())
             if number:
@@ -318,7 +362,8 @@ class Replays:
                 output = self._call(recorded)
                 hooks.add_root_output(again, output)
                 current[0] = None
-                results = {path: tensor for path, tensor in named_tensors(output) if path in recorded.seeds}
+                given = {**dict(named_tensors(output)), **recorded.before.attributes.new_tensors()}
+                results = {path: tensor for path, tensor in given.items() if path in recorded.seeds}
                 seeds = recorded.seeds
                 if number:
                     seeds = {
@@ -345,6 +390,7 @@ class Replays:
             stack.enter_context(torch.enable_grad())
             for device, dtype in before.autocast:
                 stack.enter_context(torch.autocast(device, dtype))
+            before.attributes.put_back()
             return self._model(*recorded.args, **recorded.kwargs)
 
     @staticmethod
@@ -440,8 +486,9 @@ class Replays:
 
     def _scale(self, unperturbed: Mapping[Key, Sequence[Sketch]], gradients: Sequence[PendingTensor]) -> float:
         """Return by what factor clipping, unscaling and means scale gradients, from the norms before and after."""
-        before = sum(sketches[0].sum_squares for key, sketches in unperturbed.items() if key[0] == "gradient")
-        sketches = fetch_sketches([tensor.sketches[0] for tensor in gradients if tensor.sketches])
+        given = [tensor for tensor in gradients if tensor.sketches and tensor.key in unperturbed]
+        sketches = fetch_sketches([tensor.sketches[0] for tensor in given])
+        before = sum(unperturbed[tensor.key][0].sum_squares for tensor in given)
         after = sum(sketch.sum_squares for sketch in sketches)
         return sqrt(after / before) if before else 1.0
 
@@ -537,9 +584,11 @@ class Replays:
         cuda_states = torch.cuda.get_rng_state_all() if uses_cuda() else []
         buffers = [(module, name, each, each.detach().clone()) for module in self._model.modules()
                    for name, each in module._buffers.items() if each is not None]  # fmt: skip
+        attributes = Attributes.of(self._model)
         try:
             yield
         finally:
+            attributes.put_back()
             with torch.no_grad():
                 for module, name, buffer, value in buffers:
                     buffer.copy_(value)

@@ -102,8 +102,10 @@ def _step_copy(
             given += noise(given, gradient_noise[name], generator, like_nonzero=True)
         for key, value in state.items():
             amount = state_noise.get(("state", name, key, 0), (0.0,))[0]
-            if amount and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                of_part = _flat(value)[at].view(shapes[name])
+            where = _where_in_state(value, at, parameter, parts)
+            if amount and where is not None:
+                of_part = _flat(value)[where]
+                of_part = of_part.view(shapes[name] if value.shape == parameter.shape else value.shape)
                 is_positive = bool((of_part >= 0).all())
                 of_part += noise(of_part, amount, generator, like_nonzero=True)
                 if is_positive:
@@ -119,9 +121,23 @@ def _step_copy(
     for name, at in slices.items():
         result[("weight", name, "", 0)] = _flat(twin.detach())[at]
         for key, value in clone.state[twin].items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                result[("state", name, key, 0)] = _flat(value.detach())[at]
+            where = _where_in_state(value, at, parameter, parts)
+            if where is not None:
+                result[("state", name, key, 0)] = _flat(value.detach())[where]
     return result
+
+
+def _where_in_state(value: Any, at: slice, parameter: torch.Tensor, parts: Sequence[Part]) -> slice | None:
+    """Return where a state is that of one part; None where it is no tensor of its elements, or of more than this part.
+
+    Adafactor keeps sums over rows and columns: of a parameter of its own, those are its state.
+    """
+    if not (isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim()):
+        return None
+    if value.shape == parameter.shape:
+        return at
+    is_alone = len(parts) == 1 and at == slice(0, local_values(parameter).numel())
+    return slice(None) if is_alone and not hasattr(value, "placements") else None
 
 
 def noise(tensor: torch.Tensor, norm: float, generator: torch.Generator, *, like_nonzero: bool = False) -> torch.Tensor:
