@@ -87,7 +87,6 @@ def test_results_replace_results_and_no_other_file(tmp_path: Path) -> None:
         writable("json", path)
 
 
-
 def test_a_name_that_ends_in_json_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("lora.json").write_text('{"r": 4}')

@@ -235,7 +235,7 @@ _IDLE_RANK = 6 * 1024**2  # bytes of its own, after one all-reduce; what torch a
 
 
 def _require_memory(topology: Topology) -> None:
-    """Raise UsageError where this machine cannot hold so many processes: forking them takes its memory from all others."""
+    """Raise UsageError where this machine cannot hold so many processes: forked, they take all others' memory."""
     needed, free = topology.world_size * _IDLE_RANK / GIB, free_memory() / GIB
     if needed > free:
         raise UsageError(
@@ -244,7 +244,6 @@ def _require_memory(topology: Topology) -> None:
             f"fewer ranks: {topology.world_size:,} processes on one machine need more than {needed:,.0f} GiB, and "
             f"{free:.0f} GiB are free",
         )
-
 
 
 def start_early(device: str | None = None) -> None:

@@ -289,7 +289,7 @@ def moved_slices(context: Context) -> Explanation | None:
             order = rotary_order(*digests)
             if order is not None:
                 return Explanation(Cause.ROTARY_LAYOUT, evidence={"dim": dim, **order.evidence()})
-        is_of_stack = dim < len(context.expected.shape) - 2  # slices are matrices, as of experts: none has blocks of others
+        is_of_stack = dim < len(context.expected.shape) - 2  # slices are whole matrices, as of experts, and no blocks
         slices = Slices(
             runs=find_runs(actual, expected),
             num_actual=len(actual),
