@@ -76,6 +76,17 @@ def test_a_folder_without_write_access_is_bad_usage_before_the_run() -> None:
         writable("json", Path("/proc/x.json"))
 
 
+def test_results_replace_results_and_no_other_file(tmp_path: Path) -> None:
+    """As where --json is written for --config."""
+    path = tmp_path / "ds_config.json"
+    for held in ("", '{"schema": 1, "verdict": "passed"}', '{\n"schema": 1,\n'):
+        path.write_text(held)
+        assert writable("json", path) == path
+    path.write_text('{"bf16": {"enabled": true}}')
+    with pytest.raises(UsageError, match="expected a new file, or one that tpcheck has written"):
+        writable("json", path)
+
+
 def test_a_name_that_ends_in_json_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("lora.json").write_text('{"r": 4}')

@@ -88,6 +88,12 @@ def test_advice_is_a_sentence(cause: Cause) -> None:
     assert advice is None or (advice.endswith(".") and "{" not in advice)
 
 
+def test_advice_on_an_order_says_whether_the_seeds_or_the_epochs_differ() -> None:
+    advise, topology = Cause.SAME_ORDER_DIFFERENT_SEED.advise, Topology(tp=2)
+    assert "their seeds are equal" in str(advise({"sampler": "DistributedSampler", "epoch": [0, 1]}, topology))
+    assert "one seed on all ranks" in str(advise({"sampler_seed": [3, 4], "epoch": [0, 1]}, topology))
+
+
 def test_advice_on_files_is_no_advice_on_a_training() -> None:
     for cause in (Cause.SHARD_MISSING, Cause.DUPLICATE_REDUCE, Cause.REPLICA_DRIFT, Cause.TENSOR_MISSING):
         assert cause.advise() is not None

@@ -114,6 +114,19 @@ def test_a_norm_that_two_mistakes_give_has_no_cause_and_names_both() -> None:
     assert [each.partition(":")[0] for each in matches.could_be] == [SUM.slug, Cause.NORM_BEFORE_UNSCALING.slug]
 
 
+def test_a_step_alone_that_is_half_as_long_may_have_been_clipped_to_half_the_norm() -> None:
+    """As where the norm that is reported is right: nothing else tells a multiple of the norm from another limit."""
+    twice = explained(*(NORMS.whole * 2,) * 2, shown_by_step=True)
+    assert (twice.explanation, len(twice.could_be)) == (None, 2)
+    assert twice.could_be[1] == "clipped to 0.5, not to 1"
+    scaled = explained(*(NORMS.whole * 4096,) * 2, scales={"the loss scale": 4096.0}, shown_by_step=True).explanation
+    assert scaled is not None
+    assert scaled.cause is Cause.NORM_BEFORE_UNSCALING
+    local = explained(*NORMS.of_ranks, shown_by_step=True).explanation
+    assert local is not None
+    assert local.cause is Cause.NORM_IS_LOCAL
+
+
 # ---- what is left out
 
 

@@ -209,6 +209,11 @@ def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> N
         spawn(Topology(tp=2), **options)
 
 
+def test_more_ranks_than_memory_holds_are_refused_before_one_is_forked() -> None:
+    with pytest.raises(UsageError, match=r"fewer ranks: 10,000,000 processes on one machine need more than [\d,]+ GiB"):
+        spawn(Topology(tp=10_000_000))
+
+
 def test_a_preloaded_module_that_fails_to_import_is_named() -> None:
     world = spawn(Topology(tp=1), preload=["json.nosuchmod"])
     with pytest.raises(UsageError, match=r"preload='json\.nosuchmod': expected modules that can be imported \(Module"):

@@ -80,12 +80,27 @@ def _read(name: str, source: str) -> str:
         raise UsageError(name, source, f"a JSON object or a file that holds one ({reason})") from error
 
 
+_HEAD = 64  # bytes of a file of results, of which `schema` is the first key
+
+
+def _is_of_others(path: Path) -> bool:
+    """Return whether a file holds other JSON than results, as a configuration does whose option was mistaken."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:
+        return False  # opening it to write says why
+    return head.strip() != b"" and b'"schema"' not in head
+
+
 def writable(name: str, path: Path | None) -> Path | None:
     """Return the path after a check, before a long run, that a file can be written there."""
     if path is None:
         return None
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UsageError(name, str(path), "a file in a folder that exists")
+    if name == "json" and path.is_file() and _is_of_others(path):
+        raise UsageError(name, str(path), "a new file, or one that tpcheck has written: this one holds something else")
     try:
         if is_special(path):
             path.open("w").close()

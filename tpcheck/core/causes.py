@@ -59,6 +59,15 @@ def _assign_by_dp_rank(evidence: Mapping[str, Any], topology: Topology) -> str:
     return f"Build the sampler with num_replicas={topology.dp}, rank=dp_rank, and one seed on all replicas."
 
 
+def _shuffle_alike(evidence: Mapping[str, Any], topology: Topology) -> str:
+    if "epoch" in evidence and not {"sampler_seed", "generator_seed", "drawn_from"} & evidence.keys():
+        return "Call the sampler's `set_epoch` with the same number on all ranks: their seeds are equal."
+    return (
+        "Give the sampler one seed on all ranks: `RandomSampler(dataset, "
+        "generator=torch.Generator().manual_seed(seed))`, and the same `set_epoch` on all."
+    )
+
+
 def _shard_by_dp_rank(evidence: Mapping[str, Any], topology: Topology) -> str:
     if evidence.get("iterable") is True:
         return (
@@ -610,10 +619,9 @@ class Cause(Enum):
     )
     SAME_ORDER_DIFFERENT_SEED = (
         "same_order_different_seed",
-        "each rank shuffled with a different seed",
+        "each rank shuffled with a different seed or epoch",
         "batches",
-        "Give the sampler one seed on all ranks: `RandomSampler(dataset, "
-        "generator=torch.Generator().manual_seed(seed))`, and the same `set_epoch` on all.",
+        _shuffle_alike,
     )
     PADDING_DIFFERS = (
         "padding_differs",

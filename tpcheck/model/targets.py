@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpcheck.core.errors import UsageError
 from tpcheck.core.guides import Guide
+from tpcheck.core.memory import GIB, free_memory
 from tpcheck.model.options import RunOptions
 from tpcheck.model.user_code import CUSTOM, UserFunction, is_user_code
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")  # settings of how a model is built
 _HEADS = ("causal", "seq2seq", "masked", "multimodal")  # of `families.build`, which imports less without them
 _COPIES = 4  # of all parameters that a rank holds at least: the reference, its first state, its gradients, moments
-_GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def resolve(name: str, options: RunOptions) -> Target:
 
 def _is_folder_beside(name: str) -> bool:
     """Return whether a bare name is that of a folder here, and of no family."""
-    if not (Path(name) / "config.json").is_file():
+    if not Path(name).is_dir():
         return False
     from tpcheck.families.build import is_type
 
@@ -131,8 +131,7 @@ def _require_memory(model: FolderModel, options: RunOptions) -> None:
     of_dtype = getattr(torch, options.dtype, None)
     size = of_dtype.itemsize if isinstance(of_dtype, torch.dtype) else 8
     world = options.topology.world_size
-    needed = number * size * _COPIES * world / _GIB
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GIB
+    needed, free = number * size * _COPIES * world / GIB, free_memory() / GIB
     if torch.cuda.device_count() < world and needed > free:
         raise UsageError(
             "full",

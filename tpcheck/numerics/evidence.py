@@ -475,7 +475,8 @@ class NormFacts:
     @property
     def of_implied(self) -> ObservedNorm:
         """The norm that the step on this parameter was clipped by, as one to be explained."""
-        return self._observed(self.implied, noise=FITTED_RELATIVE_ERROR, least=self.clipping.max_norm)
+        of_step = self._observed(self.implied, noise=FITTED_RELATIVE_ERROR, least=self.clipping.max_norm)
+        return replace(of_step, shown_by_step=not self.of_reported.is_wrong)
 
     def _observed(self, used: tuple[float, ...], *, noise: float, least: float = 0.0) -> ObservedNorm:
         return ObservedNorm(used, self.expected, noise, self.tolerance, least, self.scales, self.clipping)

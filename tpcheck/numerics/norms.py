@@ -25,6 +25,7 @@ from tpcheck.numerics.tolerance import (
     WINDOW_OF_CHANCE,
 )
 
+LOSS_SCALE = "the loss scale"
 NORM_CAUSES = frozenset(
     cause.slug
     for cause in (
@@ -137,6 +138,7 @@ class ObservedNorm:
         scales: Numbers by which gradients are multiplied before they are unscaled, by what they are.
         clipping: How the step was clipped.
         unit: By how much larger gradients were when the norm was taken; 0 where that is unknown.
+        shown_by_step: Whether the step alone shows it: the norm that is reported is right, or none is.
     """
 
     used: tuple[float, ...]
@@ -147,6 +149,7 @@ class ObservedNorm:
     scales: Mapping[str, float] = field(default_factory=dict)
     clipping: Clipping = NO_CLIPPING
     unit: float = 1.0
+    shown_by_step: bool = False
 
     @property
     def is_wrong(self) -> bool:
@@ -187,11 +190,14 @@ class Mistake:
         cause: Its name.
         predicted: The norm on each rank, by tp_rank.
         evidence: Which parameters, ranks, order or factor it is about, by name, JSON-able.
+        times: By what it multiplies the right norm, where that is a number of ranks, replicas or micro-batches: a step
+            that was clipped to another largest norm looks the same. 0 for any other mistake.
     """
 
     cause: Cause
     predicted: tuple[float, ...]
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    times: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +229,7 @@ def explain_norm(observed: ObservedNorm, norms: GradientNorms, *, search: bool =
             and (error := observed.explained_error(mistake.predicted, observed.tolerance)) is not None
         ]
         if found:
-            return _named(found)
+            return _named(found, observed)
     return _selected(observed, norms) if search else Matches()
 
 
@@ -232,12 +238,15 @@ def _is_right(observed: ObservedNorm, mistake: Mistake) -> bool:
     return all(abs(norm - observed.expected) <= observed.tolerance * observed.expected for norm in mistake.predicted)
 
 
-def _named(found: Sequence[tuple[Mistake, float]]) -> Matches:
+def _named(found: Sequence[tuple[Mistake, float]], observed: ObservedNorm) -> Matches:
     causes = {mistake.cause for mistake, _ in found}
     mistake, error = min(found, key=lambda each: each[1])
-    if len(causes) == 1:
+    limit = observed.clipping.max_norm
+    rivals = [f"clipped to {limit / mistake.times:.3g}, not to {limit:.3g}"] if mistake.times else []
+    if len(causes) == 1 and not (rivals and observed.shown_by_step):
         return Matches(Explanation(mistake.cause, error, mistake.evidence))
-    return Matches(could_be=tuple(f"{each.cause.slug}: {each.evidence.get('note', '')}" for each, _ in found))
+    named = [f"{each.cause.slug}: {each.evidence.get('note', '')}" for each, _ in found]
+    return Matches(could_be=(*named, *(rivals if observed.shown_by_step else ())))
 
 
 def _by_simplicity(observed: ObservedNorm, norms: GradientNorms) -> Iterator[list[Mistake]]:
@@ -245,8 +254,8 @@ def _by_simplicity(observed: ObservedNorm, norms: GradientNorms) -> Iterator[lis
     tp, whole, of_ranks, of_shards = norms.tp, norms.whole, norms.of_ranks, norms.of_ranks_shards
     replicated, shards = norms.of_replicated, hypot(*of_shards)
 
-    def everywhere(cause: Cause, norm: float, note: str, **evidence: Any) -> Mistake:
-        return Mistake(cause, (norm,) * tp, {"note": note, **evidence})
+    def everywhere(cause: Cause, norm: float, note: str, times: float = 0.0, **evidence: Any) -> Mistake:
+        return Mistake(cause, (norm,) * tp, {"note": note, **evidence}, times)
 
     yield [
         Mistake(Cause.NORM_IS_LOCAL, of_ranks, {"note": "each rank's norm is that of its own gradients"}),
@@ -280,12 +289,18 @@ def _by_simplicity(observed: ObservedNorm, norms: GradientNorms) -> Iterator[lis
         everywhere(total, sum(of_ranks), "the sum of the ranks' norms"),
         everywhere(total, hypot(sum_of_shards, replicated), "the sum of the ranks' norms of shards"),
         everywhere(total, sum_of_shards + replicated, "the sum of the norms of shards and of replicated parameters"),
-        everywhere(total, tp * whole, "the sum of the norm of all gradients, which each rank had"),
-        everywhere(total, sqrt(tp) * whole, "the root of the sum of its square, which each rank had"),
+        everywhere(total, tp * whole, "the sum of the norm of all gradients, which each rank had", tp),
+        everywhere(total, sqrt(tp) * whole, "the root of the sum of its square, which each rank had", sqrt(tp)),
         *_of_other_orders(norms),
         everywhere(Cause.NORM_WITHOUT_ROOT, whole**2 * observed.unit, "the sum of squares"),
         *(
-            everywhere(Cause.NORM_BEFORE_UNSCALING, whole * scale, f"times {what}", factor=scale)
+            everywhere(
+                Cause.NORM_BEFORE_UNSCALING,
+                whole * scale,
+                f"times {what}",
+                scale * (what != LOSS_SCALE),  # no largest norm is so much smaller than another
+                factor=scale,
+            )
             for what, scale in observed.scales.items()
             if scale not in (0.0, 1.0)
         ),
@@ -294,7 +309,7 @@ def _by_simplicity(observed: ObservedNorm, norms: GradientNorms) -> Iterator[lis
     factor = observed.used[0] / whole if whole else 0.0
     if isfinite(factor) and factor > 1.5 and abs(factor - round(factor)) <= observed.noise * factor:
         number = float(round(factor))
-        yield [everywhere(Cause.NORM_BEFORE_UNSCALING, whole * number, f"times {number:g}", factor=number)]
+        yield [everywhere(Cause.NORM_BEFORE_UNSCALING, whole * number, f"times {number:g}", number, factor=number)]
 
 
 def _over_the_world(norms: GradientNorms) -> Iterator[Mistake]:

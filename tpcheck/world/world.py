@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from tpcheck.core.errors import RankFailure, RankOutcome, UsageError
+from tpcheck.core.memory import GIB, free_memory
 from tpcheck.core.topology import Topology
 from tpcheck.world.channel import dumps
 from tpcheck.world.environment import visible_gpus
@@ -197,6 +198,7 @@ class Machines(Protocol):
 
 class _ThisMachine:
     def choose_device(self, topology: Topology, device: str | None, preload: Sequence[str] | None) -> tuple[str, int]:
+        _require_memory(topology)
         has_gpu_per_rank = visible_gpus(os.environ) >= topology.world_size
         if device == "cuda" or (device is None and has_gpu_per_rank):
             num_gpus = get_forkserver("cuda", preload).wait_until_ready().num_gpus
@@ -228,6 +230,20 @@ class _ThisMachine:
 
 
 THIS_MACHINE: Machines = _ThisMachine()
+
+_IDLE_RANK = 6 * 1024**2  # bytes of its own, after one all-reduce; what torch and transformers take is shared
+
+
+def _require_memory(topology: Topology) -> None:
+    """Raise UsageError where this machine cannot hold so many processes: forked, they take all others' memory."""
+    needed, free = topology.world_size * _IDLE_RANK / GIB, free_memory() / GIB
+    if needed > free:
+        raise UsageError(
+            "topology",
+            topology,
+            f"fewer ranks: {topology.world_size:,} processes on one machine need more than {needed:,.0f} GiB, and "
+            f"{free:.0f} GiB are free",
+        )
 
 
 def start_early(device: str | None = None) -> None:

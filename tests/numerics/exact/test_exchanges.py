@@ -75,6 +75,15 @@ def test_gate_and_up_of_experts_are_exchanged_along_the_second_dim() -> None:
     assert explanation == Explanation(Cause.GATE_UP_EXCHANGED, evidence={"dim": 1, "distance": 4, "rows": [[0, 4]]})
 
 
+@pytest.mark.parametrize("order", [[1, 0], [0, 2, 1, 3]])  # between ranks of four experts, between four ranks
+def test_experts_that_change_places_are_no_exchange_of_their_blocks(order: list[int]) -> None:
+    expected = drawn(8, 8, 6)
+    actual = reordered(expected, [8 // len(order)] * len(order), order)
+    explanation = explained(f"{LAYER}.mlp.experts.gate_up_proj", actual, expected)
+    assert explanation is not None
+    assert explanation.cause is Cause.SHARD_ORDER_SWAPPED
+
+
 def test_the_rank_that_exchanged_gate_and_up_is_named() -> None:
     expected = drawn(16, 3)
     explanation = explained(GATE_UP, reordered(expected, [4, 4, 4, 4], [0, 3, 2, 1]), expected)

@@ -214,6 +214,7 @@ ADDENDS = {"input 0 of block": RESIDUAL, "norm.weight": torch.ones(8), "down.bia
         ([EXPECTED + BIAS * 2] * 2, Cause.BIAS_ADDED_PER_RANK),
         ([EXPECTED + BIAS + RESIDUAL] * 2, Cause.DUPLICATE_REDUCE),
         ([EXPECTED + BIAS * 1.5] * 2, None),
+        ([EXPECTED + BIAS, BIAS.expand(4, 8)], None),  # one rank has the whole sum, so that the other has no term of it
     ],
 )
 def test_a_module_may_add_a_bias_or_a_residual_to_a_sum_itself(parts: list[torch.Tensor], cause: Cause | None) -> None:

@@ -132,6 +132,8 @@ FAULTS = (
            damage.permuted(lambda size: [0, 3, 2, 1], tp_rank=1, tp=2), "gate_up_exchanged"),
     _fault("gate_and_up_of_experts_exchanged", "up is before the gate in the weights of all experts",
            ("*.experts.gate_up_proj",), damage.permuted(lambda size: [1, 0], dim=1), "gate_up_exchanged"),
+    _fault("experts_of_two_ranks_swapped", "two ranks' experts, each with its gate and up, change places",
+           ("*.experts.gate_up_proj",), damage.permuted(lambda size: [1, 0], dim=0), "shard_order_swapped"),
     _fault("names_of_gate_and_up_exchanged", "the gate is saved under the name of up, and up under the gate's",
            ("*.gate_proj.weight",), damage.exchanged("gate_proj", "up_proj"), "gate_up_exchanged"),
     _fault("gate_and_up_of_one_rank_exchanged", "one of two ranks saves its rows of gate and up as the other's",

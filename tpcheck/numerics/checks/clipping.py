@@ -12,7 +12,7 @@ import torch
 from tpcheck.core.clipping import EPSILONS, Clipping
 from tpcheck.numerics.differences import frobenius
 from tpcheck.numerics.evidence import Evidence, NormFacts, Step
-from tpcheck.numerics.norms import ClippedStep, GradientNorms
+from tpcheck.numerics.norms import LOSS_SCALE, ClippedStep, GradientNorms
 from tpcheck.numerics.tolerance import (
     ACCURACY_OF_FACTORS,
     DEVIATIONS_OF_SHARES,
@@ -71,7 +71,7 @@ def _scales(evidence: Evidence, step: int) -> dict[str, float]:
     """Return by what gradients are multiplied before they are unscaled."""
     micro_batches = len(evidence.reference[step].micro_gradients)
     known = {"the number of micro-batches": float(micro_batches), "the number of replicas": float(evidence.topology.dp)}
-    known["the loss scale"] = evidence.reference[step].loss_scale
+    known[LOSS_SCALE] = evidence.reference[step].loss_scale
     return {what: scale for what, scale in known.items() if scale > 1}
 
 

@@ -286,13 +286,14 @@ def moved_slices(context: Context) -> Explanation | None:
             order = rotary_order(*digests)
             if order is not None:
                 return Explanation(Cause.ROTARY_LAYOUT, evidence={"dim": dim, **order.evidence()})
+        is_of_stack = dim < len(context.expected.shape) - 2  # slices are whole matrices, as of experts, and no blocks
         slices = Slices(
             runs=find_runs(actual, expected),
             num_actual=len(actual),
             num_expected=len(expected),
             is_vocabulary=_is_vocabulary(context, dim),
-            is_fused=FUSED_PARAMETER.matches(context.expected.name),
-            may_exchange=_fused_pair(context.expected.name),
+            is_fused=not is_of_stack and FUSED_PARAMETER.matches(context.expected.name),
+            may_exchange=None if is_of_stack else _fused_pair(context.expected.name),
             num_keys=_num_keys(context.reference.config, len(expected)),
             min_length=2 if len(context.expected.shape) == 1 else 1,
         )
