@@ -194,13 +194,26 @@ def test_a_thread_that_ends_while_it_starts_a_world_leaves_no_folder(short_tmp: 
     assert not list(short_tmp.glob("tpcheck-*"))
 
 
+def _forkserver_started_for(arguments: list[str], tmp: Path) -> int | None:
+    """Return the process that a command has started before it reads these arguments; the command has ended."""
+    script = "from tpcheck.__main__ import _start_forkserver; import psutil, sys; _start_forkserver(sys.argv[1:]); "
+    script += "print(*(child.pid for child in psutil.Process().children()))"
+    environ = {**os.environ, "TMPDIR": str(tmp), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environ, check=True)
+    return int(done.stdout) if done.stdout.strip() else None
+
+
 def test_a_forkserver_that_nobody_needs_ends_with_its_controller(short_tmp: Path) -> None:
-    script = "from tpcheck.world.world import start_early; import psutil; start_early('cpu'); "
-    script += "print(psutil.Process().children()[0].pid)"
-    environ = {**os.environ, "TMPDIR": str(short_tmp), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environ, check=True)
-    assert not _runs(int(done.stdout))
+    pid = _forkserver_started_for(["verify", "no_such_family"], short_tmp)
+    assert pid is not None
+    assert not _runs(pid)
     assert not list(short_tmp.glob("tpcheck-*"))
+
+
+@pytest.mark.parametrize("arguments", [["verify"], ["verify", "--help"], ["topology", "--world", "4"]], ids=" ".join)
+def test_a_command_that_runs_no_ranks_starts_no_forkserver(short_tmp: Path, arguments: list[str]) -> None:
+    assert _forkserver_started_for(arguments, short_tmp) is None
 
 
 def _kill_during_a_run(tmp_path: Path, kill: Callable[[subprocess.Popen[str], int], None]) -> list[int]:

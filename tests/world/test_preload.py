@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tpcheck.world.forkserver import children, children_among_all, import_all, models_listed_once
+from tpcheck.world.forkserver import children, children_among_all, import_all, models_listed_fast
 
 
 def test_modules_that_fail_to_import_are_returned_and_missing_packages_are_not(
@@ -45,15 +45,20 @@ def test_the_caches_that_a_process_group_clears_are_cleared_before_ranks_are_for
     assert trace_rules.get_tensor_method.cache_info().currsize == 0
 
 
-def test_transformers_knows_the_same_names_of_models_where_its_files_are_read_once() -> None:
+def test_transformers_knows_the_same_names_of_models_where_it_lists_them_fast() -> None:
     from transformers.utils import import_utils
 
     models = str(Path(import_utils.__file__).parents[1] / "models" / "__init__.py")
-    original, define = import_utils.create_import_structure_from_path, import_utils.define_import_structure.__wrapped__
-    with models_listed_once():
-        assert import_utils.create_import_structure_from_path is not original
+    list_names, names_in_all = import_utils.create_import_structure_from_path, import_utils.fetch__all__
+    define = import_utils.define_import_structure.__wrapped__
+    list_names.cache_clear()
+    with models_listed_fast():
+        assert import_utils.create_import_structure_from_path is not list_names
+        assert import_utils.fetch__all__ is not names_in_all
         listed = define(models)
-    assert import_utils.create_import_structure_from_path is original
+    assert import_utils.create_import_structure_from_path is list_names
+    assert import_utils.fetch__all__ is names_in_all
+    list_names.cache_clear()
     assert listed == define(models)
 
 

@@ -30,8 +30,6 @@ from tpcheck.lab.matrix import Cell, cells, combinations, require_usable_values
 from tpcheck.model.options import DEFAULTS, RunOptions, Tokens, option_help
 from tpcheck.model.targets import is_family
 from tpcheck.report.report import Report
-from tpcheck.world.attach import is_launched
-from tpcheck.world.world import start_early
 
 _PARSED = {"backend", "dtype", "optimizer", "attention", "experts", "lora", "config", "checks"}
 """Options whose flag `verify` parses; the flag of every other option gives the value itself."""
@@ -186,8 +184,6 @@ def verify(
     any crashed. With --all (or --known) a known upstream bug is no finding, but a new or missing one is.
     130 interrupted.
     """
-    if not is_launched():
-        start_early(device)  # it imports while options and targets are checked
     with usage_errors():
         given = {
             option.name: context.params[option.name]

@@ -241,18 +241,14 @@ def _require_memory(topology: Topology) -> None:
         raise UsageError(
             "topology",
             topology,
-            f"fewer ranks: {topology.world_size:,} processes on one machine need more than {needed:,.0f} GiB, and "
-            f"{free:.0f} GiB are free",
+            f"fewer ranks: {topology.world_size:,} processes on one machine need more than {needed:,.1f} GiB, and "
+            f"{free:,.1f} GiB are free",
         )
 
 
-def start_early(device: str | None = None) -> None:
-    """Start the forkserver of worlds to come, which imports for seconds, if they will run on this machine's processors.
-
-    Args:
-        device: As of `spawn`.
-    """
-    if device in (None, "cpu") and not visible_gpus(os.environ):
+def start_early() -> None:
+    """Start the forkserver of worlds to come, which imports for seconds, unless they may run on GPUs."""
+    if not visible_gpus(os.environ):
         get_forkserver("cpu")
 
 
@@ -398,7 +394,7 @@ class World:
         return self._machines.start(plan)
 
     def _own_preload(self) -> tuple[str, ...]:
-        """Return the modules of this package that this process has imported: its ranks need the same.
+        """Return the modules of this package that this process has imported: its ranks need the same, commands apart.
 
         Those of a verification take a rank 0.14 s, a fifth of its time. Backends' modules import libraries that might
         initialise CUDA, which would not survive a fork.
@@ -406,7 +402,10 @@ class World:
         if self._preload is not None or self.device != "cpu":
             return ()
         package = __name__.partition(".")[0]
-        return tuple(name for name in list(sys.modules) if name.partition(".")[0] == package)
+        of_commands = (f"{package}.cli", f"{package}.__main__")
+        return tuple(
+            name for name in list(sys.modules) if name.startswith(f"{package}.") and not name.startswith(of_commands)
+        )
 
 
 def _pickled_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
