@@ -55,9 +55,9 @@ def test_a_copy_has_the_users_hooks_alone(copied: Any) -> None:
     twin = copied(module)
     assert list(twin._forward_hooks.values()) == [keep]
     assert vars(twin).keys() == vars(module).keys() - {"cache", "__getstate__"}
-    assert not (twin._forward_pre_hooks)
-    assert not (twin._forward_hooks_always_called)
-    assert not (twin._forward_pre_hooks_with_kwargs)
+    assert not twin._forward_pre_hooks
+    assert not twin._forward_hooks_always_called
+    assert not twin._forward_pre_hooks_with_kwargs
     assert torch.equal(twin(torch.ones(3)), module(torch.ones(3)))
     hooks.remove()
     assert num_hooks(copied(module)) == 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tpcheck.numerics.differences import frobenius_distance
 from tpcheck.numerics.evidence import TensorKey
 from tpcheck.numerics.perturb import (
     Deviations,
@@ -77,3 +78,25 @@ def test_named_tensors_are_compared_where_both_sides_have_them() -> None:
 def test_the_first_tensor_that_moved_is_named() -> None:
     assert first_nonzero({(0, "weight", "a"): 0.0, (1, "weight", "b"): 0.5, (1, "loss"): 2.0}) == (1, "weight", "b")
     assert first_nonzero({(0, "loss"): 0.0}) is None
+
+
+def test_in_float32_replays_cross_kinks_that_rounding_may_cross() -> None:
+    """An activation lies three roundings above the zero of a ReLU: beyond it, its weights have no gradient."""
+    model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False), nn.ReLU())
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1 + 3 * torch.finfo(torch.float32).eps], [1.0]]))
+        model[1].weight.copy_(torch.tensor([[1.0, -1.0]]))
+
+    def crosses(number: int, seed: int) -> bool:
+        perturbation = Perturbation.of_replay(number, torch.float32, seed)
+        with perturbed_leaves(model, perturbation):
+            [gradient] = torch.autograd.grad(model(torch.ones(1, 1)).sum(), [model[1].weight])
+        moved = perturbation.of_rounding({"weight": frobenius_distance(gradient, torch.ones(1, 2))})["weight"]
+        assert moved < 1e-6 or moved == pytest.approx(2**0.5 / abs(perturbation.magnification))
+        return moved > 1e-6
+
+    seeds = range(40)
+    magnified = sum(any(crosses(number, seed) for number in range(5, 9)) for seed in seeds)
+    others = sum(any(crosses(number, seed) for number in range(1, 5)) for seed in seeds)
+    assert magnified >= 28
+    assert not others

@@ -83,8 +83,8 @@ def _read(name: str, source: str) -> str:
 _HEAD = 64  # bytes of a file of results, of which `schema` is the first key
 
 
-def _is_of_others(path: Path) -> bool:
-    """Return whether a file holds other JSON than results, as a configuration does whose option was mistaken."""
+def _holds_other_json(path: Path) -> bool:
+    """Return whether a file holds other JSON than results, such as a configuration given to the wrong option."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
@@ -99,7 +99,7 @@ def writable(name: str, path: Path | None) -> Path | None:
         return None
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UsageError(name, str(path), "a file in a folder that exists")
-    if name == "json" and path.is_file() and _is_of_others(path):
+    if name == "json" and path.is_file() and _holds_other_json(path):
         raise UsageError(name, str(path), "a new file, or one that tpcheck has written: this one holds something else")
     try:
         if is_special(path):

@@ -21,7 +21,7 @@ _HOOKS = (
 
 
 class HiddenHooks:
-    """Handles of hooks that are in no copy of their module: not by `torch.save`, `pickle` nor `copy.deepcopy`.
+    """Handles of hooks that `torch.save`, `pickle` and `copy.deepcopy` leave out of copies of their modules.
 
     A module is asked for its state by `__getstate__`, which the instance gets for as long as it has such hooks. Classes
     with a `__reduce_ex__`, `__reduce__` or `__deepcopy__` of their own (torch.fx's, FSDP2's) are not asked: a copy of
@@ -68,7 +68,7 @@ class _StateWithoutHooks:
     def _without_hooks(self, state: Any) -> Any:
         if not isinstance(state, Mapping):
             return state
-        cleaned = {name: value for name, value in state.items() if value is not self}
+        cleaned = {name: value for name, value in state.items() if not isinstance(value, _StateWithoutHooks)}
         for name in _HOOKS:
             if cleaned.get(name):
                 cleaned[name] = OrderedDict(

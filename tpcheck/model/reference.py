@@ -215,7 +215,8 @@ class Reference:
     def _share_of_replays(self, rank: RankLike, replay: Callable[[Perturbation], Deviations]) -> dict[int, Deviations]:
         """Run this rank's share of the replays, by number; replay 0 is not perturbed."""
         numbers = range(rank.rank, 1 + self.replays, rank.topology.world_size)
-        return {number: replay(Perturbation.of_replay(number, self.options.dtype, self.seed)) for number in numbers}
+        perturbations = {number: Perturbation.of_replay(number, self.options.dtype, self.seed) for number in numbers}
+        return {number: each.of_rounding(replay(each)) for number, each in perturbations.items()}
 
     def _gather_tolerance(self, rank: CommunicatingRank, measured: dict[int, Deviations]) -> Tolerance:
         by_rank = rank.gather(largest_deviations(measured.values()))

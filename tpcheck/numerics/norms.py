@@ -298,7 +298,7 @@ def _by_simplicity(observed: ObservedNorm, norms: GradientNorms) -> Iterator[lis
                 Cause.NORM_BEFORE_UNSCALING,
                 whole * scale,
                 f"times {what}",
-                scale * (what != LOSS_SCALE),  # no largest norm is so much smaller than another
+                0.0 if what == LOSS_SCALE else scale,  # no largest norm is so much smaller than another
                 factor=scale,
             )
             for what, scale in observed.scales.items()

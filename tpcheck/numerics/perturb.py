@@ -18,6 +18,7 @@ from tpcheck.numerics.evidence import TensorKey
 from tpcheck.numerics.precision import torch_function_disabled
 from tpcheck.numerics.recorder import ForcedValue, ModuleRecorder, eager
 from tpcheck.numerics.tensors import map_tensors
+from tpcheck.numerics.tolerance import MAGNIFICATION
 
 Deviations = dict[Hashable, float]  # Frobenius distance of each tensor in a replay from the recorded one
 
@@ -29,19 +30,32 @@ class Perturbation:
     Attributes:
         eps: Relative size: the machine epsilon of the dtype that is used, or 0.
         generator: Source of the randomness; equal states give equal replays.
+        magnification: By how much it is larger than rounding; negative for the opposite of another's.
     """
 
     eps: float
     generator: torch.Generator
+    magnification: float = 1.0
 
     @classmethod
     def of_replay(cls, number: int, dtype: torch.dtype, seed: int) -> Perturbation:
-        """Return the perturbation of a replay by its number; replay 0 is not perturbed."""
-        return cls(torch.finfo(dtype).eps if number else 0.0, torch.Generator().manual_seed(seed * 1000 + number))
+        """Return the perturbation of a replay by its number; replay 0 is not perturbed.
+
+        In float32 the last four of eight are magnified, each second one the opposite of the one before.
+        """
+        eps, magnification = torch.finfo(dtype).eps if number else 0.0, 1.0
+        if dtype is torch.float32 and number and (number - 1) % 8 >= 4:
+            magnification = MAGNIFICATION if number % 2 else -MAGNIFICATION
+            number -= number % 2 == 0
+        return cls(eps, torch.Generator().manual_seed(seed * 1000 + number), magnification)
 
     def factor(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
         """Return what to multiply the output of a module, or its gradient, with. It depends on the draws before."""
-        return random_factor(tensor, self.eps, self.generator)
+        return random_factor(tensor, self.magnification * self.eps, self.generator)
+
+    def of_rounding(self, deviations: Deviations) -> Deviations:
+        """Return how far rounding moves what the replay has moved so far."""
+        return {key: deviation / abs(self.magnification) for key, deviation in deviations.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +67,16 @@ class KeyedPerturbation:
 
     Attributes:
         seed: Equal seeds give equal replays.
+        magnification: As of `Perturbation`, for tensors in float32.
     """
 
     seed: int
+    magnification: float = 1.0
 
     def factor(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
         """Return what to multiply the output of a module, or its gradient, with."""
-        return random_factor(tensor, torch.finfo(tensor.dtype).eps, self.generator(place, tensor.device))
+        eps = torch.finfo(tensor.dtype).eps * (self.magnification if tensor.dtype is torch.float32 else 1.0)
+        return random_factor(tensor, eps, self.generator(place, tensor.device))
 
     def generator(self, place: str, device: torch.device) -> torch.Generator:
         """Return a generator for a place: a module with the number of its call, or a parameter."""

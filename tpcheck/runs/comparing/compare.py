@@ -608,10 +608,12 @@ class _RunsComparison:
         )
 
     def _why_not_measured(self) -> str:
-        """Return what a recording with replays says of why they measured nothing; empty where there were none."""
-        ranks = [*self.actual.ranks.values(), *self.expected.ranks.values()]
-        said = [each for rank in ranks for each in rank.not_recorded.items()]
-        reasons = [why for name, why in said if name.startswith(("replays", "updates"))]
+        """Return why replays of the run that needs them measured nothing; empty where there were none."""
+        lowest = max(self.comparer.eps)
+        sides = zip((self.actual, self.expected), self.comparer.eps, strict=True)
+        ranks = [rank for run, eps in sides if eps == lowest for rank in run.ranks.values()]
+        not_recorded = [each for rank in ranks for each in rank.not_recorded.items()]
+        reasons = [why for name, why in not_recorded if name.startswith(("replays", "updates"))]
         if not reasons and any(rank.replays for rank in ranks):
             return "Replays have measured what rounding may do to other tensors alone"
         return reasons[0] if reasons else ""

@@ -279,7 +279,7 @@ class Guard(AbstractContextManager["Guard"]):
     # ---- hooks
 
     def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._handles or module is not self._root or not torch.is_grad_enabled():  # a copy has the hook, too
+        if not self._handles or module is not self._root or not torch.is_grad_enabled():  # a copy may have the hook
             return
         if is_in_backward() or is_repeated_call() or is_capturing():
             return

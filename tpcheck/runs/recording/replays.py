@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from math import inf, isfinite, isnan, sqrt
+from math import copysign, inf, isfinite, isnan, sqrt
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from tpcheck.numerics.optimizers.names import unwrapped_name
 from tpcheck.numerics.perturb import KeyedPerturbation, perturbed_leaves
 from tpcheck.numerics.sketch import Sketch, distance, fetch_sketches
 from tpcheck.numerics.tensors import named_tensors
-from tpcheck.numerics.tolerance import SAFETY_FACTOR
+from tpcheck.numerics.tolerance import MAGNIFICATION, SAFETY_FACTOR
 from tpcheck.runs.recording.attributes import Attributes
 from tpcheck.runs.recording.passes import (
     Key,
@@ -48,10 +48,16 @@ class Repetition:
     Attributes:
         sketches: By key, one for each place.
         digests: Of outputs and their gradients; empty for a perturbed replay.
+        magnification: By how much its perturbation is larger than rounding.
     """
 
     sketches: Mapping[Key, Sequence[Sketch]]
     digests: Mapping[Key, str]
+    magnification: float = 1.0
+
+    def moved(self, key: Key, place: int, base: Sketch) -> float:
+        """Return how far rounding moves a tensor, which is what the replay has moved it by over its magnification."""
+        return distance(self.sketches[key][place], base) / self.magnification
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +213,7 @@ class Replays:
         except RuntimeError as error:
             self.not_measured["replays"] = f"the passes cannot be repeated: {str(error).partition(chr(10))[0]}"
             return
-        deviations = self._deviations(unperturbed.sketches, [each.sketches for each in perturbed], gradients)
+        deviations = self._deviations(unperturbed.sketches, perturbed, gradients)
         different = self._other_bits(passes, unperturbed)
         if not different:
             self.deviations = deviations
@@ -282,8 +288,8 @@ class Replays:
         changed = "a buffer, a counter, random numbers that are not torch's, a tensor that a closure holds"
         if first.key[0] == "output_gradient":
             return (
-                "gradients come back through something that neither the model returns nor a module keeps in an "
-                f"attribute, or it depends on something that has changed since ({changed})"
+                "gradients come back through something that neither the model returns nor a module keeps as a "
+                f"scalar in an attribute, or it depends on something that has changed since ({changed})"
             )
         return f"it depends on something that has changed since ({changed})"
 
@@ -302,7 +308,7 @@ class Replays:
     def _repeat_all(self, step: int, passes: Sequence[Pass]) -> list[Repetition]:
         outputs: list[dict[str, torch.Tensor]] = [{} for _ in passes]
         try:
-            return [self._repeat(number, step, passes, outputs) for number in range(self.number + 1)]
+            return [self._repeat(each, passes, outputs) for each in (None, *self._perturbations(step, passes))]
         except RuntimeError:
             if self._twins is not None:
                 raise
@@ -313,6 +319,15 @@ class Replays:
             for name, parameter in self._model.named_parameters()
         }
         return self._repeat_all(step, passes)
+
+    def _perturbations(self, step: int, passes: Sequence[Pass]) -> list[KeyedPerturbation]:
+        """Return those of a step's replays; for a model in float32 the last two are magnified, in both directions."""
+        seeds = [step << 20 | number for number in range(1, self.number + 1)]
+        is_float32 = all(parameter.dtype is torch.float32 for parameter in self._model.parameters())
+        if not seeds or not is_float32 or any(each.before.autocast for each in passes if each.before is not None):
+            return [KeyedPerturbation(seed) for seed in seeds]
+        opposites = [KeyedPerturbation(seeds[-1], sign * MAGNIFICATION) for sign in (1, -1)]
+        return [*(KeyedPerturbation(seed) for seed in seeds[: max(1, len(seeds) - 1)]), *opposites]
 
     @contextmanager
     def _twins_in_place(self) -> Iterator[None]:
@@ -334,13 +349,12 @@ class Replays:
                 module._parameters[attribute] = parameter
 
     def _repeat(
-        self, number: int, step: int, passes: Sequence[Pass], outputs: list[dict[str, torch.Tensor]]
+        self, perturbation: KeyedPerturbation | None, passes: Sequence[Pass], outputs: list[dict[str, torch.Tensor]]
     ) -> Repetition:
         """Repeat all passes once and return the sketches of all tensors.
 
         The first replay is not perturbed; it leaves the model's outputs in `outputs`.
         """
-        perturbation = KeyedPerturbation(step << 20 | number)
         live: list[Pass] = []
         current: list[Pass | None] = [None]
         sums: dict[str, torch.Tensor] = {}
@@ -348,7 +362,7 @@ class Replays:
             stack.enter_context(torch.enable_grad())  # off where the optimizer steps in a backward pass
             stack.enter_context(self._state_put_back())
             stack.enter_context(self._twins_in_place())
-            if number:
+            if perturbation is not None:
                 stack.enter_context(self._perturbed_weights(perturbation))
                 stack.enter_context(perturbed_leaves(self._model, perturbation))  # before the hooks that record
             elif not self.inner_dtype:
@@ -365,7 +379,7 @@ class Replays:
                 given = {**dict(named_tensors(output)), **recorded.before.attributes.new_tensors()}
                 results = {path: tensor for path, tensor in given.items() if path in recorded.seeds}
                 seeds = recorded.seeds
-                if number:
+                if perturbation is not None:
                     seeds = {
                         path: self._moved_seed(path, results, unperturbed, recorded, perturbation) for path in results
                     }
@@ -377,9 +391,10 @@ class Replays:
                 PendingTensor.whole(("buffer", unwrapped_name(name), "", 0), local_values(buffer))
                 for name, buffer in self._model.named_buffers()
             ]
-        digests = {} if number else joined_digests(live)
+        digests = joined_digests(live) if perturbation is None else {}
         records = finished([*merged(live), *gradients, *buffers], num_passes=len(passes))
-        return Repetition({record.key: [each.sketch for each in record.readings] for record in records}, digests)
+        sketches = {record.key: [each.sketch for each in record.readings] for record in records}
+        return Repetition(sketches, digests, 1.0 if perturbation is None else abs(perturbation.magnification))
 
     def _call(self, recorded: Pass) -> Any:
         before: BeforeCall = recorded.before
@@ -418,7 +433,7 @@ class Replays:
         local = local_values(seed)
         local += noise(
             local,
-            moved / norm * float(torch.linalg.vector_norm(local.double())),
+            copysign(moved / norm * float(torch.linalg.vector_norm(local.double())), perturbation.magnification),
             perturbation.generator(f"seed {path}", local.device),
             like_nonzero=True,
         )
@@ -447,7 +462,7 @@ class Replays:
     def _deviations(
         self,
         unperturbed: Mapping[Key, Sequence[Sketch]],
-        perturbed: Sequence[Mapping[Key, Sequence[Sketch]]],
+        perturbed: Sequence[Repetition],
         gradients: Sequence[PendingTensor],
     ) -> dict[Key, Sequence[float]]:
         scale = self._scale(unperturbed, gradients)
@@ -457,13 +472,18 @@ class Replays:
         self._factor_rounding = FACTOR_ROUNDING if abs(scale - 1) > FACTOR_ROUNDING else 0.0
         deviations: dict[Key, Sequence[float]] = {}
         for key, base in unperturbed.items():
-            if perturbed and not any(key in each for each in perturbed):
+            if perturbed and not any(key in each.sketches for each in perturbed):
                 # Of an output that its module uses itself, a replay perturbs a copy, through which no gradient comes.
                 largest = _largest_relative_move(key[0], unperturbed, perturbed)
                 deviations[key] = [largest * sqrt(sketch.sum_squares) for sketch in base]
                 continue
             moved = [
-                max([self._flips(sketch), *(distance(each[key][place], sketch) for each in perturbed if key in each)])
+                max(
+                    [
+                        self._flips(sketch),
+                        *(each.moved(key, place, sketch) for each in perturbed if key in each.sketches),
+                    ]
+                )
                 for place, sketch in enumerate(base)
             ]
             deviations[key] = moved
@@ -515,7 +535,7 @@ class Replays:
                 if drift and local.numel():
                     saved.append((local, local.clone()))
                     generator = perturbation.generator(name, local.device)
-                    local += noise(local, drift, generator)
+                    local += noise(local, perturbation.magnification * drift, generator)
         try:
             yield
         finally:
@@ -629,14 +649,14 @@ def _relative(other: OtherBits) -> float:
 
 
 def _largest_relative_move(
-    kind: str, unperturbed: Mapping[Key, Sequence[Sketch]], perturbed: Sequence[Mapping[Key, Sequence[Sketch]]]
+    kind: str, unperturbed: Mapping[Key, Sequence[Sketch]], perturbed: Sequence[Repetition]
 ) -> float:
     """Return how far tensors of a kind moved at most, in units of their norms."""
     moves = [
-        distance(each[key][0], base[0]) / sqrt(base[0].sum_squares)
+        each.moved(key, 0, base[0]) / sqrt(base[0].sum_squares)
         for key, base in unperturbed.items()
         for each in perturbed
-        if key[0] == kind and key in each and base and each[key] and base[0].sum_squares
+        if key[0] == kind and each.sketches.get(key) and base and base[0].sum_squares
     ]
     return max((move for move in moves if isfinite(move)), default=0.0)
 
