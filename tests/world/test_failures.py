@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tpcheck import RankOutcome
+from tpcheck.core.errors import RankFailure
 from tpcheck.world.failures import (
     FailureKind,
     Symptom,
@@ -73,6 +74,11 @@ def test_an_error_that_follows_from_a_lost_peer_is_about_communication() -> None
     assert is_communication(error)
     error.__suppress_context__ = True
     assert not is_communication(error)
+
+
+def test_an_error_about_another_rank_is_about_communication() -> None:
+    of_another = RankFailure("the data loader of rank 1 raised ArithmeticError", first=1, outcomes=())
+    assert is_communication(of_another)
 
 
 _STACK = """\

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
 
-from tpcheck.core.errors import RankOutcome
+from tpcheck.core.errors import RankFailure, RankOutcome
 from tpcheck.world.channel import dumps_or_none
 from tpcheck.world.messages import SerializedException
 from tpcheck.world.output import is_truncation_notice
@@ -25,7 +25,7 @@ _COMMUNICATION_ERROR = re.compile(
 
 
 def is_communication(error: BaseException) -> bool:
-    """Return whether this exception, or one that it was raised from or during, says that a connection failed."""
+    """Return whether this exception, or one that it was raised from or during, says that another rank failed."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
@@ -39,7 +39,7 @@ def is_communication(error: BaseException) -> bool:
 def _is_communication(error: BaseException) -> bool:
     if any(base.__name__ == "DistError" for base in type(error).__mro__):  # torch.distributed's, without importing it
         return True
-    return (
+    return isinstance(error, RankFailure) or (
         isinstance(error, (RuntimeError, ConnectionError, EOFError))
         and _COMMUNICATION_ERROR.search(str(error)) is not None
     )
