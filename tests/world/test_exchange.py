@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -182,6 +186,25 @@ MESSAGE, ABORT = b"\0", b"\1"
 
 def do_nothing() -> None:
     pass
+
+
+def test_a_rank_whose_process_is_stopped_is_suspended() -> None:
+    address = f"\0tpcheck test {os.getpid()}"  # of Linux alone, as the exchange's own
+    script = f"import socket, time; rank = socket.socket(socket.AF_UNIX); rank.connect({address!r}); time.sleep(60)"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        with subprocess.Popen([sys.executable, "-c", script]) as rank:
+            try:
+                peers = PeerSockets({7: listener.accept()[0]})
+                assert peers.suspended_ranks() == ()
+                rank.send_signal(signal.SIGSTOP)
+                os.waitid(os.P_PID, rank.pid, os.WSTOPPED)
+                assert peers.suspended_ranks() == (7,)
+            finally:
+                rank.kill()
+    assert peers.suspended_ranks() == ()
+    peers.close()
 
 
 @pytest.fixture

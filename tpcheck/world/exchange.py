@@ -6,6 +6,7 @@ import os
 import queue
 import secrets
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from pathlib import Path
 from select import POLLIN, poll
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 from weakref import WeakSet, finalize
+
+import psutil  # type: ignore[import-untyped]
 
 from tpcheck.core.errors import RankFailure, RankOutcome
 from tpcheck.world.channel import dumps, end_with_machine, loads
@@ -136,6 +139,10 @@ class PeerSockets:
     def lost_ranks(self) -> tuple[int, ...]:
         """Return the peers that have closed their connections and left no message; do not wait."""
         return tuple(rank for rank, sock in self._sockets.items() if _is_closed(sock))
+
+    def suspended_ranks(self) -> tuple[int, ...]:
+        """Return the peers on this machine whose processes are stopped (SIGSTOP, Ctrl-Z)."""
+        return tuple(rank for rank, sock in self._sockets.items() if _is_suspended(sock))
 
     def close(self) -> None:
         _close(tuple(self._sockets.values()))
@@ -305,6 +312,15 @@ def _is_closed(sock: socket.socket) -> bool:
         return True
 
 
+def _is_suspended(sock: socket.socket) -> bool:
+    if sock.family != socket.AF_UNIX:
+        return False  # the peer may be on another machine
+    pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    with suppress(psutil.Error, ValueError):  # it has died; it is in another namespace of processes
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    return False
+
+
 def this_machine() -> tuple[str, str] | None:
     """Return what processes share that can connect by abstract sockets: a boot and a network namespace."""
     with suppress(OSError):
@@ -454,6 +470,10 @@ class Exchange:
         Nothing is known where the ranks have no `PeerSockets`.
         """
         return () if self._peer_sockets is None else self._peer_sockets.lost_ranks()
+
+    def suspended_ranks(self) -> tuple[int, ...]:
+        """Return the ranks whose processes are stopped; of those on other machines nothing is known."""
+        return () if self._peer_sockets is None else self._peer_sockets.suspended_ranks()
 
     def named(self, ranks: Sequence[int]) -> str:
         """Return `ranks 2, 3 (node-b)`; without nodes where all ranks of the group are on one."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
 import xxhash
@@ -52,6 +52,8 @@ from tpcheck.runs.guarding.layouts import FirstOutputs
 from tpcheck.runs.guarding.replica_digests import Item, Label, Vote
 from tpcheck.runs.guarding.rounds import Outcome, Rounds
 from tpcheck.runs.recording.passes import is_in_backward, is_repeated_call
+from tpcheck.world.exchange import Exchange
+from tpcheck.world.failures import is_communication
 
 _log = logging.getLogger("tpcheck")
 
@@ -273,7 +275,7 @@ class Guard(AbstractContextManager["Guard"]):
     ) -> None:
         self.remove()
         if isinstance(error, Exception) and not isinstance(error, (Mismatch, RankFailure)):
-            self._raise_if_rank_died(error)
+            self._raise_if_rank_is_gone(error)
             self._abort(error)
 
     # ---- hooks
@@ -552,24 +554,33 @@ class Guard(AbstractContextManager["Guard"]):
             )
         )
 
-    def _raise_if_rank_died(self, error: Exception) -> None:
-        """Raise the failure of the rank whose death made a collective of this one fail."""
+    def _raise_if_rank_is_gone(self, error: Exception) -> None:
+        """Raise the failure of the rank that made a collective of this one fail: it has died, or is suspended."""
         exchanges = self._rounds.exchanges.values()
         deadline = time.monotonic() + _DEATH_SPREADS_S
         while isinstance(error, RuntimeError):
             for exchange in exchanges:
                 exchange.raise_if_aborted()
                 if lost := exchange.lost_ranks():
-                    failure = RankFailure(
-                        f"{exchange.named(lost)} of {exchange.name} died, which made this rank fail with: {error}",
-                        first=lost[0],
-                        outcomes=tuple(RankOutcome(rank, "died") for rank in lost),
-                    )
-                    self._abort(failure)
-                    raise failure from error
+                    self._fail_for(lost, exchange, "died", error)
+                if is_communication(error) and (suspended := exchange.suspended_ranks()):
+                    self._fail_for(suspended, exchange, "hung", error)
             if time.monotonic() > deadline:
                 return
             time.sleep(0.05)
+
+    def _fail_for(
+        self, ranks: Sequence[int], exchange: Exchange, state: Literal["died", "hung"], error: Exception
+    ) -> NoReturn:
+        """Raise, on all ranks that come to their next check, that these ranks made this one fail."""
+        how = "died" if state == "died" else f"{'is' if len(ranks) == 1 else 'are'} suspended"
+        failure = RankFailure(
+            f"{exchange.named(ranks)} of {exchange.name} {how}, which made this rank fail with: {error}",
+            first=ranks[0],
+            outcomes=tuple(RankOutcome(rank, state) for rank in ranks),
+        )
+        self._abort(failure)
+        raise failure from error
 
     def _abort(self, error: Exception) -> None:
         """Make the ranks that wait for this one at their next check raise."""
