@@ -59,7 +59,7 @@ def _assign_by_dp_rank(evidence: Mapping[str, Any], topology: Topology) -> str:
     return f"Build the sampler with num_replicas={topology.dp}, rank=dp_rank, and one seed on all replicas."
 
 
-def _shuffle_alike(evidence: Mapping[str, Any], topology: Topology) -> str:
+def _shuffle_equally(evidence: Mapping[str, Any], topology: Topology) -> str:
     if "epoch" in evidence and not {"sampler_seed", "generator_seed", "drawn_from"} & evidence.keys():
         return "Call the sampler's `set_epoch` with the same number on all ranks: their seeds are equal."
     return (
@@ -621,7 +621,7 @@ class Cause(Enum):
         "same_order_different_seed",
         "each rank shuffled with a different seed or epoch",
         "batches",
-        _shuffle_alike,
+        _shuffle_equally,
     )
     PADDING_DIFFERS = (
         "padding_differs",

@@ -342,7 +342,7 @@ def children(pid: int) -> list[int]:
 
 
 def children_among_all(pid: int, *, recursive: bool) -> list[int]:
-    """Return the children of a process, and theirs if `recursive`, in any process group, by a look at every process."""
+    """Return the children of a process, all descendants if `recursive`, in any group: a look at every process."""
     try:
         return [child.pid for child in psutil.Process(pid).children(recursive=recursive)]
     except psutil.Error:

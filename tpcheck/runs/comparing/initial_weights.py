@@ -78,7 +78,7 @@ def _stands_elsewhere(comparisons: Sequence[Comparison], wrong: Sequence[Compari
 
 # ---- recordings that begin in the middle of a training
 
-_FAR_FROM_OTHERS = 1e3  # times the median: rounding moves all weights of a model apart about alike
+_FAR_FROM_OTHERS = 1e3  # times the median: rounding moves all weights of a model apart about as far
 _FAR_FROM_ITSELF = 1e-2  # of its norm: how far weights are apart is allowed for, and more would hide any mistake
 _EPSILONS_APART = 4  # of the lowest dtype: weights that are rounded to it in every step are apart by one or two
 _NO_ROUNDING = 1e6  # times what a step's rounding does: it may add up, but in float64 not from 1e-14 to a hundredth

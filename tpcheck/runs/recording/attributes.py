@@ -61,7 +61,7 @@ class Attributes:
             if not torch.equal(tensor, value):
                 tensor.data.copy_(value)  # of which no graph that has saved the tensor knows
 
-    def new_tensors(self) -> dict[str, torch.Tensor]:
+    def new_losses(self) -> dict[str, torch.Tensor]:
         """Return the losses that have come into attributes since, and into lists and dicts there."""
         return {path: holder[place] for path, holder, place in self._new_places()}
 

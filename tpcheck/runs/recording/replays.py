@@ -376,7 +376,7 @@ class Replays:
                 output = self._call(recorded)
                 hooks.add_root_output(again, output)
                 current[0] = None
-                given = {**dict(named_tensors(output)), **recorded.before.attributes.new_tensors()}
+                given = {**dict(named_tensors(output)), **recorded.before.attributes.new_losses()}
                 results = {path: tensor for path, tensor in given.items() if path in recorded.seeds}
                 seeds = recorded.seeds
                 if perturbation is not None:
