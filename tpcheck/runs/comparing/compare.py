@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.core.errors import UsageError
-from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict
+from tpcheck.core.findings import CheckResult, Coverage, Finding, Verdict, with_nodes
 from tpcheck.core.name_maps import NameMap, Names
 from tpcheck.core.reproduce import compare_command
 from tpcheck.numerics.evidence import MarginsByModule, modules_of, worst_by_module
@@ -99,7 +99,9 @@ def compare_traces(actual: Paths, expected: Paths, *, names: Names = None) -> Re
         report = _compare_stages(_shown(actual), actual_ranks, _shown(expected), expected_ranks, name_map)
     else:
         report = compare_runs(Run.of(_shown(actual), actual_ranks), Run.of(_shown(expected), expected_ranks), name_map)
-    return replace(report, verdict=replace(report.verdict, seconds=time.monotonic() - start))
+    node_of = {trace.rank: trace.node for trace in actual_ranks if trace.node}
+    findings = tuple(with_nodes(finding, node_of) for finding in report.verdict.findings)
+    return replace(report, verdict=replace(report.verdict, findings=findings, seconds=time.monotonic() - start))
 
 
 def _compare_stages(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -225,6 +226,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             num_steps=0,
             world_size=dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
             cp_group=groups.cp if len(groups.cp) > 1 else (),
+            node=socket.gethostname(),
         )
 
     # ---- calls of the model

@@ -188,6 +188,7 @@ class RankTrace:
         world_size: Ranks of the run; more than the topology has where no library knows all axes.
         cp_group: Global ranks that hold slices of its sequences, in the order of cp_rank; empty where there is one.
         order: In which the slices are read, which the other run's samples tell; empty where there are none.
+        node: Name of the machine that the rank ran on.
     """
 
     rank: int
@@ -206,6 +207,7 @@ class RankTrace:
     world_size: int = 0
     cp_group: tuple[int, ...] = ()
     order: str = ""
+    node: str = ""
 
     @property
     def num_ranks(self) -> int:
