@@ -8,6 +8,8 @@ import pytest
 
 from tpcheck.cli.option_values import json_object, name_or_object, settings, writable
 from tpcheck.core.errors import UsageError
+from tpcheck.core.findings import Verdict
+from tpcheck.report.report import Report
 
 
 @pytest.mark.parametrize(
@@ -83,8 +85,17 @@ def test_results_replace_results_and_no_other_file(tmp_path: Path) -> None:
         path.write_text(held)
         assert writable("json", path) == path
     path.write_text('{"bf16": {"enabled": true}}')
-    with pytest.raises(UsageError, match="expected a new file, or one that tpcheck has written"):
-        writable("json", path)
+    for option in ("json", "html", "junit"):
+        with pytest.raises(UsageError, match="expected a new file, or one that tpcheck has written"):
+            writable(option, path)
+
+
+@pytest.mark.parametrize("option", ["json", "html", "junit"])
+def test_every_file_of_results_is_replaced_by_the_next(option: str, tmp_path: Path) -> None:
+    report = Report(Verdict("passed", {}, {}))
+    path = tmp_path / "results"
+    path.write_text({"json": report.to_json, "html": report.to_html, "junit": report.to_junit}[option]())
+    assert writable(option, path) == path
 
 
 def test_a_name_that_ends_in_json_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,17 +80,19 @@ def _read(name: str, source: str) -> str:
         raise UsageError(name, source, f"a JSON object or a file that holds one ({reason})") from error
 
 
-_HEAD = 64  # bytes of a file of results, of which `schema` is the first key
+_HEAD = 64  # bytes
+_MARKS = {"json": b'"schema"', "junit": b"<testsuites", "html": b"<!doctype html"}
+"""What the first bytes of each kind of file hold that tpcheck writes."""
 
 
-def _holds_other_json(path: Path) -> bool:
-    """Return whether a file holds other JSON than results, such as a configuration given to the wrong option."""
+def _holds_something_else(path: Path, mark: bytes) -> bool:
+    """Return whether a file holds other than results, such as a configuration or a script given to the wrong option."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
     except OSError:
         return False  # opening it to write says why
-    return head.strip() != b"" and b'"schema"' not in head
+    return head.strip() != b"" and mark not in head.lower()
 
 
 def writable(name: str, path: Path | None) -> Path | None:
@@ -99,7 +101,7 @@ def writable(name: str, path: Path | None) -> Path | None:
         return None
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UsageError(name, str(path), "a file in a folder that exists")
-    if name == "json" and path.is_file() and _holds_other_json(path):
+    if name in _MARKS and path.is_file() and _holds_something_else(path, _MARKS[name]):
         raise UsageError(name, str(path), "a new file, or one that tpcheck has written: this one holds something else")
     try:
         if is_special(path):
