@@ -24,6 +24,13 @@ def test_what_the_mathematics_depends_on_stays() -> None:
     assert [note.rpartition(": ")[2] for note in notes] == ["aio, zero_optimization.offload_param", "train_batch_size"]
 
 
+def test_keys_that_deepspeed_ignores_are_said_and_stay() -> None:
+    kept, notes = left_out({"gradient_cliping": 0.5, "bf16": {"enabled": True}, "_why": "ours"})
+    assert kept == {"gradient_cliping": 0.5, "bf16": {"enabled": True}, "_why": "ours"}
+    [note] = notes
+    assert note.endswith(": gradient_cliping (did you mean gradient_clipping?), _why")
+
+
 def test_options_that_a_configuration_sets() -> None:
     config = {
         "tensor_parallel": {"autotp_size": 8},

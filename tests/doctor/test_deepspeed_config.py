@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tpcheck.doctor.deepspeed import KNOWN_KEYS, PRESETS, RULES, config_advice
+from tpcheck.core.deepspeed_config import KNOWN_KEYS
+from tpcheck.doctor.deepspeed import PRESETS, RULES, config_advice
 from tpcheck.lab.known import register
 
 GOOD = {

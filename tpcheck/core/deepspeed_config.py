@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
+KNOWN_KEYS = frozenset(
+    """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
+    steps_per_print dump_state disable_python_gc disable_allgather communication_data_type
+    seq_parallel_communication_data_type prescale_gradients gradient_predivide_factor gradient_allreduce_op
+    zero_optimization activation_checkpointing comms_logger tensorboard wandb csv_monitor comet gradient_clipping
+    fp16 bf16 bfloat16 torch_autocast optimizer scheduler zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    flops_profiler wall_clock_breakdown memory_breakdown autotuning use_data_before_expert_parallelism hybrid_engine
+    pipeline data_efficiency checkpoint data_types aio dataloader_drop_last log_level datastates_ckpt
+    weight_quantization compile timers tensor_parallel expert_parallel sequence_parallel_size data_parallel_group
+    vocabulary_size curriculum_learning compression_training amp quantize_training elasticity graph_harvesting
+    sparse_attention sparse_gradients nebula eigenvalue progressive_layer_drop""".split()
+)
 AUTO = "auto"  # what transformers' Trainer fills in from its own arguments
 
 # Where tensors lie, what is measured and printed: the mathematics stays the same. The dtype of communication does not
@@ -27,6 +40,8 @@ _DATA = frozenset(
 def left_out(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return a configuration without what a verification does not take from it, and sentences that say so.
 
+    Keys that DeepSpeed ignores stay, and have a sentence too.
+
     Example:
         >>> kept, notes = left_out({"steps_per_print": 10, "gradient_clipping": 1.0})
         >>> kept, notes[0]
@@ -45,7 +60,21 @@ def left_out(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]
         notes.append(f"left out of the configuration, since it concerns hardware alone: {', '.join(hardware)}")
     if data:
         notes.append(f"left out of the configuration, since batches are those of the verification: {', '.join(data)}")
+    ignored = [f"{key} (did you mean {near}?)" if near else key for key, near in ignored_keys(config).items()]
+    if ignored:
+        notes.append(f"no keys of DeepSpeed's configuration, which it ignores: {', '.join(ignored)}")
     return kept, tuple(notes)
+
+
+def ignored_keys(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the keys that DeepSpeed does not read at the top of a configuration, with the nearest that it does.
+
+    Example:
+        >>> ignored_keys({"gradient_cliping": 0, "bf16": {}, "_why": "ours"})
+        {'gradient_cliping': 'gradient_clipping', '_why': ''}
+    """
+    unknown = [key for key in config if key not in KNOWN_KEYS]
+    return {key: next(iter(get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.7)), "") for key in unknown}
 
 
 def implied_options(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:

@@ -7,21 +7,10 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from tpcheck.core.deepspeed_config import ignored_keys
 from tpcheck.core.guides import Guide
 from tpcheck.core.optimizers import needs_whole_matrices
 
-KNOWN_KEYS = frozenset(
-    """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
-    steps_per_print dump_state disable_python_gc disable_allgather communication_data_type
-    seq_parallel_communication_data_type prescale_gradients gradient_predivide_factor gradient_allreduce_op
-    zero_optimization activation_checkpointing comms_logger tensorboard wandb csv_monitor comet gradient_clipping
-    fp16 bf16 bfloat16 torch_autocast optimizer scheduler zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-    flops_profiler wall_clock_breakdown memory_breakdown autotuning use_data_before_expert_parallelism hybrid_engine
-    pipeline data_efficiency checkpoint data_types aio dataloader_drop_last log_level datastates_ckpt
-    weight_quantization compile timers tensor_parallel expert_parallel sequence_parallel_size data_parallel_group
-    vocabulary_size curriculum_learning compression_training amp quantize_training elasticity graph_harvesting
-    sparse_attention sparse_gradients nebula eigenvalue progressive_layer_drop""".split()
-)
 PRESETS = frozenset("llama bloom chatglm mixtral deepseek_v2 qwen2 phi3".split())
 Config = Mapping[str, Any]
 Severity = Literal["broken", "trap", "advice"]
@@ -181,11 +170,9 @@ def optimizer_sees_one_shard(config: Config) -> Problems:
 
 def unknown_keys_are_ignored(config: Config) -> Problems:
     """A key that DeepSpeed does not read at the top of the configuration has no effect."""
-    for key in config:
-        if key not in KNOWN_KEYS:
-            near = get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.7)
-            what = f"{key} is no key of DeepSpeed's configuration: DeepSpeed ignores it silently"
-            yield what, f"did you mean {near[0]}?" if near else None
+    for key, near in ignored_keys(config).items():
+        what = f"{key} is no key of DeepSpeed's configuration: DeepSpeed ignores it silently"
+        yield what, f"did you mean {near}?" if near else None
 
 
 def preset_is_unknown(config: Config) -> Problems:
