@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +59,21 @@ def test_a_wrong_family_fails_with_a_command_that_reproduces_it(
     rerun = run(*arguments, "--json", "again.json")
     assert (program, rerun.exit_code) == ("tpcheck", 1)
     assert document(tmp_path / "again.json", "report")["findings"][0] == first
+
+
+@pytest.mark.parametrize("reached", ["tpcheck-*", "tpcheck-resume-*"])
+def test_a_command_that_is_terminated_leaves_nothing(reached: str) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # paths of sockets must be short
+        command = "-m tpcheck verify llama --tp 2 --checks resume_matches_uninterrupted".split()
+        environ = {**os.environ, "TMPDIR": folder}
+        with subprocess.Popen([sys.executable, *command], env=environ, stderr=subprocess.PIPE, text=True) as process:
+            while not list(Path(folder).glob(reached)) and process.poll() is None:
+                time.sleep(0.05)
+            process.terminate()
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM, errors
+        assert "Traceback" not in errors
+        assert not list(Path(folder).glob("tpcheck-*"))
 
 
 def test_a_crash_does_not_end_the_run_of_other_families(run: Callable[..., Any]) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
+import pytest
+
 from tpcheck import Rank, Topology, spawn
 from tpcheck.core.phases import begin_phase, listening, phases_of_ranks
 
@@ -37,3 +42,13 @@ def test_phases_of_the_first_rank_are_heard_in_the_process_that_spawned_it() -> 
 def test_ranks_report_nothing_where_nobody_listens() -> None:
     with phases_of_ranks() as environment:
         assert environment == {}
+
+
+def test_a_process_that_is_killed_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with listening(print), phases_of_ranks() as environment:
+        [path] = environment.values()
+        assert Path(path).exists()
+        if Path("/proc/self/fd").is_dir():
+            assert not list(tmp_path.iterdir())
+    assert not Path(path).exists()

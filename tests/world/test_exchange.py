@@ -128,6 +128,36 @@ def test_a_rank_that_never_comes_is_named_once_the_others_have_waited() -> None:
     assert {*messages} == {"", expected}
 
 
+@pytest.mark.parametrize(("host", "named"), [("rank", "rank 0"), ("agent", "a rank")])
+def test_the_host_of_the_store_is_named_if_it_ends_before_the_ranks_are_connected(
+    host: str, named: str, tmp_path: Path
+) -> None:
+    def connect_without_rank_0(rank: Rank) -> str:
+        from unittest.mock import patch
+
+        from torch._C._distributed_c10d import TCPStore
+
+        if host == "agent":
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), 3, rank.rank == 0)
+        if rank.rank == 0:
+            del store
+            while len(list(tmp_path.iterdir())) < 2:  # this process is in the others' way if it ends
+                time.sleep(0.05)
+            return ""
+        with (
+            patch("torch.distributed.distributed_c10d._get_default_store", lambda: store),
+            pytest.raises(RankFailure) as caught,
+        ):
+            create_exchange(rank, timeout=5)
+        (tmp_path / str(rank.rank)).touch()
+        return str(caught.value)
+
+    with spawn(Topology(tp=3), timeout=60) as world:
+        _, *messages = world.run(connect_without_rank_0)
+    assert {message.partition(" of TP group")[0] for message in messages} == {named}, messages
+
+
 @pytest.mark.parametrize("over", ["unix", "tcp", "gloo"])
 def test_abort_ends_the_waiting_of_the_other_ranks(four: World, over: str) -> None:
     def communicate(rank: Rank) -> str:

@@ -182,7 +182,7 @@ def verify(
     Exit status: 0 passed, 1 findings, 2 bad usage or a report that cannot be written, 3 the system
     under test crashed. With several cells: 2 if any is bad usage, else 1 if any has findings, else 3 if
     any crashed. With --all (or --known) a known upstream bug is no finding, but a new or missing one is.
-    130 interrupted.
+    130 interrupted, 143 terminated.
     """
     with usage_errors():
         given = {

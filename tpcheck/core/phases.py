@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import IO
 
 _Listener = Callable[[str], None]
 _LISTENER: ContextVar[_Listener | None] = ContextVar("listener", default=None)
@@ -48,25 +49,35 @@ def phases_of_ranks() -> Iterator[Mapping[str, str]]:
     if listener is None:
         yield {}
         return
-    with tempfile.TemporaryDirectory(prefix="tpcheck-phases-", ignore_cleanup_errors=True) as folder:
-        path, has_ended = Path(folder) / "phases", threading.Event()
-        path.touch()
-        reader = threading.Thread(target=_pass_on, args=(path, listener, has_ended), daemon=True)
+    with _open_file() as (file, path):
+        has_ended = threading.Event()
+        reader = threading.Thread(target=_pass_on, args=(file, listener, has_ended), daemon=True)
         reader.start()
         try:
-            yield {_VARIABLE: str(path)}
+            yield {_VARIABLE: path}
         finally:
             has_ended.set()
             reader.join()
 
 
-def _pass_on(path: Path, listener: _Listener, has_ended: threading.Event) -> None:
+@contextmanager
+def _open_file() -> Iterator[tuple[IO[str], str]]:
+    """Yield a temporary file, and the path by which other processes open it.
+
+    Where there is /proc it has no name elsewhere, so that a process that is killed leaves nothing.
+    """
+    has_proc = Path("/proc/self/fd").is_dir()
+    make = tempfile.TemporaryFile if has_proc else tempfile.NamedTemporaryFile
+    with make("w+", encoding="utf-8", errors="backslashreplace") as file:
+        yield file, f"/proc/{os.getpid()}/fd/{file.fileno()}" if has_proc else str(file.name)
+
+
+def _pass_on(file: IO[str], listener: _Listener, has_ended: threading.Event) -> None:
     """Call the listener with each whole line that is appended to the file, until the world has ended."""
     rest = ""
-    with path.open(encoding="utf-8") as file:
-        is_last = False
-        while not is_last:
-            is_last = has_ended.wait(_INTERVAL_S)
-            *lines, rest = (rest + file.read()).split("\n")
-            for line in lines:
-                listener(line)
+    is_last = False
+    while not is_last:
+        is_last = has_ended.wait(_INTERVAL_S)
+        *lines, rest = (rest + file.read()).split("\n")
+        for line in lines:
+            listener(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import nn
 from tpcheck.backends.checkpoint_format import ReadOptions
 from tpcheck.backends.interface import Candidate, SavesCheckpoints
 from tpcheck.checkpoints.comparison import compare_checkpoints, open_checkpoint
+from tpcheck.core.environment import WORLD_FOLDER_VARIABLE
 from tpcheck.core.errors import TpcheckError
 from tpcheck.core.findings import Finding
 from tpcheck.core.phases import begin_phase
@@ -99,7 +101,8 @@ def _without(answer: CheckAnswer, unknown: Sequence[str]) -> CheckAnswer:
 @contextmanager
 def _shared_folder(rank: CommunicatingRank) -> Iterator[Path]:
     """Make a folder that every rank on this machine writes to; remove it when the last rank is done."""
-    created = tempfile.mkdtemp(prefix="tpcheck-saved-") if rank.rank == 0 else None
+    within = os.environ.get(WORLD_FOLDER_VARIABLE)  # ranks may be ended without finalizers
+    created = tempfile.mkdtemp(prefix="tpcheck-saved-", dir=within) if rank.rank == 0 else None
     folder = Path(rank.gather(created)[0])
     try:
         yield folder

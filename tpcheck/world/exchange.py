@@ -377,8 +377,9 @@ class Exchange:
             return
         self._rank = dist.get_rank()
         number = next(_numbers.setdefault(self.ranks, count()))
-        store = PrefixStore(f"tpcheck/exchange/{axis}/{self.ranks}/{number}", _get_default_store())
-        self._store = BoundedStore(store)
+        default_store = _get_default_store()
+        store = PrefixStore(f"tpcheck/exchange/{axis}/{self.ranks}/{number}", default_store)
+        self._store, self._store_host = BoundedStore(store), _host_of(default_store)
         try:
             self._group = dist.ProcessGroupGloo(
                 PrefixStore("gloo", store), self.ranks.index(self._rank), len(self.ranks),
@@ -567,7 +568,7 @@ class Exchange:
     def _roll_call(self) -> tuple[list[int], bool]:
         """Return the ranks that do not answer in the store, and whether one that answers has timed out.
 
-        Return no ranks if the store does not answer.
+        If the store does not answer either, return the rank that hosts it, or no rank where that is not known.
         """
         missing, timed_out = list(self.ranks), False
         with suppress(RuntimeError):
@@ -578,7 +579,7 @@ class Exchange:
                 missing = [rank for rank in missing if rank not in present]
                 time.sleep(0.02)
             return missing, timed_out
-        return [], timed_out
+        return [rank for rank in self.ranks if rank == self._store_host != self._rank], timed_out
 
 
 class BoundedStore:
@@ -621,6 +622,17 @@ class BoundedStore:
         if error is not None:
             raise error
         return cast("T", answer)
+
+
+def _host_of(store: Store) -> int | None:
+    """Return the rank that hosts the default store: 0 where it is at MASTER_ADDR, unless torchrun itself hosts it."""
+    from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed does not export the latter
+
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    address = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    is_of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    return 0 if isinstance(store, TCPStore) and not is_of_agent and (store.host, str(store.port)) == address else None
 
 
 def _gloo_error(work: Any) -> RuntimeError | None:

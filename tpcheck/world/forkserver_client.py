@@ -9,6 +9,7 @@ import json
 import os
 import select
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -97,12 +98,23 @@ class ForkserverClient:
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self.scratch = tempfile.mkdtemp(prefix="tpcheck-", dir=_folder_for_sockets(tempfile.gettempdir()))
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._ready: messages.ForkserverReady | None = None
+        try:
+            self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+            self._process = self._start(device, preload, server_socket)
+            atexit.register(self._stop, os.getpid())
+        except BaseException:  # Ctrl-C included; a process that has been started ends when the channel is closed
+            self._channel.close()
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            raise
+        finally:
+            server_socket.close()
+
+    def _start(self, device: str, preload: tuple[str, ...], server_socket: socket.socket) -> subprocess.Popen[bytes]:
         arguments = json.dumps([server_socket.fileno(), sys.path, preload, self.scratch])
         # As multiprocessing passes them on.
         flags: list[str] = getattr(subprocess, "_args_from_interpreter_flags", list)()
-        self._process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, *flags, "-c", _BOOT, arguments],
             pass_fds=[server_socket.fileno()],
             env={**os.environ, **forkserver_environ(device)},
@@ -110,8 +122,6 @@ class ForkserverClient:
             stdout=self._log,
             stderr=self._log,
         )
-        server_socket.close()
-        atexit.register(self._stop, os.getpid())
 
     @property
     def has_ended(self) -> bool:
